@@ -1,0 +1,40 @@
+# Set-up needs Python 3.11 or 3.12, pip and make; everything else goes into .venv.
+PYTHON ?= $(shell for candidate in python3.11 python3.12 python3; do \
+	$$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$candidate && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help install demo test test-slow lint lock clean
+
+help: ## Show the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(READY) ## Make .venv with the exact versions of requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found. Install one, or name it: make PYTHON=/path/to/python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $(READY)
+
+demo: $(READY) ## Run everything, from a list of URLs to pictures, on this machine
+	$(BIN)/unclip run demo
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## Run the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) ## Run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --extra dev --no-annotate --no-header --python-version 3.11 --no-emit-index-url pyproject.toml -o requirements.lock
+
+clean: ## Remove .venv and what the demo made
+	rm -rf .venv demo tiny

@@ -1,0 +1,105 @@
+"""The configuration of a pipeline: a preset, a run file over it, `--set` over that; typed and checked as a whole."""
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.scene_server import ScenesConfig
+from tasks.clip import ClipConfig
+from tasks.dedup import DedupConfig
+from tasks.download import DownloadConfig
+from tasks.embed import EmbedConfig
+from tasks.evaluate import EvaluateConfig
+from tasks.filter import FilterConfig
+from tasks.ingest import IngestConfig
+from tasks.models import DecoderStageConfig, PriorStageConfig, UpsamplerStageConfig
+from tasks.publish import PublishConfig
+from tasks.stage import Resources
+from unclip import config
+from unclip.errors import ConfigError, InputError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """Where the stages run."""
+
+    address: str | None = None
+    """Address of a Ray cluster; None joins the one that submitted the job, or starts one on this machine."""
+    num_cpus: int | None = None
+    """Logical CPUs of the cluster that is started on this machine; None takes all it has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """All settings of a run. Sections named like stages are those stages' own."""
+
+    ingest: IngestConfig
+    storage: str = "unclip-data"
+    """Folder or URI that holds everything the pipeline makes."""
+    tracking_uri: str | None = None
+    """MLflow server or database; None takes MLFLOW_TRACKING_URI, or a database in the storage folder."""
+    cluster: ClusterConfig = ClusterConfig()
+    resources: Resources = Resources()
+    scenes: ScenesConfig | None = None
+    """Procedural pictures to train on; they are served on this machine while the pipeline runs."""
+    download: DownloadConfig = DownloadConfig()
+    filter: FilterConfig = FilterConfig()
+    dedup: DedupConfig = DedupConfig()
+    clip: ClipConfig = ClipConfig()
+    embed: EmbedConfig = EmbedConfig()
+    prior: PriorStageConfig = PriorStageConfig()
+    decoder: DecoderStageConfig = DecoderStageConfig()
+    upsampler: UpsamplerStageConfig = UpsamplerStageConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    publish: PublishConfig = PublishConfig()
+
+
+def pipeline_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load(
+    pipeline: str, run_file: str | None = None, assignments: Sequence[str] = (), storage: str | None = None
+) -> PipelineConfig:
+    """Resolve a pipeline's configuration.
+
+    Args:
+        pipeline: name of a preset.
+        run_file: TOML file with what differs from the preset.
+        assignments: `section.field=value`, applied last.
+        storage: overrides the storage root.
+
+    Raises:
+        ConfigError: an unknown pipeline, section, key or an impossible value.
+        InputError: the run file cannot be read.
+    """
+    if pipeline not in pipeline_names():
+        raise ConfigError(f"{pipeline}: unknown pipeline. {config.nearest(pipeline, pipeline_names())}")
+    values = _read_toml(PRESETS / f"{pipeline}.toml")
+    extends = values.pop("extends", None)
+    if extends:
+        values = config.merge(_read_toml(PRESETS / f"{extends}.toml"), values)
+    if run_file is not None:
+        values = config.merge(values, _read_toml(Path(run_file)))
+    for assignment in assignments:
+        values = config.override(values, assignment)
+    if storage is not None:
+        values["storage"] = storage
+    if "scenes" in values and "ingest" not in values:
+        values["ingest"] = {"urls": "scenes"}  # replaced by the list that the scenes are written to
+    if "ingest" not in values:
+        raise ConfigError("ingest.urls: missing. Name your list of URLs and captions: --set ingest.urls=pairs.parquet")
+    return config.load(PipelineConfig, values)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such run file. Name a TOML file with --config.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as TOML: {error}.") from None

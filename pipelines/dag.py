@@ -1,0 +1,125 @@
+"""The DAG as data: which stages there are, what state each is in, and pictures of it. Nothing here starts anything."""
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tasks.stage import Artifact, Call, Run, Stage, find_artifact
+from tasks.store import Store
+
+COLOURS = {"cached": "#d5ecd4", "to run": "#fdeab6", "done": "#d5ecd4", "failed": "#f5c0c0", "skipped": "#e4e4e4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One stage of a DAG."""
+
+    stage: Stage
+    config: Any
+    parents: tuple[str, ...]
+    ray_node: Any
+    """Ray's own DAG node; its `execute` runs the stage after its parents."""
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Whether a stage has to run."""
+
+    label: str
+    """cached, or to run."""
+    why: str
+    artifact: Artifact | None = None
+
+
+Dag = Mapping[str, Node]
+"""Nodes by stage name, parents first."""
+
+
+def compose(pipeline: Callable[[Any], Any], config: Any, run: Run) -> Dag:
+    """Build the DAG of a pipeline; stage `x` is configured by `config.x`."""
+    nodes: dict[str, Node] = {}
+    names: dict[int, str] = {}
+
+    def bind(stage: Stage, *parents: Any) -> Any:
+        stage_config = getattr(config, stage.name)
+        ray_node = stage.bind(run, stage_config, *parents)
+        nodes[stage.name] = Node(stage, stage_config, tuple(names[id(parent)] for parent in parents), ray_node)
+        names[id(ray_node)] = stage.name
+        return ray_node
+
+    pipeline(bind)
+    return nodes
+
+
+def up_to(dag: Dag, last: str) -> Dag:
+    """The part of the DAG that `last` needs, itself included."""
+    needed = {last}
+    for name in reversed(list(dag)):
+        if name in needed:
+            needed |= set(dag[name].parents)
+    return {name: node for name, node in dag.items() if name in needed}
+
+
+def states(dag: Dag, store: Store) -> dict[str, State]:
+    """What a run would do now: each stage's state and the reason for it."""
+    found: dict[str, State] = {}
+    for name, node in dag.items():
+        waiting = [parent for parent in node.parents if found[parent].artifact is None]
+        if waiting:
+            found[name] = State("to run", f"after {', '.join(waiting)}")
+            continue
+        parents = [artifact for parent in node.parents if (artifact := found[parent].artifact)]
+        stage_fingerprint = node.stage.fingerprint(node.config, parents)
+        artifact = find_artifact(store, name, stage_fingerprint)
+        if artifact:
+            found[name] = State("cached", f"made in {artifact.seconds:.0f} s", artifact)
+        else:
+            ran_before = bool(store.list("stages", name))
+            why = "its settings or inputs changed" if ran_before else "never ran here"
+            found[name] = State("to run", f"{why} ({stage_fingerprint[:8]})")
+    return found
+
+
+def mermaid(dag: Dag, labels: Mapping[str, str] | None = None) -> str:
+    """The DAG as Mermaid text; `labels` (stage -> state) colour it."""
+    lines = ["flowchart LR"]
+    lines += [f"    {parent} --> {name}" for name, node in dag.items() for parent in node.parents]
+    for name, label in (labels or {}).items():
+        lines.append(f"    style {name} fill:{COLOURS.get(label, '#ffffff')}")
+    return "\n".join(lines) + "\n"
+
+
+def picture(dag: Dag, labels: Mapping[str, str] | None = None) -> bytes:
+    """The DAG as a PNG: stages in columns by their distance from the first."""
+    from matplotlib.figure import Figure
+
+    depth: dict[str, int] = {}
+    for name, node in dag.items():
+        depth[name] = 1 + max((depth[parent] for parent in node.parents), default=-1)
+    columns: dict[int, list[str]] = {}
+    for name, column in depth.items():
+        columns.setdefault(column, []).append(name)
+    place = {
+        name: (column * 1.7, (len(members) - 1) / 2 - row)
+        for column, members in columns.items()
+        for row, name in enumerate(members)
+    }
+    figure = Figure(figsize=(1.5 * len(columns), 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, node in dag.items():
+        for parent in node.parents:
+            bend = "arc3,rad=-0.25" if depth[name] - depth[parent] > 1 else "arc3"
+            arrow = {"arrowstyle": "-|>", "color": "#888888", "shrinkA": 24, "shrinkB": 26, "connectionstyle": bend}
+            axes.annotate("", xy=place[name], xytext=place[parent], arrowprops=arrow)
+    for name, (x, y) in place.items():
+        colour = COLOURS.get((labels or {}).get(name, ""), "#eef2f8")
+        axes.text(x, y, name, ha="center", va="center", fontsize=10, bbox={"boxstyle": "round,pad=0.45", "fc": colour, "ec": "#666666"})
+    axes.set_xlim(-0.9, max(x for x, _ in place.values()) + 0.9)
+    axes.set_ylim(-1.9, 1.9)
+    axes.axis("off")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    return buffer.getvalue()
+
+

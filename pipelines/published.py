@@ -1,0 +1,37 @@
+"""Finding the stack that was published."""
+
+import os
+
+from tasks.store import Store
+from unclip.errors import InputError
+
+
+def find_stack(storage: str, model: str | None) -> str:
+    """Local folder of a published stack.
+
+    Args:
+        storage: where pipelines publish to.
+        model: "name" or "name@alias" of a model in MLflow's registry; None takes the last that the storage published.
+
+    Raises:
+        InputError: nothing was published, or MLflow knows no such model.
+    """
+    store = Store(storage)
+    if model is None:
+        names = store.list("published")
+        if not names:
+            raise InputError(f"{store.root}: nothing was published here. Run a pipeline, or name its folder with --storage.")
+        records = [store.read_json("published", name) for name in names]
+        return str(max(records, key=lambda record: record["at"])["stack"])
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    from tasks.tracking import client
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
+    name, _, alias = model.partition("@")
+    try:
+        version = client(uri).get_model_version_by_alias(name, alias or "latest-published")
+        return str(download_artifacts(artifact_uri=version.source, tracking_uri=uri))
+    except MlflowException as error:
+        raise InputError(f"--model {model}: MLflow at {uri} does not have it: {error.message.splitlines()[0]}") from None

@@ -1,0 +1,255 @@
+"""Running a pipeline: checks first, then Ray, MLflow and the console; ends with a summary."""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines import dag as dags
+from pipelines import scene_server
+from pipelines.config import PipelineConfig
+from pipelines.summary import print_summary, summarise, write_results
+from pipelines.text_to_image import DATASET_STAGE, text_to_image
+from tasks.ingest import check_source
+from tasks.stage import Failure, Run
+from tasks.store import Store
+from tasks.tracking import Tracker, client, flatten
+from unclip.config import fingerprint, to_dict
+from unclip.errors import AlreadyRunningError, ConfigError, StageError
+
+# Nothing that this project uses may call home. Ray's workers inherit these.
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "WANDB_MODE": "disabled",
+    # Ray's own messages add nothing for people who run a pipeline.
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+}
+
+
+def prepare(config: PipelineConfig) -> PipelineConfig:
+    """Check everything that can be wrong before anything starts, and pin the inputs.
+
+    Returns:
+        The configuration with the digest of the list of URLs filled in.
+
+    Raises:
+        UnclipError: what is wrong, and what to do.
+    """
+    store = Store(config.storage)
+    store.check_writable()
+    if not store.is_local and tracking_uri(config).startswith("sqlite"):
+        raise ConfigError(f"tracking_uri: {config.storage} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI.")
+    ingest = config.ingest
+    if config.scenes is not None:
+        name = fingerprint(to_dict(config.scenes))[:16]
+        urls = store.uri("scenes", f"{name}.parquet")
+        if not store.exists("scenes", f"{name}.parquet"):
+            scene_server.write_url_list(config.scenes, urls)
+        ingest = dataclasses.replace(ingest, urls=urls)
+    return dataclasses.replace(config, ingest=dataclasses.replace(ingest, digest=check_source(ingest)))
+
+
+def tracking_uri(config: PipelineConfig) -> str:
+    """Where MLflow keeps its records."""
+    given = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return given or f"sqlite:///{Store(config.storage).root}/mlflow.db"
+
+
+def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
+    """The DAG of a configuration; without a run, to look at only."""
+    placeholder = Run("", "", config.storage, Tracker("", ""), "")
+    return dags.compose(text_to_image, config, run or placeholder)
+
+
+def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = False) -> int:
+    """Run a pipeline, or the part of it that makes the dataset; returns the exit code.
+
+    Raises:
+        UnclipError: nothing was started, or a stage failed.
+    """
+    os.environ.update(QUIET)
+    started = time.monotonic()
+    config = prepare(config)
+    store = Store(config.storage)
+    whole = compose(config)
+    todo = dags.up_to(whole, DATASET_STAGE) if dataset_only else whole
+    states = dags.states(todo, store)
+    if all(state.artifact for state in states.values()):
+        print(f"{pipeline}: everything is up to date; nothing was started.")
+        _finish(config, pipeline, todo, store)
+        return 0
+    with _lock(store), contextlib.ExitStack() as stack:
+        if config.scenes is not None:
+            stack.enter_context(scene_server.serve(config.scenes))
+        run = _open_run(pipeline, config, store)
+        failures = [Failure("run", "interrupted")]
+        try:
+            dag = compose(config, run)
+            dag = dags.up_to(dag, DATASET_STAGE) if dataset_only else dag
+            labels = {name: state.label for name, state in states.items()}
+            run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
+            run.tracker.bytes(dags.picture(dag, labels), "dag.png")
+            _start_ray(config)
+            failures = _execute(dag, run, store)
+        finally:
+            _close_run(run, store, failures)
+        if failures:
+            raise StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
+        summary = _finish(config, pipeline, dag, store)
+        run.tracker.json(summary, "summary.json")
+        run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
+    print(f"took {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store) -> dict[str, Any]:
+    artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
+    summary = summarise(pipeline, artifacts)
+    write_results(summary, artifacts, store)
+    print_summary(summary, store, config)
+    return summary
+
+
+def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
+    """Execute the DAG, telling on the console how its stages fare; returns the stages that failed."""
+    import warnings
+
+    import ray
+
+    last = list(dag)[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DAGNode.execute is announced to change; it is the API of the versions we allow
+        result = dag[last].ray_node.execute()
+    told: dict[str, str] = {}
+    while True:
+        ready, _ = ray.wait([result], timeout=0.5)
+        events = stage_events(store, run.id)
+        for name in dag:
+            event = events.get(name)
+            if event and told.get(name) != event["state"]:
+                told[name] = event["state"]
+                _tell(name, event)
+        if ready:
+            break
+    ray.get(result)
+    failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
+    return [Failure(event["stage"], event["message"]) for event in failed]
+
+
+def stage_events(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
+    """What is known of each stage of a run."""
+    names = [name for name in store.list("runs", run_id) if name.endswith(".json") and name != "run.json"]
+    return {name.removesuffix(".json"): store.read_json("runs", run_id, name) for name in names}
+
+
+def _tell(name: str, event: dict[str, Any]) -> None:
+    seconds = f"{event['seconds']:.0f} s" if event.get("seconds") is not None else ""
+    marks = {"running": "▶", "done": "✓", "cached": "=", "failed": "✗", "skipped": "-"}
+    print(f"{marks[event['state']]} {name:<10} {event['state']:<8} {event.get('message', seconds)}".rstrip(), flush=True)
+
+
+def _start_ray(config: PipelineConfig) -> None:
+    import logging
+
+    import ray
+
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"runtime_env": {"env_vars": QUIET}, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **options)
+    else:
+        resources = config.resources
+        needed = resources.cpus_per_worker * resources.num_workers
+        num_cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, needed)
+        # A cluster of this run alone: it dies with this process, and joins no other that happens to be there.
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+    total = ray.cluster_resources()
+    for name, amount in config.resources.per_worker().items():
+        if total.get(name, 0) < amount:
+            raise ConfigError(
+                f"resources: a worker wants {amount:g} {name}, but the cluster has {total.get(name, 0):g} in all. "
+                "Lower resources.cpus_per_worker or resources.gpus_per_worker."
+            )
+
+
+def _open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
+    """Register a run with MLflow and in the store."""
+    uri = tracking_uri(config)
+    experiment_id, run_id = "", ""
+    try:
+        mlflow_client = client(uri)
+        experiment = mlflow_client.get_experiment_by_name(pipeline)
+        if experiment is None:
+            location = store.uri("mlflow-artifacts") if uri.startswith("sqlite") else None
+            experiment_id = mlflow_client.create_experiment(pipeline, artifact_location=location)
+        else:
+            experiment_id = experiment.experiment_id
+        _close_dead_runs(mlflow_client, experiment_id, store.root)
+        name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
+        tags = {"unclip.pipeline": pipeline, "unclip.storage": store.root}
+        run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    except Exception as error:  # the work is worth more than its records
+        print(f"MLflow at {uri} does not answer, so this run is not tracked: {str(error).splitlines()[0]}", flush=True)
+    tracker = Tracker(uri, run_id)
+    tracker.params(to_dict(config))
+    tracker.json(to_dict(config), "config.json")
+    identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    run = Run(identity, pipeline, store.root, tracker, experiment_id, config.resources)
+    record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    store.write_json({**record, "state": "running", "mlflow_run": run_id, "config": to_dict(config)}, "runs", identity, "run.json")
+    return run
+
+
+def _close_run(run: Run, store: Store, failures: list[Failure]) -> None:
+    state = "failed" if failures else "done"
+    run.tracker.end("FAILED" if failures else "FINISHED")
+    record = store.read_json("runs", run.id, "run.json")
+    store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
+
+
+def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str) -> None:
+    """We hold the lock of this storage, so what is still open there belongs to processes that died."""
+    opened = mlflow_client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+    dead = {run.info.run_id for run in opened if run.data.tags.get("unclip.storage") == storage}
+    for run in opened:
+        if run.info.run_id in dead or run.data.tags.get("mlflow.parentRunId") in dead:
+            mlflow_client.set_terminated(run.info.run_id, "KILLED")
+
+
+@contextlib.contextmanager
+def _lock(store: Store) -> Iterator[None]:
+    """One run at a time in a local storage folder; the lock dies with its process.
+
+    Raises:
+        AlreadyRunningError: another process holds it.
+    """
+    if not store.is_local:
+        yield
+        return
+    path = Path(store.root, ".lock")
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise AlreadyRunningError(
+                f"{store.root}: another run is at work here ({file.read().strip()}). Wait for it, or choose another --storage."
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
+        file.flush()
+        yield
+
+

@@ -1,0 +1,64 @@
+"""What a run came to: for people on the console, for programs in `summary.json`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.config import PipelineConfig
+from tasks.stage import Artifact
+from tasks.store import Store
+from unclip import files
+
+ATTRIBUTES = ("colour", "background", "size", "shape", "place")
+
+
+def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Numbers of a finished run, from its artifacts alone, so that a run that found all done says the same."""
+    summary: dict[str, Any] = {"pipeline": pipeline}
+    if "embed" in artifacts:
+        facts = artifacts["embed"].facts
+        summary |= {"rows": facts["rows"], "reasons": facts["reasons"], "snapshot": facts["snapshot"]["digest"]}
+    if "evaluate" in artifacts:
+        facts = artifacts["evaluate"].facts
+        summary["captions"] = facts["captions"]
+        summary["clip_score"] = facts["clip_score"]
+        summary["accuracy"] = facts["accuracy"].get("heldout", {})
+        summary["accuracy_unseen"] = facts["accuracy"].get("unseen", {})
+    if "publish" in artifacts:
+        summary["stack"] = artifacts["publish"].uri
+        summary["registered"] = {key: artifacts["publish"].facts[key] for key in ("name", "alias", "version")}
+    summary["seconds"] = {name: artifact.seconds for name, artifact in artifacts.items()}
+    return summary
+
+
+def write_results(summary: Mapping[str, Any], artifacts: Mapping[str, Artifact], store: Store) -> None:
+    """Lay the summary and the pictures of the last run in `results/`."""
+    store.write_json(summary, "results", "summary.json")
+    if "evaluate" in artifacts:
+        for name, uri in artifacts["evaluate"].facts["pictures"].items():
+            files.write(store.uri("results", f"{name}.png"), files.read(uri))
+
+
+def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConfig) -> None:
+    lines = [""]
+    if "rows" in summary:
+        rows = summary["rows"]
+        lines.append(f"rows       {rows['in']:,} in = {rows['kept']:,} kept + {rows['dropped']:,} dropped + {rows['failed']:,} failed")
+        lines += [f"           {count:>7,}  {reason}" for reason, count in sorted(summary["reasons"].items(), key=lambda item: -item[1])]
+    lines.append("seconds    " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items()))
+    if summary.get("accuracy"):
+        unseen = summary["accuracy_unseen"]
+        captions = summary["captions"]
+        lines.append(f"accuracy   {'':<12}{captions['heldout']:>5} held-out captions" + (f"{captions['unseen']:>6} unseen combinations" if unseen else ""))
+        for name in ATTRIBUTES:
+            if name in summary["accuracy"]:
+                cells = f"           {name:<12}{summary['accuracy'][name]:>10.3f}"
+                lines.append(cells + (f"{unseen[name]:>22.3f}" if name in unseen else ""))
+    elif "clip_score" in summary:
+        lines.append("clip score " + "  ".join(f"{group} {score:.3f}" for group, score in summary["clip_score"].items()))
+    if "captions" in summary:
+        lines.append(f"pictures   {store.uri('results', 'heldout.png')}")
+    lines.append(f"summary    {store.uri('results', 'summary.json')}")
+    lines.append(f"look       unclip ui --storage {config.storage}")
+    if "stack" in summary:
+        lines.append(f'draw       unclip sample "a small yellow star on a purple background" --storage {config.storage} --out grid.png')
+    print("\n".join(lines), flush=True)

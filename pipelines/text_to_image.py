@@ -1,0 +1,37 @@
+"""The pipeline from a list of URLs to pictures: which stage feeds which. A new stage is one line here."""
+
+from typing import Any, Protocol
+
+from tasks.clip import clip
+from tasks.dedup import dedup
+from tasks.download import download
+from tasks.embed import embed
+from tasks.evaluate import evaluate
+from tasks.filter import filter
+from tasks.ingest import ingest
+from tasks.models import decoder, prior, upsampler
+from tasks.publish import publish
+from tasks.stage import Stage
+
+
+class Bind(Protocol):
+    """Places a stage, with its own section of the configuration, in the DAG."""
+
+    def __call__(self, stage: Stage, *parents: Any) -> Any: ...
+
+
+def text_to_image(bind: Bind) -> Any:
+    """Compose the DAG; returns its last node."""
+    pairs = bind(ingest)
+    images = bind(download, pairs)
+    filtered = bind(filter, images)
+    unique = bind(dedup, filtered)
+    frozen_clip = bind(clip, unique)
+    dataset = bind(embed, unique, frozen_clip)
+    trained = (bind(prior, dataset, frozen_clip), bind(decoder, dataset), bind(upsampler, dataset))
+    evaluation = bind(evaluate, dataset, frozen_clip, *trained)
+    return bind(publish, evaluation, frozen_clip, *trained)
+
+
+DATASET_STAGE = "embed"
+"""The last stage of a dataset refresh: it writes the snapshot."""

@@ -1,0 +1,92 @@
+"""Dedup: of pictures that are the same, or look the same, only the one with the smallest key is kept.
+
+The winner depends on keys alone, so neither the order of the list nor that of downloads changes it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks import rows, tables
+from tasks.stage import Artifact, Output, StageContext, stage
+from unclip.config import fingerprint, require
+
+MAX_DISTANCE = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class DedupConfig:
+    phash_distance: int = 0
+    """Bits of 64 in which two perceptual hashes may differ and still be one picture; -1 compares only exact bytes."""
+
+    def __post_init__(self) -> None:
+        require(-1 <= self.phash_distance <= MAX_DISTANCE, "phash_distance", self.phash_distance, f"-1 to {MAX_DISTANCE}")
+
+
+@stage("dedup", version=1)
+def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Output:  # noqa: A002 - the parent's name
+    """Drop pictures of the same bytes as another, and those that look the same."""
+    selection = tables.read_file(filter.uri)
+    facts = filter.facts
+    images = tables.read(facts["images"], facts["images_version"], ["key", "sha256", "phash"])
+    deduplicated = drop_duplicates(selection, images, config.phash_distance)
+    counts = rows.count(deduplicated)
+    uri = f"{context.folder}/selection.parquet"
+    tables.write_file(uri, deduplicated)
+    context.tracker.metrics(counts["rows"])
+    digest = fingerprint(tables.content_digest(deduplicated.drop_columns("position")), facts["images_digest"])
+    passed_on = {name: facts[name] for name in facts if name.startswith("images") or name == "pairs"}
+    return Output(uri, digest, {**counts, **passed_on})
+
+
+def drop_duplicates(selection: pa.Table, images: pa.Table, phash_distance: int) -> pa.Table:
+    """The selection with duplicates among its kept rows marked as dropped.
+
+    Args:
+        selection: key, position, status, reason; a key is kept at most once.
+        images: key, sha256, phash of at least the kept rows.
+        phash_distance: see `DedupConfig`.
+    """
+    kept = selection.filter(pc.equal(selection.column("status"), rows.KEPT)).select(["key"])
+    kept = kept.join(images, "key", join_type="left outer").sort_by("key")
+    keys, hashes = kept.column("key").to_pylist(), kept.column("phash").to_pylist()
+    reasons: dict[str, str] = {}
+    _, first = np.unique(kept.column("sha256").to_numpy().astype(str), return_index=True)
+    for index in sorted(set(range(len(keys))) - set(first.tolist())):
+        reasons[keys[index]] = "duplicate_image"
+    if phash_distance >= 0:
+        comparable = [index for index in first.tolist() if hashes[index] is not None]
+        comparable.sort()
+        for index in near_duplicates([int(hashes[index], 16) for index in comparable], phash_distance):
+            reasons[keys[comparable[index]]] = "near_duplicate"
+
+    dropped = pa.table({"key": pa.array(reasons, pa.string()), "why": pa.array(reasons.values(), pa.string())})
+    table = selection.join(dropped, "key", join_type="left outer")
+    table = table.sort_by([("key", "ascending"), ("position", "ascending")])
+    hit = pc.and_(pc.is_valid(table.column("why")), pc.equal(table.column("status"), rows.KEPT))
+    status = pc.if_else(hit, rows.DROPPED, table.column("status"))
+    reason = pc.if_else(hit, table.column("why"), table.column("reason"))
+    return pa.table({"key": table["key"], "position": table["position"], "status": status, "reason": reason})
+
+
+def near_duplicates(hashes: Sequence[int], distance: int) -> set[int]:
+    """Indices of 64-bit hashes that an earlier one is near to.
+
+    Hashes that differ in at most `distance` bits agree in one of `distance + 1` bands of bits, so only those are compared.
+    """
+    values = np.array(hashes, dtype=np.uint64)
+    found: set[int] = set()
+    edges = np.linspace(0, 64, distance + 2).astype(int)
+    for low, high in zip(edges, edges[1:], strict=False):
+        bands = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        order = np.argsort(bands, kind="stable")
+        starts = np.flatnonzero(np.diff(bands[order], prepend=bands[order[:1]] + np.uint64(1)))
+        for group in np.split(order, starts[1:]):
+            for place in range(1, len(group)):
+                differing = np.bitwise_count(values[group[:place]] ^ values[group[place]])
+                if (differing <= distance).any():
+                    found.add(int(group[place]))
+    return found

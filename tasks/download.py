@@ -1,0 +1,257 @@
+"""Download: every pair whose picture no earlier run has, through img2dataset, into the table `images/<recipe>`.
+
+img2dataset's `Downloader` runs the threads, the accounting and the hashes of one shard. What it fetches with, decodes with
+and writes to is ours, through the places it leaves for that: it would read local files and internal addresses, has no limit
+on bytes or time, ignores EXIF orientation, and loses rows it cannot write.
+"""
+
+import dataclasses
+import io
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from tasks import rows, tables
+from tasks.decode import Picture, decode
+from tasks.fetch import Fetcher
+from tasks.progress import Progress
+from tasks.stage import Artifact, Output, StageContext, stage
+from unclip.config import fingerprint, require
+from unclip.errors import StageError
+from unclip.files import sha256
+
+IMAGES = pa.schema(
+    {
+        "key": pa.string(),  # of the pair
+        "url": pa.string(),
+        "caption": pa.string(),
+        "status": pa.string(),  # ok, failed
+        "reason": pa.string(),  # see tasks.rows; null when ok, as all below is null when failed
+        "width": pa.int32(),  # as stored
+        "height": pa.int32(),
+        "original_width": pa.int32(),  # held upright
+        "original_height": pa.int32(),
+        "sha256": pa.string(),  # of the bytes that the server sent
+        "phash": pa.string(),  # 64-bit perceptual hash, hex; null for a picture of one colour
+        "jpg": pa.binary(),
+        "jpg_sha256": pa.string(),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DownloadConfig:
+    image_size: int = 64
+    """Pixels of the smaller side as stored; the ratio is kept and nothing is enlarged."""
+    jpeg_quality: int = 95
+    """Of the stored JPEG, 1 to 100."""
+    shard_size: int = 1000
+    """Rows in one task and one Parquet file: the unit that is redone after a crash."""
+    num_threads: int = 16
+    """URLs fetched at the same time by one task."""
+    tasks_in_flight: int = 0
+    """Tasks at the same time; 0 is as many as the cluster has CPUs."""
+    timeout_seconds: float = 10.0
+    """Wall time for one URL, redirects and retries included."""
+    connect_timeout_seconds: float = 5.0
+    """Wall time for one connection to be made."""
+    max_bytes: int = 20_000_000
+    """Largest body."""
+    max_pixels: int = 50_000_000
+    """Largest picture, width times height."""
+    retries: int = 1
+    """Further attempts after a failed connection, a short body or an HTTP 5xx."""
+    max_redirects: int = 5
+    """Redirects followed for one URL."""
+    allow_hosts: tuple[str, ...] = ()
+    """`host` or `host:port` that may be fetched although it is not on the public internet, such as "127.0.0.1:8765"."""
+    user_agent: str = "unclip/0.1 (+https://pypi.org/project/unclip; text-to-image training data)"
+    """Says who asks. The part before the slash is the robot's name for X-Robots-Tag."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "shard_size", "num_threads", "max_bytes", "max_pixels"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("tasks_in_flight", "retries", "max_redirects"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("timeout_seconds", "connect_timeout_seconds"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+        require(1 <= self.jpeg_quality <= 100, "jpeg_quality", self.jpeg_quality, "1 to 100")
+        require(self.user_agent.isprintable() and self.user_agent != "", "user_agent", self.user_agent, "one line")
+
+    @property
+    def recipe(self) -> str:
+        """Names the table: what changes the stored pictures, and nothing else."""
+        return fingerprint(self.image_size, self.jpeg_quality)[:16]
+
+
+@stage("download", version=1)
+def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> Output:
+    """Fetch the pictures that no earlier run has tried, shrink them and add them to the images table."""
+    table_uri = context.store.uri("images", config.recipe)
+    listed = tables.read_file(pairs.uri)
+    usable = pc.equal(listed.column("status"), rows.KEPT)
+    wanted = listed.filter(usable).select(["key", "url", "caption"])
+
+    known = _known_keys(table_uri)
+    missing = wanted.filter(pc.invert(pc.is_in(wanted.column("key"), value_set=known))) if known else wanted
+    parts = _download_shards(table_uri, missing.to_pylist(), config)
+    note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint}
+    version = tables.append_files(table_uri, parts, IMAGES, note)
+
+    columns = ["key", "status", "reason", "sha256", "jpg_sha256"]
+    images = tables.read(table_uri, version, columns)
+    images = images.filter(pc.is_in(images.column("key"), value_set=wanted.column("key")))
+    if images.column("key").to_pylist() != wanted.column("key").to_pylist():
+        raise StageError(
+            f"download: {table_uri} holds {images.num_rows:,} rows for {wanted.num_rows:,} pairs. Remove the table and rerun."
+        )
+    digest = tables.content_digest(images)
+    outcomes = [listed.filter(pc.invert(usable)), images.set_column(1, "status", _as_outcome(images.column("status")))]
+    facts = rows.count(pa.concat_tables(table.select(["status", "reason"]) for table in outcomes))
+    facts |= {"fetched_now": missing.num_rows, "pairs": pairs.uri, "images": table_uri, "images_version": version}
+    facts |= {"images_digest": digest, "images_recipe": config.recipe}
+    context.tracker.metrics({**facts["rows"], "fetched_now": missing.num_rows})
+    return Output(table_uri, digest, facts)
+
+
+def _known_keys(table_uri: str) -> pa.ChunkedArray | None:
+    known = tables.version(table_uri)
+    return None if known is None else tables.read(table_uri, known, ["key"]).column("key")
+
+
+def _as_outcome(status: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.if_else(pc.equal(status, "ok"), rows.KEPT, rows.FAILED)
+
+
+def _download_shards(table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> list[tables.Part]:
+    """One task for each shard, a bounded number at a time. After a failure those that run still finish: work is kept."""
+    if not pairs:
+        return []
+    limit = config.tasks_in_flight or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    shards = iter([pairs[start : start + config.shard_size] for start in range(0, len(pairs), config.shard_size)])
+    running: dict[ray.ObjectRef, int] = {}
+    parts: list[tables.Part] = []
+    failure: ray.exceptions.RayError | None = None
+    with Progress("download", len(pairs), "pictures") as progress:
+        while True:
+            while failure is None and len(running) < limit and (shard := next(shards, None)):
+                running[_download_shard.remote(table_uri, shard, config)] = len(shard)
+            if not running:
+                break
+            [done], _ = ray.wait(list(running))
+            num_rows = running.pop(done)
+            try:
+                parts.append(ray.get(done))
+                progress.update(num_rows)
+            except ray.exceptions.RayError as error:
+                failure = error
+    if failure is not None:
+        cause = str(getattr(failure, "cause", failure)).strip().splitlines()[-1]
+        raise StageError(
+            f"download: a shard failed after its retries: {cause}. "
+            f"{len(parts)} finished shards are kept; run the same command again."
+        ) from None
+    return parts
+
+
+@ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True)
+def _download_shard(table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> tables.Part:
+    """The shard's part: the one an earlier attempt wrote, or else one row for each pair, fetched now."""
+    name = fingerprint([pair["key"] for pair in pairs])[:32]
+    return tables.find_part(table_uri, name) or tables.write_part(table_uri, name, fetch_pairs(pairs, config))
+
+
+def fetch_pairs(pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> pa.Table:
+    """Run img2dataset's Downloader over pairs: exactly one row of `IMAGES` for each, in their order.
+
+    Raises:
+        StageError: img2dataset lost a row.
+    """
+    os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}  # they call out when imported
+    import img2dataset.downloader as img2dataset  # takes 13 seconds and 700 MB
+
+    writer = _Writer()
+    img2dataset.download_image_with_retry = _fetch_with(config)
+    with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
+        shard = f"{scratch}/shard.arrow"
+        columns = ["url", "caption", "pair"]  # "key" is img2dataset's own: a position
+        values = [[pair[name] for pair in pairs] for name in ("url", "caption", "key")]
+        table = pa.table(dict(zip(columns, values, strict=True)))
+        with pa.ipc.new_file(shard, table.schema) as file:
+            file.write_table(table)
+        downloader = img2dataset.Downloader(
+            sample_writer_class=lambda *_: writer,
+            resizer=_decode_with(config),
+            thread_count=config.num_threads,
+            save_caption=True,
+            extract_exif=False,
+            output_folder=scratch,
+            column_list=columns,
+            timeout=config.timeout_seconds,
+            number_sample_per_shard=len(pairs),
+            oom_shard_count=1,
+            compute_hash="sha256",
+            verify_hash_type=None,
+            encode_format="jpg",
+            retries=config.retries,
+            user_agent_token=None,
+            disallowed_header_directives=None,
+        )
+        succeeded, _ = downloader((0, shard))
+    keys = [pair["key"] for pair in pairs]
+    if not succeeded or sorted(writer.rows) != sorted(keys):
+        raise StageError(f"download: img2dataset returned {len(writer.rows)} of {len(keys)} rows; see its log above.")
+    return pa.Table.from_pylist([writer.rows[key] for key in keys], schema=IMAGES)
+
+
+class _Writer:
+    """Takes img2dataset's samples in memory; they come in the order in which they were fetched."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def write(self, picture: Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
+        row = {"key": sample["pair"], "url": sample["url"], "caption": caption}
+        if picture is None:
+            row |= {"status": rows.FAILED, "reason": sample["error_message"]}
+        else:
+            row |= {"status": "ok", "sha256": sample["sha256"], "jpg_sha256": sha256(picture.jpg)}
+            row |= dataclasses.asdict(picture)
+        self.rows[row["key"]] = row
+
+    def close(self) -> None:
+        pass
+
+
+def _fetch_with(config: DownloadConfig) -> Any:
+    """Stands in for `img2dataset.downloader.download_image_with_retry`."""
+    names = [field.name for field in dataclasses.fields(Fetcher) if field.name != "resolve"]
+    fetcher = Fetcher(**{name: getattr(config, name) for name in names})
+
+    def fetch(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
+        index, url = row
+        try:
+            return index, io.BytesIO(fetcher.fetch(url)), None
+        except rows.RowFault as fault:
+            return index, None, fault.reason
+
+    return fetch
+
+
+def _decode_with(config: DownloadConfig) -> Any:
+    """Stands in for img2dataset's resizer; the picture goes through to the writer as it is."""
+
+    def resize(stream: io.BytesIO, _boxes: Any = None) -> tuple[Any, ...]:
+        try:
+            picture = decode(stream.getvalue(), config.image_size, config.jpeg_quality, config.max_pixels)
+        except rows.RowFault as fault:
+            return None, None, None, None, None, fault.reason
+        sizes = (picture.width, picture.height, picture.original_width, picture.original_height)
+        return picture, *sizes, None
+
+    return resize

@@ -1,0 +1,206 @@
+"""Stage `embed`: CLIP embeddings of every kept pair, and the dataset snapshot that all trainings read."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from tasks import tables
+from tasks.progress import Progress
+from tasks.snapshots import in_holdout, kept_keys, save_statistics
+from tasks.stage import Artifact, Output, StageContext, stage
+from unclip import files
+from unclip.clip import Clip
+from unclip.config import fingerprint, require
+from unclip.data import vectors
+from unclip.errors import InputError, StageError
+
+SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "caption": pa.string(),
+        "image_embedding": pa.list_(pa.float32()),
+        "text_embedding": pa.list_(pa.float32()),
+        "clip_score": pa.float32(),
+    }
+)
+"""One row per kept pair; embeddings have unit norm, clip_score is their dot product."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedConfig:
+    batch_size: int = 64
+    """Pairs in one forward pass; the last batch is padded to it, so that every pair is computed in the same way."""
+    precision: str = "fp32"
+    """Arithmetic of the forward pass: fp32 or bf16 (autocast)."""
+    shard_size: int = 2000
+    """Pairs in one Parquet file, the unit that is redone after a crash."""
+    holdout: float = 0.02
+    """Share of the pairs that no model trains on, for evaluation."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+        require(0 <= self.holdout <= 0.5, "holdout", self.holdout, "a share of at most 0.5")
+
+
+@stage("embed", version=1)
+def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Artifact) -> Output:
+    """Embed the kept pairs that have no embedding of this CLIP yet, then write the snapshot."""
+    name = fingerprint(clip.digest, config.precision)[:16]
+    table = context.store.uri("embeddings", name)
+    keys = kept_keys(dedup.uri)
+    images = tuple(tables.files(dedup.facts["images"], dedup.facts["images_version"]))
+    have = set(tables.read(table, columns=["key"]).column("key").to_pylist()) if tables.version(table) is not None else set()
+    todo = [key for key in keys if key not in have]
+    if todo:
+        _embed_rows(context, config, clip, images, todo, table)
+    version = tables.version(table)
+
+    rows = tables.read(table, version, columns=["key", "caption", "image_embedding", "clip_score"])
+    wanted = rows.filter(pa.compute.is_in(rows.column("key"), value_set=pa.array(keys)))
+    if wanted.column("key").to_pylist() != keys:
+        raise StageError(
+            f"embed: {table} holds {wanted.num_rows} of {len(keys)} kept pairs, or some twice. Remove the table and rerun."
+        )
+    training = [not in_holdout(key, config.holdout) for key in keys]
+    if sum(training) < 2:
+        raise InputError(f"embed: got {sum(training)} pairs to train on, expected at least 2. Loosen the filters or add URLs.")
+    embeddings = torch.from_numpy(vectors(wanted.filter(pa.array(training)).column("image_embedding")))
+    save_statistics(f"{context.folder}/statistics", embeddings)
+
+    digest = fingerprint(dedup.digest, tables.content_digest(wanted), config.holdout)
+    snapshot = {
+        "digest": digest,
+        "selection": dedup.uri,
+        "images": dedup.facts["images"],
+        "images_version": dedup.facts["images_version"],
+        "embeddings": table,
+        "embeddings_version": version,
+        "statistics": f"{context.folder}/statistics",
+        "holdout": config.holdout,
+    }
+    counts = {key: dedup.facts[key] for key in ("rows", "reasons")}
+    _append_snapshot(context, snapshot, counts)
+    clip_score = float(np.mean(wanted.column("clip_score").to_numpy()))
+    context.tracker.metrics({"pairs": len(keys), "embedded_now": len(todo), "clip_score": clip_score})
+    context.tracker.dataset(context.run.pipeline, digest, table, {**counts, "snapshot": snapshot})
+    facts = {**counts, "snapshot": snapshot, "embedded_now": len(todo), "clip_score": clip_score}
+    return Output(table, digest, facts)
+
+
+def _embed_rows(
+    context: StageContext,
+    config: EmbedConfig,
+    clip: Artifact,
+    images: Sequence[str],
+    keys: Sequence[str],
+    table: str,
+) -> None:
+    """Embed in actors, shard by shard, and commit all shards at once; finished shards of an earlier attempt are kept."""
+    resources = context.run.resources
+    shards = [list(keys[start : start + config.shard_size]) for start in range(0, len(keys), config.shard_size)]
+    num_actors = max(1, min(resources.num_workers, len(shards)))
+    actor_options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
+    actors = [
+        Embedder.options(**actor_options, max_task_retries=3).remote(clip, config, images, table, resources.cpus_per_worker)
+        for _ in range(num_actors)
+    ]
+    parts = []
+    with Progress(context.stage, len(keys), "pairs") as progress:
+        pool = ray.util.ActorPool(actors)
+        for part in pool.map(lambda actor, shard: actor.embed.remote(shard), shards):
+            parts.append(part)
+            progress.update(part.rows)
+    tables.append_files(table, parts, SCHEMA)
+
+
+@ray.remote
+class Embedder:
+    """Holds one CLIP; embeds one shard a call."""
+
+    def __init__(self, clip: Artifact, config: EmbedConfig, images: Sequence[str], table: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.clip = Clip.load(clip.facts["model"], clip.facts["pretrained"]).to(self.device)
+        self.config, self.images, self.table = config, images, table
+
+    def embed(self, keys: list[str]) -> Any:
+        """Write one part file with a row for each key, in order; returns its description."""
+        rows = self._read(keys)
+        image_embeddings, text_embeddings = [], []
+        for start in range(0, len(keys), self.config.batch_size):
+            image_embedding, text_embedding = self._embed_batch(rows[start : start + self.config.batch_size])
+            image_embeddings.append(image_embedding)
+            text_embeddings.append(text_embedding)
+        image_array, text_array = np.concatenate(image_embeddings), np.concatenate(text_embeddings)
+        if not len(rows) == len(image_array) == len(text_array) or [row["key"] for row in rows] != keys:
+            raise StageError(f"embed: got {len(image_array)} embeddings for {len(keys)} pairs; nothing was written.")
+        part = pa.table(
+            {
+                "key": keys,
+                "caption": [row["caption"] for row in rows],
+                "image_embedding": list(image_array),
+                "text_embedding": list(text_array),
+                "clip_score": (image_array * text_array).sum(axis=1),
+            },
+            schema=SCHEMA,
+        )
+        return tables.write_part(self.table, fingerprint(keys, self.config.precision), part)
+
+    @torch.no_grad()
+    def _embed_batch(self, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        from PIL import Image
+        import io
+
+        padded = rows + rows[-1:] * (self.config.batch_size - len(rows))
+        pixels = torch.stack([self.clip.preprocess(Image.open(io.BytesIO(row["jpg"]), formats=["JPEG"])) for row in padded])
+        tokens = self.clip.tokenize([row["caption"] for row in padded])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            image_embedding = self.clip.embed_images(pixels.to(self.device))
+            text_embedding = self.clip.encode_text(tokens.to(self.device)).text_embedding
+        count = len(rows)
+        return image_embedding[:count].cpu().numpy(), text_embedding[:count].cpu().numpy()
+
+    def _read(self, keys: list[str]) -> list[dict[str, Any]]:
+        found = {row["key"]: row for row in _rows_of(self.images, keys)}
+        missing = [key for key in keys if key not in found]
+        if missing:
+            raise StageError(f"embed: {len(missing)} pictures are missing from the images table, such as {missing[0]}.")
+        return [found[key] for key in keys]
+
+
+def _rows_of(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Key, caption and jpg of some rows, from the files that hold them."""
+    wanted = pa.array(sorted(keys))
+    for uri in uris:
+        filesystem, path = files.locate(uri)
+        filters = pa.compute.field("key").isin(wanted)
+        yield from pq.read_table(path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=filters).to_pylist()
+
+
+def _append_snapshot(context: StageContext, snapshot: dict[str, Any], counts: dict[str, Any]) -> None:
+    """One row in the `snapshots` table, unless this version is already there."""
+    import json
+
+    table = context.store.uri("snapshots")
+    row = {
+        "digest": snapshot["digest"],
+        "pipeline": context.run.pipeline,
+        "images": snapshot["images"],
+        "images_version": snapshot["images_version"],
+        "embeddings": snapshot["embeddings"],
+        "embeddings_version": snapshot["embeddings_version"],
+        "selection": snapshot["selection"],
+        "rows": json.dumps(counts["rows"], sort_keys=True),
+        "reasons": json.dumps(counts["reasons"], sort_keys=True),
+    }
+    part = pa.table({name: [value] for name, value in row.items()})
+    description = tables.write_part(table, fingerprint(snapshot), part)
+    tables.append_files(table, [description], part.schema)

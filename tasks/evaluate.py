@@ -1,0 +1,152 @@
+"""Stage `evaluate`: pictures for captions that no model was trained on, and what is right in them."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from tasks import tables
+from tasks.progress import Progress
+from tasks.snapshots import Snapshot
+from tasks.stage import Artifact, Output, StageContext, stage
+from unclip import evaluation, files, pictures, scenes
+from unclip.clip import Clip
+from unclip.config import fingerprint, require
+from unclip.generation import SamplingConfig, Stack, load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    num_captions: int = 256
+    """Held-out captions to draw; fewer when the snapshot holds out fewer."""
+    num_unseen: int = 0
+    """Scene captions to draw whose pairs of shape and colour are in no training picture; for procedural scenes."""
+    num_pictures: int = 48
+    """Pictures of each group in the captioned grid."""
+    seed: int = 0
+    """Of the noise, and of the unseen scenes."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How pictures are drawn; published with the stack as its default."""
+
+    def __post_init__(self) -> None:
+        require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
+        require(self.num_unseen >= 0, "num_unseen", self.num_unseen, "at least 0")
+
+
+@stage("evaluate", version=1)
+def evaluate(
+    context: StageContext,
+    config: EvaluateConfig,
+    embed: Artifact,
+    clip: Artifact,
+    prior: Artifact,
+    decoder: Artifact,
+    upsampler: Artifact,
+) -> Output:
+    """Draw held-out captions with the whole stack and measure the pictures."""
+    resources = context.run.resources
+    draw = _draw.options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
+    groups = {"heldout": heldout_captions(Snapshot.of(embed.facts), config.num_captions)}
+    if config.num_unseen:
+        groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
+    uris = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}
+    images, embeddings = ray.get(draw.remote(groups, clip, uris, config, resources.cpus_per_worker))
+
+    facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "captions": {}, "pictures": {}}
+    drawn = []
+    for group, captions in groups.items():
+        scores = evaluation.score_scenes(images[group], captions)
+        facts["captions"][group] = len(captions)
+        facts["clip_score"][group] = float(embeddings[group].mean())
+        marks = None
+        if scores is not None:
+            facts["accuracy"][group] = scores.accuracy()
+            marks = scores.all_right()[: config.num_pictures]
+            facts["pictures"][f"confusion_{group}"] = _publish(context, f"confusion_{group}.png", confusion_picture(scores))
+        shown = images[group][: config.num_pictures]
+        grid = pictures.png(pictures.grid(shown, columns=8, captions=captions[: config.num_pictures], marks=marks))
+        facts["pictures"][group] = _publish(context, f"{group}.png", grid)
+        drawn.append(pictures.to_uint8(images[group]).tobytes())
+        context.tracker.metrics(
+            {f"{group}.clip_score": facts["clip_score"][group]}
+            | {f"{group}.{name}": value for name, value in facts["accuracy"].get(group, {}).items()}
+        )
+    digest = fingerprint([files.sha256(data) for data in drawn], facts["accuracy"])
+    facts["sampling"] = dataclasses.asdict(config.sampling)
+    return Output(context.folder, digest, facts)
+
+
+def heldout_captions(snapshot: Snapshot, count: int) -> list[str]:
+    """Different captions of held-out pairs whose very words no training pair has, in the order of their keys."""
+    table = tables.read(snapshot.embeddings, snapshot.embeddings_version, columns=["key", "caption"])
+    captions = dict(zip(table.column("key").to_pylist(), table.column("caption").to_pylist(), strict=True))
+    trained_on = {captions[key] for key in snapshot.keys("train")}
+    heldout = dict.fromkeys(captions[key] for key in snapshot.keys("holdout"))
+    fresh = [caption for caption in heldout if caption not in trained_on]
+    return (fresh or list(heldout) or list(captions.values()))[:count]
+
+
+def unseen_captions(count: int, seed: int) -> list[str]:
+    """Captions of scenes whose shape and colour never come together in training data."""
+    captions = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        captions.append(scenes.caption(scenes.random_scene(rng, unseen=True), rng))
+    return captions
+
+
+@ray.remote
+def _draw(
+    groups: dict[str, list[str]], clip: Artifact, models: dict[str, str], config: EvaluateConfig, num_threads: int
+) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+    """Pictures of each group, and the cosine of each to its caption in CLIP's eyes."""
+    torch.set_num_threads(num_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = {name: load_model(uri) for name, uri in models.items()}
+    stack = Stack(Clip.load(clip.facts["model"], clip.facts["pretrained"]), **loaded).to(device)  # type: ignore[arg-type]
+    images, similarities = {}, {}
+    with Progress("evaluate", sum(map(len, groups.values())), "pictures") as progress:
+        for group, captions in groups.items():
+            images[group] = stack.text2image(
+                captions, seed=config.seed, sampling=config.sampling, progress=progress.update
+            )
+            similarities[group] = _clip_scores(stack, images[group], captions)
+    return images, similarities
+
+
+def _clip_scores(stack: Stack, images: torch.Tensor, captions: Sequence[str]) -> np.ndarray:
+    image_embedding = stack.clip.embed_images(stack.clip.resize(images.to(stack.device)))
+    text_embedding = stack.clip.encode_text(stack.clip.tokenize(list(captions)).to(stack.device)).text_embedding
+    return (image_embedding * text_embedding).sum(dim=1).cpu().numpy()
+
+
+def _publish(context: StageContext, name: str, data: bytes) -> str:
+    """Keep a picture in the stage's folder and show it in MLflow; returns its URI."""
+    files.write(f"{context.folder}/{name}", data)
+    context.tracker.bytes(data, name)
+    return f"{context.folder}/{name}"
+
+
+def confusion_picture(scores: evaluation.SceneScores) -> bytes:
+    """A PNG of what was drawn where what was asked for: shapes, colours and sizes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    plots = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "size": scenes.SIZES}
+    for axes, (attribute, labels) in zip(figure.subplots(1, len(plots)), plots.items(), strict=True):
+        counts = scores.confusion(attribute, labels)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(labels) + 1), [*labels, "nothing"], rotation=45, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(xlabel="drawn", ylabel="asked for", title=f"{attribute}: {np.trace(counts) / counts.sum():.0%} right")
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                axes.text(column, row, count, ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    return buffer.getvalue()

@@ -1,0 +1,48 @@
+"""Stage `publish`: the trained models together as one stack, in the store and in MLflow's model registry."""
+
+import dataclasses
+import re
+import time
+
+from tasks.stage import Artifact, Output, StageContext, stage
+from unclip.config import fingerprint, load, require
+from unclip.generation import SamplingConfig, save_stack
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishConfig:
+    name: str = "unclip"
+    """Name of the registered model."""
+    alias: str = "latest-published"
+    """Alias that is moved to the new version; `unclip sample` follows it."""
+
+    def __post_init__(self) -> None:
+        for setting in ("name", "alias"):
+            value = getattr(self, setting)
+            require(bool(re.fullmatch(r"[\w.-]+", value)), setting, value, "letters, digits, dots, dashes, underscores")
+
+
+@stage("publish", version=1)
+def publish(
+    context: StageContext,
+    config: PublishConfig,
+    evaluate: Artifact,
+    clip: Artifact,
+    prior: Artifact,
+    decoder: Artifact,
+    upsampler: Artifact,
+) -> Output:
+    """Gather the stack, register it in MLflow and move the alias to it."""
+    models = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}
+    clip_model = clip.facts["model"]
+    if clip_model.startswith("local-dir:"):
+        models["clip"] = clip_model.removeprefix("local-dir:")
+        clip_model = "local-dir:clip"
+    folder = f"{context.folder}/stack"
+    sampling = load(SamplingConfig, evaluate.facts["sampling"])
+    save_stack(folder, models, clip_model, clip.facts["pretrained"], sampling)
+    version = context.tracker.register(folder, "stack", config.name, config.alias)
+    digest = fingerprint([clip.digest, prior.digest, decoder.digest, upsampler.digest, evaluate.facts["sampling"]])
+    record = {"stack": folder, "digest": digest, "at": time.time()}
+    context.store.write_json(record, "published", f"{config.name}.json")
+    return Output(folder, digest, {"name": config.name, "alias": config.alias, "version": version})

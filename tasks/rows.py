@@ -1,0 +1,73 @@
+"""What became of a row: its status and the reason, one closed vocabulary for all stages that handle the list of pairs.
+
+No row disappears: after every stage, rows in = kept + dropped + failed. "Failed" is what could not be had, "dropped" what
+was had and is not wanted.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+KEPT, DROPPED, FAILED = "kept", "dropped", "failed"
+
+REASONS: Mapping[str, str] = {
+    "no_url": "the row has no URL",
+    "bad_url": "not a URL that can be fetched: http or https with a host, without a password",
+    "no_caption": "the row has no caption",
+    "duplicate_row": "the same URL with the same caption is on the list before",
+    "blocked_address": "the URL, or where it redirects, is on a network that is not public",
+    "dns_error": "the host has no address",
+    "connect_error": "no connection, or the server or its certificate broke it off",
+    "timeout": "not there within the time for one URL",
+    "too_large": "more bytes than max_bytes",
+    "redirect_limit": "more redirects than max_redirects",
+    "short_body": "fewer bytes than the server announced",
+    "empty_body": "no bytes",
+    "opted_out": "the server asks not to use the picture for AI (X-Robots-Tag)",
+    "fetch_error": "an answer that is not HTTP, or another failure while fetching",
+    "not_an_image": "not a JPEG, PNG, WebP or GIF",
+    "decode_error": "a damaged picture",
+    "too_many_pixels": "more pixels than max_pixels",
+    "too_small": "a side shorter than min_side",
+    "bad_aspect": "one side longer than max_aspect_ratio times the other",
+    "caption_too_short": "fewer words than min_caption_words",
+    "caption_too_long": "more words than max_caption_words",
+    "duplicate_image": "the same bytes as a picture that is kept",
+    "near_duplicate": "looks like a picture that is kept",
+}
+"""Every reason, in words for people. Beside these there is `http_<code>`: the server answered with that status."""
+
+
+class RowFault(Exception):
+    """A row that cannot be used; never ends a stage."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def is_reason(reason: str) -> bool:
+    return reason in REASONS or re.fullmatch(r"http_\d{3}", reason) is not None
+
+
+def count(table: pa.Table) -> dict[str, Any]:
+    """The balance of a table with `status` and `reason`, as a stage's facts: {"rows": {...}, "reasons": {...}}."""
+    statuses = _tally(table.column("status"))
+    rows = {"in": table.num_rows} | {status: statuses.pop(status, 0) for status in (KEPT, DROPPED, FAILED)}
+    assert not statuses, f"statuses out of the vocabulary: {statuses}"
+    reasons = _tally(table.column("reason"))
+    unexplained = reasons.pop(None, 0)
+    assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
+    assert all(map(is_reason, reasons)), f"reasons out of the vocabulary: {sorted(reasons)}"
+    return {"rows": rows, "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))}
+
+
+def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
+    """The most frequent reasons for a message: `no_caption 12, http_404 3`."""
+    return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
+
+
+def _tally(column: pa.ChunkedArray) -> dict[Any, int]:
+    return {item["values"]: item["counts"] for item in column.value_counts().to_pylist()}

@@ -1,0 +1,231 @@
+"""The stage contract: what every step of a pipeline is, and the one decorator that makes it.
+
+A stage is a function `(context, config, *parents) -> Output`. The decorator turns it into a node of Ray's own DAG. When
+the node runs, the stage's fingerprint (name, version, resolved config, digests of its parents) is looked up in the store:
+a committed result is returned as it is; otherwise the function runs under an MLflow child run and its result is committed.
+So "resume" is "run it again", on any machine that sees the storage.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import logging
+import tempfile
+import time
+import traceback
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tasks.store import Store
+from tasks.tracking import Tracker
+from unclip.config import fingerprint, require, to_dict
+from unclip.errors import StageError, UnclipError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a stage function returns."""
+
+    uri: str
+    """Folder, file or table that holds the result."""
+    digest: str
+    """sha256 of the content: the same content gives the same digest, whatever run made it."""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What later stages and people want to know: counts, table versions, metrics. JSON values only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A committed result. Stages pass these, never data."""
+
+    stage: str
+    fingerprint: str
+    uri: str
+    digest: str
+    facts: Mapping[str, Any]
+    seconds: float
+    """How long the stage ran when it made this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Takes an artifact's place when its stage, or one before it, failed; so independent branches finish."""
+
+    stage: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What each training and embedding worker gets. Not part of any fingerprint: it changes speed, not the task."""
+
+    num_workers: int = 1
+    """Workers that train one model together."""
+    cpus_per_worker: int = 2
+    """Logical CPUs and torch threads of a worker."""
+    gpus_per_worker: float = 0
+    """GPUs of a worker; 0 trains on CPUs."""
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 1, "num_workers", self.num_workers, "at least 1")
+        require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "at least 1")
+        require(self.gpus_per_worker >= 0, "gpus_per_worker", self.gpus_per_worker, "0 or more")
+
+    def per_worker(self) -> dict[str, float]:
+        """As Ray wants it."""
+        wanted = {"CPU": float(self.cpus_per_worker), "GPU": float(self.gpus_per_worker)}
+        return {name: amount for name, amount in wanted.items() if amount}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a pipeline: where it keeps things and how it is tracked."""
+
+    id: str
+    pipeline: str
+    storage: str
+    tracker: Tracker
+    experiment_id: str
+    resources: Resources = Resources()
+
+
+@dataclasses.dataclass(frozen=True)
+class StageContext:
+    """What a stage function may use besides its config and parents."""
+
+    run: Run
+    stage: str
+    fingerprint: str
+    store: Store
+    tracker: Tracker
+    """Logs to this stage's MLflow run."""
+    scratch: Path
+    """Local folder of this attempt alone; gone when the stage ends."""
+
+    @property
+    def folder(self) -> str:
+        """URI of the folder for this stage's files; the same for every attempt, so that an attempt can go on."""
+        return self.store.uri("artifacts", self.stage, self.fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A declared stage. `bind` it to its config and parents to place it in a DAG."""
+
+    name: str
+    version: int
+    function: Callable[..., Output]
+    config_class: type
+
+    @property
+    def help(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+    def bind(self, run: Run, config: Any, *parents: Any) -> Any:
+        """A node of a Ray DAG; its result is an `Artifact`, or a `Failure`."""
+        return _run_stage.options(name=self.name).bind(Call(self, config), run, *parents)
+
+    def __reduce__(self) -> Any:
+        # The decorated name in the module is this object, so workers import it rather than copy the function.
+        return _import_stage, (self.function.__module__, self.function.__name__)
+
+    def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
+        return fingerprint(self.name, self.version, to_dict(config), [parent.digest for parent in parents])
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A stage with its resolved configuration."""
+
+    stage: Stage
+    config: Any
+
+
+def stage(name: str, version: int) -> Callable[[Callable[..., Output]], Stage]:
+    """Declare a stage. Raise `version` when its code changes what it makes.
+
+    The function's second parameter must be annotated with its configuration dataclass.
+    """
+
+    def declare(function: Callable[..., Output]) -> Stage:
+        parameters = list(inspect.signature(function).parameters)
+        config_class = typing.get_type_hints(function)[parameters[1]]
+        return Stage(name, version, function, config_class)
+
+    return declare
+
+
+def find_artifact(store: Store, stage_name: str, stage_fingerprint: str) -> Artifact | None:
+    """The committed artifact with this fingerprint, if there is one."""
+    path = ("stages", stage_name, f"{stage_fingerprint}.json")
+    return Artifact(**store.read_json(*path)) if store.exists(*path) else None
+
+
+def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) -> Artifact | Failure:
+    """Run one stage, or return what it made before."""
+    store, name = Store(run.storage), call.stage.name
+    failed = [parent for parent in parents if isinstance(parent, Failure)]
+    if failed:
+        _record(store, run, name, state="skipped", message=f"{failed[0].stage} failed")
+        return failed[0]
+    artifacts = [parent for parent in parents if isinstance(parent, Artifact)]
+    stage_fingerprint = call.stage.fingerprint(call.config, artifacts)
+    committed = find_artifact(store, name, stage_fingerprint)
+    if committed:
+        _record(store, run, name, state="cached", fingerprint=stage_fingerprint, seconds=committed.seconds)
+        return committed
+
+    tracker = run.tracker.child(run.experiment_id, name)
+    _record(store, run, name, state="running", fingerprint=stage_fingerprint, started=time.time())
+    tracker.params(to_dict(call.config))
+    started = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"unclip-{name}-") as scratch:
+            context = StageContext(run, name, stage_fingerprint, store, tracker, Path(scratch))
+            output = call.stage.function(context, call.config, *artifacts)
+    except Exception as error:
+        message = _explain(error)
+        tracker.bytes(traceback.format_exc().encode(), "error.txt")
+        tracker.end("FAILED")
+        log.error("%s failed: %s", name, message, exc_info=not isinstance(error, UnclipError))
+        _record(store, run, name, state="failed", fingerprint=stage_fingerprint, message=message)
+        return Failure(name, message)
+    seconds = round(time.monotonic() - started, 1)
+    artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
+    store.write_json(dataclasses.asdict(artifact), "stages", name, f"{stage_fingerprint}.json")
+    tracker.tags({"unclip.fingerprint": stage_fingerprint, "unclip.digest": output.digest, "unclip.uri": output.uri})
+    tracker.json(dataclasses.asdict(artifact), "artifact.json")
+    tracker.end()
+    _record(store, run, name, state="done", fingerprint=stage_fingerprint, seconds=seconds)
+    return artifact
+
+
+# Coordinators hold no CPU: a stage that waits for its own tasks must not starve them.
+@ray.remote(num_cpus=0, max_retries=2)
+def _run_stage(call: Call, run: Run, *parents: Artifact | Failure) -> Artifact | Failure:
+    return execute(call, run, parents)
+
+
+def _import_stage(module: str, name: str) -> Stage:
+    declared: Stage = getattr(importlib.import_module(module), name)
+    return declared
+
+
+def _record(store: Store, run: Run, stage_name: str, **event: Any) -> None:
+    """Overwrite what is known of a stage in this run; `unclip status` and the driver's console read it."""
+    store.write_json({"stage": stage_name, "at": time.time(), **event}, "runs", run.id, f"{stage_name}.json")
+
+
+def _explain(error: BaseException) -> str:
+    """The message of the innermost cause: Ray wraps what a task raised."""
+    cause: BaseException = error
+    while isinstance(cause, (ray.exceptions.RayTaskError, StageError)) and getattr(cause, "cause", None):
+        cause = cause.cause  # type: ignore[union-attr]
+    text = str(cause).strip() or type(cause).__name__
+    return text if isinstance(cause, UnclipError) else f"{type(cause).__name__}: {text.splitlines()[-1]}"

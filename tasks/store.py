@@ -1,0 +1,59 @@
+"""The storage root: one folder or bucket that holds everything a pipeline makes.
+
+    images/<recipe>/        Delta table: every URL that was tried, with its picture or the reason there is none
+    embeddings/<clip>/      Delta table: CLIP embeddings of the kept pictures, one table per CLIP
+    snapshots/              Delta table: one row per dataset version, written last
+    stages/<name>/<fp>.json commit records: what a stage made, once it is all there
+    artifacts/<name>/<fp>/  files that a stage made: models, checkpoints, pictures, reports
+    runs/<run id>/          what happened in each run, stage by stage
+"""
+
+from pathlib import Path
+from typing import Any
+
+from unclip import files
+from unclip.errors import StorageError
+
+
+class Store:
+    """Names files below one root, which is a local folder (made absolute) or a URI that pyarrow understands."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/") if "://" in root else str(Path(root).expanduser().resolve())
+        files.locate(self.root)
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.root
+
+    def uri(self, *parts: str) -> str:
+        """Full path of a file or folder below the root."""
+        return "/".join((self.root, *parts))
+
+    def check_writable(self) -> None:
+        """Write and remove a small file.
+
+        Raises:
+            StorageError: the root cannot be written.
+        """
+        probe = self.uri(".probe")
+        try:
+            files.write(probe, b"")
+            files.delete(probe)
+        except OSError as error:
+            raise StorageError(
+                f"storage: cannot write to {self.root}: {error}. Choose another folder with --storage."
+            ) from None
+
+    def exists(self, *parts: str) -> bool:
+        return files.exists(self.uri(*parts))
+
+    def read_json(self, *parts: str) -> Any:
+        return files.read_json(self.uri(*parts))
+
+    def write_json(self, value: Any, *parts: str) -> None:
+        files.write_json(self.uri(*parts), value)
+
+    def list(self, *parts: str) -> list[str]:
+        """Names in a folder, sorted; nothing when it does not exist."""
+        return files.names(self.uri(*parts))

@@ -1,0 +1,179 @@
+"""Delta Lake tables made of Parquet parts: written by many, committed by one, read without Delta's own reader.
+
+A part is written into the table's folder under a name that its writer derives from the work, and stays invisible until a
+commit names it. So a killed job finds its finished parts again, and a commit of many parts is one atomic step.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Schema
+from deltalake.transaction import AddAction, create_table_with_add_actions
+
+from unclip import files as storage
+
+ROW_GROUP_ROWS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A Parquet file in a table's folder, committed or not."""
+
+    name: str
+    """File name, with its extension."""
+    rows: int
+    size_bytes: int
+    sha256: str
+
+
+def version(table_uri: str) -> int | None:
+    """The newest version; None when there is no table yet."""
+    return DeltaTable(table_uri, storage_options=_options(table_uri)).version() if _exists(table_uri) else None
+
+
+def files(table_uri: str, version: int | None = None) -> list[str]:
+    """The Parquet files of one version (None: the newest), sorted."""
+    return sorted(DeltaTable(table_uri, version=version, storage_options=_options(table_uri)).file_uris())
+
+
+def read(table_uri: str, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one version (None: the newest), sorted by `key`.
+
+    Args:
+        columns: what to read, with `key` among it; None is all. Leave out pictures wherever they are not needed.
+    """
+    # DeltaTable.to_pyarrow_* can abort the interpreter at exit (deltalake 1.6.6); plain Parquet does not.
+    return pa.concat_tables(read_file(uri, columns) for uri in files(table_uri, version)).sort_by("key")
+
+
+def find_part(table_uri: str, name: str) -> Part | None:
+    """The part of this name that an earlier attempt wrote, committed or not."""
+    file = f"{name}.parquet"
+    uri = f"{table_uri}/{file}"
+    return _describe(file, storage.read(uri)) if storage.exists(uri) else None
+
+
+def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
+    """Write rows as the Parquet file `name` (no extension) into the table's folder; if it is there already, that one counts."""
+    part = find_part(table_uri, name)
+    if part is None:
+        data = parquet_bytes(table)
+        storage.write(f"{table_uri}/{name}.parquet", data)
+        part = _describe(f"{name}.parquet", data)
+    return part
+
+
+def append_files(
+    table_uri: str, parts: Sequence[Part], schema: pa.Schema, note: Mapping[str, str] | None = None
+) -> int:
+    """Commit parts that lie in the table's folder, all at once; makes the table if there is none.
+
+    Args:
+        parts: those already committed are left alone, so committing again changes nothing.
+        note: kept in the commit, for people who ask where rows came from.
+
+    Returns:
+        The version of the table that has all the parts.
+    """
+    options, exists = _options(table_uri), _exists(table_uri)
+    known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
+    new = [part for part in parts if part.name not in known]
+    now = int(time.time() * 1000)
+    adds = [
+        AddAction(part.name, part.size_bytes, {}, now, True, json.dumps({"numRecords": part.rows})) for part in new
+    ]
+    hashes = {part.name: part.sha256 for part in new}
+    properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
+    delta_schema = Schema.from_arrow(schema)
+    if not exists:
+        create_table_with_add_actions(
+            table_uri, delta_schema, adds, storage_options=options, commit_properties=properties
+        )
+    elif new:
+        table = DeltaTable(table_uri, storage_options=options)
+        table.create_write_transaction(adds, mode="append", schema=delta_schema, commit_properties=properties)
+    return DeltaTable(table_uri, storage_options=options).version()
+
+
+def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file."""
+    filesystem, path = storage.locate(uri)
+    with filesystem.open_input_file(path) as file:
+        return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+
+
+def write_file(uri: str, table: pa.Table) -> None:
+    """One Parquet file, whole or not at all."""
+    storage.write(uri, parquet_bytes(table))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """The same rows always give the same bytes. Pictures (`jpg`) are compressed as they are."""
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    codec = {name: "none" if name == "jpg" else "zstd" for name in table.column_names}
+    buffer = io.BytesIO()
+    pq.write_table(
+        table.combine_chunks(),
+        buffer,
+        row_group_size=ROW_GROUP_ROWS,
+        compression=codec if "jpg" in codec else "zstd",
+        use_dictionary=texts,
+        write_statistics=[name for name in table.column_names if name != "jpg"],
+    )
+    return buffer.getvalue()
+
+
+def content_digest(table: pa.Table) -> str:
+    """sha256 over column names, types and values in row order; chunks, files and encodings do not matter."""
+    digest = hashlib.sha256()
+    for field, column in zip(table.schema, table.columns, strict=True):
+        digest.update(json.dumps([field.name, table.num_rows]).encode())
+        _hash_column(digest, column)
+    return digest.hexdigest()
+
+
+def _hash_column(digest: "hashlib._Hash", column: pa.ChunkedArray) -> None:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _hash_column(digest, column.cast(kind.value_type))
+    digest.update(str(kind).removeprefix("large_").encode())
+    digest.update(column.is_valid().to_numpy().tobytes())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        digest.update(_numbers(pc.list_value_length(column)))
+        _hash_column(digest, pc.list_flatten(column))
+    elif kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+        digest.update(_numbers(pc.binary_length(column)))
+        for chunk in column.chunks:
+            for value in chunk.cast(pa.large_binary()):
+                if value.is_valid:
+                    digest.update(value.as_buffer())
+    else:
+        digest.update(pc.fill_null(column, False if pa.types.is_boolean(kind) else 0).to_numpy().tobytes())
+
+
+def _numbers(column: pa.ChunkedArray) -> bytes:
+    return pc.fill_null(column, 0).cast(pa.int64()).to_numpy().tobytes()  # type: ignore[no-any-return]
+
+
+def _describe(name: str, data: bytes) -> Part:
+    rows = pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
+    return Part(name, rows, len(data), storage.sha256(data))
+
+
+def _exists(table_uri: str) -> bool:
+    return DeltaTable.is_deltatable(table_uri, storage_options=_options(table_uri))
+
+
+def _options(table_uri: str) -> dict[str, str] | None:
+    """Credentials and endpoint of an object store, from the environment."""
+    if "://" not in table_uri:
+        return None
+    return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_"))}

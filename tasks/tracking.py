@@ -1,0 +1,142 @@
+"""MLflow, behind a few functions that never stop the work: what cannot be logged is a warning, not a failure."""
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+# A tracking server that is down must cost seconds, not the four minutes of the client's defaults.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracker:
+    """Logs to one MLflow run. Pickles to two strings, so any Ray worker can log to the run of its stage."""
+
+    tracking_uri: str
+    run_id: str
+
+    def params(self, config: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, str(value)[:6000]) for key, value in flatten(config).items()]
+        self._try(lambda client: [client.log_batch(self.run_id, params=params[i : i + 100]) for i in range(0, len(params), 100)])
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log named numbers at `step` (samples seen, while training)."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._try(lambda client: client.log_batch(self.run_id, metrics=metrics))
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, str(value)[:5000]) for key, value in values.items()]
+        self._try(lambda client: client.log_batch(self.run_id, tags=tags))
+
+    def file(self, path: str | Path, folder: str | None = None) -> None:
+        """Log a file or a whole folder as an artifact."""
+        log_artifact = "log_artifacts" if Path(path).is_dir() else "log_artifact"
+        self._try(lambda client: getattr(client, log_artifact)(self.run_id, str(path), folder))
+
+    def bytes(self, data: bytes, name: str) -> None:
+        """Log bytes as the artifact `name`, which may contain folders."""
+        folder, _, base = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, base)
+            path.write_bytes(data)
+            self.file(path, folder or None)
+
+    def json(self, value: Any, name: str) -> None:
+        self.bytes(json.dumps(value, indent=2, sort_keys=True).encode(), name)
+
+    def dataset(self, name: str, digest: str, source: str, facts: Mapping[str, Any]) -> None:
+        """Record which dataset version this run read, as MLflow's dataset input.
+
+        Args:
+            digest: content digest of the snapshot; MLflow keeps the first 36 characters.
+            source: URI of the table.
+            facts: counts and versions, shown as the dataset's profile.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=name,
+            digest=digest[:36],
+            source_type="delta",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps(facts),
+        )
+        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+        self._try(lambda client: client.log_inputs(self.run_id, [entry]))
+
+    def register(self, folder: str, artifact: str, name: str, alias: str) -> str | None:
+        """Log a folder as an artifact, make it a new version of a registered model and move an alias to it.
+
+        Returns:
+            The version, or None when MLflow did not take it.
+        """
+        from mlflow.exceptions import MlflowException
+
+        def action(client: Any) -> str:
+            client.log_artifacts(self.run_id, folder, artifact)
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"{client.get_run(self.run_id).info.artifact_uri}/{artifact}"
+            version = str(client.create_model_version(name, source, self.run_id).version)
+            client.set_registered_model_alias(name, alias, version)
+            return version
+
+        version: str | None = self._try(action)
+        return version
+
+    def end(self, status: str = "FINISHED") -> None:
+        self._try(lambda client: client.set_terminated(self.run_id, status))
+
+    def child(self, experiment_id: str, name: str) -> "Tracker":
+        """Open a run below this one; without a server, logging to it does nothing."""
+        tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name, "unclip.stage": name}
+        run = self._try(lambda client: client.create_run(experiment_id, tags=tags, run_name=name))
+        return Tracker(self.tracking_uri, run.info.run_id if run else "")
+
+    def _try(self, action: Callable[[Any], Any]) -> Any:
+        if not self.run_id:
+            return None
+        try:
+            return action(client(self.tracking_uri))
+        except Exception as error:  # whatever the server or its network does, the work goes on
+            log.warning("MLflow at %s did not take an entry: %s", self.tracking_uri, str(error).splitlines()[0])
+            return None
+
+
+def client(tracking_uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri, registry_uri=tracking_uri)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"prior": {"depth": 2}} -> {"prior.depth": 2}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat

@@ -1,0 +1,133 @@
+"""Training on Ray Train: what the stages of the prior, the decoder, the upsampler and CLIP share.
+
+Ray Train places the workers, sets up their process group and restarts them when they die. What is resumed from is the
+trainer's own checkpoints, whose manifests say that they are complete.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tasks.progress import Progress
+from tasks.stage import StageContext
+from tasks.tracking import Tracker
+from unclip import checkpoints, files
+from unclip.data import Source
+from unclip.errors import StageError, UnclipError
+from unclip.trainer import Monitor, Objective, TrainerConfig, Workers
+
+# Branches wait for each other's CPUs or GPUs; that is no failure.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """All that a worker needs to train one model."""
+
+    build: Callable[[Workers], Objective]
+    """Makes the model and its loss, in the worker."""
+    sources: tuple[Source, ...]
+    keys: Callable[[], list[str]]
+    """The rows to train on."""
+    config: TrainerConfig
+
+
+def run_training(context: StageContext, training: Training) -> tuple[str, str]:
+    """Train on the cluster, from the last checkpoint of this stage's fingerprint if there is one.
+
+    Returns:
+        URI of the finished model, and its digest.
+
+    Raises:
+        StageError: the training failed; the message is the worker's.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    resources, folder = context.run.resources, context.folder
+    model = f"{folder}/model"
+    if not files.exists(f"{model}/{checkpoints.MANIFEST}"):
+        files.delete(f"{folder}/failure.json")
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"training": training, "context": _WorkerContext.of(context), "folder": folder},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.num_workers,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker=resources.per_worker(),
+            ),
+            run_config=ray.train.RunConfig(
+                name=context.fingerprint[:16],
+                storage_path=str(context.scratch / "ray-train"),
+                failure_config=ray.train.FailureConfig(max_failures=3),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+            raise StageError(f"{context.stage}: {causes[0]}") from causes[0]
+        if files.exists(f"{folder}/failure.json"):
+            raise StageError(files.read_json(f"{folder}/failure.json")["message"])
+    return model, checkpoints.digest(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WorkerContext:
+    """The part of a stage's context that can be sent to a worker."""
+
+    stage: str
+    tracker: Tracker
+    cpus_per_worker: int
+
+    @classmethod
+    def of(cls, context: StageContext) -> "_WorkerContext":
+        return cls(context.stage, context.tracker, context.run.resources.cpus_per_worker)
+
+
+def _work(loop: Mapping[str, Any]) -> None:
+    """Runs in each Ray Train worker."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from unclip import trainer
+    from unclip.data import RowReader
+
+    training: Training = loop["training"]
+    context: _WorkerContext = loop["context"]
+    place = ray.train.get_context()
+    workers = Workers(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device())
+    torch.set_num_threads(context.cpus_per_worker)
+    try:
+        torch.manual_seed(training.config.seed)
+        objective = training.build(workers)
+        reader = RowReader(training.sources, training.keys())
+        monitor = _MlflowMonitor(context.stage, context.tracker)
+        trainer.train(objective, reader, training.config, loop["folder"], monitor, workers)
+    except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
+        files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
+
+
+class _MlflowMonitor(Monitor):
+    """Metrics and previews to MLflow, a progress line to the console."""
+
+    def __init__(self, stage: str, tracker: Tracker) -> None:
+        self.stage, self.tracker = stage, tracker
+
+    def start(self, samples_seen: int, num_samples: int) -> None:
+        self.progress = Progress(self.stage, num_samples, "samples", done=samples_seen)
+        self.samples_seen = samples_seen
+
+    def step(self, samples_seen: int, loss: float) -> None:
+        self.progress.update(samples_seen - self.samples_seen, f"loss {loss:.4f}")
+        self.samples_seen = samples_seen
+
+    def metrics(self, values: Mapping[str, float], samples_seen: int) -> None:
+        self.tracker.metrics(values, samples_seen)
+
+    def preview(self, images: Any, samples_seen: int) -> None:
+        from unclip import pictures
+
+        self.tracker.bytes(pictures.png(pictures.grid(images, columns=8)), f"previews/{samples_seen:012d}.png")

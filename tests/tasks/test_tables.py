@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tasks import tables
+
+SCHEMA = pa.schema({"key": pa.string(), "jpg": pa.binary(), "width": pa.int32()})
+
+
+def rows(*keys: str) -> pa.Table:
+    columns = {"key": keys, "jpg": [key.encode() if key != "c" else None for key in keys], "width": range(len(keys))}
+    return pa.table({name: list(values) for name, values in columns.items()}, SCHEMA)
+
+
+def test_parts_appear_with_their_commit_and_stay_in_their_version(tmp_path: Path) -> None:
+    table = str(tmp_path / "images")
+    assert tables.version(table) is None
+    first = tables.write_part(table, "p1", rows("d", "b"))
+    assert (first.name, first.rows) == ("p1.parquet", 2)
+    assert tables.version(table) is None
+    assert tables.append_files(table, [first], SCHEMA, {"unclip.run": "r1"}) == 0
+    second = tables.write_part(table, "p0", rows("c", "a"))
+    assert tables.read(table)["key"].to_pylist() == ["b", "d"]
+    assert tables.append_files(table, [first, second], SCHEMA) == 1
+    assert tables.version(table) == 1
+    assert tables.read(table)["key"].to_pylist() == ["a", "b", "c", "d"]
+    assert tables.read(table).schema == SCHEMA
+    assert tables.read(table, version=0, columns=["key", "width"]).to_pydict() == {"key": ["b", "d"], "width": [1, 0]}
+    assert [Path(uri).name for uri in tables.files(table)] == ["p0.parquet", "p1.parquet"]
+
+
+def test_committing_again_changes_nothing(tmp_path: Path) -> None:
+    table = str(tmp_path)
+    parts = [tables.write_part(table, name, rows(name)) for name in ("a", "b")]
+    assert tables.append_files(table, parts, SCHEMA) == 0
+    assert tables.append_files(table, parts, SCHEMA) == 0
+    assert tables.append_files(table, [], SCHEMA) == 0
+    assert tables.read(table).num_rows == 2
+
+
+def test_any_delta_reader_sees_the_rows_and_their_number(tmp_path: Path) -> None:
+    import deltalake
+
+    tables.append_files(str(tmp_path), [tables.write_part(str(tmp_path), "p", rows("a", "b", "c"))], SCHEMA)
+    table = deltalake.DeltaTable(str(tmp_path))
+    assert table.count() == 3
+    query = deltalake.QueryBuilder().register("t", table).execute("select key from t where jpg is null")
+    assert pa.table(query.read_all())["key"].to_pylist() == ["c"]
+
+
+def test_a_part_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    table = str(tmp_path)
+    first = tables.write_part(table, "p", rows("a"))
+    before = (tmp_path / "p.parquet").stat()
+    assert tables.write_part(table, "p", rows("b", "c")) == first == tables.find_part(table, "p")
+    after = (tmp_path / "p.parquet").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert tables.find_part(table, "q") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.parquet"]
+
+
+def test_the_same_rows_are_the_same_bytes_in_groups_of_a_thousand(tmp_path: Path) -> None:
+    keys = [f"{number:05}" for number in range(2500)]
+    whole = rows(*keys)
+    pieces = pa.concat_tables([whole.slice(0, 7), whole.slice(7)])
+    assert tables.parquet_bytes(whole) == tables.parquet_bytes(pieces)
+    tables.write_file(str(tmp_path / "a.parquet"), whole)
+    metadata = pq.read_metadata(tmp_path / "a.parquet")
+    assert [metadata.row_group(group).num_rows for group in range(3)] == [1000, 1000, 500]
+    codecs = {metadata.row_group(0).column(i).path_in_schema: metadata.row_group(0).column(i) for i in range(3)}
+    assert codecs["jpg"].compression == "UNCOMPRESSED" and codecs["key"].compression == "ZSTD"
+    assert "RLE_DICTIONARY" not in codecs["jpg"].encodings
+
+
+def test_content_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+    vectors = pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32()))
+    table = rows("a", "b", "c").append_column("vector", vectors).append_column("ok", pa.array([True, None, False]))
+    digest = tables.content_digest(table)
+    assert digest == tables.content_digest(pa.concat_tables([table.slice(0, 1), table.slice(1, 0), table.slice(1)]))
+    assert digest == tables.content_digest(pa.concat_tables([rows_of(table, 2), table]).slice(2))
+    dictionary = table.set_column(0, "key", table["key"].dictionary_encode())
+    large = table.set_column(0, "key", table["key"].cast(pa.large_string()))
+    assert digest == tables.content_digest(dictionary) == tables.content_digest(large)
+    for part, keys in (("p2", ("a",)), ("p1", ("c", "b"))):
+        tables.write_part(str(tmp_path), part, rows(*keys))
+    tables.append_files(str(tmp_path), [part for name in ("p2", "p1") if (part := tables.find_part(str(tmp_path), name))], SCHEMA)
+    stored = tables.read(str(tmp_path), columns=["key", "jpg"])
+    assert tables.content_digest(stored) == tables.content_digest(rows("a", "b", "c").select(["key", "jpg"]))
+
+
+def rows_of(table: pa.Table, number: int) -> pa.Table:
+    return table.slice(table.num_rows - number)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.rename_columns(["key", "jpg", "size"]),
+        lambda t: t.set_column(2, "width", t["width"].cast(pa.int64())),
+        lambda t: t.set_column(2, "width", pa.array([0, 1, None], pa.int32())),
+        lambda t: t.set_column(1, "jpg", pa.array([b"a", b"b", b""])),
+        lambda t: t.set_column(0, "key", pa.array(["ab", "", "c"])),
+        lambda t: t.take([1, 0, 2]),
+        lambda t: t.slice(0, 2),
+    ],
+)
+def test_content_digest_sees_every_change(change: object) -> None:
+    table = rows("a", "b", "c")
+    assert tables.content_digest(change(table)) != tables.content_digest(table)  # type: ignore[operator]

@@ -1,0 +1,108 @@
+"""Checkpoints that are all there or do not exist, and models that say what they are.
+
+A checkpoint is a folder of safetensors and JSON files with a `manifest.json`, written last, that holds the sha256 of every
+file. A folder without a manifest is not a checkpoint; one whose files do not match is damaged and never loaded. Nothing is
+ever unpickled.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unclip import files
+from unclip.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+Tensors = Mapping[str, Tensor]
+
+
+class Checkpoint(NamedTuple):
+    samples_seen: int
+    tensors: dict[str, dict[str, Tensor]]
+    """File stem -> name -> tensor, on the CPU."""
+    facts: dict[str, Any]
+
+
+def save(folder: str, tensors: Mapping[str, Tensors], facts: Mapping[str, Any]) -> str:
+    """Write one checkpoint or model.
+
+    Args:
+        folder: URI; made if missing.
+        tensors: file stem -> name -> tensor.
+        facts: anything JSON that is needed to use the tensors.
+
+    Returns:
+        Digest of the content: the same tensors and facts give the same digest.
+    """
+    from safetensors.torch import save as serialize
+
+    hashes = {}
+    contents = {f"{stem}.safetensors": serialize(_contiguous(group)) for stem, group in tensors.items()}
+    contents["facts.json"] = json.dumps(facts, indent=2, sort_keys=True).encode()
+    for name, data in contents.items():
+        files.write(f"{folder}/{name}", data)
+        hashes[name] = files.sha256(data)
+    files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes})
+    return digest(folder)
+
+
+def digest(folder: str) -> str:
+    """Digest of a saved checkpoint or model, from its manifest."""
+    hashes = files.read_json(f"{folder}/{MANIFEST}")["sha256"]
+    return files.sha256(json.dumps(hashes, sort_keys=True).encode())
+
+
+def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors and facts of a checkpoint, verified.
+
+    Raises:
+        CheckpointError: no manifest, or a file that is missing or does not match its hash.
+    """
+    from safetensors.torch import load as deserialize
+
+    if not files.exists(f"{folder}/{MANIFEST}"):
+        raise CheckpointError(f"{folder}: no {MANIFEST}, so this is not a complete checkpoint. Name another one.")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    facts: dict[str, Any] = {}
+    try:
+        hashes = files.read_json(f"{folder}/{MANIFEST}")["sha256"]
+        for name, expected in hashes.items():
+            data = files.read(f"{folder}/{name}")
+            if files.sha256(data) != expected:
+                raise CheckpointError(f"{folder}/{name}: the sha256 is not the manifest's. The file is damaged.")
+            if name.endswith(".safetensors"):
+                tensors[name.removesuffix(".safetensors")] = deserialize(data)
+            else:
+                facts = json.loads(data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}. The checkpoint is damaged.") from error
+    return tensors, facts
+
+
+def save_step(root: str, samples_seen: int, tensors: Mapping[str, Tensors], facts: Mapping[str, Any], keep: int) -> None:
+    """Write the checkpoint of a training run at `samples_seen`, then drop all but the last `keep`."""
+    save(f"{root}/{samples_seen:012d}", tensors, {**facts, "samples_seen": samples_seen})
+    for name in files.names(root)[:-keep]:
+        files.delete(f"{root}/{name}")
+
+
+def load_latest(root: str) -> Checkpoint | None:
+    """The newest undamaged checkpoint of a training run, None if there is none; says which ones it passes over."""
+    for name in reversed(files.names(root)):
+        try:
+            tensors, facts = load(f"{root}/{name}")
+            return Checkpoint(facts["samples_seen"], tensors, facts)
+        except CheckpointError as error:
+            log.warning("%s Using the one before.", error)
+    return None
+
+
+def _contiguous(tensors: Tensors) -> dict[str, Tensor]:
+    # safetensors wants row-major tensors that share no memory
+    return {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format).clone() for name, tensor in tensors.items()}

@@ -1,0 +1,165 @@
+"""CLIP by open_clip: any of its models, frozen, behind the three functions that the stack needs.
+
+A model is named as open_clip names it ("ViT-L-14" with a `pretrained` tag or weights file, "hf-hub:org/name",
+"local-dir:/folder") or is one of the small architectures in `open_clip_models/`, to be trained from scratch.
+
+Letters: B batch, S side of CLIP's input, L text tokens, W text width, E embedding width.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.config import nearest
+from unclip.errors import CheckpointError, ConfigError
+
+OWN_ARCHITECTURES = Path(__file__).parent / "open_clip_models"
+
+
+class TextFeatures(NamedTuple):
+    """A batch of captions as CLIP sees it."""
+
+    text_embedding: Tensor
+    """[B, E] float32, unit norm."""
+    text_encodings: Tensor
+    """[B, L, W] float32, the text encoder's last hidden states after its final norm."""
+    text_mask: Tensor
+    """[B, L] bool, True = keep."""
+
+
+def check_name(model: str, pretrained: str | None) -> None:
+    """Check a model's name without loading anything.
+
+    Raises:
+        ConfigError: open_clip does not know the model, or a folder or weights file does not exist.
+    """
+    if model.startswith("hf-hub:"):
+        return
+    if model.startswith("local-dir:"):
+        config = Path(model.removeprefix("local-dir:"), "open_clip_config.json")
+        if not config.is_file():
+            raise ConfigError(f"clip.model: got {model!r}, but {config} does not exist. Name a folder saved by open_clip.")
+        return
+    if model not in architectures():
+        raise ConfigError(f"clip.model: got {model!r}, which open_clip does not know. {nearest(model, architectures())}")
+    looks_like_path = pretrained is not None and ("/" in pretrained or "." in pretrained)
+    if looks_like_path and not Path(str(pretrained)).is_file():
+        raise ConfigError(f"clip.pretrained: {pretrained!r} does not exist. Name a weights file or a tag of open_clip.")
+
+
+def architectures() -> set[str]:
+    """Names of the models that open_clip and this library know."""
+    spec = importlib.util.find_spec("open_clip")  # finding a package does not import it
+    folders = [OWN_ARCHITECTURES]
+    if spec is not None and spec.submodule_search_locations:
+        folders.append(Path(spec.submodule_search_locations[0], "model_configs"))
+    return {path.stem for folder in folders for path in folder.glob("*.json")}
+
+
+def create(model: str, pretrained: str | None) -> nn.Module:
+    """The open_clip model itself, on the CPU; its architecture alone when `pretrained` is None and the name needs no more.
+
+    Raises:
+        CheckpointError: open_clip could not load it; the message is open_clip's.
+    """
+    import open_clip
+
+    open_clip.add_model_config(OWN_ARCHITECTURES)
+    try:
+        return open_clip.create_model(model, pretrained=pretrained, weights_only=True)  # type: ignore[no-any-return]
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
+        raise CheckpointError(f"clip: open_clip could not load {model!r} ({pretrained!r}): {error}") from error
+
+
+class Clip(nn.Module):
+    """A frozen open_clip model: never trains, never leaves evaluation mode."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        import open_clip
+
+        open_clip.add_model_config(OWN_ARCHITECTURES)
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.preprocess = open_clip.transform.image_transform_v2(
+            open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
+        )
+
+    @classmethod
+    def load(cls, model: str, pretrained: str | None = None) -> "Clip":
+        return cls(create(model, pretrained), model)
+
+    def train(self, mode: bool = True) -> "Clip":
+        """Frozen: stays in evaluation mode, also when a module that holds it is put in training mode."""
+        return super().train(False)
+
+    @property
+    def embedding_dim(self) -> int:
+        return int(self.model.text_projection.shape[-1])
+
+    @property
+    def text_width(self) -> int:
+        return int(self.model.ln_final.normalized_shape[0])
+
+    @property
+    def text_length(self) -> int:
+        return int(self.model.context_length)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """[B, L] int64; captions that are too long are cut."""
+        return self.tokenizer(captions, context_length=self.text_length)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit-norm image embeddings [B, E] float32 of images [B, 3, S, S] preprocessed by `preprocess` or `resize`."""
+        return F.normalize(self.model.encode_image(images).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tensor) -> TextFeatures:
+        """All that the prior reads of a caption; tokens [B, L]."""
+        output = self.model.forward_intermediates(text=tokens, text_indices=1, normalize_intermediates=True)
+        kept = (tokens != 0).long()
+        # Token id 0 is also a word ("!"): padding is only what follows the last other token.
+        text_mask = kept.flip(1).cumsum(1).flip(1) > 0
+        return TextFeatures(output["text_features"].float(), output["text_intermediates"][-1].float(), text_mask)
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] as this model wants them: [B, 3, S, S], its own mean and standard deviation."""
+        return prepare(self.model, images)
+
+
+def input_side(model: Any) -> int:
+    """Side S in pixels of the square pictures that an open_clip model sees."""
+    size = model.visual.preprocess_cfg["size"]
+    return int(size if isinstance(size, int) else size[0])
+
+
+def prepare(model: Any, images: Tensor) -> Tensor:
+    """Resize and standardise a batch of images in [-1, 1] for an open_clip model, on its device."""
+    settings = model.visual.preprocess_cfg
+    side = input_side(model)
+    if images.shape[-2:] != (side, side):
+        images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    mean = torch.tensor(settings["mean"], device=images.device).view(3, 1, 1)
+    std = torch.tensor(settings["std"], device=images.device).view(3, 1, 1)
+    return ((images + 1) / 2 - mean) / std
+
+
+def save(model: nn.Module, name: str, folder: Path) -> None:
+    """Write a model trained from one of our architectures as a folder that open_clip loads as "local-dir:<folder>"."""
+    from safetensors.torch import save_file
+
+    import open_clip
+
+    open_clip.add_model_config(OWN_ARCHITECTURES)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": dict(model.visual.preprocess_cfg)}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, str(folder / "open_clip_model.safetensors"))

@@ -1,0 +1,152 @@
+"""Typed configuration: nested mappings (TOML, `--set`) into frozen dataclasses, checked before anything starts.
+
+A configuration class is a frozen dataclass of plain values (bool, int, float, str, tuples of those, None) and other such
+dataclasses. It checks its own values in `__post_init__` by raising `ConfigError` through `require`.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from unclip.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def require(condition: bool, setting: str, got: object, expected: str) -> None:
+    """Raise `ConfigError` naming the setting, its value and what would be valid, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{setting}: got {got!r}, expected {expected}.")
+
+
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """A sentence that names the valid name closest to `name`, or all of them when none is close."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Valid names: {', '.join(names)}."
+
+
+def load(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build `cls` from a nested mapping; a missing key takes its default.
+
+    Args:
+        cls: a configuration dataclass.
+        values: keys are field names; nested mappings fill nested dataclasses.
+        where: dotted path used in messages.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid one), a wrong type, an impossible or missing value.
+    """
+    hints = field_types(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"{_join(where, key)}: unknown setting. {nearest(key, hints)}")
+    arguments = {key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if field.name not in arguments and not has_default:
+            if not dataclasses.is_dataclass(hints[field.name]):
+                raise ConfigError(f"{_join(where, field.name)}: missing. Set it in the run file or with --set.")
+            arguments[field.name] = load(hints[field.name], {}, _join(where, field.name))
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(where) else _join(where, message)) from None
+
+
+def override(values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
+    """A copy of `values` with `section.field=value` applied; the value is read as TOML, and as a plain string if it is not.
+
+    Raises:
+        ConfigError: no `=` in the assignment, or a path through something that is not a section.
+    """
+    import tomllib
+
+    path, equals, text = assignment.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {assignment}: expected section.field=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return _merge_at(values, path.strip().split("."), value, assignment)
+
+
+def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `extra` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in extra.items():
+        both_sections = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both_sections else value
+    return merged
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested plain values, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def fingerprint(*parts: Any) -> str:
+    """sha256 (hex) of JSON-serialisable parts; dict order does not matter."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Field names and resolved types of a configuration dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _merge_at(values: Mapping[str, Any], path: list[str], value: Any, assignment: str) -> dict[str, Any]:
+    copy = dict(values)
+    if len(path) == 1:
+        copy[path[0]] = value
+        return copy
+    section = copy.get(path[0], {})
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"--set {assignment}: {path[0]!r} is a value, not a section.")
+    copy[path[0]] = _merge_at(section, path[1:], value, assignment)
+    return copy
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (value == "none" and type(None) in arguments):
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        return _convert(options[0], value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}: got {value!r}. {nearest(str(value), map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: got {value!r}, expected a list.")
+        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: got {value!r}, expected a section with {', '.join(field_types(hint))}.")  # type: ignore[arg-type]
+        return load(hint, value, where)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is bool or isinstance(value, bool):
+        matches = hint is bool and isinstance(value, bool)
+    else:
+        matches = isinstance(value, hint)
+    if not matches:
+        raise ConfigError(f"{where}: got {value!r}, expected {hint.__name__}.")
+    return value

@@ -1,0 +1,180 @@
+"""A trained stack, from its files to pictures."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unclip import checkpoints, config, files
+from unclip.clip import Clip
+from unclip.config import require
+from unclip.decoder import Decoder, DecoderConfig
+from unclip.errors import CheckpointError
+from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.upsampler import Upsampler, UpsamplerConfig
+
+BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "prior": lambda facts: DiffusionPrior(
+        config.load(PriorConfig, facts["config"]), facts["embedding_dim"], facts["text_width"], facts["text_length"]
+    ),
+    "decoder": lambda facts: Decoder(config.load(DecoderConfig, facts["config"]), facts["embedding_dim"]),
+    "upsampler": lambda facts: Upsampler(config.load(UpsamplerConfig, facts["config"])),
+}
+"""How each kind of model is built from the facts saved with its weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are drawn."""
+
+    prior_steps: int = 64
+    """Sampling steps of the prior."""
+    prior_guidance_scale: float = 1.0
+    """Classifier-free guidance of the prior; 1 = off."""
+    num_candidates: int = 2
+    """Image embeddings drawn for a caption, of which the best is kept."""
+    decoder_steps: int = 50
+    """Sampling steps of the decoder."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance of the decoder; 1 = off."""
+    upsampler_steps: int = 27
+    """Sampling steps of the upsampler."""
+    batch_size: int = 64
+    """Captions that are drawn together."""
+
+    def __post_init__(self) -> None:
+        for name in ("prior_steps", "num_candidates", "decoder_steps", "upsampler_steps", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("prior_guidance_scale", "guidance_scale"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+
+
+def load_model(folder: str) -> nn.Module:
+    """A model as the trainer saved it, in evaluation mode.
+
+    Args:
+        folder: URI of a `model/` folder.
+
+    Raises:
+        CheckpointError: damaged, untrained, or made by another version of the model.
+    """
+    tensors, facts = checkpoints.load(folder)
+    if facts.get("kind") not in BUILDERS:
+        raise CheckpointError(f"{folder}: got a model of kind {facts.get('kind')!r}, expected {', '.join(BUILDERS)}.")
+    if not facts.get("samples_seen"):
+        raise CheckpointError(f"{folder}: this {facts['kind']} was never trained; it would draw noise. Train it first.")
+    try:
+        model = BUILDERS[facts["kind"]](facts)
+        model.load_state_dict(tensors["model"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the weights do not fit the {facts['kind']}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+class Stack(nn.Module):
+    """CLIP, prior, decoder and upsampler: text in, pictures out."""
+
+    def __init__(self, clip: Clip, prior: DiffusionPrior, decoder: Decoder, upsampler: Upsampler) -> None:
+        super().__init__()
+        self.clip, self.prior, self.decoder, self.upsampler = clip, prior, decoder, upsampler
+        self.sampling = SamplingConfig()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Stack":
+        """Load a published stack: a local folder with `stack.json`, and a folder for each model.
+
+        Raises:
+            CheckpointError: something is missing, damaged, or does not fit the rest.
+        """
+        description = Path(folder, "stack.json")
+        if not description.is_file():
+            raise CheckpointError(f"{folder}: no stack.json, so no stack was published here. Run `unclip run` first.")
+        facts = json.loads(description.read_text())
+        named = facts["clip"]["model"].replace("local-dir:", f"local-dir:{folder}/")
+        models = {name: load_model(f"{folder}/{name}") for name in ("prior", "decoder", "upsampler")}
+        stack = cls(Clip.load(named, facts["clip"]["pretrained"]), **models)  # type: ignore[arg-type]
+        stack.sampling = config.load(SamplingConfig, facts["sampling"])
+        return stack
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.query.device
+
+    @torch.no_grad()
+    def text2image(
+        self,
+        captions: Sequence[str],
+        *,
+        seed: int = 0,
+        sampling: SamplingConfig | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> Tensor:
+        """Draw one picture for each caption.
+
+        Args:
+            captions: any number; they are drawn in batches.
+            seed: the same captions, seed and settings give the same pictures on the same machine.
+            sampling: None takes the settings published with the stack.
+            progress: told how many pictures have just been finished.
+
+        Returns:
+            [len(captions), 3, S, S] float32 in [-1, 1], on the CPU.
+
+        Source: Ramesh et al. 2022, section 2: prior, decoder, upsampler.
+        """
+        settings = sampling or self.sampling
+        pictures = []
+        for number, start in enumerate(range(0, len(captions), settings.batch_size)):
+            batch = list(captions[start : start + settings.batch_size])
+            generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + number)
+            embedding = self.embed_captions(batch, settings, generator)
+            pictures.append(self.decode(embedding, settings, generator).cpu())
+            progress(len(batch))
+        return torch.cat(pictures)
+
+    def embed_captions(self, captions: list[str], sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+        """Image embeddings [B, E] that the prior draws for captions."""
+        text = self.clip.encode_text(self.clip.tokenize(captions).to(self.device))
+        return self.prior.sample(
+            text.text_encodings,
+            text.text_mask,
+            text.text_embedding,
+            num_candidates=sampling.num_candidates,
+            num_steps=sampling.prior_steps,
+            guidance_scale=sampling.prior_guidance_scale,
+            generator=generator,
+        )
+
+    def decode(self, image_embedding: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+        """Pictures [B, 3, S, S] at full size for image embeddings [B, E]."""
+        low_res = self.decoder.sample(
+            image_embedding,
+            num_steps=sampling.decoder_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=generator,
+        )
+        return self.upsampler.sample(low_res, num_steps=sampling.upsampler_steps, generator=generator)
+
+
+def save_stack(
+    folder: str, models: dict[str, str], clip_model: str, clip_pretrained: str | None, sampling: SamplingConfig
+) -> None:
+    """Gather trained models into one folder that `Stack.load` reads; `stack.json` is written last.
+
+    Args:
+        folder: URI of the new stack.
+        models: name -> URI of the folder to copy.
+        clip_model: open_clip name; "local-dir:clip" for the copied folder "clip".
+    """
+    for name, source in models.items():
+        for file in files.names(source):
+            files.write(f"{folder}/{name}/{file}", files.read(f"{source}/{file}"))
+    description = {
+        "clip": {"model": clip_model, "pretrained": clip_pretrained},
+        "sampling": config.to_dict(sampling),
+    }
+    files.write_json(f"{folder}/stack.json", description)

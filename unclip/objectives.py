@@ -1,0 +1,215 @@
+"""What is trained, one small class each: a model, how rows become tensors, the loss, and something to look at.
+
+The trainer knows none of them; a new model is one more class here.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip import clip as clip_models
+from unclip.config import to_dict
+from unclip.data import Batch, decode_image
+from unclip.decoder import Decoder, DecoderConfig
+from unclip.embeddings import EmbeddingStatistics
+from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.upsampler import Upsampler, UpsamplerConfig, degrade
+
+Tensors = dict[str, Tensor]
+
+class PriorObjective:
+    """Mean squared error of the clean image embedding. Source: Ramesh et al. 2022, eq. 2."""
+
+    columns = ("caption", "image_embedding", "text_embedding")
+
+    def __init__(self, config: PriorConfig, clip: clip_models.Clip, statistics: EmbeddingStatistics) -> None:
+        self.clip = clip
+        self.model = DiffusionPrior(config, clip.embedding_dim, clip.text_width, clip.text_length)
+        self.model.statistics.load_state_dict(statistics.state_dict())
+
+    def prepare(self, batch: Batch) -> Tensors:
+        text = self.clip.encode_text(self.clip.tokenize(batch["caption"]))
+        return {
+            "image_embedding": _stack(batch["image_embedding"]),  # [B, E]
+            "text_embedding": _stack(batch["text_embedding"]),  # [B, E]
+            "text_encodings": text.text_encodings,  # [B, L, W]
+            "text_mask": text.text_mask,  # [B, L]
+        }
+
+    def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
+        diffusion = self.model.diffusion
+        x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
+        t, noise = _draw(x0, diffusion.num_timesteps, generator)
+        drop = _bernoulli(x0, self.model.config.cond_drop_prob, generator)
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            return network(  # type: ignore[no-any-return]
+                x_t, t, tensors["text_encodings"], tensors["text_mask"], tensors["text_embedding"], drop
+            )
+
+        return diffusion.loss(predict, x0, t, noise).mean()
+
+    def preview(self, model: nn.Module) -> None:
+        return None  # an embedding is nothing to look at
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "kind": "prior",
+            "config": to_dict(self.model.config),
+            "embedding_dim": self.clip.embedding_dim,
+            "text_width": self.clip.text_width,
+            "text_length": self.clip.text_length,
+        }
+
+
+class DecoderObjective:
+    """The diffusion loss of small pictures given their CLIP embedding."""
+
+    columns = ("image_embedding", "jpg")
+
+    def __init__(self, config: DecoderConfig, statistics: EmbeddingStatistics, preview: Batch) -> None:
+        embedding_dim = len(statistics.mean)
+        self.config = config
+        self.model: Decoder = Decoder(config, embedding_dim).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.statistics.load_state_dict(statistics.state_dict())
+        self._preview = self.prepare(preview)
+
+    def prepare(self, batch: Batch) -> Tensors:
+        return {
+            "images": load_images(batch["jpg"], self.config.unet.image_size),  # [B, 3, S, S]
+            "image_embedding": _stack(batch["image_embedding"]),  # [B, E]
+        }
+
+    def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
+        x0 = tensors["images"]
+        t, noise = _draw(x0, self.model.diffusion.num_timesteps, generator)
+        drop = _bernoulli(x0, self.config.cond_drop_prob, generator)
+        return self.model.diffusion.loss(
+            lambda x_t, t: network(x_t, t, tensors["image_embedding"], drop), x0, t, noise
+        ).mean()
+
+    def preview(self, model: nn.Module) -> Tensor:
+        """The originals, then samples from their embeddings."""
+        generator = torch.Generator(_device(model)).manual_seed(0)
+        embedding = self._preview["image_embedding"].to(_device(model))
+        samples = self.model.sample(embedding, num_steps=25, guidance_scale=2.0, generator=generator)
+        return torch.cat([self._preview["images"], samples.cpu()])
+
+    def facts(self) -> dict[str, Any]:
+        embedding_dim = len(self.model.statistics.mean)
+        return {"kind": "decoder", "config": to_dict(self.config), "embedding_dim": embedding_dim}
+
+
+class UpsamplerObjective:
+    """The diffusion loss of crops of pictures given the same crops at low resolution."""
+
+    columns = ("jpg",)
+
+    def __init__(self, config: UpsamplerConfig, preview: Batch) -> None:
+        self.config = config
+        self.model: Upsampler = Upsampler(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._preview = self.prepare(preview)["images"]
+
+    def prepare(self, batch: Batch) -> Tensors:
+        return {"images": load_images(batch["jpg"], self.config.output_size)}  # [B, 3, S, S]
+
+    def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
+        config = self.config
+        x0, low_res = self._crops(tensors["images"], generator)
+        low_res = degrade(
+            low_res,
+            blur_sigma=config.blur_sigma,
+            blur_prob=config.blur_prob,
+            noise_std=config.noise_std,
+            generator=generator,
+        )
+        t, noise = _draw(x0, self.model.diffusion.num_timesteps, generator)
+        return self.model.diffusion.loss(lambda x_t, t: network(x_t, t, low_res), x0, t, noise).mean()
+
+    def preview(self, model: nn.Module) -> Tensor:
+        """The originals, then their small versions upsampled."""
+        generator = torch.Generator(_device(model)).manual_seed(0)
+        low_res = shrink(self._preview, self.config.low_res_size).to(_device(model))
+        samples = self.model.sample(low_res, num_steps=15, generator=generator)
+        return torch.cat([self._preview, samples.cpu()])
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "upsampler", "config": to_dict(self.config)}
+
+    def _crops(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The same random window of every picture and of its small version: [B, 3, S, S], [B, 3, S / scale, S / scale].
+
+        Small versions are made of whole pictures, so that a crop's edges look as they do at full size.
+        """
+        scale, crop = self.config.scale, self.config.unet.image_size // self.config.scale
+        low_res = shrink(images, self.config.low_res_size)
+        offsets = torch.randint(
+            self.config.low_res_size - crop + 1, (2, len(images)), generator=generator, device=images.device
+        ).tolist()
+        corners = list(zip(*offsets, strict=True))
+        high = [image[:, scale * y : scale * (y + crop), scale * x : scale * (x + crop)] for image, (y, x) in zip(images, corners, strict=True)]
+        low = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(low_res, corners, strict=True)]
+        return torch.stack(high), torch.stack(low)
+
+
+class ClipObjective:
+    """CLIP's contrastive loss, open_clip's own. Source: Radford et al. 2021, figure 3."""
+
+    columns = ("caption", "jpg")
+
+    def __init__(self, name: str, rank: int = 0, world_size: int = 1) -> None:
+        import open_clip
+
+        self.name = name
+        self.model = clip_models.create(name, None)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.side = clip_models.input_side(self.model)
+        self.clip_loss = open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
+
+    def prepare(self, batch: Batch) -> Tensors:
+        images = load_images(batch["jpg"], self.side)
+        return {"images": clip_models.prepare(self.model, images), "tokens": self.tokenizer(batch["caption"])}
+
+    def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
+        image_features, text_features, logit_scale = network(tensors["images"], tensors["tokens"])[:3]
+        # the temperature of the paper: never above 100
+        logit_scale = logit_scale.clamp(max=100)
+        return self.clip_loss(image_features.float(), text_features.float(), logit_scale)  # type: ignore[no-any-return]
+
+    def preview(self, model: nn.Module) -> None:
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "clip", "model": self.name}
+
+
+def load_images(encoded: list[bytes], side: int) -> Tensor:
+    """Stored JPEGs as float32 [B, 3, side, side] in [-1, 1], their central squares."""
+    pixels = np.stack([decode_image(data, side) for data in encoded])  # [B, side, side, 3] uint8
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """[B, 3, S, S] -> [B, 3, side, side], each pixel the mean of those it covers."""
+    return F.interpolate(images, size=(side, side), mode="area")
+
+
+def _stack(rows: list[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(rows))
+
+
+def _draw(x0: Tensor, num_timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A timestep for each sample, and noise like x0."""
+    t = torch.randint(num_timesteps, x0.shape[:1], generator=generator, device=x0.device)
+    return t, torch.randn(x0.shape, generator=generator, device=x0.device)
+
+
+def _bernoulli(x0: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(x0.shape[:1], generator=generator, device=x0.device) < probability
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,197 @@
+"""The ADM U-Net of the decoder and the upsamplers.
+
+Sources: Dhariwal & Nichol 2021 (blocks, scale-shift norm, up/down in residual blocks); Nichol et al. 2022, GLIDE (context
+tokens appended to the keys and values of self-attention).
+
+Letters: B batch, C channels, H height, W width, L context tokens, X context width, D time-embedding width.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.config import require
+from unclip.layers import GroupNorm, TimestepMLP, attention, zero_init
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    image_size: int = 64
+    """Side of the (square) training picture, pixels; attention_resolutions are relative to it."""
+    channels: int = 128
+    """Channels of the first level."""
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    """Channels of each level, in multiples of `channels`; each level halves the side."""
+    num_res_blocks: int = 2
+    """Residual blocks a level."""
+    attention_resolutions: tuple[int, ...] = ()
+    """Sides in pixels at which attention follows each residual block; empty for a purely convolutional network."""
+    head_channels: int = 64
+    """Channels of one attention head."""
+    norm_groups: int = 32
+    """Groups of every group norm."""
+    dropout: float = 0.0
+    """Probability inside residual blocks."""
+
+    def __post_init__(self) -> None:
+        smallest = self.image_size // 2 ** (len(self.channel_mult) - 1)
+        require(len(self.channel_mult) >= 1, "channel_mult", self.channel_mult, "at least one level")
+        require(
+            smallest * 2 ** (len(self.channel_mult) - 1) == self.image_size,
+            "image_size",
+            self.image_size,
+            f"a multiple of {2 ** (len(self.channel_mult) - 1)}, so that every level halves evenly",
+        )
+        sides = [self.image_size // 2**level for level in range(len(self.channel_mult))]
+        for side in self.attention_resolutions:
+            require(side in sides, "attention_resolutions", side, f"sides of this network's levels, {sides}")
+            width = self.channels * self.channel_mult[sides.index(side)]
+            require(width % self.head_channels == 0, "head_channels", self.head_channels, f"a divisor of {width}")
+        for multiple in self.channel_mult:
+            width = self.channels * multiple
+            require(width % self.norm_groups == 0, "norm_groups", self.norm_groups, f"a divisor of {width}")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the conditioning vector."""
+        return 4 * self.channels
+
+
+class UNet(nn.Module):
+    """x_t, a conditioning vector and optional context tokens -> prediction of the same size."""
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, context_dim: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.time_embedding = TimestepMLP(config.channels, config.time_dim)
+        widths = [config.channels * multiple for multiple in config.channel_mult]
+        side, width = config.image_size, widths[0]
+
+        def block(in_width: int, out_width: int, resample: str = "none") -> ResBlock:
+            return ResBlock(config, in_width, out_width, resample)
+
+        def attend(at_width: int) -> nn.Module:
+            if side not in config.attention_resolutions:
+                return nn.Identity()
+            return ContextAttention(config, at_width, context_dim)
+
+        self.input = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.down = nn.ModuleList()
+        skip_widths = [width]
+        for level, level_width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.down.append(nn.ModuleList([block(width, level_width), attend(level_width)]))
+                width = level_width
+                skip_widths.append(width)
+            if level < len(widths) - 1:
+                self.down.append(nn.ModuleList([block(width, width, "down"), nn.Identity()]))
+                skip_widths.append(width)
+                side //= 2
+
+        self.middle = nn.ModuleList([block(width, width), attend(width), block(width, width)])
+
+        self.up = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            for _ in range(config.num_res_blocks + 1):
+                self.up.append(nn.ModuleList([block(width + skip_widths.pop(), level_width), attend(level_width)]))
+                width = level_width
+            if level > 0:
+                self.up.append(nn.ModuleList([block(width, width, "up"), nn.Identity()]))
+                side *= 2
+
+        self.output = nn.Sequential(
+            GroupNorm(config.norm_groups, width), nn.SiLU(), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
+        )
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, vector: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """Args:
+            x_t: [B, in_channels, H, W].
+            t: [B].
+            vector: [B, D], added to the timestep embedding.
+            context: [B, L, X], read by every attention layer.
+
+        Returns:
+            [B, out_channels, H, W].
+        """
+        time = self.time_embedding(t)  # [B, D]
+        time = time if vector is None else time + vector
+        h = self.input(x_t)  # [B, C, H, W]
+        skips = [h]
+        for block, attend in self.down:  # type: ignore[misc]
+            h = _attend(attend, block(h, time), context)
+            skips.append(h)
+        first, attend, second = self.middle
+        h = second(_attend(attend, first(h, time), context), time)
+        for block, attend in self.up:  # type: ignore[misc]
+            if not block.is_resampling:
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = _attend(attend, block(h, time), context)
+        return self.output(h)  # type: ignore[no-any-return]  # [B, out_channels, H, W]
+
+
+def _attend(attend: nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
+    return h if isinstance(attend, nn.Identity) else attend(h, context)
+
+
+class ResBlock(nn.Module):
+    """Residual block with scale-shift group norm and, where asked, up- or downsampling inside."""
+
+    def __init__(self, config: UNetConfig, in_width: int, out_width: int, resample: str) -> None:
+        super().__init__()
+        self.resample = resample
+        self.norm1 = GroupNorm(config.norm_groups, in_width)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.time = nn.Linear(config.time_dim, 2 * out_width)
+        self.norm2 = GroupNorm(config.norm_groups, out_width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_width, out_width, 3, padding=1))
+        self.skip = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
+
+    @property
+    def is_resampling(self) -> bool:
+        return self.resample != "none"
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self._resize(F.silu(self.norm1(x)))  # [B, C_in, H', W']
+        h = self.conv1(h)  # [B, C_out, H', W']
+        scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # 2 x [B, C_out, 1, 1]
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(self._resize(x)) + h  # type: ignore[no-any-return]
+
+    def _resize(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
+
+
+class ContextAttention(nn.Module):
+    """Self-attention over pixels whose keys and values also hold the context tokens."""
+
+    def __init__(self, config: UNetConfig, width: int, context_dim: int) -> None:
+        super().__init__()
+        self.num_heads = width // config.head_channels
+        self.norm = GroupNorm(config.norm_groups, width)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.context_to_kv = nn.Linear(context_dim, 2 * width) if context_dim else None
+        self.to_out = zero_init(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Args: x [B, C, H, W]; context [B, L, X] or None. Returns [B, C, H, W]."""
+        batch, width, height, side = x.shape
+        pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+        q, k, v = self.to_qkv(pixels).chunk(3, dim=2)  # 3 x [B, HW, C]
+        if self.context_to_kv is not None and context is not None:
+            context_k, context_v = self.context_to_kv(context).chunk(2, dim=2)  # 2 x [B, L, C]
+            k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)  # [B, L + HW, C]
+        heads = [tensor.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for tensor in (q, k, v)]
+        attended = attention(*heads)  # [B, heads, HW, C / heads]
+        attended = self.to_out(attended.transpose(1, 2).flatten(2))  # [B, HW, C]
+        return x + attended.transpose(1, 2).reshape(batch, width, height, side)
