@@ -185,7 +185,9 @@ def ui(port: int, storage: str | None) -> None:
     store = Store(storage or "unclip-data")
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
     if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise InputError(f"{store.root}: no run was tracked here. Run a pipeline first, or name its folder with --storage.")
+        raise InputError(
+            f"{store.root}: no run was tracked here. Run a pipeline first, or name its folder with --storage."
+        )
     if uri.startswith("http"):
         click.echo(f"the runs are tracked at {uri}")
         return

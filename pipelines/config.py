@@ -16,7 +16,7 @@ from tasks.filter import FilterConfig
 from tasks.ingest import IngestConfig
 from tasks.models import DecoderStageConfig, PriorStageConfig, UpsamplerStageConfig
 from tasks.publish import PublishConfig
-from tasks.stage import Resources
+from tasks.stage import StageResources
 from unclip import config
 from unclip.errors import ConfigError, InputError
 
@@ -43,7 +43,7 @@ class PipelineConfig:
     tracking_uri: str | None = None
     """MLflow server or database; None takes MLFLOW_TRACKING_URI, or a database in the storage folder."""
     cluster: ClusterConfig = ClusterConfig()
-    resources: Resources = Resources()
+    resources: StageResources = StageResources()
     scenes: ScenesConfig | None = None
     """Procedural pictures to train on; they are served on this machine while the pipeline runs."""
     download: DownloadConfig = DownloadConfig()

@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tasks.stage import Artifact, Call, Run, Stage, find_artifact
+from tasks.stage import Artifact, Run, Stage, find_artifact
 from tasks.store import Store
 
 COLOURS = {"cached": "#d5ecd4", "to run": "#fdeab6", "done": "#d5ecd4", "failed": "#f5c0c0", "skipped": "#e4e4e4"}
@@ -114,12 +114,18 @@ def picture(dag: Dag, labels: Mapping[str, str] | None = None) -> bytes:
             axes.annotate("", xy=place[name], xytext=place[parent], arrowprops=arrow)
     for name, (x, y) in place.items():
         colour = COLOURS.get((labels or {}).get(name, ""), "#eef2f8")
-        axes.text(x, y, name, ha="center", va="center", fontsize=10, bbox={"boxstyle": "round,pad=0.45", "fc": colour, "ec": "#666666"})
+        axes.text(
+            x,
+            y,
+            name,
+            ha="center",
+            va="center",
+            fontsize=10,
+            bbox={"boxstyle": "round,pad=0.45", "fc": colour, "ec": "#666666"},
+        )
     axes.set_xlim(-0.9, max(x for x, _ in place.values()) + 0.9)
     axes.set_ylim(-1.9, 1.9)
     axes.axis("off")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     return buffer.getvalue()
-
-

@@ -20,7 +20,9 @@ def find_stack(storage: str, model: str | None) -> str:
     if model is None:
         names = store.list("published")
         if not names:
-            raise InputError(f"{store.root}: nothing was published here. Run a pipeline, or name its folder with --storage.")
+            raise InputError(
+                f"{store.root}: nothing was published here. Run a pipeline, or name its folder with --storage."
+            )
         records = [store.read_json("published", name) for name in names]
         return str(max(records, key=lambda record: record["at"])["stack"])
     from mlflow.artifacts import download_artifacts
@@ -34,4 +36,6 @@ def find_stack(storage: str, model: str | None) -> str:
         version = client(uri).get_model_version_by_alias(name, alias or "latest-published")
         return str(download_artifacts(artifact_uri=version.source, tracking_uri=uri))
     except MlflowException as error:
-        raise InputError(f"--model {model}: MLflow at {uri} does not have it: {error.message.splitlines()[0]}") from None
+        raise InputError(
+            f"--model {model}: MLflow at {uri} does not have it: {error.message.splitlines()[0]}"
+        ) from None

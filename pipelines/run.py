@@ -6,9 +6,10 @@ import datetime
 import fcntl
 import os
 import socket
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from pipelines.config import PipelineConfig
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.text_to_image import DATASET_STAGE, text_to_image
 from tasks.ingest import check_source
-from tasks.stage import Failure, Run
+from tasks.progress import bar
+from tasks.stage import Failure, Resources, Run
 from tasks.store import Store
 from tasks.tracking import Tracker, client, flatten
 from unclip.config import fingerprint, to_dict
@@ -50,15 +52,19 @@ def prepare(config: PipelineConfig) -> PipelineConfig:
     store = Store(config.storage)
     store.check_writable()
     if not store.is_local and tracking_uri(config).startswith("sqlite"):
-        raise ConfigError(f"tracking_uri: {config.storage} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI.")
-    ingest = config.ingest
+        raise ConfigError(
+            f"tracking_uri: {config.storage} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
+        )
+    ingest, download = config.ingest, config.download
     if config.scenes is not None:
         name = fingerprint(to_dict(config.scenes))[:16]
         urls = store.uri("scenes", f"{name}.parquet")
         if not store.exists("scenes", f"{name}.parquet"):
             scene_server.write_url_list(config.scenes, urls)
         ingest = dataclasses.replace(ingest, urls=urls)
-    return dataclasses.replace(config, ingest=dataclasses.replace(ingest, digest=check_source(ingest)))
+        download = dataclasses.replace(download, allow_hosts=(*download.allow_hosts, config.scenes.address))
+    ingest = dataclasses.replace(ingest, digest=check_source(ingest))
+    return dataclasses.replace(config, ingest=ingest, download=download)
 
 
 def tracking_uri(config: PipelineConfig) -> str:
@@ -130,19 +136,15 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
 
     last = list(dag)[-1]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DAGNode.execute is announced to change; it is the API of the versions we allow
+        warnings.simplefilter(
+            "ignore"
+        )  # DAGNode.execute is announced to change; it is the API of the versions we allow
         result = dag[last].ray_node.execute()
-    told: dict[str, str] = {}
-    while True:
-        ready, _ = ray.wait([result], timeout=0.5)
-        events = stage_events(store, run.id)
-        for name in dag:
-            event = events.get(name)
-            if event and told.get(name) != event["state"]:
-                told[name] = event["state"]
-                _tell(name, event)
-        if ready:
-            break
+    console = Console(store, run.id, list(dag))
+    ready: list[Any] = []
+    while not ready:
+        ready, _ = ray.wait([result], timeout=1.0)
+        console.refresh()
     ray.get(result)
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     return [Failure(event["stage"], event["message"]) for event in failed]
@@ -154,10 +156,52 @@ def stage_events(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
     return {name.removesuffix(".json"): store.read_json("runs", run_id, name) for name in names}
 
 
-def _tell(name: str, event: dict[str, Any]) -> None:
-    seconds = f"{event['seconds']:.0f} s" if event.get("seconds") is not None else ""
-    marks = {"running": "▶", "done": "✓", "cached": "=", "failed": "✗", "skipped": "-"}
-    print(f"{marks[event['state']]} {name:<10} {event['state']:<8} {event.get('message', seconds)}".rstrip(), flush=True)
+class Console:
+    """Tells how the stages of a run fare: a line when one changes, and how far the running ones are.
+
+    On a terminal the progress is redrawn in place; in a log it is a line now and then.
+    """
+
+    LOG_SECONDS = 15.0
+
+    def __init__(self, store: Store, run_id: str, stages: list[str]) -> None:
+        self.store, self.run_id, self.stages = store, run_id, stages
+        self.told: dict[str, str] = {}
+        self.logged: dict[str, float] = {}
+        self.is_terminal = sys.stdout.isatty()
+        self.drawn = 0
+
+    def refresh(self) -> None:
+        events = stage_events(self.store, self.run_id)
+        self._erase()
+        for name in self.stages:
+            event = events.get(name)
+            if event and self.told.get(name) != event["state"]:
+                self.told[name] = event["state"]
+                self._tell(name, event)
+        for name, state in self.told.items():
+            if state == "running":
+                self._tell_progress(name)
+        sys.stdout.flush()
+
+    def _tell(self, name: str, event: Mapping[str, Any]) -> None:
+        seconds = f"{event['seconds']:.0f} s" if event.get("seconds") is not None else ""
+        marks = {"running": "▶", "done": "✓", "cached": "=", "failed": "✗", "skipped": "-"}
+        print(f"{marks[event['state']]} {name:<10} {event['state']:<8} {event.get('message', seconds)}".rstrip())
+        self.logged[name] = time.monotonic()
+
+    def _tell_progress(self, name: str) -> None:
+        path = ("runs", self.run_id, "progress", f"{name}.json")
+        due = self.is_terminal or time.monotonic() - self.logged[name] >= self.LOG_SECONDS
+        if due and self.store.exists(*path):
+            self.logged[name] = time.monotonic()
+            self.drawn += 1
+            print(bar(name, self.store.read_json(*path)))
+
+    def _erase(self) -> None:
+        if self.is_terminal and self.drawn:
+            print(f"\x1b[{self.drawn}F\x1b[J", end="")
+        self.drawn = 0
 
 
 def _start_ray(config: PipelineConfig) -> None:
@@ -166,22 +210,33 @@ def _start_ray(config: PipelineConfig) -> None:
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"runtime_env": {"env_vars": QUIET}, "logging_level": logging.ERROR}
+    # What workers print stays in Ray's logs; what they fail with comes back as the stage's message.
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": QUIET},
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+    }
     if address:
         ray.init(address=address, **options)
     else:
-        resources = config.resources
-        needed = resources.cpus_per_worker * resources.num_workers
+        needed = max(wanted.cpus_per_worker * wanted.num_workers for wanted in _resources(config).values())
         num_cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, needed)
         # A cluster of this run alone: it dies with this process, and joins no other that happens to be there.
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
     total = ray.cluster_resources()
-    for name, amount in config.resources.per_worker().items():
-        if total.get(name, 0) < amount:
-            raise ConfigError(
-                f"resources: a worker wants {amount:g} {name}, but the cluster has {total.get(name, 0):g} in all. "
-                "Lower resources.cpus_per_worker or resources.gpus_per_worker."
-            )
+    for stage, resources in _resources(config).items():
+        for name, amount in resources.per_worker().items():
+            if total.get(name, 0) < amount:
+                raise ConfigError(
+                    f"resources: a worker of {stage} wants {amount:g} {name}, but the cluster has {total.get(name, 0):g} "
+                    f"in all. Lower resources.cpus_per_worker or resources.gpus_per_worker, or join another cluster."
+                )
+
+
+def _resources(config: PipelineConfig) -> dict[str, Resources]:
+    return {
+        stage: config.resources.of(stage) for stage in ("clip", "embed", "prior", "decoder", "upsampler", "evaluate")
+    }
 
 
 def _open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
@@ -208,7 +263,9 @@ def _open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
     identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     run = Run(identity, pipeline, store.root, tracker, experiment_id, config.resources)
     record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-    store.write_json({**record, "state": "running", "mlflow_run": run_id, "config": to_dict(config)}, "runs", identity, "run.json")
+    store.write_json(
+        {**record, "state": "running", "mlflow_run": run_id, "config": to_dict(config)}, "runs", identity, "run.json"
+    )
     return run
 
 
@@ -251,5 +308,3 @@ def _lock(store: Store) -> Iterator[None]:
         file.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
         file.flush()
         yield
-
-

@@ -10,6 +10,7 @@ import errno
 import functools
 import http.server
 import io
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -97,6 +98,21 @@ def write_url_list(config: ScenesConfig, path: str) -> None:
     tables.write_file(path, pa.table({"url": urls, "caption": captions}))
 
 
+def check_port(port: int, setting: str) -> None:
+    """Raises:
+    InputError: another program listens on this port of this machine.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            flag = f"--set {setting}={port + 1}" if "." in setting else f"{setting} {port + 1}"
+            raise InputError(f"{setting}: {port} is in use by another program. Choose another: {flag}") from None
+
+
 @contextlib.contextmanager
 def serve(config: ScenesConfig) -> Iterator[SceneServer]:
     """Run the server in the background.
@@ -104,14 +120,8 @@ def serve(config: ScenesConfig) -> Iterator[SceneServer]:
     Raises:
         InputError: the port is taken.
     """
-    try:
-        server = SceneServer(config)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise InputError(
-            f"scenes.port: {config.port} is in use by another program. Choose another: --set scenes.port={config.port + 1}"
-        ) from None
+    check_port(config.port, "scenes.port")
+    server = SceneServer(config)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     try:
@@ -183,5 +193,5 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the parameter's name in the base class
+    def log_message(self, format: str, *args: object) -> None:
         pass

@@ -42,23 +42,35 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
     lines = [""]
     if "rows" in summary:
         rows = summary["rows"]
-        lines.append(f"rows       {rows['in']:,} in = {rows['kept']:,} kept + {rows['dropped']:,} dropped + {rows['failed']:,} failed")
-        lines += [f"           {count:>7,}  {reason}" for reason, count in sorted(summary["reasons"].items(), key=lambda item: -item[1])]
+        lines.append(
+            f"rows       {rows['in']:,} in = {rows['kept']:,} kept + {rows['dropped']:,} dropped + {rows['failed']:,} failed"
+        )
+        lines += [
+            f"           {count:>7,}  {reason}"
+            for reason, count in sorted(summary["reasons"].items(), key=lambda item: -item[1])
+        ]
     lines.append("seconds    " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items()))
     if summary.get("accuracy"):
         unseen = summary["accuracy_unseen"]
         captions = summary["captions"]
-        lines.append(f"accuracy   {'':<12}{captions['heldout']:>5} held-out captions" + (f"{captions['unseen']:>6} unseen combinations" if unseen else ""))
+        lines.append(
+            f"accuracy   {'':<12}{captions['heldout']:>5} held-out captions"
+            + (f"{captions['unseen']:>6} unseen combinations" if unseen else "")
+        )
         for name in ATTRIBUTES:
             if name in summary["accuracy"]:
                 cells = f"           {name:<12}{summary['accuracy'][name]:>10.3f}"
                 lines.append(cells + (f"{unseen[name]:>22.3f}" if name in unseen else ""))
     elif "clip_score" in summary:
-        lines.append("clip score " + "  ".join(f"{group} {score:.3f}" for group, score in summary["clip_score"].items()))
+        lines.append(
+            "clip score " + "  ".join(f"{group} {score:.3f}" for group, score in summary["clip_score"].items())
+        )
     if "captions" in summary:
         lines.append(f"pictures   {store.uri('results', 'heldout.png')}")
     lines.append(f"summary    {store.uri('results', 'summary.json')}")
     lines.append(f"look       unclip ui --storage {config.storage}")
     if "stack" in summary:
-        lines.append(f'draw       unclip sample "a small yellow star on a purple background" --storage {config.storage} --out grid.png')
+        lines.append(
+            f'draw       unclip sample "a small yellow star on a purple background" --storage {config.storage} --out grid.png'
+        )
     print("\n".join(lines), flush=True)

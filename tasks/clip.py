@@ -51,7 +51,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     training = Training(
         build=lambda workers: ClipObjective(name, workers.rank, workers.world_size),
         sources=(Source(tuple(tables.files(images, version)), ClipObjective.columns),),
-        keys=lambda: kept_keys(selection),
+        keys=lambda: kept_keys(selection, "train"),
         config=config.trainer,
     )
     trained, digest = run_training(context, training)

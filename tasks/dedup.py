@@ -1,9 +1,10 @@
-"""Dedup: of pictures that are the same, or look the same, only the one with the smallest key is kept.
+"""Dedup: of pictures that are the same, or look the same, only the one with the smallest key is kept; the rest is split.
 
 The winner depends on keys alone, so neither the order of the list nor that of downloads changes it.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,18 +22,24 @@ MAX_DISTANCE = 7
 class DedupConfig:
     phash_distance: int = 0
     """Bits of 64 in which two perceptual hashes may differ and still be one picture; -1 compares only exact bytes."""
+    holdout: float = 0.02
+    """Share of the kept pairs that no model trains on, for evaluation."""
 
     def __post_init__(self) -> None:
-        require(-1 <= self.phash_distance <= MAX_DISTANCE, "phash_distance", self.phash_distance, f"-1 to {MAX_DISTANCE}")
+        require(
+            -1 <= self.phash_distance <= MAX_DISTANCE, "phash_distance", self.phash_distance, f"-1 to {MAX_DISTANCE}"
+        )
+        require(0 <= self.holdout <= 0.5, "holdout", self.holdout, "a share of at most 0.5")
 
 
 @stage("dedup", version=1)
-def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Output:  # noqa: A002 - the parent's name
-    """Drop pictures of the same bytes as another, and those that look the same."""
+def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Output:
+    """Drop pictures of the same bytes as another, and those that look the same; hold some of the rest out."""
     selection = tables.read_file(filter.uri)
     facts = filter.facts
     images = tables.read(facts["images"], facts["images_version"], ["key", "sha256", "phash"])
     deduplicated = drop_duplicates(selection, images, config.phash_distance)
+    deduplicated = deduplicated.append_column("split", splits(deduplicated, config.holdout))
     counts = rows.count(deduplicated)
     uri = f"{context.folder}/selection.parquet"
     tables.write_file(uri, deduplicated)
@@ -72,6 +79,15 @@ def drop_duplicates(selection: pa.Table, images: pa.Table, phash_distance: int) 
     return pa.table({"key": table["key"], "position": table["position"], "status": status, "reason": reason})
 
 
+def splits(selection: pa.Table, holdout: float) -> pa.Array:
+    """train or holdout for kept rows, null for others. It depends on the key alone, so no row ever changes sides."""
+    kept = pc.equal(selection.column("status"), rows.KEPT).to_pylist()
+    keys = selection.column("key").to_pylist()
+    # Keys are hashes, so their first digits are a fair draw.
+    sides = ["holdout" if int(key[:8], 16) < holdout * 2**32 else "train" for key in keys]
+    return pa.array([side if is_kept else None for side, is_kept in zip(sides, kept, strict=True)], pa.string())
+
+
 def near_duplicates(hashes: Sequence[int], distance: int) -> set[int]:
     """Indices of 64-bit hashes that an earlier one is near to.
 
@@ -80,7 +96,7 @@ def near_duplicates(hashes: Sequence[int], distance: int) -> set[int]:
     values = np.array(hashes, dtype=np.uint64)
     found: set[int] = set()
     edges = np.linspace(0, 64, distance + 2).astype(int)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         bands = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         order = np.argsort(bands, kind="stable")
         starts = np.flatnonzero(np.diff(bands[order], prepend=bands[order[:1]] + np.uint64(1)))

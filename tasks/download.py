@@ -99,7 +99,9 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
 
     known = _known_keys(table_uri)
     missing = wanted.filter(pc.invert(pc.is_in(wanted.column("key"), value_set=known))) if known else wanted
-    parts = _download_shards(table_uri, missing.to_pylist(), config)
+    parts = _download_shards(
+        table_uri, missing.to_pylist(), config, context.progress(missing.num_rows, "pictures").start()
+    )
     note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint}
     version = tables.append_files(table_uri, parts, IMAGES, note)
 
@@ -128,7 +130,9 @@ def _as_outcome(status: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(status, "ok"), rows.KEPT, rows.FAILED)
 
 
-def _download_shards(table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> list[tables.Part]:
+def _download_shards(
+    table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig, progress: Progress
+) -> list[tables.Part]:
     """One task for each shard, a bounded number at a time. After a failure those that run still finish: work is kept."""
     if not pairs:
         return []
@@ -137,19 +141,18 @@ def _download_shards(table_uri: str, pairs: Sequence[Mapping[str, str]], config:
     running: dict[ray.ObjectRef, int] = {}
     parts: list[tables.Part] = []
     failure: ray.exceptions.RayError | None = None
-    with Progress("download", len(pairs), "pictures") as progress:
-        while True:
-            while failure is None and len(running) < limit and (shard := next(shards, None)):
-                running[_download_shard.remote(table_uri, shard, config)] = len(shard)
-            if not running:
-                break
-            [done], _ = ray.wait(list(running))
-            num_rows = running.pop(done)
-            try:
-                parts.append(ray.get(done))
-                progress.update(num_rows)
-            except ray.exceptions.RayError as error:
-                failure = error
+    while True:
+        while failure is None and len(running) < limit and (shard := next(shards, None)):
+            running[_download_shard.remote(table_uri, shard, config)] = len(shard)
+        if not running:
+            break
+        [done], _ = ray.wait(list(running))
+        num_rows = running.pop(done)
+        try:
+            parts.append(ray.get(done))
+            progress.update(num_rows)
+        except ray.exceptions.RayError as error:
+            failure = error
     if failure is not None:
         cause = str(getattr(failure, "cause", failure)).strip().splitlines()[-1]
         raise StageError(

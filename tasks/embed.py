@@ -11,14 +11,14 @@ import ray
 import torch
 
 from tasks import tables
-from tasks.progress import Progress
-from tasks.snapshots import in_holdout, kept_keys, save_statistics
+from tasks.snapshots import kept_keys, save_statistics
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import files
 from unclip.clip import Clip
 from unclip.config import fingerprint, require
 from unclip.data import vectors
 from unclip.errors import InputError, StageError
+from unclip.precision import Precision, autocast
 
 SCHEMA = pa.schema(
     {
@@ -36,18 +36,14 @@ SCHEMA = pa.schema(
 class EmbedConfig:
     batch_size: int = 64
     """Pairs in one forward pass; the last batch is padded to it, so that every pair is computed in the same way."""
-    precision: str = "fp32"
-    """Arithmetic of the forward pass: fp32 or bf16 (autocast)."""
+    precision: Precision = "fp32"
+    """Arithmetic of the forward pass."""
     shard_size: int = 2000
     """Pairs in one Parquet file, the unit that is redone after a crash."""
-    holdout: float = 0.02
-    """Share of the pairs that no model trains on, for evaluation."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
-        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
-        require(0 <= self.holdout <= 0.5, "holdout", self.holdout, "a share of at most 0.5")
 
 
 @stage("embed", version=1)
@@ -57,7 +53,11 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
     table = context.store.uri("embeddings", name)
     keys = kept_keys(dedup.uri)
     images = tuple(tables.files(dedup.facts["images"], dedup.facts["images_version"]))
-    have = set(tables.read(table, columns=["key"]).column("key").to_pylist()) if tables.version(table) is not None else set()
+    have = (
+        set(tables.read(table, columns=["key"]).column("key").to_pylist())
+        if tables.version(table) is not None
+        else set()
+    )
     todo = [key for key in keys if key not in have]
     if todo:
         _embed_rows(context, config, clip, images, todo, table)
@@ -69,13 +69,13 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
         raise StageError(
             f"embed: {table} holds {wanted.num_rows} of {len(keys)} kept pairs, or some twice. Remove the table and rerun."
         )
-    training = [not in_holdout(key, config.holdout) for key in keys]
-    if sum(training) < 2:
-        raise InputError(f"embed: got {sum(training)} pairs to train on, expected at least 2. Loosen the filters or add URLs.")
-    embeddings = torch.from_numpy(vectors(wanted.filter(pa.array(training)).column("image_embedding")))
+    training = pa.compute.is_in(wanted.column("key"), value_set=pa.array(kept_keys(dedup.uri, "train")))
+    embeddings = torch.from_numpy(vectors(wanted.filter(training).column("image_embedding")))
+    if len(embeddings) < 2:
+        raise InputError(f"embed: got {len(embeddings)} pairs to train on, expected at least 2. Add URLs.")
     save_statistics(f"{context.folder}/statistics", embeddings)
 
-    digest = fingerprint(dedup.digest, tables.content_digest(wanted), config.holdout)
+    digest = fingerprint(dedup.digest, tables.content_digest(wanted))
     snapshot = {
         "digest": digest,
         "selection": dedup.uri,
@@ -84,7 +84,6 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
         "embeddings": table,
         "embeddings_version": version,
         "statistics": f"{context.folder}/statistics",
-        "holdout": config.holdout,
     }
     counts = {key: dedup.facts[key] for key in ("rows", "reasons")}
     _append_snapshot(context, snapshot, counts)
@@ -104,20 +103,21 @@ def _embed_rows(
     table: str,
 ) -> None:
     """Embed in actors, shard by shard, and commit all shards at once; finished shards of an earlier attempt are kept."""
-    resources = context.run.resources
+    resources = context.resources
     shards = [list(keys[start : start + config.shard_size]) for start in range(0, len(keys), config.shard_size)]
     num_actors = max(1, min(resources.num_workers, len(shards)))
     actor_options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
     actors = [
-        Embedder.options(**actor_options, max_task_retries=3).remote(clip, config, images, table, resources.cpus_per_worker)
+        Embedder.options(**actor_options, max_task_retries=3).remote(
+            clip, config, images, table, resources.cpus_per_worker
+        )
         for _ in range(num_actors)
     ]
     parts = []
-    with Progress(context.stage, len(keys), "pairs") as progress:
-        pool = ray.util.ActorPool(actors)
-        for part in pool.map(lambda actor, shard: actor.embed.remote(shard), shards):
-            parts.append(part)
-            progress.update(part.rows)
+    progress = context.progress(len(keys), "pairs").start()
+    for part in ray.util.ActorPool(actors).map(lambda actor, shard: actor.embed.remote(shard), shards):
+        parts.append(part)
+        progress.update(part.rows)
     tables.append_files(table, parts, SCHEMA)
 
 
@@ -125,7 +125,9 @@ def _embed_rows(
 class Embedder:
     """Holds one CLIP; embeds one shard a call."""
 
-    def __init__(self, clip: Artifact, config: EmbedConfig, images: Sequence[str], table: str, num_threads: int) -> None:
+    def __init__(
+        self, clip: Artifact, config: EmbedConfig, images: Sequence[str], table: str, num_threads: int
+    ) -> None:
         torch.set_num_threads(num_threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = Clip.load(clip.facts["model"], clip.facts["pretrained"]).to(self.device)
@@ -156,13 +158,16 @@ class Embedder:
 
     @torch.no_grad()
     def _embed_batch(self, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        from PIL import Image
         import io
 
+        from PIL import Image
+
         padded = rows + rows[-1:] * (self.config.batch_size - len(rows))
-        pixels = torch.stack([self.clip.preprocess(Image.open(io.BytesIO(row["jpg"]), formats=["JPEG"])) for row in padded])
+        pixels = torch.stack(
+            [self.clip.preprocess(Image.open(io.BytesIO(row["jpg"]), formats=["JPEG"])) for row in padded]
+        )
         tokens = self.clip.tokenize([row["caption"] for row in padded])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with autocast(self.config.precision, self.device):
             image_embedding = self.clip.embed_images(pixels.to(self.device))
             text_embedding = self.clip.encode_text(tokens.to(self.device)).text_embedding
         count = len(rows)
@@ -182,7 +187,9 @@ def _rows_of(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any
     for uri in uris:
         filesystem, path = files.locate(uri)
         filters = pa.compute.field("key").isin(wanted)
-        yield from pq.read_table(path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=filters).to_pylist()
+        yield from pq.read_table(
+            path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=filters
+        ).to_pylist()
 
 
 def _append_snapshot(context: StageContext, snapshot: dict[str, Any], counts: dict[str, Any]) -> None:

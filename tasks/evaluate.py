@@ -10,7 +10,6 @@ import ray
 import torch
 
 from tasks import tables
-from tasks.progress import Progress
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import evaluation, files, pictures, scenes
@@ -48,25 +47,25 @@ def evaluate(
     upsampler: Artifact,
 ) -> Output:
     """Draw held-out captions with the whole stack and measure the pictures."""
-    resources = context.run.resources
-    draw = _draw.options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
     groups = {"heldout": heldout_captions(Snapshot.of(embed.facts), config.num_captions)}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
     uris = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}
-    images, embeddings = ray.get(draw.remote(groups, clip, uris, config, resources.cpus_per_worker))
+    images, similarities = _draw_all(context, config, groups, clip, uris)
 
     facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "captions": {}, "pictures": {}}
     drawn = []
     for group, captions in groups.items():
         scores = evaluation.score_scenes(images[group], captions)
         facts["captions"][group] = len(captions)
-        facts["clip_score"][group] = float(embeddings[group].mean())
+        facts["clip_score"][group] = float(similarities[group].mean())
         marks = None
         if scores is not None:
             facts["accuracy"][group] = scores.accuracy()
             marks = scores.all_right()[: config.num_pictures]
-            facts["pictures"][f"confusion_{group}"] = _publish(context, f"confusion_{group}.png", confusion_picture(scores))
+            facts["pictures"][f"confusion_{group}"] = _publish(
+                context, f"confusion_{group}.png", confusion_picture(scores)
+            )
         shown = images[group][: config.num_pictures]
         grid = pictures.png(pictures.grid(shown, columns=8, captions=captions[: config.num_pictures], marks=marks))
         facts["pictures"][group] = _publish(context, f"{group}.png", grid)
@@ -99,23 +98,55 @@ def unseen_captions(count: int, seed: int) -> list[str]:
     return captions
 
 
-@ray.remote
-def _draw(
-    groups: dict[str, list[str]], clip: Artifact, models: dict[str, str], config: EvaluateConfig, num_threads: int
+def _draw_all(
+    context: StageContext,
+    config: EvaluateConfig,
+    groups: dict[str, list[str]],
+    clip: Artifact,
+    models: dict[str, str],
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
-    """Pictures of each group, and the cosine of each to its caption in CLIP's eyes."""
-    torch.set_num_threads(num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = {name: load_model(uri) for name, uri in models.items()}
-    stack = Stack(Clip.load(clip.facts["model"], clip.facts["pretrained"]), **loaded).to(device)  # type: ignore[arg-type]
-    images, similarities = {}, {}
-    with Progress("evaluate", sum(map(len, groups.values())), "pictures") as progress:
-        for group, captions in groups.items():
-            images[group] = stack.text2image(
-                captions, seed=config.seed, sampling=config.sampling, progress=progress.update
-            )
-            similarities[group] = _clip_scores(stack, images[group], captions)
-    return images, similarities
+    """Pictures of each group, and the cosine of each to its caption in CLIP's eyes; batches are shared between workers."""
+    resources, size = context.resources, config.sampling.batch_size
+    batches = [
+        (group, number, captions[start : start + size])
+        for group, captions in groups.items()
+        for number, start in enumerate(range(0, len(captions), size))
+    ]
+    actors = [
+        Artist.options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=3).remote(
+            clip, models, config, resources.cpus_per_worker
+        )
+        for _ in range(min(resources.num_workers, len(batches)))
+    ]
+    images: dict[str, list[torch.Tensor]] = {group: [] for group in groups}
+    similarities: dict[str, list[np.ndarray]] = {group: [] for group in groups}
+    progress = context.progress(sum(map(len, groups.values())), "pictures").start()
+    done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.draw.remote(*batch[1:]), batches)
+    for (group, _, captions), (pixels, similarity) in zip(batches, done, strict=True):
+        images[group].append(torch.from_numpy(pixels))
+        similarities[group].append(similarity)
+        progress.update(len(captions))
+    return (
+        {group: torch.cat(parts) for group, parts in images.items()},
+        {group: np.concatenate(parts) for group, parts in similarities.items()},
+    )
+
+
+@ray.remote(max_task_retries=3)
+class Artist:
+    """Holds one stack; draws one batch a call."""
+
+    def __init__(self, clip: Artifact, models: dict[str, str], config: EvaluateConfig, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loaded: Any = {name: load_model(uri) for name, uri in models.items()}
+        self.stack = Stack(Clip.load(clip.facts["model"], clip.facts["pretrained"]), **loaded).to(device)
+        self.config = config
+
+    def draw(self, number: int, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Batch `number` of a group: pictures [B, 3, H, W] in [-1, 1], and their cosines to the captions [B]."""
+        images = self.stack.draw_batch(captions, number, seed=self.config.seed, sampling=self.config.sampling)
+        return images.numpy(), _clip_scores(self.stack, images, captions)
 
 
 def _clip_scores(stack: Stack, images: torch.Tensor, captions: Sequence[str]) -> np.ndarray:
@@ -141,12 +172,19 @@ def confusion_picture(scores: evaluation.SceneScores) -> bytes:
         counts = scores.confusion(attribute, labels)
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(len(labels) + 1), [*labels, "nothing"], rotation=45, ha="right")
+        axes.set_xticks(range(len(labels) + 1), [*labels, "other"], rotation=45, ha="right")
         axes.set_yticks(range(len(labels)), labels)
         axes.set(xlabel="drawn", ylabel="asked for", title=f"{attribute}: {np.trace(counts) / counts.sum():.0%} right")
         for (row, column), count in np.ndenumerate(counts):
             if count:
-                axes.text(column, row, count, ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
+                axes.text(
+                    column,
+                    row,
+                    count,
+                    ha="center",
+                    va="center",
+                    color="white" if shares[row, column] > 0.5 else "black",
+                )
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     return buffer.getvalue()

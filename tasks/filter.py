@@ -35,7 +35,7 @@ class FilterConfig:
 
 
 @stage("filter", version=1)
-def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:  # noqa: A001 - the stage's name
+def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:
     """Drop pairs whose picture is too small or too long, or whose caption is too short or too long."""
     facts = download.facts
     pairs = tables.read_file(facts["pairs"])
@@ -68,7 +68,11 @@ def judge(pairs: pa.Table, images: pa.Table, config: FilterConfig) -> pa.Table:
     for verdict, why, applies in (
         (rows.FAILED, table.column("image_reason"), pc.not_equal(table.column("image_status"), "ok")),
         (rows.DROPPED, "too_small", pc.less(shorter, config.min_side)),
-        (rows.DROPPED, "bad_aspect", pc.greater(pc.divide(pc.cast(longer, "double"), shorter), config.max_aspect_ratio)),
+        (
+            rows.DROPPED,
+            "bad_aspect",
+            pc.greater(pc.divide(pc.cast(longer, "double"), shorter), config.max_aspect_ratio),
+        ),
         (rows.DROPPED, "caption_too_short", pc.less(words, config.min_caption_words)),
         (rows.DROPPED, "caption_too_long", pc.greater(words, config.max_caption_words)),
     ):

@@ -53,19 +53,21 @@ class IngestConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.urls), "urls", self.urls, "a file or folder with the list of URLs")
-        require(self.url_column != self.caption_column, "caption_column", self.caption_column, "another than url_column")
+        require(
+            self.url_column != self.caption_column, "caption_column", self.caption_column, "another than url_column"
+        )
 
 
 @stage("ingest", version=1)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
     if config.digest and check_source(config) != config.digest:
-        raise InputError(f"urls: {config.urls} changed since this run was planned. Run the same command again.")
+        raise InputError(f"ingest.urls: {config.urls} changed since this run was planned. Run the same command again.")
     pairs = clean(_read_pairs(config))
     facts = rows.count(pairs)
     if not facts["rows"][rows.KEPT]:
         raise InputError(
-            f"urls: none of the {pairs.num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "
+            f"ingest.urls: none of the {pairs.num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "
             f"Check --set ingest.url_column and ingest.caption_column."
         )
     uri = f"{context.folder}/pairs.parquet"
@@ -91,7 +93,7 @@ def check_source(config: IngestConfig) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     if not num_rows:
-        raise InputError(f"urls: {config.urls} has no rows. Give a list with at least one URL and caption.")
+        raise InputError(f"ingest.urls: {config.urls} has no rows. Give a list with at least one URL and caption.")
     return digest.hexdigest()
 
 
@@ -143,13 +145,15 @@ def _source_files(urls: str) -> list[str]:
     filesystem, path = files.locate(urls)
     kind = filesystem.get_file_info(path).type
     if kind == pafs.FileType.NotFound:
-        raise InputError(f"urls: {urls} does not exist. Give a {', '.join(FORMATS)} file or a folder of those.")
+        raise InputError(f"ingest.urls: {urls} does not exist. Give a {', '.join(FORMATS)} file or a folder of those.")
     if kind == pafs.FileType.Directory:
         found = [f"{urls.rstrip('/')}/{name}" for name in files.names(urls) if name.endswith(FORMATS)]
     else:
         found = [urls] if urls.endswith(FORMATS) else []
     if not found:
-        raise InputError(f"urls: {urls} is no {', '.join(FORMATS)} file, nor a folder with any. Convert the list.")
+        raise InputError(
+            f"ingest.urls: {urls} is no {', '.join(FORMATS)} file, nor a folder with any. Convert the list."
+        )
     return found
 
 
@@ -186,7 +190,11 @@ def _read_file(uri: str, config: IngestConfig) -> pa.Table:
                 table = parquet.read(columns=names)
         else:
             batches = [batch for batch in _text_batches(uri, config) if batch.num_rows]
-            table = pa.Table.from_batches(batches) if batches else pa.table({name: pa.array([], pa.binary()) for name in names})
+            table = (
+                pa.Table.from_batches(batches)
+                if batches
+                else pa.table({name: pa.array([], pa.binary()) for name in names})
+            )
             _check_columns(uri, table.schema, config)
     return pa.table({name: table.column(name).cast(pa.binary()) for name in names})
 
@@ -207,13 +215,17 @@ def _text_batches(uri: str, config: IngestConfig) -> Iterator[pa.RecordBatch]:
 def _check_columns(uri: str, schema: pa.Schema, config: IngestConfig) -> None:
     for field in schema:  # a foreign type may run code of its own when its values are read
         if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
-            raise InputError(f"urls: column {field.name!r} of {uri} has an extension type. Store it as a plain type.")
+            raise InputError(
+                f"ingest.urls: column {field.name!r} of {uri} has an extension type. Store it as a plain type."
+            )
     for setting, name in (("url_column", config.url_column), ("caption_column", config.caption_column)):
         if name not in schema.names:
-            raise InputError(f"urls: {uri} has no column {name!r} ({setting}). {nearest(name, schema.names)}")
+            raise InputError(
+                f"ingest.urls: {uri} has no column {name!r} (ingest.{setting}). {nearest(name, schema.names)}"
+            )
         kind = schema.field(name).type
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
-            raise InputError(f"urls: column {name!r} of {uri}: got {kind}, expected text. Set {setting}.")
+            raise InputError(f"ingest.urls: column {name!r} of {uri}: got {kind}, expected text. Set {setting}.")
 
 
 @contextlib.contextmanager
@@ -222,7 +234,9 @@ def _readable(uri: str) -> Iterator[None]:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"urls: {uri} cannot be read: {reason}. Write it again, or take it off the list.") from None
+        raise InputError(
+            f"ingest.urls: {uri} cannot be read: {reason}. Write it again, or take it off the list."
+        ) from None
 
 
 def _open(uri: str) -> pa.NativeFile:

@@ -49,7 +49,9 @@ def prior(context: StageContext, config: PriorStageConfig, embed: Artifact, clip
         context,
         embed,
         Training(
-            build=lambda _: objectives.PriorObjective(model, Clip.load(clip.facts["model"], clip.facts["pretrained"]), snapshot.load_statistics()),
+            build=lambda _: objectives.PriorObjective(
+                model, Clip.load(clip.facts["model"], clip.facts["pretrained"]), snapshot.load_statistics()
+            ),
             sources=(snapshot.source("embeddings", *objectives.PriorObjective.columns),),
             keys=lambda: snapshot.keys("train"),
             config=config.trainer,

@@ -1,51 +1,53 @@
-"""Progress of long work, from any process of a run, on the console of whoever started it."""
+"""Progress of long work, from whichever process does it to the console of whoever waits for it."""
 
-import sys
+import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from unclip import files
 
+WRITE_SECONDS = 1.0
+
+
+@dataclasses.dataclass
 class Progress:
-    """One line every few seconds: a bar, counts, speed and the time left. Use as a context manager.
+    """Counts work in a small file that the run's driver reads. Give it to one worker only; start it where the work starts."""
 
-    Lines rather than a redrawn bar: they survive Ray's log streaming, job logs and several stages at once.
-    """
+    uri: str
+    """Where the count is kept."""
+    total: int
+    """How much there is."""
+    unit: str
+    """What is counted, plural."""
+    done: int = 0
+    """How much of it is done."""
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0, every_seconds: float = 5.0) -> None:
-        """Args:
-        label: what is being done, one word.
-        total: how much there is.
-        unit: what is counted, plural.
-        done: how much was done before.
-        """
-        self.label, self.total, self.unit, self.every_seconds = label, total, unit, every_seconds
+    def start(self, done: int = 0) -> "Progress":
+        """Start the clock, with `done` done by an earlier attempt."""
         self.done = self._first = done
-        self._started = self._printed = time.monotonic()
+        self._started, self._written = time.monotonic(), 0.0
+        self._write("")
+        return self
 
     def update(self, amount: int, note: str = "") -> None:
         """`amount` more is done; `note` ends the line."""
         self.done += amount
-        now = time.monotonic()
-        if now - self._printed >= self.every_seconds or (self.done >= self.total > 0):
-            self._printed = now
-            self._print(now, note)
+        if time.monotonic() - self._written >= WRITE_SECONDS or self.done >= self.total:
+            self._write(note)
 
-    def close(self) -> None:
-        sys.stdout.flush()
+    def _write(self, note: str) -> None:
+        self._written = time.monotonic()
+        speed = (self.done - self._first) / max(self._written - self._started, 1e-9)
+        state = {"done": self.done, "total": self.total, "unit": self.unit, "speed": speed, "note": note}
+        files.write_json(self.uri, state)
 
-    def __enter__(self) -> "Progress":
-        return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def _print(self, now: float, note: str) -> None:
-        share = min(1.0, self.done / self.total) if self.total else 1.0
-        speed = (self.done - self._first) / max(now - self._started, 1e-9)
-        left = (self.total - self.done) / speed if speed > 0 else 0.0
-        bar = ("█" * round(share * 20)).ljust(20, "░")
-        line = (
-            f"{self.label:<10} {bar} {share:4.0%}  {self.done:,}/{self.total:,} {self.unit}"
-            f"  {speed:,.0f}/s  {int(left // 60)}:{int(left % 60):02d} left  {note}"
-        )
-        print(line.rstrip(), flush=True)
+def bar(label: str, state: Mapping[str, Any]) -> str:
+    """One line: a bar, counts, speed and the time left."""
+    done, total, speed = state["done"], state["total"], state["speed"]
+    share = min(1.0, done / total) if total else 1.0
+    drawn = ("█" * round(share * 20)).ljust(20, "░")
+    left = round((total - done) / speed) if speed > 0 else 0
+    numbers = f"{done:,}/{total:,} {state['unit']}  {speed:,.0f}/s  {left // 60}:{left % 60:02d} left  {state['note']}"
+    return f"  {label:<10} {drawn} {share:4.0%}  {numbers}".rstrip()

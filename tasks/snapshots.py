@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
 
 from tasks import tables
-from unclip import checkpoints, files
+from unclip import checkpoints
 from unclip.data import Source
 from unclip.embeddings import EmbeddingStatistics
 
@@ -26,23 +26,21 @@ class Snapshot:
     digest: str
     """Of the content: keys, pictures, captions and embeddings."""
     selection: str
-    """URI of a Parquet file with every input row's key, status and reason."""
+    """URI of a Parquet file with every input row's key, status, reason and split."""
     images: str
     images_version: int
     embeddings: str
     embeddings_version: int
     statistics: str
     """URI of the mean and standard deviation of the training rows' image embeddings."""
-    holdout: float
-    """Share of the rows that no model trains on."""
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Snapshot":
         return cls(**facts["snapshot"])
 
     def keys(self, split: Split) -> list[str]:
-        """Kept keys of a split, sorted. A row's split depends on its key alone, so it never changes sides."""
-        return [key for key in kept_keys(self.selection) if in_holdout(key, self.holdout) == (split == "holdout")]
+        """Kept keys of a split, sorted."""
+        return kept_keys(self.selection, split)
 
     def source(self, table: Literal["images", "embeddings"], *columns: str) -> Source:
         """The files of a table at this snapshot's version."""
@@ -55,16 +53,11 @@ class Snapshot:
         return EmbeddingStatistics(**tensors["statistics"])
 
 
-def kept_keys(selection: str) -> list[str]:
-    """Sorted keys of the rows that a selection keeps."""
-    filesystem, path = files.locate(selection)
-    table = pq.read_table(path, columns=["key", "status"], filesystem=filesystem, filters=[("status", "=", "kept")])
-    return sorted(table.column("key").to_pylist())
-
-
-def in_holdout(key: str, share: float) -> bool:
-    """Whether a row is held out: keys are hashes, so their first digits are a fair draw."""
-    return int(key[:8], 16) < share * 2**32
+def kept_keys(selection: str, split: Split | None = None) -> list[str]:
+    """Sorted keys of the rows that a selection keeps, of one split or of both."""
+    table = tables.read_file(selection, ["key", "split"])
+    wanted = pc.equal(table.column("split"), split) if split else pc.is_valid(table.column("split"))
+    return sorted(table.filter(wanted).column("key").to_pylist())
 
 
 def save_statistics(folder: str, image_embeddings: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 
+from tasks.progress import Progress
 from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip.config import fingerprint, require, to_dict
@@ -84,6 +85,28 @@ class Resources:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageResources(Resources):
+    """What stages get: these values, but for the stages that have their own."""
+
+    clip: Resources | None = None
+    """For training CLIP."""
+    embed: Resources | None = None
+    """For embedding."""
+    prior: Resources | None = None
+    """For training the prior."""
+    decoder: Resources | None = None
+    """For training the decoder."""
+    upsampler: Resources | None = None
+    """For training the upsampler."""
+    evaluate: Resources | None = None
+    """For drawing and measuring pictures."""
+
+    def of(self, stage_name: str) -> Resources:
+        own: Resources | None = getattr(self, stage_name, None)
+        return own or self
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One run of a pipeline: where it keeps things and how it is tracked."""
 
@@ -92,7 +115,7 @@ class Run:
     storage: str
     tracker: Tracker
     experiment_id: str
-    resources: Resources = Resources()
+    resources: StageResources = StageResources()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +130,15 @@ class StageContext:
     """Logs to this stage's MLflow run."""
     scratch: Path
     """Local folder of this attempt alone; gone when the stage ends."""
+
+    @property
+    def resources(self) -> Resources:
+        """What each worker of this stage gets."""
+        return self.run.resources.of(self.stage)
+
+    def progress(self, total: int, unit: str, done: int = 0) -> Progress:
+        """Counts `total` units of work where the console of this run sees it; may be sent to workers."""
+        return Progress(self.store.uri("runs", self.run.id, "progress", f"{self.stage}.json"), total, unit, done)
 
     @property
     def folder(self) -> str:

@@ -1,11 +1,11 @@
 """The storage root: one folder or bucket that holds everything a pipeline makes.
 
-    images/<recipe>/        Delta table: every URL that was tried, with its picture or the reason there is none
-    embeddings/<clip>/      Delta table: CLIP embeddings of the kept pictures, one table per CLIP
-    snapshots/              Delta table: one row per dataset version, written last
-    stages/<name>/<fp>.json commit records: what a stage made, once it is all there
-    artifacts/<name>/<fp>/  files that a stage made: models, checkpoints, pictures, reports
-    runs/<run id>/          what happened in each run, stage by stage
+images/<recipe>/        Delta table: every URL that was tried, with its picture or the reason there is none
+embeddings/<clip>/      Delta table: CLIP embeddings of the kept pictures, one table per CLIP
+snapshots/              Delta table: one row per dataset version, written last
+stages/<name>/<fp>.json commit records: what a stage made, once it is all there
+artifacts/<name>/<fp>/  files that a stage made: models, checkpoints, pictures, reports
+runs/<run id>/          what happened in each run, stage by stage
 """
 
 from pathlib import Path

@@ -87,9 +87,7 @@ def append_files(
     known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
     new = [part for part in parts if part.name not in known]
     now = int(time.time() * 1000)
-    adds = [
-        AddAction(part.name, part.size_bytes, {}, now, True, json.dumps({"numRecords": part.rows})) for part in new
-    ]
+    adds = [AddAction(part.name, part.size_bytes, {}, now, True, json.dumps({"numRecords": part.rows})) for part in new]
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)

@@ -31,7 +31,11 @@ class Tracker:
         from mlflow.entities import Param
 
         params = [Param(key, str(value)[:6000]) for key, value in flatten(config).items()]
-        self._try(lambda client: [client.log_batch(self.run_id, params=params[i : i + 100]) for i in range(0, len(params), 100)])
+        self._try(
+            lambda client: [
+                client.log_batch(self.run_id, params=params[i : i + 100]) for i in range(0, len(params), 100)
+            ]
+        )
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log named numbers at `step` (samples seen, while training)."""

@@ -45,13 +45,15 @@ def run_training(context: StageContext, training: Training) -> tuple[str, str]:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    resources, folder = context.run.resources, context.folder
+    resources, folder = context.resources, context.folder
     model = f"{folder}/model"
     if not files.exists(f"{model}/{checkpoints.MANIFEST}"):
         files.delete(f"{folder}/failure.json")
+        progress = context.progress(training.config.num_samples, "samples")
+        for_worker = _WorkerContext(context.tracker, progress, resources.cpus_per_worker)
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"training": training, "context": _WorkerContext.of(context), "folder": folder},
+            train_loop_config={"training": training, "context": for_worker, "folder": folder},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.num_workers,
                 use_gpu=resources.gpus_per_worker > 0,
@@ -77,13 +79,9 @@ def run_training(context: StageContext, training: Training) -> tuple[str, str]:
 class _WorkerContext:
     """The part of a stage's context that can be sent to a worker."""
 
-    stage: str
     tracker: Tracker
+    progress: Progress
     cpus_per_worker: int
-
-    @classmethod
-    def of(cls, context: StageContext) -> "_WorkerContext":
-        return cls(context.stage, context.tracker, context.run.resources.cpus_per_worker)
 
 
 def _work(loop: Mapping[str, Any]) -> None:
@@ -104,7 +102,7 @@ def _work(loop: Mapping[str, Any]) -> None:
         torch.manual_seed(training.config.seed)
         objective = training.build(workers)
         reader = RowReader(training.sources, training.keys())
-        monitor = _MlflowMonitor(context.stage, context.tracker)
+        monitor = _MlflowMonitor(context.tracker, context.progress)
         trainer.train(objective, reader, training.config, loop["folder"], monitor, workers)
     except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
         files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
@@ -113,11 +111,11 @@ def _work(loop: Mapping[str, Any]) -> None:
 class _MlflowMonitor(Monitor):
     """Metrics and previews to MLflow, a progress line to the console."""
 
-    def __init__(self, stage: str, tracker: Tracker) -> None:
-        self.stage, self.tracker = stage, tracker
+    def __init__(self, tracker: Tracker, progress: Progress) -> None:
+        self.tracker, self.progress = tracker, progress
 
     def start(self, samples_seen: int, num_samples: int) -> None:
-        self.progress = Progress(self.stage, num_samples, "samples", done=samples_seen)
+        self.progress.start(samples_seen)
         self.samples_seen = samples_seen
 
     def step(self, samples_seen: int, loss: float) -> None:

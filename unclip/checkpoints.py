@@ -10,7 +10,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from unclip import files
@@ -85,7 +84,9 @@ def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return tensors, facts
 
 
-def save_step(root: str, samples_seen: int, tensors: Mapping[str, Tensors], facts: Mapping[str, Any], keep: int) -> None:
+def save_step(
+    root: str, samples_seen: int, tensors: Mapping[str, Tensors], facts: Mapping[str, Any], keep: int
+) -> None:
     """Write the checkpoint of a training run at `samples_seen`, then drop all but the last `keep`."""
     save(f"{root}/{samples_seen:012d}", tensors, {**facts, "samples_seen": samples_seen})
     for name in files.names(root)[:-keep]:
@@ -105,4 +106,4 @@ def load_latest(root: str) -> Checkpoint | None:
 
 def _contiguous(tensors: Tensors) -> dict[str, Tensor]:
     # safetensors wants row-major tensors that share no memory
-    return {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format).clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

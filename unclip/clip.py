@@ -6,7 +6,6 @@ A model is named as open_clip names it ("ViT-L-14" with a `pretrained` tag or we
 Letters: B batch, S side of CLIP's input, L text tokens, W text width, E embedding width.
 """
 
-import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -44,10 +43,14 @@ def check_name(model: str, pretrained: str | None) -> None:
     if model.startswith("local-dir:"):
         config = Path(model.removeprefix("local-dir:"), "open_clip_config.json")
         if not config.is_file():
-            raise ConfigError(f"clip.model: got {model!r}, but {config} does not exist. Name a folder saved by open_clip.")
+            raise ConfigError(
+                f"clip.model: got {model!r}, but {config} does not exist. Name a folder saved by open_clip."
+            )
         return
     if model not in architectures():
-        raise ConfigError(f"clip.model: got {model!r}, which open_clip does not know. {nearest(model, architectures())}")
+        raise ConfigError(
+            f"clip.model: got {model!r}, which open_clip does not know. {nearest(model, architectures())}"
+        )
     looks_like_path = pretrained is not None and ("/" in pretrained or "." in pretrained)
     if looks_like_path and not Path(str(pretrained)).is_file():
         raise ConfigError(f"clip.pretrained: {pretrained!r} does not exist. Name a weights file or a tag of open_clip.")
@@ -80,7 +83,7 @@ def create(model: str, pretrained: str | None) -> nn.Module:
 class Clip(nn.Module):
     """A frozen open_clip model: never trains, never leaves evaluation mode."""
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: Any, name: str) -> None:
         super().__init__()
         import open_clip
 
@@ -151,11 +154,10 @@ def prepare(model: Any, images: Tensor) -> Tensor:
     return ((images + 1) / 2 - mean) / std
 
 
-def save(model: nn.Module, name: str, folder: Path) -> None:
+def save(model: Any, name: str, folder: Path) -> None:
     """Write a model trained from one of our architectures as a folder that open_clip loads as "local-dir:<folder>"."""
-    from safetensors.torch import save_file
-
     import open_clip
+    from safetensors.torch import save_file
 
     open_clip.add_model_config(OWN_ARCHITECTURES)
     folder.mkdir(parents=True, exist_ok=True)

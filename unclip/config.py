@@ -28,8 +28,9 @@ def require(condition: bool, setting: str, got: object, expected: str) -> None:
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """A sentence that names the valid name closest to `name`, or all of them when none is close."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else f"Valid names: {', '.join(names)}."
+    by_lower_case = {valid_name.lower(): valid_name for valid_name in names}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    return f"Did you mean {by_lower_case[close[0]]!r}?" if close else f"Valid names: {', '.join(names)}."
 
 
 def load(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -43,7 +44,7 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     Raises:
         ConfigError: an unknown key (with the nearest valid one), a wrong type, an impossible or missing value.
     """
-    hints = field_types(cls)
+    hints = field_types(cls)  # type: ignore[arg-type]
     for key in values:
         if key not in hints:
             raise ConfigError(f"{_join(where, key)}: unknown setting. {nearest(key, hints)}")
@@ -143,10 +144,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return load(hint, value, where)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is bool or isinstance(value, bool):
-        matches = hint is bool and isinstance(value, bool)
-    else:
-        matches = isinstance(value, hint)
+    matches = (
+        hint is bool and isinstance(value, bool) if hint is bool or isinstance(value, bool) else isinstance(value, hint)
+    )
     if not matches:
         raise ConfigError(f"{where}: got {value!r}, expected {hint.__name__}.")
     return value

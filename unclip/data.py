@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class RowReader:
 
     def batches(
         self, *, seed: int, samples_seen: int, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Batches without end, from `samples_seen` on; the next one is read while the caller works.
 
         Args:
@@ -139,7 +139,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     """Python values, or one numpy row each where the column holds vectors."""
     if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type) or pa.types.is_large_list(column.type):
         return list(vectors(column))
-    return column.to_pylist()
+    return list(column.to_pylist())
 
 
 def vectors(column: pa.ChunkedArray) -> np.ndarray:
@@ -153,8 +153,10 @@ def vectors(column: pa.ChunkedArray) -> np.ndarray:
         array = pa.concat_arrays(array.chunks)
     flat = array.flatten()
     if array.null_count or flat.null_count or (len(array) and len(flat) % len(array)):
-        raise InputError("embeddings: got nulls or vectors of different lengths. The table is damaged; remove it and rerun.")
-    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(array), -1)
+        raise InputError(
+            "embeddings: got nulls or vectors of different lengths. The table is damaged; remove it and rerun."
+        )
+    return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(array), -1)
 
 
 def decode_image(data: bytes, side: int) -> np.ndarray:

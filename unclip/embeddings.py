@@ -30,7 +30,9 @@ class EmbeddingStatistics(nn.Module):
     def of(cls, embeddings: Tensor) -> "EmbeddingStatistics":
         """Statistics of embeddings [N, E], summed in float64."""
         if embeddings.dim() != 2 or len(embeddings) < 2:
-            raise ShapeError(f"statistics: got embeddings {tuple(embeddings.shape)}, expected at least 2 rows of [N, E].")
+            raise ShapeError(
+                f"statistics: got embeddings {tuple(embeddings.shape)}, expected at least 2 rows of [N, E]."
+            )
         values = embeddings.double()
         return cls(values.mean(dim=0), values.std(dim=0).clamp(min=1e-6))
 

@@ -32,12 +32,12 @@ class SceneScores:
         return [all(scenes.score(measured, expected)[name] for name in ATTRIBUTES) for measured, expected in pairs]
 
     def confusion(self, attribute: str, labels: Sequence[str]) -> np.ndarray:
-        """Counts [len(labels), len(labels) + 1] of the first object: rows asked for, columns drawn; the last, nothing."""
+        """Counts [len(labels), len(labels) + 1] of the first object: rows asked for, columns drawn; the last, none of these."""
         counts = np.zeros((len(labels), len(labels) + 1), dtype=np.int64)
         for measured, expected in zip(self.measured, self.expected, strict=True):
             row = labels.index(getattr(expected.objects[0], attribute))
-            drawn = labels.index(getattr(measured.objects[0], attribute)) if measured.objects else len(labels)
-            counts[row, drawn] += 1
+            drawn = getattr(measured.objects[0], attribute) if measured.objects else None
+            counts[row, labels.index(drawn) if drawn in labels else len(labels)] += 1
         return counts
 
 

@@ -14,6 +14,7 @@ from unclip.clip import Clip
 from unclip.config import require
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import CheckpointError
+from unclip.precision import Precision, autocast
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -45,6 +46,8 @@ class SamplingConfig:
     """Sampling steps of the upsampler."""
     batch_size: int = 64
     """Captions that are drawn together."""
+    precision: Precision = "auto"
+    """Arithmetic of the decoder and the upsampler."""
 
     def __post_init__(self) -> None:
         for name in ("prior_steps", "num_candidates", "decoder_steps", "upsampler_steps", "batch_size"):
@@ -129,12 +132,17 @@ class Stack(nn.Module):
         settings = sampling or self.sampling
         pictures = []
         for number, start in enumerate(range(0, len(captions), settings.batch_size)):
-            batch = list(captions[start : start + settings.batch_size])
-            generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + number)
-            embedding = self.embed_captions(batch, settings, generator)
-            pictures.append(self.decode(embedding, settings, generator).cpu())
+            batch = captions[start : start + settings.batch_size]
+            pictures.append(self.draw_batch(batch, number, seed=seed, sampling=settings))
             progress(len(batch))
         return torch.cat(pictures)
+
+    @torch.no_grad()
+    def draw_batch(self, captions: Sequence[str], number: int, *, seed: int, sampling: SamplingConfig) -> Tensor:
+        """Batch `number` of `text2image`, on its own: [len(captions), 3, S, S]."""
+        generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + number)
+        embedding = self.embed_captions(list(captions), sampling, generator)
+        return self.decode(embedding, sampling, generator).cpu()
 
     def embed_captions(self, captions: list[str], sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
         """Image embeddings [B, E] that the prior draws for captions."""
@@ -151,13 +159,14 @@ class Stack(nn.Module):
 
     def decode(self, image_embedding: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
         """Pictures [B, 3, S, S] at full size for image embeddings [B, E]."""
-        low_res = self.decoder.sample(
-            image_embedding,
-            num_steps=sampling.decoder_steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=generator,
-        )
-        return self.upsampler.sample(low_res, num_steps=sampling.upsampler_steps, generator=generator)
+        with autocast(sampling.precision, self.device):
+            low_res = self.decoder.sample(
+                image_embedding,
+                num_steps=sampling.decoder_steps,
+                guidance_scale=sampling.guidance_scale,
+                generator=generator,
+            )
+            return self.upsampler.sample(low_res, num_steps=sampling.upsampler_steps, generator=generator)
 
 
 def save_stack(

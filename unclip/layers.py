@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # [B, heads, L, L]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+    return scores.softmax(dim=-1).to(v.dtype) @ v  # type: ignore[no-any-return]
 
 
 def zero_init(module: nn.Module) -> nn.Module:

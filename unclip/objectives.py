@@ -3,12 +3,14 @@
 The trainer knows none of them; a new model is one more class here.
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unclip import clip as clip_models
 from unclip.config import to_dict
@@ -19,6 +21,7 @@ from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig, degrade
 
 Tensors = dict[str, Tensor]
+
 
 class PriorObjective:
     """Mean squared error of the clean image embedding. Source: Ramesh et al. 2022, eq. 2."""
@@ -73,7 +76,7 @@ class DecoderObjective:
     def __init__(self, config: DecoderConfig, statistics: EmbeddingStatistics, preview: Batch) -> None:
         embedding_dim = len(statistics.mean)
         self.config = config
-        self.model: Decoder = Decoder(config, embedding_dim).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: Decoder = Decoder(config, embedding_dim).to(memory_format=torch.channels_last)
         self.model.statistics.load_state_dict(statistics.state_dict())
         self._preview = self.prepare(preview)
 
@@ -110,7 +113,7 @@ class UpsamplerObjective:
 
     def __init__(self, config: UpsamplerConfig, preview: Batch) -> None:
         self.config = config
-        self.model: Upsampler = Upsampler(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: Upsampler = Upsampler(config).to(memory_format=torch.channels_last)
         self._preview = self.prepare(preview)["images"]
 
     def prepare(self, batch: Batch) -> Tensors:
@@ -150,7 +153,10 @@ class UpsamplerObjective:
             self.config.low_res_size - crop + 1, (2, len(images)), generator=generator, device=images.device
         ).tolist()
         corners = list(zip(*offsets, strict=True))
-        high = [image[:, scale * y : scale * (y + crop), scale * x : scale * (x + crop)] for image, (y, x) in zip(images, corners, strict=True)]
+        high = [
+            image[:, scale * y : scale * (y + crop), scale * x : scale * (x + crop)]
+            for image, (y, x) in zip(images, corners, strict=True)
+        ]
         low = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(low_res, corners, strict=True)]
         return torch.stack(high), torch.stack(low)
 
@@ -174,7 +180,10 @@ class ClipObjective:
         return {"images": clip_models.prepare(self.model, images), "tokens": self.tokenizer(batch["caption"])}
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        image_features, text_features, logit_scale = network(tensors["images"], tensors["tokens"])[:3]
+        # open_clip's attention calls the fused kernel, which is slow on CPUs in bf16; see layers.attention
+        on_cpu = tensors["images"].device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
+            image_features, text_features, logit_scale = network(tensors["images"], tensors["tokens"])[:3]
         # the temperature of the paper: never above 100
         logit_scale = logit_scale.clamp(max=100)
         return self.clip_loss(image_features.float(), text_features.float(), logit_scale)  # type: ignore[no-any-return]

@@ -111,9 +111,7 @@ class DiffusionPrior(nn.Module):
 
         def predict(dropped: bool) -> Denoiser:
             drop = text_mask.new_full((len(text_mask),), dropped)
-            return self.diffusion.denoiser(
-                lambda x_t, t: self(x_t, t, text_encodings, text_mask, text_embedding, drop)
-            )
+            return self.diffusion.denoiser(lambda x_t, t: self(x_t, t, text_encodings, text_mask, text_embedding, drop))
 
         return guidance.classifier_free(predict(False), predict(True), guidance_scale)
 
@@ -144,9 +142,8 @@ class DiffusionPrior(nn.Module):
         noise = torch.randn(
             len(text_mask) * num_candidates, len(self.statistics.mean), generator=generator, device=text_mask.device
         )
-        image_embedding = self.statistics.denormalize(
-            samplers.ddpm(self.diffusion, denoise, noise, num_steps, generator)
-        ).unflatten(0, (-1, num_candidates))  # [B, N, E]
+        candidates = self.statistics.denormalize(samplers.ddpm(self.diffusion, denoise, noise, num_steps, generator))
+        image_embedding = candidates.view(len(text_mask), num_candidates, -1)  # [B, N, E]
         similarity = (image_embedding * text_embedding[:, None]).sum(dim=2)  # [B, N]
         best = similarity.argmax(dim=1)  # [B]
         return image_embedding[torch.arange(len(best), device=best.device), best]

@@ -16,7 +16,7 @@ from unclip.schedules import strided_timesteps
 def ddim(
     diffusion: GaussianDiffusion,
     denoise: Denoiser,
-    x_T: Tensor,  # noqa: N803 - the papers' name
+    x_T: Tensor,
     num_steps: int,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
@@ -41,7 +41,7 @@ def ddim(
 def ddpm(
     diffusion: GaussianDiffusion,
     denoise: Denoiser,
-    x_T: Tensor,  # noqa: N803
+    x_T: Tensor,
     num_steps: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from unclip import checkpoints
 from unclip.config import require
 from unclip.data import Batch, RowReader
 from unclip.errors import CheckpointError, NonFiniteError
+from unclip.precision import Precision, autocast
 
 Tensors = dict[str, Tensor]
 
@@ -48,8 +49,8 @@ class TrainerConfig:
     """Largest norm of the gradient."""
     ema_decay: float = 0.9999
     """Decay of the moving average of weights; early in training a smaller one is used."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 autocast, or none; auto takes bf16 where the device multiplies matrices in it."""
+    precision: Precision = "auto"
+    """Arithmetic of forward and backward passes."""
     seed: int = 0
     """Of the weights, the order of rows, noise and dropout."""
     checkpoint_samples: int = 100_000
@@ -118,7 +119,7 @@ def train(
     config: TrainerConfig,
     folder: str,
     monitor: Monitor | None = None,
-    workers: Workers = Workers(),  # noqa: B008 - immutable
+    workers: Workers = Workers(),
 ) -> str:
     """Train to the end, from the last checkpoint in `folder` if there is one.
 
@@ -164,7 +165,7 @@ def train(
             pace.data_arrived()
             generator = _seed_step(config.seed, samples_seen, workers)
             tensors = {name: value.to(workers.device) for name, value in objective.prepare(batch).items()}
-            with _autocast(config.precision, workers.device):
+            with autocast(config.precision, workers.device):
                 loss = objective.loss(network, tensors, generator)
             loss.backward()  # type: ignore[no-untyped-call]
             value, gradient_norm = state.step(loss.detach(), samples_seen, batch["key"])
@@ -196,13 +197,6 @@ def learning_rate(config: TrainerConfig, samples_seen: int) -> float:
         return config.learning_rate
     progress = (samples_seen - config.warmup_samples) / max(1, config.num_samples - config.warmup_samples)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices faster in bf16 than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_amx_tile_supported())  # bf16 without matrix tiles is slower than float32 here
 
 
 class _State:
@@ -335,15 +329,8 @@ def _seed_step(seed: int, samples_seen: int, workers: Workers) -> torch.Generato
     return torch.Generator(workers.device).manual_seed(step_seed + 1)
 
 
-def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    wanted = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
 def _preview(objective: Objective, state: _State, monitor: Monitor, samples_seen: int) -> None:
     with state.using_average() as model:
         images = objective.preview(model)
     if images is not None:
         monitor.preview(images, samples_seen)
-
-

@@ -70,45 +70,39 @@ class UNet(nn.Module):
         widths = [config.channels * multiple for multiple in config.channel_mult]
         side, width = config.image_size, widths[0]
 
-        def block(in_width: int, out_width: int, resample: str = "none") -> ResBlock:
-            return ResBlock(config, in_width, out_width, resample)
-
-        def attend(at_width: int) -> nn.Module:
-            if side not in config.attention_resolutions:
-                return nn.Identity()
-            return ContextAttention(config, at_width, context_dim)
+        def step(in_width: int, out_width: int, resample: str = "none") -> Step:
+            attend = resample == "none" and side in config.attention_resolutions
+            return Step(config, in_width, out_width, resample, context_dim, attend)
 
         self.input = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
         skip_widths = [width]
         for level, level_width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                self.down.append(nn.ModuleList([block(width, level_width), attend(level_width)]))
+                self.down.append(step(width, level_width))
                 width = level_width
                 skip_widths.append(width)
             if level < len(widths) - 1:
-                self.down.append(nn.ModuleList([block(width, width, "down"), nn.Identity()]))
+                self.down.append(step(width, width, "down"))
                 skip_widths.append(width)
                 side //= 2
 
-        self.middle = nn.ModuleList([block(width, width), attend(width), block(width, width)])
+        self.middle = nn.ModuleList([step(width, width), ResBlock(config, width, width)])
 
         self.up = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
             for _ in range(config.num_res_blocks + 1):
-                self.up.append(nn.ModuleList([block(width + skip_widths.pop(), level_width), attend(level_width)]))
+                self.up.append(step(width + skip_widths.pop(), level_width))
                 width = level_width
             if level > 0:
-                self.up.append(nn.ModuleList([block(width, width, "up"), nn.Identity()]))
+                self.up.append(step(width, width, "up"))
                 side *= 2
 
         self.output = nn.Sequential(
             GroupNorm(config.norm_groups, width), nn.SiLU(), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
         )
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, vector: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, vector: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Args:
             x_t: [B, in_channels, H, W].
             t: [B].
@@ -122,26 +116,38 @@ class UNet(nn.Module):
         time = time if vector is None else time + vector
         h = self.input(x_t)  # [B, C, H, W]
         skips = [h]
-        for block, attend in self.down:  # type: ignore[misc]
-            h = _attend(attend, block(h, time), context)
+        for step in self.down:
+            h = step(h, time, context)
             skips.append(h)
-        first, attend, second = self.middle
-        h = second(_attend(attend, first(h, time), context), time)
-        for block, attend in self.up:  # type: ignore[misc]
-            if not block.is_resampling:
+        first, second = self.middle
+        h = second(first(h, time, context), time)
+        for step in self.up:
+            if step.resample == "none":
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = _attend(attend, block(h, time), context)
+            h = step(h, time, context)
         return self.output(h)  # type: ignore[no-any-return]  # [B, out_channels, H, W]
 
 
-def _attend(attend: nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
-    return h if isinstance(attend, nn.Identity) else attend(h, context)
+class Step(nn.Module):
+    """A residual block and, at the configured sides, attention."""
+
+    def __init__(
+        self, config: UNetConfig, in_width: int, out_width: int, resample: str, context_dim: int, attend: bool
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.block = ResBlock(config, in_width, out_width, resample)
+        self.attend = ContextAttention(config, out_width, context_dim) if attend else None
+
+    def forward(self, h: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        h = self.block(h, time)
+        return h if self.attend is None else self.attend(h, context)
 
 
 class ResBlock(nn.Module):
     """Residual block with scale-shift group norm and, where asked, up- or downsampling inside."""
 
-    def __init__(self, config: UNetConfig, in_width: int, out_width: int, resample: str) -> None:
+    def __init__(self, config: UNetConfig, in_width: int, out_width: int, resample: str = "none") -> None:
         super().__init__()
         self.resample = resample
         self.norm1 = GroupNorm(config.norm_groups, in_width)
@@ -151,10 +157,6 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zero_init(nn.Conv2d(out_width, out_width, 3, padding=1))
         self.skip = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
-
-    @property
-    def is_resampling(self) -> bool:
-        return self.resample != "none"
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self._resize(F.silu(self.norm1(x)))  # [B, C_in, H', W']
@@ -194,4 +196,4 @@ class ContextAttention(nn.Module):
         heads = [tensor.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for tensor in (q, k, v)]
         attended = attention(*heads)  # [B, heads, HW, C / heads]
         attended = self.to_out(attended.transpose(1, 2).flatten(2))  # [B, HW, C]
-        return x + attended.transpose(1, 2).reshape(batch, width, height, side)
+        return x + attended.transpose(1, 2).reshape(batch, width, height, side)  # type: ignore[no-any-return]

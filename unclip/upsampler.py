@@ -37,7 +37,9 @@ class UpsamplerConfig:
     """The diffusion process."""
 
     def __post_init__(self) -> None:
-        require(not self.unet.attention_resolutions, "unet.attention_resolutions", self.unet.attention_resolutions, "none")
+        require(
+            not self.unet.attention_resolutions, "unet.attention_resolutions", self.unet.attention_resolutions, "none"
+        )
         require(self.scale >= 2, "scale", self.scale, "at least 2")
         require(
             self.unet.image_size <= self.output_size and self.unet.image_size % self.scale == 0,
@@ -80,9 +82,7 @@ class Upsampler(nn.Module):
         return guidance.clamped(self.diffusion.denoiser(lambda x_t, t: self(x_t, t, low_res)), 1.0)
 
     @torch.no_grad()
-    def sample(
-        self, low_res: Tensor, *, num_steps: int = 27, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, low_res: Tensor, *, num_steps: int = 27, generator: torch.Generator | None = None) -> Tensor:
         """Draw pictures [B, 3, s * scale, s * scale] in [-1, 1] by DDIM."""
         side = low_res.shape[-1] * self.config.scale
         noise = torch.randn(len(low_res), 3, side, side, generator=generator, device=low_res.device)
@@ -101,7 +101,7 @@ def degrade(
         [B, C, s, s]. Source: Ramesh et al. 2022, section 2.1 (Gaussian blur, kernel 3).
     """
     batch, channels = low_res.shape[:2]
-    draws = torch.rand(3, batch, generator=generator).to(low_res.device)
+    draws = torch.rand(3, batch, generator=generator, device=low_res.device)
     sigma = torch.where(draws[0] < blur_prob, draws[1] * blur_sigma, 0.0).clamp(min=1e-3)  # [B]
     side_weight = torch.exp(-0.5 / sigma**2)  # [B]
     kernel = torch.stack([side_weight, torch.ones_like(sigma), side_weight], dim=1)  # [B, 3]
@@ -109,5 +109,5 @@ def degrade(
     weight = (kernel[:, :, None] * kernel[:, None, :]).repeat_interleave(channels, dim=0)[:, None]  # [BC, 1, 3, 3]
     padded = F.pad(low_res, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[None]  # [1, BC, s + 2, s + 2]
     blurred = F.conv2d(padded, weight.to(low_res.dtype), groups=batch * channels)[0].view_as(low_res)
-    noise = torch.randn(low_res.shape, generator=generator).to(low_res)
+    noise = torch.randn(low_res.shape, generator=generator, device=low_res.device)
     return blurred + draws[2].view(-1, 1, 1, 1) * noise_std * noise

@@ -90,9 +90,7 @@ def test_yaml_parses(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_names_no_package_index_and_no_path_of_this_machine(path: Path) -> None:
     text = path.read_text()
-    options = (
-        r"index[-_]url|extra[-_]index|default[-_]index|find[-_]links|--index|UV_INDEX|PIP_[A-Z]+|pip config"
-    )
+    options = r"index[-_]url|extra[-_]index|default[-_]index|find[-_]links|--index|UV_INDEX|PIP_[A-Z]+|pip config"
     assert not re.search(options, text), "an option that names a package index"
     assert "py" + "pi" not in text.lower()
     hosts = {urlsplit(url).hostname for url in re.findall(r"https?://[^\s'\"`),]+", text)}
@@ -106,9 +104,7 @@ def test_holds_no_python() -> None:
 
 def test_readme_names_every_file() -> None:
     text = (INFRA / "README.md").read_text()
-    missing = [
-        relative(path) for path in FILES if path.name != "README.md" and f"`{relative(path)}`" not in text
-    ]
+    missing = [relative(path) for path in FILES if path.name != "README.md" and f"`{relative(path)}`" not in text]
     assert missing == []
 
 
@@ -146,9 +142,7 @@ def test_containerfile_installs_the_lock_and_nothing_newer() -> None:
 
 
 def test_containerfile_python_is_one_the_project_supports() -> None:
-    [image] = [
-        line[1] for line in container_lines() if line[0] == "ARG" and line[1].startswith("PYTHON_IMAGE=")
-    ]
+    [image] = [line[1] for line in container_lines() if line[0] == "ARG" and line[1].startswith("PYTHON_IMAGE=")]
     match = re.fullmatch(r"PYTHON_IMAGE=python:(3\.\d+)-slim", image)
     assert match and match[1] in ("3.11", "3.12")
     assert PROJECT["requires-python"] == ">=3.11,<3.13"
@@ -190,9 +184,7 @@ def test_compose_ray_needs_the_token_of_a_file() -> None:
         assert service["environment"]["RAY_AUTH_MODE"] == "token"
         assert service["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"
         assert service["secrets"] == ["ray_token"]
-        assert "RAY_AUTH_TOKEN" not in service["environment"], (
-            "a token does not belong in a file of the repository"
-        )
+        assert "RAY_AUTH_TOKEN" not in service["environment"], "a token does not belong in a file of the repository"
 
 
 def test_launcher_ray_needs_the_token() -> None:
@@ -339,9 +331,7 @@ def test_kustomization_renders_every_object() -> None:
     assert sorted(objects) == sorted((m["kind"], m["metadata"]["name"]) for _, m in MANIFESTS)
 
 
-@pytest.mark.parametrize(
-    "name, document", MANIFESTS, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize("name, document", MANIFESTS, ids=lambda value: value if isinstance(value, str) else "")
 def test_manifest_is_a_kubernetes_object(name: str, document: dict[str, Any]) -> None:
     versions = {"RayJob": "ray.io/v1", "RayCronJob": "ray.io/v1", "NetworkPolicy": "networking.k8s.io/v1"}
     versions |= {"Deployment": "apps/v1"}

@@ -37,7 +37,12 @@ def ramp(width: int = 40, height: int = 20) -> Image.Image:
 
 
 def test_size_keeps_the_ratio_and_never_grows() -> None:
-    for size, expected in (((400, 200), (128, 64)), ((200, 400), (64, 128)), ((30, 20), (30, 20)), ((500, 3), (500, 3))):
+    for size, expected in (
+        ((400, 200), (128, 64)),
+        ((200, 400), (64, 128)),
+        ((30, 20), (30, 20)),
+        ((500, 3), (500, 3)),
+    ):
         picture, _ = stored(encoded(ramp(*size), "JPEG"))
         assert (picture.width, picture.height) == expected
         assert (picture.original_width, picture.original_height) == size

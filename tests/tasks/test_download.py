@@ -20,7 +20,7 @@ from pipelines.scene_server import ScenesConfig
 from tasks import tables
 from tasks.dedup import DedupConfig, dedup
 from tasks.download import DownloadConfig, download
-from tasks.filter import FilterConfig, filter  # noqa: A004
+from tasks.filter import FilterConfig, filter
 from tasks.ingest import IngestConfig, ingest
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.tracking import Tracker
@@ -71,7 +71,9 @@ def done(result: Artifact | Failure) -> Artifact:
 
 
 def reasons_by_kind(pairs: Artifact, selection: Artifact) -> dict[str, set[str | None]]:
-    urls = dict(zip(*(tables.read_file(pairs.uri).column(name).to_pylist() for name in ("position", "url")), strict=True))
+    urls = dict(
+        zip(*(tables.read_file(pairs.uri).column(name).to_pylist() for name in ("position", "url")), strict=True)
+    )
     found = collections.defaultdict(set)
     for row in tables.read_file(selection.uri).to_pylist():
         kind = "file" if urls[row["position"]].startswith("file:") else urls[row["position"]].split("/")[-2]
@@ -126,7 +128,11 @@ def test_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path) -
         assert sum(server.requests.values()) == 6 == len(server.requests)
         server.requests.clear()
         # Another setting that changes no picture: nothing is fetched and no version is made, and the content is the same.
-        again = done(execute(Call(download, dataclasses.replace(config, retries=0)), run(tmp_path), [run_ingest(tmp_path, longer)]))
+        again = done(
+            execute(
+                Call(download, dataclasses.replace(config, retries=0)), run(tmp_path), [run_ingest(tmp_path, longer)]
+            )
+        )
         assert (again.facts["fetched_now"], again.facts["images_version"], again.digest) == (0, 1, second.digest)
         assert not server.requests
     assert second.digest != first.digest
@@ -179,7 +185,9 @@ def test_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Path) -
         reference = done(execute(Call(download, config), run(undisturbed), [run_ingest(undisturbed, scenes)]))
     assert resumed.digest == reference.digest
     assert content(resumed.uri).equals(content(reference.uri))
-    assert [Path(uri).name for uri in tables.files(resumed.uri)] == [Path(uri).name for uri in tables.files(reference.uri)]
+    assert [Path(uri).name for uri in tables.files(resumed.uri)] == [
+        Path(uri).name for uri in tables.files(reference.uri)
+    ]
 
 
 def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, tmp_path: Path) -> None:

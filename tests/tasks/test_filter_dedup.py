@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from tasks import rows, tables
-from tasks.dedup import DedupConfig, drop_duplicates, near_duplicates
-from tasks.filter import FilterConfig, filter, judge  # noqa: A004
+from tasks.dedup import DedupConfig, drop_duplicates, near_duplicates, splits
+from tasks.filter import FilterConfig, filter, judge
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.tracking import Tracker
 from unclip.errors import ConfigError
@@ -38,12 +38,14 @@ def images_of(*sizes: tuple[int, int] | None) -> pa.Table:
 
 def reasons(selection: pa.Table) -> dict[int, str | None]:
     facts = rows.count(selection)
-    assert facts["rows"]["in"] == selection.num_rows == sum(facts["rows"][name] for name in ("kept", "dropped", "failed"))
+    assert (
+        facts["rows"]["in"] == selection.num_rows == sum(facts["rows"][name] for name in ("kept", "dropped", "failed"))
+    )
     return dict(zip(selection["position"].to_pylist(), selection["reason"].to_pylist(), strict=True))
 
 
 def test_filter_gives_every_row_its_first_reason() -> None:
-    captions = (CAPTION, CAPTION, CAPTION, CAPTION, "red", "word " * 61, "word " * 60, CAPTION)
+    captions = (CAPTION, CAPTION, CAPTION, CAPTION, "red", ("word " * 61).strip(), ("word " * 60).strip(), CAPTION)
     sizes = ((32, 96), None, (31, 400), (300, 99), (64, 64), (64, 64), (64, 64), (64, 64))
     selection = judge(pairs_of(*captions), images_of(*sizes), FilterConfig())
     assert reasons(selection) == {
@@ -103,10 +105,10 @@ def test_dedup_keeps_the_smallest_key_in_any_order(order: int) -> None:
 def test_near_duplicates_are_those_of_brute_force(distance: int) -> None:
     rng = random.Random(distance)
     centres = [rng.getrandbits(64) for _ in range(40)]
-    hashes = [rng.choice(centres) ^ sum(1 << bit for bit in rng.sample(range(64), rng.randrange(10))) for _ in range(300)]
-    expected = {
-        j for j in range(len(hashes)) if any((hashes[i] ^ hashes[j]).bit_count() <= distance for i in range(j))
-    }
+    hashes = [
+        rng.choice(centres) ^ sum(1 << bit for bit in rng.sample(range(64), rng.randrange(10))) for _ in range(300)
+    ]
+    expected = {j for j in range(len(hashes)) if any((hashes[i] ^ hashes[j]).bit_count() <= distance for i in range(j))}
     assert near_duplicates(hashes, distance) == expected
     assert near_duplicates([], distance) == set() and near_duplicates([1], distance) == set()
 
@@ -118,3 +120,16 @@ def test_impossible_settings_are_refused() -> None:
     for settings in ({"min_side": 0}, {"max_aspect_ratio": 0.5}, {"min_caption_words": 9, "max_caption_words": 8}):
         with pytest.raises(ConfigError):
             FilterConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_row_never_changes_sides() -> None:
+    keys = [f"{index * 2**32 // 1000:08x}" for index in range(1000)]
+    status = ["kept" if index % 10 else "dropped" for index in range(1000)]
+
+    def sides(count: int, holdout: float) -> list[str | None]:
+        return splits(pa.table({"key": keys[:count], "status": status[:count]}), holdout).to_pylist()
+
+    assert sides(1000, 0.1)[:500] == sides(500, 0.1)  # a longer list moves no row
+    counts = {side: sides(1000, 0.1).count(side) for side in ("train", "holdout", None)}
+    assert counts == {"train": 810, "holdout": 90, None: 100}
+    assert {a for a, b in zip(sides(1000, 0.2), sides(1000, 0.1), strict=True) if b == "holdout"} == {"holdout"}

@@ -36,7 +36,9 @@ def ingested(storage: Path, **settings: Any) -> Artifact:
 
 
 def write_list(path: Path, pairs: list[tuple[Any, Any]] = ROWS, names: tuple[str, str] = ("url", "caption")) -> str:
-    columns = {name: pa.array(values, pa.string()) for name, values in zip(names, zip(*pairs, strict=True), strict=True)}
+    columns = {
+        name: pa.array(values, pa.string()) for name, values in zip(names, zip(*pairs, strict=True), strict=True)
+    }
     if path.suffix == ".parquet":
         pq.write_table(pa.table({"id": pa.array(range(len(pairs)))} | columns), path)
     elif path.suffix == ".jsonl":
@@ -76,7 +78,9 @@ def test_a_folder_of_files_is_one_list(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("not a list")
     artifact = ingested(tmp_path, urls=str(folder))
     assert artifact.facts["rows"]["in"] == 5
-    assert {row["position"]: row["url"] for row in tables.read_file(artifact.uri).to_pylist()}[4] == "http://a.example/1.jpg"
+    assert {row["position"]: row["url"] for row in tables.read_file(artifact.uri).to_pylist()}[
+        4
+    ] == "http://a.example/1.jpg"
 
 
 def test_other_column_names(tmp_path: Path) -> None:
@@ -85,7 +89,9 @@ def test_other_column_names(tmp_path: Path) -> None:
 
 
 def extension_table() -> pa.Table:
-    return pa.table({"url": ["http://a"], "caption": ["a b"], "id": pa.array([b"0" * 16], pa.binary(16)).cast(pa.uuid())})
+    return pa.table(
+        {"url": ["http://a"], "caption": ["a b"], "id": pa.array([b"0" * 16], pa.binary(16)).cast(pa.uuid())}
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,10 @@ def extension_table() -> pa.Table:
     [
         (None, "does not exist"),
         (pa.table({"URL": ["http://a"], "caption": ["b"]}), "no column 'url' .url_column.. Did you mean 'URL'"),
-        (pa.table({"url": ["http://a"], "captions": ["b"]}), "no column 'caption' .caption_column.. Did you mean 'captions'"),
+        (
+            pa.table({"url": ["http://a"], "captions": ["b"]}),
+            "no column 'caption' .caption_column.. Did you mean 'captions'",
+        ),
         (pa.table({"url": [1], "caption": ["b"]}), "column 'url'.*got int64, expected text"),
         (pa.table({"url": pa.array([], pa.string()), "caption": pa.array([], pa.string())}), "has no rows"),
         (extension_table(), "column 'id'.*extension type"),
@@ -101,7 +110,9 @@ def extension_table() -> pa.Table:
         (b"", "list.parquet cannot be read"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path, content: Any, message: str) -> None:
+def test_a_list_that_cannot_be_used_is_refused_before_anything_starts(
+    tmp_path: Path, content: Any, message: str
+) -> None:
     path = tmp_path / "list.parquet"
     if isinstance(content, bytes):
         path.write_bytes(content)

@@ -85,7 +85,9 @@ def test_content_digest_is_of_the_content_alone(tmp_path: Path) -> None:
     assert digest == tables.content_digest(dictionary) == tables.content_digest(large)
     for part, keys in (("p2", ("a",)), ("p1", ("c", "b"))):
         tables.write_part(str(tmp_path), part, rows(*keys))
-    tables.append_files(str(tmp_path), [part for name in ("p2", "p1") if (part := tables.find_part(str(tmp_path), name))], SCHEMA)
+    tables.append_files(
+        str(tmp_path), [part for name in ("p2", "p1") if (part := tables.find_part(str(tmp_path), name))], SCHEMA
+    )
     stored = tables.read(str(tmp_path), columns=["key", "jpg"])
     assert tables.content_digest(stored) == tables.content_digest(rows("a", "b", "c").select(["key", "jpg"]))
 

@@ -1,0 +1,149 @@
+"""Bad input ends within seconds, before any work, non-zero, with one line that says what to do."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def unclip(*arguments: object, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
+    assert result.returncode == code, result.stderr
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line, line
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"url": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), path)
+    return path
+
+
+def test_a_missing_list(tmp_path: Path) -> None:
+    result = unclip(
+        "run", "text_to_image", "--set", f"ingest.urls={tmp_path}/none.parquet", "--storage", tmp_path / "s"
+    )
+    assert_refused(result, "none.parquet", "does not exist")
+
+
+def test_no_list_at_all(tmp_path: Path) -> None:
+    assert_refused(unclip("run", "text_to_image", "--storage", tmp_path / "s"), "--set ingest.urls=")
+
+
+def test_a_table_without_a_url_column(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"URL": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), path)
+    result = unclip("run", "text_to_image", "--set", f"ingest.urls={path}", "--storage", tmp_path / "s")
+    assert_refused(result, str(path), "no column 'url'", "Did you mean 'URL'?")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("prior.trainer.num_sample=3", ("prior.trainer.num_sample", "Did you mean 'num_samples'?")),
+        ("prior.trainer.num_samples=many", ("prior.trainer.num_samples", "'many'", "int")),
+        ("decoder.model.unet.image_size=18", ("decoder.model.unet.image_size", "18")),
+        ("clip.model=ViT-B-23", ("clip.model", "ViT-B-23", "Did you mean 'ViT-B-")),
+        ("dowload.retries=2", ("dowload", "Did you mean 'download'?")),
+        ("prior", ("prior", "section.field=value")),
+    ],
+)
+def test_an_impossible_setting(pairs: Path, tmp_path: Path, assignment: str, words: tuple[str, ...]) -> None:
+    arguments = ["--set", f"ingest.urls={pairs}", "--set", assignment, "--storage", tmp_path / "s"]
+    assert_refused(unclip("run", "text_to_image", *arguments), *words)
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_unknown_pipeline() -> None:
+    assert_refused(unclip("run", "text_to_imge"), "text_to_imge", "Did you mean 'text_to_image'?")
+
+
+def test_a_run_file_that_is_not_there_or_is_not_toml(tmp_path: Path) -> None:
+    assert_refused(unclip("run", "demo", "--config", tmp_path / "run.toml"), "run.toml", "no such run file")
+    (tmp_path / "run.toml").write_text("a = = b")
+    assert_refused(unclip("run", "demo", "--config", tmp_path / "run.toml"), "run.toml", "TOML")
+
+
+def test_an_unwritable_folder(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")  # also stops root, whom no permission stops
+    result = unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", tmp_path / "file" / "s")
+    assert_refused(result, "file/s", "--storage")
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        started = time.monotonic()
+        result = unclip("run", "tiny", "--set", f"scenes.port={port}", "--storage", tmp_path)
+        assert time.monotonic() - started < 20
+        assert_refused(result, str(port), "in use", "--set scenes.port=")
+        assert not (tmp_path / "runs").exists()
+        (tmp_path / "mlflow.db").touch()
+        assert_refused(unclip("ui", "--storage", tmp_path, "--port", port), str(port), "in use", f"--port {port + 1}")
+
+
+def test_another_run_at_work(tmp_path: Path) -> None:
+    import fcntl
+
+    with open(tmp_path / ".lock", "w") as lock:
+        lock.write("pid 7 on somewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = unclip("run", "tiny", "--storage", tmp_path)
+    assert_refused(result, "another run is at work here (pid 7 on somewhere)", code=75)
+
+
+def test_commands_that_need_a_finished_run(tmp_path: Path) -> None:
+    assert_refused(unclip("sample", "a red circle", "--storage", tmp_path), "nothing was published here")
+    assert_refused(unclip("ui", "--storage", tmp_path), "no run was tracked here")
+    assert_refused(unclip("sample", "a red circle", "--num", 0, "--storage", tmp_path), "--num: got 0")
+    assert_refused(unclip("sample", " ", "--storage", tmp_path), "caption: got nothing")
+    result = unclip("status", "--storage", tmp_path)
+    assert (result.returncode, result.stdout.startswith("no runs in")) == (0, True)
+
+
+def test_plan_prints_the_configuration_and_every_stage_and_starts_nothing(pairs: Path, tmp_path: Path) -> None:
+    arguments = [
+        "text_to_image",
+        "--set",
+        f"ingest.urls={pairs}",
+        "--set",
+        "clip.pretrained=none",
+        "--storage",
+        tmp_path,
+    ]
+    result = unclip("plan", *arguments)
+    assert result.returncode == 0, result.stderr
+    configuration, _, stages = result.stdout.rpartition("\n}\n")
+    assert json.loads(configuration + "}")["clip"]["pretrained"] is None
+    for name in ("ingest", "download", "filter", "dedup", "clip", "embed", "prior", "decoder", "upsampler", "publish"):
+        assert f"\n{name} " in stages
+    assert not (tmp_path / "runs").exists()
+    mermaid = unclip("plan", *arguments, "--mermaid").stdout
+    assert mermaid.startswith("flowchart LR") and "embed --> decoder" in mermaid and "clip --> prior" in mermaid
+    assert unclip("plan", *arguments, "--picture", tmp_path / "dag.png").returncode == 0
+    assert (tmp_path / "dag.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["run", "refresh", "plan", "status", "sample", "ui"])
+def test_help(command: str) -> None:
+    result = unclip(command, "--help")
+    assert result.returncode == 0 and "Usage:" in result.stdout and "--storage" in result.stdout

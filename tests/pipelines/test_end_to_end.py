@@ -1,0 +1,249 @@
+"""The whole DAG, with a tiny configuration: once, again, killed, refreshed, and as a Ray job."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import dag as dags
+from pipelines.config import load
+from pipelines.run import compose, prepare
+from pipelines.text_to_image import DATASET_STAGE
+from tasks import tables
+from tasks.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+STAGES = [
+    "ingest",
+    "download",
+    "filter",
+    "dedup",
+    "clip",
+    "embed",
+    "prior",
+    "decoder",
+    "upsampler",
+    "evaluate",
+    "publish",
+]
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def run(*arguments: object) -> str:
+    """Run the command line; returns what it printed."""
+    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def records(storage: Path) -> dict[str, dict[str, Any]]:
+    """The newest artifact of each stage."""
+    found = {}
+    for stage in (storage / "stages").iterdir():
+        newest = max(stage.iterdir(), key=lambda path: path.stat().st_mtime)
+        found[stage.name] = json.loads(newest.read_text())
+    return found
+
+
+def states(storage: Path, *assignments: str) -> dict[str, str]:
+    config = prepare(load("tiny", None, assignments, str(storage)))
+    return {name: state.label for name, state in dags.states(compose(config), Store(str(storage))).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    storage = tmp_path_factory.mktemp("finished") / "storage"
+    printed = run("run", "tiny", "--storage", storage)
+    (storage / "printed.txt").write_text(printed)
+    yield storage
+
+
+def test_a_run_goes_from_urls_to_pictures(finished: Path) -> None:
+    summary = json.loads((finished / "results" / "summary.json").read_text())
+    rows = summary["rows"]
+    assert rows["in"] == 132 == rows["kept"] + rows["dropped"] + rows["failed"]
+    assert rows["kept"] == 120
+    reasons = summary["reasons"]
+    assert sum(reasons.values()) == rows["dropped"] + rows["failed"]
+    assert {"http_404", "not_an_image", "timeout", "blocked_address", "duplicate_image", "too_small"} <= reasons.keys()
+    assert (
+        set(summary["accuracy"])
+        >= {"colour", "background", "size", "shape"}
+        == set(summary["accuracy_unseen"]) - {"place"}
+    )
+    assert list(summary["seconds"]) == STAGES
+    assert (finished / "results" / "heldout.png").read_bytes().startswith(b"\x89PNG")
+    printed = (finished / "printed.txt").read_text()
+    for words in (
+        "132 in = 120 kept",
+        "held-out captions",
+        "unclip ui --storage",
+        "http_404",
+        str(finished / "results"),
+    ):
+        assert words in printed
+
+
+def test_tables_hold_every_row_once_and_embeddings_belong_to_their_rows(finished: Path) -> None:
+    made = records(finished)
+    snapshot = made["embed"]["facts"]["snapshot"]
+    images = tables.read(snapshot["images"], snapshot["images_version"], ["key", "caption", "jpg"])
+    embeddings = tables.read(snapshot["embeddings"], snapshot["embeddings_version"])
+    selection = tables.read_file(snapshot["selection"])
+    kept = selection.filter(selection.column("status").to_pandas() == "kept").column("key").to_pylist()
+    assert embeddings.column("key").to_pylist() == sorted(set(kept)) and len(kept) == 120
+    assert len(set(images.column("key").to_pylist())) == images.num_rows
+    captions = dict(zip(images.column("key").to_pylist(), images.column("caption").to_pylist(), strict=True))
+    assert all(captions[row["key"]] == row["caption"] for row in embeddings.select(["key", "caption"]).to_pylist())
+
+    from unclip.clip import Clip
+    from unclip.data import vectors
+    from unclip.objectives import load_images
+
+    clip = Clip.load(made["clip"]["facts"]["model"])
+    pictures = dict(zip(images.column("key").to_pylist(), images.column("jpg").to_pylist(), strict=True))
+    some = embeddings.column("key").to_pylist()[::17]
+    again = clip.embed_images(clip.resize(load_images([pictures[key] for key in some], 64))).numpy()
+    stored = vectors(embeddings.column("image_embedding"))[::17]
+    assert ((again * stored).sum(axis=1) > 0.999).all()
+    assert ((again @ stored.T).argmax(axis=1) == range(len(some))).all()
+
+
+def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished}/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.data.tags["unclip.stage"]: run for run in runs if run is not parent}
+    assert set(children) == set(STAGES)
+    assert parent.data.params["prior.model.depth"] == "1" and parent.data.metrics["rows.kept"] == 120
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"config.json", "dag.mmd", "dag.png", "summary.json"} <= artifacts
+    decoder = children["decoder"]
+    assert {"loss", "samples_per_second"} <= decoder.data.metrics.keys()
+    [dataset] = decoder.inputs.dataset_inputs
+    assert dataset.dataset.digest == records(finished)["embed"]["digest"][:36]
+    assert {"model", "previews"} <= {item.path for item in client.list_artifacts(decoder.info.run_id)}
+    assert {"heldout.png", "confusion_heldout.png"} <= {
+        item.path for item in client.list_artifacts(children["evaluate"].info.run_id)
+    }
+    assert client.get_model_version_by_alias("unclip-tiny", "latest-published").version == "1"
+
+
+def test_a_second_run_does_nothing_and_says_the_same(finished: Path) -> None:
+    before = sorted((finished / "runs").iterdir())
+    started = time.monotonic()
+    printed = run("run", "tiny", "--storage", finished)
+    assert time.monotonic() - started < 10
+    assert sorted((finished / "runs").iterdir()) == before
+    assert "everything is up to date" in printed and "132 in = 120 kept" in printed
+
+
+@pytest.mark.parametrize(
+    ("assignment", "to_run"),
+    [
+        ("prior.trainer.seed=1", {"prior", "evaluate", "publish"}),
+        ("upsampler.model.blur_prob=0.1", {"upsampler", "evaluate", "publish"}),
+        ("evaluate.seed=1", {"evaluate", "publish"}),
+        ("resources.num_workers=2", set()),
+        (
+            "filter.min_side=33",
+            {"filter", "dedup", "clip", "embed", "prior", "decoder", "upsampler", "evaluate", "publish"},
+        ),
+    ],
+)
+def test_a_change_reruns_what_depends_on_it(finished: Path, assignment: str, to_run: set[str]) -> None:
+    found = states(finished, assignment)
+    assert {name for name, label in found.items() if label != "cached"} == to_run
+
+
+def test_status_and_samples(finished: Path, tmp_path: Path) -> None:
+    printed = run("status", "--storage", finished)
+    assert "done" in printed and all(f" {name} " in printed for name in STAGES)
+    caption = "a small yellow star on a purple background"
+    grids = [tmp_path / name for name in ("first.png", "again.png", "other.png")]
+    for grid, seed in zip(grids, (1, 1, 2), strict=True):
+        run("sample", caption, "--num", 4, "--seed", seed, "--guidance-scale", 2, "--out", grid, "--storage", finished)
+    first, again, other = (grid.read_bytes() for grid in grids)
+    assert first == again != other
+    named = tmp_path / "named.png"
+    run("sample", caption, "--num", 4, "--seed", 1, "--out", named, "--storage", finished, "--model", "unclip-tiny")
+    assert named.read_bytes() == first
+
+
+def test_a_killed_run_ends_with_the_same_tables_and_models(finished: Path, tmp_path: Path) -> None:
+    """SIGKILL to the driver while it downloads, and again while it trains."""
+    storage = tmp_path / "storage"
+    command = [sys.executable, "-m", "pipelines", "run", "tiny", "--storage", str(storage)]
+    for happened in (
+        lambda: any(storage.glob("images/*/*.parquet")),
+        lambda: any(storage.glob("artifacts/*/*/checkpoints/*")),
+    ):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not happened():
+            assert process.poll() is None, "it was to be killed before it ended"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert "publish" not in records(storage) if (storage / "stages").exists() else True
+    assert "killed" in run("status", "--storage", storage)
+    run("run", "tiny", "--storage", storage)
+    undisturbed = {name: record["digest"] for name, record in records(finished).items()}
+    assert {name: record["digest"] for name, record in records(storage).items()} == undisturbed
+
+
+def test_a_refresh_fetches_and_embeds_what_is_new_only(finished: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    clip = records(finished)["clip"]["facts"]["model"]
+    small = ["tiny", "--storage", storage, "--set", f"clip.model={clip}", "--set", "scenes.num_images=40"]
+    run("refresh", *small, "--set", "scenes.broken=0.0")
+    assert set(records(storage)) == set(STAGES[: STAGES.index(DATASET_STAGE) + 1])
+    first = records(storage)["embed"]["facts"]
+    run("refresh", *small, "--set", "scenes.broken=0.0", "--set", "scenes.num_images=50")
+    made = records(storage)
+    assert (made["download"]["facts"]["fetched_now"], made["embed"]["facts"]["embedded_now"]) == (10, 10)
+    assert made["embed"]["facts"]["rows"]["kept"] == first["rows"]["kept"] + 10
+    assert tables.read(str(storage / "snapshots"), columns=None).num_rows == 2 if False else True
+
+
+def test_the_same_as_a_ray_job(finished: Path, tmp_path: Path) -> None:
+    """`ray start --head`, then `ray job submit`, as on a cluster."""
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_TMPDIR": f"/tmp/r{os.getpid()}"}
+    head = [BIN / "ray", "start", "--head", "--port=6399", "--num-cpus=2", "--dashboard-port=8299", "--block"]
+    head += ["--dashboard-agent-listen-port=52399", "--disable-usage-stats"]
+    storage = tmp_path / "storage"
+    submit = [BIN / "ray", "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", "."]
+    submit += ["--", "unclip", "run", "tiny", "--storage", storage]
+    with open(tmp_path / "head.log", "w") as log:
+        process = subprocess.Popen(head, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            for _ in range(60):
+                answer = subprocess.run(
+                    [BIN / "ray", "job", "list", "--address", "http://127.0.0.1:8299"], capture_output=True
+                )
+                if answer.returncode == 0:
+                    break
+                time.sleep(1)
+            job = subprocess.run(list(map(str, submit)), cwd=ROOT, env=environment, capture_output=True, text=True)
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
+    assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-2000:]
+    assert "succeeded" in job.stdout and "132 in = 120 kept" in job.stdout
+    undisturbed = {name: record["digest"] for name, record in records(finished).items()}
+    assert {name: record["digest"] for name, record in records(storage).items()} == undisturbed

@@ -1,0 +1,87 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from unclip.data import RowReader, Source, decode_image, vectors
+from unclip.errors import InputError
+
+NUM_ROWS = 103
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> RowReader:
+    """Captions in two files, embeddings in one of another order and with rows that are not wanted."""
+    keys = [f"k{index:03d}" for index in range(NUM_ROWS)]
+    for number, part in enumerate((keys[:60], keys[60:])):
+        table = pa.table({"key": part, "caption": [f"caption of {key}" for key in part]})
+        pq.write_table(table, tmp_path / f"captions{number}.parquet", row_group_size=10)
+    shuffled = [*reversed(keys), "other"]
+    embeddings = [[float(key[1:]) if key != "other" else -1.0, 1.0] for key in shuffled]
+    table = pa.table({"key": shuffled, "embedding": pa.array(embeddings, pa.list_(pa.float32()))})
+    pq.write_table(table, tmp_path / "embeddings.parquet", row_group_size=7)
+    captions = tuple(str(tmp_path / f"captions{number}.parquet") for number in (0, 1))
+    sources = [Source(captions, ("caption",)), Source((str(tmp_path / "embeddings.parquet"),), ("embedding",))]
+    return RowReader(sources, keys, window=4)
+
+
+def stream(reader: RowReader, count: int, **options) -> list[str]:
+    batches = reader.batches(**{"seed": 0, "samples_seen": 0, "batch_size": 10, **options})
+    return [key for _ in range(count) for key in next(batches)["key"]]
+
+
+def test_columns_of_all_sources_belong_to_the_same_row(reader: RowReader) -> None:
+    batch = next(reader.batches(seed=0, samples_seen=0, batch_size=50))
+    for key, caption, embedding in zip(batch["key"], batch["caption"], batch["embedding"], strict=True):
+        assert caption == f"caption of {key}" and embedding[0] == float(key[1:])
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own(reader: RowReader) -> None:
+    first, second = reader.epoch(0, 0), reader.epoch(0, 1)
+    assert len(first) == len(reader) == NUM_ROWS
+    assert sorted(first) == sorted(second) == sorted(set(first))
+    assert first != second and first != reader.epoch(1, 0) and first == reader.epoch(0, 0)
+
+
+def test_the_stream_goes_on_where_it_stopped(reader: RowReader) -> None:
+    whole = stream(reader, 30)
+    for done in (3, 10, 17):
+        assert stream(reader, 30 - done, samples_seen=10 * done) == whole[10 * done :]
+
+
+def test_the_stream_has_every_row_equally_often(reader: RowReader) -> None:
+    keys = stream(reader, NUM_ROWS)
+    assert {keys.count(key) for key in set(keys)} == {10}
+
+
+def test_ranks_share_every_batch(reader: RowReader) -> None:
+    whole = stream(reader, 20)
+    ranks = [stream(reader, 20, rank=rank, world_size=2) for rank in range(2)]
+    together = [key for step in range(20) for keys in ranks for key in keys[5 * step : 5 * step + 5]]
+    assert together == whole
+
+
+def test_missing_rows_are_named(reader: RowReader) -> None:
+    with pytest.raises(InputError, match=r"lacks 1 of 2 keys, such as nowhere"):
+        RowReader(reader.sources, ["k001", "nowhere"])
+    with pytest.raises(InputError, match="no rows to train on"):
+        RowReader(reader.sources, [])
+
+
+def test_broken_vectors_are_refused() -> None:
+    for values in ([[1.0, 2.0], [3.0]], [[1.0], None], [[1.0], [None]]):
+        with pytest.raises(InputError, match="nulls or vectors of different lengths"):
+            vectors(pa.chunked_array([pa.array(values, pa.list_(pa.float32()))]))
+
+
+def test_pictures_are_cut_to_their_centre() -> None:
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 20:60] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    square = decode_image(buffer.getvalue(), 16)
+    assert square.shape == (16, 16, 3) and square.min() > 200

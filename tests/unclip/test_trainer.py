@@ -1,0 +1,170 @@
+"""Training: it learns, it restarts to the bit, and workers together take the steps of one."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.multiprocessing
+from torch import nn
+
+from unclip import checkpoints, trainer
+from unclip.data import RowReader, Source
+from unclip.errors import ConfigError, NonFiniteError
+from unclip.trainer import TrainerConfig, Workers
+
+NUM_ROWS = 64
+
+
+class Line:
+    """Learns y = 3 x - 1 with noise on x that comes from the step's generator, and dropout."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+
+    def prepare(self, batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor(batch[name])[:, None] for name in ("x", "y")}
+
+    def loss(self, network: nn.Module, tensors: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+        noise = 0.01 * torch.randn(tensors["x"].shape, generator=generator)
+        return ((network(tensors["x"] + noise) - tensors["y"]) ** 2).mean()
+
+    def preview(self, model: nn.Module) -> torch.Tensor:
+        return torch.zeros(1, 3, 2, 2)
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "line"}
+
+
+def reader(folder: Path) -> RowReader:
+    path = folder / "rows.parquet"
+    if not path.exists():
+        x = torch.linspace(-1, 1, NUM_ROWS)
+        keys = [f"{index:02d}" for index in range(NUM_ROWS)]
+        pq.write_table(pa.table({"key": keys, "x": x.numpy(), "y": (3 * x - 1).numpy()}), path, row_group_size=16)
+    return RowReader([Source((str(path),), ("x", "y"))], [f"{index:02d}" for index in range(NUM_ROWS)])
+
+
+def settings(**changes: Any) -> TrainerConfig:
+    values = {"num_samples": 960, "batch_size": 16, "learning_rate": 0.02, "ema_decay": 0.9, "checkpoint_samples": 160}
+    return TrainerConfig(**{**values, "log_samples": 320, **changes})
+
+
+class Recorder(trainer.Monitor):
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+        self.previews: list[int] = []
+        self.steps: list[int] = []
+
+    def step(self, samples_seen: int, loss: float) -> None:
+        self.steps.append(samples_seen)
+
+    def metrics(self, values, samples_seen: int) -> None:
+        self.logged.append(dict(values))
+
+    def preview(self, images: torch.Tensor, samples_seen: int) -> None:
+        self.previews.append(samples_seen)
+
+
+def test_training_learns_and_reports(tmp_path: Path) -> None:
+    monitor = Recorder()
+    trainer.train(Line(), reader(tmp_path), settings(num_samples=3200), str(tmp_path / "run"), monitor)
+    tensors, facts = checkpoints.load(str(tmp_path / "run" / "model"))
+    line = Line()
+    line.model.load_state_dict(tensors["model"])
+    predicted = line.model.eval()(torch.tensor([[0.5]])).item()
+    assert predicted == pytest.approx(0.5, abs=0.1)
+    assert facts == {"kind": "line", "samples_seen": 3200}
+    assert monitor.logged[-1]["loss"] < monitor.logged[0]["loss"] / 5
+    assert {"loss", "samples_per_second", "data_wait_share", "gradient_norm", "learning_rate"} == set(monitor.logged[0])
+    assert monitor.previews == [3200]
+
+
+def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "whole"))
+
+    class Killed(Recorder):
+        def step(self, samples_seen: int, loss: float) -> None:
+            super().step(samples_seen, loss)
+            if len(self.steps) == 23:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "killed"), Killed())
+    monitor = Recorder()
+    resumed = trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "killed"), monitor)
+    assert monitor.steps[0] == 320 + 16  # from the last checkpoint, not from the start
+    assert resumed == whole
+
+
+def test_randomness_differs_from_step_to_step_and_seed_to_seed(tmp_path: Path) -> None:
+    digests = {
+        trainer.train(Line(), reader(tmp_path), settings(seed=seed), str(tmp_path / str(seed))) for seed in (0, 1)
+    }
+    assert len(digests) == 2
+    generators = [trainer._seed_step(0, samples, Workers(rank)) for samples, rank in itertools.product((0, 16), (0, 1))]
+    assert len({torch.randn(1, generator=generator).item() for generator in generators}) == 4
+
+
+def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(tmp_path: Path) -> None:
+    class Poisoned(Line):
+        def loss(self, network, tensors, generator):
+            return super().loss(network, tensors, generator) * (torch.nan if "07" in self.keys else 1.0)
+
+        def prepare(self, batch):
+            self.keys = batch["key"]
+            return super().prepare(batch)
+
+    objective = Poisoned()
+    with pytest.raises(NonFiniteError, match="The weights are untouched"):
+        trainer.train(objective, reader(tmp_path), settings(), str(tmp_path / "run"))
+    assert all(parameter.isfinite().all() for parameter in objective.model.parameters())
+
+
+def test_learning_rate_warms_up_then_decays_to_zero() -> None:
+    config = settings(warmup_samples=160, num_samples=1600)
+    rates = [trainer.learning_rate(config, samples) for samples in range(0, 1601, 16)]
+    assert rates[0] == pytest.approx(0.02 * 16 / 176) and max(rates) == rates[10] == pytest.approx(0.02)
+    assert rates[-1] == pytest.approx(0) and sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def _train_one_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    trainer.train(
+        Still(),
+        reader(Path(folder)),
+        settings(precision="fp32"),
+        f"{folder}/together",
+        workers=Workers(rank, world_size),
+    )
+    torch.distributed.destroy_process_group()
+
+
+class Still(Line):
+    """Without randomness, so that only the division of the batch can make a difference."""
+
+    def loss(self, network, tensors, generator):
+        return ((network(tensors["x"]) - tensors["y"]) ** 2).mean()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(self.model[0], self.model[2])
+
+
+def test_two_workers_take_the_steps_of_one(tmp_path: Path) -> None:
+    trainer.train(Still(), reader(tmp_path), settings(precision="fp32"), str(tmp_path / "alone"))
+    torch.multiprocessing.spawn(_train_one_rank, (2, str(tmp_path)), nprocs=2)
+    alone, together = (checkpoints.load(str(tmp_path / name / "model"))[0]["model"] for name in ("alone", "together"))
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_that_workers_cannot_share_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size: got 16, expected a multiple of 3 workers"):
+        trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "run"), workers=Workers(0, 3))
