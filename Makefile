@@ -34,7 +34,7 @@ test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow
 
 lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --extra dev --no-annotate --no-header --python-version 3.11 --no-emit-index-url pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --extra dev --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements.lock
 
-clean: ## Remove .venv and what the demo made
-	rm -rf .venv demo tiny
+clean: ## Remove .venv and the default storage folder
+	rm -rf .venv unclip-data

@@ -9,12 +9,15 @@ from typing import Any
 
 import click
 
+from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError, UnclipError
 
 PIPELINE = click.argument("pipeline", shell_complete=lambda *_: _pipelines())
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: what differs from the pipeline's preset.")
 SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
-STORAGE = click.option("--storage", metavar="FOLDER", help="Folder or URI for everything the pipeline makes.")
+STORAGE = click.option(
+    "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
+)
 
 
 class Commands(click.Group):
@@ -111,7 +114,7 @@ def status(storage: str | None, last: int) -> None:
     from pipelines.run import stage_events
     from tasks.store import Store
 
-    store = Store(storage or "unclip-data")
+    store = Store(storage or DEFAULT_ROOT)
     runs = store.list("runs")[-last:]
     if not runs:
         click.echo(f"no runs in {store.root}")
@@ -159,7 +162,7 @@ def sample(
         raise InputError("caption: got nothing, expected a description of the picture.")
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out: the folder {Path(out).resolve().parent} does not exist. Make it or name another.")
-    folder = find_stack(storage or "unclip-data", model)
+    folder = find_stack(storage or DEFAULT_ROOT, model)
 
     from unclip import pictures
     from unclip.generation import Stack
@@ -182,7 +185,7 @@ def ui(port: int, storage: str | None) -> None:
     from pipelines.scene_server import check_port
     from tasks.store import Store
 
-    store = Store(storage or "unclip-data")
+    store = Store(storage or DEFAULT_ROOT)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
     if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise InputError(

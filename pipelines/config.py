@@ -17,6 +17,7 @@ from tasks.ingest import IngestConfig
 from tasks.models import DecoderStageConfig, PriorStageConfig, UpsamplerStageConfig
 from tasks.publish import PublishConfig
 from tasks.stage import StageResources
+from tasks.store import DEFAULT_ROOT
 from unclip import config
 from unclip.errors import ConfigError, InputError
 
@@ -38,7 +39,7 @@ class PipelineConfig:
     """All settings of a run. Sections named like stages are those stages' own."""
 
     ingest: IngestConfig
-    storage: str = "unclip-data"
+    storage: str = DEFAULT_ROOT
     """Folder or URI that holds everything the pipeline makes."""
     tracking_uri: str | None = None
     """MLflow server or database; None takes MLFLOW_TRACKING_URI, or a database in the storage folder."""

@@ -36,6 +36,7 @@ QUIET = {
     # Ray's own messages add nothing for people who run a pipeline.
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_maximum_startup_concurrency": "8",  # also what its warning about many workers starts from
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
 }
 
@@ -211,18 +212,22 @@ def _start_ray(config: PipelineConfig) -> None:
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     # What workers print stays in Ray's logs; what they fail with comes back as the stage's message.
-    options: dict[str, Any] = {
-        "runtime_env": {"env_vars": QUIET},
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-    }
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, runtime_env={"env_vars": QUIET}, **options)
+        except (ConnectionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"cluster.address: no Ray cluster answers at {address}: {reason}. Start it first."
+            ) from None
     else:
         needed = max(wanted.cpus_per_worker * wanted.num_workers for wanted in _resources(config).values())
         num_cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, needed)
-        # A cluster of this run alone: it dies with this process, and joins no other that happens to be there.
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+        # A cluster of this run alone: it dies with this process, joins no other that happens to be there, and survives a
+        # change of network. Its workers inherit this process's environment; a runtime_env would cost each a second.
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     total = ray.cluster_resources()
     for stage, resources in _resources(config).items():
         for name, amount in resources.per_worker().items():

@@ -1,11 +1,12 @@
 """What a run came to: for people on the console, for programs in `summary.json`."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipelines.config import PipelineConfig
 from tasks.stage import Artifact
-from tasks.store import Store
+from tasks.store import DEFAULT_ROOT, Store
 from unclip import files
 
 ATTRIBUTES = ("colour", "background", "size", "shape", "place")
@@ -31,11 +32,12 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
 
 
 def write_results(summary: Mapping[str, Any], artifacts: Mapping[str, Artifact], store: Store) -> None:
-    """Lay the summary and the pictures of the last run in `results/`."""
-    store.write_json(summary, "results", "summary.json")
+    """Lay the summary and the pictures of the last run in `results/<pipeline>/`."""
+    pipeline = summary["pipeline"]
+    store.write_json(summary, "results", pipeline, "summary.json")
     if "evaluate" in artifacts:
         for name, uri in artifacts["evaluate"].facts["pictures"].items():
-            files.write(store.uri("results", f"{name}.png"), files.read(uri))
+            files.write(store.uri("results", pipeline, f"{name}.png"), files.read(uri))
 
 
 def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConfig) -> None:
@@ -68,9 +70,8 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
     if "captions" in summary:
         lines.append(f"pictures   {store.uri('results', 'heldout.png')}")
     lines.append(f"summary    {store.uri('results', 'summary.json')}")
-    lines.append(f"look       unclip ui --storage {config.storage}")
+    storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {config.storage}"
+    lines.append(f"look       unclip ui{storage}")
     if "stack" in summary:
-        lines.append(
-            f'draw       unclip sample "a small yellow star on a purple background" --storage {config.storage} --out grid.png'
-        )
+        lines.append(f'draw       unclip sample "a small yellow star on a purple background"{storage} --out grid.png')
     print("\n".join(lines), flush=True)

@@ -70,7 +70,7 @@ class DownloadConfig:
     """Redirects followed for one URL."""
     allow_hosts: tuple[str, ...] = ()
     """`host` or `host:port` that may be fetched although it is not on the public internet, such as "127.0.0.1:8765"."""
-    user_agent: str = "unclip/0.1 (+https://pypi.org/project/unclip; text-to-image training data)"
+    user_agent: str = "unclip/0.1 (image-text pairs for training)"
     """Says who asks. The part before the slash is the robot's name for X-Robots-Tag."""
 
     def __post_init__(self) -> None:

@@ -49,5 +49,6 @@ def bar(label: str, state: Mapping[str, Any]) -> str:
     share = min(1.0, done / total) if total else 1.0
     drawn = ("█" * round(share * 20)).ljust(20, "░")
     left = round((total - done) / speed) if speed > 0 else 0
-    numbers = f"{done:,}/{total:,} {state['unit']}  {speed:,.0f}/s  {left // 60}:{left % 60:02d} left  {state['note']}"
+    pace = f"{speed:,.0f}/s  {left // 60}:{left % 60:02d} left" if speed > 0 else "starting"
+    numbers = f"{done:,}/{total:,} {state['unit']}  {pace}  {state['note']}"
     return f"  {label:<10} {drawn} {share:4.0%}  {numbers}".rstrip()

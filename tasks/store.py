@@ -14,6 +14,8 @@ from typing import Any
 from unclip import files
 from unclip.errors import StorageError
 
+DEFAULT_ROOT = "unclip-data"
+
 
 class Store:
     """Names files below one root, which is a local folder (made absolute) or a URI that pyarrow understands."""

@@ -1,0 +1,81 @@
+"""The stage contract: what is cached, what is skipped, what a failure leaves behind."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tasks.stage import Artifact, Call, Failure, Output, Resources, Run, StageContext, StageResources, execute, stage
+from tasks.store import Store
+from tasks.tracking import Tracker
+from unclip.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class CountConfig:
+    start: int = 0
+    fails: bool = False
+
+
+calls: list[int] = []
+
+
+@stage("count", version=1)
+def count(context: StageContext, config: CountConfig, *parents: Artifact) -> Output:
+    """Count."""
+    assert context.scratch.is_dir()
+    if config.fails:
+        raise InputError("count: got nothing, expected something.")
+    calls.append(config.start)
+    return Output(context.folder, f"digest of {config.start}", {"start": config.start})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    calls.clear()
+    return Run("r1", "test", str(tmp_path), Tracker("", ""), "0")
+
+
+def parent(digest: str) -> Artifact:
+    return Artifact("before", "f", "/somewhere", digest, {}, 1.0)
+
+
+def test_what_was_made_is_not_made_again(run: Run) -> None:
+    first = execute(Call(count, CountConfig(3)), run, [parent("a")])
+    again = execute(Call(count, CountConfig(3)), run, [dataclasses.replace(parent("a"), uri="/elsewhere", seconds=9.0)])
+    assert isinstance(first, Artifact) and first == again and calls == [3]
+    assert Store(run.storage).read_json("runs", "r1", "count.json")["state"] == "cached"
+
+
+def test_settings_parents_and_version_make_it_new(run: Run) -> None:
+    newer = dataclasses.replace(count, version=2)
+    for call, digest in (
+        (Call(count, CountConfig(3)), "a"),
+        (Call(count, CountConfig(4)), "a"),
+        (Call(count, CountConfig(3)), "b"),
+        (Call(newer, CountConfig(3)), "a"),
+    ):
+        execute(call, run, [parent(digest)])
+    assert calls == [3, 4, 3, 3]
+
+
+def test_a_failure_is_recorded_and_passed_on_but_never_cached(run: Run) -> None:
+    failing = Call(count, CountConfig(fails=True))
+    failure = execute(failing, run, [parent("a")])
+    assert failure == Failure("count", "count: got nothing, expected something.")
+    record = Store(run.storage).read_json("runs", "r1", "count.json")
+    assert (record["state"], record["message"]) == ("failed", failure.message)
+    assert execute(Call(count, CountConfig(3)), run, [parent("a"), failure]) == failure and not calls
+    assert Store(run.storage).read_json("runs", "r1", "count.json")["state"] == "skipped"
+    assert not Store(run.storage).list("stages")
+
+
+def test_stages_may_have_resources_of_their_own() -> None:
+    resources = StageResources(num_workers=2, prior=Resources(num_workers=1, gpus_per_worker=1))
+    assert resources.of("prior").per_worker() == {"CPU": 2.0, "GPU": 1.0}
+    assert resources.of("decoder").num_workers == 2
+
+
+def test_a_tracking_server_that_is_down_stops_nothing(run: Run) -> None:
+    down = dataclasses.replace(run, tracker=Tracker("http://127.0.0.1:9", "some-run"))
+    assert isinstance(execute(Call(count, CountConfig(3)), down, []), Artifact)
