@@ -101,9 +101,10 @@ def plan(
         return
     click.echo(json.dumps(to_dict(config), indent=2))
     click.echo()
+    width = max(len(state.why) for state in states.values())
     for name, node in dag.items():
         state = states[name]
-        click.echo(f"{name:<11} {state.label:<7} {state.why:<42} {node.stage.help.splitlines()[0]}")
+        click.echo(f"{name:<11} {state.label:<7} {state.why:<{width}}  {node.stage.help.splitlines()[0]}")
 
 
 @main.command()
