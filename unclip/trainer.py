@@ -143,9 +143,8 @@ def train(
     monitor = monitor if monitor is not None and workers.rank == 0 else Monitor()
     if workers.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # nothing reads it, and filling takes a tenth of a step
-        )
+        # Nothing reads uninitialised memory here, and filling it takes a tenth of a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = objective.model.to(workers.device).train()
     state = _State(model, config)
     samples_seen = state.restore(f"{folder}/checkpoints")
