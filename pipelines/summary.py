@@ -68,8 +68,8 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
             "clip score " + "  ".join(f"{group} {score:.3f}" for group, score in summary["clip_score"].items())
         )
     if "captions" in summary:
-        lines.append(f"pictures   {store.uri('results', 'heldout.png')}")
-    lines.append(f"summary    {store.uri('results', 'summary.json')}")
+        lines.append(f"pictures   {store.uri('results', summary['pipeline'], 'heldout.png')}")
+    lines.append(f"summary    {store.uri('results', summary['pipeline'], 'summary.json')}")
     storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {config.storage}"
     lines.append(f"look       unclip ui{storage}")
     if "stack" in summary:
