@@ -113,6 +113,7 @@ def plan(
 def status(storage: str | None, last: int) -> None:
     """Show the last runs and how their stages fared."""
     from pipelines.run import stage_events
+    from tasks.stage import is_going_on
     from tasks.store import Store
 
     store = Store(storage or DEFAULT_ROOT)
@@ -123,7 +124,7 @@ def status(storage: str | None, last: int) -> None:
         record = store.read_json("runs", run_id, "run.json")
         started = datetime.datetime.fromtimestamp(record["started"]).astimezone()
         state = record["state"]
-        if state == "running" and not _is_alive(record):
+        if state == "running" and not is_going_on(record):
             state = "killed"
         click.echo(f"{run_id}  {record['pipeline']}  {started:%Y-%m-%d %H:%M}  {state}")
         for name, event in sorted(stage_events(store, run_id).items(), key=lambda item: item[1]["at"]):
@@ -208,14 +209,6 @@ def _pipelines() -> list[str]:
     from pipelines.config import pipeline_names
 
     return pipeline_names()
-
-
-def _is_alive(record: dict[str, Any]) -> bool:
-    import socket
-
-    if record["host"] != socket.gethostname():
-        return True  # who knows
-    return Path(f"/proc/{record['pid']}").exists()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tasks import rows, tables
 from tasks.decode import Picture, decode
 from tasks.fetch import Fetcher
 from tasks.progress import Progress
-from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.stage import Artifact, Output, Run, StageContext, stage
 from unclip.config import fingerprint, require
 from unclip.errors import StageError
 from unclip.files import sha256
@@ -100,7 +100,7 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     known = _known_keys(table_uri)
     missing = wanted.filter(pc.invert(pc.is_in(wanted.column("key"), value_set=known))) if known else wanted
     parts = _download_shards(
-        table_uri, missing.to_pylist(), config, context.progress(missing.num_rows, "pictures").start()
+        table_uri, missing.to_pylist(), config, context.run, context.progress(missing.num_rows, "pictures").start()
     )
     note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint}
     version = tables.append_files(table_uri, parts, IMAGES, note)
@@ -131,7 +131,7 @@ def _as_outcome(status: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _download_shards(
-    table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig, progress: Progress
+    table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig, run: Run, progress: Progress
 ) -> list[tables.Part]:
     """One task for each shard, a bounded number at a time. After a failure those that run still finish: work is kept."""
     if not pairs:
@@ -143,7 +143,7 @@ def _download_shards(
     failure: ray.exceptions.RayError | None = None
     while True:
         while failure is None and len(running) < limit and (shard := next(shards, None)):
-            running[_download_shard.remote(table_uri, shard, config)] = len(shard)
+            running[_download_shard.remote(table_uri, shard, config, run)] = len(shard)
         if not running:
             break
         [done], _ = ray.wait(list(running))
@@ -163,10 +163,18 @@ def _download_shards(
 
 
 @ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True)
-def _download_shard(table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> tables.Part:
+def _download_shard(
+    table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig, run: Run
+) -> tables.Part:
     """The shard's part: the one an earlier attempt wrote, or else one row for each pair, fetched now."""
     name = fingerprint([pair["key"] for pair in pairs])[:32]
-    return tables.find_part(table_uri, name) or tables.write_part(table_uri, name, fetch_pairs(pairs, config))
+    part = tables.find_part(table_uri, name)
+    if part is None:
+        table = fetch_pairs(pairs, config)
+        if run.is_abandoned():  # a server or network that went away with the driver would leave failures for good
+            raise StageError("download: the run was stopped meanwhile, so this shard is left to the next one.")
+        part = tables.write_part(table_uri, name, table)
+    return part
 
 
 def fetch_pairs(pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> pa.Table:

@@ -10,6 +10,8 @@ import dataclasses
 import importlib
 import inspect
 import logging
+import os
+import socket
 import tempfile
 import time
 import traceback
@@ -116,6 +118,28 @@ class Run:
     tracker: Tracker
     experiment_id: str
     resources: StageResources = StageResources()
+
+    def is_abandoned(self) -> bool:
+        """Whether the process that drives this run has ended or given up, so that what its tasks still do must not count.
+
+        A run that is not on record, and one that is driven from another machine, count as going on.
+        """
+        store, record = Store(self.storage), ("runs", self.id, "run.json")
+        return store.exists(*record) and not is_going_on(store.read_json(*record))
+
+
+def is_going_on(record: Mapping[str, Any]) -> bool:
+    """Whether the run of a `run.json` record is still driven by a process."""
+    if record["state"] != "running" or record["host"] != socket.gethostname():
+        return bool(record["state"] == "running")
+    try:
+        os.kill(record["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    status = Path(f"/proc/{record['pid']}/stat")  # where there is one: a zombie has ended, too
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """The stage contract: what is cached, what is skipped, what a failure leaves behind."""
 
 import dataclasses
+import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,22 @@ def test_stages_may_have_resources_of_their_own() -> None:
 def test_a_tracking_server_that_is_down_stops_nothing(run: Run) -> None:
     down = dataclasses.replace(run, tracker=Tracker("http://127.0.0.1:9", "some-run"))
     assert isinstance(execute(Call(count, CountConfig(3)), down, []), Artifact)
+
+
+def test_a_run_whose_driver_is_gone_is_abandoned(run: Run) -> None:
+    ended = subprocess.Popen(["true"])  # nobody waits for it yet: a zombie
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert not run.is_abandoned(), "nothing is known of it"
+    here = socket.gethostname()
+    for state, host, pid, expected in (
+        ("running", here, os.getpid(), False),
+        ("failed", here, os.getpid(), True),
+        ("running", here, ended.pid, True),
+        ("running", "elsewhere", ended.pid, False),
+    ):
+        record = {"state": state, "host": host, "pid": pid}
+        Store(run.storage).write_json(record, "runs", run.id, "run.json")
+        assert run.is_abandoned() == expected, record
+    ended.wait()
+    Store(run.storage).write_json({"state": "running", "host": here, "pid": ended.pid}, "runs", run.id, "run.json")
+    assert run.is_abandoned()
