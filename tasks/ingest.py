@@ -205,9 +205,9 @@ def _text_batches(uri: str, config: IngestConfig) -> Iterator[pa.RecordBatch]:
     with _open(uri) as file:
         if uri.endswith(".jsonl"):
             schema = pa.schema({name: pa.string() for name in names})
-            yield from pyarrow.json.open_json(file, parse_options=pyarrow.json.ParseOptions(schema))
+            yield from pyarrow.json.open_json(file, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema))
             return
-        parse = pyarrow.csv.ParseOptions("\t" if uri.endswith(".tsv") else ",", newlines_in_values=True)
+        parse = pyarrow.csv.ParseOptions(delimiter="\t" if uri.endswith(".tsv") else ",", newlines_in_values=True)
         convert = pyarrow.csv.ConvertOptions(check_utf8=False, column_types={name: pa.binary() for name in names})
         yield from pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert)
 

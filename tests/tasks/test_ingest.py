@@ -98,10 +98,10 @@ def extension_table() -> pa.Table:
     ("content", "message"),
     [
         (None, "does not exist"),
-        (pa.table({"URL": ["http://a"], "caption": ["b"]}), "no column 'url' .url_column.. Did you mean 'URL'"),
+        (pa.table({"URL": ["http://a"], "caption": ["b"]}), "no column 'url' .ingest.url_column.. Did you mean 'URL'"),
         (
             pa.table({"url": ["http://a"], "captions": ["b"]}),
-            "no column 'caption' .caption_column.. Did you mean 'captions'",
+            "no column 'caption' .ingest.caption_column.. Did you mean 'captions'",
         ),
         (pa.table({"url": [1], "caption": ["b"]}), "column 'url'.*got int64, expected text"),
         (pa.table({"url": pa.array([], pa.string()), "caption": pa.array([], pa.string())}), "has no rows"),
