@@ -53,7 +53,7 @@ def prepare(config: PipelineConfig) -> PipelineConfig:
     """
     store = Store(config.storage)
     store.check_writable()
-    if not store.is_local and tracking_uri(config).startswith("sqlite"):
+    if not store.is_local and tracking_uri(config).endswith(f"{store.root}/mlflow.db"):
         raise ConfigError(
             f"tracking_uri: {config.storage} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
         )
@@ -154,7 +154,13 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
     while not ready:
         ready, _ = ray.wait([result], timeout=1.0)
         console.refresh()
-    ray.get(result)
+    try:
+        ray.get(result)
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(
+            f"a process of the cluster died: {reason}. Finished work is kept; run the same command again."
+        ) from None
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     return [Failure(event["stage"], event["message"]) for event in failed]
 

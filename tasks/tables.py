@@ -97,6 +97,7 @@ def append_files(
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
+    storage.failpoint("before", f"{table_uri}/_delta_log")
     if not exists:
         create_table_with_add_actions(
             table_uri, delta_schema, adds, storage_options=options, commit_properties=properties
@@ -104,6 +105,7 @@ def append_files(
     elif new:
         table = DeltaTable(table_uri, storage_options=options)
         table.create_write_transaction(adds, mode="append", schema=delta_schema, commit_properties=properties)
+    storage.failpoint("after", f"{table_uri}/_delta_log")
     return DeltaTable(table_uri, storage_options=options).version()
 
 
@@ -150,8 +152,12 @@ def history(table_uri: str) -> pa.Table:
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One Parquet file."""
     filesystem, path = storage.locate(uri)
-    with filesystem.open_input_file(path) as file:
-        return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+
+    def action() -> pa.Table:
+        with filesystem.open_input_file(path) as file:
+            return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+
+    return storage.patiently(uri, action)
 
 
 def write_file(uri: str, table: pa.Table) -> None:
