@@ -12,6 +12,8 @@ import pytest
 from tasks import rows
 from tasks.fetch import Fetcher, is_public, opted_out
 
+DIRECTIVES = ("noai", "noimageai", "none")
+
 INTERNAL = [
     "127.0.0.1",
     "127.1",
@@ -123,7 +125,8 @@ PUBLIC = [
 def fetcher(**settings: Any) -> Fetcher:
     defaults: dict[str, Any] = {
         "user_agent": "unclip/0.1", "timeout_seconds": 2.0, "connect_timeout_seconds": 1.0, "max_bytes": 100_000,
-        "max_redirects": 3, "retries": 0,
+        "max_redirects": 3, "retries": 0, "requests_per_host": 4, "respect_robots": False, "max_crawl_delay_seconds": 1.0,
+        "opt_out_directives": DIRECTIVES,
     }  # fmt: skip
     return Fetcher(**(defaults | settings))
 
@@ -307,5 +310,5 @@ def test_an_untrusted_certificate_is_refused() -> None:
     ],
 )
 def test_robots_headers(value: str, expected: bool) -> None:
-    assert opted_out([value], "unclip") is expected
-    assert opted_out(["all", value], "unclip") is expected
+    assert opted_out([value], "unclip", DIRECTIVES) is expected
+    assert opted_out(["all", value], "unclip", DIRECTIVES) is expected
