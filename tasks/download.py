@@ -185,12 +185,15 @@ def _site(url: str) -> str:
         host = fetch.host_of(url)
     except rows.RowFault:
         return ""
-    return _registrable_domain(host) or host
+    return _registrable_domain(host)
 
 
 @functools.lru_cache(maxsize=100_000)
 def _registrable_domain(host: str) -> str:
-    return _suffixes()(host).top_domain_under_public_suffix
+    found = _suffixes().extract_str(host)
+    if found.suffix or ":" in host or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
+        return found.top_domain_under_public_suffix or host
+    return ".".join(host.split(".")[-2:])  # a suffix that is not on the list counts as one of a single label
 
 
 @functools.cache

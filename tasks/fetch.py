@@ -262,7 +262,7 @@ class Fetcher:
             if opted_out(tags, self.agent, self.opt_out_directives) or reserved(headers.get_all("TDM-Reservation", [])):
                 raise RowFault("opted_out")
         if location:
-            url = urllib.parse.urljoin(target.url, location)
+            url: str = urllib.parse.urljoin(target.url, location)
             if target.tls and url.lower().startswith("http:"):
                 raise RowFault("insecure_redirect")
             return url

@@ -98,6 +98,7 @@ class Robots:
 
 
 def _ask(origin: str, load: Callable[[str], bytes]) -> _Host:
+    body: bytes | None
     try:
         body = load(f"{origin}/robots.txt")
     except RowFault as fault:
