@@ -4,7 +4,7 @@ The name is resolved once, every address it has is checked, and the connection g
 another spelling of an internal address, nor a redirect, nor a name server that changes its answer gets around the check.
 
 Every request, also one that a redirect leads to, follows the host's robots.txt and takes one of the host's few places.
-Hosts that the operator named (`allow_hosts`) are his own servers: they need not be public and have no such manners due.
+Hosts that the operator named (`allow_hosts`) are the operator's own: they need not be public, and no such manners are due.
 What a server says of the picture itself (X-Robots-Tag, TDM-Reservation) holds for all.
 """
 
