@@ -28,6 +28,8 @@ from tasks import fetch, rows, tables
 from tasks.decode import Picture, decode
 from tasks.progress import Progress
 from tasks.stage import Artifact, Output, Run, StageContext, stage
+from tasks.store import Store
+from tasks.takedown import load_tombstones
 from unclip.config import fingerprint, require
 from unclip.errors import StageError
 from unclip.files import sha256
@@ -49,6 +51,9 @@ IMAGES = pa.schema(
         "jpg_sha256": pa.string(),
     }
 )
+
+PASSING = re.compile(r"dns_error|connect_error|timeout|short_body|robots_unreachable|http_429|http_5\d\d")
+"""Reasons that may be gone tomorrow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,8 @@ class DownloadConfig:
     allow_hosts: tuple[str, ...] = ()
     """`host` or `host:port` of your own servers, such as "127.0.0.1:8765": they need not be on the public internet, and are
     asked as fast as they answer, from all tasks at once, without robots.txt."""
+    attempt: int = 0
+    """A higher number than before fetches again what failed for reasons that may have passed; `--retry-failed` raises it."""
     user_agent: str = "unclip/0.1 (image-text pairs for training)"
     """Says who asks. The part before the slash is the robot's name for robots.txt and X-Robots-Tag."""
 
@@ -103,7 +110,7 @@ class DownloadConfig:
         )
         for name in positive:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("tasks_in_flight", "retries", "max_redirects"):
+        for name in ("tasks_in_flight", "retries", "max_redirects", "attempt"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("timeout_seconds", "connect_timeout_seconds"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
@@ -128,15 +135,22 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     table_uri = context.store.uri("images", config.recipe)
     listed = tables.read_file(pairs.uri)
     usable = pc.equal(listed.column("status"), rows.KEPT)
-    wanted = listed.filter(usable).select(["key", "url", "caption"])
+    wanted = listed.filter(usable).select(["key", "url", "caption", "expected_sha256"])
 
-    known = _known_keys(table_uri)
-    missing = wanted.filter(pc.invert(pc.is_in(wanted.column("key"), value_set=known))) if known else wanted
+    known, again = _known_keys(context.store, table_uri, config)
+    missing = wanted.filter(pc.invert(pc.is_in(wanted.column("key"), value_set=known)))
+    missing = missing.append_column("seen_sha256", _seen_elsewhere(context.store, table_uri, missing.column("key")))
     parts = _download_shards(
-        table_uri, missing.to_pylist(), config, context.run, context.progress(missing.num_rows, "pictures").start()
+        table_uri,
+        missing.to_pylist(),
+        config,
+        context.run,
+        load_tombstones(context.store).sha256s,
+        context.progress(missing.num_rows, "pictures").start(),
     )
     note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint}
-    version = tables.append_files(table_uri, parts, IMAGES, note)
+    version = tables.append_files(table_uri, parts, IMAGES, note, replaced=again)
+    context.store.write_json(config.attempt, *_attempt_record(config))
 
     columns = ["key", "status", "reason", "sha256", "jpg_sha256"]
     images = tables.read(table_uri, version, columns)
@@ -154,17 +168,47 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     return Output(table_uri, digest, facts)
 
 
-def _known_keys(table_uri: str) -> pa.ChunkedArray | None:
-    known = tables.version(table_uri)
-    return None if known is None else tables.read(table_uri, known, ["key"]).column("key")
+def pin_attempt(store: Store, config: DownloadConfig, retry_failed: bool) -> DownloadConfig:
+    """The configuration with the number of the last attempt, or of a new one."""
+    record = _attempt_record(config)
+    last = store.read_json(*record) if store.exists(*record) else 0
+    return dataclasses.replace(config, attempt=max(config.attempt, last + retry_failed))
+
+
+def _attempt_record(config: DownloadConfig) -> tuple[str, str]:
+    return "attempts", f"{config.recipe}.json"
+
+
+def _known_keys(store: Store, table_uri: str, config: DownloadConfig) -> tuple[pa.Array, pa.Array]:
+    """Keys whose rows stay as they are, and keys that are in the table and are tried again."""
+    if tables.version(table_uri) is None:
+        return pa.array([], pa.string()), pa.array([], pa.string())
+    table = tables.read(table_uri, columns=["key", "reason"]).combine_chunks()
+    keys = table.column("key").combine_chunks()
+    if config.attempt <= pin_attempt(store, dataclasses.replace(config, attempt=0), False).attempt:
+        return keys, keys[:0]
+    passing = pa.array([PASSING.fullmatch(reason or "") is not None for reason in table.column("reason").to_pylist()])
+    return keys.filter(pc.invert(passing)), keys.filter(passing)
+
+
+def _seen_elsewhere(store: Store, table_uri: str, keys: pa.ChunkedArray) -> pa.Array:
+    """For each key the sha256 of the picture when it was first fetched, with other settings; null where it was not."""
+    seen: dict[str, str] = {}
+    for name in store.list("images"):
+        uri = store.uri("images", name)
+        if uri != table_uri and tables.version(uri) is not None:
+            table = tables.read(uri, columns=["key", "sha256"])
+            found = table.filter(pc.and_(pc.is_in(table["key"], value_set=keys), pc.is_valid(table["sha256"])))
+            seen |= dict(zip(found["key"].to_pylist(), found["sha256"].to_pylist(), strict=True))
+    return pa.array([seen.get(key) for key in keys.to_pylist()], pa.string())
 
 
 def _as_outcome(status: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(status, "ok"), rows.KEPT, rows.FAILED)
 
 
-Pair = Mapping[str, str]
-"""With `key`, `url` and `caption`."""
+Pair = Mapping[str, Any]
+"""With `key`, `url`, `caption`, and perhaps `expected_sha256` (by the list) and `seen_sha256` (when it was first fetched)."""
 Shard = Sequence[Pair]
 
 
@@ -221,7 +265,12 @@ def plan_shards(pairs: Sequence[Pair], config: DownloadConfig) -> list[list[Shar
 
 
 def _download_shards(
-    table_uri: str, pairs: Sequence[Pair], config: DownloadConfig, run: Run, progress: Progress
+    table_uri: str,
+    pairs: Sequence[Pair],
+    config: DownloadConfig,
+    run: Run,
+    refused: frozenset[str],
+    progress: Progress,
 ) -> list[tables.Part]:
     if not pairs:
         return []
@@ -229,7 +278,7 @@ def _download_shards(
     return run_in_lanes(
         plan_shards(pairs, config),
         limit,
-        start=lambda shard: _download_shard.remote(table_uri, shard, config, run),
+        start=lambda shard: _download_shard.remote(table_uri, shard, config, run, refused),
         on_done=lambda shard: progress.update(len(shard)),
     )
 
@@ -279,20 +328,25 @@ def run_in_lanes(
 
 
 @ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True)
-def _download_shard(table_uri: str, pairs: Shard, config: DownloadConfig, run: Run) -> tables.Part:
+def _download_shard(
+    table_uri: str, pairs: Shard, config: DownloadConfig, run: Run, refused: frozenset[str]
+) -> tables.Part:
     """The shard's part: the one an earlier attempt wrote, or else one row for each pair, fetched now."""
-    name = fingerprint([pair["key"] for pair in pairs])[:32]
+    name = fingerprint([pair["key"] for pair in pairs], config.attempt)[:32]
     part = tables.find_part(table_uri, name)
     if part is None:
-        table = fetch_pairs(pairs, config)
+        table = fetch_pairs(pairs, config, refused)
         if run.is_abandoned():  # a server or network that went away with the driver would leave failures for good
             raise StageError("download: the run was stopped meanwhile, so this shard is left to the next one.")
         part = tables.write_part(table_uri, name, table)
     return part
 
 
-def fetch_pairs(pairs: Shard, config: DownloadConfig) -> pa.Table:
+def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = frozenset()) -> pa.Table:
     """Run img2dataset's Downloader over pairs: exactly one row of `IMAGES` for each, in their order.
+
+    Args:
+        refused: sha256 of pictures that were taken down; their bytes are not kept.
 
     Raises:
         StageError: img2dataset lost a row.
@@ -300,7 +354,7 @@ def fetch_pairs(pairs: Shard, config: DownloadConfig) -> pa.Table:
     os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}  # they call out when imported
     import img2dataset.downloader as img2dataset  # takes 13 seconds and 700 MB
 
-    writer = _Writer()
+    writer = _Writer({pair["key"]: pair for pair in pairs}, refused)
     img2dataset.download_image_with_retry = _fetch_with(config)
     with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
         shard = f"{scratch}/shard.arrow"
@@ -337,17 +391,28 @@ def fetch_pairs(pairs: Shard, config: DownloadConfig) -> pa.Table:
 class _Writer:
     """Takes img2dataset's samples in memory; they come in the order in which they were fetched."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: Mapping[str, Pair], refused: frozenset[str]) -> None:
+        self.pairs, self.refused = pairs, refused
         self.rows: dict[str, dict[str, Any]] = {}
 
     def write(self, picture: Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
         row = {"key": sample["pair"], "url": sample["url"], "caption": caption}
-        if picture is None:
-            row |= {"status": rows.FAILED, "reason": sample["error_message"]}
+        reason = sample["error_message"] if picture is None else self._fault(row["key"], sample["sha256"])
+        if picture is None or reason:
+            row |= {"status": rows.FAILED, "reason": reason}
         else:
             row |= {"status": "ok", "sha256": sample["sha256"], "jpg_sha256": sha256(picture.jpg)}
             row |= dataclasses.asdict(picture)
         self.rows[row["key"]] = row
+
+    def _fault(self, key: str, digest: str) -> str | None:
+        """What is wrong with a sound picture: whoever holds a URL now need not be who held it when the list was made."""
+        if digest in self.refused:
+            return "taken_down"
+        for name, reason in (("expected_sha256", "hash_mismatch"), ("seen_sha256", "content_changed")):
+            if self.pairs[key].get(name) not in (None, digest):
+                return reason
+        return None
 
     def close(self) -> None:
         pass

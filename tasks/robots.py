@@ -27,7 +27,8 @@ class _Host:
     """What one scheme, host and port said."""
 
     rules: Protego | None
-    """None forbids everything."""
+    """None forbids everything, because of `reason`."""
+    reason: str
     size_bytes: int
     expires: float
     """Monotonic time."""
@@ -55,12 +56,12 @@ class Robots:
             Seconds to wait before the request, for the host's crawl delay.
 
         Raises:
-            RowFault: robots_disallowed, robots_unreachable.
+            RowFault: robots_disallowed, robots_unreachable, or why no connection was made.
         """
         parts = urllib.parse.urlsplit(url)
         host = self._host(f"{parts.scheme}://{parts.netloc}", load)
         if host.rules is None:
-            raise RowFault("robots_unreachable")
+            raise RowFault(host.reason)
         if not host.rules.can_fetch(url, agent):
             raise RowFault("robots_disallowed")
         delay = min(host.rules.crawl_delay(agent) or 0.0, max_delay_seconds)
@@ -99,13 +100,16 @@ class Robots:
 
 def _ask(origin: str, load: Callable[[str], bytes]) -> _Host:
     body: bytes | None
+    reason = "robots_unreachable"
     try:
         body = load(f"{origin}/robots.txt")
     except RowFault as fault:
         body = b"" if _ABSENT.fullmatch(fault.reason) else None
+        if fault.reason in ("connect_error", "timeout"):  # the picture would have ended in the same way
+            reason = fault.reason
     rules = None if body is None else parse(body)
     lasts = _FAILURE_LASTS_SECONDS if rules is None else _RULES_LAST_SECONDS
-    return _Host(rules, _HOST_BYTES + len(body or b""), time.monotonic() + lasts)
+    return _Host(rules, reason, _HOST_BYTES + len(body or b""), time.monotonic() + lasts)
 
 
 def parse(body: bytes) -> Protego | None:

@@ -41,6 +41,8 @@ REASONS: Mapping[str, str] = {
     "caption_too_long": "more words than max_caption_words",
     "duplicate_image": "the same bytes as a picture that is kept",
     "near_duplicate": "looks like a picture that is kept",
+    "hash_mismatch": "not the picture whose sha256 the list gives",
+    "content_changed": "not the picture that was there when the row was first fetched",
     "semantic_duplicate": "CLIP sees the same as in a picture that is kept",
     "clip_score_low": "CLIP finds less than min_clip_score of the caption in the picture",
     "clip_score_high": "CLIP finds more than max_clip_score of the caption in the picture, such as the caption's own text",

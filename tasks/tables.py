@@ -78,13 +78,18 @@ def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
 
 
 def append_files(
-    table_uri: str, parts: Sequence[Part], schema: pa.Schema, note: Mapping[str, str] | None = None
+    table_uri: str,
+    parts: Sequence[Part],
+    schema: pa.Schema,
+    note: Mapping[str, str] | None = None,
+    replaced: pa.Array | None = None,
 ) -> int:
     """Commit parts that lie in the table's folder, all at once; makes the table if there is none.
 
     Args:
         parts: those already committed are left alone, so committing again changes nothing.
         note: kept in the commit, for people who ask where rows came from.
+        replaced: keys whose rows give way to those of the parts, in the same commit; older versions keep them.
 
     Returns:
         The version of the table that has all the parts.
@@ -93,7 +98,9 @@ def append_files(
     known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
     new = [part for part in parts if part.name not in known]
     now = int(time.time() * 1000)
-    adds = [_add(part, now) for part in new]
+    adds: list[AddAction | RemoveAction] = [_add(part, now) for part in new]
+    if new and replaced is not None and len(replaced):
+        adds += _without(table_uri, replaced, now)
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
@@ -119,22 +126,26 @@ def delete_rows(table_uri: str, keys: pa.Array) -> int:
         How many rows there were.
     """
     table = DeltaTable(table_uri, storage_options=_options(table_uri))
-    now, removed = int(time.time() * 1000), 0
-    actions: list[AddAction | RemoveAction] = []
-    for uri in files(table_uri):
-        if not pc.any(pc.is_in(read_file(uri, ["key"]).column("key"), value_set=keys)).as_py():
-            continue
-        rows = read_file(uri)
-        kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
-        removed += rows.num_rows - kept.num_rows
-        actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
-        if kept.num_rows:
-            actions.append(_add(write_part(table_uri, content_digest(kept)[:32], kept), now))
+    before = table.count()
+    actions = _without(table_uri, keys, int(time.time() * 1000))
     if actions:
         table.create_write_transaction(actions, mode="append", schema=table.schema())
     fresh = DeltaTable(table_uri, storage_options=_options(table_uri))
     fresh.vacuum(retention_hours=0, dry_run=False, enforce_retention_duration=False, full=True)
-    return removed
+    return before - fresh.count()
+
+
+def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | RemoveAction]:
+    """Write the files that hold rows of these keys anew without them; returns what a commit has to say of that."""
+    actions: list[AddAction | RemoveAction] = []
+    for uri in files(table_uri):
+        if pc.any(pc.is_in(read_file(uri, ["key"]).column("key"), value_set=keys)).as_py():
+            rows = read_file(uri)
+            kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
+            actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
+            if kept.num_rows:
+                actions.append(_add(write_part(table_uri, content_digest(kept)[:32], kept), now))
+    return actions
 
 
 def history(table_uri: str) -> pa.Table:

@@ -58,7 +58,7 @@ def read(uri: str) -> bytes:
     filesystem, path = locate(uri)
 
     def action() -> bytes:
-        with filesystem.open_input_stream(path) as stream:
+        with filesystem.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
 
     return patiently(uri, action)
@@ -73,7 +73,7 @@ def write(uri: str, data: bytes) -> None:
     else:
 
         def action() -> None:
-            with filesystem.open_output_stream(path) as stream:
+            with filesystem.open_output_stream(path, compression=None) as stream:
                 stream.write(data)
 
         patiently(uri, action)

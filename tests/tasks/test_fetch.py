@@ -613,7 +613,7 @@ def test_robots_txt_that_cannot_be_had_forbids_everything(
 def test_robots_txt_of_a_host_that_does_not_answer(outside: None) -> None:
     with serve() as server:
         pass
-    assert reason(f"http://{server.address}/a.jpg", respect_robots=True) == "robots_unreachable"
+    assert reason(f"http://{server.address}/a.jpg", respect_robots=True) == "connect_error"
 
 
 def test_robots_txt_is_asked_for_once_by_all_threads_and_obeyed_after_redirects(outside: None) -> None:
