@@ -442,35 +442,50 @@ def _lines(source: _Source) -> Iterator[str]:
 def _parquet_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
     with source.filesystem.open_input_file(source.path) as file:
         _refuse_extension_types(source, file)
-        opened = pq.ParquetFile(file)
-        _check_schema(source, opened.schema_arrow, config)
-        names = list(config.columns.values())
-        chunks = _column_chunks(source, opened.metadata, names)
-        # As dictionaries, a long value that many rows share is held once. Not all encodings can be read so.
-        plain = {"PLAIN", "PLAIN_DICTIONARY", "RLE", "RLE_DICTIONARY", "BIT_PACKED"}
-        shared = [name for name in names if all(plain.issuperset(chunk.encodings) for chunk in chunks[name])]
-        largest = max((chunk.total_uncompressed_size for name in names for chunk in chunks[name]), default=0)
-        rows_at_once = _ROWS_AT_ONCE if shared == names else max(1, min(_ROWS_AT_ONCE, _BATCH_BYTES // max(1, largest)))
-        parquet = pq.ParquetFile(
+        parquet = pq.ParquetFile(file)
+        _check_schema(source, parquet.schema_arrow, config)
+        _check_claims(source, parquet.metadata)
+        names, num_rows = list(config.columns.values()), 0
+
+        def read_rows() -> Iterator[Listed]:
+            for batch in _batches(file, parquet.metadata, names):
+                yield from map(Listed, *(_texts(batch.column(name)) for name in names))
+
+        for row in _within_allowance(source, read_rows(), lambda row: 1 + sum(map(len, row))):
+            num_rows += 1
+            yield row
+    if num_rows != parquet.metadata.num_rows:
+        raise _unreadable(source, f"it has {num_rows:,} rows, its footer says {parquet.metadata.num_rows:,}")
+
+
+def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Rows a few at a time, as dictionaries where the encoding allows it: there a long value of many rows is held once."""
+    shared, plain = (
+        pq.ParquetFile(
             file,
-            metadata=opened.metadata,
-            read_dictionary=shared,
+            metadata=metadata,
+            read_dictionary=dictionaries,
             pre_buffer=False,  # it would hold all row groups
             buffer_size=1 << 20,
             page_checksum_verification=True,
         )
-
-        def read_rows() -> Iterator[Listed]:
-            for batch in parquet.iter_batches(rows_at_once, columns=names, use_threads=False):
-                columns = [_texts(batch.column(name)) for name in names]
-                yield from map(Listed, *columns)
-
-        num_rows = 0
-        for row in _within_allowance(source, read_rows(), lambda row: 1 + sum(map(len, row))):
-            num_rows += 1
-            yield row
-    if num_rows != opened.metadata.num_rows:
-        raise _unreadable(source, f"it has {num_rows:,} rows, its footer says {opened.metadata.num_rows:,}")
+        for dictionaries in (names, None)
+    )
+    for group in range(metadata.num_row_groups):
+        part: dict[str, Any] = {"row_groups": [group], "columns": names, "use_threads": False}
+        done = 0
+        try:
+            for batch in shared.iter_batches(_ROWS_AT_ONCE, **part):
+                yield batch
+                done += batch.num_rows
+        except (OSError, pa.ArrowNotImplementedError) as error:
+            if "DictAccumulator" not in str(error):  # how Arrow says that this encoding cannot be read as a dictionary
+                raise
+            # Few enough rows that they fit in memory were each as long as all of the group.
+            most = max(1, min(_ROWS_AT_ONCE, _BATCH_BYTES // max(1, metadata.row_group(group).total_byte_size)))
+            for batch in plain.iter_batches(most, **part):
+                yield batch.slice(min(done, batch.num_rows))
+                done -= min(done, batch.num_rows)
 
 
 def _refuse_extension_types(source: _Source, file: pa.NativeFile) -> None:
@@ -506,33 +521,25 @@ def _check_schema(source: _Source, schema: pa.Schema, config: IngestConfig) -> N
         kind = schema.field(index).type
         if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in texts:
             name = _shown(schema.field(index).name)
-            raise InputError(f"ingest.urls: column {name} of {source.uri}: got {kind}, expected text. Set {setting}.")
+            got = normalise_caption(str(kind))[:100]
+            raise InputError(f"ingest.urls: column {name} of {source.uri}: got {got}, expected text. Set {setting}.")
 
 
-def _column_chunks(
-    source: _Source, metadata: pq.FileMetaData, names: Sequence[str]
-) -> dict[str, list[pq.ColumnChunkMetaData]]:
-    """The parts of each column, after a look at what the footer claims: before anything is allocated for it."""
-    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+def _check_claims(source: _Source, metadata: pq.FileMetaData) -> None:
+    """Look at what the footer claims before anything is allocated for it.
+
+    Column chunks are left alone: asked for one with damaged statistics, pyarrow 25 aborts the process.
+    """
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    chunks = {name: [group.column(paths.index(name)) for group in groups] for name in names}
     claims = (
         ("rows", metadata.num_rows, max(MIN_ROWS, MAX_EXPANSION * source.size)),
-        (
-            "compressed bytes",
-            sum(chunk.total_compressed_size for part in chunks.values() for chunk in part),
-            source.size,
-        ),
-        ("bytes", sum(chunk.total_uncompressed_size for part in chunks.values() for chunk in part), source.allowance),
+        ("bytes", sum(max(0, group.total_byte_size) for group in groups), source.allowance),
     )
     for what, claimed, most in claims:
         if not 0 <= claimed <= most:
-            raise _unreadable(
-                source, f"its footer claims {claimed:,} {what}, expected at most {most:,} in {source.size:,}"
-            )
+            raise _unreadable(source, f"its footer claims {claimed:,} {what}, expected at most {most:,} in this file")
     if sum(group.num_rows for group in groups) != metadata.num_rows:
         raise _unreadable(source, "its footer contradicts itself on the number of rows")
-    return chunks
 
 
 def _texts(column: pa.Array) -> list[str]:
@@ -622,4 +629,4 @@ def _readable_list(urls: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return normalise_caption(next(iter(str(error).splitlines()), ""))[:300] or type(error).__name__
