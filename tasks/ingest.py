@@ -383,7 +383,7 @@ def _txt_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
     _column_indices(source, [columns["url_column"], columns["caption_column"]], config)  # it has no sha256
     for line in _lines(source):
         if line.strip():
-            url, _, caption = line.partition("\t")
+            url, _, caption = line.rstrip("\r\n").partition("\t")
             yield Listed(url, caption)
 
 
