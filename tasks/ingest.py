@@ -65,7 +65,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u
 _REPLACEMENT = "\ufffd"  # what invalid UTF-8 is decoded to
 
 _MAX_TEXT_BYTES = 1 << 16  # of one value; the rest of it would be cut anyway
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 8192
 _BATCH_BYTES = 1 << 30  # that one batch of values may come to at worst
 _CHUNK_ROWS = 1 << 16
 _JSON_LINES_FOR_NAMES = 100  # a line may leave out what it has no value for
@@ -544,18 +544,12 @@ def _check_claims(source: _Source, metadata: pq.FileMetaData) -> None:
 
 def _texts(column: pa.Array) -> list[str]:
     """Values of an array of texts or bytes, or of a dictionary of those, cut to what can matter; null is empty."""
-    if not pa.types.is_dictionary(column.type):
-        return [_text(value) for value in column]
-    values: dict[int | None, str] = {None: ""}
-    for index in column.indices.unique().to_pylist():
-        if index is not None:
-            values[index] = _text(column.dictionary[index])
-    return [values[index] for index in column.indices.to_pylist()]
-
-
-def _text(value: pa.Scalar) -> str:
-    buffer = value.as_buffer() if value.is_valid else None
-    return "" if buffer is None else buffer[:_MAX_TEXT_BYTES].to_pybytes().decode("utf-8", "replace")
+    if pa.types.is_dictionary(column.type):
+        distinct = column.indices.unique()
+        texts = dict(zip(distinct.to_pylist(), _texts(column.dictionary.take(distinct)), strict=True))
+        return [texts[index] for index in column.indices.to_pylist()]
+    values = column.cast(pa.large_binary()).to_pylist()
+    return [(value or b"")[:_MAX_TEXT_BYTES].decode("utf-8", "replace") for value in values]
 
 
 def _column_indices(source: _Source, names: Sequence[str], config: IngestConfig) -> list[int]:
