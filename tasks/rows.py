@@ -16,6 +16,7 @@ KEPT, DROPPED, FAILED = "kept", "dropped", "failed"
 REASONS: Mapping[str, str] = {
     "no_url": "the row has no URL",
     "bad_url": "not a URL that can be fetched: http or https with a host, without a password",
+    "bad_hash": "the expected hash is no sha256 of 64 hex digits",
     "no_caption": "the row has no caption",
     "duplicate_row": "the same URL with the same caption is on the list before",
     "blocked_address": "the URL, or where it redirects, is on a network that is not public",
