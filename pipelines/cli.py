@@ -20,6 +20,12 @@ STORAGE = click.option(
     "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
 )
 
+RETRY_FAILED = click.option(
+    "--retry-failed",
+    is_flag=True,
+    help="Also fetch again what failed for reasons that may have passed, such as timeouts.",
+)
+
 
 class Commands(click.Group):
     """Prints the project's own errors as one line, with their exit code."""
@@ -46,12 +52,15 @@ def main() -> None:
 @CONFIG
 @SET
 @STORAGE
-def run(pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None) -> None:
+@RETRY_FAILED
+def run(
+    pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None, retry_failed: bool
+) -> None:
     """Run a pipeline. What is done is not done again: to resume, run the same command."""
     from pipelines.config import load
     from pipelines.run import run_pipeline
 
-    sys.exit(run_pipeline(pipeline, load(pipeline, run_file, assignments, storage)))
+    sys.exit(run_pipeline(pipeline, load(pipeline, run_file, assignments, storage), retry_failed=retry_failed))
 
 
 @main.command()
@@ -59,12 +68,16 @@ def run(pipeline: str, run_file: str | None, assignments: tuple[str, ...], stora
 @CONFIG
 @SET
 @STORAGE
-def refresh(pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None) -> None:
+@RETRY_FAILED
+def refresh(
+    pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None, retry_failed: bool
+) -> None:
     """Bring the dataset up to date with its list of URLs: only what is new is fetched and embedded."""
     from pipelines.config import load
     from pipelines.run import run_pipeline
 
-    sys.exit(run_pipeline(pipeline, load(pipeline, run_file, assignments, storage), dataset_only=True))
+    config = load(pipeline, run_file, assignments, storage)
+    sys.exit(run_pipeline(pipeline, config, dataset_only=True, retry_failed=retry_failed))
 
 
 @main.command()

@@ -18,11 +18,13 @@ from pipelines.lock import lock
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.text_to_image import DATASET_STAGE, text_to_image
 from tasks.curate import pin_probes
+from tasks.download import pin_attempt
 from tasks.ingest import check_source
 from tasks.progress import bar
 from tasks.report import Limit
 from tasks.stage import Failure, Resources, Run
 from tasks.store import Store
+from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten
 from unclip.config import fingerprint, to_dict
 from unclip.errors import ConfigError, StageError
@@ -42,8 +44,11 @@ QUIET = {
 }
 
 
-def prepare(config: PipelineConfig) -> PipelineConfig:
+def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfig:
     """Check everything that can be wrong before anything starts, and pin the inputs.
+
+    Args:
+        retry_failed: fetch again what failed for reasons that may have passed.
 
     Returns:
         The configuration with what the pipeline fills in: digests of the list and of the probes, limits for the report.
@@ -65,7 +70,8 @@ def prepare(config: PipelineConfig) -> PipelineConfig:
             scene_server.write_url_list(config.scenes, urls)
         ingest = dataclasses.replace(ingest, urls=urls)
         download = dataclasses.replace(download, allow_hosts=(*download.allow_hosts, config.scenes.address))
-    ingest = dataclasses.replace(ingest, digest=check_source(ingest))
+    ingest = dataclasses.replace(ingest, digest=check_source(ingest), tombstones=tombstones_digest(store))
+    download = pin_attempt(store, download, retry_failed)
     limits = {**config.filter.limits(), **config.curate.limits()}
     report = dataclasses.replace(config.report, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
     curate = pin_probes(config.curate)
@@ -88,7 +94,7 @@ def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
     return dags.compose(text_to_image, config, run or placeholder)
 
 
-def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = False) -> int:
+def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = False, retry_failed: bool = False) -> int:
     """Run a pipeline, or the part of it that makes the dataset; returns the exit code.
 
     Raises:
@@ -96,7 +102,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = Fal
     """
     os.environ.update(QUIET)
     started = time.monotonic()
-    config = prepare(config)
+    config = prepare(config, retry_failed)
     store = Store(config.storage)
     whole = compose(config)
     todo = dags.up_to(whole, DATASET_STAGE) if dataset_only else whole

@@ -29,7 +29,7 @@ from tasks.decode import Picture, decode
 from tasks.progress import Progress
 from tasks.stage import Artifact, Output, Run, StageContext, stage
 from tasks.store import Store
-from tasks.takedown import load_tombstones
+from tasks.tombstones import load_tombstones
 from unclip.config import fingerprint, require
 from unclip.errors import StageError
 from unclip.files import sha256

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from tasks import rows, tables
 from tasks.stage import Output, StageContext, stage
+from tasks.tombstones import load_tombstones, refuse
 from unclip import files
 from unclip.config import nearest, require
 from unclip.errors import InputError
@@ -118,6 +119,8 @@ class IngestConfig:
     """Column with the sha256 that the picture's bytes should have, in hex; None is the layout's, which may be none."""
     digest: str | None = None
     """sha256 of the list's bytes, filled in by the pipeline so that a changed list is a new run; None is unchecked."""
+    tombstones: str | None = None
+    """Digest of what was taken down, filled in by the pipeline so that a takedown makes a new dataset."""
 
     def __post_init__(self) -> None:
         require(bool(self.urls), "urls", self.urls, "a file, folder or pattern with the list of URLs")
@@ -143,7 +146,7 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
     if config.digest and check_source(config) != config.digest:
         raise InputError(f"ingest.urls: {config.urls} changed since this run was planned. Run the same command again.")
-    pairs = clean(read(config))
+    pairs = refuse(clean(read(config)), load_tombstones(context.store))
     facts = rows.count(pairs)
     if not facts["rows"][rows.KEPT]:
         raise InputError(

@@ -1,74 +1,29 @@
 """Takedown: rows that must go, wherever they are, and must not come back.
 
-What was asked for becomes tombstones: keys, URLs, domains and picture hashes that ingest and download refuse from then on.
-Then the rows are deleted from all tables with their bytes, and blanked in the lists. The ledger says which dataset versions
-held them, and through MLflow which runs and registered models have seen those.
+What was asked for becomes tombstones, which ingest and download respect from then on. Then the rows are deleted from all
+tables with their bytes, and blanked in lists and reports. The ledger says which dataset versions held them, and through
+MLflow which runs and registered models have seen those.
 """
 
 import dataclasses
 import re
-import urllib.parse
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
+from tasks.ingest import normalise_url
+from tasks.report import redact
 from tasks.store import Store
+from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, load_tombstones, refuse
 from tasks.tracking import client
 from unclip import files
 from unclip.errors import InputError
-
-Kind = Literal["key", "url", "domain", "sha256"]
-SCHEMA = pa.schema({"kind": pa.string(), "value": pa.string(), "request": pa.string()})
-"""One row per tombstone; `request` is the tombstone that somebody asked for and that led to this one."""
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Tombstone:
-    kind: Kind
-    value: str
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.value}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tombstones:
-    """All that was taken down, for quick look-ups."""
-
-    keys: frozenset[str] = frozenset()
-    urls: frozenset[str] = frozenset()
-    domains: frozenset[str] = frozenset()
-    sha256s: frozenset[str] = frozenset()
-
-    def has_pair(self, key: str, url: str) -> bool:
-        """Whether a row of this key and normalised URL was taken down."""
-        return key in self.keys or url in self.urls or bool(self.domains and self._has_domain(url))
-
-    def _has_domain(self, url: str) -> bool:
-        labels = (urllib.parse.urlsplit(url).hostname or "").split(".")
-        return any(".".join(labels[start:]) in self.domains for start in range(len(labels)))
-
-
-def load_tombstones(store: Store) -> Tombstones:
-    """The tombstones of a storage."""
-    if not store.exists("tombstones.parquet"):
-        return Tombstones()
-    table = tables.read_file(store.uri("tombstones.parquet"))
-    by_kind: dict[str, set[str]] = {kind: set() for kind in get_args(Kind)}
-    for kind, value in zip(table["kind"].to_pylist(), table["value"].to_pylist(), strict=True):
-        by_kind[kind].add(value)
-    return Tombstones(**{f"{kind}s": frozenset(values) for kind, values in by_kind.items()})
-
-
-def tombstones_digest(store: Store) -> str | None:
-    """Digest of what was taken down, for the fingerprint of ingest; None when nothing was."""
-    uri = store.uri("tombstones.parquet")
-    return tables.content_digest(tables.read_file(uri, ["kind", "value"])) if files.exists(uri) else None
 
 
 def parse(kind: str, value: str) -> Tombstone:
@@ -77,8 +32,6 @@ def parse(kind: str, value: str) -> Tombstone:
     Raises:
         InputError: the value is none of its kind.
     """
-    from tasks.ingest import normalise_url
-
     value = value.strip()
     url = normalise_url(value) if kind == "url" else None
     cleaned = {"url": url or "", "domain": value.lower().strip(".")}.get(kind, value.lower())
@@ -149,7 +102,7 @@ def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = N
         images = tables.read(uri, columns=["key", "url", "sha256", "phash"])
         listed = [images[name].to_pylist() for name in ("key", "url", "sha256", "phash")]
         for tombstone, keys in found.items():
-            one = _as_tombstones([tombstone])
+            one = gather([tombstone])
             hit = {
                 index
                 for index, (key, url, digest, _) in enumerate(zip(*listed, strict=True))
@@ -176,6 +129,7 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     for uri in (*image_tables(store), *_tables(store, "embeddings")):
         deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(uri, everything)
     _blank_lists(store, load_tombstones(store))
+    _redact_reports(store, load_tombstones(store).keys, tracking_uri)
     datasets = _datasets_with(store, set(keys))
     runs, models = _readers_of(tracking_uri, datasets)
     requests = tuple(str(tombstone) for tombstone in requested)
@@ -185,19 +139,6 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
 def image_tables(store: Store) -> list[str]:
     """URIs of the tables with pictures, one for each recipe."""
     return _tables(store, "images")
-
-
-def refuse(pairs: pa.Table, tombstones: Tombstones) -> pa.Table:
-    """A list of pairs (tasks.ingest.PAIRS) in which what was taken down is dropped, and its URL and caption are blank."""
-    keys, urls = pairs["key"].to_pylist(), pairs["url"].to_pylist()
-    gone = pa.array([tombstones.has_pair(key, url) for key, url in zip(keys, urls, strict=True)], pa.bool_())
-    if not pc.any(gone).as_py():
-        return pairs
-    blank = {"url": "", "caption": "", "status": rows.DROPPED, "reason": "taken_down"}
-    columns = [
-        pc.if_else(gone, blank[name], pairs[name]) if name in blank else pairs[name] for name in pairs.column_names
-    ]
-    return pa.table(columns, schema=pairs.schema)
 
 
 def _remember(
@@ -234,13 +175,6 @@ def _tables(store: Store, kind: str) -> list[str]:
     return [uri for uri in uris if tables.version(uri) is not None]
 
 
-def _as_tombstones(tombstones: Iterable[Tombstone]) -> Tombstones:
-    by_kind: dict[str, set[str]] = {f"{kind}s": set() for kind in get_args(Kind)}
-    for tombstone in tombstones:
-        by_kind[f"{tombstone.kind}s"].add(tombstone.value)
-    return Tombstones(**{name: frozenset(values) for name, values in by_kind.items()})
-
-
 def _near(hashes: Sequence[int | None], hit: set[int], distance: int) -> set[int]:
     known = np.array([value is not None for value in hashes])
     values = np.array([value or 0 for value in hashes], np.uint64)
@@ -260,6 +194,27 @@ def _blank_lists(store: Store, tombstones: Tombstones) -> None:
             blanked = refuse(pairs, tombstones)
             if not blanked.equals(pairs):
                 tables.write_file(uri, blanked)
+
+
+def _redact_reports(store: Store, keys: frozenset[str], tracking_uri: str) -> None:
+    """Pictures and captions of the rows leave the reports, and MLflow's copies of those."""
+    folders = [("artifacts", "report", name) for name in store.list("artifacts", "report")]
+    folders += [("results", name) for name in store.list("results")]
+    for folder in folders:
+        if store.exists(*folder, "report.html"):
+            page = files.read(store.uri(*folder, "report.html")).decode()
+            if redact(page, keys) != page:
+                files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
+    mlflow = client(tracking_uri)
+    experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    for run in _pages(mlflow.search_runs, experiments, "tags.`unclip.stage` = 'report'"):
+        if any(artifact.path == "report.html" for artifact in mlflow.list_artifacts(run.info.run_id)):
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(mlflow.download_artifacts(run.info.run_id, "report.html", scratch))
+                page = path.read_text()
+                if redact(page, keys) != page:
+                    path.write_text(redact(page, keys))
+                    mlflow.log_artifact(run.info.run_id, str(path))
 
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:
