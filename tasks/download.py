@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from tasks import rows, tables
-from tasks.decode import Picture, decode
+from tasks import decode, rows, tables
 from tasks.fetch import Fetcher
 from tasks.progress import Progress
 from tasks.stage import Artifact, Output, Run, StageContext, stage
@@ -86,10 +85,10 @@ class DownloadConfig:
     @property
     def recipe(self) -> str:
         """Names the table: what changes the stored pictures, and nothing else."""
-        return fingerprint(self.image_size, self.jpeg_quality)[:16]
+        return fingerprint(decode.VERSION, self.image_size, self.jpeg_quality)[:16]
 
 
-@stage("download", version=1)
+@stage("download", version=2)
 def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> Output:
     """Fetch the pictures that no earlier run has tried, shrink them and add them to the images table."""
     table_uri = context.store.uri("images", config.recipe)
@@ -188,7 +187,10 @@ def fetch_pairs(pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> p
 
     writer = _Writer()
     img2dataset.download_image_with_retry = _fetch_with(config)
-    with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch,
+        decode.Decoder(config.image_size, config.jpeg_quality, config.max_pixels) as decoder,
+    ):
         shard = f"{scratch}/shard.arrow"
         columns = ["url", "caption", "pair"]  # "key" is img2dataset's own: a position
         values = [[pair[name] for pair in pairs] for name in ("url", "caption", "key")]
@@ -197,7 +199,7 @@ def fetch_pairs(pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> p
             file.write_table(table)
         downloader = img2dataset.Downloader(
             sample_writer_class=lambda *_: writer,
-            resizer=_decode_with(config),
+            resizer=_decode_with(decoder),
             thread_count=config.num_threads,
             save_caption=True,
             extract_exif=False,
@@ -226,7 +228,7 @@ class _Writer:
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def write(self, picture: Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
+    def write(self, picture: decode.Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
         row = {"key": sample["pair"], "url": sample["url"], "caption": caption}
         if picture is None:
             row |= {"status": rows.FAILED, "reason": sample["error_message"]}
@@ -254,12 +256,12 @@ def _fetch_with(config: DownloadConfig) -> Any:
     return fetch
 
 
-def _decode_with(config: DownloadConfig) -> Any:
+def _decode_with(decoder: decode.Decoder) -> Any:
     """Stands in for img2dataset's resizer; the picture goes through to the writer as it is."""
 
     def resize(stream: io.BytesIO, _boxes: Any = None) -> tuple[Any, ...]:
         try:
-            picture = decode(stream.getvalue(), config.image_size, config.jpeg_quality, config.max_pixels)
+            picture = decoder.decode(stream.getvalue())
         except rows.RowFault as fault:
             return None, None, None, None, None, fault.reason
         sizes = (picture.width, picture.height, picture.original_width, picture.original_height)

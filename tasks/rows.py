@@ -5,10 +5,12 @@ was had and is not wanted.
 """
 
 import re
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow as pa
+if typing.TYPE_CHECKING:  # the processes that decode pictures know the reasons and need no tables
+    import pyarrow as pa
 
 KEPT, DROPPED, FAILED = "kept", "dropped", "failed"
 
@@ -29,11 +31,21 @@ REASONS: Mapping[str, str] = {
     "fetch_error": "an answer that is not HTTP, or another failure while fetching",
     "not_an_image": "not a JPEG, PNG, WebP or GIF",
     "decode_error": "a damaged picture",
+    "decode_crash": "the process that decoded the picture died of it",
+    "decode_timeout": "decoding took more than the time for one picture",
+    "decode_memory": "decoding took more than the memory for one picture",
     "too_many_pixels": "more pixels than max_pixels",
     "too_small": "a side shorter than min_side",
     "bad_aspect": "one side longer than max_aspect_ratio times the other",
     "caption_too_short": "fewer words than min_caption_words",
     "caption_too_long": "more words than max_caption_words",
+    "caption_too_few_characters": "fewer characters than min_caption_characters",
+    "caption_too_many_characters": "more characters than max_caption_characters",
+    "other_language": "the caption is in none of the languages",
+    "boilerplate": "more than max_caption_repeats rows have this caption, but for case and digits",
+    "blocked_word": "the caption has a word or phrase of blocked_words",
+    "blocked_domain": "the URL is on a host of blocked_domains",
+    "blocked_hash": "the picture is on blocked_hashes",
     "duplicate_image": "the same bytes as a picture that is kept",
     "near_duplicate": "looks like a picture that is kept",
 }
@@ -52,7 +64,7 @@ def is_reason(reason: str) -> bool:
     return reason in REASONS or re.fullmatch(r"http_\d{3}", reason) is not None
 
 
-def count(table: pa.Table) -> dict[str, Any]:
+def count(table: "pa.Table") -> dict[str, Any]:
     """The balance of a table with `status` and `reason`, as a stage's facts: {"rows": {...}, "reasons": {...}}."""
     statuses = _tally(table.column("status"))
     rows = {"in": table.num_rows} | {status: statuses.pop(status, 0) for status in (KEPT, DROPPED, FAILED)}
@@ -69,5 +81,5 @@ def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
     return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
 
 
-def _tally(column: pa.ChunkedArray) -> dict[Any, int]:
+def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:
     return {item["values"]: item["counts"] for item in column.value_counts().to_pylist()}
