@@ -18,6 +18,7 @@ from pipelines import scene_server
 from pipelines.config import PipelineConfig
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.text_to_image import DATASET_STAGE, text_to_image
+from tasks.filter import check_settings
 from tasks.ingest import check_source
 from tasks.progress import bar
 from tasks.stage import Failure, Resources, Run
@@ -45,7 +46,7 @@ def prepare(config: PipelineConfig) -> PipelineConfig:
     """Check everything that can be wrong before anything starts, and pin the inputs.
 
     Returns:
-        The configuration with the digest of the list of URLs filled in.
+        The configuration with the digests of the list of URLs and of the filter's lists filled in.
 
     Raises:
         UnclipError: what is wrong, and what to do.
@@ -65,7 +66,8 @@ def prepare(config: PipelineConfig) -> PipelineConfig:
         ingest = dataclasses.replace(ingest, urls=urls)
         download = dataclasses.replace(download, allow_hosts=(*download.allow_hosts, config.scenes.address))
     ingest = dataclasses.replace(ingest, digest=check_source(ingest))
-    return dataclasses.replace(config, ingest=ingest, download=download)
+    filter = dataclasses.replace(config.filter, digest=check_settings(config.filter))
+    return dataclasses.replace(config, ingest=ingest, download=download, filter=filter)
 
 
 def tracking_uri(config: PipelineConfig) -> str:
