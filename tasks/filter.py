@@ -70,6 +70,14 @@ class FilterConfig:
         for name in LISTS:
             require(getattr(self, name) != "", name, "", "a file, or none")
 
+    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+        """Smallest and largest value that is kept, for each measure that has limits."""
+        return {
+            "shorter_side": (self.min_side, None),
+            "aspect_ratio": (None, self.max_aspect_ratio),
+            "caption_words": (self.min_caption_words, self.max_caption_words),
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
