@@ -19,6 +19,7 @@ from pipelines.summary import print_summary, summarise, write_results
 from pipelines.text_to_image import DATASET_STAGE, text_to_image
 from tasks.curate import pin_probes
 from tasks.download import pin_attempt
+from tasks.filter import check_settings
 from tasks.ingest import check_source
 from tasks.progress import bar
 from tasks.report import Limit
@@ -51,7 +52,8 @@ def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfi
         retry_failed: fetch again what failed for reasons that may have passed.
 
     Returns:
-        The configuration with what the pipeline fills in: digests of the list and of the probes, limits for the report.
+        The configuration with what the pipeline fills in: digests of the list, of the block lists and of the probes, limits
+        for the report.
 
     Raises:
         UnclipError: what is wrong, and what to do.
@@ -75,7 +77,8 @@ def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfi
     limits = {**config.filter.limits(), **config.curate.limits()}
     report = dataclasses.replace(config.report, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
     curate = pin_probes(config.curate)
-    return dataclasses.replace(config, ingest=ingest, download=download, curate=curate, report=report)
+    filter = dataclasses.replace(config.filter, digest=check_settings(config.filter))
+    return dataclasses.replace(config, ingest=ingest, download=download, filter=filter, curate=curate, report=report)
 
 
 def tracking_uri(config: PipelineConfig) -> str:

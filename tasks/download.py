@@ -24,8 +24,7 @@ import pyarrow.compute as pc
 import ray
 import tldextract
 
-from tasks import fetch, rows, tables
-from tasks.decode import Picture, decode
+from tasks import decode, fetch, rows, tables
 from tasks.progress import Progress
 from tasks.stage import Artifact, Output, Run, StageContext, stage
 from tasks.store import Store
@@ -126,7 +125,7 @@ class DownloadConfig:
     @property
     def recipe(self) -> str:
         """Names the table: what changes the stored pictures, and nothing else."""
-        return fingerprint(self.image_size, self.jpeg_quality)[:16]
+        return fingerprint(decode.VERSION, self.image_size, self.jpeg_quality)[:16]
 
 
 @stage("download", version=2)
@@ -356,7 +355,10 @@ def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = 
 
     writer = _Writer({pair["key"]: pair for pair in pairs}, refused)
     img2dataset.download_image_with_retry = _fetch_with(config)
-    with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch,
+        decode.Decoder(config.image_size, config.jpeg_quality, config.max_pixels) as decoder,
+    ):
         shard = f"{scratch}/shard.arrow"
         columns = ["url", "caption", "pair"]  # "key" is img2dataset's own: a position
         values = [[pair[name] for pair in pairs] for name in ("url", "caption", "key")]
@@ -365,7 +367,7 @@ def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = 
             file.write_table(table)
         downloader = img2dataset.Downloader(
             sample_writer_class=lambda *_: writer,
-            resizer=_decode_with(config),
+            resizer=_decode_with(decoder),
             thread_count=config.num_threads,
             save_caption=True,
             extract_exif=False,
@@ -395,7 +397,7 @@ class _Writer:
         self.pairs, self.refused = pairs, refused
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def write(self, picture: Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
+    def write(self, picture: decode.Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
         row = {"key": sample["pair"], "url": sample["url"], "caption": caption}
         reason = sample["error_message"] if picture is None else self._fault(row["key"], sample["sha256"])
         if picture is None or reason:
@@ -439,12 +441,12 @@ def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
     return fetch.Fetcher(**{name: getattr(config, name) for name in names})
 
 
-def _decode_with(config: DownloadConfig) -> Any:
+def _decode_with(decoder: decode.Decoder) -> Any:
     """Stands in for img2dataset's resizer; the picture goes through to the writer as it is."""
 
     def resize(stream: io.BytesIO, _boxes: Any = None) -> tuple[Any, ...]:
         try:
-            picture = decode(stream.getvalue(), config.image_size, config.jpeg_quality, config.max_pixels)
+            picture = decoder.decode(stream.getvalue())
         except rows.RowFault as fault:
             return None, None, None, None, None, fault.reason
         sizes = (picture.width, picture.height, picture.original_width, picture.original_height)

@@ -15,8 +15,6 @@ import io
 import itertools
 import json
 import re
-import unicodedata
-import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,6 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from tasks import rows, tables
+from tasks.normalise import REPLACEMENT, normalise_caption, normalise_sha256, normalise_url
 from tasks.stage import Output, StageContext, stage
 from tasks.tombstones import load_tombstones, refuse
 from unclip import files
@@ -36,8 +35,6 @@ from unclip.errors import InputError
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".txt")
 FORMATS = (".parquet", *TEXT_FORMATS)
 """By name; the text formats may be gzipped (`.csv.gz`)."""
-MAX_CAPTION_CHARACTERS = 1000
-MAX_URL_CHARACTERS = 2048
 
 MAX_LINE_CHARACTERS = 4 << 20
 """Of a text file; a longer line is no row of a list."""
@@ -61,9 +58,6 @@ PAIRS = pa.schema(
     }
 )
 
-# Control characters, and the invisible ones that turn the direction of text around.
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_REPLACEMENT = "\ufffd"  # what invalid UTF-8 is decoded to
 
 _MAX_TEXT_BYTES = 1 << 16  # of one value; the rest of it would be cut anyway
 _ROWS_AT_ONCE = 8192
@@ -189,33 +183,6 @@ def read(config: IngestConfig) -> Iterator[Listed]:
     """
     for source in _sources(config.urls):
         yield from _read_source(source, config)
-
-
-def normalise_url(text: str) -> str | None:
-    """The URL as it is fetched and compared; None when it is none that can be fetched."""
-    try:
-        parts = urllib.parse.urlsplit(text.strip())
-        valid = parts.port != 0 and bool(parts.hostname) and "@" not in parts.netloc
-    except ValueError:
-        return None
-    if not valid or parts.scheme not in ("http", "https") or len(text) > MAX_URL_CHARACTERS:
-        return None
-    url = urllib.parse.urlunsplit((parts.scheme, parts.netloc.lower(), parts.path or "/", parts.query, ""))
-    return None if _UNPRINTABLE.search(url) or _REPLACEMENT in url else url
-
-
-def normalise_caption(text: str) -> str:
-    """NFC, one line, single spaces, nothing invisible, at most 1,000 characters."""
-    # Cut before NFC, whose time grows with the square of a run of accents.
-    one_line = " ".join(text.split())[: 4 * MAX_CAPTION_CHARACTERS]
-    one_line = " ".join(unicodedata.normalize("NFC", one_line).split())
-    return " ".join(_UNPRINTABLE.sub("", one_line).split())[:MAX_CAPTION_CHARACTERS].strip()
-
-
-def normalise_sha256(text: str) -> str | None:
-    """64 lower-case hex digits; None when it is no sha256."""
-    stripped = text.strip()
-    return stripped.lower() if re.fullmatch("[0-9a-fA-F]{64}", stripped) else None
 
 
 def clean(listed: Iterable[Listed]) -> pa.Table:
@@ -433,7 +400,7 @@ def _lines(source: _Source) -> Iterator[str]:
                 line = text.readline(MAX_LINE_CHARACTERS + 1)
                 if len(line) > MAX_LINE_CHARACTERS:
                     raise _unreadable(source, f"line {number} has more than {MAX_LINE_CHARACTERS:,} characters")
-                if number == 1 and line.startswith(_REPLACEMENT * 2) and "\0" in line:
+                if number == 1 and line.startswith(REPLACEMENT * 2) and "\0" in line:
                     raise _unreadable(source, "got UTF-16, expected UTF-8")
                 if not line:
                     return

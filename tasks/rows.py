@@ -5,11 +5,12 @@ was had and is not wanted.
 """
 
 import re
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+if typing.TYPE_CHECKING:  # the processes that decode pictures know the reasons and need no tables
+    import pyarrow as pa
 
 KEPT, DROPPED, FAILED = "kept", "dropped", "failed"
 
@@ -35,11 +36,21 @@ REASONS: Mapping[str, str] = {
     "fetch_error": "an answer that is not HTTP, or another failure while fetching",
     "not_an_image": "not a JPEG, PNG, WebP or GIF",
     "decode_error": "a damaged picture",
+    "decode_crash": "the process that decoded the picture died of it",
+    "decode_timeout": "decoding took more than the time for one picture",
+    "decode_memory": "decoding took more than the memory for one picture",
     "too_many_pixels": "more pixels than max_pixels",
     "too_small": "a side shorter than min_side",
     "bad_aspect": "one side longer than max_aspect_ratio times the other",
     "caption_too_short": "fewer words than min_caption_words",
     "caption_too_long": "more words than max_caption_words",
+    "caption_too_few_characters": "fewer characters than min_caption_characters",
+    "caption_too_many_characters": "more characters than max_caption_characters",
+    "other_language": "the caption is in none of the languages",
+    "boilerplate": "more than max_caption_repeats rows have this caption, but for case and digits",
+    "blocked_word": "the caption has a word or phrase of blocked_words",
+    "blocked_domain": "the URL is on a host of blocked_domains",
+    "blocked_hash": "the picture is on blocked_hashes",
     "duplicate_image": "the same bytes as a picture that is kept",
     "near_duplicate": "looks like a picture that is kept",
     "hash_mismatch": "not the picture whose sha256 the list gives",
@@ -74,13 +85,16 @@ def meaning(reason: str) -> str:
     return REASONS.get(reason, fallback)
 
 
-def drop(selection: pa.Table, reasons: Mapping[str, str]) -> pa.Table:
+def drop(selection: "pa.Table", reasons: Mapping[str, str]) -> "pa.Table":
     """The selection with kept rows of some keys dropped.
 
     Args:
         selection: key, position, status, reason and perhaps split, which is null for rows that are not kept.
         reasons: key -> why it is dropped.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     why = pa.table({"key": pa.array(reasons, pa.string()), "why": pa.array(reasons.values(), pa.string())})
     table = selection.join(why, "key", join_type="left outer")
     table = table.sort_by([("key", "ascending"), ("position", "ascending")])
@@ -94,7 +108,7 @@ def drop(selection: pa.Table, reasons: Mapping[str, str]) -> pa.Table:
     return pa.table({name: changed.get(name, table[name]) for name in selection.column_names})
 
 
-def count(table: pa.Table) -> dict[str, Any]:
+def count(table: "pa.Table") -> dict[str, Any]:
     """The balance of a table with `status` and `reason`, as a stage's facts: {"rows": {...}, "reasons": {...}}."""
     statuses = _tally(table.column("status"))
     rows = {"in": table.num_rows} | {status: statuses.pop(status, 0) for status in (KEPT, DROPPED, FAILED)}
@@ -111,5 +125,5 @@ def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
     return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
 
 
-def _tally(column: pa.ChunkedArray) -> dict[Any, int]:
+def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:
     return {item["values"]: item["counts"] for item in column.value_counts().to_pylist()}

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
-from tasks.ingest import normalise_url
+from tasks.normalise import normalise_url
 from tasks.report import redact
 from tasks.store import Store
 from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, load_tombstones, refuse

@@ -1,39 +1,72 @@
-import io
-import struct
-import zlib
-from typing import Any
+"""Every kind of picture comes out right, and nothing that pretends to be one hurts the process that asked for it (T6, T7)."""
 
+import io
+import os
+import random
+import signal
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import imagehash
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from tasks.decode import Picture, decode
+sys.path.insert(0, str(Path(__file__).parent))
+
+from crafted_pictures import Crafted, crafted, encoded, ramp
+
+from tasks.decode import Decoder, Picture, decode, perceptual_hash
 from tasks.rows import RowFault
+from tasks.sandbox import Limits
+
+CRAFTED = list(crafted())
+MAX_PIXELS = 50_000_000
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with Decoder(64, 95, MAX_PIXELS) as decoder:
+        yield decoder
 
 
-def stored(data: bytes, image_size: int = 64) -> tuple[Picture, np.ndarray]:
-    picture = decode(data, image_size, jpeg_quality=95, max_pixels=1_000_000)
+def pixels_of(picture: Picture) -> np.ndarray:
     image = Image.open(io.BytesIO(picture.jpg))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (picture.width, picture.height))
-    return picture, np.asarray(image).astype(int)
+    assert not set(image.info) - {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+    return np.asarray(image).astype(int)
 
 
-def reason(data: bytes) -> str:
-    with pytest.raises(RowFault) as fault:
-        decode(data, 64, 95, max_pixels=1_000_000)
-    return fault.value.reason
+def outcome(decoder: Decoder, data: bytes) -> str | Picture:
+    try:
+        return decoder.decode(data)
+    except RowFault as fault:
+        return fault.reason
 
 
-def ramp(width: int = 40, height: int = 20) -> Image.Image:
-    """Red grows to the right, green downwards."""
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+@pytest.mark.parametrize("file", CRAFTED, ids=repr)
+def test_crafted_file(decoder: Decoder, file: Crafted) -> None:
+    got = outcome(decoder, file.data)
+    if isinstance(file.expected, str):
+        assert got == file.expected
+        return
+    assert isinstance(got, Picture), got
+    pixels = pixels_of(got)
+    if isinstance(file.expected, np.ndarray):
+        assert pixels.shape == file.expected.shape == (got.original_height, got.original_width, 3)
+        assert np.abs(pixels - file.expected).mean() < 3
+    else:
+        assert np.abs(pixels - file.expected).max() <= 4
+        assert got.phash is None, "a picture of one colour has no perceptual hash"
+
+
+def test_there_are_files_enough_and_a_child_decodes_like_its_worker(decoder: Decoder) -> None:
+    assert len({file.name for file in CRAFTED}) == len(CRAFTED) >= 60
+    for file in CRAFTED:
+        if not isinstance(file.expected, str):
+            assert decoder.decode(file.data) == decode(file.data, 64, 95, MAX_PIXELS), file
 
 
 def test_size_keeps_the_ratio_and_never_grows() -> None:
@@ -43,94 +76,129 @@ def test_size_keeps_the_ratio_and_never_grows() -> None:
         ((30, 20), (30, 20)),
         ((500, 3), (500, 3)),
     ):
-        picture, _ = stored(encoded(ramp(*size), "JPEG"))
+        picture = decode(encoded(ramp(*size), "JPEG"), 64, 95, MAX_PIXELS)
         assert (picture.width, picture.height) == expected
         assert (picture.original_width, picture.original_height) == size
 
 
-def test_16_bit_grey_is_scaled() -> None:
-    levels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    _, pixels = stored(encoded(Image.fromarray(levels), "PNG"))
-    assert np.abs(pixels[..., 0] - levels / 257).max() < 4
-
-
-def test_16_bit_colour_is_scaled() -> None:
-    row = b"\0" + struct.pack(">3H", 0xFFFF, 0x8000, 0) * 32
-    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(row * 32)), (b"IEND", b""))
-    packed = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
-    _, pixels = stored(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
-    assert np.abs(pixels - [255, 128, 0]).max() < 4
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_upright(orientation: int) -> None:
-    upright = ramp()
-    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-            7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
-    held = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for kind, options in (("JPEG", {"quality": 95, "subsampling": 0}), ("PNG", {}), ("WEBP", {"lossless": True})):
-        picture, pixels = stored(encoded(held, kind, exif=exif, **options))
-        assert (picture.original_width, picture.original_height) == (40, 20)
-        assert np.abs(pixels - np.asarray(upright)).mean() < 3, kind
-
-
-def test_colour_modes_become_rgb_on_white() -> None:
-    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
-    half = Image.new("RGBA", (32, 32), (255, 0, 0, 128))
-    palette = Image.new("P", (32, 32), 0)
-    palette.putpalette([9, 9, 9, 0, 0, 255])
-    palette.paste(1, (0, 0, 32, 32))
-    for data, colour in (
-        (encoded(clear, "PNG"), (255, 255, 255)),
-        (encoded(half, "WEBP", lossless=True), (255, 127, 127)),
-        (encoded(Image.new("LA", (32, 32), (0, 0)), "PNG"), (255, 255, 255)),
-        (encoded(palette, "GIF"), (0, 0, 255)),
-        (encoded(palette, "PNG", transparency=1), (255, 255, 255)),
-        (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
-        (encoded(Image.new("1", (32, 32), 1), "PNG"), (255, 255, 255)),
-        (encoded(Image.new("L", (32, 32), 77), "JPEG"), (77, 77, 77)),
+def test_large_pictures_of_every_mode_shrink_alike() -> None:
+    expected = np.asarray(ramp(400, 400).resize((64, 64), Image.Resampling.BOX)).astype(int)
+    for data in (
+        encoded(ramp(400, 400), "JPEG", quality=95),
+        encoded(ramp(400, 400), "WEBP", lossless=True),
+        encoded(ramp(400, 400).convert("RGBA"), "PNG"),
+        encoded(ramp(400, 400).convert("CMYK"), "JPEG", quality=95),
     ):
-        picture, pixels = stored(data)
-        assert np.abs(pixels - colour).max() <= 4, colour
-        assert picture.phash is None, "a picture of one colour has no perceptual hash"
+        assert np.abs(pixels_of(decode(data, 64, 95, MAX_PIXELS)) - expected).mean() < 3
+    levels = np.asarray(ramp(400, 400))[..., 0].astype(np.uint16) * 257
+    pixels = pixels_of(decode(encoded(Image.fromarray(levels), "PNG"), 64, 95, MAX_PIXELS))
+    assert np.abs(pixels - expected[..., :1]).mean() < 3
 
 
-def test_the_first_frame_counts() -> None:
-    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "lime")]
-    _, pixels = stored(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
-    assert np.abs(pixels - [255, 0, 0]).max() <= 4
-
-
-def test_nothing_but_pixels_is_stored() -> None:
+def test_t7_nothing_but_pixels_is_stored(decoder: Decoder) -> None:
     exif = Image.Exif()
     exif[0x010E] = "SECRET"
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", "SECRET")
     for data in (
-        encoded(ramp(), "JPEG", exif=exif, comment=b"SECRET", icc_profile=b"SECRET" * 40),
+        encoded(ramp(), "JPEG", exif=exif, comment=b"SECRET", xmp=b"SECRET", icc_profile=b"SECRET" * 40),
         encoded(ramp(), "PNG", exif=exif, pnginfo=text, icc_profile=b"SECRET" * 40),
+        encoded(ramp(), "WEBP", exif=exif, xmp=b"SECRET", icc_profile=b"SECRET" * 40),
     ):
-        assert b"SECRET" in data or data.startswith(b"\x89PNG")
-        picture, _ = stored(data)
+        assert b"SECRET" in data
+        picture = decoder.decode(data)
         assert b"SECRET" not in picture.jpg
-        assert not set(Image.open(io.BytesIO(picture.jpg)).info) - {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        pixels_of(picture)
 
 
-def test_what_is_no_picture_or_a_damaged_one() -> None:
-    jpeg, png = encoded(ramp(), "JPEG"), encoded(ramp(), "PNG")
-    assert reason(b"<html>sold out</html>") == reason(b"x") == "not_an_image"
-    assert reason(encoded(ramp(), "BMP")) == reason(encoded(ramp(), "TIFF")) == "not_an_image"
-    assert reason(b'<svg xmlns="http://www.w3.org/2000/svg"/>') == "not_an_image"
-    assert reason(jpeg[: len(jpeg) // 2]) == reason(png[: len(png) // 2]) == "decode_error"
+def test_the_perceptual_hash_is_that_of_imagehash() -> None:
+    random_pixels = np.random.default_rng(0)
+    for size in [(64, 64), (64, 90), (31, 17), (200, 64)] * 10:
+        coarse = Image.fromarray(random_pixels.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+        image = coarse.resize(size, Image.Resampling.BICUBIC)
+        assert perceptual_hash(image) == str(imagehash.phash(image))
+    assert perceptual_hash(Image.new("RGB", (64, 64), "red")) is None
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::16] = 255  # all its vertical frequencies are zero, whatever the noise of floating point
+    bits = int(perceptual_hash(Image.fromarray(stripes)) or "", 16)
+    assert bits & 0x00FFFFFFFFFFFFFF == 0
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
-    for side in (1_001, 12_000, 60_000):
-        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-        chunk = b"IHDR" + header
-        data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        data += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-        assert reason(data) == "too_many_pixels"
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGSEGV, "decode_crash"),
+        (signal.SIGABRT, "decode_crash"),
+        (signal.SIGKILL, "decode_memory"),
+        (signal.SIGSTOP, "decode_timeout"),
+    ],
+)
+def test_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> None:
+    with Decoder(64, 95, MAX_PIXELS, limits=Limits(wall_seconds=1.5)) as decoder:
+        sound = decoder.decode(encoded(ramp(), "JPEG"))
+        [pid] = decoder.pids
+        os.kill(pid, number)
+        assert outcome(decoder, encoded(ramp(), "PNG")) == reason
+        assert decoder.decode(encoded(ramp(), "JPEG")) == sound
+        assert decoder.pids != [pid]
+
+
+def test_t6_a_picture_that_needs_too_much_memory_costs_one_row() -> None:
+    with Decoder(64, 95, MAX_PIXELS, limits=Limits(memory_bytes=1 << 26)) as decoder:
+        assert outcome(decoder, encoded(Image.new("RGB", (5000, 5000), "red"), "PNG")) == "decode_memory"
+        assert isinstance(outcome(decoder, encoded(ramp(), "PNG")), Picture)
+
+
+def test_the_largest_picture_of_each_mode_fits_into_a_child(decoder: Decoder) -> None:
+    for mode in ("RGBA", "I;16", "P", "LA"):
+        image = Image.new(mode, (7000, 7000), 1)
+        assert isinstance(outcome(decoder, encoded(image, "PNG", compress_level=1)), Picture), mode
+
+
+def mutant(seeds: list[bytes], source: random.Random) -> bytes:
+    """A seed with bytes changed, cut out, repeated, or taken from another seed."""
+    data = bytearray(source.choice(seeds))
+    for _ in range(source.choice((1, 1, 2, 4, 16))):
+        at = source.randrange(len(data) or 1)
+        kind = source.randrange(7)
+        if kind == 0:
+            data[at : at + 1] = source.randbytes(1)
+        elif kind == 1 and data:
+            data[at % len(data)] ^= 1 << source.randrange(8)
+        elif kind == 2:
+            del data[at : at + source.randrange(1, 40)]
+        elif kind == 3:
+            data[at:at] = data[at : at + source.randrange(1, 200)]
+        elif kind == 4:
+            other = source.choice(seeds)
+            data[at:] = other[source.randrange(len(other)) :]
+        elif kind == 5:
+            data[at : at + 4] = struct.pack(">I", source.choice((0, 1, 0x7F, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)))
+        else:
+            at = source.randrange(min(64, len(data)) or 1)  # where headers are
+            data[at : at + 2] = source.randbytes(2)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("count", [1_500, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_t6_fuzz(count: int) -> None:
+    seeds = [file.data for file in CRAFTED if not isinstance(file.expected, str) and len(file.data) < 20_000]
+    assert len(seeds) >= 40
+    source = random.Random(count)
+    outcomes: dict[str, int] = {}
+    with Decoder(64, 95, MAX_PIXELS) as decoder:
+        children = decoder.pids
+        for _ in range(count):
+            got = outcome(decoder, mutant(seeds, source))
+            name = got if isinstance(got, str) else "picture"
+            outcomes[name] = outcomes.get(name, 0) + 1
+        assert decoder.pids == children, "a child died"
+        assert peak_memory(children[0]) < 512 << 20
+    assert set(outcomes) <= {"picture", "not_an_image", "decode_error", "too_many_pixels"}, outcomes
+    assert outcomes["picture"] > count / 20 and outcomes["decode_error"] > count / 20, outcomes
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes that were resident at most."""
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10

@@ -20,10 +20,21 @@ from pipelines.scene_server import ScenesConfig
 from tasks import download as download_module
 from tasks import tables
 from tasks.dedup import DedupConfig, dedup
-from tasks.download import DownloadConfig, Pair, Shard, download, plan_lanes, plan_shards, run_in_lanes
+from tasks.download import (
+    PASSING,
+    DownloadConfig,
+    Pair,
+    Shard,
+    download,
+    pin_attempt,
+    plan_lanes,
+    plan_shards,
+    run_in_lanes,
+)
 from tasks.filter import FilterConfig, filter
 from tasks.ingest import IngestConfig, ingest
 from tasks.stage import Artifact, Call, Failure, Run, execute
+from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip import files
 from unclip.errors import ConfigError, StageError
@@ -200,7 +211,7 @@ def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, t
         rows = tables.read_file(pairs.uri).select(["key"]).to_pydict()["key"]
         from unclip.config import fingerprint
 
-        blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(rows[15:])[:32]}.parquet")
+        blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(rows[15:], 0)[:32]}.parquet")
         blocked.mkdir(parents=True)  # this part can be neither read nor written
         failure = execute(Call(download, config), run(tmp_path), [pairs])
         assert isinstance(failure, Failure)
@@ -209,6 +220,81 @@ def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, t
         server.requests.clear()
         assert done(execute(Call(download, config), run(tmp_path), [pairs])).facts["rows"]["kept"] == 30
         assert sum(server.requests.values()) == 15
+
+
+def outcomes(images: Artifact) -> dict[str, str | None]:
+    table = tables.read(images.uri, columns=["key", "reason"])
+    return dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
+
+def listed_with_hashes(storage: Path, pairs: Artifact, hashes: dict[str, str]) -> Artifact:
+    """The same list, which now gives hashes for some keys."""
+    table = tables.read_file(pairs.uri)
+    expected = pa.array([hashes.get(key) for key in table["key"].to_pylist()], pa.string())
+    uri = str(storage / "with-hashes.parquet")
+    tables.write_file(
+        uri, table.set_column(table.schema.get_field_index("expected_sha256"), "expected_sha256", expected)
+    )
+    return dataclasses.replace(pairs, uri=uri, digest="with hashes")
+
+
+def test_t9_pictures_with_other_hashes_than_the_list_or_the_first_fetch_are_not_kept(
+    cluster: None, tmp_path: Path
+) -> None:
+    scenes = ScenesConfig(num_images=6, side=16, broken=0, port=free_port())
+    with scene_server.serve(scenes):
+        pairs = run_ingest(tmp_path, scenes)
+        config = download_config(scenes)
+        first = done(execute(Call(download, config), run(tmp_path), [pairs]))
+        stored = tables.read(first.uri).to_pylist()
+        keys = [row["key"] for row in stored]
+        digests = {row["key"]: row["sha256"] for row in stored}
+
+        # In another storage the list itself has the hashes, one of them wrong; one picture was taken down there.
+        from tasks import tombstones
+
+        other = tmp_path / "other"
+        expected = {**digests, keys[0]: "00" * 32}
+        stones = [{"kind": "sha256", "value": digests[keys[1]], "request": "r"}]
+        tables.write_file(str(other / "tombstones.parquet"), pa.Table.from_pylist(stones, schema=tombstones.SCHEMA))
+        checked = done(execute(Call(download, config), run(other), [listed_with_hashes(tmp_path, pairs, expected)]))
+        assert outcomes(checked) == dict.fromkeys(keys) | {keys[0]: "hash_mismatch", keys[1]: "taken_down"}
+        bad = tables.read(checked.uri).to_pylist()[:2]
+        assert all(row["jpg"] is None and row["sha256"] is None for row in bad)
+
+        # The table of another size was made when one picture was different: what was seen first counts.
+        before = tables.read(first.uri)
+        changed = ["11" * 32 if key == keys[2] else digests[key] for key in keys]
+        part = tables.write_part(
+            first.uri,
+            "changed",
+            before.set_column(before.schema.get_field_index("sha256"), "sha256", pa.array(changed)),
+        )
+        tables.append_files(first.uri, [part], before.schema, replaced=pa.array(keys))
+        larger = done(execute(Call(download, dataclasses.replace(config, image_size=8)), run(tmp_path), [pairs]))
+        assert outcomes(larger) == dict.fromkeys(keys) | {keys[2]: "content_changed"}
+
+
+def test_what_failed_for_passing_reasons_is_fetched_again_when_asked(cluster: None, tmp_path: Path) -> None:
+    scenes = ScenesConfig(num_images=8, side=16, broken=0.5, port=free_port())
+    pairs = run_ingest(tmp_path, scenes)
+    config = download_config(scenes)
+    dead = done(execute(Call(download, config), run(tmp_path), [pairs]))  # nobody serves
+    assert set(outcomes(dead).values()) == {"connect_error"}
+    store = Store(str(tmp_path))
+    assert pin_attempt(store, config, retry_failed=False).attempt == 0
+    again = pin_attempt(store, config, retry_failed=True)
+    assert again.attempt == 1
+    with scene_server.serve(scenes) as server:
+        images = done(execute(Call(download, again), run(tmp_path), [pairs]))
+        assert images.facts["fetched_now"] == len(outcomes(dead)) and images.facts["rows"]["kept"] >= 8
+        server.requests.clear()
+        assert pin_attempt(store, config, retry_failed=False).attempt == 1  # plain runs go on from there
+        third = done(execute(Call(download, pin_attempt(store, config, retry_failed=True)), run(tmp_path), [pairs]))
+        assert set(server.requests) and all("picture" not in path for path in server.requests)
+    passing = [reason for reason in outcomes(images).values() if reason and PASSING.fullmatch(reason)]
+    assert third.facts["fetched_now"] == len(passing) > 0
+    assert tables.read(images.uri)["key"].to_pylist() == tables.read(dead.uri, 0)["key"].to_pylist()
 
 
 def pairs_of(*urls: str) -> list[Pair]:

@@ -21,6 +21,7 @@ def pairs_of(*captions: str) -> pa.Table:
     listed += [("k0", captions[0], "dropped", "duplicate_row"), ("k1", "", "failed", "no_url")]
     columns = zip(*((position, *row) for position, row in enumerate(listed)), strict=True)
     table = pa.table(dict(zip(("position", "key", "caption", "status", "reason"), map(list, columns), strict=True)))
+    table = table.append_column("expected_sha256", pa.nulls(table.num_rows, pa.string()))
     return table.sort_by([("key", "ascending"), ("position", "ascending")])
 
 
@@ -28,6 +29,7 @@ def images_of(*sizes: tuple[int, int] | None) -> pa.Table:
     return pa.table(
         {
             "key": [f"k{i}" for i in range(len(sizes))],
+            "sha256": [f"{i:064x}" for i in range(len(sizes))],
             "status": ["ok" if size else "failed" for size in sizes],
             "reason": pa.array([None if size else "http_404" for size in sizes], pa.string()),
             "original_width": pa.array([size and size[0] for size in sizes], pa.int32()),

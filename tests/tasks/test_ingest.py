@@ -22,10 +22,9 @@ from tasks.ingest import (
     check_source,
     clean,
     ingest,
-    normalise_caption,
-    normalise_url,
     read,
 )
+from tasks.normalise import normalise_caption, normalise_url
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.tracking import Tracker
 from unclip import files
