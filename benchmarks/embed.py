@@ -1,6 +1,6 @@
 """Pairs a second through CLIP: the embedding stage's actor against a bare open_clip forward pass over tensors in memory.
 
-    python -m benchmarks.embed --model ViT-B-32
+    python -m benchmarks.embed --model ViT-S-32-alt
 
 The actor reads Parquet, decodes, resizes, tokenises, embeds and writes Parquet; the bare pass does nothing but compute.
 Both have the same model with random weights, batch size, precision and threads, are warm, live in processes of their own
@@ -24,7 +24,23 @@ import torch
 from benchmarks import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["a", "small", "red", "circle", "on", "the", "left", "of", "two", "large", "stars", "above", "an", "old", "house"]
+WORDS = [
+    "a",
+    "small",
+    "red",
+    "circle",
+    "on",
+    "the",
+    "left",
+    "of",
+    "two",
+    "large",
+    "stars",
+    "above",
+    "an",
+    "old",
+    "house",
+]
 
 
 def write_images(folder: str, pairs: int, image_size: int) -> list[str]:
@@ -133,7 +149,7 @@ def embed_bare(num_batches: int | None = None) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-B-32", help="any architecture of open_clip, or unclip-demo")
+    parser.add_argument("--model", default="ViT-S-32-alt", help="any architecture of open_clip, or unclip-demo")
     parser.add_argument("--pairs", type=int, default=256, help="pairs in one round, a multiple of the batch size")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs in one forward pass")

@@ -206,12 +206,18 @@ class Preprocess:
 
     def __init__(self, whole: Any) -> None:
         """Args:
-        whole: the transform of an open_clip model, which ends with a `ToTensor` and a `Normalize`."""
+            whole: the transform of an open_clip model; it ends with a `ToTensor` and a `Normalize`.
+
+        Raises:
+            StageError: it ends otherwise.
+        """
         from torchvision.transforms import Compose, Normalize, ToTensor
 
         *steps, to_tensor, self._normalize = whole.transforms
         if not isinstance(to_tensor, ToTensor) or not isinstance(self._normalize, Normalize):
-            raise StageError(f"embed: got a preprocessing of {whole}, expected one that ends with Normalize.")
+            raise StageError(
+                f"embed: got a preprocessing {whole}, expected one that ends with Normalize. Install an open_clip of 3.x."
+            )
         self._resize = Compose(steps)
 
     def decode(self, jpg: bytes) -> np.ndarray:
