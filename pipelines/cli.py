@@ -1,5 +1,6 @@
 """The command line. Every command checks what it was given before it starts anything; errors are one line and an exit code."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -17,6 +18,12 @@ CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: wh
 SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
 STORAGE = click.option(
     "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
+)
+
+RETRY_FAILED = click.option(
+    "--retry-failed",
+    is_flag=True,
+    help="Also fetch again what failed for reasons that may have passed, such as timeouts.",
 )
 
 
@@ -45,12 +52,15 @@ def main() -> None:
 @CONFIG
 @SET
 @STORAGE
-def run(pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None) -> None:
+@RETRY_FAILED
+def run(
+    pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None, retry_failed: bool
+) -> None:
     """Run a pipeline. What is done is not done again: to resume, run the same command."""
     from pipelines.config import load
     from pipelines.run import run_pipeline
 
-    sys.exit(run_pipeline(pipeline, load(pipeline, run_file, assignments, storage)))
+    sys.exit(run_pipeline(pipeline, load(pipeline, run_file, assignments, storage), retry_failed=retry_failed))
 
 
 @main.command()
@@ -58,12 +68,16 @@ def run(pipeline: str, run_file: str | None, assignments: tuple[str, ...], stora
 @CONFIG
 @SET
 @STORAGE
-def refresh(pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None) -> None:
+@RETRY_FAILED
+def refresh(
+    pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None, retry_failed: bool
+) -> None:
     """Bring the dataset up to date with its list of URLs: only what is new is fetched and embedded."""
     from pipelines.config import load
     from pipelines.run import run_pipeline
 
-    sys.exit(run_pipeline(pipeline, load(pipeline, run_file, assignments, storage), dataset_only=True))
+    config = load(pipeline, run_file, assignments, storage)
+    sys.exit(run_pipeline(pipeline, config, dataset_only=True, retry_failed=retry_failed))
 
 
 @main.command()
@@ -154,8 +168,6 @@ def sample(
     storage: str | None,
 ) -> None:
     """Draw pictures of a caption with the published stack."""
-    import dataclasses
-
     from pipelines.published import find_stack
 
     if num < 1:
@@ -180,15 +192,135 @@ def sample(
 
 
 @main.command()
+@click.option("--url", multiple=True, help="Rows with this URL.")
+@click.option("--domain", multiple=True, help="Rows with a URL on this host or below it.")
+@click.option("--key", multiple=True, help="The row with this key.")
+@click.option("--sha256", multiple=True, help="Rows whose picture's file has this hash.")
+@click.option("--file", "lists", multiple=True, help="Text file with one of these on each line.")
+@click.option(
+    "--near", type=click.IntRange(0, 16), help="Also pictures whose perceptual hash differs in at most so many bits."
+)
+@click.option("--dry-run", is_flag=True, help="Only say how many rows it would be.")
+@STORAGE
+def takedown(
+    url: tuple[str, ...],
+    domain: tuple[str, ...],
+    key: tuple[str, ...],
+    sha256: tuple[str, ...],
+    lists: tuple[str, ...],
+    near: int | None,
+    dry_run: bool,
+    storage: str | None,
+) -> None:
+    """Remove rows and their bytes everywhere, keep them out for good, and name the runs and models that have seen them."""
+    from pipelines.lock import lock
+    from pipelines.run import tracking_uri_of
+    from tasks import takedown as takedowns
+    from tasks.store import Store
+
+    given = {"url": url, "domain": domain, "key": key, "sha256": sha256}
+    requested = [takedowns.parse(kind, value) for kind, values in given.items() for value in values]
+    requested += [tombstone for path in lists for tombstone in takedowns.parse_file(path)]
+    if not requested:
+        raise InputError("takedown: got nothing to take down. Give --url, --domain, --key, --sha256 or --file.")
+    store = Store(storage or DEFAULT_ROOT)
+    if not store.list("images"):
+        raise InputError(f"{store.root}: no pictures are stored here. Name the folder of a pipeline with --storage.")
+    if dry_run:
+        for tombstone, keys in takedowns.find_keys(store, requested, near).items():
+            click.echo(f"{len(keys):>7,} rows  {tombstone}")
+        return
+    with lock(store):
+        ledger = takedowns.take_down(store, requested, near, tracking_uri_of(store))
+        name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+        store.write_json(dataclasses.asdict(ledger), "takedowns", name)
+    click.echo(f"{len(ledger.keys):,} rows taken down; their URLs and pictures will be refused from now on")
+    for table, count in ledger.deleted.items():
+        click.echo(f"    {count:>7,} rows and their bytes deleted from {table}")
+    click.echo(f"{len(ledger.datasets)} dataset versions held such rows; these have read them:")
+    for run in ledger.runs:
+        click.echo(f"    run    {run['id']}  {run['experiment']}  {run['name']}")
+    for model in ledger.models:
+        click.echo(f"    model  {model['name']} version {model['version']}")
+    click.echo(f"written to {store.uri('takedowns', name)}")
+    click.echo(
+        "The next run or refresh makes a dataset version without them; only models trained on that one have not seen them."
+    )
+
+
+@main.group()
+def data() -> None:
+    """Look at dataset versions and at single rows."""
+
+
+@data.command("list")
+@STORAGE
+def list_versions(storage: str | None) -> None:
+    """List the dataset versions."""
+    from tasks.provenance import versions
+    from tasks.store import Store
+
+    for version in versions(Store(storage or DEFAULT_ROOT)):
+        made = version.facts["committed"].astimezone()
+        counts = "  ".join(f"{count:,} {name}" for name, count in version.counts.items())
+        click.echo(
+            f"{version.number:>3}  {version.digest[:8]}  {version.facts['pipeline']}  {made:%Y-%m-%d %H:%M}  {counts}"
+        )
+
+
+@data.command()
+@click.argument("old")
+@click.argument("new", default="latest")
+@click.option("--keys", is_flag=True, help="Also print the keys.")
+@STORAGE
+def diff(old: str, new: str, keys: bool, storage: str | None) -> None:
+    """Say how two dataset versions differ; name them by number, digest or `latest`."""
+    from tasks.provenance import difference, find_version
+    from tasks.store import Store
+
+    store = Store(storage or DEFAULT_ROOT)
+    versions = find_version(store, old), find_version(store, new)
+    found = difference(*versions)
+    click.echo(" -> ".join(f"{version.number} {version.digest[:8]}" for version in versions))
+    for name, before in found.counts[0].items():
+        after = found.counts[1][name]
+        click.echo(f"    {name:<8} {before:>9,} -> {after:>9,}  {after - before:+,}")
+    for (before, after), changed in found.changes.items():
+        click.echo(f"{len(changed):>7,}  {before} -> {after}")
+        for key in changed if keys else ():
+            click.echo(f"             {key}")
+    if not found.changes:
+        click.echo("the same rows with the same fates")
+
+
+@data.command()
+@click.argument("key")
+@STORAGE
+def show(key: str, storage: str | None) -> None:
+    """Say where a row came from, and why it was dropped."""
+    from tasks.provenance import show as facts_of
+    from tasks.store import Store
+
+    for name, value in facts_of(Store(storage or DEFAULT_ROOT), key).items():
+        if isinstance(value, dict):
+            click.echo(name)
+            for inner, detail in value.items():
+                click.echo(f"    {inner:<16} {detail}")
+        else:
+            click.echo(f"{name:<20} {value}")
+
+
+@main.command()
 @click.option("--port", default=5000, show_default=True)
 @STORAGE
 def ui(port: int, storage: str | None) -> None:
     """Open the MLflow UI of a storage folder, on loopback."""
+    from pipelines.run import tracking_uri_of
     from pipelines.scene_server import check_port
     from tasks.store import Store
 
     store = Store(storage or DEFAULT_ROOT)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
+    uri = tracking_uri_of(store)
     if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise InputError(
             f"{store.root}: no run was tracked here. Run a pipeline first, or name its folder with --storage."

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.scene_server import ScenesConfig
 from tasks.clip import ClipConfig
+from tasks.curate import CurateConfig
 from tasks.dedup import DedupConfig
 from tasks.download import DownloadConfig
 from tasks.embed import EmbedConfig
@@ -16,6 +17,7 @@ from tasks.filter import FilterConfig
 from tasks.ingest import IngestConfig
 from tasks.models import DecoderStageConfig, PriorStageConfig, UpsamplerStageConfig
 from tasks.publish import PublishConfig
+from tasks.report import ReportConfig
 from tasks.stage import StageResources
 from tasks.store import DEFAULT_ROOT
 from unclip import config
@@ -52,6 +54,8 @@ class PipelineConfig:
     dedup: DedupConfig = DedupConfig()
     clip: ClipConfig = ClipConfig()
     embed: EmbedConfig = EmbedConfig()
+    curate: CurateConfig = CurateConfig()
+    report: ReportConfig = ReportConfig()
     prior: PriorStageConfig = PriorStageConfig()
     decoder: DecoderStageConfig = DecoderStageConfig()
     upsampler: UpsamplerStageConfig = UpsamplerStageConfig()

@@ -1,7 +1,6 @@
 """Finding the stack that was published."""
 
-import os
-
+from pipelines.run import tracking_uri_of
 from tasks.store import Store
 from unclip.errors import InputError
 
@@ -30,7 +29,7 @@ def find_stack(storage: str, model: str | None) -> str:
 
     from tasks.tracking import client
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
+    uri = tracking_uri_of(store)
     name, _, alias = model.partition("@")
     try:
         version = client(uri).get_model_version_by_alias(name, alias or "latest-published")

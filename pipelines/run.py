@@ -3,28 +3,31 @@
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import os
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines import dag as dags
 from pipelines import scene_server
 from pipelines.config import PipelineConfig
+from pipelines.lock import lock
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.text_to_image import DATASET_STAGE, text_to_image
+from tasks.curate import pin_probes
+from tasks.download import pin_attempt
 from tasks.ingest import check_source
 from tasks.progress import bar
+from tasks.report import Limit
 from tasks.stage import Failure, Resources, Run
 from tasks.store import Store
+from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten
 from unclip.config import fingerprint, to_dict
-from unclip.errors import AlreadyRunningError, ConfigError, StageError
+from unclip.errors import ConfigError, StageError
 
 # Nothing that this project uses may call home. Ray's workers inherit these.
 QUIET = {
@@ -41,18 +44,21 @@ QUIET = {
 }
 
 
-def prepare(config: PipelineConfig) -> PipelineConfig:
+def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfig:
     """Check everything that can be wrong before anything starts, and pin the inputs.
 
+    Args:
+        retry_failed: fetch again what failed for reasons that may have passed.
+
     Returns:
-        The configuration with the digest of the list of URLs filled in.
+        The configuration with what the pipeline fills in: digests of the list and of the probes, limits for the report.
 
     Raises:
         UnclipError: what is wrong, and what to do.
     """
     store = Store(config.storage)
     store.check_writable()
-    if not store.is_local and tracking_uri(config).startswith("sqlite"):
+    if not store.is_local and tracking_uri(config).endswith(f"{store.root}/mlflow.db"):
         raise ConfigError(
             f"tracking_uri: {config.storage} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
         )
@@ -64,14 +70,22 @@ def prepare(config: PipelineConfig) -> PipelineConfig:
             scene_server.write_url_list(config.scenes, urls)
         ingest = dataclasses.replace(ingest, urls=urls)
         download = dataclasses.replace(download, allow_hosts=(*download.allow_hosts, config.scenes.address))
-    ingest = dataclasses.replace(ingest, digest=check_source(ingest))
-    return dataclasses.replace(config, ingest=ingest, download=download)
+    ingest = dataclasses.replace(ingest, digest=check_source(ingest), tombstones=tombstones_digest(store))
+    download = pin_attempt(store, download, retry_failed)
+    limits = {**config.filter.limits(), **config.curate.limits()}
+    report = dataclasses.replace(config.report, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
+    curate = pin_probes(config.curate)
+    return dataclasses.replace(config, ingest=ingest, download=download, curate=curate, report=report)
 
 
 def tracking_uri(config: PipelineConfig) -> str:
     """Where MLflow keeps its records."""
-    given = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"sqlite:///{Store(config.storage).root}/mlflow.db"
+    return config.tracking_uri or tracking_uri_of(Store(config.storage))
+
+
+def tracking_uri_of(store: Store) -> str:
+    """Where MLflow keeps the records of a storage, unless its pipeline's configuration says otherwise."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
 
 
 def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
@@ -80,7 +94,7 @@ def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
     return dags.compose(text_to_image, config, run or placeholder)
 
 
-def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = False) -> int:
+def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = False, retry_failed: bool = False) -> int:
     """Run a pipeline, or the part of it that makes the dataset; returns the exit code.
 
     Raises:
@@ -88,7 +102,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = Fal
     """
     os.environ.update(QUIET)
     started = time.monotonic()
-    config = prepare(config)
+    config = prepare(config, retry_failed)
     store = Store(config.storage)
     whole = compose(config)
     todo = dags.up_to(whole, DATASET_STAGE) if dataset_only else whole
@@ -97,7 +111,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = Fal
         print(f"{pipeline}: everything is up to date; nothing was started.")
         _finish(config, pipeline, todo, store)
         return 0
-    with _lock(store), contextlib.ExitStack() as stack:
+    with lock(store), contextlib.ExitStack() as stack:
         if config.scenes is not None:
             stack.enter_context(scene_server.serve(config.scenes))
         run = _open_run(pipeline, config, store)
@@ -146,7 +160,13 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
     while not ready:
         ready, _ = ray.wait([result], timeout=1.0)
         console.refresh()
-    ray.get(result)
+    try:
+        ray.get(result)
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(
+            f"a process of the cluster died: {reason}. Finished work is kept; run the same command again."
+        ) from None
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     return [Failure(event["stage"], event["message"]) for event in failed]
 
@@ -288,28 +308,3 @@ def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str) -> No
     for run in opened:
         if run.info.run_id in dead or run.data.tags.get("mlflow.parentRunId") in dead:
             mlflow_client.set_terminated(run.info.run_id, "KILLED")
-
-
-@contextlib.contextmanager
-def _lock(store: Store) -> Iterator[None]:
-    """One run at a time in a local storage folder; the lock dies with its process.
-
-    Raises:
-        AlreadyRunningError: another process holds it.
-    """
-    if not store.is_local:
-        yield
-        return
-    path = Path(store.root, ".lock")
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise AlreadyRunningError(
-                f"{store.root}: another run is at work here ({file.read().strip()}). Wait for it, or choose another --storage."
-            ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
-        file.flush()
-        yield

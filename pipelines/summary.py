@@ -15,8 +15,8 @@ ATTRIBUTES = ("colour", "background", "size", "shape", "place")
 def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """Numbers of a finished run, from its artifacts alone, so that a run that found all done says the same."""
     summary: dict[str, Any] = {"pipeline": pipeline}
-    if "embed" in artifacts:
-        facts = artifacts["embed"].facts
+    if "curate" in artifacts:
+        facts = artifacts["curate"].facts
         summary |= {"rows": facts["rows"], "reasons": facts["reasons"], "snapshot": facts["snapshot"]["digest"]}
     if "evaluate" in artifacts:
         facts = artifacts["evaluate"].facts
@@ -35,6 +35,8 @@ def write_results(summary: Mapping[str, Any], artifacts: Mapping[str, Artifact],
     """Lay the summary and the pictures of the last run in `results/<pipeline>/`."""
     pipeline = summary["pipeline"]
     store.write_json(summary, "results", pipeline, "summary.json")
+    if "report" in artifacts:
+        files.write(store.uri("results", pipeline, "report.html"), files.read(artifacts["report"].uri))
     if "evaluate" in artifacts:
         for name, uri in artifacts["evaluate"].facts["pictures"].items():
             files.write(store.uri("results", pipeline, f"{name}.png"), files.read(uri))
@@ -69,6 +71,8 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
         )
     if "captions" in summary:
         lines.append(f"pictures   {store.uri('results', summary['pipeline'], 'heldout.png')}")
+    if "rows" in summary:
+        lines.append(f"report     {store.uri('results', summary['pipeline'], 'report.html')}")
     lines.append(f"summary    {store.uri('results', summary['pipeline'], 'summary.json')}")
     storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {config.storage}"
     lines.append(f"look       unclip ui{storage}")

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from tasks.clip import clip
+from tasks.curate import curate
 from tasks.dedup import dedup
 from tasks.download import download
 from tasks.embed import embed
@@ -11,6 +12,7 @@ from tasks.filter import filter
 from tasks.ingest import ingest
 from tasks.models import decoder, prior, upsampler
 from tasks.publish import publish
+from tasks.report import report
 from tasks.stage import Stage
 
 
@@ -27,11 +29,13 @@ def text_to_image(bind: Bind) -> Any:
     filtered = bind(filter, images)
     unique = bind(dedup, filtered)
     frozen_clip = bind(clip, unique)
-    dataset = bind(embed, unique, frozen_clip)
+    embeddings = bind(embed, unique, frozen_clip)
+    dataset = bind(curate, embeddings)
     trained = (bind(prior, dataset, frozen_clip), bind(decoder, dataset), bind(upsampler, dataset))
     evaluation = bind(evaluate, dataset, frozen_clip, *trained)
-    return bind(publish, evaluation, frozen_clip, *trained)
+    page = bind(report, dataset)
+    return bind(publish, evaluation, page, frozen_clip, *trained)
 
 
-DATASET_STAGE = "embed"
-"""The last stage of a dataset refresh: it writes the snapshot."""
+DATASET_STAGE = "report"
+"""The last stage of a dataset refresh."""

@@ -46,6 +46,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     from tasks import tables
     from unclip.objectives import ClipObjective
 
+    context.tracker.dataset(context.run.pipeline, dedup.digest, dedup.uri, {"rows": dedup.facts["rows"]})
     images, version = dedup.facts["images"], dedup.facts["images_version"]
     name, selection = config.model, dedup.uri
     training = Training(

@@ -45,8 +45,7 @@ def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Outpu
     tables.write_file(uri, deduplicated)
     context.tracker.metrics(counts["rows"])
     digest = fingerprint(tables.content_digest(deduplicated.drop_columns("position")), facts["images_digest"])
-    passed_on = {name: facts[name] for name in facts if name.startswith("images") or name == "pairs"}
-    return Output(uri, digest, {**counts, **passed_on})
+    return Output(uri, digest, {**facts, **counts})
 
 
 def drop_duplicates(selection: pa.Table, images: pa.Table, phash_distance: int) -> pa.Table:
@@ -70,13 +69,7 @@ def drop_duplicates(selection: pa.Table, images: pa.Table, phash_distance: int) 
         for index in near_duplicates([int(hashes[index], 16) for index in comparable], phash_distance):
             reasons[keys[comparable[index]]] = "near_duplicate"
 
-    dropped = pa.table({"key": pa.array(reasons, pa.string()), "why": pa.array(reasons.values(), pa.string())})
-    table = selection.join(dropped, "key", join_type="left outer")
-    table = table.sort_by([("key", "ascending"), ("position", "ascending")])
-    hit = pc.and_(pc.is_valid(table.column("why")), pc.equal(table.column("status"), rows.KEPT))
-    status = pc.if_else(hit, rows.DROPPED, table.column("status"))
-    reason = pc.if_else(hit, table.column("why"), table.column("reason"))
-    return pa.table({"key": table["key"], "position": table["position"], "status": status, "reason": reason})
+    return rows.drop(selection, reasons)
 
 
 def splits(selection: pa.Table, holdout: float) -> pa.Array:

@@ -1,26 +1,35 @@
 """Download: every pair whose picture no earlier run has, through img2dataset, into the table `images/<recipe>`.
 
+All pairs of one site are in one lane, and of a lane one shard runs at a time, so that no two tasks ask the same host at
+once and the limit inside a task is the limit of the cluster.
+
 img2dataset's `Downloader` runs the threads, the accounting and the hashes of one shard. What it fetches with, decodes with
 and writes to is ours, through the places it leaves for that: it would read local files and internal addresses, has no limit
 on bytes or time, ignores EXIF orientation, and loses rows it cannot write.
 """
 
 import dataclasses
+import functools
+import hashlib
+import heapq
 import io
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import tldextract
 
-from tasks import rows, tables
+from tasks import fetch, rows, tables
 from tasks.decode import Picture, decode
-from tasks.fetch import Fetcher
 from tasks.progress import Progress
 from tasks.stage import Artifact, Output, Run, StageContext, stage
+from tasks.store import Store
+from tasks.tombstones import load_tombstones
 from unclip.config import fingerprint, require
 from unclip.errors import StageError
 from unclip.files import sha256
@@ -43,6 +52,9 @@ IMAGES = pa.schema(
     }
 )
 
+PASSING = re.compile(r"dns_error|connect_error|timeout|short_body|robots_unreachable|http_429|http_5\d\d")
+"""Reasons that may be gone tomorrow."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DownloadConfig:
@@ -56,8 +68,18 @@ class DownloadConfig:
     """URLs fetched at the same time by one task."""
     tasks_in_flight: int = 0
     """Tasks at the same time; 0 is as many as the cluster has CPUs."""
+    num_lanes: int = 16
+    """A site (registrable domain) is in one lane, and one task at a time works on a lane: so at most this many tasks in all."""
+    requests_per_host: int = 4
+    """Requests to one host at the same time; another port is another host."""
+    respect_robots: bool = True
+    """Ask every host's robots.txt first; one that cannot be had or read forbids everything."""
+    max_crawl_delay_seconds: float = 2.0
+    """A robots.txt that wants more time than this between two requests gets this much."""
+    opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "none")
+    """What in an X-Robots-Tag header forbids a picture. TDM-Reservation is respected whatever is here."""
     timeout_seconds: float = 10.0
-    """Wall time for one URL, redirects and retries included."""
+    """Wall time for one URL, redirects and retries included, waiting for robots.txt and for a place at the host not."""
     connect_timeout_seconds: float = 5.0
     """Wall time for one connection to be made."""
     max_bytes: int = 20_000_000
@@ -65,23 +87,41 @@ class DownloadConfig:
     max_pixels: int = 50_000_000
     """Largest picture, width times height."""
     retries: int = 1
-    """Further attempts after a failed connection, a short body or an HTTP 5xx."""
+    """Further attempts after a failed look-up or connection, a short body, an HTTP 429 or 5xx; Retry-After is respected."""
     max_redirects: int = 5
     """Redirects followed for one URL."""
     allow_hosts: tuple[str, ...] = ()
-    """`host` or `host:port` that may be fetched although it is not on the public internet, such as "127.0.0.1:8765"."""
+    """`host` or `host:port` of your own servers, such as "127.0.0.1:8765": they need not be on the public internet, and are
+    asked as fast as they answer, from all tasks at once, without robots.txt."""
+    attempt: int = 0
+    """A higher number than before fetches again what failed for reasons that may have passed; `--retry-failed` raises it."""
     user_agent: str = "unclip/0.1 (image-text pairs for training)"
-    """Says who asks. The part before the slash is the robot's name for X-Robots-Tag."""
+    """Says who asks. The part before the slash is the robot's name for robots.txt and X-Robots-Tag."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "shard_size", "num_threads", "max_bytes", "max_pixels"):
+        positive = (
+            "image_size",
+            "shard_size",
+            "num_threads",
+            "max_bytes",
+            "max_pixels",
+            "num_lanes",
+            "requests_per_host",
+        )
+        for name in positive:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("tasks_in_flight", "retries", "max_redirects"):
+        for name in ("tasks_in_flight", "retries", "max_redirects", "attempt"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("timeout_seconds", "connect_timeout_seconds"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+        require(
+            self.max_crawl_delay_seconds >= 0, "max_crawl_delay_seconds", self.max_crawl_delay_seconds, "at least 0"
+        )
+        for directive in self.opt_out_directives:
+            require(re.fullmatch(r"[a-z0-9_-]+", directive) is not None, "opt_out_directives", directive, "lower case")
         require(1 <= self.jpeg_quality <= 100, "jpeg_quality", self.jpeg_quality, "1 to 100")
-        require(self.user_agent.isprintable() and self.user_agent != "", "user_agent", self.user_agent, "one line")
+        named = self.user_agent.isprintable() and self.user_agent.partition("/")[0].strip() != ""
+        require(named, "user_agent", self.user_agent, "one line that starts with the robot's name")
 
     @property
     def recipe(self) -> str:
@@ -89,21 +129,28 @@ class DownloadConfig:
         return fingerprint(self.image_size, self.jpeg_quality)[:16]
 
 
-@stage("download", version=1)
+@stage("download", version=2)
 def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> Output:
     """Fetch the pictures that no earlier run has tried, shrink them and add them to the images table."""
     table_uri = context.store.uri("images", config.recipe)
     listed = tables.read_file(pairs.uri)
     usable = pc.equal(listed.column("status"), rows.KEPT)
-    wanted = listed.filter(usable).select(["key", "url", "caption"])
+    wanted = listed.filter(usable).select(["key", "url", "caption", "expected_sha256"])
 
-    known = _known_keys(table_uri)
-    missing = wanted.filter(pc.invert(pc.is_in(wanted.column("key"), value_set=known))) if known else wanted
+    known, again = _known_keys(context.store, table_uri, config)
+    missing = wanted.filter(pc.invert(pc.is_in(wanted.column("key"), value_set=known)))
+    missing = missing.append_column("seen_sha256", _seen_elsewhere(context.store, table_uri, missing.column("key")))
     parts = _download_shards(
-        table_uri, missing.to_pylist(), config, context.run, context.progress(missing.num_rows, "pictures").start()
+        table_uri,
+        missing.to_pylist(),
+        config,
+        context.run,
+        load_tombstones(context.store).sha256s,
+        context.progress(missing.num_rows, "pictures").start(),
     )
     note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint}
-    version = tables.append_files(table_uri, parts, IMAGES, note)
+    version = tables.append_files(table_uri, parts, IMAGES, note, replaced=again)
+    context.store.write_json(config.attempt, *_attempt_record(config))
 
     columns = ["key", "status", "reason", "sha256", "jpg_sha256"]
     images = tables.read(table_uri, version, columns)
@@ -121,64 +168,185 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     return Output(table_uri, digest, facts)
 
 
-def _known_keys(table_uri: str) -> pa.ChunkedArray | None:
-    known = tables.version(table_uri)
-    return None if known is None else tables.read(table_uri, known, ["key"]).column("key")
+def pin_attempt(store: Store, config: DownloadConfig, retry_failed: bool) -> DownloadConfig:
+    """The configuration with the number of the last attempt, or of a new one."""
+    record = _attempt_record(config)
+    last = store.read_json(*record) if store.exists(*record) else 0
+    return dataclasses.replace(config, attempt=max(config.attempt, last + retry_failed))
+
+
+def _attempt_record(config: DownloadConfig) -> tuple[str, str]:
+    return "attempts", f"{config.recipe}.json"
+
+
+def _known_keys(store: Store, table_uri: str, config: DownloadConfig) -> tuple[pa.Array, pa.Array]:
+    """Keys whose rows stay as they are, and keys that are in the table and are tried again."""
+    if tables.version(table_uri) is None:
+        return pa.array([], pa.string()), pa.array([], pa.string())
+    table = tables.read(table_uri, columns=["key", "reason"]).combine_chunks()
+    keys = table.column("key").combine_chunks()
+    if config.attempt <= pin_attempt(store, dataclasses.replace(config, attempt=0), False).attempt:
+        return keys, keys[:0]
+    passing = pa.array([PASSING.fullmatch(reason or "") is not None for reason in table.column("reason").to_pylist()])
+    return keys.filter(pc.invert(passing)), keys.filter(passing)
+
+
+def _seen_elsewhere(store: Store, table_uri: str, keys: pa.ChunkedArray) -> pa.Array:
+    """For each key the sha256 of the picture when it was first fetched, with other settings; null where it was not."""
+    seen: dict[str, str] = {}
+    for name in store.list("images"):
+        uri = store.uri("images", name)
+        if uri != table_uri and tables.version(uri) is not None:
+            table = tables.read(uri, columns=["key", "sha256"])
+            found = table.filter(pc.and_(pc.is_in(table["key"], value_set=keys), pc.is_valid(table["sha256"])))
+            seen |= dict(zip(found["key"].to_pylist(), found["sha256"].to_pylist(), strict=True))
+    return pa.array([seen.get(key) for key in keys.to_pylist()], pa.string())
 
 
 def _as_outcome(status: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(status, "ok"), rows.KEPT, rows.FAILED)
 
 
+Pair = Mapping[str, Any]
+"""With `key`, `url`, `caption`, and perhaps `expected_sha256` (by the list) and `seen_sha256` (when it was first fetched)."""
+Shard = Sequence[Pair]
+
+
+def plan_lanes(pairs: Sequence[Pair], num_lanes: int) -> list[list[Pair]]:
+    """Deal pairs to lanes by the hash of their site, each lane in the order of the list.
+
+    A site is the registrable domain, by the public suffix list that comes with tldextract, or else the host: an IP address,
+    a name without dots. All that is no URL is one site.
+    """
+    lanes: list[list[Pair]] = [[] for _ in range(num_lanes)]
+    for pair in pairs:
+        lanes[int(hashlib.sha256(_site(pair["url"]).encode()).hexdigest(), 16) % num_lanes].append(pair)
+    return lanes
+
+
+def _site(url: str) -> str:
+    try:
+        host = fetch.host_of(url)
+    except rows.RowFault:
+        return ""
+    return _registrable_domain(host)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _registrable_domain(host: str) -> str:
+    found = _suffixes().extract_str(host)
+    if found.suffix or ":" in host or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
+        return found.top_domain_under_public_suffix or host
+    return ".".join(host.split(".")[-2:])  # a suffix that is not on the list counts as one of a single label
+
+
+@functools.cache
+def _suffixes() -> tldextract.TLDExtract:
+    # Without addresses and cache it neither asks the network nor writes a file.
+    return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
+
+
+def plan_shards(pairs: Sequence[Pair], config: DownloadConfig) -> list[list[Shard]]:
+    """Shards, by the lanes in which they have to run one after another. Equal arguments give equal shards.
+
+    Pairs from `allow_hosts` need no lane: each of their shards is alone in its own.
+    """
+
+    def cut(of: Sequence[Pair]) -> list[Shard]:
+        return [of[start : start + config.shard_size] for start in range(0, len(of), config.shard_size)]
+
+    named = [fetch.is_named(pair["url"], config.allow_hosts) for pair in pairs]
+    own = [pair for pair, is_own in zip(pairs, named, strict=True) if is_own]
+    others = [pair for pair, is_own in zip(pairs, named, strict=True) if not is_own]
+    # A short list in many lanes would be many tiny files.
+    num_lanes = min(config.num_lanes, max(1, len(others) // config.shard_size))
+    lanes = [cut(lane) for lane in plan_lanes(others, num_lanes) if lane]
+    return [[shard] for shard in cut(own)] + lanes
+
+
 def _download_shards(
-    table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig, run: Run, progress: Progress
+    table_uri: str,
+    pairs: Sequence[Pair],
+    config: DownloadConfig,
+    run: Run,
+    refused: frozenset[str],
+    progress: Progress,
 ) -> list[tables.Part]:
-    """One task for each shard, a bounded number at a time. After a failure those that run still finish: work is kept."""
     if not pairs:
         return []
     limit = config.tasks_in_flight or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    shards = iter([pairs[start : start + config.shard_size] for start in range(0, len(pairs), config.shard_size)])
-    running: dict[ray.ObjectRef, int] = {}
-    parts: list[tables.Part] = []
+    return run_in_lanes(
+        plan_shards(pairs, config),
+        limit,
+        start=lambda shard: _download_shard.remote(table_uri, shard, config, run, refused),
+        on_done=lambda shard: progress.update(len(shard)),
+    )
+
+
+def run_in_lanes(
+    lanes: Sequence[Sequence[Shard]],
+    limit: int,
+    start: Callable[[Shard], ray.ObjectRef],
+    on_done: Callable[[Shard], None] = lambda _: None,
+) -> list[Any]:
+    """Start a task for each shard, `limit` at a time and one at a time of each lane, and return what they made.
+
+    The lane with the most rows left goes first, since it takes longest.
+
+    Raises:
+        StageError: a task failed. No other starts then, but those that run still finish: work is kept.
+    """
+    waiting = [(-sum(map(len, lane)), number, 0) for number, lane in enumerate(lanes) if lane]
+    heapq.heapify(waiting)
+    running: dict[ray.ObjectRef, tuple[int, int, int]] = {}
+    made: list[Any] = []
     failure: ray.exceptions.RayError | None = None
     while True:
-        while failure is None and len(running) < limit and (shard := next(shards, None)):
-            running[_download_shard.remote(table_uri, shard, config, run)] = len(shard)
+        while failure is None and len(running) < limit and waiting:
+            rows_left, number, position = heapq.heappop(waiting)
+            running[start(lanes[number][position])] = rows_left, number, position
         if not running:
             break
         [done], _ = ray.wait(list(running))
-        num_rows = running.pop(done)
+        rows_left, number, position = running.pop(done)
+        shard = lanes[number][position]
         try:
-            parts.append(ray.get(done))
-            progress.update(num_rows)
+            made.append(ray.get(done))
         except ray.exceptions.RayError as error:
             failure = error
+            continue
+        on_done(shard)
+        if position + 1 < len(lanes[number]):
+            heapq.heappush(waiting, (rows_left + len(shard), number, position + 1))
     if failure is not None:
         cause = str(getattr(failure, "cause", failure)).strip().splitlines()[-1]
         raise StageError(
             f"download: a shard failed after its retries: {cause}. "
-            f"{len(parts)} finished shards are kept; run the same command again."
+            f"{len(made)} finished shards are kept; run the same command again."
         ) from None
-    return parts
+    return made
 
 
 @ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True)
 def _download_shard(
-    table_uri: str, pairs: Sequence[Mapping[str, str]], config: DownloadConfig, run: Run
+    table_uri: str, pairs: Shard, config: DownloadConfig, run: Run, refused: frozenset[str]
 ) -> tables.Part:
     """The shard's part: the one an earlier attempt wrote, or else one row for each pair, fetched now."""
-    name = fingerprint([pair["key"] for pair in pairs])[:32]
+    name = fingerprint([pair["key"] for pair in pairs], config.attempt)[:32]
     part = tables.find_part(table_uri, name)
     if part is None:
-        table = fetch_pairs(pairs, config)
+        table = fetch_pairs(pairs, config, refused)
         if run.is_abandoned():  # a server or network that went away with the driver would leave failures for good
             raise StageError("download: the run was stopped meanwhile, so this shard is left to the next one.")
         part = tables.write_part(table_uri, name, table)
     return part
 
 
-def fetch_pairs(pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> pa.Table:
+def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = frozenset()) -> pa.Table:
     """Run img2dataset's Downloader over pairs: exactly one row of `IMAGES` for each, in their order.
+
+    Args:
+        refused: sha256 of pictures that were taken down; their bytes are not kept.
 
     Raises:
         StageError: img2dataset lost a row.
@@ -186,7 +354,7 @@ def fetch_pairs(pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> p
     os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}  # they call out when imported
     import img2dataset.downloader as img2dataset  # takes 13 seconds and 700 MB
 
-    writer = _Writer()
+    writer = _Writer({pair["key"]: pair for pair in pairs}, refused)
     img2dataset.download_image_with_retry = _fetch_with(config)
     with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
         shard = f"{scratch}/shard.arrow"
@@ -223,17 +391,28 @@ def fetch_pairs(pairs: Sequence[Mapping[str, str]], config: DownloadConfig) -> p
 class _Writer:
     """Takes img2dataset's samples in memory; they come in the order in which they were fetched."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: Mapping[str, Pair], refused: frozenset[str]) -> None:
+        self.pairs, self.refused = pairs, refused
         self.rows: dict[str, dict[str, Any]] = {}
 
     def write(self, picture: Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
         row = {"key": sample["pair"], "url": sample["url"], "caption": caption}
-        if picture is None:
-            row |= {"status": rows.FAILED, "reason": sample["error_message"]}
+        reason = sample["error_message"] if picture is None else self._fault(row["key"], sample["sha256"])
+        if picture is None or reason:
+            row |= {"status": rows.FAILED, "reason": reason}
         else:
             row |= {"status": "ok", "sha256": sample["sha256"], "jpg_sha256": sha256(picture.jpg)}
             row |= dataclasses.asdict(picture)
         self.rows[row["key"]] = row
+
+    def _fault(self, key: str, digest: str) -> str | None:
+        """What is wrong with a sound picture: whoever holds a URL now need not be who held it when the list was made."""
+        if digest in self.refused:
+            return "taken_down"
+        for name, reason in (("expected_sha256", "hash_mismatch"), ("seen_sha256", "content_changed")):
+            if self.pairs[key].get(name) not in (None, digest):
+                return reason
+        return None
 
     def close(self) -> None:
         pass
@@ -241,17 +420,23 @@ class _Writer:
 
 def _fetch_with(config: DownloadConfig) -> Any:
     """Stands in for `img2dataset.downloader.download_image_with_retry`."""
-    names = [field.name for field in dataclasses.fields(Fetcher) if field.name != "resolve"]
-    fetcher = Fetcher(**{name: getattr(config, name) for name in names})
+    fetcher = _fetcher(config)
 
-    def fetch(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
+    def fetch_row(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
         index, url = row
         try:
             return index, io.BytesIO(fetcher.fetch(url)), None
         except rows.RowFault as fault:
             return index, None, fault.reason
 
-    return fetch
+    return fetch_row
+
+
+@functools.lru_cache(maxsize=1)
+def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
+    """One for all shards of a process, so that what it learnt of hosts is not asked again."""
+    names = [field.name for field in dataclasses.fields(fetch.Fetcher) if field.init and field.name != "resolve"]
+    return fetch.Fetcher(**{name: getattr(config, name) for name in names})
 
 
 def _decode_with(config: DownloadConfig) -> Any:

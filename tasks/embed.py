@@ -1,4 +1,4 @@
-"""Stage `embed`: CLIP embeddings of every kept pair, and the dataset snapshot that all trainings read."""
+"""Stage `embed`: CLIP embeddings of every kept pair, one table for each CLIP."""
 
 import collections
 import concurrent.futures
@@ -16,12 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from tasks import tables
-from tasks.snapshots import kept_keys, save_statistics
+from tasks.snapshots import kept_keys
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import files
 from unclip.clip import Clip
 from unclip.config import fingerprint, require
-from unclip.data import vectors
 from unclip.errors import InputError, StageError
 from unclip.precision import Precision, autocast
 
@@ -53,52 +52,31 @@ class EmbedConfig:
         require(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
 
 
-@stage("embed", version=1)
+@stage("embed", version=2)
 def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Artifact) -> Output:
-    """Embed the kept pairs that have no embedding of this CLIP yet, then write the snapshot."""
-    name = fingerprint(clip.digest, config.precision)[:16]
-    table = context.store.uri("embeddings", name)
+    """Embed the kept pairs that have no embedding of this CLIP yet."""
+    table = context.store.uri("embeddings", fingerprint(clip.digest, config.precision)[:16])
     keys = kept_keys(dedup.uri)
     images = tuple(tables.files(dedup.facts["images"], dedup.facts["images_version"]))
-    have = (
-        set(tables.read(table, columns=["key"]).column("key").to_pylist())
-        if tables.version(table) is not None
-        else set()
-    )
+    known = tables.version(table)
+    have = set() if known is None else set(tables.read(table, known, ["key"]).column("key").to_pylist())
     todo = [key for key in keys if key not in have]
     if todo:
         _embed_rows(context, config, clip, images, todo, table)
     version = tables.version(table)
+    if version is None:
+        raise InputError("embed: no pair is kept, so there is nothing to embed. Loosen the filters, or add URLs.")
 
     rows = tables.read(table, version, columns=["key", "caption", "image_embedding", "clip_score"])
-    wanted = rows.filter(pa.compute.is_in(rows.column("key"), value_set=pa.array(keys)))
+    wanted = rows.filter(pa.compute.is_in(rows.column("key"), value_set=pa.array(keys, pa.string())))
     if wanted.column("key").to_pylist() != keys:
         raise StageError(
             f"embed: {table} holds {wanted.num_rows} of {len(keys)} kept pairs, or some twice. Remove the table and rerun."
         )
-    training = pa.compute.is_in(wanted.column("key"), value_set=pa.array(kept_keys(dedup.uri, "train")))
-    embeddings = torch.from_numpy(vectors(wanted.filter(training).column("image_embedding")))
-    if len(embeddings) < 2:
-        raise InputError(f"embed: got {len(embeddings)} pairs to train on, expected at least 2. Add URLs.")
-    save_statistics(f"{context.folder}/statistics", embeddings)
-
-    digest = fingerprint(dedup.digest, tables.content_digest(wanted))
-    snapshot = {
-        "digest": digest,
-        "selection": dedup.uri,
-        "images": dedup.facts["images"],
-        "images_version": dedup.facts["images_version"],
-        "embeddings": table,
-        "embeddings_version": version,
-        "statistics": f"{context.folder}/statistics",
-    }
-    counts = {key: dedup.facts[key] for key in ("rows", "reasons")}
-    _append_snapshot(context, snapshot, counts)
-    clip_score = float(np.mean(wanted.column("clip_score").to_numpy()))
-    context.tracker.metrics({"pairs": len(keys), "embedded_now": len(todo), "clip_score": clip_score})
-    context.tracker.dataset(context.run.pipeline, digest, table, {**counts, "snapshot": snapshot})
-    facts = {**counts, "snapshot": snapshot, "embedded_now": len(todo), "clip_score": clip_score}
-    return Output(table, digest, facts)
+    context.tracker.metrics({"pairs": len(keys), "embedded_now": len(todo)})
+    facts = {**dedup.facts, "selection": dedup.uri, "embedded_now": len(todo)}
+    facts |= {"embeddings": table, "embeddings_version": version}
+    return Output(table, fingerprint(dedup.digest, tables.content_digest(wanted)), facts)
 
 
 def _embed_rows(
@@ -246,24 +224,3 @@ def _rows_of(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any
         yield from pq.read_table(
             path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=wanted
         ).to_pylist()
-
-
-def _append_snapshot(context: StageContext, snapshot: dict[str, Any], counts: dict[str, Any]) -> None:
-    """One row in the `snapshots` table, unless this version is already there."""
-    import json
-
-    table = context.store.uri("snapshots")
-    row = {
-        "digest": snapshot["digest"],
-        "pipeline": context.run.pipeline,
-        "images": snapshot["images"],
-        "images_version": snapshot["images_version"],
-        "embeddings": snapshot["embeddings"],
-        "embeddings_version": snapshot["embeddings_version"],
-        "selection": snapshot["selection"],
-        "rows": json.dumps(counts["rows"], sort_keys=True),
-        "reasons": json.dumps(counts["reasons"], sort_keys=True),
-    }
-    part = pa.table({name: [value] for name, value in row.items()})
-    description = tables.write_part(table, fingerprint(snapshot), part)
-    tables.append_files(table, [description], part.schema)

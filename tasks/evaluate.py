@@ -40,14 +40,14 @@ class EvaluateConfig:
 def evaluate(
     context: StageContext,
     config: EvaluateConfig,
-    embed: Artifact,
+    dataset: Artifact,
     clip: Artifact,
     prior: Artifact,
     decoder: Artifact,
     upsampler: Artifact,
 ) -> Output:
     """Draw held-out captions with the whole stack and measure the pictures."""
-    groups = {"heldout": heldout_captions(Snapshot.of(embed.facts), config.num_captions)}
+    groups = {"heldout": heldout_captions(Snapshot.of(dataset.facts), config.num_captions)}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
     uris = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}

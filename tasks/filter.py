@@ -33,6 +33,14 @@ class FilterConfig:
             "at least min_caption_words",
         )
 
+    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+        """Smallest and largest value that is kept, for each measure that has limits."""
+        return {
+            "shorter_side": (self.min_side, None),
+            "aspect_ratio": (None, self.max_aspect_ratio),
+            "caption_words": (self.min_caption_words, self.max_caption_words),
+        }
+
 
 @stage("filter", version=1)
 def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:

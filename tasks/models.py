@@ -42,12 +42,12 @@ class UpsamplerStageConfig:
 
 
 @stage("prior", version=1)
-def prior(context: StageContext, config: PriorStageConfig, embed: Artifact, clip: Artifact) -> Output:
+def prior(context: StageContext, config: PriorStageConfig, dataset: Artifact, clip: Artifact) -> Output:
     """Train the diffusion prior: captions to CLIP image embeddings."""
-    snapshot, model = Snapshot.of(embed.facts), config.model
+    snapshot, model = Snapshot.of(dataset.facts), config.model
     return _train(
         context,
-        embed,
+        dataset,
         Training(
             build=lambda _: objectives.PriorObjective(
                 model, Clip.load(clip.facts["model"], clip.facts["pretrained"]), snapshot.load_statistics()
@@ -60,13 +60,13 @@ def prior(context: StageContext, config: PriorStageConfig, embed: Artifact, clip
 
 
 @stage("decoder", version=1)
-def decoder(context: StageContext, config: DecoderStageConfig, embed: Artifact) -> Output:
+def decoder(context: StageContext, config: DecoderStageConfig, dataset: Artifact) -> Output:
     """Train the decoder: CLIP image embeddings to small pictures."""
-    snapshot, model = Snapshot.of(embed.facts), config.model
+    snapshot, model = Snapshot.of(dataset.facts), config.model
     sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", "image_embedding"))
     return _train(
         context,
-        embed,
+        dataset,
         Training(
             build=lambda _: objectives.DecoderObjective(
                 model, snapshot.load_statistics(), _preview_rows(sources, snapshot)
@@ -79,13 +79,13 @@ def decoder(context: StageContext, config: DecoderStageConfig, embed: Artifact) 
 
 
 @stage("upsampler", version=1)
-def upsampler(context: StageContext, config: UpsamplerStageConfig, embed: Artifact) -> Output:
+def upsampler(context: StageContext, config: UpsamplerStageConfig, dataset: Artifact) -> Output:
     """Train the upsampler: small pictures to large ones."""
-    snapshot, model = Snapshot.of(embed.facts), config.model
+    snapshot, model = Snapshot.of(dataset.facts), config.model
     sources = (snapshot.source("images", "jpg"),)
     return _train(
         context,
-        embed,
+        dataset,
         Training(
             build=lambda _: objectives.UpsamplerObjective(model, _preview_rows(sources, snapshot)),
             sources=sources,
@@ -95,9 +95,9 @@ def upsampler(context: StageContext, config: UpsamplerStageConfig, embed: Artifa
     )
 
 
-def _train(context: StageContext, embed: Artifact, training: Training) -> Output:
-    snapshot = Snapshot.of(embed.facts)
-    facts: dict[str, Any] = {"rows": embed.facts["rows"], "snapshot": embed.facts["snapshot"]}
+def _train(context: StageContext, dataset: Artifact, training: Training) -> Output:
+    snapshot = Snapshot.of(dataset.facts)
+    facts: dict[str, Any] = {"rows": dataset.facts["rows"], "snapshot": dataset.facts["snapshot"]}
     context.tracker.dataset(context.run.pipeline, snapshot.digest, snapshot.embeddings, facts)
     model, digest = run_training(context, training)
     context.tracker.file(model, "model")

@@ -27,6 +27,7 @@ def publish(
     context: StageContext,
     config: PublishConfig,
     evaluate: Artifact,
+    report: Artifact,
     clip: Artifact,
     prior: Artifact,
     decoder: Artifact,
@@ -41,6 +42,8 @@ def publish(
     folder = f"{context.folder}/stack"
     sampling = load(SamplingConfig, evaluate.facts["sampling"])
     save_stack(folder, models, clip_model, clip.facts["pretrained"], sampling)
+    snapshot = prior.facts["snapshot"]
+    context.tracker.dataset(context.run.pipeline, snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
     version = context.tracker.register(folder, "stack", config.name, config.alias)
     digest = fingerprint([clip.digest, prior.digest, decoder.digest, upsampler.digest, evaluate.facts["sampling"]])
     record = {"stack": folder, "digest": digest, "at": time.time()}

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 KEPT, DROPPED, FAILED = "kept", "dropped", "failed"
 
 REASONS: Mapping[str, str] = {
     "no_url": "the row has no URL",
     "bad_url": "not a URL that can be fetched: http or https with a host, without a password",
+    "bad_hash": "the expected hash is no sha256 of 64 hex digits",
     "no_caption": "the row has no caption",
     "duplicate_row": "the same URL with the same caption is on the list before",
     "blocked_address": "the URL, or where it redirects, is on a network that is not public",
@@ -23,9 +25,13 @@ REASONS: Mapping[str, str] = {
     "timeout": "not there within the time for one URL",
     "too_large": "more bytes than max_bytes",
     "redirect_limit": "more redirects than max_redirects",
+    "insecure_redirect": "a redirect from https to http",
+    "robots_disallowed": "the host's robots.txt forbids it",
+    "robots_unreachable": "the host's robots.txt cannot be had or read, which counts as forbidden",
     "short_body": "fewer bytes than the server announced",
     "empty_body": "no bytes",
-    "opted_out": "the server asks not to use the picture for AI (X-Robots-Tag)",
+    "bad_encoding": "compressed for the way, though the request forbids it",
+    "opted_out": "the server asks not to use the picture for AI (X-Robots-Tag, TDM-Reservation)",
     "fetch_error": "an answer that is not HTTP, or another failure while fetching",
     "not_an_image": "not a JPEG, PNG, WebP or GIF",
     "decode_error": "a damaged picture",
@@ -36,8 +42,15 @@ REASONS: Mapping[str, str] = {
     "caption_too_long": "more words than max_caption_words",
     "duplicate_image": "the same bytes as a picture that is kept",
     "near_duplicate": "looks like a picture that is kept",
+    "hash_mismatch": "not the picture whose sha256 the list gives",
+    "content_changed": "not the picture that was there when the row was first fetched",
+    "semantic_duplicate": "CLIP sees the same as in a picture that is kept",
+    "clip_score_low": "CLIP finds less than min_clip_score of the caption in the picture",
+    "clip_score_high": "CLIP finds more than max_clip_score of the caption in the picture, such as the caption's own text",
+    "taken_down": "somebody asked for it to be removed (unclip takedown)",
 }
-"""Every reason, in words for people. Beside these there is `http_<code>`: the server answered with that status."""
+"""Every reason, in words for people. Beside these there are `http_<code>`: the server answered with that status; and
+`<name>_low`, `<name>_high`: the probe of that name scored below its minimum or above its maximum."""
 
 
 class RowFault(Exception):
@@ -49,7 +62,36 @@ class RowFault(Exception):
 
 
 def is_reason(reason: str) -> bool:
-    return reason in REASONS or re.fullmatch(r"http_\d{3}", reason) is not None
+    return reason in REASONS or re.fullmatch(r"http_\d{3}|[a-z0-9_]+_(low|high)", reason) is not None
+
+
+def meaning(reason: str) -> str:
+    """A reason in words."""
+    if reason.startswith("http_"):
+        return f"the server answered with status {reason.removeprefix('http_')}"
+    name, _, side = reason.rpartition("_")
+    fallback = f"the probe {name} scored {'below its minimum' if side == 'low' else 'above its maximum'}"
+    return REASONS.get(reason, fallback)
+
+
+def drop(selection: pa.Table, reasons: Mapping[str, str]) -> pa.Table:
+    """The selection with kept rows of some keys dropped.
+
+    Args:
+        selection: key, position, status, reason and perhaps split, which is null for rows that are not kept.
+        reasons: key -> why it is dropped.
+    """
+    why = pa.table({"key": pa.array(reasons, pa.string()), "why": pa.array(reasons.values(), pa.string())})
+    table = selection.join(why, "key", join_type="left outer")
+    table = table.sort_by([("key", "ascending"), ("position", "ascending")])
+    hit = pc.and_(pc.is_valid(table.column("why")), pc.equal(table.column("status"), KEPT))
+    changed = {
+        "status": pc.if_else(hit, DROPPED, table["status"]),
+        "reason": pc.if_else(hit, table["why"], table["reason"]),
+    }
+    if "split" in table.column_names:
+        changed["split"] = pc.if_else(hit, None, table["split"])
+    return pa.table({name: changed.get(name, table[name]) for name in selection.column_names})
 
 
 def count(table: pa.Table) -> dict[str, Any]:

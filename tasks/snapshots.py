@@ -1,18 +1,22 @@
 """Dataset snapshots: which rows of which table versions a training may read.
 
-The facts of the `embed` stage's artifact are a snapshot. Trainings read through nothing else, so that a table which grows
+The facts of the `curate` stage's artifact are a snapshot. Trainings read through nothing else, so that a table which grows
 meanwhile changes nothing for them, and so that MLflow can say which rows a model has seen.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
 from tasks import tables
+from tasks.store import Store
 from unclip import checkpoints
+from unclip.config import fingerprint
 from unclip.data import Source
 from unclip.embeddings import EmbeddingStatistics
 
@@ -31,8 +35,10 @@ class Snapshot:
     images_version: int
     embeddings: str
     embeddings_version: int
+    scores: str
+    """URI of a Parquet file with each embedded row's CLIP score and probe scores."""
     statistics: str
-    """URI of the mean and standard deviation of the training rows' image embeddings."""
+    """URI of the statistics of the training rows' image embeddings: mean, standard deviation, principal components."""
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Snapshot":
@@ -53,6 +59,26 @@ class Snapshot:
         return EmbeddingStatistics(**tensors["statistics"])
 
 
+def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+    """One row in the `snapshots` table, unless this version is already there; it is the last that a refresh writes."""
+    table = store.uri("snapshots")
+    names = (
+        "digest",
+        "images",
+        "images_version",
+        "embeddings",
+        "embeddings_version",
+        "selection",
+        "scores",
+        "statistics",
+    )
+    row = {"pipeline": pipeline, **{name: snapshot[name] for name in names}}
+    row |= {name: json.dumps(counts[name], sort_keys=True) for name in ("rows", "reasons")}
+    part = pa.table({name: [value] for name, value in row.items()})
+    description = tables.write_part(table, fingerprint(dict(snapshot)), part)
+    tables.append_files(table, [description], part.schema)
+
+
 def kept_keys(selection: str, split: Split | None = None) -> list[str]:
     """Sorted keys of the rows that a selection keeps, of one split or of both."""
     table = tables.read_file(selection, ["key", "split"])
@@ -60,7 +86,25 @@ def kept_keys(selection: str, split: Split | None = None) -> list[str]:
     return sorted(table.filter(wanted).column("key").to_pylist())
 
 
-def save_statistics(folder: str, image_embeddings: torch.Tensor) -> None:
-    """Write the statistics of embeddings [N, E] where `Snapshot.load_statistics` finds them."""
+def save_statistics(folder: str, image_embeddings: torch.Tensor) -> dict[str, float]:
+    """Write the statistics of embeddings [N, E] where `Snapshot.load_statistics` finds them.
+
+    `statistics` holds `mean` and `std` [E]; `pca` holds `components` [E, E] (rows, by falling variance) of the centred
+    embeddings, and `explained_variance_ratio` [E]. A component's sign is that of its largest element, so that the same
+    embeddings always give the same file.
+
+    Returns:
+        Number of components that explain 90, 99 and 99.9 percent of the variance, for people.
+    """
     statistics = EmbeddingStatistics.of(image_embeddings)
-    checkpoints.save(folder, {"statistics": dict(statistics.state_dict())}, {"rows": len(image_embeddings)})
+    centred = image_embeddings.double() - image_embeddings.double().mean(dim=0)
+    variances, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
+    variances, components = variances.flip(0).clamp(min=0), vectors.T.flip(0)
+    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+    components = components * largest.sign()
+    explained = variances / variances.sum().clamp(min=1e-12)
+    pca = {"components": components.float(), "explained_variance_ratio": explained.float()}
+    tensors = {"statistics": dict(statistics.state_dict()), "pca": pca}
+    checkpoints.save(folder, tensors, {"rows": len(image_embeddings)})
+    cumulated = explained.cumsum(0)
+    return {f"components_{share:g}": float((cumulated < share / 100).sum() + 1) for share in (90, 99, 99.9)}

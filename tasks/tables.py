@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema
-from deltalake.transaction import AddAction, create_table_with_add_actions
+from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from unclip import files as storage
 
@@ -44,6 +44,11 @@ def files(table_uri: str, version: int | None = None) -> list[str]:
     return sorted(DeltaTable(table_uri, version=version, storage_options=_options(table_uri)).file_uris())
 
 
+def columns(table_uri: str) -> list[str]:
+    """Names of the columns of the newest version."""
+    return [field.name for field in DeltaTable(table_uri, storage_options=_options(table_uri)).schema().fields]
+
+
 def read(table_uri: str, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of one version (None: the newest), sorted by `key`.
 
@@ -51,7 +56,8 @@ def read(table_uri: str, version: int | None = None, columns: Sequence[str] | No
         columns: what to read, with `key` among it; None is all. Leave out pictures wherever they are not needed.
     """
     # DeltaTable.to_pyarrow_* can abort the interpreter at exit (deltalake 1.6.6); plain Parquet does not.
-    return pa.concat_tables(read_file(uri, columns) for uri in files(table_uri, version)).sort_by("key")
+    parts = [read_file(uri, columns) for uri in files(table_uri, version)]
+    return pa.concat_tables(parts or [_empty(table_uri, columns)]).sort_by("key")
 
 
 def find_part(table_uri: str, name: str) -> Part | None:
@@ -72,13 +78,18 @@ def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
 
 
 def append_files(
-    table_uri: str, parts: Sequence[Part], schema: pa.Schema, note: Mapping[str, str] | None = None
+    table_uri: str,
+    parts: Sequence[Part],
+    schema: pa.Schema,
+    note: Mapping[str, str] | None = None,
+    replaced: pa.Array | None = None,
 ) -> int:
     """Commit parts that lie in the table's folder, all at once; makes the table if there is none.
 
     Args:
         parts: those already committed are left alone, so committing again changes nothing.
         note: kept in the commit, for people who ask where rows came from.
+        replaced: keys whose rows give way to those of the parts, in the same commit; older versions keep them.
 
     Returns:
         The version of the table that has all the parts.
@@ -87,10 +98,13 @@ def append_files(
     known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
     new = [part for part in parts if part.name not in known]
     now = int(time.time() * 1000)
-    adds = [AddAction(part.name, part.size_bytes, {}, now, True, json.dumps({"numRecords": part.rows})) for part in new]
+    adds: list[AddAction | RemoveAction] = [_add(part, now) for part in new]
+    if new and replaced is not None and len(replaced):
+        adds += _without(table_uri, replaced, now)
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
+    storage.failpoint("before", f"{table_uri}/_delta_log")
     if not exists:
         create_table_with_add_actions(
             table_uri, delta_schema, adds, storage_options=options, commit_properties=properties
@@ -98,14 +112,63 @@ def append_files(
     elif new:
         table = DeltaTable(table_uri, storage_options=options)
         table.create_write_transaction(adds, mode="append", schema=delta_schema, commit_properties=properties)
+    storage.failpoint("after", f"{table_uri}/_delta_log")
     return DeltaTable(table_uri, storage_options=options).version()
+
+
+def delete_rows(table_uri: str, keys: pa.Array) -> int:
+    """Remove rows for good: their files are written anew without them, and the old bytes are deleted.
+
+    Versions from before can no longer be read where they held such rows. Parts that were never committed go as well. What
+    was interrupted is finished by calling again.
+
+    Returns:
+        How many rows there were.
+    """
+    table = DeltaTable(table_uri, storage_options=_options(table_uri))
+    before = table.count()
+    actions = _without(table_uri, keys, int(time.time() * 1000))
+    if actions:
+        table.create_write_transaction(actions, mode="append", schema=table.schema())
+    fresh = DeltaTable(table_uri, storage_options=_options(table_uri))
+    fresh.vacuum(retention_hours=0, dry_run=False, enforce_retention_duration=False, full=True)
+    return before - fresh.count()
+
+
+def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | RemoveAction]:
+    """Write the files that hold rows of these keys anew without them; returns what a commit has to say of that."""
+    actions: list[AddAction | RemoveAction] = []
+    for uri in files(table_uri):
+        if pc.any(pc.is_in(read_file(uri, ["key"]).column("key"), value_set=keys)).as_py():
+            rows = read_file(uri)
+            kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
+            actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
+            if kept.num_rows:
+                actions.append(_add(write_part(table_uri, content_digest(kept)[:32], kept), now))
+    return actions
+
+
+def history(table_uri: str) -> pa.Table:
+    """All rows of the newest version, the first committed first, with a column `committed` (a time)."""
+    table = DeltaTable(table_uri, storage_options=_options(table_uri))
+    added = pa.table(table.get_add_actions(flatten=True)).select(["path", "modification_time"])
+    parts = []
+    for part in added.sort_by([("modification_time", "ascending"), ("path", "ascending")]).to_pylist():
+        rows = read_file(f"{table_uri}/{part['path']}")
+        times = pa.array([part["modification_time"]] * rows.num_rows, pa.timestamp("ms", "UTC"))
+        parts.append(rows.append_column("committed", times))
+    return pa.concat_tables(parts)
 
 
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One Parquet file."""
     filesystem, path = storage.locate(uri)
-    with filesystem.open_input_file(path) as file:
-        return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+
+    def action() -> pa.Table:
+        with filesystem.open_input_file(path) as file:
+            return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+
+    return storage.patiently(uri, action)
 
 
 def write_file(uri: str, table: pa.Table) -> None:
@@ -164,6 +227,16 @@ def _numbers(column: pa.ChunkedArray) -> bytes:
 def _describe(name: str, data: bytes) -> Part:
     rows = pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
     return Part(name, rows, len(data), storage.sha256(data))
+
+
+def _empty(table_uri: str, columns: Sequence[str] | None) -> pa.Table:
+    schema = pa.schema(DeltaTable(table_uri, storage_options=_options(table_uri)).schema().to_arrow())
+    table = schema.empty_table()
+    return table if columns is None else table.select(list(columns))
+
+
+def _add(part: Part, now: int) -> AddAction:
+    return AddAction(part.name, part.size_bytes, {}, now, True, json.dumps({"numRecords": part.rows}))
 
 
 def _exists(table_uri: str) -> bool:

@@ -117,17 +117,23 @@ class RowReader:
 
     def _read_group_uncached(self, number: int, file: int, group: int) -> list[dict[str, Any]]:
         source = self.sources[number]
-        table = open_parquet(source.uris[file]).read_row_group(group, columns=list(source.columns))
+        uri, names = source.uris[file], list(source.columns)
+        table = files.patiently(uri, lambda: open_parquet(uri).read_row_group(group, columns=names))
         columns = {name: _values(table.column(name)) for name in source.columns}
         return [{name: values[row] for name, values in columns.items()} for row in range(table.num_rows)]
 
 
 def _locate_rows(source: Source) -> Iterator[tuple[str, tuple[int, int, int]]]:
     for file, uri in enumerate(source.uris):
-        parquet = open_parquet(uri)
-        for group in range(parquet.num_row_groups):
-            for row, key in enumerate(parquet.read_row_group(group, columns=["key"]).column("key").to_pylist()):
+        for group, keys in enumerate(files.patiently(uri, lambda uri=uri: _keys_of_groups(uri))):  # type: ignore[misc]
+            for row, key in enumerate(keys):
                 yield key, (file, group, row)
+
+
+def _keys_of_groups(uri: str) -> list[list[str]]:
+    parquet = open_parquet(uri)
+    groups = (parquet.read_row_group(group, columns=["key"]) for group in range(parquet.num_row_groups))
+    return [group.column("key").to_pylist() for group in groups]
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:

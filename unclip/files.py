@@ -7,13 +7,20 @@ import contextlib
 import hashlib
 import json
 import os
+import random
+import re
+import signal
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 
 from unclip.errors import StorageError
+
+T = TypeVar("T")
 
 
 def locate(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -30,24 +37,50 @@ def locate(uri: str) -> tuple[pafs.FileSystem, str]:
         raise StorageError(f"{uri}: {error}. Give a folder or an s3:// or gs:// URI.") from None
 
 
+def patiently(uri: str, action: Callable[[], T]) -> T:
+    """Do something with a file. What an object store refuses now it may grant in a moment, so there it is tried six times."""
+    for attempt in range(5 if "://" in uri else 0):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1.5))
+    return action()
+
+
 def exists(uri: str) -> bool:
     filesystem, path = locate(uri)
-    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    return bool(patiently(uri, lambda: filesystem.get_file_info(path)).type != pafs.FileType.NotFound)
 
 
 def read(uri: str) -> bytes:
     filesystem, path = locate(uri)
-    with filesystem.open_input_stream(path) as stream:
-        return bytes(stream.read())
+
+    def action() -> bytes:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read())
+
+    return patiently(uri, action)
 
 
 def write(uri: str, data: bytes) -> None:
     """Write bytes so that readers see all of them or none; missing folders are made."""
+    failpoint("before", uri)
     filesystem, path = locate(uri)
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
-        return
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        _write_local(path, data)
+    else:
+
+        def action() -> None:
+            with filesystem.open_output_stream(path, compression=None) as stream:
+                stream.write(data)
+
+        patiently(uri, action)
+    failpoint("after", uri)
+
+
+def _write_local(path: str, data: bytes) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -55,6 +88,7 @@ def write(uri: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        failpoint("within", path)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -73,17 +107,30 @@ def names(uri: str) -> list[str]:
     """Names in a folder, sorted; nothing when it does not exist."""
     filesystem, path = locate(uri)
     selector = pafs.FileSelector(path, allow_not_found=True)
-    return sorted(info.base_name for info in filesystem.get_file_info(selector))
+    return sorted(info.base_name for info in patiently(uri, lambda: filesystem.get_file_info(selector)))
 
 
 def delete(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing happens when it does not exist."""
     filesystem, path = locate(uri)
-    kind = filesystem.get_file_info(path).type
+    kind = patiently(uri, lambda: filesystem.get_file_info(path)).type
     if kind == pafs.FileType.Directory:
-        filesystem.delete_dir(path)
+        patiently(uri, lambda: filesystem.delete_dir(path))
     elif kind == pafs.FileType.File:
-        filesystem.delete_file(path)
+        patiently(uri, lambda: filesystem.delete_file(path))
+
+
+def failpoint(moment: str, uri: str) -> None:
+    """Die here, as by `kill -9`, when a file in the folder UNCLIP_FAILPOINTS asks for it: for tests of restarting.
+
+    Each of those files holds a regular expression for "<moment> <uri>"; the one that is met is removed, so it is met once.
+    """
+    folder = os.environ.get("UNCLIP_FAILPOINTS")
+    for armed in sorted(Path(folder).iterdir()) if folder else ():
+        with contextlib.suppress(FileNotFoundError):  # another process met it
+            if re.search(armed.read_text(), f"{moment} {uri}"):
+                armed.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sha256(data: bytes) -> str:

@@ -134,11 +134,23 @@ def test_plan_prints_the_configuration_and_every_stage_and_starts_nothing(pairs:
     assert result.returncode == 0, result.stderr
     configuration, _, stages = result.stdout.rpartition("\n}\n")
     assert json.loads(configuration + "}")["clip"]["pretrained"] is None
-    for name in ("ingest", "download", "filter", "dedup", "clip", "embed", "prior", "decoder", "upsampler", "publish"):
+    for name in (
+        "ingest",
+        "download",
+        "filter",
+        "dedup",
+        "clip",
+        "embed",
+        "curate",
+        "prior",
+        "decoder",
+        "upsampler",
+        "publish",
+    ):
         assert f"\n{name} " in stages
     assert not (tmp_path / "runs").exists()
     mermaid = unclip("plan", *arguments, "--mermaid").stdout
-    assert mermaid.startswith("flowchart LR") and "embed --> decoder" in mermaid and "clip --> prior" in mermaid
+    assert mermaid.startswith("flowchart LR") and "curate --> decoder" in mermaid and "clip --> prior" in mermaid
     assert unclip("plan", *arguments, "--picture", tmp_path / "dag.png").returncode == 0
     assert (tmp_path / "dag.png").read_bytes().startswith(b"\x89PNG")
 

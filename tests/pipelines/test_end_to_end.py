@@ -33,6 +33,8 @@ STAGES = [
     "dedup",
     "clip",
     "embed",
+    "curate",
+    "report",
     "prior",
     "decoder",
     "upsampler",
@@ -101,7 +103,7 @@ def test_a_run_goes_from_urls_to_pictures(finished: Path) -> None:
 
 def test_tables_hold_every_row_once_and_embeddings_belong_to_their_rows(finished: Path) -> None:
     made = records(finished)
-    snapshot = made["embed"]["facts"]["snapshot"]
+    snapshot = made["curate"]["facts"]["snapshot"]
     images = tables.read(snapshot["images"], snapshot["images_version"], ["key", "caption", "jpg"])
     embeddings = tables.read(snapshot["embeddings"], snapshot["embeddings_version"])
     selection = tables.read_file(snapshot["selection"])
@@ -140,7 +142,7 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path)
     decoder = children["decoder"]
     assert {"loss", "samples_per_second"} <= decoder.data.metrics.keys()
     [dataset] = decoder.inputs.dataset_inputs
-    assert dataset.dataset.digest == records(finished)["embed"]["digest"][:36]
+    assert dataset.dataset.digest == records(finished)["curate"]["digest"][:36]
     assert {"model", "previews"} <= {item.path for item in client.list_artifacts(decoder.info.run_id)}
     assert {"heldout.png", "confusion_heldout.png"} <= {
         item.path for item in client.list_artifacts(children["evaluate"].info.run_id)
@@ -166,7 +168,19 @@ def test_a_second_run_does_nothing_and_says_the_same(finished: Path) -> None:
         ("resources.num_workers=2", set()),
         (
             "filter.min_side=33",
-            {"filter", "dedup", "clip", "embed", "prior", "decoder", "upsampler", "evaluate", "publish"},
+            {
+                "filter",
+                "dedup",
+                "clip",
+                "embed",
+                "curate",
+                "report",
+                "prior",
+                "decoder",
+                "upsampler",
+                "evaluate",
+                "publish",
+            },
         ),
     ],
 )
@@ -243,11 +257,11 @@ def test_a_refresh_fetches_and_embeds_what_is_new_only(finished: Path, tmp_path:
     options = ["tiny", "--storage", storage, "--set", f"clip.model={clip}", "--set", "scenes.broken=0.0"]
     run("refresh", *options, "--set", "scenes.num_images=40")
     assert set(records(storage)) == set(STAGES[: STAGES.index(DATASET_STAGE) + 1])
-    first = records(storage)["embed"]["facts"]
+    first = records(storage)["curate"]["facts"]
     run("refresh", *options, "--set", "scenes.num_images=50")
     made = records(storage)
     assert (made["download"]["facts"]["fetched_now"], made["embed"]["facts"]["embedded_now"]) == (10, 10)
-    assert (first["rows"]["kept"], made["embed"]["facts"]["rows"]["kept"]) == (40, 50)
+    assert (first["rows"]["kept"], made["curate"]["facts"]["rows"]["kept"]) == (40, 50)
     assert len(tables.files(str(storage / "snapshots"))) == 2
 
 

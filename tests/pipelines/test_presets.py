@@ -14,9 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_preset_makes_a_pipeline(name: str) -> None:
     composed = compose(config.load(name, None, ["ingest.urls=pairs.parquet"]))
     assert next(iter(composed)) == "ingest" and list(composed)[-1] == "publish"
-    assert set(dag.up_to(composed, "embed")) == {"ingest", "download", "filter", "dedup", "clip", "embed"}
+    assert set(dag.up_to(composed, "report")) == {
+        "ingest",
+        "download",
+        "filter",
+        "dedup",
+        "clip",
+        "embed",
+        "curate",
+        "report",
+    }
     trainings = [composed[name] for name in ("prior", "decoder", "upsampler")]
-    assert all("embed" in training.parents for training in trainings)
+    assert all("curate" in training.parents for training in trainings)
     assert not any({"prior", "decoder", "upsampler"} & set(training.parents) for training in trainings)
 
 

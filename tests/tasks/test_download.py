@@ -17,14 +17,16 @@ import pytest
 
 from pipelines import scene_server
 from pipelines.scene_server import ScenesConfig
+from tasks import download as download_module
 from tasks import tables
 from tasks.dedup import DedupConfig, dedup
-from tasks.download import DownloadConfig, download
+from tasks.download import DownloadConfig, Pair, Shard, download, plan_lanes, plan_shards, run_in_lanes
 from tasks.filter import FilterConfig, filter
 from tasks.ingest import IngestConfig, ingest
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.tracking import Tracker
 from unclip import files
+from unclip.errors import ConfigError, StageError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -207,3 +209,151 @@ def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, t
         server.requests.clear()
         assert done(execute(Call(download, config), run(tmp_path), [pairs])).facts["rows"]["kept"] == 30
         assert sum(server.requests.values()) == 15
+
+
+def pairs_of(*urls: str) -> list[Pair]:
+    return [{"key": f"{number:05}", "url": url, "caption": "a picture"} for number, url in enumerate(urls)]
+
+
+def many_sites(num_sites: int = 60, num_pages: int = 12) -> list[Pair]:
+    """Pages of sites with several hosts and ports each, mixed."""
+    suffixes = ("com", "co.uk", "unknown", "xn--p1ai")
+    return pairs_of(
+        *(
+            f"http{'s' * (page % 2)}://{('', 'www.', 'a.b.', 'IMG.')[page % 4]}site{site}.{suffixes[site % 4]}"
+            f"{('', ':8080', '.')[page % 3]}/{page}.jpg"
+            for page in range(num_pages)
+            for site in range(num_sites)
+        )
+    )
+
+
+def test_a_site_is_in_one_lane_and_no_pair_is_lost() -> None:
+    pairs = many_sites()
+    lanes = plan_lanes(pairs, 16)
+    assert sorted(pair["key"] for lane in lanes for pair in lane) == [pair["key"] for pair in pairs]
+    lanes_of_site = collections.defaultdict(set)
+    for number, lane in enumerate(lanes):
+        assert lane == sorted(lane, key=lambda pair: pair["key"])
+        for pair in lane:
+            lanes_of_site[int(pair["key"]) % 60].add(number)
+    assert len(lanes_of_site) == 60 and all(len(found) == 1 for found in lanes_of_site.values())
+    assert len(set().union(*lanes_of_site.values())) > 8, "all sites are in a few lanes"
+
+
+@pytest.mark.parametrize(
+    ("urls", "num_lanes"),
+    [
+        (("http://127.0.0.1:1/a", "https://127.0.0.1:2/b"), 1),
+        (("http://[2606:4700::1]/a", "http://[2606:4700::1]:81/b"), 1),
+        (("http://localhost/a", "http://LOCALHOST:99/b"), 1),
+        (("http://bücher.de/a", "http://xn--bcher-kva.de/b", "http://www.bücher.de/c"), 1),
+        (("file:///etc/passwd", "http://", "nonsense"), 1),
+        (("http://a.shop.unlisted/a", "http://b.shop.unlisted/b"), 1),
+        (tuple(f"http://8.8.8.{number}/a" for number in range(100)), 50),
+        (tuple(f"http://host{number}/a" for number in range(100)), 50),
+        (tuple(f"http://shop{number}.co.uk/a" for number in range(100)), 50),
+    ],
+)
+def test_what_a_site_is(urls: tuple[str, ...], num_lanes: int) -> None:
+    filled = sum(bool(lane) for lane in plan_lanes(pairs_of(*urls), 1000))
+    assert filled == 1 if num_lanes == 1 else filled >= num_lanes
+
+
+def test_lanes_are_the_same_in_every_process_and_ask_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    download_module._suffixes.cache_clear()
+    download_module._registrable_domain.cache_clear()
+    lanes = plan_lanes(pairs_of("http://example.com/a", "http://www.example.org/b", "http://1.1.1.1/c"), 16)
+    assert {pair["url"][-1]: number for number, lane in enumerate(lanes) for pair in lane} == {"a": 7, "b": 5, "c": 9}
+
+
+def test_shards_are_cut_inside_lanes_and_own_servers_need_none() -> None:
+    pairs = many_sites() + pairs_of(*(f"http://127.0.0.1:8765/{number}.jpg" for number in range(250)))
+    config = DownloadConfig(shard_size=100, num_lanes=5, allow_hosts=("127.0.0.1:8765",))
+    lanes = plan_shards(pairs, config)
+    assert lanes == plan_shards(pairs, config)
+    assert [list(map(len, lane)) for lane in lanes[:3]] == [[100], [100], [50]]
+    assert [pair for lane in lanes[:3] for shard in lane for pair in shard] == pairs[720:]
+    assert len(lanes) <= 3 + 5 and all(len(shard) <= 100 for lane in lanes for shard in lane)
+    others = [[pair for shard in lane for pair in shard] for lane in lanes[3:]]
+    assert others == [lane for lane in plan_lanes(pairs[:720], 5) if lane]
+    few = plan_shards(pairs[:90], config)
+    assert [list(map(len, lane)) for lane in few] == [[90]], "a short list is one file"
+    giant = pairs_of(*(f"https://cdn{number % 9}.example.com/{number}" for number in range(1000)))
+    assert [list(map(len, lane)) for lane in plan_shards(giant, config)] == [[100] * 10]
+
+
+def test_of_a_lane_one_shard_runs_at_a_time(cluster: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def count(shard: Shard) -> int:
+        time.sleep(0.01)
+        return len(shard)
+
+    pairs = pairs_of(*(f"http://site{site}.example/{page}" for page in range(40) for site in range(12)))
+    lanes = plan_shards(pairs, DownloadConfig(shard_size=10, num_lanes=6))
+    lane_of = {id(shard): number for number, lane in enumerate(lanes) for shard in lane}
+    running: list[int] = []
+    order: list[int] = []
+    highest = 0
+
+    def start(shard: Shard) -> object:
+        nonlocal highest
+        assert lane_of[id(shard)] not in running
+        running.append(lane_of[id(shard)])
+        order.append(lane_of[id(shard)])
+        highest = max(highest, len(running))
+        return count.remote(shard)
+
+    made = run_in_lanes(lanes, 3, start, on_done=lambda shard: running.remove(lane_of[id(shard)]))
+    assert sum(made) == len(pairs) and sorted(made) == sorted(len(shard) for lane in lanes for shard in lane)
+    assert highest == 3 and not running
+    longest = max(range(len(lanes)), key=lambda number: sum(map(len, lanes[number])))
+    assert order[0] == longest
+
+
+def test_after_a_failure_what_runs_still_finishes_and_nothing_starts(cluster: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def work(shard: Shard) -> int:
+        if shard[0]["key"] == "00000":
+            raise ValueError("no space left")
+        time.sleep(0.5)
+        return len(shard)
+
+    shards = [[pair] for pair in pairs_of(*(f"http://site{number}.example/" for number in range(9)))]
+    started: list[Shard] = []
+
+    def start(shard: Shard) -> object:
+        started.append(shard)
+        return work.remote(shard)
+
+    with pytest.raises(StageError, match=r"no space left.* 2 finished shards are kept"):
+        run_in_lanes([shards[:3], shards[3:6], shards[6:]], 3, start)
+    assert len(started) == 3
+
+
+def test_settings_reach_the_fetcher_which_lasts_for_the_process() -> None:
+    config = DownloadConfig(requests_per_host=2, respect_robots=False, opt_out_directives=("noindex",), retries=3)
+    fetcher = download_module._fetcher(config)
+    assert (fetcher.requests_per_host, fetcher.respect_robots, fetcher.retries) == (2, False, 3)
+    assert fetcher.opt_out_directives == ("noindex",)
+    assert download_module._fetcher(dataclasses.replace(config)) is fetcher
+    assert DownloadConfig().respect_robots
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("num_lanes", 0), ("requests_per_host", 0), ("max_crawl_delay_seconds", -1.0), ("opt_out_directives", ("No AI",)),
+     ("user_agent", "/1.0")],
+)  # fmt: skip
+def test_impossible_settings_are_named(setting: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=setting):
+        DownloadConfig(**{setting: value})  # type: ignore[arg-type]

@@ -1,0 +1,194 @@
+"""Stage `curate`: what CLIP says about the kept pairs decides which of them are trained on; then the snapshot is written.
+
+Scores and thresholds are apart: every embedded pair keeps its scores in `scores.parquet`, so that a threshold can be
+changed, and the report can show what lies at its edge, without embedding anything again.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from tasks import rows, tables
+from tasks.snapshots import kept_keys, record_snapshot, save_statistics
+from tasks.stage import Artifact, Output, StageContext, stage
+from unclip import files
+from unclip.config import fingerprint, require
+from unclip.data import vectors
+from unclip.errors import ConfigError, InputError
+from unclip.probes import load_probe
+
+ROWS_AT_ONCE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    name: str
+    """What it measures, such as aesthetic or nsfw; reasons are named after it."""
+    weights: str
+    """Safetensors file of a linear or MLP head on the image embeddings of this CLIP; a path or URI."""
+    minimum: float | None = None
+    """Pairs that score lower are dropped as `<name>_low`."""
+    maximum: float | None = None
+    """Pairs that score higher are dropped as `<name>_high`."""
+    digest: str | None = None
+    """sha256 of the weights, filled in by the pipeline; give it to accept these weights only."""
+
+    def __post_init__(self) -> None:
+        require(bool(re.fullmatch(r"[a-z][a-z0-9_]*", self.name)), "name", self.name, "lower-case letters, digits, _")
+        require(self.name not in ("clip_score", "key"), "name", self.name, "another name")
+        both = self.minimum is not None and self.maximum is not None
+        require(not both or self.minimum <= self.maximum, "maximum", self.maximum, "at least minimum")  # type: ignore[operator]
+
+
+@dataclasses.dataclass(frozen=True)
+class CurateConfig:
+    min_clip_score: float | None = None
+    """Smallest cosine of picture and caption in CLIP's eyes; None keeps all."""
+    max_clip_score: float | None = None
+    """Largest one: captions that are written in the picture score higher than any others; None keeps all."""
+    semantic_distance: float | None = None
+    """Of pictures whose embeddings are nearer than this (1 - cosine) only one is kept (SemDeDup); None keeps all."""
+    cluster_size: int = 1000
+    """Pictures that are compared with each other by semantic deduplication, on average."""
+    probes: tuple[ProbeConfig, ...] = ()
+    """Heads on the image embedding, with the scores at which pairs are dropped."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_clip_score", "max_clip_score"):
+            value = getattr(self, name)
+            require(value is None or -1 <= value <= 1, name, value, "a cosine, -1 to 1")
+        distance = self.semantic_distance
+        require(distance is None or 0 < distance < 1, "semantic_distance", distance, "between 0 and 1")
+        require(self.cluster_size >= 2, "cluster_size", self.cluster_size, "at least 2")
+        names = [probe.name for probe in self.probes]
+        require(len(set(names)) == len(names), "probes", names, "different names")
+
+    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+        """Smallest and largest score that is kept, for each score."""
+        probes = {probe.name: (probe.minimum, probe.maximum) for probe in self.probes}
+        return {"clip_score": (self.min_clip_score, self.max_clip_score), **probes}
+
+
+def pin_probes(config: CurateConfig) -> CurateConfig:
+    """Check that the probes can be read, and fill in their digests, so that other weights are another run.
+
+    Raises:
+        InputError: a file that is missing, damaged, or no probe.
+        ConfigError: a file whose digest is not the one that was given.
+    """
+    pinned = []
+    for probe in config.probes:
+        load_probe(probe.weights)
+        digest = files.sha256(files.read(probe.weights))
+        if probe.digest not in (None, digest):
+            raise ConfigError(
+                f"curate.probes: {probe.weights} has sha256 {digest}, expected {probe.digest}. "
+                "Restore the file, or take the digest out of the settings."
+            )
+        pinned.append(dataclasses.replace(probe, digest=digest))
+    return dataclasses.replace(config, probes=tuple(pinned))
+
+
+@stage("curate", version=1)
+def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
+    """Score the pairs by CLIP and by probes, drop those out of bounds or meaning the same, and write the snapshot."""
+    facts = embed.facts
+    keys = kept_keys(facts["selection"])
+    columns = ["key", "image_embedding", "clip_score"]
+    embedded = tables.read(facts["embeddings"], facts["embeddings_version"], columns)
+    embedded = embedded.filter(pc.is_in(embedded.column("key"), value_set=pa.array(keys, pa.string())))
+    image_embeddings = torch.tensor(vectors(embedded.column("image_embedding")))
+
+    scores = score(embedded, image_embeddings, config)
+    scores_uri = f"{context.folder}/scores.parquet"
+    tables.write_file(scores_uri, scores)
+    dropped = out_of_bounds(scores, config)
+    if config.semantic_distance is not None:
+        candidates = np.array([index for index, key in enumerate(keys) if key not in dropped])
+        twins = semantic_duplicates(image_embeddings[candidates], config.semantic_distance, config.cluster_size)
+        dropped |= {keys[candidates[index]]: "semantic_duplicate" for index in sorted(twins)}
+
+    selection = rows.drop(tables.read_file(facts["selection"]), dropped)
+    counts = rows.count(selection)
+    uri = f"{context.folder}/selection.parquet"
+    tables.write_file(uri, selection)
+
+    training = pc.is_in(embedded.column("key"), value_set=pa.array(kept_keys(uri, "train"), pa.string())).to_numpy()
+    if training.sum() < 2:
+        raise InputError(
+            f"curate: got {training.sum()} pairs to train on, expected at least 2 ({rows.top_reasons(counts)}). "
+            "Loosen [curate] and [filter], or add URLs."
+        )
+    statistics = f"{context.folder}/statistics"
+    explained = save_statistics(statistics, image_embeddings[torch.tensor(training)])
+
+    digest = fingerprint(embed.digest, tables.content_digest(selection.drop_columns("position")))
+    snapshot = {name: facts[name] for name in ("images", "images_version", "embeddings", "embeddings_version")}
+    snapshot |= {"digest": digest, "selection": uri, "scores": scores_uri, "statistics": statistics}
+    record_snapshot(context.store, context.run.pipeline, snapshot, counts)
+    clip_score = float(np.mean(embedded.column("clip_score").to_numpy()))
+    context.tracker.metrics({**counts["rows"], **explained, "clip_score": clip_score})
+    context.tracker.dataset(context.run.pipeline, digest, facts["embeddings"], {**counts, "snapshot": snapshot})
+    return Output(uri, digest, {**facts, **counts, "snapshot": snapshot, "clip_score": clip_score})
+
+
+def score(embedded: pa.Table, image_embeddings: torch.Tensor, config: CurateConfig) -> pa.Table:
+    """Key, clip_score and a column for each probe, one row for each embedded pair.
+
+    Args:
+        embedded: key, clip_score.
+        image_embeddings: [N, E] of the same rows.
+    """
+    table = embedded.select(["key", "clip_score"])
+    for probe_config in config.probes:
+        probe = load_probe(probe_config.weights)
+        found = torch.cat([probe(batch) for batch in image_embeddings.split(ROWS_AT_ONCE)])
+        table = table.append_column(probe_config.name, pa.array(found.numpy(), pa.float32()))
+    return table
+
+
+def out_of_bounds(scores: pa.Table, config: CurateConfig) -> dict[str, str]:
+    """Key -> reason for the rows with a score out of its limits; the first reason counts. A score that is no number is low."""
+    keys = scores.column("key").to_pylist()
+    dropped: dict[str, str] = {}
+    for name, (minimum, maximum) in config.limits().items():
+        values = scores.column(name).to_numpy()
+        low = ~(values >= minimum) if minimum is not None else np.zeros(len(values), bool)
+        high = values > maximum if maximum is not None else np.zeros(len(values), bool)
+        for side, hit in (("low", low), ("high", high)):
+            for index in np.flatnonzero(hit):
+                dropped.setdefault(keys[index], f"{name}_{side}")
+    return dropped
+
+
+def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
+    """Indices of embeddings that an earlier one, itself no duplicate, is nearer to than `distance` (SemDeDup, Abbas et al. 2023).
+
+    Embeddings are clustered by k-means, and compared within their cluster: what two clusters part is not found.
+
+    Args:
+        embeddings: [N, E], unit norm, in the order in which they win.
+        distance: 1 - cosine.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    values = embeddings.numpy()
+    num_clusters = max(1, round(len(values) / cluster_size))
+    clusters = np.zeros(len(values), np.int64)
+    if num_clusters > 1:
+        clusters = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit_predict(values)
+    found: set[int] = set()
+    for cluster in range(num_clusters):
+        members = np.flatnonzero(clusters == cluster)
+        for start in range(0, len(members), ROWS_AT_ONCE):
+            block = members[start : start + ROWS_AT_ONCE]
+            near = values[block] @ values[members].T > 1 - distance
+            for row, index in enumerate(block):
+                earlier = members[: start + row][near[row, : start + row]]
+                if any(int(other) not in found for other in earlier):
+                    found.add(int(index))
+    return found

@@ -1,0 +1,80 @@
+"""Tombstones: what was taken down and must not come back. Ingest refuses keys, URLs and domains, download pictures."""
+
+import dataclasses
+import urllib.parse
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks import rows, tables
+from tasks.store import Store
+from unclip import files
+
+Kind = Literal["key", "url", "domain", "sha256"]
+SCHEMA = pa.schema({"kind": pa.string(), "value": pa.string(), "request": pa.string()})
+"""One row per tombstone; `request` is the tombstone that somebody asked for and that led to this one."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Tombstone:
+    kind: Kind
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tombstones:
+    """All that was taken down, for quick look-ups."""
+
+    keys: frozenset[str] = frozenset()
+    urls: frozenset[str] = frozenset()
+    domains: frozenset[str] = frozenset()
+    sha256s: frozenset[str] = frozenset()
+
+    def has_pair(self, key: str, url: str) -> bool:
+        """Whether a row of this key and normalised URL was taken down."""
+        return key in self.keys or url in self.urls or bool(self.domains and self._has_domain(url))
+
+    def _has_domain(self, url: str) -> bool:
+        labels = (urllib.parse.urlsplit(url).hostname or "").split(".")
+        return any(".".join(labels[start:]) in self.domains for start in range(len(labels)))
+
+
+def load_tombstones(store: Store) -> Tombstones:
+    """The tombstones of a storage."""
+    if not store.exists("tombstones.parquet"):
+        return Tombstones()
+    table = tables.read_file(store.uri("tombstones.parquet"))
+    pairs = zip(table["kind"].to_pylist(), table["value"].to_pylist(), strict=True)
+    return gather(Tombstone(kind, value) for kind, value in pairs)
+
+
+def tombstones_digest(store: Store) -> str | None:
+    """Digest of what was taken down, for the fingerprint of ingest; None when nothing was."""
+    uri = store.uri("tombstones.parquet")
+    return tables.content_digest(tables.read_file(uri, ["kind", "value"])) if files.exists(uri) else None
+
+
+def gather(tombstones: Iterable[Tombstone]) -> Tombstones:
+    """Tombstones for quick look-ups."""
+    by_kind: dict[str, set[str]] = {f"{kind}s": set() for kind in get_args(Kind)}
+    for tombstone in tombstones:
+        by_kind[f"{tombstone.kind}s"].add(tombstone.value)
+    return Tombstones(**{name: frozenset(values) for name, values in by_kind.items()})
+
+
+def refuse(pairs: pa.Table, tombstones: Tombstones) -> pa.Table:
+    """A list of pairs (tasks.ingest.PAIRS) in which what was taken down is dropped, and its URL and caption are blank."""
+    keys, urls = pairs["key"].to_pylist(), pairs["url"].to_pylist()
+    gone = pa.array([tombstones.has_pair(key, url) for key, url in zip(keys, urls, strict=True)], pa.bool_())
+    if not pc.any(gone).as_py():
+        return pairs
+    blank = {"url": "", "caption": "", "status": rows.DROPPED, "reason": "taken_down"}
+    columns = [
+        pc.if_else(gone, blank[name], pairs[name]) if name in blank else pairs[name] for name in pairs.column_names
+    ]
+    return pa.table(columns, schema=pairs.schema)

@@ -1,0 +1,41 @@
+"""A local S3 server (moto) that fails and dawdles on purpose; run as `python s3_server.py PORT`.
+
+Every 11th request is answered with 503 SlowDown, every 13th with 500, every 17th after half a second.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+
+class Faulty:
+    """WSGI middleware."""
+
+    def __init__(self, application: Any) -> None:
+        self.application, self.count = application, itertools.count(1)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        number = next(self.count)
+        if number % 17 == 0:
+            time.sleep(0.5)
+        for every, status, code in ((11, "503 Slow Down", "SlowDown"), (13, "500 Internal Error", "InternalError")):
+            if number % every == 0:
+                start_response(status, [("Content-Type", "application/xml")])
+                return [f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>again</Message></Error>'.encode()]
+        answer: Iterable[bytes] = self.application(environ, start_response)
+        return answer
+
+
+class Quiet(WSGIRequestHandler):
+    def log(self, type: str, message: str, *args: Any) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    application = Faulty(DomainDispatcherApplication(create_backend_app))
+    make_server("127.0.0.1", int(sys.argv[1]), application, threaded=True, request_handler=Quiet).serve_forever()

@@ -1,0 +1,231 @@
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from tasks import tables
+from tasks.download import IMAGES
+from tasks.embed import SCHEMA as EMBEDDINGS
+from tasks.ingest import Listed, clean
+from tasks.provenance import difference, find_version, show, versions
+from tasks.snapshots import record_snapshot
+from tasks.store import Store
+from tasks.takedown import find_keys, parse, parse_file, take_down
+from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
+from tasks.tracking import Tracker, client
+from unclip import files
+from unclip.errors import InputError
+
+LISTED = [Listed(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
+
+
+def fetched(index: int) -> dict[str, Any]:
+    """A stored picture; 3 and 4 are the same, and 5 looks like them."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (20 * index, 7, 77)).save(buffer, "JPEG")
+    same = 3 if index == 4 else index
+    phash = {3: 0b111, 4: 0b111, 5: 0b110}.get(index, 1 << (5 * index + 5) if index else 1 << 60)
+    return {"status": "ok", "sha256": f"{same:064x}", "phash": f"{phash & 2**64 - 1:016x}", "jpg": buffer.getvalue()}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A storage with 12 rows of 3 hosts, one dataset version, and a report."""
+    store = Store(str(tmp_path / "storage"))
+    pairs = clean(LISTED)
+    tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
+    order = {row["key"]: row["position"] for row in pairs.to_pylist()}
+    listed = sorted(order)
+    images = [
+        {"key": row["key"], "url": row["url"], "caption": row["caption"], **fetched(row["position"])}
+        for row in pairs.to_pylist()
+    ]
+    uri = store.uri("images", "recipe")
+    halves = [pa.Table.from_pylist(half, schema=IMAGES) for half in (images[:6], images[6:])]
+    tables.append_files(uri, [tables.write_part(uri, str(number), half) for number, half in enumerate(halves)], IMAGES)
+    embeddings = store.uri("embeddings", "clip")
+    embedded = pa.Table.from_pylist(
+        [{"key": key, "caption": "c", "image_embedding": [1.0]} for key in listed], schema=EMBEDDINGS
+    )
+    tables.append_files(embeddings, [tables.write_part(embeddings, "x", embedded)], EMBEDDINGS)
+    selection = pa.table(
+        {
+            "key": listed,
+            "position": [order[key] for key in listed],
+            "status": ["kept"] * 11 + ["dropped"],
+            "reason": [None] * 11 + ["too_small"],
+            "split": ["train"] * 11 + [None],
+        }
+    )
+    tables.write_file(store.uri("selection.parquet"), selection)
+    tables.write_file(store.uri("scores.parquet"), pa.table({"key": listed, "clip_score": [0.5] * 12}))
+    snapshot = {
+        "digest": "d1" * 32,
+        "images": uri,
+        "images_version": 0,
+        "embeddings": embeddings,
+        "embeddings_version": 0,
+    }
+    snapshot |= {"selection": store.uri("selection.parquet"), "scores": store.uri("scores.parquet"), "statistics": ""}
+    record_snapshot(
+        store,
+        "mine",
+        snapshot,
+        {"rows": {"in": 12, "kept": 11, "dropped": 1, "failed": 0}, "reasons": {"too_small": 1}},
+    )
+    store.write_json({"uri": store.uri("selection.parquet"), "digest": "d1" * 32}, "stages", "curate", "f.json")
+    page = "".join(f'<figure data-key="{key}"><img src="data:x">{key} told</figure>' for key in listed)
+    files.write(store.uri("artifacts", "report", "f", "report.html"), page.encode())
+    return store
+
+
+def key_of(store: Store, position: int) -> str:
+    pairs = tables.read_file(store.uri("artifacts", "ingest", "f", "pairs.parquet")).to_pylist()
+    return next(row["key"] for row in pairs if row["position"] == position)
+
+
+def everything(store: Store) -> bytes:
+    """Every byte of the storage, but for the tombstones and what was never told about a row: its key."""
+    root = Path(store.root)
+    return b"".join(
+        path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file() and path.name != "tombstones.parquet"
+    )
+
+
+def tracked(store: Store) -> str:
+    return f"sqlite:///{store.root}/mlflow.db"
+
+
+def test_bytes_urls_and_captions_are_gone_from_everywhere_and_stay_away(store: Store) -> None:
+    key, jpg = key_of(store, 7), fetched(7)["jpg"]
+    before = everything(store)
+    assert jpg in before
+    ledger = take_down(store, [parse("url", "HTTPS://A1.example.org/7.jpg")], None, tracked(store))
+    assert ledger.keys == (key,) and ledger.datasets == ("d1" * 32,)
+    assert ledger.deleted == {"images/recipe": 1, "embeddings/clip": 1}
+    assert jpg not in everything(store)
+    for uri in (store.uri("images", "recipe"), store.uri("embeddings", "clip")):
+        assert key not in tables.read(uri)["key"].to_pylist() and tables.read(uri).num_rows == 11
+    pairs = tables.read_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"))
+    assert pairs.num_rows == 12 and "https://a1.example.org/7.jpg" not in pairs["url"].to_pylist()
+    assert "caption number 7" not in pairs["caption"].to_pylist()
+    page = files.read(store.uri("artifacts", "report", "f", "report.html")).decode()
+    assert key not in page and page.count("<figure") == 12 and page.count("told") == 11
+
+    again = refuse(clean(LISTED), load_tombstones(store)).to_pylist()
+    assert [row["reason"] for row in again if row["key"] == key] == ["taken_down"]
+    assert sum(row["status"] == "kept" for row in again) == 11
+
+
+def test_the_twins_of_a_picture_go_with_it(store: Store) -> None:
+    ledger = take_down(store, [Tombstone("key", key_of(store, 3))], None, tracked(store))
+    assert set(ledger.keys) == {key_of(store, 3), key_of(store, 4)}
+    assert f"{3:064x}" in load_tombstones(store).sha256s
+    near = find_keys(store, [Tombstone("key", key_of(store, 5))], near=1)
+    assert near[Tombstone("key", key_of(store, 5))] == {key_of(store, 5)}  # those it looked like are gone
+
+
+def test_what_looks_alike_goes_when_asked_for(store: Store) -> None:
+    [keys] = find_keys(store, [Tombstone("key", key_of(store, 5))], near=1).values()
+    assert keys == {key_of(store, position) for position in (3, 4, 5)}
+    [keys] = find_keys(store, [Tombstone("key", key_of(store, 5))]).values()
+    assert keys == {key_of(store, 5)}
+
+
+@pytest.mark.parametrize(
+    ("domain", "expected"), [("example.org", 12), ("a2.example.org", 4), ("le.org", 0), ("org", 12)]
+)
+def test_a_domain_means_itself_and_what_is_below(store: Store, domain: str, expected: int) -> None:
+    [keys] = find_keys(store, [parse("domain", domain)]).values()
+    assert len(keys) == expected
+    refused = refuse(clean(LISTED), gather([parse("domain", domain)]))
+    assert refused["reason"].to_pylist().count("taken_down") == expected
+
+
+def test_doing_it_again_says_the_same_and_changes_nothing(store: Store) -> None:
+    requested = [parse("domain", "a0.example.org"), parse("sha256", f"{8:064X}")]
+    first = take_down(store, requested, None, tracked(store))
+    digest = tombstones_digest(store)
+    second = take_down(store, requested, None, tracked(store))
+    assert (second.keys, second.datasets) == (first.keys, first.datasets) and len(first.keys) == 6
+    assert set(second.deleted.values()) == {0} and tombstones_digest(store) == digest
+
+
+def test_everything_can_go(store: Store) -> None:
+    take_down(store, [parse("domain", "example.org")], None, tracked(store))
+    assert tables.read(store.uri("images", "recipe")).num_rows == 0
+    assert b"JFIF" not in everything(store)
+
+
+def test_runs_and_models_that_have_seen_a_row_are_named_and_tagged(store: Store) -> None:
+    mlflow = client(tracked(store))
+    experiment = mlflow.create_experiment("mine", artifact_location=store.uri("mlflow-artifacts"))
+    seen, unseen = (
+        Tracker(tracked(store), mlflow.create_run(experiment, run_name=name).info.run_id) for name in ("seen", "unseen")
+    )
+    seen.dataset("mine", "d1" * 32, "uri", {})
+    unseen.dataset("mine", "d2" * 32, "uri", {})
+    for tracker, name in ((seen, "good"), (unseen, "other")):
+        folder = Path(store.root, "model", name)
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("w")
+        assert tracker.register(str(folder), "stack", name, "newest") == "1"
+    report = Tracker(tracked(store), mlflow.create_run(experiment, tags={"unclip.stage": "report"}).info.run_id)
+    report.bytes(files.read(store.uri("artifacts", "report", "f", "report.html")), "report.html")
+
+    key = key_of(store, 7)
+    ledger = take_down(store, [Tombstone("key", key)], None, tracked(store))
+    assert [run["name"] for run in ledger.runs] == ["seen"]
+    assert ledger.models == ({"name": "good", "version": "1"},)
+    assert "unclip.takedown" in mlflow.get_run(seen.run_id).data.tags
+    assert "unclip.takedown" in mlflow.get_model_version("good", "1").tags
+    assert key.encode() not in files.read(f"{store.uri('mlflow-artifacts')}/{report.run_id}/artifacts/report.html")
+
+
+def test_lists_may_mix_and_bad_lines_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text(f"# asked for by mail\n\nhttps://a.example/x.jpg\nexample.com\n{'a' * 32}\n{'B' * 64}\n")
+    kinds = [tombstone.kind for tombstone in parse_file(str(path))]
+    assert kinds == ["url", "domain", "key", "sha256"] and parse_file(str(path))[3].value == "b" * 64
+    path.write_text("example.com\nnot a domain\n")
+    with pytest.raises(InputError, match=r"list.txt, line 2: .*'not a domain', expected a host"):
+        parse_file(str(path))
+    with pytest.raises(InputError, match="cannot be read"):
+        parse_file(str(tmp_path / "none"))
+    for kind, value in (("key", "abc"), ("sha256", "0" * 63), ("url", "ftp://a/b"), ("domain", "https://a.example")):
+        with pytest.raises(InputError, match=re.escape(f"got {kind} {value!r}")):
+            parse(kind, value)
+
+
+def test_versions_rows_and_differences_can_be_looked_at(store: Store) -> None:
+    key = key_of(store, 7)
+    facts = show(store, key[:10])
+    assert facts["url"] == "https://a1.example.org/7.jpg" and facts["list f row 7"] == "kept"
+    assert facts["images recipe"]["sha256"] == f"{7:064x}" and "jpg" not in facts["images recipe"]
+    assert list(facts["datasets"].values()) == ["kept (train), clip_score 0.500"]
+    selection = tables.read_file(store.uri("selection.parquet"))
+    rows = selection.to_pylist()
+    rows[0] |= {"status": "dropped", "reason": "taken_down", "split": None}
+    tables.write_file(store.uri("selection-2.parquet"), pa.Table.from_pylist(rows[:-1], schema=selection.schema))
+    [old] = versions(store)
+    counts = {"rows": {"in": 11, "kept": 10, "dropped": 1, "failed": 0}, "reasons": {"taken_down": 1}}
+    record_snapshot(
+        store,
+        "mine",
+        {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2.parquet"), "committed": 0},
+        counts,
+    )
+    found = difference(find_version(store, "1"), find_version(store, "latest"))
+    assert found.changes == {("kept", "taken_down"): (rows[0]["key"],), ("too_small", "absent"): (rows[-1]["key"],)}
+    assert find_version(store, "e2e2").number == 2
+    for name in ("7", "ffff", "e"):
+        with pytest.raises(InputError, match=r"0 dataset versions have this name.*2 \(e2e2e2e2\)"):
+            find_version(store, name)
+    with pytest.raises(InputError, match="0 rows have a key"):
+        show(store, "ffffffffff")
+    with pytest.raises(InputError, match="no dataset version was made"):
+        find_version(Store(f"{store.root}/elsewhere"), "1")
