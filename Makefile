@@ -4,7 +4,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install demo test test-slow lint lock clean
+.PHONY: help install demo test test-slow benchmark lint lock clean
 
 help: ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,11 @@ test: lint ## Run the tests
 
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow
+
+benchmark: $(READY) ## Compare decoding, embedding and downloading with what others use (10 minutes)
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.embed
+	$(BIN)/python -m benchmarks.download
 
 lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --extra dev --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements.lock

@@ -1,6 +1,9 @@
 """Stage `embed`: CLIP embeddings of every kept pair, one table for each CLIP."""
 
+import collections
+import concurrent.futures
 import dataclasses
+import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from PIL import Image
+from torch import Tensor
 
 from tasks import tables
 from tasks.snapshots import kept_keys
@@ -29,6 +34,8 @@ SCHEMA = pa.schema(
     }
 )
 """One row per kept pair; embeddings have unit norm, clip_score is their dot product."""
+
+BATCHES_AHEAD = 2  # decoded while one is computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +116,17 @@ class Embedder:
         torch.set_num_threads(num_threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = Clip.load(clip.facts["model"], clip.facts["pretrained"]).to(self.device)
-        self.config, self.images, self.table = config, images, table
+        self.preprocess = Preprocess(self.clip.preprocess)
+        self.config, self.images, self.table, self.num_threads = config, images, table, num_threads
 
     def embed(self, keys: list[str]) -> Any:
         """Write one part file with a row for each key, in order; returns its description."""
         rows = self._read(keys)
+        size = self.config.batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         image_embeddings, text_embeddings = [], []
-        for start in range(0, len(keys), self.config.batch_size):
-            image_embedding, text_embedding = self._embed_batch(rows[start : start + self.config.batch_size])
+        for batch, pictures in zip(batches, self._decode_ahead(batches), strict=True):
+            image_embedding, text_embedding = self._embed_batch(batch, pictures)
             image_embeddings.append(image_embedding)
             text_embeddings.append(text_embedding)
         image_array, text_array = np.concatenate(image_embeddings), np.concatenate(text_embeddings)
@@ -134,21 +144,26 @@ class Embedder:
         )
         return tables.write_part(self.table, fingerprint(keys, self.config.precision), part)
 
+    def _decode_ahead(self, batches: Sequence[list[dict[str, Any]]]) -> Iterator[list[np.ndarray]]:
+        """Pictures of each batch, decoded in threads while the batches before it are computed."""
+        with concurrent.futures.ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
+            waiting: collections.deque[Iterator[np.ndarray]] = collections.deque()
+            for batch in batches:
+                waiting.append(pool.map(self.preprocess.decode, [row["jpg"] for row in batch]))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield list(waiting.popleft())
+            while waiting:
+                yield list(waiting.popleft())
+
     @torch.no_grad()
-    def _embed_batch(self, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        import io
-
-        from PIL import Image
-
-        padded = rows + rows[-1:] * (self.config.batch_size - len(rows))
-        pixels = torch.stack(
-            [self.clip.preprocess(Image.open(io.BytesIO(row["jpg"]), formats=["JPEG"])) for row in padded]
-        )
-        tokens = self.clip.tokenize([row["caption"] for row in padded])
-        with autocast(self.config.precision, self.device):
-            image_embedding = self.clip.embed_images(pixels.to(self.device))
-            text_embedding = self.clip.encode_text(tokens.to(self.device)).text_embedding
+    def _embed_batch(self, rows: list[dict[str, Any]], pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         count = len(rows)
+        padding = self.config.batch_size - count
+        pixels = self.preprocess.standardize(pictures + pictures[-1:] * padding, self.device)
+        tokens = self.clip.tokenize([row["caption"] for row in rows + rows[-1:] * padding])
+        with autocast(self.config.precision, self.device):
+            image_embedding = self.clip.embed_images(pixels)
+            text_embedding = self.clip.encode_text(tokens.to(self.device)).text_embedding
         return image_embedding[:count].cpu().numpy(), text_embedding[:count].cpu().numpy()
 
     def _read(self, keys: list[str]) -> list[dict[str, Any]]:
@@ -159,12 +174,53 @@ class Embedder:
         return [found[key] for key in keys]
 
 
+class Preprocess:
+    """open_clip's preprocessing in two halves: picture by picture in any thread, then batch by batch on the model's device.
+
+    What comes out is what `open_clip` makes of each picture, to the last bit.
+
+    Letters: B batch, S side of CLIP's input.
+    """
+
+    def __init__(self, whole: Any) -> None:
+        """Args:
+            whole: the transform of an open_clip model; it ends with a `ToTensor` and a `Normalize`.
+
+        Raises:
+            StageError: it ends otherwise.
+        """
+        from torchvision.transforms import Compose, Normalize, ToTensor
+
+        *steps, to_tensor, self._normalize = whole.transforms
+        if not isinstance(to_tensor, ToTensor) or not isinstance(self._normalize, Normalize):
+            raise StageError(
+                f"embed: got a preprocessing {whole}, expected one that ends with Normalize. Install an open_clip of 3.x."
+            )
+        self._resize = Compose(steps)
+
+    def decode(self, jpg: bytes) -> np.ndarray:
+        """uint8 [S, S, 3]."""
+        return np.asarray(self._resize(Image.open(io.BytesIO(jpg), formats=["JPEG"])))
+
+    def standardize(self, pictures: Sequence[np.ndarray], device: torch.device) -> Tensor:
+        """float32 [B, 3, S, S] on the device; the bytes travel, a quarter of the floats."""
+        levels = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2)
+        pixels = levels.to(torch.float32, memory_format=torch.contiguous_format)
+        # Divided by tensors: by a Python number, GPUs multiply with its rounded inverse.
+        most, mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+            for values in ([255.0], self._normalize.mean, self._normalize.std)
+        )
+        return pixels.div_(most).sub_(mean).div_(std)
+
+
 def _rows_of(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Key, caption and jpg of some rows, from the files that hold them."""
-    wanted = pa.array(sorted(keys))
+    key = pa.compute.field("key")
+    # The bounds let the reader skip row groups by their statistics; by the set alone it reads every picture there is.
+    wanted = (key >= min(keys)) & (key <= max(keys)) & key.isin(pa.array(keys))
     for uri in uris:
         filesystem, path = files.locate(uri)
-        filters = pa.compute.field("key").isin(wanted)
         yield from pq.read_table(
-            path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=filters
+            path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=wanted
         ).to_pylist()
