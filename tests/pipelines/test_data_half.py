@@ -1,20 +1,22 @@
-"""The stages that make a dataset, whole: killed at their commit points, in an object store, grown, and with rows taken down."""
+"""The stages that make a dataset, whole: grown, with rows taken down, in an object store, killed at their commit points."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 
 from tasks import tables
 from unclip import clip, files
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ["--set", "scenes.num_images=40", "--set", "scenes.port=8769"]
+OPTIONS = ["--set", "scenes.num_images=100", "--set", "scenes.port=8769"]
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -111,6 +113,53 @@ def kill_at(points: list[str], storage: Path, frozen_clip: str, armed: Path) -> 
     assert result.returncode == 0 and not list(armed.iterdir()), [path.read_text() for path in armed.iterdir()]
 
 
+def facts_of(storage: object, stage: str) -> dict[str, Any]:
+    """Of the newest artifact of a stage."""
+    newest = max(Path(str(storage), "stages", stage).iterdir(), key=lambda path: path.stat().st_mtime)
+    facts: dict[str, Any] = json.loads(newest.read_text())["facts"]
+    return facts
+
+
+@pytest.fixture
+def s3() -> Iterator[dict[str, str]]:
+    """An S3 server that fails now and then, with an empty bucket `bucket`; yields the environment for its clients."""
+    port = 8771
+    command = [sys.executable, str(ROOT / "tests" / "tasks" / "s3_server.py"), str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    endpoint = f"http://127.0.0.1:{port}"
+    environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+    environment |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "MLFLOW_S3_ENDPOINT_URL": endpoint}
+    try:
+        import boto3
+
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+        client = boto3.client("s3", endpoint_url=endpoint, **keys)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client.create_bucket(Bucket="bucket")
+                break
+            except Exception:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+        yield environment
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_tables(
+    undisturbed: Path, frozen_clip: str, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = "s3://bucket/some/prefix"
+    refresh(storage, frozen_clip, "--set", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", **s3)
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    assert content(storage) == content(undisturbed)
+    assert not files.exists(f"{storage}/lease.json")
+
+
 def test_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
     undisturbed: Path, frozen_clip: str, tmp_path: Path
 ) -> None:
@@ -125,3 +174,36 @@ def test_killed_at_every_commit_point_it_ends_with_the_same_tables(
 ) -> None:
     kill_at(ALL, tmp_path / "storage", frozen_clip, tmp_path / "armed")
     assert content(tmp_path / "storage") == content(undisturbed)
+
+
+# The last, since it changes the storage that the others compare with.
+def test_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(undisturbed: Path, frozen_clip: str) -> None:
+    before = facts_of(undisturbed, "download")
+    printed = refresh(undisturbed, frozen_clip, "--set", "scenes.num_images=101")
+    fetched, embedded = facts_of(undisturbed, "download")["fetched_now"], facts_of(undisturbed, "embed")["embedded_now"]
+    assert before["fetched_now"] >= 100 and (fetched, embedded) == (1, 1)  # one row in a hundred and more is new
+    assert "111 in = 101 kept" in printed
+    listed = unclip("data", "list", "--storage", undisturbed).stdout.splitlines()
+    assert len(listed) == 2 and "100 kept" in listed[0] and "101 kept" in listed[1]
+    changed = unclip("data", "diff", "1", "--keys", "--storage", undisturbed).stdout
+    assert "1  absent -> kept" in changed
+    key = changed.splitlines()[-1].strip()
+    shown = unclip("data", "show", key, "--storage", undisturbed).stdout
+    assert "http://127.0.0.1:8769/" in shown and "clip_score" in shown
+
+    snapshot = facts_of(undisturbed, "curate")["snapshot"]
+    images = tables.read(snapshot["images"])
+    jpg = images.filter(pc.equal(images["key"], key))["jpg"].to_pylist()[0]
+    taken = unclip("takedown", "--key", key, "--storage", undisturbed)
+    assert taken.returncode == 0 and "1 rows taken down" in taken.stdout and "  tiny  curate" in taken.stdout, (
+        taken.stderr
+    )
+    parquet = [path.read_bytes() for path in undisturbed.rglob("*.parquet")]
+    assert not any(jpg in data for data in parquet)
+    printed = refresh(undisturbed, frozen_clip, "--set", "scenes.num_images=101")
+    assert "111 in = 100 kept" in printed and "taken_down" in printed
+    assert facts_of(undisturbed, "download")["fetched_now"] == 0 == facts_of(undisturbed, "embed")["embedded_now"]
+    again = refresh(undisturbed, frozen_clip, "--set", "scenes.num_images=101")
+    assert "nothing was started" in again
+    assert len(unclip("data", "list", "--storage", undisturbed).stdout.splitlines()) == 3
+    assert key not in (undisturbed / "results" / "tiny" / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""The whole DAG, with a tiny configuration: once, again, killed, refreshed, and as a Ray job."""
+"""The whole DAG, with a tiny configuration: once, again, killed, and as a Ray job."""
 
 import json
 import os
@@ -20,7 +20,6 @@ import pytest
 from pipelines import dag as dags
 from pipelines.config import load
 from pipelines.run import compose, prepare
-from pipelines.text_to_image import DATASET_STAGE
 from tasks import tables
 from tasks.store import Store
 
@@ -249,20 +248,6 @@ def test_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
     assert "succeeded" in job.stdout and "132 in = 120 kept" in job.stdout
     undisturbed = {name: record["digest"] for name, record in records(finished).items()}
     assert {name: record["digest"] for name, record in records(storage).items()} == undisturbed
-
-
-def test_a_refresh_fetches_and_embeds_what_is_new_only(finished: Path, tmp_path: Path) -> None:
-    storage = tmp_path / "storage"
-    clip = records(finished)["clip"]["facts"]["model"]
-    options = ["tiny", "--storage", storage, "--set", f"clip.model={clip}", "--set", "scenes.broken=0.0"]
-    run("refresh", *options, "--set", "scenes.num_images=40")
-    assert set(records(storage)) == set(STAGES[: STAGES.index(DATASET_STAGE) + 1])
-    first = records(storage)["curate"]["facts"]
-    run("refresh", *options, "--set", "scenes.num_images=50")
-    made = records(storage)
-    assert (made["download"]["facts"]["fetched_now"], made["embed"]["facts"]["embedded_now"]) == (10, 10)
-    assert (first["rows"]["kept"], made["curate"]["facts"]["rows"]["kept"]) == (40, 50)
-    assert len(tables.files(str(storage / "snapshots"))) == 2
 
 
 def test_the_ui_shows_the_runs(finished: Path) -> None:
