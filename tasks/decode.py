@@ -134,10 +134,9 @@ def perceptual_hash(image: Image.Image) -> str | None:
     The same as `imagehash.phash`, whose import takes longer than the start of a child may. Frequencies are rounded, so
     that those which are zero but for the noise of floating point give the same bit on every machine.
     """
-    grey = image.convert("L")
-    if np.asarray(grey).std() < _FLAT_LEVELS:
+    pixels = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    if pixels.std() < _FLAT_LEVELS:
         return None
-    pixels = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     waves = _waves()
     lowest = np.round(waves @ pixels @ waves.T, 6)
     bits = (lowest > np.median(lowest)).flatten()
@@ -194,7 +193,7 @@ def _shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         image = image.convert("RGBA")
     elif image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return image if image.size == size else image.resize(size, Image.Resampling.HAMMING, reducing_gap=2.0)
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

@@ -12,10 +12,14 @@ import dataclasses
 import functools
 import hashlib
 import heapq
+import importlib
+import importlib.util
 import io
 import os
 import re
+import sys
 import tempfile
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -158,13 +162,14 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
         raise StageError(
             f"download: {table_uri} holds {images.num_rows:,} rows for {wanted.num_rows:,} pairs. Remove the table and rerun."
         )
-    digest = tables.content_digest(images)
+    images_digest = tables.content_digest(images)
     outcomes = [listed.filter(pc.invert(usable)), images.set_column(1, "status", _as_outcome(images.column("status")))]
     facts = rows.count(pa.concat_tables(table.select(["status", "reason"]) for table in outcomes))
     facts |= {"fetched_now": missing.num_rows, "pairs": pairs.uri, "images": table_uri, "images_version": version}
-    facts |= {"images_digest": digest, "images_recipe": config.recipe}
+    facts |= {"images_digest": images_digest, "images_recipe": config.recipe}
     context.tracker.metrics({**facts["rows"], "fetched_now": missing.num_rows})
-    return Output(table_uri, digest, facts)
+    # The list belongs to the result, since later stages count its other rows as well.
+    return Output(table_uri, fingerprint(images_digest, pairs.digest), facts)
 
 
 def pin_attempt(store: Store, config: DownloadConfig, retry_failed: bool) -> DownloadConfig:
@@ -350,8 +355,7 @@ def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = 
     Raises:
         StageError: img2dataset lost a row.
     """
-    os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}  # they call out when imported
-    import img2dataset.downloader as img2dataset  # takes 13 seconds and 700 MB
+    img2dataset = _import_img2dataset()
 
     writer = _Writer({pair["key"]: pair for pair in pairs}, refused)
     img2dataset.download_image_with_retry = _fetch_with(config)
@@ -388,6 +392,19 @@ def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = 
     if not succeeded or sorted(writer.rows) != sorted(keys):
         raise StageError(f"download: img2dataset returned {len(writer.rows)} of {len(keys)} rows; see its log above.")
     return pa.Table.from_pylist([writer.rows[key] for key in keys], schema=IMAGES)
+
+
+@functools.cache
+def _import_img2dataset() -> Any:
+    """The module `img2dataset.downloader` alone: the rest of the package costs every worker 6 s and 700 MB."""
+    os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}  # they call out when imported
+    if "img2dataset" not in sys.modules:
+        spec = importlib.util.find_spec("img2dataset")
+        assert spec is not None and spec.submodule_search_locations is not None
+        package = types.ModuleType("img2dataset")
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules["img2dataset"] = package
+    return importlib.import_module("img2dataset.downloader")
 
 
 class _Writer:
