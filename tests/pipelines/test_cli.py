@@ -1,7 +1,6 @@
 """Bad input ends within seconds, before any work, non-zero, with one line that says what to do."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,14 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.pipelines.commands import call as unclip
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def unclip(*arguments: object, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
-    )
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
@@ -42,6 +36,14 @@ def test_a_missing_list(tmp_path: Path) -> None:
         "run", "text_to_image", "--set", f"ingest.urls={tmp_path}/none.parquet", "--storage", tmp_path / "s"
     )
     assert_refused(result, "none.parquet", "does not exist")
+
+
+def test_as_a_program_it_says_so_within_seconds(tmp_path: Path) -> None:
+    started = time.monotonic()
+    command = [sys.executable, "-m", "pipelines", "run", "text_to_image", "--storage", str(tmp_path / "s")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert_refused(result, "--set ingest.urls=")
+    assert time.monotonic() - started < 60
 
 
 def test_no_list_at_all(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pytest
 
 from tasks import tables
+from tests.pipelines.commands import call
 from unclip import clip, files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +150,7 @@ def s3() -> Iterator[dict[str, str]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_tables(
     undisturbed: Path, frozen_clip: str, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,18 +185,18 @@ def test_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(undistur
     fetched, embedded = facts_of(undisturbed, "download")["fetched_now"], facts_of(undisturbed, "embed")["embedded_now"]
     assert before["fetched_now"] >= 100 and (fetched, embedded) == (1, 1)  # one row in a hundred and more is new
     assert "111 in = 101 kept" in printed
-    listed = unclip("data", "list", "--storage", undisturbed).stdout.splitlines()
+    listed = call("data", "list", "--storage", undisturbed).stdout.splitlines()
     assert len(listed) == 2 and "100 kept" in listed[0] and "101 kept" in listed[1]
-    changed = unclip("data", "diff", "1", "--keys", "--storage", undisturbed).stdout
+    changed = call("data", "diff", "1", "--keys", "--storage", undisturbed).stdout
     assert "1  absent -> kept" in changed
     key = changed.splitlines()[-1].strip()
-    shown = unclip("data", "show", key, "--storage", undisturbed).stdout
+    shown = call("data", "show", key, "--storage", undisturbed).stdout
     assert "http://127.0.0.1:8769/" in shown and "clip_score" in shown
 
     snapshot = facts_of(undisturbed, "curate")["snapshot"]
     images = tables.read(snapshot["images"])
     jpg = images.filter(pc.equal(images["key"], key))["jpg"].to_pylist()[0]
-    taken = unclip("takedown", "--key", key, "--storage", undisturbed)
+    taken = call("takedown", "--key", key, "--storage", undisturbed)
     assert taken.returncode == 0 and "1 rows taken down" in taken.stdout and "  tiny  curate" in taken.stdout, (
         taken.stderr
     )
@@ -205,5 +207,5 @@ def test_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(undistur
     assert facts_of(undisturbed, "download")["fetched_now"] == 0 == facts_of(undisturbed, "embed")["embedded_now"]
     again = refresh(undisturbed, frozen_clip, "--set", "scenes.num_images=101")
     assert "nothing was started" in again
-    assert len(unclip("data", "list", "--storage", undisturbed).stdout.splitlines()) == 3
+    assert len(call("data", "list", "--storage", undisturbed).stdout.splitlines()) == 3
     assert key not in (undisturbed / "results" / "tiny" / "report.html").read_text()

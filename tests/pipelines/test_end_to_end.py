@@ -22,6 +22,7 @@ from pipelines.config import load
 from pipelines.run import compose, prepare
 from tasks import tables
 from tasks.store import Store
+from tests.pipelines.commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -49,6 +50,13 @@ def run(*arguments: object) -> str:
     command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def run_here(*arguments: object) -> str:
+    """As `run`, in this process."""
+    result = call(*arguments)
+    assert result.returncode == 0, result.stderr
     return result.stdout
 
 
@@ -189,13 +197,13 @@ def test_a_change_reruns_what_depends_on_it(finished: Path, assignment: str, to_
 
 
 def test_status_and_samples(finished: Path, tmp_path: Path) -> None:
-    printed = run("status", "--storage", finished)
+    printed = run_here("status", "--storage", finished)
     assert "done" in printed and all(f" {name} " in printed for name in STAGES)
     caption = "a small yellow star on a purple background"
     drawn = []
     for options in (["--seed", 1], ["--seed", 1, "--model", "unclip-tiny"], ["--seed", 2]):
         grid = tmp_path / "grid.png"
-        run("sample", caption, "--num", 4, "--guidance-scale", 2, *options, "--out", grid, "--storage", finished)
+        run_here("sample", caption, "--num", 4, "--guidance-scale", 2, *options, "--out", grid, "--storage", finished)
         drawn.append(grid.read_bytes())
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -227,19 +235,16 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
 def test_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
     finished: Path, tmp_path: Path, cluster: dict[str, str]
 ) -> None:
-    """SIGKILL to the driver while it downloads, and again while it trains; the rest by `ray job submit`."""
+    """SIGKILL to the driver while it trains; the rest by `ray job submit`. tests/pipelines/test_data_half.py kills the rest."""
     storage = tmp_path / "storage"
     command = ["unclip", "run", "tiny", "--storage", str(storage)]
-    for begun in ("images/*/*.parquet", "artifacts/clip/*/checkpoints/*/manifest.json"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines", *command[1:]], cwd=ROOT, stdout=subprocess.DEVNULL
-        )
-        while not any(storage.glob(begun)):
-            assert process.poll() is None, "it was to be killed before it ended"
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert "killed" in run("status", "--storage", storage)
+    process = subprocess.Popen([sys.executable, "-m", "pipelines", *command[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not any(storage.glob("artifacts/clip/*/checkpoints/*/manifest.json")):
+        assert process.poll() is None, "it was to be killed before it ended"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "killed" in run_here("status", "--storage", storage)
     assert "clip" not in records(storage)
 
     submit = ["ray", "job", "submit", "--working-dir", ".", "--", *command]
