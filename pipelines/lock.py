@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks.store import Store
 from unclip import files
-from unclip.errors import AlreadyRunningError
+from unclip.errors import AlreadyRunningError, StorageError
 
 HEARTBEAT_SECONDS = 15.0
 EXPIRY_SECONDS = 90.0
@@ -58,7 +58,7 @@ def _lease(uri: str) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a store that fails now and then is not another owner
+            with contextlib.suppress(OSError, StorageError):  # a store that fails now and then is not another owner
                 renew()
 
     thread = threading.Thread(target=beat, daemon=True, name="lease")
@@ -68,7 +68,7 @@ def _lease(uri: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             files.delete(uri)
 
 

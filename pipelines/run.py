@@ -28,7 +28,7 @@ from tasks.store import Store
 from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten
 from unclip.config import fingerprint, to_dict
-from unclip.errors import ConfigError, StageError
+from unclip.errors import ConfigError, StageError, UnclipError
 
 # Nothing that this project uses may call home. Ray's workers inherit these.
 QUIET = {
@@ -166,6 +166,9 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
     try:
         ray.get(result)
     except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, UnclipError):
+            raise cause from None
         reason = str(error).strip().splitlines()[0]
         raise StageError(
             f"a process of the cluster died: {reason}. Finished work is kept; run the same command again."

@@ -33,6 +33,8 @@ from tasks.rows import RowFault
 _CHUNK_BYTES = 1 << 16
 _RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
 _REDIRECTS = (301, 302, 303, 307, 308)
+_ADDRESSES_LAST_SECONDS = 30.0  # name servers are the first to give way under a long list
+_MAX_ADDRESSES = 100_000
 _BACKOFF_SECONDS = 0.2  # before the first further attempt; doubles
 
 # Python 3.11 calls some of these global: a cloud's metadata service (192.0.0.192), another's (168.63.129.16), 6to4 relays,
@@ -174,6 +176,10 @@ class Fetcher:
     """`host` or `host:port` that may be fetched although they are not public, as fast as they answer."""
     resolve: Callable[..., Any] = socket.getaddrinfo
     _robots: robots.Robots = dataclasses.field(default_factory=robots.Robots, init=False, repr=False, compare=False)
+    _addresses: dict[tuple[str, int], tuple[float, list[Any]]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Host and port -> until when it is good (monotonic time), and its addresses, checked."""
     _places: "_Places" = dataclasses.field(default_factory=lambda: _Places(), init=False, repr=False, compare=False)
 
     @property
@@ -274,6 +280,9 @@ class Fetcher:
 
     def _look_up(self, target: "_Target", deadline: _Deadline) -> list[Any]:
         """All addresses of the host, as `getaddrinfo` has them, after checking every one."""
+        known = self._addresses.get((target.host, target.port))
+        if known is not None and time.monotonic() < known[0]:
+            return known[1]
         lookup = _resolvers().submit(self.resolve, target.host, target.port, type=socket.SOCK_STREAM)
         try:
             found: list[Any] = lookup.result(deadline.left())
@@ -281,6 +290,9 @@ class Fetcher:
             raise RowFault("dns_error") from None
         if not target.is_among(self.allow_hosts) and not all(is_public(address[0]) for *_, address in found):
             raise RowFault("blocked_address")
+        if len(self._addresses) >= _MAX_ADDRESSES:
+            self._addresses.clear()
+        self._addresses[target.host, target.port] = time.monotonic() + _ADDRESSES_LAST_SECONDS, found
         return found
 
     def _dial(self, target: "_Target", addresses: Sequence[Any], deadline: _Deadline) -> socket.socket:

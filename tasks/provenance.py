@@ -36,8 +36,8 @@ def versions(store: Store) -> list[Version]:
     """All dataset versions, the oldest first."""
     if tables.version(store.uri("snapshots")) is None:
         return []
-    listed = tables.history(store.uri("snapshots")).to_pylist()
-    return [Version(number, row["digest"], row) for number, row in enumerate(listed, start=1)]
+    listed = tables.read_dated(store.uri("snapshots")).sort_by("number").to_pylist()
+    return [Version(row["number"], row["digest"], row) for row in listed]
 
 
 def find_version(store: Store, name: str) -> Version:

@@ -56,6 +56,8 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
+_PIPE_BYTES = 1 << 20  # so that a picture goes through in one piece
+
 
 class SandboxFault(Exception):
     """A request that cost its child; the next one gets another."""
@@ -174,6 +176,7 @@ class _Child:
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", _BOOT, json.dumps(job)],
             bufsize=0,
+            pipesize=_PIPE_BYTES,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -60,8 +60,11 @@ class Snapshot:
 
 
 def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-    """One row in the `snapshots` table, unless this version is already there; it is the last that a refresh writes."""
+    """One row in the `snapshots` table, unless this content is already there; it is the last that a refresh writes."""
     table = store.uri("snapshots")
+    known = tables.read_dated(table).to_pylist() if tables.version(table) is not None else []
+    if any(row["digest"] == snapshot["digest"] for row in known):
+        return
     names = (
         "digest",
         "images",
@@ -72,11 +75,11 @@ def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], co
         "scores",
         "statistics",
     )
-    row = {"pipeline": pipeline, **{name: snapshot[name] for name in names}}
+    # Numbers, not times, say which came first: clocks go back now and then.
+    row = {"number": len(known) + 1, "pipeline": pipeline, **{name: snapshot[name] for name in names}}
     row |= {name: json.dumps(counts[name], sort_keys=True) for name in ("rows", "reasons")}
     part = pa.table({name: [value] for name, value in row.items()})
-    description = tables.write_part(table, fingerprint(dict(snapshot)), part)
-    tables.append_files(table, [description], part.schema)
+    tables.append_files(table, [tables.write_part(table, fingerprint(row), part)], part.schema)
 
 
 def kept_keys(selection: str, split: Split | None = None) -> list[str]:

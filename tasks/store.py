@@ -42,9 +42,10 @@ class Store:
         try:
             files.write(probe, b"")
             files.delete(probe)
-        except OSError as error:
+        except (OSError, StorageError) as error:
+            reason = error.__cause__ or error
             raise StorageError(
-                f"storage: cannot write to {self.root}: {error}. Choose another folder with --storage."
+                f"storage: cannot write to {self.root}: {reason}. Choose another folder with --storage."
             ) from None
 
     def exists(self, *parts: str) -> bool:

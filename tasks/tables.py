@@ -148,12 +148,12 @@ def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | Remov
     return actions
 
 
-def history(table_uri: str) -> pa.Table:
-    """All rows of the newest version, the first committed first, with a column `committed` (a time)."""
+def read_dated(table_uri: str) -> pa.Table:
+    """All rows of the newest version, with a column `committed`: when their file was."""
     table = DeltaTable(table_uri, storage_options=_options(table_uri))
-    added = pa.table(table.get_add_actions(flatten=True)).select(["path", "modification_time"])
+    added = pa.table(table.get_add_actions(flatten=True)).select(["path", "modification_time"]).to_pylist()
     parts = []
-    for part in added.sort_by([("modification_time", "ascending"), ("path", "ascending")]).to_pylist():
+    for part in added:
         rows = read_file(f"{table_uri}/{part['path']}")
         times = pa.array([part["modification_time"]] * rows.num_rows, pa.timestamp("ms", "UTC"))
         parts.append(rows.append_column("committed", times))

@@ -65,18 +65,28 @@ def read(uri: str) -> bytes:
 
 
 def write(uri: str, data: bytes) -> None:
-    """Write bytes so that readers see all of them or none; missing folders are made."""
+    """Write bytes so that readers see all of them or none; missing folders are made.
+
+    Raises:
+        StorageError: the disk is full, the folder cannot be written, the store does not answer.
+    """
     failpoint("before", uri)
     filesystem, path = locate(uri)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        _write_local(path, data)
-    else:
 
-        def action() -> None:
-            with filesystem.open_output_stream(path, compression=None) as stream:
-                stream.write(data)
+    def action() -> None:
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            _write_local(path, data)
+            return
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
 
+    try:
         patiently(uri, action)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise StorageError(
+            f"{uri}: cannot write {len(data):,} bytes: {reason}. Make room or fix the folder, and run the same command again."
+        ) from error
     failpoint("after", uri)
 
 

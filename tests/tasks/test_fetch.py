@@ -766,7 +766,24 @@ def test_t3_no_redirect_reaches_an_internal_address() -> None:
         assert outcome(f"http://{canary.address}/", fetcher(allow_hosts=(CANARY,))) == "ok" and canary.connections == 1
 
 
-def test_t4_dns_rebinding_never_gets_through(outside: None) -> None:
+def test_addresses_are_looked_up_once_in_a_while_and_refused_ones_every_time(outside: None) -> None:
+    asked: list[str] = []
+
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        asked.append(host)
+        address = CANARY if host == "inside.example" else "127.0.0.3"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    with serve() as public:
+        by = fetcher(resolve=resolve)
+        for _ in range(3):
+            assert outcome(f"http://outside.example:{public.server_port}/a.jpg", by) == "ok"
+            assert outcome(f"http://inside.example:{public.server_port}/a.jpg", by) == "blocked_address"
+    assert collections.Counter(asked) == {"outside.example": 1, "inside.example": 3}
+
+
+def test_t4_dns_rebinding_never_gets_through(outside: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_ADDRESSES_LAST_SECONDS", 0.0)
     with serve() as public, serve(host=CANARY, port=public.server_port) as canary:
         answers = itertools.cycle(["127.0.0.3", CANARY])
 
