@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,9 +32,11 @@ SCHEMA = pa.schema(
         "image_embedding": pa.list_(pa.float32()),
         "text_embedding": pa.list_(pa.float32()),
         "clip_score": pa.float32(),
+        "tokens": pa.list_(pa.int32()),
     }
 )
-"""One row per kept pair; embeddings have unit norm, clip_score is their dot product."""
+"""One row per kept pair; embeddings have unit norm, clip_score is their dot product, tokens are the text encoder's input,
+padded with zeros to its length."""
 
 BATCHES_AHEAD = 2  # decoded while one is computed
 
@@ -124,12 +127,9 @@ class Embedder:
         rows = self._read(keys)
         size = self.config.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        image_embeddings, text_embeddings = [], []
-        for batch, pictures in zip(batches, self._decode_ahead(batches), strict=True):
-            image_embedding, text_embedding = self._embed_batch(batch, pictures)
-            image_embeddings.append(image_embedding)
-            text_embeddings.append(text_embedding)
-        image_array, text_array = np.concatenate(image_embeddings), np.concatenate(text_embeddings)
+        pairs = zip(batches, self._decode_ahead(batches), strict=True)
+        embedded = [self._embed_batch(batch, pictures) for batch, pictures in pairs]
+        image_array, text_array, tokens = (np.concatenate(arrays) for arrays in zip(*embedded, strict=True))
         if not len(rows) == len(image_array) == len(text_array) or [row["key"] for row in rows] != keys:
             raise StageError(f"embed: got {len(image_array)} embeddings for {len(keys)} pairs; nothing was written.")
         part = pa.table(
@@ -139,6 +139,7 @@ class Embedder:
                 "image_embedding": list(image_array),
                 "text_embedding": list(text_array),
                 "clip_score": (image_array * text_array).sum(axis=1),
+                "tokens": list(tokens),
             },
             schema=SCHEMA,
         )
@@ -156,7 +157,8 @@ class Embedder:
                 yield list(waiting.popleft())
 
     @torch.no_grad()
-    def _embed_batch(self, rows: list[dict[str, Any]], pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _embed_batch(self, rows: list[dict[str, Any]], pictures: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+        """Image embeddings [N, E], text embeddings [N, E] and tokens [N, L] of N rows."""
         count = len(rows)
         padding = self.config.batch_size - count
         pixels = self.preprocess.standardize(pictures + pictures[-1:] * padding, self.device)
@@ -164,7 +166,7 @@ class Embedder:
         with autocast(self.config.precision, self.device):
             image_embedding = self.clip.embed_images(pixels)
             text_embedding = self.clip.encode_text(tokens.to(self.device)).text_embedding
-        return image_embedding[:count].cpu().numpy(), text_embedding[:count].cpu().numpy()
+        return tuple(tensor[:count].cpu().numpy() for tensor in (image_embedding, text_embedding, tokens.int()))
 
     def _read(self, keys: list[str]) -> list[dict[str, Any]]:
         found = {row["key"]: row for row in _rows_of(self.images, keys)}
@@ -221,6 +223,7 @@ def _rows_of(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any
     wanted = (key >= min(keys)) & (key <= max(keys)) & key.isin(pa.array(keys))
     for uri in uris:
         filesystem, path = files.locate(uri)
-        yield from pq.read_table(
-            path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=wanted
-        ).to_pylist()
+        read = functools.partial(
+            pq.read_table, path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=wanted
+        )
+        yield from files.patiently(uri, read).to_pylist()

@@ -81,6 +81,7 @@ def test_every_row_has_its_own_embeddings_in_the_order_of_the_keys(model: str, t
     image, text = (vectors(part.column(name)) for name in ("image_embedding", "text_embedding"))
     np.testing.assert_allclose(image, loaded.embed_images(pixels).numpy(), atol=1e-5)
     np.testing.assert_allclose(text, loaded.encode_text(loaded.tokenize(captions)).text_embedding.numpy(), atol=1e-5)
+    assert part.column("tokens").to_pylist() == loaded.tokenize(captions).tolist()
     np.testing.assert_allclose(part.column("clip_score").to_numpy(), (image * text).sum(axis=1), atol=1e-6)
 
 

@@ -60,6 +60,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         "image_embedding": list(embeddings[kept]),
         "text_embedding": list(embeddings[kept]),
         "clip_score": np.array([0.05 if index < 5 else 0.3 for index in kept]),
+        "tokens": [[1]] * len(kept),
     }
     store = f"{folder}/embeddings"
     tables.append_files(store, [tables.write_part(store, "a", pa.table(embedded, schema=SCHEMA))], SCHEMA)
