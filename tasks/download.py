@@ -359,10 +359,7 @@ def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = 
 
     writer = _Writer({pair["key"]: pair for pair in pairs}, refused)
     img2dataset.download_image_with_retry = _fetch_with(config)
-    with (
-        tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch,
-        decode.Decoder(config.image_size, config.jpeg_quality, config.max_pixels) as decoder,
-    ):
+    with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
         shard = f"{scratch}/shard.arrow"
         columns = ["url", "caption", "pair"]  # "key" is img2dataset's own: a position
         values = [[pair[name] for pair in pairs] for name in ("url", "caption", "key")]
@@ -371,7 +368,7 @@ def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = 
             file.write_table(table)
         downloader = img2dataset.Downloader(
             sample_writer_class=lambda *_: writer,
-            resizer=_decode_with(decoder),
+            resizer=_decode_with(_decoder(config.image_size, config.jpeg_quality, config.max_pixels)),
             thread_count=config.num_threads,
             save_caption=True,
             extract_exif=False,
@@ -456,6 +453,12 @@ def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
     """One for all shards of a process, so that what it learnt of hosts is not asked again."""
     names = [field.name for field in dataclasses.fields(fetch.Fetcher) if field.init and field.name != "resolve"]
     return fetch.Fetcher(**{name: getattr(config, name) for name in names})
+
+
+@functools.cache
+def _decoder(image_size: int, jpeg_quality: int, max_pixels: int) -> decode.Decoder:
+    """One for all shards of a process; its child ends with the process, whose pipe it reads."""
+    return decode.Decoder(image_size, jpeg_quality, max_pixels)
 
 
 def _decode_with(decoder: decode.Decoder) -> Any:
