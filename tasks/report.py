@@ -23,6 +23,7 @@ from unclip.data import vectors
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 THUMBNAIL_SIDE = 118
 NUM_BARS = 40
+CHARACTER_REASONS = ("caption_too_few_characters", "caption_too_many_characters")
 DUPLICATES = ("duplicate_row", "duplicate_image", "near_duplicate", "semantic_duplicate")
 
 
@@ -169,9 +170,7 @@ def _measures(
         measure("shorter_side", "Shorter side of the original", "pixels", sides, "too_small", ""),
         measure("aspect_ratio", "Longer side by shorter side", "ratio", ratios, "", "bad_aspect"),
         measure("caption_words", "Caption length", "words", words, "caption_too_short", "caption_too_long"),
-        measure(
-            "caption_characters", "Caption length", "characters", characters, "caption_too_short", "caption_too_long"
-        ),
+        measure("caption_characters", "Caption length", "characters", characters, *CHARACTER_REASONS),
     ]
     for name in scores.column_names[1:]:
         title, unit = ("CLIP score", "cosine") if name == "clip_score" else (name, "")

@@ -6,6 +6,9 @@ snapshots/              Delta table: one row per dataset version, written last
 stages/<name>/<fp>.json commit records: what a stage made, once it is all there
 artifacts/<name>/<fp>/  files that a stage made: models, checkpoints, pictures, reports
 runs/<run id>/          what happened in each run, stage by stage
+attempts/<recipe>.json  how often failed downloads were tried again
+tombstones.parquet      what was taken down; takedowns/ has what each request came to
+results/<pipeline>/     summary, report and pictures of the last run
 """
 
 from pathlib import Path
