@@ -58,12 +58,9 @@ def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfi
     Raises:
         UnclipError: what is wrong, and what to do.
     """
+    tracking_uri(config)  # raises when there can be none
     store = Store(config.storage)
     store.check_writable()
-    if not store.is_local and tracking_uri(config).endswith(f"{store.root}/mlflow.db"):
-        raise ConfigError(
-            f"tracking_uri: {config.storage} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
-        )
     ingest, download = config.ingest, config.download
     if config.scenes is not None:
         name = fingerprint(to_dict(config.scenes))[:16]
@@ -87,8 +84,17 @@ def tracking_uri(config: PipelineConfig) -> str:
 
 
 def tracking_uri_of(store: Store) -> str:
-    """Where MLflow keeps the records of a storage, unless its pipeline's configuration says otherwise."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
+    """Where MLflow keeps the records of a storage, unless its pipeline's configuration says otherwise.
+
+    Raises:
+        ConfigError: the storage is no folder, which could hold a database, and no server is named.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given and not store.is_local:
+        raise ConfigError(
+            f"tracking_uri: {store.root} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
+        )
+    return given or f"sqlite:///{store.root}/mlflow.db"
 
 
 def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:

@@ -161,3 +161,9 @@ def test_plan_prints_the_configuration_and_every_stage_and_starts_nothing(pairs:
 def test_help(command: str) -> None:
     result = unclip(command, "--help")
     assert result.returncode == 0 and "Usage:" in result.stdout and "--storage" in result.stdout
+
+
+def test_an_object_store_needs_a_server_for_mlflow(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", "gs://bucket/prefix")
+    assert_refused(result, "gs://bucket/prefix is no local folder", "MLFLOW_TRACKING_URI")
