@@ -42,6 +42,7 @@ def _local_lock(path: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(_whoami())
         file.flush()
+        files.sweep(str(path.parent))
         yield
 
 

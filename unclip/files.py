@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 from unclip.errors import StorageError
 
 T = TypeVar("T")
+_TEMPORARY = ".tmp"
 
 
 def locate(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -92,7 +93,7 @@ def write(uri: str, data: bytes) -> None:
 
 def _write_local(path: str, data: bytes) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -117,7 +118,15 @@ def names(uri: str) -> list[str]:
     """Names in a folder, sorted; nothing when it does not exist."""
     filesystem, path = locate(uri)
     selector = pafs.FileSelector(path, allow_not_found=True)
-    return sorted(info.base_name for info in patiently(uri, lambda: filesystem.get_file_info(selector)))
+    found = patiently(uri, lambda: filesystem.get_file_info(selector))
+    return sorted(info.base_name for info in found if not info.base_name.endswith(_TEMPORARY))
+
+
+def sweep(folder: str) -> None:
+    """Delete what writers that were killed left half done below a local folder; nobody may be writing there."""
+    for path in Path(folder).rglob(f"*{_TEMPORARY}"):
+        if re.search(rf"[.][0-9a-f]{{32}}{re.escape(_TEMPORARY)}$", path.name):
+            path.unlink(missing_ok=True)
 
 
 def delete(uri: str) -> None:

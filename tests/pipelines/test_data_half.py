@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 
+from pipelines.lock import lock
 from tasks import tables
+from tasks.store import Store
 from tests.pipelines.commands import call
 from unclip import clip, files
 
@@ -112,6 +114,8 @@ def kill_at(points: list[str], storage: Path, frozen_clip: str, armed: Path) -> 
         assert set(armed.iterdir()) < before, result.stdout + result.stderr
         assert "run the same command again" in result.stderr, result.stderr
     assert result.returncode == 0 and not list(armed.iterdir()), [path.read_text() for path in armed.iterdir()]
+    with lock(Store(str(storage))):  # whoever has it next clears up
+        assert not list(storage.rglob("*.tmp"))
 
 
 def facts_of(storage: object, stage: str) -> dict[str, Any]:

@@ -61,3 +61,13 @@ def test_an_object_store_is_asked_again_and_a_disk_is_not() -> None:
         files.patiently("/a/file", lambda: fail_twice("disk"))
     with pytest.raises(FileNotFoundError):
         files.patiently("s3://bucket/none", lambda: open("/nowhere/at/all").close())
+
+
+def test_what_a_killed_writer_left_is_not_seen_and_swept(tmp_path: Path) -> None:
+    left = tmp_path / "folder" / f"data.json.{'0a' * 16}.tmp"
+    files.write(str(tmp_path / "folder" / "data.json"), b"{}")
+    left.write_bytes(b"half")
+    (tmp_path / "folder" / "mine.tmp").write_bytes(b"not ours")
+    assert files.names(str(tmp_path / "folder")) == ["data.json"]
+    files.sweep(str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["data.json", "mine.tmp"]
