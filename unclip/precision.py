@@ -19,4 +19,5 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies matrices faster in bf16 than in float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_amx_tile_supported())  # bf16 without matrix tiles is slower than float32 here
+    # Without instructions of its own for it, a CPU is slower in bf16.
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
