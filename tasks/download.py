@@ -80,7 +80,7 @@ class DownloadConfig:
     max_crawl_delay_seconds: float = 2.0
     """A robots.txt that wants more time than this between two requests gets this much."""
     opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "none")
-    """What in an X-Robots-Tag header forbids a picture. TDM-Reservation is respected whatever is here."""
+    """What in an X-Robots-Tag header forbids a picture. The other ways of `tasks.opt_outs` are respected whatever is here."""
     timeout_seconds: float = 10.0
     """Wall time for one URL, redirects and retries included, waiting for robots.txt and for a place at the host not."""
     connect_timeout_seconds: float = 5.0

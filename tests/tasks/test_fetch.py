@@ -23,8 +23,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tasks import fetch, robots, rows
-from tasks.fetch import Fetcher, is_public, opted_out, wait_asked
+from tasks import fetch, opt_outs, robots, rows
+from tasks.fetch import Fetcher, is_public, wait_asked
+from tasks.opt_outs import opted_out
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -444,6 +445,7 @@ def test_an_untrusted_certificate_is_refused() -> None:
 
 
 TAG, TDM = "X-Robots-Tag: ", "TDM-Reservation: "
+USAGE, SIGNAL = "Content-Usage: ", "Content-Signal: "
 HEADERS = {
     TAG + "noai": True,
     TAG + "NoAI": True,
@@ -526,6 +528,50 @@ HEADERS = {
     TAG + "otherbot: noindex, noai": False,
     TAG + "unclip: noindex, otherbot: noai": False,
     TAG + "otherbot: unavailable_after: Fri, 25 Jun 2010 15:00:00 GMT, noai": False,
+    USAGE + "train-ai=n": True,
+    USAGE + "ai=n": True,
+    USAGE + "bots=n": True,
+    USAGE + "search=y, train-ai=n": True,
+    USAGE + "train-ai=n;exact;since=2025, search=y": True,
+    USAGE + "train-ai=y, train-ai=n": True,
+    USAGE + "train-ai=n, train-ai=y": True,
+    USAGE + "train-ai=y\r\n" + USAGE + "ai=n": True,
+    USAGE + "search=y,\r\n train-ai=n": True,
+    USAGE + "train-ai": True,
+    USAGE + "train-ai=?0": True,
+    USAGE + 'train-ai="y"': True,
+    USAGE + "train-ai=Y": True,
+    USAGE + "train-ai=no": True,
+    USAGE + "train-ai=(y n)": True,
+    USAGE + "Train-AI=n": True,
+    USAGE + "train-ai = n": True,
+    USAGE + "search=y train-ai=n": True,
+    USAGE + "search=y;": True,
+    USAGE + 'search="y': True,
+    USAGE + "search=y,": True,
+    USAGE + "<none>": True,
+    "content-usage:train-ai=n": True,
+    USAGE + "": False,
+    USAGE + "train-ai=y": False,
+    USAGE + "ai=y;exact, search=n": False,
+    USAGE + "search=n": False,
+    USAGE + 'note="a, train-ai=n", train-ai=y': False,
+    USAGE + 'other=(a "b" 1);q=0.5, new=?1, date=@1700000000, bytes=:YQ==:, flag': False,
+    SIGNAL + "ai-train=no": True,
+    SIGNAL + "search=yes,ai-train=no": True,
+    SIGNAL + "search=yes, ai-train = no , use=reference": True,
+    SIGNAL + "AI-Train=No": True,
+    SIGNAL + "ai-train=yes\r\n" + SIGNAL + "ai-train=no": True,
+    SIGNAL + "ai-train=maybe": True,
+    SIGNAL + "ai-train": True,
+    SIGNAL + "search=yes; ai-train=no": True,
+    SIGNAL + "search=yes ai-train=no": True,
+    SIGNAL + "search=yes,": True,
+    SIGNAL + "": False,
+    SIGNAL + "ai-train=yes": False,
+    SIGNAL + "search=no, ai-input=no, ai-train=yes": False,
+    SIGNAL + "search=no": False,
+    "Content-Signals: ai-train=no": False,
     "X-Robots: noai": False,
     "Robots: noai": False,
 }
@@ -538,6 +584,21 @@ def test_t12_opt_out_headers_are_respected(headers: str) -> None:
     with raw_server(lambda connection: connection.sendall(answer)) as (address, _):
         found = outcome(f"http://{address}/", fetcher(allow_hosts=(address,)))
     assert found == ("opted_out" if HEADERS[headers] else "ok")
+
+
+def test_t12_hostile_preferences_take_no_time() -> None:
+    for text in (
+        "a" * 60_000,
+        "a=(" * 20_000,
+        "a;" * 30_000,
+        'a="' + "\\" * 60_000,
+        "a=1 ," * 12_000,
+        "a=" + "9" * 60_000 + ".",
+    ):
+        started = time.process_time()
+        opt_outs.usage_refused(text), opt_outs.signal_refused(text)
+        opt_outs.preferences(f"User-agent: *\nContent-Usage: /{text} train-ai=n\n" * 5, "unclip")
+        assert time.process_time() - started < 5
 
 
 def test_t12_directives_are_a_setting() -> None:
@@ -572,11 +633,33 @@ ROBOTS = {
     b"#" * 499_999: "ok",
     b"#" * 500_001: "robots_unreachable",
     b"User-agent: *\nDisallow: /" + b"*a" * 5000 + b"*b$\n": "ok",
+    b"User-agent: *\nContent-Signal: search=yes,ai-train=no\nAllow: /\n": "opted_out",
+    b"User-agent: *\nContent-Usage: train-ai=n\n": "opted_out",
+    b"User-agent: *\nContent-Usage train-ai=n\n": "opted_out",
+    b"User-agent: *\nContent-Usage: unreadable;\n": "opted_out",
+    b"User-agent: *\nContent-Usage: *.jpg train-ai=n\n": "opted_out",
+    b"CONTENT-SIGNAL: ai-train=no # everywhere\nUser-agent: unclip\nAllow: /": "opted_out",
+    b"User-agent: a\nUser-agent: unclip\nContent-Signal: ai-train=no\n\nUser-agent: b\nAllow: /\n": "opted_out",
+    b"User-agent: UnCLIP/2.0\nContent-Usage: ai=n": "opted_out",
+    b"User-agent: unclip\nAllow: /\n\nUser-agent: *\nDisallow:\n\nUser-agent: unclip\nContent-Usage: ai=n": "opted_out",
+    b"User-agent: *\nContent-Usage: /pictures/ train-ai=n\nContent-Usage: train-ai=y": "opted_out",
+    b"User-agent: *\nContent-Usage: train-ai=y\nContent-Usage: ai=n": "opted_out",
+    b"User-agent: *\nContent-Usage: /*.jpg$ train-ai=n": "opted_out",
+    b"User-agent: *\nContent-Signal: /pic%74ures ai-train=no": "opted_out",
+    b"User-agent: *\nContent-Usage: /" + b"*a" * 5000 + b"*b$ train-ai=n\n": "ok",
+    b"User-agent: *\nContent-Usage: /pictures/ train-ai=y\nContent-Usage: train-ai=n": "ok",
+    b"User-agent: *\nContent-Signal: /private ai-train=no": "ok",
+    b"User-agent: *\nContent-Usage: /*.png$ train-ai=n": "ok",
+    b"User-agent: *\nContent-Usage: /pictures$ train-ai=n": "ok",
+    b"User-agent: *\nContent-Signal: search=no,ai-train=yes": "ok",
+    b"User-agent: otherbot\nContent-Signal: ai-train=no\n\nUser-agent: *\nAllow: /": "ok",
+    b"User-agent: *\nContent-Signal: ai-train=no\n\nUser-agent: unclip\nAllow: /": "ok",
+    b"# Content-Signal: ai-train=no\nUser-agent: *\nAllow: /": "ok",
 }
 
 
-@pytest.mark.parametrize("body", ROBOTS, ids=lambda body: repr(body[:40]))
-def test_robots_txt_is_obeyed(body: bytes, outside: None) -> None:
+@pytest.mark.parametrize("body", ROBOTS, ids=lambda body: repr(body[:60]))
+def test_t12_robots_txt_is_obeyed(body: bytes, outside: None) -> None:
     with serve({"/robots.txt": (200, {}, body)}) as server:
         found = outcome(f"http://{server.address}/pictures/a.jpg", fetcher(respect_robots=True))
         assert server.asked["/robots.txt"] == 1
