@@ -3,7 +3,9 @@ import gzip
 import io
 import json
 import os
+import queue
 import random
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import tables
+from tasks import parquet_list, tables
 from tasks.ingest import (
     MAX_LINE_CHARACTERS,
     IngestConfig,
@@ -25,6 +27,7 @@ from tasks.ingest import (
     read,
 )
 from tasks.normalise import normalise_caption, normalise_url
+from tasks.sandbox import Limits, Sandbox
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.tracking import Tracker
 from unclip import files
@@ -490,7 +493,7 @@ def claiming(num_rows: int) -> bytes:
     return data[:start] + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
-def test_t13_a_footer_that_claims_what_the_file_cannot_hold(tmp_path: Path) -> None:
+def test_f28_t13_a_footer_that_claims_what_the_file_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "list.parquet"
     nulls = pa.table({name: pa.nulls(1_000_001, pa.string()) for name in ("url", "caption")})
     long = pa.table({"url": ["http://a"], "caption": ["x" * 70_000_000]})
@@ -591,7 +594,7 @@ WRITERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("writer", WRITERS, ids=str)
 @pytest.mark.parametrize("checksums", [True, False])
-def test_t13_damaged_parquet_is_refused_or_read_as_it_was(
+def test_f28_t13_damaged_parquet_is_refused_or_read_as_it_was(
     tmp_path: Path, writer: dict[str, Any], checksums: bool
 ) -> None:
     """Without checksums in its pages a changed letter cannot be told from a right one, but it still crashes nothing."""
@@ -652,20 +655,15 @@ class Deserialised(pa.ExtensionType):
         return cls()
 
 
-@pytest.mark.parametrize("name_length", range(3))
-def test_t13_metadata_of_extension_types_is_not_interpreted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name_length: int
+def test_f28_t13_metadata_of_extension_types_is_not_interpreted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker, path = tmp_path / "marker", tmp_path / "list.parquet"
     monkeypatch.setenv("UNCLIP_TEST_MARKER", str(marker))
     pa.register_extension_type(Deserialised())
     try:
         extra = pa.ExtensionArray.from_storage(Deserialised(), pa.array(["x"]))
-        table = pa.table({"url": ["http://a"], "caption": ["b"], "i" * (1 + name_length): extra})
-        table = table.replace_schema_metadata(
-            {"shift": "x" * name_length}
-        )  # where it starts decides how base64 writes it
-        pq.write_table(table, path)
+        pq.write_table(pa.table({"url": ["http://a"], "caption": ["b"], "id": extra}), path)
         marker.unlink(missing_ok=True)
         with pytest.raises(InputError, match="extension type"):
             check_source(IngestConfig(str(path)))
@@ -674,6 +672,70 @@ def test_t13_metadata_of_extension_types_is_not_interpreted(
         assert marker.exists(), "opening the file would have run it"
     finally:
         pa.unregister_extension_type("unclip.test")
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sandbox]]:
+    """The children that are started for this test alone; they may have 64 MiB and a second."""
+    started: list[Sandbox] = []
+
+    def start(function: Callable[[bytes], bytes], limits: Limits) -> Sandbox:
+        started.append(Sandbox(function, limits=limits))
+        return started[-1]
+
+    monkeypatch.setattr(parquet_list, "_idle", queue.SimpleQueue())
+    monkeypatch.setattr(parquet_list, "Sandbox", start)
+    monkeypatch.setattr(parquet_list, "LIMITS", Limits(wall_seconds=1.0, memory_bytes=1 << 26))
+    yield started
+    for sandbox in started:
+        sandbox.close()
+
+
+def test_f28_t13_a_list_that_ends_its_reader_is_named(tmp_path: Path, readers: list[Sandbox]) -> None:
+    path = tmp_path / "list.parquet"
+    pq.write_table(pairs_table(10), path)
+    for number, message in (
+        (signal.SIGSEGV, "the process that read it died of it"),
+        (
+            signal.SIGKILL,
+            "reading it takes more than 67,108,864 bytes of memory",
+        ),  # the kernel, when there is none left
+        (signal.SIGSTOP, "reading it takes more than 1 s at a time"),
+    ):
+        assert len(listed(path)) == 10, "the next list has another reader"
+        [pid] = readers[0].pids
+        os.kill(pid, number)
+        with pytest.raises(InputError, match=rf"list\.parquet cannot be read: {message}"):
+            listed(path)
+        assert readers[0].pids != [pid] and len(readers) == 1
+
+
+def test_f28_t13_a_list_that_wants_much_memory_costs_the_driver_none(tmp_path: Path, readers: list[Sandbox]) -> None:
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"url": ["http://a"], "caption": ["x" * 60_000_000]}), path, compression="zstd")
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(InputError, match=r"list\.parquet cannot be read: .*more than 67,108,864 bytes of memory"):
+        listed(path)
+    assert pa.default_memory_pool().max_memory() == before
+
+
+def test_t13_lists_that_are_read_at_once_have_readers_of_their_own(tmp_path: Path, readers: list[Sandbox]) -> None:
+    for name in "ab":
+        pq.write_table(
+            pa.table({"url": [f"http://{name}/{i}" for i in range(9)], "caption": [name] * 9}), tmp_path / name
+        )
+        (tmp_path / name).rename(tmp_path / f"{name}.parquet")
+    for _ in range(2):
+        both = zip(*(read(IngestConfig(str(tmp_path / f"{name}.parquet"))) for name in "ab"), strict=True)
+        assert [[row.caption for row in pair] for pair in both] == [["a", "b"]] * 9
+    assert len(readers) == 2
+
+
+def test_t13_many_long_captions_come_in_pieces(tmp_path: Path) -> None:
+    captions = [f"{number} " + "x" * 70_000 for number in range(600)]  # more than one reply holds
+    pq.write_table(pa.table({"url": ["http://a"] * 600, "caption": captions}), tmp_path / "list.parquet")
+    found = [row.caption for row in listed(tmp_path / "list.parquet")]
+    assert found == [caption[: parquet_list.MAX_TEXT_BYTES] for caption in captions]
 
 
 def test_t13_extension_types_that_parquet_itself_declares_are_refused(tmp_path: Path) -> None:
