@@ -65,8 +65,11 @@ def read(uri: str) -> bytes:
     return patiently(uri, action)
 
 
-def write(uri: str, data: bytes) -> None:
+def write(uri: str, data: bytes, replace: bool = True) -> None:
     """Write bytes so that readers see all of them or none; missing folders are made.
+
+    Args:
+        replace: if not, a local file that is there already stays, also when somebody else writes it at this moment.
 
     Raises:
         StorageError: the disk is full, the folder cannot be written, the store does not answer.
@@ -76,7 +79,7 @@ def write(uri: str, data: bytes) -> None:
 
     def action() -> None:
         if isinstance(filesystem, pafs.LocalFileSystem):
-            _write_local(path, data)
+            _write_local(path, data, os.replace if replace else _link)
             return
         with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(data)
@@ -91,7 +94,7 @@ def write(uri: str, data: bytes) -> None:
     failpoint("after", uri)
 
 
-def _write_local(path: str, data: bytes) -> None:
+def _write_local(path: str, data: bytes, place: Callable[[str, str], None]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     try:
@@ -100,10 +103,19 @@ def _write_local(path: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         failpoint("within", path)
-        os.replace(temporary, path)
+        place(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _link(temporary: str, path: str) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path)
 
 
 def read_json(uri: str) -> Any:
