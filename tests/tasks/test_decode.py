@@ -155,6 +155,22 @@ def test_the_largest_picture_of_each_mode_fits_into_a_child(decoder: Decoder) ->
         assert isinstance(outcome(decoder, encoded(image, "PNG", compress_level=1)), Picture), mode
 
 
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_f19_of_ten_thousand_frames_the_first_is_stored(decoder: Decoder, kind: str) -> None:
+    first, second = Image.new("L", (8, 8), 200), Image.new("L", (8, 8), 20)
+    data = encoded(first, kind, save_all=True, append_images=[second, first] * 4999 + [second], lossless=True)
+    assert Image.open(io.BytesIO(data)).n_frames == 10_000  # type: ignore[attr-defined]
+    [child] = decoder.pids
+    before = cpu_seconds(child)
+    assert decoder.decode(data).jpg == decoder.decode(encoded(first, "PNG")).jpg
+    assert cpu_seconds(child) - before < 1, "the other frames were decoded, too"
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def mutant(seeds: list[bytes], source: random.Random) -> bytes:
     """A seed with bytes changed, cut out, repeated, or taken from another seed."""
     data = bytearray(source.choice(seeds))
