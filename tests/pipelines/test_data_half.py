@@ -166,7 +166,7 @@ def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_ta
     assert not files.exists(f"{storage}/lease.json")
 
 
-def test_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
+def test_f29_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
     undisturbed: Path, frozen_clip: str, tmp_path: Path
 ) -> None:
     kill_at(FEW, tmp_path / "storage", frozen_clip, tmp_path / "armed")
@@ -175,7 +175,7 @@ def test_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_at_every_commit_point_it_ends_with_the_same_tables(
+def test_f29_killed_at_every_commit_point_it_ends_with_the_same_tables(
     undisturbed: Path, frozen_clip: str, tmp_path: Path
 ) -> None:
     kill_at(ALL, tmp_path / "storage", frozen_clip, tmp_path / "armed")
@@ -183,7 +183,9 @@ def test_killed_at_every_commit_point_it_ends_with_the_same_tables(
 
 
 # The last, since it changes the storage that the others compare with.
-def test_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(undisturbed: Path, frozen_clip: str) -> None:
+def test_f34_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(
+    undisturbed: Path, frozen_clip: str
+) -> None:
     before = facts_of(undisturbed, "download")
     printed = refresh(undisturbed, frozen_clip, "--set", "scenes.num_images=101")
     fetched, embedded = facts_of(undisturbed, "download")["fetched_now"], facts_of(undisturbed, "embed")["embedded_now"]

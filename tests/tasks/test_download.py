@@ -131,7 +131,7 @@ def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: 
     assert failed["jpg"].null_count == failed.num_rows == 12
 
 
-def test_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path) -> None:
+def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path) -> None:
     scenes = ScenesConfig(num_images=20, side=16, broken=0, port=free_port())
     longer = dataclasses.replace(scenes, num_images=26)
     with scene_server.serve(longer) as server:
@@ -166,7 +166,7 @@ execute(Call(download, config), run(Path({storage!r})), [run_ingest(Path({storag
 """
 
 
-def test_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Path) -> None:
+def test_f36_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Path) -> None:
     import ray
 
     scenes = ScenesConfig(num_images=400, side=16, broken=0.005, port=free_port())

@@ -342,7 +342,7 @@ def test_public_addresses_are_allowed(address: str) -> None:
     assert is_public(address)
 
 
-def test_addresses_are_checked_all_and_resolved_once() -> None:
+def test_f9_t4_addresses_are_checked_all_and_resolved_once() -> None:
     answers = [["8.8.8.8", "127.0.0.1"], ["127.0.0.1"]]
     calls: list[str] = []
 
@@ -360,7 +360,7 @@ def test_addresses_are_checked_all_and_resolved_once() -> None:
      "http://user:secret@8.8.8.8/", "http://8.8.8.8:0/", "http://8.8.8.8:99999/", "http://[::1/", "http://a..b/", "",
      "http://8.8.8.8/a\r\nHost: b", "http://8.8\t.8.8/", "\x00http://8.8.8.8/", "http://8.8.8.8/\x7f"],
 )  # fmt: skip
-def test_what_is_no_web_address_is_refused(url: str) -> None:
+def test_f12_t1_what_is_no_web_address_is_refused(url: str) -> None:
     assert reason(url) == "bad_url"
 
 
@@ -398,13 +398,14 @@ def test_a_sound_answer_is_fetched_with_an_honest_request() -> None:
     ],
 )
 def test_a_broken_answer_has_its_reason(answer: bytes, expected: str) -> None:
+    """F4, F6, F8, F12, F14."""
     assert fetch_from(answer) == expected
 
 
 @pytest.mark.parametrize(
     "start", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"]
 )
-def test_dripping_bytes_do_not_hold_a_thread(start: bytes) -> None:
+def test_f2_dripping_bytes_do_not_hold_a_thread(start: bytes) -> None:
     def drip(connection: socket.socket) -> None:
         connection.sendall(start)
         for _ in range(40):
@@ -416,13 +417,13 @@ def test_dripping_bytes_do_not_hold_a_thread(start: bytes) -> None:
     assert time.monotonic() - started < 1.2
 
 
-def test_a_name_server_that_hangs_does_not_hold_a_thread() -> None:
+def test_f9_a_name_server_that_hangs_does_not_hold_a_thread() -> None:
     started = time.monotonic()
     assert reason("http://slow.example/", resolve=lambda *_, **__: time.sleep(3), timeout_seconds=0.3) == "timeout"
     assert time.monotonic() - started < 1
 
 
-def test_no_address_and_no_listener() -> None:
+def test_f9_no_address_and_no_listener() -> None:
     def unknown(*_: Any, **__: Any) -> Any:
         raise socket.gaierror("unknown")
 
@@ -432,14 +433,14 @@ def test_no_address_and_no_listener() -> None:
     assert reason(f"http://{address}/", allow_hosts=(address,)) == "connect_error"
 
 
-def test_server_errors_are_tried_again_and_missing_pages_are_not() -> None:
+def test_f10_server_errors_are_tried_again_and_missing_pages_are_not() -> None:
     for status, attempts in (("503 Busy", 3), ("404 Not Found", 1)):
         with raw_server(lambda c, s=status: c.sendall(f"HTTP/1.1 {s}\r\n\r\n".encode())) as (address, requests):  # type: ignore[misc]
             assert reason(f"http://{address}/", allow_hosts=(address,), retries=2) == f"http_{status[:3]}"
         assert len(requests) == attempts
 
 
-def test_an_untrusted_certificate_is_refused() -> None:
+def test_f11_what_is_no_tls_is_refused() -> None:
     with raw_server(lambda c: c.sendall(b"not TLS at all")) as (address, _):
         assert reason(f"https://{address}/", allow_hosts=(address,)) == "connect_error"
 
@@ -1008,6 +1009,12 @@ def test_faults_of_servers_have_their_reasons(answer: bytes | Callable[[socket.s
 def test_f7_only_plain_bytes_are_taken(coding: str, expected: str) -> None:
     with serve({"/a": (200, {"Content-Encoding": coding}, b"body")}) as server:
         assert outcome(f"http://{server.address}/a", fetcher(allow_hosts=(server.address,))) == expected
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json", "image/png", "", "\xff", "image/svg+xml"])
+def test_f13_what_a_server_calls_the_bytes_does_not_matter(kind: str) -> None:
+    with serve({"/a": (200, {"Content-Type": kind}, b"body")}) as server:
+        assert outcome(f"http://{server.address}/a", fetcher(allow_hosts=(server.address,))) == "ok"
 
 
 def test_f1_a_silent_server_delays_no_other_row() -> None:

@@ -15,7 +15,7 @@ def rows(*keys: str) -> pa.Table:
     return pa.table({name: list(values) for name, values in columns.items()}, SCHEMA)
 
 
-def test_parts_appear_with_their_commit_and_stay_in_their_version(tmp_path: Path) -> None:
+def test_f33_parts_appear_with_their_commit_and_stay_in_their_version(tmp_path: Path) -> None:
     table = str(tmp_path / "images")
     assert tables.version(table) is None
     first = tables.write_part(table, "p1", rows("d", "b"))
