@@ -71,9 +71,11 @@ def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
     """Write rows as the Parquet file `name` (no extension) into the table's folder; if it is there already, that one counts."""
     part = find_part(table_uri, name)
     if part is None:
-        storage.write(f"{table_uri}/{name}.parquet", parquet_bytes(table), replace=False)
-        part = find_part(table_uri, name)  # perhaps that of an attempt which was given up and ended after all
-        assert part is not None, f"{table_uri}/{name}.parquet is gone"
+        data = parquet_bytes(table)
+        if storage.write(f"{table_uri}/{name}.parquet", data, replace=False):
+            return _describe(f"{name}.parquet", data)
+        part = find_part(table_uri, name)  # that of an attempt which was given up and ended after all
+        assert part is not None, f"{table_uri}/{name}.parquet came and went"
     return part
 
 

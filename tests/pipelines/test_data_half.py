@@ -1,7 +1,9 @@
 """The stages that make a dataset, whole: grown, with rows taken down, in an object store, killed at their commit points."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +45,14 @@ ALL = [
     for moment in ("before", "within", "after")
     if moment != "within" or "_log" not in path
 ]
+
+
+LOST = [
+    ("CoreWorkerService", "PushTask"),
+    ("NodeManagerService", "RequestWorkerLease"),
+    ("NodeManagerService", "ReturnWorkerLease"),
+]
+"""Messages of Ray that may be lost."""
 
 
 def unclip(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -180,6 +190,87 @@ def test_f29_killed_at_every_commit_point_it_ends_with_the_same_tables(
 ) -> None:
     kill_at(ALL, tmp_path / "storage", frozen_clip, tmp_path / "armed")
     assert content(tmp_path / "storage") == content(undisturbed)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Processes below a process, and their command lines."""
+    parents, found = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {each: found[each] for each in below - {pid} if each in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["raylet/raylet", "gcs/gcs_server"])
+def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_goes_on(
+    undisturbed: Path, frozen_clip: str, tmp_path: Path, part: str
+) -> None:
+    storage = tmp_path / "storage"
+    command = ["refresh", "tiny", "--storage", str(storage), "--set", f"clip.model={frozen_clip}", *OPTIONS]
+    command += ["--set", "download.shard_size=5", "--set", "download.tasks_in_flight=1"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", *command],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        while not list(storage.glob("images/*/*.parquet")):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        [victim] = [pid for pid, line in descendants(process.pid).items() if line.partition(" ")[0].endswith(part)]
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(timeout=300) not in (0, None), log.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert not list(storage.glob("images/*/_delta_log/*.json")), "what was fetched is not committed yet"
+    assert "killed" in call("status", "--storage", storage).stdout or "run the same command again" in log.read_text()
+    refresh(storage, frozen_clip)
+    assert content(storage) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f39_when_there_is_no_memory_for_tasks_the_run_ends_and_the_next_one_goes_on(
+    undisturbed: Path, frozen_clip: str, tmp_path: Path
+) -> None:
+    """Ray's monitor kills every task, since it may use next to nothing of the machine."""
+    storage = tmp_path / "storage"
+    arguments = ["refresh", "tiny", "--storage", storage, "--set", f"clip.model={frozen_clip}", *OPTIONS]
+    nothing = {
+        "RAY_memory_usage_threshold": "0.001",
+        "RAY_memory_monitor_refresh_ms": "100",
+        "RAY_task_oom_retries": "1",
+    }
+    result = unclip(*arguments, **nothing)
+    assert result.returncode == 1 and "run the same command again" in result.stderr, result.stdout + result.stderr
+    refresh(storage, frozen_clip)
+    assert content(storage) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f39_a_small_object_store_is_enough(undisturbed: Path, frozen_clip: str, tmp_path: Path) -> None:
+    """Pictures and embeddings go to the storage, not through Ray."""
+    refresh(tmp_path, frozen_clip, RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES=str(80 << 20))
+    assert content(tmp_path) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f40_when_ray_loses_messages_the_tables_are_the_same(
+    undisturbed: Path, frozen_clip: str, tmp_path: Path
+) -> None:
+    rare = {"num_failures": -1, "req_failure_prob": 10, "resp_failure_prob": 10, "in_flight_failure_prob": 5}
+    chaos = {f"{service}.grpc_client.{method}": rare for service, method in LOST}
+    refresh(tmp_path, frozen_clip, RAY_testing_rpc_failure=json.dumps(chaos))
+    assert content(tmp_path) == content(undisturbed)
 
 
 # The last, since it changes the storage that the others compare with.

@@ -499,7 +499,8 @@ def test_f38_a_shard_that_hangs_every_time_ends_the_stage(cluster: None, tmp_pat
 def test_f38_what_a_task_that_was_given_up_makes_in_the_end_changes_nothing(tmp_path: Path) -> None:
     table = pa.table({"key": ["a"], "jpg": [b"first"]})
     part = tables.write_part(str(tmp_path), "part", table)
-    files.write(f"{tmp_path}/part.parquet", b"the late one, which had looked before there was a part", replace=False)
+    late = b"looked before there was a part, and comes after it"
+    assert not files.write(f"{tmp_path}/part.parquet", late, replace=False)
     assert tables.find_part(str(tmp_path), "part") == part
     assert tables.read_file(f"{tmp_path}/part.parquet").equals(table)
     assert [path.name for path in tmp_path.iterdir()] == ["part.parquet"]
