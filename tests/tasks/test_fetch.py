@@ -942,6 +942,16 @@ def test_f10_what_may_pass_is_tried_again() -> None:
         assert len(requests) == 5
 
 
+def test_f10_a_host_that_does_not_answer_costs_one_deadline_however_many_rows_it_has(outside: None) -> None:
+    """Its robots.txt is asked for once in five minutes, and what comes of that holds for all rows."""
+    with serve(seconds=1.0) as silent, serve() as other:
+        by = fetcher(respect_robots=True, timeout_seconds=0.4)
+        urls = [f"http://{silent.address}/{number}" for number in range(60)]
+        found = outcomes([*urls, f"http://{other.address}/"], by, threads=4)
+        assert found == ["timeout"] * 60 + ["ok"]
+        assert silent.connections == 1
+
+
 def reset(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
