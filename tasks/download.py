@@ -353,14 +353,18 @@ def run_in_lanes(
     running: dict[ray.ObjectRef, _Attempt] = {}
     made: list[Any] = []
     failure: Exception | None = None
+    next_look = time.monotonic()
     while True:
         while failure is None and len(running) < limit and waiting:
             place, attempt_number = heapq.heappop(waiting)
             running[start(lanes[place[1]][place[2]])] = _Attempt(place, attempt_number)
         if not running:
             break
-        done, _ = ray.wait(list(running), timeout=min(stall_seconds / 4, _LONGEST_WAIT_SECONDS))
-        hung = [] if done else [task for task in running if _hangs(running[task], lanes, pulse, stall_seconds)]
+        done, others = ray.wait(list(running), timeout=max(0.0, next_look - time.monotonic()))
+        hung: list[ray.ObjectRef] = []
+        if time.monotonic() >= next_look:
+            hung = [task for task in others if _hangs(running[task], lanes, pulse, stall_seconds)]
+            next_look = time.monotonic() + min(stall_seconds / 4, _LONGEST_WAIT_SECONDS)
         for task in hung:
             if not running[task].is_ended:
                 running[task].is_ended = True
