@@ -210,6 +210,7 @@ def descendants(pid: int) -> dict[int, str]:
 def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_goes_on(
     undisturbed: Path, frozen_clip: str, tmp_path: Path, part: str
 ) -> None:
+    """Without the GCS what runs goes on for a minute; then Ray ends the run."""
     storage = tmp_path / "storage"
     command = ["refresh", "tiny", "--storage", str(storage), "--set", f"clip.model={frozen_clip}", *OPTIONS]
     command += ["--set", "download.shard_size=5", "--set", "download.tasks_in_flight=1"]
@@ -232,7 +233,6 @@ def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_goes_on(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert not list(storage.glob("images/*/_delta_log/*.json")), "what was fetched is not committed yet"
     assert "killed" in call("status", "--storage", storage).stdout or "run the same command again" in log.read_text()
     refresh(storage, frozen_clip)
     assert content(storage) == content(undisturbed)
