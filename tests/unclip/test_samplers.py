@@ -345,7 +345,7 @@ def test_ddpm_is_that_of_diffusers(
     theirs = their_run(scheduler, diffusion, config.outputs_per_channel, generator=None)
     denoise = diffusion.denoiser(functools.partial(network, outputs=config.outputs_per_channel), clip_range=1.0)
     ours = samplers.ddpm(diffusion, denoise, X_T, 12, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
@@ -367,7 +367,7 @@ def test_ddpm_is_that_of_published_unclip_pipelines(variance: VarianceType, pred
         x_t = scheduler.step(output, int(t), x_t, before, generator).prev_sample
     denoise = diffusion.denoiser(functools.partial(network, outputs=config.outputs_per_channel), clip_range=1.0)
     ours = samplers.ddpm(diffusion, denoise, X_T, 25, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(ours, x_t, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, x_t, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -383,7 +383,7 @@ def test_ddim_is_that_of_diffusers(prediction: PredictionType, eta: float) -> No
     timesteps = scheduler.timesteps.tolist()
     denoise, generator = diffusion.denoiser(network), torch.Generator().manual_seed(5)
     ours = samplers.ddim(diffusion, denoise, X_T, timesteps, eta, generator)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -414,4 +414,4 @@ def test_heun_is_that_of_diffusers(prediction: PredictionType) -> None:
     sigmas = torch.cat([(1 / diffusion.alphas_cumprod[timesteps] - 1).sqrt(), torch.zeros(1)])
     scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])  # in double
     ours = samplers.heun(diffusion, diffusion.denoiser(network), X_T, timesteps)
-    torch.testing.assert_close(ours, their_run(scheduler, diffusion, scale=scale), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours, their_run(scheduler, diffusion, scale=scale), atol=1e-6, rtol=1e-6)
