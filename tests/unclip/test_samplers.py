@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unclip import samplers, schedules
 from unclip.diffusion import Denoised, Denoiser, DiffusionConfig, GaussianDiffusion, PredictionType, VarianceType
-from unclip.errors import ShapeError
+from unclip.errors import ConfigError, ShapeError
 
 MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
 ROOT = torch.tensor([[0.8, 0.0, 0.0], [0.3, 0.5, 0.0], [-0.2, 0.1, 0.3]], dtype=torch.float64)
@@ -265,6 +265,13 @@ def test_timesteps_can_be_given(name: samplers.SamplerName) -> None:
         for steps in (9, schedules.strided_timesteps(100, 9))
     )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("timesteps", [[], [5, 9], [5, 5], [10, 3], [3, -1]])
+def test_impossible_timesteps_are_refused(timesteps: list[int]) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(10))
+    with pytest.raises(ConfigError, match="num_steps: got"):
+        samplers.ddim(diffusion, gaussian_denoiser(diffusion), torch.randn(1, 3), timesteps)
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
