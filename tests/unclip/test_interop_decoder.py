@@ -198,7 +198,7 @@ def test_diffusers_upsamples_as_ours_do(tmp_path: Path, scale_shift_norm: bool, 
         level = torch.full((2,), 0.25)
         torch.testing.assert_close(fixed(six, t).sample, ours(x_t, t, low_res, level), atol=1e-4, rtol=1e-4)
     else:
-        with pytest.raises(ConfigError, match="noise_level: got 0.25"):
+        with pytest.raises(ConfigError, match="noise_level"):
             export_upsampler(ours, tmp_path / "one", noise_level=0.25)
 
 
