@@ -4,8 +4,8 @@ Everything is drawn for each picture by itself from a `torch.Generator`, and don
 
 Sources: Ramesh et al. 2022, section 2.1 (blur for the first upsampler, BSR for the second); Saharia et al. 2021 (SR3), for
 the blur; Zhang et al. 2021 (BSRGAN), section 3, for BSR: "Designing a practical degradation model for deep blind image
-super-resolution", whose light variant Rombach et al. 2022 (LDM) train with; Ho et al. 2021 (CDM), section 4.2, for noise that
-the network is told of.
+super-resolution", whose light variant Rombach et al. 2022 (LDM) train with. Noise that the network is told of is
+`diffusion.augment_condition`.
 
 Letters: B batch, C channels, H height, W width, K kernel side, N blocks of 8 x 8 pixels.
 """
@@ -150,20 +150,6 @@ def anisotropic_blur(images: Tensor, sigma_u: Tensor, sigma_v: Tensor, angle: Te
     padding = (kernel_size // 2,) * 4
     padded = F.pad(images, padding, mode="replicate").flatten(0, 1)[None]  # [1, BC, H + K - 1, W + K - 1]
     return F.conv2d(padded, weight, groups=batch * channels)[0].reshape(images.shape)
-
-
-def add_noise(images: Tensor, noise_level: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise each picture as much as its level says, the way the forward process does.
-
-    Args:
-        images: [B, C, H, W] in [-1, 1]; not changed.
-        noise_level: [B] standard deviation of the noise, in [0, 1); the signal is scaled so that the variance is kept.
-
-    Source: Ho et al. 2021 (CDM), section 4.2; Saharia et al. 2022 (Imagen), section 2.4 (a level for each picture).
-    """
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
-    level = noise_level.view(-1, 1, 1, 1)
-    return (1 - level**2).sqrt() * images + level * noise
 
 
 def bsr(images: Tensor, side: int, config: BSRConfig, generator: torch.Generator) -> Tensor:

@@ -15,10 +15,11 @@ from unclip import clip as clip_models
 from unclip.config import to_dict
 from unclip.data import Batch, decode_image
 from unclip.decoder import Decoder, DecoderConfig, Text, known_region, random_masks
-from unclip.degradations import add_noise, degrade, shrink
+from unclip.degradations import degrade, shrink
+from unclip.diffusion import augment_condition
 from unclip.embeddings import EmbeddingStatistics
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import ClipText, TextShape, TextTransformer
+from unclip.text import CaptionFeatures, ClipText, TextShape, TextTransformer
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 Tensors = dict[str, Tensor]
@@ -86,7 +87,7 @@ class DecoderObjective:
         self.model: Decoder = Decoder(config, embedding_dim, shape).to(memory_format=torch.channels_last)
         self.model.statistics.load_state_dict(statistics.state_dict())
         if clip is not None and isinstance(self.model.text, ClipText):
-            self.model.text.set_null(clip.encode_text(clip.tokenize([""])))
+            self.model.text.set_null(_caption_features(clip, clip.tokenize([""])))
         if clip is not None and isinstance(self.model.text, TextTransformer):
             self.model.text.set_null(clip.tokenize([""]))
         self._preview = self.prepare(preview)
@@ -94,15 +95,15 @@ class DecoderObjective:
     @staticmethod
     def columns(config: DecoderConfig) -> tuple[str, ...]:
         """Columns of the embeddings table that a decoder is trained on, besides the pictures."""
-        return ("image_embedding",) if config.text == "none" else ("image_embedding", "caption")
+        return ("image_embedding",) if config.text == "none" else ("image_embedding", "tokens")
 
     def prepare(self, batch: Batch) -> Tensors:
         tensors = {
             "images": load_images(batch["jpg"], self.config.unet.image_size),  # [B, 3, S, S]
             "image_embedding": _stack(batch["image_embedding"]),  # [B, E]
         }
-        if self.clip is not None and self.config.text != "none":
-            tensors["tokens"] = self.clip.tokenize(batch["caption"])  # [B, L]
+        if self.config.text != "none":
+            tensors["tokens"] = _stack(batch["tokens"]).long()  # [B, L]
         return tensors
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
@@ -140,11 +141,10 @@ class DecoderObjective:
         }
 
     def _text(self, tensors: Tensors) -> Text | None:
-        """What the decoder reads of the captions; CLIP is frozen, and runs where the decoder does."""
+        """What the decoder reads of the captions."""
         if self.config.text == "none" or self.clip is None:
             return None
-        tokens = tensors["tokens"]
-        return self.clip.to(tokens.device).encode_text(tokens) if self.config.text == "clip" else tokens
+        return _caption_features(self.clip, tensors["tokens"]) if self.config.text == "clip" else tensors["tokens"]
 
 
 class UpsamplerObjective:
@@ -164,8 +164,8 @@ class UpsamplerObjective:
         x0, low_res = self._crops(tensors["images"], generator)
         level = None
         if self.config.max_noise_level > 0:
-            level = self.config.max_noise_level * torch.rand(len(x0), generator=generator, device=x0.device)  # [B]
-            low_res = add_noise(low_res, level, generator)
+            levels = (0, self.config.max_noise_level)
+            low_res, level = augment_condition(self.model.diffusion, low_res, levels, generator)
         t, noise = _draw(x0, self.model.diffusion.num_timesteps, generator)
         return self.model.diffusion.loss(lambda x_t, t: network(x_t, t, low_res, level), x0, t, noise).mean()
 
@@ -236,6 +236,13 @@ def load_images(encoded: list[bytes], side: int) -> Tensor:
     """Stored JPEGs as float32 [B, 3, side, side] in [-1, 1], their central squares."""
     pixels = np.stack([decode_image(data, side) for data in encoded])  # [B, side, side, 3] uint8
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _caption_features(clip: clip_models.Clip, tokens: Tensor) -> CaptionFeatures:
+    """Tokens [B, L] as the frozen CLIP sees them, where they are, as exact as in sampling."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        text = clip.to(tokens.device).encode_text(tokens)
+    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_embedding)
 
 
 def _stack(rows: list[Any]) -> Tensor:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unclip.clip import TextFeatures
 from unclip.config import require
 from unclip.layers import TransformerBlock
 
@@ -46,6 +45,17 @@ class TextShape:
     """Number of token ids."""
 
 
+class CaptionFeatures(NamedTuple):
+    """A batch of captions as a frozen CLIP sees them, in the order in which the prior takes them."""
+
+    text_encodings: Tensor
+    """[B, L, W], the text encoder's last hidden states after its final norm."""
+    text_mask: Tensor
+    """[B, L] bool, True = keep."""
+    text_embedding: Tensor
+    """[B, E]."""
+
+
 class TextContext(NamedTuple):
     """A batch of captions as the U-Net reads it."""
 
@@ -73,31 +83,30 @@ class ClipText(nn.Module):
         self.register_buffer("null_mask", torch.ones(shape.length, dtype=torch.bool))  # [L]
         self.register_buffer("null_embedding", torch.zeros(embedding_dim))  # [E]
 
-    def set_null(self, text: TextFeatures) -> None:
+    def set_null(self, text: CaptionFeatures) -> None:
         """Remember what CLIP makes of the empty caption, a batch of one."""
         self.null_encodings.copy_(text.text_encodings[0])
         self.null_mask.copy_(text.text_mask[0])
         self.null_embedding.copy_(text.text_embedding[0])
 
-    def null(self, batch: int) -> TextFeatures:
+    def null(self, batch: int) -> CaptionFeatures:
         """The empty caption, `batch` times."""
-        return TextFeatures(
-            self.null_embedding.expand(batch, -1),
+        return CaptionFeatures(
             self.null_encodings.expand(batch, -1, -1),
             self.null_mask.expand(batch, -1),
+            self.null_embedding.expand(batch, -1),
         )
 
-    def forward(self, text: TextFeatures, drop: Tensor | None = None) -> TextContext:
+    def forward(self, text: CaptionFeatures, drop: Tensor | None = None) -> TextContext:
         """Args:
-        text: as `Clip.encode_text` gives it.
+        text: captions.
         drop: [B] bool, True = the empty caption instead, on all of its paths.
         """
         if drop is not None:
-            null = self.null(len(drop))
-            text = TextFeatures(
-                torch.where(drop[:, None], null.text_embedding, text.text_embedding),
-                torch.where(drop[:, None, None], null.text_encodings, text.text_encodings),
-                torch.where(drop[:, None], null.text_mask, text.text_mask),
+            text = CaptionFeatures(
+                torch.where(drop[:, None, None], self.null_encodings, text.text_encodings),
+                torch.where(drop[:, None], self.null_mask, text.text_mask),
+                torch.where(drop[:, None], self.null_embedding, text.text_embedding),
             )
         tokens = self.norm(self.to_context(text.text_encodings))  # [B, L, X]
         return TextContext(tokens, text.text_mask, self.to_time(text.text_embedding))
@@ -133,7 +142,7 @@ class TextTransformer(nn.Module):
         drop: [B] bool, True = the empty caption instead, on all of its paths.
         """
         if drop is not None:
-            tokens = torch.where(drop[:, None], self.null(len(drop)), tokens)
+            tokens = torch.where(drop[:, None], self.null_tokens, tokens)
         mask = text_mask(tokens)  # [B, L]
         x = self.embedding(tokens) + self.positions  # [B, L, W]
         for block in self.blocks:

@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 from unclip import guidance, samplers
 from unclip.config import require
-from unclip.degradations import DegradationConfig, add_noise
-from unclip.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion
+from unclip.degradations import DegradationConfig
+from unclip.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion, augment_condition
 from unclip.layers import TimestepMLP
 from unclip.unet import UNet, UNetConfig
-
-NOISE_LEVEL_SCALE = 1000.0
-"""Noise levels are embedded as timesteps are; this spreads [0, 1) over their range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +31,9 @@ class UpsamplerConfig:
     """Side of the output over side of the input."""
     degradation: DegradationConfig = DegradationConfig()
     """What is done to the low-resolution picture in training."""
-    max_noise_level: float = 0.0
-    """Largest standard deviation of noise on the low-resolution picture in training, drawn for each picture and told to the
-    network, so that it can be chosen at sampling; pixels are in [-1, 1]. 0 for a network that knows of none."""
+    max_noise_level: int = 0
+    """Noise on the low-resolution picture in training: that of a timestep of `diffusion` up to this one, drawn for each
+    picture and told to the network, so that it can be chosen at sampling. 0 for a network that knows of none."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The diffusion process."""
 
@@ -51,7 +48,8 @@ class UpsamplerConfig:
             self.unet.image_size,
             f"a crop of at most {self.output_size} pixels that is a multiple of {self.scale}",
         )
-        require(0 <= self.max_noise_level < 1, "max_noise_level", self.max_noise_level, "at least 0 and below 1")
+        num_timesteps = self.diffusion.num_timesteps
+        require(0 <= self.max_noise_level < num_timesteps, "max_noise_level", self.max_noise_level, "a timestep")
 
     @property
     def output_size(self) -> int:
@@ -65,8 +63,7 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = config
         self.diffusion = GaussianDiffusion(config.diffusion)
-        learned_variance = getattr(config.diffusion, "variance", None) == "learned_range"
-        self.unet = UNet(config.unet, in_channels=6, out_channels=6 if learned_variance else 3)
+        self.unet = UNet(config.unet, in_channels=6, out_channels=3 * config.diffusion.outputs_per_channel)
         self.noise_level_embedding: TimestepMLP | None = None
         if config.max_noise_level > 0:
             self.noise_level_embedding = TimestepMLP(config.unet.channels, config.unet.time_dim)
@@ -78,7 +75,7 @@ class Upsampler(nn.Module):
             x_t: [B, 3, S, S].
             t: [B] int64.
             low_res: [B, 3, s, s], noised already where its level says so.
-            noise_level: [B] standard deviation of that noise; None for none.
+            noise_level: [B] int64, the timestep that it was noised to; None for 0.
 
         Returns:
             [B, 3, S, S]; [B, 6, S, S] where the diffusion learns its variance.
@@ -86,8 +83,7 @@ class Upsampler(nn.Module):
         upsampled = F.interpolate(low_res, size=x_t.shape[-2:], mode="bicubic", antialias=True)  # [B, 3, S, S]
         vector = None
         if self.noise_level_embedding is not None:
-            level = x_t.new_zeros(len(x_t)) if noise_level is None else noise_level
-            vector = self.noise_level_embedding(level * NOISE_LEVEL_SCALE)  # [B, D]
+            vector = self.noise_level_embedding(torch.zeros_like(t) if noise_level is None else noise_level)  # [B, D]
         return self.unet(torch.cat([x_t, upsampled], dim=1), t, vector)  # type: ignore[no-any-return]
 
     def denoiser(self, low_res: Tensor, noise_level: Tensor | None = None) -> Denoiser:
@@ -100,14 +96,14 @@ class Upsampler(nn.Module):
         low_res: Tensor,
         *,
         num_steps: int = 27,
-        noise_level: float = 0.0,
+        noise_level: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw pictures [B, 3, s * scale, s * scale] in [-1, 1] by DDIM.
 
         Args:
             low_res: [B, 3, s, s] in [-1, 1]; not changed.
-            noise_level: standard deviation of the noise put on low_res first: more hides more of its faults, and of it.
+            noise_level: timestep that low_res is noised to first: a later one hides more of its faults, and of itself.
 
         Raises:
             ConfigError: a level beyond those of the training.
@@ -115,9 +111,8 @@ class Upsampler(nn.Module):
         most = self.config.max_noise_level
         require(0 <= noise_level <= most, "noise_level", noise_level, f"at least 0, at most {most} as in training")
         level = None
-        if noise_level > 0:
-            level = torch.full((len(low_res),), noise_level, device=low_res.device)
-            low_res = add_noise(low_res, level, generator)
+        if most > 0:
+            low_res, level = augment_condition(self.diffusion, low_res, (noise_level, noise_level), generator)
         side = low_res.shape[-1] * self.config.scale
         noise = torch.randn(len(low_res), 3, side, side, generator=generator, device=low_res.device)
         return samplers.ddim(self.diffusion, self.denoiser(low_res, level), noise, num_steps)

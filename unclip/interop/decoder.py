@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.clip import TextFeatures
 from unclip.config import require
 from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
 from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import CheckpointError, ConfigError, InputError
-from unclip.text import ClipText, TextShape
+from unclip.text import CaptionFeatures, ClipText, TextShape
 from unclip.unet import UNet, UNetConfig
-from unclip.upsampler import NOISE_LEVEL_SCALE, Upsampler, UpsamplerConfig
+from unclip.upsampler import Upsampler, UpsamplerConfig
 
 Tensors = dict[str, Tensor]
 
@@ -68,12 +67,12 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
     }
     tensors = {_PROJECTION[name]: value for name, value in decoder.state_dict().items() if name in _PROJECTION}
-    _write(Path(folder, "text_proj"), projection, _fold(tensors, decoder.statistics))
+    _write(Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)))
 
 
 def import_decoder(
     folder: str | Path,
-    null_text: TextFeatures,
+    null_text: CaptionFeatures,
     *,
     statistics: EmbeddingStatistics | None = None,
     diffusion: DiffusionConfig | None = None,
@@ -83,7 +82,8 @@ def import_decoder(
     Args:
         null_text: what the CLIP that it was trained with makes of the empty caption, a batch of one.
         statistics: those that the decoder shall standardise image embeddings with, for further training; None for none.
-        diffusion: the process that it was trained with; None for that of published unCLIP decoders: cosine, eps.
+        diffusion: the process that it was trained with; None for that of published unCLIP decoders: cosine, eps, and a
+            learned variance where the network has outputs for it.
 
     Raises:
         CheckpointError: files are missing or damaged, or describe a network that this one cannot be.
@@ -98,12 +98,13 @@ def import_decoder(
         unet=_unet_config(description, Path(folder, "decoder")),
         context_dim=int(description["cross_attention_dim"]),
         text="clip",
-        diffusion=diffusion or DiffusionConfig(),
+        diffusion=diffusion or _published_diffusion(description),
     )
     with torch.device("meta"):
         decoder = Decoder(config, embedding_dim, TextShape(length, width, 0))
     statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
-    projection_tensors = _unfold(projection_tensors, statistics)
+    mean, std = _affine(statistics)
+    projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # the fold of the inverse takes it out again
     state = {f"unet.{name}": value for name, value in _unet_from_theirs(decoder.unet, tensors, folder).items()}
     state |= {
         ours: projection_tensors.pop(theirs) for ours, theirs in _PROJECTION.items() if theirs in projection_tensors
@@ -118,13 +119,13 @@ def import_decoder(
     return decoder
 
 
-def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: float | None = None) -> None:
+def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int | None = None) -> None:
     """Write an upsampler as a UNet2DModel, which takes x_t and the enlarged small picture as six channels.
 
     Args:
         folder: of this model itself, for example `super_res_first`.
         noise_level: of an upsampler that was trained with levels, the one at which it shall always draw; None keeps them all,
-            as the model's `class_labels` (1,000 times the level), which UnCLIPPipeline does not give.
+            as the model's `class_labels`, which UnCLIPPipeline does not give.
 
     Raises:
         ConfigError: a level, for an upsampler that knows of none.
@@ -142,9 +143,7 @@ def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: f
     tensors = _unet_to_theirs(upsampler.unet)
     if levels is not None and noise_level is not None:
         with torch.no_grad():
-            constant = levels(torch.tensor([noise_level * NOISE_LEVEL_SCALE], device=next(levels.parameters()).device))[
-                0
-            ]
+            constant = levels(torch.tensor([noise_level], device=next(levels.parameters()).device))[0]
         tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"] + constant.cpu()
     elif levels is not None:
         tensors |= {_LEVELS[name]: value for name, value in levels.state_dict().items()}
@@ -156,7 +155,7 @@ def import_upsampler(
     *,
     scale: int = 4,
     crop_size: int | None = None,
-    max_noise_level: float = 0.5,
+    max_noise_level: int = 300,
     diffusion: DiffusionConfig | None = None,
 ) -> Upsampler:
     """Read an upsampler that is a UNet2DModel.
@@ -180,8 +179,8 @@ def import_upsampler(
         unet=unet,
         low_res_size=side // scale,
         scale=scale,
-        max_noise_level=max_noise_level if has_levels else 0.0,
-        diffusion=diffusion or DiffusionConfig(),
+        max_noise_level=max_noise_level if has_levels else 0,
+        diffusion=diffusion or _published_diffusion(description),
     )
     with torch.device("meta"):
         upsampler = Upsampler(config)
@@ -395,9 +394,13 @@ def _unet_from_theirs(unet: UNet, tensors: Mapping[str, Tensor], folder: str | P
     return {key: torch.cat([tensors[name] for name in group]) for key, group in names.items()}
 
 
-def _fold(tensors: Tensors, statistics: EmbeddingStatistics) -> Tensors:
+def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:
+    """What standardising subtracts and divides by, [E] float64 each."""
+    return statistics.mean.cpu().double(), statistics.std.cpu().double()
+
+
+def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
     """Layers that read standardised image embeddings -> the same layers reading them as CLIP gives them."""
-    mean, std = statistics.mean.cpu().double(), statistics.std.cpu().double()
     folded = dict(tensors)
     for name in _READ_EMBEDDINGS:
         weight = tensors[f"{name}.weight"].cpu().double() / std  # [D, E]
@@ -407,12 +410,8 @@ def _fold(tensors: Tensors, statistics: EmbeddingStatistics) -> Tensors:
     return folded
 
 
-def _unfold(tensors: Tensors, statistics: EmbeddingStatistics) -> Tensors:
-    """Inverse of `_fold`: it is the fold of the inverse standardisation."""
-    std = 1 / statistics.std.double()
-    inverse = EmbeddingStatistics.empty(len(std))
-    inverse.mean, inverse.std = -statistics.mean.double() * std, std
-    return _fold(tensors, inverse)
+def _published_diffusion(description: Mapping[str, Any]) -> DiffusionConfig:
+    return DiffusionConfig(variance="learned_range" if description["out_channels"] == 6 else "fixed_small")
 
 
 def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Path) -> None:
