@@ -257,8 +257,9 @@ def jpeg(images: Tensor, quality: Tensor) -> Tensor:
     padded = F.pad(pixels, (0, -width % 16, 0, -height % 16), mode="replicate")
     to_ycc = padded.new_tensor(_RGB_TO_YCC)
     ycc = torch.einsum("oc,bchw->bohw", to_ycc, padded)  # luma in 0 ... 255, chroma around 0
+    ycc = ycc.round()
     luma = _quantise(ycc[:, :1] - 128, _LUMA_TABLE, quality) + 128
-    chroma = _quantise(F.avg_pool2d(ycc[:, 1:], 2), _CHROMA_TABLE, quality)
+    chroma = _quantise(F.avg_pool2d(ycc[:, 1:], 2).round(), _CHROMA_TABLE, quality)
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear")
     rgb = torch.einsum("oc,bchw->bohw", torch.linalg.inv(to_ycc), torch.cat([luma, chroma], dim=1))
     return rgb[..., :height, :width].round().clamp(0, 255) / 127.5 - 1
