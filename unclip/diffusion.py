@@ -395,7 +395,7 @@ def discretised_gaussian_log_likelihood(x0: Tensor, p: Gaussian) -> Tensor:
 
 
 def augment_condition(
-    diffusion: GaussianDiffusion, condition: Tensor, levels: tuple[int, int], generator: torch.Generator
+    diffusion: GaussianDiffusion, condition: Tensor, levels: tuple[int, int], generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Noise a conditioning picture, so that an upsampler learns to doubt the samples it is given.
 

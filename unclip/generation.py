@@ -16,13 +16,18 @@ from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import CheckpointError
 from unclip.precision import Precision, autocast
 from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.text import TextShape
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "prior": lambda facts: DiffusionPrior(
         config.load(PriorConfig, facts["config"]), facts["embedding_dim"], facts["text_width"], facts["text_length"]
     ),
-    "decoder": lambda facts: Decoder(config.load(DecoderConfig, facts["config"]), facts["embedding_dim"]),
+    "decoder": lambda facts: Decoder(
+        config.load(DecoderConfig, facts["config"]),
+        facts["embedding_dim"],
+        config.load(TextShape, facts["text_shape"]) if facts["text_shape"] else None,
+    ),
     "upsampler": lambda facts: Upsampler(config.load(UpsamplerConfig, facts["config"])),
 }
 """How each kind of model is built from the facts saved with its weights."""
