@@ -1,5 +1,10 @@
+import dataclasses
+import functools
 import io
 import re
+import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from tasks import tables
+from tasks import tables, traces
 from tasks.download import IMAGES
 from tasks.embed import SCHEMA as EMBEDDINGS
 from tasks.ingest import Listed, clean
@@ -16,7 +21,7 @@ from tasks.snapshots import record_snapshot
 from tasks.store import Store
 from tasks.takedown import find_keys, parse, parse_file, take_down
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
-from tasks.tracking import Tracker, client
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, answering_client, client
 from unclip import files
 from unclip.errors import InputError
 
@@ -96,15 +101,11 @@ def everything(store: Store) -> bytes:
     )
 
 
-def tracked(store: Store) -> str:
-    return f"sqlite:///{store.root}/mlflow.db"
-
-
 def test_bytes_urls_and_captions_are_gone_from_everywhere_and_stay_away(store: Store) -> None:
     key, jpg = key_of(store, 7), fetched(7)["jpg"]
     before = everything(store)
     assert jpg in before
-    ledger = take_down(store, [parse("url", "HTTPS://A1.example.org/7.jpg")], None, tracked(store))
+    ledger = take_down(store, [parse("url", "HTTPS://A1.example.org/7.jpg")], None, [])
     assert ledger.keys == (key,) and ledger.datasets == ("d1" * 32,)
     assert ledger.deleted == {"images/recipe": 1, "embeddings/clip": 1}
     assert jpg not in everything(store)
@@ -122,7 +123,7 @@ def test_bytes_urls_and_captions_are_gone_from_everywhere_and_stay_away(store: S
 
 
 def test_the_twins_of_a_picture_go_with_it(store: Store) -> None:
-    ledger = take_down(store, [Tombstone("key", key_of(store, 3))], None, tracked(store))
+    ledger = take_down(store, [Tombstone("key", key_of(store, 3))], None, [])
     assert set(ledger.keys) == {key_of(store, 3), key_of(store, 4)}
     assert f"{3:064x}" in load_tombstones(store).sha256s
     near = find_keys(store, [Tombstone("key", key_of(store, 5))], near=1)
@@ -148,42 +149,158 @@ def test_a_domain_means_itself_and_what_is_below(store: Store, domain: str, expe
 
 def test_doing_it_again_says_the_same_and_changes_nothing(store: Store) -> None:
     requested = [parse("domain", "a0.example.org"), parse("sha256", f"{8:064X}")]
-    first = take_down(store, requested, None, tracked(store))
+    first = take_down(store, requested, None, [])
     digest = tombstones_digest(store)
-    second = take_down(store, requested, None, tracked(store))
+    second = take_down(store, requested, None, [])
     assert (second.keys, second.datasets) == (first.keys, first.datasets) and len(first.keys) == 6
     assert set(second.deleted.values()) == {0} and tombstones_digest(store) == digest
 
 
 def test_everything_can_go(store: Store) -> None:
-    take_down(store, [parse("domain", "example.org")], None, tracked(store))
+    take_down(store, [parse("domain", "example.org")], None, [])
     assert tables.read(store.uri("images", "recipe")).num_rows == 0
     assert b"JFIF" not in everything(store)
 
 
-def test_runs_and_models_that_have_seen_a_row_are_named_and_tagged(store: Store) -> None:
-    mlflow = client(tracked(store))
-    experiment = mlflow.create_experiment("mine", artifact_location=store.uri("mlflow-artifacts"))
-    seen, unseen = (
-        Tracker(tracked(store), mlflow.create_run(experiment, run_name=name).info.run_id) for name in ("seen", "unseen")
-    )
-    seen.dataset("mine", "d1" * 32, "uri", {})
-    unseen.dataset("mine", "d2" * 32, "uri", {})
-    for tracker, name in ((seen, "good"), (unseen, "other")):
-        folder = Path(store.root, "model", name)
-        folder.mkdir(parents=True)
-        (folder / "weights").write_text("w")
-        assert tracker.register(str(folder), "stack", name, "newest") == "1"
-    report = Tracker(tracked(store), mlflow.create_run(experiment, tags={"unclip.stage": "report"}).info.run_id)
-    report.bytes(files.read(store.uri("artifacts", "report", "f", "report.html")), "report.html")
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without runs: making one takes a second."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client(f"sqlite:///{path}")
+    return path
+
+
+@dataclasses.dataclass
+class Mlflow:
+    """One MLflow with an experiment, to log to."""
+
+    uri: str
+    experiment: str
+
+    @classmethod
+    def new(cls, empty_database: Path, folder: Path, artifacts: str) -> "Mlflow":
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(empty_database, folder / "mlflow.db")
+        uri = f"sqlite:///{folder}/mlflow.db"
+        return cls(uri, client(uri).create_experiment("mine", artifact_location=artifacts))
+
+    def run(self, name: str, dataset: str | None = None, stage: str = "prior") -> Tracker:
+        tags = {"unclip.stage": stage}
+        tracker = Tracker(self.uri, client(self.uri).create_run(self.experiment, run_name=name, tags=tags).info.run_id)
+        if dataset:
+            tracker.dataset("mine", dataset, "uri", {})
+        return tracker
+
+    def files(self, tracker: Tracker, folder: str = "") -> set[str]:
+        return {file.path for file in client(self.uri).list_artifacts(tracker.run_id, folder)}
+
+
+def register(tracker: Tracker, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("w")
+    assert tracker.register(str(folder), "stack", name, "newest") == "1"
+
+
+def test_runs_and_models_that_have_seen_a_row_are_named_and_tagged_in_every_mlflow(
+    store: Store, empty_database: Path, tmp_path: Path
+) -> None:
+    own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
+    other = Mlflow.new(empty_database, tmp_path / "other", str(tmp_path / "other" / "artifacts"))
+    seen, unseen, elsewhere = own.run("seen", "d1" * 32), own.run("unseen", "d2" * 32), other.run("b", "d1" * 32)
+    register(seen, tmp_path / "good", "good")
+    register(unseen, tmp_path / "unseen", "unseen")
+    register(elsewhere, tmp_path / "second", "second")
+    page = files.read(store.uri("artifacts", "report", "f", "report.html"))
+    reports = own.run("report", stage="report"), other.run("report", stage="report")
+    for report in reports:
+        report.bytes(page, "report.html")
 
     key = key_of(store, 7)
-    ledger = take_down(store, [Tombstone("key", key)], None, tracked(store))
-    assert [run["name"] for run in ledger.runs] == ["seen"]
-    assert ledger.models == ({"name": "good", "version": "1"},)
-    assert "unclip.takedown" in mlflow.get_run(seen.run_id).data.tags
-    assert "unclip.takedown" in mlflow.get_model_version("good", "1").tags
-    assert key.encode() not in files.read(f"{store.uri('mlflow-artifacts')}/{report.run_id}/artifacts/report.html")
+    traces = take_down(store, [Tombstone("key", key)], None, [own.uri, other.uri]).traces
+    assert [(run["name"], run["tracking_uri"]) for run in traces.runs] == [("seen", own.uri), ("b", other.uri)]
+    assert [(model["name"], model["tracking_uri"]) for model in traces.models] == [
+        ("good", own.uri),
+        ("second", other.uri),
+    ]
+    assert not traces.unanswered and not traces.remaining
+    for mlflow, tracker, name in ((own, seen, "good"), (other, elsewhere, "second")):
+        assert "unclip.takedown" in client(mlflow.uri).get_run(tracker.run_id).data.tags
+        assert "unclip.takedown" in client(mlflow.uri).get_model_version(name, "1").tags
+    assert "unclip.takedown" not in client(own.uri).get_run(unseen.run_id).data.tags
+    assert key.encode() in page
+    for mlflow, report in zip((own, other), reports, strict=True):
+        redacted = Path(client(mlflow.uri).download_artifacts(report.run_id, "report.html", str(tmp_path)))
+        assert key not in redacted.read_text()
+
+
+def test_previews_that_show_a_row_are_deleted_and_no_others(store: Store, empty_database: Path, tmp_path: Path) -> None:
+    own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
+    keys = [key_of(store, position) for position in range(12)]
+
+    def drawn(name: str, dataset: str, stage: str, shown: list[str] | None) -> Tracker:
+        tracker = own.run(name, dataset, stage)
+        if shown is not None:
+            tracker.json(shown, PREVIEW_KEYS)
+        tracker.bytes(b"picture", f"{PREVIEWS}/000000000512.png")
+        tracker.bytes(b"weights", "model/weights")
+        return tracker
+
+    shows = drawn("shows", "d1" * 32, "decoder", keys[5:9])
+    other_rows = drawn("other rows", "d1" * 32, "upsampler", keys[:5])
+    untold = drawn("does not say", "d1" * 32, "decoder", None)
+    untold_unseen = drawn("does not say, has not seen", "d2" * 32, "decoder", None)
+    unlisted = drawn("its dataset was not logged", "", "upsampler", keys[7:])
+    deleted = drawn("deleted in MLflow", "d1" * 32, "decoder", keys[7:])
+    client(own.uri).delete_run(deleted.run_id)
+    forgotten = store.uri("mlflow-artifacts", "0" * 32, "artifacts", PREVIEWS)
+    files.write_json(f"{forgotten}/keys.json", keys[7:])
+    grid = own.run("grid", "d1" * 32, "evaluate")
+    grid.bytes(b"drawn", "heldout.png")
+
+    traces = take_down(store, [Tombstone("key", keys[7])], None, [own.uri]).traces
+    gone = [shows, untold, unlisted, deleted]
+    assert set(traces.deleted_previews) == {tracker.run_id for tracker in gone} | {"0" * 32}
+    assert not traces.remaining and not files.exists(forgotten)
+    for tracker in gone[:-1]:
+        assert own.files(tracker) == {"model"}
+    for tracker in (other_rows, untold_unseen):
+        assert f"{PREVIEWS}/000000000512.png" in own.files(tracker, PREVIEWS)
+    assert own.files(grid) == {"heldout.png"}
+    assert b"picture" not in b"".join(
+        path.read_bytes() for path in Path(store.root).rglob(f"{deleted.run_id}/**/*.png")
+    )
+
+
+def test_the_previews_of_a_storage_that_was_moved_are_found_and_artifacts_elsewhere_are_named(
+    store: Store, empty_database: Path, tmp_path: Path
+) -> None:
+    moved = Mlflow.new(empty_database, Path(store.root), "/where/it/was/mlflow-artifacts")
+    away = Mlflow.new(empty_database, tmp_path / "away", "file:///on/another/machine")
+    key = key_of(store, 7)
+    here, there = moved.run("here", stage="decoder"), away.run("there", stage="decoder")
+    files.write_json(store.uri("mlflow-artifacts", here.run_id, "artifacts", *PREVIEW_KEYS.split("/")), [key])
+    traces = take_down(store, [Tombstone("key", key)], None, [moved.uri, away.uri]).traces
+    assert traces.deleted_previews == (here.run_id,)
+    assert list(traces.remaining) == [there.run_id] and "/on/another/machine" in traces.remaining[there.run_id]
+
+
+def test_an_mlflow_that_does_not_answer_is_named_and_the_others_are_asked(
+    store: Store, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
+    own.run("seen", "d1" * 32)
+    missing = f"sqlite:///{store.root}/none.db"
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as closed:
+        hangs, refuses = (f"http://127.0.0.1:{server.getsockname()[1]}" for server in (silent, closed))
+        closed.close()
+        monkeypatch.setattr(traces, "answering_client", functools.partial(answering_client, seconds=1.0))
+        started = time.monotonic()
+        uris = [hangs, refuses, missing, own.uri]
+        found = take_down(store, [Tombstone("key", key_of(store, 7))], None, uris).traces
+        assert time.monotonic() - started < 60
+    assert list(found.unanswered) == uris[:3] and [run["name"] for run in found.runs] == ["seen"]
+    assert found.unanswered[hangs] == "no answer within 1 s" and "does not exist" in found.unanswered[missing]
+    assert not Path(store.root, "none.db").exists()
 
 
 def test_lists_may_mix_and_bad_lines_are_named(tmp_path: Path) -> None:
