@@ -22,6 +22,7 @@ from tasks.store import Store
 from tasks.takedown import find_keys, parse, parse_file, take_down
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, answering_client, client
+from tests.pipelines.commands import call
 from unclip import files
 from unclip.errors import InputError
 
@@ -318,12 +319,108 @@ def test_lists_may_mix_and_bad_lines_are_named(tmp_path: Path) -> None:
             parse(kind, value)
 
 
+@pytest.fixture
+def fates(store: Store) -> Store:
+    """The storage with a second version, in which rows met all sorts of fates, and two runs, one for each version."""
+    reasons = {1: "http_404", 2: "too_small", 4: "duplicate_image", 5: "near_duplicate", 6: "semantic_duplicate"}
+    [old] = versions(store)
+    selection = tables.read_file(old.facts["selection"])
+    changed = []
+    for row in selection.to_pylist():
+        reason = reasons.get(row["position"])
+        status = "kept" if reason is None else "failed" if reason == "http_404" else "dropped"
+        changed.append({**row, "status": status, "reason": reason, "split": None if reason else "train"})
+    tables.write_file(store.uri("selection-2.parquet"), pa.Table.from_pylist(changed, schema=selection.schema))
+    counts = {"rows": {"in": 12, "kept": 7, "dropped": 4, "failed": 1}, "reasons": {}}
+    facts = {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2.parquet")}
+    record_snapshot(store, "mine", facts, counts)
+    for run_id, digest in (("first", "d1" * 32), ("second", "e2" * 32)):
+        store.write_json({"pipeline": "mine", "state": "done"}, "runs", run_id, "run.json")
+        store.write_json({"fingerprint": run_id}, "runs", run_id, "curate.json")
+        store.write_json({"uri": "", "digest": digest}, "stages", "curate", f"{run_id}.json")
+    store.write_json({"state": "done"}, "runs", "first", "decoder.json")
+    store.write_json({"uri": old.facts["selection"], "digest": "d1" * 32}, "stages", "curate", "first.json")
+    store.write_json({"uri": facts["selection"], "digest": "e2" * 32}, "stages", "curate", "second.json")
+    return store
+
+
+@pytest.mark.parametrize(
+    ("position", "fate", "twin"),
+    [
+        (7, "kept (train) in dataset version 2", None),
+        (1, "failed: http_404 in dataset version 2: the server answered with status 404", None),
+        (2, "dropped: too_small in dataset version 2: a side shorter than min_side", None),
+        (4, "dropped: duplicate_image in dataset version 2: the same bytes as a picture", (3, "same bytes")),
+        (5, "dropped: near_duplicate in dataset version 2: looks like", (3, "1 of 64 bits differ")),
+        (6, "dropped: semantic_duplicate in dataset version 2: CLIP sees the same", (None, "cosine 1.000")),
+    ],
+)
+def test_a_row_says_where_it_came_from_why_it_went_and_who_has_it(
+    fates: Store, position: int, fate: str, twin: tuple[int | None, str] | None
+) -> None:
+    facts = show(fates, key_of(fates, position))
+    assert facts["fate"].startswith(fate) and facts["url"] == f"https://a{position % 3}.example.org/{position}.jpg"
+    assert facts["dataset versions"]["2 e2e2e2e2"].startswith(fate.partition(" in ")[0])
+    before = facts["dataset versions"]["1 d1d1d1d1"].partition(",")[
+        0
+    ]  # there the last key was too small, the others kept
+    runs = facts.get("runs that had it", {})
+    assert ("first" in runs) == (before == "kept (train)") and ("second" in runs) == (position == 7)
+    if "first" in runs:
+        assert runs["first"] == "mine, done, version 1 (train), models decoder"
+    if twin is None:
+        assert "same picture as" not in facts
+    else:
+        [(winner, note)] = facts["same picture as"].items()
+        assert note == twin[1] and (twin[0] is None or winner == key_of(fates, twin[0]))
+
+
+def test_a_row_that_was_taken_down_says_so_and_who_had_it(fates: Store) -> None:
+    key = key_of(fates, 7)
+    take_down(fates, [parse("domain", "a1.example.org")], None, [])
+    facts = show(fates, key)
+    assert facts["fate"].startswith("taken down because of domain a1.example.org; before: kept (train)")
+    assert "url" not in facts and "caption" not in facts and "images" not in facts
+    assert facts["lists"] == {"f row 7": "taken_down"} and "second" in facts["runs that had it"]
+    assert show(fates, key_of(fates, 5))["same picture as"]  # while others are gone
+
+
+def test_a_row_before_any_dataset_version_and_one_that_is_a_tombstone_alone(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(InputError, match="has no rows"):
+        show(store, "0" * 32)
+    pairs = clean([Listed("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
+    tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
+    bad, good = sorted(pairs.to_pylist(), key=lambda row: row["status"] == "kept")
+    assert show(store, bad["key"])["fate"].startswith("in no dataset version: bad_url, not a URL that can be fetched")
+    assert show(store, good["key"])["fate"] == "in no dataset version yet"
+    take_down(store, [Tombstone("key", "ab" * 16)], None, [])
+    assert show(store, "abab" * 2)["fate"].startswith("taken down because of key abab")
+
+
+def test_a_key_that_is_unknown_short_or_not_the_only_one_names_the_nearest(store: Store) -> None:
+    key = key_of(store, 7)
+    assert show(store, f" {key[:6].upper()}")["key"] == key
+    wrong = key[:7] + ("0" if key[7] != "0" else "1")
+    result = call("data", "show", wrong, "--storage", store.root)
+    assert result.returncode == 2 and f"Did you mean {key}?" in result.stderr
+    with pytest.raises(InputError, match=r"none of the 12 rows in .* `unclip data diff --keys`"):
+        show(store, "not a key")
+    with pytest.raises(InputError, match="got 5 digits of a key, expected at least 6"):
+        show(store, key[:5])
+    take_down(store, [Tombstone("key", key[:-1] + ("0" if key[-1] != "0" else "1"))], None, [])
+    with pytest.raises(InputError, match=rf"2 rows have a key that begins like this: {key[:-1]}.*Give more digits"):
+        show(store, key[:8])
+    result = call("data", "show", key, "--storage", store.root)
+    assert result.returncode == 0 and f"url                  https://a{7 % 3}.example.org/7.jpg" in result.stdout
+
+
 def test_versions_rows_and_differences_can_be_looked_at(store: Store) -> None:
     key = key_of(store, 7)
     facts = show(store, key[:10])
-    assert facts["url"] == "https://a1.example.org/7.jpg" and facts["list f row 7"] == "kept"
-    assert facts["images recipe"]["sha256"] == f"{7:064x}" and "jpg" not in facts["images recipe"]
-    assert list(facts["datasets"].values()) == ["kept (train), clip_score 0.500"]
+    assert facts["url"] == "https://a1.example.org/7.jpg" and facts["lists"] == {"f row 7": "kept"}
+    assert f"sha256 {7:064x}" in facts["images"]["recipe"] and "jpg" not in facts["images"]["recipe"]
+    assert list(facts["dataset versions"].values()) == ["kept (train), clip_score 0.500"]
     selection = tables.read_file(store.uri("selection.parquet"))
     rows = selection.to_pylist()
     rows[0] |= {"status": "dropped", "reason": "taken_down", "split": None}
@@ -342,7 +439,5 @@ def test_versions_rows_and_differences_can_be_looked_at(store: Store) -> None:
     for name in ("7", "ffff", "e"):
         with pytest.raises(InputError, match=r"0 dataset versions have this name.*2 \(e2e2e2e2\)"):
             find_version(store, name)
-    with pytest.raises(InputError, match="0 rows have a key"):
-        show(store, "ffffffffff")
     with pytest.raises(InputError, match="no dataset version was made"):
         find_version(Store(f"{store.root}/elsewhere"), "1")
