@@ -31,7 +31,7 @@ def text_to_image(bind: Bind) -> Any:
     frozen_clip = bind(clip, unique)
     embeddings = bind(embed, unique, frozen_clip)
     dataset = bind(curate, embeddings)
-    trained = (bind(prior, dataset, frozen_clip), bind(decoder, dataset), bind(upsampler, dataset))
+    trained = (bind(prior, dataset, frozen_clip), bind(decoder, dataset, frozen_clip), bind(upsampler, dataset))
     evaluation = bind(evaluate, dataset, frozen_clip, *trained)
     page = bind(report, dataset)
     return bind(publish, evaluation, page, frozen_clip, *trained)

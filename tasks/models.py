@@ -88,17 +88,21 @@ def fit_quantizer(snapshot: Snapshot, config: AutoregressivePriorConfig) -> Embe
     )
 
 
-@stage("decoder", version=1)
-def decoder(context: StageContext, config: DecoderStageConfig, dataset: Artifact) -> Output:
-    """Train the decoder: CLIP image embeddings to small pictures."""
+@stage("decoder", version=2)
+def decoder(context: StageContext, config: DecoderStageConfig, dataset: Artifact, clip: Artifact) -> Output:
+    """Train the decoder: CLIP image embeddings, and captions where configured, to small pictures."""
     snapshot, model = Snapshot.of(dataset.facts), config.model
-    sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", "image_embedding"))
+    columns = objectives.DecoderObjective.columns(model)
+    sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", *columns))
     return _train(
         context,
         dataset,
         Training(
             build=lambda _: objectives.DecoderObjective(
-                model, snapshot.load_statistics(), _preview_rows(sources, snapshot)
+                model,
+                snapshot.load_statistics(),
+                _preview_rows(sources, snapshot),
+                None if model.text == "none" else Clip.load(clip.facts["model"], clip.facts["pretrained"]),
             ),
             sources=sources,
             keys=lambda: snapshot.keys("train"),
@@ -107,7 +111,7 @@ def decoder(context: StageContext, config: DecoderStageConfig, dataset: Artifact
     )
 
 
-@stage("upsampler", version=1)
+@stage("upsampler", version=2)
 def upsampler(context: StageContext, config: UpsamplerStageConfig, dataset: Artifact) -> Output:
     """Train the upsampler: small pictures to large ones."""
     snapshot, model = Snapshot.of(dataset.facts), config.model

@@ -117,6 +117,10 @@ class Clip(nn.Module):
     def text_length(self) -> int:
         return int(self.model.context_length)
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.vocab_size)
+
     def tokenize(self, captions: list[str]) -> Tensor:
         """[B, L] int64; captions that are too long are cut."""
         return self.tokenizer(captions, context_length=self.text_length)  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import CheckpointError
 from unclip.precision import Precision, autocast
 from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.text import TextShape
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -31,7 +32,11 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
         facts["text_length"],
         facts["num_components"],
     ),
-    "decoder": lambda facts: Decoder(config.load(DecoderConfig, facts["config"]), facts["embedding_dim"]),
+    "decoder": lambda facts: Decoder(
+        config.load(DecoderConfig, facts["config"]),
+        facts["embedding_dim"],
+        config.load(TextShape, facts["text_shape"]) if facts["text_shape"] else None,
+    ),
     "upsampler": lambda facts: Upsampler(config.load(UpsamplerConfig, facts["config"])),
 }
 """How each kind of model is built from the facts saved with its weights."""

@@ -16,10 +16,13 @@ from unclip import clip as clip_models
 from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.config import to_dict
 from unclip.data import Batch, decode_image
-from unclip.decoder import Decoder, DecoderConfig
+from unclip.decoder import Decoder, DecoderConfig, Text, known_region, random_masks
+from unclip.degradations import degrade, shrink
+from unclip.diffusion import augment_condition
 from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.upsampler import Upsampler, UpsamplerConfig, degrade
+from unclip.text import CaptionFeatures, ClipText, TextShape, TextTransformer
+from unclip.upsampler import Upsampler, UpsamplerConfig
 
 Tensors = dict[str, Tensor]
 
@@ -34,7 +37,7 @@ class PriorObjective:
         self.clip = clip
         self.model = DiffusionPrior(config, clip.embedding_dim, clip.text_width, clip.text_length)
         self.model.statistics.load_state_dict(statistics.state_dict())
-        self.model.text.set_null_text(*_encode(clip, clip.tokenize([""])))
+        self.model.text.set_null(_caption_features(clip, clip.tokenize([""])))
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -44,7 +47,7 @@ class PriorObjective:
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         diffusion, config = self.model.diffusion, self.model.config
-        text = _encode(self.clip, tensors["tokens"])
+        text = _caption_features(self.clip, tensors["tokens"])
         x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
         t, noise = _draw(x0, diffusion.num_timesteps, generator)
         drop = _bernoulli(x0, config.cond_drop_prob, generator)
@@ -87,7 +90,7 @@ class AutoregressivePriorObjective:
         )
         self.model.statistics.load_state_dict(statistics.state_dict())
         self.model.quantizer.load_state_dict(quantizer.state_dict())
-        self.model.text.set_null_text(*_encode(clip, clip.tokenize([""])))
+        self.model.text.set_null(_caption_features(clip, clip.tokenize([""])))
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -98,7 +101,7 @@ class AutoregressivePriorObjective:
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         quantizer = self.model.quantizer
-        text = _encode(self.clip, tensors["tokens"])
+        text = _caption_features(self.clip, tensors["tokens"])
         buckets = quantizer.encode(tensors["image_embedding"])  # [B, K]
         similarity = quantizer.encode_similarity(tensors["similarity"])  # [B]
         drop = _bernoulli(tensors["similarity"], self.model.config.cond_drop_prob, generator)
@@ -114,41 +117,80 @@ class AutoregressivePriorObjective:
 
 
 class DecoderObjective:
-    """The diffusion loss of small pictures given their CLIP embedding."""
+    """The diffusion loss of small pictures given their CLIP embedding and, where configured, their caption."""
 
-    columns = ("image_embedding", "jpg")
-
-    def __init__(self, config: DecoderConfig, statistics: EmbeddingStatistics, preview: Batch) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        statistics: EmbeddingStatistics,
+        preview: Batch,
+        clip: clip_models.Clip | None = None,
+    ) -> None:
+        """Args: clip: its tokenizer, and where `config.text` is "clip" its text encoder; None where no text is read."""
         embedding_dim = len(statistics.mean)
-        self.config = config
-        self.model: Decoder = Decoder(config, embedding_dim).to(memory_format=torch.channels_last)
+        self.config, self.clip = config, clip
+        shape = None if clip is None else TextShape(clip.text_length, clip.text_width, clip.vocab_size)
+        self.model: Decoder = Decoder(config, embedding_dim, shape).to(memory_format=torch.channels_last)
         self.model.statistics.load_state_dict(statistics.state_dict())
+        if clip is not None and isinstance(self.model.text, ClipText):
+            self.model.text.set_null(_caption_features(clip, clip.tokenize([""])))
+        if clip is not None and isinstance(self.model.text, TextTransformer):
+            self.model.text.set_null(clip.tokenize([""]))
         self._preview = self.prepare(preview)
 
+    @staticmethod
+    def columns(config: DecoderConfig) -> tuple[str, ...]:
+        """Columns of the embeddings table that a decoder is trained on, besides the pictures."""
+        return ("image_embedding",) if config.text == "none" else ("image_embedding", "tokens")
+
     def prepare(self, batch: Batch) -> Tensors:
-        return {
+        tensors = {
             "images": load_images(batch["jpg"], self.config.unet.image_size),  # [B, 3, S, S]
             "image_embedding": _stack(batch["image_embedding"]),  # [B, E]
         }
+        if self.config.text != "none":
+            tensors["tokens"] = _stack(batch["tokens"]).long()  # [B, L]
+        return tensors
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        x0 = tensors["images"]
+        x0, config = tensors["images"], self.config
         t, noise = _draw(x0, self.model.diffusion.num_timesteps, generator)
-        drop = _bernoulli(x0, self.config.cond_drop_prob, generator)
-        return self.model.diffusion.loss(
-            lambda x_t, t: network(x_t, t, tensors["image_embedding"], drop), x0, t, noise
-        ).mean()
+        image_drop = _bernoulli(x0, config.image_drop_prob, generator)
+        text = self._text(tensors)
+        text_drop = None if text is None else _bernoulli(x0, config.text_drop_prob, generator)
+        known = known_region(x0, random_masks(len(x0), x0.shape[-1], generator)) if config.inpainting else None
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            return network(x_t, t, tensors["image_embedding"], image_drop, text, text_drop, known)  # type: ignore[no-any-return]
+
+        return self.model.diffusion.loss(predict, x0, t, noise).mean()
 
     def preview(self, model: nn.Module) -> Tensor:
         """The originals, then samples from their embeddings."""
         generator = torch.Generator(_device(model)).manual_seed(0)
-        embedding = self._preview["image_embedding"].to(_device(model))
-        samples = self.model.sample(embedding, num_steps=25, guidance_scale=2.0, generator=generator)
+        tensors = {name: value.to(_device(model)) for name, value in self._preview.items()}
+        samples = self.model.sample(
+            tensors["image_embedding"],
+            text=self._text(tensors),
+            num_steps=25,
+            guidance_scale=2.0,
+            generator=generator,
+        )
         return torch.cat([self._preview["images"], samples.cpu()])
 
     def facts(self) -> dict[str, Any]:
-        embedding_dim = len(self.model.statistics.mean)
-        return {"kind": "decoder", "config": to_dict(self.config), "embedding_dim": embedding_dim}
+        return {
+            "kind": "decoder",
+            "config": to_dict(self.config),
+            "embedding_dim": len(self.model.statistics.mean),
+            "text_shape": None if self.model.text_shape is None else to_dict(self.model.text_shape),
+        }
+
+    def _text(self, tensors: Tensors) -> Text | None:
+        """What the decoder reads of the captions."""
+        if self.config.text == "none" or self.clip is None:
+            return None
+        return _caption_features(self.clip, tensors["tokens"]) if self.config.text == "clip" else tensors["tokens"]
 
 
 class UpsamplerObjective:
@@ -165,17 +207,13 @@ class UpsamplerObjective:
         return {"images": load_images(batch["jpg"], self.config.output_size)}  # [B, 3, S, S]
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        config = self.config
         x0, low_res = self._crops(tensors["images"], generator)
-        low_res = degrade(
-            low_res,
-            blur_sigma=config.blur_sigma,
-            blur_prob=config.blur_prob,
-            noise_std=config.noise_std,
-            generator=generator,
-        )
+        level = None
+        if self.config.max_noise_level > 0:
+            levels = (0, self.config.max_noise_level)
+            low_res, level = augment_condition(self.model.diffusion, low_res, levels, generator)
         t, noise = _draw(x0, self.model.diffusion.num_timesteps, generator)
-        return self.model.diffusion.loss(lambda x_t, t: network(x_t, t, low_res), x0, t, noise).mean()
+        return self.model.diffusion.loss(lambda x_t, t: network(x_t, t, low_res, level), x0, t, noise).mean()
 
     def preview(self, model: nn.Module) -> Tensor:
         """The originals, then their small versions upsampled."""
@@ -188,12 +226,12 @@ class UpsamplerObjective:
         return {"kind": "upsampler", "config": to_dict(self.config)}
 
     def _crops(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The same random window of every picture and of its small version: [B, 3, S, S], [B, 3, S / scale, S / scale].
+        """A random window of each picture and of its degraded small version: [B, 3, S, S], [B, 3, S / scale, S / scale].
 
         Small versions are made of whole pictures, so that a crop's edges look as they do at full size.
         """
         scale, crop = self.config.scale, self.config.unet.image_size // self.config.scale
-        low_res = shrink(images, self.config.low_res_size)
+        low_res = degrade(images, self.config.low_res_size, self.config.degradation, generator)
         offsets = torch.randint(
             self.config.low_res_size - crop + 1, (2, len(images)), generator=generator, device=images.device
         ).tolist()
@@ -246,17 +284,11 @@ def load_images(encoded: list[bytes], side: int) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def shrink(images: Tensor, side: int) -> Tensor:
-    """[B, 3, S, S] -> [B, 3, side, side], each pixel the mean of those it covers."""
-    return F.interpolate(images, size=(side, side), mode="area")
-
-
-def _encode(clip: clip_models.Clip, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a prior reads of captions: encodings [B, L, W], mask [B, L], text projection [B, E]; as exact as in sampling."""
-    clip.to(tokens.device)
+def _caption_features(clip: clip_models.Clip, tokens: Tensor) -> CaptionFeatures:
+    """Tokens [B, L] as the frozen CLIP sees them, where they are, as exact as in sampling."""
     with torch.autocast(tokens.device.type, enabled=False):
-        text = clip.encode_text(tokens)
-    return text.text_encodings, text.text_mask, text.text_projection
+        text = clip.to(tokens.device).encode_text(tokens)
+    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
 
 
 def _clip_facts(clip: clip_models.Clip) -> dict[str, int]:

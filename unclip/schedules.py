@@ -1,22 +1,25 @@
 """Noise schedules of discrete-time diffusion: betas in, everything derived from them out.
 
-Sources: Ho et al. 2020 (linear); Nichol & Dhariwal 2021, eq. 17 (cosine).
+Letters: T number of timesteps. Timesteps count from 0, the least noisy, to T - 1. Everything is float64 on the CPU.
+Sources: Ho et al. 2020 (linear); Nichol & Dhariwal 2021 (cosine, respacing); Lin et al. 2023 (zero terminal SNR).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from unclip.config import require
+
 Schedule = Literal["cosine", "linear"]
 
 
 def betas(schedule: Schedule, num_timesteps: int) -> Tensor:
-    """Forward-process variances.
+    """Forward-process variances, [T] float64 in (0, 1).
 
-    Returns:
-        [num_timesteps] float64, in (0, 1).
+    Source: Nichol & Dhariwal 2021, eq. 17 (cosine); Ho et al. 2020, section 4 (linear), scaled to T timesteps.
     """
     if schedule == "cosine":
         steps = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -26,12 +29,75 @@ def betas(schedule: Schedule, num_timesteps: int) -> Tensor:
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64).clamp(max=0.999)
 
 
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas [T] of the same schedule shifted and scaled so that the last timestep is pure noise.
+
+    The first alphas_cumprod is kept, the last becomes 0 and the last beta 1.
+
+    Source: Lin et al. 2023, algorithm 1.
+    """
+    signal = torch.cumprod(1 - betas, dim=0).sqrt()  # [T]
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    alphas_cumprod = signal**2
+    previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return 1 - alphas_cumprod / previous
+
+
+def snr(alphas_cumprod: Tensor) -> Tensor:
+    """Signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod), same shape. Source: Kingma et al. 2021, eq. 2."""
+    return alphas_cumprod / (1 - alphas_cumprod)
+
+
 def strided_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     """`num_steps` timesteps spread evenly over [0, num_timesteps), from the noisiest to 0.
 
+    One step is the noisiest alone. More steps than timesteps are all timesteps.
+
+    Raises:
+        ConfigError: num_steps below 1.
+
     Source: Nichol & Dhariwal 2021, section 4.
     """
+    require(num_steps >= 1, "num_steps", num_steps, "at least 1")
     if num_steps == 1:
         return [num_timesteps - 1]
     stride = (num_timesteps - 1) / (min(num_steps, num_timesteps) - 1)
     return [round(index * stride) for index in range(min(num_steps, num_timesteps))][::-1]
+
+
+def sectioned_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> list[int]:
+    """Timesteps with another density in each of equal sections of [0, num_timesteps), from the noisiest down.
+
+    Args:
+        section_counts: steps in each section, the least noisy section first; the first sections are one timestep
+            longer when the division leaves a rest.
+
+    Raises:
+        ConfigError: a section has fewer timesteps than it shall have steps, or is to have none.
+
+    Source: Nichol & Dhariwal 2021, section 4 and its published code (a section of one step takes its noisiest timestep).
+    """
+    require(len(section_counts) >= 1, "section_counts", tuple(section_counts), "at least one section")
+    size, rest = divmod(num_timesteps, len(section_counts))
+    timesteps: list[int] = []
+    start = 0
+    for section, count in enumerate(section_counts):
+        length = size + (section < rest)
+        require(1 <= count <= length, f"section_counts[{section}]", count, f"1 to {length} steps")
+        timesteps = [start + t for t in strided_timesteps(length, count)] + timesteps
+        start += length
+    return timesteps
+
+
+def respaced_betas(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """Variances of the shorter process that visits `timesteps` alone, in their order.
+
+    Args:
+        alphas_cumprod: [T] of the whole process.
+        timesteps: the noisiest first; what precedes the last of them is the clean sample.
+
+    Returns:
+        [len(timesteps)] float64. Source: Nichol & Dhariwal 2021, eq. 19.
+    """
+    visited = alphas_cumprod[list(timesteps)]
+    return 1 - visited / torch.cat([visited[1:], visited.new_ones(1)])

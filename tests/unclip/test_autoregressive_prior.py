@@ -21,6 +21,7 @@ from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics, Principal
 from unclip.errors import ConfigError
 from unclip.generation import load_model
 from unclip.objectives import AutoregressivePriorObjective
+from unclip.text import CaptionFeatures
 
 SMALL = {"width": 16, "depth": 2, "num_heads": 2, "num_buckets": 12}
 
@@ -38,7 +39,7 @@ def build() -> AutoregressivePrior:
     quantizer = quantizer_of(F.normalize(torch.randn(300, 6), dim=1), 12)
     prior = AutoregressivePrior(AutoregressivePriorConfig(**SMALL), 6, 5, 7, quantizer.num_components)
     prior.quantizer.load_state_dict(quantizer.state_dict())
-    prior.text.set_null_text(torch.randn(1, 7, 5), torch.arange(7)[None] < 2, torch.randn(1, 6))
+    prior.text.set_null(CaptionFeatures(torch.randn(1, 7, 5), torch.arange(7)[None] < 2, torch.randn(1, 6)))
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -1,0 +1,468 @@
+"""Decoders and upsamplers to and from the folders that diffusers reads and writes, without loss and without diffusers.
+
+    decoder/, text_proj/              a decoder: UNet2DConditionModel and UnCLIPTextProjModel
+    super_res_first/, super_res_last/ an upsampler: UNet2DModel
+
+Each folder holds `config.json` and `diffusion_pytorch_model.safetensors`. Weights are float32. What has no place there is
+refused: a decoder that reads no captions, or through a Transformer of its own, or inpaints.
+
+Letters: E CLIP embedding width, D time-embedding width.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unclip.config import require
+from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
+from unclip.diffusion import DiffusionConfig
+from unclip.embeddings import EmbeddingStatistics
+from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.text import CaptionFeatures, ClipText, TextShape
+from unclip.unet import UNet, UNetConfig
+from unclip.upsampler import Upsampler, UpsamplerConfig
+
+Tensors = dict[str, Tensor]
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def export_decoder(decoder: Decoder, folder: str | Path) -> None:
+    """Write a decoder as `decoder/` and `text_proj/` below a local folder.
+
+    The statistics of the image embeddings go into the weights of `text_proj`, which takes embeddings as CLIP gives them.
+
+    Raises:
+        InputError: the decoder does something that these classes cannot do.
+    """
+    config, text = decoder.config, decoder.text
+    if not isinstance(text, ClipText) or config.inpainting:
+        raise InputError(
+            f"export: got a decoder with text = {config.text!r}, inpainting = {config.inpainting}, expected text = 'clip' "
+            "without inpainting, which is all that UnCLIPTextProjModel and its pipeline know."
+        )
+    embedding_dim, text_width = len(decoder.null_embedding), text.to_context.in_features
+    if text_width != embedding_dim:
+        raise InputError(
+            f"export: got a CLIP with text width {text_width} and embedding width {embedding_dim}, expected the same, as "
+            "UnCLIPTextProjModel has it. Train with such a CLIP, for example ViT-L-14."
+        )
+    description = _describe_unet(config.unet, decoder.unet) | {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": config.unet.image_size,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "cross_attention_dim": config.context_dim,
+        "class_embed_type": "identity",
+    }
+    _write(Path(folder, "decoder"), description, _unet_to_theirs(decoder.unet))
+    projection = {
+        "_class_name": "UnCLIPTextProjModel",
+        "clip_extra_context_tokens": NUM_IMAGE_TOKENS,
+        "clip_embeddings_dim": embedding_dim,
+        "time_embed_dim": config.unet.time_dim,
+        "cross_attention_dim": config.context_dim,
+    }
+    tensors = {_PROJECTION[name]: value for name, value in decoder.state_dict().items() if name in _PROJECTION}
+    _write(Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)))
+
+
+def import_decoder(
+    folder: str | Path,
+    null_text: CaptionFeatures,
+    *,
+    statistics: EmbeddingStatistics | None = None,
+    diffusion: DiffusionConfig | None = None,
+) -> Decoder:
+    """Read a decoder from `decoder/` and `text_proj/` below a local folder.
+
+    Args:
+        null_text: what the CLIP that it was trained with makes of the empty caption, a batch of one.
+        statistics: those that the decoder shall standardise image embeddings with, for further training; None for none.
+        diffusion: the process that it was trained with; None for that of published unCLIP decoders: cosine, eps, and a
+            learned variance where the network has outputs for it.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or describe a network that this one cannot be.
+    """
+    description, tensors = _read(Path(folder, "decoder"), "UNet2DConditionModel")
+    _check(description, Path(folder, "decoder"), _FIXED_CONDITION_UNET)
+    projection, projection_tensors = _read(Path(folder, "text_proj"), "UnCLIPTextProjModel")
+    _check(projection, Path(folder, "text_proj"), {"clip_extra_context_tokens": NUM_IMAGE_TOKENS})
+    embedding_dim = int(projection["clip_embeddings_dim"])
+    length, width = null_text.text_encodings.shape[1:]
+    config = DecoderConfig(
+        unet=_unet_config(description, Path(folder, "decoder")),
+        context_dim=int(description["cross_attention_dim"]),
+        text="clip",
+        diffusion=diffusion or _published_diffusion(description),
+    )
+    with torch.device("meta"):
+        decoder = Decoder(config, embedding_dim, TextShape(length, width, 0))
+    statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
+    mean, std = _affine(statistics)
+    projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # the fold of the inverse takes it out again
+    state = {f"unet.{name}": value for name, value in _unet_from_theirs(decoder.unet, tensors, folder).items()}
+    state |= {
+        ours: projection_tensors.pop(theirs) for ours, theirs in _PROJECTION.items() if theirs in projection_tensors
+    }
+    state |= {f"statistics.{name}": value for name, value in statistics.state_dict().items()}
+    state |= {
+        "text.null_encodings": null_text.text_encodings[0],
+        "text.null_mask": null_text.text_mask[0],
+        "text.null_embedding": null_text.text_embedding[0],
+    }
+    _assign(decoder, state, projection_tensors, folder)
+    return decoder
+
+
+def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int | None = None) -> None:
+    """Write an upsampler as a UNet2DModel, which takes x_t and the enlarged small picture as six channels.
+
+    Args:
+        folder: of this model itself, for example `super_res_first`.
+        noise_level: of an upsampler that was trained with levels, the one at which it shall always draw; None keeps them all,
+            as the model's `class_labels`, which UnCLIPPipeline does not give.
+
+    Raises:
+        ConfigError: a level, for an upsampler that knows of none.
+    """
+    config, levels = upsampler.config, upsampler.noise_level_embedding
+    require(
+        noise_level is None or levels is not None, "noise_level", noise_level, "None for an upsampler without levels"
+    )
+    description = _describe_unet(config.unet, upsampler.unet) | {
+        "_class_name": "UNet2DModel",
+        "sample_size": config.output_size,
+        "add_attention": False,
+        "class_embed_type": "timestep" if levels is not None and noise_level is None else None,
+    }
+    tensors = _unet_to_theirs(upsampler.unet)
+    if levels is not None and noise_level is not None:
+        with torch.no_grad():
+            constant = levels(torch.tensor([noise_level], device=next(levels.parameters()).device))[0]
+        tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"] + constant.cpu()
+    elif levels is not None:
+        tensors |= {_LEVELS[name]: value for name, value in levels.state_dict().items()}
+    _write(Path(folder), description, tensors)
+
+
+def import_upsampler(
+    folder: str | Path,
+    *,
+    scale: int = 4,
+    crop_size: int | None = None,
+    max_noise_level: int = 300,
+    diffusion: DiffusionConfig | None = None,
+) -> Upsampler:
+    """Read an upsampler that is a UNet2DModel.
+
+    Args:
+        folder: of this model itself.
+        scale: side of the output over side of the input.
+        crop_size: side of the crops for further training, pixels; None for whole pictures.
+        max_noise_level: largest level that it was trained with, if it knows of levels.
+        diffusion: the process that it was trained with; None for that of published unCLIP upsamplers: cosine, eps.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or describe a network that this one cannot be.
+    """
+    description, tensors = _read(Path(folder), "UNet2DModel")
+    _check(description, Path(folder), _FIXED_UNET)
+    side = int(description["sample_size"])
+    unet = _unet_config(description, Path(folder), crop_size)
+    has_levels = description.get("class_embed_type") == "timestep"
+    config = UpsamplerConfig(
+        unet=unet,
+        low_res_size=side // scale,
+        scale=scale,
+        max_noise_level=max_noise_level if has_levels else 0,
+        diffusion=diffusion or _published_diffusion(description),
+    )
+    with torch.device("meta"):
+        upsampler = Upsampler(config)
+    state = {}
+    if has_levels:
+        state = {f"noise_level_embedding.{ours}": tensors.pop(theirs) for ours, theirs in _LEVELS.items()}
+    state |= {f"unet.{name}": value for name, value in _unet_from_theirs(upsampler.unet, tensors, folder).items()}
+    _assign(upsampler, state, {}, folder)
+    return upsampler
+
+
+_PROJECTION = {
+    "null_embedding": "learned_classifier_free_guidance_embeddings",
+    "to_time.weight": "clip_image_embeddings_project_to_time_embeddings.weight",
+    "to_time.bias": "clip_image_embeddings_project_to_time_embeddings.bias",
+    "to_tokens.weight": "clip_extra_context_tokens_proj.weight",
+    "to_tokens.bias": "clip_extra_context_tokens_proj.bias",
+    "text.to_time.weight": "embedding_proj.weight",
+    "text.to_time.bias": "embedding_proj.bias",
+    "text.to_context.weight": "encoder_hidden_states_proj.weight",
+    "text.to_context.bias": "encoder_hidden_states_proj.bias",
+    "text.norm.weight": "text_encoder_hidden_states_norm.weight",
+    "text.norm.bias": "text_encoder_hidden_states_norm.bias",
+}
+"""Our decoder's parameters outside the U-Net -> UnCLIPTextProjModel's."""
+
+_READ_EMBEDDINGS = ("clip_image_embeddings_project_to_time_embeddings", "clip_extra_context_tokens_proj")
+_NULL = "learned_classifier_free_guidance_embeddings"
+
+_LEVELS = {
+    "layers.0.weight": "class_embedding.linear_1.weight",
+    "layers.0.bias": "class_embedding.linear_1.bias",
+    "layers.2.weight": "class_embedding.linear_2.weight",
+    "layers.2.bias": "class_embedding.linear_2.bias",
+}
+"""Parameters of the embedding of noise levels -> UNet2DModel's."""
+
+_ENDS = {
+    "input": "conv_in",
+    "output.0": "conv_norm_out",
+    "output.2": "conv_out",
+    "time_embedding.layers.0": "time_embedding.linear_1",
+    "time_embedding.layers.2": "time_embedding.linear_2",
+}
+
+_PARTS = {
+    "norm1": ("norm1",),
+    "conv1": ("conv1",),
+    "time": ("time_emb_proj",),
+    "norm2": ("norm2",),
+    "conv2": ("conv2",),
+    "skip": ("conv_shortcut",),
+    "norm": ("group_norm",),
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "context_to_kv": ("add_k_proj", "add_v_proj"),
+    "to_out": ("to_out.0",),
+}
+"""Modules of our residual blocks and attention -> theirs, several where ours are fused."""
+
+_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "center_input_sample": False,
+    "mid_block_scale_factor": 1,
+    "time_embedding_type": "positional",
+}
+"""Settings with one value that our network has; theirs default to the same."""
+
+_FIXED_UNET = _FIXED | {"time_embedding_dim": None, "num_class_embeds": None, "mid_block_type": "UNetMidBlock2D"}
+
+_FIXED_CONDITION_UNET = _FIXED | {
+    "class_embed_type": "identity",
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "only_cross_attention": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+    "encoder_hid_dim": None,
+    "addition_embed_type": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_act_fn": None,
+    "time_cond_proj_dim": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "transformer_layers_per_block": 1,
+}
+
+
+_UNET_SETTINGS = {
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "layers_per_block",
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+}
+
+_REQUIRED = {
+    "UNet2DConditionModel": _UNET_SETTINGS | {"cross_attention_dim"},
+    "UNet2DModel": _UNET_SETTINGS,
+    "UnCLIPTextProjModel": {"clip_embeddings_dim"},
+}
+
+
+def _describe_unet(config: UNetConfig, unet: UNet) -> dict[str, Any]:
+    """The settings that both of their U-Nets have."""
+    attends = [
+        config.image_size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))
+    ]
+    return _FIXED | {
+        "in_channels": unet.input.in_channels,
+        "out_channels": unet.output[-1].out_channels,
+        "layers_per_block": config.num_res_blocks,
+        "block_out_channels": [config.channels * multiple for multiple in config.channel_mult],
+        "down_block_types": ["SimpleCrossAttnDownBlock2D" if attend else _PLAIN[0] for attend in attends],
+        "up_block_types": ["SimpleCrossAttnUpBlock2D" if attend else _PLAIN[1] for attend in reversed(attends)],
+        "attention_head_dim": config.head_channels,
+        "norm_num_groups": config.norm_groups,
+        "dropout": config.dropout,
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
+    }
+
+
+_PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+
+
+def _unet_config(description: Mapping[str, Any], folder: Path, image_size: int | None = None) -> UNetConfig:
+    side = image_size or int(description["sample_size"])
+    widths, down = description["block_out_channels"], description["down_block_types"]
+    mirrored = [kind.replace("Down", "Up").replace("downsample", "upsample") for kind in reversed(down)]
+    valid = {"SimpleCrossAttnDownBlock2D", _PLAIN[0]}
+    if not valid.issuperset(down) or mirrored != list(description["up_block_types"]):
+        raise CheckpointError(
+            f"{folder}: got blocks {down} and {description['up_block_types']}, expected mirrored ones of {sorted(valid)}."
+        )
+    try:
+        return UNetConfig(
+            image_size=side,
+            channels=int(widths[0]),
+            channel_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=int(description["layers_per_block"]),
+            attention_resolutions=tuple(
+                side // 2**level for level, kind in enumerate(down) if kind == "SimpleCrossAttnDownBlock2D"
+            ),
+            head_channels=int(description.get("attention_head_dim") or 8),
+            scale_shift_norm=description.get("resnet_time_scale_shift", "default") == "scale_shift",
+            norm_groups=int(description.get("norm_num_groups", 32)),
+            dropout=float(description.get("dropout", 0.0)),
+        )
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
+
+
+def _names(keys: Iterable[str], config: UNetConfig) -> dict[str, tuple[str, ...]]:
+    """Each parameter of our U-Net -> theirs, in the order in which ours fuses them."""
+    blocks = dict(_blocks(config))
+    names: dict[str, tuple[str, ...]] = {}
+    for key in keys:
+        module, kind = key.rsplit(".", 1)
+        if module in _ENDS:
+            names[key] = (f"{_ENDS[module]}.{kind}",)
+        else:
+            block, part = module.rsplit(".", 1)
+            names[key] = tuple(f"{blocks[block]}.{name}.{kind}" for name in _PARTS[part])
+    return names
+
+
+def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Our residual blocks and attentions -> theirs; attentions also where there are none."""
+    levels = range(len(config.channel_mult))
+    down, up = 0, 0
+    for level in levels:
+        for layer in range(config.num_res_blocks):
+            yield f"down.{down}.block", f"down_blocks.{level}.resnets.{layer}"
+            yield f"down.{down}.attend", f"down_blocks.{level}.attentions.{layer}"
+            down += 1
+        yield f"down.{down}.block", f"down_blocks.{level}.downsamplers.0"
+        down += 1
+    yield "middle.0.block", "mid_block.resnets.0"
+    yield "middle.0.attend", "mid_block.attentions.0"
+    yield "middle.1", "mid_block.resnets.1"
+    for level in levels:
+        for layer in range(config.num_res_blocks + 1):
+            yield f"up.{up}.block", f"up_blocks.{level}.resnets.{layer}"
+            yield f"up.{up}.attend", f"up_blocks.{level}.attentions.{layer}"
+            up += 1
+        yield f"up.{up}.block", f"up_blocks.{level}.upsamplers.0"
+        up += 1
+
+
+def _unet_to_theirs(unet: UNet) -> Tensors:
+    state = unet.state_dict()
+    theirs: Tensors = {}
+    for key, names in _names(state, unet.config).items():
+        theirs |= zip(names, state[key].chunk(len(names)), strict=True)
+    return theirs
+
+
+def _unet_from_theirs(unet: UNet, tensors: Mapping[str, Tensor], folder: str | Path) -> Tensors:
+    names = _names(unet.state_dict(), unet.config)
+    expected = {name for group in names.values() for name in group}
+    if expected != set(tensors):
+        raise CheckpointError(
+            f"{folder}: the weights do not fit their config.json: {len(expected - set(tensors))} missing, "
+            f"{len(set(tensors) - expected)} unknown, such as {min(expected ^ set(tensors))}."
+        )
+    return {key: torch.cat([tensors[name] for name in group]) for key, group in names.items()}
+
+
+def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:
+    """What normalising subtracts and divides by, [E] float64 each."""
+    shift, scale = statistics.affine()
+    return shift.cpu().double(), scale.cpu().double()
+
+
+def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
+    """Layers that read standardised image embeddings -> the same layers reading them as CLIP gives them."""
+    folded = dict(tensors)
+    for name in _READ_EMBEDDINGS:
+        weight = tensors[f"{name}.weight"].cpu().double() / std  # [D, E]
+        folded[f"{name}.weight"] = weight.float()
+        folded[f"{name}.bias"] = (tensors[f"{name}.bias"].cpu().double() - weight @ mean).float()
+    folded[_NULL] = (tensors[_NULL].cpu().double() * std + mean).float()
+    return folded
+
+
+def _published_diffusion(description: Mapping[str, Any]) -> DiffusionConfig:
+    return DiffusionConfig(variance="learned_range" if description["out_channels"] == 6 else "fixed_small")
+
+
+def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Path) -> None:
+    """Give a model on the meta device its weights, as its own."""
+    try:
+        model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the weights do not fit their config.json: {error}") from error
+    if unknown:
+        raise CheckpointError(f"{folder}: got unknown weights {sorted(unknown)}.")
+
+
+def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any]) -> None:
+    for name, value in fixed.items():
+        if description.get(name, value) != value:
+            raise CheckpointError(
+                f"{folder}/config.json: got {name} = {description[name]!r}, expected {value!r}, which is all that is built here."
+            )
+
+
+def _write(folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
+    save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True))
+
+
+def _read(folder: Path, class_name: str) -> tuple[dict[str, Any], Tensors]:
+    """config.json, and weights in float32 from one file or from shards."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        index = folder / f"{WEIGHTS}.index.json"
+        files = {WEIGHTS}
+        if index.is_file():
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        tensors: Tensors = {}
+        for file in sorted(files):
+            tensors |= load_file(str(folder / file))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: expected config.json and {WEIGHTS}, as save_pretrained writes them: {error}"
+        ) from error
+    if description.get("_class_name") != class_name:
+        raise CheckpointError(f"{folder}: got a {description.get('_class_name')}, expected a {class_name}.")
+    missing = _REQUIRED[class_name] - set(description)
+    if missing:
+        raise CheckpointError(f"{folder}/config.json: {', '.join(sorted(missing))} missing.")
+    return description, {name: value.float() for name, value in tensors.items()}

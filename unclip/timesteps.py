@@ -1,0 +1,121 @@
+"""Which timesteps training visits: all alike, or more often those with a large loss.
+
+Letters: B batch, T number of timesteps, H losses remembered for a timestep. Source: Nichol & Dhariwal 2021, section 3.3.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from unclip.diffusion import DiffusionConfig
+from unclip.errors import CheckpointError
+
+
+class TimestepDraw(NamedTuple):
+    t: Tensor
+    """[B] int64."""
+    weight: Tensor
+    """[B] float32; the mean of weight * loss is an unbiased estimate of the loss under uniform timesteps."""
+
+
+class TimestepSampler(Protocol):
+    """What training needs of a distribution of timesteps; its state belongs into the checkpoint."""
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> TimestepDraw: ...
+
+    def update(self, t: Tensor, loss: Tensor) -> None: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+def timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
+    """The sampler that a configuration asks for, without memory of any loss."""
+    if config.timestep_sampling == "loss_aware":
+        return LossAwareTimesteps(config.num_timesteps)
+    return UniformTimesteps(config.num_timesteps)
+
+
+class UniformTimesteps:
+    """Every timestep with the same probability."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> TimestepDraw:
+        """Timesteps on the generator's device, each of weight 1."""
+        t = torch.randint(self.num_timesteps, (batch_size,), generator=generator, device=generator.device)
+        return TimestepDraw(t, torch.ones(batch_size, device=generator.device))
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        return None  # nothing is learned from losses
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise CheckpointError(
+                f"timesteps: got {sorted(state)}, expected no state. Set timestep_sampling = loss_aware."
+            )
+
+
+class LossAwareTimesteps:
+    """Importance sampling with p_t in proportion to sqrt(E[L_t^2]), over the last losses of every timestep.
+
+    Uniform until every timestep has a full memory.
+    """
+
+    def __init__(self, num_timesteps: int, num_losses: int = 10, uniform_prob: float = 0.001) -> None:
+        """Args:
+        num_losses: H, losses remembered for each timestep.
+        uniform_prob: share of uniform draws, so that no timestep is ever forgotten.
+        """
+        self.uniform_prob = uniform_prob
+        self.losses = torch.zeros(num_timesteps, num_losses, dtype=torch.float64)  # [T, H]
+        self.num_updates = torch.zeros(num_timesteps, dtype=torch.int64)  # [T]
+
+    def probabilities(self) -> Tensor:
+        """p_t, [T] float64, summing to 1."""
+        num_timesteps, num_losses = self.losses.shape
+        uniform = torch.full((num_timesteps,), 1 / num_timesteps, dtype=torch.float64)
+        root_mean_square = (self.losses**2).mean(dim=1).sqrt()  # [T]
+        if (self.num_updates < num_losses).any() or root_mean_square.sum() == 0:
+            return uniform
+        importance = root_mean_square / root_mean_square.sum()
+        return (1 - self.uniform_prob) * importance + self.uniform_prob * uniform
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> TimestepDraw:
+        """Timesteps and the weights 1 / (T p_t), on the generator's device."""
+        probabilities = self.probabilities().to(generator.device)
+        t = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
+        return TimestepDraw(t, (1 / (len(probabilities) * probabilities[t])).float())
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Remember losses.
+
+        Args:
+            t: [B] int64.
+            loss: [B], not weighted. Where several processes train one model, all must pass the same gathered values.
+        """
+        num_losses = self.losses.shape[1]
+        for timestep, value in zip(t.tolist(), loss.tolist(), strict=True):
+            self.losses[timestep, self.num_updates[timestep] % num_losses] = value
+            self.num_updates[timestep] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self.losses.clone(), "num_updates": self.num_updates.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            CheckpointError: the state is of another kind or another number of timesteps.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if shapes != expected:
+            raise CheckpointError(f"timesteps: got {shapes}, expected {expected}.")
+        self.losses, self.num_updates = state["losses"].clone(), state["num_updates"].clone()
