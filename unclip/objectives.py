@@ -37,7 +37,7 @@ class PriorObjective:
         self.clip = clip
         self.model = DiffusionPrior(config, clip.embedding_dim, clip.text_width, clip.text_length)
         self.model.statistics.load_state_dict(statistics.state_dict())
-        self.model.text.set_null_text(*_encode(clip, clip.tokenize([""])))
+        self.model.text.set_null(_caption_features(clip, clip.tokenize([""])))
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -47,7 +47,7 @@ class PriorObjective:
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         diffusion, config = self.model.diffusion, self.model.config
-        text = _encode(self.clip, tensors["tokens"])
+        text = _caption_features(self.clip, tensors["tokens"])
         x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
         t, noise = _draw(x0, diffusion.num_timesteps, generator)
         drop = _bernoulli(x0, config.cond_drop_prob, generator)
@@ -90,7 +90,7 @@ class AutoregressivePriorObjective:
         )
         self.model.statistics.load_state_dict(statistics.state_dict())
         self.model.quantizer.load_state_dict(quantizer.state_dict())
-        self.model.text.set_null_text(*_encode(clip, clip.tokenize([""])))
+        self.model.text.set_null(_caption_features(clip, clip.tokenize([""])))
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -101,7 +101,7 @@ class AutoregressivePriorObjective:
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         quantizer = self.model.quantizer
-        text = _encode(self.clip, tensors["tokens"])
+        text = _caption_features(self.clip, tensors["tokens"])
         buckets = quantizer.encode(tensors["image_embedding"])  # [B, K]
         similarity = quantizer.encode_similarity(tensors["similarity"])  # [B]
         drop = _bernoulli(tensors["similarity"], self.model.config.cond_drop_prob, generator)
@@ -288,15 +288,7 @@ def _caption_features(clip: clip_models.Clip, tokens: Tensor) -> CaptionFeatures
     """Tokens [B, L] as the frozen CLIP sees them, where they are, as exact as in sampling."""
     with torch.autocast(tokens.device.type, enabled=False):
         text = clip.to(tokens.device).encode_text(tokens)
-    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_embedding)
-
-
-def _encode(clip: clip_models.Clip, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a prior reads of captions: encodings [B, L, W], mask [B, L], text projection [B, E]; as exact as in sampling."""
-    clip.to(tokens.device)
-    with torch.autocast(tokens.device.type, enabled=False):
-        text = clip.encode_text(tokens)
-    return text.text_encodings, text.text_mask, text.text_projection
+    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
 
 
 def _clip_facts(clip: clip_models.Clip) -> dict[str, int]:
