@@ -248,7 +248,7 @@ def rows(clip: Clip, batch: int = 8) -> dict[str, list[Any]]:
 
 def objective(clip: Clip, **changes: Any) -> objectives.DecoderObjective:
     torch.manual_seed(0)
-    config = DecoderConfig(UNET, context_dim=8, text_transformer=TINY_TEXT, **changes)
+    config = DecoderConfig(**{"unet": UNET, "context_dim": 8, "text_transformer": TINY_TEXT, **changes})
     statistics = EmbeddingStatistics.of(torch.randn(30, clip.embedding_dim))
     return objectives.DecoderObjective(config, statistics, rows(clip), clip)
 
@@ -331,21 +331,22 @@ def fit(trained: Any, tensors: dict[str, torch.Tensor], num_steps: int, learning
 
 def test_inpainting_learns_to_go_on_with_what_it_is_shown(clip: Clip) -> None:
     """Half of a plain picture is shown, and its embedding is hidden: only the known pixels can tell the colour."""
-    trained = objective(clip, inpainting=True, diffusion=DiffusionConfig(prediction_type="x0"))
+    small = dataclasses.replace(UNET, image_size=8, attention_resolutions=(4,))
+    trained = objective(clip, unet=small, inpainting=True, diffusion=DiffusionConfig(prediction_type="x0"))
     colors = torch.rand(32, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    images = colors.expand(-1, -1, 16, 16)
+    images = colors.expand(-1, -1, 8, 8)
     tensors = {"images": images, "image_embedding": torch.zeros(32, clip.embedding_dim)}
     fit(trained, tensors, num_steps=150, learning_rate=5e-3)
-    mask = torch.zeros(32, 1, 16, 16, dtype=torch.bool)
-    mask[..., :8] = True
+    mask = torch.zeros(32, 1, 8, 8, dtype=torch.bool)
+    mask[..., :4] = True
     drawn, blind = (
         trained.model.sample(
             tensors["image_embedding"], known=known, num_steps=4, generator=torch.Generator().manual_seed(0)
-        )[..., 8:]
+        )[..., 4:]
         for known in (known_region(images, mask), None)
     )
-    error, blind_error = ((found - images[..., 8:]).abs().mean().item() for found in (drawn, blind))
-    assert error < 0.2 and error < blind_error / 2
+    error, blind_error = ((found - images[..., 4:]).abs().mean().item() for found in (drawn, blind))
+    assert error < 0.25 and error < blind_error / 2
 
 
 @torch.no_grad()
