@@ -285,7 +285,7 @@ def test_the_empty_caption_goes_with_the_weights(clip: Clip, text: str) -> None:
     features = clip.encode_text(tokens)
     empty: Any = tokens
     if text == "clip":
-        empty = CaptionFeatures(features.text_encodings, features.text_mask, features.text_embedding)
+        empty = CaptionFeatures(features.text_encodings, features.text_mask, features.text_projection)
     x_t, t, embedding = torch.randn(1, 3, 16, 16), torch.tensor([500]), torch.randn(1, clip.embedding_dim)
     torch.testing.assert_close(model(x_t, t, embedding), model(x_t, t, embedding, None, empty))
     again = generation.BUILDERS["decoder"](trained.facts()).eval()
