@@ -16,12 +16,12 @@ from unclip import clip as clip_models
 from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.config import to_dict
 from unclip.data import Batch, decode_image
-from unclip.decoder import Decoder, DecoderConfig, Text, known_region, random_masks
+from unclip.decoder import Decoder, DecoderConfig, known_region, random_masks
 from unclip.degradations import degrade, shrink
 from unclip.diffusion import augment_condition
 from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import CaptionFeatures, ClipText, TextShape, TextTransformer
+from unclip.text import Text, TextShape, read_captions
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 Tensors = dict[str, Tensor]
@@ -129,14 +129,13 @@ class DecoderObjective:
         """Args: clip: its tokenizer, and where `config.text` is "clip" its text encoder; None where no text is read."""
         embedding_dim = len(statistics.mean)
         statistics.check("decoder")
+        clip = None if config.text == "none" else clip
         self.config, self.clip = config, clip
         shape = None if clip is None else TextShape(clip.text_length, clip.text_width, clip.vocab_size)
         self.model: Decoder = Decoder(config, embedding_dim, shape).to(memory_format=torch.channels_last)
         self.model.statistics.load_state_dict(statistics.state_dict())
-        if clip is not None and isinstance(self.model.text, ClipText):
-            self.model.text.set_null(CaptionFeatures(*_encode(clip, clip.tokenize([""]))))
-        if clip is not None and isinstance(self.model.text, TextTransformer):
-            self.model.text.set_null(clip.tokenize([""]))
+        if clip is not None and self.model.text is not None:
+            self.model.text.set_null(read_captions(config.text, clip, clip.tokenize([""])))  # type: ignore[arg-type]
         self._preview = self.prepare(preview)
 
     @staticmethod
@@ -188,12 +187,7 @@ class DecoderObjective:
         }
 
     def _text(self, tensors: Tensors) -> Text | None:
-        """What the decoder reads of the captions."""
-        if self.config.text == "none" or self.clip is None:
-            return None
-        return (
-            CaptionFeatures(*_encode(self.clip, tensors["tokens"])) if self.config.text == "clip" else tensors["tokens"]
-        )
+        return None if self.clip is None else read_captions(self.config.text, self.clip, tensors["tokens"])
 
 
 class UpsamplerObjective:
@@ -288,7 +282,7 @@ def load_images(encoded: list[bytes], side: int) -> Tensor:
 
 
 def _encode(clip: clip_models.Clip, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is read of captions: encodings [B, L, W], mask [B, L], text projection [B, E]; as exact as in sampling."""
+    """What a prior reads of captions: encodings [B, L, W], mask [B, L], text projection [B, E]; as exact as in sampling."""
     clip.to(tokens.device)
     with torch.autocast(tokens.device.type, enabled=False):
         text = clip.encode_text(tokens)

@@ -18,6 +18,7 @@ from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import ConfigError, ShapeError
 from unclip.layers import attention
+from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, text_mask
 from unclip.unet import ContextAttention, UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
@@ -432,3 +433,19 @@ def test_a_trained_text_transformer_is_bidirectional() -> None:
     first, second = text(tokens), text(later)
     assert (first.tokens - second.tokens).abs().amax(dim=2).min() > 1e-6
     assert not torch.allclose(first.vector, second.vector)
+
+
+@pytest.mark.parametrize("text", ["none", "clip", "transformer"])
+@torch.no_grad()
+def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text: str) -> None:
+    prior = DiffusionPrior(PriorConfig(16, 1, 2), clip.embedding_dim, clip.text_width, clip.text_length)
+    upsampler = awake(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
+    stack = generation.Stack(clip, prior, awake(objective(clip, text=text).model), upsampler)
+    settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=2, precision="fp32")
+    embedding = torch.randn(1, clip.embedding_dim)
+    drawn = [
+        stack.decode(embedding, settings, torch.Generator().manual_seed(0), captions)
+        for captions in (["a red circle"], ["a blue star"], [""], None)
+    ]
+    assert changed(drawn[0], drawn[1]) == [text != "none"]
+    assert not any(changed(drawn[2], drawn[3]))

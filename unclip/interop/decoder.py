@@ -83,7 +83,7 @@ def load_decoder(
     statistics: EmbeddingStatistics | None = None,
     diffusion: DiffusionConfig | None = None,
 ) -> Decoder:
-    """Read the decoder of an UnCLIPPipeline from its local folder.
+    """Read the decoder of an UnCLIPPipeline from its local folder, in evaluation mode.
 
     Args:
         null_text: what the CLIP that it was trained with makes of the empty caption, a batch of one.
@@ -126,7 +126,7 @@ def load_decoder(
         "text.null_embedding": null_text.text_projection[0],
     }
     _assign(decoder, state, projection_tensors, folder)
-    return decoder
+    return decoder.eval()
 
 
 def save_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int | None = None) -> None:
@@ -168,7 +168,7 @@ def load_upsampler(
     max_noise_level: int = 300,
     diffusion: DiffusionConfig | None = None,
 ) -> Upsampler:
-    """Read an upsampler that is a UNet2DModel.
+    """Read an upsampler that is a UNet2DModel, in evaluation mode.
 
     Args:
         folder: of this model itself.
@@ -199,7 +199,7 @@ def load_upsampler(
         state = {f"noise_level_embedding.{ours}": tensors.pop(theirs) for ours, theirs in _LEVELS.items()}
     state |= {f"unet.{name}": value for name, value in _unet_from_theirs(upsampler.unet, tensors, folder).items()}
     _assign(upsampler, state, {}, folder)
-    return upsampler
+    return upsampler.eval()
 
 
 def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:

@@ -147,7 +147,9 @@ def test_our_decoder_draws_what_one_of_diffusers_draws(tmp_path: Path, max_shard
     unet.save_pretrained(tmp_path / "decoder", max_shard_size=max_shard_size)
     projection.save_pretrained(tmp_path / "text_proj")
     UnCLIPScheduler(variance_type="learned_range").save_pretrained(tmp_path / "decoder_scheduler")
-    decoder = load_decoder(tmp_path, null_features()).eval()
+    sharded = (tmp_path / "decoder" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert sharded == (max_shard_size == "20KB")
+    decoder = load_decoder(tmp_path, null_features())
     assert decoder.config.diffusion.variance == "learned_range"
     check_equal(decoder, unet, projection)
 
@@ -159,7 +161,7 @@ def test_our_decoder_is_what_we_wrote(tmp_path: Path) -> None:
     x_t, t, image_embedding = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, EMBEDDING_DIM) * 0.05
     expected = decoder(x_t, t, image_embedding, torch.tensor([True, False]), texts(2), torch.tensor([False, True]))
     for statistics in (None, decoder.statistics):  # folded into the weights, or taken out of them again
-        again = load_decoder(tmp_path, null_features(), statistics=statistics).eval()
+        again = load_decoder(tmp_path, null_features(), statistics=statistics)
         result = again(x_t, t, image_embedding, torch.tensor([True, False]), texts(2), torch.tensor([False, True]))
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
     assert again.config.unet == decoder.config.unet
@@ -185,7 +187,7 @@ def karlo_like_upsampler(**changes: Any) -> Any:
 def test_upsamplers_of_diffusers_draw_the_same_here(tmp_path: Path, scale_shift: str) -> None:
     theirs = karlo_like_upsampler(resnet_time_scale_shift=scale_shift)
     theirs.save_pretrained(tmp_path)
-    ours = load_upsampler(tmp_path, crop_size=16).eval()
+    ours = load_upsampler(tmp_path, crop_size=16)
     assert ours.config.output_size == 32 and ours.config.unet.image_size == 16
     x_t, t, low_res = torch.randn(2, 3, 32, 32), torch.tensor([0, 999]), torch.randn(2, 3, 8, 8)
     enlarged = torch.nn.functional.interpolate(low_res, size=(32, 32), mode="bicubic", antialias=True)
@@ -212,7 +214,7 @@ def test_diffusers_upsamples_as_ours_do(tmp_path: Path, scale_shift_norm: bool, 
     labels = {"class_labels": level} if max_noise_level else {}
     expected = ours(x_t, t, low_res, level)
     torch.testing.assert_close(theirs.eval()(six, t, **labels).sample, expected, atol=1e-4, rtol=1e-4)
-    again = load_upsampler(tmp_path / "all", crop_size=16).eval()
+    again = load_upsampler(tmp_path / "all", crop_size=16)
     torch.testing.assert_close(again(x_t, t, low_res, level), expected)
     assert again.config == ours.config
     if max_noise_level:  # a pipeline that knows of no levels gets one for good
