@@ -18,6 +18,7 @@ from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import ConfigError, ShapeError
 from unclip.layers import attention
+from unclip.precision import autocast
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, text_mask
 from unclip.unet import ContextAttention, UNet, UNetConfig
@@ -309,7 +310,8 @@ def test_clip_stays_frozen_and_out_of_the_trained_model(clip: Clip) -> None:
 def test_every_parameter_is_trained(clip: Clip, text: str) -> None:
     trained = objective(clip, text=text, image_drop_prob=0.5, diffusion=DiffusionConfig(variance="learned_range"))
     awake(trained.model).train()
-    loss = trained.loss(trained.model, trained.prepare(rows(clip)), torch.Generator().manual_seed(0))
+    with autocast("bf16", torch.device("cpu")):
+        loss = trained.loss(trained.model, trained.prepare(rows(clip)), torch.Generator().manual_seed(0))
     loss.backward()
     assert loss.isfinite()
     assert [name for name, parameter in trained.model.named_parameters() if parameter.grad is None] == []
@@ -449,3 +451,19 @@ def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text:
     ]
     assert changed(drawn[0], drawn[1]) == [text != "none"]
     assert not any(changed(drawn[2], drawn[3]))
+
+
+@pytest.mark.parametrize("kind", ["none", "blur", "bsr"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_upsamplers_train_in_either_precision(kind: Any, precision: Any) -> None:
+    config = UpsamplerConfig(
+        CONVOLUTIONAL, low_res_size=8, max_noise_level=400, degradation=DegradationConfig(kind, blur_prob=1.0)
+    )
+    trained = objectives.UpsamplerObjective(config, {"jpg": [jpeg((0, 100, 200), 32)] * 2})
+    tensors = trained.prepare({"jpg": [jpeg((0, 100, 200), 32)] * 2})
+    with autocast(precision, torch.device("cpu")):
+        loss = trained.loss(trained.model, tensors, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite() and any(parameter.grad.any() for parameter in trained.model.parameters())
+    with autocast(precision, torch.device("cpu")):
+        assert trained.preview(trained.model.eval()).isfinite().all()
