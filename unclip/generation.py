@@ -18,7 +18,7 @@ from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import CheckpointError
 from unclip.precision import Precision, autocast
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import TextShape
+from unclip.text import TextShape, read_captions
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -58,6 +58,8 @@ class SamplingConfig:
     """Sampling steps of the decoder."""
     guidance_scale: float = 2.0
     """Classifier-free guidance of the decoder; 1 = off."""
+    text_guidance_scale: float | None = None
+    """Its guidance by the caption alone, where it reads captions; none guides by picture embedding and caption together."""
     upsampler_steps: int = 27
     """Sampling steps of the upsampler."""
     batch_size: int = 64
@@ -164,7 +166,7 @@ class Stack(nn.Module):
         """Batch `number` of `text2image`, on its own: [len(captions), 3, S, S]."""
         generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + number)
         embedding = self.embed_captions(list(captions), sampling, generator)
-        return self.decode(embedding, sampling, generator).cpu()
+        return self.decode(embedding, sampling, generator, list(captions)).cpu()
 
     def embed_captions(self, captions: list[str], sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
         """Image embeddings [B, E] that the prior draws for captions."""
@@ -183,13 +185,25 @@ class Stack(nn.Module):
             generator=generator,
         )
 
-    def decode(self, image_embedding: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-        """Pictures [B, 3, S, S] at full size for image embeddings [B, E]."""
+    def decode(
+        self,
+        image_embedding: Tensor,
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        captions: list[str] | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, S, S] at full size for image embeddings [B, E]; captions are for decoders that read them."""
+        text = None
+        if captions is not None:
+            tokens = self.clip.tokenize(captions).to(self.device)
+            text = read_captions(self.decoder.config.text, self.clip, tokens)
         with autocast(sampling.precision, self.device):
             low_res = self.decoder.sample(
                 image_embedding,
+                text=text,
                 num_steps=sampling.decoder_steps,
                 guidance_scale=sampling.guidance_scale,
+                text_guidance_scale=sampling.text_guidance_scale,
                 generator=generator,
             )
             return self.upsampler.sample(low_res, num_steps=sampling.upsampler_steps, generator=generator)

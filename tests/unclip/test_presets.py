@@ -9,6 +9,7 @@ import pytest
 from unclip import config
 from unclip.decoder import DecoderConfig
 from unclip.presets import PRESETS, ParameterCounts, count_parameters
+from unclip.prior import PriorConfig
 from unclip.text import TextTransformer
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -19,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_presets_come_to_what_the_table_says(name: str) -> None:
     preset = PRESETS[name]
     upsamplers = tuple(count_parameters(lambda c=each: Upsampler(c)) for each in preset.upsamplers)
-    assert ParameterCounts(count_parameters(preset.build_decoder), upsamplers) == preset.num_parameters
+    counts = ParameterCounts(count_parameters(preset.build_prior), count_parameters(preset.build_decoder), upsamplers)
+    assert counts == preset.num_parameters
     sides = [preset.decoder.unet.image_size, *(each.output_size for each in preset.upsamplers)]
     assert sides[:-1] == [each.low_res_size for each in preset.upsamplers]
 
@@ -50,6 +52,7 @@ def test_the_trained_text_transformer_is_a_third_of_the_decoder() -> None:
 def test_the_demo_preset_is_the_demos_run_file() -> None:
     run = tomllib.loads((ROOT / "pipelines" / "presets" / "demo.toml").read_text())
     demo = PRESETS["demo"]
+    assert config.load(PriorConfig, run["prior"]["model"]) == demo.prior
     assert config.load(DecoderConfig, run["decoder"]["model"]) == demo.decoder
     assert (config.load(UpsamplerConfig, run["upsampler"]["model"]),) == demo.upsamplers
     assert run["clip"]["model"] == "unclip-demo"
