@@ -191,15 +191,14 @@ def ddim_inversion(
         x_t = x_next
         for _ in range(num_iterations):
             estimate = denoise(x_t, step.batch(x_t)).x0
-            if (
-                step.alpha_bar == 0 and step.alpha_bar_next < 1
-            ):  # x_T is its own eps there, so eps must come from x_next
-                eps = (x_next - step.alpha_bar_next**0.5 * estimate) / (1 - step.alpha_bar_next) ** 0.5
-                x_t = eps
+            # of the two ways to read eps, from x_next and from x_t, the one that the iteration contracts
+            if step.alpha_bar < 0.5 and step.alpha_bar_next < 1:
+                clean = estimate
+                eps = (x_next - step.alpha_bar_next**0.5 * clean) / (1 - step.alpha_bar_next) ** 0.5
             else:
                 eps = (x_t - step.alpha_bar**0.5 * estimate) / (1 - step.alpha_bar) ** 0.5
                 clean = (x_next - (1 - step.alpha_bar_next) ** 0.5 * eps) / step.alpha_bar_next**0.5
-                x_t = step.alpha_bar**0.5 * clean + (1 - step.alpha_bar) ** 0.5 * eps
+            x_t = step.alpha_bar**0.5 * clean + (1 - step.alpha_bar) ** 0.5 * eps
         x_next = on_step(x_t, step.t)
     return x_next
 
@@ -272,6 +271,8 @@ def heun(
 
 def hold_known(diffusion: GaussianDiffusion, x0: Tensor, known: Tensor, generator: torch.Generator | None) -> OnStep:
     """Inpainting with any sampler: after every step, put the known part back, noised to the sample's timestep.
+
+    The rest is drawn in view of it; how well it fits grows with the number of steps and with their noise.
 
     Args:
         x0: [B, ...] clean samples, of which the known part is read.
