@@ -23,6 +23,9 @@ OnStep = Callable[[Tensor, int], Tensor]
 with what it returns. Film strips keep what they see and return it; inpainting returns it with the known pixels put back."""
 
 
+LARGEST_SIGMA = 80.0
+
+
 def undisturbed(x_t: Tensor, t: int) -> Tensor:
     """The `OnStep` that does nothing."""
     return x_t
@@ -188,15 +191,14 @@ def ddim_inversion(
         x_t = x_next
         for _ in range(num_iterations):
             estimate = denoise(x_t, step.batch(x_t)).x0
-            if (
-                step.alpha_bar == 0 and step.alpha_bar_next < 1
-            ):  # x_T is its own eps there, so eps must come from x_next
-                eps = (x_next - step.alpha_bar_next**0.5 * estimate) / (1 - step.alpha_bar_next) ** 0.5
-                x_t = eps
+            # of the two ways to read eps, from x_next and from x_t, the one that the iteration contracts
+            if step.alpha_bar < 0.5 and step.alpha_bar_next < 1:
+                clean = estimate
+                eps = (x_next - step.alpha_bar_next**0.5 * clean) / (1 - step.alpha_bar_next) ** 0.5
             else:
                 eps = (x_t - step.alpha_bar**0.5 * estimate) / (1 - step.alpha_bar) ** 0.5
                 clean = (x_next - (1 - step.alpha_bar_next) ** 0.5 * eps) / step.alpha_bar_next**0.5
-                x_t = step.alpha_bar**0.5 * clean + (1 - step.alpha_bar) ** 0.5 * eps
+            x_t = step.alpha_bar**0.5 * clean + (1 - step.alpha_bar) ** 0.5 * eps
         x_next = on_step(x_t, step.t)
     return x_next
 
@@ -222,9 +224,8 @@ def dpm_solver_pp_2m(
     width_before = 0.0
     for step in _steps(diffusion, num_steps):
         x0 = denoise(x_t, step.batch(x_t)).x0
-        width = (
-            step.log_signal_to_sigma_next - step.log_signal_to_sigma
-        )  # infinite at pure noise and at the clean sample
+        # infinite from pure noise and to the clean sample
+        width = _minus_log(step.sigma_next) - _minus_log(step.sigma)
         along = x0
         if x0_before is not None and step.alpha_bar_next < 1:
             along = x0 + width / width_before / 2 * (x0 - x0_before)
@@ -247,29 +248,31 @@ def heun(
     """Heun's method: second order with two calls of the denoiser a step.
 
     The equation is dx / dsigma = (x - x0) / sigma for x = x_t / sqrt(alphas_cumprod) and sigma^2 = (1 - alphas_cumprod) /
-    alphas_cumprod, on the grid of the timesteps. Steps from pure noise, where sigma is infinite, and to the clean sample are
-    Euler's, as in DDIM. Deterministic: the generator is not used.
+    alphas_cumprod, on the grid of the timesteps. Steps to the clean sample and from beyond the largest sigma of Karras et
+    al. are Euler's, as in DDIM: the cosine schedule goes from 20,000 to below 100 in one step, and pure noise has an infinite
+    sigma; there the mean of both slopes is far off. Deterministic: the generator is not used.
 
-    Source: Karras et al. 2022, algorithm 1 and eq. 4.
+    Source: Karras et al. 2022, algorithm 1, eq. 4 and Table 1 (largest sigma).
     """
     x_t = in_full(x_T)
     for step in _steps(diffusion, num_steps):
         x0 = denoise(x_t, step.batch(x_t)).x0
         slope = (x_t - step.alpha_bar**0.5 * x0) / (1 - step.alpha_bar) ** 0.5  # dx / dsigma, which is eps
         x_next = step.alpha_bar_next**0.5 * x0 + (1 - step.alpha_bar_next) ** 0.5 * slope
-        if step.alpha_bar > 0 and step.alpha_bar_next < 1:
+        if step.sigma <= LARGEST_SIGMA and step.alpha_bar_next < 1:
             next_t = torch.full_like(step.batch(x_t), step.t_next)
             next_x0 = denoise(x_next, next_t).x0
             next_slope = (x_next - step.alpha_bar_next**0.5 * next_x0) / (1 - step.alpha_bar_next) ** 0.5
-            sigma = (1 / step.alpha_bar - 1) ** 0.5
-            sigma_next = (1 / step.alpha_bar_next - 1) ** 0.5
-            x_next = x_next + step.alpha_bar_next**0.5 * (sigma_next - sigma) * (next_slope - slope) / 2
+            width = step.sigma_next - step.sigma
+            x_next = x_next + step.alpha_bar_next**0.5 * width * (next_slope - slope) / 2
         x_t = on_step(x_next, step.t_next)
     return x_t
 
 
 def hold_known(diffusion: GaussianDiffusion, x0: Tensor, known: Tensor, generator: torch.Generator | None) -> OnStep:
     """Inpainting with any sampler: after every step, put the known part back, noised to the sample's timestep.
+
+    The rest is drawn in view of it; how well it fits grows with the number of steps and with their noise.
 
     Args:
         x0: [B, ...] clean samples, of which the known part is read.
@@ -340,12 +343,13 @@ class Step(NamedTuple):
         return math.sqrt(self.alpha_bar / self.alpha_bar_next) * (1 - self.alpha_bar_next) / (1 - self.alpha_bar)
 
     @property
-    def log_signal_to_sigma(self) -> float:
-        return _log_signal_to_sigma(self.alpha_bar)
+    def sigma(self) -> float:
+        """Standard deviation of the noise relative to the signal at t."""
+        return _sigma(self.alpha_bar)
 
     @property
-    def log_signal_to_sigma_next(self) -> float:
-        return _log_signal_to_sigma(self.alpha_bar_next)
+    def sigma_next(self) -> float:
+        return _sigma(self.alpha_bar_next)
 
     def batch(self, x_t: Tensor) -> Tensor:
         """t for every sample, [B] int64."""
@@ -381,10 +385,13 @@ def _ancestral(
     return x_t
 
 
-def _log_signal_to_sigma(alpha_bar: float) -> float:
-    if alpha_bar in (0.0, 1.0):
-        return math.inf if alpha_bar else -math.inf
-    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+def _sigma(alpha_bar: float) -> float:
+    return math.sqrt(1 / alpha_bar - 1) if alpha_bar > 0 else math.inf
+
+
+def _minus_log(sigma: float) -> float:
+    """The lambda of DPM-Solver, log(signal / noise)."""
+    return -math.log(sigma) if sigma > 0 else math.inf
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
