@@ -1,26 +1,37 @@
 """Stages `prior`, `decoder` and `upsampler`: the three trainings, independent of each other."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, StageContext, stage
 from tasks.train import Training, run_training
 from unclip import objectives
+from unclip.autoregressive_prior import AutoregressivePriorConfig
 from unclip.clip import Clip
 from unclip.data import Batch, RowReader, Source
 from unclip.decoder import DecoderConfig
+from unclip.embeddings import EmbeddingQuantizer
 from unclip.prior import PriorConfig
-from unclip.trainer import TrainerConfig
+from unclip.trainer import Objective, TrainerConfig, Workers
 from unclip.upsampler import UpsamplerConfig
 
 NUM_PREVIEWS = 16
+NUM_QUANTIZED = 65_536
+"""Training rows whose range the autoregressive prior's buckets cover."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorStageConfig:
+    kind: Literal["diffusion", "autoregressive"] = "diffusion"
+    """Which of the paper's two priors."""
     model: PriorConfig = PriorConfig()
-    """The network and its diffusion process."""
+    """The diffusion prior's network and process."""
+    autoregressive: AutoregressivePriorConfig = AutoregressivePriorConfig()
+    """The autoregressive prior's network and buckets."""
     trainer: TrainerConfig = TrainerConfig()
     """The training."""
 
@@ -41,21 +52,39 @@ class UpsamplerStageConfig:
     """The training."""
 
 
-@stage("prior", version=1)
+@stage("prior", version=2)
 def prior(context: StageContext, config: PriorStageConfig, dataset: Artifact, clip: Artifact) -> Output:
-    """Train the diffusion prior: captions to CLIP image embeddings."""
-    snapshot, model = Snapshot.of(dataset.facts), config.model
-    return _train(
-        context,
-        dataset,
-        Training(
-            build=lambda _: objectives.PriorObjective(
-                model, Clip.load(clip.facts["model"], clip.facts["pretrained"]), snapshot.load_statistics()
-            ),
-            sources=(snapshot.source("embeddings", *objectives.PriorObjective.columns),),
-            keys=lambda: snapshot.keys("train"),
-            config=config.trainer,
-        ),
+    """Train the prior: captions to CLIP image embeddings."""
+    snapshot = Snapshot.of(dataset.facts)
+    kinds = {"diffusion": objectives.PriorObjective, "autoregressive": objectives.AutoregressivePriorObjective}
+
+    def build(_: Workers) -> Objective:
+        frozen_clip, statistics = Clip.load(clip.facts["model"], clip.facts["pretrained"]), snapshot.load_statistics()
+        if config.kind == "diffusion":
+            return objectives.PriorObjective(config.model, frozen_clip, statistics)
+        quantizer = fit_quantizer(snapshot, config.autoregressive)
+        return objectives.AutoregressivePriorObjective(config.autoregressive, frozen_clip, statistics, quantizer)
+
+    training = Training(
+        build=build,
+        sources=(snapshot.source("embeddings", *kinds[config.kind].columns),),
+        keys=lambda: snapshot.keys("train"),
+        config=config.trainer,
+    )
+    return _train(context, dataset, training)
+
+
+def fit_quantizer(snapshot: Snapshot, config: AutoregressivePriorConfig) -> EmbeddingQuantizer:
+    """Buckets for the image embeddings of a dataset, from the first of its training rows; every worker finds the same."""
+    keys = snapshot.keys("train")[:NUM_QUANTIZED]  # keys are hashes: the first are as good as any
+    rows = RowReader((snapshot.source("embeddings", "image_embedding", "clip_score"),), keys).read(keys)
+    return EmbeddingQuantizer.fit(
+        torch.from_numpy(np.stack(rows["image_embedding"])),
+        torch.tensor(rows["clip_score"]),
+        snapshot.load_statistics(),
+        snapshot.load_principal_components(),
+        explained=config.explained_variance,
+        num_buckets=config.num_buckets,
     )
 
 

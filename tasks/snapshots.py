@@ -18,7 +18,7 @@ from tasks.store import Store
 from unclip import checkpoints
 from unclip.config import fingerprint
 from unclip.data import Source
-from unclip.embeddings import EmbeddingStatistics
+from unclip.embeddings import EmbeddingStatistics, PrincipalComponents
 
 Split = Literal["train", "holdout"]
 
@@ -58,6 +58,10 @@ class Snapshot:
         tensors, _ = checkpoints.load(self.statistics)
         return EmbeddingStatistics(**tensors["statistics"])
 
+    def load_principal_components(self) -> PrincipalComponents:
+        tensors, _ = checkpoints.load(self.statistics)
+        return PrincipalComponents(**tensors["pca"])
+
 
 def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
     """One row in the `snapshots` table, unless this content is already there; it is the last that a refresh writes."""
@@ -93,21 +97,12 @@ def save_statistics(folder: str, image_embeddings: torch.Tensor) -> dict[str, fl
     """Write the statistics of embeddings [N, E] where `Snapshot.load_statistics` finds them.
 
     `statistics` holds `mean` and `std` [E]; `pca` holds `components` [E, E] (rows, by falling variance) of the centred
-    embeddings, and `explained_variance_ratio` [E]. A component's sign is that of its largest element, so that the same
-    embeddings always give the same file.
+    embeddings, and `explained_variance_ratio` [E].
 
     Returns:
         Number of components that explain 90, 99 and 99.9 percent of the variance, for people.
     """
-    statistics = EmbeddingStatistics.of(image_embeddings)
-    centred = image_embeddings.double() - image_embeddings.double().mean(dim=0)
-    variances, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
-    variances, components = variances.flip(0).clamp(min=0), vectors.T.flip(0)
-    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-    components = components * largest.sign()
-    explained = variances / variances.sum().clamp(min=1e-12)
-    pca = {"components": components.float(), "explained_variance_ratio": explained.float()}
-    tensors = {"statistics": dict(statistics.state_dict()), "pca": pca}
+    statistics, principal = EmbeddingStatistics.of(image_embeddings), PrincipalComponents.of(image_embeddings)
+    tensors = {"statistics": dict(statistics.state_dict()), "pca": principal._asdict()}
     checkpoints.save(folder, tensors, {"rows": len(image_embeddings)})
-    cumulated = explained.cumsum(0)
-    return {f"components_{share:g}": float((cumulated < share / 100).sum() + 1) for share in (90, 99, 99.9)}
+    return {f"components_{share:g}": float(principal.num_components(share / 100)) for share in (90, 99, 99.9)}

@@ -30,6 +30,8 @@ class TextFeatures(NamedTuple):
     """[B, L, W] float32, the text encoder's last hidden states after its final norm."""
     text_mask: Tensor
     """[B, L] bool, True = keep."""
+    text_projection: Tensor
+    """[B, E] float32, the text embedding before it is brought to unit norm; transformers calls it text_embeds."""
 
 
 def check_name(model: str, pretrained: str | None) -> None:
@@ -93,6 +95,7 @@ class Clip(nn.Module):
         self.preprocess = open_clip.transform.image_transform_v2(
             open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
         )
+        self.train(False)
 
     @classmethod
     def load(cls, model: str, pretrained: str | None = None) -> "Clip":
@@ -130,11 +133,16 @@ class Clip(nn.Module):
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> TextFeatures:
         """All that the prior reads of a caption; tokens [B, L]."""
-        output = self.model.forward_intermediates(text=tokens, text_indices=1, normalize_intermediates=True)
+        output = self.model.forward_intermediates(
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        )
+        text_projection = output["text_features"].float()  # [B, E]
         kept = (tokens != 0).long()
         # Token id 0 is also a word ("!"): padding is only what follows the last other token.
         text_mask = kept.flip(1).cumsum(1).flip(1) > 0
-        return TextFeatures(output["text_features"].float(), output["text_intermediates"][-1].float(), text_mask)
+        return TextFeatures(
+            F.normalize(text_projection, dim=-1), output["text_intermediates"][-1].float(), text_mask, text_projection
+        )
 
     def resize(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] as this model wants them: [B, 3, S, S], its own mean and standard deviation."""

@@ -1,6 +1,7 @@
 """A trained stack, from its files to pictures."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip import checkpoints, config, files
+from unclip import checkpoints, config, embeddings, files
+from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.clip import Clip
 from unclip.config import require
 from unclip.decoder import Decoder, DecoderConfig
@@ -22,6 +24,13 @@ from unclip.upsampler import Upsampler, UpsamplerConfig
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "prior": lambda facts: DiffusionPrior(
         config.load(PriorConfig, facts["config"]), facts["embedding_dim"], facts["text_width"], facts["text_length"]
+    ),
+    "autoregressive_prior": lambda facts: AutoregressivePrior(
+        config.load(AutoregressivePriorConfig, facts["config"]),
+        facts["embedding_dim"],
+        facts["text_width"],
+        facts["text_length"],
+        facts["num_components"],
     ),
     "decoder": lambda facts: Decoder(
         config.load(DecoderConfig, facts["config"]),
@@ -38,7 +47,9 @@ class SamplingConfig:
     """How pictures are drawn."""
 
     prior_steps: int = 64
-    """Sampling steps of the prior."""
+    """Sampling steps of the diffusion prior."""
+    prior_temperature: float = 1.0
+    """Divides the autoregressive prior's logits; 0 takes the likeliest values."""
     prior_guidance_scale: float = 1.0
     """Classifier-free guidance of the prior; 1 = off."""
     num_candidates: int = 2
@@ -57,7 +68,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for name in ("prior_steps", "num_candidates", "decoder_steps", "upsampler_steps", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("prior_guidance_scale", "guidance_scale"):
+        for name in ("prior_temperature", "prior_guidance_scale", "guidance_scale"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
 
 
@@ -86,8 +97,14 @@ def load_model(folder: str) -> nn.Module:
 class Stack(nn.Module):
     """CLIP, prior, decoder and upsampler: text in, pictures out."""
 
-    def __init__(self, clip: Clip, prior: DiffusionPrior, decoder: Decoder, upsampler: Upsampler) -> None:
+    def __init__(
+        self, clip: Clip, prior: DiffusionPrior | AutoregressivePrior, decoder: Decoder, upsampler: Upsampler
+    ) -> None:
+        """Raises:
+        CheckpointError: the prior and the decoder were trained on embeddings of different datasets or CLIPs.
+        """
         super().__init__()
+        embeddings.check_agreement({"prior": prior.statistics, "decoder": decoder.statistics})
         self.clip, self.prior, self.decoder, self.upsampler = clip, prior, decoder, upsampler
         self.sampling = SamplingConfig()
 
@@ -110,7 +127,7 @@ class Stack(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.prior.query.device
+        return next(self.prior.parameters()).device
 
     @torch.no_grad()
     def text2image(
@@ -152,12 +169,16 @@ class Stack(nn.Module):
     def embed_captions(self, captions: list[str], sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
         """Image embeddings [B, E] that the prior draws for captions."""
         text = self.clip.encode_text(self.clip.tokenize(captions).to(self.device))
-        return self.prior.sample(
+        draw = (
+            functools.partial(self.prior.sample, num_steps=sampling.prior_steps)
+            if isinstance(self.prior, DiffusionPrior)
+            else functools.partial(self.prior.sample, temperature=sampling.prior_temperature)
+        )
+        return draw(
             text.text_encodings,
             text.text_mask,
-            text.text_embedding,
+            text.text_projection,
             num_candidates=sampling.num_candidates,
-            num_steps=sampling.prior_steps,
             guidance_scale=sampling.prior_guidance_scale,
             generator=generator,
         )

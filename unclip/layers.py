@@ -65,6 +65,30 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
+class KeyValueCache:
+    """Keys and values that a causal block has computed, so that later tokens need not compute them again.
+
+    Setting `length` back forgets what came after it; nothing may be appended while gradients are recorded.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """Args:
+        capacity: tokens that fit.
+        """
+        self.capacity, self.length = capacity, 0
+        self._stored: Tensor | None = None  # [2, B, heads, capacity, D / heads]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in keys and values [B, heads, L, D / heads]; returns all so far, [B, heads, length, D / heads] each."""
+        if self._stored is None:
+            batch, heads, _, width = keys.shape
+            self._stored = keys.new_empty(2, batch, heads, self.capacity, width)
+        start, self.length = self.length, self.length + keys.shape[2]
+        self._stored[0, :, :, start : self.length] = keys
+        self._stored[1, :, :, start : self.length] = values
+        return self._stored[0, :, :, : self.length], self._stored[1, :, :, : self.length]
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm causal Transformer block. Source: Radford et al. 2019 (GPT-2)."""
 
@@ -77,15 +101,62 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Args:
         x: [B, L, D].
-        mask: [B, 1, L, L] bool, True where a query may attend to a key.
+        mask: [B, 1, L, K] bool, True where a query may attend to a key; K = L without a cache.
+        cache: keys and values of the K - L tokens before x; those of x are added.
         """
         batch, length, width = x.shape
         qkv = self.to_qkv(self.attention_norm(x))  # [B, L, 3D]
         qkv = qkv.view(batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, heads, L, D / heads]
+        if cache is not None:
+            k, v = cache.append(k, v)  # 2 x [B, heads, K, D / heads]
         attended = attention(q, k, v, mask)
         x = x + self.to_out(attended.transpose(1, 2).reshape(batch, length, width))  # [B, L, D]
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]  # [B, L, D]
+
+
+class CausalTransformer(nn.Module):
+    """Blocks and a final norm, over a sequence of which some tokens may be padding."""
+
+    def __init__(self, width: int, depth: int, num_heads: int, norm_in: bool = False) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(width) if norm_in else nn.Identity()
+        self.blocks = nn.ModuleList([TransformerBlock(width, num_heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, keep: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """Args:
+            x: [B, L, D], the last L of K tokens; all of them without caches.
+            keep: [B, K] bool, False for padding, which no other token attends to.
+            caches: one for each block, holding the K - L tokens before x; x is added to them.
+
+        Returns:
+            [B, L, D].
+        """
+        mask = causal_mask(keep, x.shape[1])  # [B, 1, L, K]
+        x = self.norm_in(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask, caches[number] if caches is not None else None)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def new_caches(self, capacity: int) -> list[KeyValueCache]:
+        """Empty caches, one for each block, for sequences of up to `capacity` tokens."""
+        return [KeyValueCache(capacity) for _ in self.blocks]
+
+
+def causal_mask(keep: Tensor, num_queries: int) -> Tensor:
+    """What the last `num_queries` of K tokens attend to: themselves, and those before them that are no padding.
+
+    Args:
+        keep: [B, K] bool.
+
+    Returns:
+        [B, 1, num_queries, K] bool; no row is all False, which would divide nothing by nothing.
+    """
+    num_keys = keep.shape[1]
+    square = torch.ones(num_keys, num_keys, dtype=torch.bool, device=keep.device)
+    causal, itself = square.tril()[-num_queries:], torch.eye(num_keys, dtype=torch.bool, device=keep.device)
+    return causal & keep[:, None, None, :] | itself[-num_queries:]

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unclip import clip as clip_models
+from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.config import to_dict
 from unclip.data import Batch, decode_image
 from unclip.decoder import Decoder, DecoderConfig, Text, known_region, random_masks
 from unclip.degradations import degrade, shrink
 from unclip.diffusion import augment_condition
-from unclip.embeddings import EmbeddingStatistics
+from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import CaptionFeatures, ClipText, TextShape, TextTransformer
 from unclip.upsampler import Upsampler, UpsamplerConfig
@@ -28,32 +30,37 @@ Tensors = dict[str, Tensor]
 class PriorObjective:
     """Mean squared error of the clean image embedding. Source: Ramesh et al. 2022, eq. 2."""
 
-    columns = ("caption", "image_embedding", "text_embedding")
+    columns = ("tokens", "image_embedding")
 
     def __init__(self, config: PriorConfig, clip: clip_models.Clip, statistics: EmbeddingStatistics) -> None:
+        statistics.check("prior")
         self.clip = clip
         self.model = DiffusionPrior(config, clip.embedding_dim, clip.text_width, clip.text_length)
         self.model.statistics.load_state_dict(statistics.state_dict())
+        self.model.text.set_null_text(*_encode(clip, clip.tokenize([""])))
 
     def prepare(self, batch: Batch) -> Tensors:
-        text = self.clip.encode_text(self.clip.tokenize(batch["caption"]))
         return {
+            "tokens": _stack(batch["tokens"]).long(),  # [B, L]
             "image_embedding": _stack(batch["image_embedding"]),  # [B, E]
-            "text_embedding": _stack(batch["text_embedding"]),  # [B, E]
-            "text_encodings": text.text_encodings,  # [B, L, W]
-            "text_mask": text.text_mask,  # [B, L]
         }
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        diffusion = self.model.diffusion
+        diffusion, config = self.model.diffusion, self.model.config
+        text = _encode(self.clip, tensors["tokens"])
         x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
         t, noise = _draw(x0, diffusion.num_timesteps, generator)
-        drop = _bernoulli(x0, self.model.config.cond_drop_prob, generator)
+        drop = _bernoulli(x0, config.cond_drop_prob, generator)
+        x0_estimate = None
+        if config.self_conditioning:
+            x_t = diffusion.q_sample(x0, t, noise)
+            with torch.no_grad():
+                estimate = self.model.estimate_x0(x_t, t, self.model(x_t, t, *text, drop))
+            # Half of the time there is an estimate to start from. Source: Chen et al. 2023 (Analog Bits), section 2.2
+            x0_estimate = torch.where(_bernoulli(x0, 0.5, generator)[:, None], estimate, 0.0)  # [B, E]
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            return network(  # type: ignore[no-any-return]
-                x_t, t, tensors["text_encodings"], tensors["text_mask"], tensors["text_embedding"], drop
-            )
+            return network(x_t, t, *text, drop, x0_estimate)  # type: ignore[no-any-return]
 
         return diffusion.loss(predict, x0, t, noise).mean()
 
@@ -61,13 +68,52 @@ class PriorObjective:
         return None  # an embedding is nothing to look at
 
     def facts(self) -> dict[str, Any]:
+        return {"kind": "prior", "config": to_dict(self.model.config), **_clip_facts(self.clip)}
+
+
+class AutoregressivePriorObjective:
+    """Cross-entropy of the image embedding's buckets. Source: Ramesh et al. 2022, section 2.2."""
+
+    columns = ("tokens", "image_embedding", "clip_score")
+
+    def __init__(
+        self,
+        config: AutoregressivePriorConfig,
+        clip: clip_models.Clip,
+        statistics: EmbeddingStatistics,
+        quantizer: EmbeddingQuantizer,
+    ) -> None:
+        statistics.check("prior")
+        self.clip = clip
+        self.model = AutoregressivePrior(
+            config, clip.embedding_dim, clip.text_width, clip.text_length, quantizer.num_components
+        )
+        self.model.statistics.load_state_dict(statistics.state_dict())
+        self.model.quantizer.load_state_dict(quantizer.state_dict())
+        self.model.text.set_null_text(*_encode(clip, clip.tokenize([""])))
+
+    def prepare(self, batch: Batch) -> Tensors:
         return {
-            "kind": "prior",
-            "config": to_dict(self.model.config),
-            "embedding_dim": self.clip.embedding_dim,
-            "text_width": self.clip.text_width,
-            "text_length": self.clip.text_length,
+            "tokens": _stack(batch["tokens"]).long(),  # [B, L]
+            "image_embedding": _stack(batch["image_embedding"]),  # [B, E]
+            "similarity": torch.tensor(batch["clip_score"], dtype=torch.float32),  # [B]
         }
+
+    def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
+        quantizer = self.model.quantizer
+        text = _encode(self.clip, tensors["tokens"])
+        buckets = quantizer.encode(tensors["image_embedding"])  # [B, K]
+        similarity = quantizer.encode_similarity(tensors["similarity"])  # [B]
+        drop = _bernoulli(tensors["similarity"], self.model.config.cond_drop_prob, generator)
+        logits = network(buckets, similarity, *text, drop)  # [B, K, num_buckets]
+        return F.cross_entropy(logits.float().flatten(0, 1), buckets.flatten())
+
+    def preview(self, model: nn.Module) -> None:
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        facts = {"kind": "autoregressive_prior", "config": to_dict(self.model.config), **_clip_facts(self.clip)}
+        return {**facts, "num_components": self.model.quantizer.num_components}
 
 
 class DecoderObjective:
@@ -243,6 +289,18 @@ def _caption_features(clip: clip_models.Clip, tokens: Tensor) -> CaptionFeatures
     with torch.autocast(tokens.device.type, enabled=False):
         text = clip.to(tokens.device).encode_text(tokens)
     return CaptionFeatures(text.text_encodings, text.text_mask, text.text_embedding)
+
+
+def _encode(clip: clip_models.Clip, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a prior reads of captions: encodings [B, L, W], mask [B, L], text projection [B, E]; as exact as in sampling."""
+    clip.to(tokens.device)
+    with torch.autocast(tokens.device.type, enabled=False):
+        text = clip.encode_text(tokens)
+    return text.text_encodings, text.text_mask, text.text_projection
+
+
+def _clip_facts(clip: clip_models.Clip) -> dict[str, int]:
+    return {"embedding_dim": clip.embedding_dim, "text_width": clip.text_width, "text_length": clip.text_length}
 
 
 def _stack(rows: list[Any]) -> Tensor:

@@ -23,6 +23,8 @@ def test_layers_import_downwards_only(layer: str) -> None:
 
 def test_unclip_needs_torch_numpy_and_pyarrow_alone() -> None:
     blocked = ["ray", "mlflow", "open_clip", "deltalake", "img2dataset", "PIL", "matplotlib", "safetensors", "tasks"]
-    modules = [f"unclip.{path.stem}" for path in (ROOT / "unclip").glob("*.py") if path.stem != "__init__"]
+    blocked += ["diffusers", "transformers"]
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "unclip").rglob("*.py")]
+    modules = [".".join(path.parts) for path in paths if path.stem != "__init__"]
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {', '.join(modules)}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

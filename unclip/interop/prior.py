@@ -1,0 +1,259 @@
+"""The diffusion prior to and from diffusers' `PriorTransformer`, as its UnCLIPPipeline uses it.
+
+Exact, in either direction: weights, normalisation (clip_mean, clip_std), the empty caption as the absent text, the bound on
+x0 and the sampling steps. Refused, because diffusers would compute something else: a text embedding brought to unit norm
+(its text encoder gives the projection as it is), self-conditioning, v-prediction, the linear schedule, and a text encoder
+whose width is not that of the embeddings. Diffusers has no autoregressive prior.
+
+Neither direction needs diffusers: a folder is `config.json` and `diffusion_pytorch_model.safetensors`.
+
+Letters: L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unclip.clip import TextFeatures
+from unclip.diffusion import DiffusionConfig, PredictionType
+from unclip.errors import CheckpointError, ConfigError
+from unclip.prior import DiffusionPrior, PriorConfig
+
+_PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"}
+
+KARLO_SCHEDULER = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample", "clip_sample_range": 5.0}
+"""Settings of the prior's scheduler in diffusers' conversion of Karlo; what is missing has the scheduler's defaults."""
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+_LAYERS = {
+    "text.from_text_encodings": "encoder_hidden_states_proj",
+    "text.norm": "embedding_proj_norm",
+    "text.from_text_embedding": "embedding_proj",
+    "from_timestep.layers.0": "time_embedding.linear_1",
+    "from_timestep.layers.2": "time_embedding.linear_2",
+    "from_image_embedding": "proj_in",
+    "transformer.norm_in": "norm_in",
+    "transformer.norm": "norm_out",
+    "to_image_embedding": "proj_to_clip_embeddings",
+}
+"""Our names of layers with weight and bias -> theirs."""
+
+_BLOCK_LAYERS = {
+    "attention_norm": ("norm1",),
+    "to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "to_out": ("attn1.to_out.0",),
+    "mlp_norm": ("norm3",),
+    "mlp.0": ("ff.net.0.proj",),
+    "mlp.2": ("ff.net.2",),
+}
+"""The same within a block; where they have several, ours is theirs one below the other."""
+
+_TENSORS = {
+    "query": ("prd_embedding", 2),
+    "positions": ("positional_embedding", 1),
+    "statistics.mean": ("clip_mean", 1),
+    "statistics.std": ("clip_std", 1),
+}
+"""Our names of other tensors -> theirs, and how many leading dimensions of one theirs have."""
+
+
+def to_diffusers(prior: DiffusionPrior) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights (float32) of the `PriorTransformer` that computes what this prior computes.
+
+    Raises:
+        ConfigError: the prior does something that diffusers cannot; see the module.
+        InputError: the prior was never given the statistics of a dataset.
+    """
+    config = prior.config
+    text_length, text_width = prior.text.null_encodings.shape
+    embedding_dim = len(prior.text.null_embedding)
+    _export(config.text_norm != "unit", "text_norm", config.text_norm, "'none' or 'layer'")
+    _export(not config.self_conditioning, "self_conditioning", True, "false")
+    same_width = f"that of its embeddings, {embedding_dim}"
+    _export(text_width == embedding_dim, "width of the text encoder", text_width, same_width)
+    prior.statistics.check("prior")
+    settings = {
+        "_class_name": "PriorTransformer",
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.width // config.num_heads,
+        "num_layers": config.depth,
+        "embedding_dim": embedding_dim,
+        "num_embeddings": text_length,
+        "additional_embeddings": 4,
+        "norm_in_type": "layer" if config.norm_in else None,
+        "embedding_proj_norm_type": "layer" if config.text_norm == "layer" else None,
+    }
+    ours = dict(prior.state_dict())
+    ours["statistics.mean"], ours["statistics.std"] = prior.statistics.affine()
+    theirs: dict[str, Tensor] = {}
+    for name, parts in _layers(config):
+        theirs.update(zip(parts, ours[name].chunk(len(parts)), strict=True))
+    for name, (other, leading) in _TENSORS.items():
+        theirs[other] = ours[name][(None,) * leading]
+    return settings, {name: value.detach().cpu().float().clone() for name, value in theirs.items()}
+
+
+def from_diffusers(
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    null_text: TextFeatures,
+    scheduler: Mapping[str, Any] = KARLO_SCHEDULER,
+) -> DiffusionPrior:
+    """The prior that computes what a `PriorTransformer` computes, in float32.
+
+    Args:
+        settings: its config.json.
+        weights: its state, in any precision.
+        null_text: features of the empty caption ([1, ...]) by the text encoder that it was trained with.
+        scheduler: scheduler_config.json of the pipeline's `prior_scheduler`.
+
+    Raises:
+        ConfigError: settings that no prior of ours has.
+        InputError: clip_mean or clip_std that nobody has filled in, as in every new PriorTransformer.
+        CheckpointError: weights that do not fit the settings.
+    """
+    config, embedding_dim = _config_of(settings, scheduler), settings.get("embedding_dim", 768)
+    prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
+    expected = prior.state_dict()
+    try:
+        ours = {name: torch.cat([weights[part] for part in parts]) for name, parts in _layers(config)}
+        ours |= {name: weights[other].reshape(expected[name].shape) for name, (other, _) in _TENSORS.items()}
+        null = {name: value for name, value in expected.items() if name.startswith("text.null_")}
+        prior.load_state_dict({**null, **ours})
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"PriorTransformer: the weights do not fit its config.json: {error}") from error
+    prior.statistics.check("clip_mean and clip_std")
+    prior.text.set_null_text(null_text.text_encodings, null_text.text_mask, null_text.text_projection)
+    return prior.eval().requires_grad_(False)
+
+
+def scheduler_config(prior: DiffusionPrior) -> dict[str, Any]:
+    """Settings of the `UnCLIPScheduler` that takes the sampling steps of `DiffusionPrior.sample`.
+
+    Raises:
+        ConfigError: a process that the scheduler does not know.
+    """
+    diffusion = prior.config.diffusion
+    _export(diffusion.schedule == "cosine", "diffusion.schedule", diffusion.schedule, "'cosine'")
+    known = diffusion.prediction_type in _PREDICTION_TYPES
+    _export(known, "diffusion.prediction_type", diffusion.prediction_type, "'x0' or 'eps'")
+    return {
+        "_class_name": "UnCLIPScheduler",
+        "num_train_timesteps": diffusion.num_timesteps,
+        "variance_type": "fixed_small_log",
+        "clip_sample": prior.config.clip_range is not None,
+        "clip_sample_range": prior.config.clip_range or 1.0,
+        "prediction_type": _PREDICTION_TYPES[diffusion.prediction_type],
+        "beta_schedule": "squaredcos_cap_v2",
+    }
+
+
+def save(prior: DiffusionPrior, folder: Path) -> None:
+    """Write `prior/` and `prior_scheduler/` of an UnCLIPPipeline into its folder.
+
+    Raises:
+        ConfigError: see `to_diffusers` and `scheduler_config`; nothing is written.
+    """
+    from safetensors.torch import save_file
+
+    settings, weights = to_diffusers(prior)
+    scheduler = scheduler_config(prior)
+    for name in ("prior", "prior_scheduler"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "prior" / WEIGHTS, metadata={"format": "pt"})
+    (folder / "prior" / "config.json").write_text(json.dumps(settings, indent=2))
+    (folder / "prior_scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
+
+
+def load(folder: Path, null_text: TextFeatures) -> DiffusionPrior:
+    """Read the prior of an UnCLIPPipeline from its folder; see `from_diffusers`.
+
+    Raises:
+        CheckpointError: files that are missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        settings = json.loads((folder / "prior" / "config.json").read_text())
+        scheduler = json.loads((folder / "prior_scheduler" / "scheduler_config.json").read_text())
+        weights = load_file(folder / "prior" / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: no pipeline with a prior that can be read: {error}.") from error
+    return from_diffusers(settings, weights, null_text, scheduler)
+
+
+def _layers(config: PriorConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Our tensors of layers, and theirs that each is made of."""
+    absent = {"text.norm": config.text_norm != "layer", "transformer.norm_in": not config.norm_in}
+    layers: dict[str, tuple[str, ...]] = {name: (other,) for name, other in _LAYERS.items() if not absent.get(name)}
+    for number in range(config.depth):
+        for name, others in _BLOCK_LAYERS.items():
+            layers[f"transformer.blocks.{number}.{name}"] = tuple(
+                f"transformer_blocks.{number}.{other}" for other in others
+            )
+    for name, others in layers.items():
+        for kind in ("weight", "bias"):
+            yield f"{name}.{kind}", tuple(f"{other}.{kind}" for other in others)
+
+
+def _config_of(settings: Mapping[str, Any], scheduler: Mapping[str, Any]) -> PriorConfig:
+    num_heads = settings.get("num_attention_heads", 32)
+    width, embedding_dim = num_heads * settings.get("attention_head_dim", 64), settings.get("embedding_dim", 768)
+    only = {
+        "additional_embeddings": (4,),
+        "dropout": (0.0,),
+        "time_embed_act_fn": ("silu",),
+        "norm_in_type": (None, "layer"),
+        "embedding_proj_norm_type": (None, "layer"),
+        "encoder_hid_proj_type": ("linear",),
+        "added_emb_type": ("prd",),
+        "time_embed_dim": (None, width),
+        "embedding_proj_dim": (None, embedding_dim),
+        "clip_embed_dim": (None, embedding_dim),
+    }
+    for name, allowed in only.items():
+        _import(settings.get(name, allowed[0]) in allowed, f"PriorTransformer.{name}", settings.get(name), allowed)
+    predictions = {other: ours for ours, other in _PREDICTION_TYPES.items()}
+    for name, allowed in {
+        "_class_name": ("UnCLIPScheduler",),
+        "prediction_type": tuple(predictions),
+        "variance_type": ("fixed_small_log",),
+        "beta_schedule": ("squaredcos_cap_v2",),
+    }.items():
+        got = scheduler.get(name, {"prediction_type": "epsilon"}.get(name, allowed[0]))
+        _import(got in allowed, f"prior_scheduler.{name}", got, allowed)
+    clips = scheduler.get("clip_sample", True)
+    return PriorConfig(
+        width=width,
+        depth=settings.get("num_layers", 20),
+        num_heads=num_heads,
+        diffusion=DiffusionConfig(
+            num_timesteps=scheduler.get("num_train_timesteps", 1000),
+            prediction_type=predictions[scheduler.get("prediction_type", "epsilon")],
+        ),
+        clip_range=float(scheduler.get("clip_sample_range", 1.0)) if clips else None,
+        text_norm="layer" if settings.get("embedding_proj_norm_type") == "layer" else "none",
+        norm_in=settings.get("norm_in_type") == "layer",
+    )
+
+
+def _export(condition: bool, setting: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(
+            f"{setting}: got {got!r}, expected {expected}, as diffusers has nothing else. "
+            "Train a prior with that setting to export it."
+        )
+
+
+def _import(condition: bool, setting: str, got: object, allowed: tuple[Any, ...]) -> None:
+    if not condition:
+        expected = " or ".join(map(repr, allowed))
+        raise ConfigError(
+            f"{setting}: got {got!r}, expected {expected}. This prior cannot be computed here; take another."
+        )
