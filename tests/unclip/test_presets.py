@@ -31,7 +31,8 @@ def test_dalle2_is_table_3() -> None:
     counts = preset.num_parameters
     assert counts.decoder == pytest.approx(3.5e9, rel=0.05)
     assert counts.upsamplers[0] == pytest.approx(700e6, rel=0.05)
-    assert f"{counts.upsamplers[1]:.0e}" == f"{300e6:.0e}"  # the paper gives one digit
+    # The table gives one digit, and its own widths and depths come to 1.23 B and 282 M.
+    assert f"{counts.prior:.0e}" == f"{1e9:.0e}" and f"{counts.upsamplers[1]:.0e}" == f"{300e6:.0e}"
     text = preset.decoder.text_transformer
     assert (preset.text_shape.length, text.width, text.depth, text.num_heads) == (256, 2048, 24, 32)
     assert preset.decoder.unet.attention_resolutions == (32, 16, 8) and preset.decoder.unet.head_channels == 64
