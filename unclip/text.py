@@ -57,11 +57,18 @@ class CaptionFeatures(NamedTuple):
     text_mask: Tensor
     """[B, L] bool, True = keep."""
     text_embedding: Tensor
-    """[B, E], the text projection, before it is brought to unit norm."""
+    """[B, E], the text projection before it is brought to unit norm, as the pipelines of diffusers take it."""
 
 
 Text = CaptionFeatures | Tensor
 """A batch of captions as the configured source takes them: features, or for the trained Transformer tokens [B, L] int64."""
+
+
+def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
+    """Tokens [B, L] as the frozen CLIP sees them, which is moved to where they are; as exact in training as in sampling."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        text = clip.to(tokens.device).encode_text(tokens)
+    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
 
 
 def read_captions(source: TextSource, clip: Clip, tokens: Tensor) -> Text | None:
@@ -74,11 +81,7 @@ def read_captions(source: TextSource, clip: Clip, tokens: Tensor) -> Text | None
     """
     if source == "none":
         return None
-    if source == "transformer":
-        return tokens
-    with torch.autocast(tokens.device.type, enabled=False):  # as exact in training as in sampling
-        text = clip.to(tokens.device).encode_text(tokens)
-    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
+    return tokens if source == "transformer" else caption_features(clip, tokens)
 
 
 class TextContext(NamedTuple):
