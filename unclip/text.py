@@ -57,18 +57,11 @@ class CaptionFeatures(NamedTuple):
     text_mask: Tensor
     """[B, L] bool, True = keep."""
     text_embedding: Tensor
-    """[B, E], the text projection before it is brought to unit norm, as the pipelines of diffusers take it."""
+    """[B, E], CLIP's text projection before it is brought to unit norm, as the pipelines of diffusers take it."""
 
 
 Text = CaptionFeatures | Tensor
 """A batch of captions as the configured source takes them: features, or for the trained Transformer tokens [B, L] int64."""
-
-
-def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
-    """Tokens [B, L] as the frozen CLIP sees them, which is moved to where they are; as exact in training as in sampling."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        text = clip.to(tokens.device).encode_text(tokens)
-    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
 
 
 def read_captions(source: TextSource, clip: Clip, tokens: Tensor) -> Text | None:
@@ -81,7 +74,19 @@ def read_captions(source: TextSource, clip: Clip, tokens: Tensor) -> Text | None
     """
     if source == "none":
         return None
-    return tokens if source == "transformer" else caption_features(clip, tokens)
+    if source == "transformer":
+        return tokens
+    return caption_features(clip, tokens)
+
+
+def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
+    """Tokens [B, L] int64 as a frozen CLIP sees them; it is moved to their device.
+
+    In float32 whatever the autocast, so that a caption is the same in training and in sampling.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        text = clip.to(tokens.device).encode_text(tokens)
+    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
 
 
 class TextContext(NamedTuple):

@@ -446,8 +446,8 @@ def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text:
     settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=2, precision="fp32")
     embedding = torch.randn(1, clip.embedding_dim)
     drawn = [
-        stack.decode(embedding, settings, torch.Generator().manual_seed(0), captions)
-        for captions in (["a red circle"], ["a blue star"], [""], None)
+        stack.decode(embedding, settings, torch.Generator().manual_seed(0), text)
+        for text in (*(stack.read_captions([words]) for words in ("a red circle", "a blue star", "")), None)
     ]
     assert changed(drawn[0], drawn[1]) == [text != "none"]
     assert not any(changed(drawn[2], drawn[3]))

@@ -456,9 +456,9 @@ def _unet_from_theirs(unet: UNet, tensors: Mapping[str, Tensor], folder: str | P
 
 
 def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:
-    """What standardising subtracts and divides by, [E] float64 each."""
-    mean, std = statistics.affine()
-    return mean.cpu().double(), std.cpu().double()
+    """What normalising subtracts and divides by, [E] float64 each."""
+    shift, scale = statistics.affine()
+    return shift.cpu().double(), scale.cpu().double()
 
 
 def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
