@@ -176,7 +176,7 @@ def test_a_second_run_does_nothing_and_says_the_same(finished: Path) -> None:
     ("assignment", "to_run"),
     [
         ("prior.trainer.seed=1", {"prior", "evaluate", "publish"}),
-        ("upsampler.model.blur_prob=0.1", {"upsampler", "evaluate", "publish"}),
+        ("upsampler.model.degradation.blur_prob=0.1", {"upsampler", "evaluate", "publish"}),
         ("evaluate.seed=1", {"evaluate", "publish"}),
         ("resources.num_workers=2", set()),
         (

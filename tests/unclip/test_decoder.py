@@ -447,7 +447,7 @@ def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text:
     embedding = torch.randn(1, clip.embedding_dim)
     drawn = [
         stack.decode(embedding, settings, torch.Generator().manual_seed(0), text)
-        for text in (*map(stack.read_captions, (["a red circle"], ["a blue star"], [""])), None)
+        for text in (*(stack.read_captions([words]) for words in ("a red circle", "a blue star", "")), None)
     ]
     assert changed(drawn[0], drawn[1]) == [text != "none"]
     assert not any(changed(drawn[2], drawn[3]))

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.clip import TextFeatures
 from unclip.config import require
 from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
 from unclip.diffusion import DiffusionConfig, PredictionType, VarianceType
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import CheckpointError, ConfigError, InputError
-from unclip.text import ClipText, TextShape
+from unclip.text import CaptionFeatures, ClipText, TextShape
 from unclip.unet import UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -34,7 +33,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
 
 
-def save_decoder(decoder: Decoder, folder: str | Path) -> None:
+def export_decoder(decoder: Decoder, folder: str | Path) -> None:
     """Write `decoder/`, `text_proj/` and `decoder_scheduler/` of an UnCLIPPipeline into its local folder.
 
     The statistics of the image embeddings go into the weights of `text_proj`, which takes embeddings as CLIP gives them.
@@ -76,9 +75,9 @@ def save_decoder(decoder: Decoder, folder: str | Path) -> None:
     Path(folder, "decoder_scheduler", SCHEDULER).write_text(json.dumps(scheduler, indent=2, sort_keys=True))
 
 
-def load_decoder(
+def import_decoder(
     folder: str | Path,
-    null_text: TextFeatures,
+    null_text: CaptionFeatures,
     *,
     statistics: EmbeddingStatistics | None = None,
     diffusion: DiffusionConfig | None = None,
@@ -123,13 +122,13 @@ def load_decoder(
     state |= {
         "text.null_encodings": null_text.text_encodings[0],
         "text.null_mask": null_text.text_mask[0],
-        "text.null_embedding": null_text.text_projection[0],
+        "text.null_embedding": null_text.text_embedding[0],
     }
     _assign(decoder, state, projection_tensors, folder)
     return decoder.eval()
 
 
-def save_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int | None = None) -> None:
+def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int | None = None) -> None:
     """Write an upsampler as a UNet2DModel, which takes x_t and the enlarged small picture as six channels.
 
     Args:
@@ -160,7 +159,7 @@ def save_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int
     _write(Path(folder), description, tensors)
 
 
-def load_upsampler(
+def import_upsampler(
     folder: str | Path,
     *,
     scale: int = 4,

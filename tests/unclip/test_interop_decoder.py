@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from unclip import samplers
-from unclip.clip import TextFeatures
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import CheckpointError, ConfigError, InputError
-from unclip.interop.decoder import load_decoder, load_upsampler, save_decoder, save_upsampler
+from unclip.interop.decoder import export_decoder, export_upsampler, import_decoder, import_upsampler
 from unclip.text import CaptionFeatures, TextShape
 from unclip.unet import UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
@@ -49,13 +48,6 @@ def texts(batch: int, seed: int = 0) -> CaptionFeatures:
         torch.arange(LENGTH) < lengths,
         torch.randn(batch, EMBEDDING_DIM, generator=generator),
     )
-
-
-def null_features() -> TextFeatures:
-    """The empty caption, as CLIP gives it."""
-    null = texts(1, seed=9)
-    unit = torch.nn.functional.normalize(null.text_embedding, dim=-1)
-    return TextFeatures(unit, null.text_encodings, null.text_mask, null.text_embedding)
 
 
 def new_decoder(**changes: Any) -> Decoder:
@@ -131,7 +123,7 @@ def test_diffusers_draws_what_our_decoder_draws(tmp_path: Path, scale_shift_norm
     from diffusers import UNet2DConditionModel
 
     decoder = new_decoder(unet=dataclasses.replace(UNET, scale_shift_norm=scale_shift_norm))
-    save_decoder(decoder, tmp_path)
+    export_decoder(decoder, tmp_path)
     unet, unet_info = UNet2DConditionModel.from_pretrained(tmp_path / "decoder", output_loading_info=True)
     projection, info = text_projection().from_pretrained(tmp_path / "text_proj", output_loading_info=True)
     assert not any(unet_info.values()) and not any(info.values())
@@ -149,7 +141,7 @@ def test_our_decoder_draws_what_one_of_diffusers_draws(tmp_path: Path, max_shard
     UnCLIPScheduler(variance_type="learned_range").save_pretrained(tmp_path / "decoder_scheduler")
     sharded = (tmp_path / "decoder" / "diffusion_pytorch_model.safetensors.index.json").exists()
     assert sharded == (max_shard_size == "20KB")
-    decoder = load_decoder(tmp_path, null_features())
+    decoder = import_decoder(tmp_path, texts(1, seed=9))
     assert decoder.config.diffusion.variance == "learned_range"
     check_equal(decoder, unet, projection)
 
@@ -157,11 +149,11 @@ def test_our_decoder_draws_what_one_of_diffusers_draws(tmp_path: Path, max_shard
 @torch.no_grad()
 def test_our_decoder_is_what_we_wrote(tmp_path: Path) -> None:
     decoder = new_decoder()
-    save_decoder(decoder, tmp_path)
+    export_decoder(decoder, tmp_path)
     x_t, t, image_embedding = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, EMBEDDING_DIM) * 0.05
     expected = decoder(x_t, t, image_embedding, torch.tensor([True, False]), texts(2), torch.tensor([False, True]))
     for statistics in (None, decoder.statistics):  # folded into the weights, or taken out of them again
-        again = load_decoder(tmp_path, null_features(), statistics=statistics)
+        again = import_decoder(tmp_path, texts(1, seed=9), statistics=statistics)
         result = again(x_t, t, image_embedding, torch.tensor([True, False]), texts(2), torch.tensor([False, True]))
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
     assert again.config.unet == decoder.config.unet
@@ -187,7 +179,7 @@ def karlo_like_upsampler(**changes: Any) -> Any:
 def test_upsamplers_of_diffusers_draw_the_same_here(tmp_path: Path, scale_shift: str) -> None:
     theirs = karlo_like_upsampler(resnet_time_scale_shift=scale_shift)
     theirs.save_pretrained(tmp_path)
-    ours = load_upsampler(tmp_path, crop_size=16)
+    ours = import_upsampler(tmp_path, crop_size=16)
     assert ours.config.output_size == 32 and ours.config.unet.image_size == 16
     x_t, t, low_res = torch.randn(2, 3, 32, 32), torch.tensor([0, 999]), torch.randn(2, 3, 8, 8)
     enlarged = torch.nn.functional.interpolate(low_res, size=(32, 32), mode="bicubic", antialias=True)
@@ -204,7 +196,7 @@ def test_diffusers_upsamples_as_ours_do(tmp_path: Path, scale_shift_norm: bool, 
 
     network = UNetConfig(16, 8, (1, 2, 3), 2, norm_groups=4, scale_shift_norm=scale_shift_norm)
     ours = awake(Upsampler(UpsamplerConfig(network, low_res_size=8, max_noise_level=max_noise_level)))
-    save_upsampler(ours, tmp_path / "all")
+    export_upsampler(ours, tmp_path / "all")
     theirs, info = UNet2DModel.from_pretrained(tmp_path / "all", output_loading_info=True)
     assert not any(info.values())
     x_t, t, low_res = torch.randn(2, 3, 32, 32), torch.tensor([10, 800]), torch.randn(2, 3, 8, 8)
@@ -214,26 +206,26 @@ def test_diffusers_upsamples_as_ours_do(tmp_path: Path, scale_shift_norm: bool, 
     labels = {"class_labels": level} if max_noise_level else {}
     expected = ours(x_t, t, low_res, level)
     torch.testing.assert_close(theirs.eval()(six, t, **labels).sample, expected, atol=1e-4, rtol=1e-4)
-    again = load_upsampler(tmp_path / "all", crop_size=16)
+    again = import_upsampler(tmp_path / "all", crop_size=16)
     torch.testing.assert_close(again(x_t, t, low_res, level), expected)
     assert again.config == ours.config
     if max_noise_level:  # a pipeline that knows of no levels gets one for good
-        save_upsampler(ours, tmp_path / "one", noise_level=25)
+        export_upsampler(ours, tmp_path / "one", noise_level=25)
         fixed = UNet2DModel.from_pretrained(tmp_path / "one").eval()
         level = torch.full((2,), 25)
         torch.testing.assert_close(fixed(six, t).sample, ours(x_t, t, low_res, level), atol=1e-4, rtol=1e-4)
     else:
         with pytest.raises(ConfigError, match="noise_level"):
-            save_upsampler(ours, tmp_path / "one", noise_level=25)
+            export_upsampler(ours, tmp_path / "one", noise_level=25)
 
 
 def test_what_diffusers_cannot_hold_is_refused(tmp_path: Path) -> None:
     for changes in ({"text": "none"}, {"text": "transformer"}, {"inpainting": True}):
         config = DecoderConfig(**{"unet": UNET, "text": "clip", **changes})
         with pytest.raises(InputError, match="expected text = 'clip' without inpainting"):
-            save_decoder(Decoder(config, EMBEDDING_DIM, TextShape(LENGTH, EMBEDDING_DIM, 30)), tmp_path)
+            export_decoder(Decoder(config, EMBEDDING_DIM, TextShape(LENGTH, EMBEDDING_DIM, 30)), tmp_path)
     with pytest.raises(InputError, match="text width 7 and embedding width 12"):
-        save_decoder(Decoder(DecoderConfig(UNET, text="clip"), 12, TextShape(LENGTH, 7, 30)), tmp_path)
+        export_decoder(Decoder(DecoderConfig(UNET, text="clip"), 12, TextShape(LENGTH, 7, 30)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -251,12 +243,12 @@ def test_what_diffusers_cannot_hold_is_refused(tmp_path: Path) -> None:
 )
 def test_folders_of_other_networks_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     network = UNetConfig(16, 8, (1, 2, 3), 2, norm_groups=4)
-    save_upsampler(Upsampler(UpsamplerConfig(network, low_res_size=4)), tmp_path)
+    export_upsampler(Upsampler(UpsamplerConfig(network, low_res_size=4)), tmp_path)
     path = tmp_path / "config.json"
     changed = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
     with pytest.raises(CheckpointError, match=message):
-        load_upsampler(tmp_path)
+        import_upsampler(tmp_path)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
@@ -265,8 +257,8 @@ def test_the_scheduler_takes_the_steps_that_our_sampler_takes(tmp_path: Path, va
     from diffusers import UnCLIPScheduler
 
     decoder = new_decoder(diffusion=DiffusionConfig(variance=variance))
-    save_decoder(decoder, tmp_path)
-    assert load_decoder(tmp_path, null_features()).config.diffusion == decoder.config.diffusion
+    export_decoder(decoder, tmp_path)
+    assert import_decoder(tmp_path, texts(1, seed=9)).config.diffusion == decoder.config.diffusion
     scheduler = UnCLIPScheduler.from_pretrained(tmp_path / "decoder_scheduler")
     image_embedding, text, x_t = torch.randn(1, EMBEDDING_DIM) * 0.05, texts(1), torch.randn(1, 3, 16, 16)
 
@@ -287,12 +279,12 @@ def test_the_scheduler_takes_the_steps_that_our_sampler_takes(tmp_path: Path, va
 @pytest.mark.parametrize("settings", [{"prediction_type": "v"}, {"schedule": "linear"}, {"variance": "fixed_large"}])
 def test_processes_that_the_scheduler_does_not_know_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="all that UnCLIPScheduler knows"):
-        save_decoder(new_decoder(diffusion=DiffusionConfig(**settings)), tmp_path)
+        export_decoder(new_decoder(diffusion=DiffusionConfig(**settings)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_scheduler_that_does_not_fit_its_network_is_refused(tmp_path: Path) -> None:
-    save_decoder(new_decoder(), tmp_path)
+    export_decoder(new_decoder(), tmp_path)
     path = tmp_path / "decoder_scheduler" / "scheduler_config.json"
     settings = json.loads(path.read_text())
     for change, message in (
@@ -302,9 +294,9 @@ def test_a_scheduler_that_does_not_fit_its_network_is_refused(tmp_path: Path) ->
     ):
         path.write_text(json.dumps(settings | change))
         with pytest.raises(CheckpointError, match=message):
-            load_decoder(tmp_path, null_features())
+            import_decoder(tmp_path, texts(1, seed=9))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"expected config\.json"):
-        load_decoder(tmp_path, null_features())
+        import_decoder(tmp_path, texts(1, seed=9))
