@@ -169,11 +169,17 @@ def prepare(model: Any, images: Tensor) -> Tensor:
 def save(model: Any, name: str, folder: Path) -> None:
     """Write a model trained from one of our architectures as a folder that open_clip loads as "local-dir:<folder>"."""
     import open_clip
-    from safetensors.torch import save_file
 
     open_clip.add_model_config(OWN_ARCHITECTURES)
+    save_with_config(model, open_clip.get_model_config(name), folder)
+
+
+def save_with_config(model: Any, model_config: dict[str, Any], folder: Path) -> None:
+    """The same for a model of any architecture, described as open_clip describes its own."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": dict(model.visual.preprocess_cfg)}
+    config = {"model_cfg": model_config, "preprocess_cfg": dict(model.visual.preprocess_cfg)}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, str(folder / "open_clip_model.safetensors"))

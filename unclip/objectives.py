@@ -288,7 +288,7 @@ def _caption_features(clip: clip_models.Clip, tokens: Tensor) -> CaptionFeatures
     """Tokens [B, L] as the frozen CLIP sees them, where they are, as exact as in sampling."""
     with torch.autocast(tokens.device.type, enabled=False):
         text = clip.to(tokens.device).encode_text(tokens)
-    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_embedding)
+    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
 
 
 def _encode(clip: clip_models.Clip, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

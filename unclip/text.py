@@ -53,7 +53,7 @@ class CaptionFeatures(NamedTuple):
     text_mask: Tensor
     """[B, L] bool, True = keep."""
     text_embedding: Tensor
-    """[B, E]."""
+    """[B, E], CLIP's text projection before it is brought to unit norm, as the priors read it."""
 
 
 class TextContext(NamedTuple):
