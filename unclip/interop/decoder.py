@@ -9,7 +9,6 @@ refused: a decoder that reads no captions, or through a Transformer of its own, 
 Letters: E CLIP embedding width, D time-embedding width.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,11 @@ from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
 from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.interop import folders
+from unclip.interop.folders import DIFFUSERS_WEIGHTS, Tensors
 from unclip.text import CaptionFeatures, ClipText, TextShape
 from unclip.unet import UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
-
-Tensors = dict[str, Tensor]
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def export_decoder(decoder: Decoder, folder: str | Path) -> None:
@@ -58,7 +55,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
         "class_embed_type": "identity",
     }
-    _write(Path(folder, "decoder"), description, _unet_to_theirs(decoder.unet))
+    folders.write(Path(folder, "decoder"), description, _unet_to_theirs(decoder.unet), DIFFUSERS_WEIGHTS)
     projection = {
         "_class_name": "UnCLIPTextProjModel",
         "clip_extra_context_tokens": NUM_IMAGE_TOKENS,
@@ -67,7 +64,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
     }
     tensors = {_PROJECTION[name]: value for name, value in decoder.state_dict().items() if name in _PROJECTION}
-    _write(Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)))
+    folders.write(Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)), DIFFUSERS_WEIGHTS)
 
 
 def import_decoder(
@@ -147,7 +144,7 @@ def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: i
         tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"] + constant.cpu()
     elif levels is not None:
         tensors |= {_LEVELS[name]: value for name, value in levels.state_dict().items()}
-    _write(Path(folder), description, tensors)
+    folders.write(Path(folder), description, tensors, DIFFUSERS_WEIGHTS)
 
 
 def import_upsampler(
@@ -432,36 +429,14 @@ def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any
             )
 
 
-def _write(folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
-    save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True))
-
-
 def _read(folder: Path, class_name: str) -> tuple[dict[str, Any], Tensors]:
     """config.json, and weights in float32 from one file or from shards."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        description = json.loads((folder / "config.json").read_text())
-        index = folder / f"{WEIGHTS}.index.json"
-        files = {WEIGHTS}
-        if index.is_file():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        tensors: Tensors = {}
-        for file in sorted(files):
-            tensors |= load_file(str(folder / file))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: expected config.json and {WEIGHTS}, as save_pretrained writes them: {error}"
-        ) from error
+    description = folders.read_json(folder / "config.json")
     if description.get("_class_name") != class_name:
-        raise CheckpointError(f"{folder}: got a {description.get('_class_name')}, expected a {class_name}.")
+        raise CheckpointError(
+            f"{folder}/config.json: got a {description.get('_class_name')}, expected a {class_name}."
+        )
     missing = _REQUIRED[class_name] - set(description)
     if missing:
         raise CheckpointError(f"{folder}/config.json: {', '.join(sorted(missing))} missing.")
-    return description, {name: value.float() for name, value in tensors.items()}
+    return description, folders.read_weights(folder, DIFFUSERS_WEIGHTS)
