@@ -245,5 +245,5 @@ def test_folders_of_other_networks_are_refused(tmp_path: Path, change: dict[str,
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"expected config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         import_decoder(tmp_path, texts(1))

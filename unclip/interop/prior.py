@@ -10,7 +10,6 @@ Neither direction needs diffusers: a folder is `config.json` and `diffusion_pyto
 Letters: L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ from torch import Tensor
 from unclip.clip import TextFeatures
 from unclip.diffusion import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError
+from unclip.interop import folders
+from unclip.interop.folders import DIFFUSERS_WEIGHTS as WEIGHTS
 from unclip.prior import DiffusionPrior, PriorConfig
 
 _PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"}
 
 KARLO_SCHEDULER = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample", "clip_sample_range": 5.0}
 """Settings of the prior's scheduler in diffusers' conversion of Karlo; what is missing has the scheduler's defaults."""
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _LAYERS = {
     "text.from_text_encodings": "encoder_hidden_states_proj",
@@ -159,15 +158,10 @@ def save(prior: DiffusionPrior, folder: Path) -> None:
     Raises:
         ConfigError: see `to_diffusers` and `scheduler_config`; nothing is written.
     """
-    from safetensors.torch import save_file
-
     settings, weights = to_diffusers(prior)
     scheduler = scheduler_config(prior)
-    for name in ("prior", "prior_scheduler"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "prior" / WEIGHTS, metadata={"format": "pt"})
-    (folder / "prior" / "config.json").write_text(json.dumps(settings, indent=2))
-    (folder / "prior_scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
+    folders.write(folder / "prior", settings, weights, WEIGHTS)
+    folders.write_json(folder / "prior_scheduler" / "scheduler_config.json", scheduler)
 
 
 def load(folder: Path, null_text: TextFeatures) -> DiffusionPrior:
@@ -176,16 +170,9 @@ def load(folder: Path, null_text: TextFeatures) -> DiffusionPrior:
     Raises:
         CheckpointError: files that are missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        settings = json.loads((folder / "prior" / "config.json").read_text())
-        scheduler = json.loads((folder / "prior_scheduler" / "scheduler_config.json").read_text())
-        weights = load_file(folder / "prior" / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: no pipeline with a prior that can be read: {error}.") from error
-    return from_diffusers(settings, weights, null_text, scheduler)
+    settings = folders.read_json(folder / "prior" / "config.json")
+    scheduler = folders.read_json(folder / "prior_scheduler" / "scheduler_config.json")
+    return from_diffusers(settings, folders.read_weights(folder / "prior", WEIGHTS), null_text, scheduler)
 
 
 def _layers(config: PriorConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
