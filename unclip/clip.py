@@ -103,9 +103,7 @@ class Clip(nn.Module):
         self.train(False)
 
     @classmethod
-    def load(
-        cls, model: str, pretrained: str | None = None, image_embeddings: ImageEmbeddings = "unit"
-    ) -> "Clip":
+    def load(cls, model: str, pretrained: str | None = None, image_embeddings: ImageEmbeddings = "unit") -> "Clip":
         return cls(create(model, pretrained), model, image_embeddings)
 
     def train(self, mode: bool = True) -> "Clip":

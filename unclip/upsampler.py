@@ -101,7 +101,7 @@ class Upsampler(nn.Module):
         """A denoiser of pictures in [-1, 1], conditioned on one small picture (and its level) per sample."""
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            last_step = self.last_unet is not None and not t.any()  # every sampler ends with timestep 0
+            last_step = self.last_unet is not None and not t.any()  # where strided timesteps end
             return self(x_t, t, low_res, noise_level, last_step)  # type: ignore[no-any-return]
 
         return guidance.clamped(self.diffusion.denoiser(predict), 1.0)

@@ -271,16 +271,15 @@ def _tower_to_theirs(clip: Clip, tower: _Tower, plain: bool) -> tuple[int, Tenso
     state = {key: value for key, value in clip.model.state_dict().items() if key.startswith("visual.") == is_vision}
     for name in ("logit_scale", "logit_bias"):
         state.pop(name, None)
-    blocks = getattr(clip.model.visual if is_vision else clip.model, "transformer", None)
-    block = blocks.resblocks[0] if plain and blocks is not None and len(blocks.resblocks) else None
-    names = dict(_names(tower, len(blocks.resblocks))) if block is not None and blocks is not None else {}
-    activation = "none" if block is None else type(block.mlp.gelu).__name__
-    tanh = block is not None and getattr(block.mlp.gelu, "approximate", "none") != "none"
-    if {*names, tower.projection} != set(state) or activation not in _ACTIVATIONS or tanh:
+    tower_module = clip.model.visual if is_vision else clip.model
+    blocks: Any = tower_module.transformer.resblocks if plain else ()
+    names = dict(_names(tower, len(blocks)))
+    activations = {type(block.mlp.gelu).__name__ for block in blocks if getattr(block, "mlp", None) is not None}
+    exact = all(getattr(block.mlp.gelu, "approximate", "none") == "none" for block in blocks if hasattr(block, "mlp"))
+    if {*names, tower.projection} != set(state) or not (activations and exact and activations <= set(_ACTIVATIONS)):
         raise InputError(
-            f"export: got a CLIP whose {what} tower is a {type(clip.model.visual if is_vision else clip.model).__name__} that "
-            "transformers' CLIP classes cannot hold, expected the Transformer of CLIP itself. Train with such a CLIP, for "
-            "example ViT-L-14."
+            f"export: got a CLIP whose {what} tower is a {type(tower_module).__name__} that transformers' CLIP classes cannot "
+            "hold, expected the Transformer of CLIP itself. Train with such a CLIP, for example ViT-L-14."
         )
     tensors: Tensors = {}
     for name, theirs in names.items():
@@ -288,11 +287,11 @@ def _tower_to_theirs(clip: Clip, tower: _Tower, plain: bool) -> tuple[int, Tenso
     tensors[tower.their_projection] = state[tower.projection].T
     width, embedding_dim = state[tower.projection].shape
     settings = {
-        "hidden_act": _ACTIVATIONS[activation],
-        "intermediate_size": block.mlp.c_fc.out_features,
-        "layer_norm_eps": block.ln_1.eps,
-        "num_attention_heads": block.attn.num_heads,
-        "num_hidden_layers": len(blocks.resblocks),
+        "hidden_act": _ACTIVATIONS[activations.pop()],
+        "intermediate_size": blocks[0].mlp.c_fc.out_features,
+        "layer_norm_eps": blocks[0].ln_1.eps,
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "num_hidden_layers": len(blocks),
         "projection_dim": embedding_dim,
     }
     return width, tensors, settings
@@ -428,7 +427,7 @@ def _take_division_off(tensors: Tensors, num_layers: int, embedding_dim: int) ->
     out, projection = tensors.get(f"{layer}mlp.fc2.weight"), tensors.get(_PROJECTION)
     if out is None or projection is None or out.dim() != 2 or 2 * embedding_dim > out.shape[1]:
         return None
-    expected = _division(*out.shape, embedding_dim)
+    expected = _division(out.shape[0], out.shape[1], embedding_dim)
     if out.shape[0] != projection.shape[-1] or not torch.equal(projection, expected.pop("projection")):
         return None
     if not all(torch.equal(tensors.get(f"{layer}{name}", value + 1), value) for name, value in expected.items()):

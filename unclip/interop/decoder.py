@@ -64,7 +64,9 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
     }
     tensors = {_PROJECTION[name]: value for name, value in decoder.state_dict().items() if name in _PROJECTION}
-    folders.write(Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)), DIFFUSERS_WEIGHTS)
+    folders.write(
+        Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)), DIFFUSERS_WEIGHTS
+    )
 
 
 def import_decoder(
@@ -433,9 +435,7 @@ def _read(folder: Path, class_name: str) -> tuple[dict[str, Any], Tensors]:
     """config.json, and weights in float32 from one file or from shards."""
     description = folders.read_json(folder / "config.json")
     if description.get("_class_name") != class_name:
-        raise CheckpointError(
-            f"{folder}/config.json: got a {description.get('_class_name')}, expected a {class_name}."
-        )
+        raise CheckpointError(f"{folder}/config.json: got a {description.get('_class_name')}, expected a {class_name}.")
     missing = _REQUIRED[class_name] - set(description)
     if missing:
         raise CheckpointError(f"{folder}/config.json: {', '.join(sorted(missing))} missing.")

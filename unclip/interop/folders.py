@@ -31,7 +31,9 @@ def read_text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > MAX_TEXT_BYTES:
-            raise CheckpointError(f"{path}: got {size:,} bytes, expected at most {MAX_TEXT_BYTES:,}. The file is damaged.")
+            raise CheckpointError(
+                f"{path}: got {size:,} bytes, expected at most {MAX_TEXT_BYTES:,}. The file is damaged."
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. Copy the whole folder again.") from error
