@@ -11,7 +11,8 @@
 Exact: with the ancestral sampler (`samplers.ddpm`) at every stage, one candidate, and a generator of the same seed, the
 pipeline and this library draw the same noise and the same picture, up to float32 rounding and to the pipeline's table of
 alphas_cumprod, which is float32, too, and has three digits at t = 0. Statistics of embeddings go into weights. Fixed variances
-become learned ones whose outputs are constant: the pipeline guides no decoder without them.
+become learned ones whose outputs are constant: the pipeline guides no decoder without them. Learned variances agree where
+the network keeps to its range, as it learns to; beyond it they are held at the ends here and go on there.
 
 What a stack must be trained with, everything else is refused:
 
@@ -44,7 +45,7 @@ from torch import Tensor
 from unclip import checkpoints
 from unclip.clip import save_with_config
 from unclip.config import require, to_dict
-from unclip.decoder import Decoder
+from unclip.decoder import NUM_IMAGE_TOKENS, Decoder
 from unclip.diffusion import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.generation import SamplingConfig, Stack, save_stack
@@ -189,6 +190,13 @@ def check_exportable(stack: Stack, upsampler_1024: Upsampler | None = None) -> N
         )
     if upsampler.low_res_size != side:
         raise _inexpressible("upsampler.low_res_size", upsampler.low_res_size, f"the decoder's {side}")
+    unet, length = stack.decoder.config.unet, stack.clip.text_length
+    sides = {*unet.attention_resolutions, side // 2 ** (len(unet.channel_mult) - 1)}  # the middle attends, too
+    if any(each**2 == length + NUM_IMAGE_TOKENS for each in sides):
+        # diffusers tells a mask of the context alone by its length, which is that of the pixels here
+        raise _inexpressible(
+            "the CLIP's context length", length, "one that with 4 more is no picture's number of pixels"
+        )
     if upsampler_1024 is not None:
         _scheduler_1024(upsampler_1024.config.diffusion)
         if upsampler_1024.config.low_res_size != upsampler.output_size or upsampler_1024.config.last_step_unet:
