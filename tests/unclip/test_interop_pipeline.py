@@ -1,6 +1,7 @@
 """Whole stacks in diffusers' unCLIP pipelines: the same noise gives the same pictures, in both directions."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,6 @@ from tests.unclip.tiny_stacks import (
     SIDE,
     awaken,
     calm_variances,
-    draw_as_unclip_pipeline,
-    draw_from_embeddings,
     tiny_clip,
     tiny_stack,
 )
@@ -26,9 +25,9 @@ from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePrior
 from unclip.clip import Clip, create
 from unclip.diffusion import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError, InputError
-from unclip.generation import Stack, load_model
+from unclip.generation import SamplingConfig, Stack, load_model
 from unclip.interop.clip import export_text
-from unclip.interop.pipeline import export_stack, import_stack, save_imported
+from unclip.interop.pipeline import PIPELINE_SAMPLING, export_stack, import_stack, save_imported
 from unclip.text import CaptionFeatures
 from unclip.unet import UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
@@ -57,23 +56,31 @@ def with_float64_tables(pipeline: Any, stack: Stack) -> Any:
     return pipeline
 
 
-def drawn(pipeline: Any, scales: tuple[float, float], seed: int = 3) -> torch.Tensor:
-    """[B, H, W, 3] in [0, 1]."""
-    output = pipeline(
+def sampling(scales: tuple[float, float]) -> SamplingConfig:
+    """Ours, as the pipeline samples."""
+    steps = {"prior_steps": STEPS[0], "decoder_steps": STEPS[1], "upsampler_steps": STEPS[2]}
+    guidance = {"prior_guidance_scale": scales[0], "guidance_scale": scales[1]}
+    return dataclasses.replace(PIPELINE_SAMPLING, **steps, **guidance, precision="fp32")  # type: ignore[arg-type]
+
+
+def drawn_here(stack: Stack, scales: tuple[float, float]) -> torch.Tensor:
+    """[B, 3, H, W] in [0, 1]."""
+    return (stack.draw_batch(CAPTIONS, 3, seed=0, sampling=sampling(scales)) / 2 + 0.5).clamp(0, 1)
+
+
+def drawn(pipeline: Any, scales: tuple[float, float]) -> torch.Tensor:
+    """[B, 3, H, W] in [0, 1]."""
+    pictures = pipeline(
         CAPTIONS,
         prior_num_inference_steps=STEPS[0],
         decoder_num_inference_steps=STEPS[1],
         super_res_num_inference_steps=STEPS[2],
         prior_guidance_scale=scales[0],
         decoder_guidance_scale=scales[1],
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(3),
         output_type="np",
-    )
-    return torch.from_numpy(output.images)
-
-
-def drawn_here(stack: Stack, scales: tuple[float, float], seed: int = 3) -> torch.Tensor:
-    return draw_as_unclip_pipeline(stack, CAPTIONS, torch.Generator().manual_seed(seed), STEPS, scales)
+    ).images
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -229,8 +236,10 @@ def test_diffusers_varies_pictures_as_we_do(tmp_path: Path, image_embeddings: An
     settings = {"decoder_num_inference_steps": 5, "super_res_num_inference_steps": 3, "decoder_guidance_scale": 3.0}
     theirs = pipeline(picture, 2, generator=torch.Generator().manual_seed(5), output_type="np", **settings).images
     embedding = stack.clip.embed_images(stack.clip.preprocess(picture)[None]).expand(2, -1)
-    ours = draw_from_embeddings(stack, embedding, None, torch.Generator().manual_seed(5), (5, 3), 3.0)
-    torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=5e-3, rtol=0)
+    with torch.no_grad():
+        ours = stack.decode(embedding, sampling((1.0, 3.0)), torch.Generator().manual_seed(5))
+    ours = (ours / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(torch.from_numpy(theirs).permute(0, 3, 1, 2), ours, atol=5e-3, rtol=0)
 
     with pytest.raises(CheckpointError, match="got a UnCLIPImageVariationPipeline, expected a UnCLIPPipeline"):
         import_stack(tmp_path / "exported")

@@ -1,17 +1,15 @@
-"""Small untrained stacks with random weights everywhere, and what diffusers' pipelines would draw with our own models."""
+"""Small untrained stacks with random weights everywhere."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from unclip import samplers
 from unclip.clip import Clip
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.generation import Stack
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import CaptionFeatures, TextShape
+from unclip.text import TextShape, caption_features
 from unclip.unet import UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -76,7 +74,7 @@ def tiny_stack(
     new_decoder = Decoder(DecoderConfig(**settings), EMBEDDING_DIM, shape)
     new_decoder.statistics.load_state_dict(statistics.state_dict())
     if settings["text"] == "clip":
-        new_decoder.text.set_null(CaptionFeatures(null.text_encodings, null.text_mask, null.text_projection))  # type: ignore[operator, union-attr]
+        new_decoder.text.set_null(caption_features(clip, clip.tokenize([""])))  # type: ignore[operator, union-attr]
     network = UNetConfig(SIDE, 8, (1, 2), 1, norm_groups=4)
     new_upsampler = Upsampler(
         UpsamplerConfig(**{"unet": network, "low_res_size": SIDE, "scale": 2, **(upsampler or {})})
@@ -87,46 +85,3 @@ def tiny_stack(
         if network_of is not None:
             calm_variances(network_of.output[-1])
     return Stack(clip, new_prior, new_decoder, new_upsampler)
-
-
-@torch.no_grad()
-def draw_as_unclip_pipeline(
-    stack: Stack,
-    captions: list[str],
-    generator: torch.Generator,
-    steps: tuple[int, int, int],
-    scales: tuple[float, float],
-) -> Tensor:
-    """What UnCLIPPipeline draws with our models in its place: pictures [B, H, W, 3] in [0, 1]."""
-    text = stack.clip.encode_text(stack.clip.tokenize(captions))
-    image_embedding = stack.prior.sample(  # type: ignore[call-arg]
-        text.text_encodings,
-        text.text_mask,
-        text.text_projection,
-        num_candidates=1,
-        num_steps=steps[0],
-        guidance_scale=scales[0],
-        generator=generator,
-    )
-    features = CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
-    return draw_from_embeddings(stack, image_embedding, features, generator, steps[1:], scales[1])
-
-
-@torch.no_grad()
-def draw_from_embeddings(
-    stack: Stack,
-    image_embedding: Tensor,
-    text: CaptionFeatures | None,
-    generator: torch.Generator,
-    steps: tuple[int, int],
-    guidance_scale: float,
-) -> Tensor:
-    """What both pipelines do with an image embedding."""
-    decoder, upsampler = stack.decoder, stack.upsampler
-    side, output = decoder.config.unet.image_size, upsampler.config.output_size
-    x_T = torch.randn(len(image_embedding), 3, side, side, generator=generator)
-    denoise = decoder.denoiser(image_embedding, guidance_scale, text=text)
-    low_res = samplers.ddpm(decoder.diffusion, denoise, x_T, steps[0], generator).clamp(-1, 1)
-    x_T = torch.randn(len(image_embedding), 3, output, output, generator=generator)
-    pictures = samplers.ddpm(upsampler.diffusion, upsampler.denoiser(low_res), x_T, steps[1], generator)
-    return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)

@@ -8,8 +8,8 @@
     image_encoder/, feature_extractor/                        variations; beside text to image where CLIP allows it
     upsampler-1024/{unet,scheduler}/                          the second upsampler, which neither pipeline has a place for
 
-Exact: with the ancestral sampler (`samplers.ddpm`) at every stage, one candidate, and a generator of the same seed, the
-pipeline and this library draw the same noise and the same picture, up to float32 rounding and to the pipeline's table of
+Exact: with the sampler "ddpm" at every stage, one candidate (`PIPELINE_SAMPLING`) and a generator of the same seed, the
+pipeline and `Stack` draw the same noise and the same picture, up to float32 rounding and to the pipeline's table of
 alphas_cumprod, which is float32, too, and has three digits at t = 0. Statistics of embeddings go into weights. Fixed variances
 become learned ones whose outputs are constant: the pipeline guides no decoder without them. Learned variances agree where
 the network keeps to its range, as it learns to; beyond it they are held at the ends here and go on there.
@@ -54,7 +54,7 @@ from unclip.interop import decoder as decoders
 from unclip.interop import folders
 from unclip.interop import prior as priors
 from unclip.prior import DiffusionPrior
-from unclip.text import CaptionFeatures
+from unclip.text import caption_features
 from unclip.upsampler import Upsampler
 
 Layout = Literal["current", "portable", "hub"]
@@ -109,14 +109,17 @@ _PREDICTION_TYPES: dict[PredictionType, str] = {"eps": "epsilon", "x0": "sample"
 Network = TypeVar("Network", Decoder, Upsampler)
 
 PIPELINE_SAMPLING = SamplingConfig(
+    prior_sampler="ddpm",
     prior_steps=25,
     prior_guidance_scale=4.0,
     num_candidates=1,
+    decoder_sampler="ddpm",
     decoder_steps=25,
     guidance_scale=8.0,
+    upsampler_sampler="ddpm",
     upsampler_steps=7,
 )
-"""What UnCLIPPipeline does when nothing else is asked for."""
+"""What UnCLIPPipeline does when nothing else is asked for, and how imported stacks draw."""
 
 
 class ImportedStack(NamedTuple):
@@ -223,10 +226,9 @@ def import_stack(folder: str | Path, *, image_variation: str | Path | None = Non
     if image_variation is not None:
         _check_index(Path(image_variation), "UnCLIPImageVariationPipeline")
     clip, clip_config = clips.import_clip(folder, image_variation)
-    null = clip.encode_text(clip.tokenize([""]))
-    prior = priors.load(folder, null)
-    null_text = CaptionFeatures(null.text_encodings, null.text_mask, null.text_projection)
-    decoder = decoders.import_decoder(folder, null_text, diffusion=_process(folder, "decoder"))
+    empty = clip.tokenize([""])
+    prior = priors.load(folder, clip.encode_text(empty))
+    decoder = decoders.import_decoder(folder, caption_features(clip, empty), diffusion=_process(folder, "decoder"))
     upsampler = _import_upsampler(folder, decoder.config.unet.image_size)
     widths = {
         "text_encoder": clip.embedding_dim,
