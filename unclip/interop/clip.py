@@ -227,7 +227,9 @@ def text_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors]:
         "vocab_size": sizes["vocab_size"],
         "heads": sizes["num_attention_heads"],
     }
-    return ours, _tower_to_ours(folder, _TEXT_TOWER, ours["layers"], folders.read_weights(folder, TRANSFORMERS_WEIGHTS))
+    tensors = folders.read_weights(folder, TRANSFORMERS_WEIGHTS)
+    folders.check_depth(folder / "config.json", settings, "num_hidden_layers", tensors)
+    return ours, _tower_to_ours(folder, _TEXT_TOWER, ours["layers"], tensors)
 
 
 def vision_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors, ImageEmbeddings]:
@@ -246,6 +248,7 @@ def vision_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors, Ima
         "head_width": sizes["hidden_size"] // sizes["num_attention_heads"],
     }
     tensors = folders.read_weights(folder, TRANSFORMERS_WEIGHTS)
+    folders.check_depth(folder / "config.json", settings, "num_hidden_layers", tensors)
     image_embeddings: ImageEmbeddings = "raw"
     without = _take_division_off(tensors, ours["layers"], ours["embed_dim"])
     if without is not None:

@@ -9,9 +9,9 @@ refused: a decoder that reads no captions, or through a Transformer of its own, 
 Letters: E CLIP embedding width, D time-embedding width.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from unclip.interop.folders import DIFFUSERS_WEIGHTS, Tensors
 from unclip.text import CaptionFeatures, ClipText, TextShape
 from unclip.unet import UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def export_decoder(decoder: Decoder, folder: str | Path) -> None:
@@ -99,8 +101,7 @@ def import_decoder(
         text="clip",
         diffusion=diffusion or _published_diffusion(description),
     )
-    with torch.device("meta"):
-        decoder = Decoder(config, embedding_dim, TextShape(length, width, 0))
+    decoder = _build(folder, lambda: Decoder(config, embedding_dim, TextShape(length, width, 0)))
     statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
     mean, std = _affine(statistics)
     projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # the fold of the inverse takes it out again
@@ -181,8 +182,7 @@ def import_upsampler(
         max_noise_level=max_noise_level if has_levels else 0,
         diffusion=diffusion or _published_diffusion(description),
     )
-    with torch.device("meta"):
-        upsampler = Upsampler(config)
+    upsampler = _build(folder, lambda: Upsampler(config))
     state = {}
     if has_levels:
         state = {f"noise_level_embedding.{ours}": tensors.pop(theirs) for ours, theirs in _LEVELS.items()}
@@ -413,6 +413,15 @@ def _published_diffusion(description: Mapping[str, Any]) -> DiffusionConfig:
     return DiffusionConfig(variance="learned_range" if description["out_channels"] == 6 else "fixed_small")
 
 
+def _build(folder: str | Path, build: Callable[[], Network]) -> Network:
+    """A model without weights: whatever the settings say, nothing is allocated that there are no weights for."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
+
+
 def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Path) -> None:
     """Give a model on the meta device its weights, as its own."""
     try:
@@ -439,4 +448,6 @@ def _read(folder: Path, class_name: str) -> tuple[dict[str, Any], Tensors]:
     missing = _REQUIRED[class_name] - set(description)
     if missing:
         raise CheckpointError(f"{folder}/config.json: {', '.join(sorted(missing))} missing.")
-    return description, folders.read_weights(folder, DIFFUSERS_WEIGHTS)
+    tensors = folders.read_weights(folder, DIFFUSERS_WEIGHTS)
+    folders.check_depth(folder / "config.json", description, "layers_per_block", tensors)
+    return description, tensors

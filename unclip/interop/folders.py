@@ -84,6 +84,20 @@ def read_weights(folder: Path, name: str) -> Tensors:
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
+def check_depth(where: str | Path, settings: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a number of layers that the weights cannot have, before so many are built.
+
+    Raises:
+        CheckpointError: settings[name], where there is one, is not a positive number up to that of the tensors.
+    """
+    depth = settings.get(name, 1)
+    counts = depth if isinstance(depth, list) else [depth]
+    if not all(isinstance(count, int) and 1 <= count <= len(tensors) for count in counts):
+        raise CheckpointError(
+            f"{where}: got {name} = {depth!r} for {len(tensors)} tensors, expected a number of layers. The file is damaged."
+        )
+
+
 def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
     """Write `config.json` and weights in float32; the same content gives the same bytes.
 

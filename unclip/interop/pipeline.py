@@ -276,13 +276,7 @@ def _write_parts(
     stack: Stack, folder: Path, layout: Layout, image_variation: bool, upsampler_1024: Upsampler | None
 ) -> list[str]:
     """All files of a pipeline, model_index.json last."""
-    sampling = stack.sampling
-    notes = [
-        f"Pictures are drawn there by ancestral sampling, by default in {PIPELINE_SAMPLING.prior_steps}, "
-        f"{PIPELINE_SAMPLING.decoder_steps} and {PIPELINE_SAMPLING.upsampler_steps} steps; here {sampling.prior_steps}, "
-        f"{sampling.decoder_steps} and {sampling.upsampler_steps} were published. Give numbers of steps and guidance scales "
-        "to the pipeline."
-    ]
+    notes = _sampling_notes(stack.sampling)
     class_name = "UnCLIPImageVariationPipeline" if image_variation else "UnCLIPPipeline"
     if not image_variation and isinstance(stack.prior, DiffusionPrior):
         priors.save(stack.prior, folder)
@@ -316,6 +310,19 @@ def _write_parts(
     }
     folders.write_json(folder / "model_index.json", index)
     return notes
+
+
+def _sampling_notes(sampling: SamplingConfig) -> list[str]:
+    """What the pipeline does otherwise than the stack was published to do."""
+    ours, theirs = to_dict(sampling), to_dict(PIPELINE_SAMPLING)
+    chosen = [name for name in theirs if name.endswith(("_sampler", "_steps", "guidance_scale", "_candidates"))]
+    different = [f"{name} {ours[name]} (there {theirs[name]})" for name in chosen if ours[name] != theirs[name]]
+    if not different:
+        return []
+    return [
+        f"Not in the folder: {', '.join(different)}. Give steps and guidance scales to the pipeline when it draws; its sampler "
+        "is always ddpm, and it takes the first candidate."
+    ]
 
 
 def with_learned_range(model: Network) -> Network:

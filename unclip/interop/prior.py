@@ -116,18 +116,24 @@ def from_diffusers(
         InputError: clip_mean or clip_std that nobody has filled in, as in every new PriorTransformer.
         CheckpointError: weights that do not fit the settings.
     """
+    folders.check_depth("PriorTransformer", settings, "num_layers", weights)
     config, embedding_dim = _config_of(settings, scheduler), settings.get("embedding_dim", 768)
-    prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
-    expected = prior.state_dict()
     try:
+        with torch.device("meta"):  # whatever the settings say, nothing is allocated that there are no weights for
+            prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
+        expected = prior.state_dict()
         ours = {name: torch.cat([weights[part] for part in parts]) for name, parts in _layers(config)}
         ours |= {name: weights[other].reshape(expected[name].shape) for name, (other, _) in _TENSORS.items()}
-        null = {name: value for name, value in expected.items() if name.startswith("text.null_")}
-        prior.load_state_dict({**null, **ours})
+        null = {
+            "text.null_encodings": null_text.text_encodings[0],
+            "text.null_mask": null_text.text_mask[0],
+            "text.null_embedding": null_text.text_projection[0],
+        }
+        state = {name: value.to(expected[name].dtype).clone() for name, value in {**null, **ours}.items()}
+        prior.load_state_dict(state, assign=True)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"PriorTransformer: the weights do not fit its config.json: {error}") from error
     prior.statistics.check("clip_mean and clip_std")
-    prior.text.set_null_text(null_text.text_encodings, null_text.text_mask, null_text.text_projection)
     return prior.eval().requires_grad_(False)
 
 
