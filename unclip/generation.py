@@ -17,13 +17,13 @@ from unclip import checkpoints, config, embeddings, files
 from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.clip import Clip, ImageEmbeddings
 from unclip.config import require
-from unclip.decoder import Decoder, DecoderConfig, Text
+from unclip.decoder import Decoder, DecoderConfig
 from unclip.embeddings import PrincipalComponents
 from unclip.errors import CheckpointError
 from unclip.precision import Precision, autocast
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.samplers import OnStep, SamplerName, undisturbed
-from unclip.text import TextShape, caption_features
+from unclip.text import Text, TextShape, read_captions
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -228,10 +228,8 @@ class Stack(nn.Module):
 
     def read_captions(self, captions: Sequence[str]) -> Text | None:
         """What the decoder reads of captions besides image embeddings; None where it reads nothing."""
-        if self.decoder.config.text == "none":
-            return None
         tokens = self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
-        return caption_features(self.clip, tokens) if self.decoder.config.text == "clip" else tokens
+        return read_captions(self.decoder.config.text, self.clip, tokens)
 
     def decode(
         self, image_embedding: Tensor, sampling: SamplingConfig, generator: torch.Generator, text: Text | None = None

@@ -18,6 +18,8 @@ from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import ConfigError, ShapeError
 from unclip.layers import attention
+from unclip.precision import autocast
+from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, text_mask
 from unclip.unet import ContextAttention, UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
@@ -285,7 +287,7 @@ def test_the_empty_caption_goes_with_the_weights(clip: Clip, text: str) -> None:
     features = clip.encode_text(tokens)
     empty: Any = tokens
     if text == "clip":
-        empty = CaptionFeatures(features.text_encodings, features.text_mask, features.text_embedding)
+        empty = CaptionFeatures(features.text_encodings, features.text_mask, features.text_projection)
     x_t, t, embedding = torch.randn(1, 3, 16, 16), torch.tensor([500]), torch.randn(1, clip.embedding_dim)
     torch.testing.assert_close(model(x_t, t, embedding), model(x_t, t, embedding, None, empty))
     again = generation.BUILDERS["decoder"](trained.facts()).eval()
@@ -308,7 +310,8 @@ def test_clip_stays_frozen_and_out_of_the_trained_model(clip: Clip) -> None:
 def test_every_parameter_is_trained(clip: Clip, text: str) -> None:
     trained = objective(clip, text=text, image_drop_prob=0.5, diffusion=DiffusionConfig(variance="learned_range"))
     awake(trained.model).train()
-    loss = trained.loss(trained.model, trained.prepare(rows(clip)), torch.Generator().manual_seed(0))
+    with autocast("bf16", torch.device("cpu")):
+        loss = trained.loss(trained.model, trained.prepare(rows(clip)), torch.Generator().manual_seed(0))
     loss.backward()
     assert loss.isfinite()
     assert [name for name, parameter in trained.model.named_parameters() if parameter.grad is None] == []
@@ -432,3 +435,35 @@ def test_a_trained_text_transformer_is_bidirectional() -> None:
     first, second = text(tokens), text(later)
     assert (first.tokens - second.tokens).abs().amax(dim=2).min() > 1e-6
     assert not torch.allclose(first.vector, second.vector)
+
+
+@pytest.mark.parametrize("text", ["none", "clip", "transformer"])
+@torch.no_grad()
+def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text: str) -> None:
+    prior = DiffusionPrior(PriorConfig(16, 1, 2), clip.embedding_dim, clip.text_width, clip.text_length)
+    upsampler = awake(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
+    stack = generation.Stack(clip, prior, awake(objective(clip, text=text).model), upsampler)
+    settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=2, precision="fp32")
+    embedding = torch.randn(1, clip.embedding_dim)
+    drawn = [
+        stack.decode(embedding, settings, torch.Generator().manual_seed(0), text)
+        for text in (*map(stack.read_captions, (["a red circle"], ["a blue star"], [""])), None)
+    ]
+    assert changed(drawn[0], drawn[1]) == [text != "none"]
+    assert not any(changed(drawn[2], drawn[3]))
+
+
+@pytest.mark.parametrize("kind", ["none", "blur", "bsr"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_upsamplers_train_in_either_precision(kind: Any, precision: Any) -> None:
+    config = UpsamplerConfig(
+        CONVOLUTIONAL, low_res_size=8, max_noise_level=400, degradation=DegradationConfig(kind, blur_prob=1.0)
+    )
+    trained = objectives.UpsamplerObjective(config, {"jpg": [jpeg((0, 100, 200), 32)] * 2})
+    tensors = trained.prepare({"jpg": [jpeg((0, 100, 200), 32)] * 2})
+    with autocast(precision, torch.device("cpu")):
+        loss = trained.loss(trained.model, tensors, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite() and any(parameter.grad.any() for parameter in trained.model.parameters())
+    with autocast(precision, torch.device("cpu")):
+        assert trained.preview(trained.model.eval()).isfinite().all()

@@ -1,9 +1,10 @@
 """Decoders and upsamplers to and from the folders that diffusers reads and writes, without loss and without diffusers.
 
-    decoder/, text_proj/              a decoder: UNet2DConditionModel and UnCLIPTextProjModel
-    super_res_first/, super_res_last/ an upsampler: UNet2DModel
+    decoder/, text_proj/, decoder_scheduler/    a decoder: UNet2DConditionModel, UnCLIPTextProjModel, UnCLIPScheduler
+    super_res_first/, super_res_last/           an upsampler each: UNet2DModel
+    super_res_scheduler/                        `scheduler_config` of the upsampler's diffusion
 
-Each folder holds `config.json` and `diffusion_pytorch_model.safetensors`. Weights are float32. What has no place there is
+Networks are `config.json` and `diffusion_pytorch_model.safetensors`, in float32. What has no place there is
 refused: a decoder that reads no captions, or through a Transformer of its own, or inpaints.
 
 Letters: E CLIP embedding width, D time-embedding width.
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from unclip.config import require
 from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
-from unclip.diffusion import DiffusionConfig
+from unclip.diffusion import DiffusionConfig, PredictionType, VarianceType
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import folders
@@ -27,16 +28,18 @@ from unclip.text import CaptionFeatures, ClipText, TextShape
 from unclip.unet import UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
+SCHEDULER = "scheduler_config.json"
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def export_decoder(decoder: Decoder, folder: str | Path) -> None:
-    """Write a decoder as `decoder/` and `text_proj/` below a local folder.
+    """Write `decoder/`, `text_proj/` and `decoder_scheduler/` of an UnCLIPPipeline into its local folder.
 
     The statistics of the image embeddings go into the weights of `text_proj`, which takes embeddings as CLIP gives them.
 
     Raises:
-        InputError: the decoder does something that these classes cannot do.
+        InputError: the decoder does something that these classes cannot do; nothing is written.
     """
     config, text = decoder.config, decoder.text
     if not isinstance(text, ClipText) or config.inpainting:
@@ -50,6 +53,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
             f"export: got a CLIP with text width {text_width} and embedding width {embedding_dim}, expected the same, as "
             "UnCLIPTextProjModel has it. Train with such a CLIP, for example ViT-L-14."
         )
+    scheduler = scheduler_config(config.diffusion)
     description = _describe_unet(config.unet, decoder.unet) | {
         "_class_name": "UNet2DConditionModel",
         "sample_size": config.unet.image_size,
@@ -69,6 +73,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
     folders.write(
         Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)), DIFFUSERS_WEIGHTS
     )
+    folders.write_json(Path(folder, "decoder_scheduler", SCHEDULER), scheduler)
 
 
 def import_decoder(
@@ -78,13 +83,12 @@ def import_decoder(
     statistics: EmbeddingStatistics | None = None,
     diffusion: DiffusionConfig | None = None,
 ) -> Decoder:
-    """Read a decoder from `decoder/` and `text_proj/` below a local folder.
+    """Read the decoder of an UnCLIPPipeline from its local folder, in evaluation mode.
 
     Args:
         null_text: what the CLIP that it was trained with makes of the empty caption, a batch of one.
         statistics: those that the decoder shall standardise image embeddings with, for further training; None for none.
-        diffusion: the process that it was trained with; None for that of published unCLIP decoders: cosine, eps, and a
-            learned variance where the network has outputs for it.
+        diffusion: the process that it was trained with; None for that of `decoder_scheduler/`.
 
     Raises:
         CheckpointError: files are missing or damaged, or describe a network that this one cannot be.
@@ -99,8 +103,13 @@ def import_decoder(
         unet=_unet_config(description, Path(folder, "decoder")),
         context_dim=int(description["cross_attention_dim"]),
         text="clip",
-        diffusion=diffusion or _published_diffusion(description),
+        diffusion=diffusion or diffusion_config(Path(folder, "decoder_scheduler")),
     )
+    if description["out_channels"] != 3 * config.diffusion.outputs_per_channel:
+        raise CheckpointError(
+            f"{folder}: got a network of {description['out_channels']} channels, expected "
+            f"{3 * config.diffusion.outputs_per_channel} for the scheduler's variance {config.diffusion.variance!r}."
+        )
     decoder = _build(folder, lambda: Decoder(config, embedding_dim, TextShape(length, width, 0)))
     statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
     mean, std = _affine(statistics)
@@ -116,7 +125,7 @@ def import_decoder(
         "text.null_embedding": null_text.text_embedding[0],
     }
     _assign(decoder, state, projection_tensors, folder)
-    return decoder
+    return decoder.eval()
 
 
 def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int | None = None) -> None:
@@ -158,7 +167,7 @@ def import_upsampler(
     max_noise_level: int = 300,
     diffusion: DiffusionConfig | None = None,
 ) -> Upsampler:
-    """Read an upsampler that is a UNet2DModel.
+    """Read an upsampler that is a UNet2DModel, in evaluation mode.
 
     Args:
         folder: of this model itself.
@@ -180,7 +189,7 @@ def import_upsampler(
         low_res_size=side // scale,
         scale=scale,
         max_noise_level=max_noise_level if has_levels else 0,
-        diffusion=diffusion or _published_diffusion(description),
+        diffusion=diffusion or DiffusionConfig(),
     )
     upsampler = _build(folder, lambda: Upsampler(config))
     state = {}
@@ -188,7 +197,61 @@ def import_upsampler(
         state = {f"noise_level_embedding.{ours}": tensors.pop(theirs) for ours, theirs in _LEVELS.items()}
     state |= {f"unet.{name}": value for name, value in _unet_from_theirs(upsampler.unet, tensors, folder).items()}
     _assign(upsampler, state, {}, folder)
-    return upsampler
+    return upsampler.eval()
+
+
+def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
+    """Settings of the `UnCLIPScheduler` that takes the steps of `samplers.ddpm` for pictures.
+
+    Raises:
+        InputError: a process that the scheduler does not know.
+    """
+    known = (
+        diffusion.schedule == "cosine"
+        and not diffusion.zero_terminal_snr
+        and diffusion.prediction_type in _PREDICTION_TYPES
+        and diffusion.variance in _VARIANCE_TYPES
+    )
+    if not known:
+        raise InputError(
+            f"export: got {diffusion.schedule} schedule, prediction {diffusion.prediction_type}, variance {diffusion.variance}, "
+            f"zero_terminal_snr {diffusion.zero_terminal_snr}, expected a cosine schedule without it, prediction eps or x0, "
+            "variance fixed_small or learned_range, which is all that UnCLIPScheduler knows. Train with those to export."
+        )
+    return {
+        "_class_name": "UnCLIPScheduler",
+        "num_train_timesteps": diffusion.num_timesteps,
+        "variance_type": _VARIANCE_TYPES[diffusion.variance],
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "prediction_type": _PREDICTION_TYPES[diffusion.prediction_type],
+        "beta_schedule": "squaredcos_cap_v2",
+    }
+
+
+_PREDICTION_TYPES: dict[PredictionType, str] = {"eps": "epsilon", "x0": "sample"}
+_VARIANCE_TYPES: dict[VarianceType, str] = {"fixed_small": "fixed_small_log", "learned_range": "learned_range"}
+
+
+def diffusion_config(folder: Path) -> DiffusionConfig:
+    """The process of pictures that a scheduler's folder stands for; what it does not say has the scheduler's own defaults.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or describes a process that cannot be computed here.
+    """
+    settings = folders.read_json(folder / SCHEDULER)
+    fixed = {"_class_name": "UnCLIPScheduler", "beta_schedule": "squaredcos_cap_v2"}
+    _check(settings, folder, fixed | {"clip_sample": True, "clip_sample_range": 1.0}, SCHEDULER)
+    predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
+    variances = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
+    try:
+        return DiffusionConfig(
+            num_timesteps=settings.get("num_train_timesteps", 1000),
+            prediction_type=predictions[settings.get("prediction_type", "epsilon")],
+            variance=variances[settings.get("variance_type", "fixed_small_log")],
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / SCHEDULER}: this process cannot be computed here: {error}") from error
 
 
 _PROJECTION = {
@@ -395,7 +458,8 @@ def _unet_from_theirs(unet: UNet, tensors: Mapping[str, Tensor], folder: str | P
 
 def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:
     """What standardising subtracts and divides by, [E] float64 each."""
-    return statistics.mean.cpu().double(), statistics.std.cpu().double()
+    mean, std = statistics.affine()
+    return mean.cpu().double(), std.cpu().double()
 
 
 def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
@@ -407,10 +471,6 @@ def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
         folded[f"{name}.bias"] = (tensors[f"{name}.bias"].cpu().double() - weight @ mean).float()
     folded[_NULL] = (tensors[_NULL].cpu().double() * std + mean).float()
     return folded
-
-
-def _published_diffusion(description: Mapping[str, Any]) -> DiffusionConfig:
-    return DiffusionConfig(variance="learned_range" if description["out_channels"] == 6 else "fixed_small")
 
 
 def _build(folder: str | Path, build: Callable[[], Network]) -> Network:
@@ -432,11 +492,11 @@ def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Pa
         raise CheckpointError(f"{folder}: got unknown weights {sorted(unknown)}.")
 
 
-def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any]) -> None:
+def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any], file: str = "config.json") -> None:
     for name, value in fixed.items():
         if description.get(name, value) != value:
             raise CheckpointError(
-                f"{folder}/config.json: got {name} = {description[name]!r}, expected {value!r}, which is all that is built here."
+                f"{folder}/{file}: got {name} = {description[name]!r}, expected {value!r}, which is all that is built here."
             )
 
 

@@ -226,9 +226,9 @@ def import_stack(folder: str | Path, *, image_variation: str | Path | None = Non
     if image_variation is not None:
         _check_index(Path(image_variation), "UnCLIPImageVariationPipeline")
     clip, clip_config = clips.import_clip(folder, image_variation)
-    empty = clip.tokenize([""])
-    prior = priors.load(folder, clip.encode_text(empty))
-    decoder = decoders.import_decoder(folder, caption_features(clip, empty), diffusion=_process(folder, "decoder"))
+    null_text = caption_features(clip, clip.tokenize([""]))
+    prior = priors.import_prior(folder, null_text)
+    decoder = decoders.import_decoder(folder, null_text)
     upsampler = _import_upsampler(folder, decoder.config.unet.image_size)
     widths = {
         "text_encoder": clip.embedding_dim,
@@ -279,7 +279,7 @@ def _write_parts(
     notes = _sampling_notes(stack.sampling)
     class_name = "UnCLIPImageVariationPipeline" if image_variation else "UnCLIPPipeline"
     if not image_variation and isinstance(stack.prior, DiffusionPrior):
-        priors.save(stack.prior, folder)
+        priors.export_prior(stack.prior, folder)
     decoder, upsampler = with_learned_range(stack.decoder), stack.upsampler
     decoders.export_decoder(decoder, folder)
     if upsampler.config.diffusion.variance == "fixed_large":
@@ -293,12 +293,12 @@ def _write_parts(
         if image_variation:
             raise
         notes.append(f"There is no image encoder, which text to image does without. {error}")
-    for name, process in (("decoder", decoder.config.diffusion), ("super_res", upsampler.config.diffusion)):
-        folders.write_json(folder / f"{name}_scheduler" / "scheduler_config.json", _scheduler(process))
+    scheduler = decoders.scheduler_config(upsampler.config.diffusion)
+    folders.write_json(folder / "super_res_scheduler" / decoders.SCHEDULER, scheduler)
     if upsampler_1024 is not None:
         decoders.export_upsampler(upsampler_1024, folder / "upsampler-1024" / "unet")
         scheduler = _scheduler_1024(upsampler_1024.config.diffusion)
-        folders.write_json(folder / "upsampler-1024" / "scheduler" / "scheduler_config.json", scheduler)
+        folders.write_json(folder / "upsampler-1024" / "scheduler" / decoders.SCHEDULER, scheduler)
         notes.append("The second upsampler is in upsampler-1024; the pipeline does not run it.")
     if layout == "portable":
         (folder / "text_proj" / "unclip.py").write_text(_PORTABLE_MODULE, "utf-8")
@@ -379,25 +379,12 @@ def _check_process(name: str, process: DiffusionConfig) -> None:
         raise _inexpressible(f"{name}.diffusion.prediction_type", "v", "'eps' or 'x0'")
 
 
-def _scheduler(process: DiffusionConfig) -> dict[str, Any]:
-    """Settings of the UnCLIPScheduler that takes the steps of `samplers.ddpm` for pictures."""
-    return {
-        "_class_name": "UnCLIPScheduler",
-        "beta_schedule": "squaredcos_cap_v2",
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-        "num_train_timesteps": process.num_timesteps,
-        "prediction_type": _PREDICTION_TYPES[process.prediction_type],
-        "variance_type": "learned_range" if process.variance == "learned_range" else "fixed_small_log",
-    }
-
-
 def _scheduler_1024(process: DiffusionConfig) -> dict[str, Any]:
     """The same for the second upsampler, whose scheduler may be a DDPMScheduler: that one knows all processes, but respaces
     no learned variances."""
     if process.variance == "learned_range":
         _check_process("upsampler_1024", process)
-        return _scheduler(process)
+        return decoders.scheduler_config(process)
     scale = 1000 / process.num_timesteps
     return {
         "_class_name": "DDPMScheduler",
@@ -433,38 +420,8 @@ def _check_index(folder: Path, class_name: str) -> None:
                 raise CheckpointError(f"{folder}/model_index.json: got {name} = {entry!r}, expected a {part}.")
 
 
-def _process(folder: Path, name: str) -> DiffusionConfig:
-    """The diffusion process of pictures that an UnCLIPScheduler stands for."""
-    path = folder / f"{name}_scheduler" / "scheduler_config.json"
-    settings = folders.read_json(path)
-    predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items() if ours != "v"}
-    values = {
-        "_class_name": (settings.get("_class_name"), ("UnCLIPScheduler",)),
-        "beta_schedule": (settings.get("beta_schedule", "squaredcos_cap_v2"), ("squaredcos_cap_v2",)),
-        "clip_sample": (settings.get("clip_sample", True), (True,)),
-        "clip_sample_range": (settings.get("clip_sample_range", 1.0), (1.0,)),
-        "prediction_type": (settings.get("prediction_type", "epsilon"), tuple(predictions)),
-        "variance_type": (settings.get("variance_type", "fixed_small_log"), ("fixed_small_log", "learned_range")),
-    }
-    for setting, (got, allowed) in values.items():
-        if got not in allowed:
-            raise CheckpointError(f"{path}: got {setting} = {got!r}, expected {' or '.join(map(repr, allowed))}.")
-    part = {"decoder": "decoder", "super_res": "super_res_first"}[name]
-    config = folder / part / "config.json"
-    learned, channels = values["variance_type"][0] == "learned_range", folders.read_json(config).get("out_channels")
-    if channels != (6 if learned else 3):
-        raise CheckpointError(
-            f"{config}: got out_channels = {channels!r}, expected {6 if learned else 3}, as variance_type of {path} has it."
-        )
-    return DiffusionConfig(
-        num_timesteps=settings.get("num_train_timesteps", 1000),
-        prediction_type=predictions[values["prediction_type"][0]],
-        variance="learned_range" if learned else "fixed_small",
-    )
-
-
 def _import_upsampler(folder: Path, low_res_size: int) -> Upsampler:
-    process = _process(folder, "super_res")
+    process = decoders.diffusion_config(folder / "super_res_scheduler")
     first, last = folder / "super_res_first", folder / "super_res_last"
     scale = _scale(first, low_res_size)
     upsampler, other = (decoders.import_upsampler(part, scale=scale, diffusion=process) for part in (first, last))
@@ -485,7 +442,7 @@ def _import_upsampler(folder: Path, low_res_size: int) -> Upsampler:
 
 
 def _import_upsampler_1024(folder: Path, low_res_size: int) -> Upsampler:
-    path = folder / "scheduler" / "scheduler_config.json"
+    path = folder / "scheduler" / decoders.SCHEDULER
     settings = folders.read_json(path)
     predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
     variance = settings.get("variance_type")

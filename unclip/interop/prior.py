@@ -2,8 +2,9 @@
 
 Exact, in either direction: weights, normalisation (clip_mean, clip_std), the empty caption as the absent text, the bound on
 x0 and the sampling steps. Refused, because diffusers would compute something else: a text embedding brought to unit norm
-(its text encoder gives the projection as it is), self-conditioning, v-prediction, the linear schedule, and a text encoder
-whose width is not that of the embeddings. Diffusers has no autoregressive prior.
+(its text encoder gives the projection as it is), self-conditioning, v-prediction, schedules and variances other than the
+cosine schedule with the posterior's, and a text encoder whose width is not that of the embeddings. Diffusers has no
+autoregressive prior.
 
 Neither direction needs diffusers: a folder is `config.json` and `diffusion_pytorch_model.safetensors`.
 
@@ -17,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.clip import TextFeatures
 from unclip.diffusion import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError
 from unclip.interop import folders
 from unclip.interop.folders import DIFFUSERS_WEIGHTS as WEIGHTS
 from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.text import CaptionFeatures
 
 _PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"}
 
@@ -100,7 +101,7 @@ def to_diffusers(prior: DiffusionPrior) -> tuple[dict[str, Any], dict[str, Tenso
 def from_diffusers(
     settings: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    null_text: TextFeatures,
+    null_text: CaptionFeatures,
     scheduler: Mapping[str, Any] = KARLO_SCHEDULER,
 ) -> DiffusionPrior:
     """The prior that computes what a `PriorTransformer` computes, in float32.
@@ -108,7 +109,7 @@ def from_diffusers(
     Args:
         settings: its config.json.
         weights: its state, in any precision.
-        null_text: features of the empty caption ([1, ...]) by the text encoder that it was trained with.
+        null_text: what the text encoder that it was trained with makes of the empty caption, a batch of one.
         scheduler: scheduler_config.json of the pipeline's `prior_scheduler`.
 
     Raises:
@@ -124,11 +125,7 @@ def from_diffusers(
         expected = prior.state_dict()
         ours = {name: torch.cat([weights[part] for part in parts]) for name, parts in _layers(config)}
         ours |= {name: weights[other].reshape(expected[name].shape) for name, (other, _) in _TENSORS.items()}
-        null = {
-            "text.null_encodings": null_text.text_encodings[0],
-            "text.null_mask": null_text.text_mask[0],
-            "text.null_embedding": null_text.text_projection[0],
-        }
+        null = {f"text.null_{name.removeprefix('text_')}": value[0] for name, value in null_text._asdict().items()}
         state = {name: value.to(expected[name].dtype).clone() for name, value in {**null, **ours}.items()}
         prior.load_state_dict(state, assign=True)
     except (KeyError, RuntimeError) as error:
@@ -145,6 +142,8 @@ def scheduler_config(prior: DiffusionPrior) -> dict[str, Any]:
     """
     diffusion = prior.config.diffusion
     _export(diffusion.schedule == "cosine", "diffusion.schedule", diffusion.schedule, "'cosine'")
+    _export(not diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr", True, "false")
+    _export(diffusion.variance == "fixed_small", "diffusion.variance", diffusion.variance, "'fixed_small'")
     known = diffusion.prediction_type in _PREDICTION_TYPES
     _export(known, "diffusion.prediction_type", diffusion.prediction_type, "'x0' or 'eps'")
     return {
@@ -158,27 +157,30 @@ def scheduler_config(prior: DiffusionPrior) -> dict[str, Any]:
     }
 
 
-def save(prior: DiffusionPrior, folder: Path) -> None:
-    """Write `prior/` and `prior_scheduler/` of an UnCLIPPipeline into its folder.
+def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
+    """Write a prior as `prior/` and `prior_scheduler/` below a local folder.
 
     Raises:
         ConfigError: see `to_diffusers` and `scheduler_config`; nothing is written.
     """
+    folder = Path(folder)
     settings, weights = to_diffusers(prior)
     scheduler = scheduler_config(prior)
     folders.write(folder / "prior", settings, weights, WEIGHTS)
     folders.write_json(folder / "prior_scheduler" / "scheduler_config.json", scheduler)
 
 
-def load(folder: Path, null_text: TextFeatures) -> DiffusionPrior:
-    """Read the prior of an UnCLIPPipeline from its folder; see `from_diffusers`.
+def import_prior(folder: str | Path, null_text: CaptionFeatures) -> DiffusionPrior:
+    """Read a prior from `prior/` and `prior_scheduler/` below a local folder; see `from_diffusers`.
 
     Raises:
         CheckpointError: files that are missing or damaged.
     """
+    folder = Path(folder)
     settings = folders.read_json(folder / "prior" / "config.json")
     scheduler = folders.read_json(folder / "prior_scheduler" / "scheduler_config.json")
-    return from_diffusers(settings, folders.read_weights(folder / "prior", WEIGHTS), null_text, scheduler)
+    weights = folders.read_weights(folder / "prior", WEIGHTS)
+    return from_diffusers(settings, weights, null_text, scheduler)
 
 
 def _layers(config: PriorConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
