@@ -10,16 +10,14 @@ from typing import Any
 
 import click
 
+from pipelines import exchange
+from pipelines.options import STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError, UnclipError
 
 PIPELINE = click.argument("pipeline", shell_complete=lambda *_: _pipelines())
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: what differs from the pipeline's preset.")
 SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
-STORAGE = click.option(
-    "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
-)
-
 RETRY_FAILED = click.option(
     "--retry-failed",
     is_flag=True,
@@ -362,6 +360,10 @@ def ui(port: int, storage: str | None) -> None:
     server = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
     artifacts = ["--default-artifact-root", store.uri("mlflow-artifacts"), "--allowed-hosts", hosts, "--workers", "1"]
     os.execve(sys.executable, [sys.executable, "-m", *server, *artifacts], environment)
+
+
+for command in exchange.COMMANDS:
+    main.add_command(command)
 
 
 def _pipelines() -> list[str]:

@@ -298,5 +298,5 @@ def test_a_scheduler_that_does_not_fit_its_network_is_refused(tmp_path: Path) ->
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"expected config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         import_decoder(tmp_path, texts(1, seed=9))

@@ -10,10 +10,9 @@ refused: a decoder that reads no captions, or through a Transformer of its own, 
 Letters: E CLIP embedding width, D time-embedding width.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,15 @@ from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
 from unclip.diffusion import DiffusionConfig, PredictionType, VarianceType
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.interop import folders
+from unclip.interop.folders import DIFFUSERS_WEIGHTS, Tensors
 from unclip.text import CaptionFeatures, ClipText, TextShape
 from unclip.unet import UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
-Tensors = dict[str, Tensor]
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def export_decoder(decoder: Decoder, folder: str | Path) -> None:
@@ -61,7 +61,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
         "class_embed_type": "identity",
     }
-    _write(Path(folder, "decoder"), description, _unet_to_theirs(decoder.unet))
+    folders.write(Path(folder, "decoder"), description, _unet_to_theirs(decoder.unet), DIFFUSERS_WEIGHTS)
     projection = {
         "_class_name": "UnCLIPTextProjModel",
         "clip_extra_context_tokens": NUM_IMAGE_TOKENS,
@@ -70,9 +70,10 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
     }
     tensors = {_PROJECTION[name]: value for name, value in decoder.state_dict().items() if name in _PROJECTION}
-    _write(Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)))
-    Path(folder, "decoder_scheduler").mkdir(exist_ok=True)
-    Path(folder, "decoder_scheduler", SCHEDULER).write_text(json.dumps(scheduler, indent=2, sort_keys=True))
+    folders.write(
+        Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)), DIFFUSERS_WEIGHTS
+    )
+    folders.write_json(Path(folder, "decoder_scheduler", SCHEDULER), scheduler)
 
 
 def import_decoder(
@@ -102,15 +103,14 @@ def import_decoder(
         unet=_unet_config(description, Path(folder, "decoder")),
         context_dim=int(description["cross_attention_dim"]),
         text="clip",
-        diffusion=diffusion or _diffusion_config(Path(folder, "decoder_scheduler")),
+        diffusion=diffusion or diffusion_config(Path(folder, "decoder_scheduler")),
     )
     if description["out_channels"] != 3 * config.diffusion.outputs_per_channel:
         raise CheckpointError(
             f"{folder}: got a network of {description['out_channels']} channels, expected "
             f"{3 * config.diffusion.outputs_per_channel} for the scheduler's variance {config.diffusion.variance!r}."
         )
-    with torch.device("meta"):
-        decoder = Decoder(config, embedding_dim, TextShape(length, width, 0))
+    decoder = _build(folder, lambda: Decoder(config, embedding_dim, TextShape(length, width, 0)))
     statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
     mean, std = _affine(statistics)
     projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # the fold of the inverse takes it out again
@@ -156,7 +156,7 @@ def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: i
         tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"] + constant.cpu()
     elif levels is not None:
         tensors |= {_LEVELS[name]: value for name, value in levels.state_dict().items()}
-    _write(Path(folder), description, tensors)
+    folders.write(Path(folder), description, tensors, DIFFUSERS_WEIGHTS)
 
 
 def import_upsampler(
@@ -191,8 +191,7 @@ def import_upsampler(
         max_noise_level=max_noise_level if has_levels else 0,
         diffusion=diffusion or DiffusionConfig(),
     )
-    with torch.device("meta"):
-        upsampler = Upsampler(config)
+    upsampler = _build(folder, lambda: Upsampler(config))
     state = {}
     if has_levels:
         state = {f"noise_level_embedding.{ours}": tensors.pop(theirs) for ours, theirs in _LEVELS.items()}
@@ -234,13 +233,15 @@ _PREDICTION_TYPES: dict[PredictionType, str] = {"eps": "epsilon", "x0": "sample"
 _VARIANCE_TYPES: dict[VarianceType, str] = {"fixed_small": "fixed_small_log", "learned_range": "learned_range"}
 
 
-def _diffusion_config(folder: Path) -> DiffusionConfig:
-    """The process of a scheduler; what it does not say has the scheduler's own defaults."""
-    try:
-        settings = json.loads((folder / SCHEDULER).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no {SCHEDULER} that can be read: {error}") from error
-    _check(settings, folder, {"_class_name": "UnCLIPScheduler", "beta_schedule": "squaredcos_cap_v2"}, SCHEDULER)
+def diffusion_config(folder: Path) -> DiffusionConfig:
+    """The process of pictures that a scheduler's folder stands for; what it does not say has the scheduler's own defaults.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or describes a process that cannot be computed here.
+    """
+    settings = folders.read_json(folder / SCHEDULER)
+    fixed = {"_class_name": "UnCLIPScheduler", "beta_schedule": "squaredcos_cap_v2"}
+    _check(settings, folder, fixed | {"clip_sample": True, "clip_sample_range": 1.0}, SCHEDULER)
     predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
     variances = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
     try:
@@ -249,8 +250,8 @@ def _diffusion_config(folder: Path) -> DiffusionConfig:
             prediction_type=predictions[settings.get("prediction_type", "epsilon")],
             variance=variances[settings.get("variance_type", "fixed_small_log")],
         )
-    except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{folder}: this process cannot be computed here: {error}") from error
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / SCHEDULER}: this process cannot be computed here: {error}") from error
 
 
 _PROJECTION = {
@@ -456,9 +457,9 @@ def _unet_from_theirs(unet: UNet, tensors: Mapping[str, Tensor], folder: str | P
 
 
 def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:
-    """What normalising subtracts and divides by, [E] float64 each."""
-    shift, scale = statistics.affine()
-    return shift.cpu().double(), scale.cpu().double()
+    """What standardising subtracts and divides by, [E] float64 each."""
+    mean, std = statistics.affine()
+    return mean.cpu().double(), std.cpu().double()
 
 
 def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
@@ -470,6 +471,15 @@ def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
         folded[f"{name}.bias"] = (tensors[f"{name}.bias"].cpu().double() - weight @ mean).float()
     folded[_NULL] = (tensors[_NULL].cpu().double() * std + mean).float()
     return folded
+
+
+def _build(folder: str | Path, build: Callable[[], Network]) -> Network:
+    """A model without weights: whatever the settings say, nothing is allocated that there are no weights for."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
 
 
 def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Path) -> None:
@@ -490,36 +500,14 @@ def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any
             )
 
 
-def _write(folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
-    save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True))
-
-
 def _read(folder: Path, class_name: str) -> tuple[dict[str, Any], Tensors]:
     """config.json, and weights in float32 from one file or from shards."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        description = json.loads((folder / "config.json").read_text())
-        index = folder / f"{WEIGHTS}.index.json"
-        files = {WEIGHTS}
-        if index.is_file():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        tensors: Tensors = {}
-        for file in sorted(files):
-            tensors |= load_file(str(folder / file))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: expected config.json and {WEIGHTS}, as save_pretrained writes them: {error}"
-        ) from error
+    description = folders.read_json(folder / "config.json")
     if description.get("_class_name") != class_name:
-        raise CheckpointError(f"{folder}: got a {description.get('_class_name')}, expected a {class_name}.")
+        raise CheckpointError(f"{folder}/config.json: got a {description.get('_class_name')}, expected a {class_name}.")
     missing = _REQUIRED[class_name] - set(description)
     if missing:
         raise CheckpointError(f"{folder}/config.json: {', '.join(sorted(missing))} missing.")
-    return description, {name: value.float() for name, value in tensors.items()}
+    tensors = folders.read_weights(folder, DIFFUSERS_WEIGHTS)
+    folders.check_depth(folder / "config.json", description, "layers_per_block", tensors)
+    return description, tensors

@@ -11,7 +11,6 @@ Neither direction needs diffusers: a folder is `config.json` and `diffusion_pyto
 Letters: L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from unclip.diffusion import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError
+from unclip.interop import folders
+from unclip.interop.folders import DIFFUSERS_WEIGHTS as WEIGHTS
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import CaptionFeatures
 
@@ -28,8 +29,6 @@ _PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"
 
 KARLO_SCHEDULER = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample", "clip_sample_range": 5.0}
 """Settings of the prior's scheduler in diffusers' conversion of Karlo; what is missing has the scheduler's defaults."""
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _LAYERS = {
     "text.from_text_encodings": "encoder_hidden_states_proj",
@@ -118,18 +117,20 @@ def from_diffusers(
         InputError: clip_mean or clip_std that nobody has filled in, as in every new PriorTransformer.
         CheckpointError: weights that do not fit the settings.
     """
+    folders.check_depth("PriorTransformer", settings, "num_layers", weights)
     config, embedding_dim = _config_of(settings, scheduler), settings.get("embedding_dim", 768)
-    prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
-    expected = prior.state_dict()
     try:
+        with torch.device("meta"):  # whatever the settings say, nothing is allocated that there are no weights for
+            prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
+        expected = prior.state_dict()
         ours = {name: torch.cat([weights[part] for part in parts]) for name, parts in _layers(config)}
         ours |= {name: weights[other].reshape(expected[name].shape) for name, (other, _) in _TENSORS.items()}
-        null = {name: value for name, value in expected.items() if name.startswith("text.null_")}
-        prior.load_state_dict({**null, **ours})
+        null = {f"text.null_{name.removeprefix('text_')}": value[0] for name, value in null_text._asdict().items()}
+        state = {name: value.to(expected[name].dtype).clone() for name, value in {**null, **ours}.items()}
+        prior.load_state_dict(state, assign=True)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"PriorTransformer: the weights do not fit its config.json: {error}") from error
     prior.statistics.check("clip_mean and clip_std")
-    prior.text.set_null(null_text)
     return prior.eval().requires_grad_(False)
 
 
@@ -162,16 +163,11 @@ def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
     Raises:
         ConfigError: see `to_diffusers` and `scheduler_config`; nothing is written.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     settings, weights = to_diffusers(prior)
     scheduler = scheduler_config(prior)
-    for name in ("prior", "prior_scheduler"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "prior" / WEIGHTS, metadata={"format": "pt"})
-    (folder / "prior" / "config.json").write_text(json.dumps(settings, indent=2))
-    (folder / "prior_scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
+    folders.write(folder / "prior", settings, weights, WEIGHTS)
+    folders.write_json(folder / "prior_scheduler" / "scheduler_config.json", scheduler)
 
 
 def import_prior(folder: str | Path, null_text: CaptionFeatures) -> DiffusionPrior:
@@ -180,16 +176,10 @@ def import_prior(folder: str | Path, null_text: CaptionFeatures) -> DiffusionPri
     Raises:
         CheckpointError: files that are missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    try:
-        settings = json.loads((folder / "prior" / "config.json").read_text())
-        scheduler = json.loads((folder / "prior_scheduler" / "scheduler_config.json").read_text())
-        weights = load_file(folder / "prior" / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: no pipeline with a prior that can be read: {error}.") from error
+    settings = folders.read_json(folder / "prior" / "config.json")
+    scheduler = folders.read_json(folder / "prior_scheduler" / "scheduler_config.json")
+    weights = folders.read_weights(folder / "prior", WEIGHTS)
     return from_diffusers(settings, weights, null_text, scheduler)
 
 
