@@ -6,6 +6,7 @@ changed, and the report can show what lies at its edge, without embedding anythi
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,8 @@ from unclip.errors import ConfigError, InputError
 from unclip.probes import load_probe
 
 ROWS_AT_ONCE = 4096
+NUM_REACHED = 8
+"""Clusters in which semantic deduplication looks for a row's twins: its own and those nearest to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class CurateConfig:
     semantic_distance: float | None = None
     """Of pictures whose embeddings are nearer than this (1 - cosine) only one is kept (SemDeDup); None keeps all."""
     cluster_size: int = 1000
-    """Pictures that are compared with each other by semantic deduplication, on average."""
+    """Pictures in a cluster of semantic deduplication, on average; each is compared with its own and a few more."""
     probes: tuple[ProbeConfig, ...] = ()
     """Heads on the image embedding, with the scores at which pairs are dropped."""
 
@@ -93,7 +96,7 @@ def pin_probes(config: CurateConfig) -> CurateConfig:
     return dataclasses.replace(config, probes=tuple(pinned))
 
 
-@stage("curate", version=1)
+@stage("curate", version=2)
 def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
     """Score the pairs by CLIP and by probes, drop those out of bounds or meaning the same, and write the snapshot."""
     facts = embed.facts
@@ -166,29 +169,86 @@ def out_of_bounds(scores: pa.Table, config: CurateConfig) -> dict[str, str]:
 
 
 def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
-    """Indices of embeddings that an earlier one, itself no duplicate, is nearer to than `distance` (SemDeDup, Abbas et al. 2023).
+    """Indices of embeddings that an earlier one, itself no duplicate, is nearer to than `distance`.
 
-    Embeddings are clustered by k-means, and compared within their cluster: what two clusters part is not found.
+    As SemDeDup (Abbas et al. 2023) does, k-means keeps the work from growing with the square of N: a row is compared with at
+    most NUM_REACHED clusters of `cluster_size` rows, on average. Unlike there these are not its own cluster alone, so twins
+    that a border parts are found, and which one is kept depends on the order of rows and not on the clusters. Up to NUM_REACHED
+    * cluster_size rows are all compared with each other.
 
     Args:
         embeddings: [N, E], unit norm, in the order in which they win.
         distance: 1 - cosine.
     """
-    from sklearn.cluster import MiniBatchKMeans
-
     values = embeddings.numpy()
-    num_clusters = max(1, round(len(values) / cluster_size))
-    clusters = np.zeros(len(values), np.int64)
-    if num_clusters > 1:
-        clusters = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit_predict(values)
-    found: set[int] = set()
-    for cluster in range(num_clusters):
-        members = np.flatnonzero(clusters == cluster)
-        for start in range(0, len(members), ROWS_AT_ONCE):
-            block = members[start : start + ROWS_AT_ONCE]
-            near = values[block] @ values[members].T > 1 - distance
-            for row, index in enumerate(block):
-                earlier = members[: start + row][near[row, : start + row]]
-                if any(int(other) not in found for other in earlier):
-                    found.add(int(index))
+    clusters = _reached(values, (2 * distance) ** 0.5, cluster_size)  # of unit vectors, the chord of that cosine
+    duplicates, undecided = np.zeros(len(values), bool), np.ones(len(values), bool)
+    while undecided.any():
+        followers = _has_earlier_twin(values, clusters, 1 - distance, undecided, undecided)
+        winners = undecided & ~followers  # the first of all is one, so every round decides something
+        losers = _has_earlier_twin(values, clusters, 1 - distance, followers, winners)
+        duplicates |= losers
+        undecided = followers & ~losers
+    return set(np.flatnonzero(duplicates).tolist())
+
+
+def _reached(values: np.ndarray, reach: float, cluster_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each cluster its members, and the rows that may have a twin among them; indices, ascending.
+
+    A twin in another cluster is beyond the plane that lies halfway between the two centres. So a row that is farther than
+    `reach` from the plane has none there; of the planes that are nearer, the nearest count.
+
+    Args:
+        values: [N, E].
+        reach: largest Euclidean distance of twins.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.metrics.pairwise import euclidean_distances
+
+    num_clusters = round(len(values) / cluster_size)
+    if num_clusters <= NUM_REACHED:
+        return [(np.arange(len(values)), np.arange(len(values)))]
+    centres = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit(values).cluster_centers_
+    squares = (centres**2).sum(axis=1)
+    spans = euclidean_distances(centres).clip(min=1e-6)  # [K, K]
+    homes, visits = [], []
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        squared = squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T  # [R, K], less the row's own square
+        home = squared.argmin(axis=1)
+        own = (np.arange(len(home)), home)
+        to_plane = (squared - squared[own][:, None]) / (2 * spans[home])
+        to_plane[own] = -1
+        nearest = np.argpartition(to_plane, NUM_REACHED - 1, axis=1)[:, :NUM_REACHED]
+        row, place = np.nonzero(np.take_along_axis(to_plane, nearest, axis=1) <= reach)
+        homes.append(home)
+        visits.append(np.stack([start + row, nearest[row, place]]))
+    rows_of, clusters_of = np.concatenate(visits, axis=1)
+    members = _grouped(np.arange(len(values)), np.concatenate(homes), num_clusters)
+    return list(zip(members, _grouped(rows_of, clusters_of, num_clusters), strict=True))
+
+
+def _grouped(indices: np.ndarray, clusters: np.ndarray, num_clusters: int) -> list[np.ndarray]:
+    """Ascending indices, by cluster."""
+    order = np.argsort(clusters, kind="stable")
+    return np.split(indices[order], np.bincount(clusters, minlength=num_clusters).cumsum()[:-1])
+
+
+def _has_earlier_twin(
+    values: np.ndarray,
+    clusters: Sequence[tuple[np.ndarray, np.ndarray]],
+    threshold: float,
+    asking: np.ndarray,
+    twins: np.ndarray,
+) -> np.ndarray:
+    """Which of the rows `asking` (a mask) have an earlier row of `twins` (a mask) with a cosine above the threshold."""
+    found = np.zeros(len(values), bool)
+    for members, visitors in clusters:
+        others, rows_here = members[twins[members]], visitors[asking[visitors]]
+        for start in range(0, len(rows_here), ROWS_AT_ONCE):
+            block = rows_here[start : start + ROWS_AT_ONCE]
+            earlier = others[: np.searchsorted(others, block[-1])]
+            for first in range(0, len(earlier), ROWS_AT_ONCE):
+                columns = earlier[first : first + ROWS_AT_ONCE]
+                near = values[block] @ values[columns].T > threshold  # [R, C]
+                found[block] |= (near & (columns < block[:, None])).any(axis=1)
     return found

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from tasks import rows, tables
-from tasks.curate import CurateConfig, ProbeConfig, curate, out_of_bounds, pin_probes, semantic_duplicates
+from tasks.curate import CurateConfig, ProbeConfig, _reached, curate, out_of_bounds, pin_probes, semantic_duplicates
 from tasks.embed import SCHEMA
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Call, Failure, Run, execute
@@ -96,15 +96,50 @@ def test_semantic_duplicates_keep_the_smallest_key(tmp_path: Path, embedded: Art
     assert "k07" not in outcome(artifact)
 
 
-def test_semantic_duplicates_of_clusters_are_found_and_chains_do_not_grow() -> None:
+def one_by_one(embeddings: torch.Tensor, distance: float) -> set[int]:
+    """What semantic deduplication has to find: each row compared with all that are kept before it."""
+    similar, kept = (embeddings @ embeddings.T > 1 - distance).numpy(), list[int]()
+    for index in range(len(embeddings)):
+        if not similar[index, kept].any():
+            kept.append(index)
+    return set(range(len(embeddings))) - set(kept)
+
+
+def with_twins(num_originals: int, num_twins: int, cosine: float) -> torch.Tensor:
+    """Unit vectors [N, 64], the last ones each a twin of another at this cosine, in a random direction."""
     generator = torch.Generator().manual_seed(1)
-    originals = F.normalize(torch.randn(300, 32, generator=generator), dim=1)
-    copies = F.normalize(originals + 0.01 * torch.randn(300, 32, generator=generator), dim=1)
-    found = semantic_duplicates(torch.cat([originals, copies]), 0.05, 100)
-    assert found <= set(range(300, 600)) and len(found) >= 290  # a pair that k-means parts may remain
+    originals = F.normalize(torch.randn(num_originals, 64, generator=generator), dim=1)
+    copied = originals[:num_twins]
+    aside = torch.randn(num_twins, 64, generator=generator)
+    aside = F.normalize(aside - (aside * copied).sum(dim=1, keepdim=True) * copied, dim=1)
+    return torch.cat([originals, cosine * copied + (1 - cosine**2) ** 0.5 * aside])
+
+
+def test_twins_that_clusters_part_are_found_whatever_the_order() -> None:
+    embeddings = with_twins(2400, 600, 0.9)
+    clusters = _reached(embeddings.numpy(), 0.24**0.5, 50)
+    assert len(clusters) == 60 and sum(len(visitors) for _, visitors in clusters) <= 8 * len(embeddings)
+    home = {int(index): number for number, (members, _) in enumerate(clusters) for index in members}
+    parted = [index for index in range(600) if home[index] != home[2400 + index]]
+    assert len(parted) > 50
+    found = semantic_duplicates(embeddings, 0.12, 50)
+    assert found == one_by_one(embeddings, 0.12) == set(range(2400, 3000))
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(2))
+    shuffled = semantic_duplicates(embeddings[order], 0.12, 50)
+    assert shuffled == one_by_one(embeddings[order], 0.12) == semantic_duplicates(embeddings[order], 0.12, 3000)
+    # of every pair one is kept, the one that comes first now
+    assert len(shuffled) == 600 and {int(order[index]) % 2400 for index in shuffled} == set(range(600))
+
+
+def test_duplicates_of_duplicates_do_not_count() -> None:
     angles = torch.arange(5) * 0.2  # each is near to its neighbours only: 1 - cos 0.2 = 0.02, 1 - cos 0.4 = 0.08
     chain = torch.stack([angles.cos(), angles.sin()], dim=1)
     assert semantic_duplicates(chain, 0.05, 100) == {1, 3}
+    generator = torch.Generator().manual_seed(3)
+    crowded = F.normalize(torch.randn(1500, 3, generator=generator), dim=1)  # everything is near to something
+    assert semantic_duplicates(crowded, 0.01, 1500) == one_by_one(crowded, 0.01)
+    same = crowded[:1].expand(100, -1)
+    assert semantic_duplicates(same, 0.01, 5) == set(range(1, 100))
 
 
 def test_a_score_that_is_no_number_is_low() -> None:
