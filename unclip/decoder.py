@@ -172,20 +172,26 @@ class Decoder(nn.Module):
         text: Text | None = None,
         text_guidance_scale: float | None = None,
         known: Tensor | None = None,
+        sampler: samplers.SamplerName = "ddim",
         num_steps: int = 50,
         guidance_scale: float = 1.0,
+        x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
+        on_step: samplers.OnStep = samplers.undisturbed,
     ) -> Tensor:
-        """Draw pictures [B, 3, S, S] in [-1, 1] by DDIM; known pixels come back as they were.
+        """Draw pictures [B, 3, S, S] in [-1, 1]; known pixels come back as they were.
 
-        Args: those of `denoiser`.
+        Args: those of `denoiser`, and:
+            x_T: [B, 3, S, S]; None draws it from the generator.
         """
         side = self.config.unet.image_size
-        noise = torch.randn(len(image_embedding), 3, side, side, generator=generator, device=image_embedding.device)
+        if x_T is None:
+            x_T = torch.randn(len(image_embedding), 3, side, side, generator=generator, device=image_embedding.device)
         denoise = self.denoiser(
             image_embedding, guidance_scale, text=text, text_guidance_scale=text_guidance_scale, known=known
         )
-        samples = samplers.ddim(self.diffusion, denoise, noise, num_steps)
+        sample = samplers.SAMPLERS[sampler]
+        samples = sample(self.diffusion, denoise, x_T, num_steps, generator=generator, on_step=on_step)
         return samples if known is None else torch.where(known[:, 3:] > 0, known[:, :3], samples)
 
     def _with_known(self, x_t: Tensor, known: Tensor | None) -> Tensor:

@@ -1,11 +1,14 @@
-"""A trained stack, from its files to pictures."""
+"""A trained stack, from its files to pictures. What is done with pictures that exist is in `unclip.manipulations`.
+
+Letters: B batch, E CLIP embedding width, s side of the decoder's pictures, S side of the upsampler's.
+"""
 
 import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +17,13 @@ from unclip import checkpoints, config, embeddings, files
 from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.clip import Clip
 from unclip.config import require
-from unclip.decoder import Decoder, DecoderConfig
+from unclip.decoder import Decoder, DecoderConfig, Text
+from unclip.embeddings import PrincipalComponents
 from unclip.errors import CheckpointError
 from unclip.precision import Precision, autocast
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import TextShape
+from unclip.samplers import OnStep, SamplerName, undisturbed
+from unclip.text import TextShape, caption_features
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -46,6 +51,8 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 class SamplingConfig:
     """How pictures are drawn."""
 
+    prior_sampler: SamplerName = "ddpm"
+    """Sampler of the diffusion prior."""
     prior_steps: int = 64
     """Sampling steps of the diffusion prior."""
     prior_temperature: float = 1.0
@@ -54,10 +61,18 @@ class SamplingConfig:
     """Classifier-free guidance of the prior; 1 = off."""
     num_candidates: int = 2
     """Image embeddings drawn for a caption, of which the best is kept."""
+    decoder_sampler: SamplerName = "ddim"
+    """Sampler of the decoder."""
     decoder_steps: int = 50
     """Sampling steps of the decoder."""
     guidance_scale: float = 2.0
     """Classifier-free guidance of the decoder; 1 = off."""
+    text_guidance_scale: float | None = None
+    """Guidance by the caption alone, where the decoder reads it; None guides by picture and caption together."""
+    inversion_iterations: int = 3
+    """Iterations of each step of an inversion: the more, the closer is the picture that is drawn from what it finds."""
+    upsampler_sampler: SamplerName = "ddim"
+    """Sampler of the upsampler."""
     upsampler_steps: int = 27
     """Sampling steps of the upsampler."""
     batch_size: int = 64
@@ -66,10 +81,11 @@ class SamplingConfig:
     """Arithmetic of the decoder and the upsampler."""
 
     def __post_init__(self) -> None:
-        for name in ("prior_steps", "num_candidates", "decoder_steps", "upsampler_steps", "batch_size"):
+        counts = ("prior_steps", "decoder_steps", "upsampler_steps")
+        for name in (*counts, "num_candidates", "inversion_iterations", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("prior_temperature", "prior_guidance_scale", "guidance_scale"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("prior_temperature", "prior_guidance_scale", "guidance_scale", "text_guidance_scale"):
+            require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "at least 0")
 
 
 def load_model(folder: str) -> nn.Module:
@@ -94,6 +110,15 @@ def load_model(folder: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+class EmbeddingFacts(NamedTuple):
+    """What is known of the image embeddings that a stack was trained on, [E] wide."""
+
+    mean: Tensor
+    """[E]."""
+    principal: PrincipalComponents
+    """Directions in which they vary."""
+
+
 class Stack(nn.Module):
     """CLIP, prior, decoder and upsampler: text in, pictures out."""
 
@@ -107,6 +132,7 @@ class Stack(nn.Module):
         embeddings.check_agreement({"prior": prior.statistics, "decoder": decoder.statistics})
         self.clip, self.prior, self.decoder, self.upsampler = clip, prior, decoder, upsampler
         self.sampling = SamplingConfig()
+        self.dataset: EmbeddingFacts | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> "Stack":
@@ -123,7 +149,15 @@ class Stack(nn.Module):
         models = {name: load_model(f"{folder}/{name}") for name in ("prior", "decoder", "upsampler")}
         stack = cls(Clip.load(named, facts["clip"]["pretrained"]), **models)  # type: ignore[arg-type]
         stack.sampling = config.load(SamplingConfig, facts["sampling"])
+        if Path(folder, "statistics").is_dir():
+            tensors, _ = checkpoints.load(f"{folder}/statistics")
+            stack.dataset = EmbeddingFacts(tensors["statistics"]["mean"], PrincipalComponents(**tensors["pca"]))
         return stack
+
+    @property
+    def image_size(self) -> int:
+        """S, side of the pictures that the stack draws, pixels."""
+        return self.decoder.config.unet.image_size * self.upsampler.config.scale
 
     @property
     def device(self) -> torch.device:
@@ -164,13 +198,13 @@ class Stack(nn.Module):
         """Batch `number` of `text2image`, on its own: [len(captions), 3, S, S]."""
         generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + number)
         embedding = self.embed_captions(list(captions), sampling, generator)
-        return self.decode(embedding, sampling, generator).cpu()
+        return self.decode(embedding, sampling, generator, text=self.read_captions(captions)).cpu()
 
     def embed_captions(self, captions: list[str], sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
         """Image embeddings [B, E] that the prior draws for captions."""
         text = self.clip.encode_text(self.clip.tokenize(captions).to(self.device))
         draw = (
-            functools.partial(self.prior.sample, num_steps=sampling.prior_steps)
+            functools.partial(self.prior.sample, num_steps=sampling.prior_steps, sampler=sampling.prior_sampler)
             if isinstance(self.prior, DiffusionPrior)
             else functools.partial(self.prior.sample, temperature=sampling.prior_temperature)
         )
@@ -183,16 +217,55 @@ class Stack(nn.Module):
             generator=generator,
         )
 
-    def decode(self, image_embedding: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-        """Pictures [B, 3, S, S] at full size for image embeddings [B, E]."""
+    def embed_images(self, images: Tensor) -> Tensor:
+        """CLIP's own unit-norm embeddings [B, E] of pictures [B, 3, H, W] in [-1, 1]."""
+        return self.clip.embed_images(self.clip.resize(images.to(self.device)))
+
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """CLIP's unit-norm text embeddings [B, E]."""
+        return self.clip.encode_text(self.clip.tokenize(list(captions)).to(self.device)).text_embedding
+
+    def read_captions(self, captions: Sequence[str]) -> Text | None:
+        """What the decoder reads of captions besides image embeddings; None where it reads nothing."""
+        if self.decoder.config.text == "none":
+            return None
+        tokens = self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
+        return caption_features(self.clip, tokens) if self.decoder.config.text == "clip" else tokens
+
+    def decode(
+        self, image_embedding: Tensor, sampling: SamplingConfig, generator: torch.Generator, text: Text | None = None
+    ) -> Tensor:
+        """Pictures [B, 3, S, S] at full size for image embeddings [B, E], and captions where the decoder reads them."""
         with autocast(sampling.precision, self.device):
             low_res = self.decoder.sample(
                 image_embedding,
+                text=text,
+                text_guidance_scale=sampling.text_guidance_scale,
+                sampler=sampling.decoder_sampler,
                 num_steps=sampling.decoder_steps,
                 guidance_scale=sampling.guidance_scale,
                 generator=generator,
             )
-            return self.upsampler.sample(low_res, num_steps=sampling.upsampler_steps, generator=generator)
+        return self.upsample(low_res, sampling, generator)
+
+    def upsample(
+        self,
+        low_res: Tensor,
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        x_T: Tensor | None = None,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor:
+        """Pictures [B, 3, S, S] at full size for those [B, 3, s, s] of the decoder; x_T [B, 3, S, S] or None as they."""
+        with autocast(sampling.precision, self.device):
+            return self.upsampler.sample(
+                low_res,
+                sampler=sampling.upsampler_sampler,
+                num_steps=sampling.upsampler_steps,
+                x_T=x_T,
+                generator=generator,
+                on_step=on_step,
+            )
 
 
 def save_stack(
@@ -202,7 +275,7 @@ def save_stack(
 
     Args:
         folder: URI of the new stack.
-        models: name -> URI of the folder to copy.
+        models: name -> URI of the folder to copy; "statistics" are those of the dataset, which PCA probing needs.
         clip_model: open_clip name; "local-dir:clip" for the copied folder "clip".
     """
     for name, source in models.items():

@@ -22,7 +22,7 @@ from unclip.degradations import degrade, shrink
 from unclip.diffusion import augment_condition
 from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import CaptionFeatures, ClipText, TextShape, TextTransformer
+from unclip.text import ClipText, TextShape, TextTransformer, caption_features
 from unclip.timesteps import TimestepSampler, timestep_sampler
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -138,7 +138,7 @@ class DecoderObjective:
         self.model: Decoder = Decoder(config, embedding_dim, shape).to(memory_format=torch.channels_last)
         self.model.statistics.load_state_dict(statistics.state_dict())
         if clip is not None and isinstance(self.model.text, ClipText):
-            self.model.text.set_null(_caption_features(clip, clip.tokenize([""])))
+            self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
         if clip is not None and isinstance(self.model.text, TextTransformer):
             self.model.text.set_null(clip.tokenize([""]))
         self.timesteps = timestep_sampler(config.diffusion)
@@ -197,7 +197,7 @@ class DecoderObjective:
         """What the decoder reads of the captions."""
         if self.config.text == "none" or self.clip is None:
             return None
-        return _caption_features(self.clip, tensors["tokens"]) if self.config.text == "clip" else tensors["tokens"]
+        return caption_features(self.clip, tensors["tokens"]) if self.config.text == "clip" else tensors["tokens"]
 
 
 class UpsamplerObjective:
@@ -293,13 +293,6 @@ def load_images(encoded: list[bytes], side: int) -> Tensor:
     """Stored JPEGs as float32 [B, 3, side, side] in [-1, 1], their central squares."""
     pixels = np.stack([decode_image(data, side) for data in encoded])  # [B, side, side, 3] uint8
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _caption_features(clip: clip_models.Clip, tokens: Tensor) -> CaptionFeatures:
-    """Tokens [B, L] as the frozen CLIP sees them, where they are, as exact as in sampling."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        text = clip.to(tokens.device).encode_text(tokens)
-    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_embedding)
 
 
 def _encode(clip: clip_models.Clip, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -236,6 +236,7 @@ class DiffusionPrior(nn.Module):
         text_embedding: Tensor,
         *,
         num_candidates: int = 2,
+        sampler: samplers.SamplerName = "ddpm",
         num_steps: int = 64,
         guidance_scale: float = 1.0,
         generator: torch.Generator | None = None,
@@ -259,7 +260,8 @@ class DiffusionPrior(nn.Module):
         noise = torch.randn(
             len(text_mask) * num_candidates, len(self.statistics.mean), generator=generator, device=text_mask.device
         )
-        drawn = self.statistics.denormalize(samplers.ddpm(self.diffusion, denoise, noise, num_steps, generator))
+        samples = samplers.SAMPLERS[sampler](self.diffusion, denoise, noise, num_steps, generator=generator)
+        drawn = self.statistics.denormalize(samples)
         return best_candidate(drawn.view(len(text_mask), num_candidates, -1), text_embedding)
 
 

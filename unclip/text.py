@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unclip.clip import Clip
 from unclip.config import require
 from unclip.layers import TransformerBlock
 
@@ -54,6 +55,13 @@ class CaptionFeatures(NamedTuple):
     """[B, L] bool, True = keep."""
     text_embedding: Tensor
     """[B, E]."""
+
+
+def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
+    """Tokens [B, L] as the frozen CLIP sees them, where they are, in float32 also under autocast."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        text = clip.to(tokens.device).encode_text(tokens)
+    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_embedding)
 
 
 class TextContext(NamedTuple):

@@ -95,15 +95,19 @@ class Upsampler(nn.Module):
         self,
         low_res: Tensor,
         *,
+        sampler: samplers.SamplerName = "ddim",
         num_steps: int = 27,
         noise_level: int = 0,
+        x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
+        on_step: samplers.OnStep = samplers.undisturbed,
     ) -> Tensor:
-        """Draw pictures [B, 3, s * scale, s * scale] in [-1, 1] by DDIM.
+        """Draw pictures [B, 3, s * scale, s * scale] in [-1, 1].
 
         Args:
             low_res: [B, 3, s, s] in [-1, 1]; not changed.
             noise_level: timestep that low_res is noised to first: a later one hides more of its faults, and of itself.
+            x_T: [B, 3, s * scale, s * scale]; None draws it from the generator.
 
         Raises:
             ConfigError: a level beyond those of the training.
@@ -114,5 +118,7 @@ class Upsampler(nn.Module):
         if most > 0:
             low_res, level = augment_condition(self.diffusion, low_res, (noise_level, noise_level), generator)
         side = low_res.shape[-1] * self.config.scale
-        noise = torch.randn(len(low_res), 3, side, side, generator=generator, device=low_res.device)
-        return samplers.ddim(self.diffusion, self.denoiser(low_res, level), noise, num_steps)
+        if x_T is None:
+            x_T = torch.randn(len(low_res), 3, side, side, generator=generator, device=low_res.device)
+        denoise, sample = self.denoiser(low_res, level), samplers.SAMPLERS[sampler]
+        return sample(self.diffusion, denoise, x_T, num_steps, generator=generator, on_step=on_step)
