@@ -80,7 +80,8 @@ class Upsampler(nn.Module):
         Returns:
             [B, 3, S, S]; [B, 6, S, S] where the diffusion learns its variance.
         """
-        upsampled = F.interpolate(low_res, size=x_t.shape[-2:], mode="bicubic", antialias=True)  # [B, 3, S, S]
+        # in float32: there is no such kernel for bf16 on CPUs
+        upsampled = F.interpolate(low_res.float(), size=x_t.shape[-2:], mode="bicubic", antialias=True)  # [B, 3, S, S]
         vector = None
         if self.noise_level_embedding is not None:
             vector = self.noise_level_embedding(torch.zeros_like(t) if noise_level is None else noise_level)  # [B, D]
