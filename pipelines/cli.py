@@ -51,14 +51,21 @@ def main() -> None:
 @SET
 @STORAGE
 @RETRY_FAILED
+@click.option("--until", metavar="STAGE", help="Run this stage and those that it needs, and no others.")
 def run(
-    pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None, retry_failed: bool
+    pipeline: str,
+    run_file: str | None,
+    assignments: tuple[str, ...],
+    storage: str | None,
+    retry_failed: bool,
+    until: str | None,
 ) -> None:
     """Run a pipeline. What is done is not done again: to resume, run the same command."""
     from pipelines.config import load
     from pipelines.run import run_pipeline
 
-    sys.exit(run_pipeline(pipeline, load(pipeline, run_file, assignments, storage), retry_failed=retry_failed))
+    config = load(pipeline, run_file, assignments, storage)
+    sys.exit(run_pipeline(pipeline, config, until=until, retry_failed=retry_failed))
 
 
 @main.command()
@@ -73,9 +80,10 @@ def refresh(
     """Bring the dataset up to date with its list of URLs: only what is new is fetched and embedded."""
     from pipelines.config import load
     from pipelines.run import run_pipeline
+    from pipelines.text_to_image import DATASET_STAGE
 
     config = load(pipeline, run_file, assignments, storage)
-    sys.exit(run_pipeline(pipeline, config, dataset_only=True, retry_failed=retry_failed))
+    sys.exit(run_pipeline(pipeline, config, until=DATASET_STAGE, retry_failed=retry_failed))
 
 
 @main.command()

@@ -16,7 +16,7 @@ from pipelines import scene_server
 from pipelines.config import PipelineConfig
 from pipelines.lock import lock
 from pipelines.summary import print_summary, summarise, write_results
-from pipelines.text_to_image import DATASET_STAGE, text_to_image
+from pipelines.text_to_image import text_to_image
 from tasks.curate import pin_probes
 from tasks.download import pin_attempt
 from tasks.filter import check_settings
@@ -27,7 +27,7 @@ from tasks.stage import Failure, Resources, Run
 from tasks.store import Store
 from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten, without_password
-from unclip.config import fingerprint, to_dict
+from unclip.config import fingerprint, require, to_dict
 from unclip.errors import ConfigError, StageError, UnclipError
 
 # Nothing that this project uses may call home. Ray's workers inherit these.
@@ -124,8 +124,11 @@ def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
     return dags.compose(text_to_image, config, run or placeholder)
 
 
-def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = False, retry_failed: bool = False) -> int:
-    """Run a pipeline, or the part of it that makes the dataset; returns the exit code.
+def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None, retry_failed: bool = False) -> int:
+    """Run a pipeline; returns the exit code.
+
+    Args:
+        until: the last stage to run, with those that it needs; None runs all.
 
     Raises:
         UnclipError: nothing was started, or a stage failed.
@@ -134,8 +137,9 @@ def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = Fal
     started = time.monotonic()
     config = prepare(config, retry_failed)
     store = Store(config.storage)
-    whole = compose(config)
-    todo = dags.up_to(whole, DATASET_STAGE) if dataset_only else whole
+    todo = compose(config)
+    require(until is None or until in todo, "--until", until, f"a stage: {', '.join(todo)}")
+    todo = dags.up_to(todo, until) if until else todo
     states = dags.states(todo, store)
     if all(state.artifact for state in states.values()):
         print(f"{pipeline}: everything is up to date; nothing was started.")
@@ -148,7 +152,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, dataset_only: bool = Fal
         failures = [Failure("run", "interrupted")]
         try:
             dag = compose(config, run)
-            dag = dags.up_to(dag, DATASET_STAGE) if dataset_only else dag
+            dag = dags.up_to(dag, until) if until else dag
             labels = {name: state.label for name, state in states.items()}
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
             run.tracker.bytes(dags.picture(dag, labels), "dag.png")

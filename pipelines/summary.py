@@ -71,7 +71,7 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
         )
     if "captions" in summary:
         lines.append(f"pictures   {store.uri('results', summary['pipeline'], 'heldout.png')}")
-    if "rows" in summary:
+    if "report" in summary["seconds"]:
         lines.append(f"report     {store.uri('results', summary['pipeline'], 'report.html')}")
     lines.append(f"summary    {store.uri('results', summary['pipeline'], 'summary.json')}")
     storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {config.storage}"

@@ -48,7 +48,7 @@ def evaluate(
     upsampler: Artifact,
 ) -> Output:
     """Draw held-out captions with the whole stack and measure the pictures."""
-    groups = {"heldout": heldout_captions(Snapshot.of(dataset.facts), config.num_captions)}
+    groups = {"heldout": list(heldout_keys(Snapshot.of(dataset.facts)))[: config.num_captions]}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
     uris = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}
@@ -81,14 +81,19 @@ def evaluate(
     return Output(context.folder, digest, facts)
 
 
-def heldout_captions(snapshot: Snapshot, count: int) -> list[str]:
-    """Different captions of held-out pairs whose very words no training pair has, in the order of their keys."""
+def heldout_keys(snapshot: Snapshot) -> dict[str, str]:
+    """Different captions of held-out pairs whose very words no training pair has, each with the key of its first pair.
+
+    In the order of their keys. A snapshot without such captions gives its other captions.
+    """
     table = tables.read(snapshot.embeddings, snapshot.embeddings_version, columns=["key", "caption"])
     captions = dict(zip(table.column("key").to_pylist(), table.column("caption").to_pylist(), strict=True))
     trained_on = {captions[key] for key in snapshot.keys("train")}
-    heldout = dict.fromkeys(captions[key] for key in snapshot.keys("holdout"))
-    fresh = [caption for caption in heldout if caption not in trained_on]
-    return (fresh or list(heldout) or list(captions.values()))[:count]
+    heldout: dict[str, str] = {}
+    for key in snapshot.keys("holdout"):
+        heldout.setdefault(captions[key], key)
+    fresh = {caption: key for caption, key in heldout.items() if caption not in trained_on}
+    return fresh or heldout or {caption: key for key, caption in captions.items()}
 
 
 def unseen_captions(count: int, seed: int) -> list[str]:

@@ -123,6 +123,10 @@ class Decoder(nn.Module):
             )
         return self.unet(self._with_known(x_t, known), t, vector, context, mask)  # type: ignore[no-any-return]
 
+    def null_image_embedding(self, batch: int) -> Tensor:
+        """What stands for no image embedding, [batch, E] in CLIP's own scale, to draw from captions alone."""
+        return self.statistics.denormalize(self.null_embedding).expand(batch, -1)
+
     def denoiser(
         self,
         image_embedding: Tensor,

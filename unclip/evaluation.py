@@ -1,12 +1,18 @@
-"""How well a stack draws what captions say, read from the pixels of its pictures."""
+"""How well a stack draws what captions say: read from the pixels of its pictures, and from their embeddings.
+
+Letters: B pictures, N and M embeddings, E their width.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip import pictures, scenes
+from unclip.errors import ShapeError
 
 ATTRIBUTES = ("colour", "background", "size", "shape")
 
@@ -56,3 +62,56 @@ def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:
         for picture, scene in zip(pictures.to_uint8(images), known, strict=True)
     ]
     return SceneScores(known, measured)
+
+
+def score_embeddings(drawn: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """How near the embeddings that a prior draws for captions are to those of the captions' own pictures.
+
+    Args:
+        drawn: [N, E], one for each caption; of any norm.
+        true: [N, E], those of the captions' pictures; of any norm.
+        ranks: k of recall.
+
+    Returns:
+        `cosine`, the mean over pairs; `gap`, by how much that is above the mean over all others; `recall_at_<k>`, the
+        share of the drawn embeddings that no more than k - 1 of the N pictures are nearer to than their own.
+
+    Raises:
+        ShapeError: not two like [N, E] of at least 2 rows.
+    """
+    if drawn.dim() != 2 or drawn.shape != true.shape or len(drawn) < 2:
+        raise ShapeError(f"embeddings: got {tuple(drawn.shape)} and {tuple(true.shape)}, expected two like [N, E].")
+    cosines = F.normalize(drawn.double(), dim=1) @ F.normalize(true.double(), dim=1).T  # [N, N]
+    own, count = cosines.diag(), len(cosines)
+    others = (cosines.sum() - own.sum()) / (count * (count - 1))
+    nearer = (cosines > own[:, None]).sum(dim=1)  # [N]
+    recall = {f"recall_at_{rank}": (nearer < rank).double().mean().item() for rank in ranks}
+    return {"cosine": own.mean().item(), "gap": (own.mean() - others).item(), **recall}
+
+
+def frechet_distance(drawn: Tensor, real: Tensor) -> float:
+    """Distance of two sets of embeddings, each taken for a normal distribution with its own mean and covariance.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64. Few embeddings make it larger: compare sets of one size.
+
+    Args:
+        drawn: [N, E].
+        real: [M, E]; with Inception features of 50,000 pictures it is what the literature calls FID.
+
+    Raises:
+        ShapeError: not [N, E] and [M, E] of at least 2 rows each.
+
+    Source: Heusel et al. 2017, eq. 6; Dowson & Landau 1982.
+    """
+    if drawn.dim() != 2 or real.dim() != 2 or drawn.shape[1] != real.shape[1] or min(len(drawn), len(real)) < 2:
+        raise ShapeError(f"embeddings: got {tuple(drawn.shape)} and {tuple(real.shape)}, expected [N, E] and [M, E].")
+    means, roots, traces = [], [], []
+    for embeddings in (drawn.double(), real.double()):
+        means.append(embeddings.mean(dim=0))
+        covariance = torch.cov(embeddings.T).reshape(embeddings.shape[1], -1)  # [E, E]
+        variances, directions = torch.linalg.eigh(covariance)
+        roots.append(directions * variances.clamp(min=0).sqrt())  # [E, E], root root^T = covariance
+        traces.append(covariance.trace())
+    # The eigenvalues of (C1 C2)^(1/2) are the singular values of root1^T root2: no root of a rounded product is taken.
+    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    return float((means[0] - means[1]).square().sum() + traces[0] + traces[1] - 2 * cross)

@@ -1,6 +1,7 @@
 """What is trained, one small class each: a model, how rows become tensors, the loss, and something to look at.
 
-The trainer knows none of them; a new model is one more class here.
+The trainer knows none of them; a new model is one more class here. What an objective learns besides its model, it keeps in
+`state`, which the trainer saves with its checkpoints.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from unclip.diffusion import augment_condition
 from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import Text, TextShape, caption_features, read_captions
+from unclip.timesteps import TimestepSampler, timestep_sampler
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 Tensors = dict[str, Tensor]
@@ -38,6 +40,8 @@ class PriorObjective:
         self.model = DiffusionPrior(config, clip.embedding_dim, clip.text_width, clip.text_length)
         self.model.statistics.load_state_dict(statistics.state_dict())
         self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
+        self.timesteps = timestep_sampler(config.diffusion)
+        self.state = self.timesteps.state
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -49,7 +53,7 @@ class PriorObjective:
         diffusion, config = self.model.diffusion, self.model.config
         text = caption_features(self.clip, tensors["tokens"])
         x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
-        t, noise = _draw(x0, diffusion.num_timesteps, generator)
+        t, weight, noise = _draw(x0, self.timesteps, generator)
         drop = _bernoulli(x0, config.cond_drop_prob, generator)
         x0_estimate = None
         if config.self_conditioning:
@@ -62,7 +66,7 @@ class PriorObjective:
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             return network(x_t, t, *text, drop, x0_estimate)  # type: ignore[no-any-return]
 
-        return diffusion.loss(predict, x0, t, noise).mean()
+        return _mean_loss(diffusion.loss(predict, x0, t, noise), t, weight, self.timesteps)
 
     def preview(self, model: nn.Module) -> None:
         return None  # an embedding is nothing to look at
@@ -91,6 +95,7 @@ class AutoregressivePriorObjective:
         self.model.statistics.load_state_dict(statistics.state_dict())
         self.model.quantizer.load_state_dict(quantizer.state_dict())
         self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
+        self.state: Tensors = {}
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -136,6 +141,8 @@ class DecoderObjective:
         self.model.statistics.load_state_dict(statistics.state_dict())
         if clip is not None and self.model.text is not None:
             self.model.text.set_null(read_captions(config.text, clip, clip.tokenize([""])))  # type: ignore[arg-type]
+        self.timesteps = timestep_sampler(config.diffusion)
+        self.state = self.timesteps.state
         self._preview = self.prepare(preview)
 
     @staticmethod
@@ -154,7 +161,7 @@ class DecoderObjective:
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         x0, config = tensors["images"], self.config
-        t, noise = _draw(x0, self.model.diffusion.num_timesteps, generator)
+        t, weight, noise = _draw(x0, self.timesteps, generator)
         image_drop = _bernoulli(x0, config.image_drop_prob, generator)
         text = self._text(tensors)
         text_drop = None if text is None else _bernoulli(x0, config.text_drop_prob, generator)
@@ -163,7 +170,7 @@ class DecoderObjective:
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             return network(x_t, t, tensors["image_embedding"], image_drop, text, text_drop, known)  # type: ignore[no-any-return]
 
-        return self.model.diffusion.loss(predict, x0, t, noise).mean()
+        return _mean_loss(self.model.diffusion.loss(predict, x0, t, noise), t, weight, self.timesteps)
 
     def preview(self, model: nn.Module) -> Tensor:
         """The originals, then samples from their embeddings."""
@@ -198,6 +205,8 @@ class UpsamplerObjective:
     def __init__(self, config: UpsamplerConfig, preview: Batch) -> None:
         self.config = config
         self.model: Upsampler = Upsampler(config).to(memory_format=torch.channels_last)
+        self.timesteps = timestep_sampler(config.diffusion)
+        self.state = self.timesteps.state
         self._preview = self.prepare(preview)["images"]
 
     def prepare(self, batch: Batch) -> Tensors:
@@ -209,8 +218,9 @@ class UpsamplerObjective:
         if self.config.max_noise_level > 0:
             levels = (0, self.config.max_noise_level)
             low_res, level = augment_condition(self.model.diffusion, low_res, levels, generator)
-        t, noise = _draw(x0, self.model.diffusion.num_timesteps, generator)
-        return self.model.diffusion.loss(lambda x_t, t: network(x_t, t, low_res, level), x0, t, noise).mean()
+        t, weight, noise = _draw(x0, self.timesteps, generator)
+        losses = self.model.diffusion.loss(lambda x_t, t: network(x_t, t, low_res, level), x0, t, noise)  # [B]
+        return _mean_loss(losses, t, weight, self.timesteps)
 
     def preview(self, model: nn.Module) -> Tensor:
         """The originals, then their small versions upsampled."""
@@ -254,6 +264,7 @@ class ClipObjective:
         self.tokenizer = open_clip.get_tokenizer(name)
         self.side = clip_models.input_side(self.model)
         self.clip_loss = open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
+        self.state: Tensors = {}
 
     def prepare(self, batch: Batch) -> Tensors:
         images = load_images(batch["jpg"], self.side)
@@ -289,10 +300,16 @@ def _stack(rows: list[Any]) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def _draw(x0: Tensor, num_timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A timestep for each sample, and noise like x0."""
-    t = torch.randint(num_timesteps, x0.shape[:1], generator=generator, device=x0.device)
-    return t, torch.randn(x0.shape, generator=generator, device=x0.device)
+def _draw(x0: Tensor, timesteps: TimestepSampler, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A timestep for each sample [B], the weight of its loss [B], and noise like x0."""
+    t, weight = timesteps.draw(len(x0), generator)
+    return t, weight, torch.randn(x0.shape, generator=generator, device=x0.device)
+
+
+def _mean_loss(losses: Tensor, t: Tensor, weight: Tensor, timesteps: TimestepSampler) -> Tensor:
+    """The loss of a batch from those of its samples [B]; timesteps learn from them as they are."""
+    timesteps.update(t, losses)
+    return (weight * losses).mean()
 
 
 def _bernoulli(x0: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -3,13 +3,14 @@
 Letters: B batch, T number of timesteps, H losses remembered for a timestep. Source: Nichol & Dhariwal 2021, section 3.3.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from unclip.diffusion import DiffusionConfig
-from unclip.errors import CheckpointError
 
 
 class TimestepDraw(NamedTuple):
@@ -20,15 +21,16 @@ class TimestepDraw(NamedTuple):
 
 
 class TimestepSampler(Protocol):
-    """What training needs of a distribution of timesteps; its state belongs into the checkpoint."""
+    """What training needs of a distribution of timesteps."""
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> TimestepDraw: ...
+    state: Mapping[str, Tensor]
+    """All that later draws depend on besides the generator; changed in place, the same in all processes."""
 
-    def update(self, t: Tensor, loss: Tensor) -> None: ...
+    def draw(self, batch_size: int, generator: torch.Generator) -> TimestepDraw:
+        """Timesteps on the generator's device, and their weights."""
 
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Learn from the losses [B], not weighted, that this process met at t [B]."""
 
 
 def timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
@@ -39,27 +41,18 @@ def timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
 
 
 class UniformTimesteps:
-    """Every timestep with the same probability."""
+    """Every timestep with the same probability and weight 1."""
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
+        self.state: Mapping[str, Tensor] = {}
 
     def draw(self, batch_size: int, generator: torch.Generator) -> TimestepDraw:
-        """Timesteps on the generator's device, each of weight 1."""
         t = torch.randint(self.num_timesteps, (batch_size,), generator=generator, device=generator.device)
         return TimestepDraw(t, torch.ones(batch_size, device=generator.device))
 
     def update(self, t: Tensor, loss: Tensor) -> None:
         return None  # nothing is learned from losses
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state:
-            raise CheckpointError(
-                f"timesteps: got {sorted(state)}, expected no state. Set timestep_sampling = loss_aware."
-            )
 
 
 class LossAwareTimesteps:
@@ -76,6 +69,7 @@ class LossAwareTimesteps:
         self.uniform_prob = uniform_prob
         self.losses = torch.zeros(num_timesteps, num_losses, dtype=torch.float64)  # [T, H]
         self.num_updates = torch.zeros(num_timesteps, dtype=torch.int64)  # [T]
+        self.state: Mapping[str, Tensor] = {"losses": self.losses, "num_updates": self.num_updates}
 
     def probabilities(self) -> Tensor:
         """p_t, [T] float64, summing to 1."""
@@ -94,28 +88,18 @@ class LossAwareTimesteps:
         return TimestepDraw(t, (1 / (len(probabilities) * probabilities[t])).float())
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Remember losses.
+        """Remember losses, those of all processes that train together, in the order of their ranks.
 
         Args:
             t: [B] int64.
-            loss: [B], not weighted. Where several processes train one model, all must pass the same gathered values.
+            loss: [B], not weighted.
         """
+        pairs = torch.stack([t.double(), loss.detach().double()])  # [2, B]
+        if torch.distributed.is_initialized():
+            gathered = [torch.empty_like(pairs) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(gathered, pairs)
+            pairs = torch.cat(gathered, dim=1)
         num_losses = self.losses.shape[1]
-        for timestep, value in zip(t.tolist(), loss.tolist(), strict=True):
-            self.losses[timestep, self.num_updates[timestep] % num_losses] = value
-            self.num_updates[timestep] += 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"losses": self.losses.clone(), "num_updates": self.num_updates.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved state.
-
-        Raises:
-            CheckpointError: the state is of another kind or another number of timesteps.
-        """
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        if shapes != expected:
-            raise CheckpointError(f"timesteps: got {shapes}, expected {expected}.")
-        self.losses, self.num_updates = state["losses"].clone(), state["num_updates"].clone()
+        for timestep, value in pairs.T.tolist():
+            self.losses[int(timestep), self.num_updates[int(timestep)] % num_losses] = value
+            self.num_updates[int(timestep)] += 1

@@ -1,8 +1,8 @@
 """The training loop: one for every model.
 
 Everything is a pure function of (config, rows, samples seen): the order of rows, the noise, dropout and the learning rate.
-So a checkpoint holds only weights, their moving average and the optimiser's moments, and a run that was killed and
-restarted takes exactly the steps that an undisturbed run takes.
+So a checkpoint holds only weights, their moving average, the optimiser's moments and what the objective itself learns, and a
+run that was killed and restarted takes exactly the steps that an undisturbed run takes.
 """
 
 import contextlib
@@ -74,6 +74,8 @@ class Objective(Protocol):
     """What is trained: a model and its loss."""
 
     model: nn.Module
+    state: Mapping[str, Tensor]
+    """What losses depend on besides the model: tensors, changed in place and the same on all ranks; often none."""
 
     def prepare(self, batch: Batch) -> Tensors:
         """Rows as the reader gives them -> tensors, on the CPU."""
@@ -146,7 +148,7 @@ def train(
         # Nothing reads uninitialised memory here, and filling it takes a tenth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = objective.model.to(workers.device).train()
-    state = _State(model, config)
+    state = _State(model, objective.state, config)
     samples_seen = state.restore(f"{folder}/checkpoints")
     network: nn.Module = model
     if workers.world_size > 1:
@@ -202,10 +204,10 @@ def learning_rate(config: TrainerConfig, samples_seen: int) -> float:
 
 
 class _State:
-    """The model's weights, their moving average and the optimiser, by parameter name."""
+    """The model's weights, their moving average and the optimiser, by parameter name; and the objective's own tensors."""
 
-    def __init__(self, model: nn.Module, config: TrainerConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: nn.Module, objective: Mapping[str, Tensor], config: TrainerConfig) -> None:
+        self.model, self.objective, self.config = model, objective, config
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         matrices = [value for value in self.parameters.values() if value.dim() >= 2]
         vectors = [value for value in self.parameters.values() if value.dim() < 2]
@@ -239,13 +241,14 @@ class _State:
             torch._foreach_lerp_(averages, values, 1 - decay)
         return value, gradient_norm
 
-    def tensors(self) -> dict[str, Tensors]:
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Everything that a later step depends on."""
         moments: dict[str, Tensors] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
         for name, value in self.parameters.items():
             for moment, group in moments.items():
                 group[name] = self.optimizer.state[value][moment]
-        return {"weights": dict(self.model.state_dict()), "average": self.average, **moments}
+        objective = {"objective": self.objective} if self.objective else {}
+        return {"weights": dict(self.model.state_dict()), "average": self.average, **moments, **objective}
 
     def restore(self, root: str) -> int:
         """Take up the last checkpoint; returns its samples_seen, 0 without one."""
@@ -254,6 +257,8 @@ class _State:
             return 0
         try:
             self.model.load_state_dict(checkpoint.tensors["weights"])
+            for name, tensor in self.objective.items():
+                tensor.copy_(checkpoint.tensors["objective"][name])
             for name, value in self.parameters.items():
                 self.average[name].copy_(checkpoint.tensors["average"][name])
                 moments = {moment: checkpoint.tensors[moment][name] for moment in ("exp_avg", "exp_avg_sq", "step")}

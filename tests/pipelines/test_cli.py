@@ -82,6 +82,11 @@ def test_an_unknown_pipeline() -> None:
     assert_refused(unclip("run", "text_to_imge"), "text_to_imge", "Did you mean 'text_to_image'?")
 
 
+def test_an_unknown_stage(tmp_path: Path) -> None:
+    assert_refused(unclip("run", "tiny", "--until", "decode", "--storage", tmp_path), "--until", "'decode'", "decoder")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_file_that_is_not_there_or_is_not_toml(tmp_path: Path) -> None:
     assert_refused(unclip("run", "demo", "--config", tmp_path / "run.toml"), "run.toml", "no such run file")
     (tmp_path / "run.toml").write_text("a = = b")

@@ -25,6 +25,7 @@ class Line:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+        self.state: dict[str, torch.Tensor] = {}
 
     def prepare(self, batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
         return {name: torch.tensor(batch[name])[:, None] for name in ("x", "y")}

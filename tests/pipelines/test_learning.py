@@ -1,0 +1,110 @@
+"""What the parts of the stack are said to be good for, on the demo: priors, guidance, learned variances, both together."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from benchmarks import ablation
+from pipelines.config import load
+from tasks.snapshots import Snapshot
+from tasks.stage import Artifact
+from unclip import evaluation, trainer
+from unclip.data import RowReader
+from unclip.decoder import Decoder
+from unclip.diffusion import GaussianDiffusion, VarianceType
+from unclip.generation import Stack, load_model
+from unclip.objectives import DecoderObjective, load_images
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+NUM_DECODER_SAMPLES = 10_000
+NUM_CODED = 32
+"""Pictures of which the bound is measured."""
+
+
+class Trained(NamedTuple):
+    base: dict[str, Artifact]
+    others: dict[str, Artifact]
+    heldout: ablation.Heldout
+
+    def stack(self, **others: Artifact) -> Stack:
+        return ablation.load_stack(self.base, **others)
+
+
+@pytest.fixture(scope="module")
+def trained(demo: Path) -> Trained:
+    ablation.train("demo", str(demo))
+    base, others = (ablation.artifacts("demo", str(demo), settings) for settings in (ablation.BASE, ablation.OTHERS))
+    return Trained(base, others, ablation.load_heldout(base, 256, ablation.load_stack(base).image_size))
+
+
+def test_both_priors_are_nearer_to_the_pictures_than_the_text_embedding_is(trained: Trained) -> None:
+    assert trained.base["curate"] == trained.others["curate"]  # the same table
+    diffusion, autoregressive = trained.stack(), trained.stack(prior=trained.others["prior"])
+    text = diffusion.embed_text(trained.heldout.captions)
+    baseline = evaluation.score_embeddings(text, trained.heldout.image_embedding)
+    for stack in (diffusion, autoregressive):
+        scores = ablation.score_prior(stack, trained.heldout)
+        print(type(stack.prior).__name__, scores, "text embedding", baseline)
+        assert scores["cosine"] > baseline["cosine"] + 0.05
+        assert scores["gap"] > 0.1
+
+
+def test_guidance_draws_more_of_what_captions_say(trained: Trained) -> None:
+    accuracy = []
+    for guidance_scale in (1.0, trained.stack().sampling.guidance_scale):
+        stack = trained.stack()
+        stack.sampling = dataclasses.replace(stack.sampling, guidance_scale=guidance_scale)
+        drawn = ablation.draw(stack, ablation.ways(stack, trained.heldout)[ablation.PRIOR], trained.heldout)
+        print(guidance_scale, drawn.scenes.accuracy(), drawn.all_right())
+        accuracy.append(drawn.all_right())
+    assert accuracy[1] > accuracy[0] + 0.05
+
+
+def test_a_learned_variance_codes_pictures_in_fewer_bits(trained: Trained, tmp_path: Path) -> None:
+    """The network of the fixed variances is one: they differ in drawing and coding alone."""
+    snapshot = Snapshot.of(trained.base["curate"].facts)
+    sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", "image_embedding"))
+    training = RowReader(sources, snapshot.keys("train"))
+    keys = snapshot.keys("holdout")[:NUM_CODED]
+    coded = RowReader(sources, keys).read(keys)
+    settings = load("demo").decoder
+    images = load_images(coded["jpg"], settings.model.unet.image_size)  # [B, 3, S, S]
+    embedding = torch.stack([torch.from_numpy(row) for row in coded["image_embedding"]])  # [B, E]
+
+    def train(variance: VarianceType) -> Decoder:
+        diffusion = dataclasses.replace(settings.model.diffusion, variance=variance)
+        model = dataclasses.replace(settings.model, diffusion=diffusion)
+        config = dataclasses.replace(settings.trainer, num_samples=NUM_DECODER_SAMPLES)
+        torch.manual_seed(0)
+        objective = DecoderObjective(model, snapshot.load_statistics(), coded)
+        trainer.train(objective, training, config, str(tmp_path / variance))
+        decoder = load_model(str(tmp_path / variance / "model"))
+        assert isinstance(decoder, Decoder)
+        return decoder
+
+    def bits(decoder: Decoder, variance: VarianceType) -> float:
+        diffusion = GaussianDiffusion(dataclasses.replace(decoder.config.diffusion, variance=variance))
+        generator = torch.Generator().manual_seed(0)
+        bound = diffusion.bits_per_dim(lambda x_t, t: decoder(x_t, t, embedding), images, generator=generator)
+        print(variance, bound.total.mean().item(), "first term", bound.terms[:, 0].mean().item())
+        return bound.total.mean().item()
+
+    fixed = train("fixed_small")
+    learned = bits(train("learned_range"), "learned_range")
+    assert learned < bits(fixed, "fixed_small")
+    assert learned < bits(fixed, "fixed_large")
+
+
+def test_the_prior_is_worth_its_training(trained: Trained) -> None:
+    """Ramesh et al. 2022, section 5.1: text embeddings in the place of image embeddings are worse than the prior's."""
+    stack = trained.stack(decoder=trained.others["decoder"])
+    ways = ablation.ways(stack, trained.heldout)
+    drawn = {name: ablation.draw(stack, ways[name], trained.heldout) for name in (ablation.TEXT, ablation.PRIOR)}
+    for name, one in drawn.items():
+        print(name, one.scenes.accuracy(), one.all_right(), one.clip_score, one.frechet_distance)
+    assert drawn[ablation.PRIOR].all_right() > drawn[ablation.TEXT].all_right()
+    assert drawn[ablation.PRIOR].frechet_distance < drawn[ablation.TEXT].frechet_distance
