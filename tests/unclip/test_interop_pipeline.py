@@ -464,8 +464,9 @@ def test_missing_and_damaged_files_are_named(copied: Path, file: str) -> None:
         (
             "decoder_scheduler/scheduler_config.json",
             {"variance_type": "fixed_small_log"},
-            "out_channels = 6, expected 3",
+            "network of 6 channels, expected 3",
         ),
+        ("super_res_scheduler/scheduler_config.json", {"variance_type": "learned_range"}, "do not fit"),
         ("super_res_first/config.json", {"sample_size": 12}, "sample_size = 12, expected a multiple of the 8 pixels"),
         ("super_res_last/config.json", {"dropout": 0.5}, "expected what .*super_res_first/config.json has"),
         ("text_proj/config.json", {"clip_extra_context_tokens": 5}, "clip_extra_context_tokens = 5"),

@@ -58,7 +58,7 @@ def tiny_stack(
 ) -> Stack:
     """A stack with settings changed here and there."""
     clip = clip or tiny_clip()
-    null = clip.encode_text(clip.tokenize([""]))
+    null_text = caption_features(clip, clip.tokenize([""]))
     torch.manual_seed(1)
     statistics = EmbeddingStatistics.of(torch.randn(50, EMBEDDING_DIM) * 0.25 + 0.05)
     new_prior = DiffusionPrior(
@@ -68,13 +68,13 @@ def tiny_stack(
         LENGTH,
     )
     new_prior.statistics.load_state_dict(statistics.state_dict())
-    new_prior.text.set_null_text(null.text_encodings, null.text_mask, null.text_projection)
+    new_prior.text.set_null(null_text)
     settings: dict[str, Any] = {"unet": UNET, "context_dim": 12, "text": "clip", **(decoder or {})}
     shape = TextShape(LENGTH, EMBEDDING_DIM, 49408)
     new_decoder = Decoder(DecoderConfig(**settings), EMBEDDING_DIM, shape)
     new_decoder.statistics.load_state_dict(statistics.state_dict())
     if settings["text"] == "clip":
-        new_decoder.text.set_null(caption_features(clip, clip.tokenize([""])))  # type: ignore[operator, union-attr]
+        new_decoder.text.set_null(null_text)  # type: ignore[operator, union-attr]
     network = UNetConfig(SIDE, 8, (1, 2), 1, norm_groups=4)
     new_upsampler = Upsampler(
         UpsamplerConfig(**{"unet": network, "low_res_size": SIDE, "scale": 2, **(upsampler or {})})
