@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.unclip import tiny_stack
 from tests.unclip.tiny_stack import with_sampling
-from unclip import manipulations, pictures
+from unclip import evaluation, manipulations, pictures
 from unclip.degradations import shrink
 from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.generation import Stack
@@ -196,3 +197,19 @@ def test_what_cannot_be_drawn_is_refused(stack: Stack) -> None:
     stack = Stack(stack.clip, stack.prior, stack.decoder, stack.upsampler)
     with pytest.raises(InputError, match="without principal components"):
         manipulations.probe(stack, x, [1])
+
+
+def test_layouts_move_as_pictures_do() -> None:
+    x = torch.full((9, 3, 32, 32), -1.0)
+    for index in range(9):
+        x[index, :, 8 : 12 + index, 2 * index : 2 * index + 6] = 1.0
+    found = evaluation.layout(x)
+    np.testing.assert_allclose(found.centre[:, 0], (2 * np.arange(9) + 3) / 32)
+    np.testing.assert_allclose(found.area, 6 * (4 + np.arange(9)) / 32**2)
+    assert (found.background == 0).all() and (evaluation.layout(-x).background == 255).all()
+    assert (evaluation.layout(x[:1] * 0).centre == 0.5).all()
+
+
+def test_what_goes_back_is_not_monotone() -> None:
+    rows = [[0, 1, 2, 3], [3, 2, 1, 0], [0, 2, 1, 3], [0, 2, 1.8, 3], [1, 1, 1, 1], [0, 5, 5, 3]]
+    assert evaluation.monotone(np.array(rows)).tolist() == [True, True, False, True, False, False]
