@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pipelines import drawing
+from pipelines import drawing, exchange
 from pipelines.options import STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError, UnclipError
@@ -167,9 +167,15 @@ def takedown(
     dry_run: bool,
     storage: str | None,
 ) -> None:
-    """Remove rows and their bytes everywhere, keep them out for good, and name the runs and models that have seen them."""
+    """Remove rows and their bytes everywhere, keep them out for good, and name the runs and models that have seen them.
+
+    Asks the MLflow of the environment, of the storage, and of every run that the storage has on record.
+
+    Exit codes: 0 done; 1 done, but an MLflow did not answer or a preview could not be deleted, both of which are named, and
+    the same command finishes it later; 2 something that was given cannot be used; 75 a run is at work in the storage.
+    """
     from pipelines.lock import lock
-    from pipelines.run import tracking_uri_of
+    from pipelines.run import tracking_uris_of
     from tasks import takedown as takedowns
     from tasks.store import Store
 
@@ -185,22 +191,39 @@ def takedown(
         for tombstone, keys in takedowns.find_keys(store, requested, near).items():
             click.echo(f"{len(keys):>7,} rows  {tombstone}")
         return
+    tracking_uris = tracking_uris_of(store)
     with lock(store):
-        ledger = takedowns.take_down(store, requested, near, tracking_uri_of(store))
+        ledger = takedowns.take_down(store, requested, near, tracking_uris)
         name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
         store.write_json(dataclasses.asdict(ledger), "takedowns", name)
     click.echo(f"{len(ledger.keys):,} rows taken down; their URLs and pictures will be refused from now on")
     for table, count in ledger.deleted.items():
         click.echo(f"    {count:>7,} rows and their bytes deleted from {table}")
+    traces = ledger.traces
     click.echo(f"{len(ledger.datasets)} dataset versions held such rows; these have read them:")
-    for run in ledger.runs:
-        click.echo(f"    run    {run['id']}  {run['experiment']}  {run['name']}")
-    for model in ledger.models:
-        click.echo(f"    model  {model['name']} version {model['version']}")
+    for run in traces.runs:
+        click.echo(f"    run    {run['id']}  {run['experiment']}  {run['name']}  {run['tracking_uri']}")
+    for model in traces.models:
+        click.echo(f"    model  {model['name']} version {model['version']}  {model['tracking_uri']}")
+    for run_id in traces.deleted_previews:
+        click.echo(f"previews of run {run_id} showed such rows and are deleted")
+    click.echo(
+        "Evaluation grids stay: their pictures were drawn by models, though a caption below one may be of such a row."
+    )
     click.echo(f"written to {store.uri('takedowns', name)}")
     click.echo(
         "The next run or refresh makes a dataset version without them; only models trained on that one have not seen them."
     )
+    for run_id, reason in traces.remaining.items():
+        click.secho(f"run {run_id}: its previews or report may still show such rows: {reason}", fg="red", err=True)
+    for uri, reason in traces.unanswered.items():
+        click.secho(
+            f"MLflow at {uri} was not asked to the end: {reason}. Repeat the command when it answers.",
+            fg="red",
+            err=True,
+        )
+    if traces.remaining or traces.unanswered:
+        sys.exit(1)
 
 
 @main.group()
@@ -252,7 +275,11 @@ def diff(old: str, new: str, keys: bool, storage: str | None) -> None:
 @click.argument("key")
 @STORAGE
 def show(key: str, storage: str | None) -> None:
-    """Say where a row came from, and why it was dropped."""
+    """Say where a row came from, why it was dropped, and which dataset versions and runs contain it.
+
+    KEY is a row's key or the first six or more of its 32 digits. Exit codes: 0 the row was found, whatever became of it; 2 no
+    row or several have this key.
+    """
     from tasks.provenance import show as facts_of
     from tasks.store import Store
 
@@ -292,7 +319,7 @@ def ui(port: int, storage: str | None) -> None:
     os.execve(sys.executable, [sys.executable, "-m", *server, *artifacts], environment)
 
 
-for command in drawing.COMMANDS:
+for command in (*drawing.COMMANDS, *exchange.COMMANDS):
     main.add_command(command)
 
 

@@ -26,7 +26,7 @@ from tasks.report import Limit
 from tasks.stage import Failure, Resources, Run
 from tasks.store import Store
 from tasks.tombstones import tombstones_digest
-from tasks.tracking import Tracker, client, flatten
+from tasks.tracking import Tracker, client, flatten, without_password
 from unclip.config import fingerprint, to_dict
 from unclip.errors import ConfigError, StageError, UnclipError
 
@@ -95,6 +95,27 @@ def tracking_uri_of(store: Store) -> str:
             f"tracking_uri: {store.root} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
         )
     return given or f"sqlite:///{store.root}/mlflow.db"
+
+
+def tracking_uris_of(store: Store) -> list[str]:
+    """Every MLflow that may know of a storage: of the environment, of the storage itself, and of each of its runs.
+
+    Raises:
+        ConfigError: there is none, since the storage is no folder, no run says which server it had, and none is named.
+    """
+    paths = [("runs", run_id, "run.json") for run_id in store.list("runs")]
+    records = [store.read_json(*path) for path in paths if store.exists(*path)]
+    uris = [os.environ.get("MLFLOW_TRACKING_URI")]
+    in_storage = any(record["mlflow_run"] and record.get("tracking_uri", "?") is None for record in records)
+    if store.is_local and (in_storage or store.exists("mlflow.db")):
+        uris.append(f"sqlite:///{store.root}/mlflow.db")
+    uris += [record.get("tracking_uri") or record["config"].get("tracking_uri") for record in records]
+    known: dict[str, str] = {}
+    for uri in filter(None, uris):
+        known.setdefault(without_password(uri).rstrip("/"), uri)  # the environment may have the password
+    if not known and not store.is_local:
+        tracking_uri_of(store)
+    return list(known.values())
 
 
 def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
@@ -259,6 +280,9 @@ def _start_ray(config: PipelineConfig) -> None:
         # A cluster of this run alone: it dies with this process, joins no other that happens to be there, and survives a
         # change of network. Its workers inherit this process's environment; a runtime_env would cost each a second.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        os.environ.setdefault(
+            "RAY_task_oom_retries", "5"
+        )  # what needs more memory than there is would be tried for ever
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     total = ray.cluster_resources()
     for stage, resources in _resources(config).items():
@@ -300,9 +324,10 @@ def _open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
     identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     run = Run(identity, pipeline, store.root, tracker, experiment_id, config.resources)
     record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-    store.write_json(
-        {**record, "state": "running", "mlflow_run": run_id, "config": to_dict(config)}, "runs", identity, "run.json"
-    )
+    # None is the database in the storage, wherever that is moved to.
+    outside = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_password(uri)
+    record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": outside, "config": to_dict(config)}
+    store.write_json(record, "runs", identity, "run.json")
     return run
 
 

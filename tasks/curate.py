@@ -5,7 +5,9 @@ changed, and the report can show what lies at its edge, without embedding anythi
 """
 
 import dataclasses
+import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,8 @@ from unclip.errors import ConfigError, InputError
 from unclip.probes import load_probe
 
 ROWS_AT_ONCE = 4096
+NUM_REACHED = 8
+"""Clusters in which semantic deduplication looks for a row's twins: its own and those nearest to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,9 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[a-z][a-z0-9_]*", self.name)), "name", self.name, "lower-case letters, digits, _")
         require(self.name not in ("clip_score", "key"), "name", self.name, "another name")
+        for limit in ("minimum", "maximum"):
+            value = getattr(self, limit)
+            require(value is None or math.isfinite(value), limit, value, "a number")
         both = self.minimum is not None and self.maximum is not None
         require(not both or self.minimum <= self.maximum, "maximum", self.maximum, "at least minimum")  # type: ignore[operator]
 
@@ -53,7 +60,7 @@ class CurateConfig:
     semantic_distance: float | None = None
     """Of pictures whose embeddings are nearer than this (1 - cosine) only one is kept (SemDeDup); None keeps all."""
     cluster_size: int = 1000
-    """Pictures that are compared with each other by semantic deduplication, on average."""
+    """Pictures in a cluster of semantic deduplication, on average; each is compared with its own and a few more."""
     probes: tuple[ProbeConfig, ...] = ()
     """Heads on the image embedding, with the scores at which pairs are dropped."""
 
@@ -93,7 +100,7 @@ def pin_probes(config: CurateConfig) -> CurateConfig:
     return dataclasses.replace(config, probes=tuple(pinned))
 
 
-@stage("curate", version=1)
+@stage("curate", version=2)
 def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
     """Score the pairs by CLIP and by probes, drop those out of bounds or meaning the same, and write the snapshot."""
     facts = embed.facts
@@ -121,7 +128,7 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     if training.sum() < 2:
         raise InputError(
             f"curate: got {training.sum()} pairs to train on, expected at least 2 ({rows.top_reasons(counts)}). "
-            "Loosen [curate] and [filter], or add URLs."
+            f"{_spread(scores, config)}Loosen [curate] and [filter], or add URLs."
         )
     statistics = f"{context.folder}/statistics"
     explained = save_statistics(statistics, image_embeddings[torch.tensor(training)])
@@ -152,43 +159,117 @@ def score(embedded: pa.Table, image_embeddings: torch.Tensor, config: CurateConf
 
 
 def out_of_bounds(scores: pa.Table, config: CurateConfig) -> dict[str, str]:
-    """Key -> reason for the rows with a score out of its limits; the first reason counts. A score that is no number is low."""
+    """Key -> reason for the rows with a score out of its limits; the first reason counts.
+
+    A score that is no number is low, and an infinite one low or high, also where there are no limits: nothing can be learnt
+    from such a row.
+    """
+    finite = np.finfo(np.float64)
     keys = scores.column("key").to_pylist()
     dropped: dict[str, str] = {}
     for name, (minimum, maximum) in config.limits().items():
-        values = scores.column(name).to_numpy()
-        low = ~(values >= minimum) if minimum is not None else np.zeros(len(values), bool)
-        high = values > maximum if maximum is not None else np.zeros(len(values), bool)
+        values = scores.column(name).to_numpy().astype(np.float64)
+        low = ~(values >= (finite.min if minimum is None else minimum))
+        high = values > (finite.max if maximum is None else maximum)
         for side, hit in (("low", low), ("high", high)):
             for index in np.flatnonzero(hit):
                 dropped.setdefault(keys[index], f"{name}_{side}")
     return dropped
 
 
-def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
-    """Indices of embeddings that an earlier one, itself no duplicate, is nearer to than `distance` (SemDeDup, Abbas et al. 2023).
+def _spread(scores: pa.Table, config: CurateConfig) -> str:
+    """Where scores with limits lie, for whoever mistook their unit."""
+    told = ""
+    for name, limits in config.limits().items():
+        values = scores.column(name).to_numpy()
+        values = values[np.isfinite(values)]
+        if len(values) and limits != (None, None):
+            low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
+            told += f"Of {name}, 5 % is below {low:.3g}, half below {middle:.3g}, 95 % below {high:.3g}. "
+    return told
 
-    Embeddings are clustered by k-means, and compared within their cluster: what two clusters part is not found.
+
+def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
+    """Indices of embeddings that an earlier one, itself no duplicate, is nearer to than `distance`.
+
+    As SemDeDup (Abbas et al. 2023) does, k-means keeps the work from growing with the square of N: a row is compared with at
+    most NUM_REACHED clusters of `cluster_size` rows, on average. Unlike there these are not its own cluster alone, so twins
+    that a border parts are found, and which one is kept depends on the order of rows and not on the clusters. Up to NUM_REACHED
+    * cluster_size rows are all compared with each other.
 
     Args:
         embeddings: [N, E], unit norm, in the order in which they win.
         distance: 1 - cosine.
     """
-    from sklearn.cluster import MiniBatchKMeans
-
     values = embeddings.numpy()
-    num_clusters = max(1, round(len(values) / cluster_size))
-    clusters = np.zeros(len(values), np.int64)
-    if num_clusters > 1:
-        clusters = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit_predict(values)
-    found: set[int] = set()
-    for cluster in range(num_clusters):
-        members = np.flatnonzero(clusters == cluster)
-        for start in range(0, len(members), ROWS_AT_ONCE):
-            block = members[start : start + ROWS_AT_ONCE]
-            near = values[block] @ values[members].T > 1 - distance
-            for row, index in enumerate(block):
-                earlier = members[: start + row][near[row, : start + row]]
-                if any(int(other) not in found for other in earlier):
-                    found.add(int(index))
+    clusters = _reached(values, (2 * distance) ** 0.5, cluster_size)  # of unit vectors, the chord of that cosine
+    duplicates, undecided = np.zeros(len(values), bool), np.ones(len(values), bool)
+    while undecided.any():
+        followers = _has_earlier_twin(values, clusters, 1 - distance, undecided, undecided)
+        winners = undecided & ~followers  # the first of all is one, so every round decides something
+        losers = _has_earlier_twin(values, clusters, 1 - distance, followers, winners)
+        duplicates |= losers
+        undecided = followers & ~losers
+    return set(np.flatnonzero(duplicates).tolist())
+
+
+def _reached(values: np.ndarray, reach: float, cluster_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each cluster its members, and the rows that may have a twin among them; indices, ascending.
+
+    A twin in another cluster is beyond the plane that lies halfway between the two centres. So a row that is farther than
+    `reach` from the plane has none there; of the planes that are nearer, the nearest count.
+
+    Args:
+        values: [N, E].
+        reach: largest Euclidean distance of twins.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.metrics.pairwise import euclidean_distances
+
+    num_clusters = round(len(values) / cluster_size)
+    if num_clusters <= NUM_REACHED:
+        return [(np.arange(len(values)), np.arange(len(values)))]
+    centres = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit(values).cluster_centers_
+    squares = (centres**2).sum(axis=1)
+    spans = euclidean_distances(centres).clip(min=1e-6)  # [K, K]
+    homes, visits = [], []
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        squared = squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T  # [R, K], less the row's own square
+        home = squared.argmin(axis=1)
+        own = (np.arange(len(home)), home)
+        to_plane = (squared - squared[own][:, None]) / (2 * spans[home])
+        to_plane[own] = -1
+        nearest = np.argpartition(to_plane, NUM_REACHED - 1, axis=1)[:, :NUM_REACHED]
+        row, place = np.nonzero(np.take_along_axis(to_plane, nearest, axis=1) <= reach)
+        homes.append(home)
+        visits.append(np.stack([start + row, nearest[row, place]]))
+    rows_of, clusters_of = np.concatenate(visits, axis=1)
+    members = _grouped(np.arange(len(values)), np.concatenate(homes), num_clusters)
+    return list(zip(members, _grouped(rows_of, clusters_of, num_clusters), strict=True))
+
+
+def _grouped(indices: np.ndarray, clusters: np.ndarray, num_clusters: int) -> list[np.ndarray]:
+    """Ascending indices, by cluster."""
+    order = np.argsort(clusters, kind="stable")
+    return np.split(indices[order], np.bincount(clusters, minlength=num_clusters).cumsum()[:-1])
+
+
+def _has_earlier_twin(
+    values: np.ndarray,
+    clusters: Sequence[tuple[np.ndarray, np.ndarray]],
+    threshold: float,
+    asking: np.ndarray,
+    twins: np.ndarray,
+) -> np.ndarray:
+    """Which of the rows `asking` (a mask) have an earlier row of `twins` (a mask) with a cosine above the threshold."""
+    found = np.zeros(len(values), bool)
+    for members, visitors in clusters:
+        others, rows_here = members[twins[members]], visitors[asking[visitors]]
+        for start in range(0, len(rows_here), ROWS_AT_ONCE):
+            block = rows_here[start : start + ROWS_AT_ONCE]
+            earlier = others[: np.searchsorted(others, block[-1])]
+            for first in range(0, len(earlier), ROWS_AT_ONCE):
+                columns = earlier[first : first + ROWS_AT_ONCE]
+                near = values[block] @ values[columns].T > threshold  # [R, C]
+                found[block] |= (near & (columns < block[:, None])).any(axis=1)
     return found

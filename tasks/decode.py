@@ -11,6 +11,7 @@ import math
 import struct
 import warnings
 
+import cv2
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
@@ -20,7 +21,7 @@ from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from tasks.rows import REASONS, RowFault
 from tasks.sandbox import DEFAULT_LIMITS, Limits, Sandbox, SandboxFault
 
-VERSION = 2
+VERSION = 3
 """Raised when the same bytes are stored as other pixels than before."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
@@ -118,7 +119,8 @@ def decode_rgb(data: bytes, image_size: int, max_pixels: int) -> tuple[Image.Ima
             image.draft(None, (2 * size[0], 2 * size[1]))
             image.load()
             orientation = _orientation(image)
-            rgb = _on_white(_shrink(image, size), image.info.get("icc_profile"))
+            # Small first, before anything else that takes time and memory.
+            rgb = _on_white(shrink(_in_eight_bits(image), size), image.info.get("icc_profile"))
     except (RowFault, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -159,6 +161,7 @@ def answer(request: bytes) -> bytes:
 
 def warm_up() -> None:
     """Import and build what the first picture would."""
+    cv2.setNumThreads(1)
     ramp = Image.linear_gradient("L")
     buffer = io.BytesIO()
     ramp.save(buffer, "JPEG", icc_profile=_srgb().tobytes())
@@ -189,15 +192,34 @@ def _fit(size: tuple[int, int], image_size: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The loaded picture at its final size, before anything else that takes time and memory; 8-bit L, LA, RGB, RGBA, CMYK."""
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """The loaded picture as L, LA, RGB, RGBA or CMYK of 8 bits."""
     if image.mode.startswith("I"):
-        image = _from_16_bit(image)
-    elif image.has_transparency_data and image.mode not in ("LA", "RGBA"):
-        image = image.convert("RGBA")
-    elif image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    return image if image.size == size else image.resize(size, Image.Resampling.HAMMING, reducing_gap=2.0)
+        return _from_16_bit(image)
+    if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
+        return image.convert("RGBA")
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        return image.convert("L" if image.mode == "1" else "RGB")
+    return image
+
+
+def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An 8-bit picture at a smaller size.
+
+    Up to four times as small, Gaussian blur and bicubic interpolation: as near to an ideal low-pass filter as Pillow's
+    Hamming and OpenCV's area filter, in half their time (`python -m benchmarks.resize`). OpenCV sees decoded pixels only.
+    """
+    if image.size == size:
+        return image
+    scale = image.width / size[0]
+    if scale >= 4 or image.mode in ("LA", "RGBA"):  # Pillow weighs colours by their alpha
+        return image.resize(size, Image.Resampling.HAMMING, reducing_gap=2.0)
+    pixels = np.asarray(image)
+    sigma = 0.36 * math.sqrt(max(scale**2 - 1, 0.0))
+    if sigma > 0.1:
+        side = 2 * max(1, round(2 * sigma)) + 1
+        pixels = cv2.GaussianBlur(pixels, (side, side), sigma)
+    return Image.fromarray(cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC), image.mode)
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

@@ -8,11 +8,12 @@ import torch
 
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.tracking import PREVIEW_KEYS
 from tasks.train import Training, run_training
 from unclip import objectives
 from unclip.autoregressive_prior import AutoregressivePriorConfig
 from unclip.clip import Clip
-from unclip.data import Batch, RowReader, Source
+from unclip.data import RowReader
 from unclip.decoder import DecoderConfig
 from unclip.embeddings import EmbeddingQuantizer
 from unclip.prior import PriorConfig
@@ -94,6 +95,7 @@ def decoder(context: StageContext, config: DecoderStageConfig, dataset: Artifact
     snapshot, model = Snapshot.of(dataset.facts), config.model
     columns = objectives.DecoderObjective.columns(model)
     sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", *columns))
+    shown = _shown_rows(context, snapshot)
     return _train(
         context,
         dataset,
@@ -101,7 +103,7 @@ def decoder(context: StageContext, config: DecoderStageConfig, dataset: Artifact
             build=lambda _: objectives.DecoderObjective(
                 model,
                 snapshot.load_statistics(),
-                _preview_rows(sources, snapshot),
+                RowReader(sources, shown).read(shown),
                 None if model.text == "none" else Clip.load(clip.facts["model"], clip.facts["pretrained"]),
             ),
             sources=sources,
@@ -116,11 +118,12 @@ def upsampler(context: StageContext, config: UpsamplerStageConfig, dataset: Arti
     """Train the upsampler: small pictures to large ones."""
     snapshot, model = Snapshot.of(dataset.facts), config.model
     sources = (snapshot.source("images", "jpg"),)
+    shown = _shown_rows(context, snapshot)
     return _train(
         context,
         dataset,
         Training(
-            build=lambda _: objectives.UpsamplerObjective(model, _preview_rows(sources, snapshot)),
+            build=lambda _: objectives.UpsamplerObjective(model, RowReader(sources, shown).read(shown)),
             sources=sources,
             keys=lambda: snapshot.keys("train"),
             config=config.trainer,
@@ -137,7 +140,11 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})
 
 
-def _preview_rows(sources: tuple[Source, ...], snapshot: Snapshot) -> Batch:
-    """A few rows to watch a training on: held-out ones, where there are any."""
+def _shown_rows(context: StageContext, snapshot: Snapshot) -> list[str]:
+    """Keys of a few rows to watch a training on, held-out ones where there are any.
+
+    MLflow hears of them before it gets pictures, so that what shows a row that is taken down can be found.
+    """
     keys = (snapshot.keys("holdout") or snapshot.keys("train"))[:NUM_PREVIEWS]
-    return RowReader(sources, keys).read(keys)
+    context.tracker.json(keys, PREVIEW_KEYS)
+    return keys

@@ -1,18 +1,21 @@
 """Where a row came from and what became of it, and how two dataset versions differ."""
 
+import bisect
 import collections
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
+from tasks.report import DUPLICATES, clusters_of
+from tasks.snapshots import Snapshot
 from tasks.store import Store
 from unclip import files
-from unclip.config import nearest
 from unclip.errors import InputError
 
 
@@ -96,63 +99,138 @@ def _fates(version: Version) -> dict[str, str]:
 
 
 def show(store: Store, key: str) -> dict[str, Any]:
-    """All that is known of a row.
+    """All that is known of a row: its fate in words, where it was listed, its picture, and the versions and runs with it.
 
     Args:
         key: or its beginning, at least 6 digits.
 
+    Returns:
+        Name -> text, or a mapping of details; what is not known is left out.
+
     Raises:
-        InputError: no row, or several, have this key.
+        InputError: no row, or several, have this key; names the nearest one, or them.
     """
     lists = [store.uri("artifacts", "ingest", name, "pairs.parquet") for name in store.list("artifacts", "ingest")]
-    listed = {uri: _rows_of(uri, key) for uri in lists if files.exists(uri)}
-    images = {
-        uri: _rows_of_table(uri, key)
-        for uri in (store.uri("images", name) for name in store.list("images"))
-        if tables.version(uri) is not None
-    }
-    keys = {row["key"] for found in (*listed.values(), *images.values()) for row in found}
-    if len(keys) != 1 or len(key) < 6:
-        close = nearest(key, keys) if len(keys) > 1 else "Take a key from a table, or of `unclip data diff --keys`."
-        raise InputError(f"{key}: {len(keys)} rows have a key that begins like this. {close}")
-    [key] = keys
-    facts: dict[str, Any] = {"key": key}
-    for uri, found in listed.items():
-        for row in found:
-            if row["url"]:
-                facts |= {"url": row["url"], "caption": row["caption"]}
-            place = f"list {uri.split('/')[-2][:8]} row {row['position']}"
-            facts[place] = row["reason"] or row["status"]
-    for uri, found in images.items():
-        for row in found:
-            facts[f"images {uri.rpartition('/')[2]}"] = {
-                name: value
-                for name, value in row.items()
-                if name not in ("key", "url", "caption") and value is not None
-            }
-    facts["datasets"] = {}
+    lists = [uri for uri in lists if files.exists(uri)]
+    pictures = [store.uri("images", name) for name in store.list("images")]
+    pictures = [uri for uri in pictures if tables.version(uri) is not None]
+    key = _whole_key(store, key.strip().lower(), lists, pictures)
+
+    listed: dict[str, str] = {}
+    known: dict[str, Any] = {}
+    for uri in lists:
+        for row in _rows_of(tables.read_file(uri), key):
+            known |= {name: row[name] for name in ("url", "caption") if row[name]}
+            listed[f"{uri.split('/')[-2][:8]} row {row['position']}"] = row["reason"] or row["status"]
+    images: dict[str, str] = {}
+    outcome = ""
+    for uri in pictures:
+        columns = [name for name in tables.columns(uri) if name != "jpg"]
+        for row in _rows_of(tables.read(uri, columns=columns), key):
+            known |= {name: row[name] for name in ("url", "caption") if row[name]}
+            facts = {name: value for name, value in row.items() if value not in (None, "")}
+            said = (f"{name} {value}" for name, value in facts.items() if name not in ("key", "url", "caption"))
+            images[uri.rpartition("/")[2]] = ", ".join(said)
+            outcome = row["reason"] or outcome
+    datasets, held, fate, twin = {}, {}, "", {}
     for version in versions(store):
-        fates = {
-            row["reason"] or f"{row['status']} ({row['split']})" for row in _rows_of(version.facts["selection"], key)
-        }
-        scores = _rows_of(version.facts["scores"], key) if fates else []
-        facts["datasets"][f"{version.number} {version.digest[:8]}"] = ", ".join(
-            [*sorted(fates), *(f"{name} {value:.3f}" for row in scores for name, value in row.items() if name != "key")]
-        )
-    if store.exists("tombstones.parquet"):
-        stones = tables.read_file(store.uri("tombstones.parquet")).to_pylist()
-        facts["taken down because of"] = sorted({stone["request"] for stone in stones if stone["value"] == key})
-    return {name: value for name, value in facts.items() if value not in ({}, [])}
+        found = _rows_of(tables.read_file(version.facts["selection"]), key)
+        if found:
+            row = next((row for row in found if row["status"] == rows.KEPT), found[0])
+            said = f"kept ({row['split']})" if row["status"] == rows.KEPT else f"{row['status']}: {row['reason']}"
+            scores = _rows_of(tables.read_file(version.facts["scores"]), key)
+            measured = [f"{name} {value:.3f}" for row in scores for name, value in row.items() if name != "key"]
+            datasets[f"{version.number} {version.digest[:8]}"] = ", ".join([said, *measured])
+            fate = f"{said} in dataset version {version.number}"
+            if row["status"] == rows.KEPT:
+                held[version.digest] = (version.number, row["split"])
+            else:
+                fate += f": {rows.meaning(row['reason'])}"
+            twin = _twin(version, key, row["reason"])
+    if not fate:
+        reason = next((reason for reason in (outcome, *listed.values()) if rows.is_reason(reason or "")), "")
+        fate = "in no dataset version" + (f": {reason}, {rows.meaning(reason)}" if reason else " yet")
+    requests = sorted({stone["request"] for stone in _tombstones(store) if stone["value"] == key})
+    if requests:
+        fate = f"taken down because of {', '.join(requests)}; before: {fate}"
+    sections = {"lists": listed, "images": images, "same picture as": twin, "dataset versions": datasets}
+    sections |= {"runs that had it": _runs_with(store, held)}
+    return {"key": key, "fate": fate, **known, **{name: section for name, section in sections.items() if section}}
 
 
-def _rows_of(uri: str, key: str) -> list[dict[str, Any]]:
-    table = tables.read_file(uri)
-    found: list[dict[str, Any]] = table.filter(pc.starts_with(table["key"], key)).to_pylist()
+def _whole_key(store: Store, beginning: str, lists: Sequence[str], pictures: Sequence[str]) -> str:
+    """The one key that begins like this, of all rows that are listed or stored or were taken down."""
+    if len(beginning) < 6:
+        raise InputError(f"{beginning}: got {len(beginning)} digits of a key, expected at least 6.")
+    known = {stone["value"] for stone in _tombstones(store) if stone["kind"] == "key"}
+    for column in (
+        *(tables.read_file(uri, ["key"])["key"] for uri in lists),
+        *(tables.read(uri, columns=["key"])["key"] for uri in pictures),
+    ):
+        known |= set(column.to_pylist())
+    keys = sorted(known)
+    place = bisect.bisect_left(keys, beginning)
+    found = list(itertools.takewhile(lambda key: key.startswith(beginning), itertools.islice(keys, place, None)))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        raise InputError(f"{beginning}: {len(found)} rows have a key that begins like this: {some}. Give more digits.")
+    # Of sorted keys, one of the two neighbours shares the longest beginning.
+    shared = {key: _num_shared(key, beginning) for key in keys[max(0, place - 1) : place + 1]}
+    nearest = max(shared, key=lambda key: shared[key], default="")
+    hint = f"Did you mean {nearest}?" if shared.get(nearest, 0) >= 4 else "`unclip data diff --keys` prints keys."
+    where = f"none of the {len(keys):,} rows in {store.root}" if keys else f"{store.root} has no rows, so none"
+    raise InputError(f"{beginning}: {where} has a key that begins like this. {hint}")
+
+
+def _num_shared(key: str, other: str) -> int:
+    """How many digits both begin with."""
+    pairs = zip(key, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _twin(version: Version, key: str, reason: str | None) -> dict[str, str]:
+    """The kept row that a duplicate was dropped for, and how alike they are; nothing for others."""
+    if reason not in DUPLICATES:
+        return {}
+    fates = _fates(version)
+    kept = [other for other, fate in fates.items() if fate == rows.KEPT]
+    facts = {field.name: version.facts[field.name] for field in dataclasses.fields(Snapshot)}
+    newest = Snapshot(**{**facts, "embeddings_version": tables.version(facts["embeddings"])})
+    images = tables.read(facts["images"], columns=["key", "sha256", "phash"])
+    found = clusters_of({key: reason}, kept, images, newest, 1)
+    return {winner: note for (winner, _), (_, note) in found}
+
+
+def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    """Runs of the pipeline that read one of these dataset versions, and what they trained.
+
+    Args:
+        held: digest -> number of the version and the row's split in it.
+    """
+    found = {}
+    for run_id in store.list("runs"):
+        if not store.exists("runs", run_id, "curate.json"):
+            continue
+        path = ("stages", "curate", f"{store.read_json('runs', run_id, 'curate.json').get('fingerprint')}.json")
+        digest = store.read_json(*path)["digest"] if store.exists(*path) else None
+        if digest in held:
+            record = store.read_json("runs", run_id, "run.json")
+            models = [
+                name for name in ("prior", "decoder", "upsampler") if store.exists("runs", run_id, f"{name}.json")
+            ]
+            trained = f"models {', '.join(models)}" if models else "no model"
+            number, split = held[digest]
+            found[run_id] = f"{record['pipeline']}, {record['state']}, version {number} ({split}), {trained}"
     return found
 
 
-def _rows_of_table(uri: str, key: str) -> list[dict[str, Any]]:
-    columns = [name for name in tables.columns(uri) if name != "jpg"]
-    table: pa.Table = tables.read(uri, columns=columns)
-    found: list[dict[str, Any]] = table.filter(pc.starts_with(table["key"], key)).to_pylist()
+def _tombstones(store: Store) -> list[dict[str, str]]:
+    exists = store.exists("tombstones.parquet")
+    return tables.read_file(store.uri("tombstones.parquet")).to_pylist() if exists else []  # type: ignore[no-any-return]
+
+
+def _rows_of(table: pa.Table, key: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = table.filter(pc.equal(table["key"], key)).to_pylist()
     return found

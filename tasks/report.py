@@ -91,7 +91,7 @@ def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: 
     measures = _measures(captions, images, snapshot, {limit.measure: limit for limit in config.limits})
 
     edges = [edge for measure in measures for edge in _edges(measure, fates, config.num_at_edges)]
-    clusters = _clusters(fates, kept, images, snapshot, config.num_clusters)
+    clusters = clusters_of(fates, kept, images, snapshot, config.num_clusters)
     shown = set(kept[: config.num_pictures])
     shown |= {key for _, *sides in edges for side in sides for key, _ in side}
     shown |= {key for cluster in clusters for key, _ in cluster}
@@ -202,10 +202,18 @@ def _edges(measure: Measure, fates: Mapping[str, str], count: int) -> list[tuple
     return found  # type: ignore[return-value]
 
 
-def _clusters(
+def clusters_of(
     fates: Mapping[str, str], kept: Sequence[str], images: pa.Table, snapshot: Snapshot, count: int
 ) -> list[Noted]:
-    """Kept rows with the duplicates that were dropped for them."""
+    """Kept rows with the duplicates that were dropped for them.
+
+    Args:
+        fates: key -> kept, or its reason.
+        kept: keys, of which some may have been taken down since.
+        images: key, sha256, phash.
+        snapshot: says which embeddings count.
+        count: duplicates of each reason that are looked for.
+    """
     facts = {row["key"]: row for row in images.to_pylist()}
     by_reason: dict[str, list[str]] = defaultdict(list)
     for key, fate in fates.items():
@@ -232,11 +240,12 @@ def _clusters(
         embedded = tables.read(snapshot.embeddings, snapshot.embeddings_version, ["key", "image_embedding"])
         place = {key: index for index, key in enumerate(embedded["key"].to_pylist())}
         embeddings = vectors(embedded["image_embedding"])
-        candidates = embeddings[[place[key] for key in kept]]
-        for key in semantic:
-            cosines = candidates @ embeddings[place[key]]
+        candidates = [key for key in kept if key in place]
+        candidate_embeddings = embeddings[[place[key] for key in candidates]]
+        for key in semantic if candidates else ():
+            cosines = candidate_embeddings @ embeddings[place[key]]
             nearest = int(cosines.argmax())
-            add(kept[nearest], key, f"cosine {cosines[nearest]:.3f}")
+            add(candidates[nearest], key, f"cosine {cosines[nearest]:.3f}")
     return list(clusters.values())
 
 

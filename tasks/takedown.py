@@ -7,10 +7,8 @@ MLflow which runs and registered models have seen those.
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +19,7 @@ from tasks.normalise import normalise_url
 from tasks.report import redact
 from tasks.store import Store
 from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, load_tombstones, refuse
-from tasks.tracking import client
+from tasks.traces import Traces, remove
 from unclip import files
 from unclip.errors import InputError
 
@@ -83,10 +81,8 @@ class Ledger:
     """Table -> rows that are gone."""
     datasets: tuple[str, ...]
     """Digests of the dataset versions that had such a row among what is trained on."""
-    runs: tuple[Mapping[str, str], ...]
-    """MLflow runs that read those: id, name, experiment."""
-    models: tuple[Mapping[str, str], ...]
-    """Registered models that came out of them: name, version."""
+    traces: Traces
+    """Runs and registered models that have read those, and previews that showed the rows."""
 
 
 def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = None) -> dict[Tombstone, set[str]]:
@@ -116,8 +112,8 @@ def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = N
     return found
 
 
-def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uri: str) -> Ledger:
-    """Carry out a takedown; doing it again finishes what was interrupted.
+def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uris: Sequence[str]) -> Ledger:
+    """Carry out a takedown; doing it again finishes what was interrupted, or what an MLflow that was down kept from it.
 
     The caller holds the storage's lock, so that no run reads what is deleted.
     """
@@ -125,15 +121,16 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     by_request = _remember(store, requested, found)
     keys = sorted(set().union(*by_request.values()))
     deleted = {}
-    everything = pa.array(sorted(load_tombstones(store).keys), pa.string())
+    tombstones = load_tombstones(store)
+    everything = pa.array(sorted(tombstones.keys), pa.string())
     for uri in (*image_tables(store), *_tables(store, "embeddings")):
         deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(uri, everything)
-    _blank_lists(store, load_tombstones(store))
-    _redact_reports(store, load_tombstones(store).keys, tracking_uri)
+    _blank_lists(store, tombstones)
+    _redact_reports(store, tombstones.keys)
     datasets = _datasets_with(store, set(keys))
-    runs, models = _readers_of(tracking_uri, datasets)
+    traces = remove(store, tracking_uris, tombstones.keys, datasets)
     requests = tuple(str(tombstone) for tombstone in requested)
-    return Ledger(requests, tuple(keys), deleted, tuple(datasets), tuple(runs), tuple(models))
+    return Ledger(requests, tuple(keys), deleted, tuple(datasets), traces)
 
 
 def image_tables(store: Store) -> list[str]:
@@ -196,8 +193,8 @@ def _blank_lists(store: Store, tombstones: Tombstones) -> None:
                 tables.write_file(uri, blanked)
 
 
-def _redact_reports(store: Store, keys: frozenset[str], tracking_uri: str) -> None:
-    """Pictures and captions of the rows leave the reports, and MLflow's copies of those."""
+def _redact_reports(store: Store, keys: frozenset[str]) -> None:
+    """Pictures and captions of the rows leave the pages in the storage; traces.remove sees to MLflow's copies."""
     folders = [("artifacts", "report", name) for name in store.list("artifacts", "report")]
     folders += [("results", name) for name in store.list("results")]
     for folder in folders:
@@ -205,16 +202,6 @@ def _redact_reports(store: Store, keys: frozenset[str], tracking_uri: str) -> No
             page = files.read(store.uri(*folder, "report.html")).decode()
             if redact(page, keys) != page:
                 files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
-    mlflow = client(tracking_uri)
-    experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
-    for run in _pages(mlflow.search_runs, experiments, "tags.`unclip.stage` = 'report'"):
-        if any(artifact.path == "report.html" for artifact in mlflow.list_artifacts(run.info.run_id)):
-            with tempfile.TemporaryDirectory() as scratch:
-                path = Path(mlflow.download_artifacts(run.info.run_id, "report.html", scratch))
-                page = path.read_text()
-                if redact(page, keys) != page:
-                    path.write_text(redact(page, keys))
-                    mlflow.log_artifact(run.info.run_id, str(path))
 
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:
@@ -228,31 +215,3 @@ def _datasets_with(store: Store, keys: set[str]) -> list[str]:
             if pc.any(pc.is_in(kept["key"], value_set=wanted)).as_py():
                 digests.append(record["digest"])
     return sorted(set(digests))
-
-
-def _readers_of(tracking_uri: str, datasets: Sequence[str]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """MLflow runs whose dataset input is one of these, and the model versions that those runs registered; both are tagged."""
-    mlflow = client(tracking_uri)
-    experiments = {experiment.experiment_id: experiment.name for experiment in mlflow.search_experiments()}
-    runs, models = [], []
-    for digest in datasets:
-        for run in _pages(mlflow.search_runs, list(experiments), f"dataset.digest = '{digest[:36]}'"):
-            name = run.info.run_name or run.info.run_id
-            runs.append({"id": run.info.run_id, "name": name, "experiment": experiments[run.info.experiment_id]})
-            mlflow.set_tag(run.info.run_id, "unclip.takedown", "has seen rows that were taken down")
-            for version in mlflow.search_model_versions(f"run_id = '{run.info.run_id}'"):
-                models.append({"name": version.name, "version": str(version.version)})
-                mlflow.set_model_version_tag(
-                    version.name, str(version.version), "unclip.takedown", "has seen such rows"
-                )
-    return runs, models
-
-
-def _pages(search: Any, *arguments: Any) -> Iterable[Any]:
-    token = None
-    while True:
-        page = search(*arguments, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return

@@ -4,11 +4,15 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from unclip.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +21,13 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+PREVIEWS = "previews"
+"""Folder of a training run's artifacts with what its model drew meanwhile, beside the rows that it drew it of."""
+PREVIEW_KEYS = "previews/keys.json"
+"""The keys of those rows, so that a takedown finds the previews that show one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +145,45 @@ def client(tracking_uri: str) -> Any:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     return MlflowClient(tracking_uri, registry_uri=tracking_uri)
+
+
+def answering_client(tracking_uri: str, seconds: float = 15.0) -> Any:
+    """A client of an MLflow that answered just now; a database that is not there is not made.
+
+    Raises:
+        StorageError: there is no such database or folder, or no answer within so many seconds.
+        MlflowException: it answers, but refuses.
+    """
+    import mlflow  # takes seconds, which are not the server's
+
+    is_local = tracking_uri.startswith(("sqlite:///", "file:", "/", "."))
+    path = re.sub(r"^(sqlite:///|file:(//)?)", "", tracking_uri)
+    if is_local and not Path(path).exists():
+        raise StorageError(f"{path} does not exist")
+    answers: list[mlflow.MlflowClient | Exception] = []
+
+    def ask() -> None:
+        try:
+            asked = client(tracking_uri)
+            asked.search_experiments(max_results=1)
+            answers.append(asked)
+        except Exception as error:
+            answers.append(error)
+
+    # Names are looked up, databases connected to and requests repeated within limits of their own, some of them minutes.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(None if is_local else seconds)
+    if not answers:
+        raise StorageError(f"no answer within {seconds:g} s")
+    if isinstance(answers[0], Exception):
+        raise answers[0]
+    return answers[0]
+
+
+def without_password(tracking_uri: str) -> str:
+    """The URI as it may be shown and kept."""
+    return re.sub(r"//([^/:@]*):[^/]*@", r"//\1@", tracking_uri)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

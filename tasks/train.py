@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks.progress import Progress
 from tasks.stage import StageContext
-from tasks.tracking import Tracker
+from tasks.tracking import PREVIEWS, Tracker
 from unclip import checkpoints, files
 from unclip.data import Source
 from unclip.errors import StageError, UnclipError
@@ -128,4 +128,4 @@ class _MlflowMonitor(Monitor):
     def preview(self, images: Any, samples_seen: int) -> None:
         from unclip import pictures
 
-        self.tracker.bytes(pictures.png(pictures.grid(images, columns=8)), f"previews/{samples_seen:012d}.png")
+        self.tracker.bytes(pictures.png(pictures.grid(images, columns=8)), f"{PREVIEWS}/{samples_seen:012d}.png")

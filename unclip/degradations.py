@@ -85,15 +85,15 @@ def degrade(images: Tensor, side: int, config: DegradationConfig, generator: tor
     Returns:
         [B, 3, side, side] in [-1, 1].
     """
-    if config.kind == "bsr":
-        with torch.autocast(images.device.type, enabled=False):  # levels of a JPEG are finer than bf16
+    with torch.autocast(images.device.type, enabled=False):  # bf16 is coarser than the levels of a picture
+        if config.kind == "bsr":
             return bsr(images, side, config.bsr, generator)
-    small = shrink(images, side)
-    if config.kind == "none":
-        return small
-    draws = torch.rand(2, len(images), generator=generator, device=images.device)
-    sigma = config.min_blur_sigma + draws[1] * (config.max_blur_sigma - config.min_blur_sigma)  # [B]
-    return gaussian_blur(small, torch.where(draws[0] < config.blur_prob, sigma, 0.0))
+        small = shrink(images, side)
+        if config.kind == "none":
+            return small
+        draws = torch.rand(2, len(images), generator=generator, device=images.device)
+        sigma = config.min_blur_sigma + draws[1] * (config.max_blur_sigma - config.min_blur_sigma)  # [B]
+        return gaussian_blur(small, torch.where(draws[0] < config.blur_prob, sigma, 0.0))
 
 
 def degrade_picture(picture: np.ndarray, side: int, config: DegradationConfig, seed: int) -> np.ndarray:

@@ -4,6 +4,7 @@ All take x_T [B, ...] (standard normal, owned by the caller) and return x_0 [B, 
 All walk down the same timesteps and end at the clean sample exactly. Letters: B batch, T number of timesteps.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -11,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from unclip.config import require
 from unclip.diffusion import Denoised, Denoiser, GaussianDiffusion, in_full, learned_fraction
 from unclip.errors import ShapeError
 from unclip.schedules import strided_timesteps
@@ -21,6 +23,9 @@ Steps = int | Sequence[int]
 OnStep = Callable[[Tensor, int], Tensor]
 """Called after every step with the sample [B, ...] and the timestep it is at now, -1 when it is clean; the sampler goes on
 with what it returns. Film strips keep what they see and return it; inpainting returns it with the known pixels put back."""
+
+LARGEST_SIGMA = 80.0
+"""Noise relative to the signal from which on Heun's steps are worth their second call."""
 
 
 LARGEST_SIGMA = 80.0
@@ -357,12 +362,22 @@ class Step(NamedTuple):
 
 
 def _steps(diffusion: GaussianDiffusion, num_steps: Steps) -> Iterator[Step]:
-    """The steps from the noisiest timestep to the clean sample."""
-    is_count = isinstance(num_steps, int)
-    timesteps = strided_timesteps(diffusion.num_timesteps, num_steps) if is_count else [*num_steps]  # type: ignore[arg-type, misc]
-    values = [float(diffusion.alphas_cumprod[t]) for t in timesteps] + [1.0]
-    for index, (t, t_next) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
-        yield Step(t, values[index], t_next, values[index + 1])
+    """The steps from the noisiest timestep to the clean sample.
+
+    Raises:
+        ConfigError: given timesteps do not fall, or are none of the process.
+    """
+    if isinstance(num_steps, int):
+        num_steps = strided_timesteps(diffusion.num_timesteps, num_steps)
+    timesteps = [*num_steps, -1]
+    falling = all(t > t_next for t, t_next in itertools.pairwise([diffusion.num_timesteps, *timesteps]))
+    require(
+        falling and len(num_steps) > 0, "num_steps", num_steps, f"timesteps below {diffusion.num_timesteps} that fall"
+    )
+    alpha_bars = [float(diffusion.alphas_cumprod[t]) for t in num_steps] + [1.0]
+    pairs = list(zip(timesteps, alpha_bars, strict=True))
+    for (t, alpha_bar), (t_next, alpha_bar_next) in itertools.pairwise(pairs):
+        yield Step(t, alpha_bar, t_next, alpha_bar_next)
 
 
 def _ancestral(

@@ -11,6 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.run import tracking_uris_of
+from tasks import tables
+from tasks.store import Store
+from tasks.tracking import without_password
 from tests.pipelines.commands import call as unclip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +35,7 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_missing_list(tmp_path: Path) -> None:
+def test_f25_a_missing_list(tmp_path: Path) -> None:
     result = unclip(
         "run", "text_to_image", "--set", f"ingest.urls={tmp_path}/none.parquet", "--storage", tmp_path / "s"
     )
@@ -50,7 +54,7 @@ def test_no_list_at_all(tmp_path: Path) -> None:
     assert_refused(unclip("run", "text_to_image", "--storage", tmp_path / "s"), "--set ingest.urls=")
 
 
-def test_a_table_without_a_url_column(tmp_path: Path) -> None:
+def test_f25_a_table_without_a_url_column(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({"URL": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), path)
     result = unclip("run", "text_to_image", "--set", f"ingest.urls={path}", "--storage", tmp_path / "s")
@@ -84,7 +88,7 @@ def test_a_run_file_that_is_not_there_or_is_not_toml(tmp_path: Path) -> None:
     assert_refused(unclip("run", "demo", "--config", tmp_path / "run.toml"), "run.toml", "TOML")
 
 
-def test_an_unwritable_folder(pairs: Path, tmp_path: Path) -> None:
+def test_f31_an_unwritable_folder(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")  # also stops root, whom no permission stops
     result = unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", tmp_path / "file" / "s")
     assert_refused(result, "file/s", "--storage")
@@ -102,7 +106,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         assert_refused(unclip("ui", "--storage", tmp_path, "--port", port), str(port), "in use", f"--port {port + 1}")
 
 
-def test_another_run_at_work(tmp_path: Path) -> None:
+def test_f32_another_run_at_work(tmp_path: Path) -> None:
     import fcntl
 
     with open(tmp_path / ".lock", "w") as lock:
@@ -157,7 +161,7 @@ def test_plan_prints_the_configuration_and_every_stage_and_starts_nothing(pairs:
     assert (tmp_path / "dag.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["run", "refresh", "plan", "status", "sample", "ui"])
+@pytest.mark.parametrize("command", ["run", "refresh", "plan", "status", "sample", "takedown", "ui"])
 def test_help(command: str) -> None:
     result = unclip(command, "--help")
     assert result.returncode == 0 and "Usage:" in result.stdout and "--storage" in result.stdout
@@ -167,3 +171,49 @@ def test_an_object_store_needs_a_server_for_mlflow(pairs: Path, monkeypatch: pyt
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     result = unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", "gs://bucket/prefix")
     assert_refused(result, "gs://bucket/prefix is no local folder", "MLFLOW_TRACKING_URI")
+
+
+def test_every_mlflow_of_the_environment_the_storage_and_its_runs_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uris_of(store) == []
+    for number, record in enumerate(
+        (
+            {"mlflow_run": "a", "tracking_uri": None, "config": {"tracking_uri": None}},
+            {"mlflow_run": "b", "tracking_uri": "http://me@a.example", "config": {}},
+            {"mlflow_run": "c", "config": {"tracking_uri": "http://b.example/"}},
+            {"mlflow_run": "d", "config": {"tracking_uri": "http://b.example"}},
+        )
+    ):
+        store.write_json(record, "runs", f"{number}", "run.json")
+    assert tracking_uris_of(store) == [f"sqlite:///{tmp_path}/mlflow.db", "http://me@a.example", "http://b.example/"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@a.example")
+    uris = tracking_uris_of(store)
+    assert uris == ["http://me:secret@a.example", f"sqlite:///{tmp_path}/mlflow.db", "http://b.example/"]
+    assert (
+        without_password(uris[0]) == "http://me@a.example" and [without_password(uri) for uri in uris[1:]] == uris[1:]
+    )
+
+
+def test_a_takedown_that_could_not_ask_everyone_says_so_and_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert_refused(unclip("takedown", "--storage", tmp_path), "got nothing to take down")
+    assert_refused(unclip("takedown", "--key", "0" * 32, "--storage", tmp_path), "no pictures are stored here")
+    images = pa.table({"key": ["0" * 32, "1" * 32]}).cast(pa.schema({"key": pa.string()}))
+    for name in ("url", "sha256", "phash", "jpg"):
+        images = images.append_column(name, pa.array([None, None], pa.string()))
+    uri = f"{tmp_path}/images/recipe"
+    tables.append_files(uri, [tables.write_part(uri, "a", images)], images.schema)
+    result = unclip("takedown", "--key", "0" * 32, "--storage", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "") and "1 rows taken down" in result.stdout
+    missing = f"sqlite:///{tmp_path}/elsewhere.db"
+    record = {"mlflow_run": "a", "tracking_uri": missing, "config": {}}
+    Store(str(tmp_path)).write_json(record, "runs", "1", "run.json")
+    result = unclip("takedown", "--key", "1" * 32, "--storage", tmp_path)
+    assert result.returncode == 1 and "1 rows taken down" in result.stdout
+    assert f"MLflow at {missing} was not asked to the end: {tmp_path}/elsewhere.db does not exist" in result.stderr
+    assert tables.read(uri).num_rows == 0

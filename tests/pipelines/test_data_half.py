@@ -1,7 +1,10 @@
 """The stages that make a dataset, whole: grown, with rows taken down, in an object store, killed at their commit points."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,13 +16,17 @@ import pyarrow.compute as pc
 import pytest
 
 from pipelines.lock import lock
+from pipelines.scene_server import ScenesConfig, SceneServer, serve, write_url_list
 from tasks import tables
 from tasks.store import Store
 from tests.pipelines.commands import call
 from unclip import clip, files
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ["--set", "scenes.num_images=100", "--set", "scenes.port=8769"]
+SCENES = ScenesConfig(num_images=300, broken=1 / 30, side=64, port=8769)
+
+Arguments = tuple[object, ...]
+"""Of a command, but for its storage."""
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -45,35 +52,60 @@ ALL = [
 ]
 
 
+LOST = [
+    ("CoreWorkerService", "PushTask"),
+    ("NodeManagerService", "RequestWorkerLease"),
+    ("NodeManagerService", "ReturnWorkerLease"),
+]
+"""Messages of Ray that may be lost."""
+
+
 def unclip(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def refresh(storage: object, frozen_clip: str, *options: object, **environment: str) -> str:
-    result = unclip(
-        "refresh", "tiny", "--storage", storage, "--set", f"clip.model={frozen_clip}", *OPTIONS, *options, **environment
-    )
+def refresh(storage: object, arguments: Arguments, *options: object, **environment: str) -> str:
+    result = unclip(*arguments, "--storage", storage, *options, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 @pytest.fixture(scope="module")
-def frozen_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny CLIP whose weights nobody trained."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    clip.save(clip.create("unclip-demo", None), "unclip-demo", folder)
-    return f"local-dir:{folder}"
+def server() -> Iterator[SceneServer]:
+    """Serves the pictures to all runs of this module, and counts what is asked for."""
+    with serve(SCENES) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, frozen_clip: str) -> Iterator[Path]:
+def arguments(server: SceneServer, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
+    """Of a refresh over 300 pictures and 10 rows that fail, with a tiny CLIP whose weights nobody trained."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("given")
+    torch.manual_seed(0)
+    clip.save(clip.create("unclip-demo", None), "unclip-demo", folder / "clip")
+    write_url_list(SCENES, str(folder / "pairs.parquet"))
+    settings = {"clip.model": f"local-dir:{folder}/clip", "ingest.urls": folder / "pairs.parquet", "scenes": "none"}
+    settings |= {"download.allow_hosts": f'["{SCENES.address}"]', "download.shard_size": 150, "embed.shard_size": 120}
+    assignments = (("--set", f"{name}={value}") for name, value in settings.items())
+    return ("refresh", "tiny", *(argument for assignment in assignments for argument in assignment))
+
+
+@pytest.fixture(scope="module")
+def grown(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
+    """The same with three pictures more on the list: less than one row in a hundred is new."""
+    path = tmp_path_factory.mktemp("grown") / "pairs.parquet"
+    write_url_list(dataclasses.replace(SCENES, num_images=303), str(path))
+    return (*arguments, "--set", f"ingest.urls={path}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, arguments: Arguments) -> Path:
     storage = tmp_path_factory.mktemp("undisturbed") / "storage"
-    refresh(storage, frozen_clip)
-    yield storage
+    refresh(storage, arguments)
+    return storage
 
 
 def content(storage: object) -> dict[str, Any]:
@@ -100,15 +132,14 @@ def content(storage: object) -> dict[str, Any]:
     return found
 
 
-def kill_at(points: list[str], storage: Path, frozen_clip: str, armed: Path) -> None:
+def kill_at(points: list[str], storage: Path, arguments: Arguments, armed: Path) -> None:
     """Refresh again and again, each time going down at some of the points, until nothing is armed any more."""
     armed.mkdir()
     for number, point in enumerate(points):
         (armed / f"{number:03d}").write_text(point)
-    arguments = ["refresh", "tiny", "--storage", storage, "--set", f"clip.model={frozen_clip}", *OPTIONS]
     for _ in range(len(points) + 1):
         before = set(armed.iterdir())
-        result = unclip(*arguments, UNCLIP_FAILPOINTS=str(armed))
+        result = unclip(*arguments, "--storage", storage, UNCLIP_FAILPOINTS=str(armed))
         if result.returncode == 0:
             break
         assert set(armed.iterdir()) < before, result.stdout + result.stderr
@@ -156,46 +187,146 @@ def s3() -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_tables(
-    undisturbed: Path, frozen_clip: str, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, arguments: Arguments, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = "s3://bucket/some/prefix"
-    refresh(storage, frozen_clip, "--set", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", **s3)
+    refresh(storage, arguments, "--set", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", **s3)
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
     assert content(storage) == content(undisturbed)
     assert not files.exists(f"{storage}/lease.json")
 
 
-def test_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
-    undisturbed: Path, frozen_clip: str, tmp_path: Path
+def test_f29_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
-    kill_at(FEW, tmp_path / "storage", frozen_clip, tmp_path / "armed")
+    kill_at(FEW, tmp_path / "storage", arguments, tmp_path / "armed")
     assert content(tmp_path / "storage") == content(undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_at_every_commit_point_it_ends_with_the_same_tables(
-    undisturbed: Path, frozen_clip: str, tmp_path: Path
+def test_f29_killed_at_every_commit_point_it_ends_with_the_same_tables(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
-    kill_at(ALL, tmp_path / "storage", frozen_clip, tmp_path / "armed")
+    kill_at(ALL, tmp_path / "storage", arguments, tmp_path / "armed")
     assert content(tmp_path / "storage") == content(undisturbed)
 
 
+def descendants(pid: int) -> dict[int, str]:
+    """Processes below a process, and their command lines."""
+    parents, found = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {each: found[each] for each in below - {pid} if each in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["raylet/raylet", "gcs/gcs_server"])
+def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_goes_on(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path, part: str
+) -> None:
+    """Without the GCS what runs goes on for a minute; then Ray ends the run."""
+    storage = tmp_path / "storage"
+    command = [*map(str, arguments), "--storage", str(storage)]
+    command += ["--set", "download.shard_size=15", "--set", "download.tasks_in_flight=1"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", *command],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        while not list(storage.glob("images/*/*.parquet")):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        [victim] = [pid for pid, line in descendants(process.pid).items() if line.partition(" ")[0].endswith(part)]
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(timeout=300) not in (0, None), log.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "killed" in call("status", "--storage", storage).stdout or "run the same command again" in log.read_text()
+    refresh(storage, arguments)
+    assert content(storage) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f39_when_there_is_no_memory_for_tasks_the_run_ends_and_the_next_one_goes_on(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    """Ray's monitor kills every task, since it may use next to nothing of the machine."""
+    storage = tmp_path / "storage"
+    nothing = {
+        "RAY_memory_usage_threshold": "0.001",
+        "RAY_memory_monitor_refresh_ms": "100",
+        "RAY_task_oom_retries": "1",
+    }
+    result = unclip(*arguments, "--storage", storage, **nothing)
+    assert result.returncode == 1 and "run the same command again" in result.stderr, result.stdout + result.stderr
+    refresh(storage, arguments)
+    assert content(storage) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f39_a_small_object_store_is_enough(undisturbed: Path, arguments: Arguments, tmp_path: Path) -> None:
+    """Pictures and embeddings go to the storage, not through Ray."""
+    refresh(tmp_path, arguments, RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES=str(80 << 20))
+    assert content(tmp_path) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f40_when_ray_loses_messages_the_tables_are_the_same(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    rare = {"num_failures": -1, "req_failure_prob": 10, "resp_failure_prob": 10, "in_flight_failure_prob": 5}
+    chaos = {f"{service}.grpc_client.{method}": rare for service, method in LOST}
+    refresh(tmp_path, arguments, RAY_testing_rpc_failure=json.dumps(chaos))
+    assert content(tmp_path) == content(undisturbed)
+
+
+def rows_by_file(table_uri: str) -> dict[str, int]:
+    return {uri: tables.read_file(uri, ["key"]).num_rows for uri in tables.files(table_uri)}
+
+
 # The last, since it changes the storage that the others compare with.
-def test_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(undisturbed: Path, frozen_clip: str) -> None:
-    before = facts_of(undisturbed, "download")
-    printed = refresh(undisturbed, frozen_clip, "--set", "scenes.num_images=101")
-    fetched, embedded = facts_of(undisturbed, "download")["fetched_now"], facts_of(undisturbed, "embed")["embedded_now"]
-    assert before["fetched_now"] >= 100 and (fetched, embedded) == (1, 1)  # one row in a hundred and more is new
-    assert "111 in = 101 kept" in printed
+def test_f34_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(
+    undisturbed: Path, grown: Arguments, server: SceneServer
+) -> None:
+    before = facts_of(undisturbed, "curate")["snapshot"]
+    files_before = {name: rows_by_file(before[name]) for name in ("images", "embeddings")}
+    num_listed, num_embedded = sum(files_before["images"].values()), sum(files_before["embeddings"].values())
+    assert num_listed >= 300 and num_embedded == 300
+
+    # What was asked of the server, and what is in files that were not there before: counted, not reported.
+    server.requests.clear()
+    printed = refresh(undisturbed, grown)
+    assert "313 in = 303 kept" in printed
+    pictures = [path for path in server.requests.elements() if "robots.txt" not in path]
+    new = {
+        name: sum(rows for uri, rows in rows_by_file(before[name]).items() if uri not in files_before[name])
+        for name in files_before
+    }
+    assert sorted(path.rpartition("/")[2] for path in pictures) == ["300.jpg", "301.jpg", "302.jpg"]
+    assert new == {"images": 3, "embeddings": 3} and 3 <= 0.03 * 300 and server.requests.total() <= 0.03 * num_listed
+    assert facts_of(undisturbed, "download")["fetched_now"] == 3 == facts_of(undisturbed, "embed")["embedded_now"]
+
     listed = call("data", "list", "--storage", undisturbed).stdout.splitlines()
-    assert len(listed) == 2 and "100 kept" in listed[0] and "101 kept" in listed[1]
+    assert len(listed) == 2 and "300 kept" in listed[0] and "303 kept" in listed[1]
     changed = call("data", "diff", "1", "--keys", "--storage", undisturbed).stdout
-    assert "1  absent -> kept" in changed
+    assert "3  absent -> kept" in changed
     key = changed.splitlines()[-1].strip()
     shown = call("data", "show", key, "--storage", undisturbed).stdout
-    assert "http://127.0.0.1:8769/" in shown and "clip_score" in shown
+    assert f"http://{SCENES.address}/" in shown and "clip_score" in shown
+    assert "runs that had it" in shown and "version 2" in shown and "no model" in shown
 
     snapshot = facts_of(undisturbed, "curate")["snapshot"]
     images = tables.read(snapshot["images"])
@@ -206,10 +337,11 @@ def test_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(undistur
     )
     parquet = [path.read_bytes() for path in undisturbed.rglob("*.parquet")]
     assert not any(jpg in data for data in parquet)
-    printed = refresh(undisturbed, frozen_clip, "--set", "scenes.num_images=101")
-    assert "111 in = 100 kept" in printed and "taken_down" in printed
-    assert facts_of(undisturbed, "download")["fetched_now"] == 0 == facts_of(undisturbed, "embed")["embedded_now"]
-    again = refresh(undisturbed, frozen_clip, "--set", "scenes.num_images=101")
-    assert "nothing was started" in again
+    server.requests.clear()
+    printed = refresh(undisturbed, grown)
+    assert "313 in = 302 kept" in printed and "taken_down" in printed
+    assert not server.requests and facts_of(undisturbed, "embed")["embedded_now"] == 0
+    again = call(*grown, "--storage", undisturbed)
+    assert again.returncode == 0 and "nothing was started" in again.stdout
     assert len(call("data", "list", "--storage", undisturbed).stdout.splitlines()) == 3
     assert key not in (undisturbed / "results" / "tiny" / "report.html").read_text()

@@ -21,7 +21,9 @@ from pipelines import dag as dags
 from pipelines.config import load
 from pipelines.run import compose, prepare
 from tasks import tables
+from tasks.snapshots import Snapshot
 from tasks.store import Store
+from tasks.tracking import PREVIEW_KEYS
 from tests.pipelines.commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +135,7 @@ def test_tables_hold_every_row_once_and_embeddings_belong_to_their_rows(finished
     assert ((again @ stored.T).argmax(axis=1) == range(len(some))).all()
 
 
-def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path) -> None:
+def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{finished}/mlflow.db")
@@ -151,6 +153,10 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path)
     [dataset] = decoder.inputs.dataset_inputs
     assert dataset.dataset.digest == records(finished)["curate"]["digest"][:36]
     assert {"model", "previews"} <= {item.path for item in client.list_artifacts(decoder.info.run_id)}
+    snapshot = Snapshot.of(records(finished)["curate"]["facts"])
+    for stage in ("decoder", "upsampler"):  # a takedown finds by these what shows a row
+        shown = Path(client.download_artifacts(children[stage].info.run_id, PREVIEW_KEYS, str(tmp_path)))
+        assert json.loads(shown.read_text()) == snapshot.keys("holdout")[:16] != []
     assert {"heldout.png", "confusion_heldout.png"} <= {
         item.path for item in client.list_artifacts(children["evaluate"].info.run_id)
     }
@@ -232,7 +238,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def test_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
+def test_f36_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
     finished: Path, tmp_path: Path, cluster: dict[str, str]
 ) -> None:
     """SIGKILL to the driver while it trains; the rest by `ray job submit`. tests/pipelines/test_data_half.py kills the rest."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from tasks import rows, tables
-from tasks.curate import CurateConfig, ProbeConfig, curate, out_of_bounds, pin_probes, semantic_duplicates
+from tasks.curate import CurateConfig, ProbeConfig, _reached, curate, out_of_bounds, pin_probes, semantic_duplicates
 from tasks.embed import SCHEMA
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Call, Failure, Run, execute
@@ -96,20 +96,73 @@ def test_semantic_duplicates_keep_the_smallest_key(tmp_path: Path, embedded: Art
     assert "k07" not in outcome(artifact)
 
 
-def test_semantic_duplicates_of_clusters_are_found_and_chains_do_not_grow() -> None:
+def one_by_one(embeddings: torch.Tensor, distance: float) -> set[int]:
+    """What semantic deduplication has to find: each row compared with all that are kept before it."""
+    similar, kept = (embeddings @ embeddings.T > 1 - distance).numpy(), list[int]()
+    for index in range(len(embeddings)):
+        if not similar[index, kept].any():
+            kept.append(index)
+    return set(range(len(embeddings))) - set(kept)
+
+
+def with_twins(num_originals: int, num_twins: int, cosine: float) -> torch.Tensor:
+    """Unit vectors [N, 64], the last ones each a twin of another at this cosine, in a random direction."""
     generator = torch.Generator().manual_seed(1)
-    originals = F.normalize(torch.randn(300, 32, generator=generator), dim=1)
-    copies = F.normalize(originals + 0.01 * torch.randn(300, 32, generator=generator), dim=1)
-    found = semantic_duplicates(torch.cat([originals, copies]), 0.05, 100)
-    assert found <= set(range(300, 600)) and len(found) >= 290  # a pair that k-means parts may remain
+    originals = F.normalize(torch.randn(num_originals, 64, generator=generator), dim=1)
+    copied = originals[:num_twins]
+    aside = torch.randn(num_twins, 64, generator=generator)
+    aside = F.normalize(aside - (aside * copied).sum(dim=1, keepdim=True) * copied, dim=1)
+    return torch.cat([originals, cosine * copied + (1 - cosine**2) ** 0.5 * aside])
+
+
+def test_twins_that_clusters_part_are_found_whatever_the_order() -> None:
+    embeddings = with_twins(2400, 600, 0.9)
+    clusters = _reached(embeddings.numpy(), 0.24**0.5, 50)
+    assert len(clusters) == 60 and sum(len(visitors) for _, visitors in clusters) <= 8 * len(embeddings)
+    home = {int(index): number for number, (members, _) in enumerate(clusters) for index in members}
+    parted = [index for index in range(600) if home[index] != home[2400 + index]]
+    assert len(parted) > 50
+    found = semantic_duplicates(embeddings, 0.12, 50)
+    assert found == one_by_one(embeddings, 0.12) == set(range(2400, 3000))
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(2))
+    shuffled = semantic_duplicates(embeddings[order], 0.12, 50)
+    assert shuffled == one_by_one(embeddings[order], 0.12) == semantic_duplicates(embeddings[order], 0.12, 3000)
+    # of every pair one is kept, the one that comes first now
+    assert len(shuffled) == 600 and {int(order[index]) % 2400 for index in shuffled} == set(range(600))
+
+
+def test_duplicates_of_duplicates_do_not_count() -> None:
     angles = torch.arange(5) * 0.2  # each is near to its neighbours only: 1 - cos 0.2 = 0.02, 1 - cos 0.4 = 0.08
     chain = torch.stack([angles.cos(), angles.sin()], dim=1)
     assert semantic_duplicates(chain, 0.05, 100) == {1, 3}
+    generator = torch.Generator().manual_seed(3)
+    crowded = F.normalize(torch.randn(1500, 3, generator=generator), dim=1)  # everything is near to something
+    assert semantic_duplicates(crowded, 0.01, 1500) == one_by_one(crowded, 0.01)
+    same = crowded[:1].expand(100, -1)
+    assert semantic_duplicates(same, 0.01, 5) == set(range(1, 100))
 
 
-def test_a_score_that_is_no_number_is_low() -> None:
-    scores = pa.table({"key": ["a", "b"], "clip_score": [float("nan"), 0.5]})
-    assert out_of_bounds(scores, CurateConfig(min_clip_score=0.1)) == {"a": "clip_score_low"}
+@pytest.mark.parametrize("limits", [{}, {"min_clip_score": 0.1}, {"max_clip_score": 0.9}])
+def test_f26_a_score_that_is_no_number_drops_its_row(limits: dict[str, float]) -> None:
+    scores = pa.table({"key": list("abcd"), "clip_score": [float("nan"), 0.5, float("inf"), float("-inf")]})
+    expected = {"a": "clip_score_low", "c": "clip_score_high", "d": "clip_score_low"}
+    assert out_of_bounds(scores, CurateConfig(**limits)) == expected  # type: ignore[arg-type]
+
+
+def test_f26_a_threshold_of_another_unit_is_refused_or_shown_beside_the_scores(
+    tmp_path: Path, embedded: Artifact
+) -> None:
+    with pytest.raises(ConfigError, match=r"min_clip_score.*28.*a cosine, -1 to 1"):
+        CurateConfig(min_clip_score=28.0)
+    with pytest.raises(ConfigError, match="minimum"):
+        ProbeConfig("first", "x", minimum=float("nan"))
+    save_file({"weight": torch.eye(1, WIDTH)}, tmp_path / "first.safetensors")
+    probe = ProbeConfig("first", str(tmp_path / "first.safetensors"), minimum=28.0)
+    failure = run_curate(tmp_path, embedded, pin_probes(CurateConfig(probes=(probe,))))
+    assert isinstance(failure, Failure)
+    assert "got 0 pairs to train on, expected at least 2 (first_low 40, http_404 1)" in failure.message
+    assert "Of first, 5 % is below -" in failure.message and "95 % below 0." in failure.message
+    assert not Path(tmp_path, "snapshots").exists(), "nothing trains on it"
 
 
 def test_statistics_are_those_of_the_training_rows(tmp_path: Path, embedded: Artifact) -> None:
@@ -128,7 +181,7 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path, embedded: Art
     assert (explained.diff() <= 0).all() and abs(float(explained.sum()) - 1) < 1e-5
 
 
-def test_dropping_everything_fails_with_the_reasons(tmp_path: Path, embedded: Artifact) -> None:
+def test_f26_dropping_everything_fails_with_the_reasons(tmp_path: Path, embedded: Artifact) -> None:
     failure = run_curate(tmp_path, embedded, CurateConfig(min_clip_score=0.9))
     assert isinstance(failure, Failure)
     assert "got 0 pairs" in failure.message and "clip_score_low 40" in failure.message

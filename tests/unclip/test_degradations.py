@@ -106,8 +106,8 @@ def test_jpeg_is_what_a_jpeg_file_would_be(quality: int, size: tuple[int, int]) 
     ours = ((jpeg(image, torch.tensor([quality]))[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
     difference = np.abs(ours - expected)
     lost = np.abs(expected - pixels)
-    assert difference.mean() < 1  # the library rounds in more places
-    assert lost.mean() > 5 * difference.mean()
+    assert difference.mean() < 1.5  # of 255; the library rounds in more places
+    assert lost.mean() > 4 * difference.mean()
 
 
 def test_bsr_makes_pictures_worse_but_leaves_them_recognisable() -> None:
@@ -121,11 +121,12 @@ def test_bsr_makes_pictures_worse_but_leaves_them_recognisable() -> None:
     assert kept > 0.95
 
 
-def test_degrading_under_autocast_is_the_same() -> None:
-    images = pictures(2)
-    expected = degrade(images, 8, BSR, seeded())
+@pytest.mark.parametrize("config", [BLUR, BSR])
+def test_degrading_under_autocast_is_the_same(config: DegradationConfig) -> None:
+    images = pictures(4)
+    expected = degrade(images, 8, config, seeded())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(degrade(images, 8, BSR, seeded()), expected)
+        assert torch.equal(degrade(images, 8, config, seeded()), expected)
 
 
 def test_bytes_in_bytes_out() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unclip import samplers, schedules
 from unclip.diffusion import Denoised, Denoiser, DiffusionConfig, GaussianDiffusion, PredictionType, VarianceType
-from unclip.errors import ShapeError
+from unclip.errors import ConfigError, ShapeError
 
 MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
 ROOT = torch.tensor([[0.8, 0.0, 0.0], [0.3, 0.5, 0.0], [-0.2, 0.1, 0.3]], dtype=torch.float64)
@@ -267,6 +267,13 @@ def test_timesteps_can_be_given(name: samplers.SamplerName) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("timesteps", [[], [5, 9], [5, 5], [10, 3], [3, -1]])
+def test_impossible_timesteps_are_refused(timesteps: list[int]) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(10))
+    with pytest.raises(ConfigError, match="num_steps: got"):
+        samplers.ddim(diffusion, gaussian_denoiser(diffusion), torch.randn(1, 3), timesteps)
+
+
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_inpainting_holds_the_known_and_fits_the_rest_to_it(name: samplers.SamplerName) -> None:
     """Dimensions correlate by 0.96; with the first held at 0.9 the second's mean moves from 0 to near 0.86."""
@@ -345,7 +352,7 @@ def test_ddpm_is_that_of_diffusers(
     theirs = their_run(scheduler, diffusion, config.outputs_per_channel, generator=None)
     denoise = diffusion.denoiser(functools.partial(network, outputs=config.outputs_per_channel), clip_range=1.0)
     ours = samplers.ddpm(diffusion, denoise, X_T, 12, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
@@ -367,7 +374,7 @@ def test_ddpm_is_that_of_published_unclip_pipelines(variance: VarianceType, pred
         x_t = scheduler.step(output, int(t), x_t, before, generator).prev_sample
     denoise = diffusion.denoiser(functools.partial(network, outputs=config.outputs_per_channel), clip_range=1.0)
     ours = samplers.ddpm(diffusion, denoise, X_T, 25, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(ours, x_t, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, x_t, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -383,7 +390,7 @@ def test_ddim_is_that_of_diffusers(prediction: PredictionType, eta: float) -> No
     timesteps = scheduler.timesteps.tolist()
     denoise, generator = diffusion.denoiser(network), torch.Generator().manual_seed(5)
     ours = samplers.ddim(diffusion, denoise, X_T, timesteps, eta, generator)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -414,4 +421,4 @@ def test_heun_is_that_of_diffusers(prediction: PredictionType) -> None:
     sigmas = torch.cat([(1 / diffusion.alphas_cumprod[timesteps] - 1).sqrt(), torch.zeros(1)])
     scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])  # in double
     ours = samplers.heun(diffusion, diffusion.denoiser(network), X_T, timesteps)
-    torch.testing.assert_close(ours, their_run(scheduler, diffusion, scale=scale), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours, their_run(scheduler, diffusion, scale=scale), atol=1e-6, rtol=1e-6)
