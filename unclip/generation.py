@@ -220,7 +220,7 @@ class Stack(nn.Module):
         )
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """CLIP's own unit-norm embeddings [B, E] of pictures [B, 3, H, W] in [-1, 1]."""
+        """Image embeddings [B, E], as the decoder reads them, of pictures [B, 3, H, W] in [-1, 1]."""
         return self.clip.embed_images(self.clip.resize(images.to(self.device)))
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
