@@ -44,7 +44,8 @@ def reconstruction(stack: Stack, num: int, seed: int = 0) -> Result:
         for before, after in zip(pictures.to_uint8(images), pictures.to_uint8(again), strict=True)
     ]
     pairs = torch.stack([images, again], dim=1)[:SHOWN].flatten(0, 1)
-    return Result({"the same in all attributes": float(np.mean(right))}, pairs, 2)
+    error = float((images - again).abs().mean()) * 127.5  # the upsampler's share included
+    return Result({"the same in all attributes": float(np.mean(right)), "levels of difference": error}, pairs, 2)
 
 
 def text_diff(stack: Stack, num: int, seed: int = 0) -> Result:
@@ -60,9 +61,12 @@ def text_diff(stack: Stack, num: int, seed: int = 0) -> Result:
         before.append(dataclasses.replace(scene, objects=(item,)))
         after.append(dataclasses.replace(scene, objects=(dataclasses.replace(item, colour="blue"),)))
     images = render(before, stack.image_size, seed)
-    captions = [scenes.caption(scene, _rng(0, 0), with_place=True) for scene in after]
+    base_captions, captions = (
+        [scenes.caption(scene, _rng(seed, index), with_place=True) for index, scene in enumerate(told)]
+        for told in (before, after)
+    )  # in the same words, but for the colour
     thetas = (0.0, EDIT_THETA)
-    drawn = manipulations.text_diff(stack, images, captions, ["a red shape"] * num, thetas)
+    drawn = manipulations.text_diff(stack, images, captions, base_captions, thetas)
     found = [scenes.measure(pixels) for pixels in pictures.to_uint8(drawn[:, 1])]
     scores = [scenes.score(measured, expected) for measured, expected in zip(found, after, strict=True)]
     numbers = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}

@@ -104,7 +104,6 @@ NOISE = click.option(
     help="Start from the noise that the pictures come from, or from noise of the seed.",
 )
 PICTURE = click.argument("picture")
-PICTURE_HELP = "Of a picture that is not square its middle is taken; any size will do."
 
 
 @click.command()

@@ -69,8 +69,9 @@ class SamplingConfig:
     """Classifier-free guidance of the decoder; 1 = off."""
     text_guidance_scale: float | None = None
     """Guidance by the caption alone, where the decoder reads it; None guides by picture and caption together."""
-    inversion_iterations: int = 3
-    """Iterations of each step of an inversion: the more, the closer is the picture that is drawn from what it finds."""
+    inversion_iterations: int = 1
+    """Iterations of each step of an inversion: the more, the closer is the picture that is drawn from what it finds, and
+    the less freely it follows a text diff."""
     upsampler_sampler: SamplerName = "ddim"
     """Sampler of the upsampler."""
     upsampler_steps: int = 27
@@ -219,7 +220,7 @@ class Stack(nn.Module):
         )
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """CLIP's own unit-norm embeddings [B, E] of pictures [B, 3, H, W] in [-1, 1]."""
+        """Image embeddings [B, E], as the decoder reads them, of pictures [B, 3, H, W] in [-1, 1]."""
         return self.clip.embed_images(self.clip.resize(images.to(self.device)))
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:

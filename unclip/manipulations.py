@@ -285,14 +285,16 @@ def text_diff(
             "expected as many of each."
         )
     difference = stack.embed_text(captions) - stack.embed_text(base_captions)  # [B, E]
-    for caption, base, length in zip(captions, base_captions, difference.norm(dim=1).tolist(), strict=True):
-        if length < 1e-4:
+    for caption, base, distance in zip(captions, base_captions, difference.norm(dim=1).tolist(), strict=True):
+        if distance < 1e-4:
             raise InputError(f"text diff: CLIP sees no difference between {base!r} and {caption!r}. Say it otherwise.")
     if noise == "inverted":
         latents = invert(stack, images, sampling=sampling, progress=progress)
     else:
         latents = Latents(stack.embed_images(images), _fixed_noise(stack, len(images), seed))
-    direction = F.normalize(difference, dim=1).repeat_interleave(len(thetas), 0)  # [B * N, E]
+    # as long as the embeddings themselves, which some CLIPs' decoders take unnormalised
+    length = latents.image_embedding.norm(dim=1, keepdim=True)  # [B, 1]
+    direction = (F.normalize(difference, dim=1) * length).repeat_interleave(len(thetas), 0)  # [B * N, E]
     frames = latents.repeat(len(thetas))
     theta = torch.tensor(list(thetas)).repeat(len(images))  # [B * N]
     moved = frames._replace(image_embedding=slerp(frames.image_embedding, direction, theta))

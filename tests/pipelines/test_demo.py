@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import manipulations
+from pipelines.published import find_stack
+from unclip.generation import Stack
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module")
+def stack(demo: Path) -> Stack:
+    return Stack.load(find_stack(str(demo), None))
+
+
 def test_the_demo_draws_what_its_captions_say(demo: Path) -> None:
     summary = json.loads((demo / "results" / "demo" / "summary.json").read_text())
     rows = summary["rows"]
@@ -16,3 +25,19 @@ def test_the_demo_draws_what_its_captions_say(demo: Path) -> None:
     for attribute, least in {"colour": 0.90, "background": 0.95, "size": 0.90, "shape": 0.80}.items():
         assert summary["accuracy"][attribute] >= least, summary["accuracy"]
     assert set(summary["accuracy_unseen"]) >= {"colour", "background", "size", "shape"}
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("reconstruction", {"the same in all attributes": 0.9}),
+        ("text_diff", {"colour": 0.9, "place": 0.85, "colour, shape and place": 0.8}),
+        ("interpolation", {f"{what} moves one way": 0.8 for what in ("place", "size", "background")}),
+        ("inpainting", {"known pixels are the same": 1.0, "colour": 0.8, "background": 0.9}),
+    ],
+)
+def test_manipulations_change_what_they_shall_and_nothing_else(
+    stack: Stack, name: str, least: dict[str, float]
+) -> None:
+    numbers = manipulations.MEASUREMENTS[name](stack, 100).numbers
+    assert all(numbers[what] >= share for what, share in least.items()), numbers

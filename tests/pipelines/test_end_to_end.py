@@ -212,6 +212,9 @@ def test_status_and_samples(finished: Path, tmp_path: Path) -> None:
         run_here("sample", caption, "--num", 4, "--guidance-scale", 2, *options, "--out", grid, "--storage", finished)
         drawn.append(grid.read_bytes())
     assert drawn[0] == drawn[1] != drawn[2]
+    # the stack carries what is known of its dataset
+    run_here("probe", tmp_path / "grid.png", "--components", "1,64", "--out", tmp_path / "p.png", "--storage", finished)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
