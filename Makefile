@@ -27,8 +27,8 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## Run the tests
-	$(BIN)/python -m pytest
+test: lint ## Run the tests, files side by side in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow

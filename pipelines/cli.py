@@ -10,16 +10,14 @@ from typing import Any
 
 import click
 
+from pipelines import drawing, exchange
+from pipelines.options import STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError, UnclipError
 
 PIPELINE = click.argument("pipeline", shell_complete=lambda *_: _pipelines())
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: what differs from the pipeline's preset.")
 SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
-STORAGE = click.option(
-    "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
-)
-
 RETRY_FAILED = click.option(
     "--retry-failed",
     is_flag=True,
@@ -154,49 +152,6 @@ def status(storage: str | None, last: int) -> None:
                 event["state"] = "killed"
             detail = event.get("message") or (f"{event['seconds']:.0f} s" if event.get("seconds") is not None else "")
             click.echo(f"    {name:<11} {event['state']:<8} {detail}".rstrip())
-
-
-@main.command()
-@click.argument("caption")
-@click.option("--num", default=8, show_default=True, help="How many pictures.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same pictures.")
-@click.option("--guidance-scale", type=float, help="Of the decoder; 1 is off.  [default: as published]")
-@click.option("--prior-guidance-scale", type=float, help="Of the prior; 1 is off.  [default: as published]")
-@click.option("--out", default="samples.png", show_default=True, help="PNG to write.")
-@click.option("--model", default=None, help="Registered model, name or name@alias.  [default: the one in the storage]")
-@STORAGE
-def sample(
-    caption: str,
-    num: int,
-    seed: int,
-    guidance_scale: float | None,
-    prior_guidance_scale: float | None,
-    out: str,
-    model: str | None,
-    storage: str | None,
-) -> None:
-    """Draw pictures of a caption with the published stack."""
-    from pipelines.published import find_stack
-
-    if num < 1:
-        raise InputError(f"--num: got {num}, expected at least 1.")
-    if not caption.strip():
-        raise InputError("caption: got nothing, expected a description of the picture.")
-    if not Path(out).resolve().parent.is_dir():
-        raise InputError(f"--out: the folder {Path(out).resolve().parent} does not exist. Make it or name another.")
-    folder = find_stack(storage or DEFAULT_ROOT, model)
-
-    from unclip import pictures
-    from unclip.generation import Stack
-
-    stack = Stack.load(folder)
-    scales = {"guidance_scale": guidance_scale, "prior_guidance_scale": prior_guidance_scale}
-    given = {name: value for name, value in scales.items() if value is not None}
-    sampling = dataclasses.replace(stack.sampling, **given)  # type: ignore[arg-type]
-    with click.progressbar(length=num, label="drawing") as bar:
-        images = stack.text2image([caption] * num, seed=seed, sampling=sampling, progress=bar.update)
-    Path(out).write_bytes(pictures.png(pictures.grid(images, columns=min(num, 8))))
-    click.echo(out)
 
 
 @main.command()
@@ -370,6 +325,10 @@ def ui(port: int, storage: str | None) -> None:
     server = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
     artifacts = ["--default-artifact-root", store.uri("mlflow-artifacts"), "--allowed-hosts", hosts, "--workers", "1"]
     os.execve(sys.executable, [sys.executable, "-m", *server, *artifacts], environment)
+
+
+for command in (*drawing.COMMANDS, *exchange.COMMANDS):
+    main.add_command(command)
 
 
 def _pipelines() -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import itertools
 import os
 import socket
 import threading
@@ -48,21 +49,31 @@ def _local_lock(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lease(uri: str) -> Iterator[None]:
-    """An object that is renewed while its owner lives, and counts for nothing when it has not been for 90 s."""
+    """An object that is renewed while its owner lives, and counts for nothing when it has not been for 90 s.
+
+    Whether it is renewed is seen by looking at it for as long, since another machine's clock may say anything.
+    """
+    _refuse_if_renewed(uri)
     identity = uuid.uuid4().hex
-    _refuse_if_held(uri, identity)
-    renew = _renewer(uri, identity)
-    renew()
+
+    def renew(beat: int) -> None:
+        files.write_json(uri, {"identity": identity, "beat": beat, "who": _whoami()})
+
+    renew(0)
     time.sleep(SETTLE_SECONDS)
-    _refuse_if_held(uri, identity)  # of two that wrote at the same time, the last has it
+    lease = _read(uri)
+    if lease is not None and lease["identity"] != identity:  # of two that wrote at the same time, the last has it
+        raise _held(uri.rpartition("/")[0], lease["who"])
     ended = threading.Event()
 
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
+    def keep_renewing() -> None:
+        for beat in itertools.count(1):
+            if ended.wait(HEARTBEAT_SECONDS):
+                return
             with contextlib.suppress(OSError, StorageError):  # a store that fails now and then is not another owner
-                renew()
+                renew(beat)
 
-    thread = threading.Thread(target=beat, daemon=True, name="lease")
+    thread = threading.Thread(target=keep_renewing, daemon=True, name="lease")
     thread.start()
     try:
         yield
@@ -73,18 +84,30 @@ def _lease(uri: str) -> Iterator[None]:
             files.delete(uri)
 
 
-def _renewer(uri: str, identity: str) -> Any:
-    return lambda: files.write_json(uri, {"identity": identity, "at": time.time(), "who": _whoami()})
-
-
-def _refuse_if_held(uri: str, identity: str) -> None:
-    if not files.exists(uri):
+def _refuse_if_renewed(uri: str) -> None:
+    """Wait until a lease is given back, or has not been renewed for as long as it lasts."""
+    first, started = _read(uri), time.monotonic()
+    if first is None:
         return
-    lease = files.read_json(uri)
-    if lease["identity"] != identity and time.time() - lease["at"] < EXPIRY_SECONDS:
-        raise _held(
-            uri.rpartition("/")[0], f"{lease['who']}; a run that was killed is forgotten after {EXPIRY_SECONDS:.0f} s"
-        )
+    root, said = (
+        uri.rpartition("/")[0],
+        f"{first['who']}; a run that was killed is forgotten after {EXPIRY_SECONDS:.0f} s",
+    )
+    print(f"{root}: perhaps another run is at work here ({said}). Watching it.", flush=True)
+    while time.monotonic() - started < EXPIRY_SECONDS:
+        time.sleep(HEARTBEAT_SECONDS / 3)
+        lease = _read(uri)
+        if lease is None:
+            return
+        if lease != first:
+            raise _held(root, said)
+
+
+def _read(uri: str) -> Any:
+    try:
+        return files.read_json(uri)
+    except FileNotFoundError:
+        return None
 
 
 def _held(root: object, who: str) -> AlreadyRunningError:

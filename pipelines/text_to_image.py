@@ -34,7 +34,7 @@ def text_to_image(bind: Bind) -> Any:
     trained = (bind(prior, dataset, frozen_clip), bind(decoder, dataset, frozen_clip), bind(upsampler, dataset))
     evaluation = bind(evaluate, dataset, frozen_clip, *trained)
     page = bind(report, dataset)
-    return bind(publish, evaluation, page, frozen_clip, *trained)
+    return bind(publish, dataset, evaluation, page, frozen_clip, *trained)
 
 
 DATASET_STAGE = "report"

@@ -5,6 +5,7 @@ changed, and the report can show what lies at its edge, without embedding anythi
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -43,6 +44,9 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[a-z][a-z0-9_]*", self.name)), "name", self.name, "lower-case letters, digits, _")
         require(self.name not in ("clip_score", "key"), "name", self.name, "another name")
+        for limit in ("minimum", "maximum"):
+            value = getattr(self, limit)
+            require(value is None or math.isfinite(value), limit, value, "a number")
         both = self.minimum is not None and self.maximum is not None
         require(not both or self.minimum <= self.maximum, "maximum", self.maximum, "at least minimum")  # type: ignore[operator]
 
@@ -124,7 +128,7 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     if training.sum() < 2:
         raise InputError(
             f"curate: got {training.sum()} pairs to train on, expected at least 2 ({rows.top_reasons(counts)}). "
-            "Loosen [curate] and [filter], or add URLs."
+            f"{_spread(scores, config)}Loosen [curate] and [filter], or add URLs."
         )
     statistics = f"{context.folder}/statistics"
     explained = save_statistics(statistics, image_embeddings[torch.tensor(training)])
@@ -155,17 +159,34 @@ def score(embedded: pa.Table, image_embeddings: torch.Tensor, config: CurateConf
 
 
 def out_of_bounds(scores: pa.Table, config: CurateConfig) -> dict[str, str]:
-    """Key -> reason for the rows with a score out of its limits; the first reason counts. A score that is no number is low."""
+    """Key -> reason for the rows with a score out of its limits; the first reason counts.
+
+    A score that is no number is low, and an infinite one low or high, also where there are no limits: nothing can be learnt
+    from such a row.
+    """
+    finite = np.finfo(np.float64)
     keys = scores.column("key").to_pylist()
     dropped: dict[str, str] = {}
     for name, (minimum, maximum) in config.limits().items():
-        values = scores.column(name).to_numpy()
-        low = ~(values >= minimum) if minimum is not None else np.zeros(len(values), bool)
-        high = values > maximum if maximum is not None else np.zeros(len(values), bool)
+        values = scores.column(name).to_numpy().astype(np.float64)
+        low = ~(values >= (finite.min if minimum is None else minimum))
+        high = values > (finite.max if maximum is None else maximum)
         for side, hit in (("low", low), ("high", high)):
             for index in np.flatnonzero(hit):
                 dropped.setdefault(keys[index], f"{name}_{side}")
     return dropped
+
+
+def _spread(scores: pa.Table, config: CurateConfig) -> str:
+    """Where scores with limits lie, for whoever mistook their unit."""
+    told = ""
+    for name, limits in config.limits().items():
+        values = scores.column(name).to_numpy()
+        values = values[np.isfinite(values)]
+        if len(values) and limits != (None, None):
+            low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
+            told += f"Of {name}, 5 % is below {low:.3g}, half below {middle:.3g}, 95 % below {high:.3g}. "
+    return told
 
 
 def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:

@@ -97,6 +97,15 @@ def decode(data: bytes, image_size: int, jpeg_quality: int, max_pixels: int) -> 
         RowFault: not_an_image, too_many_pixels or decode_error.
         MemoryError: there is not enough of it.
     """
+    rgb, original = decode_rgb(data, image_size, max_pixels)
+    rgb.info.clear()  # comments and profiles would be written otherwise
+    buffer = io.BytesIO()
+    rgb.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    return Picture(buffer.getvalue(), *rgb.size, *original, perceptual_hash(rgb))
+
+
+def decode_rgb(data: bytes, image_size: int, max_pixels: int) -> tuple[Image.Image, tuple[int, int]]:
+    """As `decode`, but for the encoding: the picture in RGB, and the width and height of the original held upright."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata of a sound picture
@@ -122,12 +131,7 @@ def decode(data: bytes, image_size: int, jpeg_quality: int, max_pixels: int) -> 
         raise RowFault("decode_error") from None
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
-    if orientation in (5, 6, 7, 8):
-        original = original[::-1]
-    rgb.info.clear()  # comments and profiles would be written otherwise
-    buffer = io.BytesIO()
-    rgb.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
-    return Picture(buffer.getvalue(), *rgb.size, *original, perceptual_hash(rgb))
+    return rgb, original[::-1] if orientation in (5, 6, 7, 8) else original
 
 
 def perceptual_hash(image: Image.Image) -> str | None:

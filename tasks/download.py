@@ -8,6 +8,7 @@ and writes to is ours, through the places it leaves for that: it would read loca
 on bytes or time, ignores EXIF orientation, and loses rows it cannot write.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,10 +16,12 @@ import heapq
 import importlib
 import importlib.util
 import io
+import math
 import os
 import re
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,8 +36,9 @@ from tasks.progress import Progress
 from tasks.stage import Artifact, Output, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import load_tombstones
+from unclip import files
 from unclip.config import fingerprint, require
-from unclip.errors import StageError
+from unclip.errors import StageError, StorageError
 from unclip.files import sha256
 
 IMAGES = pa.schema(
@@ -69,6 +73,8 @@ class DownloadConfig:
     """Rows in one task and one Parquet file: the unit that is redone after a crash."""
     num_threads: int = 16
     """URLs fetched at the same time by one task."""
+    stall_seconds: float = 300.0
+    """A task that gets no further row done for so long is ended and started again, twice at most."""
     tasks_in_flight: int = 0
     """Tasks at the same time; 0 is as many as the cluster has CPUs."""
     num_lanes: int = 16
@@ -80,7 +86,7 @@ class DownloadConfig:
     max_crawl_delay_seconds: float = 2.0
     """A robots.txt that wants more time than this between two requests gets this much."""
     opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "none")
-    """What in an X-Robots-Tag header forbids a picture. TDM-Reservation is respected whatever is here."""
+    """What in an X-Robots-Tag header forbids a picture. The other ways of `tasks.opt_outs` are respected whatever is here."""
     timeout_seconds: float = 10.0
     """Wall time for one URL, redirects and retries included, waiting for robots.txt and for a place at the host not."""
     connect_timeout_seconds: float = 5.0
@@ -117,6 +123,8 @@ class DownloadConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("timeout_seconds", "connect_timeout_seconds"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+        longest = self.timeout_seconds + self.max_crawl_delay_seconds  # that one row may take a thread
+        require(self.stall_seconds > longest, "stall_seconds", self.stall_seconds, f"more than {longest:g}")
         require(
             self.max_crawl_delay_seconds >= 0, "max_crawl_delay_seconds", self.max_crawl_delay_seconds, "at least 0"
         )
@@ -215,6 +223,10 @@ Pair = Mapping[str, Any]
 """With `key`, `url`, `caption`, and perhaps `expected_sha256` (by the list) and `seen_sha256` (when it was first fetched)."""
 Shard = Sequence[Pair]
 
+ATTEMPTS = 3
+"""For a shard whose task hangs. Ray itself starts a task again, twice, whose process dies or which raises."""
+_LONGEST_WAIT_SECONDS = 30.0  # between two looks at the pulses
+
 
 def plan_lanes(pairs: Sequence[Pair], num_lanes: int) -> list[list[Pair]]:
     """Deal pairs to lanes by the hash of their site, each lane in the order of the list.
@@ -279,12 +291,40 @@ def _download_shards(
     if not pairs:
         return []
     limit = config.tasks_in_flight or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return run_in_lanes(
-        plan_shards(pairs, config),
-        limit,
-        start=lambda shard: _download_shard.remote(table_uri, shard, config, run, refused),
-        on_done=lambda shard: progress.update(len(shard)),
-    )
+    pulses = Store(run.storage).uri("runs", run.id, "shards")
+
+    def pulse_of(shard: Shard) -> str:
+        return f"{pulses}/{_part_name(shard, config)}.json"
+
+    def start(shard: Shard) -> ray.ObjectRef:
+        files.delete(pulse_of(shard))
+        return _download_shard.remote(table_uri, shard, config, run, refused, pulse_of(shard))
+
+    try:
+        return run_in_lanes(
+            plan_shards(pairs, config),
+            limit,
+            start,
+            on_done=lambda shard: progress.update(len(shard)),
+            pulse=lambda shard: files.read_json(pulse_of(shard)) if files.exists(pulse_of(shard)) else None,
+            stall_seconds=config.stall_seconds,
+        )
+    finally:
+        files.delete(pulses)
+
+
+@dataclasses.dataclass
+class _Attempt:
+    """A task that runs."""
+
+    place: tuple[int, int, int]
+    """Rows left in its lane, negative; number of the lane; position in it."""
+    number: int
+    pulse: Any = None
+    since: float = math.inf
+    """Monotonic time since which its pulse is the same; from its first on."""
+    is_ended: bool = False
+    """Whether it was told to end."""
 
 
 def run_in_lanes(
@@ -292,36 +332,60 @@ def run_in_lanes(
     limit: int,
     start: Callable[[Shard], ray.ObjectRef],
     on_done: Callable[[Shard], None] = lambda _: None,
+    pulse: Callable[[Shard], Any] = lambda _: None,
+    stall_seconds: float = math.inf,
 ) -> list[Any]:
     """Start a task for each shard, `limit` at a time and one at a time of each lane, and return what they made.
 
-    The lane with the most rows left goes first, since it takes longest.
+    The lane with the most rows left goes first, since it takes longest. A task whose process or node hangs is killed and
+    its shard started again; should it wake up, what it makes is not used.
+
+    Args:
+        pulse: what changes while a shard's task gets on; None before it has begun.
+        stall_seconds: a task whose pulse stays the same for longer hangs.
 
     Raises:
-        StageError: a task failed. No other starts then, but those that run still finish: work is kept.
+        StageError: a task failed, or hung `ATTEMPTS` times. No other starts then, but those that run still finish: work is
+            kept.
     """
-    waiting = [(-sum(map(len, lane)), number, 0) for number, lane in enumerate(lanes) if lane]
+    waiting = [((-sum(map(len, lane)), number, 0), 1) for number, lane in enumerate(lanes) if lane]
     heapq.heapify(waiting)
-    running: dict[ray.ObjectRef, tuple[int, int, int]] = {}
+    running: dict[ray.ObjectRef, _Attempt] = {}
     made: list[Any] = []
-    failure: ray.exceptions.RayError | None = None
+    failure: Exception | None = None
+    next_look = time.monotonic()
     while True:
         while failure is None and len(running) < limit and waiting:
-            rows_left, number, position = heapq.heappop(waiting)
-            running[start(lanes[number][position])] = rows_left, number, position
+            place, attempt_number = heapq.heappop(waiting)
+            running[start(lanes[place[1]][place[2]])] = _Attempt(place, attempt_number)
         if not running:
             break
-        [done], _ = ray.wait(list(running))
-        rows_left, number, position = running.pop(done)
-        shard = lanes[number][position]
-        try:
-            made.append(ray.get(done))
-        except ray.exceptions.RayError as error:
-            failure = error
-            continue
-        on_done(shard)
-        if position + 1 < len(lanes[number]):
-            heapq.heappush(waiting, (rows_left + len(shard), number, position + 1))
+        done, others = ray.wait(list(running), timeout=max(0.0, next_look - time.monotonic()))
+        hung: list[ray.ObjectRef] = []
+        if time.monotonic() >= next_look:
+            hung = [task for task in others if _hangs(running[task], lanes, pulse, stall_seconds)]
+            next_look = time.monotonic() + min(stall_seconds / 4, _LONGEST_WAIT_SECONDS)
+        for task in hung:
+            if not running[task].is_ended:
+                running[task].is_ended = True
+                ray.cancel(task, force=True)
+        for task in [*done, *(task for task in hung if time.monotonic() - running[task].since > 2 * stall_seconds)]:
+            attempt = running.pop(task)
+            rows_left, number, position = attempt.place
+            shard = lanes[number][position]
+            try:
+                made.append(ray.get(task, timeout=0))
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                if not attempt.is_ended:
+                    failure = error
+                elif attempt.number == ATTEMPTS:
+                    failure = StageError(f"no row was done for {stall_seconds:g} s, {ATTEMPTS} times")
+                else:
+                    heapq.heappush(waiting, (attempt.place, attempt.number + 1))
+                continue
+            on_done(shard)
+            if position + 1 < len(lanes[number]):
+                heapq.heappush(waiting, ((rows_left + len(shard), number, position + 1), 1))
     if failure is not None:
         cause = str(getattr(failure, "cause", failure)).strip().splitlines()[-1]
         raise StageError(
@@ -331,33 +395,70 @@ def run_in_lanes(
     return made
 
 
+def _hangs(
+    attempt: _Attempt, lanes: Sequence[Sequence[Shard]], pulse: Callable[[Shard], Any], stall_seconds: float
+) -> bool:
+    """Take a task's pulse."""
+    now, before = time.monotonic(), attempt.pulse
+    if not attempt.is_ended:
+        attempt.pulse = pulse(lanes[attempt.place[1]][attempt.place[2]])
+    if attempt.pulse != before:
+        attempt.since = now
+    return attempt.pulse is not None and now - attempt.since > stall_seconds
+
+
+def _part_name(pairs: Shard, config: DownloadConfig) -> str:
+    return fingerprint([pair["key"] for pair in pairs], config.attempt)[:32]
+
+
 @ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True)
 def _download_shard(
-    table_uri: str, pairs: Shard, config: DownloadConfig, run: Run, refused: frozenset[str]
+    table_uri: str, pairs: Shard, config: DownloadConfig, run: Run, refused: frozenset[str], pulse_uri: str
 ) -> tables.Part:
     """The shard's part: the one an earlier attempt wrote, or else one row for each pair, fetched now."""
-    name = fingerprint([pair["key"] for pair in pairs], config.attempt)[:32]
+    name = _part_name(pairs, config)
     part = tables.find_part(table_uri, name)
     if part is None:
-        table = fetch_pairs(pairs, config, refused)
+        table = fetch_pairs(pairs, config, refused, _pulse(pulse_uri, config.stall_seconds / 10))
         if run.is_abandoned():  # a server or network that went away with the driver would leave failures for good
             raise StageError("download: the run was stopped meanwhile, so this shard is left to the next one.")
         part = tables.write_part(table_uri, name, table)
     return part
 
 
-def fetch_pairs(pairs: Shard, config: DownloadConfig, refused: frozenset[str] = frozenset()) -> pa.Table:
+def _pulse(uri: str, seconds: float) -> Callable[[int], None]:
+    """Writes a number to a file, but not sooner than some seconds after the last one."""
+    written = -math.inf
+
+    def beat(number: int) -> None:
+        nonlocal written
+        if time.monotonic() - written >= seconds:
+            written = time.monotonic()
+            with contextlib.suppress(StorageError):  # the shard is worth more than its pulse
+                files.write_json(uri, number)
+
+    beat(0)
+    return beat
+
+
+def fetch_pairs(
+    pairs: Shard,
+    config: DownloadConfig,
+    refused: frozenset[str] = frozenset(),
+    beat: Callable[[int], None] = lambda _: None,
+) -> pa.Table:
     """Run img2dataset's Downloader over pairs: exactly one row of `IMAGES` for each, in their order.
 
     Args:
         refused: sha256 of pictures that were taken down; their bytes are not kept.
+        beat: told how many rows are done, after each.
 
     Raises:
         StageError: img2dataset lost a row.
     """
     img2dataset = _import_img2dataset()
 
-    writer = _Writer({pair["key"]: pair for pair in pairs}, refused)
+    writer = _Writer({pair["key"]: pair for pair in pairs}, refused, beat)
     img2dataset.download_image_with_retry = _fetch_with(config)
     with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
         shard = f"{scratch}/shard.arrow"
@@ -407,8 +508,8 @@ def _import_img2dataset() -> Any:
 class _Writer:
     """Takes img2dataset's samples in memory; they come in the order in which they were fetched."""
 
-    def __init__(self, pairs: Mapping[str, Pair], refused: frozenset[str]) -> None:
-        self.pairs, self.refused = pairs, refused
+    def __init__(self, pairs: Mapping[str, Pair], refused: frozenset[str], beat: Callable[[int], None]) -> None:
+        self.pairs, self.refused, self.beat = pairs, refused, beat
         self.rows: dict[str, dict[str, Any]] = {}
 
     def write(self, picture: decode.Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
@@ -420,6 +521,7 @@ class _Writer:
             row |= {"status": "ok", "sha256": sample["sha256"], "jpg_sha256": sha256(picture.jpg)}
             row |= dataclasses.asdict(picture)
         self.rows[row["key"]] = row
+        self.beat(len(self.rows))
 
     def _fault(self, key: str, digest: str) -> str | None:
         """What is wrong with a sound picture: whoever holds a URL now need not be who held it when the list was made."""

@@ -15,6 +15,7 @@ from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import evaluation, files, pictures, scenes
 from unclip.clip import Clip
 from unclip.config import fingerprint, require
+from unclip.embeddings import EmbeddingStatistics, check_agreement
 from unclip.generation import SamplingConfig, Stack, load_model
 
 
@@ -51,7 +52,8 @@ def evaluate(
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
     uris = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}
-    images, similarities = _draw_all(context, config, groups, clip, uris)
+    statistics = Snapshot.of(dataset.facts).load_statistics()
+    images, similarities = _draw_all(context, config, groups, clip, uris, statistics)
 
     facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "captions": {}, "pictures": {}}
     drawn = []
@@ -109,6 +111,7 @@ def _draw_all(
     groups: dict[str, list[str]],
     clip: Artifact,
     models: dict[str, str],
+    statistics: EmbeddingStatistics,
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
     """Pictures of each group, and the cosine of each to its caption in CLIP's eyes; batches are shared between workers."""
     resources, size = context.resources, config.sampling.batch_size
@@ -119,7 +122,7 @@ def _draw_all(
     ]
     actors = [
         Artist.options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=3).remote(
-            clip, models, config, resources.cpus_per_worker
+            clip, models, config, resources.cpus_per_worker, statistics
         )
         for _ in range(min(resources.num_workers, len(batches)))
     ]
@@ -141,11 +144,19 @@ def _draw_all(
 class Artist:
     """Holds one stack; draws one batch a call."""
 
-    def __init__(self, clip: Artifact, models: dict[str, str], config: EvaluateConfig, num_threads: int) -> None:
+    def __init__(
+        self,
+        clip: Artifact,
+        models: dict[str, str],
+        config: EvaluateConfig,
+        num_threads: int,
+        statistics: EmbeddingStatistics,
+    ) -> None:
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any = {name: load_model(uri) for name, uri in models.items()}
         self.stack = Stack(Clip.load(clip.facts["model"], clip.facts["pretrained"]), **loaded).to(device)
+        check_agreement({"dataset": statistics, "prior": self.stack.prior.statistics})
         self.config = config
 
     def draw(self, number: int, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:

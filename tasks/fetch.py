@@ -5,7 +5,7 @@ another spelling of an internal address, nor a redirect, nor a name server that 
 
 Every request, also one that a redirect leads to, follows the host's robots.txt and takes one of the host's few places.
 Hosts that the operator named (`allow_hosts`) are the operator's own: they need not be public, and no such manners are due.
-What a server says of the picture itself (X-Robots-Tag, TDM-Reservation) holds for all.
+What a server says of the picture itself (`tasks.opt_outs`) holds for all.
 """
 
 import concurrent.futures
@@ -27,11 +27,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from tasks import robots
+from tasks import opt_outs, robots
 from tasks.rows import RowFault
 
 _CHUNK_BYTES = 1 << 16
 _RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
+_OPT_OUTS = ("x-robots-tag", "tdm-reservation", "content-usage", "content-signal")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _ADDRESSES_LAST_SECONDS = 30.0  # name servers are the first to give way under a long list
 _MAX_ADDRESSES = 100_000
@@ -64,42 +65,6 @@ def is_public(address: str) -> bool:
         if carried is not None:
             return is_public(str(carried))
     return ip.is_global and not any(ip.version == network.version and ip in network for network in _NOT_PUBLIC)
-
-
-def opted_out(values: Iterable[str], agent: str, directives: Sequence[str]) -> bool:
-    """Whether X-Robots-Tag headers hold one of `directives` for everyone, or for `agent` (lower case, without its version).
-
-    A value is a list of directives, each perhaps with a value of its own, which apply to the robot named before them. What
-    cannot be parsed counts as said to us.
-    """
-    if not directives:
-        return False
-    forbidden = re.compile(rf"\b(?:{'|'.join(map(re.escape, directives))})\b")
-    for value in values:
-        robot, in_date = "*", False
-        # "max-image-preview: none" is about previews.
-        for item in re.sub(r"\bmax-[a-z-]+\s*:\s*[\w-]+", "", value.lower()).split(","):
-            name, colon, rest = (part.strip() for part in item.partition(":"))
-            if in_date and re.match(r"\d", name) and not forbidden.search(item):
-                in_date = False  # "25 Jun 2010 15:00:00 PST", after "unavailable_after: Friday"
-                continue
-            if colon and _ROBOT.fullmatch(name) and not forbidden.search(name):
-                robot = name.partition("/")[0]
-                name, colon, rest = (part.strip() for part in rest.partition(":"))
-            in_date = name == "unavailable_after"
-            if colon and not in_date:
-                robot = "*"
-            if forbidden.search(f"{name} {rest}") and robot in ("*", agent):
-                return True
-    return False
-
-
-_ROBOT = re.compile(r"\*|(?!unavailable_after$)[a-z][a-z0-9_.-]*(/[a-z0-9_.-]*)?")
-
-
-def reserved(values: Iterable[str]) -> bool:
-    """Whether TDM-Reservation headers keep the rights to text and data mining; "0" alone waives them."""
-    return any(value.strip() != "0" for value in values)
 
 
 def wait_asked(value: str | None) -> float | None:
@@ -264,8 +229,10 @@ class Fetcher:
             asked = wait_asked(headers["Retry-After"]) if status in (429, 503) else None
             raise RowFault(f"http_{status}") if asked is None else _Busy(f"http_{status}", asked)
         if not for_robots:
-            tags = headers.get_all("X-Robots-Tag", [])
-            if opted_out(tags, self.agent, self.opt_out_directives) or reserved(headers.get_all("TDM-Reservation", [])):
+            lines = {name: headers.get_all(name, []) for name in _OPT_OUTS}
+            tags, reservations = lines["x-robots-tag"], lines["tdm-reservation"]
+            tagged = opt_outs.opted_out(tags, self.agent, self.opt_out_directives)
+            if tagged or opt_outs.reserved(reservations) or opt_outs.headers_refuse(lines):
                 raise RowFault("opted_out")
         if location:
             url: str = urllib.parse.urljoin(target.url, location)

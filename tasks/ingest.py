@@ -1,10 +1,9 @@
 """Ingest: a list of (URL, caption) in any of the usual formats becomes one clean, keyed, ordered table.
 
-The list is foreign data. It is read piece by piece, bounded in what it may unpack to, and whatever is wrong with a file is
-an `InputError` that names it. What is wrong with a row costs that row.
+The list is foreign data. It is read piece by piece, bounded in what it may unpack to, Parquet in a child process, and
+whatever is wrong with a file is an `InputError` that names it. What is wrong with a row costs that row.
 """
 
-import base64
 import contextlib
 import csv
 import dataclasses
@@ -15,6 +14,8 @@ import io
 import itertools
 import json
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -22,10 +23,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from tasks import rows, tables
+from tasks import parquet_list, rows, tables
 from tasks.normalise import REPLACEMENT, normalise_caption, normalise_sha256, normalise_url
+from tasks.parquet_list import MAX_COLUMNS, Claims, ListFault
 from tasks.stage import Output, StageContext, stage
 from tasks.tombstones import load_tombstones, refuse
 from unclip import files
@@ -38,7 +39,6 @@ FORMATS = (".parquet", *TEXT_FORMATS)
 
 MAX_LINE_CHARACTERS = 4 << 20
 """Of a text file; a longer line is no row of a list."""
-MAX_COLUMNS = 10_000
 MAX_EXPANSION = 100
 """What a file may unpack to, as a multiple of its size. URL lists shrink to a tenth with gzip or zstd, bombs to a thousandth."""
 MIN_ALLOWANCE = 64 << 20
@@ -59,9 +59,6 @@ PAIRS = pa.schema(
 )
 
 
-_MAX_TEXT_BYTES = 1 << 16  # of one value; the rest of it would be cut anyway
-_ROWS_AT_ONCE = 8192
-_BATCH_BYTES = 1 << 30  # that one batch of values may come to at worst
 _CHUNK_ROWS = 1 << 16
 _JSON_LINES_FOR_NAMES = 100  # a line may leave out what it has no value for
 
@@ -410,116 +407,61 @@ def _lines(source: _Source) -> Iterator[str]:
 
 
 def _parquet_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
-    with source.filesystem.open_input_file(source.path) as file:
-        _refuse_extension_types(source, file)
-        parquet = pq.ParquetFile(file)
-        _check_schema(source, parquet.schema_arrow, config)
-        _check_claims(source, parquet.metadata)
-        names, num_rows = list(config.columns.values()), 0
-
-        def read_rows() -> Iterator[Listed]:
-            for batch in _batches(file, parquet.metadata, names):
-                yield from map(Listed, *(_texts(batch.column(name)) for name in names))
-
-        for row in _within_allowance(source, read_rows(), lambda row: 1 + sum(map(len, row))):
+    """What the file does to its reader it does to a child process (`tasks.parquet_list`)."""
+    with _on_disk(source) as path, parquet_list.opened(path, list(config.columns.values())) as opened:
+        _check_columns(source, opened.claims, config)
+        _check_claims(source, opened.claims)
+        listed = (row for batch in opened.batches() for row in map(Listed, *batch))
+        num_rows = 0
+        for row in _within_allowance(source, listed, lambda row: 1 + sum(map(len, row))):
             num_rows += 1
             yield row
-    if num_rows != parquet.metadata.num_rows:
-        raise _unreadable(source, f"it has {num_rows:,} rows, its footer says {parquet.metadata.num_rows:,}")
+    if num_rows != opened.claims.num_rows:
+        raise _unreadable(source, f"it has {num_rows:,} rows, its footer says {opened.claims.num_rows:,}")
 
 
-def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Rows a few at a time, as dictionaries where the encoding allows it: there a long value of many rows is held once."""
-    shared, plain = (
-        pq.ParquetFile(
-            file,
-            metadata=metadata,
-            read_dictionary=dictionaries,
-            pre_buffer=False,  # it would hold all row groups
-            buffer_size=1 << 20,
-            page_checksum_verification=True,
-        )
-        for dictionaries in (names, None)
-    )
-    for group in range(metadata.num_row_groups):
-        part: dict[str, Any] = {"row_groups": [group], "columns": names, "use_threads": False}
-        done = 0
-        try:
-            for batch in shared.iter_batches(_ROWS_AT_ONCE, **part):
-                yield batch
-                done += batch.num_rows
-        except (OSError, pa.ArrowNotImplementedError) as error:
-            if "DictAccumulator" not in str(error):  # how Arrow says that this encoding cannot be read as a dictionary
-                raise
-            # Few enough rows that they fit in memory were each as long as all of the group.
-            most = max(1, min(_ROWS_AT_ONCE, _BATCH_BYTES // max(1, metadata.row_group(group).total_byte_size)))
-            for batch in plain.iter_batches(most, **part):
-                yield batch.slice(min(done, batch.num_rows))
-                done -= min(done, batch.num_rows)
+@contextlib.contextmanager
+def _on_disk(source: _Source) -> Iterator[str]:
+    """A local path to the file, for a process that has neither network nor credentials."""
+    if isinstance(source.filesystem, pafs.LocalFileSystem):
+        yield source.path
+        return
+    with tempfile.NamedTemporaryFile(prefix="unclip-list-") as copy:
+        with source.open_stream() as stream:
+            shutil.copyfileobj(stream, copy, 1 << 20)
+        copy.flush()
+        yield copy.name
 
 
-def _refuse_extension_types(source: _Source, file: pa.NativeFile) -> None:
-    """Look for extension types in the bytes of a Parquet footer.
-
-    Opening the file with pyarrow would hand their metadata to whatever code the process has registered for them.
-    """
-    file.seek(max(0, source.size - 8))
-    length = int.from_bytes(file.read(4), "little")
-    file.seek(max(0, source.size - 8 - length))
-    footer = file.read(min(length, source.size))
-    file.seek(0)
-    # The Arrow schema is kept in base64, where a text reads in three ways, depending on where it starts.
-    text = b"ARROW:extension:name"
-    forms = (base64.b64encode(b"\0" * shift + text)[4 * (shift > 0) : -4] for shift in range(3))
-    if any(form in footer for form in forms):
-        raise _extension_type(source, "a column")
-
-
-def _check_schema(source: _Source, schema: pa.Schema, config: IngestConfig) -> None:
-    if len(schema) > MAX_COLUMNS:
-        raise _unreadable(source, f"it has {len(schema):,} columns, expected at most {MAX_COLUMNS:,}")
-    for field in schema:
-        inner = [field]
-        while inner:
-            one = inner.pop()
-            if isinstance(one.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (one.metadata or {}):
-                raise _extension_type(source, f"column {_shown(field.name)}")
-            inner += [one.type.field(index) for index in range(one.type.num_fields)]
-    texts = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
-    indices = _column_indices(source, schema.names, config)
+def _check_columns(source: _Source, claims: Claims, config: IngestConfig) -> None:
+    if claims.num_columns > MAX_COLUMNS:
+        raise _unreadable(source, f"it has {claims.num_columns:,} columns, expected at most {MAX_COLUMNS:,}")
+    for column in claims.columns:
+        if column.has_extension:
+            raise InputError(
+                f"ingest.urls: column {_shown(column.name)} of {source.uri} has an extension type. Store it as a plain type."
+            )
+    indices = _column_indices(source, [column.name for column in claims.columns], config)
     for setting, index in zip(config.columns, indices, strict=True):
-        kind = schema.field(index).type
-        if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in texts:
-            name = _shown(schema.field(index).name)
-            got = normalise_caption(str(kind))[:100]
-            raise InputError(f"ingest.urls: column {name} of {source.uri}: got {got}, expected text. Set {setting}.")
+        column = claims.columns[index]
+        if not column.is_text:
+            got = normalise_caption(column.kind)[:100]
+            raise InputError(
+                f"ingest.urls: column {_shown(column.name)} of {source.uri}: got {got}, expected text. Set {setting}."
+            )
 
 
-def _check_claims(source: _Source, metadata: pq.FileMetaData) -> None:
-    """Look at what the footer claims before anything is allocated for it.
-
-    Column chunks are left alone: asked for one with damaged statistics, pyarrow 25 aborts the process.
-    """
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    claims = (
-        ("rows", metadata.num_rows, max(MIN_ROWS, MAX_EXPANSION * source.size)),
-        ("bytes", sum(max(0, group.total_byte_size) for group in groups), source.allowance),
+def _check_claims(source: _Source, claims: Claims) -> None:
+    """Look at what the footer claims before anything is allocated for it."""
+    limits = (
+        ("rows", claims.num_rows, max(MIN_ROWS, MAX_EXPANSION * source.size)),
+        ("bytes", claims.num_bytes, source.allowance),
     )
-    for what, claimed, most in claims:
+    for what, claimed, most in limits:
         if not 0 <= claimed <= most:
             raise _unreadable(source, f"its footer claims {claimed:,} {what}, expected at most {most:,} in this file")
-    if sum(group.num_rows for group in groups) != metadata.num_rows:
+    if claims.num_group_rows != claims.num_rows:
         raise _unreadable(source, "its footer contradicts itself on the number of rows")
-
-
-def _texts(column: pa.Array) -> list[str]:
-    """Values of an array of texts or bytes, or of a dictionary of those, cut to what can matter; null is empty."""
-    if pa.types.is_dictionary(column.type):
-        distinct = column.indices.unique()
-        texts = dict(zip(distinct.to_pylist(), _texts(column.dictionary.take(distinct)), strict=True))
-        return [texts[index] for index in column.indices.to_pylist()]
-    values = column.cast(pa.large_binary()).to_pylist()
-    return [(value or b"")[:_MAX_TEXT_BYTES].decode("utf-8", "replace") for value in values]
 
 
 def _column_indices(source: _Source, names: Sequence[str], config: IngestConfig) -> list[int]:
@@ -563,10 +505,6 @@ def _shown(name: str) -> str:
     return repr(normalise_caption(name)[:100])
 
 
-def _extension_type(source: _Source, where: str) -> InputError:
-    return InputError(f"ingest.urls: {where} of {source.uri} has an extension type. Store it as a plain type.")
-
-
 def _unreadable(source: _Source, reason: str, remedy: str = "Write it again, or take it off the list.") -> InputError:
     return InputError(f"ingest.urls: {source.uri} cannot be read: {reason}. {remedy}")
 
@@ -578,7 +516,7 @@ def _readable(source: _Source) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (pa.ArrowException, OSError, EOFError, ValueError, LookupError, MemoryError, zlib.error) as error:
+    except (ListFault, pa.ArrowException, OSError, EOFError, ValueError, LookupError, MemoryError, zlib.error) as error:
         raise _unreadable(source, _first_line(error)) from None
 
 

@@ -1,9 +1,10 @@
-"""Stage `publish`: the trained models together as one stack, in the store and in MLflow's model registry."""
+"""Stage `publish`: the trained models and the facts of their embeddings as one stack, in the store and in MLflow's registry."""
 
 import dataclasses
 import re
 import time
 
+from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip.config import fingerprint, load, require
 from unclip.generation import SamplingConfig, save_stack
@@ -22,10 +23,11 @@ class PublishConfig:
             require(bool(re.fullmatch(r"[\w.-]+", value)), setting, value, "letters, digits, dots, dashes, underscores")
 
 
-@stage("publish", version=1)
+@stage("publish", version=2)
 def publish(
     context: StageContext,
     config: PublishConfig,
+    dataset: Artifact,
     evaluate: Artifact,
     report: Artifact,
     clip: Artifact,
@@ -35,6 +37,7 @@ def publish(
 ) -> Output:
     """Gather the stack, register it in MLflow and move the alias to it."""
     models = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}
+    models["statistics"] = Snapshot.of(dataset.facts).statistics
     clip_model = clip.facts["model"]
     if clip_model.startswith("local-dir:"):
         models["clip"] = clip_model.removeprefix("local-dir:")
@@ -45,7 +48,8 @@ def publish(
     snapshot = prior.facts["snapshot"]
     context.tracker.dataset(context.run.pipeline, snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
     version = context.tracker.register(folder, "stack", config.name, config.alias)
-    digest = fingerprint([clip.digest, prior.digest, decoder.digest, upsampler.digest, evaluate.facts["sampling"]])
+    parts = (dataset, clip, prior, decoder, upsampler)
+    digest = fingerprint([*(part.digest for part in parts), evaluate.facts["sampling"]])
     record = {"stack": folder, "digest": digest, "at": time.time()}
     context.store.write_json(record, "published", f"{config.name}.json")
     return Output(folder, digest, {"name": config.name, "alias": config.alias, "version": version})

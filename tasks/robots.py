@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from protego import Protego
 
+from tasks import opt_outs
 from tasks.rows import RowFault
 
 MAX_BYTES = 500_000
@@ -26,7 +27,7 @@ _HOST_BYTES = 1000  # what a host with an empty robots.txt counts for
 class _Host:
     """What one scheme, host and port said."""
 
-    rules: Protego | None
+    rules: "Rules | None"
     """None forbids everything, because of `reason`."""
     reason: str
     size_bytes: int
@@ -56,22 +57,26 @@ class Robots:
             Seconds to wait before the request, for the host's crawl delay.
 
         Raises:
-            RowFault: robots_disallowed, robots_unreachable, or why no connection was made.
+            RowFault: robots_disallowed, robots_unreachable, opted_out (Content-Usage, Content-Signal), or why no connection
+                was made.
         """
         parts = urllib.parse.urlsplit(url)
-        host = self._host(f"{parts.scheme}://{parts.netloc}", load)
+        host = self._host(f"{parts.scheme}://{parts.netloc}", agent, load)
         if host.rules is None:
             raise RowFault(host.reason)
-        if not host.rules.can_fetch(url, agent):
+        if not host.rules.fetching.can_fetch(url, agent):
             raise RowFault("robots_disallowed")
-        delay = min(host.rules.crawl_delay(agent) or 0.0, max_delay_seconds)
+        path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+        if opt_outs.training_refused(host.rules.preferences, path):
+            raise RowFault("opted_out")
+        delay = min(host.rules.fetching.crawl_delay(agent) or 0.0, max_delay_seconds)
         with self._lock:
             now = time.monotonic()
             turn = max(now, host.next_request)
             host.next_request = turn + delay
         return turn - now
 
-    def _host(self, origin: str, load: Callable[[str], bytes]) -> _Host:
+    def _host(self, origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
         with self._lock:
             known = self._hosts.get(origin)
             if known is not None and known.done() and known.result().expires <= time.monotonic():
@@ -83,7 +88,7 @@ class Robots:
                 self._hosts.move_to_end(origin)
         if known is not None:
             return known.result()
-        host = _ask(origin, load)
+        host = _ask(origin, agent, load)
         with self._lock:
             mine.set_result(host)
             if self._hosts.get(origin) is mine:
@@ -98,7 +103,7 @@ class Robots:
             self._size_bytes -= future.result().size_bytes
 
 
-def _ask(origin: str, load: Callable[[str], bytes]) -> _Host:
+def _ask(origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
     body: bytes | None
     reason = "robots_unreachable"
     try:
@@ -107,17 +112,26 @@ def _ask(origin: str, load: Callable[[str], bytes]) -> _Host:
         body = b"" if _ABSENT.fullmatch(fault.reason) else None
         if fault.reason in ("connect_error", "timeout"):  # the picture would have ended in the same way
             reason = fault.reason
-    rules = None if body is None else parse(body)
+    rules = None if body is None else parse(body, agent)
     lasts = _FAILURE_LASTS_SECONDS if rules is None else _RULES_LAST_SECONDS
     return _Host(rules, reason, _HOST_BYTES + len(body or b""), time.monotonic() + lasts)
 
 
-def parse(body: bytes) -> Protego | None:
-    """The rules of a robots.txt; None when it is none, such as a page of HTML in its place, or not UTF-8."""
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A robots.txt that could be read."""
+
+    fetching: Protego
+    preferences: list[opt_outs.Preference]
+    """What it says about usage."""
+
+
+def parse(body: bytes, agent: str) -> Rules | None:
+    """The rules of a robots.txt for a robot; None when it is none, such as a page of HTML in its place, or not UTF-8."""
     try:
         text = body.decode("utf-8-sig")
         if text.lstrip().startswith("<") or "\0" in text:
             return None
-        return Protego.parse(_VERSION.sub(r"\1", text))
+        return Rules(Protego.parse(_VERSION.sub(r"\1", text)), opt_outs.preferences(text, agent))
     except Exception:  # what its author meant to forbid is unknown
         return None

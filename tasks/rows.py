@@ -32,7 +32,7 @@ REASONS: Mapping[str, str] = {
     "short_body": "fewer bytes than the server announced",
     "empty_body": "no bytes",
     "bad_encoding": "compressed for the way, though the request forbids it",
-    "opted_out": "the server asks not to use the picture for AI (X-Robots-Tag, TDM-Reservation)",
+    "opted_out": "the server asks not to use the picture for AI (X-Robots-Tag, TDM-Reservation, Content-Usage, Content-Signal)",
     "fetch_error": "an answer that is not HTTP, or another failure while fetching",
     "not_an_image": "not a JPEG, PNG, WebP or GIF",
     "decode_error": "a damaged picture",

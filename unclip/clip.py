@@ -9,16 +9,20 @@ Letters: B batch, S side of CLIP's input, L text tokens, W text width, E embeddi
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import nearest
-from unclip.errors import CheckpointError, ConfigError
+from unclip.errors import CheckpointError, ConfigError, InputError
 
 OWN_ARCHITECTURES = Path(__file__).parent / "open_clip_models"
+
+ImageEmbeddings = Literal["unit", "raw", "none"]
+"""What image embeddings are: of unit norm, as everything that is trained here; the projection as it is, as published unCLIP
+decoders read it (`unclip.interop`); or none, where a stack was imported without an image encoder."""
 
 
 class TextFeatures(NamedTuple):
@@ -85,11 +89,12 @@ def create(model: str, pretrained: str | None) -> nn.Module:
 class Clip(nn.Module):
     """A frozen open_clip model: never trains, never leaves evaluation mode."""
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, image_embeddings: ImageEmbeddings = "unit") -> None:
         super().__init__()
         import open_clip
 
         open_clip.add_model_config(OWN_ARCHITECTURES)
+        self.image_embeddings = image_embeddings
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         self.preprocess = open_clip.transform.image_transform_v2(
@@ -98,8 +103,8 @@ class Clip(nn.Module):
         self.train(False)
 
     @classmethod
-    def load(cls, model: str, pretrained: str | None = None) -> "Clip":
-        return cls(create(model, pretrained), model)
+    def load(cls, model: str, pretrained: str | None = None, image_embeddings: ImageEmbeddings = "unit") -> "Clip":
+        return cls(create(model, pretrained), model, image_embeddings)
 
     def train(self, mode: bool = True) -> "Clip":
         """Frozen: stays in evaluation mode, also when a module that holds it is put in training mode."""
@@ -127,8 +132,19 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """Unit-norm image embeddings [B, E] float32 of images [B, 3, S, S] preprocessed by `preprocess` or `resize`."""
-        return F.normalize(self.model.encode_image(images).float(), dim=-1)
+        """Image embeddings [B, E] float32 of images [B, 3, S, S] preprocessed by `preprocess` or `resize`; of unit norm
+        unless `image_embeddings` says otherwise.
+
+        Raises:
+            InputError: this CLIP was imported without an image encoder.
+        """
+        if self.image_embeddings == "none":
+            raise InputError(
+                "clip: got a picture, but this CLIP was imported without an image encoder. Import it together with the "
+                "folder of the pipeline for image variations."
+            )
+        embedding = self.model.encode_image(images).float()  # [B, E]
+        return F.normalize(embedding, dim=-1) if self.image_embeddings == "unit" else embedding
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> TextFeatures:
@@ -169,11 +185,17 @@ def prepare(model: Any, images: Tensor) -> Tensor:
 def save(model: Any, name: str, folder: Path) -> None:
     """Write a model trained from one of our architectures as a folder that open_clip loads as "local-dir:<folder>"."""
     import open_clip
-    from safetensors.torch import save_file
 
     open_clip.add_model_config(OWN_ARCHITECTURES)
+    save_with_config(model, open_clip.get_model_config(name), folder)
+
+
+def save_with_config(model: Any, model_config: dict[str, Any], folder: Path) -> None:
+    """The same for a model of any architecture, described as open_clip describes its own."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": dict(model.visual.preprocess_cfg)}
+    config = {"model_cfg": model_config, "preprocess_cfg": dict(model.visual.preprocess_cfg)}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, str(folder / "open_clip_model.safetensors"))

@@ -8,7 +8,6 @@ Letters: B batch, E CLIP embedding width, S side of the picture, L text tokens, 
 """
 
 import dataclasses
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,10 @@ from unclip.config import require
 from unclip.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import ShapeError
-from unclip.text import CaptionFeatures, ClipText, TextShape, TextTransformer, TextTransformerConfig
+from unclip.text import ClipText, Text, TextShape, TextSource, TextTransformer, TextTransformerConfig
 from unclip.unet import UNet, UNetConfig
 
 NUM_IMAGE_TOKENS = 4
-
-Text = CaptionFeatures | Tensor
-"""A batch of captions: CLIP's features where `text` is "clip", tokens [B, L] int64 where it is "transformer"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +29,7 @@ class DecoderConfig:
     """The network."""
     context_dim: int = 512
     """Width of the context tokens."""
-    text: Literal["none", "clip", "transformer"] = "none"
+    text: TextSource = "none"
     """How captions are read: not at all, through the frozen CLIP, or by a Transformer trained with the decoder."""
     text_transformer: TextTransformerConfig = TextTransformerConfig()
     """The trained Transformer; unused unless `text` is "transformer"."""

@@ -117,6 +117,10 @@ class GaussianDiffusion:
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
         self.num_timesteps = config.num_timesteps
+        with torch.device("cpu"):  # also in models that are built on the meta device
+            self._make_tables(config)
+
+    def _make_tables(self, config: DiffusionConfig) -> None:
         betas = schedules.betas(config.schedule, config.num_timesteps)
         self.betas = schedules.zero_terminal_snr(betas) if config.zero_terminal_snr else betas
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)

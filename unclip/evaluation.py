@@ -5,6 +5,7 @@ Letters: B pictures, N and M embeddings, E their width.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,3 +116,45 @@ def frechet_distance(drawn: Tensor, real: Tensor) -> float:
     # The eigenvalues of (C1 C2)^(1/2) are the singular values of root1^T root2: no root of a rounded product is taken.
     cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
     return float((means[0] - means[1]).square().sum() + traces[0] + traces[1] - 2 * cross)
+
+
+class Layout(NamedTuple):
+    """Where what differs from the background lies in pictures, and what the background is: numbers that can move a little."""
+
+    background: np.ndarray
+    """[B] mean of red, green and blue, 0 to 255: the median of the border."""
+    centre: np.ndarray
+    """[B, 2] x and y of its centre of mass, 0 to 1 from the top left; the picture's centre where there is nothing."""
+    area: np.ndarray
+    """[B] share of the picture."""
+
+
+def layout(images: Tensor) -> Layout:
+    """Measure pictures [B, 3, H, W] in [-1, 1] without naming anything."""
+    pixels = pictures.to_uint8(images).astype(np.float64)  # [B, H, W, 3]
+    height, width = pixels.shape[1:3]
+    border = np.ones((height, width), bool)
+    border[1:-1, 1:-1] = False
+    background = np.median(pixels[:, border], axis=1)  # [B, 3]
+    contrast = np.linalg.norm(pixels - background[:, None, None], axis=3)  # [B, H, W]
+    mass = (contrast > np.maximum(contrast.max(axis=(1, 2), keepdims=True) / 2, 20)).astype(np.float64)
+    total = mass.sum(axis=(1, 2))
+    x = (mass * (np.arange(width) + 0.5) / width).sum(axis=(1, 2))
+    y = (mass * ((np.arange(height) + 0.5) / height)[:, None]).sum(axis=(1, 2))
+    centre = np.stack([x, y], axis=1) / np.maximum(total, 1)[:, None]
+    return Layout(background.mean(axis=1), np.where(total[:, None] > 0, centre, 0.5), total / (height * width))
+
+
+def monotone(values: np.ndarray, slack: float = 0.1) -> np.ndarray:
+    """Rows [B, N] that move from their first value to their last and never back.
+
+    Args:
+        slack: how far back a row may go, as a share of its whole way.
+
+    Returns:
+        [B] bool; False where the ends are the same.
+    """
+    way = (values[:, -1] - values[:, 0])[:, None]  # [B, 1]
+    forward = values * np.sign(way)
+    back = (np.maximum.accumulate(forward, axis=1) - forward).max(axis=1)
+    return np.asarray((way[:, 0] != 0) & (back <= slack * np.abs(way[:, 0])))

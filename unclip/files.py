@@ -65,8 +65,14 @@ def read(uri: str) -> bytes:
     return patiently(uri, action)
 
 
-def write(uri: str, data: bytes) -> None:
+def write(uri: str, data: bytes, replace: bool = True) -> bool:
     """Write bytes so that readers see all of them or none; missing folders are made.
+
+    Args:
+        replace: if not, a local file that is there already stays, also when somebody else writes it at this moment.
+
+    Returns:
+        Whether it was written.
 
     Raises:
         StorageError: the disk is full, the folder cannot be written, the store does not answer.
@@ -74,24 +80,25 @@ def write(uri: str, data: bytes) -> None:
     failpoint("before", uri)
     filesystem, path = locate(uri)
 
-    def action() -> None:
+    def action() -> bool:
         if isinstance(filesystem, pafs.LocalFileSystem):
-            _write_local(path, data)
-            return
+            return _write_local(path, data, _replace if replace else _link)
         with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(data)
+        return True
 
     try:
-        patiently(uri, action)
+        written = patiently(uri, action)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise StorageError(
             f"{uri}: cannot write {len(data):,} bytes: {reason}. Make room or fix the folder, and run the same command again."
         ) from error
     failpoint("after", uri)
+    return written
 
 
-def _write_local(path: str, data: bytes) -> None:
+def _write_local(path: str, data: bytes, place: Callable[[str, str], bool]) -> bool:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     try:
@@ -100,10 +107,25 @@ def _write_local(path: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         failpoint("within", path)
-        os.replace(temporary, path)
+        return place(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _replace(temporary: str, path: str) -> bool:
+    os.replace(temporary, path)
+    return True
+
+
+def _link(temporary: str, path: str) -> bool:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path)
+    return True
 
 
 def read_json(uri: str) -> Any:

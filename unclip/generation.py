@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from unclip import checkpoints, config, embeddings, files
 from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
-from unclip.clip import Clip
+from unclip.clip import Clip, ImageEmbeddings
 from unclip.config import require
-from unclip.decoder import Decoder, DecoderConfig, Text
+from unclip.decoder import Decoder, DecoderConfig
 from unclip.embeddings import PrincipalComponents
 from unclip.errors import CheckpointError
 from unclip.precision import Precision, autocast
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.samplers import OnStep, SamplerName, undisturbed
-from unclip.text import TextShape, caption_features
+from unclip.text import Text, TextShape, read_captions
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -100,7 +100,7 @@ def load_model(folder: str) -> nn.Module:
     tensors, facts = checkpoints.load(folder)
     if facts.get("kind") not in BUILDERS:
         raise CheckpointError(f"{folder}: got a model of kind {facts.get('kind')!r}, expected {', '.join(BUILDERS)}.")
-    if not facts.get("samples_seen"):
+    if not facts.get("samples_seen") and not facts.get("imported"):
         raise CheckpointError(f"{folder}: this {facts['kind']} was never trained; it would draw noise. Train it first.")
     try:
         model = BUILDERS[facts["kind"]](facts)
@@ -147,7 +147,8 @@ class Stack(nn.Module):
         facts = json.loads(description.read_text())
         named = facts["clip"]["model"].replace("local-dir:", f"local-dir:{folder}/")
         models = {name: load_model(f"{folder}/{name}") for name in ("prior", "decoder", "upsampler")}
-        stack = cls(Clip.load(named, facts["clip"]["pretrained"]), **models)  # type: ignore[arg-type]
+        image_embeddings = facts["clip"].get("image_embeddings", "unit")
+        stack = cls(Clip.load(named, facts["clip"]["pretrained"], image_embeddings), **models)  # type: ignore[arg-type]
         stack.sampling = config.load(SamplingConfig, facts["sampling"])
         if Path(folder, "statistics").is_dir():
             tensors, _ = checkpoints.load(f"{folder}/statistics")
@@ -227,10 +228,8 @@ class Stack(nn.Module):
 
     def read_captions(self, captions: Sequence[str]) -> Text | None:
         """What the decoder reads of captions besides image embeddings; None where it reads nothing."""
-        if self.decoder.config.text == "none":
-            return None
         tokens = self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
-        return caption_features(self.clip, tokens) if self.decoder.config.text == "clip" else tokens
+        return read_captions(self.decoder.config.text, self.clip, tokens)
 
     def decode(
         self, image_embedding: Tensor, sampling: SamplingConfig, generator: torch.Generator, text: Text | None = None
@@ -269,7 +268,12 @@ class Stack(nn.Module):
 
 
 def save_stack(
-    folder: str, models: dict[str, str], clip_model: str, clip_pretrained: str | None, sampling: SamplingConfig
+    folder: str,
+    models: dict[str, str],
+    clip_model: str,
+    clip_pretrained: str | None,
+    sampling: SamplingConfig,
+    image_embeddings: ImageEmbeddings = "unit",
 ) -> None:
     """Gather trained models into one folder that `Stack.load` reads; `stack.json` is written last.
 
@@ -277,12 +281,13 @@ def save_stack(
         folder: URI of the new stack.
         models: name -> URI of the folder to copy; "statistics" are those of the dataset, which PCA probing needs.
         clip_model: open_clip name; "local-dir:clip" for the copied folder "clip".
+        image_embeddings: what its image embeddings are.
     """
     for name, source in models.items():
         for file in files.names(source):
             files.write(f"{folder}/{name}/{file}", files.read(f"{source}/{file}"))
     description = {
-        "clip": {"model": clip_model, "pretrained": clip_pretrained},
+        "clip": {"model": clip_model, "pretrained": clip_pretrained, "image_embeddings": image_embeddings},
         "sampling": config.to_dict(sampling),
     }
     files.write_json(f"{folder}/stack.json", description)

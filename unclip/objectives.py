@@ -17,12 +17,12 @@ from unclip import clip as clip_models
 from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.config import to_dict
 from unclip.data import Batch, decode_image
-from unclip.decoder import Decoder, DecoderConfig, Text, known_region, random_masks
+from unclip.decoder import Decoder, DecoderConfig, known_region, random_masks
 from unclip.degradations import degrade, shrink
 from unclip.diffusion import augment_condition
 from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import ClipText, TextShape, TextTransformer, caption_features
+from unclip.text import Text, TextShape, caption_features, read_captions
 from unclip.timesteps import TimestepSampler, timestep_sampler
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -39,7 +39,7 @@ class PriorObjective:
         self.clip = clip
         self.model = DiffusionPrior(config, clip.embedding_dim, clip.text_width, clip.text_length)
         self.model.statistics.load_state_dict(statistics.state_dict())
-        self.model.text.set_null_text(*_encode(clip, clip.tokenize([""])))
+        self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
         self.timesteps = timestep_sampler(config.diffusion)
         self.state = self.timesteps.state
 
@@ -51,7 +51,7 @@ class PriorObjective:
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         diffusion, config = self.model.diffusion, self.model.config
-        text = _encode(self.clip, tensors["tokens"])
+        text = caption_features(self.clip, tensors["tokens"])
         x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
         t, weight, noise = _draw(x0, self.timesteps, generator)
         drop = _bernoulli(x0, config.cond_drop_prob, generator)
@@ -94,7 +94,7 @@ class AutoregressivePriorObjective:
         )
         self.model.statistics.load_state_dict(statistics.state_dict())
         self.model.quantizer.load_state_dict(quantizer.state_dict())
-        self.model.text.set_null_text(*_encode(clip, clip.tokenize([""])))
+        self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
         self.state: Tensors = {}
 
     def prepare(self, batch: Batch) -> Tensors:
@@ -106,7 +106,7 @@ class AutoregressivePriorObjective:
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         quantizer = self.model.quantizer
-        text = _encode(self.clip, tensors["tokens"])
+        text = caption_features(self.clip, tensors["tokens"])
         buckets = quantizer.encode(tensors["image_embedding"])  # [B, K]
         similarity = quantizer.encode_similarity(tensors["similarity"])  # [B]
         drop = _bernoulli(tensors["similarity"], self.model.config.cond_drop_prob, generator)
@@ -133,14 +133,14 @@ class DecoderObjective:
     ) -> None:
         """Args: clip: its tokenizer, and where `config.text` is "clip" its text encoder; None where no text is read."""
         embedding_dim = len(statistics.mean)
+        statistics.check("decoder")
+        clip = None if config.text == "none" else clip
         self.config, self.clip = config, clip
         shape = None if clip is None else TextShape(clip.text_length, clip.text_width, clip.vocab_size)
         self.model: Decoder = Decoder(config, embedding_dim, shape).to(memory_format=torch.channels_last)
         self.model.statistics.load_state_dict(statistics.state_dict())
-        if clip is not None and isinstance(self.model.text, ClipText):
-            self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
-        if clip is not None and isinstance(self.model.text, TextTransformer):
-            self.model.text.set_null(clip.tokenize([""]))
+        if clip is not None and self.model.text is not None:
+            self.model.text.set_null(read_captions(config.text, clip, clip.tokenize([""])))  # type: ignore[arg-type]
         self.timesteps = timestep_sampler(config.diffusion)
         self.state = self.timesteps.state
         self._preview = self.prepare(preview)
@@ -194,10 +194,7 @@ class DecoderObjective:
         }
 
     def _text(self, tensors: Tensors) -> Text | None:
-        """What the decoder reads of the captions."""
-        if self.config.text == "none" or self.clip is None:
-            return None
-        return caption_features(self.clip, tensors["tokens"]) if self.config.text == "clip" else tensors["tokens"]
+        return None if self.clip is None else read_captions(self.config.text, self.clip, tensors["tokens"])
 
 
 class UpsamplerObjective:
@@ -293,14 +290,6 @@ def load_images(encoded: list[bytes], side: int) -> Tensor:
     """Stored JPEGs as float32 [B, 3, side, side] in [-1, 1], their central squares."""
     pixels = np.stack([decode_image(data, side) for data in encoded])  # [B, side, side, 3] uint8
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _encode(clip: clip_models.Clip, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a prior reads of captions: encodings [B, L, W], mask [B, L], text projection [B, E]; as exact as in sampling."""
-    clip.to(tokens.device)
-    with torch.autocast(tokens.device.type, enabled=False):
-        text = clip.encode_text(tokens)
-    return text.text_encodings, text.text_mask, text.text_projection
 
 
 def _clip_facts(clip: clip_models.Clip) -> dict[str, int]:

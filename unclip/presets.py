@@ -11,9 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from unclip.autoregressive_prior import (
+    BASE_AUTOREGRESSIVE_PRIOR,
+    DALLE2_AUTOREGRESSIVE_PRIOR,
+    SMALL_AUTOREGRESSIVE_PRIOR,
+    AutoregressivePriorConfig,
+)
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.degradations import DegradationConfig
 from unclip.diffusion import DiffusionConfig
+from unclip.prior import BASE_PRIOR, DALLE2_PRIOR, SMALL_PRIOR, DiffusionPrior, PriorConfig
 from unclip.text import TextShape, TextTransformerConfig
 from unclip.unet import UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
@@ -21,6 +28,8 @@ from unclip.upsampler import Upsampler, UpsamplerConfig
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
+    prior: int
+    """Parameters of the diffusion prior."""
     decoder: int
     """Parameters of the decoder, with its text Transformer if it has one."""
     upsamplers: tuple[int, ...]
@@ -31,6 +40,10 @@ class ParameterCounts:
 class Preset:
     """A stack's models, and the CLIP that they fit."""
 
+    prior: PriorConfig
+    """Captions to embeddings."""
+    autoregressive_prior: AutoregressivePriorConfig
+    """The paper's other prior; its size depends on how many principal components the data needs."""
     decoder: DecoderConfig
     """Embeddings to the smallest pictures."""
     upsamplers: tuple[UpsamplerConfig, ...]
@@ -41,6 +54,9 @@ class Preset:
     """Of the CLIP's text encoder and tokenizer."""
     num_parameters: ParameterCounts
     """What the models come to with that CLIP."""
+
+    def build_prior(self) -> DiffusionPrior:
+        return DiffusionPrior(self.prior, self.embedding_dim, self.text_shape.width, self.text_shape.length)
 
     def build_decoder(self) -> Decoder:
         return Decoder(self.decoder, self.embedding_dim, self.text_shape)
@@ -72,6 +88,8 @@ _BSR = DegradationConfig(kind="bsr")
 PRESETS: dict[str, Preset] = {
     # 16 and 64 pixels, minutes on two CPUs: the sizes of pipelines/presets/demo.toml
     "demo": Preset(
+        prior=PriorConfig(width=128, depth=4, num_heads=4),
+        autoregressive_prior=AutoregressivePriorConfig(width=128, depth=4, num_heads=4),
         decoder=DecoderConfig(
             UNetConfig(16, 32, (1, 2, 4), 1, attention_resolutions=(4,), head_channels=32, norm_groups=8),
             context_dim=128,
@@ -86,20 +104,24 @@ PRESETS: dict[str, Preset] = {
         ),
         embedding_dim=64,
         text_shape=TextShape(length=24, width=96, vocab_size=49_408),
-        num_parameters=ParameterCounts(3_335_715, (192_227,)),
+        num_parameters=ParameterCounts(867_392, 3_335_715, (192_227,)),
     ),
     # 64 and 256 pixels, with ViT-B-32: days on one GPU
     "small": Preset(
+        prior=SMALL_PRIOR,
+        autoregressive_prior=SMALL_AUTOREGRESSIVE_PRIOR,
         decoder=DecoderConfig(
             _attentive(_unet(64, 128, (1, 2, 3, 4), 2)), context_dim=512, text="clip", diffusion=_LEARNED
         ),
         upsamplers=(UpsamplerConfig(_unet(64, 96, (1, 2, 3, 4), 2), degradation=_BLUR),),
         embedding_dim=512,
         text_shape=TextShape(length=77, width=512, vocab_size=49_408),
-        num_parameters=ParameterCounts(109_942_918, (51_250_275,)),
+        num_parameters=ParameterCounts(39_447_552, 109_942_918, (51_250_275,)),
     ),
     # 64, 256 and 1,024 pixels, with ViT-L-14: the layout of published unCLIP decoders, so that diffusers can hold it
     "base": Preset(
+        prior=BASE_PRIOR,
+        autoregressive_prior=BASE_AUTOREGRESSIVE_PRIOR,
         decoder=DecoderConfig(
             _attentive(_unet(64, 192, (1, 2, 3, 4), 3, dropout=0.1)), context_dim=768, text="clip", diffusion=_LEARNED
         ),
@@ -109,10 +131,12 @@ PRESETS: dict[str, Preset] = {
         ),
         embedding_dim=768,
         text_shape=TextShape(length=77, width=768, vocab_size=49_408),
-        num_parameters=ParameterCounts(319_057_734, (204_853_443, 70_564_035)),
+        num_parameters=ParameterCounts(206_874_368, 319_057_734, (204_853_443, 70_564_035)),
     ),
     # Ramesh et al. 2022, Table 3, with a CLIP of 1,024 dimensions
     "dalle2": Preset(
+        prior=DALLE2_PRIOR,
+        autoregressive_prior=DALLE2_AUTOREGRESSIVE_PRIOR,
         decoder=DecoderConfig(
             _attentive(_unet(64, 512, (1, 2, 3, 4), 3, dropout=0.1)),
             context_dim=2048,
@@ -131,7 +155,7 @@ PRESETS: dict[str, Preset] = {
         ),
         embedding_dim=1024,
         text_shape=TextShape(length=256, width=1024, vocab_size=49_408),
-        num_parameters=ParameterCounts(3_567_368_710, (729_702_083, 282_059_139)),
+        num_parameters=ParameterCounts(1_225_925_632, 3_567_368_710, (729_702_083, 282_059_139)),
     ),
 }
 """By name. `num_parameters` are exact."""

@@ -24,6 +24,7 @@ from unclip.config import require
 from unclip.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.embeddings import EmbeddingStatistics, Normalization
 from unclip.layers import CausalTransformer, KeyValueCache, TimestepMLP
+from unclip.text import CaptionFeatures
 
 TextNorm = Literal["none", "layer", "unit"]
 
@@ -56,6 +57,8 @@ class PriorConfig:
         require(self.width % 2 == 0, "width", self.width, "an even number")
         require(self.depth >= 1, "depth", self.depth, "at least 1")
         require(0 <= self.cond_drop_prob < 1, "cond_drop_prob", self.cond_drop_prob, "a probability below 1")
+        learns = self.diffusion.variance == "learned_range"
+        require(not learns, "diffusion.variance", "learned_range", "fixed_small or fixed_large for embeddings")
         in_range = self.clip_range is None or self.clip_range > 0
         require(in_range, "clip_range", self.clip_range, "a positive number, or none")
 
@@ -88,11 +91,11 @@ class TextPrefix(nn.Module):
         self.register_buffer("null_mask", torch.ones(text_length, dtype=torch.bool))  # [L]
         self.register_buffer("null_embedding", torch.zeros(embedding_dim))  # [E]
 
-    def set_null_text(self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor) -> None:
-        """Take the features of the empty caption, [1, L, W], [1, L] and [1, E]; they are saved with the weights."""
-        self.null_encodings.copy_(text_encodings[0])
-        self.null_mask.copy_(text_mask[0])
-        self.null_embedding.copy_(text_embedding[0])
+    def set_null(self, text: CaptionFeatures) -> None:
+        """Remember what CLIP makes of the empty caption, a batch of one; it is saved with the weights."""
+        self.null_encodings.copy_(text.text_encodings[0])
+        self.null_mask.copy_(text.text_mask[0])
+        self.null_embedding.copy_(text.text_embedding[0])
 
     def forward(
         self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor, drop: Tensor | None = None
@@ -249,6 +252,7 @@ class DiffusionPrior(nn.Module):
             text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
             num_steps: denoising steps.
             guidance_scale: 1 is no guidance.
+            sampler: with self-conditioning, one that calls the denoiser once a step.
 
         Returns:
             [B, E] float32, in CLIP's own scale.

@@ -9,7 +9,7 @@ Letters: B batch, L text tokens, W width of the text encoder, E CLIP embedding w
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from unclip.clip import Clip
 from unclip.config import require
 from unclip.layers import TransformerBlock
+
+TextSource = Literal["none", "clip", "transformer"]
+"""How captions are read: not at all, through the frozen CLIP, or by a Transformer trained with the decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +57,36 @@ class CaptionFeatures(NamedTuple):
     text_mask: Tensor
     """[B, L] bool, True = keep."""
     text_embedding: Tensor
-    """[B, E]."""
+    """[B, E], CLIP's text projection before it is brought to unit norm, as the pipelines of diffusers take it."""
+
+
+Text = CaptionFeatures | Tensor
+"""A batch of captions as the configured source takes them: features, or for the trained Transformer tokens [B, L] int64."""
+
+
+def read_captions(source: TextSource, clip: Clip, tokens: Tensor) -> Text | None:
+    """What a decoder is to be given of captions.
+
+    Args:
+        source: the decoder's `text`.
+        clip: moved to the tokens' device.
+        tokens: [B, L] int64.
+    """
+    if source == "none":
+        return None
+    if source == "transformer":
+        return tokens
+    return caption_features(clip, tokens)
 
 
 def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
-    """Tokens [B, L] as the frozen CLIP sees them, where they are, in float32 also under autocast."""
+    """Tokens [B, L] int64 as a frozen CLIP sees them; it is moved to their device.
+
+    In float32 whatever the autocast, so that a caption is the same in training and in sampling.
+    """
     with torch.autocast(tokens.device.type, enabled=False):
         text = clip.to(tokens.device).encode_text(tokens)
-    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_embedding)
+    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
 
 
 class TextContext(NamedTuple):

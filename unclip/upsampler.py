@@ -34,6 +34,9 @@ class UpsamplerConfig:
     max_noise_level: int = 0
     """Noise on the low-resolution picture in training: that of a timestep of `diffusion` up to this one, drawn for each
     picture and told to the network, so that it can be chosen at sampling. 0 for a network that knows of none."""
+    last_step_unet: bool = False
+    """Whether a second network of the same shape takes the last step of sampling, as in published unCLIP upsamplers, where
+    it was tuned for sharpness. It comes with them (`unclip.interop.pipeline`) and is not trained here."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The diffusion process."""
 
@@ -63,12 +66,18 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = config
         self.diffusion = GaussianDiffusion(config.diffusion)
-        self.unet = UNet(config.unet, in_channels=6, out_channels=3 * config.diffusion.outputs_per_channel)
+        out_channels = 3 * config.diffusion.outputs_per_channel
+        self.unet = UNet(config.unet, in_channels=6, out_channels=out_channels)
+        self.last_unet: UNet | None = None
+        if config.last_step_unet:
+            self.last_unet = UNet(config.unet, in_channels=6, out_channels=out_channels).requires_grad_(False)
         self.noise_level_embedding: TimestepMLP | None = None
         if config.max_noise_level > 0:
             self.noise_level_embedding = TimestepMLP(config.unet.channels, config.unet.time_dim)
 
-    def forward(self, x_t: Tensor, t: Tensor, low_res: Tensor, noise_level: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, low_res: Tensor, noise_level: Tensor | None = None, last_step: bool = False
+    ) -> Tensor:
         """Predict eps, x0 or v, as configured.
 
         Args:
@@ -76,6 +85,7 @@ class Upsampler(nn.Module):
             t: [B] int64.
             low_res: [B, 3, s, s], noised already where its level says so.
             noise_level: [B] int64, the timestep that it was noised to; None for 0.
+            last_step: whether the second network is asked, where there is one.
 
         Returns:
             [B, 3, S, S]; [B, 6, S, S] where the diffusion learns its variance.
@@ -85,11 +95,17 @@ class Upsampler(nn.Module):
         vector = None
         if self.noise_level_embedding is not None:
             vector = self.noise_level_embedding(torch.zeros_like(t) if noise_level is None else noise_level)  # [B, D]
-        return self.unet(torch.cat([x_t, upsampled], dim=1), t, vector)  # type: ignore[no-any-return]
+        unet = self.last_unet if last_step and self.last_unet is not None else self.unet
+        return unet(torch.cat([x_t, upsampled], dim=1), t, vector)  # type: ignore[no-any-return]
 
     def denoiser(self, low_res: Tensor, noise_level: Tensor | None = None) -> Denoiser:
         """A denoiser of pictures in [-1, 1], conditioned on one small picture (and its level) per sample."""
-        return guidance.clamped(self.diffusion.denoiser(lambda x_t, t: self(x_t, t, low_res, noise_level)), 1.0)
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            last_step = self.last_unet is not None and not t.any()  # where strided timesteps end
+            return self(x_t, t, low_res, noise_level, last_step)  # type: ignore[no-any-return]
+
+        return guidance.clamped(self.diffusion.denoiser(predict), 1.0)
 
     @torch.no_grad()
     def sample(

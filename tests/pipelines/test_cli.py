@@ -35,7 +35,7 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_missing_list(tmp_path: Path) -> None:
+def test_f25_a_missing_list(tmp_path: Path) -> None:
     result = unclip(
         "run", "text_to_image", "--set", f"ingest.urls={tmp_path}/none.parquet", "--storage", tmp_path / "s"
     )
@@ -54,7 +54,7 @@ def test_no_list_at_all(tmp_path: Path) -> None:
     assert_refused(unclip("run", "text_to_image", "--storage", tmp_path / "s"), "--set ingest.urls=")
 
 
-def test_a_table_without_a_url_column(tmp_path: Path) -> None:
+def test_f25_a_table_without_a_url_column(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({"URL": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), path)
     result = unclip("run", "text_to_image", "--set", f"ingest.urls={path}", "--storage", tmp_path / "s")
@@ -93,7 +93,7 @@ def test_a_run_file_that_is_not_there_or_is_not_toml(tmp_path: Path) -> None:
     assert_refused(unclip("run", "demo", "--config", tmp_path / "run.toml"), "run.toml", "TOML")
 
 
-def test_an_unwritable_folder(pairs: Path, tmp_path: Path) -> None:
+def test_f31_an_unwritable_folder(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")  # also stops root, whom no permission stops
     result = unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", tmp_path / "file" / "s")
     assert_refused(result, "file/s", "--storage")
@@ -111,7 +111,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         assert_refused(unclip("ui", "--storage", tmp_path, "--port", port), str(port), "in use", f"--port {port + 1}")
 
 
-def test_another_run_at_work(tmp_path: Path) -> None:
+def test_f32_another_run_at_work(tmp_path: Path) -> None:
     import fcntl
 
     with open(tmp_path / ".lock", "w") as lock:

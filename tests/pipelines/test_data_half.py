@@ -1,8 +1,10 @@
 """The stages that make a dataset, whole: grown, with rows taken down, in an object store, killed at their commit points."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +50,14 @@ ALL = [
     for moment in ("before", "within", "after")
     if moment != "within" or "_log" not in path
 ]
+
+
+LOST = [
+    ("CoreWorkerService", "PushTask"),
+    ("NodeManagerService", "RequestWorkerLease"),
+    ("NodeManagerService", "ReturnWorkerLease"),
+]
+"""Messages of Ray that may be lost."""
 
 
 def unclip(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -187,7 +197,7 @@ def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_ta
     assert not files.exists(f"{storage}/lease.json")
 
 
-def test_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
+def test_f29_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
     undisturbed: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
     kill_at(FEW, tmp_path / "storage", arguments, tmp_path / "armed")
@@ -196,11 +206,91 @@ def test_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_at_every_commit_point_it_ends_with_the_same_tables(
+def test_f29_killed_at_every_commit_point_it_ends_with_the_same_tables(
     undisturbed: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
     kill_at(ALL, tmp_path / "storage", arguments, tmp_path / "armed")
     assert content(tmp_path / "storage") == content(undisturbed)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Processes below a process, and their command lines."""
+    parents, found = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {each: found[each] for each in below - {pid} if each in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["raylet/raylet", "gcs/gcs_server"])
+def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_goes_on(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path, part: str
+) -> None:
+    """Without the GCS what runs goes on for a minute; then Ray ends the run."""
+    storage = tmp_path / "storage"
+    command = [*map(str, arguments), "--storage", str(storage)]
+    command += ["--set", "download.shard_size=15", "--set", "download.tasks_in_flight=1"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", *command],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        while not list(storage.glob("images/*/*.parquet")):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        [victim] = [pid for pid, line in descendants(process.pid).items() if line.partition(" ")[0].endswith(part)]
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(timeout=300) not in (0, None), log.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "killed" in call("status", "--storage", storage).stdout or "run the same command again" in log.read_text()
+    refresh(storage, arguments)
+    assert content(storage) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f39_when_there_is_no_memory_for_tasks_the_run_ends_and_the_next_one_goes_on(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    """Ray's monitor kills every task, since it may use next to nothing of the machine."""
+    storage = tmp_path / "storage"
+    nothing = {
+        "RAY_memory_usage_threshold": "0.001",
+        "RAY_memory_monitor_refresh_ms": "100",
+        "RAY_task_oom_retries": "1",
+    }
+    result = unclip(*arguments, "--storage", storage, **nothing)
+    assert result.returncode == 1 and "run the same command again" in result.stderr, result.stdout + result.stderr
+    refresh(storage, arguments)
+    assert content(storage) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f39_a_small_object_store_is_enough(undisturbed: Path, arguments: Arguments, tmp_path: Path) -> None:
+    """Pictures and embeddings go to the storage, not through Ray."""
+    refresh(tmp_path, arguments, RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES=str(80 << 20))
+    assert content(tmp_path) == content(undisturbed)
+
+
+@pytest.mark.slow
+def test_f40_when_ray_loses_messages_the_tables_are_the_same(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    rare = {"num_failures": -1, "req_failure_prob": 10, "resp_failure_prob": 10, "in_flight_failure_prob": 5}
+    chaos = {f"{service}.grpc_client.{method}": rare for service, method in LOST}
+    refresh(tmp_path, arguments, RAY_testing_rpc_failure=json.dumps(chaos))
+    assert content(tmp_path) == content(undisturbed)
 
 
 def rows_by_file(table_uri: str) -> dict[str, int]:
@@ -208,7 +298,7 @@ def rows_by_file(table_uri: str) -> dict[str, int]:
 
 
 # The last, since it changes the storage that the others compare with.
-def test_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(
+def test_f34_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(
     undisturbed: Path, grown: Arguments, server: SceneServer
 ) -> None:
     before = facts_of(undisturbed, "curate")["snapshot"]

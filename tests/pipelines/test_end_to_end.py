@@ -176,7 +176,7 @@ def test_a_second_run_does_nothing_and_says_the_same(finished: Path) -> None:
     ("assignment", "to_run"),
     [
         ("prior.trainer.seed=1", {"prior", "evaluate", "publish"}),
-        ("upsampler.model.blur_prob=0.1", {"upsampler", "evaluate", "publish"}),
+        ("upsampler.model.degradation.blur_prob=0.1", {"upsampler", "evaluate", "publish"}),
         ("evaluate.seed=1", {"evaluate", "publish"}),
         ("resources.num_workers=2", set()),
         (
@@ -238,7 +238,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def test_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
+def test_f36_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
     finished: Path, tmp_path: Path, cluster: dict[str, str]
 ) -> None:
     """SIGKILL to the driver while it trains; the rest by `ray job submit`. tests/pipelines/test_data_half.py kills the rest."""

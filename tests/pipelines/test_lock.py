@@ -1,3 +1,4 @@
+import itertools
 import json
 import threading
 import time
@@ -10,7 +11,7 @@ from tasks.store import Store
 from unclip.errors import AlreadyRunningError
 
 
-def test_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
+def test_f32_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
     held = pytest.raises(AlreadyRunningError, match=r"another run is at work here \(pid \d+ on .*Wait for it")
     with locks.lock(Store(str(tmp_path))), held, locks.lock(Store(str(tmp_path))):
         pass
@@ -36,15 +37,35 @@ def test_a_lease_is_renewed_and_given_back(lease: str) -> None:
 
 
 def test_the_lease_of_a_run_that_was_killed_expires(lease: str) -> None:
-    Path(lease).write_text(json.dumps({"identity": "dead", "at": time.time() - 0.3, "who": "pid 1"}))
-    with pytest.raises(AlreadyRunningError, match="pid 1; a run that was killed"), locks._lease(lease):
-        pass
-    time.sleep(0.3)
+    Path(lease).write_text(json.dumps({"identity": "dead", "beat": 7, "who": "pid 1"}))
+    started = time.monotonic()
     with locks._lease(lease):
         assert json.loads(Path(lease).read_text())["identity"] != "dead"
+    assert time.monotonic() - started >= locks.EXPIRY_SECONDS
 
 
-def test_of_many_that_start_together_one_has_the_lease(lease: str) -> None:
+def test_f35_a_lease_goes_by_no_clock_that_can_be_set(lease: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock of whoever asks is a day ahead, a day behind, and jumps between calls."""
+    with locks._lease(lease):
+        for shift in (86_400.0, -86_400.0, itertools.cycle((86_400.0, -86_400.0))):
+            shifts = itertools.repeat(shift) if isinstance(shift, float) else shift
+            with monkeypatch.context() as clock:
+                clock.setattr(time, "time", lambda now=time.time, shifts=shifts: now() + next(shifts))
+                with pytest.raises(AlreadyRunningError, match="another run is at work"), locks._lease(lease):
+                    pass
+    with locks._lease(lease):
+        pass
+
+
+def test_f32_a_lease_that_is_given_back_meanwhile_is_taken(lease: str) -> None:
+    Path(lease).write_text(json.dumps({"identity": "other", "beat": 1, "who": "pid 1"}))
+    threading.Timer(0.2, Path(lease).unlink).start()
+    started = time.monotonic()
+    with locks._lease(lease):
+        assert time.monotonic() - started >= 0.2
+
+
+def test_f32_of_many_that_start_together_one_has_the_lease(lease: str) -> None:
     held: list[int] = []
 
     def take(number: int) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -27,6 +28,25 @@ class Crafted:
 
     def __repr__(self) -> str:
         return self.name
+
+
+FAULTS = {
+    "F5": "half-|png-no-end",
+    "F13": "html|json|zip|zeros|wave|jpeg-and-zip",
+    "F14": "no-bytes|one-byte|.*-magic|png-no-data",
+    "F15": "png-(7072|12000|60000|wide|largest|true-bomb)|jpeg-65000|gif-65535|.*-bomb",
+    "F16": ".*orientation|exif-",
+    "F17": "jpeg-(cmyk|ycck|grey)|png-1-|.*alpha|.*palette|.*trns|.*rgba|gif-transparent|icc-",
+    "F18": "png-16-",
+    "F19": ".*-animated|kind-TIFF",
+    "F20": "svg|ps|psd|fits|heic|avif|jxl|kind-",
+}
+"""Faults, by how the names of their files begin; the first that fits counts."""
+
+
+def fault_of(file: Crafted) -> str:
+    """The fault that a file is; "other" when it is none with a number."""
+    return next((fault for fault, names in FAULTS.items() if re.match(names, file.name)), "other")
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

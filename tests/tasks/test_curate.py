@@ -142,9 +142,27 @@ def test_duplicates_of_duplicates_do_not_count() -> None:
     assert semantic_duplicates(same, 0.01, 5) == set(range(1, 100))
 
 
-def test_a_score_that_is_no_number_is_low() -> None:
-    scores = pa.table({"key": ["a", "b"], "clip_score": [float("nan"), 0.5]})
-    assert out_of_bounds(scores, CurateConfig(min_clip_score=0.1)) == {"a": "clip_score_low"}
+@pytest.mark.parametrize("limits", [{}, {"min_clip_score": 0.1}, {"max_clip_score": 0.9}])
+def test_f26_a_score_that_is_no_number_drops_its_row(limits: dict[str, float]) -> None:
+    scores = pa.table({"key": list("abcd"), "clip_score": [float("nan"), 0.5, float("inf"), float("-inf")]})
+    expected = {"a": "clip_score_low", "c": "clip_score_high", "d": "clip_score_low"}
+    assert out_of_bounds(scores, CurateConfig(**limits)) == expected  # type: ignore[arg-type]
+
+
+def test_f26_a_threshold_of_another_unit_is_refused_or_shown_beside_the_scores(
+    tmp_path: Path, embedded: Artifact
+) -> None:
+    with pytest.raises(ConfigError, match=r"min_clip_score.*28.*a cosine, -1 to 1"):
+        CurateConfig(min_clip_score=28.0)
+    with pytest.raises(ConfigError, match="minimum"):
+        ProbeConfig("first", "x", minimum=float("nan"))
+    save_file({"weight": torch.eye(1, WIDTH)}, tmp_path / "first.safetensors")
+    probe = ProbeConfig("first", str(tmp_path / "first.safetensors"), minimum=28.0)
+    failure = run_curate(tmp_path, embedded, pin_probes(CurateConfig(probes=(probe,))))
+    assert isinstance(failure, Failure)
+    assert "got 0 pairs to train on, expected at least 2 (first_low 40, http_404 1)" in failure.message
+    assert "Of first, 5 % is below -" in failure.message and "95 % below 0." in failure.message
+    assert not Path(tmp_path, "snapshots").exists(), "nothing trains on it"
 
 
 def test_statistics_are_those_of_the_training_rows(tmp_path: Path, embedded: Artifact) -> None:
@@ -163,7 +181,7 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path, embedded: Art
     assert (explained.diff() <= 0).all() and abs(float(explained.sum()) - 1) < 1e-5
 
 
-def test_dropping_everything_fails_with_the_reasons(tmp_path: Path, embedded: Artifact) -> None:
+def test_f26_dropping_everything_fails_with_the_reasons(tmp_path: Path, embedded: Artifact) -> None:
     failure = run_curate(tmp_path, embedded, CurateConfig(min_clip_score=0.9))
     assert isinstance(failure, Failure)
     assert "got 0 pairs" in failure.message and "clip_score_low 40" in failure.message

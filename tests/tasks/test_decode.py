@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from crafted_pictures import Crafted, crafted, encoded, ramp
+from crafted_pictures import Crafted, crafted, encoded, fault_of, header_only_png, ramp
 
 from tasks.decode import Decoder, Picture, decode, perceptual_hash
 from tasks.rows import RowFault
@@ -46,8 +46,9 @@ def outcome(decoder: Decoder, data: bytes) -> str | Picture:
         return fault.reason
 
 
-@pytest.mark.parametrize("file", CRAFTED, ids=repr)
+@pytest.mark.parametrize("file", CRAFTED, ids=lambda file: f"{fault_of(file)}-{file}")
 def test_crafted_file(decoder: Decoder, file: Crafted) -> None:
+    """F5 (cut short), F13 to F20."""
     got = outcome(decoder, file.data)
     if isinstance(file.expected, str):
         assert got == file.expected
@@ -133,7 +134,7 @@ def test_the_perceptual_hash_is_that_of_imagehash() -> None:
         (signal.SIGSTOP, "decode_timeout"),
     ],
 )
-def test_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> None:
+def test_f22_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> None:
     with Decoder(64, 95, MAX_PIXELS, limits=Limits(wall_seconds=1.5)) as decoder:
         sound = decoder.decode(encoded(ramp(), "JPEG"))
         [pid] = decoder.pids
@@ -143,7 +144,7 @@ def test_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> None:
         assert decoder.pids != [pid]
 
 
-def test_t6_a_picture_that_needs_too_much_memory_costs_one_row() -> None:
+def test_f22_f39_t6_a_picture_that_needs_too_much_memory_costs_one_row() -> None:
     with Decoder(64, 95, MAX_PIXELS, limits=Limits(memory_bytes=1 << 26)) as decoder:
         assert outcome(decoder, encoded(Image.new("RGB", (5000, 5000), "red"), "PNG")) == "decode_memory"
         assert isinstance(outcome(decoder, encoded(ramp(), "PNG")), Picture)
@@ -153,6 +154,32 @@ def test_the_largest_picture_of_each_mode_fits_into_a_child(decoder: Decoder) ->
     for mode in ("RGBA", "I;16", "P", "LA"):
         image = Image.new(mode, (7000, 7000), 1)
         assert isinstance(outcome(decoder, encoded(image, "PNG", compress_level=1)), Picture), mode
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_f19_of_ten_thousand_frames_the_first_is_stored(decoder: Decoder, kind: str) -> None:
+    first, second = Image.new("L", (8, 8), 200), Image.new("L", (8, 8), 20)
+    data = encoded(first, kind, save_all=True, append_images=[second, first] * 4999 + [second], lossless=True)
+    assert Image.open(io.BytesIO(data)).n_frames == 10_000  # type: ignore[attr-defined]
+    [child] = decoder.pids
+    before = cpu_seconds(child)
+    assert decoder.decode(data).jpg == decoder.decode(encoded(first, "PNG")).jpg
+    assert cpu_seconds(child) - before < 1, "the other frames were decoded, too"
+
+
+def test_f15_a_bomb_is_refused_by_its_header(decoder: Decoder) -> None:
+    true_bomb = next(file.data for file in CRAFTED if file.name == "png-true-bomb")
+    [child] = decoder.pids
+    for data in (header_only_png(30_000, 30_000), header_only_png(65_000, 65_000), true_bomb):
+        Path(f"/proc/{child}/clear_refs").write_text("5")  # from here on counts the peak of memory
+        memory, seconds = peak_memory(child), cpu_seconds(child)
+        assert outcome(decoder, data) == "too_many_pixels"
+        assert cpu_seconds(child) - seconds < 0.5 and peak_memory(child) - memory < 20_000_000
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def mutant(seeds: list[bytes], source: random.Random) -> bytes:

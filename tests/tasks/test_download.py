@@ -1,6 +1,7 @@
 """The whole path from a list of URLs to deduplicated pictures, against a server with planned faults."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -9,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -128,7 +131,7 @@ def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: 
     assert failed["jpg"].null_count == failed.num_rows == 12
 
 
-def test_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path) -> None:
+def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path) -> None:
     scenes = ScenesConfig(num_images=20, side=16, broken=0, port=free_port())
     longer = dataclasses.replace(scenes, num_images=26)
     with scene_server.serve(longer) as server:
@@ -163,7 +166,7 @@ execute(Call(download, config), run(Path({storage!r})), [run_ingest(Path({storag
 """
 
 
-def test_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Path) -> None:
+def test_f36_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Path) -> None:
     import ray
 
     scenes = ScenesConfig(num_images=400, side=16, broken=0.005, port=free_port())
@@ -426,6 +429,83 @@ def test_after_a_failure_what_runs_still_finishes_and_nothing_starts(cluster: No
     assert len(started) == 3
 
 
+def pids_of_shards() -> list[int]:
+    """Processes that work on a shard of a download at this moment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::_download_shard"):
+                found.append(int(folder.name))
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert found
+    return found
+
+
+def test_f38_a_task_that_is_killed_and_one_that_hangs_are_done_again_once(cluster: None, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a shard, then SIGSTOP: every row is there once, whatever was fetched how often."""
+    scenes = ScenesConfig(num_images=30, side=16, broken=0.3, port=free_port())  # its silent URLs keep a shard busy
+    config = download_config(scenes, shard_size=100, stall_seconds=10.0, retries=0)
+    with scene_server.serve(scenes) as server:
+        pairs = run_ingest(tmp_path, scenes)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            stage = pool.submit(execute, Call(download, config), run(tmp_path), [pairs])
+            wait_for(lambda: server.count("picture") >= 5)
+            [first] = wait_for(pids_of_shards)
+            os.kill(first, signal.SIGKILL)
+            wait_for(lambda: set(pids_of_shards()) - {first})
+            asked = server.count("picture")
+            wait_for(lambda: server.count("picture") >= asked + 5)
+            [second] = wait_for(lambda: set(pids_of_shards()) - {first})
+            os.kill(second, signal.SIGSTOP)
+            images = done(stage.result())
+        assert server.count("picture") > 2 * 30, "nothing was done again"
+    assert not Path(f"/proc/{second}").exists(), "what hung is ended before its shard is started again"
+    table = content(images.uri)
+    assert len(set(table["key"].to_pylist())) == table.num_rows == images.facts["fetched_now"]
+    assert images.facts["rows"]["kept"] == 30 + scenes_of_kind(table, "duplicate", "small")
+    assert len(tables.files(images.uri)) == len(list(Path(images.uri).glob("*.parquet"))) == 1
+    assert not Path(tmp_path, "runs", "r1", "shards").exists()
+
+
+def scenes_of_kind(table: pa.Table, *kinds: str) -> int:
+    return sum(url.split("/")[-2] in kinds for url in table["url"].to_pylist())
+
+
+def test_f38_a_shard_that_hangs_every_time_ends_the_stage(cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def hang() -> None:
+        time.sleep(60)
+
+    started: list[Shard] = []
+
+    def start(shard: Shard) -> object:
+        started.append(shard)
+        return hang.remote()
+
+    shards = [pairs_of("http://a/1"), pairs_of("http://a/2")]
+    with pytest.raises(StageError, match=r"no row was done for 0.2 s, 3 times.*run the same command again"):
+        run_in_lanes([shards], 2, start, pulse=lambda _: 1, stall_seconds=0.2)
+    assert started == shards[:1] * 3
+
+
+def test_f38_what_a_task_that_was_given_up_makes_in_the_end_changes_nothing(tmp_path: Path) -> None:
+    table = pa.table({"key": ["a"], "jpg": [b"first"]})
+    part = tables.write_part(str(tmp_path), "part", table)
+    late = b"looked before there was a part, and comes after it"
+    assert not files.write(f"{tmp_path}/part.parquet", late, replace=False)
+    assert tables.find_part(str(tmp_path), "part") == part
+    assert tables.read_file(f"{tmp_path}/part.parquet").equals(table)
+    assert [path.name for path in tmp_path.iterdir()] == ["part.parquet"]
+
+
 def test_settings_reach_the_fetcher_which_lasts_for_the_process() -> None:
     config = DownloadConfig(requests_per_host=2, respect_robots=False, opt_out_directives=("noindex",), retries=3)
     fetcher = download_module._fetcher(config)
@@ -437,9 +517,15 @@ def test_settings_reach_the_fetcher_which_lasts_for_the_process() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("num_lanes", 0), ("requests_per_host", 0), ("max_crawl_delay_seconds", -1.0), ("opt_out_directives", ("No AI",)),
-     ("user_agent", "/1.0")],
-)  # fmt: skip
+    [
+        ("num_lanes", 0),
+        ("stall_seconds", 12.0),
+        ("requests_per_host", 0),
+        ("max_crawl_delay_seconds", -1.0),
+        ("opt_out_directives", ("No AI",)),
+        ("user_agent", "/1.0"),
+    ],
+)
 def test_impossible_settings_are_named(setting: str, value: object) -> None:
     with pytest.raises(ConfigError, match=setting):
         DownloadConfig(**{setting: value})  # type: ignore[arg-type]

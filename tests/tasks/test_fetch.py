@@ -23,8 +23,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tasks import fetch, robots, rows
-from tasks.fetch import Fetcher, is_public, opted_out, wait_asked
+from tasks import fetch, opt_outs, robots, rows
+from tasks.fetch import Fetcher, is_public, wait_asked
+from tasks.opt_outs import opted_out
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -341,7 +342,7 @@ def test_public_addresses_are_allowed(address: str) -> None:
     assert is_public(address)
 
 
-def test_addresses_are_checked_all_and_resolved_once() -> None:
+def test_f9_t4_addresses_are_checked_all_and_resolved_once() -> None:
     answers = [["8.8.8.8", "127.0.0.1"], ["127.0.0.1"]]
     calls: list[str] = []
 
@@ -359,7 +360,7 @@ def test_addresses_are_checked_all_and_resolved_once() -> None:
      "http://user:secret@8.8.8.8/", "http://8.8.8.8:0/", "http://8.8.8.8:99999/", "http://[::1/", "http://a..b/", "",
      "http://8.8.8.8/a\r\nHost: b", "http://8.8\t.8.8/", "\x00http://8.8.8.8/", "http://8.8.8.8/\x7f"],
 )  # fmt: skip
-def test_what_is_no_web_address_is_refused(url: str) -> None:
+def test_f12_t1_what_is_no_web_address_is_refused(url: str) -> None:
     assert reason(url) == "bad_url"
 
 
@@ -397,13 +398,14 @@ def test_a_sound_answer_is_fetched_with_an_honest_request() -> None:
     ],
 )
 def test_a_broken_answer_has_its_reason(answer: bytes, expected: str) -> None:
+    """F4, F6, F8, F12, F14."""
     assert fetch_from(answer) == expected
 
 
 @pytest.mark.parametrize(
     "start", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"]
 )
-def test_dripping_bytes_do_not_hold_a_thread(start: bytes) -> None:
+def test_f2_dripping_bytes_do_not_hold_a_thread(start: bytes) -> None:
     def drip(connection: socket.socket) -> None:
         connection.sendall(start)
         for _ in range(40):
@@ -415,13 +417,13 @@ def test_dripping_bytes_do_not_hold_a_thread(start: bytes) -> None:
     assert time.monotonic() - started < 1.2
 
 
-def test_a_name_server_that_hangs_does_not_hold_a_thread() -> None:
+def test_f9_a_name_server_that_hangs_does_not_hold_a_thread() -> None:
     started = time.monotonic()
     assert reason("http://slow.example/", resolve=lambda *_, **__: time.sleep(3), timeout_seconds=0.3) == "timeout"
     assert time.monotonic() - started < 1
 
 
-def test_no_address_and_no_listener() -> None:
+def test_f9_no_address_and_no_listener() -> None:
     def unknown(*_: Any, **__: Any) -> Any:
         raise socket.gaierror("unknown")
 
@@ -431,19 +433,20 @@ def test_no_address_and_no_listener() -> None:
     assert reason(f"http://{address}/", allow_hosts=(address,)) == "connect_error"
 
 
-def test_server_errors_are_tried_again_and_missing_pages_are_not() -> None:
+def test_f10_server_errors_are_tried_again_and_missing_pages_are_not() -> None:
     for status, attempts in (("503 Busy", 3), ("404 Not Found", 1)):
         with raw_server(lambda c, s=status: c.sendall(f"HTTP/1.1 {s}\r\n\r\n".encode())) as (address, requests):  # type: ignore[misc]
             assert reason(f"http://{address}/", allow_hosts=(address,), retries=2) == f"http_{status[:3]}"
         assert len(requests) == attempts
 
 
-def test_an_untrusted_certificate_is_refused() -> None:
+def test_f11_what_is_no_tls_is_refused() -> None:
     with raw_server(lambda c: c.sendall(b"not TLS at all")) as (address, _):
         assert reason(f"https://{address}/", allow_hosts=(address,)) == "connect_error"
 
 
 TAG, TDM = "X-Robots-Tag: ", "TDM-Reservation: "
+USAGE, SIGNAL = "Content-Usage: ", "Content-Signal: "
 HEADERS = {
     TAG + "noai": True,
     TAG + "NoAI": True,
@@ -526,6 +529,50 @@ HEADERS = {
     TAG + "otherbot: noindex, noai": False,
     TAG + "unclip: noindex, otherbot: noai": False,
     TAG + "otherbot: unavailable_after: Fri, 25 Jun 2010 15:00:00 GMT, noai": False,
+    USAGE + "train-ai=n": True,
+    USAGE + "ai=n": True,
+    USAGE + "bots=n": True,
+    USAGE + "search=y, train-ai=n": True,
+    USAGE + "train-ai=n;exact;since=2025, search=y": True,
+    USAGE + "train-ai=y, train-ai=n": True,
+    USAGE + "train-ai=n, train-ai=y": True,
+    USAGE + "train-ai=y\r\n" + USAGE + "ai=n": True,
+    USAGE + "search=y,\r\n train-ai=n": True,
+    USAGE + "train-ai": True,
+    USAGE + "train-ai=?0": True,
+    USAGE + 'train-ai="y"': True,
+    USAGE + "train-ai=Y": True,
+    USAGE + "train-ai=no": True,
+    USAGE + "train-ai=(y n)": True,
+    USAGE + "Train-AI=n": True,
+    USAGE + "train-ai = n": True,
+    USAGE + "search=y train-ai=n": True,
+    USAGE + "search=y;": True,
+    USAGE + 'search="y': True,
+    USAGE + "search=y,": True,
+    USAGE + "<none>": True,
+    "content-usage:train-ai=n": True,
+    USAGE + "": False,
+    USAGE + "train-ai=y": False,
+    USAGE + "ai=y;exact, search=n": False,
+    USAGE + "search=n": False,
+    USAGE + 'note="a, train-ai=n", train-ai=y': False,
+    USAGE + 'other=(a "b" 1);q=0.5, new=?1, date=@1700000000, bytes=:YQ==:, flag': False,
+    SIGNAL + "ai-train=no": True,
+    SIGNAL + "search=yes,ai-train=no": True,
+    SIGNAL + "search=yes, ai-train = no , use=reference": True,
+    SIGNAL + "AI-Train=No": True,
+    SIGNAL + "ai-train=yes\r\n" + SIGNAL + "ai-train=no": True,
+    SIGNAL + "ai-train=maybe": True,
+    SIGNAL + "ai-train": True,
+    SIGNAL + "search=yes; ai-train=no": True,
+    SIGNAL + "search=yes ai-train=no": True,
+    SIGNAL + "search=yes,": True,
+    SIGNAL + "": False,
+    SIGNAL + "ai-train=yes": False,
+    SIGNAL + "search=no, ai-input=no, ai-train=yes": False,
+    SIGNAL + "search=no": False,
+    "Content-Signals: ai-train=no": False,
     "X-Robots: noai": False,
     "Robots: noai": False,
 }
@@ -538,6 +585,21 @@ def test_t12_opt_out_headers_are_respected(headers: str) -> None:
     with raw_server(lambda connection: connection.sendall(answer)) as (address, _):
         found = outcome(f"http://{address}/", fetcher(allow_hosts=(address,)))
     assert found == ("opted_out" if HEADERS[headers] else "ok")
+
+
+def test_t12_hostile_preferences_take_no_time() -> None:
+    for text in (
+        "a" * 60_000,
+        "a=(" * 20_000,
+        "a;" * 30_000,
+        'a="' + "\\" * 60_000,
+        "a=1 ," * 12_000,
+        "a=" + "9" * 60_000 + ".",
+    ):
+        started = time.process_time()
+        opt_outs.usage_refused(text), opt_outs.signal_refused(text)
+        opt_outs.preferences(f"User-agent: *\nContent-Usage: /{text} train-ai=n\n" * 5, "unclip")
+        assert time.process_time() - started < 5
 
 
 def test_t12_directives_are_a_setting() -> None:
@@ -572,11 +634,33 @@ ROBOTS = {
     b"#" * 499_999: "ok",
     b"#" * 500_001: "robots_unreachable",
     b"User-agent: *\nDisallow: /" + b"*a" * 5000 + b"*b$\n": "ok",
+    b"User-agent: *\nContent-Signal: search=yes,ai-train=no\nAllow: /\n": "opted_out",
+    b"User-agent: *\nContent-Usage: train-ai=n\n": "opted_out",
+    b"User-agent: *\nContent-Usage train-ai=n\n": "opted_out",
+    b"User-agent: *\nContent-Usage: unreadable;\n": "opted_out",
+    b"User-agent: *\nContent-Usage: *.jpg train-ai=n\n": "opted_out",
+    b"CONTENT-SIGNAL: ai-train=no # everywhere\nUser-agent: unclip\nAllow: /": "opted_out",
+    b"User-agent: a\nUser-agent: unclip\nContent-Signal: ai-train=no\n\nUser-agent: b\nAllow: /\n": "opted_out",
+    b"User-agent: UnCLIP/2.0\nContent-Usage: ai=n": "opted_out",
+    b"User-agent: unclip\nAllow: /\n\nUser-agent: *\nDisallow:\n\nUser-agent: unclip\nContent-Usage: ai=n": "opted_out",
+    b"User-agent: *\nContent-Usage: /pictures/ train-ai=n\nContent-Usage: train-ai=y": "opted_out",
+    b"User-agent: *\nContent-Usage: train-ai=y\nContent-Usage: ai=n": "opted_out",
+    b"User-agent: *\nContent-Usage: /*.jpg$ train-ai=n": "opted_out",
+    b"User-agent: *\nContent-Signal: /pic%74ures ai-train=no": "opted_out",
+    b"User-agent: *\nContent-Usage: /" + b"*a" * 5000 + b"*b$ train-ai=n\n": "ok",
+    b"User-agent: *\nContent-Usage: /pictures/ train-ai=y\nContent-Usage: train-ai=n": "ok",
+    b"User-agent: *\nContent-Signal: /private ai-train=no": "ok",
+    b"User-agent: *\nContent-Usage: /*.png$ train-ai=n": "ok",
+    b"User-agent: *\nContent-Usage: /pictures$ train-ai=n": "ok",
+    b"User-agent: *\nContent-Signal: search=no,ai-train=yes": "ok",
+    b"User-agent: otherbot\nContent-Signal: ai-train=no\n\nUser-agent: *\nAllow: /": "ok",
+    b"User-agent: *\nContent-Signal: ai-train=no\n\nUser-agent: unclip\nAllow: /": "ok",
+    b"# Content-Signal: ai-train=no\nUser-agent: *\nAllow: /": "ok",
 }
 
 
-@pytest.mark.parametrize("body", ROBOTS, ids=lambda body: repr(body[:40]))
-def test_robots_txt_is_obeyed(body: bytes, outside: None) -> None:
+@pytest.mark.parametrize("body", ROBOTS, ids=lambda body: repr(body[:60]))
+def test_t12_robots_txt_is_obeyed(body: bytes, outside: None) -> None:
     with serve({"/robots.txt": (200, {}, body)}) as server:
         found = outcome(f"http://{server.address}/pictures/a.jpg", fetcher(respect_robots=True))
         assert server.asked["/robots.txt"] == 1
@@ -858,6 +942,16 @@ def test_f10_what_may_pass_is_tried_again() -> None:
         assert len(requests) == 5
 
 
+def test_f10_a_host_that_does_not_answer_costs_one_deadline_however_many_rows_it_has(outside: None) -> None:
+    """Its robots.txt is asked for once in five minutes, and what comes of that holds for all rows."""
+    with serve(seconds=1.0) as silent, serve() as other:
+        by = fetcher(respect_robots=True, timeout_seconds=0.4)
+        urls = [f"http://{silent.address}/{number}" for number in range(60)]
+        found = outcomes([*urls, f"http://{other.address}/"], by, threads=4)
+        assert found == ["timeout"] * 60 + ["ok"]
+        assert silent.connections == 1
+
+
 def reset(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -925,6 +1019,12 @@ def test_faults_of_servers_have_their_reasons(answer: bytes | Callable[[socket.s
 def test_f7_only_plain_bytes_are_taken(coding: str, expected: str) -> None:
     with serve({"/a": (200, {"Content-Encoding": coding}, b"body")}) as server:
         assert outcome(f"http://{server.address}/a", fetcher(allow_hosts=(server.address,))) == expected
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json", "image/png", "", "\xff", "image/svg+xml"])
+def test_f13_what_a_server_calls_the_bytes_does_not_matter(kind: str) -> None:
+    with serve({"/a": (200, {"Content-Type": kind}, b"body")}) as server:
+        assert outcome(f"http://{server.address}/a", fetcher(allow_hosts=(server.address,))) == "ok"
 
 
 def test_f1_a_silent_server_delays_no_other_row() -> None:

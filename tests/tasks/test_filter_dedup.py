@@ -58,7 +58,23 @@ def test_filter_gives_every_row_its_first_reason() -> None:
     assert rows.count(selection)["rows"] == {"in": 10, "kept": 3, "dropped": 5, "failed": 2}
 
 
-def test_filter_that_keeps_nothing_fails_with_the_reasons(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ((1, 1), "too_small"),
+        ((3, 3), "too_small"),
+        ((1, 10_000), "too_small"),
+        ((32, 97), "bad_aspect"),
+        ((32, 96), None),
+    ],
+)
+def test_f21_sizes_that_are_no_use(size: tuple[int, int], reason: str | None) -> None:
+    for held in (size, size[::-1]):
+        selection = judge(pairs_of(CAPTION, CAPTION), images_of(held, (64, 64)), FilterConfig())
+        assert reasons(selection)[0] == reason and reasons(selection)[1] is None
+
+
+def test_f26_filter_that_keeps_nothing_fails_with_the_reasons(tmp_path: Path) -> None:
     tables.write_file(str(tmp_path / "pairs.parquet"), pairs_of(CAPTION, CAPTION))
     images = images_of((8, 8), None)
     tables.append_files(str(tmp_path / "t"), [tables.write_part(str(tmp_path / "t"), "p", images)], images.schema)

@@ -3,7 +3,10 @@ import gzip
 import io
 import json
 import os
+import queue
 import random
+import re
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +17,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import tables
+from tasks import parquet_list, tables
+from tasks import rows as tally
 from tasks.ingest import (
     MAX_LINE_CHARACTERS,
     IngestConfig,
@@ -25,6 +29,7 @@ from tasks.ingest import (
     read,
 )
 from tasks.normalise import normalise_caption, normalise_url
+from tasks.sandbox import Limits, Sandbox
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.tracking import Tracker
 from unclip import files
@@ -232,7 +237,7 @@ def test_an_expected_hash_is_kept_with_the_row_and_not_part_of_its_key(tmp_path:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_order_of_the_list_changes_nothing_but_positions(tmp_path: Path, seed: int) -> None:
+def test_f24_the_order_of_the_list_changes_nothing_but_positions(tmp_path: Path, seed: int) -> None:
     hashes = ["", HASH, HASH[::-1], "bad"]
     rows = [Listed(f"http://a/{i % 4}", "ab"[i % 2] * (i % 3), hashes[i % 7 % 4]) for i in range(100)]
     first = clean(rows).drop_columns("position")
@@ -241,6 +246,43 @@ def test_the_order_of_the_list_changes_nothing_but_positions(tmp_path: Path, see
     kept = [row for row in first.to_pylist() if row["status"] == "kept"]
     assert len({row["key"] for row in kept}) == len(kept) == 8
     assert all(row["expected_sha256"] == min(HASH, HASH[::-1]) for row in kept)
+
+
+def test_f24_equal_urls_are_one_row_and_are_counted() -> None:
+    same = [
+        "http://a.example/1.jpg",
+        "HTTP://A.EXAMPLE/1.jpg",
+        "http://a.example/1.jpg#top",
+        " http://a.example/1.jpg ",
+    ]
+    other = ["http://a.example/1.JPG", "http://a.example/1.jpg?b=1&a=2", "http://a.example/1.jpg?a=2&b=1"]
+    table = clean([Listed(url, "a red circle") for url in [*same, *other]])
+    facts = tally.count(table)
+    assert facts["rows"] == {"in": 7, "kept": 4, "dropped": 3, "failed": 0}
+    assert facts["reasons"] == {"duplicate_row": 3}
+    assert {row["position"] for row in table.to_pylist() if row["status"] == "kept"} == {0, 4, 5, 6}
+
+
+def test_f27_another_schema_is_named_and_writes_nothing(tmp_path: Path) -> None:
+    """A column that is new, missing, renamed, of another type; the list was read before."""
+    path, storage = tmp_path / "list.parquet", tmp_path / "storage"
+    columns = {"url": ["http://a/1"], "caption": ["a red circle"]}
+    changes: dict[str, dict[str, Any]] = {
+        r"no column 'caption' .ingest.caption_column.. Did you mean 'captions'": {"url": ["u"], "captions": ["c"]},
+        r"no column 'caption' .ingest.caption_column.. Valid names: url": {"url": ["u"]},
+        r"column 'caption' of .*got int64, expected text. Set caption_column": {"url": ["u"], "caption": [1]},
+        r"column 'url' of .*got timestamp\[us, tz=UTC\], expected text": {
+            "url": pa.array([0], pa.timestamp("us", "UTC")), "caption": ["c"],
+        },
+    }  # fmt: skip
+    pq.write_table(pa.table(columns | {"added": [1.5]}), path)
+    ingested(tmp_path, urls=str(path))
+    before = sorted(storage.rglob("*.parquet"))
+    for message, changed in changes.items():
+        pq.write_table(pa.table(changed), path)
+        failure = run_ingest(tmp_path, urls=str(path), digest=None, layout="plain", url_column="url")
+        assert isinstance(failure, Failure) and re.search(message, failure.message), failure
+    assert sorted(storage.rglob("*.parquet")) == before
 
 
 def test_files_in_another_order_keep_the_same_keys(tmp_path: Path) -> None:
@@ -283,7 +325,7 @@ def extension_table() -> pa.Table:
         (b"", "list.parquet cannot be read"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_refused_before_anything_starts(
+def test_f25_f27_a_list_that_cannot_be_used_is_refused_before_anything_starts(
     tmp_path: Path, content: Any, message: str
 ) -> None:
     path = tmp_path / "list.parquet"
@@ -324,13 +366,13 @@ def test_a_list_that_cannot_be_used_is_refused_before_anything_starts(
         ("list.xlsx", b"PK", "is no file, nor a folder with any, of the formats .parquet, .csv, .tsv, .jsonl, .txt"),
     ],
 )
-def test_text_lists_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_f25_text_lists_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         check_source(IngestConfig(str(tmp_path / name)))
 
 
-def test_a_list_without_one_usable_row_says_why(tmp_path: Path) -> None:
+def test_f25_a_list_without_one_usable_row_says_why(tmp_path: Path) -> None:
     path = write_list(tmp_path / "list.csv", [("ftp://a", "b"), ("nonsense", "c"), ("http://a", "")])
     failure = run_ingest(tmp_path, urls=path)
     assert isinstance(failure, Failure)
@@ -386,14 +428,17 @@ def test_urls_are_normalised(raw: str, expected: str | None) -> None:
         ("\u200e \u200f", ""),
         ("👩\u200d🎨 paints", "👩\u200d🎨 paints"),
         ("x" * 5000, "x" * 1000),
+        ("<script>alert(1)</script>", "<script>alert(1)</script>"),  # the report escapes it
+        ("=cmd|' /C calc'!A0", "=cmd|' /C calc'!A0"),
+        ("كلب صغير", "كلب صغير"),
     ],
 )
-def test_captions_are_normalised(raw: str, expected: str) -> None:
+def test_f23_captions_are_normalised(raw: str, expected: str) -> None:
     assert normalise_caption(raw) == expected
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_t13_hostile_texts_cost_their_row_at_most(tmp_path: Path, suffix: str) -> None:
+def test_f23_t13_hostile_texts_cost_their_row_at_most(tmp_path: Path, suffix: str) -> None:
     texts = {
         b"http://a/1": b"caf\xe9 \xff red",
         b"http://a/2": b"nul\x00 in it",
@@ -429,7 +474,7 @@ def test_t13_hostile_texts_cost_their_row_at_most(tmp_path: Path, suffix: str) -
     assert found[4]["caption"].startswith("\xe9\u0315") and len(found[4]["caption"]) == 1000
 
 
-def test_t13_half_a_surrogate_pair_in_json_is_no_text(tmp_path: Path) -> None:
+def test_f23_t13_half_a_surrogate_pair_in_json_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "list.jsonl"
     path.write_text('{"url": "http://a/1", "caption": "\\ud83d red \\ud83d\\ude00"}\n')
     assert clean(listed(path)).to_pylist()[0]["caption"] == "\ufffd\ufffd\ufffd red \U0001f600"
@@ -490,7 +535,7 @@ def claiming(num_rows: int) -> bytes:
     return data[:start] + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
-def test_t13_a_footer_that_claims_what_the_file_cannot_hold(tmp_path: Path) -> None:
+def test_f28_t13_a_footer_that_claims_what_the_file_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "list.parquet"
     nulls = pa.table({name: pa.nulls(1_000_001, pa.string()) for name in ("url", "caption")})
     long = pa.table({"url": ["http://a"], "caption": ["x" * 70_000_000]})
@@ -591,7 +636,7 @@ WRITERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("writer", WRITERS, ids=str)
 @pytest.mark.parametrize("checksums", [True, False])
-def test_t13_damaged_parquet_is_refused_or_read_as_it_was(
+def test_f28_t13_damaged_parquet_is_refused_or_read_as_it_was(
     tmp_path: Path, writer: dict[str, Any], checksums: bool
 ) -> None:
     """Without checksums in its pages a changed letter cannot be told from a right one, but it still crashes nothing."""
@@ -652,20 +697,15 @@ class Deserialised(pa.ExtensionType):
         return cls()
 
 
-@pytest.mark.parametrize("name_length", range(3))
-def test_t13_metadata_of_extension_types_is_not_interpreted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name_length: int
+def test_f28_t13_metadata_of_extension_types_is_not_interpreted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker, path = tmp_path / "marker", tmp_path / "list.parquet"
     monkeypatch.setenv("UNCLIP_TEST_MARKER", str(marker))
     pa.register_extension_type(Deserialised())
     try:
         extra = pa.ExtensionArray.from_storage(Deserialised(), pa.array(["x"]))
-        table = pa.table({"url": ["http://a"], "caption": ["b"], "i" * (1 + name_length): extra})
-        table = table.replace_schema_metadata(
-            {"shift": "x" * name_length}
-        )  # where it starts decides how base64 writes it
-        pq.write_table(table, path)
+        pq.write_table(pa.table({"url": ["http://a"], "caption": ["b"], "id": extra}), path)
         marker.unlink(missing_ok=True)
         with pytest.raises(InputError, match="extension type"):
             check_source(IngestConfig(str(path)))
@@ -676,7 +716,71 @@ def test_t13_metadata_of_extension_types_is_not_interpreted(
         pa.unregister_extension_type("unclip.test")
 
 
-def test_t13_extension_types_that_parquet_itself_declares_are_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sandbox]]:
+    """The children that are started for this test alone; they may have 64 MiB and a second."""
+    started: list[Sandbox] = []
+
+    def start(function: Callable[[bytes], bytes], limits: Limits) -> Sandbox:
+        started.append(Sandbox(function, limits=limits))
+        return started[-1]
+
+    monkeypatch.setattr(parquet_list, "_idle", queue.SimpleQueue())
+    monkeypatch.setattr(parquet_list, "Sandbox", start)
+    monkeypatch.setattr(parquet_list, "LIMITS", Limits(wall_seconds=1.0, memory_bytes=1 << 26))
+    yield started
+    for sandbox in started:
+        sandbox.close()
+
+
+def test_f28_t13_a_list_that_ends_its_reader_is_named(tmp_path: Path, readers: list[Sandbox]) -> None:
+    path = tmp_path / "list.parquet"
+    pq.write_table(pairs_table(10), path)
+    for number, message in (
+        (signal.SIGSEGV, "the process that read it died of it"),
+        (
+            signal.SIGKILL,
+            "reading it takes more than 67,108,864 bytes of memory",
+        ),  # the kernel, when there is none left
+        (signal.SIGSTOP, "reading it takes more than 1 s at a time"),
+    ):
+        assert len(listed(path)) == 10, "the next list has another reader"
+        [pid] = readers[0].pids
+        os.kill(pid, number)
+        with pytest.raises(InputError, match=rf"list\.parquet cannot be read: {message}"):
+            listed(path)
+        assert readers[0].pids != [pid] and len(readers) == 1
+
+
+def test_f28_t13_a_list_that_wants_much_memory_costs_the_driver_none(tmp_path: Path, readers: list[Sandbox]) -> None:
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"url": ["http://a"], "caption": ["x" * 60_000_000]}), path, compression="zstd")
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(InputError, match=r"list\.parquet cannot be read: .*more than 67,108,864 bytes of memory"):
+        listed(path)
+    assert pa.default_memory_pool().max_memory() == before
+
+
+def test_t13_lists_that_are_read_at_once_have_readers_of_their_own(tmp_path: Path, readers: list[Sandbox]) -> None:
+    for name in "ab":
+        pq.write_table(
+            pa.table({"url": [f"http://{name}/{i}" for i in range(9)], "caption": [name] * 9}), tmp_path / name
+        )
+        (tmp_path / name).rename(tmp_path / f"{name}.parquet")
+    for _ in range(2):
+        both = zip(*(read(IngestConfig(str(tmp_path / f"{name}.parquet"))) for name in "ab"), strict=True)
+        assert [[row.caption for row in pair] for pair in both] == [["a", "b"]] * 9
+    assert len(readers) == 2
+
+
+def test_t13_many_long_captions_come_in_pieces(tmp_path: Path) -> None:
+    captions = [f"{number} " + "x" * 70_000 for number in range(600)]  # more than one reply holds
+    pq.write_table(pa.table({"url": ["http://a"] * 600, "caption": captions}), tmp_path / "list.parquet")
+    found = [row.caption for row in listed(tmp_path / "list.parquet")]
+    assert found == [caption[: parquet_list.MAX_TEXT_BYTES] for caption in captions]
+
+
+def test_f28_t13_extension_types_that_parquet_itself_declares_are_refused(tmp_path: Path) -> None:
     identifiers = pa.array([b"0" * 16], pa.binary(16)).cast(pa.uuid())
     for column in (identifiers, pa.StructArray.from_arrays([identifiers], ["inner"])):
         path = tmp_path / "list.parquet"

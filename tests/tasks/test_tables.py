@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ def rows(*keys: str) -> pa.Table:
     return pa.table({name: list(values) for name, values in columns.items()}, SCHEMA)
 
 
-def test_parts_appear_with_their_commit_and_stay_in_their_version(tmp_path: Path) -> None:
+def test_f33_parts_appear_with_their_commit_and_stay_in_their_version(tmp_path: Path) -> None:
     table = str(tmp_path / "images")
     assert tables.version(table) is None
     first = tables.write_part(table, "p1", rows("d", "b"))
@@ -111,3 +112,23 @@ def rows_of(table: pa.Table, number: int) -> pa.Table:
 def test_content_digest_sees_every_change(change: object) -> None:
     table = rows("a", "b", "c")
     assert tables.content_digest(change(table)) != tables.content_digest(table)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("shift", [86_400, -86_400])
+def test_f35_rows_that_were_removed_by_a_wrong_clock_leave_no_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
+    table = str(tmp_path)
+    tables.append_files(table, [tables.write_part(table, "first", rows("secret", "b"))], SCHEMA)
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "time", lambda now=time.time: now() + shift)
+        assert (
+            tables.append_files(
+                table, [tables.write_part(table, "second", rows("b"))], SCHEMA, replaced=pa.array(["b"])
+            )
+            == 1
+        )
+    assert tables.read(table)["key"].to_pylist() == ["b", "secret"], "versions have an order of their own"
+    assert tables.delete_rows(table, pa.array(["secret"])) == 1
+    assert tables.read(table)["key"].to_pylist() == ["b"]
+    assert [path.name for path in tmp_path.glob("*.parquet")] == ["second.parquet"]

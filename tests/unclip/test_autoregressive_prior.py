@@ -1,5 +1,6 @@
 """The autoregressive prior: what it reads, how it draws, and that it learns."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from unclip.autoregressive_prior import (
     AutoregressivePriorConfig,
 )
 from unclip.clip import Clip
+from unclip.decoder import Decoder, DecoderConfig
 from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics, PrincipalComponents
-from unclip.errors import ConfigError
-from unclip.generation import load_model
+from unclip.errors import CheckpointError, ConfigError
+from unclip.generation import SamplingConfig, Stack, load_model
 from unclip.objectives import AutoregressivePriorObjective
+from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.text import CaptionFeatures
+from unclip.unet import UNetConfig
+from unclip.upsampler import Upsampler, UpsamplerConfig
 
 SMALL = {"width": 16, "depth": 2, "num_heads": 2, "num_buckets": 12}
 
@@ -38,7 +44,7 @@ def build() -> AutoregressivePrior:
     quantizer = quantizer_of(F.normalize(torch.randn(300, 6), dim=1), 12)
     prior = AutoregressivePrior(AutoregressivePriorConfig(**SMALL), 6, 5, 7, quantizer.num_components)
     prior.quantizer.load_state_dict(quantizer.state_dict())
-    prior.text.set_null_text(torch.randn(1, 7, 5), torch.arange(7)[None] < 2, torch.randn(1, 6))
+    prior.text.set_null(CaptionFeatures(torch.randn(1, 7, 5), torch.arange(7)[None] < 2, torch.randn(1, 6)))
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -183,6 +189,35 @@ def test_it_overfits_sixteen_samples_and_is_saved_whole(frozen_clip: Clip, tmp_p
     assert nearest.indices.tolist() == list(range(16)) and nearest.values.mean() > 0.95
     assert prior.statistics.digest() == statistics.digest()
     assert prior.quantizer.similarity_counts.sum() == 16
+
+
+def stack_of(prior: Any, frozen_clip: Clip, decoder_statistics: EmbeddingStatistics) -> Stack:
+    unet = UNetConfig(8, channels=4, channel_mult=(1,), num_res_blocks=1, norm_groups=2)
+    attentive = dataclasses.replace(unet, attention_resolutions=(8,), head_channels=4)
+    decoder = Decoder(DecoderConfig(attentive, context_dim=4), 64)
+    decoder.statistics.load_state_dict(decoder_statistics.state_dict())
+    return Stack(frozen_clip, prior, decoder, Upsampler(UpsamplerConfig(unet, low_res_size=8, scale=2)))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
+def test_a_stack_takes_either_prior_of_the_decoders_dataset_and_no_other(frozen_clip: Clip, kind: str) -> None:
+    torch.manual_seed(0)
+    embeddings = F.normalize(torch.randn(200, 64), dim=1)
+    statistics, small = EmbeddingStatistics.of(embeddings), {"width": 16, "depth": 1, "num_heads": 2}
+    prior: Any = DiffusionPrior(PriorConfig(**small), 64, frozen_clip.text_width, frozen_clip.text_length)
+    if kind == "autoregressive":
+        quantizer = quantizer_of(embeddings, 32)
+        settings = AutoregressivePriorConfig(**small, num_buckets=32)
+        sizes = 64, frozen_clip.text_width, frozen_clip.text_length, quantizer.num_components
+        prior = AutoregressivePrior(settings, *sizes)
+        prior.quantizer.load_state_dict(quantizer.state_dict())
+    prior.statistics.load_state_dict(statistics.state_dict())
+    stack = stack_of(prior.eval(), frozen_clip, statistics)
+    sampling = SamplingConfig(prior_steps=2, prior_guidance_scale=2.0, prior_temperature=0.5)
+    drawn = [stack.embed_captions(["a star", "a circle"], sampling, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert drawn[0].shape == (2, 64) and drawn[0].isfinite().all() and torch.equal(*drawn)
+    with pytest.raises(CheckpointError, match=r"decoder: got embeddings of 64 dimensions .* those of the prior"):
+        stack_of(prior, frozen_clip, EmbeddingStatistics.of(embeddings[1:]))
 
 
 @pytest.mark.parametrize(

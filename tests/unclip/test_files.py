@@ -1,5 +1,8 @@
 import contextlib
+import os
 import resource
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +39,85 @@ def test_f30_without_room_the_old_file_stays_and_nothing_else_is_left(tmp_path: 
 
 
 def test_f31_what_cannot_be_a_file_is_named(tmp_path: Path) -> None:
+    """ENOTDIR and ENAMETOOLONG."""
     (tmp_path / "file").write_bytes(b"")
-    for path in (tmp_path / "file" / "below", tmp_path / ("n" * 300)):
-        with pytest.raises(StorageError, match="cannot write 1 bytes: "):
+    for path, reason in (
+        (tmp_path / "file" / "below", "Not a directory|File exists"),
+        (tmp_path / ("n" * 300), "too long"),
+    ):
+        with pytest.raises(StorageError, match=rf"cannot write 1 bytes: .*({reason})"):
             files.write(str(path), b"x")
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small file system of its own; only root may have one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("size=64k", "No space left on device"),
+        ("nr_inodes=3", "No space left on device"),
+        ("ro", "Read-only file system"),
+    ],
+)
+def test_f30_f31_a_full_or_read_only_file_system_is_named(tmp_path: Path, options: str, reason: str) -> None:
+    folder = tmp_path / "small"
+    with mounted(folder, options):
+        if options != "ro":
+            files.write(f"{folder}/old", b"old")
+        expected = rf"{folder}/new: cannot write 100,000 bytes: .*{reason}.*run the same command again"
+        if options == "nr_inodes=3":  # the root, what is there, and one more
+            files.write(f"{folder}/last", bytes(100_000))
+        with pytest.raises(StorageError, match=expected):
+            files.write(f"{folder}/new", bytes(100_000))
+        left = sorted(path.name for path in folder.iterdir())
+        assert left == {"size=64k": ["old"], "nr_inodes=3": ["last", "old"], "ro": []}[options]
+
+
+def test_f31_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"old")
+    tmp_path.chmod(0o500)
+    me = os.geteuid()
+    if me == 0:  # whom no permission stops
+        os.seteuid(65534)
+    try:
+        with pytest.raises(StorageError, match=r"data: cannot write 1 bytes: .*Permission denied"):
+            files.write(str(tmp_path / "data"), b"x")
+    finally:
+        os.seteuid(me)
+        tmp_path.chmod(0o700)
+    assert (tmp_path / "data").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_f31_no_file_descriptor_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    files.write(str(path), b"old")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    opened: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.dup(0))
+        with pytest.raises(StorageError, match=r"data: cannot write 1 bytes: .*Too many open files"):
+            files.write(str(path), b"x")
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    files.write(str(path), b"new")
+    assert path.read_bytes() == b"new"
 
 
 def test_bytes_are_kept_whatever_the_name(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from unclip import samplers
 from unclip.decoder import Decoder, DecoderConfig
+from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop.decoder import export_decoder, export_upsampler, import_decoder, import_upsampler
@@ -130,11 +132,16 @@ def test_diffusers_draws_what_our_decoder_draws(tmp_path: Path, scale_shift_norm
 
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
 def test_our_decoder_draws_what_one_of_diffusers_draws(tmp_path: Path, max_shard_size: str) -> None:
+    from diffusers import UnCLIPScheduler
+
     unet = karlo_like_decoder()
     projection = awake(text_projection()(clip_embeddings_dim=EMBEDDING_DIM, time_embed_dim=32, cross_attention_dim=20))
     unet.save_pretrained(tmp_path / "decoder", max_shard_size=max_shard_size)
     projection.save_pretrained(tmp_path / "text_proj")
-    decoder = import_decoder(tmp_path, texts(1, seed=9)).eval()
+    UnCLIPScheduler(variance_type="learned_range").save_pretrained(tmp_path / "decoder_scheduler")
+    sharded = (tmp_path / "decoder" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert sharded == (max_shard_size == "20KB")
+    decoder = import_decoder(tmp_path, texts(1, seed=9))
     assert decoder.config.diffusion.variance == "learned_range"
     check_equal(decoder, unet, projection)
 
@@ -146,7 +153,7 @@ def test_our_decoder_is_what_we_wrote(tmp_path: Path) -> None:
     x_t, t, image_embedding = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, EMBEDDING_DIM) * 0.05
     expected = decoder(x_t, t, image_embedding, torch.tensor([True, False]), texts(2), torch.tensor([False, True]))
     for statistics in (None, decoder.statistics):  # folded into the weights, or taken out of them again
-        again = import_decoder(tmp_path, texts(1, seed=9), statistics=statistics).eval()
+        again = import_decoder(tmp_path, texts(1, seed=9), statistics=statistics)
         result = again(x_t, t, image_embedding, torch.tensor([True, False]), texts(2), torch.tensor([False, True]))
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
     assert again.config.unet == decoder.config.unet
@@ -172,7 +179,7 @@ def karlo_like_upsampler(**changes: Any) -> Any:
 def test_upsamplers_of_diffusers_draw_the_same_here(tmp_path: Path, scale_shift: str) -> None:
     theirs = karlo_like_upsampler(resnet_time_scale_shift=scale_shift)
     theirs.save_pretrained(tmp_path)
-    ours = import_upsampler(tmp_path, crop_size=16).eval()
+    ours = import_upsampler(tmp_path, crop_size=16)
     assert ours.config.output_size == 32 and ours.config.unet.image_size == 16
     x_t, t, low_res = torch.randn(2, 3, 32, 32), torch.tensor([0, 999]), torch.randn(2, 3, 8, 8)
     enlarged = torch.nn.functional.interpolate(low_res, size=(32, 32), mode="bicubic", antialias=True)
@@ -199,7 +206,7 @@ def test_diffusers_upsamples_as_ours_do(tmp_path: Path, scale_shift_norm: bool, 
     labels = {"class_labels": level} if max_noise_level else {}
     expected = ours(x_t, t, low_res, level)
     torch.testing.assert_close(theirs.eval()(six, t, **labels).sample, expected, atol=1e-4, rtol=1e-4)
-    again = import_upsampler(tmp_path / "all", crop_size=16).eval()
+    again = import_upsampler(tmp_path / "all", crop_size=16)
     torch.testing.assert_close(again(x_t, t, low_res, level), expected)
     assert again.config == ours.config
     if max_noise_level:  # a pipeline that knows of no levels gets one for good
@@ -244,6 +251,52 @@ def test_folders_of_other_networks_are_refused(tmp_path: Path, change: dict[str,
         import_upsampler(tmp_path)
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+@torch.no_grad()
+def test_the_scheduler_takes_the_steps_that_our_sampler_takes(tmp_path: Path, variance: Any) -> None:
+    from diffusers import UnCLIPScheduler
+
+    decoder = new_decoder(diffusion=DiffusionConfig(variance=variance))
+    export_decoder(decoder, tmp_path)
+    assert import_decoder(tmp_path, texts(1, seed=9)).config.diffusion == decoder.config.diffusion
+    scheduler = UnCLIPScheduler.from_pretrained(tmp_path / "decoder_scheduler")
+    image_embedding, text, x_t = torch.randn(1, EMBEDDING_DIM) * 0.05, texts(1), torch.randn(1, 3, 16, 16)
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return decoder(x_t, t, image_embedding, None, text)
+
+    scheduler.set_timesteps(3)
+    steps = scheduler.timesteps.tolist()
+    denoise = decoder.diffusion.denoiser(predict, clip_range=1.0)
+    ours = samplers.ddpm(decoder.diffusion, denoise, x_t, steps, torch.Generator().manual_seed(0))
+    theirs, generator = x_t, torch.Generator().manual_seed(0)
+    for t, previous in zip(steps, [*steps[1:], None], strict=True):
+        output = predict(theirs, torch.tensor([t]))
+        theirs = scheduler.step(output, t, theirs, prev_timestep=previous, generator=generator).prev_sample
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"prediction_type": "v"}, {"schedule": "linear"}, {"variance": "fixed_large"}])
+def test_processes_that_the_scheduler_does_not_know_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="all that UnCLIPScheduler knows"):
+        export_decoder(new_decoder(diffusion=DiffusionConfig(**settings)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scheduler_that_does_not_fit_its_network_is_refused(tmp_path: Path) -> None:
+    export_decoder(new_decoder(), tmp_path)
+    path = tmp_path / "decoder_scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text())
+    for change, message in (
+        ({"variance_type": "learned_range"}, "got a network of 3 channels, expected 6"),
+        ({"prediction_type": "v_prediction"}, "this process cannot be computed here"),
+        ({"_class_name": "DDIMScheduler"}, "got _class_name = 'DDIMScheduler'"),
+    ):
+        path.write_text(json.dumps(settings | change))
+        with pytest.raises(CheckpointError, match=message):
+            import_decoder(tmp_path, texts(1, seed=9))
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"expected config\.json"):
-        import_decoder(tmp_path, texts(1))
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        import_decoder(tmp_path, texts(1, seed=9))

@@ -9,6 +9,7 @@ import pytest
 from unclip import config
 from unclip.decoder import DecoderConfig
 from unclip.presets import PRESETS, ParameterCounts, count_parameters
+from unclip.prior import PriorConfig
 from unclip.text import TextTransformer
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -19,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_presets_come_to_what_the_table_says(name: str) -> None:
     preset = PRESETS[name]
     upsamplers = tuple(count_parameters(lambda c=each: Upsampler(c)) for each in preset.upsamplers)
-    assert ParameterCounts(count_parameters(preset.build_decoder), upsamplers) == preset.num_parameters
+    counts = ParameterCounts(count_parameters(preset.build_prior), count_parameters(preset.build_decoder), upsamplers)
+    assert counts == preset.num_parameters
     sides = [preset.decoder.unet.image_size, *(each.output_size for each in preset.upsamplers)]
     assert sides[:-1] == [each.low_res_size for each in preset.upsamplers]
 
@@ -29,7 +31,8 @@ def test_dalle2_is_table_3() -> None:
     counts = preset.num_parameters
     assert counts.decoder == pytest.approx(3.5e9, rel=0.05)
     assert counts.upsamplers[0] == pytest.approx(700e6, rel=0.05)
-    assert f"{counts.upsamplers[1]:.0e}" == f"{300e6:.0e}"  # the paper gives one digit
+    # The table gives one digit, and its own widths and depths come to 1.23 B and 282 M.
+    assert f"{counts.prior:.0e}" == f"{1e9:.0e}" and f"{counts.upsamplers[1]:.0e}" == f"{300e6:.0e}"
     text = preset.decoder.text_transformer
     assert (preset.text_shape.length, text.width, text.depth, text.num_heads) == (256, 2048, 24, 32)
     assert preset.decoder.unet.attention_resolutions == (32, 16, 8) and preset.decoder.unet.head_channels == 64
@@ -50,6 +53,7 @@ def test_the_trained_text_transformer_is_a_third_of_the_decoder() -> None:
 def test_the_demo_preset_is_the_demos_run_file() -> None:
     run = tomllib.loads((ROOT / "pipelines" / "presets" / "demo.toml").read_text())
     demo = PRESETS["demo"]
+    assert config.load(PriorConfig, run["prior"]["model"]) == demo.prior
     assert config.load(DecoderConfig, run["decoder"]["model"]) == demo.decoder
     assert (config.load(UpsamplerConfig, run["upsampler"]["model"]),) == demo.upsamplers
     assert run["clip"]["model"] == "unclip-demo"

@@ -17,6 +17,7 @@ from unclip.errors import ConfigError, InputError
 from unclip.generation import load_model
 from unclip.objectives import PriorObjective
 from unclip.prior import BASE_PRIOR, DALLE2_PRIOR, KARLO_PRIOR, SMALL_PRIOR, DiffusionPrior, PriorConfig
+from unclip.text import CaptionFeatures
 
 SMALL = {"width": 16, "depth": 2, "num_heads": 2}
 VARIANTS = [
@@ -31,7 +32,7 @@ def build(**changes: Any) -> DiffusionPrior:
     prior = DiffusionPrior(PriorConfig(**{**SMALL, **changes}), embedding_dim=6, text_width=5, text_length=7)
     prior.statistics.load_state_dict({"mean": torch.linspace(-1, 1, 6), "std": torch.linspace(0.1, 2, 6)})
     mask = torch.arange(7)[None] < 2
-    prior.text.set_null_text(torch.randn(1, 7, 5), mask, torch.randn(1, 6))
+    prior.text.set_null(CaptionFeatures(torch.randn(1, 7, 5), mask, torch.randn(1, 6)))
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # every path matters
@@ -126,8 +127,7 @@ def test_guidance_extrapolates_from_the_empty_caption_and_the_bound_comes_after_
 
 
 def x0_of(denoise: Any, **calls: torch.Tensor) -> torch.Tensor:
-    denoised = denoise(*calls.values())
-    return getattr(denoised, "x0", denoised)
+    return denoise(*calls.values()).x0  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("prediction_type", ["x0", "eps", "v"])
@@ -283,6 +283,30 @@ def test_the_loss_drops_text_by_the_generator_alone(frozen_clip: Clip) -> None:
     assert 0.2 < drops[0].float().mean() < 0.4
 
 
+def test_the_loss_is_weighted_as_the_diffusion_says(frozen_clip: Clip) -> None:
+    """By the signal-to-noise ratio of each sample's timestep, which min-SNR bounds for x0 (Hang et al. 2023, eq. 6)."""
+    statistics = EmbeddingStatistics.of(torch.randn(100, 64))
+    drawn: list[torch.Tensor] = []
+    losses = []
+    for weighting in ("none", "min_snr"):
+        torch.manual_seed(0)
+        diffusion = DiffusionConfig(prediction_type="x0", loss_weighting=weighting)  # type: ignore[arg-type]
+        objective = PriorObjective(PriorConfig(**SMALL, diffusion=diffusion), frozen_clip, statistics)
+
+        def network(x_t: torch.Tensor, t: torch.Tensor, *others: Any) -> torch.Tensor:
+            drawn.append(t)
+            return torch.zeros_like(x_t)
+
+        tensors = objective.prepare(batch(frozen_clip, 8))
+        losses.append(objective.loss(network, tensors, torch.Generator().manual_seed(1)))  # type: ignore[arg-type]
+        x0 = objective.model.statistics.normalize(tensors["image_embedding"])
+    alphas_cumprod = objective.model.diffusion.alphas_cumprod[drawn[0]]
+    weight = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=5.0).float()
+    squared_error = x0.square().mean(dim=1)
+    torch.testing.assert_close(losses[0], squared_error.mean())
+    torch.testing.assert_close(losses[1], (weight * squared_error).mean())
+
+
 def test_clip_stays_frozen_while_the_prior_trains(frozen_clip: Clip) -> None:
     objective = PriorObjective(PriorConfig(**SMALL), frozen_clip, EmbeddingStatistics.of(torch.randn(9, 64)))
     before = {name: value.clone() for name, value in frozen_clip.state_dict().items()}
@@ -329,6 +353,7 @@ def test_presets_have_the_parameters_that_they_say(
         ({"depth": 0}, "depth: got 0"),
         ({"cond_drop_prob": 1.0}, "cond_drop_prob: got 1.0"),
         ({"clip_range": 0.0}, "clip_range: got 0.0"),
+        ({"diffusion": DiffusionConfig(variance="learned_range")}, "diffusion.variance: got 'learned_range'"),
     ],
 )
 def test_impossible_priors_are_refused(settings: dict, message: str) -> None:

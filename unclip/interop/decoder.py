@@ -1,43 +1,45 @@
 """Decoders and upsamplers to and from the folders that diffusers reads and writes, without loss and without diffusers.
 
-    decoder/, text_proj/              a decoder: UNet2DConditionModel and UnCLIPTextProjModel
-    super_res_first/, super_res_last/ an upsampler: UNet2DModel
+    decoder/, text_proj/, decoder_scheduler/    a decoder: UNet2DConditionModel, UnCLIPTextProjModel, UnCLIPScheduler
+    super_res_first/, super_res_last/           an upsampler each: UNet2DModel
+    super_res_scheduler/                        `scheduler_config` of the upsampler's diffusion
 
-Each folder holds `config.json` and `diffusion_pytorch_model.safetensors`. Weights are float32. What has no place there is
+Networks are `config.json` and `diffusion_pytorch_model.safetensors`, in float32. What has no place there is
 refused: a decoder that reads no captions, or through a Transformer of its own, or inpaints.
 
 Letters: E CLIP embedding width, D time-embedding width.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unclip.config import require
 from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
-from unclip.diffusion import DiffusionConfig
+from unclip.diffusion import DiffusionConfig, PredictionType, VarianceType
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.interop import folders
+from unclip.interop.folders import DIFFUSERS_WEIGHTS, Tensors
 from unclip.text import CaptionFeatures, ClipText, TextShape
 from unclip.unet import UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
-Tensors = dict[str, Tensor]
+SCHEDULER = "scheduler_config.json"
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def export_decoder(decoder: Decoder, folder: str | Path) -> None:
-    """Write a decoder as `decoder/` and `text_proj/` below a local folder.
+    """Write `decoder/`, `text_proj/` and `decoder_scheduler/` of an UnCLIPPipeline into its local folder.
 
     The statistics of the image embeddings go into the weights of `text_proj`, which takes embeddings as CLIP gives them.
 
     Raises:
-        InputError: the decoder does something that these classes cannot do.
+        InputError: the decoder does something that these classes cannot do; nothing is written.
     """
     config, text = decoder.config, decoder.text
     if not isinstance(text, ClipText) or config.inpainting:
@@ -51,6 +53,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
             f"export: got a CLIP with text width {text_width} and embedding width {embedding_dim}, expected the same, as "
             "UnCLIPTextProjModel has it. Train with such a CLIP, for example ViT-L-14."
         )
+    scheduler = scheduler_config(config.diffusion)
     description = _describe_unet(config.unet, decoder.unet) | {
         "_class_name": "UNet2DConditionModel",
         "sample_size": config.unet.image_size,
@@ -58,7 +61,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
         "class_embed_type": "identity",
     }
-    _write(Path(folder, "decoder"), description, _unet_to_theirs(decoder.unet))
+    folders.write(Path(folder, "decoder"), description, _unet_to_theirs(decoder.unet), DIFFUSERS_WEIGHTS)
     projection = {
         "_class_name": "UnCLIPTextProjModel",
         "clip_extra_context_tokens": NUM_IMAGE_TOKENS,
@@ -67,7 +70,10 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
     }
     tensors = {_PROJECTION[name]: value for name, value in decoder.state_dict().items() if name in _PROJECTION}
-    _write(Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)))
+    folders.write(
+        Path(folder, "text_proj"), projection, _fold(tensors, *_affine(decoder.statistics)), DIFFUSERS_WEIGHTS
+    )
+    folders.write_json(Path(folder, "decoder_scheduler", SCHEDULER), scheduler)
 
 
 def import_decoder(
@@ -77,13 +83,12 @@ def import_decoder(
     statistics: EmbeddingStatistics | None = None,
     diffusion: DiffusionConfig | None = None,
 ) -> Decoder:
-    """Read a decoder from `decoder/` and `text_proj/` below a local folder.
+    """Read the decoder of an UnCLIPPipeline from its local folder, in evaluation mode.
 
     Args:
         null_text: what the CLIP that it was trained with makes of the empty caption, a batch of one.
         statistics: those that the decoder shall standardise image embeddings with, for further training; None for none.
-        diffusion: the process that it was trained with; None for that of published unCLIP decoders: cosine, eps, and a
-            learned variance where the network has outputs for it.
+        diffusion: the process that it was trained with; None for that of `decoder_scheduler/`.
 
     Raises:
         CheckpointError: files are missing or damaged, or describe a network that this one cannot be.
@@ -98,10 +103,14 @@ def import_decoder(
         unet=_unet_config(description, Path(folder, "decoder")),
         context_dim=int(description["cross_attention_dim"]),
         text="clip",
-        diffusion=diffusion or _published_diffusion(description),
+        diffusion=diffusion or diffusion_config(Path(folder, "decoder_scheduler")),
     )
-    with torch.device("meta"):
-        decoder = Decoder(config, embedding_dim, TextShape(length, width, 0))
+    if description["out_channels"] != 3 * config.diffusion.outputs_per_channel:
+        raise CheckpointError(
+            f"{folder}: got a network of {description['out_channels']} channels, expected "
+            f"{3 * config.diffusion.outputs_per_channel} for the scheduler's variance {config.diffusion.variance!r}."
+        )
+    decoder = _build(folder, lambda: Decoder(config, embedding_dim, TextShape(length, width, 0)))
     statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
     mean, std = _affine(statistics)
     projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # the fold of the inverse takes it out again
@@ -116,7 +125,7 @@ def import_decoder(
         "text.null_embedding": null_text.text_embedding[0],
     }
     _assign(decoder, state, projection_tensors, folder)
-    return decoder
+    return decoder.eval()
 
 
 def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int | None = None) -> None:
@@ -147,7 +156,7 @@ def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: i
         tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"] + constant.cpu()
     elif levels is not None:
         tensors |= {_LEVELS[name]: value for name, value in levels.state_dict().items()}
-    _write(Path(folder), description, tensors)
+    folders.write(Path(folder), description, tensors, DIFFUSERS_WEIGHTS)
 
 
 def import_upsampler(
@@ -158,7 +167,7 @@ def import_upsampler(
     max_noise_level: int = 300,
     diffusion: DiffusionConfig | None = None,
 ) -> Upsampler:
-    """Read an upsampler that is a UNet2DModel.
+    """Read an upsampler that is a UNet2DModel, in evaluation mode.
 
     Args:
         folder: of this model itself.
@@ -180,16 +189,69 @@ def import_upsampler(
         low_res_size=side // scale,
         scale=scale,
         max_noise_level=max_noise_level if has_levels else 0,
-        diffusion=diffusion or _published_diffusion(description),
+        diffusion=diffusion or DiffusionConfig(),
     )
-    with torch.device("meta"):
-        upsampler = Upsampler(config)
+    upsampler = _build(folder, lambda: Upsampler(config))
     state = {}
     if has_levels:
         state = {f"noise_level_embedding.{ours}": tensors.pop(theirs) for ours, theirs in _LEVELS.items()}
     state |= {f"unet.{name}": value for name, value in _unet_from_theirs(upsampler.unet, tensors, folder).items()}
     _assign(upsampler, state, {}, folder)
-    return upsampler
+    return upsampler.eval()
+
+
+def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
+    """Settings of the `UnCLIPScheduler` that takes the steps of `samplers.ddpm` for pictures.
+
+    Raises:
+        InputError: a process that the scheduler does not know.
+    """
+    known = (
+        diffusion.schedule == "cosine"
+        and not diffusion.zero_terminal_snr
+        and diffusion.prediction_type in _PREDICTION_TYPES
+        and diffusion.variance in _VARIANCE_TYPES
+    )
+    if not known:
+        raise InputError(
+            f"export: got {diffusion.schedule} schedule, prediction {diffusion.prediction_type}, variance {diffusion.variance}, "
+            f"zero_terminal_snr {diffusion.zero_terminal_snr}, expected a cosine schedule without it, prediction eps or x0, "
+            "variance fixed_small or learned_range, which is all that UnCLIPScheduler knows. Train with those to export."
+        )
+    return {
+        "_class_name": "UnCLIPScheduler",
+        "num_train_timesteps": diffusion.num_timesteps,
+        "variance_type": _VARIANCE_TYPES[diffusion.variance],
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "prediction_type": _PREDICTION_TYPES[diffusion.prediction_type],
+        "beta_schedule": "squaredcos_cap_v2",
+    }
+
+
+_PREDICTION_TYPES: dict[PredictionType, str] = {"eps": "epsilon", "x0": "sample"}
+_VARIANCE_TYPES: dict[VarianceType, str] = {"fixed_small": "fixed_small_log", "learned_range": "learned_range"}
+
+
+def diffusion_config(folder: Path) -> DiffusionConfig:
+    """The process of pictures that a scheduler's folder stands for; what it does not say has the scheduler's own defaults.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or describes a process that cannot be computed here.
+    """
+    settings = folders.read_json(folder / SCHEDULER)
+    fixed = {"_class_name": "UnCLIPScheduler", "beta_schedule": "squaredcos_cap_v2"}
+    _check(settings, folder, fixed | {"clip_sample": True, "clip_sample_range": 1.0}, SCHEDULER)
+    predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
+    variances = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
+    try:
+        return DiffusionConfig(
+            num_timesteps=settings.get("num_train_timesteps", 1000),
+            prediction_type=predictions[settings.get("prediction_type", "epsilon")],
+            variance=variances[settings.get("variance_type", "fixed_small_log")],
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / SCHEDULER}: this process cannot be computed here: {error}") from error
 
 
 _PROJECTION = {
@@ -396,7 +458,8 @@ def _unet_from_theirs(unet: UNet, tensors: Mapping[str, Tensor], folder: str | P
 
 def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:
     """What standardising subtracts and divides by, [E] float64 each."""
-    return statistics.mean.cpu().double(), statistics.std.cpu().double()
+    mean, std = statistics.affine()
+    return mean.cpu().double(), std.cpu().double()
 
 
 def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
@@ -410,8 +473,13 @@ def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
     return folded
 
 
-def _published_diffusion(description: Mapping[str, Any]) -> DiffusionConfig:
-    return DiffusionConfig(variance="learned_range" if description["out_channels"] == 6 else "fixed_small")
+def _build(folder: str | Path, build: Callable[[], Network]) -> Network:
+    """A model without weights: whatever the settings say, nothing is allocated that there are no weights for."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
 
 
 def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Path) -> None:
@@ -424,44 +492,22 @@ def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Pa
         raise CheckpointError(f"{folder}: got unknown weights {sorted(unknown)}.")
 
 
-def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any]) -> None:
+def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any], file: str = "config.json") -> None:
     for name, value in fixed.items():
         if description.get(name, value) != value:
             raise CheckpointError(
-                f"{folder}/config.json: got {name} = {description[name]!r}, expected {value!r}, which is all that is built here."
+                f"{folder}/{file}: got {name} = {description[name]!r}, expected {value!r}, which is all that is built here."
             )
-
-
-def _write(folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
-    save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True))
 
 
 def _read(folder: Path, class_name: str) -> tuple[dict[str, Any], Tensors]:
     """config.json, and weights in float32 from one file or from shards."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        description = json.loads((folder / "config.json").read_text())
-        index = folder / f"{WEIGHTS}.index.json"
-        files = {WEIGHTS}
-        if index.is_file():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        tensors: Tensors = {}
-        for file in sorted(files):
-            tensors |= load_file(str(folder / file))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: expected config.json and {WEIGHTS}, as save_pretrained writes them: {error}"
-        ) from error
+    description = folders.read_json(folder / "config.json")
     if description.get("_class_name") != class_name:
-        raise CheckpointError(f"{folder}: got a {description.get('_class_name')}, expected a {class_name}.")
+        raise CheckpointError(f"{folder}/config.json: got a {description.get('_class_name')}, expected a {class_name}.")
     missing = _REQUIRED[class_name] - set(description)
     if missing:
         raise CheckpointError(f"{folder}/config.json: {', '.join(sorted(missing))} missing.")
-    return description, {name: value.float() for name, value in tensors.items()}
+    tensors = folders.read_weights(folder, DIFFUSERS_WEIGHTS)
+    folders.check_depth(folder / "config.json", description, "layers_per_block", tensors)
+    return description, tensors

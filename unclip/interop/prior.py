@@ -2,15 +2,15 @@
 
 Exact, in either direction: weights, normalisation (clip_mean, clip_std), the empty caption as the absent text, the bound on
 x0 and the sampling steps. Refused, because diffusers would compute something else: a text embedding brought to unit norm
-(its text encoder gives the projection as it is), self-conditioning, v-prediction, the linear schedule, and a text encoder
-whose width is not that of the embeddings. Diffusers has no autoregressive prior.
+(its text encoder gives the projection as it is), self-conditioning, v-prediction, schedules and variances other than the
+cosine schedule with the posterior's, and a text encoder whose width is not that of the embeddings. Diffusers has no
+autoregressive prior.
 
 Neither direction needs diffusers: a folder is `config.json` and `diffusion_pytorch_model.safetensors`.
 
 Letters: L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.clip import TextFeatures
 from unclip.diffusion import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError
+from unclip.interop import folders
+from unclip.interop.folders import DIFFUSERS_WEIGHTS as WEIGHTS
 from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.text import CaptionFeatures
 
 _PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"}
 
 KARLO_SCHEDULER = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample", "clip_sample_range": 5.0}
 """Settings of the prior's scheduler in diffusers' conversion of Karlo; what is missing has the scheduler's defaults."""
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _LAYERS = {
     "text.from_text_encodings": "encoder_hidden_states_proj",
@@ -101,7 +101,7 @@ def to_diffusers(prior: DiffusionPrior) -> tuple[dict[str, Any], dict[str, Tenso
 def from_diffusers(
     settings: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    null_text: TextFeatures,
+    null_text: CaptionFeatures,
     scheduler: Mapping[str, Any] = KARLO_SCHEDULER,
 ) -> DiffusionPrior:
     """The prior that computes what a `PriorTransformer` computes, in float32.
@@ -109,7 +109,7 @@ def from_diffusers(
     Args:
         settings: its config.json.
         weights: its state, in any precision.
-        null_text: features of the empty caption ([1, ...]) by the text encoder that it was trained with.
+        null_text: what the text encoder that it was trained with makes of the empty caption, a batch of one.
         scheduler: scheduler_config.json of the pipeline's `prior_scheduler`.
 
     Raises:
@@ -117,18 +117,20 @@ def from_diffusers(
         InputError: clip_mean or clip_std that nobody has filled in, as in every new PriorTransformer.
         CheckpointError: weights that do not fit the settings.
     """
+    folders.check_depth("PriorTransformer", settings, "num_layers", weights)
     config, embedding_dim = _config_of(settings, scheduler), settings.get("embedding_dim", 768)
-    prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
-    expected = prior.state_dict()
     try:
+        with torch.device("meta"):  # whatever the settings say, nothing is allocated that there are no weights for
+            prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
+        expected = prior.state_dict()
         ours = {name: torch.cat([weights[part] for part in parts]) for name, parts in _layers(config)}
         ours |= {name: weights[other].reshape(expected[name].shape) for name, (other, _) in _TENSORS.items()}
-        null = {name: value for name, value in expected.items() if name.startswith("text.null_")}
-        prior.load_state_dict({**null, **ours})
+        null = {f"text.null_{name.removeprefix('text_')}": value[0] for name, value in null_text._asdict().items()}
+        state = {name: value.to(expected[name].dtype).clone() for name, value in {**null, **ours}.items()}
+        prior.load_state_dict(state, assign=True)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"PriorTransformer: the weights do not fit its config.json: {error}") from error
     prior.statistics.check("clip_mean and clip_std")
-    prior.text.set_null_text(null_text.text_encodings, null_text.text_mask, null_text.text_projection)
     return prior.eval().requires_grad_(False)
 
 
@@ -140,6 +142,8 @@ def scheduler_config(prior: DiffusionPrior) -> dict[str, Any]:
     """
     diffusion = prior.config.diffusion
     _export(diffusion.schedule == "cosine", "diffusion.schedule", diffusion.schedule, "'cosine'")
+    _export(not diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr", True, "false")
+    _export(diffusion.variance == "fixed_small", "diffusion.variance", diffusion.variance, "'fixed_small'")
     known = diffusion.prediction_type in _PREDICTION_TYPES
     _export(known, "diffusion.prediction_type", diffusion.prediction_type, "'x0' or 'eps'")
     return {
@@ -153,38 +157,29 @@ def scheduler_config(prior: DiffusionPrior) -> dict[str, Any]:
     }
 
 
-def save(prior: DiffusionPrior, folder: Path) -> None:
-    """Write `prior/` and `prior_scheduler/` of an UnCLIPPipeline into its folder.
+def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
+    """Write a prior as `prior/` and `prior_scheduler/` below a local folder.
 
     Raises:
         ConfigError: see `to_diffusers` and `scheduler_config`; nothing is written.
     """
-    from safetensors.torch import save_file
-
+    folder = Path(folder)
     settings, weights = to_diffusers(prior)
     scheduler = scheduler_config(prior)
-    for name in ("prior", "prior_scheduler"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "prior" / WEIGHTS, metadata={"format": "pt"})
-    (folder / "prior" / "config.json").write_text(json.dumps(settings, indent=2))
-    (folder / "prior_scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
+    folders.write(folder / "prior", settings, weights, WEIGHTS)
+    folders.write_json(folder / "prior_scheduler" / "scheduler_config.json", scheduler)
 
 
-def load(folder: Path, null_text: TextFeatures) -> DiffusionPrior:
-    """Read the prior of an UnCLIPPipeline from its folder; see `from_diffusers`.
+def import_prior(folder: str | Path, null_text: CaptionFeatures) -> DiffusionPrior:
+    """Read a prior from `prior/` and `prior_scheduler/` below a local folder; see `from_diffusers`.
 
     Raises:
         CheckpointError: files that are missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        settings = json.loads((folder / "prior" / "config.json").read_text())
-        scheduler = json.loads((folder / "prior_scheduler" / "scheduler_config.json").read_text())
-        weights = load_file(folder / "prior" / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: no pipeline with a prior that can be read: {error}.") from error
+    folder = Path(folder)
+    settings = folders.read_json(folder / "prior" / "config.json")
+    scheduler = folders.read_json(folder / "prior_scheduler" / "scheduler_config.json")
+    weights = folders.read_weights(folder / "prior", WEIGHTS)
     return from_diffusers(settings, weights, null_text, scheduler)
 
 

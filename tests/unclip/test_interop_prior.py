@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from unclip.clip import TextFeatures
 from unclip.diffusion import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import prior as interop
 from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.text import CaptionFeatures
 
 SMALL = {"width": 32, "depth": 2, "num_heads": 4}
 VARIANTS = [
@@ -27,27 +27,26 @@ def build(embedding_dim: int = 8, text_width: int = 8, **changes: Any) -> Diffus
     prior = DiffusionPrior(PriorConfig(**{**SMALL, "clip_range": 1.5, **changes}), embedding_dim, text_width, 7)
     mean, std = torch.linspace(-1, 1, embedding_dim), torch.linspace(0.1, 2, embedding_dim)
     prior.statistics.load_state_dict({"mean": mean, "std": std})
-    text = features(1)
-    if text_width == embedding_dim == 8:
-        prior.text.set_null_text(text.text_encodings, text.text_mask, text.text_projection)
+    if text_width == 8:
+        prior.text.set_null(features(1))
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return prior.eval()
 
 
-def features(batch: int, seed: int = 0) -> TextFeatures:
+def features(batch: int, seed: int = 0) -> CaptionFeatures:
     generator = torch.Generator().manual_seed(seed)
     projection = 3 * torch.randn(batch, 8, generator=generator)  # as far from unit norm as CLIP's own
     text_mask = torch.arange(7) < torch.tensor([[3], [7], [4]])[:batch]
     encodings = torch.randn(batch, 7, 8, generator=generator)
-    return TextFeatures(torch.nn.functional.normalize(projection, dim=1), encodings, text_mask, projection)
+    return CaptionFeatures(encodings, text_mask, projection)
 
 
 def theirs_of(prior: DiffusionPrior, folder: Path) -> Any:
     from diffusers import PriorTransformer
 
-    interop.save(prior, folder)
+    interop.export_prior(prior, folder)
     return PriorTransformer.from_pretrained(folder / "prior").eval()
 
 
@@ -58,11 +57,11 @@ def assert_same(ours: DiffusionPrior, theirs: Any) -> None:
         expected = theirs(
             x_t,
             timestep=torch.tensor(t),
-            proj_embedding=text.text_projection,
+            proj_embedding=text.text_embedding,
             encoder_hidden_states=text.text_encodings,
             attention_mask=text.text_mask,
         ).predicted_image_embedding
-        found = ours(x_t, torch.full((3,), t), text.text_encodings, text.text_mask, text.text_projection)
+        found = ours(x_t, torch.full((3,), t), text.text_encodings, text.text_mask, text.text_embedding)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     latents = torch.randn(3, 8)
     torch.testing.assert_close(ours.statistics.denormalize(latents), theirs.post_process_latents(latents))
@@ -73,7 +72,7 @@ def test_diffusers_loads_what_is_written_and_computes_the_same(tmp_path: Path, c
     prior = build(**changes)
     theirs = theirs_of(prior, tmp_path)
     assert_same(prior, theirs)
-    again = interop.load(tmp_path, features(1))
+    again = interop.import_prior(tmp_path, features(1))
     assert_same(again, theirs)
     assert again.config.clip_range == prior.config.clip_range
     assert again.config.diffusion == prior.config.diffusion
@@ -94,7 +93,7 @@ def test_what_diffusers_writes_is_loaded_and_computes_the_same(tmp_path: Path, s
         theirs.clip_std.copy_(torch.rand(1, 8) + 0.5)
     theirs.save_pretrained(tmp_path / "prior")
     UnCLIPScheduler(clip_sample_range=5.0, prediction_type="sample").save_pretrained(tmp_path / "prior_scheduler")
-    ours = interop.load(tmp_path, features(1))
+    ours = interop.import_prior(tmp_path, features(1))
     assert_same(ours, theirs)
     assert (ours.config.clip_range, ours.config.width, ours.config.depth) == (5.0, 24, 3)
     torch.testing.assert_close(ours.statistics.std, theirs.clip_std[0])
@@ -125,7 +124,7 @@ def test_the_same_noise_gives_the_same_samples(
     text, null = features(3, seed=3), features(1)
     encodings = torch.cat([null.text_encodings.expand(3, -1, -1), text.text_encodings])
     mask = torch.cat([null.text_mask.expand(3, -1), text.text_mask])
-    projection = torch.cat([null.text_projection.expand(3, -1), text.text_projection])
+    projection = torch.cat([null.text_embedding.expand(3, -1), text.text_embedding])
 
     generator = torch.Generator().manual_seed(11)
     latents = torch.randn(3, 8, generator=generator)
@@ -143,7 +142,7 @@ def test_the_same_noise_gives_the_same_samples(
     drawn = prior.sample(
         text.text_encodings,
         text.text_mask,
-        text.text_projection,
+        text.text_embedding,
         num_candidates=1,
         num_steps=12,
         guidance_scale=guidance_scale,
@@ -159,6 +158,11 @@ def test_the_same_noise_gives_the_same_samples(
         ({"self_conditioning": True}, "self_conditioning: got True"),
         ({"diffusion": DiffusionConfig(prediction_type="v")}, "diffusion.prediction_type: got 'v'"),
         ({"diffusion": DiffusionConfig(schedule="linear")}, "diffusion.schedule: got 'linear'"),
+        ({"diffusion": DiffusionConfig(variance="fixed_large")}, "diffusion.variance: got 'fixed_large'"),
+        (
+            {"diffusion": DiffusionConfig(prediction_type="x0", zero_terminal_snr=True)},
+            "diffusion.zero_terminal_snr: got True",
+        ),
         ({"text_width": 5}, "width of the text encoder: got 5, expected that of its embeddings, 8"),
     ],
 )
@@ -166,7 +170,7 @@ def test_what_diffusers_cannot_compute_is_refused_before_anything_is_written(
     tmp_path: Path, changes: dict, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        interop.save(build(**changes), tmp_path)
+        interop.export_prior(build(**changes), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -180,12 +184,12 @@ def test_what_diffusers_cannot_compute_is_refused_before_anything_is_written(
     ],
 )
 def test_what_cannot_be_computed_here_is_refused(tmp_path: Path, file: str, settings: dict, message: str) -> None:
-    interop.save(build(), tmp_path)
+    interop.export_prior(build(), tmp_path)
     name = {"prior": "config.json", "prior_scheduler": "scheduler_config.json"}[file]
     changed = {**json.loads((tmp_path / file / name).read_text()), **settings}
     (tmp_path / file / name).write_text(json.dumps(changed))
     with pytest.raises(ConfigError, match=message):
-        interop.load(tmp_path, features(1))
+        interop.import_prior(tmp_path, features(1))
 
 
 def test_statistics_that_nobody_filled_in_are_refused_in_both_directions(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_statistics_that_nobody_filled_in_are_refused_in_both_directions(tmp_pat
     (tmp_path / "prior_scheduler").mkdir()
     (tmp_path / "prior_scheduler" / "scheduler_config.json").write_text(json.dumps(interop.KARLO_SCHEDULER))
     with pytest.raises(InputError, match=r"clip_mean and clip_std: .* never given its statistics"):
-        interop.load(tmp_path, features(1))
+        interop.import_prior(tmp_path, features(1))
     prior = build()
     prior.statistics.std.fill_(torch.nan)
     with pytest.raises(InputError, match="never given its statistics"):
@@ -203,18 +207,18 @@ def test_statistics_that_nobody_filled_in_are_refused_in_both_directions(tmp_pat
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no pipeline with a prior"):
-        interop.load(tmp_path, features(1))
-    interop.save(build(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"prior/config[.]json: cannot be read"):
+        interop.import_prior(tmp_path, features(1))
+    interop.export_prior(build(), tmp_path)
     settings, weights = interop.to_diffusers(build())
     with pytest.raises(CheckpointError, match=r"do not fit its config[.]json"):
         interop.from_diffusers({**settings, "num_layers": 3}, weights, features(1))
     (tmp_path / "prior" / interop.WEIGHTS).write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match="no pipeline with a prior"):
-        interop.load(tmp_path, features(1))
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model[.]safetensors: cannot be read"):
+        interop.import_prior(tmp_path, features(1))
 
 
 def test_neither_direction_needs_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    interop.save(build(), tmp_path)
-    assert interop.load(tmp_path, features(1)).config.width == 32
+    interop.export_prior(build(), tmp_path)
+    assert interop.import_prior(tmp_path, features(1)).config.width == 32

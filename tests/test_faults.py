@@ -1,0 +1,20 @@
+"""Every fault of the matrix that concerns data has a test that names it."""
+
+import ast
+import re
+from pathlib import Path
+
+FAULTS = range(1, 41)
+
+
+def test_every_fault_is_named_by_a_test() -> None:
+    named: dict[int, list[str]] = {}
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if path != Path(__file__) and isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                parameters = " ".join(map(ast.unparse, node.decorator_list))
+                words = f"{node.name} {parameters} {ast.get_docstring(node)}"
+                for low, high in re.findall(r"(?<![A-Za-z0-9])[fF](\d{1,2})(?:\b|_)(?: to F(\d+))?", words):
+                    for number in range(int(low), int(high or low) + 1):
+                        named.setdefault(number, []).append(node.name)
+    assert [f"F{number}" for number in FAULTS if number not in named] == []

@@ -1,0 +1,531 @@
+"""CLIPs of open_clip to and from the folders that transformers reads and writes, without loss and without transformers.
+
+    text_encoder/       CLIPTextModelWithProjection
+    tokenizer/          CLIPTokenizer, from open_clip's own byte-pair encoding
+    image_encoder/      CLIPVisionModelWithProjection
+    feature_extractor/  CLIPImageProcessor
+
+Text: the hidden states after the final norm and the projection are the same for the same tokens. Tokens are the same but for
+what open_clip repairs first (mojibake, HTML entities, curly quotes), which the CLIPTokenizer of transformers does not.
+Padding is "<|endoftext|>" there and 0 here: no token attends to a later one, and nothing reads what is padding. It cannot be
+the token of id 0, which is "!": tokenizers would then read every "!" of a caption as padding.
+
+Pictures: models trained here read image embeddings of unit norm, the pipelines of diffusers give their decoder the projection
+as it is. So the encoder is written with one layer more, which does the division: its attention adds nothing, its second norm
+and its first matrix are the model's last norm and projection p, whose halves gelu(p) - gelu(-p) = p undo the activation, and
+its output GAIN * B p, with orthonormal columns B of sum zero, outweighs what the residual carries; the last norm then divides
+B p by its length, and the last projection takes B off again. The residual x leaves an error below |x| / (GAIN |p|) in an
+embedding of length 1, some 2e-4 for the CLIPs of OpenAI. Reading takes that layer off; an encoder without it belongs to a
+stack whose embeddings are not divided ("raw"), as Karlo's.
+
+Refused: towers that are no plain CLIP Transformers (ResNets, timm, layer scale, other pooling), tokenizers of other models.
+
+Letters: L text tokens, W width of a tower, E embedding width.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unclip.clip import Clip, ImageEmbeddings
+from unclip.errors import CheckpointError, InputError
+from unclip.interop import folders
+from unclip.interop.folders import TRANSFORMERS_WEIGHTS, Tensors
+
+GAIN = 2.0**14
+"""How much the layer that divides by the norm outweighs the residual. Larger is more exact until float16 overflows."""
+
+_TEXT = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+_VISION = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+_BLOCK = {
+    "ln_1.{}": ("layer_norm1.{}",),
+    "attn.in_proj_{}": ("self_attn.q_proj.{}", "self_attn.k_proj.{}", "self_attn.v_proj.{}"),
+    "attn.out_proj.{}": ("self_attn.out_proj.{}",),
+    "ln_2.{}": ("layer_norm2.{}",),
+    "mlp.c_fc.{}": ("mlp.fc1.{}",),
+    "mlp.c_proj.{}": ("mlp.fc2.{}",),
+}
+"""open_clip's parameters of a block -> theirs, several where open_clip's are fused."""
+
+_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+class _Tower(NamedTuple):
+    """Where the Transformer of a tower is, on both sides."""
+
+    names: dict[str, str]
+    blocks: str
+    their_blocks: str
+    projection: str
+    their_projection: str
+
+
+_TEXT_TOWER = _Tower(
+    _TEXT, "transformer.resblocks", "text_model.encoder.layers", "text_projection", "text_projection.weight"
+)
+_VISION_TOWER = _Tower(
+    _VISION, "visual.transformer.resblocks", "vision_model.encoder.layers", "visual.proj", "visual_projection.weight"
+)
+
+
+def export_text(clip: Clip, folder: str | Path) -> None:
+    """Write `text_encoder/` and `tokenizer/` below a local folder.
+
+    Raises:
+        InputError: the text tower or the tokenizer is not that of a plain CLIP; nothing is written.
+    """
+    settings, tensors = text_to_transformers(clip)
+    _check_tokenizer(clip)
+    folders.write(Path(folder, "text_encoder"), settings, tensors, TRANSFORMERS_WEIGHTS)
+    vocabulary, merges = _byte_pairs()
+    tokenizer = Path(folder, "tokenizer")
+    folders.write_json(tokenizer / "vocab.json", vocabulary)
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), "utf-8")
+    special = {"bos_token": _START, "eos_token": _END, "pad_token": _END, "unk_token": _END}
+    folders.write_json(tokenizer / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": clip.text_length, "do_lower_case": True}
+    folders.write_json(tokenizer / "tokenizer_config.json", {**special, **settings})
+
+
+def export_images(clip: Clip, folder: str | Path) -> None:
+    """Write `image_encoder/` and `feature_extractor/` below a local folder.
+
+    Raises:
+        InputError: the vision tower is not that of a plain CLIP, or pictures are prepared in another way; nothing is written.
+    """
+    settings, tensors = vision_to_transformers(clip)
+    processor = _image_processor(clip)
+    folders.write(Path(folder, "image_encoder"), settings, tensors, TRANSFORMERS_WEIGHTS)
+    folders.write_json(Path(folder, "feature_extractor", "preprocessor_config.json"), processor)
+
+
+def import_clip(folder: str | Path, image_folder: str | Path | None = None) -> tuple[Clip, dict[str, Any]]:
+    """Read `text_encoder/` and `tokenizer/`, and where they are `image_encoder/` and `feature_extractor/`.
+
+    Args:
+        folder: of the pipeline.
+        image_folder: of the pipeline with the picture half; None for the same.
+
+    Returns:
+        The CLIP, which embeds pictures only if there is an image encoder, and its architecture as open_clip describes it.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
+    """
+    folder = Path(folder)
+    image_folder = folder if image_folder is None else Path(image_folder)
+    text, state = text_from_transformers(folder / "text_encoder")
+    _check_vocabulary(folder / "tokenizer")
+    quick_gelu, embedding_dim = text.pop("quick_gelu"), text.pop("embed_dim")
+    preprocess: dict[str, Any] = {}
+    image_embeddings: ImageEmbeddings = "none"
+    vision: dict[str, Any] = {"image_size": 1, "patch_size": 1, "width": 1, "head_width": 1, "layers": 0}
+    if (image_folder / "image_encoder").is_dir():
+        vision, vision_state, image_embeddings = vision_from_transformers(image_folder / "image_encoder")
+        if (vision.pop("quick_gelu"), vision.pop("embed_dim")) != (quick_gelu, embedding_dim):
+            raise CheckpointError(
+                f"{image_folder / 'image_encoder'}/config.json: expected the activation and projection_dim of the text "
+                "encoder. Take both encoders from one CLIP."
+            )
+        preprocess = _preprocessing(image_folder / "feature_extractor" / "preprocessor_config.json", vision)
+        state |= vision_state
+    config = {"embed_dim": embedding_dim, "quick_gelu": quick_gelu, "vision_cfg": vision, "text_cfg": text}
+    return _build(config, state, preprocess, image_embeddings, folder), config
+
+
+def text_to_transformers(clip: Clip) -> tuple[dict[str, Any], Tensors]:
+    """Settings and weights of the CLIPTextModelWithProjection that computes what CLIP's text tower computes.
+
+    Raises:
+        InputError: the tower is not that of a plain CLIP.
+    """
+    model = clip.model
+    pooling = getattr(model, "text_pool_type", None)
+    plain = type(model).__name__ == "CLIP" and pooling == "argmax" and model.attn_mask is not None
+    width, tensors, settings = _tower_to_theirs(clip, _TEXT_TOWER, plain)
+    settings |= {
+        "_class": "CLIPTextModelWithProjection",
+        "model_type": "clip_text_model",
+        "vocab_size": clip.vocab_size,
+        "max_position_embeddings": clip.text_length,
+        "hidden_size": width,
+        "bos_token_id": clip.vocab_size - 2,
+        "eos_token_id": clip.vocab_size - 1,
+        "pad_token_id": clip.vocab_size - 1,
+    }
+    return _with_class(settings), tensors
+
+
+def vision_to_transformers(clip: Clip) -> tuple[dict[str, Any], Tensors]:
+    """Settings and weights of the CLIPVisionModelWithProjection that gives this CLIP's image embeddings, undivided if "raw".
+
+    Raises:
+        InputError: the tower is not that of a plain CLIP, or too narrow for the layer that divides, or missing.
+    """
+    visual = clip.model.visual
+    if clip.image_embeddings == "none":
+        raise InputError("export: this CLIP was imported without an image encoder. Import it with one.")
+    plain = type(visual).__name__ == "VisionTransformer" and (visual.pool_type, visual.attn_pool) == ("tok", None)
+    plain = plain and visual.image_size[0] == visual.image_size[1] and visual.patch_size[0] == visual.patch_size[1]
+    width, tensors, settings = _tower_to_theirs(clip, _VISION_TOWER, plain)
+    settings |= {
+        "_class": "CLIPVisionModelWithProjection",
+        "model_type": "clip_vision_model",
+        "image_size": visual.image_size[0],
+        "patch_size": visual.patch_size[0],
+        "num_channels": 3,
+        "hidden_size": width,
+    }
+    if clip.image_embeddings == "unit":
+        embedding_dim = settings["projection_dim"]
+        if not (embedding_dim < width and 2 * embedding_dim <= settings["intermediate_size"]):
+            raise InputError(
+                f"export: got a vision tower of width {width} for embeddings of width {embedding_dim}, expected a wider one, "
+                "in which their norm can be computed. Train with such a CLIP, for example ViT-L-14."
+            )
+        tensors = _add_division(tensors, settings["num_hidden_layers"], settings["intermediate_size"])
+        settings["num_hidden_layers"] += 1
+    return _with_class(settings), tensors
+
+
+def text_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """open_clip's settings of a text tower (with `quick_gelu` and `embed_dim`) and its weights.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
+    """
+    settings = folders.read_json(folder / "config.json")
+    settings = settings.get("text_config") or settings  # of a whole CLIPModel in older folders
+    defaults = {"vocab_size": 49408, "hidden_size": 512, "max_position_embeddings": 77, "intermediate_size": 2048}
+    defaults |= {"num_attention_heads": 8}
+    ours, sizes = _describe_tower(folder, settings, defaults)
+    if settings.get("eos_token_id", 49407) not in (2, sizes["vocab_size"] - 1):
+        raise CheckpointError(
+            f"{folder}/config.json: got eos_token_id = {settings['eos_token_id']}, expected the last of the vocabulary."
+        )
+    ours |= {
+        "context_length": sizes["max_position_embeddings"],
+        "vocab_size": sizes["vocab_size"],
+        "heads": sizes["num_attention_heads"],
+    }
+    tensors = folders.read_weights(folder, TRANSFORMERS_WEIGHTS)
+    folders.check_depth(folder / "config.json", settings, "num_hidden_layers", tensors)
+    return ours, _tower_to_ours(folder, _TEXT_TOWER, ours["layers"], tensors)
+
+
+def vision_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors, ImageEmbeddings]:
+    """open_clip's settings of a vision tower (with `quick_gelu` and `embed_dim`), its weights, and what its embeddings are.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
+    """
+    settings = folders.read_json(folder / "config.json")
+    settings = settings.get("vision_config") or settings
+    defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    ours, sizes = _describe_tower(folder, settings, defaults | {"image_size": 224, "patch_size": 32})
+    ours |= {
+        "image_size": sizes["image_size"],
+        "patch_size": sizes["patch_size"],
+        "head_width": sizes["hidden_size"] // sizes["num_attention_heads"],
+    }
+    tensors = folders.read_weights(folder, TRANSFORMERS_WEIGHTS)
+    folders.check_depth(folder / "config.json", settings, "num_hidden_layers", tensors)
+    image_embeddings: ImageEmbeddings = "raw"
+    without = _take_division_off(tensors, ours["layers"], ours["embed_dim"])
+    if without is not None:
+        tensors, image_embeddings = without, "unit"
+        ours["layers"] -= 1
+    return ours, _tower_to_ours(folder, _VISION_TOWER, ours["layers"], tensors), image_embeddings
+
+
+def _names(tower: _Tower, num_layers: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, theirs in tower.names.items():
+        yield name, (theirs,)
+    for layer in range(num_layers):
+        for name, parts in _BLOCK.items():
+            for kind in ("weight", "bias"):
+                theirs_of_block = tuple(f"{tower.their_blocks}.{layer}.{part.format(kind)}" for part in parts)
+                yield f"{tower.blocks}.{layer}.{name.format(kind)}", theirs_of_block
+
+
+def _tower_to_theirs(clip: Clip, tower: _Tower, plain: bool) -> tuple[int, Tensors, dict[str, Any]]:
+    """Width, weights and the settings that both towers have."""
+    is_vision = tower is _VISION_TOWER
+    what = "vision" if is_vision else "text"
+    state = {key: value for key, value in clip.model.state_dict().items() if key.startswith("visual.") == is_vision}
+    for name in ("logit_scale", "logit_bias"):
+        state.pop(name, None)
+    tower_module = clip.model.visual if is_vision else clip.model
+    blocks: Any = tower_module.transformer.resblocks if plain else ()
+    names = dict(_names(tower, len(blocks)))
+    activations = {type(block.mlp.gelu).__name__ for block in blocks if getattr(block, "mlp", None) is not None}
+    exact = all(getattr(block.mlp.gelu, "approximate", "none") == "none" for block in blocks if hasattr(block, "mlp"))
+    if {*names, tower.projection} != set(state) or not (activations and exact and activations <= set(_ACTIVATIONS)):
+        raise InputError(
+            f"export: got a CLIP whose {what} tower is a {type(tower_module).__name__} that transformers' CLIP classes cannot "
+            "hold, expected the Transformer of CLIP itself. Train with such a CLIP, for example ViT-L-14."
+        )
+    tensors: Tensors = {}
+    for name, theirs in names.items():
+        tensors |= zip(theirs, state[name].chunk(len(theirs)), strict=True)
+    tensors[tower.their_projection] = state[tower.projection].T
+    width, embedding_dim = state[tower.projection].shape
+    settings = {
+        "hidden_act": _ACTIVATIONS[activations.pop()],
+        "intermediate_size": blocks[0].mlp.c_fc.out_features,
+        "layer_norm_eps": blocks[0].ln_1.eps,
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "num_hidden_layers": len(blocks),
+        "projection_dim": embedding_dim,
+    }
+    return width, tensors, settings
+
+
+def _with_class(settings: dict[str, Any]) -> dict[str, Any]:
+    class_name = settings.pop("_class")
+    return settings | {"architectures": [class_name], "attention_dropout": 0.0, "torch_dtype": "float32"}
+
+
+def _describe_tower(
+    folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """What open_clip says of any tower, and the sizes that were read."""
+    path = folder / "config.json"
+    defaults = {"num_hidden_layers": 12, "projection_dim": 512, **defaults}
+    sizes = {name: settings.get(name, default) for name, default in defaults.items()}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise CheckpointError(f"{path}: got {name} = {size!r}, expected a positive number. The file is damaged.")
+    activation = settings.get("hidden_act", "quick_gelu")
+    if activation not in _ACTIVATIONS.values() or settings.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise CheckpointError(
+            f"{path}: got hidden_act = {activation!r} and layer_norm_eps = {settings.get('layer_norm_eps')!r}, expected "
+            "'quick_gelu' or 'gelu' and 1e-05, which is all that open_clip's CLIP has."
+        )
+    ours = {
+        "quick_gelu": activation == "quick_gelu",
+        "embed_dim": sizes["projection_dim"],
+        "width": sizes["hidden_size"],
+        "layers": sizes["num_hidden_layers"],
+    }
+    if sizes["intermediate_size"] != 4 * sizes["hidden_size"]:
+        ours["mlp_ratio"] = (sizes["intermediate_size"] + 0.5) / sizes["hidden_size"]  # open_clip rounds it down
+    return ours, sizes
+
+
+def _tower_to_ours(folder: Path, tower: _Tower, num_layers: int, tensors: Mapping[str, Tensor]) -> Tensors:
+    names = dict(_names(tower, num_layers))
+    expected = {tower.their_projection, *(name for theirs in names.values() for name in theirs)}
+    found = {name for name in tensors if not name.endswith("position_ids")}  # a table of numbers in older files
+    if expected != found:
+        raise CheckpointError(
+            f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: {len(expected - found)} missing, "
+            f"{len(found - expected)} unknown, such as {min(expected ^ found)}."
+        )
+    ours = {name: torch.cat([tensors[part] for part in theirs]) for name, theirs in names.items()}
+    return ours | {tower.projection: tensors[tower.their_projection].T.contiguous()}
+
+
+def _build(
+    config: dict[str, Any], state: Tensors, preprocess: dict[str, Any], image_embeddings: ImageEmbeddings, folder: Path
+) -> Clip:
+    """The CLIP of an architecture with weights; a vision tower without weights is never asked."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    try:
+        with torch.device("meta"):
+            model = open_clip.model.CLIP(**config)
+        if image_embeddings == "none":
+            empty = {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
+            state |= {name: torch.zeros(value.shape) for name, value in empty.items()}
+        state |= {"logit_scale": torch.tensor(math.log(100.0))}  # of training alone, which no folder knows
+        model.load_state_dict(state, assign=True)
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{folder}: the weights of text_encoder/ or image_encoder/ do not fit their config.json: {error}"
+        ) from error
+    model.attn_mask = torch.full((model.context_length,) * 2, -torch.inf).triu(1)  # causal; no part of the weights
+    defaults = {name: value for name, value in vars(PreprocessCfg()).items() if name != "size"}
+    open_clip.model.set_model_preprocess_cfg(
+        model, {**defaults, "size": config["vision_cfg"]["image_size"], **preprocess}
+    )
+    return Clip(model, "ViT-B-32", image_embeddings)  # by which open_clip names CLIP's own tokenizer
+
+
+def _columns(width: int, embedding_dim: int) -> Tensor:
+    """Orthonormal columns of sum zero, [W, E] float64: the cosine transform's without its constant."""
+    place = torch.arange(width, dtype=torch.float64)[:, None] + 0.5
+    frequency = torch.arange(1, embedding_dim + 1, dtype=torch.float64)
+    return (place * frequency * math.pi / width).cos() * math.sqrt(2 / width)
+
+
+def _division(width: int, intermediate: int, embedding_dim: int) -> dict[str, Tensor]:
+    """The weights of the layer that divides which do not depend on the model, and the last norm and projection."""
+    columns = _columns(width, embedding_dim)
+    out = torch.zeros(width, intermediate, dtype=torch.float64)
+    out[:, : 2 * embedding_dim] = GAIN * torch.cat([columns, -columns], dim=1)
+    fixed = {"self_attn.out_proj.weight": torch.zeros(width, width), "self_attn.out_proj.bias": torch.zeros(width)}
+    for part in ("q", "k", "v"):
+        fixed |= {
+            f"self_attn.{part}_proj.weight": torch.zeros(width, width),
+            f"self_attn.{part}_proj.bias": torch.zeros(width),
+        }
+    return fixed | {
+        "layer_norm1.weight": torch.ones(width),
+        "layer_norm1.bias": torch.zeros(width),
+        "mlp.fc1.bias": torch.zeros(intermediate),
+        "mlp.fc2.weight": out.float(),
+        "mlp.fc2.bias": torch.zeros(width),
+        "projection": (columns.T / math.sqrt(width)).float(),
+    }
+
+
+_POST, _PROJECTION = "vision_model.post_layernorm", _VISION_TOWER.their_projection
+
+
+def _add_division(tensors: Tensors, num_layers: int, intermediate: int) -> Tensors:
+    """An encoder whose embeddings are those of another, divided by their norm, with one layer more."""
+    projection = tensors[_PROJECTION]  # [E, W]
+    embedding_dim, width = projection.shape
+    fixed = _division(width, intermediate, embedding_dim)
+    layer = f"{_VISION_TOWER.their_blocks}.{num_layers}"
+    first = torch.zeros(intermediate, width)
+    first[: 2 * embedding_dim] = torch.cat([projection, -projection])
+    added = {f"{layer}.{name}": value for name, value in fixed.items() if name != "projection"}
+    return {
+        **tensors,
+        **added,
+        f"{layer}.layer_norm2.weight": tensors[f"{_POST}.weight"],
+        f"{layer}.layer_norm2.bias": tensors[f"{_POST}.bias"],
+        f"{layer}.mlp.fc1.weight": first,
+        f"{_POST}.weight": torch.ones(width),
+        f"{_POST}.bias": torch.zeros(width),
+        _PROJECTION: fixed["projection"],
+    }
+
+
+def _take_division_off(tensors: Tensors, num_layers: int, embedding_dim: int) -> Tensors | None:
+    """The encoder that `_add_division` was given, None for one that it did not make."""
+    layer = f"{_VISION_TOWER.their_blocks}.{num_layers - 1}."
+    out, projection = tensors.get(f"{layer}mlp.fc2.weight"), tensors.get(_PROJECTION)
+    if out is None or projection is None or out.dim() != 2 or 2 * embedding_dim > out.shape[1]:
+        return None
+    expected = _division(out.shape[0], out.shape[1], embedding_dim)
+    if out.shape[0] != projection.shape[-1] or not torch.equal(projection, expected.pop("projection")):
+        return None
+    if not all(torch.equal(tensors.get(f"{layer}{name}", value + 1), value) for name, value in expected.items()):
+        return None
+    kept = {name: value for name, value in tensors.items() if not name.startswith(layer)}
+    return kept | {
+        f"{_POST}.weight": tensors[f"{layer}layer_norm2.weight"],
+        f"{_POST}.bias": tensors[f"{layer}layer_norm2.bias"],
+        _PROJECTION: tensors[f"{layer}mlp.fc1.weight"][:embedding_dim],
+    }
+
+
+@functools.cache
+def _byte_pairs() -> tuple[dict[str, int], list[str]]:
+    """Vocabulary and merges of CLIP's tokenizer as transformers names them."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    names = {tokenizer.sot_token_id: _START, tokenizer.eot_token_id: _END}
+    vocabulary = {names.get(index, token): index for token, index in tokenizer.encoder.items()}
+    return vocabulary, [" ".join(pair) for pair in tokenizer.bpe_ranks]
+
+
+def _check_tokenizer(clip: Clip) -> None:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer: Any = clip.tokenizer
+    own = isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size == len(_byte_pairs()[0]) == clip.vocab_size
+    lower = own and tokenizer.clean_fn("A  a") == "a a" and tokenizer.clean_fn("a.") == "a."
+    if not lower or tokenizer.reduction_fn is not None:
+        raise InputError(
+            f"export: got the tokenizer {type(tokenizer).__name__} of {clip.vocab_size} tokens, expected CLIP's own. Train "
+            "with a CLIP that has it, for example ViT-L-14."
+        )
+
+
+def _check_vocabulary(folder: Path) -> None:
+    """Refuse a tokenizer that is not CLIP's own, from `vocab.json` and `merges.txt` or from `tokenizer.json`."""
+    if (folder / "vocab.json").is_file():
+        vocabulary: Any = folders.read_json(folder / "vocab.json")
+        lines = folders.read_text(folder / "merges.txt").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    else:
+        model = folders.read_json(folder / "tokenizer.json").get("model")
+        model = model if isinstance(model, dict) else {}
+        vocabulary, found = model.get("vocab"), model.get("merges") or []
+        merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in found]
+    if (vocabulary, merges) != _byte_pairs():
+        raise CheckpointError(f"{folder}: got a vocabulary or merges that are not CLIP's own, which open_clip has.")
+
+
+def _image_processor(clip: Clip) -> dict[str, Any]:
+    """What transformers' CLIPImageProcessor must do to prepare pictures as open_clip does."""
+    settings = clip.model.visual.preprocess_cfg
+    side = clip.model.visual.image_size[0]
+    mode, interpolation = settings["resize_mode"], settings["interpolation"]
+    if mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
+        raise InputError(
+            f"export: got pictures prepared with resize_mode = {mode!r} and interpolation = {interpolation!r}, expected "
+            "'shortest' or 'squash' and 'bicubic' or 'bilinear', as CLIPImageProcessor has them."
+        )
+    whole = {"height": side, "width": side}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side} if mode == "shortest" else whole,
+        "resample": {"bilinear": 2, "bicubic": 3}[interpolation],
+        "do_center_crop": mode == "shortest",
+        "crop_size": whole,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(settings["mean"]),
+        "image_std": list(settings["std"]),
+    }
+
+
+def _preprocessing(path: Path, vision: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's settings for what a CLIPImageProcessor does."""
+    settings = folders.read_json(path)
+    side, size = vision["image_size"], settings.get("size", {"shortest_edge": 224})
+    squash = {"height": side, "width": side}
+    crops = settings.get("do_center_crop", True)
+    if size in (side, {"shortest_edge": side}) and crops:
+        mode = "shortest"
+    elif size == squash:
+        mode = "squash"
+    else:
+        raise CheckpointError(f"{path}: got size = {size!r}, expected the {side} pixels of image_encoder/config.json.")
+    interpolation = {2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 3))
+    lists = [settings.get("image_mean"), settings.get("image_std")]
+    numbers = all(isinstance(each, list) and len(each) == 3 for each in lists)
+    if interpolation is None or not numbers or not settings.get("do_normalize", True):
+        raise CheckpointError(
+            f"{path}: expected resample 2 or 3, and image_mean and image_std of three numbers each, as open_clip has them."
+        )
+    return {"resize_mode": mode, "interpolation": interpolation, "mean": lists[0], "std": lists[1]}
