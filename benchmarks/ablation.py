@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +61,6 @@ class Heldout:
     """[N, E] of their pictures, as the embeddings table has them."""
     images: Tensor
     """[N, 3, S, S] in [-1, 1], their pictures."""
-    others: Tensor
-    """[N, 3, S, S] in [-1, 1], as many training pictures, to see how far apart two sets of real pictures are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Drawn:
     clip_score: float
     """Mean cosine of pictures and captions in CLIP's eyes."""
     frechet_distance: float
-    """From the pictures of the captions, in CLIP's embeddings."""
+    """From the real pictures of the same captions, in CLIP's embeddings."""
 
     def all_right(self) -> float:
         """Share of the pictures of which colour, background, size and shape are right."""
@@ -105,19 +104,13 @@ def load_stack(made: Mapping[str, Artifact], **others: Artifact) -> Stack:
 
 
 def load_heldout(made: Mapping[str, Artifact], num_captions: int, side: int) -> Heldout:
-    """Held-out pairs in the order of their keys, as many training pictures, all pictures with sides of `side` pixels."""
+    """Held-out pairs in the order of their keys, pictures with sides of `side` pixels."""
     snapshot = Snapshot.of(made["curate"].facts)
-    keys = dict(list(heldout_keys(snapshot).items())[:num_captions])
-    embeddings = RowReader((snapshot.source("embeddings", "image_embedding"),), list(keys.values()))
-    rows = embeddings.read(list(keys.values()))["image_embedding"]
-    others = snapshot.keys("train")[: len(keys)]
-    jpgs = RowReader((snapshot.source("images", "jpg"),), [*keys.values(), *others])
-    return Heldout(
-        list(keys),
-        torch.stack([torch.from_numpy(row) for row in rows]),
-        load_images(jpgs.read(list(keys.values()))["jpg"], side),
-        load_images(jpgs.read(others)["jpg"], side),
-    )
+    pairs = dict(list(heldout_keys(snapshot).items())[:num_captions])
+    sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", "image_embedding"))
+    rows = RowReader(sources, list(pairs.values())).read(list(pairs.values()))
+    embedding = torch.from_numpy(np.stack(rows["image_embedding"]))
+    return Heldout(list(pairs), embedding, load_images(rows["jpg"], side))
 
 
 def ways(stack: Stack, heldout: Heldout) -> dict[str, ImageEmbedding]:
@@ -140,16 +133,16 @@ def draw(stack: Stack, way: ImageEmbedding, heldout: Heldout, seed: int = 0) -> 
         for_prior, for_decoder = (torch.Generator().manual_seed(seed * 1_000_003 + number) for _ in range(2))
         embedding = way(captions, for_prior)
         parts.append(stack.decode(embedding, stack.sampling, for_decoder, text=stack.read_captions(captions)))
-    return measure(stack, torch.cat(parts), heldout, heldout.images)
+    return measure(stack, torch.cat(parts), heldout)
 
 
 @torch.no_grad()
-def measure(stack: Stack, images: Tensor, heldout: Heldout, real: Tensor) -> Drawn:
-    """Pictures [N, 3, S, S] of the held-out captions, against captions and against real pictures [M, 3, S, S]."""
+def measure(stack: Stack, images: Tensor, heldout: Heldout) -> Drawn:
+    """Pictures [N, 3, S, S] for the held-out captions, against the captions and against their real pictures."""
     scenes = evaluation.score_scenes(images, heldout.captions)
     assert scenes is not None, "the demo's captions are those of scenes"
     embedding, text = stack.embed_images(images), stack.embed_text(heldout.captions)
-    distance = evaluation.frechet_distance(embedding, stack.embed_images(real))
+    distance = evaluation.frechet_distance(embedding, stack.embed_images(heldout.images))
     return Drawn(images, scenes, float((embedding * text).sum(dim=1).mean()), distance)
 
 
@@ -217,7 +210,7 @@ def main() -> None:
     stack = load_stack(made, decoder=others["decoder"])
     heldout = load_heldout(made, arguments.captions, stack.image_size)
     drawn = {name: draw(stack, way, heldout, arguments.seed) for name, way in ways(stack, heldout).items()}
-    drawn[REAL] = measure(stack, heldout.images, heldout, heldout.others)
+    drawn[REAL] = measure(stack, heldout.images, heldout)
     priors = {
         "text embedding": evaluation.score_embeddings(stack.embed_text(heldout.captions), heldout.image_embedding),
         "diffusion prior": score_prior(stack, heldout, arguments.seed),
