@@ -27,7 +27,7 @@ from unclip.errors import StageError
 
 _LENGTH = struct.Struct(">Q")
 _OUT_OF_MEMORY = 77  # exit status
-_START_SECONDS = 60.0  # for a child to be ready: it takes a third of a second on a machine that is not busy
+_START_SECONDS = 180.0  # for a child to be ready: it takes a third of a second on a machine that is not busy
 _BOOT = "; ".join(
     (
         "import json, sys",

@@ -230,7 +230,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
             head.split(), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while (listing := subprocess.run(["ray", "job", "list"], env=environment, capture_output=True)).returncode:
                 assert process.poll() is None, Path(log.name).read_text()
                 assert time.monotonic() < deadline, listing.stderr.decode()[-2000:]

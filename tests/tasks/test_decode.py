@@ -28,7 +28,7 @@ MAX_PIXELS = 50_000_000
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
-    with Decoder(64, 95, MAX_PIXELS) as decoder:
+    with Decoder(64, 95, MAX_PIXELS, limits=Limits(wall_seconds=120)) as decoder:  # other tests run beside this one
         yield decoder
 
 

@@ -182,7 +182,7 @@ def test_f36_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Pat
     with scene_server.serve(scenes) as server:
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while len(list(Path(table_uri).glob("*.parquet"))) < 2 and time.monotonic() < deadline:
                 time.sleep(0.01)
         finally:

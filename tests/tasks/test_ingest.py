@@ -718,7 +718,7 @@ def test_f28_t13_metadata_of_extension_types_is_not_interpreted(
 
 @pytest.fixture
 def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sandbox]]:
-    """The children that are started for this test alone; they may have 64 MiB and a second."""
+    """The children that are started for this test alone; they may have 64 MiB and five seconds."""
     started: list[Sandbox] = []
 
     def start(function: Callable[[bytes], bytes], limits: Limits) -> Sandbox:
@@ -727,7 +727,7 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sandbox]]:
 
     monkeypatch.setattr(parquet_list, "_idle", queue.SimpleQueue())
     monkeypatch.setattr(parquet_list, "Sandbox", start)
-    monkeypatch.setattr(parquet_list, "LIMITS", Limits(wall_seconds=1.0, memory_bytes=1 << 26))
+    monkeypatch.setattr(parquet_list, "LIMITS", Limits(wall_seconds=5.0, memory_bytes=1 << 26))
     yield started
     for sandbox in started:
         sandbox.close()
@@ -742,7 +742,7 @@ def test_f28_t13_a_list_that_ends_its_reader_is_named(tmp_path: Path, readers: l
             signal.SIGKILL,
             "reading it takes more than 67,108,864 bytes of memory",
         ),  # the kernel, when there is none left
-        (signal.SIGSTOP, "reading it takes more than 1 s at a time"),
+        (signal.SIGSTOP, "reading it takes more than 5 s at a time"),
     ):
         assert len(listed(path)) == 10, "the next list has another reader"
         [pid] = readers[0].pids
