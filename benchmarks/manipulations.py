@@ -110,7 +110,7 @@ def inpainting(stack: Stack, num: int, seed: int = 0) -> Result:
     ]
     numbers = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
     same = np.asarray(pictures.to_uint8(drawn) == pictures.to_uint8(images))[:, :, edge:].all()
-    seam = np.abs(drawn[..., edge] - drawn[..., edge - 1]).mean() * 127.5  # levels of 255
+    seam = (drawn[..., edge] - drawn[..., edge - 1]).abs().mean() * 127.5  # levels of 255
     numbers |= {"known pixels are the same": float(same), "levels at the seam": float(seam)}
     holes = torch.where(known, images, torch.tensor(0.5))
     return Result(numbers, torch.stack([images, holes, drawn], dim=1)[:SHOWN].flatten(0, 1), 3)
