@@ -27,8 +27,9 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## Run the tests, files side by side in two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: lint ## Run the tests: parts side by side in two processes, then whole runs, which need both CPUs, by themselves
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/infra tests/tasks tests/unclip tests/test_faults.py
+	$(BIN)/python -m pytest tests/pipelines
 
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow
