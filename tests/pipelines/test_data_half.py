@@ -197,7 +197,6 @@ def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_ta
     assert not files.exists(f"{storage}/lease.json")
 
 
-@pytest.mark.slow
 def test_f29_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
     undisturbed: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
