@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipelines.options import STORAGE
+from tasks import given as given_pictures
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError
 
@@ -144,7 +145,7 @@ def vary(picture: str, num: int, eta: float | None, **given: Any) -> None:
     _check_num(num)
     if eta is not None:
         _check_share(eta, "--eta")
-    _check_files(picture)
+    given_pictures.check(picture)
     drawing.check()
     stack, sampling = drawing.open()
     [image] = _read(stack, picture)
@@ -169,7 +170,7 @@ def interpolate(first: str, second: str, num: int, noise: Any, **given: Any) -> 
     """
     drawing = Drawing(**given)
     _check_num(num, least=2)
-    _check_files(first, second)
+    given_pictures.check(first, second)
     drawing.check()
     stack, sampling = drawing.open()
     one, other = _read(stack, first, second)
@@ -204,7 +205,7 @@ def edit(picture: str, caption: str, base_caption: str, theta: float, num: int, 
     _check_num(num, least=2)
     _check_caption(caption)
     _check_share(theta, "--theta")
-    _check_files(picture)
+    given_pictures.check(picture)
     drawing.check()
     stack, sampling = drawing.open()
     [image] = _read(stack, picture)
@@ -239,7 +240,7 @@ def probe(picture: str, components: str | None, **given: Any) -> None:
     Of a picture that is not square its middle is taken; any size will do.
     """
     drawing = Drawing(**given)
-    _check_files(picture)
+    given_pictures.check(picture)
     numbers = None if components is None else _numbers(components)
     drawing.check()
     stack, sampling = drawing.open()
@@ -268,7 +269,7 @@ def inpaint(picture: str, mask: str, caption: str, num: int, **given: Any) -> No
     drawing = Drawing(**given)
     _check_num(num)
     _check_caption(caption)
-    _check_files(picture, mask)
+    given_pictures.check(picture, mask)
     drawing.check()
     stack, sampling = drawing.open()
     image, white = _read(stack, picture, mask, same_size=True)
@@ -308,13 +309,6 @@ def _check_share(value: float, option: str) -> None:
         raise InputError(f"{option}: got {value}, expected 0 to 1.")
 
 
-def _check_files(*paths: str) -> None:
-    """At once: reading them waits until the stack has said how large they shall be."""
-    for path in paths:
-        if not Path(path).is_file():
-            raise InputError(f"{path}: {'no file' if Path(path).exists() else 'does not exist'}. Name a picture.")
-
-
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -330,9 +324,7 @@ def _read(stack: "Stack", *paths: str, same_size: bool = False) -> "list[Tensor]
     """Picture files as [1, 3, S, S] in [-1, 1], S as the stack draws."""
     import torch
 
-    from tasks import given
-
-    found = given.read(paths, stack.image_size)
+    found = given_pictures.read(paths, stack.image_size)
     for path, picture in zip(paths, found, strict=True):
         if same_size and (picture.width, picture.height) != (found[0].width, found[0].height):
             raise InputError(

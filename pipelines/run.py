@@ -284,9 +284,8 @@ def _start_ray(config: PipelineConfig) -> None:
         # A cluster of this run alone: it dies with this process, joins no other that happens to be there, and survives a
         # change of network. Its workers inherit this process's environment; a runtime_env would cost each a second.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        os.environ.setdefault(
-            "RAY_task_oom_retries", "5"
-        )  # what needs more memory than there is would be tried for ever
+        # What needs more memory than there is would be tried for ever.
+        os.environ.setdefault("RAY_task_oom_retries", "5")
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     total = ray.cluster_resources()
     for stage, resources in _resources(config).items():

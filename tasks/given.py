@@ -44,6 +44,13 @@ def read(paths: Sequence[str], side: int) -> list[GivenPicture]:
         return [_read(sandbox, path, side) for path in paths]
 
 
+def check(*paths: str) -> None:
+    """Raise `InputError` for the first that is no file."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: {'no file' if Path(path).exists() else 'does not exist'}. Name a picture.")
+
+
 def answer(request: bytes) -> bytes:
     """What the child does with a request."""
     (side,) = _REQUEST.unpack_from(request)
@@ -64,9 +71,8 @@ def warm_up() -> None:
 
 
 def _read(sandbox: Sandbox, path: str, side: int) -> GivenPicture:
+    check(path)
     file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{path}: {'no file' if file.exists() else 'does not exist'}. Name a picture.")
     if file.stat().st_size > MAX_BYTES:
         raise InputError(
             f"{path}: got {file.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}. Shrink the picture."

@@ -153,16 +153,21 @@ class Clip(nn.Module):
             text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
         )
         text_projection = output["text_features"].float()  # [B, E]
-        kept = (tokens != 0).long()
-        # Token id 0 is also a word ("!"): padding is only what follows the last other token.
-        text_mask = kept.flip(1).cumsum(1).flip(1) > 0
-        return TextFeatures(
-            F.normalize(text_projection, dim=-1), output["text_intermediates"][-1].float(), text_mask, text_projection
-        )
+        text_encodings = output["text_intermediates"][-1].float()  # [B, L, W]
+        return TextFeatures(F.normalize(text_projection, dim=-1), text_encodings, text_mask(tokens), text_projection)
 
     def resize(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] as this model wants them: [B, 3, S, S], its own mean and standard deviation."""
         return prepare(self.model, images)
+
+
+def text_mask(tokens: Tensor) -> Tensor:
+    """[B, L] token ids -> [B, L] bool, True = keep, at least the first.
+
+    Id 0 is also a word ("!"): padding is only what follows the last other token.
+    """
+    kept = (tokens != 0).long().flip(1).cumsum(1).flip(1) > 0
+    return kept | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
 
 
 def input_side(model: Any) -> int:

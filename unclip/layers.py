@@ -90,7 +90,7 @@ class KeyValueCache:
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm causal Transformer block. Source: Radford et al. 2019 (GPT-2)."""
+    """Pre-norm Transformer block; the mask says whether it is causal. Source: Radford et al. 2019 (GPT-2)."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()

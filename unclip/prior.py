@@ -24,7 +24,7 @@ from unclip.config import require
 from unclip.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.embeddings import EmbeddingStatistics, Normalization
 from unclip.layers import CausalTransformer, KeyValueCache, TimestepMLP
-from unclip.text import CaptionFeatures
+from unclip.text import CaptionFeatures, EmptyCaption
 
 TextNorm = Literal["none", "layer", "unit"]
 
@@ -74,28 +74,15 @@ SMALL_PRIOR = PriorConfig(width=512, depth=12, num_heads=8)
 """39 M parameters beside a ViT-L-14."""
 
 
-class TextPrefix(nn.Module):
+class TextPrefix(EmptyCaption):
     """The first tokens that a prior reads: the text encodings, then the CLIP text embedding."""
 
-    null_encodings: Tensor
-    null_mask: Tensor
-    null_embedding: Tensor
-
     def __init__(self, width: int, embedding_dim: int, text_width: int, text_length: int, text_norm: TextNorm) -> None:
-        super().__init__()
+        super().__init__(text_length, text_width, embedding_dim)
         self.text_norm = text_norm
         self.from_text_encodings = nn.Linear(text_width, width)
         self.norm = nn.LayerNorm(embedding_dim) if text_norm == "layer" else nn.Identity()
         self.from_text_embedding = nn.Linear(embedding_dim, width)
-        self.register_buffer("null_encodings", torch.zeros(text_length, text_width))  # [L, W]
-        self.register_buffer("null_mask", torch.ones(text_length, dtype=torch.bool))  # [L]
-        self.register_buffer("null_embedding", torch.zeros(embedding_dim))  # [E]
-
-    def set_null(self, text: CaptionFeatures) -> None:
-        """Remember what CLIP makes of the empty caption, a batch of one; it is saved with the weights."""
-        self.null_encodings.copy_(text.text_encodings[0])
-        self.null_mask.copy_(text.text_mask[0])
-        self.null_embedding.copy_(text.text_embedding[0])
 
     def forward(
         self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor, drop: Tensor | None = None
@@ -110,9 +97,8 @@ class TextPrefix(nn.Module):
             Tokens [B, L + 1, D], and which of them are no padding [B, L + 1].
         """
         if drop is not None:
-            text_encodings = torch.where(drop[:, None, None], self.null_encodings, text_encodings)
-            text_mask = torch.where(drop[:, None], self.null_mask, text_mask)
-            text_embedding = torch.where(drop[:, None], self.null_embedding, text_embedding)
+            text = CaptionFeatures(text_encodings, text_mask, text_embedding)
+            text_encodings, text_mask, text_embedding = self.without(text, drop)
         if self.text_norm == "unit":
             text_embedding = F.normalize(text_embedding, dim=-1)
         pooled = self.from_text_embedding(self.norm(text_embedding))[:, None]  # [B, 1, D]

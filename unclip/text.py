@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unclip.clip import Clip
+from unclip.clip import Clip, text_mask
 from unclip.config import require
 from unclip.layers import TransformerBlock
 
@@ -100,35 +100,53 @@ class TextContext(NamedTuple):
     """[B, D]."""
 
 
-class ClipText(nn.Module):
-    """The frozen text encoder's hidden states, projected and normalised, and its embedding, projected."""
+class EmptyCaption(nn.Module):
+    """Remembers what CLIP makes of the empty caption, which stands where a caption is dropped; saved with the weights."""
 
     null_encodings: Tensor
     null_mask: Tensor
     null_embedding: Tensor
 
-    def __init__(self, shape: TextShape, embedding_dim: int, context_dim: int, time_dim: int) -> None:
+    def __init__(self, length: int, width: int, embedding_dim: int) -> None:
+        """Args:
+        length: L.
+        width: W.
+        embedding_dim: E.
+        """
         super().__init__()
-        self.to_time = nn.Linear(embedding_dim, time_dim)
-        self.to_context = nn.Linear(shape.width, context_dim)
-        self.norm = nn.LayerNorm(context_dim)
-        self.register_buffer("null_encodings", torch.zeros(shape.length, shape.width))  # [L, W]
-        self.register_buffer("null_mask", torch.ones(shape.length, dtype=torch.bool))  # [L]
+        self.register_buffer("null_encodings", torch.zeros(length, width))  # [L, W]
+        self.register_buffer("null_mask", torch.ones(length, dtype=torch.bool))  # [L]
         self.register_buffer("null_embedding", torch.zeros(embedding_dim))  # [E]
 
     def set_null(self, text: CaptionFeatures) -> None:
-        """Remember what CLIP makes of the empty caption, a batch of one."""
-        self.null_encodings.copy_(text.text_encodings[0])
-        self.null_mask.copy_(text.text_mask[0])
-        self.null_embedding.copy_(text.text_embedding[0])
+        """Take the features of the empty caption, a batch of one."""
+        for remembered, feature in zip(self._null(), text, strict=True):
+            remembered.copy_(feature[0])
 
     def null(self, batch: int) -> CaptionFeatures:
         """The empty caption, `batch` times."""
-        return CaptionFeatures(
-            self.null_encodings.expand(batch, -1, -1),
-            self.null_mask.expand(batch, -1),
-            self.null_embedding.expand(batch, -1),
+        return CaptionFeatures(*(remembered.expand(batch, *remembered.shape) for remembered in self._null()))
+
+    def without(self, text: CaptionFeatures, drop: Tensor) -> CaptionFeatures:
+        """Captions, where drop [B] bool is True the empty one."""
+        chosen = (
+            torch.where(drop.view(-1, *(1,) * remembered.dim()), remembered, feature)
+            for remembered, feature in zip(self._null(), text, strict=True)
         )
+        return CaptionFeatures(*chosen)
+
+    def _null(self) -> CaptionFeatures:
+        return CaptionFeatures(self.null_encodings, self.null_mask, self.null_embedding)
+
+
+class ClipText(EmptyCaption):
+    """The frozen text encoder's hidden states, projected and normalised, and its embedding, projected."""
+
+    def __init__(self, shape: TextShape, embedding_dim: int, context_dim: int, time_dim: int) -> None:
+        super().__init__(shape.length, shape.width, embedding_dim)
+        self.to_time = nn.Linear(embedding_dim, time_dim)
+        self.to_context = nn.Linear(shape.width, context_dim)
+        self.norm = nn.LayerNorm(context_dim)
 
     def forward(self, text: CaptionFeatures, drop: Tensor | None = None) -> TextContext:
         """Args:
@@ -136,11 +154,7 @@ class ClipText(nn.Module):
         drop: [B] bool, True = the empty caption instead, on all of its paths.
         """
         if drop is not None:
-            text = CaptionFeatures(
-                torch.where(drop[:, None, None], self.null_encodings, text.text_encodings),
-                torch.where(drop[:, None], self.null_mask, text.text_mask),
-                torch.where(drop[:, None], self.null_embedding, text.text_embedding),
-            )
+            text = self.without(text, drop)
         tokens = self.norm(self.to_context(text.text_encodings))  # [B, L, X]
         return TextContext(tokens, text.text_mask, self.to_time(text.text_embedding))
 
@@ -184,12 +198,3 @@ class TextTransformer(nn.Module):
         last = mask.sum(dim=1) - 1  # [B], where the end of the text is
         pooled = x[torch.arange(len(x), device=x.device), last]  # [B, W]
         return TextContext(self.to_context(x), mask, self.to_time(pooled))
-
-
-def text_mask(tokens: Tensor) -> Tensor:
-    """[B, L] token ids -> [B, L] bool, True = keep, at least the first.
-
-    Id 0 is also a word ("!"): padding is only what follows the last other token.
-    """
-    kept = (tokens != 0).long().flip(1).cumsum(1).flip(1) > 0
-    return kept | (torch.arange(tokens.shape[1], device=tokens.device) == 0)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.pipelines.commands import call
-from tests.unclip import tiny_stack
+from tests.unclip import tiny_stacks
 
 SIDE = 16  # pixels of what the small stack draws
 
@@ -17,7 +17,7 @@ SIDE = 16  # pixels of what the small stack draws
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("storage")
-    tiny_stack.publish(folder)
+    tiny_stacks.publish(folder)
     return folder
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.unclip.tiny_stacks import awake
 from unclip import generation, objectives, samplers, unet
-from unclip.clip import Clip, create
+from unclip.clip import Clip, create, text_mask
 from unclip.config import to_dict
 from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig, known_region, random_masks
 from unclip.degradations import DegradationConfig
@@ -20,7 +21,7 @@ from unclip.errors import ConfigError, ShapeError
 from unclip.layers import attention
 from unclip.precision import autocast
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, text_mask
+from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig
 from unclip.unet import ContextAttention, UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -30,15 +31,6 @@ UNET = UNetConfig(
 CONVOLUTIONAL = UNetConfig(16, channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4)
 SHAPE = TextShape(length=5, width=7, vocab_size=40)
 TINY_TEXT = TextTransformerConfig(width=8, depth=2, num_heads=2)
-
-
-def awake(model: torch.nn.Module) -> Any:
-    """Zero-initialised layers hide what is wired to what, so give them weights."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
 
 
 def caption(kind: str, batch: int, seed: int = 0) -> Any:

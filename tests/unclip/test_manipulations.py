@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unclip import tiny_stack
-from tests.unclip.tiny_stack import with_sampling
+from tests.unclip.tiny_stacks import load_published, with_sampling
 from unclip import evaluation, manipulations, pictures
 from unclip.degradations import shrink
 from unclip.errors import ConfigError, InputError, ShapeError
@@ -21,7 +20,7 @@ RED, BLUE = "a small red circle", "a large blue star"
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    return tiny_stack.load(tmp_path_factory.mktemp("stack"))
+    return load_published(tmp_path_factory.mktemp("stack"))
 
 
 def images(num: int, side: int = 16, seed: int = 0) -> Tensor:
@@ -123,7 +122,7 @@ def test_all_components_are_the_embedding_and_none_the_mean(stack: Stack) -> Non
 
 @pytest.mark.parametrize("inpainting", [False, True])
 def test_known_pixels_come_back_to_the_last_bit(tmp_path: Path, inpainting: bool) -> None:
-    stack = tiny_stack.load(tmp_path, inpainting=inpainting)
+    stack = load_published(tmp_path, inpainting=inpainting)
     given = images(3)
     known = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(1)) < 0.5
     known[2, :, :, 3:9] = False
@@ -145,7 +144,7 @@ def test_decoders_that_read_captions_get_them(tmp_path: Path, text: str) -> None
     from unclip.text import TextTransformerConfig
 
     small = TextTransformerConfig(width=8, depth=1, num_heads=2)
-    stack = tiny_stack.load(tmp_path, text=text, text_transformer=small)
+    stack = load_published(tmp_path, text=text, text_transformer=small)
     drawn = []
     for caption in (RED, BLUE):
         generator = torch.Generator().manual_seed(0)

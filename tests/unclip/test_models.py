@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.unclip.tiny_stacks import awake
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import ConfigError, ShapeError
@@ -15,15 +16,6 @@ UNET = UNetConfig(
     16, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), head_channels=8, norm_groups=4
 )
 CONVOLUTIONAL = UNetConfig(16, channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4)
-
-
-def awake(model: torch.nn.Module) -> torch.nn.Module:
-    """Zero-initialised layers hide what is wired to what, so give them weights."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
 
 
 @pytest.fixture

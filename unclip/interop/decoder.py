@@ -209,7 +209,7 @@ def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
     known = (
         diffusion.schedule == "cosine"
         and not diffusion.zero_terminal_snr
-        and diffusion.prediction_type in _PREDICTION_TYPES
+        and diffusion.prediction_type in PREDICTION_TYPES
         and diffusion.variance in _VARIANCE_TYPES
     )
     if not known:
@@ -224,12 +224,12 @@ def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
         "variance_type": _VARIANCE_TYPES[diffusion.variance],
         "clip_sample": True,
         "clip_sample_range": 1.0,
-        "prediction_type": _PREDICTION_TYPES[diffusion.prediction_type],
+        "prediction_type": PREDICTION_TYPES[diffusion.prediction_type],
         "beta_schedule": "squaredcos_cap_v2",
     }
 
 
-_PREDICTION_TYPES: dict[PredictionType, str] = {"eps": "epsilon", "x0": "sample"}
+PREDICTION_TYPES: dict[PredictionType, str] = {"eps": "epsilon", "x0": "sample"}
 _VARIANCE_TYPES: dict[VarianceType, str] = {"fixed_small": "fixed_small_log", "learned_range": "learned_range"}
 
 
@@ -242,7 +242,7 @@ def diffusion_config(folder: Path) -> DiffusionConfig:
     settings = folders.read_json(folder / SCHEDULER)
     fixed = {"_class_name": "UnCLIPScheduler", "beta_schedule": "squaredcos_cap_v2"}
     _check(settings, folder, fixed | {"clip_sample": True, "clip_sample_range": 1.0}, SCHEDULER)
-    predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
+    predictions = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
     variances = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
     try:
         return DiffusionConfig(

@@ -104,7 +104,7 @@ _PARTS = {
 }
 """Parts of each pipeline besides text_proj -> library and class."""
 
-_PREDICTION_TYPES: dict[PredictionType, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_PREDICTION_TYPES: dict[PredictionType, str] = {**decoders.PREDICTION_TYPES, "v": "v_prediction"}
 
 Network = TypeVar("Network", Decoder, Upsampler)
 
