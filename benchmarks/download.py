@@ -83,6 +83,7 @@ def download_ours(settings: Settings) -> dict[str, float]:
     config = DownloadConfig(
         image_size=settings.image_size,
         jpeg_quality=settings.jpeg_quality,
+        chroma_subsampling="4:2:0",  # which img2dataset has no setting for
         shard_size=settings.shard_size,
         num_threads=settings.threads,
         timeout_seconds=settings.timeout_seconds,

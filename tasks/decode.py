@@ -24,6 +24,8 @@ from tasks.sandbox import DEFAULT_LIMITS, Limits, Sandbox, SandboxFault
 VERSION = 3
 """Raised when the same bytes are stored as other pixels than before."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+CHROMA_SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+"""Colours at full, at half the horizontal and at half the resolution; Pillow's numbers for them are 0, 1 and 2."""
 
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
@@ -33,7 +35,7 @@ _UPRIGHT = {
 }  # fmt: skip
 _FLAT_LEVELS = 2.0  # a standard deviation of grey levels below which a perceptual hash is noise
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-_REQUEST = struct.Struct(">IIQ")  # image_size, jpeg_quality, max_pixels; then the bytes to decode
+_REQUEST = struct.Struct(">IIQB")  # image_size, jpeg_quality, max_pixels, chroma subsampling; then the bytes to decode
 _REPLY = struct.Struct(">4I16s")  # sizes and perceptual hash of a Picture, zeros for none; then its JPEG
 _PICTURE, _FAULT = b"P", b"F"  # what a reply begins with
 
@@ -60,11 +62,12 @@ class Decoder:
         image_size: int,
         jpeg_quality: int,
         max_pixels: int,
+        chroma_subsampling: str = "4:4:4",
         num_children: int = 1,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """For the arguments, see `decode`; raises StageError when a child does not start."""
-        self._head = _REQUEST.pack(image_size, jpeg_quality, max_pixels)
+        self._head = _REQUEST.pack(image_size, jpeg_quality, max_pixels, CHROMA_SUBSAMPLINGS.index(chroma_subsampling))
         self._sandbox = Sandbox(answer, num_children, limits)
 
     def decode(self, data: bytes) -> Picture:
@@ -86,12 +89,15 @@ class Decoder:
         self._sandbox.close()
 
 
-def decode(data: bytes, image_size: int, jpeg_quality: int, max_pixels: int) -> Picture:
+def decode(
+    data: bytes, image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str = "4:4:4"
+) -> Picture:
     """Decode the first frame, shrink it, convert it to sRGB, put it on white, turn it upright and encode it.
 
     Args:
         image_size: the smaller side afterwards; a picture that is smaller keeps its size.
         max_pixels: checked in the header, before any pixel is decoded.
+        chroma_subsampling: one of `CHROMA_SUBSAMPLINGS`.
 
     Raises:
         RowFault: not_an_image, too_many_pixels or decode_error.
@@ -100,7 +106,7 @@ def decode(data: bytes, image_size: int, jpeg_quality: int, max_pixels: int) -> 
     rgb, original = decode_rgb(data, image_size, max_pixels)
     rgb.info.clear()  # comments and profiles would be written otherwise
     buffer = io.BytesIO()
-    rgb.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    rgb.save(buffer, "JPEG", quality=jpeg_quality, subsampling=chroma_subsampling)
     return Picture(buffer.getvalue(), *rgb.size, *original, perceptual_hash(rgb))
 
 
@@ -152,7 +158,8 @@ def perceptual_hash(image: Image.Image) -> str | None:
 def answer(request: bytes) -> bytes:
     """What a child of `Decoder` does with a request."""
     try:
-        picture = decode(request[_REQUEST.size :], *_REQUEST.unpack_from(request))
+        *numbers, subsampling = _REQUEST.unpack_from(request)
+        picture = decode(request[_REQUEST.size :], *numbers, CHROMA_SUBSAMPLINGS[subsampling])
     except RowFault as fault:
         return _FAULT + fault.reason.encode()
     sizes = (picture.width, picture.height, picture.original_width, picture.original_height)
@@ -165,7 +172,7 @@ def warm_up() -> None:
     ramp = Image.linear_gradient("L")
     buffer = io.BytesIO()
     ramp.save(buffer, "JPEG", icc_profile=_srgb().tobytes())
-    answer(_REQUEST.pack(64, 95, 1 << 20) + buffer.getvalue())
+    answer(_REQUEST.pack(64, 95, 1 << 20, 0) + buffer.getvalue())
 
 
 def _unpack(reply: bytes) -> Picture:

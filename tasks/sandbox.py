@@ -7,6 +7,7 @@ child says is ever unpickled. A child that dies, hangs or wants too much memory 
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import math
@@ -171,6 +172,8 @@ class _Child:
         job.append(math.ceil(self.limits.wall_seconds) + 1)
         # One thread and one arena: more would count as memory. Secrets in the environment are none of a child's business.
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        # Freed memory is kept for the next call: giving it back and faulting it in again is a third of a decoder's time.
+        environment |= {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
         environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         self.is_ready = False
         self.process = subprocess.Popen(
@@ -248,6 +251,7 @@ def serve(module: str, name: str, memory_bytes: int, cpu_seconds: int) -> None:
         function = getattr(imported, name)
         getattr(imported, "warm_up", lambda: None)()
         _confine(memory_bytes)
+        gc.freeze()  # what was imported is not looked through again and again
     except BaseException as error:
         _write(replies, f"{type(error).__name__}: {error}".encode())
         raise

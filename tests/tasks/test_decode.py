@@ -12,13 +12,13 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from crafted_pictures import Crafted, crafted, encoded, fault_of, header_only_png, ramp
 
-from tasks.decode import Decoder, Picture, decode, perceptual_hash
+from tasks.decode import CHROMA_SUBSAMPLINGS, Decoder, Picture, decode, perceptual_hash
 from tasks.rows import RowFault
 from tasks.sandbox import Limits
 
@@ -68,6 +68,17 @@ def test_there_are_files_enough_and_a_child_decodes_like_its_worker(decoder: Dec
     for file in CRAFTED:
         if not isinstance(file.expected, str):
             assert decoder.decode(file.data) == decode(file.data, 64, 95, MAX_PIXELS), file
+
+
+@pytest.mark.parametrize("subsampling", CHROMA_SUBSAMPLINGS)
+def test_chroma_subsampling_is_as_asked(subsampling: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, "PNG")
+    with Decoder(64, 95, MAX_PIXELS, subsampling) as decoder:
+        picture = decoder.decode(data)
+    assert picture == decode(data, 64, 95, MAX_PIXELS, subsampling)
+    with Image.open(io.BytesIO(picture.jpg)) as image:
+        assert JpegImagePlugin.get_sampling(image) == CHROMA_SUBSAMPLINGS.index(subsampling)
 
 
 def test_size_keeps_the_ratio_and_never_grows() -> None:
