@@ -16,8 +16,9 @@ from unclip.clip import Clip
 from unclip.data import RowReader
 from unclip.decoder import DecoderConfig
 from unclip.embeddings import EmbeddingQuantizer
+from unclip.parallel import Workers
 from unclip.prior import PriorConfig
-from unclip.trainer import Objective, TrainerConfig, Workers
+from unclip.trainer import Objective, TrainerConfig
 from unclip.upsampler import UpsamplerConfig
 
 NUM_PREVIEWS = 16

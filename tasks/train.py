@@ -15,7 +15,8 @@ from tasks.tracking import PREVIEWS, Tracker
 from unclip import checkpoints, files
 from unclip.data import Source
 from unclip.errors import StageError, UnclipError
-from unclip.trainer import Monitor, Objective, TrainerConfig, Workers
+from unclip.parallel import Workers
+from unclip.trainer import Monitor, Objective, TrainerConfig
 
 # Branches wait for each other's CPUs or GPUs; that is no failure.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))

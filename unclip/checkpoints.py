@@ -6,26 +6,16 @@ ever unpickled.
 """
 
 import json
-import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from unclip import files
 from unclip.errors import CheckpointError
 
-log = logging.getLogger(__name__)
-
 MANIFEST = "manifest.json"
 Tensors = Mapping[str, Tensor]
-
-
-class Checkpoint(NamedTuple):
-    samples_seen: int
-    tensors: dict[str, dict[str, Tensor]]
-    """File stem -> name -> tensor, on the CPU."""
-    facts: dict[str, Any]
 
 
 def save(folder: str, tensors: Mapping[str, Tensors], facts: Mapping[str, Any]) -> str:
@@ -82,26 +72,6 @@ def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}. The checkpoint is damaged.") from error
     return tensors, facts
-
-
-def save_step(
-    root: str, samples_seen: int, tensors: Mapping[str, Tensors], facts: Mapping[str, Any], keep: int
-) -> None:
-    """Write the checkpoint of a training run at `samples_seen`, then drop all but the last `keep`."""
-    save(f"{root}/{samples_seen:012d}", tensors, {**facts, "samples_seen": samples_seen})
-    for name in files.names(root)[:-keep]:
-        files.delete(f"{root}/{name}")
-
-
-def load_latest(root: str) -> Checkpoint | None:
-    """The newest undamaged checkpoint of a training run, None if there is none; says which ones it passes over."""
-    for name in reversed(files.names(root)):
-        try:
-            tensors, facts = load(f"{root}/{name}")
-            return Checkpoint(facts["samples_seen"], tensors, facts)
-        except CheckpointError as error:
-            log.warning("%s Using the one before.", error)
-    return None
 
 
 def _contiguous(tensors: Tensors) -> dict[str, Tensor]:

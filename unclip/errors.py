@@ -6,6 +6,7 @@
     ├── ShapeError(ValueError)       a tensor of the wrong shape
     ├── CheckpointError              a checkpoint that is missing, damaged or made for something else
     ├── NonFiniteError               a loss or gradient that is not a number
+    ├── StoppedError                 a training that was asked to stop, and can go on
     ├── StorageError                 a folder or bucket that cannot be read or written
     ├── AlreadyRunningError          another run holds the same storage
     └── StageError                   a stage of a pipeline that failed
@@ -38,6 +39,10 @@ class CheckpointError(UnclipError):
 
 class NonFiniteError(UnclipError):
     pass
+
+
+class StoppedError(UnclipError):
+    exit_code = 75  # EX_TEMPFAIL: the same command goes on
 
 
 class StorageError(UnclipError):

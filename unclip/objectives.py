@@ -176,7 +176,7 @@ class DecoderObjective:
         """The originals, then samples from their embeddings."""
         generator = torch.Generator(_device(model)).manual_seed(0)
         tensors = {name: value.to(_device(model)) for name, value in self._preview.items()}
-        samples = self.model.sample(
+        samples = model.sample(  # type: ignore[operator]
             tensors["image_embedding"],
             text=self._text(tensors),
             num_steps=25,
@@ -226,7 +226,7 @@ class UpsamplerObjective:
         """The originals, then their small versions upsampled."""
         generator = torch.Generator(_device(model)).manual_seed(0)
         low_res = shrink(self._preview, self.config.low_res_size).to(_device(model))
-        samples = self.model.sample(low_res, num_steps=15, generator=generator)
+        samples = model.sample(low_res, num_steps=15, generator=generator)  # type: ignore[operator]
         return torch.cat([self._preview, samples.cpu()])
 
     def facts(self) -> dict[str, Any]:

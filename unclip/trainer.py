@@ -2,11 +2,14 @@
 
 Everything is a pure function of (config, rows, samples seen): the order of rows, the noise, dropout and the learning rate.
 So a checkpoint holds only weights, their moving average, the optimiser's moments and what the objective itself learns, and a
-run that was killed and restarted takes exactly the steps that an undisturbed run takes.
+run that was killed and restarted takes exactly the steps that an undisturbed run takes. With `micro_batch_size` that is so
+for any number of workers: noise belongs to the micro-batch, whoever computes it.
 """
 
 import contextlib
+import copy
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -16,11 +19,14 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from unclip import checkpoints
+from unclip import checkpoints, files, parallel, sharded
 from unclip.config import require
 from unclip.data import Batch, RowReader
-from unclip.errors import CheckpointError, NonFiniteError
-from unclip.precision import Precision, autocast
+from unclip.errors import NonFiniteError, StoppedError
+from unclip.parallel import ALONE, Parallel, Workers
+from unclip.precision import LossScale, Precision, autocast
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
@@ -31,6 +37,9 @@ class TrainerConfig:
     """Length of the training, in samples."""
     batch_size: int = 256
     """Samples a step, over all workers."""
+    micro_batch_size: int = 0
+    """Samples that a worker computes at once; it adds up the gradients of as many as make its share of the batch. 0 takes the
+    share whole. Given, the steps are the same for any number of workers."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup_samples: int = 0
@@ -51,12 +60,23 @@ class TrainerConfig:
     """Decay of the moving average of weights; early in training a smaller one is used."""
     precision: Precision = "auto"
     """Arithmetic of forward and backward passes."""
+    parallel: Parallel = "ddp"
+    """How several workers hold the model: each of them whole, or in shards."""
+    activation_checkpointing: bool = False
+    """Compute the activations inside blocks again in the backward pass rather than keep them: slower, with less memory."""
+    compile: bool = False
+    """Have torch compile the network: minutes at the start, faster steps."""
+    nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
+    """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
+    in another order of rows. The weights are never touched by it."""
+    max_nonfinite: int = 10
+    """Batches that may be skipped, or times to roll back, before the training stops after all."""
     seed: int = 0
     """Of the weights, the order of rows, noise and dropout."""
     checkpoint_samples: int = 100_000
     """Samples between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
     preview_samples: int = 0
     """Samples between previews; 0 for one at the end only."""
     log_samples: int = 10_000
@@ -68,6 +88,11 @@ class TrainerConfig:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0 and below 1")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number")
+        require(self.max_nonfinite >= 0, "max_nonfinite", self.max_nonfinite, "0 or more")
+        fits = self.micro_batch_size == 0 or (
+            self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0
+        )
+        require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
 
 
 class Objective(Protocol):
@@ -105,14 +130,13 @@ class Monitor:
     def preview(self, images: Tensor, samples_seen: int) -> None:
         """Images [B, 3, H, W] in [-1, 1] of the averaged weights."""
 
+    def warn(self, message: str) -> None:
+        """Something is wrong, but the training goes on."""
+        log.warning("training: %s", message)
 
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """This process's place among those that train together."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    def wants_stop(self) -> bool:
+        """Asked in every step, of every worker: whether to write a checkpoint and stop."""
+        return False
 
 
 def train(
@@ -121,76 +145,191 @@ def train(
     config: TrainerConfig,
     folder: str,
     monitor: Monitor | None = None,
-    workers: Workers = Workers(),
+    workers: Workers = ALONE,
 ) -> str:
     """Train to the end, from the last checkpoint in `folder` if there is one.
 
     Args:
         folder: URI for this training alone; gets `checkpoints/` and at the end `model/`.
+        monitor: hears how it goes, on the first worker; every worker's is asked whether to stop.
 
     Returns:
-        Digest of `model/`: weights (the moving average) and facts.
+        Digest of `model/`: weights (the moving average) and facts; "" on other workers than the first.
 
     Raises:
         NonFiniteError: a loss or gradient that is not finite; the weights were not touched by it.
+        StoppedError: the monitor asked to stop; a checkpoint was written.
         CheckpointError: the checkpoints in `folder` are of another model.
         ConfigError: the batch cannot be shared equally.
     """
-    require(
-        config.batch_size % workers.world_size == 0,
-        "batch_size",
-        config.batch_size,
-        f"a multiple of {workers.world_size} workers",
-    )
-    monitor = monitor if monitor is not None and workers.rank == 0 else Monitor()
+    unit = workers.world_size * max(1, config.micro_batch_size)
+    expected = f"a multiple of {workers.world_size} workers" + " times micro_batch_size" * (config.micro_batch_size > 0)
+    require(config.batch_size % unit == 0, "batch_size", config.batch_size, expected)
     if workers.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         # Nothing reads uninitialised memory here, and filling it takes a tenth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    model = objective.model.to(workers.device).train()
-    state = _State(model, objective.state, config)
-    samples_seen = state.restore(f"{folder}/checkpoints")
-    network: nn.Module = model
-    if workers.world_size > 1:
-        network = nn.parallel.DistributedDataParallel(model)
-    monitor.start(samples_seen, config.num_samples)
+    training = _Training(objective, reader, config, folder, monitor or Monitor(), workers)
+    with contextlib.closing(training):
+        training.run()
+    return training.export()
 
-    pace = _Pace(config)
-    batches = reader.batches(
-        seed=config.seed,
-        samples_seen=samples_seen,
-        batch_size=config.batch_size,
-        rank=workers.rank,
-        world_size=workers.world_size,
-    )
-    with contextlib.closing(batches):
-        while samples_seen < config.num_samples:
-            batch = next(batches)
-            pace.data_arrived()
-            generator = _seed_step(config.seed, samples_seen, workers)
-            tensors = {name: value.to(workers.device) for name, value in objective.prepare(batch).items()}
-            with autocast(config.precision, workers.device):
-                loss = objective.loss(network, tensors, generator)
-            loss.backward()  # type: ignore[no-untyped-call]
-            value, gradient_norm = state.step(loss.detach(), samples_seen, batch["key"])
-            samples_seen += config.batch_size
-            monitor.step(samples_seen, value)
-            pace.stepped(value)
-            if _due(samples_seen, config.log_samples, config):
-                extra = {"gradient_norm": gradient_norm, "learning_rate": learning_rate(config, samples_seen)}
-                monitor.metrics(pace.summary() | extra, samples_seen)
-            if workers.rank == 0 and _due(samples_seen, config.checkpoint_samples, config):
-                checkpoints.save_step(
-                    f"{folder}/checkpoints", samples_seen, state.tensors(), objective.facts(), config.keep_checkpoints
-                )
-            if workers.rank == 0 and _due(samples_seen, config.preview_samples or config.num_samples, config):
-                _preview(objective, state, monitor, samples_seen)
-    if workers.world_size > 1:
-        torch.distributed.barrier()  # the last checkpoint is complete
-    facts = {**objective.facts(), "samples_seen": samples_seen}
-    if workers.rank > 0:
-        return ""
-    return checkpoints.save(f"{folder}/model", {"model": state.averaged()}, facts)
+
+class _Training:
+    """One worker's part of a training."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        reader: RowReader,
+        config: TrainerConfig,
+        folder: str,
+        monitor: Monitor,
+        workers: Workers,
+    ) -> None:
+        self.objective, self.reader, self.config, self.folder, self.workers = objective, reader, config, folder, workers
+        self.asked = monitor
+        self.monitor = monitor if workers.rank == 0 else Monitor()
+        # Draws previews with the averaged weights, on the first worker alone: shards and compilation do not concern it.
+        self.replica = copy.deepcopy(objective.model).cpu().eval() if workers.rank == 0 else None
+        model = objective.model.to(workers.device).train()
+        if config.activation_checkpointing:
+            parallel.checkpoint_activations(model)
+        if config.compile:
+            model.compile()
+        self.network = parallel.distribute(model, config.parallel, workers)
+        self.state = _State(model, objective.state, config)
+        self.writer = sharded.Writer(f"{folder}/checkpoints", workers, config.keep_checkpoints)
+        self.samples_seen = self._restore()
+        if config.nonfinite == "roll_back" and self.samples_seen == 0:
+            self._save()  # what there is to go back to at first
+
+    def run(self) -> None:
+        """From where the training stands to its end."""
+        self.monitor.start(self.samples_seen, self.config.num_samples)
+        pace = _Pace(self.config)
+        while self.samples_seen < self.config.num_samples:
+            batches = self.reader.batches(
+                seed=self.config.seed + 1_000_000_007 * self.state.num_roll_backs,
+                samples_seen=self.samples_seen,
+                batch_size=self.config.batch_size,
+                rank=self.workers.rank,
+                world_size=self.workers.world_size,
+            )
+            with contextlib.closing(batches):
+                for batch in batches:
+                    pace.data_arrived()
+                    if not self._step(batch, pace):
+                        self.writer.wait()
+                        self.samples_seen = self._restore()
+                        break
+                    if self.samples_seen >= self.config.num_samples:
+                        break
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def export(self) -> str:
+        """Write `model/`; every worker calls it, the first one writes."""
+        self.writer.wait()  # the last checkpoint is complete
+        averaged = self.state.averaged()
+        if self.workers.rank > 0:
+            return ""
+        facts = {**self.objective.facts(), "samples_seen": self.samples_seen}
+        return checkpoints.save(f"{self.folder}/model", {"model": averaged}, facts)
+
+    def _step(self, batch: Batch, pace: "_Pace") -> bool:
+        """One step, and what is due after it; returns whether to go on with the next batch."""
+        config, state, workers = self.config, self.state, self.workers
+        loss = self._backward(batch)
+        stop = torch.tensor(float(self.asked.wants_stop()), device=workers.device)
+        loss, stop = parallel.mean(torch.stack([loss, stop]), workers)
+        norm = state.gradient_norm()
+        value, gradient_norm, stopped = torch.stack([loss, norm, stop]).tolist()  # one wait for the device
+        if math.isfinite(value) and math.isfinite(gradient_norm):
+            state.apply(self.samples_seen)
+        elif math.isfinite(value) and state.loss_scale.shrink():
+            state.zero_grad()  # an overflow of fp16, which a smaller scale prevents
+        elif self._after_nonfinite(value, gradient_norm, batch) == "roll_back":
+            return False
+        self.samples_seen += config.batch_size
+        self.monitor.step(self.samples_seen, value)
+        pace.stepped(value)
+        if _due(self.samples_seen, config.log_samples, config):
+            extra = {"gradient_norm": gradient_norm, "learning_rate": learning_rate(config, self.samples_seen)}
+            self.monitor.metrics(pace.summary() | extra, self.samples_seen)
+        if stopped or _due(self.samples_seen, config.checkpoint_samples, config):
+            self._save()
+        if _due(self.samples_seen, config.preview_samples or config.num_samples, config):
+            self._preview()
+        if stopped and self.samples_seen < config.num_samples:
+            self.writer.wait()
+            raise StoppedError(
+                f"training: stopped as asked after {self.samples_seen:,} of {config.num_samples:,} samples. "
+                f"Nothing is lost: run the same command again to go on."
+            )
+        return True
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients of this worker's share of a batch; returns its mean loss."""
+        config, workers = self.config, self.workers
+        size = config.micro_batch_size or len(batch["key"])
+        number = len(batch["key"]) // size
+        losses = []
+        for index in range(number):
+            micro_batch = {name: values[index * size : (index + 1) * size] for name, values in batch.items()}
+            generator = _seed_step(config.seed, self.samples_seen, workers.rank * number + index, workers.device)
+            tensors = {
+                name: value.to(workers.device, non_blocking=True)
+                for name, value in self.objective.prepare(micro_batch).items()
+            }
+            with parallel.without_sync(self.network, index < number - 1):
+                with autocast(config.precision, workers.device):
+                    loss = self.objective.loss(self.network, tensors, generator)
+                (loss * (self.state.loss_scale.value / number)).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach().float())
+        return torch.stack(losses).mean()
+
+    def _after_nonfinite(self, loss: float, gradient_norm: float, batch: Batch) -> str:
+        """Do what the configuration says about a loss or gradient that is not finite; the same on all workers."""
+        config, state = self.config, self.state
+        state.zero_grad()
+        keys = [key for of_worker in parallel.of_all(batch["key"], self.workers) for key in of_worker]
+        state.num_nonfinite += 1
+        happened = f"got loss {loss} and gradient norm {gradient_norm} after {self.samples_seen} samples"
+        if self.workers.rank == 0:
+            event = {"samples_seen": self.samples_seen, "loss": str(loss), "gradient_norm": str(gradient_norm)}
+            files.write_json(f"{self.folder}/nonfinite/{self.samples_seen:012d}.json", {**event, "keys": keys})
+        if config.nonfinite == "stop" or state.num_nonfinite > config.max_nonfinite:
+            raise NonFiniteError(
+                f"training: {happened}, in the batch of {', '.join(keys[:4])} ... ({len(keys)} keys are in "
+                f"{self.folder}/nonfinite). The weights are untouched. Lower the learning rate or set precision = 'fp32'."
+            )
+        self.monitor.warn(f"{happened}; {'the batch is skipped' if config.nonfinite == 'skip' else 'rolling back'}.")
+        return config.nonfinite
+
+    def _save(self) -> None:
+        facts = {**self.objective.facts(), **self.state.facts()}
+        self.writer.save(self.samples_seen, self.state.tensors(), facts)
+
+    def _restore(self) -> int:
+        """Take up the last checkpoint; returns its samples_seen, 0 without one."""
+        state = self.state
+        num_nonfinite, num_roll_backs = state.num_nonfinite, state.num_roll_backs
+        facts = sharded.restore(f"{self.folder}/checkpoints", state.tensors(), self.workers)
+        state.take_up(facts or {})
+        if num_nonfinite:  # rolled back: what was learnt of bad batches is newer than the checkpoint
+            state.num_nonfinite, state.num_roll_backs = num_nonfinite, num_roll_backs + 1
+        return int(facts["samples_seen"]) if facts else 0
+
+    def _preview(self) -> None:
+        averaged = self.state.averaged()
+        if self.replica is not None:
+            self.replica.load_state_dict(averaged)
+            images = self.objective.preview(self.replica.to(self.workers.device))
+            self.replica.cpu()
+            if images is not None:
+                self.monitor.preview(images, self.samples_seen)
 
 
 def learning_rate(config: TrainerConfig, samples_seen: int) -> float:
@@ -208,6 +347,8 @@ class _State:
 
     def __init__(self, model: nn.Module, objective: Mapping[str, Tensor], config: TrainerConfig) -> None:
         self.model, self.objective, self.config = model, objective, config
+        self.loss_scale = LossScale.of(config.precision)
+        self.num_nonfinite = self.num_roll_backs = 0
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         matrices = [value for value in self.parameters.values() if value.dim() >= 2]
         vectors = [value for value in self.parameters.values() if value.dim() < 2]
@@ -219,79 +360,66 @@ class _State:
             eps=config.adam_eps,
             fused=True,
         )
+        for (
+            value
+        ) in self.parameters.values():  # there before the first step, so that a checkpoint can be copied into it
+            moments = {name: torch.zeros_like(value.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), dtype=torch.float32, device=value.device)
+            self.optimizer.state[value] = {"step": step, **moments}
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
 
-    def step(self, loss: Tensor, samples_seen: int, keys: list[str]) -> tuple[float, float]:
-        """Apply the gradients; returns loss and gradient norm."""
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
-        value, gradient_norm = torch.stack([loss.float(), norm.float()]).tolist()  # one wait for the device
-        if not (math.isfinite(value) and math.isfinite(gradient_norm)):
-            raise NonFiniteError(
-                f"training: got loss {value} and gradient norm {gradient_norm} after {samples_seen} samples, in the batch of "
-                f"{', '.join(keys[:4])} ... The weights are untouched. Lower the learning rate or set precision = 'fp32'."
-            )
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradients of all workers together; undoes the scale of the loss."""
+        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        if self.loss_scale.enabled:
+            torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], 1 / self.loss_scale.value)
+        self.norm = parallel.whole(torch.nn.utils.get_total_norm(gradients)).float()
+        return self.norm
+
+    def apply(self, samples_seen: int) -> None:
+        """Take the step that the gradients say."""
+        torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, self.norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, samples_seen)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
+        self.loss_scale.grow()
         steps = samples_seen / self.config.batch_size
         decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))
         with torch.no_grad():
-            averages, values = list(self.average.values()), [value.detach() for value in self.parameters.values()]
+            averages = [parallel.local(value) for value in self.average.values()]
+            values = [parallel.local(value.detach()) for value in self.parameters.values()]
             torch._foreach_lerp_(averages, values, 1 - decay)
-        return value, gradient_norm
 
-    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """Everything that a later step depends on."""
-        moments: dict[str, Tensors] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
-        for name, value in self.parameters.items():
-            for moment, group in moments.items():
-                group[name] = self.optimizer.state[value][moment]
-        objective = {"objective": self.objective} if self.objective else {}
-        return {"weights": dict(self.model.state_dict()), "average": self.average, **moments, **objective}
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def restore(self, root: str) -> int:
-        """Take up the last checkpoint; returns its samples_seen, 0 without one."""
-        checkpoint = checkpoints.load_latest(root)
-        if checkpoint is None:
-            return 0
-        try:
-            self.model.load_state_dict(checkpoint.tensors["weights"])
-            for name, tensor in self.objective.items():
-                tensor.copy_(checkpoint.tensors["objective"][name])
-            for name, value in self.parameters.items():
-                self.average[name].copy_(checkpoint.tensors["average"][name])
-                moments = {moment: checkpoint.tensors[moment][name] for moment in ("exp_avg", "exp_avg_sq", "step")}
-                # the fused optimiser wants `step` beside the weights, and all of it in their memory layout
-                self.optimizer.state[value] = {
-                    "step": moments["step"].to(value.device),
-                    "exp_avg": torch.empty_like(value).copy_(moments["exp_avg"]),
-                    "exp_avg_sq": torch.empty_like(value).copy_(moments["exp_avg_sq"]),
-                }
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{root}: the checkpoint is of another model: {error}") from error
-        return checkpoint.samples_seen
+    def tensors(self) -> Tensors:
+        """Everything that a later step depends on and that is a tensor; a checkpoint is copied into them."""
+        groups: dict[str, Mapping[str, Tensor]] = {"weights": self.model.state_dict(), "average": self.average}
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            groups[moment] = {name: self.optimizer.state[value][moment] for name, value in self.parameters.items()}
+        groups["objective"] = self.objective
+        return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What else a later step depends on."""
+        return {
+            "num_nonfinite": self.num_nonfinite,
+            "num_roll_backs": self.num_roll_backs,
+            "loss_scale": dataclasses.asdict(self.loss_scale),
+        }
+
+    def take_up(self, facts: Mapping[str, Any]) -> None:
+        """What `facts` gave."""
+        self.num_nonfinite, self.num_roll_backs = facts.get("num_nonfinite", 0), facts.get("num_roll_backs", 0)
+        if "loss_scale" in facts:
+            self.loss_scale = LossScale(**facts["loss_scale"])
 
     def averaged(self) -> Tensors:
-        """The model's state with the averaged weights in place of the raw ones."""
-        return {**self.model.state_dict(), **self.average}
-
-    @contextlib.contextmanager
-    def using_average(self) -> Any:
-        """The model in evaluation mode with the averaged weights, for as long as the block lasts."""
-        raw = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self._assign(self.average)
-        self.model.eval()
-        try:
-            yield self.model
-        finally:
-            self.model.train()
-            self._assign(raw)
-
-    def _assign(self, values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in self.parameters.items():
-                value.copy_(values[name])
+        """The model's whole state on the CPU, averaged weights in place of the raw ones. All workers must ask."""
+        values = {**self.model.state_dict(), **self.average}
+        return {name: parallel.whole(value).cpu() for name, value in values.items()}
 
 
 class _Pace:
@@ -329,15 +457,8 @@ def _due(samples_seen: int, every: int, config: TrainerConfig) -> bool:
     return crossed or samples_seen >= config.num_samples
 
 
-def _seed_step(seed: int, samples_seen: int, workers: Workers) -> torch.Generator:
-    """Randomness of one step on one rank: a function of where it stands, so that nothing of it needs saving."""
-    step_seed = (seed * 1_000_003 + samples_seen * 1_009 + workers.rank) % 2**63
+def _seed_step(seed: int, samples_seen: int, micro_batch: int, device: torch.device) -> torch.Generator:
+    """Randomness of a micro-batch: a function of where it stands in all of the training, so that nothing of it is saved."""
+    step_seed = (seed * 1_000_003 + samples_seen * 1_009 + micro_batch) % 2**63
     torch.manual_seed(step_seed)  # dropout
-    return torch.Generator(workers.device).manual_seed(step_seed + 1)
-
-
-def _preview(objective: Objective, state: _State, monitor: Monitor, samples_seen: int) -> None:
-    with state.using_average() as model:
-        images = objective.preview(model)
-    if images is not None:
-        monitor.preview(images, samples_seen)
+    return torch.Generator(device).manual_seed(step_seed + 1)

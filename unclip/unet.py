@@ -134,7 +134,7 @@ class UNet(nn.Module):
         """
         time = self.time_embedding(t)  # [B, D]
         time = time if vector is None else time + vector
-        h = self.input(x_t)  # [B, C, H, W]
+        h = self.input(x_t.contiguous(memory_format=torch.channels_last))  # [B, C, H, W]
         skips = [h]
         for step in self.down:
             h = step(h, time, context, context_mask)
