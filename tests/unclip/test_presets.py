@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from unclip import config
+from unclip.autoregressive_prior import AutoregressivePriorConfig
 from unclip.decoder import DecoderConfig
 from unclip.presets import PRESETS, ParameterCounts, count_parameters
 from unclip.prior import PriorConfig
@@ -54,6 +55,7 @@ def test_the_demo_preset_is_the_demos_run_file() -> None:
     run = tomllib.loads((ROOT / "pipelines" / "presets" / "demo.toml").read_text())
     demo = PRESETS["demo"]
     assert config.load(PriorConfig, run["prior"]["model"]) == demo.prior
+    assert config.load(AutoregressivePriorConfig, run["prior"]["autoregressive"]) == demo.autoregressive_prior
     assert config.load(DecoderConfig, run["decoder"]["model"]) == demo.decoder
     assert (config.load(UpsamplerConfig, run["upsampler"]["model"]),) == demo.upsamplers
     assert run["clip"]["model"] == "unclip-demo"
