@@ -1,131 +1,198 @@
-"""A training is the same however it is divided: over workers, in shards, in micro-batches, and wherever it is resumed (F47)."""
+"""A training is the same however it is divided, and wherever it is resumed: workers, shards, micro-batches (F41, F47)."""
 
-import io
+import functools
 import json
+import multiprocessing
+import re
+import signal
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.multiprocessing
-from PIL import Image
 
-from unclip import checkpoints, parallel, trainer
-from unclip.data import RowReader, Source
-from unclip.diffusion import DiffusionConfig
-from unclip.objectives import UpsamplerObjective
-from unclip.parallel import ALONE, Workers
-from unclip.trainer import TrainerConfig
-from unclip.unet import UNetConfig
-from unclip.upsampler import UpsamplerConfig
+from tests.unclip import trained_on_workers
+from tests.unclip.trained_on_workers import NUM_ROWS, End, losses, one_of_two, run
+from unclip import checkpoints, files, parallel
+from unclip.checkpoints import MANIFEST
 
-NUM_ROWS = 32
-UNET = UNetConfig(8, 16, (1, 2), 1, norm_groups=4, dropout=0.1)
-MODEL = UpsamplerConfig(UNET, low_res_size=8, scale=2, diffusion=DiffusionConfig(num_timesteps=50))
-
-
-def reader(folder: Path) -> RowReader:
-    path = folder / "rows.parquet"
-    keys = [f"{index:02d}" for index in range(NUM_ROWS)]
-    if not path.exists():
-        rng = np.random.default_rng(0)
-        pictures = [io.BytesIO() for _ in keys]
-        for picture in pictures:
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, "JPEG")
-        table = pa.table({"key": keys, "jpg": [picture.getvalue() for picture in pictures]})
-        pq.write_table(table, path, row_group_size=8)
-    return RowReader([Source((str(path),), ("jpg",))], keys)
-
-
-def settings(**changes: Any) -> TrainerConfig:
-    values = {"num_samples": 128, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpoint_samples": 48}
-    return TrainerConfig(**{**values, "micro_batch_size": 4, "precision": "fp32", **changes})
-
-
-class Losses(trainer.Monitor):
-    """Of every step; a training that is to end early is told to stop."""
-
-    def __init__(self, stop_after: int = 0) -> None:
-        self.stop_after, self.values = stop_after, dict[int, float]()
-        self.num_asked = 0
-
-    def step(self, samples_seen: int, loss: float) -> None:
-        self.values[samples_seen] = loss
-
-    def wants_stop(self) -> bool:
-        self.num_asked += 1
-        return self.num_asked == self.stop_after
-
-
-def run(folder: Path, name: str, workers: Workers = ALONE, stop_after: int = 0, **changes: Any) -> dict[int, float]:
-    """Losses by samples seen; as JSON in the folder, too."""
-    torch.manual_seed(0)
-    rows = reader(folder)
-    monitor = Losses(stop_after)
-    try:
-        objective = UpsamplerObjective(MODEL, rows.read(["00", "01"]))
-        trainer.train(objective, rows, settings(**changes), str(folder / name), monitor, workers)
-    except trainer.StoppedError:
-        assert stop_after
-    if workers.rank == 0:
-        (folder / f"{name}-{workers.world_size}.json").write_text(json.dumps(list(monitor.values.values())))
-    return monitor.values
+STEPS = 8
+"""Of 16 samples; checkpoints after the third, the sixth and the last."""
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return checkpoints.load(str(folder / name / "model"))[0]["model"]
 
 
-def _two_workers(rank: int, folder: str, jobs: list[tuple[str, dict[str, Any]]]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for name, changes in jobs:
-        run(Path(folder), name, Workers(rank, 2), **changes)
-    torch.distributed.destroy_process_group()
-
-
 def test_two_workers_whole_or_in_shards_take_the_steps_of_one_and_go_on_where_others_stopped(tmp_path: Path) -> None:
-    alone = run(tmp_path, "alone")
-    run(tmp_path, "one then two", stop_after=4)
-    jobs: list[tuple[str, dict[str, Any]]] = [
-        ("ddp", {"parallel": "ddp"}),
-        ("fsdp", {"parallel": "fsdp"}),
-        ("fsdp with less memory", {"parallel": "fsdp", "activation_checkpointing": True}),
-        ("one then two", {"parallel": "fsdp"}),
-        ("two then one", {"parallel": "fsdp", "stop_after": 4}),
-        ("shards then whole", {"parallel": "fsdp", "stop_after": 4}),
-        ("shards then whole", {"parallel": "ddp"}),
+    run(tmp_path, "alone")
+    stop = End(before_step=4, kill=False)
+    run(tmp_path, "one then two", end=stop)
+    jobs: list[tuple[str, End | None, dict[str, Any]]] = [
+        ("ddp", None, {"parallel": "ddp"}),
+        ("fsdp", None, {"parallel": "fsdp"}),
+        ("less memory", None, {"parallel": "fsdp", "activation_checkpointing": True}),
+        ("one then two", None, {"parallel": "fsdp"}),
+        ("two then one", stop, {"parallel": "fsdp"}),
+        ("shards then whole", stop, {"parallel": "fsdp"}),
+        ("shards then whole", None, {"parallel": "ddp"}),
     ]
-    torch.multiprocessing.spawn(_two_workers, (str(tmp_path), jobs), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), jobs), nprocs=2)
     run(tmp_path, "two then one")
-    expected = list(alone.values())
-    assert len(expected) == 8
-    for name in ("ddp-2", "fsdp-2", "fsdp with less memory-2"):
-        assert json.loads((tmp_path / f"{name}.json").read_text()) == pytest.approx(expected, abs=1e-5), name
-    for name in ("one then two-2", "two then one-1", "shards then whole-2"):
-        assert json.loads((tmp_path / f"{name}.json").read_text()) == pytest.approx(expected[4:], abs=1e-5), name
-    for name in dict(jobs):
+    expected = losses(tmp_path, "alone")
+    assert len(expected) == STEPS
+    for name in {name for name, _, _ in jobs}:
+        got = losses(tmp_path, name)
+        assert [samples_seen for samples_seen, _ in got] == [samples_seen for samples_seen, _ in expected], name
+        assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], abs=1e-5), name
         for key, value in weights(tmp_path, "alone").items():
             torch.testing.assert_close(weights(tmp_path, name)[key], value, atol=2e-5, rtol=1e-4)
 
 
 def test_activations_computed_again_change_nothing(tmp_path: Path) -> None:
-    assert run(tmp_path, "kept") == run(tmp_path, "computed again", activation_checkpointing=True)
-    kept, again = weights(tmp_path, "kept"), weights(tmp_path, "computed again")
+    run(tmp_path, "kept")
+    run(tmp_path, "again", activation_checkpointing=True)
+    assert losses(tmp_path, "kept") == losses(tmp_path, "again")
+    kept, again = weights(tmp_path, "kept"), weights(tmp_path, "again")
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     """Noise belongs to a micro-batch, so losses differ from those of another division, but not in their mean."""
-    whole, quarters = run(tmp_path, "whole", micro_batch_size=16), run(tmp_path, "quarters", micro_batch_size=4)
+    run(tmp_path, "whole", micro_batch_size=16)
+    run(tmp_path, "quarters", micro_batch_size=4)
+    whole, quarters = ([loss for _, loss in losses(tmp_path, name)] for name in ("whole", "quarters"))
     assert whole != quarters
-    assert np.mean(list(whole.values())) == pytest.approx(np.mean(list(quarters.values())), rel=0.1)
+    assert np.mean(whole) == pytest.approx(np.mean(quarters), rel=0.1)
 
 
 def test_blocks_are_the_innermost_that_a_model_repeats() -> None:
     linear = torch.nn.Linear(1, 1)
     nested = torch.nn.Sequential(torch.nn.ModuleList([linear]))
     assert parallel.blocks(torch.nn.Sequential(torch.nn.ModuleList([nested]))) == [linear]
+
+
+class Kill(NamedTuple):
+    """Where a worker of a training dies."""
+
+    world_size: int
+    end: End | None = None
+    """Before a step of the loop,"""
+    failpoint: str = ""
+    """or where a file is written: a regular expression for `files.failpoint`."""
+
+
+def kills(world_size: int) -> Iterator[tuple[str, Kill]]:
+    """In the loop, and before, within and after the writing of each file of a checkpoint; by name."""
+    last = world_size - 1
+    for step in (1, 3, 4, 8):
+        yield f"step {step}", Kill(world_size, End(step, last))
+    for samples_seen in (48, 96, 128):
+        for name in (f"rank-{last:05d}.safetensors", f"rank-{last:05d}.json", "facts.json", "manifest.json"):
+            for moment in ("before", "within", "after") if samples_seen != 96 else ("within",):
+                place = rf"^{moment} .*/checkpoints/{samples_seen:012d}/{re.escape(name)}"
+                yield f"{moment} {samples_seen} {name}", Kill(world_size, failpoint=place)
+    for moment in ("before", "after"):
+        yield f"{moment} model", Kill(world_size, failpoint=rf"^{moment} .*/model/{MANIFEST}")
+
+
+FEW = {
+    1: {
+        "step 4",
+        "within 48 rank-00000.safetensors",
+        "after 96 facts.json",
+        "before 128 manifest.json",
+        "before model",
+    },
+    2: {"step 4", "within 96 rank-00001.json"},
+}
+"""The kills of `make test`; all of them are for `make test-slow`."""
+KILLS = [
+    pytest.param(kill, id=f"{world_size}: {name}", marks=() if name in FEW[world_size] else pytest.mark.slow)
+    for world_size in (1, 2)
+    for name, kill in kills(world_size)
+]
+
+
+def attempt(folder: Path, name: str, kill: Kill) -> int:
+    """Run a training in processes of its own until one of them dies or all end; returns the worst exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.unclip.trained_on_workers"])
+    (folder / f"meet-{name}").unlink(missing_ok=True)
+    changes = {"parallel": "fsdp"} if kill.world_size > 1 else {}
+    job = (str(folder), str(folder / f"{name}-armed"), kill.world_size, (name, kill.end, changes))
+    processes = [
+        context.Process(target=trained_on_workers.one_of, args=(rank, *job)) for rank in range(kill.world_size)
+    ]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+        processes[0].join(0.02)
+    status = max(abs(process.exitcode or 0) for process in processes)
+    for process in processes:
+        process.kill()
+        process.join()
+    return status
+
+
+def state(folder: Path, name: str) -> list[str]:
+    """sha256 of all that the last checkpoint and the model hold: raw weights, average, moments."""
+    last = f"{folder}/{name}/checkpoints/{16 * STEPS:012d}"
+    shards = [entry for entry in files.names(last) if entry.endswith(".safetensors")]
+    paths = [*(f"{last}/{entry}" for entry in shards), f"{folder}/{name}/model/model.safetensors"]
+    return [files.sha256(Path(path).read_bytes()) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder with `whole`, a training on so many workers that nothing disturbed."""
+
+    @functools.cache
+    def of(world_size: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{world_size}-workers")
+        trained_on_workers.reader(folder)
+        assert attempt(folder, "whole", Kill(world_size)) == 0
+        return folder
+
+    return of
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_row_of_an_epoch_is_seen_once(undisturbed: Callable[[int], Path], world_size: int) -> None:
+    folder = undisturbed(world_size)
+    seen = [json.loads((folder / f"whole-{rank}.keys").read_text()) for rank in range(world_size)]
+    share = 16 // world_size
+    order = [key for step in range(STEPS) for keys in seen for key in keys[step * share : (step + 1) * share]]
+    assert len(order) == 16 * STEPS
+    for start in range(0, 16 * STEPS, NUM_ROWS):
+        assert len(set(order[start : start + NUM_ROWS])) == NUM_ROWS
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_f41_a_killed_training_goes_on_to_the_same_losses_and_weights(
+    undisturbed: Callable[[int], Path], kill: Kill
+) -> None:
+    folder, name = undisturbed(kill.world_size), uuid.uuid4().hex
+    armed = folder / f"{name}-armed"
+    armed.mkdir()
+    if kill.failpoint:
+        (armed / "here").write_text(kill.failpoint)
+    assert attempt(folder, name, kill) == signal.SIGKILL
+    assert not list(armed.iterdir()), "nothing was killed there"
+    committed, before = complete(folder, name), len(losses(folder, name))
+    assert attempt(folder, name, Kill(kill.world_size)) == 0
+    got, expected = losses(folder, name), dict(losses(folder, "whole"))
+    assert all(expected[samples_seen] == loss for samples_seen, loss in got), "a loss differs"
+    assert {samples_seen for samples_seen, _ in got} == set(expected)
+    assert [samples_seen for samples_seen, _ in got[before:]] == list(range(committed + 16, 16 * STEPS + 1, 16))
+    assert state(folder, name) == state(folder, "whole")
+
+
+def complete(folder: Path, name: str) -> int:
+    """Samples seen of the last checkpoint that was committed."""
+    root = f"{folder}/{name}/checkpoints"
+    return max((int(one) for one in files.names(root) if files.exists(f"{root}/{one}/{MANIFEST}")), default=0)

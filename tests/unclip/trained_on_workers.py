@@ -1,0 +1,128 @@
+"""A training that is small and still has all that a large one has; run whole, stopped or killed, on one worker or two.
+
+Imported by processes that a fork server starts, so that a hundred of them cost seconds.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from unclip import trainer
+from unclip.data import Batch, RowReader, Source
+from unclip.diffusion import DiffusionConfig
+from unclip.objectives import UpsamplerObjective
+from unclip.parallel import ALONE, Workers
+from unclip.trainer import TrainerConfig
+from unclip.unet import UNetConfig
+from unclip.upsampler import UpsamplerConfig
+
+NUM_ROWS = 32
+UNET = UNetConfig(8, 16, (1, 2), 1, norm_groups=4, dropout=0.1)
+MODEL = UpsamplerConfig(UNET, low_res_size=8, scale=2, diffusion=DiffusionConfig(num_timesteps=50))
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """How a training ends before its time: killed on one worker, or asked to stop, before it takes a step."""
+
+    before_step: int
+    rank: int = 0
+    kill: bool = True
+
+
+class Objective(UpsamplerObjective):
+    """Remembers the keys of the rows that it sees."""
+
+    def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
+        self.keys = [*getattr(self, "keys", []), *batch["key"]]
+        return super().prepare(batch)
+
+
+class Diary(trainer.Monitor):
+    """Writes down every step's loss, to the bit."""
+
+    def __init__(self, path: Path, rank: int, end: End | None) -> None:
+        self.path, self.rank, self.end, self.num_asked = path, rank, end, 0
+
+    def step(self, samples_seen: int, loss: float) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps([samples_seen, loss.hex()]) + "\n")
+
+    def wants_stop(self) -> bool:
+        self.num_asked += 1
+        is_now = self.end is not None and self.num_asked == self.end.before_step and self.rank == self.end.rank
+        if is_now and self.end is not None and self.end.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return is_now
+
+
+def reader(folder: Path) -> RowReader:
+    path = folder / "rows.parquet"
+    keys = [f"{index:02d}" for index in range(NUM_ROWS)]
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        pictures = [io.BytesIO() for _ in keys]
+        for picture in pictures:
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, "JPEG")
+        table = pa.table({"key": keys, "jpg": [picture.getvalue() for picture in pictures]})
+        pq.write_table(table, path, row_group_size=8)
+    return RowReader([Source((str(path),), ("jpg",))], keys)
+
+
+def settings(**changes: Any) -> TrainerConfig:
+    values = {"num_samples": 128, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpoint_samples": 48}
+    return TrainerConfig(**{**values, "micro_batch_size": 4, "precision": "fp32", **changes})
+
+
+def run(folder: Path, name: str, workers: Workers = ALONE, end: End | None = None, **changes: Any) -> list[str]:
+    """Train; losses go to NAME.jsonl. Returns the keys that this worker saw."""
+    torch.manual_seed(0)
+    rows = reader(folder)
+    objective = Objective(MODEL, rows.read(["00", "01"]))
+    objective.keys.clear()
+    monitor = Diary(folder / f"{name}.jsonl", workers.rank, end)
+    try:
+        trainer.train(objective, rows, settings(**changes), str(folder / name), monitor, workers)
+    except trainer.StoppedError:
+        assert end is not None
+    return objective.keys
+
+
+def losses(folder: Path, name: str) -> list[tuple[int, float]]:
+    """(samples seen, loss) of every step of every attempt."""
+    path = folder / f"{name}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(samples_seen, float.fromhex(loss)) for samples_seen, loss in map(json.loads, lines)]
+
+
+Job = tuple[str, End | None, dict[str, Any]]
+"""Name, end, and changed settings of a training."""
+
+
+def one_of_two(rank: int, folder: str, jobs: list[Job]) -> None:
+    """What one of two workers does."""
+    for job in jobs:
+        one_of(rank, folder, f"{folder}/nothing-armed", 2, job)
+
+
+def one_of(rank: int, folder: str, armed: str, world_size: int, job: Job) -> None:
+    """What one worker does; the keys that it saw go to NAME-RANK.keys."""
+    name, end, changes = job
+    torch.set_num_threads(1)
+    if Path(armed).exists():
+        os.environ["UNCLIP_FAILPOINTS"] = armed
+    if world_size > 1 and not torch.distributed.is_initialized():
+        meet = f"file://{folder}/meet-{name}"
+        torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
+    keys = run(Path(folder), name, Workers(rank, world_size), end, **changes)
+    Path(folder, f"{name}-{rank}.keys").write_text(json.dumps(keys))
