@@ -1,6 +1,7 @@
 """Training: it learns, it restarts to the bit, and workers together take the steps of one."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import nn
 
 from unclip import checkpoints, trainer
 from unclip.data import RowReader, Source
-from unclip.errors import ConfigError, NonFiniteError
+from unclip.errors import ConfigError, NonFiniteError, StoppedError
 from unclip.parallel import Workers
+from unclip.precision import LossScale
 from unclip.trainer import TrainerConfig
 
 NUM_ROWS = 64
@@ -126,6 +128,120 @@ def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(tmp_path: Path) -
     with pytest.raises(NonFiniteError, match="The weights are untouched"):
         trainer.train(objective, reader(tmp_path), settings(), str(tmp_path / "run"))
     assert all(parameter.isfinite().all() for parameter in objective.model.parameters())
+
+
+class SometimesPoisoned(Line):
+    """The loss of a batch with row 07 is not a number, for the first `times` such batches."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+        self.order: list[str] = []
+
+    def loss(self, network, tensors, generator):
+        is_bad = "07" in self.keys and self.times > 0
+        self.times -= is_bad
+        return super().loss(network, tensors, generator) * (torch.nan if is_bad else 1.0)
+
+    def prepare(self, batch):
+        self.keys = batch["key"]
+        self.order += batch["key"]
+        return super().prepare(batch)
+
+
+class Warned(Recorder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_f43_bad_batches_are_skipped_by_name_until_there_are_too_many(tmp_path: Path) -> None:
+    monitor, objective = Warned(), SometimesPoisoned(times=3)
+    trainer.train(
+        objective, reader(tmp_path), settings(nonfinite="skip", max_nonfinite=3), str(tmp_path / "a"), monitor
+    )
+    assert len(monitor.warnings) == 3 and "got loss nan" in monitor.warnings[0]
+    events = [json.loads(path.read_text()) for path in sorted((tmp_path / "a" / "nonfinite").iterdir())]
+    assert len(events) == 3 and all("07" in event["keys"] and len(event["keys"]) == 16 for event in events)
+    assert checkpoints.load(str(tmp_path / "a" / "model"))[0]["model"]["0.weight"].isfinite().all()
+    with pytest.raises(NonFiniteError, match="The weights are untouched"):
+        trainer.train(
+            SometimesPoisoned(4), reader(tmp_path), settings(nonfinite="skip", max_nonfinite=3), str(tmp_path / "b")
+        )
+
+
+@pytest.mark.parametrize("first_checkpoint", [32, 640])
+def test_f43_a_training_rolls_back_and_goes_on_in_another_order(tmp_path: Path, first_checkpoint: int) -> None:
+    """Before the first checkpoint, too."""
+    config = settings(nonfinite="roll_back", max_nonfinite=1, checkpoint_samples=first_checkpoint)
+    undisturbed, objective, monitor = SometimesPoisoned(0), SometimesPoisoned(1), Warned()
+    trainer.train(undisturbed, reader(tmp_path), config, str(tmp_path / "undisturbed"))
+    trainer.train(objective, reader(tmp_path), config, str(tmp_path / "run"), monitor)
+    assert len(monitor.warnings) == 1 and "rolling back" in monitor.warnings[0]
+    [bad] = (int(path.stem) for path in (tmp_path / "run" / "nonfinite").iterdir())
+    assert monitor.steps[bad // 16] == bad // first_checkpoint * first_checkpoint + 16, "not from the last checkpoint"
+    assert objective.order[: bad + 16] == undisturbed.order[: bad + 16]
+    assert (
+        objective.order[bad + 16 :][:NUM_ROWS]
+        != undisturbed.order[bad // first_checkpoint * first_checkpoint :][:NUM_ROWS]
+    )
+    with pytest.raises(NonFiniteError):
+        trainer.train(SometimesPoisoned(2), reader(tmp_path), config, str(tmp_path / "twice"))
+
+
+def test_a_training_that_is_asked_to_stop_loses_nothing(tmp_path: Path) -> None:
+    class Stopped(Recorder):
+        def wants_stop(self) -> bool:
+            return len(self.steps) == 22
+
+    whole = trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "whole"))
+    with pytest.raises(StoppedError, match=r"stopped as asked after 368 of 960 samples"):
+        trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "run"), Stopped())
+    monitor = Recorder()
+    assert trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "run"), monitor) == whole
+    assert monitor.steps[0] == 368 + 16
+
+
+def test_fp16_finds_a_scale_that_its_gradients_bear(tmp_path: Path) -> None:
+    class Steep(Line):
+        def loss(self, network, tensors, generator):
+            return 100 * super().loss(network, tensors, generator)
+
+    monitor = Recorder()
+    trainer.train(
+        Steep(), reader(tmp_path), settings(precision="fp16", num_samples=3200), str(tmp_path / "run"), monitor
+    )
+    [*_, last] = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    facts = json.loads((last / "facts.json").read_text())
+    assert facts["loss_scale"]["value"] < 2**16 and facts["num_nonfinite"] == 0
+    assert monitor.logged[-1]["loss"] < monitor.logged[0]["loss"] / 5
+
+
+def test_the_scale_of_a_loss_follows_its_gradients() -> None:
+    scale = LossScale.of("fp16")
+    assert LossScale.of("bf16") == LossScale(False, 1.0) and not LossScale.of("bf16").shrink()
+    assert scale.shrink() and scale.value == 2**15
+    for _ in range(LossScale.GROWTH_STEPS):
+        scale.grow()
+    assert scale.value == 2**16 and scale.good_steps == 0
+    while scale.shrink():
+        assert scale.value >= LossScale.SMALLEST
+    assert scale.value == LossScale.SMALLEST, "there is an end to it"
+
+
+@pytest.mark.slow
+def test_a_compiled_network_takes_the_same_steps(tmp_path: Path) -> None:
+    losses = []
+    for compile_it in (False, True):
+        torch.compiler.reset()
+        monitor = Recorder()
+        changes = settings(num_samples=320, log_samples=16, compile=compile_it, precision="fp32")
+        trainer.train(Still(), reader(tmp_path), changes, str(tmp_path / str(compile_it)), monitor)
+        losses.append([values["loss"] for values in monitor.logged])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_learning_rate_warms_up_then_decays_to_zero() -> None:
