@@ -67,6 +67,10 @@ class RowReader:
         """Rows in one epoch."""
         return len(self._places[0])
 
+    def keys(self) -> list[str]:
+        """Of all rows, sorted."""
+        return sorted(self._places[0])
+
     def epoch(self, seed: int, epoch: int) -> list[str]:
         """Keys of one epoch in order; every key once."""
         rng = np.random.default_rng([seed, epoch])

@@ -5,7 +5,7 @@ The trainer knows none of them; a new model is one more class here. What an obje
 """
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from unclip.config import to_dict
 from unclip.data import Batch, decode_image
 from unclip.decoder import Decoder, DecoderConfig, known_region, random_masks
 from unclip.degradations import degrade, shrink
-from unclip.diffusion import augment_condition
+from unclip.diffusion import GaussianDiffusion, Predict, augment_condition
 from unclip.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import Text, TextShape, caption_features, read_captions
-from unclip.timesteps import TimestepSampler, timestep_sampler
+from unclip.timesteps import TimestepLosses, UniformTimesteps, timestep_sampler
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 Tensors = dict[str, Tensor]
@@ -40,8 +40,8 @@ class PriorObjective:
         self.model = DiffusionPrior(config, clip.embedding_dim, clip.text_width, clip.text_length)
         self.model.statistics.load_state_dict(statistics.state_dict())
         self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
-        self.timesteps = timestep_sampler(config.diffusion)
-        self.state = self.timesteps.state
+        self.process = _Process(self.model.diffusion)
+        self.state = self.process.timesteps.state
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -53,20 +53,23 @@ class PriorObjective:
         diffusion, config = self.model.diffusion, self.model.config
         text = caption_features(self.clip, tensors["tokens"])
         x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
-        t, weight, noise = _draw(x0, self.timesteps, generator)
+        draw = self.process.draw(x0, generator, network.training)
         drop = _bernoulli(x0, config.cond_drop_prob, generator)
         x0_estimate = None
         if config.self_conditioning:
-            x_t = diffusion.q_sample(x0, t, noise)
+            x_t = diffusion.q_sample(x0, draw.t, draw.noise)
             with torch.no_grad():
-                estimate = self.model.estimate_x0(x_t, t, self.model(x_t, t, *text, drop))
+                estimate = self.model.estimate_x0(x_t, draw.t, network(x_t, draw.t, *text, drop))
             # Half of the time there is an estimate to start from. Source: Chen et al. 2023 (Analog Bits), section 2.2
             x0_estimate = torch.where(_bernoulli(x0, 0.5, generator)[:, None], estimate, 0.0)  # [B, E]
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             return network(x_t, t, *text, drop, x0_estimate)  # type: ignore[no-any-return]
 
-        return _mean_loss(diffusion.loss(predict, x0, t, noise), t, weight, self.timesteps)
+        return self.process.mean_loss(predict, x0, draw)
+
+    def metrics(self, training: bool) -> dict[str, float]:
+        return self.process.take(training)
 
     def preview(self, model: nn.Module) -> None:
         return None  # an embedding is nothing to look at
@@ -113,6 +116,9 @@ class AutoregressivePriorObjective:
         logits = network(buckets, similarity, *text, drop)  # [B, K, num_buckets]
         return F.cross_entropy(logits.float().flatten(0, 1), buckets.flatten())
 
+    def metrics(self, training: bool) -> dict[str, float]:
+        return {}
+
     def preview(self, model: nn.Module) -> None:
         return None
 
@@ -141,8 +147,8 @@ class DecoderObjective:
         self.model.statistics.load_state_dict(statistics.state_dict())
         if clip is not None and self.model.text is not None:
             self.model.text.set_null(read_captions(config.text, clip, clip.tokenize([""])))  # type: ignore[arg-type]
-        self.timesteps = timestep_sampler(config.diffusion)
-        self.state = self.timesteps.state
+        self.process = _Process(self.model.diffusion)
+        self.state = self.process.timesteps.state
         self._preview = self.prepare(preview)
 
     @staticmethod
@@ -161,7 +167,7 @@ class DecoderObjective:
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         x0, config = tensors["images"], self.config
-        t, weight, noise = _draw(x0, self.timesteps, generator)
+        draw = self.process.draw(x0, generator, network.training)
         image_drop = _bernoulli(x0, config.image_drop_prob, generator)
         text = self._text(tensors)
         text_drop = None if text is None else _bernoulli(x0, config.text_drop_prob, generator)
@@ -170,7 +176,10 @@ class DecoderObjective:
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             return network(x_t, t, tensors["image_embedding"], image_drop, text, text_drop, known)  # type: ignore[no-any-return]
 
-        return _mean_loss(self.model.diffusion.loss(predict, x0, t, noise), t, weight, self.timesteps)
+        return self.process.mean_loss(predict, x0, draw)
+
+    def metrics(self, training: bool) -> dict[str, float]:
+        return self.process.take(training)
 
     def preview(self, model: nn.Module) -> Tensor:
         """The originals, then samples from their embeddings."""
@@ -205,8 +214,8 @@ class UpsamplerObjective:
     def __init__(self, config: UpsamplerConfig, preview: Batch) -> None:
         self.config = config
         self.model: Upsampler = Upsampler(config).to(memory_format=torch.channels_last)
-        self.timesteps = timestep_sampler(config.diffusion)
-        self.state = self.timesteps.state
+        self.process = _Process(self.model.diffusion)
+        self.state = self.process.timesteps.state
         self._preview = self.prepare(preview)["images"]
 
     def prepare(self, batch: Batch) -> Tensors:
@@ -218,9 +227,11 @@ class UpsamplerObjective:
         if self.config.max_noise_level > 0:
             levels = (0, self.config.max_noise_level)
             low_res, level = augment_condition(self.model.diffusion, low_res, levels, generator)
-        t, weight, noise = _draw(x0, self.timesteps, generator)
-        losses = self.model.diffusion.loss(lambda x_t, t: network(x_t, t, low_res, level), x0, t, noise)  # [B]
-        return _mean_loss(losses, t, weight, self.timesteps)
+        draw = self.process.draw(x0, generator, network.training)
+        return self.process.mean_loss(lambda x_t, t: network(x_t, t, low_res, level), x0, draw)
+
+    def metrics(self, training: bool) -> dict[str, float]:
+        return self.process.take(training)
 
     def preview(self, model: nn.Module) -> Tensor:
         """The originals, then their small versions upsampled."""
@@ -279,11 +290,58 @@ class ClipObjective:
         logit_scale = logit_scale.clamp(max=100)
         return self.clip_loss(image_features.float(), text_features.float(), logit_scale)  # type: ignore[no-any-return]
 
+    def metrics(self, training: bool) -> dict[str, float]:
+        return {}
+
     def preview(self, model: nn.Module) -> None:
         return None
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "clip", "model": self.name}
+
+
+class _Draw(NamedTuple):
+    """What a batch of a diffusion loss is computed with."""
+
+    t: Tensor
+    """Timestep of each sample, [B]."""
+    weight: Tensor
+    """Of each sample's loss, [B]."""
+    noise: Tensor
+    """Like x0."""
+    training: bool
+
+
+class _Process:
+    """The diffusion process of an objective: which timesteps it trains, and what the losses there were."""
+
+    def __init__(self, diffusion: GaussianDiffusion) -> None:
+        self.diffusion = diffusion
+        self.timesteps = timestep_sampler(diffusion.config)
+        self.uniform = UniformTimesteps(diffusion.config.num_timesteps)
+        self.losses = {training: TimestepLosses(diffusion.config.num_timesteps) for training in (True, False)}
+
+    def draw(self, x0: Tensor, generator: torch.Generator, training: bool) -> _Draw:
+        """Outside of training timesteps are uniform, and nothing is learned from their losses."""
+        t, weight = (self.timesteps if training else self.uniform).draw(len(x0), generator)
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        return _Draw(t, weight, noise, training)
+
+    def mean_loss(self, predict: Predict, x0: Tensor, draw: _Draw) -> Tensor:
+        """The loss of a batch from those of its samples; timesteps learn from them as they are."""
+        losses = self.diffusion.loss(predict, x0, draw.t, draw.noise)  # [B]
+        if draw.training:
+            self.timesteps.update(draw.t, losses)
+        with torch.no_grad():
+            zeros = x0.new_zeros(()).expand(
+                len(x0), self.diffusion.config.outputs_per_channel * x0.shape[1], *x0.shape[2:]
+            )
+            loss_of_zeros = self.diffusion.loss(lambda *_: zeros, x0, draw.t, draw.noise)
+        self.losses[draw.training].add(draw.t, losses.detach(), loss_of_zeros)
+        return (draw.weight * losses).mean()
+
+    def take(self, training: bool) -> dict[str, float]:
+        return self.losses[training].take()
 
 
 def load_images(encoded: list[bytes], side: int) -> Tensor:
@@ -298,18 +356,6 @@ def _clip_facts(clip: clip_models.Clip) -> dict[str, int]:
 
 def _stack(rows: list[Any]) -> Tensor:
     return torch.from_numpy(np.stack(rows))
-
-
-def _draw(x0: Tensor, timesteps: TimestepSampler, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A timestep for each sample [B], the weight of its loss [B], and noise like x0."""
-    t, weight = timesteps.draw(len(x0), generator)
-    return t, weight, torch.randn(x0.shape, generator=generator, device=x0.device)
-
-
-def _mean_loss(losses: Tensor, t: Tensor, weight: Tensor, timesteps: TimestepSampler) -> Tensor:
-    """The loss of a batch from those of its samples [B]; timesteps learn from them as they are."""
-    timesteps.update(t, losses)
-    return (weight * losses).mean()
 
 
 def _bernoulli(x0: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -103,3 +103,39 @@ class LossAwareTimesteps:
         for timestep, value in pairs.T.tolist():
             self.losses[int(timestep), self.num_updates[int(timestep)] % num_losses] = value
             self.num_updates[int(timestep)] += 1
+
+
+class TimestepLosses:
+    """What losses were at early and late timesteps, and beside what predicting zeros would have cost."""
+
+    def __init__(self, num_timesteps: int, num_buckets: int = 4) -> None:
+        """Args: num_buckets: equal parts of the timesteps, told apart."""
+        self.num_timesteps, self.num_buckets = num_timesteps, num_buckets
+        self._sums: Tensor | None = None  # [num_buckets, 3]: losses, losses of zeros, samples
+
+    @torch.no_grad()
+    def add(self, t: Tensor, loss: Tensor, loss_of_zeros: Tensor) -> None:
+        """Args: t [B] int64; loss [B]; loss_of_zeros [B], of the same samples and noise. All on one device."""
+        if self._sums is None:
+            self._sums = torch.zeros(self.num_buckets, 3, device=t.device)
+        bucket = t * self.num_buckets // self.num_timesteps  # [B]
+        values = torch.stack([loss, loss_of_zeros, torch.ones_like(loss)], dim=1).float()  # [B, 3]
+        self._sums.index_add_(0, bucket, values)
+
+    def take(self) -> dict[str, float]:
+        """Means since the last time: `loss_t_FIRST_LAST` of each bucket that was met, and `relative_loss`.
+
+        The relative loss is 1 for a network that predicts the mean of what is to be predicted, and no better than that is
+        what a training that learns nothing stays at.
+        """
+        if self._sums is None:
+            return {}
+        sums, self._sums = self._sums.tolist(), None
+        values = {}
+        for bucket, (loss, _, count) in enumerate(sums):
+            edges = (number * self.num_timesteps // self.num_buckets for number in (bucket, bucket + 1))
+            first, after = edges
+            if count:
+                values[f"loss_t_{first:04d}_{after - 1:04d}"] = loss / count
+        total, of_zeros = (sum(row[column] for row in sums) for column in (0, 1))
+        return {**values, "relative_loss": total / of_zeros} if of_zeros else values

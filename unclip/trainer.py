@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -69,6 +69,8 @@ class TrainerConfig:
     nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
     """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
     in another order of rows. The weights are never touched by it."""
+    validation_rows: int = 512
+    """Held-out rows whose loss is measured before each checkpoint, always with the same noise; 0 for none."""
     max_nonfinite: int = 10
     """Batches that may be skipped, or times to roll back, before the training stops after all."""
     seed: int = 0
@@ -85,6 +87,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size", "checkpoint_samples", "keep_checkpoints", "log_samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.validation_rows >= 0, "validation_rows", self.validation_rows, "0 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0 and below 1")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number")
@@ -106,7 +109,14 @@ class Objective(Protocol):
         """Rows as the reader gives them -> tensors, on the CPU."""
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        """Mean loss of a batch; `network` is the model, or a wrapper of it that is called the same way."""
+        """Mean loss of a batch.
+
+        `network` is the model, or a wrapper or copy of it that is called the same way. When it is not in training mode
+        (`network.training`), nothing is learned from the loss, not by the objective either.
+        """
+
+    def metrics(self, training: bool) -> Mapping[str, float]:
+        """What else the losses tell since the last time it was asked: of training, or of validation."""
 
     def preview(self, model: nn.Module) -> Tensor | None:
         """Something to look at while training: images [B, 3, H, W] in [-1, 1]; always of the same content."""
@@ -146,12 +156,14 @@ def train(
     folder: str,
     monitor: Monitor | None = None,
     workers: Workers = ALONE,
+    validation: RowReader | None = None,
 ) -> str:
     """Train to the end, from the last checkpoint in `folder` if there is one.
 
     Args:
         folder: URI for this training alone; gets `checkpoints/` and at the end `model/`.
         monitor: hears how it goes, on the first worker; every worker's is asked whether to stop.
+        validation: rows that are not trained on; the first `validation_rows` of them are validated with.
 
     Returns:
         Digest of `model/`: weights (the moving average) and facts; "" on other workers than the first.
@@ -169,7 +181,7 @@ def train(
         torch.use_deterministic_algorithms(True)
         # Nothing reads uninitialised memory here, and filling it takes a tenth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    training = _Training(objective, reader, config, folder, monitor or Monitor(), workers)
+    training = _Training(objective, reader, config, folder, monitor or Monitor(), workers, validation)
     with contextlib.closing(training):
         training.run()
     return training.export()
@@ -186,7 +198,9 @@ class _Training:
         folder: str,
         monitor: Monitor,
         workers: Workers,
+        validation: RowReader | None,
     ) -> None:
+        self.validation = validation if config.validation_rows else None
         self.objective, self.reader, self.config, self.folder, self.workers = objective, reader, config, folder, workers
         self.asked = monitor
         self.monitor = monitor if workers.rank == 0 else Monitor()
@@ -257,7 +271,7 @@ class _Training:
         pace.stepped(value)
         if _due(self.samples_seen, config.log_samples, config):
             extra = {"gradient_norm": gradient_norm, "learning_rate": learning_rate(config, self.samples_seen)}
-            self.monitor.metrics(pace.summary() | extra, self.samples_seen)
+            self.monitor.metrics({**pace.summary(), **extra, **self.objective.metrics(True)}, self.samples_seen)
         if stopped or _due(self.samples_seen, config.checkpoint_samples, config):
             self._save()
         if _due(self.samples_seen, config.preview_samples or config.num_samples, config):
@@ -309,8 +323,41 @@ class _Training:
         return config.nonfinite
 
     def _save(self) -> None:
-        facts = {**self.objective.facts(), **self.state.facts()}
+        facts = {**self.objective.facts(), **self.state.facts(), **self._validate()}
         self.writer.save(self.samples_seen, self.state.tensors(), facts)
+
+    def _validate(self) -> dict[str, float]:
+        """Measure `validation_loss` of the averaged weights; on the first worker, which the others wait for."""
+        if self.validation is None:
+            return {}
+        with self._averaged_replica() as model:
+            if model is None:
+                return {}
+            keys = self.validation.keys()[: self.config.validation_rows]
+            size = self.config.micro_batch_size or self.config.batch_size // self.workers.world_size
+            total = 0.0
+            for start in range(0, len(keys), size):
+                batch = self.validation.read(keys[start : start + size])
+                generator = torch.Generator(self.workers.device).manual_seed(start)
+                tensors = {name: value.to(self.workers.device) for name, value in self.objective.prepare(batch).items()}
+                with torch.no_grad(), autocast(self.config.precision, self.workers.device):
+                    total += float(self.objective.loss(model, tensors, generator)) * len(batch["key"])
+        values = {"loss": total / len(keys), **self.objective.metrics(False)}
+        self.monitor.metrics({f"validation_{name}": value for name, value in values.items()}, self.samples_seen)
+        return {"validation_loss": values["loss"]}
+
+    @contextlib.contextmanager
+    def _averaged_replica(self) -> Iterator[nn.Module | None]:
+        """On the first worker a whole model with the averaged weights, on its device and in evaluation mode."""
+        averaged = self.state.averaged()
+        if self.replica is None:
+            yield None
+            return
+        self.replica.load_state_dict(averaged)
+        try:
+            yield self.replica.to(self.workers.device)
+        finally:
+            self.replica.cpu()
 
     def _restore(self) -> int:
         """Take up the last checkpoint; returns its samples_seen, 0 without one."""
@@ -323,13 +370,10 @@ class _Training:
         return int(facts["samples_seen"]) if facts else 0
 
     def _preview(self) -> None:
-        averaged = self.state.averaged()
-        if self.replica is not None:
-            self.replica.load_state_dict(averaged)
-            images = self.objective.preview(self.replica.to(self.workers.device))
-            self.replica.cpu()
-            if images is not None:
-                self.monitor.preview(images, self.samples_seen)
+        with self._averaged_replica() as model:
+            images = None if model is None else self.objective.preview(model)
+        if images is not None:
+            self.monitor.preview(images, self.samples_seen)
 
 
 def learning_rate(config: TrainerConfig, samples_seen: int) -> float:

@@ -77,7 +77,7 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     monitor.step = lambda samples_seen, loss: None  # type: ignore[method-assign]
     digest = trainer.train(resumed, rows, settings(), str(tmp_path / "killed"), monitor)
     assert monitor.started_at == 160 and digest == whole
-    probabilities = resumed.timesteps.probabilities()  # type: ignore[attr-defined]
+    probabilities = resumed.process.timesteps.probabilities()  # type: ignore[attr-defined]
     assert (probabilities - 1 / NUM_TIMESTEPS).abs().max() > 0.02
 
 
@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_uniform_timesteps_in_expectation(tmp_path: Path) ->
         made = objective(rows, timestep_sampling)
         for name, tensor in made.state.items():  # as if the last timestep had had by far the largest losses
             tensor.copy_(torch.tensor([[1.0], [2.0], [4.0], [16.0]]) if name == "losses" else torch.full((4,), 10))
-        made.timesteps.update = lambda t, loss: None  # type: ignore[method-assign]
+        made.process.timesteps.update = lambda t, loss: None  # type: ignore[method-assign]
         tensors = made.prepare(batch)
         with torch.no_grad():
             losses = [made.loss(made.model, tensors, torch.Generator().manual_seed(seed)) for seed in range(60)]

@@ -37,6 +37,9 @@ class Line:
         noise = 0.01 * torch.randn(tensors["x"].shape, generator=generator)
         return ((network(tensors["x"] + noise) - tensors["y"]) ** 2).mean()
 
+    def metrics(self, training: bool) -> dict[str, float]:
+        return {}
+
     def preview(self, model: nn.Module) -> torch.Tensor:
         return torch.zeros(1, 3, 2, 2)
 

@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing
 
 from tests.unclip import trained_on_workers
-from tests.unclip.trained_on_workers import NUM_ROWS, End, losses, one_of_two, run
+from tests.unclip.trained_on_workers import NUM_ROWS, End, losses, metrics, one_of_two, run
 from unclip import checkpoints, files, parallel
 from unclip.checkpoints import MANIFEST
 
@@ -68,6 +68,33 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     whole, quarters = ([loss for _, loss in losses(tmp_path, name)] for name in ("whole", "quarters"))
     assert whole != quarters
     assert np.mean(whole) == pytest.approx(np.mean(quarters), rel=0.1)
+
+
+def test_losses_are_told_by_timestep_and_beside_those_of_predicting_the_mean(tmp_path: Path) -> None:
+    run(tmp_path, "run", learning_rate=1e-9)  # an untrained network predicts zeros
+    training = [values for values in metrics(tmp_path, "run") if "relative_loss" in values]
+    assert [values["samples_seen"] for values in training] == [32, 64, 96, 128]
+    buckets = {"loss_t_0000_0011", "loss_t_0012_0024", "loss_t_0025_0036", "loss_t_0037_0049"}
+    for values in training:
+        assert values["relative_loss"] == pytest.approx(1, abs=1e-6)
+        assert buckets >= {name for name in values if name.startswith("loss_t_")} != set()
+
+
+def test_validation_is_always_the_same_and_changes_nothing(tmp_path: Path) -> None:
+    for name, changes in (("still", {"learning_rate": 1e-9}), ("learning", {}), ("without", {"validation_rows": 0})):
+        run(tmp_path, name, **changes)
+    measured = {
+        name: [values for values in metrics(tmp_path, name) if "validation_loss" in values]
+        for name in ("still", "learning", "without")
+    }
+    assert [values["samples_seen"] for values in measured["still"]] == [48, 96, 128]
+    assert len({values["validation_loss"] for values in measured["still"]}) == 1
+    learned = [values["validation_loss"] for values in measured["learning"]]
+    assert learned[2] < learned[0] < measured["still"][0]["validation_loss"]
+    assert {"validation_relative_loss", "validation_loss_t_0000_0011"} <= set(measured["learning"][0])
+    assert not measured["without"] and losses(tmp_path, "without") == losses(tmp_path, "learning")
+    facts = files.read_json(f"{tmp_path}/learning/checkpoints/{16 * STEPS:012d}/facts.json")
+    assert facts["validation_loss"] == learned[2]
 
 
 def test_blocks_are_the_innermost_that_a_model_repeats() -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from torch import nn
 
 from unclip import trainer
 from unclip.data import Batch, RowReader, Source
@@ -41,11 +43,16 @@ class End:
 
 
 class Objective(UpsamplerObjective):
-    """Remembers the keys of the rows that it sees."""
+    """Remembers the keys of the rows that it is trained on."""
 
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
-        self.keys = [*getattr(self, "keys", []), *batch["key"]]
+        self.prepared = batch["key"]
         return super().prepare(batch)
+
+    def loss(self, network: nn.Module, tensors: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+        if network.training:
+            self.keys = [*getattr(self, "keys", []), *self.prepared]
+        return super().loss(network, tensors, generator)
 
 
 class Diary(trainer.Monitor):
@@ -53,6 +60,10 @@ class Diary(trainer.Monitor):
 
     def __init__(self, path: Path, rank: int, end: End | None) -> None:
         self.path, self.rank, self.end, self.num_asked = path, rank, end, 0
+
+    def metrics(self, values: Mapping[str, float], samples_seen: int) -> None:
+        with self.path.with_suffix(".metrics").open("a") as file:
+            file.write(json.dumps({"samples_seen": samples_seen, **values}) + "\n")
 
     def step(self, samples_seen: int, loss: float) -> None:
         with self.path.open("a") as file:
@@ -79,9 +90,21 @@ def reader(folder: Path) -> RowReader:
     return RowReader([Source((str(path),), ("jpg",))], keys)
 
 
+def validation(folder: Path) -> RowReader:
+    """Half of the rows, which in earnest would not be trained on."""
+    return RowReader(
+        [Source((f"{folder}/rows.parquet",), ("jpg",))], [f"{index:02d}" for index in range(0, NUM_ROWS, 2)]
+    )
+
+
+def metrics(folder: Path, name: str) -> list[dict[str, float]]:
+    """Everything that was logged."""
+    return [json.loads(line) for line in (folder / f"{name}.metrics").read_text().splitlines()]
+
+
 def settings(**changes: Any) -> TrainerConfig:
     values = {"num_samples": 128, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpoint_samples": 48}
-    return TrainerConfig(**{**values, "micro_batch_size": 4, "precision": "fp32", **changes})
+    return TrainerConfig(**{**values, "log_samples": 32, "micro_batch_size": 4, "precision": "fp32", **changes})
 
 
 def run(folder: Path, name: str, workers: Workers = ALONE, end: End | None = None, **changes: Any) -> list[str]:
@@ -89,13 +112,13 @@ def run(folder: Path, name: str, workers: Workers = ALONE, end: End | None = Non
     torch.manual_seed(0)
     rows = reader(folder)
     objective = Objective(MODEL, rows.read(["00", "01"]))
-    objective.keys.clear()
     monitor = Diary(folder / f"{name}.jsonl", workers.rank, end)
     try:
-        trainer.train(objective, rows, settings(**changes), str(folder / name), monitor, workers)
+        config = settings(**changes)
+        trainer.train(objective, rows, config, str(folder / name), monitor, workers, validation(folder))
     except trainer.StoppedError:
         assert end is not None
-    return objective.keys
+    return getattr(objective, "keys", [])
 
 
 def losses(folder: Path, name: str) -> list[tuple[int, float]]:
