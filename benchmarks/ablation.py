@@ -37,7 +37,12 @@ from unclip.generation import SamplingConfig, Stack, load_model
 from unclip.objectives import load_images
 
 BASE: tuple[str, ...] = ()
-OTHERS = ("decoder.model.text=clip", "prior.kind=autoregressive")
+OTHERS = (
+    "decoder.model.text=clip",
+    "prior.kind=autoregressive",
+    "prior.trainer.num_samples=48_000",
+    "prior.trainer.learning_rate=4e-3",
+)
 """What the storage must have besides: a decoder that reads captions, and the other prior. They train side by side."""
 
 ALONE, TEXT, PRIOR, TRUE, REAL = (

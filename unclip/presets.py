@@ -89,7 +89,7 @@ PRESETS: dict[str, Preset] = {
     # 16 and 64 pixels, minutes on two CPUs: the sizes of pipelines/presets/demo.toml
     "demo": Preset(
         prior=PriorConfig(width=128, depth=4, num_heads=4),
-        autoregressive_prior=AutoregressivePriorConfig(width=128, depth=4, num_heads=4),
+        autoregressive_prior=AutoregressivePriorConfig(width=128, depth=4, num_heads=4, num_buckets=16),
         decoder=DecoderConfig(
             UNetConfig(16, 32, (1, 2, 4), 1, attention_resolutions=(4,), head_channels=32, norm_groups=8),
             context_dim=128,
