@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pipelines import drawing, exchange
+from pipelines import drawing, exchange, training_plan
 from pipelines.options import STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError, UnclipError
@@ -26,7 +26,14 @@ RETRY_FAILED = click.option(
 
 
 class Commands(click.Group):
-    """Prints the project's own errors as one line, with their exit code."""
+    """Prints the project's own errors as one line, with their exit code; a command's name may be two words."""
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if " ".join(arguments[:2]) in self.commands:
+            arguments = [" ".join(arguments[:2]), *arguments[2:]]
+        return super().resolve_command(context, arguments)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -101,7 +108,10 @@ def plan(
     mermaid: bool,
     picture: str | None,
 ) -> None:
-    """Print the resolved configuration and what a run would do; start nothing."""
+    """Print the resolved configuration and what a run would do; start nothing.
+
+    `unclip plan train` says what training takes of GPUs.
+    """
     from pipelines import dag as dags
     from pipelines.config import load
     from pipelines.run import compose, prepare
@@ -327,7 +337,7 @@ def ui(port: int, storage: str | None) -> None:
     os.execve(sys.executable, [sys.executable, "-m", *server, *artifacts], environment)
 
 
-for command in (*drawing.COMMANDS, *exchange.COMMANDS):
+for command in (*drawing.COMMANDS, *exchange.COMMANDS, *training_plan.COMMANDS):
     main.add_command(command)
 
 

@@ -16,6 +16,7 @@ from tasks import tables
 from tasks.store import Store
 from tasks.tracking import without_password
 from tests.pipelines.commands import call as unclip
+from unclip.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,6 +201,32 @@ def test_every_mlflow_of_the_environment_the_storage_and_its_runs_is_asked(
     assert (
         without_password(uris[0]) == "http://me@a.example" and [without_password(uri) for uri in uris[1:]] == uris[1:]
     )
+
+
+def test_plan_train_says_what_training_takes_of_each_gpu() -> None:
+    result = unclip("plan", "train", "--preset", "demo", "--gpus", 8, "--memory-gib", 0.25)
+    assert result.returncode == 0, result.stderr
+    heading, *rows = result.stdout.partition("\n\n")[0].splitlines()
+    names = ["prior", "autoregressive_prior", "decoder", "upsampler_64"]
+    assert [row.split()[0] for row in rows] == names and {len(row) for row in rows} == {len(heading)}
+    assert rows[2].split()[1:3] == ["3,335,715", "0.7"]
+    for name in names:
+        assert f"\n{name}: 8 GPUs of 0.25 GiB: DDP, micro-batch " in result.stdout
+    assert "8 GPUs of 0.001 GiB: nothing fits: one sample takes" in (
+        unclip("plan", "train", "--preset", "demo", "--gpus", 8, "--memory-gib", 0.001).stdout
+    )
+    alone = unclip("plan", "train", "--preset", "demo").stdout
+    assert "\nprior: 1 GPU of 80 GiB: micro-batch 4,096 or more; with" in alone and "FSDP" not in alone
+
+
+def test_plan_train_refuses_what_is_impossible() -> None:
+    assert_refused(unclip("plan", "train", "--preset", "dale2"), "dale2", "Did you mean 'dalle2'?")
+    for name, value in (("--gpus", "0"), ("--memory-gib", "0.0"), ("--micro-batch-size", "0")):
+        assert_refused(unclip("plan", "train", "--preset", "demo", name, value), f"{name}: got {value}, expected")
+    options = unclip("plan", "train", "--help").stdout
+    assert all(name in options for name in PRESETS) and "Usage: main plan train [OPTIONS]" in options
+    assert "unclip plan train" in unclip("plan", "--help").stdout
+    assert "plan train" in unclip("--help").stdout
 
 
 def test_a_takedown_that_could_not_ask_everyone_says_so_and_ends_with_1(
