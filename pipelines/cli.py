@@ -10,14 +10,11 @@ from typing import Any
 
 import click
 
-from pipelines import drawing, exchange, training_plan
-from pipelines.options import STORAGE
+from pipelines import drawing, exchange, training, training_plan
+from pipelines.options import CONFIG, PIPELINE, SET, STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError, UnclipError
 
-PIPELINE = click.argument("pipeline", shell_complete=lambda *_: _pipelines())
-CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: what differs from the pipeline's preset.")
-SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
 RETRY_FAILED = click.option(
     "--retry-failed",
     is_flag=True,
@@ -337,14 +334,8 @@ def ui(port: int, storage: str | None) -> None:
     os.execve(sys.executable, [sys.executable, "-m", *server, *artifacts], environment)
 
 
-for command in (*drawing.COMMANDS, *exchange.COMMANDS, *training_plan.COMMANDS):
+for command in (*drawing.COMMANDS, *exchange.COMMANDS, *training.COMMANDS, *training_plan.COMMANDS):
     main.add_command(command)
-
-
-def _pipelines() -> list[str]:
-    from pipelines.config import pipeline_names
-
-    return pipeline_names()
 
 
 if __name__ == "__main__":

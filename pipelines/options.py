@@ -5,3 +5,12 @@ import click
 STORAGE = click.option(
     "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
 )
+PIPELINE = click.argument("pipeline", shell_complete=lambda *_: _pipelines())
+CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: what differs from the pipeline's preset.")
+SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
+
+
+def _pipelines() -> list[str]:
+    from pipelines.config import pipeline_names
+
+    return pipeline_names()

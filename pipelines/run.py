@@ -153,7 +153,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
     with lock(store), contextlib.ExitStack() as stack:
         if config.scenes is not None:
             stack.enter_context(scene_server.serve(config.scenes))
-        run = _open_run(pipeline, config, store)
+        run = open_run(pipeline, config, store)
         failures = [Failure("run", "interrupted")]
         try:
             dag = compose(config, run)
@@ -164,7 +164,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             _start_ray(config)
             failures = _execute(dag, run, store)
         finally:
-            _close_run(run, store, failures)
+            close_run(run, store, failures)
         if failures:
             raise StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
         summary = _finish(config, pipeline, dag, store)
@@ -308,8 +308,8 @@ def _resources(config: PipelineConfig) -> dict[str, Resources]:
     }
 
 
-def _open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
-    """Register a run with MLflow and in the store."""
+def open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
+    """Register a run with MLflow and in the store, whose lock the caller holds."""
     uri = tracking_uri(config)
     experiment_id, run_id = "", ""
     try:
@@ -339,7 +339,8 @@ def _open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
     return run
 
 
-def _close_run(run: Run, store: Store, failures: list[Failure]) -> None:
+def close_run(run: Run, store: Store, failures: list[Failure]) -> None:
+    """Tell both how the run ended."""
     state = "failed" if failures else "done"
     run.tracker.end("FAILED" if failures else "FINISHED")
     record = store.read_json("runs", run.id, "run.json")

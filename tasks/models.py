@@ -1,6 +1,7 @@
 """Stages `prior`, `decoder` and `upsampler`: the three trainings, independent of each other."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from tasks.train import Training, run_training
 from unclip import objectives
 from unclip.autoregressive_prior import AutoregressivePriorConfig
 from unclip.clip import Clip
-from unclip.data import RowReader
+from unclip.data import Batch, RowReader, Source
 from unclip.decoder import DecoderConfig
 from unclip.embeddings import EmbeddingQuantizer
 from unclip.parallel import Workers
@@ -57,7 +58,10 @@ class UpsamplerStageConfig:
 @stage("prior", version=2)
 def prior(context: StageContext, config: PriorStageConfig, dataset: Artifact, clip: Artifact) -> Output:
     """Train the prior: captions to CLIP image embeddings."""
-    snapshot = Snapshot.of(dataset.facts)
+    return _train(context, dataset, prior_training(config, Snapshot.of(dataset.facts), clip))
+
+
+def prior_training(config: PriorStageConfig, snapshot: Snapshot, clip: Artifact) -> Training:
     kinds = {"diffusion": objectives.PriorObjective, "autoregressive": objectives.AutoregressivePriorObjective}
 
     def build(_: Workers) -> Objective:
@@ -67,13 +71,8 @@ def prior(context: StageContext, config: PriorStageConfig, dataset: Artifact, cl
         quantizer = fit_quantizer(snapshot, config.autoregressive)
         return objectives.AutoregressivePriorObjective(config.autoregressive, frozen_clip, statistics, quantizer)
 
-    training = Training(
-        build=build,
-        sources=(snapshot.source("embeddings", *kinds[config.kind].columns),),
-        keys=lambda: snapshot.keys("train"),
-        config=config.trainer,
-    )
-    return _train(context, dataset, training)
+    columns = kinds[config.kind].columns
+    return _of_snapshot(snapshot, build, (snapshot.source("embeddings", *columns),), config.trainer)
 
 
 def fit_quantizer(snapshot: Snapshot, config: AutoregressivePriorConfig) -> EmbeddingQuantizer:
@@ -93,43 +92,51 @@ def fit_quantizer(snapshot: Snapshot, config: AutoregressivePriorConfig) -> Embe
 @stage("decoder", version=2)
 def decoder(context: StageContext, config: DecoderStageConfig, dataset: Artifact, clip: Artifact) -> Output:
     """Train the decoder: CLIP image embeddings, and captions where configured, to small pictures."""
-    snapshot, model = Snapshot.of(dataset.facts), config.model
-    columns = objectives.DecoderObjective.columns(model)
+    _tell_shown_rows(context, dataset)
+    return _train(context, dataset, decoder_training(config, Snapshot.of(dataset.facts), clip))
+
+
+def decoder_training(config: DecoderStageConfig, snapshot: Snapshot, clip: Artifact) -> Training:
+    columns = objectives.DecoderObjective.columns(config.model)
     sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", *columns))
-    shown = _shown_rows(context, snapshot)
-    return _train(
-        context,
-        dataset,
-        Training(
-            build=lambda _: objectives.DecoderObjective(
-                model,
-                snapshot.load_statistics(),
-                RowReader(sources, shown).read(shown),
-                None if model.text == "none" else Clip.load(clip.facts["model"], clip.facts["pretrained"]),
-            ),
-            sources=sources,
-            keys=lambda: snapshot.keys("train"),
-            config=config.trainer,
-        ),
-    )
+
+    def build(_: Workers) -> Objective:
+        reads_text = config.model.text != "none"
+        frozen_clip = Clip.load(clip.facts["model"], clip.facts["pretrained"]) if reads_text else None
+        shown = _read_shown_rows(snapshot, sources)
+        return objectives.DecoderObjective(config.model, snapshot.load_statistics(), shown, frozen_clip)
+
+    return _of_snapshot(snapshot, build, sources, config.trainer)
 
 
 @stage("upsampler", version=2)
 def upsampler(context: StageContext, config: UpsamplerStageConfig, dataset: Artifact) -> Output:
     """Train the upsampler: small pictures to large ones."""
-    snapshot, model = Snapshot.of(dataset.facts), config.model
+    _tell_shown_rows(context, dataset)
+    return _train(context, dataset, upsampler_training(config, Snapshot.of(dataset.facts)))
+
+
+def upsampler_training(config: UpsamplerStageConfig, snapshot: Snapshot, _: Artifact | None = None) -> Training:
     sources = (snapshot.source("images", "jpg"),)
-    shown = _shown_rows(context, snapshot)
-    return _train(
-        context,
-        dataset,
-        Training(
-            build=lambda _: objectives.UpsamplerObjective(model, RowReader(sources, shown).read(shown)),
-            sources=sources,
-            keys=lambda: snapshot.keys("train"),
-            config=config.trainer,
-        ),
-    )
+
+    def build(_: Workers) -> Objective:
+        return objectives.UpsamplerObjective(config.model, _read_shown_rows(snapshot, sources))
+
+    return _of_snapshot(snapshot, build, sources, config.trainer)
+
+
+TRAININGS: dict[str, Callable[..., Training]] = {
+    "prior": prior_training,
+    "decoder": decoder_training,
+    "upsampler": upsampler_training,
+}
+"""What each stage trains, given its configuration, the snapshot and the CLIP."""
+
+
+def _of_snapshot(
+    snapshot: Snapshot, build: Callable[[Workers], Objective], sources: tuple[Source, ...], config: TrainerConfig
+) -> Training:
+    return Training(build, sources, lambda: snapshot.keys("train"), config, lambda: snapshot.keys("holdout"))
 
 
 def _train(context: StageContext, dataset: Artifact, training: Training) -> Output:
@@ -141,11 +148,16 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})
 
 
-def _shown_rows(context: StageContext, snapshot: Snapshot) -> list[str]:
-    """Keys of a few rows to watch a training on, held-out ones where there are any.
+def _shown_keys(snapshot: Snapshot) -> list[str]:
+    """Keys of a few rows to watch a training on, held-out ones where there are any."""
+    return (snapshot.keys("holdout") or snapshot.keys("train"))[:NUM_PREVIEWS]
 
-    MLflow hears of them before it gets pictures, so that what shows a row that is taken down can be found.
-    """
-    keys = (snapshot.keys("holdout") or snapshot.keys("train"))[:NUM_PREVIEWS]
-    context.tracker.json(keys, PREVIEW_KEYS)
-    return keys
+
+def _read_shown_rows(snapshot: Snapshot, sources: tuple[Source, ...]) -> Batch:
+    keys = _shown_keys(snapshot)
+    return RowReader(sources, keys).read(keys)
+
+
+def _tell_shown_rows(context: StageContext, dataset: Artifact) -> None:
+    """MLflow hears of them before it gets pictures, so that what shows a row that is taken down can be found."""
+    context.tracker.json(_shown_keys(Snapshot.of(dataset.facts)), PREVIEW_KEYS)

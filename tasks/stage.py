@@ -118,6 +118,8 @@ class Run:
     tracker: Tracker
     experiment_id: str
     resources: StageResources = StageResources()
+    trains_here: bool = False
+    """Whether models are trained in the process that asks, rather than by workers of a cluster."""
 
     def is_abandoned(self) -> bool:
         """Whether the process that drives this run has ended or given up, so that what its tasks still do must not count.

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tasks import signals
 from tasks.progress import Progress
 from tasks.stage import StageContext
 from tasks.tracking import PREVIEWS, Tracker
@@ -32,48 +33,87 @@ class Training:
     keys: Callable[[], list[str]]
     """The rows to train on."""
     config: TrainerConfig
+    validation_keys: Callable[[], list[str]] = list
+    """The rows to validate with, none of which is trained on."""
 
 
 def run_training(context: StageContext, training: Training) -> tuple[str, str]:
-    """Train on the cluster, from the last checkpoint of this stage's fingerprint if there is one.
+    """Train on the cluster, or here when the run says so, from this stage's last checkpoint if there is one.
 
     Returns:
         URI of the finished model, and its digest.
 
     Raises:
         StageError: the training failed; the message is the worker's.
+        UnclipError: as `trainer.train`, when it trains here.
     """
+    model = f"{context.folder}/model"
+    if not files.exists(f"{model}/{checkpoints.MANIFEST}"):
+        if context.run.trains_here:
+            _train_here(context, training)
+        else:
+            _train_on_cluster(context, training)
+    return model, checkpoints.digest(model)
+
+
+def _train_on_cluster(context: StageContext, training: Training) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
     resources, folder = context.resources, context.folder
-    model = f"{folder}/model"
-    if not files.exists(f"{model}/{checkpoints.MANIFEST}"):
-        files.delete(f"{folder}/failure.json")
-        progress = context.progress(training.config.num_samples, "samples")
-        for_worker = _WorkerContext(context.tracker, progress, resources.cpus_per_worker)
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"training": training, "context": for_worker, "folder": folder},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=resources.num_workers,
-                use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker=resources.per_worker(),
-            ),
-            run_config=ray.train.RunConfig(
-                name=context.fingerprint[:16],
-                storage_path=str(context.scratch / "ray-train"),
-                failure_config=ray.train.FailureConfig(max_failures=3),
-            ),
-        )
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-            raise StageError(f"{context.stage}: {causes[0]}") from causes[0]
-        if files.exists(f"{folder}/failure.json"):
-            raise StageError(files.read_json(f"{folder}/failure.json")["message"])
-    return model, checkpoints.digest(model)
+    files.delete(f"{folder}/failure.json")
+    progress = context.progress(training.config.num_samples, "samples")
+    for_worker = _WorkerContext(context.tracker, progress, resources.cpus_per_worker)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"training": training, "context": for_worker, "folder": folder},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=resources.per_worker(),
+        ),
+        run_config=ray.train.RunConfig(
+            name=context.fingerprint[:16],
+            storage_path=str(context.scratch / "ray-train"),
+            failure_config=ray.train.FailureConfig(max_failures=3),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+        raise StageError(f"{context.stage}: {causes[0]}") from causes[0]
+    if files.exists(f"{folder}/failure.json"):
+        raise StageError(files.read_json(f"{folder}/failure.json")["message"])
+
+
+def _train_here(context: StageContext, training: Training) -> None:
+    """In this process, on its GPU if it has one; asked to end, it writes a checkpoint first."""
+    import torch
+
+    from unclip.parallel import ALONE
+
+    on_gpu = torch.cuda.is_available()
+    workers = Workers(device=torch.device("cuda")) if on_gpu else ALONE
+    monitor = _MlflowMonitor(context.tracker, context.progress(training.config.num_samples, "samples"))
+    with signals.asked_to_stop() as is_asked:
+        monitor.wants_stop = is_asked  # type: ignore[method-assign]
+        train_rows(training, context.folder, monitor, workers)
+
+
+def train_rows(training: Training, folder: str, monitor: Monitor, workers: Workers) -> None:
+    """This process's part of a training; raises as `trainer.train`."""
+    import torch
+
+    from unclip import trainer
+    from unclip.data import RowReader
+
+    torch.manual_seed(training.config.seed)
+    objective = training.build(workers)
+    reader = RowReader(training.sources, training.keys())
+    held_out = training.validation_keys()[: training.config.validation_rows]
+    validation = RowReader(training.sources, held_out) if held_out else None
+    trainer.train(objective, reader, training.config, folder, monitor, workers, validation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,20 +131,13 @@ def _work(loop: Mapping[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from unclip import trainer
-    from unclip.data import RowReader
-
     training: Training = loop["training"]
     context: _WorkerContext = loop["context"]
     place = ray.train.get_context()
     workers = Workers(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(context.cpus_per_worker)
     try:
-        torch.manual_seed(training.config.seed)
-        objective = training.build(workers)
-        reader = RowReader(training.sources, training.keys())
-        monitor = _MlflowMonitor(context.tracker, context.progress)
-        trainer.train(objective, reader, training.config, loop["folder"], monitor, workers)
+        train_rows(training, loop["folder"], _MlflowMonitor(context.tracker, context.progress), workers)
     except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
         files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
 

@@ -5,6 +5,7 @@ The trainer knows none of them; a new model is one more class here. What an obje
 """
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +100,7 @@ class AutoregressivePriorObjective:
         self.model.quantizer.load_state_dict(quantizer.state_dict())
         self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
         self.state: Tensors = {}
+        self.losses: dict[bool, list[Tensor]] = {True: [], False: []}  # in training and out of it
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -114,10 +116,15 @@ class AutoregressivePriorObjective:
         similarity = quantizer.encode_similarity(tensors["similarity"])  # [B]
         drop = _bernoulli(tensors["similarity"], self.model.config.cond_drop_prob, generator)
         logits = network(buckets, similarity, *text, drop)  # [B, K, num_buckets]
-        return F.cross_entropy(logits.float().flatten(0, 1), buckets.flatten())
+        loss = F.cross_entropy(logits.float().flatten(0, 1), buckets.flatten())
+        self.losses[network.training].append(loss.detach())
+        return loss
 
     def metrics(self, training: bool) -> dict[str, float]:
-        return {}
+        """The loss beside that of giving every bucket the same probability."""
+        losses, self.losses[training] = self.losses[training], []
+        uniform = math.log(self.model.config.num_buckets)
+        return {"relative_loss": float(torch.stack(losses).mean()) / uniform} if losses else {}
 
     def preview(self, model: nn.Module) -> None:
         return None

@@ -1,0 +1,151 @@
+"""The command that trains one model by itself."""
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipelines.options import CONFIG, PIPELINE, SET, STORAGE
+from unclip.config import nearest, require
+from unclip.errors import ConfigError, StageError, StoppedError
+
+if TYPE_CHECKING:
+    from pipelines.config import PipelineConfig
+    from tasks.stage import Artifact
+
+MODELS = ("prior", "decoder", "upsampler")
+
+
+@click.command()
+@click.argument("model", type=click.Choice(MODELS))
+@PIPELINE
+@CONFIG
+@SET
+@STORAGE
+@click.option(
+    "--on-ray", is_flag=True, help="By the workers of a Ray cluster, as `unclip run` does, not in this process."
+)
+@click.option(
+    "--overfit", metavar="N", type=int, help="Only see whether the model can memorise N rows; keeps nothing. Try 16."
+)
+def train(
+    model: str,
+    pipeline: str,
+    run_file: str | None,
+    assignments: tuple[str, ...],
+    storage: str | None,
+    on_ray: bool,
+    overfit: int | None,
+) -> None:
+    """Train one MODEL of a PIPELINE on the dataset that the pipeline made last; a later `unclip run` finds it done.
+
+    To resume, run the same command. On SIGTERM or Ctrl-C it writes a checkpoint first.
+    """
+    from pipelines.config import load
+    from pipelines.run import prepare, run_pipeline
+
+    config = load(pipeline, run_file, assignments, storage)
+    if overfit is not None:
+        require(overfit >= 1, "--overfit", overfit, "at least 1")
+        sys.exit(0 if memorises(model, pipeline, prepare(config), overfit) else 1)
+    if on_ray:
+        sys.exit(run_pipeline(pipeline, config, until=model))
+    train_here(model, pipeline, prepare(config))
+
+
+def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
+    """Train in this process; what it makes is the same artifact as the pipeline's stage makes."""
+    from pipelines.lock import lock
+    from pipelines.run import Console, close_run, compose, open_run
+    from tasks.stage import Call, Failure, execute
+    from tasks.store import Store
+
+    store, dag = Store(config.storage), compose(config)
+    parents = _parents(model, pipeline, config)
+    with lock(store):
+        run = dataclasses.replace(open_run(pipeline, config, store), trains_here=True)
+        result: Artifact | Failure = Failure(model, "interrupted")
+        try:
+            with _telling(Console(store, run.id, [model])):
+                result = execute(Call(dag[model].stage, dag[model].config), run, parents)
+        finally:
+            close_run(run, store, [result] if isinstance(result, Failure) else [])
+    if isinstance(result, Failure):
+        raise (StoppedError if "stopped as asked" in result.message else StageError)(result.message)
+    click.echo(result.uri)
+
+
+def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int) -> bool:
+    """Train on a few rows until a model must know them by heart; says whether it does and, if not, what is wrong."""
+    import torch
+
+    from tasks.models import TRAININGS
+    from tasks.snapshots import Snapshot
+    from tasks.train import train_rows
+    from unclip import overfitting
+    from unclip.parallel import ALONE, Workers
+
+    dataset, *clip = _parents(model, pipeline, config)
+    section = getattr(config, model)
+    section = dataclasses.replace(section, trainer=overfitting.settings(section.trainer, num_rows))
+    training = TRAININGS[model](section, Snapshot.of(dataset.facts), *clip)
+    keys = training.keys()[:num_rows]
+    workers = Workers(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
+    diagnosis = overfitting.Diagnosis()
+    click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(keys)} rows")
+    with tempfile.TemporaryDirectory(prefix="unclip-overfit-") as folder:
+        train_rows(dataclasses.replace(training, keys=lambda: keys), folder, diagnosis, workers)
+    losses = "  ".join(f"{loss:.3f}" for loss in diagnosis.relative_losses)
+    click.echo(f"loss beside that of predicting the mean: {losses}")
+    click.secho(diagnosis.verdict, fg="green" if diagnosis.has_memorised else "red")
+    return diagnosis.has_memorised
+
+
+def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artifact"]:
+    """What the model's stage is trained from, as the pipeline made it last.
+
+    Raises:
+        ConfigError: something of it is still to be made.
+    """
+    from pipelines import dag as dags
+    from pipelines.run import compose
+    from tasks.store import Store
+
+    dag = compose(config)
+    if model not in dag:
+        raise ConfigError(f"{model}: unknown model. {nearest(model, MODELS)}")
+    states = dags.states(dag, Store(config.storage))
+    missing = [name for name in dag[model].parents if states[name].artifact is None]
+    if missing:
+        raise ConfigError(
+            f"{config.storage}: has no {' and no '.join(missing)} of these settings. "
+            f"Make it first: unclip run {pipeline} --until {missing[0]}"
+        )
+    return [artifact for name in dag[model].parents if (artifact := states[name].artifact)]
+
+
+@contextlib.contextmanager
+def _telling(console: Any) -> Iterator[None]:
+    """Progress on the console, from a thread, while this one works."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(1.0):
+            console.refresh()
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        console.refresh()
+
+
+COMMANDS = (train,)
