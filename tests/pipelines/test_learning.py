@@ -106,7 +106,10 @@ def test_the_prior_is_worth_its_training(trained: Trained) -> None:
     """
     stack = trained.stack(decoder=trained.others["decoder"])
     ways = ablation.ways(stack, trained.heldout)
-    drawn = {name: ablation.draw(stack, ways[name], trained.heldout) for name in (ablation.ALONE, ablation.TEXT, ablation.PRIOR)}
+    drawn = {
+        name: ablation.draw(stack, ways[name], trained.heldout)
+        for name in (ablation.ALONE, ablation.TEXT, ablation.PRIOR)
+    }
     for name, one in drawn.items():
         print(name, one.scenes.accuracy(), one.all_right(), one.clip_score, one.frechet_distance)
     alone, text, prior = (one.all_right() for one in drawn.values())
