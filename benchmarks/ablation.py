@@ -15,6 +15,7 @@ import dataclasses
 import io
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,9 @@ def picture(drawn: Mapping[str, Drawn], captions: list[str], columns: int = 8) -
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set(color="#888888" if is_right else "#dc1e1e", linewidth=0.5 if is_right else 3)
-        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=8)
+        row[0].set_ylabel(textwrap.fill(name, 20), fontsize=8)
     for axes, caption in zip(plots[0], captions, strict=False):
-        axes.set_title(caption, fontsize=7, wrap=True)
+        axes.set_title(textwrap.fill(caption, 22), fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     return buffer.getvalue()
