@@ -5,9 +5,9 @@
 
 A step is all of it: forward and backward pass, clipping, fused AdamW, moving average. Ours is the trainer's own loop. The
 others are trained as their documentation says: DALLE2-pytorch through its `DiffusionPrior` and `Decoder` with ema-pytorch,
-diffusers as in its Kandinsky 2.2 scripts with `EMAModel`. All have the same batch in memory, the image's size, tokens,
-precision and loss (the plain squared error), and parameters within a twentieth; no CLIP runs. Each side trains in a process
-of its own, is warm, and waits while the others have their turn.
+diffusers as in its Kandinsky 2.2 scripts with `EMAModel`. All have the same batch size, picture size, tokens and precision,
+the plain squared error as loss, their batch in memory, and parameters within a twentieth; no CLIP runs. Each side trains in
+a process of its own, is warm, and waits while the others have their turn.
 
 Loading alone reads Parquet and decodes pictures, for the same decoder, which then also trains on what it loads.
 
@@ -573,16 +573,15 @@ def compare(part: str, arguments: argparse.Namespace) -> None:
         memory = {name: side.peak_memory() for name, side in sides.items()}
     facts = {name: side.facts for name, side in sides.items()}
     print(f"\n{part}, batch {facts[names[0]].batch_size}, goal {GOALS[part]}")
-    print(f"{'':15} {'samples/s':>22} {'parameters':>12} {'GFLOP/sample':>13} {'RSS, MB':>8}  {names[0]} is faster by")
+    print(f"{'':15} {'samples/s':>24} {'RSS, MB':>8}  {names[0]} is faster by")
     speeds = {name: [turn.samples_per_second for turn in rounds] for name, rounds in figures.items()}
     for name in names:
         ratio = measure.median_ratio(speeds[names[0]], speeds[name])
-        line = f"{name:15} {measure.describe(speeds[name]):>22} {facts[name].parameters:12,}"
-        print(
-            f"{line} {facts[name].flops / 1e9:13.2f} {memory[name]:8,.0f}  {ratio:.2f}{utilisation(facts[name], speeds[name])}"
-        )
-    for name in PARTS[part].keys() - set(names):
-        print(f"{name:15} missing; to measure it too: pip install {PEERS[name][1]}")
+        line = f"{name:15} {measure.describe(speeds[name]):>24} {memory[name]:8,.0f}  {ratio:.2f}"
+        print(line + cost(facts[name], speeds[name]))
+    for name in PARTS[part]:
+        if name not in names:
+            print(f"{name:15} missing; to measure it too: pip install {PEERS[name][1]}")
     if part == "loading":
         waiting, preparing = (
             statistics.median(getattr(turn, share) for turn in figures["training"])
@@ -600,15 +599,17 @@ def steps(part: str, name: str, arguments: argparse.Namespace) -> int:
     return int(arguments.steps) * (10 if (part, name) == ("loading", "loading alone") else 1)
 
 
-def utilisation(facts: Facts, speeds: list[float]) -> str:
-    """Model FLOPs utilisation, where there is a GPU and a training."""
-    if facts.device == "cpu" or not facts.flops:
+def cost(facts: Facts, speeds: list[float]) -> str:
+    """Parameters and FLOPs of a training; on a GPU also how many of the latter it does in a second."""
+    if not facts.parameters:
         return ""
-    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in facts.device]
+    text = f"  {facts.parameters:,} parameters, {facts.flops / 1e9:.2f} GFLOP a sample"
+    if facts.device == "cpu":
+        return text
     used = facts.flops * statistics.median(speeds)
-    if not peaks:
-        return f", {used / 1e12:.0f} TFLOP/s (peak of {facts.device} unknown)"
-    return f", {used / 1e12:.0f} TFLOP/s, {used / peaks[0]:.1%} of the peak"
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in facts.device]
+    share = f"{used / peaks[0]:.1%} of the peak in bf16" if peaks else f"the peak of {facts.device} is unknown"
+    return f"{text}, {used / 1e12:.0f} TFLOP/s: {share}"
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:
