@@ -34,10 +34,11 @@ test: lint ## Run the tests: parts side by side in two processes, then whole run
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow
 
-benchmark: $(READY) ## Compare decoding, embedding and downloading with what others use (10 minutes)
+benchmark: $(READY) ## Compare decoding, embedding, downloading and training with what others use (20 minutes)
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.embed
 	$(BIN)/python -m benchmarks.download
+	$(BIN)/python -m benchmarks.training
 
 lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --extra dev --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements.lock

@@ -1,0 +1,649 @@
+"""Samples a second in training: our prior and decoder against DALLE2-pytorch and diffusers, and what loading delivers.
+
+    python -m benchmarks.training
+    python -m benchmarks.training --device cuda --size base --compile
+
+A step is all of it: forward and backward pass, clipping, fused AdamW, moving average. Ours is the trainer's own loop. The
+others are trained as their documentation says: DALLE2-pytorch through its `DiffusionPrior` and `Decoder` with ema-pytorch,
+diffusers as in its Kandinsky 2.2 scripts with `EMAModel`. All have the same batch size, picture size, tokens and precision,
+the plain squared error as loss, their batch in memory, and parameters within a twentieth; no CLIP runs. Each side trains in
+a process of its own, is warm, and waits while the others have their turn.
+
+Loading alone reads Parquet and decodes pictures, for the same decoder, which then also trains on what it loads.
+
+Letters: B batch, L text tokens, E CLIP embedding width, S side of the picture.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import itertools
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import measure
+from unclip import trainer
+from unclip.clip import TextFeatures
+from unclip.data import Batch, RowReader, Source
+from unclip.decoder import NUM_IMAGE_TOKENS, DecoderConfig
+from unclip.embeddings import EmbeddingStatistics
+from unclip.objectives import DecoderObjective, PriorObjective
+from unclip.parallel import Workers
+from unclip.precision import autocast
+from unclip.prior import PriorConfig
+from unclip.trainer import TrainerConfig
+from unclip.unet import UNetConfig
+
+TEXT_LENGTH = 77
+HEAD_WIDTH = 64
+WARM_UP_STEPS = 3
+LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
+GOALS = {"prior": 1.3, "decoder": 1.3, "loading": 5.0}
+
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+"""The pipeline's workers have these settings; here all sides do."""
+
+PEERS = {"DALLE2-pytorch": ("dalle2_pytorch", "dalle2-pytorch"), "diffusers": ("diffusers", "diffusers")}
+"""Name -> module, and what pip calls it."""
+
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
+"""Of dense bf16 products, by part of the device's name. Source: data sheets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Models of the same size on all sides; what only DALLE2-pytorch has makes up for what it has not."""
+
+    prior: PriorConfig
+    prior_ff_mult: float
+    """DALLE2-pytorch: its attention shares keys and values among heads, its MLPs are gated."""
+    prior_batch_size: int
+    unet: UNetConfig
+    unet_dim: int
+    """DALLE2-pytorch: channels of the first level."""
+    unet_num_resnet_blocks: int
+    """DALLE2-pytorch: besides the one that every level has."""
+    context_dim: int
+    decoder_batch_size: int
+    embedding_dim: int
+    """E, for the prior too the width of the text encodings: DALLE2-pytorch has one width for all."""
+
+
+def _unet(side: int, channels: int, num_res_blocks: int) -> UNetConfig:
+    attention_resolutions = (side // 2, side // 4, side // 8)
+    return UNetConfig(side, channels, (1, 2, 3, 4), num_res_blocks, attention_resolutions, HEAD_WIDTH)
+
+
+SIZES = {
+    # 20 M parameters each, for CPUs
+    "small": Size(PriorConfig(512, 6, 8), 3.0, 16, _unet(32, 64, 1), 64, 1, 256, 16, embedding_dim=512),
+    # 208 M and 110 M, for GPUs
+    "base": Size(PriorConfig(1024, 16, 16), 3.25, 256, _unet(64, 128, 2), 144, 2, 512, 128, embedding_dim=1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One side: `run` trains, a step for each batch it is given."""
+
+    run: Callable[[Generator[Batch, None, None]], object]
+    batches: Iterator[Batch]
+    batch_size: int
+    network: nn.Module | None = None
+    """What has the parameters; None for no training."""
+    loss: Callable[[], Tensor] | None = None
+    """Of the batch in memory."""
+    preparing: "Stopwatch | None" = None
+    """Runs while pictures are decoded, where that is part of a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a side tells of itself before the first step."""
+
+    parameters: int
+    flops: float
+    """Of a sample's forward and backward pass."""
+    batch_size: int
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Some steps of one side."""
+
+    samples_per_second: float
+    waiting: float
+    """Share of the time spent waiting for rows."""
+    preparing: float
+    """Share of the time spent on rows that had arrived."""
+
+
+class Stopwatch:
+    """Adds up the seconds inside its context."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self._started
+
+
+class GivenText(nn.Module):
+    """In the place of a frozen CLIP: what it would make of the captions, made beforehand as it is for the others."""
+
+    text_length = TEXT_LENGTH
+
+    def __init__(self, text: TextFeatures) -> None:
+        super().__init__()
+        self.text = text
+        self.embedding_dim, self.text_width = text.text_embedding.shape[1], text.text_encodings.shape[2]
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        return torch.zeros(len(captions), TEXT_LENGTH, dtype=torch.long)
+
+    def encode_text(self, tokens: Tensor) -> TextFeatures:
+        return TextFeatures(*(feature[: len(tokens)] for feature in self.text))
+
+
+class InMemory:
+    """A RowReader for a training that is given its batches."""
+
+    def __init__(self, batches: Generator[Batch, None, None]) -> None:
+        self._batches = batches
+
+    def batches(self, **_: object) -> Generator[Batch, None, None]:
+        return self._batches
+
+
+def captions(size: Size, batch_size: int, device: torch.device) -> TextFeatures:
+    """Features of captions of different lengths, zero where they are padded."""
+    mask = torch.arange(TEXT_LENGTH) < torch.randint(8, TEXT_LENGTH, (batch_size, 1))  # [B, L]
+    encodings = torch.randn(batch_size, TEXT_LENGTH, size.embedding_dim) * mask[:, :, None]  # [B, L, E]
+    projection = torch.randn(batch_size, size.embedding_dim)  # [B, E]
+    features = (F.normalize(projection, dim=1), encodings, mask, projection)
+    return TextFeatures(*(feature.to(device) for feature in features))
+
+
+def image_embeddings(size: Size, count: int) -> Tensor:
+    return F.normalize(torch.randn(count, size.embedding_dim), dim=1)
+
+
+def images(size: Size, batch_size: int) -> Tensor:
+    side = size.unet.image_size
+    return torch.rand(batch_size, 3, side, side) * 2 - 1
+
+
+def same_rows(batch_size: int) -> Iterator[Batch]:
+    return itertools.repeat({"key": [""] * batch_size})
+
+
+# Ours
+
+
+def our_prior(size: Size, arguments: argparse.Namespace) -> Training:
+    device, batch_size = torch.device(arguments.device), arguments.batch_size or size.prior_batch_size
+    statistics = EmbeddingStatistics.of(image_embeddings(size, 1000))
+    text: Any = GivenText(captions(size, batch_size, device))
+    objective = PriorObjective(size.prior, text, statistics)
+    tokens = text.tokenize([""] * batch_size).to(device)
+    tensors = {"tokens": tokens, "image_embedding": image_embeddings(size, batch_size).to(device)}
+    return ours(objective, tensors, batch_size, arguments)
+
+
+def our_decoder(size: Size, arguments: argparse.Namespace) -> Training:
+    device, batch_size = torch.device(arguments.device), arguments.batch_size or size.decoder_batch_size
+    objective = new_decoder(size)
+    tensors = {"images": images(size, batch_size), "image_embedding": image_embeddings(size, batch_size)}
+    return ours(objective, {name: value.to(device) for name, value in tensors.items()}, batch_size, arguments)
+
+
+def new_decoder(size: Size) -> DecoderObjective:
+    """A decoder that reads no captions: the U-Nets of the others are given the image embedding alone, too."""
+    statistics = EmbeddingStatistics.of(image_embeddings(size, 1000))
+    black = {
+        "jpg": [_jpeg(np.zeros((8, 8, 3), np.uint8))],
+        "image_embedding": [np.zeros(size.embedding_dim, np.float32)],
+    }
+    return DecoderObjective(DecoderConfig(size.unet, size.context_dim), statistics, black)
+
+
+def ours(
+    objective: PriorObjective | DecoderObjective,
+    tensors: dict[str, Tensor],
+    batch_size: int,
+    arguments: argparse.Namespace,
+) -> Training:
+    """An objective whose tensors are in memory."""
+    device = torch.device(arguments.device)
+    objective.model.to(device)
+    objective.prepare = lambda _: tensors  # type: ignore[method-assign]
+    generator = torch.Generator(device).manual_seed(0)
+    return Training(
+        lambda batches: train(objective, InMemory(batches), batch_size, arguments),
+        same_rows(batch_size),
+        batch_size,
+        objective.model,
+        lambda: objective.loss(objective.model, tensors, generator),
+    )
+
+
+def train(objective: Any, reader: Any, batch_size: int, arguments: argparse.Namespace) -> None:
+    """The trainer's own loop, without end."""
+    endless = 10**12
+    config = TrainerConfig(
+        num_samples=endless,
+        batch_size=batch_size,
+        learning_rate=LEARNING_RATE,
+        clip_norm=CLIP_NORM,
+        precision=arguments.precision,
+        compile=arguments.compile,
+        checkpoint_samples=endless,
+        log_samples=endless,
+    )
+    with tempfile.TemporaryDirectory(prefix="unclip-benchmark-") as folder:
+        trainer.train(objective, reader, config, folder, workers=Workers(device=torch.device(arguments.device)))
+
+
+# The others
+
+
+def dalle2_prior(size: Size, arguments: argparse.Namespace) -> Training:
+    from dalle2_pytorch import DiffusionPrior, DiffusionPriorNetwork
+    from ema_pytorch import EMA
+
+    device, batch_size = torch.device(arguments.device), arguments.batch_size or size.prior_batch_size
+    network = DiffusionPriorNetwork(
+        dim=size.embedding_dim,
+        depth=size.prior.depth,
+        dim_head=HEAD_WIDTH,
+        heads=size.prior.num_heads,
+        ff_mult=size.prior_ff_mult,
+        max_text_len=TEXT_LENGTH,
+    )
+    prior = DiffusionPrior(
+        network, image_embed_dim=size.embedding_dim, text_cond_drop_prob=0.1, image_cond_drop_prob=0.0
+    ).to(device)
+    text, image_embedding = captions(size, batch_size, device), image_embeddings(size, batch_size).to(device)
+
+    def loss() -> Tensor:
+        image_embed = image_embedding.clone()  # it is changed in place
+        return prior(  # type: ignore[no-any-return]
+            image_embed=image_embed, text_embed=text.text_embedding, text_encodings=text.text_encodings
+        )
+
+    return theirs(prior, network, loss, EMA(prior).update, batch_size, arguments)
+
+
+def dalle2_decoder(size: Size, arguments: argparse.Namespace) -> Training:
+    from dalle2_pytorch import Decoder, Unet
+    from ema_pytorch import EMA
+
+    device, batch_size = torch.device(arguments.device), arguments.batch_size or size.decoder_batch_size
+    sides = [size.unet.image_size // 2**level for level in range(len(size.unet.channel_mult))]
+    unet = Unet(
+        dim=size.unet_dim,
+        image_embed_dim=size.embedding_dim,
+        cond_dim=size.context_dim,
+        channels=3,
+        dim_mults=size.unet.channel_mult,
+        num_image_tokens=NUM_IMAGE_TOKENS,
+        num_resnet_blocks=size.unet_num_resnet_blocks,
+        self_attn=tuple(side in size.unet.attention_resolutions for side in sides),
+        cond_on_image_embeds=True,
+    )
+    decoder = Decoder(unet, image_size=size.unet.image_size, learned_variance=False).to(device)
+    pixels, image_embed = images(size, batch_size).to(device) / 2 + 0.5, image_embeddings(size, batch_size).to(device)
+    network = decoder.unets[0]
+
+    def loss() -> Tensor:
+        return decoder(pixels, image_embed=image_embed, unet_number=1)  # type: ignore[no-any-return]
+
+    return theirs(decoder, network, loss, EMA(network).update, batch_size, arguments)
+
+
+def diffusers_prior(size: Size, arguments: argparse.Namespace) -> Training:
+    from diffusers import DDPMScheduler, PriorTransformer
+    from diffusers.training_utils import EMAModel
+
+    device, batch_size = torch.device(arguments.device), arguments.batch_size or size.prior_batch_size
+    prior = PriorTransformer(
+        num_attention_heads=size.prior.num_heads,
+        attention_head_dim=HEAD_WIDTH,
+        num_layers=size.prior.depth,
+        embedding_dim=size.embedding_dim,
+        num_embeddings=TEXT_LENGTH,
+    ).to(device)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+    average = EMAModel(prior.parameters(), foreach=True)
+    text, image_embedding = captions(size, batch_size, device), image_embeddings(size, batch_size).to(device)
+
+    def loss() -> Tensor:
+        x0 = (image_embedding - prior.clip_mean) / prior.clip_std.abs()  # [B, E]
+        noise = torch.randn_like(x0)
+        t = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), device=device)
+        prediction = prior(
+            scheduler.add_noise(x0, noise, t),
+            timestep=t,
+            proj_embedding=text.text_projection,
+            encoder_hidden_states=text.text_encodings,
+            attention_mask=text.text_mask,
+        ).predicted_image_embedding
+        return F.mse_loss(prediction.float(), x0)
+
+    return theirs(prior, prior, loss, lambda: average.step(prior.parameters()), batch_size, arguments)
+
+
+def diffusers_decoder(size: Size, arguments: argparse.Namespace) -> Training:
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers.models.embeddings import ImageProjection
+    from diffusers.training_utils import EMAModel
+
+    device, batch_size = torch.device(arguments.device), arguments.batch_size or size.decoder_batch_size
+    num_attentive = len(size.unet.channel_mult) - 1
+    unet = UNet2DConditionModel(
+        sample_size=size.unet.image_size,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=size.unet.num_res_blocks,
+        block_out_channels=[size.unet.channels * multiple for multiple in size.unet.channel_mult],
+        down_block_types=["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * num_attentive,
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=["SimpleCrossAttnUpBlock2D"] * num_attentive + ["ResnetUpsampleBlock2D"],
+        attention_head_dim=HEAD_WIDTH,
+        cross_attention_dim=size.context_dim,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="image",
+        encoder_hid_dim_type="image_proj",
+        encoder_hid_dim=size.embedding_dim,
+    )
+    unet.encoder_hid_proj = ImageProjection(size.embedding_dim, size.context_dim, NUM_IMAGE_TOKENS)  # 32 without this
+    unet.to(device)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    average = EMAModel(unet.parameters(), foreach=True)
+    x0, image_embedding = images(size, batch_size).to(device), image_embeddings(size, batch_size).to(device)
+
+    def loss() -> Tensor:
+        noise = torch.randn_like(x0)
+        t = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), device=device)
+        x_t = scheduler.add_noise(x0, noise, t)
+        prediction = unet(x_t, t, None, added_cond_kwargs={"image_embeds": image_embedding}).sample
+        return F.mse_loss(prediction.float(), noise)
+
+    return theirs(unet, unet, loss, lambda: average.step(unet.parameters()), batch_size, arguments)
+
+
+def theirs(
+    trained: nn.Module,
+    network: nn.Module,
+    loss: Callable[[], Tensor],
+    average: Callable[[], None],
+    batch_size: int,
+    arguments: argparse.Namespace,
+) -> Training:
+    """The loop that all training scripts share.
+
+    Args:
+        trained: has the parameters.
+        network: what torch compiles where asked.
+        average: one step of the moving average.
+    """
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def run(batches: Iterator[Batch]) -> None:
+        if arguments.compile:
+            network.compile()
+        for _ in batches:
+            with autocast(arguments.precision, torch.device(arguments.device)):
+                value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(trained.parameters(), CLIP_NORM)
+            value.item()  # every script logs it
+            optimizer.step()
+            optimizer.zero_grad()
+            average()
+
+    return Training(run, same_rows(batch_size), batch_size, trained.train(), loss)
+
+
+# Loading
+
+
+def write_rows(size: Size, arguments: argparse.Namespace) -> None:
+    """Pictures and image embeddings as the pipeline leaves them: a table each, 1,000 rows in a row group."""
+    from PIL import Image
+
+    encoded = []
+    side = arguments.stored_size
+    for data in measure.photographs(min(arguments.pictures, 100)):
+        shrunk = (round(side * measure.PICTURE_WIDTH / measure.PICTURE_HEIGHT), side)
+        encoded.append(_jpeg(np.asarray(Image.open(io.BytesIO(data)).resize(shrunk))))
+    keys = [f"{number:032x}" for number in range(arguments.pictures)]
+    pictures = [encoded[number % len(encoded)] for number in range(arguments.pictures)]
+    embeddings = pa.array(list(image_embeddings(size, arguments.pictures).numpy()), pa.list_(pa.float32()))
+    for name, column in (("jpg", pa.array(pictures, pa.binary())), ("image_embedding", embeddings)):
+        table = pa.table({"key": keys, name: column})
+        pq.write_table(table, f"{arguments.folder}/{name}.parquet", row_group_size=1000)
+
+
+def open_rows(size: Size, arguments: argparse.Namespace) -> tuple[RowReader, int]:
+    """A reader of what `write_rows` wrote, and the batch size."""
+    sources = [Source((f"{arguments.folder}/{name}.parquet",), (name,)) for name in ("jpg", "image_embedding")]
+    keys = [f"{number:032x}" for number in range(arguments.pictures)]
+    return RowReader(sources, keys), arguments.batch_size or size.decoder_batch_size
+
+
+def loading(size: Size, arguments: argparse.Namespace) -> Training:
+    """Rows and their preparation alone."""
+    reader, batch_size = open_rows(size, arguments)
+    objective, preparing = new_decoder(size), Stopwatch()
+
+    def run(batches: Iterator[Batch]) -> None:
+        for batch in batches:
+            with preparing:
+                objective.prepare(batch)
+
+    rows = reader.batches(seed=0, samples_seen=0, batch_size=batch_size)
+    return Training(run, rows, batch_size, preparing=preparing)
+
+
+def training_on_rows(size: Size, arguments: argparse.Namespace) -> Training:
+    """The decoder's training, with loading."""
+    reader, batch_size = open_rows(size, arguments)
+    objective, preparing = new_decoder(size), Stopwatch()
+    prepare = objective.prepare
+
+    def timed(batch: Batch) -> dict[str, Tensor]:
+        with preparing:
+            return prepare(batch)
+
+    objective.prepare = timed  # type: ignore[method-assign]
+    return Training(
+        lambda batches: train(objective, InMemory(batches), batch_size, arguments),
+        reader.batches(seed=0, samples_seen=0, batch_size=batch_size),
+        batch_size,
+        preparing=preparing,
+    )
+
+
+PARTS: dict[str, dict[str, Callable[[Size, argparse.Namespace], Training]]] = {
+    "prior": {"unclip": our_prior, "DALLE2-pytorch": dalle2_prior, "diffusers": diffusers_prior},
+    "decoder": {"unclip": our_decoder, "DALLE2-pytorch": dalle2_decoder, "diffusers": diffusers_decoder},
+    "loading": {"loading alone": loading, "training": training_on_rows},
+}
+"""Sides by part; the first one is ours, which the others are compared with."""
+
+
+# Turns
+
+
+def serve(part: str, name: str, arguments: argparse.Namespace, connection: Connection) -> None:
+    """Train one side, some steps whenever asked; runs in a process of its own."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    training = PARTS[part][name](SIZES[arguments.size], arguments)
+    connection.send(describe(training, arguments))
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        training.run(turns(training, arguments, connection))
+
+
+def turns(training: Training, arguments: argparse.Namespace, connection: Connection) -> Generator[Batch, None, None]:
+    """Batches for as many steps as are asked for, and an answer when the next batch is: all steps are done then."""
+    waiting, preparing = Stopwatch(), training.preparing or Stopwatch()
+    while True:
+        num_steps = connection.recv()
+        started = time.monotonic()
+        waiting.seconds = preparing.seconds = 0.0
+        for _ in range(num_steps):
+            with waiting:
+                batch = next(training.batches)
+            yield batch
+        if arguments.device != "cpu":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - started
+        samples = num_steps * training.batch_size
+        connection.send(Turn(samples / seconds, waiting.seconds / seconds, preparing.seconds / seconds))
+
+
+def describe(training: Training, arguments: argparse.Namespace) -> Facts:
+    device = torch.device(arguments.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if training.network is None or training.loss is None:
+        return Facts(0, 0.0, training.batch_size, name)
+    parameters = sum(parameter.numel() for parameter in training.network.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), autocast(arguments.precision, device):
+        training.loss()
+    return Facts(parameters, 3 * counter.get_total_flops() / training.batch_size, training.batch_size, name)
+
+
+class Side:
+    """The process that trains one side."""
+
+    def __init__(self, part: str, name: str, arguments: argparse.Namespace) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, other = spawn.Pipe()
+        self._process = spawn.Process(target=serve, args=(part, name, arguments, other), daemon=True)
+        self._process.start()
+        other.close()
+        self.facts: Facts = self._connection.recv()
+        self.turn(WARM_UP_STEPS)
+
+    def turn(self, num_steps: int) -> Turn:
+        self._connection.send(num_steps)
+        return self._connection.recv()  # type: ignore[no-any-return]
+
+    def peak_memory(self) -> float:
+        """Highest resident set, MB."""
+        assert self._process.pid is not None
+        return measure.peak_rss(self._process.pid)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=60)
+        self._process.kill()
+
+
+def compare(part: str, arguments: argparse.Namespace) -> None:
+    """Measure the sides of a part and print them."""
+    names = [name for name in PARTS[part] if name not in PEERS or is_installed(name)]
+    with contextlib.ExitStack() as stack:
+        sides = {name: stack.enter_context(contextlib.closing(Side(part, name, arguments))) for name in names}
+        figures = measure.interleave(
+            {name: lambda name=name: sides[name].turn(steps(part, name, arguments)) for name in names},  # type: ignore[misc]
+            arguments.rounds,
+        )
+        memory = {name: side.peak_memory() for name, side in sides.items()}
+    facts = {name: side.facts for name, side in sides.items()}
+    print(f"\n{part}, batch {facts[names[0]].batch_size}, goal {GOALS[part]}")
+    print(f"{'':15} {'samples/s':>24} {'RSS, MB':>8}  {names[0]} is faster by")
+    speeds = {name: [turn.samples_per_second for turn in rounds] for name, rounds in figures.items()}
+    for name in names:
+        ratio = measure.median_ratio(speeds[names[0]], speeds[name])
+        line = f"{name:15} {measure.describe(speeds[name]):>24} {memory[name]:8,.0f}  {ratio:.2f}"
+        print(line + cost(facts[name], speeds[name]))
+    for name in PARTS[part]:
+        if name not in names:
+            print(f"{name:15} missing; to measure it too: pip install {PEERS[name][1]}")
+    if part == "loading":
+        waiting, preparing = (
+            statistics.median(getattr(turn, share) for turn in figures["training"])
+            for share in ("waiting", "preparing")
+        )
+        print(f"training waits for rows {waiting:.1%} of the time and decodes their pictures for {preparing:.1%}")
+
+
+def is_installed(peer: str) -> bool:
+    return importlib.util.find_spec(PEERS[peer][0]) is not None
+
+
+def steps(part: str, name: str, arguments: argparse.Namespace) -> int:
+    """Of one turn; loading alone is over too soon otherwise."""
+    return int(arguments.steps) * (10 if (part, name) == ("loading", "loading alone") else 1)
+
+
+def cost(facts: Facts, speeds: list[float]) -> str:
+    """Parameters and FLOPs of a training; on a GPU also how many of the latter it does in a second."""
+    if not facts.parameters:
+        return ""
+    text = f"  {facts.parameters:,} parameters, {facts.flops / 1e9:.2f} GFLOP a sample"
+    if facts.device == "cpu":
+        return text
+    used = facts.flops * statistics.median(speeds)
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in facts.device]
+    share = f"{used / peaks[0]:.1%} of the peak in bf16" if peaks else f"the peak of {facts.device} is unknown"
+    return f"{text}, {used / 1e12:.0f} TFLOP/s: {share}"
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="what to compare")
+    parser.add_argument("--size", default="small", choices=list(SIZES), help="20 M parameters, or 208 M and 110 M")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all sides")
+    parser.add_argument("--steps", type=int, default=10, help="steps in one round; ema-pytorch averages every tenth")
+    parser.add_argument("--batch-size", type=int, default=0, help="samples a step; 0 for the size's own")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to train")
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="arithmetic of all")
+    parser.add_argument("--compile", action="store_true", help="have torch compile all networks")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each side")
+    parser.add_argument("--pictures", type=int, default=4000, help="rows to load")
+    parser.add_argument("--stored-size", type=int, default=256, help="smaller side of the stored pictures, in pixels")
+    arguments = parser.parse_args()
+
+    os.environ |= MALLOC
+    print(measure.machine("torch", "pyarrow", *(PEERS[peer][1] for peer in PEERS if is_installed(peer))))
+    print(vars(arguments), flush=True)
+    with tempfile.TemporaryDirectory(prefix="unclip-benchmark-") as arguments.folder:
+        if "loading" in arguments.parts:
+            write_rows(SIZES[arguments.size], arguments)
+        for part in arguments.parts:
+            compare(part, arguments)
+
+
+if __name__ == "__main__":
+    main()
