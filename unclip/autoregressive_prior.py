@@ -113,8 +113,9 @@ class AutoregressivePrior(nn.Module):
         """
         prefix, keep = self._prefix(similarity, text_encodings, text_mask, text_embedding, drop)  # [B, L + 2, D]
         x = torch.cat([prefix, self.from_bucket(buckets[:, :-1])], dim=1) + self.positions  # [B, L + 1 + K, D]
-        x = self.transformer(x, F.pad(keep, (0, buckets.shape[1] - 1), value=True))
-        return self.to_logits(x[:, -buckets.shape[1] :])  # type: ignore[no-any-return]
+        keep = F.pad(keep, (0, buckets.shape[1] - 1), value=True)  # [B, L + 1 + K]
+        x = self.transformer(x, keep, num_outputs=buckets.shape[1])  # [B, K, D]
+        return self.to_logits(x)  # type: ignore[no-any-return]
 
     def _prefix(
         self,

@@ -101,11 +101,17 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, mask: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor, cache: KeyValueCache | None = None, num_outputs: int | None = None
+    ) -> Tensor:
         """Args:
-        x: [B, L, D].
-        mask: [B, 1, L, K] bool, True where a query may attend to a key; K = L without a cache.
-        cache: keys and values of the K - L tokens before x; those of x are added.
+            x: [B, L, D].
+            mask: [B, 1, L, K] bool, True where a query may attend to a key; K = L without a cache.
+            cache: keys and values of the K - L tokens before x; those of x are added.
+            num_outputs: how many of the last tokens are wanted; None for all.
+
+        Returns:
+            [B, num_outputs or L, D].
         """
         batch, length, width = x.shape
         qkv = self.to_qkv(self.attention_norm(x))  # [B, L, 3D]
@@ -113,8 +119,10 @@ class TransformerBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, heads, L, D / heads]
         if cache is not None:
             k, v = cache.append(k, v)  # 2 x [B, heads, K, D / heads]
+        if num_outputs is not None:
+            x, q, mask = x[:, -num_outputs:], q[:, :, -num_outputs:], mask[:, :, -num_outputs:]
         attended = attention(q, k, v, mask)
-        x = x + self.to_out(attended.transpose(1, 2).reshape(batch, length, width))  # [B, L, D]
+        x = x + self.to_out(attended.transpose(1, 2).flatten(2))  # [B, L, D]
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]  # [B, L, D]
 
 
@@ -127,19 +135,27 @@ class CausalTransformer(nn.Module):
         self.blocks = nn.ModuleList([TransformerBlock(width, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, keep: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        keep: Tensor,
+        caches: list[KeyValueCache] | None = None,
+        num_outputs: int | None = None,
+    ) -> Tensor:
         """Args:
             x: [B, L, D], the last L of K tokens; all of them without caches.
             keep: [B, K] bool, False for padding, which no other token attends to.
             caches: one for each block, holding the K - L tokens before x; x is added to them.
+            num_outputs: how many of the last tokens are wanted, for which the last block then works; None for all.
 
         Returns:
-            [B, L, D].
+            [B, num_outputs or L, D].
         """
         mask = causal_mask(keep, x.shape[1])  # [B, 1, L, K]
         x = self.norm_in(x)
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, caches[number] if caches is not None else None)
+            wanted = num_outputs if number == len(self.blocks) - 1 else None
+            x = block(x, mask, caches[number] if caches is not None else None, wanted)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def new_caches(self, capacity: int) -> list[KeyValueCache]:

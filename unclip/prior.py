@@ -157,7 +157,7 @@ class DiffusionPrior(nn.Module):
         prefix, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
         suffix = self._suffix(x_t, t, x0_estimate)  # [B, S, D]
         x = torch.cat([prefix, suffix], dim=1) + self.positions  # [B, L + 1 + S, D]
-        x = self.transformer(x, F.pad(keep, (0, suffix.shape[1]), value=True))
+        x = self.transformer(x, F.pad(keep, (0, suffix.shape[1]), value=True), num_outputs=1)  # [B, 1, D]
         return self.to_image_embedding(x[:, -1])  # type: ignore[no-any-return]  # [B, E]
 
     def _suffix(self, x_t: Tensor, t: Tensor, x0_estimate: Tensor | None) -> Tensor:
@@ -196,7 +196,7 @@ class DiffusionPrior(nn.Module):
             for cache in caches:
                 cache.length = length
             suffix = self._suffix(x_t, t, previous) + self.positions[length:]  # [B, S, D]
-            prediction = self.to_image_embedding(self.transformer(suffix, keep, caches)[:, -1])  # [B, E]
+            prediction = self.to_image_embedding(self.transformer(suffix, keep, caches, num_outputs=1)[:, -1])  # [B, E]
             if self.config.self_conditioning:
                 previous = self.estimate_x0(x_t, t, prediction)
             return prediction  # type: ignore[no-any-return]

@@ -63,7 +63,7 @@ def frozen_clip() -> Clip:
 def test_tokens_stand_in_the_papers_order_and_see_only_what_precedes_them(changes: dict) -> None:
     """Text encodings, text embedding, timestep, noised image embedding, [x0 estimate,] query."""
     prior, seen = build(**changes), {}
-    prior.transformer.register_forward_hook(lambda module, given, output: seen.update(x=given[0], y=output))
+    prior.transformer.blocks[0].register_forward_hook(lambda module, given, output: seen.update(x=given[0], y=output))
     given = inputs()
     estimate = {"x0_estimate": torch.zeros(3, 6)} if "self_conditioning" in changes else {}
     prior(**given, **estimate)
@@ -151,8 +151,11 @@ def test_self_conditioning_is_trained_on_half_of_the_samples(frozen_clip: Clip) 
     objective, estimates = PriorObjective(config, frozen_clip, statistics), []
 
     def network(*arguments: torch.Tensor) -> torch.Tensor:
-        estimates.append(arguments[-1])
+        if len(arguments) == 7:  # it is called without an estimate first, to get one
+            estimates.append(arguments[-1])
         return objective.model(*arguments)
+
+    network.training = True  # type: ignore[attr-defined]
 
     rows = batch(frozen_clip, 400)
     for _ in range(2):
@@ -276,6 +279,8 @@ def test_the_loss_drops_text_by_the_generator_alone(frozen_clip: Clip) -> None:
         drops.append(arguments[5])
         return objective.model(*arguments)
 
+    network.training = True  # type: ignore[attr-defined]
+
     tensors = objective.prepare(batch(frozen_clip, 500))
     for seed in (1, 1, 2):
         objective.loss(network, tensors, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
@@ -296,6 +301,8 @@ def test_the_loss_is_weighted_as_the_diffusion_says(frozen_clip: Clip) -> None:
         def network(x_t: torch.Tensor, t: torch.Tensor, *others: Any) -> torch.Tensor:
             drawn.append(t)
             return torch.zeros_like(x_t)
+
+        network.training = True  # type: ignore[attr-defined]
 
         tensors = objective.prepare(batch(frozen_clip, 8))
         losses.append(objective.loss(network, tensors, torch.Generator().manual_seed(1)))  # type: ignore[arg-type]
