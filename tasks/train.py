@@ -93,8 +93,8 @@ def _train_here(context: StageContext, training: Training) -> None:
 
     from unclip.parallel import ALONE
 
-    on_gpu = torch.cuda.is_available()
-    workers = Workers(device=torch.device("cuda")) if on_gpu else ALONE
+    workers = Workers(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
+    torch.set_num_threads(context.resources.cpus_per_worker)  # as a worker would: sums depend on it
     monitor = _MlflowMonitor(context.tracker, context.progress(training.config.num_samples, "samples"))
     with signals.asked_to_stop() as is_asked:
         monitor.wants_stop = is_asked  # type: ignore[method-assign]

@@ -264,6 +264,67 @@ def test_f36_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
     assert {name: record["digest"] for name, record in records(storage).items()} == undisturbed
 
 
+def without(finished: Path, storage: Path, stage: str) -> Path:
+    """A copy of a finished storage in which a stage has yet to run."""
+    shutil.copytree(finished, storage)
+    for made in ("stages", "artifacts"):
+        shutil.rmtree(storage / made / stage)
+    return storage
+
+
+def test_a_model_that_is_trained_by_itself_is_the_one_that_the_pipeline_trains(finished: Path, tmp_path: Path) -> None:
+    storage = without(finished, tmp_path / "storage", "prior")
+    printed = run("train", "prior", "tiny", "--storage", storage)
+    assert "✓ prior" in printed and (Path(printed.splitlines()[-1]) / "model.safetensors").exists()
+    assert records(storage)["prior"]["digest"] == records(finished)["prior"]["digest"]
+    assert set(states(storage).values()) == {"cached"}
+    logged = last_metrics(storage, "prior")
+    assert {"relative_loss", "validation_loss", "validation_relative_loss", "gradient_norm"} <= set(logged)
+
+
+def last_metrics(storage: Path, stage: str) -> dict[str, float]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    runs = client.search_runs(
+        [experiment.experiment_id], f"tags.mlflow.runName = '{stage}'", order_by=["start_time DESC"]
+    )
+    return dict(runs[0].data.metrics)
+
+
+def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path, tmp_path: Path) -> None:
+    storage = without(finished, tmp_path / "storage", "upsampler")
+    changes = ["--set", "upsampler.trainer.num_samples=6400", "--set", "upsampler.trainer.checkpoint_samples=6400"]
+    command = [sys.executable, "-m", "pipelines", "train", "upsampler", "tiny", *changes, "--storage", str(storage)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not any(json.loads(path.read_text())["done"] for path in storage.glob("runs/*/progress/upsampler.json")):
+        assert process.poll() is None, "it was to be stopped before it ended"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 75 and "stopped as asked" in errors and "run the same command again" in errors
+    [checkpoint] = storage.glob("artifacts/upsampler/*/checkpoints/*/manifest.json")
+    assert 0 < int(checkpoint.parent.name) < 6400
+    assert run(*command[3:]).splitlines()[-1].endswith("/model")
+    assert records(storage)["upsampler"]["facts"]["samples_seen"] == 6400
+
+
+def test_the_overfit_test_keeps_nothing_and_says_what_it_found(finished: Path) -> None:
+    before = sorted(finished.rglob("*"))
+    result = call("train", "prior", "tiny", "--overfit", 4, "--storage", finished)
+    assert result.returncode == 0, result.stdout
+    assert "400 steps on 4 rows" in result.stdout and "by heart" in result.stdout
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_a_model_is_not_trained_before_its_dataset_is_there(tmp_path: Path) -> None:
+    result = call("train", "prior", "tiny", "--storage", tmp_path)
+    assert result.returncode == 2
+    assert "has no curate and no clip" in result.stderr and "unclip run tiny --until curate" in result.stderr
+
+
 def test_the_ui_shows_the_runs(finished: Path) -> None:
     command = [sys.executable, "-m", "pipelines", "ui", "--storage", str(finished), "--port", "5733"]
     process = subprocess.Popen(
