@@ -5,11 +5,12 @@ number n is always the same rows, whatever was interrupted in between and howeve
 shuffled within a window of row groups, so that reading stays sequential enough for disks and object stores.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
 import io
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 
 from unclip import files
 from unclip.errors import InputError
+
+_BATCHES_AHEAD = 2
 
 Batch = dict[str, list[Any]]
 """Column name -> one value per row; images are still encoded."""
@@ -90,19 +93,34 @@ class RowReader:
         return batch
 
     def batches(
-        self, *, seed: int, samples_seen: int, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Generator[Batch, None, None]:
-        """Batches without end, from `samples_seen` on; the next one is read while the caller works.
+        self,
+        *,
+        seed: int,
+        samples_seen: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        prepare: Callable[[Batch], Any] = lambda batch: batch,
+    ) -> Generator[Any, None, None]:
+        """What `prepare` makes of batches without end, from `samples_seen` on; the next ones are made while the caller works.
 
         Args:
             batch_size: of all ranks together; each rank gets its equal share.
+            prepare: called with each batch, in order, in one other thread.
         """
-        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-            stream = self._shares(seed, samples_seen, batch_size, rank, world_size)
-            upcoming = pool.submit(self.read, next(stream))
-            for keys in stream:
-                batch, upcoming = upcoming.result(), pool.submit(self.read, keys)
-                yield batch
+        stream = self._shares(seed, samples_seen, batch_size, rank, world_size)
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+            ahead = collections.deque(pool.submit(self._make, next(stream), prepare) for _ in range(_BATCHES_AHEAD))
+            try:
+                while True:
+                    ahead.append(pool.submit(self._make, next(stream), prepare))
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _make(self, keys: list[str], prepare: Callable[[Batch], Any]) -> Any:
+        return prepare(self.read(keys))
 
     def _shares(self, seed: int, samples_seen: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[str]]:
         share = batch_size // world_size

@@ -4,8 +4,11 @@ The trainer knows none of them; a new model is one more class here. What an obje
 `state`, which the trainer saves with its checkpoints.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -353,8 +356,14 @@ class _Process:
 
 def load_images(encoded: list[bytes], side: int) -> Tensor:
     """Stored JPEGs as float32 [B, 3, side, side] in [-1, 1], their central squares."""
-    pixels = np.stack([decode_image(data, side) for data in encoded])  # [B, side, side, 3] uint8
+    pixels = np.stack(list(_decoders().map(lambda data: decode_image(data, side), encoded)))  # [B, side, side, 3] uint8
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@functools.cache
+def _decoders() -> concurrent.futures.ThreadPoolExecutor:
+    """Pillow decodes without holding the interpreter."""
+    return concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="decode")
 
 
 def _clip_facts(clip: clip_models.Clip) -> dict[str, int]:

@@ -23,6 +23,7 @@ from unclip import checkpoints, files, parallel, sharded
 from unclip.config import require
 from unclip.data import Batch, RowReader
 from unclip.errors import NonFiniteError, StoppedError
+from unclip.flops import FirstForward, peak_flops
 from unclip.parallel import ALONE, Parallel, Workers
 from unclip.precision import LossScale, Precision, autocast
 
@@ -209,6 +210,7 @@ class _Training:
         model = objective.model.to(workers.device).train()
         if config.activation_checkpointing:
             parallel.checkpoint_activations(model)
+        self.flops = None if config.compile else FirstForward(model)
         if config.compile:
             model.compile()
         self.network = parallel.distribute(model, config.parallel, workers)
@@ -229,11 +231,12 @@ class _Training:
                 batch_size=self.config.batch_size,
                 rank=self.workers.rank,
                 world_size=self.workers.world_size,
+                prepare=self._prepare,
             )
             with contextlib.closing(batches):
-                for batch in batches:
+                for keys, micro_batches in batches:
                     pace.data_arrived()
-                    if not self._step(batch, pace):
+                    if not self._step(keys, micro_batches, pace):
                         self.writer.wait()
                         self.samples_seen = self._restore()
                         break
@@ -252,10 +255,22 @@ class _Training:
         facts = {**self.objective.facts(), "samples_seen": self.samples_seen}
         return checkpoints.save(f"{self.folder}/model", {"model": averaged}, facts)
 
-    def _step(self, batch: Batch, pace: "_Pace") -> bool:
+    def _prepare(self, batch: Batch) -> tuple[list[str], list[Tensors]]:
+        """Keys and micro-batches of a batch, ready for the device; called in the reader's thread."""
+        size = self.config.micro_batch_size or len(batch["key"])
+        parts = [
+            {name: values[start : start + size] for name, values in batch.items()}
+            for start in range(0, len(batch["key"]), size)
+        ]
+        micro_batches = [self.objective.prepare(part) for part in parts]
+        if self.workers.device.type == "cuda":
+            micro_batches = [{name: value.pin_memory() for name, value in one.items()} for one in micro_batches]
+        return batch["key"], micro_batches
+
+    def _step(self, keys: list[str], micro_batches: list[Tensors], pace: "_Pace") -> bool:
         """One step, and what is due after it; returns whether to go on with the next batch."""
         config, state, workers = self.config, self.state, self.workers
-        loss = self._backward(batch)
+        loss = self._backward(micro_batches)
         stop = torch.tensor(float(self.asked.wants_stop()), device=workers.device)
         loss, stop = parallel.mean(torch.stack([loss, stop]), workers)
         norm = state.gradient_norm()
@@ -264,14 +279,16 @@ class _Training:
             state.apply(self.samples_seen)
         elif math.isfinite(value) and state.loss_scale.shrink():
             state.zero_grad()  # an overflow of fp16, which a smaller scale prevents
-        elif self._after_nonfinite(value, gradient_norm, batch) == "roll_back":
+        elif self._after_nonfinite(value, gradient_norm, keys) == "roll_back":
             return False
         self.samples_seen += config.batch_size
         self.monitor.step(self.samples_seen, value)
         pace.stepped(value)
         if _due(self.samples_seen, config.log_samples, config):
             extra = {"gradient_norm": gradient_norm, "learning_rate": learning_rate(config, self.samples_seen)}
-            self.monitor.metrics({**pace.summary(), **extra, **self.objective.metrics(True)}, self.samples_seen)
+            speed = pace.summary()
+            speed |= self._arithmetic(speed["samples_per_second"])
+            self.monitor.metrics({**speed, **extra, **self.objective.metrics(True)}, self.samples_seen)
         if stopped or _due(self.samples_seen, config.checkpoint_samples, config):
             self._save()
         if _due(self.samples_seen, config.preview_samples or config.num_samples, config):
@@ -284,19 +301,13 @@ class _Training:
             )
         return True
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _backward(self, micro_batches: list[Tensors]) -> Tensor:
         """Gradients of this worker's share of a batch; returns its mean loss."""
-        config, workers = self.config, self.workers
-        size = config.micro_batch_size or len(batch["key"])
-        number = len(batch["key"]) // size
+        config, workers, number = self.config, self.workers, len(micro_batches)
         losses = []
-        for index in range(number):
-            micro_batch = {name: values[index * size : (index + 1) * size] for name, values in batch.items()}
+        for index, micro_batch in enumerate(micro_batches):
             generator = _seed_step(config.seed, self.samples_seen, workers.rank * number + index, workers.device)
-            tensors = {
-                name: value.to(workers.device, non_blocking=True)
-                for name, value in self.objective.prepare(micro_batch).items()
-            }
+            tensors = {name: value.to(workers.device, non_blocking=True) for name, value in micro_batch.items()}
             with parallel.without_sync(self.network, index < number - 1):
                 with autocast(config.precision, workers.device):
                     loss = self.objective.loss(self.network, tensors, generator)
@@ -304,11 +315,11 @@ class _Training:
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
 
-    def _after_nonfinite(self, loss: float, gradient_norm: float, batch: Batch) -> str:
+    def _after_nonfinite(self, loss: float, gradient_norm: float, keys: list[str]) -> str:
         """Do what the configuration says about a loss or gradient that is not finite; the same on all workers."""
         config, state = self.config, self.state
         state.zero_grad()
-        keys = [key for of_worker in parallel.of_all(batch["key"], self.workers) for key in of_worker]
+        keys = [key for of_worker in parallel.of_all(keys, self.workers) for key in of_worker]
         state.num_nonfinite += 1
         happened = f"got loss {loss} and gradient norm {gradient_norm} after {self.samples_seen} samples"
         if self.workers.rank == 0:
@@ -321,6 +332,17 @@ class _Training:
             )
         self.monitor.warn(f"{happened}; {'the batch is skipped' if config.nonfinite == 'skip' else 'rolling back'}.")
         return config.nonfinite
+
+    def _arithmetic(self, samples_per_second: float) -> dict[str, float]:
+        """Operations a second that each device does for the model, and their share of what it could do."""
+        if self.flops is None or self.flops.flops_per_sample is None:
+            return {}
+        rate = samples_per_second * self.flops.flops_per_sample / self.workers.world_size
+        peak = peak_flops(self.workers.device)
+        used = {} if peak is None else {"model_flops_utilisation": rate / peak}
+        if self.workers.device.type == "cuda":
+            used["memory_gib"] = torch.cuda.max_memory_allocated(self.workers.device) / 2**30
+        return {"teraflops_per_second": rate / 1e12, **used}
 
     def _save(self) -> None:
         facts = {**self.objective.facts(), **self.state.facts(), **self._validate()}

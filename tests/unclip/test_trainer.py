@@ -31,7 +31,8 @@ class Line:
         self.state: dict[str, torch.Tensor] = {}
 
     def prepare(self, batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
-        return {name: torch.tensor(batch[name])[:, None] for name in ("x", "y")}
+        columns = {name: torch.tensor(batch[name])[:, None] for name in ("x", "y")}
+        return {**columns, "row": torch.tensor([int(key) for key in batch["key"]])}
 
     def loss(self, network: nn.Module, tensors: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
         noise = 0.01 * torch.randn(tensors["x"].shape, generator=generator)
@@ -87,7 +88,10 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
     assert predicted == pytest.approx(0.5, abs=0.1)
     assert facts == {"kind": "line", "samples_seen": 3200}
     assert monitor.logged[-1]["loss"] < monitor.logged[0]["loss"] / 5
-    assert {"loss", "samples_per_second", "data_wait_share", "gradient_norm", "learning_rate"} == set(monitor.logged[0])
+    speeds = {"samples_per_second", "data_wait_share", "teraflops_per_second"}
+    assert {"loss", "gradient_norm", "learning_rate", *speeds} == set(monitor.logged[0])
+    expected = 3 * 2 * (8 + 8) * monitor.logged[-1]["samples_per_second"] / 1e12  # two layers of 8 weights
+    assert monitor.logged[-1]["teraflops_per_second"] == pytest.approx(expected)
     assert monitor.previews == [3200]
 
 
@@ -121,11 +125,7 @@ def test_randomness_differs_from_step_to_step_and_seed_to_seed(tmp_path: Path) -
 def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(tmp_path: Path) -> None:
     class Poisoned(Line):
         def loss(self, network, tensors, generator):
-            return super().loss(network, tensors, generator) * (torch.nan if "07" in self.keys else 1.0)
-
-        def prepare(self, batch):
-            self.keys = batch["key"]
-            return super().prepare(batch)
+            return super().loss(network, tensors, generator) * (torch.nan if 7 in tensors["row"] else 1.0)
 
     objective = Poisoned()
     with pytest.raises(NonFiniteError, match="The weights are untouched"):
@@ -139,17 +139,13 @@ class SometimesPoisoned(Line):
     def __init__(self, times: int) -> None:
         super().__init__()
         self.times = times
-        self.order: list[str] = []
+        self.order: list[int] = []
 
     def loss(self, network, tensors, generator):
-        is_bad = "07" in self.keys and self.times > 0
+        is_bad = 7 in tensors["row"] and self.times > 0
         self.times -= is_bad
+        self.order += tensors["row"].tolist()
         return super().loss(network, tensors, generator) * (torch.nan if is_bad else 1.0)
-
-    def prepare(self, batch):
-        self.keys = batch["key"]
-        self.order += batch["key"]
-        return super().prepare(batch)
 
 
 class Warned(Recorder):

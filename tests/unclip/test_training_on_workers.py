@@ -191,9 +191,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_each_row_of_an_epoch_is_seen_once(undisturbed: Callable[[int], Path], world_size: int) -> None:
     folder = undisturbed(world_size)
-    seen = [json.loads((folder / f"whole-{rank}.keys").read_text()) for rank in range(world_size)]
+    seen = [json.loads((folder / f"whole-{rank}.rows").read_text()) for rank in range(world_size)]
     share = 16 // world_size
-    order = [key for step in range(STEPS) for keys in seen for key in keys[step * share : (step + 1) * share]]
+    order = [row for step in range(STEPS) for rows in seen for row in rows[step * share : (step + 1) * share]]
     assert len(order) == 16 * STEPS
     for start in range(0, 16 * STEPS, NUM_ROWS):
         assert len(set(order[start : start + NUM_ROWS])) == NUM_ROWS

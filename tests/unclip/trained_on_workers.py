@@ -43,15 +43,14 @@ class End:
 
 
 class Objective(UpsamplerObjective):
-    """Remembers the keys of the rows that it is trained on."""
+    """Remembers which rows it is trained on."""
 
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
-        self.prepared = batch["key"]
-        return super().prepare(batch)
+        return {**super().prepare(batch), "row": torch.tensor([int(key) for key in batch["key"]])}
 
     def loss(self, network: nn.Module, tensors: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
         if network.training:
-            self.keys = [*getattr(self, "keys", []), *self.prepared]
+            self.rows = [*getattr(self, "rows", []), *tensors["row"].tolist()]
         return super().loss(network, tensors, generator)
 
 
@@ -107,8 +106,8 @@ def settings(**changes: Any) -> TrainerConfig:
     return TrainerConfig(**{**values, "log_samples": 32, "micro_batch_size": 4, "precision": "fp32", **changes})
 
 
-def run(folder: Path, name: str, workers: Workers = ALONE, end: End | None = None, **changes: Any) -> list[str]:
-    """Train; losses go to NAME.jsonl. Returns the keys that this worker saw."""
+def run(folder: Path, name: str, workers: Workers = ALONE, end: End | None = None, **changes: Any) -> list[int]:
+    """Train; losses go to NAME.jsonl. Returns the rows that this worker saw."""
     torch.manual_seed(0)
     rows = reader(folder)
     objective = Objective(MODEL, rows.read(["00", "01"]))
@@ -118,7 +117,7 @@ def run(folder: Path, name: str, workers: Workers = ALONE, end: End | None = Non
         trainer.train(objective, rows, config, str(folder / name), monitor, workers, validation(folder))
     except trainer.StoppedError:
         assert end is not None
-    return getattr(objective, "keys", [])
+    return getattr(objective, "rows", [])
 
 
 def losses(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -139,7 +138,7 @@ def one_of_two(rank: int, folder: str, jobs: list[Job]) -> None:
 
 
 def one_of(rank: int, folder: str, armed: str, world_size: int, job: Job) -> None:
-    """What one worker does; the keys that it saw go to NAME-RANK.keys."""
+    """What one worker does; the rows that it saw go to NAME-RANK.rows."""
     name, end, changes = job
     torch.set_num_threads(1)
     if Path(armed).exists():
@@ -147,5 +146,5 @@ def one_of(rank: int, folder: str, armed: str, world_size: int, job: Job) -> Non
     if world_size > 1 and not torch.distributed.is_initialized():
         meet = f"file://{folder}/meet-{name}"
         torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
-    keys = run(Path(folder), name, Workers(rank, world_size), end, **changes)
-    Path(folder, f"{name}-{rank}.keys").write_text(json.dumps(keys))
+    rows = run(Path(folder), name, Workers(rank, world_size), end, **changes)
+    Path(folder, f"{name}-{rank}.rows").write_text(json.dumps(rows))
