@@ -4,12 +4,14 @@ Ray Train places the workers, sets up their process group and restarts them when
 trainer's own checkpoints, whose manifests say that they are complete.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tasks import signals
+from tasks.deferred import DeferredTracker
 from tasks.progress import Progress
 from tasks.stage import StageContext
 from tasks.tracking import PREVIEWS, Tracker
@@ -95,10 +97,15 @@ def _train_here(context: StageContext, training: Training) -> None:
 
     workers = Workers(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
     torch.set_num_threads(context.resources.cpus_per_worker)  # as a worker would: sums depend on it
-    monitor = _MlflowMonitor(context.tracker, context.progress(training.config.num_samples, "samples"))
-    with signals.asked_to_stop() as is_asked:
+    progress = context.progress(training.config.num_samples, "samples")
+    with signals.asked_to_stop() as is_asked, _deferred(context.tracker, context.folder) as tracker:
+        monitor = _MlflowMonitor(tracker, progress)
         monitor.wants_stop = is_asked  # type: ignore[method-assign]
         train_rows(training, context.folder, monitor, workers)
+
+
+def _deferred(tracker: Tracker, folder: str) -> contextlib.closing[DeferredTracker]:
+    return contextlib.closing(DeferredTracker(tracker, f"{folder}/unlogged.json"))
 
 
 def train_rows(training: Training, folder: str, monitor: Monitor, workers: Workers) -> None:
@@ -137,7 +144,8 @@ def _work(loop: Mapping[str, Any]) -> None:
     workers = Workers(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(context.cpus_per_worker)
     try:
-        train_rows(training, loop["folder"], _MlflowMonitor(context.tracker, context.progress), workers)
+        with _deferred(context.tracker, loop["folder"]) as tracker:
+            train_rows(training, loop["folder"], _MlflowMonitor(tracker, context.progress), workers)
     except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
         files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
 
@@ -145,7 +153,7 @@ def _work(loop: Mapping[str, Any]) -> None:
 class _MlflowMonitor(Monitor):
     """Metrics and previews to MLflow, a progress line to the console."""
 
-    def __init__(self, tracker: Tracker, progress: Progress) -> None:
+    def __init__(self, tracker: DeferredTracker, progress: Progress) -> None:
         self.tracker, self.progress = tracker, progress
 
     def start(self, samples_seen: int, num_samples: int) -> None:
