@@ -43,6 +43,7 @@ from unclip.clip import TextFeatures
 from unclip.data import Batch, RowReader, Source
 from unclip.decoder import NUM_IMAGE_TOKENS, DecoderConfig
 from unclip.embeddings import EmbeddingStatistics
+from unclip.flops import PEAK_FLOPS
 from unclip.objectives import DecoderObjective, PriorObjective
 from unclip.parallel import Workers
 from unclip.precision import autocast
@@ -61,9 +62,6 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(
 
 PEERS = {"DALLE2-pytorch": ("dalle2_pytorch", "dalle2-pytorch"), "diffusers": ("diffusers", "diffusers")}
 """Name -> module, and what pip calls it."""
-
-PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
-"""Of dense bf16 products, by part of the device's name. Source: data sheets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +168,8 @@ class InMemory:
     def __init__(self, batches: Generator[Batch, None, None]) -> None:
         self._batches = batches
 
-    def batches(self, **_: object) -> Generator[Batch, None, None]:
-        return self._batches
+    def batches(self, prepare: Callable[[Batch], Any], **_: object) -> Generator[Any, None, None]:
+        return (prepare(batch) for batch in self._batches)
 
 
 def captions(size: Size, batch_size: int, device: torch.device) -> TextFeatures:

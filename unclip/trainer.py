@@ -264,7 +264,10 @@ class _Training:
         ]
         micro_batches = [self.objective.prepare(part) for part in parts]
         if self.workers.device.type == "cuda":
-            micro_batches = [{name: value.pin_memory() for name, value in one.items()} for one in micro_batches]
+            micro_batches = [
+                {name: value if value.is_cuda else value.pin_memory() for name, value in one.items()}
+                for one in micro_batches
+            ]
         return batch["key"], micro_batches
 
     def _step(self, keys: list[str], micro_batches: list[Tensors], pace: "_Pace") -> bool:
