@@ -264,21 +264,15 @@ def test_f36_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
     assert {name: record["digest"] for name, record in records(storage).items()} == undisturbed
 
 
-def without(finished: Path, storage: Path, stage: str) -> Path:
-    """A copy of a finished storage in which a stage has yet to run."""
-    shutil.copytree(finished, storage)
+def test_a_model_that_is_trained_by_itself_is_the_one_that_the_pipeline_trains(finished: Path) -> None:
+    expected = records(finished)["prior"]["digest"]
     for made in ("stages", "artifacts"):
-        shutil.rmtree(storage / made / stage)
-    return storage
-
-
-def test_a_model_that_is_trained_by_itself_is_the_one_that_the_pipeline_trains(finished: Path, tmp_path: Path) -> None:
-    storage = without(finished, tmp_path / "storage", "prior")
-    printed = run("train", "prior", "tiny", "--storage", storage)
+        shutil.rmtree(finished / made / "prior")
+    printed = run("train", "prior", "tiny", "--storage", finished)
     assert "✓ prior" in printed and (Path(printed.splitlines()[-1]) / "model.safetensors").exists()
-    assert records(storage)["prior"]["digest"] == records(finished)["prior"]["digest"]
-    assert set(states(storage).values()) == {"cached"}
-    logged = last_metrics(storage, "prior")
+    assert records(finished)["prior"]["digest"] == expected
+    assert set(states(finished).values()) == {"cached"}
+    logged = last_metrics(finished, "prior")
     assert {"relative_loss", "validation_loss", "validation_relative_loss", "gradient_norm"} <= set(logged)
 
 
@@ -294,21 +288,26 @@ def last_metrics(storage: Path, stage: str) -> dict[str, float]:
     return dict(runs[0].data.metrics)
 
 
-def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path, tmp_path: Path) -> None:
-    storage = without(finished, tmp_path / "storage", "upsampler")
+def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path) -> None:
+    before, known = set(finished.glob("runs/*")), set(finished.glob("artifacts/upsampler/*"))
     changes = ["--set", "upsampler.trainer.num_samples=6400", "--set", "upsampler.trainer.checkpoint_samples=6400"]
-    command = [sys.executable, "-m", "pipelines", "train", "upsampler", "tiny", *changes, "--storage", str(storage)]
+    command = [sys.executable, "-m", "pipelines", "train", "upsampler", "tiny", *changes, "--storage", str(finished)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not any(json.loads(path.read_text())["done"] for path in storage.glob("runs/*/progress/upsampler.json")):
+    while not any(
+        json.loads(path.read_text())["done"]
+        for path in finished.glob("runs/*/progress/upsampler.json")
+        if path.parents[1] not in before
+    ):
         assert process.poll() is None, "it was to be stopped before it ended"
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 75 and "stopped as asked" in errors and "run the same command again" in errors
-    [checkpoint] = storage.glob("artifacts/upsampler/*/checkpoints/*/manifest.json")
+    [folder] = set(finished.glob("artifacts/upsampler/*")) - known
+    [checkpoint] = folder.glob("checkpoints/*/manifest.json")
     assert 0 < int(checkpoint.parent.name) < 6400
     assert run(*command[3:]).splitlines()[-1].endswith("/model")
-    assert records(storage)["upsampler"]["facts"]["samples_seen"] == 6400
+    assert records(finished)["upsampler"]["facts"]["samples_seen"] == 6400
 
 
 def test_the_overfit_test_keeps_nothing_and_says_what_it_found(finished: Path) -> None:
