@@ -233,8 +233,8 @@ def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_goes_on(
 ) -> None:
     """Without the GCS what runs goes on for a minute; then Ray ends the run."""
     storage = tmp_path / "storage"
+    arguments = (*arguments, "--set", "download.shard_size=15", "--set", "download.tasks_in_flight=1")
     command = [*map(str, arguments), "--storage", str(storage)]
-    command += ["--set", "download.shard_size=15", "--set", "download.tasks_in_flight=1"]
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
