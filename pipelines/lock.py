@@ -6,13 +6,13 @@ import fcntl
 import itertools
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tasks.background import repeatedly
 from tasks.store import Store
 from unclip import files
 from unclip.errors import AlreadyRunningError, StorageError
@@ -64,22 +64,16 @@ def _lease(uri: str) -> Iterator[None]:
     lease = _read(uri)
     if lease is not None and lease["identity"] != identity:  # of two that wrote at the same time, the last has it
         raise _held(uri.rpartition("/")[0], lease["who"])
-    ended = threading.Event()
+    beats = itertools.count(1)
 
-    def keep_renewing() -> None:
-        for beat in itertools.count(1):
-            if ended.wait(HEARTBEAT_SECONDS):
-                return
-            with contextlib.suppress(OSError, StorageError):  # a store that fails now and then is not another owner
-                renew(beat)
+    def keep() -> None:
+        with contextlib.suppress(OSError, StorageError):  # a store that fails now and then is not another owner
+            renew(next(beats))
 
-    thread = threading.Thread(target=keep_renewing, daemon=True, name="lease")
-    thread.start()
     try:
-        yield
+        with repeatedly(HEARTBEAT_SECONDS, keep, "lease"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         with contextlib.suppress(OSError, StorageError):
             files.delete(uri)
 

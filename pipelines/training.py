@@ -1,18 +1,16 @@
 """The command that trains one model by itself."""
 
-import contextlib
 import dataclasses
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from pipelines.options import CONFIG, PIPELINE, SET, STORAGE
-from unclip.config import nearest, require
-from unclip.errors import ConfigError, StageError, StoppedError
+from tasks.background import repeatedly
+from unclip.config import require
+from unclip.errors import ConfigError, StageError
 
 if TYPE_CHECKING:
     from pipelines.config import PipelineConfig
@@ -71,35 +69,35 @@ def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
         run = dataclasses.replace(open_run(pipeline, config, store), trains_here=True)
         result: Artifact | Failure = Failure(model, "interrupted")
         try:
-            with _telling(Console(store, run.id, [model])):
+            console = Console(store, run.id, [model])
+            with repeatedly(1.0, console.refresh, "console"):
                 result = execute(Call(dag[model].stage, dag[model].config), run, parents)
+            console.refresh()
         finally:
             close_run(run, store, [result] if isinstance(result, Failure) else [])
     if isinstance(result, Failure):
-        raise (StoppedError if "stopped as asked" in result.message else StageError)(result.message)
+        error = StageError(result.message)
+        error.exit_code = result.exit_code
+        raise error
     click.echo(result.uri)
 
 
 def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int) -> bool:
     """Train on a few rows until a model must know them by heart; says whether it does and, if not, what is wrong."""
-    import torch
-
     from tasks.models import TRAININGS
     from tasks.snapshots import Snapshot
     from tasks.train import train_rows
-    from unclip import overfitting
-    from unclip.parallel import ALONE, Workers
+    from unclip import overfitting, parallel
 
     dataset, *clip = _parents(model, pipeline, config)
     section = getattr(config, model)
     section = dataclasses.replace(section, trainer=overfitting.settings(section.trainer, num_rows))
     training = TRAININGS[model](section, Snapshot.of(dataset.facts), *clip)
     keys = training.keys()[:num_rows]
-    workers = Workers(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
     diagnosis = overfitting.Diagnosis()
     click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(keys)} rows")
     with tempfile.TemporaryDirectory(prefix="unclip-overfit-") as folder:
-        train_rows(dataclasses.replace(training, keys=lambda: keys), folder, diagnosis, workers)
+        train_rows(dataclasses.replace(training, keys=lambda: keys), folder, diagnosis, parallel.by_itself())
     losses = "  ".join(f"{loss:.3f}" for loss in diagnosis.relative_losses)
     click.echo(f"loss beside that of predicting the mean: {losses}")
     click.secho(diagnosis.verdict, fg="green" if diagnosis.has_memorised else "red")
@@ -117,8 +115,6 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
     from tasks.store import Store
 
     dag = compose(config)
-    if model not in dag:
-        raise ConfigError(f"{model}: unknown model. {nearest(model, MODELS)}")
     states = dags.states(dag, Store(config.storage))
     missing = [name for name in dag[model].parents if states[name].artifact is None]
     if missing:
@@ -127,25 +123,6 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
             f"Make it first: unclip run {pipeline} --until {missing[0]}"
         )
     return [artifact for name in dag[model].parents if (artifact := states[name].artifact)]
-
-
-@contextlib.contextmanager
-def _telling(console: Any) -> Iterator[None]:
-    """Progress on the console, from a thread, while this one works."""
-    ended = threading.Event()
-
-    def tell() -> None:
-        while not ended.wait(1.0):
-            console.refresh()
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        console.refresh()
 
 
 COMMANDS = (train,)

@@ -62,6 +62,8 @@ class Failure:
 
     stage: str
     message: str
+    exit_code: int = 1
+    """Of a command that does nothing but this stage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +255,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
         tracker.end("FAILED")
         log.error("%s failed: %s", name, message, exc_info=not isinstance(error, UnclipError))
         _record(store, run, name, state="failed", fingerprint=stage_fingerprint, message=message)
-        return Failure(name, message)
+        return Failure(name, message, error.exit_code if isinstance(error, UnclipError) else 1)
     seconds = round(time.monotonic() - started, 1)
     artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
     store.write_json(dataclasses.asdict(artifact), "stages", name, f"{stage_fingerprint}.json")

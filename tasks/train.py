@@ -93,15 +93,14 @@ def _train_here(context: StageContext, training: Training) -> None:
     """In this process, on its GPU if it has one; asked to end, it writes a checkpoint first."""
     import torch
 
-    from unclip.parallel import ALONE
+    from unclip import parallel
 
-    workers = Workers(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
     torch.set_num_threads(context.resources.cpus_per_worker)  # as a worker would: sums depend on it
     progress = context.progress(training.config.num_samples, "samples")
     with signals.asked_to_stop() as is_asked, _deferred(context.tracker, context.folder) as tracker:
         monitor = _MlflowMonitor(tracker, progress)
         monitor.wants_stop = is_asked  # type: ignore[method-assign]
-        train_rows(training, context.folder, monitor, workers)
+        train_rows(training, context.folder, monitor, parallel.by_itself())
 
 
 def _deferred(tracker: Tracker, folder: str) -> contextlib.closing[DeferredTracker]:

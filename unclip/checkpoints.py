@@ -43,8 +43,24 @@ def save(folder: str, tensors: Mapping[str, Tensors], facts: Mapping[str, Any]) 
 
 def digest(folder: str) -> str:
     """Digest of a saved checkpoint or model, from its manifest."""
-    hashes = files.read_json(f"{folder}/{MANIFEST}")["sha256"]
+    return digest_of(files.read_json(f"{folder}/{MANIFEST}")["sha256"])
+
+
+def digest_of(hashes: Mapping[str, str]) -> str:
+    """One digest for the sha256 of several files, by name."""
     return files.sha256(json.dumps(hashes, sort_keys=True).encode())
+
+
+def read_verified(folder: str, name: str, hashes: Mapping[str, str]) -> bytes:
+    """A file whose sha256 is that of the manifest.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    data = files.read(f"{folder}/{name}")
+    if files.sha256(data) != hashes[name]:
+        raise CheckpointError(f"{folder}/{name}: the sha256 is not the manifest's. The file is damaged.")
+    return data
 
 
 def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -61,10 +77,8 @@ def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     facts: dict[str, Any] = {}
     try:
         hashes = files.read_json(f"{folder}/{MANIFEST}")["sha256"]
-        for name, expected in hashes.items():
-            data = files.read(f"{folder}/{name}")
-            if files.sha256(data) != expected:
-                raise CheckpointError(f"{folder}/{name}: the sha256 is not the manifest's. The file is damaged.")
+        for name in hashes:
+            data = read_verified(folder, name, hashes)
             if name.endswith(".safetensors"):
                 tensors[name.removesuffix(".safetensors")] = deserialize(data)
             else:

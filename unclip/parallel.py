@@ -31,6 +31,11 @@ class Workers:
 ALONE = Workers()
 
 
+def by_itself() -> Workers:
+    """A process that trains alone, on its GPU if it has one."""
+    return Workers(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
+
+
 def distribute(model: nn.Module, parallel: Parallel, workers: Workers) -> nn.Module:
     """The network to call in training; `model` itself is what holds the parameters, sharded in place by fsdp.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from unclip import files, parallel
-from unclip.checkpoints import MANIFEST
+from unclip.checkpoints import MANIFEST, digest_of, read_verified
 from unclip.errors import CheckpointError
 from unclip.parallel import Workers
 
@@ -104,7 +104,7 @@ class Writer:
         data = json.dumps(facts, indent=2, sort_keys=True).encode()
         files.write(f"{folder}/{FACTS}", data)
         hashes[FACTS] = files.sha256(data)
-        files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes, "digest": _digest(hashes)})
+        files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes, "digest": digest_of(hashes)})
         prune(self.root, self.keep)
 
     def _is_of_this_attempt(self, record: str) -> bool:
@@ -196,33 +196,24 @@ def _read(
     try:
         manifest = files.read_json(f"{folder}/{MANIFEST}")
         hashes = manifest["sha256"]
-        if manifest["digest"] != _digest(hashes):
+        if manifest["digest"] != digest_of(hashes):
             raise _DamageError(f"{folder}/{MANIFEST}: the digest is not that of its contents. The file is damaged.")
-        facts = json.loads(_verified(folder, FACTS, hashes))
+        facts = json.loads(read_verified(folder, FACTS, hashes))
         for record in sorted(name for name in hashes if name.startswith("rank-") and name.endswith(".json")):
-            places = json.loads(_verified(folder, record, hashes))["places"]
+            places = json.loads(read_verified(folder, record, hashes))["places"]
             is_mine = any(name in places and _shared_rows(tensor, places[name]) for name, tensor in wanted.items())
             if is_mine or workers.rank == 0:
-                data = _verified(folder, record.replace(".json", ".safetensors"), hashes)
+                data = read_verified(folder, record.replace(".json", ".safetensors"), hashes)
                 contents.append((places, deserialize(data)))
     except FileNotFoundError as error:
         raise _DamageError(f"{folder}: incomplete: {str(error).splitlines()[0]}.") from None
     except _DamageError:
         raise
+    except CheckpointError as error:
+        raise _DamageError(str(error)) from None
     except Exception as error:  # whatever damaged JSON and safetensors make their readers raise
         raise _DamageError(f"{folder}: cannot be read: {error}. The checkpoint is damaged.") from error
     return facts, contents
-
-
-def _digest(hashes: Mapping[str, str]) -> str:
-    return files.sha256(json.dumps(hashes, sort_keys=True).encode())
-
-
-def _verified(folder: str, name: str, hashes: Mapping[str, str]) -> bytes:
-    data = files.read(f"{folder}/{name}")
-    if files.sha256(data) != hashes[name]:
-        raise _DamageError(f"{folder}/{name}: the sha256 is not the manifest's. The file is damaged.")
-    return data
 
 
 def _num_rows(tensor: Tensor) -> int:

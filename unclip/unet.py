@@ -134,6 +134,7 @@ class UNet(nn.Module):
         """
         time = self.time_embedding(t)  # [B, D]
         time = time if vector is None else time + vector
+        # the layout that convolutions are fastest in, also where weights are not kept in it, as in shards
         h = self.input(x_t.contiguous(memory_format=torch.channels_last))  # [B, C, H, W]
         skips = [h]
         for step in self.down:

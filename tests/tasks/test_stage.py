@@ -65,7 +65,7 @@ def test_settings_parents_and_version_make_it_new(run: Run) -> None:
 def test_a_failure_is_recorded_and_passed_on_but_never_cached(run: Run) -> None:
     failing = Call(count, CountConfig(fails=True))
     failure = execute(failing, run, [parent("a")])
-    assert failure == Failure("count", "count: got nothing, expected something.")
+    assert failure == Failure("count", "count: got nothing, expected something.", exit_code=2)
     record = Store(run.storage).read_json("runs", "r1", "count.json")
     assert (record["state"], record["message"]) == ("failed", failure.message)
     assert execute(Call(count, CountConfig(3)), run, [parent("a"), failure]) == failure and not calls

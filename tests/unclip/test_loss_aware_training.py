@@ -1,18 +1,14 @@
 """Training with timesteps drawn by the losses met there: no bias, the same on all ranks, and restarts to the bit."""
 
-import io
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.multiprocessing
-from PIL import Image
 
+from tests.unclip.trained_on_workers import NUM_ROWS, reader
 from unclip import checkpoints, sharded, trainer
-from unclip.data import RowReader, Source
+from unclip.data import RowReader
 from unclip.diffusion import DiffusionConfig
 from unclip.errors import CheckpointError
 from unclip.objectives import UpsamplerObjective
@@ -22,19 +18,7 @@ from unclip.trainer import TrainerConfig
 from unclip.unet import UNetConfig
 from unclip.upsampler import UpsamplerConfig
 
-NUM_ROWS, NUM_TIMESTEPS = 32, 4
-
-
-def reader(folder: Path) -> RowReader:
-    path = folder / "pictures.parquet"
-    keys = [f"{index:02d}" for index in range(NUM_ROWS)]
-    if not path.exists():
-        rng = np.random.default_rng(0)
-        buffers = [io.BytesIO() for _ in keys]
-        for buffer in buffers:
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(buffer, "JPEG")
-        pq.write_table(pa.table({"key": keys, "jpg": [buffer.getvalue() for buffer in buffers]}), path)
-    return RowReader([Source((str(path),), ("jpg",))], keys)
+NUM_TIMESTEPS = 4
 
 
 def objective(rows: RowReader, timestep_sampling: str = "loss_aware") -> UpsamplerObjective:
