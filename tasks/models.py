@@ -11,7 +11,7 @@ from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, StageContext, stage
 from tasks.tracking import PREVIEW_KEYS
 from tasks.train import Training, run_training
-from unclip import objectives
+from unclip import files, objectives
 from unclip.autoregressive_prior import AutoregressivePriorConfig
 from unclip.clip import Clip
 from unclip.data import Batch, RowReader, Source
@@ -159,5 +159,7 @@ def _read_shown_rows(snapshot: Snapshot, sources: tuple[Source, ...]) -> Batch:
 
 
 def _tell_shown_rows(context: StageContext, dataset: Artifact) -> None:
-    """MLflow hears of them before it gets pictures, so that what shows a row that is taken down can be found."""
-    context.tracker.json(_shown_keys(Snapshot.of(dataset.facts)), PREVIEW_KEYS)
+    """Said before there are pictures, in MLflow and in the stage's folder: so what shows a row that is taken down is found."""
+    keys = _shown_keys(Snapshot.of(dataset.facts))
+    files.write_json(f"{context.folder}/{PREVIEW_KEYS}", keys)
+    context.tracker.json(keys, PREVIEW_KEYS)

@@ -20,6 +20,7 @@ from tasks.report import redact
 from tasks.store import Store
 from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, load_tombstones, refuse
 from tasks.traces import Traces, remove
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from unclip import files
 from unclip.errors import InputError
 
@@ -127,6 +128,7 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
         deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(uri, everything)
     _blank_lists(store, tombstones)
     _redact_reports(store, tombstones.keys)
+    _delete_previews(store, tombstones.keys)
     datasets = _datasets_with(store, set(keys))
     traces = remove(store, tracking_uris, tombstones.keys, datasets)
     requests = tuple(str(tombstone) for tombstone in requested)
@@ -202,6 +204,17 @@ def _redact_reports(store: Store, keys: frozenset[str]) -> None:
             page = files.read(store.uri(*folder, "report.html")).decode()
             if redact(page, keys) != page:
                 files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
+
+
+def _delete_previews(store: Store, keys: frozenset[str]) -> None:
+    """The films of trainings that show one of the rows leave the storage, and those that do not say what they show."""
+    for stage in store.list("artifacts"):
+        for name in store.list("artifacts", stage):
+            folder = store.uri("artifacts", stage, name)
+            if files.exists(f"{folder}/{PREVIEWS}"):
+                is_told = files.exists(f"{folder}/{PREVIEW_KEYS}")
+                if not is_told or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
+                    files.delete(f"{folder}/{PREVIEWS}")
 
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:

@@ -25,7 +25,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 PREVIEWS = "previews"
-"""Folder of a training run's artifacts with what its model drew meanwhile, beside the rows that it drew it of."""
+"""Folder with what a model drew while it was trained, beside the rows that it drew it of: of the run's artifacts, and of the
+stage's."""
 PREVIEW_KEYS = "previews/keys.json"
 """The keys of those rows, so that a takedown finds the previews that show one."""
 

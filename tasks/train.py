@@ -98,7 +98,7 @@ def _train_here(context: StageContext, training: Training) -> None:
     torch.set_num_threads(context.resources.cpus_per_worker)  # as a worker would: sums depend on it
     progress = context.progress(training.config.num_samples, "samples")
     with signals.asked_to_stop() as is_asked, _deferred(context.tracker, context.folder) as tracker:
-        monitor = _MlflowMonitor(tracker, progress)
+        monitor = _MlflowMonitor(tracker, progress, context.folder)
         monitor.wants_stop = is_asked  # type: ignore[method-assign]
         train_rows(training, context.folder, monitor, parallel.by_itself())
 
@@ -144,16 +144,17 @@ def _work(loop: Mapping[str, Any]) -> None:
     torch.set_num_threads(context.cpus_per_worker)
     try:
         with _deferred(context.tracker, loop["folder"]) as tracker:
-            train_rows(training, loop["folder"], _MlflowMonitor(tracker, context.progress), workers)
+            monitor = _MlflowMonitor(tracker, context.progress, loop["folder"])
+            train_rows(training, loop["folder"], monitor, workers)
     except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
         files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
 
 
 class _MlflowMonitor(Monitor):
-    """Metrics and previews to MLflow, a progress line to the console."""
+    """Metrics and previews to MLflow, a progress line to the console; the film of the previews is kept in the stage's folder."""
 
-    def __init__(self, tracker: DeferredTracker, progress: Progress) -> None:
-        self.tracker, self.progress = tracker, progress
+    def __init__(self, tracker: DeferredTracker, progress: Progress, folder: str) -> None:
+        self.tracker, self.progress, self.folder = tracker, progress, folder
 
     def start(self, samples_seen: int, num_samples: int) -> None:
         self.progress.start(samples_seen)
@@ -167,6 +168,8 @@ class _MlflowMonitor(Monitor):
         self.tracker.metrics(values, samples_seen)
 
     def preview(self, images: Any, samples_seen: int) -> None:
-        from unclip import pictures
+        from unclip import film, pictures
 
         self.tracker.bytes(pictures.png(pictures.grid(images, columns=8)), f"{PREVIEWS}/{samples_seen:012d}.png")
+        strip = film.add_preview(f"{self.folder}/{PREVIEWS}", images, samples_seen)
+        self.tracker.bytes(strip, f"{PREVIEWS}/{film.FILM_STRIP}")

@@ -24,7 +24,7 @@ def settings(config: TrainerConfig, num_rows: int) -> TrainerConfig:
         checkpoint_samples=NUM_STEPS * num_rows,
         log_samples=NUM_STEPS // 8 * num_rows,
         warmup_samples=NUM_STEPS // 20 * num_rows,
-        preview_samples=0,
+        preview_samples=NUM_STEPS * num_rows,
         validation_rows=0,
         learning_rate=LEARNING_RATE,
         weight_decay=0.0,

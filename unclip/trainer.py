@@ -81,7 +81,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     preview_samples: int = 0
-    """Samples between previews; 0 for one at the end only."""
+    """Samples between previews; 0 for eight of them, evenly spaced, but at least 10,000 samples apart. One is at the end."""
     log_samples: int = 10_000
     """Samples between logged metrics."""
 
@@ -97,6 +97,11 @@ class TrainerConfig:
             self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0
         )
         require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
+        require(self.preview_samples >= 0, "preview_samples", self.preview_samples, "0 or more")
+
+    def samples_between_previews(self) -> int:
+        """A preview takes about as long as training on 400 samples, so that 10,000 make it cheap."""
+        return self.preview_samples or max(10_000, math.ceil(self.num_samples / 8))
 
 
 class Objective(Protocol):
@@ -120,7 +125,8 @@ class Objective(Protocol):
         """What else the losses tell since the last time it was asked: of training, or of validation."""
 
     def preview(self, model: nn.Module) -> Tensor | None:
-        """Something to look at while training: images [B, 3, H, W] in [-1, 1]; always of the same content."""
+        """Something to look at while training, always of the same content: images [2 B, 3, H, W] in [-1, 1], originals and
+        then a drawing of each."""
 
     def facts(self) -> dict[str, Any]:
         """What is needed to build the model again."""
@@ -139,7 +145,7 @@ class Monitor:
         """Now and then."""
 
     def preview(self, images: Tensor, samples_seen: int) -> None:
-        """Images [B, 3, H, W] in [-1, 1] of the averaged weights."""
+        """Images [2 B, 3, H, W] in [-1, 1]: originals, and what the averaged weights draw of each."""
 
     def warn(self, message: str) -> None:
         """Something is wrong, but the training goes on."""
@@ -294,7 +300,7 @@ class _Training:
             self.monitor.metrics({**speed, **extra, **self.objective.metrics(True)}, self.samples_seen)
         if stopped or _due(self.samples_seen, config.checkpoint_samples, config):
             self._save()
-        if _due(self.samples_seen, config.preview_samples or config.num_samples, config):
+        if _due(self.samples_seen, config.samples_between_previews(), config):
             self._preview()
         if stopped and self.samples_seen < config.num_samples:
             self.writer.wait()
@@ -396,9 +402,15 @@ class _Training:
 
     def _preview(self) -> None:
         with self._averaged_replica() as model:
-            images = None if model is None else self.objective.preview(model)
-        if images is not None:
-            self.monitor.preview(images, self.samples_seen)
+            if model is None:
+                return
+            try:
+                with torch.no_grad(), autocast(self.config.precision, self.workers.device):
+                    images = self.objective.preview(model)
+                if images is not None:
+                    self.monitor.preview(images, self.samples_seen)
+            except Exception as error:  # a picture is not worth a training
+                self.monitor.warn(f"no preview after {self.samples_seen:,} samples: {error or type(error).__name__}")
 
 
 def learning_rate(config: TrainerConfig, samples_seen: int) -> float:

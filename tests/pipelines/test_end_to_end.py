@@ -23,8 +23,9 @@ from pipelines.run import compose, prepare
 from tasks import tables
 from tasks.snapshots import Snapshot
 from tasks.store import Store
-from tasks.tracking import PREVIEW_KEYS
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines.commands import call
+from unclip.film import FILM_STRIP
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -153,10 +154,15 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     [dataset] = decoder.inputs.dataset_inputs
     assert dataset.dataset.digest == records(finished)["curate"]["digest"][:36]
     assert {"model", "previews"} <= {item.path for item in client.list_artifacts(decoder.info.run_id)}
-    snapshot = Snapshot.of(records(finished)["curate"]["facts"])
+    made = records(finished)
+    snapshot = Snapshot.of(made["curate"]["facts"])
     for stage in ("decoder", "upsampler"):  # a takedown finds by these what shows a row
         shown = Path(client.download_artifacts(children[stage].info.run_id, PREVIEW_KEYS, str(tmp_path)))
         assert json.loads(shown.read_text()) == snapshot.keys("holdout")[:16] != []
+        folder = Path(made[stage]["uri"]).parent
+        assert json.loads((folder / PREVIEW_KEYS).read_text()) == snapshot.keys("holdout")[:16]
+        strip = Path(client.download_artifacts(children[stage].info.run_id, f"{PREVIEWS}/{FILM_STRIP}", str(tmp_path)))
+        assert strip.read_bytes() == (folder / PREVIEWS / FILM_STRIP).read_bytes()
     assert {"heldout.png", "confusion_heldout.png"} <= {
         item.path for item in client.list_artifacts(children["evaluate"].info.run_id)
     }

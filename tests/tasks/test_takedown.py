@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from tasks import tables, traces
@@ -25,6 +26,7 @@ from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, answering_client, cl
 from tests.pipelines.commands import call
 from unclip import files
 from unclip.errors import InputError
+from unclip.film import add_preview
 
 LISTED = [Listed(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
 
@@ -270,6 +272,22 @@ def test_previews_that_show_a_row_are_deleted_and_no_others(store: Store, empty_
     assert b"picture" not in b"".join(
         path.read_bytes() for path in Path(store.root).rglob(f"{deleted.run_id}/**/*.png")
     )
+
+
+def test_the_films_that_show_a_row_are_deleted_and_no_others(store: Store) -> None:
+    keys = [key_of(store, position) for position in range(12)]
+    films = {"shows": keys[5:9], "other rows": keys[:5], "does not say": None}
+    for name, shown in films.items():
+        folder = store.uri("artifacts", "decoder", name)
+        add_preview(f"{folder}/{PREVIEWS}", torch.zeros(2, 3, 8, 8), 512)
+        files.write(f"{folder}/model/model.safetensors", b"weights")
+        if shown is not None:
+            files.write_json(f"{folder}/{PREVIEW_KEYS}", shown)
+    take_down(store, [Tombstone("key", keys[7])], None, [])
+    left = {name: store.list("artifacts", "decoder", name) for name in films}
+    assert left == {"shows": ["model"], "other rows": ["model", PREVIEWS], "does not say": ["model"]}
+    expected = ["000000000512.png", "film_strip.png", "keys.json", "original.png"]
+    assert store.list("artifacts", "decoder", "other rows", PREVIEWS) == expected
 
 
 def test_the_previews_of_a_storage_that_was_moved_are_found_and_artifacts_elsewhere_are_named(

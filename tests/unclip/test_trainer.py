@@ -95,6 +95,37 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
     assert monitor.previews == [3200]
 
 
+def test_previews_are_evenly_spaced_and_neither_many_nor_close() -> None:
+    def drawn(**changes: Any) -> list[int]:
+        config = settings(batch_size=100, **changes)
+        steps = range(100, config.num_samples + 100, 100)
+        return [seen for seen in steps if trainer._due(seen, config.samples_between_previews(), config)]
+
+    assert drawn(num_samples=800_000) == list(range(100_000, 800_001, 100_000))
+    assert len(drawn(num_samples=812_300)) == 8
+    assert drawn(num_samples=46_000) == [10_000, 20_000, 30_000, 40_000, 46_000]
+    assert drawn(num_samples=46_000, preview_samples=23_000) == [23_000, 46_000]
+    with pytest.raises(ConfigError, match="preview_samples"):
+        settings(preview_samples=-1)
+
+
+class Blind(Line):
+    """Its previews fail."""
+
+    def preview(self, model: nn.Module) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+
+def test_a_preview_that_fails_is_a_warning(tmp_path: Path) -> None:
+    monitor = Warned()
+    digests = {
+        trainer.train(objective, reader(tmp_path), settings(), f"{tmp_path}/{name}", monitor)
+        for name, objective in (("blind", Blind()), ("sees", Line()))
+    }
+    assert len(digests) == 1
+    assert monitor.warnings == ["no preview after 960 samples: out of memory"]
+
+
 def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "whole"))
 

@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing
 
 from tests.unclip import trained_on_workers
-from tests.unclip.trained_on_workers import NUM_ROWS, End, losses, metrics, one_of_two, run
+from tests.unclip.trained_on_workers import NUM_ROWS, End, losses, metrics, one_of_two, previews, run
 from unclip import checkpoints, files, parallel
 from unclip.checkpoints import MANIFEST
 
@@ -59,6 +59,14 @@ def test_activations_computed_again_change_nothing(tmp_path: Path) -> None:
     assert losses(tmp_path, "kept") == losses(tmp_path, "again")
     kept, again = weights(tmp_path, "kept"), weights(tmp_path, "again")
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_previews_change_nothing(tmp_path: Path) -> None:
+    run(tmp_path, "one")
+    run(tmp_path, "many", preview_samples=16)
+    assert losses(tmp_path, "one") == losses(tmp_path, "many")
+    assert state(tmp_path, "one") == state(tmp_path, "many")
+    assert previews(tmp_path, "one") == [128] and previews(tmp_path, "many") == list(range(16, 129, 16))
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ class Diary(trainer.Monitor):
         with self.path.with_suffix(".metrics").open("a") as file:
             file.write(json.dumps({"samples_seen": samples_seen, **values}) + "\n")
 
+    def preview(self, images: torch.Tensor, samples_seen: int) -> None:
+        with self.path.with_suffix(".previews").open("a") as file:
+            file.write(f"{samples_seen}\n")
+
     def step(self, samples_seen: int, loss: float) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps([samples_seen, loss.hex()]) + "\n")
@@ -99,6 +103,11 @@ def validation(folder: Path) -> RowReader:
 def metrics(folder: Path, name: str) -> list[dict[str, float]]:
     """Everything that was logged."""
     return [json.loads(line) for line in (folder / f"{name}.metrics").read_text().splitlines()]
+
+
+def previews(folder: Path, name: str) -> list[int]:
+    """Samples seen before each."""
+    return [int(line) for line in (folder / f"{name}.previews").read_text().split()]
 
 
 def settings(**changes: Any) -> TrainerConfig:
