@@ -28,7 +28,7 @@ from tasks.store import Store
 from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten, without_password
 from unclip.config import fingerprint, require, to_dict
-from unclip.errors import ConfigError, StageError, UnclipError
+from unclip.errors import ConfigError, StageError, StorageError, UnclipError
 
 WORKER_ENVIRONMENT = {
     # Nothing that this project uses may call home.
@@ -344,7 +344,9 @@ def close_run(run: Run, store: Store, failures: list[Failure]) -> None:
     state = "failed" if failures else "done"
     run.tracker.end("FAILED" if failures else "FINISHED")
     record = store.read_json("runs", run.id, "run.json")
-    store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
+    # When something failed, that is what is told; a run without this counts as killed.
+    with contextlib.suppress(*[StorageError] * bool(failures)):
+        store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
 
 
 def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str) -> None:

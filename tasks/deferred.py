@@ -9,11 +9,13 @@ from typing import Any
 
 from tasks.tracking import Tracker, client
 from unclip import files
+from unclip.errors import StorageError
 
 log = logging.getLogger(__name__)
 
 _BATCH_METRICS = 500  # in one request; MLflow takes up to 1,000
 _LONGEST_PAUSE_SECONDS = 15.0
+_PATIENCE_AFTER_FAILURE_SECONDS = 10.0
 
 
 class DeferredTracker:
@@ -42,8 +44,16 @@ class DeferredTracker:
         """As `Tracker.bytes`, which tries once; returns at once."""
         self._put(lambda: self.tracker.bytes(data, name))
 
+    def __enter__(self) -> "DeferredTracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # whoever waits wants to know what failed
+            self.patience_seconds = min(self.patience_seconds, _PATIENCE_AFTER_FAILURE_SECONDS)
+        self.close()
+
     def close(self) -> None:
-        """Wait until MLflow has it all, but no longer than patience goes; what it has not is written down."""
+        """Wait until MLflow has it all, but no longer than patience goes; what it has not is written down if it can be."""
         if not self._thread.is_alive():
             return
         with self._changed:
@@ -55,13 +65,13 @@ class DeferredTracker:
             rows = [
                 {"name": one.key, "value": one.value, "timestamp": one.timestamp, "step": one.step} for one in unsent
             ]
-            files.write_json(self.unsent_uri, rows)
-            log.warning(
-                "MLflow at %s did not take %d points of the training; they are in %s.",
-                self.tracker.tracking_uri,
-                len(unsent),
-                self.unsent_uri,
-            )
+            where = f"in {self.unsent_uri}"
+            try:
+                files.write_json(self.unsent_uri, rows)
+            except StorageError as error:
+                where = f"lost: {error}"
+            uri = self.tracker.tracking_uri
+            log.warning("MLflow at %s did not take %d points of the training; they are %s.", uri, len(unsent), where)
 
     def _put(self, *items: Any) -> None:
         if self.tracker.run_id:

@@ -1,11 +1,13 @@
 """Progress of long work, from whichever process does it to the console of whoever waits for it."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from unclip import files
+from unclip.errors import StorageError
 
 WRITE_SECONDS = 1.0
 
@@ -40,7 +42,8 @@ class Progress:
         self._written = time.monotonic()
         speed = (self.done - self._first) / max(self._written - self._started, 1e-9)
         state = {"done": self.done, "total": self.total, "unit": self.unit, "speed": speed, "note": note}
-        files.write_json(self.uri, state)
+        with contextlib.suppress(StorageError):  # a full disk is for what is worth keeping to tell
+            files.write_json(self.uri, state)
 
 
 def bar(label: str, state: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from tasks.progress import Progress
 from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip.config import fingerprint, require, to_dict
-from unclip.errors import StageError, UnclipError
+from unclip.errors import StageError, StorageError, UnclipError
 
 log = logging.getLogger(__name__)
 
@@ -278,8 +278,11 @@ def _import_stage(module: str, name: str) -> Stage:
 
 
 def _record(store: Store, run: Run, stage_name: str, **event: Any) -> None:
-    """Overwrite what is known of a stage in this run; `unclip status` and the driver's console read it."""
-    store.write_json({"stage": stage_name, "at": time.time(), **event}, "runs", run.id, f"{stage_name}.json")
+    """Overwrite what is known of a stage in this run; `unclip status` and the driver's console read it, and no work needs it."""
+    try:
+        store.write_json({"stage": stage_name, "at": time.time(), **event}, "runs", run.id, f"{stage_name}.json")
+    except StorageError as error:
+        log.warning("%s: %s", stage_name, error)
 
 
 def _explain(error: BaseException) -> str:

@@ -144,7 +144,9 @@ def client(tracking_uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(
+        logging.CRITICAL
+    )  # a database that fails is raised as well as logged, at length
     return MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
 

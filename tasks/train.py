@@ -17,7 +17,7 @@ from tasks.stage import StageContext
 from tasks.tracking import PREVIEWS, Tracker
 from unclip import checkpoints, files
 from unclip.data import Source
-from unclip.errors import StageError, UnclipError
+from unclip.errors import StageError, StorageError, UnclipError
 from unclip.parallel import Workers
 from unclip.trainer import Monitor, Objective, TrainerConfig
 
@@ -103,8 +103,8 @@ def _train_here(context: StageContext, training: Training) -> None:
         train_rows(training, context.folder, monitor, parallel.by_itself())
 
 
-def _deferred(tracker: Tracker, folder: str) -> contextlib.closing[DeferredTracker]:
-    return contextlib.closing(DeferredTracker(tracker, f"{folder}/unlogged.json"))
+def _deferred(tracker: Tracker, folder: str) -> DeferredTracker:
+    return DeferredTracker(tracker, f"{folder}/unlogged.json")
 
 
 def train_rows(training: Training, folder: str, monitor: Monitor, workers: Workers) -> None:
@@ -147,7 +147,10 @@ def _work(loop: Mapping[str, Any]) -> None:
             monitor = _MlflowMonitor(tracker, context.progress, loop["folder"])
             train_rows(training, loop["folder"], monitor, workers)
     except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
-        files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
+        with contextlib.suppress(StorageError):  # where no file can be written, Ray Train tells what happened
+            files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
+            return
+        raise
 
 
 class _MlflowMonitor(Monitor):
