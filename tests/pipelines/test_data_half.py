@@ -156,35 +156,6 @@ def facts_of(storage: object, stage: str) -> dict[str, Any]:
     return facts
 
 
-@pytest.fixture
-def s3() -> Iterator[dict[str, str]]:
-    """An S3 server that fails now and then, with an empty bucket `bucket`; yields the environment for its clients."""
-    port = 8771
-    command = [sys.executable, str(ROOT / "tests" / "tasks" / "s3_server.py"), str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    endpoint = f"http://127.0.0.1:{port}"
-    environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
-    environment |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"}
-    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "MLFLOW_S3_ENDPOINT_URL": endpoint}
-    try:
-        import boto3
-
-        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-        client = boto3.client("s3", endpoint_url=endpoint, **keys)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                client.create_bucket(Bucket="bucket")
-                break
-            except Exception:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.2)
-        yield environment
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.slow
 def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_tables(
     undisturbed: Path, arguments: Arguments, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch

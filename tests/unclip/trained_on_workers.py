@@ -115,15 +115,17 @@ def settings(**changes: Any) -> TrainerConfig:
     return TrainerConfig(**{**values, "log_samples": 32, "micro_batch_size": 4, "precision": "fp32", **changes})
 
 
-def run(folder: Path, name: str, workers: Workers = ALONE, end: End | None = None, **changes: Any) -> list[int]:
-    """Train; losses go to NAME.jsonl. Returns the rows that this worker saw."""
+def run(
+    folder: Path, name: str, workers: Workers = ALONE, end: End | None = None, root: str = "", **changes: Any
+) -> list[int]:
+    """Train in `root` or else `folder`; losses go to NAME.jsonl in `folder`. Returns the rows that this worker saw."""
     torch.manual_seed(0)
     rows = reader(folder)
     objective = Objective(MODEL, rows.read(["00", "01"]))
     monitor = Diary(folder / f"{name}.jsonl", workers.rank, end)
     try:
         config = settings(**changes)
-        trainer.train(objective, rows, config, str(folder / name), monitor, workers, validation(folder))
+        trainer.train(objective, rows, config, f"{root or folder}/{name}", monitor, workers, validation(folder))
     except trainer.StoppedError:
         assert end is not None
     return getattr(objective, "rows", [])

@@ -1,0 +1,298 @@
+"""Trainings on Ray and in storages, disturbed: they go on from the last commit, and end as if nothing had been (F41 to F47)."""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unclip import trained_on_workers
+from tests.unclip.trained_on_workers import Job, losses
+from unclip import files
+from unclip.checkpoints import MANIFEST
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH, CHECKPOINT, LENGTH = 32, 320, 3200
+LAST = LENGTH - CHECKPOINT
+"""Samples seen at the last checkpoint but one."""
+SETTINGS = {"num_samples": LENGTH, "checkpoint_samples": CHECKPOINT, "log_samples": BATCH, "keep_checkpoints": 20}
+SCENES = "--set=scenes.port=8775"
+
+pytestmark = pytest.mark.timeout(900)
+
+
+# ---- on a storage with a dataset ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage with all that the tiny pipeline's prior is trained from."""
+    storage = tmp_path_factory.mktemp("dataset") / "storage"
+    command = [sys.executable, "-m", "pipelines", "run", "tiny", "--until", "curate", SCENES, "--storage", storage]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return storage
+
+
+def start(storage: Path, *options: str, log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Train the prior by the command line, in a process group of its own; what it prints goes to `log`."""
+    changes = [SCENES, *(f"--set=prior.trainer.{name}={value}" for name, value in SETTINGS.items())]
+    command = [sys.executable, "-m", "pipelines", "train", "prior", "tiny", *changes, *options, "--storage", storage]
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+
+
+def train(storage: Path, *options: str, log: Path, environment: dict[str, str] | None = None) -> str:
+    """Train the prior to the end; returns the digest of the model."""
+    with ended(start(storage, *options, log=log, environment=environment)) as process:
+        assert process.wait() == 0, log.read_text()
+    [record] = storage.glob("stages/prior/*.json")
+    return str(json.loads(record.read_text())["digest"])
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Nothing of it is left after the block."""
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def undisturbed(storage: Path, *options: str, log: Path) -> str:
+    """The digest when nothing happens; afterwards nothing is trained yet."""
+    digest = train(storage, *options, log=log)
+    forget(storage)
+    return digest
+
+
+def forget(storage: Path) -> None:
+    for made in ("stages", "artifacts"):
+        shutil.rmtree(storage / made / "prior", ignore_errors=True)
+
+
+def committed(storage: Path) -> list[int]:
+    """Samples seen of all checkpoints that are there."""
+    return sorted(int(path.parent.name) for path in storage.glob(f"artifacts/prior/*/checkpoints/*/{MANIFEST}"))
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], log: Path) -> None:
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+
+
+def points(tracking_uri: str, name: str = "loss") -> list[tuple[int, float]]:
+    """(samples seen, value) that MLflow has of the newest training, in the order in which they were logged."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    [run, *_] = client.search_runs(
+        [experiment.experiment_id], "tags.mlflow.runName = 'prior'", order_by=["start_time DESC"]
+    )
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_f41_when_workers_of_ray_are_killed_the_run_goes_on_by_itself(
+    dataset: Path, tmp_path: Path, parallel: str
+) -> None:
+    """The first worker right after a commit, and the other one as it writes its share of a later checkpoint."""
+    forget(dataset)
+    options = ("--on-ray", "--set=resources.num_workers=2", f"--set=prior.trainer.parallel={parallel}")
+    expected = undisturbed(dataset, *options, log=tmp_path / "log")
+    values = dict(points(f"sqlite:///{dataset}/mlflow.db"))
+    armed = tmp_path / "armed"
+    armed.mkdir()
+    (armed / "first").write_text(rf"^after .*/prior/.*/{CHECKPOINT:012d}/{MANIFEST}")
+    (armed / "other").write_text(rf"^within .*/prior/.*/{LAST:012d}/rank-00001[.]")
+    digest = train(dataset, *options, log=tmp_path / "log", environment={"UNCLIP_FAILPOINTS": str(armed)})
+    assert not list(armed.iterdir()), "nothing was killed there"
+    assert digest == expected
+    logged = points(f"sqlite:///{dataset}/mlflow.db")
+    assert {step for step, _ in logged} == set(range(BATCH, LENGTH + 1, BATCH))
+    assert all(values[step] == value for step, value in logged), "a loss differs"
+    restarts = [step for (before, _), (step, _) in itertools.pairwise(logged) if step <= before]
+    assert restarts == sorted(restarts) and set(restarts) <= {CHECKPOINT + BATCH, LAST - CHECKPOINT + BATCH}
+
+
+@pytest.mark.slow
+def test_f41_when_the_driver_is_killed_the_same_command_goes_on(dataset: Path, tmp_path: Path) -> None:
+    forget(dataset)
+    options = ("--on-ray", "--set=resources.num_workers=2")
+    expected = undisturbed(dataset, *options, log=tmp_path / "log")
+    with ended(start(dataset, *options, log=tmp_path / "log")) as process:
+        wait_for(lambda: len(committed(dataset)) >= 2, process, tmp_path / "log")
+        process.kill()
+    before = committed(dataset)
+    assert LENGTH not in before, "it was to be killed before it ended"
+    assert train(dataset, *options, log=tmp_path / "log") == expected
+    steps = [step for step, _ in points(f"sqlite:///{dataset}/mlflow.db")]
+    assert steps == list(range(before[-1] + BATCH, LENGTH + 1, BATCH))
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own in the place of a folder, with what is in it."""
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        shutil.copytree(copy, folder, dirs_exist_ok=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        shutil.rmtree(copy)
+
+
+def fill(path: Path) -> None:
+    """Write until there is no room for another byte."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--on-ray",)], ids=["here", "on Ray"])
+def test_f30_when_the_disk_is_full_a_training_says_so_and_goes_on_later(
+    dataset: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """All of the storage is on it: MLflow's database, progress and records cannot be written either."""
+    forget(dataset)
+    log = tmp_path / "log"
+    with small_disk(dataset, "1g"):
+        expected = undisturbed(dataset, *options, log=log)
+        with ended(start(dataset, *options, log=log)) as process:
+            wait_for(lambda: committed(dataset), process, log)
+            fill(dataset / "ballast")
+            assert process.wait() != 0
+        before, printed = committed(dataset), log.read_text()
+        assert before and LENGTH not in before
+        said = [line for line in printed.splitlines() if "checkpoints/" in line and "No space left on device" in line]
+        assert said and "Make room or fix the folder, and run the same command again." in said[-1], printed
+        assert "sqlalche.me" not in printed, "MLflow's tracebacks bury it"
+        (dataset / "ballast").unlink()
+        assert train(dataset, *options, log=log) == expected
+        steps = [step for step, _ in points(f"sqlite:///{dataset}/mlflow.db")]
+        assert steps == list(range(before[-1] + BATCH, LENGTH + 1, BATCH))
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """A server that has answered; yields its address."""
+    address = f"http://127.0.0.1:{port}"
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"{folder}/artifacts",
+    ]
+    with (folder / "server.log").open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=log, stderr=log, text=True, start_new_session=True
+        )
+    with ended(process):
+        while True:
+            assert process.poll() is None, (folder / "server.log").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+                break
+            time.sleep(0.1)
+        yield address
+
+
+@pytest.mark.slow
+def test_f44_a_training_does_not_wait_for_mlflow_which_gets_all_points_once(dataset: Path, tmp_path: Path) -> None:
+    """The server ends after the first checkpoint, and is back when the model is finished."""
+    forget(dataset)
+    log, port = tmp_path / "log", 8773
+    with contextlib.ExitStack() as stack:
+        with mlflow_server(tmp_path, port) as address:
+            environment = {"MLFLOW_TRACKING_URI": address}
+            process = stack.enter_context(ended(start(dataset, log=log, environment=environment)))
+            wait_for(lambda: committed(dataset), process, log)
+        assert LENGTH not in committed(dataset), "the server was to be away before it ended"
+        wait_for(lambda: list(dataset.glob(f"artifacts/prior/*/model/{MANIFEST}")), process, log)
+        stack.enter_context(mlflow_server(tmp_path, port))
+        assert process.wait() == 0, log.read_text()
+        logged = points(address)
+    assert [step for step, _ in logged] == list(range(BATCH, LENGTH + 1, BATCH))
+    assert not list(dataset.glob("artifacts/prior/*/unlogged.json"))
+
+
+# ---- in an object store ------------------------------------------------------------------------------------------
+
+
+def attempt(folder: Path, world_size: int, job: Job) -> int:
+    """Train in processes of their own until one dies or all end; returns the worst exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.unclip.trained_on_workers"])
+    (folder / f"meet-{job[0]}").unlink(missing_ok=True)
+    processes = [
+        context.Process(target=trained_on_workers.one_of, args=(rank, str(folder), f"{folder}/armed", world_size, job))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+        processes[0].join(0.05)
+    status = max(abs(process.exitcode or 0) for process in processes)
+    for process in processes:
+        process.kill()
+        process.join()
+    return status
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [(1, {}), pytest.param(2, {"parallel": "fsdp"}, marks=pytest.mark.slow)],
+    ids=["alone", "fsdp"],
+)
+def test_f45_a_training_in_an_object_store_that_fails_now_and_then_goes_on_after_a_kill(
+    s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, changes: dict[str, Any]
+) -> None:
+    """The checkpoint that was being written counts for nothing; every byte is as in a folder of this machine."""
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    trained_on_workers.reader(tmp_path)
+    assert attempt(tmp_path, world_size, ("here", None, changes)) == 0
+    changes = {**changes, "root": "s3://bucket/some/prefix"}
+    (tmp_path / "armed").mkdir()
+    (tmp_path / "armed" / "before").write_text(rf"^before s3://bucket/.*/checkpoints/{96:012d}/{MANIFEST}")
+    assert attempt(tmp_path, world_size, ("there", None, changes)) == signal.SIGKILL
+    folder = "s3://bucket/some/prefix/there"
+    assert files.exists(f"{folder}/checkpoints/{48:012d}/{MANIFEST}")
+    assert "facts.json" in files.names(f"{folder}/checkpoints/{96:012d}")
+    assert not files.exists(f"{folder}/model/{MANIFEST}")
+    before = len(losses(tmp_path, "there"))
+    assert attempt(tmp_path, world_size, ("there", None, changes)) == 0
+    assert [samples_seen for samples_seen, _ in losses(tmp_path, "there")[before:]] == list(range(64, 129, 16))
+    assert dict(losses(tmp_path, "there")) == dict(losses(tmp_path, "here"))
+    shares = [f"checkpoints/{128:012d}/rank-{rank:05d}.safetensors" for rank in range(world_size)]
+    for name in (*shares, f"model/{MANIFEST}"):
+        assert files.read(f"{folder}/{name}") == files.read(f"{tmp_path}/here/{name}")
