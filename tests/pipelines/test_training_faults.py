@@ -133,10 +133,10 @@ def test_f41_when_workers_of_ray_are_killed_the_run_goes_on_by_itself(
     assert not list(armed.iterdir()), "nothing was killed there"
     assert digest == expected
     logged = points(f"sqlite:///{dataset}/mlflow.db")
-    assert {step for step, _ in logged} == set(range(BATCH, LENGTH + 1, BATCH))
     assert all(values[step] == value for step, value in logged), "a loss differs"
-    restarts = [step for (before, _), (step, _) in itertools.pairwise(logged) if step <= before]
-    assert restarts == sorted(restarts) and set(restarts) <= {CHECKPOINT + BATCH, LAST - CHECKPOINT + BATCH}
+    steps = [step for step, _ in logged]  # but for what a killed process had not sent yet
+    assert steps[-2 * (CHECKPOINT // BATCH) :] == list(range(LAST - CHECKPOINT + BATCH, LENGTH + 1, BATCH))
+    assert all(steps.count(step) <= 1 for step in range(CHECKPOINT + 1)), "what was committed is trained again"
 
 
 @pytest.mark.slow
@@ -151,7 +151,8 @@ def test_f41_when_the_driver_is_killed_the_same_command_goes_on(dataset: Path, t
     assert LENGTH not in before, "it was to be killed before it ended"
     assert train(dataset, *options, log=tmp_path / "log") == expected
     steps = [step for step, _ in points(f"sqlite:///{dataset}/mlflow.db")]
-    assert steps == list(range(before[-1] + BATCH, LENGTH + 1, BATCH))
+    assert steps == list(range(steps[0], LENGTH + 1, BATCH))
+    assert steps[0] > before[-1] and steps[0] % CHECKPOINT == BATCH, "not from the last commit"
 
 
 @contextlib.contextmanager
