@@ -1,7 +1,6 @@
 """Trainings on Ray and in storages, disturbed: they go on from the last commit, and end as if nothing had been (F41 to F47)."""
 
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
