@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from tasks import deferred
 from tasks.deferred import DeferredTracker
+from tasks.progress import Progress
 from tasks.tracking import Tracker
 
 
@@ -70,6 +71,28 @@ def test_f44_what_mlflow_never_takes_is_written_down(
     rows = json.loads((tmp_path / "unlogged.json").read_text())
     assert [(row["name"], row["value"], row["step"]) for row in rows] == [("loss", 1.0, 16), ("gradient_norm", 2.0, 16)]
     assert "did not take 2 points" in caplog.text
+
+
+def test_f44_a_failure_is_told_soon_and_not_hidden_by_mlflow_or_a_full_disk(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    away(monkeypatch, num_calls=float("inf"))
+    monkeypatch.setattr(deferred, "_PATIENCE_AFTER_FAILURE_SECONDS", 0.5)
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(RuntimeError, match="the failure"),
+        DeferredTracker(tracker, f"{tmp_path}/file/unlogged.json", patience_seconds=3600) as logged,
+    ):
+        logged.metrics({"loss": 1.0}, 16)
+        raise RuntimeError("the failure")
+    assert "did not take 1 points of the training; they are lost: " in caplog.text
+
+
+def test_f30_progress_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    progress = Progress(f"{tmp_path}/file/progress.json", total=2, unit="rows").start()
+    progress.update(2)
+    assert progress.done == 2
 
 
 def test_without_a_server_nothing_is_kept(tmp_path: Path) -> None:
