@@ -25,7 +25,7 @@ import ray
 from tasks.progress import Progress
 from tasks.store import Store
 from tasks.tracking import Tracker
-from unclip.config import fingerprint, require, to_dict
+from unclip.config import decisive, fingerprint, require, to_dict
 from unclip.errors import StageError, UnclipError
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class Stage:
         return _import_stage, (self.function.__module__, self.function.__name__)
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
-        return fingerprint(self.name, self.version, to_dict(config), [parent.digest for parent in parents])
+        return fingerprint(self.name, self.version, decisive(config), [parent.digest for parent in parents])
 
 
 @dataclasses.dataclass(frozen=True)

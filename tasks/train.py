@@ -19,10 +19,12 @@ from unclip import checkpoints, files
 from unclip.data import Source
 from unclip.errors import StageError, UnclipError
 from unclip.parallel import Workers
-from unclip.trainer import Monitor, Objective, TrainerConfig
+from unclip.trainer import HUNG, Monitor, Objective, TrainerConfig
 
 # Branches wait for each other's CPUs or GPUs; that is no failure.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+
+FAILURE = "failure.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +62,18 @@ def run_training(context: StageContext, training: Training) -> tuple[str, str]:
 
 def _train_on_cluster(context: StageContext, training: Training) -> None:
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     resources, folder = context.resources, context.folder
-    files.delete(f"{folder}/failure.json")
+    for report in (FAILURE, HUNG):
+        files.delete(f"{folder}/{report}")
     progress = context.progress(training.config.num_samples, "samples")
     for_worker = _WorkerContext(context.tracker, progress, resources.cpus_per_worker)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"training": training, "context": for_worker, "folder": folder},
+        # Longer than the watchdog waits, which names who hangs.
+        torch_config=TorchConfig(timeout_s=round(max(1800.0, 2 * training.config.hang_seconds))),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -84,9 +89,12 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-        raise StageError(f"{context.stage}: {causes[0]}") from causes[0]
-    if files.exists(f"{folder}/failure.json"):
-        raise StageError(files.read_json(f"{folder}/failure.json")["message"])
+        hung = f" {files.read_json(f'{folder}/{HUNG}')['message']}" if files.exists(f"{folder}/{HUNG}") else ""
+        raise StageError(f"{context.stage}: {causes[0]}{hung}") from causes[0]
+    if files.exists(f"{folder}/{HUNG}"):
+        context.tracker.tags({"unclip.warning": files.read_json(f"{folder}/{HUNG}")["message"]})
+    if files.exists(f"{folder}/{FAILURE}"):
+        raise StageError(files.read_json(f"{folder}/{FAILURE}")["message"])
 
 
 def _train_here(context: StageContext, training: Training) -> None:
@@ -146,7 +154,7 @@ def _work(loop: Mapping[str, Any]) -> None:
         with _deferred(context.tracker, loop["folder"]) as tracker:
             train_rows(training, loop["folder"], _MlflowMonitor(tracker, context.progress), workers)
     except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
-        files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
+        files.write_json(f"{loop['folder']}/{FAILURE}", {"message": str(error)})
 
 
 class _MlflowMonitor(Monitor):

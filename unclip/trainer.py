@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
@@ -20,16 +21,21 @@ import torch.distributed
 from torch import Tensor, nn
 
 from unclip import checkpoints, files, parallel, sharded
-from unclip.config import require
+from unclip.config import operational, require
 from unclip.data import Batch, RowReader
 from unclip.errors import NonFiniteError, StoppedError
 from unclip.flops import FirstForward, peak_flops
 from unclip.parallel import ALONE, Parallel, Workers
 from unclip.precision import LossScale, Precision, autocast
+from unclip.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
+
+HUNG = "hung.json"
+"""File in a training's folder that says which worker hung last."""
+HUNG_EXIT_CODE = 70  # EX_SOFTWARE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +73,25 @@ class TrainerConfig:
     """Compute the activations inside blocks again in the backward pass rather than keep them: slower, with less memory."""
     compile: bool = False
     """Have torch compile the network: minutes at the start, faster steps."""
-    nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
-    """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
-    in another order of rows. The weights are never touched by it."""
-    validation_rows: int = 512
-    """Held-out rows whose loss is measured before each checkpoint, always with the same noise; 0 for none."""
-    max_nonfinite: int = 10
-    """Batches that may be skipped, or times to roll back, before the training stops after all."""
     seed: int = 0
     """Of the weights, the order of rows, noise and dropout."""
-    checkpoint_samples: int = 100_000
+    nonfinite: Literal["stop", "skip", "roll_back"] = operational("stop")
+    """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
+    in another order of rows. The weights are never touched by it."""
+    max_nonfinite: int = operational(10)
+    """Batches that may be skipped, or times to roll back, before the training stops after all."""
+    hang_seconds: float = operational(1800.0)
+    """Without any move of any worker for so long, the one that hangs is named, and all end, so that they are started
+    again from the last checkpoint; 0 to wait for ever."""
+    validation_rows: int = operational(512)
+    """Held-out rows whose loss is measured before each checkpoint, always with the same noise; 0 for none."""
+    checkpoint_samples: int = operational(100_000)
     """Samples between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = operational(2)
     """Newest checkpoints that are kept."""
-    preview_samples: int = 0
+    preview_samples: int = operational(0)
     """Samples between previews; 0 for one at the end only."""
-    log_samples: int = 10_000
+    log_samples: int = operational(10_000)
     """Samples between logged metrics."""
 
     def __post_init__(self) -> None:
@@ -93,6 +102,7 @@ class TrainerConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0 and below 1")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number")
         require(self.max_nonfinite >= 0, "max_nonfinite", self.max_nonfinite, "0 or more")
+        require(self.hang_seconds >= 0, "hang_seconds", self.hang_seconds, "0 or more")
         fits = self.micro_batch_size == 0 or (
             self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0
         )
@@ -172,6 +182,7 @@ def train(
     Raises:
         NonFiniteError: a loss or gradient that is not finite; the weights were not touched by it.
         StoppedError: the monitor asked to stop; a checkpoint was written.
+        SystemExit: not raised, but how the process ends, with 70, when it is one of several and one of them hangs.
         CheckpointError: the checkpoints in `folder` are of another model.
         ConfigError: the batch cannot be shared equally.
     """
@@ -182,10 +193,19 @@ def train(
         torch.use_deterministic_algorithms(True)
         # Nothing reads uninitialised memory here, and filling it takes a tenth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    training = _Training(objective, reader, config, folder, monitor or Monitor(), workers, validation)
-    with contextlib.closing(training):
-        training.run()
-    return training.export()
+    monitor = monitor or Monitor()
+
+    def hung(message: str) -> None:
+        monitor.warn(message)
+        if workers.world_size > 1:
+            files.write_json(f"{folder}/{HUNG}", {"message": message})
+            os._exit(HUNG_EXIT_CODE)  # nothing else gets a process out of a collective
+
+    with contextlib.closing(Watchdog(f"{folder}/workers", workers, config.hang_seconds, hung)) as watchdog:
+        training = _Training(objective, reader, config, folder, monitor, workers, watchdog, validation)
+        with contextlib.closing(training):
+            training.run()
+        return training.export()
 
 
 class _Training:
@@ -199,12 +219,14 @@ class _Training:
         folder: str,
         monitor: Monitor,
         workers: Workers,
+        watchdog: Watchdog,
         validation: RowReader | None,
     ) -> None:
         self.validation = validation if config.validation_rows else None
         self.objective, self.reader, self.config, self.folder, self.workers = objective, reader, config, folder, workers
         self.asked = monitor
         self.monitor = monitor if workers.rank == 0 else Monitor()
+        self.watchdog = watchdog
         # Draws previews with the averaged weights, on the first worker alone: shards and compilation do not concern it.
         self.replica = copy.deepcopy(objective.model).cpu().eval() if workers.rank == 0 else None
         model = objective.model.to(workers.device).train()
@@ -234,14 +256,17 @@ class _Training:
                 prepare=self._prepare,
             )
             with contextlib.closing(batches):
+                self.watchdog.reached("reading rows", self.samples_seen)
                 for keys, micro_batches in batches:
                     pace.data_arrived()
+                    self.watchdog.reached("taking a step", self.samples_seen)
                     if not self._step(keys, micro_batches, pace):
                         self.writer.wait()
                         self.samples_seen = self._restore()
                         break
                     if self.samples_seen >= self.config.num_samples:
                         break
+                    self.watchdog.reached("reading rows", self.samples_seen)
 
     def close(self) -> None:
         self.writer.close()
@@ -349,6 +374,7 @@ class _Training:
 
     def _save(self) -> None:
         facts = {**self.objective.facts(), **self.state.facts(), **self._validate()}
+        self.watchdog.reached("writing a checkpoint", self.samples_seen)
         self.writer.save(self.samples_seen, self.state.tensors(), facts)
 
     def _validate(self) -> dict[str, float]:
@@ -362,6 +388,7 @@ class _Training:
             size = self.config.micro_batch_size or self.config.batch_size // self.workers.world_size
             total = 0.0
             for start in range(0, len(keys), size):
+                self.watchdog.reached("validating", self.samples_seen)
                 batch = self.validation.read(keys[start : start + size])
                 generator = torch.Generator(self.workers.device).manual_seed(start)
                 tensors = {name: value.to(self.workers.device) for name, value in self.objective.prepare(batch).items()}
@@ -395,6 +422,7 @@ class _Training:
         return int(facts["samples_seen"]) if facts else 0
 
     def _preview(self) -> None:
+        self.watchdog.reached("drawing a preview", self.samples_seen)
         with self._averaged_replica() as model:
             images = None if model is None else self.objective.preview(model)
         if images is not None:
@@ -429,9 +457,8 @@ class _State:
             eps=config.adam_eps,
             fused=True,
         )
-        for (
-            value
-        ) in self.parameters.values():  # there before the first step, so that a checkpoint can be copied into it
+        # There before the first step, so that a checkpoint can be copied into it.
+        for value in self.parameters.values():
             moments = {name: torch.zeros_like(value.detach()) for name in ("exp_avg", "exp_avg_sq")}
             step = torch.zeros((), dtype=torch.float32, device=value.device)
             self.optimizer.state[value] = {"step": step, **moments}
