@@ -166,13 +166,19 @@ class _MlflowMonitor(Monitor):
     def start(self, samples_seen: int, num_samples: int) -> None:
         self.progress.start(samples_seen)
         self.samples_seen = samples_seen
+        self.warning = ""
 
     def step(self, samples_seen: int, loss: float) -> None:
-        self.progress.update(samples_seen - self.samples_seen, f"loss {loss:.4f}")
+        self.progress.update(samples_seen - self.samples_seen, f"loss {loss:.4f}{self.warning}")
         self.samples_seen = samples_seen
 
     def metrics(self, values: Mapping[str, float], samples_seen: int) -> None:
         self.tracker.metrics(values, samples_seen)
+
+    def warn(self, message: str) -> None:
+        super().warn(message)
+        self.warning = f"  ! {message}"
+        self.tracker.tags({"unclip.warning": message})
 
     def preview(self, images: Any, samples_seen: int) -> None:
         from unclip import pictures

@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from unclip import checkpoints, files, parallel, sharded
+from unclip import checkpoints, curves, files, parallel, sharded
 from unclip.config import operational, require
 from unclip.data import Batch, RowReader
 from unclip.errors import NonFiniteError, StoppedError
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
+CURVE = "curve.tsv"
+"""File in a training's folder that says how its loss fell."""
 HUNG = "hung.json"
 """File in a training's folder that says which worker hung last."""
 HUNG_EXIT_CODE = 70  # EX_SOFTWARE
@@ -91,21 +93,25 @@ class TrainerConfig:
     """Newest checkpoints that are kept."""
     preview_samples: int = operational(0)
     """Samples between previews; 0 for one at the end only."""
-    log_samples: int = operational(10_000)
-    """Samples between logged metrics."""
+    log_samples: int = operational(0)
+    """Samples between logged metrics; 0 for a hundredth of the training."""
+    reference_curve: str | None = operational(None)
+    """A curve of the same training that went well, which this one is held against: one that comes with unclip, by name, or
+    the URI of a `curve.tsv`."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "checkpoint_samples", "keep_checkpoints", "log_samples"):
+        for name in ("num_samples", "batch_size", "checkpoint_samples", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.validation_rows >= 0, "validation_rows", self.validation_rows, "0 or more")
+        for name in ("validation_rows", "preview_samples", "log_samples", "max_nonfinite", "hang_seconds"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0 and below 1")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number")
-        require(self.max_nonfinite >= 0, "max_nonfinite", self.max_nonfinite, "0 or more")
-        require(self.hang_seconds >= 0, "hang_seconds", self.hang_seconds, "0 or more")
         fits = self.micro_batch_size == 0 or (
             self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0
         )
+        if self.reference_curve is not None:
+            curves.read(self.reference_curve)
         require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
 
 
@@ -239,6 +245,7 @@ class _Training:
         self.state = _State(model, objective.state, config)
         self.writer = sharded.Writer(f"{folder}/checkpoints", workers, config.keep_checkpoints)
         self.samples_seen = self._restore()
+        self.alarm = self._take_up_curve()
         if config.nonfinite == "roll_back" and self.samples_seen == 0:
             self._save()  # what there is to go back to at first
 
@@ -263,6 +270,7 @@ class _Training:
                     if not self._step(keys, micro_batches, pace):
                         self.writer.wait()
                         self.samples_seen = self._restore()
+                        self.alarm = self._take_up_curve()
                         break
                     if self.samples_seen >= self.config.num_samples:
                         break
@@ -312,11 +320,11 @@ class _Training:
         self.samples_seen += config.batch_size
         self.monitor.step(self.samples_seen, value)
         pace.stepped(value)
-        if _due(self.samples_seen, config.log_samples, config):
+        if _due(self.samples_seen, config.log_samples or max(1, config.num_samples // 100), config):
             extra = {"gradient_norm": gradient_norm, "learning_rate": learning_rate(config, self.samples_seen)}
             speed = pace.summary()
             speed |= self._arithmetic(speed["samples_per_second"])
-            self.monitor.metrics({**speed, **extra, **self.objective.metrics(True)}, self.samples_seen)
+            self._tell({**speed, **extra, **self.objective.metrics(True)})
         if stopped or _due(self.samples_seen, config.checkpoint_samples, config):
             self._save()
         if _due(self.samples_seen, config.preview_samples or config.num_samples, config):
@@ -361,6 +369,25 @@ class _Training:
         self.monitor.warn(f"{happened}; {'the batch is skipped' if config.nonfinite == 'skip' else 'rolling back'}.")
         return config.nonfinite
 
+    def _tell(self, values: dict[str, float]) -> None:
+        """Metrics to the monitor and the curve, and what is wrong with them."""
+        for warning in self.alarm.hear(self.samples_seen, values):
+            self.monitor.warn(warning)
+        over_reference = self.alarm.over_reference()
+        if over_reference is not None:
+            values = {**values, "loss_over_reference": over_reference}
+        self.monitor.metrics(values, self.samples_seen)
+
+    def _take_up_curve(self) -> curves.Alarm:
+        """The curve up to the checkpoint that was taken up."""
+        uri = f"{self.folder}/{CURVE}"
+        curve = curves.read(uri) if self.samples_seen and files.exists(uri) else {}
+        reference = self.config.reference_curve
+        return curves.Alarm(
+            {samples_seen: point for samples_seen, point in curve.items() if samples_seen <= self.samples_seen},
+            None if reference is None else curves.read(reference),
+        )
+
     def _arithmetic(self, samples_per_second: float) -> dict[str, float]:
         """Operations a second that each device does for the model, and their share of what it could do."""
         if self.flops is None or self.flops.flops_per_sample is None:
@@ -375,6 +402,8 @@ class _Training:
     def _save(self) -> None:
         facts = {**self.objective.facts(), **self.state.facts(), **self._validate()}
         self.watchdog.reached("writing a checkpoint", self.samples_seen)
+        if self.workers.rank == 0:
+            curves.write(f"{self.folder}/{CURVE}", self.alarm.curve)
         self.writer.save(self.samples_seen, self.state.tensors(), facts)
 
     def _validate(self) -> dict[str, float]:
@@ -395,7 +424,9 @@ class _Training:
                 with torch.no_grad(), autocast(self.config.precision, self.workers.device):
                     total += float(self.objective.loss(model, tensors, generator)) * len(batch["key"])
         values = {"loss": total / len(keys), **self.objective.metrics(False)}
-        self.monitor.metrics({f"validation_{name}": value for name, value in values.items()}, self.samples_seen)
+        validation = {f"validation_{name}": value for name, value in values.items()}
+        self.alarm.add(self.samples_seen, validation)
+        self.monitor.metrics(validation, self.samples_seen)
         return {"validation_loss": values["loss"]}
 
     @contextlib.contextmanager
