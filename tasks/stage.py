@@ -123,6 +123,11 @@ class Run:
     trains_here: bool = False
     """Whether models are trained in the process that asks, rather than by workers of a cluster."""
 
+    @property
+    def stop_uri(self) -> str:
+        """A file that, once it is there, asks this run's trainings to write a checkpoint and stop."""
+        return Store(self.storage).uri("runs", self.id, "progress", "stop")
+
     def is_abandoned(self) -> bool:
         """Whether the process that drives this run has ended or given up, so that what its tasks still do must not count.
 

@@ -165,6 +165,10 @@ class Monitor:
         """Asked in every step, of every worker: whether to write a checkpoint and stop."""
         return False
 
+    def wants_checkpoint(self) -> bool:
+        """Asked in every step, of every worker: whether to write a checkpoint besides those that are due, and go on."""
+        return False
+
 
 def train(
     objective: Objective,
@@ -179,7 +183,7 @@ def train(
 
     Args:
         folder: URI for this training alone; gets `checkpoints/` and at the end `model/`.
-        monitor: hears how it goes, on the first worker; every worker's is asked whether to stop.
+        monitor: hears how it goes, on the first worker; every worker's is asked what it wants.
         validation: rows that are not trained on; the first `validation_rows` of them are validated with.
 
     Returns:
@@ -307,10 +311,10 @@ class _Training:
         """One step, and what is due after it; returns whether to go on with the next batch."""
         config, state, workers = self.config, self.state, self.workers
         loss = self._backward(micro_batches)
-        stop = torch.tensor(float(self.asked.wants_stop()), device=workers.device)
-        loss, stop = parallel.mean(torch.stack([loss, stop]), workers)
+        asked = torch.tensor([self.asked.wants_stop(), self.asked.wants_checkpoint()], device=workers.device)
+        means = parallel.mean(torch.cat([loss[None], asked.float()]), workers)
         norm = state.gradient_norm()
-        value, gradient_norm, stopped = torch.stack([loss, norm, stop]).tolist()  # one wait for the device
+        value, stopped, saved, gradient_norm = torch.cat([means, norm[None]]).tolist()  # one wait for the device
         if math.isfinite(value) and math.isfinite(gradient_norm):
             state.apply(self.samples_seen)
         elif math.isfinite(value) and state.loss_scale.shrink():
@@ -325,7 +329,7 @@ class _Training:
             speed = pace.summary()
             speed |= self._arithmetic(speed["samples_per_second"])
             self._tell({**speed, **extra, **self.objective.metrics(True)})
-        if stopped or _due(self.samples_seen, config.checkpoint_samples, config):
+        if stopped or saved or _due(self.samples_seen, config.checkpoint_samples, config):
             self._save()
         if _due(self.samples_seen, config.preview_samples or config.num_samples, config):
             self._preview()

@@ -288,11 +288,17 @@ def last_metrics(storage: Path, stage: str) -> dict[str, float]:
     return dict(runs[0].data.metrics)
 
 
-def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path) -> None:
+@pytest.mark.parametrize(("num_samples", "where"), [(6400, ()), (9600, ("--on-ray",))])
+def test_sigterm_writes_a_checkpoint_and_training_goes_on_here(
+    finished: Path, num_samples: int, where: tuple[str, ...]
+) -> None:
     before, known = set(finished.glob("runs/*")), set(finished.glob("artifacts/upsampler/*"))
-    changes = ["--set", "upsampler.trainer.num_samples=6400", "--set", "upsampler.trainer.checkpoint_samples=6400"]
-    command = [sys.executable, "-m", "pipelines", "train", "upsampler", "tiny", *changes, "--storage", str(finished)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    changes = {"num_samples": num_samples, "checkpoint_samples": num_samples}
+    settings = [word for name, value in changes.items() for word in ("--set", f"upsampler.trainer.{name}={value}")]
+    command = [sys.executable, "-m", "pipelines", "train", "upsampler", "tiny", *settings, "--storage", str(finished)]
+    process = subprocess.Popen(
+        [*command, *where], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while not any(
         json.loads(path.read_text())["done"]
         for path in finished.glob("runs/*/progress/upsampler.json")
@@ -305,9 +311,9 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path
     assert process.returncode == 75 and "stopped as asked" in errors and "run the same command again" in errors
     [folder] = set(finished.glob("artifacts/upsampler/*")) - known
     [checkpoint] = folder.glob("checkpoints/*/manifest.json")
-    assert 0 < int(checkpoint.parent.name) < 6400
+    assert 0 < int(checkpoint.parent.name) < num_samples
     assert run(*command[3:]).splitlines()[-1].endswith("/model")
-    assert records(finished)["upsampler"]["facts"]["samples_seen"] == 6400
+    assert records(finished)["upsampler"]["facts"]["samples_seen"] == num_samples
 
 
 def test_the_overfit_test_keeps_nothing_and_says_what_it_found(finished: Path) -> None:
