@@ -12,6 +12,8 @@ import dataclasses
 import logging
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
@@ -121,6 +123,8 @@ class Objective(Protocol):
     model: nn.Module
     state: Mapping[str, Tensor]
     """What losses depend on besides the model: tensors, changed in place and the same on all ranks; often none."""
+    sample_size: Mapping[str, int]
+    """What is in a sample, to tell the speed by: pixels or tokens."""
 
     def prepare(self, batch: Batch) -> Tensors:
         """Rows as the reader gives them -> tensors, on the CPU."""
@@ -327,7 +331,7 @@ class _Training:
         if _due(self.samples_seen, config.log_samples or max(1, config.num_samples // 100), config):
             extra = {"gradient_norm": gradient_norm, "learning_rate": learning_rate(config, self.samples_seen)}
             speed = pace.summary()
-            speed |= self._arithmetic(speed["samples_per_second"])
+            speed |= self._speed(speed["samples_per_second"])
             self._tell({**speed, **extra, **self.objective.metrics(True)})
         if stopped or saved or _due(self.samples_seen, config.checkpoint_samples, config):
             self._save()
@@ -392,16 +396,19 @@ class _Training:
             None if reference is None else curves.read(reference),
         )
 
-    def _arithmetic(self, samples_per_second: float) -> dict[str, float]:
-        """Operations a second that each device does for the model, and their share of what it could do."""
-        if self.flops is None or self.flops.flops_per_sample is None:
-            return {}
-        rate = samples_per_second * self.flops.flops_per_sample / self.workers.world_size
-        peak = peak_flops(self.workers.device)
-        used = {} if peak is None else {"model_flops_utilisation": rate / peak}
-        if self.workers.device.type == "cuda":
-            used["memory_gib"] = torch.cuda.max_memory_allocated(self.workers.device) / 2**30
-        return {"teraflops_per_second": rate / 1e12, **used}
+    def _speed(self, samples_per_second: float) -> dict[str, float]:
+        """What is in the samples of a second, the arithmetic that each device does for them and its share of what it could do;
+        and the most memory that this worker had."""
+        sizes = self.objective.sample_size.items()
+        values = {f"{unit}_per_second": samples_per_second * size for unit, size in sizes}
+        if self.flops is not None and self.flops.flops_per_sample is not None:
+            rate = samples_per_second * self.flops.flops_per_sample / self.workers.world_size
+            values["teraflops_per_second"] = rate / 1e12
+            peak = peak_flops(self.workers.device)
+            values |= {} if peak is None else {"model_flops_utilisation": rate / peak}
+        on_device = self.workers.device.type == "cuda"
+        peak_bytes = torch.cuda.max_memory_allocated(self.workers.device) if on_device else _peak_resident_bytes()
+        return {**values, "memory_gib": peak_bytes / 2**30}
 
     def _save(self) -> None:
         facts = {**self.objective.facts(), **self.state.facts(), **self._validate()}
@@ -580,6 +587,11 @@ class _Pace:
         }
         self._reset()
         return values
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _due(samples_seen: int, every: int, config: TrainerConfig) -> bool:
