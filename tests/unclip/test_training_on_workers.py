@@ -226,10 +226,10 @@ def test_f46_a_worker_that_stands_still_is_named_and_the_training_goes_on_from_i
     undisturbed: Callable[[int], Path],
 ) -> None:
     folder, name = undisturbed(2), uuid.uuid4().hex
-    assert attempt(folder, name, Kill(2, End(5, rank=1, kill=signal.SIGSTOP), hang_seconds=1)) == HUNG_EXIT_CODE
+    assert attempt(folder, name, Kill(2, End(5, rank=1, kill=signal.SIGSTOP), hang_seconds=6)) == HUNG_EXIT_CODE
     message = files.read_json(f"{folder}/{name}/{HUNG}")["message"]
     assert re.fullmatch(
-        r"training: nothing moved for 1 s: worker 1 \(process \d+ on .+\) stopped answering "
+        r"training: nothing moved for 6 s: worker 1 \(process \d+ on .+\) stopped answering "
         r"while taking a step after 64 samples\.",
         message,
     )
