@@ -105,7 +105,7 @@ def explain(before: Marks, now: Marks, world_size: int, seconds: float) -> str:
     if missing:
         culprits = f"worker {', '.join(map(str, missing))} never started"
     elif silent:
-        culprits = f"{_name(silent, now)} stopped answering while {_doing(now[silent[0]])}"
+        culprits = f"{_name(silent, now)} does not answer; it was last heard of {_doing(now[silent[0]])}"
     elif len(behind) < world_size:
         culprits = f"{_name(behind, now)} kept the others waiting while {_doing(now[behind[0]])}"
     elif world_size == 1:

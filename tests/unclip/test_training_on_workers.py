@@ -222,15 +222,16 @@ def test_f41_a_killed_training_goes_on_to_the_same_losses_and_weights(
     assert state(folder, name) == state(folder, "whole")
 
 
+@pytest.mark.slow
 def test_f46_a_worker_that_stands_still_is_named_and_the_training_goes_on_from_its_checkpoint(
     undisturbed: Callable[[int], Path],
 ) -> None:
     folder, name = undisturbed(2), uuid.uuid4().hex
-    assert attempt(folder, name, Kill(2, End(5, rank=1, kill=signal.SIGSTOP), hang_seconds=6)) == HUNG_EXIT_CODE
+    assert attempt(folder, name, Kill(2, End(5, rank=1, kill=signal.SIGSTOP), hang_seconds=15)) == HUNG_EXIT_CODE
     message = files.read_json(f"{folder}/{name}/{HUNG}")["message"]
     assert re.fullmatch(
-        r"training: nothing moved for 6 s: worker 1 \(process \d+ on .+\) stopped answering "
-        r"while taking a step after 64 samples\.",
+        r"training: nothing moved for 15 s: worker 1 \(process \d+ on .+\) does not answer; "
+        r"it was last heard of taking a step after (48|64) samples\.",
         message,
     )
     assert attempt(folder, name, Kill(2, hang_seconds=60)) == 0

@@ -28,7 +28,7 @@ def test_the_cause_is_named() -> None:
     worker = "worker 1 (process 7 on node)"
     assert (
         said({0: step, 1: step}, {0: again, 1: step})
-        == f"{worker} stopped answering while taking a step after 64 samples"
+        == f"{worker} does not answer; it was last heard of taking a step after 64 samples"
     )
     assert (
         said({0: step, 1: step}, {0: again, 1: reads})
