@@ -119,14 +119,14 @@ def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: sizes that do not follow from each other; names the setting.
     """
-    sections = values.get("upsamplers")
-    if not isinstance(sections, Mapping):
+    sections, decoder_section = values.get("upsamplers"), values.get("decoder", {})
+    if not isinstance(sections, Mapping) or not isinstance(decoder_section, Mapping):
         return dict(values)  # for `config.load` to judge
     sections = {name: section for name, section in sections.items() if section != "none"}
     for name in sections:
         is_side = bool(re.fullmatch(r"[1-9]\d*", name))
         require(is_side, f"upsamplers.{name}", name, "the side of its pictures, as in upsamplers.256")
-    decoder = config.load(DecoderStageConfig, values.get("decoder", {}), "decoder").model
+    decoder = config.load(DecoderStageConfig, decoder_section, "decoder").model
     side, maker, sized = decoder.unet.image_size, "the decoder", {}
     for name in sorted(sections, key=int):
         section, expected = sections[name], f"a multiple of {side}, the side of the pictures of {maker}"
@@ -134,10 +134,8 @@ def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         sizes = {"low_res_size": side, "scale": int(name) // side}
         if isinstance(section, Mapping) and isinstance(model := section.get("model", {}), Mapping):
             for setting, size in sizes.items():
-                given, expected = (
-                    model.get(setting, size),
-                    f"{size}, as {maker} makes {side} pixels and this one {name}",
-                )
+                given = model.get(setting, size)
+                expected = f"{size}, as {maker} makes {side} pixels and this one {name}"
                 require(given == size, f"upsamplers.{name}.model.{setting}", given, expected)
             section = config.merge({"model": sizes}, section)
         sized[name] = section

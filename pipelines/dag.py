@@ -121,28 +121,24 @@ def picture(dag: Dag, labels: Mapping[str, str] | None = None) -> bytes:
         for column, members in columns.items()
         for row, name in enumerate(members)
     }
-    tallest = max(len(members) for members in columns.values())
-    figure = Figure(figsize=(1.5 * len(columns), 0.8 * tallest), layout="constrained")
+    tallest = max(4, *(len(members) for members in columns.values()))
+    figure = Figure(figsize=(1.5 * len(columns), 0.8 * tallest), dpi=110, layout="constrained")
     axes = figure.subplots()
+    boxes: dict[str, Any] = {}
+    for name, (x, y) in place.items():
+        colour = COLOURS.get((labels or {}).get(name, ""), "#eef2f8")
+        box = {"boxstyle": "round,pad=0.45", "fc": colour, "ec": "#666666"}
+        boxes[name] = axes.text(x, y, name, ha="center", va="center", fontsize=10, bbox=box, zorder=4).get_bbox_patch()
     for name, node in dag.items():
         for parent in node.parents:
             bend = "arc3,rad=-0.25" if depth[name] - depth[parent] > 1 else "arc3"
-            arrow = {"arrowstyle": "-|>", "color": "#888888", "shrinkA": 24, "shrinkB": 26, "connectionstyle": bend}
-            axes.annotate("", xy=place[name], xytext=place[parent], arrowprops=arrow)
-    for name, (x, y) in place.items():
-        colour = COLOURS.get((labels or {}).get(name, ""), "#eef2f8")
-        axes.text(
-            x,
-            y,
-            name,
-            ha="center",
-            va="center",
-            fontsize=10,
-            bbox={"boxstyle": "round,pad=0.45", "fc": colour, "ec": "#666666"},
-        )
+            arrow = {"arrowstyle": "-|>", "color": "#888888", "connectionstyle": bend}
+            ends = {"patchA": boxes[parent], "patchB": boxes[name], "shrinkA": 2, "shrinkB": 2}
+            axes.annotate("", xy=place[name], xytext=place[parent], arrowprops=arrow | ends)
     axes.set_xlim(-0.9, max(x for x, _ in place.values()) + 0.9)
     axes.set_ylim(0.1 - tallest / 2, tallest / 2 - 0.1)
     axes.axis("off")
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    figure.draw_without_rendering()  # arrows end where boxes are, which they only then know
+    figure.savefig(buffer)
     return buffer.getvalue()

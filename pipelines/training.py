@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.options import CONFIG, PIPELINE, SET, STORAGE
+from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, complete
 from tasks.background import repeatedly
 from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", shell_complete=lambda *_: _models_of_all_pipelines())
+@click.argument("model", shell_complete=lambda *given: complete(_models_of_all_pipelines(), given[-1]))
 @PIPELINE
 @CONFIG
 @SET
