@@ -218,7 +218,7 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> dict[str, s
         digest = store.read_json(*path)["digest"] if store.exists(*path) else None
         if digest in held:
             record = store.read_json("runs", run_id, "run.json")
-            stages = [name.removesuffix(".json") for name in store.list("runs", run_id)]
+            stages = sorted((name.removesuffix(".json") for name in store.list("runs", run_id)), key=len)
             models = [
                 stage
                 for model in ("prior", "decoder", "upsampler")

@@ -106,10 +106,8 @@ class StageResources(Resources):
     """For drawing and measuring pictures."""
 
     def of(self, stage_name: str) -> Resources:
-        declared, _, member = stage_name.partition("-")
-        own: Resources | None = (
-            getattr(self, f"{declared}s", {}).get(member) if member else getattr(self, stage_name, None)
-        )
+        name, _, key = stage_name.partition("-")
+        own: Resources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
         return own or self
 
 
