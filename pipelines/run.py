@@ -17,6 +17,7 @@ from pipelines.config import PipelineConfig
 from pipelines.lock import lock
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.text_to_image import text_to_image
+from tasks import signals
 from tasks.curate import pin_probes
 from tasks.download import pin_attempt
 from tasks.filter import check_settings
@@ -27,8 +28,12 @@ from tasks.stage import Failure, Resources, Run, declared_name
 from tasks.store import Store
 from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten, without_password
+from unclip import files
 from unclip.config import fingerprint, require, to_dict
-from unclip.errors import ConfigError, StageError, UnclipError
+from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
+
+STOP_SECONDS = 25.0
+"""For trainings to write a checkpoint when the run is asked to stop; Kubernetes kills after thirty."""
 
 WORKER_ENVIRONMENT = {
     # Nothing that this project uses may call home.
@@ -196,9 +201,15 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         result = dag[last].ray_node.execute()
     console = Console(store, run.id, list(dag))
     ready: list[Any] = []
-    while not ready:
-        ready, _ = ray.wait([result], timeout=1.0)
-        console.refresh()
+    with signals.asked_to_stop() as is_asked:
+        while not ready:
+            ready, _ = ray.wait([result], timeout=1.0)
+            console.refresh()
+            if is_asked():
+                _stop_trainings(dag, run, store, console)
+                raise StoppedError(
+                    f"{run.pipeline}: stopped as asked. Nothing is lost: run the same command again to go on."
+                )
     try:
         ray.get(result)
     except ray.exceptions.RayError as error:
@@ -211,6 +222,22 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         ) from None
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     return [Failure(event["stage"], event["message"]) for event in failed]
+
+
+def _stop_trainings(dag: dags.Dag, run: Run, store: Store, console: "Console") -> None:
+    """Ask those that run to write a checkpoint and end, and wait for them, but not for ever."""
+    files.write(run.stop_uri, b"")
+    deadline = time.monotonic() + STOP_SECONDS
+
+    def trains(name: str) -> bool:
+        event = stage_events(store, run.id).get(name, {})
+        return event.get("state") == "running" and hasattr(dag[name].config, "trainer")
+
+    if any(trains(name) for name in dag):
+        print("stopping: what is trained writes a checkpoint first; ask again to stop at once", flush=True)
+    while any(trains(name) for name in dag) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        console.refresh()
 
 
 def stage_events(store: Store, run_id: str) -> dict[str, dict[str, Any]]:

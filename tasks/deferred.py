@@ -42,6 +42,10 @@ class DeferredTracker:
         """As `Tracker.bytes`, which tries once; returns at once."""
         self._put(lambda: self.tracker.bytes(data, name))
 
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """As `Tracker.tags`, which tries once; returns at once."""
+        self._put(lambda: self.tracker.tags(values))
+
     def close(self) -> None:
         """Wait until MLflow has it all, but no longer than patience goes; what it has not is written down."""
         if not self._thread.is_alive():

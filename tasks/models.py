@@ -11,7 +11,7 @@ from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, StageContext, stage
 from tasks.tracking import PREVIEW_KEYS
 from tasks.train import Training, run_training
-from unclip import objectives
+from unclip import files, objectives
 from unclip.autoregressive_prior import AutoregressivePriorConfig
 from unclip.clip import Clip
 from unclip.data import Batch, RowReader, Source
@@ -19,7 +19,7 @@ from unclip.decoder import DecoderConfig
 from unclip.embeddings import EmbeddingQuantizer
 from unclip.parallel import Workers
 from unclip.prior import PriorConfig
-from unclip.trainer import Objective, TrainerConfig
+from unclip.trainer import CURVE, Objective, TrainerConfig
 from unclip.upsampler import UpsamplerConfig
 
 NUM_PREVIEWS = 16
@@ -145,6 +145,7 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     context.tracker.dataset(context.run.pipeline, snapshot.digest, snapshot.embeddings, facts)
     model, digest = run_training(context, training)
     context.tracker.file(model, "model")
+    context.tracker.bytes(files.read(f"{context.folder}/{CURVE}"), CURVE)
     return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})
 
 

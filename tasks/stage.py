@@ -25,7 +25,7 @@ import ray
 from tasks.progress import Progress
 from tasks.store import Store
 from tasks.tracking import Tracker
-from unclip.config import fingerprint, require, to_dict
+from unclip.config import decisive, fingerprint, require, to_dict
 from unclip.errors import StageError, UnclipError
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,11 @@ class Run:
     trains_here: bool = False
     """Whether models are trained in the process that asks, rather than by workers of a cluster."""
 
+    @property
+    def stop_uri(self) -> str:
+        """A file that, once it is there, asks this run's trainings to write a checkpoint and stop."""
+        return Store(self.storage).uri("runs", self.id, "progress", "stop")
+
     def is_abandoned(self) -> bool:
         """Whether the process that drives this run has ended or given up, so that what its tasks still do must not count.
 
@@ -201,7 +206,7 @@ class Stage:
         return _import_stage, (self.function.__module__, self.function.__name__, self.name)
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
-        return fingerprint(self.name, self.version, to_dict(config), [parent.digest for parent in parents])
+        return fingerprint(self.name, self.version, decisive(config), [parent.digest for parent in parents])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 
 
+def operational(default: T) -> T:
+    """Default of a setting that changes how work is done and watched, not what comes of it: it is in no fingerprint."""
+    return dataclasses.field(default=default, metadata={"operational": True})
+
+
+def decisive(config: Any) -> dict[str, Any]:
+    """As `to_dict`, without operational settings: what the result of the work depends on."""
+    values = to_dict(config)
+    for field in dataclasses.fields(config):
+        if field.metadata.get("operational"):
+            del values[field.name]
+        elif dataclasses.is_dataclass(getattr(config, field.name)):
+            values[field.name] = decisive(getattr(config, field.name))
+    return values
+
+
 def fingerprint(*parts: Any) -> str:
     """sha256 (hex) of JSON-serialisable parts; dict order does not matter."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))

@@ -306,11 +306,15 @@ def last_metrics(storage: Path, stage: str) -> dict[str, float]:
     return dict(runs[0].data.metrics)
 
 
-def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path) -> None:
+@pytest.mark.parametrize(("num_samples", "where"), [(6400, ()), (9600, ("--on-ray",))])
+def test_sigterm_writes_a_checkpoint_and_training_goes_on_here(
+    finished: Path, num_samples: int, where: tuple[str, ...]
+) -> None:
     before, known = set(finished.glob("runs/*")), set(finished.glob("artifacts/upsampler-64/*"))
-    changes = ["num_samples=6400", "checkpoint_samples=6400"]
-    changes = [word for change in changes for word in ("--set", f"upsamplers.64.trainer.{change}")]
-    command = [sys.executable, "-m", "pipelines", "train", "upsampler-64", "tiny", *changes, "--storage", str(finished)]
+    changes = {"num_samples": num_samples, "checkpoint_samples": num_samples}
+    settings = [word for name, value in changes.items() for word in ("--set", f"upsamplers.64.trainer.{name}={value}")]
+    words = ["train", "upsampler-64", "tiny", *settings, "--storage", str(finished)]
+    command = [sys.executable, "-m", "pipelines", *words, *where]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not any(
         json.loads(path.read_text())["done"]
@@ -324,9 +328,9 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path
     assert process.returncode == 75 and "stopped as asked" in errors and "run the same command again" in errors
     [folder] = set(finished.glob("artifacts/upsampler-64/*")) - known
     [checkpoint] = folder.glob("checkpoints/*/manifest.json")
-    assert 0 < int(checkpoint.parent.name) < 6400
-    assert run(*command[3:]).splitlines()[-1].endswith("/model")
-    assert records(finished)["upsampler-64"]["facts"]["samples_seen"] == 6400
+    assert 0 < int(checkpoint.parent.name) < num_samples
+    assert run(*words).splitlines()[-1].endswith("/model")
+    assert records(finished)["upsampler-64"]["facts"]["samples_seen"] == num_samples
 
 
 def test_the_overfit_test_keeps_nothing_and_says_what_it_found(finished: Path) -> None:

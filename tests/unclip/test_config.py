@@ -86,3 +86,18 @@ def test_fingerprints_know_values_not_order() -> None:
 
 def test_merging_lays_sections_over_sections() -> None:
     assert config.merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}}) == {"a": {"b": 5, "c": 2}, "d": 3}
+
+
+def test_operational_settings_are_not_decisive() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Training:
+        rate: float = 0.1
+        patience: int = config.operational(3)
+
+    @dataclasses.dataclass(frozen=True)
+    class Stage:
+        trainer: Training = Training()
+
+    assert config.to_dict(Stage()) == {"trainer": {"rate": 0.1, "patience": 3}}
+    assert config.decisive(Stage()) == {"trainer": {"rate": 0.1}}
+    assert config.load(Stage, {"trainer": {"patience": 5}}).trainer.patience == 5
