@@ -24,7 +24,7 @@ from tasks.filter import check_settings
 from tasks.ingest import check_source
 from tasks.progress import bar
 from tasks.report import Limit
-from tasks.stage import Failure, Resources, Run
+from tasks.stage import Failure, Resources, Run, declared_name
 from tasks.store import Store
 from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten, without_password
@@ -256,6 +256,7 @@ class Console:
 
     def __init__(self, store: Store, run_id: str, stages: list[str]) -> None:
         self.store, self.run_id, self.stages = store, run_id, stages
+        self.width = max(map(len, stages))
         self.told: dict[str, str] = {}
         self.logged: dict[str, float] = {}
         self.is_terminal = sys.stdout.isatty()
@@ -277,7 +278,9 @@ class Console:
     def _tell(self, name: str, event: Mapping[str, Any]) -> None:
         seconds = f"{event['seconds']:.0f} s" if event.get("seconds") is not None else ""
         marks = {"running": "▶", "done": "✓", "cached": "=", "failed": "✗", "skipped": "-"}
-        print(f"{marks[event['state']]} {name:<10} {event['state']:<8} {event.get('message', seconds)}".rstrip())
+        print(
+            f"{marks[event['state']]} {name:<{self.width}} {event['state']:<8} {event.get('message', seconds)}".rstrip()
+        )
         self.logged[name] = time.monotonic()
 
     def _tell_progress(self, name: str) -> None:
@@ -286,7 +289,7 @@ class Console:
         if due and self.store.exists(*path):
             self.logged[name] = time.monotonic()
             self.drawn += 1
-            print(bar(name, self.store.read_json(*path)))
+            print(bar(name.ljust(self.width), self.store.read_json(*path)))
 
     def _erase(self) -> None:
         if self.is_terminal and self.drawn:
@@ -330,9 +333,9 @@ def _start_ray(config: PipelineConfig) -> None:
 
 
 def _resources(config: PipelineConfig) -> dict[str, Resources]:
-    return {
-        stage: config.resources.of(stage) for stage in ("clip", "embed", "prior", "decoder", "upsampler", "evaluate")
-    }
+    """What the workers of each stage that has some are given."""
+    with_workers = ("clip", "embed", "prior", "decoder", "upsampler", "evaluate")
+    return {stage: config.resources.of(stage) for stage in compose(config) if declared_name(stage) in with_workers}
 
 
 def open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:

@@ -100,13 +100,14 @@ class StageResources(Resources):
     """For training the prior."""
     decoder: Resources | None = None
     """For training the decoder."""
-    upsampler: Resources | None = None
-    """For training the upsampler."""
+    upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
+    """For training each upsampler, by the side of its pictures."""
     evaluate: Resources | None = None
     """For drawing and measuring pictures."""
 
     def of(self, stage_name: str) -> Resources:
-        own: Resources | None = getattr(self, stage_name, None)
+        name, _, key = stage_name.partition("-")
+        own: Resources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
         return own or self
 
 
@@ -192,13 +193,17 @@ class Stage:
     def help(self) -> str:
         return inspect.getdoc(self.function) or ""
 
+    def member(self, key: str) -> "Stage":
+        """This stage as one of several in a DAG, each with a section of its own: `upsampler` becomes `upsampler-256`."""
+        return dataclasses.replace(self, name=f"{self.name}-{key}")
+
     def bind(self, run: Run, config: Any, *parents: Any) -> Any:
         """A node of a Ray DAG; its result is an `Artifact`, or a `Failure`."""
         return _run_stage.options(name=self.name).bind(Call(self, config), run, *parents)
 
     def __reduce__(self) -> Any:
         # The decorated name in the module is this object, so workers import it rather than copy the function.
-        return _import_stage, (self.function.__module__, self.function.__name__)
+        return _import_stage, (self.function.__module__, self.function.__name__, self.name)
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
         return fingerprint(self.name, self.version, decisive(config), [parent.digest for parent in parents])
@@ -224,6 +229,11 @@ def stage(name: str, version: int) -> Callable[[Callable[..., Output]], Stage]:
         return Stage(name, version, function, config_class)
 
     return declare
+
+
+def declared_name(stage_name: str) -> str:
+    """The name that a stage was declared with: `upsampler` for its member `upsampler-256`."""
+    return stage_name.partition("-")[0]
 
 
 def find_artifact(store: Store, stage_name: str, stage_fingerprint: str) -> Artifact | None:
@@ -277,9 +287,9 @@ def _run_stage(call: Call, run: Run, *parents: Artifact | Failure) -> Artifact |
     return execute(call, run, parents)
 
 
-def _import_stage(module: str, name: str) -> Stage:
-    declared: Stage = getattr(importlib.import_module(module), name)
-    return declared
+def _import_stage(module: str, function: str, name: str) -> Stage:
+    declared: Stage = getattr(importlib.import_module(module), function)
+    return dataclasses.replace(declared, name=name)
 
 
 def _record(store: Store, run: Run, stage_name: str, **event: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training on Ray Train: what the stages of the prior, the decoder, the upsampler and CLIP share.
+"""Training on Ray Train: what the stages of the prior, the decoder, the upsamplers and CLIP share.
 
 Ray Train places the workers, sets up their process group and restarts them when they die. What is resumed from is the
 trainer's own checkpoints, whose manifests say that they are complete.
