@@ -29,10 +29,11 @@ from pipelines.config import load
 from pipelines.run import compose, prepare
 from tasks.evaluate import heldout_keys
 from tasks.snapshots import Snapshot
-from tasks.stage import Artifact
+from tasks.stage import Artifact, declared_name
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import evaluation, pictures
 from unclip.clip import Clip
+from unclip.config import load as load_config
 from unclip.data import RowReader
 from unclip.generation import SamplingConfig, Stack, load_model
 from unclip.objectives import load_images
@@ -103,9 +104,11 @@ def artifacts(pipeline: str, storage: str, assignments: tuple[str, ...] = BASE) 
 
 def load_stack(made: Mapping[str, Artifact], **others: Artifact) -> Stack:
     """A stack of trained models, some of which other runs may have made; its sampling is that of its evaluation."""
-    models: Any = {name: load_model({**made, **others}[name].uri) for name in ("prior", "decoder", "upsampler")}
-    stack = Stack(Clip.load(made["clip"].facts["model"], made["clip"].facts["pretrained"]), **models)
-    stack.sampling = SamplingConfig(**made["evaluate"].facts["sampling"])
+    upsamplers = [name for name in made if declared_name(name) == "upsampler"]
+    models: Any = [load_model({**made, **others}[name].uri) for name in ("prior", "decoder", *upsamplers)]
+    prior, decoder, *rest = models
+    stack = Stack(Clip.load(made["clip"].facts["model"], made["clip"].facts["pretrained"]), prior, decoder, rest)
+    stack.sampling = load_config(SamplingConfig, made["evaluate"].facts["sampling"])
     return stack
 
 

@@ -44,7 +44,7 @@ def reconstruction(stack: Stack, num: int, seed: int = 0) -> Result:
         for before, after in zip(pictures.to_uint8(images), pictures.to_uint8(again), strict=True)
     ]
     pairs = torch.stack([images, again], dim=1)[:SHOWN].flatten(0, 1)
-    error = float((images - again).abs().mean()) * 127.5  # the upsampler's share included
+    error = float((images - again).abs().mean()) * 127.5  # the upsamplers' share included
     return Result({"the same in all attributes": float(np.mean(right)), "levels of difference": error}, pairs, 2)
 
 

@@ -128,10 +128,11 @@ def plan(
         return
     click.echo(json.dumps(to_dict(config), indent=2))
     click.echo()
-    width = max(len(state.why) for state in states.values())
+    width, why_width = max(map(len, dag)), max(len(state.why) for state in states.values())
     for name, node in dag.items():
         state = states[name]
-        click.echo(f"{name:<11} {state.label:<7} {state.why:<{width}}  {node.stage.help.splitlines()[0]}")
+        help_line = node.stage.help.splitlines()[0]
+        click.echo(f"{name:<{width}} {state.label:<7} {state.why:<{why_width}}  {help_line}")
 
 
 @main.command()
@@ -154,11 +155,13 @@ def status(storage: str | None, last: int) -> None:
         if state == "running" and not is_going_on(record):
             state = "killed"
         click.echo(f"{run_id}  {record['pipeline']}  {started:%Y-%m-%d %H:%M}  {state}")
-        for name, event in sorted(stage_events(store, run_id).items(), key=lambda item: item[1]["at"]):
+        events = stage_events(store, run_id)
+        width = max(map(len, events), default=0)
+        for name, event in sorted(events.items(), key=lambda item: item[1]["at"]):
             if state == "killed" and event["state"] == "running":
                 event["state"] = "killed"
             detail = event.get("message") or (f"{event['seconds']:.0f} s" if event.get("seconds") is not None else "")
-            click.echo(f"    {name:<11} {event['state']:<8} {detail}".rstrip())
+            click.echo(f"    {name:<{width}} {event['state']:<8} {detail}".rstrip())
 
 
 @main.command()

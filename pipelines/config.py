@@ -1,8 +1,9 @@
 """The configuration of a pipeline: a preset, a run file over it, `--set` over that; typed and checked as a whole."""
 
 import dataclasses
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tasks.report import ReportConfig
 from tasks.stage import StageResources
 from tasks.store import DEFAULT_ROOT
 from unclip import config
+from unclip.config import require
 from unclip.errors import ConfigError, InputError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -38,7 +40,7 @@ class ClusterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """All settings of a run. Sections named like stages are those stages' own."""
+    """All settings of a run. Sections named like stages are those stages' own; `upsamplers.256` is that of `upsampler-256`."""
 
     ingest: IngestConfig
     storage: str = DEFAULT_ROOT
@@ -58,9 +60,17 @@ class PipelineConfig:
     report: ReportConfig = ReportConfig()
     prior: PriorStageConfig = PriorStageConfig()
     decoder: DecoderStageConfig = DecoderStageConfig()
-    upsampler: UpsamplerStageConfig = UpsamplerStageConfig()
+    upsamplers: dict[str, UpsamplerStageConfig] = dataclasses.field(default_factory=dict)
+    """One for each upsampler, by the side of its pictures, the smallest first. It takes the pictures of the one before, the
+    first those of the decoder. "none" in the place of a section leaves it out."""
     evaluate: EvaluateConfig = EvaluateConfig()
     publish: PublishConfig = PublishConfig()
+
+    def __post_init__(self) -> None:
+        for name in self.resources.upsamplers:
+            if name not in self.upsamplers:
+                there_are = config.nearest(name, self.upsamplers) if self.upsamplers else "There is none."
+                raise ConfigError(f"resources.upsamplers.{name}: no such upsampler. {there_are}")
 
 
 def pipeline_names() -> list[str]:
@@ -98,7 +108,39 @@ def load(
         values["ingest"] = {"urls": "scenes"}  # replaced by the list that the scenes are written to
     if "ingest" not in values:
         raise ConfigError("ingest.urls: missing. Name your list of URLs and captions: --set ingest.urls=pairs.parquet")
-    return config.load(PipelineConfig, values)
+    return config.load(PipelineConfig, _with_sizes(values))
+
+
+def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with upsamplers in the order of their sizes, and the sizes that their sections do not give.
+
+    This is where they are decided: a section's name is the side of its pictures, and it is given those of the one before.
+
+    Raises:
+        ConfigError: sizes that do not follow from each other; names the setting.
+    """
+    sections, decoder_section = values.get("upsamplers"), values.get("decoder", {})
+    if not isinstance(sections, Mapping) or not isinstance(decoder_section, Mapping):
+        return dict(values)  # for `config.load` to judge
+    sections = {name: section for name, section in sections.items() if section != "none"}
+    for name in sections:
+        is_side = bool(re.fullmatch(r"[1-9]\d*", name))
+        require(is_side, f"upsamplers.{name}", name, "the side of its pictures, as in upsamplers.256")
+    decoder = config.load(DecoderStageConfig, decoder_section, "decoder").model
+    side, maker, sized = decoder.unet.image_size, "the decoder", {}
+    for name in sorted(sections, key=int):
+        section, expected = sections[name], f"a multiple of {side}, the side of the pictures of {maker}"
+        require(int(name) > side and int(name) % side == 0, f"upsamplers.{name}", int(name), expected)
+        sizes = {"low_res_size": side, "scale": int(name) // side}
+        if isinstance(section, Mapping) and isinstance(model := section.get("model", {}), Mapping):
+            for setting, size in sizes.items():
+                given = model.get(setting, size)
+                expected = f"{size}, as {maker} makes {side} pixels and this one {name}"
+                require(given == size, f"upsamplers.{name}.model.{setting}", given, expected)
+            section = config.merge({"model": sizes}, section)
+        sized[name] = section
+        side, maker = int(name), f"upsampler-{name}"
+    return {**values, "upsamplers": sized}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

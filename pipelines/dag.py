@@ -36,20 +36,36 @@ Dag = Mapping[str, Node]
 """Nodes by stage name, parents first."""
 
 
-def compose(pipeline: Callable[[Any], Any], config: Any, run: Run) -> Dag:
-    """Build the DAG of a pipeline; stage `x` is configured by `config.x`."""
-    nodes: dict[str, Node] = {}
-    names: dict[int, str] = {}
+class Binder:
+    """Places stages, each with its own section of a configuration, in a DAG."""
 
-    def bind(stage: Stage, *parents: Any) -> Any:
-        stage_config = getattr(config, stage.name)
-        ray_node = stage.bind(run, stage_config, *parents)
-        nodes[stage.name] = Node(stage, stage_config, tuple(names[id(parent)] for parent in parents), ray_node)
-        names[id(ray_node)] = stage.name
+    def __init__(self, config: Any, run: Run) -> None:
+        self.config, self.run = config, run
+        self.nodes: dict[str, Node] = {}
+        self._names: dict[int, str] = {}
+
+    def __call__(self, stage: Stage, *parents: Any) -> Any:
+        """Stage `x`, configured by `config.x`."""
+        return self._place(stage, getattr(self.config, stage.name), parents)
+
+    def each(self, stage: Stage, *parents: Any) -> tuple[Any, ...]:
+        """Stage `x` as `x-a`, `x-b` and so on, for all the sections `config.xs` has."""
+        sections = getattr(self.config, f"{stage.name}s")
+        return tuple(self._place(stage.member(key), section, parents) for key, section in sections.items())
+
+    def _place(self, stage: Stage, stage_config: Any, parents: tuple[Any, ...]) -> Any:
+        ray_node = stage.bind(self.run, stage_config, *parents)
+        of = tuple(self._names[id(parent)] for parent in parents)
+        self.nodes[stage.name] = Node(stage, stage_config, of, ray_node)
+        self._names[id(ray_node)] = stage.name
         return ray_node
 
-    pipeline(bind)
-    return nodes
+
+def compose(pipeline: Callable[[Binder], Any], config: Any, run: Run) -> Dag:
+    """Build the DAG of a pipeline."""
+    binder = Binder(config, run)
+    pipeline(binder)
+    return binder.nodes
 
 
 def up_to(dag: Dag, last: str) -> Dag:
@@ -105,27 +121,24 @@ def picture(dag: Dag, labels: Mapping[str, str] | None = None) -> bytes:
         for column, members in columns.items()
         for row, name in enumerate(members)
     }
-    figure = Figure(figsize=(1.5 * len(columns), 3.2), layout="constrained")
+    tallest = max(4, *(len(members) for members in columns.values()))
+    figure = Figure(figsize=(1.5 * len(columns), 0.8 * tallest), dpi=110, layout="constrained")
     axes = figure.subplots()
+    boxes: dict[str, Any] = {}
+    for name, (x, y) in place.items():
+        colour = COLOURS.get((labels or {}).get(name, ""), "#eef2f8")
+        box = {"boxstyle": "round,pad=0.45", "fc": colour, "ec": "#666666"}
+        boxes[name] = axes.text(x, y, name, ha="center", va="center", fontsize=10, bbox=box, zorder=4).get_bbox_patch()
     for name, node in dag.items():
         for parent in node.parents:
             bend = "arc3,rad=-0.25" if depth[name] - depth[parent] > 1 else "arc3"
-            arrow = {"arrowstyle": "-|>", "color": "#888888", "shrinkA": 24, "shrinkB": 26, "connectionstyle": bend}
-            axes.annotate("", xy=place[name], xytext=place[parent], arrowprops=arrow)
-    for name, (x, y) in place.items():
-        colour = COLOURS.get((labels or {}).get(name, ""), "#eef2f8")
-        axes.text(
-            x,
-            y,
-            name,
-            ha="center",
-            va="center",
-            fontsize=10,
-            bbox={"boxstyle": "round,pad=0.45", "fc": colour, "ec": "#666666"},
-        )
+            arrow = {"arrowstyle": "-|>", "color": "#888888", "connectionstyle": bend}
+            ends = {"patchA": boxes[parent], "patchB": boxes[name], "shrinkA": 2, "shrinkB": 2}
+            axes.annotate("", xy=place[name], xytext=place[parent], arrowprops=arrow | ends)
     axes.set_xlim(-0.9, max(x for x, _ in place.values()) + 0.9)
-    axes.set_ylim(-1.9, 1.9)
+    axes.set_ylim(0.1 - tallest / 2, tallest / 2 - 0.1)
     axes.axis("off")
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    figure.draw_without_rendering()  # arrows end where boxes are, which they only then know
+    figure.savefig(buffer)
     return buffer.getvalue()

@@ -151,7 +151,7 @@ def vary(picture: str, num: int, eta: float | None, **given: Any) -> None:
     [image] = _read(stack, picture)
     from unclip import manipulations
 
-    length = manipulations.num_steps(sampling, num, 0 if eta is None else 1)
+    length = manipulations.num_steps(stack, sampling, num, 0 if eta is None else 1)
     with click.progressbar(length=length, label="drawing") as bar:
         drawn = manipulations.variations(
             stack, image, num, eta=eta, seed=drawing.seed, sampling=sampling, progress=bar.update
@@ -177,7 +177,7 @@ def interpolate(first: str, second: str, num: int, noise: Any, **given: Any) -> 
     from unclip import manipulations
 
     thetas = [index / (num - 1) for index in range(num)]
-    length = manipulations.num_steps(sampling, num, 2 if noise == "inverted" else 0)
+    length = manipulations.num_steps(stack, sampling, num, 2 if noise == "inverted" else 0)
     with click.progressbar(length=length, label="drawing") as bar:
         drawn = manipulations.interpolate(
             stack, one, other, thetas, noise=noise, seed=drawing.seed, sampling=sampling, progress=bar.update
@@ -212,7 +212,7 @@ def edit(picture: str, caption: str, base_caption: str, theta: float, num: int, 
     from unclip import manipulations
 
     thetas = [theta * index / (num - 1) for index in range(num)]
-    length = manipulations.num_steps(sampling, num, 1 if noise == "inverted" else 0)
+    length = manipulations.num_steps(stack, sampling, num, 1 if noise == "inverted" else 0)
     with click.progressbar(length=length, label="drawing") as bar:
         drawn = manipulations.text_diff(
             stack,
@@ -250,7 +250,7 @@ def probe(picture: str, components: str | None, **given: Any) -> None:
     if numbers is None:
         width = stack.clip.embedding_dim
         numbers = [width >> shift for shift in range(width.bit_length())][::-1][-8:]
-    with click.progressbar(length=manipulations.num_steps(sampling, len(numbers)), label="drawing") as bar:
+    with click.progressbar(length=manipulations.num_steps(stack, sampling, len(numbers)), label="drawing") as bar:
         drawn = manipulations.probe(stack, image, numbers, seed=drawing.seed, sampling=sampling, progress=bar.update)
     _save_rows(drawing, [image], drawn, ["given", *map(str, numbers)])
 
@@ -278,7 +278,7 @@ def inpaint(picture: str, mask: str, caption: str, num: int, **given: Any) -> No
     known = white.mean(dim=1, keepdim=True) < 0  # [1, 1, S, S]
     if known.all():
         raise InputError(f"{mask}: nothing in it is white, so there is nothing to repaint. Paint that part white.")
-    with click.progressbar(length=manipulations.num_steps(sampling, num), label="drawing") as bar:
+    with click.progressbar(length=manipulations.num_steps(stack, sampling, num), label="drawing") as bar:
         drawn = manipulations.inpaint(
             stack,
             image.expand(num, -1, -1, -1),

@@ -74,8 +74,10 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
     from unclip.interop.pipeline import import_stack, save_imported
 
     destination = store.uri("imported", name)
-    save_imported(import_stack(folder, image_variation=image_variation), destination)
-    digest = fingerprint([checkpoints.digest(f"{destination}/{part}") for part in ("prior", "decoder", "upsampler")])
+    imported = import_stack(folder, image_variation=image_variation)
+    save_imported(imported, destination)
+    parts = ("prior", "decoder", *(upsampler.config.name for upsampler in imported.stack.upsamplers))
+    digest = fingerprint([checkpoints.digest(f"{destination}/{part}") for part in parts])
     store.write_json({"stack": destination, "digest": digest, "at": time.time()}, "published", f"{name}.json")
     click.echo(destination)
 

@@ -5,9 +5,14 @@ import click
 STORAGE = click.option(
     "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
 )
-PIPELINE = click.argument("pipeline", shell_complete=lambda *_: _pipelines())
+PIPELINE = click.argument("pipeline", shell_complete=lambda *given: complete(_pipelines(), given[-1]))
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: what differs from the pipeline's preset.")
 SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
+
+
+def complete(names: list[str], start: str) -> list[str]:
+    """Those that begin with what has been typed."""
+    return [name for name in names if name.startswith(start)]
 
 
 def _pipelines() -> list[str]:

@@ -17,18 +17,23 @@ from pipelines.config import PipelineConfig
 from pipelines.lock import lock
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.text_to_image import text_to_image
+from tasks import signals
 from tasks.curate import pin_probes
 from tasks.download import pin_attempt
 from tasks.filter import check_settings
 from tasks.ingest import check_source
 from tasks.progress import bar
 from tasks.report import Limit
-from tasks.stage import Failure, Resources, Run
+from tasks.stage import Failure, Resources, Run, declared_name
 from tasks.store import Store
 from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten, without_password
+from unclip import files
 from unclip.config import fingerprint, require, to_dict
-from unclip.errors import ConfigError, StageError, StorageError, UnclipError
+from unclip.errors import ConfigError, StageError, StoppedError, StorageError, UnclipError
+
+STOP_SECONDS = 25.0
+"""For trainings to write a checkpoint when the run is asked to stop; Kubernetes kills after thirty."""
 
 WORKER_ENVIRONMENT = {
     # Nothing that this project uses may call home.
@@ -196,9 +201,15 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         result = dag[last].ray_node.execute()
     console = Console(store, run.id, list(dag))
     ready: list[Any] = []
-    while not ready:
-        ready, _ = ray.wait([result], timeout=1.0)
-        console.refresh()
+    with signals.asked_to_stop() as is_asked:
+        while not ready:
+            ready, _ = ray.wait([result], timeout=1.0)
+            console.refresh()
+            if is_asked():
+                _stop_trainings(dag, run, store, console)
+                raise StoppedError(
+                    f"{run.pipeline}: stopped as asked. Nothing is lost: run the same command again to go on."
+                )
     try:
         ray.get(result)
     except ray.exceptions.RayError as error:
@@ -211,6 +222,22 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         ) from None
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     return [Failure(event["stage"], event["message"]) for event in failed]
+
+
+def _stop_trainings(dag: dags.Dag, run: Run, store: Store, console: "Console") -> None:
+    """Ask those that run to write a checkpoint and end, and wait for them, but not for ever."""
+    files.write(run.stop_uri, b"")
+    deadline = time.monotonic() + STOP_SECONDS
+
+    def trains(name: str) -> bool:
+        event = stage_events(store, run.id).get(name, {})
+        return event.get("state") == "running" and hasattr(dag[name].config, "trainer")
+
+    if any(trains(name) for name in dag):
+        print("stopping: what is trained writes a checkpoint first; ask again to stop at once", flush=True)
+    while any(trains(name) for name in dag) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        console.refresh()
 
 
 def stage_events(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
@@ -229,6 +256,7 @@ class Console:
 
     def __init__(self, store: Store, run_id: str, stages: list[str]) -> None:
         self.store, self.run_id, self.stages = store, run_id, stages
+        self.width = max(map(len, stages))
         self.told: dict[str, str] = {}
         self.logged: dict[str, float] = {}
         self.is_terminal = sys.stdout.isatty()
@@ -250,7 +278,9 @@ class Console:
     def _tell(self, name: str, event: Mapping[str, Any]) -> None:
         seconds = f"{event['seconds']:.0f} s" if event.get("seconds") is not None else ""
         marks = {"running": "▶", "done": "✓", "cached": "=", "failed": "✗", "skipped": "-"}
-        print(f"{marks[event['state']]} {name:<10} {event['state']:<8} {event.get('message', seconds)}".rstrip())
+        print(
+            f"{marks[event['state']]} {name:<{self.width}} {event['state']:<8} {event.get('message', seconds)}".rstrip()
+        )
         self.logged[name] = time.monotonic()
 
     def _tell_progress(self, name: str) -> None:
@@ -259,7 +289,7 @@ class Console:
         if due and self.store.exists(*path):
             self.logged[name] = time.monotonic()
             self.drawn += 1
-            print(bar(name, self.store.read_json(*path)))
+            print(bar(name.ljust(self.width), self.store.read_json(*path)))
 
     def _erase(self) -> None:
         if self.is_terminal and self.drawn:
@@ -303,9 +333,9 @@ def _start_ray(config: PipelineConfig) -> None:
 
 
 def _resources(config: PipelineConfig) -> dict[str, Resources]:
-    return {
-        stage: config.resources.of(stage) for stage in ("clip", "embed", "prior", "decoder", "upsampler", "evaluate")
-    }
+    """What the workers of each stage that has some are given."""
+    with_workers = ("clip", "embed", "prior", "decoder", "upsampler", "evaluate")
+    return {stage: config.resources.of(stage) for stage in compose(config) if declared_name(stage) in with_workers}
 
 
 def open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:

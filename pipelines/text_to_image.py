@@ -1,7 +1,8 @@
 """The pipeline from a list of URLs to pictures: which stage feeds which. A new stage is one line here."""
 
-from typing import Any, Protocol
+from typing import Any
 
+from pipelines.dag import Binder
 from tasks.clip import clip
 from tasks.curate import curate
 from tasks.dedup import dedup
@@ -13,16 +14,9 @@ from tasks.ingest import ingest
 from tasks.models import decoder, prior, upsampler
 from tasks.publish import publish
 from tasks.report import report
-from tasks.stage import Stage
 
 
-class Bind(Protocol):
-    """Places a stage, with its own section of the configuration, in the DAG."""
-
-    def __call__(self, stage: Stage, *parents: Any) -> Any: ...
-
-
-def text_to_image(bind: Bind) -> Any:
+def text_to_image(bind: Binder) -> Any:
     """Compose the DAG; returns its last node."""
     pairs = bind(ingest)
     images = bind(download, pairs)
@@ -31,7 +25,8 @@ def text_to_image(bind: Bind) -> Any:
     frozen_clip = bind(clip, unique)
     embeddings = bind(embed, unique, frozen_clip)
     dataset = bind(curate, embeddings)
-    trained = (bind(prior, dataset, frozen_clip), bind(decoder, dataset, frozen_clip), bind(upsampler, dataset))
+    generators = (bind(prior, dataset, frozen_clip), bind(decoder, dataset, frozen_clip))
+    trained = (*generators, *bind.each(upsampler, dataset))
     evaluation = bind(evaluate, dataset, frozen_clip, *trained)
     page = bind(report, dataset)
     return bind(publish, dataset, evaluation, page, frozen_clip, *trained)

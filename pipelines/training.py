@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.options import CONFIG, PIPELINE, SET, STORAGE
+from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, complete
 from tasks.background import repeatedly
-from unclip.config import require
+from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError
 
 if TYPE_CHECKING:
     from pipelines.config import PipelineConfig
+    from pipelines.dag import Dag
     from tasks.stage import Artifact
-
-MODELS = ("prior", "decoder", "upsampler")
 
 
 @click.command()
-@click.argument("model", type=click.Choice(MODELS))
+@click.argument("model", shell_complete=lambda *given: complete(_models_of_all_pipelines(), given[-1]))
 @PIPELINE
 @CONFIG
 @SET
@@ -42,18 +41,30 @@ def train(
 ) -> None:
     """Train one MODEL of a PIPELINE on the dataset that the pipeline made last; a later `unclip run` finds it done.
 
+    MODEL is prior, decoder, or upsampler- with the side of its pictures, such as upsampler-256.
+
     To resume, run the same command. On SIGTERM or Ctrl-C it writes a checkpoint first.
     """
     from pipelines.config import load
-    from pipelines.run import prepare, run_pipeline
+    from pipelines.run import compose, prepare, run_pipeline
 
     config = load(pipeline, run_file, assignments, storage)
+    models = trained_models(compose(config))
+    if model not in models:
+        raise ConfigError(f"{model}: no model of {pipeline}. {nearest(model, models)}")
     if overfit is not None:
         require(overfit >= 1, "--overfit", overfit, "at least 1")
         sys.exit(0 if memorises(model, pipeline, prepare(config), overfit) else 1)
     if on_ray:
         sys.exit(run_pipeline(pipeline, config, until=model))
     train_here(model, pipeline, prepare(config))
+
+
+def trained_models(dag: "Dag") -> list[str]:
+    """The stages of a DAG that train a model of the stack."""
+    from tasks.models import TRAININGS
+
+    return [name for name, node in dag.items() if type(node.config) in TRAININGS]
 
 
 def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
@@ -84,15 +95,16 @@ def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
 
 def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int) -> bool:
     """Train on a few rows until a model must know them by heart; says whether it does and, if not, what is wrong."""
+    from pipelines.run import compose
     from tasks.models import TRAININGS
     from tasks.snapshots import Snapshot
     from tasks.train import train_rows
     from unclip import overfitting, parallel
 
     dataset, *clip = _parents(model, pipeline, config)
-    section = getattr(config, model)
+    section = compose(config)[model].config
     section = dataclasses.replace(section, trainer=overfitting.settings(section.trainer, num_rows))
-    training = TRAININGS[model](section, Snapshot.of(dataset.facts), *clip)
+    training = TRAININGS[type(section)](section, Snapshot.of(dataset.facts), *clip)
     keys = training.keys()[:num_rows]
     diagnosis = overfitting.Diagnosis()
     click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(keys)} rows")
@@ -123,6 +135,15 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
             f"Make it first: unclip run {pipeline} --until {missing[0]}"
         )
     return [artifact for name in dag[model].parents if (artifact := states[name].artifact)]
+
+
+def _models_of_all_pipelines() -> list[str]:
+    """For completion, which is asked before the pipeline is named."""
+    from pipelines.config import load, pipeline_names
+    from pipelines.run import compose
+
+    dags = [compose(load(name, None, ["ingest.urls=unknown"])) for name in pipeline_names()]
+    return list(dict.fromkeys(model for dag in dags for model in trained_models(dag)))
 
 
 COMMANDS = (train,)

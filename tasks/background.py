@@ -1,7 +1,8 @@
-"""Something done again and again beside the work of a `with` block."""
+"""Something done again and again beside other work."""
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 
@@ -22,3 +23,16 @@ def repeatedly(seconds: float, action: Callable[[], object], name: str) -> Itera
     finally:
         ended.set()
         thread.join()
+
+
+def now_and_then(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:
+    """Ask no more often than every so many seconds, and never again after a yes; in between the answer is the last one."""
+    answer, asked_at = False, -seconds
+
+    def recent() -> bool:
+        nonlocal answer, asked_at
+        if not answer and time.monotonic() - asked_at >= seconds:
+            answer, asked_at = ask(), time.monotonic()
+        return answer
+
+    return recent

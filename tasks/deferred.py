@@ -44,6 +44,10 @@ class DeferredTracker:
         """As `Tracker.bytes`, which tries once; returns at once."""
         self._put(lambda: self.tracker.bytes(data, name))
 
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """As `Tracker.tags`, which tries once; returns at once."""
+        self._put(lambda: self.tracker.tags(values))
+
     def __enter__(self) -> "DeferredTracker":
         return self
 

@@ -45,13 +45,13 @@ def evaluate(
     clip: Artifact,
     prior: Artifact,
     decoder: Artifact,
-    upsampler: Artifact,
+    *upsamplers: Artifact,
 ) -> Output:
     """Draw held-out captions with the whole stack and measure the pictures."""
     groups = {"heldout": list(heldout_keys(Snapshot.of(dataset.facts)))[: config.num_captions]}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
-    uris = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}
+    uris = [model.uri for model in (prior, decoder, *upsamplers)]
     statistics = Snapshot.of(dataset.facts).load_statistics()
     images, similarities = _draw_all(context, config, groups, clip, uris, statistics)
 
@@ -110,7 +110,7 @@ def _draw_all(
     config: EvaluateConfig,
     groups: dict[str, list[str]],
     clip: Artifact,
-    models: dict[str, str],
+    models: list[str],
     statistics: EmbeddingStatistics,
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
     """Pictures of each group, and the cosine of each to its caption in CLIP's eyes; batches are shared between workers."""
@@ -147,15 +147,17 @@ class Artist:
     def __init__(
         self,
         clip: Artifact,
-        models: dict[str, str],
+        models: list[str],
         config: EvaluateConfig,
         num_threads: int,
         statistics: EmbeddingStatistics,
     ) -> None:
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded: Any = {name: load_model(uri) for name, uri in models.items()}
-        self.stack = Stack(Clip.load(clip.facts["model"], clip.facts["pretrained"]), **loaded).to(device)
+        loaded: Any = [load_model(uri) for uri in models]
+        prior, decoder, *upsamplers = loaded
+        frozen_clip = Clip.load(clip.facts["model"], clip.facts["pretrained"])
+        self.stack = Stack(frozen_clip, prior, decoder, upsamplers).to(device)
         check_agreement({"dataset": statistics, "prior": self.stack.prior.statistics})
         self.config = config
 

@@ -1,4 +1,4 @@
-"""Stages `prior`, `decoder` and `upsampler`: the three trainings, independent of each other."""
+"""Stages `prior`, `decoder` and `upsampler`: trainings, independent of each other. There may be several upsamplers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from unclip.decoder import DecoderConfig
 from unclip.embeddings import EmbeddingQuantizer
 from unclip.parallel import Workers
 from unclip.prior import PriorConfig
-from unclip.trainer import Objective, TrainerConfig
+from unclip.trainer import CURVE, Objective, TrainerConfig
 from unclip.upsampler import UpsamplerConfig
 
 NUM_PREVIEWS = 16
@@ -111,7 +111,7 @@ def decoder_training(config: DecoderStageConfig, snapshot: Snapshot, clip: Artif
 
 @stage("upsampler", version=2)
 def upsampler(context: StageContext, config: UpsamplerStageConfig, dataset: Artifact) -> Output:
-    """Train the upsampler: small pictures to large ones."""
+    """Train an upsampler: small pictures to large ones."""
     _tell_shown_rows(context, dataset)
     return _train(context, dataset, upsampler_training(config, Snapshot.of(dataset.facts)))
 
@@ -125,12 +125,12 @@ def upsampler_training(config: UpsamplerStageConfig, snapshot: Snapshot, _: Arti
     return _of_snapshot(snapshot, build, sources, config.trainer)
 
 
-TRAININGS: dict[str, Callable[..., Training]] = {
-    "prior": prior_training,
-    "decoder": decoder_training,
-    "upsampler": upsampler_training,
+TRAININGS: dict[type, Callable[..., Training]] = {
+    PriorStageConfig: prior_training,
+    DecoderStageConfig: decoder_training,
+    UpsamplerStageConfig: upsampler_training,
 }
-"""What each stage trains, given its configuration, the snapshot and the CLIP."""
+"""What a stage with such a configuration trains, given that, the snapshot and the CLIP."""
 
 
 def _of_snapshot(
@@ -145,6 +145,7 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     context.tracker.dataset(context.run.pipeline, snapshot.digest, snapshot.embeddings, facts)
     model, digest = run_training(context, training)
     context.tracker.file(model, "model")
+    context.tracker.bytes(files.read(f"{context.folder}/{CURVE}"), CURVE)
     return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})
 
 

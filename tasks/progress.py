@@ -54,4 +54,4 @@ def bar(label: str, state: Mapping[str, Any]) -> str:
     left = round((total - done) / speed) if speed > 0 else 0
     pace = f"{speed:,.0f}/s  {left // 60}:{left % 60:02d} left" if speed > 0 else "starting"
     numbers = f"{done:,}/{total:,} {state['unit']}  {pace}  {state['note']}"
-    return f"  {label:<10} {drawn} {share:4.0%}  {numbers}".rstrip()
+    return f"  {label} {drawn} {share:4.0%}  {numbers}".rstrip()

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from tasks import rows, tables
 from tasks.report import DUPLICATES, clusters_of
 from tasks.snapshots import Snapshot
+from tasks.stage import declared_name
 from tasks.store import Store
 from unclip import files
 from unclip.errors import InputError
@@ -217,8 +218,12 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> dict[str, s
         digest = store.read_json(*path)["digest"] if store.exists(*path) else None
         if digest in held:
             record = store.read_json("runs", run_id, "run.json")
+            stages = sorted((name.removesuffix(".json") for name in store.list("runs", run_id)), key=len)
             models = [
-                name for name in ("prior", "decoder", "upsampler") if store.exists("runs", run_id, f"{name}.json")
+                stage
+                for model in ("prior", "decoder", "upsampler")
+                for stage in stages
+                if declared_name(stage) == model
             ]
             trained = f"models {', '.join(models)}" if models else "no model"
             number, split = held[digest]

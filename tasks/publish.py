@@ -23,7 +23,7 @@ class PublishConfig:
             require(bool(re.fullmatch(r"[\w.-]+", value)), setting, value, "letters, digits, dots, dashes, underscores")
 
 
-@stage("publish", version=2)
+@stage("publish", version=3)
 def publish(
     context: StageContext,
     config: PublishConfig,
@@ -33,10 +33,10 @@ def publish(
     clip: Artifact,
     prior: Artifact,
     decoder: Artifact,
-    upsampler: Artifact,
+    *upsamplers: Artifact,
 ) -> Output:
     """Gather the stack, register it in MLflow and move the alias to it."""
-    models = {"prior": prior.uri, "decoder": decoder.uri, "upsampler": upsampler.uri}
+    models = {part.stage: part.uri for part in (prior, decoder, *upsamplers)}
     models["statistics"] = Snapshot.of(dataset.facts).statistics
     clip_model = clip.facts["model"]
     if clip_model.startswith("local-dir:"):
@@ -44,11 +44,12 @@ def publish(
         clip_model = "local-dir:clip"
     folder = f"{context.folder}/stack"
     sampling = load(SamplingConfig, evaluate.facts["sampling"])
-    save_stack(folder, models, clip_model, clip.facts["pretrained"], sampling)
+    names = [upsampler.stage for upsampler in upsamplers]
+    save_stack(folder, models, clip_model, clip.facts["pretrained"], sampling, upsamplers=names)
     snapshot = prior.facts["snapshot"]
     context.tracker.dataset(context.run.pipeline, snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
     version = context.tracker.register(folder, "stack", config.name, config.alias)
-    parts = (dataset, clip, prior, decoder, upsampler)
+    parts = (dataset, clip, prior, decoder, *upsamplers)
     digest = fingerprint([*(part.digest for part in parts), evaluate.facts["sampling"]])
     record = {"stack": folder, "digest": digest, "at": time.time()}
     context.store.write_json(record, "published", f"{config.name}.json")

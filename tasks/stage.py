@@ -25,7 +25,7 @@ import ray
 from tasks.progress import Progress
 from tasks.store import Store
 from tasks.tracking import Tracker
-from unclip.config import fingerprint, require, to_dict
+from unclip.config import decisive, fingerprint, require, to_dict
 from unclip.errors import StageError, StorageError, UnclipError
 
 log = logging.getLogger(__name__)
@@ -100,13 +100,14 @@ class StageResources(Resources):
     """For training the prior."""
     decoder: Resources | None = None
     """For training the decoder."""
-    upsampler: Resources | None = None
-    """For training the upsampler."""
+    upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
+    """For training each upsampler, by the side of its pictures."""
     evaluate: Resources | None = None
     """For drawing and measuring pictures."""
 
     def of(self, stage_name: str) -> Resources:
-        own: Resources | None = getattr(self, stage_name, None)
+        name, _, key = stage_name.partition("-")
+        own: Resources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
         return own or self
 
 
@@ -122,6 +123,11 @@ class Run:
     resources: StageResources = StageResources()
     trains_here: bool = False
     """Whether models are trained in the process that asks, rather than by workers of a cluster."""
+
+    @property
+    def stop_uri(self) -> str:
+        """A file that, once it is there, asks this run's trainings to write a checkpoint and stop."""
+        return Store(self.storage).uri("runs", self.id, "progress", "stop")
 
     def is_abandoned(self) -> bool:
         """Whether the process that drives this run has ended or given up, so that what its tasks still do must not count.
@@ -187,16 +193,20 @@ class Stage:
     def help(self) -> str:
         return inspect.getdoc(self.function) or ""
 
+    def member(self, key: str) -> "Stage":
+        """This stage as one of several in a DAG, each with a section of its own: `upsampler` becomes `upsampler-256`."""
+        return dataclasses.replace(self, name=f"{self.name}-{key}")
+
     def bind(self, run: Run, config: Any, *parents: Any) -> Any:
         """A node of a Ray DAG; its result is an `Artifact`, or a `Failure`."""
         return _run_stage.options(name=self.name).bind(Call(self, config), run, *parents)
 
     def __reduce__(self) -> Any:
         # The decorated name in the module is this object, so workers import it rather than copy the function.
-        return _import_stage, (self.function.__module__, self.function.__name__)
+        return _import_stage, (self.function.__module__, self.function.__name__, self.name)
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
-        return fingerprint(self.name, self.version, to_dict(config), [parent.digest for parent in parents])
+        return fingerprint(self.name, self.version, decisive(config), [parent.digest for parent in parents])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +229,11 @@ def stage(name: str, version: int) -> Callable[[Callable[..., Output]], Stage]:
         return Stage(name, version, function, config_class)
 
     return declare
+
+
+def declared_name(stage_name: str) -> str:
+    """The name that a stage was declared with: `upsampler` for its member `upsampler-256`."""
+    return stage_name.partition("-")[0]
 
 
 def find_artifact(store: Store, stage_name: str, stage_fingerprint: str) -> Artifact | None:
@@ -272,9 +287,9 @@ def _run_stage(call: Call, run: Run, *parents: Artifact | Failure) -> Artifact |
     return execute(call, run, parents)
 
 
-def _import_stage(module: str, name: str) -> Stage:
-    declared: Stage = getattr(importlib.import_module(module), name)
-    return declared
+def _import_stage(module: str, function: str, name: str) -> Stage:
+    declared: Stage = getattr(importlib.import_module(module), function)
+    return dataclasses.replace(declared, name=name)
 
 
 def _record(store: Store, run: Run, stage_name: str, **event: Any) -> None:

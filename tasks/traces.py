@@ -96,7 +96,7 @@ def _readers(mlflow: Any, experiments: Collection[str], datasets: Iterable[str])
 def _showing(mlflow: Any, experiments: Collection[str]) -> Iterator[Any]:
     """Runs of stages that show rows as they are."""
     for stage in STAGES_THAT_SHOW_ROWS:
-        yield from _search(mlflow, experiments, f"tags.`unclip.stage` = '{stage}'")
+        yield from _search(mlflow, experiments, f"tags.`unclip.stage` LIKE '{stage}%'")  # upsampler-256
 
 
 def _mark(mlflow: Any, run: Any) -> Iterator[tuple[str, str]]:

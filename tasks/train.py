@@ -1,4 +1,4 @@
-"""Training on Ray Train: what the stages of the prior, the decoder, the upsampler and CLIP share.
+"""Training on Ray Train: what the stages of the prior, the decoder, the upsamplers and CLIP share.
 
 Ray Train places the workers, sets up their process group and restarts them when they die. What is resumed from is the
 trainer's own checkpoints, whose manifests say that they are complete.
@@ -7,10 +7,12 @@ trainer's own checkpoints, whose manifests say that they are complete.
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tasks import signals
+from tasks.background import now_and_then
 from tasks.deferred import DeferredTracker
 from tasks.progress import Progress
 from tasks.stage import StageContext
@@ -19,10 +21,14 @@ from unclip import checkpoints, files
 from unclip.data import Source
 from unclip.errors import StageError, StorageError, UnclipError
 from unclip.parallel import Workers
-from unclip.trainer import Monitor, Objective, TrainerConfig
+from unclip.trainer import HUNG, Monitor, Objective, TrainerConfig
 
 # Branches wait for each other's CPUs or GPUs; that is no failure.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+
+FAILURE = "failure.json"
+STOP_SECONDS = 2.0
+"""Between looks of a worker for the file that asks trainings to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +66,18 @@ def run_training(context: StageContext, training: Training) -> tuple[str, str]:
 
 def _train_on_cluster(context: StageContext, training: Training) -> None:
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     resources, folder = context.resources, context.folder
-    files.delete(f"{folder}/failure.json")
+    for report in (FAILURE, HUNG):
+        files.delete(f"{folder}/{report}")
     progress = context.progress(training.config.num_samples, "samples")
-    for_worker = _WorkerContext(context.tracker, progress, resources.cpus_per_worker)
+    for_worker = _WorkerContext(context.tracker, progress, resources.cpus_per_worker, context.run.stop_uri)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"training": training, "context": for_worker, "folder": folder},
+        # Longer than the watchdog waits, which names who hangs.
+        torch_config=TorchConfig(timeout_s=round(max(1800.0, 2 * training.config.hang_seconds))),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -82,11 +91,17 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-        raise StageError(f"{context.stage}: {causes[0]}") from causes[0]
-    if files.exists(f"{folder}/failure.json"):
-        raise StageError(files.read_json(f"{folder}/failure.json")["message"])
+    except ray.train.TrainingFailedError as failed:
+        causes = list(getattr(failed, "worker_failures", {}).values()) or [failed]
+        hung = f" {files.read_json(f'{folder}/{HUNG}')['message']}" if files.exists(f"{folder}/{HUNG}") else ""
+        raise StageError(f"{context.stage}: {causes[0]}{hung}") from causes[0]
+    if files.exists(f"{folder}/{HUNG}"):
+        context.tracker.tags({"unclip.warning": files.read_json(f"{folder}/{HUNG}")["message"]})
+    if files.exists(f"{folder}/{FAILURE}"):
+        failure = files.read_json(f"{folder}/{FAILURE}")
+        error = StageError(failure["message"])
+        error.exit_code = failure["exit_code"]
+        raise error
 
 
 def _train_here(context: StageContext, training: Training) -> None:
@@ -98,8 +113,7 @@ def _train_here(context: StageContext, training: Training) -> None:
     torch.set_num_threads(context.resources.cpus_per_worker)  # as a worker would: sums depend on it
     progress = context.progress(training.config.num_samples, "samples")
     with signals.asked_to_stop() as is_asked, _deferred(context.tracker, context.folder) as tracker:
-        monitor = _MlflowMonitor(tracker, progress, context.folder)
-        monitor.wants_stop = is_asked  # type: ignore[method-assign]
+        monitor = _MlflowMonitor(tracker, progress, context.folder, is_asked)
         train_rows(training, context.folder, monitor, parallel.by_itself())
 
 
@@ -129,6 +143,7 @@ class _WorkerContext:
     tracker: Tracker
     progress: Progress
     cpus_per_worker: int
+    stop_uri: str
 
 
 def _work(loop: Mapping[str, Any]) -> None:
@@ -142,33 +157,79 @@ def _work(loop: Mapping[str, Any]) -> None:
     place = ray.train.get_context()
     workers = Workers(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(context.cpus_per_worker)
+    asks_to_stop = now_and_then(STOP_SECONDS, lambda: workers.rank == 0 and files.exists(context.stop_uri))
     try:
         with _deferred(context.tracker, loop["folder"]) as tracker:
-            monitor = _MlflowMonitor(tracker, context.progress, loop["folder"])
+            monitor = _MlflowMonitor(tracker, context.progress, loop["folder"], asks_to_stop, _NodeLoss().is_announced)
             train_rows(training, loop["folder"], monitor, workers)
     except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
         with contextlib.suppress(StorageError):  # where no file can be written, Ray Train tells what happened
-            files.write_json(f"{loop['folder']}/failure.json", {"message": str(error)})
+            files.write_json(f"{loop['folder']}/{FAILURE}", {"message": str(error), "exit_code": error.exit_code})
             return
         raise
+
+
+class _NodeLoss:
+    """Whether a node of this training is about to be taken back, as spot machines are; each node is told of once.
+
+    Asking Ray Train is a collective, so all workers must do it in the same steps: the first one's clock says in which.
+    """
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._announced: list[str] = []
+        self._num_steps = self._steps_left = 1
+        self._asked_at = time.monotonic()
+
+    def is_announced(self) -> bool:
+        """Called in every step by every worker."""
+        import ray.train
+        import ray.train.collective
+
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return False
+        info = ray.train.get_preemption_info()
+        step_seconds = (time.monotonic() - self._asked_at) / self._num_steps
+        wanted = min(1000, max(1, round(self.SECONDS / max(step_seconds, 1e-3))))
+        self._num_steps = self._steps_left = ray.train.collective.broadcast_from_rank_zero(wanted)
+        self._asked_at = time.monotonic()
+        announced = info.preempted_node_ids if info else []
+        is_new, self._announced = not set(announced) <= set(self._announced), announced
+        return is_new
 
 
 class _MlflowMonitor(Monitor):
     """Metrics and previews to MLflow, a progress line to the console; the film of the previews is kept in the stage's folder."""
 
-    def __init__(self, tracker: DeferredTracker, progress: Progress, folder: str) -> None:
+    def __init__(
+        self,
+        tracker: DeferredTracker,
+        progress: Progress,
+        folder: str,
+        wants_stop: Callable[[], bool],
+        wants_checkpoint: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.tracker, self.progress, self.folder = tracker, progress, folder
+        self.wants_stop, self.wants_checkpoint = wants_stop, wants_checkpoint  # type: ignore[method-assign]
 
     def start(self, samples_seen: int, num_samples: int) -> None:
         self.progress.start(samples_seen)
         self.samples_seen = samples_seen
+        self.warning = ""
 
     def step(self, samples_seen: int, loss: float) -> None:
-        self.progress.update(samples_seen - self.samples_seen, f"loss {loss:.4f}")
+        self.progress.update(samples_seen - self.samples_seen, f"loss {loss:.4f}{self.warning}")
         self.samples_seen = samples_seen
 
     def metrics(self, values: Mapping[str, float], samples_seen: int) -> None:
         self.tracker.metrics(values, samples_seen)
+
+    def warn(self, message: str) -> None:
+        super().warn(message)
+        self.warning = f"  ! {message}"
+        self.tracker.tags({"unclip.warning": message})
 
     def preview(self, images: Any, samples_seen: int) -> None:
         from unclip import film, pictures

@@ -1,7 +1,8 @@
 """Typed configuration: nested mappings (TOML, `--set`) into frozen dataclasses, checked before anything starts.
 
-A configuration class is a frozen dataclass of plain values (bool, int, float, str, tuples of those, None) and other such
-dataclasses. It checks its own values in `__post_init__` by raising `ConfigError` through `require`.
+A configuration class is a frozen dataclass of plain values (bool, int, float, str, tuples of those, None), other such
+dataclasses, and mappings of names to those. It checks its own values in `__post_init__` by raising `ConfigError` through
+`require`.
 """
 
 import dataclasses
@@ -94,6 +95,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 
 
+def operational(default: T) -> T:
+    """Default of a setting that changes how work is done and watched, not what comes of it: it is in no fingerprint."""
+    return dataclasses.field(default=default, metadata={"operational": True})
+
+
+def decisive(config: Any) -> dict[str, Any]:
+    """As `to_dict`, without operational settings: what the result of the work depends on."""
+    values = to_dict(config)
+    for field in dataclasses.fields(config):
+        if field.metadata.get("operational"):
+            del values[field.name]
+        elif dataclasses.is_dataclass(getattr(config, field.name)):
+            values[field.name] = decisive(getattr(config, field.name))
+    return values
+
+
 def fingerprint(*parts: Any) -> str:
     """sha256 (hex) of JSON-serialisable parts; dict order does not matter."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
@@ -138,6 +155,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: got {value!r}, expected a list.")
         return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: got {value!r}, expected a section of named sections.")
+        return {key: _convert(arguments[1], item, _join(where, key)) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: got {value!r}, expected a section with {', '.join(field_types(hint))}.")  # type: ignore[arg-type]

@@ -2,7 +2,10 @@
 
 The order of rows is a pure function of (seed, samples seen): the stream is one shuffled epoch after another, and batch
 number n is always the same rows, whatever was interrupted in between and however many ranks share it. Rows of one file are
-shuffled within a window of row groups, so that reading stays sequential enough for disks and object stores.
+shuffled within a window of row groups, so that reading stays sequential enough for disks and object stores; and those of a
+batch are shared in the order in which they are stored, so that a rank reads few of the window's row groups.
+
+Letters: N rows.
 """
 
 import collections
@@ -50,45 +53,53 @@ class RowReader:
             raise InputError("training: got no rows to train on. Loosen the filters or add to the list of URLs.")
         self.sources = sources
         self.window = window
-        wanted = set(keys)
-        self._places: list[dict[str, tuple[int, int, int]]] = []  # per source: key -> (file, row group, row)
-        for source in sources:
-            places = {key: place for key, place in _locate_rows(source) if key in wanted}
-            missing = wanted - places.keys()
-            if missing:
-                raise InputError(
-                    f"{source.uris[0] if source.uris else 'a source'} ...: lacks {len(missing)} of {len(wanted)} keys, "
-                    f"such as {min(missing)}. Run the pipeline again so that the tables agree."
-                )
-            self._places.append(places)
-        self._groups: dict[tuple[int, int], list[str]] = {}
-        for key, (file, group, _) in sorted(self._places[0].items(), key=lambda item: item[1]):
-            self._groups.setdefault((file, group), []).append(key)
+        self._sorted_keys = np.unique(np.array([key.encode() for key in keys]))  # [N]
+        places = [_locate(source, self._sorted_keys) for source in sources]  # [N, 3] each
+        # A row's number is its place in the layout of the first source.
+        layout = np.lexsort(places[0].T[::-1])  # [N]
+        self._places = [of_source[layout] for of_source in places]
+        self._keys = self._sorted_keys[layout]
+        self._number_of_sorted = np.argsort(layout)  # [N]
+        is_first = np.any(np.diff(self._places[0][:, :2], axis=0, prepend=-1) != 0, axis=1)
+        self._group_starts = np.append(np.flatnonzero(is_first), len(layout))  # row groups + 1
         self._read_group = functools.lru_cache(maxsize=2 * window * len(sources))(self._read_group_uncached)
 
     def __len__(self) -> int:
         """Rows in one epoch."""
-        return len(self._places[0])
+        return len(self._keys)
 
     def keys(self) -> list[str]:
         """Of all rows, sorted."""
-        return sorted(self._places[0])
+        return [key.decode() for key in self._sorted_keys.tolist()]
 
-    def epoch(self, seed: int, epoch: int) -> list[str]:
-        """Keys of one epoch in order; every key once."""
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Numbers [N] of the rows of one epoch in order; every row once. They count the rows as they are stored."""
         rng = np.random.default_rng([seed, epoch])
-        groups = [list(self._groups)[index] for index in rng.permutation(len(self._groups))]
-        order: list[str] = []
-        for start in range(0, len(groups), self.window):
-            keys = [key for group in groups[start : start + self.window] for key in self._groups[group]]
-            order += [keys[index] for index in rng.permutation(len(keys))]
-        return order
+        groups = rng.permutation(len(self._group_starts) - 1)
+        order = []
+        for first in range(0, len(groups), self.window):
+            window = groups[first : first + self.window]
+            rows = np.concatenate([np.arange(self._group_starts[one], self._group_starts[one + 1]) for one in window])
+            order.append(rows[rng.permutation(len(rows))])
+        return np.concatenate(order)
 
     def read(self, keys: Sequence[str]) -> Batch:
-        """The rows with these keys, in this order, with the columns of all sources."""
-        batch: Batch = {"key": list(keys)}
-        for number, source in enumerate(self.sources):
-            rows = [self._read_row(number, key) for key in keys]
+        """The rows with these keys, in this order, with the columns of all sources.
+
+        Raises:
+            KeyError: a key that this reader was not made for.
+        """
+        wanted = np.array([key.encode() for key in keys], "S")
+        found = np.minimum(np.searchsorted(self._sorted_keys, wanted), len(self) - 1)
+        if not np.array_equal(self._sorted_keys[found], wanted):
+            raise KeyError(wanted[self._sorted_keys[found] != wanted][0].decode())
+        return self._read(self._number_of_sorted[found])
+
+    def _read(self, numbers: np.ndarray) -> Batch:
+        batch: Batch = {"key": [key.decode() for key in self._keys[numbers].tolist()]}
+        for index, source in enumerate(self.sources):
+            places = self._places[index][numbers].tolist()
+            rows = [self._read_group(index, file, group)[row] for file, group, row in places]
             batch |= {column: [row[column] for row in rows] for column in source.columns}
         return batch
 
@@ -119,23 +130,22 @@ class RowReader:
                 for future in ahead:
                     future.cancel()
 
-    def _make(self, keys: list[str], prepare: Callable[[Batch], Any]) -> Any:
-        return prepare(self.read(keys))
+    def _make(self, numbers: np.ndarray, prepare: Callable[[Batch], Any]) -> Any:
+        return prepare(self._read(numbers))
 
-    def _shares(self, seed: int, samples_seen: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[str]]:
+    def _shares(
+        self, seed: int, samples_seen: int, batch_size: int, rank: int, world_size: int
+    ) -> Iterator[np.ndarray]:
+        """Numbers of a rank's rows of each batch."""
         share = batch_size // world_size
         epoch, position = divmod(samples_seen, len(self))
         pending = self.epoch(seed, epoch)[position:]
         while True:
             while len(pending) < batch_size:
                 epoch += 1
-                pending += self.epoch(seed, epoch)
-            yield pending[rank * share : (rank + 1) * share]
+                pending = np.concatenate([pending, self.epoch(seed, epoch)])
+            yield np.sort(pending[:batch_size])[rank * share : (rank + 1) * share]
             pending = pending[batch_size:]
-
-    def _read_row(self, number: int, key: str) -> dict[str, Any]:
-        file, group, row = self._places[number][key]
-        return self._read_group(number, file, group)[row]
 
     def _read_group_uncached(self, number: int, file: int, group: int) -> list[dict[str, Any]]:
         source = self.sources[number]
@@ -145,17 +155,35 @@ class RowReader:
         return [{name: values[row] for name, values in columns.items()} for row in range(table.num_rows)]
 
 
-def _locate_rows(source: Source) -> Iterator[tuple[str, tuple[int, int, int]]]:
+def _locate(source: Source, sorted_keys: np.ndarray) -> np.ndarray:
+    """File, row group and row of each key: [N, 3] int32.
+
+    Raises:
+        InputError: keys that the source lacks.
+    """
+    places = np.full((len(sorted_keys), 3), -1, np.int32)
     for file, uri in enumerate(source.uris):
-        for group, keys in enumerate(files.patiently(uri, lambda uri=uri: _keys_of_groups(uri))):  # type: ignore[misc]
-            for row, key in enumerate(keys):
-                yield key, (file, group, row)
+        keys, sizes = files.patiently(uri, lambda uri=uri: _keys_of_groups(uri))  # type: ignore[misc]
+        found = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+        wanted = np.flatnonzero(sorted_keys[found] == keys)
+        group = np.repeat(np.arange(len(sizes)), sizes)[wanted]
+        row = wanted - (np.cumsum(sizes) - sizes)[group]
+        places[found[wanted]] = np.stack([np.full_like(row, file), group, row], axis=1)
+    missing = sorted_keys[places[:, 0] < 0]
+    if len(missing):
+        raise InputError(
+            f"{source.uris[0] if source.uris else 'a source'} ...: lacks {len(missing)} of {len(sorted_keys)} keys, "
+            f"such as {missing[0].decode()}. Run the pipeline again so that the tables agree."
+        )
+    return places
 
 
-def _keys_of_groups(uri: str) -> list[list[str]]:
+def _keys_of_groups(uri: str) -> tuple[np.ndarray, list[int]]:
+    """All keys of a file, and the sizes of its row groups."""
     parquet = open_parquet(uri)
-    groups = (parquet.read_row_group(group, columns=["key"]) for group in range(parquet.num_row_groups))
-    return [group.column("key").to_pylist() for group in groups]
+    keys = parquet.read(columns=["key"]).column("key").cast(pa.binary()).to_pylist()
+    sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    return np.array(keys, "S"), sizes
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:

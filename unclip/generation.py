@@ -1,6 +1,6 @@
 """A trained stack, from its files to pictures. What is done with pictures that exist is in `unclip.manipulations`.
 
-Letters: B batch, E CLIP embedding width, s side of the decoder's pictures, S side of the upsampler's.
+Letters: B batch, E CLIP embedding width, s side of the decoder's pictures, S side of the last upsampler's.
 """
 
 import dataclasses
@@ -73,20 +73,25 @@ class SamplingConfig:
     """Iterations of each step of an inversion: the more, the closer is the picture that is drawn from what it finds, and
     the less freely it follows a text diff."""
     upsampler_sampler: SamplerName = "ddim"
-    """Sampler of the upsampler."""
-    upsampler_steps: int = 27
-    """Sampling steps of the upsampler."""
+    """Sampler of the upsamplers."""
+    upsampler_steps: tuple[int, ...] = (27, 15)
+    """Sampling steps of each upsampler, the smallest pictures first; the last number serves all that follow."""
     batch_size: int = 64
     """Captions that are drawn together."""
     precision: Precision = "auto"
-    """Arithmetic of the decoder and the upsampler."""
+    """Arithmetic of the decoder and the upsamplers."""
 
     def __post_init__(self) -> None:
-        counts = ("prior_steps", "decoder_steps", "upsampler_steps")
-        for name in (*counts, "num_candidates", "inversion_iterations", "batch_size"):
+        for name in ("prior_steps", "decoder_steps", "num_candidates", "inversion_iterations", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        steps = self.upsampler_steps
+        require(min(steps, default=0) >= 1, "upsampler_steps", steps, "at least one number, each at least 1")
         for name in ("prior_temperature", "prior_guidance_scale", "guidance_scale", "text_guidance_scale"):
             require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "at least 0")
+
+    def steps_of_upsamplers(self, num: int) -> tuple[int, ...]:
+        """Sampling steps of each of `num` upsamplers."""
+        return (*self.upsampler_steps, *[self.upsampler_steps[-1]] * num)[:num]
 
 
 def load_model(folder: str) -> nn.Module:
@@ -121,17 +126,24 @@ class EmbeddingFacts(NamedTuple):
 
 
 class Stack(nn.Module):
-    """CLIP, prior, decoder and upsampler: text in, pictures out."""
+    """CLIP, prior, decoder and any number of upsamplers, each for the pictures of the one before: text in, pictures out."""
 
     def __init__(
-        self, clip: Clip, prior: DiffusionPrior | AutoregressivePrior, decoder: Decoder, upsampler: Upsampler
+        self,
+        clip: Clip,
+        prior: DiffusionPrior | AutoregressivePrior,
+        decoder: Decoder,
+        upsamplers: Sequence[Upsampler] = (),
     ) -> None:
         """Raises:
-        CheckpointError: the prior and the decoder were trained on embeddings of different datasets or CLIPs.
+        CheckpointError: the prior and the decoder were trained on embeddings of different datasets or CLIPs, or an
+            upsampler on pictures of another size than it gets here.
         """
         super().__init__()
         embeddings.check_agreement({"prior": prior.statistics, "decoder": decoder.statistics})
-        self.clip, self.prior, self.decoder, self.upsampler = clip, prior, decoder, upsampler
+        _check_chain(decoder, upsamplers)
+        self.clip, self.prior, self.decoder = clip, prior, decoder
+        self.upsamplers: Sequence[Upsampler] = nn.ModuleList(upsamplers)  # type: ignore[assignment]
         self.sampling = SamplingConfig()
         self.dataset: EmbeddingFacts | None = None
 
@@ -146,10 +158,18 @@ class Stack(nn.Module):
         if not description.is_file():
             raise CheckpointError(f"{folder}: no stack.json, so no stack was published here. Run `unclip run` first.")
         facts = json.loads(description.read_text())
+        if "upsamplers" not in facts:
+            raise CheckpointError(
+                f"{description}: got no list of upsamplers, expected one; an earlier version published this stack. "
+                "Publish it anew with `unclip run`."
+            )
         named = facts["clip"]["model"].replace("local-dir:", f"local-dir:{folder}/")
-        models = {name: load_model(f"{folder}/{name}") for name in ("prior", "decoder", "upsampler")}
+        prior, decoder, *upsamplers = (
+            load_model(f"{folder}/{name}") for name in ("prior", "decoder", *facts["upsamplers"])
+        )
         image_embeddings = facts["clip"].get("image_embeddings", "unit")
-        stack = cls(Clip.load(named, facts["clip"]["pretrained"], image_embeddings), **models)  # type: ignore[arg-type]
+        clip = Clip.load(named, facts["clip"]["pretrained"], image_embeddings)
+        stack = cls(clip, prior, decoder, upsamplers)  # type: ignore[arg-type]
         stack.sampling = config.load(SamplingConfig, facts["sampling"])
         if Path(folder, "statistics").is_dir():
             tensors, _ = checkpoints.load(f"{folder}/statistics")
@@ -159,7 +179,12 @@ class Stack(nn.Module):
     @property
     def image_size(self) -> int:
         """S, side of the pictures that the stack draws, pixels."""
-        return self.decoder.config.unet.image_size * self.upsampler.config.scale
+        return (self.decoder.config.unet.image_size, *self.upsampled_sizes)[-1]
+
+    @property
+    def upsampled_sizes(self) -> list[int]:
+        """Side of each upsampler's pictures, pixels."""
+        return [upsampler.config.output_size for upsampler in self.upsamplers]
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +210,7 @@ class Stack(nn.Module):
         Returns:
             [len(captions), 3, S, S] float32 in [-1, 1], on the CPU.
 
-        Source: Ramesh et al. 2022, section 2: prior, decoder, upsampler.
+        Source: Ramesh et al. 2022, section 2: prior, decoder, upsamplers.
         """
         settings = sampling or self.sampling
         pictures = []
@@ -253,19 +278,46 @@ class Stack(nn.Module):
         low_res: Tensor,
         sampling: SamplingConfig,
         generator: torch.Generator,
-        x_T: Tensor | None = None,
-        on_step: OnStep = undisturbed,
+        x_T: Sequence[Tensor] | None = None,
+        on_step: Sequence[OnStep] | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, S, S] at full size for those [B, 3, s, s] of the decoder; x_T [B, 3, S, S] or None as they."""
+        """Let the upsamplers work in turn.
+
+        Args:
+            low_res: [B, 3, s, s] in [-1, 1], the decoder's pictures.
+            x_T: for each upsampler, like its pictures; None draws them from the generator.
+            on_step: for each upsampler; None disturbs none.
+
+        Returns:
+            [B, 3, S, S] in [-1, 1].
+        """
+        num = len(self.upsamplers)
+        noises: Sequence[Tensor | None] = x_T or [None] * num
+        hooks = on_step or [undisturbed] * num
+        parts = zip(self.upsamplers, sampling.steps_of_upsamplers(num), noises, hooks, strict=True)
         with autocast(sampling.precision, self.device):
-            return self.upsampler.sample(
-                low_res,
-                sampler=sampling.upsampler_sampler,
-                num_steps=sampling.upsampler_steps,
-                x_T=x_T,
-                generator=generator,
-                on_step=on_step,
+            for upsampler, num_steps, noise, hook in parts:
+                low_res = upsampler.sample(
+                    low_res,
+                    sampler=sampling.upsampler_sampler,
+                    num_steps=num_steps,
+                    x_T=noise,
+                    generator=generator,
+                    on_step=hook,
+                )
+        return low_res
+
+
+def _check_chain(decoder: Decoder, upsamplers: Sequence[Upsampler]) -> None:
+    side, maker = decoder.config.unet.image_size, "the decoder"
+    for upsampler in upsamplers:
+        trained_for = upsampler.config.low_res_size
+        if trained_for != side:
+            raise CheckpointError(
+                f"{upsampler.config.name}: got pictures of {side} pixels from {maker}, expected the {trained_for} that it was "
+                "trained for. Take models of one stack."
             )
+        side, maker = upsampler.config.output_size, upsampler.config.name
 
 
 def save_stack(
@@ -275,6 +327,8 @@ def save_stack(
     clip_pretrained: str | None,
     sampling: SamplingConfig,
     image_embeddings: ImageEmbeddings = "unit",
+    *,
+    upsamplers: Sequence[str],
 ) -> None:
     """Gather trained models into one folder that `Stack.load` reads; `stack.json` is written last.
 
@@ -283,6 +337,7 @@ def save_stack(
         models: name -> URI of the folder to copy; "statistics" are those of the dataset, which PCA probing needs.
         clip_model: open_clip name; "local-dir:clip" for the copied folder "clip".
         image_embeddings: what its image embeddings are.
+        upsamplers: names of their folders, the smallest pictures first.
     """
     for name, source in models.items():
         for file in files.names(source):
@@ -290,5 +345,6 @@ def save_stack(
     description = {
         "clip": {"model": clip_model, "pretrained": clip_pretrained, "image_embeddings": image_embeddings},
         "sampling": config.to_dict(sampling),
+        "upsamplers": list(upsamplers),
     }
     files.write_json(f"{folder}/stack.json", description)

@@ -2,13 +2,13 @@
 
 A picture is taken apart into the bipartite latent of the paper: its CLIP image embedding, and the noise x_T from which the
 decoder draws it back (DDIM inversion). One of the two is changed, and the decoder draws again; frames of one row differ in
-nothing else, the upsampler's noise included. Nothing is trained for this.
+nothing else, the upsamplers' noise included. Nothing is trained for this.
 
 Source: Ramesh et al. 2022, section 3 (variations, interpolations, text diffs) and section 4 (PCA probing); Dhariwal & Nichol
 2021, appendix F (inversion).
 
 Letters: B pictures, N frames of each, E CLIP embedding width, K principal components, s side of the decoder's pictures, S
-side of the upsampler's.
+side of the last upsampler's.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,12 +50,11 @@ def ignore(_: int) -> None:
     """The `Progress` that nobody watches."""
 
 
-def num_steps(sampling: SamplingConfig, num_drawn: int, num_inverted: int = 0) -> int:
+def num_steps(stack: Stack, sampling: SamplingConfig, num_drawn: int, num_inverted: int = 0) -> int:
     """Sampling steps that `Progress` will be told of."""
     batches_drawn, batches_inverted = -(-num_drawn // sampling.batch_size), -(-num_inverted // sampling.batch_size)
-    return (
-        batches_drawn * (sampling.decoder_steps + sampling.upsampler_steps) + batches_inverted * sampling.decoder_steps
-    )
+    upsampler_steps = sum(sampling.steps_of_upsamplers(len(stack.upsamplers)))
+    return batches_drawn * (sampling.decoder_steps + upsampler_steps) + batches_inverted * sampling.decoder_steps
 
 
 # ------------------------------------------------------------------------------------------------ there and back
@@ -115,7 +114,7 @@ def draw(
     Args:
         latents: of B pictures.
         eta: 0 follows x_T alone; more adds noise at every step, up to 1.
-        seed: of that noise, and of the upsampler's, which is the same for all pictures.
+        seed: of that noise, and of the upsamplers', which is the same for all pictures.
 
     Returns:
         [B, 3, S, S] float32 in [-1, 1], on the CPU.
@@ -124,7 +123,7 @@ def draw(
     """
     settings = sampling or stack.sampling
     generator = torch.Generator(stack.device).manual_seed(seed)
-    x_T = _noise(stack.image_size, 1, generator)
+    x_T = [_noise(side, 1, generator) for side in stack.upsampled_sizes]
     pictures = []
     for start in range(0, len(latents.x_T), settings.batch_size):
         batch = Latents(*(part[start : start + settings.batch_size] for part in latents))
@@ -138,8 +137,9 @@ def draw(
                 generator,
                 _counting(progress),
             )
-        noise = x_T.expand(len(low_res), -1, -1, -1)
-        pictures.append(stack.upsample(low_res, settings, generator, noise, _counting(progress)).cpu())
+        noise = [each.expand(len(low_res), -1, -1, -1) for each in x_T]
+        counting = [_counting(progress)] * len(noise)
+        pictures.append(stack.upsample(low_res, settings, generator, noise, counting).cpu())
     return torch.cat(pictures)
 
 
@@ -353,7 +353,7 @@ def inpaint(
 ) -> Tensor:
     """Repaint a part of pictures as captions say; the rest comes back as it was, to the last bit.
 
-    A decoder that was trained for it is told what is known; any other, and the upsampler, hold it at every step.
+    A decoder that was trained for it is told what is known; any other, and the upsamplers, hold it at every step.
 
     Args:
         images: [B, 3, S, S] in [-1, 1], of the size that the stack draws.
@@ -381,8 +381,7 @@ def inpaint(
     for start in range(0, len(images), settings.batch_size):
         part = slice(start, start + settings.batch_size)
         image, keep = images[part].to(stack.device), known[part].to(stack.device)
-        # a pixel of the decoder is known only where all that it covers is
-        low_res, low_keep = shrink(image, side), shrink(keep.float(), side) == 1
+        low_res, low_keep = _known_at(side, image, keep)
         image_embedding = stack.embed_captions(list(captions[part]), settings, generator)
         told = {"known": known_region(low_res, low_keep)} if decoder.config.inpainting else {}
         with autocast(settings.precision, stack.device):
@@ -402,10 +401,19 @@ def inpaint(
                 ),
                 **told,
             )
-        hold = samplers.hold_known(stack.upsampler.diffusion, image, keep, generator)
-        drawn = stack.upsample(low_res, settings, generator, on_step=_counting(progress, hold))
+        holding = [
+            samplers.hold_known(upsampler.diffusion, *_known_at(upsampler.config.output_size, image, keep), generator)
+            for upsampler in stack.upsamplers
+        ]
+        on_step = [_counting(progress, hold) for hold in holding]
+        drawn = stack.upsample(low_res, settings, generator, on_step=on_step)
         pictures.append(torch.where(keep, image, drawn).cpu())
     return torch.cat(pictures)
+
+
+def _known_at(side: int, image: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures [B, 3, side, side] and which of their pixels are known: those that cover nothing but known ones."""
+    return shrink(image, side), shrink(keep.float(), side) == 1
 
 
 def _check(images: Tensor, function: str) -> int:

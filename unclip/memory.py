@@ -195,7 +195,7 @@ def networks(preset: Preset) -> Mapping[str, Network]:
         "prior": Network(preset.build_prior, prior_inputs),
         "autoregressive_prior": Network(build_autoregressive_prior, autoregressive_prior_inputs),
         "decoder": Network(preset.build_decoder, decoder_inputs),
-        **{f"upsampler_{each.output_size}": _upsampler(each) for each in preset.upsamplers},
+        **{each.name: _upsampler(each) for each in preset.upsamplers},
     }
 
 

@@ -44,6 +44,7 @@ class PriorObjective:
         self.model = DiffusionPrior(config, clip.embedding_dim, clip.text_width, clip.text_length)
         self.model.statistics.load_state_dict(statistics.state_dict())
         self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
+        self.sample_size = {"tokens": len(self.model.positions)}
         self.process = _Process(self.model.diffusion)
         self.state = self.process.timesteps.state
 
@@ -102,6 +103,7 @@ class AutoregressivePriorObjective:
         self.model.statistics.load_state_dict(statistics.state_dict())
         self.model.quantizer.load_state_dict(quantizer.state_dict())
         self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
+        self.sample_size = {"tokens": len(self.model.positions)}
         self.state: Tensors = {}
         self.losses: dict[bool, list[Tensor]] = {True: [], False: []}  # in training and out of it
 
@@ -158,6 +160,7 @@ class DecoderObjective:
         if clip is not None and self.model.text is not None:
             self.model.text.set_null(read_captions(config.text, clip, clip.tokenize([""])))  # type: ignore[arg-type]
         self.process = _Process(self.model.diffusion)
+        self.sample_size = {"pixels": config.unet.image_size**2}
         self.state = self.process.timesteps.state
         self._preview = self.prepare(preview)
 
@@ -225,6 +228,7 @@ class UpsamplerObjective:
         self.config = config
         self.model: Upsampler = Upsampler(config).to(memory_format=torch.channels_last)
         self.process = _Process(self.model.diffusion)
+        self.sample_size = {"pixels": config.unet.image_size**2}
         self.state = self.process.timesteps.state
         self._preview = self.prepare(preview)["images"]
 
@@ -285,6 +289,7 @@ class ClipObjective:
         self.tokenizer = open_clip.get_tokenizer(name)
         self.side = clip_models.input_side(self.model)
         self.clip_loss = open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
+        self.sample_size = {"pixels": self.side**2}
         self.state: Tensors = {}
 
     def prepare(self, batch: Batch) -> Tensors:

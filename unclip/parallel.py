@@ -44,7 +44,7 @@ def distribute(model: nn.Module, parallel: Parallel, workers: Workers) -> nn.Mod
     if workers.world_size == 1:
         return model
     if parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # shards are rows, which channels_last has not in one piece
     mesh = init_device_mesh(workers.device.type, (workers.world_size,))

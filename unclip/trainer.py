@@ -11,6 +11,9 @@ import copy
 import dataclasses
 import logging
 import math
+import os
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
@@ -19,17 +22,24 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from unclip import checkpoints, files, parallel, sharded
-from unclip.config import require
+from unclip import checkpoints, curves, files, parallel, sharded
+from unclip.config import operational, require
 from unclip.data import Batch, RowReader
 from unclip.errors import NonFiniteError, StoppedError
 from unclip.flops import FirstForward, peak_flops
 from unclip.parallel import ALONE, Parallel, Workers
 from unclip.precision import LossScale, Precision, autocast
+from unclip.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
+
+CURVE = "curve.tsv"
+"""File in a training's folder that says how its loss fell."""
+HUNG = "hung.json"
+"""File in a training's folder that says which worker hung last."""
+HUNG_EXIT_CODE = 70  # EX_SOFTWARE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,37 +77,44 @@ class TrainerConfig:
     """Compute the activations inside blocks again in the backward pass rather than keep them: slower, with less memory."""
     compile: bool = False
     """Have torch compile the network: minutes at the start, faster steps."""
-    nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
-    """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
-    in another order of rows. The weights are never touched by it."""
-    validation_rows: int = 512
-    """Held-out rows whose loss is measured before each checkpoint, always with the same noise; 0 for none."""
-    max_nonfinite: int = 10
-    """Batches that may be skipped, or times to roll back, before the training stops after all."""
     seed: int = 0
     """Of the weights, the order of rows, noise and dropout."""
-    checkpoint_samples: int = 100_000
+    nonfinite: Literal["stop", "skip", "roll_back"] = operational("stop")
+    """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
+    in another order of rows. The weights are never touched by it."""
+    max_nonfinite: int = operational(10)
+    """Batches that may be skipped, or times to roll back, before the training stops after all."""
+    hang_seconds: float = operational(1800.0)
+    """Without any move of any worker for so long, the one that hangs is named, and all end, so that they are started
+    again from the last checkpoint; 0 to wait for ever."""
+    validation_rows: int = operational(512)
+    """Held-out rows whose loss is measured before each checkpoint, always with the same noise; 0 for none."""
+    checkpoint_samples: int = operational(100_000)
     """Samples between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = operational(2)
     """Newest checkpoints that are kept."""
-    preview_samples: int = 0
+    preview_samples: int = operational(0)
     """Samples between previews; 0 for eight of them, evenly spaced, but at least 10,000 samples apart. One is at the end."""
-    log_samples: int = 10_000
-    """Samples between logged metrics."""
+    log_samples: int = operational(0)
+    """Samples between logged metrics; 0 for a hundredth of the training."""
+    reference_curve: str | None = operational(None)
+    """A curve of the same training that went well, which this one is held against: one that comes with unclip, by name, or
+    the URI of a `curve.tsv`."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "checkpoint_samples", "keep_checkpoints", "log_samples"):
+        for name in ("num_samples", "batch_size", "checkpoint_samples", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.validation_rows >= 0, "validation_rows", self.validation_rows, "0 or more")
+        for name in ("validation_rows", "preview_samples", "log_samples", "max_nonfinite", "hang_seconds"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0 and below 1")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number")
-        require(self.max_nonfinite >= 0, "max_nonfinite", self.max_nonfinite, "0 or more")
         fits = self.micro_batch_size == 0 or (
             self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0
         )
+        if self.reference_curve is not None:
+            curves.read(self.reference_curve)
         require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
-        require(self.preview_samples >= 0, "preview_samples", self.preview_samples, "0 or more")
 
     def samples_between_previews(self) -> int:
         """A preview takes about as long as training on 400 samples, so that 10,000 make it cheap."""
@@ -110,6 +127,8 @@ class Objective(Protocol):
     model: nn.Module
     state: Mapping[str, Tensor]
     """What losses depend on besides the model: tensors, changed in place and the same on all ranks; often none."""
+    sample_size: Mapping[str, int]
+    """What is in a sample, to tell the speed by: pixels or tokens."""
 
     def prepare(self, batch: Batch) -> Tensors:
         """Rows as the reader gives them -> tensors, on the CPU."""
@@ -155,6 +174,10 @@ class Monitor:
         """Asked in every step, of every worker: whether to write a checkpoint and stop."""
         return False
 
+    def wants_checkpoint(self) -> bool:
+        """Asked in every step, of every worker: whether to write a checkpoint besides those that are due, and go on."""
+        return False
+
 
 def train(
     objective: Objective,
@@ -169,7 +192,7 @@ def train(
 
     Args:
         folder: URI for this training alone; gets `checkpoints/` and at the end `model/`.
-        monitor: hears how it goes, on the first worker; every worker's is asked whether to stop.
+        monitor: hears how it goes, on the first worker; every worker's is asked what it wants.
         validation: rows that are not trained on; the first `validation_rows` of them are validated with.
 
     Returns:
@@ -178,6 +201,7 @@ def train(
     Raises:
         NonFiniteError: a loss or gradient that is not finite; the weights were not touched by it.
         StoppedError: the monitor asked to stop; a checkpoint was written.
+        SystemExit: not raised, but how the process ends, with 70, when it is one of several and one of them hangs.
         CheckpointError: the checkpoints in `folder` are of another model.
         ConfigError: the batch cannot be shared equally.
     """
@@ -188,10 +212,19 @@ def train(
         torch.use_deterministic_algorithms(True)
         # Nothing reads uninitialised memory here, and filling it takes a tenth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    training = _Training(objective, reader, config, folder, monitor or Monitor(), workers, validation)
-    with contextlib.closing(training):
-        training.run()
-    return training.export()
+    monitor = monitor or Monitor()
+
+    def hung(message: str) -> None:
+        monitor.warn(message)
+        if workers.world_size > 1:
+            files.write_json(f"{folder}/{HUNG}", {"message": message})
+            os._exit(HUNG_EXIT_CODE)  # nothing else gets a process out of a collective
+
+    with contextlib.closing(Watchdog(f"{folder}/workers", workers, config.hang_seconds, hung)) as watchdog:
+        training = _Training(objective, reader, config, folder, monitor, workers, watchdog, validation)
+        with contextlib.closing(training):
+            training.run()
+        return training.export()
 
 
 class _Training:
@@ -205,12 +238,14 @@ class _Training:
         folder: str,
         monitor: Monitor,
         workers: Workers,
+        watchdog: Watchdog,
         validation: RowReader | None,
     ) -> None:
         self.validation = validation if config.validation_rows else None
         self.objective, self.reader, self.config, self.folder, self.workers = objective, reader, config, folder, workers
         self.asked = monitor
         self.monitor = monitor if workers.rank == 0 else Monitor()
+        self.watchdog = watchdog
         # Draws previews with the averaged weights, on the first worker alone: shards and compilation do not concern it.
         self.replica = copy.deepcopy(objective.model).cpu().eval() if workers.rank == 0 else None
         model = objective.model.to(workers.device).train()
@@ -223,6 +258,7 @@ class _Training:
         self.state = _State(model, objective.state, config)
         self.writer = sharded.Writer(f"{folder}/checkpoints", workers, config.keep_checkpoints)
         self.samples_seen = self._restore()
+        self.alarm = self._take_up_curve()
         if config.nonfinite == "roll_back" and self.samples_seen == 0:
             self._save()  # what there is to go back to at first
 
@@ -240,14 +276,18 @@ class _Training:
                 prepare=self._prepare,
             )
             with contextlib.closing(batches):
+                self.watchdog.reached("reading rows", self.samples_seen)
                 for keys, micro_batches in batches:
                     pace.data_arrived()
+                    self.watchdog.reached("taking a step", self.samples_seen)
                     if not self._step(keys, micro_batches, pace):
                         self.writer.wait()
                         self.samples_seen = self._restore()
+                        self.alarm = self._take_up_curve()
                         break
                     if self.samples_seen >= self.config.num_samples:
                         break
+                    self.watchdog.reached("reading rows", self.samples_seen)
 
     def close(self) -> None:
         self.writer.close()
@@ -280,10 +320,10 @@ class _Training:
         """One step, and what is due after it; returns whether to go on with the next batch."""
         config, state, workers = self.config, self.state, self.workers
         loss = self._backward(micro_batches)
-        stop = torch.tensor(float(self.asked.wants_stop()), device=workers.device)
-        loss, stop = parallel.mean(torch.stack([loss, stop]), workers)
+        asked = torch.tensor([self.asked.wants_stop(), self.asked.wants_checkpoint()], device=workers.device)
+        means = parallel.mean(torch.cat([loss[None], asked.float()]), workers)
         norm = state.gradient_norm()
-        value, gradient_norm, stopped = torch.stack([loss, norm, stop]).tolist()  # one wait for the device
+        value, stopped, saved, gradient_norm = torch.cat([means, norm[None]]).tolist()  # one wait for the device
         if math.isfinite(value) and math.isfinite(gradient_norm):
             state.apply(self.samples_seen)
         elif math.isfinite(value) and state.loss_scale.shrink():
@@ -293,12 +333,12 @@ class _Training:
         self.samples_seen += config.batch_size
         self.monitor.step(self.samples_seen, value)
         pace.stepped(value)
-        if _due(self.samples_seen, config.log_samples, config):
+        if _due(self.samples_seen, config.log_samples or max(1, config.num_samples // 100), config):
             extra = {"gradient_norm": gradient_norm, "learning_rate": learning_rate(config, self.samples_seen)}
             speed = pace.summary()
-            speed |= self._arithmetic(speed["samples_per_second"])
-            self.monitor.metrics({**speed, **extra, **self.objective.metrics(True)}, self.samples_seen)
-        if stopped or _due(self.samples_seen, config.checkpoint_samples, config):
+            speed |= self._speed(speed["samples_per_second"])
+            self._tell({**speed, **extra, **self.objective.metrics(True)})
+        if stopped or saved or _due(self.samples_seen, config.checkpoint_samples, config):
             self._save()
         if _due(self.samples_seen, config.samples_between_previews(), config):
             self._preview()
@@ -342,19 +382,44 @@ class _Training:
         self.monitor.warn(f"{happened}; {'the batch is skipped' if config.nonfinite == 'skip' else 'rolling back'}.")
         return config.nonfinite
 
-    def _arithmetic(self, samples_per_second: float) -> dict[str, float]:
-        """Operations a second that each device does for the model, and their share of what it could do."""
-        if self.flops is None or self.flops.flops_per_sample is None:
-            return {}
-        rate = samples_per_second * self.flops.flops_per_sample / self.workers.world_size
-        peak = peak_flops(self.workers.device)
-        used = {} if peak is None else {"model_flops_utilisation": rate / peak}
-        if self.workers.device.type == "cuda":
-            used["memory_gib"] = torch.cuda.max_memory_allocated(self.workers.device) / 2**30
-        return {"teraflops_per_second": rate / 1e12, **used}
+    def _tell(self, values: dict[str, float]) -> None:
+        """Metrics to the monitor and the curve, and what is wrong with them."""
+        for warning in self.alarm.hear(self.samples_seen, values):
+            self.monitor.warn(warning)
+        over_reference = self.alarm.over_reference()
+        if over_reference is not None:
+            values = {**values, "loss_over_reference": over_reference}
+        self.monitor.metrics(values, self.samples_seen)
+
+    def _take_up_curve(self) -> curves.Alarm:
+        """The curve up to the checkpoint that was taken up."""
+        uri = f"{self.folder}/{CURVE}"
+        curve = curves.read(uri) if self.samples_seen and files.exists(uri) else {}
+        reference = self.config.reference_curve
+        return curves.Alarm(
+            {samples_seen: point for samples_seen, point in curve.items() if samples_seen <= self.samples_seen},
+            None if reference is None else curves.read(reference),
+        )
+
+    def _speed(self, samples_per_second: float) -> dict[str, float]:
+        """What is in the samples of a second, the arithmetic that each device does for them and its share of what it could do;
+        and the most memory that this worker had."""
+        sizes = self.objective.sample_size.items()
+        values = {f"{unit}_per_second": samples_per_second * size for unit, size in sizes}
+        if self.flops is not None and self.flops.flops_per_sample is not None:
+            rate = samples_per_second * self.flops.flops_per_sample / self.workers.world_size
+            values["teraflops_per_second"] = rate / 1e12
+            peak = peak_flops(self.workers.device)
+            values |= {} if peak is None else {"model_flops_utilisation": rate / peak}
+        on_device = self.workers.device.type == "cuda"
+        peak_bytes = torch.cuda.max_memory_allocated(self.workers.device) if on_device else _peak_resident_bytes()
+        return {**values, "memory_gib": peak_bytes / 2**30}
 
     def _save(self) -> None:
         facts = {**self.objective.facts(), **self.state.facts(), **self._validate()}
+        self.watchdog.reached("writing a checkpoint", self.samples_seen)
+        if self.workers.rank == 0:
+            curves.write(f"{self.folder}/{CURVE}", self.alarm.curve)
         self.writer.save(self.samples_seen, self.state.tensors(), facts)
 
     def _validate(self) -> dict[str, float]:
@@ -368,13 +433,16 @@ class _Training:
             size = self.config.micro_batch_size or self.config.batch_size // self.workers.world_size
             total = 0.0
             for start in range(0, len(keys), size):
+                self.watchdog.reached("validating", self.samples_seen)
                 batch = self.validation.read(keys[start : start + size])
                 generator = torch.Generator(self.workers.device).manual_seed(start)
                 tensors = {name: value.to(self.workers.device) for name, value in self.objective.prepare(batch).items()}
                 with torch.no_grad(), autocast(self.config.precision, self.workers.device):
                     total += float(self.objective.loss(model, tensors, generator)) * len(batch["key"])
         values = {"loss": total / len(keys), **self.objective.metrics(False)}
-        self.monitor.metrics({f"validation_{name}": value for name, value in values.items()}, self.samples_seen)
+        validation = {f"validation_{name}": value for name, value in values.items()}
+        self.alarm.add(self.samples_seen, validation)
+        self.monitor.metrics(validation, self.samples_seen)
         return {"validation_loss": values["loss"]}
 
     @contextlib.contextmanager
@@ -401,6 +469,7 @@ class _Training:
         return int(facts["samples_seen"]) if facts else 0
 
     def _preview(self) -> None:
+        self.watchdog.reached("drawing a preview", self.samples_seen)
         with self._averaged_replica() as model:
             if model is None:
                 return
@@ -441,9 +510,8 @@ class _State:
             eps=config.adam_eps,
             fused=True,
         )
-        for (
-            value
-        ) in self.parameters.values():  # there before the first step, so that a checkpoint can be copied into it
+        # There before the first step, so that a checkpoint can be copied into it.
+        for value in self.parameters.values():
             moments = {name: torch.zeros_like(value.detach()) for name in ("exp_avg", "exp_avg_sq")}
             step = torch.zeros((), dtype=torch.float32, device=value.device)
             self.optimizer.state[value] = {"step": step, **moments}
@@ -530,6 +598,11 @@ class _Pace:
         }
         self._reset()
         return values
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _due(samples_seen: int, every: int, config: TrainerConfig) -> bool:

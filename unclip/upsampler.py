@@ -58,6 +58,11 @@ class UpsamplerConfig:
     def output_size(self) -> int:
         return self.low_res_size * self.scale
 
+    @property
+    def name(self) -> str:
+        """What it is called beside others: upsampler-256 makes pictures of 256 pixels."""
+        return f"upsampler-{self.output_size}"
+
 
 class Upsampler(nn.Module):
     """Small pictures in, `scale` times larger pictures out."""

@@ -7,11 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.run import tracking_uris_of
+from pipelines.training import train
 from tasks import tables
 from tasks.store import Store
 from tasks.tracking import without_password
@@ -88,6 +90,26 @@ def test_an_unknown_stage(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_unknown_model(tmp_path: Path) -> None:
+    for model, there_is in (("upsampler", "upsampler-64"), ("upsampler-46", "upsampler-64"), ("decode", "decoder")):
+        assert_refused(
+            unclip("train", model, "tiny", "--storage", tmp_path), f"{model}: no model of tiny", f"mean {there_is!r}?"
+        )
+    assert_refused(unclip("train", "clip", "demo", "--storage", tmp_path), "clip: no model of demo", "Valid names: ")
+    assert_refused(unclip("train", "prior", "demmo", "--storage", tmp_path), "demmo", "Did you mean 'demo'?")
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_and_pipelines_are_completed() -> None:
+    model, pipeline = (each for each in train.params if isinstance(each, click.Argument))
+
+    def completed(argument: click.Argument, start: str) -> set[str]:
+        return {item.value for item in argument.shell_complete(click.Context(train), start)}
+
+    assert completed(model, "up") == {"upsampler-32", "upsampler-64", "upsampler-256"}
+    assert completed(model, "") > {"prior", "decoder"} and completed(pipeline, "t") == {"text_to_image", "tiny"}
+
+
 def test_a_run_file_that_is_not_there_or_is_not_toml(tmp_path: Path) -> None:
     assert_refused(unclip("run", "demo", "--config", tmp_path / "run.toml"), "run.toml", "no such run file")
     (tmp_path / "run.toml").write_text("a = = b")
@@ -156,7 +178,7 @@ def test_plan_prints_the_configuration_and_every_stage_and_starts_nothing(pairs:
         "curate",
         "prior",
         "decoder",
-        "upsampler",
+        "upsampler-256",
         "publish",
     ):
         assert f"\n{name} " in stages
@@ -207,7 +229,7 @@ def test_plan_train_says_what_training_takes_of_each_gpu() -> None:
     result = unclip("plan", "train", "--preset", "demo", "--gpus", 8, "--memory-gib", 0.25)
     assert result.returncode == 0, result.stderr
     heading, *rows = result.stdout.partition("\n\n")[0].splitlines()
-    names = ["prior", "autoregressive_prior", "decoder", "upsampler_64"]
+    names = ["prior", "autoregressive_prior", "decoder", "upsampler-64"]
     assert [row.split()[0] for row in rows] == names and {len(row) for row in rows} == {len(heading)}
     assert rows[2].split()[1:3] == ["3,335,715", "0.7"]
     for name in names:

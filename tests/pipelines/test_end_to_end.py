@@ -40,7 +40,8 @@ STAGES = [
     "report",
     "prior",
     "decoder",
-    "upsampler",
+    "upsampler-32",
+    "upsampler-64",
     "evaluate",
     "publish",
 ]
@@ -156,7 +157,7 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     assert {"model", "previews"} <= {item.path for item in client.list_artifacts(decoder.info.run_id)}
     made = records(finished)
     snapshot = Snapshot.of(made["curate"]["facts"])
-    for stage in ("decoder", "upsampler"):  # a takedown finds by these what shows a row
+    for stage in ("decoder", "upsampler-32", "upsampler-64"):  # a takedown finds by these what shows a row
         shown = Path(client.download_artifacts(children[stage].info.run_id, PREVIEW_KEYS, str(tmp_path)))
         assert json.loads(shown.read_text()) == snapshot.keys("holdout")[:16] != []
         folder = Path(made[stage]["uri"]).parent
@@ -167,6 +168,21 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
         item.path for item in client.list_artifacts(children["evaluate"].info.run_id)
     }
     assert str(client.get_model_version_by_alias("unclip-tiny", "latest-published").version) == "1"
+
+
+def test_the_published_stack_draws_with_both_upsamplers(finished: Path) -> None:
+    from unclip.generation import Stack
+
+    stack = Stack.load(records(finished)["publish"]["uri"])
+    assert [(each.config.low_res_size, each.config.output_size) for each in stack.upsamplers] == [(16, 32), (32, 64)]
+    assert stack.text2image(["a large red circle"]).shape == (1, 3, 64, 64)
+    assert len({records(finished)[f"upsampler-{side}"]["digest"] for side in (32, 64)}) == 2
+
+
+def test_a_row_knows_all_models_that_were_trained_on_it(finished: Path) -> None:
+    key = Snapshot.of(records(finished)["curate"]["facts"]).keys("train")[0]
+    printed = run_here("data", "show", key, "--storage", finished)
+    assert "models prior, decoder, upsampler-32, upsampler-64" in printed
 
 
 def test_a_second_run_does_nothing_and_says_the_same(finished: Path) -> None:
@@ -182,7 +198,8 @@ def test_a_second_run_does_nothing_and_says_the_same(finished: Path) -> None:
     ("assignment", "to_run"),
     [
         ("prior.trainer.seed=1", {"prior", "evaluate", "publish"}),
-        ("upsampler.model.degradation.blur_prob=0.1", {"upsampler", "evaluate", "publish"}),
+        ("upsamplers.64.model.degradation.blur_prob=0.1", {"upsampler-64", "evaluate", "publish"}),
+        ("upsamplers.64=none", {"evaluate", "publish"}),
         ("evaluate.seed=1", {"evaluate", "publish"}),
         ("resources.num_workers=2", set()),
         (
@@ -196,7 +213,8 @@ def test_a_second_run_does_nothing_and_says_the_same(finished: Path) -> None:
                 "report",
                 "prior",
                 "decoder",
-                "upsampler",
+                "upsampler-32",
+                "upsampler-64",
                 "evaluate",
                 "publish",
             },
@@ -294,14 +312,19 @@ def last_metrics(storage: Path, stage: str) -> dict[str, float]:
     return dict(runs[0].data.metrics)
 
 
-def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path) -> None:
-    before, known = set(finished.glob("runs/*")), set(finished.glob("artifacts/upsampler/*"))
-    changes = ["--set", "upsampler.trainer.num_samples=6400", "--set", "upsampler.trainer.checkpoint_samples=6400"]
-    command = [sys.executable, "-m", "pipelines", "train", "upsampler", "tiny", *changes, "--storage", str(finished)]
+@pytest.mark.parametrize(("num_samples", "where"), [(6400, ()), (9600, ("--on-ray",))])
+def test_sigterm_writes_a_checkpoint_and_training_goes_on_here(
+    finished: Path, num_samples: int, where: tuple[str, ...]
+) -> None:
+    before, known = set(finished.glob("runs/*")), set(finished.glob("artifacts/upsampler-64/*"))
+    changes = {"num_samples": num_samples, "checkpoint_samples": num_samples}
+    settings = [word for name, value in changes.items() for word in ("--set", f"upsamplers.64.trainer.{name}={value}")]
+    words = ["train", "upsampler-64", "tiny", *settings, "--storage", str(finished)]
+    command = [sys.executable, "-m", "pipelines", *words, *where]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not any(
         json.loads(path.read_text())["done"]
-        for path in finished.glob("runs/*/progress/upsampler.json")
+        for path in finished.glob("runs/*/progress/upsampler-64.json")
         if path.parents[1] not in before
     ):
         assert process.poll() is None, "it was to be stopped before it ended"
@@ -309,11 +332,11 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(finished: Path
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 75 and "stopped as asked" in errors and "run the same command again" in errors
-    [folder] = set(finished.glob("artifacts/upsampler/*")) - known
+    [folder] = set(finished.glob("artifacts/upsampler-64/*")) - known
     [checkpoint] = folder.glob("checkpoints/*/manifest.json")
-    assert 0 < int(checkpoint.parent.name) < 6400
-    assert run(*command[3:]).splitlines()[-1].endswith("/model")
-    assert records(finished)["upsampler"]["facts"]["samples_seen"] == 6400
+    assert 0 < int(checkpoint.parent.name) < num_samples
+    assert run(*words).splitlines()[-1].endswith("/model")
+    assert records(finished)["upsampler-64"]["facts"]["samples_seen"] == num_samples
 
 
 def test_the_overfit_test_keeps_nothing_and_says_what_it_found(finished: Path) -> None:

@@ -5,6 +5,8 @@ import yaml
 
 from pipelines import config, dag
 from pipelines.run import compose
+from pipelines.training import trained_models
+from unclip.config import to_dict
 from unclip.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,9 +26,84 @@ def test_every_preset_makes_a_pipeline(name: str) -> None:
         "curate",
         "report",
     }
-    trainings = [composed[name] for name in ("prior", "decoder", "upsampler")]
-    assert all("curate" in training.parents for training in trainings)
-    assert not any({"prior", "decoder", "upsampler"} & set(training.parents) for training in trainings)
+    models = trained_models(composed)
+    assert models == {
+        "demo": ["prior", "decoder", "upsampler-64"],
+        "text_to_image": ["prior", "decoder", "upsampler-256"],
+        "tiny": ["prior", "decoder", "upsampler-32", "upsampler-64"],
+    }.get(name)
+    assert all("curate" in composed[model].parents for model in models)
+    assert not any(set(models) & set(composed[model].parents) for model in models)
+    for last in ("evaluate", "publish"):
+        assert [parent for parent in composed[last].parents if parent in models] == models
+
+
+def load_with(*assignments: str) -> config.PipelineConfig:
+    return config.load("text_to_image", None, ["ingest.urls=pairs.parquet", *assignments])
+
+
+def sizes(loaded: config.PipelineConfig) -> list[tuple[str, int, int]]:
+    return [(name, each.model.low_res_size, each.model.scale) for name, each in loaded.upsamplers.items()]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        ((), [("256", 64, 4)]),
+        (("upsamplers.1024.trainer.num_samples=640",), [("256", 64, 4), ("1024", 256, 4)]),
+        (("upsamplers.128.trainer.seed=1",), [("128", 64, 2), ("256", 128, 2)]),
+        (("upsamplers.256=none", "upsamplers.512={}"), [("512", 64, 8)]),
+        (("upsamplers.256.model.low_res_size=64", "upsamplers.256.model.scale=4"), [("256", 64, 4)]),
+        (("decoder.model.unet.image_size=32", "decoder.model.unet.attention_resolutions=[8]"), [("256", 32, 8)]),
+        (("upsamplers={}",), []),
+    ],
+)
+def test_upsamplers_are_named_by_their_pictures_and_take_those_of_the_one_before(
+    assignments: tuple[str, ...], expected: list[tuple[str, int, int]]
+) -> None:
+    loaded = load_with(*assignments)
+    assert sizes(loaded) == expected
+    stages = [f"upsampler-{name}" for name, *_ in expected]
+    composed = compose(loaded)
+    assert [name for name in composed if name.startswith("upsampler")] == stages
+    assert composed["publish"].parents[-len(stages) - 1 :] == ("decoder", *stages)
+    assert list(to_dict(loaded)["upsamplers"]) == [name for name, *_ in expected]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("upsamplers.large.trainer.seed=1", "upsamplers.large: got 'large', expected the side of its pictures"),
+        ("upsamplers.model.scale=2", "upsamplers.model: got 'model', expected the side of its pictures"),
+        ("upsamplers.0256={}", "upsamplers.0256: got '0256'"),
+        (
+            "upsamplers.64={}",
+            "upsamplers.64: got 64, expected a multiple of 64, the side of the pictures of the decoder",
+        ),
+        ("upsamplers.1000={}", "upsamplers.1000: got 1000, expected a multiple of 256, .* of upsampler-256"),
+        ("upsamplers.256.model.scale=2", r"upsamplers.256.model.scale: got 2, expected 4, as the decoder makes 64"),
+        (
+            "upsamplers.1024.model.low_res_size=64",
+            r"1024.model.low_res_size: got 64, expected 256, as upsampler-256 makes",
+        ),
+        ("upsamplers.256.trainer.sed=1", "upsamplers.256.trainer.sed: unknown setting. Did you mean 'seed'?"),
+        ("upsamplers.256=3", "upsamplers.256: got 3, expected a section with model, trainer"),
+        ("upsamplers.256.model=3", "upsamplers.256.model: got 3, expected a section with unet"),
+        ("upsamplers=3", "upsamplers: got 3, expected a section of named sections"),
+        ("upsampler.trainer.seed=1", "upsampler: unknown setting. Did you mean 'upsamplers'?"),
+        ("decoder=3", "decoder: got 3, expected a section"),
+        ("decoder.model.unet.image_size=many", "decoder.model.unet.image_size: got 'many', expected int"),
+        ("resources.upsamplers.265.num_workers=2", "resources.upsamplers.265: no such upsampler. Did you mean '256'?"),
+    ],
+)
+def test_sizes_that_do_not_follow_from_each_other_are_named(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^.*{message}"):
+        load_with(assignment)
+
+
+def test_every_upsampler_may_have_resources_of_its_own() -> None:
+    resources = load_with("upsamplers.1024={}", "resources.upsamplers.1024.num_workers=3").resources
+    assert resources.of("upsampler-1024").num_workers == 3 and resources.of("upsampler-256").num_workers == 1
 
 
 def test_the_clusters_run_file_is_a_run_file(tmp_path: Path) -> None:
@@ -56,3 +133,4 @@ def test_the_picture_and_the_text_of_the_dag_show_every_stage() -> None:
     text = dag.mermaid(composed, labels)
     assert all(name in text for name in composed) and "dedup --> embed" in text
     assert dag.picture(composed, labels).startswith(b"\x89PNG")
+    assert dag.picture(dag.up_to(composed, "filter")).startswith(b"\x89PNG")

@@ -2,13 +2,26 @@
 
 import dataclasses
 import os
+import pickle
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tasks.stage import Artifact, Call, Failure, Output, Resources, Run, StageContext, StageResources, execute, stage
+from tasks.stage import (
+    Artifact,
+    Call,
+    Failure,
+    Output,
+    Resources,
+    Run,
+    StageContext,
+    StageResources,
+    declared_name,
+    execute,
+    stage,
+)
 from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip.errors import InputError
@@ -74,9 +87,20 @@ def test_a_failure_is_recorded_and_passed_on_but_never_cached(run: Run) -> None:
 
 
 def test_stages_may_have_resources_of_their_own() -> None:
-    resources = StageResources(num_workers=2, prior=Resources(num_workers=1, gpus_per_worker=1))
-    assert resources.of("prior").per_worker() == {"CPU": 2.0, "GPU": 1.0}
-    assert resources.of("decoder").num_workers == 2
+    own = Resources(num_workers=1, gpus_per_worker=1)
+    resources = StageResources(num_workers=2, prior=own, upsamplers={"256": own})
+    assert resources.of("prior").per_worker() == resources.of("upsampler-256").per_worker() == {"CPU": 2.0, "GPU": 1.0}
+    assert [resources.of(name).num_workers for name in ("decoder", "upsampler-1024", "ingest")] == [2, 2, 2]
+
+
+def test_a_stage_may_be_there_more_than_once(run: Run) -> None:
+    members = [count.member("a"), pickle.loads(pickle.dumps(count.member("b")))]  # as a worker gets it
+    assert [declared_name(each.name) for each in members] == ["count", "count"]
+    made = [execute(Call(each, CountConfig(3)), run, []) for each in (*members, *members)]
+    assert [each.stage for each in made] == ["count-a", "count-b"] * 2 and calls == [3, 3]
+    assert made[0] != made[1] and made[:2] == made[2:]
+    assert Store(run.storage).list("stages") == ["count-a", "count-b"]
+    assert pickle.loads(pickle.dumps(count)) == count
 
 
 def test_a_tracking_server_that_is_down_stops_nothing(run: Run) -> None:

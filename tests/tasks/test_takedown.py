@@ -249,10 +249,10 @@ def test_previews_that_show_a_row_are_deleted_and_no_others(store: Store, empty_
         return tracker
 
     shows = drawn("shows", "d1" * 32, "decoder", keys[5:9])
-    other_rows = drawn("other rows", "d1" * 32, "upsampler", keys[:5])
+    other_rows = drawn("other rows", "d1" * 32, "upsampler-64", keys[:5])
     untold = drawn("does not say", "d1" * 32, "decoder", None)
     untold_unseen = drawn("does not say, has not seen", "d2" * 32, "decoder", None)
-    unlisted = drawn("its dataset was not logged", "", "upsampler", keys[7:])
+    unlisted = drawn("its dataset was not logged", "", "upsampler-64", keys[7:])
     deleted = drawn("deleted in MLflow", "d1" * 32, "decoder", keys[7:])
     client(own.uri).delete_run(deleted.run_id)
     forgotten = store.uri("mlflow-artifacts", "0" * 32, "artifacts", PREVIEWS)

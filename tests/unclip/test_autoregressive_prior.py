@@ -196,7 +196,7 @@ def stack_of(prior: Any, frozen_clip: Clip, decoder_statistics: EmbeddingStatist
     attentive = dataclasses.replace(unet, attention_resolutions=(8,), head_channels=4)
     decoder = Decoder(DecoderConfig(attentive, context_dim=4), 64)
     decoder.statistics.load_state_dict(decoder_statistics.state_dict())
-    return Stack(frozen_clip, prior, decoder, Upsampler(UpsamplerConfig(unet, low_res_size=8, scale=2)))
+    return Stack(frozen_clip, prior, decoder, [Upsampler(UpsamplerConfig(unet, low_res_size=8, scale=2))])
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])

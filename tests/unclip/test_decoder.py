@@ -434,8 +434,8 @@ def test_a_trained_text_transformer_is_bidirectional() -> None:
 def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text: str) -> None:
     prior = DiffusionPrior(PriorConfig(16, 1, 2), clip.embedding_dim, clip.text_width, clip.text_length)
     upsampler = awake(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
-    stack = generation.Stack(clip, prior, awake(objective(clip, text=text).model), upsampler)
-    settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=2, precision="fp32")
+    stack = generation.Stack(clip, prior, awake(objective(clip, text=text).model), [upsampler])
+    settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=(2,), precision="fp32")
     embedding = torch.randn(1, clip.embedding_dim)
     drawn = [
         stack.decode(embedding, settings, torch.Generator().manual_seed(0), text)

@@ -47,7 +47,7 @@ def load(folder: Path, class_name: str = "UnCLIPPipeline", **arguments: Any) -> 
 def with_float64_tables(pipeline: Any, stack: Stack) -> Any:
     """The pipeline's schedulers with alphas_cumprod in float64, as ours are: in float32, 1 - alphas_cumprod has three digits
     at t = 0, and networks without training make much of it."""
-    for name, model in (("prior", stack.prior), ("decoder", stack.decoder), ("super_res", stack.upsampler)):
+    for name, model in (("prior", stack.prior), ("decoder", stack.decoder), ("super_res", stack.upsamplers[0])):
         scheduler = getattr(pipeline, f"{name}_scheduler", None)
         if scheduler is not None:
             scheduler.betas = model.diffusion.betas  # type: ignore[union-attr]
@@ -58,7 +58,7 @@ def with_float64_tables(pipeline: Any, stack: Stack) -> Any:
 
 def sampling(scales: tuple[float, float]) -> SamplingConfig:
     """Ours, as the pipeline samples."""
-    steps = {"prior_steps": STEPS[0], "decoder_steps": STEPS[1], "upsampler_steps": STEPS[2]}
+    steps = {"prior_steps": STEPS[0], "decoder_steps": STEPS[1], "upsampler_steps": STEPS[2:]}
     guidance = {"prior_guidance_scale": scales[0], "guidance_scale": scales[1]}
     return dataclasses.replace(PIPELINE_SAMPLING, **steps, **guidance, precision="fp32")  # type: ignore[arg-type]
 
@@ -125,7 +125,7 @@ def test_exporting_again_what_was_imported_gives_the_same_bytes(tmp_path: Path) 
     export_stack(stack, tmp_path / "once", upsampler_1024=upsampler_1024)
     imported = import_stack(tmp_path / "once")
     torch.testing.assert_close(drawn_here(imported.stack, (4.0, 8.0)), drawn_here(stack, (4.0, 8.0)), atol=1e-3, rtol=0)
-    assert imported.stack.upsampler.config.last_step_unet
+    assert imported.stack.upsamplers[0].config.last_step_unet
     assert imported.upsampler_1024 is not None and imported.upsampler_1024.config.output_size == 64
 
     save_imported(imported, tmp_path / "stack")  # and by way of our own files
@@ -133,7 +133,7 @@ def test_exporting_again_what_was_imported_gives_the_same_bytes(tmp_path: Path) 
     assert loaded.sampling.prior_guidance_scale == 4 and loaded.clip.image_embeddings == "unit"
     assert torch.equal(drawn_here(loaded, (4.0, 8.0)), drawn_here(imported.stack, (4.0, 8.0)))
     assert loaded.text2image(CAPTIONS[:1]).shape == (1, 3, 16, 16)
-    second: Any = load_model(str(tmp_path / "stack" / "upsampler-1024"))
+    second: Any = load_model(str(tmp_path / "stack" / "upsampler-64"))
     export_stack(loaded, tmp_path / "twice", upsampler_1024=second)
     files = [path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file()]
     assert len(files) == 26
@@ -211,7 +211,7 @@ def karlo_like(folder: Path) -> Any:
 def test_we_draw_the_pictures_that_a_pipeline_of_diffusers_draws(tmp_path: Path) -> None:
     pipeline = karlo_like(tmp_path)
     stack = import_stack(tmp_path).stack
-    assert stack.upsampler.config.last_step_unet and stack.prior.config.clip_range == 5.0  # type: ignore[union-attr]
+    assert stack.upsamplers[0].config.last_step_unet and stack.prior.config.clip_range == 5.0  # type: ignore[union-attr]
     assert stack.clip.image_embeddings == "none"
     assert stack.decoder.config.diffusion.variance == "learned_range"
     with_float64_tables(pipeline, stack)
@@ -361,7 +361,6 @@ def upsampler_config(**changes: Any) -> UpsamplerConfig:
             "upsampler.diffusion.zero_terminal_snr: got True",
         ),
         ({"upsampler": {"max_noise_level": 100}}, "upsampler.max_noise_level: got 100"),
-        ({"upsampler": {"low_res_size": 16}}, "upsampler.low_res_size: got 16, expected the decoder's 8"),
     ],
 )
 def test_what_the_pipeline_cannot_do_is_refused_before_anything_is_written(
@@ -380,6 +379,12 @@ def test_other_stacks_and_places_are_refused(tmp_path: Path) -> None:
             export_stack(stack, taken)
     with pytest.raises(ConfigError, match=r"upsampler_1024\.low_res_size: got 8"):
         export_stack(stack, tmp_path / "new", upsampler_1024=Upsampler(upsampler_config(low_res_size=8)))
+    for upsamplers, found in (
+        ([], "none"),
+        ([*stack.upsamplers, Upsampler(upsampler_config())], "upsampler-16, upsampler-32"),
+    ):
+        with pytest.raises(InputError, match=f"got {found}, expected one upsampler"):
+            export_stack(Stack(stack.clip, stack.prior, stack.decoder, upsamplers), tmp_path / "new")
     learned = DiffusionConfig(schedule="linear", variance="learned_range")
     with pytest.raises(ConfigError, match=r"upsampler_1024\.diffusion\.schedule"):
         export_stack(stack, tmp_path / "new", upsampler_1024=Upsampler(upsampler_config(diffusion=learned)))

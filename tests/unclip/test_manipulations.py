@@ -71,9 +71,11 @@ def test_callers_tensors_stay_as_they_are_and_all_steps_are_told(stack: Stack, n
     EVERY[name](stack, given, progress=steps.append)
     assert torch.equal(given, before)
     inverted = {"noisy variations": 2, "interpolate": 4, "text_diff": 2}.get(name, 0)
-    expected = manipulations.num_steps(with_sampling(batch_size=100), 4, inverted)
+    expected = manipulations.num_steps(stack, with_sampling(batch_size=100), 4, inverted)
     # variations are drawn picture by picture, so that none depends on those beside it
-    assert sum(steps) == (manipulations.num_steps(stack.sampling, 2, inverted // 2) * 2 if "var" in name else expected)
+    assert sum(steps) == (
+        manipulations.num_steps(stack, stack.sampling, 2, inverted // 2) * 2 if "var" in name else expected
+    )
 
 
 def test_what_was_taken_apart_is_drawn_again(stack: Stack) -> None:
@@ -193,7 +195,7 @@ def test_what_cannot_be_drawn_is_refused(stack: Stack) -> None:
         manipulations.invert(stack, x[..., :8])
     with pytest.raises(ShapeError, match=r"inpaint: got pictures"):
         manipulations.inpaint(stack, x, torch.ones(1, 1, 8, 8, dtype=torch.bool), [RED])
-    stack = Stack(stack.clip, stack.prior, stack.decoder, stack.upsampler)
+    stack = Stack(stack.clip, stack.prior, stack.decoder, stack.upsamplers)
     with pytest.raises(InputError, match="without principal components"):
         manipulations.probe(stack, x, [1])
 

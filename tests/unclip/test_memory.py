@@ -77,7 +77,7 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_64"])
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64"])
 def test_a_step_at_its_peak_is_within_the_reserve_of_the_plan(name: str, checkpointing: bool) -> None:
     training = Training(checkpointing=checkpointing)
     plan = memory.measure(name, DEMO[name], "cpu", "bf16")
@@ -112,9 +112,9 @@ def test_on_a_gpu_a_transformer_block_keeps_what_the_closed_form_says() -> None:
 
 def test_the_largest_preset_is_planned_without_its_memory() -> None:
     plan = {model.name: model for model in memory.plan("dalle2")}
-    assert list(plan) == ["prior", "autoregressive_prior", "decoder", "upsampler_256", "upsampler_1024"]
+    assert list(plan) == ["prior", "autoregressive_prior", "decoder", "upsampler-256", "upsampler-1024"]
     counts = PRESETS["dalle2"].num_parameters
-    found = [plan[name].parameters for name in ("prior", "decoder", "upsampler_256", "upsampler_1024")]
+    found = [plan[name].parameters for name in ("prior", "decoder", "upsampler-256", "upsampler-1024")]
     assert found == [counts.prior, counts.decoder, *counts.upsamplers]
     decoder = plan["decoder"]
     assert not any(decoder.largest_micro_batch(Training(8, "ddp", each), 80) for each in (False, True))

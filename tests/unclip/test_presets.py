@@ -57,7 +57,10 @@ def test_the_demo_preset_is_the_demos_run_file() -> None:
     assert config.load(PriorConfig, run["prior"]["model"]) == demo.prior
     assert config.load(AutoregressivePriorConfig, run["prior"]["autoregressive"]) == demo.autoregressive_prior
     assert config.load(DecoderConfig, run["decoder"]["model"]) == demo.decoder
-    assert (config.load(UpsamplerConfig, run["upsampler"]["model"]),) == demo.upsamplers
+    for section, upsampler in zip(run["upsamplers"].values(), demo.upsamplers, strict=True):
+        sizes = {"low_res_size": demo.decoder.unet.image_size, "scale": 4}  # of which the sections say nothing
+        assert config.load(UpsamplerConfig, section["model"] | sizes) == upsampler
+    assert list(run["upsamplers"]) == ["64"] == [str(upsampler.output_size) for upsampler in demo.upsamplers]
     assert run["clip"]["model"] == "unclip-demo"
     clip = json.loads((ROOT / "unclip" / "open_clip_models" / "unclip-demo.json").read_text())
     assert clip["embed_dim"] == demo.embedding_dim

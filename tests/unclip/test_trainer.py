@@ -29,6 +29,7 @@ class Line:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.1), nn.Linear(8, 1))
         self.state: dict[str, torch.Tensor] = {}
+        self.sample_size = {"numbers": 2}
 
     def prepare(self, batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
         columns = {name: torch.tensor(batch[name])[:, None] for name in ("x", "y")}
@@ -88,10 +89,12 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
     assert predicted == pytest.approx(0.5, abs=0.1)
     assert facts == {"kind": "line", "samples_seen": 3200}
     assert monitor.logged[-1]["loss"] < monitor.logged[0]["loss"] / 5
-    speeds = {"samples_per_second", "data_wait_share", "teraflops_per_second"}
+    speeds = {"samples_per_second", "numbers_per_second", "data_wait_share", "teraflops_per_second", "memory_gib"}
     assert {"loss", "gradient_norm", "learning_rate", *speeds} == set(monitor.logged[0])
     expected = 3 * 2 * (8 + 8) * monitor.logged[-1]["samples_per_second"] / 1e12  # two layers of 8 weights
     assert monitor.logged[-1]["teraflops_per_second"] == pytest.approx(expected)
+    assert monitor.logged[-1]["numbers_per_second"] == 2 * monitor.logged[-1]["samples_per_second"]
+    assert 0.01 < monitor.logged[-1]["memory_gib"] < 100
     assert monitor.previews == [3200]
 
 

@@ -1,4 +1,4 @@
-"""A training is the same however it is divided, and wherever it is resumed: workers, shards, micro-batches (F41, F47)."""
+"""A training is the same however it is divided, and wherever it is resumed: workers, shards, micro-batches (F41, F46, F47)."""
 
 import functools
 import json
@@ -19,6 +19,7 @@ from tests.unclip import trained_on_workers
 from tests.unclip.trained_on_workers import NUM_ROWS, End, losses, metrics, one_of_two, previews, run
 from unclip import checkpoints, files, parallel
 from unclip.checkpoints import MANIFEST
+from unclip.trainer import HUNG, HUNG_EXIT_CODE
 
 STEPS = 8
 """Of 16 samples; checkpoints after the third, the sixth and the last."""
@@ -30,7 +31,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 def test_two_workers_whole_or_in_shards_take_the_steps_of_one_and_go_on_where_others_stopped(tmp_path: Path) -> None:
     run(tmp_path, "alone")
-    stop = End(before_step=4, kill=False)
+    stop = End(before_step=4, kill=None)
     run(tmp_path, "one then two", end=stop)
     jobs: list[tuple[str, End | None, dict[str, Any]]] = [
         ("ddp", None, {"parallel": "ddp"}),
@@ -119,6 +120,8 @@ class Kill(NamedTuple):
     """Before a step of the loop,"""
     failpoint: str = ""
     """or where a file is written: a regular expression for `files.failpoint`."""
+    hang_seconds: float = 0
+    """After which a worker that does not move is one that hangs."""
 
 
 def kills(world_size: int) -> Iterator[tuple[str, Kill]]:
@@ -158,7 +161,7 @@ def attempt(folder: Path, name: str, kill: Kill) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.unclip.trained_on_workers"])
     (folder / f"meet-{name}").unlink(missing_ok=True)
-    changes = {"parallel": "fsdp"} if kill.world_size > 1 else {}
+    changes = {"parallel": "fsdp" if kill.world_size > 1 else "ddp", "hang_seconds": kill.hang_seconds}
     job = (str(folder), str(folder / f"{name}-armed"), kill.world_size, (name, kill.end, changes))
     processes = [
         context.Process(target=trained_on_workers.one_of, args=(rank, *job)) for rank in range(kill.world_size)
@@ -224,6 +227,22 @@ def test_f41_a_killed_training_goes_on_to_the_same_losses_and_weights(
     assert all(expected[samples_seen] == loss for samples_seen, loss in got), "a loss differs"
     assert {samples_seen for samples_seen, _ in got} == set(expected)
     assert [samples_seen for samples_seen, _ in got[before:]] == list(range(committed + 16, 16 * STEPS + 1, 16))
+    assert state(folder, name) == state(folder, "whole")
+
+
+@pytest.mark.slow
+def test_f46_a_worker_that_stands_still_is_named_and_the_training_goes_on_from_its_checkpoint(
+    undisturbed: Callable[[int], Path],
+) -> None:
+    folder, name = undisturbed(2), uuid.uuid4().hex
+    assert attempt(folder, name, Kill(2, End(5, rank=1, kill=signal.SIGSTOP), hang_seconds=15)) == HUNG_EXIT_CODE
+    message = files.read_json(f"{folder}/{name}/{HUNG}")["message"]
+    assert re.fullmatch(
+        r"training: nothing moved for 15 s: worker 1 \(process \d+ on .+\) does not answer; "
+        r"it was last heard of taking a step after (48|64) samples\.",
+        message,
+    )
+    assert attempt(folder, name, Kill(2, hang_seconds=60)) == 0
     assert state(folder, name) == state(folder, "whole")
 
 

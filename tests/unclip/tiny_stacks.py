@@ -93,7 +93,7 @@ def tiny_stack(
     for network_of in (new_decoder.unet, new_upsampler.unet, new_upsampler.last_unet):
         if network_of is not None:
             calm_variances(network_of.output[-1])
-    return Stack(clip, new_prior, new_decoder, new_upsampler)
+    return Stack(clip, new_prior, new_decoder, [new_upsampler])
 
 
 ARCHITECTURE = "unclip-demo"
@@ -102,7 +102,7 @@ PUBLISHED_UNET = UNetConfig(
 )
 SMALLEST = UNetConfig(8, channels=4, channel_mult=(1, 1), num_res_blocks=1, norm_groups=2)
 SAMPLING = SamplingConfig(
-    prior_steps=3, decoder_steps=6, guidance_scale=1.5, inversion_iterations=2, upsampler_steps=2, precision="fp32"
+    prior_steps=3, decoder_steps=6, guidance_scale=1.5, inversion_iterations=2, upsampler_steps=(2, 3), precision="fp32"
 )
 
 
@@ -116,10 +116,11 @@ def awake(model: Any, std: float = 0.1) -> Any:
     return model.eval()
 
 
-def publish(folder: Path, **decoder: Any) -> Path:
-    """Write a stack that draws pictures of 16 x 16 pixels to `folder`/stack, and say in `folder` that it was published.
+def publish(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Path:
+    """Write a stack to `folder`/stack, and say in `folder` that it was published.
 
     Args:
+        num_upsamplers: each doubles the decoder's 8 x 8 pixels.
         decoder: settings of `DecoderConfig` besides the network.
     """
     torch.manual_seed(0)
@@ -133,7 +134,10 @@ def publish(folder: Path, **decoder: Any) -> Path:
 
     text_shape = TextShape(length, loaded.text_width, loaded.vocab_size)
     config = DecoderConfig(PUBLISHED_UNET, context_dim=8, diffusion=DiffusionConfig(prediction_type="v"), **decoder)
-    upsampler = UpsamplerConfig(SMALLEST, low_res_size=8, scale=2, diffusion=DiffusionConfig(prediction_type="x0"))
+    diffusion = DiffusionConfig(prediction_type="x0")
+    upsamplers = [
+        UpsamplerConfig(SMALLEST, low_res_size=8 << n, scale=2, diffusion=diffusion) for n in range(num_upsamplers)
+    ]
     prior = PriorConfig(width=16, depth=1, num_heads=2)
     text = {"embedding_dim": width, "text_width": loaded.text_width, "text_length": length}
     models: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -142,7 +146,7 @@ def publish(folder: Path, **decoder: Any) -> Path:
             Decoder(config, width, text_shape),
             {"config": to_dict(config), "embedding_dim": width, "text_shape": to_dict(text_shape)},
         ),
-        "upsampler": (Upsampler(upsampler), {"config": to_dict(upsampler)}),
+        **{each.name: (Upsampler(each), {"config": to_dict(each), "kind": "upsampler"}) for each in upsamplers},
     }
     for name, (model, facts) in models.items():
         if hasattr(model, "statistics"):
@@ -153,14 +157,15 @@ def publish(folder: Path, **decoder: Any) -> Path:
     checkpoints.save(f"{folder}/models/statistics", {"statistics": dict(statistics.state_dict()), "pca": pca}, {})
 
     sources = {name: f"{folder}/models/{name}" for name in (*models, "statistics", "clip")}
-    save_stack(f"{folder}/stack", sources, "local-dir:clip", None, SAMPLING)
+    names = [upsampler.name for upsampler in upsamplers]
+    save_stack(f"{folder}/stack", sources, "local-dir:clip", None, SAMPLING, upsamplers=names)
     (folder / "published").mkdir()
     (folder / "published" / "tiny.json").write_text(json.dumps({"stack": f"{folder}/stack", "at": 0}))
     return folder / "stack"
 
 
-def load_published(folder: Path, **decoder: Any) -> Stack:
-    return Stack.load(publish(folder, **decoder))
+def load_published(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Stack:
+    return Stack.load(publish(folder, num_upsamplers, **decoder))
 
 
 def with_sampling(**changes: Any) -> SamplingConfig:

@@ -35,11 +35,11 @@ MODEL = UpsamplerConfig(UNET, low_res_size=8, scale=2, diffusion=DiffusionConfig
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """How a training ends before its time: killed on one worker, or asked to stop, before it takes a step."""
+    """How a training ends before its time: by a signal to one worker, or asked to stop, before it takes a step."""
 
     before_step: int
     rank: int = 0
-    kill: bool = True
+    kill: int | None = signal.SIGKILL
 
 
 class Objective(UpsamplerObjective):
@@ -76,7 +76,7 @@ class Diary(trainer.Monitor):
         self.num_asked += 1
         is_now = self.end is not None and self.num_asked == self.end.before_step and self.rank == self.end.rank
         if is_now and self.end is not None and self.end.kill:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.end.kill)
         return is_now
 
 

@@ -19,7 +19,7 @@ What a stack must be trained with, everything else is refused:
     CLIP         a plain CLIP whose text encoder is as wide as its embeddings: any ViT-B, -L or -H of open_clip
     prior        diffusion; text_norm "none" or "layer", no self_conditioning
     decoder      text "clip", no inpainting
-    upsampler    max_noise_level 0, low_res_size that of the decoder's pictures
+    upsampler    one; max_noise_level 0
     all three    schedule "cosine" without zero_terminal_snr, prediction_type "eps" or "x0", in [-1, 1]
 
 Not part of a pipeline's folder: samplers, numbers of steps, guidance scales, candidates. Captions are tokenized there without
@@ -117,7 +117,7 @@ PIPELINE_SAMPLING = SamplingConfig(
     decoder_steps=25,
     guidance_scale=8.0,
     upsampler_sampler="ddpm",
-    upsampler_steps=7,
+    upsampler_steps=(7,),
 )
 """What UnCLIPPipeline does when nothing else is asked for, and how imported stacks draw."""
 
@@ -183,7 +183,13 @@ def check_exportable(stack: Stack, upsampler_1024: Upsampler | None = None) -> N
     if stack.prior.config.diffusion.variance != "fixed_small":
         variance = stack.prior.config.diffusion.variance
         raise _inexpressible("prior.diffusion.variance", variance, "'fixed_small'")
-    upsampler, side = stack.upsampler.config, stack.decoder.config.unet.image_size
+    if len(stack.upsamplers) != 1:
+        names = ", ".join(upsampler.config.name for upsampler in stack.upsamplers) or "none"
+        raise InputError(
+            f"export: got {names}, expected one upsampler, as diffusers' pipelines run no other number. Publish a stack with "
+            "the first alone, and give a second one as the model that is written beside it."
+        )
+    upsampler, side = stack.upsamplers[0].config, stack.decoder.config.unet.image_size
     _check_process("prior", stack.prior.config.diffusion)
     _check_process("decoder", stack.decoder.config.diffusion)
     _check_process("upsampler", upsampler.diffusion)
@@ -191,8 +197,6 @@ def check_exportable(stack: Stack, upsampler_1024: Upsampler | None = None) -> N
         raise _inexpressible(
             "upsampler.max_noise_level", upsampler.max_noise_level, "0: the pipeline noises no pictures"
         )
-    if upsampler.low_res_size != side:
-        raise _inexpressible("upsampler.low_res_size", upsampler.low_res_size, f"the decoder's {side}")
     unet, length = stack.decoder.config.unet, stack.clip.text_length
     sides = {*unet.attention_resolutions, side // 2 ** (len(unet.channel_mult) - 1)}  # the middle attends, too
     if any(each**2 == length + NUM_IMAGE_TOKENS for each in sides):
@@ -239,7 +243,7 @@ def import_stack(folder: str | Path, *, image_variation: str | Path | None = Non
         raise CheckpointError(
             f"{folder}: got embeddings of different widths: {widths}. These parts are not of one stack."
         )
-    stack = Stack(clip, prior, decoder.eval(), upsampler.eval())
+    stack = Stack(clip, prior, decoder.eval(), [upsampler.eval()])
     stack.sampling = PIPELINE_SAMPLING
     upsampler_1024 = None
     if (folder / "upsampler-1024").is_dir():
@@ -250,7 +254,8 @@ def import_stack(folder: str | Path, *, image_variation: str | Path | None = Non
 def save_imported(imported: ImportedStack, folder: str | Path) -> None:
     """Write an imported stack as the local folder that `Stack.load` reads; `stack.json` is written last.
 
-    The second upsampler, where there is one, goes to `upsampler-1024/`, from where `generation.load_model` reads it.
+    The second upsampler, where there is one, is written beside the stack, for `generation.load_model`, under its own name:
+    `upsampler-1024/` if that is the side of its pictures.
     """
     stack = imported.stack
     prior, decoder = stack.prior, stack.decoder
@@ -259,17 +264,19 @@ def save_imported(imported: ImportedStack, folder: str | Path) -> None:
     facts: dict[str, dict[str, Any]] = {
         "prior": {"kind": "prior", "embedding_dim": stack.clip.embedding_dim, **sizes},
         "decoder": {"kind": "decoder", "embedding_dim": stack.clip.embedding_dim, "text_shape": text_shape},
-        "upsampler": {"kind": "upsampler"},
     }
-    models: dict[str, Any] = {"prior": prior, "decoder": decoder, "upsampler": stack.upsampler}
+    models: dict[str, Any] = {"prior": prior, "decoder": decoder}
+    names = [upsampler.config.name for upsampler in stack.upsamplers]
+    models |= dict(zip(names, stack.upsamplers, strict=True))
     if imported.upsampler_1024 is not None:
-        models["upsampler-1024"] = imported.upsampler_1024
+        models[imported.upsampler_1024.config.name] = imported.upsampler_1024
     save_with_config(stack.clip.model, imported.clip_config, Path(folder, "clip"))
     for name, model in models.items():
         known = facts.get(name, {"kind": "upsampler"})
         known |= {"config": to_dict(model.config), "imported": "UnCLIPPipeline"}
         checkpoints.save(f"{folder}/{name}", {"model": model.state_dict()}, known)
-    save_stack(str(folder), {}, "local-dir:clip", None, stack.sampling, stack.clip.image_embeddings)
+    image_embeddings = stack.clip.image_embeddings
+    save_stack(str(folder), {}, "local-dir:clip", None, stack.sampling, image_embeddings, upsamplers=names)
 
 
 def _write_parts(
@@ -280,7 +287,7 @@ def _write_parts(
     class_name = "UnCLIPImageVariationPipeline" if image_variation else "UnCLIPPipeline"
     if not image_variation and isinstance(stack.prior, DiffusionPrior):
         priors.export_prior(stack.prior, folder)
-    decoder, upsampler = with_learned_range(stack.decoder), stack.upsampler
+    decoder, upsampler = with_learned_range(stack.decoder), stack.upsamplers[0]
     decoders.export_decoder(decoder, folder)
     if upsampler.config.diffusion.variance == "fixed_large":
         upsampler = with_learned_range(upsampler)

@@ -1,0 +1,60 @@
+"""The curves that later trainings of a pipeline are held against: those of one that went well.
+
+    make demo
+    python -m benchmarks.reference_curves --storage unclip-data
+
+Copies them from the storage to `unclip/reference_curves/`, where `reference_curve = "demo-prior"` finds them, and draws them.
+"""
+
+import argparse
+import io
+import shutil
+from pathlib import Path
+
+from pipelines import dag as dags
+from pipelines.config import load
+from pipelines.run import compose, prepare
+from tasks.store import DEFAULT_ROOT, Store
+from unclip import curves
+from unclip.trainer import CURVE
+
+
+def picture(found: dict[str, curves.Curve]) -> bytes:
+    """A PNG: losses by samples seen, of training and of validation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(found), 2.8), layout="constrained")
+    for axes, (name, curve) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for column, style in (("relative_loss", "-"), ("validation_relative_loss", "o--")):
+            points = {seen: point[column] for seen, point in curve.items() if column in point}
+            axes.plot(list(points), list(points.values()), style, markersize=4, label=column.replace("_", " "))
+        axes.set(title=name, xlabel="samples seen", yscale="log")
+        axes.grid(which="both", alpha=0.3)
+        axes.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default="demo")
+    parser.add_argument("--storage", default=DEFAULT_ROOT, help="folder of the pipeline, whose trainings are done")
+    parser.add_argument("--picture", default="docs/reference_curves.png")
+    arguments = parser.parse_args()
+    config = prepare(load(arguments.pipeline, None, (), arguments.storage))
+    found = {}
+    for stage, state in dags.states(compose(config), Store(config.storage)).items():
+        curve = Path(state.artifact.uri).parent / CURVE if state.artifact else Path("none")
+        if curve.is_file() and any("relative_loss" in point for point in curves.read(str(curve)).values()):
+            name = f"{arguments.pipeline}-{stage}"
+            shutil.copyfile(curve, curves.REFERENCES / f"{name}.tsv")
+            found[name] = curves.read(str(curve))
+    Path(arguments.picture).write_bytes(picture(found))
+    for name, curve in found.items():
+        last = curves.at(curve, "relative_loss", list(curve)[-curves.WINDOW], list(curve)[-1])
+        print(f"{name:<20}{len(curve):>5} points, ends at {last:.4f} of the loss of predicting the mean")
+
+
+if __name__ == "__main__":
+    main()

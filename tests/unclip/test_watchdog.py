@@ -1,0 +1,104 @@
+"""Who keeps the others waiting is named."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unclip import files
+from unclip.parallel import Workers
+from unclip.watchdog import ORDER, Watchdog, explain
+
+
+def mark(activity: str = "taking a step", samples_seen: int = 64, num_beats: int = 1) -> dict[str, Any]:
+    place = {"host": "node", "pid": 7, "samples_seen": samples_seen, "activity": activity}
+    return {**place, "num_moves": 3, "num_beats": num_beats}
+
+
+def test_the_cause_is_named() -> None:
+    step, again = mark(), mark(num_beats=3)
+    reads, earlier = mark("reading rows", num_beats=3), mark("taking a step", 48, num_beats=3)
+
+    def said(before: dict[int, Any], now: dict[int, Any], world_size: int = 2) -> str:
+        return explain(before, now, world_size, 9).removeprefix("training: nothing moved for 9 s: ").removesuffix(".")
+
+    worker = "worker 1 (process 7 on node)"
+    assert (
+        said({0: step, 1: step}, {0: again, 1: step})
+        == f"{worker} does not answer; it was last heard of taking a step after 64 samples"
+    )
+    assert (
+        said({0: step, 1: step}, {0: again, 1: reads})
+        == f"{worker} kept the others waiting while reading rows after 64 samples"
+    )
+    assert (
+        said({0: step, 1: step}, {0: again, 1: earlier})
+        == f"{worker} kept the others waiting while taking a step after 48 samples"
+    )
+    assert said({0: step}, {0: again}) == "worker 1 never started"
+    assert said({0: step, 1: step}, {0: again, 1: again}).endswith("so look at the network between them")
+    assert said({0: step}, {0: reads}, 1) == "it is reading rows after 64 samples"
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Iterator[Callable[..., tuple[Watchdog, Watchdog, list[str], threading.Event]]]:
+    """Makes two watchdogs of a training of two workers; and what they say, and when."""
+    made: list[Watchdog] = []
+
+    def start(seconds: float) -> tuple[Watchdog, Watchdog, list[str], threading.Event]:
+        said, has_spoken = list[str](), threading.Event()
+
+        def hung(message: str) -> None:
+            said.append(message)
+            has_spoken.set()
+
+        made.extend(Watchdog(str(tmp_path), Workers(rank, 2), seconds, hung) for rank in range(2))
+        return made[-2], made[-1], said, has_spoken
+
+    yield start
+    for watchdog in made:
+        watchdog.close()
+
+
+def test_one_that_waits_for_its_rows_is_named(watch: Callable[..., Any]) -> None:
+    first, second, said, has_spoken = watch(0.5)
+    first.reached("taking a step", 16)
+    second.reached("reading rows", 16)
+    assert has_spoken.wait(30)
+    assert "worker 1 (" in said[0] and "kept the others waiting while reading rows after 16 samples" in said[0]
+
+
+def test_nobody_is_named_while_one_of_them_moves(watch: Callable[..., Any]) -> None:
+    first, second, said, has_spoken = watch(1.5)
+    first.reached("taking a step", 16)
+    for _ in range(80):  # validates for four seconds, while the other waits
+        second.reached("validating", 16)
+        time.sleep(0.05)
+    assert not said
+    assert has_spoken.wait(30)
+    assert "worker 1 (" in said[0] and "while validating" in said[0]
+
+
+def test_without_a_limit_nothing_is_watched(tmp_path: Path) -> None:
+    Watchdog(str(tmp_path), Workers(), 0, pytest.fail).close()
+    assert not files.names(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_later_does_not_end_the_training(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = tmp_path / "workers"
+    watchdog = Watchdog(str(folder), Workers(), 0.3, said.append)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    folder.write_text("in the way")
+    time.sleep(0.5)
+    assert watchdog._thread.is_alive() and not said
+    watchdog.close()
+
+
+def test_what_a_step_waits_for_comes_first() -> None:
+    assert ORDER[-1] == "taking a step"

@@ -1,0 +1,128 @@
+"""Which of several workers keeps the others waiting?
+
+Workers take every step together, so one that hangs stops them all, in a collective that at best says that it waited too
+long. Each worker therefore keeps a small file that says how far it is; one that finds that nobody moves reads them all.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from unclip import files
+from unclip.errors import StorageError
+from unclip.parallel import Workers
+
+Activity = Literal[
+    "starting", "validating", "drawing a preview", "writing a checkpoint", "reading rows", "taking a step"
+]
+ORDER: tuple[Activity, ...] = (
+    "starting",
+    "validating",
+    "drawing a preview",
+    "writing a checkpoint",
+    "reading rows",
+    "taking a step",
+)
+"""What workers do at the same number of samples seen, in this order; who is at an earlier one is behind."""
+
+Marks = Mapping[int, Mapping[str, Any]]
+"""What each worker wrote about itself, by rank; a worker that wrote nothing is not there."""
+
+
+class Watchdog:
+    """Watches the workers from a thread of each, and names those that hang."""
+
+    def __init__(self, folder: str, workers: Workers, seconds: float, hung: Callable[[str], object]) -> None:
+        """Args:
+        folder: URI of a folder for the workers' files, that all of them see.
+        seconds: without any move of any worker, after which `hung` is called, in the thread, with a sentence for people.
+            0 never calls it. Called again when as much time has passed again.
+        """
+        self.folder, self.workers, self.seconds, self.hung = folder, workers, seconds, hung
+        self.mark = {"host": socket.gethostname(), "pid": os.getpid(), "samples_seen": 0, "activity": ORDER[0]}
+        self._num_moves = self._num_beats = 0
+        self._moved_at = time.monotonic()
+        self._looks: list[Marks] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if seconds:
+            self._write()  # what an earlier attempt left is not there for the others to see
+            self._thread.start()
+
+    def reached(self, activity: Activity, samples_seen: int) -> None:
+        """This worker moves. Costs nothing: the file is written by the thread."""
+        self.mark |= {"activity": activity, "samples_seen": samples_seen}
+        self._num_moves += 1
+        self._moved_at = time.monotonic()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.seconds / 10):
+            self._num_beats += 1
+            # A folder that cannot be written for a while is no reason to end: the training does not need it now.
+            with contextlib.suppress(StorageError, OSError):
+                self._write()
+                if time.monotonic() - self._moved_at >= self.seconds:
+                    self._look()
+                else:
+                    self._looks = []
+
+    def _write(self) -> None:
+        mark = {**self.mark, "num_moves": self._num_moves, "num_beats": self._num_beats}
+        files.write_json(f"{self.folder}/rank-{self.workers.rank:05d}.json", mark)
+
+    def _look(self) -> None:
+        """Look three times, so that who is alive has written in between."""
+        self._looks.append(self._read())
+        if len(self._looks) < 3:
+            return
+        first, *_, last = self._looks
+        self._looks, self._moved_at = [], time.monotonic()
+        if all(first.get(rank, {}).get("num_moves") == mark["num_moves"] for rank, mark in last.items()):
+            self.hung(explain(first, last, self.workers.world_size, self.seconds))
+
+    def _read(self) -> Marks:
+        marks = {}
+        for rank in range(self.workers.world_size):
+            with contextlib.suppress(FileNotFoundError):
+                marks[rank] = files.read_json(f"{self.folder}/rank-{rank:05d}.json")
+        return marks
+
+
+def explain(before: Marks, now: Marks, world_size: int, seconds: float) -> str:
+    """Who hangs, in words, given marks of workers that do not move, with time for each to write in between."""
+    missing = [rank for rank in range(world_size) if rank not in now]
+    silent = [rank for rank in now if rank in before and now[rank]["num_beats"] == before[rank]["num_beats"]]
+    behind = _furthest_behind(now)
+    if missing:
+        culprits = f"worker {', '.join(map(str, missing))} never started"
+    elif silent:
+        culprits = f"{_name(silent, now)} does not answer; it was last heard of {_doing(now[silent[0]])}"
+    elif len(behind) < world_size:
+        culprits = f"{_name(behind, now)} kept the others waiting while {_doing(now[behind[0]])}"
+    elif world_size == 1:
+        culprits = f"it is {_doing(now[0])}"
+    else:
+        culprits = f"all were {_doing(now[0])}, so look at the network between them"
+    return f"training: nothing moved for {seconds:g} s: {culprits}."
+
+
+def _furthest_behind(marks: Marks) -> list[int]:
+    places = {rank: (mark["samples_seen"], ORDER.index(mark["activity"])) for rank, mark in marks.items()}
+    return [rank for rank, place in places.items() if place == min(places.values())]
+
+
+def _name(ranks: list[int], marks: Marks) -> str:
+    return ", ".join(f"worker {rank} (process {marks[rank]['pid']} on {marks[rank]['host']})" for rank in ranks)
+
+
+def _doing(mark: Mapping[str, Any]) -> str:
+    return f"{mark['activity']} after {mark['samples_seen']:,} samples"
