@@ -23,7 +23,7 @@ from unclip.errors import CheckpointError
 from unclip.precision import Precision, autocast
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.samplers import OnStep, SamplerName, undisturbed
-from unclip.text import Text, TextShape, read_captions
+from unclip.text import EmptyCaption, Text, TextShape, read_captions
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -136,11 +136,12 @@ class Stack(nn.Module):
         upsamplers: Sequence[Upsampler] = (),
     ) -> None:
         """Raises:
-        CheckpointError: the prior and the decoder were trained on embeddings of different datasets or CLIPs, or an
-            upsampler on pictures of another size than it gets here.
+        CheckpointError: the prior and the decoder were trained on embeddings of different datasets or CLIPs, or with
+            another CLIP than this one, or an upsampler on pictures of another size than it gets here.
         """
         super().__init__()
         embeddings.check_agreement({"prior": prior.statistics, "decoder": decoder.statistics})
+        _check_clip(clip, {"prior": prior, "decoder": decoder})
         _check_chain(decoder, upsamplers)
         self.clip, self.prior, self.decoder = clip, prior, decoder
         self.upsamplers: Sequence[Upsampler] = nn.ModuleList(upsamplers)  # type: ignore[assignment]
@@ -306,6 +307,15 @@ class Stack(nn.Module):
                     on_step=hook,
                 )
         return low_res
+
+
+def _check_clip(clip: Clip, models: dict[str, nn.Module]) -> None:
+    for name, model in models.items():
+        if not all(module.knows(clip) for module in model.modules() if isinstance(module, EmptyCaption)):
+            raise CheckpointError(
+                f"{name}: was trained with another CLIP than this one, which reads the empty caption differently; it would "
+                f"draw something else than what captions say. Take the CLIP and the {name} of one stack."
+            )
 
 
 def _check_chain(decoder: Decoder, upsamplers: Sequence[Upsampler]) -> None:

@@ -127,6 +127,16 @@ class EmptyCaption(nn.Module):
         """The empty caption, `batch` times."""
         return CaptionFeatures(*(remembered.expand(batch, *remembered.shape) for remembered in self._null()))
 
+    def knows(self, clip: Clip) -> bool:
+        """Whether this CLIP makes of the empty caption what is remembered: whether it is the one that was trained with."""
+        tokens = clip.tokenize([""]).to(self.null_mask.device)
+        features = caption_features(clip, tokens)
+        return all(
+            remembered.shape == feature.shape[1:]
+            and float((remembered.float() - feature[0].float()).norm()) <= 0.02 * float(feature.float().norm())
+            for remembered, feature in zip(self._null(), features, strict=True)
+        )
+
     def without(self, text: CaptionFeatures, drop: Tensor) -> CaptionFeatures:
         """Captions, where drop [B] bool is True the empty one."""
         chosen = (

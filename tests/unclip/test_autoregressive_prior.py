@@ -24,7 +24,7 @@ from unclip.errors import CheckpointError, ConfigError
 from unclip.generation import SamplingConfig, Stack, load_model
 from unclip.objectives import AutoregressivePriorObjective
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import CaptionFeatures
+from unclip.text import CaptionFeatures, caption_features
 from unclip.unet import UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -212,6 +212,7 @@ def test_a_stack_takes_either_prior_of_the_decoders_dataset_and_no_other(frozen_
         prior = AutoregressivePrior(settings, *sizes)
         prior.quantizer.load_state_dict(quantizer.state_dict())
     prior.statistics.load_state_dict(statistics.state_dict())
+    prior.text.set_null(caption_features(frozen_clip, frozen_clip.tokenize([""])))
     stack = stack_of(prior.eval(), frozen_clip, statistics)
     sampling = SamplingConfig(prior_steps=2, prior_guidance_scale=2.0, prior_temperature=0.5)
     drawn = [stack.embed_captions(["a star", "a circle"], sampling, torch.Generator().manual_seed(3)) for _ in range(2)]

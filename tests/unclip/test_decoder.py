@@ -21,7 +21,7 @@ from unclip.errors import ConfigError, ShapeError
 from unclip.layers import attention
 from unclip.precision import autocast
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig
+from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, caption_features
 from unclip.unet import ContextAttention, UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -433,6 +433,7 @@ def test_a_trained_text_transformer_is_bidirectional() -> None:
 @torch.no_grad()
 def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text: str) -> None:
     prior = DiffusionPrior(PriorConfig(16, 1, 2), clip.embedding_dim, clip.text_width, clip.text_length)
+    prior.text.set_null(caption_features(clip, clip.tokenize([""])))
     upsampler = awake(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
     stack = generation.Stack(clip, prior, awake(objective(clip, text=text).model), [upsampler])
     settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=(2,), precision="fp32")

@@ -56,6 +56,18 @@ def test_each_upsampler_works_on_the_pictures_of_the_one_before(stack: Stack) ->
     assert torch.equal(with_upsamplers(stack).upsample(low_res, sampling, generator()), low_res)
 
 
+def test_another_clip_than_that_of_the_training_is_refused() -> None:
+    stack, other = tiny_stacks.tiny_stack(), tiny_stacks.tiny_clip()
+    with torch.no_grad():
+        other.model.ln_final.weight.mul_(1.5)
+    of_other = tiny_stacks.tiny_stack(clip=other)
+    for name, prior, decoder in (("prior", stack.prior, of_other.decoder), ("decoder", of_other.prior, stack.decoder)):
+        with pytest.raises(CheckpointError, match=f"{name}: was trained with another CLIP than this one"):
+            Stack(other, prior, decoder)
+    wordless = tiny_stacks.tiny_stack(decoder={"text": "none"}).decoder
+    assert Stack(other, of_other.prior, wordless).clip is other
+
+
 def test_steps_that_are_not_given_are_those_of_the_one_before() -> None:
     assert SamplingConfig().steps_of_upsamplers(1) == (27,)  # as in the paper
     assert SamplingConfig().steps_of_upsamplers(2) == (27, 15)

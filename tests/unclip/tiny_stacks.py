@@ -18,7 +18,7 @@ from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.generation import SamplingConfig, Stack, save_stack
 from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import TextShape, caption_features
+from unclip.text import EmptyCaption, TextShape, caption_features
 from unclip.unet import UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -151,6 +151,9 @@ def publish(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Path:
     for name, (model, facts) in models.items():
         if hasattr(model, "statistics"):
             model.statistics.load_state_dict(statistics.state_dict())
+        for module in model.modules():
+            if isinstance(module, EmptyCaption):
+                module.set_null(caption_features(loaded, loaded.tokenize([""])))
         state = awake(model, 0.06).state_dict()
         checkpoints.save(f"{folder}/models/{name}", {"model": state}, {"kind": name, "samples_seen": 1, **facts})
     pca = PrincipalComponents.of(embeddings)._asdict()
