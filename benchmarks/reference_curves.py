@@ -8,14 +8,13 @@ Copies them from the storage to `unclip/reference_curves/`, where `reference_cur
 
 import argparse
 import io
-import shutil
 from pathlib import Path
 
 from pipelines import dag as dags
 from pipelines.config import load
 from pipelines.run import compose, prepare
 from tasks.store import DEFAULT_ROOT, Store
-from unclip import curves
+from unclip import curves, files
 from unclip.trainer import CURVE
 
 
@@ -45,11 +44,13 @@ def main() -> None:
     config = prepare(load(arguments.pipeline, None, (), arguments.storage))
     found = {}
     for stage, state in dags.states(compose(config), Store(config.storage)).items():
-        curve = Path(state.artifact.uri).parent / CURVE if state.artifact else Path("none")
-        if curve.is_file() and any("relative_loss" in point for point in curves.read(str(curve)).values()):
+        uri = f"{state.artifact.uri.rpartition('/')[0]}/{CURVE}" if state.artifact else ""
+        if files.exists(uri) and any("relative_loss" in point for point in curves.read(uri).values()):
             name = f"{arguments.pipeline}-{stage}"
-            shutil.copyfile(curve, curves.REFERENCES / f"{name}.tsv")
-            found[name] = curves.read(str(curve))
+            found[name] = curves.read(uri)
+            curves.write(str(curves.REFERENCES / f"{name}.tsv"), found[name])
+    if not found:
+        raise SystemExit(f"{arguments.storage}: has no finished training of these settings. Run the pipeline first.")
     Path(arguments.picture).write_bytes(picture(found))
     for name, curve in found.items():
         last = curves.at(curve, "relative_loss", list(curve)[-curves.WINDOW], list(curve)[-1])

@@ -158,8 +158,8 @@ def status(storage: str | None, last: int) -> None:
         events = stage_events(store, run_id)
         width = max(map(len, events), default=0)
         for name, event in sorted(events.items(), key=lambda item: item[1]["at"]):
-            if state == "killed" and event["state"] == "running":
-                event["state"] = "killed"
+            if state != "running" and event["state"] == "running":
+                event["state"] = "stopped" if state == "stopped" else "killed"
             detail = event.get("message") or (f"{event['seconds']:.0f} s" if event.get("seconds") is not None else "")
             click.echo(f"    {name:<{width}} {event['state']:<8} {detail}".rstrip())
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import shutil
 import socket
 import sys
 import time
@@ -28,11 +29,11 @@ from tasks.stage import Failure, Resources, Run, declared_name
 from tasks.store import Store
 from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten, without_password
-from unclip import files
+from unclip import curves, files
 from unclip.config import fingerprint, require, to_dict
 from unclip.errors import ConfigError, StageError, StoppedError, StorageError, UnclipError
 
-STOP_SECONDS = 25.0
+STOP_PATIENCE_SECONDS = 25.0
 """For trainings to write a checkpoint when the run is asked to stop; Kubernetes kills after thirty."""
 
 WORKER_ENVIRONMENT = {
@@ -71,6 +72,10 @@ def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfi
     tracking_uri(config)  # raises when there can be none
     store = Store(config.storage)
     store.check_writable()
+    for node in compose(config).values():
+        reference_curve = node.config.trainer.reference_curve if hasattr(node.config, "trainer") else None
+        if reference_curve is not None:
+            curves.read(reference_curve)
     ingest, download = config.ingest, config.download
     if config.scenes is not None:
         name = fingerprint(to_dict(config.scenes))[:16]
@@ -159,7 +164,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         if config.scenes is not None:
             stack.enter_context(scene_server.serve(config.scenes))
         run = open_run(pipeline, config, store)
-        failures = [Failure("run", "interrupted")]
+        failures, state = [Failure("run", "interrupted")], "failed"
         try:
             dag = compose(config, run)
             dag = dags.up_to(dag, until) if until else dag
@@ -168,8 +173,12 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             run.tracker.bytes(dags.picture(dag, labels), "dag.png")
             _start_ray(config)
             failures = _execute(dag, run, store)
+            state = "failed" if failures else "done"
+        except StoppedError:
+            state = "stopped"
+            raise
         finally:
-            close_run(run, store, failures)
+            close_run(run, store, state)
         if failures:
             raise StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
         summary = _finish(config, pipeline, dag, store)
@@ -195,9 +204,8 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
 
     last = list(dag)[-1]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # DAGNode.execute is announced to change; it is the API of the versions we allow
+        # DAGNode.execute is announced to change; it is the API of the versions we allow
+        warnings.simplefilter("ignore")
         result = dag[last].ray_node.execute()
     console = Console(store, run.id, list(dag))
     ready: list[Any] = []
@@ -211,7 +219,7 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
                     f"{run.pipeline}: stopped as asked. Nothing is lost: run the same command again to go on."
                 )
     try:
-        ray.get(result)
+        outcome = ray.get(result)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, UnclipError):
@@ -221,21 +229,24 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
             f"a process of the cluster died: {reason}. Finished work is kept; run the same command again."
         ) from None
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
-    return [Failure(event["stage"], event["message"]) for event in failed]
+    # What a full disk kept from being recorded is still told.
+    told = [outcome] if isinstance(outcome, Failure) else []
+    return [Failure(event["stage"], event["message"]) for event in failed] or told
 
 
 def _stop_trainings(dag: dags.Dag, run: Run, store: Store, console: "Console") -> None:
     """Ask those that run to write a checkpoint and end, and wait for them, but not for ever."""
     files.write(run.stop_uri, b"")
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + STOP_PATIENCE_SECONDS
+    started = set(store.list("runs", run.id, "progress"))  # others wait for CPUs
 
-    def trains(name: str) -> bool:
-        event = stage_events(store, run.id).get(name, {})
-        return event.get("state") == "running" and hasattr(dag[name].config, "trainer")
+    def train() -> bool:
+        running = [name for name, event in stage_events(store, run.id).items() if event["state"] == "running"]
+        return any(f"{name}.json" in started and hasattr(dag[name].config, "trainer") for name in running)
 
-    if any(trains(name) for name in dag):
+    if train():
         print("stopping: what is trained writes a checkpoint first; ask again to stop at once", flush=True)
-    while any(trains(name) for name in dag) and time.monotonic() < deadline:
+    while train() and time.monotonic() < deadline:
         time.sleep(0.5)
         console.refresh()
 
@@ -289,7 +300,9 @@ class Console:
         if due and self.store.exists(*path):
             self.logged[name] = time.monotonic()
             self.drawn += 1
-            print(bar(name.ljust(self.width), self.store.read_json(*path)))
+            line = bar(name.ljust(self.width), self.store.read_json(*path))
+            # A line that wraps could not be erased.
+            print(line[: shutil.get_terminal_size().columns - 1] if self.is_terminal else line)
 
     def _erase(self) -> None:
         if self.is_terminal and self.drawn:
@@ -369,13 +382,12 @@ def open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
     return run
 
 
-def close_run(run: Run, store: Store, failures: list[Failure]) -> None:
-    """Tell both how the run ended."""
-    state = "failed" if failures else "done"
-    run.tracker.end("FAILED" if failures else "FINISHED")
+def close_run(run: Run, store: Store, state: str) -> None:
+    """Tell both how the run ended: done, failed or stopped."""
+    run.tracker.end({"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[state])
     record = store.read_json("runs", run.id, "run.json")
     # When something failed, that is what is told; a run without this counts as killed.
-    with contextlib.suppress(*[StorageError] * bool(failures)):
+    with contextlib.suppress(*[StorageError] * (state != "done")):
         store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
 
 

@@ -10,7 +10,7 @@ import click
 from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, complete
 from tasks.background import repeatedly
 from unclip.config import nearest, require
-from unclip.errors import ConfigError, StageError
+from unclip.errors import ConfigError, StageError, StoppedError
 
 if TYPE_CHECKING:
     from pipelines.config import PipelineConfig
@@ -85,7 +85,8 @@ def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
                 result = execute(Call(dag[model].stage, dag[model].config), run, parents)
             console.refresh()
         finally:
-            close_run(run, store, [result] if isinstance(result, Failure) else [])
+            asked = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
+            close_run(run, store, "stopped" if asked else "failed" if isinstance(result, Failure) else "done")
     if isinstance(result, Failure):
         error = StageError(result.message)
         error.exit_code = result.exit_code

@@ -144,9 +144,8 @@ def client(tracking_uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(
-        logging.CRITICAL
-    )  # a database that fails is raised as well as logged, at length
+    # A database that fails is raised as well as logged, at length.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     return MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
 

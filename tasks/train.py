@@ -19,16 +19,21 @@ from tasks.stage import StageContext
 from tasks.tracking import PREVIEWS, Tracker
 from unclip import checkpoints, files
 from unclip.data import Source
-from unclip.errors import StageError, StorageError, UnclipError
+from unclip.errors import ConfigError, NonFiniteError, StageError, StoppedError, StorageError, UnclipError
 from unclip.parallel import Workers
 from unclip.trainer import HUNG, Monitor, Objective, TrainerConfig
 
 # Branches wait for each other's CPUs or GPUs; that is no failure.
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(7 * 24 * 3600))
+FOR_EVER_SECONDS = 7 * 24 * 3600
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(FOR_EVER_SECONDS))
 
 FAILURE = "failure.json"
-STOP_SECONDS = 2.0
+OF_ALL_WORKERS = (StoppedError, NonFiniteError, ConfigError)
+"""Errors that are raised by all workers of a training, or none."""
+LOOK_SECONDS = 2.0
 """Between looks of a worker for the file that asks trainings to stop."""
+NUM_POINTS_WARNED = 10
+"""Points of the metrics during which a warning stands beside the progress bar."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
         _work,
         train_loop_config={"training": training, "context": for_worker, "folder": folder},
         # Longer than the watchdog waits, which names who hangs.
-        torch_config=TorchConfig(timeout_s=round(max(1800.0, 2 * training.config.hang_seconds))),
+        torch_config=TorchConfig(timeout_s=round(max(1800.0, 2 * (training.config.hang_seconds or FOR_EVER_SECONDS)))),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -89,19 +94,22 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
     )
+    failed: Exception | None = None
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as failed:
-        causes = list(getattr(failed, "worker_failures", {}).values()) or [failed]
-        hung = f" {files.read_json(f'{folder}/{HUNG}')['message']}" if files.exists(f"{folder}/{HUNG}") else ""
-        raise StageError(f"{context.stage}: {causes[0]}{hung}") from causes[0]
-    if files.exists(f"{folder}/{HUNG}"):
-        context.tracker.tags({"unclip.warning": files.read_json(f"{folder}/{HUNG}")["message"]})
+    except ray.train.TrainingFailedError as error:
+        failed = next(iter(getattr(error, "worker_failures", {}).values()), error)
+    hung = files.read_json(f"{folder}/{HUNG}")["message"] if files.exists(f"{folder}/{HUNG}") else ""
+    if hung:
+        context.tracker.tags({"unclip.warning": hung})
+    if files.exists(f"{folder}/model/{checkpoints.MANIFEST}"):
+        return
     if files.exists(f"{folder}/{FAILURE}"):
         failure = files.read_json(f"{folder}/{FAILURE}")
-        error = StageError(failure["message"])
-        error.exit_code = failure["exit_code"]
-        raise error
+        stage_error = StageError(failure["message"])
+        stage_error.exit_code = failure["exit_code"]
+        raise stage_error from failed
+    raise StageError(f"{context.stage}: {failed} {hung}".rstrip()) from failed
 
 
 def _train_here(context: StageContext, training: Training) -> None:
@@ -157,15 +165,23 @@ def _work(loop: Mapping[str, Any]) -> None:
     place = ray.train.get_context()
     workers = Workers(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(context.cpus_per_worker)
-    asks_to_stop = now_and_then(STOP_SECONDS, lambda: workers.rank == 0 and files.exists(context.stop_uri))
+
+    def is_asked_to_stop() -> bool:
+        with contextlib.suppress(OSError):  # a store that is away for a while is no reason to fail
+            return workers.rank == 0 and files.exists(context.stop_uri)
+        return False
+
+    asks_to_stop = now_and_then(LOOK_SECONDS, is_asked_to_stop)
     try:
         with _deferred(context.tracker, loop["folder"]) as tracker:
             monitor = _MlflowMonitor(tracker, context.progress, loop["folder"], asks_to_stop, _NodeLoss().is_announced)
             train_rows(training, loop["folder"], monitor, workers)
-    except UnclipError as error:  # would fail again in the same way: no use in Ray Train's restarts
+    except UnclipError as error:
         with contextlib.suppress(StorageError):  # where no file can be written, Ray Train tells what happened
             files.write_json(f"{loop['folder']}/{FAILURE}", {"message": str(error), "exit_code": error.exit_code})
-            return
+            # It would happen again: no use in Ray Train's restarts. Other workers wait for one that fails alone, though.
+            if workers.world_size == 1 or isinstance(error, OF_ALL_WORKERS):
+                return
         raise
 
 
@@ -213,11 +229,11 @@ class _MlflowMonitor(Monitor):
     ) -> None:
         self.tracker, self.progress, self.folder = tracker, progress, folder
         self.wants_stop, self.wants_checkpoint = wants_stop, wants_checkpoint  # type: ignore[method-assign]
+        self.warning, self.num_points_warned = "", 0
 
     def start(self, samples_seen: int, num_samples: int) -> None:
         self.progress.start(samples_seen)
         self.samples_seen = samples_seen
-        self.warning = ""
 
     def step(self, samples_seen: int, loss: float) -> None:
         self.progress.update(samples_seen - self.samples_seen, f"loss {loss:.4f}{self.warning}")
@@ -225,10 +241,13 @@ class _MlflowMonitor(Monitor):
 
     def metrics(self, values: Mapping[str, float], samples_seen: int) -> None:
         self.tracker.metrics(values, samples_seen)
+        self.num_points_warned += 1
+        if self.num_points_warned > NUM_POINTS_WARNED:
+            self.warning = ""
 
     def warn(self, message: str) -> None:
         super().warn(message)
-        self.warning = f"  ! {message}"
+        self.warning, self.num_points_warned = f"  ! {message}", 0
         self.tracker.tags({"unclip.warning": message})
 
     def preview(self, images: Any, samples_seen: int) -> None:

@@ -96,19 +96,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def operational(default: T) -> T:
-    """Default of a setting that changes how work is done and watched, not what comes of it: it is in no fingerprint."""
+    """Default of a setting that says how work is kept and watched, so that changing it is no other work: it is in no
+    fingerprint."""
     return dataclasses.field(default=default, metadata={"operational": True})
 
 
-def decisive(config: Any) -> dict[str, Any]:
+def decisive(config: Any) -> Any:
     """As `to_dict`, without operational settings: what the result of the work depends on."""
-    values = to_dict(config)
-    for field in dataclasses.fields(config):
-        if field.metadata.get("operational"):
-            del values[field.name]
-        elif dataclasses.is_dataclass(getattr(config, field.name)):
-            values[field.name] = decisive(getattr(config, field.name))
-    return values
+    if dataclasses.is_dataclass(config):
+        fields = [field for field in dataclasses.fields(config) if not field.metadata.get("operational")]
+        return {field.name: decisive(getattr(config, field.name)) for field in fields}
+    if isinstance(config, dict):
+        return {name: decisive(value) for name, value in config.items()}
+    return [decisive(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
 def fingerprint(*parts: Any) -> str:

@@ -56,6 +56,8 @@ def read(uri: str) -> Curve:
         for line in lines:
             samples_seen, *values = line.split("\t")
             curve[int(samples_seen)] = {name: float(value) for name, value in zip(names, values, strict=True) if value}
+        if not any("loss" in point for point in curve.values()):
+            raise ValueError("it has no column 'loss'")
         return curve
     except FileNotFoundError:
         raise ConfigError(
@@ -82,7 +84,11 @@ class Alarm:
         reference: a training of the same model whose curve was good.
         """
         self.curve, self.reference = curve, reference
+        self._losses: list[tuple[int, float]] = []  # finite ones, as samples seen and loss
+        self._lowest = math.inf  # of windows but the last
         self._told: set[str] = set()
+        for samples_seen, point in curve.items():
+            self._take(samples_seen, point)
 
     def add(self, samples_seen: int, point: Point) -> None:
         """Values of columns at a place; others are no part of a curve."""
@@ -92,43 +98,45 @@ class Alarm:
     def hear(self, samples_seen: int, point: Point) -> list[str]:
         """Take in a point; returns what is newly wrong, in sentences for people."""
         self.add(samples_seen, point)
-        wrong = self._wrong(samples_seen)
+        self._take(samples_seen, point)
+        wrong = self._wrong(samples_seen, point)
         news = [sentence for kind, sentence in wrong.items() if kind not in self._told]
         self._told = set(wrong)
         return news
 
     def over_reference(self) -> float | None:
         """Loss of the last points over that of the reference at the same place; None without one."""
-        recent = self._losses()[-WINDOW:]
+        recent = self._losses[-WINDOW:]
         if self.reference is None or len(recent) < WINDOW:
             return None
-        name = self._loss_name()
-        expected = at(self.reference, name, recent[0][0], recent[-1][0])
+        expected = at(self.reference, self._column, recent[0][0], recent[-1][0])
         return _mean(recent) / expected if expected else None
 
-    def _loss_name(self) -> str:
-        return "relative_loss" if any("relative_loss" in point for point in self.curve.values()) else "loss"
+    @property
+    def _column(self) -> str:
+        return "relative_loss" if "relative_loss" in self.curve[self._losses[-1][0]] else "loss"
 
-    def _losses(self) -> list[tuple[int, float]]:
-        name = self._loss_name()
-        return [(samples_seen, point[name]) for samples_seen, point in self.curve.items() if name in point]
+    def _take(self, samples_seen: int, point: Point) -> None:
+        loss = point.get("relative_loss", point.get("loss", math.nan))
+        if math.isfinite(loss):
+            if len(self._losses) >= WINDOW:
+                self._lowest = min(self._lowest, _mean(self._losses[-WINDOW:]))
+            self._losses.append((samples_seen, loss))
 
-    def _wrong(self, samples_seen: int) -> dict[str, str]:
+    def _wrong(self, samples_seen: int, point: Point) -> dict[str, str]:
         wrong = {}
-        losses = self._losses()
         place = f"after {samples_seen:,} samples"
-        if self.curve[samples_seen].get("gradient_norm") == 0:
+        if point.get("gradient_norm") == 0:
             wrong["dead"] = f"no gradient reaches the weights {place}: the loss does not depend on them."
-        if len(losses) <= WINDOW:
+        if len(self._losses) <= WINDOW:
             return wrong
-        now = _mean(losses[-WINDOW:])
-        lowest = min(_mean(losses[end - WINDOW : end]) for end in range(WINDOW, len(losses)))
-        if now > RISEN * lowest:
+        now = _mean(self._losses[-WINDOW:])
+        if now > RISEN * self._lowest:
             wrong["risen"] = (
-                f"the loss rose to {now:.4g} {place}, {now / lowest:.1f} times its lowest. "
+                f"the loss rose to {now:.4g} {place}, {now / self._lowest:.1f} times its lowest. "
                 f"Stop it, and train again with a lower learning rate."
             )
-        if self._loss_name() == "relative_loss" and len(losses) > NUM_PATIENT and now > 1:
+        if self._column == "relative_loss" and len(self._losses) > NUM_PATIENT and now > 1:
             wrong["useless"] = (
                 f"the loss is {now:.3f} of that of predicting the mean {place}, so nothing is learnt. "
                 f"See what is wrong: unclip train ... --overfit 16."

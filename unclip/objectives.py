@@ -128,8 +128,13 @@ class AutoregressivePriorObjective:
     def metrics(self, training: bool) -> dict[str, float]:
         """The loss beside that of giving every bucket the same probability."""
         losses, self.losses[training] = self.losses[training], []
-        uniform = math.log(self.model.config.num_buckets)
-        return {"relative_loss": float(torch.stack(losses).mean()) / uniform} if losses else {}
+        if not losses:
+            return {}
+        mean = torch.stack(losses).mean()
+        if training and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)
+            mean /= torch.distributed.get_world_size()
+        return {"relative_loss": float(mean) / math.log(self.model.config.num_buckets)}
 
     def preview(self, model: nn.Module) -> None:
         return None
@@ -356,7 +361,7 @@ class _Process:
         return (draw.weight * losses).mean()
 
     def take(self, training: bool) -> dict[str, float]:
-        return self.losses[training].take()
+        return self.losses[training].take(of_all_workers=training)
 
 
 def load_images(encoded: list[bytes], side: int) -> Tensor:

@@ -29,6 +29,7 @@ def settings(config: TrainerConfig, num_rows: int) -> TrainerConfig:
         learning_rate=LEARNING_RATE,
         weight_decay=0.0,
         nonfinite="stop",
+        reference_curve=None,
     )
 
 

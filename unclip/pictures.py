@@ -106,9 +106,8 @@ def png(picture: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(
-        buffer, "PNG", compress_level=3
-    )  # a tenth larger than the smallest, in a hundredth of the time
+    # a tenth larger than the smallest, in a hundredth of the time
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 

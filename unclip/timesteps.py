@@ -122,14 +122,19 @@ class TimestepLosses:
         values = torch.stack([loss, loss_of_zeros, torch.ones_like(loss)], dim=1).float()  # [B, 3]
         self._sums.index_add_(0, bucket, values)
 
-    def take(self) -> dict[str, float]:
+    def take(self, of_all_workers: bool = False) -> dict[str, float]:
         """Means since the last time: `loss_t_FIRST_LAST` of each bucket that was met, and `relative_loss`.
+
+        Args:
+            of_all_workers: that train together; all of them must ask.
 
         The relative loss is 1 for a network that predicts the mean of what is to be predicted, and no better than that is
         what a training that learns nothing stays at.
         """
         if self._sums is None:
             return {}
+        if of_all_workers and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._sums)
         sums, self._sums = self._sums.tolist(), None
         values = {}
         for bucket, (loss, _, count) in enumerate(sums):

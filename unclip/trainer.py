@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from unclip import checkpoints, curves, files, parallel, sharded
 from unclip.config import operational, require
 from unclip.data import Batch, RowReader
-from unclip.errors import NonFiniteError, StoppedError
+from unclip.errors import ConfigError, NonFiniteError, StoppedError
 from unclip.flops import FirstForward, peak_flops
 from unclip.parallel import ALONE, Parallel, Workers
 from unclip.precision import LossScale, Precision, autocast
@@ -81,11 +81,12 @@ class TrainerConfig:
     """Of the weights, the order of rows, noise and dropout."""
     nonfinite: Literal["stop", "skip", "roll_back"] = operational("stop")
     """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
-    in another order of rows. The weights are never touched by it."""
+    in another order of rows. The weights are never touched by it. In no fingerprint, so that a training that stopped can go on
+    with another answer."""
     max_nonfinite: int = operational(10)
     """Batches that may be skipped, or times to roll back, before the training stops after all."""
     hang_seconds: float = operational(1800.0)
-    """Without any move of any worker for so long, the one that hangs is named, and all end, so that they are started
+    """Without any move of any worker for so long, the one that hangs is named, and several end, so that they are started
     again from the last checkpoint; 0 to wait for ever."""
     validation_rows: int = operational(512)
     """Held-out rows whose loss is measured before each checkpoint, always with the same noise; 0 for none."""
@@ -99,7 +100,7 @@ class TrainerConfig:
     """Samples between logged metrics; 0 for a hundredth of the training."""
     reference_curve: str | None = operational(None)
     """A curve of the same training that went well, which this one is held against: one that comes with unclip, by name, or
-    the URI of a `curve.tsv`."""
+    the path or URI of a `curve.tsv` that the first worker sees."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size", "checkpoint_samples", "keep_checkpoints"):
@@ -112,8 +113,10 @@ class TrainerConfig:
         fits = self.micro_batch_size == 0 or (
             self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0
         )
-        if self.reference_curve is not None:
-            curves.read(self.reference_curve)
+        curve = self.reference_curve
+        is_found = curve is None or curve in curves.reference_names() or curve.startswith("/") or "://" in curve
+        expected = f"an absolute path, a URI, or one of {', '.join(curves.reference_names())}"
+        require(is_found, "reference_curve", curve, expected)
         require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
 
     def samples_between_previews(self) -> int:
@@ -141,7 +144,8 @@ class Objective(Protocol):
         """
 
     def metrics(self, training: bool) -> Mapping[str, float]:
-        """What else the losses tell since the last time it was asked: of training, or of validation."""
+        """What else the losses tell since the last time it was asked: of training, where all workers ask, or of validation,
+        where the first one does."""
 
     def preview(self, model: nn.Module) -> Tensor | None:
         """Something to look at while training, always of the same content: images [2 B, 3, H, W] in [-1, 1], originals and
@@ -195,13 +199,14 @@ def train(
         monitor: hears how it goes, on the first worker; every worker's is asked what it wants.
         validation: rows that are not trained on; the first `validation_rows` of them are validated with.
 
+    One of several workers ends its process with `HUNG_EXIT_CODE` when one of them hangs.
+
     Returns:
         Digest of `model/`: weights (the moving average) and facts; "" on other workers than the first.
 
     Raises:
         NonFiniteError: a loss or gradient that is not finite; the weights were not touched by it.
         StoppedError: the monitor asked to stop; a checkpoint was written.
-        SystemExit: not raised, but how the process ends, with 70, when it is one of several and one of them hangs.
         CheckpointError: the checkpoints in `folder` are of another model.
         ConfigError: the batch cannot be shared equally.
     """
@@ -215,10 +220,13 @@ def train(
     monitor = monitor or Monitor()
 
     def hung(message: str) -> None:
-        monitor.warn(message)
-        if workers.world_size > 1:
-            files.write_json(f"{folder}/{HUNG}", {"message": message})
-            os._exit(HUNG_EXIT_CODE)  # nothing else gets a process out of a collective
+        try:
+            monitor.warn(message)
+            if workers.world_size > 1:
+                files.write_json(f"{folder}/{HUNG}", {"message": message})
+        finally:
+            if workers.world_size > 1:
+                os._exit(HUNG_EXIT_CODE)  # nothing else gets a process out of a collective
 
     with contextlib.closing(Watchdog(f"{folder}/workers", workers, config.hang_seconds, hung)) as watchdog:
         training = _Training(objective, reader, config, folder, monitor, workers, watchdog, validation)
@@ -339,8 +347,8 @@ class _Training:
             speed |= self._speed(speed["samples_per_second"])
             self._tell({**speed, **extra, **self.objective.metrics(True)})
         if stopped or saved or _due(self.samples_seen, config.checkpoint_samples, config):
-            self._save()
-        if _due(self.samples_seen, config.samples_between_previews(), config):
+            self._save(validate=not (stopped or saved))
+        if not stopped and _due(self.samples_seen, config.samples_between_previews(), config):
             self._preview()
         if stopped and self.samples_seen < config.num_samples:
             self.writer.wait()
@@ -383,7 +391,9 @@ class _Training:
         return config.nonfinite
 
     def _tell(self, values: dict[str, float]) -> None:
-        """Metrics to the monitor and the curve, and what is wrong with them."""
+        """Metrics to the monitor and the curve, and what is wrong with them; on the first worker."""
+        if self.workers.rank > 0:
+            return
         for warning in self.alarm.hear(self.samples_seen, values):
             self.monitor.warn(warning)
         over_reference = self.alarm.over_reference()
@@ -392,9 +402,15 @@ class _Training:
         self.monitor.metrics(values, self.samples_seen)
 
     def _take_up_curve(self) -> curves.Alarm:
-        """The curve up to the checkpoint that was taken up."""
-        uri = f"{self.folder}/{CURVE}"
-        curve = curves.read(uri) if self.samples_seen and files.exists(uri) else {}
+        """The curve up to the checkpoint that was taken up; the first worker has one."""
+        if self.workers.rank > 0:
+            return curves.Alarm({})
+        curve: curves.Curve = {}
+        if self.samples_seen:
+            try:
+                curve = curves.read(f"{self.folder}/{CURVE}")
+            except ConfigError as error:
+                self.monitor.warn(f"the curve begins anew: {error}")
         reference = self.config.reference_curve
         return curves.Alarm(
             {samples_seen: point for samples_seen, point in curve.items() if samples_seen <= self.samples_seen},
@@ -415,8 +431,9 @@ class _Training:
         peak_bytes = torch.cuda.max_memory_allocated(self.workers.device) if on_device else _peak_resident_bytes()
         return {**values, "memory_gib": peak_bytes / 2**30}
 
-    def _save(self) -> None:
-        facts = {**self.objective.facts(), **self.state.facts(), **self._validate()}
+    def _save(self, validate: bool = True) -> None:
+        """Write a checkpoint; without a validation before it where time is short."""
+        facts = {**self.objective.facts(), **self.state.facts(), **(self._validate() if validate else {})}
         self.watchdog.reached("writing a checkpoint", self.samples_seen)
         if self.workers.rank == 0:
             curves.write(f"{self.folder}/{CURVE}", self.alarm.curve)

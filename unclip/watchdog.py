@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -17,16 +18,9 @@ from unclip.errors import StorageError
 from unclip.parallel import Workers
 
 Activity = Literal[
-    "starting", "validating", "drawing a preview", "writing a checkpoint", "reading rows", "taking a step"
+    "starting", "validating", "writing a checkpoint", "drawing a preview", "reading rows", "taking a step"
 ]
-ORDER: tuple[Activity, ...] = (
-    "starting",
-    "validating",
-    "drawing a preview",
-    "writing a checkpoint",
-    "reading rows",
-    "taking a step",
-)
+ORDER: tuple[Activity, ...] = typing.get_args(Activity)
 """What workers do at the same number of samples seen, in this order; who is at an earlier one is behind."""
 
 Marks = Mapping[int, Mapping[str, Any]]
@@ -46,11 +40,12 @@ class Watchdog:
         self.mark = {"host": socket.gethostname(), "pid": os.getpid(), "samples_seen": 0, "activity": ORDER[0]}
         self._num_moves = self._num_beats = 0
         self._moved_at = time.monotonic()
-        self._looks: list[Marks] = []
+        self._still: Marks = {}  # marks of which none has moved
+        self._still_since = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if seconds:
-            self._write()  # what an earlier attempt left is not there for the others to see
+            self.beat()  # what an earlier attempt left is not there for the others to see
             self._thread.start()
 
     def reached(self, activity: Activity, samples_seen: int) -> None:
@@ -66,28 +61,29 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self.seconds / 10):
-            self._num_beats += 1
+            now = time.monotonic()
             # A folder that cannot be written for a while is no reason to end: the training does not need it now.
             with contextlib.suppress(StorageError, OSError):
-                self._write()
-                if time.monotonic() - self._moved_at >= self.seconds:
-                    self._look()
+                self.beat()
+                if now - self._moved_at >= self.seconds / 2:
+                    self.look(now)
                 else:
-                    self._looks = []
+                    self._still = {}
 
-    def _write(self) -> None:
+    def beat(self) -> None:
+        """Say where this worker is, and that it lives."""
+        self._num_beats += 1
         mark = {**self.mark, "num_moves": self._num_moves, "num_beats": self._num_beats}
         files.write_json(f"{self.folder}/rank-{self.workers.rank:05d}.json", mark)
 
-    def _look(self) -> None:
-        """Look three times, so that who is alive has written in between."""
-        self._looks.append(self._read())
-        if len(self._looks) < 3:
-            return
-        first, *_, last = self._looks
-        self._looks, self._moved_at = [], time.monotonic()
-        if all(first.get(rank, {}).get("num_moves") == mark["num_moves"] for rank, mark in last.items()):
-            self.hung(explain(first, last, self.workers.world_size, self.seconds))
+    def look(self, now: float) -> None:
+        """See whether any worker moved since the first look that found them as they are; `now` in seconds of any clock."""
+        marks = self._read()
+        if not self._still or any(_moves(self._still, rank) != _moves(marks, rank) for rank in marks):
+            self._still, self._still_since = marks, now
+        elif now - self._still_since >= self.seconds:
+            before, self._still = self._still, {}
+            self.hung(explain(before, marks, self.workers.world_size, self.seconds))
 
     def _read(self) -> Marks:
         marks = {}
@@ -113,6 +109,10 @@ def explain(before: Marks, now: Marks, world_size: int, seconds: float) -> str:
     else:
         culprits = f"all were {_doing(now[0])}, so look at the network between them"
     return f"training: nothing moved for {seconds:g} s: {culprits}."
+
+
+def _moves(marks: Marks, rank: int) -> int | None:
+    return marks[rank]["num_moves"] if rank in marks else None
 
 
 def _furthest_behind(marks: Marks) -> list[int]:

@@ -29,11 +29,31 @@ def test_a_curve_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_what_is_no_curve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"reference_curve: got 'curve.tsv', expected an absolute path, a URI, or one of"
+    ):
+        TrainerConfig(reference_curve="curve.tsv")
+    uri = f"{tmp_path}/curve.tsv"
     with pytest.raises(ConfigError, match="no such curve"):
-        TrainerConfig(reference_curve=f"{tmp_path}/curve.tsv")
-    (tmp_path / "curve.tsv").write_bytes(b"samples_seen\tloss\nmany\t0.5\n")
-    with pytest.raises(ConfigError, match="got something else than a curve"):
-        TrainerConfig(reference_curve=f"{tmp_path}/curve.tsv")
+        curves.read(uri)
+    for text in (b"samples_seen\tloss\nmany\t0.5\n", b"samples_seen\tprice\n1\t0.5\n", b"", b"\xff"):
+        (tmp_path / "curve.tsv").write_bytes(text)
+        with pytest.raises(ConfigError, match="got something else than a curve"):
+            curves.read(uri)
+
+
+def test_points_that_are_not_finite_are_passed_over() -> None:
+    alarm = Alarm({})
+    assert not heard(alarm, {10: {"relative_loss": float("nan")}, **{10 * n: falling()[10 * n] for n in range(2, 20)}})
+    [news] = heard(alarm, {10 * n: {"relative_loss": 0.9} for n in range(21, 27)})
+    assert "the loss rose" in news
+
+
+def test_a_damaged_curve_does_not_keep_a_training_from_going_on(tmp_path: Path) -> None:
+    trained_on_workers.run(tmp_path, "run", end=End(before_step=2, kill=None), log_samples=16)
+    (tmp_path / "run" / CURVE).write_text("torn")
+    trained_on_workers.run(tmp_path, "run", log_samples=16)
+    assert list(curves.read(f"{tmp_path}/run/{CURVE}")) == list(range(48, 129, 16))
 
 
 def test_a_training_that_goes_well_is_left_alone() -> None:
@@ -71,7 +91,7 @@ def test_one_that_falls_behind_its_reference_is_told() -> None:
 
 def test_a_training_that_was_stopped_has_the_curve_of_one_that_was_not(tmp_path: Path) -> None:
     trained_on_workers.run(tmp_path, "whole", log_samples=16)
-    trained_on_workers.run(tmp_path, "twice", end=End(before_step=3, kill=None), log_samples=16)
+    trained_on_workers.run(tmp_path, "twice", end=End(before_step=2, kill=None), log_samples=16)
     trained_on_workers.run(tmp_path, "twice", log_samples=16)
     whole = (tmp_path / "whole" / CURVE).read_text()
     assert whole == (tmp_path / "twice" / CURVE).read_text()

@@ -1,14 +1,15 @@
 """Who keeps the others waiting is named."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unclip import trained_on_workers
 from unclip import files
+from unclip.errors import StorageError
 from unclip.parallel import Workers
 from unclip.watchdog import ORDER, Watchdog, explain
 
@@ -64,22 +65,29 @@ def watch(tmp_path: Path) -> Iterator[Callable[..., tuple[Watchdog, Watchdog, li
 
 
 def test_one_that_waits_for_its_rows_is_named(watch: Callable[..., Any]) -> None:
-    first, second, said, has_spoken = watch(0.5)
+    first, second, said, has_spoken = watch(3.0)
     first.reached("taking a step", 16)
     second.reached("reading rows", 16)
-    assert has_spoken.wait(30)
+    assert has_spoken.wait(60)
     assert "worker 1 (" in said[0] and "kept the others waiting while reading rows after 16 samples" in said[0]
 
 
-def test_nobody_is_named_while_one_of_them_moves(watch: Callable[..., Any]) -> None:
-    first, second, said, has_spoken = watch(1.5)
+def test_nobody_is_named_while_one_of_them_moves(tmp_path: Path) -> None:
+    said: list[str] = []
+    first, second = (Watchdog(str(tmp_path), Workers(rank, 2), 10, said.append) for rank in range(2))
+    for watchdog in (first, second):
+        watchdog.close()  # the clock is ours
     first.reached("taking a step", 16)
-    for _ in range(80):  # validates for four seconds, while the other waits
+    for now in range(0, 100, 5):  # the other one validates
         second.reached("validating", 16)
-        time.sleep(0.05)
+        for watchdog in (first, second):
+            watchdog.beat()
+        first.look(now)
     assert not said
-    assert has_spoken.wait(30)
-    assert "worker 1 (" in said[0] and "while validating" in said[0]
+    for now in range(100, 106, 5):
+        first.beat()
+        first.look(now)
+    assert len(said) == 1 and "worker 1 (" in said[0] and "it was last heard of validating after 16 samples" in said[0]
 
 
 def test_without_a_limit_nothing_is_watched(tmp_path: Path) -> None:
@@ -87,18 +95,28 @@ def test_without_a_limit_nothing_is_watched(tmp_path: Path) -> None:
     assert not files.names(str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_written_later_does_not_end_the_training(tmp_path: Path) -> None:
-    said: list[str] = []
-    folder = tmp_path / "workers"
-    watchdog = Watchdog(str(folder), Workers(), 0.3, said.append)
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-    folder.write_text("in the way")
-    time.sleep(0.5)
-    assert watchdog._thread.is_alive() and not said
+def test_a_folder_that_cannot_be_written_for_a_while_does_not_end_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, said = threading.Event(), threading.Event()
+    write_json = files.write_json
+
+    def fail(uri: str, value: Any) -> None:
+        failed.set()
+        raise StorageError("the disk is full")
+
+    watchdog = Watchdog(str(tmp_path), Workers(), 0.5, lambda message: said.set())
+    monkeypatch.setattr(files, "write_json", fail)
+    assert failed.wait(60) and not said.is_set()
+    monkeypatch.setattr(files, "write_json", write_json)
+    assert said.wait(60)
     watchdog.close()
 
 
-def test_what_a_step_waits_for_comes_first() -> None:
-    assert ORDER[-1] == "taking a step"
+def test_activities_come_in_the_order_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: list[tuple[int, str]] = []
+    monkeypatch.setattr(Watchdog, "reached", lambda _, activity, samples_seen: reached.append((samples_seen, activity)))
+    trained_on_workers.run(tmp_path, "run")
+    assert {activity for _, activity in reached} == set(ORDER) - {"starting"}
+    places = [(samples_seen, ORDER.index(activity)) for samples_seen, activity in reached]
+    assert places == sorted(places)
