@@ -154,6 +154,25 @@ def test_f41_when_the_driver_is_killed_the_same_command_goes_on(dataset: Path, t
     assert steps[0] > before[-1] and steps[0] % CHECKPOINT == BATCH, "not from the last commit"
 
 
+@pytest.mark.slow
+def test_f46_on_ray_a_worker_that_stands_still_is_named_and_replaced(dataset: Path, tmp_path: Path) -> None:
+    forget(dataset)
+    options = ("--on-ray", "--set=resources.num_workers=2", "--set=prior.trainer.hang_seconds=20")
+    expected = undisturbed(dataset, *options, log=tmp_path / "log")
+    with ended(start(dataset, *options, log=tmp_path / "log")) as process:
+        wait_for(lambda: committed(dataset), process, tmp_path / "log")
+        [mark] = dataset.glob("artifacts/prior/*/workers/rank-00001.json")
+        stopped = json.loads(mark.read_text())["pid"]
+        os.kill(stopped, signal.SIGSTOP)
+        assert LENGTH not in committed(dataset), "it was to be stopped before it ended"
+        assert process.wait() == 0, (tmp_path / "log").read_text()
+    [record] = dataset.glob("stages/prior/*.json")
+    assert json.loads(record.read_text())["digest"] == expected
+    [hung] = dataset.glob("artifacts/prior/*/hung.json")
+    message = json.loads(hung.read_text())["message"]
+    assert f"worker 1 (process {stopped} on " in message and "does not answer" in message
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """A file system of its own in the place of a folder, with what is in it."""
