@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from unclip import checkpoints, curves, files, parallel, sharded
 from unclip.config import operational, require
 from unclip.data import Batch, RowReader
-from unclip.errors import ConfigError, NonFiniteError, StoppedError
+from unclip.errors import ConfigError, NonFiniteError, StoppedError, StorageError
 from unclip.flops import FirstForward, peak_flops
 from unclip.parallel import ALONE, Parallel, Workers
 from unclip.precision import LossScale, Precision, autocast
@@ -436,7 +436,8 @@ class _Training:
         facts = {**self.objective.facts(), **self.state.facts(), **(self._validate() if validate else {})}
         self.watchdog.reached("writing a checkpoint", self.samples_seen)
         if self.workers.rank == 0:
-            curves.write(f"{self.folder}/{CURVE}", self.alarm.curve)
+            with contextlib.suppress(StorageError):  # a full disk is for the checkpoint to tell
+                curves.write(f"{self.folder}/{CURVE}", self.alarm.curve)
         self.writer.save(self.samples_seen, self.state.tensors(), facts)
 
     def _validate(self) -> dict[str, float]:

@@ -45,7 +45,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if seconds:
-            self.beat()  # what an earlier attempt left is not there for the others to see
+            self._try_to_beat()  # what an earlier attempt left is not there for the others to see
             self._thread.start()
 
     def reached(self, activity: Activity, samples_seen: int) -> None:
@@ -62,13 +62,17 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(self.seconds / 10):
             now = time.monotonic()
-            # A folder that cannot be written for a while is no reason to end: the training does not need it now.
-            with contextlib.suppress(StorageError, OSError):
-                self.beat()
-                if now - self._moved_at >= self.seconds / 2:
-                    self.look(now)
-                else:
-                    self._still = {}
+            self._try_to_beat()
+            if now - self._moved_at < self.seconds / 2:
+                self._still = {}
+                continue
+            with contextlib.suppress(OSError):
+                self.look(now)
+
+    def _try_to_beat(self) -> None:
+        # A folder that cannot be written for a while is no reason to end: the training does not need it now.
+        with contextlib.suppress(StorageError):
+            self.beat()
 
     def beat(self) -> None:
         """Say where this worker is, and that it lives."""

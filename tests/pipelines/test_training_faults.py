@@ -218,7 +218,7 @@ def test_f30_when_the_disk_is_full_a_training_says_so_and_goes_on_later(
         (dataset / "ballast").unlink()
         assert train(dataset, *options, log=log) == expected
         steps = [step for step, _ in points(f"sqlite:///{dataset}/mlflow.db")]
-        assert steps == list(range(before[-1] + BATCH, LENGTH + 1, BATCH))
+        assert steps == list(range(before[-1] + BATCH, LENGTH + 1, BATCH)), log.read_text()
 
 
 @contextlib.contextmanager

@@ -105,8 +105,8 @@ def test_a_folder_that_cannot_be_written_for_a_while_does_not_end_the_watch(
         failed.set()
         raise StorageError("the disk is full")
 
-    watchdog = Watchdog(str(tmp_path), Workers(), 0.5, lambda message: said.set())
     monkeypatch.setattr(files, "write_json", fail)
+    watchdog = Watchdog(str(tmp_path), Workers(), 0.5, lambda message: said.set())
     assert failed.wait(60) and not said.is_set()
     monkeypatch.setattr(files, "write_json", write_json)
     assert said.wait(60)
