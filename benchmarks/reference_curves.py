@@ -44,11 +44,12 @@ def main() -> None:
     config = prepare(load(arguments.pipeline, None, (), arguments.storage))
     found = {}
     for stage, state in dags.states(compose(config), Store(config.storage)).items():
-        uri = f"{state.artifact.uri.rpartition('/')[0]}/{CURVE}" if state.artifact else ""
-        if files.exists(uri) and any("relative_loss" in point for point in curves.read(uri).values()):
+        uri = f"{state.artifact.uri.rpartition('/')[0]}/{CURVE}" if state.artifact else None
+        curve = curves.read(uri) if uri and files.exists(uri) else {}
+        if any("relative_loss" in point for point in curve.values()):
             name = f"{arguments.pipeline}-{stage}"
-            found[name] = curves.read(uri)
-            curves.write(str(curves.REFERENCES / f"{name}.tsv"), found[name])
+            found[name] = curve
+            curves.write(str(curves.REFERENCES / f"{name}.tsv"), curve)
     if not found:
         raise SystemExit(f"{arguments.storage}: has no finished training of these settings. Run the pipeline first.")
     Path(arguments.picture).write_bytes(picture(found))

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.background import repeatedly
 from tasks.store import Store
 from unclip import files
+from unclip.background import repeatedly
 from unclip.errors import AlreadyRunningError, StorageError
 
 HEARTBEAT_SECONDS = 15.0

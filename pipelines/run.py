@@ -164,7 +164,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         if config.scenes is not None:
             stack.enter_context(scene_server.serve(config.scenes))
         run = open_run(pipeline, config, store)
-        failures, state = [Failure("run", "interrupted")], "failed"
+        state = "failed"
         try:
             dag = compose(config, run)
             dag = dags.up_to(dag, until) if until else dag

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, complete
-from tasks.background import repeatedly
+from unclip.background import repeatedly
 from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError, StoppedError
 

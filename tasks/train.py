@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tasks import signals
-from tasks.background import now_and_then
 from tasks.deferred import DeferredTracker
 from tasks.progress import Progress
 from tasks.stage import StageContext
 from tasks.tracking import PREVIEWS, Tracker
 from unclip import checkpoints, files
+from unclip.background import now_and_then
 from unclip.data import Source
 from unclip.errors import ConfigError, NonFiniteError, StageError, StoppedError, StorageError, UnclipError
 from unclip.parallel import Workers

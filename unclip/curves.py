@@ -127,7 +127,9 @@ class Alarm:
         wrong = {}
         place = f"after {samples_seen:,} samples"
         if point.get("gradient_norm") == 0:
-            wrong["dead"] = f"no gradient reaches the weights {place}: the loss does not depend on them."
+            wrong["dead"] = (
+                f"no gradient reaches the weights {place}: the loss does not depend on them. Look at detach() and requires_grad."
+            )
         if len(self._losses) <= WINDOW:
             return wrong
         now = _mean(self._losses[-WINDOW:])
@@ -143,7 +145,10 @@ class Alarm:
             )
         beside = self.over_reference()
         if beside is not None and beside > WORSE_THAN_REFERENCE:
-            wrong["worse"] = f"the loss is {beside:.2f} times that of the reference curve {place}."
+            wrong["worse"] = (
+                f"the loss is {beside:.2f} times that of the reference curve {place}. "
+                f"Look at what differs: the data, the model or the settings of the trainer."
+            )
         return wrong
 
 

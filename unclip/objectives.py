@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unclip import clip as clip_models
+from unclip import parallel
 from unclip.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.config import to_dict
 from unclip.data import Batch, decode_image
@@ -130,11 +131,9 @@ class AutoregressivePriorObjective:
         losses, self.losses[training] = self.losses[training], []
         if not losses:
             return {}
-        mean = torch.stack(losses).mean()
-        if training and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean /= torch.distributed.get_world_size()
-        return {"relative_loss": float(mean) / math.log(self.model.config.num_buckets)}
+        sums = torch.stack([torch.stack(losses).sum(), torch.tensor(len(losses), device=losses[0].device)])
+        loss, number = (parallel.total(sums) if training else sums).tolist()
+        return {"relative_loss": loss / number / math.log(self.model.config.num_buckets)}
 
     def preview(self, model: nn.Module) -> None:
         return None

@@ -106,6 +106,13 @@ def mean(values: Tensor, workers: Workers) -> Tensor:
     return values
 
 
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes that train together, in place; one that trains alone has it already."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
 def agree(value: int, workers: Workers) -> int:
     """The least of all workers' values."""
     if workers.world_size == 1:

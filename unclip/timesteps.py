@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from unclip import parallel
 from unclip.diffusion import DiffusionConfig
 
 
@@ -125,17 +126,16 @@ class TimestepLosses:
     def take(self, of_all_workers: bool = False) -> dict[str, float]:
         """Means since the last time: `loss_t_FIRST_LAST` of each bucket that was met, and `relative_loss`.
 
-        Args:
-            of_all_workers: that train together; all of them must ask.
-
         The relative loss is 1 for a network that predicts the mean of what is to be predicted, and no better than that is
         what a training that learns nothing stays at.
+
+        Args:
+            of_all_workers: that train together; all of them must ask.
         """
         if self._sums is None:
             return {}
-        if of_all_workers and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._sums)
-        sums, self._sums = self._sums.tolist(), None
+        sums = (parallel.total(self._sums) if of_all_workers else self._sums).tolist()
+        self._sums = None
         values = {}
         for bucket, (loss, _, count) in enumerate(sums):
             edges = (number * self.num_timesteps // self.num_buckets for number in (bucket, bucket + 1))

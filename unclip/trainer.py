@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from unclip import checkpoints, curves, files, parallel, sharded
@@ -113,11 +112,11 @@ class TrainerConfig:
         fits = self.micro_batch_size == 0 or (
             self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0
         )
+        require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
         curve = self.reference_curve
         is_found = curve is None or curve in curves.reference_names() or curve.startswith("/") or "://" in curve
         expected = f"an absolute path, a URI, or one of {', '.join(curves.reference_names())}"
         require(is_found, "reference_curve", curve, expected)
-        require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
 
     def samples_between_previews(self) -> int:
         """A preview takes about as long as training on 400 samples, so that 10,000 make it cheap."""
@@ -228,7 +227,8 @@ def train(
             if workers.world_size > 1:
                 os._exit(HUNG_EXIT_CODE)  # nothing else gets a process out of a collective
 
-    with contextlib.closing(Watchdog(f"{folder}/workers", workers, config.hang_seconds, hung)) as watchdog:
+    watchdog = Watchdog(f"{folder}/workers", workers, config.hang_seconds, hung)
+    with watchdog.awake():
         training = _Training(objective, reader, config, folder, monitor, workers, watchdog, validation)
         with contextlib.closing(training):
             training.run()

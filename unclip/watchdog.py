@@ -7,13 +7,13 @@ long. Each worker therefore keeps a small file that says how far it is; one that
 import contextlib
 import os
 import socket
-import threading
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from unclip import files
+from unclip.background import repeatedly
 from unclip.errors import StorageError
 from unclip.parallel import Workers
 
@@ -28,13 +28,13 @@ Marks = Mapping[int, Mapping[str, Any]]
 
 
 class Watchdog:
-    """Watches the workers from a thread of each, and names those that hang."""
+    """Watches the workers from one of them, and names those that hang."""
 
     def __init__(self, folder: str, workers: Workers, seconds: float, hung: Callable[[str], object]) -> None:
         """Args:
         folder: URI of a folder for the workers' files, that all of them see.
-        seconds: without any move of any worker, after which `hung` is called, in the thread, with a sentence for people.
-            0 never calls it. Called again when as much time has passed again.
+        seconds: without any move of any worker, after which `hung` is called with a sentence for people, and again when
+            as much time has passed again; 0 for never.
         """
         self.folder, self.workers, self.seconds, self.hung = folder, workers, seconds, hung
         self.mark = {"host": socket.gethostname(), "pid": os.getpid(), "samples_seen": 0, "activity": ORDER[0]}
@@ -42,37 +42,35 @@ class Watchdog:
         self._moved_at = time.monotonic()
         self._still: Marks = {}  # marks of which none has moved
         self._still_since = 0.0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        if seconds:
-            self._try_to_beat()  # what an earlier attempt left is not there for the others to see
-            self._thread.start()
 
     def reached(self, activity: Activity, samples_seen: int) -> None:
-        """This worker moves. Costs nothing: the file is written by the thread."""
+        """This worker moves. Costs nothing: `watch` writes it down."""
         self.mark |= {"activity": activity, "samples_seen": samples_seen}
         self._num_moves += 1
         self._moved_at = time.monotonic()
 
-    def close(self) -> None:
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Watch from a thread while the block runs, ten times in `seconds`."""
+        if not self.seconds:
+            yield
+            return
+        self.watch()  # what an earlier attempt left is not there for the others to see
+        with repeatedly(self.seconds / 10, self.watch, "watchdog"):
+            yield
 
-    def _watch(self) -> None:
-        while not self._ended.wait(self.seconds / 10):
-            now = time.monotonic()
-            self._try_to_beat()
-            if now - self._moved_at < self.seconds / 2:
-                self._still = {}
-                continue
-            with contextlib.suppress(OSError):
-                self.look(now)
-
-    def _try_to_beat(self) -> None:
-        # A folder that cannot be written for a while is no reason to end: the training does not need it now.
-        with contextlib.suppress(StorageError):
+    def watch(self) -> None:
+        """Say where this worker is; and look at the others when it has not moved for a while."""
+        now = time.monotonic()
+        with contextlib.suppress(
+            StorageError
+        ):  # a folder that cannot be written for a while is not needed by the training
             self.beat()
+        if now - self._moved_at < self.seconds / 2:
+            self._still = {}
+            return
+        with contextlib.suppress(OSError):
+            self.look(now)
 
     def beat(self) -> None:
         """Say where this worker is, and that it lives."""
@@ -112,7 +110,7 @@ def explain(before: Marks, now: Marks, world_size: int, seconds: float) -> str:
         culprits = f"it is {_doing(now[0])}"
     else:
         culprits = f"all were {_doing(now[0])}, so look at the network between them"
-    return f"training: nothing moved for {seconds:g} s: {culprits}."
+    return f"nothing moved for {seconds:g} s: {culprits}."
 
 
 def _moves(marks: Marks, rank: int) -> int | None:

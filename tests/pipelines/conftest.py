@@ -32,6 +32,7 @@ def s3() -> Iterator[dict[str, str]]:
     environment |= {"AWS_EC2_METADATA_DISABLED": "true", "MLFLOW_S3_ENDPOINT_URL": endpoint}
     try:
         import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
 
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
         client = boto3.client("s3", endpoint_url=endpoint, **keys)
@@ -40,7 +41,7 @@ def s3() -> Iterator[dict[str, str]]:
             try:
                 client.create_bucket(Bucket="bucket")
                 break
-            except Exception:
+            except (BotoCoreError, ClientError):  # it is not up yet, or fails as it is made to
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.2)
         yield environment

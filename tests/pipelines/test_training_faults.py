@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.unclip import trained_on_workers
-from tests.unclip.trained_on_workers import Job, losses
+from tests.unclip.trained_on_workers import attempt, losses
 from unclip import files
 from unclip.checkpoints import MANIFEST
 
@@ -267,26 +266,6 @@ def test_f44_a_training_does_not_wait_for_mlflow_which_gets_all_points_once(data
 # ---- in an object store ------------------------------------------------------------------------------------------
 
 
-def attempt(folder: Path, world_size: int, job: Job) -> int:
-    """Train in processes of their own until one dies or all end; returns the worst exit status."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.unclip.trained_on_workers"])
-    (folder / f"meet-{job[0]}").unlink(missing_ok=True)
-    processes = [
-        context.Process(target=trained_on_workers.one_of, args=(rank, str(folder), f"{folder}/armed", world_size, job))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
-        processes[0].join(0.05)
-    status = max(abs(process.exitcode or 0) for process in processes)
-    for process in processes:
-        process.kill()
-        process.join()
-    return status
-
-
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [(1, {}), pytest.param(2, {"parallel": "fsdp"}, marks=pytest.mark.slow)],
@@ -303,7 +282,7 @@ def test_f45_a_training_in_an_object_store_that_fails_now_and_then_goes_on_after
     changes = {**changes, "root": "s3://bucket/some/prefix"}
     (tmp_path / "armed").mkdir()
     (tmp_path / "armed" / "before").write_text(rf"^before s3://bucket/.*/checkpoints/{96:012d}/{MANIFEST}")
-    assert attempt(tmp_path, world_size, ("there", None, changes)) == signal.SIGKILL
+    assert attempt(tmp_path, world_size, ("there", None, changes), tmp_path / "armed") == signal.SIGKILL
     folder = "s3://bucket/some/prefix/there"
     assert files.exists(f"{folder}/checkpoints/{48:012d}/{MANIFEST}")
     assert "facts.json" in files.names(f"{folder}/checkpoints/{96:012d}")

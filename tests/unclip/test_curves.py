@@ -104,7 +104,7 @@ def test_a_training_that_was_stopped_has_the_curve_of_one_that_was_not(tmp_path:
     assert beside == pytest.approx([1.0] * 4, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", curves.reference_names())
+@pytest.mark.parametrize("name", ["demo-prior", "demo-decoder", "demo-upsampler-64"])
 def test_the_references_are_of_trainings_that_learnt(name: str) -> None:
     losses = [point["relative_loss"] for point in curves.read(name).values() if "relative_loss" in point]
     assert len(losses) >= 90 and sum(losses[-5:]) / 5 < 0.75 * losses[0]

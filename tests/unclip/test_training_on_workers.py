@@ -2,7 +2,6 @@
 
 import functools
 import json
-import multiprocessing
 import re
 import signal
 import uuid
@@ -157,24 +156,8 @@ KILLS = [
 
 
 def attempt(folder: Path, name: str, kill: Kill) -> int:
-    """Run a training in processes of its own until one of them dies or all end; returns the worst exit status."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.unclip.trained_on_workers"])
-    (folder / f"meet-{name}").unlink(missing_ok=True)
     changes = {"parallel": "fsdp" if kill.world_size > 1 else "ddp", "hang_seconds": kill.hang_seconds}
-    job = (str(folder), str(folder / f"{name}-armed"), kill.world_size, (name, kill.end, changes))
-    processes = [
-        context.Process(target=trained_on_workers.one_of, args=(rank, *job)) for rank in range(kill.world_size)
-    ]
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
-        processes[0].join(0.02)
-    status = max(abs(process.exitcode or 0) for process in processes)
-    for process in processes:
-        process.kill()
-        process.join()
-    return status
+    return trained_on_workers.attempt(folder, kill.world_size, (name, kill.end, changes), folder / f"{name}-armed")
 
 
 def state(folder: Path, name: str) -> list[str]:
@@ -238,7 +221,7 @@ def test_f46_a_worker_that_stands_still_is_named_and_the_training_goes_on_from_i
     assert attempt(folder, name, Kill(2, End(5, rank=1, kill=signal.SIGSTOP), hang_seconds=15)) == HUNG_EXIT_CODE
     message = files.read_json(f"{folder}/{name}/{HUNG}")["message"]
     assert re.fullmatch(
-        r"training: nothing moved for 15 s: worker 1 \(process \d+ on .+\) does not answer; "
+        r"nothing moved for 15 s: worker 1 \(process \d+ on .+\) does not answer; "
         r"it was last heard of taking a step after (48|64) samples\.",
         message,
     )

@@ -1,5 +1,6 @@
 """Who keeps the others waiting is named."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ def test_the_cause_is_named() -> None:
     reads, earlier = mark("reading rows", num_beats=3), mark("taking a step", 48, num_beats=3)
 
     def said(before: dict[int, Any], now: dict[int, Any], world_size: int = 2) -> str:
-        return explain(before, now, world_size, 9).removeprefix("training: nothing moved for 9 s: ").removesuffix(".")
+        return explain(before, now, world_size, 9).removeprefix("nothing moved for 9 s: ").removesuffix(".")
 
     worker = "worker 1 (process 7 on node)"
     assert (
@@ -47,7 +48,7 @@ def test_the_cause_is_named() -> None:
 @pytest.fixture
 def watch(tmp_path: Path) -> Iterator[Callable[..., tuple[Watchdog, Watchdog, list[str], threading.Event]]]:
     """Makes two watchdogs of a training of two workers; and what they say, and when."""
-    made: list[Watchdog] = []
+    awake = contextlib.ExitStack()
 
     def start(seconds: float) -> tuple[Watchdog, Watchdog, list[str], threading.Event]:
         said, has_spoken = list[str](), threading.Event()
@@ -56,12 +57,13 @@ def watch(tmp_path: Path) -> Iterator[Callable[..., tuple[Watchdog, Watchdog, li
             said.append(message)
             has_spoken.set()
 
-        made.extend(Watchdog(str(tmp_path), Workers(rank, 2), seconds, hung) for rank in range(2))
-        return made[-2], made[-1], said, has_spoken
+        first, second = (Watchdog(str(tmp_path), Workers(rank, 2), seconds, hung) for rank in range(2))
+        for watchdog in (first, second):
+            awake.enter_context(watchdog.awake())
+        return first, second, said, has_spoken
 
-    yield start
-    for watchdog in made:
-        watchdog.close()
+    with awake:
+        yield start
 
 
 def test_one_that_waits_for_its_rows_is_named(watch: Callable[..., Any]) -> None:
@@ -75,8 +77,6 @@ def test_one_that_waits_for_its_rows_is_named(watch: Callable[..., Any]) -> None
 def test_nobody_is_named_while_one_of_them_moves(tmp_path: Path) -> None:
     said: list[str] = []
     first, second = (Watchdog(str(tmp_path), Workers(rank, 2), 10, said.append) for rank in range(2))
-    for watchdog in (first, second):
-        watchdog.close()  # the clock is ours
     first.reached("taking a step", 16)
     for now in range(0, 100, 5):  # the other one validates
         second.reached("validating", 16)
@@ -91,8 +91,8 @@ def test_nobody_is_named_while_one_of_them_moves(tmp_path: Path) -> None:
 
 
 def test_without_a_limit_nothing_is_watched(tmp_path: Path) -> None:
-    Watchdog(str(tmp_path), Workers(), 0, pytest.fail).close()
-    assert not files.names(str(tmp_path))
+    with Watchdog(str(tmp_path), Workers(), 0, pytest.fail).awake():
+        assert not files.names(str(tmp_path))
 
 
 def test_a_folder_that_cannot_be_written_for_a_while_does_not_end_the_watch(
@@ -106,11 +106,10 @@ def test_a_folder_that_cannot_be_written_for_a_while_does_not_end_the_watch(
         raise StorageError("the disk is full")
 
     monkeypatch.setattr(files, "write_json", fail)
-    watchdog = Watchdog(str(tmp_path), Workers(), 0.5, lambda message: said.set())
-    assert failed.wait(60) and not said.is_set()
-    monkeypatch.setattr(files, "write_json", write_json)
-    assert said.wait(60)
-    watchdog.close()
+    with Watchdog(str(tmp_path), Workers(), 0.5, lambda message: said.set()).awake():
+        assert failed.wait(60) and not said.is_set()
+        monkeypatch.setattr(files, "write_json", write_json)
+        assert said.wait(60)
 
 
 def test_activities_come_in_the_order_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Imported by processes that a fork server starts, so that a hundred of them cost 
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Mapping
@@ -159,3 +160,25 @@ def one_of(rank: int, folder: str, armed: str, world_size: int, job: Job) -> Non
         torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
     rows = run(Path(folder), name, Workers(rank, world_size), end, **changes)
     Path(folder, f"{name}-{rank}.rows").write_text(json.dumps(rows))
+
+
+def attempt(folder: Path, world_size: int, job: Job, armed: Path | None = None) -> int:
+    """Train in processes of their own until one of them dies or all end; returns the worst exit status.
+
+    Args:
+        armed: folder with failpoints at which to die.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.unclip.trained_on_workers"])
+    (folder / f"meet-{job[0]}").unlink(missing_ok=True)
+    arguments = (str(folder), str(armed or f"{folder}/nothing-armed"), world_size, job)
+    processes = [context.Process(target=one_of, args=(rank, *arguments)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+        processes[0].join(0.02)
+    status = max(abs(process.exitcode or 0) for process in processes)
+    for process in processes:
+        process.kill()
+        process.join()
+    return status
