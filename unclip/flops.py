@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -17,26 +19,29 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class FirstForward:
-    """Counts the operations of the next forward pass of a model, whoever calls it, and none after that."""
+    """Counts the operations of a model by the inputs of its next forward pass, whoever calls it, and of none after that."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, twin: nn.Module) -> None:
+        """Args:
+        twin: the same network, neither compiled nor in shards: the operations of those are not all counted. Not changed.
+        """
         self.flops_per_sample: float | None = None
         """Of training, as `flops_per_sample`; None before."""
-        self._counter = FlopCounterMode(display=False)
-        self._before = model.register_forward_pre_hook(self._start)
-        self._after = model.register_forward_hook(self._end)
+        self._twin = twin
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _start(self, *_: Any) -> None:
-        self._before.remove()
-        self._counter.__enter__()  # type: ignore[no-untyped-call]
-
-    def _end(self, _: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-        self._after.remove()
-        self._counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self.flops_per_sample = 3 * self._counter.get_total_flops() / len(inputs[0])
+    def _count(self, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._hook.remove()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            inputs, options = tree_map_only(Tensor, _with_no_data, (inputs, options))
+            self.flops_per_sample = flops_per_sample(self._twin, *inputs, **options)
 
 
-def flops_per_sample(model: nn.Module, *inputs: Any) -> float:
+def _with_no_data(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def flops_per_sample(model: nn.Module, *inputs: Any, **options: Any) -> float:
     """Floating-point operations of matrix products, convolutions and attention that training takes for one sample.
 
     Three times those of a forward pass: the backward pass has two products for each of the forward pass. What activation
@@ -44,8 +49,8 @@ def flops_per_sample(model: nn.Module, *inputs: Any) -> float:
     appendix B). Only shapes matter, so model and inputs may be fake or on the meta device.
 
     Args:
-        inputs: those of `model.forward`, the first a tensor [B, ...].
+        inputs, options: those of `model.forward`, the first a tensor [B, ...].
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+        model(*inputs, **options)
     return float(3 * counter.get_total_flops() / len(inputs[0]))

@@ -259,9 +259,9 @@ class _Training:
         model = objective.model.to(workers.device).train()
         if config.activation_checkpointing:
             parallel.checkpoint_activations(model)
-        self.flops = None if config.compile else FirstForward(model)
+        self.flops = None if self.replica is None else FirstForward(model, self.replica)
         if config.compile:
-            model.compile()
+            model.forward = torch.compile(model.forward)  # hooks of the whole model stay outside
         self.network = parallel.distribute(model, config.parallel, workers)
         self.state = _State(model, objective.state, config)
         self.writer = sharded.Writer(f"{folder}/checkpoints", workers, config.keep_checkpoints)

@@ -267,14 +267,18 @@ def test_the_scale_of_a_loss_follows_its_gradients() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_network_takes_the_same_steps(tmp_path: Path) -> None:
-    losses = []
+    losses, flops = [], []
     for compile_it in (False, True):
         torch.compiler.reset()
         monitor = Recorder()
         changes = settings(num_samples=320, log_samples=16, compile=compile_it, precision="fp32")
         trainer.train(Still(), reader(tmp_path), changes, str(tmp_path / str(compile_it)), monitor)
         losses.append([values["loss"] for values in monitor.logged])
+        flops.append(
+            [1e12 * values["teraflops_per_second"] / values["samples_per_second"] for values in monitor.logged]
+        )
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert flops[1] == pytest.approx(flops[0]) and flops[0] == pytest.approx([3 * 2 * (8 + 8)] * 20)
 
 
 def test_learning_rate_warms_up_then_decays_to_zero() -> None:
