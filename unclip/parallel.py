@@ -55,8 +55,8 @@ def distribute(model: nn.Module, parallel: Parallel, workers: Workers) -> nn.Mod
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What a model repeats, the children of its module lists, without those that hold others: units of sharding and of
-    activation checkpointing."""
+    """What a model repeats, the children of its module lists, without those that hold others: units of sharding, of
+    compilation and of activation checkpointing."""
     children = [child for each in model.modules() if isinstance(each, nn.ModuleList) for child in each]
     lists = (nn.ModuleList,)
     return [child for child in children if not any(isinstance(inner, lists) for inner in child.modules())]
@@ -66,6 +66,17 @@ def checkpoint_activations(model: nn.Module) -> None:
     """Have each block compute its activations again in the backward pass instead of keeping them. Names stay as they are."""
     for block in blocks(model):
         checkpoint(block)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have torch compile each block by itself: equal ones once, and what shards them, averages their gradients or checkpoints
+    their activations stays outside, where it can run beside them."""
+    parts = blocks(model) or [model]
+    # Of one forward() there are as many versions as shapes of blocks, with and without gradients. Those beyond are not compiled.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 2 * len(parts))
+    for part in parts:
+        part.forward = torch.compile(part.forward, dynamic=False)
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     """Compute the activations inside blocks again in the backward pass rather than keep them: slower, with less memory."""
     compile: bool = False
-    """Have torch compile the network: minutes at the start, faster steps."""
+    """Have torch compile the blocks of the network: minutes at the start, faster steps on GPUs."""
     seed: int = 0
     """Of the weights, the order of rows, noise and dropout."""
     nonfinite: Literal["stop", "skip", "roll_back"] = operational("stop")
@@ -261,7 +261,7 @@ class _Training:
             parallel.checkpoint_activations(model)
         self.flops = None if self.replica is None else FirstForward(model, self.replica)
         if config.compile:
-            model.forward = torch.compile(model.forward)  # hooks of the whole model stay outside
+            parallel.compile_blocks(model)
         self.network = parallel.distribute(model, config.parallel, workers)
         self.state = _State(model, objective.state, config)
         self.writer = sharded.Writer(f"{folder}/checkpoints", workers, config.keep_checkpoints)

@@ -53,6 +53,26 @@ def test_two_workers_whole_or_in_shards_take_the_steps_of_one_and_go_on_where_ot
             torch.testing.assert_close(weights(tmp_path, name)[key], value, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_take_the_same_steps_on_one_worker_and_in_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them is left to run as it is because it has one shape too many."""
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)  # and set back afterwards
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    run(tmp_path, "as it is")
+    run(tmp_path, "compiled", compile=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > limit
+    shards = {"compile": True, "parallel": "fsdp", "activation_checkpointing": True}
+    assert trained_on_workers.attempt(tmp_path, 2, ("in shards", None, shards)) == 0
+    as_it_is, compiled, in_shards = (
+        [loss for _, loss in losses(tmp_path, name)] for name in ("as it is", "compiled", "in shards")
+    )
+    assert len(compiled) == STEPS and compiled == pytest.approx(as_it_is, abs=1e-3)
+    assert in_shards == pytest.approx(compiled, abs=1e-5)
+
+
 def test_activations_computed_again_change_nothing(tmp_path: Path) -> None:
     run(tmp_path, "kept")
     run(tmp_path, "again", activation_checkpointing=True)
