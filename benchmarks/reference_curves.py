@@ -28,6 +28,7 @@ def picture(found: dict[str, curves.Curve]) -> bytes:
             points = {seen: point[column] for seen, point in curve.items() if column in point}
             axes.plot(list(points), list(points.values()), style, markersize=4, label=column.replace("_", " "))
         axes.set(title=name, xlabel="samples seen", yscale="log")
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(which="both", alpha=0.3)
         axes.legend(fontsize=7)
     buffer = io.BytesIO()
