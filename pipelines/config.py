@@ -112,9 +112,10 @@ def load(
 
 
 def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with upsamplers in the order of their sizes, and the sizes that their sections do not give.
+    """`values` with upsamplers in the order of their sizes, and the sizes that sections do not give.
 
-    This is where they are decided: a section's name is the side of its pictures, and it is given those of the one before.
+    This is where they are decided: an upsampler's name is the side of its pictures, and it is given those of the one before;
+    pictures are stored large enough for the last of them.
 
     Raises:
         ConfigError: sizes that do not follow from each other; names the setting.
@@ -140,7 +141,13 @@ def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
             section = config.merge({"model": sizes}, section)
         sized[name] = section
         side, maker = int(name), f"upsampler-{name}"
-    return {**values, "upsamplers": sized}
+    values = {**values, "upsamplers": sized}
+    if isinstance(download := values.get("download", {}), Mapping):
+        stored = download.get("image_size", side)
+        expected = f"at least {side}, the side of the pictures of {maker}, which trains on them"
+        require(not isinstance(stored, int) or stored >= side, "download.image_size", stored, expected)
+        values["download"] = {**download, "image_size": stored}
+    return values
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -86,6 +86,12 @@ def test_upsamplers_are_named_by_their_pictures_and_take_those_of_the_one_before
             "upsamplers.1024.model.low_res_size=64",
             r"1024.model.low_res_size: got 64, expected 256, as upsampler-256 makes",
         ),
+        (
+            "download.image_size=64",
+            "download.image_size: got 64, expected at least 256, the side of the pictures of upsampler-256",
+        ),
+        ("download.image_size=many", "download.image_size: got 'many', expected int"),
+        ("download=3", "download: got 3, expected a section"),
         ("upsamplers.256.trainer.sed=1", "upsamplers.256.trainer.sed: unknown setting. Did you mean 'seed'?"),
         ("upsamplers.256=3", "upsamplers.256: got 3, expected a section with model, trainer"),
         ("upsamplers.256.model=3", "upsamplers.256.model: got 3, expected a section with unet"),
@@ -99,6 +105,19 @@ def test_upsamplers_are_named_by_their_pictures_and_take_those_of_the_one_before
 def test_sizes_that_do_not_follow_from_each_other_are_named(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^.*{message}"):
         load_with(assignment)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        ((), 256),
+        (("upsamplers.1024={}",), 1024),
+        (("upsamplers={}",), 64),
+        (("upsamplers.512={}", "download.image_size=768"), 768),
+    ],
+)
+def test_pictures_are_stored_large_enough_for_the_last_model(assignments: tuple[str, ...], expected: int) -> None:
+    assert load_with(*assignments).download.image_size == expected
 
 
 def test_every_upsampler_may_have_resources_of_its_own() -> None:
