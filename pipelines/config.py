@@ -143,7 +143,7 @@ def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         side, maker = int(name), f"upsampler-{name}"
     values = {**values, "upsamplers": sized}
     if isinstance(download := values.get("download", {}), Mapping):
-        stored = download.get("image_size", side)
+        stored = download.get("image_size", max(side, DownloadConfig.image_size))
         expected = f"at least {side}, the side of the pictures of {maker}, which trains on them"
         require(not isinstance(stored, int) or stored >= side, "download.image_size", stored, expected)
         values["download"] = {**download, "image_size": stored}

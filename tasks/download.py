@@ -66,8 +66,8 @@ PASSING = re.compile(r"dns_error|connect_error|timeout|short_body|robots_unreach
 @dataclasses.dataclass(frozen=True)
 class DownloadConfig:
     image_size: int = 64
-    """Pixels of the smaller side as stored; the ratio is kept and nothing is enlarged. A pipeline that is not told stores what
-    the last of its models draws."""
+    """Pixels of the smaller side as stored; the ratio is kept and nothing is enlarged. A pipeline that is not told stores
+    more where the last of its models draws more."""
     jpeg_quality: int = 95
     """Of the stored JPEG, 1 to 100."""
     chroma_subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:4:4"

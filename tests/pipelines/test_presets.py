@@ -113,6 +113,7 @@ def test_sizes_that_do_not_follow_from_each_other_are_named(assignment: str, mes
         ((), 256),
         (("upsamplers.1024={}",), 1024),
         (("upsamplers={}",), 64),
+        (("upsamplers={}", "decoder.model.unet.image_size=32", "decoder.model.unet.attention_resolutions=[8]"), 64),
         (("upsamplers.512={}", "download.image_size=768"), 768),
     ],
 )
