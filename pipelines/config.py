@@ -120,8 +120,8 @@ def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: sizes that do not follow from each other; names the setting.
     """
-    sections, decoder_section = values.get("upsamplers"), values.get("decoder", {})
-    if not isinstance(sections, Mapping) or not isinstance(decoder_section, Mapping):
+    sections, decoder_section, stored = values.get("upsamplers"), values.get("decoder", {}), values.get("download", {})
+    if not all(isinstance(section, Mapping) for section in (sections, decoder_section, stored)):
         return dict(values)  # for `config.load` to judge
     sections = {name: section for name, section in sections.items() if section != "none"}
     for name in sections:
@@ -141,13 +141,11 @@ def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
             section = config.merge({"model": sizes}, section)
         sized[name] = section
         side, maker = int(name), f"upsampler-{name}"
-    values = {**values, "upsamplers": sized}
-    if isinstance(download := values.get("download", {}), Mapping):
-        stored = download.get("image_size", max(side, DownloadConfig.image_size))
-        expected = f"at least {side}, the side of the pictures of {maker}, which trains on them"
-        require(not isinstance(stored, int) or stored >= side, "download.image_size", stored, expected)
-        values["download"] = {**download, "image_size": stored}
-    return values
+    stored = {"image_size": max(side, DownloadConfig.image_size), **stored}
+    image_size = config.load(DownloadConfig, stored, "download").image_size
+    expected = f"at least {side}, the side of the pictures of {maker}, which trains on them"
+    require(image_size >= side, "download.image_size", image_size, expected)
+    return {**values, "upsamplers": sized, "download": stored}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -128,7 +128,8 @@ class Alarm:
         place = f"after {samples_seen:,} samples"
         if point.get("gradient_norm") == 0:
             wrong["dead"] = (
-                f"no gradient reaches the weights {place}: the loss does not depend on them. Look at detach() and requires_grad."
+                f"no gradient reaches the weights {place}: the loss does not depend on them. "
+                f"Look at detach() and requires_grad."
             )
         if len(self._losses) <= WINDOW:
             return wrong

@@ -62,9 +62,8 @@ class Watchdog:
     def watch(self) -> None:
         """Say where this worker is; and look at the others when it has not moved for a while."""
         now = time.monotonic()
-        with contextlib.suppress(
-            StorageError
-        ):  # a folder that cannot be written for a while is not needed by the training
+        # A folder that cannot be written or read for a while is no reason to end: the training does not need it now.
+        with contextlib.suppress(StorageError):
             self.beat()
         if now - self._moved_at < self.seconds / 2:
             self._still = {}

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class End:
     before_step: int
     rank: int = 0
     kill: int | None = signal.SIGKILL
+    wait_seconds: float = 0.0
+    """Before the signal, so that the others have heard where this worker stands."""
 
 
 class Objective(UpsamplerObjective):
@@ -77,6 +80,7 @@ class Diary(trainer.Monitor):
         self.num_asked += 1
         is_now = self.end is not None and self.num_asked == self.end.before_step and self.rank == self.end.rank
         if is_now and self.end is not None and self.end.kill:
+            time.sleep(self.end.wait_seconds)
             os.kill(os.getpid(), self.end.kill)
         return is_now
 
