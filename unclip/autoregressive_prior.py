@@ -97,6 +97,7 @@ class AutoregressivePrior(nn.Module):
         text_mask: Tensor,
         text_embedding: Tensor,
         drop: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Predict each component's bucket from those before it.
 
@@ -107,6 +108,7 @@ class AutoregressivePrior(nn.Module):
             text_mask: [B, L] bool, True = keep.
             text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
             drop: [B] bool, True = without text and dot product.
+            kept: [N] int64, of `kept_tokens` for the same captions and `drop`; the result is the same, sooner.
 
         Returns:
             Logits [B, K, num_buckets].
@@ -114,7 +116,7 @@ class AutoregressivePrior(nn.Module):
         prefix, keep = self._prefix(similarity, text_encodings, text_mask, text_embedding, drop)  # [B, L + 2, D]
         x = torch.cat([prefix, self.from_bucket(buckets[:, :-1])], dim=1) + self.positions  # [B, L + 1 + K, D]
         keep = F.pad(keep, (0, buckets.shape[1] - 1), value=True)  # [B, L + 1 + K]
-        x = self.transformer(x, keep, num_outputs=buckets.shape[1])  # [B, K, D]
+        x = self.transformer(x, keep, num_outputs=buckets.shape[1], kept=kept)  # [B, K, D]
         return self.to_logits(x)  # type: ignore[no-any-return]
 
     def _prefix(

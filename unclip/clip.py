@@ -20,6 +20,9 @@ from unclip.errors import CheckpointError, ConfigError, InputError
 
 OWN_ARCHITECTURES = Path(__file__).parent / "open_clip_models"
 
+LENGTH_STEP = 16
+"""Captions whose lengths are in the same multiple of it are read together."""
+
 ImageEmbeddings = Literal["unit", "raw", "none"]
 """What image embeddings are: of unit norm, as everything that is trained here; the projection as it is, as published unCLIP
 decoders read it (`unclip.interop`); or none, where a stack was imported without an image encoder."""
@@ -148,17 +151,54 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> TextFeatures:
-        """All that the prior reads of a caption; tokens [B, L]."""
-        output = self.model.forward_intermediates(
-            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        """All that the prior reads of a caption; tokens [B, L]. Encodings of padding are zero where it need not be read.
+
+        Most captions are a fraction of L. Where no token is affected by those after it, captions of about the same length
+        are read together, and only as far as they go.
+        """
+        mask = text_mask(tokens)  # [B, L]
+        lengths = self._lengths_to_read(mask)  # [B]
+        text_encodings = torch.zeros(*tokens.shape, self.text_width, device=tokens.device)  # [B, L, W]
+        text_projection = torch.zeros(len(tokens), self.embedding_dim, device=tokens.device)  # [B, E]
+        for length in sorted(set(lengths.tolist())):
+            rows = (lengths == length).nonzero()[:, 0]
+            text_encodings[rows, :length], text_projection[rows] = self._read(tokens[rows, :length])
+        return TextFeatures(F.normalize(text_projection, dim=-1), text_encodings, mask, text_projection)
+
+    def _lengths_to_read(self, mask: Tensor) -> Tensor:
+        """How many tokens of each caption suffice, [B] int64, in steps of `LENGTH_STEP`."""
+        length = mask.shape[1]
+        causal = self.model.attn_mask is not None and self.model.text_pool_type in ("argmax", "eos")
+        kept = mask.sum(dim=1) if causal else torch.full((len(mask),), length, device=mask.device)
+        return (kept + LENGTH_STEP - 1).div(LENGTH_STEP, rounding_mode="floor").mul(LENGTH_STEP).clamp(max=length)
+
+    def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, l] int64, l <= L -> encodings [B, l, W] and projections [B, E], float32."""
+        length = tokens.shape[1]
+        shortened = {"positional_embedding": self.model.positional_embedding[:length]}
+        if self.model.attn_mask is not None:
+            shortened["attn_mask"] = self.model.attn_mask[:length, :length]
+        output = torch.func.functional_call(
+            _TextEncoder(self.model), {f"model.{name}": value for name, value in shortened.items()}, (tokens,)
         )
-        text_projection = output["text_features"].float()  # [B, E]
-        text_encodings = output["text_intermediates"][-1].float()  # [B, L, W]
-        return TextFeatures(F.normalize(text_projection, dim=-1), text_encodings, text_mask(tokens), text_projection)
+        return output["text_intermediates"][-1].float(), output["text_features"].float()
 
     def resize(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] as this model wants them: [B, 3, S, S], its own mean and standard deviation."""
         return prepare(self.model, images)
+
+
+class _TextEncoder(nn.Module):
+    """The part of an open_clip model that is called with captions, as `functional_call` wants it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        return self.model.forward_intermediates(  # type: ignore[no-any-return]
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        )
 
 
 def text_mask(tokens: Tensor) -> Tensor:

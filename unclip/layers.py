@@ -102,28 +102,37 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(
-        self, x: Tensor, mask: Tensor, cache: KeyValueCache | None = None, num_outputs: int | None = None
+        self,
+        x: Tensor,
+        mask: Tensor,
+        cache: KeyValueCache | None = None,
+        num_outputs: int | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Args:
-            x: [B, L, D].
+            x: [B, L, D]; or [N, D], those tokens that `kept` names.
             mask: [B, 1, L, K] bool, True where a query may attend to a key; K = L without a cache.
             cache: keys and values of the K - L tokens before x; those of x are added.
             num_outputs: how many of the last tokens are wanted; None for all.
+            kept: [N] int64, of `kept_tokens`.
 
         Returns:
-            [B, num_outputs or L, D].
+            [B, num_outputs, D]; without num_outputs as many tokens as x has.
         """
-        batch, length, width = x.shape
-        qkv = self.to_qkv(self.attention_norm(x))  # [B, L, 3D]
-        qkv = qkv.view(batch, length, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, heads, L, D / heads]
+        qkv = self.to_qkv(self.attention_norm(x))  # [B, L, 3D] or [N, 3D]
+        if kept is not None:
+            batch, _, length, _ = mask.shape
+            qkv = unpack(qkv, kept, batch, length)  # [B, L, 3D]
+            if num_outputs is not None:
+                x, kept = unpack(x, kept, batch, length), None  # [B, L, D]
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, heads, L, D / heads]
         if cache is not None:
             k, v = cache.append(k, v)  # 2 x [B, heads, K, D / heads]
         if num_outputs is not None:
             x, q, mask = x[:, -num_outputs:], q[:, :, -num_outputs:], mask[:, :, -num_outputs:]
-        attended = attention(q, k, v, mask)
-        x = x + self.to_out(attended.transpose(1, 2).flatten(2))  # [B, L, D]
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]  # [B, L, D]
+        attended = attention(q, k, v, mask).transpose(1, 2).flatten(2)  # [B, L, D]
+        x = x + self.to_out(attended if kept is None else pack(attended, kept))  # [B, L, D] or [N, D]
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]  # [B, L, D] or [N, D]
 
 
 class CausalTransformer(nn.Module):
@@ -141,26 +150,53 @@ class CausalTransformer(nn.Module):
         keep: Tensor,
         caches: list[KeyValueCache] | None = None,
         num_outputs: int | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Args:
             x: [B, L, D], the last L of K tokens; all of them without caches.
             keep: [B, K] bool, False for padding, which no other token attends to.
             caches: one for each block, holding the K - L tokens before x; x is added to them.
             num_outputs: how many of the last tokens are wanted, for which the last block then works; None for all.
+            kept: [N] int64, `kept_tokens(keep)`: padding is not computed then, nor may it be wanted. None computes it, too.
 
         Returns:
             [B, num_outputs or L, D].
         """
-        mask = causal_mask(keep, x.shape[1])  # [B, 1, L, K]
+        batch, length, _ = x.shape
+        mask = causal_mask(keep, length)  # [B, 1, L, K]
         x = self.norm_in(x)
+        if kept is not None:
+            x = pack(x, kept)  # [N, D]
+            torch._dynamo.maybe_mark_dynamic(kept, 0)
         for number, block in enumerate(self.blocks):
+            if kept is not None:
+                torch._dynamo.maybe_mark_dynamic(x, 0)  # N is another one in each batch: compiled once for all
             wanted = num_outputs if number == len(self.blocks) - 1 else None
-            x = block(x, mask, caches[number] if caches is not None else None, wanted)
-        return self.norm(x)  # type: ignore[no-any-return]
+            x = block(x, mask, caches[number] if caches is not None else None, wanted, kept)
+        x = self.norm(x)
+        return unpack(x, kept, batch, length) if x.dim() == 2 and kept is not None else x
 
     def new_caches(self, capacity: int) -> list[KeyValueCache]:
         """Empty caches, one for each block, for sequences of up to `capacity` tokens."""
         return [KeyValueCache(capacity) for _ in self.blocks]
+
+
+def kept_tokens(keep: Tensor) -> Tensor:
+    """Where those of B x L tokens stand that are no padding, counted through all rows: keep [B, L] bool -> [N] int64.
+
+    Linear layers need only them. Captions are much shorter than a text encoder's context, so that most of a batch is padding.
+    """
+    return keep.flatten().nonzero()[:, 0]
+
+
+def pack(x: Tensor, kept: Tensor) -> Tensor:
+    """The kept tokens of all rows, one after another: [B, L, D], [N] -> [N, D]."""
+    return x.flatten(0, 1).index_select(0, kept)
+
+
+def unpack(x: Tensor, kept: Tensor, batch: int, length: int) -> Tensor:
+    """Kept tokens back in their places, zeros in the others: [N, D], [N] -> [B, L, D]."""
+    return x.new_zeros(batch * length, x.shape[1]).index_copy(0, kept, x).view(batch, length, -1)
 
 
 def causal_mask(keep: Tensor, num_queries: int) -> Tensor:

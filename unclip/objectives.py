@@ -61,16 +61,17 @@ class PriorObjective:
         x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
         draw = self.process.draw(x0, generator, network.training)
         drop = _bernoulli(x0, config.cond_drop_prob, generator)
+        kept = self.model.text.kept_tokens(text.text_mask, drop, len(self.model.positions))  # [N]
         x0_estimate = None
         if config.self_conditioning:
             x_t = diffusion.q_sample(x0, draw.t, draw.noise)
             with torch.no_grad():
-                estimate = self.model.estimate_x0(x_t, draw.t, network(x_t, draw.t, *text, drop))
+                estimate = self.model.estimate_x0(x_t, draw.t, network(x_t, draw.t, *text, drop, kept=kept))
             # Half of the time there is an estimate to start from. Source: Chen et al. 2023 (Analog Bits), section 2.2
             x0_estimate = torch.where(_bernoulli(x0, 0.5, generator)[:, None], estimate, 0.0)  # [B, E]
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            return network(x_t, t, *text, drop, x0_estimate)  # type: ignore[no-any-return]
+            return network(x_t, t, *text, drop, x0_estimate, kept)  # type: ignore[no-any-return]
 
         return self.process.mean_loss(predict, x0, draw)
 
@@ -121,7 +122,8 @@ class AutoregressivePriorObjective:
         buckets = quantizer.encode(tensors["image_embedding"])  # [B, K]
         similarity = quantizer.encode_similarity(tensors["similarity"])  # [B]
         drop = _bernoulli(tensors["similarity"], self.model.config.cond_drop_prob, generator)
-        logits = network(buckets, similarity, *text, drop)  # [B, K, num_buckets]
+        kept = self.model.text.kept_tokens(text.text_mask, drop, len(self.model.positions))  # [N]
+        logits = network(buckets, similarity, *text, drop, kept)  # [B, K, num_buckets]
         loss = F.cross_entropy(logits.float().flatten(0, 1), buckets.flatten())
         self.losses[network.training].append(loss.detach())
         return loss

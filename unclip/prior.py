@@ -23,7 +23,7 @@ from unclip import guidance, samplers
 from unclip.config import require
 from unclip.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.embeddings import EmbeddingStatistics, Normalization
-from unclip.layers import CausalTransformer, KeyValueCache, TimestepMLP
+from unclip.layers import CausalTransformer, KeyValueCache, TimestepMLP, kept_tokens
 from unclip.text import CaptionFeatures, EmptyCaption
 
 TextNorm = Literal["none", "layer", "unit"]
@@ -105,6 +105,15 @@ class TextPrefix(EmptyCaption):
         tokens = torch.cat([self.from_text_encodings(text_encodings), pooled], dim=1)  # [B, L + 1, D]
         return tokens, torch.cat([text_mask, text_mask.new_ones(len(text_mask), 1)], dim=1)
 
+    def kept_tokens(self, text_mask: Tensor, drop: Tensor, length: int) -> Tensor:
+        """`layers.kept_tokens` of sequences of `length` that begin with these captions, where drop [B] says with the empty one.
+
+        How many there are is known only when text_mask [B, L] has been computed, so it is asked for before `forward`, whose
+        shapes can then be told without data.
+        """
+        text_mask = torch.where(drop[:, None], self.null_mask, text_mask)  # [B, L]
+        return kept_tokens(F.pad(text_mask, (0, length - text_mask.shape[1]), value=True))
+
 
 class DiffusionPrior(nn.Module):
     """Text in, CLIP image embeddings out."""
@@ -139,6 +148,7 @@ class DiffusionPrior(nn.Module):
         text_embedding: Tensor,
         drop: Tensor | None = None,
         x0_estimate: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Predict the clean, normalised image embedding, or what `config.diffusion` says instead.
 
@@ -150,6 +160,7 @@ class DiffusionPrior(nn.Module):
             text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
             drop: [B] bool, True = without text; x_t is seen all the same.
             x0_estimate: [B, E] of the step before, zeros where there is none; for self-conditioning only.
+            kept: [N] int64, of `kept_tokens` for the same captions and `drop`; the result is the same, sooner.
 
         Returns:
             [B, E].
@@ -157,7 +168,8 @@ class DiffusionPrior(nn.Module):
         prefix, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
         suffix = self._suffix(x_t, t, x0_estimate)  # [B, S, D]
         x = torch.cat([prefix, suffix], dim=1) + self.positions  # [B, L + 1 + S, D]
-        x = self.transformer(x, F.pad(keep, (0, suffix.shape[1]), value=True), num_outputs=1)  # [B, 1, D]
+        keep = F.pad(keep, (0, suffix.shape[1]), value=True)  # [B, L + 1 + S]
+        x = self.transformer(x, keep, num_outputs=1, kept=kept)  # [B, 1, D]
         return self.to_image_embedding(x[:, -1])  # type: ignore[no-any-return]  # [B, E]
 
     def _suffix(self, x_t: Tensor, t: Tensor, x0_estimate: Tensor | None) -> Tensor:

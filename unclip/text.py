@@ -131,11 +131,15 @@ class EmptyCaption(nn.Module):
         """Whether this CLIP makes of the empty caption what is remembered: whether it is the one that was trained with."""
         tokens = clip.tokenize([""]).to(self.null_mask.device)
         features = caption_features(clip, tokens)
-        return all(
-            remembered.shape == feature.shape[1:]
-            and float((remembered.float() - feature[0].float()).norm()) <= 0.02 * float(feature.float().norm())
-            for remembered, feature in zip(self._null(), features, strict=True)
+        if any(one.shape != other.shape[1:] for one, other in zip(self._null(), features, strict=True)):
+            return False
+        kept = features.text_mask[0]  # nobody reads what is remembered of padding
+        pairs = (
+            (self.null_mask.float(), kept.float()),
+            (self.null_encodings[kept], features.text_encodings[0, kept]),
+            (self.null_embedding, features.text_embedding[0]),
         )
+        return all(float((one - other).norm()) <= 0.02 * float(other.norm()) for one, other in pairs)
 
     def without(self, text: CaptionFeatures, drop: Tensor) -> CaptionFeatures:
         """Captions, where drop [B] bool is True the empty one."""

@@ -99,6 +99,21 @@ def test_without_text_is_the_empty_caption_and_the_components_are_seen_all_the_s
     assert ((prior(**{**given, "buckets": buckets}, drop=drop) - dropped)[:, 1:].abs() > 1e-4).any(dim=2).all()
 
 
+def test_leaving_padding_out_changes_no_logits() -> None:
+    prior, seen = build(), []
+    given, drop = (
+        inputs(prior),
+        torch.tensor([False, False, True]),
+    )  # captions of 4 and 7 tokens, and the empty one of 2
+    kept = prior.text.kept_tokens(given["text_mask"], drop, len(prior.positions))
+    assert len(kept) == 4 + 7 + 2 + 3 * (len(prior.positions) - 7)
+    prior.transformer.blocks[-1].register_forward_hook(
+        lambda module, arguments, output: seen.append(arguments[0].shape)
+    )
+    torch.testing.assert_close(prior(**given, drop=drop, kept=kept), prior(**given, drop=drop))
+    assert seen == [(len(kept), 16), (3, len(prior.positions), 16)]
+
+
 @pytest.mark.parametrize(("guidance_scale", "temperature"), [(1.0, 1.0), (1.0, 0.0), (2.5, 0.7)])
 @torch.no_grad()
 def test_sampling_with_a_cache_is_sampling_without(guidance_scale: float, temperature: float) -> None:

@@ -47,6 +47,44 @@ def test_encodings_are_open_clips_own_text_features(loaded: Clip) -> None:
     torch.testing.assert_close(torch.nn.functional.normalize(at_end, dim=-1), expected[0], atol=1e-5, rtol=1e-4)
 
 
+LENGTHS = [0, 1, 3, 12, 13, 14, 15, 22, 40]
+"""Words of captions: some fill a multiple of LENGTH_STEP with their two ends, some the whole context and more."""
+
+
+def test_short_captions_are_read_shortened_and_come_to_the_same(loaded: Clip) -> None:
+    captions = [" ".join(["star"] * length) for length in LENGTHS]
+    tokens = loaded.tokenize(captions)
+    whole = loaded.model.forward_intermediates(
+        text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+    )
+    seen: list[int] = []
+    with loaded.model.transformer.resblocks[0].register_forward_hook(lambda *call: seen.append(call[1][0].shape[1])):
+        text = loaded.encode_text(tokens)
+    assert seen == [16, 24], "in two groups: up to 16 tokens, and up to the context's 24"
+    assert text.text_mask.sum(dim=1).tolist() == [min(length + 2, 24) for length in LENGTHS]
+    kept = text.text_mask
+    torch.testing.assert_close(text.text_encodings[kept], whole["text_intermediates"][-1][kept])
+    torch.testing.assert_close(text.text_projection, whole["text_features"])
+    assert not text.text_encodings[kept.sum(dim=1) <= 16, 16:].any()
+
+
+@pytest.mark.parametrize(("text_pool_type", "no_causal_mask"), [("last", False), ("argmax", True)])
+def test_captions_are_read_whole_where_padding_counts(text_pool_type: str, no_causal_mask: bool) -> None:
+    import open_clip
+
+    config = open_clip.get_model_config("ViT-S-32-alt")
+    text_cfg = {"width": 16, "heads": 2, "layers": 1, "pool_type": text_pool_type, "no_causal_mask": no_causal_mask}
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(8, config["vision_cfg"] | {"width": 64, "layers": 1}, text_cfg)
+    open_clip.model.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": 64})
+    frozen = Clip(model, "ViT-S-32-alt")
+    tokens = frozen.tokenize(["a star", "a large red circle"])
+    whole = model.forward_intermediates(text=tokens, text_indices=1, normalize=False, normalize_intermediates=True)
+    text = frozen.encode_text(tokens)
+    torch.testing.assert_close(text.text_projection, whole["text_features"])
+    torch.testing.assert_close(text.text_encodings, whole["text_intermediates"][-1])
+
+
 def test_an_exclamation_mark_is_a_word_not_padding(loaded: Clip) -> None:
     assert loaded.encode_text(loaded.tokenize(["wow! a star"])).text_mask.sum() == 6
 

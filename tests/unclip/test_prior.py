@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unclip import checkpoints, clip
+from unclip import checkpoints, clip, parallel
 from unclip.clip import Clip
 from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
@@ -99,6 +99,56 @@ def test_without_text_is_the_empty_caption_and_still_depends_on_the_noised_embed
     assert ((moved - dropped)[::2].abs() > 1e-3).any(dim=1).all()
 
 
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_leaving_padding_out_changes_neither_prediction_nor_gradients(changes: dict) -> None:
+    prior, given, seen = build(**changes), inputs(), []
+    drop = torch.tensor([False, False, True])  # captions of 4 and 7 tokens, and the empty one of 2
+    kept = prior.text.kept_tokens(given["text_mask"], drop, len(prior.positions))
+    assert len(kept) == 4 + 7 + 2 + 3 * (len(prior.positions) - 7)
+    prior.transformer.blocks[0].register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape))
+    gradients = []
+    for options in ({}, {"kept": kept}):
+        prediction = prior(**given, drop=drop, **options)
+        prediction.square().sum().backward()
+        gradients.append({name: value.grad for name, value in prior.named_parameters() if value.grad is not None})
+        prior.zero_grad(set_to_none=True)
+        seen.append(prediction.detach())
+    shape, padded, packed_shape, packed = seen
+    assert (shape, packed_shape) == ((3, len(prior.positions), 16), (len(kept), 16))
+    torch.testing.assert_close(packed, padded)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_training_computes_no_padding(frozen_clip: Clip) -> None:
+    """Neither of captions nor of the empty caption in the place of a dropped one."""
+    objective = PriorObjective(PriorConfig(**SMALL, cond_drop_prob=0.5), frozen_clip, EmbeddingStatistics.empty(64))
+    tokens = frozen_clip.tokenize(["a large red circle", "a star"] * 8)
+    seen: list[int] = []
+    objective.model.transformer.blocks[0].register_forward_hook(
+        lambda module, given, output: seen.append(len(given[0]))
+    )
+    tensors = {"tokens": tokens, "image_embedding": torch.randn(16, 64)}
+    objective.loss(objective.model, tensors, torch.Generator().manual_seed(0)).backward()
+    lengths = {
+        caption: int((frozen_clip.tokenize([caption]) != 0).sum()) for caption in ("a large red circle", "a star", "")
+    }
+    assert 16 * (lengths[""] + 4) < seen[0] < 8 * (lengths["a large red circle"] + lengths["a star"] + 2 * 4)
+
+
+@pytest.mark.slow  # compiling takes a minute
+def test_a_compiled_block_takes_any_number_of_tokens() -> None:
+    eager, compiled = build(), build()
+    parallel.compile_blocks(compiled)
+    torch._dynamo.utils.counters.clear()
+    for seed, lengths in enumerate(([4, 7, 2], [1, 1, 1], [7, 7, 7], [2, 3, 5])):
+        given = {**inputs(), "text_mask": torch.arange(7) < torch.tensor(lengths)[:, None]}
+        drop = torch.rand(3, generator=torch.Generator().manual_seed(seed)) < 0.3
+        kept = eager.text.kept_tokens(given["text_mask"], drop, len(eager.positions))
+        predictions = [prior(**given, drop=drop, kept=kept) for prior in (eager, compiled)]
+        torch.testing.assert_close(predictions[1], predictions[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the last block and the others
+
+
 @pytest.mark.parametrize("changes", VARIANTS[:2])
 @torch.no_grad()
 def test_reading_the_text_once_gives_what_reading_it_at_every_step_gives(changes: dict) -> None:
@@ -150,10 +200,10 @@ def test_self_conditioning_is_trained_on_half_of_the_samples(frozen_clip: Clip) 
     )
     objective, estimates = PriorObjective(config, frozen_clip, statistics), []
 
-    def network(*arguments: torch.Tensor) -> torch.Tensor:
-        if len(arguments) == 7:  # it is called without an estimate first, to get one
-            estimates.append(arguments[-1])
-        return objective.model(*arguments)
+    def network(*arguments: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        if len(arguments) > 6:  # it is called without an estimate first, to get one
+            estimates.append(arguments[6])
+        return objective.model(*arguments, **options)
 
     network.training = True  # type: ignore[attr-defined]
 
@@ -269,6 +319,16 @@ def test_neighbouring_timesteps_stay_apart_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         embedded = prior.from_timestep(t)
     assert len(embedded.unique(dim=0)) == 1000
+
+
+def test_the_clip_of_the_training_is_known_whatever_stands_where_padding_is(frozen_clip: Clip) -> None:
+    """Nobody reads it, and stacks that were trained before captions were read shortened remember it."""
+    objective = PriorObjective(PriorConfig(**SMALL), frozen_clip, EmbeddingStatistics.of(torch.randn(100, 64)))
+    null = objective.model.text
+    null.null_encodings[~null.null_mask] = 1.0
+    assert null.knows(frozen_clip)
+    null.null_encodings[null.null_mask] += 1.0
+    assert not null.knows(frozen_clip)
 
 
 def test_the_loss_drops_text_by_the_generator_alone(frozen_clip: Clip) -> None:
