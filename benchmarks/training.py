@@ -55,6 +55,8 @@ TEXT_LENGTH = 77
 HEAD_WIDTH = 64
 WARM_UP_STEPS = 3
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
+PROFILED = 14
+"""Operators of a profile that are printed."""
 GOALS = {"prior": 1.3, "decoder": 1.3, "loading": 5.0}
 
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
@@ -131,6 +133,8 @@ class Turn:
     """Share of the time spent waiting for rows."""
     preparing: float
     """Share of the time spent on rows that had arrived."""
+    operators: dict[str, float]
+    """Shares of the time of torch's operators, the largest first; empty unless a profile was asked for."""
 
 
 class Stopwatch:
@@ -510,15 +514,27 @@ def turns(training: Training, arguments: argparse.Namespace, connection: Connect
         num_steps = connection.recv()
         started = time.monotonic()
         waiting.seconds = preparing.seconds = 0.0
-        for _ in range(num_steps):
-            with waiting:
-                batch = next(training.batches)
-            yield batch
-        if arguments.device != "cpu":
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - started
+        with torch.profiler.profile() if arguments.profile else contextlib.nullcontext() as profile:
+            for _ in range(num_steps):
+                with waiting:
+                    batch = next(training.batches)
+                yield batch
+            if arguments.device != "cpu":
+                torch.cuda.synchronize()
+            seconds = time.monotonic() - started
         samples = num_steps * training.batch_size
-        connection.send(Turn(samples / seconds, waiting.seconds / seconds, preparing.seconds / seconds))
+        shares = operators(profile) if profile else {}
+        connection.send(Turn(samples / seconds, waiting.seconds / seconds, preparing.seconds / seconds, shares))
+
+
+def operators(profile: torch.profiler.profile) -> dict[str, float]:
+    """Shares of the time by operator, on the device where there is one, the largest first."""
+    events = profile.key_averages()
+    times = {event.key: event.self_device_time_total for event in events}
+    if not any(times.values()):
+        times = {event.key: event.self_cpu_time_total for event in events}
+    total = sum(times.values())
+    return {key: spent / total for key, spent in sorted(times.items(), key=lambda item: -item[1])}
 
 
 def describe(training: Training, arguments: argparse.Namespace) -> Facts:
@@ -577,6 +593,8 @@ def compare(part: str, arguments: argparse.Namespace) -> None:
         ratio = measure.median_ratio(speeds[names[0]], speeds[name])
         line = f"{name:15} {measure.describe(speeds[name]):>24} {memory[name]:8,.0f}  {ratio:.2f}"
         print(line + cost(facts[name], speeds[name]))
+        for operator, share in itertools.islice(figures[name][-1].operators.items(), PROFILED):
+            print(f"{share:20.1%}  {operator}")
     for name in PARTS[part]:
         if name not in names:
             print(f"{name:15} missing; to measure it too: pip install {PEERS[name][1]}")
@@ -628,6 +646,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to train")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="arithmetic of all")
     parser.add_argument("--compile", action="store_true", help="have torch compile all networks")
+    parser.add_argument("--profile", action="store_true", help="say what steps spend their time on; makes them slower")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each side")
     parser.add_argument("--pictures", type=int, default=4000, help="rows to load")
     parser.add_argument("--stored-size", type=int, default=256, help="smaller side of the stored pictures, in pixels")
