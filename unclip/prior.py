@@ -201,10 +201,10 @@ class DiffusionPrior(nn.Module):
             nonlocal caches, keep, previous
             length = text_mask.shape[1] + 1
             if not caches:
-                prefix, kept = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D]
+                prefix, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
                 caches = self.transformer.new_caches(len(self.positions))
-                self.transformer(prefix + self.positions[:length], kept, caches)
-                keep = F.pad(kept, (0, len(self.positions) - length), value=True)  # [B, L + 1 + S]
+                self.transformer(prefix + self.positions[:length], keep, caches)
+                keep = F.pad(keep, (0, len(self.positions) - length), value=True)  # [B, L + 1 + S]
             for cache in caches:
                 cache.length = length
             suffix = self._suffix(x_t, t, previous) + self.positions[length:]  # [B, S, D]
