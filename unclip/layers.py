@@ -174,7 +174,7 @@ class CausalTransformer(nn.Module):
             wanted = num_outputs if number == len(self.blocks) - 1 else None
             x = block(x, mask, caches[number] if caches is not None else None, wanted, kept)
         x = self.norm(x)
-        return unpack(x, kept, batch, length) if x.dim() == 2 and kept is not None else x
+        return x if kept is None or num_outputs is not None else unpack(x, kept, batch, length)
 
     def new_caches(self, capacity: int) -> list[KeyValueCache]:
         """Empty caches, one for each block, for sequences of up to `capacity` tokens."""

@@ -15,6 +15,7 @@ from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import ConfigError, InputError
 from unclip.generation import load_model
+from unclip.layers import kept_tokens
 from unclip.objectives import PriorObjective
 from unclip.prior import BASE_PRIOR, DALLE2_PRIOR, KARLO_PRIOR, SMALL_PRIOR, DiffusionPrior, PriorConfig
 from unclip.text import CaptionFeatures
@@ -117,6 +118,16 @@ def test_leaving_padding_out_changes_neither_prediction_nor_gradients(changes: d
     assert (shape, packed_shape) == ((3, len(prior.positions), 16), (len(kept), 16))
     torch.testing.assert_close(packed, padded)
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@torch.no_grad()
+def test_kept_tokens_come_back_to_their_places() -> None:
+    transformer = build().transformer
+    keep = torch.tensor([[True, True, False, True], [True, False, False, True]])
+    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    found = transformer(x, keep, kept=kept_tokens(keep))
+    torch.testing.assert_close(found[keep], transformer(x, keep)[keep])
+    assert not found[~keep].any()
 
 
 def test_training_computes_no_padding(frozen_clip: Clip) -> None:
