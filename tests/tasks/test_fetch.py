@@ -976,7 +976,7 @@ def one_by_one_informational(connection: socket.socket) -> None:
         time.sleep(0.01)
 
 
-BOMB = gzip.compress(bytes(10_000_000))
+BOMB = gzip.compress(bytes(10_000_000), mtime=0)
 
 
 @pytest.mark.parametrize(
