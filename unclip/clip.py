@@ -175,12 +175,10 @@ class Clip(nn.Module):
     def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, l] int64, l <= L -> encodings [B, l, W] and projections [B, E], float32."""
         length = tokens.shape[1]
-        shortened = {"positional_embedding": self.model.positional_embedding[:length]}
+        shortened = {"model.positional_embedding": self.model.positional_embedding[:length]}
         if self.model.attn_mask is not None:
-            shortened["attn_mask"] = self.model.attn_mask[:length, :length]
-        output = torch.func.functional_call(
-            _TextEncoder(self.model), {f"model.{name}": value for name, value in shortened.items()}, (tokens,)
-        )
+            shortened["model.attn_mask"] = self.model.attn_mask[:length, :length]
+        output = torch.func.functional_call(_TextEncoder(self.model), shortened, (tokens,))
         return output["text_intermediates"][-1].float(), output["text_features"].float()
 
     def resize(self, images: Tensor) -> Tensor:

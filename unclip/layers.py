@@ -184,7 +184,7 @@ class CausalTransformer(nn.Module):
 def kept_tokens(keep: Tensor) -> Tensor:
     """Where those of B x L tokens stand that are no padding, counted through all rows: keep [B, L] bool -> [N] int64.
 
-    Linear layers need only them. Captions are much shorter than a text encoder's context, so that most of a batch is padding.
+    Linear layers need only them.
     """
     return keep.flatten().nonzero()[:, 0]
 
@@ -196,7 +196,8 @@ def pack(x: Tensor, kept: Tensor) -> Tensor:
 
 def unpack(x: Tensor, kept: Tensor, batch: int, length: int) -> Tensor:
     """Kept tokens back in their places, zeros in the others: [N, D], [N] -> [B, L, D]."""
-    return x.new_zeros(batch * length, x.shape[1]).index_copy(0, kept, x).view(batch, length, -1)
+    # index_copy would keep x for its backward pass
+    return x.new_zeros(batch * length, x.shape[1]).index_put((kept,), x).view(batch, length, -1)
 
 
 def causal_mask(keep: Tensor, num_queries: int) -> Tensor:

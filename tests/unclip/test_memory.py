@@ -56,6 +56,20 @@ def test_a_forward_pass_keeps_what_is_planned(name: str, precision: Precision) -
     assert saved_bytes(model, inputs, precision) == pytest.approx(plan.activations.between.at(SAMPLES), rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["prior", "autoregressive_prior"])
+def test_without_padding_priors_keep_less_than_is_planned_and_never_more(name: str) -> None:
+    model, inputs = DEMO[name].build(), DEMO[name].inputs(SAMPLES)
+    more = (None,) if name == "prior" else ()  # no x0 estimate
+    tokens = torch.arange(SAMPLES * len(model.positions)).view(SAMPLES, -1)
+    mask = next(
+        value for value in inputs if isinstance(value, Tensor) and value.shape[1:] == model.text.null_mask.shape
+    )
+    short = torch.cat([tokens[:, :2], tokens[:, mask.shape[1] :]], dim=1)  # captions of two tokens
+    planned = saved_bytes(model, inputs, "fp32")
+    assert saved_bytes(model, (*inputs, *more, tokens.flatten()), "fp32") <= 1.01 * planned
+    assert saved_bytes(model, (*inputs, *more, short.flatten()), "fp32") < 0.9 * planned
+
+
 class Live(TorchDispatchMode):
     """Follows the bytes of all tensors that are made while it is on."""
 
@@ -158,10 +172,13 @@ def test_flops_are_those_of_the_closed_form(device: str) -> None:
     with torch.device(device):
         assert flops_per_sample(nn.Linear(8, 5), torch.zeros(4, 8)) == 3 * 2 * 8 * 5
         model, x = CausalTransformer(width, depth, num_heads=2), torch.zeros(4, length, width)
-        found = flops_per_sample(model, x, torch.ones(4, length, dtype=torch.bool))
+        keep = torch.ones(4, length, dtype=torch.bool)
+        found = flops_per_sample(model, x, keep)
+        packed = flops_per_sample(model, x, keep, kept=torch.arange(10))
     products = 2 * 12 * width**2  # of a token with qkv, output and MLP
     attention = 2 * 2 * length * width  # of a token with scores and values
     assert found == 3 * depth * length * (products + attention)
+    assert packed == 3 * depth * (10 / 4 * products + length * attention), "what is not computed is not counted"
 
 
 def test_the_plan_counts_flops_of_a_real_model() -> None:
