@@ -1,6 +1,7 @@
 """Building blocks shared by the prior and the U-Nets. Letters: B batch, C channels, H height, W width, L tokens, D width."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,63 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x.float())
 
 
+class Conv3x3(nn.Conv2d):
+    """3 x 3 convolution that keeps the sides of pictures, [B, C_in, H, W] -> [B, C_out, H, W].
+
+    On CPUs in bf16, pictures with short rows take matrix products: oneDNN's convolutions go row by row and are slower there.
+    """
+
+    SHORT_ROW, SHORTEST_ROW = 8, 4
+    """Pixels up to which the gradient of weights is a product, and up to which everything is."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.shape[3] > self.SHORT_ROW:
+            return super().forward(x)
+        assert self.bias is not None
+        return _ShortRows.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))  # type: ignore[no-any-return]
+
+
+class _ShortRows(torch.autograd.Function):
+    """x [B, C_in, H, W], weight [C_out, C_in, 3, 3], bias [C_out] -> [B, C_out, H, W]; keeps x and weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if x.shape[3] > Conv3x3.SHORTEST_ROW:
+            return F.conv2d(x, weight, bias, padding=1)
+        return _as_picture(torch.addmm(bias, _neighbours(x), weight.permute(0, 2, 3, 1).flatten(1).T), x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        if x.shape[3] > Conv3x3.SHORTEST_ROW:
+            of_x = torch.ops.aten.convolution_backward(
+                gradient, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+            )[0]
+        else:
+            # where an output reads the pixel at its left, a pixel's gradient comes from the output at its right
+            of_x = _as_picture(_neighbours(gradient, (2, 1, 0)) @ weight.permute(2, 3, 0, 1).flatten(0, 2), x)
+        gradient = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [BHW, C_out]
+        of_weight = (gradient.T @ _neighbours(x)).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        return of_x, of_weight, gradient.sum(0)
+
+
+def _neighbours(x: Tensor, order: tuple[int, int, int] = (0, 1, 2)) -> Tensor:
+    """Each pixel and those around it, row by row, zeros beyond the border: [B, C, H, W] -> [BHW, 9C]."""
+    height, width = x.shape[2:]
+    pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [B, H + 2, W + 2, C]
+    pixels = torch.cat([pixels[:, :, left : left + width] for left in order], dim=3)  # [B, H + 2, W, 3C]
+    return torch.cat([pixels[:, top : top + height] for top in order], dim=3).flatten(0, 2)
+
+
+def _as_picture(pixels: Tensor, like: Tensor) -> Tensor:
+    """[BHW, C] -> [B, C, H, W], with the sides of another."""
+    return pixels.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention over [B, heads, L, D / heads]; mask is bool, True = attend.
 
@@ -52,10 +110,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # [B, heads, L, L]
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, heads, L, L]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v  # type: ignore[no-any-return]
+    return scores.softmax(dim=-1) @ v  # type: ignore[no-any-return]
 
 
 def zero_init(module: nn.Module) -> nn.Module:

@@ -333,7 +333,7 @@ class _Training:
         norm = state.gradient_norm()
         value, stopped, saved, gradient_norm = torch.cat([means, norm[None]]).tolist()  # one wait for the device
         if math.isfinite(value) and math.isfinite(gradient_norm):
-            state.apply(self.samples_seen)
+            state.apply(self.samples_seen, gradient_norm)
         elif math.isfinite(value) and state.loss_scale.shrink():
             state.zero_grad()  # an overflow of fp16, which a smaller scale prevents
         elif self._after_nonfinite(value, gradient_norm, keys) == "roll_back":
@@ -543,9 +543,10 @@ class _State:
         self.norm = parallel.whole(torch.nn.utils.get_total_norm(gradients)).float()
         return self.norm
 
-    def apply(self, samples_seen: int) -> None:
-        """Take the step that the gradients say."""
-        torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, self.norm)
+    def apply(self, samples_seen: int, gradient_norm: float) -> None:
+        """Take the step that the gradients say, whose norm is `gradient_norm`."""
+        if gradient_norm > self.config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, self.norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, samples_seen)
         self.optimizer.step()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import require
-from unclip.layers import GroupNorm, TimestepMLP, attention, zero_init
+from unclip.layers import Conv3x3, GroupNorm, TimestepMLP, attention, zero_init
 
 Resample = Literal["none", "down", "up"]
 
@@ -173,23 +173,23 @@ class ResBlock(nn.Module):
         self.resample = resample
         self.scale_shift_norm = config.scale_shift_norm
         self.norm1 = GroupNorm(config.norm_groups, in_width)
-        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.conv1 = Conv3x3(in_width, out_width)
         self.time = nn.Linear(config.time_dim, (2 if config.scale_shift_norm else 1) * out_width)
         self.norm2 = GroupNorm(config.norm_groups, out_width)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_width, out_width, 3, padding=1))
+        self.conv2 = zero_init(Conv3x3(out_width, out_width))
         self.skip = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self._resize(F.silu(self.norm1(x)))  # [B, C_in, H', W']
+        h = self._resize(F.silu(self.norm1(x)).to(x.dtype))  # [B, C_in, H', W']
         h = self.conv1(h)  # [B, C_out, H', W']
         time = self.time(F.silu(time))[:, :, None, None]  # [B, C_out or 2 C_out, 1, 1]
         if self.scale_shift_norm:
-            scale, shift = time.chunk(2, dim=1)  # 2 x [B, C_out, 1, 1]
-            h = self.norm2(h) * (1 + scale) + shift
+            scale, shift = time.float().chunk(2, dim=1)  # 2 x [B, C_out, 1, 1]
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
+        h = self.conv2(self.dropout(F.silu(h).to(x.dtype)))
         return self.skip(self._resize(x)) + h  # type: ignore[no-any-return]
 
     def _resize(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from tests.unclip.tiny_stacks import awake
@@ -18,7 +19,7 @@ from unclip.degradations import DegradationConfig
 from unclip.diffusion import DiffusionConfig
 from unclip.embeddings import EmbeddingStatistics
 from unclip.errors import ConfigError, ShapeError
-from unclip.layers import attention
+from unclip.layers import Conv3x3, attention
 from unclip.precision import autocast
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, caption_features
@@ -150,6 +151,43 @@ def test_attention_is_softmax_of_scaled_products() -> None:
     reference.out_proj.bias.copy_(layer.to_out.bias)
     expected = x + reference(pixels, pixels, pixels)[0].transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(layer(x, None), expected)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (4, 4), (5, 3), (8, 8), (6, 7), (9, 9)])
+def test_convolutions_in_bf16_are_those_in_float64_but_for_rounding(height: int, width: int) -> None:
+    layer = Conv3x3(16, 8).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 16, height, width).to(memory_format=torch.channels_last).bfloat16().requires_grad_()
+    with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert any(event.key == "aten::addmm" for event in profile.key_averages()) == (width <= 4)
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, layer.weight, layer.bias], gradient)
+    exact = [value.detach().bfloat16().double().requires_grad_() for value in (x, layer.weight, layer.bias)]
+    expected = F.conv2d(*exact, padding=1)
+    torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
+    for one, other in zip(found, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
+
+
+def test_convolutions_in_float32_are_torchs() -> None:
+    layer, x = Conv3x3(16, 8), torch.randn(2, 16, 4, 4)
+    assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
+
+
+def test_attention_in_bf16_is_that_in_float64_but_for_rounding() -> None:
+    q, k, v = (torch.randn(2, 3, length, 64).bfloat16().requires_grad_() for length in (5, 9, 9))
+    mask = torch.rand(2, 1, 1, 9) < 0.7
+    mask[..., 0] = True
+    y = attention(q, k, v, mask)
+    gradient = torch.randn_like(y)
+    exact = [value.detach().double().requires_grad_() for value in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=0.02, atol=0.02)
+    found = torch.autograd.grad(y, [q, k, v], gradient)
+    for one, other in zip(found, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.03, atol=0.03)
 
 
 def test_the_middle_attends_if_the_network_does() -> None:
