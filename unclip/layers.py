@@ -49,17 +49,21 @@ class GroupNorm(nn.GroupNorm):
 class Conv3x3(nn.Conv2d):
     """3 x 3 convolution that keeps the sides of pictures, [B, C_in, H, W] -> [B, C_out, H, W].
 
-    On CPUs in bf16, pictures with short rows take matrix products: oneDNN's convolutions go row by row and are slower there.
+    A CPU's AMX tiles hold 16 pixels, which oneDNN's convolutions take from one row. Where rows are shorter, trainings take
+    matrix products, which fill the tiles.
     """
 
     SHORT_ROW, SHORTEST_ROW = 8, 4
     """Pixels up to which the gradient of weights is a product, and up to which everything is."""
+    HAS_TILES = torch.cpu._is_amx_tile_supported()
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__(in_width, out_width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.shape[3] > self.SHORT_ROW:
+        in_tiles = self.HAS_TILES and x.device.type == "cpu" and x.dtype == torch.bfloat16
+        # without gradients autocast remembers weights in bf16, which weighs more
+        if not in_tiles or x.shape[3] > self.SHORT_ROW or not torch.is_grad_enabled():
             return super().forward(x)
         assert self.bias is not None
         return _ShortRows.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))  # type: ignore[no-any-return]

@@ -189,7 +189,7 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h).to(x.dtype)))
+        h = self.conv2(self.dropout(F.silu(h)).to(x.dtype))
         return self.skip(self._resize(x)) + h  # type: ignore[no-any-return]
 
     def _resize(self, x: Tensor) -> Tensor:

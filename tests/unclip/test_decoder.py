@@ -23,7 +23,7 @@ from unclip.layers import Conv3x3, attention
 from unclip.precision import autocast
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, caption_features
-from unclip.unet import ContextAttention, UNet, UNetConfig
+from unclip.unet import ContextAttention, ResBlock, UNet, UNetConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 UNET = UNetConfig(
@@ -154,12 +154,16 @@ def test_attention_is_softmax_of_scaled_products() -> None:
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (4, 4), (5, 3), (8, 8), (6, 7), (9, 9)])
-def test_convolutions_in_bf16_are_those_in_float64_but_for_rounding(height: int, width: int) -> None:
+def test_convolutions_in_bf16_are_those_in_float64_but_for_rounding(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Conv3x3, "HAS_TILES", True)  # whether they are there or not
     layer = Conv3x3(16, 8).to(memory_format=torch.channels_last)
     x = torch.randn(2, 16, height, width).to(memory_format=torch.channels_last).bfloat16().requires_grad_()
     with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert any(event.key == "aten::addmm" for event in profile.key_averages()) == (width <= 4)
+    assert (y.grad_fn.name() == "_ShortRowsBackward") == (width <= 8)
     assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
     gradient = torch.randn_like(y)
     found = torch.autograd.grad(y, [x, layer.weight, layer.bias], gradient)
@@ -170,8 +174,21 @@ def test_convolutions_in_bf16_are_those_in_float64_but_for_rounding(height: int,
         torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
 
 
-def test_convolutions_in_float32_are_torchs() -> None:
-    layer, x = Conv3x3(16, 8), torch.randn(2, 16, 4, 4)
+@pytest.mark.parametrize("resample", ["none", "down", "up"])
+def test_residual_blocks_give_convolutions_the_precision_of_their_input(resample: unet.Resample) -> None:
+    block, seen = ResBlock(UNET, 8, 8, resample), []
+    for convolution in (block.conv1, block.conv2):
+        convolution.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert block(torch.randn(2, 8, 4, 4, dtype=dtype), torch.randn(2, UNET.time_dim)).dtype == dtype
+    assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+@pytest.mark.parametrize("has_tiles, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_other_convolutions_are_torchs(has_tiles: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conv3x3, "HAS_TILES", has_tiles)
+    layer, x = Conv3x3(16, 8).to(dtype), torch.randn(2, 16, 4, 4, dtype=dtype)
     assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
 
 

@@ -79,6 +79,28 @@ class Recorder(trainer.Monitor):
         self.previews.append(samples_seen)
 
 
+@pytest.mark.parametrize("norm", [0.25, 1.0, 4.0])
+def test_gradients_are_clipped_where_they_are_longer_than_clip_norm(
+    norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    state = trainer._State(model, {}, settings(clip_norm=1.0, precision="fp32"))
+    gradients = [torch.randn_like(value) for value in model.parameters()]
+    length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    gradients = [gradient * norm / length for gradient in gradients]
+    for value, gradient in zip(model.parameters(), gradients, strict=True):
+        value.grad = gradient.clone()
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        state.optimizer, "step", lambda: taken.extend(value.grad.clone() for value in model.parameters())
+    )
+    gradient_norm = state.gradient_norm().item()
+    assert gradient_norm == pytest.approx(norm)
+    state.apply(0, gradient_norm)
+    for found, gradient in zip(taken, gradients, strict=True):
+        torch.testing.assert_close(found, gradient / max(1, norm))
+
+
 def test_training_learns_and_reports(tmp_path: Path) -> None:
     monitor = Recorder()
     trainer.train(Line(), reader(tmp_path), settings(num_samples=3200), str(tmp_path / "run"), monitor)
