@@ -62,8 +62,8 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         in_tiles = self.HAS_TILES and x.device.type == "cpu" and x.dtype == torch.bfloat16
-        # without gradients autocast remembers weights in bf16, which weighs more
-        if not in_tiles or x.shape[3] > self.SHORT_ROW or not torch.is_grad_enabled():
+        # in drawing, autocast casts the weights of a convolution once for all steps, which weighs more
+        if not self.training or not in_tiles or x.shape[3] > self.SHORT_ROW:
             return super().forward(x)
         assert self.bias is not None
         return _ShortRows.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))  # type: ignore[no-any-return]

@@ -540,13 +540,13 @@ class _State:
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
         if self.loss_scale.enabled:
             torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], 1 / self.loss_scale.value)
-        self.norm = parallel.whole(torch.nn.utils.get_total_norm(gradients)).float()
-        return self.norm
+        return parallel.whole(torch.nn.utils.get_total_norm(gradients)).float()
 
     def apply(self, samples_seen: int, gradient_norm: float) -> None:
         """Take the step that the gradients say, whose norm is `gradient_norm`."""
         if gradient_norm > self.config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, self.norm)
+            norm = torch.tensor(gradient_norm)
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, samples_seen)
         self.optimizer.step()

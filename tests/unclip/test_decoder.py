@@ -185,10 +185,16 @@ def test_residual_blocks_give_convolutions_the_precision_of_their_input(resample
     assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
-@pytest.mark.parametrize("has_tiles, dtype", [(True, torch.float32), (False, torch.bfloat16)])
-def test_other_convolutions_are_torchs(has_tiles: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "has_tiles, training, dtype",
+    [(True, True, torch.float32), (False, True, torch.bfloat16), (True, False, torch.bfloat16)],
+)
+def test_other_convolutions_are_torchs(
+    has_tiles: bool, training: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Conv3x3, "HAS_TILES", has_tiles)
-    layer, x = Conv3x3(16, 8).to(dtype), torch.randn(2, 16, 4, 4, dtype=dtype)
+    layer, x = Conv3x3(16, 8).to(dtype).train(training), torch.randn(2, 16, 4, 4, dtype=dtype)
+    assert layer(x).grad_fn.name() == "ConvolutionBackward0"
     assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
 
 
