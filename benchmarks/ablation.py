@@ -27,16 +27,17 @@ from torch import Tensor
 from pipelines import dag as dags
 from pipelines.config import load
 from pipelines.run import compose, prepare
-from tasks.evaluate import heldout_keys
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, declared_name
+from tasks.stages.evaluate import heldout_keys
 from tasks.store import DEFAULT_ROOT, Store
-from unclip import evaluation, pictures
-from unclip.clip import Clip
+from unclip import images as pictures
 from unclip.config import load as load_config
 from unclip.data import RowReader
-from unclip.generation import SamplingConfig, Stack, load_model
-from unclip.objectives import load_images
+from unclip.evaluation import metrics as evaluation
+from unclip.models.clip import Clip
+from unclip.systems.unclip.objectives import load_images
+from unclip.systems.unclip.stack import SamplingConfig, Stack, load_model
 
 BASE: tuple[str, ...] = ()
 OTHERS = (

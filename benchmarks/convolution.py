@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks import measure
-from unclip.layers import Conv3x3
+from unclip.models.layers import Conv3x3
 
 WIDTHS = (128, 256, 512)
 

@@ -26,7 +26,7 @@ def decoders(image_size: int, jpeg_quality: int) -> dict[str, Decoder]:
     from img2dataset.resizer import Resizer
     from PIL import Image
 
-    from tasks.decode import decode
+    from tasks.untrusted.decode import decode
 
     cv2.setNumThreads(1)
     resizer = Resizer(image_size, "keep_ratio", resize_only_if_bigger=True, encode_quality=jpeg_quality)

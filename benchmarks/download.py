@@ -68,9 +68,9 @@ def download_ours(settings: Settings) -> dict[str, float]:
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}  # for Ray's workers
     import ray
 
-    from tasks.download import DownloadConfig, download
-    from tasks.ingest import IngestConfig, ingest
     from tasks.stage import Artifact, Call, Run, Stage, execute
+    from tasks.stages.download import DownloadConfig, download
+    from tasks.stages.ingest import IngestConfig, ingest
     from tasks.tracking import Tracker
 
     def done(stage: Stage, config: object, folder: str, *parents: Artifact) -> Artifact:

@@ -31,7 +31,7 @@ def write_images(folder: str, pairs: int, image_size: int) -> list[str]:
     from PIL import Image
 
     from tasks import tables
-    from tasks.download import IMAGES
+    from tasks.stages.download import IMAGES
 
     pictures = []
     for data in measure.photographs(min(pairs, 200)):
@@ -65,8 +65,8 @@ class Actor:
     def __init__(self, arguments: argparse.Namespace, folder: str) -> None:
         import ray
 
-        from tasks.embed import EmbedConfig, Embedder
         from tasks.stage import Artifact
+        from tasks.stages.embed import EmbedConfig, Embedder
 
         self.images = write_images(folder, arguments.pairs, arguments.image_size)
         self.keys = [key_of(number) for number in range(arguments.pairs)]
@@ -98,7 +98,7 @@ _bare: dict[str, Any] = {}
 
 def prepare_bare(arguments: argparse.Namespace) -> int:
     """Load the model and fill the memory with batches; returns the id of the process."""
-    from unclip import clip
+    from unclip.models import clip
 
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +117,7 @@ def prepare_bare(arguments: argparse.Namespace) -> int:
 @torch.no_grad()
 def embed_bare(num_batches: int | None = None) -> float:
     """Pairs a second of the forward passes alone, embeddings of unit norm on the CPU."""
-    from unclip.precision import autocast
+    from unclip.training.precision import autocast
 
     model, device, done = _bare["model"], _bare["device"], 0
     started = time.monotonic()

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from pipelines.published import find_stack
 from tasks.store import DEFAULT_ROOT
-from unclip import evaluation, manipulations, pictures, scenes
-from unclip.generation import Stack
-from unclip.scenes import Scene, SceneObject
+from unclip import images as pictures
+from unclip.evaluation import metrics as evaluation
+from unclip.evaluation import scenes
+from unclip.evaluation.scenes import Scene, SceneObject
+from unclip.systems.unclip import manipulations
+from unclip.systems.unclip.stack import Stack
 
 THETAS = tuple(index / 8 for index in range(9))
 EDIT_THETA = 0.5

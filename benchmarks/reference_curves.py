@@ -3,7 +3,8 @@
     make demo
     python -m benchmarks.reference_curves --storage unclip-data
 
-Copies them from the storage to `unclip/reference_curves/`, where `reference_curve = "demo-prior"` finds them, and draws them.
+Copies them from the storage to `unclip/training/reference_curves/`, where `reference_curve = "demo-prior"` finds them, and
+draws them.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from pipelines import dag as dags
 from pipelines.config import load
 from pipelines.run import compose, prepare
 from tasks.store import DEFAULT_ROOT, Store
-from unclip import curves, files
-from unclip.trainer import CURVE
+from unclip import files
+from unclip.training import curves
+from unclip.training.trainer import CURVE
 
 
 def picture(found: dict[str, curves.Curve]) -> bytes:

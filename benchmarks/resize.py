@@ -25,7 +25,7 @@ def ways() -> dict[str, Resize]:
     import cv2
     from PIL import Image
 
-    from tasks.decode import shrink
+    from tasks.untrusted.decode import shrink
 
     cv2.setNumThreads(1)
 

@@ -38,18 +38,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
-from unclip import trainer
-from unclip.clip import TextFeatures
 from unclip.data import Batch, RowReader, Source
-from unclip.decoder import NUM_IMAGE_TOKENS, DecoderConfig
-from unclip.embeddings import EmbeddingStatistics
-from unclip.flops import PEAK_FLOPS
-from unclip.objectives import DecoderObjective, PriorObjective
-from unclip.parallel import Workers
-from unclip.precision import autocast
-from unclip.prior import PriorConfig
-from unclip.trainer import TrainerConfig
-from unclip.unet import UNetConfig
+from unclip.models.clip import TextFeatures
+from unclip.models.decoder import NUM_IMAGE_TOKENS, DecoderConfig
+from unclip.models.embeddings import EmbeddingStatistics
+from unclip.models.prior import PriorConfig
+from unclip.models.unet import UNetConfig
+from unclip.systems.unclip.objectives import DecoderObjective, PriorObjective
+from unclip.training import trainer
+from unclip.training.flops import PEAK_FLOPS
+from unclip.training.parallel import Workers
+from unclip.training.precision import autocast
+from unclip.training.trainer import TrainerConfig
 
 TEXT_LENGTH = 77
 HEAD_WIDTH = 64

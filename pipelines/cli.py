@@ -10,7 +10,10 @@ from typing import Any
 
 import click
 
-from pipelines import drawing, exchange, training, training_plan
+from pipelines.commands import exchange
+from pipelines.commands import plan_train as training_plan
+from pipelines.commands import sampling as drawing
+from pipelines.commands import train as training
 from pipelines.options import CONFIG, PIPELINE, SET, STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError, UnclipError
@@ -84,7 +87,7 @@ def refresh(
     """Bring the dataset up to date with its list of URLs: only what is new is fetched and embedded."""
     from pipelines.config import load
     from pipelines.run import run_pipeline
-    from pipelines.text_to_image import DATASET_STAGE
+    from pipelines.systems.unclip import DATASET_STAGE
 
     config = load(pipeline, run_file, assignments, storage)
     sys.exit(run_pipeline(pipeline, config, until=DATASET_STAGE, retry_failed=retry_failed))
@@ -194,7 +197,7 @@ def takedown(
     """
     from pipelines.lock import lock
     from pipelines.run import tracking_uris_of
-    from tasks import takedown as takedowns
+    from tasks.lineage import takedown as takedowns
     from tasks.store import Store
 
     given = {"url": url, "domain": domain, "key": key, "sha256": sha256}
@@ -253,7 +256,7 @@ def data() -> None:
 @STORAGE
 def list_versions(storage: str | None) -> None:
     """List the dataset versions."""
-    from tasks.provenance import versions
+    from tasks.lineage.provenance import versions
     from tasks.store import Store
 
     for version in versions(Store(storage or DEFAULT_ROOT)):
@@ -271,7 +274,7 @@ def list_versions(storage: str | None) -> None:
 @STORAGE
 def diff(old: str, new: str, keys: bool, storage: str | None) -> None:
     """Say how two dataset versions differ; name them by number, digest or `latest`."""
-    from tasks.provenance import difference, find_version
+    from tasks.lineage.provenance import difference, find_version
     from tasks.store import Store
 
     store = Store(storage or DEFAULT_ROOT)
@@ -298,7 +301,7 @@ def show(key: str, storage: str | None) -> None:
     KEY is a row's key or the first six or more of its 32 digits. Exit codes: 0 the row was found, whatever became of it; 2 no
     row or several have this key.
     """
-    from tasks.provenance import show as facts_of
+    from tasks.lineage.provenance import show as facts_of
     from tasks.store import Store
 
     for name, value in facts_of(Store(storage or DEFAULT_ROOT), key).items():

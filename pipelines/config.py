@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.scene_server import ScenesConfig
-from tasks.clip import ClipConfig
-from tasks.curate import CurateConfig
-from tasks.dedup import DedupConfig
-from tasks.download import DownloadConfig
-from tasks.embed import EmbedConfig
-from tasks.evaluate import EvaluateConfig
-from tasks.filter import FilterConfig
-from tasks.ingest import IngestConfig
-from tasks.models import DecoderStageConfig, PriorStageConfig, UpsamplerStageConfig
-from tasks.publish import PublishConfig
-from tasks.report import ReportConfig
 from tasks.stage import StageResources
+from tasks.stages.clip import ClipConfig
+from tasks.stages.curate import CurateConfig
+from tasks.stages.dedup import DedupConfig
+from tasks.stages.download import DownloadConfig
+from tasks.stages.embed import EmbedConfig
+from tasks.stages.evaluate import EvaluateConfig
+from tasks.stages.filter import FilterConfig
+from tasks.stages.ingest import IngestConfig
+from tasks.stages.publish import PublishConfig
+from tasks.stages.report import ReportConfig
+from tasks.stages.train import DecoderStageConfig, PriorStageConfig, UpsamplerStageConfig
 from tasks.store import DEFAULT_ROOT
 from unclip import config
 from unclip.config import require

@@ -17,21 +17,22 @@ from pipelines import scene_server
 from pipelines.config import PipelineConfig
 from pipelines.lock import lock
 from pipelines.summary import print_summary, summarise, write_results
-from pipelines.text_to_image import text_to_image
+from pipelines.systems.unclip import text_to_image
 from tasks import signals
-from tasks.curate import pin_probes
-from tasks.download import pin_attempt
-from tasks.filter import check_settings
-from tasks.ingest import check_source
 from tasks.progress import bar
-from tasks.report import Limit
 from tasks.stage import Failure, Resources, Run, declared_name
+from tasks.stages.curate import pin_probes
+from tasks.stages.download import pin_attempt
+from tasks.stages.filter import check_settings
+from tasks.stages.ingest import check_source
+from tasks.stages.report import Limit
 from tasks.store import Store
 from tasks.tombstones import tombstones_digest
 from tasks.tracking import Tracker, client, flatten, without_password
-from unclip import curves, files
+from unclip import files
 from unclip.config import fingerprint, require, to_dict
 from unclip.errors import ConfigError, StageError, StoppedError, StorageError, UnclipError
+from unclip.training import curves
 
 STOP_PATIENCE_SECONDS = 25.0
 """For trainings to write a checkpoint when the run is asked to stop; Kubernetes kills after thirty."""

@@ -19,9 +19,9 @@ import pyarrow as pa
 from PIL import Image
 
 from tasks import tables
-from unclip import scenes
 from unclip.config import require
 from unclip.errors import InputError
+from unclip.evaluation import scenes
 
 HOST = "127.0.0.1"
 FAULTS = (

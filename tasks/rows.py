@@ -63,6 +63,9 @@ REASONS: Mapping[str, str] = {
 """Every reason, in words for people. Beside these there are `http_<code>`: the server answered with that status; and
 `<name>_low`, `<name>_high`: the probe of that name scored below its minimum or above its maximum."""
 
+DUPLICATES = ("duplicate_row", "duplicate_image", "near_duplicate", "semantic_duplicate")
+"""Reasons of rows that are dropped as copies of another."""
+
 
 class RowFault(Exception):
     """A row that cannot be used; never ends a stage."""

@@ -15,10 +15,10 @@ import torch
 
 from tasks import tables
 from tasks.store import Store
-from unclip import checkpoints
 from unclip.config import fingerprint
 from unclip.data import Source
-from unclip.embeddings import EmbeddingStatistics, PrincipalComponents
+from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
+from unclip.training import checkpoints
 
 Split = Literal["train", "holdout"]
 

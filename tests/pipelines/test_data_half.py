@@ -20,7 +20,8 @@ from pipelines.scene_server import ScenesConfig, SceneServer, serve, write_url_l
 from tasks import tables
 from tasks.store import Store
 from tests.pipelines.commands import call
-from unclip import clip, files
+from unclip import files
+from unclip.models import clip
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENES = ScenesConfig(num_images=300, broken=1 / 30, side=64, port=8769)

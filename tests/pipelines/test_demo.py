@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import manipulations
 from pipelines.published import find_stack
-from unclip.generation import Stack
+from unclip.systems.unclip.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -25,7 +25,7 @@ from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines.commands import call
-from unclip.film import FILM_STRIP
+from unclip.training.film import FILM_STRIP
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -124,9 +124,9 @@ def test_tables_hold_every_row_once_and_embeddings_belong_to_their_rows(finished
     captions = dict(zip(images.column("key").to_pylist(), images.column("caption").to_pylist(), strict=True))
     assert all(captions[row["key"]] == row["caption"] for row in embeddings.select(["key", "caption"]).to_pylist())
 
-    from unclip.clip import Clip
     from unclip.data import vectors
-    from unclip.objectives import load_images
+    from unclip.models.clip import Clip
+    from unclip.systems.unclip.objectives import load_images
 
     clip = Clip.load(made["clip"]["facts"]["model"])
     pictures = dict(zip(images.column("key").to_pylist(), images.column("jpg").to_pylist(), strict=True))
@@ -171,7 +171,7 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
 
 
 def test_the_published_stack_draws_with_both_upsamplers(finished: Path) -> None:
-    from unclip.generation import Stack
+    from unclip.systems.unclip.stack import Stack
 
     stack = Stack.load(records(finished)["publish"]["uri"])
     assert [(each.config.low_res_size, each.config.output_size) for each in stack.upsamplers] == [(16, 32), (32, 64)]

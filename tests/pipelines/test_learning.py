@@ -12,12 +12,13 @@ from benchmarks import ablation
 from pipelines.config import load
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
-from unclip import evaluation, trainer
 from unclip.data import RowReader
-from unclip.decoder import Decoder
-from unclip.diffusion import GaussianDiffusion, VarianceType
-from unclip.generation import Stack, load_model
-from unclip.objectives import DecoderObjective, load_images
+from unclip.diffusion.process import GaussianDiffusion, VarianceType
+from unclip.evaluation import metrics as evaluation
+from unclip.models.decoder import Decoder
+from unclip.systems.unclip.objectives import DecoderObjective, load_images
+from unclip.systems.unclip.stack import Stack, load_model
+from unclip.training import trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

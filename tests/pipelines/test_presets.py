@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from pipelines import config, dag
+from pipelines.commands.train import trained_models
 from pipelines.run import compose
-from pipelines.training import trained_models
 from unclip.config import to_dict
 from unclip.errors import ConfigError
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.unclip import trained_on_workers
-from tests.unclip.trained_on_workers import attempt, losses
+from tests.unclip.training import trained_on_workers
+from tests.unclip.training.trained_on_workers import attempt, losses
 from unclip import files
-from unclip.checkpoints import MANIFEST
+from unclip.training.checkpoints import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, CHECKPOINT, LENGTH = 32, 320, 3200

@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unclip.clip import Clip, ImageEmbeddings
 from unclip.errors import CheckpointError, InputError
 from unclip.interop import folders
 from unclip.interop.folders import TRANSFORMERS_WEIGHTS, Tensors
+from unclip.models.clip import Clip, ImageEmbeddings
 
 GAIN = 2.0**14
 """How much the layer that divides by the norm outweighs the residual. Larger is more exact until float16 overflows."""

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import require
-from unclip.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
-from unclip.diffusion import DiffusionConfig, PredictionType, VarianceType
-from unclip.embeddings import EmbeddingStatistics
+from unclip.diffusion.process import DiffusionConfig, PredictionType, VarianceType
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import folders
 from unclip.interop.folders import DIFFUSERS_WEIGHTS, Tensors
-from unclip.text import CaptionFeatures, ClipText, TextShape
-from unclip.unet import UNet, UNetConfig
-from unclip.upsampler import Upsampler, UpsamplerConfig
+from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
+from unclip.models.embeddings import EmbeddingStatistics
+from unclip.models.text import CaptionFeatures, ClipText, TextShape
+from unclip.models.unet import UNet, UNetConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
 SCHEDULER = "scheduler_config.json"
 

@@ -42,20 +42,20 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from unclip import checkpoints
-from unclip.clip import save_with_config
 from unclip.config import require, to_dict
-from unclip.decoder import NUM_IMAGE_TOKENS, Decoder
-from unclip.diffusion import DiffusionConfig, PredictionType
+from unclip.diffusion.process import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError, InputError
-from unclip.generation import SamplingConfig, Stack, save_stack
 from unclip.interop import clip as clips
 from unclip.interop import decoder as decoders
 from unclip.interop import folders
 from unclip.interop import prior as priors
-from unclip.prior import DiffusionPrior
-from unclip.text import caption_features
-from unclip.upsampler import Upsampler
+from unclip.models.clip import save_with_config
+from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.text import caption_features
+from unclip.models.upsampler import Upsampler
+from unclip.systems.unclip.stack import SamplingConfig, Stack, save_stack
+from unclip.training import checkpoints
 
 Layout = Literal["current", "portable", "hub"]
 """Which versions of diffusers load it; see the module."""

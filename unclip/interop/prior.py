@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.diffusion import DiffusionConfig, PredictionType
+from unclip.diffusion.process import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError
 from unclip.interop import folders
 from unclip.interop.folders import DIFFUSERS_WEIGHTS as WEIGHTS
-from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.text import CaptionFeatures
+from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.text import CaptionFeatures
 
 _PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"}
 

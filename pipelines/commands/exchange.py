@@ -1,0 +1,85 @@
+"""The commands that exchange stacks with diffusers."""
+
+import re
+import time
+from pathlib import Path
+
+import click
+
+from pipelines.options import STORAGE
+from tasks.store import DEFAULT_ROOT
+from unclip.errors import InputError
+
+LAYOUTS = ("current", "portable", "hub")  # those of unclip.interop.pipeline, whose import takes a second
+
+
+@click.command("export")
+@click.argument("folder")
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="current",
+    show_default=True,
+    help="For diffusers 0.38 and later; for any version, with a Python file that 0.38 and later must be told to trust; "
+    "for 0.37 and earlier.",
+)
+@click.option("--image-variation", is_flag=True, help="For UnCLIPImageVariationPipeline: pictures to pictures.")
+@click.option("--upsampler-1024", metavar="MODEL", help="Folder of a second upsampler, to be written beside.")
+@click.option("--model", help="Registered model, name or name@alias.  [default: the one in the storage]")
+@STORAGE
+def export(
+    folder: str, layout: str, image_variation: bool, upsampler_1024: str | None, model: str | None, storage: str | None
+) -> None:
+    """Write the published stack as a FOLDER that diffusers' UnCLIPPipeline loads and draws with."""
+    from pipelines.published import find_stack
+
+    published = find_stack(storage or DEFAULT_ROOT, model)
+
+    from unclip.interop.pipeline import export_stack
+    from unclip.models.upsampler import Upsampler
+    from unclip.systems.unclip.stack import Stack, load_model
+
+    second = None if upsampler_1024 is None else load_model(upsampler_1024)
+    if second is not None and not isinstance(second, Upsampler):
+        raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected an upsampler's model folder.")
+    stack = Stack.load(published)
+    notes = export_stack(stack, folder, layout=layout, image_variation=image_variation, upsampler_1024=second)  # type: ignore[arg-type]
+    for note in notes:
+        click.echo(note)
+    click.echo(folder)
+
+
+@click.command("import")
+@click.argument("folder")
+@click.option("--image-variation", metavar="FOLDER", help="Its pipeline for image variations, for the image encoder.")
+@click.option("--name", default="imported", show_default=True, help="What to call it in the storage.")
+@STORAGE
+def import_(folder: str, image_variation: str | None, name: str, storage: str | None) -> None:
+    """Take over a stack from the FOLDER of a diffusers' UnCLIPPipeline; `unclip sample` draws with it from then on."""
+    from tasks.store import Store
+
+    store = Store(storage or DEFAULT_ROOT)
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise InputError(f"--name: got {name!r}, expected letters, digits, dots, dashes and underscores.")
+    if not store.is_local:
+        raise InputError(f"--storage: got {store.root}, expected a local folder, which `unclip sample` draws from.")
+    if store.exists("published", f"{name}.json") or store.exists("imported", name, "stack.json"):
+        raise InputError(f"--name: {store.root} already has a stack {name!r}. Give another name.")
+    for given in filter(None, (folder, image_variation)):
+        if not Path(given).is_dir():
+            raise InputError(f"{given}: no such folder. Download the pipeline first, for example with git.")
+
+    from unclip.config import fingerprint
+    from unclip.interop.pipeline import import_stack, save_imported
+    from unclip.training import checkpoints
+
+    destination = store.uri("imported", name)
+    imported = import_stack(folder, image_variation=image_variation)
+    save_imported(imported, destination)
+    parts = ("prior", "decoder", *(upsampler.config.name for upsampler in imported.stack.upsamplers))
+    digest = fingerprint([checkpoints.digest(f"{destination}/{part}") for part in parts])
+    store.write_json({"stack": destination, "digest": digest, "at": time.time()}, "published", f"{name}.json")
+    click.echo(destination)
+
+
+COMMANDS = (export, import_)

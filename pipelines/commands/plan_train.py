@@ -1,0 +1,97 @@
+"""The command that says what training a preset takes, before a GPU is rented."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import click
+
+from unclip.config import require
+
+if TYPE_CHECKING:
+    from unclip.training.memory import ModelMemory, Training
+    from unclip.training.parallel import Parallel
+
+HEADINGS = ("weights", "gradients", "moments", "average", "exchange", "activations", "checkpointed")
+
+
+@click.command("plan train")
+@click.option("--preset", required=True, metavar="NAME", help="Sizes of the models: demo, small, base or dalle2.")
+@click.option("--gpus", default=1, show_default=True, help="GPUs that train one model together.")
+@click.option("--memory-gib", default=80.0, show_default=True, help="Memory of each GPU, GiB.")
+@click.option("--micro-batch-size", default=1, show_default=True, help="Samples whose activations the table shows.")
+def plan_train(preset: str, gpus: int, memory_gib: float, micro_batch_size: int) -> None:
+    """Print what training the models of a preset takes of each GPU, and what fits; needs no GPU, starts nothing.
+
+    Columns are GiB on each GPU, with weights in float32 and bf16 autocast: weights, gradients, Adam's two moments, the moving
+    average, what DDP or FSDP need to exchange, and the activations of one micro-batch, all kept or with activation
+    checkpointing. GFLOP are those of training on one sample.
+    """
+    require(gpus >= 1, "--gpus", gpus, "at least 1")
+    require(memory_gib > 0, "--memory-gib", memory_gib, "a positive number")
+    require(micro_batch_size >= 1, "--micro-batch-size", micro_batch_size, "at least 1")
+    from unclip.training import memory
+
+    plan = memory.plan(preset)
+    width = max(len(model.name) for model in plan)
+    headings = "  ".join(HEADINGS)
+    click.echo(f"{'':<{width}}{'parameters':>15}  GFLOP/sample  parallel  {headings}")
+    for model in plan:
+        parallel = _parallel(model, gpus, memory_gib)
+        states = model.states(memory.Training(gpus, parallel))
+        activations = [model.activations.at(micro_batch_size, checkpointing) for checkpointing in (False, True)]
+        sizes = (states.weights, states.gradients, states.moments, states.average, states.exchange, *activations)
+        cells = "  ".join(f"{size / memory.GIB:>{len(name)}.3f}" for name, size in zip(HEADINGS, sizes, strict=True))
+        shown = parallel if gpus > 1 else "-"
+        gigaflops = model.flops_per_sample / 1e9
+        click.echo(f"{model.name:<{width}}{model.parameters:>15,}{gigaflops:>14,.1f}  {shown:<8}  {cells}")
+    click.echo()
+    machine = f"{gpus} {'GPU' if gpus == 1 else 'GPUs'} of {memory_gib:g} GiB"
+    sentences = [f"{model.name}: {machine}: {_what_fits(model, gpus, memory_gib)}" for model in plan]
+    click.echo("\n".join(sentences))
+    click.echo()
+    if any("(" in sentence for sentence in sentences):
+        click.echo("In brackets: where a step adds up several micro-batches, for which FSDP keeps whole gradients.")
+    click.echo(
+        f"{memory.RESERVE:.0%} of each GPU is left for what is not counted: the CUDA context, fragmentation, workspaces, "
+        "buffers, the batch and a frozen CLIP."
+    )
+
+
+def _parallel(model: "ModelMemory", gpus: int, memory_gib: float) -> "Parallel":
+    """DDP where it fits."""
+    from unclip.training.memory import Training
+
+    return "ddp" if model.largest_micro_batch(Training(gpus, "ddp", checkpointing=True), memory_gib) else "fsdp"
+
+
+def _what_fits(model: "ModelMemory", gpus: int, memory_gib: float) -> str:
+    from unclip.training.memory import GIB, RESERVE, Training
+
+    options: tuple[Parallel, ...] = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
+    found = []
+    for parallel in options:
+        kept, checkpointed = (_largest(model, Training(gpus, parallel, each), memory_gib) for each in (False, True))
+        name = f"{parallel.upper()}, " if gpus > 1 else ""
+        if kept:
+            found.append(f"{name}micro-batch {kept}; with activation checkpointing {checkpointed}")
+        elif checkpointed:
+            found.append(f"{name}with activation checkpointing alone, micro-batch {checkpointed}")
+    if found:
+        return ". ".join(found) + "."
+    least = model.at(1, Training(gpus, options[-1], checkpointing=True)) / GIB
+    return f"nothing fits: one sample takes {least:.1f} GiB of {memory_gib * (1 - RESERVE):.1f}."
+
+
+def _largest(model: "ModelMemory", training: "Training", memory_gib: float) -> str:
+    """The largest micro-batch as text, "" for none; in brackets that of several."""
+    from unclip.training.memory import MOST_SAMPLES
+
+    several = dataclasses.replace(training, accumulates=True)
+    alone, added = (model.largest_micro_batch(each, memory_gib) for each in (training, several))
+    texts = [f"{number:,}" + " or more" * (number == MOST_SAMPLES) for number in (alone, added)]
+    if not alone:
+        return ""
+    return texts[0] if alone == added else f"{texts[0]} ({texts[1]})"
+
+
+COMMANDS = (plan_train,)

@@ -1,0 +1,229 @@
+"""Takedown: rows that must go, wherever they are, and must not come back.
+
+What was asked for becomes tombstones, which ingest and download respect from then on. Then the rows are deleted from all
+tables with their bytes, and blanked in lists and reports. The ledger says which dataset versions held them, and through
+MLflow which runs and registered models have seen those.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks import rows, tables
+from tasks.lineage.traces import Traces, redact, remove
+from tasks.store import Store
+from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, load_tombstones, refuse
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tasks.untrusted.normalise import normalise_url
+from unclip import files
+from unclip.errors import InputError
+
+
+def parse(kind: str, value: str) -> Tombstone:
+    """A checked tombstone.
+
+    Raises:
+        InputError: the value is none of its kind.
+    """
+    value = value.strip()
+    url = normalise_url(value) if kind == "url" else None
+    cleaned = {"url": url or "", "domain": value.lower().strip(".")}.get(kind, value.lower())
+    patterns = {"key": r"[0-9a-f]{32}", "sha256": r"[0-9a-f]{64}", "domain": r"(?!-)[^\s/:@*]+", "url": r".+"}
+    if not re.fullmatch(patterns[kind], cleaned):
+        expected = {
+            "key": "32 hex digits, as `unclip data show` prints",
+            "sha256": "64 hex digits, the hash of the picture's file as it was served",
+            "domain": "a host without scheme and port, such as example.com",
+            "url": "an http or https URL",
+        }
+        raise InputError(f"takedown: got {kind} {value!r}, expected {expected[kind]}.")
+    return Tombstone(kind, cleaned)  # type: ignore[arg-type]
+
+
+def parse_file(path: str) -> list[Tombstone]:
+    """Tombstones of a list: a key, URL, domain or sha256 on each line; empty lines and lines after # do not count.
+
+    Raises:
+        InputError: the file cannot be read, or names the line that is none of these.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"takedown: {path} cannot be read: {error}. Name a text file.") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        value = line.strip()
+        if not value or value.startswith("#"):
+            continue
+        lengths = {32: "key", 64: "sha256"}
+        is_hash = bool(re.fullmatch(r"[0-9a-fA-F]+", value))
+        kind = "url" if "://" in value else lengths.get(len(value), "domain") if is_hash else "domain"
+        try:
+            found.append(parse(kind, value))
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """What a takedown came to."""
+
+    requests: tuple[str, ...]
+    keys: tuple[str, ...]
+    """Of all rows that were asked for, and of those with the same picture."""
+    deleted: Mapping[str, int]
+    """Table -> rows that are gone."""
+    datasets: tuple[str, ...]
+    """Digests of the dataset versions that had such a row among what is trained on."""
+    traces: Traces
+    """Runs and registered models that have read those, and previews that showed the rows."""
+
+
+def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = None) -> dict[Tombstone, set[str]]:
+    """Keys of the rows that each tombstone means, in all tables, with their twins: rows with the same picture.
+
+    Args:
+        near: bits in which the perceptual hash of a twin may differ; None takes the same bytes only.
+    """
+    found: dict[Tombstone, set[str]] = {
+        tombstone: {tombstone.value} if tombstone.kind == "key" else set() for tombstone in requested
+    }
+    for uri in image_tables(store):
+        images = tables.read(uri, columns=["key", "url", "sha256", "phash"])
+        listed = [images[name].to_pylist() for name in ("key", "url", "sha256", "phash")]
+        for tombstone, keys in found.items():
+            one = gather([tombstone])
+            hit = {
+                index
+                for index, (key, url, digest, _) in enumerate(zip(*listed, strict=True))
+                if one.has_pair(key, url) or digest in one.sha256s
+            }
+            digests = {listed[2][index] for index in hit} - {None}
+            hit |= {index for index, digest in enumerate(listed[2]) if digest in digests}
+            if near is not None:
+                hit |= _near([value and int(value, 16) for value in listed[3]], hit, near)
+            keys |= {listed[0][index] for index in hit}
+    return found
+
+
+def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uris: Sequence[str]) -> Ledger:
+    """Carry out a takedown; doing it again finishes what was interrupted, or what an MLflow that was down kept from it.
+
+    The caller holds the storage's lock, so that no run reads what is deleted.
+    """
+    found = find_keys(store, requested, near)
+    by_request = _remember(store, requested, found)
+    keys = sorted(set().union(*by_request.values()))
+    deleted = {}
+    tombstones = load_tombstones(store)
+    everything = pa.array(sorted(tombstones.keys), pa.string())
+    for uri in (*image_tables(store), *_tables(store, "embeddings")):
+        deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(uri, everything)
+    _blank_lists(store, tombstones)
+    _redact_reports(store, tombstones.keys)
+    _delete_previews(store, tombstones.keys)
+    datasets = _datasets_with(store, set(keys))
+    traces = remove(store, tracking_uris, tombstones.keys, datasets)
+    requests = tuple(str(tombstone) for tombstone in requested)
+    return Ledger(requests, tuple(keys), deleted, tuple(datasets), traces)
+
+
+def image_tables(store: Store) -> list[str]:
+    """URIs of the tables with pictures, one for each recipe."""
+    return _tables(store, "images")
+
+
+def _remember(
+    store: Store, requested: Iterable[Tombstone], found: Mapping[Tombstone, set[str]]
+) -> dict[Tombstone, set[str]]:
+    """Write the tombstones; returns the keys that each request led to, now or in an earlier attempt."""
+    uri = store.uri("tombstones.parquet")
+    known = tables.read_file(uri).to_pylist() if files.exists(uri) else []
+    entries = {(row["kind"], row["value"], row["request"]) for row in known}
+    for tombstone in requested:
+        entries.add((tombstone.kind, tombstone.value, str(tombstone)))
+        entries |= {("key", key, str(tombstone)) for key in found[tombstone]}
+        entries |= {("sha256", digest, str(tombstone)) for digest in _digests_of(store, found[tombstone])}
+    names = SCHEMA.names
+    ordered = [dict(zip(names, entry, strict=True)) for entry in sorted(entries)]
+    tables.write_file(uri, pa.Table.from_pylist(ordered, schema=SCHEMA))
+    return {
+        tombstone: {value for kind, value, request in entries if kind == "key" and request == str(tombstone)}
+        for tombstone in requested
+    }
+
+
+def _digests_of(store: Store, keys: set[str]) -> set[str]:
+    wanted = pa.array(sorted(keys), pa.string())
+    digests: set[str] = set()
+    for uri in image_tables(store):
+        images = tables.read(uri, columns=["key", "sha256"])
+        digests |= set(images.filter(pc.is_in(images["key"], value_set=wanted))["sha256"].to_pylist())
+    return digests - {None}
+
+
+def _tables(store: Store, kind: str) -> list[str]:
+    uris = [store.uri(kind, name) for name in store.list(kind)]
+    return [uri for uri in uris if tables.version(uri) is not None]
+
+
+def _near(hashes: Sequence[int | None], hit: set[int], distance: int) -> set[int]:
+    known = np.array([value is not None for value in hashes])
+    values = np.array([value or 0 for value in hashes], np.uint64)
+    found: set[int] = set()
+    for index in hit:
+        if known[index]:
+            found |= set(np.flatnonzero(known & (np.bitwise_count(values ^ values[index]) <= distance)).tolist())
+    return found
+
+
+def _blank_lists(store: Store, tombstones: Tombstones) -> None:
+    """The lists that ingest wrote keep their rows, so that positions and balances stay, but not what is in them."""
+    for name in store.list("artifacts", "ingest"):
+        uri = store.uri("artifacts", "ingest", name, "pairs.parquet")
+        if files.exists(uri):
+            pairs = tables.read_file(uri)
+            blanked = refuse(pairs, tombstones)
+            if not blanked.equals(pairs):
+                tables.write_file(uri, blanked)
+
+
+def _redact_reports(store: Store, keys: frozenset[str]) -> None:
+    """Pictures and captions of the rows leave the pages in the storage; traces.remove sees to MLflow's copies."""
+    folders = [("artifacts", "report", name) for name in store.list("artifacts", "report")]
+    folders += [("results", name) for name in store.list("results")]
+    for folder in folders:
+        if store.exists(*folder, "report.html"):
+            page = files.read(store.uri(*folder, "report.html")).decode()
+            if redact(page, keys) != page:
+                files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
+
+
+def _delete_previews(store: Store, keys: frozenset[str]) -> None:
+    """The films of trainings that show one of the rows leave the storage, and those that do not say what they show."""
+    for stage in store.list("artifacts"):
+        for name in store.list("artifacts", stage):
+            folder = store.uri("artifacts", stage, name)
+            if files.exists(f"{folder}/{PREVIEWS}"):
+                is_told = files.exists(f"{folder}/{PREVIEW_KEYS}")
+                if not is_told or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
+                    files.delete(f"{folder}/{PREVIEWS}")
+
+
+def _datasets_with(store: Store, keys: set[str]) -> list[str]:
+    """Digests of the selections that were trained on and kept one of the keys: of CLIP's, and of the snapshots."""
+    wanted, digests = pa.array(sorted(keys), pa.string()), []
+    for stage in ("dedup", "curate"):
+        for name in store.list("stages", stage):
+            record = store.read_json("stages", stage, name)
+            selection = tables.read_file(record["uri"], ["key", "status"])
+            kept = selection.filter(pc.equal(selection["status"], rows.KEPT))
+            if pc.any(pc.is_in(kept["key"], value_set=wanted)).as_py():
+                digests.append(record["digest"])
+    return sorted(set(digests))

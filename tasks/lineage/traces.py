@@ -1,0 +1,179 @@
+"""What MLflow has of rows that were taken down: runs and models that have seen them, pages and previews that show them."""
+
+import dataclasses
+import json
+import tempfile
+import urllib.parse
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.store import Store
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS, answering_client, without_password
+from unclip.errors import StorageError
+
+STAGES_THAT_SHOW_ROWS = ("report", "decoder", "upsampler")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traces:
+    """What was found, in all MLflows together, and what became of it."""
+
+    runs: tuple[Mapping[str, str], ...] = ()
+    """Runs that read dataset versions with such rows: id, name, experiment, tracking_uri."""
+    models: tuple[Mapping[str, str], ...] = ()
+    """Registered models that came out of those: name, version, tracking_uri."""
+    deleted_previews: tuple[str, ...] = ()
+    """Runs whose previews showed such rows, and are gone."""
+    remaining: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Run whose pages or previews may still show such rows -> why they could not be dealt with."""
+    unanswered: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """MLflow that could not be asked -> why. What it knows is missing above."""
+
+
+def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], datasets: Sequence[str]) -> Traces:
+    """Take rows out of report pages, delete the previews that show them, and name and tag runs and models that have seen them.
+
+    Pictures that models drew of captions, such as evaluation grids, are nobody's and stay.
+
+    Args:
+        store: its folder of artifacts is looked through as well, since it may hold runs that MLflow has forgotten.
+        tracking_uris: all MLflows to ask. One that does not answer is named within seconds, and the others are asked.
+        keys: of all rows that were ever taken down.
+        datasets: digests of the dataset versions that had one of the rows that are taken down now.
+    """
+    found: dict[str, list[Any]] = {"runs": [], "models": [], "deleted_previews": []}
+    remaining: dict[str, str] = {}
+    unanswered: dict[str, str] = {}
+    known: set[str] = set()
+
+    def clean(run_id: str, artifact_uri: str, tracking_uri: str | None, has_seen: bool) -> None:
+        known.add(run_id)
+        try:
+            if _clean(_artifacts(store, run_id, artifact_uri, tracking_uri), keys, has_seen):
+                found["deleted_previews"].append(run_id)
+        except Exception as error:  # whatever one store of artifacts does, the others are gone through
+            remaining[run_id] = _first_line(error)
+
+    for tracking_uri in tracking_uris:
+        shown_uri = without_password(tracking_uri)
+        try:
+            mlflow = answering_client(tracking_uri)
+            experiments = _experiments(mlflow)
+            readers = set()
+            for run in _readers(mlflow, experiments, datasets):
+                readers.add(run.info.run_id)
+                name = run.info.run_name or run.info.run_id
+                facts = {"id": run.info.run_id, "name": name, "experiment": experiments[run.info.experiment_id]}
+                found["runs"].append({**facts, "tracking_uri": shown_uri})
+                for name, version in _mark(mlflow, run):
+                    found["models"].append({"name": name, "version": version, "tracking_uri": shown_uri})
+            for run in _showing(mlflow, experiments):
+                clean(run.info.run_id, run.info.artifact_uri, tracking_uri, run.info.run_id in readers)
+        except Exception as error:  # whatever one server does, the others are asked
+            unanswered[shown_uri] = _first_line(error)
+    for run_id in store.list("mlflow-artifacts") if store.is_local else ():
+        if run_id not in known:
+            clean(run_id, "", None, False)
+    lists = {name: tuple(values) for name, values in found.items()}
+    return Traces(**lists, remaining=remaining, unanswered=unanswered)
+
+
+def _experiments(mlflow: Any) -> dict[str, str]:
+    """Id -> name; what people deleted in MLflow keeps its artifacts, so it counts."""
+    from mlflow.entities import ViewType
+
+    return {found.experiment_id: found.name for found in _pages(mlflow.search_experiments, view_type=ViewType.ALL)}
+
+
+def _readers(mlflow: Any, experiments: Collection[str], datasets: Iterable[str]) -> Iterator[Any]:
+    """Runs whose dataset input is one of these."""
+    for digest in datasets:
+        yield from _search(mlflow, experiments, f"dataset.digest = '{digest[:36]}'")
+
+
+def _showing(mlflow: Any, experiments: Collection[str]) -> Iterator[Any]:
+    """Runs of stages that show rows as they are."""
+    for stage in STAGES_THAT_SHOW_ROWS:
+        yield from _search(mlflow, experiments, f"tags.`unclip.stage` LIKE '{stage}%'")  # upsampler-256
+
+
+def _mark(mlflow: Any, run: Any) -> Iterator[tuple[str, str]]:
+    """Tag a run that has seen rows, and the model versions that it registered: yields their names and versions."""
+    if run.info.lifecycle_stage == "active":
+        mlflow.set_tag(run.info.run_id, "unclip.takedown", "has seen rows that were taken down")
+    for version in _pages(mlflow.search_model_versions, f"run_id = '{run.info.run_id}'"):
+        mlflow.set_model_version_tag(version.name, str(version.version), "unclip.takedown", "has seen such rows")
+        yield version.name, str(version.version)
+
+
+def _artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: str | None) -> Any:
+    """The artifacts of a run, also where the storage was moved since.
+
+    Raises:
+        StorageError: they are in a folder of another machine.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    if store.is_local and store.exists("mlflow-artifacts", run_id):
+        artifact_uri = store.uri("mlflow-artifacts", run_id, "artifacts")
+    location = urllib.parse.urlsplit(artifact_uri)
+    if location.scheme in ("", "file") and not Path(urllib.parse.unquote(location.path)).parents[1].exists():
+        raise StorageError(f"its artifacts are in {location.path}, which is not on this machine")
+    return get_artifact_repository(artifact_uri, tracking_uri)
+
+
+def _clean(artifacts: Any, keys: frozenset[str], has_seen: bool) -> bool:
+    """Redact a run's report page, and delete its previews when they show one of the rows; returns whether they did.
+
+    Args:
+        has_seen: whether the run read such rows: decides about previews that do not say what they show.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if any(file.path == "report.html" for file in artifacts.list_artifacts()):
+            path = Path(artifacts.download_artifacts("report.html", scratch))
+            page = path.read_text()
+            if redact(page, keys) != page:
+                path.write_text(redact(page, keys))
+                artifacts.log_artifact(str(path))
+        files = {file.path for file in artifacts.list_artifacts(PREVIEWS)}
+        if PREVIEW_KEYS in files:
+            shown = json.loads(Path(artifacts.download_artifacts(PREVIEW_KEYS, scratch)).read_text())
+            show_rows = not keys.isdisjoint(shown)
+        else:
+            show_rows = bool(files) and has_seen
+    if show_rows:
+        artifacts.delete_artifacts(PREVIEWS)
+        if artifacts.list_artifacts(PREVIEWS):
+            raise StorageError("its previews are still there after they were deleted")
+    return show_rows
+
+
+def _search(mlflow: Any, experiments: Collection[str], query: str) -> Iterator[Any]:
+    from mlflow.entities import ViewType
+
+    if experiments:
+        yield from _pages(mlflow.search_runs, list(experiments), query, run_view_type=ViewType.ALL)
+
+
+def _pages(search: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(*arguments, **options, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def redact(page: str, keys: frozenset[str]) -> str:
+    """The page without the pictures and captions of some rows."""
+    parts = page.split("<figure data-key=")
+    for number, part in enumerate(parts[1:], start=1):
+        if part[1:33] in keys:
+            parts[number] = f'"">taken down</figure>{part.partition("</figure>")[2]}'
+    return "<figure data-key=".join(parts)

@@ -1,0 +1,84 @@
+"""Stage `clip`: the frozen CLIP that all embeddings come from, loaded as given, or trained on the pairs where none is."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from tasks.snapshots import kept_keys
+from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.training import Training, run_training
+from unclip import files
+from unclip.config import require
+from unclip.data import Source
+from unclip.errors import ConfigError
+from unclip.models.clip import Clip, check_name
+from unclip.training import checkpoints
+from unclip.training.trainer import TrainerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    model: str = "ViT-L-14"
+    """Any open_clip model: a name, "hf-hub:org/name" or "local-dir:/folder"."""
+    pretrained: str | None = "openai"
+    """Tag or weights file for a model given by name; None trains the model from scratch on the pairs."""
+    trainer: TrainerConfig = TrainerConfig()
+    """How it is trained, when it is."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model", self.model, "the name of an open_clip model")
+        try:
+            check_name(self.model, self.pretrained)
+        except ConfigError as error:
+            raise ConfigError(str(error).removeprefix("clip.")) from None
+
+    @property
+    def is_trained_here(self) -> bool:
+        return self.pretrained is None and ":" not in self.model
+
+
+@stage("clip", version=1)
+def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
+    """Load a pretrained CLIP, or train one on the kept pairs, and freeze it."""
+    if not config.is_trained_here:
+        digest = _weights_digest(Clip.load(config.model, config.pretrained))
+        return Output(config.model, digest, {"model": config.model, "pretrained": config.pretrained})
+
+    from tasks import tables
+    from unclip.systems.unclip.objectives import ClipObjective
+
+    context.tracker.dataset(context.run.pipeline, dedup.digest, dedup.uri, {"rows": dedup.facts["rows"]})
+    images, version = dedup.facts["images"], dedup.facts["images_version"]
+    name, selection = config.model, dedup.uri
+    training = Training(
+        build=lambda workers: ClipObjective(name, workers.rank, workers.world_size),
+        sources=(Source(tuple(tables.files(images, version)), ClipObjective.columns),),
+        keys=lambda: kept_keys(selection, "train"),
+        config=config.trainer,
+    )
+    trained, digest = run_training(context, training)
+    folder = f"{context.folder}/open_clip"
+    _save_as_open_clip(context.scratch, trained, name, folder)
+    return Output(folder, digest, {"model": f"local-dir:{folder}", "pretrained": None, "architecture": name})
+
+
+def _save_as_open_clip(scratch: Path, trained: str, name: str, folder: str) -> None:
+    """Turn the trainer's model into a folder as open_clip itself writes and reads it."""
+    from unclip.models import clip as clip_models
+
+    model = clip_models.create(name, None)
+    model.load_state_dict(checkpoints.load(trained)[0]["model"])
+    clip_models.save(model, name, scratch / "open_clip")
+    for path in sorted((scratch / "open_clip").iterdir()):
+        files.write(f"{folder}/{path.name}", path.read_bytes())
+
+
+def _weights_digest(model: Any) -> str:
+    """sha256 over the names and bytes of all weights."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

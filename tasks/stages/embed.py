@@ -1,0 +1,229 @@
+"""Stage `embed`: CLIP embeddings of every kept pair, one table for each CLIP."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tasks import tables
+from tasks.snapshots import kept_keys
+from tasks.stage import Artifact, Output, StageContext, stage
+from unclip import files
+from unclip.config import fingerprint, require
+from unclip.errors import InputError, StageError
+from unclip.models.clip import Clip
+from unclip.training.precision import Precision, autocast
+
+SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "caption": pa.string(),
+        "image_embedding": pa.list_(pa.float32()),
+        "text_embedding": pa.list_(pa.float32()),
+        "clip_score": pa.float32(),
+        "tokens": pa.list_(pa.int32()),
+    }
+)
+"""One row per kept pair; embeddings have unit norm, clip_score is their dot product, tokens are the text encoder's input,
+padded with zeros to its length."""
+
+BATCHES_AHEAD = 2  # decoded while one is computed
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedConfig:
+    batch_size: int = 64
+    """Pairs in one forward pass; the last batch is padded to it, so that every pair is computed in the same way."""
+    precision: Precision = "fp32"
+    """Arithmetic of the forward pass."""
+    shard_size: int = 2000
+    """Pairs in one Parquet file, the unit that is redone after a crash."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+
+
+@stage("embed", version=2)
+def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Artifact) -> Output:
+    """Embed the kept pairs that have no embedding of this CLIP yet."""
+    table = context.store.uri("embeddings", fingerprint(clip.digest, config.precision)[:16])
+    keys = kept_keys(dedup.uri)
+    images = tuple(tables.files(dedup.facts["images"], dedup.facts["images_version"]))
+    known = tables.version(table)
+    have = set() if known is None else set(tables.read(table, known, ["key"]).column("key").to_pylist())
+    todo = [key for key in keys if key not in have]
+    if todo:
+        _embed_rows(context, config, clip, images, todo, table)
+    version = tables.version(table)
+    if version is None:
+        raise InputError("embed: no pair is kept, so there is nothing to embed. Loosen the filters, or add URLs.")
+
+    rows = tables.read(table, version, columns=["key", "caption", "image_embedding", "clip_score"])
+    wanted = rows.filter(pa.compute.is_in(rows.column("key"), value_set=pa.array(keys, pa.string())))
+    if wanted.column("key").to_pylist() != keys:
+        raise StageError(
+            f"embed: {table} holds {wanted.num_rows} of {len(keys)} kept pairs, or some twice. Remove the table and rerun."
+        )
+    context.tracker.metrics({"pairs": len(keys), "embedded_now": len(todo)})
+    facts = {**dedup.facts, "selection": dedup.uri, "embedded_now": len(todo)}
+    facts |= {"embeddings": table, "embeddings_version": version}
+    return Output(table, fingerprint(dedup.digest, tables.content_digest(wanted)), facts)
+
+
+def _embed_rows(
+    context: StageContext,
+    config: EmbedConfig,
+    clip: Artifact,
+    images: Sequence[str],
+    keys: Sequence[str],
+    table: str,
+) -> None:
+    """Embed in actors, shard by shard, and commit all shards at once; finished shards of an earlier attempt are kept."""
+    resources = context.resources
+    shards = [list(keys[start : start + config.shard_size]) for start in range(0, len(keys), config.shard_size)]
+    num_actors = max(1, min(resources.num_workers, len(shards)))
+    actor_options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
+    actors = [
+        Embedder.options(**actor_options, max_task_retries=3).remote(
+            clip, config, images, table, resources.cpus_per_worker
+        )
+        for _ in range(num_actors)
+    ]
+    parts = []
+    progress = context.progress(len(keys), "pairs").start()
+    for part in ray.util.ActorPool(actors).map(lambda actor, shard: actor.embed.remote(shard), shards):
+        parts.append(part)
+        progress.update(part.rows)
+    tables.append_files(table, parts, SCHEMA)
+
+
+@ray.remote
+class Embedder:
+    """Holds one CLIP; embeds one shard a call."""
+
+    def __init__(
+        self, clip: Artifact, config: EmbedConfig, images: Sequence[str], table: str, num_threads: int
+    ) -> None:
+        torch.set_num_threads(num_threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.clip = Clip.load(clip.facts["model"], clip.facts["pretrained"]).to(self.device)
+        self.preprocess = Preprocess(self.clip.preprocess)
+        self.config, self.images, self.table, self.num_threads = config, images, table, num_threads
+
+    def embed(self, keys: list[str]) -> Any:
+        """Write one part file with a row for each key, in order; returns its description."""
+        rows = self._read(keys)
+        size = self.config.batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        pairs = zip(batches, self._decode_ahead(batches), strict=True)
+        embedded = [self._embed_batch(batch, pictures) for batch, pictures in pairs]
+        image_array, text_array, tokens = (np.concatenate(arrays) for arrays in zip(*embedded, strict=True))
+        if not len(rows) == len(image_array) == len(text_array) or [row["key"] for row in rows] != keys:
+            raise StageError(f"embed: got {len(image_array)} embeddings for {len(keys)} pairs; nothing was written.")
+        part = pa.table(
+            {
+                "key": keys,
+                "caption": [row["caption"] for row in rows],
+                "image_embedding": list(image_array),
+                "text_embedding": list(text_array),
+                "clip_score": (image_array * text_array).sum(axis=1),
+                "tokens": list(tokens),
+            },
+            schema=SCHEMA,
+        )
+        return tables.write_part(self.table, fingerprint(keys, self.config.precision), part)
+
+    def _decode_ahead(self, batches: Sequence[list[dict[str, Any]]]) -> Iterator[list[np.ndarray]]:
+        """Pictures of each batch, decoded in threads while the batches before it are computed."""
+        with concurrent.futures.ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
+            waiting: collections.deque[Iterator[np.ndarray]] = collections.deque()
+            for batch in batches:
+                waiting.append(pool.map(self.preprocess.decode, [row["jpg"] for row in batch]))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield list(waiting.popleft())
+            while waiting:
+                yield list(waiting.popleft())
+
+    @torch.no_grad()
+    def _embed_batch(self, rows: list[dict[str, Any]], pictures: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+        """Image embeddings [N, E], text embeddings [N, E] and tokens [N, L] of N rows."""
+        count = len(rows)
+        padding = self.config.batch_size - count
+        pixels = self.preprocess.standardize(pictures + pictures[-1:] * padding, self.device)
+        tokens = self.clip.tokenize([row["caption"] for row in rows + rows[-1:] * padding])
+        with autocast(self.config.precision, self.device):
+            image_embedding = self.clip.embed_images(pixels)
+            text_embedding = self.clip.encode_text(tokens.to(self.device)).text_embedding
+        return tuple(tensor[:count].cpu().numpy() for tensor in (image_embedding, text_embedding, tokens.int()))
+
+    def _read(self, keys: list[str]) -> list[dict[str, Any]]:
+        found = {row["key"]: row for row in _rows_of(self.images, keys)}
+        missing = [key for key in keys if key not in found]
+        if missing:
+            raise StageError(f"embed: {len(missing)} pictures are missing from the images table, such as {missing[0]}.")
+        return [found[key] for key in keys]
+
+
+class Preprocess:
+    """open_clip's preprocessing in two halves: picture by picture in any thread, then batch by batch on the model's device.
+
+    What comes out is what `open_clip` makes of each picture, to the last bit.
+
+    Letters: B batch, S side of CLIP's input.
+    """
+
+    def __init__(self, whole: Any) -> None:
+        """Args:
+            whole: the transform of an open_clip model; it ends with a `ToTensor` and a `Normalize`.
+
+        Raises:
+            StageError: it ends otherwise.
+        """
+        from torchvision.transforms import Compose, Normalize, ToTensor
+
+        *steps, to_tensor, self._normalize = whole.transforms
+        if not isinstance(to_tensor, ToTensor) or not isinstance(self._normalize, Normalize):
+            raise StageError(
+                f"embed: got a preprocessing {whole}, expected one that ends with Normalize. Install an open_clip of 3.x."
+            )
+        self._resize = Compose(steps)
+
+    def decode(self, jpg: bytes) -> np.ndarray:
+        """uint8 [S, S, 3]."""
+        return np.asarray(self._resize(Image.open(io.BytesIO(jpg), formats=["JPEG"])))
+
+    def standardize(self, pictures: Sequence[np.ndarray], device: torch.device) -> Tensor:
+        """float32 [B, 3, S, S] on the device; the bytes travel, a quarter of the floats."""
+        levels = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2)
+        pixels = levels.to(torch.float32, memory_format=torch.contiguous_format)
+        # Divided by tensors: by a Python number, GPUs multiply with its rounded inverse.
+        most, mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+            for values in ([255.0], self._normalize.mean, self._normalize.std)
+        )
+        return pixels.div_(most).sub_(mean).div_(std)
+
+
+def _rows_of(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Key, caption and jpg of some rows, from the files that hold them."""
+    key = pa.compute.field("key")
+    # The bounds let the reader skip row groups by their statistics; by the set alone it reads every picture there is.
+    wanted = (key >= min(keys)) & (key <= max(keys)) & key.isin(pa.array(keys))
+    for uri in uris:
+        filesystem, path = files.locate(uri)
+        read = functools.partial(
+            pq.read_table, path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=wanted
+        )
+        yield from files.patiently(uri, read).to_pylist()

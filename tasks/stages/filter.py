@@ -1,0 +1,390 @@
+"""Filter: which pairs are worth training on, and allowed; every input row gets a status and a reason.
+
+A filter is a function that says which of the rows it is given are to be dropped, and the reason for it. `FILTERS` has them in
+their order; a row gets the first reason that applies, and later filters do not see it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks import rows, tables
+from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
+from unclip import files
+from unclip.config import fingerprint, nearest, require
+from unclip.errors import ConfigError, InputError
+
+LISTS = ("blocked_words", "blocked_domains", "blocked_hashes")
+MIN_WORDS_FOR_LANGUAGE = 4  # with fewer, the guess is too often wrong
+# Written without spaces: each character counts as a word.
+_UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    min_side: int = 32
+    """Pixels of the original's smaller side."""
+    max_aspect_ratio: float = 3.0
+    """Longer side of the original divided by the shorter."""
+    min_caption_words: int = 2
+    """Words between spaces."""
+    max_caption_words: int = 60
+    """Words between spaces; CLIP reads about 60."""
+    min_caption_characters: int = 1
+    """Characters, spaces included."""
+    max_caption_characters: int = MAX_CAPTION_CHARACTERS
+    """Characters, spaces included."""
+    languages: tuple[str, ...] = ()
+    """ISO 639 codes of the languages that captions may be in, such as "en"; none is all. Captions under 4 words pass."""
+    max_caption_repeats: int | None = None
+    """Rows of the list that may share a caption, not counting case and digits; None is any number."""
+    blocked_words: str | None = None
+    """File of words and phrases, one in a line, that no caption may have: whole words, in any case."""
+    blocked_domains: str | None = None
+    """File of domains, one in a line: their hosts, and all hosts below them, are blocked. ".io" blocks what ends in it."""
+    blocked_hashes: str | None = None
+    """File of pictures, one in a line: the sha256 of the file that the server sent, or a perceptual hash (16 hex digits)."""
+    digest: str | None = None
+    """sha256 of the list files' bytes, filled in by the pipeline so that a changed file is a new run; None is unchecked."""
+
+    def __post_init__(self) -> None:
+        require(self.min_side >= 1, "min_side", self.min_side, "at least 1")
+        require(self.max_aspect_ratio >= 1, "max_aspect_ratio", self.max_aspect_ratio, "at least 1")
+        for unit in ("words", "characters"):
+            least, most = getattr(self, f"min_caption_{unit}"), getattr(self, f"max_caption_{unit}")
+            require(least >= 1, f"min_caption_{unit}", least, "at least 1")
+            require(most >= least, f"max_caption_{unit}", most, f"at least min_caption_{unit}")
+        for code in self.languages:
+            require(re.fullmatch("[a-z]{2,3}", code) is not None, "languages", code, "ISO 639 codes such as 'en'")
+        repeats = self.max_caption_repeats
+        require(repeats is None or repeats >= 1, "max_caption_repeats", repeats, "at least 1, or none")
+        for name in LISTS:
+            require(getattr(self, name) != "", name, "", "a file, or none")
+
+    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+        """Smallest and largest value that is kept, for each measure that has limits."""
+        return {
+            "shorter_side": (self.min_side, None),
+            "aspect_ratio": (None, self.max_aspect_ratio),
+            "caption_words": (self.min_caption_words, self.max_caption_words),
+            "caption_characters": (self.min_caption_characters, self.max_caption_characters),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """One reason to drop rows."""
+
+    reason: str
+    """See `tasks.rows`."""
+    drops: Callable[[pa.Table, FilterConfig], Any]
+    """Of rows as `judge` describes them: booleans, null for no; None when the settings turn this filter off."""
+
+
+@stage("filter", version=2)
+def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:
+    """Drop pairs whose picture is too small or too long, whose caption is no use, and what is on a block list."""
+    if config.digest and check_settings(config) != config.digest:
+        raise InputError("filter: a block list changed since this run was planned. Run the same command again.")
+    facts = download.facts
+    pairs = tables.read_file(facts["pairs"])
+    columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash"]
+    images = tables.read(facts["images"], facts["images_version"], columns)
+    selection = judge(pairs, images, config)
+    counts = rows.count(selection)
+    if not counts["rows"][rows.KEPT]:
+        raise InputError(
+            f"filter: none of {selection.num_rows:,} rows is kept ({rows.top_reasons(counts)}). "
+            f"Check the list of URLs, or loosen the settings of [filter]."
+        )
+    uri = f"{context.folder}/selection.parquet"
+    tables.write_file(uri, selection)
+    context.tracker.metrics(counts["rows"])
+    digest = fingerprint(tables.content_digest(selection.drop_columns("position")), download.digest)
+    passed_on = {name: facts[name] for name in facts if name.startswith("images") or name == "pairs"}
+    return Output(uri, digest, {**counts, **passed_on})
+
+
+def check_settings(config: FilterConfig) -> str | None:
+    """Check what the settings name: the languages, and every line of the list files.
+
+    Returns:
+        sha256 over the list files; None without any.
+
+    Raises:
+        ConfigError: a language that cannot be told.
+        InputError: a list file that is missing, empty or damaged; names the line.
+    """
+    if config.languages:
+        _check_languages(config.languages)
+    digest, any_list = hashlib.sha256(), False
+    for name, parse in (("blocked_words", _phrase), ("blocked_domains", _domain), ("blocked_hashes", _hash)):
+        path = getattr(config, name)
+        if path is not None:
+            any_list = True
+            _entries(name, path, parse)
+            digest.update(f"{name}\0".encode() + hashlib.sha256(_read(name, path)).digest())
+    return digest.hexdigest() if any_list else None
+
+
+def judge(pairs: pa.Table, images: pa.Table, config: FilterConfig) -> pa.Table:
+    """One row (key, position, status, reason) for every row of the list, sorted by key, then position.
+
+    Args:
+        pairs: what ingest made: key, position, url, caption, status, reason, expected_sha256.
+        images: what download made: key, status, reason, original_width, original_height, sha256, phash.
+    """
+    found = images.rename_columns({"status": "image_status", "reason": "image_reason"})
+    table = pairs.append_column("repeats", _repeats(pairs, config)).join(found, "key", join_type="left outer")
+    table = table.sort_by([("key", "ascending"), ("position", "ascending")])
+    missing = pc.and_(pc.equal(table["status"], rows.KEPT), pc.not_equal(table["image_status"], "ok"))
+    missing = pc.fill_null(missing, False)
+    # A list may learn a picture's hash after it was fetched.
+    other = pc.and_(pc.equal(table["status"], rows.KEPT), pc.not_equal(table["sha256"], table["expected_sha256"]))
+    other = pc.fill_null(other, False)
+    status = pc.if_else(pc.or_(missing, other), rows.FAILED, table["status"])
+    reason = pc.if_else(missing, table["image_reason"], pc.if_else(other, "hash_mismatch", table["reason"]))
+
+    places = np.flatnonzero(pc.equal(status, rows.KEPT).to_numpy())
+    remaining = table.take(places)
+    verdicts = np.full(table.num_rows, -1)  # index of the filter that drops the row
+    for index, each in enumerate(FILTERS):
+        hits = each.drops(remaining, config)
+        if hits is not None:
+            hit = np.asarray(pc.fill_null(hits, False), bool)
+            verdicts[places[hit]] = index
+            places, remaining = places[~hit], remaining.filter(pa.array(~hit))
+    reasons = pa.array([each.reason for each in FILTERS])
+    dropped = pa.array(verdicts >= 0)
+    status = pc.if_else(dropped, rows.DROPPED, status)
+    reason = pc.if_else(dropped, reasons.take(pa.array(verdicts.clip(0))), reason)
+    return pa.table({"key": table["key"], "position": table["position"], "status": status, "reason": reason})
+
+
+def _too_small(table: pa.Table, config: FilterConfig) -> Any:
+    return pc.less(pc.min_element_wise(table["original_width"], table["original_height"]), config.min_side)
+
+
+def _bad_aspect(table: pa.Table, config: FilterConfig) -> Any:
+    width, height = (table[name].cast("double") for name in ("original_width", "original_height"))
+    ratio = pc.divide(pc.max_element_wise(width, height), pc.min_element_wise(width, height))
+    return pc.greater(ratio, config.max_aspect_ratio)
+
+
+def _caption_too_short(table: pa.Table, config: FilterConfig) -> Any:
+    return pc.less(_count_words(table), config.min_caption_words)
+
+
+def _caption_too_long(table: pa.Table, config: FilterConfig) -> Any:
+    return pc.greater(_count_words(table), config.max_caption_words)
+
+
+def _too_few_characters(table: pa.Table, config: FilterConfig) -> Any:
+    return pc.less(pc.utf8_length(table["caption"]), config.min_caption_characters)
+
+
+def _too_many_characters(table: pa.Table, config: FilterConfig) -> Any:
+    return pc.greater(pc.utf8_length(table["caption"]), config.max_caption_characters)
+
+
+def _boilerplate(table: pa.Table, config: FilterConfig) -> Any:
+    if config.max_caption_repeats is None:
+        return None
+    return pc.greater(table["repeats"], config.max_caption_repeats)
+
+
+def _blocked_word(table: pa.Table, config: FilterConfig) -> Any:
+    """Captions and phrases are compared as sequences of words, by their letters and digits alone."""
+    if config.blocked_words is None:
+        return None
+    phrases = _entries("blocked_words", config.blocked_words, _phrase)
+    words = _words(table["caption"])
+    spoken, places = pc.list_flatten(words), pc.list_parent_indices(words).to_numpy()
+    hit = np.zeros(table.num_rows, bool)
+    for length in {phrase.count(" ") + 1 for phrase in phrases}:
+        starts = max(0, len(spoken) - length + 1)
+        runs = [spoken.slice(offset, starts) for offset in range(length)]
+        spoken_here = pc.is_in(pc.binary_join_element_wise(*runs, " "), value_set=pa.array(phrases, pa.string()))
+        ends = places[length - 1 : length - 1 + starts]
+        hit[ends[spoken_here.to_numpy(zero_copy_only=False) & (places[:starts] == ends)]] = True
+    return pa.array(hit)
+
+
+def _other_language(table: pa.Table, config: FilterConfig) -> Any:
+    if not config.languages:
+        return None
+    long_enough = pc.greater_equal(pc.list_value_length(_words(table["caption"])), MIN_WORDS_FOR_LANGUAGE)
+    captions = pc.if_else(long_enough, table["caption"], None).combine_chunks().dictionary_encode()
+    classify = _identifier().classify
+    other = [classify(caption)[0] not in config.languages for caption in captions.dictionary.to_pylist()]
+    return pa.array(other, pa.bool_()).take(captions.indices)
+
+
+def _blocked_domain(table: pa.Table, config: FilterConfig) -> Any:
+    if config.blocked_domains is None:
+        return None
+    blocked = set(_entries("blocked_domains", config.blocked_domains, _domain))
+    authority = pc.struct_field(pc.extract_regex(table["url"], r"^[a-z]+://(?P<host>\[[^\]]*\]|[^/:?#]*)"), "host")
+    hosts = authority.combine_chunks().dictionary_encode()
+    hit = [_is_below(_ascii_host(host), blocked) for host in hosts.dictionary.to_pylist()]
+    return pa.array(hit, pa.bool_()).take(hosts.indices)
+
+
+def _blocked_hash(table: pa.Table, config: FilterConfig) -> Any:
+    if config.blocked_hashes is None:
+        return None
+    hashes = pa.array(_entries("blocked_hashes", config.blocked_hashes, _hash), pa.string())
+    return pc.or_(*(pc.is_in(table[name], value_set=hashes) for name in ("sha256", "phash")))
+
+
+FILTERS = (
+    Filter("blocked_hash", _blocked_hash),
+    Filter("blocked_domain", _blocked_domain),
+    Filter("too_small", _too_small),
+    Filter("bad_aspect", _bad_aspect),
+    Filter("caption_too_short", _caption_too_short),
+    Filter("caption_too_long", _caption_too_long),
+    Filter("caption_too_few_characters", _too_few_characters),
+    Filter("caption_too_many_characters", _too_many_characters),
+    Filter("blocked_word", _blocked_word),
+    Filter("boilerplate", _boilerplate),
+    Filter("other_language", _other_language),  # last: it takes 40 microseconds for a caption
+)
+"""In the order of their reasons: what must not be used for anything first, then the cheap ones."""
+
+
+def _count_words(table: pa.Table) -> Any:
+    return pc.list_value_length(pc.utf8_split_whitespace(table["caption"]))
+
+
+def _words(captions: pa.ChunkedArray) -> pa.ListArray:
+    """Lower-case words of each caption: runs of letters, marks and digits, or single characters of unspaced scripts."""
+    text = pc.replace_substring_regex(pc.utf8_lower(captions), _UNSPACED, r" \1 ")
+    text = pc.utf8_trim_whitespace(pc.replace_substring_regex(text, r"[^\pL\pM\pN]+", " "))
+    words = pc.split_pattern(pc.if_else(pc.equal(text, ""), None, text), " ")
+    return words.combine_chunks() if isinstance(words, pa.ChunkedArray) else words
+
+
+def _repeats(pairs: pa.Table, config: FilterConfig) -> pa.Array:
+    """How many rows of the list have each row's caption, but for case and digits; over all rows, whatever became of them.
+
+    So the count of a caption does not change when a link breaks.
+    """
+    if config.max_caption_repeats is None:
+        return pa.nulls(pairs.num_rows, pa.int64())
+    bare = pc.replace_substring_regex(pc.utf8_lower(pairs["caption"]), r"\pN+", "")
+    bare = pc.utf8_trim_whitespace(pc.replace_substring_regex(bare, r"\s+", " "))
+    encoded = bare.combine_chunks().dictionary_encode()
+    indices = pc.fill_null(encoded.indices, 0).to_numpy()
+    return pa.array(np.bincount(indices)[indices] if len(indices) else [], pa.int64())
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid import langid  # its model takes a second
+
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
+
+
+def _check_languages(codes: Sequence[str]) -> None:
+    known = _identifier().labels
+    for code in codes:
+        if code not in known:
+            raise ConfigError(f"filter.languages: {code!r} is no language that can be told. {nearest(code, known)}")
+
+
+def _entries(setting: str, path: str, parse: Callable[[str], str]) -> list[str]:
+    """What the lines of a list file stand for, without blank lines and those that begin with "# "."""
+    entries = []
+    for number, line in enumerate(_read(setting, path).split(b"\n"), start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if text and text != "#" and not text.startswith("# "):
+                entries.append(parse(text))
+        except ValueError as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise InputError(
+                f"filter.{setting}: {path}, line {number}: {reason}. Correct or remove the line."
+            ) from None
+    if not entries:
+        raise InputError(f"filter.{setting}: {path} has no entries. Give a file with one in a line, or leave it out.")
+    return entries
+
+
+def _read(setting: str, path: str) -> bytes:
+    try:
+        return files.read(path)
+    except FileNotFoundError:
+        raise InputError(
+            f"filter.{setting}: {path} does not exist. Give a text file with one entry in a line."
+        ) from None
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"filter.{setting}: {path} cannot be read: {reason}. Give a text file.") from None
+
+
+def _phrase(line: str) -> str:
+    """Words of a line as `_words` has them, between spaces."""
+    words = _words(pa.chunked_array([[unicodedata.normalize("NFC", line)]])).to_pylist()[0]
+    if not words:
+        raise ValueError(f"got {line!r}, expected a word or phrase")
+    return " ".join(words)
+
+
+def _domain(line: str) -> str:
+    """A host name in ASCII; with a leading dot, it may be one that is shared, such as ".com"."""
+    host = _ascii_host(line.removeprefix("."))
+    name = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
+    if not re.fullmatch(rf"{name}(\.{name})*|\[[0-9a-f:.]+\]", host) or len(host) > 253:
+        raise ValueError(f"got {line!r}, expected a domain such as example.org, without a scheme, port or path")
+    if not line.startswith(".") and _is_public_suffix(host):
+        raise ValueError(f"got {line!r}, which many sites share; write .{host} to block them all")
+    return host
+
+
+def _hash(line: str) -> str:
+    if not re.fullmatch("[0-9a-f]{16}|[0-9a-f]{64}", line.lower()):
+        raise ValueError(f"got {line!r}, expected 64 hex digits (sha256) or 16 (perceptual hash)")
+    return line.lower()
+
+
+def _ascii_host(host: str) -> str:
+    """Lower case, without a final dot, in the ASCII form of international names."""
+    host = host.lower().removesuffix(".")
+    if not host.isascii():
+        try:
+            return host.encode("idna").decode("ascii")
+        except UnicodeError:
+            pass
+    return host
+
+
+def _is_below(host: str, domains: set[str]) -> bool:
+    """Whether the host is one of the domains or in one of them."""
+    while host not in domains:
+        _, dot, host = host.partition(".")
+        if not dot:
+            return False
+    return True
+
+
+def _is_public_suffix(host: str) -> bool:
+    """Whether anybody may register names below, by the copy of the Public Suffix List that comes with tldextract."""
+    found = _suffixes()(host)
+    return bool(found.suffix) and not found.domain
+
+
+@functools.cache
+def _suffixes() -> Any:
+    import tldextract
+
+    return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)

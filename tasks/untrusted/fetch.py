@@ -1,0 +1,382 @@
+"""Fetch bytes from URLs that nobody vouched for: public addresses only, bounded in bytes, redirects and wall time.
+
+The name is resolved once, every address it has is checked, and the connection goes to a checked address: so neither
+another spelling of an internal address, nor a redirect, nor a name server that changes its answer gets around the check.
+
+Every request, also one that a redirect leads to, follows the host's robots.txt and takes one of the host's few places.
+Hosts that the operator named (`allow_hosts`) are the operator's own: they need not be public, and no such manners are due.
+What a server says of the picture itself (`tasks.untrusted.opt_outs`) holds for all.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import email.utils
+import functools
+import http.client
+import ipaddress
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from tasks.rows import RowFault
+from tasks.untrusted import opt_outs, robots
+
+_CHUNK_BYTES = 1 << 16
+_RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
+_OPT_OUTS = ("x-robots-tag", "tdm-reservation", "content-usage", "content-signal")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_ADDRESSES_LAST_SECONDS = 30.0  # name servers are the first to give way under a long list
+_MAX_ADDRESSES = 100_000
+_BACKOFF_SECONDS = 0.2  # before the first further attempt; doubles
+
+# Python 3.11 calls some of these global: a cloud's metadata service (192.0.0.192), another's (168.63.129.16), 6to4 relays,
+# site-local IPv6. The list is whole, so that it does not depend on the version.
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16",
+            "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15",
+            "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3",
+            "::/96", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32", "3fff::/20", "5f00::/16", "fc00::/7",
+            "fe80::/10", "fec0::/10", "ff00::/8",
+        ),
+    )
+)  # fmt: skip
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the open internet; of an IPv6 address that carries an IPv4 one, that one counts."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        carried = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if carried is not None:
+            return is_public(str(carried))
+    return ip.is_global and not any(ip.version == network.version and ip in network for network in _NOT_PUBLIC)
+
+
+def wait_asked(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks to wait, from a number or an HTTP date; None when it asks nothing."""
+    text = (value or "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError):
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=datetime.UTC)
+    return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
+
+
+def host_of(url: str) -> str:
+    """The host of a URL as it is looked up: lower case, IDNA, without brackets.
+
+    Raises:
+        RowFault: bad_url.
+    """
+    return _Target.parse(url).host
+
+
+def is_named(url: str, allow_hosts: Sequence[str]) -> bool:
+    """Whether the operator named the host of a URL; false when it is no URL."""
+    try:
+        return _Target.parse(url).is_among(allow_hosts)
+    except RowFault:
+        return False
+
+
+class _Busy(RowFault):
+    """A server that asked to be left alone for a while."""
+
+    def __init__(self, reason: str, seconds: float) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+@dataclasses.dataclass
+class _Deadline:
+    at: float
+    """Monotonic time."""
+
+    def left(self) -> float:
+        seconds = self.at - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetcher:
+    """How URLs are fetched; safe to share between threads, which then share what is known of hosts."""
+
+    user_agent: str
+    timeout_seconds: float
+    """For one URL, with its redirects and retries, without waiting for robots.txt and for a place at its host."""
+    connect_timeout_seconds: float
+    """For one address."""
+    max_bytes: int
+    max_redirects: int
+    retries: int
+    requests_per_host: int
+    """At the same time; another port is another host."""
+    respect_robots: bool
+    max_crawl_delay_seconds: float
+    """A longer crawl delay in a robots.txt is taken for this one."""
+    opt_out_directives: tuple[str, ...]
+    """What in an X-Robots-Tag forbids the picture."""
+    allow_hosts: tuple[str, ...] = ()
+    """`host` or `host:port` that may be fetched although they are not public, as fast as they answer."""
+    resolve: Callable[..., Any] = socket.getaddrinfo
+    _robots: robots.Robots = dataclasses.field(default_factory=robots.Robots, init=False, repr=False, compare=False)
+    _addresses: dict[tuple[str, int], tuple[float, list[Any]]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Host and port -> until when it is good (monotonic time), and its addresses, checked."""
+    _places: "_Places" = dataclasses.field(default_factory=lambda: _Places(), init=False, repr=False, compare=False)
+
+    @property
+    def agent(self) -> str:
+        """The robot's name in lower case, without its version."""
+        return self.user_agent.partition("/")[0].strip().lower()
+
+    def fetch(self, url: str) -> bytes:
+        """The body behind a URL.
+
+        Raises:
+            RowFault: one of the reasons of `tasks.rows`; nothing else.
+        """
+        return self._try(url, for_robots=False)
+
+    def _try(self, url: str, for_robots: bool) -> bytes:
+        deadline = _Deadline(time.monotonic() + self.timeout_seconds)
+        for attempt in range(self.retries + 1):
+            try:
+                return self._follow(url, deadline, for_robots)
+            except RowFault as fault:
+                pause = _BACKOFF_SECONDS * 2**attempt * random.uniform(0.5, 1.5)
+                if isinstance(fault, _Busy):
+                    pause = max(pause, fault.seconds)
+                last = attempt == self.retries or time.monotonic() + pause >= deadline.at
+                if last or not _RETRIED.fullmatch(fault.reason):
+                    raise
+                time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _follow(self, url: str, deadline: _Deadline, for_robots: bool) -> bytes:
+        for _ in range(self.max_redirects + 1):
+            try:
+                answer = self._get(url, deadline, for_robots)
+            except RowFault:
+                raise
+            except TimeoutError:
+                raise RowFault("timeout") from None
+            except (OSError, http.client.RemoteDisconnected):
+                raise RowFault("connect_error") from None
+            except http.client.IncompleteRead:
+                raise RowFault("short_body") from None
+            except Exception:  # whatever a hostile server makes of HTTP, it costs this row only
+                raise RowFault("fetch_error") from None
+            if isinstance(answer, bytes):
+                return answer
+            url = answer
+        raise RowFault("redirect_limit")
+
+    def _get(self, url: str, deadline: _Deadline, for_robots: bool) -> bytes | str:
+        """The body, or the URL to which the server redirects."""
+        target = _Target.parse(url)
+        addresses = self._look_up(target, deadline)
+        with self._turn(target, deadline, for_robots):
+            connection = http.client.HTTPConnection(target.host, target.port)
+            connection.sock = self._dial(target, addresses, deadline)
+            with contextlib.closing(connection):
+                headers = {"Host": target.host_header, "User-Agent": self.user_agent}
+                headers |= {"Accept": "text/plain,*/*;q=0.5" if for_robots else "image/*,*/*;q=0.5"}
+                connection.request("GET", target.path, headers=headers | {"Accept-Encoding": "identity"})
+                with connection.getresponse() as response:
+                    return self._answer(target, response, for_robots)
+
+    @contextlib.contextmanager
+    def _turn(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> Iterator[None]:
+        """Wait until the host's robots.txt and the other requests to it admit one more. The deadline waits, too."""
+        if target.is_among(self.allow_hosts):
+            yield
+            return
+        started = time.monotonic()
+        if self.respect_robots and not for_robots:
+            load = functools.partial(self._try, for_robots=True)
+            time.sleep(self._robots.admit(target.url, self.agent, load, self.max_crawl_delay_seconds))
+        with self._places.of(target, self.requests_per_host):
+            deadline.at += time.monotonic() - started
+            yield
+
+    def _answer(self, target: "_Target", response: http.client.HTTPResponse, for_robots: bool) -> bytes | str:
+        headers, status = response.headers, response.status
+        location = headers["Location"] if status in _REDIRECTS else None
+        if status != 200 and not location:
+            asked = wait_asked(headers["Retry-After"]) if status in (429, 503) else None
+            raise RowFault(f"http_{status}") if asked is None else _Busy(f"http_{status}", asked)
+        if not for_robots:
+            lines = {name: headers.get_all(name, []) for name in _OPT_OUTS}
+            tags, reservations = lines["x-robots-tag"], lines["tdm-reservation"]
+            tagged = opt_outs.opted_out(tags, self.agent, self.opt_out_directives)
+            if tagged or opt_outs.reserved(reservations) or opt_outs.headers_refuse(lines):
+                raise RowFault("opted_out")
+        if location:
+            url: str = urllib.parse.urljoin(target.url, location)
+            if target.tls and url.lower().startswith("http:"):
+                raise RowFault("insecure_redirect")
+            return url
+        if not _is_plain(headers.get_all("Content-Encoding", []), "identity"):
+            raise RowFault("bad_encoding")
+        if not _is_plain(headers.get_all("Transfer-Encoding", []), "chunked"):
+            raise RowFault("bad_encoding")
+        return _read(response, robots.MAX_BYTES if for_robots else self.max_bytes)
+
+    def _look_up(self, target: "_Target", deadline: _Deadline) -> list[Any]:
+        """All addresses of the host, as `getaddrinfo` has them, after checking every one."""
+        known = self._addresses.get((target.host, target.port))
+        if known is not None and time.monotonic() < known[0]:
+            return known[1]
+        lookup = _resolvers().submit(self.resolve, target.host, target.port, type=socket.SOCK_STREAM)
+        try:
+            found: list[Any] = lookup.result(deadline.left())
+        except (socket.gaierror, UnicodeError):
+            raise RowFault("dns_error") from None
+        if not target.is_among(self.allow_hosts) and not all(is_public(address[0]) for *_, address in found):
+            raise RowFault("blocked_address")
+        if len(self._addresses) >= _MAX_ADDRESSES:
+            self._addresses.clear()
+        self._addresses[target.host, target.port] = time.monotonic() + _ADDRESSES_LAST_SECONDS, found
+        return found
+
+    def _dial(self, target: "_Target", addresses: Sequence[Any], deadline: _Deadline) -> socket.socket:
+        """Connect to the first of the addresses that answers."""
+        failure: OSError = OSError("no address")
+        for family, kind, protocol, _, address in addresses:
+            sock = _Socket(family, kind, protocol)
+            try:
+                sock.settimeout(min(self.connect_timeout_seconds, deadline.left()))
+                sock.connect(address)
+                sock.settimeout(deadline.left())
+                if target.tls:
+                    sock = _tls().wrap_socket(sock, server_hostname=target.host)  # type: ignore[assignment]
+                sock.deadline = deadline
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure
+
+
+def _is_plain(codings: Iterable[str], harmless: str) -> bool:
+    return all(coding.strip().lower() in ("", harmless) for value in codings for coding in value.split(","))
+
+
+def _read(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    announced, body = response.length, bytearray()
+    if announced is not None and announced > max_bytes:
+        raise RowFault("too_large")
+    while chunk := response.read(_CHUNK_BYTES):
+        body += chunk
+        if len(body) > max_bytes:
+            raise RowFault("too_large")
+    if announced is not None and len(body) != announced:
+        raise RowFault("short_body")
+    if not body:
+        raise RowFault("empty_body")
+    return bytes(body)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    tls: bool
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def parse(cls, url: str) -> "_Target":
+        if re.search(r"[\x00-\x1f\x7f]", url):  # urlsplit would take some of them out
+            raise RowFault("bad_url")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host = (parts.hostname or "").encode("idna").decode().removesuffix(".")
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        except (ValueError, KeyError):
+            raise RowFault("bad_url") from None
+        if not host or "@" in parts.netloc or parts.port == 0:
+            raise RowFault("bad_url")
+        path, query = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=?~") for part in (parts.path or "/", parts.query))
+        return cls(parts.scheme == "https", host, port, f"{path}?{query}" if query else path)
+
+    @property
+    def host_header(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Normalised, without the fragment."""
+        return f"{'https' if self.tls else 'http'}://{self.host_header}{self.path}"
+
+    def is_among(self, allow_hosts: Sequence[str]) -> bool:
+        return self.host in allow_hosts or f"{self.host}:{self.port}" in allow_hosts
+
+
+class _Places:
+    """A semaphore for every host that is asked at the moment, and none for the others: a list may name millions."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hosts: weakref.WeakValueDictionary[tuple[str, int], threading.Semaphore] = weakref.WeakValueDictionary()
+
+    def of(self, target: _Target, limit: int) -> threading.Semaphore:
+        with self._lock:
+            places = self._hosts.get((target.host, target.port))
+            if places is None:
+                places = self._hosts[target.host, target.port] = threading.Semaphore(limit)
+            return places
+
+
+class _Socket(socket.socket):
+    """A socket whose every read ends at one deadline, however slowly the bytes drip."""
+
+    deadline: _Deadline
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        self.settimeout(self.deadline.left())
+        return super().recv_into(*args, **kwargs)
+
+
+class _TLSSocket(ssl.SSLSocket):
+    deadline: _Deadline
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        self.settimeout(self.deadline.left())
+        return super().recv_into(*args, **kwargs)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.sslsocket_class = _TLSSocket
+    return context
+
+
+@functools.cache
+def _resolvers() -> concurrent.futures.ThreadPoolExecutor:
+    # The system's resolver knows no timeout, so it is waited for from outside.
+    return concurrent.futures.ThreadPoolExecutor(max_workers=32, thread_name_prefix="resolve")

@@ -1,0 +1,265 @@
+"""Read a foreign Parquet list where it can do no harm: in a child process with bounded memory and time.
+
+The child says what the footer claims before it reads any row, then hands over the rows as Arrow record batches of a few
+megabytes, with plain text alone. This module is imported by the child, so it imports little.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import queue
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tasks.untrusted.sandbox import Limits, Sandbox, SandboxFault
+
+MAX_COLUMNS = 10_000
+MAX_TEXT_BYTES = 1 << 16
+"""Of one value; the rest of it is cut."""
+LIMITS = Limits(wall_seconds=60.0, memory_bytes=1 << 30, reply_bytes=1 << 26)
+"""For opening a list, and for each batch of its rows."""
+
+_ROWS_AT_ONCE = 1 << 16
+_BATCH_BYTES = 1 << 28  # that one batch of values may come to at worst
+_REPLY_BYTES = 1 << 24  # of text in one reply, but for its last row
+_TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+_HEADER, _ROWS, _END, _FAULT = b"H", b"R", b"E", b"F"  # what a reply begins with
+_NEXT, _CLOSE = b"next", b"close"
+
+
+class ListFault(Exception):
+    """A list that cannot be read; says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column as the footer describes it."""
+
+    name: str
+    kind: str
+    """Its type, in Arrow's words."""
+    is_text: bool
+    has_extension: bool
+    """Whether it, or a column inside it, has an extension type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """What a footer says of its file. Nothing of it is known to be true."""
+
+    num_columns: int
+    columns: tuple[Column, ...]
+    """Empty when there are more than `MAX_COLUMNS`."""
+    num_rows: int
+    num_group_rows: int
+    """Sum over the row groups."""
+    num_bytes: int
+    """Unpacked."""
+
+
+class ParquetList:
+    """A Parquet file that a child has opened; made by `opened`."""
+
+    def __init__(self, child: Sandbox, path: str, columns: Sequence[str]) -> None:
+        self._child, self._num_columns = child, len(columns)
+        kind, body = self._ask(json.dumps({"path": path, "columns": list(columns)}).encode())
+        if kind != _HEADER:
+            raise ListFault("its footer cannot be read")
+        header = json.loads(body)
+        self.claims = Claims(**header | {"columns": tuple(Column(**column) for column in header["columns"])})
+
+    def batches(self) -> Iterator[list[list[str]]]:
+        """The rows, some at a time, as a list of texts for each column; null is empty.
+
+        Raises:
+            ListFault: damaged pages, or more memory or time than `LIMITS` grant.
+        """
+        schema = pa.schema([(str(number), pa.large_string()) for number in range(self._num_columns)])
+        while True:
+            kind, body = self._ask(_NEXT)
+            if kind == _END:
+                return
+            if kind != _ROWS:
+                raise ListFault("the process that reads it says nonsense")
+            batch = pa.ipc.read_record_batch(pa.py_buffer(body), schema)
+            batch.validate(full=True)
+            yield [column.to_pylist() for column in batch.columns]
+
+    def _ask(self, request: bytes) -> tuple[bytes, bytes]:
+        try:
+            reply = self._child.call(request)
+        except SandboxFault as fault:
+            said = {
+                "crash": "the process that read it died of it",
+                "timeout": f"reading it takes more than {LIMITS.wall_seconds:.0f} s at a time",
+                "memory": f"reading it takes more than {LIMITS.memory_bytes:,} bytes of memory",
+            }
+            raise ListFault(said[fault.kind]) from None
+        if reply[:1] == _FAULT:
+            raise ListFault(reply[1:].decode("utf-8", "replace"))
+        return reply[:1], reply[1:]
+
+
+_idle: "queue.SimpleQueue[Sandbox]" = queue.SimpleQueue()  # a child takes longer to start than most lists to read
+
+
+@contextlib.contextmanager
+def opened(path: str, columns: Sequence[str]) -> Iterator[ParquetList]:
+    """A list on the local disk, for the length of a `with` block.
+
+    Args:
+        columns: those to read rows of, all of text; whether the file has them is for the caller to see in its `claims`.
+
+    Raises:
+        ListFault: it is no Parquet file, or its footer is damaged.
+        StageError: the child does not start.
+    """
+    try:
+        child = _idle.get_nowait()
+    except queue.Empty:
+        child = Sandbox(answer, limits=LIMITS)
+    try:
+        yield ParquetList(child, path, columns)
+    finally:
+        with contextlib.suppress(SandboxFault):
+            child.call(_CLOSE)
+        _idle.put(child)
+
+
+_rows: Iterator[bytes] = iter(())
+
+
+def answer(request: bytes) -> bytes:
+    """What the child does with a request: open a file, read on, or close it."""
+    global _rows
+    try:
+        if request == _NEXT:
+            return next(_rows, _END)
+        _rows = iter(())
+        if request == _CLOSE:
+            return _END
+        job = json.loads(request)
+        _rows = _replies(job["path"], job["columns"])
+        return next(_rows)
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError, EOFError, ValueError, LookupError) as error:
+        _rows = iter(())
+        return _FAULT + (str(error).strip()[:2000] or type(error).__name__).encode("utf-8", "replace")
+
+
+def warm_up() -> None:
+    """Import and build what the first list would."""
+    pa.set_memory_pool(pa.system_memory_pool())  # the others reserve address space, which is limited here
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"url": ["a"]}), buffer)
+    parquet = pq.ParquetFile(pa.BufferReader(buffer.getvalue()))
+    for batch in _batches(pa.BufferReader(buffer.getvalue()), parquet.metadata, ["url"]):
+        list(_pieces(batch, ["url"]))
+
+
+def _replies(path: str, names: Sequence[str]) -> Iterator[bytes]:
+    """The header, then the rows. Whoever does not like the header asks for no rows."""
+    with pa.OSFile(path) as file:
+        parquet = pq.ParquetFile(file)
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        # Column chunks are left alone: asked for one with damaged statistics, pyarrow 25 aborts the process.
+        claims = Claims(
+            len(schema),
+            tuple(map(_column, schema)) if len(schema) <= MAX_COLUMNS else (),
+            metadata.num_rows,
+            sum(group.num_rows for group in groups),
+            sum(max(0, group.total_byte_size) for group in groups),
+        )
+        yield _HEADER + json.dumps(dataclasses.asdict(claims)).encode()
+        for batch in _batches(file, metadata, names):
+            for piece in _pieces(batch, names):
+                yield _ROWS + piece.serialize().to_pybytes()
+
+
+def _column(field: pa.Field) -> Column:
+    kind = field.type
+    is_text = (kind.value_type if pa.types.is_dictionary(kind) else kind) in _TEXTS
+    inner, has_extension = [field], False
+    while inner:
+        one = inner.pop()
+        has_extension |= isinstance(one.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (one.metadata or {})
+        inner += [one.type.field(index) for index in range(one.type.num_fields)]
+    return Column(field.name, str(kind)[:1000], is_text, has_extension)
+
+
+def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Rows a few at a time, as dictionaries where the encoding allows it: there a long value of many rows is held once."""
+    shared, plain = (
+        pq.ParquetFile(
+            file,
+            metadata=metadata,
+            read_dictionary=dictionaries,
+            pre_buffer=False,  # it would hold all row groups
+            buffer_size=1 << 20,
+            page_checksum_verification=True,
+        )
+        for dictionaries in (names, None)
+    )
+    for group in range(metadata.num_row_groups):
+        part: dict[str, Any] = {"row_groups": [group], "columns": names, "use_threads": False}
+        done = 0
+        try:
+            for batch in shared.iter_batches(_ROWS_AT_ONCE, **part):
+                yield batch
+                done += batch.num_rows
+        except (OSError, pa.ArrowNotImplementedError) as error:
+            if "DictAccumulator" not in str(error):  # how Arrow says that this encoding cannot be read as a dictionary
+                raise
+            # Few enough rows that they fit in memory were each as long as all of the group.
+            most = max(1, min(_ROWS_AT_ONCE, _BATCH_BYTES // max(1, metadata.row_group(group).total_byte_size)))
+            for batch in plain.iter_batches(most, **part):
+                yield batch.slice(min(done, batch.num_rows))
+                done -= min(done, batch.num_rows)
+
+
+def _pieces(batch: pa.RecordBatch, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The batch in pieces of `_REPLY_BYTES` of text, each value cut and in UTF-8."""
+    columns = [_cut(batch.column(name)) for name in names]
+    lengths = sum(
+        (
+            pc.fill_null(pc.binary_length(values).take(indices), 0).to_numpy(False).astype(np.int64)
+            for values, indices in columns
+        ),
+        np.zeros(batch.num_rows, np.int64),
+    )
+    ends = np.flatnonzero(np.diff(np.cumsum(lengths) // _REPLY_BYTES)) + 1
+    start = 0
+    for end in [*ends.tolist(), batch.num_rows]:
+        texts = [_decoded(values.take(indices.slice(start, end - start))) for values, indices in columns]
+        if end > start:
+            yield pa.RecordBatch.from_arrays(texts, [str(number) for number in range(len(texts))])
+        start = end
+
+
+def _cut(column: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Values of a column, cut, and where each row has its own."""
+    if pa.types.is_dictionary(column.type):
+        distinct = column.indices.unique()  # a dictionary may be that of a whole row group
+        values, indices = column.dictionary.take(distinct), pc.index_in(column.indices, distinct)
+    else:
+        values, indices = column, pa.array(np.arange(len(column)))
+    values = values.cast(pa.large_binary())
+    if (pc.max(pc.binary_length(values)).as_py() or 0) > MAX_TEXT_BYTES:
+        values = pc.binary_slice(values, 0, MAX_TEXT_BYTES)
+    return values, indices
+
+
+def _decoded(values: pa.Array) -> pa.Array:
+    values = pc.fill_null(values, b"")
+    try:
+        return values.cast(pa.large_string())
+    except pa.ArrowInvalid:  # what is not UTF-8 becomes U+FFFD
+        return pa.array([value.decode("utf-8", "replace") for value in values.to_pylist()], pa.large_string())

@@ -1,0 +1,316 @@
+"""Child processes for work on bytes that nobody vouched for: what the bytes do to a child, they do not do to a worker.
+
+A child runs one function `bytes -> bytes`, again and again, with bounded memory and time, without files to write to, without
+network and without the worker's environment. Requests and replies are frames: a length, then so many bytes; nothing that a
+child says is ever unpickled. A child that dies, hangs or wants too much memory costs one request and is replaced.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import json
+import math
+import os
+import queue
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from unclip.errors import StageError
+
+_LENGTH = struct.Struct(">Q")
+_OUT_OF_MEMORY = 77  # exit status
+_START_SECONDS = 180.0  # for a child to be ready: it takes a third of a second on a machine that is not busy
+_BOOT = "; ".join(
+    (
+        "import json, sys",
+        "path, *rest = json.loads(sys.argv[1])",
+        "sys.path[:] = path",
+        "from tasks.untrusted import sandbox",
+        "sandbox.serve(*rest)",
+    )
+)
+_REFUSED = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.remove",
+            "os.rename", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.", "ctypes.")  # fmt: skip
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may cost."""
+
+    wall_seconds: float = 10.0
+    """From the request to the whole reply; afterwards the child is killed."""
+    memory_bytes: int = 1 << 30
+    """Address space beyond what the child has when it is ready."""
+    reply_bytes: int = 1 << 28
+    """Longest reply."""
+
+
+DEFAULT_LIMITS = Limits()
+
+_PIPE_BYTES = 1 << 20  # so that a picture goes through in one piece
+
+
+class SandboxFault(Exception):
+    """A request that cost its child; the next one gets another."""
+
+    def __init__(self, kind: Literal["crash", "timeout", "memory"]) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+class Sandbox:
+    """A pool of children that run one function. Threads may share it; close it, or use it in a `with` statement."""
+
+    def __init__(
+        self, function: Callable[[bytes], bytes], num_children: int = 1, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        """Start the children and wait until they are ready.
+
+        Args:
+            function: of a module that can be imported. What it must import it imports with its module; if the module has a
+                function `warm_up`, that is called before the limits apply.
+
+        Raises:
+            StageError: a child does not start.
+        """
+        self._children = [_Child(function, limits) for _ in range(num_children)]
+        self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+        try:
+            for child in self._children:
+                child.wait_until_ready()
+                self._idle.put(child)
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, request: bytes) -> bytes:
+        """The function's reply, from the first child that is free.
+
+        Raises:
+            SandboxFault: the function raised or the child died ("crash"), took too long ("timeout") or ran out of memory
+                ("memory").
+            StageError: a child that was to replace another does not start.
+        """
+        child = self._idle.get()
+        try:
+            return child.call(request)
+        finally:
+            self._idle.put(child)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the children that live."""
+        return [child.process.pid for child in self._children if child.process.poll() is None]
+
+    def close(self) -> None:
+        for child in self._children:
+            child.stop()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Child:
+    """One process, and those that replace it."""
+
+    def __init__(self, function: Callable[[bytes], bytes], limits: Limits) -> None:
+        self.function, self.limits = function, limits
+        self._start()
+
+    def call(self, request: bytes) -> bytes:
+        if not self.is_ready:
+            self.wait_until_ready()
+        deadline = time.monotonic() + self.limits.wall_seconds
+        try:
+            self._send(_LENGTH.pack(len(request)), deadline)
+            self._send(request, deadline)
+            return self._receive(deadline)
+        except (TimeoutError, EOFError, BrokenPipeError) as error:
+            kind: Any = "timeout" if isinstance(error, TimeoutError) else self._cause_of_death()
+        except BaseException:
+            self._replace()  # what this request would still say must not be taken for the reply to the next
+            raise
+        self._replace()
+        raise SandboxFault(kind)
+
+    def wait_until_ready(self) -> None:
+        try:
+            problem = self._receive(time.monotonic() + _START_SECONDS).decode("utf-8", "replace")
+        except (TimeoutError, EOFError) as error:
+            problem = f"{type(error).__name__}, exit status {self.process.poll()}"
+        if problem:
+            self.stop()
+            name = f"{self.function.__module__}.{self.function.__qualname__}"
+            raise StageError(f"sandbox: the child process for {name} did not start: {problem}. Check the installation.")
+        self.is_ready = True
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # also what it may have started
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _start(self) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        path = [root, *(os.path.abspath(entry) for entry in sys.path if os.path.abspath(entry) != root)]
+        job = [path, self.function.__module__, self.function.__qualname__, self.limits.memory_bytes]
+        job.append(math.ceil(self.limits.wall_seconds) + 1)
+        # One thread and one arena: more would count as memory. Secrets in the environment are none of a child's business.
+        environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        # Freed memory is kept for the next call: giving it back and faulting it in again is a third of a decoder's time.
+        environment |= {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+        environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        self.is_ready = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-c", _BOOT, json.dumps(job)],
+            bufsize=0,
+            pipesize=_PIPE_BYTES,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
+        assert self.process.stdin and self.process.stdout
+        self._requests, self._replies = self.process.stdin.fileno(), self.process.stdout.fileno()
+        for pipe in (self._requests, self._replies):
+            os.set_blocking(pipe, False)
+
+    def _replace(self) -> None:
+        self.stop()
+        self._start()
+
+    def _cause_of_death(self) -> str:
+        try:
+            status = self.process.wait(timeout=1.0)  # the pipe breaks a moment before
+        except subprocess.TimeoutExpired:
+            return "crash"
+        if status in (_OUT_OF_MEMORY, -signal.SIGKILL):  # nobody but the kernel kills a child that we wait for
+            return "memory"
+        return "timeout" if status == -signal.SIGXCPU else "crash"
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[os.write(self._requests, left) :]
+            except BlockingIOError:
+                _wait_for(self._requests, select.POLLOUT, deadline)
+
+    def _receive(self, deadline: float) -> bytes:
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
+        if length > self.limits.reply_bytes:
+            raise EOFError
+        return self._read(length, deadline)
+
+    def _read(self, length: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            try:
+                piece = os.read(self._replies, min(length - len(data), 1 << 20))
+            except BlockingIOError:
+                _wait_for(self._replies, select.POLLIN, deadline)
+                continue
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
+
+
+def _wait_for(pipe: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(pipe, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def serve(module: str, name: str, memory_bytes: int, cpu_seconds: int) -> None:
+    """What a child does: answer requests until there are none. Meant for `Sandbox` alone."""
+    requests, replies = os.dup(0), os.dup(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):  # a library that prints must not write into a reply
+        os.dup2(nowhere, standard)
+    try:
+        imported = importlib.import_module(module)
+        function = getattr(imported, name)
+        getattr(imported, "warm_up", lambda: None)()
+        _confine(memory_bytes)
+        gc.freeze()  # what was imported is not looked through again and again
+    except BaseException as error:
+        _write(replies, f"{type(error).__name__}: {error}".encode())
+        raise
+    _write(replies, b"")
+    try:
+        while (request := _read_request(requests)) is not None:
+            _allow_cpu(cpu_seconds)
+            _write(replies, function(request))
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+
+
+def _confine(memory_bytes: int) -> None:
+    """Give up, for good, what decoding bytes does not need."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    usage = Path("/proc/self/statm")
+    if usage.exists():  # elsewhere than on Linux, address space can be neither read nor limited
+        limit = int(usage.read_text().split()[0]) * resource.getpagesize() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open":
+        _, mode, flags = arguments
+        writes = bool(flags & _WRITING) if mode is None else bool(set(mode) & set("wax+"))
+    else:
+        writes = event.startswith(_REFUSED)
+    if writes:
+        raise PermissionError(f"{event} is not for a child that reads strangers' bytes")
+
+
+def _allow_cpu(seconds: int) -> None:
+    """The kernel ends a child that computes on although the worker that would kill it has gone."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = math.ceil(time.process_time()) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _read_request(pipe: int) -> bytes | None:
+    """The next request; None when the worker has closed the pipe."""
+    head = _read_exactly(pipe, _LENGTH.size)
+    return None if head is None else _read_exactly(pipe, *_LENGTH.unpack(head))
+
+
+def _read_exactly(pipe: int, length: int) -> bytes | None:
+    data = bytearray(length)
+    filled = 0
+    while filled < length:
+        count = os.readv(pipe, [memoryview(data)[filled:]])
+        if not count:
+            return None
+        filled += count
+    return bytes(data)
+
+
+def _write(pipe: int, payload: bytes) -> None:
+    for part in (_LENGTH.pack(len(payload)), payload):
+        left = memoryview(part)
+        while left:
+            left = left[os.write(pipe, left) :]

@@ -1,0 +1,65 @@
+"""Stacks to and from diffusers' folders by command."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.commands import call
+from tests.unclip.systems.tiny_stacks import tiny_stack
+from unclip.interop.pipeline import export_stack
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    export_stack(tiny_stack(), folder)
+    return folder
+
+
+def test_a_stack_comes_draws_and_goes(tmp_path: Path, pipeline: Path) -> None:
+    storage = tmp_path / "storage"
+    result = call("import", pipeline, "--storage", storage, "--name", "karlo")
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()) == storage / "imported" / "karlo"
+    assert json.loads((storage / "published" / "karlo.json").read_text())["at"] <= time.time()
+
+    drawing = ("sample", "a cat", "--num", 1, "--out", tmp_path / "cat.png", "--storage", storage)
+    assert call(*drawing).returncode == 0 and (tmp_path / "cat.png").stat().st_size > 100
+
+    result = call("export", tmp_path / "back", "--storage", storage)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'back'}\n"
+    for path in pipeline.rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (tmp_path / "back" / path.relative_to(pipeline)).read_bytes()
+
+    result = call("import", pipeline, "--storage", storage, "--name", "karlo")
+    assert result.returncode == 2 and "already has a stack 'karlo'" in result.stderr
+    result = call("export", tmp_path / "back", "--storage", storage)
+    assert result.returncode == 2 and "expected a new or empty one" in result.stderr
+    second = ("--upsampler-1024", storage / "imported" / "karlo" / "prior")
+    result = call("export", tmp_path / "new", "--storage", storage, *second)
+    assert result.returncode == 2 and "got a DiffusionPrior, expected an upsampler's" in result.stderr
+    result = call("export", tmp_path / "new", "--storage", storage, "--image-variation", "--layout", "hub")
+    assert result.returncode == 0 and "UnCLIPImageVariationPipeline" in (tmp_path / "new/model_index.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("import", "nowhere"), 2, "nowhere: no such folder"),
+        (("import", "."), 1, "model_index.json: cannot be read"),
+        (("import", ".", "--name", "../x"), 2, "--name: got '../x'"),
+        (("import", ".", "--name", ".."), 2, "--name: got '..'"),
+        (("export", "new"), 2, "nothing was published here"),
+        (("export", "new", "--layout", "old"), 2, "'old' is not one of"),
+    ],
+)
+def test_bad_input_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments, "--storage", tmp_path / "storage")
+    assert result.returncode == code and message in result.stderr.replace("\n", " ")
+    assert not list(tmp_path.rglob("*.json"))

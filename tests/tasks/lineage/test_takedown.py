@@ -1,0 +1,462 @@
+import dataclasses
+import functools
+import io
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from tasks import tables
+from tasks.lineage import traces
+from tasks.lineage.provenance import difference, find_version, show, versions
+from tasks.lineage.takedown import find_keys, parse, parse_file, take_down
+from tasks.snapshots import record_snapshot
+from tasks.stages.download import IMAGES
+from tasks.stages.embed import SCHEMA as EMBEDDINGS
+from tasks.stages.ingest import Listed, clean
+from tasks.store import Store
+from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, answering_client, client
+from tests.pipelines.commands import call
+from unclip import files
+from unclip.errors import InputError
+from unclip.training.film import add_preview
+
+LISTED = [Listed(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
+
+
+def fetched(index: int) -> dict[str, Any]:
+    """A stored picture; 3 and 4 are the same, and 5 looks like them."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (20 * index, 7, 77)).save(buffer, "JPEG")
+    same = 3 if index == 4 else index
+    phash = {3: 0b111, 4: 0b111, 5: 0b110}.get(index, 1 << (5 * index + 5) if index else 1 << 60)
+    return {"status": "ok", "sha256": f"{same:064x}", "phash": f"{phash & 2**64 - 1:016x}", "jpg": buffer.getvalue()}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A storage with 12 rows of 3 hosts, one dataset version, and a report."""
+    store = Store(str(tmp_path / "storage"))
+    pairs = clean(LISTED)
+    tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
+    order = {row["key"]: row["position"] for row in pairs.to_pylist()}
+    listed = sorted(order)
+    images = [
+        {"key": row["key"], "url": row["url"], "caption": row["caption"], **fetched(row["position"])}
+        for row in pairs.to_pylist()
+    ]
+    uri = store.uri("images", "recipe")
+    halves = [pa.Table.from_pylist(half, schema=IMAGES) for half in (images[:6], images[6:])]
+    tables.append_files(uri, [tables.write_part(uri, str(number), half) for number, half in enumerate(halves)], IMAGES)
+    embeddings = store.uri("embeddings", "clip")
+    embedded = pa.Table.from_pylist(
+        [{"key": key, "caption": "c", "image_embedding": [1.0]} for key in listed], schema=EMBEDDINGS
+    )
+    tables.append_files(embeddings, [tables.write_part(embeddings, "x", embedded)], EMBEDDINGS)
+    selection = pa.table(
+        {
+            "key": listed,
+            "position": [order[key] for key in listed],
+            "status": ["kept"] * 11 + ["dropped"],
+            "reason": [None] * 11 + ["too_small"],
+            "split": ["train"] * 11 + [None],
+        }
+    )
+    tables.write_file(store.uri("selection.parquet"), selection)
+    tables.write_file(store.uri("scores.parquet"), pa.table({"key": listed, "clip_score": [0.5] * 12}))
+    snapshot = {
+        "digest": "d1" * 32,
+        "images": uri,
+        "images_version": 0,
+        "embeddings": embeddings,
+        "embeddings_version": 0,
+    }
+    snapshot |= {"selection": store.uri("selection.parquet"), "scores": store.uri("scores.parquet"), "statistics": ""}
+    record_snapshot(
+        store,
+        "mine",
+        snapshot,
+        {"rows": {"in": 12, "kept": 11, "dropped": 1, "failed": 0}, "reasons": {"too_small": 1}},
+    )
+    store.write_json({"uri": store.uri("selection.parquet"), "digest": "d1" * 32}, "stages", "curate", "f.json")
+    page = "".join(f'<figure data-key="{key}"><img src="data:x">{key} told</figure>' for key in listed)
+    files.write(store.uri("artifacts", "report", "f", "report.html"), page.encode())
+    return store
+
+
+def key_of(store: Store, position: int) -> str:
+    pairs = tables.read_file(store.uri("artifacts", "ingest", "f", "pairs.parquet")).to_pylist()
+    return next(row["key"] for row in pairs if row["position"] == position)
+
+
+def everything(store: Store) -> bytes:
+    """Every byte of the storage, but for the tombstones and what was never told about a row: its key."""
+    root = Path(store.root)
+    return b"".join(
+        path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file() and path.name != "tombstones.parquet"
+    )
+
+
+def test_bytes_urls_and_captions_are_gone_from_everywhere_and_stay_away(store: Store) -> None:
+    key, jpg = key_of(store, 7), fetched(7)["jpg"]
+    before = everything(store)
+    assert jpg in before
+    ledger = take_down(store, [parse("url", "HTTPS://A1.example.org/7.jpg")], None, [])
+    assert ledger.keys == (key,) and ledger.datasets == ("d1" * 32,)
+    assert ledger.deleted == {"images/recipe": 1, "embeddings/clip": 1}
+    assert jpg not in everything(store)
+    for uri in (store.uri("images", "recipe"), store.uri("embeddings", "clip")):
+        assert key not in tables.read(uri)["key"].to_pylist() and tables.read(uri).num_rows == 11
+    pairs = tables.read_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"))
+    assert pairs.num_rows == 12 and "https://a1.example.org/7.jpg" not in pairs["url"].to_pylist()
+    assert "caption number 7" not in pairs["caption"].to_pylist()
+    page = files.read(store.uri("artifacts", "report", "f", "report.html")).decode()
+    assert key not in page and page.count("<figure") == 12 and page.count("told") == 11
+
+    again = refuse(clean(LISTED), load_tombstones(store)).to_pylist()
+    assert [row["reason"] for row in again if row["key"] == key] == ["taken_down"]
+    assert sum(row["status"] == "kept" for row in again) == 11
+
+
+def test_the_twins_of_a_picture_go_with_it(store: Store) -> None:
+    ledger = take_down(store, [Tombstone("key", key_of(store, 3))], None, [])
+    assert set(ledger.keys) == {key_of(store, 3), key_of(store, 4)}
+    assert f"{3:064x}" in load_tombstones(store).sha256s
+    near = find_keys(store, [Tombstone("key", key_of(store, 5))], near=1)
+    assert near[Tombstone("key", key_of(store, 5))] == {key_of(store, 5)}  # those it looked like are gone
+
+
+def test_what_looks_alike_goes_when_asked_for(store: Store) -> None:
+    [keys] = find_keys(store, [Tombstone("key", key_of(store, 5))], near=1).values()
+    assert keys == {key_of(store, position) for position in (3, 4, 5)}
+    [keys] = find_keys(store, [Tombstone("key", key_of(store, 5))]).values()
+    assert keys == {key_of(store, 5)}
+
+
+@pytest.mark.parametrize(
+    ("domain", "expected"), [("example.org", 12), ("a2.example.org", 4), ("le.org", 0), ("org", 12)]
+)
+def test_a_domain_means_itself_and_what_is_below(store: Store, domain: str, expected: int) -> None:
+    [keys] = find_keys(store, [parse("domain", domain)]).values()
+    assert len(keys) == expected
+    refused = refuse(clean(LISTED), gather([parse("domain", domain)]))
+    assert refused["reason"].to_pylist().count("taken_down") == expected
+
+
+def test_doing_it_again_says_the_same_and_changes_nothing(store: Store) -> None:
+    requested = [parse("domain", "a0.example.org"), parse("sha256", f"{8:064X}")]
+    first = take_down(store, requested, None, [])
+    digest = tombstones_digest(store)
+    second = take_down(store, requested, None, [])
+    assert (second.keys, second.datasets) == (first.keys, first.datasets) and len(first.keys) == 6
+    assert set(second.deleted.values()) == {0} and tombstones_digest(store) == digest
+
+
+def test_everything_can_go(store: Store) -> None:
+    take_down(store, [parse("domain", "example.org")], None, [])
+    assert tables.read(store.uri("images", "recipe")).num_rows == 0
+    assert b"JFIF" not in everything(store)
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without runs: making one takes a second."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client(f"sqlite:///{path}")
+    return path
+
+
+@dataclasses.dataclass
+class Mlflow:
+    """One MLflow with an experiment, to log to."""
+
+    uri: str
+    experiment: str
+
+    @classmethod
+    def new(cls, empty_database: Path, folder: Path, artifacts: str) -> "Mlflow":
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(empty_database, folder / "mlflow.db")
+        uri = f"sqlite:///{folder}/mlflow.db"
+        return cls(uri, client(uri).create_experiment("mine", artifact_location=artifacts))
+
+    def run(self, name: str, dataset: str | None = None, stage: str = "prior") -> Tracker:
+        tags = {"unclip.stage": stage}
+        tracker = Tracker(self.uri, client(self.uri).create_run(self.experiment, run_name=name, tags=tags).info.run_id)
+        if dataset:
+            tracker.dataset("mine", dataset, "uri", {})
+        return tracker
+
+    def files(self, tracker: Tracker, folder: str = "") -> set[str]:
+        return {file.path for file in client(self.uri).list_artifacts(tracker.run_id, folder)}
+
+
+def register(tracker: Tracker, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("w")
+    assert tracker.register(str(folder), "stack", name, "newest") == "1"
+
+
+def test_runs_and_models_that_have_seen_a_row_are_named_and_tagged_in_every_mlflow(
+    store: Store, empty_database: Path, tmp_path: Path
+) -> None:
+    own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
+    other = Mlflow.new(empty_database, tmp_path / "other", str(tmp_path / "other" / "artifacts"))
+    seen, unseen, elsewhere = own.run("seen", "d1" * 32), own.run("unseen", "d2" * 32), other.run("b", "d1" * 32)
+    register(seen, tmp_path / "good", "good")
+    register(unseen, tmp_path / "unseen", "unseen")
+    register(elsewhere, tmp_path / "second", "second")
+    page = files.read(store.uri("artifacts", "report", "f", "report.html"))
+    reports = own.run("report", stage="report"), other.run("report", stage="report")
+    for report in reports:
+        report.bytes(page, "report.html")
+
+    key = key_of(store, 7)
+    traces = take_down(store, [Tombstone("key", key)], None, [own.uri, other.uri]).traces
+    assert [(run["name"], run["tracking_uri"]) for run in traces.runs] == [("seen", own.uri), ("b", other.uri)]
+    assert [(model["name"], model["tracking_uri"]) for model in traces.models] == [
+        ("good", own.uri),
+        ("second", other.uri),
+    ]
+    assert not traces.unanswered and not traces.remaining
+    for mlflow, tracker, name in ((own, seen, "good"), (other, elsewhere, "second")):
+        assert "unclip.takedown" in client(mlflow.uri).get_run(tracker.run_id).data.tags
+        assert "unclip.takedown" in client(mlflow.uri).get_model_version(name, "1").tags
+    assert "unclip.takedown" not in client(own.uri).get_run(unseen.run_id).data.tags
+    assert key.encode() in page
+    for mlflow, report in zip((own, other), reports, strict=True):
+        redacted = Path(client(mlflow.uri).download_artifacts(report.run_id, "report.html", str(tmp_path)))
+        assert key not in redacted.read_text()
+
+
+def test_previews_that_show_a_row_are_deleted_and_no_others(store: Store, empty_database: Path, tmp_path: Path) -> None:
+    own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
+    keys = [key_of(store, position) for position in range(12)]
+
+    def drawn(name: str, dataset: str, stage: str, shown: list[str] | None) -> Tracker:
+        tracker = own.run(name, dataset, stage)
+        if shown is not None:
+            tracker.json(shown, PREVIEW_KEYS)
+        tracker.bytes(b"picture", f"{PREVIEWS}/000000000512.png")
+        tracker.bytes(b"weights", "model/weights")
+        return tracker
+
+    shows = drawn("shows", "d1" * 32, "decoder", keys[5:9])
+    other_rows = drawn("other rows", "d1" * 32, "upsampler-64", keys[:5])
+    untold = drawn("does not say", "d1" * 32, "decoder", None)
+    untold_unseen = drawn("does not say, has not seen", "d2" * 32, "decoder", None)
+    unlisted = drawn("its dataset was not logged", "", "upsampler-64", keys[7:])
+    deleted = drawn("deleted in MLflow", "d1" * 32, "decoder", keys[7:])
+    client(own.uri).delete_run(deleted.run_id)
+    forgotten = store.uri("mlflow-artifacts", "0" * 32, "artifacts", PREVIEWS)
+    files.write_json(f"{forgotten}/keys.json", keys[7:])
+    grid = own.run("grid", "d1" * 32, "evaluate")
+    grid.bytes(b"drawn", "heldout.png")
+
+    traces = take_down(store, [Tombstone("key", keys[7])], None, [own.uri]).traces
+    gone = [shows, untold, unlisted, deleted]
+    assert set(traces.deleted_previews) == {tracker.run_id for tracker in gone} | {"0" * 32}
+    assert not traces.remaining and not files.exists(forgotten)
+    for tracker in gone[:-1]:
+        assert own.files(tracker) == {"model"}
+    for tracker in (other_rows, untold_unseen):
+        assert f"{PREVIEWS}/000000000512.png" in own.files(tracker, PREVIEWS)
+    assert own.files(grid) == {"heldout.png"}
+    assert b"picture" not in b"".join(
+        path.read_bytes() for path in Path(store.root).rglob(f"{deleted.run_id}/**/*.png")
+    )
+
+
+def test_the_films_that_show_a_row_are_deleted_and_no_others(store: Store) -> None:
+    keys = [key_of(store, position) for position in range(12)]
+    films = {"shows": keys[5:9], "other rows": keys[:5], "does not say": None}
+    for name, shown in films.items():
+        folder = store.uri("artifacts", "decoder", name)
+        add_preview(f"{folder}/{PREVIEWS}", torch.zeros(2, 3, 8, 8), 512)
+        files.write(f"{folder}/model/model.safetensors", b"weights")
+        if shown is not None:
+            files.write_json(f"{folder}/{PREVIEW_KEYS}", shown)
+    take_down(store, [Tombstone("key", keys[7])], None, [])
+    left = {name: store.list("artifacts", "decoder", name) for name in films}
+    assert left == {"shows": ["model"], "other rows": ["model", PREVIEWS], "does not say": ["model"]}
+    expected = ["000000000512.png", "film_strip.png", "keys.json", "original.png"]
+    assert store.list("artifacts", "decoder", "other rows", PREVIEWS) == expected
+
+
+def test_the_previews_of_a_storage_that_was_moved_are_found_and_artifacts_elsewhere_are_named(
+    store: Store, empty_database: Path, tmp_path: Path
+) -> None:
+    moved = Mlflow.new(empty_database, Path(store.root), "/where/it/was/mlflow-artifacts")
+    away = Mlflow.new(empty_database, tmp_path / "away", "file:///on/another/machine")
+    key = key_of(store, 7)
+    here, there = moved.run("here", stage="decoder"), away.run("there", stage="decoder")
+    files.write_json(store.uri("mlflow-artifacts", here.run_id, "artifacts", *PREVIEW_KEYS.split("/")), [key])
+    traces = take_down(store, [Tombstone("key", key)], None, [moved.uri, away.uri]).traces
+    assert traces.deleted_previews == (here.run_id,)
+    assert list(traces.remaining) == [there.run_id] and "/on/another/machine" in traces.remaining[there.run_id]
+
+
+def test_an_mlflow_that_does_not_answer_is_named_and_the_others_are_asked(
+    store: Store, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
+    own.run("seen", "d1" * 32)
+    missing = f"sqlite:///{store.root}/none.db"
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as closed:
+        hangs, refuses = (f"http://127.0.0.1:{server.getsockname()[1]}" for server in (silent, closed))
+        closed.close()
+        monkeypatch.setattr(traces, "answering_client", functools.partial(answering_client, seconds=1.0))
+        started = time.monotonic()
+        uris = [hangs, refuses, missing, own.uri]
+        found = take_down(store, [Tombstone("key", key_of(store, 7))], None, uris).traces
+        assert time.monotonic() - started < 60
+    assert list(found.unanswered) == uris[:3] and [run["name"] for run in found.runs] == ["seen"]
+    assert found.unanswered[hangs] == "no answer within 1 s" and "does not exist" in found.unanswered[missing]
+    assert not Path(store.root, "none.db").exists()
+
+
+def test_lists_may_mix_and_bad_lines_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text(f"# asked for by mail\n\nhttps://a.example/x.jpg\nexample.com\n{'a' * 32}\n{'B' * 64}\n")
+    kinds = [tombstone.kind for tombstone in parse_file(str(path))]
+    assert kinds == ["url", "domain", "key", "sha256"] and parse_file(str(path))[3].value == "b" * 64
+    path.write_text("example.com\nnot a domain\n")
+    with pytest.raises(InputError, match=r"list.txt, line 2: .*'not a domain', expected a host"):
+        parse_file(str(path))
+    with pytest.raises(InputError, match="cannot be read"):
+        parse_file(str(tmp_path / "none"))
+    for kind, value in (("key", "abc"), ("sha256", "0" * 63), ("url", "ftp://a/b"), ("domain", "https://a.example")):
+        with pytest.raises(InputError, match=re.escape(f"got {kind} {value!r}")):
+            parse(kind, value)
+
+
+@pytest.fixture
+def fates(store: Store) -> Store:
+    """The storage with a second version, in which rows met all sorts of fates, and two runs, one for each version."""
+    reasons = {1: "http_404", 2: "too_small", 4: "duplicate_image", 5: "near_duplicate", 6: "semantic_duplicate"}
+    [old] = versions(store)
+    selection = tables.read_file(old.facts["selection"])
+    changed = []
+    for row in selection.to_pylist():
+        reason = reasons.get(row["position"])
+        status = "kept" if reason is None else "failed" if reason == "http_404" else "dropped"
+        changed.append({**row, "status": status, "reason": reason, "split": None if reason else "train"})
+    tables.write_file(store.uri("selection-2.parquet"), pa.Table.from_pylist(changed, schema=selection.schema))
+    counts = {"rows": {"in": 12, "kept": 7, "dropped": 4, "failed": 1}, "reasons": {}}
+    facts = {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2.parquet")}
+    record_snapshot(store, "mine", facts, counts)
+    for run_id, digest in (("first", "d1" * 32), ("second", "e2" * 32)):
+        store.write_json({"pipeline": "mine", "state": "done"}, "runs", run_id, "run.json")
+        store.write_json({"fingerprint": run_id}, "runs", run_id, "curate.json")
+        store.write_json({"uri": "", "digest": digest}, "stages", "curate", f"{run_id}.json")
+    store.write_json({"state": "done"}, "runs", "first", "decoder.json")
+    store.write_json({"uri": old.facts["selection"], "digest": "d1" * 32}, "stages", "curate", "first.json")
+    store.write_json({"uri": facts["selection"], "digest": "e2" * 32}, "stages", "curate", "second.json")
+    return store
+
+
+@pytest.mark.parametrize(
+    ("position", "fate", "twin"),
+    [
+        (7, "kept (train) in dataset version 2", None),
+        (1, "failed: http_404 in dataset version 2: the server answered with status 404", None),
+        (2, "dropped: too_small in dataset version 2: a side shorter than min_side", None),
+        (4, "dropped: duplicate_image in dataset version 2: the same bytes as a picture", (3, "same bytes")),
+        (5, "dropped: near_duplicate in dataset version 2: looks like", (3, "1 of 64 bits differ")),
+        (6, "dropped: semantic_duplicate in dataset version 2: CLIP sees the same", (None, "cosine 1.000")),
+    ],
+)
+def test_a_row_says_where_it_came_from_why_it_went_and_who_has_it(
+    fates: Store, position: int, fate: str, twin: tuple[int | None, str] | None
+) -> None:
+    facts = show(fates, key_of(fates, position))
+    assert facts["fate"].startswith(fate) and facts["url"] == f"https://a{position % 3}.example.org/{position}.jpg"
+    assert facts["dataset versions"]["2 e2e2e2e2"].startswith(fate.partition(" in ")[0])
+    before = facts["dataset versions"]["1 d1d1d1d1"].partition(",")[
+        0
+    ]  # there the last key was too small, the others kept
+    runs = facts.get("runs that had it", {})
+    assert ("first" in runs) == (before == "kept (train)") and ("second" in runs) == (position == 7)
+    if "first" in runs:
+        assert runs["first"] == "mine, done, version 1 (train), models decoder"
+    if twin is None:
+        assert "same picture as" not in facts
+    else:
+        [(winner, note)] = facts["same picture as"].items()
+        assert note == twin[1] and (twin[0] is None or winner == key_of(fates, twin[0]))
+
+
+def test_a_row_that_was_taken_down_says_so_and_who_had_it(fates: Store) -> None:
+    key = key_of(fates, 7)
+    take_down(fates, [parse("domain", "a1.example.org")], None, [])
+    facts = show(fates, key)
+    assert facts["fate"].startswith("taken down because of domain a1.example.org; before: kept (train)")
+    assert "url" not in facts and "caption" not in facts and "images" not in facts
+    assert facts["lists"] == {"f row 7": "taken_down"} and "second" in facts["runs that had it"]
+    assert show(fates, key_of(fates, 5))["same picture as"]  # while others are gone
+
+
+def test_a_row_before_any_dataset_version_and_one_that_is_a_tombstone_alone(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(InputError, match="has no rows"):
+        show(store, "0" * 32)
+    pairs = clean([Listed("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
+    tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
+    bad, good = sorted(pairs.to_pylist(), key=lambda row: row["status"] == "kept")
+    assert show(store, bad["key"])["fate"].startswith("in no dataset version: bad_url, not a URL that can be fetched")
+    assert show(store, good["key"])["fate"] == "in no dataset version yet"
+    take_down(store, [Tombstone("key", "ab" * 16)], None, [])
+    assert show(store, "abab" * 2)["fate"].startswith("taken down because of key abab")
+
+
+def test_a_key_that_is_unknown_short_or_not_the_only_one_names_the_nearest(store: Store) -> None:
+    key = key_of(store, 7)
+    assert show(store, f" {key[:6].upper()}")["key"] == key
+    wrong = key[:7] + ("0" if key[7] != "0" else "1")
+    result = call("data", "show", wrong, "--storage", store.root)
+    assert result.returncode == 2 and f"Did you mean {key}?" in result.stderr
+    with pytest.raises(InputError, match=r"none of the 12 rows in .* `unclip data diff --keys`"):
+        show(store, "not a key")
+    with pytest.raises(InputError, match="got 5 digits of a key, expected at least 6"):
+        show(store, key[:5])
+    take_down(store, [Tombstone("key", key[:-1] + ("0" if key[-1] != "0" else "1"))], None, [])
+    with pytest.raises(InputError, match=rf"2 rows have a key that begins like this: {key[:-1]}.*Give more digits"):
+        show(store, key[:8])
+    result = call("data", "show", key, "--storage", store.root)
+    assert result.returncode == 0 and f"url                  https://a{7 % 3}.example.org/7.jpg" in result.stdout
+
+
+def test_versions_rows_and_differences_can_be_looked_at(store: Store) -> None:
+    key = key_of(store, 7)
+    facts = show(store, key[:10])
+    assert facts["url"] == "https://a1.example.org/7.jpg" and facts["lists"] == {"f row 7": "kept"}
+    assert f"sha256 {7:064x}" in facts["images"]["recipe"] and "jpg" not in facts["images"]["recipe"]
+    assert list(facts["dataset versions"].values()) == ["kept (train), clip_score 0.500"]
+    selection = tables.read_file(store.uri("selection.parquet"))
+    rows = selection.to_pylist()
+    rows[0] |= {"status": "dropped", "reason": "taken_down", "split": None}
+    tables.write_file(store.uri("selection-2.parquet"), pa.Table.from_pylist(rows[:-1], schema=selection.schema))
+    [old] = versions(store)
+    counts = {"rows": {"in": 11, "kept": 10, "dropped": 1, "failed": 0}, "reasons": {"taken_down": 1}}
+    record_snapshot(
+        store,
+        "mine",
+        {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2.parquet"), "committed": 0},
+        counts,
+    )
+    found = difference(find_version(store, "1"), find_version(store, "latest"))
+    assert found.changes == {("kept", "taken_down"): (rows[0]["key"],), ("too_small", "absent"): (rows[-1]["key"],)}
+    assert find_version(store, "e2e2").number == 2
+    for name in ("7", "ffff", "e"):
+        with pytest.raises(InputError, match=r"0 dataset versions have this name.*2 \(e2e2e2e2\)"):
+            find_version(store, name)
+    with pytest.raises(InputError, match="no dataset version was made"):
+        find_version(Store(f"{store.root}/elsewhere"), "1")

@@ -1,0 +1,531 @@
+"""The whole path from a list of URLs to deduplicated pictures, against a server with planned faults."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from pipelines import scene_server
+from pipelines.scene_server import ScenesConfig
+from tasks import tables
+from tasks.stage import Artifact, Call, Failure, Run, execute
+from tasks.stages import download as download_module
+from tasks.stages.dedup import DedupConfig, dedup
+from tasks.stages.download import (
+    PASSING,
+    DownloadConfig,
+    Pair,
+    Shard,
+    download,
+    pin_attempt,
+    plan_lanes,
+    plan_shards,
+    run_in_lanes,
+)
+from tasks.stages.filter import FilterConfig, filter
+from tasks.stages.ingest import IngestConfig, ingest
+from tasks.store import Store
+from tasks.tracking import Tracker
+from unclip import files
+from unclip.errors import ConfigError, StageError
+
+pytestmark = pytest.mark.timeout(120)
+
+EXPECTED = {
+    "missing": "http_404",
+    "truncated": "decode_error",
+    "short": "short_body",
+    "html": "not_an_image",
+    "stalled": "timeout",
+    "redirect": "blocked_address",
+    "duplicate": "duplicate_image",
+    "small": "too_small",
+    "no_caption": "no_caption",
+    "file": "bad_url",
+}
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(storage: Path) -> Run:
+    return Run("r1", "test", str(storage), Tracker("", ""), "0")
+
+
+def download_config(scenes: ScenesConfig, **settings: object) -> DownloadConfig:
+    settings = {"shard_size": 20, "timeout_seconds": 1.5, "allow_hosts": (scenes.address,), **settings}
+    return DownloadConfig(**settings)  # type: ignore[arg-type]
+
+
+def run_ingest(storage: Path, scenes: ScenesConfig) -> Artifact:
+    path = str(storage / f"list-{scenes.num_images}.parquet")
+    scene_server.write_url_list(scenes, path)
+    return done(execute(Call(ingest, IngestConfig(path)), run(storage), []))
+
+
+def done(result: Artifact | Failure) -> Artifact:
+    assert isinstance(result, Artifact), result
+    rows = result.facts["rows"]
+    assert rows["in"] == rows["kept"] + rows["dropped"] + rows["failed"]
+    return result
+
+
+def reasons_by_kind(pairs: Artifact, selection: Artifact) -> dict[str, set[str | None]]:
+    urls = dict(
+        zip(*(tables.read_file(pairs.uri).column(name).to_pylist() for name in ("position", "url")), strict=True)
+    )
+    found = collections.defaultdict(set)
+    for row in tables.read_file(selection.uri).to_pylist():
+        kind = "file" if urls[row["position"]].startswith("file:") else urls[row["position"]].split("/")[-2]
+        found[kind].add(row["reason"])
+    return dict(found)
+
+
+def content(table_uri: str) -> pa.Table:
+    return tables.read(table_uri)
+
+
+def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: Path) -> None:
+    scenes = ScenesConfig(num_images=40, side=64, broken=0.5, port=free_port())
+    with scene_server.serve(scenes) as server:
+        pairs = run_ingest(tmp_path, scenes)
+        started = time.monotonic()
+        images = done(execute(Call(download, download_config(scenes)), run(tmp_path), [pairs]))
+        print(f"download took {time.monotonic() - started:.1f} s")
+        filtered = done(execute(Call(filter, FilterConfig()), run(tmp_path), [images]))
+        selection = done(execute(Call(dedup, DedupConfig(phash_distance=-1)), run(tmp_path), [filtered]))
+        assert server.count("picture") == 40 and server.count("missing") == 2
+
+    assert selection.facts["rows"] == {"in": 60, "kept": 40, "dropped": 6, "failed": 14}
+    found = reasons_by_kind(pairs, selection)
+    winners = found.pop("duplicate") | found.pop("picture")  # the smaller key wins, be it the copy or the picture
+    assert winners == {None, "duplicate_image"}
+    assert found == {kind: {reason} for kind, reason in EXPECTED.items() if kind != "duplicate"}
+    for stage in (images, filtered):
+        assert stage.facts["images"] == selection.facts["images"]
+
+    table = content(images.facts["images"])
+    assert table.schema.names == tables.read(images.uri).schema.names
+    ok = table.filter(pc.equal(table["status"], "ok"))
+    row = ok.filter(pc.and_(pc.equal(ok["width"], 64), pc.is_valid(ok["phash"]))).slice(0, 1).to_pylist()[0]
+    assert row["height"] == row["original_width"] == row["original_height"] == 64
+    assert files.sha256(row["jpg"]) == row["jpg_sha256"] != row["sha256"]
+    assert len(row["phash"]) == 16 and row["reason"] is None
+    failed = table.filter(pc.equal(table["status"], "failed"))
+    assert failed["jpg"].null_count == failed.num_rows == 12
+
+
+def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path) -> None:
+    scenes = ScenesConfig(num_images=20, side=16, broken=0, port=free_port())
+    longer = dataclasses.replace(scenes, num_images=26)
+    with scene_server.serve(longer) as server:
+        config = download_config(scenes)
+        first = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, scenes)]))
+        assert (first.facts["fetched_now"], first.facts["images_version"]) == (20, 0)
+        server.requests.clear()
+        second = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, longer)]))
+        assert (second.facts["fetched_now"], second.facts["images_version"]) == (6, 1)
+        assert sum(server.requests.values()) == 6 == len(server.requests)
+        server.requests.clear()
+        # Another setting that changes no picture: nothing is fetched and no version is made, and the content is the same.
+        again = done(
+            execute(
+                Call(download, dataclasses.replace(config, retries=0)), run(tmp_path), [run_ingest(tmp_path, longer)]
+            )
+        )
+        assert (again.facts["fetched_now"], again.facts["images_version"], again.digest) == (0, 1, second.digest)
+        assert not server.requests
+    assert second.digest != first.digest
+    assert tables.read(first.uri, 0).num_rows == 20 and tables.read(first.uri).num_rows == 26
+
+
+KILLED = """
+import sys, ray
+sys.path[:0] = [{tests!r}]
+from test_download import *
+ray.init(address={address!r}, log_to_driver=False)
+scenes = ScenesConfig(**{scenes!r})
+config = download_config(scenes, tasks_in_flight=1)
+execute(Call(download, config), run(Path({storage!r})), [run_ingest(Path({storage!r}), scenes)])
+"""
+
+
+def test_f36_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    scenes = ScenesConfig(num_images=400, side=16, broken=0.005, port=free_port())
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    config = download_config(scenes, tasks_in_flight=1)
+    table_uri = f"{killed}/images/{config.recipe}"
+    script = KILLED.format(
+        tests=str(Path(__file__).parent),
+        address=ray.get_runtime_context().gcs_address,
+        scenes=dataclasses.asdict(scenes),
+        storage=str(killed),
+    )
+    with scene_server.serve(scenes) as server:
+        process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+        try:
+            deadline = time.monotonic() + 240
+            while len(list(Path(table_uri).glob("*.parquet"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        time.sleep(1)  # Ray ends the tasks of a driver that is gone
+        finished = set(Path(table_uri).glob("*.parquet"))
+        assert 2 <= len(finished) < 21, "killed too late or too early"
+        assert tables.version(table_uri) is None, "parts are invisible until they are committed"
+        stored = pa.concat_tables(map(tables.read_file, map(str, finished)))
+        server.requests.clear()
+
+        resumed = done(execute(Call(download, config), run(killed), [run_ingest(killed, scenes)]))
+        fetched_again = {f"http://{scenes.address}{path}" for path in server.requests}
+        assert not fetched_again & set(stored["url"].to_pylist())
+        reference = done(execute(Call(download, config), run(undisturbed), [run_ingest(undisturbed, scenes)]))
+    assert resumed.digest == reference.digest
+    assert content(resumed.uri).equals(content(reference.uri))
+    assert [Path(uri).name for uri in tables.files(resumed.uri)] == [
+        Path(uri).name for uri in tables.files(reference.uri)
+    ]
+
+
+def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, tmp_path: Path) -> None:
+    scenes = ScenesConfig(num_images=30, side=16, broken=0, port=free_port())
+    with scene_server.serve(scenes) as server:
+        pairs = run_ingest(tmp_path, scenes)
+        config = download_config(scenes, shard_size=15, tasks_in_flight=1)
+        rows = tables.read_file(pairs.uri).select(["key"]).to_pydict()["key"]
+        from unclip.config import fingerprint
+
+        blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(rows[15:], 0)[:32]}.parquet")
+        blocked.mkdir(parents=True)  # this part can be neither read nor written
+        failure = execute(Call(download, config), run(tmp_path), [pairs])
+        assert isinstance(failure, Failure)
+        assert "1 finished shards are kept; run the same command again" in failure.message
+        blocked.rmdir()
+        server.requests.clear()
+        assert done(execute(Call(download, config), run(tmp_path), [pairs])).facts["rows"]["kept"] == 30
+        assert sum(server.requests.values()) == 15
+
+
+def outcomes(images: Artifact) -> dict[str, str | None]:
+    table = tables.read(images.uri, columns=["key", "reason"])
+    return dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
+
+def listed_with_hashes(storage: Path, pairs: Artifact, hashes: dict[str, str]) -> Artifact:
+    """The same list, which now gives hashes for some keys."""
+    table = tables.read_file(pairs.uri)
+    expected = pa.array([hashes.get(key) for key in table["key"].to_pylist()], pa.string())
+    uri = str(storage / "with-hashes.parquet")
+    tables.write_file(
+        uri, table.set_column(table.schema.get_field_index("expected_sha256"), "expected_sha256", expected)
+    )
+    return dataclasses.replace(pairs, uri=uri, digest="with hashes")
+
+
+def test_t9_pictures_with_other_hashes_than_the_list_or_the_first_fetch_are_not_kept(
+    cluster: None, tmp_path: Path
+) -> None:
+    scenes = ScenesConfig(num_images=6, side=16, broken=0, port=free_port())
+    with scene_server.serve(scenes):
+        pairs = run_ingest(tmp_path, scenes)
+        config = download_config(scenes)
+        first = done(execute(Call(download, config), run(tmp_path), [pairs]))
+        stored = tables.read(first.uri).to_pylist()
+        keys = [row["key"] for row in stored]
+        digests = {row["key"]: row["sha256"] for row in stored}
+
+        # In another storage the list itself has the hashes, one of them wrong; one picture was taken down there.
+        from tasks import tombstones
+
+        other = tmp_path / "other"
+        expected = {**digests, keys[0]: "00" * 32}
+        stones = [{"kind": "sha256", "value": digests[keys[1]], "request": "r"}]
+        tables.write_file(str(other / "tombstones.parquet"), pa.Table.from_pylist(stones, schema=tombstones.SCHEMA))
+        checked = done(execute(Call(download, config), run(other), [listed_with_hashes(tmp_path, pairs, expected)]))
+        assert outcomes(checked) == dict.fromkeys(keys) | {keys[0]: "hash_mismatch", keys[1]: "taken_down"}
+        bad = tables.read(checked.uri).to_pylist()[:2]
+        assert all(row["jpg"] is None and row["sha256"] is None for row in bad)
+
+        # The table of another size was made when one picture was different: what was seen first counts.
+        before = tables.read(first.uri)
+        changed = ["11" * 32 if key == keys[2] else digests[key] for key in keys]
+        part = tables.write_part(
+            first.uri,
+            "changed",
+            before.set_column(before.schema.get_field_index("sha256"), "sha256", pa.array(changed)),
+        )
+        tables.append_files(first.uri, [part], before.schema, replaced=pa.array(keys))
+        larger = done(execute(Call(download, dataclasses.replace(config, image_size=8)), run(tmp_path), [pairs]))
+        assert outcomes(larger) == dict.fromkeys(keys) | {keys[2]: "content_changed"}
+
+
+def test_what_failed_for_passing_reasons_is_fetched_again_when_asked(cluster: None, tmp_path: Path) -> None:
+    scenes = ScenesConfig(num_images=8, side=16, broken=0.5, port=free_port())
+    pairs = run_ingest(tmp_path, scenes)
+    config = download_config(scenes)
+    dead = done(execute(Call(download, config), run(tmp_path), [pairs]))  # nobody serves
+    assert set(outcomes(dead).values()) == {"connect_error"}
+    store = Store(str(tmp_path))
+    assert pin_attempt(store, config, retry_failed=False).attempt == 0
+    again = pin_attempt(store, config, retry_failed=True)
+    assert again.attempt == 1
+    with scene_server.serve(scenes) as server:
+        images = done(execute(Call(download, again), run(tmp_path), [pairs]))
+        assert images.facts["fetched_now"] == len(outcomes(dead)) and images.facts["rows"]["kept"] >= 8
+        server.requests.clear()
+        assert pin_attempt(store, config, retry_failed=False).attempt == 1  # plain runs go on from there
+        third = done(execute(Call(download, pin_attempt(store, config, retry_failed=True)), run(tmp_path), [pairs]))
+        assert set(server.requests) and all("picture" not in path for path in server.requests)
+    passing = [reason for reason in outcomes(images).values() if reason and PASSING.fullmatch(reason)]
+    assert third.facts["fetched_now"] == len(passing) > 0
+    assert tables.read(images.uri)["key"].to_pylist() == tables.read(dead.uri, 0)["key"].to_pylist()
+
+
+def pairs_of(*urls: str) -> list[Pair]:
+    return [{"key": f"{number:05}", "url": url, "caption": "a picture"} for number, url in enumerate(urls)]
+
+
+def many_sites(num_sites: int = 60, num_pages: int = 12) -> list[Pair]:
+    """Pages of sites with several hosts and ports each, mixed."""
+    suffixes = ("com", "co.uk", "unknown", "xn--p1ai")
+    return pairs_of(
+        *(
+            f"http{'s' * (page % 2)}://{('', 'www.', 'a.b.', 'IMG.')[page % 4]}site{site}.{suffixes[site % 4]}"
+            f"{('', ':8080', '.')[page % 3]}/{page}.jpg"
+            for page in range(num_pages)
+            for site in range(num_sites)
+        )
+    )
+
+
+def test_a_site_is_in_one_lane_and_no_pair_is_lost() -> None:
+    pairs = many_sites()
+    lanes = plan_lanes(pairs, 16)
+    assert sorted(pair["key"] for lane in lanes for pair in lane) == [pair["key"] for pair in pairs]
+    lanes_of_site = collections.defaultdict(set)
+    for number, lane in enumerate(lanes):
+        assert lane == sorted(lane, key=lambda pair: pair["key"])
+        for pair in lane:
+            lanes_of_site[int(pair["key"]) % 60].add(number)
+    assert len(lanes_of_site) == 60 and all(len(found) == 1 for found in lanes_of_site.values())
+    assert len(set().union(*lanes_of_site.values())) > 8, "all sites are in a few lanes"
+
+
+@pytest.mark.parametrize(
+    ("urls", "num_lanes"),
+    [
+        (("http://127.0.0.1:1/a", "https://127.0.0.1:2/b"), 1),
+        (("http://[2606:4700::1]/a", "http://[2606:4700::1]:81/b"), 1),
+        (("http://localhost/a", "http://LOCALHOST:99/b"), 1),
+        (("http://bücher.de/a", "http://xn--bcher-kva.de/b", "http://www.bücher.de/c"), 1),
+        (("file:///etc/passwd", "http://", "nonsense"), 1),
+        (("http://a.shop.unlisted/a", "http://b.shop.unlisted/b"), 1),
+        (tuple(f"http://8.8.8.{number}/a" for number in range(100)), 50),
+        (tuple(f"http://host{number}/a" for number in range(100)), 50),
+        (tuple(f"http://shop{number}.co.uk/a" for number in range(100)), 50),
+    ],
+)
+def test_what_a_site_is(urls: tuple[str, ...], num_lanes: int) -> None:
+    filled = sum(bool(lane) for lane in plan_lanes(pairs_of(*urls), 1000))
+    assert filled == 1 if num_lanes == 1 else filled >= num_lanes
+
+
+def test_lanes_are_the_same_in_every_process_and_ask_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    download_module._suffixes.cache_clear()
+    download_module._registrable_domain.cache_clear()
+    lanes = plan_lanes(pairs_of("http://example.com/a", "http://www.example.org/b", "http://1.1.1.1/c"), 16)
+    assert {pair["url"][-1]: number for number, lane in enumerate(lanes) for pair in lane} == {"a": 7, "b": 5, "c": 9}
+
+
+def test_shards_are_cut_inside_lanes_and_own_servers_need_none() -> None:
+    pairs = many_sites() + pairs_of(*(f"http://127.0.0.1:8765/{number}.jpg" for number in range(250)))
+    config = DownloadConfig(shard_size=100, num_lanes=5, allow_hosts=("127.0.0.1:8765",))
+    lanes = plan_shards(pairs, config)
+    assert lanes == plan_shards(pairs, config)
+    assert [list(map(len, lane)) for lane in lanes[:3]] == [[100], [100], [50]]
+    assert [pair for lane in lanes[:3] for shard in lane for pair in shard] == pairs[720:]
+    assert len(lanes) <= 3 + 5 and all(len(shard) <= 100 for lane in lanes for shard in lane)
+    others = [[pair for shard in lane for pair in shard] for lane in lanes[3:]]
+    assert others == [lane for lane in plan_lanes(pairs[:720], 5) if lane]
+    few = plan_shards(pairs[:90], config)
+    assert [list(map(len, lane)) for lane in few] == [[90]], "a short list is one file"
+    giant = pairs_of(*(f"https://cdn{number % 9}.example.com/{number}" for number in range(1000)))
+    assert [list(map(len, lane)) for lane in plan_shards(giant, config)] == [[100] * 10]
+
+
+def test_of_a_lane_one_shard_runs_at_a_time(cluster: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def count(shard: Shard) -> int:
+        time.sleep(0.01)
+        return len(shard)
+
+    pairs = pairs_of(*(f"http://site{site}.example/{page}" for page in range(40) for site in range(12)))
+    lanes = plan_shards(pairs, DownloadConfig(shard_size=10, num_lanes=6))
+    lane_of = {id(shard): number for number, lane in enumerate(lanes) for shard in lane}
+    running: list[int] = []
+    order: list[int] = []
+    highest = 0
+
+    def start(shard: Shard) -> object:
+        nonlocal highest
+        assert lane_of[id(shard)] not in running
+        running.append(lane_of[id(shard)])
+        order.append(lane_of[id(shard)])
+        highest = max(highest, len(running))
+        return count.remote(shard)
+
+    made = run_in_lanes(lanes, 3, start, on_done=lambda shard: running.remove(lane_of[id(shard)]))
+    assert sum(made) == len(pairs) and sorted(made) == sorted(len(shard) for lane in lanes for shard in lane)
+    assert highest == 3 and not running
+    longest = max(range(len(lanes)), key=lambda number: sum(map(len, lanes[number])))
+    assert order[0] == longest
+
+
+def test_after_a_failure_what_runs_still_finishes_and_nothing_starts(cluster: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def work(shard: Shard) -> int:
+        if shard[0]["key"] == "00000":
+            raise ValueError("no space left")
+        time.sleep(0.5)
+        return len(shard)
+
+    shards = [[pair] for pair in pairs_of(*(f"http://site{number}.example/" for number in range(9)))]
+    started: list[Shard] = []
+
+    def start(shard: Shard) -> object:
+        started.append(shard)
+        return work.remote(shard)
+
+    with pytest.raises(StageError, match=r"no space left.* 2 finished shards are kept"):
+        run_in_lanes([shards[:3], shards[3:6], shards[6:]], 3, start)
+    assert len(started) == 3
+
+
+def pids_of_shards() -> list[int]:
+    """Processes that work on a shard of a download at this moment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::_download_shard"):
+                found.append(int(folder.name))
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert found
+    return found
+
+
+def test_f38_a_task_that_is_killed_and_one_that_hangs_are_done_again_once(cluster: None, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a shard, then SIGSTOP: every row is there once, whatever was fetched how often."""
+    scenes = ScenesConfig(num_images=30, side=16, broken=0.3, port=free_port())  # its silent URLs keep a shard busy
+    config = download_config(scenes, shard_size=100, stall_seconds=10.0, retries=0)
+    with scene_server.serve(scenes) as server:
+        pairs = run_ingest(tmp_path, scenes)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            stage = pool.submit(execute, Call(download, config), run(tmp_path), [pairs])
+            wait_for(lambda: server.count("picture") >= 5)
+            [first] = wait_for(pids_of_shards)
+            os.kill(first, signal.SIGKILL)
+            wait_for(lambda: set(pids_of_shards()) - {first})
+            asked = server.count("picture")
+            wait_for(lambda: server.count("picture") >= asked + 5)
+            [second] = wait_for(lambda: set(pids_of_shards()) - {first})
+            os.kill(second, signal.SIGSTOP)
+            images = done(stage.result())
+        assert server.count("picture") > 30, "nothing was done again"
+    assert not Path(f"/proc/{second}").exists(), "what hung is ended before its shard is started again"
+    table = content(images.uri)
+    assert len(set(table["key"].to_pylist())) == table.num_rows == images.facts["fetched_now"]
+    assert images.facts["rows"]["kept"] == 30 + scenes_of_kind(table, "duplicate", "small")
+    assert len(tables.files(images.uri)) == len(list(Path(images.uri).glob("*.parquet"))) == 1
+    assert not Path(tmp_path, "runs", "r1", "shards").exists()
+
+
+def scenes_of_kind(table: pa.Table, *kinds: str) -> int:
+    return sum(url.split("/")[-2] in kinds for url in table["url"].to_pylist())
+
+
+def test_f38_a_shard_that_hangs_every_time_ends_the_stage(cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def hang() -> None:
+        time.sleep(60)
+
+    started: list[Shard] = []
+
+    def start(shard: Shard) -> object:
+        started.append(shard)
+        return hang.remote()
+
+    shards = [pairs_of("http://a/1"), pairs_of("http://a/2")]
+    with pytest.raises(StageError, match=r"no row was done for 0.2 s, 3 times.*run the same command again"):
+        run_in_lanes([shards], 2, start, pulse=lambda _: 1, stall_seconds=0.2)
+    assert started == shards[:1] * 3
+
+
+def test_f38_what_a_task_that_was_given_up_makes_in_the_end_changes_nothing(tmp_path: Path) -> None:
+    table = pa.table({"key": ["a"], "jpg": [b"first"]})
+    part = tables.write_part(str(tmp_path), "part", table)
+    late = b"looked before there was a part, and comes after it"
+    assert not files.write(f"{tmp_path}/part.parquet", late, replace=False)
+    assert tables.find_part(str(tmp_path), "part") == part
+    assert tables.read_file(f"{tmp_path}/part.parquet").equals(table)
+    assert [path.name for path in tmp_path.iterdir()] == ["part.parquet"]
+
+
+def test_settings_reach_the_fetcher_which_lasts_for_the_process() -> None:
+    config = DownloadConfig(requests_per_host=2, respect_robots=False, opt_out_directives=("noindex",), retries=3)
+    fetcher = download_module._fetcher(config)
+    assert (fetcher.requests_per_host, fetcher.respect_robots, fetcher.retries) == (2, False, 3)
+    assert fetcher.opt_out_directives == ("noindex",)
+    assert download_module._fetcher(dataclasses.replace(config)) is fetcher
+    assert DownloadConfig().respect_robots
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_lanes", 0),
+        ("stall_seconds", 12.0),
+        ("requests_per_host", 0),
+        ("max_crawl_delay_seconds", -1.0),
+        ("opt_out_directives", ("No AI",)),
+        ("user_agent", "/1.0"),
+    ],
+)
+def test_impossible_settings_are_named(setting: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=setting):
+        DownloadConfig(**{setting: value})  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tasks import rows, tables
+from tasks.stage import Artifact, Call, Failure, Run, execute
+from tasks.stages.dedup import DedupConfig, drop_duplicates, near_duplicates, splits
+from tasks.stages.filter import FilterConfig, filter, judge
+from tasks.tracking import Tracker
+from unclip.errors import ConfigError
+
+CAPTION = "a red circle"
+
+
+def pairs_of(*captions: str) -> pa.Table:
+    """One kept pair for each caption, then one of each kind that ingest refuses, one of them with a kept row's key."""
+    listed = [(f"k{i}", caption, "kept", None) for i, caption in enumerate(captions)]
+    listed += [("k0", captions[0], "dropped", "duplicate_row"), ("k1", "", "failed", "no_url")]
+    columns = zip(*((position, *row) for position, row in enumerate(listed)), strict=True)
+    table = pa.table(dict(zip(("position", "key", "caption", "status", "reason"), map(list, columns), strict=True)))
+    table = table.append_column("expected_sha256", pa.nulls(table.num_rows, pa.string()))
+    return table.sort_by([("key", "ascending"), ("position", "ascending")])
+
+
+def images_of(*sizes: tuple[int, int] | None) -> pa.Table:
+    return pa.table(
+        {
+            "key": [f"k{i}" for i in range(len(sizes))],
+            "sha256": [f"{i:064x}" for i in range(len(sizes))],
+            "status": ["ok" if size else "failed" for size in sizes],
+            "reason": pa.array([None if size else "http_404" for size in sizes], pa.string()),
+            "original_width": pa.array([size and size[0] for size in sizes], pa.int32()),
+            "original_height": pa.array([size and size[1] for size in sizes], pa.int32()),
+        }
+    )
+
+
+def reasons(selection: pa.Table) -> dict[int, str | None]:
+    facts = rows.count(selection)
+    assert (
+        facts["rows"]["in"] == selection.num_rows == sum(facts["rows"][name] for name in ("kept", "dropped", "failed"))
+    )
+    return dict(zip(selection["position"].to_pylist(), selection["reason"].to_pylist(), strict=True))
+
+
+def test_filter_gives_every_row_its_first_reason() -> None:
+    captions = (CAPTION, CAPTION, CAPTION, CAPTION, "red", ("word " * 61).strip(), ("word " * 60).strip(), CAPTION)
+    sizes = ((32, 96), None, (31, 400), (300, 99), (64, 64), (64, 64), (64, 64), (64, 64))
+    selection = judge(pairs_of(*captions), images_of(*sizes), FilterConfig())
+    assert reasons(selection) == {
+        0: None, 1: "http_404", 2: "too_small", 3: "bad_aspect", 4: "caption_too_short", 5: "caption_too_long", 6: None,
+        7: None, 8: "duplicate_row", 9: "no_url",
+    }  # fmt: skip
+    assert selection.schema.names == ["key", "position", "status", "reason"]
+    assert rows.count(selection)["rows"] == {"in": 10, "kept": 3, "dropped": 5, "failed": 2}
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ((1, 1), "too_small"),
+        ((3, 3), "too_small"),
+        ((1, 10_000), "too_small"),
+        ((32, 97), "bad_aspect"),
+        ((32, 96), None),
+    ],
+)
+def test_f21_sizes_that_are_no_use(size: tuple[int, int], reason: str | None) -> None:
+    for held in (size, size[::-1]):
+        selection = judge(pairs_of(CAPTION, CAPTION), images_of(held, (64, 64)), FilterConfig())
+        assert reasons(selection)[0] == reason and reasons(selection)[1] is None
+
+
+def test_f26_filter_that_keeps_nothing_fails_with_the_reasons(tmp_path: Path) -> None:
+    tables.write_file(str(tmp_path / "pairs.parquet"), pairs_of(CAPTION, CAPTION))
+    images = images_of((8, 8), None)
+    tables.append_files(str(tmp_path / "t"), [tables.write_part(str(tmp_path / "t"), "p", images)], images.schema)
+    facts = {"pairs": str(tmp_path / "pairs.parquet"), "images": str(tmp_path / "t"), "images_version": 0}
+    run = Run("r1", "test", str(tmp_path), Tracker("", ""), "0")
+    result = execute(Call(filter, FilterConfig()), run, [Artifact("download", "f", "", "d", facts, 0.0)])
+    assert isinstance(result, Failure)
+    assert "none of 4 rows is kept (duplicate_row 1, http_404 1, no_url 1, too_small 1)" in result.message
+
+
+def deduplicate(hashes: dict[str, tuple[str, str | None]], distance: int, order: int = 0) -> dict[str, str | None]:
+    keys = list(hashes)
+    random.Random(order).shuffle(keys)
+    images = pa.table({"key": keys, "sha256": [hashes[k][0] for k in keys], "phash": [hashes[k][1] for k in keys]})
+    columns: dict[str, Any] = {"key": [*keys, "a"], "position": range(len(keys) + 1)}
+    columns |= {"status": ["kept"] * len(keys) + ["dropped"], "reason": [None] * len(keys) + ["duplicate_row"]}
+    selection = pa.table({name: list(values) for name, values in columns.items()})
+    result = drop_duplicates(selection, images, distance)
+    assert reasons(result)[len(keys)] == "duplicate_row"
+    return {row["key"]: row["reason"] for row in result.to_pylist() if row["position"] < len(keys)}
+
+
+HASHES = {
+    "a": ("s1", "00000000000000ff"),
+    "b": ("s1", "00000000000000ff"),  # the same bytes as a
+    "c": ("s2", "00000000000000ff"),  # looks the same
+    "d": ("s3", "80000000000000fe"),  # two bits away
+    "e": ("s4", "ffffffff00000000"),
+    "f": ("s5", None),  # of one colour
+    "g": ("s6", None),  # of one colour, other bytes
+    "h": ("s5", None),  # the same bytes as f
+}
+
+
+@pytest.mark.parametrize("order", range(3))
+def test_dedup_keeps_the_smallest_key_in_any_order(order: int) -> None:
+    exact = {"b": "duplicate_image", "h": "duplicate_image"}
+    unique = dict.fromkeys("acdefg")
+    assert deduplicate(HASHES, -1, order) == unique | exact
+    assert deduplicate(HASHES, 0, order) == unique | exact | {"c": "near_duplicate"}
+    assert deduplicate(HASHES, 1, order) == unique | exact | {"c": "near_duplicate"}
+    assert deduplicate(HASHES, 2, order) == unique | exact | {"c": "near_duplicate", "d": "near_duplicate"}
+
+
+@pytest.mark.parametrize("distance", range(8))
+def test_near_duplicates_are_those_of_brute_force(distance: int) -> None:
+    rng = random.Random(distance)
+    centres = [rng.getrandbits(64) for _ in range(40)]
+    hashes = [
+        rng.choice(centres) ^ sum(1 << bit for bit in rng.sample(range(64), rng.randrange(10))) for _ in range(300)
+    ]
+    expected = {j for j in range(len(hashes)) if any((hashes[i] ^ hashes[j]).bit_count() <= distance for i in range(j))}
+    assert near_duplicates(hashes, distance) == expected
+    assert near_duplicates([], distance) == set() and near_duplicates([1], distance) == set()
+
+
+def test_impossible_settings_are_refused() -> None:
+    for distance in (-2, 8):
+        with pytest.raises(ConfigError, match="phash_distance"):
+            DedupConfig(distance)
+    for settings in ({"min_side": 0}, {"max_aspect_ratio": 0.5}, {"min_caption_words": 9, "max_caption_words": 8}):
+        with pytest.raises(ConfigError):
+            FilterConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_row_never_changes_sides() -> None:
+    keys = [f"{index * 2**32 // 1000:08x}" for index in range(1000)]
+    status = ["kept" if index % 10 else "dropped" for index in range(1000)]
+
+    def sides(count: int, holdout: float) -> list[str | None]:
+        return splits(pa.table({"key": keys[:count], "status": status[:count]}), holdout).to_pylist()
+
+    assert sides(1000, 0.1)[:500] == sides(500, 0.1)  # a longer list moves no row
+    counts = {side: sides(1000, 0.1).count(side) for side in ("train", "holdout", None)}
+    assert counts == {"train": 810, "holdout": 90, None: 100}
+    assert {a for a, b in zip(sides(1000, 0.2), sides(1000, 0.1), strict=True) if b == "holdout"} == {"holdout"}

@@ -1,0 +1,811 @@
+import csv
+import gzip
+import io
+import json
+import os
+import queue
+import random
+import re
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+
+from tasks import rows as tally
+from tasks import tables
+from tasks.stage import Artifact, Call, Failure, Run, execute
+from tasks.stages.ingest import MAX_LINE_CHARACTERS, IngestConfig, Listed, check_source, clean, ingest, read
+from tasks.tracking import Tracker
+from tasks.untrusted import parquet_list
+from tasks.untrusted.normalise import normalise_caption, normalise_url
+from tasks.untrusted.sandbox import Limits, Sandbox
+from unclip import files
+from unclip.errors import ConfigError, InputError
+
+ROWS = [
+    ("http://A.example/1.jpg#top", "a  red\tcircle"),
+    ("http://a.example/1.jpg", "a red circle"),
+    ("https://b.example/2.jpg?x=1,2", 'a "blue" square, large'),
+    ("ftp://b.example/3.jpg", "a star"),
+    (None, "a cross"),
+    ("http://c.example/4.jpg", None),
+]
+
+
+def run_ingest(storage: Path, **settings: Any) -> Artifact | Failure:
+    run = Run("r1", "test", str(storage / "storage"), Tracker("", ""), "0")
+    return execute(Call(ingest, IngestConfig(**settings)), run, [])
+
+
+def ingested(storage: Path, **settings: Any) -> Artifact:
+    artifact = run_ingest(storage, **settings)
+    assert isinstance(artifact, Artifact), artifact
+    rows = artifact.facts["rows"]
+    assert rows["in"] == rows["kept"] + rows["dropped"] + rows["failed"]
+    return artifact
+
+
+def write_list(path: Path, pairs: list[tuple[Any, Any]] = ROWS, names: tuple[str, str] = ("url", "caption")) -> str:
+    if path.suffix == ".gz":
+        plain = Path(write_list(path.with_suffix(""), pairs, names))
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    elif path.suffix == ".parquet":
+        columns = {
+            name: pa.array(values, pa.string()) for name, values in zip(names, zip(*pairs, strict=True), strict=True)
+        }
+        pq.write_table(pa.table({"id": pa.array(range(len(pairs)))} | columns), path)
+    elif path.suffix == ".jsonl":
+        lines = ({"id": 7, **dict(zip(names, pair, strict=True))} for pair in pairs)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    elif path.suffix == ".txt":
+        path.write_text("".join("\t".join(text or "" for text in pair) + "\n" for pair in pairs))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerows([names, *pairs])
+    return str(path)
+
+
+def listed(path: Path, **settings: Any) -> list[Listed]:
+    return list(read(IngestConfig(str(path), **settings)))
+
+
+TEXT_SUFFIXES = ["csv", "tsv", "jsonl", "txt"]
+SUFFIXES = ["parquet", *TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES)]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    artifact = ingested(tmp_path, urls=write_list(tmp_path / f"list.{suffix}"))
+    assert artifact.facts["rows"] == {"in": 6, "kept": 2, "dropped": 2, "failed": 2}
+    assert artifact.facts["reasons"] == {"bad_url": 1, "duplicate_row": 1, "no_caption": 1, "no_url": 1}
+    table = tables.read_file(artifact.uri)
+    by_position = {row["position"]: row for row in table.to_pylist()}
+    assert by_position[0]["url"] == by_position[1]["url"] == "http://a.example/1.jpg"
+    assert by_position[0]["caption"] == "a red circle" and by_position[0]["key"] == by_position[1]["key"]
+    assert (by_position[0]["status"], by_position[0]["reason"]) == ("kept", None)
+    assert by_position[1]["reason"] == "duplicate_row"
+    assert by_position[2]["caption"] == 'a "blue" square, large'
+    keys = table["key"].to_pylist()
+    assert keys == sorted(keys) and all(len(key) == 32 for key in keys)
+    assert table["expected_sha256"].null_count == table.num_rows
+    assert artifact.digest == ingested(tmp_path, urls=write_list(tmp_path / "again.parquet", ROWS[::-1])).digest
+
+
+def test_a_folder_of_files_is_one_list(tmp_path: Path) -> None:
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    write_list(folder / "b.csv", ROWS[:1])
+    write_list(folder / "a.parquet", ROWS[2:])
+    (folder / "notes.txt").write_text("not a list")
+    artifact = ingested(tmp_path, urls=str(folder))
+    assert artifact.facts["rows"]["in"] == 5
+    assert {row["position"]: row["url"] for row in tables.read_file(artifact.uri).to_pylist()}[
+        4
+    ] == "http://a.example/1.jpg"
+
+
+def test_a_folder_takes_text_files_only_where_there_is_nothing_else_and_no_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt.gz", "._a.txt", "_log.txt", ".list.csv", "list.csv.part"):
+        write_list(tmp_path / name, [(f"http://{name.strip('._')}/", "x")])
+    (tmp_path / "sub.csv").mkdir()
+    assert [row.url for row in listed(tmp_path)] == ["http://a.txt.gz/", "http://b.txt/"]
+    write_list(tmp_path / "list.csv", ROWS[:1])
+    assert [row.url for row in listed(tmp_path)] == [ROWS[0][0]]
+
+
+def test_a_pattern_names_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        for number in (10, 2, 1):
+            write_list(tmp_path / folder / f"part-{number}.csv", [(f"http://{folder}/{number}", "a")])
+    (tmp_path / "x" / "part-3.csv.crc").write_text("no list")
+    write_list(tmp_path / "x" / "part[1].csv", [("http://literal/", "a")])
+    monkeypatch.chdir(tmp_path / "x")
+
+    def urls(pattern: str) -> list[str]:
+        return [row.url.removeprefix("http://") for row in read(IngestConfig(pattern))]
+
+    assert urls(f"{tmp_path}/x/part-*.csv") == urls("part-*.csv") == ["x/1", "x/10", "x/2"]
+    assert urls(f"{tmp_path}/*/part-?.csv") == ["x/1", "x/2", "y/1", "y/2"]
+    assert urls("part[1].csv") == ["literal/"]
+    with pytest.raises(InputError, match=r"part-9\*.csv matches no file"):
+        urls("part-9*.csv")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as environment:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        settings = dict.fromkeys(names, "test") | {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+        for name, value in settings.items():
+            environment.setenv(name, value)
+        pafs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True).create_dir("lists")
+        yield "s3://lists"
+    server.stop()
+
+
+def test_a_list_in_an_object_store(tmp_path: Path, bucket: str) -> None:
+    filesystem, folder = files.locate(bucket)
+    for name, pairs in (("part-0.parquet", ROWS[:2]), ("part-1.csv.gz", ROWS[2:4]), ("part-2.jsonl", ROWS[4:])):
+        with filesystem.open_output_stream(f"{folder}/a/{name}", compression=None) as stream:
+            stream.write(Path(write_list(tmp_path / name, pairs)).read_bytes())
+    for urls in (f"{bucket}/a", f"{bucket}/a/part-*", f"{bucket}/*/part-[0-2].*?region=us-east-1"):
+        config = IngestConfig(urls)
+        assert [row.url for row in read(config)] == [url or "" for url, _ in ROWS]
+        assert check_source(config) == check_source(IngestConfig(str(tmp_path)))
+    assert ingested(tmp_path, urls=f"{bucket}/a/part-0.parquet").facts["rows"]["kept"] == 1
+    with pytest.raises(InputError, match=r"s3://lists/b\.csv does not exist"):
+        check_source(IngestConfig(f"{bucket}/b.csv"))
+
+
+HASH = "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "content"),
+    [
+        ("plain", "list.csv", "url,caption\nhttp://a/1,a red circle\n"),
+        ("laion", "list.csv", "SAMPLE_ID,URL,TEXT,similarity\n1,http://a/1,a red circle,0.3\n"),
+        ("coyo", "list.jsonl", '{"id": 1, "url": "http://a/1", "text": "a red circle"}\n'),
+        ("cc3m", "list.tsv", "a red circle\thttp://a/1\n"),
+        ("cc12m", "list.tsv.gz", "http://a/1\ta red circle\n"),
+        ("cc12m", "list.txt", "http://a/1\ta red circle\n"),
+        ("datacomp", "list.csv", f"uid,url,text,sha256\n7,http://a/1,a red circle,{HASH}\n"),
+    ],
+)
+def test_layouts_of_published_datasets(tmp_path: Path, layout: str, name: str, content: str) -> None:
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    rows = listed(tmp_path / name, layout=layout)
+    assert rows == [Listed("http://a/1", "a red circle", HASH if layout == "datacomp" else "")]
+
+
+def test_quotes_are_plain_characters_in_a_layout_without_header(tmp_path: Path) -> None:
+    (tmp_path / "list.tsv").write_text('http://a/1\t"half a quote\nhttp://a/2\tsay ""hi""\n')
+    assert [row.caption for row in listed(tmp_path / "list.tsv", layout="cc12m")] == ['"half a quote', 'say ""hi""']
+    write_list(tmp_path / "list.csv")
+    with pytest.raises(InputError, match=r"cc12m is TSV without a header.*layout=plain"):
+        listed(tmp_path / "list.csv", layout="cc12m")
+
+
+def test_settings_of_columns_come_before_those_of_the_layout(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("url,text,alt,md\nhttp://a/1,b,c,d\n")
+    settings = {"layout": "coyo", "caption_column": "alt", "sha256_column": "md"}
+    assert listed(tmp_path / "list.csv", **settings) == [Listed("http://a/1", "c", "d")]
+
+
+def test_a_layout_that_would_fit_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no column 'url' .*Did you mean 'URL'.*layout=laion"):
+        listed(Path(write_list(tmp_path / "list.csv", names=("URL", "TEXT"))))
+    with pytest.raises(InputError, match=r"no column 'sha256' .ingest.sha256_column"):
+        listed(Path(write_list(tmp_path / "list.txt")), layout="datacomp")
+
+
+def test_an_expected_hash_is_kept_with_the_row_and_not_part_of_its_key(tmp_path: Path) -> None:
+    hashes = [HASH, HASH.upper(), None, "", " ", HASH[1:], HASH + "0", "g" * 64, HASH[:-1] + "\u0663"]
+    bad = [False] * 5 + [True] * 4
+    urls = [f"http://a/{number}" for number in range(len(hashes))]
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"url": urls, "caption": ["red"] * len(urls), "hash": hashes}), path)
+    artifact = ingested(tmp_path, urls=str(path), sha256_column="hash")
+    by_url = {row["url"]: row for row in tables.read_file(artifact.uri).to_pylist()}
+    assert [by_url[url]["expected_sha256"] for url in urls] == [HASH, HASH] + [None] * 7
+    outcomes = [(by_url[url]["status"], by_url[url]["reason"]) for url in urls]
+    assert outcomes == [("failed", "bad_hash") if is_bad else ("kept", None) for is_bad in bad]
+    without = ingested(tmp_path, urls=str(path))
+    assert {row["key"] for row in tables.read_file(without.uri).to_pylist()} == {row["key"] for row in by_url.values()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_f24_the_order_of_the_list_changes_nothing_but_positions(tmp_path: Path, seed: int) -> None:
+    hashes = ["", HASH, HASH[::-1], "bad"]
+    rows = [Listed(f"http://a/{i % 4}", "ab"[i % 2] * (i % 3), hashes[i % 7 % 4]) for i in range(100)]
+    first = clean(rows).drop_columns("position")
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    assert clean(shuffled).drop_columns("position").equals(first)
+    kept = [row for row in first.to_pylist() if row["status"] == "kept"]
+    assert len({row["key"] for row in kept}) == len(kept) == 8
+    assert all(row["expected_sha256"] == min(HASH, HASH[::-1]) for row in kept)
+
+
+def test_f24_equal_urls_are_one_row_and_are_counted() -> None:
+    same = [
+        "http://a.example/1.jpg",
+        "HTTP://A.EXAMPLE/1.jpg",
+        "http://a.example/1.jpg#top",
+        " http://a.example/1.jpg ",
+    ]
+    other = ["http://a.example/1.JPG", "http://a.example/1.jpg?b=1&a=2", "http://a.example/1.jpg?a=2&b=1"]
+    table = clean([Listed(url, "a red circle") for url in [*same, *other]])
+    facts = tally.count(table)
+    assert facts["rows"] == {"in": 7, "kept": 4, "dropped": 3, "failed": 0}
+    assert facts["reasons"] == {"duplicate_row": 3}
+    assert {row["position"] for row in table.to_pylist() if row["status"] == "kept"} == {0, 4, 5, 6}
+
+
+def test_f27_another_schema_is_named_and_writes_nothing(tmp_path: Path) -> None:
+    """A column that is new, missing, renamed, of another type; the list was read before."""
+    path, storage = tmp_path / "list.parquet", tmp_path / "storage"
+    columns = {"url": ["http://a/1"], "caption": ["a red circle"]}
+    changes: dict[str, dict[str, Any]] = {
+        r"no column 'caption' .ingest.caption_column.. Did you mean 'captions'": {"url": ["u"], "captions": ["c"]},
+        r"no column 'caption' .ingest.caption_column.. Valid names: url": {"url": ["u"]},
+        r"column 'caption' of .*got int64, expected text. Set caption_column": {"url": ["u"], "caption": [1]},
+        r"column 'url' of .*got timestamp\[us, tz=UTC\], expected text": {
+            "url": pa.array([0], pa.timestamp("us", "UTC")), "caption": ["c"],
+        },
+    }  # fmt: skip
+    pq.write_table(pa.table(columns | {"added": [1.5]}), path)
+    ingested(tmp_path, urls=str(path))
+    before = sorted(storage.rglob("*.parquet"))
+    for message, changed in changes.items():
+        pq.write_table(pa.table(changed), path)
+        failure = run_ingest(tmp_path, urls=str(path), digest=None, layout="plain", url_column="url")
+        assert isinstance(failure, Failure) and re.search(message, failure.message), failure
+    assert sorted(storage.rglob("*.parquet")) == before
+
+
+def test_files_in_another_order_keep_the_same_keys(tmp_path: Path) -> None:
+    parts = [ROWS[:2], ROWS[2:4], [*ROWS[4:], ROWS[2]]]
+    digests = set()
+    for number, order in enumerate(([0, 1, 2], [2, 0, 1], [1, 2, 0])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, part in zip("abc", order, strict=True):
+            write_list(folder / f"{name}.csv", parts[part])
+        digests.add(ingested(tmp_path, urls=str(folder)).digest)
+    assert len(digests) == 1
+
+
+def test_other_column_names(tmp_path: Path) -> None:
+    path = write_list(tmp_path / "list.csv", names=("URL", "TEXT"))
+    assert ingested(tmp_path, urls=path, url_column="URL", caption_column="TEXT").facts["rows"]["kept"] == 2
+
+
+def extension_table() -> pa.Table:
+    return pa.table(
+        {"url": ["http://a"], "caption": ["a b"], "id": pa.array([b"0" * 16], pa.binary(16)).cast(pa.uuid())}
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (pa.table({"URL": ["http://a"], "caption": ["b"]}), "no column 'url' .ingest.url_column.. Did you mean 'URL'"),
+        (
+            pa.table({"url": ["http://a"], "captions": ["b"]}),
+            "no column 'caption' .ingest.caption_column.. Did you mean 'captions'",
+        ),
+        (pa.table({"url": [1], "caption": ["b"]}), "column 'url'.*got int64, expected text"),
+        (pa.table({"url": pa.array([], pa.string()), "caption": pa.array([], pa.string())}), "has no rows"),
+        (extension_table(), "list.parquet has an extension type"),
+        (pa.table({"url": ["http://a"], "caption": [["b"]]}), "column 'caption'.*got list.*expected text"),
+        (b"PAR1 no parquet at all PAR1", "list.parquet cannot be read"),
+        (b"", "list.parquet cannot be read"),
+    ],
+)
+def test_f25_f27_a_list_that_cannot_be_used_is_refused_before_anything_starts(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    path = tmp_path / "list.parquet"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        pq.write_table(content, path)
+    with pytest.raises(InputError, match=message):
+        check_source(IngestConfig(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.csv", b"", "cannot be read"),
+        ("list.csv", b"url,caption\n", "has no rows"),
+        ("list.csv", b"link,caption\nhttp://a,b c\n", "no column 'url'"),
+        ("list.csv", b"\n\r\n", "cannot be read: it is empty"),
+        ("list.csv", b"url,caption\nhttp://a,b,c,d\n", "cannot be read: line 2: got 4 fields, expected 2"),
+        ("list.csv", b'url,caption\n\n"http://a\n,b', "cannot be read: line 4: got 1 fields, expected 2"),
+        ("list.csv", b"url,caption,url\nhttp://a,b,c\n", "2 columns 'url' .ingest.url_column.*expected one"),
+        ("list.csv", b"u\x1b[31m,\xe2\x80\xaecaption\n", r"no column 'url' .*Valid names: caption, u\[31m"),
+        ("list.csv", "url,caption\nhttp://a,b\n".encode("utf-16"), "got UTF-16, expected UTF-8"),
+        ("list.tsv", b"url,caption\nhttp://a,b\n", "no column 'url'"),
+        ("list.jsonl", b"", "has no rows"),
+        ("list.jsonl", b"{not json}\n", "cannot be read: line 1: "),
+        ("list.jsonl", b'\n["http://a", "b"]\n', "cannot be read: line 2: got list, expected an object"),
+        ("list.jsonl", b'{"url": 1, "caption": ""}', "line 1: 'url': got int, expected a string or null"),
+        ("list.jsonl", b'{"link": "http://a", "caption": ""}', "no column 'url'"),
+        ("list.jsonl", b"[" * 200_000, "cannot be read: line 1: "),
+        ("list.jsonl", b'{"url": ' + b"1" * 10_000 + b"}", "cannot be read: line 1: "),
+        ("list.txt", b"\n \n", "has no rows"),
+        ("list.txt", b"http://" + b"a" * MAX_LINE_CHARACTERS, "line 1 has more than 4,194,304 characters"),
+        ("list.csv", b'url,caption\n"' + b"a\n" * (MAX_LINE_CHARACTERS // 2 + 1), "field larger than field limit"),
+        ("list.csv.gz", b"url,caption\nhttp://a,b\n", "cannot be read: Not a gzipped file"),
+        ("list.txt.gz", gzip.compress(bytes(2 * MAX_LINE_CHARACTERS), mtime=0), "line 1 has more than"),
+        # without the time, which would be in the name of the test, and another one for each process that collects it
+        ("list.parquet.gz", gzip.compress(b"PAR1", mtime=0), "is no file, nor a folder with any, of the formats"),
+        ("list.xlsx", b"PK", "is no file, nor a folder with any, of the formats .parquet, .csv, .tsv, .jsonl, .txt"),
+    ],
+)
+def test_f25_text_lists_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        check_source(IngestConfig(str(tmp_path / name)))
+
+
+def test_f25_a_list_without_one_usable_row_says_why(tmp_path: Path) -> None:
+    path = write_list(tmp_path / "list.csv", [("ftp://a", "b"), ("nonsense", "c"), ("http://a", "")])
+    failure = run_ingest(tmp_path, urls=path)
+    assert isinstance(failure, Failure)
+    assert "none of the 3 rows" in failure.message and "bad_url 2, no_caption 1" in failure.message
+
+
+def test_a_list_that_changes_after_the_check_is_refused(tmp_path: Path) -> None:
+    path = write_list(tmp_path / "list.csv")
+    digest = check_source(IngestConfig(path))
+    assert digest == check_source(IngestConfig(path))
+    assert isinstance(run_ingest(tmp_path, urls=path, digest=digest), Artifact)
+    write_list(tmp_path / "list.csv", ROWS[:2])
+    assert check_source(IngestConfig(path)) != digest
+    failure = run_ingest(tmp_path, urls=path, digest=digest)
+    assert isinstance(failure, Artifact), "a committed result needs no list"
+    (tmp_path / "elsewhere").mkdir()
+    failure = run_ingest(tmp_path / "elsewhere", urls=path, digest=digest)
+    assert isinstance(failure, Failure) and "changed since this run was planned" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (" HTTP://Example.COM/A.jpg#x ", "http://example.com/A.jpg"),
+        ("https://example.com", "https://example.com/"),
+        ("http://example.com:8080/a?b=c#d", "http://example.com:8080/a?b=c"),
+        ("http://[::1]/a", "http://[::1]/a"),
+        ("file:///etc/passwd", None),
+        ("data:image/png;base64,aaaa", None),
+        ("//example.com/a", None),
+        ("http:///a", None),
+        ("http://user:pw@example.com/", None),
+        ("http://example.com:99999/", None),
+        ("http://[::1/", None),
+        ("http://example.com/" + "a" * 3000, None),
+        ("http://example.com/a\x00b", None),
+        ("http://example.com/\u202egpj.a", None),
+        ("http://example.com/\ufffd.jpg", None),
+        ("", None),
+    ],
+)
+def test_urls_are_normalised(raw: str, expected: str | None) -> None:
+    assert normalise_url(raw) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("  a\n\n red \t circle ", "a red circle"),
+        ("cafe\u0301", "café"),
+        ("a\x00b\x1b[31mred", "ab[31mred"),
+        ("safe\u202egnp.exe\u2066", "safegnp.exe"),
+        ("\u200e \u200f", ""),
+        ("👩\u200d🎨 paints", "👩\u200d🎨 paints"),
+        ("x" * 5000, "x" * 1000),
+        ("<script>alert(1)</script>", "<script>alert(1)</script>"),  # the report escapes it
+        ("=cmd|' /C calc'!A0", "=cmd|' /C calc'!A0"),
+        ("كلب صغير", "كلب صغير"),
+    ],
+)
+def test_f23_captions_are_normalised(raw: str, expected: str) -> None:
+    assert normalise_caption(raw) == expected
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_f23_t13_hostile_texts_cost_their_row_at_most(tmp_path: Path, suffix: str) -> None:
+    texts = {
+        b"http://a/1": b"caf\xe9 \xff red",
+        b"http://a/2": b"nul\x00 in it",
+        b"http://a/3": "safe\u202egnp.exe".encode(),
+        b"http://a/4": b"x" * 1_000_000,
+        b"http://a/5": "e\u0301\u0315".encode() * 20_000,
+        b"http://a/\xe9": b"a URL of no known encoding",
+        "http://a/\u202e7".encode(): b"a URL that reads backwards",
+        b"http://a/" + b"8" * 100_000: b"a long URL",
+        b"http://a/9": b" ",
+    }
+    path, plain = tmp_path / f"list.{suffix}", suffix.removesuffix(".gz")
+    if suffix == "parquet":
+        columns = {"url": list(texts), "caption": list(texts.values())}
+        pq.write_table(pa.table({name: pa.array(values, pa.binary()) for name, values in columns.items()}), path)
+    else:
+        separator = b"," if plain == "csv" else b"\t"
+        lines = [url + separator + caption for url, caption in texts.items()]
+        if plain == "jsonl":
+            escaped = [[text.replace(b"\x00", b"\\u0000") for text in pair] for pair in texts.items()]
+            lines = [b'{"url": "%b", "caption": "%b"}' % (url, caption) for url, caption in escaped]
+        header = [] if plain in ("jsonl", "txt") else [b"url" + separator + b"caption"]
+        data = b"\xef\xbb\xbf" + b"\r\n".join([*header, *lines])  # as Excel writes it
+        path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    found = {row["position"]: row for row in clean(listed(path)).to_pylist()}
+    assert [found[position]["reason"] for position in range(9)] == [None] * 5 + ["bad_url"] * 3 + ["no_caption"]
+    assert [found[position]["caption"] for position in range(4)] == [
+        "caf\ufffd \ufffd red",
+        "nul in it",
+        "safegnp.exe",
+        "x" * 1000,
+    ]
+    assert found[4]["caption"].startswith("\xe9\u0315") and len(found[4]["caption"]) == 1000
+
+
+def test_f23_t13_half_a_surrogate_pair_in_json_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"url": "http://a/1", "caption": "\\ud83d red \\ud83d\\ude00"}\n')
+    assert clean(listed(path)).to_pylist()[0]["caption"] == "\ufffd\ufffd\ufffd red \U0001f600"
+
+
+def test_a_json_line_may_leave_out_what_it_has_not(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text('{"url": "http://a/1"}\n{"caption": null, "url": "http://a/2"}\n')
+    assert listed(tmp_path / "list.jsonl") == [Listed("http://a/1", ""), Listed("http://a/2", "")]
+
+
+def test_urls_with_commas_and_quotes_in_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text('http://a/1,2,"3\r\nhttp://a/4\ta, "b"\tc')
+    assert listed(tmp_path / "list.txt") == [Listed('http://a/1,2,"3', ""), Listed("http://a/4", 'a, "b"\tc')]
+    assert clean(listed(tmp_path / "list.txt"))["url"].to_pylist()[0] in ('http://a/1,2,"3', "http://a/4")
+
+
+def test_t13_gzip_that_is_cut_short_or_goes_on_is_refused(tmp_path: Path) -> None:
+    path = Path(write_list(tmp_path / "list.csv.gz"))
+    data = path.read_bytes()
+    for damaged, message in ((data[:-9], "Compressed file ended"), (data + b"more", "Not a gzipped file")):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"list\.csv\.gz cannot be read: {message}"):
+            listed(path)
+    path.write_bytes(data + data)
+    assert len(listed(path)) == 2 * len(ROWS) + 1, "gzip files may be joined; the second header is a row"
+
+
+def test_t13_gzip_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
+    line = b"http://a/\t" + bytes(MAX_LINE_CHARACTERS - 100) + b"\n"
+    (tmp_path / "list.txt.gz").write_bytes(gzip.compress(line * 20, 1))
+    with pytest.raises(InputError, match=r"list.txt.gz cannot be read: its .* bytes unpack to more than 67,108,864"):
+        for _ in read(IngestConfig(str(tmp_path))):
+            pass
+
+
+def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **options)
+    return buffer.getvalue()
+
+
+def claiming(num_rows: int) -> bytes:
+    """A Parquet file whose footer claims that many rows everywhere, in place of the few it has."""
+
+    def field(value: int) -> bytes:  # a 64-bit integer of Thrift's compact protocol, one field after the last
+        zigzag, encoded = value << 1, [0x16]
+        while zigzag > 0x7F:
+            encoded.append(zigzag & 0x7F | 0x80)
+            zigzag >>= 7
+        return bytes([*encoded, zigzag])
+
+    few = 123_457
+    data = parquet_bytes(pa.table({"url": ["http://a"] * few, "caption": ["b"] * few}))
+    start = len(data) - 8 - struct.unpack("<I", data[-8:-4])[0]
+    footer = data[start:-8]
+    assert footer.count(field(few)) >= 4  # the file, its row group and two columns
+    footer = footer.replace(field(few), field(num_rows))
+    return data[:start] + footer + struct.pack("<I", len(footer)) + b"PAR1"
+
+
+def test_f28_t13_a_footer_that_claims_what_the_file_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    nulls = pa.table({name: pa.nulls(1_000_001, pa.string()) for name in ("url", "caption")})
+    long = pa.table({"url": ["http://a"], "caption": ["x" * 70_000_000]})
+    bombs = {
+        "claims 1,000,000,000,000 rows": claiming(10**12),
+        "claims 1,000,001 rows": parquet_bytes(nulls),
+        "claims 70,...,... bytes": parquet_bytes(long, compression="zstd", use_dictionary=False),
+    }
+    for message, data in bombs.items():
+        assert len(data) < 500_000
+        path.write_bytes(data)
+        before = pa.default_memory_pool().bytes_allocated()
+        with pytest.raises(InputError, match=f"list.parquet cannot be read: its footer {message}"):
+            check_source(IngestConfig(str(path)))
+        assert pa.default_memory_pool().bytes_allocated() - before < 1_000_000
+    path.write_bytes(claiming(999_999))
+    with pytest.raises(InputError, match=r"list.parquet cannot be read"):
+        listed(path)
+
+
+@pytest.mark.parametrize("encoding", ["RLE_DICTIONARY", "PLAIN", "DELTA_BYTE_ARRAY"])
+def test_t13_one_long_caption_of_many_rows_is_not_multiplied(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "list.parquet"
+    for num_rows in (200, 2000):
+        captions = pa.DictionaryArray.from_arrays(pa.array([0] * num_rows), ["x" * 100_000])
+        table = pa.table({"url": [f"http://a/{i}" for i in range(num_rows)], "caption": captions.cast(pa.string())})
+        options = (
+            {} if encoding == "RLE_DICTIONARY" else {"use_dictionary": False, "column_encoding": {"caption": encoding}}
+        )
+        pq.write_table(table, path, compression="zstd", store_schema=False, row_group_size=300, **options)
+        if num_rows == 200:
+            assert {normalise_caption(row.caption) for row in listed(path)} == {"x" * 1000}
+        else:
+            with pytest.raises(InputError, match=r"list\.parquet cannot be read"):
+                listed(path)
+
+
+TEXT_TYPES = [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.int32(), pa.large_string()),
+]
+
+
+DELTA = {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}  # pyarrow cannot read it as a dictionary
+
+
+WAYS: list[tuple[pa.DataType, dict[str, Any]]] = [
+    *((kind, options) for kind in TEXT_TYPES for options in ({}, {"dictionary_pagesize_limit": 1})),
+    *((kind, DELTA) for kind in TEXT_TYPES if not pa.types.is_dictionary(kind)),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), WAYS, ids=str)
+def test_parquet_in_all_its_ways_to_store_texts(tmp_path: Path, kind: pa.DataType, options: dict[str, Any]) -> None:
+    urls = [None if number % 5 == 0 else f"http://a/{number % 1100}" for number in range(3000)]
+    captions = [None if number % 7 == 0 else f"caption {number % 3}" for number in range(3000)]
+    columns = {"url": urls, "caption": captions}
+    table = pa.table(
+        {name: pa.array(values, kind if name == "caption" else pa.string()) for name, values in columns.items()}
+    )
+    pq.write_table(table, tmp_path / "list.parquet", row_group_size=1300, **options)
+    expected = [Listed(url or "", caption or "") for url, caption in zip(urls, captions, strict=True)]
+    assert listed(tmp_path / "list.parquet") == expected
+
+
+def pairs_table(num_rows: int = 120) -> pa.Table:
+    captions = [
+        None if number % 7 == 0 else f"a {'red' if number % 2 else 'blue'} circle" for number in range(num_rows)
+    ]
+    urls = [f"http://a.example/{number}.jpg" for number in range(num_rows)]
+    return pa.table({"id": range(num_rows), "url": urls, "caption": captions})
+
+
+def damage(data: bytes, randomness: random.Random) -> bytes:
+    """Cut it short, or change some of its bytes, half of the time in the footer."""
+    if randomness.random() < 0.2:
+        return data[: randomness.randrange(len(data))]
+    damaged = bytearray(data)
+    footer = len(data) - 8 - struct.unpack("<I", data[-8:-4])[0]
+    for _ in range(randomness.choice([1, 1, 1, 3])):
+        where = randomness.randrange(randomness.choice([0, footer]), len(data))
+        damaged[where] ^= 1 << randomness.randrange(8) if randomness.random() < 0.5 else randomness.randrange(1, 256)
+    return bytes(damaged)
+
+
+WRITERS: list[dict[str, Any]] = [
+    {"compression": "none"},
+    {"compression": "zstd", "data_page_version": "2.0"},
+    {"compression": "snappy", "use_dictionary": False, "store_schema": False},
+    {"use_dictionary": False, "column_encoding": {"url": "DELTA_BYTE_ARRAY", "caption": "DELTA_LENGTH_BYTE_ARRAY"}},
+]
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+@pytest.mark.parametrize("checksums", [True, False])
+def test_f28_t13_damaged_parquet_is_refused_or_read_as_it_was(
+    tmp_path: Path, writer: dict[str, Any], checksums: bool
+) -> None:
+    """Without checksums in its pages a changed letter cannot be told from a right one, but it still crashes nothing."""
+    data = parquet_bytes(pairs_table(), write_page_checksum=checksums, row_group_size=50, **writer)
+    path, randomness = tmp_path / "list.parquet", random.Random(1)
+    path.write_bytes(data)
+    intact, outcomes = listed(path), {"refused": 0, "equal": 0, "changed": 0}
+    assert len(intact) == 120
+    for _ in range(150):
+        path.write_bytes(damage(data, randomness))
+        try:
+            rows = listed(path)
+        except InputError as error:
+            assert str(path) in str(error) and str(error).isprintable()
+            outcomes["refused"] += 1
+        else:
+            outcomes["equal" if rows == intact else "changed"] += 1
+            assert len(rows) == len(intact)
+    assert outcomes["refused"] > 50 and outcomes["equal"] > 5
+    assert outcomes["changed"] == 0 or not checksums
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != "parquet"])
+def test_t13_damaged_text_lists_are_refused_or_cost_rows(tmp_path: Path, suffix: str) -> None:
+    path, randomness = tmp_path / f"list.{suffix}", random.Random(2)
+    write_list(path, [(f"http://a/{number}", f'a "red" circle, {number}') for number in range(50)])
+    data, outcomes = path.read_bytes(), set()
+    for _ in range(60):
+        damaged = bytearray(data[: randomness.randrange(len(data))] if randomness.random() < 0.2 else data)
+        for _ in range(randomness.choice([1, 10]) if damaged else 0):
+            damaged[randomness.randrange(len(damaged))] = randomness.choice(b'\0"\r\n\t,{}[]\\\xff\xe2a')
+        path.write_bytes(damaged)
+        try:
+            table = clean(listed(path))
+        except InputError as error:
+            assert str(path) in str(error) and str(error).isprintable()
+            outcomes.add("refused")
+        else:
+            assert set(table["status"].to_pylist()) <= {"kept", "failed", "dropped"}
+            outcomes.add("read")
+    assert "refused" in outcomes or suffix == "txt"
+    assert "read" in outcomes or suffix.endswith(".gz")  # nearly any changed byte breaks gzip's checksum
+
+
+class Deserialised(pa.ExtensionType):
+    """Says so when its metadata is read, as code that a file should not reach."""
+
+    def __init__(self, tell: Callable[[], None] | None = None) -> None:
+        self.tell = tell
+        super().__init__(pa.string(), "unclip.test")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b"payload"
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, _storage: pa.DataType, serialised: bytes) -> "Deserialised":
+        Path(os.environ["UNCLIP_TEST_MARKER"]).write_bytes(serialised)
+        return cls()
+
+
+def test_f28_t13_metadata_of_extension_types_is_not_interpreted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "list.parquet"
+    monkeypatch.setenv("UNCLIP_TEST_MARKER", str(marker))
+    pa.register_extension_type(Deserialised())
+    try:
+        extra = pa.ExtensionArray.from_storage(Deserialised(), pa.array(["x"]))
+        pq.write_table(pa.table({"url": ["http://a"], "caption": ["b"], "id": extra}), path)
+        marker.unlink(missing_ok=True)
+        with pytest.raises(InputError, match="extension type"):
+            check_source(IngestConfig(str(path)))
+        assert not marker.exists()
+        pq.ParquetFile(path)
+        assert marker.exists(), "opening the file would have run it"
+    finally:
+        pa.unregister_extension_type("unclip.test")
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sandbox]]:
+    """The children that are started for this test alone; they may have 64 MiB and five seconds."""
+    started: list[Sandbox] = []
+
+    def start(function: Callable[[bytes], bytes], limits: Limits) -> Sandbox:
+        started.append(Sandbox(function, limits=limits))
+        return started[-1]
+
+    monkeypatch.setattr(parquet_list, "_idle", queue.SimpleQueue())
+    monkeypatch.setattr(parquet_list, "Sandbox", start)
+    monkeypatch.setattr(parquet_list, "LIMITS", Limits(wall_seconds=5.0, memory_bytes=1 << 26))
+    yield started
+    for sandbox in started:
+        sandbox.close()
+
+
+def test_f28_t13_a_list_that_ends_its_reader_is_named(tmp_path: Path, readers: list[Sandbox]) -> None:
+    path = tmp_path / "list.parquet"
+    pq.write_table(pairs_table(10), path)
+    for number, message in (
+        (signal.SIGSEGV, "the process that read it died of it"),
+        (
+            signal.SIGKILL,
+            "reading it takes more than 67,108,864 bytes of memory",
+        ),  # the kernel, when there is none left
+        (signal.SIGSTOP, "reading it takes more than 5 s at a time"),
+    ):
+        assert len(listed(path)) == 10, "the next list has another reader"
+        [pid] = readers[0].pids
+        os.kill(pid, number)
+        with pytest.raises(InputError, match=rf"list\.parquet cannot be read: {message}"):
+            listed(path)
+        assert readers[0].pids != [pid] and len(readers) == 1
+
+
+def test_f28_t13_a_list_that_wants_much_memory_costs_the_driver_none(tmp_path: Path, readers: list[Sandbox]) -> None:
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"url": ["http://a"], "caption": ["x" * 60_000_000]}), path, compression="zstd")
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(InputError, match=r"list\.parquet cannot be read: .*more than 67,108,864 bytes of memory"):
+        listed(path)
+    assert pa.default_memory_pool().max_memory() == before
+
+
+def test_t13_lists_that_are_read_at_once_have_readers_of_their_own(tmp_path: Path, readers: list[Sandbox]) -> None:
+    for name in "ab":
+        pq.write_table(
+            pa.table({"url": [f"http://{name}/{i}" for i in range(9)], "caption": [name] * 9}), tmp_path / name
+        )
+        (tmp_path / name).rename(tmp_path / f"{name}.parquet")
+    for _ in range(2):
+        both = zip(*(read(IngestConfig(str(tmp_path / f"{name}.parquet"))) for name in "ab"), strict=True)
+        assert [[row.caption for row in pair] for pair in both] == [["a", "b"]] * 9
+    assert len(readers) == 2
+
+
+def test_t13_many_long_captions_come_in_pieces(tmp_path: Path) -> None:
+    captions = [f"{number} " + "x" * 70_000 for number in range(600)]  # more than one reply holds
+    pq.write_table(pa.table({"url": ["http://a"] * 600, "caption": captions}), tmp_path / "list.parquet")
+    found = [row.caption for row in listed(tmp_path / "list.parquet")]
+    assert found == [caption[: parquet_list.MAX_TEXT_BYTES] for caption in captions]
+
+
+def test_f28_t13_extension_types_that_parquet_itself_declares_are_refused(tmp_path: Path) -> None:
+    identifiers = pa.array([b"0" * 16], pa.binary(16)).cast(pa.uuid())
+    for column in (identifiers, pa.StructArray.from_arrays([identifiers], ["inner"])):
+        path = tmp_path / "list.parquet"
+        pq.write_table(pa.table({"url": ["http://a"], "caption": ["b"], "id": column}), path, store_schema=False)
+        with pytest.raises(InputError, match=r"column 'id' of .*extension type"):
+            check_source(IngestConfig(str(path)))
+
+
+def test_t13_too_many_columns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    schema = pa.schema([("url", pa.string()), ("caption", pa.string()), *((f"c{i}", pa.int8()) for i in range(10_000))])
+    pq.write_table(schema.empty_table(), path)
+    with pytest.raises(InputError, match="it has 10,002 columns, expected at most 10,000"):
+        check_source(IngestConfig(str(path)))
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table([["http://a"], ["b"], ["http://c"]], ["url", "caption", "url"]), path)
+    with pytest.raises(InputError, match=r"2 columns 'url'"):
+        check_source(IngestConfig(str(path)))
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="urls"):
+        IngestConfig("")
+    with pytest.raises(ConfigError, match="caption_column"):
+        IngestConfig("a.csv", caption_column="url")
+    with pytest.raises(ConfigError, match="sha256_column"):
+        IngestConfig("a.csv", layout="coyo", sha256_column="text")
+    with pytest.raises(ConfigError, match="url_column"):
+        IngestConfig("a.csv", url_column="")
+    with pytest.raises(ConfigError, match=r"layout.*expected one of plain, laion"):
+        IngestConfig("a.csv", layout="laoin")  # type: ignore[arg-type]

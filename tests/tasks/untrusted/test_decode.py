@@ -1,0 +1,242 @@
+"""Every kind of picture comes out right, and nothing that pretends to be one hurts the process that asked for it (T6, T7)."""
+
+import io
+import os
+import random
+import signal
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image, JpegImagePlugin, PngImagePlugin
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from crafted_images import Crafted, crafted, encoded, fault_of, header_only_png, ramp
+
+from tasks.rows import RowFault
+from tasks.untrusted.decode import CHROMA_SUBSAMPLINGS, Decoder, Picture, decode, perceptual_hash
+from tasks.untrusted.sandbox import Limits
+
+CRAFTED = list(crafted())
+MAX_PIXELS = 50_000_000
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with Decoder(64, 95, MAX_PIXELS, limits=Limits(wall_seconds=120)) as decoder:  # other tests run beside this one
+        yield decoder
+
+
+def pixels_of(picture: Picture) -> np.ndarray:
+    image = Image.open(io.BytesIO(picture.jpg))
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (picture.width, picture.height))
+    assert not set(image.info) - {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+    return np.asarray(image).astype(int)
+
+
+def outcome(decoder: Decoder, data: bytes) -> str | Picture:
+    try:
+        return decoder.decode(data)
+    except RowFault as fault:
+        return fault.reason
+
+
+@pytest.mark.parametrize("file", CRAFTED, ids=lambda file: f"{fault_of(file)}-{file}")
+def test_crafted_file(decoder: Decoder, file: Crafted) -> None:
+    """F5 (cut short), F13 to F20."""
+    got = outcome(decoder, file.data)
+    if isinstance(file.expected, str):
+        assert got == file.expected
+        return
+    assert isinstance(got, Picture), got
+    pixels = pixels_of(got)
+    if isinstance(file.expected, np.ndarray):
+        assert pixels.shape == file.expected.shape == (got.original_height, got.original_width, 3)
+        assert np.abs(pixels - file.expected).mean() < 3
+    else:
+        assert np.abs(pixels - file.expected).max() <= 4
+        assert got.phash is None, "a picture of one colour has no perceptual hash"
+
+
+def test_there_are_files_enough_and_a_child_decodes_like_its_worker(decoder: Decoder) -> None:
+    assert len({file.name for file in CRAFTED}) == len(CRAFTED) >= 60
+    for file in CRAFTED:
+        if not isinstance(file.expected, str):
+            assert decoder.decode(file.data) == decode(file.data, 64, 95, MAX_PIXELS), file
+
+
+@pytest.mark.parametrize("subsampling", CHROMA_SUBSAMPLINGS)
+def test_chroma_subsampling_is_as_asked(subsampling: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, "PNG")
+    with Decoder(64, 95, MAX_PIXELS, subsampling) as decoder:
+        picture = decoder.decode(data)
+    assert picture == decode(data, 64, 95, MAX_PIXELS, subsampling)
+    with Image.open(io.BytesIO(picture.jpg)) as image:
+        assert JpegImagePlugin.get_sampling(image) == CHROMA_SUBSAMPLINGS.index(subsampling)
+
+
+def test_size_keeps_the_ratio_and_never_grows() -> None:
+    for size, expected in (
+        ((400, 200), (128, 64)),
+        ((200, 400), (64, 128)),
+        ((30, 20), (30, 20)),
+        ((500, 3), (500, 3)),
+    ):
+        picture = decode(encoded(ramp(*size), "JPEG"), 64, 95, MAX_PIXELS)
+        assert (picture.width, picture.height) == expected
+        assert (picture.original_width, picture.original_height) == size
+
+
+def test_large_pictures_of_every_mode_shrink_alike() -> None:
+    expected = np.asarray(ramp(400, 400).resize((64, 64), Image.Resampling.BOX)).astype(int)
+    for data in (
+        encoded(ramp(400, 400), "JPEG", quality=95),
+        encoded(ramp(400, 400), "WEBP", lossless=True),
+        encoded(ramp(400, 400).convert("RGBA"), "PNG"),
+        encoded(ramp(400, 400).convert("CMYK"), "JPEG", quality=95),
+    ):
+        assert np.abs(pixels_of(decode(data, 64, 95, MAX_PIXELS)) - expected).mean() < 3
+    levels = np.asarray(ramp(400, 400))[..., 0].astype(np.uint16) * 257
+    pixels = pixels_of(decode(encoded(Image.fromarray(levels), "PNG"), 64, 95, MAX_PIXELS))
+    assert np.abs(pixels - expected[..., :1]).mean() < 3
+
+
+def test_t7_nothing_but_pixels_is_stored(decoder: Decoder) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "SECRET"
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "SECRET")
+    for data in (
+        encoded(ramp(), "JPEG", exif=exif, comment=b"SECRET", xmp=b"SECRET", icc_profile=b"SECRET" * 40),
+        encoded(ramp(), "PNG", exif=exif, pnginfo=text, icc_profile=b"SECRET" * 40),
+        encoded(ramp(), "WEBP", exif=exif, xmp=b"SECRET", icc_profile=b"SECRET" * 40),
+    ):
+        assert b"SECRET" in data
+        picture = decoder.decode(data)
+        assert b"SECRET" not in picture.jpg
+        pixels_of(picture)
+
+
+def test_the_perceptual_hash_is_that_of_imagehash() -> None:
+    random_pixels = np.random.default_rng(0)
+    for size in [(64, 64), (64, 90), (31, 17), (200, 64)] * 10:
+        coarse = Image.fromarray(random_pixels.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+        image = coarse.resize(size, Image.Resampling.BICUBIC)
+        assert perceptual_hash(image) == str(imagehash.phash(image))
+    assert perceptual_hash(Image.new("RGB", (64, 64), "red")) is None
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::16] = 255  # all its vertical frequencies are zero, whatever the noise of floating point
+    bits = int(perceptual_hash(Image.fromarray(stripes)) or "", 16)
+    assert bits & 0x00FFFFFFFFFFFFFF == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGSEGV, "decode_crash"),
+        (signal.SIGABRT, "decode_crash"),
+        (signal.SIGKILL, "decode_memory"),
+        (signal.SIGSTOP, "decode_timeout"),
+    ],
+)
+def test_f22_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> None:
+    with Decoder(64, 95, MAX_PIXELS, limits=Limits(wall_seconds=1.5)) as decoder:
+        sound = decoder.decode(encoded(ramp(), "JPEG"))
+        [pid] = decoder.pids
+        os.kill(pid, number)
+        assert outcome(decoder, encoded(ramp(), "PNG")) == reason
+        assert decoder.decode(encoded(ramp(), "JPEG")) == sound
+        assert decoder.pids != [pid]
+
+
+def test_f22_f39_t6_a_picture_that_needs_too_much_memory_costs_one_row() -> None:
+    with Decoder(64, 95, MAX_PIXELS, limits=Limits(memory_bytes=1 << 26)) as decoder:
+        assert outcome(decoder, encoded(Image.new("RGB", (5000, 5000), "red"), "PNG")) == "decode_memory"
+        assert isinstance(outcome(decoder, encoded(ramp(), "PNG")), Picture)
+
+
+def test_the_largest_picture_of_each_mode_fits_into_a_child(decoder: Decoder) -> None:
+    for mode in ("RGBA", "I;16", "P", "LA"):
+        image = Image.new(mode, (7000, 7000), 1)
+        assert isinstance(outcome(decoder, encoded(image, "PNG", compress_level=1)), Picture), mode
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_f19_of_ten_thousand_frames_the_first_is_stored(decoder: Decoder, kind: str) -> None:
+    first, second = Image.new("L", (8, 8), 200), Image.new("L", (8, 8), 20)
+    data = encoded(first, kind, save_all=True, append_images=[second, first] * 4999 + [second], lossless=True)
+    assert Image.open(io.BytesIO(data)).n_frames == 10_000  # type: ignore[attr-defined]
+    [child] = decoder.pids
+    before = cpu_seconds(child)
+    assert decoder.decode(data).jpg == decoder.decode(encoded(first, "PNG")).jpg
+    assert cpu_seconds(child) - before < 1, "the other frames were decoded, too"
+
+
+def test_f15_a_bomb_is_refused_by_its_header(decoder: Decoder) -> None:
+    true_bomb = next(file.data for file in CRAFTED if file.name == "png-true-bomb")
+    [child] = decoder.pids
+    for data in (header_only_png(30_000, 30_000), header_only_png(65_000, 65_000), true_bomb):
+        Path(f"/proc/{child}/clear_refs").write_text("5")  # from here on counts the peak of memory
+        memory, seconds = peak_memory(child), cpu_seconds(child)
+        assert outcome(decoder, data) == "too_many_pixels"
+        assert cpu_seconds(child) - seconds < 0.5 and peak_memory(child) - memory < 20_000_000
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def mutant(seeds: list[bytes], source: random.Random) -> bytes:
+    """A seed with bytes changed, cut out, repeated, or taken from another seed."""
+    data = bytearray(source.choice(seeds))
+    for _ in range(source.choice((1, 1, 2, 4, 16))):
+        at = source.randrange(len(data) or 1)
+        kind = source.randrange(7)
+        if kind == 0:
+            data[at : at + 1] = source.randbytes(1)
+        elif kind == 1 and data:
+            data[at % len(data)] ^= 1 << source.randrange(8)
+        elif kind == 2:
+            del data[at : at + source.randrange(1, 40)]
+        elif kind == 3:
+            data[at:at] = data[at : at + source.randrange(1, 200)]
+        elif kind == 4:
+            other = source.choice(seeds)
+            data[at:] = other[source.randrange(len(other)) :]
+        elif kind == 5:
+            data[at : at + 4] = struct.pack(">I", source.choice((0, 1, 0x7F, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)))
+        else:
+            at = source.randrange(min(64, len(data)) or 1)  # where headers are
+            data[at : at + 2] = source.randbytes(2)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("count", [1_500, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_t6_fuzz(count: int) -> None:
+    seeds = [file.data for file in CRAFTED if not isinstance(file.expected, str) and len(file.data) < 20_000]
+    assert len(seeds) >= 40
+    source = random.Random(count)
+    outcomes: dict[str, int] = {}
+    with Decoder(64, 95, MAX_PIXELS) as decoder:
+        children = decoder.pids
+        for _ in range(count):
+            got = outcome(decoder, mutant(seeds, source))
+            name = got if isinstance(got, str) else "picture"
+            outcomes[name] = outcomes.get(name, 0) + 1
+        assert decoder.pids == children, "a child died"
+        assert peak_memory(children[0]) < 512 << 20
+    assert set(outcomes) <= {"picture", "not_an_image", "decode_error", "too_many_pixels"}, outcomes
+    assert outcomes["picture"] > count / 20 and outcomes["decode_error"] > count / 20, outcomes
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes that were resident at most."""
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10

@@ -1,0 +1,239 @@
+"""What a function in a child process may do to its worker (T6, T20, F22): nothing but answer or cost its own request."""
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tasks.untrusted.sandbox import Limits, Sandbox, SandboxFault
+from unclip.errors import StageError
+
+HOSTILE = '''
+import os, signal, socket, subprocess, sys, time
+
+def run(request):
+    """Does what the request names, and answers with what became of it."""
+    order, _, argument = request.decode().partition(" ")
+    return str(ORDERS[order](argument)).encode()
+
+def attempt(action):
+    try:
+        return f"did {action()}"
+    except Exception as error:
+        return f"{type(error).__name__}"
+
+def endless():
+    while True:
+        pass
+
+ORDERS = {
+    "echo": lambda text: text,
+    "pid": lambda _: os.getpid(),
+    "signal": lambda number: os.kill(os.getpid(), int(number)),
+    "exit": lambda status: os._exit(int(status)),
+    "raise": lambda text: 1 / 0,
+    "sleep": lambda seconds: time.sleep(float(seconds)),
+    "spin": lambda _: endless(),
+    "allocate": lambda size: len(bytearray(int(size))),
+    "recurse": lambda _: (lambda f: f(f))(lambda f: f(f)),
+    "reply": lambda size: "x" * int(size),
+    "lie": lambda _: os.write(next(d for d in range(3, 20) if is_pipe_for_writing(d)), b"\\xff" * 8) and time.sleep(60),
+    "print": lambda text: (print(text, flush=True), os.write(1, b"native"), os.write(2, b"native"))[1],
+    "connect": lambda port: attempt(lambda: socket.create_connection(("127.0.0.1", int(port)), 1)),
+    "udp": lambda port: attempt(lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", int(port)))),
+    "write": lambda path: attempt(lambda: open(path, "w").write("x")),
+    "append": lambda path: attempt(lambda: os.write(os.open(path, os.O_WRONLY | os.O_APPEND), b"x")),
+    "remove": lambda path: attempt(lambda: os.remove(path)),
+    "spawn": lambda path: attempt(lambda: subprocess.run(["touch", path])),
+    "shell": lambda path: attempt(lambda: os.system(f"touch {path}")),
+    "fork": lambda _: attempt(os.fork),
+    "environment": lambda name: os.environ.get(name),
+    "modules": lambda names: sorted(set(names.split()) & set(sys.modules)),
+}
+
+def is_pipe_for_writing(descriptor):
+    try:
+        return not os.read(descriptor, 0) and False
+    except OSError as error:
+        return error.errno == 9 and os.path.exists(f"/proc/self/fd/{descriptor}")
+'''
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    folder = tmp_path_factory.mktemp("hostile")
+    Path(folder, "hostile_work.py").write_text(HOSTILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("SECRET_KEY", "canary")
+        yield importlib.import_module("hostile_work")
+
+
+@pytest.fixture(scope="module")
+def sandbox(hostile: ModuleType) -> Iterator[Sandbox]:
+    limits = Limits(wall_seconds=2.0, memory_bytes=1 << 28, reply_bytes=1 << 20)
+    with Sandbox(hostile.run, limits=limits) as sandbox:
+        yield sandbox
+
+
+def ask(sandbox: Sandbox, order: str) -> str:
+    return sandbox.call(order.encode()).decode()
+
+
+def fault(sandbox: Sandbox, order: str) -> str:
+    with pytest.raises(SandboxFault) as caught:
+        ask(sandbox, order)
+    return caught.value.kind
+
+
+def test_a_child_answers_again_and_again(sandbox: Sandbox) -> None:
+    assert ask(sandbox, "pid") == ask(sandbox, "pid") != str(os.getpid())
+    for size in (0, 1, 65_536, 5_000_000):  # more than a pipe holds
+        text = "y" * size
+        assert sandbox.call(f"echo {text[:500_000]}".encode()) == text[:500_000].encode()
+    assert len(ask(sandbox, f"reply {1 << 20}")) == 1 << 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE])
+def test_t6_a_child_that_dies_costs_one_request(sandbox: Sandbox, number: int) -> None:
+    before = ask(sandbox, "pid")
+    assert fault(sandbox, f"signal {int(number)}") == "crash"
+    assert ask(sandbox, "echo neighbour") == "neighbour"
+    assert ask(sandbox, "pid") != before
+
+
+@pytest.mark.parametrize(
+    ("order", "kind"),
+    [
+        ("raise", "crash"),
+        ("exit 0", "crash"),
+        ("exit 3", "crash"),
+        ("recurse", "crash"),
+        ("lie", "crash"),
+        (f"reply {(1 << 20) + 1}", "crash"),
+        ("sleep 60", "timeout"),
+        ("spin", "timeout"),
+        (f"signal {int(signal.SIGXCPU)}", "timeout"),
+        (f"signal {int(signal.SIGSTOP)}", "timeout"),
+        (f"allocate {1 << 29}", "memory"),
+        (f"signal {int(signal.SIGKILL)}", "memory"),  # as the kernel does when the machine has none left
+    ],
+)
+def test_f22_every_end_has_its_kind(sandbox: Sandbox, order: str, kind: str) -> None:
+    assert fault(sandbox, order) == kind
+    assert ask(sandbox, "echo neighbour") == "neighbour"
+
+
+def test_what_is_within_the_limits_is_allowed(sandbox: Sandbox) -> None:
+    assert ask(sandbox, f"allocate {1 << 27}") == str(1 << 27)
+    assert ask(sandbox, "sleep 0.1") == "None"
+    assert ask(sandbox, "print hello") == "6"
+    assert ask(sandbox, "echo the reply is whole") == "the reply is whole"
+
+
+def test_a_request_that_the_child_has_no_memory_for(hostile: ModuleType) -> None:
+    with Sandbox(hostile.run, limits=Limits(memory_bytes=1 << 25)) as sandbox:
+        with pytest.raises(SandboxFault, match="memory"):
+            sandbox.call(b"echo " + bytes(1 << 26))
+        assert ask(sandbox, "echo neighbour") == "neighbour"
+
+
+def test_t6_no_network_no_files_no_processes(sandbox: Sandbox, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("as it was")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert ask(sandbox, f"connect {port}") == "PermissionError"
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert ask(sandbox, f"udp {port}") == "PermissionError"
+    for order in ("write", "append", "remove", "spawn", "shell"):
+        assert ask(sandbox, f"{order} {tmp_path}/new") in ("PermissionError", "FileNotFoundError"), order
+        assert ask(sandbox, f"{order} {kept}") == "PermissionError", order
+    assert ask(sandbox, "fork") == "PermissionError"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and kept.read_text() == "as it was"
+
+
+def test_t20_a_child_has_neither_secrets_nor_heavy_modules(sandbox: Sandbox) -> None:
+    assert ask(sandbox, "environment SECRET_KEY") == "None"
+    assert ask(sandbox, "modules ray torch pyarrow img2dataset scipy") == "[]"
+
+
+def test_no_file_grows_even_by_native_code(sandbox: Sandbox) -> None:
+    limits = Path(f"/proc/{sandbox.pids[0]}/limits").read_text().splitlines()
+    assert [line.split()[-3:] for line in limits if line.startswith("Max file size")] == [["0", "0", "bytes"]]
+
+
+def test_threads_share_children(hostile: ModuleType) -> None:
+    with Sandbox(hostile.run, num_children=2, limits=Limits(wall_seconds=30)) as sandbox:
+        answers: dict[int, str] = {}
+
+        def work(number: int) -> None:
+            for turn in range(20):
+                answers[number * 100 + turn] = ask(sandbox, f"echo {number}/{turn}")
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == {n * 100 + t: f"{n}/{t}" for n in range(8) for t in range(20)}
+        assert len(sandbox.pids) == 2
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_children_end_with_the_sandbox_and_with_the_worker(hostile: ModuleType) -> None:
+    with Sandbox(hostile.run, num_children=2) as sandbox:
+        pids = sandbox.pids
+        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import hostile_work; from tasks.sandbox import Sandbox\n"
+        "sandbox = Sandbox(hostile_work.run); print(sandbox.pids[0], flush=True); sys.stdin.read()"
+    )
+    folder = str(Path(hostile.__file__ or "").parent)
+    worker = subprocess.Popen(
+        [sys.executable, "-c", script, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert worker.stdout
+    child = int(worker.stdout.readline())
+    worker.kill()
+    worker.communicate()
+    assert until(lambda: has_ended(child)), "a child outlived its worker"
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_a_child_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(tmp_path, "broken_work.py").write_text(
+        "def warm_up():\n    raise OSError('no such library')\ndef run(request): ..."
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = importlib.import_module("broken_work")
+    with pytest.raises(StageError, match=r"broken_work.run did not start: OSError: no such library\. Check"):
+        Sandbox(broken.run)

@@ -1,0 +1,66 @@
+"""Distances of embeddings, against closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unclip.errors import ShapeError
+from unclip.evaluation.metrics import frechet_distance, score_embeddings
+
+
+def gaussian(count: int, mean: torch.Tensor, covariance: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Embeddings [count, E] whose own mean and covariance are exactly these."""
+    draws = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draws = draws - draws.mean(dim=0)
+    white = draws @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(draws.T))).T
+    return white @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_gaussians_with_common_axes() -> None:
+    """|m1 - m2|^2 + the sum of (s1 - s2)^2 over standard deviations."""
+    axes = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[0]
+    stds = torch.tensor([[0.1, 0.5, 1.0, 2.0, 3.0], [0.2, 0.4, 1.5, 0.1, 3.0]], dtype=torch.float64)
+    means = torch.tensor([[0.0, 1, 2, 3, 4], [1.0, 1, 1, 1, 1]], dtype=torch.float64)
+    first, second = (gaussian(40 + n, means[n], axes * stds[n] ** 2 @ axes.T, seed=n) for n in (0, 1))
+    expected = (means[0] - means[1]).square().sum() + (stds[0] - stds[1]).square().sum()
+    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(second, first) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_frechet_distance_of_gaussians_with_axes_of_their_own() -> None:
+    """In two dimensions tr (C1 C2)^(1/2) = (tr C1 C2 + 2 (det C1 C2)^(1/2))^(1/2)."""
+    covariances = torch.tensor([[[2.0, 0.8], [0.8, 1.0]], [[0.5, -0.3], [-0.3, 0.7]]], dtype=torch.float64)
+    product = covariances[0] @ covariances[1]
+    cross = math.sqrt(product.trace() + 2 * math.sqrt(product.det()))
+    expected = covariances[0].trace() + covariances[1].trace() - 2 * cross
+    first, second = (gaussian(30, torch.zeros(2, dtype=torch.float64), covariances[n], seed=n) for n in (0, 1))
+    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_frechet_distance_of_fewer_embeddings_than_dimensions() -> None:
+    few = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(few, few.flip(0)) == pytest.approx(0, abs=1e-10)
+    assert frechet_distance(few, few + 0.5) == pytest.approx(64 * 0.25, rel=1e-6)
+    with pytest.raises(ShapeError, match="embeddings: got"):
+        frechet_distance(few, few[:, :3])
+    with pytest.raises(ShapeError, match="embeddings: got"):
+        frechet_distance(few, few[:1])
+
+
+def test_scores_of_embeddings() -> None:
+    true = torch.eye(4)
+    drawn = torch.tensor([[2.0, 0, 0, 0], [0.5, 0.4, 0, 0], [0.2, 0.3, 0.1, 0], [0, 0, 0, 9.0]])
+    scores = score_embeddings(drawn, true, ranks=(1, 2, 3))
+    assert {name: scores[name] for name in ("recall_at_1", "recall_at_2", "recall_at_3")} == {
+        "recall_at_1": 0.5,
+        "recall_at_2": 0.75,
+        "recall_at_3": 1.0,
+    }
+    unit = F.normalize(drawn, dim=1)
+    assert scores["cosine"] == pytest.approx(unit.diag().mean().item(), rel=1e-6)
+    others = unit[~torch.eye(4, dtype=torch.bool)].mean()
+    assert scores["gap"] == pytest.approx((unit.diag().mean() - others).item(), rel=1e-6)
+    with pytest.raises(ShapeError, match="embeddings: got"):
+        score_embeddings(drawn, true[:3])

@@ -1,0 +1,182 @@
+"""CLIPs in transformers' own classes: the same captions and pictures give the same numbers, in both directions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.unclip.systems.tiny_stacks import EMBEDDING_DIM, LENGTH, awaken, tiny_clip
+from unclip.errors import CheckpointError, InputError
+from unclip.interop.clip import export_images, export_text, import_clip
+from unclip.models.clip import Clip, create
+
+CAPTIONS = ["", "a Red   cat!", "wow!! it's 100% naïve ☕ " + "long " * 30, "don't <|b|> ₂ 3rd", "!"]
+
+
+@torch.no_grad()
+def check_text(clip: Clip, folder: Path, theirs: Any) -> None:
+    """Tokens, masks, hidden states and projections, as UnCLIPPipeline asks for them."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    encoded = tokenizer(
+        CAPTIONS, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    tokens = clip.tokenize(CAPTIONS)
+    text = clip.encode_text(tokens)
+    assert torch.equal(encoded.attention_mask.bool(), text.text_mask)
+    assert torch.equal(encoded.input_ids[text.text_mask], tokens[text.text_mask])
+    output = theirs(encoded.input_ids)
+    torch.testing.assert_close(output.text_embeds, text.text_projection, atol=1e-4, rtol=1e-4)
+    kept = text.text_mask
+    torch.testing.assert_close(output.last_hidden_state[kept], text.text_encodings[kept], atol=1e-4, rtol=1e-4)
+
+
+def pictures(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("image_embeddings", ["unit", "raw"])
+@torch.no_grad()
+def test_transformers_computes_what_open_clip_computes(tmp_path: Path, quick_gelu: bool, image_embeddings: Any) -> None:
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    clip = tiny_clip(quick_gelu, image_embeddings)
+    export_text(clip, tmp_path)
+    export_images(clip, tmp_path)
+    text, info = CLIPTextModelWithProjection.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
+    vision, other = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "image_encoder", output_loading_info=True)
+    assert not any(info.values()) and not any(other.values())
+    check_text(clip, tmp_path, text.eval())
+    expected = clip.embed_images(pictures())
+    torch.testing.assert_close(vision.eval()(pictures()).image_embeds, expected, atol=1e-4, rtol=0)
+    assert torch.allclose(expected.norm(dim=1), torch.ones(3)) == (image_embeddings == "unit")
+    if image_embeddings == "unit":  # the layer that divides fits into half precision
+        half = vision.half()(pictures().half()).image_embeds.float()
+        torch.testing.assert_close(half, expected, atol=0.02, rtol=0)
+
+
+def test_reading_and_writing_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    clip = tiny_clip()
+    export_text(clip, tmp_path / "once")
+    export_images(clip, tmp_path / "once")
+    again, config = import_clip(tmp_path / "once")
+    assert config["vision_cfg"]["layers"] == 2 and again.image_embeddings == "unit"
+    for name, value in clip.model.state_dict().items():  # the layer that divides was taken off
+        assert name == "logit_scale" or torch.equal(again.model.state_dict()[name], value), name
+    torch.testing.assert_close(again.embed_images(pictures()), clip.embed_images(pictures()))
+    export_text(again, tmp_path / "twice")
+    export_images(again, tmp_path / "twice")
+    files = [path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file()]
+    assert len(files) == 9
+    for file in files:
+        assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(("hidden_act", "eos_token_id"), [("quick_gelu", 2), ("gelu", 49407)])
+@torch.no_grad()
+def test_open_clip_computes_what_transformers_writes(tmp_path: Path, hidden_act: str, eos_token_id: int) -> None:
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    sizes = {
+        "projection_dim": EMBEDDING_DIM,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "hidden_act": hidden_act,
+    }
+    text = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            hidden_size=EMBEDDING_DIM,
+            intermediate_size=40,
+            max_position_embeddings=LENGTH,
+            eos_token_id=eos_token_id,
+            **sizes,
+        )
+    )
+    vision = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(hidden_size=24, intermediate_size=96, image_size=32, patch_size=8, **sizes)
+    )
+    awaken(text, 0.1).save_pretrained(tmp_path / "text_encoder")
+    awaken(vision, 0.1)
+    export_text(tiny_clip(), tmp_path / "ours")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "ours" / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")  # as transformers itself writes it
+    export_images(tiny_clip(), tmp_path)  # for its feature_extractor
+    vision.save_pretrained(tmp_path / "image_encoder")
+    clip, _ = import_clip(tmp_path)
+    assert clip.image_embeddings == "raw"
+    check_text(clip, tmp_path, text)
+    torch.testing.assert_close(clip.embed_images(pictures()), vision(pictures()).image_embeds, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_are_prepared_alike(tmp_path: Path) -> None:
+    """Up to the rounding of resized pixels to 256 levels. Where an odd number of rows is cut off, the two cut one apart."""
+    from transformers import CLIPImageProcessor
+
+    clip = tiny_clip()
+    export_images(clip, tmp_path)
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "feature_extractor")
+    waves = np.sin(np.arange(64 * 48 * 3) / 7).reshape(48, 64, 3) * 127 + 128
+    picture = Image.fromarray(waves.astype(np.uint8)).resize((44, 32))
+    theirs = processor(images=picture, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(theirs, clip.preprocess(picture), atol=0.02, rtol=0)
+
+
+def test_without_an_image_encoder_no_picture_is_embedded(tmp_path: Path) -> None:
+    export_text(tiny_clip(), tmp_path)
+    clip, _ = import_clip(tmp_path)
+    assert torch.equal(clip.encode_text(clip.tokenize(["a"])).text_mask.sum(), torch.tensor(3))
+    with pytest.raises(InputError, match="imported without an image encoder"):
+        clip.embed_images(torch.zeros(1, 3, 1, 1))
+    with pytest.raises(InputError, match="imported without an image encoder"):
+        export_images(clip, tmp_path)
+
+
+def test_towers_that_transformers_does_not_have_are_refused(tmp_path: Path) -> None:
+    residual = Clip(create("unclip-demo", None), "unclip-demo")
+    with pytest.raises(InputError, match="vision tower is a ModifiedResNet"):
+        export_images(residual, tmp_path)
+    vision = tiny_clip(vision_cfg={"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8})
+    with pytest.raises(InputError, match="vision tower of width 16 for embeddings of width 16"):
+        export_images(vision, tmp_path)
+    scaled = {"context_length": LENGTH, "width": 16, "heads": 2, "layers": 1, "ls_init_value": 0.1}
+    with pytest.raises(InputError, match="text tower is a CLIP"):
+        export_text(tiny_clip(text_cfg=scaled), tmp_path)
+    other = tiny_clip()
+    other.tokenizer = other.tokenizer.__class__(clean="canonicalize")
+    with pytest.raises(InputError, match="tokenizer SimpleTokenizer"):
+        export_text(other, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ("text_encoder/config.json", {"num_hidden_layers": 3}, r"do not fit config\.json: 16 missing"),
+        ("text_encoder/config.json", {"num_attention_heads": 3}, "do not fit"),
+        ("text_encoder/config.json", {"hidden_size": "wide"}, "hidden_size = 'wide'"),
+        ("text_encoder/config.json", {"vocab_size": 10**9, "eos_token_id": 2}, "do not fit"),
+        ("image_encoder/config.json", {"hidden_act": "gelu"}, "Take both encoders from one CLIP"),
+        ("feature_extractor/preprocessor_config.json", {"resample": 0}, "expected resample 2 or 3"),
+        ("tokenizer/vocab.json", {"new": 49408}, "not CLIP's own"),
+    ],
+)
+def test_folders_of_other_models_are_refused(tmp_path: Path, file: str, change: dict[str, Any], message: str) -> None:
+    export_text(tiny_clip(), tmp_path)
+    export_images(tiny_clip(), tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        import_clip(tmp_path)

@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from unclip.errors import CheckpointError, ConfigError
+from unclip.models import clip
+from unclip.models.clip import Clip
+
+MODEL = "unclip-demo"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    clip.save(clip.create(MODEL, None), MODEL, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(saved: Path) -> Clip:
+    return Clip.load(f"local-dir:{saved}")
+
+
+def test_a_saved_model_loads_as_open_clip_loads_any(saved: Path, loaded: Clip) -> None:
+    again = Clip.load(f"local-dir:{saved}")
+    images, tokens = torch.rand(2, 3, 64, 64) * 2 - 1, loaded.tokenize(["a red circle", "a star"])
+    assert torch.equal(again.embed_images(again.resize(images)), loaded.embed_images(loaded.resize(images)))
+    assert torch.equal(again.encode_text(tokens).text_embedding, loaded.encode_text(tokens).text_embedding)
+
+
+def test_embeddings_have_unit_norm_and_encodings_the_texts_length(loaded: Clip) -> None:
+    text = loaded.encode_text(loaded.tokenize(["a red circle", "a small yellow star on a purple background"]))
+    assert text.text_embedding.shape == (2, loaded.embedding_dim)
+    assert text.text_encodings.shape == (2, loaded.text_length, loaded.text_width)
+    torch.testing.assert_close(text.text_embedding.norm(dim=1), torch.ones(2))
+    assert text.text_mask.sum(dim=1).tolist() == [5, 10]  # words and the two ends
+
+
+def test_encodings_are_open_clips_own_text_features(loaded: Clip) -> None:
+    tokens = loaded.tokenize(["a red circle on a white background"])
+    text = loaded.encode_text(tokens)
+    expected = torch.nn.functional.normalize(loaded.model.encode_text(tokens), dim=-1)
+    torch.testing.assert_close(text.text_embedding, expected)
+    at_end = text.text_encodings[0, tokens[0].argmax()] @ loaded.model.text_projection
+    torch.testing.assert_close(torch.nn.functional.normalize(at_end, dim=-1), expected[0], atol=1e-5, rtol=1e-4)
+
+
+LENGTHS = [0, 1, 3, 12, 13, 14, 15, 22, 40]
+"""Words of captions: some fill a multiple of LENGTH_STEP with their two ends, some the whole context and more."""
+
+
+def test_short_captions_are_read_shortened_and_come_to_the_same(loaded: Clip) -> None:
+    captions = [" ".join(["star"] * length) for length in LENGTHS]
+    tokens = loaded.tokenize(captions)
+    whole = loaded.model.forward_intermediates(
+        text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+    )
+    seen: list[int] = []
+    with loaded.model.transformer.resblocks[0].register_forward_hook(lambda *call: seen.append(call[1][0].shape[1])):
+        text = loaded.encode_text(tokens)
+    assert seen == [16, 24], "in two groups: up to 16 tokens, and up to the context's 24"
+    assert text.text_mask.sum(dim=1).tolist() == [min(length + 2, 24) for length in LENGTHS]
+    kept = text.text_mask
+    torch.testing.assert_close(text.text_encodings[kept], whole["text_intermediates"][-1][kept])
+    torch.testing.assert_close(text.text_projection, whole["text_features"])
+    assert not text.text_encodings[kept.sum(dim=1) <= 16, 16:].any()
+
+
+@pytest.mark.parametrize(("text_pool_type", "no_causal_mask"), [("last", False), ("argmax", True)])
+def test_captions_are_read_whole_where_padding_counts(text_pool_type: str, no_causal_mask: bool) -> None:
+    import open_clip
+
+    config = open_clip.get_model_config("ViT-S-32-alt")
+    text_cfg = {"width": 16, "heads": 2, "layers": 1, "pool_type": text_pool_type, "no_causal_mask": no_causal_mask}
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(8, config["vision_cfg"] | {"width": 64, "layers": 1}, text_cfg)
+    open_clip.model.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": 64})
+    frozen = Clip(model, "ViT-S-32-alt")
+    tokens = frozen.tokenize(["a star", "a large red circle"])
+    whole = model.forward_intermediates(text=tokens, text_indices=1, normalize=False, normalize_intermediates=True)
+    text = frozen.encode_text(tokens)
+    torch.testing.assert_close(text.text_projection, whole["text_features"])
+    torch.testing.assert_close(text.text_encodings, whole["text_intermediates"][-1])
+
+
+def test_an_exclamation_mark_is_a_word_not_padding(loaded: Clip) -> None:
+    assert loaded.encode_text(loaded.tokenize(["wow! a star"])).text_mask.sum() == 6
+
+
+def test_long_captions_are_cut(loaded: Clip) -> None:
+    assert loaded.tokenize(["word " * 500]).shape == (1, loaded.text_length)
+
+
+def test_clip_never_trains(loaded: Clip) -> None:
+    holder = torch.nn.Sequential(loaded)
+    holder.train()
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("ViT-B-23", "openai", "Did you mean 'ViT-B-"),
+        ("local-dir:/nowhere", None, "open_clip_config.json does not exist"),
+        ("ViT-B-32", "/nowhere/weights.pt", "'/nowhere/weights.pt' does not exist"),
+    ],
+)
+def test_names_are_checked_without_loading(model: str, pretrained: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        clip.check_name(model, pretrained)
+    clip.check_name("hf-hub:anything/goes", None)
+    clip.check_name("ViT-B-32", "openai")
+
+
+def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
+    import os
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was_here"),)
+
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(pickle.dumps({"model": Evil()}))
+    with pytest.raises((CheckpointError, pickle.UnpicklingError)):
+        Clip.load(MODEL, str(weights))
+    assert not (tmp_path / "was_here").exists()

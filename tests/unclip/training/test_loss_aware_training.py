@@ -1,0 +1,107 @@
+"""Training with timesteps drawn by the losses met there: no bias, the same on all ranks, and restarts to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests.unclip.training.trained_on_workers import NUM_ROWS, reader
+from unclip.data import RowReader
+from unclip.diffusion.process import DiffusionConfig
+from unclip.errors import CheckpointError
+from unclip.models.unet import UNetConfig
+from unclip.models.upsampler import UpsamplerConfig
+from unclip.systems.unclip.objectives import UpsamplerObjective
+from unclip.training import checkpoints, sharded, trainer
+from unclip.training.parallel import ALONE, Workers
+from unclip.training.timesteps import LossAwareTimesteps
+from unclip.training.trainer import TrainerConfig
+
+NUM_TIMESTEPS = 4
+
+
+def objective(rows: RowReader, timestep_sampling: str = "loss_aware") -> UpsamplerObjective:
+    torch.manual_seed(0)
+    config = UpsamplerConfig(
+        UNetConfig(8, channels=4, channel_mult=(1,), num_res_blocks=1, norm_groups=2),
+        low_res_size=8,
+        scale=2,
+        diffusion=DiffusionConfig(NUM_TIMESTEPS, timestep_sampling=timestep_sampling),  # type: ignore[arg-type]
+    )
+    return UpsamplerObjective(config, rows.read(["00"]))
+
+
+def settings(num_samples: int = 400) -> TrainerConfig:
+    return TrainerConfig(num_samples, batch_size=16, learning_rate=0.01, checkpoint_samples=160, precision="fp32")
+
+
+class Killed(trainer.Monitor):
+    """Ends a training after step 18; knows where it began."""
+
+    def start(self, samples_seen: int, num_samples: int) -> None:
+        self.started_at = samples_seen
+
+    def step(self, samples_seen: int, loss: float) -> None:
+        if samples_seen == 18 * 16:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
+    rows = reader(tmp_path)
+    whole = trainer.train(objective(rows), rows, settings(), str(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(objective(rows), rows, settings(), str(tmp_path / "killed"), Killed())
+    saved = {"objective/num_updates": torch.zeros(NUM_TIMESTEPS, dtype=torch.int64)}
+    facts = sharded.restore(str(tmp_path / "killed" / "checkpoints"), saved, ALONE)
+    assert facts is not None and facts["samples_seen"] == 160
+    assert saved["objective/num_updates"].sum() == 160
+    assert saved["objective/num_updates"].min() >= 10, "draws are still uniform, so nothing is tested"
+    monitor, resumed = Killed(), objective(rows)
+    monitor.step = lambda samples_seen, loss: None  # type: ignore[method-assign]
+    digest = trainer.train(resumed, rows, settings(), str(tmp_path / "killed"), monitor)
+    assert monitor.started_at == 160 and digest == whole
+    probabilities = resumed.process.timesteps.probabilities()  # type: ignore[attr-defined]
+    assert (probabilities - 1 / NUM_TIMESTEPS).abs().max() > 0.02
+
+
+def test_a_checkpoint_without_its_losses_is_refused(tmp_path: Path) -> None:
+    rows = reader(tmp_path)
+    trainer.train(objective(rows, "uniform"), rows, settings(160), str(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="of another model"):
+        trainer.train(objective(rows), rows, settings(), str(tmp_path / "run"))
+
+
+def test_the_loss_is_that_of_uniform_timesteps_in_expectation(tmp_path: Path) -> None:
+    rows = reader(tmp_path)
+    batch = rows.read([f"{index:02d}" for index in range(NUM_ROWS)])
+
+    def mean_loss(timestep_sampling: str) -> float:
+        made = objective(rows, timestep_sampling)
+        for name, tensor in made.state.items():  # as if the last timestep had had by far the largest losses
+            tensor.copy_(torch.tensor([[1.0], [2.0], [4.0], [16.0]]) if name == "losses" else torch.full((4,), 10))
+        made.process.timesteps.update = lambda t, loss: None  # type: ignore[method-assign]
+        tensors = made.prepare(batch)
+        with torch.no_grad():
+            losses = [made.loss(made.model, tensors, torch.Generator().manual_seed(seed)) for seed in range(60)]
+        return torch.stack(losses).mean().item()
+
+    assert mean_loss("loss_aware") == pytest.approx(mean_loss("uniform"), rel=0.03)
+
+
+def _train_one_rank(rank: int, folder: str) -> None:
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    rows = reader(Path(folder))
+    made = objective(rows)
+    trainer.train(made, rows, settings(), f"{folder}/run", workers=Workers(rank, 2))
+    checkpoints.save(f"{folder}/rank{rank}", {"state": made.state}, {})
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_remember_the_same_losses(tmp_path: Path) -> None:
+    reader(tmp_path)
+    torch.multiprocessing.spawn(_train_one_rank, (str(tmp_path),), nprocs=2)
+    first, second = (checkpoints.load(str(tmp_path / f"rank{rank}"))[0]["state"] for rank in (0, 1))
+    assert first["num_updates"].sum() == 400  # those of both
+    assert all(torch.equal(first[name], second[name]) for name in LossAwareTimesteps(NUM_TIMESTEPS).state)

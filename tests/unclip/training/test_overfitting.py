@@ -1,0 +1,72 @@
+"""The self-test passes what learns, and says what is wrong with what does not."""
+
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tests.unclip.training import trained_on_workers
+from unclip.data import RowReader, Source
+from unclip.systems.unclip.objectives import UpsamplerObjective
+from unclip.training import overfitting, trainer
+from unclip.training.trainer import TrainerConfig
+
+
+def reader(folder: Path) -> RowReader:
+    """Four pictures of one colour each."""
+    path, pictures = folder / "colours.parquet", [io.BytesIO() for _ in range(4)]
+    for picture, colour in zip(pictures, ("red", "green", "blue", "yellow"), strict=True):
+        Image.new("RGB", (16, 16), colour).save(picture, "JPEG")
+    pq.write_table(pa.table({"key": list("0123"), "jpg": [picture.getvalue() for picture in pictures]}), path)
+    return RowReader([Source((str(path),), ("jpg",))], list("0123"))
+
+
+def diagnose(folder: Path, objective: UpsamplerObjective) -> overfitting.Diagnosis:
+    rows = reader(folder)
+    diagnosis = overfitting.Diagnosis()
+    config = overfitting.settings(TrainerConfig(precision="fp32"), num_rows=4)
+    trainer.train(objective, rows, config, str(folder / "run"), diagnosis)
+    return diagnosis
+
+
+def upsampler(folder: Path) -> UpsamplerObjective:
+    torch.manual_seed(0)
+    return UpsamplerObjective(trained_on_workers.MODEL, reader(folder).read(["0"]))
+
+
+def test_what_learns_passes(tmp_path: Path) -> None:
+    diagnosis = diagnose(tmp_path, upsampler(tmp_path))
+    assert diagnosis.has_memorised, diagnosis.relative_losses
+    assert "by heart" in diagnosis.verdict and len(diagnosis.relative_losses) == 8
+
+
+def test_what_gets_no_gradient_is_told_so(tmp_path: Path) -> None:
+    class Detached(UpsamplerObjective):
+        def loss(self, network: nn.Module, tensors, generator):
+            loss = super().loss(network, tensors, generator)
+            return loss.detach() + 0 * sum(parameter.sum() for parameter in network.parameters())
+
+    torch.manual_seed(0)
+    diagnosis = diagnose(tmp_path, Detached(trained_on_workers.MODEL, reader(tmp_path).read(["0"])))
+    assert not diagnosis.has_memorised and diagnosis.verdict.startswith("No gradient reaches the weights")
+
+
+@pytest.mark.parametrize(
+    ("losses", "beginning"),
+    [
+        ([1.0, 0.99, 1.0], "It learns nothing"),
+        ([0.5, 0.48, 0.49], "It stopped learning"),
+        ([0.9, 0.6, 0.4], "It learns, but slowly"),
+        ([0.9, 0.2, 0.1], "It knows them by heart"),
+    ],
+)
+def test_verdicts(losses: list[float], beginning: str) -> None:
+    diagnosis = overfitting.Diagnosis()
+    for loss in losses:
+        diagnosis.metrics({"relative_loss": loss, "gradient_norm": 1.0}, 0)
+    assert diagnosis.verdict.startswith(beginning)

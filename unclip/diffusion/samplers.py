@@ -1,0 +1,413 @@
+"""Samplers: plain functions from noise to samples over a `Denoiser`.
+
+All take x_T [B, ...] (standard normal, owned by the caller) and return x_0 [B, ...] in float32, or in float64 where x_T is.
+All walk down the same timesteps and end at the clean sample exactly. Letters: B batch, T number of timesteps.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from unclip.config import require
+from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, in_full, learned_fraction
+from unclip.diffusion.schedules import strided_timesteps
+from unclip.errors import ShapeError
+
+Steps = int | Sequence[int]
+"""How many timesteps, spread evenly; or the timesteps themselves, the noisiest first (`schedules.sectioned_timesteps`)."""
+
+OnStep = Callable[[Tensor, int], Tensor]
+"""Called after every step with the sample [B, ...] and the timestep it is at now, -1 when it is clean; the sampler goes on
+with what it returns. Film strips keep what they see and return it; inpainting returns it with the known pixels put back."""
+
+LARGEST_SIGMA = 80.0
+"""Noise relative to the signal from which on Heun's steps are worth their second call."""
+
+
+LARGEST_SIGMA = 80.0
+
+
+def undisturbed(x_t: Tensor, t: int) -> Tensor:
+    """The `OnStep` that does nothing."""
+    return x_t
+
+
+@torch.no_grad()
+def ddpm(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x_T: Tensor,
+    num_steps: Steps,
+    generator: torch.Generator | None = None,
+    on_step: OnStep = undisturbed,
+) -> Tensor:
+    """Ancestral sampling over strided timesteps, with the variance that the diffusion is configured for.
+
+    Variances, learned ones too, are those of the respaced process. The last step adds no noise.
+
+    Raises:
+        ShapeError: variances are learned, and the denoiser gives none.
+
+    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4.
+    """
+
+    def variance(step: Step, denoised: Denoised) -> Tensor | float:
+        if diffusion.config.variance == "fixed_small":
+            return step.posterior_variance
+        if diffusion.config.variance == "fixed_large":
+            return step.beta
+        fraction = learned_fraction(denoised)
+        return step.beta**fraction * step.posterior_variance ** (1 - fraction)
+
+    return _ancestral(diffusion, denoise, x_T, num_steps, variance, generator, on_step)
+
+
+@torch.no_grad()
+def analytic_dpm(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x_T: Tensor,
+    num_steps: Steps,
+    mean_squared_score: Tensor,
+    max_variance: float = 1.0,
+    generator: torch.Generator | None = None,
+    on_step: OnStep = undisturbed,
+) -> Tensor:
+    """Ancestral sampling with the best isotropic variance of every step, known from the scores of data.
+
+    It is the posterior's variance plus that of x0 given x_t, as far as the latter moves the posterior's mean.
+
+    Args:
+        mean_squared_score: [T], from `estimate_mean_squared_score`.
+        max_variance: bound on the variance of x0; 1 for pictures in [-1, 1] and for standardised embeddings. It holds
+            where the score is nearly that of noise and the estimate means little.
+
+    Raises:
+        ShapeError: mean_squared_score is not [T].
+
+    Source: Bao et al. 2022, eq. 7 (variance) and theorem 2 (bounds).
+    """
+    if mean_squared_score.shape != (diffusion.num_timesteps,):
+        raise ShapeError(
+            f"analytic_dpm: got mean_squared_score {tuple(mean_squared_score.shape)}, "
+            f"expected ({diffusion.num_timesteps},)."
+        )
+    squared_scores = mean_squared_score.tolist()
+
+    def variance(step: Step, denoised: Denoised) -> float:
+        x0_variance = max_variance
+        if step.alpha_bar > 0:
+            unexplained = max(1 - (1 - step.alpha_bar) * squared_scores[step.t], 0.0)
+            x0_variance = min((1 - step.alpha_bar) / step.alpha_bar * unexplained, max_variance)
+        return step.posterior_variance + step.x0_coefficient**2 * x0_variance
+
+    return _ancestral(diffusion, denoise, x_T, num_steps, variance, generator, on_step)
+
+
+@torch.no_grad()
+def estimate_mean_squared_score(
+    diffusion: GaussianDiffusion, batches: Iterable[tuple[Tensor, Denoiser]], generator: torch.Generator | None = None
+) -> Tensor:
+    """Mean over data of the squared norm of the score at every timestep, over the number of dimensions.
+
+    Args:
+        batches: clean samples [B, ...], each with the denoiser that is bound to their conditioning; every batch is
+            denoised T times.
+
+    Returns:
+        [T] float64; saved with a model, it is all that `analytic_dpm` needs to know of the data.
+
+    Raises:
+        ShapeError: no batch.
+
+    Source: Bao et al. 2022, eq. 8.
+    """
+    total = torch.zeros(diffusion.num_timesteps, dtype=torch.float64)
+    num_samples = 0
+    for batch, denoise in batches:
+        x0 = in_full(batch)
+        squared_norms = []
+        for timestep in range(diffusion.num_timesteps):
+            t = torch.full(x0.shape[:1], timestep, dtype=torch.int64, device=x0.device)
+            x_t = diffusion.q_sample(x0, t, _noise_like(x0, generator))
+            eps = diffusion.eps_from_x0(x_t, t, denoise(x_t, t).x0)
+            squared_norms.append(eps.double().pow(2).mean())
+        total += len(x0) * torch.stack(squared_norms).cpu()
+        num_samples += len(x0)
+    if num_samples == 0:
+        raise ShapeError("estimate_mean_squared_score: got no batch, expected at least one.")
+    return total / num_samples / (1 - diffusion.alphas_cumprod)  # the score is -eps / sqrt(1 - alphas_cumprod)
+
+
+@torch.no_grad()
+def ddim(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x_T: Tensor,
+    num_steps: Steps,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    on_step: OnStep = undisturbed,
+) -> Tensor:
+    """Denoising diffusion implicit models; eta = 0 is deterministic, eta = 1 is ancestral sampling (fixed_small).
+
+    First order in the step size. Source: Song et al. 2021, eq. 12 and 16.
+    """
+    x_t = in_full(x_T)
+    for step in _steps(diffusion, num_steps):
+        x0 = denoise(x_t, step.batch(x_t)).x0
+        std = eta * step.posterior_variance**0.5
+        eps = (x_t - step.alpha_bar**0.5 * x0) / (1 - step.alpha_bar) ** 0.5
+        x_t = step.alpha_bar_next**0.5 * x0 + max(1 - step.alpha_bar_next - std**2, 0.0) ** 0.5 * eps
+        if std > 0:
+            x_t = x_t + std * _noise_like(x_t, generator)
+        x_t = on_step(x_t, step.t_next)
+    return x_t
+
+
+@torch.no_grad()
+def ddim_inversion(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x0: Tensor,
+    num_steps: Steps,
+    num_iterations: int = 1,
+    on_step: OnStep = undisturbed,
+) -> Tensor:
+    """The noise x_T from which `ddim` with eta = 0 and the same steps draws x0.
+
+    Each step up is the solution of the step down, an equation for x_t that is iterated from the less noisy sample.
+
+    Args:
+        denoise: without clamps or thresholds, which cannot be undone.
+        x0: [B, ...] clean samples.
+        num_iterations: 1 is the plain inversion, right to first order in the step size; with more, sampling returns the
+            start ever more closely. Every iteration is a call of the denoiser.
+        on_step: called with the timestep just reached.
+
+    Source: Song et al. 2021, section 4.3; Dhariwal & Nichol 2021, appendix F; Pan et al. 2023, section 3 (iterations).
+    """
+    x_next = in_full(x0)
+    for step in reversed(list(_steps(diffusion, num_steps))):
+        x_t = x_next
+        for _ in range(num_iterations):
+            estimate = denoise(x_t, step.batch(x_t)).x0
+            # of the two ways to read eps, from x_next and from x_t, the one that the iteration contracts
+            if step.alpha_bar < 0.5 and step.alpha_bar_next < 1:
+                clean = estimate
+                eps = (x_next - step.alpha_bar_next**0.5 * clean) / (1 - step.alpha_bar_next) ** 0.5
+            else:
+                eps = (x_t - step.alpha_bar**0.5 * estimate) / (1 - step.alpha_bar) ** 0.5
+                clean = (x_next - (1 - step.alpha_bar_next) ** 0.5 * eps) / step.alpha_bar_next**0.5
+            x_t = step.alpha_bar**0.5 * clean + (1 - step.alpha_bar) ** 0.5 * eps
+        x_next = on_step(x_t, step.t)
+    return x_next
+
+
+@torch.no_grad()
+def dpm_solver_pp_2m(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x_T: Tensor,
+    num_steps: Steps,
+    generator: torch.Generator | None = None,
+    on_step: OnStep = undisturbed,
+) -> Tensor:
+    """DPM-Solver++(2M): second order with one call of the denoiser a step.
+
+    x0 is taken as a line over log(signal / sigma), through this step and the one before; the first step and the last,
+    which have no such line, are DDIM's. Deterministic: the generator is not used.
+
+    Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
+    """
+    x_t = in_full(x_T)
+    x0_before: Tensor | None = None
+    width_before = 0.0
+    for step in _steps(diffusion, num_steps):
+        x0 = denoise(x_t, step.batch(x_t)).x0
+        # infinite from pure noise and to the clean sample
+        width = _minus_log(step.sigma_next) - _minus_log(step.sigma)
+        along = x0
+        if x0_before is not None and step.alpha_bar_next < 1:
+            along = x0 + width / width_before / 2 * (x0 - x0_before)
+        shrink = ((1 - step.alpha_bar_next) / (1 - step.alpha_bar)) ** 0.5
+        x_t = shrink * x_t + (step.alpha_bar_next**0.5 - shrink * step.alpha_bar**0.5) * along
+        x0_before, width_before = x0, width
+        x_t = on_step(x_t, step.t_next)
+    return x_t
+
+
+@torch.no_grad()
+def heun(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x_T: Tensor,
+    num_steps: Steps,
+    generator: torch.Generator | None = None,
+    on_step: OnStep = undisturbed,
+) -> Tensor:
+    """Heun's method: second order with two calls of the denoiser a step.
+
+    The equation is dx / dsigma = (x - x0) / sigma for x = x_t / sqrt(alphas_cumprod) and sigma^2 = (1 - alphas_cumprod) /
+    alphas_cumprod, on the grid of the timesteps. Steps to the clean sample and from beyond the largest sigma of Karras et
+    al. are Euler's, as in DDIM: the cosine schedule goes from 20,000 to below 100 in one step, and pure noise has an infinite
+    sigma; there the mean of both slopes is far off. Deterministic: the generator is not used.
+
+    Source: Karras et al. 2022, algorithm 1, eq. 4 and Table 1 (largest sigma).
+    """
+    x_t = in_full(x_T)
+    for step in _steps(diffusion, num_steps):
+        x0 = denoise(x_t, step.batch(x_t)).x0
+        slope = (x_t - step.alpha_bar**0.5 * x0) / (1 - step.alpha_bar) ** 0.5  # dx / dsigma, which is eps
+        x_next = step.alpha_bar_next**0.5 * x0 + (1 - step.alpha_bar_next) ** 0.5 * slope
+        if step.sigma <= LARGEST_SIGMA and step.alpha_bar_next < 1:
+            next_t = torch.full_like(step.batch(x_t), step.t_next)
+            next_x0 = denoise(x_next, next_t).x0
+            next_slope = (x_next - step.alpha_bar_next**0.5 * next_x0) / (1 - step.alpha_bar_next) ** 0.5
+            width = step.sigma_next - step.sigma
+            x_next = x_next + step.alpha_bar_next**0.5 * width * (next_slope - slope) / 2
+        x_t = on_step(x_next, step.t_next)
+    return x_t
+
+
+def hold_known(diffusion: GaussianDiffusion, x0: Tensor, known: Tensor, generator: torch.Generator | None) -> OnStep:
+    """Inpainting with any sampler: after every step, put the known part back, noised to the sample's timestep.
+
+    The rest is drawn in view of it; how well it fits grows with the number of steps and with their noise.
+
+    Args:
+        x0: [B, ...] clean samples, of which the known part is read.
+        known: bool, broadcasts to x0; True = hold.
+
+    Source: Lugmayr et al. 2022, eq. 8.
+    """
+
+    def hold(x_t: Tensor, t: int) -> Tensor:
+        clean = x0.to(x_t.dtype)
+        if t < 0:
+            return torch.where(known, clean, x_t)
+        timesteps = torch.full(x_t.shape[:1], t, dtype=torch.int64, device=x_t.device)
+        return torch.where(known, diffusion.q_sample(clean, timesteps, _noise_like(x_t, generator)), x_t)
+
+    return hold
+
+
+class Sampler(Protocol):
+    """What every sampler that needs nothing but a denoiser can be called with."""
+
+    def __call__(
+        self,
+        diffusion: GaussianDiffusion,
+        denoise: Denoiser,
+        x_T: Tensor,
+        num_steps: Steps,
+        *,
+        generator: torch.Generator | None = None,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor: ...
+
+
+SamplerName = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun"]
+
+SAMPLERS: dict[SamplerName, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m, "heun": heun}
+"""Samplers that configuration can name."""
+
+
+class Step(NamedTuple):
+    """One step down of a sampler, from timestep t to the less noisy t_next, which is -1 for the clean sample."""
+
+    t: int
+    alpha_bar: float
+    """alphas_cumprod at t; 0 at pure noise."""
+    t_next: int
+    alpha_bar_next: float
+    """alphas_cumprod at t_next; 1 at the clean sample."""
+
+    @property
+    def beta(self) -> float:
+        """Variance of the respaced forward process. Source: Nichol & Dhariwal 2021, eq. 19."""
+        return 1 - self.alpha_bar / self.alpha_bar_next
+
+    @property
+    def posterior_variance(self) -> float:
+        """Source: Ho et al. 2020, eq. 7."""
+        return (1 - self.alpha_bar_next) / (1 - self.alpha_bar) * self.beta
+
+    @property
+    def x0_coefficient(self) -> float:
+        """Factor of x0 in the posterior's mean. Source: Ho et al. 2020, eq. 7."""
+        return math.sqrt(self.alpha_bar_next) * self.beta / (1 - self.alpha_bar)
+
+    @property
+    def x_t_coefficient(self) -> float:
+        """Factor of x_t in the posterior's mean. Source: Ho et al. 2020, eq. 7."""
+        return math.sqrt(self.alpha_bar / self.alpha_bar_next) * (1 - self.alpha_bar_next) / (1 - self.alpha_bar)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise relative to the signal at t."""
+        return _sigma(self.alpha_bar)
+
+    @property
+    def sigma_next(self) -> float:
+        return _sigma(self.alpha_bar_next)
+
+    def batch(self, x_t: Tensor) -> Tensor:
+        """t for every sample, [B] int64."""
+        return torch.full(x_t.shape[:1], self.t, dtype=torch.int64, device=x_t.device)
+
+
+def _steps(diffusion: GaussianDiffusion, num_steps: Steps) -> Iterator[Step]:
+    """The steps from the noisiest timestep to the clean sample.
+
+    Raises:
+        ConfigError: given timesteps do not fall, or are none of the process.
+    """
+    if isinstance(num_steps, int):
+        num_steps = strided_timesteps(diffusion.num_timesteps, num_steps)
+    timesteps = [*num_steps, -1]
+    falling = all(t > t_next for t, t_next in itertools.pairwise([diffusion.num_timesteps, *timesteps]))
+    require(
+        falling and len(num_steps) > 0, "num_steps", num_steps, f"timesteps below {diffusion.num_timesteps} that fall"
+    )
+    alpha_bars = [float(diffusion.alphas_cumprod[t]) for t in num_steps] + [1.0]
+    pairs = list(zip(timesteps, alpha_bars, strict=True))
+    for (t, alpha_bar), (t_next, alpha_bar_next) in itertools.pairwise(pairs):
+        yield Step(t, alpha_bar, t_next, alpha_bar_next)
+
+
+def _ancestral(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x_T: Tensor,
+    num_steps: Steps,
+    variance: Callable[[Step, Denoised], Tensor | float],
+    generator: torch.Generator | None,
+    on_step: OnStep,
+) -> Tensor:
+    """Draw every x_{t-1} from a Gaussian with the posterior's mean and the given variance."""
+    x_t = in_full(x_T)
+    for step in _steps(diffusion, num_steps):
+        denoised = denoise(x_t, step.batch(x_t))
+        mean = step.x0_coefficient * denoised.x0 + step.x_t_coefficient * x_t
+        if step.alpha_bar_next < 1:
+            mean = mean + variance(step, denoised) ** 0.5 * _noise_like(x_t, generator)
+        x_t = on_step(mean, step.t_next)
+    return x_t
+
+
+def _sigma(alpha_bar: float) -> float:
+    return math.sqrt(1 / alpha_bar - 1) if alpha_bar > 0 else math.inf
+
+
+def _minus_log(sigma: float) -> float:
+    """The lambda of DPM-Solver, log(signal / noise)."""
+    return -math.log(sigma) if sigma > 0 else math.inf
+
+
+def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

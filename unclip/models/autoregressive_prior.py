@@ -1,0 +1,207 @@
+"""The autoregressive prior: P(image embedding | caption), one bucket of one principal component after another.
+
+Source: Ramesh et al. 2022, section 2.2. A causal Transformer reads, in order, the encoded text tokens, the CLIP text
+embedding, the bucket of the dot product of image and text embedding, and the buckets of the image embedding's principal
+components by falling variance; the output at each token is the distribution of the next bucket. Without text means the
+empty caption, and a dot product that is not told.
+
+Letters: B batch, L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior, K principal
+components, N candidates.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.config import require
+from unclip.models.embeddings import EmbeddingQuantizer, EmbeddingStatistics
+from unclip.models.layers import CausalTransformer, KeyValueCache
+from unclip.models.prior import TextNorm, TextPrefix, best_candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressivePriorConfig:
+    width: int = 512
+    """Width of the Transformer."""
+    depth: int = 12
+    """Transformer blocks."""
+    num_heads: int = 8
+    """Attention heads a block."""
+    cond_drop_prob: float = 0.1
+    """Probability of dropping the text during training, for classifier-free guidance."""
+    explained_variance: float = 0.99
+    """Share of the image embeddings' variance that the kept principal components hold: the paper loses less than 1 %."""
+    num_buckets: int = 1024
+    """Buckets of each component, and of the dot product."""
+    text_norm: TextNorm = "none"
+    """How CLIP's text projection is read: as it is, through a layer norm, or at unit norm."""
+
+    def __post_init__(self) -> None:
+        require(self.width % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of width {self.width}")
+        require(self.depth >= 1, "depth", self.depth, "at least 1")
+        require(0 <= self.cond_drop_prob < 1, "cond_drop_prob", self.cond_drop_prob, "a probability below 1")
+        explained = self.explained_variance
+        require(0 < explained <= 1, "explained_variance", explained, "a share above 0, at most 1")
+        require(self.num_buckets >= 2, "num_buckets", self.num_buckets, "at least 2")
+
+
+DALLE2_AUTOREGRESSIVE_PRIOR = AutoregressivePriorConfig(width=1664, depth=24, num_heads=26)
+"""Ramesh et al. 2022, Table 3, "latent decoder": 0.81 B parameters with 319 components beside a CLIP ViT-H, whose text
+encoder takes the place of the table's own (1.2 B); the table says "1 B" of neither with the other."""
+BASE_AUTOREGRESSIVE_PRIOR = AutoregressivePriorConfig(width=1024, depth=16, num_heads=16)
+"""205 M parameters beside a ViT-L-14."""
+SMALL_AUTOREGRESSIVE_PRIOR = AutoregressivePriorConfig(width=512, depth=12, num_heads=8)
+"""40 M parameters beside a ViT-L-14."""
+
+
+class AutoregressivePrior(nn.Module):
+    """Text in, CLIP image embeddings out."""
+
+    def __init__(
+        self,
+        config: AutoregressivePriorConfig,
+        embedding_dim: int,
+        text_width: int,
+        text_length: int,
+        num_components: int,
+    ) -> None:
+        """Args:
+        embedding_dim: E.
+        text_width: W, width of the text encodings.
+        text_length: L, length of the text encodings.
+        num_components: K.
+        """
+        super().__init__()
+        self.config = config
+        self.statistics = EmbeddingStatistics.empty(embedding_dim)
+        self.quantizer = EmbeddingQuantizer(embedding_dim, num_components, config.num_buckets)
+        width = config.width
+        self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm)
+        self.from_similarity = nn.Embedding(config.num_buckets + 1, width)  # the last is "not told"
+        self.from_bucket = nn.Embedding(config.num_buckets, width)
+        for embedding in (self.from_similarity, self.from_bucket):
+            nn.init.normal_(embedding.weight, std=0.02)
+        # one for each token that is read: the last component is not
+        self.positions = nn.Parameter(torch.randn(text_length + 1 + num_components, width) * 0.01)
+        self.transformer = CausalTransformer(width, config.depth, config.num_heads)
+        self.to_logits = nn.Linear(width, config.num_buckets)
+
+    def forward(
+        self,
+        buckets: Tensor,
+        similarity: Tensor,
+        text_encodings: Tensor,
+        text_mask: Tensor,
+        text_embedding: Tensor,
+        drop: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Predict each component's bucket from those before it.
+
+        Args:
+            buckets: [B, K] int64, of the image embedding; the last is not read.
+            similarity: [B] int64, bucket of its dot product with the unit-norm text embedding.
+            text_encodings: [B, L, W].
+            text_mask: [B, L] bool, True = keep.
+            text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
+            drop: [B] bool, True = without text and dot product.
+            kept: [N] int64, of `kept_tokens` for the same captions and `drop`; the result is the same, sooner.
+
+        Returns:
+            Logits [B, K, num_buckets].
+        """
+        prefix, keep = self._prefix(similarity, text_encodings, text_mask, text_embedding, drop)  # [B, L + 2, D]
+        x = torch.cat([prefix, self.from_bucket(buckets[:, :-1])], dim=1) + self.positions  # [B, L + 1 + K, D]
+        keep = F.pad(keep, (0, buckets.shape[1] - 1), value=True)  # [B, L + 1 + K]
+        x = self.transformer(x, keep, num_outputs=buckets.shape[1], kept=kept)  # [B, K, D]
+        return self.to_logits(x)  # type: ignore[no-any-return]
+
+    def _prefix(
+        self,
+        similarity: Tensor,
+        text_encodings: Tensor,
+        text_mask: Tensor,
+        text_embedding: Tensor,
+        drop: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is known before the first component: tokens [B, L + 2, D], and which are no padding [B, L + 2]."""
+        text, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
+        if drop is not None:
+            similarity = torch.where(drop, self.config.num_buckets, similarity)
+        told = self.from_similarity(similarity)[:, None]  # [B, 1, D]
+        return torch.cat([text, told], dim=1), F.pad(keep, (0, 1), value=True)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text_encodings: Tensor,
+        text_mask: Tensor,
+        text_embedding: Tensor,
+        *,
+        num_candidates: int = 2,
+        temperature: float = 1.0,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw image embeddings, of `num_candidates` the one with the largest dot product with the text embedding.
+
+        The dot product that the Transformer is told is drawn from the upper half of the training rows'.
+
+        Args:
+            text_encodings: [B, L, W].
+            text_mask: [B, L] bool, True = keep.
+            text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
+            temperature: divides the logits; 0 takes the likeliest bucket.
+            guidance_scale: 1 is no guidance; logits are pushed away from those without text.
+
+        Returns:
+            [B, E] float32, in CLIP's own scale.
+
+        Source: Ramesh et al. 2022, section 2.2; Ho & Salimans 2022, eq. 6, for logits.
+        """
+        text = [each.repeat_interleave(num_candidates, dim=0) for each in (text_encodings, text_mask, text_embedding)]
+        count = len(text_mask) * num_candidates
+        similarity = self.quantizer.draw_similarity(count, generator)  # [B * N]
+        conditional = _Reading(self, similarity, text, dropped=False)
+        unconditional = None if guidance_scale == 1 else _Reading(self, similarity, text, dropped=True)
+        drawn: list[Tensor] = []
+        for _ in range(self.quantizer.num_components):
+            last = drawn[-1] if drawn else None
+            logits = conditional.next_logits(last)  # [B * N, num_buckets]
+            if unconditional is not None:
+                null = unconditional.next_logits(last)
+                logits = null + guidance_scale * (logits - null)
+            drawn.append(_draw(logits, temperature, generator))
+        image_embedding = self.quantizer.decode(torch.stack(drawn, dim=1))  # [B * N, E]
+        return best_candidate(image_embedding.view(len(text_mask), num_candidates, -1), text_embedding)
+
+
+class _Reading:
+    """A Transformer halfway through its sequence."""
+
+    def __init__(self, prior: AutoregressivePrior, similarity: Tensor, text: Sequence[Tensor], dropped: bool) -> None:
+        self.prior = prior
+        drop = similarity.new_full((len(similarity),), dropped, dtype=torch.bool)
+        self.unread, keep = prior._prefix(similarity, text[0], text[1], text[2], drop)  # [B, L + 2, D], [B, L + 2]
+        self.keep = F.pad(keep, (0, prior.quantizer.num_components - 1), value=True)  # [B, L + 1 + K]
+        self.caches: list[KeyValueCache] = prior.transformer.new_caches(len(prior.positions))
+        self.length = 0
+
+    def next_logits(self, last: Tensor | None) -> Tensor:
+        """Logits [B, num_buckets] of the next component, after the `last` one's buckets [B]; None for the first."""
+        if last is not None:
+            self.unread = self.prior.from_bucket(last)[:, None]  # [B, 1, D]
+        start, self.length = self.length, self.length + self.unread.shape[1]
+        x = self.unread + self.prior.positions[start : self.length]
+        x = self.prior.transformer(x, self.keep[:, : self.length], self.caches)
+        return self.prior.to_logits(x[:, -1]).float()  # type: ignore[no-any-return]
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """[B, num_buckets] -> [B] int64."""
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    return torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)[:, 0]

@@ -1,0 +1,232 @@
+"""The decoder: P(picture | image embedding, caption), at the base resolution.
+
+Source: Ramesh et al. 2022, section 2.1. An ADM U-Net that sees the CLIP image embedding twice: projected and added to the
+timestep embedding, and projected to four extra context tokens that every attention layer reads. The caption, where it is
+used, takes the same two ways (`unclip.models.text`). Inpainting: Nichol et al. 2022 (GLIDE), section 2.4.
+
+Letters: B batch, E CLIP embedding width, S side of the picture, L text tokens, X context width, D time-embedding width.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from unclip.config import require
+from unclip.diffusion import guidance, samplers
+from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
+from unclip.errors import ShapeError
+from unclip.models.embeddings import EmbeddingStatistics
+from unclip.models.text import ClipText, Text, TextShape, TextSource, TextTransformer, TextTransformerConfig
+from unclip.models.unet import UNet, UNetConfig
+
+NUM_IMAGE_TOKENS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    unet: UNetConfig = UNetConfig(attention_resolutions=(32, 16, 8))
+    """The network."""
+    context_dim: int = 512
+    """Width of the context tokens."""
+    text: TextSource = "none"
+    """How captions are read: not at all, through the frozen CLIP, or by a Transformer trained with the decoder."""
+    text_transformer: TextTransformerConfig = TextTransformerConfig()
+    """The trained Transformer; unused unless `text` is "transformer"."""
+    image_drop_prob: float = 0.1
+    """Probability of dropping the image embedding during training, for classifier-free guidance."""
+    text_drop_prob: float = 0.5
+    """Probability of dropping the caption during training, drawn apart from the image embedding's."""
+    inpainting: bool = False
+    """Whether the network also sees a partly known picture and which of its pixels are known."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """The diffusion process."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_drop_prob", "text_drop_prob"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a probability below 1")
+        require(bool(self.unet.attention_resolutions), "unet.attention_resolutions", (), "at least one side")
+        require(self.context_dim >= 1, "context_dim", self.context_dim, "at least 1")
+
+
+class Decoder(nn.Module):
+    """CLIP image embeddings, and captions where configured, in; small pictures out."""
+
+    def __init__(self, config: DecoderConfig, embedding_dim: int, text_shape: TextShape | None = None) -> None:
+        """Args:
+            embedding_dim: E.
+            text_shape: needed unless `config.text` is "none".
+
+        Raises:
+            ConfigError: text is to be read, and text_shape is missing.
+        """
+        super().__init__()
+        require(config.text == "none" or text_shape is not None, "text_shape", None, f"one for text {config.text!r}")
+        self.config = config
+        self.text_shape = text_shape
+        self.diffusion = GaussianDiffusion(config.diffusion)
+        self.statistics = EmbeddingStatistics.empty(embedding_dim)
+        context_dim, time_dim = config.context_dim, config.unet.time_dim
+        in_channels = 3 + (4 if config.inpainting else 0)
+        self.unet = UNet(config.unet, in_channels, 3 * config.diffusion.outputs_per_channel, context_dim)
+        self.to_time = nn.Linear(embedding_dim, time_dim)
+        self.to_tokens = nn.Linear(embedding_dim, NUM_IMAGE_TOKENS * context_dim)
+        self.null_embedding = nn.Parameter(torch.zeros(embedding_dim))
+        self.text: ClipText | TextTransformer | None = None
+        if config.text == "clip" and text_shape is not None:
+            self.text = ClipText(text_shape, embedding_dim, context_dim, time_dim)
+        if config.text == "transformer" and text_shape is not None:
+            self.text = TextTransformer(config.text_transformer, text_shape, context_dim, time_dim)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        image_embedding: Tensor,
+        image_drop: Tensor | None = None,
+        text: Text | None = None,
+        text_drop: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Predict eps, x0 or v, as configured.
+
+        Args:
+            x_t: [B, 3, S, S].
+            t: [B] int64.
+            image_embedding: [B, E] as CLIP gives it.
+            image_drop: [B] bool, True = without the image embedding, on both of its paths.
+            text: captions; None for empty ones.
+            text_drop: [B] bool, True = without the caption, on both of its paths.
+            known: [B, 4, S, S] of `known_region`, for inpainting; None when nothing is known.
+
+        Returns:
+            [B, 3, S, S]; [B, 6, S, S] where the diffusion learns its variance.
+
+        Raises:
+            ShapeError: text or known is given to a decoder that does not read it.
+        """
+        embedding = self.statistics.normalize(image_embedding)  # [B, E]
+        if image_drop is not None:
+            embedding = torch.where(image_drop[:, None], self.null_embedding, embedding)
+        vector = self.to_time(embedding)  # [B, D]
+        # channel-major, as published unCLIP decoders have it
+        context = self.to_tokens(embedding).unflatten(1, (-1, NUM_IMAGE_TOKENS)).transpose(1, 2)  # [B, 4, X]
+        mask = None
+        if self.text is not None:
+            caption = self.text(self.text.null(len(x_t)) if text is None else text, text_drop)
+            vector = vector + caption.vector
+            context = torch.cat([context, caption.tokens], dim=1)  # [B, 4 + L, X]
+            mask = torch.cat([caption.mask.new_ones(len(x_t), NUM_IMAGE_TOKENS), caption.mask], dim=1)  # [B, 4 + L]
+        elif text is not None:
+            raise ShapeError(
+                "decoder: got captions, expected none. Set text = 'clip' or 'transformer' and train again."
+            )
+        return self.unet(self._with_known(x_t, known), t, vector, context, mask)  # type: ignore[no-any-return]
+
+    def null_image_embedding(self, batch: int) -> Tensor:
+        """What stands for no image embedding, [batch, E] in CLIP's own scale, to draw from captions alone."""
+        return self.statistics.denormalize(self.null_embedding).expand(batch, -1)
+
+    def denoiser(
+        self,
+        image_embedding: Tensor,
+        guidance_scale: float = 1.0,
+        *,
+        text: Text | None = None,
+        text_guidance_scale: float | None = None,
+        known: Tensor | None = None,
+    ) -> Denoiser:
+        """A guided denoiser of pictures in [-1, 1]: away from what is drawn with neither image embedding nor caption.
+
+        Args:
+            image_embedding: [B, E], one for each sample.
+            guidance_scale: 1 is off.
+            text: captions; None for empty ones.
+            text_guidance_scale: of the caption alone, given the image embedding, which keeps `guidance_scale`; None
+                guides by both together, at two thirds of the cost.
+            known: [B, 4, S, S] of `known_region`; guidance keeps it on both sides.
+        """
+        batch, device = len(image_embedding), image_embedding.device
+
+        def predict(image_dropped: bool, text_dropped: bool) -> Denoiser:
+            image_drop = torch.full((batch,), image_dropped, device=device)
+            text_drop = torch.full((batch,), text_dropped, device=device)
+            return self.diffusion.denoiser(
+                lambda x_t, t: self(x_t, t, image_embedding, image_drop, text, text_drop, known)
+            )
+
+        both, neither = predict(False, False), predict(True, True)
+        if text_guidance_scale is None:
+            guided = guidance.classifier_free(both, neither, guidance_scale)
+        else:
+            guided = guidance.classifier_free_two(
+                both, predict(False, True), neither, guidance_scale, text_guidance_scale
+            )
+        return guidance.clamped(guided, 1.0)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        image_embedding: Tensor,
+        *,
+        text: Text | None = None,
+        text_guidance_scale: float | None = None,
+        known: Tensor | None = None,
+        sampler: samplers.SamplerName = "ddim",
+        num_steps: int = 50,
+        guidance_scale: float = 1.0,
+        x_T: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        on_step: samplers.OnStep = samplers.undisturbed,
+    ) -> Tensor:
+        """Draw pictures [B, 3, S, S] in [-1, 1]; known pixels come back as they were.
+
+        Args: those of `denoiser`, and:
+            x_T: [B, 3, S, S]; None draws it from the generator.
+        """
+        side = self.config.unet.image_size
+        if x_T is None:
+            x_T = torch.randn(len(image_embedding), 3, side, side, generator=generator, device=image_embedding.device)
+        denoise = self.denoiser(
+            image_embedding, guidance_scale, text=text, text_guidance_scale=text_guidance_scale, known=known
+        )
+        sample = samplers.SAMPLERS[sampler]
+        samples = sample(self.diffusion, denoise, x_T, num_steps, generator=generator, on_step=on_step)
+        return samples if known is None else torch.where(known[:, 3:] > 0, known[:, :3], samples)
+
+    def _with_known(self, x_t: Tensor, known: Tensor | None) -> Tensor:
+        if not self.config.inpainting:
+            if known is not None:
+                raise ShapeError("decoder: got known pixels, expected none. Set inpainting = true and train again.")
+            return x_t
+        return torch.cat([x_t, x_t.new_zeros(len(x_t), 4, *x_t.shape[2:]) if known is None else known], dim=1)
+
+
+def known_region(images: Tensor, mask: Tensor) -> Tensor:
+    """What an inpainting decoder is told: the picture without its unknown pixels, and which are known.
+
+    Args:
+        images: [B, 3, S, S] in [-1, 1]; not changed.
+        mask: [B, 1, S, S] bool, True = known.
+
+    Returns:
+        [B, 4, S, S], 0 where nothing is known. Source: Nichol et al. 2022 (GLIDE), section 2.4.
+    """
+    return torch.cat([images * mask, mask.to(images.dtype)], dim=1)
+
+
+def random_masks(batch: int, side: int, generator: torch.Generator) -> Tensor:
+    """Masks to train inpainting with, [batch, 1, side, side] bool, True = known.
+
+    Each is drawn by itself: nothing known (one in four), a rectangle of any size unknown (three in eight), or a rectangle
+    of any size known and the rest unknown (three in eight).
+    """
+    draws = torch.rand(5, batch, generator=generator, device=generator.device)
+    low, high = draws[1:3].T.sort(dim=1).values.unbind(1)  # 2 x [B], edges as shares of the side
+    left, right = draws[3:5].T.sort(dim=1).values.unbind(1)
+    centres = (torch.arange(side, device=generator.device) + 0.5) / side  # [S]
+    rows = (centres >= low[:, None]) & (centres < high[:, None])  # [B, S]
+    columns = (centres >= left[:, None]) & (centres < right[:, None])  # [B, S]
+    inside = rows[:, :, None] & columns[:, None, :]  # [B, S, S]
+    kind = draws[0, :, None, None]
+    return torch.where(kind < 0.25, torch.zeros_like(inside), inside ^ (kind < 0.625))[:, None]

@@ -1,0 +1,277 @@
+"""The diffusion prior: P(image embedding | caption).
+
+Source: Ramesh et al. 2022, section 2.2. A causal Transformer reads, in order, the encoded text tokens, the CLIP text
+embedding, the timestep, the noised CLIP image embedding and a learned query; its output at the query is the clean image
+embedding (x0-prediction, plain mean squared error).
+
+Without text means the empty caption: the CLIP features of "" take the place of the caption's, as in the pipelines of
+diffusers, so that guidance needs no weights that they lack. The noised embedding is seen in either case.
+
+Letters: B batch, L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior,
+N candidates, S tokens that change from step to step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.config import require
+from unclip.diffusion import guidance, samplers
+from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
+from unclip.models.embeddings import EmbeddingStatistics, Normalization
+from unclip.models.layers import CausalTransformer, KeyValueCache, TimestepMLP, kept_tokens
+from unclip.models.text import CaptionFeatures, EmptyCaption
+
+TextNorm = Literal["none", "layer", "unit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorConfig:
+    width: int = 512
+    """Width of the Transformer."""
+    depth: int = 12
+    """Transformer blocks."""
+    num_heads: int = 8
+    """Attention heads a block."""
+    cond_drop_prob: float = 0.1
+    """Probability of dropping the text during training, for classifier-free guidance."""
+    diffusion: DiffusionConfig = DiffusionConfig(prediction_type="x0")
+    """The diffusion process."""
+    normalization: Normalization = "standardise"
+    """How image embeddings are normalised: each dimension by itself, or all by one factor as in the paper."""
+    clip_range: float | None = 10.0
+    """Elements of x0 are kept within this range, in normalised units, at every sampling step; None for no bound."""
+    text_norm: TextNorm = "none"
+    """How CLIP's text projection is read: as it is, through a layer norm, or at unit norm, which diffusers cannot do."""
+    norm_in: bool = False
+    """A layer norm in front of the first block."""
+    self_conditioning: bool = False
+    """Whether the x0 of the step before is read, too (Chen et al. 2023); diffusers cannot do it."""
+
+    def __post_init__(self) -> None:
+        require(self.width % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of width {self.width}")
+        require(self.width % 2 == 0, "width", self.width, "an even number")
+        require(self.depth >= 1, "depth", self.depth, "at least 1")
+        require(0 <= self.cond_drop_prob < 1, "cond_drop_prob", self.cond_drop_prob, "a probability below 1")
+        learns = self.diffusion.variance == "learned_range"
+        require(not learns, "diffusion.variance", "learned_range", "fixed_small or fixed_large for embeddings")
+        in_range = self.clip_range is None or self.clip_range > 0
+        require(in_range, "clip_range", self.clip_range, "a positive number, or none")
+
+
+DALLE2_PRIOR = PriorConfig(width=2048, depth=24, num_heads=32, normalization="scale")
+"""Ramesh et al. 2022, Table 3: 1.22 B parameters between a CLIP ViT-H's embeddings, "1 B" in the table. The Transformer is
+the table's "text encoder": what it reads are CLIP's encodings, so it needs no other."""
+KARLO_PRIOR = PriorConfig(width=2048, depth=20, num_heads=32, cond_drop_prob=0.2)
+"""The prior of Karlo v1 alpha, beside a ViT-L-14: 1.02 B parameters."""
+BASE_PRIOR = PriorConfig(width=1024, depth=16, num_heads=16)
+"""205 M parameters beside a ViT-L-14."""
+SMALL_PRIOR = PriorConfig(width=512, depth=12, num_heads=8)
+"""39 M parameters beside a ViT-L-14."""
+
+
+class TextPrefix(EmptyCaption):
+    """The first tokens that a prior reads: the text encodings, then the CLIP text embedding."""
+
+    def __init__(self, width: int, embedding_dim: int, text_width: int, text_length: int, text_norm: TextNorm) -> None:
+        super().__init__(text_length, text_width, embedding_dim)
+        self.text_norm = text_norm
+        self.from_text_encodings = nn.Linear(text_width, width)
+        self.norm = nn.LayerNorm(embedding_dim) if text_norm == "layer" else nn.Identity()
+        self.from_text_embedding = nn.Linear(embedding_dim, width)
+
+    def forward(
+        self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Args:
+            text_encodings: [B, L, W].
+            text_mask: [B, L] bool, True = keep.
+            text_embedding: [B, E], CLIP's text projection; of any length with text_norm "unit".
+            drop: [B] bool, True = the empty caption instead.
+
+        Returns:
+            Tokens [B, L + 1, D], and which of them are no padding [B, L + 1].
+        """
+        if drop is not None:
+            text = CaptionFeatures(text_encodings, text_mask, text_embedding)
+            text_encodings, text_mask, text_embedding = self.without(text, drop)
+        if self.text_norm == "unit":
+            text_embedding = F.normalize(text_embedding, dim=-1)
+        pooled = self.from_text_embedding(self.norm(text_embedding))[:, None]  # [B, 1, D]
+        tokens = torch.cat([self.from_text_encodings(text_encodings), pooled], dim=1)  # [B, L + 1, D]
+        return tokens, torch.cat([text_mask, text_mask.new_ones(len(text_mask), 1)], dim=1)
+
+    def kept_tokens(self, text_mask: Tensor, drop: Tensor, length: int) -> Tensor:
+        """`layers.kept_tokens` of sequences of `length` that begin with these captions, where drop [B] says with the empty one.
+
+        How many there are is known only when text_mask [B, L] has been computed, so it is asked for before `forward`, whose
+        shapes can then be told without data.
+        """
+        text_mask = torch.where(drop[:, None], self.null_mask, text_mask)  # [B, L]
+        return kept_tokens(F.pad(text_mask, (0, length - text_mask.shape[1]), value=True))
+
+
+class DiffusionPrior(nn.Module):
+    """Text in, CLIP image embeddings out."""
+
+    def __init__(self, config: PriorConfig, embedding_dim: int, text_width: int, text_length: int) -> None:
+        """Args:
+        embedding_dim: E.
+        text_width: W, width of the text encodings.
+        text_length: L, length of the text encodings.
+        """
+        super().__init__()
+        self.config = config
+        self.diffusion = GaussianDiffusion(config.diffusion)
+        self.statistics = EmbeddingStatistics.empty(embedding_dim, config.normalization)
+        width = config.width
+        self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm)
+        self.from_timestep = TimestepMLP(width, width)
+        self.from_image_embedding = nn.Linear(embedding_dim, width)
+        self.from_x0_estimate = nn.Linear(embedding_dim, width) if config.self_conditioning else None
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
+        num_tokens = text_length + (5 if config.self_conditioning else 4)
+        self.positions = nn.Parameter(torch.randn(num_tokens, width) * 0.01)
+        self.transformer = CausalTransformer(width, config.depth, config.num_heads, config.norm_in)
+        self.to_image_embedding = nn.Linear(width, embedding_dim)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text_encodings: Tensor,
+        text_mask: Tensor,
+        text_embedding: Tensor,
+        drop: Tensor | None = None,
+        x0_estimate: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the clean, normalised image embedding, or what `config.diffusion` says instead.
+
+        Args:
+            x_t: [B, E] noised, normalised image embedding.
+            t: [B] int64.
+            text_encodings: [B, L, W].
+            text_mask: [B, L] bool, True = keep.
+            text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
+            drop: [B] bool, True = without text; x_t is seen all the same.
+            x0_estimate: [B, E] of the step before, zeros where there is none; for self-conditioning only.
+            kept: [N] int64, of `kept_tokens` for the same captions and `drop`; the result is the same, sooner.
+
+        Returns:
+            [B, E].
+        """
+        prefix, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
+        suffix = self._suffix(x_t, t, x0_estimate)  # [B, S, D]
+        x = torch.cat([prefix, suffix], dim=1) + self.positions  # [B, L + 1 + S, D]
+        keep = F.pad(keep, (0, suffix.shape[1]), value=True)  # [B, L + 1 + S]
+        x = self.transformer(x, keep, num_outputs=1, kept=kept)  # [B, 1, D]
+        return self.to_image_embedding(x[:, -1])  # type: ignore[no-any-return]  # [B, E]
+
+    def _suffix(self, x_t: Tensor, t: Tensor, x0_estimate: Tensor | None) -> Tensor:
+        """The tokens after the text: timestep, noised image embedding, x0 estimate if it is read, query."""
+        tokens = [self.from_timestep(t), self.from_image_embedding(x_t)]  # [B, D] each
+        if self.from_x0_estimate is not None:
+            tokens.append(self.from_x0_estimate(torch.zeros_like(x_t) if x0_estimate is None else x0_estimate))
+        tokens.append(self.query.to(tokens[0].dtype).expand_as(tokens[0]))
+        return torch.stack(tokens, dim=1)  # [B, S, D]
+
+    def estimate_x0(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The x0 [B, E] that a prediction stands for, as the next step reads it for self-conditioning: within range."""
+        x0 = self.diffusion.predict_x0(x_t, t, prediction)
+        limit = self.config.clip_range
+        return x0 if limit is None else x0.clamp(-limit, limit)
+
+    def predictor(
+        self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor, drop: Tensor | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x_t [B, E], t [B]) -> prediction [B, E]: what `forward` gives, faster, for the steps of one sampling run.
+
+        No text token attends to a later one, so the text is read once. With self-conditioning, a call reads the x0 of the
+        call before.
+        """
+        caches: list[KeyValueCache] = []
+        keep, previous = text_mask, None
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            nonlocal caches, keep, previous
+            length = text_mask.shape[1] + 1
+            if not caches:
+                prefix, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
+                caches = self.transformer.new_caches(len(self.positions))
+                self.transformer(prefix + self.positions[:length], keep, caches)
+                keep = F.pad(keep, (0, len(self.positions) - length), value=True)  # [B, L + 1 + S]
+            for cache in caches:
+                cache.length = length
+            suffix = self._suffix(x_t, t, previous) + self.positions[length:]  # [B, S, D]
+            prediction = self.to_image_embedding(self.transformer(suffix, keep, caches, num_outputs=1)[:, -1])  # [B, E]
+            if self.config.self_conditioning:
+                previous = self.estimate_x0(x_t, t, prediction)
+            return prediction  # type: ignore[no-any-return]
+
+        return predict
+
+    @torch.no_grad()
+    def denoiser(
+        self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor, guidance_scale: float = 1.0
+    ) -> Denoiser:
+        """A guided denoiser of normalised image embeddings, conditioned on one caption per sample, for one sampling run."""
+
+        def branch(dropped: bool) -> Denoiser:
+            drop = text_mask.new_full((len(text_mask),), dropped)
+            return self.diffusion.denoiser(self.predictor(text_encodings, text_mask, text_embedding, drop))
+
+        denoise = guidance.classifier_free(branch(False), branch(True), guidance_scale)
+        # Bounded after guidance, which is what leads out of bounds.
+        return denoise if self.config.clip_range is None else guidance.clamped(denoise, self.config.clip_range)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text_encodings: Tensor,
+        text_mask: Tensor,
+        text_embedding: Tensor,
+        *,
+        num_candidates: int = 2,
+        sampler: samplers.SamplerName = "ddpm",
+        num_steps: int = 64,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw image embeddings, of `num_candidates` the one with the largest dot product with the text embedding.
+
+        Args:
+            text_encodings: [B, L, W].
+            text_mask: [B, L] bool, True = keep.
+            text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
+            num_steps: denoising steps.
+            guidance_scale: 1 is no guidance.
+            sampler: with self-conditioning, one that calls the denoiser once a step.
+
+        Returns:
+            [B, E] float32, in CLIP's own scale.
+
+        Source: Ramesh et al. 2022, section 2.2 (two candidates).
+        """
+        text = [each.repeat_interleave(num_candidates, dim=0) for each in (text_encodings, text_mask, text_embedding)]
+        denoise = self.denoiser(text[0], text[1], text[2], guidance_scale)
+        noise = torch.randn(
+            len(text_mask) * num_candidates, len(self.statistics.mean), generator=generator, device=text_mask.device
+        )
+        samples = samplers.SAMPLERS[sampler](self.diffusion, denoise, noise, num_steps, generator=generator)
+        drawn = self.statistics.denormalize(samples)
+        return best_candidate(drawn.view(len(text_mask), num_candidates, -1), text_embedding)
+
+
+def best_candidate(image_embedding: Tensor, text_embedding: Tensor) -> Tensor:
+    """Of image embeddings [B, N, E] those [B, E] with the largest dot product with text embeddings [B, E], of any norm.
+
+    Source: Ramesh et al. 2022, section 2.2.
+    """
+    similarity = (image_embedding * text_embedding[:, None]).sum(dim=2)  # [B, N]
+    best = similarity.argmax(dim=1)  # [B]
+    return image_embedding[torch.arange(len(best), device=best.device), best]
