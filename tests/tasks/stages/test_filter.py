@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import load
-from pipelines.run import prepare
+from pipelines.prepare import prepare
 from tasks import rows, tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.filter import FILTERS, FilterConfig, check_settings, filter, judge
