@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Any
 
-from pipelines.config import PipelineConfig
+from pipelines.dataset import PipelineConfig
 from tasks.stage import Run
 from tasks.store import Store
 from tasks.tracking import Tracker, client, without_password

@@ -9,8 +9,8 @@ from pipelines import dag as dags
 from pipelines import scene_server
 from pipelines.cluster import WORKER_ENVIRONMENT, start_ray
 from pipelines.composition import compose
-from pipelines.config import PipelineConfig
 from pipelines.console import Console, stage_events
+from pipelines.dataset import PipelineConfig
 from pipelines.lock import lock
 from pipelines.prepare import prepare
 from pipelines.records import close_run, open_run

@@ -13,8 +13,8 @@ from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError, StoppedError
 
 if TYPE_CHECKING:
-    from pipelines.config import PipelineConfig
     from pipelines.dag import Dag
+    from pipelines.dataset import PipelineConfig
     from tasks.stage import Artifact
 
 

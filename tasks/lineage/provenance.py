@@ -15,7 +15,6 @@ from tasks import rows, tables
 from tasks.duplicates import clusters_of
 from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
-from tasks.stage import declared_name
 from tasks.store import Store
 from unclip import files
 from unclip.errors import InputError
@@ -219,17 +218,26 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> dict[str, s
         digest = store.read_json(*path)["digest"] if store.exists(*path) else None
         if digest in held:
             record = store.read_json("runs", run_id, "run.json")
-            stages = sorted((name.removesuffix(".json") for name in store.list("runs", run_id)), key=len)
-            models = [
-                stage
-                for model in ("prior", "decoder", "upsampler")
-                for stage in stages
-                if declared_name(stage) == model
-            ]
+            models = _trained_in(store, run_id)
             trained = f"models {', '.join(models)}" if models else "no model"
             number, split = held[digest]
             found[run_id] = f"{record['pipeline']}, {record['state']}, version {number} ({split}), {trained}"
     return found
+
+
+def _trained_in(store: Store, run_id: str) -> list[str]:
+    """Stages of a run that train a part on its dataset, in the order in which they began."""
+    events = [store.read_json("runs", run_id, name) for name in store.list("runs", run_id) if name.endswith(".json")]
+    trained = []
+    for event in events:
+        if "stage" not in event:
+            continue
+        artifact = ("stages", event["stage"], f"{event.get('fingerprint')}.json")
+        # earlier versions did not record it; what they trained says how many samples it has seen
+        by_facts = "trains" not in event and store.exists(*artifact)
+        if event.get("trains") or (by_facts and "samples_seen" in store.read_json(*artifact)["facts"]):
+            trained.append((event.get("started", event["at"]), event["stage"]))
+    return [stage for _, stage in sorted(trained)]
 
 
 def _tombstones(store: Store) -> list[dict[str, str]]:
