@@ -2,11 +2,11 @@
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.preset import read_preset, read_toml
 from pipelines.scene_server import ScenesConfig
 from tasks.stage import StageResources
 from tasks.stages.clip import ClipConfig
@@ -23,9 +23,7 @@ from tasks.stages.train import DecoderStageConfig, PriorStageConfig, UpsamplerSt
 from tasks.store import DEFAULT_ROOT
 from unclip import config
 from unclip.config import require
-from unclip.errors import ConfigError, InputError
-
-PRESETS = Path(__file__).parent / "presets"
+from unclip.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +71,6 @@ class PipelineConfig:
                 raise ConfigError(f"resources.upsamplers.{name}: no such upsampler. {there_are}")
 
 
-def pipeline_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
-
-
 def load(
     pipeline: str, run_file: str | None = None, assignments: Sequence[str] = (), storage: str | None = None
 ) -> PipelineConfig:
@@ -92,14 +86,9 @@ def load(
         ConfigError: an unknown pipeline, section, key or an impossible value.
         InputError: the run file cannot be read.
     """
-    if pipeline not in pipeline_names():
-        raise ConfigError(f"{pipeline}: unknown pipeline. {config.nearest(pipeline, pipeline_names())}")
-    values = _read_toml(PRESETS / f"{pipeline}.toml")
-    extends = values.pop("extends", None)
-    if extends:
-        values = config.merge(_read_toml(PRESETS / f"{extends}.toml"), values)
+    values = read_preset(pipeline)
     if run_file is not None:
-        values = config.merge(values, _read_toml(Path(run_file)))
+        values = config.merge(values, read_toml(Path(run_file)))
     for assignment in assignments:
         values = config.override(values, assignment)
     if storage is not None:
@@ -146,12 +135,3 @@ def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     expected = f"at least {side}, the side of the pictures of {maker}, which trains on them"
     require(image_size >= side, "download.image_size", image_size, expected)
     return {**values, "upsamplers": sized, "download": stored}
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such run file. Name a TOML file with --config.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as TOML: {error}.") from None
