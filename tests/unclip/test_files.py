@@ -152,8 +152,9 @@ def test_what_a_killed_writer_left_is_not_seen_and_swept(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_a_local_path_and_its_uri_behave_alike(tmp_path: Path, scheme: str) -> None:
+def test_a_local_path_and_its_uri_behave_alike(tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain paths take a way of their own, without pyarrow."""
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)  # what fails at a URI is tried again
     root = f"{scheme}{tmp_path}"
     file, missing, below_a_file = f"{root}/folder/b", f"{root}/missing", f"{root}/folder/b/c"
     files.write(file, b"whole")
