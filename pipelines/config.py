@@ -1,20 +1,13 @@
 """The configuration of a pipeline: a preset, a run file over it, `--set` over that; typed and checked as a whole."""
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import pipeline_of
+from pipelines.preset import read_preset, read_toml
 from unclip import config
-from unclip.errors import ConfigError, InputError
-
-PRESETS = Path(__file__).parent / "presets"
-
-
-def pipeline_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+from unclip.errors import ConfigError
 
 
 def load(
@@ -32,14 +25,9 @@ def load(
         ConfigError: an unknown pipeline, section, key or an impossible value.
         InputError: the run file cannot be read.
     """
-    if pipeline not in pipeline_names():
-        raise ConfigError(f"{pipeline}: unknown pipeline. {config.nearest(pipeline, pipeline_names())}")
-    values = _read_toml(PRESETS / f"{pipeline}.toml")
-    extends = values.pop("extends", None)
-    if extends:
-        values = config.merge(_read_toml(PRESETS / f"{extends}.toml"), values)
+    values = read_preset(pipeline)
     if run_file is not None:
-        values = config.merge(values, _read_toml(Path(run_file)))
+        values = config.merge(values, read_toml(Path(run_file)))
     for assignment in assignments:
         values = config.override(values, assignment)
     if storage is not None:
@@ -53,12 +41,3 @@ def load(
         raise ConfigError(f"system: got {system!r}, expected the name of a system.")
     of_system = pipeline_of(system)
     return config.load(of_system.config, of_system.resolve(values))
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such run file. Name a TOML file with --config.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as TOML: {error}.") from None

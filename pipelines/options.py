@@ -2,10 +2,12 @@
 
 import click
 
+from pipelines.preset import pipeline_names
+
 STORAGE = click.option(
     "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
 )
-PIPELINE = click.argument("pipeline", shell_complete=lambda *given: complete(_pipelines(), given[-1]))
+PIPELINE = click.argument("pipeline", shell_complete=lambda *given: complete(pipeline_names(), given[-1]))
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: what differs from the pipeline's preset.")
 SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
 
@@ -13,9 +15,3 @@ SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multip
 def complete(names: list[str], start: str) -> list[str]:
     """Those that begin with what has been typed."""
     return [name for name in names if name.startswith(start)]
-
-
-def _pipelines() -> list[str]:
-    from pipelines.config import pipeline_names
-
-    return pipeline_names()

@@ -10,8 +10,6 @@ import dataclasses
 import importlib
 import inspect
 import logging
-import os
-import socket
 import tempfile
 import time
 import traceback
@@ -23,6 +21,7 @@ from typing import Any
 import ray
 
 from tasks.progress import Progress
+from tasks.run_records import is_going_on
 from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip.config import decisive, fingerprint, require, to_dict
@@ -129,20 +128,6 @@ class Run:
         """
         store, record = Store(self.storage), ("runs", self.id, "run.json")
         return store.exists(*record) and not is_going_on(store.read_json(*record))
-
-
-def is_going_on(record: Mapping[str, Any]) -> bool:
-    """Whether the run of a `run.json` record is still driven by a process."""
-    if record["state"] != "running" or record["host"] != socket.gethostname():
-        return bool(record["state"] == "running")
-    try:
-        os.kill(record["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    status = Path(f"/proc/{record['pid']}/stat")  # where there is one: a zombie has ended, too
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @dataclasses.dataclass(frozen=True)

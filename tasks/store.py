@@ -25,7 +25,8 @@ class Store:
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/") if "://" in root else str(Path(root).expanduser().resolve())
-        files.locate(self.root)
+        if not self.is_local:
+            files.locate(self.root)
 
     @property
     def is_local(self) -> bool:

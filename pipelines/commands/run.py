@@ -109,28 +109,20 @@ def plan(
 @click.option("--last", default=5, show_default=True, help="How many runs to show.")
 def status(storage: str | None, last: int) -> None:
     """Show the last runs and how their stages fared."""
-    from pipelines.console import stage_events
-    from tasks.stage import is_going_on
+    from tasks.run_records import last_runs
     from tasks.store import Store
 
     store = Store(storage or DEFAULT_ROOT)
-    runs = store.list("runs")[-last:]
+    runs = last_runs(store, last)
     if not runs:
         click.echo(f"no runs in {store.root}")
-    for run_id in runs:
-        record = store.read_json("runs", run_id, "run.json")
-        started = datetime.datetime.fromtimestamp(record["started"]).astimezone()
-        state = record["state"]
-        if state == "running" and not is_going_on(record):
-            state = "killed"
-        click.echo(f"{run_id}  {record['pipeline']}  {started:%Y-%m-%d %H:%M}  {state}")
-        events = stage_events(store, run_id)
-        width = max(map(len, events), default=0)
-        for name, event in sorted(events.items(), key=lambda item: item[1]["at"]):
-            if state != "running" and event["state"] == "running":
-                event["state"] = "stopped" if state == "stopped" else "killed"
-            detail = event.get("message") or (f"{event['seconds']:.0f} s" if event.get("seconds") is not None else "")
-            click.echo(f"    {name:<{width}} {event['state']:<8} {detail}".rstrip())
+    for run in runs:
+        started = datetime.datetime.fromtimestamp(run.started).astimezone()
+        click.echo(f"{run.id}  {run.pipeline}  {started:%Y-%m-%d %H:%M}  {run.state}")
+        width = max((len(stage.name) for stage in run.stages), default=0)
+        for stage in run.stages:
+            detail = stage.message or (f"{stage.seconds:.0f} s" if stage.seconds is not None else "")
+            click.echo(f"    {stage.name:<{width}} {stage.state:<8} {detail}".rstrip())
 
 
 COMMANDS = (run, refresh, plan, status)

@@ -9,7 +9,6 @@ import click
 
 from pipelines.options import STORAGE
 from tasks.store import DEFAULT_ROOT
-from tasks.untrusted import given as given_pictures
 from unclip.errors import InputError
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def vary(picture: str, num: int, eta: float | None, **given: Any) -> None:
     _check_num(num)
     if eta is not None:
         _check_share(eta, "--eta")
-    given_pictures.check(picture)
+    _check_pictures(picture)
     drawing.check()
     stack, sampling = drawing.open()
     [image] = _read(stack, picture)
@@ -170,7 +169,7 @@ def interpolate(first: str, second: str, num: int, noise: Any, **given: Any) -> 
     """
     drawing = Drawing(**given)
     _check_num(num, least=2)
-    given_pictures.check(first, second)
+    _check_pictures(first, second)
     drawing.check()
     stack, sampling = drawing.open()
     one, other = _read(stack, first, second)
@@ -205,7 +204,7 @@ def edit(picture: str, caption: str, base_caption: str, theta: float, num: int, 
     _check_num(num, least=2)
     _check_caption(caption)
     _check_share(theta, "--theta")
-    given_pictures.check(picture)
+    _check_pictures(picture)
     drawing.check()
     stack, sampling = drawing.open()
     [image] = _read(stack, picture)
@@ -240,7 +239,7 @@ def probe(picture: str, components: str | None, **given: Any) -> None:
     Of a picture that is not square its middle is taken; any size will do.
     """
     drawing = Drawing(**given)
-    given_pictures.check(picture)
+    _check_pictures(picture)
     numbers = None if components is None else _numbers(components)
     drawing.check()
     stack, sampling = drawing.open()
@@ -269,7 +268,7 @@ def inpaint(picture: str, mask: str, caption: str, num: int, **given: Any) -> No
     drawing = Drawing(**given)
     _check_num(num)
     _check_caption(caption)
-    given_pictures.check(picture, mask)
+    _check_pictures(picture, mask)
     drawing.check()
     stack, sampling = drawing.open()
     image, white = _read(stack, picture, mask, same_size=True)
@@ -299,6 +298,12 @@ def _check_num(num: int, least: int = 1) -> None:
         raise InputError(f"--num: got {num}, expected at least {least}.")
 
 
+def _check_pictures(*paths: str) -> None:
+    from tasks.untrusted import given as given_pictures
+
+    given_pictures.check(*paths)
+
+
 def _check_caption(caption: str) -> None:
     if not caption.strip():
         raise InputError("caption: got nothing, expected a description of the picture.")
@@ -323,6 +328,8 @@ def _percent(thetas: Sequence[float]) -> list[str]:
 def _read(stack: "Stack", *paths: str, same_size: bool = False) -> "list[Tensor]":
     """Picture files as [1, 3, S, S] in [-1, 1], S as the stack draws."""
     import torch
+
+    from tasks.untrusted import given as given_pictures
 
     found = given_pictures.read(paths, stack.image_size)
     for path, picture in zip(paths, found, strict=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, complete
+from pipelines.preset import model_names
 from unclip.background import repeatedly
 from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError, StoppedError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", shell_complete=lambda *given: complete(_models_of_all_pipelines(), given[-1]))
+@click.argument("model", shell_complete=lambda *given: complete(model_names(), given[-1]))
 @PIPELINE
 @CONFIG
 @SET
@@ -140,15 +141,6 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
             f"Make it first: unclip run {pipeline} --until {missing[0]}"
         )
     return [artifact for name in dag[model].parents if (artifact := states[name].artifact)]
-
-
-def _models_of_all_pipelines() -> list[str]:
-    """For completion, which is asked before the pipeline is named."""
-    from pipelines.composition import compose
-    from pipelines.config import load, pipeline_names
-
-    dags = [compose(load(name, None, ["ingest.urls=unknown"])) for name in pipeline_names()]
-    return list(dict.fromkeys(model for dag in dags for model in trained_models(dag)))
 
 
 COMMANDS = (train,)

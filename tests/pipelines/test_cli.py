@@ -1,6 +1,7 @@
 """Bad input ends within seconds, before any work, non-zero, with one line that says what to do."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,14 +12,17 @@ import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from unclip.systems.unclip.presets import PRESETS
 
-from pipelines.commands.train import train
+from pipelines.commands.train import train, trained_models
+from pipelines.composition import compose
+from pipelines.config import load
+from pipelines.preset import model_names, pipeline_names
 from pipelines.records import tracking_uris_of
 from tasks import tables
 from tasks.store import Store
 from tasks.tracking import without_password
 from tests.pipelines.command_line import call as unclip
-from unclip.systems.unclip.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +112,48 @@ def test_models_and_pipelines_are_completed() -> None:
 
     assert completed(model, "up") == {"upsampler-32", "upsampler-64", "upsampler-256"}
     assert completed(model, "") > {"prior", "decoder"} and completed(pipeline, "t") == {"text_to_image", "tiny"}
+
+
+def test_the_models_that_are_completed_are_those_that_pipelines_train() -> None:
+    composed = [compose(load(name, None, ["ingest.urls=pairs.parquet"])) for name in pipeline_names()]
+    assert set(model_names()) == {model for dag in composed for model in trained_models(dag)}
+
+
+HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed", "printed"),
+    [
+        (["--help"], None, "takedown"),
+        (["plan", "train", "--help"], None, "--gpus"),
+        (["status", "--storage", "."], None, "a-run  tiny  1970-01-01"),
+        ([], "unclip sta", "status"),
+        ([], "unclip run tex", "text_to_image"),
+        ([], "unclip train upsampler-2", "upsampler-256"),
+        ([], "unclip data sh", "show"),
+    ],
+)
+def test_a_command_that_only_reads_and_tells_answers_at_once(
+    tmp_path: Path, arguments: list[str], typed: str | None, printed: str
+) -> None:
+    """Seconds would depend on the machine: counts the imports that would take them."""
+    record = {"pipeline": "tiny", "state": "done", "started": 0.0, "ended": 9.0, "host": "here", "pid": 1}
+    Store(str(tmp_path)).write_json(record, "runs", "a-run", "run.json")
+    event = {"stage": "ingest", "state": "done", "at": 1.0, "seconds": 1.0}
+    Store(str(tmp_path)).write_json(event, "runs", "a-run", "ingest.json")
+    script = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print(*({set(HEAVY)} & set(sys.modules)), file=sys.stderr))
+runpy.run_module("pipelines", run_name="__main__")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TZ": "UTC"}
+    if typed is not None:
+        words = str(len(typed.split()) - 1)
+        environment |= {"_UNCLIP_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": words}
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "\n") and printed in result.stdout
 
 
 def test_a_run_file_that_is_not_there_or_is_not_toml(tmp_path: Path) -> None:
