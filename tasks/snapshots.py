@@ -48,7 +48,7 @@ class Snapshot:
         """Kept keys of a split, sorted."""
         return kept_keys(self.selection, split)
 
-    def source(self, table: Literal["images", "embeddings"], *columns: str) -> Source:
+    def source(self, table: str, *columns: str) -> Source:
         """The files of a table at this snapshot's version."""
         uri = getattr(self, table)
         version = getattr(self, f"{table}_version")
@@ -56,7 +56,7 @@ class Snapshot:
 
     def load_statistics(self) -> EmbeddingStatistics:
         tensors, _ = checkpoints.load(self.statistics)
-        return EmbeddingStatistics(**tensors["statistics"])
+        return EmbeddingStatistics(tensors["statistics"]["mean"], tensors["statistics"]["std"])
 
     def load_principal_components(self) -> PrincipalComponents:
         tensors, _ = checkpoints.load(self.statistics)

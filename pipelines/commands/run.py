@@ -51,8 +51,8 @@ def refresh(
 ) -> None:
     """Bring the dataset up to date with its list of URLs: only what is new is fetched and embedded."""
     from pipelines.config import load
+    from pipelines.dataset import DATASET_STAGE
     from pipelines.run import run_pipeline
-    from pipelines.systems.unclip import DATASET_STAGE
 
     config = load(pipeline, run_file, assignments, storage)
     sys.exit(run_pipeline(pipeline, config, until=DATASET_STAGE, retry_failed=retry_failed))

@@ -98,14 +98,15 @@ def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
     enough for the last of them.
     """
     sections, decoder_section, stored = values.get("upsamplers"), values.get("decoder", {}), values.get("download", {})
-    if not all(isinstance(section, Mapping) for section in (sections, decoder_section, stored)):
+    if not (isinstance(sections, Mapping) and isinstance(decoder_section, Mapping) and isinstance(stored, Mapping)):
         return dict(values)  # for `config.load` to judge
     sections = {name: section for name, section in sections.items() if section != "none"}
     for name in sections:
         is_size = bool(re.fullmatch(r"[1-9]\d*", name))
         require(is_size, f"upsamplers.{name}", name, "the resolution of its images, as in upsamplers.256")
     decoder = config.load(DecoderStageConfig, decoder_section, "decoder").model
-    size, maker, sized = decoder.unet.image_size, "the decoder", {}
+    size, maker = decoder.unet.image_size, "the decoder"
+    sized: dict[str, Any] = {}
     sampling = to_dict(SamplingConfig())["upsamplers"]
     for name in sorted(sections, key=int):
         section, expected = sections[name], f"a multiple of {size}, the resolution of the images of {maker}"

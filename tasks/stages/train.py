@@ -58,7 +58,7 @@ def training_of(part: Part[Any], config: Any, snapshot: Snapshot, *needed: Artif
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class SnapshotInputs:
     """Inputs of an objective from a snapshot and the artifacts of other stages; see `unclip.systems.part.TrainingInputs`."""
 

@@ -99,7 +99,7 @@ class States:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingSetup:
     """How a model is trained, as far as memory depends on it."""
 
     num_gpus: int = 1
@@ -124,7 +124,7 @@ class ModelMemory:
     flops_per_sample: float
     """Of training (`unclip.training.flops`)."""
 
-    def states(self, training: Training) -> States:
+    def states(self, training: TrainingSetup) -> States:
         whole = _FLOAT32 * self.parameters
         if training.num_gpus == 1:
             return States(whole, whole, 2 * whole, whole, exchange=0)
@@ -134,11 +134,11 @@ class ModelMemory:
         gathered = 2 * _FLOAT32 * (self.outside_blocks + 2 * self.largest_block)
         return States(share, whole if training.accumulates else share, 2 * share, share, exchange=gathered)
 
-    def at(self, num_samples: int, training: Training) -> int:
+    def at(self, num_samples: int, training: TrainingSetup) -> int:
         """All that a GPU holds with micro-batches of so many samples."""
         return self.states(training).total + self.activations.at(num_samples, training.checkpointing)
 
-    def largest_micro_batch(self, training: Training, memory_gib: float) -> int:
+    def largest_micro_batch(self, training: TrainingSetup, memory_gib: float) -> int:
         """The most samples, up to `MOST_SAMPLES`, that fit into GPUs of this memory less the reserve; 0 if none does."""
         available = memory_gib * GIB * (1 - RESERVE)
         fits, fails = 0, MOST_SAMPLES + 1
