@@ -1,6 +1,8 @@
 """Checks before anything starts, and the pinning of a pipeline's inputs."""
 
+import contextlib
 import dataclasses
+import tempfile
 
 from pipelines import scene_server
 from pipelines.composition import compose
@@ -17,11 +19,12 @@ from unclip.config import fingerprint, to_dict
 from unclip.training import curves
 
 
-def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfig:
+def prepare(config: PipelineConfig, retry_failed: bool = False, only_looks: bool = False) -> PipelineConfig:
     """Check everything that can be wrong before anything starts, and pin the inputs.
 
     Args:
         retry_failed: fetch again what failed for reasons that may have passed.
+        only_looks: leave nothing in the storage, which may not be there yet.
 
     Returns:
         The configuration with what the pipeline fills in: digests of the list, of the block lists and of the probes, limits
@@ -32,20 +35,29 @@ def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfi
     """
     tracking_uri(config)  # raises when there can be none
     store = Store(config.storage)
-    store.check_writable()
+    if only_looks:
+        store.check_may_be_written()
+    else:
+        store.check_writable()
     for node in compose(config).values():
         reference_curve = node.config.trainer.reference_curve if hasattr(node.config, "trainer") else None
         if reference_curve is not None:
             curves.read(reference_curve)
     ingest, download = config.ingest, config.download
     if config.scenes is not None:
-        name = fingerprint(to_dict(config.scenes))[:16]
-        urls = store.uri("scenes", f"{name}.parquet")
-        if not store.exists("scenes", f"{name}.parquet"):
-            scene_server.write_url_list(config.scenes, urls)
-        ingest = dataclasses.replace(ingest, urls=urls)
+        name = f"{fingerprint(to_dict(config.scenes))[:16]}.parquet"
+        ingest = dataclasses.replace(ingest, urls=store.uri("scenes", name))
         download = dataclasses.replace(download, allow_hosts=(*download.allow_hosts, config.scenes.address))
-    ingest = dataclasses.replace(ingest, digest=check_source(ingest), tombstones=tombstones_digest(store))
+    with contextlib.ExitStack() as stack:
+        source = ingest
+        if config.scenes is not None and not store.exists("scenes", name):
+            if only_looks:
+                source = dataclasses.replace(
+                    ingest, urls=f"{stack.enter_context(tempfile.TemporaryDirectory())}/{name}"
+                )
+            scene_server.write_url_list(config.scenes, source.urls)
+        digest = check_source(source)
+    ingest = dataclasses.replace(ingest, digest=digest, tombstones=tombstones_digest(store))
     download = pin_attempt(store, download, retry_failed)
     limits = {**config.filter.limits(), **config.curate.limits()}
     report = dataclasses.replace(config.report, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
