@@ -113,7 +113,7 @@ class RowFacts:
     lists: tuple[Mapping[str, Any], ...]
     """Where it was listed: ingest (fingerprint), position, status, reason."""
     images: tuple[Mapping[str, Any], ...]
-    """What was downloaded: recipe, and the columns of the `images` table that have a value, without its picture."""
+    """What download made of it: recipe, and the columns of the `images` table, without those above and the picture."""
     same_picture_as: tuple[Mapping[str, str], ...]
     """The kept row that it duplicates: key, note."""
     dataset_versions: tuple[Mapping[str, Any], ...]
@@ -125,13 +125,14 @@ class RowFacts:
 def show(store: Store, key: str) -> dict[str, Any]:
     """As `find_row`, in words: name -> text, or a mapping of details; what is not known is left out."""
     row = find_row(store, key)
-    ignored = ("recipe", "key", "url", "caption")
     sections = {
         "lists": {
             f"{each['ingest'][:8]} row {each['position']}": each["reason"] or each["status"] for each in row.lists
         },
         "images": {
-            each["recipe"]: ", ".join(f"{name} {value}" for name, value in each.items() if name not in ignored)
+            each["recipe"]: ", ".join(
+                f"{name} {value}" for name, value in each.items() if name != "recipe" and value not in (None, "")
+            )
             for each in row.images
         },
         "same picture as": {each["key"]: each["note"] for each in row.same_picture_as},
@@ -183,7 +184,7 @@ def find_row(store: Store, key: str) -> RowFacts:
         columns = [name for name in tables.columns(uri) if name != "jpg"]
         for row in _rows_of(tables.read(uri, columns=columns), key):
             known |= {name: row[name] for name in ("url", "caption") if row[name]}
-            facts = {name: value for name, value in row.items() if value not in (None, "")}
+            facts = {name: value for name, value in row.items() if name not in ("key", "url", "caption")}
             images.append({"recipe": uri.rpartition("/")[2], **facts})
             outcome = row["reason"] or outcome
     datasets: list[dict[str, Any]] = []
