@@ -124,7 +124,7 @@ def test_one_image_everywhere() -> None:
 
 def test_containerfile_copies_paths_that_exist() -> None:
     sources = [word.rstrip("/") for line in container_lines() if line[0] == "COPY" for word in line[1:-1]]
-    assert set(sources) == {"pyproject.toml", "requirements.lock", "unclip", "tasks", "pipelines"}
+    assert set(sources) == {"pyproject.toml", "LICENSE", "requirements.lock", "unclip", "tasks", "pipelines"}
     assert [source for source in sources if not (ROOT / source).exists()] == []
     ignore = (INFRA / "Containerfile.dockerignore").read_text().split("\n")
     assert {line[1:] for line in ignore if line.startswith("!")} == set(sources)
@@ -301,7 +301,7 @@ def test_launcher_file_fits_ray_s_schema() -> None:
 
 def test_launcher_copies_paths_that_exist() -> None:
     sources = [source for source in LAUNCHER["file_mounts"].values() if not source.startswith("~")]
-    assert {"pyproject.toml", "requirements.lock", "unclip", "tasks", "pipelines"} == set(sources)
+    assert {"pyproject.toml", "LICENSE", "requirements.lock", "unclip", "tasks", "pipelines"} == set(sources)
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
