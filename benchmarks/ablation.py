@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from pipelines import dag as dags
+from pipelines.composition import compose
 from pipelines.config import load
-from pipelines.run import compose, prepare
+from pipelines.prepare import prepare
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, declared_name
 from tasks.stages.evaluate import heldout_keys

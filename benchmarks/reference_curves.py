@@ -12,8 +12,9 @@ import io
 from pathlib import Path
 
 from pipelines import dag as dags
+from pipelines.composition import compose
 from pipelines.config import load
-from pipelines.run import compose, prepare
+from pipelines.prepare import prepare
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import files
 from unclip.training import curves

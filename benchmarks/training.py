@@ -49,7 +49,7 @@ from unclip.training import trainer
 from unclip.training.flops import PEAK_FLOPS
 from unclip.training.parallel import Workers
 from unclip.training.precision import autocast
-from unclip.training.trainer import TrainerConfig
+from unclip.training.settings import TrainerConfig
 
 TEXT_LENGTH = 77
 HEAD_WIDTH = 64

@@ -1,6 +1,6 @@
 """Finding the stack that was published."""
 
-from pipelines.run import tracking_uri_of
+from pipelines.records import tracking_uri_of
 from tasks.store import Store
 from unclip.errors import InputError
 

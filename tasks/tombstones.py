@@ -68,7 +68,7 @@ def gather(tombstones: Iterable[Tombstone]) -> Tombstones:
 
 
 def refuse(pairs: pa.Table, tombstones: Tombstones) -> pa.Table:
-    """A list of pairs (tasks.ingest.PAIRS) in which what was taken down is dropped, and its URL and caption are blank."""
+    """A list of pairs (tasks.stages.ingest.PAIRS) in which what was taken down is dropped, and its URL and caption are blank."""
     keys, urls = pairs["key"].to_pylist(), pairs["url"].to_pylist()
     gone = pa.array([tombstones.has_pair(key, url) for key, url in zip(keys, urls, strict=True)], pa.bool_())
     if not pc.any(gone).as_py():

@@ -21,8 +21,10 @@ from unclip.background import now_and_then
 from unclip.data import Source
 from unclip.errors import ConfigError, NonFiniteError, StageError, StoppedError, StorageError, UnclipError
 from unclip.training import checkpoints
+from unclip.training.objective import Monitor, Objective
 from unclip.training.parallel import Workers
-from unclip.training.trainer import HUNG, Monitor, Objective, TrainerConfig
+from unclip.training.settings import TrainerConfig
+from unclip.training.trainer import HUNG
 
 # Branches wait for each other's CPUs or GPUs; that is no failure.
 FOR_EVER_SECONDS = 7 * 24 * 3600

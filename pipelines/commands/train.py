@@ -45,8 +45,10 @@ def train(
 
     To resume, run the same command. On SIGTERM or Ctrl-C it writes a checkpoint first.
     """
+    from pipelines.composition import compose
     from pipelines.config import load
-    from pipelines.run import compose, prepare, run_pipeline
+    from pipelines.prepare import prepare
+    from pipelines.run import run_pipeline
 
     config = load(pipeline, run_file, assignments, storage)
     models = trained_models(compose(config))
@@ -69,8 +71,10 @@ def trained_models(dag: "Dag") -> list[str]:
 
 def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
     """Train in this process; what it makes is the same artifact as the pipeline's stage makes."""
+    from pipelines.composition import compose
+    from pipelines.console import Console
     from pipelines.lock import lock
-    from pipelines.run import Console, close_run, compose, open_run
+    from pipelines.records import close_run, open_run
     from tasks.stage import Call, Failure, execute
     from tasks.store import Store
 
@@ -96,7 +100,7 @@ def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
 
 def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int) -> bool:
     """Train on a few rows until a model must know them by heart; says whether it does and, if not, what is wrong."""
-    from pipelines.run import compose
+    from pipelines.composition import compose
     from tasks.snapshots import Snapshot
     from tasks.stages.train import TRAININGS
     from tasks.training import train_rows
@@ -124,7 +128,7 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
         ConfigError: something of it is still to be made.
     """
     from pipelines import dag as dags
-    from pipelines.run import compose
+    from pipelines.composition import compose
     from tasks.store import Store
 
     dag = compose(config)
@@ -140,8 +144,8 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
 
 def _models_of_all_pipelines() -> list[str]:
     """For completion, which is asked before the pipeline is named."""
+    from pipelines.composition import compose
     from pipelines.config import load, pipeline_names
-    from pipelines.run import compose
 
     dags = [compose(load(name, None, ["ingest.urls=unknown"])) for name in pipeline_names()]
     return list(dict.fromkeys(model for dag in dags for model in trained_models(dag)))

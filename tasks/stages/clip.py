@@ -13,7 +13,7 @@ from unclip.data import Source
 from unclip.errors import ConfigError
 from unclip.models.clip import Clip, check_name
 from unclip.training import checkpoints
-from unclip.training.trainer import TrainerConfig
+from unclip.training.settings import TrainerConfig
 
 
 @dataclasses.dataclass(frozen=True)

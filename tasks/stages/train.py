@@ -20,8 +20,10 @@ from unclip.models.embeddings import EmbeddingQuantizer
 from unclip.models.prior import PriorConfig
 from unclip.models.upsampler import UpsamplerConfig
 from unclip.systems.unclip import objectives
+from unclip.training.objective import Objective
 from unclip.training.parallel import Workers
-from unclip.training.trainer import CURVE, Objective, TrainerConfig
+from unclip.training.settings import TrainerConfig
+from unclip.training.trainer import CURVE
 
 NUM_PREVIEWS = 16
 NUM_QUANTIZED = 65_536

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.commands.train import train
-from pipelines.run import tracking_uris_of
+from pipelines.records import tracking_uris_of
 from tasks import tables
 from tasks.store import Store
 from tasks.tracking import without_password
-from tests.pipelines.commands import call as unclip
+from tests.pipelines.command_line import call as unclip
 from unclip.systems.unclip.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]

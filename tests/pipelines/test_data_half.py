@@ -19,7 +19,7 @@ from pipelines.lock import lock
 from pipelines.scene_server import ScenesConfig, SceneServer, serve, write_url_list
 from tasks import tables
 from tasks.store import Store
-from tests.pipelines.commands import call
+from tests.pipelines.command_line import call
 from unclip import files
 from unclip.models import clip
 

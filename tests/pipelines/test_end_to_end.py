@@ -18,13 +18,14 @@ import pyarrow.compute as pc
 import pytest
 
 from pipelines import dag as dags
+from pipelines.composition import compose
 from pipelines.config import load
-from pipelines.run import compose, prepare
+from pipelines.prepare import prepare
 from tasks import tables
 from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
-from tests.pipelines.commands import call
+from tests.pipelines.command_line import call
 from unclip.training.film import FILM_STRIP
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ import yaml
 
 from pipelines import config, dag
 from pipelines.commands.train import trained_models
-from pipelines.run import compose
+from pipelines.composition import compose
 from unclip.config import to_dict
 from unclip.errors import ConfigError
 

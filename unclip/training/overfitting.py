@@ -6,7 +6,8 @@ The commonest complaint about diffusion models is that they draw only noise; thi
 import dataclasses
 from collections.abc import Mapping
 
-from unclip.training.trainer import Monitor, TrainerConfig
+from unclip.training.objective import Monitor
+from unclip.training.settings import TrainerConfig
 
 NUM_STEPS = 400
 LEARNING_RATE = 2e-3

@@ -8,179 +8,37 @@ for any number of workers: noise belongs to the micro-batch, whoever computes it
 
 import contextlib
 import copy
-import dataclasses
 import logging
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from unclip import files
-from unclip.config import operational, require
+from unclip.config import require
 from unclip.data import Batch, RowReader
 from unclip.errors import ConfigError, NonFiniteError, StoppedError, StorageError
 from unclip.training import checkpoints, curves, parallel, sharded
 from unclip.training.flops import FirstForward, peak_flops
-from unclip.training.parallel import ALONE, Parallel, Workers
-from unclip.training.precision import LossScale, Precision, autocast
+from unclip.training.objective import Monitor, Objective, Tensors
+from unclip.training.parallel import ALONE, Workers
+from unclip.training.precision import autocast
+from unclip.training.settings import TrainerConfig, learning_rate
+from unclip.training.state import TrainingState
 from unclip.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-Tensors = dict[str, Tensor]
 
 CURVE = "curve.tsv"
 """File in a training's folder that says how its loss fell."""
 HUNG = "hung.json"
 """File in a training's folder that says which worker hung last."""
 HUNG_EXIT_CODE = 70  # EX_SOFTWARE
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainerConfig:
-    num_samples: int = 1_000_000
-    """Length of the training, in samples."""
-    batch_size: int = 256
-    """Samples a step, over all workers."""
-    micro_batch_size: int = 0
-    """Samples that a worker computes at once; it adds up the gradients of as many as make its share of the batch. 0 takes the
-    share whole. Given, the steps are the same for any number of workers."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
-    warmup_samples: int = 0
-    """Samples of linear warm-up."""
-    decay: Literal["cosine", "none"] = "cosine"
-    """Decay of the learning rate after the warm-up, to zero at the end."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, on matrices and kernels only."""
-    beta1: float = 0.9
-    """Adam's first-moment decay."""
-    beta2: float = 0.999
-    """Adam's second-moment decay."""
-    adam_eps: float = 1e-8
-    """Adam's epsilon."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    ema_decay: float = 0.9999
-    """Decay of the moving average of weights; early in training a smaller one is used."""
-    precision: Precision = "auto"
-    """Arithmetic of forward and backward passes."""
-    parallel: Parallel = "ddp"
-    """How several workers hold the model: each of them whole, or in shards."""
-    activation_checkpointing: bool = False
-    """Compute the activations inside blocks again in the backward pass rather than keep them: slower, with less memory."""
-    compile: bool = False
-    """Have torch compile the blocks of the network: minutes at the start, faster steps on GPUs."""
-    seed: int = 0
-    """Of the weights, the order of rows, noise and dropout."""
-    nonfinite: Literal["stop", "skip", "roll_back"] = operational("stop")
-    """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
-    in another order of rows. The weights are never touched by it. In no fingerprint, so that a training that stopped can go on
-    with another answer."""
-    max_nonfinite: int = operational(10)
-    """Batches that may be skipped, or times to roll back, before the training stops after all."""
-    hang_seconds: float = operational(1800.0)
-    """Without any move of any worker for so long, the one that hangs is named, and several end, so that they are started
-    again from the last checkpoint; 0 to wait for ever."""
-    validation_rows: int = operational(512)
-    """Held-out rows whose loss is measured before each checkpoint, always with the same noise; 0 for none."""
-    checkpoint_samples: int = operational(100_000)
-    """Samples between checkpoints."""
-    keep_checkpoints: int = operational(2)
-    """Newest checkpoints that are kept."""
-    preview_samples: int = operational(0)
-    """Samples between previews; 0 for eight of them, evenly spaced, but at least 10,000 samples apart. One is at the end."""
-    log_samples: int = operational(0)
-    """Samples between logged metrics; 0 for a hundredth of the training."""
-    reference_curve: str | None = operational(None)
-    """A curve of the same training that went well, which this one is held against: one that comes with unclip, by name, or
-    the path or URI of a `curve.tsv` that the first worker sees."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "checkpoint_samples", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("validation_rows", "preview_samples", "log_samples", "max_nonfinite", "hang_seconds"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0 and below 1")
-        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number")
-        fits = self.micro_batch_size == 0 or (
-            self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0
-        )
-        require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
-        curve = self.reference_curve
-        is_found = curve is None or curve in curves.reference_names() or curve.startswith("/") or "://" in curve
-        expected = f"an absolute path, a URI, or one of {', '.join(curves.reference_names())}"
-        require(is_found, "reference_curve", curve, expected)
-
-    def samples_between_previews(self) -> int:
-        """A preview takes about as long as training on 400 samples, so that 10,000 make it cheap."""
-        return self.preview_samples or max(10_000, math.ceil(self.num_samples / 8))
-
-
-class Objective(Protocol):
-    """What is trained: a model and its loss."""
-
-    model: nn.Module
-    state: Mapping[str, Tensor]
-    """What losses depend on besides the model: tensors, changed in place and the same on all ranks; often none."""
-    sample_size: Mapping[str, int]
-    """What is in a sample, to tell the speed by: pixels or tokens."""
-
-    def prepare(self, batch: Batch) -> Tensors:
-        """Rows as the reader gives them -> tensors, on the CPU."""
-
-    def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        """Mean loss of a batch.
-
-        `network` is the model, or a wrapper or copy of it that is called the same way. When it is not in training mode
-        (`network.training`), nothing is learned from the loss, not by the objective either.
-        """
-
-    def metrics(self, training: bool) -> Mapping[str, float]:
-        """What else the losses tell since the last time it was asked: of training, where all workers ask, or of validation,
-        where the first one does."""
-
-    def preview(self, model: nn.Module) -> Tensor | None:
-        """Something to look at while training, always of the same content: images [2 B, 3, H, W] in [-1, 1], originals and
-        then a drawing of each."""
-
-    def facts(self) -> dict[str, Any]:
-        """What is needed to build the model again."""
-
-
-class Monitor:
-    """Hears how the training goes; this one ignores it."""
-
-    def start(self, samples_seen: int, num_samples: int) -> None:
-        """Training begins, or goes on, at `samples_seen`."""
-
-    def step(self, samples_seen: int, loss: float) -> None:
-        """After every step."""
-
-    def metrics(self, values: Mapping[str, float], samples_seen: int) -> None:
-        """Now and then."""
-
-    def preview(self, images: Tensor, samples_seen: int) -> None:
-        """Images [2 B, 3, H, W] in [-1, 1]: originals, and what the averaged weights draw of each."""
-
-    def warn(self, message: str) -> None:
-        """Something is wrong, but the training goes on."""
-        log.warning("training: %s", message)
-
-    def wants_stop(self) -> bool:
-        """Asked in every step, of every worker: whether to write a checkpoint and stop."""
-        return False
-
-    def wants_checkpoint(self) -> bool:
-        """Asked in every step, of every worker: whether to write a checkpoint besides those that are due, and go on."""
-        return False
 
 
 def train(
@@ -264,7 +122,7 @@ class _Training:
         if config.compile:
             parallel.compile_blocks(model)
         self.network = parallel.distribute(model, config.parallel, workers)
-        self.state = _State(model, objective.state, config)
+        self.state = TrainingState(model, objective.state, config)
         self.writer = sharded.Writer(f"{folder}/checkpoints", workers, config.keep_checkpoints)
         self.samples_seen = self._restore()
         self.alarm = self._take_up_curve()
@@ -499,96 +357,6 @@ class _Training:
                     self.monitor.preview(images, self.samples_seen)
             except Exception as error:  # a picture is not worth a training
                 self.monitor.warn(f"no preview after {self.samples_seen:,} samples: {error or type(error).__name__}")
-
-
-def learning_rate(config: TrainerConfig, samples_seen: int) -> float:
-    """Learning rate of the step that starts at `samples_seen`: linear warm-up, then cosine decay to 0."""
-    if samples_seen < config.warmup_samples:
-        return config.learning_rate * (samples_seen + config.batch_size) / (config.warmup_samples + config.batch_size)
-    if config.decay == "none":
-        return config.learning_rate
-    progress = (samples_seen - config.warmup_samples) / max(1, config.num_samples - config.warmup_samples)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-class _State:
-    """The model's weights, their moving average and the optimiser, by parameter name; and the objective's own tensors."""
-
-    def __init__(self, model: nn.Module, objective: Mapping[str, Tensor], config: TrainerConfig) -> None:
-        self.model, self.objective, self.config = model, objective, config
-        self.loss_scale = LossScale.of(config.precision)
-        self.num_nonfinite = self.num_roll_backs = 0
-        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        matrices = [value for value in self.parameters.values() if value.dim() >= 2]
-        vectors = [value for value in self.parameters.values() if value.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.adam_eps,
-            fused=True,
-        )
-        # There before the first step, so that a checkpoint can be copied into it.
-        for value in self.parameters.values():
-            moments = {name: torch.zeros_like(value.detach()) for name in ("exp_avg", "exp_avg_sq")}
-            step = torch.zeros((), dtype=torch.float32, device=value.device)
-            self.optimizer.state[value] = {"step": step, **moments}
-        self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
-
-    def gradient_norm(self) -> Tensor:
-        """Norm of the gradients of all workers together; undoes the scale of the loss."""
-        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
-        if self.loss_scale.enabled:
-            torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], 1 / self.loss_scale.value)
-        return parallel.whole(torch.nn.utils.get_total_norm(gradients)).float()
-
-    def apply(self, samples_seen: int, gradient_norm: float) -> None:
-        """Take the step that the gradients say, whose norm is `gradient_norm`."""
-        if gradient_norm > self.config.clip_norm:
-            norm = torch.tensor(gradient_norm)
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, samples_seen)
-        self.optimizer.step()
-        self.zero_grad()
-        self.loss_scale.grow()
-        steps = samples_seen / self.config.batch_size
-        decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))
-        with torch.no_grad():
-            averages = [parallel.local(value) for value in self.average.values()]
-            values = [parallel.local(value.detach()) for value in self.parameters.values()]
-            torch._foreach_lerp_(averages, values, 1 - decay)
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def tensors(self) -> Tensors:
-        """Everything that a later step depends on and that is a tensor; a checkpoint is copied into them."""
-        groups: dict[str, Mapping[str, Tensor]] = {"weights": self.model.state_dict(), "average": self.average}
-        for moment in ("exp_avg", "exp_avg_sq", "step"):
-            groups[moment] = {name: self.optimizer.state[value][moment] for name, value in self.parameters.items()}
-        groups["objective"] = self.objective
-        return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-
-    def facts(self) -> dict[str, Any]:
-        """What else a later step depends on."""
-        return {
-            "num_nonfinite": self.num_nonfinite,
-            "num_roll_backs": self.num_roll_backs,
-            "loss_scale": dataclasses.asdict(self.loss_scale),
-        }
-
-    def take_up(self, facts: Mapping[str, Any]) -> None:
-        """What `facts` gave."""
-        self.num_nonfinite, self.num_roll_backs = facts.get("num_nonfinite", 0), facts.get("num_roll_backs", 0)
-        if "loss_scale" in facts:
-            self.loss_scale = LossScale(**facts["loss_scale"])
-
-    def averaged(self) -> Tensors:
-        """The model's whole state on the CPU, averaged weights in place of the raw ones. All workers must ask."""
-        values = {**self.model.state_dict(), **self.average}
-        return {name: parallel.whole(value).cpu() for name, value in values.items()}
 
 
 class _Pace:

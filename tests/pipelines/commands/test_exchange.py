@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.commands import call
+from tests.pipelines.command_line import call
 from tests.unclip.systems.tiny_stacks import tiny_stack
 from unclip.interop.pipeline import export_stack
 

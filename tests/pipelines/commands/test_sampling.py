@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pipelines.commands import call
+from tests.pipelines.command_line import call
 from tests.unclip.systems import tiny_stacks
 
 SIDE = 16  # pixels of what the small stack draws

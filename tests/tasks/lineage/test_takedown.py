@@ -24,7 +24,7 @@ from tasks.stages.ingest import Listed, clean
 from tasks.store import Store
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, answering_client, client
-from tests.pipelines.commands import call
+from tests.pipelines.command_line import call
 from unclip import files
 from unclip.errors import InputError
 from unclip.training.film import add_preview

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import load
-from pipelines.run import prepare
+from pipelines.prepare import prepare
 from tasks import rows, tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.filter import FILTERS, FilterConfig, check_settings, filter, judge
@@ -88,7 +88,7 @@ def test_languages_are_judged_from_four_words_on() -> None:
 
 
 def test_the_language_model_is_loaded_only_when_it_is_wanted() -> None:
-    script = "import sys, tasks.filter; print({'py3langid', 'tldextract'} & set(sys.modules))"
+    script = "import sys, tasks.stages.filter; print({'py3langid', 'tldextract'} & set(sys.modules))"
     assert (
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
     )

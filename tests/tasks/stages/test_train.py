@@ -22,7 +22,7 @@ from unclip.models.prior import PriorConfig
 from unclip.systems.unclip import objectives
 from unclip.systems.unclip.stack import load_model
 from unclip.training import trainer
-from unclip.training.trainer import TrainerConfig
+from unclip.training.settings import TrainerConfig
 
 NUM_ROWS = 40
 

@@ -205,7 +205,7 @@ def test_children_end_with_the_sandbox_and_with_the_worker(hostile: ModuleType) 
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import hostile_work; from tasks.sandbox import Sandbox\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import hostile_work; from tasks.untrusted.sandbox import Sandbox\n"
         "sandbox = Sandbox(hostile_work.run); print(sandbox.pids[0], flush=True); sys.stdin.read()"
     )
     folder = str(Path(hostile.__file__ or "").parent)

@@ -9,7 +9,8 @@ from tests.unclip.training.trained_on_workers import End, metrics
 from unclip.errors import ConfigError
 from unclip.training import curves
 from unclip.training.curves import Alarm, Curve
-from unclip.training.trainer import CURVE, TrainerConfig
+from unclip.training.settings import TrainerConfig
+from unclip.training.trainer import CURVE
 
 
 def falling(num_points: int = 20, scale: float = 1.0) -> Curve:

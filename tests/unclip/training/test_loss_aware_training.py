@@ -14,9 +14,10 @@ from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import UpsamplerConfig
 from unclip.systems.unclip.objectives import UpsamplerObjective
 from unclip.training import checkpoints, sharded, trainer
+from unclip.training.objective import Monitor
 from unclip.training.parallel import ALONE, Workers
+from unclip.training.settings import TrainerConfig
 from unclip.training.timesteps import LossAwareTimesteps
-from unclip.training.trainer import TrainerConfig
 
 NUM_TIMESTEPS = 4
 
@@ -36,7 +37,7 @@ def settings(num_samples: int = 400) -> TrainerConfig:
     return TrainerConfig(num_samples, batch_size=16, learning_rate=0.01, checkpoint_samples=160, precision="fp32")
 
 
-class Killed(trainer.Monitor):
+class Killed(Monitor):
     """Ends a training after step 18; knows where it began."""
 
     def start(self, samples_seen: int, num_samples: int) -> None:

@@ -14,7 +14,7 @@ from tests.unclip.training import trained_on_workers
 from unclip.data import RowReader, Source
 from unclip.systems.unclip.objectives import UpsamplerObjective
 from unclip.training import overfitting, trainer
-from unclip.training.trainer import TrainerConfig
+from unclip.training.settings import TrainerConfig
 
 
 def reader(folder: Path) -> RowReader:

@@ -15,9 +15,11 @@ from torch import nn
 from unclip.data import RowReader, Source
 from unclip.errors import ConfigError, NonFiniteError, StoppedError
 from unclip.training import checkpoints, trainer
+from unclip.training.objective import Monitor
 from unclip.training.parallel import Workers
 from unclip.training.precision import LossScale
-from unclip.training.trainer import TrainerConfig
+from unclip.training.settings import TrainerConfig, learning_rate
+from unclip.training.state import TrainingState
 
 NUM_ROWS = 64
 
@@ -63,7 +65,7 @@ def settings(**changes: Any) -> TrainerConfig:
     return TrainerConfig(**{**values, "log_samples": 320, **changes})
 
 
-class Recorder(trainer.Monitor):
+class Recorder(Monitor):
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
         self.previews: list[int] = []
@@ -82,7 +84,7 @@ class Recorder(trainer.Monitor):
 @pytest.mark.parametrize("norm", [0.25, 1.0, 4.0])
 def test_gradients_are_clipped_where_they_are_longer_than_clip_norm(norm: float) -> None:
     model = torch.nn.Linear(3, 2)
-    state = trainer._State(model, {}, settings(clip_norm=1.0, precision="fp32"))
+    state = TrainingState(model, {}, settings(clip_norm=1.0, precision="fp32"))
     gradients = [torch.randn_like(value) for value in model.parameters()]
     length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     gradients = [gradient * norm / length for gradient in gradients]
@@ -300,7 +302,7 @@ def test_a_compiled_network_takes_the_same_steps(tmp_path: Path) -> None:
 
 def test_learning_rate_warms_up_then_decays_to_zero() -> None:
     config = settings(warmup_samples=160, num_samples=1600)
-    rates = [trainer.learning_rate(config, samples) for samples in range(0, 1601, 16)]
+    rates = [learning_rate(config, samples) for samples in range(0, 1601, 16)]
     assert rates[0] == pytest.approx(0.02 * 16 / 176) and max(rates) == rates[10] == pytest.approx(0.02)
     assert rates[-1] == pytest.approx(0) and sorted(rates[10:], reverse=True) == rates[10:]
 

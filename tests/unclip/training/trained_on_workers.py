@@ -27,8 +27,9 @@ from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import UpsamplerConfig
 from unclip.systems.unclip.objectives import UpsamplerObjective
 from unclip.training import trainer
+from unclip.training.objective import Monitor
 from unclip.training.parallel import ALONE, Workers
-from unclip.training.trainer import TrainerConfig
+from unclip.training.settings import TrainerConfig
 
 NUM_ROWS = 32
 UNET = UNetConfig(8, 16, (1, 2), 1, norm_groups=4, dropout=0.1)
@@ -58,7 +59,7 @@ class Objective(UpsamplerObjective):
         return super().loss(network, tensors, generator)
 
 
-class Diary(trainer.Monitor):
+class Diary(Monitor):
     """Writes down every step's loss, to the bit."""
 
     def __init__(self, path: Path, rank: int, end: End | None) -> None:

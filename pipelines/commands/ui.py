@@ -1,0 +1,41 @@
+"""The command that opens the MLflow UI."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from pipelines.options import STORAGE
+from tasks.store import DEFAULT_ROOT
+from unclip.errors import InputError
+
+
+@click.command()
+@click.option("--port", default=5000, show_default=True)
+@STORAGE
+def ui(port: int, storage: str | None) -> None:
+    """Open the MLflow UI of a storage folder, on loopback."""
+    from pipelines.records import tracking_uri_of
+    from pipelines.scene_server import check_port
+    from tasks.store import Store
+
+    store = Store(storage or DEFAULT_ROOT)
+    uri = tracking_uri_of(store)
+    if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise InputError(
+            f"{store.root}: no run was tracked here. Run a pipeline first, or name its folder with --storage."
+        )
+    if uri.startswith("http"):
+        click.echo(f"the runs are tracked at {uri}")
+        return
+    check_port(port, "--port")
+    click.echo(f"http://127.0.0.1:{port}")
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    hosts = f"127.0.0.1:{port},localhost:{port}"
+    server = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
+    artifacts = ["--default-artifact-root", store.uri("mlflow-artifacts"), "--allowed-hosts", hosts, "--workers", "1"]
+    os.execve(sys.executable, [sys.executable, "-m", *server, *artifacts], environment)
+
+
+COMMANDS = (ui,)

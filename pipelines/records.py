@@ -1,0 +1,105 @@
+"""The records of runs: in MLflow, and in the storage."""
+
+import contextlib
+import datetime
+import os
+import socket
+import time
+import uuid
+from typing import Any
+
+from pipelines.config import PipelineConfig
+from tasks.stage import Run
+from tasks.store import Store
+from tasks.tracking import Tracker, client, without_password
+from unclip.config import to_dict
+from unclip.errors import ConfigError, StorageError
+
+
+def tracking_uri(config: PipelineConfig) -> str:
+    """Where MLflow keeps its records."""
+    return config.tracking_uri or tracking_uri_of(Store(config.storage))
+
+
+def tracking_uri_of(store: Store) -> str:
+    """Where MLflow keeps the records of a storage, unless its pipeline's configuration says otherwise.
+
+    Raises:
+        ConfigError: the storage is no folder, which could hold a database, and no server is named.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given and not store.is_local:
+        raise ConfigError(
+            f"tracking_uri: {store.root} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
+        )
+    return given or f"sqlite:///{store.root}/mlflow.db"
+
+
+def tracking_uris_of(store: Store) -> list[str]:
+    """Every MLflow that may know of a storage: of the environment, of the storage itself, and of each of its runs.
+
+    Raises:
+        ConfigError: there is none, since the storage is no folder, no run says which server it had, and none is named.
+    """
+    paths = [("runs", run_id, "run.json") for run_id in store.list("runs")]
+    records = [store.read_json(*path) for path in paths if store.exists(*path)]
+    uris = [os.environ.get("MLFLOW_TRACKING_URI")]
+    in_storage = any(record["mlflow_run"] and record.get("tracking_uri", "?") is None for record in records)
+    if store.is_local and (in_storage or store.exists("mlflow.db")):
+        uris.append(f"sqlite:///{store.root}/mlflow.db")
+    uris += [record.get("tracking_uri") or record["config"].get("tracking_uri") for record in records]
+    known: dict[str, str] = {}
+    for uri in filter(None, uris):
+        known.setdefault(without_password(uri).rstrip("/"), uri)  # the environment may have the password
+    if not known and not store.is_local:
+        tracking_uri_of(store)
+    return list(known.values())
+
+
+def open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
+    """Register a run with MLflow and in the store, whose lock the caller holds."""
+    uri = tracking_uri(config)
+    experiment_id, run_id = "", ""
+    try:
+        mlflow_client = client(uri)
+        experiment = mlflow_client.get_experiment_by_name(pipeline)
+        if experiment is None:
+            location = store.uri("mlflow-artifacts") if uri.startswith("sqlite") else None
+            experiment_id = mlflow_client.create_experiment(pipeline, artifact_location=location)
+        else:
+            experiment_id = experiment.experiment_id
+        _close_dead_runs(mlflow_client, experiment_id, store.root)
+        name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
+        tags = {"unclip.pipeline": pipeline, "unclip.storage": store.root}
+        run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    except Exception as error:  # the work is worth more than its records
+        print(f"MLflow at {uri} does not answer, so this run is not tracked: {str(error).splitlines()[0]}", flush=True)
+    tracker = Tracker(uri, run_id)
+    tracker.params(to_dict(config))
+    tracker.json(to_dict(config), "config.json")
+    identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    run = Run(identity, pipeline, store.root, tracker, experiment_id, config.resources)
+    record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    # None is the database in the storage, wherever that is moved to.
+    outside = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_password(uri)
+    record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": outside, "config": to_dict(config)}
+    store.write_json(record, "runs", identity, "run.json")
+    return run
+
+
+def close_run(run: Run, store: Store, state: str) -> None:
+    """Tell both how the run ended: done, failed or stopped."""
+    run.tracker.end({"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[state])
+    record = store.read_json("runs", run.id, "run.json")
+    # When something failed, that is what is told; a run without this counts as killed.
+    with contextlib.suppress(*[StorageError] * (state != "done")):
+        store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
+
+
+def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str) -> None:
+    """We hold the lock of this storage, so what is still open there belongs to processes that died."""
+    opened = mlflow_client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+    dead = {run.info.run_id for run in opened if run.data.tags.get("unclip.storage") == storage}
+    for run in opened:
+        if run.info.run_id in dead or run.data.tags.get("mlflow.parentRunId") in dead:
+            mlflow_client.set_terminated(run.info.run_id, "KILLED")

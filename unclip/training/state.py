@@ -1,0 +1,93 @@
+"""The state of a training: weights, their exponential moving average and the optimiser, as a checkpoint holds them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unclip.training import parallel
+from unclip.training.objective import Tensors
+from unclip.training.precision import LossScale
+from unclip.training.settings import TrainerConfig, learning_rate
+
+
+class TrainingState:
+    """The model's weights, their moving average and the optimiser, by parameter name; and the objective's own tensors."""
+
+    def __init__(self, model: nn.Module, objective: Mapping[str, Tensor], config: TrainerConfig) -> None:
+        self.model, self.objective, self.config = model, objective, config
+        self.loss_scale = LossScale.of(config.precision)
+        self.num_nonfinite = self.num_roll_backs = 0
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        matrices = [value for value in self.parameters.values() if value.dim() >= 2]
+        vectors = [value for value in self.parameters.values() if value.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            fused=True,
+        )
+        # There before the first step, so that a checkpoint can be copied into it.
+        for value in self.parameters.values():
+            moments = {name: torch.zeros_like(value.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), dtype=torch.float32, device=value.device)
+            self.optimizer.state[value] = {"step": step, **moments}
+        self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradients of all workers together; undoes the scale of the loss."""
+        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        if self.loss_scale.enabled:
+            torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], 1 / self.loss_scale.value)
+        return parallel.whole(torch.nn.utils.get_total_norm(gradients)).float()
+
+    def apply(self, samples_seen: int, gradient_norm: float) -> None:
+        """Take the step that the gradients say, whose norm is `gradient_norm`."""
+        if gradient_norm > self.config.clip_norm:
+            norm = torch.tensor(gradient_norm)
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, samples_seen)
+        self.optimizer.step()
+        self.zero_grad()
+        self.loss_scale.grow()
+        steps = samples_seen / self.config.batch_size
+        decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))
+        with torch.no_grad():
+            averages = [parallel.local(value) for value in self.average.values()]
+            values = [parallel.local(value.detach()) for value in self.parameters.values()]
+            torch._foreach_lerp_(averages, values, 1 - decay)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> Tensors:
+        """Everything that a later step depends on and that is a tensor; a checkpoint is copied into them."""
+        groups: dict[str, Mapping[str, Tensor]] = {"weights": self.model.state_dict(), "average": self.average}
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            groups[moment] = {name: self.optimizer.state[value][moment] for name, value in self.parameters.items()}
+        groups["objective"] = self.objective
+        return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What else a later step depends on."""
+        return {
+            "num_nonfinite": self.num_nonfinite,
+            "num_roll_backs": self.num_roll_backs,
+            "loss_scale": dataclasses.asdict(self.loss_scale),
+        }
+
+    def take_up(self, facts: Mapping[str, Any]) -> None:
+        """What `facts` gave."""
+        self.num_nonfinite, self.num_roll_backs = facts.get("num_nonfinite", 0), facts.get("num_roll_backs", 0)
+        if "loss_scale" in facts:
+            self.loss_scale = LossScale(**facts["loss_scale"])
+
+    def averaged(self) -> Tensors:
+        """The model's whole state on the CPU, averaged weights in place of the raw ones. All workers must ask."""
+        values = {**self.model.state_dict(), **self.average}
+        return {name: parallel.whole(value).cpu() for name, value in values.items()}
