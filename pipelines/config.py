@@ -121,7 +121,7 @@ def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: sizes that do not follow from each other; names the setting.
     """
     sections, decoder_section, stored = values.get("upsamplers"), values.get("decoder", {}), values.get("download", {})
-    if not all(isinstance(section, Mapping) for section in (sections, decoder_section, stored)):
+    if not (isinstance(sections, Mapping) and isinstance(decoder_section, Mapping) and isinstance(stored, Mapping)):
         return dict(values)  # for `config.load` to judge
     sections = {name: section for name, section in sections.items() if section != "none"}
     for name in sections:

@@ -56,7 +56,7 @@ class Snapshot:
 
     def load_statistics(self) -> EmbeddingStatistics:
         tensors, _ = checkpoints.load(self.statistics)
-        return EmbeddingStatistics(**tensors["statistics"])
+        return EmbeddingStatistics(tensors["statistics"]["mean"], tensors["statistics"]["std"])
 
     def load_principal_components(self) -> PrincipalComponents:
         tensors, _ = checkpoints.load(self.statistics)

@@ -43,8 +43,8 @@ def diff(old: str, new: str, keys: bool, storage: str | None) -> None:
     for name, before in found.counts[0].items():
         after = found.counts[1][name]
         click.echo(f"    {name:<8} {before:>9,} -> {after:>9,}  {after - before:+,}")
-    for (before, after), changed in found.changes.items():
-        click.echo(f"{len(changed):>7,}  {before} -> {after}")
+    for (fate, new_fate), changed in found.changes.items():
+        click.echo(f"{len(changed):>7,}  {fate} -> {new_fate}")
         for key in changed if keys else ():
             click.echo(f"             {key}")
     if not found.changes:

@@ -131,8 +131,8 @@ def show(store: Store, key: str) -> dict[str, Any]:
         for row in _rows_of(tables.read(uri, columns=columns), key):
             known |= {name: row[name] for name in ("url", "caption") if row[name]}
             facts = {name: value for name, value in row.items() if value not in (None, "")}
-            said = (f"{name} {value}" for name, value in facts.items() if name not in ("key", "url", "caption"))
-            images[uri.rpartition("/")[2]] = ", ".join(said)
+            told = (f"{name} {value}" for name, value in facts.items() if name not in ("key", "url", "caption"))
+            images[uri.rpartition("/")[2]] = ", ".join(told)
             outcome = row["reason"] or outcome
     datasets, held, fate, twin = {}, {}, "", {}
     for version in versions(store):
@@ -217,7 +217,7 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> dict[str, s
             continue
         path = ("stages", "curate", f"{store.read_json('runs', run_id, 'curate.json').get('fingerprint')}.json")
         digest = store.read_json(*path)["digest"] if store.exists(*path) else None
-        if digest in held:
+        if digest is not None and digest in held:
             record = store.read_json("runs", run_id, "run.json")
             stages = sorted((name.removesuffix(".json") for name in store.list("runs", run_id)), key=len)
             models = [
@@ -234,7 +234,7 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> dict[str, s
 
 def _tombstones(store: Store) -> list[dict[str, str]]:
     exists = store.exists("tombstones.parquet")
-    return tables.read_file(store.uri("tombstones.parquet")).to_pylist() if exists else []  # type: ignore[no-any-return]
+    return tables.read_file(store.uri("tombstones.parquet")).to_pylist() if exists else []
 
 
 def _rows_of(table: pa.Table, key: str) -> list[dict[str, Any]]:

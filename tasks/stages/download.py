@@ -294,13 +294,14 @@ def _download_shards(
 ) -> list[tables.Part]:
     if not pairs:
         return []
-    limit = config.tasks_in_flight or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    num_cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+    limit = config.tasks_in_flight or max(1, int(num_cpus))
     pulses = Store(run.storage).uri("runs", run.id, "shards")
 
     def pulse_of(shard: Shard) -> str:
         return f"{pulses}/{_part_name(shard, config)}.json"
 
-    def start(shard: Shard) -> ray.ObjectRef:
+    def start(shard: Shard) -> ray.ObjectRef[tables.Part]:
         files.delete(pulse_of(shard))
         return _download_shard.remote(table_uri, shard, config, run, refused, pulse_of(shard))
 
@@ -334,7 +335,7 @@ class _Attempt:
 def run_in_lanes(
     lanes: Sequence[Sequence[Shard]],
     limit: int,
-    start: Callable[[Shard], ray.ObjectRef],
+    start: Callable[[Shard], ray.ObjectRef[Any]],
     on_done: Callable[[Shard], None] = lambda _: None,
     pulse: Callable[[Shard], Any] = lambda _: None,
     stall_seconds: float = math.inf,
@@ -354,7 +355,7 @@ def run_in_lanes(
     """
     waiting = [((-sum(map(len, lane)), number, 0), 1) for number, lane in enumerate(lanes) if lane]
     heapq.heapify(waiting)
-    running: dict[ray.ObjectRef, _Attempt] = {}
+    running: dict[ray.ObjectRef[Any], _Attempt] = {}
     made: list[Any] = []
     failure: Exception | None = None
     next_look = time.monotonic()
@@ -365,7 +366,7 @@ def run_in_lanes(
         if not running:
             break
         done, others = ray.wait(list(running), timeout=max(0.0, next_look - time.monotonic()))
-        hung: list[ray.ObjectRef] = []
+        hung: list[ray.ObjectRef[Any]] = []
         if time.monotonic() >= next_look:
             hung = [task for task in others if _hangs(running[task], lanes, pulse, stall_seconds)]
             next_look = time.monotonic() + min(stall_seconds / 4, _LONGEST_WAIT_SECONDS)

@@ -123,8 +123,9 @@ def _draw_all(
         for group, captions in groups.items()
         for number, start in enumerate(range(0, len(captions), size))
     ]
+    actor_options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
     actors = [
-        Artist.options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=3).remote(
+        Artist.options(**actor_options).remote(  # type: ignore[attr-defined]
             clip, models, config, resources.cpus_per_worker, statistics
         )
         for _ in range(min(resources.num_workers, len(batches)))

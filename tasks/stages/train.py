@@ -65,7 +65,10 @@ def prior(context: StageContext, config: PriorStageConfig, dataset: Artifact, cl
 
 
 def prior_training(config: PriorStageConfig, snapshot: Snapshot, clip: Artifact) -> Training:
-    kinds = {"diffusion": objectives.PriorObjective, "autoregressive": objectives.AutoregressivePriorObjective}
+    kinds: dict[str, type[objectives.PriorObjective | objectives.AutoregressivePriorObjective]] = {
+        "diffusion": objectives.PriorObjective,
+        "autoregressive": objectives.AutoregressivePriorObjective,
+    }
 
     def build(_: Workers) -> Objective:
         frozen_clip, statistics = Clip.load(clip.facts["model"], clip.facts["pretrained"]), snapshot.load_statistics()

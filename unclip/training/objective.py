@@ -17,9 +17,13 @@ Tensors = dict[str, Tensor]
 class Objective(Protocol):
     """What is trained: a model and its loss."""
 
-    model: nn.Module
-    state: Mapping[str, Tensor]
-    """What losses depend on besides the model: tensors, changed in place and the same on all ranks; often none."""
+    @property
+    def model(self) -> nn.Module:
+        """The network that is trained."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What losses depend on besides the model: tensors, changed in place and the same on all ranks; often none."""
 
     @property
     def sample_size(self) -> Mapping[str, int]:
