@@ -89,15 +89,7 @@ def difference(old: Version, new: Version) -> Difference:
 
 
 def _fates(version: Version) -> dict[str, str]:
-    """Key -> kept, or the reason; of rows with the same key the one that is kept counts."""
-    selection = tables.read_file(version.facts["selection"], ["key", "status", "reason"])
-    fates: dict[str, str] = {}
-    for key, status, reason in zip(*(selection[name].to_pylist() for name in selection.column_names), strict=True):
-        if status == rows.KEPT:
-            fates[key] = rows.KEPT
-        else:
-            fates.setdefault(key, reason)
-    return fates
+    return rows.fates(tables.read_file(version.facts["selection"], ["key", "status", "reason"]))
 
 
 def show(store: Store, key: str) -> dict[str, Any]:

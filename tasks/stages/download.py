@@ -29,14 +29,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import tldextract
 
 from tasks import rows, tables
 from tasks.progress import Progress
 from tasks.stage import Artifact, Output, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import load_tombstones
-from tasks.untrusted import decode, fetch
+from tasks.untrusted import decode, domains, fetch
 from unclip import files
 from unclip.config import fingerprint, require
 from unclip.errors import StageError, StorageError
@@ -249,21 +248,7 @@ def _site(url: str) -> str:
         host = fetch.host_of(url)
     except rows.RowFault:
         return ""
-    return _registrable_domain(host)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _registrable_domain(host: str) -> str:
-    found = _suffixes().extract_str(host)
-    if found.suffix or ":" in host or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
-        return found.top_domain_under_public_suffix or host
-    return ".".join(host.split(".")[-2:])  # a suffix that is not on the list counts as one of a single label
-
-
-@functools.cache
-def _suffixes() -> tldextract.TLDExtract:
-    # Without addresses and cache it neither asks the network nor writes a file.
-    return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
+    return domains.registrable_domain(host)
 
 
 def plan_shards(pairs: Sequence[Pair], config: DownloadConfig) -> list[list[Shard]]:
@@ -565,12 +550,12 @@ def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
 
 
 @functools.cache
-def _decoder(image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str) -> decode.Decoder:
+def _decoder(image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str) -> decode.ImageDecoder:
     """One for all shards of a process; its child ends with the process, whose pipe it reads."""
-    return decode.Decoder(image_size, jpeg_quality, max_pixels, chroma_subsampling)
+    return decode.ImageDecoder(image_size, jpeg_quality, max_pixels, chroma_subsampling)
 
 
-def _decode_with(decoder: decode.Decoder) -> Any:
+def _decode_with(decoder: decode.ImageDecoder) -> Any:
     """Stands in for img2dataset's resizer; the picture goes through to the writer as it is."""
 
     def resize(stream: io.BytesIO, _boxes: Any = None) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Decode a picture that nobody vouched for, and store it small: upright sRGB JPEG without metadata.
 
-`decode` is the work itself; `Decoder` has it done in child processes, which is the only way to do it with strangers' bytes.
-This module is imported by those children, so it imports little.
+`decode` is the work itself; `ImageDecoder` has it done in child processes, which is the only way to do it with strangers'
+bytes. This module is imported by those children, so it imports little.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Picture:
     """64-bit perceptual hash in hex; None for a picture of one colour, whose hash would mean nothing."""
 
 
-class Decoder:
+class ImageDecoder:
     """Decodes in child processes: a picture that crashes, hangs or bloats the decoder costs its own row and no other."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Decoder:
         """Process ids of the children."""
         return self._sandbox.pids
 
-    def __enter__(self) -> "Decoder":
+    def __enter__(self) -> "ImageDecoder":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,7 +156,7 @@ def perceptual_hash(image: Image.Image) -> str | None:
 
 
 def answer(request: bytes) -> bytes:
-    """What a child of `Decoder` does with a request."""
+    """What a child of `ImageDecoder` does with a request."""
     try:
         image_size, jpeg_quality, max_pixels, subsampling = _REQUEST.unpack_from(request)
         body = request[_REQUEST.size :]

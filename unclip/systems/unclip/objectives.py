@@ -29,9 +29,8 @@ from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.text import Text, TextShape, caption_features, read_captions
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.training import parallel
+from unclip.training.objective import Tensors
 from unclip.training.timesteps import TimestepLosses, UniformTimesteps, timestep_sampler
-
-Tensors = dict[str, Tensor]
 
 
 class PriorObjective:

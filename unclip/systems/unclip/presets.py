@@ -23,7 +23,7 @@ from unclip.models.degradations import DegradationConfig
 from unclip.models.prior import BASE_PRIOR, DALLE2_PRIOR, SMALL_PRIOR, DiffusionPrior, PriorConfig
 from unclip.models.text import TextShape, TextTransformerConfig
 from unclip.models.unet import UNetConfig
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.models.upsampler import UpsamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,6 @@ class Preset:
 
     def build_decoder(self) -> Decoder:
         return Decoder(self.decoder, self.embedding_dim, self.text_shape)
-
-    def build_upsamplers(self) -> list[Upsampler]:
-        return [Upsampler(config) for config in self.upsamplers]
 
 
 def count_parameters(build: Callable[[], nn.Module]) -> int:
