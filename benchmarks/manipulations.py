@@ -85,8 +85,8 @@ def interpolation(stack: Stack, num: int, seed: int = 0) -> Result:
         ends = [_pair(name, _rng(seed, index)) for index in range(num)]
         first, second = (render([pair[end] for pair in ends], stack.image_size, seed) for end in (0, 1))
         drawn = manipulations.interpolate(stack, first, second, THETAS)  # [B, N, 3, S, S]
-        layout = evaluation.layout(drawn.flatten(0, 1))
-        moving = {"place": layout.centre[:, 0], "size": layout.area, "background": layout.background}[name]
+        placement = evaluation.placement(drawn.flatten(0, 1))
+        moving = {"place": placement.centre[:, 0], "size": placement.area, "background": placement.background}[name]
         numbers[f"{name} moves one way"] = float(evaluation.monotone(moving.reshape(num, -1)).mean())
         rows.append(drawn[: SHOWN // 3].flatten(0, 1))
     return Result(numbers, torch.cat(rows), len(THETAS))

@@ -53,7 +53,7 @@ def start_ray(config: PipelineConfig) -> None:
         # What needs more memory than there is would be tried for ever.
         os.environ.setdefault("RAY_task_oom_retries", "5")
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
-    total = ray.cluster_resources()
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for stage, resources in worker_resources(config).items():
         for name, amount in resources.per_worker().items():
             if total.get(name, 0) < amount:

@@ -107,7 +107,7 @@ class DeferredTracker:
         """How many of the first items go together, and what sends them."""
         if callable(self._waiting[0]):
             return 1, self._waiting[0]
-        metrics = []
+        metrics: list[Any] = []
         for item in self._waiting:
             if callable(item) or len(metrics) == _BATCH_METRICS:
                 break

@@ -130,3 +130,18 @@ def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
 
 def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:
     return {item["values"]: item["counts"] for item in column.value_counts().to_pylist()}
+
+
+def fates(table: "pa.Table") -> dict[str, str]:
+    """Key -> kept, or the reason; a key that is kept once is kept.
+
+    Args:
+        table: key, status, reason.
+    """
+    found: dict[str, str] = {}
+    for key, status, reason in zip(*(table[name].to_pylist() for name in ("key", "status", "reason")), strict=True):
+        if status == KEPT:
+            found[key] = KEPT
+        else:
+            found.setdefault(key, reason)
+    return found

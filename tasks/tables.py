@@ -100,9 +100,10 @@ def append_files(
     known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
     new = [part for part in parts if part.name not in known]
     now = int(time.time() * 1000)
-    adds: list[AddAction | RemoveAction] = [_add(part, now) for part in new]
+    adds = [_add(part, now) for part in new]
+    changes: list[AddAction | RemoveAction] = [*adds]
     if new and replaced is not None and len(replaced):
-        adds += _without(table_uri, replaced, now)
+        changes += _without(table_uri, replaced, now)
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
@@ -113,7 +114,7 @@ def append_files(
         )
     elif new:
         table = DeltaTable(table_uri, storage_options=options)
-        table.create_write_transaction(adds, mode="append", schema=delta_schema, commit_properties=properties)
+        table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
     return DeltaTable(table_uri, storage_options=options).version()
 

@@ -88,15 +88,7 @@ def difference(old: Version, new: Version) -> Difference:
 
 
 def _fates(version: Version) -> dict[str, str]:
-    """Key -> kept, or the reason; of rows with the same key the one that is kept counts."""
-    selection = tables.read_file(version.facts["selection"], ["key", "status", "reason"])
-    fates: dict[str, str] = {}
-    for key, status, reason in zip(*(selection[name].to_pylist() for name in selection.column_names), strict=True):
-        if status == rows.KEPT:
-            fates[key] = rows.KEPT
-        else:
-            fates.setdefault(key, reason)
-    return fates
+    return rows.fates(tables.read_file(version.facts["selection"], ["key", "status", "reason"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +272,7 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[s
             continue
         path = ("stages", "curate", f"{store.read_json('runs', run_id, 'curate.json').get('fingerprint')}.json")
         digest = store.read_json(*path)["digest"] if store.exists(*path) else None
-        if digest in held:
+        if digest is not None and digest in held:
             record = store.read_json("runs", run_id, "run.json")
             models = _trained_in(store, run_id)
             number, split = held[digest]
@@ -306,7 +298,7 @@ def _trained_in(store: Store, run_id: str) -> list[str]:
 
 def _tombstones(store: Store) -> list[dict[str, str]]:
     exists = store.exists("tombstones.parquet")
-    return tables.read_file(store.uri("tombstones.parquet")).to_pylist() if exists else []  # type: ignore[no-any-return]
+    return tables.read_file(store.uri("tombstones.parquet")).to_pylist() if exists else []
 
 
 def _rows_of(table: pa.Table, key: str) -> list[dict[str, Any]]:

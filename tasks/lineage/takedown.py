@@ -196,7 +196,7 @@ def _blank_lists(store: Store, tombstones: Tombstones) -> None:
 
 def _redact_reports(store: Store, keys: frozenset[str]) -> None:
     """Pictures and captions of the rows leave the pages in the storage; traces.remove sees to MLflow's copies."""
-    folders = [("artifacts", "report", name) for name in store.list("artifacts", "report")]
+    folders: list[tuple[str, ...]] = [("artifacts", "report", name) for name in store.list("artifacts", "report")]
     folders += [("results", name) for name in store.list("results")]
     for folder in folders:
         if store.exists(*folder, "report.html"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, answering_client, without_password
+from tasks.untrusted.normalise import first_line
 from unclip.errors import StorageError
 
 
@@ -51,7 +52,7 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
             if _clean(_artifacts(store, run_id, artifact_uri, tracking_uri), keys, has_seen):
                 found["deleted_previews"].append(run_id)
         except Exception as error:  # whatever one store of artifacts does, the others are gone through
-            remaining[run_id] = _first_line(error)
+            remaining[run_id] = first_line(error)
 
     for tracking_uri in tracking_uris:
         shown_uri = without_password(tracking_uri)
@@ -69,7 +70,7 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
             for run in _showing(mlflow, experiments):
                 clean(run.info.run_id, run.info.artifact_uri, tracking_uri, run.info.run_id in readers)
         except Exception as error:  # whatever one server does, the others are asked
-            unanswered[shown_uri] = _first_line(error)
+            unanswered[shown_uri] = first_line(error)
     for run_id in store.list("mlflow-artifacts") if store.is_local else ():
         if run_id not in known:
             clean(run_id, "", None, False)
@@ -163,10 +164,6 @@ def _pages(search: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
         token = page.token
         if not token:
             return
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def redact(page: str, keys: frozenset[str]) -> str:

@@ -153,7 +153,7 @@ def score(embedded: pa.Table, image_embeddings: torch.Tensor, config: CurateConf
     table = embedded.select(["key", "clip_score"])
     for probe_config in config.probes:
         probe = load_probe(probe_config.weights)
-        found = torch.cat([probe(batch) for batch in image_embeddings.split(ROWS_AT_ONCE)])
+        found = torch.cat([probe(batch) for batch in torch.split(image_embeddings, ROWS_AT_ONCE)])
         table = table.append_column(probe_config.name, pa.array(found.numpy(), pa.float32()))
     return table
 

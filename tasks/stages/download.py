@@ -29,14 +29,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import tldextract
 
 from tasks import rows, tables
 from tasks.progress import Progress
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import load_tombstones
-from tasks.untrusted import decode, fetch
+from tasks.untrusted import decode, domains, fetch
 from unclip import files
 from unclip.config import fingerprint, require
 from unclip.errors import StageError, StorageError
@@ -253,21 +252,7 @@ def _site(url: str) -> str:
         host = fetch.host_of(url)
     except rows.RowFault:
         return ""
-    return _registrable_domain(host)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _registrable_domain(host: str) -> str:
-    found = _suffixes().extract_str(host)
-    if found.suffix or ":" in host or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
-        return found.top_domain_under_public_suffix or host
-    return ".".join(host.split(".")[-2:])  # a suffix that is not on the list counts as one of a single label
-
-
-@functools.cache
-def _suffixes() -> tldextract.TLDExtract:
-    # Without addresses and cache it neither asks the network nor writes a file.
-    return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
+    return domains.registrable_domain(host)
 
 
 def plan_shards(pairs: Sequence[Pair], config: DownloadConfig) -> list[list[Shard]]:
@@ -298,13 +283,14 @@ def _download_shards(
 ) -> list[tables.Part]:
     if not pairs:
         return []
-    limit = config.tasks_in_flight or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    num_cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+    limit = config.tasks_in_flight or max(1, int(num_cpus))
     pulses = Store(run.storage).uri("runs", run.id, "shards")
 
     def pulse_of(shard: Shard) -> str:
         return f"{pulses}/{_part_name(shard, config)}.json"
 
-    def start(shard: Shard) -> ray.ObjectRef:
+    def start(shard: Shard) -> ray.ObjectRef[tables.Part]:
         files.delete(pulse_of(shard))
         return _download_shard.remote(table_uri, shard, config, run, refused, pulse_of(shard))
 
@@ -338,7 +324,7 @@ class _Attempt:
 def run_in_lanes(
     lanes: Sequence[Sequence[Shard]],
     limit: int,
-    start: Callable[[Shard], ray.ObjectRef],
+    start: Callable[[Shard], ray.ObjectRef[Any]],
     on_done: Callable[[Shard], None] = lambda _: None,
     pulse: Callable[[Shard], Any] = lambda _: None,
     stall_seconds: float = math.inf,
@@ -358,7 +344,7 @@ def run_in_lanes(
     """
     waiting = [((-sum(map(len, lane)), number, 0), 1) for number, lane in enumerate(lanes) if lane]
     heapq.heapify(waiting)
-    running: dict[ray.ObjectRef, _Attempt] = {}
+    running: dict[ray.ObjectRef[Any], _Attempt] = {}
     made: list[Any] = []
     failure: Exception | None = None
     next_look = time.monotonic()
@@ -369,7 +355,7 @@ def run_in_lanes(
         if not running:
             break
         done, others = ray.wait(list(running), timeout=max(0.0, next_look - time.monotonic()))
-        hung: list[ray.ObjectRef] = []
+        hung: list[ray.ObjectRef[Any]] = []
         if time.monotonic() >= next_look:
             hung = [task for task in others if _hangs(running[task], lanes, pulse, stall_seconds)]
             next_look = time.monotonic() + min(stall_seconds / 4, _LONGEST_WAIT_SECONDS)
@@ -568,12 +554,12 @@ def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
 
 
 @functools.cache
-def _decoder(image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str) -> decode.Decoder:
+def _decoder(image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str) -> decode.ImageDecoder:
     """One for all shards of a process; its child ends with the process, whose pipe it reads."""
-    return decode.Decoder(image_size, jpeg_quality, max_pixels, chroma_subsampling)
+    return decode.ImageDecoder(image_size, jpeg_quality, max_pixels, chroma_subsampling)
 
 
-def _decode_with(decoder: decode.Decoder) -> Any:
+def _decode_with(decoder: decode.ImageDecoder) -> Any:
     """Stands in for img2dataset's resizer; the picture goes through to the writer as it is."""
 
     def resize(stream: io.BytesIO, _boxes: Any = None) -> tuple[Any, ...]:

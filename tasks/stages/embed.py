@@ -96,7 +96,7 @@ def _embed_rows(
     num_actors = max(1, min(resources.num_workers, len(shards)))
     actor_options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
     actors = [
-        Embedder.options(**actor_options, max_task_retries=3).remote(
+        Embedder.options(**actor_options, max_task_retries=3).remote(  # type: ignore[attr-defined]
             clip, config, images, table, resources.cpus_per_worker
         )
         for _ in range(num_actors)

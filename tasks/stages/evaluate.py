@@ -136,7 +136,9 @@ def _sample_all(
     measuring = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
     options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
     actors = [
-        SamplingWorker.options(**options).remote(measuring, stack, config.seed, resources.cpus_per_worker)
+        SamplingWorker.options(**options).remote(  # type: ignore[attr-defined]
+            measuring, stack, config.seed, resources.cpus_per_worker
+        )
         for _ in range(min(resources.num_workers, len(batches)))
     ]
     found: dict[str, list[tuple[np.ndarray, ...]]] = {group: [] for group in groups}

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from tasks import rows, tables
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
+from tasks.untrusted import domains
 from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
 from unclip import files
 from unclip.config import fingerprint, nearest, require
@@ -350,7 +351,7 @@ def _domain(line: str) -> str:
     name = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
     if not re.fullmatch(rf"{name}(\.{name})*|\[[0-9a-f:.]+\]", host) or len(host) > 253:
         raise ValueError(f"got {line!r}, expected a domain such as example.org, without a scheme, port or path")
-    if not line.startswith(".") and _is_public_suffix(host):
+    if not line.startswith(".") and domains.is_public_suffix(host):
         raise ValueError(f"got {line!r}, which many sites share; write .{host} to block them all")
     return host
 
@@ -379,16 +380,3 @@ def _is_below(host: str, domains: set[str]) -> bool:
         if not dot:
             return False
     return True
-
-
-def _is_public_suffix(host: str) -> bool:
-    """Whether anybody may register names below, by the copy of the Public Suffix List that comes with tldextract."""
-    found = _suffixes()(host)
-    return bool(found.suffix) and not found.domain
-
-
-@functools.cache
-def _suffixes() -> Any:
-    import tldextract
-
-    return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)

@@ -28,7 +28,7 @@ from tasks import rows, tables
 from tasks.stage import Output, Pinning, StageContext, stage
 from tasks.tombstones import load_tombstones, refuse, tombstones_digest
 from tasks.untrusted import parquet_list
-from tasks.untrusted.normalise import REPLACEMENT, normalise_caption, normalise_sha256, normalise_url
+from tasks.untrusted.normalise import REPLACEMENT, first_line, normalise_caption, normalise_sha256, normalise_url
 from tasks.untrusted.parquet_list import MAX_COLUMNS, Claims, ListFault
 from unclip import files
 from unclip.config import nearest, require
@@ -75,7 +75,7 @@ class Listed(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ListLayout:
     """Where a published dataset keeps what is wanted."""
 
     url_column: str
@@ -85,13 +85,13 @@ class Layout:
     """Columns of a TSV file without a header, in order; quotes mean nothing in such a file. None: files name their columns."""
 
 
-LAYOUTS: Mapping[str, Layout] = {
-    "plain": Layout("url", "caption"),
-    "laion": Layout("URL", "TEXT"),
-    "coyo": Layout("url", "text"),
-    "cc3m": Layout("url", "caption", header=("caption", "url")),
-    "cc12m": Layout("url", "caption", header=("url", "caption")),
-    "datacomp": Layout("url", "text", "sha256"),
+LAYOUTS: Mapping[str, ListLayout] = {
+    "plain": ListLayout("url", "caption"),
+    "laion": ListLayout("URL", "TEXT"),
+    "coyo": ListLayout("url", "text"),
+    "cc3m": ListLayout("url", "caption", header=("caption", "url")),
+    "cc12m": ListLayout("url", "caption", header=("url", "caption")),
+    "datacomp": ListLayout("url", "text", "sha256"),
 }
 
 
@@ -522,7 +522,7 @@ def _readable(source: _Source) -> Iterator[None]:
     except InputError:
         raise
     except (ListFault, pa.ArrowException, OSError, EOFError, ValueError, LookupError, MemoryError, zlib.error) as error:
-        raise _unreadable(source, _first_line(error)) from None
+        raise _unreadable(source, first_line(error)) from None
 
 
 @contextlib.contextmanager
@@ -531,9 +531,5 @@ def _readable_list(urls: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"ingest.urls: {urls} cannot be listed: {_first_line(error)}. Check that it can be read."
+            f"ingest.urls: {urls} cannot be listed: {first_line(error)}. Check that it can be read."
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return normalise_caption(next(iter(str(error).splitlines()), ""))[:300] or type(error).__name__

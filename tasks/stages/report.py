@@ -92,7 +92,7 @@ def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: 
     columns = ["key", "original_width", "original_height", "sha256", "phash"]
     images = tables.read(snapshot.images, snapshot.images_version, columns)
     captions = dict(zip(pairs["key"].to_pylist(), pairs["caption"].to_pylist(), strict=True))
-    fates = _fates(selection)
+    fates = rows.fates(selection)
     kept = [key for key, fate in fates.items() if fate == rows.KEPT]
     measures = _measures(captions, images, snapshot, {limit.measure: limit for limit in config.limits})
 
@@ -131,18 +131,6 @@ def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: 
         ],
         clusters=[figures(cluster) for cluster in clusters],
     )
-
-
-def _fates(selection: pa.Table) -> dict[str, str]:
-    """Key -> kept, or its reason; a key that is kept once is kept."""
-    fates: dict[str, str] = {}
-    columns = (selection[name].to_pylist() for name in ("key", "status", "reason"))
-    for key, status, reason in zip(*columns, strict=True):
-        if status == rows.KEPT:
-            fates[key] = rows.KEPT
-        else:
-            fates.setdefault(key, reason)
-    return fates
 
 
 def _measures(

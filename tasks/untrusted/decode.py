@@ -1,7 +1,7 @@
 """Decode a picture that nobody vouched for, and store it small: upright sRGB JPEG without metadata.
 
-`decode` is the work itself; `Decoder` has it done in child processes, which is the only way to do it with strangers' bytes.
-This module is imported by those children, so it imports little.
+`decode` is the work itself; `ImageDecoder` has it done in child processes, which is the only way to do it with strangers'
+bytes. This module is imported by those children, so it imports little.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Picture:
     """64-bit perceptual hash in hex; None for a picture of one colour, whose hash would mean nothing."""
 
 
-class Decoder:
+class ImageDecoder:
     """Decodes in child processes: a picture that crashes, hangs or bloats the decoder costs its own row and no other."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Decoder:
         """Process ids of the children."""
         return self._sandbox.pids
 
-    def __enter__(self) -> "Decoder":
+    def __enter__(self) -> "ImageDecoder":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,10 +156,11 @@ def perceptual_hash(image: Image.Image) -> str | None:
 
 
 def answer(request: bytes) -> bytes:
-    """What a child of `Decoder` does with a request."""
+    """What a child of `ImageDecoder` does with a request."""
     try:
-        *numbers, subsampling = _REQUEST.unpack_from(request)
-        picture = decode(request[_REQUEST.size :], *numbers, CHROMA_SUBSAMPLINGS[subsampling])
+        image_size, jpeg_quality, max_pixels, subsampling = _REQUEST.unpack_from(request)
+        body = request[_REQUEST.size :]
+        picture = decode(body, image_size, jpeg_quality, max_pixels, CHROMA_SUBSAMPLINGS[subsampling])
     except RowFault as fault:
         return _FAULT + fault.reason.encode()
     sizes = (picture.width, picture.height, picture.original_width, picture.original_height)
@@ -186,12 +187,13 @@ def _unpack(reply: bytes) -> Picture:
         raise RowFault(reason)
     if kind != _PICTURE or len(body) <= _REPLY.size:
         raise RowFault("decode_crash")
-    *sizes, phash = _REPLY.unpack_from(body)
+    width, height, original_width, original_height, phash = _REPLY.unpack_from(body)
+    sizes = (width, height, original_width, original_height)
     jpg, text = body[_REPLY.size :], phash.rstrip(b"\0").decode("ascii", "replace")
     is_sound = min(sizes) >= 1 and max(sizes) < 1 << 31 and jpg.startswith(b"\xff\xd8")
     if not is_sound or (text and (len(text) != 16 or set(text) - set("0123456789abcdef"))):
         raise RowFault("decode_crash")
-    return Picture(jpg, *sizes, text or None)
+    return Picture(jpg, width, height, original_width, original_height, text or None)
 
 
 def _fit(size: tuple[int, int], image_size: int) -> tuple[int, int]:

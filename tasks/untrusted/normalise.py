@@ -1,4 +1,4 @@
-"""How URLs, captions and hashes of lists are written in all tables, so that equal ones are equal."""
+"""One way to write URLs, captions and hashes of lists in all tables, so that equal ones are equal; and foreign errors."""
 
 import re
 import unicodedata
@@ -37,3 +37,8 @@ def normalise_sha256(text: str) -> str | None:
     """64 lower-case hex digits; None when it is no sha256."""
     stripped = text.strip()
     return stripped.lower() if re.fullmatch("[0-9a-fA-F]{64}", stripped) else None
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, fit for a message: errors quote what others wrote."""
+    return normalise_caption(next(iter(str(error).splitlines()), ""))[:300] or type(error).__name__

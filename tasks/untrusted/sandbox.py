@@ -126,6 +126,8 @@ class Sandbox:
 class _Child:
     """One process, and those that replace it."""
 
+    process: subprocess.Popen[bytes]
+
     def __init__(self, function: Callable[[bytes], bytes], limits: Limits) -> None:
         self.function, self.limits = function, limits
         self._start()

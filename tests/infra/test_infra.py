@@ -23,7 +23,10 @@ IGNORED = {INFRA / line.strip("/") for line in (INFRA / ".gitignore").read_text(
 FILES = sorted(path for path in INFRA.rglob("*") if path.is_file() and not IGNORED & set(path.parents))
 YAML_FILES = [path for path in FILES if path.suffix in (".yaml", ".yml")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split() if "==" in line)
+LOCK, DEV_LOCK = (
+    dict(line.split("==") for line in (ROOT / name).read_text().split())
+    for name in ("requirements.lock", "requirements-dev.lock")
+)
 IMAGE = f"unclip:{PROJECT['version']}"
 RAY_ROLES = {"head", "data", "gpu"}
 
@@ -124,7 +127,7 @@ def test_one_image_everywhere() -> None:
 
 def test_containerfile_copies_paths_that_exist() -> None:
     sources = [word.rstrip("/") for line in container_lines() if line[0] == "COPY" for word in line[1:-1]]
-    assert set(sources) == {"pyproject.toml", "requirements.lock", "unclip", "tasks", "pipelines"}
+    assert set(sources) == {"pyproject.toml", "LICENSE", "requirements.lock", "unclip", "tasks", "pipelines"}
     assert [source for source in sources if not (ROOT / source).exists()] == []
     ignore = (INFRA / "Containerfile.dockerignore").read_text().split("\n")
     assert {line[1:] for line in ignore if line.startswith("!")} == set(sources)
@@ -139,6 +142,25 @@ def test_containerfile_installs_the_lock_and_nothing_newer() -> None:
     [version] = [line[1] for line in container_lines() if line[:1] == ["ARG"] and "UV_VERSION" in line[1]]
     pinned = version.split("=")[1]
     assert any(f"uv=={pinned}" in command for command in LAUNCHER["setup_commands"])
+
+
+def required(requirements: list[str]) -> set[str]:
+    """The names of packages in a list of pyproject.toml, as locks write them."""
+    return {re.split(r"[\[<>=~!]", line)[0].lower().replace("_", "-") for line in requirements}
+
+
+def test_image_has_what_running_needs_and_nothing_of_the_tests() -> None:
+    extras = required(PROJECT["optional-dependencies"]["interop"] + PROJECT["optional-dependencies"]["dev"])
+    assert required(PROJECT["dependencies"]) <= LOCK.keys()
+    assert extras - {"unclip"} <= DEV_LOCK.keys()
+    # MLflow's server needs these three itself
+    assert (extras & LOCK.keys()) == {"flask", "flask-cors", "pyyaml"}
+    for package in ("pytest", "moto", "mypy", "ruff", "coverage", "diffusers", "transformers"):
+        assert package not in LOCK and package in DEV_LOCK
+
+
+def test_both_locks_name_the_same_versions() -> None:
+    assert LOCK.items() <= DEV_LOCK.items()
 
 
 def test_containerfile_python_is_one_the_project_supports() -> None:
@@ -301,7 +323,7 @@ def test_launcher_file_fits_ray_s_schema() -> None:
 
 def test_launcher_copies_paths_that_exist() -> None:
     sources = [source for source in LAUNCHER["file_mounts"].values() if not source.startswith("~")]
-    assert {"pyproject.toml", "requirements.lock", "unclip", "tasks", "pipelines"} == set(sources)
+    assert {"pyproject.toml", "LICENSE", "requirements.lock", "unclip", "tasks", "pipelines"} == set(sources)
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 

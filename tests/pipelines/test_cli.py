@@ -401,7 +401,7 @@ def test_plan_train_refuses_what_is_impossible() -> None:
     for name, value in (("--gpus", "0"), ("--memory-gib", "0.0"), ("--micro-batch-size", "0")):
         assert_refused(unclip("plan", "train", "--preset", "demo", name, value), f"{name}: got {value}, expected")
     options = unclip("plan", "train", "--help").stdout
-    assert all(name in options for name in PRESETS) and "Usage: main plan train [OPTIONS]" in options
+    assert all(name in options for name in MODEL_SIZES) and "Usage: main plan train [OPTIONS]" in options
     assert "unclip plan train" in unclip("plan", "--help").stdout
     assert "plan train" in unclip("--help").stdout
 

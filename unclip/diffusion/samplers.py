@@ -28,9 +28,6 @@ LARGEST_SIGMA = 80.0
 """Noise relative to the signal from which on Heun's steps are worth their second call."""
 
 
-LARGEST_SIGMA = 80.0
-
-
 def undisturbed(x_t: Tensor, t: int) -> Tensor:
     """The `OnStep` that does nothing."""
     return x_t

@@ -135,7 +135,7 @@ def frechet_distance(drawn: Tensor, real: Tensor) -> float:
     return float((means[0] - means[1]).square().sum() + traces[0] + traces[1] - 2 * cross)
 
 
-class Layout(NamedTuple):
+class Placement(NamedTuple):
     """Where what differs from the background lies in pictures, and what the background is: numbers that can move a little."""
 
     background: np.ndarray
@@ -146,7 +146,7 @@ class Layout(NamedTuple):
     """[B] share of the picture."""
 
 
-def layout(images: Tensor) -> Layout:
+def placement(images: Tensor) -> Placement:
     """Measure pictures [B, 3, H, W] in [-1, 1] without naming anything."""
     pixels = pictures.to_uint8(images).astype(np.float64)  # [B, H, W, 3]
     height, width = pixels.shape[1:3]
@@ -159,7 +159,7 @@ def layout(images: Tensor) -> Layout:
     x = (mass * (np.arange(width) + 0.5) / width).sum(axis=(1, 2))
     y = (mass * ((np.arange(height) + 0.5) / height)[:, None]).sum(axis=(1, 2))
     centre = np.stack([x, y], axis=1) / np.maximum(total, 1)[:, None]
-    return Layout(background.mean(axis=1), np.where(total[:, None] > 0, centre, 0.5), total / (height * width))
+    return Placement(background.mean(axis=1), np.where(total[:, None] > 0, centre, 0.5), total / (height * width))
 
 
 def monotone(values: np.ndarray, slack: float = 0.1) -> np.ndarray:

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from unclip.errors import CheckpointError, InputError
 from unclip.interop import folders
-from unclip.interop.folders import TRANSFORMERS_WEIGHTS, Tensors
+from unclip.interop.folders import TRANSFORMERS_WEIGHTS
 from unclip.models.clip import Clip, ImageEmbeddings
+from unclip.training.objective import Tensors
 
 GAIN = 2.0**14
 """How much the layer that divides by the norm outweighs the residual. Larger is more exact until float16 overflows."""

@@ -21,12 +21,13 @@ from unclip.config import require
 from unclip.diffusion.process import DiffusionConfig, PredictionType, VarianceType
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import folders
-from unclip.interop.folders import DIFFUSERS_WEIGHTS, Tensors
+from unclip.interop.folders import DIFFUSERS_WEIGHTS
 from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.text import CaptionFeatures, ClipText, TextShape
 from unclip.models.unet import UNet, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.training.objective import Tensors
 
 SCHEDULER = "scheduler_config.json"
 

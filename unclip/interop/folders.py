@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import CheckpointError
-
-Tensors = dict[str, Tensor]
+from unclip.training.objective import Tensors
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"

@@ -20,6 +20,11 @@ from unclip.errors import CheckpointError, ConfigError, InputError
 
 OWN_ARCHITECTURES = Path(__file__).parent / "open_clip_models"
 
+_NEEDS_TRANSFORMERS = (
+    "clip.model: got {!r}, whose text is read by the package transformers, which is not installed. "
+    "Install the extra that has it, unclip[interop], on every node, or name another model."
+)
+
 LENGTH_STEP = 16
 """Captions whose lengths are in the same multiple of it are read together."""
 
@@ -45,7 +50,7 @@ def check_name(model: str, pretrained: str | None) -> None:
     """Check a model's name without loading anything.
 
     Raises:
-        ConfigError: open_clip does not know the model, or a folder or weights file does not exist.
+        ConfigError: open_clip does not know the model, or a package, folder or weights file that it needs is missing.
     """
     if model.startswith("hf-hub:"):
         return
@@ -60,18 +65,21 @@ def check_name(model: str, pretrained: str | None) -> None:
         raise ConfigError(
             f"clip.model: got {model!r}, which open_clip does not know. {nearest(model, architectures())}"
         )
+    text = json.loads(architectures()[model].read_text()).get("text_cfg", {})
+    if {"hf_tokenizer_name", "hf_model_name"} & text.keys() and importlib.util.find_spec("transformers") is None:
+        raise ConfigError(_NEEDS_TRANSFORMERS.format(model))
     looks_like_path = pretrained is not None and ("/" in pretrained or "." in pretrained)
     if looks_like_path and not Path(str(pretrained)).is_file():
         raise ConfigError(f"clip.pretrained: {pretrained!r} does not exist. Name a weights file or a tag of open_clip.")
 
 
-def architectures() -> set[str]:
-    """Names of the models that open_clip and this library know."""
+def architectures() -> dict[str, Path]:
+    """Models that open_clip and this library know: name -> file of its architecture."""
     spec = importlib.util.find_spec("open_clip")  # finding a package does not import it
     folders = [OWN_ARCHITECTURES]
     if spec is not None and spec.submodule_search_locations:
         folders.append(Path(spec.submodule_search_locations[0], "model_configs"))
-    return {path.stem for folder in folders for path in folder.glob("*.json")}
+    return {path.stem: path for folder in folders for path in folder.glob("*.json")}
 
 
 def create(model: str, pretrained: str | None) -> nn.Module:
@@ -124,6 +132,21 @@ def shape_of(model: str) -> ClipShape:
     return ClipShape(facts["embed_dim"], text["context_length"], text["width"], text["vocab_size"])
 
 
+def tokenizer(model: str) -> Any:
+    """open_clip's tokenizer for a model.
+
+    Raises:
+        ConfigError: the tokenizer is one of transformers, which is not installed.
+    """
+    import open_clip
+
+    open_clip.add_model_config(OWN_ARCHITECTURES)
+    try:
+        return open_clip.get_tokenizer(model)
+    except ImportError as error:
+        raise ConfigError(_NEEDS_TRANSFORMERS.format(model)) from error
+
+
 class Clip(nn.Module):
     """A frozen open_clip model: never trains, never leaves evaluation mode."""
 
@@ -131,10 +154,9 @@ class Clip(nn.Module):
         super().__init__()
         import open_clip
 
-        open_clip.add_model_config(OWN_ARCHITECTURES)
         self.image_embeddings = image_embeddings
         self.model: Any = model.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(name)
+        self.tokenizer = tokenizer(name)
         self.preprocess = open_clip.transform.image_transform_v2(
             open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
         )

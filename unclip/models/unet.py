@@ -79,9 +79,9 @@ class UNet(nn.Module):
         widths = [config.channels * multiple for multiple in config.channel_mult]
         side, width = config.image_size, widths[0]
 
-        def step(in_width: int, out_width: int, resample: Resample = "none") -> Step:
+        def step(in_width: int, out_width: int, resample: Resample = "none") -> UNetBlock:
             attend = resample == "none" and side in config.attention_resolutions
-            return Step(config, in_width, out_width, resample, context_dim, attend)
+            return UNetBlock(config, in_width, out_width, resample, context_dim, attend)
 
         self.input = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
@@ -98,7 +98,7 @@ class UNet(nn.Module):
 
         attend = bool(config.attention_resolutions)
         self.middle = nn.ModuleList(
-            [Step(config, width, width, "none", context_dim, attend), ResBlock(config, width, width)]
+            [UNetBlock(config, width, width, "none", context_dim, attend), ResBlock(config, width, width)]
         )
 
         self.up = nn.ModuleList()
@@ -149,7 +149,7 @@ class UNet(nn.Module):
         return self.output(h)  # type: ignore[no-any-return]  # [B, out_channels, H, W]
 
 
-class Step(nn.Module):
+class UNetBlock(nn.Module):
     """A residual block and, at the configured sides, attention."""
 
     def __init__(

@@ -15,10 +15,9 @@ from unclip import files
 from unclip.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-Tensors = Mapping[str, Tensor]
 
 
-def save(folder: str, tensors: Mapping[str, Tensors], facts: Mapping[str, Any]) -> str:
+def save(folder: str, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> str:
     """Write one checkpoint or model.
 
     Args:
@@ -88,6 +87,6 @@ def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return tensors, facts
 
 
-def _contiguous(tensors: Tensors) -> dict[str, Tensor]:
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # safetensors wants row-major tensors that share no memory
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

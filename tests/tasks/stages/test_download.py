@@ -39,6 +39,7 @@ from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
 from tasks.store import Store
 from tasks.tracking import Tracker
+from tasks.untrusted import domains
 from unclip import files
 from unclip.errors import ConfigError, StageError
 
@@ -355,8 +356,8 @@ def test_lanes_are_the_same_in_every_process_and_ask_no_network(monkeypatch: pyt
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    download_module._suffixes.cache_clear()
-    download_module._registrable_domain.cache_clear()
+    domains.suffixes.cache_clear()
+    domains.registrable_domain.cache_clear()
     lanes = plan_lanes(pairs_of("http://example.com/a", "http://www.example.org/b", "http://1.1.1.1/c"), 16)
     assert {pair["url"][-1]: number for number, lane in enumerate(lanes) for pair in lane} == {"a": 7, "b": 5, "c": 9}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.unclip.systems.tiny_stacks import EMBEDDING_DIM, LENGTH, awaken, tiny_clip
+from tests.unclip.systems.tiny_stacks import EMBEDDING_DIM, LENGTH, add_noise, tiny_clip
 from unclip.errors import CheckpointError, InputError
 from unclip.interop.clip import export_images, export_text, import_clip
 from unclip.models.clip import Clip, create
@@ -107,8 +107,8 @@ def test_open_clip_computes_what_transformers_writes(tmp_path: Path, hidden_act:
     vision = CLIPVisionModelWithProjection(
         CLIPVisionConfig(hidden_size=24, intermediate_size=96, image_size=32, patch_size=8, **sizes)
     )
-    awaken(text, 0.1).save_pretrained(tmp_path / "text_encoder")
-    awaken(vision, 0.1)
+    add_noise(text, 0.1).save_pretrained(tmp_path / "text_encoder")
+    add_noise(vision, 0.1)
     export_text(tiny_clip(), tmp_path / "ours")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "ours" / "tokenizer")
     tokenizer.save_pretrained(tmp_path / "tokenizer")  # as transformers itself writes it

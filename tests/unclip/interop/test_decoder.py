@@ -31,7 +31,7 @@ KARLO_LIKE: dict[str, Any] = {
 }
 
 
-def awake(model: torch.nn.Module) -> Any:
+def randomize(model: torch.nn.Module) -> Any:
     """Random weights everywhere, also where training starts from zeros or ones, and different ones in every layer."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def texts(batch: int, seed: int = 0) -> CaptionFeatures:
 
 def new_decoder(**changes: Any) -> Decoder:
     config = DecoderConfig(**{"unet": UNET, "context_dim": 20, "text": "clip", **changes})
-    decoder = awake(Decoder(config, EMBEDDING_DIM, TextShape(LENGTH, EMBEDDING_DIM, 30)))
+    decoder = randomize(Decoder(config, EMBEDDING_DIM, TextShape(LENGTH, EMBEDDING_DIM, 30)))
     statistics = EmbeddingStatistics.of(torch.randn(50, EMBEDDING_DIM) * 0.05 + 0.02)
     decoder.statistics.load_state_dict(statistics.state_dict())
     decoder.text.set_null(texts(1, seed=9))
@@ -62,7 +62,7 @@ def new_decoder(**changes: Any) -> Decoder:
 def karlo_like_decoder() -> Any:
     from diffusers import UNet2DConditionModel
 
-    return awake(
+    return randomize(
         UNet2DConditionModel(
             **KARLO_LIKE,
             out_channels=6,
@@ -135,7 +135,9 @@ def test_our_decoder_draws_what_one_of_diffusers_draws(tmp_path: Path, max_shard
     from diffusers import UnCLIPScheduler
 
     unet = karlo_like_decoder()
-    projection = awake(text_projection()(clip_embeddings_dim=EMBEDDING_DIM, time_embed_dim=32, cross_attention_dim=20))
+    projection = randomize(
+        text_projection()(clip_embeddings_dim=EMBEDDING_DIM, time_embed_dim=32, cross_attention_dim=20)
+    )
     unet.save_pretrained(tmp_path / "decoder", max_shard_size=max_shard_size)
     projection.save_pretrained(tmp_path / "text_proj")
     UnCLIPScheduler(variance_type="learned_range").save_pretrained(tmp_path / "decoder_scheduler")
@@ -165,7 +167,7 @@ def karlo_like_upsampler(**changes: Any) -> Any:
     from diffusers import UNet2DModel
 
     settings = KARLO_LIKE | {"in_channels": 6, "out_channels": 3, "sample_size": 32, "add_attention": False} | changes
-    return awake(
+    return randomize(
         UNet2DModel(
             **settings,
             down_block_types=("ResnetDownsampleBlock2D",) * 3,
@@ -195,7 +197,7 @@ def test_diffusers_upsamples_as_ours_do(tmp_path: Path, scale_shift_norm: bool, 
     from diffusers import UNet2DModel
 
     network = UNetConfig(16, 8, (1, 2, 3), 2, norm_groups=4, scale_shift_norm=scale_shift_norm)
-    ours = awake(Upsampler(UpsamplerConfig(network, low_res_size=8, max_noise_level=max_noise_level)))
+    ours = randomize(Upsampler(UpsamplerConfig(network, low_res_size=8, max_noise_level=max_noise_level)))
     export_upsampler(ours, tmp_path / "all")
     theirs, info = UNet2DModel.from_pretrained(tmp_path / "all", output_loading_info=True)
     assert not any(info.values())

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unclip.systems.tiny_stacks import EMBEDDING_DIM, LENGTH, SIDE, awaken, calm_variances, tiny_clip, tiny_stack
+from tests.unclip.systems.tiny_stacks import (
+    EMBEDDING_DIM,
+    LENGTH,
+    SIDE,
+    add_noise,
+    calm_variances,
+    tiny_clip,
+    tiny_stack,
+)
 from unclip.diffusion import samplers
 from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError, InputError
@@ -112,7 +120,7 @@ def test_diffusers_draws_the_pictures_that_we_draw(tmp_path: Path, variant: int)
 
 
 def test_exporting_again_what_was_imported_gives_the_same_bytes(tmp_path: Path) -> None:
-    upsampler_1024 = awaken(Upsampler(UpsamplerConfig(UNetConfig(16, 8, (1, 2), 1, norm_groups=4), low_res_size=16)))
+    upsampler_1024 = add_noise(Upsampler(UpsamplerConfig(UNetConfig(16, 8, (1, 2), 1, norm_groups=4), low_res_size=16)))
     stack = tiny_stack(upsampler={"last_step_unet": True})
     export_stack(stack, tmp_path / "once", upsampler_1024=upsampler_1024)
     imported = import_stack(tmp_path / "once")
@@ -179,7 +187,7 @@ def karlo_like(folder: Path) -> Any:
         ),
     }
     for seed, part in enumerate(parts.values()):
-        awaken(part, 0.15, seed)
+        add_noise(part, 0.15, seed)
     with torch.no_grad():
         parts["prior"].clip_std.copy_(torch.rand(1, EMBEDDING_DIM) + 0.5)
     calm_variances(parts["decoder"].conv_out)
@@ -296,7 +304,7 @@ def test_the_second_upsampler_stands_beside_with_a_scheduler_of_its_own(
 
     stack = tiny_stack()
     network = UNetConfig(16, 8, (1, 2), 1, norm_groups=4)
-    ours = awaken(Upsampler(UpsamplerConfig(network, low_res_size=16, scale=2, diffusion=process)))
+    ours = add_noise(Upsampler(UpsamplerConfig(network, low_res_size=16, scale=2, diffusion=process)))
     calm_variances(ours.unet.output[-1])
     notes = export_stack(stack, tmp_path / "exported", upsampler_1024=ours)
     assert "upsampler-1024" in notes[-1]

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,16 @@ def test_names_are_checked_without_loading(model: str, pretrained: str | None, m
     with pytest.raises(ConfigError, match=message):
         clip.check_name(model, pretrained)
     clip.check_name("hf-hub:anything/goes", None)
+    clip.check_name("ViT-B-32", "openai")
+
+
+def test_a_model_whose_text_transformers_reads_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip.check_name("ViT-L-14-CLIPA", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"'ViT-L-14-CLIPA'.*unclip\[interop\]"):
+        clip.check_name("ViT-L-14-CLIPA", None)
+    with pytest.raises(ConfigError, match=r"'ViT-L-14-CLIPA'.*unclip\[interop\]"):  # also where only loading tells
+        clip.tokenizer("ViT-L-14-CLIPA")
     clip.check_name("ViT-B-32", "openai")
 
 

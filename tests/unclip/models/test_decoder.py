@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tests.unclip.systems.tiny_stacks import awake
+from tests.unclip.systems.tiny_stacks import fill_zeros
 from unclip.config import to_dict
 from unclip.diffusion import samplers
 from unclip.diffusion.process import DiffusionConfig
@@ -50,7 +50,7 @@ def caption(kind: str, batch: int, seed: int = 0) -> Any:
 
 def new_decoder(text: str, **changes: Any) -> Decoder:
     config = DecoderConfig(UNET, context_dim=8, text=text, text_transformer=TINY_TEXT, **changes)
-    decoder = awake(Decoder(config, embedding_dim=6, text_shape=SHAPE))
+    decoder = fill_zeros(Decoder(config, embedding_dim=6, text_shape=SHAPE))
     if decoder.text is not None:
         decoder.text.set_null(caption(text, 1, seed=9))
     return decoder
@@ -143,7 +143,7 @@ def test_every_attention_reads_the_caption(monkeypatch: pytest.MonkeyPatch) -> N
 @torch.no_grad()
 def test_attention_is_softmax_of_scaled_products() -> None:
     config = dataclasses.replace(UNET, head_channels=4)
-    layer = awake(ContextAttention(config, 8, 0))
+    layer = fill_zeros(ContextAttention(config, 8, 0))
     torch.nn.init.normal_(layer.to_out.weight)
     x = torch.randn(2, 8, 3, 3)
     pixels = layer.norm(x).flatten(2).transpose(1, 2)
@@ -219,7 +219,7 @@ def test_attention_in_bf16_is_that_in_float64_but_for_rounding() -> None:
 def test_the_middle_attends_if_the_network_does() -> None:
     high = UNet(dataclasses.replace(UNET, attention_resolutions=(16,), head_channels=4), 3, 3)
     assert high.middle[0].attend is not None and high.down[2].attend is None
-    assert all(step.attend is None for step in UNet(CONVOLUTIONAL, 3, 3).modules() if isinstance(step, unet.Step))
+    assert all(step.attend is None for step in UNet(CONVOLUTIONAL, 3, 3).modules() if isinstance(step, unet.UNetBlock))
     with pytest.raises(ConfigError, match="head_channels: got 16, expected a divisor of 24"):
         UNetConfig(16, 8, (2, 3), attention_resolutions=(16,), head_channels=16, norm_groups=4)
 
@@ -365,7 +365,7 @@ def test_clip_stays_frozen_and_out_of_the_trained_model(clip: Clip) -> None:
 @pytest.mark.parametrize("text", ["none", "clip", "transformer"])
 def test_every_parameter_is_trained(clip: Clip, text: str) -> None:
     trained = objective(clip, text=text, image_drop_prob=0.5, diffusion=DiffusionConfig(variance="learned_range"))
-    awake(trained.model).train()
+    fill_zeros(trained.model).train()
     with autocast("bf16", torch.device("cpu")):
         loss = trained.loss(trained.model, trained.prepare(rows(clip)), torch.Generator().manual_seed(0))
     loss.backward()
@@ -410,7 +410,7 @@ def test_inpainting_learns_to_go_on_with_what_it_is_shown(clip: Clip) -> None:
 
 @torch.no_grad()
 def test_an_upsampler_is_told_how_noisy_its_picture_is() -> None:
-    upsampler = awake(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=4, max_noise_level=400)))
+    upsampler = fill_zeros(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=4, max_noise_level=400)))
     x_t, t, low_res = torch.randn(2, 3, 16, 16), torch.tensor([500, 500]), torch.rand(2, 3, 4, 4)
     quiet, loud = (upsampler(x_t, t, low_res, torch.tensor([0, level])) for level in (0, 400))
     assert changed(quiet, loud) == [False, True]
@@ -464,7 +464,7 @@ def test_stored_stripes_of_a_pixel_become_grey_when_they_are_made_smaller() -> N
 
 @torch.no_grad()
 def test_timesteps_and_levels_stay_apart_under_autocast() -> None:
-    network = awake(UNet(CONVOLUTIONAL, 3, 3))
+    network = fill_zeros(UNet(CONVOLUTIONAL, 3, 3))
     embedded = []
     network.time_embedding.layers.register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
     with torch.autocast("cpu", torch.bfloat16):
@@ -484,7 +484,7 @@ def test_a_learned_variance_samples(clip: Clip) -> None:
 
 
 def test_a_trained_text_transformer_is_bidirectional() -> None:
-    text = awake(TextTransformer(TINY_TEXT, SHAPE, context_dim=8, time_dim=8))
+    text = fill_zeros(TextTransformer(TINY_TEXT, SHAPE, context_dim=8, time_dim=8))
     tokens = torch.tensor([[1, 2, 3, 4, 5]])
     later = tokens.clone()
     later[:, 4] = 9
@@ -498,8 +498,8 @@ def test_a_trained_text_transformer_is_bidirectional() -> None:
 def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text: str) -> None:
     prior = DiffusionPrior(PriorConfig(16, 1, 2), clip.embedding_dim, clip.text_width, clip.text_length)
     prior.text.set_null(caption_features(clip, clip.tokenize([""])))
-    upsampler = awake(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
-    stack = generation.Stack(clip, prior, awake(objective(clip, text=text).model), [upsampler])
+    upsampler = fill_zeros(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
+    stack = generation.Stack(clip, prior, fill_zeros(objective(clip, text=text).model), [upsampler])
     settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=(2,), precision="fp32")
     embedding = torch.randn(1, clip.embedding_dim)
     drawn = [

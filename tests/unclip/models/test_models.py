@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unclip.systems.tiny_stacks import awake
+from tests.unclip.systems.tiny_stacks import fill_zeros
 from unclip.errors import ConfigError, ShapeError
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.embeddings import EmbeddingStatistics
@@ -20,7 +20,7 @@ CONVOLUTIONAL = UNetConfig(16, channels=8, channel_mult=(1, 2), num_res_blocks=1
 
 @pytest.fixture
 def prior() -> DiffusionPrior:
-    return awake(
+    return fill_zeros(
         DiffusionPrior(PriorConfig(width=16, depth=2, num_heads=2), embedding_dim=6, text_width=5, text_length=7)
     )
 
@@ -84,7 +84,7 @@ def test_prior_samples_keep_the_better_candidate(prior: DiffusionPrior) -> None:
 
 @pytest.fixture
 def decoder() -> Decoder:
-    return awake(Decoder(DecoderConfig(UNET, context_dim=8), embedding_dim=6))
+    return fill_zeros(Decoder(DecoderConfig(UNET, context_dim=8), embedding_dim=6))
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_decoder_samples_are_pictures_and_follow_the_seed(decoder: Decoder) -> N
 
 @pytest.fixture
 def upsampler() -> Upsampler:
-    return awake(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=8, scale=4)))
+    return fill_zeros(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=8, scale=4)))
 
 
 @torch.no_grad()

@@ -202,15 +202,15 @@ def test_what_cannot_be_drawn_is_refused(stack: Stack) -> None:
         manipulations.probe(stack, x, [1])
 
 
-def test_layouts_move_as_pictures_do() -> None:
+def test_placements_move_as_pictures_do() -> None:
     x = torch.full((9, 3, 32, 32), -1.0)
     for index in range(9):
         x[index, :, 8 : 12 + index, 2 * index : 2 * index + 6] = 1.0
-    found = evaluation.layout(x)
+    found = evaluation.placement(x)
     np.testing.assert_allclose(found.centre[:, 0], (2 * np.arange(9) + 3) / 32)
     np.testing.assert_allclose(found.area, 6 * (4 + np.arange(9)) / 32**2)
-    assert (found.background == 0).all() and (evaluation.layout(-x).background == 255).all()
-    assert (evaluation.layout(x[:1] * 0).centre == 0.5).all()
+    assert (found.background == 0).all() and (evaluation.placement(-x).background == 255).all()
+    assert (evaluation.placement(x[:1] * 0).centre == 0.5).all()
 
 
 def test_what_goes_back_is_not_monotone() -> None:

@@ -32,7 +32,7 @@ CLIP_CONFIG: dict[str, Any] = {
 UNET = UNetConfig(SIDE, 8, (1, 2), 1, attention_resolutions=(4,), head_channels=4, norm_groups=4)
 
 
-def awaken(model: Any, scale: float = 0.15, seed: int = 0) -> Any:
+def add_noise(model: Any, scale: float = 0.15, seed: int = 0) -> Any:
     """Random weights added everywhere, also where training starts from zeros or ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def tiny_clip(quick_gelu: bool = True, image_embeddings: Any = "unit", **changes
     from open_clip.transform import PreprocessCfg
 
     torch.manual_seed(0)
-    model = awaken(open_clip.model.CLIP(**{**CLIP_CONFIG, **changes}, quick_gelu=quick_gelu), 0.1)
+    model = add_noise(open_clip.model.CLIP(**{**CLIP_CONFIG, **changes}, quick_gelu=quick_gelu), 0.1)
     open_clip.model.set_model_preprocess_cfg(model, {**vars(PreprocessCfg()), "size": 32})
     return Clip(model, "ViT-B-32", image_embeddings)
 
@@ -90,7 +90,7 @@ def tiny_stack(
         UpsamplerConfig(**{"unet": network, "low_res_size": SIDE, "scale": 2, **(upsampler or {})})
     )
     for seed, model in enumerate((new_prior, new_decoder, new_upsampler)):
-        awaken(model, 0.15, seed)
+        add_noise(model, 0.15, seed)
     for network_of in (new_decoder.unet, new_upsampler.unet, new_upsampler.last_unet):
         if network_of is not None:
             calm_variances(network_of.output[-1])
@@ -107,7 +107,7 @@ SAMPLING = SamplingConfig(
 )
 
 
-def awake(model: Any, std: float = 0.1) -> Any:
+def fill_zeros(model: Any, std: float = 0.1) -> Any:
     """Zero-initialised layers hide what is wired to what, so give them weights."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def publish(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Path:
         for module in model.modules():
             if isinstance(module, EmptyCaption):
                 module.set_null(caption_features(loaded, loaded.tokenize([""])))
-        state = awake(model, 0.06).state_dict()
+        state = fill_zeros(model, 0.06).state_dict()
         checkpoints.save(f"{folder}/models/{name}", {"model": state}, {"kind": name, "samples_seen": 1, **facts})
     pca = PrincipalComponents.of(embeddings)._asdict()
     checkpoints.save(f"{folder}/models/statistics", {"statistics": dict(statistics.state_dict()), "pca": pca}, {})
