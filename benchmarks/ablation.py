@@ -143,7 +143,7 @@ def draw(stack: Stack, way: ImageEmbedding, heldout: Heldout, seed: int = 0) -> 
         captions = heldout.captions[start : start + size]
         for_prior, for_decoder = (torch.Generator().manual_seed(seed * 1_000_003 + number) for _ in range(2))
         embedding = way(captions, for_prior)
-        parts.append(stack.decode(embedding, stack.sampling, for_decoder, text=stack.read_captions(captions)))
+        parts.append(stack.decode(embedding, stack.sampling, for_decoder, Captions(stack.read_captions(captions))))
     return measure(stack, torch.cat(parts), heldout)
 
 
