@@ -38,6 +38,7 @@ from unclip.config import load as load_config
 from unclip.data import RowReader
 from unclip.evaluation import metrics as evaluation
 from unclip.models.clip import Clip
+from unclip.models.decoder import Captions
 from unclip.systems.unclip.stack import SamplingConfig, Stack, load_model
 
 BASE: tuple[str, ...] = ()
