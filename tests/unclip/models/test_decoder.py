@@ -17,7 +17,7 @@ from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import ConfigError, ShapeError
 from unclip.models import unet
 from unclip.models.clip import Clip, create, text_mask
-from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig, known_region, random_masks
+from unclip.models.decoder import NUM_IMAGE_TOKENS, Captions, Decoder, DecoderConfig, known_region, random_masks
 from unclip.models.degradations import DegradationConfig
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import Conv3x3, attention
@@ -25,8 +25,11 @@ from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, caption_features
 from unclip.models.unet import ContextAttention, ResBlock, UNet, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.systems.unclip import objectives
-from unclip.systems.unclip import stack as generation
+from unclip.systems.unclip.decoder import DECODER, DecoderObjective
+from unclip.systems.unclip.sampling import DecoderSampling, SamplingConfig, UpsamplerSampling
+from unclip.systems.unclip.stack import Stack
+from unclip.systems.upsampler import UpsamplerObjective
+from unclip.training.batches import load_images
 from unclip.training.precision import autocast
 
 UNET = UNetConfig(
@@ -238,7 +241,8 @@ def test_guidance_pushes_away_from_neither_condition(text_guidance_scale: float 
     expected = neither + 2 * (both - neither)
     if text_guidance_scale is not None:
         expected = neither + 2 * (image_alone - neither) + text_guidance_scale * (both - image_alone)
-    denoised = decoder.denoiser(embedding, 2.0, text=text, text_guidance_scale=text_guidance_scale)(x_t, t)
+    settings = DecoderSampling(guidance_scale=2, text_guidance_scale=text_guidance_scale)
+    denoised = decoder.denoiser(embedding, settings, Captions(text))(x_t, t)
     torch.testing.assert_close(denoised.x0, expected.clamp(-1, 1), atol=1e-4, rtol=1e-4)
     assert denoised.variance_fraction is not None
 
@@ -272,7 +276,10 @@ def test_known_pixels_come_back_as_they_were() -> None:
     mask = random_masks(3, 16, torch.Generator().manual_seed(5))
     drawn = [
         decoder.sample(
-            embedding, known=known_region(given, mask), num_steps=2, generator=torch.Generator().manual_seed(0)
+            embedding,
+            DecoderSampling(num_steps=2, guidance_scale=1),
+            known=known_region(given, mask),
+            generator=torch.Generator().manual_seed(0),
         )
         for given in (images, -images)
     ]
@@ -304,11 +311,11 @@ def rows(clip: Clip, batch: int = 8) -> dict[str, list[Any]]:
     }
 
 
-def objective(clip: Clip, **changes: Any) -> objectives.DecoderObjective:
+def objective(clip: Clip, **changes: Any) -> DecoderObjective:
     torch.manual_seed(0)
     config = DecoderConfig(**{"unet": UNET, "context_dim": 8, "text_transformer": TINY_TEXT, **changes})
     statistics = EmbeddingStatistics.of(torch.randn(30, clip.embedding_dim))
-    return objectives.DecoderObjective(config, statistics, rows(clip), clip)
+    return DecoderObjective(config, statistics, rows(clip), clip)
 
 
 @pytest.mark.parametrize("text", ["none", "clip", "transformer"])
@@ -346,7 +353,7 @@ def test_the_empty_caption_goes_with_the_weights(clip: Clip, text: str) -> None:
         empty = CaptionFeatures(features.text_encodings, features.text_mask, features.text_projection)
     x_t, t, embedding = torch.randn(1, 3, 16, 16), torch.tensor([500]), torch.randn(1, clip.embedding_dim)
     torch.testing.assert_close(model(x_t, t, embedding), model(x_t, t, embedding, None, empty))
-    again = generation.BUILDERS["decoder"](trained.facts()).eval()
+    again = DECODER.build(trained.facts()).eval()
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again(x_t, t, embedding), model(x_t, t, embedding))
 
@@ -400,7 +407,10 @@ def test_inpainting_learns_to_go_on_with_what_it_is_shown(clip: Clip) -> None:
     mask[..., :4] = True
     drawn, blind = (
         trained.model.sample(
-            tensors["image_embedding"], known=known, num_steps=4, generator=torch.Generator().manual_seed(0)
+            tensors["image_embedding"],
+            DecoderSampling(num_steps=4, guidance_scale=1),
+            known=known,
+            generator=torch.Generator().manual_seed(0),
         )[..., 4:]
         for known in (known_region(images, mask), None)
     )
@@ -417,12 +427,16 @@ def test_an_upsampler_is_told_how_noisy_its_picture_is() -> None:
     assert not any(changed(quiet, upsampler(x_t, t, low_res)))
     original = low_res.clone()
     drawn = [
-        upsampler.sample(low_res, num_steps=2, noise_level=level, generator=torch.Generator().manual_seed(0))
+        upsampler.sample(
+            low_res,
+            UpsamplerSampling(num_steps=2, noise_level=level),
+            generator=torch.Generator().manual_seed(0),
+        )
         for level in (0, 400, 400)
     ]
     assert all(changed(drawn[0], drawn[1])) and torch.equal(drawn[1], drawn[2]) and torch.equal(low_res, original)
     with pytest.raises(ConfigError, match="noise_level: got 401, expected at least 0, at most 400"):
-        upsampler.sample(low_res, noise_level=401)
+        upsampler.sample(low_res, UpsamplerSampling(noise_level=401))
 
 
 def test_upsamplers_are_trained_on_windows_of_a_quarter_with_levels_of_their_own(clip: Clip) -> None:
@@ -435,7 +449,7 @@ def test_upsamplers_are_trained_on_windows_of_a_quarter_with_levels_of_their_own
     y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
     images = torch.stack([y, x, torch.zeros_like(x)]).expand(8, -1, -1, -1)
     original = images.clone()
-    trained = objectives.UpsamplerObjective(config, {"jpg": [jpeg((0, 0, 0), side)]})
+    trained = UpsamplerObjective(config, {"jpg": [jpeg((0, 0, 0), side)]})
     seen = []
 
     class Recorder(torch.nn.Module):
@@ -458,7 +472,7 @@ def test_stored_stripes_of_a_pixel_become_grey_when_they_are_made_smaller() -> N
     stripes[::2] = 255
     file = io.BytesIO()
     Image.fromarray(stripes).save(file, "JPEG", quality=100, subsampling="4:4:4")
-    images = objectives.load_images([file.getvalue()], 32)
+    images = load_images([file.getvalue()], 32)
     assert images[:, :, 4:-4, 4:-4].abs().max() < 0.1
 
 
@@ -477,7 +491,7 @@ def test_a_learned_variance_samples(clip: Clip) -> None:
     model = trained.model.eval()
     embedding = torch.randn(2, clip.embedding_dim)
     noise = torch.randn(2, 3, 16, 16)
-    denoise = model.denoiser(embedding, 2.0)
+    denoise = model.denoiser(embedding, DecoderSampling(guidance_scale=2))
     drawn = samplers.ddpm(model.diffusion, denoise, noise, 3, torch.Generator().manual_seed(0))
     assert drawn.shape == (2, 3, 16, 16) and drawn.isfinite().all()
     assert to_dict(model.config)["diffusion"]["variance"] == "learned_range"
@@ -499,12 +513,17 @@ def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text:
     prior = DiffusionPrior(PriorConfig(16, 1, 2), clip.embedding_dim, clip.text_width, clip.text_length)
     prior.text.set_null(caption_features(clip, clip.tokenize([""])))
     upsampler = fill_zeros(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
-    stack = generation.Stack(clip, prior, fill_zeros(objective(clip, text=text).model), [upsampler])
-    settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=(2,), precision="fp32")
+    stack = Stack(clip, prior, fill_zeros(objective(clip, text=text).model), [upsampler])
+    settings = SamplingConfig(
+        decoder=DecoderSampling(num_steps=2), upsamplers={"64": UpsamplerSampling(num_steps=2)}, precision="fp32"
+    )
     embedding = torch.randn(1, clip.embedding_dim)
     drawn = [
         stack.decode(embedding, settings, torch.Generator().manual_seed(0), text)
-        for text in (*(stack.read_captions([words]) for words in ("a red circle", "a blue star", "")), None)
+        for text in (
+            *(Captions(stack.read_captions([words])) for words in ("a red circle", "a blue star", "")),
+            Captions(),
+        )
     ]
     assert changed(drawn[0], drawn[1]) == [text != "none"]
     assert not any(changed(drawn[2], drawn[3]))
@@ -516,7 +535,7 @@ def test_upsamplers_train_in_either_precision(kind: Any, precision: Any) -> None
     config = UpsamplerConfig(
         CONVOLUTIONAL, low_res_size=8, max_noise_level=400, degradation=DegradationConfig(kind, blur_prob=1.0)
     )
-    trained = objectives.UpsamplerObjective(config, {"jpg": [jpeg((0, 100, 200), 32)] * 2})
+    trained = UpsamplerObjective(config, {"jpg": [jpeg((0, 100, 200), 32)] * 2})
     tensors = trained.prepare({"jpg": [jpeg((0, 100, 200), 32)] * 2})
     with autocast(precision, torch.device("cpu")):
         loss = trained.loss(trained.model, tensors, torch.Generator().manual_seed(0))
