@@ -9,7 +9,7 @@ from unclip.diffusion import samplers
 from unclip.diffusion.process import GaussianDiffusion, Predict
 from unclip.training.timesteps import TimestepLosses, UniformTimesteps, timestep_sampler
 
-MEASURED_TIMESTEPS = 64
+MEASURED_TIMESTEPS = 32
 """Timesteps at which a finished model's mean squared score is measured; between them it is interpolated."""
 
 
