@@ -80,15 +80,18 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` over those of the model size that they name; without one, over an upsampler to 256 pixels."""
-    name = values.get("model_size")
+    """`values` over those of the model size that they name; without one, over an upsampler to 256 pixels.
+
+    `upsamplers = {}` leaves all of them out.
+    """
+    name, none = values.get("model_size"), {"upsamplers": {}} if values.get("upsamplers") == {} else {}
     if name in (None, "none"):
-        return config.merge({"upsamplers": {"256": {}}}, values)
+        return {**config.merge({"upsamplers": {"256": {}}}, values), **none}
     if name not in MODEL_SIZES:
         raise ConfigError(f"model_size: got {name!r}. {nearest(str(name), MODEL_SIZES)}")
     prior = values.get("prior")
     kind = prior.get("kind", "diffusion") if isinstance(prior, Mapping) else "diffusion"
-    return config.merge(MODEL_SIZES[name].sections(kind), values)
+    return {**config.merge(MODEL_SIZES[name].sections(kind), values), **none}
 
 
 def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
