@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from unclip.systems.unclip.objectives import load_images
 
 from pipelines import dag as dags
 from pipelines.composition import compose
@@ -37,7 +38,6 @@ from unclip.config import load as load_config
 from unclip.data import RowReader
 from unclip.evaluation import metrics as evaluation
 from unclip.models.clip import Clip
-from unclip.systems.unclip.objectives import load_images
 from unclip.systems.unclip.stack import SamplingConfig, Stack, load_model
 
 BASE: tuple[str, ...] = ()

@@ -4,8 +4,8 @@ import os
 from typing import Any
 
 from pipelines.composition import compose
-from pipelines.config import PipelineConfig
-from tasks.stage import Resources, declared_name
+from pipelines.dataset import PipelineConfig
+from tasks.stage import Resources
 from unclip.errors import ConfigError
 
 WORKER_ENVIRONMENT = {
@@ -64,6 +64,5 @@ def start_ray(config: PipelineConfig) -> None:
 
 
 def worker_resources(config: PipelineConfig) -> dict[str, Resources]:
-    """What the workers of each stage that has some are given."""
-    with_workers = ("clip", "embed", "prior", "decoder", "upsampler", "evaluate")
-    return {stage: config.resources.of(stage) for stage in compose(config) if declared_name(stage) in with_workers}
+    """Worker resources by stage, for the stages that have workers."""
+    return {name: config.resources.of(name) for name, node in compose(config).items() if node.stage.has_workers}

@@ -1,8 +1,8 @@
 """The DAG that a configuration asks for."""
 
 from pipelines import dag as dags
-from pipelines.config import PipelineConfig
-from pipelines.systems.unclip import text_to_image
+from pipelines.dataset import PipelineConfig
+from pipelines.pipeline import pipeline_of
 from tasks.stage import Run
 from tasks.tracking import Tracker
 
@@ -10,4 +10,4 @@ from tasks.tracking import Tracker
 def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
     """The DAG of a configuration; without a run, to look at only."""
     placeholder = Run("", "", config.storage, Tracker("", ""), "")
-    return dags.compose(text_to_image, config, run or placeholder)
+    return dags.compose(pipeline_of(config.system).compose, config, run or placeholder)

@@ -7,13 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks.progress import bar
+from tasks.run_records import stage_events
 from tasks.store import Store
-
-
-def stage_events(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
-    """What is known of each stage of a run."""
-    names = [name for name in store.list("runs", run_id) if name.endswith(".json") and name != "run.json"]
-    return {name.removesuffix(".json"): store.read_json("runs", run_id, name) for name in names}
 
 
 class Console:

@@ -17,6 +17,8 @@ class Node:
 
     stage: Stage
     config: Any
+    section: tuple[str, ...]
+    """Path of its settings in those of the pipeline."""
     parents: tuple[str, ...]
     ray_node: Any
     """Ray's own DAG node; its `execute` runs the stage after its parents."""
@@ -46,19 +48,36 @@ class Binder:
 
     def __call__(self, stage: Stage, *parents: Any) -> Any:
         """Stage `x`, configured by `config.x`."""
-        return self._place(stage, getattr(self.config, stage.name), parents)
+        return self._place(stage, (stage.name,), parents)
 
     def each(self, stage: Stage, *parents: Any) -> tuple[Any, ...]:
         """Stage `x` as `x-a`, `x-b` and so on, for all the sections `config.xs` has."""
-        sections = getattr(self.config, f"{stage.name}s")
-        return tuple(self._place(stage.member(key), section, parents) for key, section in sections.items())
+        keys = getattr(self.config, f"{stage.name}s")
+        return tuple(self._place(stage.member(key), (f"{stage.name}s", key), parents) for key in keys)
 
-    def _place(self, stage: Stage, stage_config: Any, parents: tuple[Any, ...]) -> Any:
+    def _place(self, stage: Stage, section: tuple[str, ...], parents: tuple[Any, ...]) -> Any:
+        stage_config = _section(self.config, section)
         ray_node = stage.bind(self.run, stage_config, *parents)
         of = tuple(self._names[id(parent)] for parent in parents)
-        self.nodes[stage.name] = Node(stage, stage_config, of, ray_node)
+        self.nodes[stage.name] = Node(stage, stage_config, section, of, ray_node)
         self._names[id(ray_node)] = stage.name
         return ray_node
+
+
+def _section(config: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        config = config[name] if isinstance(config, Mapping) else getattr(config, name)
+    return config
+
+
+def with_section(config: Any, path: tuple[str, ...], section: Any) -> Any:
+    """A copy of a pipeline's settings with another section at this path."""
+    if not path:
+        return section
+    inner = with_section(_section(config, path[:1]), path[1:], section)
+    if isinstance(config, Mapping):
+        return {**config, path[0]: inner}
+    return dataclasses.replace(config, **{path[0]: inner})
 
 
 def compose(pipeline: Callable[[Binder], Any], config: Any, run: Run) -> Dag:
@@ -100,7 +119,7 @@ def states(dag: Dag, store: Store) -> dict[str, State]:
 def mermaid(dag: Dag, labels: Mapping[str, str] | None = None) -> str:
     """The DAG as Mermaid text; `labels` (stage -> state) colour it."""
     lines = ["flowchart LR"]
-    lines += [f"    {parent} --> {name}" for name, node in dag.items() for parent in node.parents]
+    lines += [f"    {parent} --> {name}" for name, node in dag.items() for parent in dict.fromkeys(node.parents)]
     for name, label in (labels or {}).items():
         lines.append(f"    style {name} fill:{COLOURS.get(label, '#ffffff')}")
     return "\n".join(lines) + "\n"
@@ -130,7 +149,7 @@ def picture(dag: Dag, labels: Mapping[str, str] | None = None) -> bytes:
         box = {"boxstyle": "round,pad=0.45", "fc": colour, "ec": "#666666"}
         boxes[name] = axes.text(x, y, name, ha="center", va="center", fontsize=10, bbox=box, zorder=4).get_bbox_patch()
     for name, node in dag.items():
-        for parent in node.parents:
+        for parent in dict.fromkeys(node.parents):
             bend = "arc3,rad=-0.25" if depth[name] - depth[parent] > 1 else "arc3"
             arrow = {"arrowstyle": "-|>", "color": "#888888", "connectionstyle": bend}
             ends = {"patchA": boxes[parent], "patchB": boxes[name], "shrinkA": 2, "shrinkB": 2}

@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def _refuse_if_renewed(uri: str) -> None:
         uri.rpartition("/")[0],
         f"{first['who']}; a run that was killed is forgotten after {EXPIRY_SECONDS:.0f} s",
     )
-    print(f"{root}: perhaps another run is at work here ({said}). Watching it.", flush=True)
+    print(f"{root}: perhaps another run is at work here ({said}). Watching it.", file=sys.stderr, flush=True)
     while time.monotonic() - started < EXPIRY_SECONDS:
         time.sleep(HEARTBEAT_SECONDS / 3)
         lease = _read(uri)

@@ -1,27 +1,26 @@
 """Checks before anything starts, and the pinning of a pipeline's inputs."""
 
+import contextlib
 import dataclasses
+import tempfile
 
+from pipelines import dag as dags
 from pipelines import scene_server
 from pipelines.composition import compose
-from pipelines.config import PipelineConfig
+from pipelines.dataset import PipelineConfig
 from pipelines.records import tracking_uri
-from tasks.stages.curate import pin_probes
-from tasks.stages.download import pin_attempt
-from tasks.stages.filter import check_settings
-from tasks.stages.ingest import check_source
-from tasks.stages.report import Limit
+from tasks.stage import Pinning
 from tasks.store import Store
-from tasks.tombstones import tombstones_digest
+from unclip import files
 from unclip.config import fingerprint, to_dict
-from unclip.training import curves
 
 
-def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfig:
+def prepare(config: PipelineConfig, retry_failed: bool = False, only_looks: bool = False) -> PipelineConfig:
     """Check everything that can be wrong before anything starts, and pin the inputs.
 
     Args:
         retry_failed: fetch again what failed for reasons that may have passed.
+        only_looks: leave nothing in the storage, which may not be there yet.
 
     Returns:
         The configuration with what the pipeline fills in: digests of the list, of the block lists and of the probes, limits
@@ -32,23 +31,36 @@ def prepare(config: PipelineConfig, retry_failed: bool = False) -> PipelineConfi
     """
     tracking_uri(config)  # raises when there can be none
     store = Store(config.storage)
-    store.check_writable()
-    for node in compose(config).values():
-        reference_curve = node.config.trainer.reference_curve if hasattr(node.config, "trainer") else None
-        if reference_curve is not None:
-            curves.read(reference_curve)
-    ingest, download = config.ingest, config.download
-    if config.scenes is not None:
-        name = fingerprint(to_dict(config.scenes))[:16]
-        urls = store.uri("scenes", f"{name}.parquet")
-        if not store.exists("scenes", f"{name}.parquet"):
-            scene_server.write_url_list(config.scenes, urls)
-        ingest = dataclasses.replace(ingest, urls=urls)
-        download = dataclasses.replace(download, allow_hosts=(*download.allow_hosts, config.scenes.address))
-    ingest = dataclasses.replace(ingest, digest=check_source(ingest), tombstones=tombstones_digest(store))
-    download = pin_attempt(store, download, retry_failed)
-    limits = {**config.filter.limits(), **config.curate.limits()}
-    report = dataclasses.replace(config.report, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
-    curate = pin_probes(config.curate)
-    filter = dataclasses.replace(config.filter, digest=check_settings(config.filter))
-    return dataclasses.replace(config, ingest=ingest, download=download, filter=filter, curate=curate, report=report)
+    if only_looks:
+        store.check_may_be_written()
+    else:
+        store.check_writable()
+    with contextlib.ExitStack() as stack:
+        urls = config.ingest.urls
+        if config.scenes is not None:
+            urls = store.uri("scenes", f"{fingerprint(to_dict(config.scenes))[:16]}.parquet")
+            folder = stack.enter_context(tempfile.TemporaryDirectory()) if only_looks else None
+            config = _with_scenes(config, urls, folder)
+        for node in compose(config).values():
+            if node.stage.pin is not None:
+                section = node.stage.pin(node.config, Pinning(store, config, retry_failed))
+                config = dags.with_section(config, node.section, section)
+    return dataclasses.replace(config, ingest=dataclasses.replace(config.ingest, urls=urls))
+
+
+def _with_scenes(config: PipelineConfig, urls: str, folder: str | None) -> PipelineConfig:
+    """Let the server of the procedural scenes be asked for those on its list.
+
+    Args:
+        urls: URI of the list, which is written where there is none.
+        folder: where it is written instead, so that nothing stays.
+    """
+    assert config.scenes is not None
+    if not files.exists(urls):
+        urls = urls if folder is None else f"{folder}/{urls.rpartition('/')[2]}"
+        scene_server.write_url_list(config.scenes, urls)
+    allow_hosts = (*config.download.allow_hosts, config.scenes.address)
+    ingest = dataclasses.replace(config.ingest, urls=urls)
+    return dataclasses.replace(
+        config, ingest=ingest, download=dataclasses.replace(config.download, allow_hosts=allow_hosts)
+    )

@@ -1,7 +1,6 @@
 """Finding the stack that was published."""
 
-from pipelines.records import tracking_uri_of
-from tasks.store import Store
+from pipelines.storage import open_storage, open_tracked
 from unclip.errors import InputError
 
 
@@ -15,8 +14,8 @@ def find_stack(storage: str, model: str | None) -> str:
     Raises:
         InputError: nothing was published, or MLflow knows no such model.
     """
-    store = Store(storage)
     if model is None:
+        store = open_storage(storage)
         names = store.list("published")
         if not names:
             raise InputError(
@@ -29,7 +28,7 @@ def find_stack(storage: str, model: str | None) -> str:
 
     from tasks.tracking import client
 
-    uri = tracking_uri_of(store)
+    _, uri = open_tracked(storage)
     name, _, alias = model.partition("@")
     try:
         version = client(uri).get_model_version_by_alias(name, alias or "latest-published")

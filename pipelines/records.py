@@ -6,17 +6,19 @@ import os
 import socket
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.config import PipelineConfig
-from tasks.stage import Run
 from tasks.store import Store
 from tasks.tracking import Tracker, client, without_password
 from unclip.config import to_dict
 from unclip.errors import ConfigError, StorageError
 
+if TYPE_CHECKING:
+    from pipelines.dataset import PipelineConfig
+    from tasks.stage import Run
 
-def tracking_uri(config: PipelineConfig) -> str:
+
+def tracking_uri(config: "PipelineConfig") -> str:
     """Where MLflow keeps its records."""
     return config.tracking_uri or tracking_uri_of(Store(config.storage))
 
@@ -56,8 +58,10 @@ def tracking_uris_of(store: Store) -> list[str]:
     return list(known.values())
 
 
-def open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
+def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     """Register a run with MLflow and in the store, whose lock the caller holds."""
+    from tasks.stage import Run
+
     uri = tracking_uri(config)
     experiment_id, run_id = "", ""
     try:
@@ -87,7 +91,7 @@ def open_run(pipeline: str, config: PipelineConfig, store: Store) -> Run:
     return run
 
 
-def close_run(run: Run, store: Store, state: str) -> None:
+def close_run(run: "Run", store: Store, state: str) -> None:
     """Tell both how the run ended: done, failed or stopped."""
     run.tracker.end({"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[state])
     record = store.read_json("runs", run.id, "run.json")

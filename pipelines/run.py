@@ -9,13 +9,14 @@ from pipelines import dag as dags
 from pipelines import scene_server
 from pipelines.cluster import WORKER_ENVIRONMENT, start_ray
 from pipelines.composition import compose
-from pipelines.config import PipelineConfig
-from pipelines.console import Console, stage_events
+from pipelines.console import Console
+from pipelines.dataset import PipelineConfig
 from pipelines.lock import lock
 from pipelines.prepare import prepare
 from pipelines.records import close_run, open_run
 from pipelines.summary import print_summary, summarise, write_results
 from tasks import signals
+from tasks.run_records import stage_events
 from tasks.stage import Failure, Run
 from tasks.store import Store
 from tasks.tracking import flatten

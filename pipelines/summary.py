@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import PipelineConfig
+from pipelines.dataset import PipelineConfig
 from tasks.stage import Artifact
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import files

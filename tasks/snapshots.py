@@ -48,7 +48,7 @@ class Snapshot:
         """Kept keys of a split, sorted."""
         return kept_keys(self.selection, split)
 
-    def source(self, table: Literal["images", "embeddings"], *columns: str) -> Source:
+    def source(self, table: str, *columns: str) -> Source:
         """The files of a table at this snapshot's version."""
         uri = getattr(self, table)
         version = getattr(self, f"{table}_version")

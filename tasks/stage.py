@@ -10,8 +10,6 @@ import dataclasses
 import importlib
 import inspect
 import logging
-import os
-import socket
 import tempfile
 import time
 import traceback
@@ -23,10 +21,14 @@ from typing import Any
 import ray
 
 from tasks.progress import Progress
+from tasks.run_records import is_going_on
 from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip.config import decisive, fingerprint, require, to_dict
 from unclip.errors import StageError, StorageError, UnclipError
+
+if typing.TYPE_CHECKING:  # a stage that trains nothing needs no torch
+    from unclip.systems.part import Part
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +92,10 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True)
 class StageResources(Resources):
-    """What stages get: these values, but for the stages that have their own."""
+    """Resources by stage: these values, but for the stages that have a section of their own, as fields of subclasses.
 
-    clip: Resources | None = None
-    """For training CLIP."""
-    embed: Resources | None = None
-    """For embedding."""
-    prior: Resources | None = None
-    """For training the prior."""
-    decoder: Resources | None = None
-    """For training the decoder."""
-    upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
-    """For training each upsampler, by the side of its pictures."""
-    evaluate: Resources | None = None
-    """For drawing and measuring pictures."""
+    A field is named like its stage; that of a stage with several members, `xs` of `x-a` and `x-b`, maps their keys.
+    """
 
     def of(self, stage_name: str) -> Resources:
         name, _, key = stage_name.partition("-")
@@ -138,20 +130,6 @@ class Run:
         return store.exists(*record) and not is_going_on(store.read_json(*record))
 
 
-def is_going_on(record: Mapping[str, Any]) -> bool:
-    """Whether the run of a `run.json` record is still driven by a process."""
-    if record["state"] != "running" or record["host"] != socket.gethostname():
-        return bool(record["state"] == "running")
-    try:
-        os.kill(record["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    status = Path(f"/proc/{record['pid']}/stat")  # where there is one: a zombie has ended, too
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 @dataclasses.dataclass(frozen=True)
 class StageContext:
     """What a stage function may use besides its config and parents."""
@@ -181,13 +159,33 @@ class StageContext:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pinning:
+    """What a stage may look at when its settings are checked and pinned before a run."""
+
+    store: Store
+    config: Any
+    """The settings of the whole pipeline."""
+    retry_failed: bool = False
+    """Whether rows that failed for passing reasons are to be fetched again."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """A declared stage. `bind` it to its config and parents to place it in a DAG."""
 
     name: str
     version: int
     function: Callable[..., Output]
-    config_class: type
+    has_workers: bool = False
+    """Its work is done by workers with `Resources` of their own."""
+    pin: Callable[[Any, Pinning], Any] | None = None
+    """Checks its settings before a run starts, and returns them with what they refer to pinned by digests."""
+    shows_rows: bool = False
+    """What it logs shows rows of the dataset, so that a takedown must find it."""
+    part: "Part[Any] | None" = None
+    """The part that it trains, if it trains one."""
+    made_by: tuple[Callable[[Any], "Stage"], Any] | None = None
+    """A function of a module and its argument that make this stage, where it is no object of a module itself."""
 
     @property
     def help(self) -> str:
@@ -203,6 +201,8 @@ class Stage:
 
     def __reduce__(self) -> Any:
         # The decorated name in the module is this object, so workers import it rather than copy the function.
+        if self.made_by is not None:
+            return _remake_stage, (*self.made_by, self.name)
         return _import_stage, (self.function.__module__, self.function.__name__, self.name)
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
@@ -217,18 +217,22 @@ class Call:
     config: Any
 
 
-def stage(name: str, version: int) -> Callable[[Callable[..., Output]], Stage]:
+def stage(
+    name: str,
+    version: int,
+    *,
+    has_workers: bool = False,
+    pin: Callable[[Any, Pinning], Any] | None = None,
+    shows_rows: bool = False,
+) -> Callable[[Callable[..., Output]], Stage]:
     """Declare a stage. Raise `version` when its code changes what it makes.
 
-    The function's second parameter must be annotated with its configuration dataclass.
+    Args:
+        has_workers: its work is done by workers with `Resources` of their own.
+        pin: `(settings, pinning) -> settings`; checks the settings before a run starts and pins by digests what they refer to.
+        shows_rows: what it logs shows rows of the dataset, so that a takedown must find it.
     """
-
-    def declare(function: Callable[..., Output]) -> Stage:
-        parameters = list(inspect.signature(function).parameters)
-        config_class = typing.get_type_hints(function)[parameters[1]]
-        return Stage(name, version, function, config_class)
-
-    return declare
+    return lambda function: Stage(name, version, function, has_workers, pin, shows_rows)
 
 
 def declared_name(stage_name: str) -> str:
@@ -252,12 +256,15 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     artifacts = [parent for parent in parents if isinstance(parent, Artifact)]
     stage_fingerprint = call.stage.fingerprint(call.config, artifacts)
     committed = find_artifact(store, name, stage_fingerprint)
+    trains = call.stage.part is not None
     if committed:
-        _record(store, run, name, state="cached", fingerprint=stage_fingerprint, seconds=committed.seconds)
+        _record(
+            store, run, name, state="cached", fingerprint=stage_fingerprint, seconds=committed.seconds, trains=trains
+        )
         return committed
 
-    tracker = run.tracker.child(run.experiment_id, name)
-    _record(store, run, name, state="running", fingerprint=stage_fingerprint, started=time.time())
+    tracker = run.tracker.child(run.experiment_id, name, call.stage.shows_rows)
+    _record(store, run, name, state="running", fingerprint=stage_fingerprint, started=time.time(), trains=trains)
     tracker.params(to_dict(call.config))
     started = time.monotonic()
     try:
@@ -269,7 +276,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
         tracker.bytes(traceback.format_exc().encode(), "error.txt")
         tracker.end("FAILED")
         log.error("%s failed: %s", name, message, exc_info=not isinstance(error, UnclipError))
-        _record(store, run, name, state="failed", fingerprint=stage_fingerprint, message=message)
+        _record(store, run, name, state="failed", fingerprint=stage_fingerprint, message=message, trains=trains)
         return Failure(name, message, error.exit_code if isinstance(error, UnclipError) else 1)
     seconds = round(time.monotonic() - started, 1)
     artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
@@ -277,7 +284,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     tracker.tags({"unclip.fingerprint": stage_fingerprint, "unclip.digest": output.digest, "unclip.uri": output.uri})
     tracker.json(dataclasses.asdict(artifact), "artifact.json")
     tracker.end()
-    _record(store, run, name, state="done", fingerprint=stage_fingerprint, seconds=seconds)
+    _record(store, run, name, state="done", fingerprint=stage_fingerprint, seconds=seconds, trains=trains)
     return artifact
 
 
@@ -285,6 +292,10 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
 @ray.remote(num_cpus=0, max_retries=2)
 def _run_stage(call: Call, run: Run, *parents: Artifact | Failure) -> Artifact | Failure:
     return execute(call, run, parents)
+
+
+def _remake_stage(make: Callable[[Any], Stage], argument: Any, name: str) -> Stage:
+    return dataclasses.replace(make(argument), name=name)
 
 
 def _import_stage(module: str, function: str, name: str) -> Stage:

@@ -9,8 +9,12 @@ runs/<run id>/          what happened in each run, stage by stage
 attempts/<recipe>.json  how often failed downloads were tried again
 tombstones.parquet      what was taken down; takedowns/ has what each request came to
 results/<pipeline>/     summary, report and pictures of the last run
+published/<name>.json   the stacks to sample with; imported/ has those that came from elsewhere
+scenes/<name>.parquet   lists of procedural pictures
+mlflow.db               MLflow's records, with mlflow-artifacts/, unless a server has them
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,13 @@ from unclip import files
 from unclip.errors import StorageError
 
 DEFAULT_ROOT = "unclip-data"
+ENTRIES = frozenset(
+    """
+    images embeddings snapshots stages artifacts runs attempts tombstones.parquet takedowns results published imported
+    scenes mlflow.db mlflow-artifacts .lock lease.json
+    """.split()  # noqa: SIM905
+)
+"""Names in the root of a storage, some of which every storage has."""
 
 
 class Store:
@@ -25,7 +36,8 @@ class Store:
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/") if "://" in root else str(Path(root).expanduser().resolve())
-        files.locate(self.root)
+        if not self.is_local:
+            files.locate(self.root)
 
     @property
     def is_local(self) -> bool:
@@ -46,10 +58,24 @@ class Store:
             files.write(probe, b"")
             files.delete(probe)
         except (OSError, StorageError) as error:
-            reason = error.__cause__ or error
-            raise StorageError(
-                f"storage: cannot write to {self.root}: {reason}. Choose another folder with --storage."
-            ) from None
+            raise self._unwritable(error.__cause__ or error) from None
+
+    def check_may_be_written(self) -> None:
+        """As `check_writable`, but writes nothing and makes no folder; a bucket is taken to be writable.
+
+        Raises:
+            StorageError: the root cannot be written, or cannot be made.
+        """
+        if not self.is_local:
+            return
+        nearest = next(path for path in (Path(self.root), *Path(self.root).parents) if path.exists())
+        if not nearest.is_dir():
+            raise self._unwritable(f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise self._unwritable(f"no permission to write in {nearest}")
+
+    def _unwritable(self, reason: object) -> StorageError:
+        return StorageError(f"storage: cannot write to {self.root}: {reason}. Choose another folder with --storage.")
 
     def exists(self, *parts: str) -> bool:
         return files.exists(self.uri(*parts))

@@ -27,6 +27,8 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 PREVIEWS = "previews"
 """Folder with what a model drew while it was trained, beside the rows that it drew it of: of the run's artifacts, and of the
 stage's."""
+SHOWS_ROWS = "unclip.shows_rows"
+"""Tag of a run: whether what is logged to it shows rows of the dataset. Runs of earlier versions have none."""
 PREVIEW_KEYS = "previews/keys.json"
 """The keys of those rows, so that a takedown finds the previews that show one."""
 
@@ -124,9 +126,14 @@ class Tracker:
     def end(self, status: str = "FINISHED") -> None:
         self._try(lambda client: client.set_terminated(self.run_id, status))
 
-    def child(self, experiment_id: str, name: str) -> "Tracker":
-        """Open a run below this one; without a server, logging to it does nothing."""
+    def child(self, experiment_id: str, name: str, shows_rows: bool = False) -> "Tracker":
+        """Open a run below this one; without a server, logging to it does nothing.
+
+        Args:
+            shows_rows: what will be logged to it shows rows of the dataset.
+        """
         tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name, "unclip.stage": name}
+        tags[SHOWS_ROWS] = str(shows_rows).lower()
         run = self._try(lambda client: client.create_run(experiment_id, tags=tags, run_name=name))
         return Tracker(self.tracking_uri, run.info.run_id if run else "")
 

@@ -1,4 +1,4 @@
-"""Training on Ray Train: what the stages of the prior, the decoder, the upsamplers and CLIP share.
+"""Training on Ray Train: what all stages that train share.
 
 Ray Train places the workers, sets up their process group and restarts them when they die. What is resumed from is the
 trainer's own checkpoints, whose manifests say that they are complete.
@@ -14,7 +14,7 @@ from typing import Any
 from tasks import signals
 from tasks.deferred import DeferredTracker
 from tasks.progress import Progress
-from tasks.stage import StageContext
+from tasks.stage import Pinning, StageContext
 from tasks.tracking import PREVIEWS, Tracker
 from unclip import files
 from unclip.background import now_and_then
@@ -51,6 +51,15 @@ class Training:
     config: TrainerConfig
     validation_keys: Callable[[], list[str]] = list
     """The rows to validate with, none of which is trained on."""
+
+
+def pin_trainer(config: Any, _: Pinning) -> Any:
+    """Check the reference curve of a training before anything starts; the settings stay as they are."""
+    if config.trainer.reference_curve is not None:
+        from unclip.training import curves
+
+        curves.read(config.trainer.reference_curve)
+    return config
 
 
 def run_training(context: StageContext, training: Training) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Files by URI: local paths and everything that pyarrow understands (`s3://`, `gs://`), read bounded and written whole.
 
 A written file appears complete or not at all: locally by a temporary file, fsync and rename; object stores do it themselves.
+Local paths are handled without pyarrow, whose import would take most of the time of a command that reads a few small files.
 """
 
 import contextlib
@@ -9,29 +10,33 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
-
-import pyarrow.fs as pafs
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unclip.errors import StorageError
+
+if TYPE_CHECKING:
+    import pyarrow.fs as pafs
 
 T = TypeVar("T")
 _TEMPORARY = ".tmp"
 
 
-def locate(uri: str) -> tuple[pafs.FileSystem, str]:
+def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
     """The file system of a URI, and the path in it.
 
     Raises:
         StorageError: pyarrow knows no such file system.
     """
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    import pyarrow.fs as pafs
+
+    if local := _local(uri):
+        return pafs.LocalFileSystem(), str(local)
     try:
         return pafs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except (ValueError, OSError) as error:
@@ -50,12 +55,21 @@ def patiently(uri: str, action: Callable[[], T]) -> T:
     return action()
 
 
+def _local(uri: str) -> Path | None:
+    """The absolute path of a URI that is a plain path."""
+    return None if "://" in uri else Path(uri).expanduser().resolve()
+
+
 def exists(uri: str) -> bool:
+    if local := _local(uri):
+        return local.exists()
     filesystem, path = locate(uri)
-    return bool(patiently(uri, lambda: filesystem.get_file_info(path)).type != pafs.FileType.NotFound)
+    return bool(patiently(uri, lambda: filesystem.get_file_info(path)).type.name != "NotFound")
 
 
 def read(uri: str) -> bytes:
+    if local := _local(uri):
+        return local.read_bytes()
     filesystem, path = locate(uri)
 
     def action() -> bytes:
@@ -78,15 +92,18 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
         StorageError: the disk is full, the folder cannot be written, the store does not answer.
     """
     failpoint("before", uri)
-    filesystem, path = locate(uri)
 
     def action() -> bool:
-        if isinstance(filesystem, pafs.LocalFileSystem):
-            return _write_local(path, data, _replace if replace else _link)
+        if local:
+            return _write_local(local, data, _replace if replace else _link)
         with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(data)
         return True
 
+    local = _local(uri)
+    if local is None:
+        filesystem, path = locate(uri)
+        local = Path(path) if filesystem.type_name == "local" else None  # file://
     try:
         written = patiently(uri, action)
     except OSError as error:
@@ -98,27 +115,27 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
     return written
 
 
-def _write_local(path: str, data: bytes, place: Callable[[str, str], bool]) -> bool:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def _write_local(path: Path, data: bytes, place: Callable[[str, Path], bool]) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        failpoint("within", path)
+        failpoint("within", str(path))
         return place(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
 
 
-def _replace(temporary: str, path: str) -> bool:
+def _replace(temporary: str, path: Path) -> bool:
     os.replace(temporary, path)
     return True
 
 
-def _link(temporary: str, path: str) -> bool:
+def _link(temporary: str, path: Path) -> bool:
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -138,10 +155,22 @@ def write_json(uri: str, value: Any) -> None:
 
 def names(uri: str) -> list[str]:
     """Names in a folder, sorted; nothing when it does not exist."""
+    return sorted(name for name in _names(uri) if not name.endswith(_TEMPORARY))
+
+
+def _names(uri: str) -> list[str]:
+    if local := _local(uri):
+        try:
+            return os.listdir(local)
+        except (FileNotFoundError, NotADirectoryError):
+            if local.exists():
+                raise
+            return []
+    import pyarrow.fs as pafs
+
     filesystem, path = locate(uri)
     selector = pafs.FileSelector(path, allow_not_found=True)
-    found = patiently(uri, lambda: filesystem.get_file_info(selector))
-    return sorted(info.base_name for info in found if not info.base_name.endswith(_TEMPORARY))
+    return [info.base_name for info in patiently(uri, lambda: filesystem.get_file_info(selector))]
 
 
 def sweep(folder: str) -> None:
@@ -153,11 +182,17 @@ def sweep(folder: str) -> None:
 
 def delete(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing happens when it does not exist."""
+    if local := _local(uri):
+        if local.is_dir():
+            shutil.rmtree(local)
+        elif local.exists():
+            local.unlink(missing_ok=True)
+        return
     filesystem, path = locate(uri)
-    kind = patiently(uri, lambda: filesystem.get_file_info(path)).type
-    if kind == pafs.FileType.Directory:
+    kind = patiently(uri, lambda: filesystem.get_file_info(path)).type.name
+    if kind == "Directory":
         patiently(uri, lambda: filesystem.delete_dir(path))
-    elif kind == pafs.FileType.File:
+    elif kind == "File":
         patiently(uri, lambda: filesystem.delete_file(path))
 
 

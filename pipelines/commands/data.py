@@ -1,9 +1,14 @@
 """The commands that look at dataset versions and rows."""
 
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from pipelines.options import STORAGE
-from tasks.store import DEFAULT_ROOT
+from pipelines.options import JSON, STORAGE, print_json
+
+if TYPE_CHECKING:
+    from tasks.lineage.provenance import Version
 
 
 @click.group()
@@ -13,12 +18,18 @@ def data() -> None:
 
 @data.command("list")
 @STORAGE
-def list_versions(storage: str | None) -> None:
+@JSON
+def list_versions(storage: str | None, as_json: bool) -> None:
     """List the dataset versions."""
+    from pipelines.storage import open_storage
     from tasks.lineage.provenance import versions
-    from tasks.store import Store
 
-    for version in versions(Store(storage or DEFAULT_ROOT)):
+    store = open_storage(storage)
+    found = versions(store)
+    if as_json:
+        print_json({"storage": store.root, "versions": [_facts(version) for version in found]})
+        return
+    for version in found:
         made = version.facts["committed"].astimezone()
         counts = "  ".join(f"{count:,} {name}" for name, count in version.counts.items())
         click.echo(
@@ -31,45 +42,63 @@ def list_versions(storage: str | None) -> None:
 @click.argument("new", default="latest")
 @click.option("--keys", is_flag=True, help="Also print the keys.")
 @STORAGE
-def diff(old: str, new: str, keys: bool, storage: str | None) -> None:
+@JSON
+def diff(old: str, new: str, keys: bool, storage: str | None, as_json: bool) -> None:
     """Say how two dataset versions differ; name them by number, digest or `latest`."""
+    from pipelines.storage import open_storage
     from tasks.lineage.provenance import difference, find_version
-    from tasks.store import Store
 
-    store = Store(storage or DEFAULT_ROOT)
+    store = open_storage(storage)
     versions = find_version(store, old), find_version(store, new)
     found = difference(*versions)
+    if as_json:
+        changes = [
+            {"before": before, "after": after, "rows": len(changed), "keys": list(changed) if keys else None}
+            for (before, after), changed in found.changes.items()
+        ]
+        print_json({"old": _facts(versions[0]), "new": _facts(versions[1]), "changes": changes})
+        return
     click.echo(" -> ".join(f"{version.number} {version.digest[:8]}" for version in versions))
     for name, before in found.counts[0].items():
         after = found.counts[1][name]
         click.echo(f"    {name:<8} {before:>9,} -> {after:>9,}  {after - before:+,}")
-    for (fate, new_fate), changed in found.changes.items():
-        click.echo(f"{len(changed):>7,}  {fate} -> {new_fate}")
+    for fates, changed in found.changes.items():
+        click.echo(f"{len(changed):>7,}  {' -> '.join(fates)}")
         for key in changed if keys else ():
             click.echo(f"             {key}")
     if not found.changes:
-        click.echo("the same rows with the same fates")
+        click.echo("no differences")
 
 
 @data.command()
 @click.argument("key")
 @STORAGE
-def show(key: str, storage: str | None) -> None:
+@JSON
+def show(key: str, storage: str | None, as_json: bool) -> None:
     """Say where a row came from, why it was dropped, and which dataset versions and runs contain it.
 
     KEY is a row's key or the first six or more of its 32 digits. Exit codes: 0 the row was found, whatever became of it; 2 no
     row or several have this key.
     """
-    from tasks.lineage.provenance import show as facts_of
-    from tasks.store import Store
+    from pipelines.storage import open_storage
+    from tasks.lineage import provenance
 
-    for name, value in facts_of(Store(storage or DEFAULT_ROOT), key).items():
+    store = open_storage(storage)
+    if as_json:
+        print_json(dataclasses.asdict(provenance.find_row(store, key)))
+        return
+    for name, value in provenance.show(store, key).items():
         if isinstance(value, dict):
             click.echo(name)
             for inner, detail in value.items():
                 click.echo(f"    {inner:<16} {detail}")
         else:
             click.echo(f"{name:<20} {value}")
+
+
+def _facts(version: "Version") -> dict[str, Any]:
+    facts = {"number": version.number, "digest": version.digest, "pipeline": version.facts["pipeline"]}
+    return {**facts, "committed": version.facts["committed"].isoformat(), "counts": version.counts}
 
 
 COMMANDS = (data,)

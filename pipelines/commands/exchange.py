@@ -37,12 +37,16 @@ def export(
 
     from unclip.interop.pipeline import export_stack
     from unclip.models.upsampler import Upsampler
-    from unclip.systems.unclip.stack import Stack, load_model
+    from unclip.systems.system import load_model, load_system
+    from unclip.systems.unclip.stack import Stack
+    from unclip.systems.upsampler import UPSAMPLER
 
-    second = None if upsampler_1024 is None else load_model(upsampler_1024)
+    second = None if upsampler_1024 is None else load_model(upsampler_1024, (UPSAMPLER,))
     if second is not None and not isinstance(second, Upsampler):
         raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected an upsampler's model folder.")
-    stack = Stack.load(published)
+    stack = load_system(published)
+    if not isinstance(stack, Stack):
+        raise InputError("the published stack is not of the system unclip, which is all that this pipeline holds.")
     notes = export_stack(stack, folder, layout=layout, image_variation=image_variation, upsampler_1024=second)  # type: ignore[arg-type]
     for note in notes:
         click.echo(note)

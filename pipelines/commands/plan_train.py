@@ -5,39 +5,61 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.options import CONFIG, SET, complete
+from pipelines.preset import pipeline_names
 from unclip.config import require
 
 if TYPE_CHECKING:
-    from unclip.training.memory import ModelMemory, Training
+    from pipelines.dataset import PipelineConfig
+    from unclip.training.memory import ModelMemory, TrainingSetup
     from unclip.training.parallel import Parallel
 
-HEADINGS = ("weights", "gradients", "moments", "average", "exchange", "activations", "checkpointed")
+HEADINGS = ("weights", "gradients", "moments", "EMA", "exchange", "activations", "checkpointed")
 
 
 @click.command("plan train")
-@click.option("--preset", required=True, metavar="NAME", help="Sizes of the models: demo, small, base or dalle2.")
+@click.argument(
+    "pipeline", default="text_to_image", shell_complete=lambda *given: complete(pipeline_names(), given[-1])
+)
+@CONFIG
+@SET
+@click.option(
+    "--model-size", metavar="NAME", help="Sizes by name: demo, small, base or dalle2; short for --set model_size=NAME."
+)
 @click.option("--gpus", default=1, show_default=True, help="GPUs that train one model together.")
 @click.option("--memory-gib", default=80.0, show_default=True, help="Memory of each GPU, GiB.")
 @click.option("--micro-batch-size", default=1, show_default=True, help="Samples whose activations the table shows.")
-def plan_train(preset: str, gpus: int, memory_gib: float, micro_batch_size: int) -> None:
-    """Print what training the models of a preset takes of each GPU, and what fits; needs no GPU, starts nothing.
+def plan_train(
+    pipeline: str,
+    run_file: str | None,
+    assignments: tuple[str, ...],
+    model_size: str | None,
+    gpus: int,
+    memory_gib: float,
+    micro_batch_size: int,
+) -> None:
+    """Print what training the parts of a PIPELINE takes of each GPU, and what fits; needs no GPU, starts nothing.
 
-    Columns are GiB on each GPU, with weights in float32 and bf16 autocast: weights, gradients, Adam's two moments, the moving
-    average, what DDP or FSDP need to exchange, and the activations of one micro-batch, all kept or with activation
-    checkpointing. GFLOP are those of training on one sample.
+    PIPELINE is text_to_image unless another is named. Columns are GiB on each GPU, with weights in float32 and bf16 autocast:
+    weights, gradients, Adam's two moments, EMA weights, what DDP or FSDP need to exchange, and the activations of one
+    micro-batch, all kept or with activation checkpointing. GFLOP are those of training on one sample.
     """
     require(gpus >= 1, "--gpus", gpus, "at least 1")
     require(memory_gib > 0, "--memory-gib", memory_gib, "a positive number")
     require(micro_batch_size >= 1, "--micro-batch-size", micro_batch_size, "at least 1")
+    from pipelines.config import load
     from unclip.training import memory
 
-    plan = memory.plan(preset)
+    size = () if model_size is None else (f"model_size={model_size}",)
+    # memory does not depend on the list of pairs, which need not be there yet
+    config = load(pipeline, run_file, ("ingest.urls=unknown", *assignments, *size))
+    plan = _measure(config)
     width = max(len(model.name) for model in plan)
     headings = "  ".join(HEADINGS)
     click.echo(f"{'':<{width}}{'parameters':>15}  GFLOP/sample  parallel  {headings}")
     for model in plan:
         parallel = _parallel(model, gpus, memory_gib)
-        states = model.states(memory.Training(gpus, parallel))
+        states = model.states(memory.TrainingSetup(gpus, parallel))
         activations = [model.activations.at(micro_batch_size, checkpointing) for checkpointing in (False, True)]
         sizes = (states.weights, states.gradients, states.moments, states.average, states.exchange, *activations)
         cells = "  ".join(f"{size / memory.GIB:>{len(name)}.3f}" for name, size in zip(HEADINGS, sizes, strict=True))
@@ -57,20 +79,40 @@ def plan_train(preset: str, gpus: int, memory_gib: float, micro_batch_size: int)
     )
 
 
+def _measure(config: "PipelineConfig") -> "list[ModelMemory]":
+    """The memory of each part that a pipeline trains."""
+    from pipelines.composition import compose
+    from unclip.models.clip import shape_of
+    from unclip.models.text import TextShape
+    from unclip.systems.part import Shapes
+    from unclip.training.memory import measure
+
+    clip = shape_of(config.clip.model)
+    shapes = Shapes(clip.embedding_dim, TextShape(clip.text_length, clip.text_width, clip.vocab_size))
+    nodes = compose(config).items()
+    return [
+        measure(name, node.stage.part.network(node.config, shapes))
+        for name, node in nodes
+        if node.stage.part is not None
+    ]
+
+
 def _parallel(model: "ModelMemory", gpus: int, memory_gib: float) -> "Parallel":
     """DDP where it fits."""
-    from unclip.training.memory import Training
+    from unclip.training.memory import TrainingSetup
 
-    return "ddp" if model.largest_micro_batch(Training(gpus, "ddp", checkpointing=True), memory_gib) else "fsdp"
+    return "ddp" if model.largest_micro_batch(TrainingSetup(gpus, "ddp", checkpointing=True), memory_gib) else "fsdp"
 
 
 def _what_fits(model: "ModelMemory", gpus: int, memory_gib: float) -> str:
-    from unclip.training.memory import GIB, RESERVE, Training
+    from unclip.training.memory import GIB, RESERVE, TrainingSetup
 
     options: tuple[Parallel, ...] = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
     found = []
     for parallel in options:
-        kept, checkpointed = (_largest(model, Training(gpus, parallel, each), memory_gib) for each in (False, True))
+        kept, checkpointed = (
+            _largest(model, TrainingSetup(gpus, parallel, each), memory_gib) for each in (False, True)
+        )
         name = f"{parallel.upper()}, " if gpus > 1 else ""
         if kept:
             found.append(f"{name}micro-batch {kept}; with activation checkpointing {checkpointed}")
@@ -78,11 +120,11 @@ def _what_fits(model: "ModelMemory", gpus: int, memory_gib: float) -> str:
             found.append(f"{name}with activation checkpointing alone, micro-batch {checkpointed}")
     if found:
         return ". ".join(found) + "."
-    least = model.at(1, Training(gpus, options[-1], checkpointing=True)) / GIB
+    least = model.at(1, TrainingSetup(gpus, options[-1], checkpointing=True)) / GIB
     return f"nothing fits: one sample takes {least:.1f} GiB of {memory_gib * (1 - RESERVE):.1f}."
 
 
-def _largest(model: "ModelMemory", training: "Training", memory_gib: float) -> str:
+def _largest(model: "ModelMemory", training: "TrainingSetup", memory_gib: float) -> str:
     """The largest micro-batch as text, "" for none; in brackets that of several."""
     from unclip.training.memory import MOST_SAMPLES
 

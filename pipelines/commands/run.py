@@ -1,14 +1,19 @@
 """The commands that run a pipeline, and that tell what it would do and what it did."""
 
+import dataclasses
 import datetime
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.options import CONFIG, PIPELINE, SET, STORAGE
-from tasks.store import DEFAULT_ROOT
+from pipelines.options import CONFIG, JSON, PIPELINE, SET, STORAGE, print_json
+
+if TYPE_CHECKING:
+    from pipelines.dag import Node, State
+    from tasks.run_records import RunRecord
 
 RETRY_FAILED = click.option(
     "--retry-failed",
@@ -51,8 +56,8 @@ def refresh(
 ) -> None:
     """Bring the dataset up to date with its list of URLs: only what is new is fetched and embedded."""
     from pipelines.config import load
+    from pipelines.dataset import DATASET_STAGE
     from pipelines.run import run_pipeline
-    from pipelines.systems.unclip import DATASET_STAGE
 
     config = load(pipeline, run_file, assignments, storage)
     sys.exit(run_pipeline(pipeline, config, until=DATASET_STAGE, retry_failed=retry_failed))
@@ -65,6 +70,7 @@ def refresh(
 @STORAGE
 @click.option("--mermaid", is_flag=True, help="Print the DAG as Mermaid text only.")
 @click.option("--picture", metavar="PNG", help="Draw the DAG to a file.")
+@JSON
 def plan(
     pipeline: str,
     run_file: str | None,
@@ -72,6 +78,7 @@ def plan(
     storage: str | None,
     mermaid: bool,
     picture: str | None,
+    as_json: bool,
 ) -> None:
     """Print the resolved configuration and what a run would do; start nothing.
 
@@ -84,7 +91,9 @@ def plan(
     from tasks.store import Store
     from unclip.config import to_dict
 
-    config = prepare(load(pipeline, run_file, assignments, storage))
+    if as_json and (mermaid or picture):
+        raise click.UsageError("--json goes with neither --mermaid nor --picture.")
+    config = prepare(load(pipeline, run_file, assignments, storage), only_looks=True)
     dag = compose(config)
     states = dags.states(dag, Store(config.storage))
     labels = {name: state.label for name, state in states.items()}
@@ -94,6 +103,10 @@ def plan(
     if mermaid:
         click.echo(dags.mermaid(dag, labels), nl=False)
     if mermaid or picture:
+        return
+    if as_json:
+        stages = [_stage_document(node, states[name]) for name, node in dag.items()]
+        print_json({"pipeline": pipeline, "storage": config.storage, "config": to_dict(config), "stages": stages})
         return
     click.echo(json.dumps(to_dict(config), indent=2))
     click.echo()
@@ -107,30 +120,44 @@ def plan(
 @click.command()
 @STORAGE
 @click.option("--last", default=5, show_default=True, help="How many runs to show.")
-def status(storage: str | None, last: int) -> None:
+@JSON
+def status(storage: str | None, last: int, as_json: bool) -> None:
     """Show the last runs and how their stages fared."""
-    from pipelines.console import stage_events
-    from tasks.stage import is_going_on
-    from tasks.store import Store
+    from pipelines.storage import open_storage
+    from tasks.run_records import last_runs
 
-    store = Store(storage or DEFAULT_ROOT)
-    runs = store.list("runs")[-last:]
+    store = open_storage(storage)
+    runs = last_runs(store, last)
+    if as_json:
+        print_json({"storage": store.root, "runs": [_run_document(run) for run in runs]})
+        return
     if not runs:
         click.echo(f"no runs in {store.root}")
-    for run_id in runs:
-        record = store.read_json("runs", run_id, "run.json")
-        started = datetime.datetime.fromtimestamp(record["started"]).astimezone()
-        state = record["state"]
-        if state == "running" and not is_going_on(record):
-            state = "killed"
-        click.echo(f"{run_id}  {record['pipeline']}  {started:%Y-%m-%d %H:%M}  {state}")
-        events = stage_events(store, run_id)
-        width = max(map(len, events), default=0)
-        for name, event in sorted(events.items(), key=lambda item: item[1]["at"]):
-            if state != "running" and event["state"] == "running":
-                event["state"] = "stopped" if state == "stopped" else "killed"
-            detail = event.get("message") or (f"{event['seconds']:.0f} s" if event.get("seconds") is not None else "")
-            click.echo(f"    {name:<{width}} {event['state']:<8} {detail}".rstrip())
+    for run in runs:
+        click.echo(f"{run.id}  {run.pipeline}  {_local_time(run.started):%Y-%m-%d %H:%M}  {run.state}")
+        width = max((len(stage.name) for stage in run.stages), default=0)
+        for stage in run.stages:
+            detail = stage.message or (f"{stage.seconds:.0f} s" if stage.seconds is not None else "")
+            click.echo(f"    {stage.name:<{width}} {stage.state:<8} {detail}".rstrip())
+
+
+def _stage_document(node: "Node", state: "State") -> dict[str, Any]:
+    made = (
+        {"digest": state.artifact.digest, "uri": state.artifact.uri}
+        if state.artifact
+        else {"digest": None, "uri": None}
+    )
+    return {"name": node.stage.name, "state": state.label, "why": state.why, "after": list(node.parents), **made}
+
+
+def _run_document(run: "RunRecord") -> dict[str, Any]:
+    times = {"started": run.started, "ended": run.ended}
+    told = {name: None if seconds is None else _local_time(seconds).isoformat() for name, seconds in times.items()}
+    return {**dataclasses.asdict(run), **told}
+
+
+def _local_time(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds).astimezone()
 
 
 COMMANDS = (run, refresh, plan, status)

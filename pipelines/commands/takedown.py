@@ -3,12 +3,15 @@
 import dataclasses
 import datetime
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.options import STORAGE
-from tasks.store import DEFAULT_ROOT
+from pipelines.options import JSON, STORAGE, print_json
 from unclip.errors import InputError
+
+if TYPE_CHECKING:
+    from tasks.lineage.takedown import Ledger
 
 
 @click.command()
@@ -22,6 +25,7 @@ from unclip.errors import InputError
 )
 @click.option("--dry-run", is_flag=True, help="Only say how many rows it would be.")
 @STORAGE
+@JSON
 def takedown(
     url: tuple[str, ...],
     domain: tuple[str, ...],
@@ -31,6 +35,7 @@ def takedown(
     near: int | None,
     dry_run: bool,
     storage: str | None,
+    as_json: bool,
 ) -> None:
     """Remove rows and their bytes everywhere, keep them out for good, and name the runs and models that have seen them.
 
@@ -41,19 +46,24 @@ def takedown(
     """
     from pipelines.lock import lock
     from pipelines.records import tracking_uris_of
+    from pipelines.storage import open_storage
     from tasks.lineage import takedown as takedowns
-    from tasks.store import Store
 
     given = {"url": url, "domain": domain, "key": key, "sha256": sha256}
     requested = [takedowns.parse(kind, value) for kind, values in given.items() for value in values]
     requested += [tombstone for path in lists for tombstone in takedowns.parse_file(path)]
     if not requested:
         raise InputError("takedown: got nothing to take down. Give --url, --domain, --key, --sha256 or --file.")
-    store = Store(storage or DEFAULT_ROOT)
+    store = open_storage(storage)
     if not store.list("images"):
         raise InputError(f"{store.root}: no pictures are stored here. Name the folder of a pipeline with --storage.")
     if dry_run:
-        for tombstone, keys in takedowns.find_keys(store, requested, near).items():
+        found = takedowns.find_keys(store, requested, near)
+        if as_json:
+            asked = [{**dataclasses.asdict(tombstone), "rows": len(keys)} for tombstone, keys in found.items()]
+            print_json({"storage": store.root, "requests": asked})
+            return
+        for tombstone, keys in found.items():
             click.echo(f"{len(keys):>7,} rows  {tombstone}")
         return
     tracking_uris = tracking_uris_of(store)
@@ -61,24 +71,15 @@ def takedown(
         ledger = takedowns.take_down(store, requested, near, tracking_uris)
         name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
         store.write_json(dataclasses.asdict(ledger), "takedowns", name)
-    click.echo(f"{len(ledger.keys):,} rows taken down; their URLs and pictures will be refused from now on")
-    for table, count in ledger.deleted.items():
-        click.echo(f"    {count:>7,} rows and their bytes deleted from {table}")
+    written = store.uri("takedowns", name)
+    if as_json:
+        told = dataclasses.asdict(ledger)
+        traces_told = told.pop("traces")
+        asked = [dataclasses.asdict(tombstone) for tombstone in requested]
+        print_json({**told, **traces_told, "storage": store.root, "requests": asked, "ledger": written})
+    else:
+        _tell(ledger, written)
     traces = ledger.traces
-    click.echo(f"{len(ledger.datasets)} dataset versions held such rows; these have read them:")
-    for run in traces.runs:
-        click.echo(f"    run    {run['id']}  {run['experiment']}  {run['name']}  {run['tracking_uri']}")
-    for model in traces.models:
-        click.echo(f"    model  {model['name']} version {model['version']}  {model['tracking_uri']}")
-    for run_id in traces.deleted_previews:
-        click.echo(f"previews of run {run_id} showed such rows and are deleted")
-    click.echo(
-        "Evaluation grids stay: their pictures were drawn by models, though a caption below one may be of such a row."
-    )
-    click.echo(f"written to {store.uri('takedowns', name)}")
-    click.echo(
-        "The next run or refresh makes a dataset version without them; only models trained on that one have not seen them."
-    )
     for run_id, reason in traces.remaining.items():
         click.secho(f"run {run_id}: its previews or report may still show such rows: {reason}", fg="red", err=True)
     for uri, reason in traces.unanswered.items():
@@ -89,6 +90,27 @@ def takedown(
         )
     if traces.remaining or traces.unanswered:
         sys.exit(1)
+
+
+def _tell(ledger: "Ledger", written: str) -> None:
+    traces = ledger.traces
+    click.echo(f"{len(ledger.keys):,} rows taken down; their URLs and pictures will be refused from now on")
+    for table, count in ledger.deleted.items():
+        click.echo(f"    {count:>7,} rows and their bytes deleted from {table}")
+    click.echo(f"{len(ledger.datasets)} dataset versions held such rows; these have read them:")
+    for run in traces.runs:
+        click.echo(f"    run    {run['id']}  {run['experiment']}  {run['name']}  {run['tracking_uri']}")
+    for model in traces.models:
+        click.echo(f"    model  {model['name']} version {model['version']}  {model['tracking_uri']}")
+    for run_id in traces.deleted_previews:
+        click.echo(f"previews of run {run_id} showed such rows and are deleted")
+    click.echo(
+        "Evaluation grids stay: their pictures were drawn by models, though a caption below one may be of such a row."
+    )
+    click.echo(f"written to {written}")
+    click.echo(
+        "The next run or refresh makes a dataset version without them; only models trained on that one have not seen them."
+    )
 
 
 COMMANDS = (takedown,)

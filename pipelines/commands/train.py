@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 import click
 
 from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, complete
+from pipelines.preset import model_names
 from unclip.background import repeatedly
 from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError, StoppedError
 
 if TYPE_CHECKING:
-    from pipelines.config import PipelineConfig
     from pipelines.dag import Dag
+    from pipelines.dataset import PipelineConfig
     from tasks.stage import Artifact
 
 
 @click.command()
-@click.argument("model", shell_complete=lambda *given: complete(_models_of_all_pipelines(), given[-1]))
+@click.argument("model", shell_complete=lambda *given: complete(model_names(), given[-1]))
 @PIPELINE
 @CONFIG
 @SET
@@ -41,7 +42,8 @@ def train(
 ) -> None:
     """Train one MODEL of a PIPELINE on the dataset that the pipeline made last; a later `unclip run` finds it done.
 
-    MODEL is prior, decoder, or upsampler- with the side of its pictures, such as upsampler-256.
+    MODEL is the stage of a part of the system, as `unclip plan` lists them; a part with several members is named with the
+    member, as in `[xs.256]` and x-256.
 
     To resume, run the same command. On SIGTERM or Ctrl-C it writes a checkpoint first.
     """
@@ -63,10 +65,8 @@ def train(
 
 
 def trained_models(dag: "Dag") -> list[str]:
-    """The stages of a DAG that train a model of the stack."""
-    from tasks.stages.train import TRAININGS
-
-    return [name for name, node in dag.items() if type(node.config) in TRAININGS]
+    """The stages of a DAG that train a part."""
+    return [name for name, node in dag.items() if node.stage.part is not None]
 
 
 def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
@@ -102,14 +102,16 @@ def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int
     """Train on a few rows until a model must know them by heart; says whether it does and, if not, what is wrong."""
     from pipelines.composition import compose
     from tasks.snapshots import Snapshot
-    from tasks.stages.train import TRAININGS
+    from tasks.stages.train import training_of
     from tasks.training import train_rows
     from unclip.training import overfitting, parallel
 
-    dataset, *clip = _parents(model, pipeline, config)
-    section = compose(config)[model].config
+    dataset, *needed = _parents(model, pipeline, config)
+    node = compose(config)[model]
+    section, part = node.config, node.stage.part
+    assert part is not None
     section = dataclasses.replace(section, trainer=overfitting.settings(section.trainer, num_rows))
-    training = TRAININGS[type(section)](section, Snapshot.of(dataset.facts), *clip)
+    training = training_of(part, section, Snapshot.of(dataset.facts), *needed)
     keys = training.keys()[:num_rows]
     diagnosis = overfitting.Diagnosis()
     click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(keys)} rows")
@@ -140,15 +142,6 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
             f"Make it first: unclip run {pipeline} --until {missing[0]}"
         )
     return [artifact for name in dag[model].parents if (artifact := states[name].artifact)]
-
-
-def _models_of_all_pipelines() -> list[str]:
-    """For completion, which is asked before the pipeline is named."""
-    from pipelines.composition import compose
-    from pipelines.config import load, pipeline_names
-
-    dags = [compose(load(name, None, ["ingest.urls=unknown"])) for name in pipeline_names()]
-    return list(dict.fromkeys(model for dag in dags for model in trained_models(dag)))
 
 
 COMMANDS = (train,)

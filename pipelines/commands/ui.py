@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from pipelines.options import STORAGE
-from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError
 
 
@@ -16,12 +15,10 @@ from unclip.errors import InputError
 @STORAGE
 def ui(port: int, storage: str | None) -> None:
     """Open the MLflow UI of a storage folder, on loopback."""
-    from pipelines.records import tracking_uri_of
     from pipelines.scene_server import check_port
-    from tasks.store import Store
+    from pipelines.storage import open_tracked
 
-    store = Store(storage or DEFAULT_ROOT)
-    uri = tracking_uri_of(store)
+    store, uri = open_tracked(storage)
     if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise InputError(
             f"{store.root}: no run was tracked here. Run a pipeline first, or name its folder with --storage."

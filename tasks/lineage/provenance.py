@@ -15,7 +15,6 @@ from tasks import rows, tables
 from tasks.duplicates import clusters_of
 from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
-from tasks.stage import declared_name
 from tasks.store import Store
 from unclip import files
 from unclip.errors import InputError
@@ -92,14 +91,67 @@ def _fates(version: Version) -> dict[str, str]:
     return rows.fates(tables.read_file(version.facts["selection"], ["key", "status", "reason"]))
 
 
+@dataclasses.dataclass(frozen=True)
+class RowFacts:
+    """All that is known of a row."""
+
+    key: str
+    fate: str
+    """One sentence: kept, dropped or failed, in which version and why, and which takedown removed it."""
+    url: str | None
+    """None where the row was taken down, like the caption."""
+    caption: str | None
+    lists: tuple[Mapping[str, Any], ...]
+    """Where it was listed: ingest (fingerprint), position, status, reason."""
+    images: tuple[Mapping[str, Any], ...]
+    """What download made of it: recipe, and the columns of the `images` table, without those above and the picture."""
+    same_picture_as: tuple[Mapping[str, str], ...]
+    """The kept row that it duplicates: key, note."""
+    dataset_versions: tuple[Mapping[str, Any], ...]
+    """Those with the row: number, digest, status, reason, split, scores."""
+    runs: tuple[Mapping[str, Any], ...]
+    """Runs that read a version in which it was kept: id, pipeline, state, dataset_version, split, models."""
+
+
 def show(store: Store, key: str) -> dict[str, Any]:
+    """As `find_row`, in words: name -> text, or a mapping of details; what is not known is left out."""
+    row = find_row(store, key)
+    sections = {
+        "lists": {
+            f"{each['ingest'][:8]} row {each['position']}": each["reason"] or each["status"] for each in row.lists
+        },
+        "images": {
+            each["recipe"]: ", ".join(
+                f"{name} {value}" for name, value in each.items() if name != "recipe" and value not in (None, "")
+            )
+            for each in row.images
+        },
+        "same picture as": {each["key"]: each["note"] for each in row.same_picture_as},
+        "dataset versions": {
+            f"{each['number']} {each['digest'][:8]}": ", ".join(
+                [_fate(each), *(f"{name} {value:.3f}" for name, value in each["scores"].items())]
+            )
+            for each in row.dataset_versions
+        },
+        "runs that had it": {
+            each["id"]: f"{each['pipeline']}, {each['state']}, version {each['dataset_version']} ({each['split']}), "
+            + (f"models {', '.join(each['models'])}" if each["models"] else "no model")
+            for each in row.runs
+        },
+    }
+    known = {"key": row.key, "fate": row.fate, "url": row.url, "caption": row.caption, **sections}
+    return {name: value for name, value in known.items() if value}
+
+
+def _fate(row: Mapping[str, Any]) -> str:
+    return f"kept ({row['split']})" if row["status"] == rows.KEPT else f"{row['status']}: {row['reason']}"
+
+
+def find_row(store: Store, key: str) -> RowFacts:
     """All that is known of a row: its fate in words, where it was listed, its picture, and the versions and runs with it.
 
     Args:
         key: or its beginning, at least 6 digits.
-
-    Returns:
-        Name -> text, or a mapping of details; what is not known is left out.
 
     Raises:
         InputError: no row, or several, have this key; names the nearest one, or them.
@@ -110,46 +162,57 @@ def show(store: Store, key: str) -> dict[str, Any]:
     pictures = [uri for uri in pictures if tables.version(uri) is not None]
     key = _whole_key(store, key.strip().lower(), lists, pictures)
 
-    listed: dict[str, str] = {}
-    known: dict[str, Any] = {}
+    listed: list[dict[str, Any]] = []
+    known: dict[str, str] = {}
     for uri in lists:
         for row in _rows_of(tables.read_file(uri), key):
             known |= {name: row[name] for name in ("url", "caption") if row[name]}
-            listed[f"{uri.split('/')[-2][:8]} row {row['position']}"] = row["reason"] or row["status"]
-    images: dict[str, str] = {}
+            place = {"ingest": uri.split("/")[-2], "position": row["position"]}
+            listed.append({**place, "status": row["status"], "reason": row["reason"] or None})
+    images: list[dict[str, Any]] = []
     outcome = ""
     for uri in pictures:
         columns = [name for name in tables.columns(uri) if name != "jpg"]
         for row in _rows_of(tables.read(uri, columns=columns), key):
             known |= {name: row[name] for name in ("url", "caption") if row[name]}
-            facts = {name: value for name, value in row.items() if value not in (None, "")}
-            told = (f"{name} {value}" for name, value in facts.items() if name not in ("key", "url", "caption"))
-            images[uri.rpartition("/")[2]] = ", ".join(told)
+            facts = {name: value for name, value in row.items() if name not in ("key", "url", "caption")}
+            images.append({"recipe": uri.rpartition("/")[2], **facts})
             outcome = row["reason"] or outcome
-    datasets, held, fate, twin = {}, {}, "", {}
+    datasets: list[dict[str, Any]] = []
+    held, fate, twin = {}, "", {}
     for version in versions(store):
         found = _rows_of(tables.read_file(version.facts["selection"]), key)
         if found:
             row = next((row for row in found if row["status"] == rows.KEPT), found[0])
-            said = f"kept ({row['split']})" if row["status"] == rows.KEPT else f"{row['status']}: {row['reason']}"
             scores = _rows_of(tables.read_file(version.facts["scores"]), key)
-            measured = [f"{name} {value:.3f}" for row in scores for name, value in row.items() if name != "key"]
-            datasets[f"{version.number} {version.digest[:8]}"] = ", ".join([said, *measured])
-            fate = f"{said} in dataset version {version.number}"
+            measured = {name: value for scored in scores for name, value in scored.items() if name != "key"}
+            status = {name: row[name] for name in ("status", "reason", "split")}
+            datasets.append({"number": version.number, "digest": version.digest, **status, "scores": measured})
+            fate = f"{_fate(row)} in dataset version {version.number}"
             if row["status"] == rows.KEPT:
                 held[version.digest] = (version.number, row["split"])
             else:
                 fate += f": {rows.meaning(row['reason'])}"
             twin = _twin(version, key, row["reason"])
     if not fate:
-        reason = next((reason for reason in (outcome, *listed.values()) if rows.is_reason(reason or "")), "")
+        reasons = (outcome, *(each["reason"] for each in listed))
+        reason = next((reason for reason in reasons if rows.is_reason(reason or "")), "")
         fate = "in no dataset version" + (f": {reason}, {rows.meaning(reason)}" if reason else " yet")
     requests = sorted({stone["request"] for stone in _tombstones(store) if stone["value"] == key})
     if requests:
         fate = f"taken down because of {', '.join(requests)}; before: {fate}"
-    sections = {"lists": listed, "images": images, "same picture as": twin, "dataset versions": datasets}
-    sections |= {"runs that had it": _runs_with(store, held)}
-    return {"key": key, "fate": fate, **known, **{name: section for name, section in sections.items() if section}}
+    twins = tuple({"key": winner, "note": note} for winner, note in twin.items())
+    return RowFacts(
+        key,
+        fate,
+        known.get("url"),
+        known.get("caption"),
+        tuple(listed),
+        tuple(images),
+        twins,
+        tuple(datasets),
+        tuple(_runs_with(store, held)),
+    )
 
 
 def _whole_key(store: Store, beginning: str, lists: Sequence[str], pictures: Sequence[str]) -> str:
@@ -197,13 +260,13 @@ def _twin(version: Version, key: str, reason: str | None) -> dict[str, str]:
     return {winner: note for (winner, _), (_, note) in found}
 
 
-def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[str, Any]]:
     """Runs of the pipeline that read one of these dataset versions, and what they trained.
 
     Args:
         held: digest -> number of the version and the row's split in it.
     """
-    found = {}
+    found = []
     for run_id in store.list("runs"):
         if not store.exists("runs", run_id, "curate.json"):
             continue
@@ -211,17 +274,26 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> dict[str, s
         digest = store.read_json(*path)["digest"] if store.exists(*path) else None
         if digest is not None and digest in held:
             record = store.read_json("runs", run_id, "run.json")
-            stages = sorted((name.removesuffix(".json") for name in store.list("runs", run_id)), key=len)
-            models = [
-                stage
-                for model in ("prior", "decoder", "upsampler")
-                for stage in stages
-                if declared_name(stage) == model
-            ]
-            trained = f"models {', '.join(models)}" if models else "no model"
+            models = _trained_in(store, run_id)
             number, split = held[digest]
-            found[run_id] = f"{record['pipeline']}, {record['state']}, version {number} ({split}), {trained}"
+            facts = {"id": run_id, "pipeline": record["pipeline"], "state": record["state"]}
+            found.append({**facts, "dataset_version": number, "split": split, "models": models})
     return found
+
+
+def _trained_in(store: Store, run_id: str) -> list[str]:
+    """Stages of a run that train a part on its dataset, in the order in which they began."""
+    events = [store.read_json("runs", run_id, name) for name in store.list("runs", run_id) if name.endswith(".json")]
+    trained = []
+    for event in events:
+        if "stage" not in event:
+            continue
+        artifact = ("stages", event["stage"], f"{event.get('fingerprint')}.json")
+        # earlier versions did not record it; what they trained says how many samples it has seen
+        by_facts = "trains" not in event and store.exists(*artifact)
+        if event.get("trains") or (by_facts and "samples_seen" in store.read_json(*artifact)["facts"]):
+            trained.append((event.get("started", event["at"]), event["stage"]))
+    return [stage for _, stage in sorted(trained)]
 
 
 def _tombstones(store: Store) -> list[dict[str, str]]:

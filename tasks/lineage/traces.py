@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.store import Store
-from tasks.tracking import PREVIEW_KEYS, PREVIEWS, answering_client, without_password
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, answering_client, without_password
 from tasks.untrusted.normalise import first_line
 from unclip.errors import StorageError
-
-STAGES_THAT_SHOW_ROWS = ("report", "decoder", "upsampler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +92,10 @@ def _readers(mlflow: Any, experiments: Collection[str], datasets: Iterable[str])
 
 
 def _showing(mlflow: Any, experiments: Collection[str]) -> Iterator[Any]:
-    """Runs of stages that show rows as they are."""
-    for stage in STAGES_THAT_SHOW_ROWS:
-        yield from _search(mlflow, experiments, f"tags.`unclip.stage` LIKE '{stage}%'")  # upsampler-256
+    """Runs of stages that show rows as they are, and those of earlier versions, which do not say."""
+    for run in _search(mlflow, experiments, "tags.`unclip.stage` LIKE '%'"):
+        if run.data.tags.get(SHOWS_ROWS, "true") == "true":
+            yield run
 
 
 def _mark(mlflow: Any, run: Any) -> Iterator[tuple[str, str]]:

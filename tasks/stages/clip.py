@@ -6,7 +6,7 @@ from typing import Any
 
 from tasks.snapshots import kept_keys
 from tasks.stage import Artifact, Output, StageContext, stage
-from tasks.training import Training, run_training
+from tasks.training import Training, pin_trainer, run_training
 from unclip import files
 from unclip.config import require
 from unclip.data import Source
@@ -37,7 +37,7 @@ class ClipConfig:
         return self.pretrained is None and ":" not in self.model
 
 
-@stage("clip", version=1)
+@stage("clip", version=1, has_workers=True, pin=pin_trainer)
 def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     """Load a pretrained CLIP, or train one on the kept pairs, and freeze it."""
     if not config.is_trained_here:
@@ -45,7 +45,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
         return Output(config.model, digest, {"model": config.model, "pretrained": config.pretrained})
 
     from tasks import tables
-    from unclip.systems.unclip.objectives import ClipObjective
+    from unclip.systems.clip import ClipObjective
 
     context.tracker.dataset(context.run.pipeline, dedup.digest, dedup.uri, {"rows": dedup.facts["rows"]})
     images, version = dedup.facts["images"], dedup.facts["images_version"]

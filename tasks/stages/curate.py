@@ -100,7 +100,7 @@ def pin_probes(config: CurateConfig) -> CurateConfig:
     return dataclasses.replace(config, probes=tuple(pinned))
 
 
-@stage("curate", version=2)
+@stage("curate", version=2, pin=lambda config, _: pin_probes(config))
 def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
     """Score the pairs by CLIP and by probes, drop those out of bounds or meaning the same, and write the snapshot."""
     facts = embed.facts

@@ -32,7 +32,7 @@ import ray
 
 from tasks import rows, tables
 from tasks.progress import Progress
-from tasks.stage import Artifact, Output, Run, StageContext, stage
+from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import load_tombstones
 from tasks.untrusted import decode, domains, fetch
@@ -143,7 +143,11 @@ class DownloadConfig:
         return fingerprint(decode.VERSION, self.image_size, self.jpeg_quality, self.chroma_subsampling)[:16]
 
 
-@stage("download", version=2)
+def _pin(config: DownloadConfig, pinning: Pinning) -> DownloadConfig:
+    return pin_attempt(pinning.store, config, pinning.retry_failed)
+
+
+@stage("download", version=2, pin=_pin)
 def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> Output:
     """Fetch the pictures that no earlier run has tried, shrink them and add them to the images table."""
     table_uri = context.store.uri("images", config.recipe)

@@ -55,7 +55,7 @@ class EmbedConfig:
         require(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
 
 
-@stage("embed", version=2)
+@stage("embed", version=2, has_workers=True)
 def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Artifact) -> Output:
     """Embed the kept pairs that have no embedding of this CLIP yet."""
     table = context.store.uri("embeddings", fingerprint(clip.digest, config.precision)[:16])

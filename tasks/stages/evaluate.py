@@ -1,4 +1,4 @@
-"""Stage `evaluate`: pictures for captions that no model was trained on, and what is right in them."""
+"""Stage `evaluate`: images of held-out captions, sampled by the whole system, and measured."""
 
 import dataclasses
 import io
@@ -11,77 +11,87 @@ import torch
 
 from tasks import tables
 from tasks.snapshots import Snapshot
-from tasks.stage import Artifact, Output, StageContext, stage
-from unclip import files
-from unclip import images as pictures
-from unclip.config import fingerprint, require
-from unclip.evaluation import metrics as evaluation
-from unclip.evaluation import scenes
+from tasks.stage import Artifact, Output, Pinning, StageContext, stage
+from unclip import files, images
+from unclip.config import fingerprint, require, to_dict
+from unclip.data import vectors
+from unclip.evaluation import metrics, scenes
+from unclip.evaluation.metrics import METRICS, Sampled
 from unclip.models.clip import Clip
-from unclip.models.embeddings import EmbeddingStatistics, check_agreement
-from unclip.systems.unclip.stack import SamplingConfig, Stack, load_model
+from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
+    """A system's pipeline adds `sampling`, of the system's own class."""
+
     num_captions: int = 256
-    """Held-out captions to draw; fewer when the snapshot holds out fewer."""
+    """Held-out captions to sample; fewer when the snapshot holds out fewer."""
     num_unseen: int = 0
-    """Scene captions to draw whose pairs of shape and colour are in no training picture; for procedural scenes."""
-    num_pictures: int = 48
-    """Pictures of each group in the captioned grid."""
+    """Scene captions to sample whose pairs of shape and colour are in no training image; for procedural scenes."""
+    num_images: int = 48
+    """Images of each group in the captioned grid."""
     seed: int = 0
-    """Of the noise, and of the unseen scenes."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How pictures are drawn; published with the stack as its default."""
+    """Seed for the noise and the unseen scenes."""
+    system: str | None = None
+    """The system; the pipeline's own, filled in by the run."""
 
     def __post_init__(self) -> None:
         require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
         require(self.num_unseen >= 0, "num_unseen", self.num_unseen, "at least 0")
 
 
-@stage("evaluate", version=1)
-def evaluate(
-    context: StageContext,
-    config: EvaluateConfig,
-    dataset: Artifact,
-    clip: Artifact,
-    prior: Artifact,
-    decoder: Artifact,
-    *upsamplers: Artifact,
-) -> Output:
-    """Draw held-out captions with the whole stack and measure the pictures."""
-    groups = {"heldout": list(heldout_keys(Snapshot.of(dataset.facts)))[: config.num_captions]}
+def _pin(config: Any, pinning: Pinning) -> Any:
+    return dataclasses.replace(config, system=pinning.config.system)
+
+
+@stage("evaluate", version=2, has_workers=True, pin=_pin)
+def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
+    """Sample held-out captions with the whole system and measure the images."""
+    snapshot = Snapshot.of(dataset.facts)
+    groups = {"heldout": list(heldout_keys(snapshot))[: config.num_captions]}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
-    uris = [model.uri for model in (prior, decoder, *upsamplers)]
-    statistics = Snapshot.of(dataset.facts).load_statistics()
-    images, similarities = _draw_all(context, config, groups, clip, uris, statistics)
+    stack = stack_of(config.system, parts, snapshot.statistics, to_dict(config.sampling))
+    reference = _heldout_embeddings(snapshot)
 
-    facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "captions": {}, "pictures": {}}
-    drawn = []
-    for group, captions in groups.items():
-        scores = evaluation.score_scenes(images[group], captions)
-        facts["captions"][group] = len(captions)
-        facts["clip_score"][group] = float(similarities[group].mean())
+    facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "metrics": {}, "captions": {}, "images": {}}
+    digests = []
+    for group, sampled in _sample_all(context, config, groups, clip, stack, reference).items():
+        values = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
+        facts["captions"][group] = len(sampled.captions)
+        facts["metrics"][group] = values
+        facts["clip_score"][group] = values["clip_score"]
+        accuracy = {name.removeprefix("accuracy."): values[name] for name in values if name.startswith("accuracy.")}
         marks = None
+        scores = metrics.score_scenes(sampled.images, sampled.captions)
         if scores is not None:
-            facts["accuracy"][group] = scores.accuracy()
-            marks = scores.all_right()[: config.num_pictures]
-            facts["pictures"][f"confusion_{group}"] = _publish(
-                context, f"confusion_{group}.png", confusion_picture(scores)
-            )
-        shown = images[group][: config.num_pictures]
-        grid = pictures.png(pictures.grid(shown, columns=8, captions=captions[: config.num_pictures], marks=marks))
-        facts["pictures"][group] = _publish(context, f"{group}.png", grid)
-        drawn.append(pictures.to_uint8(images[group]).tobytes())
-        context.tracker.metrics(
-            {f"{group}.clip_score": facts["clip_score"][group]}
-            | {f"{group}.{name}": value for name, value in facts["accuracy"].get(group, {}).items()}
-        )
-    digest = fingerprint([files.sha256(data) for data in drawn], facts["accuracy"])
-    facts["sampling"] = dataclasses.asdict(config.sampling)
-    return Output(context.folder, digest, facts)
+            facts["accuracy"][group] = accuracy
+            marks = scores.all_right()[: config.num_images]
+            name = f"confusion_{group}"
+            facts["images"][name] = _publish(context, f"{name}.png", confusion_matrices(scores))
+        shown, captions = sampled.images[: config.num_images], sampled.captions[: config.num_images]
+        grid = images.png(images.grid(shown, columns=8, captions=captions, marks=marks))
+        facts["images"][group] = _publish(context, f"{group}.png", grid)
+        digests.append(files.sha256(images.to_uint8(sampled.images).tobytes()))
+        context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
+    facts["stack"] = dataclasses.asdict(stack)
+    return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
+
+
+def stack_of(system: str, parts: Sequence[Artifact], statistics: str, sampling: dict[str, Any]) -> StackFiles:
+    """The files of a system from the artifacts of the stages that made its parts; a frozen CLIP may be among them."""
+    models = {part.stage: part.uri for part in parts if "model" not in part.facts}
+    clips = [ClipFiles(part.facts["model"], part.facts["pretrained"]) for part in parts if "model" in part.facts]
+    return StackFiles(system, models, clips[0] if clips else None, statistics, sampling)
+
+
+def _heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
+    """Image embeddings [M, E] of the held-out rows."""
+    table = tables.read(snapshot.embeddings, snapshot.embeddings_version, columns=["key", "image_embedding"])
+    heldout = set(snapshot.keys("holdout"))
+    mask = np.array([key in heldout for key in table.column("key").to_pylist()])
+    return torch.from_numpy(vectors(table.column("image_embedding"))[mask])
 
 
 def heldout_keys(snapshot: Snapshot) -> dict[str, str]:
@@ -108,73 +118,65 @@ def unseen_captions(count: int, seed: int) -> list[str]:
     return captions
 
 
-def _draw_all(
+def _sample_all(
     context: StageContext,
-    config: EvaluateConfig,
+    config: Any,
     groups: dict[str, list[str]],
     clip: Artifact,
-    models: list[str],
-    statistics: EmbeddingStatistics,
-) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
-    """Pictures of each group, and the cosine of each to its caption in CLIP's eyes; batches are shared between workers."""
+    stack: StackFiles,
+    reference: torch.Tensor,
+) -> dict[str, Sampled]:
+    """Images of each group and their embeddings; batches are shared between workers."""
     resources, size = context.resources, config.sampling.batch_size
     batches = [
         (group, number, captions[start : start + size])
         for group, captions in groups.items()
         for number, start in enumerate(range(0, len(captions), size))
     ]
-    actor_options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
+    measuring = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
+    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
     actors = [
-        Artist.options(**actor_options).remote(  # type: ignore[attr-defined]
-            clip, models, config, resources.cpus_per_worker, statistics
+        SamplingWorker.options(**options).remote(  # type: ignore[attr-defined]
+            measuring, stack, config.seed, resources.cpus_per_worker
         )
         for _ in range(min(resources.num_workers, len(batches)))
     ]
-    images: dict[str, list[torch.Tensor]] = {group: [] for group in groups}
-    similarities: dict[str, list[np.ndarray]] = {group: [] for group in groups}
-    progress = context.progress(sum(map(len, groups.values())), "pictures").start()
-    done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.draw.remote(*batch[1:]), batches)
-    for (group, _, captions), (pixels, similarity) in zip(batches, done, strict=True):
-        images[group].append(torch.from_numpy(pixels))
-        similarities[group].append(similarity)
+    found: dict[str, list[tuple[np.ndarray, ...]]] = {group: [] for group in groups}
+    progress = context.progress(sum(map(len, groups.values())), "images").start()
+    done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.sample.remote(*batch[1:]), batches)
+    for (group, _, captions), arrays in zip(batches, done, strict=True):
+        found[group].append(arrays)
         progress.update(len(captions))
-    return (
-        {group: torch.cat(parts) for group, parts in images.items()},
-        {group: np.concatenate(parts) for group, parts in similarities.items()},
-    )
+    return {
+        group: Sampled(pixels, groups[group], image_embedding, text_embedding, reference)
+        for group, parts in found.items()
+        for pixels, image_embedding, text_embedding in [
+            [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)]
+        ]
+    }
 
 
 @ray.remote(max_task_retries=3)
-class Artist:
-    """Holds one stack; draws one batch a call."""
+class SamplingWorker:
+    """Holds one system and the CLIP that measures it; samples one batch a call."""
 
-    def __init__(
-        self,
-        clip: Artifact,
-        models: list[str],
-        config: EvaluateConfig,
-        num_threads: int,
-        statistics: EmbeddingStatistics,
-    ) -> None:
+    def __init__(self, measuring: ClipFiles, stack: StackFiles, seed: int, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded: Any = [load_model(uri) for uri in models]
-        prior, decoder, *upsamplers = loaded
-        frozen_clip = Clip.load(clip.facts["model"], clip.facts["pretrained"])
-        self.stack = Stack(frozen_clip, prior, decoder, upsamplers).to(device)
-        check_agreement({"dataset": statistics, "prior": self.stack.prior.statistics})
-        self.config = config
+        self.system = find_system(stack.system).load(stack).to(device)
+        self.clip = measuring.load().to(device)
+        self.seed = seed
 
-    def draw(self, number: int, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Batch `number` of a group: pictures [B, 3, H, W] in [-1, 1], and their cosines to the captions [B]."""
-        images = self.stack.draw_batch(captions, number, seed=self.config.seed, sampling=self.config.sampling)
-        return images.numpy(), _clip_scores(self.stack, images, captions)
+    def sample(self, number: int, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Batch `number` of a group: images [B, 3, H, W] in [-1, 1], and embeddings [B, E] of them and of the captions."""
+        pixels = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
+        return pixels.numpy(), *_embeddings(self.clip, pixels.to(self.system.device), captions)
 
 
-def _clip_scores(stack: Stack, images: torch.Tensor, captions: Sequence[str]) -> np.ndarray:
-    image_embedding = stack.clip.embed_images(stack.clip.resize(images.to(stack.device)))
-    text_embedding = stack.clip.encode_text(stack.clip.tokenize(list(captions)).to(stack.device)).text_embedding
-    return (image_embedding * text_embedding).sum(dim=1).cpu().numpy()
+def _embeddings(clip: Clip, pixels: torch.Tensor, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    image_embedding = clip.embed_images(clip.resize(pixels))
+    text_embedding = clip.encode_text(clip.tokenize(captions).to(pixels.device)).text_embedding
+    return image_embedding.cpu().numpy(), text_embedding.cpu().numpy()
 
 
 def _publish(context: StageContext, name: str, data: bytes) -> str:
@@ -184,7 +186,7 @@ def _publish(context: StageContext, name: str, data: bytes) -> str:
     return f"{context.folder}/{name}"
 
 
-def confusion_picture(scores: evaluation.SceneScores) -> bytes:
+def confusion_matrices(scores: metrics.SceneScores) -> bytes:
     """A PNG of what was drawn where what was asked for: shapes, colours and sizes."""
     from matplotlib.figure import Figure
 

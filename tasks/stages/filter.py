@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
-from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.untrusted import domains
 from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
 from unclip import files
@@ -91,7 +91,11 @@ class Filter:
     """Of rows as `judge` describes them: booleans, null for no; None when the settings turn this filter off."""
 
 
-@stage("filter", version=2)
+def _pin(config: FilterConfig, _: Pinning) -> FilterConfig:
+    return dataclasses.replace(config, digest=check_settings(config))
+
+
+@stage("filter", version=2, pin=_pin)
 def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:
     """Drop pairs whose picture is too small or too long, whose caption is no use, and what is on a block list."""
     if config.digest and check_settings(config) != config.digest:

@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from tasks import rows, tables
-from tasks.stage import Output, StageContext, stage
-from tasks.tombstones import load_tombstones, refuse
+from tasks.stage import Output, Pinning, StageContext, stage
+from tasks.tombstones import load_tombstones, refuse, tombstones_digest
 from tasks.untrusted import parquet_list
 from tasks.untrusted.normalise import REPLACEMENT, first_line, normalise_caption, normalise_sha256, normalise_url
 from tasks.untrusted.parquet_list import MAX_COLUMNS, Claims, ListFault
@@ -133,7 +133,11 @@ class IngestConfig:
         return {setting: name for setting, name in wanted.items() if name is not None}
 
 
-@stage("ingest", version=2)
+def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
+    return dataclasses.replace(config, digest=check_source(config), tombstones=tombstones_digest(pinning.store))
+
+
+@stage("ingest", version=2, pin=_pin)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
     if config.digest and check_source(config) != config.digest:

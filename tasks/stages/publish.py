@@ -1,4 +1,4 @@
-"""Stage `publish`: the trained models and the facts of their embeddings as one stack, in the store and in MLflow's registry."""
+"""Stage `publish`: a system's trained parts as one stack, in the store and in MLflow's registry."""
 
 import dataclasses
 import re
@@ -6,8 +6,8 @@ import time
 
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, StageContext, stage
-from unclip.config import fingerprint, load, require
-from unclip.systems.unclip.stack import SamplingConfig, save_stack
+from unclip.config import fingerprint, require
+from unclip.systems.system import StackFiles, save_stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,34 +23,23 @@ class PublishConfig:
             require(bool(re.fullmatch(r"[\w.-]+", value)), setting, value, "letters, digits, dots, dashes, underscores")
 
 
-@stage("publish", version=3)
+@stage("publish", version=4)
 def publish(
     context: StageContext,
     config: PublishConfig,
     dataset: Artifact,
     evaluate: Artifact,
     report: Artifact,
-    clip: Artifact,
-    prior: Artifact,
-    decoder: Artifact,
-    *upsamplers: Artifact,
+    *parts: Artifact,
 ) -> Output:
-    """Gather the stack, register it in MLflow and move the alias to it."""
-    models = {part.stage: part.uri for part in (prior, decoder, *upsamplers)}
-    models["statistics"] = Snapshot.of(dataset.facts).statistics
-    clip_model = clip.facts["model"]
-    if clip_model.startswith("local-dir:"):
-        models["clip"] = clip_model.removeprefix("local-dir:")
-        clip_model = "local-dir:clip"
+    """Gather the evaluated system as a stack, register it in MLflow and move the alias to it."""
+    stack = StackFiles.of(evaluate.facts["stack"])
     folder = f"{context.folder}/stack"
-    sampling = load(SamplingConfig, evaluate.facts["sampling"])
-    names = [upsampler.stage for upsampler in upsamplers]
-    save_stack(folder, models, clip_model, clip.facts["pretrained"], sampling, upsamplers=names)
-    snapshot = prior.facts["snapshot"]
+    save_stack(folder, stack)
+    snapshot = Snapshot.of(dataset.facts).digest
     context.tracker.dataset(context.run.pipeline, snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
     version = context.tracker.register(folder, "stack", config.name, config.alias)
-    parts = (dataset, clip, prior, decoder, *upsamplers)
-    digest = fingerprint([*(part.digest for part in parts), evaluate.facts["sampling"]])
+    digest = fingerprint(stack.system, [part.digest for part in (dataset, *parts)], dict(stack.sampling))
     record = {"stack": folder, "digest": digest, "at": time.time()}
     context.store.write_json(record, "published", f"{config.name}.json")
     return Output(folder, digest, {"name": config.name, "alias": config.alias, "version": version})

@@ -17,7 +17,7 @@ from tasks import rows, tables
 from tasks.duplicates import Noted, clusters_of
 from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
-from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip import files
 from unclip.config import require
 
@@ -67,7 +67,13 @@ class Measure:
     """Of rows below the minimum and above the maximum."""
 
 
-@stage("report", version=1)
+def _pin(config: ReportConfig, pinning: Pinning) -> ReportConfig:
+    """Fill in the limits that the filters set."""
+    limits = {**pinning.config.filter.limits(), **pinning.config.curate.limits()}
+    return dataclasses.replace(config, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
+
+
+@stage("report", version=1, pin=_pin, shows_rows=True)
 def report(context: StageContext, config: ReportConfig, dataset: Artifact) -> Output:
     """Write the page about the dataset: totals, reasons, domains, distributions, and pictures at every threshold."""
     page = render(context.run.pipeline, Snapshot.of(dataset.facts), dataset.facts, config)

@@ -1,12 +1,18 @@
 """The command line, for tests."""
 
+import json
 import os
+import re
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from pipelines.cli import main
+
+COMMANDS = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
 
 
 def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -16,3 +22,27 @@ def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
         result = CliRunner(env=environment).invoke(main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
+def call_json(*arguments: object, code: int = 0) -> Any:
+    """The document that a command prints with --json; its keys are those that docs/commands.md lists."""
+    result = call(*arguments, "--json")
+    assert result.returncode == code, result.stderr
+    document = json.loads(result.stdout)
+    words = [str(argument) for argument in arguments]
+    name = " ".join(["unclip", *words[: 1 + (words[0] == "data")], *["--dry-run"] * ("--dry-run" in words), "--json"])
+    [documented] = re.findall(rf"### `{name}`\n.*?```json\n(.*?)```", COMMANDS.read_text(), re.DOTALL)
+    assert_alike(document, json.loads(documented), name)
+    return document
+
+
+def assert_alike(found: Any, documented: Any, where: str) -> None:
+    if found is None:
+        return
+    assert isinstance(found, (int, float) if isinstance(documented, float) else type(documented)), where
+    if isinstance(documented, dict) and documented:
+        assert found.keys() == documented.keys(), where
+        for name, value in found.items():
+            assert_alike(value, documented[name], f"{where} {name}")
+    for item in found if isinstance(documented, list) else ():
+        assert_alike(item, documented[0], f"{where} item")

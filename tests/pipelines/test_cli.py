@@ -1,6 +1,9 @@
 """Bad input ends within seconds, before any work, non-zero, with one line that says what to do."""
 
+import datetime
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,13 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.commands.train import train
+from pipelines.cli import main
+from pipelines.commands.train import train, trained_models
+from pipelines.composition import compose
+from pipelines.config import load
+from pipelines.prepare import prepare
+from pipelines.preset import model_names, pipeline_names
 from pipelines.records import tracking_uris_of
 from tasks import tables
 from tasks.store import Store
 from tasks.tracking import without_password
+from tests.pipelines.command_line import COMMANDS, call_json
 from tests.pipelines.command_line import call as unclip
-from unclip.systems.unclip.presets import PRESETS
+from unclip import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +117,48 @@ def test_models_and_pipelines_are_completed() -> None:
 
     assert completed(model, "up") == {"upsampler-32", "upsampler-64", "upsampler-256"}
     assert completed(model, "") > {"prior", "decoder"} and completed(pipeline, "t") == {"text_to_image", "tiny"}
+
+
+def test_the_models_that_are_completed_are_those_that_pipelines_train() -> None:
+    composed = [compose(load(name, None, ["ingest.urls=pairs.parquet"])) for name in pipeline_names()]
+    assert set(model_names()) == {model for dag in composed for model in trained_models(dag)}
+
+
+HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed", "printed"),
+    [
+        (["--help"], None, "takedown"),
+        (["plan", "train", "--help"], None, "--gpus"),
+        (["status", "--storage", "."], None, "a-run  tiny  1970-01-01"),
+        ([], "unclip sta", "status"),
+        ([], "unclip run tex", "text_to_image"),
+        ([], "unclip train upsampler-2", "upsampler-256"),
+        ([], "unclip data sh", "show"),
+    ],
+)
+def test_a_command_that_only_reads_and_tells_answers_at_once(
+    tmp_path: Path, arguments: list[str], typed: str | None, printed: str
+) -> None:
+    """Seconds would depend on the machine: counts the imports that would take them."""
+    record = {"pipeline": "tiny", "state": "done", "started": 0.0, "ended": 9.0, "host": "here", "pid": 1}
+    Store(str(tmp_path)).write_json(record, "runs", "a-run", "run.json")
+    event = {"stage": "ingest", "state": "done", "at": 1.0, "seconds": 1.0}
+    Store(str(tmp_path)).write_json(event, "runs", "a-run", "ingest.json")
+    script = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print(*({set(HEAVY)} & set(sys.modules)), file=sys.stderr))
+runpy.run_module("pipelines", run_name="__main__")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TZ": "UTC"}
+    if typed is not None:
+        words = str(len(typed.split()) - 1)
+        environment |= {"_UNCLIP_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": words}
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "\n") and printed in result.stdout
 
 
 def test_a_run_file_that_is_not_there_or_is_not_toml(tmp_path: Path) -> None:
@@ -225,6 +276,110 @@ def test_every_mlflow_of_the_environment_the_storage_and_its_runs_is_asked(
     )
 
 
+def test_plan_writes_nothing_and_plans_what_is_run(tmp_path: Path) -> None:
+    storage = tmp_path / "folder" / "s"
+    document = call_json("plan", "tiny", "--storage", storage)
+    assert document["config"]["ingest"]["urls"].startswith(f"{storage}/scenes/")
+    assert {stage["state"] for stage in document["stages"]} == {"to run"}
+    assert {stage["name"]: stage["after"] for stage in document["stages"]}["download"] == ["ingest"]
+    assert unclip("plan", "train", "--preset", "demo").returncode == 0 and list(tmp_path.iterdir()) == []
+    config = load("tiny", None, (), str(storage))
+    planned = prepare(config, only_looks=True)
+    assert list(tmp_path.iterdir()) == []
+    assert prepare(config) == planned == prepare(config, only_looks=True)
+    assert [path.name for path in storage.iterdir()] == ["scenes"]
+    node = compose(planned)["ingest"]
+    artifact = {"stage": "ingest", "fingerprint": node.stage.fingerprint(node.config, []), "uri": "u", "digest": "d"}
+    artifact |= {"facts": {}, "seconds": 2.0}
+    Store(str(storage)).write_json(artifact, "stages", "ingest", f"{artifact['fingerprint']}.json")
+    [ingest, download, *_] = call_json("plan", "tiny", "--storage", storage)["stages"]
+    assert ingest == {"name": "ingest", "state": "cached", "why": "made in 2 s", "after": [], "digest": "d", "uri": "u"}
+    assert (download["state"], download["digest"]) == ("to run", None)
+    assert unclip("plan", "tiny", "--json", "--mermaid", "--storage", storage).returncode == 2
+
+
+def test_plan_refuses_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(unclip("plan", "tiny", "--storage", tmp_path / "file" / "s"), "file/s", "is a file", "--storage")
+
+
+READING = [
+    ["status"],
+    ["data", "list"],
+    ["data", "diff", "1"],
+    ["data", "show", "0a1b2c"],
+    ["takedown", "--key", "0" * 32],
+    ["ui"],
+    ["sample", "a red circle"],
+    ["export", "new"],
+]
+
+
+@pytest.mark.parametrize("arguments", READING, ids=" ".join)
+def test_a_command_that_reads_refuses_a_wrong_storage_and_does_not_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    missing, other, file = tmp_path / "missing", tmp_path / "other", tmp_path / "file"
+    other.mkdir()
+    (other / "letters").mkdir()
+    file.touch()
+    for folder, reason in (
+        (missing, "no such folder"),
+        (other, "no pipeline has stored anything"),
+        (file, "is a file"),
+    ):
+        assert_refused(unclip(*arguments, "--storage", folder), f"{folder}: ", reason, "with --storage")
+    assert_refused(unclip(*arguments), f"{tmp_path}/unclip-data: no such folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "file"} and len(list(other.iterdir())) == 1
+
+
+def test_status_as_json(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    assert call_json("status", "--storage", tmp_path) == {"storage": str(tmp_path), "runs": []}
+    for number, state in enumerate(("done", "failed", "running", "stopped")):
+        record = {"pipeline": "tiny", "state": state, "started": 9.5, "host": socket.gethostname(), "pid": 2**30}
+        store.write_json(record | ({"ended": 12.0} if state == "done" else {}), "runs", f"{number}", "run.json")
+        for at, (name, event) in enumerate(
+            (
+                ("ingest", {"state": "done", "seconds": 1.5}),
+                ("embed", {"state": "running"}),
+                ("clip", {"state": "failed", "message": "why"}),
+            )
+        ):
+            store.write_json({"stage": name, "at": at, **event}, "runs", f"{number}", f"{name}.json")
+    runs = call_json("status", "--last", 3, "--storage", tmp_path)["runs"]
+    assert [(run["id"], run["state"]) for run in runs] == [("1", "failed"), ("2", "killed"), ("3", "stopped")]
+    assert [stage["state"] for stage in runs[0]["stages"]] == ["done", "killed", "failed"]
+    assert [stage["state"] for stage in runs[2]["stages"]] == ["done", "stopped", "failed"]
+    assert runs[0]["stages"][2] == {"name": "clip", "state": "failed", "seconds": None, "message": "why"}
+    [first, *_] = call_json("status", "--storage", tmp_path)["runs"]
+    assert runs[0]["ended"] is None and datetime.datetime.fromisoformat(first["ended"]).timestamp() == 12
+    result = unclip("status", "--json", "--storage", tmp_path / "none")
+    assert (result.returncode, result.stdout) == (2, "")
+
+
+def commands_of(group: click.Group, *above: str) -> set[str]:
+    found: set[str] = set()
+    for name, command in group.commands.items():
+        inner = isinstance(command, click.Group)
+        found |= commands_of(command, *above, name) if inner else {" ".join(("unclip", *above, name))}
+    return found
+
+
+def test_the_exit_codes_and_commands_in_the_docs_are_those_there_are() -> None:
+    rows = [line.strip("| ").split(" | ") for line in COMMANDS.read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    listed = {row[0].strip("`"): {int(code) for code in row[2].split(", ")} for row in rows if row[0].startswith("`")}
+    assert listed.keys() == commands_of(main)
+    codes = {int(row[0]): set(re.findall(r"`(\w+)`", " ".join(row[2:]))) for row in rows if row[0].isdigit()}
+    raised: dict[int, set[str]] = {0: set(), 130: set()}
+    for error in (errors.UnclipError, *errors.UnclipError.__subclasses__()):
+        raised.setdefault(error.exit_code, set()).add(error.__name__)
+    assert codes == raised and set.union(*listed.values()) < codes.keys()
+
+
 def test_plan_train_says_what_training_takes_of_each_gpu() -> None:
     result = unclip("plan", "train", "--preset", "demo", "--gpus", 8, "--memory-gib", 0.25)
     assert result.returncode == 0, result.stderr
@@ -246,7 +401,7 @@ def test_plan_train_refuses_what_is_impossible() -> None:
     for name, value in (("--gpus", "0"), ("--memory-gib", "0.0"), ("--micro-batch-size", "0")):
         assert_refused(unclip("plan", "train", "--preset", "demo", name, value), f"{name}: got {value}, expected")
     options = unclip("plan", "train", "--help").stdout
-    assert all(name in options for name in PRESETS) and "Usage: main plan train [OPTIONS]" in options
+    assert all(name in options for name in MODEL_SIZES) and "Usage: main plan train [OPTIONS]" in options
     assert "unclip plan train" in unclip("plan", "--help").stdout
     assert "plan train" in unclip("--help").stdout
 
@@ -267,6 +422,8 @@ def test_a_takedown_that_could_not_ask_everyone_says_so_and_ends_with_1(
     missing = f"sqlite:///{tmp_path}/elsewhere.db"
     record = {"mlflow_run": "a", "tracking_uri": missing, "config": {}}
     Store(str(tmp_path)).write_json(record, "runs", "1", "run.json")
+    found = call_json("takedown", "--key", "1" * 32, "--storage", tmp_path, code=1)
+    assert list(found["unanswered"]) == [missing] and found["keys"] == ["1" * 32]
     result = unclip("takedown", "--key", "1" * 32, "--storage", tmp_path)
     assert result.returncode == 1 and "1 rows taken down" in result.stdout
     assert f"MLflow at {missing} was not asked to the end: {tmp_path}/elsewhere.db does not exist" in result.stderr

@@ -125,9 +125,10 @@ def test_tables_hold_every_row_once_and_embeddings_belong_to_their_rows(finished
     captions = dict(zip(images.column("key").to_pylist(), images.column("caption").to_pylist(), strict=True))
     assert all(captions[row["key"]] == row["caption"] for row in embeddings.select(["key", "caption"]).to_pylist())
 
+    from unclip.systems.unclip.objectives import load_images
+
     from unclip.data import vectors
     from unclip.models.clip import Clip
-    from unclip.systems.unclip.objectives import load_images
 
     clip = Clip.load(made["clip"]["facts"]["model"])
     pictures = dict(zip(images.column("key").to_pylist(), images.column("jpg").to_pylist(), strict=True))

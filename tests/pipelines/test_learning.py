@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from unclip.systems.unclip.objectives import DecoderObjective, load_images
 
 from benchmarks import ablation
 from pipelines.config import load
@@ -16,7 +17,6 @@ from unclip.data import RowReader
 from unclip.diffusion.process import GaussianDiffusion, VarianceType
 from unclip.evaluation import metrics as evaluation
 from unclip.models.decoder import Decoder
-from unclip.systems.unclip.objectives import DecoderObjective, load_images
 from unclip.systems.unclip.stack import Stack, load_model
 from unclip.training import trainer
 

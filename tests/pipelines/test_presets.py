@@ -6,13 +6,14 @@ import yaml
 from pipelines import config, dag
 from pipelines.commands.train import trained_models
 from pipelines.composition import compose
+from pipelines.preset import pipeline_names
 from unclip.config import to_dict
 from unclip.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", config.pipeline_names())
+@pytest.mark.parametrize("name", pipeline_names())
 def test_every_preset_makes_a_pipeline(name: str) -> None:
     composed = compose(config.load(name, None, ["ingest.urls=pairs.parquet"]))
     assert next(iter(composed)) == "ingest" and list(composed)[-1] == "publish"

@@ -149,3 +149,28 @@ def test_what_a_killed_writer_left_is_not_seen_and_swept(tmp_path: Path) -> None
     assert files.names(str(tmp_path / "folder")) == ["data.json"]
     files.sweep(str(tmp_path))
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["data.json", "mine.tmp"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_local_path_and_its_uri_behave_alike(tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain paths take a way of their own, without pyarrow."""
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)  # what fails at a URI is tried again
+    root = f"{scheme}{tmp_path}"
+    file, missing, below_a_file = f"{root}/folder/b", f"{root}/missing", f"{root}/folder/b/c"
+    files.write(file, b"whole")
+    files.write(f"{root}/folder/a", b"")
+    assert not files.write(file, b"later", replace=False) and files.read(file) == b"whole"
+    Path(tmp_path, "folder", "c.tmp").touch()
+    assert files.names(f"{root}/folder") == ["a", "b"]
+    assert files.names(missing) == files.names(below_a_file) == []
+    assert [files.exists(uri) for uri in (file, f"{root}/folder", missing, below_a_file)] == [True, True, False, False]
+    for uri, error in ((missing, FileNotFoundError), (below_a_file, OSError), (f"{root}/folder", OSError)):
+        with pytest.raises(error):
+            files.read(uri)
+    with pytest.raises(NotADirectoryError):
+        files.names(file)
+    for uri in (missing, below_a_file, file):
+        files.delete(uri)
+    assert files.names(f"{root}/folder") == ["a"]
+    files.delete(f"{root}/folder")
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ Letters: B pictures, N and M embeddings, E their width.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,22 @@ from torch import Tensor
 from unclip import images as pictures
 from unclip.errors import ShapeError
 from unclip.evaluation import scenes
+
+
+class Sampled(NamedTuple):
+    """Images sampled for captions, and what CLIP makes of both."""
+
+    images: Tensor
+    """[N, 3, S, S] in [-1, 1]."""
+    captions: Sequence[str]
+    """N of them."""
+    image_embedding: Tensor
+    """[N, E], unit norm."""
+    text_embedding: Tensor
+    """[N, E], unit norm."""
+    reference: Tensor
+    """[M, E], image embeddings of held-out images of the dataset; M may be 0."""
+
 
 ATTRIBUTES = ("colour", "background", "size", "shape")
 
@@ -159,3 +175,29 @@ def monotone(values: np.ndarray, slack: float = 0.1) -> np.ndarray:
     forward = values * np.sign(way)
     back = (np.maximum.accumulate(forward, axis=1) - forward).max(axis=1)
     return np.asarray((way[:, 0] != 0) & (back <= slack * np.abs(way[:, 0])))
+
+
+def clip_score(sampled: Sampled) -> dict[str, float]:
+    """Mean cosine of CLIP's embeddings of the images and of their captions. Source: Hessel et al. 2021, without its weight."""
+    return {"clip_score": (sampled.image_embedding * sampled.text_embedding).sum(dim=1).mean().item()}
+
+
+def scene_accuracy(sampled: Sampled) -> dict[str, float]:
+    """Share of the images that are right, by attribute, as `accuracy.<attribute>`; nothing where a caption is no scene's."""
+    scores = score_scenes(sampled.images, sampled.captions)
+    return {} if scores is None else {f"accuracy.{name}": value for name, value in scores.accuracy().items()}
+
+
+def clip_frechet_distance(sampled: Sampled) -> dict[str, float]:
+    """`frechet_distance` of CLIP's embeddings to those of held-out images; nothing without two of each."""
+    if min(len(sampled.image_embedding), len(sampled.reference)) < 2:
+        return {}
+    return {"clip_frechet_distance": frechet_distance(sampled.image_embedding, sampled.reference)}
+
+
+METRICS: Mapping[str, Callable[[Sampled], dict[str, float]]] = {
+    "clip_score": clip_score,
+    "scene_accuracy": scene_accuracy,
+    "clip_frechet_distance": clip_frechet_distance,
+}
+"""The metrics of an evaluation: a new one is a function and a row. Each returns named numbers, none where it does not apply."""

@@ -54,7 +54,9 @@ from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder
 from unclip.models.prior import DiffusionPrior
 from unclip.models.text import caption_features
 from unclip.models.upsampler import Upsampler
-from unclip.systems.unclip.stack import SamplingConfig, Stack, save_stack
+from unclip.systems.system import ClipFiles, StackFiles, save_stack
+from unclip.systems.unclip.sampling import DecoderSampling, PriorSampling, SamplingConfig, UpsamplerSampling
+from unclip.systems.unclip.stack import Stack
 from unclip.training import checkpoints
 
 Layout = Literal["current", "portable", "hub"]
@@ -109,16 +111,10 @@ _PREDICTION_TYPES: dict[PredictionType, str] = {**decoders.PREDICTION_TYPES, "v"
 Network = TypeVar("Network", Decoder, Upsampler)
 
 PIPELINE_SAMPLING = SamplingConfig(
-    prior_sampler="ddpm",
-    prior_steps=25,
-    prior_guidance_scale=4.0,
-    num_candidates=1,
-    decoder_sampler="ddpm",
-    decoder_steps=25,
-    guidance_scale=8.0,
-    upsampler_sampler="ddpm",
-    upsampler_steps=(7,),
+    prior=PriorSampling(sampler="ddpm", num_steps=25, guidance_scale=4.0, num_candidates=1),
+    decoder=DecoderSampling(sampler="ddpm", num_steps=25, guidance_scale=8.0),
 )
+PIPELINE_UPSAMPLER_SAMPLING = UpsamplerSampling(sampler="ddpm", num_steps=7)
 """What UnCLIPPipeline does when nothing else is asked for, and how imported stacks draw."""
 
 
@@ -244,7 +240,7 @@ def import_stack(folder: str | Path, *, image_variation: str | Path | None = Non
             f"{folder}: got embeddings of different widths: {widths}. These parts are not of one stack."
         )
     stack = Stack(clip, prior, decoder.eval(), [upsampler.eval()])
-    stack.sampling = PIPELINE_SAMPLING
+    stack.sampling = pipeline_sampling(upsampler.config.output_size)
     upsampler_1024 = None
     if (folder / "upsampler-1024").is_dir():
         upsampler_1024 = _import_upsampler_1024(folder / "upsampler-1024", upsampler.config.output_size).eval()
@@ -275,15 +271,16 @@ def save_imported(imported: ImportedStack, folder: str | Path) -> None:
         known = facts.get(name, {"kind": "upsampler"})
         known |= {"config": to_dict(model.config), "imported": "UnCLIPPipeline"}
         checkpoints.save(f"{folder}/{name}", {"model": model.state_dict()}, known)
-    image_embeddings = stack.clip.image_embeddings
-    save_stack(str(folder), {}, "local-dir:clip", None, stack.sampling, image_embeddings, upsamplers=names)
+    clip = ClipFiles(f"local-dir:{folder}/clip", image_embeddings=stack.clip.image_embeddings)
+    parts = {name: f"{folder}/{name}" for name in ("prior", "decoder", *names)}
+    save_stack(str(folder), StackFiles("unclip", parts, clip, sampling=to_dict(stack.sampling)))
 
 
 def _write_parts(
     stack: Stack, folder: Path, layout: Layout, image_variation: bool, upsampler_1024: Upsampler | None
 ) -> list[str]:
     """All files of a pipeline, model_index.json last."""
-    notes = _sampling_notes(stack.sampling)
+    notes = _sampling_notes(stack)
     class_name = "UnCLIPImageVariationPipeline" if image_variation else "UnCLIPPipeline"
     if not image_variation and isinstance(stack.prior, DiffusionPrior):
         priors.export_prior(stack.prior, folder)
@@ -319,11 +316,27 @@ def _write_parts(
     return notes
 
 
-def _sampling_notes(sampling: SamplingConfig) -> list[str]:
-    """What the pipeline does otherwise than the stack was published to do."""
-    ours, theirs = to_dict(sampling), to_dict(PIPELINE_SAMPLING)
-    chosen = [name for name in theirs if name.endswith(("_sampler", "_steps", "guidance_scale", "_candidates"))]
-    different = [f"{name} {ours[name]} (there {theirs[name]})" for name in chosen if ours[name] != theirs[name]]
+def pipeline_sampling(resolution: int) -> SamplingConfig:
+    """`PIPELINE_SAMPLING` with its upsampler's settings, by the resolution of its images."""
+    return dataclasses.replace(PIPELINE_SAMPLING, upsamplers={str(resolution): PIPELINE_UPSAMPLER_SAMPLING})
+
+
+def _sampling_notes(stack: Stack) -> list[str]:
+    """Settings of the stack that the pipeline does not keep."""
+    [upsampler] = stack.upsampler_sampling(stack.sampling)
+    ours = {"prior": stack.sampling.prior, "decoder": stack.sampling.decoder, "upsampler": upsampler}
+    theirs = {
+        "prior": PIPELINE_SAMPLING.prior,
+        "decoder": PIPELINE_SAMPLING.decoder,
+        "upsampler": PIPELINE_UPSAMPLER_SAMPLING,
+    }
+    names = ("sampler", "num_steps", "guidance_scale", "num_candidates")
+    different = [
+        f"{part}.{name} {getattr(mine, name)} (there {getattr(theirs[part], name)})"
+        for part, mine in ours.items()
+        for name in names
+        if hasattr(mine, name) and getattr(mine, name) != getattr(theirs[part], name)
+    ]
     if not different:
         return []
     return [

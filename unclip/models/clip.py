@@ -97,6 +97,41 @@ def create(model: str, pretrained: str | None) -> nn.Module:
         raise CheckpointError(f"clip: open_clip could not load {model!r} ({pretrained!r}): {error}") from error
 
 
+class ClipShape(NamedTuple):
+    """Sizes of a CLIP's outputs."""
+
+    embedding_dim: int
+    """E."""
+    text_length: int
+    """L."""
+    text_width: int
+    """W."""
+    vocab_size: int
+
+
+def shape_of(model: str) -> ClipShape:
+    """Sizes of a model's outputs, from its configuration alone.
+
+    Raises:
+        ConfigError: the model's configuration is on the network, or it does not give its sizes.
+    """
+    path = model.removeprefix("local-dir:")
+    if path != model:
+        facts = json.loads(Path(path, "open_clip_config.json").read_text())["model_cfg"]
+    else:
+        import open_clip
+
+        open_clip.add_model_config(OWN_ARCHITECTURES)
+        facts = open_clip.get_model_config(model)
+    text = (facts or {}).get("text_cfg", {})
+    if not {"context_length", "vocab_size", "width"} <= text.keys():
+        raise ConfigError(
+            f"clip.model: got {model!r}, whose configuration does not give its sizes here. Name an architecture of open_clip, "
+            "or a folder saved by it."
+        )
+    return ClipShape(facts["embed_dim"], text["context_length"], text["width"], text["vocab_size"])
+
+
 def tokenizer(model: str) -> Any:
     """open_clip's tokenizer for a model.
 

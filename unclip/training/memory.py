@@ -13,7 +13,7 @@ Sizes are bytes, GiB where a name says so.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from unclip.config import nearest, require
-from unclip.errors import ConfigError
-from unclip.models.autoregressive_prior import AutoregressivePrior
-from unclip.models.text import CaptionFeatures, Text, TextShape
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.systems.unclip.presets import PRESETS, Preset
+from unclip.config import require
+from unclip.models.text import CaptionFeatures, TextShape
 from unclip.training.flops import flops_per_sample
 from unclip.training.parallel import Parallel, blocks
 from unclip.training.precision import Precision
@@ -37,8 +33,6 @@ RESERVE = 0.1
 """Share of a GPU that is left to what is not counted."""
 MOST_SAMPLES = 4096
 """No larger micro-batch is looked for."""
-COMPONENTS = 319 / 1024
-"""Principal components over dimensions, which an autoregressive prior's sequence depends on: the paper's (section 2.2)."""
 _FLOAT32 = 4
 """Weights, gradients, moments and average are float32."""
 
@@ -105,7 +99,7 @@ class States:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingSetup:
     """How a model is trained, as far as memory depends on it."""
 
     num_gpus: int = 1
@@ -130,7 +124,7 @@ class ModelMemory:
     flops_per_sample: float
     """Of training (`unclip.training.flops`)."""
 
-    def states(self, training: Training) -> States:
+    def states(self, training: TrainingSetup) -> States:
         whole = _FLOAT32 * self.parameters
         if training.num_gpus == 1:
             return States(whole, whole, 2 * whole, whole, exchange=0)
@@ -140,11 +134,11 @@ class ModelMemory:
         gathered = 2 * _FLOAT32 * (self.outside_blocks + 2 * self.largest_block)
         return States(share, whole if training.accumulates else share, 2 * share, share, exchange=gathered)
 
-    def at(self, num_samples: int, training: Training) -> int:
+    def at(self, num_samples: int, training: TrainingSetup) -> int:
         """All that a GPU holds with micro-batches of so many samples."""
         return self.states(training).total + self.activations.at(num_samples, training.checkpointing)
 
-    def largest_micro_batch(self, training: Training, memory_gib: float) -> int:
+    def largest_micro_batch(self, training: TrainingSetup, memory_gib: float) -> int:
         """The most samples, up to `MOST_SAMPLES`, that fit into GPUs of this memory less the reserve; 0 if none does."""
         available = memory_gib * GIB * (1 - RESERVE)
         fits, fails = 0, MOST_SAMPLES + 1
@@ -152,52 +146,6 @@ class ModelMemory:
             middle = (fits + fails) // 2
             fits, fails = (middle, fails) if self.at(middle, training) <= available else (fits, middle)
         return fits
-
-
-def plan(preset: str) -> list[ModelMemory]:
-    """Measure every model of a preset, in seconds.
-
-    Raises:
-        ConfigError: there is no such preset; names the nearest.
-    """
-    if preset not in PRESETS:
-        raise ConfigError(f"{preset}: unknown preset. {nearest(preset, PRESETS)}")
-    return [measure(name, network) for name, network in networks(PRESETS[preset]).items()]
-
-
-def networks(preset: Preset) -> Mapping[str, Network]:
-    """The models of a preset by name, upsamplers by the side of their pictures."""
-    dim, text = preset.embedding_dim, preset.text_shape
-
-    def build_autoregressive_prior() -> AutoregressivePrior:
-        return AutoregressivePrior(preset.autoregressive_prior, dim, text.width, text.length, components)
-
-    def prior_inputs(batch: int) -> tuple[Any, ...]:
-        return torch.zeros(batch, dim), _indices(batch), *_features(batch, text, dim), _flags(batch)
-
-    def autoregressive_prior_inputs(batch: int) -> tuple[Any, ...]:
-        return _indices(batch, components), _indices(batch), *_features(batch, text, dim), _flags(batch)
-
-    def decoder_inputs(batch: int) -> tuple[Any, ...]:
-        config = preset.decoder
-        captions: dict[str, Callable[[], Text | None]] = {
-            "none": lambda: None,
-            "clip": lambda: _features(batch, text, dim),
-            "transformer": lambda: _indices(batch, text.length),
-        }
-        pictures = _pictures(batch, config.unet.image_size)
-        return (
-            *(pictures, _indices(batch), torch.zeros(batch, dim), _flags(batch)),
-            *(captions[config.text](), None if config.text == "none" else _flags(batch)),
-        )
-
-    components = round(dim * COMPONENTS)
-    return {
-        "prior": Network(preset.build_prior, prior_inputs),
-        "autoregressive_prior": Network(build_autoregressive_prior, autoregressive_prior_inputs),
-        "decoder": Network(preset.build_decoder, decoder_inputs),
-        **{each.name: _upsampler(each) for each in preset.upsamplers},
-    }
 
 
 def measure(name: str, network: Network, device: str = "cuda", precision: Precision = "bf16") -> ModelMemory:
@@ -310,30 +258,25 @@ def _autocast(device: str, precision: Precision) -> Iterator[None]:
         torch.set_autocast_dtype(device, before[1])
 
 
-def _upsampler(config: UpsamplerConfig) -> Network:
-    side = config.unet.image_size
-
-    def inputs(batch: int) -> tuple[Any, ...]:
-        return _pictures(batch, side), _indices(batch), _pictures(batch, side // config.scale), _indices(batch)
-
-    return Network(lambda: Upsampler(config), inputs)
+def example_images(batch: int, size: int) -> Tensor:
+    """Images [batch, 3, size, size] of no meaning."""
+    return torch.zeros(batch, 3, size, size)
 
 
-def _pictures(batch: int, side: int) -> Tensor:
-    return torch.zeros(batch, 3, side, side)
-
-
-def _indices(*shape: int) -> Tensor:
+def example_indices(*shape: int) -> Tensor:
+    """Integers, such as timesteps or tokens."""
     return torch.zeros(shape, dtype=torch.int64)
 
 
-def _flags(*shape: int) -> Tensor:
+def example_flags(*shape: int) -> Tensor:
+    """Booleans, such as masks."""
     return torch.zeros(shape, dtype=torch.bool)
 
 
-def _features(batch: int, text: TextShape, embedding_dim: int) -> CaptionFeatures:
+def example_features(batch: int, text: TextShape, embedding_dim: int) -> CaptionFeatures:
+    """Captions that fill their sequences, as CLIP gives them."""
     encodings = torch.zeros(batch, text.length, text.width)
-    return CaptionFeatures(encodings, _flags(batch, text.length), torch.zeros(batch, embedding_dim))
+    return CaptionFeatures(encodings, example_flags(batch, text.length), torch.zeros(batch, embedding_dim))
 
 
 def _num_parameters(module: nn.Module) -> int:

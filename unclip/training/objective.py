@@ -23,7 +23,7 @@ class Objective(Protocol):
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """What losses depend on besides the model: tensors, changed in place and the same on all ranks; often none."""
+        """Tensors that losses depend on besides the model, changed in place and the same on all ranks; often none."""
 
     @property
     def sample_size(self) -> Mapping[str, int]:

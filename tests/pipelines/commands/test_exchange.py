@@ -52,7 +52,7 @@ def test_a_stack_comes_draws_and_goes(tmp_path: Path, pipeline: Path) -> None:
         (("import", "."), 1, "model_index.json: cannot be read"),
         (("import", ".", "--name", "../x"), 2, "--name: got '../x'"),
         (("import", ".", "--name", ".."), 2, "--name: got '..'"),
-        (("export", "new"), 2, "nothing was published here"),
+        (("export", "new"), 2, "storage: no such folder"),
         (("export", "new", "--layout", "old"), 2, "'old' is not one of"),
     ],
 )

@@ -24,7 +24,7 @@ from tasks.stages.ingest import Listed, clean
 from tasks.store import Store
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, answering_client, client
-from tests.pipelines.command_line import call
+from tests.pipelines.command_line import call, call_json
 from unclip import files
 from unclip.errors import InputError
 from unclip.training.film import add_preview
@@ -354,7 +354,8 @@ def fates(store: Store) -> Store:
     facts = {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2.parquet")}
     record_snapshot(store, "mine", facts, counts)
     for run_id, digest in (("first", "d1" * 32), ("second", "e2" * 32)):
-        store.write_json({"pipeline": "mine", "state": "done"}, "runs", run_id, "run.json")
+        record = {"pipeline": "mine", "state": "done", "mlflow_run": "", "config": {}}
+        store.write_json(record, "runs", run_id, "run.json")
         store.write_json({"fingerprint": run_id}, "runs", run_id, "curate.json")
         store.write_json({"uri": "", "digest": digest}, "stages", "curate", f"{run_id}.json")
     store.write_json({"state": "done"}, "runs", "first", "decoder.json")
@@ -432,6 +433,36 @@ def test_a_key_that_is_unknown_short_or_not_the_only_one_names_the_nearest(store
         show(store, key[:8])
     result = call("data", "show", key, "--storage", store.root)
     assert result.returncode == 0 and f"url                  https://a{7 % 3}.example.org/7.jpg" in result.stdout
+
+
+def test_versions_rows_differences_and_takedowns_as_json(fates: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    storage = ("--storage", fates.root)
+    kept, duplicate = key_of(fates, 7), key_of(fates, 4)
+    found = call_json("data", "list", *storage)["versions"]
+    assert [(version["number"], version["digest"]) for version in found] == [(1, "d1" * 32), (2, "e2" * 32)]
+    assert found[1]["counts"] == {"in": 12, "kept": 7, "dropped": 4, "failed": 1}
+    changes = call_json("data", "diff", "1", *storage)["changes"]
+    assert {"before": "kept", "after": "http_404", "rows": 1, "keys": None} in changes
+    changes = call_json("data", "diff", "1", "2", "--keys", *storage)["changes"]
+    assert {"before": "kept", "after": "duplicate_image", "rows": 1, "keys": [duplicate]} in changes
+    row = call_json("data", "show", kept, *storage)
+    assert (row["key"], row["url"]) == (kept, "https://a1.example.org/7.jpg")
+    assert row["lists"] == [{"ingest": "f", "position": 7, "status": "kept", "reason": None}]
+    assert row["images"][0]["sha256"] == f"{7:064x}" and row["images"][0]["width"] is None
+    last = row["dataset_versions"][-1]
+    assert (last["number"], last["split"], last["scores"]) == (2, "train", {"clip_score": 0.5})
+    assert row["runs"][-1]["dataset_version"] == 2 and row["runs"][-1]["models"] == []
+    [twin] = call_json("data", "show", duplicate, *storage)["same_picture_as"]
+    assert twin == {"key": key_of(fates, 3), "note": "same bytes"}
+
+    [asked] = call_json("takedown", "--key", kept, "--dry-run", *storage)["requests"]
+    assert asked == {"kind": "key", "value": kept, "rows": 1}
+    taken = call_json("takedown", "--key", kept, *storage)
+    assert taken["keys"] == [kept] and taken["deleted"] == {"images/recipe": 1, "embeddings/clip": 1}
+    assert Path(taken["ledger"]).is_file() and "e2" * 32 in taken["datasets"]
+    gone = call_json("data", "show", kept, *storage)
+    assert gone["fate"].startswith(f"taken down because of key {kept}") and gone["url"] is gone["caption"] is None
 
 
 def test_versions_rows_and_differences_can_be_looked_at(store: Store) -> None:

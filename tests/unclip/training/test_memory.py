@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from unclip.systems.unclip.presets import PRESETS
 
 from unclip.errors import ConfigError
 from unclip.models.layers import CausalTransformer
-from unclip.systems.unclip.presets import PRESETS
 from unclip.training import memory, parallel
 from unclip.training.flops import flops_per_sample
-from unclip.training.memory import Activations, Bytes, ModelMemory, Training
+from unclip.training.memory import Activations, Bytes, ModelMemory, TrainingSetup
 from unclip.training.precision import Precision, autocast
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64"])
 def test_a_step_at_its_peak_is_within_the_reserve_of_the_plan(name: str, checkpointing: bool) -> None:
-    training = Training(checkpointing=checkpointing)
+    training = TrainingSetup(checkpointing=checkpointing)
     plan = memory.measure(name, DEMO[name], "cpu", "bf16")
     model = DEMO[name].build()
     if checkpointing:
@@ -131,10 +131,10 @@ def test_the_largest_preset_is_planned_without_its_memory() -> None:
     found = [plan[name].parameters for name in ("prior", "decoder", "upsampler-256", "upsampler-1024")]
     assert found == [counts.prior, counts.decoder, *counts.upsamplers]
     decoder = plan["decoder"]
-    assert not any(decoder.largest_micro_batch(Training(8, "ddp", each), 80) for each in (False, True))
-    kept, again = (decoder.largest_micro_batch(Training(8, "fsdp", each), 80) for each in (False, True))
+    assert not any(decoder.largest_micro_batch(TrainingSetup(8, "ddp", each), 80) for each in (False, True))
+    kept, again = (decoder.largest_micro_batch(TrainingSetup(8, "fsdp", each), 80) for each in (False, True))
     assert 1 < kept < again
-    for training, number in ((Training(8, "fsdp"), kept), (Training(8, "fsdp", True), again)):
+    for training, number in ((TrainingSetup(8, "fsdp"), kept), (TrainingSetup(8, "fsdp", True), again)):
         assert decoder.at(number, training) <= 72 * memory.GIB < decoder.at(number + 1, training)
     # bf16 copies of all weights, which are float32
     assert decoder.activations.whole.fixed == pytest.approx(2 * counts.decoder, rel=0.05)
@@ -143,20 +143,20 @@ def test_the_largest_preset_is_planned_without_its_memory() -> None:
 def test_what_each_gpu_holds() -> None:
     activations = Activations(Bytes(200, 10), Bytes(0, 1), (Bytes(20, 2), Bytes(10, 4)))
     model = ModelMemory("model", 100, 10, 30, activations, 0.0)
-    alone, whole = model.states(Training()), model.states(Training(2))
+    alone, whole = model.states(TrainingSetup()), model.states(TrainingSetup(2))
     assert (alone.weights, alone.gradients, alone.moments, alone.average, alone.exchange) == (400, 400, 800, 400, 0)
-    assert model.states(Training(1, "fsdp")) == alone
+    assert model.states(TrainingSetup(1, "fsdp")) == alone
     assert whole.total == alone.total + 400  # DDP's own copy of the gradients
-    shards = model.states(Training(4, "fsdp"))
+    shards = model.states(TrainingSetup(4, "fsdp"))
     assert (shards.weights, shards.gradients, shards.moments, shards.average) == (100, 100, 200, 100)
     assert shards.exchange == 2 * 4 * (10 + 2 * 30)
-    several = model.states(Training(4, "fsdp", accumulates=True))
+    several = model.states(TrainingSetup(4, "fsdp", accumulates=True))
     assert several.total == shards.total + 300
     assert activations.at(3, checkpointing=False) == 230
     assert activations.at(3, checkpointing=True) == 3 + 200  # the forward pass's copies of weights
     assert activations.at(100, checkpointing=True) == 100 + 410  # the second block
-    assert model.largest_micro_batch(Training(), 1e-9) == 0
-    assert model.largest_micro_batch(Training(), 80) == memory.MOST_SAMPLES
+    assert model.largest_micro_batch(TrainingSetup(), 1e-9) == 0
+    assert model.largest_micro_batch(TrainingSetup(), 80) == memory.MOST_SAMPLES
 
 
 def test_an_unknown_preset_and_precision() -> None:

@@ -23,7 +23,8 @@ from unclip.diffusion import samplers
 from unclip.errors import InputError, ShapeError
 from unclip.models.decoder import known_region
 from unclip.models.degradations import shrink
-from unclip.systems.unclip.stack import SamplingConfig, Stack
+from unclip.systems.unclip.sampling import SamplingConfig
+from unclip.systems.unclip.stack import Stack
 from unclip.training.precision import autocast
 
 Progress = Callable[[int], None]
@@ -53,8 +54,10 @@ def ignore(_: int) -> None:
 def num_steps(stack: Stack, sampling: SamplingConfig, num_drawn: int, num_inverted: int = 0) -> int:
     """Sampling steps that `Progress` will be told of."""
     batches_drawn, batches_inverted = -(-num_drawn // sampling.batch_size), -(-num_inverted // sampling.batch_size)
-    upsampler_steps = sum(sampling.steps_of_upsamplers(len(stack.upsamplers)))
-    return batches_drawn * (sampling.decoder_steps + upsampler_steps) + batches_inverted * sampling.decoder_steps
+    upsampler_steps = sum(each.num_steps for each in stack.upsampler_sampling(sampling))
+    return (
+        batches_drawn * (sampling.decoder.num_steps + upsampler_steps) + batches_inverted * sampling.decoder.num_steps
+    )
 
 
 # ------------------------------------------------------------------------------------------------ there and back
@@ -71,7 +74,7 @@ def invert(
 
     Args:
         images: [B, 3, H, W] in [-1, 1], square.
-        sampling: None takes the stack's; its `decoder_sampler` does not matter, inversion is DDIM's.
+        sampling: None takes the stack's; its `decoder.sampler` does not matter, inversion is DDIM's.
 
     Raises:
         ShapeError: pictures of another shape.
@@ -88,10 +91,10 @@ def invert(
             noises.append(
                 samplers.ddim_inversion(
                     decoder.diffusion,
-                    decoder.denoiser(image_embedding, settings.guidance_scale),
+                    decoder.denoiser(image_embedding, settings.decoder.guidance_scale),
                     low_res,
-                    settings.decoder_steps,
-                    settings.inversion_iterations,
+                    settings.decoder.num_steps,
+                    settings.decoder.inversion_iterations,
                     _counting(progress),
                 )
             )
@@ -130,9 +133,9 @@ def draw(
         with autocast(settings.precision, stack.device):
             low_res = samplers.ddim(
                 stack.decoder.diffusion,
-                stack.decoder.denoiser(batch.image_embedding, settings.guidance_scale),
+                stack.decoder.denoiser(batch.image_embedding, settings.decoder.guidance_scale),
                 batch.x_T,
-                settings.decoder_steps,
+                settings.decoder.num_steps,
                 eta,
                 generator,
                 _counting(progress),
@@ -388,10 +391,10 @@ def inpaint(
             low_res = decoder.sample(
                 image_embedding,
                 text=stack.read_captions(captions[part]),
-                text_guidance_scale=settings.text_guidance_scale,
-                sampler=settings.decoder_sampler,
-                num_steps=settings.decoder_steps,
-                guidance_scale=settings.guidance_scale,
+                text_guidance_scale=settings.decoder.text_guidance_scale,
+                sampler=settings.decoder.sampler,
+                num_steps=settings.decoder.num_steps,
+                guidance_scale=settings.decoder.guidance_scale,
                 generator=generator,
                 on_step=_counting(
                     progress,

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from unclip.systems.unclip.presets import PRESETS, ParameterCounts, count_parameters
 
 from unclip import config
 from unclip.models.autoregressive_prior import AutoregressivePriorConfig
@@ -12,7 +13,6 @@ from unclip.models.decoder import DecoderConfig
 from unclip.models.prior import PriorConfig
 from unclip.models.text import TextTransformer
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.systems.unclip.presets import PRESETS, ParameterCounts, count_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 

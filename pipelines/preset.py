@@ -1,0 +1,52 @@
+"""The presets: one TOML file for each pipeline. Reading their names takes no time, so that a shell can complete them."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unclip import config
+from unclip.errors import ConfigError, InputError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def pipeline_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read_preset(pipeline: str) -> dict[str, Any]:
+    """The settings of a pipeline, laid over those of the one that it extends.
+
+    Raises:
+        ConfigError: an unknown pipeline.
+    """
+    if pipeline not in pipeline_names():
+        raise ConfigError(f"{pipeline}: unknown pipeline. {config.nearest(pipeline, pipeline_names())}")
+    values = read_toml(PRESETS / f"{pipeline}.toml")
+    extends = values.pop("extends", None)
+    return config.merge(read_toml(PRESETS / f"{extends}.toml"), values) if extends else values
+
+
+def model_names() -> list[str]:
+    """Parts that some preset has training settings for; for completion, which is asked before the pipeline is named."""
+    names: dict[str, None] = {}
+    for pipeline in pipeline_names():
+        for name, section in read_preset(pipeline).items():
+            if isinstance(section, Mapping) and name != "clip":  # which belongs to the dataset
+                names |= {name: None} if "trainer" in section else {}
+                members = {key: inner for key, inner in section.items() if isinstance(inner, Mapping)}
+                names |= {f"{name.removesuffix('s')}-{key}": None for key in members if "trainer" in members[key]}
+    return list(names)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises:
+    InputError: the file is not there, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such run file. Name a TOML file with --config.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as TOML: {error}.") from None

@@ -1,0 +1,281 @@
+"""A system: a way from captions to images, made of trained parts; and the stack, the folder that one is published as.
+
+    stack/stack.json        the system's name, its parts in order, its CLIP, its sampling settings; written last
+          <part>/           one folder for each part: safetensors under a manifest
+          clip/             CLIP, where it was trained with the stack
+          statistics/       statistics of the image embeddings that it was trained on
+
+A system of this library is one file or package of `unclip.systems` that defines `SYSTEM`. One of another package is an entry
+point of the group `unclip.systems` that names such a `SystemSpec`. A stack names its system by that name alone: what is in
+its folder is never imported.
+
+Letters: B batch, S resolution.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from unclip import config, files
+from unclip.errors import CheckpointError, ConfigError
+from unclip.models.clip import Clip, ImageEmbeddings
+from unclip.systems.part import Part
+from unclip.training import checkpoints
+
+ENTRY_POINTS = "unclip.systems"
+
+
+class Sampling(Protocol):
+    """Sampling settings of a system: a frozen dataclass with these, and a section for each part that has some."""
+
+    @property
+    def batch_size(self) -> int:
+        """Captions that are sampled together."""
+
+
+class System(Protocol):
+    """A loaded system."""
+
+    sampling: Any
+    """Default sampling settings, of the class that its `SystemSpec` names."""
+
+    @property
+    def image_size(self) -> int:
+        """S, resolution of its images, pixels."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move it to a device."""
+
+    def sample(self, captions: Sequence[str], sampling: Any, generator: torch.Generator) -> Tensor:
+        """One batch of images, [len(captions), 3, S, S] in [-1, 1], on the system's device.
+
+        Args:
+            sampling: settings of the system's own class.
+            generator: source of all randomness, on the system's device.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipFiles:
+    """The CLIP of a stack."""
+
+    model: str
+    """Name as open_clip takes it; "local-dir:" and a path for a folder."""
+    pretrained: str | None = None
+    """Tag or weights file, for a model given by name."""
+    image_embeddings: ImageEmbeddings = "unit"
+    """Scale of its image embeddings."""
+
+    def load(self) -> Clip:
+        return Clip.load(self.model, self.pretrained, self.image_embeddings)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackFiles:
+    """The files that a system is loaded from: those of a published stack, or of the stages that trained its parts."""
+
+    system: str
+    """Name of the system."""
+    models: Mapping[str, str]
+    """Stage of each part -> URI of its model folder, in the order of the system's DAG."""
+    clip: ClipFiles | None = None
+    """CLIP, where the system reads captions or images through one."""
+    statistics: str | None = None
+    """URI of the statistics of the training rows' image embeddings."""
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Default sampling settings; what is not given takes the system's defaults."""
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "StackFiles":
+        """Undo `dataclasses.asdict`."""
+        clip = facts["clip"]
+        return cls(**{**facts, "clip": None if clip is None else ClipFiles(**clip)})
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemSpec:
+    """Description of a system."""
+
+    name: str
+    """Name in run files and stacks."""
+    parts: tuple[Part[Any], ...]
+    """Its trained networks; several may be trained from one of them."""
+    sampling: type
+    """Class of its sampling settings, a frozen dataclass with a `batch_size`."""
+    load: Callable[[StackFiles], System]
+    """Loads it."""
+    shortcuts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Options of `unclip sample` -> the sampling settings that they stand for, such as steps -> decoder.num_steps."""
+
+
+def system_names() -> list[str]:
+    """Names of all systems that can be loaded."""
+    here = importlib.import_module(__package__)
+    found = [module.name for module in pkgutil.iter_modules(here.__path__)]
+    own = [name for name in found if hasattr(importlib.import_module(f"{__package__}.{name}"), "SYSTEM")]
+    return sorted({*own, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+
+
+def find_system(name: str) -> SystemSpec:
+    """The system with this name.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        if importlib.util.find_spec(f"{__package__}.{name}") is not None:
+            spec = getattr(importlib.import_module(f"{__package__}.{name}"), "SYSTEM", None)
+            if isinstance(spec, SystemSpec):
+                return spec
+        for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+            loaded: SystemSpec = point.load()
+            return loaded
+    raise ConfigError(f"system: got {name!r}, which is no known system. {config.nearest(name, system_names())}")
+
+
+def load_model(folder: str, parts: Iterable[Part[Any]]) -> nn.Module:
+    """A model as the trainer saved it, in evaluation mode.
+
+    Args:
+        folder: URI of a `model/` folder.
+        parts: the parts it may be of.
+
+    Raises:
+        CheckpointError: damaged, untrained, of another part, or made by another version of the model.
+    """
+    tensors, facts = checkpoints.load(folder)
+    builders = {kind: part.build for part in parts for kind in part.saved_kinds}
+    kind = facts.get("kind")
+    if kind not in builders:
+        raise CheckpointError(f"{folder}: got a model of kind {kind!r}, expected {', '.join(builders)}.")
+    if not facts.get("samples_seen") and not facts.get("imported"):
+        raise CheckpointError(f"{folder}: this {kind} was never trained; it would sample noise. Train it first.")
+    try:
+        model = builders[kind](facts)
+        model.load_state_dict(tensors["model"])
+    except (KeyError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: the weights do not fit the {kind}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def load_system(folder: str | Path) -> System:
+    """Load a published stack from a local folder.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or does not fit the rest.
+    """
+    stack = read_stack(folder)
+    return find_system(stack.system).load(stack)
+
+
+def read_stack(folder: str | Path) -> StackFiles:
+    """Read `stack.json` of a local folder, without loading any model.
+
+    Raises:
+        CheckpointError: it is missing or an earlier version wrote it.
+    """
+    path = Path(folder, "stack.json")
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no stack.json, so no stack was published here. Run `unclip run` first.")
+    facts = json.loads(path.read_text())
+    if "system" not in facts:
+        raise CheckpointError(
+            f"{path}: names no system; an earlier version published this stack. Publish it anew with `unclip run`, which "
+            "keeps its trained models."
+        )
+    clip = facts["clip"]
+    if clip is not None:
+        clip = ClipFiles(**{**clip, "model": clip["model"].replace("local-dir:", f"local-dir:{folder}/")})
+    statistics = f"{folder}/statistics" if Path(folder, "statistics").is_dir() else None
+    models = {name: f"{folder}/{name}" for name in facts["parts"]}
+    return StackFiles(facts["system"], models, clip, statistics, facts["sampling"])
+
+
+def save_stack(folder: str, stack: StackFiles) -> None:
+    """Gather the files of a system into one folder that `load_system` reads; `stack.json` is written last.
+
+    Args:
+        folder: URI of the new stack.
+        stack: files to copy; models whose URI lies in `folder` are there already.
+    """
+    copied = dict(stack.models)
+    clip = stack.clip
+    if clip is not None and clip.model.startswith("local-dir:"):
+        copied["clip"] = clip.model.removeprefix("local-dir:")
+        clip = dataclasses.replace(clip, model="local-dir:clip")
+    if stack.statistics is not None:
+        copied["statistics"] = stack.statistics
+    for name, source in copied.items():
+        if source != f"{folder}/{name}":
+            for file in files.names(source):
+                files.write(f"{folder}/{name}/{file}", files.read(f"{source}/{file}"))
+    description = {
+        "system": stack.system,
+        "parts": list(stack.models),
+        "clip": None if clip is None else dataclasses.asdict(clip),
+        "sampling": dict(stack.sampling),
+    }
+    files.write_json(f"{folder}/stack.json", description)
+
+
+def sampling_of(stack: StackFiles, cls: type) -> Any:
+    """Default sampling settings of a stack.
+
+    Raises:
+        CheckpointError: they are not of this class; an earlier version wrote them.
+    """
+    try:
+        return config.load(cls, stack.sampling)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"stack.json: its sampling settings cannot be read: {error} Publish it anew with `unclip run`."
+        ) from error
+
+
+@torch.no_grad()
+def sample_batch(system: System, captions: Sequence[str], number: int, *, seed: int, sampling: Any) -> Tensor:
+    """Batch `number` of `sample_captions`, on its own: [len(captions), 3, S, S] on the CPU."""
+    generator = torch.Generator(system.device).manual_seed(seed * 1_000_003 + number)
+    return system.sample(captions, sampling, generator).cpu()
+
+
+def sample_captions(
+    system: System,
+    captions: Sequence[str],
+    *,
+    seed: int = 0,
+    sampling: Any = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """Sample one image for each caption.
+
+    Args:
+        captions: any number; they are sampled in batches.
+        seed: the same captions, seed and settings give the same images on the same machine.
+        sampling: None takes the settings published with the stack.
+        progress: called with the number of images just finished.
+
+    Returns:
+        [len(captions), 3, S, S] float32 in [-1, 1], on the CPU.
+    """
+    settings = sampling or system.sampling
+    images = []
+    for number, start in enumerate(range(0, len(captions), settings.batch_size)):
+        batch = captions[start : start + settings.batch_size]
+        images.append(sample_batch(system, batch, number, seed=seed, sampling=settings))
+        progress(len(batch))
+    return torch.cat(images)
