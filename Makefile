@@ -29,7 +29,7 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-PARTS := --numprocesses 2 --dist loadfile tests/infra tests/tasks tests/unclip tests/test_faults.py
+PARTS := --numprocesses 2 --dist loadfile tests/infra tests/tasks tests/unclip tests/test_faults.py tests/test_house.py
 
 test: lint ## Run the tests: parts side by side in two processes, then whole runs, which need both CPUs, by themselves
 	$(BIN)/python -m pytest $(PARTS)

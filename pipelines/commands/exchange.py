@@ -75,13 +75,13 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
 
     from unclip.config import fingerprint
     from unclip.interop.pipeline import import_stack, save_imported
+    from unclip.systems.system import read_stack
     from unclip.training import checkpoints
 
     destination = store.uri("imported", name)
     imported = import_stack(folder, image_variation=image_variation)
     save_imported(imported, destination)
-    parts = ("prior", "decoder", *(upsampler.config.name for upsampler in imported.stack.upsamplers))
-    digest = fingerprint([checkpoints.digest(f"{destination}/{part}") for part in parts])
+    digest = fingerprint([checkpoints.digest(folder) for folder in read_stack(destination).models.values()])
     store.write_json({"stack": destination, "digest": digest, "at": time.time()}, "published", f"{name}.json")
     click.echo(destination)
 

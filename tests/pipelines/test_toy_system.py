@@ -26,7 +26,6 @@ from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines.command_line import call, call_json
-from unclip.config import load, to_dict
 from unclip.data import Batch
 from unclip.models.clip import Clip
 from unclip.systems.part import Part, Shapes, TrainingInputs
@@ -65,7 +64,7 @@ class Painter(nn.Module):
 class PainterObjective:
     """Mean squared error of the pixels."""
 
-    columns: Mapping[str, tuple[str, ...]] = {"images": ("jpg",), "embeddings": ("text_embedding",)}  # noqa: RUF012
+    columns: Mapping[str, tuple[str, ...]] = {"images": ("jpg",), "embeddings": ("text_embedding",)}
 
     def __init__(self, config: PainterConfig, clip: Clip, preview: Batch) -> None:
         self.model = Painter(config.image_size, config.width, clip.embedding_dim)
@@ -217,7 +216,19 @@ num_captions = 8
 [publish]
 name = "toy"
 """
-STAGES = ["ingest", "download", "filter", "dedup", "clip", "embed", "curate", "report", "painter", "evaluate", "publish"]
+STAGES = [
+    "ingest",
+    "download",
+    "filter",
+    "dedup",
+    "clip",
+    "embed",
+    "curate",
+    "report",
+    "painter",
+    "evaluate",
+    "publish",
+]
 CAPTION = "a large red circle on a blue background"
 
 
@@ -301,7 +312,9 @@ def test_it_samples(finished: Path, tmp_path: Path) -> None:
         drawn.append(out.read_bytes())
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
     out = tmp_path / "short.png"
-    assert call("sample", CAPTION, "--num", 3, "--guidance-scale", 0, "--out", out, "--storage", finished).returncode == 0
+    assert (
+        call("sample", CAPTION, "--num", 3, "--guidance-scale", 0, "--out", out, "--storage", finished).returncode == 0
+    )
     assert out.read_bytes() == drawn[-1]
     for option in (["--steps", 3], ["--sampler", "ddim"]):
         result = call("sample", CAPTION, *option, "--out", out, "--storage", finished)
