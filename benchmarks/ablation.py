@@ -18,27 +18,25 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from unclip.systems.unclip.objectives import load_images
 
 from pipelines import dag as dags
 from pipelines.composition import compose
 from pipelines.config import load
 from pipelines.prepare import prepare
 from tasks.snapshots import Snapshot
-from tasks.stage import Artifact, declared_name
+from tasks.stage import Artifact
 from tasks.stages.evaluate import heldout_keys
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import images as pictures
-from unclip.config import load as load_config
 from unclip.data import RowReader
 from unclip.evaluation import metrics as evaluation
-from unclip.models.clip import Clip
-from unclip.systems.unclip.stack import SamplingConfig, Stack, load_model
+from unclip.systems.system import StackFiles
+from unclip.systems.unclip.stack import Stack
+from unclip.training.batches import load_images
 
 BASE: tuple[str, ...] = ()
 OTHERS = (
@@ -106,12 +104,9 @@ def artifacts(pipeline: str, storage: str, assignments: tuple[str, ...] = BASE) 
 
 def load_stack(made: Mapping[str, Artifact], **others: Artifact) -> Stack:
     """A stack of trained models, some of which other runs may have made; its sampling is that of its evaluation."""
-    upsamplers = [name for name in made if declared_name(name) == "upsampler"]
-    models: Any = [load_model({**made, **others}[name].uri) for name in ("prior", "decoder", *upsamplers)]
-    prior, decoder, *rest = models
-    stack = Stack(Clip.load(made["clip"].facts["model"], made["clip"].facts["pretrained"]), prior, decoder, rest)
-    stack.sampling = load_config(SamplingConfig, made["evaluate"].facts["sampling"])
-    return stack
+    files = StackFiles.of(made["evaluate"].facts["stack"])
+    models = {name: others[name].uri if name in others else uri for name, uri in files.models.items()}
+    return Stack.load(dataclasses.replace(files, models=models))
 
 
 def load_heldout(made: Mapping[str, Artifact], num_captions: int, side: int) -> Heldout:
@@ -227,7 +222,7 @@ def main() -> None:
         "diffusion prior": score_prior(stack, heldout, arguments.seed),
         "autoregressive prior": score_prior(load_stack(made, prior=others["prior"]), heldout, arguments.seed),
     }
-    text = f"{len(heldout.captions)} held-out captions, guidance scale {stack.sampling.guidance_scale:g}\n\n"
+    text = f"{len(heldout.captions)} held-out captions, guidance scale {stack.sampling.decoder.guidance_scale:g}\n\n"
     text += table(drawn, priors)
     Path(arguments.out).with_suffix(".md").write_text(text)
     Path(arguments.out).with_suffix(".png").write_bytes(picture(drawn, heldout.captions))

@@ -21,6 +21,7 @@ from unclip import images as pictures
 from unclip.evaluation import metrics as evaluation
 from unclip.evaluation import scenes
 from unclip.evaluation.scenes import Scene, SceneObject
+from unclip.systems.system import load_system
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.stack import Stack
 
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the grids")
     parser.add_argument("--only", choices=MEASUREMENTS, help="one of the manipulations")
     arguments = parser.parse_args()
-    stack = Stack.load(find_stack(arguments.storage, None))
+    stack = load_system(find_stack(arguments.storage, None))
     for name, measure in MEASUREMENTS.items():
         if arguments.only not in (None, name):
             continue

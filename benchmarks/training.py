@@ -44,7 +44,8 @@ from unclip.models.decoder import NUM_IMAGE_TOKENS, DecoderConfig
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.prior import PriorConfig
 from unclip.models.unet import UNetConfig
-from unclip.systems.unclip.objectives import DecoderObjective, PriorObjective
+from unclip.systems.unclip.decoder import DecoderObjective
+from unclip.systems.unclip.prior import PriorObjective
 from unclip.training import trainer
 from unclip.training.flops import PEAK_FLOPS
 from unclip.training.parallel import Workers

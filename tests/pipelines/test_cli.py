@@ -28,6 +28,7 @@ from tasks.tracking import without_password
 from tests.pipelines.command_line import COMMANDS, call_json
 from tests.pipelines.command_line import call as unclip
 from unclip import errors
+from unclip.systems.unclip.sizes import MODEL_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,7 +116,7 @@ def test_models_and_pipelines_are_completed() -> None:
     def completed(argument: click.Argument, start: str) -> set[str]:
         return {item.value for item in argument.shell_complete(click.Context(train), start)}
 
-    assert completed(model, "up") == {"upsampler-32", "upsampler-64", "upsampler-256"}
+    assert completed(model, "up") == {"upsampler-32", "upsampler-64"}
     assert completed(model, "") > {"prior", "decoder"} and completed(pipeline, "t") == {"text_to_image", "tiny"}
 
 
@@ -135,7 +136,7 @@ HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")
         (["status", "--storage", "."], None, "a-run  tiny  1970-01-01"),
         ([], "unclip sta", "status"),
         ([], "unclip run tex", "text_to_image"),
-        ([], "unclip train upsampler-2", "upsampler-256"),
+        ([], "unclip train upsampler-6", "upsampler-64"),
         ([], "unclip data sh", "show"),
     ],
 )
@@ -282,7 +283,7 @@ def test_plan_writes_nothing_and_plans_what_is_run(tmp_path: Path) -> None:
     assert document["config"]["ingest"]["urls"].startswith(f"{storage}/scenes/")
     assert {stage["state"] for stage in document["stages"]} == {"to run"}
     assert {stage["name"]: stage["after"] for stage in document["stages"]}["download"] == ["ingest"]
-    assert unclip("plan", "train", "--preset", "demo").returncode == 0 and list(tmp_path.iterdir()) == []
+    assert unclip("plan", "train", "--model-size", "demo").returncode == 0 and list(tmp_path.iterdir()) == []
     config = load("tiny", None, (), str(storage))
     planned = prepare(config, only_looks=True)
     assert list(tmp_path.iterdir()) == []
@@ -381,27 +382,27 @@ def test_the_exit_codes_and_commands_in_the_docs_are_those_there_are() -> None:
 
 
 def test_plan_train_says_what_training_takes_of_each_gpu() -> None:
-    result = unclip("plan", "train", "--preset", "demo", "--gpus", 8, "--memory-gib", 0.25)
+    result = unclip("plan", "train", "--model-size", "demo", "--gpus", 8, "--memory-gib", 0.25)
     assert result.returncode == 0, result.stderr
     heading, *rows = result.stdout.partition("\n\n")[0].splitlines()
-    names = ["prior", "autoregressive_prior", "decoder", "upsampler-64"]
+    names = ["prior", "decoder", "upsampler-64"]
     assert [row.split()[0] for row in rows] == names and {len(row) for row in rows} == {len(heading)}
-    assert rows[2].split()[1:3] == ["3,335,715", "0.7"]
+    assert rows[1].split()[1:3] == ["3,335,715", "0.7"]
     for name in names:
         assert f"\n{name}: 8 GPUs of 0.25 GiB: DDP, micro-batch " in result.stdout
     assert "8 GPUs of 0.001 GiB: nothing fits: one sample takes" in (
-        unclip("plan", "train", "--preset", "demo", "--gpus", 8, "--memory-gib", 0.001).stdout
+        unclip("plan", "train", "--model-size", "demo", "--gpus", 8, "--memory-gib", 0.001).stdout
     )
-    alone = unclip("plan", "train", "--preset", "demo").stdout
+    alone = unclip("plan", "train", "--model-size", "demo").stdout
     assert "\nprior: 1 GPU of 80 GiB: micro-batch 4,096 or more; with" in alone and "FSDP" not in alone
 
 
 def test_plan_train_refuses_what_is_impossible() -> None:
-    assert_refused(unclip("plan", "train", "--preset", "dale2"), "dale2", "Did you mean 'dalle2'?")
+    assert_refused(unclip("plan", "train", "--model-size", "dale2"), "dale2", "Did you mean 'dalle2'?")
     for name, value in (("--gpus", "0"), ("--memory-gib", "0.0"), ("--micro-batch-size", "0")):
-        assert_refused(unclip("plan", "train", "--preset", "demo", name, value), f"{name}: got {value}, expected")
+        assert_refused(unclip("plan", "train", "--model-size", "demo", name, value), f"{name}: got {value}, expected")
     options = unclip("plan", "train", "--help").stdout
-    assert all(name in options for name in MODEL_SIZES) and "Usage: main plan train [OPTIONS]" in options
+    assert all(name in options for name in MODEL_SIZES) and "Usage: main plan train [OPTIONS] [PIPELINE]" in options
     assert "unclip plan train" in unclip("plan", "--help").stdout
     assert "plan train" in unclip("--help").stdout
 

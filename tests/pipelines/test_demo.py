@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import manipulations
 from pipelines.published import find_stack
+from unclip.systems.system import load_system
 from unclip.systems.unclip.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @pytest.fixture(scope="module")
 def stack(demo: Path) -> Stack:
-    return Stack.load(find_stack(str(demo), None))
+    return load_system(find_stack(str(demo), None))
 
 
 def test_the_demo_draws_what_its_captions_say(demo: Path) -> None:

@@ -26,6 +26,7 @@ from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines.command_line import call
+from unclip.systems.system import load_system, sample_captions
 from unclip.training.film import FILM_STRIP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,10 +126,9 @@ def test_tables_hold_every_row_once_and_embeddings_belong_to_their_rows(finished
     captions = dict(zip(images.column("key").to_pylist(), images.column("caption").to_pylist(), strict=True))
     assert all(captions[row["key"]] == row["caption"] for row in embeddings.select(["key", "caption"]).to_pylist())
 
-    from unclip.systems.unclip.objectives import load_images
-
     from unclip.data import vectors
     from unclip.models.clip import Clip
+    from unclip.training.batches import load_images
 
     clip = Clip.load(made["clip"]["facts"]["model"])
     pictures = dict(zip(images.column("key").to_pylist(), images.column("jpg").to_pylist(), strict=True))
@@ -173,11 +173,10 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
 
 
 def test_the_published_stack_draws_with_both_upsamplers(finished: Path) -> None:
-    from unclip.systems.unclip.stack import Stack
 
-    stack = Stack.load(records(finished)["publish"]["uri"])
+    stack = load_system(records(finished)["publish"]["uri"])
     assert [(each.config.low_res_size, each.config.output_size) for each in stack.upsamplers] == [(16, 32), (32, 64)]
-    assert stack.text2image(["a large red circle"]).shape == (1, 3, 64, 64)
+    assert sample_captions(stack, ["a large red circle"]).shape == (1, 3, 64, 64)
     assert len({records(finished)[f"upsampler-{side}"]["digest"] for side in (32, 64)}) == 2
 
 

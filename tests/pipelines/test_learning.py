@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from unclip.systems.unclip.objectives import DecoderObjective, load_images
 
 from benchmarks import ablation
 from pipelines.config import load
@@ -17,8 +16,11 @@ from unclip.data import RowReader
 from unclip.diffusion.process import GaussianDiffusion, VarianceType
 from unclip.evaluation import metrics as evaluation
 from unclip.models.decoder import Decoder
-from unclip.systems.unclip.stack import Stack, load_model
+from unclip.systems.system import load_model
+from unclip.systems.unclip.decoder import DECODER, DecoderObjective
+from unclip.systems.unclip.stack import Stack
 from unclip.training import trainer
+from unclip.training.batches import load_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -56,9 +58,10 @@ def test_both_priors_are_nearer_to_the_pictures_than_the_text_embedding_is(train
 
 def test_guidance_draws_more_of_what_captions_say(trained: Trained) -> None:
     accuracy = []
-    for guidance_scale in (1.0, trained.stack().sampling.guidance_scale):
+    for guidance_scale in (1.0, trained.stack().sampling.decoder.guidance_scale):
         stack = trained.stack()
-        stack.sampling = dataclasses.replace(stack.sampling, guidance_scale=guidance_scale)
+        decoder = dataclasses.replace(stack.sampling.decoder, guidance_scale=guidance_scale)
+        stack.sampling = dataclasses.replace(stack.sampling, decoder=decoder)
         drawn = ablation.draw(stack, ablation.ways(stack, trained.heldout)[ablation.PRIOR], trained.heldout)
         print(guidance_scale, drawn.scenes.accuracy(), drawn.all_right())
         accuracy.append(drawn.all_right())
@@ -83,7 +86,7 @@ def test_a_learned_variance_codes_pictures_in_fewer_bits(trained: Trained, tmp_p
         torch.manual_seed(0)
         objective = DecoderObjective(model, snapshot.load_statistics(), coded)
         trainer.train(objective, training, config, str(tmp_path / variance))
-        decoder = load_model(str(tmp_path / variance / "model"))
+        decoder = load_model(str(tmp_path / variance / "model"), (DECODER,))
         assert isinstance(decoder, Decoder)
         return decoder
 

@@ -86,9 +86,15 @@ def test_a_failure_is_recorded_and_passed_on_but_never_cached(run: Run) -> None:
     assert not Store(run.storage).list("stages")
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnResources(StageResources):
+    prior: Resources | None = None
+    upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
+
+
 def test_stages_may_have_resources_of_their_own() -> None:
     own = Resources(num_workers=1, gpus_per_worker=1)
-    resources = StageResources(num_workers=2, prior=own, upsamplers={"256": own})
+    resources = OwnResources(num_workers=2, prior=own, upsamplers={"256": own})
     assert resources.of("prior").per_worker() == resources.of("upsampler-256").per_worker() == {"CPU": 2.0, "GPU": 1.0}
     assert [resources.of(name).num_workers for name in ("decoder", "upsampler-1024", "ingest")] == [2, 2, 2]
 

@@ -92,7 +92,7 @@ def test_what_is_black_in_the_mask_stays(storage: Path, folder: Path) -> None:
         (("vary", "damaged.png"), ("damaged.png", "a damaged picture")),
         (("vary", "square.png", "--num", 0), ("--num: got 0",)),
         (("vary", "square.png", "--eta", 1.5), ("--eta: got 1.5, expected 0 to 1",)),
-        (("vary", "square.png", "--steps", 0), ("decoder_steps: got 0",)),
+        (("vary", "square.png", "--steps", 0), ("decoder.num_steps: got 0",)),
         (("vary", "square.png", "--out", "nowhere/v.png"), ("nowhere", "does not exist")),
         (("vary", "square.png", "--each", "square.png"), ("--each", "is a file")),
         (("interpolate", "square.png", "none.png"), ("none.png", "does not exist")),
@@ -127,7 +127,7 @@ def test_help(command: str) -> None:
 
 
 def test_sampler_names_are_those_that_there_are() -> None:
-    from pipelines.commands.sampling import SAMPLERS as OFFERED
+    from pipelines.sampling import SAMPLERS as OFFERED
     from unclip.diffusion.samplers import SAMPLERS
 
     assert set(OFFERED) == set(SAMPLERS)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tasks import tables
 from tasks.snapshots import Snapshot, save_statistics
 from tasks.stages.embed import SCHEMA
-from tasks.stages.train import PriorStageConfig, fit_quantizer
+from tasks.stages.train import SnapshotInputs
 from unclip import config
 from unclip.data import RowReader
 from unclip.errors import ConfigError
@@ -19,9 +19,16 @@ from unclip.models import clip
 from unclip.models.autoregressive_prior import AutoregressivePriorConfig
 from unclip.models.clip import Clip
 from unclip.models.prior import PriorConfig
-from unclip.systems.unclip import objectives
-from unclip.systems.unclip.stack import load_model
+from unclip.systems.system import load_model
+from unclip.systems.unclip.prior import (
+    PRIOR,
+    AutoregressivePriorObjective,
+    PriorObjective,
+    PriorStageConfig,
+    fit_quantizer,
+)
 from unclip.training import trainer
+from unclip.training.parallel import ALONE
 from unclip.training.settings import TrainerConfig
 
 NUM_ROWS = 40
@@ -63,14 +70,18 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory, frozen_clip: Clip) -> Sna
     )
 
 
+def inputs(snapshot: Snapshot) -> SnapshotInputs:
+    return SnapshotInputs(ALONE, snapshot, (), {})
+
+
 def test_buckets_are_those_of_the_training_rows(snapshot: Snapshot) -> None:
-    quantizer = fit_quantizer(snapshot, AutoregressivePriorConfig(num_buckets=256))
+    quantizer = fit_quantizer(AutoregressivePriorConfig(num_buckets=256), inputs(snapshot))
     reader = RowReader((snapshot.source("embeddings", "image_embedding"),), snapshot.keys("train"))
     images = torch.tensor([row.tolist() for row in reader.read(snapshot.keys("train"))["image_embedding"]])
     lost = (quantizer.decode(quantizer.encode(images)) - images).square().sum()
     assert lost / (images - images.mean(dim=0)).square().sum() < 0.0101
     assert quantizer.num_components < 30 and quantizer.similarity_counts.sum() == 30
-    again = fit_quantizer(snapshot, AutoregressivePriorConfig(num_buckets=256))
+    again = fit_quantizer(AutoregressivePriorConfig(num_buckets=256), inputs(snapshot))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in quantizer.state_dict().items())
 
 
@@ -81,18 +92,18 @@ def test_either_prior_trains_from_the_same_table_and_is_loaded(
     small: dict[str, Any] = {"width": 16, "depth": 1, "num_heads": 2}
     statistics, objective = snapshot.load_statistics(), None
     if kind == "diffusion":
-        objective = objectives.PriorObjective(PriorConfig(**small, self_conditioning=True), frozen_clip, statistics)
+        objective = PriorObjective(PriorConfig(**small, self_conditioning=True), frozen_clip, statistics)
     else:
         settings = AutoregressivePriorConfig(**small, num_buckets=32)
-        quantizer = fit_quantizer(snapshot, settings)
-        objective = objectives.AutoregressivePriorObjective(settings, frozen_clip, statistics, quantizer)
+        quantizer = fit_quantizer(settings, inputs(snapshot))
+        objective = AutoregressivePriorObjective(settings, frozen_clip, statistics, quantizer)
     source = snapshot.source("embeddings", *objective.columns)
     assert set(source.columns) <= set(SCHEMA.names)
     reader = RowReader((source,), snapshot.keys("train"))
     tokens = objective.prepare(reader.read(["01"]))["tokens"]
     assert torch.equal(tokens, frozen_clip.tokenize(["1 wow !"])) and tokens.dtype == torch.int64
     trainer.train(objective, reader, TrainerConfig(num_samples=40, batch_size=10), str(tmp_path))
-    prior: Any = load_model(f"{tmp_path}/model")
+    prior: Any = load_model(f"{tmp_path}/model", (PRIOR,))
     assert prior.statistics.digest() == statistics.digest()
     text = frozen_clip.encode_text(tokens)
     drawn = prior.sample(text.text_encodings, text.text_mask, text.text_projection, guidance_scale=2.0)

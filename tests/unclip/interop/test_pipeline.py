@@ -24,13 +24,16 @@ from unclip.diffusion import samplers
 from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop.clip import export_text
-from unclip.interop.pipeline import PIPELINE_SAMPLING, export_stack, import_stack, save_imported
+from unclip.interop.pipeline import export_stack, import_stack, pipeline_sampling, save_imported
 from unclip.models.autoregressive_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.models.clip import Clip, create
 from unclip.models.text import CaptionFeatures
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.systems.unclip.stack import SamplingConfig, Stack, load_model
+from unclip.systems.system import load_model, load_system, sample_batch, sample_captions
+from unclip.systems.unclip.sampling import SamplingConfig
+from unclip.systems.unclip.stack import Stack
+from unclip.systems.upsampler import UPSAMPLER
 
 CAPTIONS = ["a red cat!", "two dogs and a very long caption that is cut off"]
 STEPS = (5, 5, 3)
@@ -58,14 +61,18 @@ def with_float64_tables(pipeline: Any, stack: Stack) -> Any:
 
 def sampling(scales: tuple[float, float]) -> SamplingConfig:
     """Ours, as the pipeline samples."""
-    steps = {"prior_steps": STEPS[0], "decoder_steps": STEPS[1], "upsampler_steps": STEPS[2:]}
-    guidance = {"prior_guidance_scale": scales[0], "guidance_scale": scales[1]}
-    return dataclasses.replace(PIPELINE_SAMPLING, **steps, **guidance, precision="fp32")  # type: ignore[arg-type]
+    pipeline = pipeline_sampling(16)
+    return SamplingConfig(
+        prior=dataclasses.replace(pipeline.prior, num_steps=STEPS[0], guidance_scale=scales[0]),
+        decoder=dataclasses.replace(pipeline.decoder, num_steps=STEPS[1], guidance_scale=scales[1]),
+        upsamplers={"16": dataclasses.replace(pipeline.upsamplers["16"], num_steps=STEPS[2])},
+        precision="fp32",
+    )
 
 
 def drawn_here(stack: Stack, scales: tuple[float, float]) -> torch.Tensor:
     """[B, 3, H, W] in [0, 1]."""
-    return (stack.draw_batch(CAPTIONS, 3, seed=0, sampling=sampling(scales)) / 2 + 0.5).clamp(0, 1)
+    return (sample_batch(stack, CAPTIONS, 3, seed=0, sampling=sampling(scales)) / 2 + 0.5).clamp(0, 1)
 
 
 def drawn(pipeline: Any, scales: tuple[float, float]) -> torch.Tensor:
@@ -107,7 +114,10 @@ def test_diffusers_draws_the_pictures_that_we_draw(tmp_path: Path, variant: int)
     stack = tiny_stack(**VARIANTS[variant])
     notes = export_stack(stack, tmp_path / "exported")
     assert len(notes) == 1
-    assert "decoder_sampler ddim (there ddpm), decoder_steps 50 (there 25), guidance_scale 2.0 (there 8.0)" in notes[0]
+    assert (
+        "decoder.sampler ddim (there ddpm), decoder.num_steps 50 (there 25), decoder.guidance_scale 2.0 (there 8.0)"
+        in notes[0]
+    )
     pipeline = load(tmp_path / "exported")
     for scales in ((4.0, 8.0), (1.0, 1.0)):
         expected = drawn_here(stack, scales)
@@ -129,11 +139,11 @@ def test_exporting_again_what_was_imported_gives_the_same_bytes(tmp_path: Path) 
     assert imported.upsampler_1024 is not None and imported.upsampler_1024.config.output_size == 64
 
     save_imported(imported, tmp_path / "stack")  # and by way of our own files
-    loaded = Stack.load(tmp_path / "stack")
-    assert loaded.sampling.prior_guidance_scale == 4 and loaded.clip.image_embeddings == "unit"
+    loaded = load_system(tmp_path / "stack")
+    assert loaded.sampling.prior.guidance_scale == 4 and loaded.clip.image_embeddings == "unit"
     assert torch.equal(drawn_here(loaded, (4.0, 8.0)), drawn_here(imported.stack, (4.0, 8.0)))
-    assert loaded.text2image(CAPTIONS[:1]).shape == (1, 3, 16, 16)
-    second: Any = load_model(str(tmp_path / "stack" / "upsampler-64"))
+    assert sample_captions(loaded, CAPTIONS[:1]).shape == (1, 3, 16, 16)
+    second: Any = load_model(str(tmp_path / "stack" / "upsampler-64"), (UPSAMPLER,))
     export_stack(loaded, tmp_path / "twice", upsampler_1024=second)
     files = [path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file()]
     assert len(files) == 26

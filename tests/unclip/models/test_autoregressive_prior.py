@@ -25,8 +25,10 @@ from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.text import CaptionFeatures, caption_features
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.systems.unclip.objectives import AutoregressivePriorObjective
-from unclip.systems.unclip.stack import SamplingConfig, Stack, load_model
+from unclip.systems.system import load_model
+from unclip.systems.unclip.prior import PRIOR, AutoregressivePriorObjective
+from unclip.systems.unclip.sampling import PriorSampling, SamplingConfig
+from unclip.systems.unclip.stack import Stack
 from unclip.training import checkpoints
 
 SMALL = {"width": 16, "depth": 2, "num_heads": 2, "num_buckets": 12}
@@ -198,7 +200,7 @@ def test_it_overfits_sixteen_samples_and_is_saved_whole(frozen_clip: Clip, tmp_p
     assert loss.item() < 0.5  # the logarithm of 64 buckets is 4.2; a tenth of the rows have no text
 
     checkpoints.save(str(tmp_path), {"model": objective.model.state_dict()}, {**objective.facts(), "samples_seen": 1})
-    prior: Any = load_model(str(tmp_path))
+    prior: Any = load_model(str(tmp_path), (PRIOR,))
     features = found.text_encodings, found.text_mask, found.text_projection
     drawn = prior.sample(*features, temperature=0.3, guidance_scale=1.5, generator=torch.Generator().manual_seed(0))
     nearest = (F.normalize(drawn, dim=1) @ embeddings.T).max(dim=1)
@@ -230,7 +232,7 @@ def test_a_stack_takes_either_prior_of_the_decoders_dataset_and_no_other(frozen_
     prior.statistics.load_state_dict(statistics.state_dict())
     prior.text.set_null(caption_features(frozen_clip, frozen_clip.tokenize([""])))
     stack = stack_of(prior.eval(), frozen_clip, statistics)
-    sampling = SamplingConfig(prior_steps=2, prior_guidance_scale=2.0, prior_temperature=0.5)
+    sampling = SamplingConfig(prior=PriorSampling(num_steps=2, guidance_scale=2.0, temperature=0.5))
     drawn = [stack.embed_captions(["a star", "a circle"], sampling, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert drawn[0].shape == (2, 64) and drawn[0].isfinite().all() and torch.equal(*drawn)
     with pytest.raises(CheckpointError, match=r"decoder: got embeddings of 64 dimensions .* those of the prior"):

@@ -25,8 +25,11 @@ from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, caption_features
 from unclip.models.unet import ContextAttention, ResBlock, UNet, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.systems.unclip import objectives
-from unclip.systems.unclip import stack as generation
+from unclip.systems.unclip.decoder import DECODER, DecoderObjective
+from unclip.systems.unclip.sampling import DecoderSampling, SamplingConfig, UpsamplerSampling
+from unclip.systems.unclip.stack import Stack
+from unclip.systems.upsampler import UpsamplerObjective
+from unclip.training.batches import load_images
 from unclip.training.precision import autocast
 
 UNET = UNetConfig(
@@ -304,11 +307,11 @@ def rows(clip: Clip, batch: int = 8) -> dict[str, list[Any]]:
     }
 
 
-def objective(clip: Clip, **changes: Any) -> objectives.DecoderObjective:
+def objective(clip: Clip, **changes: Any) -> DecoderObjective:
     torch.manual_seed(0)
     config = DecoderConfig(**{"unet": UNET, "context_dim": 8, "text_transformer": TINY_TEXT, **changes})
     statistics = EmbeddingStatistics.of(torch.randn(30, clip.embedding_dim))
-    return objectives.DecoderObjective(config, statistics, rows(clip), clip)
+    return DecoderObjective(config, statistics, rows(clip), clip)
 
 
 @pytest.mark.parametrize("text", ["none", "clip", "transformer"])
@@ -346,7 +349,7 @@ def test_the_empty_caption_goes_with_the_weights(clip: Clip, text: str) -> None:
         empty = CaptionFeatures(features.text_encodings, features.text_mask, features.text_projection)
     x_t, t, embedding = torch.randn(1, 3, 16, 16), torch.tensor([500]), torch.randn(1, clip.embedding_dim)
     torch.testing.assert_close(model(x_t, t, embedding), model(x_t, t, embedding, None, empty))
-    again = generation.BUILDERS["decoder"](trained.facts()).eval()
+    again = DECODER.build(trained.facts()).eval()
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again(x_t, t, embedding), model(x_t, t, embedding))
 
@@ -435,7 +438,7 @@ def test_upsamplers_are_trained_on_windows_of_a_quarter_with_levels_of_their_own
     y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
     images = torch.stack([y, x, torch.zeros_like(x)]).expand(8, -1, -1, -1)
     original = images.clone()
-    trained = objectives.UpsamplerObjective(config, {"jpg": [jpeg((0, 0, 0), side)]})
+    trained = UpsamplerObjective(config, {"jpg": [jpeg((0, 0, 0), side)]})
     seen = []
 
     class Recorder(torch.nn.Module):
@@ -458,7 +461,7 @@ def test_stored_stripes_of_a_pixel_become_grey_when_they_are_made_smaller() -> N
     stripes[::2] = 255
     file = io.BytesIO()
     Image.fromarray(stripes).save(file, "JPEG", quality=100, subsampling="4:4:4")
-    images = objectives.load_images([file.getvalue()], 32)
+    images = load_images([file.getvalue()], 32)
     assert images[:, :, 4:-4, 4:-4].abs().max() < 0.1
 
 
@@ -499,8 +502,10 @@ def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text:
     prior = DiffusionPrior(PriorConfig(16, 1, 2), clip.embedding_dim, clip.text_width, clip.text_length)
     prior.text.set_null(caption_features(clip, clip.tokenize([""])))
     upsampler = fill_zeros(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
-    stack = generation.Stack(clip, prior, fill_zeros(objective(clip, text=text).model), [upsampler])
-    settings = generation.SamplingConfig(decoder_steps=2, upsampler_steps=(2,), precision="fp32")
+    stack = Stack(clip, prior, fill_zeros(objective(clip, text=text).model), [upsampler])
+    settings = SamplingConfig(
+        decoder=DecoderSampling(num_steps=2), upsamplers={"64": UpsamplerSampling(num_steps=2)}, precision="fp32"
+    )
     embedding = torch.randn(1, clip.embedding_dim)
     drawn = [
         stack.decode(embedding, settings, torch.Generator().manual_seed(0), text)
@@ -516,7 +521,7 @@ def test_upsamplers_train_in_either_precision(kind: Any, precision: Any) -> None
     config = UpsamplerConfig(
         CONVOLUTIONAL, low_res_size=8, max_noise_level=400, degradation=DegradationConfig(kind, blur_prob=1.0)
     )
-    trained = objectives.UpsamplerObjective(config, {"jpg": [jpeg((0, 100, 200), 32)] * 2})
+    trained = UpsamplerObjective(config, {"jpg": [jpeg((0, 100, 200), 32)] * 2})
     tensors = trained.prepare({"jpg": [jpeg((0, 100, 200), 32)] * 2})
     with autocast(precision, torch.device("cpu")):
         loss = trained.loss(trained.model, tensors, torch.Generator().manual_seed(0))

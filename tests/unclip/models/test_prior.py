@@ -17,8 +17,8 @@ from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import kept_tokens
 from unclip.models.prior import BASE_PRIOR, DALLE2_PRIOR, KARLO_PRIOR, SMALL_PRIOR, DiffusionPrior, PriorConfig
 from unclip.models.text import CaptionFeatures
-from unclip.systems.unclip.objectives import PriorObjective
-from unclip.systems.unclip.stack import load_model
+from unclip.systems.system import load_model
+from unclip.systems.unclip.prior import PRIOR, PriorObjective
 from unclip.training import checkpoints, parallel
 
 SMALL = {"width": 16, "depth": 2, "num_heads": 2}
@@ -289,7 +289,7 @@ def test_a_saved_prior_draws_what_it_drew(tmp_path: Path, frozen_clip: Clip) -> 
     objective = PriorObjective(PriorConfig(**SMALL), frozen_clip, EmbeddingStatistics.of(torch.randn(50, 64)))
     facts = {**objective.facts(), "samples_seen": 1}
     checkpoints.save(str(tmp_path), {"model": objective.model.state_dict()}, facts)
-    loaded = load_model(str(tmp_path))
+    loaded = load_model(str(tmp_path), (PRIOR,))
     drawn = [
         model.eval().sample(
             *features(frozen_clip, rows), num_steps=3, guidance_scale=2.0, generator=torch.manual_seed(5)

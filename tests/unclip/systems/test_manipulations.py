@@ -14,6 +14,7 @@ from unclip import images as pictures
 from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.evaluation import metrics as evaluation
 from unclip.models.degradations import shrink
+from unclip.systems.system import sample_captions
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.stack import Stack
 
@@ -36,8 +37,8 @@ def low_res(stack: Stack, latents: manipulations.Latents) -> Tensor:
     """What the decoder alone draws from latents."""
     from unclip.diffusion import samplers
 
-    denoise = stack.decoder.denoiser(latents.image_embedding, stack.sampling.guidance_scale)
-    return samplers.ddim(stack.decoder.diffusion, denoise, latents.x_T, stack.sampling.decoder_steps)
+    denoise = stack.decoder.denoiser(latents.image_embedding, stack.sampling.decoder.guidance_scale)
+    return samplers.ddim(stack.decoder.diffusion, denoise, latents.x_T, stack.sampling.decoder.num_steps)
 
 
 EVERY: dict[str, Callable[..., Tensor]] = {
@@ -84,7 +85,9 @@ def test_what_was_taken_apart_is_drawn_again(stack: Stack) -> None:
     given = images(3, side=40)
     errors = []
     for iterations in (1, 4, 16):
-        latents = manipulations.invert(stack, given, sampling=with_sampling(inversion_iterations=iterations))
+        latents = manipulations.invert(
+            stack, given, sampling=with_sampling({"decoder.inversion_iterations": iterations})
+        )
         errors.append(float((low_res(stack, latents) - shrink(given, 8)).abs().max()))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-3  # half a level of 256 is 4e-3
@@ -160,11 +163,18 @@ def test_decoders_that_read_captions_get_them(tmp_path: Path, text: str) -> None
 
 @pytest.mark.parametrize(
     "changes",
-    [{"decoder_sampler": "heun"}, {"prior_sampler": "ddim"}, {"upsampler_sampler": "ddpm"}, {"decoder_steps": 4}],
+    [
+        {"decoder.sampler": "heun"},
+        {"prior.sampler": "ddim"},
+        {"upsamplers.16.sampler": "ddpm"},
+        {"decoder.num_steps": 4},
+    ],
 )
 def test_settings_of_sampling_reach_the_samplers(stack: Stack, changes: dict[str, Any]) -> None:
-    expected = stack.text2image([RED], seed=1)
-    assert not torch.allclose(stack.text2image([RED], seed=1, sampling=with_sampling(**changes)), expected, atol=1e-4)
+    expected = sample_captions(stack, [RED], seed=1)
+    assert not torch.allclose(
+        sample_captions(stack, [RED], seed=1, sampling=with_sampling(**changes)), expected, atol=1e-4
+    )
 
 
 def test_slerp_stays_on_the_sphere_and_ends_where_it_should() -> None:

@@ -1,72 +1,86 @@
-"""Sizes of the presets: the paper's where they are the paper's, and the demo's as its run file has them."""
+"""Model sizes: the paper's where they are the paper's, and as they reach a run."""
 
-import json
-import tomllib
-from pathlib import Path
+import dataclasses
 
 import pytest
-from unclip.systems.unclip.presets import PRESETS, ParameterCounts, count_parameters
+import torch
 
-from unclip import config
-from unclip.models.autoregressive_prior import AutoregressivePriorConfig
-from unclip.models.decoder import DecoderConfig
-from unclip.models.prior import PriorConfig
+from pipelines.config import load
+from tests.unclip.systems.sized import count_parameters, networks, num_parameters, shapes
+from unclip.errors import ConfigError
 from unclip.models.text import TextTransformer
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
-
-ROOT = Path(__file__).resolve().parents[3]
+from unclip.systems.unclip.sizes import MODEL_SIZES, ParameterCounts
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_come_to_what_the_table_says(name: str) -> None:
-    preset = PRESETS[name]
-    upsamplers = tuple(count_parameters(lambda c=each: Upsampler(c)) for each in preset.upsamplers)
-    counts = ParameterCounts(count_parameters(preset.build_prior), count_parameters(preset.build_decoder), upsamplers)
-    assert counts == preset.num_parameters
-    sides = [preset.decoder.unet.image_size, *(each.output_size for each in preset.upsamplers)]
-    assert sides[:-1] == [each.low_res_size for each in preset.upsamplers]
+@pytest.mark.parametrize("name", MODEL_SIZES)
+def test_sizes_come_to_what_the_table_says(name: str) -> None:
+    size = MODEL_SIZES[name]
+    counts = {part: count_parameters(network) for part, network in networks(size).items()}
+    upsamplers = tuple(counts[each.model.name] for each in size.upsamplers)
+    assert ParameterCounts(counts["prior"], counts["decoder"], upsamplers) == size.num_parameters
+    resolutions = [size.decoder.model.unet.image_size, *(each.model.output_size for each in size.upsamplers)]
+    assert resolutions[:-1] == [each.model.low_res_size for each in size.upsamplers]
 
 
 def test_dalle2_is_table_3() -> None:
-    preset = PRESETS["dalle2"]
-    counts = preset.num_parameters
+    size = MODEL_SIZES["dalle2"]
+    counts = size.num_parameters
     assert counts.decoder == pytest.approx(3.5e9, rel=0.05)
     assert counts.upsamplers[0] == pytest.approx(700e6, rel=0.05)
     # The table gives one digit, and its own widths and depths come to 1.23 B and 282 M.
     assert f"{counts.prior:.0e}" == f"{1e9:.0e}" and f"{counts.upsamplers[1]:.0e}" == f"{300e6:.0e}"
-    text = preset.decoder.text_transformer
-    assert (preset.text_shape.length, text.width, text.depth, text.num_heads) == (256, 2048, 24, 32)
-    assert preset.decoder.unet.attention_resolutions == (32, 16, 8) and preset.decoder.unet.head_channels == 64
-    assert [each.output_size for each in preset.upsamplers] == [256, 1024]
-    assert all(4 * each.unet.image_size == each.output_size for each in preset.upsamplers)  # crops of a quarter
-    assert [each.degradation.kind for each in preset.upsamplers] == ["blur", "bsr"]
-    assert [each.diffusion.schedule for each in preset.upsamplers] == ["cosine", "linear"]
+    decoder, upsamplers = size.decoder.model, [each.model for each in size.upsamplers]
+    text = decoder.text_transformer
+    assert (shapes(size).text.length, text.width, text.depth, text.num_heads) == (256, 2048, 24, 32)
+    assert decoder.unet.attention_resolutions == (32, 16, 8) and decoder.unet.head_channels == 64
+    assert [each.output_size for each in upsamplers] == [256, 1024]
+    assert all(4 * each.unet.image_size == each.output_size for each in upsamplers)  # crops of a quarter
+    assert [each.degradation.kind for each in upsamplers] == ["blur", "bsr"]
+    assert [each.diffusion.schedule for each in upsamplers] == ["cosine", "linear"]
+
+
+def test_dalle2_is_trained_as_in_table_3() -> None:
+    size = MODEL_SIZES["dalle2"]
+    trainers = [size.autoregressive_trainer, size.prior.trainer, size.decoder.trainer]
+    trainers += [each.trainer for each in size.upsamplers]
+    columns = {
+        "batch_size": [4096, 4096, 2048, 1024, 512],
+        "learning_rate": [1.6e-4, 1.1e-4, 1.2e-4, 1.2e-4, 1.0e-4],
+        "weight_decay": [4.0e-2, 6.0e-2, 0, 0, 0],
+        "beta2": [0.91, 0.96, 0.999, 0.999, 0.999],
+        "adam_eps": [1e-10, 1e-6, 1e-8, 1e-8, 1e-8],
+        "ema_decay": [0.999, 0.9999, 0.9999, 0.9999, 0.9999],
+    }
+    for name, expected in columns.items():
+        assert [getattr(each, name) for each in trainers] == expected, name
+    iterations = [each.num_samples // each.batch_size for each in trainers]
+    assert iterations == [1_000_000, 600_000, 800_000, 1_000_000, 1_000_000]
 
 
 def test_the_trained_text_transformer_is_a_third_of_the_decoder() -> None:
-    preset = PRESETS["dalle2"]
-    text = count_parameters(
-        lambda: TextTransformer(preset.decoder.text_transformer, preset.text_shape, preset.decoder.context_dim, 2048)
-    )
-    assert text == pytest.approx(1.3e9, rel=0.02)
+    size = MODEL_SIZES["dalle2"]
+    config = size.decoder.model
+    with torch.device("meta"):
+        text = TextTransformer(config.text_transformer, shapes(size).text, config.context_dim, 2048)
+    assert num_parameters(text) == pytest.approx(1.3e9, rel=0.02)
 
 
-def test_the_demo_preset_is_the_demos_run_file() -> None:
-    run = tomllib.loads((ROOT / "pipelines" / "presets" / "demo.toml").read_text())
-    demo = PRESETS["demo"]
-    assert config.load(PriorConfig, run["prior"]["model"]) == demo.prior
-    assert config.load(AutoregressivePriorConfig, run["prior"]["autoregressive"]) == demo.autoregressive_prior
-    assert config.load(DecoderConfig, run["decoder"]["model"]) == demo.decoder
-    for section, upsampler in zip(run["upsamplers"].values(), demo.upsamplers, strict=True):
-        sizes = {"low_res_size": demo.decoder.unet.image_size, "scale": 4}  # of which the sections say nothing
-        assert config.load(UpsamplerConfig, section["model"] | sizes) == upsampler
-    assert list(run["upsamplers"]) == ["64"] == [str(upsampler.output_size) for upsampler in demo.upsamplers]
-    assert run["clip"]["model"] == "unclip-demo"
-    clip = json.loads((ROOT / "unclip" / "models" / "open_clip_models" / "unclip-demo.json").read_text())
-    assert clip["embed_dim"] == demo.embedding_dim
-    text = clip["text_cfg"]
-    assert (text["context_length"], text["width"], text["vocab_size"]) == (
-        demo.text_shape.length,
-        demo.text_shape.width,
-        demo.text_shape.vocab_size,
-    )
+@pytest.mark.parametrize("name", MODEL_SIZES)
+def test_a_run_has_the_settings_of_its_size(name: str) -> None:
+    """Preset and run file are laid over them, and resolutions follow from the chain."""
+    size = MODEL_SIZES[name]
+    assignments = ["ingest.urls=unknown", f"model_size={name}", "decoder.trainer.seed=3"]
+    config = load("text_to_image", None, assignments)
+    assert config.prior == size.prior and config.evaluate.sampling.prior == size.sampling.prior
+    seeded = dataclasses.replace(size.decoder, trainer=dataclasses.replace(size.decoder.trainer, seed=3))
+    assert config.decoder == seeded
+    assert config.upsamplers == {str(each.model.output_size): each for each in size.upsamplers}
+    assert list(config.evaluate.sampling.upsamplers) == list(config.upsamplers)
+    assert (config.clip.model, config.clip.pretrained) == (size.clip, size.pretrained)
+    other = load("text_to_image", None, [*assignments, "prior.kind=autoregressive"])
+    assert other.prior.trainer == size.autoregressive_trainer
+
+
+def test_an_unknown_size_is_told_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"model_size: got 'dale2'\. Did you mean 'dalle2'\?"):
+        load("text_to_image", None, ["ingest.urls=unknown", "model_size=dale2"])

@@ -10,8 +10,10 @@ import torch
 from tests.unclip.systems import tiny_stacks
 from tests.unclip.systems.tiny_stacks import SAMPLING, with_sampling
 from unclip.errors import CheckpointError, ConfigError
+from unclip.systems.system import load_system, sample_captions
 from unclip.systems.unclip import manipulations
-from unclip.systems.unclip.stack import SamplingConfig, Stack
+from unclip.systems.unclip.sampling import SamplingConfig, UpsamplerSampling
+from unclip.systems.unclip.stack import Stack
 
 CAPTIONS = ["a red circle", "a blue star"]
 
@@ -24,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(folder: Path) -> Stack:
-    return Stack.load(folder)
+    return load_system(folder)
 
 
 def with_upsamplers(stack: Stack, *numbers: int) -> Stack:
@@ -38,7 +40,7 @@ def generator() -> torch.Generator:
 @pytest.mark.parametrize(("numbers", "side"), [((), 8), ((0,), 16), ((0, 1), 32)])
 def test_pictures_have_the_size_of_the_last_upsampler(stack: Stack, numbers: tuple[int, ...], side: int) -> None:
     shorter = with_upsamplers(stack, *numbers)
-    drawn = shorter.text2image(CAPTIONS, seed=1, sampling=SAMPLING)
+    drawn = sample_captions(shorter, CAPTIONS, seed=1, sampling=SAMPLING)
     assert shorter.image_size == side and drawn.shape == (2, 3, side, side) and drawn.isfinite().all()
     assert not torch.allclose(drawn[0], drawn[1], atol=1e-2)
 
@@ -49,7 +51,7 @@ def test_each_upsampler_works_on_the_pictures_of_the_one_before(stack: Stack) ->
     expected = low_res
     for upsampler, num_steps in zip(stack.upsamplers, (2, 3), strict=True):
         expected = upsampler.sample(expected, sampler="ddpm", num_steps=num_steps, generator=shared)
-    sampling = with_sampling(upsampler_sampler="ddpm")
+    sampling = with_sampling({"upsamplers.16.sampler": "ddpm", "upsamplers.32.sampler": "ddpm"})
     assert torch.equal(stack.upsample(low_res, sampling, generator()), expected)
     first = stack.upsamplers[0].sample(low_res, sampler="ddpm", num_steps=2, generator=generator())
     assert torch.equal(with_upsamplers(stack, 0).upsample(low_res, sampling, generator()), first)
@@ -68,14 +70,13 @@ def test_another_clip_than_that_of_the_training_is_refused() -> None:
     assert Stack(other, of_other.prior, wordless).clip is other
 
 
-def test_steps_that_are_not_given_are_those_of_the_one_before() -> None:
-    assert SamplingConfig().steps_of_upsamplers(1) == (27,)  # as in the paper
-    assert SamplingConfig().steps_of_upsamplers(2) == (27, 15)
-    assert SamplingConfig(upsampler_steps=(4,)).steps_of_upsamplers(3) == (4, 4, 4)
-    assert SamplingConfig().steps_of_upsamplers(0) == ()
-    for steps in ((), (3, 0)):
-        with pytest.raises(ConfigError, match=r"upsampler_steps: got .* expected at least one number"):
-            SamplingConfig(upsampler_steps=steps)
+def test_upsamplers_without_settings_take_the_steps_of_the_paper(stack: Stack) -> None:
+    assert [each.num_steps for each in stack.upsampler_sampling(SamplingConfig())] == [27, 15]
+    assert [each.num_steps for each in stack.upsampler_sampling(SAMPLING)] == [2, 3]
+    only_the_second = SamplingConfig(upsamplers={"32": UpsamplerSampling(num_steps=4)})
+    assert [each.num_steps for each in stack.upsampler_sampling(only_the_second)] == [27, 4]
+    with pytest.raises(ConfigError, match="num_steps: got 0, expected at least 1"):
+        UpsamplerSampling(num_steps=0)
 
 
 def test_inpainting_holds_what_is_known_in_every_upsampler(stack: Stack) -> None:
@@ -98,7 +99,7 @@ def test_inpainting_holds_what_is_known_in_every_upsampler(stack: Stack) -> None
 def test_frames_of_a_row_share_the_noise_of_every_upsampler(stack: Stack) -> None:
     image = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, generator=generator()), 32, mode="bicubic")
     told: list[int] = []
-    settings = with_sampling(upsampler_sampler="ddim")
+    settings = with_sampling({"upsamplers.16.sampler": "ddim", "upsamplers.32.sampler": "ddim"})
     row = manipulations.interpolate(stack, image, image, [0.0, 1.0], sampling=settings, progress=told.append)
     assert row.shape == (1, 2, 3, 32, 32) and torch.allclose(row[:, 0], row[:, 1], atol=1e-4)
     assert sum(told) == manipulations.num_steps(stack, settings, 2, 2)
@@ -118,8 +119,8 @@ def test_upsamplers_that_do_not_chain_are_refused(stack: Stack, folder: Path, tm
     assert facts["upsamplers"] == ["upsampler-16", "upsampler-32"]
     (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"upsamplers": ["upsampler-32"]}))
     with pytest.raises(CheckpointError, match="upsampler-32: got pictures of 8 pixels from the decoder"):
-        Stack.load(tmp_path / "stack")
+        load_system(tmp_path / "stack")
     del facts["upsamplers"]
     (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="no list of upsamplers"):
-        Stack.load(tmp_path / "stack")
+        load_system(tmp_path / "stack")

@@ -3,14 +3,15 @@
 `tiny_stack` makes one in memory, as diffusers can hold it; `publish` writes one with the demo's CLIP to a storage.
 """
 
-import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from unclip.config import to_dict
+from unclip.config import load, override, to_dict
 from unclip.diffusion.process import DiffusionConfig
 from unclip.models import clip
 from unclip.models.clip import Clip
@@ -20,7 +21,9 @@ from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.text import EmptyCaption, TextShape, caption_features
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.systems.unclip.stack import SamplingConfig, Stack, save_stack
+from unclip.systems.system import ClipFiles, StackFiles, load_system, save_stack
+from unclip.systems.unclip.sampling import DecoderSampling, PriorSampling, SamplingConfig, UpsamplerSampling
+from unclip.systems.unclip.stack import Stack
 from unclip.training import checkpoints
 
 EMBEDDING_DIM, LENGTH, SIDE = 16, 10, 8
@@ -103,7 +106,10 @@ PUBLISHED_UNET = UNetConfig(
 )
 SMALLEST = UNetConfig(8, channels=4, channel_mult=(1, 1), num_res_blocks=1, norm_groups=2)
 SAMPLING = SamplingConfig(
-    prior_steps=3, decoder_steps=6, guidance_scale=1.5, inversion_iterations=2, upsampler_steps=(2, 3), precision="fp32"
+    prior=PriorSampling(num_steps=3),
+    decoder=DecoderSampling(num_steps=6, guidance_scale=1.5, inversion_iterations=2),
+    upsamplers={"16": UpsamplerSampling(num_steps=2), "32": UpsamplerSampling(num_steps=3)},
+    precision="fp32",
 )
 
 
@@ -161,16 +167,21 @@ def publish(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Path:
     checkpoints.save(f"{folder}/models/statistics", {"statistics": dict(statistics.state_dict()), "pca": pca}, {})
 
     sources = {name: f"{folder}/models/{name}" for name in (*models, "statistics", "clip")}
-    names = [upsampler.name for upsampler in upsamplers]
-    save_stack(f"{folder}/stack", sources, "local-dir:clip", None, SAMPLING, upsamplers=names)
+    clip_files = ClipFiles(f"local-dir:{sources.pop('clip')}")
+    stack = StackFiles("unclip", sources, clip_files, sources.pop("statistics"), to_dict(SAMPLING))
+    save_stack(f"{folder}/stack", stack)
     (folder / "published").mkdir()
     (folder / "published" / "tiny.json").write_text(json.dumps({"stack": f"{folder}/stack", "at": 0}))
     return folder / "stack"
 
 
 def load_published(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Stack:
-    return Stack.load(publish(folder, num_upsamplers, **decoder))
+    return load_system(publish(folder, num_upsamplers, **decoder))
 
 
-def with_sampling(**changes: Any) -> SamplingConfig:
-    return dataclasses.replace(SAMPLING, **changes)
+def with_sampling(changes: Mapping[str, Any] = MappingProxyType({}), **more: Any) -> SamplingConfig:
+    """`SAMPLING` with other values, by their dotted names."""
+    values = to_dict(SAMPLING)
+    for name, value in {**changes, **more}.items():
+        values = override(values, f"{name}={value}")
+    return load(SamplingConfig, values)

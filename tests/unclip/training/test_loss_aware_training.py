@@ -12,7 +12,7 @@ from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import UpsamplerConfig
-from unclip.systems.unclip.objectives import UpsamplerObjective
+from unclip.systems.upsampler import UpsamplerObjective
 from unclip.training import checkpoints, sharded, trainer
 from unclip.training.objective import Monitor
 from unclip.training.parallel import ALONE, Workers

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from unclip.systems.unclip.presets import PRESETS
 
+from tests.unclip.systems.sized import networks, shapes
 from unclip.errors import ConfigError
 from unclip.models.layers import CausalTransformer
+from unclip.systems.unclip.sizes import MODEL_SIZES
 from unclip.training import memory, parallel
 from unclip.training.flops import flops_per_sample
 from unclip.training.memory import Activations, Bytes, ModelMemory, TrainingSetup
 from unclip.training.precision import Precision, autocast
 
 CPU = torch.device("cpu")
-SHALLOW = PRESETS["demo"]
+SHALLOW = MODEL_SIZES["demo"]
 # Eight blocks: of few, what is there for a moment would be more than a tenth of all.
-DEMO = memory.networks(dataclasses.replace(SHALLOW, prior=dataclasses.replace(SHALLOW.prior, depth=8)))
+PRIOR = dataclasses.replace(SHALLOW.prior, model=dataclasses.replace(SHALLOW.prior.model, depth=8))
+DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR))
 SAMPLES = 5
 
 
@@ -112,9 +114,9 @@ def test_a_step_at_its_peak_is_within_the_reserve_of_the_plan(name: str, checkpo
 
 def test_on_a_gpu_a_transformer_block_keeps_what_the_closed_form_says() -> None:
     """And no scores of attention; there is no GPU to compare with."""
-    small = PRESETS["small"]
-    plan = memory.measure("prior", memory.networks(small)["prior"])
-    width, length = small.prior.width, small.text_shape.length + 4
+    small = MODEL_SIZES["small"]
+    plan = memory.measure("prior", networks(small)["prior"])
+    width, length = small.prior.model.width, shapes(small).text.length + 4
     # bf16: normed x, q, k, v, attended, normed x, GELU's four-fold input and output; float32: x in the middle
     block = (2 * (1 + 3 + 1 + 1 + 4 + 4) + 4) * width * length
     last = 2 * (1 + 3) * width * length  # works for one token: normed x, q, k and v alone are as long
@@ -125,9 +127,9 @@ def test_on_a_gpu_a_transformer_block_keeps_what_the_closed_form_says() -> None:
 
 
 def test_the_largest_preset_is_planned_without_its_memory() -> None:
-    plan = {model.name: model for model in memory.plan("dalle2")}
+    plan = {name: memory.measure(name, network) for name, network in networks(MODEL_SIZES["dalle2"]).items()}
     assert list(plan) == ["prior", "autoregressive_prior", "decoder", "upsampler-256", "upsampler-1024"]
-    counts = PRESETS["dalle2"].num_parameters
+    counts = MODEL_SIZES["dalle2"].num_parameters
     found = [plan[name].parameters for name in ("prior", "decoder", "upsampler-256", "upsampler-1024")]
     assert found == [counts.prior, counts.decoder, *counts.upsamplers]
     decoder = plan["decoder"]
@@ -159,9 +161,7 @@ def test_what_each_gpu_holds() -> None:
     assert model.largest_micro_batch(TrainingSetup(), 80) == memory.MOST_SAMPLES
 
 
-def test_an_unknown_preset_and_precision() -> None:
-    with pytest.raises(ConfigError, match=r"dale2: unknown preset\..* 'dalle2'"):
-        memory.plan("dale2")
+def test_an_unknown_precision() -> None:
     with pytest.raises(ConfigError, match="precision: got 'auto'"):
         memory.measure("prior", DEMO["prior"], precision="auto")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.unclip.training import trained_on_workers
 from unclip.data import RowReader, Source
-from unclip.systems.unclip.objectives import UpsamplerObjective
+from unclip.systems.upsampler import UpsamplerObjective
 from unclip.training import overfitting, trainer
 from unclip.training.settings import TrainerConfig
 

@@ -25,7 +25,7 @@ from unclip.data import Batch, RowReader, Source
 from unclip.diffusion.process import DiffusionConfig
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import UpsamplerConfig
-from unclip.systems.unclip.objectives import UpsamplerObjective
+from unclip.systems.upsampler import UpsamplerObjective
 from unclip.training import trainer
 from unclip.training.objective import Monitor
 from unclip.training.parallel import ALONE, Workers
