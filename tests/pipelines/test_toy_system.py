@@ -206,6 +206,10 @@ model = "unclip-demo"
 pretrained = "none"
 trainer.num_samples = 128
 
+[resources]
+embed.num_workers = 1
+evaluate.num_workers = 1
+
 [painter]
 width = 64
 trainer = {num_samples = 1024, batch_size = 32, learning_rate = 3e-3, ema_decay = 0.9, checkpoint_samples = 512}
@@ -255,9 +259,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Storage of a run that is done."""
-    storage = Path(os.environ.get("TOY_STORAGE") or tmp_path_factory.mktemp("finished") / "storage")
-    if (storage / "published").exists():
-        return storage
+    storage = tmp_path_factory.mktemp("finished") / "storage"
     try:
         result = call("run", "tiny", "--config", run_file, "--storage", storage)
     finally:
@@ -300,7 +302,7 @@ def test_it_is_trained_evaluated_and_published(finished: Path) -> None:
     assert record(finished, "evaluate")["facts"]["stack"]["system"] == "toy"
     key = Snapshot.of(record(finished, "curate")["facts"]).keys("train")[0]
     row = call_json("data", "show", key, "--storage", finished)
-    assert [model for version in row["versions"] for model in version["models"]] == ["painter"]
+    assert [run["models"] for run in row["runs"]] == [["painter"]]
 
 
 def test_it_samples(finished: Path, tmp_path: Path) -> None:
