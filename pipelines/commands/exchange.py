@@ -38,10 +38,9 @@ def export(
     from unclip.interop.pipeline import export_stack
     from unclip.models.upsampler import Upsampler
     from unclip.systems.system import load_model, load_system
-    from unclip.systems.unclip.stack import Stack
-    from unclip.systems.upsampler import UPSAMPLER
+    from unclip.systems.unclip.stack import PARTS, Stack
 
-    second = None if upsampler_1024 is None else load_model(upsampler_1024, (UPSAMPLER,))
+    second = None if upsampler_1024 is None else load_model(upsampler_1024, PARTS)
     if second is not None and not isinstance(second, Upsampler):
         raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected an upsampler's model folder.")
     stack = load_system(published)
