@@ -83,7 +83,7 @@ def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:
 
 
 def score_embeddings(drawn: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """How near the embeddings that a prior draws for captions are to those of the captions' own pictures.
+    """How near the embeddings that a model samples for captions are to those of the captions' own pictures.
 
     Args:
         drawn: [N, E], one for each caption; of any norm.
