@@ -84,7 +84,8 @@ def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
 
     `upsamplers = {}` leaves all of them out.
     """
-    name, none = values.get("model_size"), {"upsamplers": {}} if values.get("upsamplers") == {} else {}
+    name = values.get("model_size")
+    none: dict[str, Any] = {"upsamplers": {}} if values.get("upsamplers") == {} else {}
     if name in (None, "none"):
         return {**config.merge({"upsamplers": {"256": {}}}, values), **none}
     if name not in MODEL_SIZES:
