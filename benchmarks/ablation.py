@@ -34,6 +34,7 @@ from tasks.store import DEFAULT_ROOT, Store
 from unclip import images as pictures
 from unclip.data import RowReader
 from unclip.evaluation import metrics as evaluation
+from unclip.models.decoder import Captions
 from unclip.systems.system import StackFiles
 from unclip.systems.unclip.stack import Stack
 from unclip.training.batches import load_images
@@ -138,7 +139,7 @@ def draw(stack: Stack, way: ImageEmbedding, heldout: Heldout, seed: int = 0) -> 
         captions = heldout.captions[start : start + size]
         for_prior, for_decoder = (torch.Generator().manual_seed(seed * 1_000_003 + number) for _ in range(2))
         embedding = way(captions, for_prior)
-        parts.append(stack.decode(embedding, stack.sampling, for_decoder, text=stack.read_captions(captions)))
+        parts.append(stack.decode(embedding, stack.sampling, for_decoder, Captions(stack.read_captions(captions))))
     return measure(stack, torch.cat(parts), heldout)
 
 

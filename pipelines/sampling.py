@@ -21,6 +21,7 @@ SAMPLERS = (
     "ddim",
     "dpm_solver_pp_2m",
     "heun",
+    "analytic_dpm",
 )  # those of unclip.diffusion.samplers, whose import takes a second
 
 
@@ -37,6 +38,10 @@ class Request:
     model: str | None
     storage: str | None
     sampler: str | None = None
+    eta: float | None = None
+    strength: float | None = None
+    negative: str | None = None
+    image: str | None = None
 
     def check(self) -> None:
         """Raise `InputError` for what is wrong without a look at the stack."""
@@ -46,6 +51,12 @@ class Request:
             )
         if self.each is not None and Path(self.each).exists() and not Path(self.each).is_dir():
             raise InputError(f"--each: {self.each} is a file, expected a folder. Name another.")
+        if self.strength is not None and self.image is None:
+            raise InputError(f"--strength: got {self.strength:g} without an image to begin with. Add --image FILE.")
+        if self.image is not None:
+            from tasks.untrusted import given as given_images
+
+            given_images.check(self.image)
 
     def open(self) -> "tuple[System, Any]":
         """The published system, and its sampling settings with the options applied.
@@ -64,7 +75,10 @@ class Request:
         spec = find_system(stack.system)
         system = spec.load(stack)
         values = config.to_dict(system.sampling)
-        for option in ("steps", "guidance_scale", "sampler"):
+        for option, needed in (("negative", "negative"), ("image", "start")):
+            if getattr(self, option) is not None and needed not in spec.inputs:
+                raise InputError(f"--{option}: the system {spec.name} takes none. Leave it out.")
+        for option in ("steps", "guidance_scale", "sampler", "eta", "strength"):
             value = getattr(self, option)
             if value is not None:
                 if option not in spec.shortcuts:
@@ -120,6 +134,10 @@ def number(default: int, noun: str) -> Callable[[Any], Any]:
 
 
 SAMPLER = click.option("--sampler", type=click.Choice(SAMPLERS), help="Of the base images.  [default: as published]")
+ETA = click.option(
+    "--eta", type=float, help="Noise of the sampler ddim, 0 to 1, for the base images.  [default: as published]"
+)
+NEGATIVE = click.option("--negative", metavar="CAPTION", help="Guide away from this caption instead of the empty one.")
 
 
 def check_num(num: int, least: int = 1) -> None:

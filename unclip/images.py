@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """[B, 3, H, W] float in [-1, 1] -> [B, H, W, 3] uint8."""
     pixels = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def from_uint8(pixels: np.ndarray) -> Tensor:
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 in [-1, 1]."""
+    return torch.tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def grid(

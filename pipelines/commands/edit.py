@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.sampling import SAMPLER, Request, check_caption, check_num, number, sampling_options
+from pipelines.sampling import ETA, NEGATIVE, SAMPLER, Request, check_caption, check_num, number, sampling_options
 from unclip.errors import InputError
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def probe(picture: str, components: str | None, **given: Any) -> None:
 @PICTURE
 @click.argument("mask")
 @click.argument("caption")
-@sampling_options("inpainted.png", number(6, "pictures"), SAMPLER)
+@sampling_options("inpainted.png", number(6, "pictures"), SAMPLER, ETA, NEGATIVE)
 def inpaint(picture: str, mask: str, caption: str, num: int, **given: Any) -> None:
     """Repaint the part of PICTURE that is white in the picture MASK, so that the whole is what CAPTION says.
 
@@ -181,6 +181,7 @@ def inpaint(picture: str, mask: str, caption: str, num: int, **given: Any) -> No
             image.expand(num, -1, -1, -1),
             known.expand(num, -1, -1, -1),
             [caption] * num,
+            negative=None if request.negative is None else [request.negative] * num,
             seed=request.seed,
             sampling=sampling,
             progress=bar.update,
@@ -231,9 +232,8 @@ def _percent(thetas: Sequence[float]) -> list[str]:
 
 def _read(stack: "Stack", *paths: str, same_size: bool = False) -> "list[Tensor]":
     """Picture files as [1, 3, S, S] in [-1, 1], S as the stack draws."""
-    import torch
-
     from tasks.untrusted import given as given_pictures
+    from unclip.images import from_uint8
 
     found = given_pictures.read(paths, stack.image_size)
     for path, picture in zip(paths, found, strict=True):
@@ -242,7 +242,7 @@ def _read(stack: "Stack", *paths: str, same_size: bool = False) -> "list[Tensor]
                 f"{path}: got {picture.width} x {picture.height} pixels, expected {found[0].width} x {found[0].height} as in "
                 f"{paths[0]}. Paint the mask on a copy of the picture."
             )
-    return [torch.tensor(picture.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1 for picture in found]
+    return [from_uint8(picture.pixels[None]) for picture in found]
 
 
 def _save_rows(

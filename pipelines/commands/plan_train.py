@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unclip.training.memory import ModelMemory, TrainingSetup
     from unclip.training.parallel import Parallel
 
-HEADINGS = ("weights", "gradients", "moments", "EMA", "exchange", "activations", "checkpointed")
+HEADINGS = ("weights", "gradients", "moments", "EMA weights", "exchange", "activations", "checkpointed")
 
 
 @click.command("plan train")

@@ -39,16 +39,18 @@ def classifier_free(
         wanted = conditional(x_t, t)
         null = unconditional(x_t, t).x0
         guided = null + guidance_scale * (wanted.x0 - null)
-        if rescale:
-            gain = _std(wanted.x0) / _std(guided).clamp(min=1e-12)  # [B, 1, ...]
-            guided = guided * (1 - rescale + rescale * gain)
-        return wanted._replace(x0=guided)
+        return wanted._replace(x0=_rescaled(guided, wanted.x0, rescale))
 
     return denoise
 
 
 def classifier_free_two(
-    both: Denoiser, first_alone: Denoiser, neither: Denoiser, first_scale: float, second_scale: float
+    both: Denoiser,
+    first_alone: Denoiser,
+    neither: Denoiser,
+    first_scale: float,
+    second_scale: float,
+    rescale: float = 0.0,
 ) -> Denoiser:
     """Guidance by two conditions with a scale each, such as a picture and a text.
 
@@ -57,6 +59,7 @@ def classifier_free_two(
         first_alone: conditioned on the first.
         neither: without conditions.
         first_scale, second_scale: 1 is no guidance.
+        rescale: as in `classifier_free`.
 
     Source: Brooks et al. 2022, eq. 3.
     """
@@ -64,7 +67,8 @@ def classifier_free_two(
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         wanted = both(x_t, t)
         first, null = first_alone(x_t, t).x0, neither(x_t, t).x0
-        return wanted._replace(x0=null + first_scale * (first - null) + second_scale * (wanted.x0 - first))
+        guided = null + first_scale * (first - null) + second_scale * (wanted.x0 - first)
+        return wanted._replace(x0=_rescaled(guided, wanted.x0, rescale))
 
     return denoise
 
@@ -172,6 +176,14 @@ def within(guided: Denoiser, otherwise: Denoiser, t_min: int, t_max: int) -> Den
         return plain._replace(x0=torch.where(inside, guided(x_t, t).x0, plain.x0))
 
     return denoise
+
+
+def _rescaled(guided: Tensor, wanted: Tensor, rescale: float) -> Tensor:
+    """Guided x0 with the standard deviation of each sample brought back to the conditional one's."""
+    if not rescale:
+        return guided
+    gain = _std(wanted) / _std(guided).clamp(min=1e-12)  # [B, 1, ...]
+    return guided * (1 - rescale + rescale * gain)
 
 
 def _std(x0: Tensor) -> Tensor:

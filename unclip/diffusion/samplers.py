@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,13 +108,18 @@ def analytic_dpm(
 
 @torch.no_grad()
 def estimate_mean_squared_score(
-    diffusion: GaussianDiffusion, batches: Iterable[tuple[Tensor, Denoiser]], generator: torch.Generator | None = None
+    diffusion: GaussianDiffusion,
+    batches: Iterable[tuple[Tensor, Denoiser]],
+    generator: torch.Generator | None = None,
+    num_measured: int | None = None,
 ) -> Tensor:
     """Mean over data of the squared norm of the score at every timestep, over the number of dimensions.
 
     Args:
         batches: clean samples [B, ...], each with the denoiser that is bound to their conditioning; every batch is
-            denoised T times.
+            denoised once for each measured timestep.
+        num_measured: timesteps to measure at, spread evenly; at the others the mean square of eps, which changes slowly, is
+            interpolated. None for all T.
 
     Returns:
         [T] float64; saved with a model, it is all that `analytic_dpm` needs to know of the data.
@@ -123,12 +129,14 @@ def estimate_mean_squared_score(
 
     Source: Bao et al. 2022, eq. 8.
     """
-    total = torch.zeros(diffusion.num_timesteps, dtype=torch.float64)
+    num_timesteps = diffusion.num_timesteps
+    measured = strided_timesteps(num_timesteps, num_timesteps if num_measured is None else num_measured)[::-1]
+    total = torch.zeros(len(measured), dtype=torch.float64)
     num_samples = 0
     for batch, denoise in batches:
         x0 = in_full(batch)
         squared_norms = []
-        for timestep in range(diffusion.num_timesteps):
+        for timestep in measured:
             t = torch.full(x0.shape[:1], timestep, dtype=torch.int64, device=x0.device)
             x_t = diffusion.q_sample(x0, t, _noise_like(x0, generator))
             eps = diffusion.eps_from_x0(x_t, t, denoise(x_t, t).x0)
@@ -137,7 +145,8 @@ def estimate_mean_squared_score(
         num_samples += len(x0)
     if num_samples == 0:
         raise ShapeError("estimate_mean_squared_score: got no batch, expected at least one.")
-    return total / num_samples / (1 - diffusion.alphas_cumprod)  # the score is -eps / sqrt(1 - alphas_cumprod)
+    squared_eps = torch.from_numpy(np.interp(range(num_timesteps), measured, total / num_samples))  # [T]
+    return squared_eps / (1 - diffusion.alphas_cumprod)  # the score is -eps / sqrt(1 - alphas_cumprod)
 
 
 @torch.no_grad()
@@ -308,10 +317,11 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-SamplerName = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun"]
+SamplerName = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "analytic_dpm"]
+"""Samplers that settings can name (`unclip.diffusion.sampling.sample`)."""
 
 SAMPLERS: dict[SamplerName, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m, "heun": heun}
-"""Samplers that configuration can name."""
+"""Those that need nothing but a denoiser; `analytic_dpm` also needs the scores of data."""
 
 
 class Step(NamedTuple):

@@ -1,20 +1,162 @@
-"""Sampling settings of one diffusion process."""
+"""Sampling settings of one diffusion process, and the two functions that follow them: `guided` and `sample`.
+
+Letters: B batch, T number of timesteps.
+"""
 
 import dataclasses
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from unclip.config import require
-from unclip.diffusion.samplers import SamplerName
+from unclip.diffusion import guidance, samplers
+from unclip.diffusion.process import Denoiser, GaussianDiffusion, in_full
+from unclip.diffusion.samplers import OnStep, SamplerName, Steps, undisturbed
+from unclip.diffusion.schedules import strided_timesteps
+from unclip.errors import ConfigError
+
+Thresholding = Literal["none", "static", "dynamic"]
+"""Bounds on x0 at every sampling step: none, a clamp, or a clamp at a quantile of each sample followed by a division."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionSampling:
     sampler: SamplerName = "ddim"
-    """Sampler."""
+    """Sampler. `analytic_dpm` needs a model trained since its training measures the mean squared score."""
     num_steps: int = 50
     """Sampling steps."""
+    eta: float = 0.0
+    """Noise of DDIM's steps: 0 is deterministic, 1 is ancestral sampling; for the sampler ddim alone. Source: Song et al.
+    2021, eq. 16."""
     guidance_scale: float = 1.0
-    """Scale of classifier-free guidance; 1 = off."""
+    """Scale of classifier-free guidance; 1 = off. Source: Ho & Salimans 2022, eq. 6."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Share of the process in which guidance acts, as two shares of its timesteps: 0 is the clean sample, 1 pure noise.
+    Source: Kynkäänniemi et al. 2024, eq. 5."""
+    guidance_rescale: float = 0.0
+    """Share in [0, 1] to which classifier-free guidance keeps the standard deviation of each sample; 0 = off. Source: Lin et
+    al. 2023, eq. 15-16."""
+    thresholding: Thresholding = "static"
+    """Bounds on x0 after guidance. Source: Saharia et al. 2022 (Imagen), section 2.3."""
+    threshold: float | None = None
+    """Bound that x0 is brought into; None takes the model's own: 1 for images, `clip_range` for the prior."""
+    threshold_quantile: float = 0.995
+    """Quantile of the magnitudes of each sample's x0 that dynamic thresholding clamps at."""
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
+        require(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
+        require(
+            self.eta == 0 or self.sampler == "ddim", "eta", self.eta, f"0 with the sampler {self.sampler}, not ddim"
+        )
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
+        interval = self.guidance_interval
+        in_order = len(interval) == 2 and 0 <= interval[0] <= interval[-1] <= 1
+        require(in_order, "guidance_interval", interval, "two shares of the process in order, such as [0.2, 0.8]")
+        require(0 <= self.guidance_rescale <= 1, "guidance_rescale", self.guidance_rescale, "0 to 1")
+        require(self.threshold is None or self.threshold > 0, "threshold", self.threshold, "above 0, or none")
+        require(0 < self.threshold_quantile <= 1, "threshold_quantile", self.threshold_quantile, "above 0, at most 1")
+
+
+def guided(
+    diffusion: GaussianDiffusion,
+    conditional: Denoiser,
+    unconditional: Denoiser,
+    settings: DiffusionSampling,
+    limit: float | None,
+) -> Denoiser:
+    """Denoiser with classifier-free guidance in its interval, thresholded.
+
+    Args:
+        conditional, unconditional: neither guided nor thresholded.
+        limit: the model's own bound of x0, for settings that give none; None for no bound.
+
+    Raises:
+        ConfigError: dynamic thresholding without any bound.
+    """
+    push = guidance.classifier_free(conditional, unconditional, settings.guidance_scale, settings.guidance_rescale)
+    return limited(diffusion, push, conditional, settings, limit)
+
+
+def limited(
+    diffusion: GaussianDiffusion,
+    push: Denoiser,
+    conditional: Denoiser,
+    settings: DiffusionSampling,
+    limit: float | None,
+) -> Denoiser:
+    """Denoiser with a guidance of any kind in the interval of the settings, thresholded; as `guided`.
+
+    Args:
+        push: with guidance.
+        conditional: without, for timesteps outside of the interval.
+    """
+    denoise = push
+    if tuple(settings.guidance_interval) != (0, 1) and push is not conditional:
+        low, high = (share * (diffusion.num_timesteps - 1) for share in settings.guidance_interval)
+        denoise = guidance.within(push, conditional, math.ceil(low), math.floor(high))
+    bound = limit if settings.threshold is None else settings.threshold
+    if settings.thresholding == "dynamic":
+        if bound is None:
+            raise ConfigError(
+                "threshold: got none, expected a number: this model has no bound of its own to shrink into."
+            )
+        return guidance.dynamically_clamped(denoise, bound, settings.threshold_quantile)
+    if settings.thresholding == "none" or bound is None:
+        return denoise
+    return guidance.clamped(denoise, bound)
+
+
+def sample(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x_T: Tensor,
+    settings: DiffusionSampling,
+    *,
+    mean_squared_score: Tensor | None = None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    generator: torch.Generator | None = None,
+    on_step: OnStep = undisturbed,
+) -> Tensor:
+    """Run the sampler of the settings.
+
+    Args:
+        denoise: guided and thresholded already.
+        x_T: [B, ...] standard normal.
+        mean_squared_score: [T] of `samplers.estimate_mean_squared_score`, for Analytic-DPM.
+        start: [B, ...] clean sample to begin with, noised with x_T to the timestep that `strength` says; None begins with
+            x_T itself.
+        strength: share of the process that the start goes through; at 0 it comes back as it is, at 1 it is not looked at.
+            The steps are spread over that share.
+
+    Returns:
+        [B, ...] as all samplers do.
+
+    Raises:
+        ConfigError: Analytic-DPM without the mean squared score.
+
+    Source: Meng et al. 2022 (SDEdit), section 3 (start).
+    """
+    steps: Steps = settings.num_steps
+    if start is not None and strength < 1:
+        noisiest = round(strength * diffusion.num_timesteps) - 1
+        if noisiest < 0:
+            return in_full(start)
+        steps = strided_timesteps(noisiest + 1, settings.num_steps)
+        t = torch.full(start.shape[:1], noisiest, dtype=torch.int64, device=start.device)
+        x_T = diffusion.q_sample(start, t, x_T)
+    if settings.sampler == "analytic_dpm":
+        if mean_squared_score is None:
+            raise ConfigError(
+                "sampler: got 'analytic_dpm', which needs the mean squared score of the model, and this model was saved without "
+                "it. Train it again, which measures it at the end, or choose another sampler."
+            )
+        return samplers.analytic_dpm(
+            diffusion, denoise, x_T, steps, mean_squared_score, generator=generator, on_step=on_step
+        )
+    if settings.sampler == "ddim":
+        return samplers.ddim(diffusion, denoise, x_T, steps, settings.eta, generator, on_step)
+    return samplers.SAMPLERS[settings.sampler](diffusion, denoise, x_T, steps, generator=generator, on_step=on_step)

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from unclip.config import require, to_dict
 from unclip.diffusion.process import DiffusionConfig, PredictionType
+from unclip.diffusion.sampling import DiffusionSampling
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import clip as clips
 from unclip.interop import decoder as decoders
@@ -330,11 +331,11 @@ def _sampling_notes(stack: Stack) -> list[str]:
         "decoder": PIPELINE_SAMPLING.decoder,
         "upsampler": PIPELINE_UPSAMPLER_SAMPLING,
     }
-    names = ("sampler", "num_steps", "guidance_scale", "num_candidates")
+    names = {field.name for field in dataclasses.fields(DiffusionSampling)} | {"num_candidates", "clip_guidance_scale"}
     different = [
         f"{part}.{name} {getattr(mine, name)} (there {getattr(theirs[part], name)})"
         for part, mine in ours.items()
-        for name in names
+        for name in sorted(names)
         if hasattr(mine, name) and getattr(mine, name) != getattr(theirs[part], name)
     ]
     if not different:

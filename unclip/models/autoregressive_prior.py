@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from unclip.config import require
 from unclip.models.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.models.layers import CausalTransformer, KeyValueCache
-from unclip.models.prior import TextNorm, TextPrefix, best_candidate
+from unclip.models.prior import DEFAULT_PRIOR_SAMPLING, PriorSampling, TextNorm, TextPrefix, best_candidate, repeated
+from unclip.models.text import CaptionFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +141,9 @@ class AutoregressivePrior(nn.Module):
         text_encodings: Tensor,
         text_mask: Tensor,
         text_embedding: Tensor,
+        settings: PriorSampling = DEFAULT_PRIOR_SAMPLING,
         *,
-        num_candidates: int = 2,
-        temperature: float = 1.0,
-        guidance_scale: float = 1.0,
+        negative: CaptionFeatures | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw image embeddings, of `num_candidates` the one with the largest dot product with the text embedding.
@@ -154,19 +154,23 @@ class AutoregressivePrior(nn.Module):
             text_encodings: [B, L, W].
             text_mask: [B, L] bool, True = keep.
             text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
-            temperature: divides the logits; 0 takes the likeliest bucket.
-            guidance_scale: 1 is no guidance; logits are pushed away from those without text.
+            settings: `guidance_scale` pushes logits away from those without text.
+            negative: captions to push away from instead, read with the same dot product.
 
         Returns:
             [B, E] float32, in CLIP's own scale.
 
         Source: Ramesh et al. 2022, section 2.2; Ho & Salimans 2022, eq. 6, for logits.
         """
-        text = [each.repeat_interleave(num_candidates, dim=0) for each in (text_encodings, text_mask, text_embedding)]
+        num_candidates, guidance_scale = settings.num_candidates, settings.guidance_scale
+        text = repeated(CaptionFeatures(text_encodings, text_mask, text_embedding), num_candidates)
         count = len(text_mask) * num_candidates
         similarity = self.quantizer.draw_similarity(count, generator)  # [B * N]
         conditional = _Reading(self, similarity, text, dropped=False)
-        unconditional = None if guidance_scale == 1 else _Reading(self, similarity, text, dropped=True)
+        unconditional = None
+        if guidance_scale != 1:
+            others = text if negative is None else repeated(negative, num_candidates)
+            unconditional = _Reading(self, similarity, others, dropped=negative is None)
         drawn: list[Tensor] = []
         for _ in range(self.quantizer.num_components):
             last = drawn[-1] if drawn else None
@@ -174,7 +178,7 @@ class AutoregressivePrior(nn.Module):
             if unconditional is not None:
                 null = unconditional.next_logits(last)
                 logits = null + guidance_scale * (logits - null)
-            drawn.append(_draw(logits, temperature, generator))
+            drawn.append(_draw(logits, settings.temperature, generator))
         image_embedding = self.quantizer.decode(torch.stack(drawn, dim=1))  # [B * N, E]
         return best_candidate(image_embedding.view(len(text_mask), num_candidates, -1), text_embedding)
 

@@ -198,6 +198,14 @@ class Clip(nn.Module):
         Raises:
             InputError: this CLIP was imported without an image encoder.
         """
+        return self.encode_images(images)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """As `embed_images`, and differentiable in the images, for CLIP guidance.
+
+        Raises:
+            InputError: this CLIP was imported without an image encoder.
+        """
         if self.image_embeddings == "none":
             raise InputError(
                 "clip: got a picture, but this CLIP was imported without an image encoder. Import it together with the "

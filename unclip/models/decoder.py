@@ -8,13 +8,17 @@ Letters: B batch, E CLIP embedding width, S side of the picture, L text tokens, 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from unclip.config import require
-from unclip.diffusion import guidance, samplers
+from unclip.diffusion import guidance, sampling
 from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.samplers import OnStep, undisturbed
+from unclip.diffusion.sampling import DiffusionSampling
 from unclip.errors import ShapeError
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.text import ClipText, Text, TextShape, TextSource, TextTransformer, TextTransformerConfig
@@ -49,6 +53,46 @@ class DecoderConfig:
         require(self.context_dim >= 1, "context_dim", self.context_dim, "at least 1")
 
 
+@dataclasses.dataclass(frozen=True)
+class DecoderSampling(DiffusionSampling):
+    guidance_scale: float = 2.0
+    """Scale of classifier-free guidance; 1 = off. Source: Ho & Salimans 2022, eq. 6."""
+    text_guidance_scale: float | None = None
+    """Guidance by the caption alone, where the decoder reads it, beside `guidance_scale` for the image embedding; None guides
+    by both together, at two thirds of the cost. Source: Brooks et al. 2022, eq. 3."""
+    clip_guidance_scale: float = 0.0
+    """Scale of CLIP guidance: the gradient of the dot product of the caption's text embedding with CLIP's image embedding of
+    x0; 0 = off. Source: Dhariwal & Nichol 2021, algorithm 2; Nichol et al. 2022 (GLIDE), section 2.3."""
+    strength: float = 0.7
+    """Share of the process that a given start image goes through: 0 returns it, 1 ignores it. Source: Meng et al. 2022
+    (SDEdit), section 3."""
+    inversion_iterations: int = 1
+    """Iterations of each step of an inversion: the more, the closer is the image that is sampled from what it finds, and
+    the less freely it follows a text diff. Source: Pan et al. 2023, section 3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        text_scale, iterations = self.text_guidance_scale, self.inversion_iterations
+        require(text_scale is None or text_scale >= 0, "text_guidance_scale", text_scale, "at least 0")
+        require(self.clip_guidance_scale >= 0, "clip_guidance_scale", self.clip_guidance_scale, "at least 0")
+        require(0 <= self.strength <= 1, "strength", self.strength, "0 to 1")
+        require(iterations >= 1, "inversion_iterations", iterations, "at least 1")
+
+
+class Captions(NamedTuple):
+    """A batch of captions, in all the ways in which they steer a decoder."""
+
+    text: Text | None = None
+    """Read by the network; None for empty ones."""
+    negative: Text | None = None
+    """Read in their place by the side that guidance leads away from; None for empty ones."""
+    likeness: Callable[[Tensor], Tensor] | None = None
+    """x0 [B, 3, S, S] in [-1, 1] -> how well each image fits its caption [B], differentiable; for CLIP guidance."""
+
+
+NO_CAPTIONS = Captions()
+
+
 class Decoder(nn.Module):
     """CLIP image embeddings, and captions where configured, in; small pictures out."""
 
@@ -65,6 +109,8 @@ class Decoder(nn.Module):
         self.config = config
         self.text_shape = text_shape
         self.diffusion = GaussianDiffusion(config.diffusion)
+        self.measured: dict[str, Tensor] = {}
+        """What was measured when training ended: `mean_squared_score` [T]."""
         self.statistics = EmbeddingStatistics.empty(embedding_dim)
         context_dim, time_dim = config.context_dim, config.unet.time_dim
         in_channels = 3 + (4 if config.inpainting else 0)
@@ -130,68 +176,81 @@ class Decoder(nn.Module):
     def denoiser(
         self,
         image_embedding: Tensor,
-        guidance_scale: float = 1.0,
-        *,
-        text: Text | None = None,
-        text_guidance_scale: float | None = None,
+        settings: DecoderSampling = DecoderSampling(),
+        captions: Captions = NO_CAPTIONS,
         known: Tensor | None = None,
     ) -> Denoiser:
-        """A guided denoiser of pictures in [-1, 1]: away from what is drawn with neither image embedding nor caption.
+        """A guided denoiser of images in [-1, 1]: away from what is sampled with neither image embedding nor caption.
 
         Args:
             image_embedding: [B, E], one for each sample.
-            guidance_scale: 1 is off.
-            text: captions; None for empty ones.
-            text_guidance_scale: of the caption alone, given the image embedding, which keeps `guidance_scale`; None
-                guides by both together, at two thirds of the cost.
             known: [B, 4, S, S] of `known_region`; guidance keeps it on both sides.
+
+        Raises:
+            ConfigError: CLIP guidance without a likeness.
         """
         batch, device = len(image_embedding), image_embedding.device
 
-        def predict(image_dropped: bool, text_dropped: bool) -> Denoiser:
+        def predict(image_dropped: bool, text: Text | None, text_dropped: bool) -> Denoiser:
             image_drop = torch.full((batch,), image_dropped, device=device)
             text_drop = torch.full((batch,), text_dropped, device=device)
             return self.diffusion.denoiser(
                 lambda x_t, t: self(x_t, t, image_embedding, image_drop, text, text_drop, known)
             )
 
-        both, neither = predict(False, False), predict(True, True)
-        if text_guidance_scale is None:
-            guided = guidance.classifier_free(both, neither, guidance_scale)
+        def without_caption(image_dropped: bool) -> Denoiser:
+            if captions.negative is None:
+                return predict(image_dropped, captions.text, True)
+            return predict(image_dropped, captions.negative, False)
+
+        both, neither = predict(False, captions.text, False), without_caption(True)
+        scale, text_scale, rescale = settings.guidance_scale, settings.text_guidance_scale, settings.guidance_rescale
+        if text_scale is None:
+            guided = guidance.classifier_free(both, neither, scale, rescale)
         else:
-            guided = guidance.classifier_free_two(
-                both, predict(False, True), neither, guidance_scale, text_guidance_scale
+            guided = guidance.classifier_free_two(both, without_caption(False), neither, scale, text_scale, rescale)
+        if settings.clip_guidance_scale:
+            given = captions.likeness
+            require(
+                given is not None, "clip_guidance_scale", settings.clip_guidance_scale, "0 where no caption is given"
             )
-        return guidance.clamped(guided, 1.0)
+            likeness = guidance.on_x0(guidance.clamped(both, 1.0), given)  # type: ignore[arg-type]
+            guided = guidance.classifier(self.diffusion, guided, likeness, settings.clip_guidance_scale)
+        return sampling.limited(self.diffusion, guided, both, settings, 1.0)
 
     @torch.no_grad()
     def sample(
         self,
         image_embedding: Tensor,
+        settings: DecoderSampling = DecoderSampling(),
+        captions: Captions = NO_CAPTIONS,
         *,
-        text: Text | None = None,
-        text_guidance_scale: float | None = None,
         known: Tensor | None = None,
-        sampler: samplers.SamplerName = "ddim",
-        num_steps: int = 50,
-        guidance_scale: float = 1.0,
+        start: Tensor | None = None,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
-        on_step: samplers.OnStep = samplers.undisturbed,
+        on_step: OnStep = undisturbed,
     ) -> Tensor:
-        """Draw pictures [B, 3, S, S] in [-1, 1]; known pixels come back as they were.
+        """Sample images [B, 3, S, S] in [-1, 1]; known pixels come back as they were.
 
         Args: those of `denoiser`, and:
-            x_T: [B, 3, S, S]; None draws it from the generator.
+            start: [B, 3, S, S], images to begin with, at the strength of the settings.
+            x_T: [B, 3, S, S]; None takes it from the generator.
         """
-        side = self.config.unet.image_size
+        size = self.config.unet.image_size
         if x_T is None:
-            x_T = torch.randn(len(image_embedding), 3, side, side, generator=generator, device=image_embedding.device)
-        denoise = self.denoiser(
-            image_embedding, guidance_scale, text=text, text_guidance_scale=text_guidance_scale, known=known
+            x_T = torch.randn(len(image_embedding), 3, size, size, generator=generator, device=image_embedding.device)
+        samples = sampling.sample(
+            self.diffusion,
+            self.denoiser(image_embedding, settings, captions, known),
+            x_T,
+            settings,
+            mean_squared_score=self.measured.get("mean_squared_score"),
+            start=start,
+            strength=settings.strength,
+            generator=generator,
+            on_step=on_step,
         )
-        sample = samplers.SAMPLERS[sampler]
-        samples = sample(self.diffusion, denoise, x_T, num_steps, generator=generator, on_step=on_step)
         return samples if known is None else torch.where(known[:, 3:] > 0, known[:, :3], samples)
 
     def _with_known(self, x_t: Tensor, known: Tensor | None) -> Tensor:

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import require
-from unclip.diffusion import guidance, samplers
+from unclip.diffusion import sampling
 from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.samplers import SamplerName
+from unclip.diffusion.sampling import DiffusionSampling
 from unclip.models.embeddings import EmbeddingStatistics, Normalization
 from unclip.models.layers import CausalTransformer, KeyValueCache, TimestepMLP, kept_tokens
 from unclip.models.text import CaptionFeatures, EmptyCaption
@@ -62,6 +64,27 @@ class PriorConfig:
         in_range = self.clip_range is None or self.clip_range > 0
         require(in_range, "clip_range", self.clip_range, "a positive number, or none")
 
+
+@dataclasses.dataclass(frozen=True)
+class PriorSampling(DiffusionSampling):
+    """Sampling settings of either prior. The autoregressive one takes `guidance_scale`, `temperature` and `num_candidates`."""
+
+    sampler: SamplerName = "ddpm"
+    """Sampler of the diffusion prior; with self-conditioning, one that calls the denoiser once a step."""
+    num_steps: int = 64
+    """Sampling steps of the diffusion prior."""
+    temperature: float = 1.0
+    """Divides the autoregressive prior's logits; 0 takes the likeliest values."""
+    num_candidates: int = 2
+    """Image embeddings sampled for a caption, of which the best is kept. Source: Ramesh et al. 2022, section 2.2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        require(self.num_candidates >= 1, "num_candidates", self.num_candidates, "at least 1")
+
+
+DEFAULT_PRIOR_SAMPLING = PriorSampling()
 
 DALLE2_PRIOR = PriorConfig(width=2048, depth=24, num_heads=32, normalization="scale")
 """Ramesh et al. 2022, Table 3: 1.22 B parameters between a CLIP ViT-H's embeddings, "1 B" in the table. The Transformer is
@@ -127,6 +150,8 @@ class DiffusionPrior(nn.Module):
         super().__init__()
         self.config = config
         self.diffusion = GaussianDiffusion(config.diffusion)
+        self.measured: dict[str, Tensor] = {}
+        """What was measured when training ended: `mean_squared_score` [T]."""
         self.statistics = EmbeddingStatistics.empty(embedding_dim, config.normalization)
         width = config.width
         self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm)
@@ -217,17 +242,27 @@ class DiffusionPrior(nn.Module):
 
     @torch.no_grad()
     def denoiser(
-        self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor, guidance_scale: float = 1.0
+        self,
+        text_encodings: Tensor,
+        text_mask: Tensor,
+        text_embedding: Tensor,
+        settings: DiffusionSampling = DEFAULT_PRIOR_SAMPLING,
+        negative: CaptionFeatures | None = None,
     ) -> Denoiser:
-        """A guided denoiser of normalised image embeddings, conditioned on one caption per sample, for one sampling run."""
+        """A guided denoiser of normalised image embeddings, conditioned on one caption per sample, for one sampling run.
 
-        def branch(dropped: bool) -> Denoiser:
+        Args:
+            negative: captions to be guided away from; None for the empty one.
+        """
+        text = CaptionFeatures(text_encodings, text_mask, text_embedding)
+
+        def branch(caption: CaptionFeatures, dropped: bool) -> Denoiser:
             drop = text_mask.new_full((len(text_mask),), dropped)
-            return self.diffusion.denoiser(self.predictor(text_encodings, text_mask, text_embedding, drop))
+            return self.diffusion.denoiser(self.predictor(*caption, drop))
 
-        denoise = guidance.classifier_free(branch(False), branch(True), guidance_scale)
+        null = branch(text, True) if negative is None else branch(negative, False)
         # Bounded after guidance, which is what leads out of bounds.
-        return denoise if self.config.clip_range is None else guidance.clamped(denoise, self.config.clip_range)
+        return sampling.guided(self.diffusion, branch(text, False), null, settings, self.config.clip_range)
 
     @torch.no_grad()
     def sample(
@@ -235,36 +270,46 @@ class DiffusionPrior(nn.Module):
         text_encodings: Tensor,
         text_mask: Tensor,
         text_embedding: Tensor,
+        settings: PriorSampling = DEFAULT_PRIOR_SAMPLING,
         *,
-        num_candidates: int = 2,
-        sampler: samplers.SamplerName = "ddpm",
-        num_steps: int = 64,
-        guidance_scale: float = 1.0,
+        negative: CaptionFeatures | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw image embeddings, of `num_candidates` the one with the largest dot product with the text embedding.
+        """Sample image embeddings, of `num_candidates` the one with the largest dot product with the text embedding.
 
         Args:
             text_encodings: [B, L, W].
             text_mask: [B, L] bool, True = keep.
             text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
-            num_steps: denoising steps.
-            guidance_scale: 1 is no guidance.
-            sampler: with self-conditioning, one that calls the denoiser once a step.
+            negative: captions to be guided away from; None for the empty one.
 
         Returns:
             [B, E] float32, in CLIP's own scale.
 
         Source: Ramesh et al. 2022, section 2.2 (two candidates).
         """
-        text = [each.repeat_interleave(num_candidates, dim=0) for each in (text_encodings, text_mask, text_embedding)]
-        denoise = self.denoiser(text[0], text[1], text[2], guidance_scale)
+        num_candidates = settings.num_candidates
+        text = repeated(CaptionFeatures(text_encodings, text_mask, text_embedding), num_candidates)
+        others = None if negative is None else repeated(negative, num_candidates)
+        denoise = self.denoiser(*text, settings, others)
         noise = torch.randn(
             len(text_mask) * num_candidates, len(self.statistics.mean), generator=generator, device=text_mask.device
         )
-        samples = samplers.SAMPLERS[sampler](self.diffusion, denoise, noise, num_steps, generator=generator)
-        drawn = self.statistics.denormalize(samples)
-        return best_candidate(drawn.view(len(text_mask), num_candidates, -1), text_embedding)
+        samples = sampling.sample(
+            self.diffusion,
+            denoise,
+            noise,
+            settings,
+            mean_squared_score=self.measured.get("mean_squared_score"),
+            generator=generator,
+        )
+        sampled = self.statistics.denormalize(samples)
+        return best_candidate(sampled.view(len(text_mask), num_candidates, -1), text_embedding)
+
+
+def repeated(text: CaptionFeatures, num: int) -> CaptionFeatures:
+    """Each caption `num` times, side by side."""
+    return CaptionFeatures(*(each.repeat_interleave(num, dim=0) for each in text))
 
 
 def best_candidate(image_embedding: Tensor, text_embedding: Tensor) -> Tensor:

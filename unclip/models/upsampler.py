@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import require
-from unclip.diffusion import guidance, samplers
+from unclip.diffusion import sampling
 from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion, augment_condition
+from unclip.diffusion.samplers import OnStep, undisturbed
+from unclip.diffusion.sampling import DiffusionSampling
 from unclip.models.degradations import DegradationConfig
 from unclip.models.layers import TimestepMLP
 from unclip.models.unet import UNet, UNetConfig
@@ -64,6 +66,23 @@ class UpsamplerConfig:
         return f"upsampler-{self.output_size}"
 
 
+@dataclasses.dataclass(frozen=True)
+class UpsamplerSampling(DiffusionSampling):
+    """Sampling settings of an upsampler, which reads nothing that guidance could strengthen: its scale stays 1."""
+
+    num_steps: int = 15
+    """Sampling steps."""
+    noise_level: int = 0
+    """Timestep that the low-resolution image is noised to first: a later one hides more of its faults, and of itself. For
+    upsamplers trained with `max_noise_level`. Source: Ho et al. 2021 (CDM), section 4.2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.noise_level >= 0, "noise_level", self.noise_level, "at least 0")
+        is_off = self.guidance_scale == 1 and self.guidance_rescale == 0 and tuple(self.guidance_interval) == (0, 1)
+        require(is_off, "guidance_scale", self.guidance_scale, "no guidance of upsamplers, which read no caption")
+
+
 class Upsampler(nn.Module):
     """Small pictures in, `scale` times larger pictures out."""
 
@@ -71,6 +90,8 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = config
         self.diffusion = GaussianDiffusion(config.diffusion)
+        self.measured: dict[str, Tensor] = {}
+        """What was measured when training ended: `mean_squared_score` [T]."""
         out_channels = 3 * config.diffusion.outputs_per_channel
         self.unet = UNet(config.unet, in_channels=6, out_channels=out_channels)
         self.last_unet: UNet | None = None
@@ -103,44 +124,54 @@ class Upsampler(nn.Module):
         unet = self.last_unet if last_step and self.last_unet is not None else self.unet
         return unet(torch.cat([x_t, upsampled], dim=1), t, vector)  # type: ignore[no-any-return]
 
-    def denoiser(self, low_res: Tensor, noise_level: Tensor | None = None) -> Denoiser:
-        """A denoiser of pictures in [-1, 1], conditioned on one small picture (and its level) per sample."""
+    def denoiser(
+        self,
+        low_res: Tensor,
+        noise_level: Tensor | None = None,
+        settings: DiffusionSampling = UpsamplerSampling(),
+    ) -> Denoiser:
+        """A denoiser of images in [-1, 1], conditioned on one small image (and its level) per sample."""
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             last_step = self.last_unet is not None and not t.any()  # where strided timesteps end
             return self(x_t, t, low_res, noise_level, last_step)  # type: ignore[no-any-return]
 
-        return guidance.clamped(self.diffusion.denoiser(predict), 1.0)
+        denoise = self.diffusion.denoiser(predict)
+        return sampling.limited(self.diffusion, denoise, denoise, settings, 1.0)
 
     @torch.no_grad()
     def sample(
         self,
         low_res: Tensor,
+        settings: UpsamplerSampling = UpsamplerSampling(),
         *,
-        sampler: samplers.SamplerName = "ddim",
-        num_steps: int = 27,
-        noise_level: int = 0,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
-        on_step: samplers.OnStep = samplers.undisturbed,
+        on_step: OnStep = undisturbed,
     ) -> Tensor:
-        """Draw pictures [B, 3, s * scale, s * scale] in [-1, 1].
+        """Sample images [B, 3, s * scale, s * scale] in [-1, 1].
 
         Args:
             low_res: [B, 3, s, s] in [-1, 1]; not changed.
-            noise_level: timestep that low_res is noised to first: a later one hides more of its faults, and of itself.
-            x_T: [B, 3, s * scale, s * scale]; None draws it from the generator.
+            x_T: [B, 3, s * scale, s * scale]; None takes it from the generator.
 
         Raises:
-            ConfigError: a level beyond those of the training.
+            ConfigError: a noise level beyond those of the training.
         """
-        most = self.config.max_noise_level
-        require(0 <= noise_level <= most, "noise_level", noise_level, f"at least 0, at most {most} as in training")
+        noise_level, most = settings.noise_level, self.config.max_noise_level
+        require(noise_level <= most, "noise_level", noise_level, f"at least 0, at most {most} as in training")
         level = None
         if most > 0:
             low_res, level = augment_condition(self.diffusion, low_res, (noise_level, noise_level), generator)
-        side = low_res.shape[-1] * self.config.scale
+        size = low_res.shape[-1] * self.config.scale
         if x_T is None:
-            x_T = torch.randn(len(low_res), 3, side, side, generator=generator, device=low_res.device)
-        denoise, sample = self.denoiser(low_res, level), samplers.SAMPLERS[sampler]
-        return sample(self.diffusion, denoise, x_T, num_steps, generator=generator, on_step=on_step)
+            x_T = torch.randn(len(low_res), 3, size, size, generator=generator, device=low_res.device)
+        return sampling.sample(
+            self.diffusion,
+            self.denoiser(low_res, level, settings),
+            x_T,
+            settings,
+            mean_squared_score=self.measured.get("mean_squared_score"),
+            generator=generator,
+            on_step=on_step,
+        )

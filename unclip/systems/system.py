@@ -21,7 +21,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from unclip.errors import CheckpointError, ConfigError
 from unclip.models.clip import Clip, ImageEmbeddings
 from unclip.systems.part import Part
 from unclip.training import checkpoints
+
+Input = Literal["negative", "start"]
+"""Inputs of some systems besides captions; see `System.sample`."""
 
 ENTRY_POINTS = "unclip.systems"
 
@@ -66,6 +69,9 @@ class System(Protocol):
         Args:
             sampling: settings of the system's own class.
             generator: source of all randomness, on the system's device.
+
+        Systems whose `SystemSpec` names more inputs take them by keyword, one for each caption: `negative`, captions to be
+        guided away from; `start`, images [len(captions), 3, S, S] in [-1, 1] to begin with, on any device.
         """
 
 
@@ -120,6 +126,8 @@ class SystemSpec:
     """Loads it."""
     shortcuts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Options of `unclip sample` -> the sampling settings that they stand for, such as steps -> decoder.num_steps."""
+    inputs: tuple[Input, ...] = ()
+    """Inputs of its `sample` besides captions."""
 
 
 def system_names() -> list[str]:
@@ -167,6 +175,7 @@ def load_model(folder: str, parts: Iterable[Part[Any]]) -> nn.Module:
     try:
         model = builders[kind](facts)
         model.load_state_dict(tensors["model"])
+        model.measured = tensors.get("measured", {})  # type: ignore[assignment]
     except (KeyError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{folder}: the weights do not fit the {kind}: {error}") from error
     return model.eval().requires_grad_(False)
@@ -247,10 +256,13 @@ def sampling_of(stack: StackFiles, cls: type) -> Any:
 
 
 @torch.no_grad()
-def sample_batch(system: System, captions: Sequence[str], number: int, *, seed: int, sampling: Any) -> Tensor:
+def sample_batch(
+    system: System, captions: Sequence[str], number: int, *, seed: int, sampling: Any, **inputs: Any
+) -> Tensor:
     """Batch `number` of `sample_captions`, on its own: [len(captions), 3, S, S] on the CPU."""
     generator = torch.Generator(system.device).manual_seed(seed * 1_000_003 + number)
-    return system.sample(captions, sampling, generator).cpu()
+    sample: Callable[..., Tensor] = system.sample
+    return sample(captions, sampling, generator, **inputs).cpu()
 
 
 def sample_captions(
@@ -259,6 +271,8 @@ def sample_captions(
     *,
     seed: int = 0,
     sampling: Any = None,
+    negative: Sequence[str] | None = None,
+    start: Tensor | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Sample one image for each caption.
@@ -267,15 +281,19 @@ def sample_captions(
         captions: any number; they are sampled in batches.
         seed: the same captions, seed and settings give the same images on the same machine.
         sampling: None takes the settings published with the stack.
+        negative: a caption to be guided away from for each; for systems with this input.
+        start: [len(captions), 3, S, S] in [-1, 1], images to begin with; for systems with this input.
         progress: called with the number of images just finished.
 
     Returns:
         [len(captions), 3, S, S] float32 in [-1, 1], on the CPU.
     """
     settings = sampling or system.sampling
+    given: dict[Input, Any] = {"negative": negative, "start": start}
     images = []
-    for number, start in enumerate(range(0, len(captions), settings.batch_size)):
-        batch = captions[start : start + settings.batch_size]
-        images.append(sample_batch(system, batch, number, seed=seed, sampling=settings))
-        progress(len(batch))
+    for number, first in enumerate(range(0, len(captions), settings.batch_size)):
+        batch = slice(first, first + settings.batch_size)
+        inputs = {name: values[batch] for name, values in given.items() if values is not None}
+        images.append(sample_batch(system, captions[batch], number, seed=seed, sampling=settings, **inputs))
+        progress(len(captions[batch]))
     return torch.cat(images)

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.config import load, to_dict
+from unclip.config import load, operational, to_dict
 from unclip.data import Batch
 from unclip.diffusion.process import augment_condition
 from unclip.models.degradations import degrade, shrink
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training.batches import load_images
-from unclip.training.diffusion_loss import DiffusionLoss, device_of
+from unclip.training.diffusion_loss import DiffusionLoss, device_of, measure_scores
 from unclip.training.memory import Network, example_images, example_indices
 from unclip.training.objective import Tensors
 from unclip.training.settings import TrainerConfig
@@ -25,6 +25,8 @@ class UpsamplerStageConfig:
     """The network and its diffusion process."""
     trainer: TrainerConfig = TrainerConfig()
     """The training."""
+    preview: UpsamplerSampling = operational(UpsamplerSampling())
+    """Sampling of the previews."""
 
 
 class UpsamplerObjective:
@@ -32,13 +34,18 @@ class UpsamplerObjective:
 
     columns = ("jpg",)
 
-    def __init__(self, config: UpsamplerConfig, preview: Batch) -> None:
+    def __init__(
+        self,
+        config: UpsamplerConfig,
+        preview: Batch,
+        preview_sampling: UpsamplerSampling = UpsamplerStageConfig.preview,
+    ) -> None:
         self.config = config
         self.model: Upsampler = Upsampler(config).to(memory_format=torch.channels_last)
         self.process = DiffusionLoss(self.model.diffusion)
         self.sample_size = {"pixels": config.unet.image_size**2}
         self.state = self.process.timesteps.state
-        self._preview = self.prepare(preview)["images"]
+        self._preview, self._preview_sampling = self.prepare(preview)["images"], preview_sampling
 
     def prepare(self, batch: Batch) -> Tensors:
         return {"images": load_images(batch["jpg"], self.config.output_size)}  # [B, 3, S, S]
@@ -59,8 +66,13 @@ class UpsamplerObjective:
         """The originals, then their small versions upsampled."""
         generator = torch.Generator(device_of(model)).manual_seed(0)
         low_res = shrink(self._preview, self.config.low_res_size).to(device_of(model))
-        samples = model.sample(low_res, num_steps=15, generator=generator)  # type: ignore[operator]
+        samples = model.sample(low_res, self._preview_sampling, generator=generator)  # type: ignore[operator]
         return torch.cat([self._preview, samples.cpu()])
+
+    def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
+        """With small versions that are degraded as in training, and no noise on them."""
+        x0, low_res = self._crops(tensors["images"], generator)
+        return measure_scores(self.model.diffusion, lambda x_t, t: model(x_t, t, low_res), x0, generator)
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "upsampler", "config": to_dict(self.config)}
@@ -96,7 +108,7 @@ def _network(config: UpsamplerStageConfig, _: Shapes) -> Network:
 
 
 def _objective(config: UpsamplerStageConfig, inputs: TrainingInputs) -> UpsamplerObjective:
-    return UpsamplerObjective(config.model, inputs.preview_rows())
+    return UpsamplerObjective(config.model, inputs.preview_rows(), config.preview)
 
 
 UPSAMPLER = Part(

@@ -5,8 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unclip.diffusion import samplers
 from unclip.diffusion.process import GaussianDiffusion, Predict
 from unclip.training.timesteps import TimestepLosses, UniformTimesteps, timestep_sampler
+
+MEASURED_TIMESTEPS = 64
+"""Timesteps at which a finished model's mean squared score is measured; between them it is interpolated."""
 
 
 class Draw(NamedTuple):
@@ -51,6 +55,20 @@ class DiffusionLoss:
 
     def take(self, training: bool) -> dict[str, float]:
         return self.losses[training].take(of_all_workers=training)
+
+
+def measure_scores(
+    diffusion: GaussianDiffusion, predict: Predict, x0: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """`mean_squared_score` [T] of a finished model, which Analytic-DPM needs; see `objective.Measuring`.
+
+    Args:
+        predict: network with the conditioning of x0 bound.
+        x0: [B, ...], a few training rows.
+    """
+    batches = [(x0, diffusion.denoiser(predict))]
+    score = samplers.estimate_mean_squared_score(diffusion, batches, generator, MEASURED_TIMESTEPS)
+    return {"mean_squared_score": score}
 
 
 def bernoulli(x0: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,20 @@ class Objective(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What is needed to build the model again."""
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """An objective that measures something of the finished model, once, for its sampling."""
+
+    def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
+        """Tensors to save beside the weights; `load_model` gives them to the model as `measured`.
+
+        Args:
+            model: with the EMA weights, in evaluation mode.
+            tensors: a few training rows as `prepare` makes them, on the model's device.
+            generator: source of all randomness, on that device.
+        """
 
 
 class Monitor:

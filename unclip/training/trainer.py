@@ -25,7 +25,7 @@ from unclip.data import Batch, RowReader
 from unclip.errors import ConfigError, NonFiniteError, StoppedError, StorageError
 from unclip.training import checkpoints, curves, parallel, sharded
 from unclip.training.flops import FirstForward, peak_flops
-from unclip.training.objective import Monitor, Objective, Tensors
+from unclip.training.objective import Measuring, Monitor, Objective, Tensors
 from unclip.training.parallel import ALONE, Workers
 from unclip.training.precision import autocast
 from unclip.training.settings import TrainerConfig, learning_rate
@@ -39,6 +39,8 @@ CURVE = "curve.tsv"
 HUNG = "hung.json"
 """File in a training's folder that says which worker hung last."""
 HUNG_EXIT_CODE = 70  # EX_SOFTWARE
+MEASURED_ROWS = 16
+"""Training rows that a finished model is measured on."""
 
 
 def train(
@@ -162,11 +164,24 @@ class _Training:
     def export(self) -> str:
         """Write `model/`; every worker calls it, the first one writes."""
         self.writer.wait()  # the last checkpoint is complete
-        averaged = self.state.averaged()
-        if self.workers.rank > 0:
-            return ""
+        self.watchdog.reached("measuring the model", self.samples_seen)
+        with self._averaged_replica() as model:
+            if model is None:
+                return ""
+            measured = self._measure(model)
+        tensors = {"model": model.state_dict(), **({"measured": measured} if measured else {})}
         facts = {**self.objective.facts(), "samples_seen": self.samples_seen}
-        return checkpoints.save(f"{self.folder}/model", {"model": averaged}, facts)
+        return checkpoints.save(f"{self.folder}/model", tensors, facts)
+
+    def _measure(self, model: nn.Module) -> Tensors:
+        """Tensors that the objective measures of the finished model, if it does: the same for the same weights."""
+        if not isinstance(self.objective, Measuring):
+            return {}
+        device = self.workers.device
+        batch = self.reader.read(self.reader.keys()[:MEASURED_ROWS])
+        tensors = {name: value.to(device) for name, value in self.objective.prepare(batch).items()}
+        with torch.no_grad(), autocast(self.config.precision, device):
+            return self.objective.measure(model, tensors, torch.Generator(device).manual_seed(self.config.seed))
 
     def _prepare(self, batch: Batch) -> tuple[list[str], list[Tensors]]:
         """Keys and micro-batches of a batch, ready for the device; called in the reader's thread."""

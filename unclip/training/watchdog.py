@@ -18,7 +18,13 @@ from unclip.errors import StorageError
 from unclip.training.parallel import Workers
 
 Activity = Literal[
-    "starting", "validating", "writing a checkpoint", "drawing a preview", "reading rows", "taking a step"
+    "starting",
+    "validating",
+    "writing a checkpoint",
+    "drawing a preview",
+    "measuring the model",
+    "reading rows",
+    "taking a step",
 ]
 ORDER: tuple[Activity, ...] = typing.get_args(Activity)
 """What workers do at the same number of samples seen, in this order; who is at an earlier one is behind."""

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.config import load, to_dict
+from unclip.config import load, operational, to_dict
 from unclip.data import Batch
 from unclip.models import clip as clip_models
-from unclip.models.decoder import Decoder, DecoderConfig, known_region, random_masks
+from unclip.models.decoder import Captions, Decoder, DecoderConfig, DecoderSampling, known_region, random_masks
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.text import Text, TextShape, read_captions
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training.batches import load_images, stack_rows
-from unclip.training.diffusion_loss import DiffusionLoss, bernoulli, device_of
+from unclip.training.diffusion_loss import DiffusionLoss, bernoulli, device_of, measure_scores
 from unclip.training.memory import Network, example_features, example_flags, example_images, example_indices
 from unclip.training.objective import Tensors
 from unclip.training.settings import TrainerConfig
@@ -27,6 +27,8 @@ class DecoderStageConfig:
     """The network and its diffusion process."""
     trainer: TrainerConfig = TrainerConfig()
     """The training."""
+    preview: DecoderSampling = operational(DecoderSampling(num_steps=25))
+    """Sampling of the previews."""
 
 
 class DecoderObjective:
@@ -38,6 +40,7 @@ class DecoderObjective:
         statistics: EmbeddingStatistics,
         preview: Batch,
         clip: clip_models.Clip | None = None,
+        preview_sampling: DecoderSampling = DecoderStageConfig.preview,
     ) -> None:
         """Args: clip: its tokenizer, and where `config.text` is "clip" its text encoder; None where no text is read."""
         embedding_dim = len(statistics.mean)
@@ -52,7 +55,7 @@ class DecoderObjective:
         self.process = DiffusionLoss(self.model.diffusion)
         self.sample_size = {"pixels": config.unet.image_size**2}
         self.state = self.process.timesteps.state
-        self._preview = self.prepare(preview)
+        self._preview, self._preview_sampling = self.prepare(preview), preview_sampling
 
     @staticmethod
     def columns(config: DecoderConfig) -> tuple[str, ...]:
@@ -89,13 +92,17 @@ class DecoderObjective:
         generator = torch.Generator(device_of(model)).manual_seed(0)
         tensors = {name: value.to(device_of(model)) for name, value in self._preview.items()}
         samples = model.sample(  # type: ignore[operator]
-            tensors["image_embedding"],
-            text=self._text(tensors),
-            num_steps=25,
-            guidance_scale=2.0,
-            generator=generator,
+            tensors["image_embedding"], self._preview_sampling, Captions(self._text(tensors)), generator=generator
         )
         return torch.cat([self._preview["images"], samples.cpu()])
+
+    def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
+        text = self._text(tensors)
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            return model(x_t, t, tensors["image_embedding"], text=text)  # type: ignore[no-any-return]
+
+        return measure_scores(self.model.diffusion, predict, tensors["images"], generator)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -116,7 +123,7 @@ def _build(facts: Mapping[str, Any]) -> Decoder:
 
 def _objective(config: DecoderStageConfig, inputs: TrainingInputs) -> DecoderObjective:
     clip = None if config.model.text == "none" else inputs.clip()
-    return DecoderObjective(config.model, inputs.statistics(), inputs.preview_rows(), clip)
+    return DecoderObjective(config.model, inputs.statistics(), inputs.preview_rows(), clip, config.preview)
 
 
 def _reads(config: DecoderStageConfig) -> Mapping[str, tuple[str, ...]]:

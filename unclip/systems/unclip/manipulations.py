@@ -91,7 +91,7 @@ def invert(
             noises.append(
                 samplers.ddim_inversion(
                     decoder.diffusion,
-                    decoder.denoiser(image_embedding, settings.decoder.guidance_scale),
+                    decoder.denoiser(image_embedding, settings.decoder),
                     low_res,
                     settings.decoder.num_steps,
                     settings.decoder.inversion_iterations,
@@ -133,7 +133,7 @@ def draw(
         with autocast(settings.precision, stack.device):
             low_res = samplers.ddim(
                 stack.decoder.diffusion,
-                stack.decoder.denoiser(batch.image_embedding, settings.decoder.guidance_scale),
+                stack.decoder.denoiser(batch.image_embedding, settings.decoder),
                 batch.x_T,
                 settings.decoder.num_steps,
                 eta,
@@ -350,6 +350,7 @@ def inpaint(
     known: Tensor,
     captions: Sequence[str],
     *,
+    negative: Sequence[str] | None = None,
     seed: int = 0,
     sampling: SamplingConfig | None = None,
     progress: Progress = ignore,
@@ -362,11 +363,13 @@ def inpaint(
         images: [B, 3, S, S] in [-1, 1], of the size that the stack draws.
         known: [B, 1, S, S] bool, True = keep.
         captions: B, of the whole pictures.
+        negative: B, captions to be guided away from.
 
     Returns:
         [B, 3, S, S] float32 in [-1, 1], on the CPU.
 
     Raises:
+        InputError: nothing that reads the negative captions is guided.
         ShapeError: pictures or masks of another shape, or not as many captions.
 
     Source: Nichol et al. 2022 (GLIDE), section 2.4; Lugmayr et al. 2022, eq. 8.
@@ -385,16 +388,15 @@ def inpaint(
         part = slice(start, start + settings.batch_size)
         image, keep = images[part].to(stack.device), known[part].to(stack.device)
         low_res, low_keep = _known_at(side, image, keep)
-        image_embedding = stack.embed_captions(list(captions[part]), settings, generator)
+        others = None if negative is None else negative[part]
+        told_captions = stack.captions(captions[part], settings, others)
+        image_embedding = stack.embed_captions(list(captions[part]), settings, generator, others)
         told = {"known": known_region(low_res, low_keep)} if decoder.config.inpainting else {}
         with autocast(settings.precision, stack.device):
             low_res = decoder.sample(
                 image_embedding,
-                text=stack.read_captions(captions[part]),
-                text_guidance_scale=settings.decoder.text_guidance_scale,
-                sampler=settings.decoder.sampler,
-                num_steps=settings.decoder.num_steps,
-                guidance_scale=settings.decoder.guidance_scale,
+                settings.decoder,
+                told_captions,
                 generator=generator,
                 on_step=_counting(
                     progress,

@@ -20,7 +20,7 @@ from unclip.models.text import caption_features
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training import parallel
 from unclip.training.batches import stack_rows
-from unclip.training.diffusion_loss import DiffusionLoss, bernoulli
+from unclip.training.diffusion_loss import DiffusionLoss, bernoulli, measure_scores
 from unclip.training.memory import Network, example_features, example_flags, example_indices
 from unclip.training.objective import Tensors
 from unclip.training.settings import TrainerConfig
@@ -89,6 +89,13 @@ class PriorObjective:
 
     def preview(self, model: nn.Module) -> None:
         return None  # an embedding is nothing to look at
+
+    def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
+        drop = torch.zeros(len(tensors["tokens"]), dtype=torch.bool, device=generator.device)
+        predict = model.predictor(*caption_features(self.clip, tensors["tokens"]), drop)  # type: ignore[operator]
+        return measure_scores(
+            self.model.diffusion, predict, self.model.statistics.normalize(tensors["image_embedding"]), generator
+        )
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "prior", "config": to_dict(self.model.config), **clip_facts(self.clip)}

@@ -255,7 +255,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
         pretrained=None,
         num_parameters=ParameterCounts(1_225_925_632, 3_567_368_710, (729_702_083, 282_059_139)),
         sampling=SamplingConfig(
-            prior=PriorSampling(num_steps=64),
+            prior=PriorSampling(sampler="analytic_dpm", num_steps=64),
             decoder=DecoderSampling(sampler="ddpm", num_steps=250),
             upsamplers={"256": UpsamplerSampling(num_steps=27), "1024": UpsamplerSampling(num_steps=15)},
         ),

@@ -3,22 +3,23 @@
 Letters: B batch, E CLIP embedding width, s side of the decoder's pictures, S side of the last upsampler's.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.errors import CheckpointError
+from unclip.errors import CheckpointError, InputError, ShapeError
 from unclip.models import embeddings
 from unclip.models.autoregressive_prior import AutoregressivePrior
 from unclip.models.clip import Clip
-from unclip.models.decoder import Decoder
+from unclip.models.decoder import NO_CAPTIONS, Captions, Decoder
+from unclip.models.degradations import shrink
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.models.prior import DiffusionPrior
-from unclip.models.text import EmptyCaption, Text, read_captions
+from unclip.models.text import CaptionFeatures, EmptyCaption, Text, caption_features, read_captions
 from unclip.models.upsampler import Upsampler
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
 from unclip.systems.unclip.decoder import DECODER
@@ -99,30 +100,44 @@ class Stack(nn.Module):
         return next(self.prior.parameters()).device
 
     @torch.no_grad()
-    def sample(self, captions: Sequence[str], sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        captions: Sequence[str],
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        *,
+        negative: Sequence[str] | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """One image for each caption, [len(captions), 3, S, S] in [-1, 1].
+
+        Args:
+            negative: captions to be guided away from, by the prior and by a decoder that reads captions.
+            start: [B, 3, S, S], images that the decoder begins with, at its resolution and its strength.
+
+        Raises:
+            InputError: nothing that reads the negative captions is guided.
+            ShapeError: start or negative does not go with the captions.
 
         Source: Ramesh et al. 2022, section 2: prior, decoder, upsamplers.
         """
-        embedding = self.embed_captions(list(captions), sampling, generator)
-        return self.decode(embedding, sampling, generator, text=self.read_captions(captions))
+        told = self.captions(captions, sampling, negative)
+        embedding = self.embed_captions(list(captions), sampling, generator, negative)
+        return self.decode(embedding, sampling, generator, told, start=start)
 
-    def embed_captions(self, captions: list[str], sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-        """Image embeddings [B, E] that the prior draws for captions."""
-        text = self.clip.encode_text(self.clip.tokenize(captions).to(self.device))
-        draw = (
-            functools.partial(self.prior.sample, num_steps=sampling.prior.num_steps, sampler=sampling.prior.sampler)
-            if isinstance(self.prior, DiffusionPrior)
-            else functools.partial(self.prior.sample, temperature=sampling.prior.temperature)
-        )
-        return draw(
-            text.text_encodings,
-            text.text_mask,
-            text.text_projection,
-            num_candidates=sampling.prior.num_candidates,
-            guidance_scale=sampling.prior.guidance_scale,
-            generator=generator,
-        )
+    def embed_captions(
+        self,
+        captions: list[str],
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        negative: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Image embeddings [B, E] that the prior samples for captions."""
+        others = None if negative is None else self._features(negative)
+        return self.prior.sample(*self._features(captions), sampling.prior, negative=others, generator=generator)
+
+    def _features(self, captions: Sequence[str]) -> CaptionFeatures:
+        return caption_features(self.clip, self.clip.tokenize(list(captions)).to(self.device))
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Image embeddings [B, E], as the decoder reads them, of pictures [B, 3, H, W] in [-1, 1]."""
@@ -137,21 +152,70 @@ class Stack(nn.Module):
         tokens = self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
         return read_captions(self.decoder.config.text, self.clip, tokens)
 
-    def decode(
-        self, image_embedding: Tensor, sampling: SamplingConfig, generator: torch.Generator, text: Text | None = None
-    ) -> Tensor:
-        """Pictures [B, 3, S, S] at full size for image embeddings [B, E], and captions where the decoder reads them."""
-        with autocast(sampling.precision, self.device):
-            low_res = self.decoder.sample(
-                image_embedding,
-                text=text,
-                text_guidance_scale=sampling.decoder.text_guidance_scale,
-                sampler=sampling.decoder.sampler,
-                num_steps=sampling.decoder.num_steps,
-                guidance_scale=sampling.decoder.guidance_scale,
-                generator=generator,
+    def captions(
+        self, captions: Sequence[str], sampling: SamplingConfig, negative: Sequence[str] | None = None
+    ) -> Captions:
+        """Captions in all the ways in which they steer the decoder.
+
+        Raises:
+            InputError: nothing that reads the negative captions is guided.
+            ShapeError: not as many negative captions.
+        """
+        likeness = self._likeness(captions) if sampling.decoder.clip_guidance_scale else None
+        if negative is None:
+            return Captions(self.read_captions(captions), None, likeness)
+        if len(negative) != len(captions):
+            raise ShapeError(f"sample: got {len(negative)} negative captions for {len(captions)}, expected as many.")
+        scales = [sampling.prior.guidance_scale]
+        if self.decoder.text is not None:
+            text_scale = sampling.decoder.text_guidance_scale
+            scales += [sampling.decoder.guidance_scale, 1.0 if text_scale is None else text_scale]
+        if all(scale == 1 for scale in scales):
+            raise InputError(
+                f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would change nothing. Set "
+                "prior.guidance_scale above 1."
             )
+        return Captions(self.read_captions(captions), self.read_captions(negative), likeness)
+
+    def _likeness(self, captions: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """Cosine of CLIP's embeddings of images x0 [B, 3, s, s] and of captions, [B]."""
+        text_embedding = self.embed_text(captions)  # [B, E]
+
+        def likeness(x0: Tensor) -> Tensor:
+            with torch.autocast(x0.device.type, enabled=False):
+                image_embedding = F.normalize(self.clip.encode_images(self.clip.resize(x0)), dim=-1)  # [B, E]
+            return (image_embedding * text_embedding).sum(dim=1)
+
+        return likeness
+
+    def decode(
+        self,
+        image_embedding: Tensor,
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        captions: Captions = NO_CAPTIONS,
+        *,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Images [B, 3, S, S] at full size for image embeddings [B, E], and captions where the decoder reads them.
+
+        Args:
+            start: [B, 3, S, S], images to begin with.
+        """
+        if start is not None:
+            if start.shape != (len(image_embedding), 3, self.image_size, self.image_size):
+                raise ShapeError(
+                    f"sample: got start images {tuple(start.shape)}, expected "
+                    f"({len(image_embedding)}, 3, {self.image_size}, {self.image_size})."
+                )
+            start = self._at_decoder_size(start.to(self.device))
+        with autocast(sampling.precision, self.device):
+            low_res = self.decoder.sample(image_embedding, sampling.decoder, captions, start=start, generator=generator)
         return self.upsample(low_res, sampling, generator)
+
+    def _at_decoder_size(self, images: Tensor) -> Tensor:
+        size = self.decoder.config.unet.image_size
+        return images if images.shape[-1] == size else shrink(images, size)
 
     def upsample(
         self,
@@ -177,15 +241,7 @@ class Stack(nn.Module):
             for upsampler, settings, noise, hook in zip(
                 self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, strict=True
             ):
-                low_res = upsampler.sample(
-                    low_res,
-                    sampler=settings.sampler,
-                    num_steps=settings.num_steps,
-                    noise_level=settings.noise_level,
-                    x_T=noise,
-                    generator=generator,
-                    on_step=hook,
-                )
+                low_res = upsampler.sample(low_res, settings, x_T=noise, generator=generator, on_step=hook)
         return low_res
 
     def upsampler_sampling(self, sampling: SamplingConfig) -> list[UpsamplerSampling]:
@@ -223,5 +279,8 @@ SYSTEM = SystemSpec(
         "steps": "decoder.num_steps",
         "guidance_scale": "decoder.guidance_scale",
         "sampler": "decoder.sampler",
+        "eta": "decoder.eta",
+        "strength": "decoder.strength",
     },
+    inputs=("negative", "start"),
 )
