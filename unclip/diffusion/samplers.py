@@ -118,8 +118,8 @@ def estimate_mean_squared_score(
     Args:
         batches: clean samples [B, ...], each with the denoiser that is bound to their conditioning; every batch is
             denoised once for each measured timestep.
-        num_measured: timesteps to measure at, spread evenly; at the others the mean square of eps, which changes slowly, is
-            interpolated. None for all T.
+        num_measured: timesteps to measure at, spread evenly; between them the logarithm of the mean square of eps is
+            interpolated over that of the noise's variance. None for all T.
 
     Returns:
         [T] float64; saved with a model, it is all that `analytic_dpm` needs to know of the data.
@@ -145,8 +145,12 @@ def estimate_mean_squared_score(
         num_samples += len(x0)
     if num_samples == 0:
         raise ShapeError("estimate_mean_squared_score: got no batch, expected at least one.")
-    squared_eps = torch.from_numpy(np.interp(range(num_timesteps), measured, total / num_samples))  # [T]
-    return squared_eps / (1 - diffusion.alphas_cumprod)  # the score is -eps / sqrt(1 - alphas_cumprod)
+    noise_variance = 1 - diffusion.alphas_cumprod
+    squared_eps = total / num_samples
+    if len(measured) < num_timesteps:
+        known = noise_variance[measured].log(), squared_eps.clamp(min=1e-12).log()
+        squared_eps = torch.from_numpy(np.exp(np.interp(noise_variance.log(), *known)))  # [T]
+    return squared_eps / noise_variance  # the score is -eps / sqrt(1 - alphas_cumprod)
 
 
 @torch.no_grad()

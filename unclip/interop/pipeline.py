@@ -331,11 +331,13 @@ def _sampling_notes(stack: Stack) -> list[str]:
         "decoder": PIPELINE_SAMPLING.decoder,
         "upsampler": PIPELINE_UPSAMPLER_SAMPLING,
     }
-    names = {field.name for field in dataclasses.fields(DiffusionSampling)} | {"num_candidates", "clip_guidance_scale"}
+    first = ("sampler", "num_steps", "guidance_scale", "num_candidates")
+    others = (*(field.name for field in dataclasses.fields(DiffusionSampling)), "clip_guidance_scale")
+    names = dict.fromkeys((*first, *others))
     different = [
         f"{part}.{name} {getattr(mine, name)} (there {getattr(theirs[part], name)})"
         for part, mine in ours.items()
-        for name in sorted(names)
+        for name in names
         if hasattr(mine, name) and getattr(mine, name) != getattr(theirs[part], name)
     ]
     if not different:

@@ -18,7 +18,7 @@ from unclip.errors import ConfigError
 from unclip.models import clip
 from unclip.models.autoregressive_prior import AutoregressivePriorConfig
 from unclip.models.clip import Clip
-from unclip.models.prior import PriorConfig
+from unclip.models.prior import PriorConfig, PriorSampling
 from unclip.systems.system import load_model
 from unclip.systems.unclip.prior import (
     PRIOR,
@@ -106,7 +106,7 @@ def test_either_prior_trains_from_the_same_table_and_is_loaded(
     prior: Any = load_model(f"{tmp_path}/model", (PRIOR,))
     assert prior.statistics.digest() == statistics.digest()
     text = frozen_clip.encode_text(tokens)
-    drawn = prior.sample(text.text_encodings, text.text_mask, text.text_projection, guidance_scale=2.0)
+    drawn = prior.sample(text.text_encodings, text.text_mask, text.text_projection, PriorSampling(guidance_scale=2))
     assert drawn.shape == (1, 64) and drawn.isfinite().all()
 
 

@@ -11,7 +11,7 @@ import torch
 from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import prior as interop
-from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.prior import DiffusionPrior, PriorConfig, PriorSampling
 from unclip.models.text import CaptionFeatures
 
 SMALL = {"width": 32, "depth": 2, "num_heads": 4}
@@ -143,9 +143,7 @@ def test_the_same_noise_gives_the_same_samples(
         text.text_encodings,
         text.text_mask,
         text.text_embedding,
-        num_candidates=1,
-        num_steps=12,
-        guidance_scale=guidance_scale,
+        PriorSampling(num_candidates=1, num_steps=12, guidance_scale=guidance_scale),
         generator=torch.Generator().manual_seed(11),
     )
     torch.testing.assert_close(drawn, expected, atol=tolerance, rtol=0)

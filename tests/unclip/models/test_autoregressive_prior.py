@@ -123,9 +123,7 @@ def test_sampling_with_a_cache_is_sampling_without(guidance_scale: float, temper
     prior, captions = build(), text()
     drawn = prior.sample(
         **captions,
-        num_candidates=1,
-        temperature=temperature,
-        guidance_scale=guidance_scale,
+        settings=PriorSampling(num_candidates=1, temperature=temperature, guidance_scale=guidance_scale),
         generator=torch.Generator().manual_seed(7),
     )
     generator = torch.Generator().manual_seed(7)
@@ -164,7 +162,11 @@ def test_the_better_candidate_is_kept() -> None:
     prior, captions = build(), text()
 
     def similarity(num_candidates: int) -> torch.Tensor:
-        drawn = prior.sample(**captions, num_candidates=num_candidates, generator=torch.Generator().manual_seed(0))
+        drawn = prior.sample(
+            **captions,
+            settings=PriorSampling(num_candidates=num_candidates),
+            generator=torch.Generator().manual_seed(0),
+        )
         assert drawn.shape == (3, 6)
         return (drawn * captions["text_embedding"]).sum(dim=1)
 
@@ -202,7 +204,9 @@ def test_it_overfits_sixteen_samples_and_is_saved_whole(frozen_clip: Clip, tmp_p
     checkpoints.save(str(tmp_path), {"model": objective.model.state_dict()}, {**objective.facts(), "samples_seen": 1})
     prior: Any = load_model(str(tmp_path), (PRIOR,))
     features = found.text_encodings, found.text_mask, found.text_projection
-    drawn = prior.sample(*features, temperature=0.3, guidance_scale=1.5, generator=torch.Generator().manual_seed(0))
+    drawn = prior.sample(
+        *features, PriorSampling(temperature=0.3, guidance_scale=1.5), generator=torch.Generator().manual_seed(0)
+    )
     nearest = (F.normalize(drawn, dim=1) @ embeddings.T).max(dim=1)
     assert nearest.indices.tolist() == list(range(16)) and nearest.values.mean() > 0.95
     assert prior.statistics.digest() == statistics.digest()

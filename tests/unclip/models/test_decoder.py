@@ -17,7 +17,7 @@ from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import ConfigError, ShapeError
 from unclip.models import unet
 from unclip.models.clip import Clip, create, text_mask
-from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig, known_region, random_masks
+from unclip.models.decoder import NUM_IMAGE_TOKENS, Captions, Decoder, DecoderConfig, known_region, random_masks
 from unclip.models.degradations import DegradationConfig
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import Conv3x3, attention
@@ -241,7 +241,8 @@ def test_guidance_pushes_away_from_neither_condition(text_guidance_scale: float 
     expected = neither + 2 * (both - neither)
     if text_guidance_scale is not None:
         expected = neither + 2 * (image_alone - neither) + text_guidance_scale * (both - image_alone)
-    denoised = decoder.denoiser(embedding, 2.0, text=text, text_guidance_scale=text_guidance_scale)(x_t, t)
+    settings = DecoderSampling(guidance_scale=2, text_guidance_scale=text_guidance_scale)
+    denoised = decoder.denoiser(embedding, settings, Captions(text))(x_t, t)
     torch.testing.assert_close(denoised.x0, expected.clamp(-1, 1), atol=1e-4, rtol=1e-4)
     assert denoised.variance_fraction is not None
 
@@ -275,7 +276,10 @@ def test_known_pixels_come_back_as_they_were() -> None:
     mask = random_masks(3, 16, torch.Generator().manual_seed(5))
     drawn = [
         decoder.sample(
-            embedding, known=known_region(given, mask), num_steps=2, generator=torch.Generator().manual_seed(0)
+            embedding,
+            DecoderSampling(num_steps=2, guidance_scale=1),
+            known=known_region(given, mask),
+            generator=torch.Generator().manual_seed(0),
         )
         for given in (images, -images)
     ]
@@ -403,7 +407,10 @@ def test_inpainting_learns_to_go_on_with_what_it_is_shown(clip: Clip) -> None:
     mask[..., :4] = True
     drawn, blind = (
         trained.model.sample(
-            tensors["image_embedding"], known=known, num_steps=4, generator=torch.Generator().manual_seed(0)
+            tensors["image_embedding"],
+            DecoderSampling(num_steps=4, guidance_scale=1),
+            known=known,
+            generator=torch.Generator().manual_seed(0),
         )[..., 4:]
         for known in (known_region(images, mask), None)
     )
@@ -420,12 +427,16 @@ def test_an_upsampler_is_told_how_noisy_its_picture_is() -> None:
     assert not any(changed(quiet, upsampler(x_t, t, low_res)))
     original = low_res.clone()
     drawn = [
-        upsampler.sample(low_res, num_steps=2, noise_level=level, generator=torch.Generator().manual_seed(0))
+        upsampler.sample(
+            low_res,
+            UpsamplerSampling(num_steps=2, noise_level=level),
+            generator=torch.Generator().manual_seed(0),
+        )
         for level in (0, 400, 400)
     ]
     assert all(changed(drawn[0], drawn[1])) and torch.equal(drawn[1], drawn[2]) and torch.equal(low_res, original)
     with pytest.raises(ConfigError, match="noise_level: got 401, expected at least 0, at most 400"):
-        upsampler.sample(low_res, noise_level=401)
+        upsampler.sample(low_res, UpsamplerSampling(noise_level=401))
 
 
 def test_upsamplers_are_trained_on_windows_of_a_quarter_with_levels_of_their_own(clip: Clip) -> None:
@@ -480,7 +491,7 @@ def test_a_learned_variance_samples(clip: Clip) -> None:
     model = trained.model.eval()
     embedding = torch.randn(2, clip.embedding_dim)
     noise = torch.randn(2, 3, 16, 16)
-    denoise = model.denoiser(embedding, 2.0)
+    denoise = model.denoiser(embedding, DecoderSampling(guidance_scale=2))
     drawn = samplers.ddpm(model.diffusion, denoise, noise, 3, torch.Generator().manual_seed(0))
     assert drawn.shape == (2, 3, 16, 16) and drawn.isfinite().all()
     assert to_dict(model.config)["diffusion"]["variance"] == "learned_range"
@@ -509,7 +520,10 @@ def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text:
     embedding = torch.randn(1, clip.embedding_dim)
     drawn = [
         stack.decode(embedding, settings, torch.Generator().manual_seed(0), text)
-        for text in (*(stack.read_captions([words]) for words in ("a red circle", "a blue star", "")), None)
+        for text in (
+            *(Captions(stack.read_captions([words])) for words in ("a red circle", "a blue star", "")),
+            Captions(),
+        )
     ]
     assert changed(drawn[0], drawn[1]) == [text != "none"]
     assert not any(changed(drawn[2], drawn[3]))

@@ -5,12 +5,12 @@ import torch
 
 from tests.unclip.systems.tiny_stacks import fill_zeros
 from unclip.errors import ConfigError, ShapeError
-from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.decoder import Decoder, DecoderConfig, DecoderSampling
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import timestep_embedding
-from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.prior import DiffusionPrior, PriorConfig, PriorSampling
 from unclip.models.unet import UNetConfig
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 
 UNET = UNetConfig(
     16, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), head_channels=8, norm_groups=4
@@ -74,7 +74,9 @@ def test_prior_samples_keep_the_better_candidate(prior: DiffusionPrior) -> None:
 
     def similarity(num_candidates: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        drawn = prior.sample(**text, num_candidates=num_candidates, num_steps=3, generator=generator)
+        drawn = prior.sample(
+            **text, settings=PriorSampling(num_candidates=num_candidates, num_steps=3), generator=generator
+        )
         assert drawn.shape == (3, 6)
         return (drawn * text["text_embedding"]).sum(dim=1)
 
@@ -111,7 +113,7 @@ def test_decoder_without_the_embedding_does_not_depend_on_it(decoder: Decoder) -
 def test_decoder_samples_are_pictures_and_follow_the_seed(decoder: Decoder) -> None:
     embedding = torch.randn(2, 6)
     first, second = (
-        decoder.sample(embedding, num_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(seed))
+        decoder.sample(embedding, DecoderSampling(num_steps=3), generator=torch.Generator().manual_seed(seed))
         for seed in (5, 5)
     )
     assert first.shape == (2, 3, 16, 16) and first.abs().max() <= 1
@@ -126,8 +128,8 @@ def upsampler() -> Upsampler:
 @torch.no_grad()
 def test_upsampler_is_trained_on_crops_and_works_at_any_size(upsampler: Upsampler) -> None:
     assert upsampler.config.output_size == 32
-    assert upsampler.sample(torch.zeros(1, 3, 8, 8), num_steps=2).shape == (1, 3, 32, 32)
-    assert upsampler.sample(torch.zeros(1, 3, 12, 12), num_steps=2).shape == (1, 3, 48, 48)
+    assert upsampler.sample(torch.zeros(1, 3, 8, 8), UpsamplerSampling(num_steps=2)).shape == (1, 3, 32, 32)
+    assert upsampler.sample(torch.zeros(1, 3, 12, 12), UpsamplerSampling(num_steps=2)).shape == (1, 3, 48, 48)
 
 
 @torch.no_grad()

@@ -15,7 +15,15 @@ from unclip.models import clip
 from unclip.models.clip import Clip
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import kept_tokens
-from unclip.models.prior import BASE_PRIOR, DALLE2_PRIOR, KARLO_PRIOR, SMALL_PRIOR, DiffusionPrior, PriorConfig
+from unclip.models.prior import (
+    BASE_PRIOR,
+    DALLE2_PRIOR,
+    KARLO_PRIOR,
+    SMALL_PRIOR,
+    DiffusionPrior,
+    PriorConfig,
+    PriorSampling,
+)
 from unclip.models.text import CaptionFeatures
 from unclip.systems.system import load_model
 from unclip.systems.unclip.prior import PRIOR, PriorObjective
@@ -181,10 +189,10 @@ def test_guidance_extrapolates_from_the_empty_caption_and_the_bound_comes_after_
     expected = null + 3.0 * (prediction - null)
     calls = {"x_t": given["x_t"], "t": given["t"]}
     torch.testing.assert_close(
-        x0_of(prior.denoiser(**text(), guidance_scale=3.0), **calls), expected, atol=1e-5, rtol=0
+        x0_of(prior.denoiser(**text(), settings=PriorSampling(guidance_scale=3)), **calls), expected, atol=1e-5, rtol=0
     )
     limit = expected.abs().median().item()
-    bounded = build(clip_range=limit).denoiser(**text(), guidance_scale=3.0)
+    bounded = build(clip_range=limit).denoiser(**text(), settings=PriorSampling(guidance_scale=3))
     torch.testing.assert_close(x0_of(bounded, **calls), expected.clamp(-limit, limit), atol=1e-5, rtol=0)
 
 
@@ -278,7 +286,9 @@ def test_it_overfits_sixteen_samples(frozen_clip: Clip, normalization: Any) -> N
         (then == now).all() for then, now in zip(untouched["image_embedding"], rows["image_embedding"], strict=True)
     )
     generator = torch.Generator().manual_seed(0)
-    drawn = objective.model.sample(*features(frozen_clip, rows), num_steps=16, guidance_scale=1.5, generator=generator)
+    drawn = objective.model.sample(
+        *features(frozen_clip, rows), PriorSampling(num_steps=16, guidance_scale=1.5), generator=generator
+    )
     similarity = F.normalize(drawn, dim=1) @ embeddings.T
     assert similarity.argmax(dim=1).tolist() == list(range(16))
     assert similarity.diag().mean() > 0.9
@@ -292,7 +302,9 @@ def test_a_saved_prior_draws_what_it_drew(tmp_path: Path, frozen_clip: Clip) -> 
     loaded = load_model(str(tmp_path), (PRIOR,))
     drawn = [
         model.eval().sample(
-            *features(frozen_clip, rows), num_steps=3, guidance_scale=2.0, generator=torch.manual_seed(5)
+            *features(frozen_clip, rows),
+            PriorSampling(num_steps=3, guidance_scale=2),
+            generator=torch.manual_seed(5),
         )
         for model in (objective.model, loaded)
     ]
@@ -307,10 +319,18 @@ def test_a_saved_prior_draws_what_it_drew(tmp_path: Path, frozen_clip: Clip) -> 
 def test_sampling_takes_any_number_of_captions_and_candidates(num_candidates: int) -> None:
     prior = build()
     for size in (1, 3):
-        drawn = prior.sample(**text(size), num_candidates=num_candidates, num_steps=2, generator=torch.manual_seed(0))
+        drawn = prior.sample(
+            **text(size),
+            settings=PriorSampling(num_candidates=num_candidates, num_steps=2),
+            generator=torch.manual_seed(0),
+        )
         assert drawn.shape == (size, 6) and drawn.isfinite().all()
     # one step from noise is the denoiser's own answer, brought back to CLIP's scale
-    single = prior.sample(**text(), num_candidates=1, num_steps=1, generator=torch.Generator().manual_seed(4))
+    single = prior.sample(
+        **text(),
+        settings=PriorSampling(num_candidates=1, num_steps=1),
+        generator=torch.Generator().manual_seed(4),
+    )
     noise = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
     x0 = prior(noise, torch.full((3,), 999), **text()).clamp(-10, 10)
     torch.testing.assert_close(single, prior.statistics.denormalize(x0), atol=1e-5, rtol=1e-5)

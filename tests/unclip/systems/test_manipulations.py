@@ -37,7 +37,7 @@ def low_res(stack: Stack, latents: manipulations.Latents) -> Tensor:
     """What the decoder alone draws from latents."""
     from unclip.diffusion import samplers
 
-    denoise = stack.decoder.denoiser(latents.image_embedding, stack.sampling.decoder.guidance_scale)
+    denoise = stack.decoder.denoiser(latents.image_embedding, stack.sampling.decoder)
     return samplers.ddim(stack.decoder.diffusion, denoise, latents.x_T, stack.sampling.decoder.num_steps)
 
 

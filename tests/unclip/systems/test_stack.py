@@ -50,10 +50,10 @@ def test_each_upsampler_works_on_the_pictures_of_the_one_before(stack: Stack) ->
     shared = generator()
     expected = low_res
     for upsampler, num_steps in zip(stack.upsamplers, (2, 3), strict=True):
-        expected = upsampler.sample(expected, sampler="ddpm", num_steps=num_steps, generator=shared)
+        expected = upsampler.sample(expected, UpsamplerSampling(sampler="ddpm", num_steps=num_steps), generator=shared)
     sampling = with_sampling({"upsamplers.16.sampler": "ddpm", "upsamplers.32.sampler": "ddpm"})
     assert torch.equal(stack.upsample(low_res, sampling, generator()), expected)
-    first = stack.upsamplers[0].sample(low_res, sampler="ddpm", num_steps=2, generator=generator())
+    first = stack.upsamplers[0].sample(low_res, UpsamplerSampling(sampler="ddpm", num_steps=2), generator=generator())
     assert torch.equal(with_upsamplers(stack, 0).upsample(low_res, sampling, generator()), first)
     assert torch.equal(with_upsamplers(stack).upsample(low_res, sampling, generator()), low_res)
 

@@ -1,0 +1,91 @@
+"""The options of `unclip sample` that steer sampling, from files to files, on a small stack that was published untrained."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.pipelines.command_line import call
+from tests.unclip.systems import tiny_stacks
+from unclip.systems.unclip.stack import SYSTEM
+
+RESOLUTION = 8  # without an upsampler, so that what is written is what the decoder samples
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("storage")
+    tiny_stacks.publish(folder, num_upsamplers=0, text="clip")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (RESOLUTION, RESOLUTION, 3), np.uint8)).save(folder / "given.png")
+    (folder / "text.png").write_text("not an image")
+    return folder
+
+
+def sample(storage: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    shutil.rmtree(storage / "each", ignore_errors=True)
+    files = ("--out", storage / "grid.png", "--each", storage / "each", "--storage", storage)
+    return call("sample", "a red circle", "--num", 2, "--steps", 4, *options, *files)
+
+
+def images(storage: Path, *options: object) -> np.ndarray:
+    result = sample(storage, *options)
+    assert result.returncode == 0, result.stderr
+    return np.stack([np.asarray(Image.open(file)).astype(int) for file in sorted((storage / "each").iterdir())])
+
+
+def test_eta_and_negative_change_the_images(storage: Path) -> None:
+    plain = images(storage)
+    assert np.array_equal(plain, images(storage, "--eta", 0, "--sampler", "ddim"))
+    assert np.array_equal(plain, images(storage, "--negative", ""))
+    for options in (("--eta", 1), ("--negative", "a blue star"), ("--set", "decoder.clip_guidance_scale=20")):
+        assert not np.array_equal(plain, images(storage, *options)), options
+
+
+def test_an_image_to_begin_with_goes_through_as_much_as_strength_says(storage: Path) -> None:
+    given = np.asarray(Image.open(storage / "given.png")).astype(int)
+    begin = ("--image", storage / "given.png")
+    assert (images(storage, *begin, "--strength", 0) == given).all()
+    assert np.array_equal(images(storage, *begin, "--strength", 1), images(storage))
+    half = images(storage, *begin, "--strength", 0.5)
+    assert not np.array_equal(half, images(storage)) and (half != given).any()
+    assert np.array_equal(images(storage, *begin), images(storage, *begin, "--strength", 0.7))  # as published
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--strength", 0.5), "--strength: got 0.5 without an image to begin with. Add --image FILE."),
+        (("--image", "none.png"), "none.png: does not exist"),
+        (("--image", "text.png"), "not a JPEG, PNG, WebP or GIF"),
+        (("--image", "given.png", "--strength", 2), "strength: got 2.0, expected 0 to 1"),
+        (("--eta", 0.5, "--sampler", "heun"), "eta: got 0.5, expected 0 with the sampler heun"),
+        (("--sampler", "analytic_dpm"), "Train it again"),
+        (("--negative", "a star", "--guidance-scale", 1), "nothing that reads captions is guided"),
+        (("--set", "decoder.guidance_interval=[0.8,0.2]"), "guidance_interval: got (0.8, 0.2), expected two shares"),
+    ],
+)
+def test_what_cannot_be_followed_is_one_line(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], words: str
+) -> None:
+    monkeypatch.chdir(storage)
+    result = sample(storage, *options)
+    assert result.returncode == 2, result.stderr
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and words in line, line
+
+
+def test_a_system_without_these_inputs_says_so(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SYSTEM.__dict__, "inputs", ())
+    for option, value in (("--negative", "a star"), ("--image", storage / "given.png")):
+        result = sample(storage, option, value)
+        assert result.returncode == 2 and f"{option}: the system unclip takes none. Leave it out." in result.stderr
+
+
+def test_settings_are_published_with_the_stack(storage: Path) -> None:
+    sampling = json.loads((storage / "stack" / "stack.json").read_text())["sampling"]
+    assert sampling["decoder"]["strength"] == 0.7 and sampling["prior"]["thresholding"] == "static"
