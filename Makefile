@@ -29,16 +29,17 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-PARTS := --numprocesses 2 --dist loadfile tests/infra tests/tasks tests/unclip tests/test_faults.py
+WHOLE_RUNS := tests/pipelines/test_data_half.py tests/pipelines/test_end_to_end.py
+PARTS := --numprocesses 2 --dist loadfile tests $(addprefix --ignore=,$(WHOLE_RUNS))
 
 test: lint ## Run the tests: parts side by side in two processes, then whole runs, which need both CPUs, by themselves
 	$(BIN)/python -m pytest $(PARTS)
-	$(BIN)/python -m pytest tests/pipelines
+	$(BIN)/python -m pytest $(WHOLE_RUNS)
 
 # Apart from `make test`, because counting lines takes a fifth more time. Child processes and Ray's workers are not counted.
 coverage: $(READY) ## Run the tests and say which lines of each file none of them reaches in the tests' own processes
 	$(BIN)/python -m pytest $(PARTS) --cov --cov-report=
-	$(BIN)/python -m pytest tests/pipelines --cov --cov-append --cov-report=term
+	$(BIN)/python -m pytest $(WHOLE_RUNS) --cov --cov-append --cov-report=term
 
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -31,9 +31,9 @@ from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
 from tasks.stages.evaluate import heldout_keys
 from tasks.store import DEFAULT_ROOT, Store
-from unclip import images as pictures
+from unclip import imaging
 from unclip.data import RowReader
-from unclip.evaluation import metrics as evaluation
+from unclip.evaluation import metrics
 from unclip.models.decoder import Captions
 from unclip.systems.system import StackFiles
 from unclip.systems.unclip.stack import Stack
@@ -77,7 +77,7 @@ class Drawn:
 
     images: Tensor
     """[N, 3, S, S] in [-1, 1]."""
-    scenes: evaluation.SceneScores
+    scenes: metrics.SceneScores
     clip_score: float
     """Mean cosine of pictures and captions in CLIP's eyes."""
     frechet_distance: float
@@ -146,10 +146,10 @@ def draw(stack: Stack, way: ImageEmbedding, heldout: Heldout, seed: int = 0) -> 
 @torch.no_grad()
 def measure(stack: Stack, images: Tensor, heldout: Heldout) -> Drawn:
     """Pictures [N, 3, S, S] for the held-out captions, against the captions and against their real pictures."""
-    scenes = evaluation.score_scenes(images, heldout.captions)
+    scenes = metrics.score_scenes(images, heldout.captions)
     assert scenes is not None, "the demo's captions are those of scenes"
     embedding, text = stack.embed_images(images), stack.embed_text(heldout.captions)
-    distance = evaluation.frechet_distance(embedding, stack.embed_images(heldout.images))
+    distance = metrics.frechet_distance(embedding, stack.embed_images(heldout.images))
     return Drawn(images, scenes, float((embedding * text).sum(dim=1).mean()), distance)
 
 
@@ -157,12 +157,12 @@ def measure(stack: Stack, images: Tensor, heldout: Heldout) -> Drawn:
 def score_prior(stack: Stack, heldout: Heldout, seed: int = 0) -> dict[str, float]:
     """How near the image embeddings that a stack's prior draws are to those of the captions' pictures."""
     drawn = stack.embed_captions(heldout.captions, stack.sampling, torch.Generator().manual_seed(seed))
-    return evaluation.score_embeddings(drawn, heldout.image_embedding)
+    return metrics.score_embeddings(drawn, heldout.image_embedding)
 
 
 def table(drawn: Mapping[str, Drawn], priors: Mapping[str, Mapping[str, float]]) -> str:
     """Both results in Markdown."""
-    attributes = [*evaluation.ATTRIBUTES, "place"]
+    attributes = [*metrics.ATTRIBUTES, "place"]
     lines = [f"| drawn from | {' | '.join(attributes)} | all but place | CLIP score | Fréchet distance |"]
     lines.append("|---" * (len(attributes) + 4) + "|")
     for name, one in drawn.items():
@@ -189,7 +189,7 @@ def picture(drawn: Mapping[str, Drawn], captions: list[str], columns: int = 8) -
     figure = Figure(figsize=(1.25 * columns + 1.2, 1.3 * len(drawn) + 0.9), layout="constrained")
     plots = figure.subplots(len(drawn), columns, squeeze=False)
     for row, (name, one) in zip(plots, drawn.items(), strict=True):
-        shown = zip(row, pictures.to_uint8(one.images[:columns]), one.scenes.all_right()[:columns], strict=True)
+        shown = zip(row, imaging.to_uint8(one.images[:columns]), one.scenes.all_right()[:columns], strict=True)
         for axes, pixels, is_right in shown:
             axes.imshow(pixels, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
@@ -219,7 +219,7 @@ def main() -> None:
     drawn = {name: draw(stack, way, heldout, arguments.seed) for name, way in ways(stack, heldout).items()}
     drawn[REAL] = measure(stack, heldout.images, heldout)
     priors = {
-        "text embedding": evaluation.score_embeddings(stack.embed_text(heldout.captions), heldout.image_embedding),
+        "text embedding": metrics.score_embeddings(stack.embed_text(heldout.captions), heldout.image_embedding),
         "diffusion prior": score_prior(stack, heldout, arguments.seed),
         "autoregressive prior": score_prior(load_stack(made, prior=others["prior"]), heldout, arguments.seed),
     }

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from pipelines.published import find_stack
 from tasks.store import DEFAULT_ROOT
-from unclip import images as pictures
-from unclip.evaluation import metrics as evaluation
-from unclip.evaluation import scenes
+from unclip import imaging
+from unclip.evaluation import metrics, scenes
 from unclip.evaluation.scenes import Scene, SceneObject
 from unclip.systems.system import load_system
 from unclip.systems.unclip import manipulations
@@ -45,7 +44,7 @@ def reconstruction(stack: Stack, num: int, seed: int = 0) -> Result:
     again = manipulations.draw(stack, manipulations.invert(stack, images))
     right = [
         all(scenes.score(scenes.measure(after), scenes.measure(before)).values())
-        for before, after in zip(pictures.to_uint8(images), pictures.to_uint8(again), strict=True)
+        for before, after in zip(imaging.to_uint8(images), imaging.to_uint8(again), strict=True)
     ]
     pairs = torch.stack([images, again], dim=1)[:SHOWN].flatten(0, 1)
     error = float((images - again).abs().mean()) * 127.5  # the upsamplers' share included
@@ -71,7 +70,7 @@ def text_diff(stack: Stack, num: int, seed: int = 0) -> Result:
     )  # in the same words, but for the colour
     thetas = (0.0, EDIT_THETA)
     drawn = manipulations.text_diff(stack, images, captions, base_captions, thetas)
-    found = [scenes.measure(pixels) for pixels in pictures.to_uint8(drawn[:, 1])]
+    found = [scenes.measure(pixels) for pixels in imaging.to_uint8(drawn[:, 1])]
     scores = [scenes.score(measured, expected) for measured, expected in zip(found, after, strict=True)]
     numbers = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
     kept = [score["colour"] and score["shape"] and score["place"] for score in scores]
@@ -86,9 +85,9 @@ def interpolation(stack: Stack, num: int, seed: int = 0) -> Result:
         ends = [_pair(name, _rng(seed, index)) for index in range(num)]
         first, second = (render([pair[end] for pair in ends], stack.image_size, seed) for end in (0, 1))
         drawn = manipulations.interpolate(stack, first, second, THETAS)  # [B, N, 3, S, S]
-        placement = evaluation.placement(drawn.flatten(0, 1))
+        placement = metrics.placement(drawn.flatten(0, 1))
         moving = {"place": placement.centre[:, 0], "size": placement.area, "background": placement.background}[name]
-        numbers[f"{name} moves one way"] = float(evaluation.monotone(moving.reshape(num, -1)).mean())
+        numbers[f"{name} moves one way"] = float(metrics.monotone(moving.reshape(num, -1)).mean())
         rows.append(drawn[: SHOWN // 3].flatten(0, 1))
     return Result(numbers, torch.cat(rows), len(THETAS))
 
@@ -110,10 +109,10 @@ def inpainting(stack: Stack, num: int, seed: int = 0) -> Result:
     drawn = manipulations.inpaint(stack, images, known, captions, seed=seed)
     scores = [
         scenes.score(scenes.measure(pixels), scene)
-        for pixels, scene in zip(pictures.to_uint8(drawn), after, strict=True)
+        for pixels, scene in zip(imaging.to_uint8(drawn), after, strict=True)
     ]
     numbers = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-    same = np.asarray(pictures.to_uint8(drawn) == pictures.to_uint8(images))[:, :, edge:].all()
+    same = np.asarray(imaging.to_uint8(drawn) == imaging.to_uint8(images))[:, :, edge:].all()
     seam = (drawn[..., edge] - drawn[..., edge - 1]).abs().mean() * 127.5  # levels of 255
     numbers |= {"known pixels are the same": float(same), "levels at the seam": float(seam)}
     holes = torch.where(known, images, torch.tensor(0.5))
@@ -167,8 +166,8 @@ def main() -> None:
             print(f"{name:<16}{label:<28}{number:>8.3f}", flush=True)
         if arguments.out:
             Path(arguments.out).mkdir(parents=True, exist_ok=True)
-            grid = pictures.grid(result.grid, columns=result.columns)
-            Path(arguments.out, f"{name}.png").write_bytes(pictures.png(grid))
+            grid = imaging.grid(result.grid, columns=result.columns)
+            Path(arguments.out, f"{name}.png").write_bytes(imaging.png(grid))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ def pipeline_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def read_preset(pipeline: str) -> dict[str, Any]:
-    """The settings of a pipeline, laid over those of the one that it extends.
+def read_preset(pipeline: str) -> list[dict[str, Any]]:
+    """The settings of a pipeline, after those of the pipelines that it extends: each is laid over the ones before.
 
     Raises:
         ConfigError: an unknown pipeline.
@@ -25,14 +25,14 @@ def read_preset(pipeline: str) -> dict[str, Any]:
         raise ConfigError(f"{pipeline}: unknown pipeline. {config.nearest(pipeline, pipeline_names())}")
     values = read_toml(PRESETS / f"{pipeline}.toml")
     extends = values.pop("extends", None)
-    return config.merge(read_toml(PRESETS / f"{extends}.toml"), values) if extends else values
+    return [*(read_preset(extends) if extends else ()), values]
 
 
 def model_names() -> list[str]:
     """Parts that some preset has training settings for; for completion, which is asked before the pipeline is named."""
     names: dict[str, None] = {}
-    for pipeline in pipeline_names():
-        for name, section in read_preset(pipeline).items():
+    for values in (values for pipeline in pipeline_names() for values in read_preset(pipeline)):
+        for name, section in values.items():
             if isinstance(section, Mapping) and name != "clip":  # which belongs to the dataset
                 names |= {name: None} if "trainer" in section else {}
                 members = {key: inner for key, inner in section.items() if isinstance(inner, Mapping)}

@@ -92,13 +92,13 @@ class Request:
 
     def save(self, images: "Tensor", labels: Sequence[str] | None = None, *, columns: int, num_given: int = 0) -> None:
         """Write images [N, 3, S, S] as one grid, and those after the given ones each in a file if that was asked for."""
-        from unclip import images as image_files
+        from unclip import imaging
 
-        Path(self.out).write_bytes(image_files.png(image_files.grid(images, columns=columns, captions=labels)))
+        Path(self.out).write_bytes(imaging.png(imaging.grid(images, columns=columns, captions=labels)))
         if self.each is not None:
             Path(self.each).mkdir(parents=True, exist_ok=True)
-            for number, pixels in enumerate(image_files.to_uint8(images[num_given:])):
-                Path(self.each, f"{number:03d}.png").write_bytes(image_files.png(pixels))
+            for number, pixels in enumerate(imaging.to_uint8(images[num_given:])):
+                Path(self.each, f"{number:03d}.png").write_bytes(imaging.png(pixels))
         click.echo(self.out)
 
 

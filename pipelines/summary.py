@@ -38,7 +38,7 @@ def write_results(summary: Mapping[str, Any], artifacts: Mapping[str, Artifact],
     if "report" in artifacts:
         files.write(store.uri("results", pipeline, "report.html"), files.read(artifacts["report"].uri))
     if "evaluate" in artifacts:
-        for name, uri in artifacts["evaluate"].facts["pictures"].items():
+        for name, uri in artifacts["evaluate"].facts["images"].items():
             files.write(store.uri("results", pipeline, f"{name}.png"), files.read(uri))
 
 

@@ -192,7 +192,7 @@ class Stage:
         return inspect.getdoc(self.function) or ""
 
     def member(self, key: str) -> "Stage":
-        """This stage as one of several in a DAG, each with a section of its own: `upsampler` becomes `upsampler-256`."""
+        """This stage as one of several in a DAG, each with a section of its own: `x` becomes `x-256`."""
         return dataclasses.replace(self, name=f"{self.name}-{key}")
 
     def bind(self, run: Run, config: Any, *parents: Any) -> Any:
@@ -236,7 +236,7 @@ def stage(
 
 
 def declared_name(stage_name: str) -> str:
-    """The name that a stage was declared with: `upsampler` for its member `upsampler-256`."""
+    """The name that a stage was declared with: `x` for its member `x-256`."""
     return stage_name.partition("-")[0]
 
 

@@ -196,7 +196,7 @@ def without_password(tracking_uri: str) -> str:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"prior": {"depth": 2}} -> {"prior.depth": 2}"""
+    """{"clip": {"depth": 2}} -> {"clip.depth": 2}"""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"

@@ -263,9 +263,9 @@ class _MlflowMonitor(Monitor):
         self.tracker.tags({"unclip.warning": message})
 
     def preview(self, images: Any, samples_seen: int) -> None:
-        from unclip import images as pictures
+        from unclip import imaging
         from unclip.training import film
 
-        self.tracker.bytes(pictures.png(pictures.grid(images, columns=8)), f"{PREVIEWS}/{samples_seen:012d}.png")
+        self.tracker.bytes(imaging.png(imaging.grid(images, columns=8)), f"{PREVIEWS}/{samples_seen:012d}.png")
         strip = film.add_preview(f"{self.folder}/{PREVIEWS}", images, samples_seen)
         self.tracker.bytes(strip, f"{PREVIEWS}/{film.FILM_STRIP}")

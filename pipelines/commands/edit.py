@@ -233,7 +233,7 @@ def _percent(thetas: Sequence[float]) -> list[str]:
 def _read(stack: "Stack", *paths: str, same_size: bool = False) -> "list[Tensor]":
     """Picture files as [1, 3, S, S] in [-1, 1], S as the stack draws."""
     from tasks.untrusted import given as given_pictures
-    from unclip.images import from_uint8
+    from unclip.imaging import from_uint8
 
     found = given_pictures.read(paths, stack.image_size)
     for path, picture in zip(paths, found, strict=True):

@@ -38,10 +38,9 @@ def export(
     from unclip.interop.pipeline import export_stack
     from unclip.models.upsampler import Upsampler
     from unclip.systems.system import load_model, load_system
-    from unclip.systems.unclip.stack import Stack
-    from unclip.systems.upsampler import UPSAMPLER
+    from unclip.systems.unclip.stack import PARTS, Stack
 
-    second = None if upsampler_1024 is None else load_model(upsampler_1024, (UPSAMPLER,))
+    second = None if upsampler_1024 is None else load_model(upsampler_1024, PARTS)
     if second is not None and not isinstance(second, Upsampler):
         raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected an upsampler's model folder.")
     stack = load_system(published)
@@ -75,13 +74,13 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
 
     from unclip.config import fingerprint
     from unclip.interop.pipeline import import_stack, save_imported
+    from unclip.systems.system import read_stack
     from unclip.training import checkpoints
 
     destination = store.uri("imported", name)
     imported = import_stack(folder, image_variation=image_variation)
     save_imported(imported, destination)
-    parts = ("prior", "decoder", *(upsampler.config.name for upsampler in imported.stack.upsamplers))
-    digest = fingerprint([checkpoints.digest(f"{destination}/{part}") for part in parts])
+    digest = fingerprint([checkpoints.digest(folder) for folder in read_stack(destination).models.values()])
     store.write_json({"stack": destination, "digest": digest, "at": time.time()}, "published", f"{name}.json")
     click.echo(destination)
 

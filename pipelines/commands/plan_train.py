@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unclip.training.memory import ModelMemory, TrainingSetup
     from unclip.training.parallel import Parallel
 
-HEADINGS = ("weights", "gradients", "moments", "EMA", "exchange", "activations", "checkpointed")
+HEADINGS = ("weights", "gradients", "moments", "EMA weights", "exchange", "activations", "checkpointed")
 
 
 @click.command("plan train")
@@ -55,14 +55,15 @@ def plan_train(
     config = load(pipeline, run_file, ("ingest.urls=unknown", *assignments, *size))
     plan = _measure(config)
     width = max(len(model.name) for model in plan)
-    headings = "  ".join(HEADINGS)
+    widths = [max(len(heading), len("100.000")) for heading in HEADINGS]
+    headings = "  ".join(f"{heading:>{wide}}" for heading, wide in zip(HEADINGS, widths, strict=True))
     click.echo(f"{'':<{width}}{'parameters':>15}  GFLOP/sample  parallel  {headings}")
     for model in plan:
         parallel = _parallel(model, gpus, memory_gib)
         states = model.states(memory.TrainingSetup(gpus, parallel))
         activations = [model.activations.at(micro_batch_size, checkpointing) for checkpointing in (False, True)]
         sizes = (states.weights, states.gradients, states.moments, states.average, states.exchange, *activations)
-        cells = "  ".join(f"{size / memory.GIB:>{len(name)}.3f}" for name, size in zip(HEADINGS, sizes, strict=True))
+        cells = "  ".join(f"{size / memory.GIB:>{wide}.3f}" for size, wide in zip(sizes, widths, strict=True))
         shown = parallel if gpus > 1 else "-"
         gigaflops = model.flops_per_sample / 1e9
         click.echo(f"{model.name:<{width}}{model.parameters:>15,}{gigaflops:>14,.1f}  {shown:<8}  {cells}")

@@ -52,7 +52,7 @@ def sample(caption: str, num: int, **given: Any) -> None:
 def _read(path: str, size: int) -> "Tensor":
     """An image file as [1, 3, size, size] in [-1, 1]."""
     from tasks.untrusted import given
-    from unclip.images import from_uint8
+    from unclip.imaging import from_uint8
 
     [image] = given.read([path], size)
     return from_uint8(image.pixels[None])

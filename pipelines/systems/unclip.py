@@ -80,15 +80,23 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` over those of the model size that they name; without one, over an upsampler to 256 pixels."""
+    """`values` over those of the model size that they name; without one, over an upsampler to 256 pixels.
+
+    An empty section of upsamplers leaves out all.
+    """
     name = values.get("model_size")
     if name in (None, "none"):
-        return config.merge({"upsamplers": {"256": {}}}, values)
+        return _over({"upsamplers": {"256": {}}}, values)
     if name not in MODEL_SIZES:
         raise ConfigError(f"model_size: got {name!r}. {nearest(str(name), MODEL_SIZES)}")
     prior = values.get("prior")
     kind = prior.get("kind", "diffusion") if isinstance(prior, Mapping) else "diffusion"
-    return config.merge(MODEL_SIZES[name].sections(kind), values)
+    return _over(MODEL_SIZES[name].sections(kind), values)
+
+
+def _over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    merged = config.merge(sections, values)
+    return {**merged, "upsamplers": {}} if values.get("upsamplers") == {} else merged
 
 
 def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:

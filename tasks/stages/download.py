@@ -464,7 +464,7 @@ def fetch_pairs(
         downloader = img2dataset.Downloader(
             sample_writer_class=lambda *_: writer,
             resizer=_decode_with(
-                _decoder(config.image_size, config.jpeg_quality, config.max_pixels, config.chroma_subsampling)
+                _decoding_pool(config.image_size, config.jpeg_quality, config.max_pixels, config.chroma_subsampling)
             ),
             thread_count=config.num_threads,
             save_caption=True,
@@ -554,17 +554,17 @@ def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
 
 
 @functools.cache
-def _decoder(image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str) -> decode.ImageDecoder:
+def _decoding_pool(image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str) -> decode.DecodingPool:
     """One for all shards of a process; its child ends with the process, whose pipe it reads."""
-    return decode.ImageDecoder(image_size, jpeg_quality, max_pixels, chroma_subsampling)
+    return decode.DecodingPool(image_size, jpeg_quality, max_pixels, chroma_subsampling)
 
 
-def _decode_with(decoder: decode.ImageDecoder) -> Any:
+def _decode_with(pool: decode.DecodingPool) -> Any:
     """Stands in for img2dataset's resizer; the picture goes through to the writer as it is."""
 
     def resize(stream: io.BytesIO, _boxes: Any = None) -> tuple[Any, ...]:
         try:
-            picture = decoder.decode(stream.getvalue())
+            picture = pool.decode(stream.getvalue())
         except rows.RowFault as fault:
             return None, None, None, None, None, fault.reason
         sizes = (picture.width, picture.height, picture.original_width, picture.original_height)

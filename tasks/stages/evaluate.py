@@ -12,7 +12,7 @@ import torch
 from tasks import tables
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
-from unclip import files, images
+from unclip import files, imaging
 from unclip.config import fingerprint, require, to_dict
 from unclip.data import vectors
 from unclip.evaluation import metrics, scenes
@@ -71,9 +71,9 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
             name = f"confusion_{group}"
             facts["images"][name] = _publish(context, f"{name}.png", confusion_matrices(scores))
         shown, captions = sampled.images[: config.num_images], sampled.captions[: config.num_images]
-        grid = images.png(images.grid(shown, columns=8, captions=captions, marks=marks))
+        grid = imaging.png(imaging.grid(shown, columns=8, captions=captions, marks=marks))
         facts["images"][group] = _publish(context, f"{group}.png", grid)
-        digests.append(files.sha256(images.to_uint8(sampled.images).tobytes()))
+        digests.append(files.sha256(imaging.to_uint8(sampled.images).tobytes()))
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
     facts["stack"] = dataclasses.asdict(stack)
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)

@@ -1,6 +1,6 @@
 """Decode a picture that nobody vouched for, and store it small: upright sRGB JPEG without metadata.
 
-`decode` is the work itself; `ImageDecoder` has it done in child processes, which is the only way to do it with strangers'
+`decode` is the work itself; `DecodingPool` has it done in child processes, which is the only way to do it with strangers'
 bytes. This module is imported by those children, so it imports little.
 """
 
@@ -54,8 +54,8 @@ class Picture:
     """64-bit perceptual hash in hex; None for a picture of one colour, whose hash would mean nothing."""
 
 
-class ImageDecoder:
-    """Decodes in child processes: a picture that crashes, hangs or bloats the decoder costs its own row and no other."""
+class DecodingPool:
+    """Decodes in child processes: a picture that crashes, hangs or bloats a child costs its own row and no other."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class ImageDecoder:
         """Process ids of the children."""
         return self._sandbox.pids
 
-    def __enter__(self) -> "ImageDecoder":
+    def __enter__(self) -> "DecodingPool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,7 +133,7 @@ def decode_rgb(data: bytes, image_size: int, max_pixels: int) -> tuple[Image.Ima
         raise RowFault("too_many_pixels") from None
     except UnidentifiedImageError:
         raise RowFault("not_an_image") from None
-    except Exception:  # Pillow's decoders raise whatever damaged bytes make them
+    except Exception:  # Pillow raises whatever damaged bytes make it
         raise RowFault("decode_error") from None
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
@@ -156,7 +156,7 @@ def perceptual_hash(image: Image.Image) -> str | None:
 
 
 def answer(request: bytes) -> bytes:
-    """What a child of `ImageDecoder` does with a request."""
+    """What a child of `DecodingPool` does with a request."""
     try:
         image_size, jpeg_quality, max_pixels, subsampling = _REQUEST.unpack_from(request)
         body = request[_REQUEST.size :]

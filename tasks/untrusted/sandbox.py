@@ -174,7 +174,7 @@ class _Child:
         job.append(math.ceil(self.limits.wall_seconds) + 1)
         # One thread and one arena: more would count as memory. Secrets in the environment are none of a child's business.
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        # Freed memory is kept for the next call: giving it back and faulting it in again is a third of a decoder's time.
+        # Freed memory is kept for the next call: giving it back and faulting it in again takes a third of the time of decoding.
         environment |= {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
         environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         self.is_ready = False

@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 from click.testing import CliRunner
 
 from pipelines.cli import main
@@ -17,9 +16,13 @@ COMMANDS = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
 
 def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command in this process: importing torch and Ray for each one would take most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", os.environ.copy())  # commands may set what their workers inherit
+    before = os.environ.copy()
+    try:
         result = CliRunner(env=environment).invoke(main, [str(argument) for argument in arguments])
+    finally:  # commands may set what their workers inherit
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 

@@ -122,7 +122,10 @@ def test_models_and_pipelines_are_completed() -> None:
 
 def test_the_models_that_are_completed_are_those_that_pipelines_train() -> None:
     composed = [compose(load(name, None, ["ingest.urls=pairs.parquet"])) for name in pipeline_names()]
-    assert set(model_names()) == {model for dag in composed for model in trained_models(dag)}
+    trained = {model for dag in composed for model in trained_models(dag)}
+    assert set(model_names()) == trained - {
+        "upsampler-256"
+    }  # which no preset names: it is there where nothing else is asked
 
 
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")

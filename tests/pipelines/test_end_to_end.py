@@ -261,7 +261,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
                 assert time.monotonic() < deadline, listing.stderr.decode()[-2000:]
             yield environment
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGKILL)  # asked to stop, Ray takes half a minute
             process.wait()
             shutil.rmtree(scratch, ignore_errors=True)
 

@@ -74,12 +74,12 @@ def test_upsamplers_are_named_by_their_pictures_and_take_those_of_the_one_before
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("upsamplers.large.trainer.seed=1", "upsamplers.large: got 'large', expected the side of its pictures"),
-        ("upsamplers.model.scale=2", "upsamplers.model: got 'model', expected the side of its pictures"),
+        ("upsamplers.large.trainer.seed=1", "upsamplers.large: got 'large', expected the resolution of its images"),
+        ("upsamplers.model.scale=2", "upsamplers.model: got 'model', expected the resolution of its images"),
         ("upsamplers.0256={}", "upsamplers.0256: got '0256'"),
         (
             "upsamplers.64={}",
-            "upsamplers.64: got 64, expected a multiple of 64, the side of the pictures of the decoder",
+            "upsamplers.64: got 64, expected a multiple of 64, the resolution of the images of the decoder",
         ),
         ("upsamplers.1000={}", "upsamplers.1000: got 1000, expected a multiple of 256, .* of upsampler-256"),
         ("upsamplers.256.model.scale=2", r"upsamplers.256.model.scale: got 2, expected 4, as the decoder makes 64"),
@@ -89,7 +89,7 @@ def test_upsamplers_are_named_by_their_pictures_and_take_those_of_the_one_before
         ),
         (
             "download.image_size=64",
-            "download.image_size: got 64, expected at least 256, the side of the pictures of upsampler-256",
+            "download.image_size: got 64, expected at least 256, the resolution of the images of upsampler-256",
         ),
         ("download.image_size=many", "download.image_size: got 'many', expected int"),
         ("download=3", "download: got 3, expected a section"),

@@ -47,7 +47,7 @@ class VariationalBound(NamedTuple):
     prior: Tensor
     """[B] of x_T."""
     terms: Tensor
-    """[B, T] of each step t -> t - 1; the first is the decoder's."""
+    """[B, T] of each step t -> t - 1; the first is the reconstruction's."""
 
     @property
     def total(self) -> Tensor:
@@ -265,7 +265,7 @@ class GaussianDiffusion:
         return Gaussian(mean, fraction * self._at("log_betas", t, mean) + (1 - fraction) * small)
 
     def vlb_terms(self, x0: Tensor, x_t: Tensor, t: Tensor, denoised: Denoised) -> Tensor:
-        """One term of the variational bound for each sample: KL(q || p) of the step from t, at t = 0 the decoder's cost.
+        """One term of the variational bound for each sample: KL(q || p) of the step from t, at t = 0 that of the reconstruction.
 
         Args:
             x0: [B, ...] pictures with 256 levels in [-1, 1].
@@ -401,7 +401,7 @@ def discretised_gaussian_log_likelihood(x0: Tensor, p: Gaussian) -> Tensor:
 def augment_condition(
     diffusion: GaussianDiffusion, condition: Tensor, levels: tuple[int, int], generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Noise a conditioning picture, so that an upsampler learns to doubt the samples it is given.
+    """Noise a conditioning picture, so that a network learns to doubt the samples it is given.
 
     Args:
         condition: [B, C, h, w] in [-1, 1]; not changed.

@@ -41,7 +41,7 @@ class DiffusionSampling:
     thresholding: Thresholding = "static"
     """Bounds on x0 after guidance. Source: Saharia et al. 2022 (Imagen), section 2.3."""
     threshold: float | None = None
-    """Bound that x0 is brought into; None takes the model's own: 1 for images, `clip_range` for the prior."""
+    """Bound that x0 is brought into; None takes the model's own, such as 1 for images."""
     threshold_quantile: float = 0.995
     """Quantile of the magnitudes of each sample's x0 that dynamic thresholding clamps at."""
 

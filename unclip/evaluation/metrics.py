@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip import images as pictures
+from unclip import imaging
 from unclip.errors import ShapeError
 from unclip.evaluation import scenes
 
@@ -77,13 +77,13 @@ def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:
         return None
     measured = [
         scenes.measure(picture, num_objects=len(scene.objects), relation=scene.relation)
-        for picture, scene in zip(pictures.to_uint8(images), known, strict=True)
+        for picture, scene in zip(imaging.to_uint8(images), known, strict=True)
     ]
     return SceneScores(known, measured)
 
 
 def score_embeddings(drawn: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """How near the embeddings that a prior draws for captions are to those of the captions' own pictures.
+    """How near the embeddings that a model samples for captions are to those of the captions' own pictures.
 
     Args:
         drawn: [N, E], one for each caption; of any norm.
@@ -148,7 +148,7 @@ class Placement(NamedTuple):
 
 def placement(images: Tensor) -> Placement:
     """Measure pictures [B, 3, H, W] in [-1, 1] without naming anything."""
-    pixels = pictures.to_uint8(images).astype(np.float64)  # [B, H, W, 3]
+    pixels = imaging.to_uint8(images).astype(np.float64)  # [B, H, W, 3]
     height, width = pixels.shape[1:3]
     border = np.ones((height, width), bool)
     border[1:-1, 1:-1] = False

@@ -14,8 +14,7 @@ import logging
 import numpy as np
 from torch import Tensor
 
-from unclip import files
-from unclip import images as pictures
+from unclip import files, imaging
 from unclip.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ def add_preview(folder: str, images: Tensor, samples_seen: int) -> bytes:
     kept = [stem for stem in stems if stem.isdigit() and int(stem) <= samples_seen]
     rows = {f"{int(stem):,}": _read(f"{folder}/{stem}.png") for stem in _thinned(kept)}
     rows["original"] = _read(f"{folder}/original.png")
-    strip = pictures.png(pictures.film_strip({label: row for label, row in rows.items() if row is not None}))
+    strip = imaging.png(imaging.film_strip({label: row for label, row in rows.items() if row is not None}))
     files.write(f"{folder}/{FILM_STRIP}", strip)
     return strip
 
@@ -61,13 +60,13 @@ def _thinned(names: list[str]) -> list[str]:
 
 def _row(images: Tensor) -> bytes:
     """The first images [B, 3, S, S] in [-1, 1] side by side, as a PNG file."""
-    return pictures.png(np.concatenate(pictures.tiles(images[:NUM_COLUMNS], MAX_SIDE), axis=1))
+    return imaging.png(np.concatenate(imaging.tiles(images[:NUM_COLUMNS], MAX_SIDE), axis=1))
 
 
 def _read(uri: str) -> np.ndarray | None:
     """The tiles [N, S, S, 3] of a row; None when its file is damaged."""
     try:
-        row = pictures.from_png(files.read(uri))  # [S, N S, 3]
+        row = imaging.from_png(files.read(uri))  # [S, N S, 3]
     except InputError as error:
         log.warning("%s is left out of the film: %s", uri, error)
         return None

@@ -2,7 +2,7 @@
 
 Models are built of fake tensors, which have shapes, dtypes and storages but no bytes. One forward pass, seen as a CUDA
 device sees it, says which storages autograd keeps: they are the activations, with the copies of weights that autocast makes.
-Captions fill their sequences here; the priors' training leaves padding out and keeps less.
+Captions fill their sequences here; a training that leaves padding out keeps less.
 
 Not counted, and left to a reserve of 10 % of the GPU: the CUDA context, fragmentation, workspaces, what single operations
 hold for a moment (up to 8 % in the models of `dalle2`), buffers, the loss, the batch itself, a frozen CLIP, and previews, for

@@ -41,7 +41,8 @@ class Objective(Protocol):
 
     def metrics(self, training: bool) -> Mapping[str, float]:
         """What else the losses tell since the last time it was asked: of training, where all workers ask, or of validation,
-        where the first one does."""
+        where the first one does. `relative_loss`, where there is one, is the loss beside that of predicting the mean;
+        `unclip train --overfit` judges by it."""
 
     def preview(self, model: nn.Module) -> Tensor | None:
         """Something to look at while training, always of the same content: images [2 B, 3, H, W] in [-1, 1], originals and

@@ -6,6 +6,7 @@ The commonest complaint about diffusion models is that they draw only noise; thi
 import dataclasses
 from collections.abc import Mapping
 
+from unclip.errors import ConfigError
 from unclip.training.objective import Monitor
 from unclip.training.settings import TrainerConfig
 
@@ -45,7 +46,15 @@ class Diagnosis(Monitor):
 
     @property
     def relative_losses(self) -> list[float]:
-        """Of each eighth of the training."""
+        """Of each eighth of the training.
+
+        Raises:
+            ConfigError: the objective tells none.
+        """
+        if not all("relative_loss" in values for values in self.logged):
+            raise ConfigError(
+                "--overfit: the objective of this part tells no relative_loss to judge by. Add it to its `metrics`."
+            )
         return [values["relative_loss"] for values in self.logged]
 
     @property

@@ -91,12 +91,12 @@ def without_sync(network: nn.Module, wanted: bool) -> Any:
         yield
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This worker's part of a tensor; what is not sharded is its own part. Shares memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, on every worker; all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -109,7 +109,7 @@ def offset(tensor: Tensor) -> tuple[int, ...]:
     return tuple(chunk.offsets)
 
 
-def mean(values: Tensor, workers: Workers) -> Tensor:
+def all_reduce_mean(values: Tensor, workers: Workers) -> Tensor:
     """The mean over all workers of small tensors of the same shape."""
     if workers.world_size > 1:
         torch.distributed.all_reduce(values)
@@ -117,14 +117,14 @@ def mean(values: Tensor, workers: Workers) -> Tensor:
     return values
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all processes that train together, in place; one that trains alone has it already."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values
 
 
-def agree(value: int, workers: Workers) -> int:
+def all_reduce_min(value: int, workers: Workers) -> int:
     """The least of all workers' values."""
     if workers.world_size == 1:
         return value
@@ -133,7 +133,7 @@ def agree(value: int, workers: Workers) -> int:
     return int(least)
 
 
-def of_first(value: Any, workers: Workers) -> Any:
+def broadcast(value: Any, workers: Workers) -> Any:
     """The first worker's value, on every one."""
     if workers.world_size == 1:
         return value
@@ -142,7 +142,7 @@ def of_first(value: Any, workers: Workers) -> Any:
     return values[0]
 
 
-def of_all(value: Any, workers: Workers) -> list[Any]:
+def all_gather(value: Any, workers: Workers) -> list[Any]:
     """Every worker's value, by rank, on every one."""
     if workers.world_size == 1:
         return [value]

@@ -45,7 +45,7 @@ class Writer:
         timeout_seconds: for the other workers to have written, after this one.
         """
         self.root, self.workers, self.keep, self.timeout_seconds = root, workers, keep, timeout_seconds
-        self.attempt = parallel.of_first(uuid.uuid4().hex, workers)
+        self.attempt = parallel.broadcast(uuid.uuid4().hex, workers)
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._upcoming: concurrent.futures.Future[None] | None = None
 
@@ -125,7 +125,7 @@ def restore(root: str, tensors: Mapping[str, Tensor], workers: Workers) -> dict[
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    names = parallel.of_first(files.names(root), workers)
+    names = parallel.broadcast(files.names(root), workers)
     for name in reversed(names):
         folder, copies, damage = f"{root}/{name}", None, ""
         facts: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def restore(root: str, tensors: Mapping[str, Tensor], workers: Workers) -> dict[
             copies = _plan(folder, tensors, contents)
         except _DamageError as error:
             damage = str(error)
-        if parallel.agree(int(not damage), workers):
+        if parallel.all_reduce_min(int(not damage), workers):
             assert copies is not None
             for copy in copies:
                 copy()
@@ -175,7 +175,7 @@ def _stage(tensors: Mapping[str, Tensor], workers: Workers) -> tuple[dict[str, T
     staged: dict[str, Tensor] = {}
     places: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        share = parallel.local(tensor).detach()
+        share = parallel.local_shard(tensor).detach()
         is_sharded = share is not tensor and share.shape != tensor.shape
         if (is_sharded and share.numel()) or (not is_sharded and workers.rank == 0):
             staged[name] = torch.empty(share.shape, dtype=share.dtype).copy_(share)
@@ -224,7 +224,7 @@ def _num_rows(tensor: Tensor) -> int:
 def _shared_rows(tensor: Tensor, place: Mapping[str, Any]) -> range:
     """Rows of the whole tensor that both this worker's part of it and a saved share hold. Shares are cut by rows alone."""
     start = parallel.offset(tensor)[0] if tensor.dim() else 0
-    end = start + _num_rows(parallel.local(tensor))
+    end = start + _num_rows(parallel.local_shard(tensor))
     return range(max(start, place["first_row"]), min(end, place["first_row"] + place["num_rows"]))
 
 
@@ -238,7 +238,7 @@ def _plan(
     """
     copies: list[Callable[[], Any]] = []
     for name, tensor in tensors.items():
-        part = parallel.local(tensor).detach()
+        part = parallel.local_shard(tensor).detach()
         start = parallel.offset(tensor)[0] if tensor.dim() else 0
         num_found = 0
         for places, shares in contents:

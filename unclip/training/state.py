@@ -42,8 +42,8 @@ class TrainingState:
         """Norm of the gradients of all workers together; undoes the scale of the loss."""
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
         if self.loss_scale.enabled:
-            torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], 1 / self.loss_scale.value)
-        return parallel.whole(torch.nn.utils.get_total_norm(gradients)).float()
+            torch._foreach_mul_([parallel.local_shard(gradient) for gradient in gradients], 1 / self.loss_scale.value)
+        return parallel.full_tensor(torch.nn.utils.get_total_norm(gradients)).float()
 
     def apply(self, samples_seen: int, gradient_norm: float) -> None:
         """Take the step that the gradients say, whose norm is `gradient_norm`."""
@@ -58,8 +58,8 @@ class TrainingState:
         steps = samples_seen / self.config.batch_size
         decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))
         with torch.no_grad():
-            averages = [parallel.local(value) for value in self.average.values()]
-            values = [parallel.local(value.detach()) for value in self.parameters.values()]
+            averages = [parallel.local_shard(value) for value in self.average.values()]
+            values = [parallel.local_shard(value.detach()) for value in self.parameters.values()]
             torch._foreach_lerp_(averages, values, 1 - decay)
 
     def zero_grad(self) -> None:
@@ -81,7 +81,7 @@ class TrainingState:
             "loss_scale": dataclasses.asdict(self.loss_scale),
         }
 
-    def take_up(self, facts: Mapping[str, Any]) -> None:
+    def restore(self, facts: Mapping[str, Any]) -> None:
         """What `facts` gave."""
         self.num_nonfinite, self.num_roll_backs = facts.get("num_nonfinite", 0), facts.get("num_roll_backs", 0)
         if "loss_scale" in facts:
@@ -90,4 +90,4 @@ class TrainingState:
     def averaged(self) -> Tensors:
         """The model's whole state on the CPU, averaged weights in place of the raw ones. All workers must ask."""
         values = {**self.model.state_dict(), **self.average}
-        return {name: parallel.whole(value).cpu() for name, value in values.items()}
+        return {name: parallel.full_tensor(value).cpu() for name, value in values.items()}

@@ -134,7 +134,7 @@ class TimestepLosses:
         """
         if self._sums is None:
             return {}
-        sums = (parallel.total(self._sums) if of_all_workers else self._sums).tolist()
+        sums = (parallel.all_reduce_sum(self._sums) if of_all_workers else self._sums).tolist()
         self._sums = None
         values = {}
         for bucket, (loss, _, count) in enumerate(sums):

@@ -127,7 +127,7 @@ class _Training:
         self.state = TrainingState(model, objective.state, config)
         self.writer = sharded.Writer(f"{folder}/checkpoints", workers, config.keep_checkpoints)
         self.samples_seen = self._restore()
-        self.alarm = self._take_up_curve()
+        self.alarm = self._restore_curve()
         if config.nonfinite == "roll_back" and self.samples_seen == 0:
             self._save()  # what there is to go back to at first
 
@@ -152,7 +152,7 @@ class _Training:
                     if not self._step(keys, micro_batches, pace):
                         self.writer.wait()
                         self.samples_seen = self._restore()
-                        self.alarm = self._take_up_curve()
+                        self.alarm = self._restore_curve()
                         break
                     if self.samples_seen >= self.config.num_samples:
                         break
@@ -203,7 +203,7 @@ class _Training:
         config, state, workers = self.config, self.state, self.workers
         loss = self._backward(micro_batches)
         asked = torch.tensor([self.asked.wants_stop(), self.asked.wants_checkpoint()], device=workers.device)
-        means = parallel.mean(torch.cat([loss[None], asked.float()]), workers)
+        means = parallel.all_reduce_mean(torch.cat([loss[None], asked.float()]), workers)
         norm = state.gradient_norm()
         value, stopped, saved, gradient_norm = torch.cat([means, norm[None]]).tolist()  # one wait for the device
         if math.isfinite(value) and math.isfinite(gradient_norm):
@@ -250,7 +250,7 @@ class _Training:
         """Do what the configuration says about a loss or gradient that is not finite; the same on all workers."""
         config, state = self.config, self.state
         state.zero_grad()
-        keys = [key for of_worker in parallel.of_all(keys, self.workers) for key in of_worker]
+        keys = [key for of_worker in parallel.all_gather(keys, self.workers) for key in of_worker]
         state.num_nonfinite += 1
         happened = f"got loss {loss} and gradient norm {gradient_norm} after {self.samples_seen} samples"
         if self.workers.rank == 0:
@@ -275,7 +275,7 @@ class _Training:
             values = {**values, "loss_over_reference": over_reference}
         self.monitor.metrics(values, self.samples_seen)
 
-    def _take_up_curve(self) -> curves.Alarm:
+    def _restore_curve(self) -> curves.Alarm:
         """The curve up to the checkpoint that was taken up; the first worker has one."""
         if self.workers.rank > 0:
             return curves.Alarm({})
@@ -355,7 +355,7 @@ class _Training:
         state = self.state
         num_nonfinite, num_roll_backs = state.num_nonfinite, state.num_roll_backs
         facts = sharded.restore(f"{self.folder}/checkpoints", state.tensors(), self.workers)
-        state.take_up(facts or {})
+        state.restore(facts or {})
         if num_nonfinite:  # rolled back: what was learnt of bad batches is newer than the checkpoint
             state.num_nonfinite, state.num_roll_backs = num_nonfinite, num_roll_backs + 1
         return int(facts["samples_seen"]) if facts else 0

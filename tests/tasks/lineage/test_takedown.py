@@ -358,7 +358,8 @@ def fates(store: Store) -> Store:
         store.write_json(record, "runs", run_id, "run.json")
         store.write_json({"fingerprint": run_id}, "runs", run_id, "curate.json")
         store.write_json({"uri": "", "digest": digest}, "stages", "curate", f"{run_id}.json")
-    store.write_json({"state": "done"}, "runs", "first", "decoder.json")
+    event = {"stage": "decoder", "state": "done", "at": 1.0, "trains": True}
+    store.write_json(event, "runs", "first", "decoder.json")
     store.write_json({"uri": old.facts["selection"], "digest": "d1" * 32}, "stages", "curate", "first.json")
     store.write_json({"uri": facts["selection"], "digest": "e2" * 32}, "stages", "curate", "second.json")
     return store

@@ -451,7 +451,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
 def test_f38_a_task_that_is_killed_and_one_that_hangs_are_done_again_once(cluster: None, tmp_path: Path) -> None:
     """SIGKILL in the middle of a shard, then SIGSTOP: every row is there once, whatever was fetched how often."""
     scenes = ScenesConfig(num_images=30, side=16, broken=0.3, port=free_port())  # its silent URLs keep a shard busy
-    config = download_config(scenes, shard_size=100, stall_seconds=10.0, retries=0)
+    config = download_config(scenes, shard_size=100, stall_seconds=6.0, retries=0)
     with scene_server.serve(scenes) as server:
         pairs = run_ingest(tmp_path, scenes)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from crafted_images import Crafted, crafted, encoded, fault_of, header_only_png, ramp
 
 from tasks.rows import RowFault
-from tasks.untrusted.decode import CHROMA_SUBSAMPLINGS, ImageDecoder, Picture, decode, perceptual_hash
+from tasks.untrusted.decode import CHROMA_SUBSAMPLINGS, DecodingPool, Picture, decode, perceptual_hash
 from tasks.untrusted.sandbox import Limits
 
 CRAFTED = list(crafted())
@@ -27,8 +27,8 @@ MAX_PIXELS = 50_000_000
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Iterator[ImageDecoder]:
-    with ImageDecoder(
+def decoder() -> Iterator[DecodingPool]:
+    with DecodingPool(
         64, 95, MAX_PIXELS, limits=Limits(wall_seconds=120)
     ) as decoder:  # other tests run beside this one
         yield decoder
@@ -41,7 +41,7 @@ def pixels_of(picture: Picture) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def outcome(decoder: ImageDecoder, data: bytes) -> str | Picture:
+def outcome(decoder: DecodingPool, data: bytes) -> str | Picture:
     try:
         return decoder.decode(data)
     except RowFault as fault:
@@ -49,7 +49,7 @@ def outcome(decoder: ImageDecoder, data: bytes) -> str | Picture:
 
 
 @pytest.mark.parametrize("file", CRAFTED, ids=lambda file: f"{fault_of(file)}-{file}")
-def test_crafted_file(decoder: ImageDecoder, file: Crafted) -> None:
+def test_crafted_file(decoder: DecodingPool, file: Crafted) -> None:
     """F5 (cut short), F13 to F20."""
     got = outcome(decoder, file.data)
     if isinstance(file.expected, str):
@@ -65,7 +65,7 @@ def test_crafted_file(decoder: ImageDecoder, file: Crafted) -> None:
         assert got.phash is None, "a picture of one colour has no perceptual hash"
 
 
-def test_there_are_files_enough_and_a_child_decodes_like_its_worker(decoder: ImageDecoder) -> None:
+def test_there_are_files_enough_and_a_child_decodes_like_its_worker(decoder: DecodingPool) -> None:
     assert len({file.name for file in CRAFTED}) == len(CRAFTED) >= 60
     for file in CRAFTED:
         if not isinstance(file.expected, str):
@@ -76,7 +76,7 @@ def test_there_are_files_enough_and_a_child_decodes_like_its_worker(decoder: Ima
 def test_chroma_subsampling_is_as_asked(subsampling: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encoded(noise, "PNG")
-    with ImageDecoder(64, 95, MAX_PIXELS, subsampling) as decoder:
+    with DecodingPool(64, 95, MAX_PIXELS, subsampling) as decoder:
         picture = decoder.decode(data)
     assert picture == decode(data, 64, 95, MAX_PIXELS, subsampling)
     with Image.open(io.BytesIO(picture.jpg)) as image:
@@ -109,7 +109,7 @@ def test_large_pictures_of_every_mode_shrink_alike() -> None:
     assert np.abs(pixels - expected[..., :1]).mean() < 3
 
 
-def test_t7_nothing_but_pixels_is_stored(decoder: ImageDecoder) -> None:
+def test_t7_nothing_but_pixels_is_stored(decoder: DecodingPool) -> None:
     exif = Image.Exif()
     exif[0x010E] = "SECRET"
     text = PngImagePlugin.PngInfo()
@@ -148,7 +148,7 @@ def test_the_perceptual_hash_is_that_of_imagehash() -> None:
     ],
 )
 def test_f22_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> None:
-    with ImageDecoder(64, 95, MAX_PIXELS, limits=Limits(wall_seconds=1.5)) as decoder:
+    with DecodingPool(64, 95, MAX_PIXELS, limits=Limits(wall_seconds=1.5)) as decoder:
         sound = decoder.decode(encoded(ramp(), "JPEG"))
         [pid] = decoder.pids
         os.kill(pid, number)
@@ -158,19 +158,19 @@ def test_f22_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> N
 
 
 def test_f22_f39_t6_a_picture_that_needs_too_much_memory_costs_one_row() -> None:
-    with ImageDecoder(64, 95, MAX_PIXELS, limits=Limits(memory_bytes=1 << 26)) as decoder:
+    with DecodingPool(64, 95, MAX_PIXELS, limits=Limits(memory_bytes=1 << 26)) as decoder:
         assert outcome(decoder, encoded(Image.new("RGB", (5000, 5000), "red"), "PNG")) == "decode_memory"
         assert isinstance(outcome(decoder, encoded(ramp(), "PNG")), Picture)
 
 
-def test_the_largest_picture_of_each_mode_fits_into_a_child(decoder: ImageDecoder) -> None:
+def test_the_largest_picture_of_each_mode_fits_into_a_child(decoder: DecodingPool) -> None:
     for mode in ("RGBA", "I;16", "P", "LA"):
         image = Image.new(mode, (7000, 7000), 1)
         assert isinstance(outcome(decoder, encoded(image, "PNG", compress_level=1)), Picture), mode
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_f19_of_ten_thousand_frames_the_first_is_stored(decoder: ImageDecoder, kind: str) -> None:
+def test_f19_of_ten_thousand_frames_the_first_is_stored(decoder: DecodingPool, kind: str) -> None:
     first, second = Image.new("L", (8, 8), 200), Image.new("L", (8, 8), 20)
     data = encoded(first, kind, save_all=True, append_images=[second, first] * 4999 + [second], lossless=True)
     assert Image.open(io.BytesIO(data)).n_frames == 10_000  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ def test_f19_of_ten_thousand_frames_the_first_is_stored(decoder: ImageDecoder, k
     assert cpu_seconds(child) - before < 1, "the other frames were decoded, too"
 
 
-def test_f15_a_bomb_is_refused_by_its_header(decoder: ImageDecoder) -> None:
+def test_f15_a_bomb_is_refused_by_its_header(decoder: DecodingPool) -> None:
     true_bomb = next(file.data for file in CRAFTED if file.name == "png-true-bomb")
     [child] = decoder.pids
     for data in (header_only_png(30_000, 30_000), header_only_png(65_000, 65_000), true_bomb):
@@ -226,7 +226,7 @@ def test_t6_fuzz(count: int) -> None:
     assert len(seeds) >= 40
     source = random.Random(count)
     outcomes: dict[str, int] = {}
-    with ImageDecoder(64, 95, MAX_PIXELS) as decoder:
+    with DecodingPool(64, 95, MAX_PIXELS) as decoder:
         children = decoder.pids
         for _ in range(count):
             got = outcome(decoder, mutant(seeds, source))

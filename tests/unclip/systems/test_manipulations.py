@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.unclip.systems.tiny_stacks import load_published, with_sampling
-from unclip import images as pictures
+from unclip import imaging
 from unclip.errors import ConfigError, InputError, ShapeError
-from unclip.evaluation import metrics as evaluation
+from unclip.evaluation import metrics
 from unclip.models.degradations import shrink
 from unclip.systems.system import sample_captions
 from unclip.systems.unclip import manipulations
@@ -136,8 +136,8 @@ def test_known_pixels_come_back_to_the_last_bit(tmp_path: Path, inpainting: bool
     drawn = manipulations.inpaint(stack, given, known, [RED] * 3, seed=2)
     kept = known.expand_as(given)
     assert torch.equal(drawn[kept], given[kept])
-    pixels = pictures.to_uint8(drawn)[kept.permute(0, 2, 3, 1).numpy()]
-    assert (pixels == pictures.to_uint8(given)[kept.permute(0, 2, 3, 1).numpy()]).all()
+    pixels = imaging.to_uint8(drawn)[kept.permute(0, 2, 3, 1).numpy()]
+    assert (pixels == imaging.to_uint8(given)[kept.permute(0, 2, 3, 1).numpy()]).all()
     assert (drawn[~kept] != given[~kept]).float().mean() > 0.9
     assert torch.equal(manipulations.inpaint(stack, given, known, [RED] * 3, seed=2), drawn)
     assert not torch.equal(manipulations.inpaint(stack, given, known, [RED] * 3, seed=3), drawn)
@@ -216,13 +216,13 @@ def test_placements_move_as_pictures_do() -> None:
     x = torch.full((9, 3, 32, 32), -1.0)
     for index in range(9):
         x[index, :, 8 : 12 + index, 2 * index : 2 * index + 6] = 1.0
-    found = evaluation.placement(x)
+    found = metrics.placement(x)
     np.testing.assert_allclose(found.centre[:, 0], (2 * np.arange(9) + 3) / 32)
     np.testing.assert_allclose(found.area, 6 * (4 + np.arange(9)) / 32**2)
-    assert (found.background == 0).all() and (evaluation.placement(-x).background == 255).all()
-    assert (evaluation.placement(x[:1] * 0).centre == 0.5).all()
+    assert (found.background == 0).all() and (metrics.placement(-x).background == 255).all()
+    assert (metrics.placement(x[:1] * 0).centre == 0.5).all()
 
 
 def test_what_goes_back_is_not_monotone() -> None:
     rows = [[0, 1, 2, 3], [3, 2, 1, 0], [0, 2, 1, 3], [0, 2, 1.8, 3], [1, 1, 1, 1], [0, 5, 5, 3]]
-    assert evaluation.monotone(np.array(rows)).tolist() == [True, True, False, True, False, False]
+    assert metrics.monotone(np.array(rows)).tolist() == [True, True, False, True, False, False]

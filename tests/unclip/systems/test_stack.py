@@ -116,11 +116,14 @@ def test_upsamplers_that_do_not_chain_are_refused(stack: Stack, folder: Path, tm
         with_upsamplers(stack, 0, 0)
     shutil.copytree(folder, tmp_path / "stack")
     facts = json.loads((folder / "stack.json").read_text())
-    assert facts["upsamplers"] == ["upsampler-16", "upsampler-32"]
-    (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"upsamplers": ["upsampler-32"]}))
+    assert facts["parts"] == ["prior", "decoder", "upsampler-16", "upsampler-32"]
+    (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"parts": ["prior", "decoder", "upsampler-32"]}))
     with pytest.raises(CheckpointError, match="upsampler-32: got pictures of 8 pixels from the decoder"):
         load_system(tmp_path / "stack")
-    del facts["upsamplers"]
-    (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts))
-    with pytest.raises(CheckpointError, match="no list of upsamplers"):
+    (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"parts": ["prior"]}))
+    with pytest.raises(CheckpointError, match="got prior, expected a CLIP, a prior and a decoder"):
+        load_system(tmp_path / "stack")
+    earlier = {"clip": facts["clip"], "sampling": {"prior_steps": 3}, "upsamplers": facts["parts"][2:]}
+    (tmp_path / "stack" / "stack.json").write_text(json.dumps(earlier))
+    with pytest.raises(CheckpointError, match="an earlier version published this stack"):
         load_system(tmp_path / "stack")

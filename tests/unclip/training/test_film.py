@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from unclip import files
-from unclip import images as pictures
+from unclip import files, imaging
 from unclip.errors import InputError
 from unclip.training import film
 
@@ -19,7 +18,7 @@ def preview(brightness: float, number: int = 16, side: int = 4) -> torch.Tensor:
 
 def brightnesses(strip: bytes, num_rows: int, side: int = 96, gap: int = 4) -> list[int]:
     """Of the last tile of each row, of which there must be so many."""
-    picture = pictures.from_png(strip)
+    picture = imaging.from_png(strip)
     assert len(picture) == num_rows * (side + gap) + gap
     middles = picture[gap + side // 2 :: side + gap, -gap - side // 2]
     return [int(value) for value in middles[:, 0]]
@@ -30,7 +29,7 @@ def test_a_film_has_a_row_for_each_preview_and_the_originals_last(tmp_path: Path
         strip = film.add_preview(str(tmp_path), preview(samples_seen / 10_000), samples_seen)
     assert brightnesses(strip, 4) == [51, 102, 255, 255]
     assert (tmp_path / film.FILM_STRIP).read_bytes() == strip
-    width = pictures.from_png(strip).shape[1]
+    width = imaging.from_png(strip).shape[1]
     assert width - film.NUM_COLUMNS * 100 in range(40, 120), "eight columns, and labels"
 
 
@@ -62,10 +61,10 @@ def test_a_damaged_row_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def test_large_pictures_are_kept_small_and_few_are_no_problem(tmp_path: Path) -> None:
     strip = film.add_preview(str(tmp_path), preview(0.2, number=2, side=512), 10)
-    assert pictures.from_png(files.read(f"{tmp_path}/{10:012d}.png")).shape == (128, 2 * 128, 3)
+    assert imaging.from_png(files.read(f"{tmp_path}/{10:012d}.png")).shape == (128, 2 * 128, 3)
     assert brightnesses(strip, 2, side=128) == [51, 255]
 
 
 def test_what_is_no_png_is_refused() -> None:
     with pytest.raises(InputError, match="got 5 bytes, expected a PNG file"):
-        pictures.from_png(b"GIF89")
+        imaging.from_png(b"GIF89")

@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.unclip.training import trained_on_workers
 from unclip.data import RowReader, Source
+from unclip.errors import ConfigError
 from unclip.systems.upsampler import UpsamplerObjective
 from unclip.training import overfitting, trainer
 from unclip.training.settings import TrainerConfig
@@ -70,3 +71,10 @@ def test_verdicts(losses: list[float], beginning: str) -> None:
     for loss in losses:
         diagnosis.metrics({"relative_loss": loss, "gradient_norm": 1.0}, 0)
     assert diagnosis.verdict.startswith(beginning)
+
+
+def test_an_objective_that_tells_no_relative_loss_is_named() -> None:
+    diagnosis = overfitting.Diagnosis()
+    diagnosis.metrics({"loss": 1.0, "gradient_norm": 1.0}, 0)
+    with pytest.raises(ConfigError, match="no relative_loss"):
+        _ = diagnosis.verdict

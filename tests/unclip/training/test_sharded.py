@@ -146,7 +146,7 @@ def _save_and_read_cut_anew(rank: int, folder: str) -> None:
         torch.distributed.barrier()
         into = {"weights/a": distribute_tensor(torch.zeros(rows, 3), mesh, [Shard(0)]), "weights/b": torch.tensor(0.0)}
         assert sharded.restore(f"{folder}/{rows}", into, workers) == {"samples_seen": 16}
-        assert torch.equal(parallel.whole(into["weights/a"]), value) and into["weights/b"] == 7
+        assert torch.equal(parallel.full_tensor(into["weights/a"]), value) and into["weights/b"] == 7
         alone = {"weights/a": torch.zeros(rows, 3), "weights/b": torch.tensor(0.0)}
         assert sharded.restore(f"{folder}/{rows}", alone, ALONE) == {"samples_seen": 16}
         assert torch.equal(alone["weights/a"], value)

@@ -150,7 +150,7 @@ class AutoregressivePriorObjective:
         if not losses:
             return {}
         sums = torch.stack([torch.stack(losses).sum(), torch.tensor(len(losses), device=losses[0].device)])
-        loss, number = (parallel.total(sums) if training else sums).tolist()
+        loss, number = (parallel.all_reduce_sum(sums) if training else sums).tolist()
         return {"relative_loss": loss / number / math.log(self.model.config.num_buckets)}
 
     def preview(self, model: nn.Module) -> None:

@@ -127,7 +127,7 @@ def from_png(data: bytes) -> np.ndarray:
 
     try:
         return np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB"))
-    except Exception as error:  # whatever damaged files make the decoder raise
+    except Exception as error:  # whatever damaged files make Pillow raise
         raise InputError(f"picture: got {len(data):,} bytes, expected a PNG file: {error}. Make it anew.") from None
 
 

@@ -1,0 +1,362 @@
+"""A system of another package: all that it takes, in this file, and every command at work with it.
+
+The toy paints the mean image of a caption, a two-layer network's guess from CLIP's text embedding. Nothing outside this file
+knows of it; it is found by its entry points.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.dag import Binder
+from pipelines.dataset import PipelineConfig, dataset, finish
+from pipelines.pipeline import Pipeline
+from tasks.snapshots import Snapshot
+from tasks.stages.evaluate import EvaluateConfig
+from tasks.stages.train import train
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tests.pipelines.command_line import call, call_json
+from unclip.data import Batch
+from unclip.models.clip import Clip
+from unclip.systems.part import Part, Shapes, TrainingInputs
+from unclip.systems.system import StackFiles, SystemSpec, load_model, load_system, sampling_of
+from unclip.training.batches import load_images, stack_rows
+from unclip.training.memory import Network
+from unclip.training.objective import Tensors
+from unclip.training.settings import TrainerConfig
+
+# The part
+
+
+@dataclasses.dataclass(frozen=True)
+class PainterConfig:
+    image_size: int = 16
+    """Resolution of its images, pixels."""
+    width: int = 256
+    """Hidden units."""
+    trainer: TrainerConfig = TrainerConfig()
+    """The training."""
+
+
+class Painter(nn.Module):
+    def __init__(self, image_size: int, width: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.image_size, self.width, self.embedding_dim = image_size, width, embedding_dim
+        self.layers = nn.Sequential(
+            nn.Linear(embedding_dim, width), nn.SiLU(), nn.Linear(width, 3 * image_size * image_size)
+        )
+
+    def forward(self, text_embedding: Tensor) -> Tensor:
+        """Images [B, 3, S, S] for text embeddings [B, E]."""
+        return self.layers(text_embedding).unflatten(1, (3, self.image_size, self.image_size))
+
+
+class PainterObjective:
+    """Mean squared error of the pixels."""
+
+    columns: Mapping[str, tuple[str, ...]] = {"images": ("jpg",), "embeddings": ("text_embedding",)}
+
+    def __init__(self, config: PainterConfig, clip: Clip, preview: Batch) -> None:
+        self.model = Painter(config.image_size, config.width, clip.embedding_dim)
+        self.sample_size = {"pixels": config.image_size**2}
+        self.state: Tensors = {}
+        self._losses: dict[bool, list[Tensor]] = {True: [], False: []}
+        self._preview = self.prepare(preview)
+
+    def prepare(self, batch: Batch) -> Tensors:
+        images = load_images(batch["jpg"], self.model.image_size)  # [B, 3, S, S]
+        return {"images": images, "text_embedding": stack_rows(batch["text_embedding"])}
+
+    def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
+        images = tensors["images"]
+        loss = F.mse_loss(network(tensors["text_embedding"]).float(), images)
+        of_mean = (images - images.mean(dim=0)).square().mean()
+        self._losses[network.training].append(torch.stack([loss.detach(), of_mean]))
+        return loss
+
+    def metrics(self, training: bool) -> dict[str, float]:
+        losses, self._losses[training] = self._losses[training], []
+        loss, of_mean = torch.stack(losses).sum(dim=0).tolist() if losses else (0.0, 0.0)
+        return {"relative_loss": loss / of_mean} if of_mean else {}
+
+    def preview(self, model: nn.Module) -> Tensor:
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            painted = model(self._preview["text_embedding"].to(device)).cpu()
+        return torch.cat([self._preview["images"], painted.clamp(-1, 1)])
+
+    def facts(self) -> dict[str, Any]:
+        model = self.model
+        sizes = {"image_size": model.image_size, "width": model.width, "embedding_dim": model.embedding_dim}
+        return {"kind": "painter", **sizes}
+
+
+def _objective(config: PainterConfig, inputs: TrainingInputs) -> PainterObjective:
+    return PainterObjective(config, inputs.clip(), inputs.preview_rows())
+
+
+def _network(config: PainterConfig, shapes: Shapes) -> Network:
+    dim = shapes.embedding_dim
+    return Network(lambda: Painter(config.image_size, config.width, dim), lambda batch: (torch.zeros(batch, dim),))
+
+
+PAINTER = Part(
+    name="painter",
+    help="Train the painter: captions to the mean of their images.",
+    config=PainterConfig,
+    build=lambda facts: Painter(facts["image_size"], facts["width"], facts["embedding_dim"]),
+    objective=_objective,
+    reads=lambda _: PainterObjective.columns,
+    network=_network,
+    shows_rows=True,
+)
+
+# The system
+
+
+@dataclasses.dataclass(frozen=True)
+class ToySampling:
+    batch_size: int = 8
+    """Captions that are painted together."""
+    grain: float = 0.1
+    """Standard deviation of the noise over the images."""
+
+
+class Toy(nn.Module):
+    def __init__(self, clip: Clip, painter: Painter, sampling: ToySampling) -> None:
+        super().__init__()
+        self.clip, self.painter, self.sampling = clip, painter, sampling
+
+    @classmethod
+    def load(cls, stack: StackFiles) -> "Toy":
+        assert stack.clip is not None
+        painter = load_model(stack.models["painter"], [PAINTER])
+        assert isinstance(painter, Painter)
+        return cls(stack.clip.load(), painter, sampling_of(stack, ToySampling))
+
+    @property
+    def image_size(self) -> int:
+        return self.painter.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.painter.parameters()).device
+
+    def sample(self, captions: Sequence[str], sampling: ToySampling, generator: torch.Generator) -> Tensor:
+        tokens = self.clip.tokenize(list(captions)).to(self.device)
+        images = self.painter(self.clip.encode_text(tokens).text_embedding)
+        noise = torch.randn(images.shape, generator=generator, device=self.device)
+        return (images + sampling.grain * noise).clamp(-1, 1)
+
+
+SYSTEM = SystemSpec("toy", (PAINTER,), ToySampling, Toy.load, shortcuts={"guidance_scale": "grain"})
+
+# The pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyEvaluateConfig(EvaluateConfig):
+    sampling: ToySampling = ToySampling()
+    """Sampling settings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig(PipelineConfig):
+    painter: PainterConfig = PainterConfig()
+    evaluate: ToyEvaluateConfig = ToyEvaluateConfig()
+
+
+def toy(bind: Binder) -> Any:
+    data = dataset(bind)
+    painter = bind(train(PAINTER), data.snapshot, data.clip)
+    return finish(bind, data, data.clip, painter)
+
+
+PIPELINE = Pipeline(ToyConfig, toy)
+
+# The package around them, and the tests
+
+ENTRY_POINTS = f"""\
+[unclip.systems]
+toy = {__name__}:SYSTEM
+
+[unclip.pipelines]
+toy = {__name__}:PIPELINE
+"""
+RUN_FILE = """\
+system = "toy"
+
+[scenes]
+num_images = 60
+broken = 0
+port = 8768
+
+[clip]
+model = "unclip-demo"
+pretrained = "none"
+trainer.num_samples = 128
+
+[resources]
+embed.num_workers = 1
+evaluate.num_workers = 1
+
+[painter]
+width = 64
+trainer = {num_samples = 1024, batch_size = 32, learning_rate = 3e-3, ema_decay = 0.9, checkpoint_samples = 512}
+
+[evaluate]
+num_captions = 8
+
+[publish]
+name = "toy"
+"""
+STAGES = [
+    "ingest",
+    "download",
+    "filter",
+    "dedup",
+    "clip",
+    "embed",
+    "curate",
+    "report",
+    "painter",
+    "evaluate",
+    "publish",
+]
+CAPTION = "a large red circle on a blue background"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The toy, installed for this process and for Ray's workers."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "toy-0.1.dist-info").mkdir()
+    (site / "toy-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 0.1\n")
+    (site / "toy-0.1.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "toy.toml"
+    path.write_text(RUN_FILE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage of a run that is done."""
+    storage = tmp_path_factory.mktemp("finished") / "storage"
+    try:
+        result = call("run", "tiny", "--config", run_file, "--storage", storage)
+    finally:
+        ray.shutdown()
+    assert result.returncode == 0, result.stdout + result.stderr
+    return storage
+
+
+def record(storage: Path, stage: str) -> dict[str, Any]:
+    """The artifact of a stage, of which there is one."""
+    [path] = (storage / "stages" / stage).glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_it_is_planned(run_file: Path, tmp_path: Path) -> None:
+    document = call_json("plan", "tiny", "--config", run_file, "--storage", tmp_path / "storage")
+    assert [stage["name"] for stage in document["stages"]] == STAGES
+    assert {stage["state"] for stage in document["stages"]} == {"to run"}
+    assert document["config"]["painter"]["width"] == 64 and document["config"]["embed"]["batch_size"] == 16
+    assert "decoder" not in document["config"] and "prior" not in document["config"]["evaluate"]["sampling"]
+    printed = call("plan", "tiny", "--set", "ingest.urls=pairs", "--set", "system=toyy")
+    assert printed.returncode == 2 and "got 'toyy'" in printed.stderr and "Did you mean 'toy'?" in printed.stderr
+
+
+def test_its_memory_is_planned(run_file: Path) -> None:
+    result = call("plan", "train", "tiny", "--config", run_file)
+    assert result.returncode == 0, result.stderr
+    embedding_dim = 64
+    parameters = embedding_dim * 64 + 64 + 64 * 768 + 768
+    assert f"painter{parameters:>15,} " in result.stdout
+    assert "painter: 1 GPU of 80 GiB: micro-batch" in result.stdout and "decoder" not in result.stdout
+
+
+def test_it_is_trained_evaluated_and_published(finished: Path) -> None:
+    summary = json.loads((finished / "results" / "tiny" / "summary.json").read_text())
+    assert set(summary["seconds"]) == set(STAGES) and summary["captions"] == {"heldout": 8, "unseen": 4}
+    assert {"colour", "background"} <= set(summary["accuracy"]) and summary["registered"]["name"] == "toy"
+    system = load_system(summary["stack"])
+    assert isinstance(system, Toy) and system.image_size == 16 and system.sampling == ToySampling()
+    assert record(finished, "evaluate")["facts"]["stack"]["system"] == "toy"
+    key = Snapshot.of(record(finished, "curate")["facts"]).keys("train")[0]
+    row = call_json("data", "show", key, "--storage", finished)
+    assert [run["models"] for run in row["runs"]] == [["painter"]]
+
+
+def test_it_samples(finished: Path, tmp_path: Path) -> None:
+    drawn = []
+    for options in (["--seed", 1], ["--seed", 1, "--model", "toy"], ["--seed", 2], ["--seed", 2, "--set", "grain=0"]):
+        out = tmp_path / "grid.png"
+        result = call("sample", CAPTION, "--num", 3, *options, "--out", out, "--storage", finished)
+        assert result.returncode == 0, result.stderr
+        drawn.append(out.read_bytes())
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    out = tmp_path / "short.png"
+    assert (
+        call("sample", CAPTION, "--num", 3, "--guidance-scale", 0, "--out", out, "--storage", finished).returncode == 0
+    )
+    assert out.read_bytes() == drawn[-1]
+    for option in (["--steps", 3], ["--sampler", "ddim"]):
+        result = call("sample", CAPTION, *option, "--out", out, "--storage", finished)
+        assert result.returncode == 2 and f"{option[0]}: the system toy has no such setting" in result.stderr
+    result = call("sample", CAPTION, "--set", "grains=0", "--out", out, "--storage", finished)
+    assert result.returncode == 2 and "Did you mean 'grain'?" in result.stderr
+
+
+def test_it_starts_from_no_image(finished: Path, tmp_path: Path) -> None:
+    image = next((finished / "results" / "tiny").glob("heldout.png"))
+    result = call("vary", image, "--out", tmp_path / "v.png", "--storage", finished)
+    assert result.returncode == 2 and "reads no images" in result.stderr
+
+
+def test_its_part_is_trained_by_itself(finished: Path, run_file: Path) -> None:
+    expected = record(finished, "painter")["digest"]
+    for made in ("stages", "artifacts"):
+        shutil.rmtree(finished / made / "painter")
+    result = call("train", "painter", "tiny", "--config", run_file, "--storage", finished)
+    assert result.returncode == 0, result.stderr
+    assert record(finished, "painter")["digest"] == expected
+    states = call_json("plan", "tiny", "--config", run_file, "--storage", finished)["stages"]
+    assert {stage["state"] for stage in states} == {"cached"}
+
+
+def test_it_memorises_a_few_rows(finished: Path, run_file: Path) -> None:
+    result = call("train", "painter", "tiny", "--config", run_file, "--overfit", 4, "--storage", finished)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "400 steps on 4 rows" in result.stdout and "by heart" in result.stdout
+
+
+def test_a_takedown_finds_its_previews(finished: Path) -> None:
+    """The last test: it takes from the storage."""
+    folder = Path(record(finished, "painter")["uri"]).parent
+    shown = json.loads((folder / PREVIEW_KEYS).read_text())
+    assert any((folder / PREVIEWS).iterdir())
+    document = call_json("takedown", "--key", shown[0], "--storage", finished)
+    assert document["keys"] == [shown[0]]
+    names = {run["id"]: run["name"] for run in document["runs"]}
+    assert {"painter", "publish"} <= set(names.values())
+    assert {names[run] for run in document["deleted_previews"]} == {"painter"}
+    assert [model["name"] for model in document["models"]] == ["toy"]
+    assert not (folder / PREVIEWS).exists() or not any((folder / PREVIEWS).iterdir())
