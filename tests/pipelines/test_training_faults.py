@@ -212,7 +212,7 @@ def test_f30_when_the_disk_is_full_a_training_says_so_and_goes_on_later(
         before, printed = committed(dataset), log.read_text()
         assert before and LENGTH not in before
         said = [line for line in printed.splitlines() if "checkpoints/" in line and "No space left on device" in line]
-        assert said and "Make room or fix the folder, and run the same command again." in said[-1], printed
+        assert said and "Free space or fix the folder, and run the same command again." in said[-1], printed
         assert "sqlalche.me" not in printed, "MLflow's tracebacks bury it"
         (dataset / "ballast").unlink()
         assert train(dataset, *options, log=log) == expected
