@@ -169,7 +169,7 @@ def test_f46_on_ray_a_worker_that_stands_still_is_named_and_replaced(dataset: Pa
     assert json.loads(record.read_text())["digest"] == expected
     [hung] = dataset.glob("artifacts/prior/*/hung.json")
     message = json.loads(hung.read_text())["message"]
-    assert f"worker 1 (process {stopped} on " in message and "does not answer" in message
+    assert f"worker 1 (process {stopped} on " in message and "does not respond" in message
 
 
 @contextlib.contextmanager
