@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unclip.config import require
-from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, in_full
+from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, full_precision
 
 LogProbability = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, ...], t [B]) -> log probability of the condition, up to a constant, nats [B]; differentiable in x_t."""
@@ -46,7 +46,7 @@ def classifier_free(
 
 def classifier_free_two(
     both: Denoiser,
-    first_alone: Denoiser,
+    first_only: Denoiser,
     neither: Denoiser,
     first_scale: float,
     second_scale: float,
@@ -56,7 +56,7 @@ def classifier_free_two(
 
     Args:
         both: conditioned on both conditions.
-        first_alone: conditioned on the first only.
+        first_only: conditioned on the first only.
         neither: unconditional.
         first_scale, second_scale: 1 is no guidance.
         rescale: as in `classifier_free`.
@@ -66,7 +66,7 @@ def classifier_free_two(
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         conditioned = both(x_t, t)
-        first, null = first_alone(x_t, t).x0, neither(x_t, t).x0
+        first, null = first_only(x_t, t).x0, neither(x_t, t).x0
         guided = null + first_scale * (first - null) + second_scale * (conditioned.x0 - first)
         return conditioned._replace(x0=_rescaled(guided, conditioned.x0, rescale))
 
@@ -95,7 +95,7 @@ def classifier(
         alphas_cumprod = diffusion.alphas_cumprod.to(x_t.device)[t]  # [B]
         gain = torch.where(alphas_cumprod > 0, (1 - alphas_cumprod) / alphas_cumprod.sqrt(), 0.0)
         gain = gain.to(denoised.x0.dtype).view((-1,) + (1,) * (x_t.dim() - 1))  # [B, 1, ...]
-        return denoised._replace(x0=denoised.x0 + guidance_scale * gain * in_full(gradient))
+        return denoised._replace(x0=denoised.x0 + guidance_scale * gain * full_precision(gradient))
 
     return guided
 
@@ -154,7 +154,7 @@ def dynamically_clamped(denoise: Denoiser, clip_range: float, quantile: float = 
     return guided
 
 
-def within(guided: Denoiser, otherwise: Denoiser, t_min: int, t_max: int) -> Denoiser:
+def in_interval(guided: Denoiser, otherwise: Denoiser, t_min: int, t_max: int) -> Denoiser:
     """Guidance in an interval of noise levels only; outside it guidance does harm and costs an extra call.
 
     Args:

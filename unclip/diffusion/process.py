@@ -159,7 +159,7 @@ class GaussianDiffusion:
                 f"q_sample: got x0 {tuple(x0.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}, "
                 "expected noise like x0 and one t per sample."
             )
-        x0 = in_full(x0)
+        x0 = full_precision(x0)
         return self._at("signal", t, x0) * x0 + self._at("sigma", t, x0) * noise.to(x0.dtype)
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -168,15 +168,15 @@ class GaussianDiffusion:
         Source: Salimans & Ho 2022, section 4 (v = alpha eps - sigma x0).
         """
         if self.config.prediction_type == "x0":
-            return in_full(x0)
+            return full_precision(x0)
         if self.config.prediction_type == "eps":
-            return in_full(noise)
-        x0, noise = in_full(x0), in_full(noise)
+            return full_precision(noise)
+        x0, noise = full_precision(x0), full_precision(noise)
         return self._at("signal", t, x0) * noise - self._at("sigma", t, x0) * x0
 
     def predict_x0(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         """x0 implied by the network's prediction, [B, ...] float32. Source: Salimans & Ho 2022, section 4."""
-        x_t, prediction = in_full(x_t), in_full(prediction)
+        x_t, prediction = full_precision(x_t), full_precision(prediction)
         if self.config.prediction_type == "x0":
             return prediction
         signal, sigma = self._at("signal", t, x_t), self._at("sigma", t, x_t)
@@ -186,8 +186,8 @@ class GaussianDiffusion:
 
     def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """Noise that turns x0 into x_t, [B, ...] float32. Source: Ho et al. 2020, eq. 4 solved for eps."""
-        x_t = in_full(x_t)
-        return (x_t - self._at("signal", t, x_t) * in_full(x0)) / self._at("sigma", t, x_t)
+        x_t = full_precision(x_t)
+        return (x_t - self._at("signal", t, x_t) * full_precision(x0)) / self._at("sigma", t, x_t)
 
     def denoiser(self, predict: Predict, clip_range: float | None = None) -> Denoiser:
         """Turn a network with its conditioning bound into a denoiser.
@@ -226,7 +226,7 @@ class GaussianDiffusion:
         """
         x_t = self.q_sample(x0, t, noise)
         prediction, variance_fraction = self._split(predict(x_t, t), x_t)
-        squared_error = (in_full(prediction) - self.target(x0, t, noise)) ** 2
+        squared_error = (full_precision(prediction) - self.target(x0, t, noise)) ** 2
         loss = squared_error.flatten(1).mean(dim=1)  # [B]
         if self.config.loss_weighting != "none":
             loss = loss * self._at("loss_weights", t, loss)
@@ -244,7 +244,7 @@ class GaussianDiffusion:
         Returns:
             Mean [B, ...] and log variance [B, 1, ...] float32. Source: Ho et al. 2020, eq. 6-7.
         """
-        x0, x_t = in_full(x0), in_full(x_t)
+        x0, x_t = full_precision(x0), full_precision(x_t)
         mean = self._at("posterior_x0_coefficient", t, x_t) * x0 + self._at("posterior_x_t_coefficient", t, x_t) * x_t
         return Gaussian(mean, self._at("log_posterior_variance", t, x_t))
 
@@ -276,12 +276,12 @@ class GaussianDiffusion:
         """
         p = self.p_posterior(denoised, x_t, t)
         kl = gaussian_kl(self.q_posterior(x0, x_t, t), p).flatten(1).mean(dim=1)  # [B]
-        log_likelihood = discretised_gaussian_log_likelihood(in_full(x0), p).flatten(1).mean(dim=1)  # [B]
+        log_likelihood = discretised_gaussian_log_likelihood(full_precision(x0), p).flatten(1).mean(dim=1)  # [B]
         return torch.where(t == 0, -log_likelihood, kl) / math.log(2)
 
     def prior_bits_per_dim(self, x0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, I)), [B] bits per dimension. Source: Nichol & Dhariwal 2021, eq. 7."""
-        x0 = in_full(x0)
+        x0 = full_precision(x0)
         last = torch.full(x0.shape[:1], self.num_timesteps - 1, device=x0.device)
         log_variance = 2 * self._at("sigma", last, x0).log()
         x_T = Gaussian(self._at("signal", last, x0) * x0, log_variance)
@@ -305,7 +305,7 @@ class GaussianDiffusion:
         terms = []
         for timestep in range(self.num_timesteps):
             t = torch.full(x0.shape[:1], timestep, device=x0.device)
-            noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=in_full(x0).dtype)
+            noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=full_precision(x0).dtype)
             x_t = self.q_sample(x0, t, noise)
             terms.append(self.vlb_terms(x0, x_t, t, denoise(x_t, t)))
         return VariationalBound(self.prior_bits_per_dim(x0), torch.stack(terms, dim=1))
@@ -321,7 +321,7 @@ class GaussianDiffusion:
         if self.config.variance != "learned_range":
             return output, None
         prediction, fraction = output.chunk(2, dim=1)
-        fraction = (in_full(fraction) + 1) / 2  # networks start by predicting 0, the middle of the range
+        fraction = (full_precision(fraction) + 1) / 2  # networks start by predicting 0, the middle of the range
         # the gradient passes through the clamp, so that an output outside the range can return to it
         return prediction, fraction.detach().clamp(0, 1) + (fraction - fraction.detach())
 
@@ -335,7 +335,7 @@ class GaussianDiffusion:
         return table.to(dtype).to(device)
 
 
-def in_full(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
     """Convert x to float32; float64 is kept. Half precision is for networks, not for the process."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unclip.config import require
-from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, in_full, learned_fraction
+from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, full_precision, learned_fraction
 from unclip.diffusion.schedules import strided_timesteps
 from unclip.errors import ShapeError
 
@@ -134,7 +134,7 @@ def estimate_mean_squared_score(
     total = torch.zeros(len(measured), dtype=torch.float64)
     num_samples = 0
     for batch, denoise in batches:
-        x0 = in_full(batch)
+        x0 = full_precision(batch)
         squared_norms = []
         for timestep in measured:
             t = torch.full(x0.shape[:1], timestep, dtype=torch.int64, device=x0.device)
@@ -167,7 +167,7 @@ def ddim(
 
     First order in the step size. Source: Song et al. 2021, eq. 12 and 16.
     """
-    x_t = in_full(x_T)
+    x_t = full_precision(x_T)
     for step in _steps(diffusion, num_steps):
         x0 = denoise(x_t, step.batch(x_t)).x0
         std = eta * step.posterior_variance**0.5
@@ -201,7 +201,7 @@ def ddim_inversion(
 
     Source: Song et al. 2021, section 4.3; Dhariwal & Nichol 2021, appendix F; Pan et al. 2023, section 3 (iterations).
     """
-    x_next = in_full(x0)
+    x_next = full_precision(x0)
     for step in reversed(list(_steps(diffusion, num_steps))):
         x_t = x_next
         for _ in range(num_iterations):
@@ -234,7 +234,7 @@ def dpm_solver_pp_2m(
 
     Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
     """
-    x_t = in_full(x_T)
+    x_t = full_precision(x_T)
     x0_before: Tensor | None = None
     width_before = 0.0
     for step in _steps(diffusion, num_steps):
@@ -269,7 +269,7 @@ def heun(
 
     Source: Karras et al. 2022, algorithm 1, eq. 4 and Table 1 (largest sigma).
     """
-    x_t = in_full(x_T)
+    x_t = full_precision(x_T)
     for step in _steps(diffusion, num_steps):
         x0 = denoise(x_t, step.batch(x_t)).x0
         slope = (x_t - step.alpha_bar**0.5 * x0) / (1 - step.alpha_bar) ** 0.5  # dx / dsigma, which is eps
@@ -404,7 +404,7 @@ def _ancestral(
     on_step: OnStep,
 ) -> Tensor:
     """Sample every x_{t-1} from a Gaussian with the posterior's mean and the given variance."""
-    x_t = in_full(x_T)
+    x_t = full_precision(x_T)
     for step in _steps(diffusion, num_steps):
         denoised = denoise(x_t, step.batch(x_t))
         mean = step.x0_coefficient * denoised.x0 + step.x_t_coefficient * x_t

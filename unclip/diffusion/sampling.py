@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unclip.config import require
 from unclip.diffusion import guidance, samplers
-from unclip.diffusion.process import Denoiser, GaussianDiffusion, in_full
+from unclip.diffusion.process import Denoiser, GaussianDiffusion, full_precision
 from unclip.diffusion.samplers import OnStep, SamplerName, Steps, undisturbed
 from unclip.diffusion.schedules import strided_timesteps
 from unclip.errors import ConfigError
@@ -96,7 +96,7 @@ def limited(
     denoise = push
     if tuple(settings.guidance_interval) != (0, 1) and push is not conditional:
         low, high = (fraction * (diffusion.num_timesteps - 1) for fraction in settings.guidance_interval)
-        denoise = guidance.within(push, conditional, math.ceil(low), math.floor(high))
+        denoise = guidance.in_interval(push, conditional, math.ceil(low), math.floor(high))
     bound = limit if settings.threshold is None else settings.threshold
     if settings.thresholding == "dynamic":
         if bound is None:
@@ -145,7 +145,7 @@ def sample(
     if start is not None and strength < 1:
         noisiest = round(strength * diffusion.num_timesteps) - 1
         if noisiest < 0:
-            return in_full(start)
+            return full_precision(start)
         steps = strided_timesteps(noisiest + 1, settings.num_steps)
         t = torch.full(start.shape[:1], noisiest, dtype=torch.int64, device=start.device)
         x_T = diffusion.q_sample(start, t, x_T)

@@ -164,12 +164,12 @@ def test_dynamic_thresholding_is_that_of_diffusers_for_each_sample() -> None:
 
 
 def test_guidance_in_an_interval() -> None:
-    denoise = guidance.within(constant(1.0), constant(0.0), 100, 200)
+    denoise = guidance.in_interval(constant(1.0), constant(0.0), 100, 200)
     t = torch.tensor([99, 100, 150, 200, 201])
     assert denoise(torch.zeros(5, 1), t).x0.flatten().tolist() == [0, 1, 1, 1, 0]
-    only = guidance.within(constant(1.0), forbidden, 0, 10)
+    only = guidance.in_interval(constant(1.0), forbidden, 0, 10)
     assert only(X_T, T).x0.tolist() == [[1.0], [1.0]]
-    never = guidance.within(forbidden, constant(0.0), 5, 10)
+    never = guidance.in_interval(forbidden, constant(0.0), 5, 10)
     assert never(X_T, T).x0.tolist() == [[0.0], [0.0]]
 
 
@@ -180,6 +180,6 @@ def test_learned_variances_survive_every_wrapper() -> None:
     null = diffusion.denoiser(lambda x_t, t: torch.cat([0.9 * x_t, -x_t], dim=1))
     guided = guidance.classifier_free(conditional, null, 3.0, rescale=0.7)
     guided = guidance.classifier(diffusion, guided, lambda x_t, t: x_t.sum(dim=1), 0.1)
-    guided = guidance.within(guidance.dynamically_clamped(guided, 1.0), guidance.clamped(conditional, 1.0), 3, 15)
+    guided = guidance.in_interval(guidance.dynamically_clamped(guided, 1.0), guidance.clamped(conditional, 1.0), 3, 15)
     samples = samplers.ddpm(diffusion, guided, torch.randn(4, 3), 10)
     assert samples.isfinite().all() and samples.abs().max() <= 1
