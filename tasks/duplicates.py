@@ -12,20 +12,20 @@ from tasks.snapshots import Snapshot
 from unclip.data import vectors
 
 Noted = list[tuple[str, str]]
-"""Keys with a note on each."""
+"""Pairs of a key and a note on it."""
 
 
 def clusters_of(
     fates: Mapping[str, str], kept: Sequence[str], images: pa.Table, snapshot: Snapshot, count: int
 ) -> list[Noted]:
-    """Kept rows with the duplicates that were dropped for them.
+    """Clusters of a kept row and the duplicates that were dropped in its favour.
 
     Args:
-        fates: key -> kept, or its reason.
-        kept: keys, of which some may have been taken down since.
+        fates: key -> "kept", or the reason why it was not kept.
+        kept: kept keys; some may have been taken down since.
         images: key, sha256, phash.
-        snapshot: says which embeddings count.
-        count: duplicates of each reason that are looked for.
+        snapshot: the dataset version whose embeddings are read.
+        count: maximum number of duplicates per reason.
     """
     facts = {row["key"]: row for row in images.to_pylist()}
     by_reason: dict[str, list[str]] = defaultdict(list)

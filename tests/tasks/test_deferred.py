@@ -70,7 +70,7 @@ def test_f44_what_mlflow_never_takes_is_written_down(
     logged.close()
     rows = json.loads((tmp_path / "unlogged.json").read_text())
     assert [(row["name"], row["value"], row["step"]) for row in rows] == [("loss", 1.0, 16), ("gradient_norm", 2.0, 16)]
-    assert "did not take 2 points" in caplog.text
+    assert "did not accept 2 metric values" in caplog.text
 
 
 def test_f44_a_failure_is_told_soon_and_not_hidden_by_mlflow_or_a_full_disk(
@@ -85,7 +85,7 @@ def test_f44_a_failure_is_told_soon_and_not_hidden_by_mlflow_or_a_full_disk(
     ):
         logged.metrics({"loss": 1.0}, 16)
         raise RuntimeError("the failure")
-    assert "did not take 1 points of the training; they are lost: " in caplog.text
+    assert "did not accept 1 metric values; they are lost: " in caplog.text
 
 
 def test_f30_progress_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
