@@ -14,7 +14,7 @@ from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.curate import (
     CurateConfig,
     ProbeConfig,
-    _reached,
+    _searched_clusters,
     curate,
     out_of_bounds,
     pin_probes,
@@ -125,7 +125,7 @@ def with_twins(num_originals: int, num_twins: int, cosine: float) -> torch.Tenso
 
 def test_twins_that_clusters_part_are_found_whatever_the_order() -> None:
     embeddings = with_twins(2400, 600, 0.9)
-    clusters = _reached(embeddings.numpy(), 0.24**0.5, 50)
+    clusters = _searched_clusters(embeddings.numpy(), 0.24**0.5, 50)
     assert len(clusters) == 60 and sum(len(visitors) for _, visitors in clusters) <= 8 * len(embeddings)
     home = {int(index): number for number, (members, _) in enumerate(clusters) for index in members}
     parted = [index for index in range(600) if home[index] != home[2400 + index]]

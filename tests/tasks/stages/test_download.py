@@ -25,7 +25,7 @@ from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
 from tasks.stages.download import (
-    PASSING,
+    TRANSIENT,
     DownloadConfig,
     Pair,
     Shard,
@@ -296,8 +296,8 @@ def test_what_failed_for_passing_reasons_is_fetched_again_when_asked(cluster: No
         assert pin_attempt(store, config, retry_failed=False).attempt == 1  # plain runs go on from there
         third = done(execute(Call(download, pin_attempt(store, config, retry_failed=True)), run(tmp_path), [pairs]))
         assert set(server.requests) and all("picture" not in path for path in server.requests)
-    passing = [reason for reason in outcomes(images).values() if reason and PASSING.fullmatch(reason)]
-    assert third.facts["fetched_now"] == len(passing) > 0
+    transient = [reason for reason in outcomes(images).values() if reason and TRANSIENT.fullmatch(reason)]
+    assert third.facts["fetched_now"] == len(transient) > 0
     assert tables.read(images.uri)["key"].to_pylist() == tables.read(dead.uri, 0)["key"].to_pylist()
 
 
@@ -492,8 +492,8 @@ def test_f38_a_shard_that_hangs_every_time_ends_the_stage(cluster: None, tmp_pat
         return hang.remote()
 
     shards = [pairs_of("http://a/1"), pairs_of("http://a/2")]
-    with pytest.raises(StageError, match=r"no row was done for 0.2 s, 3 times.*run the same command again"):
-        run_in_lanes([shards], 2, start, pulse=lambda _: 1, stall_seconds=0.2)
+    with pytest.raises(StageError, match=r"no row was completed for 0.2 s, 3 times.*run the same command again"):
+        run_in_lanes([shards], 2, start, heartbeat=lambda _: 1, stall_seconds=0.2)
     assert started == shards[:1] * 3
 
 

@@ -94,7 +94,7 @@ def test_the_same_rows_give_the_same_bytes(model: str, tmp_path: Path) -> None:
 
 def test_a_missing_picture_is_named_and_nothing_is_written(model: str, tmp_path: Path) -> None:
     images = [write_images(tmp_path, [1, 2], "images")]
-    with pytest.raises(StageError, match=f"1 pictures are missing .* such as {key(3)}"):
+    with pytest.raises(StageError, match=f"1 images are missing .* such as {key(3)}"):
         embed(model, images, [key(1), key(3)], tmp_path / "embeddings")
     assert not (tmp_path / "embeddings").exists()
 

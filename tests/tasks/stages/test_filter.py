@@ -1,4 +1,4 @@
-"""Each filter: what it drops, what it spares, and how it is told what to drop."""
+"""Filters of the stage `filter`: rows that each drops and keeps, and its settings."""
 
 import dataclasses
 import subprocess
@@ -22,7 +22,7 @@ SHA, PHASH = "ab" * 32, "0123456789abcdef"
 
 
 def verdicts(config: FilterConfig, captions: list[str] | None = None, **columns: list[Any]) -> list[str | None]:
-    """The reason of each row, of rows that are fine but for the captions or columns that are given."""
+    """Reason of each row; the rows are valid except for the given captions or columns."""
     (count,) = {len(values) for values in [*columns.values(), *([captions] if captions is not None else [])]}
     keys = [f"k{index:06}" for index in range(count)]
     pairs = {"position": range(count), "key": keys, "url": ["https://example.org/a.jpg"] * count}
@@ -45,7 +45,7 @@ def test_t9_a_hash_that_the_list_learnt_later_counts() -> None:
 
 
 def dropped(config: FilterConfig, captions: list[str]) -> set[str]:
-    """The captions that are dropped, each row judged together with the others."""
+    """Captions that are dropped when all rows are filtered together."""
     return {caption for caption, reason in zip(captions, verdicts(config, captions), strict=True) if reason}
 
 
@@ -191,7 +191,7 @@ def test_filters_that_nothing_is_left_for(tmp_path: Path) -> None:
         ("blocked_domains", b"a.org\nhttps://b.org\n", r"line 2: got 'https://b.org', expected a domain such as"),
         ("blocked_domains", b"a.org/x", r"line 1: got 'a.org/x', expected a domain"),
         ("blocked_domains", b"a b.org", r"line 1: .* expected a domain"),
-        ("blocked_domains", b"co.uk", r"line 1: got 'co.uk', which many sites share; write .co.uk to block"),
+        ("blocked_domains", b"co.uk", r"line 1: got 'co.uk', a suffix that many sites share; write .co.uk to block"),
         ("blocked_hashes", b"0123456789abcdeg", r"line 1: .* expected 64 hex digits \(sha256\) or 16"),
         ("blocked_hashes", SHA.encode()[:-1], r"line 1: .* expected 64 hex digits"),
         ("blocked_words", b"", r"list.txt has no entries"),
@@ -235,7 +235,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_an_unknown_language_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigError, match=r"filter.languages: 'xx' is no language that can be told\."):
+    with pytest.raises(ConfigError, match=r"filter.languages: unsupported language 'xx'\."):
         check_settings(FilterConfig(languages=("en", "xx")))
     assert check_settings(FilterConfig(languages=("en", "de", "zh"))) is None
 
@@ -257,7 +257,7 @@ def test_the_content_of_lists_is_part_of_the_fingerprint(tmp_path: Path) -> None
     second = prepared()
     assert fingerprint(second) != fingerprint(first)
     assert prepare(load("text_to_image", None, assignments[:1], str(tmp_path / "storage"))).filter == FilterConfig()
-    # The same words as another kind of list are other settings.
+    # The same lines in a different kind of list are different settings.
     as_domains = FilterConfig(blocked_domains=listed(tmp_path, "example.org"))
     as_words = FilterConfig(blocked_words=as_domains.blocked_domains)
     assert check_settings(as_domains) != check_settings(as_words)
@@ -269,11 +269,11 @@ def test_a_list_that_changed_after_planning_ends_the_stage(tmp_path: Path) -> No
     listed(tmp_path, "other")
     run = Run("r1", "test", str(tmp_path), Tracker("", ""), "0")
     result = execute(Call(filter, config), run, [Artifact("download", "f", "", "d", {}, 0.0)])
-    assert isinstance(result, Failure) and "a block list changed since this run was planned" in result.message
+    assert isinstance(result, Failure) and "a block list has changed since this run was planned" in result.message
 
 
 def test_the_stage_reads_what_its_filters_need(tmp_path: Path) -> None:
-    """The columns that the stage reads from its parents' tables are those that the filters ask for."""
+    """The stage reads all the columns that the filters need from its parents' tables."""
     from tasks.stages.download import IMAGES
     from tasks.stages.ingest import PAIRS
 
@@ -303,7 +303,7 @@ def test_the_stage_reads_what_its_filters_need(tmp_path: Path) -> None:
 
 
 def test_many_rows_are_judged_as_a_few_are(tmp_path: Path) -> None:
-    """A list in several chunks, as it is read from Parquet, gives every row the verdict it has alone."""
+    """A list in several chunks, as read from Parquet, gives every row the same verdict as alone."""
     captions = [f"{FINE} {'stock' if index % 3 == 0 else 'x'} {index}" for index in range(3000)]
     config = FilterConfig(blocked_words=listed(tmp_path, "stock"), blocked_domains=None)
     path = str(tmp_path / "pairs.parquet")
