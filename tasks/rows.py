@@ -83,8 +83,8 @@ def meaning(reason: str) -> str:
     """Description of a reason."""
     if reason.startswith("http_"):
         return f"the server answered with status {reason.removeprefix('http_')}"
-    name, _, side = reason.rpartition("_")
-    fallback = f"the probe {name} scored {'below its minimum' if side == 'low' else 'above its maximum'}"
+    name, _, bound = reason.rpartition("_")
+    fallback = f"the probe {name} scored {'below its minimum' if bound == 'low' else 'above its maximum'}"
     return REASONS.get(reason, fallback)
 
 

@@ -170,9 +170,9 @@ def out_of_bounds(scores: pa.Table, config: CurateConfig) -> dict[str, str]:
         values = scores.column(name).to_numpy().astype(np.float64)
         low = ~(values >= (finite.min if minimum is None else minimum))
         high = values > (finite.max if maximum is None else maximum)
-        for side, hit in (("low", low), ("high", high)):
-            for index in np.flatnonzero(hit):
-                dropped.setdefault(keys[index], f"{name}_{side}")
+        for bound, mask in (("low", low), ("high", high)):
+            for index in np.flatnonzero(mask):
+                dropped.setdefault(keys[index], f"{name}_{bound}")
     return dropped
 
 
@@ -184,7 +184,7 @@ def _spread(scores: pa.Table, config: CurateConfig) -> str:
         values = values[np.isfinite(values)]
         if len(values) and limits != (None, None):
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
-            text += f"Of {name}, 5 % is below {low:.3g}, half below {middle:.3g}, 95 % below {high:.3g}. "
+            text += f"Quantiles of {name}: 5 % {low:.3g}, 50 % {middle:.3g}, 95 % {high:.3g}. "
     return text
 
 

@@ -153,7 +153,7 @@ def _measures(
     ratios = dict(zip(keys, longer / shorter, strict=True))
     measures = [
         measure("shorter_side", "Shorter side of the original", "pixels", shorter_sides, "too_small", ""),
-        measure("aspect_ratio", "Longer side by shorter side", "ratio", ratios, "", "bad_aspect"),
+        measure("aspect_ratio", "Aspect ratio of the original", "longer / shorter side", ratios, "", "bad_aspect"),
         measure("caption_words", "Caption length", "words", words, "caption_too_short", "caption_too_long"),
         measure("caption_characters", "Caption length", "characters", characters, *CHARACTER_REASONS),
     ]
