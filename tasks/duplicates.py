@@ -11,13 +11,13 @@ from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
 from unclip.data import vectors
 
-Noted = list[tuple[str, str]]
+AnnotatedKeys = list[tuple[str, str]]
 """Pairs of a key and a note on it."""
 
 
 def clusters_of(
     fates: Mapping[str, str], kept: Sequence[str], images: pa.Table, snapshot: Snapshot, count: int
-) -> list[Noted]:
+) -> list[AnnotatedKeys]:
     """Clusters of a kept row and the duplicates that were dropped in its favour.
 
     Args:
@@ -32,7 +32,7 @@ def clusters_of(
     for key, fate in fates.items():
         if fate in DUPLICATES and key in facts:
             by_reason[fate].append(key)
-    clusters: dict[str, Noted] = {}
+    clusters: dict[str, AnnotatedKeys] = {}
 
     def add(winner: str, key: str, note: str) -> None:
         clusters.setdefault(winner, [(winner, "kept")]).append((key, note))

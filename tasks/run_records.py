@@ -46,7 +46,7 @@ def last_runs(store: Store, number: int) -> list[RunRecord]:
 
 def _read_run(store: Store, run_id: str) -> RunRecord:
     record, events = store.read_json("runs", run_id, "run.json"), stage_events(store, run_id)
-    state = "killed" if record["state"] == "running" and not is_going_on(record) else record["state"]
+    state = "killed" if record["state"] == "running" and not is_running(record) else record["state"]
     stages = []
     for name, event in sorted(events.items(), key=lambda item: item[1]["at"]):
         stage_state = event["state"]
@@ -62,7 +62,7 @@ def stage_events(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
     return {name.removesuffix(".json"): store.read_json("runs", run_id, name) for name in names}
 
 
-def is_going_on(record: Mapping[str, Any]) -> bool:
+def is_running(record: Mapping[str, Any]) -> bool:
     """Return True if a process still drives the run of this `run.json` record."""
     if record["state"] != "running" or record["host"] != socket.gethostname():
         return bool(record["state"] == "running")

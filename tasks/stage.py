@@ -21,7 +21,7 @@ from typing import Any
 import ray
 
 from tasks.progress import Progress
-from tasks.run_records import is_going_on
+from tasks.run_records import is_running
 from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip.config import decisive, fingerprint, require, to_dict
@@ -128,7 +128,7 @@ class Run:
         A run without a record, and a run that is driven from another machine, count as running.
         """
         store, record = Store(self.storage), ("runs", self.id, "run.json")
-        return store.exists(*record) and not is_going_on(store.read_json(*record))
+        return store.exists(*record) and not is_running(store.read_json(*record))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Stage:
     """The stage logs images or text of dataset rows, so a takedown must search its logs."""
     part: "Part[Any] | None" = None
     """The part that the stage trains, if any."""
-    made_by: tuple[Callable[[Any], "Stage"], Any] | None = None
+    factory: tuple[Callable[[Any], "Stage"], Any] | None = None
     """Module-level function and its argument that create this stage, if it is not a module attribute itself."""
 
     @property
@@ -202,8 +202,8 @@ class Stage:
 
     def __reduce__(self) -> Any:
         # The name in the module is this object, so workers import it instead of unpickling the function.
-        if self.made_by is not None:
-            return _remake_stage, (*self.made_by, self.name)
+        if self.factory is not None:
+            return _remake_stage, (*self.factory, self.name)
         return _import_stage, (self.function.__module__, self.function.__name__, self.name)
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:

@@ -27,13 +27,13 @@ from unclip.training.settings import TrainerConfig
 from unclip.training.trainer import HUNG
 
 # Branches of a DAG wait for each other's CPUs or GPUs; that is not a failure.
-FOR_EVER_SECONDS = 7 * 24 * 3600
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(FOR_EVER_SECONDS))
+NO_TIMEOUT_SECONDS = 7 * 24 * 3600
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NO_TIMEOUT_SECONDS))
 
 FAILURE = "failure.json"
-OF_ALL_WORKERS = (StoppedError, NonFiniteError, ConfigError)
+RAISED_BY_ALL_WORKERS = (StoppedError, NonFiniteError, ConfigError)
 """Errors that either all workers of a training raise, or none."""
-LOOK_SECONDS = 2.0
+STOP_CHECK_SECONDS = 2.0
 """Interval at which rank 0 checks for the file that asks trainings to stop."""
 NUM_POINTS_WARNED = 10
 """Number of logged metrics points for which a warning stays beside the progress bar."""
@@ -94,7 +94,9 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
         _work,
         train_loop_config={"training": training, "context": worker_context, "folder": folder},
         # Longer than the watchdog waits, since the watchdog names the worker that hangs.
-        torch_config=TorchConfig(timeout_s=round(max(1800.0, 2 * (training.config.hang_seconds or FOR_EVER_SECONDS)))),
+        torch_config=TorchConfig(
+            timeout_s=round(max(1800.0, 2 * (training.config.hang_seconds or NO_TIMEOUT_SECONDS)))
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -183,7 +185,7 @@ def _work(loop: Mapping[str, Any]) -> None:
             return workers.rank == 0 and files.exists(context.stop_uri)
         return False
 
-    stop_requested = now_and_then(LOOK_SECONDS, is_stop_requested)
+    stop_requested = now_and_then(STOP_CHECK_SECONDS, is_stop_requested)
     try:
         with _deferred(context.tracker, loop["folder"]) as tracker:
             monitor = _MlflowMonitor(
@@ -194,7 +196,7 @@ def _work(loop: Mapping[str, Any]) -> None:
         with contextlib.suppress(StorageError):  # if the file cannot be written, Ray Train reports the error
             files.write_json(f"{loop['folder']}/{FAILURE}", {"message": str(error), "exit_code": error.exit_code})
             # The error would recur, so a restart is useless. But if one worker fails alone, only raising ends the others.
-            if workers.world_size == 1 or isinstance(error, OF_ALL_WORKERS):
+            if workers.world_size == 1 or isinstance(error, RAISED_BY_ALL_WORKERS):
                 return
         raise
 

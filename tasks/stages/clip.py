@@ -33,14 +33,14 @@ class ClipConfig:
             raise ConfigError(str(error).removeprefix("clip.")) from None
 
     @property
-    def is_trained_here(self) -> bool:
+    def is_trained_from_scratch(self) -> bool:
         return self.pretrained is None and ":" not in self.model
 
 
 @stage("clip", version=1, has_workers=True, pin=pin_trainer)
 def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     """Load a pretrained CLIP, or train one on the kept pairs, and freeze it."""
-    if not config.is_trained_here:
+    if not config.is_trained_from_scratch:
         digest = _weights_digest(Clip.load(config.model, config.pretrained))
         return Output(config.model, digest, {"model": config.model, "pretrained": config.pretrained})
 

@@ -24,7 +24,7 @@ from unclip.errors import ConfigError, InputError
 from unclip.evaluation.probes import load_probe
 
 ROWS_AT_ONCE = 4096
-NUM_REACHED = 8
+NUM_SEARCHED_CLUSTERS = 8
 """Clusters that semantic deduplication searches for a row's duplicates: its own and the nearest ones."""
 
 
@@ -191,19 +191,18 @@ def _spread(scores: pa.Table, config: CurateConfig) -> str:
 def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
     """Indices of embeddings that are closer than `distance` to an earlier one that is not a duplicate itself.
 
-    As in SemDeDup (Abbas et al. 2023), k-means avoids work quadratic in N: a row is compared with at most NUM_REACHED
+    As in SemDeDup (Abbas et al. 2023), k-means avoids work quadratic in N: a row is compared with at most NUM_SEARCHED_CLUSTERS
     clusters, of `cluster_size` rows on average. Unlike SemDeDup, a row is compared with neighbouring clusters as well as its
     own. So duplicates across a cluster border are found, and the row that is kept depends on the order of rows, not on the
-    clusters. Up to NUM_REACHED * cluster_size rows are compared all with all.
+    clusters. Up to NUM_SEARCHED_CLUSTERS * cluster_size rows are compared all with all.
 
     Args:
         embeddings: [N, E], unit norm; of duplicates, the first is kept.
         distance: 1 - cosine.
     """
     values = embeddings.numpy()
-    clusters = _searched_clusters(
-        values, (2 * distance) ** 0.5, cluster_size
-    )  # Euclidean distance of unit vectors with that cosine
+    reach = (2 * distance) ** 0.5  # Euclidean distance of unit vectors with that cosine
+    clusters = _searched_clusters(values, reach, cluster_size)
     duplicates, undecided = np.zeros(len(values), bool), np.ones(len(values), bool)
     while undecided.any():
         followers = _has_earlier_duplicate(values, clusters, 1 - distance, undecided, undecided)
@@ -228,27 +227,25 @@ def _searched_clusters(values: np.ndarray, reach: float, cluster_size: int) -> l
     from sklearn.metrics.pairwise import euclidean_distances
 
     num_clusters = round(len(values) / cluster_size)
-    if num_clusters <= NUM_REACHED:
+    if num_clusters <= NUM_SEARCHED_CLUSTERS:
         return [(np.arange(len(values)), np.arange(len(values)))]
     centres = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit(values).cluster_centers_
     squares = (centres**2).sum(axis=1)
     spans = euclidean_distances(centres).clip(min=1e-6)  # [K, K]
     homes, visits = [], []
     for start in range(0, len(values), ROWS_AT_ONCE):
-        squared = (
-            squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T
-        )  # [R, K], minus the squared norm of the row
+        squared = squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T  # [R, K], minus the row's squared norm
         home = squared.argmin(axis=1)
         own = (np.arange(len(home)), home)
         to_plane = (squared - squared[own][:, None]) / (2 * spans[home])
         to_plane[own] = -1
-        nearest = np.argpartition(to_plane, NUM_REACHED - 1, axis=1)[:, :NUM_REACHED]
+        nearest = np.argpartition(to_plane, NUM_SEARCHED_CLUSTERS - 1, axis=1)[:, :NUM_SEARCHED_CLUSTERS]
         row, place = np.nonzero(np.take_along_axis(to_plane, nearest, axis=1) <= reach)
         homes.append(home)
         visits.append(np.stack([start + row, nearest[row, place]]))
-    rows_of, clusters_of = np.concatenate(visits, axis=1)
+    row_indices, cluster_indices = np.concatenate(visits, axis=1)
     members = _grouped(np.arange(len(values)), np.concatenate(homes), num_clusters)
-    return list(zip(members, _grouped(rows_of, clusters_of, num_clusters), strict=True))
+    return list(zip(members, _grouped(row_indices, cluster_indices, num_clusters), strict=True))
 
 
 def _grouped(indices: np.ndarray, clusters: np.ndarray, num_clusters: int) -> list[np.ndarray]:

@@ -169,7 +169,7 @@ class Embedder:
         return tuple(tensor[:count].cpu().numpy() for tensor in (image_embedding, text_embedding, tokens.int()))
 
     def _read(self, keys: list[str]) -> list[dict[str, Any]]:
-        found = {row["key"]: row for row in _rows_of(self.images, keys)}
+        found = {row["key"]: row for row in _read_rows(self.images, keys)}
         missing = [key for key in keys if key not in found]
         if missing:
             raise StageError(f"embed: {len(missing)} images are missing from the images table, such as {missing[0]}.")
@@ -216,7 +216,7 @@ class Preprocess:
         return pixels.div_(maximum).sub_(mean).div_(std)
 
 
-def _rows_of(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _read_rows(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Key, caption and jpg of the given keys, from the files that hold them."""
     key = pa.compute.field("key")
     # The bounds let the reader skip row groups by their statistics; with `isin` alone it reads every image.

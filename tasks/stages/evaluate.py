@@ -52,7 +52,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
     groups = {"heldout": list(heldout_keys(snapshot))[: config.num_captions]}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
-    stack = stack_of(config.system, parts, snapshot.statistics, to_dict(config.sampling))
+    stack = stack_files(config.system, parts, snapshot.statistics, to_dict(config.sampling))
     reference = _heldout_embeddings(snapshot)
 
     facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "metrics": {}, "captions": {}, "images": {}}
@@ -79,7 +79,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
 
 
-def stack_of(system: str, parts: Sequence[Artifact], statistics: str, sampling: dict[str, Any]) -> StackFiles:
+def stack_files(system: str, parts: Sequence[Artifact], statistics: str, sampling: dict[str, Any]) -> StackFiles:
     """Files of a system, from the artifacts of its parts; these may include a frozen CLIP."""
     models = {part.stage: part.uri for part in parts if "model" not in part.facts}
     clips = [ClipFiles(part.facts["model"], part.facts["pretrained"]) for part in parts if "model" in part.facts]

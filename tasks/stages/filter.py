@@ -67,9 +67,9 @@ class FilterConfig:
         for code in self.languages:
             require(re.fullmatch("[a-z]{2,3}", code) is not None, "languages", code, "ISO 639 codes such as 'en'")
         repeats = self.max_caption_repeats
-        require(repeats is None or repeats >= 1, "max_caption_repeats", repeats, "at least 1, or None")
+        require(repeats is None or repeats >= 1, "max_caption_repeats", repeats, "at least 1, or none")
         for name in LISTS:
-            require(getattr(self, name) != "", name, "", "a file, or None")
+            require(getattr(self, name) != "", name, "", "a file, or none")
 
     def limits(self) -> dict[str, tuple[float | None, float | None]]:
         """Smallest and largest value that is kept, for each measure with limits."""
@@ -88,7 +88,7 @@ class Filter:
     reason: str
     """See `tasks.rows`."""
     drops: Callable[[pa.Table, FilterConfig], Any]
-    """Function of rows (see `judge`) that returns a mask of rows to drop, with null as false; None if the filter is off."""
+    """Function that returns the mask of rows to drop, with null as false; None if the settings turn the filter off."""
 
 
 def _pin(config: FilterConfig, _: Pinning) -> FilterConfig:
@@ -104,7 +104,7 @@ def filter(context: StageContext, config: FilterConfig, download: Artifact) -> O
     pairs = tables.read_file(facts["pairs"])
     columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash"]
     images = tables.read(facts["images"], facts["images_version"], columns)
-    selection = judge(pairs, images, config)
+    selection = apply_filters(pairs, images, config)
     counts = rows.count(selection)
     if not counts["rows"][rows.KEPT]:
         raise InputError(
@@ -141,7 +141,7 @@ def check_settings(config: FilterConfig) -> str | None:
     return digest.hexdigest() if any_list else None
 
 
-def judge(pairs: pa.Table, images: pa.Table, config: FilterConfig) -> pa.Table:
+def apply_filters(pairs: pa.Table, images: pa.Table, config: FilterConfig) -> pa.Table:
     """Apply the filters; returns key, position, status, reason for every row of the list, sorted by key, then position.
 
     Args:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
-from tasks.duplicates import Noted, clusters_of
+from tasks.duplicates import AnnotatedKeys, clusters_of
 from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
@@ -153,7 +153,7 @@ def _measures(
     ratios = dict(zip(keys, longer / shorter, strict=True))
     measures = [
         measure("shorter_side", "Shorter side of the original", "pixels", shorter_sides, "too_small", ""),
-        measure("aspect_ratio", "Aspect ratio of the original", "longer / shorter side", ratios, "", "bad_aspect"),
+        measure("aspect_ratio", "Aspect ratio (longer to shorter side)", "", ratios, "", "bad_aspect"),
         measure("caption_words", "Caption length", "words", words, "caption_too_short", "caption_too_long"),
         measure("caption_characters", "Caption length", "characters", characters, *CHARACTER_REASONS),
     ]
@@ -164,7 +164,7 @@ def _measures(
     return measures
 
 
-def _edges(measure: Measure, fates: Mapping[str, str], count: int) -> list[tuple[str, Noted, Noted]]:
+def _edges(measure: Measure, fates: Mapping[str, str], count: int) -> list[tuple[str, AnnotatedKeys, AnnotatedKeys]]:
     """For each limit: the nearest rows that are kept, and the nearest that were dropped because of it."""
     found = []
     for limit, reason, sign, word in (

@@ -37,7 +37,7 @@ def train(part: Part[Any]) -> Stage:
         pin=pin_trainer,
         shows_rows=part.shows_rows,
         part=part,
-        made_by=(train, part),
+        factory=(train, part),
     )
 
 

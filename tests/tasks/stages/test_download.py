@@ -115,9 +115,8 @@ def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: 
 
     assert selection.facts["rows"] == {"in": 60, "kept": 40, "dropped": 6, "failed": 14}
     found = reasons_by_kind(pairs, selection)
-    winners = found.pop("duplicate") | found.pop(
-        "picture"
-    )  # the smaller key is kept, whether of the copy or of the original
+    # The smaller key is kept, whether of the copy or of the original.
+    winners = found.pop("duplicate") | found.pop("picture")
     assert winners == {None, "duplicate_image"}
     assert found == {kind: {reason} for kind, reason in EXPECTED.items() if kind != "duplicate"}
     for stage in (images, filtered):

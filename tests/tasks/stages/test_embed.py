@@ -12,7 +12,7 @@ from PIL import Image
 from tasks import tables
 from tasks.stage import Artifact
 from tasks.stages.download import IMAGES
-from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, _rows_of
+from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, _read_rows
 from unclip.data import vectors
 from unclip.errors import StageError
 from unclip.models import clip
@@ -36,7 +36,7 @@ def key(number: int) -> str:
 
 
 def write_images(folder: Path, numbers: list[int], name: str) -> str:
-    rows = [{"key": key(number), "caption": f"picture {number}", "jpg": jpg(number)} for number in numbers]
+    rows = [{"key": key(number), "caption": f"image {number}", "jpg": jpg(number)} for number in numbers]
     uri = str(folder / f"{name}.parquet")
     tables.write_file(uri, pa.Table.from_pylist(rows, schema=IMAGES))
     return uri
@@ -75,7 +75,7 @@ def test_every_row_has_its_own_embeddings_in_the_order_of_the_keys(model: str, t
 
     loaded = Clip.load(model)
     pixels = torch.stack([loaded.preprocess(Image.open(io.BytesIO(jpg(number)))) for number in numbers])
-    captions = [f"picture {number}" for number in numbers]
+    captions = [f"image {number}" for number in numbers]
     assert part.column("key").to_pylist() == [key(number) for number in numbers]
     assert part.column("caption").to_pylist() == captions
     image, text = (vectors(part.column(name)) for name in ("image_embedding", "text_embedding"))
@@ -111,5 +111,5 @@ def test_a_damaged_image_fails_the_shard_and_nothing_is_written(model: str, tmp_
 
 def test_rows_are_found_anywhere_in_the_files(tmp_path: Path) -> None:
     images = [write_images(tmp_path, [0, 5, 9], "a"), write_images(tmp_path, [3, 7], "b")]
-    found = {row["key"]: row["caption"] for row in _rows_of(images, [key(9), key(3), key(0), key(4)])}
-    assert found == {key(0): "picture 0", key(3): "picture 3", key(9): "picture 9"}
+    found = {row["key"]: row["caption"] for row in _read_rows(images, [key(9), key(3), key(0), key(4)])}
+    assert found == {key(0): "image 0", key(3): "image 3", key(9): "image 9"}

@@ -13,7 +13,7 @@ from pipelines.config import load
 from pipelines.prepare import prepare
 from tasks import rows, tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
-from tasks.stages.filter import FILTERS, FilterConfig, check_settings, filter, judge
+from tasks.stages.filter import FILTERS, FilterConfig, apply_filters, check_settings, filter
 from tasks.tracking import Tracker
 from unclip.errors import ConfigError, InputError
 
@@ -33,7 +33,7 @@ def verdicts(config: FilterConfig, captions: list[str] | None = None, **columns:
     images |= {"sha256": ["00" * 32] * count, "phash": pa.nulls(count, pa.string())}
     for name, values in columns.items():
         (pairs if name in pairs else images)[name] = values
-    selection = judge(pa.table(pairs), pa.table(images), config)
+    selection = apply_filters(pa.table(pairs), pa.table(images), config)
     facts = rows.count(selection)
     assert facts["rows"]["in"] == count == facts["rows"]["kept"] + facts["rows"]["dropped"] + facts["rows"]["failed"]
     return selection["reason"].to_pylist()
@@ -315,5 +315,5 @@ def test_rows_in_several_chunks_get_the_same_verdicts(tmp_path: Path) -> None:
     images = {"key": keys, "status": ["ok"] * 3000, "reason": nulls, "sha256": nulls}
     images |= {"original_width": [64] * 3000, "original_height": [64] * 3000}
     pairs = pa.concat_tables([tables.read_file(path).slice(0, 1700), tables.read_file(path).slice(1700)])
-    reasons = judge(pairs, pa.table(images), config)["reason"].to_pylist()
+    reasons = apply_filters(pairs, pa.table(images), config)["reason"].to_pylist()
     assert reasons == ["blocked_word" if index % 3 == 0 else None for index in range(3000)]

@@ -8,7 +8,7 @@ import pytest
 from tasks import rows, tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.dedup import DedupConfig, drop_duplicates, near_duplicates, splits
-from tasks.stages.filter import FilterConfig, filter, judge
+from tasks.stages.filter import FilterConfig, apply_filters, filter
 from tasks.tracking import Tracker
 from unclip.errors import ConfigError
 
@@ -49,7 +49,7 @@ def reasons(selection: pa.Table) -> dict[int, str | None]:
 def test_filter_gives_every_row_its_first_reason() -> None:
     captions = (CAPTION, CAPTION, CAPTION, CAPTION, "red", ("word " * 61).strip(), ("word " * 60).strip(), CAPTION)
     sizes = ((32, 96), None, (31, 400), (300, 99), (64, 64), (64, 64), (64, 64), (64, 64))
-    selection = judge(pairs_of(*captions), images_of(*sizes), FilterConfig())
+    selection = apply_filters(pairs_of(*captions), images_of(*sizes), FilterConfig())
     assert reasons(selection) == {
         0: None, 1: "http_404", 2: "too_small", 3: "bad_aspect", 4: "caption_too_short", 5: "caption_too_long", 6: None,
         7: None, 8: "duplicate_row", 9: "no_url",
@@ -70,7 +70,7 @@ def test_filter_gives_every_row_its_first_reason() -> None:
 )
 def test_f21_unusable_sizes_are_dropped(size: tuple[int, int], reason: str | None) -> None:
     for size_or_rotated in (size, size[::-1]):
-        selection = judge(pairs_of(CAPTION, CAPTION), images_of(size_or_rotated, (64, 64)), FilterConfig())
+        selection = apply_filters(pairs_of(CAPTION, CAPTION), images_of(size_or_rotated, (64, 64)), FilterConfig())
         assert reasons(selection)[0] == reason and reasons(selection)[1] is None
 
 
