@@ -88,7 +88,7 @@ def test_what_is_black_in_the_mask_stays(storage: Path, folder: Path) -> None:
     ("command", "words"),
     [
         (("vary", "none.png"), ("none.png", "does not exist")),
-        (("vary", "."), ("no file",)),
+        (("vary", "."), ("not a file",)),
         (("vary", "text.png"), ("text.png", "not a JPEG, PNG, WebP or GIF")),
         (("vary", "damaged.png"), ("damaged.png", "a damaged image")),
         (("vary", "square.png", "--num", 0), ("--num: got 0",)),

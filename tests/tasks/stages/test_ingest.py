@@ -734,7 +734,7 @@ def test_f28_t13_a_list_that_kills_its_reader_is_named(tmp_path: Path, readers: 
     path = tmp_path / "list.parquet"
     pq.write_table(pairs_table(10), path)
     for number, message in (
-        (signal.SIGSEGV, "the process that read it died of it"),
+        (signal.SIGSEGV, "the process that read it crashed"),
         (
             signal.SIGKILL,
             "reading it takes more than 67,108,864 bytes of memory",
