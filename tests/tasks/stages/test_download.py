@@ -21,19 +21,16 @@ import pytest
 from pipelines import scene_server
 from pipelines.scene_server import ScenesConfig
 from tasks import tables
+from tasks.lanes import Pair, Shard, plan_lanes, run_in_lanes
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
 from tasks.stages.download import (
     TRANSIENT,
     DownloadConfig,
-    Pair,
-    Shard,
     download,
     pin_attempt,
-    plan_lanes,
     plan_shards,
-    run_in_lanes,
 )
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
