@@ -88,7 +88,9 @@ def plan(
 ) -> None:
     """Print the configuration and the stages a run would execute.
 
-    Starts and writes nothing, except the file of --picture. See `unclip plan train` for the GPU memory that training takes.
+    Starts and writes nothing, except the file of --picture.
+
+    `unclip plan train` estimates the GPU memory for training.
     """
     from pipelines import dag as dags
     from pipelines.composition import compose
