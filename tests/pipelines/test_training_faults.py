@@ -211,9 +211,9 @@ def test_f30_when_the_disk_is_full_a_training_says_so_and_resumes_later(
             assert process.wait() != 0
         before, printed = committed(dataset), log.read_text()
         assert before and LENGTH not in before
-        errors = [line for line in printed.splitlines() if "checkpoints/" in line and "No space left on device" in line]
-        assert errors and "Make room or fix the folder, and run the same command again." in errors[-1], printed
-        assert "sqlalche.me" not in printed, "MLflow's tracebacks hide the error"
+        said = [line for line in printed.splitlines() if "checkpoints/" in line and "No space left on device" in line]
+        assert said and "Make room or fix the folder, and run the same command again." in said[-1], printed
+        assert "sqlalche.me" not in printed, "MLflow's tracebacks bury it"
         (dataset / "ballast").unlink()
         assert train(dataset, *options, log=log) == expected
         # a copy: MLflow may still have the original file open from before the mount
