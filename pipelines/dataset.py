@@ -31,7 +31,7 @@ class ClusterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetResources(StageResources):
-    """Resources per worker: defaults for all stages, and a section for each stage that overrides them."""
+    """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
     clip: Resources | None = None
     """Resources for training CLIP."""

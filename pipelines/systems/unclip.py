@@ -24,7 +24,7 @@ from unclip.systems.upsampler import UPSAMPLER, UpsamplerStageConfig
 
 @dataclasses.dataclass(frozen=True)
 class UnclipResources(DatasetResources):
-    """Resources per worker: defaults for all stages, and a section for each stage that overrides them."""
+    """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
     prior: Resources | None = None
     """Resources for training the prior."""
