@@ -1,4 +1,4 @@
-"""The command line. Every command checks what it was given before it starts anything; errors are one line and an exit code."""
+"""The command line. Every command checks its input before any work starts; an error is one line and an exit code."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ MODULES = (run, takedown, data, ui, sample, edit, exchange, train, plan_train)
 
 
 class Commands(click.Group):
-    """Prints the project's own errors as one line, with their exit code; a command's name may be two words."""
+    """Command group that prints the project's errors as one line with their exit code; command names may have two words."""
 
     def resolve_command(
         self, context: click.Context, arguments: list[str]
@@ -27,14 +27,14 @@ class Commands(click.Group):
             click.secho(f"error: {error}", fg="red", err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on where this one stopped", err=True)
+            click.echo("interrupted; run the same command again to resume", err=True)
             context.exit(130)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="unclip")
 def main() -> None:
-    """Train text-to-image models the unCLIP way, from a list of URLs to pictures."""
+    """Train unCLIP text-to-image models, from a list of URLs to images."""
 
 
 for module in MODULES:

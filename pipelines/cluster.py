@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: joined, or started on this machine."""
+"""The Ray cluster of a run: an existing one, or one started on this machine."""
 
 import os
 from typing import Any
@@ -9,23 +9,23 @@ from tasks.stage import Resources
 from unclip.errors import ConfigError
 
 WORKER_ENVIRONMENT = {
-    # Nothing that this project uses may call home.
+    # No telemetry.
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "WANDB_MODE": "disabled",
-    # Ray's own messages add nothing for people who run a pipeline.
+    # Hide Ray's own messages, which do not help the user.
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_maximum_startup_concurrency": "8",  # also what its warning about many workers starts from
+    "RAY_worker_maximum_startup_concurrency": "8",  # also the threshold of its warning about many workers
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
-    # What one training step frees, the next one needs: giving it back to the system and faulting it in again would take a
-    # tenth of a step on CPUs.
+    # Keep freed memory for the next training step: returning it to the system and faulting it in again costs a tenth of
+    # a step on CPUs.
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
-"""Ray's workers get these."""
+"""Environment variables of Ray workers."""
 
 
 def start_ray(config: PipelineConfig) -> None:
@@ -34,7 +34,7 @@ def start_ray(config: PipelineConfig) -> None:
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    # What workers print stays in Ray's logs; what they fail with comes back as the stage's message.
+    # Workers' output stays in Ray's logs; their errors come back as the stage's message.
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         try:
@@ -42,15 +42,15 @@ def start_ray(config: PipelineConfig) -> None:
         except (ConnectionError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"cluster.address: no Ray cluster answers at {address}: {reason}. Start it first."
+                f"cluster.address: no Ray cluster answers at {address}: {reason}. Start the cluster first."
             ) from None
     else:
-        needed = max(wanted.cpus_per_worker * wanted.num_workers for wanted in worker_resources(config).values())
+        needed = max(each.cpus_per_worker * each.num_workers for each in worker_resources(config).values())
         num_cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, needed)
-        # A cluster of this run alone: it dies with this process, joins no other that happens to be there, and survives a
-        # change of network. Its workers inherit this process's environment; a runtime_env would cost each a second.
+        # A private cluster: it ends with this process, joins no existing cluster and survives a change of network. Its
+        # workers inherit this process's environment; a runtime_env would cost one second per worker.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # What needs more memory than there is would be tried for ever.
+        # Ray retries a task that runs out of memory without limit by default.
         os.environ.setdefault("RAY_task_oom_retries", "5")
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -58,8 +58,8 @@ def start_ray(config: PipelineConfig) -> None:
         for name, amount in resources.per_worker().items():
             if total.get(name, 0) < amount:
                 raise ConfigError(
-                    f"resources: a worker of {stage} wants {amount:g} {name}, but the cluster has {total.get(name, 0):g} "
-                    f"in all. Lower resources.cpus_per_worker or resources.gpus_per_worker, or join another cluster."
+                    f"resources: one worker of {stage} needs {amount:g} {name}, but the cluster has {total.get(name, 0):g} "
+                    f"in total. Lower resources.cpus_per_worker or resources.gpus_per_worker, or join another cluster."
                 )
 
 

@@ -1,13 +1,13 @@
-"""The DAG that a configuration asks for."""
+"""Composition of the DAG from a configuration."""
 
 from pipelines import dag as dags
 from pipelines.dataset import PipelineConfig
-from pipelines.pipeline import pipeline_of
+from pipelines.pipeline import find_pipeline
 from tasks.stage import Run
 from tasks.tracking import Tracker
 
 
 def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
-    """The DAG of a configuration; without a run, to look at only."""
+    """Compose the DAG of a configuration; without a run it can be inspected but not executed."""
     placeholder = Run("", "", config.storage, Tracker("", ""), "")
-    return dags.compose(pipeline_of(config.system).compose, config, run or placeholder)
+    return dags.compose(find_pipeline(config.system).compose, config, run or placeholder)

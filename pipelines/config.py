@@ -1,4 +1,4 @@
-"""The configuration of a pipeline: a preset, a run file over it, `--set` over that; typed and checked as a whole."""
+"""Pipeline configuration: a preset, overridden by a run file, overridden by `--set`; typed and validated as a whole."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dataset import PipelineConfig
-from pipelines.pipeline import pipeline_of
+from pipelines.pipeline import find_pipeline
 from pipelines.preset import read_preset, read_toml
 from unclip import config
 from unclip.errors import ConfigError
@@ -17,17 +17,17 @@ def load(
 ) -> PipelineConfig:
     """Resolve a pipeline's configuration.
 
-    A run file or assignment may name another system than the preset's: of the preset, the settings that all systems share
-    stay, and those of its own system's parts are left out.
+    A run file or an assignment may name another system than the preset does. The preset's settings that all systems share
+    then remain; the settings of its own system's parts are dropped.
 
     Args:
         pipeline: name of a preset.
-        run_file: TOML file with what differs from the preset.
+        run_file: TOML file with the settings that differ from the preset.
         assignments: `section.field=value`, applied last.
         storage: overrides the storage root.
 
     Raises:
-        ConfigError: an unknown pipeline, section, key or an impossible value.
+        ConfigError: unknown pipeline, section or key, or invalid value.
         InputError: the run file cannot be read.
     """
     layers = read_preset(pipeline)
@@ -44,20 +44,20 @@ def load(
     if storage is not None:
         values["storage"] = storage
     if "scenes" in values and "ingest" not in values:
-        values["ingest"] = {"urls": "scenes"}  # replaced by the list that the scenes are written to
+        values["ingest"] = {"urls": "scenes"}  # replaced by the list of scenes once it is written
     if "ingest" not in values:
-        raise ConfigError("ingest.urls: missing. Name your list of URLs and captions: --set ingest.urls=pairs.parquet")
-    of_system = pipeline_of(_system(values))
-    return config.load(of_system.config, of_system.resolve(values))
+        raise ConfigError("ingest.urls: missing. Set your list of URLs and captions: --set ingest.urls=pairs.parquet")
+    pipeline_spec = find_pipeline(_system(values))
+    return config.load(pipeline_spec.config, pipeline_spec.resolve(values))
 
 
 def _only_system(assignments: Sequence[str]) -> dict[str, Any]:
-    """The system that assignments name, if they name one."""
-    named: dict[str, Any] = {}
+    """Return only the assignment of `system`, if there is one."""
+    values: dict[str, Any] = {}
     for assignment in assignments:
         if assignment.partition("=")[0].strip() == "system":
-            named = config.override(named, assignment)
-    return named
+            values = config.override(values, assignment)
+    return values
 
 
 def _system(values: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def _system(values: Mapping[str, Any]) -> str:
 
 
 def _shared(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """The settings that a class has, in its sections too; systems extend both."""
+    """Keep only the settings that the class defines, recursively; systems extend the class and its sections."""
     known = config.field_types(cls)
     return {
         name: _shared(value, known[name])

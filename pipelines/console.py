@@ -1,4 +1,4 @@
-"""The console of a run: how its stages fare."""
+"""Console output of a run: stage states and progress."""
 
 import shutil
 import sys
@@ -12,9 +12,9 @@ from tasks.store import Store
 
 
 class Console:
-    """Tells how the stages of a run fare: a line when one changes, and how far the running ones are.
+    """Prints a line when a stage changes state, and the progress of running stages.
 
-    On a terminal the progress is redrawn in place; in a log it is a line now and then.
+    On a terminal, progress is redrawn in place; in a log file, it is a line every 15 seconds.
     """
 
     LOG_SECONDS = 15.0
@@ -22,25 +22,25 @@ class Console:
     def __init__(self, store: Store, run_id: str, stages: list[str]) -> None:
         self.store, self.run_id, self.stages = store, run_id, stages
         self.width = max(map(len, stages))
-        self.told: dict[str, str] = {}
+        self.printed: dict[str, str] = {}
         self.logged: dict[str, float] = {}
         self.is_terminal = sys.stdout.isatty()
-        self.drawn = 0
+        self.num_progress_lines = 0
 
     def refresh(self) -> None:
         events = stage_events(self.store, self.run_id)
         self._erase()
         for name in self.stages:
             event = events.get(name)
-            if event and self.told.get(name) != event["state"]:
-                self.told[name] = event["state"]
-                self._tell(name, event)
-        for name, state in self.told.items():
+            if event and self.printed.get(name) != event["state"]:
+                self.printed[name] = event["state"]
+                self._print_state(name, event)
+        for name, state in self.printed.items():
             if state == "running":
-                self._tell_progress(name)
+                self._print_progress(name)
         sys.stdout.flush()
 
-    def _tell(self, name: str, event: Mapping[str, Any]) -> None:
+    def _print_state(self, name: str, event: Mapping[str, Any]) -> None:
         seconds = f"{event['seconds']:.0f} s" if event.get("seconds") is not None else ""
         marks = {"running": "▶", "done": "✓", "cached": "=", "failed": "✗", "skipped": "-"}
         print(
@@ -48,17 +48,17 @@ class Console:
         )
         self.logged[name] = time.monotonic()
 
-    def _tell_progress(self, name: str) -> None:
+    def _print_progress(self, name: str) -> None:
         path = ("runs", self.run_id, "progress", f"{name}.json")
         due = self.is_terminal or time.monotonic() - self.logged[name] >= self.LOG_SECONDS
         if due and self.store.exists(*path):
             self.logged[name] = time.monotonic()
-            self.drawn += 1
+            self.num_progress_lines += 1
             line = bar(name.ljust(self.width), self.store.read_json(*path))
-            # A line that wraps could not be erased.
+            # A wrapped line could not be erased.
             print(line[: shutil.get_terminal_size().columns - 1] if self.is_terminal else line)
 
     def _erase(self) -> None:
-        if self.is_terminal and self.drawn:
-            print(f"\x1b[{self.drawn}F\x1b[J", end="")
-        self.drawn = 0
+        if self.is_terminal and self.num_progress_lines:
+            print(f"\x1b[{self.num_progress_lines}F\x1b[J", end="")
+        self.num_progress_lines = 0

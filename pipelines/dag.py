@@ -1,4 +1,4 @@
-"""The DAG as data: which stages there are, what state each is in, and pictures of it. Nothing here starts anything."""
+"""The DAG as data: its stages, their states and its diagrams. Nothing here executes a stage."""
 
 import dataclasses
 import io
@@ -18,19 +18,20 @@ class Node:
     stage: Stage
     config: Any
     section: tuple[str, ...]
-    """Path of its settings in those of the pipeline."""
+    """Path of the stage's settings within the pipeline's settings."""
     parents: tuple[str, ...]
     ray_node: Any
-    """Ray's own DAG node; its `execute` runs the stage after its parents."""
+    """Ray DAG node; `execute` runs the stage after its parents."""
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Whether a stage has to run."""
+    """State of a stage: up to date or to be run."""
 
     label: str
-    """cached, or to run."""
+    """"cached" or "to run"."""
     why: str
+    """Reason, for people."""
     artifact: Artifact | None = None
 
 
@@ -39,7 +40,7 @@ Dag = Mapping[str, Node]
 
 
 class Binder:
-    """Places stages, each with its own section of a configuration, in a DAG."""
+    """Adds stages to a DAG, each with its section of the configuration."""
 
     def __init__(self, config: Any, run: Run) -> None:
         self.config, self.run = config, run
@@ -47,19 +48,19 @@ class Binder:
         self._names: dict[int, str] = {}
 
     def __call__(self, stage: Stage, *parents: Any) -> Any:
-        """Stage `x`, configured by `config.x`."""
+        """Add stage `x`, configured by `config.x`."""
         return self._place(stage, (stage.name,), parents)
 
     def each(self, stage: Stage, *parents: Any) -> tuple[Any, ...]:
-        """Stage `x` as `x-a`, `x-b` and so on, for all the sections `config.xs` has."""
+        """Add stage `x` once per section of `config.xs`, as `x-a`, `x-b` and so on."""
         keys = getattr(self.config, f"{stage.name}s")
         return tuple(self._place(stage.member(key), (f"{stage.name}s", key), parents) for key in keys)
 
     def _place(self, stage: Stage, section: tuple[str, ...], parents: tuple[Any, ...]) -> Any:
         stage_config = _section(self.config, section)
         ray_node = stage.bind(self.run, stage_config, *parents)
-        of = tuple(self._names[id(parent)] for parent in parents)
-        self.nodes[stage.name] = Node(stage, stage_config, section, of, ray_node)
+        parent_names = tuple(self._names[id(parent)] for parent in parents)
+        self.nodes[stage.name] = Node(stage, stage_config, section, parent_names, ray_node)
         self._names[id(ray_node)] = stage.name
         return ray_node
 
@@ -71,7 +72,7 @@ def _section(config: Any, path: tuple[str, ...]) -> Any:
 
 
 def with_section(config: Any, path: tuple[str, ...], section: Any) -> Any:
-    """A copy of a pipeline's settings with another section at this path."""
+    """Return a copy of the settings with the section at this path replaced."""
     if not path:
         return section
     inner = with_section(_section(config, path[:1]), path[1:], section)
@@ -88,7 +89,7 @@ def compose(pipeline: Callable[[Binder], Any], config: Any, run: Run) -> Dag:
 
 
 def up_to(dag: Dag, last: str) -> Dag:
-    """The part of the DAG that `last` needs, itself included."""
+    """Return the subgraph of `last` and its ancestors."""
     needed = {last}
     for name in reversed(list(dag)):
         if name in needed:
@@ -97,7 +98,7 @@ def up_to(dag: Dag, last: str) -> Dag:
 
 
 def states(dag: Dag, store: Store) -> dict[str, State]:
-    """What a run would do now: each stage's state and the reason for it."""
+    """Return the state of each stage, and the reason for it, as a run would find them now."""
     found: dict[str, State] = {}
     for name, node in dag.items():
         waiting = [parent for parent in node.parents if found[parent].artifact is None]
@@ -117,7 +118,7 @@ def states(dag: Dag, store: Store) -> dict[str, State]:
 
 
 def mermaid(dag: Dag, labels: Mapping[str, str] | None = None) -> str:
-    """The DAG as Mermaid text; `labels` (stage -> state) colour it."""
+    """Render the DAG as Mermaid text; `labels` (stage -> state) set the colours."""
     lines = ["flowchart LR"]
     lines += [f"    {parent} --> {name}" for name, node in dag.items() for parent in dict.fromkeys(node.parents)]
     for name, label in (labels or {}).items():
@@ -125,8 +126,8 @@ def mermaid(dag: Dag, labels: Mapping[str, str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(dag: Dag, labels: Mapping[str, str] | None = None) -> bytes:
-    """The DAG as a PNG: stages in columns by their distance from the first."""
+def render_png(dag: Dag, labels: Mapping[str, str] | None = None) -> bytes:
+    """Render the DAG as a PNG, with stages in columns by their distance from the first."""
     from matplotlib.figure import Figure
 
     depth: dict[str, int] = {}
@@ -158,6 +159,6 @@ def picture(dag: Dag, labels: Mapping[str, str] | None = None) -> bytes:
     axes.set_ylim(0.1 - tallest / 2, tallest / 2 - 0.1)
     axes.axis("off")
     buffer = io.BytesIO()
-    figure.draw_without_rendering()  # arrows end where boxes are, which they only then know
+    figure.draw_without_rendering()  # arrows need the positions of the boxes
     figure.savefig(buffer)
     return buffer.getvalue()

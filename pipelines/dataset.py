@@ -1,4 +1,4 @@
-"""The half of a pipeline that all systems share: its settings, its stages from a list of URLs to a dataset, and its end."""
+"""The part of a pipeline that all systems share: settings, the stages from a list of URLs to a dataset, and the last stages."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -21,44 +21,44 @@ from tasks.store import DEFAULT_ROOT
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """The cluster that stages run on."""
+    """Ray cluster that stages run on."""
 
     address: str | None = None
-    """Address of a Ray cluster; None joins the one that submitted the job, or starts one on this machine."""
+    """Address of a Ray cluster; None joins the cluster that the job was submitted to, or starts one on this machine."""
     num_cpus: int | None = None
-    """Logical CPUs of the cluster that is started on this machine; None takes all it has."""
+    """Logical CPUs of a cluster started on this machine; None uses all CPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetResources(StageResources):
-    """Resources of workers: of all stages, but for those that have a section of their own."""
+    """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
     clip: Resources | None = None
-    """For training CLIP."""
+    """Resources for training CLIP."""
     embed: Resources | None = None
-    """For embedding."""
+    """Resources for embedding."""
     evaluate: Resources | None = None
-    """For sampling and measuring images."""
+    """Resources for sampling and evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """Settings of a run that all systems share; sections named like stages are those stages' own.
+    """Settings of a run that all systems share; each stage reads the section of its name.
 
-    A system's pipeline extends this class by the sections of its parts.
+    A system's pipeline extends this class with the sections of its parts.
     """
 
     ingest: IngestConfig
     storage: str = DEFAULT_ROOT
     """Folder or URI that holds everything the pipeline makes."""
     tracking_uri: str | None = None
-    """MLflow server or database; None takes MLFLOW_TRACKING_URI, or a database in the storage folder."""
+    """MLflow server or database; None uses MLFLOW_TRACKING_URI if set, otherwise a database in the storage folder."""
     system: str = "unclip"
-    """The system that is trained: the way from captions to images."""
+    """Generative system to train, such as unclip."""
     cluster: ClusterConfig = ClusterConfig()
     resources: DatasetResources = DatasetResources()
     scenes: ScenesConfig | None = None
-    """Procedural images to train on; they are served on this machine while the pipeline runs."""
+    """Procedural images to train on, served on this machine while the pipeline runs."""
     download: DownloadConfig = DownloadConfig()
     filter: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
@@ -71,18 +71,18 @@ class PipelineConfig:
 
 
 class Dataset(NamedTuple):
-    """Nodes of the DAG that trainings depend on."""
+    """DAG nodes of the dataset, for the training stages."""
 
     snapshot: Any
-    """The dataset version."""
+    """Dataset version."""
     clip: Any
-    """The frozen CLIP that embedded it."""
+    """Frozen CLIP that embedded it."""
     report: Any
-    """The page about it."""
+    """Report page about it."""
 
 
 def dataset(bind: Binder) -> Dataset:
-    """From a list of URLs to a dataset version."""
+    """Add the stages from a list of URLs to a dataset version."""
     pairs = bind(ingest)
     images = bind(download, pairs)
     filtered = bind(filter, images)
@@ -94,10 +94,10 @@ def dataset(bind: Binder) -> Dataset:
 
 
 def finish(bind: Binder, data: Dataset, *parts: Any) -> Any:
-    """Evaluate a system and publish it.
+    """Add the stages that evaluate a system and publish it.
 
     Args:
-        parts: nodes of its parts, in the order in which it takes them; the frozen CLIP among them where it needs one.
+        parts: nodes of the system's parts, in the order it expects; includes the frozen CLIP if it needs one.
     """
     evaluation = bind(evaluate, data.snapshot, data.clip, *parts)
     return bind(publish, data.snapshot, evaluation, data.report, *parts)

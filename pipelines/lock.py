@@ -1,4 +1,4 @@
-"""One run at a time in a storage: a file lock in a local folder, a lease with a heartbeat in an object store."""
+"""A lock that allows one run at a time per storage: a file lock in a local folder, a renewed lease in an object store."""
 
 import contextlib
 import datetime
@@ -20,21 +20,21 @@ from unclip.errors import AlreadyRunningError, StorageError
 
 HEARTBEAT_SECONDS = 15.0
 EXPIRY_SECONDS = 90.0
-SETTLE_SECONDS = 2.0  # for two that start together to see each other's lease
+SETTLE_SECONDS = 2.0  # so that two runs that start together see each other's lease
 
 
 def lock(store: Store) -> contextlib.AbstractContextManager[None]:
-    """Hold the storage for the length of a `with` block.
+    """Lock the storage for the duration of a `with` block.
 
     Raises:
-        AlreadyRunningError: another process holds it.
+        AlreadyRunningError: another process holds the lock.
     """
     return _local_lock(Path(store.root, ".lock")) if store.is_local else _lease(store.uri("lease.json"))
 
 
 @contextlib.contextmanager
 def _local_lock(path: Path) -> Iterator[None]:
-    """The lock dies with its process."""
+    """Lock a file; the operating system releases it when the process ends."""
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,9 +50,9 @@ def _local_lock(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lease(uri: str) -> Iterator[None]:
-    """An object that is renewed while its owner lives, and counts for nothing when it has not been for 90 s.
+    """Hold a lease: an object that its owner renews, and that expires after 90 s without renewal.
 
-    Whether it is renewed is seen by looking at it for as long, since another machine's clock may say anything.
+    Expiry is judged by watching the object for 90 s, since the clocks of other machines cannot be trusted.
     """
     _refuse_if_renewed(uri)
     identity = uuid.uuid4().hex
@@ -63,16 +63,16 @@ def _lease(uri: str) -> Iterator[None]:
     renew(0)
     time.sleep(SETTLE_SECONDS)
     lease = _read(uri)
-    if lease is not None and lease["identity"] != identity:  # of two that wrote at the same time, the last has it
+    if lease is not None and lease["identity"] != identity:  # if two runs write at the same time, the last one wins
         raise _held(uri.rpartition("/")[0], lease["who"])
     beats = itertools.count(1)
 
-    def keep() -> None:
-        with contextlib.suppress(OSError, StorageError):  # a store that fails now and then is not another owner
+    def renew_again() -> None:
+        with contextlib.suppress(OSError, StorageError):  # a transient storage error does not mean another owner
             renew(next(beats))
 
     try:
-        with repeatedly(HEARTBEAT_SECONDS, keep, "lease"):
+        with repeatedly(HEARTBEAT_SECONDS, renew_again, "lease"):
             yield
     finally:
         with contextlib.suppress(OSError, StorageError):
@@ -80,22 +80,24 @@ def _lease(uri: str) -> Iterator[None]:
 
 
 def _refuse_if_renewed(uri: str) -> None:
-    """Wait until a lease is given back, or has not been renewed for as long as it lasts."""
+    """Wait until an existing lease is released or expires.
+
+    Raises:
+        AlreadyRunningError: the lease was renewed meanwhile.
+    """
     first, started = _read(uri), time.monotonic()
     if first is None:
         return
-    root, said = (
-        uri.rpartition("/")[0],
-        f"{first['who']}; a run that was killed is forgotten after {EXPIRY_SECONDS:.0f} s",
-    )
-    print(f"{root}: perhaps another run is at work here ({said}). Watching it.", file=sys.stderr, flush=True)
+    root = uri.rpartition("/")[0]
+    owner = f"{first['who']}; the lease of a killed run expires after {EXPIRY_SECONDS:.0f} s"
+    print(f"{root}: another run may be using this storage ({owner}). Waiting to find out.", file=sys.stderr, flush=True)
     while time.monotonic() - started < EXPIRY_SECONDS:
         time.sleep(HEARTBEAT_SECONDS / 3)
         lease = _read(uri)
         if lease is None:
             return
         if lease != first:
-            raise _held(root, said)
+            raise _held(root, owner)
 
 
 def _read(uri: str) -> Any:
@@ -107,7 +109,7 @@ def _read(uri: str) -> Any:
 
 def _held(root: object, who: str) -> AlreadyRunningError:
     return AlreadyRunningError(
-        f"{root}: another run is at work here ({who}). Wait for it, or choose another --storage."
+        f"{root}: another run is using this storage ({who}). Wait for it to end, or choose another --storage."
     )
 
 

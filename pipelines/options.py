@@ -1,4 +1,4 @@
-"""Options that commands of more than one module take."""
+"""Options shared by several commands."""
 
 import json
 from typing import Any
@@ -8,15 +8,18 @@ import click
 from pipelines.preset import pipeline_names
 
 STORAGE = click.option(
-    "--storage", metavar="FOLDER", envvar="UNCLIP_STORAGE", help="Folder or URI for everything the pipeline makes."
+    "--storage",
+    metavar="FOLDER",
+    envvar="UNCLIP_STORAGE",
+    help="Folder or URI for data, models and results.",
 )
 PIPELINE = click.argument("pipeline", shell_complete=lambda *given: complete(pipeline_names(), given[-1]))
-CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: what differs from the pipeline's preset.")
-SET = click.option("--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override one setting.")
-
-JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document instead; its keys are in docs/commands.md."
+CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: settings that differ from the preset.")
+SET = click.option(
+    "--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override a setting; repeatable."
 )
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document; docs/commands.md lists its keys.")
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -24,5 +27,5 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def complete(names: list[str], start: str) -> list[str]:
-    """Those that begin with what has been typed."""
+    """Return the names that begin with `start`."""
     return [name for name in names if name.startswith(start)]

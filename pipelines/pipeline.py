@@ -1,7 +1,7 @@
-"""A pipeline: how one system is configured and trained; and where pipelines are found.
+"""Pipelines: the configuration and training of one system each, and how they are found.
 
-A pipeline of this project is one file of `pipelines.systems` that defines `PIPELINE`. One of another package is an entry
-point of the group `unclip.pipelines`, named like its system, that names such a `Pipeline`.
+A pipeline of this project is a module in `pipelines.systems` that defines `PIPELINE`. A pipeline of another package is an
+entry point in the group `unclip.pipelines`, named after its system, that refers to a `Pipeline`.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ ENTRY_POINTS = "unclip.pipelines"
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """How a system is configured and trained."""
+    """Configuration and DAG of one system."""
 
     config: type[PipelineConfig]
-    """Class of its settings."""
+    """Class of its configuration."""
     compose: Callable[[Binder], Any]
-    """Composes its DAG; returns the last node."""
+    """Function that composes the DAG and returns its last node."""
     resolve: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
-    """Completes settings as they are given, before they are checked: model sizes by name, sizes that follow from others."""
+    """Completes the given settings before validation: expands named model sizes and derives dependent resolutions."""
 
 
-def pipeline_of(system: str) -> Pipeline:
-    """The pipeline that trains a system.
+def find_pipeline(system: str) -> Pipeline:
+    """Find the pipeline that trains a system.
 
     Raises:
-        ConfigError: there is none; names the nearest.
+        ConfigError: there is none; the message suggests the nearest name.
     """
     if re.fullmatch(r"[a-z][a-z0-9_]*", system):
         if importlib.util.find_spec(f"{systems.__name__}.{system}") is not None:

@@ -1,4 +1,4 @@
-"""Checks before anything starts, and the pinning of a pipeline's inputs."""
+"""Checks that run before anything starts, and the pinning of a pipeline's inputs."""
 
 import contextlib
 import dataclasses
@@ -15,23 +15,23 @@ from unclip import files
 from unclip.config import fingerprint, to_dict
 
 
-def prepare(config: PipelineConfig, retry_failed: bool = False, only_looks: bool = False) -> PipelineConfig:
-    """Check everything that can be wrong before anything starts, and pin the inputs.
+def prepare(config: PipelineConfig, retry_failed: bool = False, read_only: bool = False) -> PipelineConfig:
+    """Check all settings and inputs before anything starts, and pin the inputs.
 
     Args:
-        retry_failed: fetch again what failed for reasons that may have passed.
-        only_looks: leave nothing in the storage, which may not be there yet.
+        retry_failed: download again the URLs that failed for transient reasons.
+        read_only: write nothing to the storage, which need not exist yet.
 
     Returns:
-        The configuration with what the pipeline fills in: digests of the list, of the block lists and of the probes, limits
-        for the report.
+        The configuration with the values that the pipeline fills in: digests of the list, the block lists and the probes,
+        and limits for the report.
 
     Raises:
-        UnclipError: what is wrong, and what to do.
+        UnclipError: a setting or an input is invalid.
     """
-    tracking_uri(config)  # raises when there can be none
+    tracking_uri(config)  # raises if there can be none
     store = Store(config.storage)
-    if only_looks:
+    if read_only:
         store.check_may_be_written()
     else:
         store.check_writable()
@@ -39,7 +39,7 @@ def prepare(config: PipelineConfig, retry_failed: bool = False, only_looks: bool
         urls = config.ingest.urls
         if config.scenes is not None:
             urls = store.uri("scenes", f"{fingerprint(to_dict(config.scenes))[:16]}.parquet")
-            folder = stack.enter_context(tempfile.TemporaryDirectory()) if only_looks else None
+            folder = stack.enter_context(tempfile.TemporaryDirectory()) if read_only else None
             config = _with_scenes(config, urls, folder)
         for node in compose(config).values():
             if node.stage.pin is not None:
@@ -49,11 +49,11 @@ def prepare(config: PipelineConfig, retry_failed: bool = False, only_looks: bool
 
 
 def _with_scenes(config: PipelineConfig, urls: str, folder: str | None) -> PipelineConfig:
-    """Let the server of the procedural scenes be asked for those on its list.
+    """Write the list of procedural scenes, and allow downloads from their server.
 
     Args:
-        urls: URI of the list, which is written where there is none.
-        folder: where it is written instead, so that nothing stays.
+        urls: URI of the list, which is written if it does not exist.
+        folder: temporary folder to write it to instead; None writes to `urls`.
     """
     assert config.scenes is not None
     if not files.exists(urls):

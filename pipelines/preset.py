@@ -1,4 +1,4 @@
-"""The presets: one TOML file for each pipeline. Reading their names takes no time, so that a shell can complete them."""
+"""Presets: one TOML file per pipeline. Reading their names is fast enough for shell completion."""
 
 import tomllib
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ def pipeline_names() -> list[str]:
 
 
 def read_preset(pipeline: str) -> list[dict[str, Any]]:
-    """The settings of a pipeline, after those of the pipelines that it extends: each is laid over the ones before.
+    """Return the settings of a pipeline after those of the presets it extends; later layers override earlier ones.
 
     Raises:
-        ConfigError: an unknown pipeline.
+        ConfigError: unknown pipeline.
     """
     if pipeline not in pipeline_names():
         raise ConfigError(f"{pipeline}: unknown pipeline. {config.nearest(pipeline, pipeline_names())}")
@@ -29,11 +29,11 @@ def read_preset(pipeline: str) -> list[dict[str, Any]]:
 
 
 def model_names() -> list[str]:
-    """Parts that some preset has training settings for; for completion, which is asked before the pipeline is named."""
+    """Return the parts that any preset trains, for completing an argument that comes before the pipeline."""
     names: dict[str, None] = {}
     for values in (values for pipeline in pipeline_names() for values in read_preset(pipeline)):
         for name, section in values.items():
-            if isinstance(section, Mapping) and name != "clip":  # which belongs to the dataset
+            if isinstance(section, Mapping) and name != "clip":  # CLIP belongs to the dataset
                 names |= {name: None} if "trainer" in section else {}
                 members = {key: inner for key, inner in section.items() if isinstance(inner, Mapping)}
                 names |= {f"{name.removesuffix('s')}-{key}": None for key in members if "trainer" in members[key]}
@@ -41,12 +41,14 @@ def model_names() -> list[str]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Raises:
-    InputError: the file is not there, or is no TOML.
+    """Read a TOML file.
+
+    Raises:
+        InputError: the file does not exist or is not valid TOML.
     """
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{path}: no such run file. Name a TOML file with --config.") from None
+        raise InputError(f"{path}: no such run file. Give a TOML file with --config.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: cannot be read as TOML: {error}.") from None

@@ -1,25 +1,25 @@
-"""Finding the stack that was published."""
+"""Lookup of published stacks."""
 
 from pipelines.storage import open_storage, open_tracked
 from unclip.errors import InputError
 
 
 def find_stack(storage: str, model: str | None) -> str:
-    """Local folder of a published stack.
+    """Return the local folder of a published stack.
 
     Args:
-        storage: where pipelines publish to.
-        model: "name" or "name@alias" of a model in MLflow's registry; None takes the last that the storage published.
+        storage: storage that the pipeline published to.
+        model: "name" or "name@alias" of a model in the MLflow registry; None takes the stack published last in the storage.
 
     Raises:
-        InputError: nothing was published, or MLflow knows no such model.
+        InputError: nothing was published, or MLflow has no such model.
     """
     if model is None:
         store = open_storage(storage)
         names = store.list("published")
         if not names:
             raise InputError(
-                f"{store.root}: nothing was published here. Run a pipeline, or name its folder with --storage."
+                f"{store.root}: nothing has been published here. Run a pipeline, or give its folder with --storage."
             )
         records = [store.read_json("published", name) for name in names]
         return str(max(records, key=lambda record: record["at"])["stack"])

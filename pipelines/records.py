@@ -1,4 +1,4 @@
-"""The records of runs: in MLflow, and in the storage."""
+"""Records of runs, in MLflow and in the storage."""
 
 import contextlib
 import datetime
@@ -19,29 +19,30 @@ if TYPE_CHECKING:
 
 
 def tracking_uri(config: "PipelineConfig") -> str:
-    """Where MLflow keeps its records."""
+    """Return the MLflow tracking URI of a configuration."""
     return config.tracking_uri or tracking_uri_of(Store(config.storage))
 
 
 def tracking_uri_of(store: Store) -> str:
-    """Where MLflow keeps the records of a storage, unless its pipeline's configuration says otherwise.
+    """Return the default MLflow tracking URI of a storage; a configuration may override it.
 
     Raises:
-        ConfigError: the storage is no folder, which could hold a database, and no server is named.
+        ConfigError: the storage is not a local folder, and MLFLOW_TRACKING_URI is not set.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given and not store.is_local:
         raise ConfigError(
-            f"tracking_uri: {store.root} is no local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
+            f"tracking_uri: {store.root} is not a local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
         )
     return given or f"sqlite:///{store.root}/mlflow.db"
 
 
 def tracking_uris_of(store: Store) -> list[str]:
-    """Every MLflow that may know of a storage: of the environment, of the storage itself, and of each of its runs.
+    """Return the URI of every MLflow that may have records of a storage: the environment's, its own and those of its runs.
 
     Raises:
-        ConfigError: there is none, since the storage is no folder, no run says which server it had, and none is named.
+        ConfigError: there is none: the storage is not a local folder, no run recorded a server, and MLFLOW_TRACKING_URI is
+            not set.
     """
     paths = [("runs", run_id, "run.json") for run_id in store.list("runs")]
     records = [store.read_json(*path) for path in paths if store.exists(*path)]
@@ -52,14 +53,14 @@ def tracking_uris_of(store: Store) -> list[str]:
     uris += [record.get("tracking_uri") or record["config"].get("tracking_uri") for record in records]
     known: dict[str, str] = {}
     for uri in filter(None, uris):
-        known.setdefault(without_password(uri).rstrip("/"), uri)  # the environment may have the password
+        known.setdefault(without_password(uri).rstrip("/"), uri)  # the environment's URI may include the password
     if not known and not store.is_local:
         tracking_uri_of(store)
     return list(known.values())
 
 
 def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
-    """Register a run with MLflow and in the store, whose lock the caller holds."""
+    """Record the start of a run in MLflow and in the storage. The caller holds the lock of the storage."""
     from tasks.stage import Run
 
     uri = tracking_uri(config)
@@ -76,32 +77,32 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
         name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
         tags = {"unclip.pipeline": pipeline, "unclip.storage": store.root}
         run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
-    except Exception as error:  # the work is worth more than its records
-        print(f"MLflow at {uri} does not answer, so this run is not tracked: {str(error).splitlines()[0]}", flush=True)
+    except Exception as error:  # run anyway: the work matters more than its records
+        print(f"MLflow at {uri} does not answer; this run is not tracked: {str(error).splitlines()[0]}", flush=True)
     tracker = Tracker(uri, run_id)
     tracker.params(to_dict(config))
     tracker.json(to_dict(config), "config.json")
     identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     run = Run(identity, pipeline, store.root, tracker, experiment_id, config.resources)
     record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-    # None is the database in the storage, wherever that is moved to.
-    outside = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_password(uri)
-    record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": outside, "config": to_dict(config)}
+    # None stands for the database in the storage, so that the storage can be moved.
+    external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_password(uri)
+    record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": external_uri, "config": to_dict(config)}
     store.write_json(record, "runs", identity, "run.json")
     return run
 
 
 def close_run(run: "Run", store: Store, state: str) -> None:
-    """Tell both how the run ended: done, failed or stopped."""
+    """Record the end of a run in MLflow and in the storage; `state` is done, failed or stopped."""
     run.tracker.end({"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[state])
     record = store.read_json("runs", run.id, "run.json")
-    # When something failed, that is what is told; a run without this counts as killed.
+    # Keep the original error of a failed run. Without this record the run counts as killed.
     with contextlib.suppress(*[StorageError] * (state != "done")):
         store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
 
 
 def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str) -> None:
-    """We hold the lock of this storage, so what is still open there belongs to processes that died."""
+    """Close the MLflow runs of dead processes: the caller holds the lock, so no run of this storage is alive."""
     opened = mlflow_client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
     dead = {run.info.run_id for run in opened if run.data.tags.get("unclip.storage") == storage}
     for run in opened:

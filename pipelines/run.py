@@ -1,4 +1,4 @@
-"""Running a pipeline: checks first, then Ray, MLflow and the console; ends with a summary."""
+"""Pipeline runs: checks first, then Ray, MLflow and the console, and a summary at the end."""
 
 import contextlib
 import os
@@ -25,17 +25,17 @@ from unclip.config import require
 from unclip.errors import StageError, StoppedError, UnclipError
 
 STOP_PATIENCE_SECONDS = 25.0
-"""For trainings to write a checkpoint when the run is asked to stop; Kubernetes kills after thirty."""
+"""Time for training stages to write a checkpoint when the run is stopped; Kubernetes kills after 30 s."""
 
 
 def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None, retry_failed: bool = False) -> int:
-    """Run a pipeline; returns the exit code.
+    """Run a pipeline and return the exit code.
 
     Args:
-        until: the last stage to run, with those that it needs; None runs all.
+        until: last stage to run, after the stages it depends on; None runs all stages.
 
     Raises:
-        UnclipError: nothing was started, or a stage failed.
+        UnclipError: the checks failed and nothing was started, or a stage failed.
     """
     os.environ.update(WORKER_ENVIRONMENT)
     started = time.monotonic()
@@ -59,7 +59,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             dag = dags.up_to(dag, until) if until else dag
             labels = {name: state.label for name, state in states.items()}
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
-            run.tracker.bytes(dags.picture(dag, labels), "dag.png")
+            run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
             start_ray(config)
             failures = _execute(dag, run, store)
             state = "failed" if failures else "done"
@@ -86,26 +86,26 @@ def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store) 
 
 
 def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
-    """Execute the DAG, telling on the console how its stages fare; returns the stages that failed."""
+    """Execute the DAG with progress on the console; return the failures."""
     import warnings
 
     import ray
 
     last = list(dag)[-1]
     with warnings.catch_warnings():
-        # DAGNode.execute is announced to change; it is the API of the versions we allow
+        # Ray warns that DAGNode.execute will change; it works in all versions we allow
         warnings.simplefilter("ignore")
         result = dag[last].ray_node.execute()
     console = Console(store, run.id, list(dag))
     ready: list[Any] = []
-    with signals.asked_to_stop() as is_asked:
+    with signals.asked_to_stop() as is_stopping:
         while not ready:
             ready, _ = ray.wait([result], timeout=1.0)
             console.refresh()
-            if is_asked():
-                _stop_trainings(dag, run, store, console)
+            if is_stopping():
+                _stop_training(dag, run, store, console)
                 raise StoppedError(
-                    f"{run.pipeline}: stopped as asked. Nothing is lost: run the same command again to go on."
+                    f"{run.pipeline}: stopped as asked. Finished work is kept; run the same command again to resume."
                 )
     try:
         outcome = ray.get(result)
@@ -118,23 +118,23 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
             f"a process of the cluster died: {reason}. Finished work is kept; run the same command again."
         ) from None
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
-    # What a full disk kept from being recorded is still told.
-    told = [outcome] if isinstance(outcome, Failure) else []
-    return [Failure(event["stage"], event["message"]) for event in failed] or told
+    # On a full disk a failure may not have been recorded.
+    unrecorded = [outcome] if isinstance(outcome, Failure) else []
+    return [Failure(event["stage"], event["message"]) for event in failed] or unrecorded
 
 
-def _stop_trainings(dag: dags.Dag, run: Run, store: Store, console: Console) -> None:
-    """Ask those that run to write a checkpoint and end, and wait for them, but not for ever."""
+def _stop_training(dag: dags.Dag, run: Run, store: Store, console: Console) -> None:
+    """Ask running training stages to write a checkpoint and stop; wait for them up to STOP_PATIENCE_SECONDS."""
     files.write(run.stop_uri, b"")
     deadline = time.monotonic() + STOP_PATIENCE_SECONDS
-    started = set(store.list("runs", run.id, "progress"))  # others wait for CPUs
+    started = set(store.list("runs", run.id, "progress"))  # stages not started yet wait for CPUs
 
-    def train() -> bool:
+    def is_training() -> bool:
         running = [name for name, event in stage_events(store, run.id).items() if event["state"] == "running"]
         return any(f"{name}.json" in started and hasattr(dag[name].config, "trainer") for name in running)
 
-    if train():
-        print("stopping: what is trained writes a checkpoint first; ask again to stop at once", flush=True)
-    while train() and time.monotonic() < deadline:
+    if is_training():
+        print("stopping: training stages write a checkpoint first; interrupt again to stop at once", flush=True)
+    while is_training() and time.monotonic() < deadline:
         time.sleep(0.5)
         console.refresh()

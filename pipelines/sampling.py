@@ -1,4 +1,4 @@
-"""The options of all commands that sample with the published stack, and the stack that they open."""
+"""Options of all commands that sample from the published stack, and loading of that stack."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ SAMPLERS = (
     "dpm_solver_pp_2m",
     "heun",
     "analytic_dpm",
-)  # those of unclip.diffusion.samplers, whose import takes a second
+)  # as in unclip.diffusion.samplers, which takes a second to import
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +44,30 @@ class Request:
     image: str | None = None
 
     def check(self) -> None:
-        """Raise `InputError` for what is wrong without a look at the stack."""
+        """Check the options that do not depend on the stack.
+
+        Raises:
+            InputError: an option is invalid.
+        """
         if not Path(self.out).resolve().parent.is_dir():
             raise InputError(
-                f"--out: the folder {Path(self.out).resolve().parent} does not exist. Make it or name another."
+                f"--out: the folder {Path(self.out).resolve().parent} does not exist. Create it or choose another."
             )
         if self.each is not None and Path(self.each).exists() and not Path(self.each).is_dir():
-            raise InputError(f"--each: {self.each} is a file, expected a folder. Name another.")
+            raise InputError(f"--each: {self.each} is a file, expected a folder. Choose another.")
         if self.strength is not None and self.image is None:
-            raise InputError(f"--strength: got {self.strength:g} without an image to begin with. Add --image FILE.")
+            raise InputError(f"--strength: got {self.strength:g} without an initial image. Add --image FILE.")
         if self.image is not None:
             from tasks.untrusted import given as given_images
 
             given_images.check(self.image)
 
     def open(self) -> "tuple[System, Any]":
-        """The published system, and its sampling settings with the options applied.
+        """Load the published system; return it with its sampling settings, updated by the options.
 
         Raises:
-            InputError: nothing was published, or an option is none of this system's.
-            ConfigError: an unknown setting or an impossible value.
+            InputError: nothing was published, or the system does not support an option.
+            ConfigError: unknown setting or invalid value.
         """
         from pipelines.published import find_stack
 
@@ -75,15 +79,15 @@ class Request:
         spec = find_system(stack.system)
         system = spec.load(stack)
         values = config.to_dict(system.sampling)
-        for option, needed in (("negative", "negative"), ("image", "start")):
-            if getattr(self, option) is not None and needed not in spec.inputs:
-                raise InputError(f"--{option}: the system {spec.name} takes none. Leave it out.")
+        for option, required in (("negative", "negative"), ("image", "start")):
+            if getattr(self, option) is not None and required not in spec.inputs:
+                raise InputError(f"--{option}: not supported by the system {spec.name}. Leave it out.")
         for option in ("steps", "guidance_scale", "sampler", "eta", "strength"):
             value = getattr(self, option)
             if value is not None:
                 if option not in spec.shortcuts:
                     raise InputError(
-                        f"--{option.replace('_', '-')}: the system {spec.name} has no such setting. Leave it out."
+                        f"--{option.replace('_', '-')}: not supported by the system {spec.name}. Leave it out."
                     )
                 values = config.override(values, f"{spec.shortcuts[option]}={value}")
         for assignment in self.assignments:
@@ -91,7 +95,7 @@ class Request:
         return system, config.load(spec.sampling, values)
 
     def save(self, images: "Tensor", labels: Sequence[str] | None = None, *, columns: int, num_given: int = 0) -> None:
-        """Write images [N, 3, S, S] as one grid, and those after the given ones each in a file if that was asked for."""
+        """Write images [N, 3, S, S] as one grid; with --each, also write all but the first `num_given` as single files."""
         from unclip import imaging
 
         Path(self.out).write_bytes(imaging.png(imaging.grid(images, columns=columns, captions=labels)))
@@ -103,21 +107,28 @@ class Request:
 
 
 def sampling_options(out: str, *extra: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Adds the options of a `Request`, and those of one command before them."""
+    """Add the options of a `Request` to a command, after the command's own options."""
     shared = (
-        click.option("--seed", default=0, show_default=True, help="The same seed gives the same images."),
-        click.option("--steps", type=int, help="Sampling steps of the base images.  [default: as published]"),
-        click.option("--guidance-scale", type=float, help="Of the base images; 1 is off.  [default: as published]"),
+        click.option("--seed", default=0, show_default=True, help="Random seed; the same seed gives the same images."),
+        click.option("--steps", type=int, help="Sampling steps for the base images.  [default: as published]"),
+        click.option(
+            "--guidance-scale",
+            type=float,
+            help="Guidance scale for the base images; 1 is off.  [default: as published]",
+        ),
         click.option(
             "--set",
             "assignments",
             metavar="PART.FIELD=VALUE",
             multiple=True,
-            help="Override one sampling setting; the stack's stack.json lists them.",
+            help="Override one sampling setting, listed in the stack's stack.json; repeatable.",
         ),
-        click.option("--out", default=out, show_default=True, help="PNG to write: all images in a grid."),
-        click.option("--each", metavar="FOLDER", help="Also write every image as a PNG of its own."),
-        click.option("--model", help="Registered model, name or name@alias.  [default: the one in the storage]"),
+        click.option("--out", default=out, show_default=True, help="PNG file for the grid of all images."),
+        click.option("--each", metavar="FOLDER", help="Folder for one PNG file per image, in addition to the grid."),
+        click.option(
+            "--model",
+            help="Registered model, as NAME or NAME@ALIAS.  [default: the last published in the storage]",
+        ),
         STORAGE,
     )
 
@@ -129,15 +140,17 @@ def sampling_options(out: str, *extra: Callable[[Any], Any]) -> Callable[[Any], 
     return add
 
 
-def number(default: int, noun: str) -> Callable[[Any], Any]:
+def num_option(default: int, noun: str) -> Callable[[Any], Any]:
     return click.option("--num", default=default, show_default=True, help=f"Number of {noun}.")
 
 
-SAMPLER = click.option("--sampler", type=click.Choice(SAMPLERS), help="Of the base images.  [default: as published]")
-ETA = click.option(
-    "--eta", type=float, help="Noise of the sampler ddim, 0 to 1, for the base images.  [default: as published]"
+SAMPLER = click.option(
+    "--sampler", type=click.Choice(SAMPLERS), help="Sampler for the base images.  [default: as published]"
 )
-NEGATIVE = click.option("--negative", metavar="CAPTION", help="Guide away from this caption instead of the empty one.")
+ETA = click.option(
+    "--eta", type=float, help="Noise of the ddim sampler for the base images, 0 to 1.  [default: as published]"
+)
+NEGATIVE = click.option("--negative", metavar="CAPTION", help="Caption to guide away from, instead of the empty one.")
 
 
 def check_num(num: int, least: int = 1) -> None:
@@ -147,4 +160,4 @@ def check_num(num: int, least: int = 1) -> None:
 
 def check_caption(caption: str) -> None:
     if not caption.strip():
-        raise InputError("caption: got nothing, expected a description of the image.")
+        raise InputError("caption: got an empty caption, expected a description of the image.")

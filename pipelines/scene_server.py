@@ -1,6 +1,6 @@
-"""The demo's internet: procedural pictures over HTTP on this machine, some of them broken on purpose.
+"""HTTP server of procedural images on this machine, which stands in for the internet in the demo; some URLs fail on purpose.
 
-A picture is a pure function of (variant, seed, index), drawn when it is asked for; what is wrong with a URL is in its path.
+An image is a pure function of (variant, seed, index), rendered on request; the path of a URL says how it fails.
 """
 
 import collections
@@ -28,41 +28,41 @@ FAULTS = (
     "missing",  # HTTP 404
     "truncated",  # a JPEG that ends in the middle
     "short",  # fewer bytes than announced
-    "html",  # a page instead of a picture
-    "stalled",  # accepts, never answers
-    "redirect",  # leads to an internal address
-    "duplicate",  # the bytes of another URL's picture
-    "small",  # 8 pixels
-    "no_caption",  # a sound picture with an empty caption
-    "file",  # not a web address
+    "html",  # a page instead of an image
+    "stalled",  # accepts the connection, never answers
+    "redirect",  # redirects to an internal address
+    "duplicate",  # the bytes of another URL's image
+    "small",  # 8x8 pixels
+    "no_caption",  # a valid image with an empty caption
+    "file",  # a file: URL
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
     num_images: int = 3000
-    """Sound pictures on the list."""
+    """Number of valid images on the list."""
     side: int = 64
-    """Pixels of a picture's sides."""
+    """Resolution of the images, pixels."""
     seed: int = 0
-    """Another seed, other pictures."""
+    """Random seed of the images."""
     variant: scenes.Variant = "single"
-    """One object, or two in a relation."""
+    """Kind of scene: one object, or two objects in a relation."""
     port: int = 8765
-    """Where the server listens, on 127.0.0.1 only."""
+    """Port of the server, which listens on 127.0.0.1 only."""
     broken: float = 0.03
-    """Broken rows added to the list, as a share of the sound ones."""
+    """Number of broken rows added to the list, as a fraction of `num_images`."""
 
     def __post_init__(self) -> None:
         require(self.num_images >= 1, "num_images", self.num_images, "at least 1")
         require(8 <= self.side <= 2048, "side", self.side, "8 to 2048 pixels")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(1 <= self.port <= 65535, "port", self.port, "1 to 65535")
-        require(0 <= self.broken <= 1, "broken", self.broken, "a share from 0 to 1")
+        require(0 <= self.broken <= 1, "broken", self.broken, "a fraction from 0 to 1")
 
     @property
     def address(self) -> str:
-        """What `download.allow_hosts` has to list."""
+        """Entry needed in `download.allow_hosts`."""
         return f"{HOST}:{self.port}"
 
     @property
@@ -71,7 +71,7 @@ class ScenesConfig:
 
 
 class SceneServer(http.server.ThreadingHTTPServer):
-    """Serves the pictures of one configuration and remembers what was asked for."""
+    """Serves the images of one configuration and counts requests."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -79,12 +79,12 @@ class SceneServer(http.server.ThreadingHTTPServer):
     def __init__(self, config: ScenesConfig) -> None:
         self.config = config
         self.requests: collections.Counter[str] = collections.Counter()
-        """How often each path was asked for."""
+        """Number of requests by path."""
         self.closing = threading.Event()
         super().__init__((HOST, config.port), _Handler)
 
     def count(self, kind: str) -> int:
-        """Requests for "picture" or one of `FAULTS`."""
+        """Count requests of one kind: "picture" for valid images, or one of `FAULTS`."""
         return sum(number for path, number in list(self.requests.items()) if path.split("/")[-2] == kind)
 
 
@@ -94,13 +94,15 @@ def write_url_list(config: ScenesConfig, path: str) -> None:
     listed = [("picture", index) for index in range(config.num_images)]
     listed += [(FAULTS[number % len(FAULTS)], number // len(FAULTS)) for number in range(num_broken)]
     urls = [_url(config, kind, index) for kind, index in listed]
-    captions = ["" if kind == "no_caption" else draw(config, index)[1] for kind, index in listed]
+    captions = ["" if kind == "no_caption" else render(config, index)[1] for kind, index in listed]
     tables.write_file(path, pa.table({"url": urls, "caption": captions}))
 
 
 def check_port(port: int, setting: str) -> None:
-    """Raises:
-    InputError: another program listens on this port of this machine.
+    """Check that a port of this machine is free.
+
+    Raises:
+        InputError: another program listens on it.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -118,7 +120,7 @@ def serve(config: ScenesConfig) -> Iterator[SceneServer]:
     """Run the server in the background.
 
     Raises:
-        InputError: the port is taken.
+        InputError: the port is in use.
     """
     check_port(config.port, "scenes.port")
     server = SceneServer(config)
@@ -133,22 +135,22 @@ def serve(config: ScenesConfig) -> Iterator[SceneServer]:
         thread.join()
 
 
-def draw(config: ScenesConfig, index: int) -> tuple[np.ndarray, str]:
-    """A picture, uint8 [side, side, 3], and its caption."""
-    scene_rng, picture_rng, caption_rng = (np.random.default_rng([config.seed, index, use]) for use in range(3))
+def render(config: ScenesConfig, index: int) -> tuple[np.ndarray, str]:
+    """Render an image, uint8 [S, S, 3], and write its caption."""
+    scene_rng, image_rng, caption_rng = (np.random.default_rng([config.seed, index, use]) for use in range(3))
     scene = scenes.random_scene(scene_rng, variant=config.variant)
-    return scenes.render(scene, picture_rng, config.side), scenes.caption(scene, caption_rng)
+    return scenes.render(scene, image_rng, config.side), scenes.caption(scene, caption_rng)
 
 
 @functools.lru_cache(maxsize=64)
 def jpeg(config: ScenesConfig, index: int) -> bytes:
-    """A picture's bytes."""
-    return _encode(draw(config, index)[0])
+    """Render an image as JPEG bytes."""
+    return _encode(render(config, index)[0])
 
 
-def _encode(picture: np.ndarray) -> bytes:
+def _encode(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=95)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -180,7 +182,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send(b"<!doctype html><title>Sold out</title><p>This picture is gone.", "text/html")
         index = int(name.removesuffix(".jpg"))
         if kind == "small":
-            return self._send(_encode(draw(dataclasses.replace(config, side=8), index)[0]))
+            return self._send(_encode(render(dataclasses.replace(config, side=8), index)[0]))
         data = jpeg(config, index)
         if kind == "truncated":
             return self._send(data[: len(data) // 2])

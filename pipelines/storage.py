@@ -1,4 +1,4 @@
-"""The storage that a command reads, which must be there."""
+"""Opening of an existing storage, for commands that read it."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,14 @@ from pipelines.records import tracking_uri_of
 from tasks.store import DEFAULT_ROOT, ENTRIES, Store
 from unclip.errors import InputError
 
-REMEDY = "Run a pipeline first, or name the folder of one with --storage."
+REMEDY = "Run a pipeline first, or give its folder with --storage."
 
 
 def open_storage(storage: str | None) -> Store:
-    """The storage with this name, or the one that pipelines take when none is named. An empty folder will do.
+    """Open an existing storage, by default the one that pipelines use. An empty folder is accepted.
 
     Raises:
-        InputError: there is no such folder, or what it holds comes from no pipeline.
+        InputError: the folder does not exist, or no pipeline has stored anything in it.
     """
     store = Store(storage or DEFAULT_ROOT)
     if store.is_local and not Path(store.root).is_dir():
@@ -32,11 +32,11 @@ def open_storage(storage: str | None) -> Store:
 
 
 def open_tracked(storage: str | None) -> tuple[Store, str]:
-    """A storage and the MLflow that knows its runs. Where the environment names an MLflow, the storage may be missing.
+    """Return a storage and the MLflow tracking URI of its runs. If MLFLOW_TRACKING_URI is set, the storage need not exist.
 
     Raises:
-        InputError: there is no such storage.
+        InputError: the storage does not exist.
     """
-    is_elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
-    store = Store(storage or DEFAULT_ROOT) if is_elsewhere else open_storage(storage)
+    has_server = os.environ.get("MLFLOW_TRACKING_URI")
+    store = Store(storage or DEFAULT_ROOT) if has_server else open_storage(storage)
     return store, tracking_uri_of(store)

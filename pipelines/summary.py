@@ -1,4 +1,4 @@
-"""What a run came to: for people on the console, for programs in `summary.json`."""
+"""Summary of a run: printed on the console for people, and written to `summary.json` for programs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ ATTRIBUTES = ("colour", "background", "size", "shape", "place")
 
 
 def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Numbers of a finished run, from its artifacts alone, so that a run that found all done says the same."""
+    """Summarise a finished run from its artifacts alone, so that a run with nothing to do reports the same numbers."""
     summary: dict[str, Any] = {"pipeline": pipeline}
     if "curate" in artifacts:
         facts = artifacts["curate"].facts
@@ -32,7 +32,7 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
 
 
 def write_results(summary: Mapping[str, Any], artifacts: Mapping[str, Artifact], store: Store) -> None:
-    """Lay the summary and the pictures of the last run in `results/<pipeline>/`."""
+    """Write the summary, the report and the sample grids of a run to `results/<pipeline>/`."""
     pipeline = summary["pipeline"]
     store.write_json(summary, "results", pipeline, "summary.json")
     if "report" in artifacts:
@@ -70,12 +70,12 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
             "clip score " + "  ".join(f"{group} {score:.3f}" for group, score in summary["clip_score"].items())
         )
     if "captions" in summary:
-        lines.append(f"pictures   {store.uri('results', summary['pipeline'], 'heldout.png')}")
+        lines.append(f"images     {store.uri('results', summary['pipeline'], 'heldout.png')}")
     if "report" in summary["seconds"]:
         lines.append(f"report     {store.uri('results', summary['pipeline'], 'report.html')}")
     lines.append(f"summary    {store.uri('results', summary['pipeline'], 'summary.json')}")
     storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {config.storage}"
-    lines.append(f"look       unclip ui{storage}")
+    lines.append(f"browse     unclip ui{storage}")
     if "stack" in summary:
-        lines.append(f'draw       unclip sample "a small yellow star on a purple background"{storage} --out grid.png')
+        lines.append(f'sample     unclip sample "a small yellow star on a purple background"{storage} --out grid.png')
     print("\n".join(lines), flush=True)

@@ -1,4 +1,4 @@
-"""One small Ray cluster for all tests that need one."""
+"""A small Ray cluster shared by all tests that need one."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))  # for Ray's workers
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes, whose threads would wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes, whose threads would compete
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Every fault of the matrix that concerns data has a test that names it."""
+"""Every fault of the fault matrix is named by a test."""
 
 import ast
 import re

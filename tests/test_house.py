@@ -1,4 +1,4 @@
-"""The rules of the house: which module may import which, and which words only a system may say."""
+"""Architecture rules: allowed imports between modules, and words that only systems may use."""
 
 import ast
 import graphlib
@@ -17,11 +17,11 @@ PATHS = {
     for package in PACKAGES
     for path in (ROOT / package).rglob("*.py")
 }
-"""Module -> its file."""
+"""Module name -> file."""
 
 
 def names_imported(path: Path) -> set[str]:
-    """All names that a file imports, at its top, in functions, or for types alone: packages, modules, and what is in them."""
+    """Return all names that a file imports anywhere, including in functions and for types: packages, modules and members."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -77,24 +77,24 @@ def test_stages_and_commands_do_not_import_each_other(folder: str) -> None:
     assert not found
 
 
-def room(module: str) -> str:
-    """The folder below the package that a module is in; a module right in a package is a room of its own."""
+def folder_of(module: str) -> str:
+    """Return the folder of a module, one level below the package; a module directly in a package stands for itself."""
     parts = module.split(".")
     return "/".join(parts[:2]) if len(parts) > 2 else module
 
 
 @pytest.mark.parametrize("level", ["modules", "folders"])
-def test_no_imports_go_in_a_circle(level: str) -> None:
+def test_there_are_no_circular_imports(level: str) -> None:
     graph: dict[str, set[str]] = {}
     for module, names in IMPORTS.items():
         for name in names & PATHS.keys():
-            source, target = (module, name) if level == "modules" else (room(module), room(name))
+            source, target = (module, name) if level == "modules" else (folder_of(module), folder_of(name))
             if source != target:
                 graph.setdefault(source, set()).add(target)
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_unclip_needs_torch_numpy_and_pyarrow_alone() -> None:
+def test_unclip_needs_only_torch_numpy_and_pyarrow() -> None:
     blocked = ["ray", "mlflow", "open_clip", "deltalake", "img2dataset", "PIL", "matplotlib", "safetensors", "tasks"]
     blocked += ["diffusers", "transformers"]
     modules = [module for module in PATHS if is_in(module, "unclip")]
@@ -105,12 +105,10 @@ def test_unclip_needs_torch_numpy_and_pyarrow_alone() -> None:
 PARTS = re.compile(r"(?i)prior(?!it)|decoder|upsampler")
 KNOW_PARTS = ("pipelines.systems", "unclip.systems", "unclip.models", "unclip.interop")
 EXCEPTIONS = {
-    "pipelines.commands.exchange": {
-        "upsampler"
-    },  # diffusers' pipelines have no place for a third, which is given beside
-    "unclip.diffusion.process": {"prior"},  # the variational bound's term of x_T
+    "pipelines.commands.exchange": {"upsampler"},  # the third, which diffusers pipelines cannot hold, has an option
+    "unclip.diffusion.process": {"prior"},  # the term of x_T in the variational bound
 }
-"""Words that a module may say nevertheless, and why."""
+"""Words allowed in a module anyway, and why."""
 
 
 def test_only_systems_know_the_names_of_parts() -> None:
@@ -131,10 +129,10 @@ def test_only_systems_know_the_names_of_parts() -> None:
         ([], "unclip ", False),
         ([], "unclip run ", False),
         ([], "unclip train ", False),
-        (["plan", "tiny", "--set", "system=stranger"], None, True),  # which is what proves that it could be
+        (["plan", "tiny", "--set", "system=stranger"], None, True),  # proves that the package can be imported
     ],
 )
-def test_packages_of_others_are_imported_when_they_are_named(
+def test_other_packages_are_imported_only_when_named(
     tmp_path: Path, arguments: list[str], typed: str | None, is_imported: bool
 ) -> None:
     info = tmp_path / "stranger-0.1.dist-info"

@@ -1,4 +1,4 @@
-"""The commands that look at dataset versions and rows."""
+"""Commands that show dataset versions and rows."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Look at dataset versions and at single rows."""
+    """Inspect dataset versions and rows."""
 
 
 @data.command("list")
@@ -30,21 +30,24 @@ def list_versions(storage: str | None, as_json: bool) -> None:
         print_json({"storage": store.root, "versions": [_facts(version) for version in found]})
         return
     for version in found:
-        made = version.facts["committed"].astimezone()
+        committed = version.facts["committed"].astimezone()
         counts = "  ".join(f"{count:,} {name}" for name, count in version.counts.items())
         click.echo(
-            f"{version.number:>3}  {version.digest[:8]}  {version.facts['pipeline']}  {made:%Y-%m-%d %H:%M}  {counts}"
+            f"{version.number:>3}  {version.digest[:8]}  {version.facts['pipeline']}  {committed:%Y-%m-%d %H:%M}  {counts}"
         )
 
 
 @data.command()
 @click.argument("old")
 @click.argument("new", default="latest")
-@click.option("--keys", is_flag=True, help="Also print the keys.")
+@click.option("--keys", is_flag=True, help="Also print the keys of the rows.")
 @STORAGE
 @JSON
 def diff(old: str, new: str, keys: bool, storage: str | None, as_json: bool) -> None:
-    """Say how two dataset versions differ; name them by number, digest or `latest`."""
+    """Compare two dataset versions.
+
+    OLD and NEW are each a number, a digest or `latest`; NEW defaults to `latest`.
+    """
     from pipelines.storage import open_storage
     from tasks.lineage.provenance import difference, find_version
 
@@ -75,10 +78,10 @@ def diff(old: str, new: str, keys: bool, storage: str | None, as_json: bool) -> 
 @STORAGE
 @JSON
 def show(key: str, storage: str | None, as_json: bool) -> None:
-    """Say where a row came from, why it was dropped, and which dataset versions and runs contain it.
+    """Show where a row came from and what became of it.
 
-    KEY is a row's key or the first six or more of its 32 digits. Exit codes: 0 the row was found, whatever became of it; 2 no
-    row or several have this key.
+    Prints why the row was dropped, and which dataset versions and runs contain it. KEY is the key of the row, or at least
+    its first 6 of 32 digits. Exit codes: 0 if the row was found, kept or not; 2 if no row or several rows match.
     """
     from pipelines.storage import open_storage
     from tasks.lineage import provenance

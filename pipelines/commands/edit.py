@@ -1,11 +1,11 @@
-"""The commands that start from images: variations, interpolations, edits, probes, inpainting."""
+"""Commands that start from images: variations, interpolation, edits, probes and inpainting."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.sampling import ETA, NEGATIVE, SAMPLER, Request, check_caption, check_num, number, sampling_options
+from pipelines.sampling import ETA, NEGATIVE, SAMPLER, Request, check_caption, check_num, num_option, sampling_options
 from unclip.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,55 +19,56 @@ NOISE = click.option(
     type=click.Choice(("inverted", "fixed")),
     default="inverted",
     show_default=True,
-    help="Start from the noise that the pictures come from, or from noise of the seed.",
+    help="Initial noise: obtained by inverting the images, or drawn from the seed.",
 )
-PICTURE = click.argument("picture")
+IMAGE = click.argument("path", metavar="IMAGE")
 
 
 @click.command()
-@PICTURE
+@IMAGE
 @sampling_options(
     "variations.png",
-    number(7, "variations"),
+    num_option(7, "variations"),
     click.option(
-        "--eta", type=float, help="Start from the picture and add so much noise, 0 to 1.  [default: start anew]"
+        "--eta", type=float, help="Invert IMAGE, then sample with this much noise, 0 to 1.  [default: start from noise]"
     ),
 )
-def vary(picture: str, num: int, eta: float | None, **given: Any) -> None:
-    """Draw variations of PICTURE: what CLIP sees in it stays, the rest changes.
+def vary(path: str, num: int, eta: float | None, **given: Any) -> None:
+    """Sample variations of IMAGE.
 
-    Of a picture that is not square its middle is taken; any size will do.
+    What the CLIP embedding of IMAGE captures stays, the rest changes. IMAGE may have any size; it is cropped to its central
+    square.
     """
     request = Request(**given)
     check_num(num)
     if eta is not None:
         _check_share(eta, "--eta")
-    _check_pictures(picture)
+    _check_images(path)
     request.check()
     stack, sampling = _open(request)
-    [image] = _read(stack, picture)
+    [image] = _read(stack, path)
     from unclip.systems.unclip import manipulations
 
     length = manipulations.num_steps(stack, sampling, num, 0 if eta is None else 1)
     with click.progressbar(length=length, label="sampling") as bar:
-        drawn = manipulations.variations(
+        samples = manipulations.variations(
             stack, image, num, eta=eta, seed=request.seed, sampling=sampling, progress=bar.update
         )
-    _save_rows(request, [image], drawn, ["given"] + [""] * num)
+    _save_row(request, [image], samples, ["given"] + [""] * num)
 
 
 @click.command()
 @click.argument("first")
 @click.argument("second")
-@sampling_options("interpolation.png", number(7, "pictures, the two ends included"), NOISE)
+@sampling_options("interpolation.png", num_option(7, "images, including both ends"), NOISE)
 def interpolate(first: str, second: str, num: int, noise: Any, **given: Any) -> None:
-    """Draw pictures on the way from picture FIRST to picture SECOND.
+    """Sample an interpolation from image FIRST to image SECOND.
 
-    Of a picture that is not square its middle is taken; any size will do.
+    The images may have any size; they are cropped to their central square.
     """
     request = Request(**given)
     check_num(num, least=2)
-    _check_pictures(first, second)
+    _check_images(first, second)
     request.check()
     stack, sampling = _open(request)
     one, other = _read(stack, first, second)
@@ -76,42 +77,42 @@ def interpolate(first: str, second: str, num: int, noise: Any, **given: Any) -> 
     thetas = [index / (num - 1) for index in range(num)]
     length = manipulations.num_steps(stack, sampling, num, 2 if noise == "inverted" else 0)
     with click.progressbar(length=length, label="sampling") as bar:
-        drawn = manipulations.interpolate(
+        samples = manipulations.interpolate(
             stack, one, other, thetas, noise=noise, seed=request.seed, sampling=sampling, progress=bar.update
         )
-    _save_rows(request, [one], drawn, ["first", *_percent(thetas), "second"], after=[other])
+    _save_row(request, [one], samples, ["first", *_percent(thetas), "second"], after=[other])
 
 
 @click.command()
-@PICTURE
+@IMAGE
 @click.argument("caption")
 @sampling_options(
     "edit.png",
-    click.option("--from", "base_caption", default="a photo", show_default=True, help="Says what PICTURE shows."),
-    click.option("--theta", default=0.5, show_default=True, help="How far to go, 0 to 1."),
-    number(6, "pictures on the way, PICTURE drawn again included"),
+    click.option("--from", "base_caption", default="a photo", show_default=True, help="Caption that describes IMAGE."),
+    click.option("--theta", default=0.5, show_default=True, help="Strength of the edit, 0 to 1."),
+    num_option(6, "images of increasing strength; the first is the reconstruction of IMAGE"),
     NOISE,
 )
-def edit(picture: str, caption: str, base_caption: str, theta: float, num: int, noise: Any, **given: Any) -> None:
-    """Change PICTURE by words: the way from the caption --from to CAPTION.
+def edit(path: str, caption: str, base_caption: str, theta: float, num: int, noise: Any, **given: Any) -> None:
+    """Edit IMAGE in the direction from one caption to another.
 
-    The more alike the two captions are but for what shall change, the more stays as it is. Of a picture that is not square
-    its middle is taken; any size will do.
+    The edit goes from the caption --from to CAPTION. Word both captions alike, except for the intended change, to keep the
+    rest of the image. IMAGE may have any size; it is cropped to its central square.
     """
     request = Request(**given)
     check_num(num, least=2)
     check_caption(caption)
     _check_share(theta, "--theta")
-    _check_pictures(picture)
+    _check_images(path)
     request.check()
     stack, sampling = _open(request)
-    [image] = _read(stack, picture)
+    [image] = _read(stack, path)
     from unclip.systems.unclip import manipulations
 
     thetas = [theta * index / (num - 1) for index in range(num)]
     length = manipulations.num_steps(stack, sampling, num, 1 if noise == "inverted" else 0)
     with click.progressbar(length=length, label="sampling") as bar:
-        drawn = manipulations.text_diff(
+        samples = manipulations.text_diff(
             stack,
             image,
             [caption],
@@ -122,61 +123,62 @@ def edit(picture: str, caption: str, base_caption: str, theta: float, num: int, 
             sampling=sampling,
             progress=bar.update,
         )
-    _save_rows(request, [image], drawn, ["given", *_percent(thetas)])
+    _save_row(request, [image], samples, ["given", *_percent(thetas)])
 
 
 @click.command()
-@PICTURE
+@IMAGE
 @sampling_options(
     "probe.png",
     click.option("--components", help="Numbers of components, such as 1,4,16.  [default: all, a half, a quarter, ...]"),
 )
-def probe(picture: str, components: str | None, **given: Any) -> None:
-    """Draw what the leading principal components of PICTURE's CLIP embedding hold.
+def probe(path: str, components: str | None, **given: Any) -> None:
+    """Show what the principal components of an embedding hold.
 
-    Of a picture that is not square its middle is taken; any size will do.
+    Samples from the leading principal components of IMAGE's CLIP embedding. IMAGE may have any size; it is cropped to its
+    central square.
     """
     request = Request(**given)
-    _check_pictures(picture)
+    _check_images(path)
     numbers = None if components is None else _numbers(components)
     request.check()
     stack, sampling = _open(request)
-    [image] = _read(stack, picture)
+    [image] = _read(stack, path)
     from unclip.systems.unclip import manipulations
 
     if numbers is None:
         width = stack.clip.embedding_dim
         numbers = [width >> shift for shift in range(width.bit_length())][::-1][-8:]
     with click.progressbar(length=manipulations.num_steps(stack, sampling, len(numbers)), label="sampling") as bar:
-        drawn = manipulations.probe(stack, image, numbers, seed=request.seed, sampling=sampling, progress=bar.update)
-    _save_rows(request, [image], drawn, ["given", *map(str, numbers)])
+        samples = manipulations.probe(stack, image, numbers, seed=request.seed, sampling=sampling, progress=bar.update)
+    _save_row(request, [image], samples, ["given", *map(str, numbers)])
 
 
 @click.command()
-@PICTURE
+@IMAGE
 @click.argument("mask")
 @click.argument("caption")
-@sampling_options("inpainted.png", number(6, "pictures"), SAMPLER, ETA, NEGATIVE)
-def inpaint(picture: str, mask: str, caption: str, num: int, **given: Any) -> None:
-    """Repaint the part of PICTURE that is white in the picture MASK, so that the whole is what CAPTION says.
+@sampling_options("inpainted.png", num_option(6, "images"), SAMPLER, ETA, NEGATIVE)
+def inpaint(path: str, mask: str, caption: str, num: int, **given: Any) -> None:
+    """Repaint the part of IMAGE that is white in MASK.
 
-    The two have the same size. All other pixels stay as they are. Of a picture that is not square its middle is taken; any
-    size will do.
+    The whole image then matches CAPTION; all other pixels stay unchanged. IMAGE and MASK must have the same size, which
+    may be any; they are cropped to their central square.
     """
     request = Request(**given)
     check_num(num)
     check_caption(caption)
-    _check_pictures(picture, mask)
+    _check_images(path, mask)
     request.check()
     stack, sampling = _open(request)
-    image, white = _read(stack, picture, mask, same_size=True)
+    image, white = _read(stack, path, mask, same_size=True)
     from unclip.systems.unclip import manipulations
 
     known = white.mean(dim=1, keepdim=True) < 0  # [1, 1, S, S]
     if known.all():
-        raise InputError(f"{mask}: nothing in it is white, so there is nothing to repaint. Paint that part white.")
+        raise InputError(f"{mask}: the mask has no white pixels. Paint the part to be repainted white.")
     with click.progressbar(length=manipulations.num_steps(stack, sampling, num), label="sampling") as bar:
-        drawn = manipulations.inpaint(
+        samples = manipulations.inpaint(
             stack,
             image.expand(num, -1, -1, -1),
             known.expand(num, -1, -1, -1),
@@ -186,31 +188,30 @@ def inpaint(picture: str, mask: str, caption: str, num: int, **given: Any) -> No
             sampling=sampling,
             progress=bar.update,
         )
-    _save_rows(request, [image, image.where(known, image.new_tensor(0.5))], drawn[None], ["given", "kept"] + [""] * num)
+    masked = image.where(known, image.new_tensor(0.5))
+    _save_row(request, [image, masked], samples[None], ["given", "kept"] + [""] * num)
 
 
 COMMANDS = (vary, interpolate, edit, probe, inpaint)
 
 
-def _check_pictures(*paths: str) -> None:
-    from tasks.untrusted import given as given_pictures
+def _check_images(*paths: str) -> None:
+    from tasks.untrusted import given as given_images
 
-    given_pictures.check(*paths)
+    given_images.check(*paths)
 
 
 def _open(request: Request) -> "tuple[Stack, SamplingConfig]":
-    """The published stack, which must be one that takes images apart.
+    """Load the published stack, which must be able to invert images.
 
     Raises:
-        InputError: it is of another system.
+        InputError: the stack is of another system than unclip.
     """
     system, sampling = request.open()
     from unclip.systems.unclip.stack import Stack
 
     if not isinstance(system, Stack):
-        raise InputError(
-            "the published stack reads no images, so it cannot start from one. Publish one of the system unclip."
-        )
+        raise InputError("the published stack cannot start from an image. Publish a stack of the system unclip.")
     return system, sampling
 
 
@@ -231,25 +232,25 @@ def _percent(thetas: Sequence[float]) -> list[str]:
 
 
 def _read(stack: "Stack", *paths: str, same_size: bool = False) -> "list[Tensor]":
-    """Picture files as [1, 3, S, S] in [-1, 1], S as the stack draws."""
-    from tasks.untrusted import given as given_pictures
+    """Read image files as [1, 3, S, S] in [-1, 1], S the resolution of the stack."""
+    from tasks.untrusted import given as given_images
     from unclip.imaging import from_uint8
 
-    found = given_pictures.read(paths, stack.image_size)
-    for path, picture in zip(paths, found, strict=True):
-        if same_size and (picture.width, picture.height) != (found[0].width, found[0].height):
+    images = given_images.read(paths, stack.image_size)
+    for path, image in zip(paths, images, strict=True):
+        if same_size and (image.width, image.height) != (images[0].width, images[0].height):
             raise InputError(
-                f"{path}: got {picture.width} x {picture.height} pixels, expected {found[0].width} x {found[0].height} as in "
-                f"{paths[0]}. Paint the mask on a copy of the picture."
+                f"{path}: got {image.width} x {image.height} pixels, expected {images[0].width} x {images[0].height} as in "
+                f"{paths[0]}. Paint the mask on a copy of the image."
             )
-    return [from_uint8(picture.pixels[None]) for picture in found]
+    return [from_uint8(image.pixels[None]) for image in images]
 
 
-def _save_rows(
-    request: Request, before: "list[Tensor]", drawn: "Tensor", labels: Sequence[str], after: "Sequence[Tensor]" = ()
+def _save_row(
+    request: Request, before: "list[Tensor]", samples: "Tensor", labels: Sequence[str], after: "Sequence[Tensor]" = ()
 ) -> None:
-    """A row of pictures [1, N, 3, S, S], between those that were given."""
+    """Save samples [1, N, 3, S, S] as one row, between the given images."""
     import torch
 
-    images = torch.cat([*before, drawn[0], *after])
+    images = torch.cat([*before, samples[0], *after])
     request.save(images, labels, columns=min(len(images), 10), num_given=len(before))

@@ -1,4 +1,4 @@
-"""The commands that exchange stacks with diffusers."""
+"""Commands that export stacks to diffusers and import them."""
 
 import re
 import time
@@ -10,7 +10,7 @@ from pipelines.options import STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError
 
-LAYOUTS = ("current", "portable", "hub")  # those of unclip.interop.pipeline, whose import takes a second
+LAYOUTS = ("current", "portable", "hub")  # as in unclip.interop.pipeline, which takes a second to import
 
 
 @click.command("export")
@@ -20,17 +20,26 @@ LAYOUTS = ("current", "portable", "hub")  # those of unclip.interop.pipeline, wh
     type=click.Choice(LAYOUTS),
     default="current",
     show_default=True,
-    help="For diffusers 0.38 and later; for any version, with a Python file that 0.38 and later must be told to trust; "
-    "for 0.37 and earlier.",
+    help="Folder layout. current: diffusers 0.38 and later. portable: any version, but 0.38 and later load its Python file "
+    "only with trust_remote_code. hub: 0.37 and earlier.",
 )
-@click.option("--image-variation", is_flag=True, help="For UnCLIPImageVariationPipeline: pictures to pictures.")
-@click.option("--upsampler-1024", metavar="MODEL", help="Folder of a second upsampler, to be written beside.")
-@click.option("--model", help="Registered model, name or name@alias.  [default: the one in the storage]")
+@click.option(
+    "--image-variation",
+    is_flag=True,
+    help="Write an UnCLIPImageVariationPipeline instead.",
+)
+@click.option(
+    "--upsampler-1024", metavar="MODEL", help="Model folder of a second upsampler, written next to the pipeline."
+)
+@click.option("--model", help="Registered model, as NAME or NAME@ALIAS.  [default: the last published in the storage]")
 @STORAGE
 def export(
     folder: str, layout: str, image_variation: bool, upsampler_1024: str | None, model: str | None, storage: str | None
 ) -> None:
-    """Write the published stack as a FOLDER that diffusers' UnCLIPPipeline loads and draws with."""
+    """Export the published stack as a diffusers pipeline.
+
+    UnCLIPPipeline loads the FOLDER, which must be new or empty.
+    """
     from pipelines.published import find_stack
 
     published = find_stack(storage or DEFAULT_ROOT, model)
@@ -42,10 +51,12 @@ def export(
 
     second = None if upsampler_1024 is None else load_model(upsampler_1024, PARTS)
     if second is not None and not isinstance(second, Upsampler):
-        raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected an upsampler's model folder.")
+        raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected the model folder of an upsampler.")
     stack = load_system(published)
     if not isinstance(stack, Stack):
-        raise InputError("the published stack is not of the system unclip, which is all that this pipeline holds.")
+        raise InputError(
+            "the published stack cannot be exported: its system is not unclip. Choose another --model or --storage."
+        )
     notes = export_stack(stack, folder, layout=layout, image_variation=image_variation, upsampler_1024=second)  # type: ignore[arg-type]
     for note in notes:
         click.echo(note)
@@ -54,20 +65,27 @@ def export(
 
 @click.command("import")
 @click.argument("folder")
-@click.option("--image-variation", metavar="FOLDER", help="Its pipeline for image variations, for the image encoder.")
-@click.option("--name", default="imported", show_default=True, help="What to call it in the storage.")
+@click.option(
+    "--image-variation",
+    metavar="FOLDER",
+    help="Folder of the image variation pipeline, for its image encoder.",
+)
+@click.option("--name", default="imported", show_default=True, help="Name of the stack in the storage.")
 @STORAGE
 def import_(folder: str, image_variation: str | None, name: str, storage: str | None) -> None:
-    """Take over a stack from the FOLDER of a diffusers' UnCLIPPipeline; `unclip sample` draws with it from then on."""
+    """Import a stack from a diffusers pipeline.
+
+    FOLDER is a downloaded UnCLIPPipeline. `unclip sample` then samples from the imported stack.
+    """
     from tasks.store import Store
 
     store = Store(storage or DEFAULT_ROOT)
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise InputError(f"--name: got {name!r}, expected letters, digits, dots, dashes and underscores.")
     if not store.is_local:
-        raise InputError(f"--storage: got {store.root}, expected a local folder, which `unclip sample` draws from.")
+        raise InputError(f"--storage: got {store.root}, expected a local folder, as `unclip sample` needs one.")
     if store.exists("published", f"{name}.json") or store.exists("imported", name, "stack.json"):
-        raise InputError(f"--name: {store.root} already has a stack {name!r}. Give another name.")
+        raise InputError(f"--name: {store.root} already has a stack {name!r}. Choose another name.")
     for given in filter(None, (folder, image_variation)):
         if not Path(given).is_dir():
             raise InputError(f"{given}: no such folder. Download the pipeline first, for example with git.")

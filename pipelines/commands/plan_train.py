@@ -1,4 +1,4 @@
-"""The command that says what training a preset takes, before a GPU is rented."""
+"""Command that estimates the memory and compute of training, before a GPU is rented."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -24,11 +24,15 @@ HEADINGS = ("weights", "gradients", "moments", "EMA weights", "exchange", "activ
 @CONFIG
 @SET
 @click.option(
-    "--model-size", metavar="NAME", help="Sizes by name: demo, small, base or dalle2; short for --set model_size=NAME."
+    "--model-size",
+    metavar="NAME",
+    help="Named model size: demo, small, base or dalle2; short for --set model_size=NAME.",
 )
-@click.option("--gpus", default=1, show_default=True, help="GPUs that train one model together.")
-@click.option("--memory-gib", default=80.0, show_default=True, help="Memory of each GPU, GiB.")
-@click.option("--micro-batch-size", default=1, show_default=True, help="Samples whose activations the table shows.")
+@click.option("--gpus", default=1, show_default=True, help="Number of GPUs that train one model together.")
+@click.option("--memory-gib", default=80.0, show_default=True, help="Memory of each GPU in GiB.")
+@click.option(
+    "--micro-batch-size", default=1, show_default=True, help="Micro-batch size for the activations in the table."
+)
 def plan_train(
     pipeline: str,
     run_file: str | None,
@@ -38,11 +42,12 @@ def plan_train(
     memory_gib: float,
     micro_batch_size: int,
 ) -> None:
-    """Print what training the parts of a PIPELINE takes of each GPU, and what fits; needs no GPU, starts nothing.
+    """Estimate the GPU memory for training, and what fits.
 
-    PIPELINE is text_to_image unless another is named. Columns are GiB on each GPU, with weights in float32 and bf16 autocast:
-    weights, gradients, Adam's two moments, EMA weights, what DDP or FSDP need to exchange, and the activations of one
-    micro-batch, all kept or with activation checkpointing. GFLOP are those of training on one sample.
+    Covers each part that a PIPELINE trains; needs no GPU and starts nothing. PIPELINE defaults to text_to_image. The
+    columns are GiB per GPU, with float32 weights and bf16 autocast: weights, gradients, Adam's two moments, EMA weights,
+    DDP or FSDP communication buffers, and the activations of one micro-batch, without and with activation checkpointing.
+    GFLOP/sample is the compute for training on one sample.
     """
     require(gpus >= 1, "--gpus", gpus, "at least 1")
     require(memory_gib > 0, "--memory-gib", memory_gib, "a positive number")
@@ -51,7 +56,7 @@ def plan_train(
     from unclip.training import memory
 
     size = () if model_size is None else (f"model_size={model_size}",)
-    # memory does not depend on the list of pairs, which need not be there yet
+    # memory does not depend on the list of URLs, which need not exist yet
     config = load(pipeline, run_file, ("ingest.urls=unknown", *assignments, *size))
     plan = _measure(config)
     width = max(len(model.name) for model in plan)
@@ -73,15 +78,15 @@ def plan_train(
     click.echo("\n".join(sentences))
     click.echo()
     if any("(" in sentence for sentence in sentences):
-        click.echo("In brackets: where a step adds up several micro-batches, for which FSDP keeps whole gradients.")
+        click.echo("In brackets: with gradient accumulation, for which FSDP keeps full gradients.")
     click.echo(
-        f"{memory.RESERVE:.0%} of each GPU is left for what is not counted: the CUDA context, fragmentation, workspaces, "
+        f"{memory.RESERVE:.0%} of each GPU is reserved for what is not counted: the CUDA context, fragmentation, workspaces, "
         "buffers, the batch and a frozen CLIP."
     )
 
 
 def _measure(config: "PipelineConfig") -> "list[ModelMemory]":
-    """The memory of each part that a pipeline trains."""
+    """Measure the memory of each part that a pipeline trains."""
     from pipelines.composition import compose
     from unclip.models.clip import shape_of
     from unclip.models.text import TextShape
@@ -99,13 +104,14 @@ def _measure(config: "PipelineConfig") -> "list[ModelMemory]":
 
 
 def _parallel(model: "ModelMemory", gpus: int, memory_gib: float) -> "Parallel":
-    """DDP where it fits."""
+    """Choose DDP if one sample fits, otherwise FSDP."""
     from unclip.training.memory import TrainingSetup
 
     return "ddp" if model.largest_micro_batch(TrainingSetup(gpus, "ddp", checkpointing=True), memory_gib) else "fsdp"
 
 
 def _what_fits(model: "ModelMemory", gpus: int, memory_gib: float) -> str:
+    """Describe the largest micro-batches that fit."""
     from unclip.training.memory import GIB, RESERVE, TrainingSetup
 
     options: tuple[Parallel, ...] = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
@@ -118,15 +124,15 @@ def _what_fits(model: "ModelMemory", gpus: int, memory_gib: float) -> str:
         if kept:
             found.append(f"{name}micro-batch {kept}; with activation checkpointing {checkpointed}")
         elif checkpointed:
-            found.append(f"{name}with activation checkpointing alone, micro-batch {checkpointed}")
+            found.append(f"{name}only with activation checkpointing, micro-batch {checkpointed}")
     if found:
         return ". ".join(found) + "."
     least = model.at(1, TrainingSetup(gpus, options[-1], checkpointing=True)) / GIB
-    return f"nothing fits: one sample takes {least:.1f} GiB of {memory_gib * (1 - RESERVE):.1f}."
+    return f"nothing fits: one sample takes {least:.1f} GiB, but {memory_gib * (1 - RESERVE):.1f} GiB are available."
 
 
 def _largest(model: "ModelMemory", training: "TrainingSetup", memory_gib: float) -> str:
-    """The largest micro-batch as text, "" for none; in brackets that of several."""
+    """Format the largest micro-batch, in brackets with gradient accumulation if that differs; "" if none fits."""
     from unclip.training.memory import MOST_SAMPLES
 
     several = dataclasses.replace(training, accumulates=True)

@@ -1,4 +1,4 @@
-"""The commands that run a pipeline, and that tell what it would do and what it did."""
+"""Commands that run a pipeline, plan a run and show past runs."""
 
 import dataclasses
 import datetime
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RETRY_FAILED = click.option(
     "--retry-failed",
     is_flag=True,
-    help="Also fetch again what failed for reasons that may have passed, such as timeouts.",
+    help="Also retry downloads that failed for transient reasons, such as timeouts.",
 )
 
 
@@ -28,7 +28,7 @@ RETRY_FAILED = click.option(
 @SET
 @STORAGE
 @RETRY_FAILED
-@click.option("--until", metavar="STAGE", help="Run this stage and those that it needs, and no others.")
+@click.option("--until", metavar="STAGE", help="Run only this stage and the stages it depends on.")
 def run(
     pipeline: str,
     run_file: str | None,
@@ -37,7 +37,10 @@ def run(
     retry_failed: bool,
     until: str | None,
 ) -> None:
-    """Run a pipeline. What is done is not done again: to resume, run the same command."""
+    """Run or resume a PIPELINE.
+
+    Finished stages are skipped: to resume, run the same command again.
+    """
     from pipelines.config import load
     from pipelines.run import run_pipeline
 
@@ -54,7 +57,10 @@ def run(
 def refresh(
     pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None, retry_failed: bool
 ) -> None:
-    """Bring the dataset up to date with its list of URLs: only what is new is fetched and embedded."""
+    """Update the dataset of a PIPELINE from its list of URLs.
+
+    Only new rows are downloaded and embedded.
+    """
     from pipelines.config import load
     from pipelines.dataset import DATASET_STAGE
     from pipelines.run import run_pipeline
@@ -68,8 +74,8 @@ def refresh(
 @CONFIG
 @SET
 @STORAGE
-@click.option("--mermaid", is_flag=True, help="Print the DAG as Mermaid text only.")
-@click.option("--picture", metavar="PNG", help="Draw the DAG to a file.")
+@click.option("--mermaid", is_flag=True, help="Print only the DAG, as Mermaid text.")
+@click.option("--picture", metavar="PNG", help="Write a diagram of the DAG to this file.")
 @JSON
 def plan(
     pipeline: str,
@@ -80,9 +86,11 @@ def plan(
     picture: str | None,
     as_json: bool,
 ) -> None:
-    """Print the resolved configuration and what a run would do; start nothing.
+    """Print the configuration and the stages a run would execute.
 
-    `unclip plan train` says what training takes of GPUs.
+    Starts and writes nothing, except the file of --picture.
+
+    `unclip plan train` estimates the GPU memory for training.
     """
     from pipelines import dag as dags
     from pipelines.composition import compose
@@ -92,13 +100,13 @@ def plan(
     from unclip.config import to_dict
 
     if as_json and (mermaid or picture):
-        raise click.UsageError("--json goes with neither --mermaid nor --picture.")
-    config = prepare(load(pipeline, run_file, assignments, storage), only_looks=True)
+        raise click.UsageError("--json cannot be combined with --mermaid or --picture.")
+    config = prepare(load(pipeline, run_file, assignments, storage), read_only=True)
     dag = compose(config)
     states = dags.states(dag, Store(config.storage))
     labels = {name: state.label for name, state in states.items()}
     if picture:
-        Path(picture).write_bytes(dags.picture(dag, labels))
+        Path(picture).write_bytes(dags.render_png(dag, labels))
         click.echo(picture)
     if mermaid:
         click.echo(dags.mermaid(dag, labels), nl=False)
@@ -119,10 +127,10 @@ def plan(
 
 @click.command()
 @STORAGE
-@click.option("--last", default=5, show_default=True, help="How many runs to show.")
+@click.option("--last", default=5, show_default=True, help="Number of runs to show.")
 @JSON
 def status(storage: str | None, last: int, as_json: bool) -> None:
-    """Show the last runs and how their stages fared."""
+    """Show the last runs and the states of their stages."""
     from pipelines.storage import open_storage
     from tasks.run_records import last_runs
 
@@ -142,18 +150,18 @@ def status(storage: str | None, last: int, as_json: bool) -> None:
 
 
 def _stage_document(node: "Node", state: "State") -> dict[str, Any]:
-    made = (
+    artifact = (
         {"digest": state.artifact.digest, "uri": state.artifact.uri}
         if state.artifact
         else {"digest": None, "uri": None}
     )
-    return {"name": node.stage.name, "state": state.label, "why": state.why, "after": list(node.parents), **made}
+    return {"name": node.stage.name, "state": state.label, "why": state.why, "after": list(node.parents), **artifact}
 
 
 def _run_document(run: "RunRecord") -> dict[str, Any]:
     times = {"started": run.started, "ended": run.ended}
-    told = {name: None if seconds is None else _local_time(seconds).isoformat() for name, seconds in times.items()}
-    return {**dataclasses.asdict(run), **told}
+    iso_times = {name: None if seconds is None else _local_time(seconds).isoformat() for name, seconds in times.items()}
+    return {**dataclasses.asdict(run), **iso_times}
 
 
 def _local_time(seconds: float) -> datetime.datetime:

@@ -1,10 +1,10 @@
-"""The command that samples from captions."""
+"""Command that samples images from a caption."""
 
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.sampling import ETA, NEGATIVE, SAMPLER, Request, check_caption, check_num, number, sampling_options
+from pipelines.sampling import ETA, NEGATIVE, SAMPLER, Request, check_caption, check_num, num_option, sampling_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 @click.argument("caption")
 @sampling_options(
     "samples.png",
-    number(8, "images"),
+    num_option(8, "images"),
     SAMPLER,
     ETA,
     NEGATIVE,
     click.option(
-        "--image", metavar="FILE", help="Begin with this image, noised; of one that is not square, the middle."
+        "--image", metavar="FILE", help="Start from this image with noise added; it is cropped to its central square."
     ),
     click.option(
         "--strength",
         type=float,
-        help="Share of the sampling that --image goes through: 0 returns it, 1 ignores it.  [default: as published]",
+        help="Noise added to --image: 0 returns the image, 1 ignores it.  [default: as published]",
     ),
 )
 def sample(caption: str, num: int, **given: Any) -> None:
-    """Sample images of a caption with the published stack."""
+    """Sample images for CAPTION from the published stack."""
     request = Request(**given)
     check_num(num)
     check_caption(caption)
@@ -50,7 +50,7 @@ def sample(caption: str, num: int, **given: Any) -> None:
 
 
 def _read(path: str, size: int) -> "Tensor":
-    """An image file as [1, 3, size, size] in [-1, 1]."""
+    """Read an image file as [1, 3, size, size] in [-1, 1]."""
     from tasks.untrusted import given
     from unclip.imaging import from_uint8
 

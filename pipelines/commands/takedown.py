@@ -1,4 +1,4 @@
-"""The command that takes rows down."""
+"""Command that takes rows down."""
 
 import dataclasses
 import datetime
@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--url", multiple=True, help="Rows with this URL.")
-@click.option("--domain", multiple=True, help="Rows with a URL on this host or below it.")
-@click.option("--key", multiple=True, help="The row with this key.")
-@click.option("--sha256", multiple=True, help="Rows whose picture's file has this hash.")
-@click.option("--file", "lists", multiple=True, help="Text file with one of these on each line.")
+@click.option("--url", multiple=True, help="Take down rows with this URL.")
+@click.option("--domain", multiple=True, help="Take down rows with a URL on this host or its subdomains.")
+@click.option("--key", multiple=True, help="Take down the row with this key.")
+@click.option("--sha256", multiple=True, help="Take down rows whose image file has this hash.")
+@click.option("--file", "lists", multiple=True, help="Text file with one URL, domain, key or hash per line.")
 @click.option(
-    "--near", type=click.IntRange(0, 16), help="Also pictures whose perceptual hash differs in at most so many bits."
+    "--near",
+    metavar="N",
+    type=click.IntRange(0, 16),
+    help="Also take down images whose perceptual hash differs by at most N bits.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say how many rows it would be.")
+@click.option("--dry-run", is_flag=True, help="Only print the number of rows.")
 @STORAGE
 @JSON
 def takedown(
@@ -37,12 +40,13 @@ def takedown(
     storage: str | None,
     as_json: bool,
 ) -> None:
-    """Remove rows and their bytes everywhere, keep them out for good, and name the runs and models that have seen them.
+    """Delete rows everywhere, and block them from now on.
 
-    Asks the MLflow of the environment, of the storage, and of every run that the storage has on record.
+    Lists the runs and models that have seen the rows. Runs and models are looked up in the MLflow of the environment, of
+    the storage, and of every run in the storage.
 
-    Exit codes: 0 done; 1 done, but an MLflow did not answer or a preview could not be deleted, both of which are named, and
-    the same command finishes it later; 2 something that was given cannot be used; 75 a run is at work in the storage.
+    Exit codes: 0 done; 1 rows deleted, but an MLflow did not answer or a preview could not be deleted: the command prints
+    which, and running it again completes the takedown; 2 invalid input; 75 a run is using the storage.
     """
     from pipelines.lock import lock
     from pipelines.records import tracking_uris_of
@@ -56,12 +60,12 @@ def takedown(
         raise InputError("takedown: got nothing to take down. Give --url, --domain, --key, --sha256 or --file.")
     store = open_storage(storage)
     if not store.list("images"):
-        raise InputError(f"{store.root}: no pictures are stored here. Name the folder of a pipeline with --storage.")
+        raise InputError(f"{store.root}: no images are stored here. Give the folder of a pipeline with --storage.")
     if dry_run:
         found = takedowns.find_keys(store, requested, near)
         if as_json:
-            asked = [{**dataclasses.asdict(tombstone), "rows": len(keys)} for tombstone, keys in found.items()]
-            print_json({"storage": store.root, "requests": asked})
+            requests = [{**dataclasses.asdict(tombstone), "rows": len(keys)} for tombstone, keys in found.items()]
+            print_json({"storage": store.root, "requests": requests})
             return
         for tombstone, keys in found.items():
             click.echo(f"{len(keys):>7,} rows  {tombstone}")
@@ -73,18 +77,18 @@ def takedown(
         store.write_json(dataclasses.asdict(ledger), "takedowns", name)
     written = store.uri("takedowns", name)
     if as_json:
-        told = dataclasses.asdict(ledger)
-        traces_told = told.pop("traces")
-        asked = [dataclasses.asdict(tombstone) for tombstone in requested]
-        print_json({**told, **traces_told, "storage": store.root, "requests": asked, "ledger": written})
+        document = dataclasses.asdict(ledger)
+        document |= document.pop("traces")
+        requests = [dataclasses.asdict(tombstone) for tombstone in requested]
+        print_json({**document, "storage": store.root, "requests": requests, "ledger": written})
     else:
-        _tell(ledger, written)
+        _print_ledger(ledger, written)
     traces = ledger.traces
     for run_id, reason in traces.remaining.items():
-        click.secho(f"run {run_id}: its previews or report may still show such rows: {reason}", fg="red", err=True)
+        click.secho(f"run {run_id}: its previews or report may still show these rows: {reason}", fg="red", err=True)
     for uri, reason in traces.unanswered.items():
         click.secho(
-            f"MLflow at {uri} was not asked to the end: {reason}. Repeat the command when it answers.",
+            f"MLflow at {uri} could not be searched completely: {reason}. Run the command again when it answers.",
             fg="red",
             err=True,
         )
@@ -92,24 +96,24 @@ def takedown(
         sys.exit(1)
 
 
-def _tell(ledger: "Ledger", written: str) -> None:
+def _print_ledger(ledger: "Ledger", written: str) -> None:
     traces = ledger.traces
-    click.echo(f"{len(ledger.keys):,} rows taken down; their URLs and pictures will be refused from now on")
+    click.echo(f"{len(ledger.keys):,} rows taken down; their URLs and images are blocked from now on")
     for table, count in ledger.deleted.items():
         click.echo(f"    {count:>7,} rows and their bytes deleted from {table}")
-    click.echo(f"{len(ledger.datasets)} dataset versions held such rows; these have read them:")
+    click.echo(f"{len(ledger.datasets)} dataset versions contained these rows; runs and models that read them:")
     for run in traces.runs:
         click.echo(f"    run    {run['id']}  {run['experiment']}  {run['name']}  {run['tracking_uri']}")
     for model in traces.models:
         click.echo(f"    model  {model['name']} version {model['version']}  {model['tracking_uri']}")
     for run_id in traces.deleted_previews:
-        click.echo(f"previews of run {run_id} showed such rows and are deleted")
+        click.echo(f"previews of run {run_id} showed these rows and were deleted")
     click.echo(
-        "Evaluation grids stay: their pictures were drawn by models, though a caption below one may be of such a row."
+        "Evaluation grids stay: their images are samples of models, though a caption may come from one of these rows."
     )
-    click.echo(f"written to {written}")
+    click.echo(f"ledger written to {written}")
     click.echo(
-        "The next run or refresh makes a dataset version without them; only models trained on that one have not seen them."
+        "The next run or refresh creates a dataset version without these rows. Only models trained on it have not seen them."
     )
 
 

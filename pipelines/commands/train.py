@@ -1,4 +1,4 @@
-"""The command that trains one model by itself."""
+"""Command that trains one model of a pipeline."""
 
 import dataclasses
 import sys
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 @SET
 @STORAGE
 @click.option(
-    "--on-ray", is_flag=True, help="By the workers of a Ray cluster, as `unclip run` does, not in this process."
+    "--on-ray",
+    is_flag=True,
+    help="Train on the workers of a Ray cluster, as `unclip run` does, instead of in this process.",
 )
 @click.option(
-    "--overfit", metavar="N", type=int, help="Only see whether the model can memorise N rows; keeps nothing. Try 16."
+    "--overfit", metavar="N", type=int, help="Only test if the model can memorise N rows, such as 16; keep nothing."
 )
 def train(
     model: str,
@@ -40,12 +42,13 @@ def train(
     on_ray: bool,
     overfit: int | None,
 ) -> None:
-    """Train one MODEL of a PIPELINE on the dataset that the pipeline made last; a later `unclip run` finds it done.
+    """Train one MODEL of a PIPELINE.
 
-    MODEL is the stage of a part of the system, as `unclip plan` lists them; a part with several members is named with the
-    member, as in `[xs.256]` and x-256.
+    Uses the current dataset of the pipeline; a later `unclip run` reuses the trained model. MODEL is the stage of a part,
+    as listed by `unclip plan`. A part with several members is named with the member: the section `[xs.256]` is the stage
+    x-256.
 
-    To resume, run the same command. On SIGTERM or Ctrl-C it writes a checkpoint first.
+    To resume, run the same command again. On SIGTERM or Ctrl-C, training writes a checkpoint and stops.
     """
     from pipelines.composition import compose
     from pipelines.config import load
@@ -55,22 +58,22 @@ def train(
     config = load(pipeline, run_file, assignments, storage)
     models = trained_models(compose(config))
     if model not in models:
-        raise ConfigError(f"{model}: no model of {pipeline}. {nearest(model, models)}")
+        raise ConfigError(f"{model}: unknown model of {pipeline}. {nearest(model, models)}")
     if overfit is not None:
         require(overfit >= 1, "--overfit", overfit, "at least 1")
         sys.exit(0 if memorises(model, pipeline, prepare(config), overfit) else 1)
     if on_ray:
         sys.exit(run_pipeline(pipeline, config, until=model))
-    train_here(model, pipeline, prepare(config))
+    train_in_process(model, pipeline, prepare(config))
 
 
 def trained_models(dag: "Dag") -> list[str]:
-    """The stages of a DAG that train a part."""
+    """Return the stages of a DAG that train a part."""
     return [name for name, node in dag.items() if node.stage.part is not None]
 
 
-def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
-    """Train in this process; what it makes is the same artifact as the pipeline's stage makes."""
+def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> None:
+    """Train in this process; the artifact is the same as that of the pipeline's stage."""
     from pipelines.composition import compose
     from pipelines.console import Console
     from pipelines.lock import lock
@@ -89,8 +92,8 @@ def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
                 result = execute(Call(dag[model].stage, dag[model].config), run, parents)
             console.refresh()
         finally:
-            asked = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
-            close_run(run, store, "stopped" if asked else "failed" if isinstance(result, Failure) else "done")
+            is_stopped = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
+            close_run(run, store, "stopped" if is_stopped else "failed" if isinstance(result, Failure) else "done")
     if isinstance(result, Failure):
         error = StageError(result.message)
         error.exit_code = result.exit_code
@@ -99,35 +102,35 @@ def train_here(model: str, pipeline: str, config: "PipelineConfig") -> None:
 
 
 def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int) -> bool:
-    """Train on a few rows until a model must know them by heart; says whether it does and, if not, what is wrong."""
+    """Train on a few rows until the model should have memorised them; print a diagnosis, and return True if it has."""
     from pipelines.composition import compose
     from tasks.snapshots import Snapshot
     from tasks.stages.train import training_of
     from tasks.training import train_rows
     from unclip.training import overfitting, parallel
 
-    dataset, *needed = _parents(model, pipeline, config)
+    dataset, *inputs = _parents(model, pipeline, config)
     node = compose(config)[model]
     section, part = node.config, node.stage.part
     assert part is not None
     section = dataclasses.replace(section, trainer=overfitting.settings(section.trainer, num_rows))
-    training = training_of(part, section, Snapshot.of(dataset.facts), *needed)
+    training = training_of(part, section, Snapshot.of(dataset.facts), *inputs)
     keys = training.keys()[:num_rows]
     diagnosis = overfitting.Diagnosis()
     click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(keys)} rows")
     with tempfile.TemporaryDirectory(prefix="unclip-overfit-") as folder:
         train_rows(dataclasses.replace(training, keys=lambda: keys), folder, diagnosis, parallel.by_itself())
     losses = "  ".join(f"{loss:.3f}" for loss in diagnosis.relative_losses)
-    click.echo(f"loss beside that of predicting the mean: {losses}")
+    click.echo(f"loss relative to predicting the mean: {losses}")
     click.secho(diagnosis.verdict, fg="green" if diagnosis.has_memorised else "red")
     return diagnosis.has_memorised
 
 
 def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artifact"]:
-    """What the model's stage is trained from, as the pipeline made it last.
+    """Return the current artifacts that the model's stage depends on.
 
     Raises:
-        ConfigError: something of it is still to be made.
+        ConfigError: one of them does not exist yet.
     """
     from pipelines import dag as dags
     from pipelines.composition import compose
@@ -138,8 +141,8 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
     missing = [name for name in dag[model].parents if states[name].artifact is None]
     if missing:
         raise ConfigError(
-            f"{config.storage}: has no {' and no '.join(missing)} of these settings. "
-            f"Make it first: unclip run {pipeline} --until {missing[0]}"
+            f"{config.storage}: has no {' and no '.join(missing)} for these settings. "
+            f"Run this first: unclip run {pipeline} --until {missing[0]}"
         )
     return [artifact for name in dag[model].parents if (artifact := states[name].artifact)]
 

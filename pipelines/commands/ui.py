@@ -1,4 +1,4 @@
-"""The command that opens the MLflow UI."""
+"""Command that opens the MLflow UI."""
 
 import os
 import sys
@@ -11,20 +11,20 @@ from unclip.errors import InputError
 
 
 @click.command()
-@click.option("--port", default=5000, show_default=True)
+@click.option("--port", default=5000, show_default=True, help="Port to serve on.")
 @STORAGE
 def ui(port: int, storage: str | None) -> None:
-    """Open the MLflow UI of a storage folder, on loopback."""
+    """Serve the MLflow UI of a storage, on this machine only."""
     from pipelines.scene_server import check_port
     from pipelines.storage import open_tracked
 
     store, uri = open_tracked(storage)
     if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise InputError(
-            f"{store.root}: no run was tracked here. Run a pipeline first, or name its folder with --storage."
+            f"{store.root}: no run has been tracked here. Run a pipeline first, or give its folder with --storage."
         )
     if uri.startswith("http"):
-        click.echo(f"the runs are tracked at {uri}")
+        click.echo(f"runs are tracked at {uri}")
         return
     check_port(port, "--port")
     click.echo(f"http://127.0.0.1:{port}")

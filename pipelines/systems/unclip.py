@@ -1,4 +1,4 @@
-"""The pipeline of unCLIP: prior, decoder and upsamplers, trained independently of each other on one dataset."""
+"""The unCLIP pipeline: prior, decoder and upsamplers, trained independently on one dataset."""
 
 import dataclasses
 import re
@@ -24,14 +24,14 @@ from unclip.systems.upsampler import UPSAMPLER, UpsamplerStageConfig
 
 @dataclasses.dataclass(frozen=True)
 class UnclipResources(DatasetResources):
-    """Resources of workers: of all stages, but for those that have a section of their own."""
+    """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
     prior: Resources | None = None
-    """For training the prior."""
+    """Resources for training the prior."""
     decoder: Resources | None = None
-    """For training the decoder."""
+    """Resources for training the decoder."""
     upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
-    """For training each upsampler, by the resolution of its images."""
+    """Resources for training each upsampler, by its output resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +42,23 @@ class UnclipEvaluateConfig(EvaluateConfig):
 
 @dataclasses.dataclass(frozen=True)
 class UnclipConfig(PipelineConfig):
-    """All settings of a run; `upsamplers.256` are those of the stage `upsampler-256`."""
+    """All settings of a run; the section `upsamplers.256` configures the stage `upsampler-256`."""
 
     model_size: str | None = None
-    """Fills the sections of the parts, and of CLIP, from the table of sizes: demo, small, base or dalle2."""
+    """Named size that fills in the sections of the parts and of CLIP: demo, small, base or dalle2."""
     resources: UnclipResources = UnclipResources()
     prior: PriorStageConfig = PriorStageConfig()
     decoder: DecoderStageConfig = DecoderStageConfig()
     upsamplers: dict[str, UpsamplerStageConfig] = dataclasses.field(default_factory=dict)
-    """One for each upsampler, by the resolution of its images, the smallest first. It takes the images of the one before, the
-    first those of the decoder. "none" in the place of a section leaves it out."""
+    """One section per upsampler, by output resolution in ascending order. Each upsampler takes the images of the previous
+    one; the first takes those of the decoder. "none" instead of a section removes the upsampler."""
     evaluate: UnclipEvaluateConfig = UnclipEvaluateConfig()
 
     def __post_init__(self) -> None:
         for name in self.resources.upsamplers:
             if name not in self.upsamplers:
-                there_are = nearest(name, self.upsamplers) if self.upsamplers else "There is none."
-                raise ConfigError(f"resources.upsamplers.{name}: no such upsampler. {there_are}")
+                remedy = nearest(name, self.upsamplers) if self.upsamplers else "There are no upsamplers."
+                raise ConfigError(f"resources.upsamplers.{name}: no such upsampler. {remedy}")
 
 
 def unclip(bind: Binder) -> Any:
@@ -71,67 +71,67 @@ def unclip(bind: Binder) -> Any:
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the sections of a model size, and the resolutions that follow from each other.
+    """Fill in the sections of a model size, and the resolutions that depend on each other.
 
     Raises:
-        ConfigError: an unknown model size, or resolutions that do not follow from each other; names the setting.
+        ConfigError: unknown model size, or inconsistent resolutions; the message names the setting.
     """
     return _with_resolutions(_with_model_size(values))
 
 
 def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` over those of the model size that they name; without one, over an upsampler to 256 pixels.
+    """Merge `values` over those of the named model size; without one, over a single upsampler to 256 pixels.
 
-    An empty section of upsamplers leaves out all.
+    An empty section `upsamplers` removes all upsamplers.
     """
     name = values.get("model_size")
     if name in (None, "none"):
-        return _over({"upsamplers": {"256": {}}}, values)
+        return _merge_over({"upsamplers": {"256": {}}}, values)
     if name not in MODEL_SIZES:
         raise ConfigError(f"model_size: got {name!r}. {nearest(str(name), MODEL_SIZES)}")
     prior = values.get("prior")
     kind = prior.get("kind", "diffusion") if isinstance(prior, Mapping) else "diffusion"
-    return _over(MODEL_SIZES[name].sections(kind), values)
+    return _merge_over(MODEL_SIZES[name].sections(kind), values)
 
 
-def _over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     merged = config.merge(sections, values)
     return {**merged, "upsamplers": {}} if values.get("upsamplers") == {} else merged
 
 
 def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with upsamplers in the order of their resolutions, and the resolutions that sections do not give.
+    """Sort the upsamplers by resolution, and fill in the resolutions that follow from their names.
 
-    An upsampler's name is the resolution of its images, and it is given those of the one before; images are stored large
-    enough for the last of them.
+    An upsampler is named after its output resolution; its input resolution is the output of the previous part. Images are
+    stored at the resolution of the last part or larger.
     """
     sections, decoder_section, stored = values.get("upsamplers"), values.get("decoder", {}), values.get("download", {})
     if not (isinstance(sections, Mapping) and isinstance(decoder_section, Mapping) and isinstance(stored, Mapping)):
-        return dict(values)  # for `config.load` to judge
+        return dict(values)  # `config.load` reports the error
     sections = {name: section for name, section in sections.items() if section != "none"}
     for name in sections:
         is_size = bool(re.fullmatch(r"[1-9]\d*", name))
-        require(is_size, f"upsamplers.{name}", name, "the resolution of its images, as in upsamplers.256")
+        require(is_size, f"upsamplers.{name}", name, "its output resolution, as in upsamplers.256")
     decoder = config.load(DecoderStageConfig, decoder_section, "decoder").model
-    size, maker = decoder.unet.image_size, "the decoder"
+    size, previous = decoder.unet.image_size, "the decoder"
     sized: dict[str, Any] = {}
     sampling = to_dict(SamplingConfig())["upsamplers"]
     for name in sorted(sections, key=int):
-        section, expected = sections[name], f"a multiple of {size}, the resolution of the images of {maker}"
+        section, expected = sections[name], f"a multiple of {size}, the output resolution of {previous}"
         require(int(name) > size and int(name) % size == 0, f"upsamplers.{name}", int(name), expected)
         derived = {"low_res_size": size, "scale": int(name) // size}
         if isinstance(section, Mapping) and isinstance(model := section.get("model", {}), Mapping):
             for setting, value in derived.items():
                 given = model.get(setting, value)
-                expected = f"{value}, as {maker} makes {size} pixels and this one {name}"
+                expected = f"{value}, since {previous} outputs {size} pixels and this upsampler {name}"
                 require(given == value, f"upsamplers.{name}.model.{setting}", given, expected)
             section = config.merge({"model": derived}, section)
         sampling[name] = to_dict(SamplingConfig().upsampler(int(name), is_first=not sized))
         sized[name] = section
-        size, maker = int(name), f"upsampler-{name}"
+        size, previous = int(name), f"upsampler-{name}"
     stored = {"image_size": max(size, DownloadConfig.image_size), **stored}
     image_size = config.load(DownloadConfig, stored, "download").image_size
-    expected = f"at least {size}, the resolution of the images of {maker}, which trains on them"
+    expected = f"at least {size}, the output resolution of {previous}, which trains on these images"
     require(image_size >= size, "download.image_size", image_size, expected)
     resolved = {**values, "upsamplers": sized, "download": stored}
     return config.merge({"evaluate": {"sampling": {"upsamplers": sampling}}}, resolved)

@@ -1,4 +1,4 @@
-"""The deployment files say what the rest of the repository and the threat model need them to say."""
+"""Deployment files agree with the rest of the repository and with the threat model."""
 
 import importlib.util
 import ipaddress
@@ -62,7 +62,7 @@ def ray_job_specs() -> dict[str, dict[str, Any]]:
 
 
 def pod_templates(node: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pod template below `node`: whatever has a spec with containers."""
+    """Yield every pod template below `node`: each mapping with a spec that has containers."""
     if isinstance(node, dict):
         if isinstance(node.get("spec"), dict) and "containers" in node["spec"]:
             yield where, node
@@ -77,7 +77,7 @@ PODS = [pod for name, m in MANIFESTS for pod in pod_templates(m, f"{name}:{m['me
 
 
 def container_lines() -> list[list[str]]:
-    """The instructions of the Containerfile, continuation lines joined, in words."""
+    """Return the instructions of the Containerfile as words, with continuation lines joined."""
     text = re.sub(r"\\\n", " ", (INFRA / "Containerfile").read_text())
     return [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
@@ -91,14 +91,14 @@ def test_yaml_parses(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_names_no_package_index_and_no_path_of_this_machine(path: Path) -> None:
+def test_names_no_package_index_and_no_local_path(path: Path) -> None:
     text = path.read_text()
     options = r"index[-_]url|extra[-_]index|default[-_]index|find[-_]links|--index|UV_INDEX|PIP_[A-Z]+|pip config"
     assert not re.search(options, text), "an option that names a package index"
     assert "py" + "pi" not in text.lower()
     hosts = {urlsplit(url).hostname for url in re.findall(r"https?://[^\s'\"`),]+", text)}
     assert hosts <= {"mlflow", "127.0.0.1", "mlflow_host"}, hosts
-    assert not re.search(r"(^|[\s:='\"])/(work|root|home)/", text), "a path of one machine"
+    assert not re.search(r"(^|[\s:='\"])/(work|root|home)/", text), "a local path"
 
 
 def test_holds_no_python() -> None:
@@ -145,11 +145,11 @@ def test_containerfile_installs_the_lock_and_nothing_newer() -> None:
 
 
 def required(requirements: list[str]) -> set[str]:
-    """The names of packages in a list of pyproject.toml, as locks write them."""
+    """Return the package names of requirements in pyproject.toml, spelled as in lock files."""
     return {re.split(r"[\[<>=~!]", line)[0].lower().replace("_", "-") for line in requirements}
 
 
-def test_image_has_what_running_needs_and_nothing_of_the_tests() -> None:
+def test_image_has_the_run_time_packages_and_no_test_packages() -> None:
     extras = required(PROJECT["optional-dependencies"]["interop"] + PROJECT["optional-dependencies"]["dev"])
     assert required(PROJECT["dependencies"]) <= LOCK.keys()
     assert extras - {"unclip"} <= DEV_LOCK.keys()
@@ -170,13 +170,13 @@ def test_containerfile_python_is_one_the_project_supports() -> None:
     assert PROJECT["requires-python"] == ">=3.11,<3.13"
 
 
-def test_containerfile_runs_as_a_user_without_rights() -> None:
+def test_containerfile_runs_as_an_unprivileged_user() -> None:
     users = [line[1] for line in container_lines() if line[0] == "USER"]
     assert users == ["1000:1000"]
     assert [line[0] for line in container_lines()][-2:] == ["USER", "CMD"], "something runs after USER"
 
 
-def test_nothing_calls_home() -> None:
+def test_telemetry_is_off() -> None:
     wanted = {
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "WANDB_MODE": "disabled",
@@ -191,14 +191,14 @@ def test_nothing_calls_home() -> None:
         assert wanted.items() <= dict(word.split("=", 1) for word in words if "=" in word).items()
 
 
-# ---- Ray asks for a token ---------------------------------------------------------------------------------
+# ---- Ray requires a token ---------------------------------------------------------------------------------
 
 
 def ray_services() -> dict[str, dict[str, Any]]:
     return {name: service for name, service in SERVICES.items() if service["command"][:2] == ["ray", "start"]}
 
 
-def test_compose_ray_needs_the_token_of_a_file() -> None:
+def test_compose_ray_requires_the_token_from_a_file() -> None:
     assert set(ray_services()) == {"ray-head", "ray-worker"}
     token = re.fullmatch(r"\$\{UNCLIP_RAY_TOKEN:-\./(.+)\}", COMPOSE["secrets"]["ray_token"]["file"])
     assert token and IGNORED & set((INFRA / token[1]).parents), "the token would be committed"
@@ -209,7 +209,7 @@ def test_compose_ray_needs_the_token_of_a_file() -> None:
         assert "RAY_AUTH_TOKEN" not in service["environment"], "a token does not belong in a file of the repository"
 
 
-def test_launcher_ray_needs_the_token() -> None:
+def test_launcher_ray_requires_the_token() -> None:
     starts = [
         command
         for key in ("head_start_ray_commands", "worker_start_ray_commands")
@@ -223,7 +223,7 @@ def test_launcher_ray_needs_the_token() -> None:
 
 
 @pytest.mark.parametrize("kind", ["RayJob", "RayCronJob"])
-def test_kuberay_clusters_need_the_token(kind: str) -> None:
+def test_kuberay_clusters_require_the_token(kind: str) -> None:
     cluster = ray_job_specs()[kind]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 55), "below 2.55 schemas run pickles"
@@ -252,14 +252,14 @@ def test_compose_publishes_on_loopback_only() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_compose_containers_have_no_rights(name: str) -> None:
+def test_compose_containers_are_unprivileged(name: str) -> None:
     service = SERVICES[name]
     user, group = service["user"].split(":")
     assert int(user) > 0 and int(group) > 0
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"] and "cap_add" not in service
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert service["pull_policy"] == "never", "an image of that name elsewhere is not ours"
+    assert service["pull_policy"] == "never", "an image of that name in a registry is not ours"
     assert not {"privileged", "pid", "ipc", "devices", "userns_mode"} & set(service)
     assert not any("docker.sock" in str(volume) for volume in service.get("volumes", []))
 
@@ -291,7 +291,7 @@ def test_mlflow_is_closed(command: list[str], environment: dict[str, str]) -> No
     flags = dict(flag.split("=", 1) for flag in command[2:])
     hosts = flags["--allowed-hosts"].split(",")
     assert "mlflow:5000" in hosts
-    assert all(re.fullmatch(r"[a-z0-9.-]+:5000", host) for host in hosts), "a pattern matches names of others"
+    assert all(re.fullmatch(r"[a-z0-9.-]+:5000", host) for host in hosts), "a pattern could match foreign hosts"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
     assert flags["--backend-store-uri"].startswith("sqlite:////mlflow/")
@@ -361,7 +361,7 @@ def test_manifest_is_a_kubernetes_object(name: str, document: dict[str, Any]) ->
     assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", document["metadata"]["name"])
 
 
-def test_objects_have_names_of_their_own() -> None:
+def test_object_names_are_unique() -> None:
     names = [(m["kind"], m["metadata"]["name"]) for _, m in MANIFESTS]
     assert len(set(names)) == len(names)
 
@@ -384,7 +384,7 @@ def test_jobs_clean_up_after_themselves(kind: str) -> None:
     assert "command" not in spec["submitterPodTemplate"]["spec"]["containers"][0], "KubeRay supplies it"
 
 
-def test_nights_do_not_overlap() -> None:
+def test_nightly_runs_do_not_overlap() -> None:
     cron = manifest("RayCronJob")["spec"]
     assert re.fullmatch(r"\d+ \d+ \* \* \*", cron["schedule"]), "once a day"
     job = cron["jobTemplate"]
@@ -407,13 +407,13 @@ def test_cluster_has_a_head_without_work_a_data_group_and_a_gpu_group(kind: str)
     assert not cluster.get("enableInTreeAutoscaling"), "the autoscaler needs a service account token"
 
 
-def test_there_are_pods_of_every_role() -> None:
+def test_every_role_has_pods() -> None:
     roles = [pod["metadata"]["labels"]["unclip/role"] for _, pod in PODS]
     assert sorted(roles) == sorted(["mlflow"] + 2 * ["submit", "head", "data", "gpu"])
 
 
 @pytest.mark.parametrize("where, pod", PODS, ids=[where for where, _ in PODS])
-def test_pods_have_no_rights(where: str, pod: dict[str, Any]) -> None:
+def test_pods_are_unprivileged(where: str, pod: dict[str, Any]) -> None:
     spec = pod["spec"]
     assert spec["automountServiceAccountToken"] is False
     assert spec["enableServiceLinks"] is False
@@ -472,7 +472,7 @@ def test_run_file_parses() -> None:
 
 # ---- the network ------------------------------------------------------------------------------------------
 
-INSIDE = """
+INTERNAL = """
     0.0.0.0 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1 127.1.2.3
     168.63.129.16     169.254.169.254 169.254.170.2 172.16.0.1 172.31.255.255 192.0.0.192 192.0.2.1
     192.88.99.1 192.168.0.1     192.168.255.255 198.18.0.1 198.19.255.255 198.51.100.1 203.0.113.1
@@ -480,7 +480,7 @@ INSIDE = """
     64:ff9b:1::1 100::1 2001::1 2001:db8::1 2002:a00:1::     3fff::1 fc00::1 fd00:ec2::254 fe80::1 fec0::1
     ff02::1
 """
-OUTSIDE = """
+PUBLIC = """
     1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.0 100.63.255.254 100.128.0.1 126.255.255.255 128.0.0.1
     168.63.129.15     168.63.129.17 169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0 192.0.1.1
     192.167.255.255 192.169.0.0     198.17.255.255 198.20.0.0 223.255.255.255 2001:4860:4860::8888
@@ -489,7 +489,7 @@ OUTSIDE = """
 
 
 def policies(role: str, direction: str) -> list[dict[str, Any]]:
-    """The rules of one direction that apply to the pods of a role."""
+    """Return the rules of one direction that apply to the pods of a role."""
     found = []
     for _, m in MANIFESTS:
         if m["kind"] != "NetworkPolicy" or direction.capitalize() not in m["spec"]["policyTypes"]:
@@ -500,7 +500,7 @@ def policies(role: str, direction: str) -> list[dict[str, Any]]:
 
 
 def selected(selector: dict[str, Any]) -> set[str]:
-    """The roles a pod selector picks."""
+    """Return the roles that a pod selector matches."""
     roles = {"submit", "head", "data", "gpu", "mlflow"}
     for label, value in selector.get("matchLabels", {}).items():
         roles &= {value} if label == "unclip/role" else set()
@@ -524,7 +524,7 @@ def reaches(role: str, address: str) -> bool:
 
 
 def peers(role: str, direction: str) -> set[tuple[str, int | None]]:
-    """(role, port) pairs that a role reaches, or is reached by; port None is every port."""
+    """Return the (role, port) pairs that a role reaches or is reached by; port None stands for all ports."""
     found = set()
     for rule in policies(role, direction):
         ports = [port["port"] for port in rule.get("ports", [])] or [None]
@@ -539,45 +539,45 @@ def test_network_is_denied_by_default() -> None:
     assert spec == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
 
-@pytest.mark.parametrize("address", INSIDE.split())
-def test_data_workers_do_not_reach_inside(address: str) -> None:
+@pytest.mark.parametrize("address", INTERNAL.split())
+def test_data_workers_do_not_reach_internal_addresses(address: str) -> None:
     assert not reaches("data", address)
 
 
-@pytest.mark.parametrize("address", OUTSIDE.split())
+@pytest.mark.parametrize("address", PUBLIC.split())
 def test_data_workers_reach_the_internet(address: str) -> None:
     assert reaches("data", address)
 
 
-def test_exceptions_cover_what_python_calls_private() -> None:
-    """Samples of every /12 of IPv4: no address that ipaddress holds not to be global is let through."""
-    let_through = [
+def test_exceptions_cover_all_addresses_that_python_calls_private() -> None:
+    """Tests one address of every /12 of IPv4: all addresses that `ipaddress` calls non-global are blocked."""
+    reached = [
         str(ip)
         for first in range(256)
         for second in range(0, 256, 16)
         if not (ip := ipaddress.ip_address(f"{first}.{second}.0.9")).is_global and reaches("data", str(ip))
     ]
-    assert let_through == []
+    assert reached == []
 
 
 def test_exceptions_lie_within_their_block() -> None:
-    """The API server refuses a policy whose exceptions do not."""
+    """The API server rejects a policy whose exceptions lie outside its block."""
     blocks = internet_blocks("data")
     assert {ipaddress.ip_network(block["cidr"]).version for block in blocks} == {4, 6}
     for block in blocks:
-        whole = ipaddress.ip_network(block["cidr"])
+        cidr = ipaddress.ip_network(block["cidr"])
         for network in map(ipaddress.ip_network, block["except"]):
-            assert network.subnet_of(whole) and network != whole  # type: ignore[arg-type]
+            assert network.subnet_of(cidr) and network != cidr  # type: ignore[arg-type]
 
 
-def test_internet_is_web_ports_and_data_workers_only() -> None:
+def test_only_data_workers_reach_the_internet_and_only_web_ports() -> None:
     for role in ("submit", "head", "gpu", "mlflow"):
         assert internet_blocks(role) == [], role
     [rule] = [r for r in policies("data", "egress") if any("ipBlock" in peer for peer in r["to"])]
     assert {(port["protocol"], port["port"]) for port in rule["ports"]} == {("TCP", 80), ("TCP", 443)}
 
 
-def test_who_reaches_whom() -> None:
+def test_reachability_between_roles() -> None:
     ray = {(role, None) for role in RAY_ROLES}
     expected: dict[str, set[tuple[str, int | None]]] = {
         "submit": {("head", 8265)},
@@ -592,7 +592,7 @@ def test_who_reaches_whom() -> None:
     assert peers("submit", "ingress") == set()
 
 
-def test_other_namespaces_are_dns_out_and_the_operator_in() -> None:
+def test_other_namespaces_are_only_dns_outwards_and_the_operator_inwards() -> None:
     for role in ("submit", "head", "data", "gpu", "mlflow"):
         outwards = [
             (peer, rule["ports"])

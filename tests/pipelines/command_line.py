@@ -1,4 +1,4 @@
-"""The command line, for tests."""
+"""Calls of the command line for tests."""
 
 import json
 import os
@@ -15,11 +15,11 @@ COMMANDS = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
 
 
 def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in this process: importing torch and Ray for each one would take most of the time."""
+    """Run a command in this process: importing torch and Ray for every command would take most of the time."""
     before = os.environ.copy()
     try:
         result = CliRunner(env=environment).invoke(main, [str(argument) for argument in arguments])
-    finally:  # commands may set what their workers inherit
+    finally:  # commands may set variables for their workers to inherit
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
@@ -28,7 +28,7 @@ def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
 
 
 def call_json(*arguments: object, code: int = 0) -> Any:
-    """The document that a command prints with --json; its keys are those that docs/commands.md lists."""
+    """Return the document that a command prints with --json; check its keys against docs/commands.md."""
     result = call(*arguments, "--json")
     assert result.returncode == code, result.stderr
     document = json.loads(result.stdout)
@@ -40,6 +40,7 @@ def call_json(*arguments: object, code: int = 0) -> Any:
 
 
 def assert_alike(found: Any, documented: Any, where: str) -> None:
+    """Check that two JSON documents have the same keys and types."""
     if found is None:
         return
     assert isinstance(found, (int, float) if isinstance(documented, float) else type(documented)), where

@@ -1,4 +1,4 @@
-"""One finished demo for all slow tests that need one, and an object store."""
+"""A finished demo run shared by slow tests, and an object store."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Storage of a demo run that is done; UNCLIP_DEMO_STORAGE names one in which to go on."""
+    """Storage of a finished demo run; UNCLIP_DEMO_STORAGE names an existing one to reuse."""
     storage = Path(os.environ.get("UNCLIP_DEMO_STORAGE") or tmp_path_factory.mktemp("demo"))
     subprocess.run([sys.executable, "-m", "pipelines", "run", "demo", "--storage", storage], cwd=ROOT, check=True)
     return storage
@@ -22,7 +22,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def s3() -> Iterator[dict[str, str]]:
-    """An S3 server that fails now and then, with an empty bucket `bucket`; yields the environment for its clients."""
+    """Start an S3 server that fails intermittently, with an empty bucket `bucket`; yield the environment for clients."""
     port = 8771
     command = [sys.executable, str(ROOT / "tests" / "tasks" / "s3_server.py"), str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -41,7 +41,7 @@ def s3() -> Iterator[dict[str, str]]:
             try:
                 client.create_bucket(Bucket="bucket")
                 break
-            except (BotoCoreError, ClientError):  # it is not up yet, or fails as it is made to
+            except (BotoCoreError, ClientError):  # not up yet, or failing on purpose
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.2)
         yield environment

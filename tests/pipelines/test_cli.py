@@ -1,4 +1,4 @@
-"""Bad input ends within seconds, before any work, non-zero, with one line that says what to do."""
+"""Invalid input ends a command before any work, with a non-zero exit code and a one-line remedy."""
 
 import datetime
 import json
@@ -55,7 +55,7 @@ def test_f25_a_missing_list(tmp_path: Path) -> None:
     assert_refused(result, "none.parquet", "does not exist")
 
 
-def test_as_a_program_it_says_so_within_seconds(tmp_path: Path) -> None:
+def test_as_a_program_it_reports_the_error_within_seconds(tmp_path: Path) -> None:
     started = time.monotonic()
     command = [sys.executable, "-m", "pipelines", "run", "text_to_image", "--storage", str(tmp_path / "s")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -85,7 +85,7 @@ def test_f25_a_table_without_a_url_column(tmp_path: Path) -> None:
         ("prior", ("prior", "section.field=value")),
     ],
 )
-def test_an_impossible_setting(pairs: Path, tmp_path: Path, assignment: str, words: tuple[str, ...]) -> None:
+def test_an_invalid_setting(pairs: Path, tmp_path: Path, assignment: str, words: tuple[str, ...]) -> None:
     arguments = ["--set", f"ingest.urls={pairs}", "--set", assignment, "--storage", tmp_path / "s"]
     assert_refused(unclip("run", "text_to_image", *arguments), *words)
     assert not (tmp_path / "s").exists()
@@ -101,11 +101,15 @@ def test_an_unknown_stage(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model(tmp_path: Path) -> None:
-    for model, there_is in (("upsampler", "upsampler-64"), ("upsampler-46", "upsampler-64"), ("decode", "decoder")):
+    for model, nearest in (("upsampler", "upsampler-64"), ("upsampler-46", "upsampler-64"), ("decode", "decoder")):
         assert_refused(
-            unclip("train", model, "tiny", "--storage", tmp_path), f"{model}: no model of tiny", f"mean {there_is!r}?"
+            unclip("train", model, "tiny", "--storage", tmp_path),
+            f"{model}: unknown model of tiny",
+            f"mean {nearest!r}?",
         )
-    assert_refused(unclip("train", "clip", "demo", "--storage", tmp_path), "clip: no model of demo", "Valid names: ")
+    assert_refused(
+        unclip("train", "clip", "demo", "--storage", tmp_path), "clip: unknown model of demo", "Valid names: "
+    )
     assert_refused(unclip("train", "prior", "demmo", "--storage", tmp_path), "demmo", "Did you mean 'demo'?")
     assert not list(tmp_path.iterdir())
 
@@ -120,12 +124,10 @@ def test_models_and_pipelines_are_completed() -> None:
     assert completed(model, "") > {"prior", "decoder"} and completed(pipeline, "t") == {"text_to_image", "tiny"}
 
 
-def test_the_models_that_are_completed_are_those_that_pipelines_train() -> None:
+def test_completion_offers_the_models_that_pipelines_train() -> None:
     composed = [compose(load(name, None, ["ingest.urls=pairs.parquet"])) for name in pipeline_names()]
     trained = {model for dag in composed for model in trained_models(dag)}
-    assert set(model_names()) == trained - {
-        "upsampler-256"
-    }  # which no preset names: it is there where nothing else is asked
+    assert set(model_names()) == trained - {"upsampler-256"}  # a default that no preset names
 
 
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")
@@ -143,10 +145,10 @@ HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")
         ([], "unclip data sh", "show"),
     ],
 )
-def test_a_command_that_only_reads_and_tells_answers_at_once(
+def test_commands_that_only_read_import_no_heavy_packages(
     tmp_path: Path, arguments: list[str], typed: str | None, printed: str
 ) -> None:
-    """Seconds would depend on the machine: counts the imports that would take them."""
+    """Checks imports rather than seconds, which depend on the machine."""
     record = {"pipeline": "tiny", "state": "done", "started": 0.0, "ended": 9.0, "host": "here", "pid": 1}
     Store(str(tmp_path)).write_json(record, "runs", "a-run", "run.json")
     event = {"stage": "ingest", "state": "done", "at": 1.0, "seconds": 1.0}
@@ -165,14 +167,14 @@ runpy.run_module("pipelines", run_name="__main__")
     assert (result.returncode, result.stderr) == (0, "\n") and printed in result.stdout
 
 
-def test_a_run_file_that_is_not_there_or_is_not_toml(tmp_path: Path) -> None:
+def test_a_run_file_that_does_not_exist_or_is_not_toml(tmp_path: Path) -> None:
     assert_refused(unclip("run", "demo", "--config", tmp_path / "run.toml"), "run.toml", "no such run file")
     (tmp_path / "run.toml").write_text("a = = b")
     assert_refused(unclip("run", "demo", "--config", tmp_path / "run.toml"), "run.toml", "TOML")
 
 
 def test_f31_an_unwritable_folder(pairs: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")  # also stops root, whom no permission stops
+    (tmp_path / "file").write_text("in the way")  # also stops root, which ignores permissions
     result = unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", tmp_path / "file" / "s")
     assert_refused(result, "file/s", "--storage")
 
@@ -189,7 +191,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         assert_refused(unclip("ui", "--storage", tmp_path, "--port", port), str(port), "in use", f"--port {port + 1}")
 
 
-def test_f32_another_run_at_work(tmp_path: Path) -> None:
+def test_f32_another_run_uses_the_storage(tmp_path: Path) -> None:
     import fcntl
 
     with open(tmp_path / ".lock", "w") as lock:
@@ -197,14 +199,14 @@ def test_f32_another_run_at_work(tmp_path: Path) -> None:
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = unclip("run", "tiny", "--storage", tmp_path)
-    assert_refused(result, "another run is at work here (pid 7 on somewhere)", code=75)
+    assert_refused(result, "another run is using this storage (pid 7 on somewhere)", code=75)
 
 
 def test_commands_that_need_a_finished_run(tmp_path: Path) -> None:
-    assert_refused(unclip("sample", "a red circle", "--storage", tmp_path), "nothing was published here")
-    assert_refused(unclip("ui", "--storage", tmp_path), "no run was tracked here")
+    assert_refused(unclip("sample", "a red circle", "--storage", tmp_path), "nothing has been published here")
+    assert_refused(unclip("ui", "--storage", tmp_path), "no run has been tracked here")
     assert_refused(unclip("sample", "a red circle", "--num", 0, "--storage", tmp_path), "--num: got 0")
-    assert_refused(unclip("sample", " ", "--storage", tmp_path), "caption: got nothing")
+    assert_refused(unclip("sample", " ", "--storage", tmp_path), "caption: got an empty caption")
     result = unclip("status", "--storage", tmp_path)
     assert (result.returncode, result.stdout.startswith("no runs in")) == (0, True)
 
@@ -253,10 +255,10 @@ def test_help(command: str) -> None:
 def test_an_object_store_needs_a_server_for_mlflow(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     result = unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", "gs://bucket/prefix")
-    assert_refused(result, "gs://bucket/prefix is no local folder", "MLFLOW_TRACKING_URI")
+    assert_refused(result, "gs://bucket/prefix is not a local folder", "MLFLOW_TRACKING_URI")
 
 
-def test_every_mlflow_of_the_environment_the_storage_and_its_runs_is_asked(
+def test_every_mlflow_of_the_environment_the_storage_and_its_runs_is_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(str(tmp_path))
@@ -280,7 +282,7 @@ def test_every_mlflow_of_the_environment_the_storage_and_its_runs_is_asked(
     )
 
 
-def test_plan_writes_nothing_and_plans_what_is_run(tmp_path: Path) -> None:
+def test_plan_writes_nothing_and_matches_the_run(tmp_path: Path) -> None:
     storage = tmp_path / "folder" / "s"
     document = call_json("plan", "tiny", "--storage", storage)
     assert document["config"]["ingest"]["urls"].startswith(f"{storage}/scenes/")
@@ -288,9 +290,9 @@ def test_plan_writes_nothing_and_plans_what_is_run(tmp_path: Path) -> None:
     assert {stage["name"]: stage["after"] for stage in document["stages"]}["download"] == ["ingest"]
     assert unclip("plan", "train", "--model-size", "demo").returncode == 0 and list(tmp_path.iterdir()) == []
     config = load("tiny", None, (), str(storage))
-    planned = prepare(config, only_looks=True)
+    planned = prepare(config, read_only=True)
     assert list(tmp_path.iterdir()) == []
-    assert prepare(config) == planned == prepare(config, only_looks=True)
+    assert prepare(config) == planned == prepare(config, read_only=True)
     assert [path.name for path in storage.iterdir()] == ["scenes"]
     node = compose(planned)["ingest"]
     artifact = {"stage": "ingest", "fingerprint": node.stage.fingerprint(node.config, []), "uri": "u", "digest": "d"}
@@ -320,7 +322,7 @@ READING = [
 
 
 @pytest.mark.parametrize("arguments", READING, ids=" ".join)
-def test_a_command_that_reads_refuses_a_wrong_storage_and_does_not_make_it(
+def test_a_command_that_reads_refuses_a_wrong_storage_and_does_not_create_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -372,7 +374,7 @@ def commands_of(group: click.Group, *above: str) -> set[str]:
     return found
 
 
-def test_the_exit_codes_and_commands_in_the_docs_are_those_there_are() -> None:
+def test_the_docs_list_all_commands_and_exit_codes() -> None:
     rows = [line.strip("| ").split(" | ") for line in COMMANDS.read_text().splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in row] for row in rows]
     listed = {row[0].strip("`"): {int(code) for code in row[2].split(", ")} for row in rows if row[0].startswith("`")}
@@ -384,7 +386,7 @@ def test_the_exit_codes_and_commands_in_the_docs_are_those_there_are() -> None:
     assert codes == raised and set.union(*listed.values()) < codes.keys()
 
 
-def test_plan_train_says_what_training_takes_of_each_gpu() -> None:
+def test_plan_train_prints_the_memory_of_each_gpu() -> None:
     result = unclip("plan", "train", "--model-size", "demo", "--gpus", 8, "--memory-gib", 0.25)
     assert result.returncode == 0, result.stderr
     heading, *rows = result.stdout.partition("\n\n")[0].splitlines()
@@ -400,7 +402,7 @@ def test_plan_train_says_what_training_takes_of_each_gpu() -> None:
     assert "\nprior: 1 GPU of 80 GiB: micro-batch 4,096 or more; with" in alone and "FSDP" not in alone
 
 
-def test_plan_train_refuses_what_is_impossible() -> None:
+def test_plan_train_refuses_invalid_options() -> None:
     assert_refused(unclip("plan", "train", "--model-size", "dale2"), "dale2", "Did you mean 'dalle2'?")
     for name, value in (("--gpus", "0"), ("--memory-gib", "0.0"), ("--micro-batch-size", "0")):
         assert_refused(unclip("plan", "train", "--model-size", "demo", name, value), f"{name}: got {value}, expected")
@@ -410,12 +412,12 @@ def test_plan_train_refuses_what_is_impossible() -> None:
     assert "plan train" in unclip("--help").stdout
 
 
-def test_a_takedown_that_could_not_ask_everyone_says_so_and_ends_with_1(
+def test_a_takedown_that_cannot_search_every_mlflow_says_so_and_ends_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert_refused(unclip("takedown", "--storage", tmp_path), "got nothing to take down")
-    assert_refused(unclip("takedown", "--key", "0" * 32, "--storage", tmp_path), "no pictures are stored here")
+    assert_refused(unclip("takedown", "--key", "0" * 32, "--storage", tmp_path), "no images are stored here")
     images = pa.table({"key": ["0" * 32, "1" * 32]}).cast(pa.schema({"key": pa.string()}))
     for name in ("url", "sha256", "phash", "jpg"):
         images = images.append_column(name, pa.array([None, None], pa.string()))
@@ -430,5 +432,7 @@ def test_a_takedown_that_could_not_ask_everyone_says_so_and_ends_with_1(
     assert list(found["unanswered"]) == [missing] and found["keys"] == ["1" * 32]
     result = unclip("takedown", "--key", "1" * 32, "--storage", tmp_path)
     assert result.returncode == 1 and "1 rows taken down" in result.stdout
-    assert f"MLflow at {missing} was not asked to the end: {tmp_path}/elsewhere.db does not exist" in result.stderr
+    assert (
+        f"MLflow at {missing} could not be searched completely: {tmp_path}/elsewhere.db does not exist" in result.stderr
+    )
     assert tables.read(uri).num_rows == 0

@@ -1,4 +1,4 @@
-"""The stages that make a dataset, whole: grown, with rows taken down, in an object store, killed at their commit points."""
+"""The dataset stages end to end: refreshed, with rows taken down, in an object store, and killed at commit points."""
 
 import contextlib
 import dataclasses
@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SCENES = ScenesConfig(num_images=300, broken=1 / 30, side=64, port=8769)
 
 Arguments = tuple[object, ...]
-"""Of a command, but for its storage."""
+"""Arguments of a command, without its storage."""
 
 pytestmark = pytest.mark.timeout(900)
 
-# What is written last of all makes the others count; each is met before, within and after the write.
+# Writes that commit the work before them; runs are killed before, within and after each.
 COMMITS = [
     "artifacts/ingest/.*/pairs", "images/.*[.]parquet", "images/.*/_delta_log", "artifacts/filter/", "artifacts/dedup/",
     "embeddings/.*[.]parquet", "embeddings/.*/_delta_log", "artifacts/curate/.*/scores", "artifacts/curate/.*/selection",
@@ -58,7 +58,7 @@ LOST = [
     ("NodeManagerService", "RequestWorkerLease"),
     ("NodeManagerService", "ReturnWorkerLease"),
 ]
-"""Messages of Ray that may be lost."""
+"""Ray messages that are dropped at random."""
 
 
 def unclip(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -74,14 +74,14 @@ def refresh(storage: object, arguments: Arguments, *options: object, **environme
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SceneServer]:
-    """Serves the pictures to all runs of this module, and counts what is asked for."""
+    """Server of the images for all runs of this module; counts requests."""
     with serve(SCENES) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def arguments(server: SceneServer, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
-    """Of a refresh over 300 pictures and 10 rows that fail, with a tiny CLIP whose weights nobody trained."""
+    """Arguments of a refresh of 300 images and 10 failing rows, with a tiny untrained CLIP."""
     import torch
 
     folder = tmp_path_factory.mktemp("given")
@@ -90,14 +90,14 @@ def arguments(server: SceneServer, tmp_path_factory: pytest.TempPathFactory) -> 
     write_url_list(SCENES, str(folder / "pairs.parquet"))
     settings = {"clip.model": f"local-dir:{folder}/clip", "ingest.urls": folder / "pairs.parquet", "scenes": "none"}
     settings |= {"download.allow_hosts": f'["{SCENES.address}"]', "download.shard_size": 150, "embed.shard_size": 120}
-    settings |= {"cluster.num_cpus": 2}  # Ray starts a process for each before there is work for it
+    settings |= {"cluster.num_cpus": 2}  # Ray starts a process per CPU in advance
     assignments = (("--set", f"{name}={value}") for name, value in settings.items())
     return ("refresh", "tiny", *(argument for assignment in assignments for argument in assignment))
 
 
 @pytest.fixture(scope="module")
 def grown(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
-    """The same with three pictures more on the list: less than one row in a hundred is new."""
+    """The same arguments with three more images on the list: less than 1% of the rows are new."""
     path = tmp_path_factory.mktemp("grown") / "pairs.parquet"
     write_url_list(dataclasses.replace(SCENES, num_images=303), str(path))
     return (*arguments, "--set", f"ingest.urls={path}")
@@ -111,13 +111,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, arguments: Arguments) 
 
 
 def content(storage: object) -> dict[str, Any]:
-    """All rows of all tables, as digests, and the digests of all stages; the same whatever happened on the way."""
+    """Return the digests of all tables and stages, which must not depend on interruptions."""
     found: dict[str, Any] = {}
     for kind in ("images", "embeddings"):
         for name in files.names(f"{storage}/{kind}"):
             table = tables.read(f"{storage}/{kind}/{name}")
             keys = table.column("key").to_pylist()
-            assert len(set(keys)) == len(keys), f"{kind}: a row is there twice"
+            assert len(set(keys)) == len(keys), f"{kind}: duplicate rows"
             found[kind] = (name, len(keys), tables.content_digest(table))
     snapshots = tables.read_dated(f"{storage}/snapshots").to_pylist()
     for number, snapshot in enumerate(snapshots):
@@ -135,7 +135,7 @@ def content(storage: object) -> dict[str, Any]:
 
 
 def kill_at(points: list[str], storage: Path, arguments: Arguments, armed: Path) -> None:
-    """Refresh again and again, each time going down at some of the points, until nothing is armed any more."""
+    """Repeat the refresh, which is killed at some of the points each time, until no point is left."""
     armed.mkdir()
     for number, point in enumerate(points):
         (armed / f"{number:03d}").write_text(point)
@@ -147,19 +147,19 @@ def kill_at(points: list[str], storage: Path, arguments: Arguments, armed: Path)
         assert set(armed.iterdir()) < before, result.stdout + result.stderr
         assert "run the same command again" in result.stderr, result.stderr
     assert result.returncode == 0 and not list(armed.iterdir()), [path.read_text() for path in armed.iterdir()]
-    with lock(Store(str(storage))):  # whoever has it next clears up
+    with lock(Store(str(storage))):  # the next owner of the lock removes temporary files
         assert not list(storage.rglob("*.tmp"))
 
 
 def facts_of(storage: object, stage: str) -> dict[str, Any]:
-    """Of the newest artifact of a stage."""
+    """Return the facts of the newest artifact of a stage."""
     newest = max(Path(str(storage), "stages", stage).iterdir(), key=lambda path: path.stat().st_mtime)
     facts: dict[str, Any] = json.loads(newest.read_text())["facts"]
     return facts
 
 
 @pytest.mark.slow
-def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_tables(
+def test_f45_in_an_unreliable_object_store_the_tables_are_the_same(
     undisturbed: Path, arguments: Arguments, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = "s3://bucket/some/prefix"
@@ -170,7 +170,7 @@ def test_f45_in_an_object_store_that_fails_now_and_then_it_ends_with_the_same_ta
     assert not files.exists(f"{storage}/lease.json")
 
 
-def test_f29_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
+def test_f29_killed_at_a_few_commit_points_the_tables_are_the_same(
     undisturbed: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
     kill_at(FEW, tmp_path / "storage", arguments, tmp_path / "armed")
@@ -179,7 +179,7 @@ def test_f29_killed_at_a_few_commit_points_it_ends_with_the_same_tables(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_f29_killed_at_every_commit_point_it_ends_with_the_same_tables(
+def test_f29_killed_at_every_commit_point_the_tables_are_the_same(
     undisturbed: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
     kill_at(ALL, tmp_path / "storage", arguments, tmp_path / "armed")
@@ -187,7 +187,7 @@ def test_f29_killed_at_every_commit_point_it_ends_with_the_same_tables(
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Processes below a process, and their command lines."""
+    """Return the descendants of a process and their command lines."""
     parents, found = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -201,10 +201,10 @@ def descendants(pid: int) -> dict[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["raylet/raylet", "gcs/gcs_server"])
-def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_goes_on(
+def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_resumes(
     undisturbed: Path, arguments: Arguments, tmp_path: Path, part: str
 ) -> None:
-    """Without the GCS what runs goes on for a minute; then Ray ends the run."""
+    """Without the GCS, tasks run on for a minute; then Ray ends the run."""
     storage = tmp_path / "storage"
     arguments = (*arguments, "--set", "download.shard_size=15", "--set", "download.tasks_in_flight=1")
     command = [*map(str, arguments), "--storage", str(storage)]
@@ -233,10 +233,10 @@ def test_f37_when_ray_itself_dies_the_run_ends_and_the_next_one_goes_on(
 
 
 @pytest.mark.slow
-def test_f39_when_there_is_no_memory_for_tasks_the_run_ends_and_the_next_one_goes_on(
+def test_f39_when_tasks_run_out_of_memory_the_run_ends_and_the_next_one_resumes(
     undisturbed: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
-    """Ray's monitor kills every task, since it may use next to nothing of the machine."""
+    """Ray's memory monitor kills every task, since its threshold is next to zero."""
     storage = tmp_path / "storage"
     nothing = {
         "RAY_memory_usage_threshold": "0.001",
@@ -251,7 +251,7 @@ def test_f39_when_there_is_no_memory_for_tasks_the_run_ends_and_the_next_one_goe
 
 @pytest.mark.slow
 def test_f39_a_small_object_store_is_enough(undisturbed: Path, arguments: Arguments, tmp_path: Path) -> None:
-    """Pictures and embeddings go to the storage, not through Ray."""
+    """Images and embeddings go to the storage, not through Ray."""
     refresh(tmp_path, arguments, RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES=str(80 << 20))
     assert content(tmp_path) == content(undisturbed)
 
@@ -270,8 +270,8 @@ def rows_by_file(table_uri: str) -> dict[str, int]:
     return {uri: tables.read_file(uri, ["key"]).num_rows for uri in tables.files(table_uri)}
 
 
-# The last, since it changes the storage that the others compare with.
-def test_f34_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(
+# The last test, since it changes the storage that the others compare with.
+def test_f34_a_refresh_costs_what_changed_and_rows_taken_down_stay_away(
     undisturbed: Path, grown: Arguments, server: SceneServer
 ) -> None:
     before = facts_of(undisturbed, "curate")["snapshot"]
@@ -279,16 +279,16 @@ def test_f34_a_refresh_costs_what_changed_and_what_is_taken_down_stays_away(
     num_listed, num_embedded = sum(files_before["images"].values()), sum(files_before["embeddings"].values())
     assert num_listed >= 300 and num_embedded == 300
 
-    # What was asked of the server, and what is in files that were not there before: counted, not reported.
+    # Count requests and rows in new files, rather than trust what the run reports.
     server.requests.clear()
     printed = refresh(undisturbed, grown)
     assert "313 in = 303 kept" in printed
-    pictures = [path for path in server.requests.elements() if "robots.txt" not in path]
+    image_paths = [path for path in server.requests.elements() if "robots.txt" not in path]
     new = {
         name: sum(rows for uri, rows in rows_by_file(before[name]).items() if uri not in files_before[name])
         for name in files_before
     }
-    assert sorted(path.rpartition("/")[2] for path in pictures) == ["300.jpg", "301.jpg", "302.jpg"]
+    assert sorted(path.rpartition("/")[2] for path in image_paths) == ["300.jpg", "301.jpg", "302.jpg"]
     assert new == {"images": 3, "embeddings": 3} and 3 <= 0.03 * 300 and server.requests.total() <= 0.03 * num_listed
     assert facts_of(undisturbed, "download")["fetched_now"] == 3 == facts_of(undisturbed, "embed")["embedded_now"]
 

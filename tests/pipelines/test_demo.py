@@ -1,4 +1,4 @@
-"""What the README promises of the demo."""
+"""Results of the demo that the README promises."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def stack(demo: Path) -> Stack:
     return load_system(find_stack(str(demo), None))
 
 
-def test_the_demo_draws_what_its_captions_say(demo: Path) -> None:
+def test_samples_of_the_demo_match_their_captions(demo: Path) -> None:
     summary = json.loads((demo / "results" / "demo" / "summary.json").read_text())
     rows = summary["rows"]
     assert rows["in"] == rows["kept"] + rows["dropped"] + rows["failed"]
@@ -37,7 +37,7 @@ def test_the_demo_draws_what_its_captions_say(demo: Path) -> None:
         ("inpainting", 50, {"known pixels are the same": 1.0, "colour": 0.8, "background": 0.9}),
     ],
 )
-def test_manipulations_change_what_they_shall_and_nothing_else(
+def test_manipulations_change_what_they_should_and_nothing_else(
     stack: Stack, name: str, num: int, least: dict[str, float]
 ) -> None:
     numbers = manipulations.MEASUREMENTS[name](stack, num).numbers

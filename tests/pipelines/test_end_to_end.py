@@ -1,4 +1,4 @@
-"""The whole DAG, with a tiny configuration: once, again, killed, and as a Ray job."""
+"""The whole DAG with a tiny configuration: run, run again, killed, and as a Ray job."""
 
 import json
 import os
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def run(*arguments: object) -> str:
-    """Run the command line; returns what it printed."""
+    """Run a command; return its output."""
     command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -60,14 +60,14 @@ def run(*arguments: object) -> str:
 
 
 def run_here(*arguments: object) -> str:
-    """As `run`, in this process."""
+    """Run a command in this process; return its output."""
     result = call(*arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def records(storage: Path) -> dict[str, dict[str, Any]]:
-    """The newest artifact of each stage."""
+    """Return the newest artifact of each stage."""
     found = {}
     for stage in (storage / "stages").iterdir():
         newest = max(stage.iterdir(), key=lambda path: path.stat().st_mtime)
@@ -88,7 +88,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield storage
 
 
-def test_a_run_goes_from_urls_to_pictures(finished: Path) -> None:
+def test_a_run_goes_from_urls_to_images(finished: Path) -> None:
     summary = json.loads((finished / "results" / "tiny" / "summary.json").read_text())
     rows = summary["rows"]
     assert rows["in"] == 132 == rows["kept"] + rows["dropped"] + rows["failed"]
@@ -114,9 +114,9 @@ def test_a_run_goes_from_urls_to_pictures(finished: Path) -> None:
         assert words in printed
 
 
-def test_tables_hold_every_row_once_and_embeddings_belong_to_their_rows(finished: Path) -> None:
-    made = records(finished)
-    snapshot = made["curate"]["facts"]["snapshot"]
+def test_tables_hold_every_row_once_and_embeddings_match_their_rows(finished: Path) -> None:
+    artifacts_by_stage = records(finished)
+    snapshot = artifacts_by_stage["curate"]["facts"]["snapshot"]
     images = tables.read(snapshot["images"], snapshot["images_version"], ["key", "caption", "jpg"])
     embeddings = tables.read(snapshot["embeddings"], snapshot["embeddings_version"])
     selection = tables.read_file(snapshot["selection"])
@@ -130,10 +130,10 @@ def test_tables_hold_every_row_once_and_embeddings_belong_to_their_rows(finished
     from unclip.models.clip import Clip
     from unclip.training.batches import load_images
 
-    clip = Clip.load(made["clip"]["facts"]["model"])
-    pictures = dict(zip(images.column("key").to_pylist(), images.column("jpg").to_pylist(), strict=True))
+    clip = Clip.load(artifacts_by_stage["clip"]["facts"]["model"])
+    jpgs = dict(zip(images.column("key").to_pylist(), images.column("jpg").to_pylist(), strict=True))
     some = embeddings.column("key").to_pylist()[::17]
-    again = clip.embed_images(clip.resize(load_images([pictures[key] for key in some], 64))).numpy()
+    again = clip.embed_images(clip.resize(load_images([jpgs[key] for key in some], 64))).numpy()
     stored = vectors(embeddings.column("image_embedding"))[::17]
     assert ((again * stored).sum(axis=1) > 0.999).all()
     assert ((again @ stored.T).argmax(axis=1) == range(len(some))).all()
@@ -157,12 +157,12 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     [dataset] = decoder.inputs.dataset_inputs
     assert dataset.dataset.digest == records(finished)["curate"]["digest"][:36]
     assert {"model", "previews"} <= {item.path for item in client.list_artifacts(decoder.info.run_id)}
-    made = records(finished)
-    snapshot = Snapshot.of(made["curate"]["facts"])
-    for stage in ("decoder", "upsampler-32", "upsampler-64"):  # a takedown finds by these what shows a row
+    artifacts_by_stage = records(finished)
+    snapshot = Snapshot.of(artifacts_by_stage["curate"]["facts"])
+    for stage in ("decoder", "upsampler-32", "upsampler-64"):  # a takedown finds the previews of a row by these keys
         shown = Path(client.download_artifacts(children[stage].info.run_id, PREVIEW_KEYS, str(tmp_path)))
         assert json.loads(shown.read_text()) == snapshot.keys("holdout")[:16] != []
-        folder = Path(made[stage]["uri"]).parent
+        folder = Path(artifacts_by_stage[stage]["uri"]).parent
         assert json.loads((folder / PREVIEW_KEYS).read_text()) == snapshot.keys("holdout")[:16]
         strip = Path(client.download_artifacts(children[stage].info.run_id, f"{PREVIEWS}/{FILM_STRIP}", str(tmp_path)))
         assert strip.read_bytes() == (folder / PREVIEWS / FILM_STRIP).read_bytes()
@@ -172,21 +172,20 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     assert str(client.get_model_version_by_alias("unclip-tiny", "latest-published").version) == "1"
 
 
-def test_the_published_stack_draws_with_both_upsamplers(finished: Path) -> None:
-
+def test_the_published_stack_samples_with_both_upsamplers(finished: Path) -> None:
     stack = load_system(records(finished)["publish"]["uri"])
     assert [(each.config.low_res_size, each.config.output_size) for each in stack.upsamplers] == [(16, 32), (32, 64)]
     assert sample_captions(stack, ["a large red circle"]).shape == (1, 3, 64, 64)
-    assert len({records(finished)[f"upsampler-{side}"]["digest"] for side in (32, 64)}) == 2
+    assert len({records(finished)[f"upsampler-{resolution}"]["digest"] for resolution in (32, 64)}) == 2
 
 
-def test_a_row_knows_all_models_that_were_trained_on_it(finished: Path) -> None:
+def test_data_show_lists_all_models_trained_on_a_row(finished: Path) -> None:
     key = Snapshot.of(records(finished)["curate"]["facts"]).keys("train")[0]
     printed = run_here("data", "show", key, "--storage", finished)
     assert "models prior, decoder, upsampler-32, upsampler-64" in printed
 
 
-def test_a_second_run_does_nothing_and_says_the_same(finished: Path) -> None:
+def test_a_second_run_does_nothing_and_prints_the_same_summary(finished: Path) -> None:
     before = sorted((finished / "runs").iterdir())
     started = time.monotonic()
     printed = run("run", "tiny", "--storage", finished)
@@ -231,21 +230,21 @@ def test_status_and_samples(finished: Path, tmp_path: Path) -> None:
     printed = run_here("status", "--storage", finished)
     assert "done" in printed and all(f" {name} " in printed for name in STAGES)
     caption = "a small yellow star on a purple background"
-    drawn = []
+    grids = []
     for options in (["--seed", 1], ["--seed", 1, "--model", "unclip-tiny"], ["--seed", 2]):
         grid = tmp_path / "grid.png"
         run_here("sample", caption, "--num", 4, "--guidance-scale", 2, *options, "--out", grid, "--storage", finished)
-        drawn.append(grid.read_bytes())
-    assert drawn[0] == drawn[1] != drawn[2]
-    # the stack carries what is known of its dataset
+        grids.append(grid.read_bytes())
+    assert grids[0] == grids[1] != grids[2]
+    # the stack includes the statistics of its dataset
     run_here("probe", tmp_path / "grid.png", "--components", "1,64", "--out", tmp_path / "p.png", "--storage", finished)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A cluster as `ray start --head` makes it; yields the environment for its clients."""
-    scratch = f"/tmp/unclip-{os.getpid()}"  # sockets in it must have short names
+    """Start a cluster by `ray start --head`; yield the environment for its clients."""
+    scratch = f"/tmp/unclip-{os.getpid()}"  # socket paths must be short
     paths = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_TMPDIR": scratch}
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = {**os.environ, **paths, **access, "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8299"}
@@ -261,20 +260,20 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
                 assert time.monotonic() < deadline, listing.stderr.decode()[-2000:]
             yield environment
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # asked to stop, Ray takes half a minute
+            os.killpg(process.pid, signal.SIGKILL)  # `ray stop` takes half a minute
             process.wait()
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def test_f36_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
+def test_f36_a_killed_run_resumed_as_a_ray_job_has_the_same_tables_and_models(
     finished: Path, tmp_path: Path, cluster: dict[str, str]
 ) -> None:
-    """SIGKILL to the driver while it trains; the rest by `ray job submit`. tests/pipelines/test_data_half.py kills the rest."""
+    """Kills the driver during training; resumes by `ray job submit`. test_data_half.py covers kills elsewhere."""
     storage = tmp_path / "storage"
     command = ["unclip", "run", "tiny", "--storage", str(storage)]
     process = subprocess.Popen([sys.executable, "-m", "pipelines", *command[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not any(storage.glob("artifacts/clip/*/checkpoints/*/manifest.json")):
-        assert process.poll() is None, "it was to be killed before it ended"
+        assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -289,10 +288,10 @@ def test_f36_a_killed_run_ends_as_a_ray_job_with_the_same_tables_and_models(
     assert {name: record["digest"] for name, record in records(storage).items()} == undisturbed
 
 
-def test_a_model_that_is_trained_by_itself_is_the_one_that_the_pipeline_trains(finished: Path) -> None:
+def test_a_model_trained_by_itself_equals_the_one_that_the_pipeline_trains(finished: Path) -> None:
     expected = records(finished)["prior"]["digest"]
-    for made in ("stages", "artifacts"):
-        shutil.rmtree(finished / made / "prior")
+    for folder in ("stages", "artifacts"):
+        shutil.rmtree(finished / folder / "prior")
     printed = run("train", "prior", "tiny", "--storage", finished)
     assert "✓ prior" in printed and (Path(printed.splitlines()[-1]) / "model.safetensors").exists()
     assert records(finished)["prior"]["digest"] == expected
@@ -313,22 +312,22 @@ def last_metrics(storage: Path, stage: str) -> dict[str, float]:
     return dict(runs[0].data.metrics)
 
 
-@pytest.mark.parametrize(("num_samples", "where"), [(6400, ()), (9600, ("--on-ray",))])
-def test_sigterm_writes_a_checkpoint_and_training_goes_on_here(
-    finished: Path, num_samples: int, where: tuple[str, ...]
+@pytest.mark.parametrize(("num_samples", "options"), [(6400, ()), (9600, ("--on-ray",))])
+def test_sigterm_writes_a_checkpoint_from_which_training_resumes(
+    finished: Path, num_samples: int, options: tuple[str, ...]
 ) -> None:
     before, known = set(finished.glob("runs/*")), set(finished.glob("artifacts/upsampler-64/*"))
     changes = {"num_samples": num_samples, "checkpoint_samples": num_samples}
     settings = [word for name, value in changes.items() for word in ("--set", f"upsamplers.64.trainer.{name}={value}")]
     words = ["train", "upsampler-64", "tiny", *settings, "--storage", str(finished)]
-    command = [sys.executable, "-m", "pipelines", *words, *where]
+    command = [sys.executable, "-m", "pipelines", *words, *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not any(
         json.loads(path.read_text())["done"]
         for path in finished.glob("runs/*/progress/upsampler-64.json")
         if path.parents[1] not in before
     ):
-        assert process.poll() is None, "it was to be stopped before it ended"
+        assert process.poll() is None, "the training ended before it could be stopped"
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
@@ -340,7 +339,7 @@ def test_sigterm_writes_a_checkpoint_and_training_goes_on_here(
     assert records(finished)["upsampler-64"]["facts"]["samples_seen"] == num_samples
 
 
-def test_the_overfit_test_keeps_nothing_and_says_what_it_found(finished: Path) -> None:
+def test_the_overfit_test_keeps_nothing_and_prints_a_diagnosis(finished: Path) -> None:
     before = sorted(finished.rglob("*"))
     result = call("train", "prior", "tiny", "--overfit", 4, "--storage", finished)
     assert result.returncode == 0, result.stdout
@@ -348,7 +347,7 @@ def test_the_overfit_test_keeps_nothing_and_says_what_it_found(finished: Path) -
     assert sorted(finished.rglob("*")) == before
 
 
-def test_a_model_is_not_trained_before_its_dataset_is_there(tmp_path: Path) -> None:
+def test_a_model_is_not_trained_before_its_dataset_exists(tmp_path: Path) -> None:
     result = call("train", "prior", "tiny", "--storage", tmp_path)
     assert result.returncode == 2
     assert "has no curate and no clip" in result.stderr and "unclip run tiny --until curate" in result.stderr

@@ -1,4 +1,4 @@
-"""What the parts of the stack are said to be good for, on the demo: priors, guidance, learned variances, both together."""
+"""Benefits of the parts of the stack, on the demo: priors, guidance, learned variances, and the prior with the decoder."""
 
 import dataclasses
 from pathlib import Path
@@ -25,8 +25,8 @@ from unclip.training.batches import load_images
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 NUM_DECODER_SAMPLES = 10_000
-NUM_CODED = 32
-"""Pictures of which the bound is measured."""
+NUM_BOUND_IMAGES = 32
+"""Number of images for measuring the variational bound."""
 
 
 class Trained(NamedTuple):
@@ -45,7 +45,7 @@ def trained(demo: Path) -> Trained:
     return Trained(base, others, ablation.load_heldout(base, 256, ablation.load_stack(base).image_size))
 
 
-def test_both_priors_are_nearer_to_the_pictures_than_the_text_embedding_is(trained: Trained) -> None:
+def test_both_priors_are_closer_to_the_images_than_the_text_embedding(trained: Trained) -> None:
     assert trained.base["curate"] == trained.others["curate"]  # the same table
     diffusion, autoregressive = trained.stack(), trained.stack(prior=trained.others["prior"])
     text = diffusion.embed_text(trained.heldout.captions)
@@ -56,35 +56,35 @@ def test_both_priors_are_nearer_to_the_pictures_than_the_text_embedding_is(train
         assert scores["cosine"] > baseline["cosine"]
 
 
-def test_guidance_draws_more_of_what_captions_say(trained: Trained) -> None:
+def test_guidance_follows_captions_better(trained: Trained) -> None:
     accuracy = []
     for guidance_scale in (1.0, trained.stack().sampling.decoder.guidance_scale):
         stack = trained.stack()
         decoder = dataclasses.replace(stack.sampling.decoder, guidance_scale=guidance_scale)
         stack.sampling = dataclasses.replace(stack.sampling, decoder=decoder)
-        drawn = ablation.draw(stack, ablation.ways(stack, trained.heldout)[ablation.PRIOR], trained.heldout)
-        print(guidance_scale, drawn.scenes.accuracy(), drawn.all_right())
-        accuracy.append(drawn.all_right())
+        result = ablation.draw(stack, ablation.ways(stack, trained.heldout)[ablation.PRIOR], trained.heldout)
+        print(guidance_scale, result.scenes.accuracy(), result.all_right())
+        accuracy.append(result.all_right())
     assert accuracy[1] > accuracy[0]
 
 
-def test_a_learned_variance_codes_pictures_in_fewer_bits(trained: Trained, tmp_path: Path) -> None:
-    """The network of the fixed variances is one: they differ in drawing and coding alone."""
+def test_a_learned_variance_codes_images_in_fewer_bits(trained: Trained, tmp_path: Path) -> None:
+    """Both fixed variances share one network: they differ only in sampling and coding."""
     snapshot = Snapshot.of(trained.base["curate"].facts)
     sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", "image_embedding"))
     training = RowReader(sources, snapshot.keys("train"))
-    keys = snapshot.keys("holdout")[:NUM_CODED]
-    coded = RowReader(sources, keys).read(keys)
+    keys = snapshot.keys("holdout")[:NUM_BOUND_IMAGES]
+    rows = RowReader(sources, keys).read(keys)
     settings = load("demo").decoder
-    images = load_images(coded["jpg"], settings.model.unet.image_size)  # [B, 3, S, S]
-    embedding = torch.from_numpy(np.stack(coded["image_embedding"]))  # [B, E]
+    images = load_images(rows["jpg"], settings.model.unet.image_size)  # [B, 3, S, S]
+    embedding = torch.from_numpy(np.stack(rows["image_embedding"]))  # [B, E]
 
     def train(variance: VarianceType) -> Decoder:
         diffusion = dataclasses.replace(settings.model.diffusion, variance=variance)
         model = dataclasses.replace(settings.model, diffusion=diffusion)
         config = dataclasses.replace(settings.trainer, num_samples=NUM_DECODER_SAMPLES)
         torch.manual_seed(0)
-        objective = DecoderObjective(model, snapshot.load_statistics(), coded)
+        objective = DecoderObjective(model, snapshot.load_statistics(), rows)
         trainer.train(objective, training, config, str(tmp_path / variance))
         decoder = load_model(str(tmp_path / variance / "model"), (DECODER,))
         assert isinstance(decoder, Decoder)
@@ -103,18 +103,18 @@ def test_a_learned_variance_codes_pictures_in_fewer_bits(trained: Trained, tmp_p
     assert learned < bits(fixed, "fixed_large")
 
 
-def test_the_prior_is_worth_its_training(trained: Trained) -> None:
-    """Ramesh et al. 2022, section 5.1: captions alone are worst, then text embeddings in the place of image embeddings.
+def test_the_prior_improves_the_samples(trained: Trained) -> None:
+    """Ramesh et al. 2022, section 5.1: captions alone are worst, then text embeddings in place of image embeddings.
 
-    Of what captions say, that is: the Fréchet distance of a few hundred pictures is no smaller with the prior.
+    This holds for caption accuracy. The Fréchet distance of a few hundred images is not smaller with the prior.
     """
     stack = trained.stack(decoder=trained.others["decoder"])
     ways = ablation.ways(stack, trained.heldout)
-    drawn = {
+    results = {
         name: ablation.draw(stack, ways[name], trained.heldout)
         for name in (ablation.ALONE, ablation.TEXT, ablation.PRIOR)
     }
-    for name, one in drawn.items():
+    for name, one in results.items():
         print(name, one.scenes.accuracy(), one.all_right(), one.clip_score, one.frechet_distance)
-    alone, text, prior = (one.all_right() for one in drawn.values())
+    alone, text, prior = (one.all_right() for one in results.values())
     assert alone < text < prior

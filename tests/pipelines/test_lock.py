@@ -12,7 +12,7 @@ from unclip.errors import AlreadyRunningError
 
 
 def test_f32_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
-    held = pytest.raises(AlreadyRunningError, match=r"another run is at work here \(pid \d+ on .*Wait for it")
+    held = pytest.raises(AlreadyRunningError, match=r"another run is using this storage \(pid \d+ on .*Wait for it")
     with locks.lock(Store(str(tmp_path))), held, locks.lock(Store(str(tmp_path))):
         pass
     with locks.lock(Store(str(tmp_path))):
@@ -21,13 +21,13 @@ def test_f32_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
 
 @pytest.fixture
 def lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where a lease is kept; the clocks are quick."""
+    """URI of a lease; its intervals are shortened."""
     for name, seconds in (("SETTLE_SECONDS", 0.1), ("HEARTBEAT_SECONDS", 0.1), ("EXPIRY_SECONDS", 0.5)):
         monkeypatch.setattr(locks, name, seconds)
     return str(tmp_path / "lease.json")
 
 
-def test_a_lease_is_renewed_and_given_back(lease: str) -> None:
+def test_a_lease_is_renewed_and_released(lease: str) -> None:
     with locks._lease(lease):
         time.sleep(0.8)  # longer than it lasts without renewal
         with pytest.raises(AlreadyRunningError), locks._lease(lease):
@@ -44,20 +44,20 @@ def test_the_lease_of_a_run_that_was_killed_expires(lease: str) -> None:
     assert time.monotonic() - started >= locks.EXPIRY_SECONDS
 
 
-def test_f35_a_lease_goes_by_no_clock_that_can_be_set(lease: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wall clock of whoever asks is a day ahead, a day behind, and jumps between calls."""
+def test_f35_a_lease_does_not_depend_on_the_wall_clock(lease: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock of the other process is a day ahead, a day behind, or jumps between calls."""
     with locks._lease(lease):
         for shift in (86_400.0, -86_400.0, itertools.cycle((86_400.0, -86_400.0))):
             shifts = itertools.repeat(shift) if isinstance(shift, float) else shift
             with monkeypatch.context() as clock:
                 clock.setattr(time, "time", lambda now=time.time, shifts=shifts: now() + next(shifts))
-                with pytest.raises(AlreadyRunningError, match="another run is at work"), locks._lease(lease):
+                with pytest.raises(AlreadyRunningError, match="another run is using"), locks._lease(lease):
                     pass
     with locks._lease(lease):
         pass
 
 
-def test_f32_a_lease_that_is_given_back_meanwhile_is_taken(lease: str) -> None:
+def test_f32_a_lease_that_is_released_meanwhile_is_taken(lease: str) -> None:
     Path(lease).write_text(json.dumps({"identity": "other", "beat": 1, "who": "pid 1"}))
     threading.Timer(0.2, Path(lease).unlink).start()
     started = time.monotonic()
@@ -65,7 +65,7 @@ def test_f32_a_lease_that_is_given_back_meanwhile_is_taken(lease: str) -> None:
         assert time.monotonic() - started >= 0.2
 
 
-def test_f32_of_many_that_start_together_one_has_the_lease(lease: str) -> None:
+def test_f32_only_one_of_many_simultaneous_runs_gets_the_lease(lease: str) -> None:
     held: list[int] = []
 
     def take(number: int) -> None:

@@ -1,4 +1,4 @@
-"""A node that is taken back, as spot machines are: the training writes a checkpoint first, and goes on elsewhere."""
+"""Preemption of a node, such as a spot machine: the training writes a checkpoint first and resumes on another node."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ print(*(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resour
 
 
 class Cluster:
-    """Nodes as `ray start` makes them, on this machine."""
+    """Ray nodes on this machine, started by `ray start`."""
 
     def __init__(self, folder: Path) -> None:
         access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ADDRESS": ADDRESS}
@@ -47,8 +47,8 @@ class Cluster:
 
     def working_nodes(self) -> list[str]:
         command = [sys.executable, "-c", WORKING_NODES]
-        asked = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        return asked.stdout.split() if asked.returncode == 0 else []
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        return result.stdout.split() if result.returncode == 0 else []
 
     def stop(self) -> None:
         for node in self.nodes:
@@ -60,7 +60,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Two nodes, of which the first one runs no work."""
+    """Two nodes; the first runs no tasks."""
     cluster = Cluster(tmp_path)
     try:
         cluster.start("--head", f"--port={ADDRESS.split(':')[1]}", "--num-cpus=0", "--include-dashboard=false")
@@ -78,7 +78,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None
         time.sleep(0.2)
 
 
-def test_a_training_on_a_node_that_is_taken_back_goes_on_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_training_on_a_preempted_node_resumes_on_another(cluster: Cluster, tmp_path: Path) -> None:
     unclip = [sys.executable, "-m", "pipelines"]
     common = ["tiny", "--storage", str(tmp_path), "--set", "scenes.port=8790"]
     subprocess.run([*unclip, "run", *common, "--until", "curate"], cwd=ROOT, check=True)
@@ -107,8 +107,8 @@ def test_a_training_on_a_node_that_is_taken_back_goes_on_elsewhere(cluster: Clus
         cluster.start(f"--address={ADDRESS}", "--num-cpus=2")
         until(lambda: node not in cluster.working_nodes(), process)
         until(lambda: samples_seen() > saved, process)
-        told = samples_seen()
-        until(lambda: samples_seen() != told, process)
+        before = samples_seen()
+        until(lambda: samples_seen() != before, process)
     finally:
         process.terminate()
         printed = process.communicate()[1]

@@ -59,7 +59,7 @@ def sizes(loaded: config.PipelineConfig) -> list[tuple[str, int, int]]:
         (("upsamplers={}",), []),
     ],
 )
-def test_upsamplers_are_named_by_their_pictures_and_take_those_of_the_one_before(
+def test_upsamplers_are_named_by_output_resolution_and_chained(
     assignments: tuple[str, ...], expected: list[tuple[str, int, int]]
 ) -> None:
     loaded = load_with(*assignments)
@@ -74,22 +74,25 @@ def test_upsamplers_are_named_by_their_pictures_and_take_those_of_the_one_before
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("upsamplers.large.trainer.seed=1", "upsamplers.large: got 'large', expected the resolution of its images"),
-        ("upsamplers.model.scale=2", "upsamplers.model: got 'model', expected the resolution of its images"),
+        ("upsamplers.large.trainer.seed=1", "upsamplers.large: got 'large', expected its output resolution"),
+        ("upsamplers.model.scale=2", "upsamplers.model: got 'model', expected its output resolution"),
         ("upsamplers.0256={}", "upsamplers.0256: got '0256'"),
         (
             "upsamplers.64={}",
-            "upsamplers.64: got 64, expected a multiple of 64, the resolution of the images of the decoder",
+            "upsamplers.64: got 64, expected a multiple of 64, the output resolution of the decoder",
         ),
         ("upsamplers.1000={}", "upsamplers.1000: got 1000, expected a multiple of 256, .* of upsampler-256"),
-        ("upsamplers.256.model.scale=2", r"upsamplers.256.model.scale: got 2, expected 4, as the decoder makes 64"),
+        (
+            "upsamplers.256.model.scale=2",
+            r"upsamplers.256.model.scale: got 2, expected 4, since the decoder outputs 64",
+        ),
         (
             "upsamplers.1024.model.low_res_size=64",
-            r"1024.model.low_res_size: got 64, expected 256, as upsampler-256 makes",
+            r"1024.model.low_res_size: got 64, expected 256, since upsampler-256 outputs",
         ),
         (
             "download.image_size=64",
-            "download.image_size: got 64, expected at least 256, the resolution of the images of upsampler-256",
+            "download.image_size: got 64, expected at least 256, the output resolution of upsampler-256",
         ),
         ("download.image_size=many", "download.image_size: got 'many', expected int"),
         ("download=3", "download: got 3, expected a section"),
@@ -103,7 +106,7 @@ def test_upsamplers_are_named_by_their_pictures_and_take_those_of_the_one_before
         ("resources.upsamplers.265.num_workers=2", "resources.upsamplers.265: no such upsampler. Did you mean '256'?"),
     ],
 )
-def test_sizes_that_do_not_follow_from_each_other_are_named(assignment: str, message: str) -> None:
+def test_inconsistent_resolutions_are_refused_by_name(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^.*{message}"):
         load_with(assignment)
 
@@ -118,23 +121,23 @@ def test_sizes_that_do_not_follow_from_each_other_are_named(assignment: str, mes
         (("upsamplers.512={}", "download.image_size=768"), 768),
     ],
 )
-def test_pictures_are_stored_large_enough_for_the_last_model(assignments: tuple[str, ...], expected: int) -> None:
+def test_images_are_stored_large_enough_for_the_last_model(assignments: tuple[str, ...], expected: int) -> None:
     assert load_with(*assignments).download.image_size == expected
 
 
-def test_every_upsampler_may_have_resources_of_its_own() -> None:
+def test_every_upsampler_can_have_its_own_resources() -> None:
     resources = load_with("upsamplers.1024={}", "resources.upsamplers.1024.num_workers=3").resources
     assert resources.of("upsampler-1024").num_workers == 3 and resources.of("upsampler-256").num_workers == 1
 
 
-def test_the_clusters_run_file_is_a_run_file(tmp_path: Path) -> None:
+def test_the_run_file_for_kubernetes_is_valid(tmp_path: Path) -> None:
     [run_file] = [
         document["data"]["run.toml"]
         for document in yaml.safe_load_all((ROOT / "infra" / "kubernetes" / "config.yaml").read_text())
         if "run.toml" in document["data"]
     ]
     (tmp_path / "run.toml").write_text(run_file)
-    with pytest.raises(ConfigError, match=r"/models/.* does not exist"):  # it does on the cluster
+    with pytest.raises(ConfigError, match=r"/models/.* does not exist"):  # it exists on the cluster
         config.load("text_to_image", str(tmp_path / "run.toml"))
     loaded = config.load("text_to_image", str(tmp_path / "run.toml"), ["clip.pretrained=openai"])
     assert loaded.storage == "/data/unclip" and loaded.ingest.urls == "/data/pairs.parquet"
@@ -148,10 +151,10 @@ def test_later_sources_of_settings_win(tmp_path: Path) -> None:
     assert config.load("tiny", None, [], "elsewhere").storage == "elsewhere"
 
 
-def test_the_picture_and_the_text_of_the_dag_show_every_stage() -> None:
+def test_the_diagrams_of_the_dag_show_every_stage() -> None:
     composed = compose(config.load("demo"))
     labels = {name: "cached" if name == "ingest" else "to run" for name in composed}
     text = dag.mermaid(composed, labels)
     assert all(name in text for name in composed) and "dedup --> embed" in text
-    assert dag.picture(composed, labels).startswith(b"\x89PNG")
-    assert dag.picture(dag.up_to(composed, "filter")).startswith(b"\x89PNG")
+    assert dag.render_png(composed, labels).startswith(b"\x89PNG")
+    assert dag.render_png(dag.up_to(composed, "filter")).startswith(b"\x89PNG")

@@ -19,7 +19,7 @@ def get(url: str) -> bytes:
         return bytes(response.read())
 
 
-def test_list_is_deterministic_and_grows_at_its_ends(tmp_path: Path) -> None:
+def test_list_is_deterministic_and_a_longer_list_extends_it(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("a.parquet", "b.parquet", "c.parquet")]
     small, large = ScenesConfig(num_images=100), ScenesConfig(num_images=400)
     for config, path in zip((small, small, large), paths, strict=True):
@@ -37,7 +37,7 @@ def test_another_configuration_has_other_urls() -> None:
     assert len({config.prefix for config in configs}) == 4
 
 
-def test_pictures_are_a_pure_function_of_their_url(tmp_path: Path) -> None:
+def test_images_are_a_pure_function_of_their_url(tmp_path: Path) -> None:
     import io
 
     config = ScenesConfig(num_images=3, port=PORT)
@@ -45,8 +45,8 @@ def test_pictures_are_a_pure_function_of_their_url(tmp_path: Path) -> None:
     with scene_server.serve(config) as server:
         first, again, copy = (get(f"{base}/{kind}/0.jpg") for kind in ("picture", "picture", "duplicate"))
         assert first == again == copy != get(f"{base}/picture/1.jpg")
-        picture, caption = scene_server.draw(config, 0)
-        assert np.abs(np.asarray(Image.open(io.BytesIO(first))).astype(int) - picture).mean() < 6
+        pixels, caption = scene_server.render(config, 0)
+        assert np.abs(np.asarray(Image.open(io.BytesIO(first))).astype(int) - pixels).mean() < 6
         assert Image.open(io.BytesIO(get(f"{base}/small/0.jpg"))).size == (8, 8)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(f"{base}/missing/0.jpg")
@@ -56,13 +56,13 @@ def test_pictures_are_a_pure_function_of_their_url(tmp_path: Path) -> None:
     assert caption
 
 
-def test_a_port_in_use_says_what_to_set() -> None:
+def test_a_port_in_use_is_refused_with_a_remedy() -> None:
     config = ScenesConfig(port=PORT)
     with scene_server.serve(config), pytest.raises(InputError, match=f"{PORT} is in use.*--set scenes.port="):
         scene_server.serve(config).__enter__()
 
 
-def test_impossible_settings_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     for settings in ({"num_images": 0}, {"port": 0}, {"broken": 1.5}, {"side": 4}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             ScenesConfig(**settings)  # type: ignore[arg-type]

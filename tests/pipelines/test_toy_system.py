@@ -1,7 +1,7 @@
-"""A system of another package: all that it takes, in this file, and every command at work with it.
+"""A system of another package, defined completely in this file, and every command used with it.
 
-The toy paints the mean image of a caption, a two-layer network's guess from CLIP's text embedding. Nothing outside this file
-knows of it; it is found by its entry points.
+The toy predicts the mean image of a caption from CLIP's text embedding with a two-layer network. No code outside this file
+refers to it; it is found by its entry points.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ from unclip.training.settings import TrainerConfig
 @dataclasses.dataclass(frozen=True)
 class PainterConfig:
     image_size: int = 16
-    """Resolution of its images, pixels."""
+    """Resolution of the images, pixels."""
     width: int = 256
-    """Hidden units."""
+    """Number of hidden units."""
     trainer: TrainerConfig = TrainerConfig()
-    """The training."""
+    """Training settings."""
 
 
 class Painter(nn.Module):
@@ -57,7 +57,7 @@ class Painter(nn.Module):
         )
 
     def forward(self, text_embedding: Tensor) -> Tensor:
-        """Images [B, 3, S, S] for text embeddings [B, E]."""
+        """Predict images [B, 3, S, S] from text embeddings [B, E]."""
         return self.layers(text_embedding).unflatten(1, (3, self.image_size, self.image_size))
 
 
@@ -80,20 +80,20 @@ class PainterObjective:
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         images = tensors["images"]
         loss = F.mse_loss(network(tensors["text_embedding"]).float(), images)
-        of_mean = (images - images.mean(dim=0)).square().mean()
-        self._losses[network.training].append(torch.stack([loss.detach(), of_mean]))
+        mean_loss = (images - images.mean(dim=0)).square().mean()
+        self._losses[network.training].append(torch.stack([loss.detach(), mean_loss]))
         return loss
 
     def metrics(self, training: bool) -> dict[str, float]:
         losses, self._losses[training] = self._losses[training], []
-        loss, of_mean = torch.stack(losses).sum(dim=0).tolist() if losses else (0.0, 0.0)
-        return {"relative_loss": loss / of_mean} if of_mean else {}
+        loss, mean_loss = torch.stack(losses).sum(dim=0).tolist() if losses else (0.0, 0.0)
+        return {"relative_loss": loss / mean_loss} if mean_loss else {}
 
     def preview(self, model: nn.Module) -> Tensor:
         device = next(model.parameters()).device
         with torch.no_grad():
-            painted = model(self._preview["text_embedding"].to(device)).cpu()
-        return torch.cat([self._preview["images"], painted.clamp(-1, 1)])
+            predicted = model(self._preview["text_embedding"].to(device)).cpu()
+        return torch.cat([self._preview["images"], predicted.clamp(-1, 1)])
 
     def facts(self) -> dict[str, Any]:
         model = self.model
@@ -127,9 +127,9 @@ PAINTER = Part(
 @dataclasses.dataclass(frozen=True)
 class ToySampling:
     batch_size: int = 8
-    """Captions that are painted together."""
+    """Number of captions per batch."""
     grain: float = 0.1
-    """Standard deviation of the noise over the images."""
+    """Standard deviation of the noise added to the images."""
 
 
 class Toy(nn.Module):
@@ -184,7 +184,7 @@ def toy(bind: Binder) -> Any:
 
 PIPELINE = Pipeline(ToyConfig, toy)
 
-# The package around them, and the tests
+# The package, and the tests
 
 ENTRY_POINTS = f"""\
 [unclip.systems]
@@ -238,7 +238,7 @@ CAPTION = "a large red circle on a blue background"
 
 @pytest.fixture(scope="module", autouse=True)
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The toy, installed for this process and for Ray's workers."""
+    """Install the toy for this process and for Ray workers."""
     site = tmp_path_factory.mktemp("site")
     (site / "toy-0.1.dist-info").mkdir()
     (site / "toy-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 0.1\n")
@@ -258,7 +258,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Storage of a run that is done."""
+    """Storage of a finished run."""
     storage = tmp_path_factory.mktemp("finished") / "storage"
     try:
         result = call("run", "tiny", "--config", run_file, "--storage", storage)
@@ -269,7 +269,7 @@ def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record(storage: Path, stage: str) -> dict[str, Any]:
-    """The artifact of a stage, of which there is one."""
+    """Return the only artifact of a stage."""
     [path] = (storage / "stages" / stage).glob("*.json")
     return json.loads(path.read_text())
 
@@ -306,35 +306,35 @@ def test_it_is_trained_evaluated_and_published(finished: Path) -> None:
 
 
 def test_it_samples(finished: Path, tmp_path: Path) -> None:
-    drawn = []
+    grids = []
     for options in (["--seed", 1], ["--seed", 1, "--model", "toy"], ["--seed", 2], ["--seed", 2, "--set", "grain=0"]):
         out = tmp_path / "grid.png"
         result = call("sample", CAPTION, "--num", 3, *options, "--out", out, "--storage", finished)
         assert result.returncode == 0, result.stderr
-        drawn.append(out.read_bytes())
-    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+        grids.append(out.read_bytes())
+    assert grids[0] == grids[1] and len(set(grids)) == 3
     out = tmp_path / "short.png"
     assert (
         call("sample", CAPTION, "--num", 3, "--guidance-scale", 0, "--out", out, "--storage", finished).returncode == 0
     )
-    assert out.read_bytes() == drawn[-1]
+    assert out.read_bytes() == grids[-1]
     for option in (["--steps", 3], ["--sampler", "ddim"]):
         result = call("sample", CAPTION, *option, "--out", out, "--storage", finished)
-        assert result.returncode == 2 and f"{option[0]}: the system toy has no such setting" in result.stderr
+        assert result.returncode == 2 and f"{option[0]}: not supported by the system toy" in result.stderr
     result = call("sample", CAPTION, "--set", "grains=0", "--out", out, "--storage", finished)
     assert result.returncode == 2 and "Did you mean 'grain'?" in result.stderr
 
 
-def test_it_starts_from_no_image(finished: Path, tmp_path: Path) -> None:
+def test_it_cannot_start_from_an_image(finished: Path, tmp_path: Path) -> None:
     image = next((finished / "results" / "tiny").glob("heldout.png"))
     result = call("vary", image, "--out", tmp_path / "v.png", "--storage", finished)
-    assert result.returncode == 2 and "reads no images" in result.stderr
+    assert result.returncode == 2 and "cannot start from an image" in result.stderr
 
 
-def test_its_part_is_trained_by_itself(finished: Path, run_file: Path) -> None:
+def test_its_part_can_be_trained_alone(finished: Path, run_file: Path) -> None:
     expected = record(finished, "painter")["digest"]
-    for made in ("stages", "artifacts"):
-        shutil.rmtree(finished / made / "painter")
+    for folder in ("stages", "artifacts"):
+        shutil.rmtree(finished / folder / "painter")
     result = call("train", "painter", "tiny", "--config", run_file, "--storage", finished)
     assert result.returncode == 0, result.stderr
     assert record(finished, "painter")["digest"] == expected
@@ -349,7 +349,7 @@ def test_it_memorises_a_few_rows(finished: Path, run_file: Path) -> None:
 
 
 def test_a_takedown_finds_its_previews(finished: Path) -> None:
-    """The last test: it takes from the storage."""
+    """The last test, since it deletes from the storage."""
     folder = Path(record(finished, "painter")["uri"]).parent
     shown = json.loads((folder / PREVIEW_KEYS).read_text())
     assert any((folder / PREVIEWS).iterdir())

@@ -1,4 +1,4 @@
-"""Trainings on Ray and in storages, disturbed: they go on from the last commit, and end as if nothing had been (F41 to F47)."""
+"""Faults during training: it resumes from the last checkpoint and ends with the same model (F41 to F47)."""
 
 import contextlib
 import json
@@ -23,19 +23,19 @@ from unclip.training.checkpoints import MANIFEST
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, CHECKPOINT, LENGTH = 32, 320, 3200
 LAST = LENGTH - CHECKPOINT
-"""Samples seen at the last checkpoint but one."""
+"""Samples seen at the second-to-last checkpoint."""
 SETTINGS = {"num_samples": LENGTH, "checkpoint_samples": CHECKPOINT, "log_samples": BATCH, "keep_checkpoints": 20}
 SCENES = "--set=scenes.port=8775"
 
 pytestmark = pytest.mark.timeout(900)
 
 
-# ---- on a storage with a dataset ---------------------------------------------------------------------------------
+# ---- in a storage with a dataset ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A storage with all that the tiny pipeline's prior is trained from."""
+    """Storage with everything needed to train the prior of the tiny pipeline."""
     storage = tmp_path_factory.mktemp("dataset") / "storage"
     command = [sys.executable, "-m", "pipelines", "run", "tiny", "--until", "curate", SCENES, "--storage", storage]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -43,7 +43,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(storage: Path, *options: str, log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Train the prior by the command line, in a process group of its own; what it prints goes to `log`."""
+    """Start training the prior by command, in its own process group, with its output in `log`."""
     changes = [SCENES, *(f"--set=prior.trainer.{name}={value}" for name, value in SETTINGS.items())]
     command = [sys.executable, "-m", "pipelines", "train", "prior", "tiny", *changes, *options, "--storage", storage]
     with log.open("w") as output:
@@ -59,7 +59,7 @@ def start(storage: Path, *options: str, log: Path, environment: dict[str, str] |
 
 
 def train(storage: Path, *options: str, log: Path, environment: dict[str, str] | None = None) -> str:
-    """Train the prior to the end; returns the digest of the model."""
+    """Train the prior to the end; return the digest of the model."""
     with ended(start(storage, *options, log=log, environment=environment)) as process:
         assert process.wait() == 0, log.read_text()
     [record] = storage.glob("stages/prior/*.json")
@@ -68,7 +68,7 @@ def train(storage: Path, *options: str, log: Path, environment: dict[str, str] |
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """Nothing of it is left after the block."""
+    """Kill the process group at the end of the block."""
     try:
         yield process
     finally:
@@ -78,19 +78,19 @@ def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def undisturbed(storage: Path, *options: str, log: Path) -> str:
-    """The digest when nothing happens; afterwards nothing is trained yet."""
+    """Train without faults; return the digest of the model and delete it."""
     digest = train(storage, *options, log=log)
     forget(storage)
     return digest
 
 
 def forget(storage: Path) -> None:
-    for made in ("stages", "artifacts"):
-        shutil.rmtree(storage / made / "prior", ignore_errors=True)
+    for folder in ("stages", "artifacts"):
+        shutil.rmtree(storage / folder / "prior", ignore_errors=True)
 
 
 def committed(storage: Path) -> list[int]:
-    """Samples seen of all checkpoints that are there."""
+    """Return the samples seen of every committed checkpoint."""
     return sorted(int(path.parent.name) for path in storage.glob(f"artifacts/prior/*/checkpoints/*/{MANIFEST}"))
 
 
@@ -101,7 +101,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], lo
 
 
 def points(tracking_uri: str, name: str = "loss") -> list[tuple[int, float]]:
-    """(samples seen, value) that MLflow has of the newest training, in the order in which they were logged."""
+    """Return the points (samples seen, value) of the newest training in MLflow, in logged order."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri)
@@ -115,10 +115,10 @@ def points(tracking_uri: str, name: str = "loss") -> list[tuple[int, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
-def test_f41_when_workers_of_ray_are_killed_the_run_goes_on_by_itself(
+def test_f41_when_ray_workers_are_killed_the_run_resumes_by_itself(
     dataset: Path, tmp_path: Path, parallel: str
 ) -> None:
-    """The first worker right after a commit, and the other one as it writes its share of a later checkpoint."""
+    """Kills rank 0 right after a commit, and rank 1 while it writes its part of a later checkpoint."""
     forget(dataset)
     options = ("--on-ray", "--set=resources.num_workers=2", f"--set=prior.trainer.parallel={parallel}")
     expected = undisturbed(dataset, *options, log=tmp_path / "log")
@@ -128,17 +128,17 @@ def test_f41_when_workers_of_ray_are_killed_the_run_goes_on_by_itself(
     (armed / "first").write_text(rf"^after .*/prior/.*/{CHECKPOINT:012d}/{MANIFEST}")
     (armed / "other").write_text(rf"^within .*/prior/.*/{LAST:012d}/rank-00001[.]")
     digest = train(dataset, *options, log=tmp_path / "log", environment={"UNCLIP_FAILPOINTS": str(armed)})
-    assert not list(armed.iterdir()), "nothing was killed there"
+    assert not list(armed.iterdir()), "no worker was killed"
     assert digest == expected
     logged = points(f"sqlite:///{dataset}/mlflow.db")
     assert all(values[step] == value for step, value in logged), "a loss differs"
-    steps = [step for step, _ in logged]  # but for what a killed process had not sent yet
+    steps = [step for step, _ in logged]  # a killed process may not have sent its last points
     assert steps[-2 * (CHECKPOINT // BATCH) :] == list(range(LAST - CHECKPOINT + BATCH, LENGTH + 1, BATCH))
-    assert all(steps.count(step) <= 1 for step in range(CHECKPOINT + 1)), "what was committed is trained again"
+    assert all(steps.count(step) <= 1 for step in range(CHECKPOINT + 1)), "committed steps were trained again"
 
 
 @pytest.mark.slow
-def test_f41_when_the_driver_is_killed_the_same_command_goes_on(dataset: Path, tmp_path: Path) -> None:
+def test_f41_when_the_driver_is_killed_the_same_command_resumes(dataset: Path, tmp_path: Path) -> None:
     forget(dataset)
     options = ("--on-ray", "--set=resources.num_workers=2")
     expected = undisturbed(dataset, *options, log=tmp_path / "log")
@@ -146,15 +146,15 @@ def test_f41_when_the_driver_is_killed_the_same_command_goes_on(dataset: Path, t
         wait_for(lambda: len(committed(dataset)) >= 2, process, tmp_path / "log")
         process.kill()
     before = committed(dataset)
-    assert LENGTH not in before, "it was to be killed before it ended"
+    assert LENGTH not in before, "the training ended before it could be killed"
     assert train(dataset, *options, log=tmp_path / "log") == expected
     steps = [step for step, _ in points(f"sqlite:///{dataset}/mlflow.db")]
     assert steps == list(range(steps[0], LENGTH + 1, BATCH))
-    assert steps[0] > before[-1] and steps[0] % CHECKPOINT == BATCH, "not from the last commit"
+    assert steps[0] > before[-1] and steps[0] % CHECKPOINT == BATCH, "did not resume from the last commit"
 
 
 @pytest.mark.slow
-def test_f46_on_ray_a_worker_that_stands_still_is_named_and_replaced(dataset: Path, tmp_path: Path) -> None:
+def test_f46_on_ray_a_hung_worker_is_named_and_replaced(dataset: Path, tmp_path: Path) -> None:
     forget(dataset)
     options = ("--on-ray", "--set=resources.num_workers=2", "--set=prior.trainer.hang_seconds=20")
     expected = undisturbed(dataset, *options, log=tmp_path / "log")
@@ -163,7 +163,7 @@ def test_f46_on_ray_a_worker_that_stands_still_is_named_and_replaced(dataset: Pa
         [mark] = dataset.glob("artifacts/prior/*/workers/rank-00001.json")
         stopped = json.loads(mark.read_text())["pid"]
         os.kill(stopped, signal.SIGSTOP)
-        assert LENGTH not in committed(dataset), "it was to be stopped before it ended"
+        assert LENGTH not in committed(dataset), "the training ended before it could be stopped"
         assert process.wait() == 0, (tmp_path / "log").read_text()
     [record] = dataset.glob("stages/prior/*.json")
     assert json.loads(record.read_text())["digest"] == expected
@@ -174,12 +174,12 @@ def test_f46_on_ray_a_worker_that_stands_still_is_named_and_replaced(dataset: Pa
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system of its own in the place of a folder, with what is in it."""
+    """Replace a folder by a small file system with the same content."""
     copy = folder.with_name("copy")
     shutil.copytree(folder, copy)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("file systems cannot be mounted here")
     try:
         shutil.copytree(copy, folder, dirs_exist_ok=True)
         yield
@@ -189,7 +189,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 def fill(path: Path) -> None:
-    """Write until there is no room for another byte."""
+    """Write until the disk is full."""
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
@@ -197,10 +197,10 @@ def fill(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--on-ray",)], ids=["here", "on Ray"])
-def test_f30_when_the_disk_is_full_a_training_says_so_and_goes_on_later(
+def test_f30_when_the_disk_is_full_a_training_says_so_and_resumes_later(
     dataset: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    """All of the storage is on it: MLflow's database, progress and records cannot be written either."""
+    """The whole storage is on this disk, so the MLflow database, progress and records cannot be written either."""
     forget(dataset)
     log = tmp_path / "log"
     with small_disk(dataset, "1g"):
@@ -216,7 +216,7 @@ def test_f30_when_the_disk_is_full_a_training_says_so_and_goes_on_later(
         assert "sqlalche.me" not in printed, "MLflow's tracebacks bury it"
         (dataset / "ballast").unlink()
         assert train(dataset, *options, log=log) == expected
-        # under another name: MLflow may still have a file open that had this one before the disk was mounted over it
+        # a copy: MLflow may still have the original file open from before the mount
         database = shutil.copy(dataset / "mlflow.db", tmp_path)
         steps = [step for step, _ in points(f"sqlite:///{database}")]
         assert steps == list(range(before[-1] + BATCH, LENGTH + 1, BATCH)), log.read_text()
@@ -224,7 +224,7 @@ def test_f30_when_the_disk_is_full_a_training_says_so_and_goes_on_later(
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """A server that has answered; yields its address."""
+    """Start an MLflow server, wait until it answers and yield its address."""
     address = f"http://127.0.0.1:{port}"
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
@@ -248,7 +248,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_f44_a_training_does_not_wait_for_mlflow_which_gets_all_points_once(dataset: Path, tmp_path: Path) -> None:
-    """The server ends after the first checkpoint, and is back when the model is finished."""
+    """The server stops after the first checkpoint and returns when the model is finished."""
     forget(dataset)
     log, port = tmp_path / "log", 8773
     with contextlib.ExitStack() as stack:
@@ -256,7 +256,7 @@ def test_f44_a_training_does_not_wait_for_mlflow_which_gets_all_points_once(data
             environment = {"MLFLOW_TRACKING_URI": address}
             process = stack.enter_context(ended(start(dataset, log=log, environment=environment)))
             wait_for(lambda: committed(dataset), process, log)
-        assert LENGTH not in committed(dataset), "the server was to be away before it ended"
+        assert LENGTH not in committed(dataset), "the training ended before the server stopped"
         wait_for(lambda: list(dataset.glob(f"artifacts/prior/*/model/{MANIFEST}")), process, log)
         stack.enter_context(mlflow_server(tmp_path, port))
         assert process.wait() == 0, log.read_text()
@@ -273,10 +273,10 @@ def test_f44_a_training_does_not_wait_for_mlflow_which_gets_all_points_once(data
     [(1, {}), pytest.param(2, {"parallel": "fsdp"}, marks=pytest.mark.slow)],
     ids=["alone", "fsdp"],
 )
-def test_f45_a_training_in_an_object_store_that_fails_now_and_then_goes_on_after_a_kill(
+def test_f45_a_training_in_an_unreliable_object_store_resumes_after_a_kill(
     s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, changes: dict[str, Any]
 ) -> None:
-    """The checkpoint that was being written counts for nothing; every byte is as in a folder of this machine."""
+    """The unfinished checkpoint is ignored; every byte equals that of training in a local folder."""
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
     trained_on_workers.reader(tmp_path)

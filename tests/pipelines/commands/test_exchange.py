@@ -1,4 +1,4 @@
-"""Stacks to and from diffusers' folders by command."""
+"""Export and import of diffusers pipelines by command."""
 
 import json
 import time
@@ -18,15 +18,15 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_stack_comes_draws_and_goes(tmp_path: Path, pipeline: Path) -> None:
+def test_a_stack_is_imported_sampled_and_exported(tmp_path: Path, pipeline: Path) -> None:
     storage = tmp_path / "storage"
     result = call("import", pipeline, "--storage", storage, "--name", "karlo")
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()) == storage / "imported" / "karlo"
     assert json.loads((storage / "published" / "karlo.json").read_text())["at"] <= time.time()
 
-    drawing = ("sample", "a cat", "--num", 1, "--out", tmp_path / "cat.png", "--storage", storage)
-    assert call(*drawing).returncode == 0 and (tmp_path / "cat.png").stat().st_size > 100
+    sampling = ("sample", "a cat", "--num", 1, "--out", tmp_path / "cat.png", "--storage", storage)
+    assert call(*sampling).returncode == 0 and (tmp_path / "cat.png").stat().st_size > 100
 
     result = call("export", tmp_path / "back", "--storage", storage)
     assert result.returncode == 0, result.stderr
@@ -40,7 +40,7 @@ def test_a_stack_comes_draws_and_goes(tmp_path: Path, pipeline: Path) -> None:
     assert result.returncode == 2 and "expected a new or empty one" in result.stderr
     second = ("--upsampler-1024", storage / "imported" / "karlo" / "prior")
     result = call("export", tmp_path / "new", "--storage", storage, *second)
-    assert result.returncode == 2 and "got a DiffusionPrior, expected an upsampler's" in result.stderr
+    assert result.returncode == 2 and "got a DiffusionPrior, expected the model folder of an upsampler" in result.stderr
     result = call("export", tmp_path / "new", "--storage", storage, "--image-variation", "--layout", "hub")
     assert result.returncode == 0 and "UnCLIPImageVariationPipeline" in (tmp_path / "new/model_index.json").read_text()
 

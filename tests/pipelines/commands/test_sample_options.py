@@ -1,4 +1,4 @@
-"""The options of `unclip sample` that steer sampling, from files to files, on a small stack that was published untrained."""
+"""Sampling options of `unclip sample`, from files to files, on a small untrained stack."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.pipelines.command_line import call
 from tests.unclip.systems import tiny_stacks
 from unclip.systems.unclip.stack import SYSTEM
 
-RESOLUTION = 8  # without an upsampler, so that what is written is what the decoder samples
+RESOLUTION = 8  # no upsampler, so that the files hold the decoder's samples
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +46,20 @@ def test_eta_and_negative_change_the_images(storage: Path) -> None:
         assert not np.array_equal(plain, images(storage, *options)), options
 
 
-def test_an_image_to_begin_with_goes_through_as_much_as_strength_says(storage: Path) -> None:
+def test_strength_is_the_noise_added_to_the_initial_image(storage: Path) -> None:
     given = np.asarray(Image.open(storage / "given.png")).astype(int)
-    begin = ("--image", storage / "given.png")
-    assert (images(storage, *begin, "--strength", 0) == given).all()
-    assert np.array_equal(images(storage, *begin, "--strength", 1), images(storage))
-    half = images(storage, *begin, "--strength", 0.5)
+    initial = ("--image", storage / "given.png")
+    assert (images(storage, *initial, "--strength", 0) == given).all()
+    assert np.array_equal(images(storage, *initial, "--strength", 1), images(storage))
+    half = images(storage, *initial, "--strength", 0.5)
     assert not np.array_equal(half, images(storage)) and (half != given).any()
-    assert np.array_equal(images(storage, *begin), images(storage, *begin, "--strength", 0.7))  # as published
+    assert np.array_equal(images(storage, *initial), images(storage, *initial, "--strength", 0.7))  # as published
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--strength", 0.5), "--strength: got 0.5 without an image to begin with. Add --image FILE."),
+        (("--strength", 0.5), "--strength: got 0.5 without an initial image. Add --image FILE."),
         (("--image", "none.png"), "none.png: does not exist"),
         (("--image", "text.png"), "not a JPEG, PNG, WebP or GIF"),
         (("--image", "given.png", "--strength", 2), "strength: got 2.0, expected 0 to 1"),
@@ -69,7 +69,7 @@ def test_an_image_to_begin_with_goes_through_as_much_as_strength_says(storage: P
         (("--set", "decoder.guidance_interval=[0.8,0.2]"), "guidance_interval: got (0.8, 0.2), expected two shares"),
     ],
 )
-def test_what_cannot_be_followed_is_one_line(
+def test_invalid_options_are_refused_in_one_line(
     storage: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], words: str
 ) -> None:
     monkeypatch.chdir(storage)
@@ -83,7 +83,9 @@ def test_a_system_without_these_inputs_says_so(storage: Path, monkeypatch: pytes
     monkeypatch.setitem(SYSTEM.__dict__, "inputs", ())
     for option, value in (("--negative", "a star"), ("--image", storage / "given.png")):
         result = sample(storage, option, value)
-        assert result.returncode == 2 and f"{option}: the system unclip takes none. Leave it out." in result.stderr
+        assert (
+            result.returncode == 2 and f"{option}: not supported by the system unclip. Leave it out." in result.stderr
+        )
 
 
 def test_settings_are_published_with_the_stack(storage: Path) -> None:

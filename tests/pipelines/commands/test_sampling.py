@@ -1,4 +1,4 @@
-"""The drawing commands, from files to files, on a small stack that was published untrained."""
+"""Sampling commands, from files to files, on a small untrained stack."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from PIL import Image
 from tests.pipelines.command_line import call
 from tests.unclip.systems import tiny_stacks
 
-SIDE = 16  # pixels of what the small stack draws
+RESOLUTION = 16  # of the small stack's images
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +24,18 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures: one that fits, a photo's format, one with an alpha channel; and masks."""
+    """Folder of images: one of the right size, one in a photo's format, one with an alpha channel; and masks."""
     rng = np.random.default_rng(0)
-    square = rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    square = rng.integers(0, 256, (RESOLUTION, RESOLUTION, 3), np.uint8)
     Image.fromarray(square).save(tmp_path / "square.png")
     Image.fromarray(rng.integers(0, 256, (30, 50, 3), np.uint8)).save(tmp_path / "photo.jpg")
     Image.fromarray(rng.integers(0, 256, (40, 20, 4), np.uint8), "RGBA").save(tmp_path / "tall.webp")
-    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask = np.zeros((RESOLUTION, RESOLUTION), np.uint8)
     mask[4:12, 3:9] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     Image.fromarray(mask * 0).save(tmp_path / "black.png")
-    Image.fromarray(np.zeros((SIDE, SIDE + 1), np.uint8)).save(tmp_path / "other.png")
-    (tmp_path / "text.png").write_text("not a picture")
+    Image.fromarray(np.zeros((RESOLUTION, RESOLUTION + 1), np.uint8)).save(tmp_path / "other.png")
+    (tmp_path / "text.png").write_text("not an image")
     whole = (tmp_path / "square.png").read_bytes()
     (tmp_path / "damaged.png").write_bytes(whole[: len(whole) // 2])
     return tmp_path
@@ -58,9 +58,9 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_draws_the_same_grid_for_the_same_seed(storage: Path, folder: Path, name: str) -> None:
+def test_a_command_writes_the_same_grid_for_the_same_seed(storage: Path, folder: Path, name: str) -> None:
     command = [folder / part if (folder / str(part)).is_file() else part for part in COMMANDS[name]]
-    drawn = []
+    written = []
     for seed in (1, 1, 2):
         out, each = folder / "grid.png", folder / "each"
         shutil.rmtree(each, ignore_errors=True)
@@ -68,20 +68,20 @@ def test_a_command_draws_the_same_grid_for_the_same_seed(storage: Path, folder: 
         assert result.returncode == 0 and str(out) in result.stdout, result.stderr
         files = sorted(each.iterdir())
         assert [file.name for file in files[:3]] == ["000.png", "001.png", "002.png"]
-        assert all(Image.open(file).size == (SIDE, SIDE) for file in files)
-        drawn.append([out.read_bytes(), *(file.read_bytes() for file in files)])
-    assert drawn[0] == drawn[1] != drawn[2]
+        assert all(Image.open(file).size == (RESOLUTION, RESOLUTION) for file in files)
+        written.append([out.read_bytes(), *(file.read_bytes() for file in files)])
+    assert written[0] == written[1] != written[2]
 
 
-def test_what_is_black_in_the_mask_stays(storage: Path, folder: Path) -> None:
+def test_black_pixels_of_the_mask_stay_unchanged(storage: Path, folder: Path) -> None:
     names = [folder / name for name in ("square.png", "mask.png")]
     result = run(storage, "inpaint", *names, "a blue star", "--num", 2, "--out", folder / "g.png", "--each", folder)
     assert result.returncode == 0, result.stderr
     given, known = np.asarray(Image.open(names[0])), np.asarray(Image.open(names[1])) == 0
     for number in range(2):
-        drawn = np.asarray(Image.open(folder / f"{number:03d}.png"))
-        assert (drawn[known] == given[known]).all()
-        assert (drawn[~known] != given[~known]).mean() > 0.5
+        inpainted = np.asarray(Image.open(folder / f"{number:03d}.png"))
+        assert (inpainted[known] == given[known]).all()
+        assert (inpainted[~known] != given[~known]).mean() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -98,17 +98,17 @@ def test_what_is_black_in_the_mask_stays(storage: Path, folder: Path) -> None:
         (("vary", "square.png", "--each", "square.png"), ("--each", "is a file")),
         (("interpolate", "square.png", "none.png"), ("none.png", "does not exist")),
         (("interpolate", "square.png", "photo.jpg", "--num", 1), ("--num: got 1, expected at least 2",)),
-        (("edit", "square.png", " "), ("caption: got nothing",)),
+        (("edit", "square.png", " "), ("caption: got an empty caption",)),
         (("edit", "square.png", "a star", "--theta", -0.1), ("--theta: got -0.1, expected 0 to 1",)),
         (("edit", "square.png", "a star", "--from", "a star"), ("CLIP sees no difference",)),
         (("probe", "square.png", "--components", "1,many"), ("--components: got '1,many'", "1,4,16")),
         (("probe", "square.png", "--components", "99"), ("num_components: got 99, expected 0 to 64",)),
-        (("inpaint", "square.png", "mask.png", ""), ("caption: got nothing",)),
+        (("inpaint", "square.png", "mask.png", ""), ("caption: got an empty caption",)),
         (("inpaint", "square.png", "other.png", "a star"), ("other.png", "got 17 x 16 pixels, expected 16 x 16")),
-        (("inpaint", "square.png", "black.png", "a star"), ("black.png", "nothing in it is white")),
+        (("inpaint", "square.png", "black.png", "a star"), ("black.png", "the mask has no white pixels")),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(
+def test_invalid_input_is_refused_in_one_line(
     storage: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...], words: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(folder)
@@ -127,7 +127,7 @@ def test_help(command: str) -> None:
         assert option in result.stdout
 
 
-def test_sampler_names_are_those_that_there_are() -> None:
+def test_the_sampler_option_offers_all_samplers() -> None:
     from pipelines.sampling import SAMPLERS as OFFERED
     from unclip.diffusion.samplers import SamplerName
 
