@@ -1,13 +1,13 @@
-"""What the prior is good for: one decoder, the same captions, three image embeddings.
+"""Benefit of the prior: one decoder, the same captions, three image embeddings.
 
     python -m benchmarks.ablation --storage unclip-data
 
-The ablation of Ramesh et al. 2022, section 5.1, on the demo: a decoder that reads captions, and was trained with image
-embedding and caption dropped independently, draws held-out captions from the caption alone, with CLIP's text embedding in
-the place of the image embedding, and with the prior's image embedding. Both priors are also measured by themselves. What
-the storage lacks is trained by the pipeline. Writes a table and a picture, whichever way it comes out.
+The ablation of Ramesh et al. 2022, section 5.1, on the demo. A decoder that reads captions, trained with image embedding
+and caption dropped independently, samples images for held-out captions from the caption alone, with CLIP's text embedding
+instead of the image embedding, and with the prior's image embedding. Both priors are also measured separately. The pipeline
+trains any models that the storage lacks. Writes a table and a figure, whatever the result.
 
-Letters: N captions, E CLIP embedding width, S side of the stack's pictures.
+Letters: N captions, E CLIP embedding width, S image size of the stack.
 """
 
 import argparse
@@ -46,7 +46,7 @@ OTHERS = (
     "prior.trainer.num_samples=48_000",
     "prior.trainer.learning_rate=4e-3",
 )
-"""What the storage must have besides: a decoder that reads captions, and the other prior. They train side by side."""
+"""Settings of the second run: a decoder that reads captions, and the autoregressive prior. Both train in parallel."""
 
 ALONE, TEXT, PRIOR, TRUE, REAL = (
     "caption alone",
@@ -57,40 +57,40 @@ ALONE, TEXT, PRIOR, TRUE, REAL = (
 )
 
 ImageEmbedding = Callable[[list[str], torch.Generator], Tensor]
-"""(captions, randomness) -> what takes the image embedding's place, [B, E]."""
+"""(captions, generator) -> image embedding or its substitute, [B, E]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Heldout:
-    """Pairs that nothing was trained on, each caption once."""
+    """Pairs that were never trained on, each caption once."""
 
     captions: list[str]
     image_embedding: Tensor
-    """[N, E] of their pictures, as the embeddings table has them."""
+    """[N, E], embeddings of their images from the embeddings table."""
     images: Tensor
-    """[N, 3, S, S] in [-1, 1], their pictures."""
+    """[N, 3, S, S] in [-1, 1], their images."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """One picture for each held-out caption, measured."""
+class Samples:
+    """Images sampled for the held-out captions, one each, with their scores."""
 
     images: Tensor
     """[N, 3, S, S] in [-1, 1]."""
     scenes: metrics.SceneScores
     clip_score: float
-    """Mean cosine of pictures and captions in CLIP's eyes."""
+    """Mean cosine of CLIP embeddings of images and captions."""
     frechet_distance: float
-    """From the real pictures of the same captions, in CLIP's embeddings."""
+    """Distance from the real images of the same captions, in CLIP embeddings."""
 
     def all_right(self) -> float:
-        """Share of the pictures of which colour, background, size and shape are right."""
+        """Return the share of images with the right colour, background, size and shape."""
         right = self.scenes.all_right()
         return sum(right) / len(right)
 
 
 def train(pipeline: str, storage: str) -> None:
-    """Run the pipeline for what is missing; as it is last, so that its results are those that stay."""
+    """Train what is missing; run the unchanged pipeline last, so that its results remain published."""
     command = [sys.executable, "-m", "pipelines", "run", pipeline, "--storage", storage]
     changes = [word for assignment in OTHERS for word in ("--set", assignment)]
     subprocess.run([*command, *changes, "--until", "evaluate"], check=True)
@@ -98,30 +98,30 @@ def train(pipeline: str, storage: str) -> None:
 
 
 def artifacts(pipeline: str, storage: str, assignments: tuple[str, ...] = BASE) -> dict[str, Artifact]:
-    """What the pipeline has made with these settings, by stage."""
+    """Return the pipeline's artifacts for these settings, by stage."""
     dag = compose(prepare(load(pipeline, None, assignments, storage)))
     return {name: state.artifact for name, state in dags.states(dag, Store(storage)).items() if state.artifact}
 
 
-def load_stack(made: Mapping[str, Artifact], **others: Artifact) -> Stack:
-    """A stack of trained models, some of which other runs may have made; its sampling is that of its evaluation."""
-    files = StackFiles.of(made["evaluate"].facts["stack"])
+def load_stack(base: Mapping[str, Artifact], **others: Artifact) -> Stack:
+    """Load a stack with the sampling settings of its evaluation; `others` replaces models by those of other runs."""
+    files = StackFiles.of(base["evaluate"].facts["stack"])
     models = {name: others[name].uri if name in others else uri for name, uri in files.models.items()}
     return Stack.load(dataclasses.replace(files, models=models))
 
 
-def load_heldout(made: Mapping[str, Artifact], num_captions: int, side: int) -> Heldout:
-    """Held-out pairs in the order of their keys, pictures with sides of `side` pixels."""
-    snapshot = Snapshot.of(made["curate"].facts)
+def load_heldout(base: Mapping[str, Artifact], num_captions: int, image_size: int) -> Heldout:
+    """Load held-out pairs in the order of their keys, with images of `image_size` pixels."""
+    snapshot = Snapshot.of(base["curate"].facts)
     pairs = dict(list(heldout_keys(snapshot).items())[:num_captions])
     sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", "image_embedding"))
     rows = RowReader(sources, list(pairs.values())).read(list(pairs.values()))
     embedding = torch.from_numpy(np.stack(rows["image_embedding"]))
-    return Heldout(list(pairs), embedding, load_images(rows["jpg"], side))
+    return Heldout(list(pairs), embedding, load_images(rows["jpg"], image_size))
 
 
 def ways(stack: Stack, heldout: Heldout) -> dict[str, ImageEmbedding]:
-    """What takes the image embedding's place in each way of drawing, and for comparison that of the picture itself."""
+    """Return the source of the image embedding in each variant, and for comparison the embedding of the true image."""
     true = dict(zip(heldout.captions, heldout.image_embedding, strict=True))
     return {
         ALONE: lambda captions, _: stack.decoder.null_image_embedding(len(captions)),
@@ -132,43 +132,43 @@ def ways(stack: Stack, heldout: Heldout) -> dict[str, ImageEmbedding]:
 
 
 @torch.no_grad()
-def draw(stack: Stack, way: ImageEmbedding, heldout: Heldout, seed: int = 0) -> Drawn:
-    """Draw every held-out caption in one way; all ways of a seed start from the same noise."""
+def draw(stack: Stack, embed: ImageEmbedding, heldout: Heldout, seed: int = 0) -> Samples:
+    """Sample an image for each held-out caption; all variants with the same seed start from the same noise."""
     parts, size = [], stack.sampling.batch_size
     for number, start in enumerate(range(0, len(heldout.captions), size)):
         captions = heldout.captions[start : start + size]
         for_prior, for_decoder = (torch.Generator().manual_seed(seed * 1_000_003 + number) for _ in range(2))
-        embedding = way(captions, for_prior)
+        embedding = embed(captions, for_prior)
         parts.append(stack.decode(embedding, stack.sampling, for_decoder, Captions(stack.read_captions(captions))))
     return measure(stack, torch.cat(parts), heldout)
 
 
 @torch.no_grad()
-def measure(stack: Stack, images: Tensor, heldout: Heldout) -> Drawn:
-    """Pictures [N, 3, S, S] for the held-out captions, against the captions and against their real pictures."""
+def measure(stack: Stack, images: Tensor, heldout: Heldout) -> Samples:
+    """Score images [N, 3, S, S] against the held-out captions and against their real images."""
     scenes = metrics.score_scenes(images, heldout.captions)
-    assert scenes is not None, "the demo's captions are those of scenes"
+    assert scenes is not None, "the demo's captions describe scenes"
     embedding, text = stack.embed_images(images), stack.embed_text(heldout.captions)
     distance = metrics.frechet_distance(embedding, stack.embed_images(heldout.images))
-    return Drawn(images, scenes, float((embedding * text).sum(dim=1).mean()), distance)
+    return Samples(images, scenes, float((embedding * text).sum(dim=1).mean()), distance)
 
 
 @torch.no_grad()
 def score_prior(stack: Stack, heldout: Heldout, seed: int = 0) -> dict[str, float]:
-    """How near the image embeddings that a stack's prior draws are to those of the captions' pictures."""
-    drawn = stack.embed_captions(heldout.captions, stack.sampling, torch.Generator().manual_seed(seed))
-    return metrics.score_embeddings(drawn, heldout.image_embedding)
+    """Compare image embeddings sampled by a stack's prior with those of the captions' images."""
+    sampled = stack.embed_captions(heldout.captions, stack.sampling, torch.Generator().manual_seed(seed))
+    return metrics.score_embeddings(sampled, heldout.image_embedding)
 
 
-def table(drawn: Mapping[str, Drawn], priors: Mapping[str, Mapping[str, float]]) -> str:
-    """Both results in Markdown."""
+def table(results: Mapping[str, Samples], priors: Mapping[str, Mapping[str, float]]) -> str:
+    """Format both results as Markdown."""
     attributes = [*metrics.ATTRIBUTES, "place"]
     lines = [f"| drawn from | {' | '.join(attributes)} | all but place | CLIP score | Fréchet distance |"]
     lines.append("|---" * (len(attributes) + 4) + "|")
-    for name, one in drawn.items():
-        accuracy = one.scenes.accuracy()
+    for name, samples in results.items():
+        accuracy = samples.scenes.accuracy()
         cells = [f"{accuracy[attribute]:.3f}" for attribute in attributes]
-        cells += [f"{one.all_right():.3f}", f"{one.clip_score:.3f}", f"{one.frechet_distance:.4f}"]
+        cells += [f"{samples.all_right():.3f}", f"{samples.clip_score:.3f}", f"{samples.frechet_distance:.4f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     columns = list(next(iter(priors.values())))
     lines += [
@@ -182,14 +182,14 @@ def table(drawn: Mapping[str, Drawn], priors: Mapping[str, Mapping[str, float]])
     return "\n".join(lines) + "\n"
 
 
-def picture(drawn: Mapping[str, Drawn], captions: list[str], columns: int = 8) -> bytes:
-    """A PNG: a row for each way, a column for each caption; red frames where a picture is wrong in something."""
+def plot(results: Mapping[str, Samples], captions: list[str], columns: int = 8) -> bytes:
+    """Return a PNG with a row per variant and a column per caption; a red frame marks an image with any wrong attribute."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.25 * columns + 1.2, 1.3 * len(drawn) + 0.9), layout="constrained")
-    plots = figure.subplots(len(drawn), columns, squeeze=False)
-    for row, (name, one) in zip(plots, drawn.items(), strict=True):
-        shown = zip(row, imaging.to_uint8(one.images[:columns]), one.scenes.all_right()[:columns], strict=True)
+    figure = Figure(figsize=(1.25 * columns + 1.2, 1.3 * len(results) + 0.9), layout="constrained")
+    plots = figure.subplots(len(results), columns, squeeze=False)
+    for row, (name, samples) in zip(plots, results.items(), strict=True):
+        shown = zip(row, imaging.to_uint8(samples.images[:columns]), samples.scenes.all_right()[:columns], strict=True)
         for axes, pixels, is_right in shown:
             axes.imshow(pixels, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
@@ -205,28 +205,28 @@ def picture(drawn: Mapping[str, Drawn], captions: list[str], columns: int = 8) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--storage", default=DEFAULT_ROOT, help="folder of a run of the pipeline, or of none yet")
+    parser.add_argument("--storage", default=DEFAULT_ROOT, help="storage folder of the pipeline, may be new")
     parser.add_argument("--pipeline", default="demo", help="demo, or tiny to try it out")
-    parser.add_argument("--captions", type=int, default=1000, help="held-out captions at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--out", default="docs/ablation", help="picture and table are this with .png and .md")
+    parser.add_argument("--captions", type=int, default=1000, help="maximum number of held-out captions")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--out", default="docs/ablation", help="path of the figure and the table, without .png and .md")
     arguments = parser.parse_args()
 
     train(arguments.pipeline, arguments.storage)
-    made, others = (artifacts(arguments.pipeline, arguments.storage, settings) for settings in (BASE, OTHERS))
-    stack = load_stack(made, decoder=others["decoder"])
-    heldout = load_heldout(made, arguments.captions, stack.image_size)
-    drawn = {name: draw(stack, way, heldout, arguments.seed) for name, way in ways(stack, heldout).items()}
-    drawn[REAL] = measure(stack, heldout.images, heldout)
+    base, others = (artifacts(arguments.pipeline, arguments.storage, settings) for settings in (BASE, OTHERS))
+    stack = load_stack(base, decoder=others["decoder"])
+    heldout = load_heldout(base, arguments.captions, stack.image_size)
+    results = {name: draw(stack, embed, heldout, arguments.seed) for name, embed in ways(stack, heldout).items()}
+    results[REAL] = measure(stack, heldout.images, heldout)
     priors = {
         "text embedding": metrics.score_embeddings(stack.embed_text(heldout.captions), heldout.image_embedding),
         "diffusion prior": score_prior(stack, heldout, arguments.seed),
-        "autoregressive prior": score_prior(load_stack(made, prior=others["prior"]), heldout, arguments.seed),
+        "autoregressive prior": score_prior(load_stack(base, prior=others["prior"]), heldout, arguments.seed),
     }
     text = f"{len(heldout.captions)} held-out captions, guidance scale {stack.sampling.decoder.guidance_scale:g}\n\n"
-    text += table(drawn, priors)
+    text += table(results, priors)
     Path(arguments.out).with_suffix(".md").write_text(text)
-    Path(arguments.out).with_suffix(".png").write_bytes(picture(drawn, heldout.captions))
+    Path(arguments.out).with_suffix(".png").write_bytes(plot(results, heldout.captions))
     print(text)
 
 

@@ -1,13 +1,13 @@
-"""Pictures a second from URLs to Parquet: the download stage against img2dataset's own `download`.
+"""Images per second from URLs to Parquet: the download stage against `download` of img2dataset.
 
     python -m benchmarks.download
 
-Both get the same list from the same local server with the same settings and two processes. Each round starts both from
-nothing, one after the other, so other load on the machine hits them alike. Two figures come from a round:
+Both fetch the same list from the same local server with the same settings and two processes. Each round starts both from
+scratch, one after the other, so other load on the machine affects them alike. Each round yields two figures:
 
-    warm     without starting up. Ours: the stage, table commit included, on workers that have downloaded before.
-             img2dataset's pool lives for one call, so it is taken from the start of its first to the end of its last shard.
-    whole    from the start of the program to the end of the download: imports, Ray or pool, reading the list, all pictures.
+    warm     without startup. Ours: the stage including the table commit, on workers that have downloaded before.
+             img2dataset's pool lives for one call, so time runs from the start of its first to the end of its last shard.
+    whole    from program start to the end of the download: imports, Ray or pool, reading the list, all images.
 """
 
 import argparse
@@ -33,37 +33,37 @@ from benchmarks import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
-DIFFERENT_PICTURES = 300
+NUM_DISTINCT_IMAGES = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What both sides download, and how."""
+    """Download settings of both contenders."""
 
     address: str
     """host:port of the server."""
     urls: str
     """Parquet file with the columns url and caption."""
-    pictures: int
-    """Rows of the list."""
+    num_images: int
+    """Rows on the list."""
     folder: str
-    """Empty, for the results."""
+    """Empty folder for the results."""
     image_size: int
-    """Smaller side of the stored pictures in pixels."""
+    """Length of the shorter side of stored images, in pixels."""
     shard_size: int
-    """Pictures in one task."""
+    """Images in one task."""
     threads: int
-    """URLs fetched at the same time by one process."""
+    """URLs that one process fetches concurrently."""
     processes: int = 2
-    """Shards at the same time."""
+    """Shards in parallel."""
     jpeg_quality: int = 95
-    """Of the stored pictures."""
+    """JPEG quality of stored images."""
     timeout_seconds: int = 10
-    """For one URL."""
+    """Timeout of one URL."""
 
 
 def download_ours(settings: Settings) -> dict[str, float]:
-    """Runs in a process of its own: downloads the list twice, cold and warm, each time into an empty storage folder."""
+    """Download the list twice, cold and warm, each time into an empty storage folder; runs in its own process."""
     started = time.monotonic()
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}  # for Ray's workers
     import ray
@@ -73,36 +73,36 @@ def download_ours(settings: Settings) -> dict[str, float]:
     from tasks.stages.ingest import IngestConfig, ingest
     from tasks.tracking import Tracker
 
-    def done(stage: Stage, config: object, folder: str, *parents: Artifact) -> Artifact:
+    def run_stage(stage: Stage, config: object, folder: str, *parents: Artifact) -> Artifact:
         result = execute(Call(stage, config), Run("benchmark", "benchmark", folder, Tracker("", ""), "0"), parents)
         assert isinstance(result, Artifact), result
-        assert result.facts["rows"]["kept"] == settings.pictures, result.facts
+        assert result.facts["rows"]["kept"] == settings.num_images, result.facts
         return result
 
     imported = time.monotonic()
     config = DownloadConfig(
         image_size=settings.image_size,
         jpeg_quality=settings.jpeg_quality,
-        chroma_subsampling="4:2:0",  # which img2dataset has no setting for
+        chroma_subsampling="4:2:0",  # fixed in img2dataset
         shard_size=settings.shard_size,
         num_threads=settings.threads,
         timeout_seconds=settings.timeout_seconds,
         allow_hosts=(settings.address,),
     )
     ray.init(num_cpus=settings.processes, include_dashboard=False, log_to_driver=False)
-    cold_pairs = done(ingest, IngestConfig(settings.urls), f"{settings.folder}/cold")
-    done(download, config, f"{settings.folder}/cold", cold_pairs)
+    cold_pairs = run_stage(ingest, IngestConfig(settings.urls), f"{settings.folder}/cold")
+    run_stage(download, config, f"{settings.folder}/cold", cold_pairs)
     whole = time.monotonic() - started
-    warm_pairs = done(ingest, IngestConfig(settings.urls), f"{settings.folder}/warm")
+    warm_pairs = run_stage(ingest, IngestConfig(settings.urls), f"{settings.folder}/warm")
     before = time.monotonic()
-    done(download, config, f"{settings.folder}/warm", warm_pairs)
+    run_stage(download, config, f"{settings.folder}/warm", warm_pairs)
     warm = time.monotonic() - before
     ray.shutdown()
     return {"whole": whole, "warm": warm, "import": imported - started}
 
 
 def download_theirs(settings: Settings) -> dict[str, float]:
-    """Runs in a process of its own: img2dataset as its users call it."""
+    """Run img2dataset as its users call it; runs in its own process."""
     started = time.monotonic()
     os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
     import img2dataset
@@ -123,7 +123,7 @@ def download_theirs(settings: Settings) -> dict[str, float]:
         resize_only_if_bigger=True,
         encode_quality=settings.jpeg_quality,
         compute_hash="sha256",
-        extract_exif=False,  # which we do not, either
+        extract_exif=False,  # as in our stage
         timeout=settings.timeout_seconds,
         retries=1,
         enable_wandb=False,
@@ -131,16 +131,16 @@ def download_theirs(settings: Settings) -> dict[str, float]:
     whole = time.monotonic() - started
     shards = [json.loads(path.read_text()) for path in Path(settings.folder, "img2dataset").glob("*_stats.json")]
     succeeded = sum(shard["successes"] for shard in shards)
-    assert succeeded == settings.pictures, f"{succeeded} of {settings.pictures} pictures"
+    assert succeeded == settings.num_images, f"{succeeded} of {settings.num_images} images"
     warm = max(shard["end_time"] for shard in shards) - min(shard["start_time"] for shard in shards)
     return {"whole": whole, "warm": warm, "import": imported - started}
 
 
-SIDES = {"unclip": download_ours, "img2dataset": download_theirs}
+CONTENDERS = {"unclip": download_ours, "img2dataset": download_theirs}
 
 
-def run_side(name: str, settings: Settings) -> dict[str, float]:
-    """Figures of one side in pictures a second, its import in seconds and the peak memory of its processes in MB."""
+def run_contender(name: str, settings: Settings) -> dict[str, float]:
+    """Return the figures of one contender in images per second, its import in seconds and its peak memory in MB."""
     with tempfile.TemporaryDirectory(prefix="unclip-benchmark-") as folder:
         settings = dataclasses.replace(settings, folder=folder)
         command = [
@@ -152,22 +152,22 @@ def run_side(name: str, settings: Settings) -> dict[str, float]:
             json.dumps(dataclasses.asdict(settings)),
         ]
         result = Path(folder, "result.json")
-        side = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        with measure.TreeMemory(side.pid) as memory:
-            _, errors = side.communicate()
-        if side.returncode:
-            raise SystemExit(f"{name}: ended with {side.returncode}:\n{errors[-3000:]}")
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with measure.TreeMemory(process.pid) as memory:
+            _, errors = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{name}: ended with {process.returncode}:\n{errors[-3000:]}")
         seconds = json.loads(result.read_text())
-    speeds = {figure: settings.pictures / seconds[figure] for figure in ("warm", "whole")}
+    speeds = {figure: settings.num_images / seconds[figure] for figure in ("warm", "whole")}
     return {**speeds, "import": seconds["import"], "pss": memory.pss, "rss": memory.rss}
 
 
 @contextlib.contextmanager
-def server(pictures: list[bytes]) -> Iterator[str]:
-    """Serve pictures at /0.jpg, /1.jpg, ... (numbers wrap around) from a process of its own; gives its host:port."""
+def server(images: list[bytes]) -> Iterator[str]:
+    """Serve images at /0.jpg, /1.jpg, ... (numbers wrap around) from a separate process; yield its host:port."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(pictures, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(images, theirs), daemon=True)
     process.start()
     try:
         yield f"{HOST}:{ours.recv()}"
@@ -176,12 +176,12 @@ def server(pictures: list[bytes]) -> Iterator[str]:
         process.join()
 
 
-def _serve(pictures: list[bytes], connection: Connection) -> None:
+def _serve(images: list[bytes], connection: Connection) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             request = (await reader.readuntil(b"\r\n\r\n")).split(maxsplit=2)[1]
             number = request.strip(b"/").removesuffix(b".jpg")
-            status, body = (b"200 OK", pictures[int(number) % len(pictures)]) if number.isdigit() else (b"404 No", b"")
+            status, body = (b"200 OK", images[int(number) % len(images)]) if number.isdigit() else (b"404 No", b"")
             head = b"HTTP/1.1 %b\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
             writer.write(head % (status, len(body)) + body)
             await writer.drain()
@@ -196,54 +196,59 @@ def _serve(pictures: list[bytes], connection: Connection) -> None:
 
 
 def report(rounds: dict[str, list[dict[str, float]]]) -> None:
-    """Print medians of all figures and the ratios."""
-    figures = {side: {name: [one[name] for one in many] for name in many[0]} for side, many in rounds.items()}
+    """Print the medians of all figures, and the ratios."""
+    figures = {
+        contender: {name: [result[name] for result in results] for name in results[0]}
+        for contender, results in rounds.items()
+    }
     ours, theirs = figures["unclip"], figures["img2dataset"]
     print(f"{'':24} {'unclip':>24} {'img2dataset':>24}  ratio")
-    for name, unit in (("warm", "pictures/s"), ("whole", "pictures/s")):
+    for name, unit in (("warm", "images/s"), ("whole", "images/s")):
         ratio = measure.median_ratio(ours[name], theirs[name])
         print(
             f"{name + ', ' + unit:24} {measure.describe(ours[name]):>24} {measure.describe(theirs[name]):>24}  {ratio:.2f}"
         )
-    labels = {"import": "import, s", "pss": "memory, MB", "rss": "memory, shared twice, MB"}
+    labels = {"import": "import, s", "pss": "memory, MB", "rss": "memory incl. shared, MB"}
     for name, label in labels.items():
-        numbers = [statistics.median(side[name]) for side in (ours, theirs)]
+        numbers = [statistics.median(contender[name]) for contender in (ours, theirs)]
         print(f"{label:24} {numbers[0]:24,.0f} {numbers[1]:24,.0f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=3000, help="URLs on the list")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides")
-    parser.add_argument("--image-size", type=int, default=256, help="smaller side as stored, in pixels")
-    parser.add_argument("--shard-size", type=int, default=500, help="pictures in one task")
-    parser.add_argument("--threads", type=int, default=16, help="URLs fetched at the same time by one process")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of both")
+    parser.add_argument(
+        "--image-size", type=int, default=256, help="length of the shorter side of stored images, in pixels"
+    )
+    parser.add_argument("--shard-size", type=int, default=500, help="images in one task")
+    parser.add_argument("--threads", type=int, default=16, help="URLs that one process fetches concurrently")
     parser.add_argument("--side", nargs=2, metavar=("NAME", "SETTINGS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         settings = Settings(**json.loads(arguments.side[1]))
-        result = SIDES[arguments.side[0]](settings)
+        result = CONTENDERS[arguments.side[0]](settings)
         Path(settings.folder, "result.json").write_text(json.dumps(result))
         return
 
     print(measure.machine("ray", "img2dataset", "pillow", "pyarrow"))
-    print(f"{arguments.pictures} pictures of 640x480, {arguments.rounds} rounds, {vars(arguments)}\n", flush=True)
-    pictures = measure.photographs(DIFFERENT_PICTURES)
-    with tempfile.TemporaryDirectory(prefix="unclip-benchmark-") as folder, server(pictures) as address:
+    print(f"{arguments.pictures} images of 640x480, {arguments.rounds} rounds, {vars(arguments)}\n", flush=True)
+    images = measure.photographs(NUM_DISTINCT_IMAGES)
+    with tempfile.TemporaryDirectory(prefix="unclip-benchmark-") as folder, server(images) as address:
         urls = [f"http://{address}/{number}.jpg" for number in range(arguments.pictures)]
         captions = [f"a picture of noise, number {number}" for number in range(arguments.pictures)]
         pq.write_table(pa.table({"url": urls, "caption": captions}), f"{folder}/urls.parquet")
         settings = Settings(
             address=address,
             urls=f"{folder}/urls.parquet",
-            pictures=arguments.pictures,
+            num_images=arguments.pictures,
             folder=folder,
             image_size=arguments.image_size,
             shard_size=arguments.shard_size,
             threads=arguments.threads,
         )
-        sides = {name: lambda name=name: run_side(name, settings) for name in SIDES}
-        report(measure.interleave(sides, arguments.rounds))
+        contenders = {name: lambda name=name: run_contender(name, settings) for name in CONTENDERS}
+        report(measure.interleave(contenders, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Pairs a second through CLIP: the embedding stage's actor against a bare open_clip forward pass over tensors in memory.
+"""CLIP embedding in pairs per second: the stage's actor against a bare open_clip forward pass over tensors in memory.
 
     python -m benchmarks.embed --model ViT-S-32-alt
 
-The actor reads Parquet, decodes, resizes, tokenises, embeds and writes Parquet; the bare pass does nothing but compute.
-Both have the same model with random weights, batch size, precision and threads, are warm, live in processes of their own
-and take turns.
+The actor reads Parquet, decodes, resizes, tokenises, embeds and writes Parquet; the bare pass only computes. Both use the
+same model with random weights, batch size, precision and threads. Both are warm, run in separate processes and take turns.
 """
 
 import argparse
@@ -27,18 +26,18 @@ CAPTION = "soft clouds of many colours above a wide plain, picture {} of a long 
 
 
 def write_images(folder: str, pairs: int, image_size: int) -> list[str]:
-    """An images table as the download stage leaves it, in files of 1,000 rows; returns their paths."""
+    """Write an images table like the download stage, in files of 1,000 rows; return their paths."""
     from PIL import Image
 
     from tasks import tables
     from tasks.stages.download import IMAGES
 
-    pictures = []
+    images = []
     for data in measure.photographs(min(pairs, 200)):
         buffer = io.BytesIO()
-        width = round(image_size * measure.PICTURE_WIDTH / measure.PICTURE_HEIGHT)
+        width = round(image_size * measure.PHOTO_WIDTH / measure.PHOTO_HEIGHT)
         Image.open(io.BytesIO(data)).resize((width, image_size)).save(buffer, "JPEG", quality=95, subsampling=0)
-        pictures.append(buffer.getvalue())
+        images.append(buffer.getvalue())
     paths = []
     for start in range(0, pairs, 1000):
         rows = [
@@ -46,7 +45,7 @@ def write_images(folder: str, pairs: int, image_size: int) -> list[str]:
                 "key": key_of(number),
                 "caption": CAPTION.format(number),
                 "status": "ok",
-                "jpg": pictures[number % len(pictures)],
+                "jpg": images[number % len(images)],
             }
             for number in range(start, min(start + 1000, pairs))
         ]
@@ -60,7 +59,7 @@ def key_of(number: int) -> str:
 
 
 class Actor:
-    """The stage's own actor in Ray."""
+    """The stage's Ray actor."""
 
     def __init__(self, arguments: argparse.Namespace, folder: str) -> None:
         import ray
@@ -87,7 +86,7 @@ class Actor:
         import ray
 
         for path in Path(self.folder, "embeddings").glob("*.parquet"):
-            path.unlink()  # a part that is there is not written again
+            path.unlink()  # existing parts are not written again
         started = time.monotonic()
         ray.get(self.actor.embed.remote(self.keys))
         return len(self.keys) / (time.monotonic() - started)
@@ -97,18 +96,18 @@ _bare: dict[str, Any] = {}
 
 
 def prepare_bare(arguments: argparse.Namespace) -> int:
-    """Load the model and fill the memory with batches; returns the id of the process."""
+    """Load the model and create the batches in memory; return the process id."""
     from unclip.models import clip
 
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = clip.create(arguments.model, None).eval().to(device)
-    side = clip.input_side(model)
+    size = clip.input_side(model)
     batches = []
     for start in range(0, arguments.pairs, arguments.batch_size):
-        size = min(arguments.batch_size, arguments.pairs - start)
-        pixels = torch.randn(size, 3, side, side, device=device)
-        batches.append((pixels, torch.randint(1, model.vocab_size, (size, model.context_length), device=device)))
+        count = min(arguments.batch_size, arguments.pairs - start)
+        pixels = torch.randn(count, 3, size, size, device=device)
+        batches.append((pixels, torch.randint(1, model.vocab_size, (count, model.context_length), device=device)))
     _bare.update(model=model, batches=batches, precision=arguments.precision, device=device)
     embed_bare(1)
     return os.getpid()
@@ -116,7 +115,7 @@ def prepare_bare(arguments: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def embed_bare(num_batches: int | None = None) -> float:
-    """Pairs a second of the forward passes alone, embeddings of unit norm on the CPU."""
+    """Run only the forward passes, up to unit-norm embeddings on the CPU; return pairs per second."""
     from unclip.training.precision import autocast
 
     model, device, done = _bare["model"], _bare["device"], 0
@@ -133,10 +132,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-S-32-alt", help="any architecture of open_clip, or unclip-demo")
     parser.add_argument("--pairs", type=int, default=256, help="pairs in one round, a multiple of the batch size")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of both")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs in one forward pass")
-    parser.add_argument("--precision", default="fp32", choices=["auto", "bf16", "fp32"], help="arithmetic of both")
-    parser.add_argument("--image-size", type=int, default=256, help="smaller side of the stored pictures, in pixels")
+    parser.add_argument("--precision", default="fp32", choices=["auto", "bf16", "fp32"], help="precision of both")
+    parser.add_argument(
+        "--image-size", type=int, default=256, help="length of the shorter side of stored images, in pixels"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of both")
     arguments = parser.parse_args()
 
@@ -150,8 +151,8 @@ def main() -> None:
     ):
         bare_pid = pool.submit(prepare_bare, arguments).result()
         actor = Actor(arguments, folder)
-        sides = {"actor": actor.pairs_per_second, "bare": lambda: pool.submit(embed_bare).result()}
-        figures = measure.interleave(sides, arguments.rounds)
+        contenders = {"actor": actor.pairs_per_second, "bare": lambda: pool.submit(embed_bare).result()}
+        figures = measure.interleave(contenders, arguments.rounds)
         print(f"{'':6} {'pairs/s':>26}  {'peak memory, MB':>15}")
         for name, pid in (("actor", actor.pid), ("bare", bare_pid)):
             print(f"{name:6} {measure.describe(figures[name]):>26}  {measure.peak_rss(pid):15,.0f}")

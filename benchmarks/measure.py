@@ -1,4 +1,4 @@
-"""What the comparisons share: pictures to work on, the memory of a process tree, and medians of interleaved rounds."""
+"""Shared parts of the benchmarks: test images, the memory of a process tree, and medians of interleaved rounds."""
 
 import io
 import os
@@ -15,33 +15,33 @@ import numpy as np
 
 T = TypeVar("T")
 
-PICTURE_WIDTH, PICTURE_HEIGHT = 640, 480
+PHOTO_WIDTH, PHOTO_HEIGHT = 640, 480
 
 
 def photographs(count: int, quality: int = 90, seed: int = 0) -> list[bytes]:
-    """JPEGs of 640x480 with the spectrum of photographs: noise whose amplitude halves with each octave, about 75 KB each."""
+    """Return JPEGs of 640x480 with the spectrum of photographs: noise whose amplitude falls by octave; about 75 KB each."""
     from PIL import Image
 
-    size = (PICTURE_WIDTH, PICTURE_HEIGHT)
+    size = (PHOTO_WIDTH, PHOTO_HEIGHT)
     rng = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for _ in range(count):
-        levels = np.full((PICTURE_HEIGHT, PICTURE_WIDTH, 3), 128.0, np.float32)
+        levels = np.full((PHOTO_HEIGHT, PHOTO_WIDTH, 3), 128.0, np.float32)
         for octave in range(1, 8):
             coarse = rng.integers(0, 256, (3 * 2**octave, 4 * 2**octave, 3), np.uint8)
             smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
             levels += (np.asarray(smooth, np.float32) - 128) * 1.2 / 2 ** (octave / 1.5)
         buffer = io.BytesIO()
         Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=quality)
-        pictures.append(buffer.getvalue())
-    return pictures
+        images.append(buffer.getvalue())
+    return images
 
 
 class TreeMemory:
-    """Samples the memory of a process and all below it while the context is open.
+    """A context that samples the memory of a process and all its descendants.
 
-    `rss` is the highest sum of resident sets in MB, which counts a page once for every process that shares it; `pss` is
-    the highest sum of proportional sets, which counts it once.
+    `rss` is the highest sum of resident set sizes in MB, which counts a shared page once per process; `pss` is the highest
+    sum of proportional set sizes, which counts it once.
     """
 
     rss = 0.0
@@ -68,35 +68,35 @@ class TreeMemory:
 
 
 def peak_rss(pid: int) -> float:
-    """Highest resident set in MB that one process has had."""
+    """Return the peak resident memory of a process in MB."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) / 1024
 
 
-def interleave(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each side returns, round by round: all sides of a round run close together, so other load hits them alike.
+def interleave(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Run all contenders once per round and collect their results; within a round, other load affects all alike.
 
-    Every other round goes backwards, so that none always follows the same one.
+    Every other round runs in reverse order, so that no contender always follows the same one.
     """
-    figures: dict[str, list[T]] = {name: [] for name in sides}
+    figures: dict[str, list[T]] = {name: [] for name in contenders}
     for number in range(rounds):
-        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            figures[name].append(sides[name]())
+        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            figures[name].append(contenders[name]())
     return figures
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over rounds of ours / theirs, each round's own: what slows one whole round cancels."""
+    """Return the median over rounds of ours / theirs, so that load on a whole round cancels out."""
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
 def describe(figures: Sequence[float]) -> str:
-    """`median (lowest-highest)`."""
+    """Format as `median (lowest-highest)`."""
     return f"{statistics.median(figures):8.1f} ({min(figures):.1f}-{max(figures):.1f})"
 
 
 def machine(*packages: str) -> str:
-    """The machine and the versions of packages, one line, for people who compare results."""
+    """Describe the machine and the versions of packages in one line, for comparing results."""
     try:
         model = next(
             line.split(":")[1].strip()
@@ -110,12 +110,12 @@ def machine(*packages: str) -> str:
 
 
 def _tree(pid: int) -> list[int]:
-    """The process and all its descendants that are alive."""
+    """Return the process and all its live descendants."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):  # it has ended meanwhile
+        except (OSError, IndexError):  # the process has ended meanwhile
             continue
         children.setdefault(parent, []).append(int(path.parent.name))
     found = [pid]
@@ -125,7 +125,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def _memory(pid: int) -> tuple[float, float]:
-    """RSS and PSS in MB; nothing for a process that has ended."""
+    """Return RSS and PSS in MB; zeros for a process that has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,10 +1,10 @@
-"""The curves that later trainings of a pipeline are held against: those of one that went well.
+"""Reference loss curves from a successful run, with which later trainings of a pipeline are compared.
 
     make demo
     python -m benchmarks.reference_curves --storage unclip-data
 
-Copies them from the storage to `unclip/training/reference_curves/`, where `reference_curve = "demo-prior"` finds them, and
-draws them.
+Copies the curves from the storage to `unclip/training/reference_curves/`, where `reference_curve = "demo-prior"` finds
+them, and plots them.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from unclip.training import curves
 from unclip.training.trainer import CURVE
 
 
-def picture(found: dict[str, curves.Curve]) -> bytes:
-    """A PNG: losses by samples seen, of training and of validation."""
+def plot(found: dict[str, curves.Curve]) -> bytes:
+    """Plot training and validation losses by samples seen; return a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(found), 2.8), layout="constrained")
@@ -42,7 +42,9 @@ def picture(found: dict[str, curves.Curve]) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default="demo")
-    parser.add_argument("--storage", default=DEFAULT_ROOT, help="folder of the pipeline, whose trainings are done")
+    parser.add_argument(
+        "--storage", default=DEFAULT_ROOT, help="storage folder of the pipeline, with its trainings finished"
+    )
     parser.add_argument("--picture", default="docs/reference_curves.png")
     arguments = parser.parse_args()
     config = prepare(load(arguments.pipeline, None, (), arguments.storage))
@@ -55,8 +57,8 @@ def main() -> None:
             found[name] = curve
             curves.write(str(curves.REFERENCES / f"{name}.tsv"), curve)
     if not found:
-        raise SystemExit(f"{arguments.storage}: has no finished training of these settings. Run the pipeline first.")
-    Path(arguments.picture).write_bytes(picture(found))
+        raise SystemExit(f"{arguments.storage}: no finished training with these settings. Run the pipeline first.")
+    Path(arguments.picture).write_bytes(plot(found))
     for name, curve in found.items():
         last = curves.at(curve, "relative_loss", list(curve)[-curves.WINDOW], list(curve)[-1])
         print(f"{name:<20}{len(curve):>5} points, ends at {last:.4f} of the loss of predicting the mean")

@@ -1,9 +1,9 @@
-"""How near ways to shrink a picture come to the ideal low-pass filter, and how long they take.
+"""Accuracy and speed of image downscaling methods, compared with the ideal low-pass filter.
 
     python -m benchmarks.resize
 
-The ideal keeps the low frequencies of the picture's discrete cosine transform and nothing else; errors are root mean
-squares in grey levels from it. A zone plate shows aliasing alone. Seconds are the process' own on one thread.
+The ideal keeps only the low frequencies of the image's discrete cosine transform; errors are root mean squares from it
+in grey levels. A zone plate isolates aliasing. Times are CPU times of the process on one thread.
 """
 
 import argparse
@@ -20,8 +20,8 @@ Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 """(pixels [H, W, 3] uint8, (width, height)) -> pixels [height, width, 3] uint8."""
 
 
-def ways() -> dict[str, Resize]:
-    """By name."""
+def resizers() -> dict[str, Resize]:
+    """Return the methods by name."""
     import cv2
     from PIL import Image
 
@@ -41,7 +41,7 @@ def ways() -> dict[str, Resize]:
 
 
 def ideal(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[H, W, 3] -> [height, width, 3] float64, nothing but the frequencies that fit."""
+    """Downscale [H, W, 3] to [height, width, 3] float64, keeping exactly the frequencies that fit."""
     from scipy.fft import dctn, idctn
 
     width, height = size
@@ -50,7 +50,7 @@ def ideal(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def zone_plate(width: int, height: int) -> np.ndarray:
-    """Rings that get finer outwards, up to the finest that the pixels hold; [height, width, 3] uint8."""
+    """Return rings that get finer outwards, up to the limit of the pixels; [height, width, 3] uint8."""
     y, x = np.mgrid[:height, :width]
     rings = 127.5 + 127.5 * np.cos(np.pi * ((x - width / 2) ** 2 + (y - height / 2) ** 2) * 2 / (width + height) * 0.7)
     return np.repeat(rings.astype(np.uint8)[..., None], 3, axis=2)
@@ -60,7 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=10, help="photographs of 640x480")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[384, 256, 192, 128, 64], help="smaller sides afterwards"
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[384, 256, 192, 128, 64],
+        help="lengths of the shorter side after resizing",
     )
     arguments = parser.parse_args()
     from PIL import Image
@@ -75,9 +79,9 @@ def main() -> None:
 
     print(measure.machine("pillow", "opencv-python-headless"))
     print(f"{'':10} {'':16} {'photographs':>12} {'zone plate':>11} {'ms':>6}")
-    for side in arguments.sizes:
-        size = (round(width * side / height), side)
-        for name, resize in ways().items():
+    for shorter in arguments.sizes:
+        size = (round(width * shorter / height), shorter)
+        for name, resize in resizers().items():
             photographic = statistics.mean(error(resize, pixels, size) for pixels in photographs)
             started = time.process_time()
             for pixels in photographs * 5:

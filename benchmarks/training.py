@@ -1,17 +1,17 @@
-"""Samples a second in training: our prior and decoder against DALLE2-pytorch and diffusers, and what loading delivers.
+"""Training in samples per second: our prior and decoder against DALLE2-pytorch and diffusers, and our data loading.
 
     python -m benchmarks.training
     python -m benchmarks.training --device cuda --size base --compile
 
-A step is all of it: forward and backward pass, clipping, fused AdamW, moving average. Ours is the trainer's own loop. The
-others are trained as their documentation says: DALLE2-pytorch through its `DiffusionPrior` and `Decoder` with ema-pytorch,
-diffusers as in its Kandinsky 2.2 scripts with `EMAModel`. All have the same batch size, picture size, tokens and precision,
-the plain squared error as loss, their batch in memory, and parameters within a twentieth; no CLIP runs. Each side trains in
-a process of its own, is warm, and waits while the others have their turn.
+A step is complete: forward and backward pass, gradient clipping, fused AdamW, EMA. Ours is the trainer's own loop. The
+others train as documented: DALLE2-pytorch through its `DiffusionPrior` and `Decoder` with ema-pytorch, diffusers as in its
+Kandinsky 2.2 scripts with `EMAModel`. All use the same batch size, image size, tokens and precision, plain squared error as
+loss, a batch in memory, and parameter counts within 5 %; no CLIP runs. Each contender trains in its own process, is warm,
+and waits while the others take their turn.
 
-Loading alone reads Parquet and decodes pictures, for the same decoder, which then also trains on what it loads.
+The loading benchmark reads Parquet and decodes images for the same decoder, which then also trains on what it loads.
 
-Letters: B batch, L text tokens, E CLIP embedding width, S side of the picture.
+Letters: B batch, L text tokens, E CLIP embedding width, S image size.
 """
 
 import argparse
@@ -57,38 +57,38 @@ HEAD_WIDTH = 64
 WARM_UP_STEPS = 3
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
 PROFILED = 14
-"""Operators of a profile that are printed."""
+"""Number of operators of a profile to print."""
 GOALS = {"prior": 1.3, "decoder": 1.3, "loading": 5.0}
 
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
-"""The pipeline's workers have these settings; here all sides do."""
+"""Settings of the pipeline's workers; here all contenders use them."""
 
 PEERS = {"DALLE2-pytorch": ("dalle2_pytorch", "dalle2-pytorch"), "diffusers": ("diffusers", "diffusers")}
-"""Name -> module, and what pip calls it."""
+"""Name -> module, and its name for pip."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Models of the same size on all sides; what only DALLE2-pytorch has makes up for what it has not."""
+    """Models of equal size for all contenders; the fields for DALLE2-pytorch balance its different architecture."""
 
     prior: PriorConfig
     prior_ff_mult: float
-    """DALLE2-pytorch: its attention shares keys and values among heads, its MLPs are gated."""
+    """DALLE2-pytorch only: its heads share keys and values, and its MLPs are gated."""
     prior_batch_size: int
     unet: UNetConfig
     unet_dim: int
-    """DALLE2-pytorch: channels of the first level."""
+    """DALLE2-pytorch only: channels of the first level."""
     unet_num_resnet_blocks: int
-    """DALLE2-pytorch: besides the one that every level has."""
+    """DALLE2-pytorch only: residual blocks beyond the one that every level has."""
     context_dim: int
     decoder_batch_size: int
     embedding_dim: int
-    """E, for the prior too the width of the text encodings: DALLE2-pytorch has one width for all."""
+    """E; for the prior also the width of the text encodings, since DALLE2-pytorch has only one width."""
 
 
-def _unet(side: int, channels: int, num_res_blocks: int) -> UNetConfig:
-    attention_resolutions = (side // 2, side // 4, side // 8)
-    return UNetConfig(side, channels, (1, 2, 3, 4), num_res_blocks, attention_resolutions, HEAD_WIDTH)
+def _unet(image_size: int, channels: int, num_res_blocks: int) -> UNetConfig:
+    attention_resolutions = (image_size // 2, image_size // 4, image_size // 8)
+    return UNetConfig(image_size, channels, (1, 2, 3, 4), num_res_blocks, attention_resolutions, HEAD_WIDTH)
 
 
 SIZES = {
@@ -101,45 +101,45 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One side: `run` trains, a step for each batch it is given."""
+    """One contender; `run` trains one step for each batch."""
 
     run: Callable[[Generator[Batch, None, None]], object]
     batches: Iterator[Batch]
     batch_size: int
     network: nn.Module | None = None
-    """What has the parameters; None for no training."""
+    """Module with the parameters; None if nothing is trained."""
     loss: Callable[[], Tensor] | None = None
-    """Of the batch in memory."""
+    """Loss of the batch in memory."""
     preparing: "Stopwatch | None" = None
-    """Runs while pictures are decoded, where that is part of a step."""
+    """Measures the decoding of images, if that is part of a step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a side tells of itself before the first step."""
+    """Properties of a contender, reported before the first step."""
 
     parameters: int
     flops: float
-    """Of a sample's forward and backward pass."""
+    """FLOPs of a sample's forward and backward pass."""
     batch_size: int
     device: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Some steps of one side."""
+    """Measurements of some steps of one contender."""
 
     samples_per_second: float
     waiting: float
     """Share of the time spent waiting for rows."""
     preparing: float
-    """Share of the time spent on rows that had arrived."""
+    """Share of the time spent preparing rows that have arrived."""
     operators: dict[str, float]
-    """Shares of the time of torch's operators, the largest first; empty unless a profile was asked for."""
+    """Shares of the time by torch operator, largest first; empty without `--profile`."""
 
 
 class Stopwatch:
-    """Adds up the seconds inside its context."""
+    """A context that adds up the seconds spent inside it."""
 
     seconds = 0.0
 
@@ -150,8 +150,8 @@ class Stopwatch:
         self.seconds += time.monotonic() - self._started
 
 
-class GivenText(nn.Module):
-    """In the place of a frozen CLIP: what it would make of the captions, made beforehand as it is for the others."""
+class PrecomputedText(nn.Module):
+    """A stand-in for a frozen CLIP that returns precomputed features, as the others receive them."""
 
     text_length = TEXT_LENGTH
 
@@ -168,7 +168,7 @@ class GivenText(nn.Module):
 
 
 class InMemory:
-    """A RowReader for a training that is given its batches."""
+    """A RowReader over given batches."""
 
     def __init__(self, batches: Generator[Batch, None, None]) -> None:
         self._batches = batches
@@ -178,7 +178,7 @@ class InMemory:
 
 
 def captions(size: Size, batch_size: int, device: torch.device) -> TextFeatures:
-    """Features of captions of different lengths, zero where they are padded."""
+    """Return random features of captions of different lengths, zero at padding."""
     mask = torch.arange(TEXT_LENGTH) < torch.randint(8, TEXT_LENGTH, (batch_size, 1))  # [B, L]
     encodings = torch.randn(batch_size, TEXT_LENGTH, size.embedding_dim) * mask[:, :, None]  # [B, L, E]
     projection = torch.randn(batch_size, size.embedding_dim)  # [B, E]
@@ -191,8 +191,8 @@ def image_embeddings(size: Size, count: int) -> Tensor:
 
 
 def images(size: Size, batch_size: int) -> Tensor:
-    side = size.unet.image_size
-    return torch.rand(batch_size, 3, side, side) * 2 - 1
+    image_size = size.unet.image_size
+    return torch.rand(batch_size, 3, image_size, image_size) * 2 - 1
 
 
 def same_rows(batch_size: int) -> Iterator[Batch]:
@@ -205,7 +205,7 @@ def same_rows(batch_size: int) -> Iterator[Batch]:
 def our_prior(size: Size, arguments: argparse.Namespace) -> Training:
     device, batch_size = torch.device(arguments.device), arguments.batch_size or size.prior_batch_size
     statistics = EmbeddingStatistics.of(image_embeddings(size, 1000))
-    text: Any = GivenText(captions(size, batch_size, device))
+    text: Any = PrecomputedText(captions(size, batch_size, device))
     objective = PriorObjective(size.prior, text, statistics)
     tokens = text.tokenize([""] * batch_size).to(device)
     tensors = {"tokens": tokens, "image_embedding": image_embeddings(size, batch_size).to(device)}
@@ -220,7 +220,7 @@ def our_decoder(size: Size, arguments: argparse.Namespace) -> Training:
 
 
 def new_decoder(size: Size) -> DecoderObjective:
-    """A decoder that reads no captions: the U-Nets of the others are given the image embedding alone, too."""
+    """Create a decoder without captions, since the U-Nets of the others also get only the image embedding."""
     statistics = EmbeddingStatistics.of(image_embeddings(size, 1000))
     black = {
         "jpg": [_jpeg(np.zeros((8, 8, 3), np.uint8))],
@@ -235,7 +235,7 @@ def ours(
     batch_size: int,
     arguments: argparse.Namespace,
 ) -> Training:
-    """An objective whose tensors are in memory."""
+    """Train an objective on tensors in memory."""
     device = torch.device(arguments.device)
     objective.model.to(device)
     objective.prepare = lambda _: tensors  # type: ignore[method-assign]
@@ -250,7 +250,7 @@ def ours(
 
 
 def train(objective: Any, reader: Any, batch_size: int, arguments: argparse.Namespace) -> None:
-    """The trainer's own loop, without end."""
+    """Run the trainer's own loop without end."""
     endless = 10**12
     config = TrainerConfig(
         num_samples=endless,
@@ -288,7 +288,7 @@ def dalle2_prior(size: Size, arguments: argparse.Namespace) -> Training:
     text, image_embedding = captions(size, batch_size, device), image_embeddings(size, batch_size).to(device)
 
     def loss() -> Tensor:
-        image_embed = image_embedding.clone()  # it is changed in place
+        image_embed = image_embedding.clone()  # DALLE2-pytorch changes it in place
         return prior(  # type: ignore[no-any-return]
             image_embed=image_embed, text_embed=text.text_embedding, text_encodings=text.text_encodings
         )
@@ -301,7 +301,7 @@ def dalle2_decoder(size: Size, arguments: argparse.Namespace) -> Training:
     from ema_pytorch import EMA
 
     device, batch_size = torch.device(arguments.device), arguments.batch_size or size.decoder_batch_size
-    sides = [size.unet.image_size // 2**level for level in range(len(size.unet.channel_mult))]
+    resolutions = [size.unet.image_size // 2**level for level in range(len(size.unet.channel_mult))]
     unet = Unet(
         dim=size.unet_dim,
         image_embed_dim=size.embedding_dim,
@@ -310,7 +310,7 @@ def dalle2_decoder(size: Size, arguments: argparse.Namespace) -> Training:
         dim_mults=size.unet.channel_mult,
         num_image_tokens=NUM_IMAGE_TOKENS,
         num_resnet_blocks=size.unet_num_resnet_blocks,
-        self_attn=tuple(side in size.unet.attention_resolutions for side in sides),
+        self_attn=tuple(resolution in size.unet.attention_resolutions for resolution in resolutions),
         cond_on_image_embeds=True,
     )
     decoder = Decoder(unet, image_size=size.unet.image_size, learned_variance=False).to(device)
@@ -336,7 +336,7 @@ def diffusers_prior(size: Size, arguments: argparse.Namespace) -> Training:
         num_embeddings=TEXT_LENGTH,
     ).to(device)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
-    average = EMAModel(prior.parameters(), foreach=True)
+    ema = EMAModel(prior.parameters(), foreach=True)
     text, image_embedding = captions(size, batch_size, device), image_embeddings(size, batch_size).to(device)
 
     def loss() -> Tensor:
@@ -352,7 +352,7 @@ def diffusers_prior(size: Size, arguments: argparse.Namespace) -> Training:
         ).predicted_image_embedding
         return F.mse_loss(prediction.float(), x0)
 
-    return theirs(prior, prior, loss, lambda: average.step(prior.parameters()), batch_size, arguments)
+    return theirs(prior, prior, loss, lambda: ema.step(prior.parameters()), batch_size, arguments)
 
 
 def diffusers_decoder(size: Size, arguments: argparse.Namespace) -> Training:
@@ -381,7 +381,7 @@ def diffusers_decoder(size: Size, arguments: argparse.Namespace) -> Training:
     unet.encoder_hid_proj = ImageProjection(size.embedding_dim, size.context_dim, NUM_IMAGE_TOKENS)  # 32 without this
     unet.to(device)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    average = EMAModel(unet.parameters(), foreach=True)
+    ema = EMAModel(unet.parameters(), foreach=True)
     x0, image_embedding = images(size, batch_size).to(device), image_embeddings(size, batch_size).to(device)
 
     def loss() -> Tensor:
@@ -391,23 +391,23 @@ def diffusers_decoder(size: Size, arguments: argparse.Namespace) -> Training:
         prediction = unet(x_t, t, None, added_cond_kwargs={"image_embeds": image_embedding}).sample
         return F.mse_loss(prediction.float(), noise)
 
-    return theirs(unet, unet, loss, lambda: average.step(unet.parameters()), batch_size, arguments)
+    return theirs(unet, unet, loss, lambda: ema.step(unet.parameters()), batch_size, arguments)
 
 
 def theirs(
     trained: nn.Module,
     network: nn.Module,
     loss: Callable[[], Tensor],
-    average: Callable[[], None],
+    update_ema: Callable[[], None],
     batch_size: int,
     arguments: argparse.Namespace,
 ) -> Training:
-    """The loop that all training scripts share.
+    """Run the loop that all training scripts share.
 
     Args:
-        trained: has the parameters.
-        network: what torch compiles where asked.
-        average: one step of the moving average.
+        trained: module with the parameters.
+        network: module to compile with `--compile`.
+        update_ema: updates the EMA weights.
     """
     optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
@@ -422,7 +422,7 @@ def theirs(
             value.item()  # every script logs it
             optimizer.step()
             optimizer.zero_grad()
-            average()
+            update_ema()
 
     return Training(run, same_rows(batch_size), batch_size, trained.train(), loss)
 
@@ -431,31 +431,31 @@ def theirs(
 
 
 def write_rows(size: Size, arguments: argparse.Namespace) -> None:
-    """Pictures and image embeddings as the pipeline leaves them: a table each, 1,000 rows in a row group."""
+    """Write images and image embeddings like the pipeline: one table each, with 1,000 rows per row group."""
     from PIL import Image
 
     encoded = []
-    side = arguments.stored_size
+    shorter = arguments.stored_size
     for data in measure.photographs(min(arguments.pictures, 100)):
-        shrunk = (round(side * measure.PICTURE_WIDTH / measure.PICTURE_HEIGHT), side)
+        shrunk = (round(shorter * measure.PHOTO_WIDTH / measure.PHOTO_HEIGHT), shorter)
         encoded.append(_jpeg(np.asarray(Image.open(io.BytesIO(data)).resize(shrunk))))
     keys = [f"{number:032x}" for number in range(arguments.pictures)]
-    pictures = [encoded[number % len(encoded)] for number in range(arguments.pictures)]
+    jpegs = [encoded[number % len(encoded)] for number in range(arguments.pictures)]
     embeddings = pa.array(list(image_embeddings(size, arguments.pictures).numpy()), pa.list_(pa.float32()))
-    for name, column in (("jpg", pa.array(pictures, pa.binary())), ("image_embedding", embeddings)):
+    for name, column in (("jpg", pa.array(jpegs, pa.binary())), ("image_embedding", embeddings)):
         table = pa.table({"key": keys, name: column})
         pq.write_table(table, f"{arguments.folder}/{name}.parquet", row_group_size=1000)
 
 
 def open_rows(size: Size, arguments: argparse.Namespace) -> tuple[RowReader, int]:
-    """A reader of what `write_rows` wrote, and the batch size."""
+    """Open a reader of the rows that `write_rows` wrote; return it with the batch size."""
     sources = [Source((f"{arguments.folder}/{name}.parquet",), (name,)) for name in ("jpg", "image_embedding")]
     keys = [f"{number:032x}" for number in range(arguments.pictures)]
     return RowReader(sources, keys), arguments.batch_size or size.decoder_batch_size
 
 
 def loading(size: Size, arguments: argparse.Namespace) -> Training:
-    """Rows and their preparation alone."""
+    """Load and prepare rows without training."""
     reader, batch_size = open_rows(size, arguments)
     objective, preparing = new_decoder(size), Stopwatch()
 
@@ -469,7 +469,7 @@ def loading(size: Size, arguments: argparse.Namespace) -> Training:
 
 
 def training_on_rows(size: Size, arguments: argparse.Namespace) -> Training:
-    """The decoder's training, with loading."""
+    """Train the decoder on rows that it loads."""
     reader, batch_size = open_rows(size, arguments)
     objective, preparing = new_decoder(size), Stopwatch()
     prepare = objective.prepare
@@ -492,24 +492,24 @@ PARTS: dict[str, dict[str, Callable[[Size, argparse.Namespace], Training]]] = {
     "decoder": {"unclip": our_decoder, "DALLE2-pytorch": dalle2_decoder, "diffusers": diffusers_decoder},
     "loading": {"loading alone": loading, "training": training_on_rows},
 }
-"""Sides by part; the first one is ours, which the others are compared with."""
+"""Contenders by part; the first is ours, with which the others are compared."""
 
 
 # Turns
 
 
 def serve(part: str, name: str, arguments: argparse.Namespace, connection: Connection) -> None:
-    """Train one side, some steps whenever asked; runs in a process of its own."""
+    """Train one contender, some steps per request; runs in its own process."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     training = PARTS[part][name](SIZES[arguments.size], arguments)
     connection.send(describe(training, arguments))
-    with contextlib.suppress(EOFError):  # nobody asks any more
+    with contextlib.suppress(EOFError):  # no more requests
         training.run(turns(training, arguments, connection))
 
 
 def turns(training: Training, arguments: argparse.Namespace, connection: Connection) -> Generator[Batch, None, None]:
-    """Batches for as many steps as are asked for, and an answer when the next batch is: all steps are done then."""
+    """Yield batches for the requested steps; reply when the next batch is requested, since all steps are done then."""
     waiting, preparing = Stopwatch(), training.preparing or Stopwatch()
     while True:
         num_steps = connection.recv()
@@ -529,7 +529,7 @@ def turns(training: Training, arguments: argparse.Namespace, connection: Connect
 
 
 def operators(profile: torch.profiler.profile) -> dict[str, float]:
-    """Shares of the time by operator, on the device where there is one, the largest first."""
+    """Return shares of the time by operator, largest first; device time if there is any, else CPU time."""
     events = profile.key_averages()
     times = {event.key: event.self_device_time_total for event in events}
     if not any(times.values()):
@@ -549,8 +549,8 @@ def describe(training: Training, arguments: argparse.Namespace) -> Facts:
     return Facts(parameters, 3 * counter.get_total_flops() / training.batch_size, training.batch_size, name)
 
 
-class Side:
-    """The process that trains one side."""
+class Contender:
+    """The process that trains one contender."""
 
     def __init__(self, part: str, name: str, arguments: argparse.Namespace) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -566,7 +566,7 @@ class Side:
         return self._connection.recv()  # type: ignore[no-any-return]
 
     def peak_memory(self) -> float:
-        """Highest resident set, MB."""
+        """Return the peak resident memory in MB."""
         assert self._process.pid is not None
         return measure.peak_rss(self._process.pid)
 
@@ -577,16 +577,16 @@ class Side:
 
 
 def compare(part: str, arguments: argparse.Namespace) -> None:
-    """Measure the sides of a part and print them."""
+    """Measure and print the contenders of a part."""
     names = [name for name in PARTS[part] if name not in PEERS or is_installed(name)]
     with contextlib.ExitStack() as stack:
-        sides = {name: stack.enter_context(contextlib.closing(Side(part, name, arguments))) for name in names}
+        contenders = {name: stack.enter_context(contextlib.closing(Contender(part, name, arguments))) for name in names}
         figures = measure.interleave(
-            {name: lambda name=name: sides[name].turn(steps(part, name, arguments)) for name in names},  # type: ignore[misc]
+            {name: lambda name=name: contenders[name].turn(steps(part, name, arguments)) for name in names},  # type: ignore[misc]
             arguments.rounds,
         )
-        memory = {name: side.peak_memory() for name, side in sides.items()}
-    facts = {name: side.facts for name, side in sides.items()}
+        memory = {name: contender.peak_memory() for name, contender in contenders.items()}
+    facts = {name: contender.facts for name, contender in contenders.items()}
     print(f"\n{part}, batch {facts[names[0]].batch_size}, goal {GOALS[part]}")
     print(f"{'':15} {'samples/s':>24} {'RSS, MB':>8}  {names[0]} is faster by")
     speeds = {name: [turn.samples_per_second for turn in rounds] for name, rounds in figures.items()}
@@ -604,7 +604,7 @@ def compare(part: str, arguments: argparse.Namespace) -> None:
             statistics.median(getattr(turn, share) for turn in figures["training"])
             for share in ("waiting", "preparing")
         )
-        print(f"training waits for rows {waiting:.1%} of the time and decodes their pictures for {preparing:.1%}")
+        print(f"training waits for rows {waiting:.1%} of the time and decodes images {preparing:.1%}")
 
 
 def is_installed(peer: str) -> bool:
@@ -612,15 +612,15 @@ def is_installed(peer: str) -> bool:
 
 
 def steps(part: str, name: str, arguments: argparse.Namespace) -> int:
-    """Of one turn; loading alone is over too soon otherwise."""
+    """Return the steps of one turn; loading alone needs more of them to be measurable."""
     return int(arguments.steps) * (10 if (part, name) == ("loading", "loading alone") else 1)
 
 
 def cost(facts: Facts, speeds: list[float]) -> str:
-    """Parameters and FLOPs of a training; on a GPU also how many of the latter it does in a second."""
+    """Format parameters and FLOPs per sample; on a GPU also FLOP/s."""
     if not facts.parameters:
         return ""
-    text = f"  {facts.parameters:,} parameters, {facts.flops / 1e9:.2f} GFLOP a sample"
+    text = f"  {facts.parameters:,} parameters, {facts.flops / 1e9:.2f} GFLOP per sample"
     if facts.device == "cpu":
         return text
     used = facts.flops * statistics.median(speeds)
@@ -641,16 +641,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="what to compare")
     parser.add_argument("--size", default="small", choices=list(SIZES), help="20 M parameters, or 208 M and 110 M")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of all sides")
-    parser.add_argument("--steps", type=int, default=10, help="steps in one round; ema-pytorch averages every tenth")
-    parser.add_argument("--batch-size", type=int, default=0, help="samples a step; 0 for the size's own")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all contenders")
+    parser.add_argument("--steps", type=int, default=10, help="steps in one round; ema-pytorch updates every tenth")
+    parser.add_argument("--batch-size", type=int, default=0, help="samples per step; 0 uses that of --size")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to train")
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="arithmetic of all")
-    parser.add_argument("--compile", action="store_true", help="have torch compile all networks")
-    parser.add_argument("--profile", action="store_true", help="say what steps spend their time on; makes them slower")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each side")
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="precision of all")
+    parser.add_argument("--compile", action="store_true", help="compile all networks")
+    parser.add_argument("--profile", action="store_true", help="print the time by operator; slows the steps down")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each contender")
     parser.add_argument("--pictures", type=int, default=4000, help="rows to load")
-    parser.add_argument("--stored-size", type=int, default=256, help="smaller side of the stored pictures, in pixels")
+    parser.add_argument(
+        "--stored-size", type=int, default=256, help="length of the shorter side of stored images, in pixels"
+    )
     arguments = parser.parse_args()
 
     os.environ |= MALLOC

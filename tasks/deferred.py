@@ -1,4 +1,4 @@
-"""MLflow behind a queue: a server that is slow, or away for a while, costs a training no time and no points."""
+"""MLflow behind a queue, so that a slow or unreachable server neither delays a training nor loses its metrics."""
 
 import logging
 import threading
@@ -19,11 +19,11 @@ _PATIENCE_AFTER_FAILURE_SECONDS = 10.0
 
 
 class DeferredTracker:
-    """Logs to the run of a tracker from a thread, in order, and tries again until MLflow takes it."""
+    """Logs to a tracker's run from a background thread, in order, and retries until MLflow accepts."""
 
     def __init__(self, tracker: Tracker, unsent_uri: str, patience_seconds: float = 120.0) -> None:
         """Args:
-        unsent_uri: JSON file for metrics that MLflow has not taken `patience_seconds` after `close`.
+        unsent_uri: JSON file for metrics that MLflow has not accepted within `patience_seconds` of `close`.
         """
         self.tracker, self.unsent_uri, self.patience_seconds = tracker, unsent_uri, patience_seconds
         self._waiting: deque[Any] = deque()  # metrics, or a function that logs something else
@@ -34,48 +34,49 @@ class DeferredTracker:
             self._thread.start()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """As `Tracker.metrics`; returns at once."""
+        """Queue metrics for `Tracker.metrics`; returns at once."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self._put(*(Metric(name, float(value), now, step) for name, value in values.items()))
 
     def bytes(self, data: bytes, name: str) -> None:
-        """As `Tracker.bytes`, which tries once; returns at once."""
+        """Queue bytes for `Tracker.bytes`, which tries once; returns at once."""
         self._put(lambda: self.tracker.bytes(data, name))
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """As `Tracker.tags`, which tries once; returns at once."""
+        """Queue tags for `Tracker.tags`, which tries once; returns at once."""
         self._put(lambda: self.tracker.tags(values))
 
     def __enter__(self) -> "DeferredTracker":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # whoever waits wants to know what failed
+        if kind is not None:  # report the failure soon
             self.patience_seconds = min(self.patience_seconds, _PATIENCE_AFTER_FAILURE_SECONDS)
         self.close()
 
     def close(self) -> None:
-        """Wait until MLflow has it all, but no longer than patience goes; what it has not is written down if it can be."""
+        """Wait up to `patience_seconds` for MLflow to accept everything; write the remaining metrics to `unsent_uri`."""
         if not self._thread.is_alive():
             return
         with self._changed:
             self._closing_at = time.monotonic()
             self._changed.notify()
         self._thread.join(self.patience_seconds + 1)
-        unsent = [one for one in list(self._waiting) if not callable(one)]
+        unsent = [item for item in list(self._waiting) if not callable(item)]
         if unsent:
             rows = [
-                {"name": one.key, "value": one.value, "timestamp": one.timestamp, "step": one.step} for one in unsent
+                {"name": metric.key, "value": metric.value, "timestamp": metric.timestamp, "step": metric.step}
+                for metric in unsent
             ]
-            where = f"in {self.unsent_uri}"
+            location = f"in {self.unsent_uri}"
             try:
                 files.write_json(self.unsent_uri, rows)
             except StorageError as error:
-                where = f"lost: {error}"
+                location = f"lost: {error}"
             uri = self.tracker.tracking_uri
-            log.warning("MLflow at %s did not take %d points of the training; they are %s.", uri, len(unsent), where)
+            log.warning("MLflow at %s did not accept %d metric values; they are %s.", uri, len(unsent), location)
 
     def _put(self, *items: Any) -> None:
         if self.tracker.run_id:
@@ -97,14 +98,14 @@ class DeferredTracker:
                 pause = 0.5
                 for _ in range(batch):
                     self._waiting.popleft()
-            except Exception as error:  # whatever the server or its network does
+            except Exception as error:  # any failure of the server or the network
                 log.debug("MLflow at %s: %s", self.tracker.tracking_uri, error)
                 with self._changed:
                     self._changed.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _next(self) -> tuple[int, Callable[[], Any]]:
-        """How many of the first items go together, and what sends them."""
+        """Size of the next batch, and a function that sends it."""
         if callable(self._waiting[0]):
             return 1, self._waiting[0]
         metrics: list[Any] = []

@@ -11,28 +11,28 @@ from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
 from unclip.data import vectors
 
-Noted = list[tuple[str, str]]
-"""Keys with a note on each."""
+AnnotatedKeys = list[tuple[str, str]]
+"""Pairs of a key and a note on it."""
 
 
 def clusters_of(
     fates: Mapping[str, str], kept: Sequence[str], images: pa.Table, snapshot: Snapshot, count: int
-) -> list[Noted]:
-    """Kept rows with the duplicates that were dropped for them.
+) -> list[AnnotatedKeys]:
+    """Clusters of a kept row and the duplicates that were dropped in its favour.
 
     Args:
-        fates: key -> kept, or its reason.
-        kept: keys, of which some may have been taken down since.
+        fates: key -> "kept", or the reason why it was not kept.
+        kept: kept keys; some may have been taken down since.
         images: key, sha256, phash.
-        snapshot: says which embeddings count.
-        count: duplicates of each reason that are looked for.
+        snapshot: the dataset version whose embeddings are read.
+        count: maximum number of duplicates per reason.
     """
     facts = {row["key"]: row for row in images.to_pylist()}
     by_reason: dict[str, list[str]] = defaultdict(list)
     for key, fate in fates.items():
         if fate in DUPLICATES and key in facts:
             by_reason[fate].append(key)
-    clusters: dict[str, Noted] = {}
+    clusters: dict[str, AnnotatedKeys] = {}
 
     def add(winner: str, key: str, note: str) -> None:
         clusters.setdefault(winner, [(winner, "kept")]).append((key, note))

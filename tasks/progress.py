@@ -1,4 +1,4 @@
-"""Progress of long work, from whichever process does it to the console of whoever waits for it."""
+"""Progress of long work, passed from the worker process to the console of the run."""
 
 import contextlib
 import dataclasses
@@ -14,16 +14,16 @@ WRITE_SECONDS = 1.0
 
 @dataclasses.dataclass
 class Progress:
-    """Counts work in a small file that the run's driver reads. Give it to one worker only; start it where the work starts."""
+    """Counts work in a small file that the run's driver reads. Give it to one worker only; call `start` in that worker."""
 
     uri: str
-    """Where the count is kept."""
+    """File that holds the count."""
     total: int
-    """How much there is."""
+    """Total amount of work."""
     unit: str
-    """What is counted, plural."""
+    """Unit of the count, plural."""
     done: int = 0
-    """How much of it is done."""
+    """Amount done so far."""
 
     def start(self, done: int = 0) -> "Progress":
         """Start the clock, with `done` done by an earlier attempt."""
@@ -33,7 +33,7 @@ class Progress:
         return self
 
     def update(self, amount: int, note: str = "") -> None:
-        """`amount` more is done; `note` ends the line."""
+        """Add `amount` to the count; `note` is shown at the end of the line."""
         self.done += amount
         if time.monotonic() - self._written >= WRITE_SECONDS or self.done >= self.total:
             self._write(note)
@@ -42,16 +42,16 @@ class Progress:
         self._written = time.monotonic()
         speed = (self.done - self._first) / max(self._written - self._started, 1e-9)
         state = {"done": self.done, "total": self.total, "unit": self.unit, "speed": speed, "note": note}
-        with contextlib.suppress(StorageError):  # a full disk is for what is worth keeping to tell
+        with contextlib.suppress(StorageError):  # a full disk is reported by writes that matter
             files.write_json(self.uri, state)
 
 
 def bar(label: str, state: Mapping[str, Any]) -> str:
-    """One line: a bar, counts, speed and the time left."""
+    """One line: a bar, counts, speed and the remaining time."""
     done, total, speed = state["done"], state["total"], state["speed"]
     share = min(1.0, done / total) if total else 1.0
-    drawn = ("█" * round(share * 20)).ljust(20, "░")
-    left = round((total - done) / speed) if speed > 0 else 0
-    pace = f"{speed:,.0f}/s  {left // 60}:{left % 60:02d} left" if speed > 0 else "starting"
-    numbers = f"{done:,}/{total:,} {state['unit']}  {pace}  {state['note']}"
-    return f"  {label} {drawn} {share:4.0%}  {numbers}".rstrip()
+    blocks = ("█" * round(share * 20)).ljust(20, "░")
+    seconds_left = round((total - done) / speed) if speed > 0 else 0
+    speed_text = f"{speed:,.0f}/s  {seconds_left // 60}:{seconds_left % 60:02d} left" if speed > 0 else "starting"
+    details = f"{done:,}/{total:,} {state['unit']}  {speed_text}  {state['note']}"
+    return f"  {label} {blocks} {share:4.0%}  {details}".rstrip()

@@ -1,7 +1,7 @@
-"""What became of a row: its status and the reason, one closed vocabulary for all stages that handle the list of pairs.
+"""Status and reason of a row: one closed vocabulary for all stages that process the list of pairs.
 
-No row disappears: after every stage, rows in = kept + dropped + failed. "Failed" is what could not be had, "dropped" what
-was had and is not wanted.
+No row disappears: after every stage, rows in = kept + dropped + failed. A failed row could not be obtained; a dropped row
+was obtained but is not wanted.
 """
 
 import re
@@ -9,66 +9,66 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-if typing.TYPE_CHECKING:  # the processes that decode pictures know the reasons and need no tables
+if typing.TYPE_CHECKING:  # processes that decode images need the reasons, but no tables
     import pyarrow as pa
 
 KEPT, DROPPED, FAILED = "kept", "dropped", "failed"
 
 REASONS: Mapping[str, str] = {
     "no_url": "the row has no URL",
-    "bad_url": "not a URL that can be fetched: http or https with a host, without a password",
-    "bad_hash": "the expected hash is no sha256 of 64 hex digits",
+    "bad_url": "not a valid URL: expected http or https with a host and without a password",
+    "bad_hash": "the expected hash is not a sha256 of 64 hex digits",
     "no_caption": "the row has no caption",
-    "duplicate_row": "the same URL with the same caption is on the list before",
-    "blocked_address": "the URL, or where it redirects, is on a network that is not public",
+    "duplicate_row": "the same URL with the same caption occurs earlier in the list",
+    "blocked_address": "the URL or a redirect leads to a non-public network",
     "dns_error": "the host has no address",
-    "connect_error": "no connection, or the server or its certificate broke it off",
-    "timeout": "not there within the time for one URL",
+    "connect_error": "the connection failed or was closed, or the certificate is invalid",
+    "timeout": "not received within the time limit for one URL",
     "too_large": "more bytes than max_bytes",
     "redirect_limit": "more redirects than max_redirects",
     "insecure_redirect": "a redirect from https to http",
     "robots_disallowed": "the host's robots.txt forbids it",
-    "robots_unreachable": "the host's robots.txt cannot be had or read, which counts as forbidden",
+    "robots_unreachable": "the host's robots.txt cannot be fetched or parsed, which counts as forbidden",
     "short_body": "fewer bytes than the server announced",
-    "empty_body": "no bytes",
-    "bad_encoding": "compressed for the way, though the request forbids it",
-    "opted_out": "the server asks not to use the picture for AI (X-Robots-Tag, TDM-Reservation, Content-Usage, Content-Signal)",
-    "fetch_error": "an answer that is not HTTP, or another failure while fetching",
+    "empty_body": "an empty response",
+    "bad_encoding": "a compressed response, although the request forbids it",
+    "opted_out": "the server opts the image out of AI use (X-Robots-Tag, TDM-Reservation, Content-Usage, Content-Signal)",
+    "fetch_error": "the response is not HTTP, or another error while fetching",
     "not_an_image": "not a JPEG, PNG, WebP or GIF",
-    "decode_error": "a damaged picture",
-    "decode_crash": "the process that decoded the picture died of it",
-    "decode_timeout": "decoding took more than the time for one picture",
-    "decode_memory": "decoding took more than the memory for one picture",
+    "decode_error": "a damaged image",
+    "decode_crash": "the image crashed the process that decoded it",
+    "decode_timeout": "decoding exceeded the time limit for one image",
+    "decode_memory": "decoding exceeded the memory limit for one image",
     "too_many_pixels": "more pixels than max_pixels",
-    "too_small": "a side shorter than min_side",
-    "bad_aspect": "one side longer than max_aspect_ratio times the other",
+    "too_small": "the shorter side has fewer pixels than min_side",
+    "bad_aspect": "the aspect ratio exceeds max_aspect_ratio",
     "caption_too_short": "fewer words than min_caption_words",
     "caption_too_long": "more words than max_caption_words",
     "caption_too_few_characters": "fewer characters than min_caption_characters",
     "caption_too_many_characters": "more characters than max_caption_characters",
     "other_language": "the caption is in none of the languages",
-    "boilerplate": "more than max_caption_repeats rows have this caption, but for case and digits",
-    "blocked_word": "the caption has a word or phrase of blocked_words",
+    "boilerplate": "more than max_caption_repeats rows have this caption, ignoring case and digits",
+    "blocked_word": "the caption contains a word or phrase of blocked_words",
     "blocked_domain": "the URL is on a host of blocked_domains",
-    "blocked_hash": "the picture is on blocked_hashes",
-    "duplicate_image": "the same bytes as a picture that is kept",
-    "near_duplicate": "looks like a picture that is kept",
-    "hash_mismatch": "not the picture whose sha256 the list gives",
-    "content_changed": "not the picture that was there when the row was first fetched",
-    "semantic_duplicate": "CLIP sees the same as in a picture that is kept",
-    "clip_score_low": "CLIP finds less than min_clip_score of the caption in the picture",
-    "clip_score_high": "CLIP finds more than max_clip_score of the caption in the picture, such as the caption's own text",
-    "taken_down": "somebody asked for it to be removed (unclip takedown)",
+    "blocked_hash": "the image is in blocked_hashes",
+    "duplicate_image": "the same bytes as a kept image",
+    "near_duplicate": "looks like a kept image",
+    "hash_mismatch": "the sha256 differs from the one in the list",
+    "content_changed": "the image has changed since the row was first fetched",
+    "semantic_duplicate": "the CLIP embedding is close to that of a kept image",
+    "clip_score_low": "the CLIP score of image and caption is below min_clip_score",
+    "clip_score_high": "the CLIP score is above max_clip_score, for example because the image shows the caption as text",
+    "taken_down": "removed on request (unclip takedown)",
 }
-"""Every reason, in words for people. Beside these there are `http_<code>`: the server answered with that status; and
-`<name>_low`, `<name>_high`: the probe of that name scored below its minimum or above its maximum."""
+"""Reason -> description. There are also `http_<code>`: the server answered with that status; and `<name>_low`,
+`<name>_high`: the probe of that name scored below its minimum or above its maximum."""
 
 DUPLICATES = ("duplicate_row", "duplicate_image", "near_duplicate", "semantic_duplicate")
-"""Reasons of rows that are dropped as copies of another."""
+"""Reasons of rows that are dropped as copies of other rows."""
 
 
 class RowFault(Exception):
-    """A row that cannot be used; never ends a stage."""
+    """Raised for a row that cannot be used; never ends a stage."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -80,51 +80,53 @@ def is_reason(reason: str) -> bool:
 
 
 def meaning(reason: str) -> str:
-    """A reason in words."""
+    """Description of a reason."""
     if reason.startswith("http_"):
         return f"the server answered with status {reason.removeprefix('http_')}"
-    name, _, side = reason.rpartition("_")
-    fallback = f"the probe {name} scored {'below its minimum' if side == 'low' else 'above its maximum'}"
+    name, _, bound = reason.rpartition("_")
+    fallback = f"the probe {name} scored {'below its minimum' if bound == 'low' else 'above its maximum'}"
     return REASONS.get(reason, fallback)
 
 
 def drop(selection: "pa.Table", reasons: Mapping[str, str]) -> "pa.Table":
-    """The selection with kept rows of some keys dropped.
+    """Drop the kept rows of some keys from a selection.
 
     Args:
-        selection: key, position, status, reason and perhaps split, which is null for rows that are not kept.
-        reasons: key -> why it is dropped.
+        selection: key, position, status, reason and optionally split, which is null for rows that are not kept.
+        reasons: key -> reason to drop it.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    why = pa.table({"key": pa.array(reasons, pa.string()), "why": pa.array(reasons.values(), pa.string())})
-    table = selection.join(why, "key", join_type="left outer")
+    new_reason = pa.table(
+        {"key": pa.array(reasons, pa.string()), "new_reason": pa.array(reasons.values(), pa.string())}
+    )
+    table = selection.join(new_reason, "key", join_type="left outer")
     table = table.sort_by([("key", "ascending"), ("position", "ascending")])
-    hit = pc.and_(pc.is_valid(table.column("why")), pc.equal(table.column("status"), KEPT))
+    is_dropped = pc.and_(pc.is_valid(table.column("new_reason")), pc.equal(table.column("status"), KEPT))
     changed = {
-        "status": pc.if_else(hit, DROPPED, table["status"]),
-        "reason": pc.if_else(hit, table["why"], table["reason"]),
+        "status": pc.if_else(is_dropped, DROPPED, table["status"]),
+        "reason": pc.if_else(is_dropped, table["new_reason"], table["reason"]),
     }
     if "split" in table.column_names:
-        changed["split"] = pc.if_else(hit, None, table["split"])
+        changed["split"] = pc.if_else(is_dropped, None, table["split"])
     return pa.table({name: changed.get(name, table[name]) for name in selection.column_names})
 
 
 def count(table: "pa.Table") -> dict[str, Any]:
-    """The balance of a table with `status` and `reason`, as a stage's facts: {"rows": {...}, "reasons": {...}}."""
+    """Count the statuses and reasons of a table, as a stage's facts: {"rows": {...}, "reasons": {...}}."""
     statuses = _tally(table.column("status"))
     rows = {"in": table.num_rows} | {status: statuses.pop(status, 0) for status in (KEPT, DROPPED, FAILED)}
-    assert not statuses, f"statuses out of the vocabulary: {statuses}"
+    assert not statuses, f"statuses outside the vocabulary: {statuses}"
     reasons = _tally(table.column("reason"))
     unexplained = reasons.pop(None, 0)
     assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
-    assert all(map(is_reason, reasons)), f"reasons out of the vocabulary: {sorted(reasons)}"
+    assert all(map(is_reason, reasons)), f"reasons outside the vocabulary: {sorted(reasons)}"
     return {"rows": rows, "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))}
 
 
 def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
-    """The most frequent reasons for a message: `no_caption 12, http_404 3`."""
+    """Most frequent reasons, for a message: `no_caption 12, http_404 3`."""
     return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
 
 
@@ -133,7 +135,7 @@ def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:
 
 
 def fates(table: "pa.Table") -> dict[str, str]:
-    """Key -> kept, or the reason; a key that is kept once is kept.
+    """Key -> "kept", or the reason; a key with any kept row is kept.
 
     Args:
         table: key, status, reason.

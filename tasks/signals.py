@@ -1,4 +1,4 @@
-"""Asking this process to end in good order: SIGTERM, as machines that are taken back send it, and Ctrl-C."""
+"""Graceful stop on Ctrl-C or SIGTERM, which preempted machines send."""
 
 import contextlib
 import signal
@@ -9,22 +9,22 @@ from typing import Any
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Within the block a first SIGTERM or Ctrl-C only makes what it gives return True; a second one does what it always does.
+    """Yield a function that returns True after a first SIGTERM or Ctrl-C; a second one has its usual effect.
 
-    Outside of the main thread no signal is caught.
+    Outside the main thread no signal is caught.
     """
-    asked = threading.Event()
-    before: dict[signal.Signals, Any] = {}
+    stop_event = threading.Event()
+    previous: dict[signal.Signals, Any] = {}
 
-    def note(number: int, _: Any) -> None:
-        asked.set()
-        signal.signal(number, before[signal.Signals(number)])
+    def on_signal(number: int, _: Any) -> None:
+        stop_event.set()
+        signal.signal(number, previous[signal.Signals(number)])
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+            previous[number] = signal.signal(number, on_signal)
     try:
-        yield asked.is_set
+        yield stop_event.is_set
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

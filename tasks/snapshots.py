@@ -1,7 +1,7 @@
-"""Dataset snapshots: which rows of which table versions a training may read.
+"""Dataset snapshots: the table versions and rows that a training reads.
 
-The facts of the `curate` stage's artifact are a snapshot. Trainings read through nothing else, so that a table which grows
-meanwhile changes nothing for them, and so that MLflow can say which rows a model has seen.
+The facts of the `curate` stage's artifact contain a snapshot. Trainings read the dataset only through it. So a table that
+grows in the meantime does not affect them, and MLflow records which rows a model has seen.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ Split = Literal["train", "holdout"]
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """Versions of the tables, and the rows that count."""
+    """Versions of the tables, and the selected rows."""
 
     digest: str
-    """Of the content: keys, pictures, captions and embeddings."""
+    """Digest of the content: keys, images, captions and embeddings."""
     selection: str
     """URI of a Parquet file with every input row's key, status, reason and split."""
     images: str
@@ -64,7 +64,7 @@ class Snapshot:
 
 
 def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-    """One row in the `snapshots` table, unless this content is already there; it is the last that a refresh writes."""
+    """Append one row to the `snapshots` table, unless it has this content already; a refresh writes it last."""
     table = store.uri("snapshots")
     known = tables.read_dated(table).to_pylist() if tables.version(table) is not None else []
     if any(row["digest"] == snapshot["digest"] for row in known):
@@ -79,7 +79,7 @@ def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], co
         "scores",
         "statistics",
     )
-    # Numbers, not times, say which came first: clocks go back now and then.
+    # Snapshots are ordered by number, not by time: clocks may go back.
     row = {"number": len(known) + 1, "pipeline": pipeline, **{name: snapshot[name] for name in names}}
     row |= {name: json.dumps(counts[name], sort_keys=True) for name in ("rows", "reasons")}
     part = pa.table({name: [value] for name, value in row.items()})
@@ -87,20 +87,20 @@ def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], co
 
 
 def kept_keys(selection: str, split: Split | None = None) -> list[str]:
-    """Sorted keys of the rows that a selection keeps, of one split or of both."""
+    """Sorted keys of the rows that a selection keeps, for one split or both."""
     table = tables.read_file(selection, ["key", "split"])
     wanted = pc.equal(table.column("split"), split) if split else pc.is_valid(table.column("split"))
     return sorted(table.filter(wanted).column("key").to_pylist())
 
 
 def save_statistics(folder: str, image_embeddings: torch.Tensor) -> dict[str, float]:
-    """Write the statistics of embeddings [N, E] where `Snapshot.load_statistics` finds them.
+    """Write the statistics of embeddings [N, E] for `Snapshot.load_statistics`.
 
-    `statistics` holds `mean` and `std` [E]; `pca` holds `components` [E, E] (rows, by falling variance) of the centred
+    `statistics` holds `mean` and `std` [E]; `pca` holds `components` [E, E] (rows, by decreasing variance) of the centred
     embeddings, and `explained_variance_ratio` [E].
 
     Returns:
-        Number of components that explain 90, 99 and 99.9 percent of the variance, for people.
+        Number of components that explain 90, 99 and 99.9 percent of the variance.
     """
     statistics, principal = EmbeddingStatistics.of(image_embeddings), PrincipalComponents.of(image_embeddings)
     tensors = {"statistics": dict(statistics.state_dict()), "pca": principal._asdict()}

@@ -1,9 +1,9 @@
-"""The stage contract: what every step of a pipeline is, and the one decorator that makes it.
+"""The stage contract: the types that every stage of a pipeline uses, and the decorator that declares a stage.
 
 A stage is a function `(context, config, *parents) -> Output`. The decorator turns it into a node of Ray's own DAG. When
 the node runs, the stage's fingerprint (name, version, resolved config, digests of its parents) is looked up in the store:
-a committed result is returned as it is; otherwise the function runs under an MLflow child run and its result is committed.
-So "resume" is "run it again", on any machine that sees the storage.
+a committed result is returned; otherwise the function runs under an MLflow child run and its result is committed.
+To resume, run the same command again, on any machine that sees the storage.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Any
 import ray
 
 from tasks.progress import Progress
-from tasks.run_records import is_going_on
+from tasks.run_records import is_running
 from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip.config import decisive, fingerprint, require, to_dict
@@ -35,19 +35,19 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a stage function returns."""
+    """Result of a stage function."""
 
     uri: str
     """Folder, file or table that holds the result."""
     digest: str
-    """sha256 of the content: the same content gives the same digest, whatever run made it."""
+    """sha256 of the content; does not depend on the run that made it."""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What later stages and people want to know: counts, table versions, metrics. JSON values only."""
+    """Facts for later stages and for users: counts, table versions, metrics. JSON values only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A committed result. Stages pass these, never data."""
+    """A committed result. Stages pass artifacts, never data."""
 
     stage: str
     fingerprint: str
@@ -55,22 +55,22 @@ class Artifact:
     digest: str
     facts: Mapping[str, Any]
     seconds: float
-    """How long the stage ran when it made this."""
+    """Duration of the stage when it made this artifact."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Takes an artifact's place when its stage, or one before it, failed; so independent branches finish."""
+    """Replaces an artifact if its stage or an earlier one failed, so that independent branches finish."""
 
     stage: str
     message: str
     exit_code: int = 1
-    """Of a command that does nothing but this stage."""
+    """Exit code of a command that runs only this stage."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What each training and embedding worker gets. Not part of any fingerprint: it changes speed, not the task."""
+    """Resources of each training and embedding worker. Not part of any fingerprint: they only affect speed."""
 
     num_workers: int = 1
     """Workers that train one model together."""
@@ -85,27 +85,28 @@ class Resources:
         require(self.gpus_per_worker >= 0, "gpus_per_worker", self.gpus_per_worker, "0 or more")
 
     def per_worker(self) -> dict[str, float]:
-        """As Ray wants it."""
-        wanted = {"CPU": float(self.cpus_per_worker), "GPU": float(self.gpus_per_worker)}
-        return {name: amount for name, amount in wanted.items() if amount}
+        """Resources of one worker in Ray's format."""
+        amounts = {"CPU": float(self.cpus_per_worker), "GPU": float(self.gpus_per_worker)}
+        return {name: amount for name, amount in amounts.items() if amount}
 
 
 @dataclasses.dataclass(frozen=True)
 class StageResources(Resources):
-    """Resources by stage: these values, but for the stages that have a section of their own, as fields of subclasses.
+    """Resources by stage: these values, unless the stage has its own, given by a field of a subclass.
 
-    A field is named like its stage; that of a stage with several members, `xs` of `x-a` and `x-b`, maps their keys.
+    A field is named after its stage. For a stage with several members, `x-a` and `x-b`, the field `xs` maps the keys `a` and
+    `b` to resources.
     """
 
     def of(self, stage_name: str) -> Resources:
         name, _, key = stage_name.partition("-")
-        own: Resources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
-        return own or self
+        own_resources: Resources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
+        return own_resources or self
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a pipeline: where it keeps things and how it is tracked."""
+    """One run of a pipeline: its storage and its tracking."""
 
     id: str
     pipeline: str
@@ -114,25 +115,25 @@ class Run:
     experiment_id: str
     resources: StageResources = StageResources()
     trains_here: bool = False
-    """Whether models are trained in the process that asks, rather than by workers of a cluster."""
+    """Train models in the calling process rather than by workers of a cluster."""
 
     @property
     def stop_uri(self) -> str:
-        """A file that, once it is there, asks this run's trainings to write a checkpoint and stop."""
+        """URI of a file that makes this run's trainings write a checkpoint and stop once it exists."""
         return Store(self.storage).uri("runs", self.id, "progress", "stop")
 
     def is_abandoned(self) -> bool:
-        """Whether the process that drives this run has ended or given up, so that what its tasks still do must not count.
+        """Return True if the driver of this run has ended or given up, so that results of its tasks must be discarded.
 
-        A run that is not on record, and one that is driven from another machine, count as going on.
+        A run without a record, and a run that is driven from another machine, count as running.
         """
         store, record = Store(self.storage), ("runs", self.id, "run.json")
-        return store.exists(*record) and not is_going_on(store.read_json(*record))
+        return store.exists(*record) and not is_running(store.read_json(*record))
 
 
 @dataclasses.dataclass(frozen=True)
 class StageContext:
-    """What a stage function may use besides its config and parents."""
+    """Context of a stage function, besides its config and parents."""
 
     run: Run
     stage: str
@@ -141,32 +142,32 @@ class StageContext:
     tracker: Tracker
     """Logs to this stage's MLflow run."""
     scratch: Path
-    """Local folder of this attempt alone; gone when the stage ends."""
+    """Local folder of this attempt only; removed when the stage ends."""
 
     @property
     def resources(self) -> Resources:
-        """What each worker of this stage gets."""
+        """Resources of each worker of this stage."""
         return self.run.resources.of(self.stage)
 
     def progress(self, total: int, unit: str, done: int = 0) -> Progress:
-        """Counts `total` units of work where the console of this run sees it; may be sent to workers."""
+        """Progress over `total` units of work, shown on the console of this run; may be sent to a worker."""
         return Progress(self.store.uri("runs", self.run.id, "progress", f"{self.stage}.json"), total, unit, done)
 
     @property
     def folder(self) -> str:
-        """URI of the folder for this stage's files; the same for every attempt, so that an attempt can go on."""
+        """URI of the folder for this stage's files; the same for every attempt, so that a new attempt can resume."""
         return self.store.uri("artifacts", self.stage, self.fingerprint)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pinning:
-    """What a stage may look at when its settings are checked and pinned before a run."""
+    """Context in which a stage checks and pins its settings before a run."""
 
     store: Store
     config: Any
-    """The settings of the whole pipeline."""
+    """Settings of the whole pipeline."""
     retry_failed: bool = False
-    """Whether rows that failed for passing reasons are to be fetched again."""
+    """Fetch rows that failed for transient reasons again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,32 +178,32 @@ class Stage:
     version: int
     function: Callable[..., Output]
     has_workers: bool = False
-    """Its work is done by workers with `Resources` of their own."""
+    """The stage starts workers, which get the stage's `Resources`."""
     pin: Callable[[Any, Pinning], Any] | None = None
-    """Checks its settings before a run starts, and returns them with what they refer to pinned by digests."""
+    """Function that checks the settings before a run starts and pins the files they refer to by their digests."""
     shows_rows: bool = False
-    """What it logs shows rows of the dataset, so that a takedown must find it."""
+    """The stage logs images or text of dataset rows, so a takedown must search its logs."""
     part: "Part[Any] | None" = None
-    """The part that it trains, if it trains one."""
-    made_by: tuple[Callable[[Any], "Stage"], Any] | None = None
-    """A function of a module and its argument that make this stage, where it is no object of a module itself."""
+    """The part that the stage trains, if any."""
+    factory: tuple[Callable[[Any], "Stage"], Any] | None = None
+    """Module-level function and its argument that create this stage, if it is not a module attribute itself."""
 
     @property
     def help(self) -> str:
         return inspect.getdoc(self.function) or ""
 
     def member(self, key: str) -> "Stage":
-        """This stage as one of several in a DAG, each with a section of its own: `x` becomes `x-256`."""
+        """Copy of this stage as one of several in a DAG, each with its own settings: `x` becomes `x-256`."""
         return dataclasses.replace(self, name=f"{self.name}-{key}")
 
     def bind(self, run: Run, config: Any, *parents: Any) -> Any:
-        """A node of a Ray DAG; its result is an `Artifact`, or a `Failure`."""
+        """Create a node of a Ray DAG; its result is an `Artifact` or a `Failure`."""
         return _run_stage.options(name=self.name).bind(Call(self, config), run, *parents)
 
     def __reduce__(self) -> Any:
-        # The decorated name in the module is this object, so workers import it rather than copy the function.
-        if self.made_by is not None:
-            return _remake_stage, (*self.made_by, self.name)
+        # The name in the module is this object, so workers import it instead of unpickling the function.
+        if self.factory is not None:
+            return _remake_stage, (*self.factory, self.name)
         return _import_stage, (self.function.__module__, self.function.__name__, self.name)
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
@@ -225,18 +226,18 @@ def stage(
     pin: Callable[[Any, Pinning], Any] | None = None,
     shows_rows: bool = False,
 ) -> Callable[[Callable[..., Output]], Stage]:
-    """Declare a stage. Raise `version` when its code changes what it makes.
+    """Declare a stage. Increase `version` when a code change affects its results.
 
     Args:
-        has_workers: its work is done by workers with `Resources` of their own.
-        pin: `(settings, pinning) -> settings`; checks the settings before a run starts and pins by digests what they refer to.
-        shows_rows: what it logs shows rows of the dataset, so that a takedown must find it.
+        has_workers: see `Stage`.
+        pin: `(settings, pinning) -> settings`; see `Stage`.
+        shows_rows: see `Stage`.
     """
     return lambda function: Stage(name, version, function, has_workers, pin, shows_rows)
 
 
 def declared_name(stage_name: str) -> str:
-    """The name that a stage was declared with: `x` for its member `x-256`."""
+    """Name that a stage was declared with: `x` for its member `x-256`."""
     return stage_name.partition("-")[0]
 
 
@@ -247,7 +248,7 @@ def find_artifact(store: Store, stage_name: str, stage_fingerprint: str) -> Arti
 
 
 def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) -> Artifact | Failure:
-    """Run one stage, or return what it made before."""
+    """Run one stage, or return its committed artifact."""
     store, name = Store(run.storage), call.stage.name
     failed = [parent for parent in parents if isinstance(parent, Failure)]
     if failed:
@@ -288,7 +289,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     return artifact
 
 
-# Coordinators hold no CPU: a stage that waits for its own tasks must not starve them.
+# Stage tasks reserve no CPU: a stage that waits for its own tasks must not block them.
 @ray.remote(num_cpus=0, max_retries=2)
 def _run_stage(call: Call, run: Run, *parents: Artifact | Failure) -> Artifact | Failure:
     return execute(call, run, parents)
@@ -304,7 +305,7 @@ def _import_stage(module: str, function: str, name: str) -> Stage:
 
 
 def _record(store: Store, run: Run, stage_name: str, **event: Any) -> None:
-    """Overwrite what is known of a stage in this run; `unclip status` and the driver's console read it, and no work needs it."""
+    """Overwrite a stage's last event in this run, for `unclip status` and the driver's console; the work does not need it."""
     try:
         store.write_json({"stage": stage_name, "at": time.time(), **event}, "runs", run.id, f"{stage_name}.json")
     except StorageError as error:
@@ -312,7 +313,7 @@ def _record(store: Store, run: Run, stage_name: str, **event: Any) -> None:
 
 
 def _explain(error: BaseException) -> str:
-    """The message of the innermost cause: Ray wraps what a task raised."""
+    """Message of the innermost cause: Ray wraps the errors that tasks raise."""
     cause: BaseException = error
     while isinstance(cause, (ray.exceptions.RayTaskError, StageError)) and getattr(cause, "cause", None):
         cause = cause.cause  # type: ignore[union-attr]

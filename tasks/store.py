@@ -1,17 +1,17 @@
-"""The storage root: one folder or bucket that holds everything a pipeline makes.
+"""The storage root: one folder or bucket that holds everything that pipelines write.
 
-images/<recipe>/        Delta table: every URL that was tried, with its picture or the reason there is none
-embeddings/<clip>/      Delta table: CLIP embeddings of the kept pictures, one table per CLIP
+images/<recipe>/        Delta table: every URL that was tried, with its image or the reason why there is none
+embeddings/<clip>/      Delta table: CLIP embeddings of the kept images, one table per CLIP
 snapshots/              Delta table: one row per dataset version, written last
-stages/<name>/<fp>.json commit records: what a stage made, once it is all there
-artifacts/<name>/<fp>/  files that a stage made: models, checkpoints, pictures, reports
-runs/<run id>/          what happened in each run, stage by stage
-attempts/<recipe>.json  how often failed downloads were tried again
-tombstones.parquet      what was taken down; takedowns/ has what each request came to
-results/<pipeline>/     summary, report and pictures of the last run
-published/<name>.json   the stacks to sample with; imported/ has those that came from elsewhere
-scenes/<name>.parquet   lists of procedural pictures
-mlflow.db               MLflow's records, with mlflow-artifacts/, unless a server has them
+stages/<name>/<fp>.json commit records: the artifact of a stage, once it is complete
+artifacts/<name>/<fp>/  files of a stage: models, checkpoints, images, reports
+runs/<run id>/          records of each run and its stages
+attempts/<recipe>.json  number of the last download attempt
+tombstones.parquet      everything that was taken down; takedowns/ has the outcome of each request
+results/<pipeline>/     summary, report and images of the last run
+published/<name>.json   published stacks for sampling; imported/ has stacks from elsewhere
+scenes/<name>.parquet   lists of procedural images
+mlflow.db               MLflow's database, with mlflow-artifacts/, unless a server is used
 """
 
 import os
@@ -28,11 +28,11 @@ ENTRIES = frozenset(
     scenes mlflow.db mlflow-artifacts .lock lease.json
     """.split()  # noqa: SIM905
 )
-"""Names in the root of a storage, some of which every storage has."""
+"""Names in the root of a storage; every storage has some of them."""
 
 
 class Store:
-    """Names files below one root, which is a local folder (made absolute) or a URI that pyarrow understands."""
+    """Files below one root, a local folder (made absolute) or a URI that pyarrow supports."""
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/") if "://" in root else str(Path(root).expanduser().resolve())
@@ -51,7 +51,7 @@ class Store:
         """Write and remove a small file.
 
         Raises:
-            StorageError: the root cannot be written.
+            StorageError: the root is not writable.
         """
         probe = self.uri(".probe")
         try:
@@ -61,10 +61,10 @@ class Store:
             raise self._unwritable(error.__cause__ or error) from None
 
     def check_may_be_written(self) -> None:
-        """As `check_writable`, but writes nothing and makes no folder; a bucket is taken to be writable.
+        """Check permissions only, without writing or creating folders; a bucket is assumed to be writable.
 
         Raises:
-            StorageError: the root cannot be written, or cannot be made.
+            StorageError: the root is not writable or cannot be created.
         """
         if not self.is_local:
             return
@@ -87,5 +87,5 @@ class Store:
         files.write_json(self.uri(*parts), value)
 
     def list(self, *parts: str) -> list[str]:
-        """Names in a folder, sorted; nothing when it does not exist."""
+        """Names in a folder, sorted; empty if the folder does not exist."""
         return files.names(self.uri(*parts))

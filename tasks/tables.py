@@ -1,7 +1,7 @@
-"""Delta Lake tables made of Parquet parts: written by many, committed by one, read without Delta's own reader.
+"""Delta Lake tables made of Parquet parts: many writers, one committer, reads without Delta's own reader.
 
-A part is written into the table's folder under a name that its writer derives from the work, and stays invisible until a
-commit names it. So a killed job finds its finished parts again, and a commit of many parts is one atomic step.
+A part is written into the table's folder under a name that its writer derives from the work. It stays invisible until a
+commit names it. So a restarted job finds its finished parts, and committing many parts is one atomic step.
 """
 
 import dataclasses
@@ -35,25 +35,25 @@ class Part:
 
 
 def version(table_uri: str) -> int | None:
-    """The newest version; None when there is no table yet."""
+    """Newest version; None if there is no table yet."""
     return DeltaTable(table_uri, storage_options=_options(table_uri)).version() if _exists(table_uri) else None
 
 
 def files(table_uri: str, version: int | None = None) -> list[str]:
-    """The Parquet files of one version (None: the newest), sorted."""
+    """Parquet files of one version (None: the newest), sorted."""
     return sorted(DeltaTable(table_uri, version=version, storage_options=_options(table_uri)).file_uris())
 
 
 def columns(table_uri: str) -> list[str]:
-    """Names of the columns of the newest version."""
+    """Column names of the newest version."""
     return [field.name for field in DeltaTable(table_uri, storage_options=_options(table_uri)).schema().fields]
 
 
 def read(table_uri: str, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of one version (None: the newest), sorted by `key`.
+    """Rows of one version (None: the newest), sorted by `key`.
 
     Args:
-        columns: what to read, with `key` among it; None is all. Leave out pictures wherever they are not needed.
+        columns: columns to read, including `key`; None is all. Omit `jpg` unless it is needed.
     """
     # DeltaTable.to_pyarrow_* can abort the interpreter at exit (deltalake 1.6.6); plain Parquet does not.
     parts = [read_file(uri, columns) for uri in files(table_uri, version)]
@@ -61,21 +61,21 @@ def read(table_uri: str, version: int | None = None, columns: Sequence[str] | No
 
 
 def find_part(table_uri: str, name: str) -> Part | None:
-    """The part of this name that an earlier attempt wrote, committed or not."""
+    """Part of this name from an earlier attempt, committed or not; None if there is none."""
     file = f"{name}.parquet"
     uri = f"{table_uri}/{file}"
     return _describe(file, storage.read(uri)) if storage.exists(uri) else None
 
 
 def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
-    """Write rows as the Parquet file `name` (no extension) into the table's folder; if it is there already, that one counts."""
+    """Write rows as the Parquet file `name` (no extension) into the table's folder, or return the existing part."""
     part = find_part(table_uri, name)
     if part is None:
         data = parquet_bytes(table)
         if storage.write(f"{table_uri}/{name}.parquet", data, replace=False):
             return _describe(f"{name}.parquet", data)
-        part = find_part(table_uri, name)  # that of an attempt which was given up and ended after all
-        assert part is not None, f"{table_uri}/{name}.parquet came and went"
+        part = find_part(table_uri, name)  # an abandoned attempt finished after all
+        assert part is not None, f"{table_uri}/{name}.parquet appeared and disappeared"
     return part
 
 
@@ -86,15 +86,15 @@ def append_files(
     note: Mapping[str, str] | None = None,
     replaced: pa.Array | None = None,
 ) -> int:
-    """Commit parts that lie in the table's folder, all at once; makes the table if there is none.
+    """Commit parts in the table's folder atomically; create the table if there is none.
 
     Args:
-        parts: those already committed are left alone, so committing again changes nothing.
-        note: kept in the commit, for people who ask where rows came from.
-        replaced: keys whose rows give way to those of the parts, in the same commit; older versions keep them.
+        parts: parts to commit; those already committed are skipped, so committing again changes nothing.
+        note: metadata of the commit, to trace where rows came from.
+        replaced: keys whose old rows are removed in the same commit; older versions keep them.
 
     Returns:
-        The version of the table that has all the parts.
+        Version of the table that has all the parts.
     """
     options, exists = _options(table_uri), _exists(table_uri)
     known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
@@ -120,13 +120,13 @@ def append_files(
 
 
 def delete_rows(table_uri: str, keys: pa.Array) -> int:
-    """Remove rows for good: their files are written anew without them, and the old bytes are deleted.
+    """Remove rows permanently: rewrite their files without them and delete the old files.
 
-    Versions from before can no longer be read where they held such rows. Parts that were never committed go as well. What
-    was interrupted is finished by calling again.
+    Older versions that held such rows can no longer be read. Uncommitted parts are deleted as well. To resume after an
+    interruption, call it again.
 
     Returns:
-        How many rows there were.
+        Number of removed rows.
     """
     table = DeltaTable(table_uri, storage_options=_options(table_uri))
     before = table.count()
@@ -134,7 +134,7 @@ def delete_rows(table_uri: str, keys: pa.Array) -> int:
     if actions:
         table.create_write_transaction(actions, mode="append", schema=table.schema())
     fresh = DeltaTable(table_uri, storage_options=_options(table_uri))
-    # Delta's own vacuum goes by times, and would spare what was removed by a clock that is ahead.
+    # Delta's own vacuum goes by timestamps, and would keep files that a clock running ahead marked as removed.
     current = {uri.rpartition("/")[2] for uri in files(table_uri)}
     for name in storage.names(table_uri):
         if name.endswith(".parquet") and name not in current:
@@ -143,7 +143,7 @@ def delete_rows(table_uri: str, keys: pa.Array) -> int:
 
 
 def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | RemoveAction]:
-    """Write the files that hold rows of these keys anew without them; returns what a commit has to say of that."""
+    """Rewrite the files that hold rows of these keys without them; returns the actions to commit."""
     actions: list[AddAction | RemoveAction] = []
     for uri in files(table_uri):
         if pc.any(pc.is_in(read_file(uri, ["key"]).column("key"), value_set=keys)).as_py():
@@ -156,7 +156,7 @@ def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | Remov
 
 
 def read_dated(table_uri: str) -> pa.Table:
-    """All rows of the newest version, with a column `committed`: when their file was."""
+    """Rows of the newest version, with a column `committed`: the commit time of their file."""
     table = DeltaTable(table_uri, storage_options=_options(table_uri))
     added = pa.table(table.get_add_actions(flatten=True)).select(["path", "modification_time"]).to_pylist()
     parts = []
@@ -168,7 +168,7 @@ def read_dated(table_uri: str) -> pa.Table:
 
 
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One Parquet file."""
+    """Read one Parquet file."""
     filesystem, path = storage.locate(uri)
 
     def action() -> pa.Table:
@@ -179,12 +179,12 @@ def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def write_file(uri: str, table: pa.Table) -> None:
-    """One Parquet file, whole or not at all."""
+    """Write one Parquet file atomically."""
     storage.write(uri, parquet_bytes(table))
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """The same rows always give the same bytes. Pictures (`jpg`) are compressed as they are."""
+    """Serialise rows deterministically: the same rows give the same bytes. Images (`jpg`) are not compressed again."""
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     codec = {name: "none" if name == "jpg" else "zstd" for name in table.column_names}
     buffer = io.BytesIO()
@@ -200,7 +200,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def content_digest(table: pa.Table) -> str:
-    """sha256 over column names, types and values in row order; chunks, files and encodings do not matter."""
+    """sha256 of column names, types and values in row order; independent of chunks, files and encodings."""
     digest = hashlib.sha256()
     for field, column in zip(table.schema, table.columns, strict=True):
         digest.update(json.dumps([field.name, table.num_rows]).encode())

@@ -1,4 +1,4 @@
-"""Tombstones: what was taken down and must not come back. Ingest refuses keys, URLs and domains, download pictures."""
+"""Tombstones of everything that was taken down. Ingest drops keys, URLs and domains; download drops images."""
 
 import dataclasses
 import urllib.parse
@@ -14,7 +14,7 @@ from unclip import files
 
 Kind = Literal["key", "url", "domain", "sha256"]
 SCHEMA = pa.schema({"kind": pa.string(), "value": pa.string(), "request": pa.string()})
-"""One row per tombstone; `request` is the tombstone that somebody asked for and that led to this one."""
+"""One row per tombstone; `request` is the requested tombstone that led to this one."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -28,7 +28,7 @@ class Tombstone:
 
 @dataclasses.dataclass(frozen=True)
 class Tombstones:
-    """All that was taken down, for quick look-ups."""
+    """Sets of tombstones, for fast lookups."""
 
     keys: frozenset[str] = frozenset()
     urls: frozenset[str] = frozenset()
@@ -36,7 +36,7 @@ class Tombstones:
     sha256s: frozenset[str] = frozenset()
 
     def has_pair(self, key: str, url: str) -> bool:
-        """Whether a row of this key and normalised URL was taken down."""
+        """Return True if a row with this key and normalised URL was taken down."""
         return key in self.keys or url in self.urls or bool(self.domains and self._has_domain(url))
 
     def _has_domain(self, url: str) -> bool:
@@ -45,7 +45,7 @@ class Tombstones:
 
 
 def load_tombstones(store: Store) -> Tombstones:
-    """The tombstones of a storage."""
+    """Load the tombstones of a storage."""
     if not store.exists("tombstones.parquet"):
         return Tombstones()
     table = tables.read_file(store.uri("tombstones.parquet"))
@@ -54,13 +54,13 @@ def load_tombstones(store: Store) -> Tombstones:
 
 
 def tombstones_digest(store: Store) -> str | None:
-    """Digest of what was taken down, for the fingerprint of ingest; None when nothing was."""
+    """Digest of all tombstones, for the fingerprint of ingest; None if there are none."""
     uri = store.uri("tombstones.parquet")
     return tables.content_digest(tables.read_file(uri, ["kind", "value"])) if files.exists(uri) else None
 
 
 def gather(tombstones: Iterable[Tombstone]) -> Tombstones:
-    """Tombstones for quick look-ups."""
+    """Group tombstones by kind, for fast lookups."""
     by_kind: dict[str, set[str]] = {f"{kind}s": set() for kind in get_args(Kind)}
     for tombstone in tombstones:
         by_kind[f"{tombstone.kind}s"].add(tombstone.value)
@@ -68,13 +68,14 @@ def gather(tombstones: Iterable[Tombstone]) -> Tombstones:
 
 
 def refuse(pairs: pa.Table, tombstones: Tombstones) -> pa.Table:
-    """A list of pairs (tasks.stages.ingest.PAIRS) in which what was taken down is dropped, and its URL and caption are blank."""
+    """Drop the rows of a list of pairs (tasks.stages.ingest.PAIRS) that were taken down and blank their URL and caption."""
     keys, urls = pairs["key"].to_pylist(), pairs["url"].to_pylist()
-    gone = pa.array([tombstones.has_pair(key, url) for key, url in zip(keys, urls, strict=True)], pa.bool_())
-    if not pc.any(gone).as_py():
+    taken_down = pa.array([tombstones.has_pair(key, url) for key, url in zip(keys, urls, strict=True)], pa.bool_())
+    if not pc.any(taken_down).as_py():
         return pairs
     blank = {"url": "", "caption": "", "status": rows.DROPPED, "reason": "taken_down"}
     columns = [
-        pc.if_else(gone, blank[name], pairs[name]) if name in blank else pairs[name] for name in pairs.column_names
+        pc.if_else(taken_down, blank[name], pairs[name]) if name in blank else pairs[name]
+        for name in pairs.column_names
     ]
     return pa.table(columns, schema=pairs.schema)

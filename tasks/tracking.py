@@ -1,4 +1,4 @@
-"""MLflow, behind a few functions that never stop the work: what cannot be logged is a warning, not a failure."""
+"""MLflow behind a few functions that never stop the work: an entry that cannot be logged is a warning, not a failure."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 PREVIEWS = "previews"
-"""Folder with what a model drew while it was trained, beside the rows that it drew it of: of the run's artifacts, and of the
-stage's."""
+"""Folder with the images that a model samples during training, beside the rows they were sampled for. In the run's artifacts
+and in the stage's folder."""
 SHOWS_ROWS = "unclip.shows_rows"
-"""Tag of a run: whether what is logged to it shows rows of the dataset. Runs of earlier versions have none."""
+"""Tag of a run: "true" if its logs show rows of the dataset. Runs of earlier versions lack this tag."""
 PREVIEW_KEYS = "previews/keys.json"
-"""The keys of those rows, so that a takedown finds the previews that show one."""
+"""File with the keys of those rows, so that a takedown finds the previews that show them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Tracker:
         """Log a folder as an artifact, make it a new version of a registered model and move an alias to it.
 
         Returns:
-            The version, or None when MLflow did not take it.
+            The version, or None if MLflow did not accept it.
         """
         from mlflow.exceptions import MlflowException
 
@@ -127,10 +127,10 @@ class Tracker:
         self._try(lambda client: client.set_terminated(self.run_id, status))
 
     def child(self, experiment_id: str, name: str, shows_rows: bool = False) -> "Tracker":
-        """Open a run below this one; without a server, logging to it does nothing.
+        """Open a child run; without a server, logging to it does nothing.
 
         Args:
-            shows_rows: what will be logged to it shows rows of the dataset.
+            shows_rows: the run's logs will show rows of the dataset.
         """
         tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name, "unclip.stage": name}
         tags[SHOWS_ROWS] = str(shows_rows).lower()
@@ -142,8 +142,8 @@ class Tracker:
             return None
         try:
             return action(client(self.tracking_uri))
-        except Exception as error:  # whatever the server or its network does, the work goes on
-            log.warning("MLflow at %s did not take an entry: %s", self.tracking_uri, str(error).splitlines()[0])
+        except Exception as error:  # any failure of the server or the network; the work goes on
+            log.warning("MLflow at %s did not accept an entry: %s", self.tracking_uri, str(error).splitlines()[0])
             return None
 
 
@@ -151,19 +151,19 @@ def client(tracking_uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # A database that fails is raised as well as logged, at length.
+    # MLflow also logs at length the database errors that it raises.
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     return MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
 
 def answering_client(tracking_uri: str, seconds: float = 15.0) -> Any:
-    """A client of an MLflow that answered just now; a database that is not there is not made.
+    """Client of an MLflow server that has just answered; never creates a missing database.
 
     Raises:
-        StorageError: there is no such database or folder, or no answer within so many seconds.
-        MlflowException: it answers, but refuses.
+        StorageError: the database or folder does not exist, or the server does not answer within `seconds`.
+        MlflowException: the server answers with an error.
     """
-    import mlflow  # takes seconds, which are not the server's
+    import mlflow  # takes seconds, which must not count as the server's
 
     is_local = tracking_uri.startswith(("sqlite:///", "file:", "/", "."))
     path = re.sub(r"^(sqlite:///|file:(//)?)", "", tracking_uri)
@@ -171,16 +171,16 @@ def answering_client(tracking_uri: str, seconds: float = 15.0) -> Any:
         raise StorageError(f"{path} does not exist")
     answers: list[mlflow.MlflowClient | Exception] = []
 
-    def ask() -> None:
+    def check() -> None:
         try:
-            asked = client(tracking_uri)
-            asked.search_experiments(max_results=1)
-            answers.append(asked)
+            checked = client(tracking_uri)
+            checked.search_experiments(max_results=1)
+            answers.append(checked)
         except Exception as error:
             answers.append(error)
 
-    # Names are looked up, databases connected to and requests repeated within limits of their own, some of them minutes.
-    thread = threading.Thread(target=ask, daemon=True)
+    # DNS lookups, database connections and retries have timeouts of their own, some of minutes.
+    thread = threading.Thread(target=check, daemon=True)
     thread.start()
     thread.join(None if is_local else seconds)
     if not answers:
@@ -191,7 +191,7 @@ def answering_client(tracking_uri: str, seconds: float = 15.0) -> Any:
 
 
 def without_password(tracking_uri: str) -> str:
-    """The URI as it may be shown and kept."""
+    """The URI without its password, safe to show and store."""
     return re.sub(r"//([^/:@]*):[^/]*@", r"//\1@", tracking_uri)
 
 

@@ -1,7 +1,7 @@
-"""Training on Ray Train: what all stages that train share.
+"""Training on Ray Train, shared by all stages that train.
 
-Ray Train places the workers, sets up their process group and restarts them when they die. What is resumed from is the
-trainer's own checkpoints, whose manifests say that they are complete.
+Ray Train places the workers, sets up their process group and restarts them when they die. Trainings resume from the
+trainer's own checkpoints, whose manifests mark them as complete.
 """
 
 import contextlib
@@ -26,35 +26,35 @@ from unclip.training.parallel import Workers
 from unclip.training.settings import TrainerConfig
 from unclip.training.trainer import HUNG
 
-# Branches wait for each other's CPUs or GPUs; that is no failure.
-FOR_EVER_SECONDS = 7 * 24 * 3600
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(FOR_EVER_SECONDS))
+# Branches of a DAG wait for each other's CPUs or GPUs; that is not a failure.
+NO_TIMEOUT_SECONDS = 7 * 24 * 3600
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NO_TIMEOUT_SECONDS))
 
 FAILURE = "failure.json"
-OF_ALL_WORKERS = (StoppedError, NonFiniteError, ConfigError)
-"""Errors that are raised by all workers of a training, or none."""
-LOOK_SECONDS = 2.0
-"""Between looks of a worker for the file that asks trainings to stop."""
+RAISED_BY_ALL_WORKERS = (StoppedError, NonFiniteError, ConfigError)
+"""Errors that either all workers of a training raise, or none."""
+STOP_CHECK_SECONDS = 2.0
+"""Interval at which rank 0 checks for the file that asks trainings to stop."""
 NUM_POINTS_WARNED = 10
-"""Points of the metrics during which a warning stands beside the progress bar."""
+"""Number of logged metrics points for which a warning stays beside the progress bar."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """All that a worker needs to train one model."""
+    """Everything that a worker needs to train one model."""
 
     build: Callable[[Workers], Objective]
-    """Makes the model and its loss, in the worker."""
+    """Builds the model and its loss, in the worker."""
     sources: tuple[Source, ...]
     keys: Callable[[], list[str]]
-    """The rows to train on."""
+    """Keys of the training rows."""
     config: TrainerConfig
     validation_keys: Callable[[], list[str]] = list
-    """The rows to validate with, none of which is trained on."""
+    """Keys of the validation rows; disjoint from the training rows."""
 
 
 def pin_trainer(config: Any, _: Pinning) -> Any:
-    """Check the reference curve of a training before anything starts; the settings stay as they are."""
+    """Check the reference curve of a training before anything starts; the settings do not change."""
     if config.trainer.reference_curve is not None:
         from unclip.training import curves
 
@@ -63,14 +63,14 @@ def pin_trainer(config: Any, _: Pinning) -> Any:
 
 
 def run_training(context: StageContext, training: Training) -> tuple[str, str]:
-    """Train on the cluster, or here when the run says so, from this stage's last checkpoint if there is one.
+    """Train on the cluster, or in this process if `trains_here`, from this stage's last checkpoint if there is one.
 
     Returns:
-        URI of the finished model, and its digest.
+        URI and digest of the finished model.
 
     Raises:
-        StageError: the training failed; the message is the worker's.
-        UnclipError: as `trainer.train`, when it trains here.
+        StageError: the training failed; the message comes from the worker.
+        UnclipError: see `trainer.train`; only if `trains_here`.
     """
     model = f"{context.folder}/model"
     if not files.exists(f"{model}/{checkpoints.MANIFEST}"):
@@ -89,12 +89,14 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
     for report in (FAILURE, HUNG):
         files.delete(f"{folder}/{report}")
     progress = context.progress(training.config.num_samples, "samples")
-    for_worker = _WorkerContext(context.tracker, progress, resources.cpus_per_worker, context.run.stop_uri)
+    worker_context = _WorkerContext(context.tracker, progress, resources.cpus_per_worker, context.run.stop_uri)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"training": training, "context": for_worker, "folder": folder},
-        # Longer than the watchdog waits, which names who hangs.
-        torch_config=TorchConfig(timeout_s=round(max(1800.0, 2 * (training.config.hang_seconds or FOR_EVER_SECONDS)))),
+        train_loop_config={"training": training, "context": worker_context, "folder": folder},
+        # Longer than the watchdog waits, since the watchdog names the worker that hangs.
+        torch_config=TorchConfig(
+            timeout_s=round(max(1800.0, 2 * (training.config.hang_seconds or NO_TIMEOUT_SECONDS)))
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -106,11 +108,11 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
     )
-    failed: Exception | None = None
+    train_error: Exception | None = None
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        failed = next(iter(getattr(error, "worker_failures", {}).values()), error)
+        train_error = next(iter(getattr(error, "worker_failures", {}).values()), error)
     hung = files.read_json(f"{folder}/{HUNG}")["message"] if files.exists(f"{folder}/{HUNG}") else ""
     if hung:
         context.tracker.tags({"unclip.warning": hung})
@@ -120,20 +122,20 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
         failure = files.read_json(f"{folder}/{FAILURE}")
         stage_error = StageError(failure["message"])
         stage_error.exit_code = failure["exit_code"]
-        raise stage_error from failed
-    raise StageError(f"{context.stage}: {failed} {hung}".rstrip()) from failed
+        raise stage_error from train_error
+    raise StageError(f"{context.stage}: {train_error} {hung}".rstrip()) from train_error
 
 
 def _train_here(context: StageContext, training: Training) -> None:
-    """In this process, on its GPU if it has one; asked to end, it writes a checkpoint first."""
+    """Train in this process, on its GPU if it has one; on SIGTERM or Ctrl-C, write a checkpoint and stop."""
     import torch
 
     from unclip.training import parallel
 
-    torch.set_num_threads(context.resources.cpus_per_worker)  # as a worker would: sums depend on it
+    torch.set_num_threads(context.resources.cpus_per_worker)  # as in a worker: the order of sums depends on it
     progress = context.progress(training.config.num_samples, "samples")
-    with signals.asked_to_stop() as is_asked, _deferred(context.tracker, context.folder) as tracker:
-        monitor = _MlflowMonitor(tracker, progress, context.folder, is_asked)
+    with signals.asked_to_stop() as is_stop_requested, _deferred(context.tracker, context.folder) as tracker:
+        monitor = _MlflowMonitor(tracker, progress, context.folder, is_stop_requested)
         train_rows(training, context.folder, monitor, parallel.by_itself())
 
 
@@ -142,7 +144,7 @@ def _deferred(tracker: Tracker, folder: str) -> DeferredTracker:
 
 
 def train_rows(training: Training, folder: str, monitor: Monitor, workers: Workers) -> None:
-    """This process's part of a training; raises as `trainer.train`."""
+    """Run this process's share of a training; raises the errors of `trainer.train`."""
     import torch
 
     from unclip.data import RowReader
@@ -167,40 +169,42 @@ class _WorkerContext:
 
 
 def _work(loop: Mapping[str, Any]) -> None:
-    """Runs in each Ray Train worker."""
+    """Entry point of each Ray Train worker."""
     import ray.train
     import ray.train.torch
     import torch
 
     training: Training = loop["training"]
     context: _WorkerContext = loop["context"]
-    place = ray.train.get_context()
-    workers = Workers(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device())
+    ray_context = ray.train.get_context()
+    workers = Workers(ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(context.cpus_per_worker)
 
-    def is_asked_to_stop() -> bool:
-        with contextlib.suppress(OSError):  # a store that is away for a while is no reason to fail
+    def is_stop_requested() -> bool:
+        with contextlib.suppress(OSError):  # a short outage of the storage is no reason to fail
             return workers.rank == 0 and files.exists(context.stop_uri)
         return False
 
-    asks_to_stop = now_and_then(LOOK_SECONDS, is_asked_to_stop)
+    stop_requested = now_and_then(STOP_CHECK_SECONDS, is_stop_requested)
     try:
         with _deferred(context.tracker, loop["folder"]) as tracker:
-            monitor = _MlflowMonitor(tracker, context.progress, loop["folder"], asks_to_stop, _NodeLoss().is_announced)
+            monitor = _MlflowMonitor(
+                tracker, context.progress, loop["folder"], stop_requested, _NodeLoss().is_announced
+            )
             train_rows(training, loop["folder"], monitor, workers)
     except UnclipError as error:
-        with contextlib.suppress(StorageError):  # where no file can be written, Ray Train tells what happened
+        with contextlib.suppress(StorageError):  # if the file cannot be written, Ray Train reports the error
             files.write_json(f"{loop['folder']}/{FAILURE}", {"message": str(error), "exit_code": error.exit_code})
-            # It would happen again: no use in Ray Train's restarts. Other workers wait for one that fails alone, though.
-            if workers.world_size == 1 or isinstance(error, OF_ALL_WORKERS):
+            # The error would recur, so a restart is useless. But if one worker fails alone, only raising ends the others.
+            if workers.world_size == 1 or isinstance(error, RAISED_BY_ALL_WORKERS):
                 return
         raise
 
 
 class _NodeLoss:
-    """Whether a node of this training is about to be taken back, as spot machines are; each node is told of once.
+    """Detects that a node of this training is about to be preempted, as spot machines are; reports each node once.
 
-    Asking Ray Train is a collective, so all workers must do it in the same steps: the first one's clock says in which.
+    Asking Ray Train is a collective, so all workers must ask in the same steps; the clock of rank 0 decides which.
     """
 
     SECONDS = 5.0
@@ -211,7 +215,7 @@ class _NodeLoss:
         self._asked_at = time.monotonic()
 
     def is_announced(self) -> bool:
-        """Called in every step by every worker."""
+        """Return True if a node was announced since the last call; every worker must call it in every step."""
         import ray.train
         import ray.train.collective
 
@@ -220,8 +224,8 @@ class _NodeLoss:
             return False
         info = ray.train.get_preemption_info()
         step_seconds = (time.monotonic() - self._asked_at) / self._num_steps
-        wanted = min(1000, max(1, round(self.SECONDS / max(step_seconds, 1e-3))))
-        self._num_steps = self._steps_left = ray.train.collective.broadcast_from_rank_zero(wanted)
+        num_steps = min(1000, max(1, round(self.SECONDS / max(step_seconds, 1e-3))))
+        self._num_steps = self._steps_left = ray.train.collective.broadcast_from_rank_zero(num_steps)
         self._asked_at = time.monotonic()
         announced = info.preempted_node_ids if info else []
         is_new, self._announced = not set(announced) <= set(self._announced), announced
@@ -229,7 +233,7 @@ class _NodeLoss:
 
 
 class _MlflowMonitor(Monitor):
-    """Metrics and previews to MLflow, a progress line to the console; the film of the previews is kept in the stage's folder."""
+    """Sends metrics and previews to MLflow and progress to the console; keeps the film of the previews in the stage's folder."""
 
     def __init__(
         self,

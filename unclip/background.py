@@ -1,4 +1,4 @@
-"""Something done again and again beside other work."""
+"""Periodic work in the background, and rate-limited checks."""
 
 import contextlib
 import threading
@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def repeatedly(seconds: float, action: Callable[[], object], name: str) -> Iterator[None]:
-    """Call `action` every so many seconds, from a thread of this name that ends with the block; the first time after the first
-    of them."""
+    """Call `action` every `seconds` from a thread called `name`, until the block ends; the first call comes after `seconds`."""
     ended = threading.Event()
 
     def repeat() -> None:
@@ -26,7 +25,7 @@ def repeatedly(seconds: float, action: Callable[[], object], name: str) -> Itera
 
 
 def now_and_then(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:
-    """Ask no more often than every so many seconds, and never again after a yes; in between the answer is the last one."""
+    """Limit `ask` to one call every `seconds` and repeat its last answer in between; after True it is not called again."""
     answer, asked_at = False, -seconds
 
     def recent() -> bool:

@@ -1,8 +1,8 @@
-"""Typed configuration: nested mappings (TOML, `--set`) into frozen dataclasses, checked before anything starts.
+"""Typed configuration: frozen dataclasses built from nested mappings (TOML, `--set`) and checked before anything starts.
 
 A configuration class is a frozen dataclass of plain values (bool, int, float, str, tuples of those, None), other such
-dataclasses, and mappings of names to those. It checks its own values in `__post_init__` by raising `ConfigError` through
-`require`.
+dataclasses, and mappings from names to those. It checks its own values in `__post_init__` with `require`, which raises
+`ConfigError`.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 def require(condition: bool, setting: str, got: object, expected: str) -> None:
-    """Raise `ConfigError` naming the setting, its value and what would be valid, unless `condition` holds."""
+    """Raise `ConfigError`, naming the setting, its value and the expected one, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{setting}: got {got!r}, expected {expected}.")
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
-    """A sentence that names the valid name closest to `name`, or all of them when none is close."""
+    """Suggest the valid name closest to `name`, or list all valid names if none is close."""
     names = sorted(valid)
     by_lower_case = {valid_name.lower(): valid_name for valid_name in names}
     close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
@@ -35,15 +35,15 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
 
 
 def load(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build `cls` from a nested mapping; a missing key takes its default.
+    """Build `cls` from a nested mapping; missing keys take their defaults.
 
     Args:
         cls: a configuration dataclass.
         values: keys are field names; nested mappings fill nested dataclasses.
-        where: dotted path used in messages.
+        where: dotted path for error messages.
 
     Raises:
-        ConfigError: an unknown key (with the nearest valid one), a wrong type, an impossible or missing value.
+        ConfigError: a key is unknown (the nearest valid one is named), or a value has the wrong type, is invalid or missing.
     """
     hints = field_types(cls)  # type: ignore[arg-type]
     for key in values:
@@ -64,10 +64,10 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def override(values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
-    """A copy of `values` with `section.field=value` applied; the value is read as TOML, and as a plain string if it is not.
+    """Copy `values` with `section.field=value` applied; a value that is not valid TOML is taken as a string.
 
     Raises:
-        ConfigError: no `=` in the assignment, or a path through something that is not a section.
+        ConfigError: the assignment has no `=`, or its path goes through a value that is not a section.
     """
     import tomllib
 
@@ -82,7 +82,7 @@ def override(values: Mapping[str, Any], assignment: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `extra` laid over it, section by section."""
+    """Copy `base` and override it with the values of `extra`, section by section."""
     merged = dict(base)
     for key, value in extra.items():
         both_sections = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -91,18 +91,18 @@ def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested plain values, ready for JSON."""
+    """Convert a configuration to nested plain values, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 
 
 def operational(default: T) -> T:
-    """Default of a setting that says how work is kept and watched, so that changing it is no other work: it is in no
-    fingerprint."""
+    """Default of a setting that affects only how work is saved and monitored, not its result. Such settings are left out of
+    fingerprints."""
     return dataclasses.field(default=default, metadata={"operational": True})
 
 
 def decisive(config: Any) -> Any:
-    """As `to_dict`, without operational settings: what the result of the work depends on."""
+    """Convert a configuration as `to_dict` does, without operational settings: only what the result depends on."""
     if dataclasses.is_dataclass(config):
         fields = [field for field in dataclasses.fields(config) if not field.metadata.get("operational")]
         return {field.name: decisive(getattr(config, field.name)) for field in fields}

@@ -1,22 +1,22 @@
-"""Every error this project raises on purpose.
+"""Errors that this project raises on purpose.
 
     UnclipError
-    ├── ConfigError(ValueError)      a setting that is unknown, of the wrong type or impossible
-    ├── InputError(ValueError)       data that a user gave and that cannot be used
+    ├── ConfigError(ValueError)      a setting that is unknown, of the wrong type or invalid
+    ├── InputError(ValueError)       user data that cannot be used
     ├── ShapeError(ValueError)       a tensor of the wrong shape
-    ├── CheckpointError              a checkpoint that is missing, damaged or made for something else
-    ├── NonFiniteError               a loss or gradient that is not a number
-    ├── StoppedError                 a training that was asked to stop, and can go on
+    ├── CheckpointError              a checkpoint that is missing, damaged or of another model
+    ├── NonFiniteError               a loss or gradient that is not finite
+    ├── StoppedError                 a training that was asked to stop and can be resumed
     ├── StorageError                 a folder or bucket that cannot be read or written
-    ├── AlreadyRunningError          another run holds the same storage
-    └── StageError                   a stage of a pipeline that failed
+    ├── AlreadyRunningError          another run that uses the same storage
+    └── StageError                   a pipeline stage that failed
 
-Messages read `where: got X, expected Y. Remedy.` Command lines print them as one line; `exit_code` says what they exit with.
+Messages read `where: got X, expected Y. Remedy.` The command line prints them as one line and exits with `exit_code`.
 """
 
 
 class UnclipError(Exception):
-    """An error with a message meant for people; never shown with a traceback."""
+    """Error with a message for users; shown without a traceback."""
 
     exit_code = 1
 
@@ -42,7 +42,7 @@ class NonFiniteError(UnclipError):
 
 
 class StoppedError(UnclipError):
-    exit_code = 75  # EX_TEMPFAIL: the same command goes on
+    exit_code = 75  # EX_TEMPFAIL: the same command resumes
 
 
 class StorageError(UnclipError):

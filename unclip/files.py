@@ -1,7 +1,7 @@
-"""Files by URI: local paths and everything that pyarrow understands (`s3://`, `gs://`), read bounded and written whole.
+"""Files by URI: local paths and all that pyarrow supports (`s3://`, `gs://`), with atomic writes.
 
-A written file appears complete or not at all: locally by a temporary file, fsync and rename; object stores do it themselves.
-Local paths are handled without pyarrow, whose import would take most of the time of a command that reads a few small files.
+A file appears complete or not at all: locally through a temporary file, fsync and rename; object stores do so themselves.
+Local paths do without pyarrow, whose import would dominate the run time of commands that read a few small files.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ _TEMPORARY = ".tmp"
 
 
 def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
-    """The file system of a URI, and the path in it.
+    """Resolve a URI to its file system and the path in it.
 
     Raises:
-        StorageError: pyarrow knows no such file system.
+        StorageError: pyarrow does not support the URI.
     """
     import pyarrow.fs as pafs
 
@@ -44,7 +44,7 @@ def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
 
 
 def patiently(uri: str, action: Callable[[], T]) -> T:
-    """Do something with a file. What an object store refuses now it may grant in a moment, so there it is tried six times."""
+    """Run a file operation; object stores fail transiently, so there it is tried up to six times."""
     for attempt in range(5 if "://" in uri else 0):
         try:
             return action()
@@ -56,7 +56,7 @@ def patiently(uri: str, action: Callable[[], T]) -> T:
 
 
 def _local(uri: str) -> Path | None:
-    """The absolute path of a URI that is a plain path."""
+    """Absolute path of a URI that is a plain path; None for other URIs."""
     return None if "://" in uri else Path(uri).expanduser().resolve()
 
 
@@ -80,16 +80,16 @@ def read(uri: str) -> bytes:
 
 
 def write(uri: str, data: bytes, replace: bool = True) -> bool:
-    """Write bytes so that readers see all of them or none; missing folders are made.
+    """Write bytes atomically: readers see all of them or none. Missing folders are created.
 
     Args:
-        replace: if not, a local file that is there already stays, also when somebody else writes it at this moment.
+        replace: if False, an existing local file stays as it is, even if another process is writing it at the same time.
 
     Returns:
-        Whether it was written.
+        True if the file was written.
 
     Raises:
-        StorageError: the disk is full, the folder cannot be written, the store does not answer.
+        StorageError: the disk is full, the folder is not writable or the store does not answer.
     """
     failpoint("before", uri)
 
@@ -109,7 +109,7 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise StorageError(
-            f"{uri}: cannot write {len(data):,} bytes: {reason}. Make room or fix the folder, and run the same command again."
+            f"{uri}: cannot write {len(data):,} bytes: {reason}. Free space or fix the folder, and run the same command again."
         ) from error
     failpoint("after", uri)
     return written
@@ -154,7 +154,7 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def names(uri: str) -> list[str]:
-    """Names in a folder, sorted; nothing when it does not exist."""
+    """Names in a folder, sorted; empty if it does not exist."""
     return sorted(name for name in _names(uri) if not name.endswith(_TEMPORARY))
 
 
@@ -174,14 +174,14 @@ def _names(uri: str) -> list[str]:
 
 
 def sweep(folder: str) -> None:
-    """Delete what writers that were killed left half done below a local folder; nobody may be writing there."""
+    """Delete temporary files of killed writers below a local folder; no writer may be active there."""
     for path in Path(folder).rglob(f"*{_TEMPORARY}"):
         if re.search(rf"[.][0-9a-f]{{32}}{re.escape(_TEMPORARY)}$", path.name):
             path.unlink(missing_ok=True)
 
 
 def delete(uri: str) -> None:
-    """Delete a file or a folder with all it holds; nothing happens when it does not exist."""
+    """Delete a file, or a folder with its contents, if it exists."""
     if local := _local(uri):
         if local.is_dir():
             shutil.rmtree(local)
@@ -197,13 +197,13 @@ def delete(uri: str) -> None:
 
 
 def failpoint(moment: str, uri: str) -> None:
-    """Die here, as by `kill -9`, when a file in the folder UNCLIP_FAILPOINTS asks for it: for tests of restarting.
+    """Kill this process, as `kill -9` would, if a file in the folder UNCLIP_FAILPOINTS asks for it; tests of restarts use it.
 
-    Each of those files holds a regular expression for "<moment> <uri>"; the one that is met is removed, so it is met once.
+    Each of those files holds a regular expression for "<moment> <uri>"; a matching file is deleted, so it matches once.
     """
     folder = os.environ.get("UNCLIP_FAILPOINTS")
     for armed in sorted(Path(folder).iterdir()) if folder else ():
-        with contextlib.suppress(FileNotFoundError):  # another process met it
+        with contextlib.suppress(FileNotFoundError):  # another process reached it first
             if re.search(armed.read_text(), f"{moment} {uri}"):
                 armed.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of samples with captions, and film strips of trainings."""
+"""Image files: conversion to and from tensors, grids of samples with captions, and film strips of trainings."""
 
 import io
 import math
@@ -29,16 +29,16 @@ def grid(
     columns: int = 0,
     captions: Sequence[str] | None = None,
     marks: Sequence[bool] | None = None,
-    min_side: int = 96,
+    min_size: int = 96,
 ) -> np.ndarray:
-    """Images side by side.
+    """Arrange images in a grid.
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
-        columns: of the grid; 0 for a square one.
-        captions: one for each image, written below it.
-        marks: one for each image; those with False get a red frame.
-        min_side: smaller images are enlarged by a whole factor.
+        columns: number of columns; 0 for a square grid.
+        captions: one per image, written below it.
+        marks: one per image; images marked False get a red frame.
+        min_size: smaller images are enlarged by an integer factor, to at least this many pixels.
 
     Returns:
         [H', W', 3] uint8.
@@ -46,27 +46,27 @@ def grid(
     from PIL import Image, ImageDraw, ImageFont
 
     pixels = to_uint8(images)
-    factor = math.ceil(min_side / pixels.shape[1])
-    side, gap = pixels.shape[1] * factor, 6
+    factor = math.ceil(min_size / pixels.shape[1])
+    size, gap = pixels.shape[1] * factor, 6
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     font = ImageFont.load_default(size=11)
-    wrapped = [_wrap(caption, max(12, side // 6)) for caption in captions or [""] * len(pixels)]
+    wrapped = [_wrap(caption, max(12, size // 6)) for caption in captions or [""] * len(pixels)]
     text_height = max(text.count("\n") + 1 for text in wrapped) * 14 + 4 if captions else 0
     rows = math.ceil(len(pixels) / columns)
-    canvas = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height + gap) + gap), "white")
+    canvas = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + text_height + gap) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for index, image in enumerate(pixels):
-        x = gap + index % columns * (side + gap)
-        y = gap + index // columns * (side + text_height + gap)
-        canvas.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        x = gap + index % columns * (size + gap)
+        y = gap + index // columns * (size + text_height + gap)
+        canvas.paste(Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST), (x, y))
         if marks is not None and not marks[index]:
-            draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=(220, 30, 30), width=2)
-        draw.multiline_text((x, y + side + 2), wrapped[index], fill=(40, 40, 40), font=font, spacing=2)
+            draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=(220, 30, 30), width=2)
+        draw.multiline_text((x, y + size + 2), wrapped[index], fill=(40, 40, 40), font=font, spacing=2)
     return np.asarray(canvas)
 
 
-def tiles(images: Tensor, max_side: int) -> np.ndarray:
-    """Square images, shrunk to `max_side` pixels where they are larger.
+def tiles(images: Tensor, max_size: int) -> np.ndarray:
+    """Convert square images to uint8, shrinking those larger than `max_size` pixels.
 
     Args:
         images: [B, 3, S, S] in [-1, 1].
@@ -74,17 +74,17 @@ def tiles(images: Tensor, max_side: int) -> np.ndarray:
     Returns:
         [B, S', S', 3] uint8.
     """
-    if images.shape[-1] > max_side:
-        images = F.interpolate(images.float(), (max_side, max_side), mode="area")
+    if images.shape[-1] > max_size:
+        images = F.interpolate(images.float(), (max_size, max_size), mode="area")
     return to_uint8(images)
 
 
-def film_strip(rows: Mapping[str, np.ndarray], min_side: int = 96) -> np.ndarray:
-    """Rows of tiles below each other, each with its label to the left.
+def film_strip(rows: Mapping[str, np.ndarray], min_size: int = 96) -> np.ndarray:
+    """Stack rows of tiles, each with its label on the left.
 
     Args:
-        rows: by label, [N, S, S, 3] uint8.
-        min_side: tiles of which fewer pixels are enlarged by a whole factor.
+        rows: label -> [N, S, S, 3] uint8.
+        min_size: smaller tiles are enlarged by an integer factor, to at least this many pixels.
 
     Returns:
         [H', W', 3] uint8.
@@ -92,47 +92,47 @@ def film_strip(rows: Mapping[str, np.ndarray], min_side: int = 96) -> np.ndarray
     from PIL import Image, ImageDraw, ImageFont
 
     font, gap = ImageFont.load_default(size=14), 4
-    enlarged = {label: _enlarge(row, min_side) for label, row in rows.items()}
+    enlarged = {label: _enlarge(row, min_size) for label, row in rows.items()}
     left = math.ceil(max(font.getlength(label) for label in rows)) + 2 * gap
     width = max(len(row) * (row.shape[2] + gap) for row in enlarged.values())
     height = sum(row.shape[1] + gap for row in enlarged.values())
     canvas = Image.new("RGB", (left + width, height + gap), "white")
     draw, y = ImageDraw.Draw(canvas), gap
     for label, row in enlarged.items():
-        side = row.shape[1]
-        draw.text((left - gap, y + side / 2), label, fill=(40, 40, 40), font=font, anchor="rm")
+        size = row.shape[1]
+        draw.text((left - gap, y + size / 2), label, fill=(40, 40, 40), font=font, anchor="rm")
         for index, tile in enumerate(row):
-            canvas.paste(Image.fromarray(tile), (left + index * (side + gap), y))
-        y += side + gap
+            canvas.paste(Image.fromarray(tile), (left + index * (size + gap), y))
+        y += size + gap
     return np.asarray(canvas)
 
 
-def png(picture: np.ndarray) -> bytes:
-    """[H, W, 3] uint8 as a PNG file."""
+def png(pixels: np.ndarray) -> bytes:
+    """Encode [H, W, 3] uint8 as a PNG file."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    # a tenth larger than the smallest, in a hundredth of the time
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
+    # 10 % larger than at the best compression, 100 times as fast
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 
 def from_png(data: bytes) -> np.ndarray:
-    """The picture in a PNG file: [H, W, 3] uint8.
+    """Decode a PNG file to [H, W, 3] uint8.
 
     Raises:
-        InputError: the file is damaged, or no PNG.
+        InputError: the file is damaged or not a PNG.
     """
     from PIL import Image
 
     try:
         return np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB"))
-    except Exception as error:  # whatever damaged files make Pillow raise
-        raise InputError(f"picture: got {len(data):,} bytes, expected a PNG file: {error}. Make it anew.") from None
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
+        raise InputError(f"image: got {len(data):,} bytes, expected a PNG file: {error}. Write it again.") from None
 
 
-def _enlarge(row: np.ndarray, min_side: int) -> np.ndarray:
-    factor = math.ceil(min_side / row.shape[1])
+def _enlarge(row: np.ndarray, min_size: int) -> np.ndarray:
+    factor = math.ceil(min_size / row.shape[1])
     return row.repeat(factor, axis=1).repeat(factor, axis=2)
 
 

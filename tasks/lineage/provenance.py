@@ -1,4 +1,4 @@
-"""Where a row came from and what became of it, and how two dataset versions differ."""
+"""Provenance of rows, and differences between dataset versions."""
 
 import bisect
 import collections
@@ -25,7 +25,7 @@ class Version:
     """A dataset version of a storage."""
 
     number: int
-    """1 is the first that was written."""
+    """Number of the version; the first is 1."""
     digest: str
     facts: Mapping[str, Any]
     """The row of the `snapshots` table."""
@@ -37,7 +37,7 @@ class Version:
 
 
 def versions(store: Store) -> list[Version]:
-    """All dataset versions, the oldest first."""
+    """Return all dataset versions, oldest first."""
     if tables.version(store.uri("snapshots")) is None:
         return []
     listed = tables.read_dated(store.uri("snapshots")).sort_by("number").to_pylist()
@@ -45,32 +45,30 @@ def versions(store: Store) -> list[Version]:
 
 
 def find_version(store: Store, name: str) -> Version:
-    """The dataset version with a number, or a digest or its beginning; `latest` is the last.
+    """Return the dataset version with this number or digest prefix; `latest` is the newest.
 
     Raises:
-        InputError: there is none, or several.
+        InputError: no version matches, or several do.
     """
     known = versions(store)
     if not known:
-        raise InputError(
-            f"{store.root}: no dataset version was made here. Run a pipeline, or name its folder with --storage."
-        )
+        raise InputError(f"{store.root}: has no dataset version. Run a pipeline, or name its folder with --storage.")
     found = [version for version in known if str(version.number) == name] or [
         version for version in known if version.digest.startswith(name.lower()) and len(name) >= 4
     ]
     found = known[-1:] if name == "latest" else found
     if len(found) != 1:
         short = [f"{version.number} ({version.digest[:8]})" for version in known[-10:]]
-        raise InputError(f"{name}: {len(found)} dataset versions have this name. The last are: {', '.join(short)}.")
+        raise InputError(f"{name}: {len(found)} dataset versions have this name. The latest are: {', '.join(short)}.")
     return found[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What changed from one dataset version to another."""
+    """Differences between two dataset versions."""
 
     counts: tuple[Mapping[str, int], Mapping[str, int]]
-    """in, kept, dropped, failed of both."""
+    """Numbers of rows in, kept, dropped and failed, in both versions."""
     changes: Mapping[tuple[str, str], tuple[str, ...]]
     """(fate before, fate after) -> keys. A fate is kept, a reason, or absent."""
 
@@ -93,28 +91,28 @@ def _fates(version: Version) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class RowFacts:
-    """All that is known of a row."""
+    """All records of one row."""
 
     key: str
     fate: str
-    """One sentence: kept, dropped or failed, in which version and why, and which takedown removed it."""
+    """One sentence: kept, dropped or failed, in which version and why, and the takedown that removed it, if any."""
     url: str | None
-    """None where the row was taken down, like the caption."""
+    """None if the row was taken down; likewise the caption."""
     caption: str | None
     lists: tuple[Mapping[str, Any], ...]
-    """Where it was listed: ingest (fingerprint), position, status, reason."""
+    """Lists that contain the row: ingest (fingerprint), position, status, reason."""
     images: tuple[Mapping[str, Any], ...]
-    """What download made of it: recipe, and the columns of the `images` table, without those above and the picture."""
+    """Downloads of the row: recipe, and the columns of the `images` table except those above and the image."""
     same_picture_as: tuple[Mapping[str, str], ...]
     """The kept row that it duplicates: key, note."""
     dataset_versions: tuple[Mapping[str, Any], ...]
-    """Those with the row: number, digest, status, reason, split, scores."""
+    """Versions that contain the row: number, digest, status, reason, split, scores."""
     runs: tuple[Mapping[str, Any], ...]
-    """Runs that read a version in which it was kept: id, pipeline, state, dataset_version, split, models."""
+    """Runs that read a version in which the row was kept: id, pipeline, state, dataset_version, split, models."""
 
 
 def show(store: Store, key: str) -> dict[str, Any]:
-    """As `find_row`, in words: name -> text, or a mapping of details; what is not known is left out."""
+    """Return `find_row` as text: name -> text, or a mapping of details; unknown entries are omitted."""
     row = find_row(store, key)
     sections = {
         "lists": {
@@ -148,19 +146,19 @@ def _fate(row: Mapping[str, Any]) -> str:
 
 
 def find_row(store: Store, key: str) -> RowFacts:
-    """All that is known of a row: its fate in words, where it was listed, its picture, and the versions and runs with it.
+    """Collect all records of a row: its fate, lists, image, dataset versions and runs.
 
     Args:
-        key: or its beginning, at least 6 digits.
+        key: the key, or its first digits, at least 6.
 
     Raises:
-        InputError: no row, or several, have this key; names the nearest one, or them.
+        InputError: no row matches, or several do; names the nearest key, or the matching ones.
     """
     lists = [store.uri("artifacts", "ingest", name, "pairs.parquet") for name in store.list("artifacts", "ingest")]
     lists = [uri for uri in lists if files.exists(uri)]
-    pictures = [store.uri("images", name) for name in store.list("images")]
-    pictures = [uri for uri in pictures if tables.version(uri) is not None]
-    key = _whole_key(store, key.strip().lower(), lists, pictures)
+    image_tables = [store.uri("images", name) for name in store.list("images")]
+    image_tables = [uri for uri in image_tables if tables.version(uri) is not None]
+    key = _resolve_key(store, key.strip().lower(), lists, image_tables)
 
     listed: list[dict[str, Any]] = []
     known: dict[str, str] = {}
@@ -171,7 +169,7 @@ def find_row(store: Store, key: str) -> RowFacts:
             listed.append({**place, "status": row["status"], "reason": row["reason"] or None})
     images: list[dict[str, Any]] = []
     outcome = ""
-    for uri in pictures:
+    for uri in image_tables:
         columns = [name for name in tables.columns(uri) if name != "jpg"]
         for row in _rows_of(tables.read(uri, columns=columns), key):
             known |= {name: row[name] for name in ("url", "caption") if row[name]}
@@ -179,7 +177,7 @@ def find_row(store: Store, key: str) -> RowFacts:
             images.append({"recipe": uri.rpartition("/")[2], **facts})
             outcome = row["reason"] or outcome
     datasets: list[dict[str, Any]] = []
-    held, fate, twin = {}, "", {}
+    held, fate, original = {}, "", {}
     for version in versions(store):
         found = _rows_of(tables.read_file(version.facts["selection"]), key)
         if found:
@@ -193,7 +191,7 @@ def find_row(store: Store, key: str) -> RowFacts:
                 held[version.digest] = (version.number, row["split"])
             else:
                 fate += f": {rows.meaning(row['reason'])}"
-            twin = _twin(version, key, row["reason"])
+            original = _duplicate_of(version, key, row["reason"])
     if not fate:
         reasons = (outcome, *(each["reason"] for each in listed))
         reason = next((reason for reason in reasons if rows.is_reason(reason or "")), "")
@@ -201,7 +199,7 @@ def find_row(store: Store, key: str) -> RowFacts:
     requests = sorted({stone["request"] for stone in _tombstones(store) if stone["value"] == key})
     if requests:
         fate = f"taken down because of {', '.join(requests)}; before: {fate}"
-    twins = tuple({"key": winner, "note": note} for winner, note in twin.items())
+    duplicates = tuple({"key": winner, "note": note} for winner, note in original.items())
     return RowFacts(
         key,
         fate,
@@ -209,46 +207,48 @@ def find_row(store: Store, key: str) -> RowFacts:
         known.get("caption"),
         tuple(listed),
         tuple(images),
-        twins,
+        duplicates,
         tuple(datasets),
         tuple(_runs_with(store, held)),
     )
 
 
-def _whole_key(store: Store, beginning: str, lists: Sequence[str], pictures: Sequence[str]) -> str:
-    """The one key that begins like this, of all rows that are listed or stored or were taken down."""
-    if len(beginning) < 6:
-        raise InputError(f"{beginning}: got {len(beginning)} digits of a key, expected at least 6.")
+def _resolve_key(store: Store, prefix: str, lists: Sequence[str], image_tables: Sequence[str]) -> str:
+    """Return the one key with this prefix, among all rows that are listed, stored or taken down."""
+    if len(prefix) < 6:
+        raise InputError(f"{prefix}: got {len(prefix)} digits of a key, expected at least 6.")
     known = {stone["value"] for stone in _tombstones(store) if stone["kind"] == "key"}
     for column in (
         *(tables.read_file(uri, ["key"])["key"] for uri in lists),
-        *(tables.read(uri, columns=["key"])["key"] for uri in pictures),
+        *(tables.read(uri, columns=["key"])["key"] for uri in image_tables),
     ):
         known |= set(column.to_pylist())
     keys = sorted(known)
-    place = bisect.bisect_left(keys, beginning)
-    found = list(itertools.takewhile(lambda key: key.startswith(beginning), itertools.islice(keys, place, None)))
+    start = bisect.bisect_left(keys, prefix)
+    found = list(itertools.takewhile(lambda key: key.startswith(prefix), itertools.islice(keys, start, None)))
     if len(found) == 1:
         return found[0]
     if found:
         some = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-        raise InputError(f"{beginning}: {len(found)} rows have a key that begins like this: {some}. Give more digits.")
-    # Of sorted keys, one of the two neighbours shares the longest beginning.
-    shared = {key: _num_shared(key, beginning) for key in keys[max(0, place - 1) : place + 1]}
-    nearest = max(shared, key=lambda key: shared[key], default="")
-    hint = f"Did you mean {nearest}?" if shared.get(nearest, 0) >= 4 else "`unclip data diff --keys` prints keys."
+        raise InputError(f"{prefix}: {len(found)} rows have a key with this prefix: {some}. Give more digits.")
+    # Among sorted keys, one of the two neighbours shares the longest prefix.
+    prefix_lengths = {key: _common_prefix_length(key, prefix) for key in keys[max(0, start - 1) : start + 1]}
+    nearest = max(prefix_lengths, key=lambda key: prefix_lengths[key], default="")
+    hint = (
+        f"Did you mean {nearest}?" if prefix_lengths.get(nearest, 0) >= 4 else "`unclip data diff --keys` prints keys."
+    )
     where = f"none of the {len(keys):,} rows in {store.root}" if keys else f"{store.root} has no rows, so none"
-    raise InputError(f"{beginning}: {where} has a key that begins like this. {hint}")
+    raise InputError(f"{prefix}: {where} has a key with this prefix. {hint}")
 
 
-def _num_shared(key: str, other: str) -> int:
-    """How many digits both begin with."""
+def _common_prefix_length(key: str, other: str) -> int:
+    """Return the length of the common prefix."""
     pairs = zip(key, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _twin(version: Version, key: str, reason: str | None) -> dict[str, str]:
-    """The kept row that a duplicate was dropped for, and how alike they are; nothing for others."""
+def _duplicate_of(version: Version, key: str, reason: str | None) -> dict[str, str]:
+    """Return the kept row that a duplicate was dropped for, with a note on their similarity; empty for other rows."""
     if reason not in DUPLICATES:
         return {}
     fates = _fates(version)
@@ -261,10 +261,10 @@ def _twin(version: Version, key: str, reason: str | None) -> dict[str, str]:
 
 
 def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[str, Any]]:
-    """Runs of the pipeline that read one of these dataset versions, and what they trained.
+    """Return the pipeline runs that read one of these dataset versions, with the models they trained.
 
     Args:
-        held: digest -> number of the version and the row's split in it.
+        held: digest -> version number, and the row's split in that version.
     """
     found = []
     for run_id in store.list("runs"):
@@ -274,22 +274,22 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[s
         digest = store.read_json(*path)["digest"] if store.exists(*path) else None
         if digest is not None and digest in held:
             record = store.read_json("runs", run_id, "run.json")
-            models = _trained_in(store, run_id)
+            models = _training_stages(store, run_id)
             number, split = held[digest]
             facts = {"id": run_id, "pipeline": record["pipeline"], "state": record["state"]}
             found.append({**facts, "dataset_version": number, "split": split, "models": models})
     return found
 
 
-def _trained_in(store: Store, run_id: str) -> list[str]:
-    """Stages of a run that train a part on its dataset, in the order in which they began."""
+def _training_stages(store: Store, run_id: str) -> list[str]:
+    """Return the stages of a run that trained on its dataset, in the order of their start."""
     events = [store.read_json("runs", run_id, name) for name in store.list("runs", run_id) if name.endswith(".json")]
     trained = []
     for event in events:
         if "stage" not in event:
             continue
         artifact = ("stages", event["stage"], f"{event.get('fingerprint')}.json")
-        # earlier versions did not record it; what they trained says how many samples it has seen
+        # earlier releases did not record `trains`, but their artifacts have `samples_seen`
         by_facts = "trains" not in event and store.exists(*artifact)
         if event.get("trains") or (by_facts and "samples_seen" in store.read_json(*artifact)["facts"]):
             trained.append((event.get("started", event["at"]), event["stage"]))

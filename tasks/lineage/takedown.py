@@ -1,8 +1,8 @@
-"""Takedown: rows that must go, wherever they are, and must not come back.
+"""Takedown: delete rows everywhere and keep them from coming back.
 
-What was asked for becomes tombstones, which ingest and download respect from then on. Then the rows are deleted from all
-tables with their bytes, and blanked in lists and reports. The ledger says which dataset versions held them, and through
-MLflow which runs and registered models have seen those.
+Requests become tombstones, which ingest and download respect from then on. Then the rows and their bytes are deleted from
+all tables, and blanked in lists and reports. The ledger names the dataset versions that contained them and, through MLflow,
+the runs and registered models that read those versions.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from unclip.errors import InputError
 
 
 def parse(kind: str, value: str) -> Tombstone:
-    """A checked tombstone.
+    """Check a request and return its tombstone.
 
     Raises:
-        InputError: the value is none of its kind.
+        InputError: the value does not fit its kind.
     """
     value = value.strip()
     url = normalise_url(value) if kind == "url" else None
@@ -37,7 +37,7 @@ def parse(kind: str, value: str) -> Tombstone:
     if not re.fullmatch(patterns[kind], cleaned):
         expected = {
             "key": "32 hex digits, as `unclip data show` prints",
-            "sha256": "64 hex digits, the hash of the picture's file as it was served",
+            "sha256": "64 hex digits, the hash of the image file as downloaded",
             "domain": "a host without scheme and port, such as example.com",
             "url": "an http or https URL",
         }
@@ -46,10 +46,10 @@ def parse(kind: str, value: str) -> Tombstone:
 
 
 def parse_file(path: str) -> list[Tombstone]:
-    """Tombstones of a list: a key, URL, domain or sha256 on each line; empty lines and lines after # do not count.
+    """Read tombstones from a list with a key, URL, domain or sha256 on each line; skip empty lines and lines that begin with #.
 
     Raises:
-        InputError: the file cannot be read, or names the line that is none of these.
+        InputError: the file cannot be read, or a line is none of these; names the line.
     """
     try:
         lines = Path(path).read_text().splitlines()
@@ -72,24 +72,24 @@ def parse_file(path: str) -> list[Tombstone]:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """What a takedown came to."""
+    """Result of a takedown."""
 
     requests: tuple[str, ...]
     keys: tuple[str, ...]
-    """Of all rows that were asked for, and of those with the same picture."""
+    """Keys of all requested rows, and of the rows with the same image."""
     deleted: Mapping[str, int]
-    """Table -> rows that are gone."""
+    """Table -> number of deleted rows."""
     datasets: tuple[str, ...]
-    """Digests of the dataset versions that had such a row among what is trained on."""
+    """Digests of the dataset versions that kept such a row, so that models may have trained on it."""
     traces: Traces
-    """Runs and registered models that have read those, and previews that showed the rows."""
+    """Runs and registered models that read those versions, and previews that showed the rows."""
 
 
 def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = None) -> dict[Tombstone, set[str]]:
-    """Keys of the rows that each tombstone means, in all tables, with their twins: rows with the same picture.
+    """Find the keys of the rows that each tombstone covers, in all tables, with their duplicates: rows with the same image.
 
     Args:
-        near: bits in which the perceptual hash of a twin may differ; None takes the same bytes only.
+        near: bits in which the perceptual hash of a duplicate may differ; None matches identical bytes only.
     """
     found: dict[Tombstone, set[str]] = {
         tombstone: {tombstone.value} if tombstone.kind == "key" else set() for tombstone in requested
@@ -113,18 +113,18 @@ def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = N
 
 
 def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uris: Sequence[str]) -> Ledger:
-    """Carry out a takedown; doing it again finishes what was interrupted, or what an MLflow that was down kept from it.
+    """Carry out a takedown; repeat it to finish one that was interrupted or that could not reach an MLflow server.
 
-    The caller holds the storage's lock, so that no run reads what is deleted.
+    The caller holds the storage's lock, so that no run reads rows while they are deleted.
     """
     found = find_keys(store, requested, near)
     by_request = _remember(store, requested, found)
     keys = sorted(set().union(*by_request.values()))
     deleted = {}
     tombstones = load_tombstones(store)
-    everything = pa.array(sorted(tombstones.keys), pa.string())
+    all_keys = pa.array(sorted(tombstones.keys), pa.string())
     for uri in (*image_tables(store), *_tables(store, "embeddings")):
-        deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(uri, everything)
+        deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(uri, all_keys)
     _blank_lists(store, tombstones)
     _redact_reports(store, tombstones.keys)
     _delete_previews(store, tombstones.keys)
@@ -135,14 +135,14 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
 
 
 def image_tables(store: Store) -> list[str]:
-    """URIs of the tables with pictures, one for each recipe."""
+    """Return the URIs of the image tables, one per recipe."""
     return _tables(store, "images")
 
 
 def _remember(
     store: Store, requested: Iterable[Tombstone], found: Mapping[Tombstone, set[str]]
 ) -> dict[Tombstone, set[str]]:
-    """Write the tombstones; returns the keys that each request led to, now or in an earlier attempt."""
+    """Write the tombstones; return the keys that each request matched, now or in an earlier attempt."""
     uri = store.uri("tombstones.parquet")
     known = tables.read_file(uri).to_pylist() if files.exists(uri) else []
     entries = {(row["kind"], row["value"], row["request"]) for row in known}
@@ -184,7 +184,7 @@ def _near(hashes: Sequence[int | None], hit: set[int], distance: int) -> set[int
 
 
 def _blank_lists(store: Store, tombstones: Tombstones) -> None:
-    """The lists that ingest wrote keep their rows, so that positions and balances stay, but not what is in them."""
+    """Blank the rows in the lists that ingest wrote; the rows remain, so that positions and counts stay valid."""
     for name in store.list("artifacts", "ingest"):
         uri = store.uri("artifacts", "ingest", name, "pairs.parquet")
         if files.exists(uri):
@@ -195,7 +195,7 @@ def _blank_lists(store: Store, tombstones: Tombstones) -> None:
 
 
 def _redact_reports(store: Store, keys: frozenset[str]) -> None:
-    """Pictures and captions of the rows leave the pages in the storage; traces.remove sees to MLflow's copies."""
+    """Remove images and captions of the rows from the report pages in the storage; `traces.remove` handles MLflow's copies."""
     folders: list[tuple[str, ...]] = [("artifacts", "report", name) for name in store.list("artifacts", "report")]
     folders += [("results", name) for name in store.list("results")]
     for folder in folders:
@@ -206,18 +206,18 @@ def _redact_reports(store: Store, keys: frozenset[str]) -> None:
 
 
 def _delete_previews(store: Store, keys: frozenset[str]) -> None:
-    """The films of trainings that show one of the rows leave the storage, and those that do not say what they show."""
+    """Delete training previews that show one of the rows, and those whose rows are not recorded."""
     for stage in store.list("artifacts"):
         for name in store.list("artifacts", stage):
             folder = store.uri("artifacts", stage, name)
             if files.exists(f"{folder}/{PREVIEWS}"):
-                is_told = files.exists(f"{folder}/{PREVIEW_KEYS}")
-                if not is_told or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
+                is_recorded = files.exists(f"{folder}/{PREVIEW_KEYS}")
+                if not is_recorded or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
                     files.delete(f"{folder}/{PREVIEWS}")
 
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:
-    """Digests of the selections that were trained on and kept one of the keys: of CLIP's, and of the snapshots."""
+    """Return the digests of the training selections, of CLIP and of snapshots, that kept one of the keys."""
     wanted, digests = pa.array(sorted(keys), pa.string()), []
     for stage in ("dedup", "curate"):
         for name in store.list("stages", stage):

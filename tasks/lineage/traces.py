@@ -1,4 +1,4 @@
-"""What MLflow has of rows that were taken down: runs and models that have seen them, pages and previews that show them."""
+"""Traces of taken-down rows in MLflow: runs and models that read them, reports and previews that show them."""
 
 import dataclasses
 import json
@@ -16,30 +16,30 @@ from unclip.errors import StorageError
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """What was found, in all MLflows together, and what became of it."""
+    """Traces found in all MLflow servers, and what was done with them."""
 
     runs: tuple[Mapping[str, str], ...] = ()
     """Runs that read dataset versions with such rows: id, name, experiment, tracking_uri."""
     models: tuple[Mapping[str, str], ...] = ()
-    """Registered models that came out of those: name, version, tracking_uri."""
+    """Models registered by those runs: name, version, tracking_uri."""
     deleted_previews: tuple[str, ...] = ()
-    """Runs whose previews showed such rows, and are gone."""
+    """Runs whose previews showed such rows and were deleted."""
     remaining: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Run whose pages or previews may still show such rows -> why they could not be dealt with."""
+    """Run whose report or previews may still show such rows -> why they could not be cleaned."""
     unanswered: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """MLflow that could not be asked -> why. What it knows is missing above."""
+    """MLflow server that could not be searched -> why. Its traces are missing above."""
 
 
 def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], datasets: Sequence[str]) -> Traces:
-    """Take rows out of report pages, delete the previews that show them, and name and tag runs and models that have seen them.
+    """Redact report pages, delete previews that show the rows, and name and tag the runs and models that read them.
 
-    Pictures that models drew of captions, such as evaluation grids, are nobody's and stay.
+    Images that models sampled for captions, such as evaluation grids, are no one's data and stay.
 
     Args:
-        store: its folder of artifacts is looked through as well, since it may hold runs that MLflow has forgotten.
-        tracking_uris: all MLflows to ask. One that does not answer is named within seconds, and the others are asked.
-        keys: of all rows that were ever taken down.
-        datasets: digests of the dataset versions that had one of the rows that are taken down now.
+        store: its artifact folder is searched as well, since it may hold runs that MLflow has forgotten.
+        tracking_uris: all MLflow servers to search. A server that does not answer is reported within seconds and skipped.
+        keys: keys of all rows that were ever taken down.
+        datasets: digests of the dataset versions that contained a row of the current takedown.
     """
     found: dict[str, list[Any]] = {"runs": [], "models": [], "deleted_previews": []}
     remaining: dict[str, str] = {}
@@ -51,7 +51,7 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
         try:
             if _clean(_artifacts(store, run_id, artifact_uri, tracking_uri), keys, has_seen):
                 found["deleted_previews"].append(run_id)
-        except Exception as error:  # whatever one store of artifacts does, the others are gone through
+        except Exception as error:  # one failing artifact store must not stop the others
             remaining[run_id] = first_line(error)
 
     for tracking_uri in tracking_uris:
@@ -60,16 +60,16 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
             mlflow = answering_client(tracking_uri)
             experiments = _experiments(mlflow)
             readers = set()
-            for run in _readers(mlflow, experiments, datasets):
+            for run in _runs_reading(mlflow, experiments, datasets):
                 readers.add(run.info.run_id)
                 name = run.info.run_name or run.info.run_id
                 facts = {"id": run.info.run_id, "name": name, "experiment": experiments[run.info.experiment_id]}
                 found["runs"].append({**facts, "tracking_uri": shown_uri})
-                for name, version in _mark(mlflow, run):
+                for name, version in _tag(mlflow, run):
                     found["models"].append({"name": name, "version": version, "tracking_uri": shown_uri})
-            for run in _showing(mlflow, experiments):
+            for run in _runs_showing_rows(mlflow, experiments):
                 clean(run.info.run_id, run.info.artifact_uri, tracking_uri, run.info.run_id in readers)
-        except Exception as error:  # whatever one server does, the others are asked
+        except Exception as error:  # one failing server must not stop the others
             unanswered[shown_uri] = first_line(error)
     for run_id in store.list("mlflow-artifacts") if store.is_local else ():
         if run_id not in known:
@@ -79,27 +79,27 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
 
 
 def _experiments(mlflow: Any) -> dict[str, str]:
-    """Id -> name; what people deleted in MLflow keeps its artifacts, so it counts."""
+    """Return id -> name of all experiments, including deleted ones, whose artifacts MLflow keeps."""
     from mlflow.entities import ViewType
 
     return {found.experiment_id: found.name for found in _pages(mlflow.search_experiments, view_type=ViewType.ALL)}
 
 
-def _readers(mlflow: Any, experiments: Collection[str], datasets: Iterable[str]) -> Iterator[Any]:
-    """Runs whose dataset input is one of these."""
+def _runs_reading(mlflow: Any, experiments: Collection[str], datasets: Iterable[str]) -> Iterator[Any]:
+    """Yield the runs whose dataset input is one of these."""
     for digest in datasets:
         yield from _search(mlflow, experiments, f"dataset.digest = '{digest[:36]}'")
 
 
-def _showing(mlflow: Any, experiments: Collection[str]) -> Iterator[Any]:
-    """Runs of stages that show rows as they are, and those of earlier versions, which do not say."""
+def _runs_showing_rows(mlflow: Any, experiments: Collection[str]) -> Iterator[Any]:
+    """Yield the runs of stages that show dataset rows, and runs of earlier releases, which do not record it."""
     for run in _search(mlflow, experiments, "tags.`unclip.stage` LIKE '%'"):
         if run.data.tags.get(SHOWS_ROWS, "true") == "true":
             yield run
 
 
-def _mark(mlflow: Any, run: Any) -> Iterator[tuple[str, str]]:
-    """Tag a run that has seen rows, and the model versions that it registered: yields their names and versions."""
+def _tag(mlflow: Any, run: Any) -> Iterator[tuple[str, str]]:
+    """Tag a run that read the rows and the model versions it registered; yield their names and versions."""
     if run.info.lifecycle_stage == "active":
         mlflow.set_tag(run.info.run_id, "unclip.takedown", "has seen rows that were taken down")
     for version in _pages(mlflow.search_model_versions, f"run_id = '{run.info.run_id}'"):
@@ -108,7 +108,7 @@ def _mark(mlflow: Any, run: Any) -> Iterator[tuple[str, str]]:
 
 
 def _artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: str | None) -> Any:
-    """The artifacts of a run, also where the storage was moved since.
+    """Open the artifacts of a run, even if the storage has moved since.
 
     Raises:
         StorageError: they are in a folder of another machine.
@@ -124,10 +124,10 @@ def _artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: str |
 
 
 def _clean(artifacts: Any, keys: frozenset[str], has_seen: bool) -> bool:
-    """Redact a run's report page, and delete its previews when they show one of the rows; returns whether they did.
+    """Redact a run's report page, and delete its previews if they show one of the rows; return True if they did.
 
     Args:
-        has_seen: whether the run read such rows: decides about previews that do not say what they show.
+        has_seen: True if the run read such rows; then previews without recorded rows are deleted too.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if any(file.path == "report.html" for file in artifacts.list_artifacts()):
@@ -167,7 +167,7 @@ def _pages(search: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
 
 
 def redact(page: str, keys: frozenset[str]) -> str:
-    """The page without the pictures and captions of some rows."""
+    """Return the page without the images and captions of some rows."""
     parts = page.split("<figure data-key=")
     for number, part in enumerate(parts[1:], start=1):
         if part[1:33] in keys:

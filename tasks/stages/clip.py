@@ -1,4 +1,4 @@
-"""Stage `clip`: the frozen CLIP that all embeddings come from, loaded as given, or trained on the pairs where none is."""
+"""Stage `clip`: the frozen CLIP that computes all embeddings, either pretrained or trained on the pairs."""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +23,7 @@ class ClipConfig:
     pretrained: str | None = "openai"
     """Tag or weights file for a model given by name; None trains the model from scratch on the pairs."""
     trainer: TrainerConfig = TrainerConfig()
-    """How it is trained, when it is."""
+    """Training settings, if the model is trained from scratch."""
 
     def __post_init__(self) -> None:
         require(bool(self.model), "model", self.model, "the name of an open_clip model")
@@ -33,14 +33,14 @@ class ClipConfig:
             raise ConfigError(str(error).removeprefix("clip.")) from None
 
     @property
-    def is_trained_here(self) -> bool:
+    def is_trained_from_scratch(self) -> bool:
         return self.pretrained is None and ":" not in self.model
 
 
 @stage("clip", version=1, has_workers=True, pin=pin_trainer)
 def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     """Load a pretrained CLIP, or train one on the kept pairs, and freeze it."""
-    if not config.is_trained_here:
+    if not config.is_trained_from_scratch:
         digest = _weights_digest(Clip.load(config.model, config.pretrained))
         return Output(config.model, digest, {"model": config.model, "pretrained": config.pretrained})
 
@@ -63,7 +63,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
 
 
 def _save_as_open_clip(scratch: Path, trained: str, name: str, folder: str) -> None:
-    """Turn the trainer's model into a folder as open_clip itself writes and reads it."""
+    """Convert the trainer's model to a folder in open_clip's own format."""
     from unclip.models import clip as clip_models
 
     model = clip_models.create(name, None)
@@ -74,7 +74,7 @@ def _save_as_open_clip(scratch: Path, trained: str, name: str, folder: str) -> N
 
 
 def _weights_digest(model: Any) -> str:
-    """sha256 over the names and bytes of all weights."""
+    """sha256 of the names and bytes of all weights."""
     import hashlib
 
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
-"""Stage `curate`: what CLIP says about the kept pairs decides which of them are trained on; then the snapshot is written.
+"""Stage `curate`: select the training pairs by CLIP scores, probes and semantic deduplication, and write the snapshot.
 
-Scores and thresholds are apart: every embedded pair keeps its scores in `scores.parquet`, so that a threshold can be
-changed, and the report can show what lies at its edge, without embedding anything again.
+Scores are independent of thresholds: `scores.parquet` has the scores of every embedded pair. So a threshold can change, and
+the report can show the pairs near it, without embedding anything again.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from unclip.errors import ConfigError, InputError
 from unclip.evaluation.probes import load_probe
 
 ROWS_AT_ONCE = 4096
-NUM_REACHED = 8
-"""Clusters in which semantic deduplication looks for a row's twins: its own and those nearest to it."""
+NUM_SEARCHED_CLUSTERS = 8
+"""Clusters that semantic deduplication searches for a row's duplicates: its own and the nearest ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
     name: str
-    """What it measures, such as aesthetic or nsfw; reasons are named after it."""
+    """Name of the measured property, such as aesthetic or nsfw; reasons start with it."""
     weights: str
     """Safetensors file of a linear or MLP head on the image embeddings of this CLIP; a path or URI."""
     minimum: float | None = None
@@ -54,15 +54,15 @@ class ProbeConfig:
 @dataclasses.dataclass(frozen=True)
 class CurateConfig:
     min_clip_score: float | None = None
-    """Smallest cosine of picture and caption in CLIP's eyes; None keeps all."""
+    """Smallest CLIP score (cosine of image and caption embeddings) that is kept; None keeps all."""
     max_clip_score: float | None = None
-    """Largest one: captions that are written in the picture score higher than any others; None keeps all."""
+    """Largest CLIP score that is kept: images that show their caption as text score highest; None keeps all."""
     semantic_distance: float | None = None
-    """Of pictures whose embeddings are nearer than this (1 - cosine) only one is kept (SemDeDup); None keeps all."""
+    """Images whose embeddings are closer than this (1 - cosine) count as duplicates (SemDeDup); None keeps all."""
     cluster_size: int = 1000
-    """Pictures in a cluster of semantic deduplication, on average; each is compared with its own and a few more."""
+    """Mean number of images per cluster of semantic deduplication; each image is compared within a few clusters."""
     probes: tuple[ProbeConfig, ...] = ()
-    """Heads on the image embedding, with the scores at which pairs are dropped."""
+    """Heads on the image embedding, with the limits outside which pairs are dropped."""
 
     def __post_init__(self) -> None:
         for name in ("min_clip_score", "max_clip_score"):
@@ -81,11 +81,11 @@ class CurateConfig:
 
 
 def pin_probes(config: CurateConfig) -> CurateConfig:
-    """Check that the probes can be read, and fill in their digests, so that other weights are another run.
+    """Check that the probes can be read, and fill in their digests, so that changed weights cause a new run.
 
     Raises:
-        InputError: a file that is missing, damaged, or no probe.
-        ConfigError: a file whose digest is not the one that was given.
+        InputError: a file is missing, damaged, or not a probe.
+        ConfigError: a file does not have the digest in the settings.
     """
     pinned = []
     for probe in config.probes:
@@ -102,7 +102,7 @@ def pin_probes(config: CurateConfig) -> CurateConfig:
 
 @stage("curate", version=2, pin=lambda config, _: pin_probes(config))
 def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
-    """Score the pairs by CLIP and by probes, drop those out of bounds or meaning the same, and write the snapshot."""
+    """Score the pairs by CLIP and by probes, drop those out of bounds and semantic duplicates, and write the snapshot."""
     facts = embed.facts
     keys = kept_keys(facts["selection"])
     columns = ["key", "image_embedding", "clip_score"]
@@ -116,8 +116,8 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     dropped = out_of_bounds(scores, config)
     if config.semantic_distance is not None:
         candidates = np.array([index for index, key in enumerate(keys) if key not in dropped])
-        twins = semantic_duplicates(image_embeddings[candidates], config.semantic_distance, config.cluster_size)
-        dropped |= {keys[candidates[index]]: "semantic_duplicate" for index in sorted(twins)}
+        duplicates = semantic_duplicates(image_embeddings[candidates], config.semantic_distance, config.cluster_size)
+        dropped |= {keys[candidates[index]]: "semantic_duplicate" for index in sorted(duplicates)}
 
     selection = rows.drop(tables.read_file(facts["selection"]), dropped)
     counts = rows.count(selection)
@@ -144,7 +144,7 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
 
 
 def score(embedded: pa.Table, image_embeddings: torch.Tensor, config: CurateConfig) -> pa.Table:
-    """Key, clip_score and a column for each probe, one row for each embedded pair.
+    """Table of key, clip_score and a column per probe, with one row per embedded pair.
 
     Args:
         embedded: key, clip_score.
@@ -159,10 +159,9 @@ def score(embedded: pa.Table, image_embeddings: torch.Tensor, config: CurateConf
 
 
 def out_of_bounds(scores: pa.Table, config: CurateConfig) -> dict[str, str]:
-    """Key -> reason for the rows with a score out of its limits; the first reason counts.
+    """Key -> reason of the rows with a score outside its limits; the first reason counts.
 
-    A score that is no number is low, and an infinite one low or high, also where there are no limits: nothing can be learnt
-    from such a row.
+    NaN counts as low and infinity as low or high, even without limits: such a row is useless for training.
     """
     finite = np.finfo(np.float64)
     keys = scores.column("key").to_pylist()
@@ -171,100 +170,101 @@ def out_of_bounds(scores: pa.Table, config: CurateConfig) -> dict[str, str]:
         values = scores.column(name).to_numpy().astype(np.float64)
         low = ~(values >= (finite.min if minimum is None else minimum))
         high = values > (finite.max if maximum is None else maximum)
-        for side, hit in (("low", low), ("high", high)):
-            for index in np.flatnonzero(hit):
-                dropped.setdefault(keys[index], f"{name}_{side}")
+        for bound, mask in (("low", low), ("high", high)):
+            for index in np.flatnonzero(mask):
+                dropped.setdefault(keys[index], f"{name}_{bound}")
     return dropped
 
 
 def _spread(scores: pa.Table, config: CurateConfig) -> str:
-    """Where scores with limits lie, for whoever mistook their unit."""
-    told = ""
+    """Quantiles of the scores that have limits, to reveal a limit in the wrong unit."""
+    text = ""
     for name, limits in config.limits().items():
         values = scores.column(name).to_numpy()
         values = values[np.isfinite(values)]
         if len(values) and limits != (None, None):
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
-            told += f"Of {name}, 5 % is below {low:.3g}, half below {middle:.3g}, 95 % below {high:.3g}. "
-    return told
+            text += f"Quantiles of {name}: 5 % {low:.3g}, 50 % {middle:.3g}, 95 % {high:.3g}. "
+    return text
 
 
 def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
-    """Indices of embeddings that an earlier one, itself no duplicate, is nearer to than `distance`.
+    """Indices of embeddings that are closer than `distance` to an earlier one that is not a duplicate itself.
 
-    As SemDeDup (Abbas et al. 2023) does, k-means keeps the work from growing with the square of N: a row is compared with at
-    most NUM_REACHED clusters of `cluster_size` rows, on average. Unlike there these are not its own cluster alone, so twins
-    that a border parts are found, and which one is kept depends on the order of rows and not on the clusters. Up to NUM_REACHED
-    * cluster_size rows are all compared with each other.
+    As in SemDeDup (Abbas et al. 2023), k-means avoids work quadratic in N: a row is compared with at most NUM_SEARCHED_CLUSTERS
+    clusters, of `cluster_size` rows on average. Unlike SemDeDup, a row is compared with neighbouring clusters as well as its
+    own. So duplicates across a cluster border are found, and the row that is kept depends on the order of rows, not on the
+    clusters. Up to NUM_SEARCHED_CLUSTERS * cluster_size rows are compared all with all.
 
     Args:
-        embeddings: [N, E], unit norm, in the order in which they win.
+        embeddings: [N, E], unit norm; of duplicates, the first is kept.
         distance: 1 - cosine.
     """
     values = embeddings.numpy()
-    clusters = _reached(values, (2 * distance) ** 0.5, cluster_size)  # of unit vectors, the chord of that cosine
+    reach = (2 * distance) ** 0.5  # Euclidean distance of unit vectors with that cosine
+    clusters = _searched_clusters(values, reach, cluster_size)
     duplicates, undecided = np.zeros(len(values), bool), np.ones(len(values), bool)
     while undecided.any():
-        followers = _has_earlier_twin(values, clusters, 1 - distance, undecided, undecided)
-        winners = undecided & ~followers  # the first of all is one, so every round decides something
-        losers = _has_earlier_twin(values, clusters, 1 - distance, followers, winners)
+        followers = _has_earlier_duplicate(values, clusters, 1 - distance, undecided, undecided)
+        winners = undecided & ~followers  # the first undecided row always wins, so every round decides at least one
+        losers = _has_earlier_duplicate(values, clusters, 1 - distance, followers, winners)
         duplicates |= losers
         undecided = followers & ~losers
     return set(np.flatnonzero(duplicates).tolist())
 
 
-def _reached(values: np.ndarray, reach: float, cluster_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each cluster its members, and the rows that may have a twin among them; indices, ascending.
+def _searched_clusters(values: np.ndarray, reach: float, cluster_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ascending indices per cluster: its members, and the rows that may have a duplicate among them.
 
-    A twin in another cluster is beyond the plane that lies halfway between the two centres. So a row that is farther than
-    `reach` from the plane has none there; of the planes that are nearer, the nearest count.
+    A duplicate in another cluster lies beyond the plane halfway between the two centres. So a row farther than `reach` from
+    the plane has no duplicate there. If more planes are within reach, only the nearest are considered.
 
     Args:
         values: [N, E].
-        reach: largest Euclidean distance of twins.
+        reach: largest Euclidean distance of duplicates.
     """
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.metrics.pairwise import euclidean_distances
 
     num_clusters = round(len(values) / cluster_size)
-    if num_clusters <= NUM_REACHED:
+    if num_clusters <= NUM_SEARCHED_CLUSTERS:
         return [(np.arange(len(values)), np.arange(len(values)))]
     centres = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit(values).cluster_centers_
     squares = (centres**2).sum(axis=1)
     spans = euclidean_distances(centres).clip(min=1e-6)  # [K, K]
     homes, visits = [], []
     for start in range(0, len(values), ROWS_AT_ONCE):
-        squared = squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T  # [R, K], less the row's own square
+        squared = squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T  # [R, K], minus the row's squared norm
         home = squared.argmin(axis=1)
         own = (np.arange(len(home)), home)
         to_plane = (squared - squared[own][:, None]) / (2 * spans[home])
         to_plane[own] = -1
-        nearest = np.argpartition(to_plane, NUM_REACHED - 1, axis=1)[:, :NUM_REACHED]
+        nearest = np.argpartition(to_plane, NUM_SEARCHED_CLUSTERS - 1, axis=1)[:, :NUM_SEARCHED_CLUSTERS]
         row, place = np.nonzero(np.take_along_axis(to_plane, nearest, axis=1) <= reach)
         homes.append(home)
         visits.append(np.stack([start + row, nearest[row, place]]))
-    rows_of, clusters_of = np.concatenate(visits, axis=1)
+    row_indices, cluster_indices = np.concatenate(visits, axis=1)
     members = _grouped(np.arange(len(values)), np.concatenate(homes), num_clusters)
-    return list(zip(members, _grouped(rows_of, clusters_of, num_clusters), strict=True))
+    return list(zip(members, _grouped(row_indices, cluster_indices, num_clusters), strict=True))
 
 
 def _grouped(indices: np.ndarray, clusters: np.ndarray, num_clusters: int) -> list[np.ndarray]:
-    """Ascending indices, by cluster."""
+    """Ascending indices per cluster."""
     order = np.argsort(clusters, kind="stable")
     return np.split(indices[order], np.bincount(clusters, minlength=num_clusters).cumsum()[:-1])
 
 
-def _has_earlier_twin(
+def _has_earlier_duplicate(
     values: np.ndarray,
     clusters: Sequence[tuple[np.ndarray, np.ndarray]],
     threshold: float,
-    asking: np.ndarray,
-    twins: np.ndarray,
+    queries: np.ndarray,
+    candidates: np.ndarray,
 ) -> np.ndarray:
-    """Which of the rows `asking` (a mask) have an earlier row of `twins` (a mask) with a cosine above the threshold."""
+    """Mask of the rows in `queries` that have an earlier row in `candidates` (masks) with a cosine above the threshold."""
     found = np.zeros(len(values), bool)
     for members, visitors in clusters:
-        others, rows_here = members[twins[members]], visitors[asking[visitors]]
+        others, rows_here = members[candidates[members]], visitors[queries[visitors]]
         for start in range(0, len(rows_here), ROWS_AT_ONCE):
             block = rows_here[start : start + ROWS_AT_ONCE]
             earlier = others[: np.searchsorted(others, block[-1])]

@@ -1,6 +1,6 @@
-"""Dedup: of pictures that are the same, or look the same, only the one with the smallest key is kept; the rest is split.
+"""Stage `dedup`: of identical or nearly identical images, keep the one with the smallest key; then split the kept rows.
 
-The winner depends on keys alone, so neither the order of the list nor that of downloads changes it.
+The kept image depends on keys alone, not on the order of the list or of the downloads.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ MAX_DISTANCE = 7
 @dataclasses.dataclass(frozen=True)
 class DedupConfig:
     phash_distance: int = 0
-    """Bits of 64 in which two perceptual hashes may differ and still be one picture; -1 compares only exact bytes."""
+    """Largest number of differing bits (of 64) between the perceptual hashes of duplicates; -1 compares only exact bytes."""
     holdout: float = 0.02
-    """Share of the kept pairs that no model trains on, for evaluation."""
+    """Share of the kept pairs that is held out from training, for evaluation."""
 
     def __post_init__(self) -> None:
         require(
@@ -34,7 +34,7 @@ class DedupConfig:
 
 @stage("dedup", version=1)
 def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Output:
-    """Drop pictures of the same bytes as another, and those that look the same; hold some of the rest out."""
+    """Drop images with the same bytes as another and images that look the same; hold out some of the others."""
     selection = tables.read_file(filter.uri)
     facts = filter.facts
     images = tables.read(facts["images"], facts["images_version"], ["key", "sha256", "phash"])
@@ -49,7 +49,7 @@ def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Outpu
 
 
 def drop_duplicates(selection: pa.Table, images: pa.Table, phash_distance: int) -> pa.Table:
-    """The selection with duplicates among its kept rows marked as dropped.
+    """Drop the duplicates among the kept rows of a selection.
 
     Args:
         selection: key, position, status, reason; a key is kept at most once.
@@ -73,18 +73,18 @@ def drop_duplicates(selection: pa.Table, images: pa.Table, phash_distance: int) 
 
 
 def splits(selection: pa.Table, holdout: float) -> pa.Array:
-    """train or holdout for kept rows, null for others. It depends on the key alone, so no row ever changes sides."""
+    """Split of each row: train or holdout if it is kept, else null. It depends on the key alone, so no row changes its split."""
     kept = pc.equal(selection.column("status"), rows.KEPT).to_pylist()
     keys = selection.column("key").to_pylist()
-    # Keys are hashes, so their first digits are a fair draw.
-    sides = ["holdout" if int(key[:8], 16) < holdout * 2**32 else "train" for key in keys]
-    return pa.array([side if is_kept else None for side, is_kept in zip(sides, kept, strict=True)], pa.string())
+    # Keys are hashes, so their first digits are uniformly distributed.
+    assigned = ["holdout" if int(key[:8], 16) < holdout * 2**32 else "train" for key in keys]
+    return pa.array([split if is_kept else None for split, is_kept in zip(assigned, kept, strict=True)], pa.string())
 
 
 def near_duplicates(hashes: Sequence[int], distance: int) -> set[int]:
-    """Indices of 64-bit hashes that an earlier one is near to.
+    """Indices of 64-bit hashes within `distance` bits of an earlier hash.
 
-    Hashes that differ in at most `distance` bits agree in one of `distance + 1` bands of bits, so only those are compared.
+    Hashes that differ in at most `distance` bits agree in one of `distance + 1` bands of bits; only such pairs are compared.
     """
     values = np.array(hashes, dtype=np.uint64)
     found: set[int] = set()

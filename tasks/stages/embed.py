@@ -35,20 +35,20 @@ SCHEMA = pa.schema(
         "tokens": pa.list_(pa.int32()),
     }
 )
-"""One row per kept pair; embeddings have unit norm, clip_score is their dot product, tokens are the text encoder's input,
-padded with zeros to its length."""
+"""One row per kept pair. Embeddings have unit norm; clip_score is their dot product; tokens are the text encoder's input,
+padded with zeros to its context length."""
 
-BATCHES_AHEAD = 2  # decoded while one is computed
+BATCHES_AHEAD = 2  # decoded while one batch is computed
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbedConfig:
     batch_size: int = 64
-    """Pairs in one forward pass; the last batch is padded to it, so that every pair is computed in the same way."""
+    """Pairs in one forward pass; the last batch is padded to this size, so that every pair is computed in the same way."""
     precision: Precision = "fp32"
     """Arithmetic of the forward pass."""
     shard_size: int = 2000
-    """Pairs in one Parquet file, the unit that is redone after a crash."""
+    """Pairs in one Parquet file, the unit that is repeated after a crash."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
@@ -57,24 +57,24 @@ class EmbedConfig:
 
 @stage("embed", version=2, has_workers=True)
 def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Artifact) -> Output:
-    """Embed the kept pairs that have no embedding of this CLIP yet."""
+    """Embed the kept pairs that have no embedding by this CLIP yet."""
     table = context.store.uri("embeddings", fingerprint(clip.digest, config.precision)[:16])
     keys = kept_keys(dedup.uri)
     images = tuple(tables.files(dedup.facts["images"], dedup.facts["images_version"]))
-    known = tables.version(table)
-    have = set() if known is None else set(tables.read(table, known, ["key"]).column("key").to_pylist())
-    todo = [key for key in keys if key not in have]
+    before = tables.version(table)
+    embedded_keys = set() if before is None else set(tables.read(table, before, ["key"]).column("key").to_pylist())
+    todo = [key for key in keys if key not in embedded_keys]
     if todo:
         _embed_rows(context, config, clip, images, todo, table)
     version = tables.version(table)
     if version is None:
-        raise InputError("embed: no pair is kept, so there is nothing to embed. Loosen the filters, or add URLs.")
+        raise InputError("embed: got 0 kept pairs, expected at least 1. Loosen the filters, or add URLs.")
 
     rows = tables.read(table, version, columns=["key", "caption", "image_embedding", "clip_score"])
     wanted = rows.filter(pa.compute.is_in(rows.column("key"), value_set=pa.array(keys, pa.string())))
     if wanted.column("key").to_pylist() != keys:
         raise StageError(
-            f"embed: {table} holds {wanted.num_rows} of {len(keys)} kept pairs, or some twice. Remove the table and rerun."
+            f"embed: {table} has {wanted.num_rows} rows for {len(keys)} kept pairs, or duplicates. Remove the table and rerun."
         )
     context.tracker.metrics({"pairs": len(keys), "embedded_now": len(todo)})
     facts = {**dedup.facts, "selection": dedup.uri, "embedded_now": len(todo)}
@@ -90,7 +90,7 @@ def _embed_rows(
     keys: Sequence[str],
     table: str,
 ) -> None:
-    """Embed in actors, shard by shard, and commit all shards at once; finished shards of an earlier attempt are kept."""
+    """Embed in actors, shard by shard, and commit all shards at once; reuse the finished shards of an earlier attempt."""
     resources = context.resources
     shards = [list(keys[start : start + config.shard_size]) for start in range(0, len(keys), config.shard_size)]
     num_actors = max(1, min(resources.num_workers, len(shards)))
@@ -111,7 +111,7 @@ def _embed_rows(
 
 @ray.remote
 class Embedder:
-    """Holds one CLIP; embeds one shard a call."""
+    """Holds one CLIP; embeds one shard per call."""
 
     def __init__(
         self, clip: Artifact, config: EmbedConfig, images: Sequence[str], table: str, num_threads: int
@@ -128,7 +128,7 @@ class Embedder:
         size = self.config.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         pairs = zip(batches, self._decode_ahead(batches), strict=True)
-        embedded = [self._embed_batch(batch, pictures) for batch, pictures in pairs]
+        embedded = [self._embed_batch(batch, images) for batch, images in pairs]
         image_array, text_array, tokens = (np.concatenate(arrays) for arrays in zip(*embedded, strict=True))
         if not len(rows) == len(image_array) == len(text_array) or [row["key"] for row in rows] != keys:
             raise StageError(f"embed: got {len(image_array)} embeddings for {len(keys)} pairs; nothing was written.")
@@ -146,7 +146,7 @@ class Embedder:
         return tables.write_part(self.table, fingerprint(keys, self.config.precision), part)
 
     def _decode_ahead(self, batches: Sequence[list[dict[str, Any]]]) -> Iterator[list[np.ndarray]]:
-        """Pictures of each batch, decoded in threads while the batches before it are computed."""
+        """Images of each batch, decoded in threads while earlier batches are computed."""
         with concurrent.futures.ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
             waiting: collections.deque[Iterator[np.ndarray]] = collections.deque()
             for batch in batches:
@@ -157,11 +157,11 @@ class Embedder:
                 yield list(waiting.popleft())
 
     @torch.no_grad()
-    def _embed_batch(self, rows: list[dict[str, Any]], pictures: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    def _embed_batch(self, rows: list[dict[str, Any]], images: list[np.ndarray]) -> tuple[np.ndarray, ...]:
         """Image embeddings [N, E], text embeddings [N, E] and tokens [N, L] of N rows."""
         count = len(rows)
         padding = self.config.batch_size - count
-        pixels = self.preprocess.standardize(pictures + pictures[-1:] * padding, self.device)
+        pixels = self.preprocess.standardize(images + images[-1:] * padding, self.device)
         tokens = self.clip.tokenize([row["caption"] for row in rows + rows[-1:] * padding])
         with autocast(self.config.precision, self.device):
             image_embedding = self.clip.embed_images(pixels)
@@ -169,57 +169,57 @@ class Embedder:
         return tuple(tensor[:count].cpu().numpy() for tensor in (image_embedding, text_embedding, tokens.int()))
 
     def _read(self, keys: list[str]) -> list[dict[str, Any]]:
-        found = {row["key"]: row for row in _rows_of(self.images, keys)}
+        found = {row["key"]: row for row in _read_rows(self.images, keys)}
         missing = [key for key in keys if key not in found]
         if missing:
-            raise StageError(f"embed: {len(missing)} pictures are missing from the images table, such as {missing[0]}.")
+            raise StageError(f"embed: {len(missing)} images are missing from the images table, such as {missing[0]}.")
         return [found[key] for key in keys]
 
 
 class Preprocess:
-    """open_clip's preprocessing in two halves: picture by picture in any thread, then batch by batch on the model's device.
+    """open_clip's preprocessing in two parts: image by image in any thread, then batch by batch on the model's device.
 
-    What comes out is what `open_clip` makes of each picture, to the last bit.
+    The result is bitwise equal to that of open_clip.
 
-    Letters: B batch, S side of CLIP's input.
+    Letters: B batch, S resolution of CLIP's input.
     """
 
-    def __init__(self, whole: Any) -> None:
+    def __init__(self, transform: Any) -> None:
         """Args:
-            whole: the transform of an open_clip model; it ends with a `ToTensor` and a `Normalize`.
+            transform: the transform of an open_clip model; it ends with a `ToTensor` and a `Normalize`.
 
         Raises:
-            StageError: it ends otherwise.
+            StageError: the transform ends with other steps.
         """
         from torchvision.transforms import Compose, Normalize, ToTensor
 
-        *steps, to_tensor, self._normalize = whole.transforms
+        *steps, to_tensor, self._normalize = transform.transforms
         if not isinstance(to_tensor, ToTensor) or not isinstance(self._normalize, Normalize):
             raise StageError(
-                f"embed: got a preprocessing {whole}, expected one that ends with Normalize. Install an open_clip of 3.x."
+                f"embed: got preprocessing {transform}, expected it to end with ToTensor and Normalize. Install open_clip 3.x."
             )
         self._resize = Compose(steps)
 
     def decode(self, jpg: bytes) -> np.ndarray:
-        """uint8 [S, S, 3]."""
+        """Decode and resize a JPEG to uint8 [S, S, 3]."""
         return np.asarray(self._resize(Image.open(io.BytesIO(jpg), formats=["JPEG"])))
 
-    def standardize(self, pictures: Sequence[np.ndarray], device: torch.device) -> Tensor:
-        """float32 [B, 3, S, S] on the device; the bytes travel, a quarter of the floats."""
-        levels = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2)
+    def standardize(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
+        """Normalise to float32 [B, 3, S, S] on the device; uint8 is copied there, a quarter of the size of float32."""
+        levels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
         pixels = levels.to(torch.float32, memory_format=torch.contiguous_format)
-        # Divided by tensors: by a Python number, GPUs multiply with its rounded inverse.
-        most, mean, std = (
+        # Divide by tensors: given a Python number, GPUs multiply by its rounded inverse.
+        maximum, mean, std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
             for values in ([255.0], self._normalize.mean, self._normalize.std)
         )
-        return pixels.div_(most).sub_(mean).div_(std)
+        return pixels.div_(maximum).sub_(mean).div_(std)
 
 
-def _rows_of(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Key, caption and jpg of some rows, from the files that hold them."""
+def _read_rows(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Key, caption and jpg of the given keys, from the files that hold them."""
     key = pa.compute.field("key")
-    # The bounds let the reader skip row groups by their statistics; by the set alone it reads every picture there is.
+    # The bounds let the reader skip row groups by their statistics; with `isin` alone it reads every image.
     wanted = (key >= min(keys)) & (key <= max(keys)) & key.isin(pa.array(keys))
     for uri in uris:
         filesystem, path = files.locate(uri)

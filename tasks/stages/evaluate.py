@@ -1,4 +1,4 @@
-"""Stage `evaluate`: images of held-out captions, sampled by the whole system, and measured."""
+"""Stage `evaluate`: sample images of held-out captions with the whole system, and measure them."""
 
 import dataclasses
 import io
@@ -23,18 +23,18 @@ from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_bat
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """A system's pipeline adds `sampling`, of the system's own class."""
+    """Settings of `evaluate`; a system's pipeline adds the field `sampling`, of the system's own class."""
 
     num_captions: int = 256
-    """Held-out captions to sample; fewer when the snapshot holds out fewer."""
+    """Held-out captions to sample; fewer if the snapshot holds out fewer."""
     num_unseen: int = 0
-    """Scene captions to sample whose pairs of shape and colour are in no training image; for procedural scenes."""
+    """Scene captions to sample whose combination of shape and colour is in no training image; for procedural scenes."""
     num_images: int = 48
     """Images of each group in the captioned grid."""
     seed: int = 0
     """Seed for the noise and the unseen scenes."""
     system: str | None = None
-    """The system; the pipeline's own, filled in by the run."""
+    """Name of the system; filled in by the pipeline."""
 
     def __post_init__(self) -> None:
         require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
@@ -52,7 +52,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
     groups = {"heldout": list(heldout_keys(snapshot))[: config.num_captions]}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
-    stack = stack_of(config.system, parts, snapshot.statistics, to_dict(config.sampling))
+    stack = stack_files(config.system, parts, snapshot.statistics, to_dict(config.sampling))
     reference = _heldout_embeddings(snapshot)
 
     facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "metrics": {}, "captions": {}, "images": {}}
@@ -79,8 +79,8 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
 
 
-def stack_of(system: str, parts: Sequence[Artifact], statistics: str, sampling: dict[str, Any]) -> StackFiles:
-    """The files of a system from the artifacts of the stages that made its parts; a frozen CLIP may be among them."""
+def stack_files(system: str, parts: Sequence[Artifact], statistics: str, sampling: dict[str, Any]) -> StackFiles:
+    """Files of a system, from the artifacts of its parts; these may include a frozen CLIP."""
     models = {part.stage: part.uri for part in parts if "model" not in part.facts}
     clips = [ClipFiles(part.facts["model"], part.facts["pretrained"]) for part in parts if "model" in part.facts]
     return StackFiles(system, models, clips[0] if clips else None, statistics, sampling)
@@ -95,9 +95,9 @@ def _heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
 
 
 def heldout_keys(snapshot: Snapshot) -> dict[str, str]:
-    """Different captions of held-out pairs whose very words no training pair has, each with the key of its first pair.
+    """Distinct captions of held-out pairs that no training pair has, each with the key of its first pair, in order of keys.
 
-    In the order of their keys. A snapshot without such captions gives its other captions.
+    Without such captions, returns all captions of held-out pairs; without held-out pairs, all captions.
     """
     table = tables.read(snapshot.embeddings, snapshot.embeddings_version, columns=["key", "caption"])
     captions = dict(zip(table.column("key").to_pylist(), table.column("caption").to_pylist(), strict=True))
@@ -110,7 +110,7 @@ def heldout_keys(snapshot: Snapshot) -> dict[str, str]:
 
 
 def unseen_captions(count: int, seed: int) -> list[str]:
-    """Captions of scenes whose shape and colour never come together in training data."""
+    """Captions of scenes whose combination of shape and colour never occurs in the training data."""
     captions = []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
@@ -126,18 +126,18 @@ def _sample_all(
     stack: StackFiles,
     reference: torch.Tensor,
 ) -> dict[str, Sampled]:
-    """Images of each group and their embeddings; batches are shared between workers."""
+    """Images of each group and their embeddings; batches are distributed over the workers."""
     resources, size = context.resources, config.sampling.batch_size
     batches = [
         (group, number, captions[start : start + size])
         for group, captions in groups.items()
         for number, start in enumerate(range(0, len(captions), size))
     ]
-    measuring = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
+    measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
     options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
     actors = [
         SamplingWorker.options(**options).remote(  # type: ignore[attr-defined]
-            measuring, stack, config.seed, resources.cpus_per_worker
+            measuring_clip, stack, config.seed, resources.cpus_per_worker
         )
         for _ in range(min(resources.num_workers, len(batches)))
     ]
@@ -158,17 +158,17 @@ def _sample_all(
 
 @ray.remote(max_task_retries=3)
 class SamplingWorker:
-    """Holds one system and the CLIP that measures it; samples one batch a call."""
+    """Holds one system and the CLIP that measures it; samples one batch per call."""
 
-    def __init__(self, measuring: ClipFiles, stack: StackFiles, seed: int, num_threads: int) -> None:
+    def __init__(self, measuring_clip: ClipFiles, stack: StackFiles, seed: int, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.system = find_system(stack.system).load(stack).to(device)
-        self.clip = measuring.load().to(device)
+        self.clip = measuring_clip.load().to(device)
         self.seed = seed
 
     def sample(self, number: int, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Batch `number` of a group: images [B, 3, H, W] in [-1, 1], and embeddings [B, E] of them and of the captions."""
+        """Batch `number` of a group: images [B, 3, H, W] in [-1, 1], and embeddings [B, E] of the images and of the captions."""
         pixels = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
         return pixels.numpy(), *_embeddings(self.clip, pixels.to(self.system.device), captions)
 
@@ -180,14 +180,14 @@ def _embeddings(clip: Clip, pixels: torch.Tensor, captions: list[str]) -> tuple[
 
 
 def _publish(context: StageContext, name: str, data: bytes) -> str:
-    """Keep a picture in the stage's folder and show it in MLflow; returns its URI."""
+    """Write an image to the stage's folder and to MLflow; returns its URI."""
     files.write(f"{context.folder}/{name}", data)
     context.tracker.bytes(data, name)
     return f"{context.folder}/{name}"
 
 
 def confusion_matrices(scores: metrics.SceneScores) -> bytes:
-    """A PNG of what was drawn where what was asked for: shapes, colours and sizes."""
+    """PNG of the confusion matrices of shapes, colours and sizes: expected against recognised."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
@@ -198,7 +198,9 @@ def confusion_matrices(scores: metrics.SceneScores) -> bytes:
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.set_xticks(range(len(labels) + 1), [*labels, "other"], rotation=45, ha="right")
         axes.set_yticks(range(len(labels)), labels)
-        axes.set(xlabel="drawn", ylabel="asked for", title=f"{attribute}: {np.trace(counts) / counts.sum():.0%} right")
+        axes.set(
+            xlabel="recognised", ylabel="expected", title=f"{attribute}: {np.trace(counts) / counts.sum():.0%} right"
+        )
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 axes.text(

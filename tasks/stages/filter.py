@@ -1,7 +1,7 @@
-"""Filter: which pairs are worth training on, and allowed; every input row gets a status and a reason.
+"""Stage `filter`: drop pairs that are useless or not allowed for training; every input row gets a status and a reason.
 
-A filter is a function that says which of the rows it is given are to be dropped, and the reason for it. `FILTERS` has them in
-their order; a row gets the first reason that applies, and later filters do not see it.
+A filter is a reason and a function that selects the rows to drop. `FILTERS` lists them in order; a row gets the first reason
+that applies, and later filters do not see it.
 """
 
 import dataclasses
@@ -25,37 +25,37 @@ from unclip.config import fingerprint, nearest, require
 from unclip.errors import ConfigError, InputError
 
 LISTS = ("blocked_words", "blocked_domains", "blocked_hashes")
-MIN_WORDS_FOR_LANGUAGE = 4  # with fewer, the guess is too often wrong
-# Written without spaces: each character counts as a word.
+MIN_WORDS_FOR_LANGUAGE = 4  # with fewer words, language identification is unreliable
+# Scripts written without spaces: each character counts as a word.
 _UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
     min_side: int = 32
-    """Pixels of the original's smaller side."""
+    """Smallest allowed shorter side of the original, in pixels."""
     max_aspect_ratio: float = 3.0
-    """Longer side of the original divided by the shorter."""
+    """Largest allowed ratio of the longer to the shorter side of the original."""
     min_caption_words: int = 2
-    """Words between spaces."""
+    """Smallest allowed number of words, separated by spaces."""
     max_caption_words: int = 60
-    """Words between spaces; CLIP reads about 60."""
+    """Largest allowed number of words, separated by spaces; CLIP reads about 60."""
     min_caption_characters: int = 1
-    """Characters, spaces included."""
+    """Smallest allowed number of characters, including spaces."""
     max_caption_characters: int = MAX_CAPTION_CHARACTERS
-    """Characters, spaces included."""
+    """Largest allowed number of characters, including spaces."""
     languages: tuple[str, ...] = ()
-    """ISO 639 codes of the languages that captions may be in, such as "en"; none is all. Captions under 4 words pass."""
+    """ISO 639 codes of the allowed caption languages, such as "en"; empty allows all. Captions under 4 words pass."""
     max_caption_repeats: int | None = None
-    """Rows of the list that may share a caption, not counting case and digits; None is any number."""
+    """Largest number of rows that may share a caption, ignoring case and digits; None is unlimited."""
     blocked_words: str | None = None
-    """File of words and phrases, one in a line, that no caption may have: whole words, in any case."""
+    """File of forbidden words and phrases, one per line; matches whole words and ignores case."""
     blocked_domains: str | None = None
-    """File of domains, one in a line: their hosts, and all hosts below them, are blocked. ".io" blocks what ends in it."""
+    """File of domains, one per line; blocks them and all their subdomains. A leading dot blocks a suffix, such as ".io"."""
     blocked_hashes: str | None = None
-    """File of pictures, one in a line: the sha256 of the file that the server sent, or a perceptual hash (16 hex digits)."""
+    """File of image hashes, one per line: the sha256 of the original file, or a perceptual hash (16 hex digits)."""
     digest: str | None = None
-    """sha256 of the list files' bytes, filled in by the pipeline so that a changed file is a new run; None is unchecked."""
+    """sha256 of the list files, filled in by the pipeline so that a changed file causes a new run; None skips the check."""
 
     def __post_init__(self) -> None:
         require(self.min_side >= 1, "min_side", self.min_side, "at least 1")
@@ -72,7 +72,7 @@ class FilterConfig:
             require(getattr(self, name) != "", name, "", "a file, or none")
 
     def limits(self) -> dict[str, tuple[float | None, float | None]]:
-        """Smallest and largest value that is kept, for each measure that has limits."""
+        """Smallest and largest value that is kept, for each measure with limits."""
         return {
             "shorter_side": (self.min_side, None),
             "aspect_ratio": (None, self.max_aspect_ratio),
@@ -83,12 +83,12 @@ class FilterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """One reason to drop rows."""
+    """A reason to drop rows."""
 
     reason: str
     """See `tasks.rows`."""
     drops: Callable[[pa.Table, FilterConfig], Any]
-    """Of rows as `judge` describes them: booleans, null for no; None when the settings turn this filter off."""
+    """Function that returns the mask of rows to drop, with null as false; None if the settings turn the filter off."""
 
 
 def _pin(config: FilterConfig, _: Pinning) -> FilterConfig:
@@ -97,14 +97,14 @@ def _pin(config: FilterConfig, _: Pinning) -> FilterConfig:
 
 @stage("filter", version=2, pin=_pin)
 def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:
-    """Drop pairs whose picture is too small or too long, whose caption is no use, and what is on a block list."""
+    """Drop pairs with an unsuitable image size or caption, and pairs on a block list."""
     if config.digest and check_settings(config) != config.digest:
-        raise InputError("filter: a block list changed since this run was planned. Run the same command again.")
+        raise InputError("filter: a block list has changed since this run was planned. Run the same command again.")
     facts = download.facts
     pairs = tables.read_file(facts["pairs"])
     columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash"]
     images = tables.read(facts["images"], facts["images_version"], columns)
-    selection = judge(pairs, images, config)
+    selection = apply_filters(pairs, images, config)
     counts = rows.count(selection)
     if not counts["rows"][rows.KEPT]:
         raise InputError(
@@ -120,14 +120,14 @@ def filter(context: StageContext, config: FilterConfig, download: Artifact) -> O
 
 
 def check_settings(config: FilterConfig) -> str | None:
-    """Check what the settings name: the languages, and every line of the list files.
+    """Check the languages and every line of the list files.
 
     Returns:
-        sha256 over the list files; None without any.
+        sha256 of the list files; None if there are none.
 
     Raises:
-        ConfigError: a language that cannot be told.
-        InputError: a list file that is missing, empty or damaged; names the line.
+        ConfigError: an unsupported language.
+        InputError: a list file is missing, empty or damaged; names the line.
     """
     if config.languages:
         _check_languages(config.languages)
@@ -141,33 +141,33 @@ def check_settings(config: FilterConfig) -> str | None:
     return digest.hexdigest() if any_list else None
 
 
-def judge(pairs: pa.Table, images: pa.Table, config: FilterConfig) -> pa.Table:
-    """One row (key, position, status, reason) for every row of the list, sorted by key, then position.
+def apply_filters(pairs: pa.Table, images: pa.Table, config: FilterConfig) -> pa.Table:
+    """Apply the filters; returns key, position, status, reason for every row of the list, sorted by key, then position.
 
     Args:
-        pairs: what ingest made: key, position, url, caption, status, reason, expected_sha256.
-        images: what download made: key, status, reason, original_width, original_height, sha256, phash.
+        pairs: output of ingest: key, position, url, caption, status, reason, expected_sha256.
+        images: output of download: key, status, reason, original_width, original_height, sha256, phash.
     """
     found = images.rename_columns({"status": "image_status", "reason": "image_reason"})
-    table = pairs.append_column("repeats", _repeats(pairs, config)).join(found, "key", join_type="left outer")
+    table = pairs.append_column("repeats", _count_repeats(pairs, config)).join(found, "key", join_type="left outer")
     table = table.sort_by([("key", "ascending"), ("position", "ascending")])
-    missing = pc.and_(pc.equal(table["status"], rows.KEPT), pc.not_equal(table["image_status"], "ok"))
-    missing = pc.fill_null(missing, False)
-    # A list may learn a picture's hash after it was fetched.
-    other = pc.and_(pc.equal(table["status"], rows.KEPT), pc.not_equal(table["sha256"], table["expected_sha256"]))
-    other = pc.fill_null(other, False)
-    status = pc.if_else(pc.or_(missing, other), rows.FAILED, table["status"])
-    reason = pc.if_else(missing, table["image_reason"], pc.if_else(other, "hash_mismatch", table["reason"]))
+    not_fetched = pc.and_(pc.equal(table["status"], rows.KEPT), pc.not_equal(table["image_status"], "ok"))
+    not_fetched = pc.fill_null(not_fetched, False)
+    # The list may have gained a hash after the image was fetched.
+    mismatched = pc.and_(pc.equal(table["status"], rows.KEPT), pc.not_equal(table["sha256"], table["expected_sha256"]))
+    mismatched = pc.fill_null(mismatched, False)
+    status = pc.if_else(pc.or_(not_fetched, mismatched), rows.FAILED, table["status"])
+    reason = pc.if_else(not_fetched, table["image_reason"], pc.if_else(mismatched, "hash_mismatch", table["reason"]))
 
-    places = np.flatnonzero(pc.equal(status, rows.KEPT).to_numpy())
-    remaining = table.take(places)
+    indices = np.flatnonzero(pc.equal(status, rows.KEPT).to_numpy())
+    remaining = table.take(indices)
     verdicts = np.full(table.num_rows, -1)  # index of the filter that drops the row
     for index, each in enumerate(FILTERS):
-        hits = each.drops(remaining, config)
-        if hits is not None:
-            hit = np.asarray(pc.fill_null(hits, False), bool)
-            verdicts[places[hit]] = index
-            places, remaining = places[~hit], remaining.filter(pa.array(~hit))
+        to_drop = each.drops(remaining, config)
+        if to_drop is not None:
+            matched = np.asarray(pc.fill_null(to_drop, False), bool)
+            verdicts[indices[matched]] = index
+            indices, remaining = indices[~matched], remaining.filter(pa.array(~matched))
     reasons = pa.array([each.reason for each in FILTERS])
     dropped = pa.array(verdicts >= 0)
     status = pc.if_else(dropped, rows.DROPPED, status)
@@ -208,20 +208,20 @@ def _boilerplate(table: pa.Table, config: FilterConfig) -> Any:
 
 
 def _blocked_word(table: pa.Table, config: FilterConfig) -> Any:
-    """Captions and phrases are compared as sequences of words, by their letters and digits alone."""
+    """Mask of captions that contain a blocked phrase; both are compared as sequences of words of letters and digits."""
     if config.blocked_words is None:
         return None
     phrases = _entries("blocked_words", config.blocked_words, _phrase)
     words = _words(table["caption"])
-    spoken, places = pc.list_flatten(words), pc.list_parent_indices(words).to_numpy()
-    hit = np.zeros(table.num_rows, bool)
+    all_words, indices = pc.list_flatten(words), pc.list_parent_indices(words).to_numpy()
+    matched = np.zeros(table.num_rows, bool)
     for length in {phrase.count(" ") + 1 for phrase in phrases}:
-        starts = max(0, len(spoken) - length + 1)
-        runs = [spoken.slice(offset, starts) for offset in range(length)]
-        spoken_here = pc.is_in(pc.binary_join_element_wise(*runs, " "), value_set=pa.array(phrases, pa.string()))
-        ends = places[length - 1 : length - 1 + starts]
-        hit[ends[spoken_here.to_numpy(zero_copy_only=False) & (places[:starts] == ends)]] = True
-    return pa.array(hit)
+        starts = max(0, len(all_words) - length + 1)
+        runs = [all_words.slice(offset, starts) for offset in range(length)]
+        contains_phrase = pc.is_in(pc.binary_join_element_wise(*runs, " "), value_set=pa.array(phrases, pa.string()))
+        ends = indices[length - 1 : length - 1 + starts]
+        matched[ends[contains_phrase.to_numpy(zero_copy_only=False) & (indices[:starts] == ends)]] = True
+    return pa.array(matched)
 
 
 def _other_language(table: pa.Table, config: FilterConfig) -> Any:
@@ -230,8 +230,8 @@ def _other_language(table: pa.Table, config: FilterConfig) -> Any:
     long_enough = pc.greater_equal(pc.list_value_length(_words(table["caption"])), MIN_WORDS_FOR_LANGUAGE)
     captions = pc.if_else(long_enough, table["caption"], None).combine_chunks().dictionary_encode()
     classify = _identifier().classify
-    other = [classify(caption)[0] not in config.languages for caption in captions.dictionary.to_pylist()]
-    return pa.array(other, pa.bool_()).take(captions.indices)
+    mismatched = [classify(caption)[0] not in config.languages for caption in captions.dictionary.to_pylist()]
+    return pa.array(mismatched, pa.bool_()).take(captions.indices)
 
 
 def _blocked_domain(table: pa.Table, config: FilterConfig) -> Any:
@@ -240,8 +240,8 @@ def _blocked_domain(table: pa.Table, config: FilterConfig) -> Any:
     blocked = set(_entries("blocked_domains", config.blocked_domains, _domain))
     authority = pc.struct_field(pc.extract_regex(table["url"], r"^[a-z]+://(?P<host>\[[^\]]*\]|[^/:?#]*)"), "host")
     hosts = authority.combine_chunks().dictionary_encode()
-    hit = [_is_below(_ascii_host(host), blocked) for host in hosts.dictionary.to_pylist()]
-    return pa.array(hit, pa.bool_()).take(hosts.indices)
+    matched = [_is_below(_ascii_host(host), blocked) for host in hosts.dictionary.to_pylist()]
+    return pa.array(matched, pa.bool_()).take(hosts.indices)
 
 
 def _blocked_hash(table: pa.Table, config: FilterConfig) -> Any:
@@ -262,9 +262,9 @@ FILTERS = (
     Filter("caption_too_many_characters", _too_many_characters),
     Filter("blocked_word", _blocked_word),
     Filter("boilerplate", _boilerplate),
-    Filter("other_language", _other_language),  # last: it takes 40 microseconds for a caption
+    Filter("other_language", _other_language),  # last: it takes 40 microseconds per caption
 )
-"""In the order of their reasons: what must not be used for anything first, then the cheap ones."""
+"""Filters in order of precedence: first the block lists for images, then the cheap filters."""
 
 
 def _count_words(table: pa.Table) -> Any:
@@ -272,17 +272,17 @@ def _count_words(table: pa.Table) -> Any:
 
 
 def _words(captions: pa.ChunkedArray) -> pa.ListArray:
-    """Lower-case words of each caption: runs of letters, marks and digits, or single characters of unspaced scripts."""
+    """Lower-case words of each caption: runs of letters, marks and digits, or single characters of scripts without spaces."""
     text = pc.replace_substring_regex(pc.utf8_lower(captions), _UNSPACED, r" \1 ")
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(text, r"[^\pL\pM\pN]+", " "))
     words = pc.split_pattern(pc.if_else(pc.equal(text, ""), None, text), " ")
     return words.combine_chunks() if isinstance(words, pa.ChunkedArray) else words
 
 
-def _repeats(pairs: pa.Table, config: FilterConfig) -> pa.Array:
-    """How many rows of the list have each row's caption, but for case and digits; over all rows, whatever became of them.
+def _count_repeats(pairs: pa.Table, config: FilterConfig) -> pa.Array:
+    """For each row, the number of rows of the list with the same caption, ignoring case and digits.
 
-    So the count of a caption does not change when a link breaks.
+    Counts all rows, kept or not, so that the count of a caption does not change when a link breaks.
     """
     if config.max_caption_repeats is None:
         return pa.nulls(pairs.num_rows, pa.int64())
@@ -295,7 +295,7 @@ def _repeats(pairs: pa.Table, config: FilterConfig) -> pa.Array:
 
 @functools.cache
 def _identifier() -> Any:
-    from py3langid import langid  # its model takes a second
+    from py3langid import langid  # loading its model takes a second
 
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
 
@@ -304,11 +304,11 @@ def _check_languages(codes: Sequence[str]) -> None:
     known = _identifier().labels
     for code in codes:
         if code not in known:
-            raise ConfigError(f"filter.languages: {code!r} is no language that can be told. {nearest(code, known)}")
+            raise ConfigError(f"filter.languages: unsupported language {code!r}. {nearest(code, known)}")
 
 
 def _entries(setting: str, path: str, parse: Callable[[str], str]) -> list[str]:
-    """What the lines of a list file stand for, without blank lines and those that begin with "# "."""
+    """Parsed lines of a list file, without blank lines and lines that begin with "# "."""
     entries = []
     for number, line in enumerate(_read(setting, path).split(b"\n"), start=1):
         try:
@@ -321,7 +321,9 @@ def _entries(setting: str, path: str, parse: Callable[[str], str]) -> list[str]:
                 f"filter.{setting}: {path}, line {number}: {reason}. Correct or remove the line."
             ) from None
     if not entries:
-        raise InputError(f"filter.{setting}: {path} has no entries. Give a file with one in a line, or leave it out.")
+        raise InputError(
+            f"filter.{setting}: {path} has no entries. Give a file with one entry per line, or omit the setting."
+        )
     return entries
 
 
@@ -330,7 +332,7 @@ def _read(setting: str, path: str) -> bytes:
         return files.read(path)
     except FileNotFoundError:
         raise InputError(
-            f"filter.{setting}: {path} does not exist. Give a text file with one entry in a line."
+            f"filter.{setting}: {path} does not exist. Give a text file with one entry per line."
         ) from None
     except OSError as error:
         reason = str(error).splitlines()[0]
@@ -338,7 +340,7 @@ def _read(setting: str, path: str) -> bytes:
 
 
 def _phrase(line: str) -> str:
-    """Words of a line as `_words` has them, between spaces."""
+    """Words of a line according to `_words`, joined by spaces."""
     words = _words(pa.chunked_array([[unicodedata.normalize("NFC", line)]])).to_pylist()[0]
     if not words:
         raise ValueError(f"got {line!r}, expected a word or phrase")
@@ -346,13 +348,13 @@ def _phrase(line: str) -> str:
 
 
 def _domain(line: str) -> str:
-    """A host name in ASCII; with a leading dot, it may be one that is shared, such as ".com"."""
+    """Host name in ASCII; with a leading dot, it may be a public suffix such as ".com"."""
     host = _ascii_host(line.removeprefix("."))
     name = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
     if not re.fullmatch(rf"{name}(\.{name})*|\[[0-9a-f:.]+\]", host) or len(host) > 253:
         raise ValueError(f"got {line!r}, expected a domain such as example.org, without a scheme, port or path")
     if not line.startswith(".") and domains.is_public_suffix(host):
-        raise ValueError(f"got {line!r}, which many sites share; write .{host} to block them all")
+        raise ValueError(f"got {line!r}, a suffix that many sites share; write .{host} to block them all")
     return host
 
 
@@ -363,7 +365,7 @@ def _hash(line: str) -> str:
 
 
 def _ascii_host(host: str) -> str:
-    """Lower case, without a final dot, in the ASCII form of international names."""
+    """Host in lower case, without a final dot, in the ASCII form of international names."""
     host = host.lower().removesuffix(".")
     if not host.isascii():
         try:
@@ -374,7 +376,7 @@ def _ascii_host(host: str) -> str:
 
 
 def _is_below(host: str, domains: set[str]) -> bool:
-    """Whether the host is one of the domains or in one of them."""
+    """Return True if the host is one of the domains or a subdomain of one."""
     while host not in domains:
         _, dot, host = host.partition(".")
         if not dot:

@@ -1,7 +1,7 @@
-"""Ingest: a list of (URL, caption) in any of the usual formats becomes one clean, keyed, ordered table.
+"""Stage `ingest`: convert a list of (URL, caption) in any usual format to one clean, keyed, sorted table.
 
-The list is foreign data. It is read piece by piece, bounded in what it may unpack to, Parquet in a child process, and
-whatever is wrong with a file is an `InputError` that names it. What is wrong with a row costs that row.
+The list is untrusted. It is read in chunks with a limit on its decompressed size, and Parquet is read in a child process. A
+damaged file raises an `InputError` that names it; a damaged row fails alone.
 """
 
 import contextlib
@@ -36,38 +36,38 @@ from unclip.errors import InputError
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".txt")
 FORMATS = (".parquet", *TEXT_FORMATS)
-"""By name; the text formats may be gzipped (`.csv.gz`)."""
+"""File formats by extension; the text formats may be gzipped (`.csv.gz`)."""
 
 MAX_LINE_CHARACTERS = 4 << 20
-"""Of a text file; a longer line is no row of a list."""
+"""Longest line of a text file; a longer line is an error."""
 MAX_EXPANSION = 100
-"""What a file may unpack to, as a multiple of its size. URL lists shrink to a tenth with gzip or zstd, bombs to a thousandth."""
+"""Limit on the decompressed size, as a multiple of the file size. gzip or zstd shrink URL lists 10-fold, bombs 1000-fold."""
 MIN_ALLOWANCE = 64 << 20
-"""Bytes that any file may unpack to, however small it is."""
+"""Decompressed bytes that any file may have, however small it is."""
 MIN_ROWS = 1_000_000
 """Rows that any file may have, however small it is."""
 
 PAIRS = pa.schema(
     {
-        "position": pa.int64(),  # row number in the list, files in order of their names
+        "position": pa.int64(),  # row number in the list, with files in order of their names
         "key": pa.string(),  # 32 hex digits of sha256(url, caption): the row's identity in all tables
         "url": pa.string(),
         "caption": pa.string(),
         "status": pa.string(),  # kept, dropped, failed
         "reason": pa.string(),  # see tasks.rows; null when kept
-        "expected_sha256": pa.string(),  # 64 lower-case hex digits that the list gives for the picture's bytes, or null
+        "expected_sha256": pa.string(),  # sha256 of the image's bytes according to the list, 64 lower-case hex digits, or null
     }
 )
 
 
 _CHUNK_ROWS = 1 << 16
-_JSON_LINES_FOR_NAMES = 100  # a line may leave out what it has no value for
+_JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
 
 T = TypeVar("T")
 
 
 class Listed(NamedTuple):
-    """One row as it stands in the list; an empty text where it has none."""
+    """One row of the list; missing values are empty strings."""
 
     url: str
     caption: str
@@ -76,13 +76,13 @@ class Listed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ListLayout:
-    """Where a published dataset keeps what is wanted."""
+    """Column names of a published dataset."""
 
     url_column: str
     caption_column: str
     sha256_column: str | None = None
     header: tuple[str, ...] | None = None
-    """Columns of a TSV file without a header, in order; quotes mean nothing in such a file. None: files name their columns."""
+    """Columns of a TSV file without a header, in order; quotes have no meaning there. None: files have a header."""
 
 
 LAYOUTS: Mapping[str, ListLayout] = {
@@ -99,32 +99,32 @@ LAYOUTS: Mapping[str, ListLayout] = {
 class IngestConfig:
     urls: str
     """The list: a .parquet, .csv, .tsv, .jsonl or .txt file (text also .gz), a folder of those, or a pattern such as
-    "/data/part-*.parquet"; a path or URI. In .txt every line is a URL, or a URL, a tab and a caption; beside other formats
-    .txt files are taken for notes and left out."""
+    "/data/part-*.parquet"; a path or URI. In .txt every line is a URL, or a URL, a tab and a caption; .txt files beside files of
+    other formats are ignored."""
     layout: Literal["plain", "laion", "coyo", "cc3m", "cc12m", "datacomp"] = "plain"
-    """Names of the columns as in that published dataset; cc3m and cc12m are TSV without a header."""
+    """Column names of a published dataset; cc3m and cc12m are TSV without a header."""
     url_column: str | None = None
-    """Column with the picture's address; None is the layout's."""
+    """Column with the image URL; None is the layout's."""
     caption_column: str | None = None
-    """Column with the text; None is the layout's."""
+    """Column with the caption; None is the layout's."""
     sha256_column: str | None = None
-    """Column with the sha256 that the picture's bytes should have, in hex; None is the layout's, which may be none."""
+    """Column with the expected sha256 of the image's bytes, in hex; None is the layout's, if it has one."""
     digest: str | None = None
-    """sha256 of the list's bytes, filled in by the pipeline so that a changed list is a new run; None is unchecked."""
+    """sha256 of the list, filled in by the pipeline so that a changed list causes a new run; None skips the check."""
     tombstones: str | None = None
-    """Digest of what was taken down, filled in by the pipeline so that a takedown makes a new dataset."""
+    """Digest of the tombstones, filled in by the pipeline so that a takedown causes a new dataset."""
 
     def __post_init__(self) -> None:
         require(bool(self.urls), "urls", self.urls, "a file, folder or pattern with the list of URLs")
         require(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
-        taken: set[str] = set()
+        used: set[str] = set()
         for setting, name in self.columns.items():
-            require(name != "" and name not in taken, setting, name, "another column than for the rest")
-            taken.add(name)
+            require(name != "" and name not in used, setting, name, "a column that no other setting uses")
+            used.add(name)
 
     @property
     def columns(self) -> dict[str, str]:
-        """Column names to read by their settings: URL, caption and, if there is to be one, sha256; in this order."""
+        """Setting -> column name to read, in the order URL, caption, sha256; sha256 is optional."""
         layout = LAYOUTS[self.layout]
         wanted = {
             name: getattr(layout, name) if getattr(self, name) is None else getattr(self, name)
@@ -141,7 +141,9 @@ def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
     if config.digest and check_source(config) != config.digest:
-        raise InputError(f"ingest.urls: {config.urls} changed since this run was planned. Run the same command again.")
+        raise InputError(
+            f"ingest.urls: {config.urls} has changed since this run was planned. Run the same command again."
+        )
     pairs = refuse(clean(read(config)), load_tombstones(context.store))
     facts = rows.count(pairs)
     if not facts["rows"][rows.KEPT]:
@@ -155,13 +157,13 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
 
 
 def check_source(config: IngestConfig) -> str:
-    """Check that the list is there, can be read, has the columns and at least one row; without parsing it all.
+    """Check that the list exists, is readable, has the columns and at least one row, without parsing all of it.
 
     Returns:
-        sha256 over names and bytes of its files.
+        sha256 of the names and bytes of its files.
 
     Raises:
-        InputError: names the file and what is wrong with it.
+        InputError: the list is not usable; names the file and the problem.
     """
     digest, has_rows = hashlib.sha256(), False
     for source in _sources(config.urls):
@@ -176,29 +178,29 @@ def check_source(config: IngestConfig) -> str:
 
 
 def read(config: IngestConfig) -> Iterator[Listed]:
-    """Every row of the list, files in order of their names.
+    """Read every row of the list, files in order of their names.
 
     Raises:
-        InputError: names the file, the line where there is one, and what is wrong with it. A line of a CSV or TSV file with
-            another number of fields than its header is such an error and no failed row: its quotes or separators are not
-            what they seem, so the rows around it cannot be trusted either.
+        InputError: a file is damaged; names the file, the line if possible, and the problem. A line of a CSV or TSV file with
+            a different number of fields than the header is an error rather than a failed row: its quotes or separators are
+            ambiguous, so the rows around it cannot be trusted either.
     """
     for source in _sources(config.urls):
         yield from _read_source(source, config)
 
 
 def clean(listed: Iterable[Listed]) -> pa.Table:
-    """One row of `PAIRS` for every listed row, sorted by key.
+    """Normalise rows to `PAIRS`, sorted by key.
 
-    Of rows with the same key one is kept: the one with the smallest expected hash, so that the order of the list does not
-    matter; those without a hash come last, and among equals the first on the list counts. It precedes its duplicates.
+    Of rows with the same key, the one with the smallest expected hash is kept, so that the order of the list does not matter.
+    Rows without a hash come last; of equal rows, the first in the list is kept. The kept row precedes its duplicates.
     """
     numbered = enumerate(listed)
     chunks = [PAIRS.empty_table()]
     while chunk := [_clean_row(position, row) for position, row in itertools.islice(numbered, _CHUNK_ROWS)]:
         columns = zip(zip(*chunk, strict=True), PAIRS, strict=True)
         chunks.append(pa.table([pa.array(values, field.type) for values, field in columns], PAIRS))
-    # Of the statuses "kept" is the last in the alphabet, so a kept row precedes what else has its key.
+    # "kept" sorts last among the statuses, so in descending order kept rows come first within a key.
     order = [
         ("key", "ascending"),
         ("status", "descending"),
@@ -225,7 +227,7 @@ def _clean_row(position: int, row: Listed) -> tuple[Any, ...]:
 
 
 def _drop_duplicates(table: pa.Table) -> pa.Table:
-    """Keep the first of the kept rows of each key; the table is sorted by key, kept rows first."""
+    """Drop all but the first kept row of each key; the table is sorted by key, kept rows first."""
     if table.num_rows < 2:
         return table
     key = table.column("key")
@@ -245,9 +247,9 @@ class _Source:
     filesystem: pafs.FileSystem
     path: str
     uri: str
-    """As messages show it."""
+    """URI for messages."""
     size: int
-    """Bytes."""
+    """File size in bytes."""
 
     @property
     def is_gzip(self) -> bool:
@@ -255,23 +257,23 @@ class _Source:
 
     @property
     def format(self) -> str:
-        """With its dot, or anything else when the file is none of `FORMATS`."""
+        """One of `FORMATS`, or any other string if the format is unsupported."""
         name = self.path.rpartition("/")[2]
         suffix = "." + name.removesuffix(".gz").rpartition(".")[2]
         return "" if self.is_gzip and suffix not in TEXT_FORMATS else suffix
 
     @property
     def allowance(self) -> int:
-        """Bytes or characters that may come out of the file."""
+        """Limit on the bytes or characters read from the file."""
         return max(MIN_ALLOWANCE, MAX_EXPANSION * self.size)
 
     def open_stream(self) -> pa.NativeFile:
-        """The bytes as they are: pyarrow would otherwise unpack what is called .gz."""
+        """Open the raw bytes: by default pyarrow would decompress .gz files."""
         return self.filesystem.open_input_stream(self.path, compression=None, buffer_size=1 << 20)
 
 
 def _sources(urls: str) -> list[_Source]:
-    """The files of the list, sorted by name."""
+    """Files of the list, sorted by name."""
     is_uri = "://" in urls
     place, mark, query = urls.partition("?") if is_uri else (urls, "", "")  # s3://bucket/folder?region=...
     magic = re.search(r"[*?\[]", place)
@@ -292,13 +294,13 @@ def _sources(urls: str) -> list[_Source]:
     sources = [source for source in sources if source.format in FORMATS]
     tables_of_columns = [source for source in sources if source.format != ".txt"]
     if not sources:
-        kind = "matches no file of the formats" if magic else "is no file, nor a folder with any, of the formats"
+        kind = "matches no file of the formats" if magic else "is not a file, or a folder with files, of the formats"
         raise InputError(f"ingest.urls: {urls} {kind} {', '.join(FORMATS)}. Convert the list.")
     return tables_of_columns or sources
 
 
 def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:
-    """The files below a folder whose path matches part by part, sorted; hidden ones never do."""
+    """Files below a folder whose paths match the pattern part by part, sorted; hidden files never match."""
     selector = pafs.FileSelector(folder, recursive="/" in pattern, allow_not_found=True)
     found = []
     for info in filesystem.get_file_info(selector):
@@ -310,7 +312,7 @@ def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pa
 
 
 def _read_source(source: _Source, config: IngestConfig) -> Iterator[Listed]:
-    """The rows of one file; its columns are checked before the first."""
+    """Read the rows of one file; check its columns first."""
     header = LAYOUTS[config.layout].header
     if header and source.format not in (".tsv", ".txt"):
         raise InputError(
@@ -329,14 +331,14 @@ def _read_source(source: _Source, config: IngestConfig) -> Iterator[Listed]:
 
 
 def _csv_rows(source: _Source, config: IngestConfig, header: Sequence[str] | None) -> Iterator[Listed]:
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_CHARACTERS))  # the process has only this one
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_CHARACTERS))  # a global setting of the process
     delimiter = "," if source.format == ".csv" else "\t"
     reader = csv.reader(_lines(source), delimiter=delimiter, quoting=csv.QUOTE_NONE if header else csv.QUOTE_MINIMAL)
     records = filter(None, reader)  # blank lines
     try:
         names = header or next(records, None)
         if names is None:
-            raise _unreadable(source, "it is empty, expected a line with the names of its columns")
+            raise _unreadable(source, "it is empty, expected a header line with column names")
         indices = _column_indices(source, names, config)
         for fields in records:
             if len(fields) != len(names):
@@ -352,7 +354,7 @@ def _csv_rows(source: _Source, config: IngestConfig, header: Sequence[str] | Non
 
 def _txt_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
     columns = config.columns
-    _column_indices(source, [columns["url_column"], columns["caption_column"]], config)  # it has no sha256
+    _column_indices(source, [columns["url_column"], columns["caption_column"]], config)  # there is no sha256
     for line in _lines(source):
         if line.strip():
             url, _, caption = line.rstrip("\r\n").partition("\t")
@@ -372,13 +374,13 @@ def _json_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
             if not (value is None or isinstance(value, str)):
                 got = type(value).__name__
                 raise _unreadable(source, f"line {number}: {_shown(name)}: got {got}, expected a string or null")
-            # JSON can escape halves of surrogate pairs, which are no text.
+            # JSON can escape lone surrogates, which are not valid text.
             values.append((value or "").encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
         yield Listed(*values)
 
 
 def _json_records(source: _Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects."""
+    """Line numbers and parsed objects."""
     for number, line in enumerate(_lines(source), 1):
         if not line.strip():
             continue
@@ -392,7 +394,7 @@ def _json_records(source: _Source) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _lines(source: _Source) -> Iterator[str]:
-    """Lines with their ends. What is not UTF-8 becomes U+FFFD, row by row."""
+    """Lines with their line endings; invalid UTF-8 becomes U+FFFD."""
 
     def read_lines() -> Iterator[str]:
         with source.open_stream() as stream:
@@ -412,7 +414,7 @@ def _lines(source: _Source) -> Iterator[str]:
 
 
 def _parquet_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
-    """What the file does to its reader it does to a child process (`tasks.untrusted.parquet_list`)."""
+    """Read a Parquet file in a child process (`tasks.untrusted.parquet_list`), since a damaged file may crash its reader."""
     with _on_disk(source) as path, parquet_list.opened(path, list(config.columns.values())) as opened:
         _check_columns(source, opened.claims, config)
         _check_claims(source, opened.claims)
@@ -422,12 +424,12 @@ def _parquet_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
             num_rows += 1
             yield row
     if num_rows != opened.claims.num_rows:
-        raise _unreadable(source, f"it has {num_rows:,} rows, its footer says {opened.claims.num_rows:,}")
+        raise _unreadable(source, f"got {num_rows:,} rows, its footer claims {opened.claims.num_rows:,}")
 
 
 @contextlib.contextmanager
 def _on_disk(source: _Source) -> Iterator[str]:
-    """A local path to the file, for a process that has neither network nor credentials."""
+    """Provide a local copy of the file for a process without network access and credentials."""
     if isinstance(source.filesystem, pafs.LocalFileSystem):
         yield source.path
         return
@@ -457,28 +459,28 @@ def _check_columns(source: _Source, claims: Claims, config: IngestConfig) -> Non
 
 
 def _check_claims(source: _Source, claims: Claims) -> None:
-    """Look at what the footer claims before anything is allocated for it."""
+    """Check the sizes claimed by the footer before memory is allocated for them."""
     limits = (
         ("rows", claims.num_rows, max(MIN_ROWS, MAX_EXPANSION * source.size)),
         ("bytes", claims.num_bytes, source.allowance),
     )
-    for what, claimed, most in limits:
-        if not 0 <= claimed <= most:
-            raise _unreadable(source, f"its footer claims {claimed:,} {what}, expected at most {most:,} in this file")
+    for unit, value, limit in limits:
+        if not 0 <= value <= limit:
+            raise _unreadable(source, f"its footer claims {value:,} {unit}, expected at most {limit:,} in this file")
     if claims.num_group_rows != claims.num_rows:
-        raise _unreadable(source, "its footer contradicts itself on the number of rows")
+        raise _unreadable(source, "its footer has contradictory numbers of rows")
 
 
 def _column_indices(source: _Source, names: Sequence[str], config: IngestConfig) -> list[int]:
-    """Where each of `config.columns` is."""
+    """Index of each of `config.columns`."""
     for setting, name in config.columns.items():
         if name not in names:
-            fitting = [
+            matching_layouts = [
                 layout_name
                 for layout_name, layout in LAYOUTS.items()
                 if not layout.header and {layout.url_column, layout.caption_column} <= set(names)
             ]
-            hint = f" Or is it --set ingest.layout={fitting[0]}?" if fitting else ""
+            hint = f" Or use --set ingest.layout={matching_layouts[0]}." if matching_layouts else ""
             raise InputError(
                 f"ingest.urls: {source.uri} has no column {_shown(name)} (ingest.{setting}). "
                 f"{nearest(name, map(normalise_caption, names))}{hint}"
@@ -492,31 +494,33 @@ def _column_indices(source: _Source, names: Sequence[str], config: IngestConfig)
 
 
 def _within_allowance(source: _Source, items: Iterable[T], length: Callable[[T], int]) -> Iterator[T]:
-    """The items, as long as they are not many times longer than the file."""
-    left = source.allowance
+    """Yield the items; raise `InputError` once their total length exceeds the allowance of the file."""
+    remaining = source.allowance
     for item in items:
-        left -= length(item)
-        if left < 0:
+        remaining -= length(item)
+        if remaining < 0:
             raise _unreadable(
                 source,
-                f"its {source.size:,} bytes unpack to more than {source.allowance:,}",
-                "Split it, or write it again without compression, if it is no trap.",
+                f"its {source.size:,} bytes decompress to more than {source.allowance:,}",
+                "If you trust the file, split it or write it without compression.",
             )
         yield item
 
 
 def _shown(name: str) -> str:
-    """A foreign name as a message can show it."""
+    """Untrusted name, made safe for a message."""
     return repr(normalise_caption(name)[:100])
 
 
-def _unreadable(source: _Source, reason: str, remedy: str = "Write it again, or take it off the list.") -> InputError:
+def _unreadable(
+    source: _Source, reason: str, remedy: str = "Write it again, or remove it from the list."
+) -> InputError:
     return InputError(f"ingest.urls: {source.uri} cannot be read: {reason}. {remedy}")
 
 
 @contextlib.contextmanager
 def _readable(source: _Source) -> Iterator[None]:
-    """Whatever a damaged file makes its reader raise is an `InputError`."""
+    """Convert the errors of reading a damaged file to `InputError`."""
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""Stage `publish`: a system's trained parts as one stack, in the store and in MLflow's registry."""
+"""Stage `publish`: publish a system's trained parts as one stack, in the store and in MLflow's registry."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ def publish(
     report: Artifact,
     *parts: Artifact,
 ) -> Output:
-    """Gather the evaluated system as a stack, register it in MLflow and move the alias to it."""
+    """Save the evaluated system as a stack, register it in MLflow and move the alias to it."""
     stack = StackFiles.of(evaluate.facts["stack"])
     folder = f"{context.folder}/stack"
     save_stack(folder, stack)

@@ -1,4 +1,4 @@
-"""Stage `report`: a page that shows what is in a dataset version, what is not, and why; opens from disk with no network."""
+"""Stage `report`: a page on a dataset version: kept rows, dropped rows and the reasons; opens from disk without a network."""
 
 import base64
 import dataclasses
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
-from tasks.duplicates import Noted, clusters_of
+from tasks.duplicates import AnnotatedKeys, clusters_of
 from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
@@ -29,7 +29,7 @@ CHARACTER_REASONS = ("caption_too_few_characters", "caption_too_many_characters"
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """What of a measure is kept."""
+    """Range of a measure that is kept."""
 
     measure: str
     minimum: float | None
@@ -39,11 +39,11 @@ class Limit:
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
     num_pictures: int = 24
-    """Kept rows that are shown."""
+    """Number of kept rows shown."""
     num_at_edges: int = 8
-    """Rows shown on either side of each threshold."""
+    """Number of rows shown on either side of each threshold."""
     num_clusters: int = 12
-    """Duplicates shown beside what they duplicate."""
+    """Number of duplicates per reason, shown beside the kept row."""
 
     limits: tuple[Limit, ...] = ()
     """Thresholds of [filter] and [curate], filled in by the pipeline."""
@@ -55,7 +55,7 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A number of each row, with the limits that decide by it."""
+    """A value per row, with its limits."""
 
     title: str
     unit: str
@@ -64,18 +64,18 @@ class Measure:
     minimum: float | None = None
     maximum: float | None = None
     reasons: tuple[str, str] = ("", "")
-    """Of rows below the minimum and above the maximum."""
+    """Reasons of rows below the minimum and above the maximum."""
 
 
 def _pin(config: ReportConfig, pinning: Pinning) -> ReportConfig:
-    """Fill in the limits that the filters set."""
+    """Fill in the limits of [filter] and [curate]."""
     limits = {**pinning.config.filter.limits(), **pinning.config.curate.limits()}
     return dataclasses.replace(config, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
 
 
 @stage("report", version=1, pin=_pin, shows_rows=True)
 def report(context: StageContext, config: ReportConfig, dataset: Artifact) -> Output:
-    """Write the page about the dataset: totals, reasons, domains, distributions, and pictures at every threshold."""
+    """Write the page on the dataset: totals, reasons, domains, distributions, and images at every threshold."""
     page = render(context.run.pipeline, Snapshot.of(dataset.facts), dataset.facts, config)
     uri = f"{context.folder}/report.html"
     files.write(uri, page.encode())
@@ -84,7 +84,7 @@ def report(context: StageContext, config: ReportConfig, dataset: Artifact) -> Ou
 
 
 def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: ReportConfig) -> str:
-    """The page as HTML. All that comes from lists and servers is escaped, and the page may load nothing."""
+    """Render the page as HTML. Text from lists and servers is escaped, and the page loads nothing."""
     import jinja2
 
     selection = tables.read_file(snapshot.selection)
@@ -99,7 +99,7 @@ def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: 
     edges = [edge for measure in measures for edge in _edges(measure, fates, config.num_at_edges)]
     clusters = clusters_of(fates, kept, images, snapshot, config.num_clusters)
     shown = set(kept[: config.num_pictures])
-    shown |= {key for _, *sides in edges for side in sides for key, _ in side}
+    shown |= {key for _, *groups in edges for group in groups for key, _ in group}
     shown |= {key for cluster in clusters for key, _ in cluster}
     thumbnails = _thumbnails(snapshot, shown)
 
@@ -149,11 +149,11 @@ def _measures(
         limit = limits.get(name, Limit(name, None, None))
         return Measure(title, unit, values, limit.minimum, limit.maximum, (below, above))
 
-    sides = dict(zip(keys, shorter, strict=True))
+    shorter_sides = dict(zip(keys, shorter, strict=True))
     ratios = dict(zip(keys, longer / shorter, strict=True))
     measures = [
-        measure("shorter_side", "Shorter side of the original", "pixels", sides, "too_small", ""),
-        measure("aspect_ratio", "Longer side by shorter side", "ratio", ratios, "", "bad_aspect"),
+        measure("shorter_side", "Shorter side of the original", "pixels", shorter_sides, "too_small", ""),
+        measure("aspect_ratio", "Aspect ratio (longer to shorter side)", "", ratios, "", "bad_aspect"),
         measure("caption_words", "Caption length", "words", words, "caption_too_short", "caption_too_long"),
         measure("caption_characters", "Caption length", "characters", characters, *CHARACTER_REASONS),
     ]
@@ -164,8 +164,8 @@ def _measures(
     return measures
 
 
-def _edges(measure: Measure, fates: Mapping[str, str], count: int) -> list[tuple[str, Noted, Noted]]:
-    """For each limit: rows nearest to it that are kept, and that were dropped because of it."""
+def _edges(measure: Measure, fates: Mapping[str, str], count: int) -> list[tuple[str, AnnotatedKeys, AnnotatedKeys]]:
+    """For each limit: the nearest rows that are kept, and the nearest that were dropped because of it."""
     found = []
     for limit, reason, sign, word in (
         (measure.minimum, measure.reasons[0], 1, "at least"),
@@ -178,26 +178,26 @@ def _edges(measure: Measure, fates: Mapping[str, str], count: int) -> list[tuple
         inside = sorted(kept, key=lambda key: (sign * measure.values[key], key))[:count]
         outside = sorted(dropped, key=lambda key: (-sign * measure.values[key], key))[:count]
         title = f"{measure.title}: {word} {limit:g} {measure.unit}".strip()
-        sides = ([(key, f"{measure.values[key]:.4g}") for key in keys] for keys in (inside, outside))
-        found.append((title, *sides))
+        groups = ([(key, f"{measure.values[key]:.4g}") for key in keys] for keys in (inside, outside))
+        found.append((title, *groups))
     return found  # type: ignore[return-value]
 
 
 def _domains(pairs: pa.Table, fates: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Hosts with their balance, those with most rows first."""
+    """Counts per host, in decreasing order of rows."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for key, url in zip(pairs["key"].to_pylist(), pairs["url"].to_pylist(), strict=True):
         host = urllib.parse.urlsplit(url).hostname if "://" in url else None
         counts[host or "(none)"][fates[key]] += 1
     found = []
     for host, fate in counts.items():
-        lost = ", ".join(f"{name} {number:,}" for name, number in fate.most_common(4) if name != rows.KEPT)
-        found.append({"name": host, "rows": fate.total(), "kept": fate[rows.KEPT], "lost": lost})
+        losses = ", ".join(f"{name} {number:,}" for name, number in fate.most_common(4) if name != rows.KEPT)
+        found.append({"name": host, "rows": fate.total(), "kept": fate[rows.KEPT], "lost": losses})
     return sorted(found, key=lambda domain: (-domain["rows"], domain["name"]))
 
 
 def _chart(measure: Measure) -> dict[str, Any]:
-    """A histogram between the 0.5th and 99.5th percentile and the limits; what is beyond counts to the outer bars."""
+    """Histogram over the 0.5th to 99.5th percentile and the limits; values beyond count in the outermost bars."""
     values = np.array([value for value in measure.values.values() if np.isfinite(value)])
     limits = [limit for limit in (measure.minimum, measure.maximum) if limit is not None]
     low, high = np.percentile(values, [0.5, 99.5]) if len(values) else (0.0, 1.0)
@@ -215,10 +215,10 @@ def _chart(measure: Measure) -> dict[str, Any]:
         bars.append(
             {"x": place(left), "y": 125 - height, "width": 300 / NUM_BARS - 1, "height": height, "label": label}
         )
-    drawn = []
+    limit_lines = []
     for limit in limits:
         right = place(limit) > 200
-        drawn.append(
+        limit_lines.append(
             {
                 "x": place(limit),
                 "label": f"{limit:g}",
@@ -230,14 +230,14 @@ def _chart(measure: Measure) -> dict[str, Any]:
         "title": measure.title,
         "unit": measure.unit,
         "bars": bars,
-        "limits": drawn,
+        "limits": limit_lines,
         "low": f"{low:.4g}",
         "high": f"{high:.4g}",
     }
 
 
 def _thumbnails(snapshot: Snapshot, keys: Iterable[str]) -> dict[str, str]:
-    """Data URIs of small JPEGs."""
+    """Key -> data URI of a small JPEG."""
     from PIL import Image
 
     wanted, found = pa.array(sorted(keys), pa.string()), {}

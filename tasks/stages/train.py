@@ -1,4 +1,4 @@
-"""Stages that train: `train(part)` makes one of any part. Trainings are independent of each other."""
+"""Stages that train: `train(part)` creates the stage that trains a part. Trainings are independent of each other."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ VERSION = 2
 
 
 def train(part: Part[Any]) -> Stage:
-    """The stage that trains a part on a dataset: bind it to the dataset, then to the stages that the part needs."""
+    """Create the stage that trains a part; its parents are the dataset, then the stages in `part.needs`."""
 
     def function(context: StageContext, config: Any, dataset: Artifact, *needed: Artifact) -> Output:
         if part.shows_rows:
-            _tell_shown_rows(context, dataset)
+            _record_shown_rows(context, dataset)
         return _train(context, dataset, training_of(part, config, Snapshot.of(dataset.facts), *needed))
 
     function.__doc__ = part.help
@@ -37,15 +37,15 @@ def train(part: Part[Any]) -> Stage:
         pin=pin_trainer,
         shows_rows=part.shows_rows,
         part=part,
-        made_by=(train, part),
+        factory=(train, part),
     )
 
 
 def training_of(part: Part[Any], config: Any, snapshot: Snapshot, *needed: Artifact) -> Training:
-    """All that a worker needs to train a part with these settings on a snapshot.
+    """Everything that a worker needs to train a part with these settings on a snapshot.
 
     Args:
-        needed: artifacts of the stages in `part.needs`, in that order.
+        needed: artifacts of the stages in `part.needs`, in the same order.
     """
     sources = tuple(snapshot.source(table, *columns) for table, columns in part.reads(config).items())
     artifacts = dict(zip(part.needs, needed, strict=True))
@@ -81,7 +81,7 @@ class SnapshotInputs:
         return self.snapshot.load_principal_components()
 
     def first_rows(self, table: str, columns: tuple[str, ...], count: int) -> Batch:
-        keys = self.snapshot.keys("train")[:count]  # keys are hashes: the first are as good as any
+        keys = self.snapshot.keys("train")[:count]  # keys are hashes, so the first rows are a random sample
         return RowReader((self.snapshot.source(table, *columns),), keys).read(keys)
 
     def preview_rows(self) -> Batch:
@@ -101,12 +101,12 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
 
 
 def _shown_keys(snapshot: Snapshot) -> list[str]:
-    """Keys of a few rows to watch a training on, held-out ones where there are any."""
+    """Keys of a few rows for previews; held-out rows if there are any."""
     return (snapshot.keys("holdout") or snapshot.keys("train"))[:NUM_PREVIEWS]
 
 
-def _tell_shown_rows(context: StageContext, dataset: Artifact) -> None:
-    """Record the shown rows before there are previews, so that a takedown finds what shows a row."""
+def _record_shown_rows(context: StageContext, dataset: Artifact) -> None:
+    """Record the shown rows before the first preview, so that a takedown finds previews that show a row."""
     keys = _shown_keys(Snapshot.of(dataset.facts))
     files.write_json(f"{context.folder}/{PREVIEW_KEYS}", keys)
     context.tracker.json(keys, PREVIEW_KEYS)

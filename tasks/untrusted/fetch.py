@@ -1,11 +1,11 @@
-"""Fetch bytes from URLs that nobody vouched for: public addresses only, bounded in bytes, redirects and wall time.
+"""Fetch bytes from untrusted URLs: public addresses only, bounded in bytes, redirects and wall time.
 
-The name is resolved once, every address it has is checked, and the connection goes to a checked address: so neither
-another spelling of an internal address, nor a redirect, nor a name server that changes its answer gets around the check.
+Each name is resolved once, all its addresses are checked, and the connection goes to a checked address. So an unusual
+spelling of an internal address, a redirect, or a name server that changes its answer cannot bypass the check.
 
-Every request, also one that a redirect leads to, follows the host's robots.txt and takes one of the host's few places.
-Hosts that the operator named (`allow_hosts`) are the operator's own: they need not be public, and no such manners are due.
-What a server says of the picture itself (`tasks.untrusted.opt_outs`) holds for all.
+Every request, including redirects, obeys the host's robots.txt and its limit of concurrent requests. Hosts in `allow_hosts`
+belong to the operator: they need not be public, and neither rule applies to them. Opt-outs that a server declares for the
+image itself (`tasks.untrusted.opt_outs`) apply to all hosts.
 """
 
 import concurrent.futures
@@ -34,12 +34,12 @@ _CHUNK_BYTES = 1 << 16
 _RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
 _OPT_OUTS = ("x-robots-tag", "tdm-reservation", "content-usage", "content-signal")
 _REDIRECTS = (301, 302, 303, 307, 308)
-_ADDRESSES_LAST_SECONDS = 30.0  # name servers are the first to give way under a long list
+_ADDRESSES_LAST_SECONDS = 30.0  # a long list overloads name servers first
 _MAX_ADDRESSES = 100_000
-_BACKOFF_SECONDS = 0.2  # before the first further attempt; doubles
+_BACKOFF_SECONDS = 0.2  # before the first retry; doubles
 
-# Python 3.11 calls some of these global: a cloud's metadata service (192.0.0.192), another's (168.63.129.16), 6to4 relays,
-# site-local IPv6. The list is whole, so that it does not depend on the version.
+# Python 3.11 treats some of these as global: two clouds' metadata services (192.0.0.192, 168.63.129.16), 6to4 relays,
+# site-local IPv6. The list is complete, so it does not depend on the Python version.
 _NOT_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
@@ -56,7 +56,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet; of an IPv6 address that carries an IPv4 one, that one counts."""
+    """Return True for an address of the public internet. An IPv4 address embedded in an IPv6 address decides for it."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         carried = ip.ipv4_mapped or ip.sixtofour
@@ -67,8 +67,8 @@ def is_public(address: str) -> bool:
     return ip.is_global and not any(ip.version == network.version and ip in network for network in _NOT_PUBLIC)
 
 
-def wait_asked(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks to wait, from a number or an HTTP date; None when it asks nothing."""
+def retry_after_seconds(value: str | None) -> float | None:
+    """Return the seconds of a Retry-After header, a number or an HTTP date; None if it is absent or invalid."""
     text = (value or "").strip()
     if text.isascii() and text.isdigit():
         return float(text)
@@ -82,7 +82,7 @@ def wait_asked(value: str | None) -> float | None:
 
 
 def host_of(url: str) -> str:
-    """The host of a URL as it is looked up: lower case, IDNA, without brackets.
+    """Return the host of a URL as it is looked up: lower case, IDNA, without brackets.
 
     Raises:
         RowFault: bad_url.
@@ -91,15 +91,15 @@ def host_of(url: str) -> str:
 
 
 def is_named(url: str, allow_hosts: Sequence[str]) -> bool:
-    """Whether the operator named the host of a URL; false when it is no URL."""
+    """Return True if the host of a URL is in `allow_hosts`; False if the URL is invalid."""
     try:
-        return _Target.parse(url).is_among(allow_hosts)
+        return _Target.parse(url).is_in(allow_hosts)
     except RowFault:
         return False
 
 
 class _Busy(RowFault):
-    """A server that asked to be left alone for a while."""
+    """A server that asked clients to wait."""
 
     def __init__(self, reason: str, seconds: float) -> None:
         super().__init__(reason)
@@ -111,7 +111,7 @@ class _Deadline:
     at: float
     """Monotonic time."""
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         seconds = self.at - time.monotonic()
         if seconds <= 0:
             raise TimeoutError
@@ -120,32 +120,34 @@ class _Deadline:
 
 @dataclasses.dataclass(frozen=True)
 class Fetcher:
-    """How URLs are fetched; safe to share between threads, which then share what is known of hosts."""
+    """A client with the settings for fetching; thread-safe. Threads that share it also share its caches and limits."""
 
     user_agent: str
     timeout_seconds: float
-    """For one URL, with its redirects and retries, without waiting for robots.txt and for a place at its host."""
+    """For one URL with redirects and retries, excluding waits for robots.txt and for the host's request limit."""
     connect_timeout_seconds: float
     """For one address."""
     max_bytes: int
     max_redirects: int
     retries: int
     requests_per_host: int
-    """At the same time; another port is another host."""
+    """Concurrent requests per host and port."""
     respect_robots: bool
     max_crawl_delay_seconds: float
-    """A longer crawl delay in a robots.txt is taken for this one."""
+    """Upper limit on the crawl delay of a robots.txt."""
     opt_out_directives: tuple[str, ...]
-    """What in an X-Robots-Tag forbids the picture."""
+    """X-Robots-Tag directives that forbid the use of an image."""
     allow_hosts: tuple[str, ...] = ()
-    """`host` or `host:port` that may be fetched although they are not public, as fast as they answer."""
+    """`host` or `host:port` entries that may be fetched even if not public, with neither robots.txt nor limits."""
     resolve: Callable[..., Any] = socket.getaddrinfo
     _robots: robots.Robots = dataclasses.field(default_factory=robots.Robots, init=False, repr=False, compare=False)
     _addresses: dict[tuple[str, int], tuple[float, list[Any]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """Host and port -> until when it is good (monotonic time), and its addresses, checked."""
-    _places: "_Places" = dataclasses.field(default_factory=lambda: _Places(), init=False, repr=False, compare=False)
+    """Host and port -> expiry (monotonic time) and checked addresses."""
+    _host_limits: "_HostLimits" = dataclasses.field(
+        default_factory=lambda: _HostLimits(), init=False, repr=False, compare=False
+    )
 
     @property
     def agent(self) -> str:
@@ -153,10 +155,10 @@ class Fetcher:
         return self.user_agent.partition("/")[0].strip().lower()
 
     def fetch(self, url: str) -> bytes:
-        """The body behind a URL.
+        """Return the body behind a URL.
 
         Raises:
-            RowFault: one of the reasons of `tasks.rows`; nothing else.
+            RowFault: with one of the reasons of `tasks.rows`; no other exception.
         """
         return self._try(url, for_robots=False)
 
@@ -187,7 +189,7 @@ class Fetcher:
                 raise RowFault("connect_error") from None
             except http.client.IncompleteRead:
                 raise RowFault("short_body") from None
-            except Exception:  # whatever a hostile server makes of HTTP, it costs this row only
+            except Exception:  # a hostile server costs only this row, however it breaks HTTP
                 raise RowFault("fetch_error") from None
             if isinstance(answer, bytes):
                 return answer
@@ -195,44 +197,44 @@ class Fetcher:
         raise RowFault("redirect_limit")
 
     def _get(self, url: str, deadline: _Deadline, for_robots: bool) -> bytes | str:
-        """The body, or the URL to which the server redirects."""
+        """Return the body, or the URL of a redirect."""
         target = _Target.parse(url)
-        addresses = self._look_up(target, deadline)
-        with self._turn(target, deadline, for_robots):
+        addresses = self._resolve_checked(target, deadline)
+        with self._admission(target, deadline, for_robots):
             connection = http.client.HTTPConnection(target.host, target.port)
-            connection.sock = self._dial(target, addresses, deadline)
+            connection.sock = self._connect(target, addresses, deadline)
             with contextlib.closing(connection):
                 headers = {"Host": target.host_header, "User-Agent": self.user_agent}
                 headers |= {"Accept": "text/plain,*/*;q=0.5" if for_robots else "image/*,*/*;q=0.5"}
                 connection.request("GET", target.path, headers=headers | {"Accept-Encoding": "identity"})
                 with connection.getresponse() as response:
-                    return self._answer(target, response, for_robots)
+                    return self._read_answer(target, response, for_robots)
 
     @contextlib.contextmanager
-    def _turn(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> Iterator[None]:
-        """Wait until the host's robots.txt and the other requests to it admit one more. The deadline waits, too."""
-        if target.is_among(self.allow_hosts):
+    def _admission(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> Iterator[None]:
+        """Wait until the host's crawl delay and request limit allow a request. Waiting extends the deadline."""
+        if target.is_in(self.allow_hosts):
             yield
             return
         started = time.monotonic()
         if self.respect_robots and not for_robots:
             load = functools.partial(self._try, for_robots=True)
             time.sleep(self._robots.admit(target.url, self.agent, load, self.max_crawl_delay_seconds))
-        with self._places.of(target, self.requests_per_host):
+        with self._host_limits.of(target, self.requests_per_host):
             deadline.at += time.monotonic() - started
             yield
 
-    def _answer(self, target: "_Target", response: http.client.HTTPResponse, for_robots: bool) -> bytes | str:
+    def _read_answer(self, target: "_Target", response: http.client.HTTPResponse, for_robots: bool) -> bytes | str:
         headers, status = response.headers, response.status
         location = headers["Location"] if status in _REDIRECTS else None
         if status != 200 and not location:
-            asked = wait_asked(headers["Retry-After"]) if status in (429, 503) else None
-            raise RowFault(f"http_{status}") if asked is None else _Busy(f"http_{status}", asked)
+            pause = retry_after_seconds(headers["Retry-After"]) if status in (429, 503) else None
+            raise RowFault(f"http_{status}") if pause is None else _Busy(f"http_{status}", pause)
         if not for_robots:
             lines = {name: headers.get_all(name, []) for name in _OPT_OUTS}
             tags, reservations = lines["x-robots-tag"], lines["tdm-reservation"]
             tagged = opt_outs.opted_out(tags, self.agent, self.opt_out_directives)
-            if tagged or opt_outs.reserved(reservations) or opt_outs.headers_refuse(lines):
+            if tagged or opt_outs.rights_reserved(reservations) or opt_outs.headers_refuse(lines):
                 raise RowFault("opted_out")
         if location:
             url: str = urllib.parse.urljoin(target.url, location)
@@ -245,32 +247,32 @@ class Fetcher:
             raise RowFault("bad_encoding")
         return _read(response, robots.MAX_BYTES if for_robots else self.max_bytes)
 
-    def _look_up(self, target: "_Target", deadline: _Deadline) -> list[Any]:
-        """All addresses of the host, as `getaddrinfo` has them, after checking every one."""
+    def _resolve_checked(self, target: "_Target", deadline: _Deadline) -> list[Any]:
+        """Return all addresses of the host, as `getaddrinfo` lists them, after checking each."""
         known = self._addresses.get((target.host, target.port))
         if known is not None and time.monotonic() < known[0]:
             return known[1]
         lookup = _resolvers().submit(self.resolve, target.host, target.port, type=socket.SOCK_STREAM)
         try:
-            found: list[Any] = lookup.result(deadline.left())
+            found: list[Any] = lookup.result(deadline.remaining())
         except (socket.gaierror, UnicodeError):
             raise RowFault("dns_error") from None
-        if not target.is_among(self.allow_hosts) and not all(is_public(address[0]) for *_, address in found):
+        if not target.is_in(self.allow_hosts) and not all(is_public(address[0]) for *_, address in found):
             raise RowFault("blocked_address")
         if len(self._addresses) >= _MAX_ADDRESSES:
             self._addresses.clear()
         self._addresses[target.host, target.port] = time.monotonic() + _ADDRESSES_LAST_SECONDS, found
         return found
 
-    def _dial(self, target: "_Target", addresses: Sequence[Any], deadline: _Deadline) -> socket.socket:
-        """Connect to the first of the addresses that answers."""
+    def _connect(self, target: "_Target", addresses: Sequence[Any], deadline: _Deadline) -> socket.socket:
+        """Connect to the first address that answers."""
         failure: OSError = OSError("no address")
         for family, kind, protocol, _, address in addresses:
             sock = _Socket(family, kind, protocol)
             try:
-                sock.settimeout(min(self.connect_timeout_seconds, deadline.left()))
+                sock.settimeout(min(self.connect_timeout_seconds, deadline.remaining()))
                 sock.connect(address)
-                sock.settimeout(deadline.left())
+                sock.settimeout(deadline.remaining())
                 if target.tls:
                     sock = _tls().wrap_socket(sock, server_hostname=target.host)  # type: ignore[assignment]
                 sock.deadline = deadline
@@ -309,7 +311,7 @@ class _Target:
 
     @classmethod
     def parse(cls, url: str) -> "_Target":
-        if re.search(r"[\x00-\x1f\x7f]", url):  # urlsplit would take some of them out
+        if re.search(r"[\x00-\x1f\x7f]", url):  # urlsplit would silently remove some of them
             raise RowFault("bad_url")
         try:
             parts = urllib.parse.urlsplit(url)
@@ -329,15 +331,15 @@ class _Target:
 
     @property
     def url(self) -> str:
-        """Normalised, without the fragment."""
+        """Normalised URL without the fragment."""
         return f"{'https' if self.tls else 'http'}://{self.host_header}{self.path}"
 
-    def is_among(self, allow_hosts: Sequence[str]) -> bool:
+    def is_in(self, allow_hosts: Sequence[str]) -> bool:
         return self.host in allow_hosts or f"{self.host}:{self.port}" in allow_hosts
 
 
-class _Places:
-    """A semaphore for every host that is asked at the moment, and none for the others: a list may name millions."""
+class _HostLimits:
+    """Semaphores of the hosts with requests in flight; idle hosts have none, since a list may contain millions."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -345,19 +347,19 @@ class _Places:
 
     def of(self, target: _Target, limit: int) -> threading.Semaphore:
         with self._lock:
-            places = self._hosts.get((target.host, target.port))
-            if places is None:
-                places = self._hosts[target.host, target.port] = threading.Semaphore(limit)
-            return places
+            limiter = self._hosts.get((target.host, target.port))
+            if limiter is None:
+                limiter = self._hosts[target.host, target.port] = threading.Semaphore(limit)
+            return limiter
 
 
 class _Socket(socket.socket):
-    """A socket whose every read ends at one deadline, however slowly the bytes drip."""
+    """A socket whose reads all end at one deadline, however slowly bytes arrive."""
 
     deadline: _Deadline
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.left())
+        self.settimeout(self.deadline.remaining())
         return super().recv_into(*args, **kwargs)
 
 
@@ -365,7 +367,7 @@ class _TLSSocket(ssl.SSLSocket):
     deadline: _Deadline
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.left())
+        self.settimeout(self.deadline.remaining())
         return super().recv_into(*args, **kwargs)
 
 
@@ -378,5 +380,5 @@ def _tls() -> ssl.SSLContext:
 
 @functools.cache
 def _resolvers() -> concurrent.futures.ThreadPoolExecutor:
-    # The system's resolver knows no timeout, so it is waited for from outside.
+    # The system resolver has no timeout, so callers wait for it in another thread.
     return concurrent.futures.ThreadPoolExecutor(max_workers=32, thread_name_prefix="resolve")

@@ -1,8 +1,8 @@
-"""What servers say about using their content for AI: headers of an answer, and lines of robots.txt about it.
+"""Opt-outs from AI use that servers declare, in response headers and in lines of robots.txt.
 
-Four ways to say no: X-Robots-Tag, TDM-Reservation (W3C TDMRep), Content-Usage (IETF AI Preferences) and Content-Signal
-(contentsignals.org). The last two also stand in robots.txt, in the groups of a robot, perhaps with a path. What cannot be
-parsed counts as a no, and one no counts more than any yes.
+There are four: X-Robots-Tag, TDM-Reservation (W3C TDMRep), Content-Usage (IETF AI Preferences) and Content-Signal
+(contentsignals.org). The last two may also appear in robots.txt, in a robot's group, optionally with a path. A value that
+cannot be parsed counts as a refusal, and one refusal outweighs any permission.
 """
 
 import re
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 USAGES = ("train-ai", "train-genai", "ai", "bots", "all")
-"""Categories of Content-Usage that training a model falls into."""
+"""Categories of Content-Usage that include training a model."""
 SIGNALS = ("ai-train",)
-"""Of Content-Signal."""
+"""Signals of Content-Signal that include training a model."""
 
 _ROBOT = re.compile(r"\*|(?!unavailable_after$)[a-z][a-z0-9_.-]*(/[a-z0-9_.-]*)?")
 _KEY = r"[a-z*][a-z0-9_.*-]*+"
-# Of RFC 9651: number, string, token, bytes, boolean, date, display string.
+# Types of RFC 9651: number, string, token, bytes, boolean, date, display string.
 _BARE = r"""(?:-?[0-9]++(?:[.][0-9]++)?+|%?"(?:[^"\\]|\\.)*+"|[a-zA-Z*][!#$%&'*+.^_`|~:/\w-]*+|:[\w+/=]*+:|[?][01]|@-?[0-9]++)"""
 _PARAMETERS = rf"(?:;[ ]*+{_KEY}(?:={_BARE})?+)*+"
 _MEMBER = re.compile(rf"({_KEY})(?:=({_BARE}|[(][^()]*+[)]))?+{_PARAMETERS}[ \t]*+(?:,[ \t]*+(?=[^ \t])|$)", re.ASCII)
@@ -27,17 +27,17 @@ _LINE = re.compile(r"(content-usage|content-signal)(?![\w-])\s*:?\s*(/\S*)?\s*(.
 
 
 def opted_out(values: Iterable[str], agent: str, directives: Sequence[str]) -> bool:
-    """Whether X-Robots-Tag headers hold one of `directives` for everyone, or for `agent` (lower case, without its version).
+    """Return True if X-Robots-Tag headers contain one of `directives` for all robots or for `agent`.
 
-    A value is a list of directives, each perhaps with a value of its own, which apply to the robot named before them. What
-    cannot be parsed counts as said to us.
+    A header lists directives, some with a value, that apply to the robot named before them. A directive that cannot be
+    parsed counts as addressed to `agent` (its name in lower case, without its version).
     """
     if not directives:
         return False
     forbidden = re.compile(rf"\b(?:{'|'.join(map(re.escape, directives))})\b")
     for value in values:
         robot, in_date = "*", False
-        # "max-image-preview: none" is about previews.
+        # "max-image-preview: none" concerns previews.
         for item in re.sub(r"\bmax-[a-z-]+\s*:\s*[\w-]+", "", value.lower()).split(","):
             name, colon, rest = (part.strip() for part in item.partition(":"))
             if in_date and re.match(r"\d", name) and not forbidden.search(item):
@@ -54,13 +54,13 @@ def opted_out(values: Iterable[str], agent: str, directives: Sequence[str]) -> b
     return False
 
 
-def reserved(values: Iterable[str]) -> bool:
-    """Whether TDM-Reservation headers keep the rights to text and data mining; "0" alone waives them."""
+def rights_reserved(values: Iterable[str]) -> bool:
+    """Return True if TDM-Reservation headers reserve the rights to text and data mining; only "0" waives them."""
     return any(value.strip() != "0" for value in values)
 
 
 def usage_refused(value: str) -> bool:
-    """Whether a Content-Usage refuses training: a dictionary of RFC 9651 such as `train-ai=n, search=y`."""
+    """Return True if a Content-Usage refuses training: an RFC 9651 dictionary such as `train-ai=n, search=y`."""
     text = re.sub(r"\s+", " ", value).strip()
     position = 0
     while position < len(text):
@@ -72,7 +72,7 @@ def usage_refused(value: str) -> bool:
 
 
 def signal_refused(value: str) -> bool:
-    """Whether a Content-Signal refuses training: a list such as `search=yes, ai-train=no`."""
+    """Return True if a Content-Signal refuses training: a list such as `search=yes, ai-train=no`."""
     for item in value.split(",") if value.strip() else ():
         signal = _SIGNAL.fullmatch(item)
         if signal is None or (signal[1].lower() in SIGNALS and signal[2].lower() != "yes"):
@@ -84,31 +84,31 @@ _REFUSED = {"content-usage": usage_refused, "content-signal": signal_refused}
 
 
 def headers_refuse(headers: Mapping[str, Sequence[str]]) -> bool:
-    """Whether headers refuse training; by lower-case name the values of each of their lines."""
+    """Return True if any header refuses training. `headers` maps lower-case names to the values of all lines."""
     return any(refused(value) for name, refused in _REFUSED.items() for value in headers.get(name, ()))
 
 
 class Preference(NamedTuple):
-    """A line of a robots.txt about usage."""
+    """One usage line of a robots.txt."""
 
     name: str
     """content-usage or content-signal."""
     path: str
-    """Pattern of the paths that it is about; empty for all."""
+    """Pattern of the paths that the line covers; empty for all paths."""
     refused: bool
 
 
 def preferences(text: str, agent: str) -> list[Preference]:
-    """The lines of a robots.txt about usage that are for a robot.
+    """Return the usage lines of a robots.txt that apply to a robot.
 
-    They are taken from the groups that name the robot, or else from those of all robots; those before any group are for all.
+    They come from the groups that name the robot, else from the groups of `*`. Lines before any group apply to all robots.
 
     Args:
         agent: the robot's name, without its version.
     """
     everyone: list[Preference] = []
     groups: dict[str, list[Preference]] = {}
-    current, is_open = [everyone], False  # an open group takes further robots
+    current, is_open = [everyone], False  # an open group accepts further robots
     for line in text.splitlines():
         line = line.partition("#")[0].strip()
         if usage := _LINE.fullmatch(line):
@@ -122,29 +122,29 @@ def preferences(text: str, agent: str) -> list[Preference]:
             is_open = True
         elif re.match(r"(dis)?allow|crawl-delay", line, re.IGNORECASE):
             is_open = False
-    # As protego does: the longest name that is part of ours.
+    # Like protego, take the longest name that is part of ours.
     names = (robot for robot in groups if robot and robot in agent.lower())
     return everyone + groups.get(max(names, key=len, default="*"), [])
 
 
 def training_refused(lines: Sequence[Preference], path: str) -> bool:
-    """Whether a robots.txt refuses to have what is at a path used for training.
+    """Return True if a robots.txt refuses training on the content at a path.
 
-    Of both kinds of line those count whose own path is the longest that matches.
+    For each kind of line, those with the longest matching pattern decide.
 
     Args:
-        path: of the URL, with its query.
+        path: path of the URL, with its query.
     """
     for name in _REFUSED:
-        fitting = [line for line in lines if line.name == name and _matches(line.path, path)]
-        longest = max((len(line.path) for line in fitting), default=0)
-        if any(line.refused for line in fitting if len(line.path) == longest):
+        matching = [line for line in lines if line.name == name and _matches(line.path, path)]
+        longest = max((len(line.path) for line in matching), default=0)
+        if any(line.refused for line in matching if len(line.path) == longest):
             return True
     return False
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether a path begins with a pattern, in which `*` stands for any characters and `$` at the end for the end."""
+    """Match a path against the start pattern: `*` matches any characters, a final `$` the end of the path."""
     pattern, path = urllib.parse.unquote(pattern), urllib.parse.unquote(path)
     anchored = pattern.endswith("$")
     first, *rest = pattern.removesuffix("$").split("*")

@@ -1,7 +1,7 @@
-"""Read a foreign Parquet list where it can do no harm: in a child process with bounded memory and time.
+"""Read an untrusted Parquet list in a child process with bounded memory and time.
 
-The child says what the footer claims before it reads any row, then hands over the rows as Arrow record batches of a few
-megabytes, with plain text alone. This module is imported by the child, so it imports little.
+The child first reports what the footer claims, then sends the rows as Arrow record batches of a few megabytes that contain
+only plain text. The child imports this module, so it imports little.
 """
 
 import contextlib
@@ -21,20 +21,20 @@ from tasks.untrusted.sandbox import Limits, Sandbox, SandboxFault
 
 MAX_COLUMNS = 10_000
 MAX_TEXT_BYTES = 1 << 16
-"""Of one value; the rest of it is cut."""
+"""Longest value; the rest is cut off."""
 LIMITS = Limits(wall_seconds=60.0, memory_bytes=1 << 30, reply_bytes=1 << 26)
-"""For opening a list, and for each batch of its rows."""
+"""Limits for opening a list, and for each batch of its rows."""
 
 _ROWS_AT_ONCE = 1 << 16
-_BATCH_BYTES = 1 << 28  # that one batch of values may come to at worst
-_REPLY_BYTES = 1 << 24  # of text in one reply, but for its last row
+_BATCH_BYTES = 1 << 28  # worst case for one batch of values
+_REPLY_BYTES = 1 << 24  # text in one reply, excluding its last row
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
-_HEADER, _ROWS, _END, _FAULT = b"H", b"R", b"E", b"F"  # what a reply begins with
+_HEADER, _ROWS, _END, _FAULT = b"H", b"R", b"E", b"F"  # first byte of a reply
 _NEXT, _CLOSE = b"next", b"close"
 
 
 class ListFault(Exception):
-    """A list that cannot be read; says why."""
+    """A list that cannot be read; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,28 +43,28 @@ class Column:
 
     name: str
     kind: str
-    """Its type, in Arrow's words."""
+    """Name of its Arrow type."""
     is_text: bool
     has_extension: bool
-    """Whether it, or a column inside it, has an extension type."""
+    """True if it, or a column nested in it, has an extension type."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Claims:
-    """What a footer says of its file. Nothing of it is known to be true."""
+    """Unverified claims of a footer about its file."""
 
     num_columns: int
     columns: tuple[Column, ...]
-    """Empty when there are more than `MAX_COLUMNS`."""
+    """Empty if there are more than `MAX_COLUMNS`."""
     num_rows: int
     num_group_rows: int
     """Sum over the row groups."""
     num_bytes: int
-    """Unpacked."""
+    """Uncompressed size."""
 
 
 class ParquetList:
-    """A Parquet file that a child has opened; made by `opened`."""
+    """A Parquet file that a child has opened; created by `opened`."""
 
     def __init__(self, child: Sandbox, path: str, columns: Sequence[str]) -> None:
         self._child, self._num_columns = child, len(columns)
@@ -75,10 +75,10 @@ class ParquetList:
         self.claims = Claims(**header | {"columns": tuple(Column(**column) for column in header["columns"])})
 
     def batches(self) -> Iterator[list[list[str]]]:
-        """The rows, some at a time, as a list of texts for each column; null is empty.
+        """Yield batches of rows: a list of texts per column, in which null is the empty text.
 
         Raises:
-            ListFault: damaged pages, or more memory or time than `LIMITS` grant.
+            ListFault: pages are damaged, or reading exceeds `LIMITS`.
         """
         schema = pa.schema([(str(number), pa.large_string()) for number in range(self._num_columns)])
         while True:
@@ -86,7 +86,7 @@ class ParquetList:
             if kind == _END:
                 return
             if kind != _ROWS:
-                raise ListFault("the process that reads it says nonsense")
+                raise ListFault("the process that reads it sent an invalid reply")
             batch = pa.ipc.read_record_batch(pa.py_buffer(body), schema)
             batch.validate(full=True)
             yield [column.to_pylist() for column in batch.columns]
@@ -95,29 +95,29 @@ class ParquetList:
         try:
             reply = self._child.call(request)
         except SandboxFault as fault:
-            said = {
-                "crash": "the process that read it died of it",
+            messages = {
+                "crash": "the process that read it crashed",
                 "timeout": f"reading it takes more than {LIMITS.wall_seconds:.0f} s at a time",
                 "memory": f"reading it takes more than {LIMITS.memory_bytes:,} bytes of memory",
             }
-            raise ListFault(said[fault.kind]) from None
+            raise ListFault(messages[fault.kind]) from None
         if reply[:1] == _FAULT:
             raise ListFault(reply[1:].decode("utf-8", "replace"))
         return reply[:1], reply[1:]
 
 
-_idle: "queue.SimpleQueue[Sandbox]" = queue.SimpleQueue()  # a child takes longer to start than most lists to read
+_idle: "queue.SimpleQueue[Sandbox]" = queue.SimpleQueue()  # starting a child takes longer than reading most lists
 
 
 @contextlib.contextmanager
 def opened(path: str, columns: Sequence[str]) -> Iterator[ParquetList]:
-    """A list on the local disk, for the length of a `with` block.
+    """Open a list on the local disk for the duration of a `with` block.
 
     Args:
-        columns: those to read rows of, all of text; whether the file has them is for the caller to see in its `claims`.
+        columns: names of the text columns to read; the caller checks in `claims` that the file has them.
 
     Raises:
-        ListFault: it is no Parquet file, or its footer is damaged.
+        ListFault: the file is not Parquet, or its footer is damaged.
         StageError: the child does not start.
     """
     try:
@@ -136,7 +136,7 @@ _rows: Iterator[bytes] = iter(())
 
 
 def answer(request: bytes) -> bytes:
-    """What the child does with a request: open a file, read on, or close it."""
+    """Handle one request in the child: open a file, read on, or close it."""
     global _rows
     try:
         if request == _NEXT:
@@ -155,8 +155,8 @@ def answer(request: bytes) -> bytes:
 
 
 def warm_up() -> None:
-    """Import and build what the first list would."""
-    pa.set_memory_pool(pa.system_memory_pool())  # the others reserve address space, which is limited here
+    """Import and build everything that the first list needs."""
+    pa.set_memory_pool(pa.system_memory_pool())  # other pools reserve address space, which is limited here
     buffer = io.BytesIO()
     pq.write_table(pa.table({"url": ["a"]}), buffer)
     parquet = pq.ParquetFile(pa.BufferReader(buffer.getvalue()))
@@ -165,12 +165,12 @@ def warm_up() -> None:
 
 
 def _replies(path: str, names: Sequence[str]) -> Iterator[bytes]:
-    """The header, then the rows. Whoever does not like the header asks for no rows."""
+    """Yield the header, then the rows; a caller that rejects the header requests no rows."""
     with pa.OSFile(path) as file:
         parquet = pq.ParquetFile(file)
         schema, metadata = parquet.schema_arrow, parquet.metadata
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        # Column chunks are left alone: asked for one with damaged statistics, pyarrow 25 aborts the process.
+        # Column chunks are not read: pyarrow 25 aborts the process on damaged chunk statistics.
         claims = Claims(
             len(schema),
             tuple(map(_column, schema)) if len(schema) <= MAX_COLUMNS else (),
@@ -196,13 +196,13 @@ def _column(field: pa.Field) -> Column:
 
 
 def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Rows a few at a time, as dictionaries where the encoding allows it: there a long value of many rows is held once."""
+    """Yield small batches of rows, as dictionaries if the encoding allows it, so that a repeated long value is held once."""
     shared, plain = (
         pq.ParquetFile(
             file,
             metadata=metadata,
             read_dictionary=dictionaries,
-            pre_buffer=False,  # it would hold all row groups
+            pre_buffer=False,  # pre-buffering would hold all row groups
             buffer_size=1 << 20,
             page_checksum_verification=True,
         )
@@ -216,9 +216,9 @@ def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str
                 yield batch
                 done += batch.num_rows
         except (OSError, pa.ArrowNotImplementedError) as error:
-            if "DictAccumulator" not in str(error):  # how Arrow says that this encoding cannot be read as a dictionary
+            if "DictAccumulator" not in str(error):  # Arrow's error if an encoding cannot be read as a dictionary
                 raise
-            # Few enough rows that they fit in memory were each as long as all of the group.
+            # Few enough rows to fit in memory even if each were as large as the whole group.
             most = max(1, min(_ROWS_AT_ONCE, _BATCH_BYTES // max(1, metadata.row_group(group).total_byte_size)))
             for batch in plain.iter_batches(most, **part):
                 yield batch.slice(min(done, batch.num_rows))
@@ -226,7 +226,7 @@ def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str
 
 
 def _pieces(batch: pa.RecordBatch, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The batch in pieces of `_REPLY_BYTES` of text, each value cut and in UTF-8."""
+    """Split a batch into pieces of `_REPLY_BYTES` of text, with values cut and in UTF-8."""
     columns = [_cut(batch.column(name)) for name in names]
     lengths = sum(
         (
@@ -238,16 +238,16 @@ def _pieces(batch: pa.RecordBatch, names: Sequence[str]) -> Iterator[pa.RecordBa
     ends = np.flatnonzero(np.diff(np.cumsum(lengths) // _REPLY_BYTES)) + 1
     start = 0
     for end in [*ends.tolist(), batch.num_rows]:
-        texts = [_decoded(values.take(indices.slice(start, end - start))) for values, indices in columns]
+        texts = [_decode(values.take(indices.slice(start, end - start))) for values, indices in columns]
         if end > start:
             yield pa.RecordBatch.from_arrays(texts, [str(number) for number in range(len(texts))])
         start = end
 
 
 def _cut(column: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Values of a column, cut, and where each row has its own."""
+    """Return the values of a column, cut to length, and the index of each row's value."""
     if pa.types.is_dictionary(column.type):
-        distinct = column.indices.unique()  # a dictionary may be that of a whole row group
+        distinct = column.indices.unique()  # the dictionary may belong to a whole row group
         values, indices = column.dictionary.take(distinct), pc.index_in(column.indices, distinct)
     else:
         values, indices = column, pa.array(np.arange(len(column)))
@@ -257,9 +257,9 @@ def _cut(column: pa.Array) -> tuple[pa.Array, pa.Array]:
     return values, indices
 
 
-def _decoded(values: pa.Array) -> pa.Array:
+def _decode(values: pa.Array) -> pa.Array:
     values = pc.fill_null(values, b"")
     try:
         return values.cast(pa.large_string())
-    except pa.ArrowInvalid:  # what is not UTF-8 becomes U+FFFD
+    except pa.ArrowInvalid:  # invalid UTF-8 becomes U+FFFD
         return pa.array([value.decode("utf-8", "replace") for value in values.to_pylist()], pa.large_string())

@@ -1,4 +1,4 @@
-"""robots.txt (RFC 9309): what a host lets a robot fetch. What cannot be had or read forbids everything."""
+"""robots.txt (RFC 9309): the URLs that a host lets a robot fetch. A file that cannot be fetched or read forbids all of them."""
 
 import collections
 import concurrent.futures
@@ -19,46 +19,46 @@ _ABSENT = re.compile(r"empty_body|http_4(?!01|03|29)\d\d")
 _VERSION = re.compile(r"^(\s*user-agent\s*:\s*[\w.-]+)/.*$", re.IGNORECASE | re.MULTILINE)
 _RULES_LAST_SECONDS = 24 * 3600.0
 _FAILURE_LASTS_SECONDS = 300.0
-_CACHED_BYTES = 4_000_000  # of text; the rules made of it take up to fifty times as much
-_HOST_BYTES = 1000  # what a host with an empty robots.txt counts for
+_CACHED_BYTES = 4_000_000  # of text; the parsed rules take up to fifty times as much
+_HOST_BYTES = 1000  # assumed size of a host with an empty robots.txt
 
 
 @dataclasses.dataclass
 class _Host:
-    """What one scheme, host and port said."""
+    """Cached rules of one scheme, host and port."""
 
     rules: "Rules | None"
-    """None forbids everything, because of `reason`."""
+    """None forbids everything, for `reason`."""
     reason: str
     size_bytes: int
     expires: float
     """Monotonic time."""
     next_request: float = 0.0
-    """Monotonic time before which its crawl delay wants no request."""
+    """Monotonic time before which its crawl delay allows no request."""
 
 
 class Robots:
-    """The rules of the hosts that were met lately, for one robot; safe to share between threads."""
+    """Cache of the rules of recently visited hosts, for one robot; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._hosts: collections.OrderedDict[str, concurrent.futures.Future[_Host]] = collections.OrderedDict()
-        self._size_bytes = 0  # of those that are known
+        self._size_bytes = 0  # of the hosts whose rules have arrived
 
     def admit(self, url: str, agent: str, load: Callable[[str], bytes], max_delay_seconds: float) -> float:
-        """Ask whether a URL may be fetched, and count it as fetched when it may.
+        """Check that a URL may be fetched and, if so, reserve its turn under the crawl delay.
 
         Args:
             agent: the robot's name, without its version.
-            load: gets the body behind a URL, or raises `RowFault`; called once for each host, whatever many threads ask.
-            max_delay_seconds: a longer crawl delay is taken for this one.
+            load: returns the body behind a URL or raises `RowFault`; called once per host, however many threads ask.
+            max_delay_seconds: upper limit on the crawl delay.
 
         Returns:
             Seconds to wait before the request, for the host's crawl delay.
 
         Raises:
-            RowFault: robots_disallowed, robots_unreachable, opted_out (Content-Usage, Content-Signal), or why no connection
-                was made.
+            RowFault: robots_disallowed, robots_unreachable, opted_out (Content-Usage, Content-Signal), or the reason why the
+                connection failed.
         """
         parts = urllib.parse.urlsplit(url)
         host = self._host(f"{parts.scheme}://{parts.netloc}", agent, load)
@@ -83,15 +83,15 @@ class Robots:
                 self._forget(origin)
                 known = None
             if known is None:
-                mine = self._hosts[origin] = concurrent.futures.Future()
+                pending = self._hosts[origin] = concurrent.futures.Future()
             else:
                 self._hosts.move_to_end(origin)
         if known is not None:
             return known.result()
-        host = _ask(origin, agent, load)
+        host = _load_host(origin, agent, load)
         with self._lock:
-            mine.set_result(host)
-            if self._hosts.get(origin) is mine:
+            pending.set_result(host)
+            if self._hosts.get(origin) is pending:
                 self._size_bytes += host.size_bytes
             while self._size_bytes > _CACHED_BYTES:
                 self._forget(next(iter(self._hosts)))
@@ -103,14 +103,14 @@ class Robots:
             self._size_bytes -= future.result().size_bytes
 
 
-def _ask(origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
+def _load_host(origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
     body: bytes | None
     reason = "robots_unreachable"
     try:
         body = load(f"{origin}/robots.txt")
     except RowFault as fault:
         body = b"" if _ABSENT.fullmatch(fault.reason) else None
-        if fault.reason in ("connect_error", "timeout"):  # the picture would have ended in the same way
+        if fault.reason in ("connect_error", "timeout"):  # fetching the image would fail in the same way
             reason = fault.reason
     rules = None if body is None else parse(body, agent)
     lasts = _FAILURE_LASTS_SECONDS if rules is None else _RULES_LAST_SECONDS
@@ -119,19 +119,19 @@ def _ask(origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """A robots.txt that could be read."""
+    """A parsed robots.txt."""
 
     fetching: Protego
     preferences: list[opt_outs.Preference]
-    """What it says about usage."""
+    """Its usage lines."""
 
 
 def parse(body: bytes, agent: str) -> Rules | None:
-    """The rules of a robots.txt for a robot; None when it is none, such as a page of HTML in its place, or not UTF-8."""
+    """Return the rules of a robots.txt for a robot; None if the body is something else, such as HTML, or not UTF-8."""
     try:
         text = body.decode("utf-8-sig")
         if text.lstrip().startswith("<") or "\0" in text:
             return None
         return Rules(Protego.parse(_VERSION.sub(r"\1", text)), opt_outs.preferences(text, agent))
-    except Exception:  # what its author meant to forbid is unknown
+    except Exception:  # unknown what its author meant to forbid
         return None

@@ -1,8 +1,8 @@
-"""Child processes for work on bytes that nobody vouched for: what the bytes do to a child, they do not do to a worker.
+"""Disposable child processes that handle untrusted bytes, so that bad bytes can harm a child but never a worker.
 
-A child runs one function `bytes -> bytes`, again and again, with bounded memory and time, without files to write to, without
-network and without the worker's environment. Requests and replies are frames: a length, then so many bytes; nothing that a
-child says is ever unpickled. A child that dies, hangs or wants too much memory costs one request and is replaced.
+A child runs one function `bytes -> bytes` for request after request, with bounded memory and time, without write access to
+files, without network and without the worker's environment. Requests and replies are frames, a length and then that many
+bytes; replies are never unpickled. A child that dies, hangs or exceeds its memory fails one request and is replaced.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from unclip.errors import StageError
 
 _LENGTH = struct.Struct(">Q")
 _OUT_OF_MEMORY = 77  # exit status
-_START_SECONDS = 180.0  # for a child to be ready: it takes a third of a second on a machine that is not busy
+_START_SECONDS = 180.0  # limit until a child is ready, which takes a third of a second on an idle machine
 _BOOT = "; ".join(
     (
         "import json, sys",
@@ -45,23 +45,23 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may cost."""
+    """Limits of one request."""
 
     wall_seconds: float = 10.0
-    """From the request to the whole reply; afterwards the child is killed."""
+    """Time from the request to the complete reply; then the child is killed."""
     memory_bytes: int = 1 << 30
-    """Address space beyond what the child has when it is ready."""
+    """Address space beyond that of a ready child."""
     reply_bytes: int = 1 << 28
     """Longest reply."""
 
 
 DEFAULT_LIMITS = Limits()
 
-_PIPE_BYTES = 1 << 20  # so that a picture goes through in one piece
+_PIPE_BYTES = 1 << 20  # large enough for an image in one piece
 
 
 class SandboxFault(Exception):
-    """A request that cost its child; the next one gets another."""
+    """A request that killed its child; the next request gets a new one."""
 
     def __init__(self, kind: Literal["crash", "timeout", "memory"]) -> None:
         super().__init__(kind)
@@ -69,7 +69,7 @@ class SandboxFault(Exception):
 
 
 class Sandbox:
-    """A pool of children that run one function. Threads may share it; close it, or use it in a `with` statement."""
+    """A thread-safe pool of children that run one function. Close it, or use it in a `with` statement."""
 
     def __init__(
         self, function: Callable[[bytes], bytes], num_children: int = 1, limits: Limits = DEFAULT_LIMITS
@@ -77,8 +77,8 @@ class Sandbox:
         """Start the children and wait until they are ready.
 
         Args:
-            function: of a module that can be imported. What it must import it imports with its module; if the module has a
-                function `warm_up`, that is called before the limits apply.
+            function: a function of an importable module. The module must import all that it needs at the top; its function
+                `warm_up`, if any, is called before the limits apply.
 
         Raises:
             StageError: a child does not start.
@@ -94,12 +94,12 @@ class Sandbox:
             raise
 
     def call(self, request: bytes) -> bytes:
-        """The function's reply, from the first child that is free.
+        """Return the function's reply, from the first free child.
 
         Raises:
             SandboxFault: the function raised or the child died ("crash"), took too long ("timeout") or ran out of memory
                 ("memory").
-            StageError: a child that was to replace another does not start.
+            StageError: a replacement child does not start.
         """
         child = self._idle.get()
         try:
@@ -109,7 +109,7 @@ class Sandbox:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the children that live."""
+        """Process ids of the live children."""
         return [child.process.pid for child in self._children if child.process.poll() is None]
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Sandbox:
 
 
 class _Child:
-    """One process, and those that replace it."""
+    """One child process and its replacements."""
 
     process: subprocess.Popen[bytes]
 
@@ -143,7 +143,7 @@ class _Child:
         except (TimeoutError, EOFError, BrokenPipeError) as error:
             kind: Any = "timeout" if isinstance(error, TimeoutError) else self._cause_of_death()
         except BaseException:
-            self._replace()  # what this request would still say must not be taken for the reply to the next
+            self._replace()  # a late reply must not be taken for the reply to the next request
             raise
         self._replace()
         raise SandboxFault(kind)
@@ -161,7 +161,7 @@ class _Child:
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # also what it may have started
+            os.killpg(self.process.pid, signal.SIGKILL)  # also its own children
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
@@ -172,9 +172,9 @@ class _Child:
         path = [root, *(os.path.abspath(entry) for entry in sys.path if os.path.abspath(entry) != root)]
         job = [path, self.function.__module__, self.function.__qualname__, self.limits.memory_bytes]
         job.append(math.ceil(self.limits.wall_seconds) + 1)
-        # One thread and one arena: more would count as memory. Secrets in the environment are none of a child's business.
+        # One thread and one arena, since more would count as memory. The environment may hold secrets, so it is not passed on.
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        # Freed memory is kept for the next call: giving it back and faulting it in again takes a third of the time of decoding.
+        # Keep freed memory for the next call: returning it and faulting it in again takes a third of the decoding time.
         environment |= {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
         environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         self.is_ready = False
@@ -200,10 +200,10 @@ class _Child:
 
     def _cause_of_death(self) -> str:
         try:
-            status = self.process.wait(timeout=1.0)  # the pipe breaks a moment before
+            status = self.process.wait(timeout=1.0)  # the pipe breaks a moment before the exit
         except subprocess.TimeoutExpired:
             return "crash"
-        if status in (_OUT_OF_MEMORY, -signal.SIGKILL):  # nobody but the kernel kills a child that we wait for
+        if status in (_OUT_OF_MEMORY, -signal.SIGKILL):  # only the kernel kills a child that we wait for
             return "memory"
         return "timeout" if status == -signal.SIGXCPU else "crash"
 
@@ -243,17 +243,17 @@ def _wait_for(pipe: int, event: int, deadline: float) -> None:
 
 
 def serve(module: str, name: str, memory_bytes: int, cpu_seconds: int) -> None:
-    """What a child does: answer requests until there are none. Meant for `Sandbox` alone."""
+    """Run in a child: answer requests until the pipe closes. Only `Sandbox` calls it."""
     requests, replies = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):  # a library that prints must not write into a reply
+    for standard in (0, 1, 2):  # prints of a library must not end up in a reply
         os.dup2(nowhere, standard)
     try:
         imported = importlib.import_module(module)
         function = getattr(imported, name)
         getattr(imported, "warm_up", lambda: None)()
         _confine(memory_bytes)
-        gc.freeze()  # what was imported is not looked through again and again
+        gc.freeze()  # excludes imported objects from garbage collection
     except BaseException as error:
         _write(replies, f"{type(error).__name__}: {error}".encode())
         raise
@@ -267,11 +267,11 @@ def serve(module: str, name: str, memory_bytes: int, cpu_seconds: int) -> None:
 
 
 def _confine(memory_bytes: int) -> None:
-    """Give up, for good, what decoding bytes does not need."""
+    """Drop, irrevocably, all rights that decoding does not need."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     usage = Path("/proc/self/statm")
-    if usage.exists():  # elsewhere than on Linux, address space can be neither read nor limited
+    if usage.exists():  # only on Linux can address space be read and limited
         limit = int(usage.read_text().split()[0]) * resource.getpagesize() + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sys.addaudithook(_refuse)
@@ -284,18 +284,18 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
     else:
         writes = event.startswith(_REFUSED)
     if writes:
-        raise PermissionError(f"{event} is not for a child that reads strangers' bytes")
+        raise PermissionError(f"{event} is not allowed in a child that handles untrusted bytes")
 
 
 def _allow_cpu(seconds: int) -> None:
-    """The kernel ends a child that computes on although the worker that would kill it has gone."""
+    """Let the kernel end a child that keeps computing after its worker has died."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(time.process_time()) + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def _read_request(pipe: int) -> bytes | None:
-    """The next request; None when the worker has closed the pipe."""
+    """Return the next request; None if the worker has closed the pipe."""
     head = _read_exactly(pipe, _LENGTH.size)
     return None if head is None else _read_exactly(pipe, *_LENGTH.unpack(head))
 

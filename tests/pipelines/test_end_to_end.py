@@ -344,7 +344,7 @@ def test_the_overfit_test_keeps_nothing_and_says_what_it_found(finished: Path) -
     before = sorted(finished.rglob("*"))
     result = call("train", "prior", "tiny", "--overfit", 4, "--storage", finished)
     assert result.returncode == 0, result.stdout
-    assert "400 steps on 4 rows" in result.stdout and "by heart" in result.stdout
+    assert "400 steps on 4 rows" in result.stdout and "memorised" in result.stdout
     assert sorted(finished.rglob("*")) == before
 
 

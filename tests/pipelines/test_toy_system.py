@@ -345,7 +345,7 @@ def test_its_part_is_trained_by_itself(finished: Path, run_file: Path) -> None:
 def test_it_memorises_a_few_rows(finished: Path, run_file: Path) -> None:
     result = call("train", "painter", "tiny", "--config", run_file, "--overfit", 4, "--storage", finished)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "400 steps on 4 rows" in result.stdout and "by heart" in result.stdout
+    assert "400 steps on 4 rows" in result.stdout and "memorised" in result.stdout
 
 
 def test_a_takedown_finds_its_previews(finished: Path) -> None:

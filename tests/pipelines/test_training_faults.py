@@ -169,7 +169,7 @@ def test_f46_on_ray_a_worker_that_stands_still_is_named_and_replaced(dataset: Pa
     assert json.loads(record.read_text())["digest"] == expected
     [hung] = dataset.glob("artifacts/prior/*/hung.json")
     message = json.loads(hung.read_text())["message"]
-    assert f"worker 1 (process {stopped} on " in message and "does not answer" in message
+    assert f"worker 1 (process {stopped} on " in message and "does not respond" in message
 
 
 @contextlib.contextmanager
@@ -212,7 +212,7 @@ def test_f30_when_the_disk_is_full_a_training_says_so_and_goes_on_later(
         before, printed = committed(dataset), log.read_text()
         assert before and LENGTH not in before
         said = [line for line in printed.splitlines() if "checkpoints/" in line and "No space left on device" in line]
-        assert said and "Make room or fix the folder, and run the same command again." in said[-1], printed
+        assert said and "Free space or fix the folder, and run the same command again." in said[-1], printed
         assert "sqlalche.me" not in printed, "MLflow's tracebacks bury it"
         (dataset / "ballast").unlink()
         assert train(dataset, *options, log=log) == expected

@@ -1,6 +1,6 @@
-"""A local S3 server (moto) that fails and dawdles on purpose; run as `python s3_server.py PORT`.
+"""A local S3 server (moto) with planned failures and delays; run as `python s3_server.py PORT`.
 
-Every 11th request is answered with 503 SlowDown, every 13th with 500, every 17th after half a second.
+Every 11th request gets 503 SlowDown, every 13th 500, and every 17th is delayed by half a second.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 
 class Faulty:
-    """WSGI middleware."""
+    """WSGI middleware that injects the faults."""
 
     def __init__(self, application: Any) -> None:
         self.application, self.count = application, itertools.count(1)

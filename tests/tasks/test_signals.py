@@ -8,34 +8,34 @@ from tasks.signals import asked_to_stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_first_signal_asks_and_a_second_ends(number: signal.Signals) -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_ends_the_process(number: signal.Signals) -> None:
     class Ended(Exception):
         pass
 
     def end(*_: object) -> None:
         raise Ended
 
-    before = signal.signal(number, end)
+    previous = signal.signal(number, end)
     try:
-        with asked_to_stop() as is_asked:
-            assert not is_asked()
+        with asked_to_stop() as is_stop_requested:
+            assert not is_stop_requested()
             os.kill(os.getpid(), number)
-            assert is_asked()
+            assert is_stop_requested()
             with pytest.raises(Ended):
                 os.kill(os.getpid(), number)
         assert signal.getsignal(number) is end
     finally:
-        signal.signal(number, before)
+        signal.signal(number, previous)
 
 
-def test_other_threads_catch_no_signal() -> None:
-    seen: list[bool] = []
+def test_signals_are_not_caught_outside_the_main_thread() -> None:
+    observed: list[bool] = []
 
     def look() -> None:
-        with asked_to_stop() as is_asked:
-            seen.append(is_asked())
+        with asked_to_stop() as is_stop_requested:
+            observed.append(is_stop_requested())
 
     thread = threading.Thread(target=look)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert observed == [False]

@@ -23,7 +23,7 @@ def snapshot_of(folder: Path, version: int) -> Snapshot:
     return Snapshot("d" * 64, f"{folder}/selection.parquet", images, version, images, version, "", "")
 
 
-def test_f33_a_training_reads_its_version_while_the_table_grows(tmp_path: Path) -> None:
+def test_f33_a_snapshot_reads_its_version_while_the_table_grows(tmp_path: Path) -> None:
     version = append(f"{tmp_path}/images", ["a", "b"])
     snapshot = snapshot_of(tmp_path, version)
     before = snapshot.source("images", "jpg")
@@ -33,7 +33,7 @@ def test_f33_a_training_reads_its_version_while_the_table_grows(tmp_path: Path) 
     assert RowReader((before,), ["a", "b"]).read(["b", "a"])["jpg"] == [b"b", b"a"]
 
 
-def test_f35_versions_are_numbered_and_the_same_content_is_one_version(tmp_path: Path) -> None:
+def test_f35_snapshots_are_numbered_and_the_same_content_is_recorded_once(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     snapshot = {"images": "i", "images_version": 0, "embeddings": "e", "embeddings_version": 0}
     snapshot |= {"selection": "s", "scores": "c", "statistics": "t"}

@@ -1,4 +1,4 @@
-"""The stage contract: what is cached, what is skipped, what a failure leaves behind."""
+"""The stage contract: caching, skipping and failures."""
 
 import dataclasses
 import os
@@ -56,14 +56,14 @@ def parent(digest: str) -> Artifact:
     return Artifact("before", "f", "/somewhere", digest, {}, 1.0)
 
 
-def test_what_was_made_is_not_made_again(run: Run) -> None:
+def test_a_committed_result_is_not_computed_again(run: Run) -> None:
     first = execute(Call(count, CountConfig(3)), run, [parent("a")])
     again = execute(Call(count, CountConfig(3)), run, [dataclasses.replace(parent("a"), uri="/elsewhere", seconds=9.0)])
     assert isinstance(first, Artifact) and first == again and calls == [3]
     assert Store(run.storage).read_json("runs", "r1", "count.json")["state"] == "cached"
 
 
-def test_settings_parents_and_version_make_it_new(run: Run) -> None:
+def test_settings_parents_and_version_change_the_fingerprint(run: Run) -> None:
     newer = dataclasses.replace(count, version=2)
     for call, digest in (
         (Call(count, CountConfig(3)), "a"),
@@ -92,32 +92,32 @@ class OwnResources(StageResources):
     upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
 
 
-def test_stages_may_have_resources_of_their_own() -> None:
+def test_stages_may_have_their_own_resources() -> None:
     own = Resources(num_workers=1, gpus_per_worker=1)
     resources = OwnResources(num_workers=2, prior=own, upsamplers={"256": own})
     assert resources.of("prior").per_worker() == resources.of("upsampler-256").per_worker() == {"CPU": 2.0, "GPU": 1.0}
     assert [resources.of(name).num_workers for name in ("decoder", "upsampler-1024", "ingest")] == [2, 2, 2]
 
 
-def test_a_stage_may_be_there_more_than_once(run: Run) -> None:
-    members = [count.member("a"), pickle.loads(pickle.dumps(count.member("b")))]  # as a worker gets it
+def test_a_stage_may_have_several_members(run: Run) -> None:
+    members = [count.member("a"), pickle.loads(pickle.dumps(count.member("b")))]  # as in a worker
     assert [declared_name(each.name) for each in members] == ["count", "count"]
-    made = [execute(Call(each, CountConfig(3)), run, []) for each in (*members, *members)]
-    assert [each.stage for each in made] == ["count-a", "count-b"] * 2 and calls == [3, 3]
-    assert made[0] != made[1] and made[:2] == made[2:]
+    artifacts = [execute(Call(each, CountConfig(3)), run, []) for each in (*members, *members)]
+    assert [each.stage for each in artifacts] == ["count-a", "count-b"] * 2 and calls == [3, 3]
+    assert artifacts[0] != artifacts[1] and artifacts[:2] == artifacts[2:]
     assert Store(run.storage).list("stages") == ["count-a", "count-b"]
     assert pickle.loads(pickle.dumps(count)) == count
 
 
-def test_a_tracking_server_that_is_down_stops_nothing(run: Run) -> None:
+def test_a_tracking_server_that_is_down_does_not_stop_the_work(run: Run) -> None:
     down = dataclasses.replace(run, tracker=Tracker("http://127.0.0.1:9", "some-run"))
     assert isinstance(execute(Call(count, CountConfig(3)), down, []), Artifact)
 
 
 def test_a_run_whose_driver_is_gone_is_abandoned(run: Run) -> None:
-    ended = subprocess.Popen(["true"])  # nobody waits for it yet: a zombie
+    ended = subprocess.Popen(["true"])  # not waited for, so it becomes a zombie
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-    assert not run.is_abandoned(), "nothing is known of it"
+    assert not run.is_abandoned(), "a run without a record counts as running"
     here = socket.gethostname()
     for state, host, pid, expected in (
         ("running", here, os.getpid(), False),

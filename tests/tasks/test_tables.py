@@ -15,7 +15,7 @@ def rows(*keys: str) -> pa.Table:
     return pa.table({name: list(values) for name, values in columns.items()}, SCHEMA)
 
 
-def test_f33_parts_appear_with_their_commit_and_stay_in_their_version(tmp_path: Path) -> None:
+def test_f33_parts_become_visible_with_their_commit_and_stay_in_their_version(tmp_path: Path) -> None:
     table = str(tmp_path / "images")
     assert tables.version(table) is None
     first = tables.write_part(table, "p1", rows("d", "b"))
@@ -41,7 +41,7 @@ def test_committing_again_changes_nothing(tmp_path: Path) -> None:
     assert tables.read(table).num_rows == 2
 
 
-def test_any_delta_reader_sees_the_rows_and_their_number(tmp_path: Path) -> None:
+def test_any_delta_reader_sees_the_rows_and_their_count(tmp_path: Path) -> None:
     import deltalake
 
     tables.append_files(str(tmp_path), [tables.write_part(str(tmp_path), "p", rows("a", "b", "c"))], SCHEMA)
@@ -51,7 +51,7 @@ def test_any_delta_reader_sees_the_rows_and_their_number(tmp_path: Path) -> None
     assert pa.table(query.read_all())["key"].to_pylist() == ["c"]
 
 
-def test_a_part_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+def test_an_existing_part_is_not_written_again(tmp_path: Path) -> None:
     table = str(tmp_path)
     first = tables.write_part(table, "p", rows("a"))
     before = (tmp_path / "p.parquet").stat()
@@ -62,7 +62,7 @@ def test_a_part_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.parquet"]
 
 
-def test_the_same_rows_are_the_same_bytes_in_groups_of_a_thousand(tmp_path: Path) -> None:
+def test_the_same_rows_give_the_same_bytes_in_row_groups_of_a_thousand(tmp_path: Path) -> None:
     keys = [f"{number:05}" for number in range(2500)]
     whole = rows(*keys)
     pieces = pa.concat_tables([whole.slice(0, 7), whole.slice(7)])
@@ -75,12 +75,12 @@ def test_the_same_rows_are_the_same_bytes_in_groups_of_a_thousand(tmp_path: Path
     assert "RLE_DICTIONARY" not in codecs["jpg"].encodings
 
 
-def test_content_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+def test_content_digest_depends_on_the_content_alone(tmp_path: Path) -> None:
     vectors = pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32()))
     table = rows("a", "b", "c").append_column("vector", vectors).append_column("ok", pa.array([True, None, False]))
     digest = tables.content_digest(table)
     assert digest == tables.content_digest(pa.concat_tables([table.slice(0, 1), table.slice(1, 0), table.slice(1)]))
-    assert digest == tables.content_digest(pa.concat_tables([rows_of(table, 2), table]).slice(2))
+    assert digest == tables.content_digest(pa.concat_tables([last_rows(table, 2), table]).slice(2))
     dictionary = table.set_column(0, "key", table["key"].dictionary_encode())
     large = table.set_column(0, "key", table["key"].cast(pa.large_string()))
     assert digest == tables.content_digest(dictionary) == tables.content_digest(large)
@@ -93,7 +93,7 @@ def test_content_digest_is_of_the_content_alone(tmp_path: Path) -> None:
     assert tables.content_digest(stored) == tables.content_digest(rows("a", "b", "c").select(["key", "jpg"]))
 
 
-def rows_of(table: pa.Table, number: int) -> pa.Table:
+def last_rows(table: pa.Table, number: int) -> pa.Table:
     return table.slice(table.num_rows - number)
 
 
@@ -109,13 +109,13 @@ def rows_of(table: pa.Table, number: int) -> pa.Table:
         lambda t: t.slice(0, 2),
     ],
 )
-def test_content_digest_sees_every_change(change: object) -> None:
+def test_content_digest_detects_every_change(change: object) -> None:
     table = rows("a", "b", "c")
     assert tables.content_digest(change(table)) != tables.content_digest(table)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("shift", [86_400, -86_400])
-def test_f35_rows_that_were_removed_by_a_wrong_clock_leave_no_bytes(
+def test_f35_rows_removed_under_a_wrong_clock_leave_no_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:
     table = str(tmp_path)
@@ -128,7 +128,7 @@ def test_f35_rows_that_were_removed_by_a_wrong_clock_leave_no_bytes(
             )
             == 1
         )
-    assert tables.read(table)["key"].to_pylist() == ["b", "secret"], "versions have an order of their own"
+    assert tables.read(table)["key"].to_pylist() == ["b", "secret"], "versions are not ordered by time"
     assert tables.delete_rows(table, pa.array(["secret"])) == 1
     assert tables.read(table)["key"].to_pylist() == ["b"]
     assert [path.name for path in tmp_path.glob("*.parquet")] == ["second.parquet"]

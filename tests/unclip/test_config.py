@@ -11,7 +11,7 @@ from unclip.errors import ConfigError
 class Inner:
     width: int = 4
     kind: Literal["cosine", "linear"] = "cosine"
-    sides: tuple[int, ...] = (1, 2)
+    sizes: tuple[int, ...] = (1, 2)
 
     def __post_init__(self) -> None:
         config.require(self.width > 0, "width", self.width, "a positive number")
@@ -28,8 +28,8 @@ class Outer:
 
 
 def test_values_fill_nested_sections() -> None:
-    loaded = config.load(Outer, {"name": "x", "rate": 1, "inner": {"sides": [3]}, "path": "none"})
-    assert loaded == Outer("x", 1.0, inner=Inner(sides=(3,)), path=None)
+    loaded = config.load(Outer, {"name": "x", "rate": 1, "inner": {"sizes": [3]}, "path": "none"})
+    assert loaded == Outer("x", 1.0, inner=Inner(sizes=(3,)), path=None)
     assert config.load(Outer, config.to_dict(loaded)) == loaded
 
 
@@ -42,36 +42,36 @@ def test_values_fill_nested_sections() -> None:
         ({"name": "x", "inner": {"width": "4"}}, "inner.width: got '4', expected int."),
         ({"name": "x", "inner": {"width": True}}, "inner.width: got True, expected int."),
         ({"name": "x", "inner": {"kind": "cosin"}}, "inner.kind: got 'cosin'. Did you mean 'cosine'?"),
-        ({"name": "x", "inner": {"sides": 3}}, "inner.sides: got 3, expected a list."),
-        ({"name": "x", "inner": {"sides": [1, "a"]}}, "inner.sides[1]: got 'a', expected int."),
-        ({"name": "x", "inner": 3}, "inner: got 3, expected a section with width, kind, sides."),
+        ({"name": "x", "inner": {"sizes": 3}}, "inner.sizes: got 3, expected a list."),
+        ({"name": "x", "inner": {"sizes": [1, "a"]}}, "inner.sizes[1]: got 'a', expected int."),
+        ({"name": "x", "inner": 3}, "inner: got 3, expected a section with width, kind, sizes."),
         ({"name": "x", "others": 3}, "others: got 3, expected a section of named sections."),
-        ({"name": "x", "others": {"a": 3}}, "others.a: got 3, expected a section with width, kind, sides."),
+        ({"name": "x", "others": {"a": 3}}, "others.a: got 3, expected a section with width, kind, sizes."),
         ({"name": "x", "others": {"a": {"widht": 3}}}, "others.a.widht: unknown setting. Did you mean 'width'?"),
         ({"name": "x", "others": {"a": {}, "b": {"width": 0}}}, "others.b.width: got 0, expected a positive number."),
         ({}, "name: missing. Set it in the run file or with --set."),
     ],
 )
-def test_bad_values_are_named_with_the_remedy(values: dict, message: str) -> None:
+def test_errors_name_the_bad_value_and_the_remedy(values: dict, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(Outer, values)
     assert str(caught.value) == message
 
 
-def test_sections_may_have_names_of_their_own() -> None:
-    values = config.override({"name": "x", "others": {"b": {"width": 7}}}, "others.a.sides=[3]")
+def test_sections_can_be_named_by_the_user() -> None:
+    values = config.override({"name": "x", "others": {"b": {"width": 7}}}, "others.a.sizes=[3]")
     loaded = config.load(Outer, config.merge(values, {"others": {"b": {"kind": "linear"}}}))
-    assert loaded.others == {"b": Inner(7, "linear"), "a": Inner(sides=(3,))} and list(loaded.others) == ["b", "a"]
+    assert loaded.others == {"b": Inner(7, "linear"), "a": Inner(sizes=(3,))} and list(loaded.others) == ["b", "a"]
     assert config.load(Outer, config.to_dict(loaded)) == loaded
-    turned = config.to_dict(dataclasses.replace(loaded, others=dict(reversed(loaded.others.items()))))
-    assert config.fingerprint(turned) == config.fingerprint(config.to_dict(loaded))
+    reordered = config.to_dict(dataclasses.replace(loaded, others=dict(reversed(loaded.others.items()))))
+    assert config.fingerprint(reordered) == config.fingerprint(config.to_dict(loaded))
 
 
-def test_overrides_are_typed_and_leave_the_original() -> None:
+def test_overrides_are_typed_and_do_not_change_the_original() -> None:
     values = {"inner": {"width": 1}}
-    changed = config.override(values, "inner.sides=[5, 6]")
+    changed = config.override(values, "inner.sizes=[5, 6]")
     changed = config.override(changed, "name=red circle")
-    assert changed == {"inner": {"width": 1, "sides": [5, 6]}, "name": "red circle"}
+    assert changed == {"inner": {"width": 1, "sizes": [5, 6]}, "name": "red circle"}
     assert values == {"inner": {"width": 1}}
     with pytest.raises(ConfigError, match=r"expected section\.field=value"):
         config.override(values, "inner.width")
@@ -79,12 +79,12 @@ def test_overrides_are_typed_and_leave_the_original() -> None:
         config.override({"name": "x"}, "name.first=y")
 
 
-def test_fingerprints_know_values_not_order() -> None:
+def test_fingerprints_depend_on_values_and_not_on_order() -> None:
     assert config.fingerprint({"a": 1, "b": 2}) == config.fingerprint({"b": 2, "a": 1})
     assert config.fingerprint({"a": 1}) != config.fingerprint({"a": 2})
 
 
-def test_merging_lays_sections_over_sections() -> None:
+def test_merging_overrides_section_by_section() -> None:
     assert config.merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}}) == {"a": {"b": 5, "c": 2}, "d": 3}
 
 

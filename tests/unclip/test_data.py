@@ -15,7 +15,7 @@ NUM_ROWS = 103
 
 @pytest.fixture
 def reader(tmp_path: Path) -> RowReader:
-    """Captions in two files, embeddings in one of another order and with rows that are not wanted."""
+    """Reader of captions in two files and of embeddings in a third, in another order and with an extra row."""
     keys = [f"k{index:03d}" for index in range(NUM_ROWS)]
     for number, part in enumerate((keys[:60], keys[60:])):
         table = pa.table({"key": part, "caption": [f"caption of {key}" for key in part]})
@@ -34,23 +34,23 @@ def stream(reader: RowReader, count: int, **options) -> list[str]:
     return [key for _ in range(count) for key in next(batches)["key"]]
 
 
-def test_columns_of_all_sources_belong_to_the_same_row(reader: RowReader) -> None:
+def test_columns_from_all_sources_are_joined_by_key(reader: RowReader) -> None:
     batch = next(reader.batches(seed=0, samples_seen=0, batch_size=50))
     for key, caption, embedding in zip(batch["key"], batch["caption"], batch["embedding"], strict=True):
         assert caption == f"caption of {key}" and embedding[0] == float(key[1:])
 
 
-def test_an_epoch_has_every_row_once_in_an_order_of_its_own(reader: RowReader) -> None:
+def test_each_epoch_has_every_row_once_in_its_own_order(reader: RowReader) -> None:
     first, second = (reader.epoch(0, epoch).tolist() for epoch in (0, 1))
     assert len(first) == len(reader) == NUM_ROWS
     assert sorted(first) == sorted(second) == sorted(set(first))
     assert first != second and first != reader.epoch(1, 0).tolist() and first == reader.epoch(0, 0).tolist()
 
 
-def test_the_stream_goes_on_where_it_stopped(reader: RowReader) -> None:
+def test_the_stream_resumes_where_it_stopped(reader: RowReader) -> None:
     whole = stream(reader, 30)
-    for done in (3, 10, 17):
-        assert stream(reader, 30 - done, samples_seen=10 * done) == whole[10 * done :]
+    for num_done in (3, 10, 17):
+        assert stream(reader, 30 - num_done, samples_seen=10 * num_done) == whole[10 * num_done :]
 
 
 def test_the_stream_has_every_row_equally_often(reader: RowReader) -> None:
@@ -65,15 +65,15 @@ def test_ranks_share_every_batch(reader: RowReader) -> None:
     assert together == whole
 
 
-def test_ranks_read_few_row_groups_twice(tmp_path: Path) -> None:
+def test_ranks_rarely_read_the_same_row_groups(tmp_path: Path) -> None:
     keys = [f"k{index:04d}" for index in range(3200)]
     pq.write_table(pa.table({"key": keys}), tmp_path / "rows.parquet", row_group_size=100)
     num_read = 0
     for rank in range(8):
         reader = RowReader([Source((f"{tmp_path}/rows.parquet",), ())], keys, window=16)
         shares = reader._shares(0, 0, batch_size=400, rank=rank, world_size=8)
-        num_read += len({tuple(reader._places[0][number, :2]) for _ in range(8) for number in next(shares)})
-    assert 32 <= num_read <= 2.5 * 32  # 8 times 32, if each rank had a part of every row group
+        num_read += len({tuple(reader._positions[0][number, :2]) for _ in range(8) for number in next(shares)})
+    assert 32 <= num_read <= 2.5 * 32  # 8 times 32 if each rank read from every row group
 
 
 def test_missing_rows_are_named(reader: RowReader) -> None:
@@ -86,13 +86,13 @@ def test_missing_rows_are_named(reader: RowReader) -> None:
         reader.read(["k001", "other"])
 
 
-def test_broken_vectors_are_refused() -> None:
+def test_invalid_vectors_are_rejected() -> None:
     for values in ([[1.0, 2.0], [3.0]], [[1.0], None], [[1.0], [None]]):
         with pytest.raises(InputError, match="nulls or vectors of different lengths"):
             vectors(pa.chunked_array([pa.array(values, pa.list_(pa.float32()))]))
 
 
-def test_pictures_are_cut_to_their_centre() -> None:
+def test_images_are_center_cropped() -> None:
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 20:60] = 255
     buffer = io.BytesIO()

@@ -13,8 +13,8 @@ from unclip.errors import StorageError
 
 
 @contextlib.contextmanager
-def room_for(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this, as on a disk that is nearly full."""
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Limit the size of files, as on a nearly full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -23,11 +23,11 @@ def room_for(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_f30_without_room_the_old_file_stays_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_f30_without_space_the_old_file_stays_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "data"
     files.write(str(path), b"old")
     with (
-        room_for(10_000),
+        file_size_limit(10_000),
         pytest.raises(
             StorageError, match=r"folder/data: cannot write 1,000,000 bytes: .*too large.*same command again"
         ),
@@ -38,8 +38,8 @@ def test_f30_without_room_the_old_file_stays_and_nothing_else_is_left(tmp_path: 
     assert len(path.read_bytes()) == 1_000_000
 
 
-def test_f31_what_cannot_be_a_file_is_named(tmp_path: Path) -> None:
-    """ENOTDIR and ENAMETOOLONG."""
+def test_f31_errors_name_an_impossible_path(tmp_path: Path) -> None:
+    """Cover ENOTDIR and ENAMETOOLONG."""
     (tmp_path / "file").write_bytes(b"")
     for path, reason in (
         (tmp_path / "file" / "below", "Not a directory|File exists"),
@@ -51,11 +51,11 @@ def test_f31_what_cannot_be_a_file_is_named(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A small file system of its own; only root may have one."""
+    """Mount a temporary file system; only root can."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("cannot mount a file system here")
     try:
         yield
     finally:
@@ -70,13 +70,13 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
         ("ro", "Read-only file system"),
     ],
 )
-def test_f30_f31_a_full_or_read_only_file_system_is_named(tmp_path: Path, options: str, reason: str) -> None:
+def test_f30_f31_errors_name_a_full_or_read_only_file_system(tmp_path: Path, options: str, reason: str) -> None:
     folder = tmp_path / "small"
     with mounted(folder, options):
         if options != "ro":
             files.write(f"{folder}/old", b"old")
         expected = rf"{folder}/new: cannot write 100,000 bytes: .*{reason}.*run the same command again"
-        if options == "nr_inodes=3":  # the root, what is there, and one more
+        if options == "nr_inodes=3":  # the root, the old file and one more
             files.write(f"{folder}/last", bytes(100_000))
         with pytest.raises(StorageError, match=expected):
             files.write(f"{folder}/new", bytes(100_000))
@@ -84,17 +84,17 @@ def test_f30_f31_a_full_or_read_only_file_system_is_named(tmp_path: Path, option
         assert left == {"size=64k": ["old"], "nr_inodes=3": ["last", "old"], "ro": []}[options]
 
 
-def test_f31_a_folder_of_somebody_else(tmp_path: Path) -> None:
+def test_f31_a_folder_of_another_user(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(b"old")
     tmp_path.chmod(0o500)
-    me = os.geteuid()
-    if me == 0:  # whom no permission stops
+    user = os.geteuid()
+    if user == 0:  # root ignores permissions
         os.seteuid(65534)
     try:
         with pytest.raises(StorageError, match=r"data: cannot write 1 bytes: .*Permission denied"):
             files.write(str(tmp_path / "data"), b"x")
     finally:
-        os.seteuid(me)
+        os.seteuid(user)
         tmp_path.chmod(0o700)
     assert (tmp_path / "data").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
@@ -120,12 +120,12 @@ def test_f31_no_file_descriptor_is_left(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
-def test_bytes_are_kept_whatever_the_name(tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_file_name(tmp_path: Path) -> None:
     files.write(str(tmp_path / "a.gz"), b"no gzip")
     assert (tmp_path / "a.gz").read_bytes() == b"no gzip" == files.read(str(tmp_path / "a.gz"))
 
 
-def test_an_object_store_is_asked_again_and_a_disk_is_not() -> None:
+def test_operations_are_retried_on_object_stores_only() -> None:
     calls: list[str] = []
 
     def fail_twice(uri: str) -> str:
@@ -141,10 +141,10 @@ def test_an_object_store_is_asked_again_and_a_disk_is_not() -> None:
         files.patiently("s3://bucket/none", lambda: open("/nowhere/at/all").close())
 
 
-def test_what_a_killed_writer_left_is_not_seen_and_swept(tmp_path: Path) -> None:
-    left = tmp_path / "folder" / f"data.json.{'0a' * 16}.tmp"
+def test_temporary_files_of_killed_writers_are_hidden_and_swept(tmp_path: Path) -> None:
+    temporary = tmp_path / "folder" / f"data.json.{'0a' * 16}.tmp"
     files.write(str(tmp_path / "folder" / "data.json"), b"{}")
-    left.write_bytes(b"half")
+    temporary.write_bytes(b"half")
     (tmp_path / "folder" / "mine.tmp").write_bytes(b"not ours")
     assert files.names(str(tmp_path / "folder")) == ["data.json"]
     files.sweep(str(tmp_path))
@@ -153,8 +153,8 @@ def test_what_a_killed_writer_left_is_not_seen_and_swept(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_local_path_and_its_uri_behave_alike(tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain paths take a way of their own, without pyarrow."""
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)  # what fails at a URI is tried again
+    """Plain paths have their own code, without pyarrow."""
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)  # URIs are retried
     root = f"{scheme}{tmp_path}"
     file, missing, below_a_file = f"{root}/folder/b", f"{root}/missing", f"{root}/folder/b/c"
     files.write(file, b"whole")

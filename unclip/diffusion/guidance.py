@@ -1,7 +1,7 @@
-"""Guidance: denoisers made from denoisers.
+"""Guidance: functions that wrap denoisers in new denoisers.
 
-Everything is written for x0, which is affine in eps and v at a fixed x_t. What a guided denoiser says of the variance is
-what the conditional one says. Letters: B batch, E width of an embedding.
+Everything is written for x0, which is affine in eps and v at a fixed x_t. A guided denoiser returns the variance of the
+conditional one. Letters: B batch, E width of an embedding.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from unclip.config import require
-from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, in_full
+from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, full_precision
 
 LogProbability = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [B, ...], t [B]) -> log probability of what is wanted, up to a constant, nats [B]; differentiable in x_t."""
+"""(x_t [B, ...], t [B]) -> log probability of the condition, up to a constant, nats [B]; differentiable in x_t."""
 
 
 def classifier_free(
@@ -23,8 +23,8 @@ def classifier_free(
 
     Args:
         guidance_scale: 1 is no guidance (the unconditional denoiser is not called), 0 is unconditional.
-        rescale: share in [0, 1] to which each sample's standard deviation is brought back to the conditional one's;
-            large scales overexpose without.
+        rescale: in [0, 1], strength of rescaling each sample to the conditional one's standard deviation; large guidance
+            scales overexpose without it.
 
     Raises:
         ConfigError: rescale is not in [0, 1].
@@ -36,28 +36,28 @@ def classifier_free(
         return conditional
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        wanted = conditional(x_t, t)
+        conditioned = conditional(x_t, t)
         null = unconditional(x_t, t).x0
-        guided = null + guidance_scale * (wanted.x0 - null)
-        return wanted._replace(x0=_rescaled(guided, wanted.x0, rescale))
+        guided = null + guidance_scale * (conditioned.x0 - null)
+        return conditioned._replace(x0=_rescaled(guided, conditioned.x0, rescale))
 
     return denoise
 
 
 def classifier_free_two(
     both: Denoiser,
-    first_alone: Denoiser,
+    first_only: Denoiser,
     neither: Denoiser,
     first_scale: float,
     second_scale: float,
     rescale: float = 0.0,
 ) -> Denoiser:
-    """Guidance by two conditions with a scale each, such as a picture and a text.
+    """Guidance by two conditions with a scale each, such as an image and a text.
 
     Args:
-        both: conditioned on the first and the second.
-        first_alone: conditioned on the first.
-        neither: without conditions.
+        both: conditioned on both conditions.
+        first_only: conditioned on the first only.
+        neither: unconditional.
         first_scale, second_scale: 1 is no guidance.
         rescale: as in `classifier_free`.
 
@@ -65,10 +65,10 @@ def classifier_free_two(
     """
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        wanted = both(x_t, t)
-        first, null = first_alone(x_t, t).x0, neither(x_t, t).x0
-        guided = null + first_scale * (first - null) + second_scale * (wanted.x0 - first)
-        return wanted._replace(x0=_rescaled(guided, wanted.x0, rescale))
+        conditioned = both(x_t, t)
+        first, null = first_only(x_t, t).x0, neither(x_t, t).x0
+        guided = null + first_scale * (first - null) + second_scale * (conditioned.x0 - first)
+        return conditioned._replace(x0=_rescaled(guided, conditioned.x0, rescale))
 
     return denoise
 
@@ -78,10 +78,10 @@ def classifier(
 ) -> Denoiser:
     """Shift eps by -guidance_scale sqrt(1 - alphas_cumprod) times the gradient of log p(y | x_t), and x0 with it.
 
-    At pure noise, where alphas_cumprod is 0 and x_t shows nothing, x0 is left as it is.
+    At pure noise alphas_cumprod is 0 and x_t carries no information, so x0 is left unchanged.
 
     Args:
-        log_probability: of a noise-aware classifier (`classifier.log_probability`), or any other preference.
+        log_probability: from a noise-aware classifier (`classifier.log_probability`) or any other preference.
         guidance_scale: 0 = off.
 
     Source: Dhariwal & Nichol 2021, algorithm 2.
@@ -95,17 +95,17 @@ def classifier(
         alphas_cumprod = diffusion.alphas_cumprod.to(x_t.device)[t]  # [B]
         gain = torch.where(alphas_cumprod > 0, (1 - alphas_cumprod) / alphas_cumprod.sqrt(), 0.0)
         gain = gain.to(denoised.x0.dtype).view((-1,) + (1,) * (x_t.dim() - 1))  # [B, 1, ...]
-        return denoised._replace(x0=denoised.x0 + guidance_scale * gain * in_full(gradient))
+        return denoised._replace(x0=denoised.x0 + guidance_scale * gain * full_precision(gradient))
 
     return guided
 
 
 def clip_similarity(encode_image: Callable[[Tensor, Tensor], Tensor], text_embedding: Tensor) -> LogProbability:
-    """CLIP guidance: the dot product of image and text embedding as the log probability of `classifier`.
+    """CLIP guidance: the dot product of image and text embeddings, as the log probability for `classifier`.
 
     Args:
-        encode_image: (x_t [B, ...], t [B]) -> image embedding [B, E]; a CLIP that knows noised pictures, or one for clean
-            pictures made to see x0 (`on_x0`).
+        encode_image: (x_t [B, ...], t [B]) -> image embedding [B, E]; a CLIP trained on noised images, or an ordinary one
+            applied to x0 (`on_x0`).
         text_embedding: [B, E].
 
     Source: Nichol et al. 2022 (GLIDE), section 2.3.
@@ -114,12 +114,12 @@ def clip_similarity(encode_image: Callable[[Tensor, Tensor], Tensor], text_embed
 
 
 def on_x0(denoise: Denoiser, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of clean samples as one of noised samples, by way of the denoiser; gradients pass through both."""
+    """Turn a function of clean samples into one of noised samples by denoising first; gradients pass through both."""
     return lambda x_t, t: function(denoise(x_t, t).x0)
 
 
 def clamped(denoise: Denoiser, clip_range: float) -> Denoiser:
-    """Keep x0 in [-clip_range, clip_range]: guidance pushes it out of the range of the data.
+    """Clamp x0 to [-clip_range, clip_range], because guidance pushes it out of the range of the data.
 
     Source: Saharia et al. 2022 (Imagen), section 2.3, static thresholding.
     """
@@ -132,9 +132,9 @@ def clamped(denoise: Denoiser, clip_range: float) -> Denoiser:
 
 
 def dynamically_clamped(denoise: Denoiser, clip_range: float, quantile: float = 0.995) -> Denoiser:
-    """Clamp each sample at a quantile of its own magnitudes and shrink it into [-clip_range, clip_range].
+    """Clamp each sample at a quantile of its own magnitudes, then scale it into [-clip_range, clip_range].
 
-    Samples whose quantile is within the range are clamped only.
+    If the quantile lies within the range, the sample is only clamped.
 
     Raises:
         ConfigError: quantile is not in (0, 1].
@@ -146,21 +146,20 @@ def dynamically_clamped(denoise: Denoiser, clip_range: float, quantile: float = 
     def guided(x_t: Tensor, t: Tensor) -> Denoised:
         denoised = denoise(x_t, t)
         rows = denoised.x0.abs().flatten(1)  # [B, ...]
-        limit = torch.stack([row.quantile(quantile) for row in rows]).clamp(
-            min=clip_range
-        )  # torch limits one call's size
+        # one row at a time: torch limits the size of a quantile's input
+        limit = torch.stack([row.quantile(quantile) for row in rows]).clamp(min=clip_range)
         limit = limit.view((-1,) + (1,) * (x_t.dim() - 1))  # [B, 1, ...]
         return denoised._replace(x0=denoised.x0.clamp(-limit, limit) * (clip_range / limit))
 
     return guided
 
 
-def within(guided: Denoiser, otherwise: Denoiser, t_min: int, t_max: int) -> Denoiser:
-    """Guidance in an interval of noise levels alone; elsewhere it harms, and costs a call.
+def in_interval(guided: Denoiser, otherwise: Denoiser, t_min: int, t_max: int) -> Denoiser:
+    """Guidance in an interval of noise levels only; outside it guidance does harm and costs an extra call.
 
     Args:
         guided: used at t_min <= t <= t_max.
-        otherwise: used at all other timesteps, the conditional denoiser as a rule.
+        otherwise: used at all other timesteps; usually the conditional denoiser.
 
     Source: Kynkäänniemi et al. 2024, eq. 5; their noise levels are sqrt((1 - alphas_cumprod) / alphas_cumprod).
     """
@@ -178,11 +177,11 @@ def within(guided: Denoiser, otherwise: Denoiser, t_min: int, t_max: int) -> Den
     return denoise
 
 
-def _rescaled(guided: Tensor, wanted: Tensor, rescale: float) -> Tensor:
-    """Guided x0 with the standard deviation of each sample brought back to the conditional one's."""
+def _rescaled(guided: Tensor, conditioned: Tensor, rescale: float) -> Tensor:
+    """Guided x0, rescaled toward the standard deviation of each conditional sample."""
     if not rescale:
         return guided
-    gain = _std(wanted) / _std(guided).clamp(min=1e-12)  # [B, 1, ...]
+    gain = _std(conditioned) / _std(guided).clamp(min=1e-12)  # [B, 1, ...]
     return guided * (1 - rescale + rescale * gain)
 
 

@@ -1,7 +1,7 @@
-"""The diffusion process that every model of the stack shares: noising, its inversion, the losses and the likelihood bound.
+"""The diffusion process shared by all models of the stack: noising, its inversion, losses and the likelihood bound.
 
 Letters: x0 clean sample, x_t noised sample, eps the noise, v the velocity; B batch, C channels, T number of timesteps.
-Timesteps t are int64 in [0, T). Arithmetic is float32, or float64 where the samples are. Sources: Ho et al. 2020 (DDPM);
+Timesteps t are int64 in [0, T). Arithmetic is float32, or float64 if the samples are. Sources: Ho et al. 2020 (DDPM);
 Nichol & Dhariwal 2021 (learned variances); Salimans & Ho 2022 (v).
 """
 
@@ -25,13 +25,13 @@ TimestepSampling = Literal["uniform", "loss_aware"]
 
 
 class Denoised(NamedTuple):
-    """What a model knows of the clean sample behind x_t."""
+    """Output of a denoiser: its estimate of the clean sample behind x_t."""
 
     x0: Tensor
-    """[B, ...] its expectation."""
+    """[B, ...], expected clean sample."""
     variance_fraction: Tensor | None = None
-    """[B, ...] in [0, 1], where the model learns variances: the log variance of a reverse step, from the posterior's (0) to
-    beta's (1)."""
+    """[B, ...] in [0, 1], if the model learns variances: log variance of a reverse step, from the posterior's (0) to that of
+    beta (1)."""
 
 
 class Gaussian(NamedTuple):
@@ -42,12 +42,12 @@ class Gaussian(NamedTuple):
 
 
 class VariationalBound(NamedTuple):
-    """Bits per dimension that coding a sample with the model costs at most."""
+    """Upper bound on the bits per dimension needed to code a sample with the model."""
 
     prior: Tensor
-    """[B] of x_T."""
+    """[B], for x_T."""
     terms: Tensor
-    """[B, T] of each step t -> t - 1; the first is the reconstruction's."""
+    """[B, T], for each step t -> t - 1; the first is the reconstruction term."""
 
     @property
     def total(self) -> Tensor:
@@ -56,11 +56,11 @@ class VariationalBound(NamedTuple):
 
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""A network with its conditioning bound: (x_t [B, C, ...], t [B]) -> [B, C, ...], or twice the channels when it also learns
+"""A network with its conditioning bound: (x_t [B, C, ...], t [B]) -> [B, C, ...], or twice the channels if it also learns
 variances."""
 
 Denoiser = Callable[[Tensor, Tensor], Denoised]
-"""(x_t [B, ...], t [B]) -> Denoised. Samplers and guidance know nothing else of a model."""
+"""(x_t [B, ...], t [B]) -> Denoised. The only view that samplers and guidance have of a model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +70,24 @@ class DiffusionConfig:
     schedule: schedules.Schedule = "cosine"
     """Noise schedule."""
     prediction_type: PredictionType = "eps"
-    """What the network predicts."""
+    """Quantity that the network predicts."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule so that its last timestep is pure noise; not with eps, which says nothing of x0 there."""
+    """Rescale the schedule so that its last timestep is pure noise; not with eps, which does not determine x0 there."""
     variance: VarianceType = "fixed_small"
-    """Variance of reverse steps: the posterior's, beta, or between the two as the network says for every element. Learning
-    it needs a network with `outputs_per_channel` times the channels, and pictures in [-1, 1]."""
+    """Variance of reverse steps: the posterior's, beta, or between the two, predicted by the network for every element.
+    Learning it needs a network with `outputs_per_channel` times the channels, and images in [-1, 1]."""
     vlb_weight: float = 0.001
     """Weight of the variational bound in the loss (lambda of Nichol & Dhariwal 2021, eq. 16), with learned variances."""
     loss_weighting: LossWeighting = "none"
-    """Weights of timesteps in the squared error: all alike, min-SNR (Hang et al. 2023) or P2 (Choi et al. 2022)."""
+    """Weights of timesteps in the squared error: uniform, min-SNR (Hang et al. 2023) or P2 (Choi et al. 2022)."""
     min_snr_gamma: float = 5.0
-    """Signal-to-noise ratio above which min-SNR weights x0 no more."""
+    """Signal-to-noise ratio above which min-SNR stops increasing the weight of x0's error."""
     p2_gamma: float = 1.0
     """Exponent of P2; 0 = squared error of eps."""
     p2_k: float = 1.0
     """Offset of P2, in units of the signal-to-noise ratio."""
     timestep_sampling: TimestepSampling = "uniform"
-    """Timesteps of training: all alike, or by the losses met there (`unclip/training/timesteps.py`)."""
+    """Sampling of training timesteps: uniform, or by the losses observed there (`unclip/training/timesteps.py`)."""
 
     def __post_init__(self) -> None:
         require(self.num_timesteps >= 2, "num_timesteps", self.num_timesteps, "at least 2")
@@ -109,7 +109,7 @@ class DiffusionConfig:
 
 
 class GaussianDiffusion:
-    """q(x_t | x_0) = N(sqrt(alphas_cumprod_t) x_0, (1 - alphas_cumprod_t) I), and what follows from it.
+    """q(x_t | x_0) = N(sqrt(alphas_cumprod_t) x_0, (1 - alphas_cumprod_t) I), and the quantities derived from it.
 
     The tables betas, alphas_cumprod, loss_weights, ... are [T] float64.
     """
@@ -117,7 +117,7 @@ class GaussianDiffusion:
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
         self.num_timesteps = config.num_timesteps
-        with torch.device("cpu"):  # also in models that are built on the meta device
+        with torch.device("cpu"):  # even if the model is built on the meta device
             self._make_tables(config)
 
     def _make_tables(self, config: DiffusionConfig) -> None:
@@ -129,7 +129,7 @@ class GaussianDiffusion:
 
         previous = torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
         posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
-        # the first is 0, of which there is no logarithm; Ho et al. take the second instead
+        # the first is 0, which has no logarithm; Ho et al. use the second instead
         posterior_variance = torch.cat([posterior_variance[1:2], posterior_variance[1:]])
         self.log_posterior_variance = posterior_variance.log()
         self.log_betas = self.betas.log()
@@ -144,10 +144,10 @@ class GaussianDiffusion:
         Args:
             x0: [B, ...] float, clean sample; images in [-1, 1].
             t: [B] int64.
-            noise: like x0, standard normal; passed in so that callers own the randomness.
+            noise: like x0, standard normal; passed in so that callers control the randomness.
 
         Returns:
-            [B, ...] float32, float64 for float64.
+            [B, ...] float32, or float64 if x0 is.
 
         Raises:
             ShapeError: noise and x0 differ, or t is not [B].
@@ -159,24 +159,24 @@ class GaussianDiffusion:
                 f"q_sample: got x0 {tuple(x0.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}, "
                 "expected noise like x0 and one t per sample."
             )
-        x0 = in_full(x0)
+        x0 = full_precision(x0)
         return self._at("signal", t, x0) * x0 + self._at("sigma", t, x0) * noise.to(x0.dtype)
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the network must predict from x_t, [B, ...] float32.
+        """Training target of the network at x_t, [B, ...] float32.
 
         Source: Salimans & Ho 2022, section 4 (v = alpha eps - sigma x0).
         """
         if self.config.prediction_type == "x0":
-            return in_full(x0)
+            return full_precision(x0)
         if self.config.prediction_type == "eps":
-            return in_full(noise)
-        x0, noise = in_full(x0), in_full(noise)
+            return full_precision(noise)
+        x0, noise = full_precision(x0), full_precision(noise)
         return self._at("signal", t, x0) * noise - self._at("sigma", t, x0) * x0
 
     def predict_x0(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """x0 that the network's prediction implies, [B, ...] float32. Source: Salimans & Ho 2022, section 4."""
-        x_t, prediction = in_full(x_t), in_full(prediction)
+        """x0 implied by the network's prediction, [B, ...] float32. Source: Salimans & Ho 2022, section 4."""
+        x_t, prediction = full_precision(x_t), full_precision(prediction)
         if self.config.prediction_type == "x0":
             return prediction
         signal, sigma = self._at("signal", t, x_t), self._at("sigma", t, x_t)
@@ -185,15 +185,15 @@ class GaussianDiffusion:
         return signal * x_t - sigma * prediction
 
     def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """The noise that leads from x0 to x_t, [B, ...] float32. Source: Ho et al. 2020, eq. 4 solved for eps."""
-        x_t = in_full(x_t)
-        return (x_t - self._at("signal", t, x_t) * in_full(x0)) / self._at("sigma", t, x_t)
+        """Noise that turns x0 into x_t, [B, ...] float32. Source: Ho et al. 2020, eq. 4 solved for eps."""
+        x_t = full_precision(x_t)
+        return (x_t - self._at("signal", t, x_t) * full_precision(x0)) / self._at("sigma", t, x_t)
 
     def denoiser(self, predict: Predict, clip_range: float | None = None) -> Denoiser:
         """Turn a network with its conditioning bound into a denoiser.
 
         Args:
-            clip_range: x0 is clamped to [-clip_range, clip_range]; 1 for images, None for no clamp.
+            clip_range: clamp x0 to [-clip_range, clip_range]; 1 for images, None for no clamp.
 
         Raises:
             ShapeError (when called): the network's output does not have `outputs_per_channel` times x_t's channels.
@@ -207,10 +207,10 @@ class GaussianDiffusion:
         return denoise
 
     def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Weighted squared error of the network's prediction; with learned variances also the variational bound.
+        """Weighted squared error of the network's prediction; with learned variances, plus the variational bound.
 
-        The bound trains the variances alone: x0 is held in it. `vlb_weight` times T makes the mean over uniform
-        timesteps the weighted sum over all of them.
+        The bound trains only the variances: its x0 is detached. Multiplying by T turns the mean over uniform timesteps into
+        the sum over all of them.
 
         Args:
             predict: network with its conditioning bound.
@@ -226,17 +226,17 @@ class GaussianDiffusion:
         """
         x_t = self.q_sample(x0, t, noise)
         prediction, variance_fraction = self._split(predict(x_t, t), x_t)
-        squared_error = (in_full(prediction) - self.target(x0, t, noise)) ** 2
+        squared_error = (full_precision(prediction) - self.target(x0, t, noise)) ** 2
         loss = squared_error.flatten(1).mean(dim=1)  # [B]
         if self.config.loss_weighting != "none":
             loss = loss * self._at("loss_weights", t, loss)
         if variance_fraction is None:
             return loss
-        held = Denoised(self.predict_x0(x_t, t, prediction.detach()), variance_fraction)
-        return loss + self.config.vlb_weight * self.num_timesteps * self.vlb_terms(x0, x_t, t, held)
+        detached = Denoised(self.predict_x0(x_t, t, prediction.detach()), variance_fraction)
+        return loss + self.config.vlb_weight * self.num_timesteps * self.vlb_terms(x0, x_t, t, detached)
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
-        """q(x_{t-1} | x_t, x_0); the log variance at t = 0, where it has none, is that at t = 1.
+        """q(x_{t-1} | x_t, x_0); at t = 0, where the variance is 0, the log variance is that at t = 1.
 
         Args:
             x0: [B, ...]; x_t: [B, ...]; t: [B] int64.
@@ -244,15 +244,15 @@ class GaussianDiffusion:
         Returns:
             Mean [B, ...] and log variance [B, 1, ...] float32. Source: Ho et al. 2020, eq. 6-7.
         """
-        x0, x_t = in_full(x0), in_full(x_t)
+        x0, x_t = full_precision(x0), full_precision(x_t)
         mean = self._at("posterior_x0_coefficient", t, x_t) * x0 + self._at("posterior_x_t_coefficient", t, x_t) * x_t
         return Gaussian(mean, self._at("log_posterior_variance", t, x_t))
 
     def p_posterior(self, denoised: Denoised, x_t: Tensor, t: Tensor) -> Gaussian:
-        """p(x_{t-1} | x_t) of a model, with the configured variance.
+        """p(x_{t-1} | x_t) of the model, with the configured variance.
 
         Raises:
-            ShapeError: variances are learned, and the denoiser gives none.
+            ShapeError: variances are learned, but the denoiser returns none.
 
         Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, eq. 15.
         """
@@ -265,23 +265,23 @@ class GaussianDiffusion:
         return Gaussian(mean, fraction * self._at("log_betas", t, mean) + (1 - fraction) * small)
 
     def vlb_terms(self, x0: Tensor, x_t: Tensor, t: Tensor, denoised: Denoised) -> Tensor:
-        """One term of the variational bound for each sample: KL(q || p) of the step from t, at t = 0 that of the reconstruction.
+        """One term of the variational bound per sample: KL(q || p) of the step from t; at t = 0, the reconstruction term.
 
         Args:
-            x0: [B, ...] pictures with 256 levels in [-1, 1].
-            x_t: [B, ...]; t: [B] int64; denoised: what the model says of x_t.
+            x0: [B, ...] images with 256 levels in [-1, 1].
+            x_t: [B, ...]; t: [B] int64; denoised: the model's output at x_t.
 
         Returns:
             [B] bits per dimension. Source: Nichol & Dhariwal 2021, eq. 4-7.
         """
         p = self.p_posterior(denoised, x_t, t)
         kl = gaussian_kl(self.q_posterior(x0, x_t, t), p).flatten(1).mean(dim=1)  # [B]
-        log_likelihood = discretised_gaussian_log_likelihood(in_full(x0), p).flatten(1).mean(dim=1)  # [B]
+        log_likelihood = discretised_gaussian_log_likelihood(full_precision(x0), p).flatten(1).mean(dim=1)  # [B]
         return torch.where(t == 0, -log_likelihood, kl) / math.log(2)
 
     def prior_bits_per_dim(self, x0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, I)), [B] bits per dimension. Source: Nichol & Dhariwal 2021, eq. 7."""
-        x0 = in_full(x0)
+        x0 = full_precision(x0)
         last = torch.full(x0.shape[:1], self.num_timesteps - 1, device=x0.device)
         log_variance = 2 * self._at("sigma", last, x0).log()
         x_T = Gaussian(self._at("signal", last, x0) * x0, log_variance)
@@ -292,11 +292,11 @@ class GaussianDiffusion:
     def bits_per_dim(
         self, predict: Predict, x0: Tensor, clip_range: float | None = 1.0, generator: torch.Generator | None = None
     ) -> VariationalBound:
-        """The variational bound of pictures, with one draw of noise at each of the T timesteps.
+        """Variational bound of images, from one noise sample at each of the T timesteps.
 
         Args:
-            predict: network with its conditioning bound; it is called T times.
-            x0: [B, ...] pictures with 256 levels in [-1, 1].
+            predict: network with its conditioning bound; called T times.
+            x0: [B, ...] images with 256 levels in [-1, 1].
             clip_range: as in `denoiser`.
 
         Source: Nichol & Dhariwal 2021, section 3.
@@ -305,28 +305,28 @@ class GaussianDiffusion:
         terms = []
         for timestep in range(self.num_timesteps):
             t = torch.full(x0.shape[:1], timestep, device=x0.device)
-            noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=in_full(x0).dtype)
+            noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=full_precision(x0).dtype)
             x_t = self.q_sample(x0, t, noise)
             terms.append(self.vlb_terms(x0, x_t, t, denoise(x_t, t)))
         return VariationalBound(self.prior_bits_per_dim(x0), torch.stack(terms, dim=1))
 
     def _split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's output as its prediction and, where learned, the fraction of the log variance in [0, 1]."""
+        """Split the network's output into its prediction and, if learned, the fraction of the log variance in [0, 1]."""
         expected = (x_t.shape[0], x_t.shape[1] * self.config.outputs_per_channel, *x_t.shape[2:])
         if output.shape != expected:
             raise ShapeError(
                 f"denoiser: got {tuple(output.shape)} from the network, expected {expected}. "
-                f"With variance {self.config.variance} it needs {self.config.outputs_per_channel} outputs per channel."
+                f"With variance {self.config.variance} the network needs {self.config.outputs_per_channel} outputs per channel."
             )
         if self.config.variance != "learned_range":
             return output, None
         prediction, fraction = output.chunk(2, dim=1)
-        fraction = (in_full(fraction) + 1) / 2  # networks start at 0, in the middle of the range
-        # the gradient passes the clamp, so that an output beyond the range can come back
+        fraction = (full_precision(fraction) + 1) / 2  # networks start by predicting 0, the middle of the range
+        # the gradient passes through the clamp, so that an output outside the range can return to it
         return prediction, fraction.detach().clamp(0, 1) + (fraction - fraction.detach())
 
     def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        """A table's values at t, in the dtype of `like` and with as many dimensions: [B, 1, ...]."""
+        """Values of a table at t, with the dtype and the number of dimensions of `like`: [B, 1, ...]."""
         return self._table(table, like.device, like.dtype)[t].view((-1,) + (1,) * (like.dim() - 1))
 
     @functools.cache  # noqa: B019 - a diffusion lives as long as its process
@@ -335,29 +335,29 @@ class GaussianDiffusion:
         return table.to(dtype).to(device)
 
 
-def in_full(x: Tensor) -> Tensor:
-    """x in float32, float64 as it is: half precision is for networks, not for the process."""
+def full_precision(x: Tensor) -> Tensor:
+    """Convert x to float32; float64 is kept. Half precision is for networks, not for the process."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def learned_fraction(denoised: Denoised) -> Tensor:
-    """The variance fraction of a model that learns it.
+    """Variance fraction of a model that learns it.
 
     Raises:
-        ShapeError: there is none.
+        ShapeError: denoised has none.
     """
     if denoised.variance_fraction is None:
         raise ShapeError(
             "denoiser: got no variance_fraction, expected one with variance learned_range. "
-            "Make denoisers with `GaussianDiffusion.denoiser` and keep the fraction in wrappers."
+            "Create denoisers with `GaussianDiffusion.denoiser`, and return the fraction from wrappers too."
         )
     return denoised.variance_fraction
 
 
 def loss_weights(config: DiffusionConfig, alphas_cumprod: Tensor) -> Tensor:
-    """Weight of every timestep in the squared error of what the network predicts, [T] float64.
+    """Weight of every timestep in the squared error of the network's prediction, [T] float64.
 
-    A weighting says how much x0's error counts; eps's is SNR times and v's SNR + 1 times as large.
+    Weightings are defined for the error of x0. The error of eps is SNR times as large, that of v SNR + 1 times.
 
     Source: Hang et al. 2023, section 3.4 (min-SNR); Choi et al. 2022, eq. 8 (P2).
     """
@@ -378,15 +378,15 @@ def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
 
 
 def discretised_gaussian_log_likelihood(x0: Tensor, p: Gaussian) -> Tensor:
-    """Log probability, in nats, that p gives to the bin of every pixel: 256 bins over [-1, 1], the outer two without end.
+    """Log probability of every pixel's bin under p, nats: 256 bins over [-1, 1], the outer two unbounded.
 
-    At least log(1e-12), so that a hopeless pixel gives neither infinities nor gradients.
+    The result is at least log(1e-12), so that a very unlikely pixel gives neither infinities nor gradients.
 
     Source: Ho et al. 2020, eq. 13.
     """
     inverse_std = torch.exp(-0.5 * p.log_variance)
     centred = x0 - p.mean
-    # both sides are computed in the lower tail, where the normal distribution's integral has no rounding near 1
+    # compute both sides in the lower tail, where the normal CDF is far from 1 and loses no digits
     lower_tail = -centred.abs()
     half_bin = 1 / 255
     inside = torch.special.ndtr((lower_tail + half_bin) * inverse_std) - torch.special.ndtr(
@@ -401,17 +401,17 @@ def discretised_gaussian_log_likelihood(x0: Tensor, p: Gaussian) -> Tensor:
 def augment_condition(
     diffusion: GaussianDiffusion, condition: Tensor, levels: tuple[int, int], generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Noise a conditioning picture, so that a network learns to doubt the samples it is given.
+    """Add noise to a conditioning image, so that the network learns not to trust its details.
 
     Args:
         condition: [B, C, h, w] in [-1, 1]; not changed.
-        levels: smallest and largest timestep, both included; every sample draws its own. The same twice at sampling.
+        levels: smallest and largest timestep, inclusive; each sample draws its own. Equal for sampling.
 
     Returns:
-        The noised picture [B, C, h, w], and its timesteps [B] int64, which the network must be given too.
+        The noised image [B, C, h, w] and its timesteps [B] int64, which the network must receive too.
 
     Raises:
-        ConfigError: levels are not timesteps of the process in order.
+        ConfigError: levels are out of order or are not timesteps of the process.
 
     Source: Ho et al. 2021 (CDM), section 4.2.
     """

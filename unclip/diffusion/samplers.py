@@ -1,7 +1,7 @@
-"""Samplers: plain functions from noise to samples over a `Denoiser`.
+"""Samplers: plain functions that turn noise into samples with a `Denoiser`.
 
-All take x_T [B, ...] (standard normal, owned by the caller) and return x_0 [B, ...] in float32, or in float64 where x_T is.
-All walk down the same timesteps and end at the clean sample exactly. Letters: B batch, T number of timesteps.
+All take x_T [B, ...] (standard normal, drawn by the caller) and return x_0 [B, ...] in float32, or in float64 if x_T is.
+All visit the same timesteps and end exactly at the clean sample. Letters: B batch, T number of timesteps.
 """
 
 import itertools
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from unclip.config import require
-from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, in_full, learned_fraction
+from unclip.diffusion.process import Denoised, Denoiser, GaussianDiffusion, full_precision, learned_fraction
 from unclip.diffusion.schedules import strided_timesteps
 from unclip.errors import ShapeError
 
 Steps = int | Sequence[int]
-"""How many timesteps, spread evenly; or the timesteps themselves, the noisiest first (`schedules.sectioned_timesteps`)."""
+"""Number of timesteps, spread evenly; or the timesteps themselves, the noisiest first (`schedules.sectioned_timesteps`)."""
 
 OnStep = Callable[[Tensor, int], Tensor]
-"""Called after every step with the sample [B, ...] and the timestep it is at now, -1 when it is clean; the sampler goes on
-with what it returns. Film strips keep what they see and return it; inpainting returns it with the known pixels put back."""
+"""Called after every step with the sample [B, ...] and its new timestep, -1 for the clean sample. The sampler continues with
+the returned sample: film strips record it and return it unchanged; inpainting restores the known pixels in it."""
 
 LARGEST_SIGMA = 80.0
-"""Noise relative to the signal from which on Heun's steps are worth their second call."""
+"""Largest noise-to-signal ratio at which a Heun step's second call pays off."""
 
 
 def undisturbed(x_t: Tensor, t: int) -> Tensor:
-    """The `OnStep` that does nothing."""
+    """Default `OnStep`: returns the sample unchanged."""
     return x_t
 
 
@@ -43,12 +43,12 @@ def ddpm(
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
-    """Ancestral sampling over strided timesteps, with the variance that the diffusion is configured for.
+    """Ancestral sampling over strided timesteps, with the configured variance of the diffusion.
 
-    Variances, learned ones too, are those of the respaced process. The last step adds no noise.
+    Variances, including learned ones, are those of the respaced process. The last step adds no noise.
 
     Raises:
-        ShapeError: variances are learned, and the denoiser gives none.
+        ShapeError: variances are learned, but the denoiser returns none.
 
     Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4.
     """
@@ -75,14 +75,14 @@ def analytic_dpm(
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
-    """Ancestral sampling with the best isotropic variance of every step, known from the scores of data.
+    """Ancestral sampling with the optimal isotropic variance of every step, computed from the scores of the data.
 
-    It is the posterior's variance plus that of x0 given x_t, as far as the latter moves the posterior's mean.
+    It is the posterior's variance, plus the variance that the uncertainty of x0 given x_t adds to the posterior's mean.
 
     Args:
         mean_squared_score: [T], from `estimate_mean_squared_score`.
-        max_variance: bound on the variance of x0; 1 for pictures in [-1, 1] and for standardised embeddings. It holds
-            where the score is nearly that of noise and the estimate means little.
+        max_variance: bound on the variance of x0; 1 for images in [-1, 1] and for standardised embeddings. It applies
+            where the score is nearly that of noise, so that the estimate is unreliable.
 
     Raises:
         ShapeError: mean_squared_score is not [T].
@@ -113,19 +113,19 @@ def estimate_mean_squared_score(
     generator: torch.Generator | None = None,
     num_measured: int | None = None,
 ) -> Tensor:
-    """Mean over data of the squared norm of the score at every timestep, over the number of dimensions.
+    """Mean squared norm of the score per dimension at every timestep, averaged over the data.
 
     Args:
-        batches: clean samples [B, ...], each with the denoiser that is bound to their conditioning; every batch is
-            denoised once for each measured timestep.
-        num_measured: timesteps to measure at, spread evenly; between them the logarithm of the mean square of eps is
-            interpolated over that of the noise's variance. None for all T.
+        batches: clean samples [B, ...], each with a denoiser bound to their conditioning; every batch is denoised once
+            per measured timestep.
+        num_measured: number of evenly spread timesteps to measure; between them the log mean square of eps is
+            interpolated over the log noise variance. None for all T.
 
     Returns:
-        [T] float64; saved with a model, it is all that `analytic_dpm` needs to know of the data.
+        [T] float64; all that `analytic_dpm` needs to know about the data, saved with the model.
 
     Raises:
-        ShapeError: no batch.
+        ShapeError: batches is empty.
 
     Source: Bao et al. 2022, eq. 8.
     """
@@ -134,7 +134,7 @@ def estimate_mean_squared_score(
     total = torch.zeros(len(measured), dtype=torch.float64)
     num_samples = 0
     for batch, denoise in batches:
-        x0 = in_full(batch)
+        x0 = full_precision(batch)
         squared_norms = []
         for timestep in measured:
             t = torch.full(x0.shape[:1], timestep, dtype=torch.int64, device=x0.device)
@@ -167,7 +167,7 @@ def ddim(
 
     First order in the step size. Source: Song et al. 2021, eq. 12 and 16.
     """
-    x_t = in_full(x_T)
+    x_t = full_precision(x_T)
     for step in _steps(diffusion, num_steps):
         x0 = denoise(x_t, step.batch(x_t)).x0
         std = eta * step.posterior_variance**0.5
@@ -188,25 +188,25 @@ def ddim_inversion(
     num_iterations: int = 1,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
-    """The noise x_T from which `ddim` with eta = 0 and the same steps draws x0.
+    """Find the noise x_T from which `ddim` with eta = 0 and the same steps samples x0.
 
-    Each step up is the solution of the step down, an equation for x_t that is iterated from the less noisy sample.
+    Each step up inverts a step down: it solves that step for x_t by fixed-point iteration from the less noisy sample.
 
     Args:
-        denoise: without clamps or thresholds, which cannot be undone.
+        denoise: without clamping or thresholding, which cannot be inverted.
         x0: [B, ...] clean samples.
-        num_iterations: 1 is the plain inversion, right to first order in the step size; with more, sampling returns the
-            start ever more closely. Every iteration is a call of the denoiser.
+        num_iterations: 1 is the plain inversion, accurate to first order in the step size; more iterations let sampling
+            reproduce x0 more closely. Each calls the denoiser once.
         on_step: called with the timestep just reached.
 
     Source: Song et al. 2021, section 4.3; Dhariwal & Nichol 2021, appendix F; Pan et al. 2023, section 3 (iterations).
     """
-    x_next = in_full(x0)
+    x_next = full_precision(x0)
     for step in reversed(list(_steps(diffusion, num_steps))):
         x_t = x_next
         for _ in range(num_iterations):
             estimate = denoise(x_t, step.batch(x_t)).x0
-            # of the two ways to read eps, from x_next and from x_t, the one that the iteration contracts
+            # eps can be computed from x_next or from x_t; choose the form for which the iteration contracts
             if step.alpha_bar < 0.5 and step.alpha_bar_next < 1:
                 clean = estimate
                 eps = (x_next - step.alpha_bar_next**0.5 * clean) / (1 - step.alpha_bar_next) ** 0.5
@@ -227,19 +227,19 @@ def dpm_solver_pp_2m(
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
-    """DPM-Solver++(2M): second order with one call of the denoiser a step.
+    """DPM-Solver++(2M): second order, one call of the denoiser per step.
 
-    x0 is taken as a line over log(signal / sigma), through this step and the one before; the first step and the last,
-    which have no such line, are DDIM's. Deterministic: the generator is not used.
+    x0 is extrapolated linearly in log(signal / sigma) from the current step and the one before. The first and the last step
+    cannot be extrapolated and are DDIM's. Deterministic: the generator is not used.
 
     Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
     """
-    x_t = in_full(x_T)
+    x_t = full_precision(x_T)
     x0_before: Tensor | None = None
     width_before = 0.0
     for step in _steps(diffusion, num_steps):
         x0 = denoise(x_t, step.batch(x_t)).x0
-        # infinite from pure noise and to the clean sample
+        # infinite for a step from pure noise or to the clean sample
         width = _minus_log(step.sigma_next) - _minus_log(step.sigma)
         along = x0
         if x0_before is not None and step.alpha_bar_next < 1:
@@ -260,16 +260,16 @@ def heun(
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
-    """Heun's method: second order with two calls of the denoiser a step.
+    """Heun's method: second order, two calls of the denoiser per step.
 
     The equation is dx / dsigma = (x - x0) / sigma for x = x_t / sqrt(alphas_cumprod) and sigma^2 = (1 - alphas_cumprod) /
-    alphas_cumprod, on the grid of the timesteps. Steps to the clean sample and from beyond the largest sigma of Karras et
-    al. are Euler's, as in DDIM: the cosine schedule goes from 20,000 to below 100 in one step, and pure noise has an infinite
-    sigma; there the mean of both slopes is far off. Deterministic: the generator is not used.
+    alphas_cumprod, on the grid of the timesteps. The step to the clean sample and steps from above the largest sigma of
+    Karras et al. are Euler steps, as in DDIM: the cosine schedule falls from 20,000 to below 100 in one step, and pure noise
+    has infinite sigma, so the mean of both slopes would be far off. Deterministic: the generator is not used.
 
     Source: Karras et al. 2022, algorithm 1, eq. 4 and Table 1 (largest sigma).
     """
-    x_t = in_full(x_T)
+    x_t = full_precision(x_T)
     for step in _steps(diffusion, num_steps):
         x0 = denoise(x_t, step.batch(x_t)).x0
         slope = (x_t - step.alpha_bar**0.5 * x0) / (1 - step.alpha_bar) ** 0.5  # dx / dsigma, which is eps
@@ -287,11 +287,11 @@ def heun(
 def hold_known(diffusion: GaussianDiffusion, x0: Tensor, known: Tensor, generator: torch.Generator | None) -> OnStep:
     """Inpainting with any sampler: after every step, put the known part back, noised to the sample's timestep.
 
-    The rest is drawn in view of it; how well it fits grows with the number of steps and with their noise.
+    The rest is sampled to fit the known part; more steps and noisier steps make it fit better.
 
     Args:
-        x0: [B, ...] clean samples, of which the known part is read.
-        known: bool, broadcasts to x0; True = hold.
+        x0: [B, ...] clean samples; only the known part is read.
+        known: bool, broadcasts to x0; True = keep.
 
     Source: Lugmayr et al. 2022, eq. 8.
     """
@@ -307,7 +307,7 @@ def hold_known(diffusion: GaussianDiffusion, x0: Tensor, known: Tensor, generato
 
 
 class Sampler(Protocol):
-    """What every sampler that needs nothing but a denoiser can be called with."""
+    """Signature of samplers that need only a denoiser."""
 
     def __call__(
         self,
@@ -325,7 +325,7 @@ SamplerName = Literal["ddpm", "ddim", "dpm_solver_pp_2m", "heun", "analytic_dpm"
 """Samplers that settings can name (`unclip.diffusion.sampling.sample`)."""
 
 SAMPLERS: dict[SamplerName, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m, "heun": heun}
-"""Those that need nothing but a denoiser; `analytic_dpm` also needs the scores of data."""
+"""Samplers that need only a denoiser; `analytic_dpm` also needs the scores of the data."""
 
 
 class Step(NamedTuple):
@@ -373,17 +373,20 @@ class Step(NamedTuple):
 
 
 def _steps(diffusion: GaussianDiffusion, num_steps: Steps) -> Iterator[Step]:
-    """The steps from the noisiest timestep to the clean sample.
+    """Steps from the noisiest timestep to the clean sample.
 
     Raises:
-        ConfigError: given timesteps do not fall, or are none of the process.
+        ConfigError: timesteps are given that do not decrease, or that the process does not have.
     """
     if isinstance(num_steps, int):
         num_steps = strided_timesteps(diffusion.num_timesteps, num_steps)
     timesteps = [*num_steps, -1]
-    falling = all(t > t_next for t, t_next in itertools.pairwise([diffusion.num_timesteps, *timesteps]))
+    decreasing = all(t > t_next for t, t_next in itertools.pairwise([diffusion.num_timesteps, *timesteps]))
     require(
-        falling and len(num_steps) > 0, "num_steps", num_steps, f"timesteps below {diffusion.num_timesteps} that fall"
+        decreasing and len(num_steps) > 0,
+        "num_steps",
+        num_steps,
+        f"decreasing timesteps below {diffusion.num_timesteps}",
     )
     alpha_bars = [float(diffusion.alphas_cumprod[t]) for t in num_steps] + [1.0]
     pairs = list(zip(timesteps, alpha_bars, strict=True))
@@ -400,8 +403,8 @@ def _ancestral(
     generator: torch.Generator | None,
     on_step: OnStep,
 ) -> Tensor:
-    """Draw every x_{t-1} from a Gaussian with the posterior's mean and the given variance."""
-    x_t = in_full(x_T)
+    """Sample every x_{t-1} from a Gaussian with the posterior's mean and the given variance."""
+    x_t = full_precision(x_T)
     for step in _steps(diffusion, num_steps):
         denoised = denoise(x_t, step.batch(x_t))
         mean = step.x0_coefficient * denoised.x0 + step.x_t_coefficient * x_t
@@ -416,7 +419,7 @@ def _sigma(alpha_bar: float) -> float:
 
 
 def _minus_log(sigma: float) -> float:
-    """The lambda of DPM-Solver, log(signal / noise)."""
+    """Lambda of DPM-Solver, log(signal / noise)."""
     return -math.log(sigma) if sigma > 0 else math.inf
 
 

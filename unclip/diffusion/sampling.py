@@ -1,4 +1,4 @@
-"""Sampling settings of one diffusion process, and the two functions that follow them: `guided` and `sample`.
+"""Sampling settings of one diffusion process, and the functions that apply them: `guided`, `limited` and `sample`.
 
 Letters: B batch, T number of timesteps.
 """
@@ -12,38 +12,38 @@ from torch import Tensor
 
 from unclip.config import require
 from unclip.diffusion import guidance, samplers
-from unclip.diffusion.process import Denoiser, GaussianDiffusion, in_full
+from unclip.diffusion.process import Denoiser, GaussianDiffusion, full_precision
 from unclip.diffusion.samplers import OnStep, SamplerName, Steps, undisturbed
 from unclip.diffusion.schedules import strided_timesteps
 from unclip.errors import ConfigError
 
 Thresholding = Literal["none", "static", "dynamic"]
-"""Bounds on x0 at every sampling step: none, a clamp, or a clamp at a quantile of each sample followed by a division."""
+"""Bounds on x0 at every sampling step: none, a clamp, or a clamp at each sample's quantile followed by rescaling."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionSampling:
     sampler: SamplerName = "ddim"
-    """Sampler. `analytic_dpm` needs a model trained since its training measures the mean squared score."""
+    """Sampler. `analytic_dpm` needs a model whose mean squared score was measured at the end of its training."""
     num_steps: int = 50
     """Sampling steps."""
     eta: float = 0.0
-    """Noise of DDIM's steps: 0 is deterministic, 1 is ancestral sampling; for the sampler ddim alone. Source: Song et al.
+    """Noise of DDIM's steps: 0 is deterministic, 1 is ancestral sampling; only for the sampler ddim. Source: Song et al.
     2021, eq. 16."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance; 1 = off. Source: Ho & Salimans 2022, eq. 6."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Share of the process in which guidance acts, as two shares of its timesteps: 0 is the clean sample, 1 pure noise.
+    """Part of the process in which guidance acts, as two fractions of its timesteps: 0 is the clean sample, 1 pure noise.
     Source: Kynkäänniemi et al. 2024, eq. 5."""
     guidance_rescale: float = 0.0
-    """Share in [0, 1] to which classifier-free guidance keeps the standard deviation of each sample; 0 = off. Source: Lin et
-    al. 2023, eq. 15-16."""
+    """Strength in [0, 1] of rescaling each guided sample to the standard deviation of the conditional one; 0 = off. Source:
+    Lin et al. 2023, eq. 15-16."""
     thresholding: Thresholding = "static"
     """Bounds on x0 after guidance. Source: Saharia et al. 2022 (Imagen), section 2.3."""
     threshold: float | None = None
-    """Bound that x0 is brought into; None takes the model's own, such as 1 for images."""
+    """Bound on the magnitude of x0; None uses the model's own, such as 1 for images."""
     threshold_quantile: float = 0.995
-    """Quantile of the magnitudes of each sample's x0 that dynamic thresholding clamps at."""
+    """Quantile of each sample's x0 magnitudes at which dynamic thresholding clamps."""
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
@@ -54,7 +54,7 @@ class DiffusionSampling:
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
         interval = self.guidance_interval
         in_order = len(interval) == 2 and 0 <= interval[0] <= interval[-1] <= 1
-        require(in_order, "guidance_interval", interval, "two shares of the process in order, such as [0.2, 0.8]")
+        require(in_order, "guidance_interval", interval, "two fractions of the process in order, such as [0.2, 0.8]")
         require(0 <= self.guidance_rescale <= 1, "guidance_rescale", self.guidance_rescale, "0 to 1")
         require(self.threshold is None or self.threshold > 0, "threshold", self.threshold, "above 0, or none")
         require(0 < self.threshold_quantile <= 1, "threshold_quantile", self.threshold_quantile, "above 0, at most 1")
@@ -67,14 +67,14 @@ def guided(
     settings: DiffusionSampling,
     limit: float | None,
 ) -> Denoiser:
-    """Denoiser with classifier-free guidance in its interval, thresholded.
+    """Denoiser with classifier-free guidance inside the settings' interval, and thresholding.
 
     Args:
-        conditional, unconditional: neither guided nor thresholded.
-        limit: the model's own bound of x0, for settings that give none; None for no bound.
+        conditional, unconditional: plain denoisers, neither guided nor thresholded.
+        limit: the model's own bound on x0, used if the settings give none; None for no bound.
 
     Raises:
-        ConfigError: dynamic thresholding without any bound.
+        ConfigError: dynamic thresholding has no bound.
     """
     push = guidance.classifier_free(conditional, unconditional, settings.guidance_scale, settings.guidance_rescale)
     return limited(diffusion, push, conditional, settings, limit)
@@ -87,21 +87,22 @@ def limited(
     settings: DiffusionSampling,
     limit: float | None,
 ) -> Denoiser:
-    """Denoiser with a guidance of any kind in the interval of the settings, thresholded; as `guided`.
+    """Denoiser with any kind of guidance inside the settings' interval, and thresholding; see `guided`.
 
     Args:
-        push: with guidance.
-        conditional: without, for timesteps outside of the interval.
+        push: guided denoiser.
+        conditional: denoiser without guidance, for timesteps outside the interval.
     """
     denoise = push
     if tuple(settings.guidance_interval) != (0, 1) and push is not conditional:
-        low, high = (share * (diffusion.num_timesteps - 1) for share in settings.guidance_interval)
-        denoise = guidance.within(push, conditional, math.ceil(low), math.floor(high))
+        low, high = (fraction * (diffusion.num_timesteps - 1) for fraction in settings.guidance_interval)
+        denoise = guidance.in_interval(push, conditional, math.ceil(low), math.floor(high))
     bound = limit if settings.threshold is None else settings.threshold
     if settings.thresholding == "dynamic":
         if bound is None:
             raise ConfigError(
-                "threshold: got none, expected a number: this model has no bound of its own to shrink into."
+                "threshold: got none, expected a number, because this model has no bound of its own. "
+                "Set threshold, or set thresholding to 'none'."
             )
         return guidance.dynamically_clamped(denoise, bound, settings.threshold_quantile)
     if settings.thresholding == "none" or bound is None:
@@ -121,22 +122,22 @@ def sample(
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
-    """Run the sampler of the settings.
+    """Run the sampler that the settings name.
 
     Args:
-        denoise: guided and thresholded already.
+        denoise: with guidance and thresholding already applied.
         x_T: [B, ...] standard normal.
-        mean_squared_score: [T] of `samplers.estimate_mean_squared_score`, for Analytic-DPM.
-        start: [B, ...] clean sample to begin with, noised with x_T to the timestep that `strength` says; None begins with
+        mean_squared_score: [T] from `samplers.estimate_mean_squared_score`, for Analytic-DPM.
+        start: [B, ...] clean sample to start from, noised with x_T to the timestep given by `strength`; None starts from
             x_T itself.
-        strength: share of the process that the start goes through; at 0 it comes back as it is, at 1 it is not looked at.
-            The steps are spread over that share.
+        strength: fraction of the process applied to the start; 0 returns it unchanged, 1 ignores it. The steps are spread
+            over that fraction.
 
     Returns:
-        [B, ...] as all samplers do.
+        [B, ...], as from the sampler itself.
 
     Raises:
-        ConfigError: Analytic-DPM without the mean squared score.
+        ConfigError: Analytic-DPM is chosen and mean_squared_score is None.
 
     Source: Meng et al. 2022 (SDEdit), section 3 (start).
     """
@@ -144,15 +145,15 @@ def sample(
     if start is not None and strength < 1:
         noisiest = round(strength * diffusion.num_timesteps) - 1
         if noisiest < 0:
-            return in_full(start)
+            return full_precision(start)
         steps = strided_timesteps(noisiest + 1, settings.num_steps)
         t = torch.full(start.shape[:1], noisiest, dtype=torch.int64, device=start.device)
         x_T = diffusion.q_sample(start, t, x_T)
     if settings.sampler == "analytic_dpm":
         if mean_squared_score is None:
             raise ConfigError(
-                "sampler: got 'analytic_dpm', which needs the mean squared score of the model, and this model was saved without "
-                "it. Train it again, which measures it at the end, or choose another sampler."
+                "sampler: got 'analytic_dpm', which needs the model's mean squared score, but this model was saved without it. "
+                "Train it again, which measures the score at the end, or choose another sampler."
             )
         return samplers.analytic_dpm(
             diffusion, denoise, x_T, steps, mean_squared_score, generator=generator, on_step=on_step

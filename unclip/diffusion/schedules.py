@@ -1,6 +1,6 @@
-"""Noise schedules of discrete-time diffusion: betas in, everything derived from them out.
+"""Noise schedules of discrete-time diffusion.
 
-Letters: T number of timesteps. Timesteps count from 0, the least noisy, to T - 1. Everything is float64 on the CPU.
+Letters: T number of timesteps. Timestep 0 is the least noisy, T - 1 the noisiest. Everything is float64 on the CPU.
 Sources: Ho et al. 2020 (linear); Nichol & Dhariwal 2021 (cosine, respacing); Lin et al. 2023 (zero terminal SNR).
 """
 
@@ -30,9 +30,9 @@ def betas(schedule: Schedule, num_timesteps: int) -> Tensor:
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas [T] of the same schedule shifted and scaled so that the last timestep is pure noise.
+    """Shift and scale a schedule so that its last timestep is pure noise; returns its betas [T].
 
-    The first alphas_cumprod is kept, the last becomes 0 and the last beta 1.
+    The first alphas_cumprod is kept; the last becomes 0 and the last beta 1.
 
     Source: Lin et al. 2023, algorithm 1.
     """
@@ -51,10 +51,10 @@ def snr(alphas_cumprod: Tensor) -> Tensor:
 def strided_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     """`num_steps` timesteps spread evenly over [0, num_timesteps), from the noisiest to 0.
 
-    One step is the noisiest alone. More steps than timesteps are all timesteps.
+    One step gives the noisiest timestep only. More steps than timesteps give all timesteps.
 
     Raises:
-        ConfigError: num_steps below 1.
+        ConfigError: num_steps is below 1.
 
     Source: Nichol & Dhariwal 2021, section 4.
     """
@@ -66,23 +66,23 @@ def strided_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def sectioned_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> list[int]:
-    """Timesteps with another density in each of equal sections of [0, num_timesteps), from the noisiest down.
+    """Timesteps with a separate density in each of equal sections of [0, num_timesteps), from the noisiest down.
 
     Args:
-        section_counts: steps in each section, the least noisy section first; the first sections are one timestep
-            longer when the division leaves a rest.
+        section_counts: steps in each section, the least noisy section first; if the division leaves a remainder, the
+            first sections are one timestep longer.
 
     Raises:
-        ConfigError: a section has fewer timesteps than it shall have steps, or is to have none.
+        ConfigError: a section is given no steps, or more steps than it has timesteps.
 
     Source: Nichol & Dhariwal 2021, section 4 and its published code (a section of one step takes its noisiest timestep).
     """
     require(len(section_counts) >= 1, "section_counts", tuple(section_counts), "at least one section")
-    size, rest = divmod(num_timesteps, len(section_counts))
+    size, remainder = divmod(num_timesteps, len(section_counts))
     timesteps: list[int] = []
     start = 0
     for section, count in enumerate(section_counts):
-        length = size + (section < rest)
+        length = size + (section < remainder)
         require(1 <= count <= length, f"section_counts[{section}]", count, f"1 to {length} steps")
         timesteps = [start + t for t in strided_timesteps(length, count)] + timesteps
         start += length
@@ -90,11 +90,11 @@ def sectioned_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> li
 
 
 def respaced_betas(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> Tensor:
-    """Variances of the shorter process that visits `timesteps` alone, in their order.
+    """Variances of the shorter process that visits only `timesteps`, in their order.
 
     Args:
-        alphas_cumprod: [T] of the whole process.
-        timesteps: the noisiest first; what precedes the last of them is the clean sample.
+        alphas_cumprod: [T], of the full process.
+        timesteps: the noisiest first; the last one steps to the clean sample.
 
     Returns:
         [len(timesteps)] float64. Source: Nichol & Dhariwal 2021, eq. 19.

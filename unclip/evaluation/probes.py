@@ -1,8 +1,8 @@
 """Probes: small linear or MLP heads on CLIP image embeddings, such as aesthetic, NSFW and watermark predictors.
 
-The predictors that people publish for CLIP embeddings are all of this form. They are read from safetensors, never unpickled:
-weights `<anything>.<number>.weight` [out, in] with optional biases, applied in the order of their numbers. The file's
-metadata may name `activation` (between layers) and `output` (after the last one); without it both are none.
+Published predictors on CLIP embeddings all have this form. They are read from safetensors, never unpickled: weights
+`<anything>.<number>.weight` [out, in] with optional biases, applied in numerical order. The file's metadata may name
+`activation` (between layers) and `output` (after the last one); both default to none.
 """
 
 import json
@@ -22,7 +22,7 @@ MAX_BYTES = 256 << 20
 
 
 class Probe(nn.Module):
-    """A scalar for each embedding; of a head with two outputs, the probability of the second."""
+    """A module that maps each embedding to a scalar; for a head with two outputs, the probability of the second."""
 
     def __init__(self, layers: list[nn.Linear], activation: Activation, output: Activation) -> None:
         super().__init__()
@@ -37,15 +37,15 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def forward(self, image_embedding: Tensor) -> Tensor:
-        """Scores [B] float32 of unit-norm image embeddings [B, E].
+        """Return scores [B] float32 of unit-norm image embeddings [B, E].
 
         Raises:
-            ShapeError: the embeddings are of another width than the probe was made for.
+            ShapeError: the width of the embeddings differs from the probe's.
         """
         if image_embedding.dim() != 2 or image_embedding.shape[1] != self.embedding_dim:
             raise ShapeError(
                 f"probe: got embeddings {tuple(image_embedding.shape)}, expected [B, {self.embedding_dim}]. "
-                "Use a probe that was made for this CLIP."
+                "Use a probe for this CLIP."
             )
         hidden = image_embedding.float()
         for index, layer in enumerate(self.layers):
@@ -68,15 +68,17 @@ def load_probe(uri: str) -> Probe:
         data = files.read(uri)
         if len(data) > MAX_BYTES:
             raise InputError(
-                f"probe: {uri} has {len(data):,} bytes, expected at most {MAX_BYTES:,}. Name a probe's file."
+                f"probe: {uri} has {len(data):,} bytes, expected at most {MAX_BYTES:,}. Name the file of a probe."
             )
         tensors, metadata = load(data), _metadata(data)
     except FileNotFoundError:
         raise InputError(f"probe: {uri} does not exist. Name a safetensors file.") from None
     except InputError:
         raise
-    except Exception as error:  # safetensors raises its own kinds
-        raise InputError(f"probe: {uri} is no safetensors file: {error}. Convert the weights to safetensors.") from None
+    except Exception as error:  # safetensors raises exceptions of its own
+        raise InputError(
+            f"probe: {uri} is not a safetensors file: {error}. Convert the weights to safetensors."
+        ) from None
     layers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _LAYER.fullmatch(name)
@@ -86,14 +88,14 @@ def load_probe(uri: str) -> Probe:
     linears = [_linear(uri, layers[number]) for number in sorted(layers)]
     widths = [linear.in_features for linear in linears[1:]] + [linears[-1].out_features if linears else 0]
     if [linear.out_features for linear in linears] != widths or widths[-1] not in (1, 2):
-        raise InputError(f"probe: the layers of {uri} do not chain to one score. Name a probe's file.")
+        raise InputError(f"probe: the layers of {uri} do not chain to one score. Name the file of a probe.")
     return Probe(linears, *_activations(uri, metadata))
 
 
 def _linear(uri: str, tensors: dict[str, Tensor]) -> nn.Linear:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        raise InputError(f"probe: {uri} has a layer that is not linear: expected a weight [out, in] and a bias [out].")
+        raise InputError(f"probe: {uri} has a layer that is not linear, expected a weight [out, in] and a bias [out].")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.load_state_dict(tensors)
     return linear

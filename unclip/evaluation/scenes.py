@@ -1,10 +1,10 @@
-"""Procedural pictures whose content is known exactly, their captions, and a measurer that reads it from pixels.
+"""Procedural images with exactly known content, their captions, and a measurement of that content from pixels.
 
 A scene is one object on a plain background ("a small yellow star at the top on a purple background"), or two in a
 relation ("a small red circle left of a small blue square on white"). `parse_caption` inverts `caption`, `measure`
-inverts `render`, so a text-to-image model trained on scenes is scored from its pixels alone: no learned judge.
+inverts `render`, so a text-to-image model trained on scenes is scored from its pixels alone, without a learned judge.
 
-Letters in shapes: H, W picture; S = 64, the side at which pictures are measured; V vertices; R templates.
+Letters in shapes: H, W image; S = 64, the size at which images are measured; V vertices; R templates.
 """
 
 import re
@@ -19,14 +19,14 @@ from unclip.errors import InputError
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Picture = NDArray[np.uint8]
-Words = dict[str, tuple[str, ...]]  # meaning -> ways to say it
+Pixels = NDArray[np.uint8]
+Words = dict[str, tuple[str, ...]]  # meaning -> synonyms
 Variant = Literal["single", "relations"]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {"red": (215, 30, 40), "green": (35, 155, 70), "blue": (30, 90, 230), "yellow": (250, 225, 60)}
 BACKGROUNDS = {"purple": (140, 40, 170), "white": (245, 245, 245), "black": (15, 15, 15)}
-_RGB = COLOURS | BACKGROUNDS  # at least 130 of 255 apart, pairwise
+_RGB = COLOURS | BACKGROUNDS  # pairwise at least 130 of 255 apart
 SIZES = ("small", "large")
 PLACES = ("left", "right", "top", "bottom", "center")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -34,19 +34,19 @@ RELATIONS = ("left of", "right of", "above", "below")
 UNSEEN: frozenset[tuple[str, str]] = frozenset(
     {("circle", "blue"), ("square", "yellow"), ("triangle", "red"), ("star", "green"), ("cross", "blue")}
 )
-"""(shape, colour) pairs kept out of training data, to test whether a model composes what it learned apart."""
+"""(shape, colour) pairs kept out of training data, to test if a model combines attributes it has seen only separately."""
 
-# Lengths are fractions of the picture's side.
+# Lengths are fractions of the image size.
 _EXTENT = {"small": 0.42, "large": 0.70}  # longest side of the object's bounding box
-_SHIFT = {"small": 0.26, "large": 0.11}  # from the picture's centre to the object's, but for the place "center"
-# Directions are (x, y), y downward; a relation's is that of the first object.
+_SHIFT = {"small": 0.26, "large": 0.11}  # from the image centre to the object's, except for the place "center"
+# Directions are (x, y), y downward; for a relation, that of the first object.
 _DIRECTION = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
 _RELATION_DIRECTION = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing in a picture: values of `SHAPES`, `COLOURS` and `SIZES`."""
+    """One object in an image: values of `SHAPES`, `COLOURS` and `SIZES`."""
 
     shape: str
     colour: str
@@ -55,24 +55,24 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one object and a place, or two and a relation; when measured, also no object."""
+    """Content of an image: one object and a place, or two and a relation; a measured scene may have no object."""
 
     objects: tuple[SceneObject, ...]
     background: str
     """A key of `BACKGROUNDS`."""
     place: str | None
-    """A value of `PLACES`; None when it is not named, or for two objects."""
+    """A value of `PLACES`; None if it is not named, or for two objects."""
     relation: str | None
     """A value of `RELATIONS`, from the first object to the second; None for one object."""
 
 
 def random_scene(rng: np.random.Generator, *, variant: Variant = "single", unseen: bool | None = False) -> Scene:
-    """Draw a scene. Two objects always differ in shape and in colour, so that swapping an attribute shows.
+    """Draw a random scene. Two objects always differ in shape and colour, so that swapped attributes are noticed.
 
     Args:
         rng: the only source of randomness.
         variant: "single" is one object and a place; "relations" is two small objects and a relation.
-        unseen: False draws no `UNSEEN` pair, True makes the first object one and only it, None draws from all.
+        unseen: False excludes the `UNSEEN` pairs, True takes the first object, and only it, from them, None allows all pairs.
     """
     pairs = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     allowed = [pair for pair in pairs if unseen is None or (pair in UNSEEN) is unseen]
@@ -92,23 +92,23 @@ def random_scene(rng: np.random.Generator, *, variant: Variant = "single", unsee
 # ---------------------------------------------------------------------------------------------------- drawing
 
 
-def render(scene: Scene, rng: np.random.Generator, side: int) -> Picture:
-    """Draw a scene, antialiased, with a little jitter of colour, size, place and angle.
+def render(scene: Scene, rng: np.random.Generator, image_size: int) -> Pixels:
+    """Render a scene, antialiased, with a little jitter of colour, size, place and angle.
 
     Args:
-        scene: one object with or without a place (none is the center), or two with a relation.
-        rng: the source of the jitter; the same state and arguments give the same picture.
-        side: height and width in pixels.
+        scene: one object, centered if it has no place, or two objects with a relation.
+        rng: the source of the jitter; the same state and arguments give the same image.
+        image_size: height and width in pixels.
 
     Returns:
-        [side, side, 3] uint8.
+        [image_size, image_size, 3] uint8.
 
     Raises:
-        InputError: the scene has two objects and no relation, or another number of objects.
+        InputError: the number of objects does not fit the relation.
     """
     if len(scene.objects) != (1 if scene.relation is None else 2):
         raise InputError(f"scene: got {scene}, expected one object, or two objects and a relation.")
-    canvas = np.broadcast_to(_jittered_colour(scene.background, rng), (side, side, 3))
+    canvas = np.broadcast_to(_jittered_colour(scene.background, rng), (image_size, image_size, 3))
     for index, item in enumerate(scene.objects):
         if scene.relation is None:
             direction = np.array(_DIRECTION[scene.place or "center"])
@@ -119,7 +119,7 @@ def render(scene: Scene, rng: np.random.Generator, side: int) -> Picture:
             centre = 0.5 + 0.25 * direction + rng.uniform(-reach, reach)
         extent = _EXTENT[item.size] * rng.uniform(0.95, 1.05)
         outline = _outline(item.shape, degrees=rng.uniform(-6, 6))
-        cover = _coverage((centre + extent * outline) * side, side)[..., None]
+        cover = _coverage((centre + extent * outline) * image_size, image_size)[..., None]
         canvas = canvas + cover * (_jittered_colour(item.colour, rng) - canvas)
     return np.rint(canvas).astype(np.uint8)
 
@@ -129,7 +129,7 @@ def _jittered_colour(name: str, rng: np.random.Generator) -> Floats:
 
 
 def _outline(shape: str, degrees: float) -> Floats:
-    """[V, 2] vertices (x, y) of a shape, turned; its bounding box is centred on 0, its longest side is 1."""
+    """Return the rotated outline of a shape, [V, 2] as (x, y): centred on 0, with a bounding box whose longest side is 1."""
     if shape == "circle":
         vertices = _on_circle(40)
     elif shape == "square":
@@ -148,34 +148,34 @@ def _outline(shape: str, degrees: float) -> Floats:
 
 def _on_circle(num_vertices: int) -> Floats:
     angle = np.arange(num_vertices) * (2 * np.pi / num_vertices)
-    return np.stack([np.sin(angle), -np.cos(angle)], axis=1)  # the first one is at the top
+    return np.stack([np.sin(angle), -np.cos(angle)], axis=1)  # the first vertex is at the top
 
 
 def _rotation(degrees: float) -> Floats:
-    """[2, 2] matrix that turns row vectors (x, y), y downward, clockwise."""
+    """Return the [2, 2] matrix that rotates row vectors (x, y), y downward, clockwise."""
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     return np.array([(cos, sin), (-sin, cos)])
 
 
-def _coverage(vertices: Floats, side: int, samples: int = 4) -> Floats:
-    """Fraction of each pixel that a polygon covers: exact along rows, `samples` scan lines a pixel downward.
+def _coverage(vertices: Floats, image_size: int, samples: int = 4) -> Floats:
+    """Compute the fraction of each pixel that a polygon covers: exact along rows, with `samples` scan lines per pixel.
 
     Args:
         vertices: [V, 2] (x, y) in pixels, in order along the outline.
-        side: of the picture, in pixels.
+        image_size: height and width in pixels.
 
     Returns:
-        [side, side] in [0, 1].
+        [image_size, image_size] in [0, 1].
     """
-    right_edge = np.arange(1, side + 1)
-    cover = np.zeros((side * samples, side))
+    right_edge = np.arange(1, image_size + 1)
+    cover = np.zeros((image_size * samples, image_size))
     for (x0, y0), (x1, y1) in zip(vertices, np.roll(vertices, -1, axis=0), strict=True):
-        first, last = np.clip(np.ceil(np.array([y0, y1]) * samples - 0.5), 0, side * samples).astype(int)
+        first, last = np.clip(np.ceil(np.array([y0, y1]) * samples - 0.5), 0, image_size * samples).astype(int)
         lines = np.arange(min(first, last), max(first, last))
         if len(lines):
             x = x0 + ((lines + 0.5) / samples - y0) * ((x1 - x0) / (y1 - y0))
             cover[lines[0] : lines[-1] + 1] += np.sign(y0 - y1) * np.clip(right_edge - x[:, None], 0, 1)
-    return np.asarray(np.abs(cover).reshape(side, samples, side).mean(1))
+    return np.asarray(np.abs(cover).reshape(image_size, samples, image_size).mean(1))
 
 
 # --------------------------------------------------------------------------------------------------- captions
@@ -212,12 +212,12 @@ _TEMPLATES = (
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, with_place: bool | None = None) -> str:
-    """Say what a scene shows, in one of many wordings, in lower case.
+    """Describe a scene in one of many wordings, in lower case.
 
     Args:
         scene: as for `render`.
         rng: chooses template and synonyms.
-        with_place: whether to name the place; None names it half of the time, when there is one.
+        with_place: True names the place, False omits it, None names it half of the time if there is one.
 
     Raises:
         InputError: `with_place` is True and the scene has no place.
@@ -237,9 +237,9 @@ def caption(scene: Scene, rng: np.random.Generator, *, with_place: bool | None =
 
 
 def parse_caption(text: str) -> Scene | None:
-    """The scene a caption describes; None for a text that `caption` could not have written.
+    """Return the scene that a caption describes; None for a text that `caption` cannot produce.
 
-    Case, spacing and a final full stop do not matter. The place is None when the text names none.
+    Case, spacing and a final full stop do not matter. The place is None if the text names none.
     """
     text = re.sub(r"\s+", " ", text.lower()).strip(" .")
     for pattern in _patterns():
@@ -255,24 +255,24 @@ def parse_caption(text: str) -> Scene | None:
     return None
 
 
-def _meaning(words: Words, said: str) -> str:
-    return next(meaning for meaning, synonyms in words.items() if said in synonyms)
+def _meaning(words: Words, phrase: str) -> str:
+    return next(meaning for meaning, synonyms in words.items() if phrase in synonyms)
 
 
 @cache
 def _patterns() -> tuple[re.Pattern[str], ...]:
-    """One pattern a template, with a named group for every word that varies."""
+    """Return one pattern per template, with a named group for each variable word."""
 
-    def one_of(name: str, words: Words) -> str:
+    def group(name: str, words: Words) -> str:
         return f"(?P<{name}>{'|'.join(word for synonyms in words.values() for word in synonyms)})"
 
-    def thing(i: int) -> str:
-        size, colours, shapes = one_of(f"size{i}", _SIZE_WORDS), "|".join(COLOURS), "|".join(SHAPES)
+    def object_pattern(i: int) -> str:
+        size, colours, shapes = group(f"size{i}", _SIZE_WORDS), "|".join(COLOURS), "|".join(SHAPES)
         return f"{size} (?P<colour{i}>{colours}) (?P<shape{i}>{shapes})"
 
     parts = {
-        "object": f"{thing(0)}(?: {one_of('relation', _RELATION_WORDS)} a {thing(1)})?",
-        "place": f"(?: {one_of('place', _PLACE_WORDS)})?",
+        "object": f"{object_pattern(0)}(?: {group('relation', _RELATION_WORDS)} a {object_pattern(1)})?",
+        "place": f"(?: {group('place', _PLACE_WORDS)})?",
         "background": f"(?P<background>{'|'.join(BACKGROUNDS)})",
     }
     return tuple(re.compile(template.format(**parts)) for template in _TEMPLATES)
@@ -280,34 +280,34 @@ def _patterns() -> tuple[re.Pattern[str], ...]:
 
 # -------------------------------------------------------------------------------------------------- measuring
 
-_SIDE = 64  # pixels; pictures are measured at this size
-_FRAME = 20  # pixels; side of the frame in which silhouettes are compared
-_MIN_CONTRAST = 45.0  # of 255, in RGB: what differs less from the background is no object
+_MEASURED_SIZE = 64  # pixels; images are measured at this size
+_FRAME = 20  # pixels; silhouettes are compared at this size
+_MIN_CONTRAST = 45.0  # of 255, in RGB; the minimum between an object and the background
 
 
-def measure(picture: Picture, *, num_objects: int = 1, relation: str | None = None) -> Scene:
-    """Read a scene from the pixels of any picture: drawn, compressed, noisy, blurred or generated.
+def measure(image: Pixels, *, num_objects: int = 1, relation: str | None = None) -> Scene:
+    """Read a scene from the pixels of any image: rendered, compressed, noisy, blurred or generated.
 
-    Nothing but the layout is told in advance, so a wrong picture measures as what it shows. With a relation the
-    picture is split in halves and each object is looked for in its own. An object that is not found is left out.
-    What is found gets the nearest colour and the most similar shape, however far that is.
+    Only the layout is given in advance, so a wrong image is measured as it is. With a relation, the image is split
+    into halves and each object is searched in its own half. Objects that are not found are omitted. Found objects get
+    the nearest colour and the most similar shape, however different.
 
     Args:
-        picture: [H, W, 3] uint8, of any size.
+        image: [H, W, 3] uint8, of any size.
         num_objects: 1, or 2 with a relation.
-        relation: one of `RELATIONS`, which says in which half the first object is looked for; None for one.
+        relation: one of `RELATIONS`, which determines the half of the first object; None for one object.
 
     Raises:
-        InputError: the picture is not [H, W, 3] uint8, or `num_objects` does not fit `relation`.
+        InputError: the image is not [H, W, 3] uint8, or `num_objects` does not fit `relation`.
     """
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise InputError(f"picture: got {picture.dtype} {list(picture.shape)}, expected uint8 [H, W, 3].")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"image: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3].")
     if not ((num_objects == 1 and relation is None) or (num_objects == 2 and relation in RELATIONS)):
         raise InputError(f"relation: got {relation!r} for {num_objects} objects, expected None for 1, "
                          f"one of {', '.join(RELATIONS)} for 2.")  # fmt: skip
-    rows, columns = (_resampling(length, 0, length, _SIDE) for length in picture.shape[:2])
-    pixels = np.einsum("yh,hwc,xw->yxc", rows, picture.astype(np.float64), columns, optimize=True)  # [S, S, 3]
-    border = np.ones((_SIDE, _SIDE), bool)
+    rows, columns = (_resampling(length, 0, length, _MEASURED_SIZE) for length in image.shape[:2])
+    pixels = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns, optimize=True)  # [S, S, 3]
+    border = np.ones((_MEASURED_SIZE, _MEASURED_SIZE), bool)
     border[2:-2, 2:-2] = False
     background = np.median(pixels[border], axis=0)
     found = [_find_object(pixels, background, half) for half in _halves(relation)]
@@ -317,10 +317,10 @@ def measure(picture: Picture, *, num_objects: int = 1, relation: str | None = No
 
 
 def score(measured: Scene, expected: Scene) -> dict[str, bool]:
-    """Which attributes of a measured scene are as expected, all objects together; a missing object has none right.
+    """Compare the attributes of a measured scene, over all its objects; a missing object makes its attributes wrong.
 
     Returns:
-        Keys "colour", "background", "size", "shape", and "place" when `expected` names one.
+        Keys "colour", "background", "size", "shape", and "place" if `expected` names one.
     """
     complete = len(measured.objects) == len(expected.objects)
     pairs = list(zip(measured.objects, expected.objects, strict=False))
@@ -334,24 +334,24 @@ def score(measured: Scene, expected: Scene) -> dict[str, bool]:
 
 
 def _halves(relation: str | None) -> list[tuple[slice, slice]]:
-    """Where to look for each object, as slices (rows, columns) of [S, S]."""
+    """Return the region of each object, as slices (rows, columns) of [S, S]."""
     if relation is None:
         return [(slice(None), slice(None))]
-    near, far = slice(0, _SIDE // 2), slice(_SIDE // 2, _SIDE)
+    near, far = slice(0, _MEASURED_SIZE // 2), slice(_MEASURED_SIZE // 2, _MEASURED_SIZE)
     x, y = _RELATION_DIRECTION[relation]
     halves = [(slice(None), near), (slice(None), far)] if x else [(near, slice(None)), (far, slice(None))]
     return halves if x + y < 0 else halves[::-1]
 
 
 def _find_object(pixels: Floats, background: Floats, half: tuple[slice, slice]) -> tuple[SceneObject, str] | None:
-    """The object in a part of a picture and its place in the whole, or None.
+    """Find the object in a part of an image; return it with its place in the whole image, or None.
 
     Args:
         pixels: [S, S, 3] in [0, 255].
-        background: [3], its colour.
-        half: slices of the rows and columns to look at.
+        background: [3], background colour.
+        half: slices of the rows and columns to search.
     """
-    visible = np.zeros((_SIDE, _SIDE), bool)
+    visible = np.zeros((_MEASURED_SIZE, _MEASURED_SIZE), bool)
     visible[half] = True
     contrast = np.linalg.norm(pixels - background, axis=2) * visible  # [S, S]
     smooth = _blur(3.0)
@@ -362,16 +362,16 @@ def _find_object(pixels: Floats, background: Floats, half: tuple[slice, slice]) 
         return None
     alpha = np.clip((pixels - background) @ step / (step @ step), 0, 1) * visible  # [S, S], 1 inside the object
     mask = _component(alpha > 0.5, int(y), int(x))
-    inside = mask & ~_grown(~mask)
+    inside = mask & ~_dilate(~mask)
     if not inside.any():
         return None
     top, bottom, left, right = _box(mask)
-    size = "large" if max(bottom - top, right - left) > _SIDE * sum(_EXTENT.values()) / 2 else "small"
+    size = "large" if max(bottom - top, right - left) > _MEASURED_SIZE * sum(_EXTENT.values()) / 2 else "small"
     templates, shapes = _templates()
-    silhouette = _silhouette(alpha * _grown(_grown(mask)))
+    silhouette = _silhouette(alpha * _dilate(_dilate(mask)))
     shape = shapes[np.argmin(((templates - silhouette) ** 2).sum(1))]
     colour_name = _nearest_colour(np.median(pixels[inside], axis=0))
-    offset_x, offset_y = (left + right) / 2 / _SIDE - 0.5, (top + bottom) / 2 / _SIDE - 0.5
+    offset_x, offset_y = (left + right) / 2 / _MEASURED_SIZE - 0.5, (top + bottom) / 2 / _MEASURED_SIZE - 0.5
     if max(abs(offset_x), abs(offset_y)) < _SHIFT[size] / 2:
         place = "center"
     elif abs(offset_x) > abs(offset_y):
@@ -382,53 +382,53 @@ def _find_object(pixels: Floats, background: Floats, half: tuple[slice, slice]) 
 
 
 def _nearest_colour(colour: Floats) -> str:
-    """The name in `COLOURS` or `BACKGROUNDS` of the colour nearest to [3] RGB."""
+    """Return the name in `COLOURS` or `BACKGROUNDS` of the colour nearest to [3] RGB."""
     return min(_RGB, key=lambda name: float(np.linalg.norm(colour - np.array(_RGB[name]))))
 
 
 def _component(mask: Mask, y: int, x: int) -> Mask:
-    """The 4-connected part of [S, S] `mask` that holds the pixel (y, x)."""
+    """Return the 4-connected component of [S, S] `mask` that contains the pixel (y, x)."""
     part = np.zeros_like(mask)
     part[y, x] = mask[y, x]
-    while (grown := _grown(part) & mask).sum() > part.sum():
-        part = grown
+    while (dilated := _dilate(part) & mask).sum() > part.sum():
+        part = dilated
     return part
 
 
-def _grown(mask: Mask) -> Mask:
-    """`mask` and its 4-neighbours."""
-    grown = mask.copy()
-    grown[1:] |= mask[:-1]
-    grown[:-1] |= mask[1:]
-    grown[:, 1:] |= mask[:, :-1]
-    grown[:, :-1] |= mask[:, 1:]
-    return grown
+def _dilate(mask: Mask) -> Mask:
+    """Dilate `mask` by its 4-neighbours."""
+    dilated = mask.copy()
+    dilated[1:] |= mask[:-1]
+    dilated[:-1] |= mask[1:]
+    dilated[:, 1:] |= mask[:, :-1]
+    dilated[:, :-1] |= mask[:, 1:]
+    return dilated
 
 
 def _box(mask: Mask) -> tuple[int, int, int, int]:
-    """Bounding box (top, bottom, left, right) of a mask that is not empty; bottom and right are exclusive."""
+    """Return the bounding box (top, bottom, left, right) of a non-empty mask; bottom and right are exclusive."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(ys[0]), int(ys[-1]) + 1, int(xs[0]), int(xs[-1]) + 1
 
 
 def _silhouette(alpha: Floats) -> Floats:
-    """[S, S] opacity of one object, cut out around its bounding box with a margin: [_FRAME * _FRAME]."""
+    """Crop the [S, S] opacity of one object to its bounding box with a margin; return [_FRAME * _FRAME]."""
     top, bottom, left, right = _box(alpha > 0.5)
     reach = 0.6 * max(bottom - top, right - left)
     y, x = (top + bottom) / 2, (left + right) / 2
-    rows = _resampling(_SIDE, y - reach, y + reach, _FRAME)
-    columns = _resampling(_SIDE, x - reach, x + reach, _FRAME)
+    rows = _resampling(_MEASURED_SIZE, y - reach, y + reach, _FRAME)
+    columns = _resampling(_MEASURED_SIZE, x - reach, x + reach, _FRAME)
     return (rows @ alpha @ columns.T).reshape(-1)
 
 
 @cache
 def _templates() -> tuple[Floats, tuple[str, ...]]:
-    """Silhouettes of every shape in several sizes, angles and blurs, [R, _FRAME * _FRAME], and their shapes."""
+    """Return silhouettes of all shapes in several sizes, angles and blurs, [R, _FRAME * _FRAME], and their shapes."""
     silhouettes, shapes = [], []
     for shape in SHAPES:
         for degrees in (-8, -4, 0, 4, 8):
             for extent in _EXTENT.values():
-                cover = _coverage((0.5 + extent * _outline(shape, degrees)) * _SIDE, _SIDE)
+                cover = _coverage((0.5 + extent * _outline(shape, degrees)) * _MEASURED_SIZE, _MEASURED_SIZE)
                 for sigma in (0.5, 1.0, 2.0, 3.0):
                     silhouettes.append(_silhouette(_blur(sigma) @ cover @ _blur(sigma).T))
                     shapes.append(shape)
@@ -437,14 +437,14 @@ def _templates() -> tuple[Floats, tuple[str, ...]]:
 
 @cache
 def _blur(sigma: float) -> Floats:
-    """[S, S] matrix that blurs along one axis; sigma in pixels."""
-    position = np.arange(_SIDE)
+    """Return the [S, S] matrix that blurs along one axis; sigma in pixels."""
+    position = np.arange(_MEASURED_SIZE)
     weights = np.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
     return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
 def _resampling(length: int, start: float, stop: float, num: int) -> Floats:
-    """[num, length] matrix that resamples the stretch from start to stop (pixels) of one axis: bilinear, antialiased."""
+    """Return the [num, length] matrix that resamples one axis from start to stop (pixels): bilinear, antialiased."""
     scale = (stop - start) / num
     centres = start + (np.arange(num) + 0.5) * scale - 0.5
     distance = np.abs(np.clip(centres, 0, length - 1)[:, None] - np.arange(length))

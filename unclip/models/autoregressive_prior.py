@@ -2,8 +2,8 @@
 
 Source: Ramesh et al. 2022, section 2.2. A causal Transformer reads, in order, the encoded text tokens, the CLIP text
 embedding, the bucket of the dot product of image and text embedding, and the buckets of the image embedding's principal
-components by falling variance; the output at each token is the distribution of the next bucket. Without text means the
-empty caption, and a dot product that is not told.
+components by decreasing variance; the output at each token is the distribution of the next bucket. Dropped text is replaced
+by the empty caption and an unknown dot product.
 
 Letters: B batch, L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior, K principal
 components, N candidates.
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from unclip.config import require
 from unclip.models.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.models.layers import CausalTransformer, KeyValueCache
-from unclip.models.prior import DEFAULT_PRIOR_SAMPLING, PriorSampling, TextNorm, TextPrefix, best_candidate, repeated
+from unclip.models.prior import (
+    DEFAULT_PRIOR_SAMPLING,
+    PriorSampling,
+    TextNorm,
+    TextPrefix,
+    best_candidate,
+    repeat_captions,
+)
 from unclip.models.text import CaptionFeatures
 
 
@@ -30,15 +37,15 @@ class AutoregressivePriorConfig:
     depth: int = 12
     """Transformer blocks."""
     num_heads: int = 8
-    """Attention heads a block."""
+    """Attention heads per block."""
     cond_drop_prob: float = 0.1
     """Probability of dropping the text during training, for classifier-free guidance."""
     explained_variance: float = 0.99
-    """Share of the image embeddings' variance that the kept principal components hold: the paper loses less than 1 %."""
+    """Share of the image embeddings' variance that the kept principal components explain; the paper loses less than 1 %."""
     num_buckets: int = 1024
-    """Buckets of each component, and of the dot product."""
+    """Buckets per component and for the dot product."""
     text_norm: TextNorm = "none"
-    """How CLIP's text projection is read: as it is, through a layer norm, or at unit norm."""
+    """Normalisation of CLIP's text projection: none, a layer norm, or unit norm."""
 
     def __post_init__(self) -> None:
         require(self.width % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of width {self.width}")
@@ -50,16 +57,16 @@ class AutoregressivePriorConfig:
 
 
 DALLE2_AUTOREGRESSIVE_PRIOR = AutoregressivePriorConfig(width=1664, depth=24, num_heads=26)
-"""Ramesh et al. 2022, Table 3, "latent decoder": 0.81 B parameters with 319 components beside a CLIP ViT-H, whose text
-encoder takes the place of the table's own (1.2 B); the table says "1 B" of neither with the other."""
+"""Ramesh et al. 2022, Table 3, "latent decoder": 0.81 B parameters with 319 components and a CLIP ViT-H, whose text encoder
+replaces the separate one in the table (1.2 B); the table's "1 B" is not the sum of the two."""
 BASE_AUTOREGRESSIVE_PRIOR = AutoregressivePriorConfig(width=1024, depth=16, num_heads=16)
-"""205 M parameters beside a ViT-L-14."""
+"""205 M parameters with a ViT-L-14."""
 SMALL_AUTOREGRESSIVE_PRIOR = AutoregressivePriorConfig(width=512, depth=12, num_heads=8)
-"""40 M parameters beside a ViT-L-14."""
+"""40 M parameters with a ViT-L-14."""
 
 
 class AutoregressivePrior(nn.Module):
-    """Text in, CLIP image embeddings out."""
+    """Causal Transformer that predicts the buckets of CLIP image embeddings from text."""
 
     def __init__(
         self,
@@ -81,11 +88,11 @@ class AutoregressivePrior(nn.Module):
         self.quantizer = EmbeddingQuantizer(embedding_dim, num_components, config.num_buckets)
         width = config.width
         self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm)
-        self.from_similarity = nn.Embedding(config.num_buckets + 1, width)  # the last is "not told"
+        self.from_similarity = nn.Embedding(config.num_buckets + 1, width)  # the last means unknown
         self.from_bucket = nn.Embedding(config.num_buckets, width)
         for embedding in (self.from_similarity, self.from_bucket):
             nn.init.normal_(embedding.weight, std=0.02)
-        # one for each token that is read: the last component is not
+        # the last component is never an input, so it needs no position
         self.positions = nn.Parameter(torch.randn(text_length + 1 + num_components, width) * 0.01)
         self.transformer = CausalTransformer(width, config.depth, config.num_heads)
         self.to_logits = nn.Linear(width, config.num_buckets)
@@ -100,16 +107,16 @@ class AutoregressivePrior(nn.Module):
         drop: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> Tensor:
-        """Predict each component's bucket from those before it.
+        """Predict each component's bucket from the buckets before it.
 
         Args:
-            buckets: [B, K] int64, of the image embedding; the last is not read.
-            similarity: [B] int64, bucket of its dot product with the unit-norm text embedding.
+            buckets: [B, K] int64, of the image embedding; the last is not used.
+            similarity: [B] int64, bucket of the dot product of the image embedding and the unit-norm text embedding.
             text_encodings: [B, L, W].
             text_mask: [B, L] bool, True = keep.
-            text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
-            drop: [B] bool, True = without text and dot product.
-            kept: [N] int64, of `kept_tokens` for the same captions and `drop`; the result is the same, sooner.
+            text_embedding: [B, E], CLIP's text projection before normalisation to unit norm.
+            drop: [B] bool, True = drop the text and the dot product.
+            kept: [N] int64, from `kept_tokens` for the same captions and `drop`; gives the same result faster.
 
         Returns:
             Logits [B, K, num_buckets].
@@ -128,12 +135,12 @@ class AutoregressivePrior(nn.Module):
         text_embedding: Tensor,
         drop: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """What is known before the first component: tokens [B, L + 2, D], and which are no padding [B, L + 2]."""
+        """Tokens before the first component [B, L + 2, D], and a mask [B, L + 2] that is False at padding."""
         text, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
         if drop is not None:
             similarity = torch.where(drop, self.config.num_buckets, similarity)
-        told = self.from_similarity(similarity)[:, None]  # [B, 1, D]
-        return torch.cat([text, told], dim=1), F.pad(keep, (0, 1), value=True)
+        similarity_token = self.from_similarity(similarity)[:, None]  # [B, 1, D]
+        return torch.cat([text, similarity_token], dim=1), F.pad(keep, (0, 1), value=True)
 
     @torch.no_grad()
     def sample(
@@ -146,66 +153,66 @@ class AutoregressivePrior(nn.Module):
         negative: CaptionFeatures | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw image embeddings, of `num_candidates` the one with the largest dot product with the text embedding.
+        """Sample image embeddings; of `num_candidates`, keep the one with the largest dot product with the text embedding.
 
-        The dot product that the Transformer is told is drawn from the upper half of the training rows'.
+        The dot product given to the Transformer is drawn from the upper half of those of the training rows.
 
         Args:
             text_encodings: [B, L, W].
             text_mask: [B, L] bool, True = keep.
-            text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
-            settings: `guidance_scale` pushes logits away from those without text.
-            negative: captions to push away from instead, read with the same dot product.
+            text_embedding: [B, E], CLIP's text projection before normalisation to unit norm.
+            settings: `guidance_scale` pushes the logits away from those without text.
+            negative: captions to push away from instead, with the same dot product.
 
         Returns:
-            [B, E] float32, in CLIP's own scale.
+            [B, E] float32, in CLIP's scale.
 
         Source: Ramesh et al. 2022, section 2.2; Ho & Salimans 2022, eq. 6, for logits.
         """
         num_candidates, guidance_scale = settings.num_candidates, settings.guidance_scale
-        text = repeated(CaptionFeatures(text_encodings, text_mask, text_embedding), num_candidates)
+        text = repeat_captions(CaptionFeatures(text_encodings, text_mask, text_embedding), num_candidates)
         count = len(text_mask) * num_candidates
         similarity = self.quantizer.draw_similarity(count, generator)  # [B * N]
-        conditional = _Reading(self, similarity, text, dropped=False)
+        conditional = _CachedSequence(self, similarity, text, dropped=False)
         unconditional = None
         if guidance_scale != 1:
-            others = text if negative is None else repeated(negative, num_candidates)
-            unconditional = _Reading(self, similarity, others, dropped=negative is None)
-        drawn: list[Tensor] = []
+            others = text if negative is None else repeat_captions(negative, num_candidates)
+            unconditional = _CachedSequence(self, similarity, others, dropped=negative is None)
+        buckets: list[Tensor] = []
         for _ in range(self.quantizer.num_components):
-            last = drawn[-1] if drawn else None
+            last = buckets[-1] if buckets else None
             logits = conditional.next_logits(last)  # [B * N, num_buckets]
             if unconditional is not None:
                 null = unconditional.next_logits(last)
                 logits = null + guidance_scale * (logits - null)
-            drawn.append(_draw(logits, settings.temperature, generator))
-        image_embedding = self.quantizer.decode(torch.stack(drawn, dim=1))  # [B * N, E]
+            buckets.append(_sample(logits, settings.temperature, generator))
+        image_embedding = self.quantizer.decode(torch.stack(buckets, dim=1))  # [B * N, E]
         return best_candidate(image_embedding.view(len(text_mask), num_candidates, -1), text_embedding)
 
 
-class _Reading:
-    """A Transformer halfway through its sequence."""
+class _CachedSequence:
+    """A partly processed sequence of the Transformer, with its key-value caches."""
 
     def __init__(self, prior: AutoregressivePrior, similarity: Tensor, text: Sequence[Tensor], dropped: bool) -> None:
         self.prior = prior
         drop = similarity.new_full((len(similarity),), dropped, dtype=torch.bool)
-        self.unread, keep = prior._prefix(similarity, text[0], text[1], text[2], drop)  # [B, L + 2, D], [B, L + 2]
+        self.pending, keep = prior._prefix(similarity, text[0], text[1], text[2], drop)  # [B, L + 2, D], [B, L + 2]
         self.keep = F.pad(keep, (0, prior.quantizer.num_components - 1), value=True)  # [B, L + 1 + K]
         self.caches: list[KeyValueCache] = prior.transformer.new_caches(len(prior.positions))
         self.length = 0
 
     def next_logits(self, last: Tensor | None) -> Tensor:
-        """Logits [B, num_buckets] of the next component, after the `last` one's buckets [B]; None for the first."""
+        """Logits [B, num_buckets] of the next component; `last` [B] holds the previous component's buckets, None at first."""
         if last is not None:
-            self.unread = self.prior.from_bucket(last)[:, None]  # [B, 1, D]
-        start, self.length = self.length, self.length + self.unread.shape[1]
-        x = self.unread + self.prior.positions[start : self.length]
+            self.pending = self.prior.from_bucket(last)[:, None]  # [B, 1, D]
+        start, self.length = self.length, self.length + self.pending.shape[1]
+        x = self.pending + self.prior.positions[start : self.length]
         x = self.prior.transformer(x, self.keep[:, : self.length], self.caches)
         return self.prior.to_logits(x[:, -1]).float()  # type: ignore[no-any-return]
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """[B, num_buckets] -> [B] int64."""
+def _sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Sample a bucket from each row: [B, num_buckets] -> [B] int64."""
     if temperature == 0:
         return logits.argmax(dim=1)
     return torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)[:, 0]

@@ -1,6 +1,6 @@
-"""A classifier of noised pictures, for classifier guidance: the downsampling half of the U-Net and a mean over pixels.
+"""Classifier of noised images, for classifier guidance: the downsampling half of the U-Net and a mean over pixels.
 
-Source: Dhariwal & Nichol 2021, section 4. Letters: B batch, C channels, S side of the picture, K classes, D time width.
+Source: Dhariwal & Nichol 2021, section 4. Letters: B batch, C channels, S image size, K classes, D time-embedding width.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from unclip.models.unet import ContextAttention, ResBlock, UNetConfig
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
     num_classes: int = 1000
-    """Classes to tell apart."""
+    """Number of classes."""
     unet: UNetConfig = UNetConfig(attention_resolutions=(32, 16, 8))
-    """The U-Net whose downsampling half this is."""
+    """The U-Net whose downsampling half is used."""
     diffusion: DiffusionConfig = DiffusionConfig()
-    """The diffusion process, that of the model to be guided."""
+    """The diffusion process; the same as that of the model to guide."""
 
     def __post_init__(self) -> None:
         require(self.num_classes >= 2, "num_classes", self.num_classes, "at least 2")
 
 
 class Classifier(nn.Module):
-    """Noised pictures and their timesteps in, logits out."""
+    """Network from noised images and timesteps to logits."""
 
     def __init__(self, config: ClassifierConfig, in_channels: int = 3) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
         self.diffusion = GaussianDiffusion(config.diffusion)
         unet = config.unet
         widths = [unet.channels * multiple for multiple in unet.channel_mult]
-        side, width = unet.image_size, widths[0]
+        resolution, width = unet.image_size, widths[0]
         self.time_embedding = TimestepMLP(unet.channels, unet.time_dim)
         self.input = nn.Conv2d(in_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList()
@@ -47,11 +47,11 @@ class Classifier(nn.Module):
             for _ in range(unet.num_res_blocks):
                 self.blocks.append(ResBlock(unet, width, level_width))
                 width = level_width
-                if side in unet.attention_resolutions:
+                if resolution in unet.attention_resolutions:
                     self.blocks.append(ContextAttention(unet, width, 0))
             if level < len(widths) - 1:
                 self.blocks.append(ResBlock(unet, width, width, "down"))
-                side //= 2
+                resolution //= 2
         self.norm = GroupNorm(unet.norm_groups, width)
         self.output = nn.Linear(width, config.num_classes)
 
@@ -78,7 +78,7 @@ def classification_loss(
     t: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """Cross-entropy of the classes of noised pictures.
+    """Cross-entropy of the classes of noised images.
 
     Args:
         network: (x_t, t) -> logits [B, K].
@@ -88,7 +88,7 @@ def classification_loss(
         [B] float32, nats.
 
     Raises:
-        ShapeError: as in `q_sample`, or labels is not [B].
+        ShapeError: see `q_sample`, or labels is not [B].
 
     Source: Dhariwal & Nichol 2021, section 4 (trained on the noising process of the model it guides).
     """
@@ -98,10 +98,10 @@ def classification_loss(
 
 
 def log_probability(network: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> LogProbability:
-    """log p(labels | x_t), as `guidance.classifier` asks for.
+    """log p(labels | x_t), the form that `guidance.classifier` takes.
 
     Args:
         network: (x_t, t) -> logits [B, K].
-        labels: [B] int64, the class wanted of each sample.
+        labels: [B] int64, target class of each sample.
     """
     return lambda x_t, t: -F.cross_entropy(network(x_t, t).float(), labels, reduction="none")

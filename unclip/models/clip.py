@@ -1,9 +1,9 @@
-"""CLIP by open_clip: any of its models, frozen, behind the three functions that the stack needs.
+"""CLIP models of open_clip, frozen: image embeddings, text features and image preprocessing.
 
-A model is named as open_clip names it ("ViT-L-14" with a `pretrained` tag or weights file, "hf-hub:org/name",
-"local-dir:/folder") or is one of the small architectures in `open_clip_models/`, to be trained from scratch.
+A model has open_clip's name ("ViT-L-14" with a `pretrained` tag or weights file, "hf-hub:org/name", "local-dir:/folder"),
+or is one of the small architectures in `open_clip_models/`, to be trained from scratch.
 
-Letters: B batch, S side of CLIP's input, L text tokens, W text width, E embedding width.
+Letters: B batch, S image size of CLIP's input, L text tokens, W text width, E embedding width.
 """
 
 import importlib.util
@@ -21,20 +21,20 @@ from unclip.errors import CheckpointError, ConfigError, InputError
 OWN_ARCHITECTURES = Path(__file__).parent / "open_clip_models"
 
 _NEEDS_TRANSFORMERS = (
-    "clip.model: got {!r}, whose text is read by the package transformers, which is not installed. "
-    "Install the extra that has it, unclip[interop], on every node, or name another model."
+    "clip.model: got {!r}, which reads text with the package transformers, but it is not installed. "
+    "Install the extra unclip[interop] on every node, or name another model."
 )
 
 LENGTH_STEP = 16
-"""Captions whose lengths are in the same multiple of it are read together."""
+"""Captions are encoded together if their lengths round up to the same multiple of this."""
 
 ImageEmbeddings = Literal["unit", "raw", "none"]
-"""What image embeddings are: of unit norm, as everything that is trained here; the projection as it is, as published unCLIP
-decoders read it (`unclip.interop`); or none, where a stack was imported without an image encoder."""
+"""Kind of image embeddings: unit norm, used by all models trained here; the raw projection, read by published unCLIP
+decoders (`unclip.interop`); or none, if a stack was imported without an image encoder."""
 
 
 class TextFeatures(NamedTuple):
-    """A batch of captions as CLIP sees it."""
+    """CLIP's features of a batch of captions."""
 
     text_embedding: Tensor
     """[B, E] float32, unit norm."""
@@ -43,14 +43,14 @@ class TextFeatures(NamedTuple):
     text_mask: Tensor
     """[B, L] bool, True = keep."""
     text_projection: Tensor
-    """[B, E] float32, the text embedding before it is brought to unit norm; transformers calls it text_embeds."""
+    """[B, E] float32, the text embedding before normalisation to unit norm; transformers calls it text_embeds."""
 
 
 def check_name(model: str, pretrained: str | None) -> None:
     """Check a model's name without loading anything.
 
     Raises:
-        ConfigError: open_clip does not know the model, or a package, folder or weights file that it needs is missing.
+        ConfigError: open_clip does not know the model, or a required package, folder or weights file is missing.
     """
     if model.startswith("hf-hub:"):
         return
@@ -74,7 +74,7 @@ def check_name(model: str, pretrained: str | None) -> None:
 
 
 def architectures() -> dict[str, Path]:
-    """Models that open_clip and this library know: name -> file of its architecture."""
+    """Architecture files of all models known to open_clip and this library, by model name."""
     spec = importlib.util.find_spec("open_clip")  # finding a package does not import it
     folders = [OWN_ARCHITECTURES]
     if spec is not None and spec.submodule_search_locations:
@@ -83,10 +83,10 @@ def architectures() -> dict[str, Path]:
 
 
 def create(model: str, pretrained: str | None) -> nn.Module:
-    """The open_clip model itself, on the CPU; its architecture alone when `pretrained` is None and the name needs no more.
+    """Create the open_clip model on the CPU; with random weights if `pretrained` is None and the name implies no weights.
 
     Raises:
-        CheckpointError: open_clip could not load it; the message is open_clip's.
+        CheckpointError: open_clip could not load the model; includes open_clip's message.
     """
     import open_clip
 
@@ -110,10 +110,10 @@ class ClipShape(NamedTuple):
 
 
 def shape_of(model: str) -> ClipShape:
-    """Sizes of a model's outputs, from its configuration alone.
+    """Sizes of a model's outputs, from its configuration only.
 
     Raises:
-        ConfigError: the model's configuration is on the network, or it does not give its sizes.
+        ConfigError: the configuration is not on this machine, or it does not give the sizes.
     """
     path = model.removeprefix("local-dir:")
     if path != model:
@@ -126,8 +126,8 @@ def shape_of(model: str) -> ClipShape:
     text = (facts or {}).get("text_cfg", {})
     if not {"context_length", "vocab_size", "width"} <= text.keys():
         raise ConfigError(
-            f"clip.model: got {model!r}, whose configuration does not give its sizes here. Name an architecture of open_clip, "
-            "or a folder saved by it."
+            f"clip.model: got {model!r}, whose sizes are not in a configuration on this machine. "
+            "Name an architecture of open_clip, or a folder saved by it."
         )
     return ClipShape(facts["embed_dim"], text["context_length"], text["width"], text["vocab_size"])
 
@@ -136,7 +136,7 @@ def tokenizer(model: str) -> Any:
     """open_clip's tokenizer for a model.
 
     Raises:
-        ConfigError: the tokenizer is one of transformers, which is not installed.
+        ConfigError: the tokenizer needs transformers, which is not installed.
     """
     import open_clip
 
@@ -148,7 +148,7 @@ def tokenizer(model: str) -> Any:
 
 
 class Clip(nn.Module):
-    """A frozen open_clip model: never trains, never leaves evaluation mode."""
+    """A frozen open_clip model; it stays in evaluation mode."""
 
     def __init__(self, model: Any, name: str, image_embeddings: ImageEmbeddings = "unit") -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Clip(nn.Module):
         return cls(create(model, pretrained), model, image_embeddings)
 
     def train(self, mode: bool = True) -> "Clip":
-        """Frozen: stays in evaluation mode, also when a module that holds it is put in training mode."""
+        """Stay in evaluation mode, even if a parent module switches to training mode."""
         return super().train(False)
 
     @property
@@ -187,13 +187,14 @@ class Clip(nn.Module):
         return int(self.model.vocab_size)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """[B, L] int64; captions that are too long are cut."""
+        """Token ids [B, L] int64; captions that are too long are truncated."""
         return self.tokenizer(captions, context_length=self.text_length)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """Image embeddings [B, E] float32 of images [B, 3, S, S] preprocessed by `preprocess` or `resize`; of unit norm
-        unless `image_embeddings` says otherwise.
+        """Image embeddings [B, E] float32 of images [B, 3, S, S] from `preprocess` or `resize`.
+
+        They have unit norm unless `image_embeddings` is "raw".
 
         Raises:
             InputError: this CLIP was imported without an image encoder.
@@ -201,14 +202,14 @@ class Clip(nn.Module):
         return self.encode_images(images)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """As `embed_images`, and differentiable in the images, for CLIP guidance.
+        """Like `embed_images`, but differentiable in the images, for CLIP guidance.
 
         Raises:
             InputError: this CLIP was imported without an image encoder.
         """
         if self.image_embeddings == "none":
             raise InputError(
-                "clip: got a picture, but this CLIP was imported without an image encoder. Import it together with the "
+                "clip: got an image, but this CLIP was imported without an image encoder. Import it together with the "
                 "folder of the pipeline for image variations."
             )
         embedding = self.model.encode_image(images).float()  # [B, E]
@@ -216,29 +217,29 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> TextFeatures:
-        """All that the prior reads of a caption; tokens [B, L]. Encodings of padding are zero where it need not be read.
+        """Text features of captions, from tokens [B, L]. Encodings of padding are zero if it was not encoded.
 
-        Most captions are a fraction of L. Where no token is affected by those after it, captions of about the same length
-        are read together, and only as far as they go.
+        Most captions are much shorter than L. If attention is causal, captions of similar length are encoded together, and
+        only up to that length.
         """
         mask = text_mask(tokens)  # [B, L]
-        lengths = self._lengths_to_read(mask)  # [B]
+        lengths = self._encoded_lengths(mask)  # [B]
         text_encodings = torch.zeros(*tokens.shape, self.text_width, device=tokens.device)  # [B, L, W]
         text_projection = torch.zeros(len(tokens), self.embedding_dim, device=tokens.device)  # [B, E]
         for length in sorted(set(lengths.tolist())):
             rows = (lengths == length).nonzero()[:, 0]
-            text_encodings[rows, :length], text_projection[rows] = self._read(tokens[rows, :length])
+            text_encodings[rows, :length], text_projection[rows] = self._encode_tokens(tokens[rows, :length])
         return TextFeatures(F.normalize(text_projection, dim=-1), text_encodings, mask, text_projection)
 
-    def _lengths_to_read(self, mask: Tensor) -> Tensor:
-        """How many tokens of each caption suffice, [B] int64, in steps of `LENGTH_STEP`."""
+    def _encoded_lengths(self, mask: Tensor) -> Tensor:
+        """Number of tokens to encode of each caption, [B] int64, rounded up to a multiple of `LENGTH_STEP`."""
         length = mask.shape[1]
         causal = self.model.attn_mask is not None and self.model.text_pool_type in ("argmax", "eos")
         kept = mask.sum(dim=1) if causal else torch.full((len(mask),), length, device=mask.device)
         return (kept + LENGTH_STEP - 1).div(LENGTH_STEP, rounding_mode="floor").mul(LENGTH_STEP).clamp(max=length)
 
-    def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, l] int64, l <= L -> encodings [B, l, W] and projections [B, E], float32."""
+    def _encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode tokens [B, l] int64, l <= L; returns encodings [B, l, W] and projections [B, E], float32."""
         length = tokens.shape[1]
         shortened = {"model.positional_embedding": self.model.positional_embedding[:length]}
         if self.model.attn_mask is not None:
@@ -247,12 +248,12 @@ class Clip(nn.Module):
         return output["text_intermediates"][-1].float(), output["text_features"].float()
 
     def resize(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] as this model wants them: [B, 3, S, S], its own mean and standard deviation."""
+        """Resize and standardise images [B, 3, H, W] in [-1, 1] for this model; returns [B, 3, S, S]."""
         return prepare(self.model, images)
 
 
 class _TextEncoder(nn.Module):
-    """The part of an open_clip model that is called with captions, as `functional_call` wants it."""
+    """Text encoder of an open_clip model, as a module for `functional_call`."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -265,16 +266,16 @@ class _TextEncoder(nn.Module):
 
 
 def text_mask(tokens: Tensor) -> Tensor:
-    """[B, L] token ids -> [B, L] bool, True = keep, at least the first.
+    """Mask of non-padding tokens: [B, L] token ids -> [B, L] bool, True = keep; the first is always kept.
 
-    Id 0 is also a word ("!"): padding is only what follows the last other token.
+    Id 0 is also a word ("!"), so only the zeros after the last nonzero token are padding.
     """
     kept = (tokens != 0).long().flip(1).cumsum(1).flip(1) > 0
     return kept | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
 
 
 def input_side(model: Any) -> int:
-    """Side S in pixels of the square pictures that an open_clip model sees."""
+    """Image size S of an open_clip model's square input, pixels."""
     size = model.visual.preprocess_cfg["size"]
     return int(size if isinstance(size, int) else size[0])
 
@@ -282,16 +283,16 @@ def input_side(model: Any) -> int:
 def prepare(model: Any, images: Tensor) -> Tensor:
     """Resize and standardise a batch of images in [-1, 1] for an open_clip model, on its device."""
     settings = model.visual.preprocess_cfg
-    side = input_side(model)
-    if images.shape[-2:] != (side, side):
-        images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    size = input_side(model)
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
     mean = torch.tensor(settings["mean"], device=images.device).view(3, 1, 1)
     std = torch.tensor(settings["std"], device=images.device).view(3, 1, 1)
     return ((images + 1) / 2 - mean) / std
 
 
 def save(model: Any, name: str, folder: Path) -> None:
-    """Write a model trained from one of our architectures as a folder that open_clip loads as "local-dir:<folder>"."""
+    """Save a model of one of our architectures to a folder that open_clip loads as "local-dir:<folder>"."""
     import open_clip
 
     open_clip.add_model_config(OWN_ARCHITECTURES)
@@ -299,7 +300,7 @@ def save(model: Any, name: str, folder: Path) -> None:
 
 
 def save_with_config(model: Any, model_config: dict[str, Any], folder: Path) -> None:
-    """The same for a model of any architecture, described as open_clip describes its own."""
+    """Save a model of any architecture like `save`; model_config has the format of open_clip's own."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""The decoder: P(picture | image embedding, caption), at the base resolution.
+"""The decoder: P(image | image embedding, caption), at the base resolution.
 
-Source: Ramesh et al. 2022, section 2.1. An ADM U-Net that sees the CLIP image embedding twice: projected and added to the
-timestep embedding, and projected to four extra context tokens that every attention layer reads. The caption, where it is
-used, takes the same two ways (`unclip.models.text`). Inpainting: Nichol et al. 2022 (GLIDE), section 2.4.
+Source: Ramesh et al. 2022, section 2.1. An ADM U-Net conditioned on the CLIP image embedding in two ways: projected and
+added to the timestep embedding, and projected to four extra context tokens that every attention layer reads. The caption, if
+used, enters through the same two paths (`unclip.models.text`). Inpainting: Nichol et al. 2022 (GLIDE), section 2.4.
 
-Letters: B batch, E CLIP embedding width, S side of the picture, L text tokens, X context width, D time-embedding width.
+Letters: B batch, E CLIP embedding width, S image size, L text tokens, X context width, D time-embedding width.
 """
 
 import dataclasses
@@ -34,22 +34,22 @@ class DecoderConfig:
     context_dim: int = 512
     """Width of the context tokens."""
     text: TextSource = "none"
-    """How captions are read: not at all, through the frozen CLIP, or by a Transformer trained with the decoder."""
+    """Text encoder for captions: none, the frozen CLIP, or a Transformer trained with the decoder."""
     text_transformer: TextTransformerConfig = TextTransformerConfig()
-    """The trained Transformer; unused unless `text` is "transformer"."""
+    """The trained text Transformer; used only if `text` is "transformer"."""
     image_drop_prob: float = 0.1
     """Probability of dropping the image embedding during training, for classifier-free guidance."""
     text_drop_prob: float = 0.5
-    """Probability of dropping the caption during training, drawn apart from the image embedding's."""
+    """Probability of dropping the caption during training, independently of the image embedding."""
     inpainting: bool = False
-    """Whether the network also sees a partly known picture and which of its pixels are known."""
+    """Give the network a partly known image and the mask of its known pixels as extra inputs."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The diffusion process."""
 
     def __post_init__(self) -> None:
         for name in ("image_drop_prob", "text_drop_prob"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a probability below 1")
-        require(bool(self.unet.attention_resolutions), "unet.attention_resolutions", (), "at least one side")
+        require(bool(self.unet.attention_resolutions), "unet.attention_resolutions", (), "at least one resolution")
         require(self.context_dim >= 1, "context_dim", self.context_dim, "at least 1")
 
 
@@ -58,17 +58,17 @@ class DecoderSampling(DiffusionSampling):
     guidance_scale: float = 2.0
     """Scale of classifier-free guidance; 1 = off. Source: Ho & Salimans 2022, eq. 6."""
     text_guidance_scale: float | None = None
-    """Guidance by the caption alone, where the decoder reads it, beside `guidance_scale` for the image embedding; None guides
-    by both together, at two thirds of the cost. Source: Brooks et al. 2022, eq. 3."""
+    """Separate guidance scale for the caption, for decoders that read it; `guidance_scale` is then for the image embedding.
+    None guides by both together, at two thirds of the cost. Source: Brooks et al. 2022, eq. 3."""
     clip_guidance_scale: float = 0.0
     """Scale of CLIP guidance: the gradient of the dot product of the caption's text embedding with CLIP's image embedding of
     x0; 0 = off. Source: Dhariwal & Nichol 2021, algorithm 2; Nichol et al. 2022 (GLIDE), section 2.3."""
     strength: float = 0.7
-    """Share of the process that a given start image goes through: 0 returns it, 1 ignores it. Source: Meng et al. 2022
+    """Fraction of the process applied to a given start image: 0 returns it, 1 ignores it. Source: Meng et al. 2022
     (SDEdit), section 3."""
     inversion_iterations: int = 1
-    """Iterations of each step of an inversion: the more, the closer is the image that is sampled from what it finds, and
-    the less freely it follows a text diff. Source: Pan et al. 2023, section 3."""
+    """Iterations per step of an inversion. More iterations reproduce the image more closely, but let it follow a text diff
+    less freely. Source: Pan et al. 2023, section 3."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,29 +80,29 @@ class DecoderSampling(DiffusionSampling):
 
 
 class Captions(NamedTuple):
-    """A batch of captions, in all the ways in which they steer a decoder."""
+    """A batch of captions, in every form that steers a decoder."""
 
     text: Text | None = None
-    """Read by the network; None for empty ones."""
+    """Captions for the network; None for empty captions."""
     negative: Text | None = None
-    """Read in their place by the side that guidance leads away from; None for empty ones."""
+    """Negative captions, which guidance pushes away from; None for empty captions."""
     likeness: Callable[[Tensor], Tensor] | None = None
-    """x0 [B, 3, S, S] in [-1, 1] -> how well each image fits its caption [B], differentiable; for CLIP guidance."""
+    """x0 [B, 3, S, S] in [-1, 1] -> similarity of each image to its caption [B], differentiable; for CLIP guidance."""
 
 
 NO_CAPTIONS = Captions()
 
 
 class Decoder(nn.Module):
-    """CLIP image embeddings, and captions where configured, in; small pictures out."""
+    """Network that denoises images at the base resolution, given CLIP image embeddings and, if configured, captions."""
 
     def __init__(self, config: DecoderConfig, embedding_dim: int, text_shape: TextShape | None = None) -> None:
         """Args:
             embedding_dim: E.
-            text_shape: needed unless `config.text` is "none".
+            text_shape: required unless `config.text` is "none".
 
         Raises:
-            ConfigError: text is to be read, and text_shape is missing.
+            ConfigError: config.text needs a text_shape, and it is missing.
         """
         super().__init__()
         require(config.text == "none" or text_shape is not None, "text_shape", None, f"one for text {config.text!r}")
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         self.text_shape = text_shape
         self.diffusion = GaussianDiffusion(config.diffusion)
         self.measured: dict[str, Tensor] = {}
-        """What was measured when training ended: `mean_squared_score` [T]."""
+        """Measurements from the end of training: `mean_squared_score` [T]."""
         self.statistics = EmbeddingStatistics.empty(embedding_dim)
         context_dim, time_dim = config.context_dim, config.unet.time_dim
         in_channels = 3 + (4 if config.inpainting else 0)
@@ -139,23 +139,23 @@ class Decoder(nn.Module):
         Args:
             x_t: [B, 3, S, S].
             t: [B] int64.
-            image_embedding: [B, E] as CLIP gives it.
-            image_drop: [B] bool, True = without the image embedding, on both of its paths.
-            text: captions; None for empty ones.
-            text_drop: [B] bool, True = without the caption, on both of its paths.
-            known: [B, 4, S, S] of `known_region`, for inpainting; None when nothing is known.
+            image_embedding: [B, E], as CLIP returns it.
+            image_drop: [B] bool, True = drop the image embedding on both paths.
+            text: captions; None for empty captions.
+            text_drop: [B] bool, True = drop the caption on both paths.
+            known: [B, 4, S, S] from `known_region`, for inpainting; None if nothing is known.
 
         Returns:
-            [B, 3, S, S]; [B, 6, S, S] where the diffusion learns its variance.
+            [B, 3, S, S]; [B, 6, S, S] if the diffusion learns its variance.
 
         Raises:
-            ShapeError: text or known is given to a decoder that does not read it.
+            ShapeError: this decoder does not take text or known, and it was given.
         """
         embedding = self.statistics.normalize(image_embedding)  # [B, E]
         if image_drop is not None:
             embedding = torch.where(image_drop[:, None], self.null_embedding, embedding)
         vector = self.to_time(embedding)  # [B, D]
-        # channel-major, as published unCLIP decoders have it
+        # channel-major, like published unCLIP decoders
         context = self.to_tokens(embedding).unflatten(1, (-1, NUM_IMAGE_TOKENS)).transpose(1, 2)  # [B, 4, X]
         mask = None
         if self.text is not None:
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         return self.unet(self._with_known(x_t, known), t, vector, context, mask)  # type: ignore[no-any-return]
 
     def null_image_embedding(self, batch: int) -> Tensor:
-        """What stands for no image embedding, [batch, E] in CLIP's own scale, to draw from captions alone."""
+        """Null image embedding, [batch, E] in CLIP's scale, for sampling from captions alone."""
         return self.statistics.denormalize(self.null_embedding).expand(batch, -1)
 
     def denoiser(
@@ -180,14 +180,14 @@ class Decoder(nn.Module):
         captions: Captions = NO_CAPTIONS,
         known: Tensor | None = None,
     ) -> Denoiser:
-        """A guided denoiser of images in [-1, 1]: away from what is sampled with neither image embedding nor caption.
+        """Denoiser of images in [-1, 1], guided away from the prediction without image embedding and caption.
 
         Args:
-            image_embedding: [B, E], one for each sample.
-            known: [B, 4, S, S] of `known_region`; guidance keeps it on both sides.
+            image_embedding: [B, E], one per sample.
+            known: [B, 4, S, S] from `known_region`; given to both the conditional and the unconditional prediction.
 
         Raises:
-            ConfigError: CLIP guidance without a likeness.
+            ConfigError: CLIP guidance is on, and captions has no likeness.
         """
         batch, device = len(image_embedding), image_embedding.device
 
@@ -210,12 +210,12 @@ class Decoder(nn.Module):
         else:
             guided = guidance.classifier_free_two(both, without_caption(False), neither, scale, text_scale, rescale)
         if settings.clip_guidance_scale:
-            given = captions.likeness
+            likeness = captions.likeness
             require(
-                given is not None, "clip_guidance_scale", settings.clip_guidance_scale, "0 where no caption is given"
+                likeness is not None, "clip_guidance_scale", settings.clip_guidance_scale, "0 if no caption is given"
             )
-            likeness = guidance.on_x0(guidance.clamped(both, 1.0), given)  # type: ignore[arg-type]
-            guided = guidance.classifier(self.diffusion, guided, likeness, settings.clip_guidance_scale)
+            log_probability = guidance.on_x0(guidance.clamped(both, 1.0), likeness)  # type: ignore[arg-type]
+            guided = guidance.classifier(self.diffusion, guided, log_probability, settings.clip_guidance_scale)
         return sampling.limited(self.diffusion, guided, both, settings, 1.0)
 
     @torch.no_grad()
@@ -231,11 +231,11 @@ class Decoder(nn.Module):
         generator: torch.Generator | None = None,
         on_step: OnStep = undisturbed,
     ) -> Tensor:
-        """Sample images [B, 3, S, S] in [-1, 1]; known pixels come back as they were.
+        """Sample images [B, 3, S, S] in [-1, 1]; known pixels are returned unchanged.
 
-        Args: those of `denoiser`, and:
-            start: [B, 3, S, S], images to begin with, at the strength of the settings.
-            x_T: [B, 3, S, S]; None takes it from the generator.
+        Args (in addition to those of `denoiser`):
+            start: [B, 3, S, S], images to start from, with the strength of the settings.
+            x_T: [B, 3, S, S]; None draws it from the generator.
         """
         size = self.config.unet.image_size
         if x_T is None:
@@ -262,28 +262,28 @@ class Decoder(nn.Module):
 
 
 def known_region(images: Tensor, mask: Tensor) -> Tensor:
-    """What an inpainting decoder is told: the picture without its unknown pixels, and which are known.
+    """Extra inputs of an inpainting decoder: the image with unknown pixels set to 0, and the mask of known pixels.
 
     Args:
         images: [B, 3, S, S] in [-1, 1]; not changed.
         mask: [B, 1, S, S] bool, True = known.
 
     Returns:
-        [B, 4, S, S], 0 where nothing is known. Source: Nichol et al. 2022 (GLIDE), section 2.4.
+        [B, 4, S, S], 0 at unknown pixels. Source: Nichol et al. 2022 (GLIDE), section 2.4.
     """
     return torch.cat([images * mask, mask.to(images.dtype)], dim=1)
 
 
-def random_masks(batch: int, side: int, generator: torch.Generator) -> Tensor:
-    """Masks to train inpainting with, [batch, 1, side, side] bool, True = known.
+def random_masks(batch: int, size: int, generator: torch.Generator) -> Tensor:
+    """Random masks for inpainting training, [batch, 1, size, size] bool, True = known.
 
-    Each is drawn by itself: nothing known (one in four), a rectangle of any size unknown (three in eight), or a rectangle
-    of any size known and the rest unknown (three in eight).
+    Each mask is independent: nothing known (one in four), a random rectangle unknown (three in eight), or a random rectangle
+    known and the rest unknown (three in eight).
     """
     draws = torch.rand(5, batch, generator=generator, device=generator.device)
-    low, high = draws[1:3].T.sort(dim=1).values.unbind(1)  # 2 x [B], edges as shares of the side
+    low, high = draws[1:3].T.sort(dim=1).values.unbind(1)  # 2 x [B], edges as fractions of the size
     left, right = draws[3:5].T.sort(dim=1).values.unbind(1)
-    centres = (torch.arange(side, device=generator.device) + 0.5) / side  # [S]
+    centres = (torch.arange(size, device=generator.device) + 0.5) / size  # [S]
     rows = (centres >= low[:, None]) & (centres < high[:, None])  # [B, S]
     columns = (centres >= left[:, None]) & (centres < right[:, None])  # [B, S]
     inside = rows[:, :, None] & columns[:, None, :]  # [B, S, S]

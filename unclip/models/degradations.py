@@ -1,13 +1,13 @@
-"""Degradations of the small picture that an upsampler reads in training, so that it resembles a decoder's samples.
+"""Degradations of an upsampler's low-resolution training images, so that they resemble a decoder's samples.
 
-Everything is drawn for each picture by itself from a `torch.Generator`, and done on batches of tensors, on any device.
+Random parameters are drawn per image from a `torch.Generator`; operations run on batches of tensors, on any device.
 
 Sources: Ramesh et al. 2022, section 2.1 (blur for the first upsampler, BSR for the second); Saharia et al. 2021 (SR3), for
 the blur; Zhang et al. 2021 (BSRGAN), section 3, for BSR: "Designing a practical degradation model for deep blind image
-super-resolution", whose light variant Rombach et al. 2022 (LDM) train with. Noise that the network is told of is
-`diffusion.augment_condition`.
+super-resolution", whose light variant Rombach et al. 2022 (LDM) train with. Noise whose level the network reads is added by
+`diffusion.process.augment_condition`.
 
-Letters: B batch, C channels, H height, W width, K kernel side, N blocks of 8 x 8 pixels.
+Letters: B batch, C channels, H height, W width, S image size, K kernel size.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from unclip.errors import ShapeError
 
 @dataclasses.dataclass(frozen=True)
 class BSRConfig:
-    """Blind super-resolution degradation; the defaults are a light one, for pictures that are clean already."""
+    """Blind super-resolution degradation; the defaults are light, for images that are already clean."""
 
     max_blur_sigma: float = 1.2
-    """Largest standard deviation of each of the two blurs, along either axis, pixels."""
+    """Largest standard deviation of each of the two blurs along either axis, pixels."""
     resize_prob: float = 0.5
-    """Probability of shrinking and enlarging the picture once more, by filters drawn at random."""
+    """Probability of an extra resize down and up with random filters."""
     min_noise_std: float = 0.004
-    """Smallest standard deviation of the Gaussian noise; pixels are in [-1, 1], so one of 255 levels is 0.0078."""
+    """Smallest standard deviation of the Gaussian noise; pixels are in [-1, 1], so 1/255 of the range is 0.0078."""
     max_noise_std: float = 0.016
     """Largest standard deviation of the Gaussian noise."""
     jpeg_prob: float = 0.9
-    """Probability of JPEG compression among the other steps; another one always comes last."""
+    """Probability of JPEG compression among the other steps; a final JPEG compression always comes last."""
     min_jpeg_quality: int = 80
     """Lowest quality of JPEG compression, 1 to 100."""
     max_jpeg_quality: int = 95
@@ -58,13 +58,13 @@ class BSRConfig:
 @dataclasses.dataclass(frozen=True)
 class DegradationConfig:
     kind: Literal["none", "blur", "bsr"] = "blur"
-    """What is done to the small picture besides shrinking."""
+    """Degradation of the low-resolution image besides downscaling."""
     blur_prob: float = 0.5
-    """Probability of the blur, drawn for each picture."""
+    """Probability of the blur, drawn per image."""
     min_blur_sigma: float = 0.0
-    """Smallest standard deviation of the blur (kernel 3), pixels of the small picture."""
+    """Smallest standard deviation of the blur (kernel 3), pixels of the low-resolution image."""
     max_blur_sigma: float = 0.6
-    """Largest standard deviation of the blur (kernel 3), pixels of the small picture."""
+    """Largest standard deviation of the blur (kernel 3), pixels of the low-resolution image."""
     bsr: BSRConfig = BSRConfig()
     """Settings of `kind` "bsr"."""
 
@@ -74,21 +74,21 @@ class DegradationConfig:
         require(0 <= sigmas[0] <= sigmas[1], "min_blur_sigma, max_blur_sigma", sigmas, "two in order, at least 0")
 
 
-def degrade(images: Tensor, side: int, config: DegradationConfig, generator: torch.Generator) -> Tensor:
-    """Small versions of pictures, degraded as configured.
+def degrade(images: Tensor, size: int, config: DegradationConfig, generator: torch.Generator) -> Tensor:
+    """Downscale images and degrade them as configured.
 
     Args:
         images: [B, 3, S, S] in [-1, 1]; not changed.
-        side: of the result, pixels; a divisor of S.
-        generator: on the pictures' device; the same state gives the same result.
+        size: size of the result, pixels; a divisor of S.
+        generator: on the images' device; the same state gives the same result.
 
     Returns:
-        [B, 3, side, side] in [-1, 1].
+        [B, 3, size, size] in [-1, 1].
     """
-    with torch.autocast(images.device.type, enabled=False):  # bf16 is coarser than the levels of a picture
+    with torch.autocast(images.device.type, enabled=False):  # bf16 is coarser than the levels of an image
         if config.kind == "bsr":
-            return bsr(images, side, config.bsr, generator)
-        small = shrink(images, side)
+            return bsr(images, size, config.bsr, generator)
+        small = shrink(images, size)
         if config.kind == "none":
             return small
         draws = torch.rand(2, len(images), generator=generator, device=images.device)
@@ -96,24 +96,24 @@ def degrade(images: Tensor, side: int, config: DegradationConfig, generator: tor
         return gaussian_blur(small, torch.where(draws[0] < config.blur_prob, sigma, 0.0))
 
 
-def degrade_picture(picture: np.ndarray, side: int, config: DegradationConfig, seed: int) -> np.ndarray:
-    """`degrade` for one picture of bytes, to look at: [S, S, 3] uint8 -> [side, side, 3] uint8."""
-    images = torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1  # [1, 3, S, S]
-    degraded = degrade(images, side, config, torch.Generator().manual_seed(seed))
+def degrade_image(image: np.ndarray, size: int, config: DegradationConfig, seed: int) -> np.ndarray:
+    """Degrade one image for viewing: [S, S, 3] uint8 -> [size, size, 3] uint8."""
+    images = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1  # [1, 3, S, S]
+    degraded = degrade(images, size, config, torch.Generator().manual_seed(seed))
     return ((degraded[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
 
 
-def shrink(images: Tensor, side: int) -> Tensor:
-    """[B, C, S, S] -> [B, C, side, side], each pixel the mean of those it covers, so that nothing aliases."""
-    return F.interpolate(images, size=(side, side), mode="area")
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Downscale [B, C, S, S] to [B, C, size, size] by averaging the pixels that each output pixel covers, without aliasing."""
+    return F.interpolate(images, size=(size, size), mode="area")
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int = 3) -> Tensor:
-    """Blur each picture by a Gaussian of its own.
+    """Blur each image with its own Gaussian.
 
     Args:
         images: [B, C, H, W]; not changed. Edges are repeated outwards.
-        sigma: [B] standard deviations in pixels; 0 leaves a picture as it is.
+        sigma: [B] standard deviations in pixels; 0 leaves an image unchanged.
         kernel_size: odd.
 
     Source: Saharia et al. 2021 (SR3), section 2.3; Ramesh et al. 2022, section 2.1 (kernel 3, sigma 0.6).
@@ -122,25 +122,25 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int = 3) -> Tensor
 
 
 def anisotropic_blur(images: Tensor, sigma_u: Tensor, sigma_v: Tensor, angle: Tensor, kernel_size: int) -> Tensor:
-    """Blur each picture by a rotated Gaussian of its own.
+    """Blur each image with its own rotated Gaussian.
 
     Args:
         images: [B, C, H, W]; not changed. Edges are repeated outwards.
         sigma_u, sigma_v: [B] standard deviations along the kernel's axes, pixels.
-        angle: [B] from the x axis to the first of them, radians.
+        angle: [B] from the x axis to the first kernel axis, radians.
         kernel_size: odd.
 
     Source: Zhang et al. 2021, section 3.1.
     """
     if kernel_size % 2 == 0 or sigma_u.shape != images.shape[:1]:
         raise ShapeError(
-            f"blur: got kernel {kernel_size} and sigma {tuple(sigma_u.shape)} for pictures {tuple(images.shape)}, "
-            "expected an odd kernel and one sigma per picture."
+            f"blur: got kernel {kernel_size} and sigma {tuple(sigma_u.shape)} for images {tuple(images.shape)}, "
+            "expected an odd kernel and one sigma per image."
         )
     offsets = torch.arange(kernel_size, device=images.device) - kernel_size // 2.0
     y, x = torch.meshgrid(offsets, offsets, indexing="ij")  # 2 x [K, K]
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)  # 2 x [B, 1, 1]
-    # far below a pixel a Gaussian is a single point
+    # a Gaussian far narrower than a pixel is a single point; the clamp avoids a division by 0
     width_u, width_v = (sigma.clamp(min=1e-3).view(-1, 1, 1) for sigma in (sigma_u, sigma_v))  # 2 x [B, 1, 1]
     exponent = ((x * cos + y * sin) / width_u) ** 2 + ((y * cos - x * sin) / width_v) ** 2  # [B, K, K]
     kernel = torch.exp(-0.5 * exponent)
@@ -152,24 +152,24 @@ def anisotropic_blur(images: Tensor, sigma_u: Tensor, sigma_v: Tensor, angle: Te
     return F.conv2d(padded, weight, groups=batch * channels)[0].reshape(images.shape)
 
 
-def bsr(images: Tensor, side: int, config: BSRConfig, generator: torch.Generator) -> Tensor:
-    """Shrink pictures through a random sequence of degradations.
+def bsr(images: Tensor, size: int, config: BSRConfig, generator: torch.Generator) -> Tensor:
+    """Downscale images through a random sequence of degradations.
 
-    Each picture has its own order of: two blurs, a resize down and up, Gaussian noise and JPEG; somewhere between them it is
-    shrunk, and JPEG compression of the small picture comes last.
+    Each image gets two blurs, a resize down and up, Gaussian noise and JPEG compression in its own order. It is downscaled
+    at a random point between them, and a final JPEG compression comes last.
 
     Args:
         images: [B, 3, S, S] in [-1, 1]; not changed.
-        side: of the result, pixels.
+        size: size of the result, pixels.
 
     Returns:
-        [B, 3, side, side] in [-1, 1].
+        [B, 3, size, size] in [-1, 1].
 
     Source: Zhang et al. 2021, section 3 and figure 1, without its camera's noise model.
     """
     batch, device = len(images), images.device
     steps = (_random_blur, _random_blur, _random_resize, _random_noise, _random_jpeg)
-    # a fixed number of draws for each picture and step, whatever its order, so that pictures do not depend on each other
+    # draw the same number of values per image and step, whatever the order, so that images do not affect each other
     draws = torch.rand(len(steps) + 1, 5, batch, generator=generator, device=device)
     order = torch.rand(batch, len(steps), generator=generator, device=device).argsort(dim=1)  # [B, steps]
     num_before = torch.randint(len(steps) + 1, (batch,), generator=generator, device=device)  # [B]
@@ -186,14 +186,14 @@ def bsr(images: Tensor, side: int, config: BSRConfig, generator: torch.Generator
     x = images
     for position in range(len(steps)):
         x = run(x, position, position < num_before)
-    x = shrink(x, side)
+    x = shrink(x, size)
     for position in range(len(steps)):
         x = run(x, position, position >= num_before)
     return jpeg(x, _quality(draws[-1][0], config)).clamp(-1, 1)
 
 
 def _random_blur(x: Tensor, noise: Tensor, draws: Tensor, config: BSRConfig) -> Tensor:
-    """Half isotropic, half anisotropic. Source: Zhang et al. 2021, section 3.1."""
+    """Blur, isotropic for half of the images and anisotropic for the others. Source: Zhang et al. 2021, section 3.1."""
     sigma_u, sigma_v = draws[0] * config.max_blur_sigma, draws[1] * config.max_blur_sigma
     sigma_v = torch.where(draws[2] < 0.5, sigma_u, sigma_v)
     kernel_size = 2 * math.ceil(3 * config.max_blur_sigma) + 1
@@ -201,26 +201,26 @@ def _random_blur(x: Tensor, noise: Tensor, draws: Tensor, config: BSRConfig) -> 
 
 
 def _random_resize(x: Tensor, noise: Tensor, draws: Tensor, config: BSRConfig) -> Tensor:
-    """Down to between a half and all of the side, and up again. Source: Zhang et al. 2021, section 3.2."""
-    side = x.shape[-1]
-    smaller = (side * (0.5 + 0.5 * draws[1])).round().clamp(min=1).int().tolist()
+    """Resize down to between half and all of the size, then up again. Source: Zhang et al. 2021, section 3.2."""
+    size = x.shape[-1]
+    smaller = (size * (0.5 + 0.5 * draws[1])).round().clamp(min=1).int().tolist()
     filters = [(int(down * 3), int(up * 2)) for down, up in zip(draws[2].tolist(), draws[3].tolist(), strict=True)]
-    wanted = (draws[0] < config.resize_prob).tolist()
+    chosen = (draws[0] < config.resize_prob).tolist()
     resized = []
-    for picture, size, (down, up), resize in zip(x, smaller, filters, wanted, strict=True):
+    for image, small_size, (down, up), resize in zip(x, smaller, filters, chosen, strict=True):
         if resize:
-            small = _interpolate(picture[None], size, ("area", "bilinear", "bicubic")[down])
-            picture = _interpolate(small, side, ("bilinear", "bicubic")[up])[0]
-        resized.append(picture)
+            small = _interpolate(image[None], small_size, ("area", "bilinear", "bicubic")[down])
+            image = _interpolate(small, size, ("bilinear", "bicubic")[up])[0]
+        resized.append(image)
     return torch.stack(resized)
 
 
-def _interpolate(x: Tensor, side: int, mode: str) -> Tensor:
-    return F.interpolate(x, size=(side, side), mode=mode, antialias=mode != "area")
+def _interpolate(x: Tensor, size: int, mode: str) -> Tensor:
+    return F.interpolate(x, size=(size, size), mode=mode, antialias=mode != "area")
 
 
 def _random_noise(x: Tensor, noise: Tensor, draws: Tensor, config: BSRConfig) -> Tensor:
-    """Of each pixel and channel, or of grey. Source: Zhang et al. 2021, section 3.3."""
+    """Add noise, half of the images independently per channel, the others grey. Source: Zhang et al. 2021, section 3.3."""
     std = config.min_noise_std + draws[0] * (config.max_noise_std - config.min_noise_std)
     noise = noise[..., : x.shape[-2], : x.shape[-1]]
     noise = torch.where(draws[1].view(-1, 1, 1, 1) < 0.5, noise, noise[:, :1])
@@ -228,7 +228,7 @@ def _random_noise(x: Tensor, noise: Tensor, draws: Tensor, config: BSRConfig) ->
 
 
 def _random_jpeg(x: Tensor, noise: Tensor, draws: Tensor, config: BSRConfig) -> Tensor:
-    """Source: Zhang et al. 2021, section 3.3."""
+    """Compress with the configured probability. Source: Zhang et al. 2021, section 3.3."""
     compressed = jpeg(x, _quality(draws[0], config))
     return torch.where(draws[1].view(-1, 1, 1, 1) < config.jpeg_prob, compressed, x)
 
@@ -239,13 +239,13 @@ def _quality(draw: Tensor, config: BSRConfig) -> Tensor:
 
 
 def jpeg(images: Tensor, quality: Tensor) -> Tensor:
-    """What is left of pictures after baseline JPEG compression with halved chroma (4:2:0).
+    """Simulate baseline JPEG compression with halved chroma (4:2:0).
 
-    Rounding has no gradient: this is for conditions, not for losses.
+    Rounding has no gradient, so use it for conditioning images, not in losses.
 
     Args:
         images: [B, 3, H, W] in [-1, 1], any H and W; not changed.
-        quality: [B] from 1 to 100, as the IJG's library counts it.
+        quality: [B] from 1 to 100, on the scale of the IJG library.
 
     Returns:
         [B, 3, H, W] in [-1, 1].
@@ -266,7 +266,7 @@ def jpeg(images: Tensor, quality: Tensor) -> Tensor:
 
 
 def _quantise(plane: Tensor, table: tuple[int, ...], quality: Tensor) -> Tensor:
-    """Round the cosine transform of each 8 x 8 block of [B, C, H, W] to multiples of its picture's table."""
+    """Round the cosine transform of each 8 x 8 block of [B, C, H, W] to multiples of the scaled table of its image."""
     scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None]  # [B, 1]
     steps = ((plane.new_tensor(table) * scale + 50) / 100).floor().clamp(1, 255)  # [B, 64]
     dct = _dct_matrix().to(plane)  # [8, 8]

@@ -1,7 +1,7 @@
-"""The one place that normalises CLIP's image embeddings for the models, and turns them into tokens and back.
+"""Normalisation of CLIP's image embeddings for the models, and their quantisation to tokens and back.
 
-Models are handed embeddings as CLIP gives them (unit norm) and return such; what they compute with inside is decided here.
-The statistics of the training rows lie in the model's weights, so a checkpoint cannot be used with others.
+Models take and return embeddings as CLIP returns them (unit norm); only this module decides how they are normalised inside.
+The statistics of the training rows are part of the model's weights, so a checkpoint cannot be used with different ones.
 
 Letters: B batch, N rows, E embedding width, K kept principal components.
 """
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from unclip.errors import CheckpointError, ConfigError, InputError, ShapeError
 
 Normalization = Literal["standardise", "scale"]
-"""standardise: every dimension to mean 0 and variance 1, as published priors store it with their weights (clip_mean,
-clip_std). scale: one factor for all, as in the paper, which keeps angles."""
+"""standardise: every dimension to mean 0 and variance 1, as in published priors, which store clip_mean and clip_std with
+their weights. scale: one factor for all dimensions, as in the paper, which preserves angles."""
 
 IMAGE_STD = 17.2 / 1024**0.5
-"""Standard deviation of pixels in [-1, 1] that the paper's factor stands for: 17.2 for unit norm in 1,024 dimensions."""
+"""Standard deviation of pixels in [-1, 1] implied by the paper's factor: 17.2 for unit norm in 1,024 dimensions."""
 
 SMALLEST_STD = 1e-6
 
 
 class EmbeddingStatistics(nn.Module):
-    """Mean and standard deviation of the image embeddings of the training rows, and the normalisation that follows."""
+    """Mean and standard deviation of the training rows' image embeddings, and the normalisation based on them."""
 
     mean: Tensor
     std: Tensor
@@ -51,7 +51,7 @@ class EmbeddingStatistics(nn.Module):
         """Statistics of embeddings [N, E], summed in float64.
 
         Raises:
-            ShapeError: fewer than two rows, or not [N, E].
+            ShapeError: embeddings is not [N, E], or has fewer than two rows.
         """
         if embeddings.dim() != 2 or len(embeddings) < 2:
             raise ShapeError(
@@ -61,7 +61,7 @@ class EmbeddingStatistics(nn.Module):
         return cls(values.mean(dim=0), values.std(dim=0).clamp(min=SMALLEST_STD), normalization)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """What is subtracted and what is divided by, [E] float32 each: `clip_mean` and `clip_std` of published priors.
+        """Shift and scale of the normalisation, [E] float32 each: `clip_mean` and `clip_std` of published priors.
 
         Source: Ramesh et al. 2022, section 2.2 and appendix C, for "scale".
         """
@@ -71,7 +71,7 @@ class EmbeddingStatistics(nn.Module):
         return torch.zeros_like(self.mean), (root_mean_square / IMAGE_STD).float().expand_as(self.std)
 
     def normalize(self, embedding: Tensor) -> Tensor:
-        """[B, E] as CLIP gives it -> [B, E] float32 in the models' units; a new tensor."""
+        """Normalise [B, E] as CLIP returns it to [B, E] float32 in the models' units; returns a new tensor."""
         shift, scale = self.affine()
         return (embedding.float() - shift) / scale
 
@@ -81,42 +81,42 @@ class EmbeddingStatistics(nn.Module):
         return embedding.float() * scale + shift
 
     def check(self, name: str) -> None:
-        """Raise `InputError` unless embeddings can be normalised with these numbers and back."""
+        """Check that embeddings can be normalised and denormalised; raises `InputError` if not."""
         if not (self.mean.isfinite().all() and self.std.isfinite().all() and (self.std > 0).all()):
             raise InputError(
-                f"{name}: got a mean or standard deviation that is zero or no number, expected those of a dataset. "
-                "This model was never given its statistics; take them from the dataset that it was trained on."
+                f"{name}: got a non-finite mean or a standard deviation that is not finite and positive, expected those of a "
+                "dataset. This model was never given its statistics; take them from the dataset that it was trained on."
             )
 
     def is_identity(self) -> bool:
-        """Whether normalising changes nothing."""
+        """Return True if normalisation changes nothing."""
         return not self.mean.any() and bool((self.std == 1).all())
 
     def digest(self) -> str:
-        """sha256 (hex) of mean and standard deviation: the same for all models of one dataset."""
+        """sha256 (hex) of mean and standard deviation; equal for all models of one dataset."""
         values = torch.cat([self.mean, self.std]).cpu().contiguous()
         return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def check_agreement(statistics: Mapping[str, EmbeddingStatistics]) -> None:
-    """Check that models, and the dataset, speak of the same embeddings.
+    """Check that the models and the dataset use the same embeddings.
 
     Args:
-        statistics: name -> those that it was trained with. Models that take embeddings as they are, as imported decoders
-            do, agree with all.
+        statistics: name -> statistics used in training. Models that do not normalise, such as imported decoders, agree with
+            all others.
 
     Raises:
-        CheckpointError: they differ; names the first two that do.
+        CheckpointError: the statistics differ; names the first two that do.
         InputError: see `EmbeddingStatistics.check`.
     """
-    for name, found in statistics.items():
-        found.check(name)
-    normalising = [(name, found) for name, found in statistics.items() if not found.is_identity()]
-    for name, found in normalising[1:]:
+    for name, own in statistics.items():
+        own.check(name)
+    normalising = [(name, own) for name, own in statistics.items() if not own.is_identity()]
+    for name, own in normalising[1:]:
         first, expected = normalising[0]
-        if found.digest() != expected.digest():
+        if own.digest() != expected.digest():
             raise CheckpointError(
-                f"{name}: got embeddings of {len(found.mean)} dimensions with statistics {found.digest()[:12]}, expected "
+                f"{name}: got embeddings of {len(own.mean)} dimensions with statistics {own.digest()[:12]}, expected "
                 f"those of the {first}, {len(expected.mean)} with {expected.digest()[:12]}. They were trained on different "
                 "datasets or with different CLIPs; take both from one run."
             )
@@ -126,14 +126,16 @@ class PrincipalComponents(NamedTuple):
     """Directions in which the image embeddings of the training rows vary."""
 
     components: Tensor
-    """[E, E] float32, a row each, orthonormal, by falling variance."""
+    """[E, E] float32, one per row, orthonormal, by decreasing variance."""
     explained_variance_ratio: Tensor
-    """[E] float32, share of the variance along each."""
+    """[E] float32, share of the variance along each component."""
 
     @classmethod
     def of(cls, embeddings: Tensor) -> "PrincipalComponents":
-        """Of embeddings [N, E], in float64; a component's sign is that of its largest element, so that the same
-        embeddings always give the same components.
+        """Principal components of embeddings [N, E], computed in float64.
+
+        Signs are chosen so that each component's largest element is positive; the same embeddings always give the same
+        components.
         """
         centred = embeddings.double() - embeddings.double().mean(dim=0)
         variances, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
@@ -143,13 +145,13 @@ class PrincipalComponents(NamedTuple):
         return cls((components * largest.sign()).float(), explained.float())
 
     def num_components(self, explained: float) -> int:
-        """How many leading components hold this share of the variance."""
-        cumulated = self.explained_variance_ratio.double().cumsum(0)
-        return min(int((cumulated < explained).sum()) + 1, len(cumulated))
+        """Number of leading components that explain this share of the variance."""
+        cumulative = self.explained_variance_ratio.double().cumsum(0)
+        return min(int((cumulative < explained).sum()) + 1, len(cumulative))
 
 
 class EmbeddingQuantizer(nn.Module):
-    """Image embeddings as K numbers below `num_buckets`, and their agreement with the caption as one more.
+    """Quantises image embeddings to K buckets, and their dot product with the caption's embedding to one more.
 
     Source: Ramesh et al. 2022, section 2.2 (autoregressive prior).
     """
@@ -183,19 +185,19 @@ class EmbeddingQuantizer(nn.Module):
         explained: float,
         num_buckets: int,
     ) -> "EmbeddingQuantizer":
-        """Buckets that cover what training rows hold.
+        """Fit buckets that cover the training rows.
 
         Args:
             image_embedding: [N, E], training rows or a sample of them.
-            similarity: [N], their dot products with their captions' unit-norm text embeddings.
+            similarity: [N], dot products with the unit-norm text embeddings of their captions.
             statistics: of all training rows.
             principal: of all training rows.
-            explained: share of the variance that the kept components hold; the rest of the squared error is lost.
-            num_buckets: of each component, and of the dot product.
+            explained: share of the variance that the kept components explain; the rest is lost.
+            num_buckets: number of buckets per component and for the dot product.
 
         Raises:
-            ShapeError: shapes that do not fit each other.
-            ConfigError: fewer than two buckets.
+            ShapeError: the shapes do not match.
+            ConfigError: num_buckets is below 2.
         """
         if image_embedding.dim() != 2 or similarity.shape != image_embedding.shape[:1] or len(similarity) < 2:
             raise ShapeError(
@@ -223,25 +225,25 @@ class EmbeddingQuantizer(nn.Module):
         return len(self.components)
 
     def encode(self, image_embedding: Tensor) -> Tensor:
-        """[B, E] as CLIP gives it -> [B, K] int64 below `num_buckets`; what lies outside takes the outermost bucket."""
+        """Quantise [B, E] as CLIP returns it to [B, K] int64 below `num_buckets`, clamping values out of range."""
         coordinates = (image_embedding.float() - self.mean) @ self.components.T  # [B, K]
         return _bucket(coordinates, self.low, self.high, self.num_buckets)
 
     def decode(self, buckets: Tensor) -> Tensor:
-        """[B, K] int64 -> [B, E] float32, the middles of the buckets."""
+        """Convert buckets [B, K] int64 to embeddings [B, E] float32, at the midpoints of the buckets."""
         middle = (buckets + 0.5) / self.num_buckets  # [B, K]
         return (self.low + middle * (self.high - self.low)) @ self.components + self.mean
 
     def encode_similarity(self, similarity: Tensor) -> Tensor:
-        """Dot products [B] of unit-norm image and text embeddings -> [B] int64 below `num_buckets`."""
+        """Quantise dot products [B] of unit-norm image and text embeddings to [B] int64 below `num_buckets`."""
         return _bucket(similarity.float(), self.similarity_range[0], self.similarity_range[1], self.num_buckets)
 
     def draw_similarity(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Buckets [count] int64, from the upper half of the training rows'.
+        """Draw buckets [count] int64 from the upper half of the training rows' dot products.
 
         Source: Ramesh et al. 2022, section 2.2 ("a dot product from the top half of the distribution").
         """
-        from_above = self.similarity_counts.flip(0).cumsum(0)  # rows in this bucket and those above it
+        from_above = self.similarity_counts.flip(0).cumsum(0)  # rows in this bucket and above
         before = from_above - self.similarity_counts.flip(0)
         share = (from_above[-1] / 2 - before).clamp(min=0)
         upper = torch.minimum(self.similarity_counts.flip(0), share).flip(0)  # [num_buckets]

@@ -16,7 +16,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
         dim: even.
 
     Returns:
-        [B, dim] float32, whatever the autocast dtype: in bf16 half of 1,000 timesteps would coincide.
+        [B, dim] float32 even under autocast: in bf16, half of 1,000 timesteps would coincide.
 
     Source: Vaswani et al. 2017, section 3.5.
     """
@@ -27,7 +27,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 class TimestepMLP(nn.Module):
-    """Timestep -> conditioning vector."""
+    """MLP from a timestep to a conditioning vector."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class TimestepMLP(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in float32: steadier, and on CPUs several times faster than in bf16."""
+    """Group norm in float32: more stable, and on CPUs several times faster than in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -47,14 +47,14 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Conv3x3(nn.Conv2d):
-    """3 x 3 convolution that keeps the sides of pictures, [B, C_in, H, W] -> [B, C_out, H, W].
+    """3 x 3 convolution that keeps height and width, [B, C_in, H, W] -> [B, C_out, H, W].
 
-    A CPU's AMX tiles hold 16 pixels, which oneDNN's convolutions take from one row. Where rows are shorter, trainings take
-    matrix products, which fill the tiles.
+    A CPU's AMX tile holds 16 pixels, which oneDNN's convolutions take from one row. If rows are shorter, training uses
+    matrix products instead, which fill the tiles.
     """
 
     SHORT_ROW, SHORTEST_ROW = 8, 4
-    """Pixels up to which the gradient of weights is a product, and up to which everything is."""
+    """Longest rows in pixels for which only the weight gradient, and for which everything, is a matrix product."""
     HAS_TILES = torch.cpu._is_amx_tile_supported()
 
     def __init__(self, in_width: int, out_width: int) -> None:
@@ -62,7 +62,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         in_tiles = self.HAS_TILES and x.device.type == "cpu" and x.dtype == torch.bfloat16
-        # in drawing, autocast casts the weights of a convolution once for all steps, which weighs more
+        # when sampling, autocast casts the weights of a plain convolution once for all steps, which saves more
         if not self.training or not in_tiles or x.shape[3] > self.SHORT_ROW:
             return super().forward(x)
         assert self.bias is not None
@@ -70,47 +70,47 @@ class Conv3x3(nn.Conv2d):
 
 
 class _ShortRows(torch.autograd.Function):
-    """x [B, C_in, H, W], weight [C_out, C_in, 3, 3], bias [C_out] -> [B, C_out, H, W]; keeps x and weight alone."""
+    """Convolution of x [B, C_in, H, W] with weight [C_out, C_in, 3, 3] and bias [C_out]; saves only x and weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         if x.shape[3] > Conv3x3.SHORTEST_ROW:
             return F.conv2d(x, weight, bias, padding=1)
-        return _as_picture(torch.addmm(bias, _neighbours(x), weight.permute(0, 2, 3, 1).flatten(1).T), x)
+        return _as_image(torch.addmm(bias, _neighbours(x), weight.permute(0, 2, 3, 1).flatten(1).T), x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         if x.shape[3] > Conv3x3.SHORTEST_ROW:
-            of_x = torch.ops.aten.convolution_backward(
+            x_gradient = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
             )[0]
         else:
-            # where an output reads the pixel at its left, a pixel's gradient comes from the output at its right
-            of_x = _as_picture(_neighbours(gradient, (2, 1, 0)) @ weight.permute(2, 3, 0, 1).flatten(0, 2), x)
+            # an output reads the pixel at its left, so a pixel's gradient comes from the output at its right
+            x_gradient = _as_image(_neighbours(gradient, (2, 1, 0)) @ weight.permute(2, 3, 0, 1).flatten(0, 2), x)
         gradient = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [BHW, C_out]
-        of_weight = (gradient.T @ _neighbours(x)).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        return of_x, of_weight, gradient.sum(0)
+        weight_gradient = (gradient.T @ _neighbours(x)).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        return x_gradient, weight_gradient, gradient.sum(0)
 
 
 def _neighbours(x: Tensor, order: tuple[int, int, int] = (0, 1, 2)) -> Tensor:
-    """Each pixel and those around it, row by row, zeros beyond the border: [B, C, H, W] -> [BHW, 9C]."""
+    """3 x 3 neighbourhood of each pixel, row by row, zero-padded at the border: [B, C, H, W] -> [BHW, 9C]."""
     height, width = x.shape[2:]
     pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [B, H + 2, W + 2, C]
     pixels = torch.cat([pixels[:, :, left : left + width] for left in order], dim=3)  # [B, H + 2, W, 3C]
     return torch.cat([pixels[:, top : top + height] for top in order], dim=3).flatten(0, 2)
 
 
-def _as_picture(pixels: Tensor, like: Tensor) -> Tensor:
-    """[BHW, C] -> [B, C, H, W], with the sides of another."""
+def _as_image(pixels: Tensor, like: Tensor) -> Tensor:
+    """Reshape [BHW, C] to [B, C, H, W] with the B, H and W of `like`."""
     return pixels.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention over [B, heads, L, D / heads]; mask is bool, True = attend.
 
-    On CPUs the fused kernel is several times slower in bf16 than two matrix products for the lengths met there.
+    On CPUs in bf16, two matrix products are several times faster than the fused kernel at the lengths used here.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -121,27 +121,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Start a residual branch as the identity. Source: Dhariwal & Nichol 2021, Table 2 and code notes."""
+    """Zero the last module of a residual branch, so that the block starts as the identity.
+
+    Source: Dhariwal & Nichol 2021, Table 2 and code notes.
+    """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class KeyValueCache:
-    """Keys and values that a causal block has computed, so that later tokens need not compute them again.
+    """Keys and values that a causal block has computed, so that later tokens can reuse them.
 
-    Setting `length` back forgets what came after it; nothing may be appended while gradients are recorded.
+    Decreasing `length` drops the tokens after it. Do not append while gradients are recorded.
     """
 
     def __init__(self, capacity: int) -> None:
         """Args:
-        capacity: tokens that fit.
+        capacity: maximum number of tokens.
         """
         self.capacity, self.length = capacity, 0
         self._stored: Tensor | None = None  # [2, B, heads, capacity, D / heads]
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in keys and values [B, heads, L, D / heads]; returns all so far, [B, heads, length, D / heads] each."""
+        """Append keys and values [B, heads, L, D / heads]; returns all so far, [B, heads, length, D / heads] each."""
         if self._stored is None:
             batch, heads, _, width = keys.shape
             self._stored = keys.new_empty(2, batch, heads, self.capacity, width)
@@ -152,7 +155,7 @@ class KeyValueCache:
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm Transformer block; the mask says whether it is causal. Source: Radford et al. 2019 (GPT-2)."""
+    """Pre-norm Transformer block; the mask makes it causal or not. Source: Radford et al. 2019 (GPT-2)."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -172,14 +175,14 @@ class TransformerBlock(nn.Module):
         kept: Tensor | None = None,
     ) -> Tensor:
         """Args:
-            x: [B, L, D]; or [N, D], those tokens that `kept` names.
-            mask: [B, 1, L, K] bool, True where a query may attend to a key; K = L without a cache.
-            cache: keys and values of the K - L tokens before x; those of x are added.
-            num_outputs: how many of the last tokens are wanted; None for all.
-            kept: [N] int64, of `kept_tokens`.
+            x: [B, L, D]; or [N, D], the tokens listed in `kept`.
+            mask: [B, 1, L, K] bool, True if a query may attend to a key; K = L without a cache.
+            cache: keys and values of the K - L tokens before x; those of x are appended.
+            num_outputs: number of last tokens to return; None for all.
+            kept: [N] int64, from `kept_tokens`.
 
         Returns:
-            [B, num_outputs, D]; without num_outputs as many tokens as x has.
+            [B, num_outputs, D]; without num_outputs, the same shape as x.
         """
         qkv = self.to_qkv(self.attention_norm(x))  # [B, L, 3D] or [N, 3D]
         if kept is not None:
@@ -198,7 +201,7 @@ class TransformerBlock(nn.Module):
 
 
 class CausalTransformer(nn.Module):
-    """Blocks and a final norm, over a sequence of which some tokens may be padding."""
+    """Causal Transformer blocks and a final norm, over sequences that may contain padding."""
 
     def __init__(self, width: int, depth: int, num_heads: int, norm_in: bool = False) -> None:
         super().__init__()
@@ -217,9 +220,10 @@ class CausalTransformer(nn.Module):
         """Args:
             x: [B, L, D], the last L of K tokens; all of them without caches.
             keep: [B, K] bool, False for padding, which no other token attends to.
-            caches: one for each block, holding the K - L tokens before x; x is added to them.
-            num_outputs: how many of the last tokens are wanted, for which the last block then works; None for all.
-            kept: [N] int64, `kept_tokens(keep)`: padding is not computed then, nor may it be wanted. None computes it, too.
+            caches: one per block, holding the K - L tokens before x; x is appended to them.
+            num_outputs: number of last tokens to return; the last block computes only these. None for all.
+            kept: [N] int64, `kept_tokens(keep)`: padding is then skipped, and must not be among the outputs. None computes
+                padding too.
 
         Returns:
             [B, num_outputs or L, D].
@@ -232,46 +236,46 @@ class CausalTransformer(nn.Module):
             torch._dynamo.maybe_mark_dynamic(kept, 0)
         for number, block in enumerate(self.blocks):
             if kept is not None:
-                torch._dynamo.maybe_mark_dynamic(x, 0)  # N is another one in each batch: compiled once for all
-            wanted = num_outputs if number == len(self.blocks) - 1 else None
-            x = block(x, mask, caches[number] if caches is not None else None, wanted, kept)
+                torch._dynamo.maybe_mark_dynamic(x, 0)  # N differs from batch to batch: compile once for all
+            block_outputs = num_outputs if number == len(self.blocks) - 1 else None
+            x = block(x, mask, caches[number] if caches is not None else None, block_outputs, kept)
         x = self.norm(x)
         return x if kept is None or num_outputs is not None else unpack(x, kept, batch, length)
 
     def new_caches(self, capacity: int) -> list[KeyValueCache]:
-        """Empty caches, one for each block, for sequences of up to `capacity` tokens."""
+        """Empty caches, one per block, for sequences of up to `capacity` tokens."""
         return [KeyValueCache(capacity) for _ in self.blocks]
 
 
 def kept_tokens(keep: Tensor) -> Tensor:
-    """Where those of B x L tokens stand that are no padding, counted through all rows: keep [B, L] bool -> [N] int64.
+    """Indices of non-padding tokens in the flattened batch: keep [B, L] bool -> [N] int64.
 
-    Linear layers need only them.
+    Linear layers need to process only these.
     """
     return keep.flatten().nonzero()[:, 0]
 
 
 def pack(x: Tensor, kept: Tensor) -> Tensor:
-    """The kept tokens of all rows, one after another: [B, L, D], [N] -> [N, D]."""
+    """Gather the kept tokens of all rows: [B, L, D], [N] -> [N, D]."""
     return x.flatten(0, 1).index_select(0, kept)
 
 
 def unpack(x: Tensor, kept: Tensor, batch: int, length: int) -> Tensor:
-    """Kept tokens back in their places, zeros in the others: [N, D], [N] -> [B, L, D]."""
-    # index_copy would keep x for its backward pass
+    """Scatter kept tokens back to their positions, with zeros elsewhere: [N, D], [N] -> [B, L, D]."""
+    # unlike index_put, index_copy would save x for the backward pass
     return x.new_zeros(batch * length, x.shape[1]).index_put((kept,), x).view(batch, length, -1)
 
 
 def causal_mask(keep: Tensor, num_queries: int) -> Tensor:
-    """What the last `num_queries` of K tokens attend to: themselves, and those before them that are no padding.
+    """Attention mask of the last `num_queries` of K tokens: each attends to itself and to earlier non-padding tokens.
 
     Args:
         keep: [B, K] bool.
 
     Returns:
-        [B, 1, num_queries, K] bool; no row is all False, which would divide nothing by nothing.
+        [B, 1, num_queries, K] bool; no row is all False, which would make softmax return NaN.
     """
     num_keys = keep.shape[1]
     square = torch.ones(num_keys, num_keys, dtype=torch.bool, device=keep.device)
-    causal, itself = square.tril()[-num_queries:], torch.eye(num_keys, dtype=torch.bool, device=keep.device)
-    return causal & keep[:, None, None, :] | itself[-num_queries:]
+    causal, own = square.tril()[-num_queries:], torch.eye(num_keys, dtype=torch.bool, device=keep.device)
+    return causal & keep[:, None, None, :] | own[-num_queries:]

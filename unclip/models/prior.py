@@ -4,8 +4,8 @@ Source: Ramesh et al. 2022, section 2.2. A causal Transformer reads, in order, t
 embedding, the timestep, the noised CLIP image embedding and a learned query; its output at the query is the clean image
 embedding (x0-prediction, plain mean squared error).
 
-Without text means the empty caption: the CLIP features of "" take the place of the caption's, as in the pipelines of
-diffusers, so that guidance needs no weights that they lack. The noised embedding is seen in either case.
+Dropped text is replaced by the empty caption, that is by the CLIP features of "". Diffusers pipelines do the same, so
+guidance needs no weights that they lack. The noised embedding is never dropped.
 
 Letters: B batch, L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior,
 N candidates, S tokens that change from step to step.
@@ -38,21 +38,21 @@ class PriorConfig:
     depth: int = 12
     """Transformer blocks."""
     num_heads: int = 8
-    """Attention heads a block."""
+    """Attention heads per block."""
     cond_drop_prob: float = 0.1
     """Probability of dropping the text during training, for classifier-free guidance."""
     diffusion: DiffusionConfig = DiffusionConfig(prediction_type="x0")
     """The diffusion process."""
     normalization: Normalization = "standardise"
-    """How image embeddings are normalised: each dimension by itself, or all by one factor as in the paper."""
+    """Normalisation of image embeddings: per dimension, or by one factor for all as in the paper."""
     clip_range: float | None = 10.0
-    """Elements of x0 are kept within this range, in normalised units, at every sampling step; None for no bound."""
+    """Bound on the magnitude of x0's elements at every sampling step, in normalised units; None for no bound."""
     text_norm: TextNorm = "none"
-    """How CLIP's text projection is read: as it is, through a layer norm, or at unit norm, which diffusers cannot do."""
+    """Normalisation of CLIP's text projection: none, a layer norm, or unit norm, which diffusers does not support."""
     norm_in: bool = False
-    """A layer norm in front of the first block."""
+    """Add a layer norm before the first block."""
     self_conditioning: bool = False
-    """Whether the x0 of the step before is read, too (Chen et al. 2023); diffusers cannot do it."""
+    """Also read the x0 of the previous step (Chen et al. 2023); diffusers does not support it."""
 
     def __post_init__(self) -> None:
         require(self.width % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of width {self.width}")
@@ -67,16 +67,16 @@ class PriorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PriorSampling(DiffusionSampling):
-    """Sampling settings of either prior. The autoregressive one takes `guidance_scale`, `temperature` and `num_candidates`."""
+    """Sampling settings of either prior. The autoregressive prior uses `guidance_scale`, `temperature` and `num_candidates`."""
 
     sampler: SamplerName = "ddpm"
-    """Sampler of the diffusion prior; with self-conditioning, one that calls the denoiser once a step."""
+    """Sampler of the diffusion prior; self-conditioning needs one that calls the denoiser once per step."""
     num_steps: int = 64
     """Sampling steps of the diffusion prior."""
     temperature: float = 1.0
-    """Divides the autoregressive prior's logits; 0 takes the likeliest values."""
+    """Divisor of the autoregressive prior's logits; 0 takes the most likely values."""
     num_candidates: int = 2
-    """Image embeddings sampled for a caption, of which the best is kept. Source: Ramesh et al. 2022, section 2.2."""
+    """Image embeddings sampled per caption, of which the best is kept. Source: Ramesh et al. 2022, section 2.2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,18 +87,18 @@ class PriorSampling(DiffusionSampling):
 DEFAULT_PRIOR_SAMPLING = PriorSampling()
 
 DALLE2_PRIOR = PriorConfig(width=2048, depth=24, num_heads=32, normalization="scale")
-"""Ramesh et al. 2022, Table 3: 1.22 B parameters between a CLIP ViT-H's embeddings, "1 B" in the table. The Transformer is
-the table's "text encoder": what it reads are CLIP's encodings, so it needs no other."""
+"""Ramesh et al. 2022, Table 3: 1.22 B parameters with a CLIP ViT-H, "1 B" in the table. The Transformer corresponds to the
+table's "text encoder": it reads CLIP's encodings, so no separate text encoder is needed."""
 KARLO_PRIOR = PriorConfig(width=2048, depth=20, num_heads=32, cond_drop_prob=0.2)
-"""The prior of Karlo v1 alpha, beside a ViT-L-14: 1.02 B parameters."""
+"""The prior of Karlo v1 alpha, with a ViT-L-14: 1.02 B parameters."""
 BASE_PRIOR = PriorConfig(width=1024, depth=16, num_heads=16)
-"""205 M parameters beside a ViT-L-14."""
+"""205 M parameters with a ViT-L-14."""
 SMALL_PRIOR = PriorConfig(width=512, depth=12, num_heads=8)
-"""39 M parameters beside a ViT-L-14."""
+"""39 M parameters with a ViT-L-14."""
 
 
 class TextPrefix(EmptyCaption):
-    """The first tokens that a prior reads: the text encodings, then the CLIP text embedding."""
+    """First tokens of a prior's input: the text encodings, then the CLIP text embedding."""
 
     def __init__(self, width: int, embedding_dim: int, text_width: int, text_length: int, text_norm: TextNorm) -> None:
         super().__init__(text_length, text_width, embedding_dim)
@@ -113,11 +113,11 @@ class TextPrefix(EmptyCaption):
         """Args:
             text_encodings: [B, L, W].
             text_mask: [B, L] bool, True = keep.
-            text_embedding: [B, E], CLIP's text projection; of any length with text_norm "unit".
-            drop: [B] bool, True = the empty caption instead.
+            text_embedding: [B, E], CLIP's text projection; of any norm if text_norm is "unit".
+            drop: [B] bool, True = replace by the empty caption.
 
         Returns:
-            Tokens [B, L + 1, D], and which of them are no padding [B, L + 1].
+            Tokens [B, L + 1, D], and a mask [B, L + 1] that is False at padding.
         """
         if drop is not None:
             text = CaptionFeatures(text_encodings, text_mask, text_embedding)
@@ -129,17 +129,17 @@ class TextPrefix(EmptyCaption):
         return tokens, torch.cat([text_mask, text_mask.new_ones(len(text_mask), 1)], dim=1)
 
     def kept_tokens(self, text_mask: Tensor, drop: Tensor, length: int) -> Tensor:
-        """`layers.kept_tokens` of sequences of `length` that begin with these captions, where drop [B] says with the empty one.
+        """`layers.kept_tokens` of sequences of `length` that start with captions; where drop [B] is True, with the empty one.
 
-        How many there are is known only when text_mask [B, L] has been computed, so it is asked for before `forward`, whose
-        shapes can then be told without data.
+        Their number depends on the values of text_mask [B, L], so compute them before `forward`; the shapes inside `forward`
+        then depend on no data.
         """
         text_mask = torch.where(drop[:, None], self.null_mask, text_mask)  # [B, L]
         return kept_tokens(F.pad(text_mask, (0, length - text_mask.shape[1]), value=True))
 
 
 class DiffusionPrior(nn.Module):
-    """Text in, CLIP image embeddings out."""
+    """Transformer that denoises CLIP image embeddings, given text."""
 
     def __init__(self, config: PriorConfig, embedding_dim: int, text_width: int, text_length: int) -> None:
         """Args:
@@ -151,7 +151,7 @@ class DiffusionPrior(nn.Module):
         self.config = config
         self.diffusion = GaussianDiffusion(config.diffusion)
         self.measured: dict[str, Tensor] = {}
-        """What was measured when training ended: `mean_squared_score` [T]."""
+        """Measurements from the end of training: `mean_squared_score` [T]."""
         self.statistics = EmbeddingStatistics.empty(embedding_dim, config.normalization)
         width = config.width
         self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm)
@@ -175,17 +175,17 @@ class DiffusionPrior(nn.Module):
         x0_estimate: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> Tensor:
-        """Predict the clean, normalised image embedding, or what `config.diffusion` says instead.
+        """Predict the clean, normalised image embedding, or another quantity set by `config.diffusion`.
 
         Args:
             x_t: [B, E] noised, normalised image embedding.
             t: [B] int64.
             text_encodings: [B, L, W].
             text_mask: [B, L] bool, True = keep.
-            text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
-            drop: [B] bool, True = without text; x_t is seen all the same.
-            x0_estimate: [B, E] of the step before, zeros where there is none; for self-conditioning only.
-            kept: [N] int64, of `kept_tokens` for the same captions and `drop`; the result is the same, sooner.
+            text_embedding: [B, E], CLIP's text projection before normalisation to unit norm.
+            drop: [B] bool, True = drop the text; x_t is never dropped.
+            x0_estimate: [B, E] of the previous step, zeros if there is none; only for self-conditioning.
+            kept: [N] int64, from `kept_tokens` for the same captions and `drop`; gives the same result faster.
 
         Returns:
             [B, E].
@@ -198,7 +198,7 @@ class DiffusionPrior(nn.Module):
         return self.to_image_embedding(x[:, -1])  # type: ignore[no-any-return]  # [B, E]
 
     def _suffix(self, x_t: Tensor, t: Tensor, x0_estimate: Tensor | None) -> Tensor:
-        """The tokens after the text: timestep, noised image embedding, x0 estimate if it is read, query."""
+        """Tokens after the text: timestep, noised image embedding, x0 estimate if used, query."""
         tokens = [self.from_timestep(t), self.from_image_embedding(x_t)]  # [B, D] each
         if self.from_x0_estimate is not None:
             tokens.append(self.from_x0_estimate(torch.zeros_like(x_t) if x0_estimate is None else x0_estimate))
@@ -206,7 +206,7 @@ class DiffusionPrior(nn.Module):
         return torch.stack(tokens, dim=1)  # [B, S, D]
 
     def estimate_x0(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """The x0 [B, E] that a prediction stands for, as the next step reads it for self-conditioning: within range."""
+        """x0 [B, E] implied by a prediction, clamped to `clip_range`; input of the next step for self-conditioning."""
         x0 = self.diffusion.predict_x0(x_t, t, prediction)
         limit = self.config.clip_range
         return x0 if limit is None else x0.clamp(-limit, limit)
@@ -214,10 +214,10 @@ class DiffusionPrior(nn.Module):
     def predictor(
         self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor, drop: Tensor | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x_t [B, E], t [B]) -> prediction [B, E]: what `forward` gives, faster, for the steps of one sampling run.
+        """Function (x_t [B, E], t [B]) -> prediction [B, E], equal to `forward` but faster, for one sampling run.
 
-        No text token attends to a later one, so the text is read once. With self-conditioning, a call reads the x0 of the
-        call before.
+        No text token attends to a later token, so the text is processed once. With self-conditioning, each call reads the x0
+        of the previous call.
         """
         caches: list[KeyValueCache] = []
         keep, previous = text_mask, None
@@ -249,10 +249,10 @@ class DiffusionPrior(nn.Module):
         settings: DiffusionSampling = DEFAULT_PRIOR_SAMPLING,
         negative: CaptionFeatures | None = None,
     ) -> Denoiser:
-        """A guided denoiser of normalised image embeddings, conditioned on one caption per sample, for one sampling run.
+        """Guided denoiser of normalised image embeddings, conditioned on one caption per sample, for one sampling run.
 
         Args:
-            negative: captions to be guided away from; None for the empty one.
+            negative: captions to guide away from; None for the empty caption.
         """
         text = CaptionFeatures(text_encodings, text_mask, text_embedding)
 
@@ -261,7 +261,7 @@ class DiffusionPrior(nn.Module):
             return self.diffusion.denoiser(self.predictor(*caption, drop))
 
         null = branch(text, True) if negative is None else branch(negative, False)
-        # Bounded after guidance, which is what leads out of bounds.
+        # x0 is clamped after guidance, because guidance is what pushes it out of range
         return sampling.guided(self.diffusion, branch(text, False), null, settings, self.config.clip_range)
 
     @torch.no_grad()
@@ -275,22 +275,22 @@ class DiffusionPrior(nn.Module):
         negative: CaptionFeatures | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Sample image embeddings, of `num_candidates` the one with the largest dot product with the text embedding.
+        """Sample image embeddings; of `num_candidates`, keep the one with the largest dot product with the text embedding.
 
         Args:
             text_encodings: [B, L, W].
             text_mask: [B, L] bool, True = keep.
-            text_embedding: [B, E], CLIP's text projection before it is brought to unit norm.
-            negative: captions to be guided away from; None for the empty one.
+            text_embedding: [B, E], CLIP's text projection before normalisation to unit norm.
+            negative: captions to guide away from; None for the empty caption.
 
         Returns:
-            [B, E] float32, in CLIP's own scale.
+            [B, E] float32, in CLIP's scale.
 
         Source: Ramesh et al. 2022, section 2.2 (two candidates).
         """
         num_candidates = settings.num_candidates
-        text = repeated(CaptionFeatures(text_encodings, text_mask, text_embedding), num_candidates)
-        others = None if negative is None else repeated(negative, num_candidates)
+        text = repeat_captions(CaptionFeatures(text_encodings, text_mask, text_embedding), num_candidates)
+        others = None if negative is None else repeat_captions(negative, num_candidates)
         denoise = self.denoiser(*text, settings, others)
         noise = torch.randn(
             len(text_mask) * num_candidates, len(self.statistics.mean), generator=generator, device=text_mask.device
@@ -307,13 +307,13 @@ class DiffusionPrior(nn.Module):
         return best_candidate(sampled.view(len(text_mask), num_candidates, -1), text_embedding)
 
 
-def repeated(text: CaptionFeatures, num: int) -> CaptionFeatures:
-    """Each caption `num` times, side by side."""
+def repeat_captions(text: CaptionFeatures, num: int) -> CaptionFeatures:
+    """Repeat each caption `num` times in a row."""
     return CaptionFeatures(*(each.repeat_interleave(num, dim=0) for each in text))
 
 
 def best_candidate(image_embedding: Tensor, text_embedding: Tensor) -> Tensor:
-    """Of image embeddings [B, N, E] those [B, E] with the largest dot product with text embeddings [B, E], of any norm.
+    """Select from image embeddings [B, N, E] those [B, E] with the largest dot product with text embeddings [B, E], any norm.
 
     Source: Ramesh et al. 2022, section 2.2.
     """

@@ -1,7 +1,7 @@
-"""What the decoder reads of a caption: context tokens for its attention, and a vector for its timestep embedding.
+"""Text conditioning of the decoder: context tokens for its attention, and a vector for its timestep embedding.
 
-Two sources, one shape of result. `ClipText` projects what a frozen CLIP makes of the caption; `TextTransformer` reads the
-caption's tokens itself and is trained with the decoder. Both know the empty caption, which stands where text is dropped.
+Two modules return the same kind of result. `ClipText` projects a frozen CLIP's features of the caption; `TextTransformer`
+reads the caption's tokens and is trained with the decoder. Both store the empty caption, which replaces dropped text.
 
 Sources: Ramesh et al. 2022, section 2.1 and Table 3; Nichol et al. 2022 (GLIDE), section 4 (trained text Transformer).
 
@@ -19,7 +19,7 @@ from unclip.models.clip import Clip, text_mask
 from unclip.models.layers import TransformerBlock
 
 TextSource = Literal["none", "clip", "transformer"]
-"""How captions are read: not at all, through the frozen CLIP, or by a Transformer trained with the decoder."""
+"""Text encoder for captions: none, the frozen CLIP, or a Transformer trained with the decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TextTransformerConfig:
     depth: int = 12
     """Transformer blocks."""
     num_heads: int = 8
-    """Attention heads a block."""
+    """Attention heads per block."""
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, "depth", self.depth, "at least 1")
@@ -39,10 +39,10 @@ class TextTransformerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextShape:
-    """What a decoder must know of the tokenizer and the text encoder before it sees a caption."""
+    """Sizes of the tokenizer and the text encoder, needed to build a decoder."""
 
     length: int
-    """L, tokens of a caption."""
+    """L, tokens per caption."""
     width: int
     """W, width of CLIP's text encodings."""
     vocab_size: int
@@ -50,26 +50,26 @@ class TextShape:
 
 
 class CaptionFeatures(NamedTuple):
-    """A batch of captions as a frozen CLIP sees them, in the order in which the prior takes them."""
+    """Frozen CLIP features of a batch of captions, in the order of the prior's arguments."""
 
     text_encodings: Tensor
     """[B, L, W], the text encoder's last hidden states after its final norm."""
     text_mask: Tensor
     """[B, L] bool, True = keep."""
     text_embedding: Tensor
-    """[B, E], CLIP's text projection before it is brought to unit norm, as the pipelines of diffusers take it."""
+    """[B, E], CLIP's text projection before normalisation to unit norm, as diffusers pipelines use it."""
 
 
 Text = CaptionFeatures | Tensor
-"""A batch of captions as the configured source takes them: features, or for the trained Transformer tokens [B, L] int64."""
+"""A batch of captions as the text source reads them: CLIP features, or tokens [B, L] int64 for the trained Transformer."""
 
 
 def read_captions(source: TextSource, clip: Clip, tokens: Tensor) -> Text | None:
-    """What a decoder is to be given of captions.
+    """Convert captions to the input of a decoder.
 
     Args:
         source: the decoder's `text`.
-        clip: moved to the tokens' device.
+        clip: frozen CLIP; it is moved to the tokens' device.
         tokens: [B, L] int64.
     """
     if source == "none":
@@ -80,9 +80,9 @@ def read_captions(source: TextSource, clip: Clip, tokens: Tensor) -> Text | None
 
 
 def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
-    """Tokens [B, L] int64 as a frozen CLIP sees them; it is moved to their device.
+    """CLIP features of tokens [B, L] int64; the CLIP is moved to their device.
 
-    In float32 whatever the autocast, so that a caption is the same in training and in sampling.
+    They are computed in float32 even under autocast, so that a caption gives the same features in training and sampling.
     """
     with torch.autocast(tokens.device.type, enabled=False):
         text = clip.to(tokens.device).encode_text(tokens)
@@ -90,18 +90,18 @@ def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
 
 
 class TextContext(NamedTuple):
-    """A batch of captions as the U-Net reads it."""
+    """Text conditioning of the U-Net, for a batch of captions."""
 
     tokens: Tensor
     """[B, L, X]."""
     mask: Tensor
-    """[B, L] bool, True = read."""
+    """[B, L] bool, True = attend."""
     vector: Tensor
     """[B, D]."""
 
 
 class EmptyCaption(nn.Module):
-    """Remembers what CLIP makes of the empty caption, which stands where a caption is dropped; saved with the weights."""
+    """CLIP features of the empty caption, which replaces dropped captions; saved with the weights."""
 
     null_encodings: Tensor
     null_mask: Tensor
@@ -119,21 +119,21 @@ class EmptyCaption(nn.Module):
         self.register_buffer("null_embedding", torch.zeros(embedding_dim))  # [E]
 
     def set_null(self, text: CaptionFeatures) -> None:
-        """Take the features of the empty caption, a batch of one."""
-        for remembered, feature in zip(self._null(), text, strict=True):
-            remembered.copy_(feature[0])
+        """Store the features of the empty caption, a batch of one."""
+        for stored, feature in zip(self._null(), text, strict=True):
+            stored.copy_(feature[0])
 
     def null(self, batch: int) -> CaptionFeatures:
-        """The empty caption, `batch` times."""
-        return CaptionFeatures(*(remembered.expand(batch, *remembered.shape) for remembered in self._null()))
+        """The empty caption, repeated `batch` times."""
+        return CaptionFeatures(*(stored.expand(batch, *stored.shape) for stored in self._null()))
 
     def knows(self, clip: Clip) -> bool:
-        """Whether this CLIP makes of the empty caption what is remembered: whether it is the one that was trained with."""
+        """Return True if this CLIP gives the stored features of the empty caption, so that it is the CLIP of the training."""
         tokens = clip.tokenize([""]).to(self.null_mask.device)
         features = caption_features(clip, tokens)
         if any(one.shape != other.shape[1:] for one, other in zip(self._null(), features, strict=True)):
             return False
-        kept = features.text_mask[0]  # nobody reads what is remembered of padding
+        kept = features.text_mask[0]  # stored features of padding are never read
         pairs = (
             (self.null_mask.float(), kept.float()),
             (self.null_encodings[kept], features.text_encodings[0, kept]),
@@ -142,10 +142,10 @@ class EmptyCaption(nn.Module):
         return all(float((one - other).norm()) <= 0.02 * float(other.norm()) for one, other in pairs)
 
     def without(self, text: CaptionFeatures, drop: Tensor) -> CaptionFeatures:
-        """Captions, where drop [B] bool is True the empty one."""
+        """Replace captions by the empty one where drop [B] bool is True."""
         chosen = (
-            torch.where(drop.view(-1, *(1,) * remembered.dim()), remembered, feature)
-            for remembered, feature in zip(self._null(), text, strict=True)
+            torch.where(drop.view(-1, *(1,) * stored.dim()), stored, feature)
+            for stored, feature in zip(self._null(), text, strict=True)
         )
         return CaptionFeatures(*chosen)
 
@@ -154,7 +154,7 @@ class EmptyCaption(nn.Module):
 
 
 class ClipText(EmptyCaption):
-    """The frozen text encoder's hidden states, projected and normalised, and its embedding, projected."""
+    """Projects the frozen text encoder's hidden states to normalised context tokens, and its embedding to a vector."""
 
     def __init__(self, shape: TextShape, embedding_dim: int, context_dim: int, time_dim: int) -> None:
         super().__init__(shape.length, shape.width, embedding_dim)
@@ -165,7 +165,7 @@ class ClipText(EmptyCaption):
     def forward(self, text: CaptionFeatures, drop: Tensor | None = None) -> TextContext:
         """Args:
         text: captions.
-        drop: [B] bool, True = the empty caption instead, on all of its paths.
+        drop: [B] bool, True = replace by the empty caption, on both paths.
         """
         if drop is not None:
             text = self.without(text, drop)
@@ -174,7 +174,7 @@ class ClipText(EmptyCaption):
 
 
 class TextTransformer(nn.Module):
-    """A bidirectional Transformer over a caption's tokens. Source: Nichol et al. 2022 (GLIDE), section 4."""
+    """Bidirectional Transformer over a caption's tokens. Source: Nichol et al. 2022 (GLIDE), section 4."""
 
     null_tokens: Tensor
 
@@ -190,17 +190,17 @@ class TextTransformer(nn.Module):
         self.register_buffer("null_tokens", torch.zeros(shape.length, dtype=torch.int64))  # [L]
 
     def set_null(self, tokens: Tensor) -> None:
-        """Remember the tokens of the empty caption, a batch of one."""
+        """Store the tokens of the empty caption, a batch of one."""
         self.null_tokens.copy_(tokens[0])
 
     def null(self, batch: int) -> Tensor:
-        """The empty caption, `batch` times: [B, L]."""
+        """The empty caption, repeated `batch` times: [B, L]."""
         return self.null_tokens.expand(batch, -1)
 
     def forward(self, tokens: Tensor, drop: Tensor | None = None) -> TextContext:
         """Args:
-        tokens: [B, L] int64; 0 after the last other token is padding.
-        drop: [B] bool, True = the empty caption instead, on all of its paths.
+        tokens: [B, L] int64; zeros after the last nonzero token are padding.
+        drop: [B] bool, True = replace by the empty caption, on both paths.
         """
         if drop is not None:
             tokens = torch.where(drop[:, None], self.null_tokens, tokens)
@@ -209,6 +209,6 @@ class TextTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, mask[:, None, None])  # [B, L, W]
         x = self.norm(x)
-        last = mask.sum(dim=1) - 1  # [B], where the end of the text is
+        last = mask.sum(dim=1) - 1  # [B], position of the end-of-text token
         pooled = x[torch.arange(len(x), device=x.device), last]  # [B, W]
         return TextContext(self.to_context(x), mask, self.to_time(pooled))

@@ -1,7 +1,7 @@
 """The ADM U-Net of the decoder and the upsamplers.
 
 Sources: Dhariwal & Nichol 2021 (blocks, scale-shift norm, up/down in residual blocks); Nichol et al. 2022, GLIDE (context
-tokens appended to the keys and values of self-attention). Order of layers, skips and norms are those of the published
+tokens appended to the keys and values of self-attention). The order of layers, skips and norms is that of the published
 unCLIP networks, so that weights convert one to one (`unclip.interop.decoder`).
 
 Letters: B batch, C channels, H height, W width, L context tokens, X context width, D time-embedding width.
@@ -23,23 +23,23 @@ Resample = Literal["none", "down", "up"]
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     image_size: int = 64
-    """Side of the (square) training picture, pixels; attention_resolutions are relative to it."""
+    """Size of the square training image, pixels; attention_resolutions are relative to it."""
     channels: int = 128
     """Channels of the first level."""
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    """Channels of each level, in multiples of `channels`; each level halves the side."""
+    """Channels of each level, in multiples of `channels`; each level halves the resolution."""
     num_res_blocks: int = 2
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attention_resolutions: tuple[int, ...] = ()
-    """Sides in pixels at which attention follows each residual block; empty for a purely convolutional network."""
+    """Resolutions in pixels at which attention follows each residual block; empty for a purely convolutional network."""
     head_channels: int = 64
-    """Channels of one attention head."""
+    """Channels per attention head."""
     scale_shift_norm: bool = True
-    """Whether the timestep scales and shifts the second norm of a residual block; False adds it before that norm."""
+    """Let the timestep scale and shift the second norm of a residual block; False adds it before that norm."""
     norm_groups: int = 32
     """Groups of every group norm."""
     dropout: float = 0.0
-    """Probability inside residual blocks."""
+    """Dropout probability inside residual blocks."""
 
     def __post_init__(self) -> None:
         smallest = self.image_size // 2 ** (len(self.channel_mult) - 1)
@@ -48,17 +48,22 @@ class UNetConfig:
             smallest * 2 ** (len(self.channel_mult) - 1) == self.image_size,
             "image_size",
             self.image_size,
-            f"a multiple of {2 ** (len(self.channel_mult) - 1)}, so that every level halves evenly",
+            f"a multiple of {2 ** (len(self.channel_mult) - 1)}, so that every level halves the resolution evenly",
         )
-        sides = [self.image_size // 2**level for level in range(len(self.channel_mult))]
-        for side in self.attention_resolutions:
-            require(side in sides, "attention_resolutions", side, f"sides of this network's levels, {sides}")
-            width = self.channels * self.channel_mult[sides.index(side)]
+        resolutions = [self.image_size // 2**level for level in range(len(self.channel_mult))]
+        for resolution in self.attention_resolutions:
+            require(
+                resolution in resolutions,
+                "attention_resolutions",
+                resolution,
+                f"resolutions of the levels, {resolutions}",
+            )
+            width = self.channels * self.channel_mult[resolutions.index(resolution)]
             require(width % self.head_channels == 0, "head_channels", self.head_channels, f"a divisor of {width}")
         for multiple in self.channel_mult:
             width = self.channels * multiple
             require(width % self.norm_groups == 0, "norm_groups", self.norm_groups, f"a divisor of {width}")
-        if self.attention_resolutions:  # the middle attends too, at whatever side
+        if self.attention_resolutions:  # the middle attends too, at any resolution
             require(width % self.head_channels == 0, "head_channels", self.head_channels, f"a divisor of {width}")
         require(self.num_res_blocks >= 1, "num_res_blocks", self.num_res_blocks, "at least 1")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
@@ -70,17 +75,17 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """x_t, a conditioning vector and optional context tokens -> prediction of the same size."""
+    """U-Net from x_t, a conditioning vector and optional context tokens to a prediction of the same size."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, context_dim: int = 0) -> None:
         super().__init__()
         self.config = config
         self.time_embedding = TimestepMLP(config.channels, config.time_dim)
         widths = [config.channels * multiple for multiple in config.channel_mult]
-        side, width = config.image_size, widths[0]
+        resolution, width = config.image_size, widths[0]
 
         def step(in_width: int, out_width: int, resample: Resample = "none") -> UNetBlock:
-            attend = resample == "none" and side in config.attention_resolutions
+            attend = resample == "none" and resolution in config.attention_resolutions
             return UNetBlock(config, in_width, out_width, resample, context_dim, attend)
 
         self.input = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -94,7 +99,7 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.down.append(step(width, width, "down"))
                 skip_widths.append(width)
-                side //= 2
+                resolution //= 2
 
         attend = bool(config.attention_resolutions)
         self.middle = nn.ModuleList(
@@ -108,7 +113,7 @@ class UNet(nn.Module):
                 width = level_width
             if level > 0:
                 self.up.append(step(width, width, "up"))
-                side *= 2
+                resolution *= 2
 
         self.output = nn.Sequential(
             GroupNorm(config.norm_groups, width), nn.SiLU(), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
@@ -123,18 +128,18 @@ class UNet(nn.Module):
         context_mask: Tensor | None = None,
     ) -> Tensor:
         """Args:
-            x_t: [B, in_channels, H, W]; sides are multiples of 2 ** (levels - 1).
+            x_t: [B, in_channels, H, W]; H and W are multiples of 2 ** (levels - 1).
             t: [B].
             vector: [B, D], added to the timestep embedding.
             context: [B, L, X], read by every attention layer.
-            context_mask: [B, L] bool, True = read; None reads all.
+            context_mask: [B, L] bool, True = attend; None attends to all.
 
         Returns:
             [B, out_channels, H, W].
         """
         time = self.time_embedding(t)  # [B, D]
         time = time if vector is None else time + vector
-        # the layout that convolutions are fastest in, also where weights are not kept in it, as in shards
+        # convolutions are fastest in this layout, even if the weights are not stored in it, as in shards
         h = self.input(x_t.contiguous(memory_format=torch.channels_last))  # [B, C, H, W]
         skips = [h]
         for step in self.down:
@@ -150,7 +155,7 @@ class UNet(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """A residual block and, at the configured sides, attention."""
+    """A residual block and, at the configured resolutions, attention."""
 
     def __init__(
         self, config: UNetConfig, in_width: int, out_width: int, resample: Resample, context_dim: int, attend: bool
@@ -166,7 +171,7 @@ class UNetBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block that the timestep modulates, with up- or downsampling inside where asked."""
+    """Residual block modulated by the timestep, with optional up- or downsampling inside."""
 
     def __init__(self, config: UNetConfig, in_width: int, out_width: int, resample: Resample = "none") -> None:
         super().__init__()
@@ -201,7 +206,7 @@ class ResBlock(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Self-attention over pixels whose keys and values also hold the context tokens."""
+    """Self-attention over pixels whose keys and values also include the context tokens."""
 
     def __init__(self, config: UNetConfig, width: int, context_dim: int) -> None:
         super().__init__()
@@ -213,7 +218,7 @@ class ContextAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None = None) -> Tensor:
         """Args: x [B, C, H, W]; context [B, L, X]; context_mask [B, L] bool, True = attend. Returns [B, C, H, W]."""
-        batch, width, height, side = x.shape
+        batch, channels, height, width = x.shape
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
         q, k, v = self.to_qkv(pixels).chunk(3, dim=2)  # 3 x [B, HW, C]
         mask = None
@@ -225,4 +230,4 @@ class ContextAttention(nn.Module):
         q, k, v = (tensor.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for tensor in (q, k, v))
         attended = attention(q, k, v, mask)  # [B, heads, HW, C / heads]
         attended = self.to_out(attended.transpose(1, 2).flatten(2))  # [B, HW, C]
-        return x + attended.transpose(1, 2).reshape(batch, width, height, side)  # type: ignore[no-any-return]
+        return x + attended.transpose(1, 2).reshape(batch, channels, height, width)  # type: ignore[no-any-return]

@@ -1,10 +1,10 @@
-"""Diffusion upsamplers: P(picture | smaller picture).
+"""Diffusion upsamplers: P(image | low-resolution image).
 
 Source: Ramesh et al. 2022, section 2.1 and Table 3; Saharia et al. 2021 (SR3). A U-Net without attention and without text,
-conditioned on the upsampled low-resolution picture by concatenation, trained on random crops, applied at full size. The
-low-resolution picture is degraded in training (`unclip.models.degradations`), so that it resembles the decoder's samples.
+conditioned on the upsampled low-resolution image by concatenation, trained on random crops, applied at full size. The
+low-resolution image is degraded in training (`unclip.models.degradations`), so that it resembles the decoder's samples.
 
-Letters: B batch, S side of the output, s side of the input, D time-embedding width.
+Letters: B batch, S output size, s input size, D time-embedding width.
 """
 
 import dataclasses
@@ -26,19 +26,19 @@ from unclip.models.unet import UNet, UNetConfig
 @dataclasses.dataclass(frozen=True)
 class UpsamplerConfig:
     unet: UNetConfig = UNetConfig()
-    """The network; `image_size` is the side of the training crops."""
+    """The network; `image_size` is the size of the training crops."""
     low_res_size: int = 64
-    """Side of the input, pixels."""
+    """Input size, pixels."""
     scale: int = 4
-    """Side of the output over side of the input."""
+    """Output size divided by input size."""
     degradation: DegradationConfig = DegradationConfig()
-    """What is done to the low-resolution picture in training."""
+    """Degradation of the low-resolution image in training."""
     max_noise_level: int = 0
-    """Noise on the low-resolution picture in training: that of a timestep of `diffusion` up to this one, drawn for each
-    picture and told to the network, so that it can be chosen at sampling. 0 for a network that knows of none."""
+    """Largest noise level of the low-resolution image in training. The level, a timestep of `diffusion`, is drawn per image
+    and read by the network, so that it can be chosen at sampling. 0 for a network that reads no noise level."""
     last_step_unet: bool = False
-    """Whether a second network of the same shape takes the last step of sampling, as in published unCLIP upsamplers, where
-    it was tuned for sharpness. It comes with them (`unclip.interop.pipeline`) and is not trained here."""
+    """Use a second network of the same shape for the last sampling step, as in published unCLIP upsamplers, where it was
+    tuned for sharpness. It is imported with them (`unclip.interop.pipeline`) and not trained here."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The diffusion process."""
 
@@ -62,19 +62,19 @@ class UpsamplerConfig:
 
     @property
     def name(self) -> str:
-        """What it is called beside others: upsampler-256 makes pictures of 256 pixels."""
+        """Name that tells upsamplers apart; upsampler-256 outputs images of 256 pixels."""
         return f"upsampler-{self.output_size}"
 
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerSampling(DiffusionSampling):
-    """Sampling settings of an upsampler, which reads nothing that guidance could strengthen: its scale stays 1."""
+    """Sampling settings of an upsampler; it reads no caption, so guidance stays off."""
 
     num_steps: int = 15
     """Sampling steps."""
     noise_level: int = 0
-    """Timestep that the low-resolution image is noised to first: a later one hides more of its faults, and of itself. For
-    upsamplers trained with `max_noise_level`. Source: Ho et al. 2021 (CDM), section 4.2."""
+    """Timestep to which the low-resolution image is noised first; a later one hides more of its artefacts, but also more of
+    its detail. For upsamplers trained with `max_noise_level`. Source: Ho et al. 2021 (CDM), section 4.2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,14 +84,14 @@ class UpsamplerSampling(DiffusionSampling):
 
 
 class Upsampler(nn.Module):
-    """Small pictures in, `scale` times larger pictures out."""
+    """Network that denoises images, given the same images `scale` times smaller."""
 
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
         self.diffusion = GaussianDiffusion(config.diffusion)
         self.measured: dict[str, Tensor] = {}
-        """What was measured when training ended: `mean_squared_score` [T]."""
+        """Measurements from the end of training: `mean_squared_score` [T]."""
         out_channels = 3 * config.diffusion.outputs_per_channel
         self.unet = UNet(config.unet, in_channels=6, out_channels=out_channels)
         self.last_unet: UNet | None = None
@@ -109,14 +109,14 @@ class Upsampler(nn.Module):
         Args:
             x_t: [B, 3, S, S].
             t: [B] int64.
-            low_res: [B, 3, s, s], noised already where its level says so.
-            noise_level: [B] int64, the timestep that it was noised to; None for 0.
-            last_step: whether the second network is asked, where there is one.
+            low_res: [B, 3, s, s], already noised to noise_level.
+            noise_level: [B] int64, the timestep to which low_res was noised; None for 0.
+            last_step: use the second network, if there is one.
 
         Returns:
-            [B, 3, S, S]; [B, 6, S, S] where the diffusion learns its variance.
+            [B, 3, S, S]; [B, 6, S, S] if the diffusion learns its variance.
         """
-        # in float32: there is no such kernel for bf16 on CPUs
+        # in float32, because CPUs have no bf16 kernel for it
         upsampled = F.interpolate(low_res.float(), size=x_t.shape[-2:], mode="bicubic", antialias=True)  # [B, 3, S, S]
         vector = None
         if self.noise_level_embedding is not None:
@@ -130,10 +130,10 @@ class Upsampler(nn.Module):
         noise_level: Tensor | None = None,
         settings: DiffusionSampling = UpsamplerSampling(),
     ) -> Denoiser:
-        """A denoiser of images in [-1, 1], conditioned on one small image (and its level) per sample."""
+        """Denoiser of images in [-1, 1], conditioned on one low-resolution image (and its noise level) per sample."""
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            last_step = self.last_unet is not None and not t.any()  # where strided timesteps end
+            last_step = self.last_unet is not None and not t.any()  # strided timesteps end at 0
             return self(x_t, t, low_res, noise_level, last_step)  # type: ignore[no-any-return]
 
         denoise = self.diffusion.denoiser(predict)
@@ -153,10 +153,10 @@ class Upsampler(nn.Module):
 
         Args:
             low_res: [B, 3, s, s] in [-1, 1]; not changed.
-            x_T: [B, 3, s * scale, s * scale]; None takes it from the generator.
+            x_T: [B, 3, s * scale, s * scale]; None draws it from the generator.
 
         Raises:
-            ConfigError: a noise level beyond those of the training.
+            ConfigError: the noise level is above the largest of the training.
         """
         noise_level, most = settings.noise_level, self.config.max_noise_level
         require(noise_level <= most, "noise_level", noise_level, f"at least 0, at most {most} as in training")

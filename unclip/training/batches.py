@@ -1,4 +1,4 @@
-"""Rows of a batch as tensors."""
+"""Conversion of batch rows to tensors."""
 
 import concurrent.futures
 import functools
@@ -12,20 +12,20 @@ from torch import Tensor
 from unclip.data import decode_image
 
 
-def load_images(encoded: list[bytes], side: int) -> Tensor:
-    """Stored JPEGs as float32 [B, 3, side, side] in [-1, 1], their central squares."""
+def load_images(encoded: list[bytes], size: int) -> Tensor:
+    """Decode stored JPEGs to float32 [B, 3, size, size] in [-1, 1], center-cropped."""
     pixels = np.stack(
-        list(_decoding_threads().map(lambda data: decode_image(data, side), encoded))
-    )  # [B, side, side, 3] uint8
+        list(_decoding_threads().map(lambda data: decode_image(data, size), encoded))
+    )  # [B, size, size, 3] uint8
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @functools.cache
 def _decoding_threads() -> concurrent.futures.ThreadPoolExecutor:
-    """Pillow decodes without holding the interpreter."""
+    """Threads that decode in parallel: Pillow releases the GIL."""
     return concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="decode")
 
 
 def stack_rows(rows: list[Any]) -> Tensor:
-    """Vectors of equal length as [B, ...], in their own dtype."""
+    """Stack arrays of equal shape to [B, ...], keeping their dtype."""
     return torch.from_numpy(np.stack(rows))

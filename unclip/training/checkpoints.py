@@ -1,8 +1,8 @@
-"""Checkpoints that are all there or do not exist, and models that say what they are.
+"""Saving and loading of complete, verified checkpoints and models.
 
-A checkpoint is a folder of safetensors and JSON files with a `manifest.json`, written last, that holds the sha256 of every
-file. A folder without a manifest is not a checkpoint; one whose files do not match is damaged and never loaded. Nothing is
-ever unpickled.
+A checkpoint is a folder of safetensors and JSON files. Its `manifest.json` is written last and holds the sha256 of every
+file. A folder without a manifest is not a checkpoint; one with files that do not match is damaged and never loaded. Nothing
+is unpickled.
 """
 
 import json
@@ -21,12 +21,12 @@ def save(folder: str, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mappin
     """Write one checkpoint or model.
 
     Args:
-        folder: URI; made if missing.
+        folder: URI; created if missing.
         tensors: file stem -> name -> tensor.
-        facts: anything JSON that is needed to use the tensors.
+        facts: JSON values needed to use the tensors.
 
     Returns:
-        Digest of the content: the same tensors and facts give the same digest.
+        Digest of the contents; equal tensors and facts give equal digests.
     """
     from safetensors.torch import save as serialize
 
@@ -41,32 +41,32 @@ def save(folder: str, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mappin
 
 
 def digest(folder: str) -> str:
-    """Digest of a saved checkpoint or model, from its manifest."""
+    """Digest of a saved checkpoint or model, read from its manifest."""
     return digest_of(files.read_json(f"{folder}/{MANIFEST}")["sha256"])
 
 
 def digest_of(hashes: Mapping[str, str]) -> str:
-    """One digest for the sha256 of several files, by name."""
+    """Combine the sha256 of several files, by name, into one digest."""
     return files.sha256(json.dumps(hashes, sort_keys=True).encode())
 
 
 def read_verified(folder: str, name: str, hashes: Mapping[str, str]) -> bytes:
-    """A file whose sha256 is that of the manifest.
+    """Read a file and compare its sha256 with the manifest.
 
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: the sha256 differs.
     """
     data = files.read(f"{folder}/{name}")
     if files.sha256(data) != hashes[name]:
-        raise CheckpointError(f"{folder}/{name}: the sha256 is not the manifest's. The file is damaged.")
+        raise CheckpointError(f"{folder}/{name}: the sha256 differs from the manifest. The file is damaged.")
     return data
 
 
 def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors and facts of a checkpoint, verified.
+    """Load and verify the tensors and facts of a checkpoint.
 
     Raises:
-        CheckpointError: no manifest, or a file that is missing or does not match its hash.
+        CheckpointError: there is no manifest, or a file is missing or does not match its hash.
     """
     from safetensors.torch import load as deserialize
 
@@ -88,5 +88,5 @@ def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors wants row-major tensors that share no memory
+    # safetensors requires row-major tensors that share no memory
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
-"""How the loss of a training fell, as a small text file; and whether that of another falls as it should.
+"""Loss curves: small text files, and checks of a running training against rules and a reference curve.
 
-A curve is tab-separated text with a line for each of some hundred places of a training. Those of the demo's trainings come
-with this package as references (`reference_curves/`).
+A curve is tab-separated text with about a hundred lines, one per logged point. The package contains the curves of the
+demo's trainings as references (`reference_curves/`).
 """
 
 import math
@@ -15,22 +15,22 @@ COLUMNS = ("loss", "relative_loss", "gradient_norm", "validation_loss", "validat
 REFERENCES = Path(__file__).parent / "reference_curves"
 
 WINDOW = 5
-"""Points of a curve that are judged together: one alone is noisy."""
-RISEN = 2.0
-"""Times its lowest, from where a loss has diverged."""
-WORSE_THAN_REFERENCE = 1.3
-"""Times that of the reference, from where a loss is worse."""
-NUM_PATIENT = 2 * WINDOW
-"""Points before a training must be better than predicting the mean."""
+"""Number of points that are averaged before they are judged; single points are noisy."""
+DIVERGENCE_RATIO = 2.0
+"""Ratio to the lowest loss above which a loss has diverged."""
+REFERENCE_RATIO = 1.3
+"""Ratio to the reference above which a loss is worse."""
+PATIENCE = 2 * WINDOW
+"""Number of points before a training must be better than predicting the mean."""
 
 Point = Mapping[str, float]
-"""Values of some of the columns."""
+"""Values of some of the columns, by name."""
 Curve = dict[int, dict[str, float]]
-"""Points by samples seen, in that order."""
+"""Points by samples seen, in ascending order."""
 
 
 def reference_names() -> list[str]:
-    """Of the curves that come with this package."""
+    """Names of the reference curves in this package."""
     return sorted(path.stem for path in REFERENCES.glob("*.tsv"))
 
 
@@ -46,7 +46,7 @@ def read(uri: str) -> Curve:
     """Read a curve: the name of a reference, or a URI.
 
     Raises:
-        ConfigError: there is none, or it is not one.
+        ConfigError: the file does not exist or is not a curve.
     """
     path = str(REFERENCES / f"{uri}.tsv") if uri in reference_names() else uri
     try:
@@ -64,48 +64,46 @@ def read(uri: str) -> Curve:
             f"{uri}: no such curve. Name the curve.tsv of an earlier training, or one of {', '.join(reference_names())}."
         ) from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{uri}: got something else than a curve: {error}. Name the curve.tsv of a training."
-        ) from None
+        raise ConfigError(f"{uri}: not a curve: {error}. Name the curve.tsv of a training.") from None
 
 
 def at(curve: Curve, name: str, first: int, last: int) -> float | None:
-    """Mean of a column between two numbers of samples seen; None where the curve has nothing there."""
+    """Mean of a column from `first` to `last` samples seen, inclusive; None if the curve has no values there."""
     values = [point[name] for samples_seen, point in curve.items() if first <= samples_seen <= last and name in point]
     return sum(values) / len(values) if values else None
 
 
 class Alarm:
-    """Hears the points of a curve as they come, and says once when something is wrong with them."""
+    """Watches a loss curve as it grows; reports each problem once."""
 
     def __init__(self, curve: Curve, reference: Curve | None = None) -> None:
         """Args:
-        curve: what was heard before; grows with each point.
-        reference: a training of the same model whose curve was good.
+        curve: earlier points; new points are added to it.
+        reference: curve of a good training of the same model.
         """
         self.curve, self.reference = curve, reference
-        self._losses: list[tuple[int, float]] = []  # finite ones, as samples seen and loss
-        self._lowest = math.inf  # of windows but the last
-        self._told: set[str] = set()
+        self._losses: list[tuple[int, float]] = []  # (samples seen, finite loss)
+        self._lowest = math.inf  # mean of all windows but the last
+        self._reported: set[str] = set()
         for samples_seen, point in curve.items():
-            self._take(samples_seen, point)
+            self._track(samples_seen, point)
 
     def add(self, samples_seen: int, point: Point) -> None:
-        """Values of columns at a place; others are no part of a curve."""
-        known = {name: point[name] for name in COLUMNS if name in point}
-        self.curve[samples_seen] = {**self.curve.get(samples_seen, {}), **known}
+        """Add a point to the curve without checking it; values of other columns are ignored."""
+        values = {name: point[name] for name in COLUMNS if name in point}
+        self.curve[samples_seen] = {**self.curve.get(samples_seen, {}), **values}
 
-    def hear(self, samples_seen: int, point: Point) -> list[str]:
-        """Take in a point; returns what is newly wrong, in sentences for people."""
+    def check(self, samples_seen: int, point: Point) -> list[str]:
+        """Add a point and return its new problems, as messages for users."""
         self.add(samples_seen, point)
-        self._take(samples_seen, point)
-        wrong = self._wrong(samples_seen, point)
-        news = [sentence for kind, sentence in wrong.items() if kind not in self._told]
-        self._told = set(wrong)
-        return news
+        self._track(samples_seen, point)
+        problems = self._problems(samples_seen, point)
+        new = [message for kind, message in problems.items() if kind not in self._reported]
+        self._reported = set(problems)
+        return new
 
     def over_reference(self) -> float | None:
-        """Loss of the last points over that of the reference at the same place; None without one."""
+        """Ratio of the recent loss to the reference at the same samples; None without a reference."""
         recent = self._losses[-WINDOW:]
         if self.reference is None or len(recent) < WINDOW:
             return None
@@ -116,41 +114,41 @@ class Alarm:
     def _column(self) -> str:
         return "relative_loss" if "relative_loss" in self.curve[self._losses[-1][0]] else "loss"
 
-    def _take(self, samples_seen: int, point: Point) -> None:
+    def _track(self, samples_seen: int, point: Point) -> None:
         loss = point.get("relative_loss", point.get("loss", math.nan))
         if math.isfinite(loss):
             if len(self._losses) >= WINDOW:
                 self._lowest = min(self._lowest, _mean(self._losses[-WINDOW:]))
             self._losses.append((samples_seen, loss))
 
-    def _wrong(self, samples_seen: int, point: Point) -> dict[str, str]:
-        wrong = {}
-        place = f"after {samples_seen:,} samples"
+    def _problems(self, samples_seen: int, point: Point) -> dict[str, str]:
+        problems = {}
+        when = f"after {samples_seen:,} samples"
         if point.get("gradient_norm") == 0:
-            wrong["dead"] = (
-                f"no gradient reaches the weights {place}: the loss does not depend on them. "
-                f"Look at detach() and requires_grad."
+            problems["dead"] = (
+                f"no gradient reaches the weights {when}: the loss does not depend on them. "
+                f"Check detach() and requires_grad."
             )
         if len(self._losses) <= WINDOW:
-            return wrong
+            return problems
         now = _mean(self._losses[-WINDOW:])
-        if now > RISEN * self._lowest:
-            wrong["risen"] = (
-                f"the loss rose to {now:.4g} {place}, {now / self._lowest:.1f} times its lowest. "
-                f"Stop it, and train again with a lower learning rate."
+        if now > DIVERGENCE_RATIO * self._lowest:
+            problems["risen"] = (
+                f"the loss rose to {now:.4g} {when}, {now / self._lowest:.1f} times its lowest value. "
+                f"Stop, and train again with a lower learning rate."
             )
-        if self._column == "relative_loss" and len(self._losses) > NUM_PATIENT and now > 1:
-            wrong["useless"] = (
-                f"the loss is {now:.3f} of that of predicting the mean {place}, so nothing is learnt. "
-                f"See what is wrong: unclip train ... --overfit 16."
+        if self._column == "relative_loss" and len(self._losses) > PATIENCE and now > 1:
+            problems["useless"] = (
+                f"the loss is {now:.3f} times that of predicting the mean {when}: the model learns nothing. "
+                f"Find out why: unclip train ... --overfit 16."
             )
-        beside = self.over_reference()
-        if beside is not None and beside > WORSE_THAN_REFERENCE:
-            wrong["worse"] = (
-                f"the loss is {beside:.2f} times that of the reference curve {place}. "
-                f"Look at what differs: the data, the model or the settings of the trainer."
+        ratio = self.over_reference()
+        if ratio is not None and ratio > REFERENCE_RATIO:
+            problems["worse"] = (
+                f"the loss is {ratio:.2f} times that of the reference curve {when}. "
+                f"Check for differences in the data, the model and the trainer settings."
             )
-        return wrong
+        return problems
 
 
 def _mean(points: Sequence[tuple[int, float]]) -> float:

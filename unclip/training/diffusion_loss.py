@@ -1,4 +1,4 @@
-"""The loss of a diffusion process on a batch: timesteps, noise, weights, and the losses that were met at each timestep."""
+"""Loss of a diffusion process on a batch: timesteps, noise, weights, and statistics of the losses by timestep."""
 
 from typing import NamedTuple
 
@@ -9,24 +9,24 @@ from unclip.diffusion import samplers
 from unclip.diffusion.process import GaussianDiffusion, Predict
 from unclip.training.timesteps import TimestepLosses, UniformTimesteps, timestep_sampler
 
-MEASURED_TIMESTEPS = 64
-"""Timesteps at which a finished model's mean squared score is measured; between them it is interpolated."""
+MEASURED_TIMESTEPS = 32
+"""Number of timesteps at which the mean squared score of a finished model is measured; values between are interpolated."""
 
 
 class Draw(NamedTuple):
-    """What a batch of a diffusion loss is computed with."""
+    """Random inputs of the diffusion loss of one batch."""
 
     t: Tensor
     """Timestep of each sample, [B]."""
     weight: Tensor
-    """Of each sample's loss, [B]."""
+    """Weight of each sample's loss, [B]."""
     noise: Tensor
-    """Like x0."""
+    """Standard normal, like x0."""
     training: bool
 
 
 class DiffusionLoss:
-    """The diffusion process of an objective: which timesteps it trains, and what the losses there were."""
+    """Diffusion process of an objective, with its timestep sampler and the losses by timestep."""
 
     def __init__(self, diffusion: GaussianDiffusion) -> None:
         self.diffusion = diffusion
@@ -35,13 +35,13 @@ class DiffusionLoss:
         self.losses = {training: TimestepLosses(diffusion.config.num_timesteps) for training in (True, False)}
 
     def draw(self, x0: Tensor, generator: torch.Generator, training: bool) -> Draw:
-        """Outside of training timesteps are uniform, and nothing is learned from their losses."""
+        """Draw timesteps and noise. Outside of training, timesteps are uniform and teach the sampler nothing."""
         t, weight = (self.timesteps if training else self.uniform).draw(len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         return Draw(t, weight, noise, training)
 
     def mean_loss(self, predict: Predict, x0: Tensor, draw: Draw) -> Tensor:
-        """The loss of a batch from those of its samples; timesteps learn from them as they are."""
+        """Weighted mean loss of a batch; the timestep sampler learns from the unweighted losses."""
         losses = self.diffusion.loss(predict, x0, draw.t, draw.noise)  # [B]
         if draw.training:
             self.timesteps.update(draw.t, losses)
@@ -54,17 +54,18 @@ class DiffusionLoss:
         return (draw.weight * losses).mean()
 
     def take(self, training: bool) -> dict[str, float]:
-        return self.losses[training].take(of_all_workers=training)
+        """Return and reset the statistics of the losses, as `TimestepLosses.take`."""
+        return self.losses[training].take(all_ranks=training)
 
 
 def measure_scores(
     diffusion: GaussianDiffusion, predict: Predict, x0: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """`mean_squared_score` [T] of a finished model, which Analytic-DPM needs; see `objective.Measuring`.
+    """Measure `mean_squared_score` [T] of a finished model, for Analytic-DPM; see `objective.Measuring`.
 
     Args:
-        predict: network with the conditioning of x0 bound.
-        x0: [B, ...], a few training rows.
+        predict: network, with the conditioning for x0 bound.
+        x0: [B, ...], clean samples of a few training rows.
     """
     batches = [(x0, diffusion.denoiser(predict))]
     score = samplers.estimate_mean_squared_score(diffusion, batches, generator, MEASURED_TIMESTEPS)

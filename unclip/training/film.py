@@ -1,10 +1,10 @@
-"""The film of a training: what its model drew of the same rows, preview after preview, in one picture.
+"""Film strip of a training: previews of the same rows over time, in one image.
 
-    previews/000000012800.png    the first drawings of the preview after so many samples, side by side
-             original.png        what they are drawings of
-             film_strip.png      the previews below each other, the oldest first, and the originals
+    previews/000000012800.png    first samples of the preview after 12,800 training samples, side by side
+             original.png        their originals
+             film_strip.png      all previews from the oldest down to the newest, then the originals
 
-The previews are kept as files, so that a training that was stopped goes on with its film.
+Previews are kept as files, so that a resumed training continues its film strip.
 
 Letters: N columns, S side of a tile.
 """
@@ -22,27 +22,27 @@ log = logging.getLogger(__name__)
 FILM_STRIP = "film_strip.png"
 NUM_COLUMNS = 8
 NUM_ROWS = 24
-MAX_SIDE = 128
-"""Of a tile, in pixels."""
+MAX_SIZE = 128
+"""Largest size of a tile, in pixels."""
 
 
 def add_preview(folder: str, images: Tensor, samples_seen: int) -> bytes:
-    """Keep a preview, in the place of one after as many samples, and draw the film strip anew.
+    """Save a preview, replacing an earlier one of the same `samples_seen`, and render the film strip again.
 
     Args:
-        folder: URI for the previews of this training alone.
-        images: [2 B, 3, H, W] in [-1, 1], originals and then a drawing of each.
+        folder: URI of a folder for the previews of this training only.
+        images: [2 B, 3, H, W] in [-1, 1], originals, then a sample for each.
 
     Returns:
-        The film strip, a PNG file, with up to `NUM_ROWS` previews evenly chosen; the first and the last are among them.
+        The film strip as a PNG file: at most `NUM_ROWS` evenly spaced previews, always with the first and the last.
 
     Raises:
         StorageError: the folder cannot be written.
-        OSError: or not be read.
+        OSError: the folder cannot be read.
     """
-    originals, drawings = images.chunk(2)
+    originals, samples = images.chunk(2)
     files.write(f"{folder}/original.png", _row(originals))
-    files.write(f"{folder}/{samples_seen:012d}.png", _row(drawings))
+    files.write(f"{folder}/{samples_seen:012d}.png", _row(samples))
     stems = [name.removesuffix(".png") for name in files.names(folder)]
     kept = [stem for stem in stems if stem.isdigit() and int(stem) <= samples_seen]
     rows = {f"{int(stem):,}": _read(f"{folder}/{stem}.png") for stem in _thinned(kept)}
@@ -53,21 +53,21 @@ def add_preview(folder: str, images: Tensor, samples_seen: int) -> bytes:
 
 
 def _thinned(names: list[str]) -> list[str]:
-    """At most `NUM_ROWS` of them, evenly chosen, with the first and the last."""
+    """Choose at most `NUM_ROWS` evenly spaced names, always with the first and the last."""
     last, number = len(names) - 1, min(len(names), NUM_ROWS)
     return [names[round(index * last / max(1, number - 1))] for index in range(number)]
 
 
 def _row(images: Tensor) -> bytes:
-    """The first images [B, 3, S, S] in [-1, 1] side by side, as a PNG file."""
-    return imaging.png(np.concatenate(imaging.tiles(images[:NUM_COLUMNS], MAX_SIDE), axis=1))
+    """Encode the first `NUM_COLUMNS` images [B, 3, S, S] in [-1, 1], side by side, as a PNG file."""
+    return imaging.png(np.concatenate(imaging.tiles(images[:NUM_COLUMNS], MAX_SIZE), axis=1))
 
 
 def _read(uri: str) -> np.ndarray | None:
-    """The tiles [N, S, S, 3] of a row; None when its file is damaged."""
+    """Read the tiles [N, S, S, 3] of a row; None if the file is damaged."""
     try:
         row = imaging.from_png(files.read(uri))  # [S, N S, 3]
     except InputError as error:
-        log.warning("%s is left out of the film: %s", uri, error)
+        log.warning("%s is left out of the film strip: %s", uri, error)
         return None
     return np.stack(np.split(row, row.shape[1] // row.shape[0], axis=1))

@@ -1,14 +1,14 @@
-"""What training a preset's models takes of each GPU's memory, measured without a GPU.
+"""GPU memory for training the models of a preset, measured without a GPU.
 
-Models are built of fake tensors, which have shapes, dtypes and storages but no bytes. One forward pass, seen as a CUDA
-device sees it, says which storages autograd keeps: they are the activations, with the copies of weights that autocast makes.
-Captions fill their sequences here; a training that leaves padding out keeps less.
+Models are built from fake tensors, which have shapes, dtypes and storages but no data. A forward pass, traced as on a CUDA
+device, shows which storages autograd keeps: the activations, and the copies of weights that autocast makes. Captions fill
+their sequences here; a training that skips padding needs less.
 
-Not counted, and left to a reserve of 10 % of the GPU: the CUDA context, fragmentation, workspaces, what single operations
-hold for a moment (up to 8 % in the models of `dalle2`), buffers, the loss, the batch itself, a frozen CLIP, and previews, for
-which the first worker holds one more copy of the weights while there are neither gradients nor activations.
+Not counted, and covered by a reserve of 10 % of the GPU: the CUDA context, fragmentation, workspaces, temporaries of single
+operations (up to 8 % in the models of `dalle2`), buffers, the loss, the batch itself, a frozen CLIP, and previews, for which
+rank 0 holds one more copy of the weights while there are neither gradients nor activations.
 
-Sizes are bytes, GiB where a name says so.
+Sizes are in bytes, or in GiB if the name says so.
 """
 
 import contextlib
@@ -30,24 +30,24 @@ from unclip.training.precision import Precision
 
 GIB = 2**30
 RESERVE = 0.1
-"""Share of a GPU that is left to what is not counted."""
+"""Share of GPU memory that is reserved for what is not counted."""
 MOST_SAMPLES = 4096
-"""No larger micro-batch is looked for."""
+"""Largest micro-batch that is considered."""
 _FLOAT32 = 4
-"""Weights, gradients, moments and average are float32."""
+"""Bytes per value of weights, gradients, moments and EMA weights."""
 
 
 class Network(NamedTuple):
-    """A model to be trained, and what it is called with."""
+    """Model to train, and example inputs for it."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Any, ...]]
-    """Arguments of `forward` for so many samples, of the right shapes and no meaning."""
+    """Number of samples -> arguments of `forward`, with the right shapes and arbitrary values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """A size that grows with the samples of a micro-batch."""
+    """Size that grows with the micro-batch."""
 
     fixed: int
     per_sample: int
@@ -58,40 +58,40 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """What autograd keeps of one micro-batch; `fixed` are mostly the copies of weights that autocast makes."""
+    """Memory that autograd keeps for one micro-batch; `fixed` is mostly the copies of weights that autocast makes."""
 
-    whole: Bytes
+    full: Bytes
     """Without activation checkpointing."""
-    between: Bytes
-    """With it: what blocks are given, and what lies outside blocks."""
-    inside: tuple[Bytes, ...]
-    """With it, and for one block at a time: what it computes again."""
+    checkpointed: Bytes
+    """With activation checkpointing: inputs of the blocks, and everything outside of blocks."""
+    recomputed: tuple[Bytes, ...]
+    """With activation checkpointing: what each block recomputes, one block at a time."""
 
     def at(self, num_samples: int, checkpointing: bool) -> int:
-        """The most that is kept at a time.
+        """Peak memory of the activations.
 
-        With checkpointing that is at the end of the forward pass, when autocast still has its copies of all weights, or
-        while the largest block computes its activations again.
+        With checkpointing, the peak is either at the end of the forward pass, when autocast still holds its copies of all
+        weights, or while the largest block recomputes its activations.
         """
         if not checkpointing:
-            return self.whole.at(num_samples)
-        again = max((block.at(num_samples) for block in self.inside), default=0)
-        return self.between.at(num_samples) + max(self.whole.fixed - self.between.fixed, again)
+            return self.full.at(num_samples)
+        recomputed = max((block.at(num_samples) for block in self.recomputed), default=0)
+        return self.checkpointed.at(num_samples) + max(self.full.fixed - self.checkpointed.fixed, recomputed)
 
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """What a GPU holds whatever the micro-batch."""
+    """Memory on each GPU that does not depend on the micro-batch."""
 
     weights: int
     gradients: int
     moments: int
-    """Adam's two."""
+    """Adam's two moments."""
     average: int
-    """The moving average of the weights."""
+    """EMA weights."""
     exchange: int
-    """DDP's copy of the gradients; or what FSDP gathers: weights and gradients outside blocks and of two blocks, the one
-    at work and the next."""
+    """DDP's copy of the gradients; or what FSDP gathers: weights and gradients outside of blocks and of two blocks, the
+    current one and the next."""
 
     @property
     def total(self) -> int:
@@ -100,46 +100,46 @@ class States:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained, as far as memory depends on it."""
+    """Training settings that memory depends on."""
 
     num_gpus: int = 1
     parallel: Parallel = "ddp"
     checkpointing: bool = False
-    """Of activations."""
+    """Use activation checkpointing."""
     accumulates: bool = False
-    """Whether the gradients of several micro-batches add up, which FSDP does with whole gradients on each GPU."""
+    """Accumulate gradients over several micro-batches; FSDP then holds full gradients on each GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelMemory:
-    """One model's measurements."""
+    """Memory and FLOPs of one model."""
 
     name: str
     parameters: int
     outside_blocks: int
-    """Parameters that are in no block (`parallel.blocks`)."""
+    """Number of parameters outside of all blocks (`parallel.blocks`)."""
     largest_block: int
-    """Parameters of the largest block."""
+    """Number of parameters in the largest block."""
     activations: Activations
     flops_per_sample: float
-    """Of training (`unclip.training.flops`)."""
+    """FLOPs of training (`unclip.training.flops`)."""
 
     def states(self, training: TrainingSetup) -> States:
-        whole = _FLOAT32 * self.parameters
+        full = _FLOAT32 * self.parameters
         if training.num_gpus == 1:
-            return States(whole, whole, 2 * whole, whole, exchange=0)
+            return States(full, full, 2 * full, full, exchange=0)
         if training.parallel == "ddp":
-            return States(whole, whole, 2 * whole, whole, exchange=whole)
-        share = -(-whole // training.num_gpus)
+            return States(full, full, 2 * full, full, exchange=full)
+        shard = -(-full // training.num_gpus)
         gathered = 2 * _FLOAT32 * (self.outside_blocks + 2 * self.largest_block)
-        return States(share, whole if training.accumulates else share, 2 * share, share, exchange=gathered)
+        return States(shard, full if training.accumulates else shard, 2 * shard, shard, exchange=gathered)
 
     def at(self, num_samples: int, training: TrainingSetup) -> int:
-        """All that a GPU holds with micro-batches of so many samples."""
+        """Total memory on each GPU with micro-batches of `num_samples`."""
         return self.states(training).total + self.activations.at(num_samples, training.checkpointing)
 
     def largest_micro_batch(self, training: TrainingSetup, memory_gib: float) -> int:
-        """The most samples, up to `MOST_SAMPLES`, that fit into GPUs of this memory less the reserve; 0 if none does."""
+        """Largest micro-batch, up to `MOST_SAMPLES`, that fits into GPUs of this memory minus the reserve; 0 if none fits."""
         available = memory_gib * GIB * (1 - RESERVE)
         fits, fails = 0, MOST_SAMPLES + 1
         while fails - fits > 1:
@@ -149,20 +149,20 @@ class ModelMemory:
 
 
 def measure(name: str, network: Network, device: str = "cuda", precision: Precision = "bf16") -> ModelMemory:
-    """Measure a model without holding it.
+    """Measure a model without allocating it.
 
     Args:
-        device: whose way of computing is measured; it need not be there.
-        precision: of autocast; "auto" is not known here.
+        device: type of device to measure for; it need not be present.
+        precision: autocast precision; "auto" is not supported here.
 
     Raises:
-        ConfigError: precision "auto".
+        ConfigError: precision is "auto".
     """
     require(precision != "auto", "precision", precision, "bf16, fp16 or fp32")
     with FakeTensorMode(), torch.device(device), _FusedAttention():
         model = network.build().train()
         with _autocast(device, precision):
-            fewer, more = (_saved(model, network.inputs(batch)) for batch in (2, 4))
+            at_2, at_4 = (_saved(model, network.inputs(batch)) for batch in (2, 4))
         flops = flops_per_sample(model, *network.inputs(1))
     in_blocks = [_num_parameters(block) for block in blocks(model)]
     parameters = _num_parameters(model)
@@ -172,42 +172,42 @@ def measure(name: str, network: Network, device: str = "cuda", precision: Precis
         outside_blocks=parameters - sum(in_blocks),
         largest_block=max(in_blocks, default=0),
         activations=Activations(
-            whole=_line(fewer.whole, more.whole),
-            between=_line(fewer.between, more.between),
-            inside=tuple(_line(few, many) for few, many in zip(fewer.inside, more.inside, strict=True)),
+            full=_fit_line(at_2.full, at_4.full),
+            checkpointed=_fit_line(at_2.checkpointed, at_4.checkpointed),
+            recomputed=tuple(_fit_line(two, four) for two, four in zip(at_2.recomputed, at_4.recomputed, strict=True)),
         ),
         flops_per_sample=flops,
     )
 
 
 class _Saved(NamedTuple):
-    """Bytes that autograd keeps of one forward pass; see `Activations`."""
+    """Bytes that autograd saves in one forward pass; see `Activations`."""
 
-    whole: int
-    between: int
-    inside: list[int]
+    full: int
+    checkpointed: int
+    recomputed: list[int]
 
 
 def _saved(model: nn.Module, inputs: tuple[Any, ...]) -> _Saved:
-    """Run a forward pass and count the storages that it leaves to the backward pass, each once and without the weights."""
+    """Run a forward pass and count the storages saved for the backward pass, each once and without the weights."""
     own = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    outside: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage takes the same place
-    inside: list[dict[int, torch.UntypedStorage]] = []
-    given: dict[int, torch.UntypedStorage] = {}
-    at_work = [outside]
+    outside: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no other storage reuses the address
+    in_blocks: list[dict[int, torch.UntypedStorage]] = []
+    block_inputs: dict[int, torch.UntypedStorage] = {}
+    active = [outside]
 
     def enter(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         tensors = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
-        given.update({_key(tensor): tensor.untyped_storage() for tensor in tensors if _key(tensor) not in own})
-        inside.append({})
-        at_work.append(inside[-1])
+        block_inputs.update({_key(tensor): tensor.untyped_storage() for tensor in tensors if _key(tensor) not in own})
+        in_blocks.append({})
+        active.append(in_blocks[-1])
 
     def leave(*_: Any) -> None:
-        at_work.pop()
+        active.pop()
 
     def pack(tensor: Tensor) -> Tensor:
         if _key(tensor) not in own:
-            at_work[-1][_key(tensor)] = tensor.untyped_storage()
+            active[-1][_key(tensor)] = tensor.untyped_storage()
         return tensor
 
     with contextlib.ExitStack() as stack:
@@ -219,17 +219,19 @@ def _saved(model: nn.Module, inputs: tuple[Any, ...]) -> _Saved:
                 stack.callback(handle.remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         output = model(*inputs)
-        output.float().square().mean()  # the output is kept as by a loss
+        output.float().square().mean()  # the output is saved as a loss would
     everything = outside.copy()
-    for each in inside:
-        everything.update(each)
-    between = {**outside, **given}
-    alone = [{key: storage for key, storage in each.items() if key not in between} for each in inside]
-    return _Saved(_size(everything.values()), _size(between.values()), [_size(each.values()) for each in alone])
+    for block_storages in in_blocks:
+        everything.update(block_storages)
+    checkpointed = {**outside, **block_inputs}
+    recomputed = [{key: storage for key, storage in each.items() if key not in checkpointed} for each in in_blocks]
+    return _Saved(
+        _size(everything.values()), _size(checkpointed.values()), [_size(each.values()) for each in recomputed]
+    )
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as a GPU computes it, which keeps no matrix of scores; without a GPU torch would take the plain way."""
+    """Attention as on a GPU, which keeps no score matrix; without a GPU, torch would use the unfused implementation."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -244,7 +246,7 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _autocast(device: str, precision: Precision) -> Iterator[None]:
-    """`precision.autocast` for a device that need not be there, which torch's own switches off."""
+    """Enable autocast for a device that need not be present; torch.autocast would disable itself."""
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, precision != "fp32")
     torch.set_autocast_dtype(device, torch.float16 if precision == "fp16" else torch.bfloat16)
@@ -259,22 +261,22 @@ def _autocast(device: str, precision: Precision) -> Iterator[None]:
 
 
 def example_images(batch: int, size: int) -> Tensor:
-    """Images [batch, 3, size, size] of no meaning."""
+    """Example images [batch, 3, size, size]."""
     return torch.zeros(batch, 3, size, size)
 
 
 def example_indices(*shape: int) -> Tensor:
-    """Integers, such as timesteps or tokens."""
+    """Example integers, such as timesteps or tokens."""
     return torch.zeros(shape, dtype=torch.int64)
 
 
 def example_flags(*shape: int) -> Tensor:
-    """Booleans, such as masks."""
+    """Example booleans, such as masks."""
     return torch.zeros(shape, dtype=torch.bool)
 
 
 def example_features(batch: int, text: TextShape, embedding_dim: int) -> CaptionFeatures:
-    """Captions that fill their sequences, as CLIP gives them."""
+    """Example CLIP features of captions that fill their sequences."""
     encodings = torch.zeros(batch, text.length, text.width)
     return CaptionFeatures(encodings, example_flags(batch, text.length), torch.zeros(batch, embedding_dim))
 
@@ -283,7 +285,7 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _line(at_2: int, at_4: int) -> Bytes:
+def _fit_line(at_2: int, at_4: int) -> Bytes:
     per_sample = (at_4 - at_2) // 2
     return Bytes(at_2 - 2 * per_sample, per_sample)
 

@@ -1,4 +1,4 @@
-"""The two interfaces of the trainer: the objective that is trained, and the monitor that hears how it goes."""
+"""Interfaces of the trainer: the objective to train, and the monitor that follows the training."""
 
 import logging
 from collections.abc import Mapping
@@ -15,80 +15,79 @@ Tensors = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """What is trained: a model and its loss."""
+    """Model to train, and its loss."""
 
     @property
     def model(self) -> nn.Module:
-        """The network that is trained."""
+        """Network to train."""
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """Tensors that losses depend on besides the model, changed in place and the same on all ranks; often none."""
+        """Tensors besides the model that losses depend on; changed in place and equal on all ranks. Often empty."""
 
     @property
     def sample_size(self) -> Mapping[str, int]:
-        """Units in a sample, to tell the speed by: pixels or tokens."""
+        """Units per sample, such as pixels or tokens, for reporting speed."""
 
     def prepare(self, batch: Batch) -> Tensors:
-        """Rows as the reader gives them -> tensors, on the CPU."""
+        """Convert rows from the reader to tensors, on the CPU."""
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
         """Mean loss of a batch.
 
-        `network` is the model, or a wrapper or copy of it that is called the same way. When it is not in training mode
-        (`network.training`), nothing is learned from the loss, not by the objective either.
+        `network` is the model, or a wrapper or copy with the same call signature. If it is not in training mode
+        (`network.training`), the objective must not learn from the loss either.
         """
 
     def metrics(self, training: bool) -> Mapping[str, float]:
-        """What else the losses tell since the last time it was asked: of training, where all workers ask, or of validation,
-        where the first one does. `relative_loss`, where there is one, is the loss beside that of predicting the mean;
-        `unclip train --overfit` judges by it."""
+        """Further statistics of the losses since the last call: of training (called on all ranks) or of validation (called
+        on rank 0). `relative_loss`, if given, is the loss divided by that of predicting the mean; `unclip train --overfit`
+        needs it."""
 
     def preview(self, model: nn.Module) -> Tensor | None:
-        """Something to look at while training, always of the same content: images [2 B, 3, H, W] in [-1, 1], originals and
-        then a drawing of each."""
+        """Sample a preview, always of the same rows: images [2 B, 3, H, W] in [-1, 1], originals, then a sample for each."""
 
     def facts(self) -> dict[str, Any]:
-        """What is needed to build the model again."""
+        """Facts needed to build the model again."""
 
 
 @runtime_checkable
 class Measuring(Protocol):
-    """An objective that measures something of the finished model, once, for its sampling."""
+    """Objective that measures the finished model once, for use in sampling."""
 
     def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
-        """Tensors to save beside the weights; `load_model` gives them to the model as `measured`.
+        """Tensors to save beside the weights; `load_model` passes them to the model as `measured`.
 
         Args:
-            model: with the EMA weights, in evaluation mode.
-            tensors: a few training rows as `prepare` makes them, on the model's device.
-            generator: source of all randomness, on that device.
+            model: model with the EMA weights, in evaluation mode.
+            tensors: a few training rows, as returned by `prepare`, on the model's device.
+            generator: source of all randomness, on the same device.
         """
 
 
 class Monitor:
-    """Hears how the training goes; this one ignores it."""
+    """Follows a training; this base class only logs warnings."""
 
     def start(self, samples_seen: int, num_samples: int) -> None:
-        """Training begins, or goes on, at `samples_seen`."""
+        """Called when training starts or resumes at `samples_seen`."""
 
     def step(self, samples_seen: int, loss: float) -> None:
-        """After every step."""
+        """Called after every step."""
 
     def metrics(self, values: Mapping[str, float], samples_seen: int) -> None:
-        """Now and then."""
+        """Called with metrics, periodically and after validation."""
 
     def preview(self, images: Tensor, samples_seen: int) -> None:
-        """Images [2 B, 3, H, W] in [-1, 1]: originals, and what the averaged weights draw of each."""
+        """Called with images [2 B, 3, H, W] in [-1, 1]: originals, then a sample for each from the EMA weights."""
 
     def warn(self, message: str) -> None:
-        """Something is wrong, but the training goes on."""
+        """Called for problems that do not stop the training."""
         log.warning("training: %s", message)
 
     def wants_stop(self) -> bool:
-        """Asked in every step, of every worker: whether to write a checkpoint and stop."""
+        """Return True to write a checkpoint and stop; called in every step, on all ranks."""
         return False
 
     def wants_checkpoint(self) -> bool:
-        """Asked in every step, of every worker: whether to write a checkpoint besides those that are due, and go on."""
+        """Return True to write an extra checkpoint and continue; called in every step, on all ranks."""
         return False

@@ -1,6 +1,6 @@
-"""Can a model learn a few rows by heart? If it cannot, it will learn nothing from millions, and something is wrong with it.
+"""Overfitting test: a model that cannot memorise a few rows will not learn from millions either.
 
-The commonest complaint about diffusion models is that they draw only noise; this finds most reasons for it in a minute.
+Diffusion models that sample only noise are the most common problem; this test finds most of its causes in a minute.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from unclip.training.settings import TrainerConfig
 NUM_STEPS = 400
 LEARNING_RATE = 2e-3
 MEMORISED = 0.15
-"""Relative loss below which a model knows its rows: that of always predicting the mean is 1."""
+"""Relative loss at or below which a model has memorised its rows; always predicting the mean gives 1."""
 
 
 def settings(config: TrainerConfig, num_rows: int) -> TrainerConfig:
-    """How a training with these settings is made to learn `num_rows` rows by heart: each step sees all of them."""
+    """Change training settings to overfit `num_rows` rows, with all of them in each step."""
     return dataclasses.replace(
         config,
         batch_size=num_rows,
@@ -36,7 +36,7 @@ def settings(config: TrainerConfig, num_rows: int) -> TrainerConfig:
 
 
 class Diagnosis(Monitor):
-    """Hears how such a training goes, and says what is wrong."""
+    """Monitor of an overfitting test; diagnoses problems."""
 
     def __init__(self) -> None:
         self.logged: list[Mapping[str, float]] = []
@@ -46,14 +46,14 @@ class Diagnosis(Monitor):
 
     @property
     def relative_losses(self) -> list[float]:
-        """Of each eighth of the training.
+        """Relative loss of each eighth of the training.
 
         Raises:
-            ConfigError: the objective tells none.
+            ConfigError: the objective does not report any.
         """
         if not all("relative_loss" in values for values in self.logged):
             raise ConfigError(
-                "--overfit: the objective of this part tells no relative_loss to judge by. Add it to its `metrics`."
+                "--overfit: the objective of this part reports no relative_loss, which the test needs. Add it to its `metrics`."
             )
         return [values["relative_loss"] for values in self.logged]
 
@@ -63,25 +63,25 @@ class Diagnosis(Monitor):
 
     @property
     def verdict(self) -> str:
-        """One sentence, and what to do."""
+        """Result for users, with advice."""
         first, last = self.relative_losses[0], self.relative_losses[-1]
         if self.has_memorised:
-            return f"It knows them by heart: its loss is {last:.3f} of that of predicting the mean."
+            return f"The model has memorised the rows: its loss is {last:.3f} times that of predicting the mean."
         if max(values["gradient_norm"] for values in self.logged) == 0:
             return (
-                "No gradient reaches the weights: the loss does not depend on them. Look at detach() and requires_grad."
+                "No gradient reaches the weights: the loss does not depend on them. Check detach() and requires_grad."
             )
         if last > 0.95:
             return (
-                f"It learns nothing: its loss is {last:.3f} of that of predicting the mean. "
-                f"Look at how the loss is computed, and whether the model sees what it is given."
+                f"The model learns nothing: its loss is {last:.3f} times that of predicting the mean. "
+                f"Check how the loss is computed, and that the model uses its inputs."
             )
         if last > 0.9 * first:
             return (
-                f"It stopped learning at {last:.3f} of the loss of predicting the mean: what it is given does not tell the "
-                f"rows apart, or the model is too small. Look at the rows and their conditions."
+                f"The model stopped learning at {last:.3f} times the loss of predicting the mean: its inputs do not "
+                f"distinguish the rows, or it is too small. Check the rows and their conditioning."
             )
         return (
-            f"It learns, but slowly: from {first:.3f} to {last:.3f} of the loss of predicting the mean, expected "
-            f"{MEMORISED}. Try a larger model, a smaller learning rate, or look at how its inputs are scaled."
+            f"The model learns, but slowly: from {first:.3f} to {last:.3f} times the loss of predicting the mean, expected "
+            f"{MEMORISED}. Try a larger model or a lower learning rate, or check how its inputs are scaled."
         )

@@ -1,6 +1,6 @@
-"""One model on several workers: whole on each of them (DDP), or in shards (FSDP2).
+"""Data-parallel training of one model: replicated on each worker (DDP) or sharded (FSDP2).
 
-Everything else asks nothing but: which part of this tensor is mine, and what is the whole of it?
+Other modules need to know only the local shard of a tensor and the full tensor.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 Parallel = Literal["ddp", "fsdp"]
-"""ddp keeps the whole model, its average and the optimiser's moments on each worker; fsdp a share of each."""
+"""ddp keeps the whole model, the EMA weights and the optimiser's moments on each worker; fsdp a shard of each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
-    """This process's place among those that train together."""
+    """Rank, world size and device of this process."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,21 +32,22 @@ ALONE = Workers()
 
 
 def by_itself() -> Workers:
-    """A process that trains alone, on its GPU if it has one."""
+    """Single process, on its GPU if it has one."""
     return Workers(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
 
 
 def distribute(model: nn.Module, parallel: Parallel, workers: Workers) -> nn.Module:
-    """The network to call in training; `model` itself is what holds the parameters, sharded in place by fsdp.
+    """Wrap a model for distributed training and return the network to call.
 
-    Every rank must hold the same weights. One worker alone is given the model as it is.
+    `model` itself holds the parameters, which fsdp shards in place. All ranks must hold the same weights. A single worker
+    gets the model unchanged.
     """
     if workers.world_size == 1:
         return model
     if parallel == "ddp":
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # shards are rows, which channels_last has not in one piece
+        parameter.data = parameter.data.contiguous()  # shards are rows, which are not contiguous in channels_last
     mesh = init_device_mesh(workers.device.type, (workers.world_size,))
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
@@ -55,24 +56,24 @@ def distribute(model: nn.Module, parallel: Parallel, workers: Workers) -> nn.Mod
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What a model repeats, the children of its module lists, without those that hold others: units of sharding, of
-    compilation and of activation checkpointing."""
-    children = [child for each in model.modules() if isinstance(each, nn.ModuleList) for child in each]
+    """Repeated blocks of a model: the children of its module lists that contain no further lists. They are the units of
+    sharding, compilation and activation checkpointing."""
+    children = [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
     lists = (nn.ModuleList,)
     return [child for child in children if not any(isinstance(inner, lists) for inner in child.modules())]
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Have each block compute its activations again in the backward pass instead of keeping them. Names stay as they are."""
+    """Make each block recompute its activations in the backward pass. Parameter names stay as they are."""
     for block in blocks(model):
         checkpoint(block)
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Have torch compile each block by itself: equal ones once, and what shards them, averages their gradients or checkpoints
-    their activations stays outside, where it can run beside them."""
+    """Compile each block separately: equal blocks only once. Sharding, gradient averaging and activation checkpointing stay
+    outside of the compiled code, so that they can overlap with it."""
     parts = blocks(model) or [model]
-    # Of one forward() there are as many versions as shapes of blocks, with and without gradients. Those beyond are not compiled.
+    # forward() is compiled once per block shape, with and without gradients; beyond the limit it would run uncompiled.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 2 * len(parts))
     for part in parts:
@@ -80,37 +81,37 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def without_sync(network: nn.Module, wanted: bool) -> Any:
-    """Gradients stay with their worker inside the block where wanted: for all but the last micro-batch of a step."""
+def no_sync(network: nn.Module, enabled: bool) -> Any:
+    """Skip gradient synchronisation inside the block if `enabled`: for all but the last micro-batch of a step."""
     if isinstance(network, nn.parallel.DistributedDataParallel):
-        with network.no_sync() if wanted else contextlib.nullcontext():
+        with network.no_sync() if enabled else contextlib.nullcontext():
             yield
     else:
         if isinstance(network, FSDPModule):
-            network.set_requires_gradient_sync(not wanted)
+            network.set_requires_gradient_sync(not enabled)
         yield
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This worker's part of a tensor; what is not sharded is its own part. Shares memory."""
+    """Local shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every worker; all of them must ask."""
+    """Full tensor, on every rank; all ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def offset(tensor: Tensor) -> tuple[int, ...]:
-    """Where this worker's part begins in the whole, in elements of each dimension."""
+    """Start of the local shard in the full tensor, by dimension."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim()
-    [chunk] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch.distributed.checkpoint goes by it
+    [chunk] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # as torch.distributed.checkpoint does
     return tuple(chunk.offsets)
 
 
 def all_reduce_mean(values: Tensor, workers: Workers) -> Tensor:
-    """The mean over all workers of small tensors of the same shape."""
+    """Average small tensors of equal shape over all ranks."""
     if workers.world_size > 1:
         torch.distributed.all_reduce(values)
         values /= workers.world_size
@@ -118,23 +119,23 @@ def all_reduce_mean(values: Tensor, workers: Workers) -> Tensor:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over all processes that train together, in place; one that trains alone has it already."""
+    """Sum over all ranks, in place; unchanged in a single process."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values
 
 
 def all_reduce_min(value: int, workers: Workers) -> int:
-    """The least of all workers' values."""
+    """Minimum over all ranks."""
     if workers.world_size == 1:
         return value
-    least = torch.tensor(value, device=workers.device)
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-    return int(least)
+    minimum = torch.tensor(value, device=workers.device)
+    torch.distributed.all_reduce(minimum, op=torch.distributed.ReduceOp.MIN)
+    return int(minimum)
 
 
 def broadcast(value: Any, workers: Workers) -> Any:
-    """The first worker's value, on every one."""
+    """Return the value of rank 0, on every rank."""
     if workers.world_size == 1:
         return value
     values = [value]
@@ -143,7 +144,7 @@ def broadcast(value: Any, workers: Workers) -> Any:
 
 
 def all_gather(value: Any, workers: Workers) -> list[Any]:
-    """Every worker's value, by rank, on every one."""
+    """Return the values of all ranks, in order, on every rank."""
     if workers.world_size == 1:
         return [value]
     values: list[Any] = [None] * workers.world_size

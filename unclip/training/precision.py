@@ -1,4 +1,4 @@
-"""Arithmetic of networks: one decision for training, embedding and sampling."""
+"""Numerical precision of networks, for training, embedding and sampling alike."""
 
 import contextlib
 import dataclasses
@@ -7,37 +7,37 @@ from typing import Any, ClassVar, Literal
 import torch
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-"""bf16 or fp16 autocast, or none; auto takes bf16 where the device multiplies matrices faster in it."""
+"""Autocast precision; fp32 is no autocast, and auto is bf16 on devices with fast bf16 matrix products, otherwise fp32."""
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context in which a network runs on a device."""
-    wanted = precision in ("bf16", "fp16") or (precision == "auto" and has_fast_bf16(device))
-    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=wanted)
+    """Autocast context for running a network on a device."""
+    enabled = precision in ("bf16", "fp16") or (precision == "auto" and has_fast_bf16(device))
+    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=enabled)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices faster in bf16 than in float32."""
+    """Return True if the device multiplies matrices faster in bf16 than in float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    # Without instructions of its own for it, a CPU is slower in bf16.
+    # Without bf16 instructions, a CPU is slower in bf16.
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 @dataclasses.dataclass
 class LossScale:
-    """What a loss is multiplied with, so that fp16 can hold its gradients; 1 in any other arithmetic.
+    """Scale of the loss that keeps fp16 gradients in range; 1 in other precisions.
 
-    Twice as large after so many good steps, half after an overflow. torch's GradScaler does the same, but knows nothing of
-    gradients that are sharded over workers. Source: Micikevicius et al. 2018, section 3.2.
+    Doubled after `GROWTH_STEPS` good steps and halved after an overflow. torch's GradScaler does the same, but does not
+    support gradients that are sharded over workers. Source: Micikevicius et al. 2018, section 3.2.
     """
 
     enabled: bool
-    """Whether there is fp16; without it the scale is 1."""
+    """True for fp16; otherwise the scale stays 1."""
     value: float
-    """The scale."""
+    """Current scale."""
     good_steps: int = 0
-    """Since it last changed."""
+    """Good steps since the scale last changed."""
 
     GROWTH_STEPS: ClassVar[int] = 2000
     SMALLEST: ClassVar[float] = 2.0**-14
@@ -47,13 +47,13 @@ class LossScale:
         return cls(True, 2.0**16) if precision == "fp16" else cls(False, 1.0)
 
     def grow(self) -> None:
-        """After a good step."""
+        """Count a good step; double the scale when it is due."""
         self.good_steps += int(self.enabled)
         if self.good_steps == self.GROWTH_STEPS:
             self.value, self.good_steps = self.value * 2, 0
 
     def shrink(self) -> bool:
-        """After gradients that are not finite; returns whether a smaller scale may help."""
+        """Halve the scale after gradients that are not finite; returns False if it cannot get smaller."""
         can_shrink = self.enabled and self.value > self.SMALLEST
         if can_shrink:
             self.value, self.good_steps = self.value / 2, 0

@@ -1,4 +1,4 @@
-"""Settings of a training, and the learning rate that follows from them."""
+"""Training settings and the learning rate schedule."""
 
 import dataclasses
 import math
@@ -15,16 +15,16 @@ class TrainerConfig:
     num_samples: int = 1_000_000
     """Length of the training, in samples."""
     batch_size: int = 256
-    """Samples a step, over all workers."""
+    """Samples per step, over all workers."""
     micro_batch_size: int = 0
-    """Samples that a worker computes at once; it adds up the gradients of as many as make its share of the batch. 0 takes the
-    share whole. Given, the steps are the same for any number of workers."""
+    """Samples in one forward pass on a worker, which accumulates gradients over its share of the batch; 0 for the whole share
+    at once. If set, training is the same for any number of workers."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup_samples: int = 0
-    """Samples of linear warm-up."""
+    """Length of the linear warm-up, in samples."""
     decay: Literal["cosine", "none"] = "cosine"
-    """Decay of the learning rate after the warm-up, to zero at the end."""
+    """Decay of the learning rate after the warm-up; cosine reaches zero at the end."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices and kernels only."""
     beta1: float = 0.9
@@ -34,41 +34,41 @@ class TrainerConfig:
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     clip_norm: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     ema_decay: float = 0.9999
-    """Decay of the moving average of weights; early in training a smaller one is used."""
+    """Decay of the EMA weights; smaller early in training."""
     precision: Precision = "auto"
-    """Arithmetic of forward and backward passes."""
+    """Precision of forward and backward passes."""
     parallel: Parallel = "ddp"
-    """How several workers hold the model: each of them whole, or in shards."""
+    """Model on several workers: replicated (ddp) or sharded (fsdp)."""
     activation_checkpointing: bool = False
-    """Compute the activations inside blocks again in the backward pass rather than keep them: slower, with less memory."""
+    """Recompute the activations inside blocks in the backward pass: slower, but with less memory."""
     compile: bool = False
-    """Have torch compile the blocks of the network: minutes at the start, faster steps on GPUs."""
+    """Compile the blocks of the network with torch: minutes at the start, faster steps on GPUs."""
     seed: int = 0
-    """Of the weights, the order of rows, noise and dropout."""
+    """Seed of the weights, the order of rows, noise and dropout."""
     nonfinite: Literal["stop", "skip", "roll_back"] = operational("stop")
-    """When a loss or gradient is not finite: stop; pass over the batch; or go back to the last checkpoint and on from there
-    in another order of rows. The weights are never touched by it. In no fingerprint, so that a training that stopped can go on
-    with another answer."""
+    """Reaction to a loss or gradient that is not finite: stop; skip the batch; or roll back to the last checkpoint and
+    continue with another order of rows. The weights are never changed by it. Not in fingerprints, so that a stopped training
+    can resume with another choice."""
     max_nonfinite: int = operational(10)
-    """Batches that may be skipped, or times to roll back, before the training stops after all."""
+    """Maximum number of skipped batches or roll-backs; one more stops the training."""
     hang_seconds: float = operational(1800.0)
-    """Without any move of any worker for so long, the one that hangs is named, and several end, so that they are started
-    again from the last checkpoint; 0 to wait for ever."""
+    """Seconds without progress on any worker after which the hanging one is reported. Several workers then exit, to be
+    restarted from the last checkpoint. 0 to wait forever."""
     validation_rows: int = operational(512)
-    """Held-out rows whose loss is measured before each checkpoint, always with the same noise; 0 for none."""
+    """Number of held-out rows for the validation loss before each checkpoint, always with the same noise; 0 for none."""
     checkpoint_samples: int = operational(100_000)
     """Samples between checkpoints."""
     keep_checkpoints: int = operational(2)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     preview_samples: int = operational(0)
-    """Samples between previews; 0 for eight of them, evenly spaced, but at least 10,000 samples apart. One is at the end."""
+    """Samples between previews; 0 for eight evenly spaced ones, but at least 10,000 samples apart. The last is at the end."""
     log_samples: int = operational(0)
     """Samples between logged metrics; 0 for a hundredth of the training."""
     reference_curve: str | None = operational(None)
-    """A curve of the same training that went well, which this one is held against: one that comes with unclip, by name, or
-    the path or URI of a `curve.tsv` that the first worker sees."""
+    """Loss curve of a good training of the same model to compare with: the name of one included in unclip, or the absolute
+    path or URI of a `curve.tsv` that rank 0 can read."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size", "checkpoint_samples", "keep_checkpoints"):
@@ -83,17 +83,17 @@ class TrainerConfig:
         )
         require(fits, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size, {self.batch_size}, or 0")
         curve = self.reference_curve
-        is_found = curve is None or curve in curves.reference_names() or curve.startswith("/") or "://" in curve
+        is_valid = curve is None or curve in curves.reference_names() or curve.startswith("/") or "://" in curve
         expected = f"an absolute path, a URI, or one of {', '.join(curves.reference_names())}"
-        require(is_found, "reference_curve", curve, expected)
+        require(is_valid, "reference_curve", curve, expected)
 
     def samples_between_previews(self) -> int:
-        """A preview takes about as long as training on 400 samples, so that 10,000 make it cheap."""
+        """Preview interval in samples. A preview costs about as much as 400 training samples, so 10,000 keep it cheap."""
         return self.preview_samples or max(10_000, math.ceil(self.num_samples / 8))
 
 
 def learning_rate(config: TrainerConfig, samples_seen: int) -> float:
-    """Learning rate of the step that starts at `samples_seen`: linear warm-up, then cosine decay to 0."""
+    """Learning rate of the step at `samples_seen`: linear warm-up, then cosine decay to 0 unless `decay` is none."""
     if samples_seen < config.warmup_samples:
         return config.learning_rate * (samples_seen + config.batch_size) / (config.warmup_samples + config.batch_size)
     if config.decay == "none":

@@ -1,12 +1,12 @@
-"""Checkpoints of a training that goes on meanwhile, written by all of its workers and read by any number of them.
+"""Asynchronous checkpoints of a training, written by all ranks and readable by any number of them.
 
-    000000012800/rank-00000.safetensors     what this worker holds: whole tensors (rank 0), or its share of them
-                 rank-00000.json            where each share belongs, and the sha256 of the file beside it
-                 facts.json                 what is no tensor
-                 manifest.json              the sha256 of all the others, written last: without it there is no checkpoint
+    000000012800/rank-00000.safetensors     shards of this rank; on rank 0 also the tensors that are not sharded
+                 rank-00000.json            position of each shard in the full tensor, and the sha256 of the shards file
+                 facts.json                 state that is not a tensor
+                 manifest.json              sha256 of all other files; written last, and without it there is no checkpoint
 
-Workers copy their tensors and go on; files are written in a thread, and no collective is called there. torch's distributed
-checkpoints are not used: what their files hold is pickled, or needs collectives to be written.
+Workers copy their tensors and continue; a thread writes the files and calls no collectives. torch's distributed checkpoints
+are not used, because they contain pickles or need collectives for writing.
 """
 
 import concurrent.futures
@@ -32,57 +32,59 @@ from unclip.training.parallel import Workers
 log = logging.getLogger(__name__)
 
 FACTS = "facts.json"
-_SECONDS_BETWEEN_LOOKS = 0.05
+_POLL_SECONDS = 0.05
 
 
 class Writer:
-    """Writes checkpoints below a folder, one at a time, in the background."""
+    """Writer of checkpoints to a folder, one at a time, in the background."""
 
     def __init__(self, root: str, workers: Workers, keep: int, timeout_seconds: float = 1800.0) -> None:
         """Args:
-        root: URI of a folder for this training's checkpoints alone.
-        keep: how many of the newest stay; the best one stays besides.
-        timeout_seconds: for the other workers to have written, after this one.
+        root: URI of a folder for the checkpoints of this training only.
+        keep: number of newest checkpoints to keep, besides the best one.
+        timeout_seconds: time that rank 0 waits for the other ranks, after writing its own files.
         """
         self.root, self.workers, self.keep, self.timeout_seconds = root, workers, keep, timeout_seconds
         self.attempt = parallel.broadcast(uuid.uuid4().hex, workers)
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._upcoming: concurrent.futures.Future[None] | None = None
+        self._pending: concurrent.futures.Future[None] | None = None
 
     def save(self, samples_seen: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Copy the tensors, and write them while the caller goes on; every worker calls it at the same step.
+        """Copy the tensors and write them in the background; all ranks must call it at the same step.
 
         Args:
-            facts: anything JSON; `validation_loss`, if it is there, says which checkpoint is the best.
+            facts: JSON values; the checkpoint with the lowest `validation_loss`, if given, is the best one.
 
         Raises:
-            StorageError: the checkpoint before could not be written.
-            CheckpointError: another worker did not write its part of it.
+            StorageError: the previous checkpoint could not be written.
+            CheckpointError: another rank did not write its part of the previous checkpoint.
         """
         self.wait()
-        staged, places = _stage(tensors, self.workers)
+        staged, positions = _stage(tensors, self.workers)
         folder = f"{self.root}/{samples_seen:012d}"
-        self._upcoming = self._pool.submit(self._write, folder, staged, places, {**facts, "samples_seen": samples_seen})
+        self._pending = self._pool.submit(
+            self._write, folder, staged, positions, {**facts, "samples_seen": samples_seen}
+        )
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written, if any, is committed; raises as `save`."""
-        if self._upcoming is not None:
-            upcoming, self._upcoming = self._upcoming, None
-            upcoming.result()
+        """Wait until the pending checkpoint, if any, is committed; raises the same errors as `save`."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
 
     def close(self) -> None:
-        """Finish what is being written, whether it succeeds or not."""
+        """Finish pending writes, ignoring errors."""
         self._pool.shutdown(wait=True)
 
     def _write(
-        self, folder: str, tensors: dict[str, Tensor], places: dict[str, dict[str, Any]], facts: Mapping[str, Any]
+        self, folder: str, tensors: dict[str, Tensor], positions: dict[str, dict[str, Any]], facts: Mapping[str, Any]
     ) -> None:
         from safetensors.torch import save as serialize
 
         name = f"rank-{self.workers.rank:05d}"
         data = serialize(tensors)
         files.write(f"{folder}/{name}.safetensors", data)
-        record = {"attempt": self.attempt, "sha256": files.sha256(data), "places": places}
+        record = {"attempt": self.attempt, "sha256": files.sha256(data), "places": positions}
         del data
         files.write_json(f"{folder}/{name}.json", record)
         if self.workers.rank == 0:
@@ -93,12 +95,12 @@ class Writer:
         deadline = time.monotonic() + self.timeout_seconds
         for rank in range(self.workers.world_size):
             record = f"{folder}/rank-{rank:05d}.json"
-            while not self._is_of_this_attempt(record):
+            while not self._is_current(record):
                 if time.monotonic() > deadline:
                     raise CheckpointError(
-                        f"{folder}: worker {rank} did not write its part within {self.timeout_seconds:g} s. Look at its log."
+                        f"{folder}: worker {rank} did not write its part within {self.timeout_seconds:g} s. Check its log."
                     )
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
             data = files.read(record)
             hashes |= {f"rank-{rank:05d}.json": files.sha256(data)}
             hashes |= {f"rank-{rank:05d}.safetensors": json.loads(data)["sha256"]}
@@ -108,22 +110,22 @@ class Writer:
         files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes, "digest": digest_of(hashes)})
         prune(self.root, self.keep)
 
-    def _is_of_this_attempt(self, record: str) -> bool:
-        """Files of an attempt that was killed may be there, of other numbers of workers too."""
+    def _is_current(self, record: str) -> bool:
+        """Return True if the record is from this attempt and not left by a killed one."""
         return files.exists(record) and json.loads(files.read(record))["attempt"] == self.attempt
 
 
 def restore(root: str, tensors: Mapping[str, Tensor], workers: Workers) -> dict[str, Any] | None:
-    """Copy the newest undamaged checkpoint into tensors, in place; says which ones it passes over.
+    """Copy the newest undamaged checkpoint into `tensors`, in place; log a warning for each damaged one.
 
     Args:
-        tensors: by name, whole or sharded in any way; they need not be cut as those that were saved.
+        tensors: by name, full or sharded; the sharding may differ from that of the checkpoint.
 
     Returns:
-        The facts that were saved; None when there is no checkpoint, and then nothing was changed.
+        The saved facts; None if there is no checkpoint, in which case nothing was changed.
 
     Raises:
-        CheckpointError: the checkpoint is of another model.
+        CheckpointError: the checkpoint is from another model.
     """
     names = parallel.broadcast(files.names(root), workers)
     for name in reversed(names):
@@ -140,24 +142,24 @@ def restore(root: str, tensors: Mapping[str, Tensor], workers: Workers) -> dict[
                 copy()
             return facts
         if damage:
-            log.warning("%s Using the one before.", damage)
+            log.warning("%s Using the previous checkpoint.", damage)
     return None
 
 
 def prune(root: str, keep: int) -> None:
-    """Delete all but the newest checkpoints and the best one, and what older attempts left incomplete."""
+    """Delete all checkpoints but the newest and the best one, and incomplete ones of earlier attempts."""
     complete = [name for name in files.names(root) if files.exists(f"{root}/{name}/{MANIFEST}")]
     if not complete:
         return
     kept = set(complete[-keep:]) | {name for name in (best(root, complete),) if name is not None}
     for name in files.names(root):
         if name not in kept and name <= complete[-1]:
-            files.delete(f"{root}/{name}/{MANIFEST}")  # first, so that half of it is no checkpoint
+            files.delete(f"{root}/{name}/{MANIFEST}")  # first, so that a half-deleted folder is not a checkpoint
             files.delete(f"{root}/{name}")
 
 
 def best(root: str, names: list[str]) -> str | None:
-    """The checkpoint with the lowest validation loss; None when none has one."""
+    """Name of the checkpoint with the lowest validation loss; None if none has a validation loss."""
     losses = {}
     for name in names:
         with contextlib.suppress(OSError, ValueError):
@@ -167,29 +169,29 @@ def best(root: str, names: list[str]) -> str | None:
 
 
 class _DamageError(Exception):
-    """A checkpoint is incomplete, or not what was written."""
+    """Error for a checkpoint that is incomplete or damaged."""
 
 
 def _stage(tensors: Mapping[str, Tensor], workers: Workers) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Copies on the CPU of what this worker has to write; and where in the whole tensor each begins, and the whole's shape."""
+    """Copy the tensors that this rank writes to the CPU; return them with their positions and full shapes."""
     staged: dict[str, Tensor] = {}
-    places: dict[str, dict[str, Any]] = {}
+    positions: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        share = parallel.local_shard(tensor).detach()
-        is_sharded = share is not tensor and share.shape != tensor.shape
-        if (is_sharded and share.numel()) or (not is_sharded and workers.rank == 0):
-            staged[name] = torch.empty(share.shape, dtype=share.dtype).copy_(share)
+        shard = parallel.local_shard(tensor).detach()
+        is_sharded = shard is not tensor and shard.shape != tensor.shape
+        if (is_sharded and shard.numel()) or (not is_sharded and workers.rank == 0):
+            staged[name] = torch.empty(shard.shape, dtype=shard.dtype).copy_(shard)
             first_row = parallel.offset(tensor)[0] if tensor.dim() else 0
-            places[name] = {"first_row": first_row, "num_rows": _num_rows(share), "shape": list(tensor.shape)}
-    return staged, places
+            positions[name] = {"first_row": first_row, "num_rows": _num_rows(shard), "shape": list(tensor.shape)}
+    return staged, positions
 
 
 def _read(
     folder: str, wanted: Mapping[str, Tensor], workers: Workers
 ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], dict[str, Tensor]]]]:
-    """The facts, and the places and tensors of each file that holds something of this worker's; all of them verified.
+    """Read and verify the facts, and the positions and tensors of each file with rows that this rank needs.
 
-    Every file is verified by some worker: one that nobody needs, by the first.
+    Rank 0 reads all files, so that every file is verified.
     """
     from safetensors.torch import load as deserialize
 
@@ -198,21 +200,23 @@ def _read(
         manifest = files.read_json(f"{folder}/{MANIFEST}")
         hashes = manifest["sha256"]
         if manifest["digest"] != digest_of(hashes):
-            raise _DamageError(f"{folder}/{MANIFEST}: the digest is not that of its contents. The file is damaged.")
+            raise _DamageError(f"{folder}/{MANIFEST}: the digest does not match the contents. The file is damaged.")
         facts = json.loads(read_verified(folder, FACTS, hashes))
         for record in sorted(name for name in hashes if name.startswith("rank-") and name.endswith(".json")):
-            places = json.loads(read_verified(folder, record, hashes))["places"]
-            is_mine = any(name in places and _shared_rows(tensor, places[name]) for name, tensor in wanted.items())
-            if is_mine or workers.rank == 0:
+            positions = json.loads(read_verified(folder, record, hashes))["places"]
+            is_needed = any(
+                name in positions and _shared_rows(tensor, positions[name]) for name, tensor in wanted.items()
+            )
+            if is_needed or workers.rank == 0:
                 data = read_verified(folder, record.replace(".json", ".safetensors"), hashes)
-                contents.append((places, deserialize(data)))
+                contents.append((positions, deserialize(data)))
     except FileNotFoundError as error:
         raise _DamageError(f"{folder}: incomplete: {str(error).splitlines()[0]}.") from None
     except _DamageError:
         raise
     except CheckpointError as error:
         raise _DamageError(str(error)) from None
-    except Exception as error:  # whatever damaged JSON and safetensors make their readers raise
+    except Exception as error:  # readers of JSON and safetensors raise many kinds of errors for damaged files
         raise _DamageError(f"{folder}: cannot be read: {error}. The checkpoint is damaged.") from error
     return facts, contents
 
@@ -221,45 +225,45 @@ def _num_rows(tensor: Tensor) -> int:
     return len(tensor) if tensor.dim() else 1
 
 
-def _shared_rows(tensor: Tensor, place: Mapping[str, Any]) -> range:
-    """Rows of the whole tensor that both this worker's part of it and a saved share hold. Shares are cut by rows alone."""
+def _shared_rows(tensor: Tensor, position: Mapping[str, Any]) -> range:
+    """Rows of the full tensor that are both in the local shard and in a saved shard. Shards are split by rows only."""
     start = parallel.offset(tensor)[0] if tensor.dim() else 0
     end = start + _num_rows(parallel.local_shard(tensor))
-    return range(max(start, place["first_row"]), min(end, place["first_row"] + place["num_rows"]))
+    return range(max(start, position["first_row"]), min(end, position["first_row"] + position["num_rows"]))
 
 
 def _plan(
     folder: str, tensors: Mapping[str, Tensor], contents: list[tuple[dict[str, Any], dict[str, Tensor]]]
 ) -> list[Callable[[], Any]]:
-    """What to call so that every tensor has its values; nothing is changed before all of it is known to fit.
+    """Prepare the copies into all tensors; nothing is changed until all names and shapes are checked.
 
     Raises:
-        CheckpointError: names or shapes are others.
+        CheckpointError: names or shapes differ.
     """
     copies: list[Callable[[], Any]] = []
     for name, tensor in tensors.items():
-        part = parallel.local_shard(tensor).detach()
+        local = parallel.local_shard(tensor).detach()
         start = parallel.offset(tensor)[0] if tensor.dim() else 0
         num_found = 0
-        for places, shares in contents:
-            if name not in places:
+        for positions, shards in contents:
+            if name not in positions:
                 continue
-            if places[name]["shape"] != list(tensor.shape):
+            if positions[name]["shape"] != list(tensor.shape):
                 raise CheckpointError(
-                    f"{folder}: the checkpoint is of another model: got {name} of shape {places[name]['shape']}, "
-                    f"expected {list(tensor.shape)}. Use another folder, or the configuration that it was made with."
+                    f"{folder}: the checkpoint is from another model: got {name} of shape {positions[name]['shape']}, "
+                    f"expected {list(tensor.shape)}. Use another folder, or the configuration that it was trained with."
                 )
-            rows = _shared_rows(tensor, places[name])
+            rows = _shared_rows(tensor, positions[name])
             num_found += len(rows)
             if tensor.dim() == 0:
-                copies.append(functools.partial(part.copy_, shares[name]))
+                copies.append(functools.partial(local.copy_, shards[name]))
             elif rows:
-                first = places[name]["first_row"]
-                share = shares[name][rows.start - first : rows.stop - first]
-                copies.append(functools.partial(part[rows.start - start : rows.stop - start].copy_, share))
-        if num_found != _num_rows(part):
+                first = positions[name]["first_row"]
+                shard = shards[name][rows.start - first : rows.stop - first]
+                copies.append(functools.partial(local[rows.start - start : rows.stop - start].copy_, shard))
+        if num_found != _num_rows(local):
             raise CheckpointError(
-                f"{folder}: the checkpoint is of another model: {name} has {num_found} rows, expected {_num_rows(part)}. "
-                f"Use another folder, or the configuration that it was made with."
+                f"{folder}: the checkpoint is from another model: {name} has {num_found} rows, expected {_num_rows(local)}. "
+                f"Use another folder, or the configuration that it was trained with."
             )
     return copies

@@ -1,4 +1,4 @@
-"""The state of a training: weights, their exponential moving average and the optimiser, as a checkpoint holds them."""
+"""State of a training, as saved in checkpoints: weights, EMA weights and the optimiser."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from unclip.training.settings import TrainerConfig, learning_rate
 
 
 class TrainingState:
-    """The model's weights, their moving average and the optimiser, by parameter name; and the objective's own tensors."""
+    """Weights, EMA weights and optimiser state by parameter name, and the tensors of the objective."""
 
     def __init__(self, model: nn.Module, objective: Mapping[str, Tensor], config: TrainerConfig) -> None:
         self.model, self.objective, self.config = model, objective, config
@@ -31,22 +31,22 @@ class TrainingState:
             eps=config.adam_eps,
             fused=True,
         )
-        # There before the first step, so that a checkpoint can be copied into it.
+        # Created before the first step, so that a checkpoint can be copied into them.
         for value in self.parameters.values():
             moments = {name: torch.zeros_like(value.detach()) for name in ("exp_avg", "exp_avg_sq")}
             step = torch.zeros((), dtype=torch.float32, device=value.device)
             self.optimizer.state[value] = {"step": step, **moments}
-        self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.ema_weights = {name: value.detach().clone() for name, value in self.parameters.items()}
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the gradients of all workers together; undoes the scale of the loss."""
+        """Norm of the gradients over all ranks; undoes the loss scale."""
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
         if self.loss_scale.enabled:
             torch._foreach_mul_([parallel.local_shard(gradient) for gradient in gradients], 1 / self.loss_scale.value)
         return parallel.full_tensor(torch.nn.utils.get_total_norm(gradients)).float()
 
     def apply(self, samples_seen: int, gradient_norm: float) -> None:
-        """Take the step that the gradients say, whose norm is `gradient_norm`."""
+        """Clip the gradients, whose norm is `gradient_norm`, and take an optimiser step."""
         if gradient_norm > self.config.clip_norm:
             norm = torch.tensor(gradient_norm)
             torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm)
@@ -58,23 +58,23 @@ class TrainingState:
         steps = samples_seen / self.config.batch_size
         decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))
         with torch.no_grad():
-            averages = [parallel.local_shard(value) for value in self.average.values()]
-            values = [parallel.local_shard(value.detach()) for value in self.parameters.values()]
-            torch._foreach_lerp_(averages, values, 1 - decay)
+            ema_weights = [parallel.local_shard(value) for value in self.ema_weights.values()]
+            weights = [parallel.local_shard(value.detach()) for value in self.parameters.values()]
+            torch._foreach_lerp_(ema_weights, weights, 1 - decay)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> Tensors:
-        """Everything that a later step depends on and that is a tensor; a checkpoint is copied into them."""
-        groups: dict[str, Mapping[str, Tensor]] = {"weights": self.model.state_dict(), "average": self.average}
+        """All tensors that later steps depend on; checkpoints are restored into them."""
+        groups: dict[str, Mapping[str, Tensor]] = {"weights": self.model.state_dict(), "average": self.ema_weights}
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             groups[moment] = {name: self.optimizer.state[value][moment] for name, value in self.parameters.items()}
         groups["objective"] = self.objective
         return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
 
     def facts(self) -> dict[str, Any]:
-        """What else a later step depends on."""
+        """State besides the tensors that later steps depend on."""
         return {
             "num_nonfinite": self.num_nonfinite,
             "num_roll_backs": self.num_roll_backs,
@@ -82,12 +82,12 @@ class TrainingState:
         }
 
     def restore(self, facts: Mapping[str, Any]) -> None:
-        """What `facts` gave."""
+        """Restore what `facts` returned."""
         self.num_nonfinite, self.num_roll_backs = facts.get("num_nonfinite", 0), facts.get("num_roll_backs", 0)
         if "loss_scale" in facts:
             self.loss_scale = LossScale(**facts["loss_scale"])
 
-    def averaged(self) -> Tensors:
-        """The model's whole state on the CPU, averaged weights in place of the raw ones. All workers must ask."""
-        values = {**self.model.state_dict(), **self.average}
+    def ema_state_dict(self) -> Tensors:
+        """Full state dict of the model on the CPU, with EMA weights. All ranks must call it."""
+        values = {**self.model.state_dict(), **self.ema_weights}
         return {name: parallel.full_tensor(value).cpu() for name, value in values.items()}

@@ -1,6 +1,6 @@
-"""Which timesteps training visits: all alike, or more often those with a large loss.
+"""Timestep samplers for training: uniform, or loss-aware; and statistics of the losses by timestep.
 
-Letters: B batch, T number of timesteps, H losses remembered for a timestep. Source: Nichol & Dhariwal 2021, section 3.3.
+Letters: B batch, T number of timesteps, H number of recent losses kept per timestep. Source: Nichol & Dhariwal 2021, section 3.3.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,8 @@ from unclip.training import parallel
 
 
 class TimestepDraw(NamedTuple):
+    """Timesteps of a batch, and the weights of their losses."""
+
     t: Tensor
     """[B] int64."""
     weight: Tensor
@@ -22,27 +24,27 @@ class TimestepDraw(NamedTuple):
 
 
 class TimestepSampler(Protocol):
-    """What training needs of a distribution of timesteps."""
+    """Distribution of timesteps for training."""
 
     state: Mapping[str, Tensor]
-    """All that later draws depend on besides the generator; changed in place, the same in all processes."""
+    """Tensors that later draws depend on besides the generator; changed in place, equal on all ranks."""
 
     def draw(self, batch_size: int, generator: torch.Generator) -> TimestepDraw:
-        """Timesteps on the generator's device, and their weights."""
+        """Draw timesteps and their weights, on the generator's device."""
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Learn from the losses [B], not weighted, that this process met at t [B]."""
+        """Learn from the unweighted losses [B] of this rank at t [B]."""
 
 
 def timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
-    """The sampler that a configuration asks for, without memory of any loss."""
+    """Build the sampler that a configuration selects, without any losses yet."""
     if config.timestep_sampling == "loss_aware":
         return LossAwareTimesteps(config.num_timesteps)
     return UniformTimesteps(config.num_timesteps)
 
 
 class UniformTimesteps:
-    """Every timestep with the same probability and weight 1."""
+    """Sampler with the same probability for all timesteps, and weight 1."""
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
@@ -53,19 +55,19 @@ class UniformTimesteps:
         return TimestepDraw(t, torch.ones(batch_size, device=generator.device))
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        return None  # nothing is learned from losses
+        return None  # does not depend on losses
 
 
 class LossAwareTimesteps:
-    """Importance sampling with p_t in proportion to sqrt(E[L_t^2]), over the last losses of every timestep.
+    """Importance sampler with p_t proportional to sqrt(E[L_t^2]), from the recent losses of each timestep.
 
-    Uniform until every timestep has a full memory.
+    Uniform until every timestep has H losses.
     """
 
     def __init__(self, num_timesteps: int, num_losses: int = 10, uniform_prob: float = 0.001) -> None:
         """Args:
-        num_losses: H, losses remembered for each timestep.
-        uniform_prob: share of uniform draws, so that no timestep is ever forgotten.
+        num_losses: H, number of recent losses kept per timestep.
+        uniform_prob: probability of a uniform draw, so that every timestep is visited.
         """
         self.uniform_prob = uniform_prob
         self.losses = torch.zeros(num_timesteps, num_losses, dtype=torch.float64)  # [T, H]
@@ -73,7 +75,7 @@ class LossAwareTimesteps:
         self.state: Mapping[str, Tensor] = {"losses": self.losses, "num_updates": self.num_updates}
 
     def probabilities(self) -> Tensor:
-        """p_t, [T] float64, summing to 1."""
+        """Probabilities p_t, [T] float64, summing to 1."""
         num_timesteps, num_losses = self.losses.shape
         uniform = torch.full((num_timesteps,), 1 / num_timesteps, dtype=torch.float64)
         root_mean_square = (self.losses**2).mean(dim=1).sqrt()  # [T]
@@ -83,17 +85,17 @@ class LossAwareTimesteps:
         return (1 - self.uniform_prob) * importance + self.uniform_prob * uniform
 
     def draw(self, batch_size: int, generator: torch.Generator) -> TimestepDraw:
-        """Timesteps and the weights 1 / (T p_t), on the generator's device."""
+        """Draw timesteps, with weights 1 / (T p_t), on the generator's device."""
         probabilities = self.probabilities().to(generator.device)
         t = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
         return TimestepDraw(t, (1 / (len(probabilities) * probabilities[t])).float())
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Remember losses, those of all processes that train together, in the order of their ranks.
+        """Record the losses of all ranks, in rank order.
 
         Args:
             t: [B] int64.
-            loss: [B], not weighted.
+            loss: [B], unweighted.
         """
         pairs = torch.stack([t.double(), loss.detach().double()])  # [2, B]
         if torch.distributed.is_initialized():
@@ -107,40 +109,41 @@ class LossAwareTimesteps:
 
 
 class TimestepLosses:
-    """What losses were at early and late timesteps, and beside what predicting zeros would have cost."""
+    """Mean losses by range of timesteps, and relative to the loss of predicting zeros."""
 
     def __init__(self, num_timesteps: int, num_buckets: int = 4) -> None:
-        """Args: num_buckets: equal parts of the timesteps, told apart."""
+        """Args:
+        num_buckets: number of equal ranges of timesteps.
+        """
         self.num_timesteps, self.num_buckets = num_timesteps, num_buckets
         self._sums: Tensor | None = None  # [num_buckets, 3]: losses, losses of zeros, samples
 
     @torch.no_grad()
     def add(self, t: Tensor, loss: Tensor, loss_of_zeros: Tensor) -> None:
-        """Args: t [B] int64; loss [B]; loss_of_zeros [B], of the same samples and noise. All on one device."""
+        """Add losses [B] at t [B] int64, and the losses [B] of predicting zeros for the same samples and noise."""
         if self._sums is None:
             self._sums = torch.zeros(self.num_buckets, 3, device=t.device)
         bucket = t * self.num_buckets // self.num_timesteps  # [B]
         values = torch.stack([loss, loss_of_zeros, torch.ones_like(loss)], dim=1).float()  # [B, 3]
         self._sums.index_add_(0, bucket, values)
 
-    def take(self, of_all_workers: bool = False) -> dict[str, float]:
-        """Means since the last time: `loss_t_FIRST_LAST` of each bucket that was met, and `relative_loss`.
+    def take(self, all_ranks: bool = False) -> dict[str, float]:
+        """Return and reset the means since the last call: `loss_t_FIRST_LAST` for each visited range, and `relative_loss`.
 
-        The relative loss is 1 for a network that predicts the mean of what is to be predicted, and no better than that is
-        what a training that learns nothing stays at.
+        The relative loss is 1 for a network that predicts the mean of its targets; a training that learns nothing stays
+        at 1.
 
         Args:
-            of_all_workers: that train together; all of them must ask.
+            all_ranks: combine the losses of all ranks; all of them must call it.
         """
         if self._sums is None:
             return {}
-        sums = (parallel.all_reduce_sum(self._sums) if of_all_workers else self._sums).tolist()
+        sums = (parallel.all_reduce_sum(self._sums) if all_ranks else self._sums).tolist()
         self._sums = None
         values = {}
         for bucket, (loss, _, count) in enumerate(sums):
-            edges = (number * self.num_timesteps // self.num_buckets for number in (bucket, bucket + 1))
-            first, after = edges
+            first, end = (index * self.num_timesteps // self.num_buckets for index in (bucket, bucket + 1))
             if count:
-                values[f"loss_t_{first:04d}_{after - 1:04d}"] = loss / count
-        total, of_zeros = (sum(row[column] for row in sums) for column in (0, 1))
-        return {**values, "relative_loss": total / of_zeros} if of_zeros else values
+                values[f"loss_t_{first:04d}_{end - 1:04d}"] = loss / count
+        total, total_of_zeros = (sum(row[column] for row in sums) for column in (0, 1))
+        return {**values, "relative_loss": total / total_of_zeros} if total_of_zeros else values

@@ -1,9 +1,9 @@
-"""The training loop: one for every model.
+"""Training loop for all models.
 
-Everything is a pure function of (config, rows, samples seen): the order of rows, the noise, dropout and the learning rate.
-So a checkpoint holds only weights, their moving average, the optimiser's moments and what the objective itself learns, and a
-run that was killed and restarted takes exactly the steps that an undisturbed run takes. With `micro_batch_size` that is so
-for any number of workers: noise belongs to the micro-batch, whoever computes it.
+The order of rows, the noise, dropout and the learning rate are pure functions of (config, rows, samples seen). So a
+checkpoint holds only weights, EMA weights, the optimiser's moments and the state of the objective, and a training that was
+killed and restarted takes exactly the same steps as one without interruption. With `micro_batch_size` this holds for any
+number of workers, because noise depends on the micro-batch and not on the rank that computes it.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ from unclip.training.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 CURVE = "curve.tsv"
-"""File in a training's folder that says how its loss fell."""
+"""Name of the loss curve file in the folder of a training."""
 HUNG = "hung.json"
-"""File in a training's folder that says which worker hung last."""
+"""Name of the file in the folder of a training that says which worker hung last."""
 HUNG_EXIT_CODE = 70  # EX_SOFTWARE
 MEASURED_ROWS = 16
-"""Training rows that a finished model is measured on."""
+"""Number of training rows on which a finished model is measured."""
 
 
 def train(
@@ -52,44 +52,44 @@ def train(
     workers: Workers = ALONE,
     validation: RowReader | None = None,
 ) -> str:
-    """Train to the end, from the last checkpoint in `folder` if there is one.
+    """Train to the end, resuming from the last checkpoint in `folder` if there is one.
 
     Args:
-        folder: URI for this training alone; gets `checkpoints/` and at the end `model/`.
-        monitor: hears how it goes, on the first worker; every worker's is asked what it wants.
-        validation: rows that are not trained on; the first `validation_rows` of them are validated with.
+        folder: URI of a folder for this training only; gets `checkpoints/` and, at the end, `model/`.
+        monitor: follows the training on rank 0; on every rank it may request a checkpoint or a stop.
+        validation: held-out rows; the first `validation_rows` of them give the validation loss.
 
-    One of several workers ends its process with `HUNG_EXIT_CODE` when one of them hangs.
+    With several workers, all processes exit with `HUNG_EXIT_CODE` if one of them hangs.
 
     Returns:
-        Digest of `model/`: weights (the moving average) and facts; "" on other workers than the first.
+        Digest of `model/`, which holds the EMA weights and facts; "" on ranks other than 0.
 
     Raises:
-        NonFiniteError: a loss or gradient that is not finite; the weights were not touched by it.
-        StoppedError: the monitor asked to stop; a checkpoint was written.
-        CheckpointError: the checkpoints in `folder` are of another model.
-        ConfigError: the batch cannot be shared equally.
+        NonFiniteError: a loss or gradient is not finite; it did not change the weights.
+        StoppedError: the monitor requested a stop; a checkpoint was written.
+        CheckpointError: the checkpoints in `folder` are from another model.
+        ConfigError: the batch cannot be divided equally among the workers.
     """
     unit = workers.world_size * max(1, config.micro_batch_size)
     expected = f"a multiple of {workers.world_size} workers" + " times micro_batch_size" * (config.micro_batch_size > 0)
     require(config.batch_size % unit == 0, "batch_size", config.batch_size, expected)
     if workers.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        # Nothing reads uninitialised memory here, and filling it takes a tenth of a step.
+        # Filling uninitialised memory takes a tenth of a step, and nothing here reads such memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     monitor = monitor or Monitor()
 
-    def hung(message: str) -> None:
+    def on_hang(message: str) -> None:
         try:
             monitor.warn(message)
             if workers.world_size > 1:
                 files.write_json(f"{folder}/{HUNG}", {"message": message})
         finally:
             if workers.world_size > 1:
-                os._exit(HUNG_EXIT_CODE)  # nothing else gets a process out of a collective
+                os._exit(HUNG_EXIT_CODE)  # nothing else can interrupt a collective
 
-    watchdog = Watchdog(f"{folder}/workers", workers, config.hang_seconds, hung)
-    with watchdog.awake():
+    watchdog = Watchdog(f"{folder}/workers", workers, config.hang_seconds, on_hang)
+    with watchdog.running():
         training = _Training(objective, reader, config, folder, monitor, workers, watchdog, validation)
         with contextlib.closing(training):
             training.run()
@@ -97,7 +97,7 @@ def train(
 
 
 class _Training:
-    """One worker's part of a training."""
+    """Training, as run by one of its workers."""
 
     def __init__(
         self,
@@ -112,10 +112,10 @@ class _Training:
     ) -> None:
         self.validation = validation if config.validation_rows else None
         self.objective, self.reader, self.config, self.folder, self.workers = objective, reader, config, folder, workers
-        self.asked = monitor
+        self.requests = monitor  # of every rank
         self.monitor = monitor if workers.rank == 0 else Monitor()
         self.watchdog = watchdog
-        # Draws previews with the averaged weights, on the first worker alone: shards and compilation do not concern it.
+        # Full model for the EMA weights, on rank 0 only, without sharding and compilation.
         self.replica = copy.deepcopy(objective.model).cpu().eval() if workers.rank == 0 else None
         model = objective.model.to(workers.device).train()
         if config.activation_checkpointing:
@@ -129,10 +129,10 @@ class _Training:
         self.samples_seen = self._restore()
         self.alarm = self._restore_curve()
         if config.nonfinite == "roll_back" and self.samples_seen == 0:
-            self._save()  # what there is to go back to at first
+            self._save()  # target of a roll-back before the first regular checkpoint
 
     def run(self) -> None:
-        """From where the training stands to its end."""
+        """Train from the current state to the end."""
         self.monitor.start(self.samples_seen, self.config.num_samples)
         pace = _Pace(self.config)
         while self.samples_seen < self.config.num_samples:
@@ -162,10 +162,10 @@ class _Training:
         self.writer.close()
 
     def export(self) -> str:
-        """Write `model/`; every worker calls it, the first one writes."""
-        self.writer.wait()  # the last checkpoint is complete
+        """Write `model/` on rank 0; all ranks must call it."""
+        self.writer.wait()  # until the last checkpoint is complete
         self.watchdog.reached("measuring the model", self.samples_seen)
-        with self._averaged_replica() as model:
+        with self._ema_replica() as model:
             if model is None:
                 return ""
             measured = self._measure(model)
@@ -174,7 +174,7 @@ class _Training:
         return checkpoints.save(f"{self.folder}/model", tensors, facts)
 
     def _measure(self, model: nn.Module) -> Tensors:
-        """Tensors that the objective measures of the finished model, if it does: the same for the same weights."""
+        """Measure the finished model if the objective is `Measuring`; the result is deterministic."""
         if not isinstance(self.objective, Measuring):
             return {}
         device = self.workers.device
@@ -184,7 +184,7 @@ class _Training:
             return self.objective.measure(model, tensors, torch.Generator(device).manual_seed(self.config.seed))
 
     def _prepare(self, batch: Batch) -> tuple[list[str], list[Tensors]]:
-        """Keys and micro-batches of a batch, ready for the device; called in the reader's thread."""
+        """Split a batch into its keys and micro-batches, ready for the device; called in the reader's thread."""
         size = self.config.micro_batch_size or len(batch["key"])
         parts = [
             {name: values[start : start + size] for name, values in batch.items()}
@@ -193,23 +193,23 @@ class _Training:
         micro_batches = [self.objective.prepare(part) for part in parts]
         if self.workers.device.type == "cuda":
             micro_batches = [
-                {name: value if value.is_cuda else value.pin_memory() for name, value in one.items()}
-                for one in micro_batches
+                {name: value if value.is_cuda else value.pin_memory() for name, value in micro_batch.items()}
+                for micro_batch in micro_batches
             ]
         return batch["key"], micro_batches
 
     def _step(self, keys: list[str], micro_batches: list[Tensors], pace: "_Pace") -> bool:
-        """One step, and what is due after it; returns whether to go on with the next batch."""
+        """Take a step, then log, save and preview as due; return False after a roll-back."""
         config, state, workers = self.config, self.state, self.workers
         loss = self._backward(micro_batches)
-        asked = torch.tensor([self.asked.wants_stop(), self.asked.wants_checkpoint()], device=workers.device)
-        means = parallel.all_reduce_mean(torch.cat([loss[None], asked.float()]), workers)
+        requests = torch.tensor([self.requests.wants_stop(), self.requests.wants_checkpoint()], device=workers.device)
+        means = parallel.all_reduce_mean(torch.cat([loss[None], requests.float()]), workers)
         norm = state.gradient_norm()
-        value, stopped, saved, gradient_norm = torch.cat([means, norm[None]]).tolist()  # one wait for the device
+        value, wants_stop, wants_checkpoint, gradient_norm = torch.cat([means, norm[None]]).tolist()  # one device sync
         if math.isfinite(value) and math.isfinite(gradient_norm):
             state.apply(self.samples_seen, gradient_norm)
         elif math.isfinite(value) and state.loss_scale.shrink():
-            state.zero_grad()  # an overflow of fp16, which a smaller scale prevents
+            state.zero_grad()  # an fp16 overflow, which a smaller scale prevents
         elif self._after_nonfinite(value, gradient_norm, keys) == "roll_back":
             return False
         self.samples_seen += config.batch_size
@@ -219,56 +219,57 @@ class _Training:
             extra = {"gradient_norm": gradient_norm, "learning_rate": learning_rate(config, self.samples_seen)}
             speed = pace.summary()
             speed |= self._speed(speed["samples_per_second"])
-            self._tell({**speed, **extra, **self.objective.metrics(True)})
-        if stopped or saved or _due(self.samples_seen, config.checkpoint_samples, config):
-            self._save(validate=not (stopped or saved))
-        if not stopped and _due(self.samples_seen, config.samples_between_previews(), config):
+            self._report({**speed, **extra, **self.objective.metrics(True)})
+        if wants_stop or wants_checkpoint or _due(self.samples_seen, config.checkpoint_samples, config):
+            self._save(validate=not (wants_stop or wants_checkpoint))
+        if not wants_stop and _due(self.samples_seen, config.samples_between_previews(), config):
             self._preview()
-        if stopped and self.samples_seen < config.num_samples:
+        if wants_stop and self.samples_seen < config.num_samples:
             self.writer.wait()
             raise StoppedError(
                 f"training: stopped as asked after {self.samples_seen:,} of {config.num_samples:,} samples. "
-                f"Nothing is lost: run the same command again to go on."
+                f"Nothing is lost: run the same command again to resume."
             )
         return True
 
     def _backward(self, micro_batches: list[Tensors]) -> Tensor:
-        """Gradients of this worker's share of a batch; returns its mean loss."""
-        config, workers, number = self.config, self.workers, len(micro_batches)
+        """Compute the gradients of this rank's share of a batch; return its mean loss."""
+        config, workers, num_micro_batches = self.config, self.workers, len(micro_batches)
         losses = []
         for index, micro_batch in enumerate(micro_batches):
-            generator = _seed_step(config.seed, self.samples_seen, workers.rank * number + index, workers.device)
+            position = workers.rank * num_micro_batches + index
+            generator = _seed_step(config.seed, self.samples_seen, position, workers.device)
             tensors = {name: value.to(workers.device, non_blocking=True) for name, value in micro_batch.items()}
-            with parallel.without_sync(self.network, index < number - 1):
+            with parallel.no_sync(self.network, index < num_micro_batches - 1):
                 with autocast(config.precision, workers.device):
                     loss = self.objective.loss(self.network, tensors, generator)
-                (loss * (self.state.loss_scale.value / number)).backward()  # type: ignore[no-untyped-call]
+                (loss * (self.state.loss_scale.value / num_micro_batches)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
 
     def _after_nonfinite(self, loss: float, gradient_norm: float, keys: list[str]) -> str:
-        """Do what the configuration says about a loss or gradient that is not finite; the same on all workers."""
+        """React to a loss or gradient that is not finite, as configured by `nonfinite`; the same on all ranks."""
         config, state = self.config, self.state
         state.zero_grad()
-        keys = [key for of_worker in parallel.all_gather(keys, self.workers) for key in of_worker]
+        keys = [key for of_rank in parallel.all_gather(keys, self.workers) for key in of_rank]
         state.num_nonfinite += 1
-        happened = f"got loss {loss} and gradient norm {gradient_norm} after {self.samples_seen} samples"
+        problem = f"got loss {loss} and gradient norm {gradient_norm} after {self.samples_seen} samples"
         if self.workers.rank == 0:
             event = {"samples_seen": self.samples_seen, "loss": str(loss), "gradient_norm": str(gradient_norm)}
             files.write_json(f"{self.folder}/nonfinite/{self.samples_seen:012d}.json", {**event, "keys": keys})
         if config.nonfinite == "stop" or state.num_nonfinite > config.max_nonfinite:
             raise NonFiniteError(
-                f"training: {happened}, in the batch of {', '.join(keys[:4])} ... ({len(keys)} keys are in "
-                f"{self.folder}/nonfinite). The weights are untouched. Lower the learning rate or set precision = 'fp32'."
+                f"training: {problem}, in the batch of {', '.join(keys[:4])} ... ({len(keys)} keys are in "
+                f"{self.folder}/nonfinite). The weights are unchanged. Lower the learning rate or set precision = 'fp32'."
             )
-        self.monitor.warn(f"{happened}; {'the batch is skipped' if config.nonfinite == 'skip' else 'rolling back'}.")
+        self.monitor.warn(f"{problem}; {'the batch is skipped' if config.nonfinite == 'skip' else 'rolling back'}.")
         return config.nonfinite
 
-    def _tell(self, values: dict[str, float]) -> None:
-        """Metrics to the monitor and the curve, and what is wrong with them; on the first worker."""
+    def _report(self, values: dict[str, float]) -> None:
+        """Send metrics to the monitor and the curve, and warn about problems; on rank 0."""
         if self.workers.rank > 0:
             return
-        for warning in self.alarm.hear(self.samples_seen, values):
+        for warning in self.alarm.check(self.samples_seen, values):
             self.monitor.warn(warning)
         over_reference = self.alarm.over_reference()
         if over_reference is not None:
@@ -276,7 +277,7 @@ class _Training:
         self.monitor.metrics(values, self.samples_seen)
 
     def _restore_curve(self) -> curves.Alarm:
-        """The curve up to the checkpoint that was taken up; the first worker has one."""
+        """Loss curve up to the restored checkpoint; rank 0 only."""
         if self.workers.rank > 0:
             return curves.Alarm({})
         curve: curves.Curve = {}
@@ -284,7 +285,7 @@ class _Training:
             try:
                 curve = curves.read(f"{self.folder}/{CURVE}")
             except ConfigError as error:
-                self.monitor.warn(f"the curve begins anew: {error}")
+                self.monitor.warn(f"starting a new loss curve: {error}")
         reference = self.config.reference_curve
         return curves.Alarm(
             {samples_seen: point for samples_seen, point in curve.items() if samples_seen <= self.samples_seen},
@@ -292,8 +293,8 @@ class _Training:
         )
 
     def _speed(self, samples_per_second: float) -> dict[str, float]:
-        """What is in the samples of a second, the arithmetic that each device does for them and its share of what it could do;
-        and the most memory that this worker had."""
+        """Units per second, FLOPs per second and model FLOPs utilisation of each device, and the peak memory of rank 0's
+        process."""
         sizes = self.objective.sample_size.items()
         values = {f"{unit}_per_second": samples_per_second * size for unit, size in sizes}
         if self.flops is not None and self.flops.flops_per_sample is not None:
@@ -306,19 +307,19 @@ class _Training:
         return {**values, "memory_gib": peak_bytes / 2**30}
 
     def _save(self, validate: bool = True) -> None:
-        """Write a checkpoint; without a validation before it where time is short."""
+        """Write a checkpoint, after a validation unless time is short."""
         facts = {**self.objective.facts(), **self.state.facts(), **(self._validate() if validate else {})}
         self.watchdog.reached("writing a checkpoint", self.samples_seen)
         if self.workers.rank == 0:
-            with contextlib.suppress(StorageError):  # a full disk is for the checkpoint to tell
+            with contextlib.suppress(StorageError):  # the checkpoint reports a full disk
                 curves.write(f"{self.folder}/{CURVE}", self.alarm.curve)
         self.writer.save(self.samples_seen, self.state.tensors(), facts)
 
     def _validate(self) -> dict[str, float]:
-        """Measure `validation_loss` of the averaged weights; on the first worker, which the others wait for."""
+        """Measure `validation_loss` of the EMA weights on rank 0, while the other ranks wait."""
         if self.validation is None:
             return {}
-        with self._averaged_replica() as model:
+        with self._ema_replica() as model:
             if model is None:
                 return {}
             keys = self.validation.keys()[: self.config.validation_rows]
@@ -338,31 +339,31 @@ class _Training:
         return {"validation_loss": values["loss"]}
 
     @contextlib.contextmanager
-    def _averaged_replica(self) -> Iterator[nn.Module | None]:
-        """On the first worker a whole model with the averaged weights, on its device and in evaluation mode."""
-        averaged = self.state.averaged()
+    def _ema_replica(self) -> Iterator[nn.Module | None]:
+        """Full model with the EMA weights, on the device and in evaluation mode; None on ranks other than 0."""
+        state_dict = self.state.ema_state_dict()
         if self.replica is None:
             yield None
             return
-        self.replica.load_state_dict(averaged)
+        self.replica.load_state_dict(state_dict)
         try:
             yield self.replica.to(self.workers.device)
         finally:
             self.replica.cpu()
 
     def _restore(self) -> int:
-        """Take up the last checkpoint; returns its samples_seen, 0 without one."""
+        """Restore the last checkpoint; return its `samples_seen`, or 0 if there is none."""
         state = self.state
         num_nonfinite, num_roll_backs = state.num_nonfinite, state.num_roll_backs
         facts = sharded.restore(f"{self.folder}/checkpoints", state.tensors(), self.workers)
         state.restore(facts or {})
-        if num_nonfinite:  # rolled back: what was learnt of bad batches is newer than the checkpoint
+        if num_nonfinite:  # roll-back: these counts are newer than the checkpoint
             state.num_nonfinite, state.num_roll_backs = num_nonfinite, num_roll_backs + 1
         return int(facts["samples_seen"]) if facts else 0
 
     def _preview(self) -> None:
         self.watchdog.reached("drawing a preview", self.samples_seen)
-        with self._averaged_replica() as model:
+        with self._ema_replica() as model:
             if model is None:
                 return
             try:
@@ -370,12 +371,12 @@ class _Training:
                     images = self.objective.preview(model)
                 if images is not None:
                     self.monitor.preview(images, self.samples_seen)
-            except Exception as error:  # a picture is not worth a training
+            except Exception as error:  # a failed preview must not end a training
                 self.monitor.warn(f"no preview after {self.samples_seen:,} samples: {error or type(error).__name__}")
 
 
 class _Pace:
-    """Speed and mean loss since the last time they were asked for."""
+    """Speed and mean loss since the last summary."""
 
     def __init__(self, config: TrainerConfig) -> None:
         self.batch_size = config.batch_size
@@ -409,13 +410,13 @@ def _peak_resident_bytes() -> int:
 
 
 def _due(samples_seen: int, every: int, config: TrainerConfig) -> bool:
-    """Whether this step crossed a multiple of `every`, or is the last."""
+    """Return True if this step crossed a multiple of `every` or is the last one."""
     crossed = samples_seen // every > (samples_seen - config.batch_size) // every
     return crossed or samples_seen >= config.num_samples
 
 
 def _seed_step(seed: int, samples_seen: int, micro_batch: int, device: torch.device) -> torch.Generator:
-    """Randomness of a micro-batch: a function of where it stands in all of the training, so that nothing of it is saved."""
+    """Seed torch and return a generator, as a function of the position in the training, so that no RNG state is saved."""
     step_seed = (seed * 1_000_003 + samples_seen * 1_009 + micro_batch) % 2**63
     torch.manual_seed(step_seed)  # dropout
     return torch.Generator(device).manual_seed(step_seed + 1)

@@ -1,7 +1,7 @@
-"""Which of several workers keeps the others waiting?
+"""Watchdog that names the worker that keeps the others waiting.
 
-Workers take every step together, so one that hangs stops them all, in a collective that at best says that it waited too
-long. Each worker therefore keeps a small file that says how far it is; one that finds that nobody moves reads them all.
+Workers take every step together, so one that hangs stops them all, in a collective that at best reports a timeout. So each
+worker writes its progress to a small file; a worker that makes no progress reads the files of all workers.
 """
 
 import contextlib
@@ -27,70 +27,71 @@ Activity = Literal[
     "taking a step",
 ]
 ORDER: tuple[Activity, ...] = typing.get_args(Activity)
-"""What workers do at the same number of samples seen, in this order; who is at an earlier one is behind."""
+"""Activities at the same number of samples seen, in order; a worker at an earlier one is behind."""
 
 Marks = Mapping[int, Mapping[str, Any]]
-"""What each worker wrote about itself, by rank; a worker that wrote nothing is not there."""
+"""Progress that each worker wrote, by rank; workers that wrote nothing are missing."""
 
 
 class Watchdog:
-    """Watches the workers from one of them, and names those that hang."""
+    """Watches all workers from within one of them, and names those that hang."""
 
-    def __init__(self, folder: str, workers: Workers, seconds: float, hung: Callable[[str], object]) -> None:
+    def __init__(self, folder: str, workers: Workers, seconds: float, on_hang: Callable[[str], object]) -> None:
         """Args:
-        folder: URI of a folder for the workers' files, that all of them see.
-        seconds: without any move of any worker, after which `hung` is called with a sentence for people, and again when
-            as much time has passed again; 0 for never.
+        folder: URI of a folder for the workers' files, shared by all of them.
+        seconds: time without progress of any worker after which `on_hang` is called, and called again each time it
+            passes anew; 0 for never.
+        on_hang: called with a message for users.
         """
-        self.folder, self.workers, self.seconds, self.hung = folder, workers, seconds, hung
+        self.folder, self.workers, self.seconds, self.on_hang = folder, workers, seconds, on_hang
         self.mark = {"host": socket.gethostname(), "pid": os.getpid(), "samples_seen": 0, "activity": ORDER[0]}
         self._num_moves = self._num_beats = 0
         self._moved_at = time.monotonic()
-        self._still: Marks = {}  # marks of which none has moved
-        self._still_since = 0.0
+        self._stalled: Marks = {}  # marks of all workers since none makes progress
+        self._stalled_since = 0.0
 
     def reached(self, activity: Activity, samples_seen: int) -> None:
-        """This worker moves. Costs nothing: `watch` writes it down."""
+        """Record progress of this worker, in memory only: `watch` writes it to the file."""
         self.mark |= {"activity": activity, "samples_seen": samples_seen}
         self._num_moves += 1
         self._moved_at = time.monotonic()
 
     @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        """Watch from a thread while the block runs, ten times in `seconds`."""
+    def running(self) -> Iterator[None]:
+        """Watch from a thread while the block runs, ten times per `seconds`."""
         if not self.seconds:
             yield
             return
-        self.watch()  # what an earlier attempt left is not there for the others to see
+        self.watch()  # replaces the file of an earlier attempt
         with repeatedly(self.seconds / 10, self.watch, "watchdog"):
             yield
 
     def watch(self) -> None:
-        """Say where this worker is; and look at the others when it has not moved for a while."""
+        """Write the progress of this worker; check the others if it has made none for a while."""
         now = time.monotonic()
-        # A folder that cannot be written or read for a while is no reason to end: the training does not need it now.
+        # A folder that is unavailable for a while must not end the training, which does not need it now.
         with contextlib.suppress(StorageError):
             self.beat()
         if now - self._moved_at < self.seconds / 2:
-            self._still = {}
+            self._stalled = {}
             return
         with contextlib.suppress(OSError):
             self.look(now)
 
     def beat(self) -> None:
-        """Say where this worker is, and that it lives."""
+        """Write the progress of this worker and a sign of life."""
         self._num_beats += 1
         mark = {**self.mark, "num_moves": self._num_moves, "num_beats": self._num_beats}
         files.write_json(f"{self.folder}/rank-{self.workers.rank:05d}.json", mark)
 
     def look(self, now: float) -> None:
-        """See whether any worker moved since the first look that found them as they are; `now` in seconds of any clock."""
+        """Compare the progress of all workers with the first look at the same progress; `now` is in seconds of any clock."""
         marks = self._read()
-        if not self._still or any(_moves(self._still, rank) != _moves(marks, rank) for rank in marks):
-            self._still, self._still_since = marks, now
-        elif now - self._still_since >= self.seconds:
-            before, self._still = self._still, {}
-            self.hung(explain(before, marks, self.workers.world_size, self.seconds))
+        if not self._stalled or any(_moves(self._stalled, rank) != _moves(marks, rank) for rank in marks):
+            self._stalled, self._stalled_since = marks, now
+        elif now - self._stalled_since >= self.seconds:
+            before, self._stalled = self._stalled, {}
+            self.on_hang(explain(before, marks, self.workers.world_size, self.seconds))
 
     def _read(self) -> Marks:
         marks = {}
@@ -101,21 +102,21 @@ class Watchdog:
 
 
 def explain(before: Marks, now: Marks, world_size: int, seconds: float) -> str:
-    """Who hangs, in words, given marks of workers that do not move, with time for each to write in between."""
+    """Name the workers that hang, from two sets of marks without progress, between which each had time to write."""
     missing = [rank for rank in range(world_size) if rank not in now]
     silent = [rank for rank in now if rank in before and now[rank]["num_beats"] == before[rank]["num_beats"]]
     behind = _furthest_behind(now)
     if missing:
         culprits = f"worker {', '.join(map(str, missing))} never started"
     elif silent:
-        culprits = f"{_name(silent, now)} does not answer; it was last heard of {_doing(now[silent[0]])}"
+        culprits = f"{_name(silent, now)} does not respond; its last sign of life was while {_doing(now[silent[0]])}"
     elif len(behind) < world_size:
         culprits = f"{_name(behind, now)} kept the others waiting while {_doing(now[behind[0]])}"
     elif world_size == 1:
         culprits = f"it is {_doing(now[0])}"
     else:
-        culprits = f"all were {_doing(now[0])}, so look at the network between them"
-    return f"nothing moved for {seconds:g} s: {culprits}."
+        culprits = f"all were {_doing(now[0])}, so check the network between them"
+    return f"no progress for {seconds:g} s: {culprits}."
 
 
 def _moves(marks: Marks, rank: int) -> int | None:

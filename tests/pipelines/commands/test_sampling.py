@@ -88,9 +88,9 @@ def test_what_is_black_in_the_mask_stays(storage: Path, folder: Path) -> None:
     ("command", "words"),
     [
         (("vary", "none.png"), ("none.png", "does not exist")),
-        (("vary", "."), ("no file",)),
+        (("vary", "."), ("not a file",)),
         (("vary", "text.png"), ("text.png", "not a JPEG, PNG, WebP or GIF")),
-        (("vary", "damaged.png"), ("damaged.png", "a damaged picture")),
+        (("vary", "damaged.png"), ("damaged.png", "a damaged image")),
         (("vary", "square.png", "--num", 0), ("--num: got 0",)),
         (("vary", "square.png", "--eta", 1.5), ("--eta: got 1.5, expected 0 to 1",)),
         (("vary", "square.png", "--steps", 0), ("decoder.num_steps: got 0",)),

@@ -32,8 +32,8 @@ from unclip.training.film import add_preview
 LISTED = [Listed(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
 
 
-def fetched(index: int) -> dict[str, Any]:
-    """A stored picture; 3 and 4 are the same, and 5 looks like them."""
+def stored_image(index: int) -> dict[str, Any]:
+    """Return a stored image; 3 and 4 are identical, and 5 looks like them."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), (20 * index, 7, 77)).save(buffer, "JPEG")
     same = 3 if index == 4 else index
@@ -50,7 +50,7 @@ def store(tmp_path: Path) -> Store:
     order = {row["key"]: row["position"] for row in pairs.to_pylist()}
     listed = sorted(order)
     images = [
-        {"key": row["key"], "url": row["url"], "caption": row["caption"], **fetched(row["position"])}
+        {"key": row["key"], "url": row["url"], "caption": row["caption"], **stored_image(row["position"])}
         for row in pairs.to_pylist()
     ]
     uri = store.uri("images", "recipe")
@@ -87,71 +87,71 @@ def store(tmp_path: Path) -> Store:
         {"rows": {"in": 12, "kept": 11, "dropped": 1, "failed": 0}, "reasons": {"too_small": 1}},
     )
     store.write_json({"uri": store.uri("selection.parquet"), "digest": "d1" * 32}, "stages", "curate", "f.json")
-    page = "".join(f'<figure data-key="{key}"><img src="data:x">{key} told</figure>' for key in listed)
+    page = "".join(f'<figure data-key="{key}"><img src="data:x">{key} caption</figure>' for key in listed)
     files.write(store.uri("artifacts", "report", "f", "report.html"), page.encode())
     return store
 
 
-def key_of(store: Store, position: int) -> str:
+def key_at(store: Store, position: int) -> str:
     pairs = tables.read_file(store.uri("artifacts", "ingest", "f", "pairs.parquet")).to_pylist()
     return next(row["key"] for row in pairs if row["position"] == position)
 
 
-def everything(store: Store) -> bytes:
-    """Every byte of the storage, but for the tombstones and what was never told about a row: its key."""
+def all_bytes(store: Store) -> bytes:
+    """Return all bytes of the storage except the tombstones."""
     root = Path(store.root)
     return b"".join(
         path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file() and path.name != "tombstones.parquet"
     )
 
 
-def test_bytes_urls_and_captions_are_gone_from_everywhere_and_stay_away(store: Store) -> None:
-    key, jpg = key_of(store, 7), fetched(7)["jpg"]
-    before = everything(store)
+def test_bytes_urls_and_captions_are_deleted_everywhere_and_do_not_return(store: Store) -> None:
+    key, jpg = key_at(store, 7), stored_image(7)["jpg"]
+    before = all_bytes(store)
     assert jpg in before
     ledger = take_down(store, [parse("url", "HTTPS://A1.example.org/7.jpg")], None, [])
     assert ledger.keys == (key,) and ledger.datasets == ("d1" * 32,)
     assert ledger.deleted == {"images/recipe": 1, "embeddings/clip": 1}
-    assert jpg not in everything(store)
+    assert jpg not in all_bytes(store)
     for uri in (store.uri("images", "recipe"), store.uri("embeddings", "clip")):
         assert key not in tables.read(uri)["key"].to_pylist() and tables.read(uri).num_rows == 11
     pairs = tables.read_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"))
     assert pairs.num_rows == 12 and "https://a1.example.org/7.jpg" not in pairs["url"].to_pylist()
     assert "caption number 7" not in pairs["caption"].to_pylist()
     page = files.read(store.uri("artifacts", "report", "f", "report.html")).decode()
-    assert key not in page and page.count("<figure") == 12 and page.count("told") == 11
+    assert key not in page and page.count("<figure") == 12 and page.count("caption") == 11
 
     again = refuse(clean(LISTED), load_tombstones(store)).to_pylist()
     assert [row["reason"] for row in again if row["key"] == key] == ["taken_down"]
     assert sum(row["status"] == "kept" for row in again) == 11
 
 
-def test_the_twins_of_a_picture_go_with_it(store: Store) -> None:
-    ledger = take_down(store, [Tombstone("key", key_of(store, 3))], None, [])
-    assert set(ledger.keys) == {key_of(store, 3), key_of(store, 4)}
+def test_duplicates_of_an_image_are_deleted_with_it(store: Store) -> None:
+    ledger = take_down(store, [Tombstone("key", key_at(store, 3))], None, [])
+    assert set(ledger.keys) == {key_at(store, 3), key_at(store, 4)}
     assert f"{3:064x}" in load_tombstones(store).sha256s
-    near = find_keys(store, [Tombstone("key", key_of(store, 5))], near=1)
-    assert near[Tombstone("key", key_of(store, 5))] == {key_of(store, 5)}  # those it looked like are gone
+    near = find_keys(store, [Tombstone("key", key_at(store, 5))], near=1)
+    assert near[Tombstone("key", key_at(store, 5))] == {key_at(store, 5)}  # its lookalikes are gone
 
 
-def test_what_looks_alike_goes_when_asked_for(store: Store) -> None:
-    [keys] = find_keys(store, [Tombstone("key", key_of(store, 5))], near=1).values()
-    assert keys == {key_of(store, position) for position in (3, 4, 5)}
-    [keys] = find_keys(store, [Tombstone("key", key_of(store, 5))]).values()
-    assert keys == {key_of(store, 5)}
+def test_near_duplicates_are_found_on_request(store: Store) -> None:
+    [keys] = find_keys(store, [Tombstone("key", key_at(store, 5))], near=1).values()
+    assert keys == {key_at(store, position) for position in (3, 4, 5)}
+    [keys] = find_keys(store, [Tombstone("key", key_at(store, 5))]).values()
+    assert keys == {key_at(store, 5)}
 
 
 @pytest.mark.parametrize(
     ("domain", "expected"), [("example.org", 12), ("a2.example.org", 4), ("le.org", 0), ("org", 12)]
 )
-def test_a_domain_means_itself_and_what_is_below(store: Store, domain: str, expected: int) -> None:
+def test_a_domain_includes_its_subdomains(store: Store, domain: str, expected: int) -> None:
     [keys] = find_keys(store, [parse("domain", domain)]).values()
     assert len(keys) == expected
     refused = refuse(clean(LISTED), gather([parse("domain", domain)]))
     assert refused["reason"].to_pylist().count("taken_down") == expected
 
 
-def test_doing_it_again_says_the_same_and_changes_nothing(store: Store) -> None:
+def test_a_repeated_takedown_returns_the_same_and_changes_nothing(store: Store) -> None:
     requested = [parse("domain", "a0.example.org"), parse("sha256", f"{8:064X}")]
     first = take_down(store, requested, None, [])
     digest = tombstones_digest(store)
@@ -160,15 +160,15 @@ def test_doing_it_again_says_the_same_and_changes_nothing(store: Store) -> None:
     assert set(second.deleted.values()) == {0} and tombstones_digest(store) == digest
 
 
-def test_everything_can_go(store: Store) -> None:
+def test_all_rows_can_be_deleted(store: Store) -> None:
     take_down(store, [parse("domain", "example.org")], None, [])
     assert tables.read(store.uri("images", "recipe")).num_rows == 0
-    assert b"JFIF" not in everything(store)
+    assert b"JFIF" not in all_bytes(store)
 
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database without runs: making one takes a second."""
+    """MLflow database without runs, shared because creating one takes a second."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     client(f"sqlite:///{path}")
     return path
@@ -176,7 +176,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass
 class Mlflow:
-    """One MLflow with an experiment, to log to."""
+    """An MLflow store with one experiment."""
 
     uri: str
     experiment: str
@@ -205,7 +205,7 @@ def register(tracker: Tracker, folder: Path, name: str) -> None:
     assert tracker.register(str(folder), "stack", name, "newest") == "1"
 
 
-def test_runs_and_models_that_have_seen_a_row_are_named_and_tagged_in_every_mlflow(
+def test_runs_and_models_that_read_a_row_are_named_and_tagged_in_every_mlflow(
     store: Store, empty_database: Path, tmp_path: Path
 ) -> None:
     own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
@@ -219,7 +219,7 @@ def test_runs_and_models_that_have_seen_a_row_are_named_and_tagged_in_every_mlfl
     for report in reports:
         report.bytes(page, "report.html")
 
-    key = key_of(store, 7)
+    key = key_at(store, 7)
     traces = take_down(store, [Tombstone("key", key)], None, [own.uri, other.uri]).traces
     assert [(run["name"], run["tracking_uri"]) for run in traces.runs] == [("seen", own.uri), ("b", other.uri)]
     assert [(model["name"], model["tracking_uri"]) for model in traces.models] == [
@@ -237,11 +237,13 @@ def test_runs_and_models_that_have_seen_a_row_are_named_and_tagged_in_every_mlfl
         assert key not in redacted.read_text()
 
 
-def test_previews_that_show_a_row_are_deleted_and_no_others(store: Store, empty_database: Path, tmp_path: Path) -> None:
+def test_only_previews_that_show_a_row_are_deleted_from_mlflow(
+    store: Store, empty_database: Path, tmp_path: Path
+) -> None:
     own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
-    keys = [key_of(store, position) for position in range(12)]
+    keys = [key_at(store, position) for position in range(12)]
 
-    def drawn(name: str, dataset: str, stage: str, shown: list[str] | None) -> Tracker:
+    def run_with_previews(name: str, dataset: str, stage: str, shown: list[str] | None) -> Tracker:
         tracker = own.run(name, dataset, stage)
         if shown is not None:
             tracker.json(shown, PREVIEW_KEYS)
@@ -249,25 +251,25 @@ def test_previews_that_show_a_row_are_deleted_and_no_others(store: Store, empty_
         tracker.bytes(b"weights", "model/weights")
         return tracker
 
-    shows = drawn("shows", "d1" * 32, "decoder", keys[5:9])
-    other_rows = drawn("other rows", "d1" * 32, "upsampler-64", keys[:5])
-    untold = drawn("does not say", "d1" * 32, "decoder", None)
-    untold_unseen = drawn("does not say, has not seen", "d2" * 32, "decoder", None)
-    unlisted = drawn("its dataset was not logged", "", "upsampler-64", keys[7:])
-    deleted = drawn("deleted in MLflow", "d1" * 32, "decoder", keys[7:])
+    shows = run_with_previews("shows", "d1" * 32, "decoder", keys[5:9])
+    other_rows = run_with_previews("other rows", "d1" * 32, "upsampler-64", keys[:5])
+    unrecorded = run_with_previews("not recorded", "d1" * 32, "decoder", None)
+    unrecorded_unread = run_with_previews("not recorded, not read", "d2" * 32, "decoder", None)
+    unlogged = run_with_previews("dataset not logged", "", "upsampler-64", keys[7:])
+    deleted = run_with_previews("deleted in MLflow", "d1" * 32, "decoder", keys[7:])
     client(own.uri).delete_run(deleted.run_id)
     forgotten = store.uri("mlflow-artifacts", "0" * 32, "artifacts", PREVIEWS)
     files.write_json(f"{forgotten}/keys.json", keys[7:])
     grid = own.run("grid", "d1" * 32, "evaluate")
-    grid.bytes(b"drawn", "heldout.png")
+    grid.bytes(b"sampled", "heldout.png")
 
     traces = take_down(store, [Tombstone("key", keys[7])], None, [own.uri]).traces
-    gone = [shows, untold, unlisted, deleted]
+    gone = [shows, unrecorded, unlogged, deleted]
     assert set(traces.deleted_previews) == {tracker.run_id for tracker in gone} | {"0" * 32}
     assert not traces.remaining and not files.exists(forgotten)
     for tracker in gone[:-1]:
         assert own.files(tracker) == {"model"}
-    for tracker in (other_rows, untold_unseen):
+    for tracker in (other_rows, unrecorded_unread):
         assert f"{PREVIEWS}/000000000512.png" in own.files(tracker, PREVIEWS)
     assert own.files(grid) == {"heldout.png"}
     assert b"picture" not in b"".join(
@@ -275,8 +277,8 @@ def test_previews_that_show_a_row_are_deleted_and_no_others(store: Store, empty_
     )
 
 
-def test_the_films_that_show_a_row_are_deleted_and_no_others(store: Store) -> None:
-    keys = [key_of(store, position) for position in range(12)]
+def test_only_previews_that_show_a_row_are_deleted_from_the_storage(store: Store) -> None:
+    keys = [key_at(store, position) for position in range(12)]
     films = {"shows": keys[5:9], "other rows": keys[:5], "does not say": None}
     for name, shown in films.items():
         folder = store.uri("artifacts", "decoder", name)
@@ -291,12 +293,12 @@ def test_the_films_that_show_a_row_are_deleted_and_no_others(store: Store) -> No
     assert store.list("artifacts", "decoder", "other rows", PREVIEWS) == expected
 
 
-def test_the_previews_of_a_storage_that_was_moved_are_found_and_artifacts_elsewhere_are_named(
+def test_previews_of_a_moved_storage_are_found_and_unreachable_artifacts_are_named(
     store: Store, empty_database: Path, tmp_path: Path
 ) -> None:
     moved = Mlflow.new(empty_database, Path(store.root), "/where/it/was/mlflow-artifacts")
     away = Mlflow.new(empty_database, tmp_path / "away", "file:///on/another/machine")
-    key = key_of(store, 7)
+    key = key_at(store, 7)
     here, there = moved.run("here", stage="decoder"), away.run("there", stage="decoder")
     files.write_json(store.uri("mlflow-artifacts", here.run_id, "artifacts", *PREVIEW_KEYS.split("/")), [key])
     traces = take_down(store, [Tombstone("key", key)], None, [moved.uri, away.uri]).traces
@@ -304,7 +306,7 @@ def test_the_previews_of_a_storage_that_was_moved_are_found_and_artifacts_elsewh
     assert list(traces.remaining) == [there.run_id] and "/on/another/machine" in traces.remaining[there.run_id]
 
 
-def test_an_mlflow_that_does_not_answer_is_named_and_the_others_are_asked(
+def test_an_mlflow_that_does_not_answer_is_named_and_the_others_are_searched(
     store: Store, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
@@ -316,16 +318,16 @@ def test_an_mlflow_that_does_not_answer_is_named_and_the_others_are_asked(
         monkeypatch.setattr(traces, "answering_client", functools.partial(answering_client, seconds=1.0))
         started = time.monotonic()
         uris = [hangs, refuses, missing, own.uri]
-        found = take_down(store, [Tombstone("key", key_of(store, 7))], None, uris).traces
+        found = take_down(store, [Tombstone("key", key_at(store, 7))], None, uris).traces
         assert time.monotonic() - started < 60
     assert list(found.unanswered) == uris[:3] and [run["name"] for run in found.runs] == ["seen"]
     assert found.unanswered[hangs] == "no answer within 1 s" and "does not exist" in found.unanswered[missing]
     assert not Path(store.root, "none.db").exists()
 
 
-def test_lists_may_mix_and_bad_lines_are_named(tmp_path: Path) -> None:
+def test_lists_may_mix_kinds_and_bad_lines_are_named(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
-    path.write_text(f"# asked for by mail\n\nhttps://a.example/x.jpg\nexample.com\n{'a' * 32}\n{'B' * 64}\n")
+    path.write_text(f"# requested by mail\n\nhttps://a.example/x.jpg\nexample.com\n{'a' * 32}\n{'B' * 64}\n")
     kinds = [tombstone.kind for tombstone in parse_file(str(path))]
     assert kinds == ["url", "domain", "key", "sha256"] and parse_file(str(path))[3].value == "b" * 64
     path.write_text("example.com\nnot a domain\n")
@@ -340,7 +342,7 @@ def test_lists_may_mix_and_bad_lines_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fates(store: Store) -> Store:
-    """The storage with a second version, in which rows met all sorts of fates, and two runs, one for each version."""
+    """The storage with a second version, in which rows have many different fates, and one run for each version."""
     reasons = {1: "http_404", 2: "too_small", 4: "duplicate_image", 5: "near_duplicate", 6: "semantic_duplicate"}
     [old] = versions(store)
     selection = tables.read_file(old.facts["selection"])
@@ -366,7 +368,7 @@ def fates(store: Store) -> Store:
 
 
 @pytest.mark.parametrize(
-    ("position", "fate", "twin"),
+    ("position", "fate", "original"),
     [
         (7, "kept (train) in dataset version 2", None),
         (1, "failed: http_404 in dataset version 2: the server answered with status 404", None),
@@ -376,37 +378,37 @@ def fates(store: Store) -> Store:
         (6, "dropped: semantic_duplicate in dataset version 2: CLIP sees the same", (None, "cosine 1.000")),
     ],
 )
-def test_a_row_says_where_it_came_from_why_it_went_and_who_has_it(
-    fates: Store, position: int, fate: str, twin: tuple[int | None, str] | None
+def test_show_reports_origin_fate_and_runs_of_a_row(
+    fates: Store, position: int, fate: str, original: tuple[int | None, str] | None
 ) -> None:
-    facts = show(fates, key_of(fates, position))
+    facts = show(fates, key_at(fates, position))
     assert facts["fate"].startswith(fate) and facts["url"] == f"https://a{position % 3}.example.org/{position}.jpg"
     assert facts["dataset versions"]["2 e2e2e2e2"].startswith(fate.partition(" in ")[0])
     before = facts["dataset versions"]["1 d1d1d1d1"].partition(",")[
         0
-    ]  # there the last key was too small, the others kept
+    ]  # in version 1 the last key was too small, the others were kept
     runs = facts.get("runs that had it", {})
     assert ("first" in runs) == (before == "kept (train)") and ("second" in runs) == (position == 7)
     if "first" in runs:
         assert runs["first"] == "mine, done, version 1 (train), models decoder"
-    if twin is None:
+    if original is None:
         assert "same picture as" not in facts
     else:
         [(winner, note)] = facts["same picture as"].items()
-        assert note == twin[1] and (twin[0] is None or winner == key_of(fates, twin[0]))
+        assert note == original[1] and (original[0] is None or winner == key_at(fates, original[0]))
 
 
-def test_a_row_that_was_taken_down_says_so_and_who_had_it(fates: Store) -> None:
-    key = key_of(fates, 7)
+def test_show_reports_the_takedown_of_a_row_and_its_runs(fates: Store) -> None:
+    key = key_at(fates, 7)
     take_down(fates, [parse("domain", "a1.example.org")], None, [])
     facts = show(fates, key)
     assert facts["fate"].startswith("taken down because of domain a1.example.org; before: kept (train)")
     assert "url" not in facts and "caption" not in facts and "images" not in facts
     assert facts["lists"] == {"f row 7": "taken_down"} and "second" in facts["runs that had it"]
-    assert show(fates, key_of(fates, 5))["same picture as"]  # while others are gone
+    assert show(fates, key_at(fates, 5))["same picture as"]  # even after other rows were taken down
 
 
-def test_a_row_before_any_dataset_version_and_one_that_is_a_tombstone_alone(tmp_path: Path) -> None:
+def test_show_without_a_dataset_version_and_with_only_a_tombstone(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with pytest.raises(InputError, match="has no rows"):
         show(store, "0" * 32)
@@ -419,8 +421,8 @@ def test_a_row_before_any_dataset_version_and_one_that_is_a_tombstone_alone(tmp_
     assert show(store, "abab" * 2)["fate"].startswith("taken down because of key abab")
 
 
-def test_a_key_that_is_unknown_short_or_not_the_only_one_names_the_nearest(store: Store) -> None:
-    key = key_of(store, 7)
+def test_an_unknown_short_or_ambiguous_key_names_the_nearest(store: Store) -> None:
+    key = key_at(store, 7)
     assert show(store, f" {key[:6].upper()}")["key"] == key
     wrong = key[:7] + ("0" if key[7] != "0" else "1")
     result = call("data", "show", wrong, "--storage", store.root)
@@ -430,7 +432,7 @@ def test_a_key_that_is_unknown_short_or_not_the_only_one_names_the_nearest(store
     with pytest.raises(InputError, match="got 5 digits of a key, expected at least 6"):
         show(store, key[:5])
     take_down(store, [Tombstone("key", key[:-1] + ("0" if key[-1] != "0" else "1"))], None, [])
-    with pytest.raises(InputError, match=rf"2 rows have a key that begins like this: {key[:-1]}.*Give more digits"):
+    with pytest.raises(InputError, match=rf"2 rows have a key with this prefix: {key[:-1]}.*Give more digits"):
         show(store, key[:8])
     result = call("data", "show", key, "--storage", store.root)
     assert result.returncode == 0 and f"url                  https://a{7 % 3}.example.org/7.jpg" in result.stdout
@@ -439,7 +441,7 @@ def test_a_key_that_is_unknown_short_or_not_the_only_one_names_the_nearest(store
 def test_versions_rows_differences_and_takedowns_as_json(fates: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     storage = ("--storage", fates.root)
-    kept, duplicate = key_of(fates, 7), key_of(fates, 4)
+    kept, duplicate = key_at(fates, 7), key_at(fates, 4)
     found = call_json("data", "list", *storage)["versions"]
     assert [(version["number"], version["digest"]) for version in found] == [(1, "d1" * 32), (2, "e2" * 32)]
     assert found[1]["counts"] == {"in": 12, "kept": 7, "dropped": 4, "failed": 1}
@@ -454,11 +456,11 @@ def test_versions_rows_differences_and_takedowns_as_json(fates: Store, monkeypat
     last = row["dataset_versions"][-1]
     assert (last["number"], last["split"], last["scores"]) == (2, "train", {"clip_score": 0.5})
     assert row["runs"][-1]["dataset_version"] == 2 and row["runs"][-1]["models"] == []
-    [twin] = call_json("data", "show", duplicate, *storage)["same_picture_as"]
-    assert twin == {"key": key_of(fates, 3), "note": "same bytes"}
+    [original] = call_json("data", "show", duplicate, *storage)["same_picture_as"]
+    assert original == {"key": key_at(fates, 3), "note": "same bytes"}
 
-    [asked] = call_json("takedown", "--key", kept, "--dry-run", *storage)["requests"]
-    assert asked == {"kind": "key", "value": kept, "rows": 1}
+    [request] = call_json("takedown", "--key", kept, "--dry-run", *storage)["requests"]
+    assert request == {"kind": "key", "value": kept, "rows": 1}
     taken = call_json("takedown", "--key", kept, *storage)
     assert taken["keys"] == [kept] and taken["deleted"] == {"images/recipe": 1, "embeddings/clip": 1}
     assert Path(taken["ledger"]).is_file() and "e2" * 32 in taken["datasets"]
@@ -466,8 +468,8 @@ def test_versions_rows_differences_and_takedowns_as_json(fates: Store, monkeypat
     assert gone["fate"].startswith(f"taken down because of key {kept}") and gone["url"] is gone["caption"] is None
 
 
-def test_versions_rows_and_differences_can_be_looked_at(store: Store) -> None:
-    key = key_of(store, 7)
+def test_versions_rows_and_differences(store: Store) -> None:
+    key = key_at(store, 7)
     facts = show(store, key[:10])
     assert facts["url"] == "https://a1.example.org/7.jpg" and facts["lists"] == {"f row 7": "kept"}
     assert f"sha256 {7:064x}" in facts["images"]["recipe"] and "jpg" not in facts["images"]["recipe"]
@@ -490,5 +492,5 @@ def test_versions_rows_and_differences_can_be_looked_at(store: Store) -> None:
     for name in ("7", "ffff", "e"):
         with pytest.raises(InputError, match=r"0 dataset versions have this name.*2 \(e2e2e2e2\)"):
             find_version(store, name)
-    with pytest.raises(InputError, match="no dataset version was made"):
+    with pytest.raises(InputError, match="has no dataset version"):
         find_version(Store(f"{store.root}/elsewhere"), "1")

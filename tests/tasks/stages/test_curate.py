@@ -14,7 +14,7 @@ from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.curate import (
     CurateConfig,
     ProbeConfig,
-    _reached,
+    _searched_clusters,
     curate,
     out_of_bounds,
     pin_probes,
@@ -31,7 +31,7 @@ NUM_ROWS, WIDTH = 40, 8
 
 @pytest.fixture
 def embedded(tmp_path: Path) -> Artifact:
-    """40 embedded pairs, every tenth held out, and one row that failed before."""
+    """40 embedded pairs, every tenth held out, and one row that failed earlier."""
     embeddings = F.normalize(torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
     embeddings[7] = embeddings[3]
     keys = [f"k{index:02d}" for index in range(NUM_ROWS)]
@@ -72,7 +72,7 @@ def outcome(artifact: Artifact | Failure) -> dict[str, Any]:
     return {row["key"]: row["reason"] for row in selection.to_pylist() if row["reason"]}
 
 
-def test_limits_drop_with_their_reasons_and_everything_keeps_its_scores(tmp_path: Path, embedded: Artifact) -> None:
+def test_limits_drop_rows_with_a_reason_and_all_rows_keep_their_scores(tmp_path: Path, embedded: Artifact) -> None:
     weight = torch.zeros(1, WIDTH)
     weight[0, 0] = 1.0
     save_file({"weight": weight}, tmp_path / "first.safetensors")
@@ -99,13 +99,13 @@ def test_without_limits_everything_is_kept(tmp_path: Path, embedded: Artifact) -
 def test_semantic_duplicates_keep_the_smallest_key(tmp_path: Path, embedded: Artifact) -> None:
     found = outcome(run_curate(tmp_path, embedded, CurateConfig(semantic_distance=0.001)))
     assert found == {"z": "http_404", "k07": "semantic_duplicate"}
-    # what is dropped anyway wins over nothing
+    # a row that is dropped anyway has no duplicates
     artifact = run_curate(tmp_path, embedded, CurateConfig(semantic_distance=0.001, min_clip_score=0.035))
     assert "k07" not in outcome(artifact)
 
 
-def one_by_one(embeddings: torch.Tensor, distance: float) -> set[int]:
-    """What semantic deduplication has to find: each row compared with all that are kept before it."""
+def brute_force(embeddings: torch.Tensor, distance: float) -> set[int]:
+    """Expected result of semantic deduplication: each row compared with all earlier kept rows."""
     similar, kept = (embeddings @ embeddings.T > 1 - distance).numpy(), list[int]()
     for index in range(len(embeddings)):
         if not similar[index, kept].any():
@@ -113,29 +113,29 @@ def one_by_one(embeddings: torch.Tensor, distance: float) -> set[int]:
     return set(range(len(embeddings))) - set(kept)
 
 
-def with_twins(num_originals: int, num_twins: int, cosine: float) -> torch.Tensor:
-    """Unit vectors [N, 64], the last ones each a twin of another at this cosine, in a random direction."""
+def with_duplicates(num_originals: int, num_duplicates: int, cosine: float) -> torch.Tensor:
+    """Unit vectors [N, 64]; each of the last ones duplicates another at this cosine, in a random direction."""
     generator = torch.Generator().manual_seed(1)
     originals = F.normalize(torch.randn(num_originals, 64, generator=generator), dim=1)
-    copied = originals[:num_twins]
-    aside = torch.randn(num_twins, 64, generator=generator)
-    aside = F.normalize(aside - (aside * copied).sum(dim=1, keepdim=True) * copied, dim=1)
-    return torch.cat([originals, cosine * copied + (1 - cosine**2) ** 0.5 * aside])
+    copied = originals[:num_duplicates]
+    orthogonal = torch.randn(num_duplicates, 64, generator=generator)
+    orthogonal = F.normalize(orthogonal - (orthogonal * copied).sum(dim=1, keepdim=True) * copied, dim=1)
+    return torch.cat([originals, cosine * copied + (1 - cosine**2) ** 0.5 * orthogonal])
 
 
-def test_twins_that_clusters_part_are_found_whatever_the_order() -> None:
-    embeddings = with_twins(2400, 600, 0.9)
-    clusters = _reached(embeddings.numpy(), 0.24**0.5, 50)
+def test_duplicates_in_different_clusters_are_found_in_any_order() -> None:
+    embeddings = with_duplicates(2400, 600, 0.9)
+    clusters = _searched_clusters(embeddings.numpy(), 0.24**0.5, 50)
     assert len(clusters) == 60 and sum(len(visitors) for _, visitors in clusters) <= 8 * len(embeddings)
     home = {int(index): number for number, (members, _) in enumerate(clusters) for index in members}
-    parted = [index for index in range(600) if home[index] != home[2400 + index]]
-    assert len(parted) > 50
+    split_pairs = [index for index in range(600) if home[index] != home[2400 + index]]
+    assert len(split_pairs) > 50
     found = semantic_duplicates(embeddings, 0.12, 50)
-    assert found == one_by_one(embeddings, 0.12) == set(range(2400, 3000))
+    assert found == brute_force(embeddings, 0.12) == set(range(2400, 3000))
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(2))
     shuffled = semantic_duplicates(embeddings[order], 0.12, 50)
-    assert shuffled == one_by_one(embeddings[order], 0.12) == semantic_duplicates(embeddings[order], 0.12, 3000)
-    # of every pair one is kept, the one that comes first now
+    assert shuffled == brute_force(embeddings[order], 0.12) == semantic_duplicates(embeddings[order], 0.12, 3000)
+    # one of every pair is kept, the one that now comes first
     assert len(shuffled) == 600 and {int(order[index]) % 2400 for index in shuffled} == set(range(600))
 
 
@@ -144,20 +144,20 @@ def test_duplicates_of_duplicates_do_not_count() -> None:
     chain = torch.stack([angles.cos(), angles.sin()], dim=1)
     assert semantic_duplicates(chain, 0.05, 100) == {1, 3}
     generator = torch.Generator().manual_seed(3)
-    crowded = F.normalize(torch.randn(1500, 3, generator=generator), dim=1)  # everything is near to something
-    assert semantic_duplicates(crowded, 0.01, 1500) == one_by_one(crowded, 0.01)
+    crowded = F.normalize(torch.randn(1500, 3, generator=generator), dim=1)  # every row is close to another one
+    assert semantic_duplicates(crowded, 0.01, 1500) == brute_force(crowded, 0.01)
     same = crowded[:1].expand(100, -1)
     assert semantic_duplicates(same, 0.01, 5) == set(range(1, 100))
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_clip_score": 0.1}, {"max_clip_score": 0.9}])
-def test_f26_a_score_that_is_no_number_drops_its_row(limits: dict[str, float]) -> None:
+def test_f26_a_score_that_is_not_finite_drops_its_row(limits: dict[str, float]) -> None:
     scores = pa.table({"key": list("abcd"), "clip_score": [float("nan"), 0.5, float("inf"), float("-inf")]})
     expected = {"a": "clip_score_low", "c": "clip_score_high", "d": "clip_score_low"}
     assert out_of_bounds(scores, CurateConfig(**limits)) == expected  # type: ignore[arg-type]
 
 
-def test_f26_a_threshold_of_another_unit_is_refused_or_shown_beside_the_scores(
+def test_f26_a_threshold_in_the_wrong_unit_is_an_error_that_shows_the_scores(
     tmp_path: Path, embedded: Artifact
 ) -> None:
     with pytest.raises(ConfigError, match=r"min_clip_score.*28.*a cosine, -1 to 1"):
@@ -169,8 +169,8 @@ def test_f26_a_threshold_of_another_unit_is_refused_or_shown_beside_the_scores(
     failure = run_curate(tmp_path, embedded, pin_probes(CurateConfig(probes=(probe,))))
     assert isinstance(failure, Failure)
     assert "got 0 pairs to train on, expected at least 2 (first_low 40, http_404 1)" in failure.message
-    assert "Of first, 5 % is below -" in failure.message and "95 % below 0." in failure.message
-    assert not Path(tmp_path, "snapshots").exists(), "nothing trains on it"
+    assert "Quantiles of first: 5 % -" in failure.message and ", 95 % 0." in failure.message
+    assert not Path(tmp_path, "snapshots").exists(), "no snapshot is written"
 
 
 def test_statistics_are_those_of_the_training_rows(tmp_path: Path, embedded: Artifact) -> None:

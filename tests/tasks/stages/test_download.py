@@ -1,4 +1,4 @@
-"""The whole path from a list of URLs to deduplicated pictures, against a server with planned faults."""
+"""The stages from a list of URLs to deduplicated images, against a server with planned faults."""
 
 import collections
 import concurrent.futures
@@ -25,7 +25,7 @@ from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
 from tasks.stages.download import (
-    PASSING,
+    TRANSIENT,
     DownloadConfig,
     Pair,
     Shard,
@@ -115,7 +115,8 @@ def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: 
 
     assert selection.facts["rows"] == {"in": 60, "kept": 40, "dropped": 6, "failed": 14}
     found = reasons_by_kind(pairs, selection)
-    winners = found.pop("duplicate") | found.pop("picture")  # the smaller key wins, be it the copy or the picture
+    # The smaller key is kept, whether of the copy or of the original.
+    winners = found.pop("duplicate") | found.pop("picture")
     assert winners == {None, "duplicate_image"}
     assert found == {kind: {reason} for kind, reason in EXPECTED.items() if kind != "duplicate"}
     for stage in (images, filtered):
@@ -144,7 +145,7 @@ def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Pat
         assert (second.facts["fetched_now"], second.facts["images_version"]) == (6, 1)
         assert sum(server.requests.values()) == 6 == len(server.requests)
         server.requests.clear()
-        # Another setting that changes no picture: nothing is fetched and no version is made, and the content is the same.
+        # A setting that does not affect images: nothing is fetched, no version is added, and the content is the same.
         again = done(
             execute(
                 Call(download, dataclasses.replace(config, retries=0)), run(tmp_path), [run_ingest(tmp_path, longer)]
@@ -167,7 +168,7 @@ execute(Call(download, config), run(Path({storage!r})), [run_ingest(Path({storag
 """
 
 
-def test_f36_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Path) -> None:
+def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
     import ray
 
     scenes = ScenesConfig(num_images=400, side=16, broken=0.005, port=free_port())
@@ -189,7 +190,7 @@ def test_f36_a_killed_download_goes_on_where_it_was(cluster: None, tmp_path: Pat
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        time.sleep(1)  # Ray ends the tasks of a driver that is gone
+        time.sleep(1)  # Ray ends the tasks of a dead driver
         finished = set(Path(table_uri).glob("*.parquet"))
         assert 2 <= len(finished) < 21, "killed too late or too early"
         assert tables.version(table_uri) is None, "parts are invisible until they are committed"
@@ -216,7 +217,7 @@ def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, t
         from unclip.config import fingerprint
 
         blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(rows[15:], 0)[:32]}.parquet")
-        blocked.mkdir(parents=True)  # this part can be neither read nor written
+        blocked.mkdir(parents=True)  # this part can neither be read nor written
         failure = execute(Call(download, config), run(tmp_path), [pairs])
         assert isinstance(failure, Failure)
         assert "1 finished shards are kept; run the same command again" in failure.message
@@ -232,7 +233,7 @@ def outcomes(images: Artifact) -> dict[str, str | None]:
 
 
 def listed_with_hashes(storage: Path, pairs: Artifact, hashes: dict[str, str]) -> Artifact:
-    """The same list, which now gives hashes for some keys."""
+    """The same list, with hashes for some keys added."""
     table = tables.read_file(pairs.uri)
     expected = pa.array([hashes.get(key) for key in table["key"].to_pylist()], pa.string())
     uri = str(storage / "with-hashes.parquet")
@@ -242,7 +243,7 @@ def listed_with_hashes(storage: Path, pairs: Artifact, hashes: dict[str, str]) -
     return dataclasses.replace(pairs, uri=uri, digest="with hashes")
 
 
-def test_t9_pictures_with_other_hashes_than_the_list_or_the_first_fetch_are_not_kept(
+def test_t9_images_whose_hash_differs_from_the_list_or_the_first_fetch_are_not_kept(
     cluster: None, tmp_path: Path
 ) -> None:
     scenes = ScenesConfig(num_images=6, side=16, broken=0, port=free_port())
@@ -254,7 +255,7 @@ def test_t9_pictures_with_other_hashes_than_the_list_or_the_first_fetch_are_not_
         keys = [row["key"] for row in stored]
         digests = {row["key"]: row["sha256"] for row in stored}
 
-        # In another storage the list itself has the hashes, one of them wrong; one picture was taken down there.
+        # In another storage the list has the hashes, one of them wrong, and one image was taken down.
         from tasks import tombstones
 
         other = tmp_path / "other"
@@ -266,7 +267,7 @@ def test_t9_pictures_with_other_hashes_than_the_list_or_the_first_fetch_are_not_
         bad = tables.read(checked.uri).to_pylist()[:2]
         assert all(row["jpg"] is None and row["sha256"] is None for row in bad)
 
-        # The table of another size was made when one picture was different: what was seen first counts.
+        # One image was different when the table of the other size was made: the first fetch counts.
         before = tables.read(first.uri)
         changed = ["11" * 32 if key == keys[2] else digests[key] for key in keys]
         part = tables.write_part(
@@ -279,34 +280,34 @@ def test_t9_pictures_with_other_hashes_than_the_list_or_the_first_fetch_are_not_
         assert outcomes(larger) == dict.fromkeys(keys) | {keys[2]: "content_changed"}
 
 
-def test_what_failed_for_passing_reasons_is_fetched_again_when_asked(cluster: None, tmp_path: Path) -> None:
+def test_transient_failures_are_retried_on_request(cluster: None, tmp_path: Path) -> None:
     scenes = ScenesConfig(num_images=8, side=16, broken=0.5, port=free_port())
     pairs = run_ingest(tmp_path, scenes)
     config = download_config(scenes)
-    dead = done(execute(Call(download, config), run(tmp_path), [pairs]))  # nobody serves
-    assert set(outcomes(dead).values()) == {"connect_error"}
+    offline = done(execute(Call(download, config), run(tmp_path), [pairs]))  # the server is not running
+    assert set(outcomes(offline).values()) == {"connect_error"}
     store = Store(str(tmp_path))
     assert pin_attempt(store, config, retry_failed=False).attempt == 0
     again = pin_attempt(store, config, retry_failed=True)
     assert again.attempt == 1
     with scene_server.serve(scenes) as server:
         images = done(execute(Call(download, again), run(tmp_path), [pairs]))
-        assert images.facts["fetched_now"] == len(outcomes(dead)) and images.facts["rows"]["kept"] >= 8
+        assert images.facts["fetched_now"] == len(outcomes(offline)) and images.facts["rows"]["kept"] >= 8
         server.requests.clear()
-        assert pin_attempt(store, config, retry_failed=False).attempt == 1  # plain runs go on from there
+        assert pin_attempt(store, config, retry_failed=False).attempt == 1  # runs without a retry keep the number
         third = done(execute(Call(download, pin_attempt(store, config, retry_failed=True)), run(tmp_path), [pairs]))
         assert set(server.requests) and all("picture" not in path for path in server.requests)
-    passing = [reason for reason in outcomes(images).values() if reason and PASSING.fullmatch(reason)]
-    assert third.facts["fetched_now"] == len(passing) > 0
-    assert tables.read(images.uri)["key"].to_pylist() == tables.read(dead.uri, 0)["key"].to_pylist()
+    transient = [reason for reason in outcomes(images).values() if reason and TRANSIENT.fullmatch(reason)]
+    assert third.facts["fetched_now"] == len(transient) > 0
+    assert tables.read(images.uri)["key"].to_pylist() == tables.read(offline.uri, 0)["key"].to_pylist()
 
 
 def pairs_of(*urls: str) -> list[Pair]:
-    return [{"key": f"{number:05}", "url": url, "caption": "a picture"} for number, url in enumerate(urls)]
+    return [{"key": f"{number:05}", "url": url, "caption": "an image"} for number, url in enumerate(urls)]
 
 
 def many_sites(num_sites: int = 60, num_pages: int = 12) -> list[Pair]:
-    """Pages of sites with several hosts and ports each, mixed."""
+    """Interleaved pages of sites with several hosts and ports each."""
     suffixes = ("com", "co.uk", "unknown", "xn--p1ai")
     return pairs_of(
         *(
@@ -328,7 +329,7 @@ def test_a_site_is_in_one_lane_and_no_pair_is_lost() -> None:
         for pair in lane:
             lanes_of_site[int(pair["key"]) % 60].add(number)
     assert len(lanes_of_site) == 60 and all(len(found) == 1 for found in lanes_of_site.values())
-    assert len(set().union(*lanes_of_site.values())) > 8, "all sites are in a few lanes"
+    assert len(set().union(*lanes_of_site.values())) > 8, "sites are spread over too few lanes"
 
 
 @pytest.mark.parametrize(
@@ -345,24 +346,24 @@ def test_a_site_is_in_one_lane_and_no_pair_is_lost() -> None:
         (tuple(f"http://shop{number}.co.uk/a" for number in range(100)), 50),
     ],
 )
-def test_what_a_site_is(urls: tuple[str, ...], num_lanes: int) -> None:
+def test_urls_are_grouped_by_site(urls: tuple[str, ...], num_lanes: int) -> None:
     filled = sum(bool(lane) for lane in plan_lanes(pairs_of(*urls), 1000))
     assert filled == 1 if num_lanes == 1 else filled >= num_lanes
 
 
-def test_lanes_are_the_same_in_every_process_and_ask_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the network was asked")
+def test_lanes_are_the_same_in_every_process_and_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_on_use(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
 
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket, "socket", fail_on_use)
+    monkeypatch.setattr(socket, "getaddrinfo", fail_on_use)
     domains.suffixes.cache_clear()
     domains.registrable_domain.cache_clear()
     lanes = plan_lanes(pairs_of("http://example.com/a", "http://www.example.org/b", "http://1.1.1.1/c"), 16)
     assert {pair["url"][-1]: number for number, lane in enumerate(lanes) for pair in lane} == {"a": 7, "b": 5, "c": 9}
 
 
-def test_shards_are_cut_inside_lanes_and_own_servers_need_none() -> None:
+def test_shards_are_cut_within_lanes_and_own_servers_need_no_lane() -> None:
     pairs = many_sites() + pairs_of(*(f"http://127.0.0.1:8765/{number}.jpg" for number in range(250)))
     config = DownloadConfig(shard_size=100, num_lanes=5, allow_hosts=("127.0.0.1:8765",))
     lanes = plan_shards(pairs, config)
@@ -378,7 +379,7 @@ def test_shards_are_cut_inside_lanes_and_own_servers_need_none() -> None:
     assert [list(map(len, lane)) for lane in plan_shards(giant, config)] == [[100] * 10]
 
 
-def test_of_a_lane_one_shard_runs_at_a_time(cluster: None) -> None:
+def test_a_lane_runs_one_shard_at_a_time(cluster: None) -> None:
     import ray
 
     @ray.remote(num_cpus=0)
@@ -401,14 +402,14 @@ def test_of_a_lane_one_shard_runs_at_a_time(cluster: None) -> None:
         highest = max(highest, len(running))
         return count.remote(shard)
 
-    made = run_in_lanes(lanes, 3, start, on_done=lambda shard: running.remove(lane_of[id(shard)]))
-    assert sum(made) == len(pairs) and sorted(made) == sorted(len(shard) for lane in lanes for shard in lane)
+    results = run_in_lanes(lanes, 3, start, on_done=lambda shard: running.remove(lane_of[id(shard)]))
+    assert sum(results) == len(pairs) and sorted(results) == sorted(len(shard) for lane in lanes for shard in lane)
     assert highest == 3 and not running
     longest = max(range(len(lanes)), key=lambda number: sum(map(len, lanes[number])))
     assert order[0] == longest
 
 
-def test_after_a_failure_what_runs_still_finishes_and_nothing_starts(cluster: None) -> None:
+def test_after_a_failure_running_tasks_finish_and_no_task_starts(cluster: None) -> None:
     import ray
 
     @ray.remote(num_cpus=0, max_retries=0)
@@ -431,7 +432,7 @@ def test_after_a_failure_what_runs_still_finishes_and_nothing_starts(cluster: No
 
 
 def pids_of_shards() -> list[int]:
-    """Processes that work on a shard of a download at this moment."""
+    """Ids of processes that are downloading a shard."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -448,9 +449,9 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     return found
 
 
-def test_f38_a_task_that_is_killed_and_one_that_hangs_are_done_again_once(cluster: None, tmp_path: Path) -> None:
-    """SIGKILL in the middle of a shard, then SIGSTOP: every row is there once, whatever was fetched how often."""
-    scenes = ScenesConfig(num_images=30, side=16, broken=0.3, port=free_port())  # its silent URLs keep a shard busy
+def test_f38_a_killed_task_and_a_hung_task_are_restarted(cluster: None, tmp_path: Path) -> None:
+    """After SIGKILL in the middle of a shard and then SIGSTOP, every row is stored exactly once."""
+    scenes = ScenesConfig(num_images=30, side=16, broken=0.3, port=free_port())  # its stalling URLs keep a shard busy
     config = download_config(scenes, shard_size=100, stall_seconds=6.0, retries=0)
     with scene_server.serve(scenes) as server:
         pairs = run_ingest(tmp_path, scenes)
@@ -460,13 +461,13 @@ def test_f38_a_task_that_is_killed_and_one_that_hangs_are_done_again_once(cluste
             [first] = wait_for(pids_of_shards)
             os.kill(first, signal.SIGKILL)
             wait_for(lambda: set(pids_of_shards()) - {first})
-            asked = server.count("picture")
-            wait_for(lambda: server.count("picture") >= asked + 5)
+            num_requests = server.count("picture")
+            wait_for(lambda: server.count("picture") >= num_requests + 5)
             [second] = wait_for(lambda: set(pids_of_shards()) - {first})
             os.kill(second, signal.SIGSTOP)
             images = done(stage.result())
-        assert server.count("picture") > 30, "nothing was done again"
-    assert not Path(f"/proc/{second}").exists(), "what hung is ended before its shard is started again"
+        assert server.count("picture") > 30, "nothing was fetched again"
+    assert not Path(f"/proc/{second}").exists(), "a hung task is killed before its shard is restarted"
     table = content(images.uri)
     assert len(set(table["key"].to_pylist())) == table.num_rows == images.facts["fetched_now"]
     assert images.facts["rows"]["kept"] == 30 + scenes_of_kind(table, "duplicate", "small")
@@ -492,22 +493,22 @@ def test_f38_a_shard_that_hangs_every_time_ends_the_stage(cluster: None, tmp_pat
         return hang.remote()
 
     shards = [pairs_of("http://a/1"), pairs_of("http://a/2")]
-    with pytest.raises(StageError, match=r"no row was done for 0.2 s, 3 times.*run the same command again"):
-        run_in_lanes([shards], 2, start, pulse=lambda _: 1, stall_seconds=0.2)
+    with pytest.raises(StageError, match=r"no row was completed for 0.2 s, 3 times.*run the same command again"):
+        run_in_lanes([shards], 2, start, heartbeat=lambda _: 1, stall_seconds=0.2)
     assert started == shards[:1] * 3
 
 
-def test_f38_what_a_task_that_was_given_up_makes_in_the_end_changes_nothing(tmp_path: Path) -> None:
+def test_f38_a_late_result_of_an_abandoned_task_is_discarded(tmp_path: Path) -> None:
     table = pa.table({"key": ["a"], "jpg": [b"first"]})
     part = tables.write_part(str(tmp_path), "part", table)
-    late = b"looked before there was a part, and comes after it"
+    late = b"written after the part already exists"
     assert not files.write(f"{tmp_path}/part.parquet", late, replace=False)
     assert tables.find_part(str(tmp_path), "part") == part
     assert tables.read_file(f"{tmp_path}/part.parquet").equals(table)
     assert [path.name for path in tmp_path.iterdir()] == ["part.parquet"]
 
 
-def test_settings_reach_the_fetcher_which_lasts_for_the_process() -> None:
+def test_the_fetcher_gets_the_settings_and_is_reused_within_a_process() -> None:
     config = DownloadConfig(requests_per_host=2, respect_robots=False, opt_out_directives=("noindex",), retries=3)
     fetcher = download_module._fetcher(config)
     assert (fetcher.requests_per_host, fetcher.respect_robots, fetcher.retries) == (2, False, 3)
@@ -527,6 +528,6 @@ def test_settings_reach_the_fetcher_which_lasts_for_the_process() -> None:
         ("user_agent", "/1.0"),
     ],
 )
-def test_impossible_settings_are_named(setting: str, value: object) -> None:
+def test_invalid_settings_are_named(setting: str, value: object) -> None:
     with pytest.raises(ConfigError, match=setting):
         DownloadConfig(**{setting: value})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The embedding actor: what it computes is open_clip's own, row by row, however rows are batched and files cut."""
+"""The embedding actor: its results equal open_clip's for every row, independent of batches and files."""
 
 import io
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image
 from tasks import tables
 from tasks.stage import Artifact
 from tasks.stages.download import IMAGES
-from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, _rows_of
+from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, _read_rows
 from unclip.data import vectors
 from unclip.errors import StageError
 from unclip.models import clip
@@ -23,11 +23,11 @@ SIZES = [(64, 64), (96, 64), (64, 96), (200, 150), (31, 40)]
 
 
 def jpg(number: int) -> bytes:
-    """A picture of noise in one of several sizes; every seventh is grey."""
+    """JPEG of noise in one of several sizes; every seventh is grey."""
     width, height = SIZES[number % len(SIZES)]
-    picture = Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8))
     buffer = io.BytesIO()
-    (picture.convert("L") if number % 7 == 0 else picture).save(buffer, "JPEG", quality=95)
+    (image.convert("L") if number % 7 == 0 else image).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -36,7 +36,7 @@ def key(number: int) -> str:
 
 
 def write_images(folder: Path, numbers: list[int], name: str) -> str:
-    rows = [{"key": key(number), "caption": f"picture {number}", "jpg": jpg(number)} for number in numbers]
+    rows = [{"key": key(number), "caption": f"image {number}", "jpg": jpg(number)} for number in numbers]
     uri = str(folder / f"{name}.parquet")
     tables.write_file(uri, pa.Table.from_pylist(rows, schema=IMAGES))
     return uri
@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def embed(model: str, images: list[str], keys: list[str], table: Path, batch_size: int = 4) -> pa.Table:
-    """The part that the actor writes, called in this process."""
+    """Part written by the actor, called in this process."""
     artifact = Artifact("clip", "", "", "", {"model": model, "pretrained": None}, 0.0)
     config = EmbedConfig(batch_size=batch_size)
     actor = Embedder.__ray_metadata__.modified_class(artifact, config, images, str(table), 2)  # type: ignore[attr-defined]
@@ -59,12 +59,12 @@ def embed(model: str, images: list[str], keys: list[str], table: Path, batch_siz
     return tables.read_file(f"{table}/{part.name}")
 
 
-def test_preprocessing_by_halves_is_open_clips_own_to_the_last_bit(model: str) -> None:
+def test_preprocessing_in_two_parts_equals_that_of_open_clip_bitwise(model: str) -> None:
     loaded = Clip.load(model)
-    pictures = [jpg(number) for number in range(10)]
-    expected = torch.stack([loaded.preprocess(Image.open(io.BytesIO(picture))) for picture in pictures])
-    halves = Preprocess(loaded.preprocess)
-    pixels = halves.standardize([halves.decode(picture) for picture in pictures], torch.device("cpu"))
+    jpgs = [jpg(number) for number in range(10)]
+    expected = torch.stack([loaded.preprocess(Image.open(io.BytesIO(image))) for image in jpgs])
+    preprocess = Preprocess(loaded.preprocess)
+    pixels = preprocess.standardize([preprocess.decode(image) for image in jpgs], torch.device("cpu"))
     assert torch.equal(pixels, expected) and pixels.is_contiguous()
 
 
@@ -75,7 +75,7 @@ def test_every_row_has_its_own_embeddings_in_the_order_of_the_keys(model: str, t
 
     loaded = Clip.load(model)
     pixels = torch.stack([loaded.preprocess(Image.open(io.BytesIO(jpg(number)))) for number in numbers])
-    captions = [f"picture {number}" for number in numbers]
+    captions = [f"image {number}" for number in numbers]
     assert part.column("key").to_pylist() == [key(number) for number in numbers]
     assert part.column("caption").to_pylist() == captions
     image, text = (vectors(part.column(name)) for name in ("image_embedding", "text_embedding"))
@@ -88,20 +88,20 @@ def test_every_row_has_its_own_embeddings_in_the_order_of_the_keys(model: str, t
 def test_the_same_rows_give_the_same_bytes(model: str, tmp_path: Path) -> None:
     images = [write_images(tmp_path, list(range(12)), "images")]
     keys = [key(number) for number in range(12)]
-    first, again = (embed(model, images, keys, tmp_path / name) for name in ("first", "again"))
-    assert tables.parquet_bytes(first) == tables.parquet_bytes(again)
+    first, second = (embed(model, images, keys, tmp_path / name) for name in ("first", "again"))
+    assert tables.parquet_bytes(first) == tables.parquet_bytes(second)
 
 
-def test_a_missing_picture_is_named_and_nothing_is_written(model: str, tmp_path: Path) -> None:
+def test_a_missing_image_is_named_and_nothing_is_written(model: str, tmp_path: Path) -> None:
     images = [write_images(tmp_path, [1, 2], "images")]
-    with pytest.raises(StageError, match=f"1 pictures are missing .* such as {key(3)}"):
+    with pytest.raises(StageError, match=f"1 images are missing .* such as {key(3)}"):
         embed(model, images, [key(1), key(3)], tmp_path / "embeddings")
     assert not (tmp_path / "embeddings").exists()
 
 
-def test_a_damaged_picture_ends_the_shard_and_nothing_is_written(model: str, tmp_path: Path) -> None:
+def test_a_damaged_image_fails_the_shard_and_nothing_is_written(model: str, tmp_path: Path) -> None:
     rows = [{"key": key(number), "caption": "", "jpg": jpg(number)} for number in range(9)]
-    rows[5]["jpg"] = b"no picture"
+    rows[5]["jpg"] = b"not an image"
     uri = str(tmp_path / "images.parquet")
     tables.write_file(uri, pa.Table.from_pylist(rows, schema=IMAGES))
     with pytest.raises(OSError, match="cannot identify"):
@@ -109,7 +109,7 @@ def test_a_damaged_picture_ends_the_shard_and_nothing_is_written(model: str, tmp
     assert not (tmp_path / "embeddings").exists()
 
 
-def test_rows_are_found_wherever_they_are_in_the_files(tmp_path: Path) -> None:
+def test_rows_are_found_anywhere_in_the_files(tmp_path: Path) -> None:
     images = [write_images(tmp_path, [0, 5, 9], "a"), write_images(tmp_path, [3, 7], "b")]
-    found = {row["key"]: row["caption"] for row in _rows_of(images, [key(9), key(3), key(0), key(4)])}
-    assert found == {key(0): "picture 0", key(3): "picture 3", key(9): "picture 9"}
+    found = {row["key"]: row["caption"] for row in _read_rows(images, [key(9), key(3), key(0), key(4)])}
+    assert found == {key(0): "image 0", key(3): "image 3", key(9): "image 9"}

@@ -1,4 +1,4 @@
-"""Each filter: what it drops, what it spares, and how it is told what to drop."""
+"""Filters of the stage `filter`: rows that each drops and keeps, and its settings."""
 
 import dataclasses
 import subprocess
@@ -13,7 +13,7 @@ from pipelines.config import load
 from pipelines.prepare import prepare
 from tasks import rows, tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
-from tasks.stages.filter import FILTERS, FilterConfig, check_settings, filter, judge
+from tasks.stages.filter import FILTERS, FilterConfig, apply_filters, check_settings, filter
 from tasks.tracking import Tracker
 from unclip.errors import ConfigError, InputError
 
@@ -22,7 +22,7 @@ SHA, PHASH = "ab" * 32, "0123456789abcdef"
 
 
 def verdicts(config: FilterConfig, captions: list[str] | None = None, **columns: list[Any]) -> list[str | None]:
-    """The reason of each row, of rows that are fine but for the captions or columns that are given."""
+    """Reason of each row; the rows are valid except for the given captions or columns."""
     (count,) = {len(values) for values in [*columns.values(), *([captions] if captions is not None else [])]}
     keys = [f"k{index:06}" for index in range(count)]
     pairs = {"position": range(count), "key": keys, "url": ["https://example.org/a.jpg"] * count}
@@ -33,19 +33,19 @@ def verdicts(config: FilterConfig, captions: list[str] | None = None, **columns:
     images |= {"sha256": ["00" * 32] * count, "phash": pa.nulls(count, pa.string())}
     for name, values in columns.items():
         (pairs if name in pairs else images)[name] = values
-    selection = judge(pa.table(pairs), pa.table(images), config)
+    selection = apply_filters(pa.table(pairs), pa.table(images), config)
     facts = rows.count(selection)
     assert facts["rows"]["in"] == count == facts["rows"]["kept"] + facts["rows"]["dropped"] + facts["rows"]["failed"]
     return selection["reason"].to_pylist()
 
 
-def test_t9_a_hash_that_the_list_learnt_later_counts() -> None:
+def test_t9_a_hash_added_to_the_list_later_is_checked() -> None:
     expected = [None, SHA, "00" * 32]
     assert verdicts(FilterConfig(), expected_sha256=expected) == [None, "hash_mismatch", None]
 
 
 def dropped(config: FilterConfig, captions: list[str]) -> set[str]:
-    """The captions that are dropped, each row judged together with the others."""
+    """Captions that are dropped when all rows are filtered together."""
     return {caption for caption, reason in zip(captions, verdicts(config, captions), strict=True) if reason}
 
 
@@ -55,12 +55,12 @@ def listed(folder: Path, *lines: str) -> str:
     return str(path)
 
 
-def test_every_filter_has_a_reason_of_its_own() -> None:
+def test_every_filter_has_its_own_reason() -> None:
     reasons = [each.reason for each in FILTERS]
     assert len(set(reasons)) == len(reasons) and all(map(rows.is_reason, reasons))
 
 
-def test_the_defaults_change_no_verdict_of_before() -> None:
+def test_the_defaults_disable_the_optional_filters() -> None:
     captions = [FINE] * 50 + ["круг", "一只小狗在公园里奔跑", "x y"]
     assert verdicts(FilterConfig(), captions) == [None] * 50 + ["caption_too_short", "caption_too_short", None]
 
@@ -72,7 +72,7 @@ def test_caption_characters() -> None:
     ]  # fmt: skip
 
 
-def test_languages_are_judged_from_four_words_on() -> None:
+def test_languages_are_identified_from_four_words_on() -> None:
     english, german, russian = (
         FINE,
         "Ein kleiner Hund läuft über die grüne Wiese",
@@ -87,14 +87,14 @@ def test_languages_are_judged_from_four_words_on() -> None:
     assert verdicts(FilterConfig(languages=("en",)), [short]) == [None]
 
 
-def test_the_language_model_is_loaded_only_when_it_is_wanted() -> None:
+def test_the_language_model_is_loaded_only_when_needed() -> None:
     script = "import sys, tasks.stages.filter; print({'py3langid', 'tldextract'} & set(sys.modules))"
     assert (
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
     )
 
 
-def test_boilerplate_is_what_more_rows_share_than_may() -> None:
+def test_captions_shared_by_too_many_rows_are_boilerplate() -> None:
     photos = ["Photo 1 of 12", "photo 2 of 12", "PHOTO 33 OF 120", "photo of"]
     other = [FINE, FINE, "photo of me"]
     assert dropped(FilterConfig(max_caption_repeats=3), photos + other) == set(photos)
@@ -102,14 +102,14 @@ def test_boilerplate_is_what_more_rows_share_than_may() -> None:
     assert dropped(FilterConfig(max_caption_repeats=1), photos + other) == {*photos, FINE}
 
 
-def test_boilerplate_counts_rows_whatever_became_of_them() -> None:
+def test_boilerplate_counts_all_rows_kept_or_not() -> None:
     captions, config = [FINE, FINE, FINE], FilterConfig(max_caption_repeats=2)
     assert verdicts(config, captions, original_width=[64, 8, 8], original_height=[64, 8, 8]) == [
         "boilerplate", "too_small", "too_small",
     ]  # fmt: skip
 
 
-def test_blocked_words_are_whole_words_in_any_case(tmp_path: Path) -> None:
+def test_blocked_words_match_whole_words_in_any_case(tmp_path: Path) -> None:
     path = listed(
         tmp_path, "# what we do not want", "", "Stock", "getty images", "größe", "don't", "小狗", "  c++ code "
     )
@@ -129,12 +129,12 @@ def test_blocked_words_are_whole_words_in_any_case(tmp_path: Path) -> None:
     assert verdicts(config, ["...", "!"]) == [None, None]
 
 
-def test_a_phrase_longer_than_any_caption(tmp_path: Path) -> None:
+def test_a_phrase_longer_than_any_caption_matches_nothing(tmp_path: Path) -> None:
     config = FilterConfig(blocked_words=listed(tmp_path, "one two three four five six seven"))
     assert verdicts(config, ["one two", "three four five"]) == [None, None]
 
 
-def test_blocked_domains_block_all_hosts_below(tmp_path: Path) -> None:
+def test_blocked_domains_block_all_subdomains(tmp_path: Path) -> None:
     path = listed(
         tmp_path, "example.co.uk", "cdn.Example.org", ".io", "bücher.example", "192.0.2.7", "# done", "[2001:db8::1]"
     )
@@ -164,7 +164,7 @@ def test_blocked_domains_block_all_hosts_below(tmp_path: Path) -> None:
     }
 
 
-def test_t11_blocked_hashes_are_of_bytes_or_of_looks(tmp_path: Path) -> None:
+def test_t11_blocked_hashes_are_sha256_or_perceptual_hashes(tmp_path: Path) -> None:
     config = FilterConfig(blocked_hashes=listed(tmp_path, SHA.upper(), PHASH, "ff" * 8))
     other = "cd" * 32
     reasons = verdicts(config, sha256=[SHA, other, other, other], phash=[None, PHASH, None, "0" * 16])
@@ -173,7 +173,7 @@ def test_t11_blocked_hashes_are_of_bytes_or_of_looks(tmp_path: Path) -> None:
     assert verdicts(config, sha256=[SHA], original_width=[1]) == ["blocked_hash"]
 
 
-def test_filters_that_nothing_is_left_for(tmp_path: Path) -> None:
+def test_filters_accept_empty_tables(tmp_path: Path) -> None:
     paths = {"blocked_words": "stock photo", "blocked_domains": "example.net", "blocked_hashes": SHA}
     for name, line in paths.items():
         (tmp_path / name).write_text(line)
@@ -191,7 +191,7 @@ def test_filters_that_nothing_is_left_for(tmp_path: Path) -> None:
         ("blocked_domains", b"a.org\nhttps://b.org\n", r"line 2: got 'https://b.org', expected a domain such as"),
         ("blocked_domains", b"a.org/x", r"line 1: got 'a.org/x', expected a domain"),
         ("blocked_domains", b"a b.org", r"line 1: .* expected a domain"),
-        ("blocked_domains", b"co.uk", r"line 1: got 'co.uk', which many sites share; write .co.uk to block"),
+        ("blocked_domains", b"co.uk", r"line 1: got 'co.uk', a suffix that many sites share; write .co.uk to block"),
         ("blocked_hashes", b"0123456789abcdeg", r"line 1: .* expected 64 hex digits \(sha256\) or 16"),
         ("blocked_hashes", SHA.encode()[:-1], r"line 1: .* expected 64 hex digits"),
         ("blocked_words", b"", r"list.txt has no entries"),
@@ -211,7 +211,7 @@ def test_a_missing_list_is_named(tmp_path: Path) -> None:
             check_settings(FilterConfig(blocked_hashes=str(path)))
 
 
-def test_lists_may_come_from_other_systems(tmp_path: Path) -> None:
+def test_lists_may_have_a_byte_order_mark_and_windows_line_endings(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbfstock\r\ngetty images\r\n")
     config = FilterConfig(blocked_words=str(path))
@@ -229,13 +229,13 @@ def test_lists_may_come_from_other_systems(tmp_path: Path) -> None:
         {"blocked_words": ""},
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
+def test_invalid_settings_raise(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(reversed(settings))):
         FilterConfig(**settings)
 
 
-def test_an_unknown_language_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigError, match=r"filter.languages: 'xx' is no language that can be told\."):
+def test_an_unsupported_language_raises() -> None:
+    with pytest.raises(ConfigError, match=r"filter.languages: unsupported language 'xx'\."):
         check_settings(FilterConfig(languages=("en", "xx")))
     assert check_settings(FilterConfig(languages=("en", "de", "zh"))) is None
 
@@ -257,23 +257,23 @@ def test_the_content_of_lists_is_part_of_the_fingerprint(tmp_path: Path) -> None
     second = prepared()
     assert fingerprint(second) != fingerprint(first)
     assert prepare(load("text_to_image", None, assignments[:1], str(tmp_path / "storage"))).filter == FilterConfig()
-    # The same words as another kind of list are other settings.
+    # The same lines in a different kind of list are different settings.
     as_domains = FilterConfig(blocked_domains=listed(tmp_path, "example.org"))
     as_words = FilterConfig(blocked_words=as_domains.blocked_domains)
     assert check_settings(as_domains) != check_settings(as_words)
 
 
-def test_a_list_that_changed_after_planning_ends_the_stage(tmp_path: Path) -> None:
+def test_a_list_that_changed_after_planning_fails_the_stage(tmp_path: Path) -> None:
     config = FilterConfig(blocked_words=listed(tmp_path, "stock"))
     config = dataclasses.replace(config, digest=check_settings(config))
     listed(tmp_path, "other")
     run = Run("r1", "test", str(tmp_path), Tracker("", ""), "0")
     result = execute(Call(filter, config), run, [Artifact("download", "f", "", "d", {}, 0.0)])
-    assert isinstance(result, Failure) and "a block list changed since this run was planned" in result.message
+    assert isinstance(result, Failure) and "a block list has changed since this run was planned" in result.message
 
 
-def test_the_stage_reads_what_its_filters_need(tmp_path: Path) -> None:
-    """The columns that the stage reads from its parents' tables are those that the filters ask for."""
+def test_the_stage_reads_the_columns_that_its_filters_need(tmp_path: Path) -> None:
+    """The stage reads all the columns that the filters need from its parents' tables."""
     from tasks.stages.download import IMAGES
     from tasks.stages.ingest import PAIRS
 
@@ -302,8 +302,8 @@ def test_the_stage_reads_what_its_filters_need(tmp_path: Path) -> None:
     assert result.facts["rows"] == {"in": 3, "kept": 1, "dropped": 2, "failed": 0}
 
 
-def test_many_rows_are_judged_as_a_few_are(tmp_path: Path) -> None:
-    """A list in several chunks, as it is read from Parquet, gives every row the verdict it has alone."""
+def test_rows_in_several_chunks_get_the_same_verdicts(tmp_path: Path) -> None:
+    """A list in several chunks, as read from Parquet, gives every row the same verdict as alone."""
     captions = [f"{FINE} {'stock' if index % 3 == 0 else 'x'} {index}" for index in range(3000)]
     config = FilterConfig(blocked_words=listed(tmp_path, "stock"), blocked_domains=None)
     path = str(tmp_path / "pairs.parquet")
@@ -315,5 +315,5 @@ def test_many_rows_are_judged_as_a_few_are(tmp_path: Path) -> None:
     images = {"key": keys, "status": ["ok"] * 3000, "reason": nulls, "sha256": nulls}
     images |= {"original_width": [64] * 3000, "original_height": [64] * 3000}
     pairs = pa.concat_tables([tables.read_file(path).slice(0, 1700), tables.read_file(path).slice(1700)])
-    reasons = judge(pairs, pa.table(images), config)["reason"].to_pylist()
+    reasons = apply_filters(pairs, pa.table(images), config)["reason"].to_pylist()
     assert reasons == ["blocked_word" if index % 3 == 0 else None for index in range(3000)]

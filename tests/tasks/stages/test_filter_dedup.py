@@ -8,7 +8,7 @@ import pytest
 from tasks import rows, tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.dedup import DedupConfig, drop_duplicates, near_duplicates, splits
-from tasks.stages.filter import FilterConfig, filter, judge
+from tasks.stages.filter import FilterConfig, apply_filters, filter
 from tasks.tracking import Tracker
 from unclip.errors import ConfigError
 
@@ -16,7 +16,7 @@ CAPTION = "a red circle"
 
 
 def pairs_of(*captions: str) -> pa.Table:
-    """One kept pair for each caption, then one of each kind that ingest refuses, one of them with a kept row's key."""
+    """One kept pair per caption, then a dropped row with the key of a kept row, and a failed row."""
     listed = [(f"k{i}", caption, "kept", None) for i, caption in enumerate(captions)]
     listed += [("k0", captions[0], "dropped", "duplicate_row"), ("k1", "", "failed", "no_url")]
     columns = zip(*((position, *row) for position, row in enumerate(listed)), strict=True)
@@ -49,7 +49,7 @@ def reasons(selection: pa.Table) -> dict[int, str | None]:
 def test_filter_gives_every_row_its_first_reason() -> None:
     captions = (CAPTION, CAPTION, CAPTION, CAPTION, "red", ("word " * 61).strip(), ("word " * 60).strip(), CAPTION)
     sizes = ((32, 96), None, (31, 400), (300, 99), (64, 64), (64, 64), (64, 64), (64, 64))
-    selection = judge(pairs_of(*captions), images_of(*sizes), FilterConfig())
+    selection = apply_filters(pairs_of(*captions), images_of(*sizes), FilterConfig())
     assert reasons(selection) == {
         0: None, 1: "http_404", 2: "too_small", 3: "bad_aspect", 4: "caption_too_short", 5: "caption_too_long", 6: None,
         7: None, 8: "duplicate_row", 9: "no_url",
@@ -68,9 +68,9 @@ def test_filter_gives_every_row_its_first_reason() -> None:
         ((32, 96), None),
     ],
 )
-def test_f21_sizes_that_are_no_use(size: tuple[int, int], reason: str | None) -> None:
-    for held in (size, size[::-1]):
-        selection = judge(pairs_of(CAPTION, CAPTION), images_of(held, (64, 64)), FilterConfig())
+def test_f21_unusable_sizes_are_dropped(size: tuple[int, int], reason: str | None) -> None:
+    for size_or_rotated in (size, size[::-1]):
+        selection = apply_filters(pairs_of(CAPTION, CAPTION), images_of(size_or_rotated, (64, 64)), FilterConfig())
         assert reasons(selection)[0] == reason and reasons(selection)[1] is None
 
 
@@ -120,7 +120,7 @@ def test_dedup_keeps_the_smallest_key_in_any_order(order: int) -> None:
 
 
 @pytest.mark.parametrize("distance", range(8))
-def test_near_duplicates_are_those_of_brute_force(distance: int) -> None:
+def test_near_duplicates_equal_a_brute_force_search(distance: int) -> None:
     rng = random.Random(distance)
     centres = [rng.getrandbits(64) for _ in range(40)]
     hashes = [
@@ -131,7 +131,7 @@ def test_near_duplicates_are_those_of_brute_force(distance: int) -> None:
     assert near_duplicates([], distance) == set() and near_duplicates([1], distance) == set()
 
 
-def test_impossible_settings_are_refused() -> None:
+def test_invalid_settings_raise() -> None:
     for distance in (-2, 8):
         with pytest.raises(ConfigError, match="phash_distance"):
             DedupConfig(distance)
@@ -140,14 +140,14 @@ def test_impossible_settings_are_refused() -> None:
             FilterConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_a_row_never_changes_sides() -> None:
+def test_a_row_never_changes_its_split() -> None:
     keys = [f"{index * 2**32 // 1000:08x}" for index in range(1000)]
     status = ["kept" if index % 10 else "dropped" for index in range(1000)]
 
-    def sides(count: int, holdout: float) -> list[str | None]:
+    def splits_of(count: int, holdout: float) -> list[str | None]:
         return splits(pa.table({"key": keys[:count], "status": status[:count]}), holdout).to_pylist()
 
-    assert sides(1000, 0.1)[:500] == sides(500, 0.1)  # a longer list moves no row
-    counts = {side: sides(1000, 0.1).count(side) for side in ("train", "holdout", None)}
+    assert splits_of(1000, 0.1)[:500] == splits_of(500, 0.1)  # a longer list moves no row
+    counts = {split: splits_of(1000, 0.1).count(split) for split in ("train", "holdout", None)}
     assert counts == {"train": 810, "holdout": 90, None: 100}
-    assert {a for a, b in zip(sides(1000, 0.2), sides(1000, 0.1), strict=True) if b == "holdout"} == {"holdout"}
+    assert {a for a, b in zip(splits_of(1000, 0.2), splits_of(1000, 0.1), strict=True) if b == "holdout"} == {"holdout"}

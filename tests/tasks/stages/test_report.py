@@ -18,7 +18,7 @@ from tasks.stages.embed import SCHEMA
 from tasks.stages.report import Limit, ReportConfig, render
 from tasks.tracking import Tracker
 
-EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'single'"
+MALICIOUS = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'single'"
 NUM_PAIRS = 30
 LIMITS = (Limit("shorter_side", 32, None), Limit("caption_words", 2, 60), Limit("clip_score", 0.1, None))
 
@@ -29,7 +29,7 @@ def key_of(index: int) -> str:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """30 pairs on 3 hosts: 8 has the picture of 5, 0 to 4 a low score, 6 is small, 7 failed; one caption is evil."""
+    """30 pairs on 3 hosts: 8 duplicates 5, 0 to 4 have low scores, 6 is small, 7 failed; one caption is malicious."""
     folder = tmp_path_factory.mktemp("report")
     embeddings = torch.nn.functional.normalize(torch.randn(NUM_PAIRS, 8), dim=1).numpy()
     images, pairs, selection = [], [], []
@@ -37,15 +37,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         buffer = io.BytesIO()
         Image.new("RGB", (64, 64), (index * 8, 0, 0)).save(buffer, "JPEG")
         url = f"https://host{index % 3}.example/{index}.jpg"
-        caption = EVIL if index == 10 else f"picture number {index}"
-        fate = {6: ("dropped", "too_small"), 7: ("failed", "http_410"), 8: ("dropped", "duplicate_image")}
-        status, reason = fate.get(index, ("kept", None))
+        caption = MALICIOUS if index == 10 else f"image number {index}"
+        outcomes = {6: ("dropped", "too_small"), 7: ("failed", "http_410"), 8: ("dropped", "duplicate_image")}
+        status, reason = outcomes.get(index, ("kept", None))
         side = 20 if index == 6 else 64
-        picture = {"width": side, "height": side, "original_width": side, "original_height": side}
-        picture |= {"sha256": f"{5 if index == 8 else index:064x}", "phash": f"{index:016x}", "jpg": buffer.getvalue()}
+        image = {"width": side, "height": side, "original_width": side, "original_height": side}
+        image |= {"sha256": f"{5 if index == 8 else index:064x}", "phash": f"{index:016x}", "jpg": buffer.getvalue()}
         row = {"key": key_of(index), "url": url, "caption": caption}
         images.append(
-            {**row, "status": "ok", **picture} if index != 7 else {**row, "status": "failed", "reason": "http_410"}
+            {**row, "status": "ok", **image} if index != 7 else {**row, "status": "failed", "reason": "http_410"}
         )
         pairs.append({**row, "position": index, "status": "kept", "reason": None})
         split = "train" if status == "kept" else None
@@ -101,18 +101,18 @@ def test_t8_captions_are_text_and_the_page_loads_nothing(page: str) -> None:
     assert not [attrs for _, attrs in parsed.tags if any(name.startswith("on") for name in attrs)]
     sources = [value for _, attrs in parsed.tags for name, value in attrs.items() if name in ("src", "href")]
     assert sources and all(str(source).startswith("data:image/jpeg;base64,") for source in sources)
-    assert EVIL in " ".join(parsed.texts) and "http://" not in page and "url(" not in page
+    assert MALICIOUS in " ".join(parsed.texts) and "http://" not in page and "url(" not in page
 
 
-def test_it_balances_and_explains(page: str, dataset: Artifact) -> None:
+def test_the_page_shows_the_counts_and_explains_the_reasons(page: str, dataset: Artifact) -> None:
     text = " ".join(" ".join(Tags(page).texts).split())
-    assert "30 in = 22 kept + 7 dropped + 1 failed" in text and "(1 of those dropped are duplicates)" in text
+    assert "30 in = 22 kept + 7 dropped + 1 failed" in text and "(1 of the dropped rows are duplicates)" in text
     for reason, count in dataset.facts["reasons"].items():
         assert re.search(rf"{reason} {count} .*{re.escape(rows.meaning(reason))}", text), reason
     assert "host0.example 10" in text and "3 in all" in text
 
 
-def test_every_threshold_has_its_line_and_the_rows_beside_it(page: str) -> None:
+def test_every_threshold_shows_its_line_and_the_nearest_rows(page: str) -> None:
     assert page.count('class="limit"') == 4  # 32 pixels, 2 and 60 words, a score of 0.1
     score = page.split("CLIP score: at least 0.1 cosine")[1]
     inside, outside = score.split("just dropped")[0], score.split("just dropped")[1].split("<h2>")[0]
@@ -124,7 +124,7 @@ def test_every_threshold_has_its_line_and_the_rows_beside_it(page: str) -> None:
     assert key_of(6) in small.split("just dropped")[1]
 
 
-def test_a_duplicate_is_beside_what_it_duplicates(page: str) -> None:
+def test_a_duplicate_is_shown_beside_the_kept_row(page: str) -> None:
     cluster = page.split("Duplicates</h2>")[1]
     assert re.findall(r'data-key="(\w+)"', cluster) == [key_of(5), key_of(8)] and "same bytes" in cluster
 
@@ -133,7 +133,7 @@ def test_the_same_dataset_gives_the_same_page(page: str, dataset: Artifact) -> N
     assert render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS)) == page
 
 
-def test_a_row_can_be_taken_out_of_a_page(page: str) -> None:
+def test_a_row_can_be_redacted_from_a_page(page: str) -> None:
     clean = redact(page, frozenset({key_of(10)}))
     assert key_of(10) in page and key_of(10) not in clean and "alert(2)" not in clean and "taken down" in clean
     assert clean.count("<figure") == page.count("<figure") and key_of(11) in clean

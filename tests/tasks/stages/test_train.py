@@ -86,7 +86,7 @@ def test_buckets_are_those_of_the_training_rows(snapshot: Snapshot) -> None:
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
-def test_either_prior_trains_from_the_same_table_and_is_loaded(
+def test_either_prior_trains_on_the_same_table_and_is_loaded(
     tmp_path: Path, snapshot: Snapshot, frozen_clip: Clip, kind: str
 ) -> None:
     small: dict[str, Any] = {"width": 16, "depth": 1, "num_heads": 2}

@@ -1,4 +1,4 @@
-"""Files that decoders meet in the wild or in an attack, each with the pixels or the reason that must come of it."""
+"""Image files as found in the wild or in attacks, each with the expected pixels or failure reason."""
 
 import io
 import itertools
@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 Colour = tuple[int, int, int]
-SIDE = 32
+SIZE = 32
 UNDO = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
         7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Crafted:
-    """A file and what must come of it: a reason, a colour, or the pixels [height, width, 3]."""
+    """A file and its expected result: a reason, a colour, or the pixels [height, width, 3]."""
 
     name: str
     data: bytes
@@ -41,11 +41,11 @@ FAULTS = {
     "F19": ".*-animated|kind-TIFF",
     "F20": "svg|ps|psd|fits|heic|avif|jxl|kind-",
 }
-"""Faults, by how the names of their files begin; the first that fits counts."""
+"""Fault -> pattern of the file names that show it; the first match counts."""
 
 
 def fault_of(file: Crafted) -> str:
-    """The fault that a file is; "other" when it is none with a number."""
+    """Return the fault that a file shows, or "other"."""
     return next((fault for fault, names in FAULTS.items() if re.match(names, file.name)), "other")
 
 
@@ -56,7 +56,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def ramp(width: int = 40, height: int = 20) -> Image.Image:
-    """Red grows to the right, green downwards."""
+    """Return a gradient: red grows to the right, green downwards."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
 
@@ -65,8 +65,8 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(depth: int, colour_type: int, row: bytes, *extra: bytes, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
-    """A PNG whose rows are all the same."""
+def png(depth: int, colour_type: int, row: bytes, *extra: bytes, size: tuple[int, int] = (SIZE, SIZE)) -> bytes:
+    """Build a PNG whose rows are all the same."""
     header = struct.pack(">IIBBBBB", *size, depth, colour_type, 0, 0, 0)
     body = zlib.compress((b"\0" + row) * size[1])
     return b"".join((b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *extra, chunk(b"IDAT", body), chunk(b"IEND", b"")))
@@ -81,13 +81,13 @@ def header_only_png(width: int, height: int) -> bytes:
 
 
 def with_jpeg_size(data: bytes, width: int, height: int) -> bytes:
-    """The same JPEG with another size in its frame header."""
+    """Return the same JPEG with another size in its frame header."""
     at = next(data.index(marker) for marker in (b"\xff\xc0", b"\xff\xc2") if marker in data)
     return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]
 
 
 def icc_profile(description: bytes, space: bytes = b"RGB ", swapped: bool = True) -> bytes:
-    """A display profile of gamma 2.2: for grey, or with the primaries of sRGB, red and green swapped or not."""
+    """Build a display profile: RGB of gamma 2.2 with the primaries of sRGB, red and green optionally swapped, or linear grey."""
 
     def fixed(*numbers: float) -> bytes:
         return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
@@ -110,43 +110,43 @@ def icc_profile(description: bytes, space: bytes = b"RGB ", swapped: bool = True
 
 
 def ycck(colour: Colour) -> bytes:
-    """A CMYK JPEG as Adobe writes it: inverted, C, M and Y stored as luminance and chrominance."""
+    """Build a CMYK JPEG as Adobe writes it: inverted, with C, M and Y stored as luminance and chrominance."""
     negative = (255 - colour[0], 255 - colour[1], 255 - colour[2])
-    stored = Image.new("RGB", (SIDE, SIDE), negative).convert("YCbCr")
-    planes = [Image.eval(plane, lambda level: 255 - level) for plane in stored.split()]  # the writer inverts once more
-    data = encoded(Image.merge("CMYK", (*planes, Image.new("L", (SIDE, SIDE), 0))), "JPEG", quality=100)
+    stored = Image.new("RGB", (SIZE, SIZE), negative).convert("YCbCr")
+    planes = [Image.eval(plane, lambda level: 255 - level) for plane in stored.split()]  # the encoder inverts again
+    data = encoded(Image.merge("CMYK", (*planes, Image.new("L", (SIZE, SIZE), 0))), "JPEG", quality=100)
     at = data.index(b"Adobe") + 11  # transform: none becomes YCCK
     assert data[at] == 0
     return data[:at] + b"\2" + data[at + 1 :]
 
 
 def oriented(orientation: int, kind: str, **options: Any) -> bytes:
-    """`ramp` held so that the orientation turns it upright."""
+    """Encode `ramp` so that the orientation tag turns it upright."""
     undo = UNDO[orientation]
-    held = ramp().transpose(Image.Transpose[undo]) if undo else ramp()
+    stored = ramp().transpose(Image.Transpose[undo]) if undo else ramp()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(held, kind, exif=exif, **options)
+    return encoded(stored, kind, exif=exif, **options)
 
 
-def plain(mode: str, colour: Any, kind: str, **options: Any) -> bytes:
-    return encoded(Image.new(mode, (SIDE, SIDE), colour), kind, **options)
+def solid(mode: str, colour: Any, kind: str, **options: Any) -> bytes:
+    return encoded(Image.new(mode, (SIZE, SIZE), colour), kind, **options)
 
 
 def palette(kind: str, colours: list[int], **options: Any) -> bytes:
-    """A picture of the palette's entry 1."""
-    image = Image.new("P", (SIDE, SIDE), 0)
+    """Encode an image filled with entry 1 of the palette."""
+    image = Image.new("P", (SIZE, SIZE), 0)
     image.putpalette(colours)
-    image.paste(1, (0, 0, SIDE, SIDE))
+    image.paste(1, (0, 0, SIZE, SIZE))
     return encoded(image, kind, **options)
 
 
 def crafted() -> Iterator[Crafted]:
-    yield from itertools.starmap(Crafted, _sound())
+    yield from itertools.starmap(Crafted, _valid())
     yield from itertools.starmap(Crafted, _refused())
 
 
-def _sound() -> Iterator[tuple[str, bytes, Colour | np.ndarray]]:
+def _valid() -> Iterator[tuple[str, bytes, Colour | np.ndarray]]:
     upright, white, red, half = np.asarray(ramp()), (255, 255, 255), (255, 0, 0), (255, 127, 127)
     kinds: tuple[tuple[str, dict[str, Any]], ...] = (
         ("JPEG", {"quality": 95, "subsampling": 0}), ("PNG", {}), ("WEBP", {"lossless": True}),
@@ -156,76 +156,76 @@ def _sound() -> Iterator[tuple[str, bytes, Colour | np.ndarray]]:
     yield "exif-orientation-9", oriented_out_of_range(), upright
     yield "exif-garbage", encoded(ramp(), "JPEG", exif=b"Exif\0\0garbage", quality=95, subsampling=0), upright
 
-    levels = np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint16)
+    levels = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.uint16)
     grey = np.repeat((levels / 257)[..., None], 3, 2)
     yield "png-16-grey", encoded(Image.fromarray(levels), "PNG"), grey
-    yield "png-16-rgb", png(16, 2, struct.pack(">3H", 0xFFFF, 0x8000, 0) * SIDE), (255, 128, 0)
-    yield "png-16-rgba", png(16, 6, struct.pack(">4H", 0xFFFF, 0, 0, 0x8000) * SIDE), half
-    yield "png-16-grey-alpha", png(16, 4, struct.pack(">2H", 0, 0x8000) * SIDE), (127, 127, 127)
-    yield "png-16-grey-dark", png(16, 0, b"\x01\xff" * SIDE), (1, 1, 1)
-    yield "png-16-grey-trns", png(16, 0, b"\x12\x34" * SIDE, chunk(b"tRNS", b"\x12\x34")), white
-    yield "png-16-grey-trns-other", png(16, 0, b"\x12\x34" * SIDE, chunk(b"tRNS", b"\x12\x35")), (18, 18, 18)
-    yield "png-16-rgb-trns", png(16, 2, b"\xff\xff\0\0\0\0" * SIDE, chunk(b"tRNS", b"\xff\xff" + bytes(4))), white
+    yield "png-16-rgb", png(16, 2, struct.pack(">3H", 0xFFFF, 0x8000, 0) * SIZE), (255, 128, 0)
+    yield "png-16-rgba", png(16, 6, struct.pack(">4H", 0xFFFF, 0, 0, 0x8000) * SIZE), half
+    yield "png-16-grey-alpha", png(16, 4, struct.pack(">2H", 0, 0x8000) * SIZE), (127, 127, 127)
+    yield "png-16-grey-dark", png(16, 0, b"\x01\xff" * SIZE), (1, 1, 1)
+    yield "png-16-grey-trns", png(16, 0, b"\x12\x34" * SIZE, chunk(b"tRNS", b"\x12\x34")), white
+    yield "png-16-grey-trns-other", png(16, 0, b"\x12\x34" * SIZE, chunk(b"tRNS", b"\x12\x35")), (18, 18, 18)
+    yield "png-16-rgb-trns", png(16, 2, b"\xff\xff\0\0\0\0" * SIZE, chunk(b"tRNS", b"\xff\xff" + bytes(4))), white
     for depth, level in ((1, 255), (2, 170), (4, 102)):
-        packed = {1: b"\xff", 2: b"\xaa", 4: b"\x66"}[depth] * (SIDE * depth // 8)
+        packed = {1: b"\xff", 2: b"\xaa", 4: b"\x66"}[depth] * (SIZE * depth // 8)
         yield f"png-{depth}-grey", png(depth, 0, packed), (level, level, level)
         blue = chunk(b"PLTE", bytes(3 * ((1 << depth) - 1)) + b"\0\0\xff")
-        yield f"png-{depth}-palette", png(depth, 3, b"\xff" * (SIDE * depth // 8), blue), (0, 0, 255)
-    yield "png-1-grey-trns", png(1, 0, bytes(SIDE // 8), chunk(b"tRNS", b"\0\0")), white
-    yield "png-8-grey-trns", png(8, 0, b"\x07" * SIDE, chunk(b"tRNS", b"\0\7")), white
-    yield "png-rgb-trns", png(8, 2, b"\xff\0\0" * SIDE, chunk(b"tRNS", b"\0\xff\0\0\0\0")), white
+        yield f"png-{depth}-palette", png(depth, 3, b"\xff" * (SIZE * depth // 8), blue), (0, 0, 255)
+    yield "png-1-grey-trns", png(1, 0, bytes(SIZE // 8), chunk(b"tRNS", b"\0\0")), white
+    yield "png-8-grey-trns", png(8, 0, b"\x07" * SIZE, chunk(b"tRNS", b"\0\7")), white
+    yield "png-rgb-trns", png(8, 2, b"\xff\0\0" * SIZE, chunk(b"tRNS", b"\0\xff\0\0\0\0")), white
     yield "png-palette-trns", palette("PNG", [9, 9, 9, 0, 0, 255], transparency=1), white
     yield "png-palette-trns-other", palette("PNG", [9, 9, 9, 0, 0, 255], transparency=0), (0, 0, 255)
     yield "png-palette-half", palette("PNG", [9, 9, 9, 255, 0, 0], transparency=bytes([255, 128])), half
-    yield "png-grey-alpha", plain("LA", (0, 0), "PNG"), white
-    yield "png-grey-half-alpha", plain("LA", (0, 128), "PNG"), (127, 127, 127)
-    yield "png-rgba-clear", plain("RGBA", (255, 0, 0, 0), "PNG"), white
-    yield "png-rgba-half", plain("RGBA", (255, 0, 0, 128), "PNG"), half
-    yield "png-animated", plain("RGB", "red", "PNG", save_all=True, append_images=[Image.new("RGB", (SIDE, SIDE))]), red
-    yield "png-no-end", plain("RGB", "red", "PNG")[:-12], red
-    yield "png-text-and-trailing", plain("RGB", "red", "PNG") + b"<script>alert(1)</script>" * 50, red
-    yield "png-gamma", png(8, 2, b"\x80\x80\x80" * SIDE, chunk(b"gAMA", struct.pack(">I", 100_000))), (128, 128, 128)
+    yield "png-grey-alpha", solid("LA", (0, 0), "PNG"), white
+    yield "png-grey-half-alpha", solid("LA", (0, 128), "PNG"), (127, 127, 127)
+    yield "png-rgba-clear", solid("RGBA", (255, 0, 0, 0), "PNG"), white
+    yield "png-rgba-half", solid("RGBA", (255, 0, 0, 128), "PNG"), half
+    yield "png-animated", solid("RGB", "red", "PNG", save_all=True, append_images=[Image.new("RGB", (SIZE, SIZE))]), red
+    yield "png-no-end", solid("RGB", "red", "PNG")[:-12], red
+    yield "png-text-and-trailing", solid("RGB", "red", "PNG") + b"<script>alert(1)</script>" * 50, red
+    yield "png-gamma", png(8, 2, b"\x80\x80\x80" * SIZE, chunk(b"gAMA", struct.pack(">I", 100_000))), (128, 128, 128)
     yield "png-one-pixel", png(8, 2, b"\xff\0\0", size=(1, 1)), red
     yield "png-one-row", png(8, 2, b"\xff\0\0" * 3000, size=(3000, 1)), red
 
-    yield "jpeg-grey", plain("L", 77, "JPEG"), (77, 77, 77)
+    yield "jpeg-grey", solid("L", 77, "JPEG"), (77, 77, 77)
     yield "jpeg-progressive", encoded(ramp(), "JPEG", progressive=True, quality=95, subsampling=0), upright
-    yield "jpeg-420", plain("RGB", (200, 100, 50), "JPEG", subsampling=2), (200, 100, 50)
+    yield "jpeg-420", solid("RGB", (200, 100, 50), "JPEG", subsampling=2), (200, 100, 50)
     yield "jpeg-restart-markers", encoded(ramp(), "JPEG", restart_marker_blocks=1, quality=95, subsampling=0), upright
-    yield "jpeg-cmyk", plain("CMYK", (0, 255, 255, 0), "JPEG"), red
-    yield "jpeg-cmyk-black", plain("CMYK", (0, 0, 0, 255), "JPEG"), (0, 0, 0)
-    yield "jpeg-cmyk-paper", plain("CMYK", (0, 0, 0, 0), "JPEG"), white
+    yield "jpeg-cmyk", solid("CMYK", (0, 255, 255, 0), "JPEG"), red
+    yield "jpeg-cmyk-black", solid("CMYK", (0, 0, 0, 255), "JPEG"), (0, 0, 0)
+    yield "jpeg-cmyk-paper", solid("CMYK", (0, 0, 0, 0), "JPEG"), white
     yield "jpeg-ycck", ycck((200, 60, 30)), (200, 60, 30)
-    yield "jpeg-and-zip", plain("RGB", "red", "JPEG") + b"PK\x03\x04" + bytes(200), red
-    yield "jpeg-comment", plain("RGB", "red", "JPEG", comment=b"<?php system(1) ?>"), red
+    yield "jpeg-and-zip", solid("RGB", "red", "JPEG") + b"PK\x03\x04" + bytes(200), red
+    yield "jpeg-comment", solid("RGB", "red", "JPEG", comment=b"<?php system(1) ?>"), red
 
-    frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "lime", "blue")]
     yield "gif-animated", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), red
     yield "gif-palette", palette("GIF", [9, 9, 9, 0, 0, 255]), (0, 0, 255)
     yield "gif-transparent", palette("GIF", [9, 9, 9, 0, 0, 255], transparency=1), white
-    yield "gif-grey", plain("L", 77, "GIF"), (77, 77, 77)
+    yield "gif-grey", solid("L", 77, "GIF"), (77, 77, 77)
     yield "gif-interlaced", encoded(ramp().quantize(256), "GIF", interlace=1), upright
     yield "webp-animated", encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), red
-    yield "webp-lossy", plain("RGB", (200, 100, 50), "WEBP", quality=95), (200, 100, 50)
-    yield "webp-alpha", plain("RGBA", (255, 0, 0, 128), "WEBP", lossless=True), half
-    yield "webp-lossy-alpha", plain("RGBA", (255, 0, 0, 0), "WEBP"), white
+    yield "webp-lossy", solid("RGB", (200, 100, 50), "WEBP", quality=95), (200, 100, 50)
+    yield "webp-alpha", solid("RGBA", (255, 0, 0, 128), "WEBP", lossless=True), half
+    yield "webp-lossy-alpha", solid("RGBA", (255, 0, 0, 0), "WEBP"), white
 
     swapped = icc_profile(b"red and green swapped")
     for kind, options in kinds:
-        yield f"{kind}-icc-swapped", plain("RGB", (255, 0, 0), kind, icc_profile=swapped, **options), (0, 255, 0)
+        yield f"{kind}-icc-swapped", solid("RGB", (255, 0, 0), kind, icc_profile=swapped, **options), (0, 255, 0)
     same = icc_profile(b"same primaries", swapped=False)
-    yield "icc-same-primaries", plain("RGB", (200, 100, 50), "PNG", icc_profile=same), (200, 100, 50)
-    yield "icc-named-srgb", plain("RGB", "red", "PNG", icc_profile=icc_profile(b"sRGB IEC61966-2.1")), red
-    yield "icc-rgba", plain("RGBA", (255, 0, 0, 128), "PNG", icc_profile=swapped), (127, 255, 127)
+    yield "icc-same-primaries", solid("RGB", (200, 100, 50), "PNG", icc_profile=same), (200, 100, 50)
+    yield "icc-named-srgb", solid("RGB", "red", "PNG", icc_profile=icc_profile(b"sRGB IEC61966-2.1")), red
+    yield "icc-rgba", solid("RGBA", (255, 0, 0, 128), "PNG", icc_profile=swapped), (127, 255, 127)
     yield "icc-palette", palette("PNG", [9, 9, 9, 255, 0, 0], icc_profile=swapped), (0, 255, 0)
     linear = icc_profile(b"linear grey", b"GRAY")
-    yield "icc-grey", plain("L", 55, "PNG", icc_profile=linear), (128, 128, 128)
-    yield "icc-grey-alpha", plain("LA", (55, 255), "PNG", icc_profile=linear), (128, 128, 128)
-    yield "icc-rgb-on-grey", plain("L", 77, "JPEG", icc_profile=swapped), (77, 77, 77)
-    yield "icc-grey-on-rgb", plain("RGB", "red", "PNG", icc_profile=linear), red
-    yield "icc-rgb-on-cmyk", plain("CMYK", (0, 255, 255, 0), "JPEG", icc_profile=swapped), red
-    yield "icc-truncated", plain("RGB", "red", "PNG", icc_profile=swapped[:150]), red
-    yield "icc-garbage", plain("RGB", "red", "JPEG", icc_profile=b"garbage" * 40), red
+    yield "icc-grey", solid("L", 55, "PNG", icc_profile=linear), (128, 128, 128)
+    yield "icc-grey-alpha", solid("LA", (55, 255), "PNG", icc_profile=linear), (128, 128, 128)
+    yield "icc-rgb-on-grey", solid("L", 77, "JPEG", icc_profile=swapped), (77, 77, 77)
+    yield "icc-grey-on-rgb", solid("RGB", "red", "PNG", icc_profile=linear), red
+    yield "icc-rgb-on-cmyk", solid("CMYK", (0, 255, 255, 0), "JPEG", icc_profile=swapped), red
+    yield "icc-truncated", solid("RGB", "red", "PNG", icc_profile=swapped[:150]), red
+    yield "icc-garbage", solid("RGB", "red", "JPEG", icc_profile=b"garbage" * 40), red
 
 
 def oriented_out_of_range() -> bytes:
@@ -268,13 +268,13 @@ def _refused() -> Iterator[tuple[str, bytes, str]]:
     yield "png-bad-crc", data[:-20] + bytes([data[-20] ^ 1]) + data[-19:], "decode_error"
     yield "png-no-data", png(8, 2, b"")[: 8 + 25] + chunk(b"IEND", b""), "decode_error"
     profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(20_000_000)))
-    yield "png-icc-bomb", png(8, 2, b"\xff\0\0" * SIDE, profile), "decode_error"
+    yield "png-icc-bomb", png(8, 2, b"\xff\0\0" * SIZE, profile), "decode_error"
     text = PngImagePlugin.PngInfo()
     text.add_text("bomb", "x" * 30_000_000, zip=True)
     yield "png-text-bomb", encoded(upright, "PNG", pnginfo=text), "decode_error"
 
-    for side in (7_072, 12_000, 60_000):
-        yield f"png-{side}", header_only_png(side, side), "too_many_pixels"
+    for size in (7_072, 12_000, 60_000):
+        yield f"png-{size}", header_only_png(size, size), "too_many_pixels"
     yield "png-wide", header_only_png(50_000_001, 1), "too_many_pixels"
     yield "png-largest", header_only_png(2**31 - 1, 2**31 - 1), "too_many_pixels"
     yield "jpeg-65000", with_jpeg_size(encoded(upright, "JPEG"), 65_000, 65_000), "too_many_pixels"

@@ -1,4 +1,4 @@
-"""Every kind of picture comes out right, and nothing that pretends to be one hurts the process that asked for it (T6, T7)."""
+"""Images of every kind decode correctly, and malicious files do not harm the calling process (T6, T7)."""
 
 import io
 import os
@@ -30,13 +30,13 @@ MAX_PIXELS = 50_000_000
 def decoder() -> Iterator[DecodingPool]:
     with DecodingPool(
         64, 95, MAX_PIXELS, limits=Limits(wall_seconds=120)
-    ) as decoder:  # other tests run beside this one
+    ) as decoder:  # other tests run at the same time
         yield decoder
 
 
-def pixels_of(picture: Picture) -> np.ndarray:
-    image = Image.open(io.BytesIO(picture.jpg))
-    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (picture.width, picture.height))
+def pixels_of(decoded: Picture) -> np.ndarray:
+    image = Image.open(io.BytesIO(decoded.jpg))
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (decoded.width, decoded.height))
     assert not set(image.info) - {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
     return np.asarray(image).astype(int)
 
@@ -62,10 +62,10 @@ def test_crafted_file(decoder: DecodingPool, file: Crafted) -> None:
         assert np.abs(pixels - file.expected).mean() < 3
     else:
         assert np.abs(pixels - file.expected).max() <= 4
-        assert got.phash is None, "a picture of one colour has no perceptual hash"
+        assert got.phash is None, "an image of one colour has no perceptual hash"
 
 
-def test_there_are_files_enough_and_a_child_decodes_like_its_worker(decoder: DecodingPool) -> None:
+def test_a_child_decodes_all_crafted_files_like_its_worker(decoder: DecodingPool) -> None:
     assert len({file.name for file in CRAFTED}) == len(CRAFTED) >= 60
     for file in CRAFTED:
         if not isinstance(file.expected, str):
@@ -73,29 +73,29 @@ def test_there_are_files_enough_and_a_child_decodes_like_its_worker(decoder: Dec
 
 
 @pytest.mark.parametrize("subsampling", CHROMA_SUBSAMPLINGS)
-def test_chroma_subsampling_is_as_asked(subsampling: str) -> None:
+def test_chroma_subsampling_is_applied(subsampling: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encoded(noise, "PNG")
     with DecodingPool(64, 95, MAX_PIXELS, subsampling) as decoder:
-        picture = decoder.decode(data)
-    assert picture == decode(data, 64, 95, MAX_PIXELS, subsampling)
-    with Image.open(io.BytesIO(picture.jpg)) as image:
+        decoded = decoder.decode(data)
+    assert decoded == decode(data, 64, 95, MAX_PIXELS, subsampling)
+    with Image.open(io.BytesIO(decoded.jpg)) as image:
         assert JpegImagePlugin.get_sampling(image) == CHROMA_SUBSAMPLINGS.index(subsampling)
 
 
-def test_size_keeps_the_ratio_and_never_grows() -> None:
+def test_resizing_keeps_the_aspect_ratio_and_never_enlarges() -> None:
     for size, expected in (
         ((400, 200), (128, 64)),
         ((200, 400), (64, 128)),
         ((30, 20), (30, 20)),
         ((500, 3), (500, 3)),
     ):
-        picture = decode(encoded(ramp(*size), "JPEG"), 64, 95, MAX_PIXELS)
-        assert (picture.width, picture.height) == expected
-        assert (picture.original_width, picture.original_height) == size
+        decoded = decode(encoded(ramp(*size), "JPEG"), 64, 95, MAX_PIXELS)
+        assert (decoded.width, decoded.height) == expected
+        assert (decoded.original_width, decoded.original_height) == size
 
 
-def test_large_pictures_of_every_mode_shrink_alike() -> None:
+def test_large_images_of_every_mode_shrink_alike() -> None:
     expected = np.asarray(ramp(400, 400).resize((64, 64), Image.Resampling.BOX)).astype(int)
     for data in (
         encoded(ramp(400, 400), "JPEG", quality=95),
@@ -120,12 +120,12 @@ def test_t7_nothing_but_pixels_is_stored(decoder: DecodingPool) -> None:
         encoded(ramp(), "WEBP", exif=exif, xmp=b"SECRET", icc_profile=b"SECRET" * 40),
     ):
         assert b"SECRET" in data
-        picture = decoder.decode(data)
-        assert b"SECRET" not in picture.jpg
-        pixels_of(picture)
+        decoded = decoder.decode(data)
+        assert b"SECRET" not in decoded.jpg
+        pixels_of(decoded)
 
 
-def test_the_perceptual_hash_is_that_of_imagehash() -> None:
+def test_perceptual_hash_equals_that_of_imagehash() -> None:
     random_pixels = np.random.default_rng(0)
     for size in [(64, 64), (64, 90), (31, 17), (200, 64)] * 10:
         coarse = Image.fromarray(random_pixels.integers(0, 256, (7, 9, 3), dtype=np.uint8))
@@ -133,7 +133,7 @@ def test_the_perceptual_hash_is_that_of_imagehash() -> None:
         assert perceptual_hash(image) == str(imagehash.phash(image))
     assert perceptual_hash(Image.new("RGB", (64, 64), "red")) is None
     stripes = np.zeros((64, 64), np.uint8)
-    stripes[:, ::16] = 255  # all its vertical frequencies are zero, whatever the noise of floating point
+    stripes[:, ::16] = 255  # all its vertical frequencies are zero up to floating-point noise
     bits = int(perceptual_hash(Image.fromarray(stripes)) or "", 16)
     assert bits & 0x00FFFFFFFFFFFFFF == 0
 
@@ -149,42 +149,42 @@ def test_the_perceptual_hash_is_that_of_imagehash() -> None:
 )
 def test_f22_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> None:
     with DecodingPool(64, 95, MAX_PIXELS, limits=Limits(wall_seconds=1.5)) as decoder:
-        sound = decoder.decode(encoded(ramp(), "JPEG"))
+        expected = decoder.decode(encoded(ramp(), "JPEG"))
         [pid] = decoder.pids
         os.kill(pid, number)
         assert outcome(decoder, encoded(ramp(), "PNG")) == reason
-        assert decoder.decode(encoded(ramp(), "JPEG")) == sound
+        assert decoder.decode(encoded(ramp(), "JPEG")) == expected
         assert decoder.pids != [pid]
 
 
-def test_f22_f39_t6_a_picture_that_needs_too_much_memory_costs_one_row() -> None:
+def test_f22_f39_t6_an_image_that_needs_too_much_memory_costs_one_row() -> None:
     with DecodingPool(64, 95, MAX_PIXELS, limits=Limits(memory_bytes=1 << 26)) as decoder:
         assert outcome(decoder, encoded(Image.new("RGB", (5000, 5000), "red"), "PNG")) == "decode_memory"
         assert isinstance(outcome(decoder, encoded(ramp(), "PNG")), Picture)
 
 
-def test_the_largest_picture_of_each_mode_fits_into_a_child(decoder: DecodingPool) -> None:
+def test_the_largest_image_of_each_mode_fits_into_a_child(decoder: DecodingPool) -> None:
     for mode in ("RGBA", "I;16", "P", "LA"):
         image = Image.new(mode, (7000, 7000), 1)
         assert isinstance(outcome(decoder, encoded(image, "PNG", compress_level=1)), Picture), mode
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_f19_of_ten_thousand_frames_the_first_is_stored(decoder: DecodingPool, kind: str) -> None:
+def test_f19_only_the_first_of_ten_thousand_frames_is_decoded(decoder: DecodingPool, kind: str) -> None:
     first, second = Image.new("L", (8, 8), 200), Image.new("L", (8, 8), 20)
     data = encoded(first, kind, save_all=True, append_images=[second, first] * 4999 + [second], lossless=True)
     assert Image.open(io.BytesIO(data)).n_frames == 10_000  # type: ignore[attr-defined]
     [child] = decoder.pids
     before = cpu_seconds(child)
     assert decoder.decode(data).jpg == decoder.decode(encoded(first, "PNG")).jpg
-    assert cpu_seconds(child) - before < 1, "the other frames were decoded, too"
+    assert cpu_seconds(child) - before < 1, "the other frames were decoded too"
 
 
-def test_f15_a_bomb_is_refused_by_its_header(decoder: DecodingPool) -> None:
-    true_bomb = next(file.data for file in CRAFTED if file.name == "png-true-bomb")
+def test_f15_a_bomb_is_rejected_by_its_header(decoder: DecodingPool) -> None:
+    decompression_bomb = next(file.data for file in CRAFTED if file.name == "png-true-bomb")
     [child] = decoder.pids
-    for data in (header_only_png(30_000, 30_000), header_only_png(65_000, 65_000), true_bomb):
-        Path(f"/proc/{child}/clear_refs").write_text("5")  # from here on counts the peak of memory
+    for data in (header_only_png(30_000, 30_000), header_only_png(65_000, 65_000), decompression_bomb):
+        Path(f"/proc/{child}/clear_refs").write_text("5")  # resets the peak memory
         memory, seconds = peak_memory(child), cpu_seconds(child)
         assert outcome(decoder, data) == "too_many_pixels"
         assert cpu_seconds(child) - seconds < 0.5 and peak_memory(child) - memory < 20_000_000
@@ -196,7 +196,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def mutant(seeds: list[bytes], source: random.Random) -> bytes:
-    """A seed with bytes changed, cut out, repeated, or taken from another seed."""
+    """Return a seed with bytes changed, removed, repeated, or taken from another seed."""
     data = bytearray(source.choice(seeds))
     for _ in range(source.choice((1, 1, 2, 4, 16))):
         at = source.randrange(len(data) or 1)
@@ -215,7 +215,7 @@ def mutant(seeds: list[bytes], source: random.Random) -> bytes:
         elif kind == 5:
             data[at : at + 4] = struct.pack(">I", source.choice((0, 1, 0x7F, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)))
         else:
-            at = source.randrange(min(64, len(data)) or 1)  # where headers are
+            at = source.randrange(min(64, len(data)) or 1)  # within the headers
             data[at : at + 2] = source.randbytes(2)
     return bytes(data)
 
@@ -230,15 +230,15 @@ def test_t6_fuzz(count: int) -> None:
         children = decoder.pids
         for _ in range(count):
             got = outcome(decoder, mutant(seeds, source))
-            name = got if isinstance(got, str) else "picture"
+            name = got if isinstance(got, str) else "image"
             outcomes[name] = outcomes.get(name, 0) + 1
         assert decoder.pids == children, "a child died"
         assert peak_memory(children[0]) < 512 << 20
-    assert set(outcomes) <= {"picture", "not_an_image", "decode_error", "too_many_pixels"}, outcomes
-    assert outcomes["picture"] > count / 20 and outcomes["decode_error"] > count / 20, outcomes
+    assert set(outcomes) <= {"image", "not_an_image", "decode_error", "too_many_pixels"}, outcomes
+    assert outcomes["image"] > count / 20 and outcomes["decode_error"] > count / 20, outcomes
 
 
 def peak_memory(pid: int) -> int:
-    """Bytes that were resident at most."""
+    """Return the peak resident memory in bytes."""
     [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) << 10

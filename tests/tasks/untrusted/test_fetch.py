@@ -1,4 +1,4 @@
-"""What a hostile or broken server, name server or URL can do, and the one reason that comes of it."""
+"""Hostile or broken servers, name servers and URLs: each fails with exactly one reason."""
 
 import collections
 import concurrent.futures
@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tasks import rows
 from tasks.untrusted import fetch, opt_outs, robots
-from tasks.untrusted.fetch import Fetcher, is_public, wait_asked
+from tasks.untrusted.fetch import Fetcher, is_public, retry_after_seconds
 from tasks.untrusted.opt_outs import opted_out
 
 pytestmark = pytest.mark.timeout(120)
@@ -203,7 +203,7 @@ def reason(url: str, **settings: Any) -> str:
 def raw_server(
     answer: Callable[[socket.socket], None], tls: ssl.SSLContext | None = None
 ) -> Iterator[tuple[str, list[bytes]]]:
-    """A server that hands each connection to `answer` after reading the request."""
+    """Run a server that hands each connection to `answer` after reading the request."""
     requests: list[bytes] = []
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -229,11 +229,11 @@ def raw_server(
 
 
 Answer = tuple[int, Mapping[str, str], bytes]
-PICTURE: Answer = (200, {}, b"body")
+IMAGE: Answer = (200, {}, b"body")
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers paths, counts what was asked for, and remembers the highest number of requests at the same time."""
+    """A server that answers paths, counts requests by path, and records the highest number of concurrent requests."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -241,9 +241,9 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, host: str, port: int, answers: Mapping[str, Answer], seconds: float) -> None:
         self.answers, self.seconds = answers, seconds
         self.lock = threading.Lock()
-        self.asked: collections.Counter[str] = collections.Counter()
+        self.requests: collections.Counter[str] = collections.Counter()
         self.times: list[float] = []
-        self.connections = self.now = self.highest = 0
+        self.connections = self.in_flight = self.max_in_flight = 0
         super().__init__((host, port), _Handler)
 
     @property
@@ -255,7 +255,7 @@ class Server(http.server.ThreadingHTTPServer):
         return True
 
     def handle_error(self, *_: Any) -> None:
-        pass  # a client that hangs up is no news
+        pass  # clients may hang up
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -265,14 +265,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         with server.lock:
-            server.asked[self.path] += 1
+            server.requests[self.path] += 1
             server.times.append(time.monotonic())
-            server.now += 1
-            server.highest = max(server.highest, server.now)
+            server.in_flight += 1
+            server.max_in_flight = max(server.max_in_flight, server.in_flight)
         time.sleep(server.seconds)
         with server.lock:
-            server.now -= 1
-        status, headers, body = server.answers.get(self.path, PICTURE)
+            server.in_flight -= 1
+        status, headers, body = server.answers.get(self.path, IMAGE)
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
@@ -299,28 +299,28 @@ def serve(
 
 
 @pytest.fixture
-def outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes 127.0.0.3 count as an address of the open internet; 127.0.0.2 stays internal."""
+def public_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make 127.0.0.3 count as a public address; 127.0.0.2 stays internal."""
     monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.3" or is_public(address))
 
 
-def outcome(url: str, by: Fetcher) -> str:
-    """ "ok", or the reason."""
+def outcome(url: str, client: Fetcher) -> str:
+    """Return "ok" or the reason."""
     try:
-        by.fetch(url)
+        client.fetch(url)
     except rows.RowFault as fault:
         assert rows.is_reason(fault.reason)
         return fault.reason
     return "ok"
 
 
-def outcomes(urls: list[str], by: Fetcher, threads: int = 16) -> list[str]:
+def outcomes(urls: list[str], client: Fetcher, threads: int = 16) -> list[str]:
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda url: outcome(url, by), urls))
+        return list(pool.map(lambda url: outcome(url, client), urls))
 
 
 def fetch_from(answer: bytes | Callable[[socket.socket], None], **settings: Any) -> str:
-    """The reason that comes of one raw answer."""
+    """Return the reason for failing on one raw answer."""
     send = (lambda connection: connection.sendall(answer)) if isinstance(answer, bytes) else answer
     with raw_server(send) as (address, _):
         return reason(f"http://{address}/a.jpg", allow_hosts=(address,), **settings)
@@ -331,7 +331,7 @@ def test_the_tables_are_large_enough() -> None:
 
 
 @pytest.mark.parametrize("host", INTERNAL)
-def test_internal_addresses_are_refused_however_they_are_spelled(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_addresses_are_refused_in_every_spelling(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dialled: list[Any] = []
     monkeypatch.setattr("tasks.untrusted.fetch._Socket.connect", lambda self, address: dialled.append(address))
     assert reason(f"http://{host}/latest/meta-data") == "blocked_address"
@@ -343,7 +343,7 @@ def test_public_addresses_are_allowed(address: str) -> None:
     assert is_public(address)
 
 
-def test_f9_t4_addresses_are_checked_all_and_resolved_once() -> None:
+def test_f9_t4_all_addresses_are_checked_and_resolved_once() -> None:
     answers = [["8.8.8.8", "127.0.0.1"], ["127.0.0.1"]]
     calls: list[str] = []
 
@@ -361,11 +361,11 @@ def test_f9_t4_addresses_are_checked_all_and_resolved_once() -> None:
      "http://user:secret@8.8.8.8/", "http://8.8.8.8:0/", "http://8.8.8.8:99999/", "http://[::1/", "http://a..b/", "",
      "http://8.8.8.8/a\r\nHost: b", "http://8.8\t.8.8/", "\x00http://8.8.8.8/", "http://8.8.8.8/\x7f"],
 )  # fmt: skip
-def test_f12_t1_what_is_no_web_address_is_refused(url: str) -> None:
+def test_f12_t1_invalid_urls_are_refused(url: str) -> None:
     assert reason(url) == "bad_url"
 
 
-def test_a_sound_answer_is_fetched_with_an_honest_request() -> None:
+def test_a_valid_answer_is_fetched_with_an_honest_request() -> None:
     with raw_server(lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody")) as (address, requests):
         url = f"http://{address}/a b/ü.jpg?q=1 2"
         assert fetcher(allow_hosts=(address,)).fetch(url) == b"body"
@@ -434,14 +434,14 @@ def test_f9_no_address_and_no_listener() -> None:
     assert reason(f"http://{address}/", allow_hosts=(address,)) == "connect_error"
 
 
-def test_f10_server_errors_are_tried_again_and_missing_pages_are_not() -> None:
+def test_f10_server_errors_are_retried_and_missing_pages_are_not() -> None:
     for status, attempts in (("503 Busy", 3), ("404 Not Found", 1)):
         with raw_server(lambda c, s=status: c.sendall(f"HTTP/1.1 {s}\r\n\r\n".encode())) as (address, requests):  # type: ignore[misc]
             assert reason(f"http://{address}/", allow_hosts=(address,), retries=2) == f"http_{status[:3]}"
         assert len(requests) == attempts
 
 
-def test_f11_what_is_no_tls_is_refused() -> None:
+def test_f11_a_server_without_tls_is_refused() -> None:
     with raw_server(lambda c: c.sendall(b"not TLS at all")) as (address, _):
         assert reason(f"https://{address}/", allow_hosts=(address,)) == "connect_error"
 
@@ -577,7 +577,7 @@ HEADERS = {
     "X-Robots: noai": False,
     "Robots: noai": False,
 }
-"""Header lines of an answer, and whether they forbid the picture to `unclip`."""
+"""Header lines of an answer -> True if they forbid `unclip` to use the image."""
 
 
 @pytest.mark.parametrize("headers", HEADERS)
@@ -661,14 +661,14 @@ ROBOTS = {
 
 
 @pytest.mark.parametrize("body", ROBOTS, ids=lambda body: repr(body[:60]))
-def test_t12_robots_txt_is_obeyed(body: bytes, outside: None) -> None:
+def test_t12_robots_txt_is_obeyed(body: bytes, public_loopback: None) -> None:
     with serve({"/robots.txt": (200, {}, body)}) as server:
         found = outcome(f"http://{server.address}/pictures/a.jpg", fetcher(respect_robots=True))
-        assert server.asked["/robots.txt"] == 1
-        assert server.asked["/pictures/a.jpg"] == (found == "ok")
+        assert server.requests["/robots.txt"] == 1
+        assert server.requests["/pictures/a.jpg"] == (found == "ok")
         assert found == ROBOTS[body]
         assert outcome(f"http://{server.address}/pictures/a.jpg", fetcher(respect_robots=False)) == "ok"
-        assert server.asked["/robots.txt"] == 1
+        assert server.requests["/robots.txt"] == 1
 
 
 @pytest.mark.parametrize(
@@ -680,13 +680,13 @@ def test_t12_robots_txt_is_obeyed(body: bytes, outside: None) -> None:
         (302, {"Location": "/robots.txt"}, "robots_unreachable"),
         (302, {"Location": "file:///etc/passwd"}, "robots_unreachable"),
         (302, {"Location": "http://127.0.0.2/robots.txt"}, "robots_unreachable"),
-        (200, {"X-Robots-Tag": "noai, none"}, "ok"),  # about robots.txt, not about pictures
+        (200, {"X-Robots-Tag": "noai, none"}, "ok"),  # applies to robots.txt itself, not to images
         (200, {"Content-Encoding": "gzip"}, "robots_unreachable"),
         (200, {"Content-Length": "99"}, "robots_unreachable"),
     ],
 )
-def test_robots_txt_that_cannot_be_had_forbids_everything(
-    status: int, headers: dict[str, str], expected: str, outside: None
+def test_robots_txt_that_cannot_be_fetched_forbids_everything(
+    status: int, headers: dict[str, str], expected: str, public_loopback: None
 ) -> None:
     answers = {"/robots.txt": (status, headers, b"" if status in (204, 304) else b"#"), "/moved.txt": (200, {}, b"#")}
     with serve(answers) as server:
@@ -695,30 +695,30 @@ def test_robots_txt_that_cannot_be_had_forbids_everything(
         assert outcome(url, fetcher(respect_robots=True, allow_hosts=(server.address,))) == "ok"
 
 
-def test_robots_txt_of_a_host_that_does_not_answer(outside: None) -> None:
+def test_robots_txt_of_a_host_that_does_not_answer(public_loopback: None) -> None:
     with serve() as server:
         pass
     assert reason(f"http://{server.address}/a.jpg", respect_robots=True) == "connect_error"
 
 
-def test_robots_txt_is_asked_for_once_by_all_threads_and_obeyed_after_redirects(outside: None) -> None:
+def test_robots_txt_is_requested_once_by_all_threads_and_obeyed_after_redirects(public_loopback: None) -> None:
     forbidding = {"/robots.txt": (200, {}, b"User-agent: *\nDisallow: /secret")}
     with serve(forbidding, seconds=0.02) as other, serve(seconds=0.02) as server:
         server.answers = {**server.answers, "/away": (302, {"Location": f"http://{other.address}/secret"}, b"")}
-        by = fetcher(respect_robots=True)
-        assert set(outcomes([f"http://{server.address}/{number}" for number in range(40)], by)) == {"ok"}
-        assert set(outcomes([f"http://{server.address}/away"] * 8, by)) == {"robots_disallowed"}
-        assert server.asked["/robots.txt"] == other.asked["/robots.txt"] == 1
-        assert server.asked["/away"] == 8 and "/secret" not in other.asked
+        client = fetcher(respect_robots=True)
+        assert set(outcomes([f"http://{server.address}/{number}" for number in range(40)], client)) == {"ok"}
+        assert set(outcomes([f"http://{server.address}/away"] * 8, client)) == {"robots_disallowed"}
+        assert server.requests["/robots.txt"] == other.requests["/robots.txt"] == 1
+        assert server.requests["/away"] == 8 and "/secret" not in other.requests
 
 
-def test_robots_txt_is_asked_for_anew_when_it_is_old(outside: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_robots_txt_is_requested_again_after_it_expires(public_loopback: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve() as server:
-        by = fetcher(respect_robots=True)
+        client = fetcher(respect_robots=True)
         monkeypatch.setattr(robots, "_RULES_LAST_SECONDS", 0.0)
         for _ in range(3):
-            by.fetch(f"http://{server.address}/a.jpg")
-        assert server.asked["/robots.txt"] == 3
+            client.fetch(f"http://{server.address}/a.jpg")
+        assert server.requests["/robots.txt"] == 3
 
 
 def test_a_hostile_list_of_hosts_does_not_fill_the_memory() -> None:
@@ -738,40 +738,40 @@ def test_a_hostile_list_of_hosts_does_not_fill_the_memory() -> None:
 @pytest.mark.parametrize(
     ("delay", "longest", "expected"), [("0.15", 9.0, 0.15), ("86400", 0.15, 0.15), ("nan", 9.0, 0)]
 )
-def test_crawl_delay_spaces_requests_and_costs_no_row_its_time(
-    delay: str, longest: float, expected: float, outside: None
+def test_crawl_delay_spaces_requests_without_using_up_their_timeout(
+    delay: str, longest: float, expected: float, public_loopback: None
 ) -> None:
     with serve({"/robots.txt": (200, {}, f"User-agent: *\nCrawl-delay: {delay}".encode())}) as server:
-        by = fetcher(respect_robots=True, max_crawl_delay_seconds=longest, timeout_seconds=1.0)
-        assert outcomes([f"http://{server.address}/{number}" for number in range(10)], by) == ["ok"] * 10
+        client = fetcher(respect_robots=True, max_crawl_delay_seconds=longest, timeout_seconds=1.0)
+        assert outcomes([f"http://{server.address}/{number}" for number in range(10)], client) == ["ok"] * 10
         gaps = [after - before for before, after in itertools.pairwise(server.times[1:])]
         assert sum(gaps) >= 9 * expected * 0.9
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_a_host_is_asked_by_so_many_at_a_time(limit: int, outside: None) -> None:
+def test_concurrent_requests_per_host_are_limited(limit: int, public_loopback: None) -> None:
     with serve(seconds=0.02) as server, serve(seconds=0.02) as other_port:
         urls = [f"http://{each.address}/{number}" for number in range(30) for each in (server, other_port)]
-        by = fetcher(requests_per_host=limit, respect_robots=True, timeout_seconds=1.0)
-        assert outcomes(urls, by) == ["ok"] * 60
-        assert server.highest == other_port.highest == limit
+        client = fetcher(requests_per_host=limit, respect_robots=True, timeout_seconds=1.0)
+        assert outcomes(urls, client) == ["ok"] * 60
+        assert server.max_in_flight == other_port.max_in_flight == limit
 
 
-def test_a_host_that_the_operator_named_has_no_limit() -> None:
+def test_an_allowed_host_has_no_limit() -> None:
     with serve(seconds=0.1) as server:
-        by = fetcher(requests_per_host=1, respect_robots=True, allow_hosts=(server.address,), timeout_seconds=10.0)
-        assert outcomes([f"http://{server.address}/{number}" for number in range(32)], by) == ["ok"] * 32
-        assert server.highest > 1 and "/robots.txt" not in server.asked
+        client = fetcher(requests_per_host=1, respect_robots=True, allow_hosts=(server.address,), timeout_seconds=10.0)
+        assert outcomes([f"http://{server.address}/{number}" for number in range(32)], client) == ["ok"] * 32
+        assert server.max_in_flight > 1 and "/robots.txt" not in server.requests
 
 
-def test_hosts_that_redirect_to_each_other_block_nobody(outside: None) -> None:
+def test_hosts_that_redirect_to_each_other_do_not_deadlock(public_loopback: None) -> None:
     with serve() as one, serve() as two:
         one.answers = {**one.answers, "/a": (302, {"Location": f"http://{two.address}/b"}, b"")}
         two.answers = {**two.answers, "/a": (302, {"Location": f"http://{one.address}/b"}, b"")}
         urls = [f"http://{server.address}/a" for server in (one, two)] * 16
-        by = fetcher(requests_per_host=1, respect_robots=True, timeout_seconds=10.0)
-        assert outcomes(urls, by) == ["ok"] * 32
-        assert one.highest == two.highest == 1
+        client = fetcher(requests_per_host=1, respect_robots=True, timeout_seconds=10.0)
+        assert outcomes(urls, client) == ["ok"] * 32
+        assert one.max_in_flight == two.max_in_flight == 1
 
 
 CANARY = "127.0.0.2"
@@ -800,7 +800,7 @@ FRAMES = [
 
 
 def resolve_offline(host: str, port: int, **_: Any) -> list[Any]:
-    """Numbers as the system reads them, and `NAMES`; nothing that would leave this machine."""
+    """Resolve numeric addresses as the system reads them, and `NAMES`, without network access."""
     numbers = NAMES.get(host, [host])
     found = [
         answer
@@ -821,11 +821,11 @@ def test_t1_t2_no_url_reaches_an_internal_address(monkeypatch: pytest.MonkeyPatc
     with serve(host=CANARY) as canary:
         corpus = ssrf_corpus(canary.server_port)
         assert len(set(corpus)) >= 400
-        by = fetcher(resolve=resolve_offline, respect_robots=True, timeout_seconds=5.0)
-        found = collections.Counter(outcome(url, by) for url in corpus)
+        client = fetcher(resolve=resolve_offline, respect_robots=True, timeout_seconds=5.0)
+        found = collections.Counter(outcome(url, client) for url in corpus)
         assert canary.connections == 0
         assert set(found) == {"blocked_address", "bad_url", "dns_error"}
-        # The same list does reach it when nothing is checked, so the silence above is the check's.
+        # Without the check, the same list reaches the canary: so it is the check that kept it from being reached.
         monkeypatch.setattr(fetch, "is_public", lambda _: True)
         unchecked = fetcher(resolve=resolve_offline, connect_timeout_seconds=0.05, timeout_seconds=0.2)
         for host in SPELLINGS:
@@ -842,32 +842,32 @@ def test_t3_no_redirect_reaches_an_internal_address() -> None:
             f"/{number}": (status, {"Location": target}, b"")
             for number, (status, target) in enumerate(zip(statuses, targets, strict=False))
         }
-        by = fetcher(resolve=resolve_offline, allow_hosts=(server.address,), timeout_seconds=5.0)
+        client = fetcher(resolve=resolve_offline, allow_hosts=(server.address,), timeout_seconds=5.0)
         paths = list(server.answers)
         assert len(paths) >= 400
-        found = collections.Counter(outcome(f"http://{server.address}{path}", by) for path in paths)
+        found = collections.Counter(outcome(f"http://{server.address}{path}", client) for path in paths)
         assert canary.connections == 0
         assert found["blocked_address"] >= 150 and "connect_error" not in found and "timeout" not in found
         assert outcome(f"http://{canary.address}/", fetcher(allow_hosts=(CANARY,))) == "ok" and canary.connections == 1
 
 
-def test_addresses_are_looked_up_once_in_a_while_and_refused_ones_every_time(outside: None) -> None:
-    asked: list[str] = []
+def test_public_addresses_are_cached_and_refused_ones_are_looked_up_every_time(public_loopback: None) -> None:
+    lookups: list[str] = []
 
     def resolve(host: str, port: int, **_: Any) -> list[Any]:
-        asked.append(host)
+        lookups.append(host)
         address = CANARY if host == "inside.example" else "127.0.0.3"
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
 
     with serve() as public:
-        by = fetcher(resolve=resolve)
+        client = fetcher(resolve=resolve)
         for _ in range(3):
-            assert outcome(f"http://outside.example:{public.server_port}/a.jpg", by) == "ok"
-            assert outcome(f"http://inside.example:{public.server_port}/a.jpg", by) == "blocked_address"
-    assert collections.Counter(asked) == {"outside.example": 1, "inside.example": 3}
+            assert outcome(f"http://outside.example:{public.server_port}/a.jpg", client) == "ok"
+            assert outcome(f"http://inside.example:{public.server_port}/a.jpg", client) == "blocked_address"
+    assert collections.Counter(lookups) == {"outside.example": 1, "inside.example": 3}
 
 
-def test_t4_dns_rebinding_never_gets_through(outside: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_t4_dns_rebinding_never_gets_through(public_loopback: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "_ADDRESSES_LAST_SECONDS", 0.0)
     with serve() as public, serve(host=CANARY, port=public.server_port) as canary:
         answers = itertools.cycle(["127.0.0.3", CANARY])
@@ -876,10 +876,10 @@ def test_t4_dns_rebinding_never_gets_through(outside: None, monkeypatch: pytest.
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
 
         url = f"http://rebinding.example:{public.server_port}/a.jpg"
-        by = fetcher(resolve=alternate, timeout_seconds=10.0)
-        found = collections.Counter(outcome(url, by) for _ in range(1000))
+        client = fetcher(resolve=alternate, timeout_seconds=10.0)
+        found = collections.Counter(outcome(url, client) for _ in range(1000))
         assert found == {"ok": 500, "blocked_address": 500}
-        # Here the name changes between the picture and its robots.txt, too.
+        # Here the name also changes between the image and its robots.txt.
         found = collections.Counter(
             outcome(url, fetcher(resolve=alternate, respect_robots=True, timeout_seconds=10.0)) for _ in range(99)
         )
@@ -892,19 +892,19 @@ def test_t4_dns_rebinding_never_gets_through(outside: None, monkeypatch: pytest.
     [("5", 5), (" 120 ", 120), ("0", 0), (None, None), ("", None), ("soon", None), ("-1", None), ("1.5", None), ("²", None),
      ("Fri, 31 Dec 1999 23:59:59 GMT", 0), ("Fri, 99 Dec 1999 23:59:59 GMT", None)],
 )  # fmt: skip
-def test_f10_retry_after_is_read(value: str | None, seconds: float | None) -> None:
-    assert wait_asked(value) == seconds
+def test_f10_retry_after_is_parsed(value: str | None, seconds: float | None) -> None:
+    assert retry_after_seconds(value) == seconds
 
 
 def test_f10_retry_after_as_a_date() -> None:
     date = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1), usegmt=True)
-    seconds = wait_asked(date)
+    seconds = retry_after_seconds(date)
     assert seconds is not None and 3500 < seconds <= 3600
 
 
 @pytest.mark.parametrize("as_date", [False, True])
 @pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Busy"])
-def test_f10_a_busy_server_is_left_alone_for_as_long_as_it_asks(status: str, as_date: bool) -> None:
+def test_f10_retries_wait_as_long_as_a_busy_server_asks(status: str, as_date: bool) -> None:
     times: list[float] = []
 
     def answer(connection: socket.socket) -> None:
@@ -914,12 +914,12 @@ def test_f10_a_busy_server_is_left_alone_for_as_long_as_it_asks(status: str, as_
         connection.sendall(busy.encode() if len(times) == 1 else b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody")
 
     with raw_server(answer) as (address, _):
-        by = fetcher(allow_hosts=(address,), retries=1, timeout_seconds=20.0)
-        assert by.fetch(f"http://{address}/") == b"body"
+        client = fetcher(allow_hosts=(address,), retries=1, timeout_seconds=20.0)
+        assert client.fetch(f"http://{address}/") == b"body"
     assert times[1] - times[0] >= 0.95
 
 
-def test_f10_a_server_that_is_busy_for_longer_than_the_deadline_is_asked_once() -> None:
+def test_f10_a_server_busy_beyond_the_deadline_is_requested_once() -> None:
     busy = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3600\r\n\r\n"
     with raw_server(lambda connection: connection.sendall(busy)) as (address, requests):
         started = time.monotonic()
@@ -927,7 +927,7 @@ def test_f10_a_server_that_is_busy_for_longer_than_the_deadline_is_asked_once() 
         assert len(requests) == 1 and time.monotonic() - started < 1
 
 
-def test_f10_what_may_pass_is_tried_again() -> None:
+def test_f10_transient_errors_are_retried() -> None:
     answers = itertools.chain(
         [
             b"HTTP/1.1 500 Oops\r\n\r\n",
@@ -938,17 +938,17 @@ def test_f10_what_may_pass_is_tried_again() -> None:
         [b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"],
     )
     with raw_server(lambda connection: connection.sendall(next(answers))) as (address, requests):
-        by = fetcher(allow_hosts=(address,), retries=4, timeout_seconds=60.0)
-        assert by.fetch(f"http://{address}/") == b"body"
+        client = fetcher(allow_hosts=(address,), retries=4, timeout_seconds=60.0)
+        assert client.fetch(f"http://{address}/") == b"body"
         assert len(requests) == 5
 
 
-def test_f10_a_host_that_does_not_answer_costs_one_deadline_however_many_rows_it_has(outside: None) -> None:
-    """Its robots.txt is asked for once in five minutes, and what comes of that holds for all rows."""
+def test_f10_an_unresponsive_host_costs_one_deadline_for_all_its_rows(public_loopback: None) -> None:
+    """Its robots.txt is requested once in five minutes, and the result holds for all rows."""
     with serve(seconds=1.0) as silent, serve() as other:
-        by = fetcher(respect_robots=True, timeout_seconds=0.4)
+        client = fetcher(respect_robots=True, timeout_seconds=0.4)
         urls = [f"http://{silent.address}/{number}" for number in range(60)]
-        found = outcomes([*urls, f"http://{other.address}/"], by, threads=4)
+        found = outcomes([*urls, f"http://{other.address}/"], client, threads=4)
         assert found == ["timeout"] * 60 + ["ok"]
         assert silent.connections == 1
 
@@ -971,7 +971,7 @@ def endless(connection: socket.socket) -> None:
         connection.sendall(bytes(1 << 16))
 
 
-def one_by_one_informational(connection: socket.socket) -> None:
+def endless_informational(connection: socket.socket) -> None:
     while True:
         connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         time.sleep(0.01)
@@ -999,12 +999,12 @@ BOMB = gzip.compress(bytes(10_000_000), mtime=0)
         pytest.param(b"HTTP/0.9 200 OK\r\n\r\nbody", "ok", id="F12 HTTP/0.9"),
         pytest.param(b"HTTP/1.1 200 OK\r\nA: " + b"b" * 65536 + b"\r\n\r\nbody", "fetch_error", id="F12 64 KB header"),
         pytest.param(b"HTTP/1.1 100 Continue\r\n\r\n" * 100 + b"HTTP/1.1 200 OK\r\n\r\nbody", "ok", id="F12 100 x 100"),
-        pytest.param(one_by_one_informational, "timeout", id="F12 endless 100"),
+        pytest.param(endless_informational, "timeout", id="F12 endless 100"),
         pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nbody", "ok", id="F12 negative length"),
         pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nbody", "short_body", id="F12 chunk size"),
     ],
 )  # fmt: skip
-def test_faults_of_servers_have_their_reasons(answer: bytes | Callable[[socket.socket], None], expected: str) -> None:
+def test_each_server_fault_has_its_reason(answer: bytes | Callable[[socket.socket], None], expected: str) -> None:
     send = (lambda connection: connection.sendall(answer)) if isinstance(answer, bytes) else answer
     with raw_server(send) as (address, _):
         found = outcome(f"http://{address}/a.jpg", fetcher(allow_hosts=(address,), timeout_seconds=0.6))
@@ -1017,27 +1017,29 @@ def test_faults_of_servers_have_their_reasons(answer: bytes | Callable[[socket.s
      ("br", "bad_encoding"), ("zstd", "bad_encoding"), ("identity, gzip", "bad_encoding"), ("aws-chunked", "bad_encoding"),
      ("identity", "ok"), ("Identity", "ok"), ("", "ok")],
 )  # fmt: skip
-def test_f7_only_plain_bytes_are_taken(coding: str, expected: str) -> None:
+def test_f7_only_unencoded_bodies_are_accepted(coding: str, expected: str) -> None:
     with serve({"/a": (200, {"Content-Encoding": coding}, b"body")}) as server:
         assert outcome(f"http://{server.address}/a", fetcher(allow_hosts=(server.address,))) == expected
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/json", "image/png", "", "\xff", "image/svg+xml"])
-def test_f13_what_a_server_calls_the_bytes_does_not_matter(kind: str) -> None:
+def test_f13_the_content_type_does_not_matter(kind: str) -> None:
     with serve({"/a": (200, {"Content-Type": kind}, b"body")}) as server:
         assert outcome(f"http://{server.address}/a", fetcher(allow_hosts=(server.address,))) == "ok"
 
 
-def test_f1_a_silent_server_delays_no_other_row() -> None:
+def test_f1_an_unresponsive_server_delays_no_other_row() -> None:
     with raw_server(lambda _: time.sleep(3)) as (silent, _), serve() as server:
-        by = fetcher(allow_hosts=(silent, server.address), timeout_seconds=0.5)
+        client = fetcher(allow_hosts=(silent, server.address), timeout_seconds=0.5)
         started = time.monotonic()
-        found = outcomes([f"http://{silent}/", *(f"http://{server.address}/{number}" for number in range(30))], by, 4)
+        found = outcomes(
+            [f"http://{silent}/", *(f"http://{server.address}/{number}" for number in range(30))], client, 4
+        )
         assert found == ["timeout"] + ["ok"] * 30
         assert time.monotonic() - started < 3
 
 
-def test_f9_name_servers_have_their_reasons() -> None:
+def test_f9_each_name_server_fault_has_its_reason() -> None:
     def fails(code: int) -> Callable[..., Any]:
         def resolve(*_: Any, **__: Any) -> Any:
             raise socket.gaierror(code, "no")
@@ -1056,13 +1058,13 @@ def test_f9_name_servers_have_their_reasons() -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Key and certificate by what is wrong with it; `trusted` is the list of all but the self-signed one."""
+    """Return kind -> file of key and certificate; `trusted` lists all certificates except the self-signed one."""
     folder = tmp_path_factory.mktemp("certificates")
     now = datetime.datetime.now(datetime.UTC)
     day = datetime.timedelta(days=1)
     files = {}
     for kind, host, until in (
-        ("sound", "pictures.example", now + day),
+        ("valid", "pictures.example", now + day),
         ("wrong_host", "other.example", now + day),
         ("expired", "pictures.example", now - day),
         ("self_signed", "pictures.example", now + day),
@@ -1097,17 +1099,17 @@ def fetch_over_tls(
 
     try:
         with raw_server(lambda connection: connection.sendall(answer), context) as (address, requests):
-            by = fetcher(allow_hosts=("pictures.example",), resolve=resolve, timeout_seconds=10.0)
-            return outcome(f"https://pictures.example:{address.rpartition(':')[2]}/a.jpg", by), requests
+            client = fetcher(allow_hosts=("pictures.example",), resolve=resolve, timeout_seconds=10.0)
+            return outcome(f"https://pictures.example:{address.rpartition(':')[2]}/a.jpg", client), requests
     finally:
         fetch._tls.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("sound", "ok"), ("wrong_host", "connect_error"), ("expired", "connect_error"), ("self_signed", "connect_error")],
+    [("valid", "ok"), ("wrong_host", "connect_error"), ("expired", "connect_error"), ("self_signed", "connect_error")],
 )
-def test_f11_only_a_sound_certificate_is_taken(
+def test_f11_only_a_valid_certificate_is_accepted(
     kind: str, expected: str, certificates: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
@@ -1120,5 +1122,5 @@ def test_t3_https_does_not_become_http(
     location: str, certificates: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = f"HTTP/1.1 302 Found\r\nLocation: {location}\r\n\r\n".encode()
-    found, requests = fetch_over_tls("sound", answer, certificates, monkeypatch)
+    found, requests = fetch_over_tls("valid", answer, certificates, monkeypatch)
     assert found == "insecure_redirect" and len(requests) == 1

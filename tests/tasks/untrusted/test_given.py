@@ -1,4 +1,4 @@
-"""Pictures given to commands come through without loss, whatever their kind, and what is none is named."""
+"""Image files given to commands are read losslessly, whatever their format; errors name files that are not images."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tasks.untrusted import given
 from unclip.errors import InputError
 
 
-def test_a_picture_that_fits_comes_through_untouched_and_others_as_their_middle(tmp_path: Path) -> None:
+def test_an_image_of_the_right_size_is_unchanged_and_others_are_cropped_to_the_centre(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     fits = rng.integers(0, 256, (24, 24, 3), np.uint8)
     Image.fromarray(fits).save(tmp_path / "fits.png")
@@ -21,20 +21,20 @@ def test_a_picture_that_fits_comes_through_untouched_and_others_as_their_middle(
     halves[240:] = (255, 0, 0)
     Image.fromarray(halves).save(tmp_path / "large.jpg", quality=95)
     Image.fromarray(np.full((3, 5), 7, np.uint8)).save(tmp_path / "tiny.gif")
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned clockwise
-    Image.fromarray(wide).save(tmp_path / "turned.png", exif=turned)
-    names = ["fits.png", "wide.webp", "large.jpg", "tiny.gif", "turned.png"]
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # must be rotated clockwise
+    Image.fromarray(wide).save(tmp_path / "rotated.png", exif=rotated)
+    names = ["fits.png", "wide.webp", "large.jpg", "tiny.gif", "rotated.png"]
     found = given.read([str(tmp_path / name) for name in names], 24)
-    assert all(picture.pixels.shape == (24, 24, 3) and picture.pixels.dtype == np.uint8 for picture in found)
-    assert [(picture.width, picture.height) for picture in found] == [(24, 24), (60, 24), (240, 480), (5, 3), (24, 60)]
+    assert all(image.pixels.shape == (24, 24, 3) and image.pixels.dtype == np.uint8 for image in found)
+    assert [(image.width, image.height) for image in found] == [(24, 24), (60, 24), (240, 480), (5, 3), (24, 60)]
     assert (found[0].pixels == fits).all() and (found[1].pixels == fits).all()
     assert (found[2].pixels[:10] < 30).all() and (found[2].pixels[14:, :, 0] > 220).all()
     assert (found[3].pixels == 7).all()
     assert (found[4].pixels == np.rot90(fits, -1)).all()
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     Image.new("1", (20_000, 6_000)).save(tmp_path / "bomb.png")
     with open(tmp_path / "long.png", "wb") as file:

@@ -1,4 +1,4 @@
-"""What a function in a child process may do to its worker (T6, T20, F22): nothing but answer or cost its own request."""
+"""A function in a child process can only answer or fail its own request (T6, T20, F22)."""
 
 import importlib
 import os
@@ -21,7 +21,7 @@ HOSTILE = '''
 import os, signal, socket, subprocess, sys, time
 
 def run(request):
-    """Does what the request names, and answers with what became of it."""
+    """Carry out the order in the request and return its outcome."""
     order, _, argument = request.decode().partition(" ")
     return str(ORDERS[order](argument)).encode()
 
@@ -125,22 +125,22 @@ def test_t6_a_child_that_dies_costs_one_request(sandbox: Sandbox, number: int) -
         (f"signal {int(signal.SIGXCPU)}", "timeout"),
         (f"signal {int(signal.SIGSTOP)}", "timeout"),
         (f"allocate {1 << 29}", "memory"),
-        (f"signal {int(signal.SIGKILL)}", "memory"),  # as the kernel does when the machine has none left
+        (f"signal {int(signal.SIGKILL)}", "memory"),  # as the kernel does when memory runs out
     ],
 )
-def test_f22_every_end_has_its_kind(sandbox: Sandbox, order: str, kind: str) -> None:
+def test_f22_each_way_of_dying_has_its_kind(sandbox: Sandbox, order: str, kind: str) -> None:
     assert fault(sandbox, order) == kind
     assert ask(sandbox, "echo neighbour") == "neighbour"
 
 
-def test_what_is_within_the_limits_is_allowed(sandbox: Sandbox) -> None:
+def test_requests_within_the_limits_succeed(sandbox: Sandbox) -> None:
     assert ask(sandbox, f"allocate {1 << 27}") == str(1 << 27)
     assert ask(sandbox, "sleep 0.1") == "None"
     assert ask(sandbox, "print hello") == "6"
     assert ask(sandbox, "echo the reply is whole") == "the reply is whole"
 
 
-def test_a_request_that_the_child_has_no_memory_for(hostile: ModuleType) -> None:
+def test_a_request_too_large_for_the_child(hostile: ModuleType) -> None:
     with Sandbox(hostile.run, limits=Limits(memory_bytes=1 << 25)) as sandbox:
         with pytest.raises(SandboxFault, match="memory"):
             sandbox.call(b"echo " + bytes(1 << 26))
@@ -149,7 +149,7 @@ def test_a_request_that_the_child_has_no_memory_for(hostile: ModuleType) -> None
 
 def test_t6_no_network_no_files_no_processes(sandbox: Sandbox, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    kept.write_text("as it was")
+    kept.write_text("unchanged")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert ask(sandbox, f"connect {port}") == "PermissionError"
@@ -161,7 +161,7 @@ def test_t6_no_network_no_files_no_processes(sandbox: Sandbox, tmp_path: Path) -
         assert ask(sandbox, f"{order} {tmp_path}/new") in ("PermissionError", "FileNotFoundError"), order
         assert ask(sandbox, f"{order} {kept}") == "PermissionError", order
     assert ask(sandbox, "fork") == "PermissionError"
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and kept.read_text() == "as it was"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and kept.read_text() == "unchanged"
 
 
 def test_t20_a_child_has_neither_secrets_nor_heavy_modules(sandbox: Sandbox) -> None:
@@ -169,7 +169,7 @@ def test_t20_a_child_has_neither_secrets_nor_heavy_modules(sandbox: Sandbox) -> 
     assert ask(sandbox, "modules ray torch pyarrow img2dataset scipy") == "[]"
 
 
-def test_no_file_grows_even_by_native_code(sandbox: Sandbox) -> None:
+def test_even_native_code_cannot_grow_a_file(sandbox: Sandbox) -> None:
     limits = Path(f"/proc/{sandbox.pids[0]}/limits").read_text().splitlines()
     assert [line.split()[-3:] for line in limits if line.startswith("Max file size")] == [["0", "0", "bytes"]]
 
@@ -191,7 +191,7 @@ def test_threads_share_children(hostile: ModuleType) -> None:
         assert len(sandbox.pids) == 2
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -219,7 +219,7 @@ def test_children_end_with_the_sandbox_and_with_the_worker(hostile: ModuleType) 
     child = int(worker.stdout.readline())
     worker.kill()
     worker.communicate()
-    assert until(lambda: has_ended(child)), "a child outlived its worker"
+    assert wait_until(lambda: has_ended(child)), "a child outlived its worker"
 
 
 def has_ended(pid: int) -> bool:
@@ -229,7 +229,9 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def test_a_child_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_child_that_cannot_start_gives_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path(tmp_path, "broken_work.py").write_text(
         "def warm_up():\n    raise OSError('no such library')\ndef run(request): ..."
     )

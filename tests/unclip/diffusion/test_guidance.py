@@ -11,7 +11,7 @@ T = torch.zeros(2, dtype=torch.int64)
 
 
 def constant(*values: float, fraction: float | None = None) -> Denoiser:
-    """The same x0 for every sample of the batch."""
+    """Denoiser that returns the same x0 for every sample."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         x0 = torch.tensor(values).expand(len(x_t), len(values))
@@ -21,12 +21,12 @@ def constant(*values: float, fraction: float | None = None) -> Denoiser:
 
 
 def forbidden(x_t: Tensor, t: Tensor) -> Denoised:
-    raise AssertionError("not needed")
+    raise AssertionError("this denoiser must not be called")
 
 
 def test_classifier_free_guidance() -> None:
-    one = guidance.classifier_free(constant(1.0, fraction=0.3), forbidden, 1.0)(X_T, T)
-    assert one.x0.tolist() == [[1.0], [1.0]]
+    unguided = guidance.classifier_free(constant(1.0, fraction=0.3), forbidden, 1.0)(X_T, T)
+    assert unguided.x0.tolist() == [[1.0], [1.0]]
     guided = guidance.classifier_free(constant(1.0, fraction=0.3), constant(0.5, fraction=0.9), 3.0)(X_T, T)
     assert guided.x0.tolist() == [[2.0], [2.0]]
     torch.testing.assert_close(guided.variance_fraction, torch.full((2, 1), 0.3))
@@ -34,18 +34,20 @@ def test_classifier_free_guidance() -> None:
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 4.0])
-def test_guidance_of_x0_is_guidance_of_eps(guidance_scale: float) -> None:
+def test_guiding_x0_equals_guiding_eps(guidance_scale: float) -> None:
     """Ho & Salimans 2022, eq. 6, as written: (1 + w) eps(c) - w eps, with 1 + w the scale."""
     diffusion = GaussianDiffusion(DiffusionConfig())
     x_t, t = torch.randn(4, 3).double(), torch.tensor([5, 300, 600, 900])
-    wanted, null = torch.randn(4, 3).double(), torch.randn(4, 3).double()
-    eps = diffusion.eps_from_x0(x_t, t, wanted) * guidance_scale
+    conditioned, null = torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    eps = diffusion.eps_from_x0(x_t, t, conditioned) * guidance_scale
     eps = eps + diffusion.eps_from_x0(x_t, t, null) * (1 - guidance_scale)
-    guided = guidance.classifier_free(lambda x_t, t: Denoised(wanted), lambda x_t, t: Denoised(null), guidance_scale)
+    guided = guidance.classifier_free(
+        lambda x_t, t: Denoised(conditioned), lambda x_t, t: Denoised(null), guidance_scale
+    )
     torch.testing.assert_close(guided(x_t, t).x0, diffusion.predict_x0(x_t, t, eps), atol=1e-9, rtol=1e-9)
 
 
-def test_two_conditions_have_a_scale_each() -> None:
+def test_two_conditions_have_separate_scales() -> None:
     both, first, null = constant(7.0, fraction=0.2), constant(3.0), constant(1.0)
 
     def guided(first_scale: float, second_scale: float) -> float:
@@ -59,21 +61,21 @@ def test_two_conditions_have_a_scale_each() -> None:
     torch.testing.assert_close(result.variance_fraction, torch.full((2, 1), 0.2))
 
 
-def test_rescaled_guidance_has_the_conditional_spread() -> None:
-    wanted, null = constant(-1.0, 0.0, 1.0), constant(0.5, 0.2, -0.7)
-    plain = guidance.classifier_free(wanted, null, 6.0)(X_T, T).x0
-    full = guidance.classifier_free(wanted, null, 6.0, rescale=1.0)(X_T, T).x0
+def test_rescaled_guidance_has_the_conditional_standard_deviation() -> None:
+    conditioned, null = constant(-1.0, 0.0, 1.0), constant(0.5, 0.2, -0.7)
+    plain = guidance.classifier_free(conditioned, null, 6.0)(X_T, T).x0
+    full = guidance.classifier_free(conditioned, null, 6.0, rescale=1.0)(X_T, T).x0
     torch.testing.assert_close(full.std(dim=1), torch.ones(2))
     torch.testing.assert_close(full / full.norm(), plain / plain.norm())
-    half = guidance.classifier_free(wanted, null, 6.0, rescale=0.5)(X_T, T).x0
+    half = guidance.classifier_free(conditioned, null, 6.0, rescale=0.5)(X_T, T).x0
     torch.testing.assert_close(half, (plain + full) / 2)
     with pytest.raises(ConfigError, match=r"rescale: got 1.5"):
-        guidance.classifier_free(wanted, null, 6.0, rescale=1.5)
+        guidance.classifier_free(conditioned, null, 6.0, rescale=1.5)
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
-def test_classifier_guidance_samples_the_product_of_model_and_preference(guidance_scale: float) -> None:
-    """N(0, 1) data and p(y | x_t) with the gradient that N(0.8, 1) data would add: guidance moves the mean there."""
+def test_classifier_guidance_samples_the_product_of_model_and_classifier(guidance_scale: float) -> None:
+    """For N(0, 1) data, p(y | x_t) has the gradient that turns them into N(0.8, 1) data: guidance moves the mean to 0.8."""
     diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear"))
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
@@ -83,11 +85,11 @@ def test_classifier_guidance_samples_the_product_of_model_and_preference(guidanc
         return (0.8 * diffusion.alphas_cumprod[t].sqrt()[:, None] * x_t).sum(dim=1)
 
     guided = guidance.classifier(diffusion, denoise, log_probability, guidance_scale)
-    ends = samplers.ddim(diffusion, guided, torch.tensor([[-1.0], [0.0], [1.0]]).double(), 600)
-    # the noisiest timestep still has a little of the mean, which these x_T do not
+    samples = samplers.ddim(diffusion, guided, torch.tensor([[-1.0], [0.0], [1.0]]).double(), 600)
+    # the noisiest timestep still contains a little of the mean, but these x_T do not
     shift = 0.8 * guidance_scale * (1 - diffusion.signal[-1])
     expected = torch.tensor([[-1.0], [0.0], [1.0]]).double() + shift
-    torch.testing.assert_close(ends, expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(samples, expected, atol=0.01, rtol=0)
 
 
 def test_classifier_guidance_shifts_eps_as_in_the_paper() -> None:
@@ -102,7 +104,7 @@ def test_classifier_guidance_shifts_eps_as_in_the_paper() -> None:
     torch.testing.assert_close(guided.variance_fraction, torch.full_like(x0, 0.4))
 
 
-def test_classifier_guidance_leaves_pure_noise_alone() -> None:
+def test_classifier_guidance_does_not_change_x0_at_pure_noise() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(10, prediction_type="v", zero_terminal_snr=True))
     guided = guidance.classifier(diffusion, constant(0.3), lambda x_t, t: x_t.sum(dim=1), 2.0)
     assert guided(X_T, torch.tensor([9, 9])).x0.tolist() == constant(0.3)(X_T, T).x0.tolist()
@@ -139,7 +141,7 @@ def test_static_thresholding() -> None:
     torch.testing.assert_close(clamped.variance_fraction, torch.full((2, 3), 0.1))
 
 
-def test_dynamic_thresholding_shrinks_what_is_saturated() -> None:
+def test_dynamic_thresholding_scales_saturated_samples_down() -> None:
     assert (
         guidance.dynamically_clamped(constant(4.0, -2.0, 1.0), 1.0, quantile=1.0)(X_T, T).x0.tolist()
         == [[1.0, -0.5, 0.25]] * 2
@@ -153,7 +155,7 @@ def test_dynamic_thresholding_shrinks_what_is_saturated() -> None:
         guidance.dynamically_clamped(constant(1.0), 1.0, quantile=0)
 
 
-def test_dynamic_thresholding_is_that_of_diffusers_for_each_sample() -> None:
+def test_dynamic_thresholding_matches_diffusers_per_sample() -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
     x0 = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 1, 3, 9]).view(
@@ -164,22 +166,22 @@ def test_dynamic_thresholding_is_that_of_diffusers_for_each_sample() -> None:
 
 
 def test_guidance_in_an_interval() -> None:
-    denoise = guidance.within(constant(1.0), constant(0.0), 100, 200)
+    denoise = guidance.in_interval(constant(1.0), constant(0.0), 100, 200)
     t = torch.tensor([99, 100, 150, 200, 201])
     assert denoise(torch.zeros(5, 1), t).x0.flatten().tolist() == [0, 1, 1, 1, 0]
-    only = guidance.within(constant(1.0), forbidden, 0, 10)
+    only = guidance.in_interval(constant(1.0), forbidden, 0, 10)
     assert only(X_T, T).x0.tolist() == [[1.0], [1.0]]
-    never = guidance.within(forbidden, constant(0.0), 5, 10)
+    never = guidance.in_interval(forbidden, constant(0.0), 5, 10)
     assert never(X_T, T).x0.tolist() == [[0.0], [0.0]]
 
 
 def test_learned_variances_survive_every_wrapper() -> None:
-    """Ancestral sampling with learned variances runs through a whole chain of them."""
+    """Ancestral sampling with learned variances runs through a chain of all wrappers."""
     diffusion = GaussianDiffusion(DiffusionConfig(20, variance="learned_range"))
     conditional = diffusion.denoiser(lambda x_t, t: torch.cat([x_t, x_t.tanh()], dim=1))
     null = diffusion.denoiser(lambda x_t, t: torch.cat([0.9 * x_t, -x_t], dim=1))
     guided = guidance.classifier_free(conditional, null, 3.0, rescale=0.7)
     guided = guidance.classifier(diffusion, guided, lambda x_t, t: x_t.sum(dim=1), 0.1)
-    guided = guidance.within(guidance.dynamically_clamped(guided, 1.0), guidance.clamped(conditional, 1.0), 3, 15)
+    guided = guidance.in_interval(guidance.dynamically_clamped(guided, 1.0), guidance.clamped(conditional, 1.0), 3, 15)
     samples = samplers.ddpm(diffusion, guided, torch.randn(4, 3), 10)
     assert samples.isfinite().all() and samples.abs().max() <= 1

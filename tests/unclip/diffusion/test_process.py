@@ -25,7 +25,7 @@ PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -44,16 +44,16 @@ def test_q_sample_has_the_mean_and_variance_of_the_forward_process(schedule: sch
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_target_leads_back_to_x0_and_eps(prediction: PredictionType, schedule: schedules.Schedule) -> None:
+def test_x0_and_eps_are_recovered_from_the_target(prediction: PredictionType, schedule: schedules.Schedule) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(1000, schedule, prediction))
-    x0, noise, t = drawn(1000, 3), drawn(1000, 3, seed=1), torch.arange(1000)
+    x0, noise, t = randn(1000, 3), randn(1000, 3, seed=1), torch.arange(1000)
     x_t = diffusion.q_sample(x0, t, noise)
     recovered = diffusion.predict_x0(x_t, t, diffusion.target(x0, t, noise))
     torch.testing.assert_close(recovered, x0, atol=1e-6, rtol=0)
     torch.testing.assert_close(diffusion.eps_from_x0(x_t, t, x0), noise, atol=1e-6, rtol=0)
 
 
-def test_half_precision_is_computed_in_single() -> None:
+def test_half_precision_inputs_are_computed_in_float32() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig())
     x0, noise, t = torch.ones(2, 3).bfloat16(), torch.ones(2, 3).bfloat16(), torch.tensor([0, 999])
     for x in (diffusion.q_sample(x0, t, noise), diffusion.target(x0, t, noise), diffusion.predict_x0(x0, t, noise)):
@@ -62,7 +62,7 @@ def test_half_precision_is_computed_in_single() -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_right_prediction_has_no_loss(prediction: PredictionType) -> None:
+def test_the_exact_prediction_has_zero_loss(prediction: PredictionType) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(prediction_type=prediction))
     x0, noise, t = torch.randn(8, 5), torch.randn(8, 5), torch.randint(0, 1000, (8,))
     target = diffusion.target(x0, t, noise)
@@ -70,7 +70,7 @@ def test_the_right_prediction_has_no_loss(prediction: PredictionType) -> None:
     assert (diffusion.loss(lambda x_t, t: target + 1, x0, t, noise) > 0.99).all()
 
 
-def test_q_sample_names_wrong_shapes() -> None:
+def test_q_sample_reports_wrong_shapes() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig())
     with pytest.raises(ShapeError, match=r"x0 \(2, 3\), noise \(2, 4\)"):
         diffusion.q_sample(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4))
@@ -86,7 +86,7 @@ def test_q_sample_names_wrong_shapes() -> None:
         ({"p2_k": 0.0}, "p2_k: got 0.0"),
     ],
 )
-def test_impossible_configurations_are_refused(settings: dict[str, float], message: str) -> None:
+def test_invalid_configurations_are_rejected(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DiffusionConfig(**settings)
 
@@ -95,20 +95,20 @@ def test_impossible_configurations_are_refused(settings: dict[str, float], messa
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "p2"])
-def test_a_weighting_asks_the_same_whatever_is_predicted(weighting: LossWeighting) -> None:
-    """The same guess of x0, said as eps, x0 or v, has the same loss."""
-    x0, noise, error, t = drawn(20, 3), drawn(20, 3, seed=1), drawn(20, 3, seed=2), torch.arange(0, 1000, 50)
+def test_a_weighting_gives_the_same_loss_for_every_prediction_type(weighting: LossWeighting) -> None:
+    """The same estimate of x0, expressed as eps, x0 or v, has the same loss."""
+    x0, noise, error, t = randn(20, 3), randn(20, 3, seed=1), randn(20, 3, seed=2), torch.arange(0, 1000, 50)
     losses = []
     for prediction in PREDICTIONS:
         diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear", prediction, loss_weighting=weighting))
         x_t = diffusion.q_sample(x0, t, noise)
-        guess = diffusion.target(x0 + error, t, diffusion.eps_from_x0(x_t, t, x0 + error))
-        losses.append(diffusion.loss(lambda x_t, t, guess=guess: guess, x0, t, noise))
+        estimate = diffusion.target(x0 + error, t, diffusion.eps_from_x0(x_t, t, x0 + error))
+        losses.append(diffusion.loss(lambda x_t, t, estimate=estimate: estimate, x0, t, noise))
     torch.testing.assert_close(losses[0], losses[1], atol=0, rtol=1e-6)
     torch.testing.assert_close(losses[2], losses[1], atol=0, rtol=1e-6)
 
 
-def test_weights_are_the_papers() -> None:
+def test_weights_match_the_papers() -> None:
     config = DiffusionConfig(1000, "linear", "eps", loss_weighting="min_snr", min_snr_gamma=5.0)
     diffusion = GaussianDiffusion(config)
     snr = schedules.snr(diffusion.alphas_cumprod)
@@ -130,11 +130,11 @@ def test_pure_noise_has_a_finite_weight(prediction: PredictionType, weighting: L
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_posterior_is_bayes_rule(schedule: schedules.Schedule) -> None:
-    """q(x_{t-1} | x_t, x_0) is in proportion to q(x_t | x_{t-1}) q(x_{t-1} | x_0), a product of two Gaussians."""
+def test_posterior_follows_bayes_rule(schedule: schedules.Schedule) -> None:
+    """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0), a product of two Gaussians."""
     diffusion = GaussianDiffusion(DiffusionConfig(1000, schedule))
     t = torch.arange(1, 1000)
-    x0, x_t = drawn(999, 2), drawn(999, 2, seed=1)
+    x0, x_t = randn(999, 2), randn(999, 2, seed=1)
     beta, before = diffusion.betas[t, None], diffusion.alphas_cumprod[t - 1, None]
     precision = (1 - beta) / beta + 1 / (1 - before)
     mean = ((1 - beta).sqrt() * x_t / beta + before.sqrt() * x0 / (1 - before)) / precision
@@ -146,15 +146,15 @@ def test_posterior_is_bayes_rule(schedule: schedules.Schedule) -> None:
     assert first.log_variance == second.log_variance
 
 
-def test_kl_is_that_of_torch() -> None:
-    q, p = Gaussian(drawn(50, 2), drawn(50, 2, seed=1)), Gaussian(drawn(50, 2, seed=2), drawn(50, 2, seed=3))
+def test_kl_matches_torch() -> None:
+    q, p = Gaussian(randn(50, 2), randn(50, 2, seed=1)), Gaussian(randn(50, 2, seed=2), randn(50, 2, seed=3))
     expected = kl_divergence(*(Normal(g.mean, (g.log_variance / 2).exp()) for g in (q, p)))
     torch.testing.assert_close(gaussian_kl(q, p), expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("log_variance", [-9.0, -4.0, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_decoders_bins_share_all_probability(log_variance: float, dtype: torch.dtype) -> None:
+def test_bin_probabilities_sum_to_one(log_variance: float, dtype: torch.dtype) -> None:
     levels = torch.arange(256, dtype=dtype)[:, None] / 127.5 - 1  # [256, 1]
     means = torch.tensor([[-1.2, -1.0, 0.0, 0.3, 0.999, 1.0, 1.5]], dtype=dtype)
     p = Gaussian(means, torch.full_like(means, log_variance))
@@ -166,18 +166,18 @@ def test_the_decoders_bins_share_all_probability(log_variance: float, dtype: tor
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_bound_is_the_sum_of_closed_forms(variance: VarianceType) -> None:
+def test_bound_terms_match_closed_forms(variance: VarianceType) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(50, "linear", "x0", variance=variance))
-    x0, guess, fraction = (
-        drawn(50, 4).clamp(-1, 1),
-        drawn(50, 4, seed=1).clamp(-1, 1),
+    x0, estimate, fraction = (
+        randn(50, 4).clamp(-1, 1),
+        randn(50, 4, seed=1).clamp(-1, 1),
         torch.full((50, 4), 0.3).double(),
     )
     t = torch.arange(50)
-    x_t = diffusion.q_sample(x0, t, drawn(50, 4, seed=2))
-    terms = diffusion.vlb_terms(x0, x_t, t, Denoised(guess, fraction)) * math.log(2)
+    x_t = diffusion.q_sample(x0, t, randn(50, 4, seed=2))
+    terms = diffusion.vlb_terms(x0, x_t, t, Denoised(estimate, fraction)) * math.log(2)
 
-    q, p_mean = diffusion.q_posterior(x0, x_t, t), diffusion.q_posterior(guess, x_t, t).mean
+    q, p_mean = diffusion.q_posterior(x0, x_t, t), diffusion.q_posterior(estimate, x_t, t).mean
     small, beta = q.log_variance.exp(), diffusion.betas[:, None]
     p_variance = {
         "fixed_small": small,
@@ -193,7 +193,7 @@ def test_bound_is_the_sum_of_closed_forms(variance: VarianceType) -> None:
 
 
 def test_bits_per_dim_adds_prior_and_terms() -> None:
-    """The exact model of one picture has a step of no cost at every t > 0, and pays for noise alone."""
+    """With the exact model of one image, terms at t > 0 are zero; only the prior and the reconstruction cost bits."""
     diffusion = GaussianDiffusion(DiffusionConfig(30, "linear", "x0"))
     x0 = torch.tensor([[[0.0, 0.5]], [[-1.0, 1.0]]])
     bound = diffusion.bits_per_dim(lambda x_t, t: x0, x0, generator=torch.Generator().manual_seed(0))
@@ -214,8 +214,8 @@ def test_bits_per_dim_adds_prior_and_terms() -> None:
 def test_hybrid_loss_trains_x0_by_squared_error_and_variances_by_the_bound() -> None:
     config = DiffusionConfig(100, prediction_type="eps", variance="learned_range", vlb_weight=0.01)
     diffusion = GaussianDiffusion(config)
-    x0, noise, t = drawn(6, 3).clamp(-1, 1), drawn(6, 3, seed=1), torch.tensor([0, 1, 5, 40, 80, 99])
-    output = drawn(6, 6, seed=2).clamp(-0.9, 0.9).requires_grad_()
+    x0, noise, t = randn(6, 3).clamp(-1, 1), randn(6, 3, seed=1), torch.tensor([0, 1, 5, 40, 80, 99])
+    output = randn(6, 6, seed=2).clamp(-0.9, 0.9).requires_grad_()
     loss = diffusion.loss(lambda x_t, t: output, x0, t, noise)
     simple = ((output[:, :3] - noise) ** 2).mean(dim=1)
     x_t = diffusion.q_sample(x0, t, noise)
@@ -223,12 +223,12 @@ def test_hybrid_loss_trains_x0_by_squared_error_and_variances_by_the_bound() -> 
     bound = diffusion.vlb_terms(x0, x_t, t, denoised)
     torch.testing.assert_close(loss, simple + 0.01 * 100 * bound, atol=1e-9, rtol=1e-9)
 
-    (of_loss,) = torch.autograd.grad(loss.sum(), output)
-    (of_simple,) = torch.autograd.grad(simple.sum(), output)
-    (of_bound,) = torch.autograd.grad(bound.sum(), output)
-    torch.testing.assert_close(of_loss[:, :3], of_simple[:, :3])
-    torch.testing.assert_close(of_loss[:, 3:], of_bound[:, 3:])
-    assert (of_loss[:, 3:] != 0).all()
+    (loss_gradient,) = torch.autograd.grad(loss.sum(), output)
+    (simple_gradient,) = torch.autograd.grad(simple.sum(), output)
+    (bound_gradient,) = torch.autograd.grad(bound.sum(), output)
+    torch.testing.assert_close(loss_gradient[:, :3], simple_gradient[:, :3])
+    torch.testing.assert_close(loss_gradient[:, 3:], bound_gradient[:, 3:])
+    assert (loss_gradient[:, 3:] != 0).all()
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e4, 1e15])
@@ -244,7 +244,7 @@ def test_extreme_outputs_give_finite_losses_and_gradients(size: float, predictio
         assert loss.isfinite().all() and gradient.isfinite().all()
 
 
-def test_a_variance_out_of_range_is_clamped_and_can_come_back() -> None:
+def test_a_variance_out_of_range_is_clamped_but_has_a_gradient() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(100, prediction_type="x0", variance="learned_range"))
     x_t, t = torch.zeros(1, 2), torch.tensor([50])
     for raw, fraction in ((-1.0, 0.0), (0.0, 0.5), (1.0, 1.0), (7.0, 1.0), (-1e30, 0.0)):
@@ -255,20 +255,20 @@ def test_a_variance_out_of_range_is_clamped_and_can_come_back() -> None:
         assert gradient.tolist() == [[0.0, 0.0, 0.5, 0.5]]
 
 
-def test_the_bound_prefers_the_variance_of_the_data() -> None:
-    """With exact x0 the cheapest step has the posterior's variance; with none of it a larger one."""
+def test_the_bound_is_lowest_at_the_true_variance() -> None:
+    """With exact x0 the best variance is the posterior's; with an uninformed x0 it is larger."""
     diffusion = GaussianDiffusion(DiffusionConfig(10, prediction_type="x0", variance="learned_range"))
-    x0, t = drawn(400, 1).clamp(-1, 1), torch.full((400,), 5)
-    x_t = diffusion.q_sample(x0, t, drawn(400, 1, seed=1))
+    x0, t = randn(400, 1).clamp(-1, 1), torch.full((400,), 5)
+    x_t = diffusion.q_sample(x0, t, randn(400, 1, seed=1))
 
-    def cost(guess: torch.Tensor, fraction: float) -> float:
-        return diffusion.vlb_terms(x0, x_t, t, Denoised(guess, torch.full_like(x0, fraction))).mean().item()
+    def cost(estimate: torch.Tensor, fraction: float) -> float:
+        return diffusion.vlb_terms(x0, x_t, t, Denoised(estimate, torch.full_like(x0, fraction))).mean().item()
 
     assert cost(x0, 0.0) < cost(x0, 0.5) < cost(x0, 1.0)
     assert cost(torch.zeros_like(x0), 0.5) < cost(torch.zeros_like(x0), 0.0)
 
 
-def test_wrong_outputs_are_named() -> None:
+def test_wrong_output_shapes_are_reported() -> None:
     x_t, t = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
     learned = GaussianDiffusion(DiffusionConfig(variance="learned_range"))
     with pytest.raises(ShapeError, match=r"got \(2, 3, 4, 4\) from the network, expected \(2, 6, 4, 4\)"):
@@ -286,7 +286,7 @@ def test_denoiser_clamps_x0() -> None:
     assert diffusion.denoiser(lambda x_t, t: x_t, clip_range=1.0)(x_t, t).x0.tolist() == [[1.0, -0.5]]
 
 
-# Timesteps of training
+# Training timesteps
 
 
 def test_uniform_timesteps_cover_the_process() -> None:
@@ -294,11 +294,11 @@ def test_uniform_timesteps_cover_the_process() -> None:
     assert isinstance(sampler, UniformTimesteps)
     t, weight = sampler.draw(400, torch.Generator().manual_seed(0))
     assert (t.bincount(minlength=8) > 20).all() and (weight == 1).all()
-    sampler.update(t, losses_of(t))
+    sampler.update(t, losses_at(t))
     assert not sampler.state
 
 
-def losses_of(t: torch.Tensor) -> torch.Tensor:
+def losses_at(t: torch.Tensor) -> torch.Tensor:
     return (t.double() + 1) ** 2
 
 
@@ -307,25 +307,27 @@ def trained_timesteps() -> LossAwareTimesteps:
     assert isinstance(sampler, LossAwareTimesteps)
     for _ in range(10):
         t = torch.arange(8)
-        sampler.update(t, losses_of(t))
+        sampler.update(t, losses_at(t))
     return sampler
 
 
 def test_loss_aware_timesteps_follow_the_losses_without_bias() -> None:
     sampler = LossAwareTimesteps(8)
     sampler.update(torch.zeros(50, dtype=torch.int64), torch.full((50,), 9.0))
-    torch.testing.assert_close(sampler.probabilities(), torch.full((8,), 1 / 8).double())  # others are not known yet
+    torch.testing.assert_close(
+        sampler.probabilities(), torch.full((8,), 1 / 8).double()
+    )  # losses at the other timesteps are not known yet
 
     sampler = trained_timesteps()
-    expected = losses_of(torch.arange(8))
+    expected = losses_at(torch.arange(8))
     expected = 0.999 * expected / expected.sum() + 0.001 / 8
     torch.testing.assert_close(sampler.probabilities(), expected)
     t, weight = sampler.draw(20_000, torch.Generator().manual_seed(0))
     assert (t.bincount(minlength=8) / 20_000 - expected).abs().max() < 0.015
-    # losses in proportion to the probabilities: every draw gives nearly the same value, the mean over uniform timesteps
-    weighted = weight * losses_of(t)
-    assert weighted.mean().item() == pytest.approx(losses_of(torch.arange(8)).mean().item(), rel=0.01)
-    assert weighted.std() < 0.1 * losses_of(torch.arange(8)).std()
+    # losses are proportional to the probabilities, so every weighted loss is nearly the mean over uniform timesteps
+    weighted = weight * losses_at(t)
+    assert weighted.mean().item() == pytest.approx(losses_at(torch.arange(8)).mean().item(), rel=0.01)
+    assert weighted.std() < 0.1 * losses_at(torch.arange(8)).std()
 
 
 def test_loss_aware_timesteps_forget_old_losses() -> None:
@@ -335,22 +337,22 @@ def test_loss_aware_timesteps_forget_old_losses() -> None:
     torch.testing.assert_close(sampler.probabilities(), torch.full((8,), 1 / 8).double())
 
 
-def test_loss_aware_timesteps_resume() -> None:
-    sampler, resumed = trained_timesteps(), LossAwareTimesteps(8)
-    for name, tensor in resumed.state.items():
+def test_loss_aware_timesteps_are_restored_from_their_state() -> None:
+    sampler, restored = trained_timesteps(), LossAwareTimesteps(8)
+    for name, tensor in restored.state.items():
         tensor.copy_(sampler.state[name])
     for _ in range(3):
-        draws = [s.draw(16, torch.Generator().manual_seed(4)) for s in (sampler, resumed)]
+        draws = [s.draw(16, torch.Generator().manual_seed(4)) for s in (sampler, restored)]
         assert torch.equal(draws[0].t, draws[1].t) and torch.equal(draws[0].weight, draws[1].weight)
-        for s in (sampler, resumed):
+        for s in (sampler, restored):
             s.update(draws[0].t, torch.rand(16, generator=torch.Generator().manual_seed(5)))
-    assert torch.equal(sampler.losses, resumed.losses)
+    assert torch.equal(sampler.losses, restored.losses)
 
 
 # Noise-conditioning augmentation
 
 
-def test_conditions_are_noised_to_the_level_they_are_said_to_have() -> None:
+def test_conditions_are_noised_to_the_returned_level() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear"))
     condition = torch.full((500, 1, 4, 4), 0.5)
     noised, level = augment_condition(diffusion, condition, (100, 300), torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Gaussian data have a denoiser in closed form, and the probability flow between two noise levels too."""
+"""Samplers on Gaussian data, whose denoiser and probability flow have closed forms, and parity with diffusers."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from unclip.errors import ConfigError, ShapeError
 MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
 ROOT = torch.tensor([[0.8, 0.0, 0.0], [0.3, 0.5, 0.0], [-0.2, 0.1, 0.3]], dtype=torch.float64)
 COVARIANCE = ROOT @ ROOT.T
-BASIS = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double()  # what determines an affine map
+BASIS = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double()  # an affine map is determined by its values here
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
@@ -36,7 +36,7 @@ def marginal(alpha_bar: Tensor, covariance: Tensor = COVARIANCE) -> Tensor:
 
 
 def gaussian_denoiser(diffusion: GaussianDiffusion, mean: Tensor = MEAN, covariance: Tensor = COVARIANCE) -> Denoiser:
-    """The exact E[x0 | x_t]."""
+    """Exact denoiser, E[x0 | x_t]."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         alpha_bar = diffusion.alphas_cumprod[t[0]]
@@ -47,13 +47,13 @@ def gaussian_denoiser(diffusion: GaussianDiffusion, mean: Tensor = MEAN, covaria
 
 
 def flow(x: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor) -> Tensor:
-    """The probability flow of the Gaussian data from one noise level to another."""
+    """Probability flow of the Gaussian data from one noise level to another."""
     gain = power(marginal(alpha_bar_next), 0.5) @ power(marginal(alpha_bar), -0.5)
     return alpha_bar_next.sqrt() * MEAN + (x - alpha_bar.sqrt() * MEAN) @ gain.T
 
 
-def reached_at_zero(name: samplers.SamplerName, diffusion: GaussianDiffusion, num_steps: int) -> Tensor:
-    """The sampler's map of BASIS from the noisiest timestep to timestep 0."""
+def sample_at_zero(name: samplers.SamplerName, diffusion: GaussianDiffusion, num_steps: int) -> Tensor:
+    """Image of BASIS under the sampler's map from the noisiest timestep to timestep 0."""
     seen: dict[int, Tensor] = {}
 
     def keep(x_t: Tensor, t: int) -> Tensor:
@@ -70,10 +70,10 @@ def reached_at_zero(name: samplers.SamplerName, diffusion: GaussianDiffusion, nu
 def test_error_falls_with_the_order_of_the_sampler(
     name: samplers.SamplerName, order: int, schedule: schedules.Schedule, pure_noise: bool
 ) -> None:
-    """1,024 divides into all of these numbers of steps, so strides are exact."""
+    """1,024 is a multiple of the number of strides, 64 or 256, so strides are exact."""
     diffusion = GaussianDiffusion(DiffusionConfig(1025, schedule, "v", zero_terminal_snr=pure_noise))
     exact = flow(BASIS, diffusion.alphas_cumprod[-1], diffusion.alphas_cumprod[0])
-    coarse, fine = ((reached_at_zero(name, diffusion, n) - exact).abs().max().item() for n in (65, 257))
+    coarse, fine = ((sample_at_zero(name, diffusion, n) - exact).abs().max().item() for n in (65, 257))
     assert math.log(coarse / fine, 4) > order - 0.12
     assert fine < {1: 1e-2, 2: 2e-3}[order]
 
@@ -84,23 +84,23 @@ def test_error_falls_with_the_order_of_the_sampler(
 def test_deterministic_samplers_recover_mean_and_covariance(
     name: samplers.SamplerName, schedule: schedules.Schedule, num_steps: int
 ) -> None:
-    """Their map is affine: x_0 = mean + gain x_T. No Monte Carlo."""
+    """The map is affine, x_0 = mean + gain x_T, so no Monte Carlo is needed."""
     diffusion = GaussianDiffusion(DiffusionConfig(1000, schedule))
     mapped = samplers.SAMPLERS[name](diffusion, gaussian_denoiser(diffusion), BASIS, num_steps)
     mean, gain = mapped[0], (mapped[1:] - mapped[:1]).T
     bound = {1: 0.8, 2: 0.8, 25: 0.2, 250: 0.02}[num_steps]
-    # linear's last timestep keeps sqrt(alphas_cumprod) = 0.006 of the mean
+    # the last timestep of the linear schedule keeps sqrt(alphas_cumprod) = 0.006 of the mean
     assert (mean - MEAN).abs().max() < 0.02
     assert (gain @ gain.T - COVARIANCE).abs().max() < bound
 
 
 @pytest.mark.parametrize("name", [*samplers.SAMPLERS, "ddim, eta 1", "ddim, eta 0.5", "fixed_large", "analytic"])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_samplers_draw_the_data_distribution(name: str, schedule: schedules.Schedule) -> None:
-    """Monte Carlo error of 20,000 draws: 0.006 for the mean, 0.007 for variances; 0.03 leaves room for the steps."""
+def test_samplers_recover_the_data_distribution(name: str, schedule: schedules.Schedule) -> None:
+    """The Monte Carlo error of 20,000 samples is 0.006 for the mean and 0.007 for variances; 0.03 allows for step error."""
     variance: VarianceType = "fixed_large" if name == "fixed_large" else "fixed_small"
     diffusion = GaussianDiffusion(DiffusionConfig(1000, schedule, variance=variance))
-    draw = {
+    sampler = {
         **samplers.SAMPLERS,
         "ddim, eta 1": functools.partial(samplers.ddim, eta=1.0),
         "ddim, eta 0.5": functools.partial(samplers.ddim, eta=0.5),
@@ -109,14 +109,14 @@ def test_samplers_draw_the_data_distribution(name: str, schedule: schedules.Sche
     }[name]
     generator = torch.Generator().manual_seed(1)
     x_T = torch.randn(20_000, 3, generator=generator)
-    samples = draw(diffusion, gaussian_denoiser(diffusion), x_T, 250, generator=generator)
+    samples = sampler(diffusion, gaussian_denoiser(diffusion), x_T, 250, generator=generator)
     assert samples.dtype == torch.float32
     torch.testing.assert_close(samples.mean(dim=0).double(), MEAN, atol=0.03, rtol=0)
     torch.testing.assert_close(samples.T.cov().double(), COVARIANCE, atol=0.03, rtol=0)
 
 
 def mean_squared_score(diffusion: GaussianDiffusion, covariance: Tensor = COVARIANCE) -> Tensor:
-    """The trace of the inverse covariance of x_t over the dimensions, in closed form."""
+    """Closed form: the trace of the inverse covariance of x_t, divided by the number of dimensions."""
     return torch.stack([marginal(a, covariance).inverse().trace() / len(covariance) for a in diffusion.alphas_cumprod])
 
 
@@ -134,7 +134,7 @@ def test_the_mean_squared_score_is_estimated_from_data() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("num_steps", [3, 5, 20])
 def test_analytic_variance_is_exact_for_isotropic_data(schedule: schedules.Schedule, num_steps: int) -> None:
-    """Every step's draw has the true variance, however few the steps; the posterior's alone is too small."""
+    """Samples have the true variance with any number of steps; with the posterior's variance alone it is too small."""
     diffusion = GaussianDiffusion(DiffusionConfig(1000, schedule))
     isotropic = 0.6 * torch.eye(2).double()
     denoise = gaussian_denoiser(diffusion, MEAN[:2], isotropic)
@@ -148,8 +148,8 @@ def test_analytic_variance_is_exact_for_isotropic_data(schedule: schedules.Sched
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_analytic_variance_is_bounded_where_the_estimate_means_little(zero_terminal_snr: bool) -> None:
-    """A score that is off by a percent would ask for a variance of hundreds at the noisiest step of the cosine schedule."""
+def test_analytic_variance_is_bounded_where_the_estimate_is_unreliable(zero_terminal_snr: bool) -> None:
+    """Without a bound, a 1 % error of the score gives a variance of hundreds at the cosine schedule's noisiest step."""
     diffusion = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v", zero_terminal_snr=zero_terminal_snr))
     score = mean_squared_score(diffusion) * 0.99
     seen: list[Tensor] = []
@@ -167,7 +167,7 @@ def test_analytic_variance_is_bounded_where_the_estimate_means_little(zero_termi
 
 
 def test_learned_variances_are_exact_for_isotropic_data() -> None:
-    """The best variance of each step, said as a fraction between posterior and beta, in a process of 12 steps."""
+    """The optimal variance of each step, as a fraction between posterior and beta, in a process of 12 steps."""
     diffusion = GaussianDiffusion(DiffusionConfig(12, "linear", "x0", variance="learned_range"))
     isotropic = 0.6 * torch.eye(2).double()
     exact = gaussian_denoiser(diffusion, MEAN[:2], isotropic)
@@ -178,23 +178,23 @@ def test_learned_variances_are_exact_for_isotropic_data() -> None:
         if step.t == 0:
             return exact(x_t, t)._replace(variance_fraction=torch.zeros_like(x_t))
         x0_variance = 0.6 * (1 - step.alpha_bar) / (step.alpha_bar * 0.6 + 1 - step.alpha_bar)
-        best = step.posterior_variance + step.x0_coefficient**2 * x0_variance
-        fraction = math.log(best / step.posterior_variance) / math.log(step.beta / step.posterior_variance)
+        optimal = step.posterior_variance + step.x0_coefficient**2 * x0_variance
+        fraction = math.log(optimal / step.posterior_variance) / math.log(step.beta / step.posterior_variance)
         assert 0 <= fraction <= 1
         return exact(x_t, t)._replace(variance_fraction=torch.full_like(x_t, fraction))
 
     generator = torch.Generator().manual_seed(0)
-    before: dict[int, Tensor] = {}
+    seen: dict[int, Tensor] = {}
 
     def keep(x_t: Tensor, t: int) -> Tensor:
-        before[t] = x_t
+        seen[t] = x_t
         return x_t
 
     x_T = torch.randn(40_000, 2, generator=generator)
     samplers.ddpm(diffusion, denoise, x_T, 12, generator, keep)
     for t in range(11):
         expected = diffusion.alphas_cumprod[t] * isotropic + (1 - diffusion.alphas_cumprod[t]) * torch.eye(2)
-        torch.testing.assert_close(before[t].T.cov().double(), expected, atol=0.03, rtol=0)
+        torch.testing.assert_close(seen[t].T.cov().double(), expected, atol=0.03, rtol=0)
     with pytest.raises(ShapeError, match="no variance_fraction"):
         samplers.ddpm(diffusion, exact, x_T[:2], 3)
 
@@ -202,22 +202,22 @@ def test_learned_variances_are_exact_for_isotropic_data() -> None:
 # Inversion
 
 
-def test_inversion_then_sampling_returns_the_start() -> None:
+def test_inversion_then_sampling_reproduces_the_image() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(1000))
     denoise = gaussian_denoiser(diffusion)
     x0 = MEAN + torch.randn(16, 3, generator=torch.Generator().manual_seed(0)).double() @ ROOT.T
 
-    def returned(num_steps: int, num_iterations: int) -> float:
+    def error(num_steps: int, num_iterations: int) -> float:
         x_T = samplers.ddim_inversion(diffusion, denoise, x0, num_steps, num_iterations)
         return (samplers.ddim(diffusion, denoise, x_T, num_steps) - x0).abs().max().item()
 
-    assert returned(50, 40) < 1e-6
-    assert returned(50, 3) < returned(50, 1) / 2
-    assert returned(400, 1) < returned(100, 1) / 3 < 0.05
+    assert error(50, 40) < 1e-6
+    assert error(50, 3) < error(50, 1) / 2
+    assert error(400, 1) < error(100, 1) / 3 < 0.05
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_inversion_finds_the_start_in_pure_noise(schedule: schedules.Schedule) -> None:
+def test_inversion_reaches_pure_noise(schedule: schedules.Schedule) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(1000, schedule, "v", zero_terminal_snr=True))
     denoise = gaussian_denoiser(diffusion)
     x_T = samplers.ddim_inversion(diffusion, denoise, BASIS, 200, 15)
@@ -231,10 +231,10 @@ def test_inversion_finds_the_start_in_pure_noise(schedule: schedules.Schedule) -
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_a_sampler_visits_distinct_timesteps_from_noise_to_data(name: samplers.SamplerName) -> None:
-    """And what it hands out after the last step is the result."""
+    """The sample passed to on_step after the last step is the result."""
     visited: list[int] = []
     reached: list[int] = []
-    last: list[Tensor] = []
+    seen: list[Tensor] = []
     diffusion = GaussianDiffusion(DiffusionConfig(50))
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
@@ -243,47 +243,47 @@ def test_a_sampler_visits_distinct_timesteps_from_noise_to_data(name: samplers.S
 
     def watch(x_t: Tensor, t: int) -> Tensor:
         reached.append(t)
-        last.append(x_t)
+        seen.append(x_t)
         return x_t
 
     result = samplers.SAMPLERS[name](diffusion, denoise, torch.randn(3, 2), 10, on_step=watch)
     timesteps = schedules.strided_timesteps(50, 10)
     assert list(dict.fromkeys(visited)) == timesteps
     assert reached == [*timesteps[1:], -1]
-    assert torch.equal(result, last[-1])
-    torch.testing.assert_close(result, 0.3 * last[-2])  # at the clean sample exactly
+    assert torch.equal(result, seen[-1])
+    torch.testing.assert_close(result, 0.3 * seen[-2])  # exactly the clean sample
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_timesteps_can_be_given(name: samplers.SamplerName) -> None:
-    draw, diffusion = samplers.SAMPLERS[name], GaussianDiffusion(DiffusionConfig(100))
+    sampler, diffusion = samplers.SAMPLERS[name], GaussianDiffusion(DiffusionConfig(100))
     denoise, x_T = gaussian_denoiser(diffusion), torch.randn(4, 3)
     given = schedules.sectioned_timesteps(100, (7, 3))
     visited: list[int] = []
 
-    def spy(x_t: Tensor, t: Tensor) -> Denoised:
+    def record(x_t: Tensor, t: Tensor) -> Denoised:
         visited.append(int(t[0]))
         return denoise(x_t, t)
 
-    draw(diffusion, spy, x_T, given, generator=torch.Generator().manual_seed(0))
+    sampler(diffusion, record, x_T, given, generator=torch.Generator().manual_seed(0))
     assert list(dict.fromkeys(visited)) == given
     first, second = (
-        draw(diffusion, denoise, x_T, steps, generator=torch.Generator().manual_seed(0))
+        sampler(diffusion, denoise, x_T, steps, generator=torch.Generator().manual_seed(0))
         for steps in (9, schedules.strided_timesteps(100, 9))
     )
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("timesteps", [[], [5, 9], [5, 5], [10, 3], [3, -1]])
-def test_impossible_timesteps_are_refused(timesteps: list[int]) -> None:
+def test_invalid_timesteps_are_rejected(timesteps: list[int]) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(10))
     with pytest.raises(ConfigError, match="num_steps: got"):
         samplers.ddim(diffusion, gaussian_denoiser(diffusion), torch.randn(1, 3), timesteps)
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_inpainting_holds_the_known_and_fits_the_rest_to_it(name: samplers.SamplerName) -> None:
-    """Dimensions correlate by 0.96; with the first held at 0.9 the second's mean moves from 0 to near 0.86."""
+def test_inpainting_keeps_the_known_part_and_fits_the_rest_to_it(name: samplers.SamplerName) -> None:
+    """The dimensions correlate by 0.96; with the first fixed at 0.9, the second's mean moves from 0 to near 0.86."""
     covariance = torch.tensor([[0.5, 0.48], [0.48, 0.5]]).double()
     diffusion = GaussianDiffusion(DiffusionConfig(1000))
     generator = torch.Generator().manual_seed(0)
@@ -306,7 +306,7 @@ def test_eta_one_is_ancestral_sampling() -> None:
     torch.testing.assert_close(first, second, atol=1e-9, rtol=0)
 
 
-# Parity with diffusers, step by step over a whole run, on a network that is anything but linear
+# Parity with diffusers over a whole run, with a strongly nonlinear network
 
 X_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 THEIR_PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -321,8 +321,8 @@ def network(x_t: Tensor, t: Tensor, outputs: int = 1) -> Tensor:
 def their_run(
     scheduler: Any, diffusion: GaussianDiffusion, outputs: int = 1, scale: float = 1.0, **options: Any
 ) -> Tensor:
-    """Sampling with a scheduler of diffusers, in double precision, so that rounding hides nothing."""
-    in_double(scheduler, diffusion)
+    """Sample with a scheduler of diffusers, in double precision, so that rounding hides no difference."""
+    set_double_precision(scheduler, diffusion)
     generator = torch.Generator().manual_seed(5)
     if "generator" in options:
         options["generator"] = generator
@@ -334,7 +334,7 @@ def their_run(
     return x_t
 
 
-def in_double(scheduler: Any, diffusion: GaussianDiffusion) -> None:
+def set_double_precision(scheduler: Any, diffusion: GaussianDiffusion) -> None:
     scheduler.betas, scheduler.alphas = diffusion.betas, 1 - diffusion.betas
     scheduler.alphas_cumprod = diffusion.alphas_cumprod
 
@@ -342,7 +342,7 @@ def in_double(scheduler: Any, diffusion: GaussianDiffusion) -> None:
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ddpm_is_that_of_diffusers(
+def test_ddpm_matches_diffusers(
     prediction: PredictionType, variance: VarianceType, schedule: schedules.Schedule
 ) -> None:
     diffusers = pytest.importorskip("diffusers")
@@ -364,7 +364,7 @@ def test_ddpm_is_that_of_diffusers(
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
-def test_ddpm_is_that_of_published_unclip_pipelines(variance: VarianceType, prediction: PredictionType) -> None:
+def test_ddpm_matches_published_unclip_pipelines(variance: VarianceType, prediction: PredictionType) -> None:
     diffusers = pytest.importorskip("diffusers")
     their_variance = {"fixed_small": "fixed_small_log"}.get(variance, variance)
     scheduler = diffusers.UnCLIPScheduler(
@@ -373,11 +373,11 @@ def test_ddpm_is_that_of_published_unclip_pipelines(variance: VarianceType, pred
     scheduler.set_timesteps(25)
     config = DiffusionConfig(1000, "cosine", prediction, variance=variance)
     diffusion = GaussianDiffusion(config)
-    in_double(scheduler, diffusion)
+    set_double_precision(scheduler, diffusion)
     generator, x_t = torch.Generator().manual_seed(5), X_T
     for t, before in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
         output = network(x_t, t.expand(2), config.outputs_per_channel)
-        # at the last step the published pipelines pass no timestep, which there means t - 1 = -1
+        # at the last step the published pipelines pass None, which means t - 1 = -1 there
         x_t = scheduler.step(output, int(t), x_t, before, generator).prev_sample
     denoise = diffusion.denoiser(functools.partial(network, outputs=config.outputs_per_channel), clip_range=1.0)
     ours = samplers.ddpm(diffusion, denoise, X_T, 25, torch.Generator().manual_seed(5))
@@ -386,7 +386,7 @@ def test_ddpm_is_that_of_published_unclip_pipelines(variance: VarianceType, pred
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_ddim_is_that_of_diffusers(prediction: PredictionType, eta: float) -> None:
+def test_ddim_matches_diffusers(prediction: PredictionType, eta: float) -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(
         1000, beta_schedule="linear", prediction_type=THEIR_PREDICTION[prediction], clip_sample=False
@@ -402,7 +402,7 @@ def test_ddim_is_that_of_diffusers(prediction: PredictionType, eta: float) -> No
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("num_steps", [6, 20])
-def test_dpm_solver_is_that_of_diffusers(prediction: PredictionType, num_steps: int) -> None:
+def test_dpm_solver_matches_diffusers(prediction: PredictionType, num_steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler(
         1000, beta_start=1e-4, beta_end=0.02, prediction_type=THEIR_PREDICTION[prediction]
@@ -415,8 +415,8 @@ def test_dpm_solver_is_that_of_diffusers(prediction: PredictionType, num_steps: 
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_heun_is_that_of_diffusers(prediction: PredictionType) -> None:
-    """From a timestep below the largest sigma on, above which ours takes Euler steps."""
+def test_heun_matches_diffusers(prediction: PredictionType) -> None:
+    """The run starts below the largest sigma, because ours takes Euler steps above it."""
     diffusers = pytest.importorskip("diffusers")
     timesteps = schedules.strided_timesteps(900, 12)
     scheduler = diffusers.HeunDiscreteScheduler(
@@ -424,8 +424,8 @@ def test_heun_is_that_of_diffusers(prediction: PredictionType) -> None:
     )
     scheduler.set_timesteps(timesteps=timesteps)
     diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear", prediction))
-    scale = float(diffusion.alphas_cumprod[899]) ** -0.5  # theirs keeps x_t / sqrt(alphas_cumprod)
+    scale = float(diffusion.alphas_cumprod[899]) ** -0.5  # theirs works with x_t / sqrt(alphas_cumprod)
     sigmas = torch.cat([(1 / diffusion.alphas_cumprod[timesteps] - 1).sqrt(), torch.zeros(1)])
-    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])  # in double
+    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])  # in double precision
     ours = samplers.heun(diffusion, diffusion.denoiser(network), X_T, timesteps)
     torch.testing.assert_close(ours, their_run(scheduler, diffusion, scale=scale), atol=1e-6, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The settings of sampling: each does what its definition says, and no more."""
+"""Sampling settings: each has exactly its documented effect."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def scaled(factor: float) -> Denoiser:
 CONDITIONAL, UNCONDITIONAL = scaled(0.9), scaled(-0.4)
 
 
-def x0_of(t: Tensor = T, limit: float | None = 1.0, **settings: object) -> Tensor:
+def guided_x0(t: Tensor = T, limit: float | None = 1.0, **settings: object) -> Tensor:
     values = DiffusionSampling(**{"guidance_scale": 3.0, "thresholding": "none", **settings})  # type: ignore[arg-type]
     return sampling.guided(DIFFUSION, CONDITIONAL, UNCONDITIONAL, values, limit)(NOISE, t).x0
 
@@ -37,42 +37,42 @@ def run(seed: int = 0, score: Tensor | None = None, x_T: Tensor = NOISE, **setti
 
 
 def test_thresholding_bounds_x0() -> None:
-    free = x0_of()
+    free = guided_x0()
     assert free.abs().max() > 3
-    assert torch.equal(x0_of(thresholding="static"), free.clamp(-1, 1))  # the bound is the model's
-    assert torch.equal(x0_of(thresholding="static", threshold=2.0), free.clamp(-2, 2))
-    assert torch.equal(x0_of(thresholding="static", limit=None), free)
-    found = x0_of(thresholding="dynamic", threshold_quantile=0.9)
-    for sample, expected in zip(found, free, strict=True):
+    assert torch.equal(guided_x0(thresholding="static"), free.clamp(-1, 1))  # the model's bound
+    assert torch.equal(guided_x0(thresholding="static", threshold=2.0), free.clamp(-2, 2))
+    assert torch.equal(guided_x0(thresholding="static", limit=None), free)
+    thresholded = guided_x0(thresholding="dynamic", threshold_quantile=0.9)
+    for sample, expected in zip(thresholded, free, strict=True):
         limit = expected.abs().flatten().quantile(0.9)
         torch.testing.assert_close(sample, expected.clamp(-limit, limit) / limit)
-    assert found.abs().max() <= 1 + 1e-6
-    assert not torch.allclose(found, x0_of(thresholding="dynamic", threshold_quantile=1.0))
+    assert thresholded.abs().max() <= 1 + 1e-6
+    assert not torch.allclose(thresholded, guided_x0(thresholding="dynamic", threshold_quantile=1.0))
     with pytest.raises(ConfigError, match="threshold: got none, expected a number"):
-        x0_of(thresholding="dynamic", limit=None)
+        guided_x0(thresholding="dynamic", limit=None)
 
 
-def test_guidance_acts_in_its_interval_alone() -> None:
-    guided, conditional = x0_of(), CONDITIONAL(NOISE, T).x0
+def test_guidance_acts_only_in_its_interval() -> None:
+    guided, conditional = guided_x0(), CONDITIONAL(NOISE, T).x0
     torch.testing.assert_close(guided, UNCONDITIONAL(NOISE, T).x0 + 3 * (conditional - UNCONDITIONAL(NOISE, T).x0))
     for interval, inside in {(0.0, 1.0): True, (0.5, 0.51): True, (0.0, 0.5): False, (0.51, 1.0): False}.items():
-        assert torch.equal(x0_of(guidance_interval=interval), guided if inside else conditional), interval
-    # whether a timestep is inside is asked of each: 100 of 199 is a share of 0.5025
+        assert torch.equal(guided_x0(guidance_interval=interval), guided if inside else conditional), interval
+    # timestep 100 of 199 is at a fraction of 0.5025
     first, last = (torch.full((4,), t) for t in (0, 199))
-    assert torch.equal(x0_of(first, guidance_interval=(0.0, 0.5)), x0_of(first))
-    assert torch.equal(x0_of(last, guidance_interval=(0.5, 1.0)), x0_of(last))
-    # nothing inside is no guidance
-    assert torch.equal(x0_of(guidance_interval=(0.501, 0.502)), x0_of(guidance_scale=1.0))
+    assert torch.equal(guided_x0(first, guidance_interval=(0.0, 0.5)), guided_x0(first))
+    assert torch.equal(guided_x0(last, guidance_interval=(0.5, 1.0)), guided_x0(last))
+    # an interval without timesteps turns guidance off
+    assert torch.equal(guided_x0(guidance_interval=(0.501, 0.502)), guided_x0(guidance_scale=1.0))
 
 
 def test_rescaled_guidance_keeps_the_standard_deviation_of_each_sample() -> None:
     def std(x0: Tensor) -> Tensor:
         return x0.flatten(1).std(dim=1)
 
-    conditional, guided = std(CONDITIONAL(NOISE, T).x0), std(x0_of())
+    conditional, guided = std(CONDITIONAL(NOISE, T).x0), std(guided_x0())
     assert (guided > 2 * conditional).all()
-    torch.testing.assert_close(std(x0_of(guidance_rescale=1.0)), conditional)
-    torch.testing.assert_close(std(x0_of(guidance_rescale=0.4)), 0.6 * guided + 0.4 * conditional)
+    torch.testing.assert_close(std(guided_x0(guidance_rescale=1.0)), conditional)
+    torch.testing.assert_close(std(guided_x0(guidance_rescale=0.4)), 0.6 * guided + 0.4 * conditional)
 
 
 def test_eta_is_the_noise_of_ddim() -> None:
@@ -84,7 +84,7 @@ def test_eta_is_the_noise_of_ddim() -> None:
         DiffusionSampling(sampler="ddpm", eta=0.5)
 
 
-def test_every_sampler_is_the_function_of_its_name() -> None:
+def test_every_sampler_name_selects_its_function() -> None:
     denoise = sampling.limited(DIFFUSION, CONDITIONAL, CONDITIONAL, DiffusionSampling(), 1.0)
     for name, function in samplers.SAMPLERS.items():
         expected = function(DIFFUSION, denoise, NOISE, 6, generator=torch.Generator().manual_seed(0))
@@ -101,28 +101,28 @@ def test_analytic_dpm_recovers_the_variance_of_data_in_few_steps() -> None:
     data = variance**0.5 * torch.randn(4000, 8, generator=torch.Generator().manual_seed(1))
     scores = [
         samplers.estimate_mean_squared_score(DIFFUSION, [(data, exact)], torch.Generator().manual_seed(2), num)
-        for num in (None, 64)
+        for num in (None, 32)
     ]
     true_score = 1 / (variance * DIFFUSION.alphas_cumprod + 1 - DIFFUSION.alphas_cumprod)
-    for score in scores:  # measured at all timesteps, or at some
+    for score in scores:  # measured at all timesteps and at some
         torch.testing.assert_close(score, true_score, rtol=0.03, atol=0)
     x_T = torch.randn(4000, 8, generator=torch.Generator().manual_seed(3))
 
     def error(name: samplers.SamplerName) -> float:
         settings = DiffusionSampling(sampler=name, num_steps=5)
         generator = torch.Generator().manual_seed(4)
-        found = sampling.sample(DIFFUSION, exact, x_T, settings, mean_squared_score=scores[1], generator=generator)
-        return abs(float(found.var()) - variance)
+        samples = sampling.sample(DIFFUSION, exact, x_T, settings, mean_squared_score=scores[1], generator=generator)
+        return abs(float(samples.var()) - variance)
 
     assert error("analytic_dpm") < error("ddpm") / 3
 
 
-def test_analytic_dpm_needs_a_model_that_was_measured() -> None:
+def test_analytic_dpm_needs_a_measured_score() -> None:
     with pytest.raises(ConfigError, match=r"sampler: got 'analytic_dpm', .* Train it again"):
         run(sampler="analytic_dpm")
 
 
-def test_a_start_goes_through_the_share_of_the_process_that_strength_says() -> None:
+def test_a_start_goes_through_the_fraction_of_the_process_given_by_strength() -> None:
     start, settings = NOISE.flip(0).clamp(-1, 1), DiffusionSampling(num_steps=6)
     seen: list[tuple[Tensor, int]] = []
 
@@ -130,26 +130,26 @@ def test_a_start_goes_through_the_share_of_the_process_that_strength_says() -> N
         seen.append((x_t, int(t[0])))
         return CONDITIONAL(x_t, t)
 
-    def begin(strength: float) -> Tensor:
+    def run_from_start(strength: float) -> Tensor:
         seen.clear()
         return sampling.sample(DIFFUSION, denoise, NOISE, settings, start=start, strength=strength)
 
-    assert torch.equal(begin(0.0), start) and not seen
-    assert torch.equal(begin(1.0), samplers.ddim(DIFFUSION, CONDITIONAL, NOISE, 6))
-    begin(0.5)
-    assert [t for _, t in seen] == [99, 79, 59, 40, 20, 0]  # as many steps over a half
+    assert torch.equal(run_from_start(0.0), start) and not seen
+    assert torch.equal(run_from_start(1.0), samplers.ddim(DIFFUSION, CONDITIONAL, NOISE, 6))
+    run_from_start(0.5)
+    assert [t for _, t in seen] == [99, 79, 59, 40, 20, 0]  # the same number of steps over half of the process
     torch.testing.assert_close(seen[0][0], DIFFUSION.q_sample(start, torch.full((4,), 99), NOISE))
-    begin(0.01)
+    run_from_start(0.01)
     assert [t for _, t in seen] == [1, 0]
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"num_steps": 0}, "num_steps: got 0, expected at least 1"),
         ({"eta": 1.5}, "eta: got 1.5, expected 0 to 1"),
         ({"guidance_scale": -1.0}, "guidance_scale: got -1.0"),
-        ({"guidance_interval": [0.5]}, r"guidance_interval: got \(0.5,\), expected two shares"),
+        ({"guidance_interval": [0.5]}, r"guidance_interval: got \(0.5,\), expected two fractions"),
         ({"guidance_interval": [0.8, 0.2]}, "guidance_interval: got .* in order"),
         ({"guidance_interval": [0.0, 1.5]}, "guidance_interval: got"),
         ({"guidance_rescale": 1.5}, "guidance_rescale: got 1.5, expected 0 to 1"),
@@ -158,8 +158,8 @@ def test_a_start_goes_through_the_share_of_the_process_that_strength_says() -> N
         ({"threshold_quantile": 0.0}, "threshold_quantile: got 0.0"),
     ],
 )
-def test_impossible_settings_are_refused(changes: dict[str, object], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_settings_are_rejected(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load(DiffusionSampling, changes)
 
 

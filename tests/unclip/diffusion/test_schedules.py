@@ -17,15 +17,15 @@ def test_schedules_end_in_noise(schedule: schedules.Schedule, num_timesteps: int
     assert diffusion.alphas_cumprod[-1] < 5e-3
 
 
-def test_cosine_schedule_is_the_papers() -> None:
-    """Nichol & Dhariwal 2021, eq. 17, at half time: cos^2((0.5 + s) / (1 + s) * pi / 2) / f(0)."""
+def test_cosine_schedule_matches_the_paper() -> None:
+    """Nichol & Dhariwal 2021, eq. 17, halfway through: cos^2((0.5 + s) / (1 + s) * pi / 2) / f(0)."""
     alphas_cumprod = GaussianDiffusion(DiffusionConfig(1000, "cosine")).alphas_cumprod
     assert alphas_cumprod[499].item() == pytest.approx(0.4938, abs=2e-4)
 
 
 @pytest.mark.parametrize(("schedule", "theirs"), [("cosine", "squaredcos_cap_v2"), ("linear", "linear")])
 @pytest.mark.parametrize("rescaled", [False, True])
-def test_schedules_are_those_of_diffusers(schedule: schedules.Schedule, theirs: str, rescaled: bool) -> None:
+def test_schedules_match_diffusers(schedule: schedules.Schedule, theirs: str, rescaled: bool) -> None:
     diffusers = pytest.importorskip("diffusers")
     expected = diffusers.DDPMScheduler(1000, beta_schedule=theirs, rescale_betas_zero_snr=rescaled)
     ours = GaussianDiffusion(DiffusionConfig(1000, schedule, "v", zero_terminal_snr=rescaled))
@@ -34,7 +34,7 @@ def test_schedules_are_those_of_diffusers(schedule: schedules.Schedule, theirs: 
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_zero_terminal_snr_ends_in_pure_noise_and_starts_as_before(schedule: schedules.Schedule) -> None:
+def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_beta(schedule: schedules.Schedule) -> None:
     betas = schedules.betas(schedule, 1000)
     rescaled = torch.cumprod(1 - schedules.zero_terminal_snr(betas), dim=0)
     assert rescaled[-1] == 0
@@ -61,7 +61,7 @@ def test_strided_timesteps() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [2, 25, 64, 250, 1000])
-def test_strides_are_those_of_published_unclip_pipelines(num_steps: int) -> None:
+def test_strides_match_published_unclip_pipelines(num_steps: int) -> None:
     scheduler = pytest.importorskip("diffusers").UnCLIPScheduler(1000)
     scheduler.set_timesteps(num_steps)
     assert schedules.strided_timesteps(1000, num_steps) == scheduler.timesteps.tolist()
@@ -78,12 +78,12 @@ def test_sections_have_their_own_density() -> None:
 
 
 @pytest.mark.parametrize(("counts", "message"), [((4, 3), r"section_counts\[0\]: got 4"), ((), "section_counts: got")])
-def test_impossible_sections_are_refused(counts: tuple[int, ...], message: str) -> None:
+def test_invalid_sections_are_rejected(counts: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         schedules.sectioned_timesteps(6, counts)
 
 
-def test_respaced_betas_make_the_same_marginals() -> None:
+def test_respaced_betas_give_the_same_marginals() -> None:
     alphas_cumprod = torch.cumprod(1 - schedules.betas("cosine", 1000), dim=0)
     timesteps = schedules.sectioned_timesteps(1000, (10, 5))
     respaced = torch.cumprod(1 - schedules.respaced_betas(alphas_cumprod, timesteps).flip(0), dim=0).flip(0)

@@ -1,4 +1,4 @@
-"""Distances of embeddings, against closed forms."""
+"""Distances between embeddings, compared with closed forms."""
 
 import math
 
@@ -11,7 +11,7 @@ from unclip.evaluation.metrics import frechet_distance, score_embeddings
 
 
 def gaussian(count: int, mean: torch.Tensor, covariance: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Embeddings [count, E] whose own mean and covariance are exactly these."""
+    """Return embeddings [count, E] with exactly this sample mean and covariance."""
     draws = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     draws = draws - draws.mean(dim=0)
     white = draws @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(draws.T))).T
@@ -29,7 +29,7 @@ def test_frechet_distance_of_gaussians_with_common_axes() -> None:
     assert frechet_distance(second, first) == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_frechet_distance_of_gaussians_with_axes_of_their_own() -> None:
+def test_frechet_distance_of_gaussians_with_different_axes() -> None:
     """In two dimensions tr (C1 C2)^(1/2) = (tr C1 C2 + 2 (det C1 C2)^(1/2))^(1/2)."""
     covariances = torch.tensor([[[2.0, 0.8], [0.8, 1.0]], [[0.5, -0.3], [-0.3, 0.7]]], dtype=torch.float64)
     product = covariances[0] @ covariances[1]
@@ -51,16 +51,16 @@ def test_frechet_distance_of_fewer_embeddings_than_dimensions() -> None:
 
 def test_scores_of_embeddings() -> None:
     true = torch.eye(4)
-    drawn = torch.tensor([[2.0, 0, 0, 0], [0.5, 0.4, 0, 0], [0.2, 0.3, 0.1, 0], [0, 0, 0, 9.0]])
-    scores = score_embeddings(drawn, true, ranks=(1, 2, 3))
+    sampled = torch.tensor([[2.0, 0, 0, 0], [0.5, 0.4, 0, 0], [0.2, 0.3, 0.1, 0], [0, 0, 0, 9.0]])
+    scores = score_embeddings(sampled, true, ranks=(1, 2, 3))
     assert {name: scores[name] for name in ("recall_at_1", "recall_at_2", "recall_at_3")} == {
         "recall_at_1": 0.5,
         "recall_at_2": 0.75,
         "recall_at_3": 1.0,
     }
-    unit = F.normalize(drawn, dim=1)
+    unit = F.normalize(sampled, dim=1)
     assert scores["cosine"] == pytest.approx(unit.diag().mean().item(), rel=1e-6)
     others = unit[~torch.eye(4, dtype=torch.bool)].mean()
     assert scores["gap"] == pytest.approx((unit.diag().mean() - others).item(), rel=1e-6)
     with pytest.raises(ShapeError, match="embeddings: got"):
-        score_embeddings(drawn, true[:3])
+        score_embeddings(sampled, true[:3])

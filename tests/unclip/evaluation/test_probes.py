@@ -8,7 +8,7 @@ from unclip.errors import InputError, ShapeError
 from unclip.evaluation.probes import load_probe
 
 
-def test_a_linear_probe_is_its_formula(tmp_path: Path) -> None:
+def test_a_linear_probe_applies_its_weight_and_bias(tmp_path: Path) -> None:
     weight, bias = torch.randn(1, 8), torch.randn(1)
     save_file({"weight": weight, "bias": bias}, tmp_path / "linear.safetensors")
     embeddings = torch.randn(5, 8)
@@ -31,7 +31,7 @@ def test_an_mlp_applies_its_layers_in_the_order_of_their_numbers(tmp_path: Path)
         assert torch.allclose(load_probe(str(path))(embeddings), expected, atol=1e-6)
 
 
-def test_two_outputs_are_the_probability_of_the_second(tmp_path: Path) -> None:
+def test_two_outputs_give_the_probability_of_the_second(tmp_path: Path) -> None:
     weight = torch.randn(2, 8)
     save_file({"0.weight": weight}, tmp_path / "two.safetensors")
     embeddings = torch.randn(5, 8)
@@ -50,7 +50,7 @@ def test_two_outputs_are_the_probability_of_the_second(tmp_path: Path) -> None:
         ({"0.weight": torch.zeros(1, 8)}, {"activation": "exec"}, "exec"),
     ],
 )
-def test_what_is_no_probe_is_named(
+def test_invalid_probes_are_named(
     tmp_path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], words: str
 ) -> None:
     save_file(tensors, tmp_path / "probe.safetensors", metadata=metadata)
@@ -61,13 +61,13 @@ def test_what_is_no_probe_is_named(
 
 def test_pickles_and_missing_files_are_refused(tmp_path: Path) -> None:
     torch.save({"0.weight": torch.zeros(1, 8)}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match=r"evil.pt is no safetensors file.*Convert"):
+    with pytest.raises(InputError, match=r"evil.pt is not a safetensors file.*Convert"):
         load_probe(str(tmp_path / "evil.pt"))
     with pytest.raises(InputError, match="does not exist"):
         load_probe(str(tmp_path / "none.safetensors"))
 
 
-def test_another_clip_is_refused(tmp_path: Path) -> None:
+def test_embeddings_of_another_clip_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1, 8)}, tmp_path / "p.safetensors")
     with pytest.raises(ShapeError, match=r"\(5, 16\).*\[B, 8\].*this CLIP"):
         load_probe(str(tmp_path / "p.safetensors"))(torch.zeros(5, 16))

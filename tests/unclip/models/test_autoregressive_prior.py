@@ -1,4 +1,4 @@
-"""The autoregressive prior: what it reads, how it draws, and that it learns."""
+"""The autoregressive prior: inputs, sampling and learning."""
 
 import dataclasses
 import importlib
@@ -34,7 +34,7 @@ from unclip.training import checkpoints
 SMALL = {"width": 16, "depth": 2, "num_heads": 2, "num_buckets": 12}
 
 
-def quantizer_of(embeddings: torch.Tensor, num_buckets: int) -> EmbeddingQuantizer:
+def fit_quantizer(embeddings: torch.Tensor, num_buckets: int) -> EmbeddingQuantizer:
     statistics, principal = EmbeddingStatistics.of(embeddings), PrincipalComponents.of(embeddings)
     similarity = embeddings.mean(dim=1)
     return EmbeddingQuantizer.fit(
@@ -44,7 +44,7 @@ def quantizer_of(embeddings: torch.Tensor, num_buckets: int) -> EmbeddingQuantiz
 
 def build() -> AutoregressivePrior:
     torch.manual_seed(0)
-    quantizer = quantizer_of(F.normalize(torch.randn(300, 6), dim=1), 12)
+    quantizer = fit_quantizer(F.normalize(torch.randn(300, 6), dim=1), 12)
     prior = AutoregressivePrior(AutoregressivePriorConfig(**SMALL), 6, 5, 7, quantizer.num_components)
     prior.quantizer.load_state_dict(quantizer.state_dict())
     prior.text.set_null(CaptionFeatures(torch.randn(1, 7, 5), torch.arange(7)[None] < 2, torch.randn(1, 6)))
@@ -70,7 +70,7 @@ def inputs(prior: AutoregressivePrior) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_each_component_is_predicted_from_the_text_and_those_before_it() -> None:
+def test_each_component_is_predicted_from_the_text_and_the_components_before_it() -> None:
     prior = build()
     given = inputs(prior)
     expected = prior(**given)
@@ -83,7 +83,7 @@ def test_each_component_is_predicted_from_the_text_and_those_before_it() -> None
         buckets = given["buckets"].clone()
         buckets[:, position] = (buckets[:, position] + 1) % 12
         changed = prior(**{**given, "buckets": buckets}) != expected
-        assert not changed[:, : position + 1].any(), "a component sees itself or later ones"
+        assert not changed[:, : position + 1].any(), "a component depends on itself or on later ones"
         assert position + 1 == num_components or changed[:, position + 1 :].any(dim=2).all()
     padding = given["text_encodings"].clone()
     padding[~given["text_mask"]] = 1e4
@@ -91,23 +91,23 @@ def test_each_component_is_predicted_from_the_text_and_those_before_it() -> None
 
 
 @torch.no_grad()
-def test_without_text_is_the_empty_caption_and_the_components_are_seen_all_the_same() -> None:
+def test_dropping_text_uses_the_empty_caption_and_keeps_the_components() -> None:
     prior = build()
     given, drop = inputs(prior), torch.tensor([True, False, True])
     dropped = prior(**given, drop=drop)
-    unseen = {"text_encodings": given["text_encodings"] + 1, "text_embedding": given["text_embedding"] + 1}
-    same = (prior(**{**given, **unseen, "similarity": 11 - given["similarity"]}, drop=drop) == dropped).all(dim=(1, 2))
+    other_text = {"text_encodings": given["text_encodings"] + 1, "text_embedding": given["text_embedding"] + 1}
+    same = (prior(**{**given, **other_text, "similarity": 11 - given["similarity"]}, drop=drop) == dropped).all(
+        dim=(1, 2)
+    )
     assert same.tolist() == [True, False, True]
     buckets = (given["buckets"] + 1) % 12
     assert ((prior(**{**given, "buckets": buckets}, drop=drop) - dropped)[:, 1:].abs() > 1e-4).any(dim=2).all()
 
 
-def test_leaving_padding_out_changes_no_logits() -> None:
+def test_skipping_padding_changes_no_logits() -> None:
     prior, seen = build(), []
-    given, drop = (
-        inputs(prior),
-        torch.tensor([False, False, True]),
-    )  # captions of 4 and 7 tokens, and the empty one of 2
+    given = inputs(prior)
+    drop = torch.tensor([False, False, True])  # captions of 4 and 7 tokens, and the empty one of 2
     kept = prior.text.kept_tokens(given["text_mask"], drop, len(prior.positions))
     assert len(kept) == 4 + 7 + 2 + 3 * (len(prior.positions) - 7)
     prior.transformer.blocks[-1].register_forward_hook(
@@ -119,9 +119,9 @@ def test_leaving_padding_out_changes_no_logits() -> None:
 
 @pytest.mark.parametrize(("guidance_scale", "temperature"), [(1.0, 1.0), (1.0, 0.0), (2.5, 0.7)])
 @torch.no_grad()
-def test_sampling_with_a_cache_is_sampling_without(guidance_scale: float, temperature: float) -> None:
+def test_sampling_is_the_same_with_and_without_a_cache(guidance_scale: float, temperature: float) -> None:
     prior, captions = build(), text()
-    drawn = prior.sample(
+    samples = prior.sample(
         **captions,
         settings=PriorSampling(num_candidates=1, temperature=temperature, guidance_scale=guidance_scale),
         generator=torch.Generator().manual_seed(7),
@@ -138,37 +138,37 @@ def test_sampling_with_a_cache_is_sampling_without(guidance_scale: float, temper
         if temperature == 0:
             buckets[:, position] = logits.argmax(dim=1)
         else:
-            chances = (logits / temperature).softmax(dim=1)
-            buckets[:, position] = torch.multinomial(chances, 1, generator=generator)[:, 0]
-    torch.testing.assert_close(drawn, prior.quantizer.decode(buckets), atol=1e-5, rtol=0)
+            probabilities = (logits / temperature).softmax(dim=1)
+            buckets[:, position] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    torch.testing.assert_close(samples, prior.quantizer.decode(buckets), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_cached_logits_are_the_forward_passes() -> None:
+def test_cached_logits_equal_those_of_forward() -> None:
     prior = build()
     given = inputs(prior)
     expected = prior(**given)
-    # _Reading is the cached half of `sample`
-    reading = importlib.import_module("unclip.models.autoregressive_prior")._Reading
-    read = reading(prior, given["similarity"], list(text().values()), dropped=False)
+    # the sequence that `sample` continues bucket by bucket
+    cached_sequence = importlib.import_module("unclip.models.autoregressive_prior")._CachedSequence
+    sequence = cached_sequence(prior, given["similarity"], list(text().values()), dropped=False)
     last = None
     for position in range(prior.quantizer.num_components):
-        torch.testing.assert_close(read.next_logits(last), expected[:, position], atol=1e-5, rtol=0)
+        torch.testing.assert_close(sequence.next_logits(last), expected[:, position], atol=1e-5, rtol=0)
         last = given["buckets"][:, position]
 
 
 @torch.no_grad()
-def test_the_better_candidate_is_kept() -> None:
+def test_the_best_candidate_is_kept() -> None:
     prior, captions = build(), text()
 
     def similarity(num_candidates: int) -> torch.Tensor:
-        drawn = prior.sample(
+        samples = prior.sample(
             **captions,
             settings=PriorSampling(num_candidates=num_candidates),
             generator=torch.Generator().manual_seed(0),
         )
-        assert drawn.shape == (3, 6)
-        return (drawn * captions["text_embedding"]).sum(dim=1)
+        assert samples.shape == (3, 6)
+        return (samples * captions["text_embedding"]).sum(dim=1)
 
     assert similarity(32).mean() > similarity(1).mean()
     assert torch.equal(similarity(2), similarity(2))
@@ -180,13 +180,13 @@ def frozen_clip() -> Clip:
     return Clip(clip.create("unclip-demo", None), "unclip-demo")
 
 
-def test_it_overfits_sixteen_samples_and_is_saved_whole(frozen_clip: Clip, tmp_path: Path) -> None:
+def test_it_overfits_sixteen_samples_and_is_restored_from_a_checkpoint(frozen_clip: Clip, tmp_path: Path) -> None:
     torch.manual_seed(0)
     captions = [f"picture {index}" for index in range(16)]
     tokens = frozen_clip.tokenize(captions)
-    found = frozen_clip.encode_text(tokens)
+    text_features = frozen_clip.encode_text(tokens)
     embeddings = F.normalize(torch.randn(16, 64), dim=1)
-    scores = torch.full((16,), 0.3)  # dot products of their own would tell the pictures apart without the captions
+    scores = torch.full((16,), 0.3)  # distinct dot products would identify the images without the captions
     statistics, principal = EmbeddingStatistics.of(embeddings), PrincipalComponents.of(embeddings)
     quantizer = EmbeddingQuantizer.fit(embeddings, scores, statistics, principal, explained=0.99, num_buckets=64)
     config = AutoregressivePriorConfig(width=64, depth=2, num_heads=2, num_buckets=64)
@@ -203,17 +203,17 @@ def test_it_overfits_sixteen_samples_and_is_saved_whole(frozen_clip: Clip, tmp_p
 
     checkpoints.save(str(tmp_path), {"model": objective.model.state_dict()}, {**objective.facts(), "samples_seen": 1})
     prior: Any = load_model(str(tmp_path), (PRIOR,))
-    features = found.text_encodings, found.text_mask, found.text_projection
-    drawn = prior.sample(
+    features = text_features.text_encodings, text_features.text_mask, text_features.text_projection
+    samples = prior.sample(
         *features, PriorSampling(temperature=0.3, guidance_scale=1.5), generator=torch.Generator().manual_seed(0)
     )
-    nearest = (F.normalize(drawn, dim=1) @ embeddings.T).max(dim=1)
+    nearest = (F.normalize(samples, dim=1) @ embeddings.T).max(dim=1)
     assert nearest.indices.tolist() == list(range(16)) and nearest.values.mean() > 0.95
     assert prior.statistics.digest() == statistics.digest()
     assert prior.quantizer.similarity_counts.sum() == 16
 
 
-def stack_of(prior: Any, frozen_clip: Clip, decoder_statistics: EmbeddingStatistics) -> Stack:
+def build_stack(prior: Any, frozen_clip: Clip, decoder_statistics: EmbeddingStatistics) -> Stack:
     unet = UNetConfig(8, channels=4, channel_mult=(1,), num_res_blocks=1, norm_groups=2)
     attentive = dataclasses.replace(unet, attention_resolutions=(8,), head_channels=4)
     decoder = Decoder(DecoderConfig(attentive, context_dim=4), 64)
@@ -222,25 +222,27 @@ def stack_of(prior: Any, frozen_clip: Clip, decoder_statistics: EmbeddingStatist
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
-def test_a_stack_takes_either_prior_of_the_decoders_dataset_and_no_other(frozen_clip: Clip, kind: str) -> None:
+def test_a_stack_accepts_either_prior_if_the_dataset_is_the_decoders(frozen_clip: Clip, kind: str) -> None:
     torch.manual_seed(0)
     embeddings = F.normalize(torch.randn(200, 64), dim=1)
     statistics, small = EmbeddingStatistics.of(embeddings), {"width": 16, "depth": 1, "num_heads": 2}
     prior: Any = DiffusionPrior(PriorConfig(**small), 64, frozen_clip.text_width, frozen_clip.text_length)
     if kind == "autoregressive":
-        quantizer = quantizer_of(embeddings, 32)
+        quantizer = fit_quantizer(embeddings, 32)
         settings = AutoregressivePriorConfig(**small, num_buckets=32)
         sizes = 64, frozen_clip.text_width, frozen_clip.text_length, quantizer.num_components
         prior = AutoregressivePrior(settings, *sizes)
         prior.quantizer.load_state_dict(quantizer.state_dict())
     prior.statistics.load_state_dict(statistics.state_dict())
     prior.text.set_null(caption_features(frozen_clip, frozen_clip.tokenize([""])))
-    stack = stack_of(prior.eval(), frozen_clip, statistics)
+    stack = build_stack(prior.eval(), frozen_clip, statistics)
     sampling = SamplingConfig(prior=PriorSampling(num_steps=2, guidance_scale=2.0, temperature=0.5))
-    drawn = [stack.embed_captions(["a star", "a circle"], sampling, torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert drawn[0].shape == (2, 64) and drawn[0].isfinite().all() and torch.equal(*drawn)
+    samples = [
+        stack.embed_captions(["a star", "a circle"], sampling, torch.Generator().manual_seed(3)) for _ in range(2)
+    ]
+    assert samples[0].shape == (2, 64) and samples[0].isfinite().all() and torch.equal(*samples)
     with pytest.raises(CheckpointError, match=r"decoder: got embeddings of 64 dimensions .* those of the prior"):
-        stack_of(prior, frozen_clip, EmbeddingStatistics.of(embeddings[1:]))
+        build_stack(prior, frozen_clip, EmbeddingStatistics.of(embeddings[1:]))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_a_stack_takes_either_prior_of_the_decoders_dataset_and_no_other(frozen_
         (SMALL_AUTOREGRESSIVE_PRIOR, (768, 768, 77, 240), 40e6),
     ],
 )
-def test_presets_have_the_parameters_that_they_say(
+def test_presets_have_the_documented_number_of_parameters(
     config: AutoregressivePriorConfig, sizes: tuple[int, int, int, int], expected: float
 ) -> None:
     with torch.device("meta"):
@@ -267,6 +269,6 @@ def test_presets_have_the_parameters_that_they_say(
         ({"num_heads": 3}, "num_heads: got 3"),
     ],
 )
-def test_impossible_priors_are_refused(settings: dict, message: str) -> None:
+def test_invalid_priors_are_rejected(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AutoregressivePriorConfig(**{**SMALL, **settings})

@@ -15,7 +15,7 @@ UNET = UNetConfig(
 CONFIG = ClassifierConfig(num_classes=2, unet=UNET, diffusion=DiffusionConfig(100))
 
 
-def pictures(labels: Tensor) -> Tensor:
+def images(labels: Tensor) -> Tensor:
     """Class 0 is bright in the left half, class 1 in the right."""
     x0 = torch.full((len(labels), 3, 8, 8), -0.6)
     x0[labels == 0, :, :, :4] = 0.6
@@ -33,7 +33,7 @@ def trained() -> Classifier:
         labels = torch.randint(2, (32,), generator=generator)
         t = torch.randint(100, (32,), generator=generator)
         noise = torch.randn(32, 3, 8, 8, generator=generator)
-        loss = classification_loss(model.diffusion, model, pictures(labels), labels, t, noise).mean()
+        loss = classification_loss(model.diffusion, model, images(labels), labels, t, noise).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -41,22 +41,22 @@ def trained() -> Classifier:
 
 
 @torch.no_grad()
-def test_it_learns_and_is_surer_of_clearer_pictures(trained: Classifier) -> None:
+def test_it_learns_and_is_more_certain_at_less_noise(trained: Classifier) -> None:
     labels = torch.arange(200) % 2
     noise = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def loss(t: int) -> float:
         timesteps = torch.full((200,), t)
-        return classification_loss(trained.diffusion, trained, pictures(labels), labels, timesteps, noise).mean().item()
+        return classification_loss(trained.diffusion, trained, images(labels), labels, timesteps, noise).mean().item()
 
     assert loss(0) < 0.1 and loss(50) < 0.2
-    assert loss(99) > 0.4  # nearly nothing of the picture is left
+    assert loss(99) > 0.4  # almost nothing of the image is left
 
 
 def test_it_guides_samples_to_a_class(trained: Classifier) -> None:
-    """The denoiser knows of both classes: the exact one of data that are these two pictures."""
+    """The denoiser is exact for data that consist of one image per class."""
     diffusion = trained.diffusion
-    both = pictures(torch.tensor([0, 1]))
+    both = images(torch.tensor([0, 1]))
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         alpha_bar = diffusion.alphas_cumprod[t].float().view(-1, 1, 1, 1)
@@ -66,9 +66,9 @@ def test_it_guides_samples_to_a_class(trained: Classifier) -> None:
 
     x_T = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
-    def share_of_class_0(wanted: int, guidance_scale: float) -> float:
-        preference = log_probability(trained, torch.full((40,), wanted))
-        guided = guidance.classifier(diffusion, denoise, preference, guidance_scale)
+    def share_of_class_0(target: int, guidance_scale: float) -> float:
+        target_log_probability = log_probability(trained, torch.full((40,), target))
+        guided = guidance.classifier(diffusion, denoise, target_log_probability, guidance_scale)
         samples = samplers.ddim(diffusion, guided, x_T, 20)
         return (samples[..., :4].mean(dim=(1, 2, 3)) > samples[..., 4:].mean(dim=(1, 2, 3))).float().mean().item()
 
@@ -85,7 +85,7 @@ def test_log_probability_is_normalised(trained: Classifier) -> None:
 
 
 @torch.no_grad()
-def test_it_sees_the_timestep_and_attends(trained: Classifier) -> None:
+def test_it_uses_the_timestep_and_attention(trained: Classifier) -> None:
     x_t = torch.randn(1, 3, 8, 8)
     expected = trained(x_t, torch.tensor([0]))
     assert not torch.allclose(trained(x_t, torch.tensor([99])), expected)
@@ -96,7 +96,7 @@ def test_it_sees_the_timestep_and_attends(trained: Classifier) -> None:
     attention.to_out.weight.copy_(weight)
 
 
-def test_wrong_inputs_are_named() -> None:
+def test_wrong_inputs_are_reported() -> None:
     model = Classifier(CONFIG)
     x0 = torch.zeros(2, 3, 8, 8)
     with pytest.raises(ShapeError, match=r"got labels \(3,\), expected \(2,\)"):
@@ -105,5 +105,5 @@ def test_wrong_inputs_are_named() -> None:
         ClassifierConfig(num_classes=1)
 
 
-def test_its_configuration_survives_a_file() -> None:
+def test_its_configuration_survives_a_round_trip() -> None:
     assert load(ClassifierConfig, to_dict(CONFIG)) == CONFIG

@@ -24,22 +24,22 @@ def loaded(saved: Path) -> Clip:
     return Clip.load(f"local-dir:{saved}")
 
 
-def test_a_saved_model_loads_as_open_clip_loads_any(saved: Path, loaded: Clip) -> None:
+def test_a_saved_model_loads_through_open_clip(saved: Path, loaded: Clip) -> None:
     again = Clip.load(f"local-dir:{saved}")
     images, tokens = torch.rand(2, 3, 64, 64) * 2 - 1, loaded.tokenize(["a red circle", "a star"])
     assert torch.equal(again.embed_images(again.resize(images)), loaded.embed_images(loaded.resize(images)))
     assert torch.equal(again.encode_text(tokens).text_embedding, loaded.encode_text(tokens).text_embedding)
 
 
-def test_embeddings_have_unit_norm_and_encodings_the_texts_length(loaded: Clip) -> None:
+def test_embeddings_have_unit_norm_and_encodings_have_the_text_length(loaded: Clip) -> None:
     text = loaded.encode_text(loaded.tokenize(["a red circle", "a small yellow star on a purple background"]))
     assert text.text_embedding.shape == (2, loaded.embedding_dim)
     assert text.text_encodings.shape == (2, loaded.text_length, loaded.text_width)
     torch.testing.assert_close(text.text_embedding.norm(dim=1), torch.ones(2))
-    assert text.text_mask.sum(dim=1).tolist() == [5, 10]  # words and the two ends
+    assert text.text_mask.sum(dim=1).tolist() == [5, 10]  # words, start and end token
 
 
-def test_encodings_are_open_clips_own_text_features(loaded: Clip) -> None:
+def test_text_features_match_open_clip(loaded: Clip) -> None:
     tokens = loaded.tokenize(["a red circle on a white background"])
     text = loaded.encode_text(tokens)
     expected = torch.nn.functional.normalize(loaded.model.encode_text(tokens), dim=-1)
@@ -49,10 +49,10 @@ def test_encodings_are_open_clips_own_text_features(loaded: Clip) -> None:
 
 
 LENGTHS = [0, 1, 3, 12, 13, 14, 15, 22, 40]
-"""Words of captions: some fill a multiple of LENGTH_STEP with their two ends, some the whole context and more."""
+"""Words per caption; with start and end tokens, some fill a multiple of LENGTH_STEP, and some exceed the context."""
 
 
-def test_short_captions_are_read_shortened_and_come_to_the_same(loaded: Clip) -> None:
+def test_short_captions_are_encoded_shortened_with_the_same_result(loaded: Clip) -> None:
     captions = [" ".join(["star"] * length) for length in LENGTHS]
     tokens = loaded.tokenize(captions)
     whole = loaded.model.forward_intermediates(
@@ -61,7 +61,7 @@ def test_short_captions_are_read_shortened_and_come_to_the_same(loaded: Clip) ->
     seen: list[int] = []
     with loaded.model.transformer.resblocks[0].register_forward_hook(lambda *call: seen.append(call[1][0].shape[1])):
         text = loaded.encode_text(tokens)
-    assert seen == [16, 24], "in two groups: up to 16 tokens, and up to the context's 24"
+    assert seen == [16, 24], "two groups: up to 16 tokens, and up to the context length of 24"
     assert text.text_mask.sum(dim=1).tolist() == [min(length + 2, 24) for length in LENGTHS]
     kept = text.text_mask
     torch.testing.assert_close(text.text_encodings[kept], whole["text_intermediates"][-1][kept])
@@ -70,7 +70,7 @@ def test_short_captions_are_read_shortened_and_come_to_the_same(loaded: Clip) ->
 
 
 @pytest.mark.parametrize(("text_pool_type", "no_causal_mask"), [("last", False), ("argmax", True)])
-def test_captions_are_read_whole_where_padding_counts(text_pool_type: str, no_causal_mask: bool) -> None:
+def test_captions_are_encoded_at_full_length_if_padding_matters(text_pool_type: str, no_causal_mask: bool) -> None:
     import open_clip
 
     config = open_clip.get_model_config("ViT-S-32-alt")
@@ -90,7 +90,7 @@ def test_an_exclamation_mark_is_a_word_not_padding(loaded: Clip) -> None:
     assert loaded.encode_text(loaded.tokenize(["wow! a star"])).text_mask.sum() == 6
 
 
-def test_long_captions_are_cut(loaded: Clip) -> None:
+def test_long_captions_are_truncated(loaded: Clip) -> None:
     assert loaded.tokenize(["word " * 500]).shape == (1, loaded.text_length)
 
 
@@ -115,12 +115,12 @@ def test_names_are_checked_without_loading(model: str, pretrained: str | None, m
     clip.check_name("ViT-B-32", "openai")
 
 
-def test_a_model_whose_text_transformers_reads_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_needs_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     clip.check_name("ViT-L-14-CLIPA", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"'ViT-L-14-CLIPA'.*unclip\[interop\]"):
         clip.check_name("ViT-L-14-CLIPA", None)
-    with pytest.raises(ConfigError, match=r"'ViT-L-14-CLIPA'.*unclip\[interop\]"):  # also where only loading tells
+    with pytest.raises(ConfigError, match=r"'ViT-L-14-CLIPA'.*unclip\[interop\]"):  # also when only loading reveals it
         clip.tokenizer("ViT-L-14-CLIPA")
     clip.check_name("ViT-B-32", "openai")
 

@@ -1,4 +1,4 @@
-"""The decoder's and the upsamplers' conditions: read on every path, dropped on every path, drawn for each sample."""
+"""Conditioning of the decoder and the upsamplers: read and dropped on every path, and independent per sample."""
 
 import dataclasses
 import io
@@ -69,7 +69,7 @@ def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def changed(first: torch.Tensor, second: torch.Tensor) -> list[bool]:
-    """For each sample, whether the two differ."""
+    """Per sample, True if the two tensors differ."""
     return ((first - second).flatten(1).abs().amax(dim=1) > 1e-6).tolist()
 
 
@@ -84,7 +84,7 @@ def test_captions_are_read_on_both_paths_and_dropped_on_both(text: str) -> None:
     dropped, other = (decoder(*batch, None, caption(text, 3, seed), drop) for seed in (0, 1))
     assert changed(dropped, expected) == [True, False, True]
     assert changed(other, dropped) == [False, True, False]
-    # without a caption is with the empty one, and that is what no caption at all means
+    # dropping the caption, the empty caption and no caption are all the same
     assert changed(dropped, decoder(*batch, None, decoder.text.null(3))) == [False, True, False]
     assert not any(changed(decoder(*batch), decoder(*batch, None, caption(text, 3), torch.ones(3, dtype=torch.bool))))
     for path in (decoder.text.to_time, decoder.text.to_context):
@@ -95,7 +95,7 @@ def test_captions_are_read_on_both_paths_and_dropped_on_both(text: str) -> None:
 
 
 @torch.no_grad()
-def test_image_embeddings_and_captions_are_dropped_apart() -> None:
+def test_image_embeddings_and_captions_are_dropped_independently() -> None:
     decoder = new_decoder("clip")
     x_t, t, embedding = inputs()
     drop = torch.ones(3, dtype=torch.bool)
@@ -116,7 +116,7 @@ def test_padding_is_not_read() -> None:
     torch.testing.assert_close(decoder(*batch, None, text._replace(text_encodings=padded)), expected)
 
     decoder, tokens = new_decoder("transformer"), caption("transformer", 3)
-    tokens[:, 1] = 0  # a word, as other words follow
+    tokens[:, 1] = 0  # a word, because other words follow
     tokens[:, 4] = 0  # padding
     assert text_mask(tokens).tolist() == [[True, True, True, True, False]] * 3
     assert text_mask(torch.zeros(1, 3, dtype=torch.int64)).tolist() == [[True, False, False]]
@@ -128,23 +128,23 @@ def test_padding_is_not_read() -> None:
 
 
 @torch.no_grad()
-def test_every_attention_reads_the_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_attention_layer_reads_the_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def watched(q, k, v, mask=None):
+    def recorded(q, k, v, mask=None):
         seen.append((q.shape[2], k.shape[2], mask.shape[-1]))
         return attention(q, k, v, mask)
 
     decoder = new_decoder("clip")
-    monkeypatch.setattr(unet, "attention", watched)
+    monkeypatch.setattr(unet, "attention", recorded)
     decoder(*inputs(), None, caption("clip", 3))
-    assert len(seen) == 4  # on the way down, in the middle, and twice on the way up
+    assert len(seen) == 4  # one going down, one in the middle, two going up
     assert {keys - queries for queries, keys, _ in seen} == {NUM_IMAGE_TOKENS + 5}
     assert all(keys == length for _, keys, length in seen)
 
 
 @torch.no_grad()
-def test_attention_is_softmax_of_scaled_products() -> None:
+def test_attention_matches_torchs_multihead_attention() -> None:
     config = dataclasses.replace(UNET, head_channels=4)
     layer = fill_zeros(ContextAttention(config, 8, 0))
     torch.nn.init.normal_(layer.to_out.weight)
@@ -160,10 +160,10 @@ def test_attention_is_softmax_of_scaled_products() -> None:
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (4, 4), (5, 3), (8, 8), (6, 7), (9, 9)])
-def test_convolutions_in_bf16_are_those_in_float64_but_for_rounding(
+def test_bf16_convolutions_match_float64_up_to_rounding(
     height: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Conv3x3, "HAS_TILES", True)  # whether they are there or not
+    monkeypatch.setattr(Conv3x3, "HAS_TILES", True)  # even on a CPU without tiles
     layer = Conv3x3(16, 8).to(memory_format=torch.channels_last)
     x = torch.randn(2, 16, height, width).to(memory_format=torch.channels_last).bfloat16().requires_grad_()
     with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16):
@@ -176,12 +176,12 @@ def test_convolutions_in_bf16_are_those_in_float64_but_for_rounding(
     exact = [value.detach().bfloat16().double().requires_grad_() for value in (x, layer.weight, layer.bias)]
     expected = F.conv2d(*exact, padding=1)
     torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
-    for one, other in zip(found, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
+    for ours, reference in zip(found, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("resample", ["none", "down", "up"])
-def test_residual_blocks_give_convolutions_the_precision_of_their_input(resample: unet.Resample) -> None:
+def test_residual_blocks_pass_their_input_dtype_to_convolutions(resample: unet.Resample) -> None:
     block, seen = ResBlock(UNET, 8, 8, resample), []
     for convolution in (block.conv1, block.conv2):
         convolution.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
@@ -195,7 +195,7 @@ def test_residual_blocks_give_convolutions_the_precision_of_their_input(resample
     "has_tiles, training, dtype",
     [(True, True, torch.float32), (False, True, torch.bfloat16), (True, False, torch.bfloat16)],
 )
-def test_other_convolutions_are_torchs(
+def test_other_convolutions_use_torch(
     has_tiles: bool, training: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Conv3x3, "HAS_TILES", has_tiles)
@@ -204,7 +204,7 @@ def test_other_convolutions_are_torchs(
     assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
 
 
-def test_attention_in_bf16_is_that_in_float64_but_for_rounding() -> None:
+def test_bf16_attention_matches_float64_up_to_rounding() -> None:
     q, k, v = (torch.randn(2, 3, length, 64).bfloat16().requires_grad_() for length in (5, 9, 9))
     mask = torch.rand(2, 1, 1, 9) < 0.7
     mask[..., 0] = True
@@ -215,13 +215,13 @@ def test_attention_in_bf16_is_that_in_float64_but_for_rounding() -> None:
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), expected, rtol=0.02, atol=0.02)
     found = torch.autograd.grad(y, [q, k, v], gradient)
-    for one, other in zip(found, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=0.03, atol=0.03)
+    for ours, reference in zip(found, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=0.03, atol=0.03)
 
 
-def test_the_middle_attends_if_the_network_does() -> None:
-    high = UNet(dataclasses.replace(UNET, attention_resolutions=(16,), head_channels=4), 3, 3)
-    assert high.middle[0].attend is not None and high.down[2].attend is None
+def test_the_middle_has_attention_if_the_network_does() -> None:
+    network = UNet(dataclasses.replace(UNET, attention_resolutions=(16,), head_channels=4), 3, 3)
+    assert network.middle[0].attend is not None and network.down[2].attend is None
     assert all(step.attend is None for step in UNet(CONVOLUTIONAL, 3, 3).modules() if isinstance(step, unet.UNetBlock))
     with pytest.raises(ConfigError, match="head_channels: got 16, expected a divisor of 24"):
         UNetConfig(16, 8, (2, 3), attention_resolutions=(16,), head_channels=16, norm_groups=4)
@@ -229,7 +229,7 @@ def test_the_middle_attends_if_the_network_does() -> None:
 
 @pytest.mark.parametrize("text_guidance_scale", [None, 3.0])
 @torch.no_grad()
-def test_guidance_pushes_away_from_neither_condition(text_guidance_scale: float | None) -> None:
+def test_guidance_pushes_away_from_the_unconditional_prediction(text_guidance_scale: float | None) -> None:
     decoder = new_decoder("clip", diffusion=DiffusionConfig(variance="learned_range"))
     x_t, t, embedding = inputs()
     text, drop = caption("clip", 3), torch.ones(3, dtype=torch.bool)
@@ -248,7 +248,7 @@ def test_guidance_pushes_away_from_neither_condition(text_guidance_scale: float 
 
 
 @torch.no_grad()
-def test_a_decoder_says_what_it_does_not_read() -> None:
+def test_a_decoder_rejects_inputs_that_it_does_not_read() -> None:
     decoder, batch = new_decoder("none"), inputs()
     with pytest.raises(ShapeError, match="got captions, expected none"):
         decoder(*batch, None, caption("clip", 3))
@@ -258,11 +258,11 @@ def test_a_decoder_says_what_it_does_not_read() -> None:
         Decoder(DecoderConfig(UNET, text="clip"), 6)
 
 
-def test_masks_are_drawn_for_each_sample_and_follow_the_generator() -> None:
+def test_masks_are_independent_per_sample_and_follow_the_generator() -> None:
     masks, again = (random_masks(400, 16, torch.Generator().manual_seed(0)) for _ in range(2))
     assert masks.shape == (400, 1, 16, 16) and masks.dtype == torch.bool and torch.equal(masks, again)
     known = masks.float().mean(dim=(1, 2, 3))
-    assert 0.15 < (known == 0).float().mean() < 0.4  # nothing known: drawn from scratch
+    assert 0.15 < (known == 0).float().mean() < 0.4  # nothing known: sampled from scratch
     assert 0.2 < known.mean() < 0.6 and len(known.unique()) > 30
     images = torch.randn(400, 3, 16, 16)
     region = known_region(images, masks)
@@ -270,11 +270,11 @@ def test_masks_are_drawn_for_each_sample_and_follow_the_generator() -> None:
     assert torch.equal(region[:, :3] != 0, masks.expand(-1, 3, -1, -1))
 
 
-def test_known_pixels_come_back_as_they_were() -> None:
+def test_known_pixels_are_returned_unchanged() -> None:
     decoder, embedding = new_decoder("none", inpainting=True), inputs()[2]
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     mask = random_masks(3, 16, torch.Generator().manual_seed(5))
-    drawn = [
+    samples = [
         decoder.sample(
             embedding,
             DecoderSampling(num_steps=2, guidance_scale=1),
@@ -285,13 +285,13 @@ def test_known_pixels_come_back_as_they_were() -> None:
     ]
     keep = mask.expand_as(images)
     assert 0 < keep.float().mean() < 1
-    assert torch.equal(drawn[0][keep], images[keep]) and torch.equal(drawn[1][keep], -images[keep])
-    assert not torch.equal(drawn[0][~keep], drawn[1][~keep])  # the network is told
+    assert torch.equal(samples[0][keep], images[keep]) and torch.equal(samples[1][keep], -images[keep])
+    assert not torch.equal(samples[0][~keep], samples[1][~keep])  # the network reads the known pixels
 
 
-def jpeg(color: tuple[int, int, int], side: int = 16) -> bytes:
+def jpeg(color: tuple[int, int, int], size: int = 16) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (side, side), color).save(file, "JPEG", quality=95)
+    Image.new("RGB", (size, size), color).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
@@ -319,7 +319,7 @@ def objective(clip: Clip, **changes: Any) -> DecoderObjective:
 
 
 @pytest.mark.parametrize("text", ["none", "clip", "transformer"])
-def test_training_drops_each_samples_conditions_apart_and_by_its_generator(clip: Clip, text: str) -> None:
+def test_training_drops_conditions_independently_and_by_the_generator(clip: Clip, text: str) -> None:
     trained = objective(clip, text=text, image_drop_prob=0.25, text_drop_prob=0.5)
     tensors = trained.prepare(rows(clip, batch=8))
     seen = []
@@ -331,20 +331,20 @@ def test_training_drops_each_samples_conditions_apart_and_by_its_generator(clip:
 
     for seed in [*range(60), 0]:
         trained.loss(Recorder(), tensors, torch.Generator().manual_seed(seed))
-    image = torch.stack([image_drop for image_drop, _ in seen]).float()
-    assert torch.equal(image[0], image[60]) and image[:60].mean() == pytest.approx(0.25, abs=0.06)
-    assert (image.std(dim=1) > 0).any()  # within a batch, samples differ
+    image_drops = torch.stack([image_drop for image_drop, _ in seen]).float()
+    assert torch.equal(image_drops[0], image_drops[60]) and image_drops[:60].mean() == pytest.approx(0.25, abs=0.06)
+    assert (image_drops.std(dim=1) > 0).any()  # samples of a batch differ
     if text == "none":
         assert all(text_drop is None for _, text_drop in seen)
         return
-    words = torch.stack([text_drop for _, text_drop in seen]).float()
-    assert words[:60].mean() == pytest.approx(0.5, abs=0.07)
-    assert (image[:60] * words[:60]).mean() == pytest.approx(0.125, abs=0.05)  # independent of each other
+    text_drops = torch.stack([text_drop for _, text_drop in seen]).float()
+    assert text_drops[:60].mean() == pytest.approx(0.5, abs=0.07)
+    assert (image_drops[:60] * text_drops[:60]).mean() == pytest.approx(0.125, abs=0.05)  # independent of each other
 
 
 @pytest.mark.parametrize("text", ["clip", "transformer"])
 @torch.no_grad()
-def test_the_empty_caption_goes_with_the_weights(clip: Clip, text: str) -> None:
+def test_the_empty_caption_is_saved_with_the_weights(clip: Clip, text: str) -> None:
     trained = objective(clip, text=text)
     model, tokens = trained.model.eval(), clip.tokenize([""])
     features = clip.encode_text(tokens)
@@ -358,7 +358,7 @@ def test_the_empty_caption_goes_with_the_weights(clip: Clip, text: str) -> None:
     torch.testing.assert_close(again(x_t, t, embedding), model(x_t, t, embedding))
 
 
-def test_clip_stays_frozen_and_out_of_the_trained_model(clip: Clip) -> None:
+def test_clip_stays_frozen_and_is_not_part_of_the_model(clip: Clip) -> None:
     trained = objective(clip, text="clip")
     trained.model.train()
     loss = trained.loss(trained.model, trained.prepare(rows(clip)), torch.Generator().manual_seed(0))
@@ -380,8 +380,8 @@ def test_every_parameter_is_trained(clip: Clip, text: str) -> None:
     assert [name for name, parameter in trained.model.named_parameters() if parameter.grad is None] == []
 
 
-def fit(trained: Any, tensors: dict[str, torch.Tensor], num_steps: int, learning_rate: float) -> float:
-    """Train on one batch; returns the mean loss of the last tenth."""
+def train(trained: Any, tensors: dict[str, torch.Tensor], num_steps: int, learning_rate: float) -> float:
+    """Train on one batch; returns the mean loss of the last tenth of the steps."""
     trained.model.train()
     optimizer = torch.optim.AdamW(trained.model.parameters(), lr=learning_rate, fused=True)
     losses = []
@@ -395,17 +395,17 @@ def fit(trained: Any, tensors: dict[str, torch.Tensor], num_steps: int, learning
     return sum(losses[-num_steps // 10 :]) / (num_steps // 10)
 
 
-def test_inpainting_learns_to_go_on_with_what_it_is_shown(clip: Clip) -> None:
-    """Half of a plain picture is shown, and its embedding is hidden: only the known pixels can tell the colour."""
+def test_inpainting_learns_to_continue_the_known_part(clip: Clip) -> None:
+    """Half of a plain image is known and its embedding is zero, so only the known pixels determine the colour."""
     small = dataclasses.replace(UNET, image_size=8, attention_resolutions=(4,))
     trained = objective(clip, unet=small, inpainting=True, diffusion=DiffusionConfig(prediction_type="x0"))
     colors = torch.rand(32, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images = colors.expand(-1, -1, 8, 8)
     tensors = {"images": images, "image_embedding": torch.zeros(32, clip.embedding_dim)}
-    fit(trained, tensors, num_steps=150, learning_rate=5e-3)
+    train(trained, tensors, num_steps=150, learning_rate=5e-3)
     mask = torch.zeros(32, 1, 8, 8, dtype=torch.bool)
     mask[..., :4] = True
-    drawn, blind = (
+    informed, blind = (
         trained.model.sample(
             tensors["image_embedding"],
             DecoderSampling(num_steps=4, guidance_scale=1),
@@ -414,19 +414,19 @@ def test_inpainting_learns_to_go_on_with_what_it_is_shown(clip: Clip) -> None:
         )[..., 4:]
         for known in (known_region(images, mask), None)
     )
-    error, blind_error = ((found - images[..., 4:]).abs().mean().item() for found in (drawn, blind))
+    error, blind_error = ((found - images[..., 4:]).abs().mean().item() for found in (informed, blind))
     assert error < 0.25 and error < blind_error / 2
 
 
 @torch.no_grad()
-def test_an_upsampler_is_told_how_noisy_its_picture_is() -> None:
+def test_an_upsampler_reads_the_noise_level_of_its_input() -> None:
     upsampler = fill_zeros(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=4, max_noise_level=400)))
     x_t, t, low_res = torch.randn(2, 3, 16, 16), torch.tensor([500, 500]), torch.rand(2, 3, 4, 4)
-    quiet, loud = (upsampler(x_t, t, low_res, torch.tensor([0, level])) for level in (0, 400))
-    assert changed(quiet, loud) == [False, True]
-    assert not any(changed(quiet, upsampler(x_t, t, low_res)))
+    clean, noisy = (upsampler(x_t, t, low_res, torch.tensor([0, level])) for level in (0, 400))
+    assert changed(clean, noisy) == [False, True]
+    assert not any(changed(clean, upsampler(x_t, t, low_res)))
     original = low_res.clone()
-    drawn = [
+    samples = [
         upsampler.sample(
             low_res,
             UpsamplerSampling(num_steps=2, noise_level=level),
@@ -434,22 +434,24 @@ def test_an_upsampler_is_told_how_noisy_its_picture_is() -> None:
         )
         for level in (0, 400, 400)
     ]
-    assert all(changed(drawn[0], drawn[1])) and torch.equal(drawn[1], drawn[2]) and torch.equal(low_res, original)
+    assert (
+        all(changed(samples[0], samples[1])) and torch.equal(samples[1], samples[2]) and torch.equal(low_res, original)
+    )
     with pytest.raises(ConfigError, match="noise_level: got 401, expected at least 0, at most 400"):
         upsampler.sample(low_res, UpsamplerSampling(noise_level=401))
 
 
-def test_upsamplers_are_trained_on_windows_of_a_quarter_with_levels_of_their_own(clip: Clip) -> None:
+def test_upsamplers_train_on_crops_of_a_quarter_with_their_own_noise_levels(clip: Clip) -> None:
     config = UpsamplerConfig(
         CONVOLUTIONAL, low_res_size=16, max_noise_level=400, degradation=DegradationConfig(kind="none")
     )
-    side = config.output_size
-    assert side == 64
-    # the picture says in two channels where each of its pixels is
-    y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
+    size = config.output_size
+    assert size == 64
+    # two channels hold the coordinates of each pixel
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     images = torch.stack([y, x, torch.zeros_like(x)]).expand(8, -1, -1, -1)
     original = images.clone()
-    trained = UpsamplerObjective(config, {"jpg": [jpeg((0, 0, 0), side)]})
+    trained = UpsamplerObjective(config, {"jpg": [jpeg((0, 0, 0), size)]})
     seen = []
 
     class Recorder(torch.nn.Module):
@@ -463,11 +465,13 @@ def test_upsamplers_are_trained_on_windows_of_a_quarter_with_levels_of_their_own
     assert torch.equal(images, original)
     high, low = trained._crops(images, torch.Generator().manual_seed(0))
     assert high.shape == (8, 3, 16, 16) and low.shape == (8, 3, 4, 4)
-    assert len({tuple(window[:2, 0, 0].tolist()) for window in high}) >= 5  # windows of their own
-    torch.testing.assert_close(torch.nn.functional.avg_pool2d(high, 4), low, atol=1e-5, rtol=0)  # of the same place
+    assert len({tuple(crop[:2, 0, 0].tolist()) for crop in high}) >= 5  # each image has its own crop
+    torch.testing.assert_close(
+        torch.nn.functional.avg_pool2d(high, 4), low, atol=1e-5, rtol=0
+    )  # both are the same crop
 
 
-def test_stored_stripes_of_a_pixel_become_grey_when_they_are_made_smaller() -> None:
+def test_one_pixel_stripes_of_a_stored_image_average_to_grey() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[::2] = 255
     file = io.BytesIO()
@@ -477,7 +481,7 @@ def test_stored_stripes_of_a_pixel_become_grey_when_they_are_made_smaller() -> N
 
 
 @torch.no_grad()
-def test_timesteps_and_levels_stay_apart_under_autocast() -> None:
+def test_timesteps_stay_distinct_under_autocast() -> None:
     network = fill_zeros(UNet(CONVOLUTIONAL, 3, 3))
     embedded = []
     network.time_embedding.layers.register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
@@ -486,14 +490,14 @@ def test_timesteps_and_levels_stay_apart_under_autocast() -> None:
     assert len(embedded[0].unique(dim=0)) == 1000
 
 
-def test_a_learned_variance_samples(clip: Clip) -> None:
+def test_sampling_with_a_learned_variance(clip: Clip) -> None:
     trained = objective(clip, diffusion=DiffusionConfig(variance="learned_range"))
     model = trained.model.eval()
     embedding = torch.randn(2, clip.embedding_dim)
     noise = torch.randn(2, 3, 16, 16)
     denoise = model.denoiser(embedding, DecoderSampling(guidance_scale=2))
-    drawn = samplers.ddpm(model.diffusion, denoise, noise, 3, torch.Generator().manual_seed(0))
-    assert drawn.shape == (2, 3, 16, 16) and drawn.isfinite().all()
+    samples = samplers.ddpm(model.diffusion, denoise, noise, 3, torch.Generator().manual_seed(0))
+    assert samples.shape == (2, 3, 16, 16) and samples.isfinite().all()
     assert to_dict(model.config)["diffusion"]["variance"] == "learned_range"
 
 
@@ -509,7 +513,7 @@ def test_a_trained_text_transformer_is_bidirectional() -> None:
 
 @pytest.mark.parametrize("text", ["none", "clip", "transformer"])
 @torch.no_grad()
-def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text: str) -> None:
+def test_a_stack_passes_captions_to_decoders_that_read_them(clip: Clip, text: str) -> None:
     prior = DiffusionPrior(PriorConfig(16, 1, 2), clip.embedding_dim, clip.text_width, clip.text_length)
     prior.text.set_null(caption_features(clip, clip.tokenize([""])))
     upsampler = fill_zeros(Upsampler(UpsamplerConfig(CONVOLUTIONAL, low_res_size=16)))
@@ -518,20 +522,20 @@ def test_a_stack_gives_its_captions_to_decoders_that_read_them(clip: Clip, text:
         decoder=DecoderSampling(num_steps=2), upsamplers={"64": UpsamplerSampling(num_steps=2)}, precision="fp32"
     )
     embedding = torch.randn(1, clip.embedding_dim)
-    drawn = [
+    samples = [
         stack.decode(embedding, settings, torch.Generator().manual_seed(0), text)
         for text in (
             *(Captions(stack.read_captions([words])) for words in ("a red circle", "a blue star", "")),
             Captions(),
         )
     ]
-    assert changed(drawn[0], drawn[1]) == [text != "none"]
-    assert not any(changed(drawn[2], drawn[3]))
+    assert changed(samples[0], samples[1]) == [text != "none"]
+    assert not any(changed(samples[2], samples[3]))
 
 
 @pytest.mark.parametrize("kind", ["none", "blur", "bsr"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_upsamplers_train_in_either_precision(kind: Any, precision: Any) -> None:
+def test_upsamplers_train_in_both_precisions(kind: Any, precision: Any) -> None:
     config = UpsamplerConfig(
         CONVOLUTIONAL, low_res_size=8, max_noise_level=400, degradation=DegradationConfig(kind, blur_prob=1.0)
     )

@@ -9,14 +9,14 @@ from unclip.models.embeddings import EmbeddingQuantizer, EmbeddingStatistics, Pr
 
 
 def unit_embeddings(rows: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Unit norm, with variances that fall from dimension to dimension, turned about, and a mean."""
+    """Unit-norm embeddings with decreasing variances along rotated axes, and a nonzero mean."""
     generator = torch.Generator().manual_seed(seed)
-    turned = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    values = torch.randn(rows, width, generator=generator) * 0.7 ** torch.arange(width) @ turned
-    return F.normalize(values + 0.5 * turned[0], dim=1)
+    axes = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    values = torch.randn(rows, width, generator=generator) * 0.7 ** torch.arange(width) @ axes
+    return F.normalize(values + 0.5 * axes[0], dim=1)
 
 
-def test_the_factor_is_the_papers() -> None:
+def test_the_scale_matches_the_paper() -> None:
     """17.2 for unit norm in 1,024 dimensions (Ramesh et al. 2022), whatever the mean."""
     embeddings = unit_embeddings(4000, 1024)
     normalized = EmbeddingStatistics.of(embeddings, "scale").normalize(embeddings)
@@ -27,19 +27,19 @@ def test_the_factor_is_the_papers() -> None:
 
 @pytest.mark.parametrize("normalization", ["standardise", "scale"])
 @pytest.mark.parametrize("width", [8, 64])
-def test_normalising_comes_back_and_leaves_the_callers_tensor(normalization, width: int) -> None:
+def test_denormalize_inverts_normalize_and_inputs_are_not_changed(normalization, width: int) -> None:
     embeddings = unit_embeddings(500, width)
     statistics, before = EmbeddingStatistics.of(embeddings, normalization), embeddings.clone()
     once, twice = statistics.normalize(embeddings), statistics.normalize(embeddings)
     assert torch.equal(once, twice) and torch.equal(embeddings, before)
     torch.testing.assert_close(statistics.denormalize(once), embeddings)
-    spread = once.std(dim=0) if normalization == "standardise" else once.square().mean().sqrt() * torch.ones(width)
+    std = once.std(dim=0) if normalization == "standardise" else once.square().mean().sqrt() * torch.ones(width)
     torch.testing.assert_close(
-        spread, torch.full((width,), 1.0 if normalization == "standardise" else 0.5375), rtol=1e-3, atol=0
+        std, torch.full((width,), 1.0 if normalization == "standardise" else 0.5375), rtol=1e-3, atol=0
     )
 
 
-def test_models_must_agree_on_the_dataset_but_not_on_how_they_normalise() -> None:
+def test_models_must_share_the_dataset_but_not_the_normalisation() -> None:
     embeddings = unit_embeddings(100, 8)
     statistics = EmbeddingStatistics.of(embeddings)
     check_agreement(
@@ -55,7 +55,7 @@ def test_models_must_agree_on_the_dataset_but_not_on_how_they_normalise() -> Non
         check_agreement({"prior": statistics, "decoder": EmbeddingStatistics(torch.zeros(8), torch.zeros(8))})
 
 
-def test_a_digest_is_of_the_numbers_and_survives_saving() -> None:
+def test_a_digest_depends_on_the_values_and_survives_saving() -> None:
     statistics = EmbeddingStatistics.of(unit_embeddings(100, 8))
     loaded = EmbeddingStatistics.empty(8)
     assert loaded.digest() != statistics.digest()
@@ -72,17 +72,17 @@ def fitted(embeddings: torch.Tensor, explained: float = 0.99, num_buckets: int =
 
 
 @pytest.mark.parametrize("explained", [0.9, 0.99, 0.999])
-def test_components_and_buckets_lose_as_much_as_was_allowed(explained: float) -> None:
+def test_quantisation_loses_at_most_the_allowed_variance(explained: float) -> None:
     embeddings = unit_embeddings(2000, 48)
     quantizer = fitted(embeddings, explained)
     lost = (quantizer.decode(quantizer.encode(embeddings)) - embeddings).square().sum()
     share = (lost / (embeddings - embeddings.mean(dim=0)).square().sum()).item()
     assert share <= 1 - explained + 1e-4
     one_less = PrincipalComponents.of(embeddings).explained_variance_ratio[: quantizer.num_components - 1].sum()
-    assert one_less < explained, "a component more than needed"
+    assert one_less < explained, "one component more than needed"
 
 
-def test_buckets_cover_the_range_of_each_component_and_nothing_falls_out() -> None:
+def test_buckets_cover_the_range_of_each_component_and_clamp_the_rest() -> None:
     embeddings = unit_embeddings(2000, 16)
     quantizer = fitted(embeddings, explained=1.0, num_buckets=8)
     buckets = quantizer.encode(embeddings)
@@ -99,7 +99,7 @@ def test_the_dot_product_is_drawn_from_the_upper_half_of_the_training_rows() -> 
     similarity = embeddings[:, 0].sort().values
     upper = quantizer.encode_similarity(similarity[2500:])
     assert drawn.min() == upper.min()
-    expected, found = (torch.bincount(of, minlength=32) / len(of) for of in (upper, drawn))
+    expected, found = (torch.bincount(buckets, minlength=32) / len(buckets) for buckets in (upper, drawn))
     torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
     assert torch.equal(drawn, quantizer.draw_similarity(20_000, torch.Generator().manual_seed(0)))
 
@@ -113,7 +113,7 @@ def test_principal_components_are_orthonormal_and_ordered() -> None:
     assert principal.num_components(1e-6) == 1 and principal.num_components(1.0) <= 16
 
 
-def test_what_cannot_be_quantised_is_refused() -> None:
+def test_mismatched_shapes_are_rejected() -> None:
     embeddings = unit_embeddings(10, 4)
     statistics, principal = EmbeddingStatistics.of(embeddings), PrincipalComponents.of(embeddings)
     with pytest.raises(ShapeError, match=r"dot products \(9,\)"):

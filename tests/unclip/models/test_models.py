@@ -1,4 +1,4 @@
-"""Properties that the paper's models must have, on models of a few thousand weights."""
+"""Required properties of the paper's models, tested on models of a few thousand weights."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def prior_inputs(batch: int = 3) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_prior_reads_everything_it_is_given_but_padding(prior: DiffusionPrior) -> None:
+def test_prior_reads_all_inputs_except_padding(prior: DiffusionPrior) -> None:
     inputs = prior_inputs()
     expected = prior(**inputs)
     assert expected.shape == (3, 6)
@@ -51,7 +51,7 @@ def test_prior_reads_everything_it_is_given_but_padding(prior: DiffusionPrior) -
 
 
 @torch.no_grad()
-def test_prior_without_text_sees_the_noised_embedding_only(prior: DiffusionPrior) -> None:
+def test_prior_without_text_sees_only_the_noised_embedding(prior: DiffusionPrior) -> None:
     inputs = prior_inputs()
     drop = torch.tensor([True, False, True])
     dropped = prior(**inputs, drop=drop)
@@ -62,23 +62,23 @@ def test_prior_without_text_sees_the_noised_embedding_only(prior: DiffusionPrior
 
 
 @torch.no_grad()
-def test_prior_survives_an_empty_caption(prior: DiffusionPrior) -> None:
+def test_prior_is_finite_for_a_fully_masked_caption(prior: DiffusionPrior) -> None:
     inputs = prior_inputs()
     inputs["text_mask"] = torch.zeros_like(inputs["text_mask"])
     assert prior(**inputs).isfinite().all()
 
 
-def test_prior_samples_keep_the_better_candidate(prior: DiffusionPrior) -> None:
+def test_prior_keeps_the_best_candidate(prior: DiffusionPrior) -> None:
     prior.statistics.load_state_dict({"mean": torch.arange(6.0), "std": torch.full((6,), 2.0)})
     text = {name: value for name, value in prior_inputs().items() if name.startswith("text")}
 
     def similarity(num_candidates: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        drawn = prior.sample(
+        samples = prior.sample(
             **text, settings=PriorSampling(num_candidates=num_candidates, num_steps=3), generator=generator
         )
-        assert drawn.shape == (3, 6)
-        return (drawn * text["text_embedding"]).sum(dim=1)
+        assert samples.shape == (3, 6)
+        return (samples * text["text_embedding"]).sum(dim=1)
 
     assert similarity(64).mean() > similarity(1).mean()
     assert torch.equal(similarity(2), similarity(2))
@@ -110,7 +110,7 @@ def test_decoder_without_the_embedding_does_not_depend_on_it(decoder: Decoder) -
     torch.testing.assert_close(first, second)
 
 
-def test_decoder_samples_are_pictures_and_follow_the_seed(decoder: Decoder) -> None:
+def test_decoder_samples_are_images_and_follow_the_seed(decoder: Decoder) -> None:
     embedding = torch.randn(2, 6)
     first, second = (
         decoder.sample(embedding, DecoderSampling(num_steps=3), generator=torch.Generator().manual_seed(seed))
@@ -126,14 +126,14 @@ def upsampler() -> Upsampler:
 
 
 @torch.no_grad()
-def test_upsampler_is_trained_on_crops_and_works_at_any_size(upsampler: Upsampler) -> None:
+def test_upsampler_works_at_any_size(upsampler: Upsampler) -> None:
     assert upsampler.config.output_size == 32
     assert upsampler.sample(torch.zeros(1, 3, 8, 8), UpsamplerSampling(num_steps=2)).shape == (1, 3, 32, 32)
     assert upsampler.sample(torch.zeros(1, 3, 12, 12), UpsamplerSampling(num_steps=2)).shape == (1, 3, 48, 48)
 
 
 @torch.no_grad()
-def test_upsampler_reads_the_small_picture(upsampler: Upsampler) -> None:
+def test_upsampler_reads_the_low_resolution_image(upsampler: Upsampler) -> None:
     x_t, t = torch.randn(1, 3, 16, 16), torch.tensor([500])
     assert not torch.allclose(upsampler(x_t, t, torch.ones(1, 3, 4, 4)), upsampler(x_t, t, -torch.ones(1, 3, 4, 4)))
 
@@ -143,7 +143,7 @@ def test_upsampler_has_no_attention() -> None:
         UpsamplerConfig(UNET)
 
 
-def test_statistics_standardise_and_come_back() -> None:
+def test_statistics_standardise_and_invert() -> None:
     embeddings = torch.randn(500, 4) * torch.tensor([0.1, 1.0, 5.0, 0.0]) + 3
     statistics = EmbeddingStatistics.of(embeddings)
     normalized = statistics.normalize(embeddings)
@@ -153,7 +153,7 @@ def test_statistics_standardise_and_come_back() -> None:
         EmbeddingStatistics.of(embeddings[:1])
 
 
-def test_timesteps_stay_apart_under_autocast() -> None:
+def test_timestep_embeddings_stay_distinct_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         embedding = timestep_embedding(torch.arange(1000), 32)
     assert embedding.dtype == torch.float32
@@ -169,6 +169,6 @@ def test_timesteps_stay_apart_under_autocast() -> None:
         ({"dropout": 1.0}, "dropout: got 1.0"),
     ],
 )
-def test_impossible_networks_are_refused_before_they_are_built(settings: dict, message: str) -> None:
+def test_invalid_networks_are_rejected_before_they_are_built(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         UNetConfig(**{"image_size": 16, "channels": 8, "channel_mult": (1, 2, 2), "norm_groups": 4, **settings})

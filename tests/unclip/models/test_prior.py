@@ -1,4 +1,4 @@
-"""The diffusion prior: what it reads, what it never does, and that it learns."""
+"""The diffusion prior: inputs, invariants and learning."""
 
 import copy
 from pathlib import Path
@@ -70,7 +70,7 @@ def frozen_clip() -> Clip:
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_tokens_stand_in_the_papers_order_and_see_only_what_precedes_them(changes: dict) -> None:
+def test_tokens_have_the_papers_order_and_attend_only_to_earlier_ones(changes: dict) -> None:
     """Text encodings, text embedding, timestep, noised image embedding, [x0 estimate,] query."""
     prior, seen = build(**changes), {}
     prior.transformer.blocks[0].register_forward_hook(lambda module, given, output: seen.update(x=given[0], y=output))
@@ -82,19 +82,19 @@ def test_tokens_stand_in_the_papers_order_and_see_only_what_precedes_them(change
     assert before[0].shape[1] == len(prior.positions) == 7 + len(order[1:]) + 1
     for number, name in enumerate(order):
         changed = {**given, **estimate}
-        # not by the same amount everywhere, which a layer norm would not see
+        # a constant shift would be removed by a layer norm, so change each element differently
         changed[name] = changed[name] - 1 if name == "t" else changed[name] + torch.rand(changed[name].shape)
         prior(**changed)
         first = 0 if name == "text_encodings" else 6 + number
         last = 7 if name == "text_encodings" else 7 + number
-        differs = [(then != now).any(dim=2).any(dim=0) for then, now in zip(before, seen.values(), strict=True)]
+        differs = [(old != new).any(dim=2).any(dim=0) for old, new in zip(before, seen.values(), strict=True)]
         assert differs[0].nonzero().flatten().tolist() == list(range(first, last)), name
-        assert not differs[1][:first].any(), f"{name} is seen by tokens before it"
-        assert differs[1][-1], f"{name} is not seen by the query"
+        assert not differs[1][:first].any(), f"earlier tokens attend to {name}"
+        assert differs[1][-1], f"the query does not attend to {name}"
 
 
 @torch.no_grad()
-def test_without_text_is_the_empty_caption_and_still_depends_on_the_noised_embedding() -> None:
+def test_dropping_text_uses_the_empty_caption_and_keeps_the_noised_embedding() -> None:
     prior, given = build(), inputs()
     dropped = prior(**given, drop=torch.tensor([True, False, True]))
     null = prior.text
@@ -110,7 +110,7 @@ def test_without_text_is_the_empty_caption_and_still_depends_on_the_noised_embed
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_leaving_padding_out_changes_neither_prediction_nor_gradients(changes: dict) -> None:
+def test_skipping_padding_changes_neither_prediction_nor_gradients(changes: dict) -> None:
     prior, given, seen = build(**changes), inputs(), []
     drop = torch.tensor([False, False, True])  # captions of 4 and 7 tokens, and the empty one of 2
     kept = prior.text.kept_tokens(given["text_mask"], drop, len(prior.positions))
@@ -130,7 +130,7 @@ def test_leaving_padding_out_changes_neither_prediction_nor_gradients(changes: d
 
 
 @torch.no_grad()
-def test_kept_tokens_come_back_to_their_places() -> None:
+def test_kept_tokens_return_to_their_positions() -> None:
     transformer = build().transformer
     keep = torch.tensor([[True, True, False, True], [True, False, False, True]])
     x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
@@ -139,8 +139,8 @@ def test_kept_tokens_come_back_to_their_places() -> None:
     assert not found[~keep].any()
 
 
-def test_training_computes_no_padding(frozen_clip: Clip) -> None:
-    """Neither of captions nor of the empty caption in the place of a dropped one."""
+def test_training_skips_padding(frozen_clip: Clip) -> None:
+    """Padding is skipped for captions and for the empty caption that replaces a dropped one."""
     objective = PriorObjective(PriorConfig(**SMALL, cond_drop_prob=0.5), frozen_clip, EmbeddingStatistics.empty(64))
     tokens = frozen_clip.tokenize(["a large red circle", "a star"] * 8)
     seen: list[int] = []
@@ -156,7 +156,7 @@ def test_training_computes_no_padding(frozen_clip: Clip) -> None:
 
 
 @pytest.mark.slow  # compiling takes a minute
-def test_a_compiled_block_takes_any_number_of_tokens() -> None:
+def test_a_compiled_block_accepts_any_number_of_tokens() -> None:
     eager, compiled = build(), build()
     parallel.compile_blocks(compiled)
     torch._dynamo.utils.counters.clear()
@@ -171,7 +171,7 @@ def test_a_compiled_block_takes_any_number_of_tokens() -> None:
 
 @pytest.mark.parametrize("changes", VARIANTS[:2])
 @torch.no_grad()
-def test_reading_the_text_once_gives_what_reading_it_at_every_step_gives(changes: dict) -> None:
+def test_processing_the_text_once_gives_the_same_predictions(changes: dict) -> None:
     prior, given = build(**changes), inputs()
     for dropped in (False, True):
         drop = torch.full((3,), dropped)
@@ -183,27 +183,30 @@ def test_reading_the_text_once_gives_what_reading_it_at_every_step_gives(changes
 
 
 @torch.no_grad()
-def test_guidance_extrapolates_from_the_empty_caption_and_the_bound_comes_after_it() -> None:
+def test_guidance_extrapolates_from_the_empty_caption_before_clamping() -> None:
     prior, given = build(clip_range=None), inputs()
     prediction, null = prior(**given), prior(**given, drop=torch.ones(3, dtype=torch.bool))
     expected = null + 3.0 * (prediction - null)
     calls = {"x_t": given["x_t"], "t": given["t"]}
     torch.testing.assert_close(
-        x0_of(prior.denoiser(**text(), settings=PriorSampling(guidance_scale=3)), **calls), expected, atol=1e-5, rtol=0
+        denoised_x0(prior.denoiser(**text(), settings=PriorSampling(guidance_scale=3)), **calls),
+        expected,
+        atol=1e-5,
+        rtol=0,
     )
     limit = expected.abs().median().item()
     bounded = build(clip_range=limit).denoiser(**text(), settings=PriorSampling(guidance_scale=3))
-    torch.testing.assert_close(x0_of(bounded, **calls), expected.clamp(-limit, limit), atol=1e-5, rtol=0)
+    torch.testing.assert_close(denoised_x0(bounded, **calls), expected.clamp(-limit, limit), atol=1e-5, rtol=0)
 
 
-def x0_of(denoise: Any, **calls: torch.Tensor) -> torch.Tensor:
+def denoised_x0(denoise: Any, **calls: torch.Tensor) -> torch.Tensor:
     return denoise(*calls.values()).x0  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("prediction_type", ["x0", "eps", "v"])
 @torch.no_grad()
-def test_self_conditioning_reads_the_x0_of_the_step_before(prediction_type: str) -> None:
-    """Never the network's output itself, which is no x0 where noise or velocity is predicted."""
+def test_self_conditioning_reads_the_x0_of_the_previous_step(prediction_type: str) -> None:
+    """The input is x0 even if the network predicts noise or velocity."""
     prior = build(self_conditioning=True, diffusion=DiffusionConfig(prediction_type=prediction_type), clip_range=2.0)  # type: ignore[arg-type]
     given, predict = inputs(), prior.predictor(**text())
     x_t, t = given["x_t"], torch.full((3,), 700)
@@ -221,13 +224,13 @@ def test_self_conditioning_is_trained_on_half_of_the_samples(frozen_clip: Clip) 
     objective, estimates = PriorObjective(config, frozen_clip, statistics), []
 
     def network(*arguments: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
-        if len(arguments) > 6:  # it is called without an estimate first, to get one
+        if len(arguments) > 6:  # the first call has no estimate and computes one
             estimates.append(arguments[6])
         return objective.model(*arguments, **options)
 
     network.training = True  # type: ignore[attr-defined]
 
-    rows = batch(frozen_clip, 400)
+    rows = make_rows(frozen_clip, 400)
     for _ in range(2):
         loss = objective.loss(network, objective.prepare(rows), torch.Generator().manual_seed(3))  # type: ignore[arg-type]
     first, again = estimates
@@ -239,15 +242,15 @@ def test_self_conditioning_is_trained_on_half_of_the_samples(frozen_clip: Clip) 
     assert objective.model.from_x0_estimate.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
 
 
-def batch(frozen_clip: Clip, rows: int) -> dict[str, list[Any]]:
-    captions = [f"picture {index}" for index in range(rows)]
+def make_rows(frozen_clip: Clip, count: int) -> dict[str, list[Any]]:
+    captions = [f"picture {index}" for index in range(count)]
     generator = torch.Generator().manual_seed(0)
-    embeddings = F.normalize(torch.randn(rows, frozen_clip.embedding_dim, generator=generator), dim=1)
+    embeddings = F.normalize(torch.randn(count, frozen_clip.embedding_dim, generator=generator), dim=1)
     tokens = frozen_clip.tokenize(captions)
     similarity = (embeddings * frozen_clip.encode_text(tokens).text_embedding).sum(dim=1)
     return {
         "key": captions,
-        "tokens": list(tokens.float().numpy()),  # as the reader of tables gives lists of numbers
+        "tokens": list(tokens.float().numpy()),  # the table reader returns lists of numbers as floats
         "image_embedding": list(embeddings.numpy()),
         "clip_score": similarity.tolist(),
     }
@@ -275,32 +278,32 @@ def features(frozen_clip: Clip, rows: dict[str, list[Any]]) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("normalization", ["standardise", "scale"])
 def test_it_overfits_sixteen_samples(frozen_clip: Clip, normalization: Any) -> None:
-    rows = batch(frozen_clip, 16)
+    rows = make_rows(frozen_clip, 16)
     embeddings = torch.from_numpy(np.stack(rows["image_embedding"]))
     config = PriorConfig(width=64, depth=2, num_heads=2, normalization=normalization)
     torch.manual_seed(0)
     objective = PriorObjective(config, frozen_clip, EmbeddingStatistics.of(embeddings))
-    untouched = copy.deepcopy(rows)
+    original = copy.deepcopy(rows)
     train(objective, rows, 200, 5e-3)
     assert all(
-        (then == now).all() for then, now in zip(untouched["image_embedding"], rows["image_embedding"], strict=True)
+        (old == new).all() for old, new in zip(original["image_embedding"], rows["image_embedding"], strict=True)
     )
     generator = torch.Generator().manual_seed(0)
-    drawn = objective.model.sample(
+    samples = objective.model.sample(
         *features(frozen_clip, rows), PriorSampling(num_steps=16, guidance_scale=1.5), generator=generator
     )
-    similarity = F.normalize(drawn, dim=1) @ embeddings.T
+    similarity = F.normalize(samples, dim=1) @ embeddings.T
     assert similarity.argmax(dim=1).tolist() == list(range(16))
     assert similarity.diag().mean() > 0.9
 
 
-def test_a_saved_prior_draws_what_it_drew(tmp_path: Path, frozen_clip: Clip) -> None:
-    rows = batch(frozen_clip, 4)
+def test_a_restored_prior_gives_the_same_samples(tmp_path: Path, frozen_clip: Clip) -> None:
+    rows = make_rows(frozen_clip, 4)
     objective = PriorObjective(PriorConfig(**SMALL), frozen_clip, EmbeddingStatistics.of(torch.randn(50, 64)))
     facts = {**objective.facts(), "samples_seen": 1}
     checkpoints.save(str(tmp_path), {"model": objective.model.state_dict()}, facts)
     loaded = load_model(str(tmp_path), (PRIOR,))
-    drawn = [
+    samples = [
         model.eval().sample(
             *features(frozen_clip, rows),
             PriorSampling(num_steps=3, guidance_scale=2),
@@ -308,7 +311,7 @@ def test_a_saved_prior_draws_what_it_drew(tmp_path: Path, frozen_clip: Clip) -> 
         )
         for model in (objective.model, loaded)
     ]
-    assert torch.equal(*drawn)
+    assert torch.equal(*samples)
     null = frozen_clip.encode_text(frozen_clip.tokenize([""]))
     assert torch.equal(loaded.text.null_embedding, null.text_projection[0])  # type: ignore[union-attr]
     assert torch.equal(loaded.text.null_mask, null.text_mask[0])  # type: ignore[union-attr]
@@ -316,16 +319,16 @@ def test_a_saved_prior_draws_what_it_drew(tmp_path: Path, frozen_clip: Clip) -> 
 
 @pytest.mark.parametrize("num_candidates", [1, 2, 5])
 @torch.no_grad()
-def test_sampling_takes_any_number_of_captions_and_candidates(num_candidates: int) -> None:
+def test_sampling_accepts_any_number_of_captions_and_candidates(num_candidates: int) -> None:
     prior = build()
     for size in (1, 3):
-        drawn = prior.sample(
+        samples = prior.sample(
             **text(size),
             settings=PriorSampling(num_candidates=num_candidates, num_steps=2),
             generator=torch.manual_seed(0),
         )
-        assert drawn.shape == (size, 6) and drawn.isfinite().all()
-    # one step from noise is the denoiser's own answer, brought back to CLIP's scale
+        assert samples.shape == (size, 6) and samples.isfinite().all()
+    # one step from noise returns the denoiser's x0 in CLIP's scale
     single = prior.sample(
         **text(),
         settings=PriorSampling(num_candidates=1, num_steps=1),
@@ -338,14 +341,14 @@ def test_sampling_takes_any_number_of_captions_and_candidates(num_candidates: in
 
 @pytest.mark.parametrize(("text_norm", "tolerance"), [("unit", 1e-5), ("layer", 1e-2), ("none", None)])
 @torch.no_grad()
-def test_what_the_length_of_clips_text_projection_does(text_norm: str, tolerance: float | None) -> None:
+def test_text_norm_controls_the_effect_of_the_text_projections_norm(text_norm: str, tolerance: float | None) -> None:
     prior, given = build(text_norm=text_norm), inputs()
     change = prior(**{**given, "text_embedding": 7 * given["text_embedding"]}) - prior(**given)
     assert change.abs().max() <= tolerance if tolerance is not None else change.abs().max() > 0.05
 
 
 @torch.no_grad()
-def test_neighbouring_timesteps_stay_apart_under_autocast() -> None:
+def test_timestep_embeddings_stay_distinct_under_autocast() -> None:
     prior = build()
     t = torch.arange(1000)
     with torch.autocast("cpu", torch.bfloat16):
@@ -353,8 +356,8 @@ def test_neighbouring_timesteps_stay_apart_under_autocast() -> None:
     assert len(embedded.unique(dim=0)) == 1000
 
 
-def test_the_clip_of_the_training_is_known_whatever_stands_where_padding_is(frozen_clip: Clip) -> None:
-    """Nobody reads it, and stacks that were trained before captions were read shortened remember it."""
+def test_the_clip_of_the_training_is_recognised_whatever_the_padding_holds(frozen_clip: Clip) -> None:
+    """Padding is never read, and stacks trained before captions were shortened store other values there."""
     objective = PriorObjective(PriorConfig(**SMALL), frozen_clip, EmbeddingStatistics.of(torch.randn(100, 64)))
     null = objective.model.text
     null.null_encodings[~null.null_mask] = 1.0
@@ -363,7 +366,7 @@ def test_the_clip_of_the_training_is_known_whatever_stands_where_padding_is(froz
     assert not null.knows(frozen_clip)
 
 
-def test_the_loss_drops_text_by_the_generator_alone(frozen_clip: Clip) -> None:
+def test_the_loss_drops_text_only_by_the_generator(frozen_clip: Clip) -> None:
     statistics = EmbeddingStatistics.of(torch.randn(100, 64))
     objective, drops = PriorObjective(PriorConfig(**SMALL, cond_drop_prob=0.3), frozen_clip, statistics), []
 
@@ -373,17 +376,17 @@ def test_the_loss_drops_text_by_the_generator_alone(frozen_clip: Clip) -> None:
 
     network.training = True  # type: ignore[attr-defined]
 
-    tensors = objective.prepare(batch(frozen_clip, 500))
+    tensors = objective.prepare(make_rows(frozen_clip, 500))
     for seed in (1, 1, 2):
         objective.loss(network, tensors, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
     assert torch.equal(drops[0], drops[1]) and not torch.equal(drops[0], drops[2])
     assert 0.2 < drops[0].float().mean() < 0.4
 
 
-def test_the_loss_is_weighted_as_the_diffusion_says(frozen_clip: Clip) -> None:
-    """By the signal-to-noise ratio of each sample's timestep, which min-SNR bounds for x0 (Hang et al. 2023, eq. 6)."""
+def test_the_loss_uses_the_weighting_of_the_diffusion(frozen_clip: Clip) -> None:
+    """For x0 the weight is the signal-to-noise ratio of each sample's timestep, clamped by min-SNR (Hang et al. 2023, eq. 6)."""
     statistics = EmbeddingStatistics.of(torch.randn(100, 64))
-    drawn: list[torch.Tensor] = []
+    timesteps: list[torch.Tensor] = []
     losses = []
     for weighting in ("none", "min_snr"):
         torch.manual_seed(0)
@@ -391,15 +394,15 @@ def test_the_loss_is_weighted_as_the_diffusion_says(frozen_clip: Clip) -> None:
         objective = PriorObjective(PriorConfig(**SMALL, diffusion=diffusion), frozen_clip, statistics)
 
         def network(x_t: torch.Tensor, t: torch.Tensor, *others: Any) -> torch.Tensor:
-            drawn.append(t)
+            timesteps.append(t)
             return torch.zeros_like(x_t)
 
         network.training = True  # type: ignore[attr-defined]
 
-        tensors = objective.prepare(batch(frozen_clip, 8))
+        tensors = objective.prepare(make_rows(frozen_clip, 8))
         losses.append(objective.loss(network, tensors, torch.Generator().manual_seed(1)))  # type: ignore[arg-type]
         x0 = objective.model.statistics.normalize(tensors["image_embedding"])
-    alphas_cumprod = objective.model.diffusion.alphas_cumprod[drawn[0]]
+    alphas_cumprod = objective.model.diffusion.alphas_cumprod[timesteps[0]]
     weight = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=5.0).float()
     squared_error = x0.square().mean(dim=1)
     torch.testing.assert_close(losses[0], squared_error.mean())
@@ -409,19 +412,21 @@ def test_the_loss_is_weighted_as_the_diffusion_says(frozen_clip: Clip) -> None:
 def test_clip_stays_frozen_while_the_prior_trains(frozen_clip: Clip) -> None:
     objective = PriorObjective(PriorConfig(**SMALL), frozen_clip, EmbeddingStatistics.of(torch.randn(9, 64)))
     before = {name: value.clone() for name, value in frozen_clip.state_dict().items()}
-    train(objective, batch(frozen_clip, 4), 2, 1e-2)
+    train(objective, make_rows(frozen_clip, 4), 2, 1e-2)
     assert not frozen_clip.training
     assert all(torch.equal(value, before[name]) for name, value in frozen_clip.state_dict().items())
     assert not any(name.startswith("clip") for name, _ in objective.model.named_parameters())
 
 
-def test_statistics_are_saved_but_not_trained_and_never_zero(frozen_clip: Clip) -> None:
+def test_statistics_are_saved_but_not_trained_and_must_be_valid(frozen_clip: Clip) -> None:
     prior = build()
     assert {"statistics.mean", "statistics.std"} <= prior.state_dict().keys()
     assert not any("statistics" in name or "null" in name for name, _ in prior.named_parameters())
     constant = torch.ones(20, 64)  # a dimension that never varies
     objective = PriorObjective(PriorConfig(**SMALL), frozen_clip, EmbeddingStatistics.of(constant))
-    loss = objective.loss(objective.model, objective.prepare(batch(frozen_clip, 4)), torch.Generator().manual_seed(0))
+    loss = objective.loss(
+        objective.model, objective.prepare(make_rows(frozen_clip, 4)), torch.Generator().manual_seed(0)
+    )
     assert loss.isfinite()
     for broken in (torch.zeros(64), torch.full((64,), torch.nan)):
         with pytest.raises(InputError, match="never given its statistics"):
@@ -437,7 +442,7 @@ def test_statistics_are_saved_but_not_trained_and_never_zero(frozen_clip: Clip) 
         (SMALL_PRIOR, (768, 768, 77), 40e6),
     ],
 )
-def test_presets_have_the_parameters_that_they_say(
+def test_presets_have_the_documented_number_of_parameters(
     config: PriorConfig, sizes: tuple[int, int, int], expected: float
 ) -> None:
     with torch.device("meta"):
@@ -455,6 +460,6 @@ def test_presets_have_the_parameters_that_they_say(
         ({"diffusion": DiffusionConfig(variance="learned_range")}, "diffusion.variance: got 'learned_range'"),
     ],
 )
-def test_impossible_priors_are_refused(settings: dict, message: str) -> None:
+def test_invalid_priors_are_rejected(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PriorConfig(**{**SMALL, **settings})

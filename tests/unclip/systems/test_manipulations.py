@@ -13,6 +13,7 @@ from tests.unclip.systems.tiny_stacks import load_published, with_sampling
 from unclip import imaging
 from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.evaluation import metrics
+from unclip.models.decoder import Captions
 from unclip.models.degradations import shrink
 from unclip.systems.system import sample_captions
 from unclip.systems.unclip import manipulations
@@ -156,7 +157,7 @@ def test_decoders_that_read_captions_get_them(tmp_path: Path, text: str) -> None
     for caption in (RED, BLUE):
         generator = torch.Generator().manual_seed(0)
         embedding = torch.ones(1, stack.clip.embedding_dim)
-        drawn.append(stack.decode(embedding, stack.sampling, generator, stack.read_captions([caption])))
+        drawn.append(stack.decode(embedding, stack.sampling, generator, Captions(stack.read_captions([caption]))))
     assert not torch.equal(*drawn)
     assert manipulations.interpolate(stack, images(1), images(1, seed=1), [0.5]).isfinite().all()
 

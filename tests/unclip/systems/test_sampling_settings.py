@@ -233,7 +233,7 @@ def test_clip_guidance_follows_the_gradient_of_the_likeness(stack: Stack) -> Non
 
 
 def test_clip_guidance_asks_for_a_caption(stack: Stack) -> None:
-    with pytest.raises(ConfigError, match="clip_guidance_scale: got 2, expected 0 where no caption is given"):
+    with pytest.raises(ConfigError, match="clip_guidance_scale: got 2, expected 0 if no caption is given"):
         stack.decoder.denoiser(torch.randn(1, tiny_stacks.EMBEDDING_DIM), DecoderSampling(clip_guidance_scale=2))
 
 

@@ -84,3 +84,12 @@ def test_a_run_has_the_settings_of_its_size(name: str) -> None:
 def test_an_unknown_size_is_told_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"model_size: got 'dale2'\. Did you mean 'dalle2'\?"):
         load("text_to_image", None, ["ingest.urls=unknown", "model_size=dale2"])
+
+
+def test_dalle2_samples_as_the_paper_does() -> None:
+    """Ramesh et al. 2022, Table 3."""
+    size = MODEL_SIZES["dalle2"]
+    parts = {"prior": size.sampling.prior, "decoder": size.sampling.decoder, **size.sampling.upsamplers}
+    found = {name: (part.sampler, part.num_steps) for name, part in parts.items()}
+    expected = {"prior": ("analytic_dpm", 64), "decoder": ("ddpm", 250), "256": ("ddim", 27), "1024": ("ddim", 15)}
+    assert found == expected and size.decoder.model.diffusion.variance == "learned_range"

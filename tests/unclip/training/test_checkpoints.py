@@ -11,7 +11,7 @@ def tensors(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"a": torch.full((3, 2), value).t(), "b": torch.tensor(2, dtype=torch.int64)}}
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_saved_tensors_and_facts_are_loaded(tmp_path: Path) -> None:
     digest = checkpoints.save(str(tmp_path / "x"), tensors(), {"kind": "test"})
     loaded, facts = checkpoints.load(str(tmp_path / "x"))
     assert facts == {"kind": "test"}
@@ -20,7 +20,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert checkpoints.save(str(tmp_path / "z"), tensors(2.0), {"kind": "test"}) != digest
 
 
-def test_without_a_manifest_there_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     checkpoints.save(str(tmp_path), tensors(), {})
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
@@ -29,7 +29,7 @@ def test_without_a_manifest_there_is_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "facts.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
-def test_damage_is_found(tmp_path: Path, name: str, damage: str) -> None:
+def test_damage_is_detected(tmp_path: Path, name: str, damage: str) -> None:
     checkpoints.save(str(tmp_path), tensors(), {"kind": "test"})
     path = tmp_path / name
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Training with timesteps drawn by the losses met there: no bias, the same on all ranks, and restarts to the bit."""
+"""Loss-aware timesteps: unbiased, equal on all ranks, and restarted bit for bit."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def settings(num_samples: int = 400) -> TrainerConfig:
 
 
 class Killed(Monitor):
-    """Ends a training after step 18; knows where it began."""
+    """Kills a training after step 18; records where it started."""
 
     def start(self, samples_seen: int, num_samples: int) -> None:
         self.started_at = samples_seen
@@ -66,25 +66,25 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert (probabilities - 1 / NUM_TIMESTEPS).abs().max() > 0.02
 
 
-def test_a_checkpoint_without_its_losses_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_losses_is_rejected(tmp_path: Path) -> None:
     rows = reader(tmp_path)
     trainer.train(objective(rows, "uniform"), rows, settings(160), str(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="of another model"):
+    with pytest.raises(CheckpointError, match="from another model"):
         trainer.train(objective(rows), rows, settings(), str(tmp_path / "run"))
 
 
-def test_the_loss_is_that_of_uniform_timesteps_in_expectation(tmp_path: Path) -> None:
+def test_the_expected_loss_equals_that_of_uniform_timesteps(tmp_path: Path) -> None:
     rows = reader(tmp_path)
     batch = rows.read([f"{index:02d}" for index in range(NUM_ROWS)])
 
     def mean_loss(timestep_sampling: str) -> float:
-        made = objective(rows, timestep_sampling)
-        for name, tensor in made.state.items():  # as if the last timestep had had by far the largest losses
+        trained = objective(rows, timestep_sampling)
+        for name, tensor in trained.state.items():  # the last timestep has by far the largest losses
             tensor.copy_(torch.tensor([[1.0], [2.0], [4.0], [16.0]]) if name == "losses" else torch.full((4,), 10))
-        made.process.timesteps.update = lambda t, loss: None  # type: ignore[method-assign]
-        tensors = made.prepare(batch)
+        trained.process.timesteps.update = lambda t, loss: None  # type: ignore[method-assign]
+        tensors = trained.prepare(batch)
         with torch.no_grad():
-            losses = [made.loss(made.model, tensors, torch.Generator().manual_seed(seed)) for seed in range(60)]
+            losses = [trained.loss(trained.model, tensors, torch.Generator().manual_seed(seed)) for seed in range(60)]
         return torch.stack(losses).mean().item()
 
     assert mean_loss("loss_aware") == pytest.approx(mean_loss("uniform"), rel=0.03)
@@ -94,15 +94,15 @@ def _train_one_rank(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     rows = reader(Path(folder))
-    made = objective(rows)
-    trainer.train(made, rows, settings(), f"{folder}/run", workers=Workers(rank, 2))
-    checkpoints.save(f"{folder}/rank{rank}", {"state": made.state}, {})
+    trained = objective(rows)
+    trainer.train(trained, rows, settings(), f"{folder}/run", workers=Workers(rank, 2))
+    checkpoints.save(f"{folder}/rank{rank}", {"state": trained.state}, {})
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_remember_the_same_losses(tmp_path: Path) -> None:
+def test_all_ranks_record_the_same_losses(tmp_path: Path) -> None:
     reader(tmp_path)
     torch.multiprocessing.spawn(_train_one_rank, (str(tmp_path),), nprocs=2)
     first, second = (checkpoints.load(str(tmp_path / f"rank{rank}"))[0]["state"] for rank in (0, 1))
-    assert first["num_updates"].sum() == 400  # those of both
+    assert first["num_updates"].sum() == 400  # of both ranks
     assert all(torch.equal(first[name], second[name]) for name in LossAwareTimesteps(NUM_TIMESTEPS).state)

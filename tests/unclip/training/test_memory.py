@@ -1,4 +1,4 @@
-"""What is planned is what is held: measured on real tensors, on the CPU."""
+"""Planned memory against memory measured with real tensors on the CPU."""
 
 import dataclasses
 import weakref
@@ -21,7 +21,7 @@ from unclip.training.precision import Precision, autocast
 
 CPU = torch.device("cpu")
 SHALLOW = MODEL_SIZES["demo"]
-# Eight blocks: of few, what is there for a moment would be more than a tenth of all.
+# Eight blocks: with fewer, temporaries would be more than a tenth of the memory.
 PRIOR = dataclasses.replace(SHALLOW.prior, model=dataclasses.replace(SHALLOW.prior.model, depth=8))
 DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR))
 SAMPLES = 5
@@ -32,7 +32,7 @@ def storage(tensor: Tensor) -> int:
 
 
 def saved_bytes(model: nn.Module, inputs: tuple[Any, ...], precision: Precision) -> int:
-    """Of distinct storages that autograd keeps for a real backward pass, weights aside."""
+    """Bytes of distinct storages that autograd keeps for a real backward pass, without the weights."""
     own = {storage(parameter) for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -48,32 +48,32 @@ def saved_bytes(model: nn.Module, inputs: tuple[Any, ...], precision: Precision)
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", DEMO)
-def test_a_forward_pass_keeps_what_is_planned(name: str, precision: Precision) -> None:
+def test_a_forward_pass_saves_the_planned_memory(name: str, precision: Precision) -> None:
     plan = memory.measure(name, DEMO[name], "cpu", precision)
     model = DEMO[name].build().to(memory_format=torch.channels_last)
     assert plan.parameters == sum(parameter.numel() for parameter in model.parameters())
     inputs = DEMO[name].inputs(SAMPLES)
     assert saved_bytes(model, inputs, precision) == pytest.approx(plan.activations.at(SAMPLES, False), rel=0.05)
     parallel.checkpoint_activations(model)
-    assert saved_bytes(model, inputs, precision) == pytest.approx(plan.activations.between.at(SAMPLES), rel=0.05)
+    assert saved_bytes(model, inputs, precision) == pytest.approx(plan.activations.checkpointed.at(SAMPLES), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["prior", "autoregressive_prior"])
-def test_without_padding_priors_keep_less_than_is_planned_and_never_more(name: str) -> None:
+def test_priors_without_padding_need_less_than_planned(name: str) -> None:
     model, inputs = DEMO[name].build(), DEMO[name].inputs(SAMPLES)
-    more = (None,) if name == "prior" else ()  # no x0 estimate
+    extra = (None,) if name == "prior" else ()  # no x0 estimate
     tokens = torch.arange(SAMPLES * len(model.positions)).view(SAMPLES, -1)
     mask = next(
         value for value in inputs if isinstance(value, Tensor) and value.shape[1:] == model.text.null_mask.shape
     )
     short = torch.cat([tokens[:, :2], tokens[:, mask.shape[1] :]], dim=1)  # captions of two tokens
     planned = saved_bytes(model, inputs, "fp32")
-    assert saved_bytes(model, (*inputs, *more, tokens.flatten()), "fp32") <= 1.01 * planned
-    assert saved_bytes(model, (*inputs, *more, short.flatten()), "fp32") < 0.9 * planned
+    assert saved_bytes(model, (*inputs, *extra, tokens.flatten()), "fp32") <= 1.01 * planned
+    assert saved_bytes(model, (*inputs, *extra, short.flatten()), "fp32") < 0.9 * planned
 
 
-class Live(TorchDispatchMode):
-    """Follows the bytes of all tensors that are made while it is on."""
+class LiveMemory(TorchDispatchMode):
+    """Tracks the bytes of all tensors created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,26 +84,26 @@ class Live(TorchDispatchMode):
         results = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor):
-                held = tensor.untyped_storage()
-                if held._cdata not in self.sizes:
-                    self.sizes[held._cdata] = held.nbytes()
-                    weakref.finalize(held, self.sizes.pop, held._cdata)
+                live = tensor.untyped_storage()
+                if live._cdata not in self.sizes:
+                    self.sizes[live._cdata] = live.nbytes()
+                    weakref.finalize(live, self.sizes.pop, live._cdata)
         self.peak = max(self.peak, sum(self.sizes.values()))
         return results
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64"])
-def test_a_step_at_its_peak_is_within_the_reserve_of_the_plan(name: str, checkpointing: bool) -> None:
+def test_the_peak_of_a_step_is_within_the_reserve_of_the_plan(name: str, checkpointing: bool) -> None:
     training = TrainingSetup(checkpointing=checkpointing)
     plan = memory.measure(name, DEMO[name], "cpu", "bf16")
     model = DEMO[name].build()
     if checkpointing:
         parallel.checkpoint_activations(model)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # of an earlier micro-batch
+        parameter.grad = torch.zeros_like(parameter)  # from an earlier micro-batch
     inputs = DEMO[name].inputs(SAMPLES)
-    with Live() as live:
+    with LiveMemory() as live:
         with autocast("bf16", CPU):
             loss = model(*inputs).float().square().mean()
         loss.backward()
@@ -112,62 +112,75 @@ def test_a_step_at_its_peak_is_within_the_reserve_of_the_plan(name: str, checkpo
     assert plan.at(SAMPLES, training) * 0.95 < peak < available
 
 
-def test_on_a_gpu_a_transformer_block_keeps_what_the_closed_form_says() -> None:
-    """And no scores of attention; there is no GPU to compare with."""
+def test_on_a_gpu_a_transformer_block_needs_the_memory_of_the_closed_form() -> None:
+    """Attention scores are not kept; the test needs no GPU."""
     small = MODEL_SIZES["small"]
     plan = memory.measure("prior", networks(small)["prior"])
     width, length = small.prior.model.width, shapes(small).text.length + 4
-    # bf16: normed x, q, k, v, attended, normed x, GELU's four-fold input and output; float32: x in the middle
+    # bf16: normed x, q, k, v, attention output, normed x, GELU's input and output of 4 x width; float32: x between the halves
     block = (2 * (1 + 3 + 1 + 1 + 4 + 4) + 4) * width * length
-    last = 2 * (1 + 3) * width * length  # works for one token: normed x, q, k and v alone are as long
+    last = 2 * (1 + 3) * width * length  # computes one token: only normed x, q, k and v have full length
     blocks = [*[block] * 11, last]
-    assert [each.per_sample for each in plan.activations.inside] == pytest.approx(blocks, rel=0.05)
-    again = 4 * width * length  # x as it is given
-    assert plan.activations.whole.per_sample == pytest.approx(sum(blocks) + 12 * again, rel=0.05)
+    assert [each.per_sample for each in plan.activations.recomputed] == pytest.approx(blocks, rel=0.05)
+    block_input = 4 * width * length  # float32 x
+    assert plan.activations.full.per_sample == pytest.approx(sum(blocks) + 12 * block_input, rel=0.05)
 
 
-def test_the_largest_preset_is_planned_without_its_memory() -> None:
+def test_the_largest_preset_is_planned_without_allocating_it() -> None:
     plan = {name: memory.measure(name, network) for name, network in networks(MODEL_SIZES["dalle2"]).items()}
     assert list(plan) == ["prior", "autoregressive_prior", "decoder", "upsampler-256", "upsampler-1024"]
     counts = MODEL_SIZES["dalle2"].num_parameters
     found = [plan[name].parameters for name in ("prior", "decoder", "upsampler-256", "upsampler-1024")]
     assert found == [counts.prior, counts.decoder, *counts.upsamplers]
     decoder = plan["decoder"]
-    assert not any(decoder.largest_micro_batch(TrainingSetup(8, "ddp", each), 80) for each in (False, True))
-    kept, again = (decoder.largest_micro_batch(TrainingSetup(8, "fsdp", each), 80) for each in (False, True))
-    assert 1 < kept < again
-    for training, number in ((TrainingSetup(8, "fsdp"), kept), (TrainingSetup(8, "fsdp", True), again)):
+    fits_ddp = [
+        decoder.largest_micro_batch(TrainingSetup(8, "ddp", checkpointing), 80) for checkpointing in (False, True)
+    ]
+    assert fits_ddp == [0, 0]
+    plain, checkpointed = (
+        decoder.largest_micro_batch(TrainingSetup(8, "fsdp", checkpointing), 80) for checkpointing in (False, True)
+    )
+    assert 1 < plain < checkpointed
+    for training, number in ((TrainingSetup(8, "fsdp"), plain), (TrainingSetup(8, "fsdp", True), checkpointed)):
         assert decoder.at(number, training) <= 72 * memory.GIB < decoder.at(number + 1, training)
-    # bf16 copies of all weights, which are float32
-    assert decoder.activations.whole.fixed == pytest.approx(2 * counts.decoder, rel=0.05)
+    # bf16 copies of all float32 weights
+    assert decoder.activations.full.fixed == pytest.approx(2 * counts.decoder, rel=0.05)
 
 
-def test_what_each_gpu_holds() -> None:
+def test_memory_of_each_gpu() -> None:
     activations = Activations(Bytes(200, 10), Bytes(0, 1), (Bytes(20, 2), Bytes(10, 4)))
     model = ModelMemory("model", 100, 10, 30, activations, 0.0)
-    alone, whole = model.states(TrainingSetup()), model.states(TrainingSetup(2))
-    assert (alone.weights, alone.gradients, alone.moments, alone.average, alone.exchange) == (400, 400, 800, 400, 0)
-    assert model.states(TrainingSetup(1, "fsdp")) == alone
-    assert whole.total == alone.total + 400  # DDP's own copy of the gradients
+    single, ddp = model.states(TrainingSetup()), model.states(TrainingSetup(2))
+    assert (single.weights, single.gradients, single.moments, single.average, single.exchange) == (
+        400,
+        400,
+        800,
+        400,
+        0,
+    )
+    assert model.states(TrainingSetup(1, "fsdp")) == single
+    assert ddp.total == single.total + 400  # DDP's own copy of the gradients
     shards = model.states(TrainingSetup(4, "fsdp"))
     assert (shards.weights, shards.gradients, shards.moments, shards.average) == (100, 100, 200, 100)
     assert shards.exchange == 2 * 4 * (10 + 2 * 30)
-    several = model.states(TrainingSetup(4, "fsdp", accumulates=True))
-    assert several.total == shards.total + 300
+    accumulating = model.states(TrainingSetup(4, "fsdp", accumulates=True))
+    assert accumulating.total == shards.total + 300
     assert activations.at(3, checkpointing=False) == 230
-    assert activations.at(3, checkpointing=True) == 3 + 200  # the forward pass's copies of weights
+    assert (
+        activations.at(3, checkpointing=True) == 3 + 200
+    )  # autocast's copies of weights at the end of the forward pass
     assert activations.at(100, checkpointing=True) == 100 + 410  # the second block
     assert model.largest_micro_batch(TrainingSetup(), 1e-9) == 0
     assert model.largest_micro_batch(TrainingSetup(), 80) == memory.MOST_SAMPLES
 
 
-def test_an_unknown_precision() -> None:
+def test_an_unsupported_precision_is_rejected() -> None:
     with pytest.raises(ConfigError, match="precision: got 'auto'"):
         memory.measure("prior", DEMO["prior"], precision="auto")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_flops_are_those_of_the_closed_form(device: str) -> None:
+def test_flops_match_the_closed_form(device: str) -> None:
     width, depth, length = 16, 3, 7
     with torch.device(device):
         assert flops_per_sample(nn.Linear(8, 5), torch.zeros(4, 8)) == 3 * 2 * 8 * 5
@@ -175,12 +188,12 @@ def test_flops_are_those_of_the_closed_form(device: str) -> None:
         keep = torch.ones(4, length, dtype=torch.bool)
         found = flops_per_sample(model, x, keep)
         packed = flops_per_sample(model, x, keep, kept=torch.arange(10))
-    products = 2 * 12 * width**2  # of a token with qkv, output and MLP
-    attention = 2 * 2 * length * width  # of a token with scores and values
+    products = 2 * 12 * width**2  # per token: qkv, output and MLP
+    attention = 2 * 2 * length * width  # per token: scores and values
     assert found == 3 * depth * length * (products + attention)
-    assert packed == 3 * depth * (10 / 4 * products + length * attention), "what is not computed is not counted"
+    assert packed == 3 * depth * (10 / 4 * products + length * attention), "skipped tokens are not counted"
 
 
-def test_the_plan_counts_flops_of_a_real_model() -> None:
+def test_the_plan_has_the_flops_of_the_real_model() -> None:
     plan = memory.measure("decoder", DEMO["decoder"])
     assert plan.flops_per_sample == flops_per_sample(DEMO["decoder"].build(), *DEMO["decoder"].inputs(2))

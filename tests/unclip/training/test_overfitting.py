@@ -1,4 +1,4 @@
-"""The self-test passes what learns, and says what is wrong with what does not."""
+"""Overfitting test: it passes models that learn, and diagnoses those that do not."""
 
 import io
 from pathlib import Path
@@ -19,11 +19,11 @@ from unclip.training.settings import TrainerConfig
 
 
 def reader(folder: Path) -> RowReader:
-    """Four pictures of one colour each."""
-    path, pictures = folder / "colours.parquet", [io.BytesIO() for _ in range(4)]
-    for picture, colour in zip(pictures, ("red", "green", "blue", "yellow"), strict=True):
-        Image.new("RGB", (16, 16), colour).save(picture, "JPEG")
-    pq.write_table(pa.table({"key": list("0123"), "jpg": [picture.getvalue() for picture in pictures]}), path)
+    """Reader of four images of one colour each."""
+    path, jpegs = folder / "colours.parquet", [io.BytesIO() for _ in range(4)]
+    for jpeg, colour in zip(jpegs, ("red", "green", "blue", "yellow"), strict=True):
+        Image.new("RGB", (16, 16), colour).save(jpeg, "JPEG")
+    pq.write_table(pa.table({"key": list("0123"), "jpg": [jpeg.getvalue() for jpeg in jpegs]}), path)
     return RowReader([Source((str(path),), ("jpg",))], list("0123"))
 
 
@@ -40,13 +40,13 @@ def upsampler(folder: Path) -> UpsamplerObjective:
     return UpsamplerObjective(trained_on_workers.MODEL, reader(folder).read(["0"]))
 
 
-def test_what_learns_passes(tmp_path: Path) -> None:
+def test_a_model_that_learns_passes(tmp_path: Path) -> None:
     diagnosis = diagnose(tmp_path, upsampler(tmp_path))
     assert diagnosis.has_memorised, diagnosis.relative_losses
-    assert "by heart" in diagnosis.verdict and len(diagnosis.relative_losses) == 8
+    assert "memorised" in diagnosis.verdict and len(diagnosis.relative_losses) == 8
 
 
-def test_what_gets_no_gradient_is_told_so(tmp_path: Path) -> None:
+def test_a_model_without_gradients_is_diagnosed(tmp_path: Path) -> None:
     class Detached(UpsamplerObjective):
         def loss(self, network: nn.Module, tensors, generator):
             loss = super().loss(network, tensors, generator)
@@ -60,10 +60,10 @@ def test_what_gets_no_gradient_is_told_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("losses", "beginning"),
     [
-        ([1.0, 0.99, 1.0], "It learns nothing"),
-        ([0.5, 0.48, 0.49], "It stopped learning"),
-        ([0.9, 0.6, 0.4], "It learns, but slowly"),
-        ([0.9, 0.2, 0.1], "It knows them by heart"),
+        ([1.0, 0.99, 1.0], "The model learns nothing"),
+        ([0.5, 0.48, 0.49], "The model stopped learning"),
+        ([0.9, 0.6, 0.4], "The model learns, but slowly"),
+        ([0.9, 0.2, 0.1], "The model has memorised the rows"),
     ],
 )
 def test_verdicts(losses: list[float], beginning: str) -> None:
@@ -73,7 +73,7 @@ def test_verdicts(losses: list[float], beginning: str) -> None:
     assert diagnosis.verdict.startswith(beginning)
 
 
-def test_an_objective_that_tells_no_relative_loss_is_named() -> None:
+def test_an_objective_without_relative_loss_is_rejected() -> None:
     diagnosis = overfitting.Diagnosis()
     diagnosis.metrics({"loss": 1.0, "gradient_norm": 1.0}, 0)
     with pytest.raises(ConfigError, match="no relative_loss"):

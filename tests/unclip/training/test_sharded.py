@@ -1,4 +1,4 @@
-"""Checkpoints of a training: whole or passed over, and cut as it suits whoever reads them (F41, F42, F47)."""
+"""Checkpoints of a training: complete or skipped, and resharded for any reader (F41, F42, F47)."""
 
 import json
 import logging
@@ -33,20 +33,20 @@ def save(root: Path, *samples: int, keep: int = 2, **facts: float) -> None:
 
 
 def restored(root: Path) -> tuple[dict[str, Tensor], dict | None]:
-    into = tensors(0)
-    return into, sharded.restore(str(root), into, ALONE)
+    values = tensors(0)
+    return values, sharded.restore(str(root), values, ALONE)
 
 
-def test_what_is_saved_is_restored_in_place(tmp_path: Path) -> None:
+def test_a_checkpoint_is_restored_in_place(tmp_path: Path) -> None:
     assert restored(tmp_path)[1] is None
     save(tmp_path, 16)
-    into, facts = restored(tmp_path)
+    values, facts = restored(tmp_path)
     assert facts == {"kind": "test", "samples_seen": 16}
     for name, value in tensors(16).items():
-        assert torch.equal(into[name], value) and into[name].stride() == value.stride()
+        assert torch.equal(values[name], value) and values[name].stride() == value.stride()
 
 
-def test_tensors_may_change_as_soon_as_save_returns(tmp_path: Path) -> None:
+def test_tensors_can_change_once_save_returns(tmp_path: Path) -> None:
     writer, changing = sharded.Writer(str(tmp_path), ALONE, 2), tensors(16)
     writer.save(16, changing, {})
     for value in changing.values():
@@ -56,7 +56,7 @@ def test_tensors_may_change_as_soon_as_save_returns(tmp_path: Path) -> None:
     assert restored(tmp_path)[0]["weights/a"].min() == 16
 
 
-def test_the_newest_are_kept_and_the_best_and_nothing_incomplete(tmp_path: Path) -> None:
+def test_only_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / "000000000008").mkdir()
     (tmp_path / "000000000008" / "rank-00000.safetensors").write_bytes(b"half")
     for samples, loss in ((16, 3.0), (32, 1.0), (48, 2.0), (64, 5.0), (80, float("nan"))):
@@ -65,21 +65,21 @@ def test_the_newest_are_kept_and_the_best_and_nothing_incomplete(tmp_path: Path)
 
 
 def damages(folder: Path) -> list[tuple[str, bytes | None]]:
-    """Every file removed, cut at many lengths, and with one bit flipped: 300 of those."""
+    """Damage to each file: deleted, truncated to many lengths, and 300 single flipped bits."""
     rng = random.Random(0)
     contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    made: list[tuple[str, bytes | None]] = [(name, None) for name in contents]
+    damaged: list[tuple[str, bytes | None]] = [(name, None) for name in contents]
     for name, data in contents.items():
-        made += [(name, data[:length]) for length in sorted({0, 1, 7, *range(8, len(data), 97), len(data) - 1})]
-    every = [(name, position) for name, data in contents.items() for position in range(len(data))]
-    for name, position in rng.sample(every, 300):
+        damaged += [(name, data[:length]) for length in sorted({0, 1, 7, *range(8, len(data), 97), len(data) - 1})]
+    positions = [(name, position) for name, data in contents.items() for position in range(len(data))]
+    for name, position in rng.sample(positions, 300):
         data = bytearray(contents[name])
         data[position] ^= 1 << rng.randrange(8)
-        made.append((name, bytes(data)))
-    return made
+        damaged.append((name, bytes(data)))
+    return damaged
 
 
-def test_f42_t15_whatever_is_damaged_is_found_and_the_checkpoint_before_is_used(
+def test_f42_t15_damage_is_detected_and_the_previous_checkpoint_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 16, 32)
@@ -93,22 +93,22 @@ def test_f42_t15_whatever_is_damaged_is_found_and_the_checkpoint_before_is_used(
             (newest / name).write_bytes(data)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            into, facts = restored(tmp_path)
+            values, facts = restored(tmp_path)
         assert facts is not None and facts["samples_seen"] == 16, (name, data)
-        assert torch.equal(into["weights/a"], tensors(16)["weights/a"])
-        assert "000000000032" in caplog.text and "Using the one before" in caplog.text
+        assert torch.equal(values["weights/a"], tensors(16)["weights/a"])
+        assert "000000000032" in caplog.text and "Using the previous checkpoint" in caplog.text
         (newest / name).write_bytes(whole[name])
     assert restored(tmp_path)[1] == {"kind": "test", "samples_seen": 32}
 
 
-def test_a_checkpoint_of_another_model_is_no_damaged_one(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_not_taken_for_damaged(tmp_path: Path) -> None:
     save(tmp_path, 16)
     for other in ({"weights/a": torch.zeros(3, 6)}, {"weights/c": torch.zeros(3)}):
-        with pytest.raises(CheckpointError, match=r"of another model: .*weights/[ac]"):
+        with pytest.raises(CheckpointError, match=r"from another model: .*weights/[ac]"):
             sharded.restore(str(tmp_path), other, ALONE)
 
 
-def test_what_cannot_be_written_is_said_at_the_next_checkpoint(tmp_path: Path) -> None:
+def test_a_failed_write_is_reported_at_the_next_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "000000000016").write_bytes(b"a file where a folder belongs")
     writer = sharded.Writer(str(tmp_path), ALONE, 2)
     writer.save(16, tensors(16), {})
@@ -117,8 +117,8 @@ def test_what_cannot_be_written_is_said_at_the_next_checkpoint(tmp_path: Path) -
     writer.close()
 
 
-def test_parts_of_an_attempt_that_was_killed_do_not_count(tmp_path: Path) -> None:
-    """Another worker's part from before lies there: the first worker waits for the new one."""
+def test_parts_of_a_killed_attempt_do_not_count(tmp_path: Path) -> None:
+    """Rank 0 ignores the old part of another rank and waits for the new one."""
     folder = tmp_path / "000000000016"
     folder.mkdir()
     (folder / "rank-00001.json").write_text(json.dumps({"attempt": "before", "sha256": "0", "places": {}}))
@@ -130,28 +130,31 @@ def test_parts_of_an_attempt_that_was_killed_do_not_count(tmp_path: Path) -> Non
     assert not (folder / "manifest.json").exists()
 
 
-def _save_and_read_cut_anew(rank: int, folder: str) -> None:
+def _save_and_reshard(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     mesh, workers = init_device_mesh("cpu", (2,)), Workers(rank, 2)
     for rows in (1, 4, 5):
         value = torch.arange(rows * 3.0).view(rows, 3)
-        cut = {"weights/a": distribute_tensor(value, mesh, [Shard(0)]), "weights/b": torch.tensor(7.0)}
+        saved = {"weights/a": distribute_tensor(value, mesh, [Shard(0)]), "weights/b": torch.tensor(7.0)}
         writer = sharded.Writer(f"{folder}/{rows}", workers, 2)
-        writer.save(16, cut, {})
+        writer.save(16, saved, {})
         writer.wait()
         writer.close()
         torch.distributed.barrier()
-        into = {"weights/a": distribute_tensor(torch.zeros(rows, 3), mesh, [Shard(0)]), "weights/b": torch.tensor(0.0)}
-        assert sharded.restore(f"{folder}/{rows}", into, workers) == {"samples_seen": 16}
-        assert torch.equal(parallel.full_tensor(into["weights/a"]), value) and into["weights/b"] == 7
-        alone = {"weights/a": torch.zeros(rows, 3), "weights/b": torch.tensor(0.0)}
-        assert sharded.restore(f"{folder}/{rows}", alone, ALONE) == {"samples_seen": 16}
-        assert torch.equal(alone["weights/a"], value)
+        resharded = {
+            "weights/a": distribute_tensor(torch.zeros(rows, 3), mesh, [Shard(0)]),
+            "weights/b": torch.tensor(0.0),
+        }
+        assert sharded.restore(f"{folder}/{rows}", resharded, workers) == {"samples_seen": 16}
+        assert torch.equal(parallel.full_tensor(resharded["weights/a"]), value) and resharded["weights/b"] == 7
+        full = {"weights/a": torch.zeros(rows, 3), "weights/b": torch.tensor(0.0)}
+        assert sharded.restore(f"{folder}/{rows}", full, ALONE) == {"samples_seen": 16}
+        assert torch.equal(full["weights/a"], value)
     torch.distributed.destroy_process_group()
 
 
-def test_f47_shards_of_two_are_read_by_two_and_by_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_save_and_read_cut_anew, (str(tmp_path),), nprocs=2)
+def test_f47_shards_of_two_ranks_are_read_by_two_and_by_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_save_and_reshard, (str(tmp_path),), nprocs=2)

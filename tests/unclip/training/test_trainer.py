@@ -1,4 +1,4 @@
-"""Training: it learns, it restarts to the bit, and workers together take the steps of one."""
+"""Training learns, restarts bit for bit, and takes the same steps on several workers as on one."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ NUM_ROWS = 64
 
 
 class Line:
-    """Learns y = 3 x - 1 with noise on x that comes from the step's generator, and dropout."""
+    """Objective that learns y = 3 x - 1, with noise on x from the step's generator, and dropout."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -82,7 +82,7 @@ class Recorder(Monitor):
 
 
 @pytest.mark.parametrize("norm", [0.25, 1.0, 4.0])
-def test_gradients_are_clipped_where_they_are_longer_than_clip_norm(norm: float) -> None:
+def test_gradients_longer_than_clip_norm_are_clipped(norm: float) -> None:
     model = torch.nn.Linear(3, 2)
     state = TrainingState(model, {}, settings(clip_norm=1.0, precision="fp32"))
     gradients = [torch.randn_like(value) for value in model.parameters()]
@@ -94,8 +94,10 @@ def test_gradients_are_clipped_where_they_are_longer_than_clip_norm(norm: float)
     assert gradient_norm == pytest.approx(norm)
     state.apply(0, gradient_norm)
     for value, gradient in zip(model.parameters(), gradients, strict=True):
-        taken = state.optimizer.state[value]["exp_avg"] / (1 - state.config.beta1)  # the first moment of the first step
-        torch.testing.assert_close(taken, gradient / max(1, norm))
+        applied = state.optimizer.state[value]["exp_avg"] / (
+            1 - state.config.beta1
+        )  # the first moment of the first step
+        torch.testing.assert_close(applied, gradient / max(1, norm))
 
 
 def test_training_learns_and_reports(tmp_path: Path) -> None:
@@ -117,32 +119,32 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
     assert monitor.previews == [3200]
 
 
-def test_previews_are_evenly_spaced_and_neither_many_nor_close() -> None:
-    def drawn(**changes: Any) -> list[int]:
+def test_previews_are_evenly_spaced_few_and_far_apart() -> None:
+    def previews(**changes: Any) -> list[int]:
         config = settings(batch_size=100, **changes)
         steps = range(100, config.num_samples + 100, 100)
         return [seen for seen in steps if trainer._due(seen, config.samples_between_previews(), config)]
 
-    assert drawn(num_samples=800_000) == list(range(100_000, 800_001, 100_000))
-    assert len(drawn(num_samples=812_300)) == 8
-    assert drawn(num_samples=46_000) == [10_000, 20_000, 30_000, 40_000, 46_000]
-    assert drawn(num_samples=46_000, preview_samples=23_000) == [23_000, 46_000]
+    assert previews(num_samples=800_000) == list(range(100_000, 800_001, 100_000))
+    assert len(previews(num_samples=812_300)) == 8
+    assert previews(num_samples=46_000) == [10_000, 20_000, 30_000, 40_000, 46_000]
+    assert previews(num_samples=46_000, preview_samples=23_000) == [23_000, 46_000]
     with pytest.raises(ConfigError, match="preview_samples"):
         settings(preview_samples=-1)
 
 
-class Blind(Line):
-    """Its previews fail."""
+class FailingPreview(Line):
+    """Objective with previews that fail."""
 
     def preview(self, model: nn.Module) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
 
-def test_a_preview_that_fails_is_a_warning(tmp_path: Path) -> None:
-    monitor = Warned()
+def test_a_failed_preview_is_a_warning(tmp_path: Path) -> None:
+    monitor = WarningRecorder()
     digests = {
         trainer.train(objective, reader(tmp_path), settings(), f"{tmp_path}/{name}", monitor)
-        for name, objective in (("blind", Blind()), ("sees", Line()))
+        for name, objective in (("failing", FailingPreview()), ("working", Line()))
     }
     assert len(digests) == 1
     assert monitor.warnings == ["no preview after 960 samples: out of memory"]
@@ -165,7 +167,7 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert resumed == whole
 
 
-def test_randomness_differs_from_step_to_step_and_seed_to_seed(tmp_path: Path) -> None:
+def test_randomness_differs_by_step_rank_and_seed(tmp_path: Path) -> None:
     digests = {
         trainer.train(Line(), reader(tmp_path), settings(seed=seed), str(tmp_path / str(seed))) for seed in (0, 1)
     }
@@ -175,19 +177,19 @@ def test_randomness_differs_from_step_to_step_and_seed_to_seed(tmp_path: Path) -
     assert len({torch.randn(1, generator=generator).item() for generator in generators}) == 4
 
 
-def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(tmp_path: Path) -> None:
+def test_a_nan_loss_stops_the_training_before_the_step(tmp_path: Path) -> None:
     class Poisoned(Line):
         def loss(self, network, tensors, generator):
             return super().loss(network, tensors, generator) * (torch.nan if 7 in tensors["row"] else 1.0)
 
     objective = Poisoned()
-    with pytest.raises(NonFiniteError, match="The weights are untouched"):
+    with pytest.raises(NonFiniteError, match="The weights are unchanged"):
         trainer.train(objective, reader(tmp_path), settings(), str(tmp_path / "run"))
     assert all(parameter.isfinite().all() for parameter in objective.model.parameters())
 
 
 class SometimesPoisoned(Line):
-    """The loss of a batch with row 07 is not a number, for the first `times` such batches."""
+    """Objective with a NaN loss for the first `times` batches that contain row 07."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -201,7 +203,7 @@ class SometimesPoisoned(Line):
         return super().loss(network, tensors, generator) * (torch.nan if is_bad else 1.0)
 
 
-class Warned(Recorder):
+class WarningRecorder(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self.warnings: list[str] = []
@@ -210,8 +212,8 @@ class Warned(Recorder):
         self.warnings.append(message)
 
 
-def test_f43_bad_batches_are_skipped_by_name_until_there_are_too_many(tmp_path: Path) -> None:
-    monitor, objective = Warned(), SometimesPoisoned(times=3)
+def test_f43_bad_batches_are_skipped_and_named_until_there_are_too_many(tmp_path: Path) -> None:
+    monitor, objective = WarningRecorder(), SometimesPoisoned(times=3)
     trainer.train(
         objective, reader(tmp_path), settings(nonfinite="skip", max_nonfinite=3), str(tmp_path / "a"), monitor
     )
@@ -219,17 +221,17 @@ def test_f43_bad_batches_are_skipped_by_name_until_there_are_too_many(tmp_path: 
     events = [json.loads(path.read_text()) for path in sorted((tmp_path / "a" / "nonfinite").iterdir())]
     assert len(events) == 3 and all("07" in event["keys"] and len(event["keys"]) == 16 for event in events)
     assert checkpoints.load(str(tmp_path / "a" / "model"))[0]["model"]["0.weight"].isfinite().all()
-    with pytest.raises(NonFiniteError, match="The weights are untouched"):
+    with pytest.raises(NonFiniteError, match="The weights are unchanged"):
         trainer.train(
             SometimesPoisoned(4), reader(tmp_path), settings(nonfinite="skip", max_nonfinite=3), str(tmp_path / "b")
         )
 
 
 @pytest.mark.parametrize("first_checkpoint", [32, 640])
-def test_f43_a_training_rolls_back_and_goes_on_in_another_order(tmp_path: Path, first_checkpoint: int) -> None:
-    """Before the first checkpoint, too."""
+def test_f43_a_training_rolls_back_and_continues_in_another_order(tmp_path: Path, first_checkpoint: int) -> None:
+    """Roll back also before the first regular checkpoint."""
     config = settings(nonfinite="roll_back", max_nonfinite=1, checkpoint_samples=first_checkpoint)
-    undisturbed, objective, monitor = SometimesPoisoned(0), SometimesPoisoned(1), Warned()
+    undisturbed, objective, monitor = SometimesPoisoned(0), SometimesPoisoned(1), WarningRecorder()
     trainer.train(undisturbed, reader(tmp_path), config, str(tmp_path / "undisturbed"))
     trainer.train(objective, reader(tmp_path), config, str(tmp_path / "run"), monitor)
     assert len(monitor.warnings) == 1 and "rolling back" in monitor.warnings[0]
@@ -244,7 +246,7 @@ def test_f43_a_training_rolls_back_and_goes_on_in_another_order(tmp_path: Path, 
         trainer.train(SometimesPoisoned(2), reader(tmp_path), config, str(tmp_path / "twice"))
 
 
-def test_a_training_that_is_asked_to_stop_loses_nothing(tmp_path: Path) -> None:
+def test_a_training_that_was_asked_to_stop_loses_nothing(tmp_path: Path) -> None:
     class Stopped(Recorder):
         def wants_stop(self) -> bool:
             return len(self.steps) == 22
@@ -257,7 +259,7 @@ def test_a_training_that_is_asked_to_stop_loses_nothing(tmp_path: Path) -> None:
     assert monitor.steps[0] == 368 + 16
 
 
-def test_fp16_finds_a_scale_that_its_gradients_bear(tmp_path: Path) -> None:
+def test_fp16_finds_a_working_loss_scale(tmp_path: Path) -> None:
     class Steep(Line):
         def loss(self, network, tensors, generator):
             return 100 * super().loss(network, tensors, generator)
@@ -272,7 +274,7 @@ def test_fp16_finds_a_scale_that_its_gradients_bear(tmp_path: Path) -> None:
     assert monitor.logged[-1]["loss"] < monitor.logged[0]["loss"] / 5
 
 
-def test_the_scale_of_a_loss_follows_its_gradients() -> None:
+def test_the_loss_scale_shrinks_and_grows() -> None:
     scale = LossScale.of("fp16")
     assert LossScale.of("bf16") == LossScale(False, 1.0) and not LossScale.of("bf16").shrink()
     assert scale.shrink() and scale.value == 2**15
@@ -281,17 +283,17 @@ def test_the_scale_of_a_loss_follows_its_gradients() -> None:
     assert scale.value == 2**16 and scale.good_steps == 0
     while scale.shrink():
         assert scale.value >= LossScale.SMALLEST
-    assert scale.value == LossScale.SMALLEST, "there is an end to it"
+    assert scale.value == LossScale.SMALLEST, "it shrinks below the minimum"
 
 
 @pytest.mark.slow
 def test_a_compiled_network_takes_the_same_steps(tmp_path: Path) -> None:
     losses, flops = [], []
-    for compile_it in (False, True):
+    for compiled in (False, True):
         torch.compiler.reset()
         monitor = Recorder()
-        changes = settings(num_samples=320, log_samples=16, compile=compile_it, precision="fp32")
-        trainer.train(Still(), reader(tmp_path), changes, str(tmp_path / str(compile_it)), monitor)
+        changes = settings(num_samples=320, log_samples=16, compile=compiled, precision="fp32")
+        trainer.train(Deterministic(), reader(tmp_path), changes, str(tmp_path / str(compiled)), monitor)
         losses.append([values["loss"] for values in monitor.logged])
         flops.append(
             [1e12 * values["teraflops_per_second"] / values["samples_per_second"] for values in monitor.logged]
@@ -312,7 +314,7 @@ def _train_one_rank(rank: int, world_size: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
     )
     trainer.train(
-        Still(),
+        Deterministic(),
         reader(Path(folder)),
         settings(precision="fp32"),
         f"{folder}/together",
@@ -321,8 +323,8 @@ def _train_one_rank(rank: int, world_size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-class Still(Line):
-    """Without randomness, so that only the division of the batch can make a difference."""
+class Deterministic(Line):
+    """Objective without randomness, so that only the division of the batch can make a difference."""
 
     def loss(self, network, tensors, generator):
         return ((network(tensors["x"]) - tensors["y"]) ** 2).mean()
@@ -332,14 +334,14 @@ class Still(Line):
         self.model = nn.Sequential(self.model[0], self.model[2])
 
 
-def test_two_workers_take_the_steps_of_one(tmp_path: Path) -> None:
-    trainer.train(Still(), reader(tmp_path), settings(precision="fp32"), str(tmp_path / "alone"))
+def test_two_workers_take_the_same_steps_as_one(tmp_path: Path) -> None:
+    trainer.train(Deterministic(), reader(tmp_path), settings(precision="fp32"), str(tmp_path / "alone"))
     torch.multiprocessing.spawn(_train_one_rank, (2, str(tmp_path)), nprocs=2)
     alone, together = (checkpoints.load(str(tmp_path / name / "model"))[0]["model"] for name in ("alone", "together"))
     for name, weight in alone.items():
         torch.testing.assert_close(together[name], weight, atol=1e-5, rtol=1e-4)
 
 
-def test_a_batch_that_workers_cannot_share_is_refused(tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_divided_among_workers_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch_size: got 16, expected a multiple of 3 workers"):
         trainer.train(Line(), reader(tmp_path), settings(), str(tmp_path / "run"), workers=Workers(0, 3))

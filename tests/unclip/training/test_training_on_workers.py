@@ -1,4 +1,4 @@
-"""A training is the same however it is divided, and wherever it is resumed: workers, shards, micro-batches (F41, F46, F47)."""
+"""Training is the same for any workers, shards and micro-batches, and for any interruption (F41, F46, F47)."""
 
 import functools
 import json
@@ -15,34 +15,34 @@ import torch
 import torch.multiprocessing
 
 from tests.unclip.training import trained_on_workers
-from tests.unclip.training.trained_on_workers import NUM_ROWS, End, losses, metrics, one_of_two, previews, run
+from tests.unclip.training.trained_on_workers import NUM_ROWS, End, losses, metrics, previews, run, run_rank_of_two
 from unclip import files
 from unclip.training import checkpoints, parallel
 from unclip.training.checkpoints import MANIFEST
 from unclip.training.trainer import HUNG, HUNG_EXIT_CODE
 
 STEPS = 8
-"""Of 16 samples; checkpoints after the third, the sixth and the last."""
+"""Steps of 16 samples; checkpoints after the third, the sixth and the last one."""
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return checkpoints.load(str(folder / name / "model"))[0]["model"]
 
 
-def test_two_workers_whole_or_in_shards_take_the_steps_of_one_and_go_on_where_others_stopped(tmp_path: Path) -> None:
+def test_ddp_and_fsdp_take_the_steps_of_one_worker_and_resume_from_each_other(tmp_path: Path) -> None:
     run(tmp_path, "alone")
     stop = End(before_step=4, kill=None)
     run(tmp_path, "one then two", end=stop)
     jobs: list[tuple[str, End | None, dict[str, Any]]] = [
         ("ddp", None, {"parallel": "ddp"}),
         ("fsdp", None, {"parallel": "fsdp"}),
-        ("less memory", None, {"parallel": "fsdp", "activation_checkpointing": True}),
+        ("checkpointing", None, {"parallel": "fsdp", "activation_checkpointing": True}),
         ("one then two", None, {"parallel": "fsdp"}),
         ("two then one", stop, {"parallel": "fsdp"}),
-        ("shards then whole", stop, {"parallel": "fsdp"}),
-        ("shards then whole", None, {"parallel": "ddp"}),
+        ("fsdp then ddp", stop, {"parallel": "fsdp"}),
+        ("fsdp then ddp", None, {"parallel": "ddp"}),
     ]
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), jobs), nprocs=2)
+    torch.multiprocessing.spawn(run_rank_of_two, (str(tmp_path), jobs), nprocs=2)
     run(tmp_path, "two then one")
     expected = losses(tmp_path, "alone")
     assert len(expected) == STEPS
@@ -58,28 +58,28 @@ def test_two_workers_whole_or_in_shards_take_the_steps_of_one_and_go_on_where_ot
 def test_compiled_blocks_take_the_same_steps_on_one_worker_and_in_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of them is left to run as it is because it has one shape too many."""
+    """No block runs uncompiled because of the recompile limit."""
     limit = torch._dynamo.config.recompile_limit
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)  # and set back afterwards
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)  # restored afterwards
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    run(tmp_path, "as it is")
+    run(tmp_path, "plain")
     run(tmp_path, "compiled", compile=True)
     assert torch._dynamo.utils.counters["frames"]["ok"] > limit
     shards = {"compile": True, "parallel": "fsdp", "activation_checkpointing": True}
-    assert trained_on_workers.attempt(tmp_path, 2, ("in shards", None, shards)) == 0
-    as_it_is, compiled, in_shards = (
-        [loss for _, loss in losses(tmp_path, name)] for name in ("as it is", "compiled", "in shards")
+    assert trained_on_workers.attempt(tmp_path, 2, ("sharded", None, shards)) == 0
+    plain, compiled, sharded = (
+        [loss for _, loss in losses(tmp_path, name)] for name in ("plain", "compiled", "sharded")
     )
-    assert len(compiled) == STEPS and compiled == pytest.approx(as_it_is, abs=1e-3)
-    assert in_shards == pytest.approx(compiled, abs=1e-5)
+    assert len(compiled) == STEPS and compiled == pytest.approx(plain, abs=1e-3)
+    assert sharded == pytest.approx(compiled, abs=1e-5)
 
 
-def test_activations_computed_again_change_nothing(tmp_path: Path) -> None:
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     run(tmp_path, "kept")
-    run(tmp_path, "again", activation_checkpointing=True)
-    assert losses(tmp_path, "kept") == losses(tmp_path, "again")
-    kept, again = weights(tmp_path, "kept"), weights(tmp_path, "again")
-    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    run(tmp_path, "recomputed", activation_checkpointing=True)
+    assert losses(tmp_path, "kept") == losses(tmp_path, "recomputed")
+    kept, recomputed = weights(tmp_path, "kept"), weights(tmp_path, "recomputed")
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 def test_previews_change_nothing(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_previews_change_nothing(tmp_path: Path) -> None:
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
-    """Noise belongs to a micro-batch, so losses differ from those of another division, but not in their mean."""
+    """Noise depends on the micro-batch, so another division changes the losses, but not their mean."""
     run(tmp_path, "whole", micro_batch_size=16)
     run(tmp_path, "quarters", micro_batch_size=4)
     whole, quarters = ([loss for _, loss in losses(tmp_path, name)] for name in ("whole", "quarters"))
@@ -99,7 +99,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     assert np.mean(whole) == pytest.approx(np.mean(quarters), rel=0.1)
 
 
-def test_losses_are_told_by_timestep_and_beside_those_of_predicting_the_mean(tmp_path: Path) -> None:
+def test_losses_are_reported_by_timestep_and_relative_to_predicting_the_mean(tmp_path: Path) -> None:
     run(tmp_path, "run", learning_rate=1e-9)  # an untrained network predicts zeros
     training = [values for values in metrics(tmp_path, "run") if "relative_loss" in values]
     assert [values["samples_seen"] for values in training] == [32, 64, 96, 128]
@@ -109,7 +109,7 @@ def test_losses_are_told_by_timestep_and_beside_those_of_predicting_the_mean(tmp
         assert buckets >= {name for name in values if name.startswith("loss_t_")} != set()
 
 
-def test_validation_is_always_the_same_and_changes_nothing(tmp_path: Path) -> None:
+def test_validation_is_deterministic_and_changes_nothing(tmp_path: Path) -> None:
     for name, changes in (("still", {"learning_rate": 1e-9}), ("learning", {}), ("without", {"validation_rows": 0})):
         run(tmp_path, name, **changes)
     measured = {
@@ -126,26 +126,26 @@ def test_validation_is_always_the_same_and_changes_nothing(tmp_path: Path) -> No
     assert facts["validation_loss"] == learned[2]
 
 
-def test_blocks_are_the_innermost_that_a_model_repeats() -> None:
+def test_blocks_are_the_innermost_repeated_modules() -> None:
     linear = torch.nn.Linear(1, 1)
     nested = torch.nn.Sequential(torch.nn.ModuleList([linear]))
     assert parallel.blocks(torch.nn.Sequential(torch.nn.ModuleList([nested]))) == [linear]
 
 
 class Kill(NamedTuple):
-    """Where a worker of a training dies."""
+    """Point at which a worker of a training is killed."""
 
     world_size: int
     end: End | None = None
-    """Before a step of the loop,"""
+    """Death before a step of the loop, or"""
     failpoint: str = ""
-    """or where a file is written: a regular expression for `files.failpoint`."""
+    """at the write of a file: a regular expression for `files.failpoint`."""
     hang_seconds: float = 0
-    """After which a worker that does not move is one that hangs."""
+    """Seconds without progress after which a worker hangs; 0 for never."""
 
 
 def kills(world_size: int) -> Iterator[tuple[str, Kill]]:
-    """In the loop, and before, within and after the writing of each file of a checkpoint; by name."""
+    """Yield kills by name: in the loop, and before, within and after the write of each file of a checkpoint."""
     last = world_size - 1
     for step in (1, 3, 4, 8):
         yield f"step {step}", Kill(world_size, End(step, last))
@@ -158,7 +158,7 @@ def kills(world_size: int) -> Iterator[tuple[str, Kill]]:
         yield f"{moment} model", Kill(world_size, failpoint=rf"^{moment} .*/model/{MANIFEST}")
 
 
-FEW = {
+QUICK_KILLS = {
     1: {
         "step 4",
         "within 48 rank-00000.safetensors",
@@ -168,9 +168,9 @@ FEW = {
     },
     2: {"step 4", "within 96 rank-00001.json"},
 }
-"""The kills of `make test`; all of them are for `make test-slow`."""
+"""Kills in `make test`, by world size; `make test-slow` has all of them."""
 KILLS = [
-    pytest.param(kill, id=f"{world_size}: {name}", marks=() if name in FEW[world_size] else pytest.mark.slow)
+    pytest.param(kill, id=f"{world_size}: {name}", marks=() if name in QUICK_KILLS[world_size] else pytest.mark.slow)
     for world_size in (1, 2)
     for name, kill in kills(world_size)
 ]
@@ -182,7 +182,7 @@ def attempt(folder: Path, name: str, kill: Kill) -> int:
 
 
 def state(folder: Path, name: str) -> list[str]:
-    """sha256 of all that the last checkpoint and the model hold: raw weights, average, moments."""
+    """sha256 of the tensor files of the last checkpoint and the model: weights, EMA weights, moments."""
     last = f"{folder}/{name}/checkpoints/{16 * STEPS:012d}"
     shards = [entry for entry in files.names(last) if entry.endswith(".safetensors")]
     paths = [*(f"{last}/{entry}" for entry in shards), f"{folder}/{name}/model/model.safetensors"]
@@ -190,22 +190,22 @@ def state(folder: Path, name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The folder with `whole`, a training on so many workers that nothing disturbed."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """World size -> folder with `whole`, an uninterrupted training."""
 
     @functools.cache
-    def of(world_size: int) -> Path:
+    def train(world_size: int) -> Path:
         folder = tmp_path_factory.mktemp(f"{world_size}-workers")
         trained_on_workers.reader(folder)
         assert attempt(folder, "whole", Kill(world_size)) == 0
         return folder
 
-    return of
+    return train
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_each_row_of_an_epoch_is_seen_once(undisturbed: Callable[[int], Path], world_size: int) -> None:
-    folder = undisturbed(world_size)
+def test_each_row_of_an_epoch_is_seen_once(uninterrupted: Callable[[int], Path], world_size: int) -> None:
+    folder = uninterrupted(world_size)
     seen = [json.loads((folder / f"whole-{rank}.rows").read_text()) for rank in range(world_size)]
     share = 16 // world_size
     order = [row for step in range(STEPS) for rows in seen for row in rows[step * share : (step + 1) * share]]
@@ -215,17 +215,17 @@ def test_each_row_of_an_epoch_is_seen_once(undisturbed: Callable[[int], Path], w
 
 
 @pytest.mark.parametrize("kill", KILLS)
-def test_f41_a_killed_training_goes_on_to_the_same_losses_and_weights(
-    undisturbed: Callable[[int], Path], kill: Kill
+def test_f41_a_killed_training_resumes_to_the_same_losses_and_weights(
+    uninterrupted: Callable[[int], Path], kill: Kill
 ) -> None:
-    folder, name = undisturbed(kill.world_size), uuid.uuid4().hex
+    folder, name = uninterrupted(kill.world_size), uuid.uuid4().hex
     armed = folder / f"{name}-armed"
     armed.mkdir()
     if kill.failpoint:
         (armed / "here").write_text(kill.failpoint)
     assert attempt(folder, name, kill) == signal.SIGKILL
     assert not list(armed.iterdir()), "nothing was killed there"
-    committed, before = complete(folder, name), len(losses(folder, name))
+    committed, before = last_checkpoint(folder, name), len(losses(folder, name))
     assert attempt(folder, name, Kill(kill.world_size)) == 0
     got, expected = losses(folder, name), dict(losses(folder, "whole"))
     assert all(expected[samples_seen] == loss for samples_seen, loss in got), "a loss differs"
@@ -235,23 +235,23 @@ def test_f41_a_killed_training_goes_on_to_the_same_losses_and_weights(
 
 
 @pytest.mark.slow
-def test_f46_a_worker_that_stands_still_is_named_and_the_training_goes_on_from_its_checkpoint(
-    undisturbed: Callable[[int], Path],
+def test_f46_a_hanging_worker_is_named_and_the_training_resumes_from_its_checkpoint(
+    uninterrupted: Callable[[int], Path],
 ) -> None:
-    folder, name = undisturbed(2), uuid.uuid4().hex
-    stop = End(5, rank=1, kill=signal.SIGSTOP, wait_seconds=5.0)  # a worker is heard of every 1.5 s
+    folder, name = uninterrupted(2), uuid.uuid4().hex
+    stop = End(5, rank=1, kill=signal.SIGSTOP, wait_seconds=5.0)  # workers write every 1.5 s
     assert attempt(folder, name, Kill(2, stop, hang_seconds=15)) == HUNG_EXIT_CODE
     message = files.read_json(f"{folder}/{name}/{HUNG}")["message"]
     assert re.fullmatch(
-        r"nothing moved for 15 s: worker 1 \(process \d+ on .+\) does not answer; "
-        r"it was last heard of taking a step after 64 samples\.",
+        r"no progress for 15 s: worker 1 \(process \d+ on .+\) does not respond; "
+        r"its last sign of life was while taking a step after 64 samples\.",
         message,
     )
     assert attempt(folder, name, Kill(2, hang_seconds=60)) == 0
     assert state(folder, name) == state(folder, "whole")
 
 
-def complete(folder: Path, name: str) -> int:
-    """Samples seen of the last checkpoint that was committed."""
+def last_checkpoint(folder: Path, name: str) -> int:
+    """Samples seen at the last committed checkpoint; 0 if there is none."""
     root = f"{folder}/{name}/checkpoints"
-    return max((int(one) for one in files.names(root) if files.exists(f"{root}/{one}/{MANIFEST}")), default=0)
+    return max((int(entry) for entry in files.names(root) if files.exists(f"{root}/{entry}/{MANIFEST}")), default=0)

@@ -1,6 +1,6 @@
-"""A training that is small and still has all that a large one has; run whole, stopped or killed, on one worker or two.
+"""Small but complete training, run to the end, stopped or killed, on one worker or two.
 
-Imported by processes that a fork server starts, so that a hundred of them cost seconds.
+Processes from a fork server import this module, so that a hundred of them start in seconds.
 """
 
 import dataclasses
@@ -38,17 +38,17 @@ MODEL = UpsamplerConfig(UNET, low_res_size=8, scale=2, diffusion=DiffusionConfig
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """How a training ends before its time: by a signal to one worker, or asked to stop, before it takes a step."""
+    """Early end of a training before a step: by a signal to one worker, or by a request to stop."""
 
     before_step: int
     rank: int = 0
     kill: int | None = signal.SIGKILL
     wait_seconds: float = 0.0
-    """Before the signal, so that the others have heard where this worker stands."""
+    """Wait before the signal, so that this worker's progress is written."""
 
 
 class Objective(UpsamplerObjective):
-    """Remembers which rows it is trained on."""
+    """Objective that records the rows it is trained on."""
 
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {**super().prepare(batch), "row": torch.tensor([int(key) for key in batch["key"]])}
@@ -59,11 +59,11 @@ class Objective(UpsamplerObjective):
         return super().loss(network, tensors, generator)
 
 
-class Diary(Monitor):
-    """Writes down every step's loss, to the bit."""
+class Recorder(Monitor):
+    """Monitor that writes every loss exactly, and ends the training as told by `end`."""
 
     def __init__(self, path: Path, rank: int, end: End | None) -> None:
-        self.path, self.rank, self.end, self.num_asked = path, rank, end, 0
+        self.path, self.rank, self.end, self.num_steps = path, rank, end, 0
 
     def metrics(self, values: Mapping[str, float], samples_seen: int) -> None:
         with self.path.with_suffix(".metrics").open("a") as file:
@@ -78,12 +78,12 @@ class Diary(Monitor):
             file.write(json.dumps([samples_seen, loss.hex()]) + "\n")
 
     def wants_stop(self) -> bool:
-        self.num_asked += 1
-        is_now = self.end is not None and self.num_asked == self.end.before_step and self.rank == self.end.rank
-        if is_now and self.end is not None and self.end.kill:
+        self.num_steps += 1
+        is_due = self.end is not None and self.num_steps == self.end.before_step and self.rank == self.end.rank
+        if is_due and self.end is not None and self.end.kill:
             time.sleep(self.end.wait_seconds)
             os.kill(os.getpid(), self.end.kill)
-        return is_now
+        return is_due
 
 
 def reader(folder: Path) -> RowReader:
@@ -91,28 +91,28 @@ def reader(folder: Path) -> RowReader:
     keys = [f"{index:02d}" for index in range(NUM_ROWS)]
     if not path.exists():
         rng = np.random.default_rng(0)
-        pictures = [io.BytesIO() for _ in keys]
-        for picture in pictures:
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, "JPEG")
-        table = pa.table({"key": keys, "jpg": [picture.getvalue() for picture in pictures]})
+        jpegs = [io.BytesIO() for _ in keys]
+        for jpeg in jpegs:
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(jpeg, "JPEG")
+        table = pa.table({"key": keys, "jpg": [jpeg.getvalue() for jpeg in jpegs]})
         pq.write_table(table, path, row_group_size=8)
     return RowReader([Source((str(path),), ("jpg",))], keys)
 
 
 def validation(folder: Path) -> RowReader:
-    """Half of the rows, which in earnest would not be trained on."""
+    """Reader of half of the training rows; real validation rows would be held out."""
     return RowReader(
         [Source((f"{folder}/rows.parquet",), ("jpg",))], [f"{index:02d}" for index in range(0, NUM_ROWS, 2)]
     )
 
 
 def metrics(folder: Path, name: str) -> list[dict[str, float]]:
-    """Everything that was logged."""
+    """All logged metrics."""
     return [json.loads(line) for line in (folder / f"{name}.metrics").read_text().splitlines()]
 
 
 def previews(folder: Path, name: str) -> list[int]:
-    """Samples seen before each."""
+    """Samples seen at each preview."""
     return [int(line) for line in (folder / f"{name}.previews").read_text().split()]
 
 
@@ -124,11 +124,11 @@ def settings(**changes: Any) -> TrainerConfig:
 def run(
     folder: Path, name: str, workers: Workers = ALONE, end: End | None = None, root: str = "", **changes: Any
 ) -> list[int]:
-    """Train in `root` or else `folder`; losses go to NAME.jsonl in `folder`. Returns the rows that this worker saw."""
+    """Train in `root`, by default `folder`; write losses to NAME.jsonl in `folder` and return the rows that this rank saw."""
     torch.manual_seed(0)
     rows = reader(folder)
     objective = Objective(MODEL, rows.read(["00", "01"]))
-    monitor = Diary(folder / f"{name}.jsonl", workers.rank, end)
+    monitor = Recorder(folder / f"{name}.jsonl", workers.rank, end)
     try:
         config = settings(**changes)
         trainer.train(objective, rows, config, f"{root or folder}/{name}", monitor, workers, validation(folder))
@@ -138,46 +138,46 @@ def run(
 
 
 def losses(folder: Path, name: str) -> list[tuple[int, float]]:
-    """(samples seen, loss) of every step of every attempt."""
+    """(samples seen, loss) of every step, over all attempts."""
     path = folder / f"{name}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [(samples_seen, float.fromhex(loss)) for samples_seen, loss in map(json.loads, lines)]
 
 
 Job = tuple[str, End | None, dict[str, Any]]
-"""Name, end, and changed settings of a training."""
+"""Name, early end and changed settings of a training."""
 
 
-def one_of_two(rank: int, folder: str, jobs: list[Job]) -> None:
-    """What one of two workers does."""
+def run_rank_of_two(rank: int, folder: str, jobs: list[Job]) -> None:
+    """Run several trainings as one of two ranks."""
     for job in jobs:
-        one_of(rank, folder, f"{folder}/nothing-armed", 2, job)
+        run_rank(rank, folder, f"{folder}/nothing-armed", 2, job)
 
 
-def one_of(rank: int, folder: str, armed: str, world_size: int, job: Job) -> None:
-    """What one worker does; the rows that it saw go to NAME-RANK.rows."""
+def run_rank(rank: int, folder: str, armed: str, world_size: int, job: Job) -> None:
+    """Run a training as one rank; write the rows that it saw to NAME-RANK.rows."""
     name, end, changes = job
     torch.set_num_threads(1)
     if Path(armed).exists():
         os.environ["UNCLIP_FAILPOINTS"] = armed
     if world_size > 1 and not torch.distributed.is_initialized():
-        meet = f"file://{folder}/meet-{name}"
-        torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
+        rendezvous = f"file://{folder}/rendezvous-{name}"
+        torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     rows = run(Path(folder), name, Workers(rank, world_size), end, **changes)
     Path(folder, f"{name}-{rank}.rows").write_text(json.dumps(rows))
 
 
 def attempt(folder: Path, world_size: int, job: Job, armed: Path | None = None) -> int:
-    """Train in processes of their own until one of them dies or all end; returns the worst exit status.
+    """Train in separate processes until one of them dies or all end; return the highest exit status.
 
     Args:
-        armed: folder with failpoints at which to die.
+        armed: folder with failpoints.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.unclip.training.trained_on_workers"])
-    (folder / f"meet-{job[0]}").unlink(missing_ok=True)
+    (folder / f"rendezvous-{job[0]}").unlink(missing_ok=True)
     arguments = (str(folder), str(armed or f"{folder}/nothing-armed"), world_size, job)
-    processes = [context.Process(target=one_of, args=(rank, *arguments)) for rank in range(world_size)]
+    processes = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(world_size)]
     for process in processes:
         process.start()
     while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
