@@ -1,4 +1,4 @@
-"""CLIP itself, trained on the pairs where no pretrained one is given."""
+"""CLIP itself, trained on the dataset's pairs if no pretrained one is given."""
 
 import contextlib
 from typing import Any
@@ -14,7 +14,7 @@ from unclip.training.objective import Tensors
 
 
 class ClipObjective:
-    """CLIP's contrastive loss, open_clip's own. Source: Radford et al. 2021, figure 3."""
+    """CLIP's contrastive loss, as open_clip implements it. Source: Radford et al. 2021, figure 3."""
 
     columns = ("caption", "jpg")
 
@@ -34,11 +34,11 @@ class ClipObjective:
         return {"images": clip_models.prepare(self.model, images), "tokens": self.tokenizer(batch["caption"])}
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        # open_clip's attention calls the fused kernel, which is slow on CPUs in bf16; see layers.attention
+        # open_clip's attention uses the fused kernel, which is slow on CPUs in bf16; see layers.attention
         on_cpu = tensors["images"].device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
             image_features, text_features, logit_scale = network(tensors["images"], tensors["tokens"])[:3]
-        # the temperature of the paper: never above 100
+        # as in the paper, the logits are scaled by at most 100
         logit_scale = logit_scale.clamp(max=100)
         return self.clip_loss(image_features.float(), text_features.float(), logit_scale)  # type: ignore[no-any-return]
 

@@ -1,7 +1,7 @@
 """A part: one trained network of a system, described once, where it is defined.
 
-Everything that the trainer, the memory plan, the loader, evaluation, takedown and the command line ask of a trained network
-is a field of its `Part`. A new network is a new `Part`; nothing else knows it by name.
+`Part` has a field for everything that the trainer, the memory plan, the loader, evaluation, takedown and the command line
+need to know of a trained network. A new network is a new `Part`; no other code knows it by name.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from unclip.training.settings import TrainerConfig
 
 
 class Section(Protocol):
-    """Settings of a part: a frozen dataclass with its network's settings and these."""
+    """Settings of a part: a frozen dataclass with its network's settings and the fields below."""
 
     @property
     def trainer(self) -> TrainerConfig:
@@ -32,7 +32,7 @@ C = TypeVar("C", bound=Section)
 
 
 class Shapes(NamedTuple):
-    """Sizes that networks take from the frozen CLIP."""
+    """Sizes that the frozen CLIP sets for the networks."""
 
     embedding_dim: int
     """E, width of the embeddings."""
@@ -41,15 +41,15 @@ class Shapes(NamedTuple):
 
 
 class TrainingInputs(Protocol):
-    """Inputs of an objective, read in the worker that asks for them."""
+    """Inputs of an objective; the worker that needs them reads them."""
 
     workers: Workers
 
     def clip(self) -> Clip:
-        """Frozen CLIP that embedded the rows; for parts that need "clip"."""
+        """Frozen CLIP that embedded the rows; only for parts that need "clip"."""
 
     def model(self, stage: str) -> str:
-        """URI of the model folder that another stage trained; for parts that need this stage."""
+        """URI of another stage's trained model; only for parts that need that stage."""
 
     def statistics(self) -> EmbeddingStatistics:
         """Mean and standard deviation of the training rows' image embeddings."""
@@ -58,10 +58,10 @@ class TrainingInputs(Protocol):
         """Principal components of the training rows' image embeddings."""
 
     def first_rows(self, table: str, columns: tuple[str, ...], count: int) -> Batch:
-        """First training rows, `count` of them or all there are: the same in every worker."""
+        """First `count` training rows, or all if there are fewer; the same in every worker."""
 
     def preview_rows(self) -> Batch:
-        """A few rows to watch the training on, held-out ones where there are any, with all columns that the part reads."""
+        """A few rows for previews, held out if possible, with all columns that the part reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,25 +69,25 @@ class Part(Generic[C]):
     """Description of a trained network."""
 
     name: str
-    """Name of its stage and of its section of the settings; `facts["kind"]` of its saved models."""
+    """Name of its stage and of its section in the settings; `facts["kind"]` of its saved models."""
     help: str
-    """What it learns, in one line."""
+    """Description in one line, for the command line."""
     config: type[C]
-    """Class of its section of the settings."""
+    """Class of its section in the settings."""
     build: Callable[[Mapping[str, Any]], nn.Module]
-    """Builds the network, without weights, from the facts that its objective saved with them."""
+    """Builds the network, without weights, from the facts that its objective saved with the weights."""
     objective: Callable[[C, TrainingInputs], Objective]
-    """Makes the network and its loss."""
+    """Builds the network and its loss."""
     reads: Callable[[C], Mapping[str, tuple[str, ...]]]
-    """Columns that it is trained on, by table: images, embeddings."""
+    """Table ("images" or "embeddings") -> the columns it is trained on."""
     network: Callable[[C, Shapes], Network]
-    """The network and example inputs of `forward`, for the memory plan; built on fake tensors."""
+    """The network and example inputs of its `forward`, for the memory plan; built on fake tensors."""
     needs: tuple[str, ...] = ("clip",)
-    """Stages, besides the dataset's, whose results it is trained with."""
+    """Stages whose results the training uses, besides the dataset's stages."""
     shows_rows: bool = False
-    """Its previews show rows of the dataset, so that a takedown must find them."""
+    """True if its previews show rows of the dataset, so that a takedown must find them."""
     kinds: tuple[str, ...] = ()
-    """Values of `facts["kind"]` that `build` knows, where they are others than the name."""
+    """Values of `facts["kind"]` that `build` accepts; empty for the name alone."""
 
     @property
     def saved_kinds(self) -> tuple[str, ...]:

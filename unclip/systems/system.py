@@ -1,13 +1,13 @@
-"""A system: a way from captions to images, made of trained parts; and the stack, the folder that one is published as.
+"""Systems, which turn captions into images with trained parts; and stacks, the folders that systems are published as.
 
     stack/stack.json        the system's name, its parts in order, its CLIP, its sampling settings; written last
           <part>/           one folder for each part: safetensors under a manifest
-          clip/             CLIP, where it was trained with the stack
-          statistics/       statistics of the image embeddings that it was trained on
+          clip/             CLIP, if it was trained with the stack
+          statistics/       statistics of the image embeddings that the stack was trained on
 
-A system of this library is one file or package of `unclip.systems` that defines `SYSTEM`. One of another package is an entry
-point of the group `unclip.systems` that names such a `SystemSpec`. A stack names its system by that name alone: what is in
-its folder is never imported.
+A system of this library is a module or package in `unclip.systems` that defines `SYSTEM`. Another package adds a system by an
+entry point in the group `unclip.systems` that refers to a `SystemSpec`. A stack refers to its system by name only; no code is
+ever imported from its folder.
 
 Letters: B batch, S resolution.
 """
@@ -33,17 +33,17 @@ from unclip.systems.part import Part
 from unclip.training import checkpoints
 
 Input = Literal["negative", "start"]
-"""Inputs of some systems besides captions; see `System.sample`."""
+"""Inputs that some systems take besides captions; see `System.sample`."""
 
 ENTRY_POINTS = "unclip.systems"
 
 
 class Sampling(Protocol):
-    """Sampling settings of a system: a frozen dataclass with these, and a section for each part that has some."""
+    """Sampling settings of a system: a frozen dataclass with the fields below and a section for each part that has some."""
 
     @property
     def batch_size(self) -> int:
-        """Captions that are sampled together."""
+        """Captions sampled together."""
 
 
 class System(Protocol):
@@ -58,31 +58,31 @@ class System(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of its weights."""
 
     def to(self, device: torch.device) -> Self:
-        """Move it to a device."""
+        """Move the system to a device."""
 
     def sample(self, captions: Sequence[str], sampling: Any, generator: torch.Generator) -> Tensor:
-        """One batch of images, [len(captions), 3, S, S] in [-1, 1], on the system's device.
+        """Sample one batch of images, [len(captions), 3, S, S] in [-1, 1], on the system's device.
 
         Args:
-            sampling: settings of the system's own class.
+            sampling: settings, of the system's own class.
             generator: source of all randomness, on the system's device.
 
-        Systems whose `SystemSpec` names more inputs take them by keyword, one for each caption: `negative`, captions to be
-        guided away from; `start`, images [len(captions), 3, S, S] in [-1, 1] to begin with, on any device.
+        If its `SystemSpec` lists more inputs, the system takes them by keyword, one for each caption: `negative`, captions to
+        guide away from; `start`, images [len(captions), 3, S, S] in [-1, 1] to start from, on any device.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipFiles:
-    """The CLIP of a stack."""
+    """CLIP of a stack."""
 
     model: str
-    """Name as open_clip takes it; "local-dir:" and a path for a folder."""
+    """Name known to open_clip, or "local-dir:" and the path of a folder."""
     pretrained: str | None = None
-    """Tag or weights file, for a model given by name."""
+    """Tag or weights file, if the model is given by name."""
     image_embeddings: ImageEmbeddings = "unit"
     """Scale of its image embeddings."""
 
@@ -92,18 +92,18 @@ class ClipFiles:
 
 @dataclasses.dataclass(frozen=True)
 class StackFiles:
-    """The files that a system is loaded from: those of a published stack, or of the stages that trained its parts."""
+    """Files to load a system from: those of a published stack, or of the stages that trained its parts."""
 
     system: str
     """Name of the system."""
     models: Mapping[str, str]
     """Stage of each part -> URI of its model folder, in the order of the system's DAG."""
     clip: ClipFiles | None = None
-    """CLIP, where the system reads captions or images through one."""
+    """CLIP, if the system reads captions or images through one."""
     statistics: str | None = None
     """URI of the statistics of the training rows' image embeddings."""
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Default sampling settings; what is not given takes the system's defaults."""
+    """Default sampling settings; missing ones take the system's defaults."""
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "StackFiles":
@@ -119,19 +119,19 @@ class SystemSpec:
     name: str
     """Name in run files and stacks."""
     parts: tuple[Part[Any], ...]
-    """Its trained networks; several may be trained from one of them."""
+    """Its kinds of trained network; a system may have several networks of one kind."""
     sampling: type
-    """Class of its sampling settings, a frozen dataclass with a `batch_size`."""
+    """Class of its sampling settings; see `Sampling`."""
     load: Callable[[StackFiles], System]
-    """Loads it."""
+    """Loads the system."""
     shortcuts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Options of `unclip sample` -> the sampling settings that they stand for, such as steps -> decoder.num_steps."""
+    """Option of `unclip sample` -> the sampling setting it sets, such as steps -> decoder.num_steps."""
     inputs: tuple[Input, ...] = ()
-    """Inputs of its `sample` besides captions."""
+    """Inputs that its `sample` takes besides captions."""
 
 
 def system_names() -> list[str]:
-    """Names of all systems that can be loaded."""
+    """All systems that can be loaded, sorted."""
     here = importlib.import_module(__package__)
     found = [module.name for module in pkgutil.iter_modules(here.__path__)]
     own = [name for name in found if hasattr(importlib.import_module(f"{__package__}.{name}"), "SYSTEM")]
@@ -139,10 +139,10 @@ def system_names() -> list[str]:
 
 
 def find_system(name: str) -> SystemSpec:
-    """The system with this name.
+    """Find a system by its name.
 
     Raises:
-        ConfigError: there is none; names the nearest.
+        ConfigError: there is none; suggests the nearest name.
     """
     if re.fullmatch(r"[a-z][a-z0-9_]*", name):
         if importlib.util.find_spec(f"{__package__}.{name}") is not None:
@@ -152,18 +152,18 @@ def find_system(name: str) -> SystemSpec:
         for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
             loaded: SystemSpec = point.load()
             return loaded
-    raise ConfigError(f"system: got {name!r}, which is no known system. {config.nearest(name, system_names())}")
+    raise ConfigError(f"system: got {name!r}, which is not a known system. {config.nearest(name, system_names())}")
 
 
 def load_model(folder: str, parts: Iterable[Part[Any]]) -> nn.Module:
-    """A model as the trainer saved it, in evaluation mode.
+    """Load a model that the trainer saved, in evaluation mode.
 
     Args:
         folder: URI of a `model/` folder.
-        parts: the parts it may be of.
+        parts: parts that the model may be.
 
     Raises:
-        CheckpointError: damaged, untrained, of another part, or made by another version of the model.
+        CheckpointError: the model is damaged, untrained, another part, or of another version.
     """
     tensors, facts = checkpoints.load(folder)
     builders = {kind: part.build for part in parts for kind in part.saved_kinds}
@@ -171,7 +171,7 @@ def load_model(folder: str, parts: Iterable[Part[Any]]) -> nn.Module:
     if kind not in builders:
         raise CheckpointError(f"{folder}: got a model of kind {kind!r}, expected {', '.join(builders)}.")
     if not facts.get("samples_seen") and not facts.get("imported"):
-        raise CheckpointError(f"{folder}: this {kind} was never trained; it would sample noise. Train it first.")
+        raise CheckpointError(f"{folder}: this {kind} was never trained, so it would sample noise. Train it first.")
     try:
         model = builders[kind](facts)
         model.load_state_dict(tensors["model"])
@@ -185,17 +185,17 @@ def load_system(folder: str | Path) -> System:
     """Load a published stack from a local folder.
 
     Raises:
-        CheckpointError: something is missing, damaged, or does not fit the rest.
+        CheckpointError: files are missing or damaged, or do not fit each other.
     """
     stack = read_stack(folder)
     return find_system(stack.system).load(stack)
 
 
 def read_stack(folder: str | Path) -> StackFiles:
-    """Read `stack.json` of a local folder, without loading any model.
+    """Read `stack.json` of a local folder without loading any model.
 
     Raises:
-        CheckpointError: it is missing or an earlier version wrote it.
+        CheckpointError: the file is missing, or an earlier version wrote it.
     """
     path = Path(folder, "stack.json")
     if not path.is_file():
@@ -203,8 +203,8 @@ def read_stack(folder: str | Path) -> StackFiles:
     facts = json.loads(path.read_text())
     if "system" not in facts:
         raise CheckpointError(
-            f"{path}: names no system; an earlier version published this stack. Publish it anew with `unclip run`, which "
-            "keeps its trained models."
+            f"{path}: names no system, because an earlier version published this stack. Publish it again with `unclip run`, "
+            "which keeps its trained models."
         )
     clip = facts["clip"]
     if clip is not None:
@@ -219,7 +219,7 @@ def save_stack(folder: str, stack: StackFiles) -> None:
 
     Args:
         folder: URI of the new stack.
-        stack: files to copy; models whose URI lies in `folder` are there already.
+        stack: files to copy, except models whose URI is already in `folder`.
     """
     copied = dict(stack.models)
     clip = stack.clip
@@ -242,16 +242,16 @@ def save_stack(folder: str, stack: StackFiles) -> None:
 
 
 def sampling_of(stack: StackFiles, cls: type) -> Any:
-    """Default sampling settings of a stack.
+    """Read a stack's default sampling settings.
 
     Raises:
-        CheckpointError: they are not of this class; an earlier version wrote them.
+        CheckpointError: they do not fit this class, as when an earlier version wrote them.
     """
     try:
         return config.load(cls, stack.sampling)
     except ConfigError as error:
         raise CheckpointError(
-            f"stack.json: its sampling settings cannot be read: {error} Publish it anew with `unclip run`."
+            f"stack.json: its sampling settings cannot be read: {error} Publish it again with `unclip run`."
         ) from error
 
 
@@ -259,7 +259,7 @@ def sampling_of(stack: StackFiles, cls: type) -> Any:
 def sample_batch(
     system: System, captions: Sequence[str], number: int, *, seed: int, sampling: Any, **inputs: Any
 ) -> Tensor:
-    """Batch `number` of `sample_captions`, on its own: [len(captions), 3, S, S] on the CPU."""
+    """Sample batch `number` of `sample_captions` on its own: [len(captions), 3, S, S] on the CPU."""
     generator = torch.Generator(system.device).manual_seed(seed * 1_000_003 + number)
     sample: Callable[..., Tensor] = system.sample
     return sample(captions, sampling, generator, **inputs).cpu()
@@ -278,12 +278,12 @@ def sample_captions(
     """Sample one image for each caption.
 
     Args:
-        captions: any number; they are sampled in batches.
+        captions: any number; sampled in batches.
         seed: the same captions, seed and settings give the same images on the same machine.
-        sampling: None takes the settings published with the stack.
-        negative: a caption to be guided away from for each; for systems with this input.
-        start: [len(captions), 3, S, S] in [-1, 1], images to begin with; for systems with this input.
-        progress: called with the number of images just finished.
+        sampling: None uses the settings published with the stack.
+        negative: a caption to guide away from for each caption; only for systems with this input.
+        start: [len(captions), 3, S, S] in [-1, 1], images to start from; only for systems with this input.
+        progress: called after each batch with the number of images in it.
 
     Returns:
         [len(captions), 3, S, S] float32 in [-1, 1], on the CPU.

@@ -1,4 +1,4 @@
-"""The upsampler as a part: shared by all systems that enlarge images by diffusion."""
+"""The upsampler as a part, shared by all systems that enlarge images by diffusion."""
 
 import dataclasses
 from typing import Any
@@ -24,13 +24,13 @@ class UpsamplerStageConfig:
     model: UpsamplerConfig = UpsamplerConfig()
     """The network and its diffusion process."""
     trainer: TrainerConfig = TrainerConfig()
-    """The training."""
+    """Training settings."""
     preview: UpsamplerSampling = operational(UpsamplerSampling())
-    """Sampling of the previews."""
+    """Sampling settings of the previews."""
 
 
 class UpsamplerObjective:
-    """The diffusion loss of crops of pictures given the same crops at low resolution."""
+    """Diffusion loss of image crops, given the same crops at low resolution."""
 
     columns = ("jpg",)
 
@@ -63,14 +63,14 @@ class UpsamplerObjective:
         return self.process.take(training)
 
     def preview(self, model: nn.Module) -> Tensor:
-        """The originals, then their small versions upsampled."""
+        """The original images, then their low-resolution versions upsampled."""
         generator = torch.Generator(device_of(model)).manual_seed(0)
         low_res = shrink(self._preview, self.config.low_res_size).to(device_of(model))
         samples = model.sample(low_res, self._preview_sampling, generator=generator)  # type: ignore[operator]
         return torch.cat([self._preview, samples.cpu()])
 
     def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
-        """With small versions that are degraded as in training, and no noise on them."""
+        """Mean squared score, with low-resolution images degraded as in training but not noised."""
         x0, low_res = self._crops(tensors["images"], generator)
         return measure_scores(self.model.diffusion, lambda x_t, t: model(x_t, t, low_res), x0, generator)
 
@@ -78,9 +78,9 @@ class UpsamplerObjective:
         return {"kind": "upsampler", "config": to_dict(self.config)}
 
     def _crops(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random window of each picture and of its degraded small version: [B, 3, S, S], [B, 3, S / scale, S / scale].
+        """Crop each image and its degraded low-resolution version at random: [B, 3, S, S], [B, 3, S / scale, S / scale].
 
-        Small versions are made of whole pictures, so that a crop's edges look as they do at full size.
+        Whole images are degraded before cropping, so that the edges of a crop look as they do in a whole image.
         """
         scale, crop = self.config.scale, self.config.unet.image_size // self.config.scale
         low_res = degrade(images, self.config.low_res_size, self.config.degradation, generator)

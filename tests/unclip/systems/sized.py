@@ -1,4 +1,4 @@
-"""The networks of a model size, for tests."""
+"""Networks of a model size, for tests."""
 
 import dataclasses
 
@@ -36,6 +36,6 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def count_parameters(network: Network) -> int:
-    """Count at no cost: the network is built on the meta device."""
+    """Count parameters without allocating them, on the meta device."""
     with torch.device("meta"):
         return num_parameters(network.build())

@@ -1,4 +1,4 @@
-"""Sampling settings of a stack: each changes its images as its definition says, and docs/sampling.md lists them all."""
+"""Sampling settings of a stack: each has its documented effect on the images, and docs/sampling.md lists them all."""
 
 import dataclasses
 import io
@@ -48,7 +48,7 @@ BASE = to_dict(
 
 @pytest.fixture(scope="module")
 def stack() -> Stack:
-    """A stack of 8 and 16 pixels whose models were measured, and whose upsampler knows noise levels."""
+    """A stack of 8 and 16 pixels with measured scores, whose upsampler is conditioned on the noise level."""
     stack = tiny_stacks.tiny_stack(upsampler={"max_noise_level": 300})
     for model in (stack.prior, stack.decoder, *stack.upsamplers):
         model.measured = {"mean_squared_score": 1 / (1 - 0.5 * model.diffusion.alphas_cumprod)}
@@ -102,18 +102,20 @@ def test_a_setting_changes_the_images(stack: Stack, assignments: tuple[str, ...]
     [
         (("decoder.guidance_interval=[0.9991,0.9992]",), ("decoder.guidance_scale=1.0",)),
         (("prior.sampler=ddim", "prior.eta=1.0"), ()),  # ancestral sampling
-        (("decoder.threshold=1.0", "decoder.threshold_quantile=0.5"), ()),  # the bound of images
+        (("decoder.threshold=1.0", "decoder.threshold_quantile=0.5"), ()),  # the range of images
         (("upsamplers.16.thresholding=none", "upsamplers.16.threshold=0.1"), ("upsamplers.16.thresholding=none",)),
         (("prior.threshold=3.0",), ()),  # the prior's own clip_range
     ],
     ids=lambda assignments: ",".join(assignments),
 )
-def test_settings_that_say_the_same(stack: Stack, assignments: tuple[str, ...], others: tuple[str, ...]) -> None:
+def test_equivalent_settings_give_the_same_images(
+    stack: Stack, assignments: tuple[str, ...], others: tuple[str, ...]
+) -> None:
     torch.testing.assert_close(images(stack, *assignments), images(stack, *others), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("assignment", "words"),
+    ("assignment", "message"),
     [
         ("decoder.eta=2", "decoder.eta: got 2.0, expected 0 to 1"),
         ("prior.eta=0.5", "prior.eta: got 0.5, expected 0 with the sampler ddpm"),
@@ -122,12 +124,12 @@ def test_settings_that_say_the_same(stack: Stack, assignments: tuple[str, ...], 
         ("upsamplers.16.guidance_scale=2", r"upsamplers\.16\.guidance_scale: got 2\.0, expected no guidance"),
     ],
 )
-def test_impossible_settings_name_their_part(assignment: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_errors_name_the_part_of_an_impossible_setting(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         settings(assignment)
 
 
-def test_an_upsampler_refuses_noise_that_it_was_not_trained_with(stack: Stack) -> None:
+def test_an_upsampler_refuses_noise_levels_that_it_was_not_trained_with(stack: Stack) -> None:
     with pytest.raises(ConfigError, match="noise_level: got 301, expected at least 0, at most 300"):
         images(stack, "upsamplers.16.noise_level=301")
 
@@ -135,14 +137,14 @@ def test_an_upsampler_refuses_noise_that_it_was_not_trained_with(stack: Stack) -
 # ----------------------------------------------------------------------------------------------- negative captions
 
 
-def test_the_empty_negative_caption_changes_nothing(stack: Stack) -> None:
+def test_an_empty_negative_caption_changes_nothing(stack: Stack) -> None:
     assert torch.allclose(images(stack, negative=["", ""]), images(stack), atol=1e-5)
     one, other = images(stack, negative=["a green cross", ""])[:], images(stack)
     assert not torch.allclose(one[0], other[0], atol=1e-3) and torch.allclose(one[1], other[1], atol=1e-5)
 
 
 def test_guidance_leads_away_from_the_negative_caption(stack: Stack) -> None:
-    """In either part x0 = x0(negative) + scale (x0(caption) - x0(negative))."""
+    """Check x0 = x0(negative) + scale (x0(caption) - x0(negative)) for both the prior and the decoder."""
     text, negative = (
         caption_features(stack.clip, stack.clip.tokenize([words] * 2)) for words in ("a red circle", "a green cross")
     )
@@ -171,19 +173,19 @@ def test_guidance_leads_away_from_the_negative_caption(stack: Stack) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_negative_caption_that_nothing_would_follow_is_refused(stack: Stack) -> None:
+def test_a_negative_caption_without_guidance_is_refused(stack: Stack) -> None:
     unguided = ("prior.guidance_scale=1.0", "decoder.guidance_scale=1.0")
     with pytest.raises(InputError, match="negative: got 'red', but nothing that reads captions is guided"):
         images(stack, *unguided, negative=["red", "red"])
     assert images(stack, unguided[0], negative=["red", "red"]).isfinite().all()
-    with pytest.raises(ShapeError, match="got 1 negative captions for 2"):
+    with pytest.raises(ShapeError, match="got 1 negative captions for 2 captions"):
         stack.sample(CAPTIONS, settings(), torch.Generator(), negative=["red"])
 
 
 # ------------------------------------------------------------------------------------------------- image to image
 
 
-def test_strength_is_the_share_that_a_start_image_goes_through() -> None:
+def test_higher_strength_moves_further_from_the_start_image() -> None:
     stack = tiny_stacks.tiny_stack()
     given = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
     start = F.interpolate(given, 16, mode="bilinear").expand(2, -1, -1, -1)
@@ -192,7 +194,7 @@ def test_strength_is_the_share_that_a_start_image_goes_through() -> None:
     hook = stack.upsamplers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
 
     def distance(strength: float) -> float:
-        """From the start, of what the upsampler is given of the decoder."""
+        """Mean distance of the decoder's images from the start images."""
         seen.clear()
         images(stack, f"decoder.strength={strength}", start=start)
         return float((seen[0] - low_res).abs().mean())
@@ -209,8 +211,8 @@ def test_strength_is_the_share_that_a_start_image_goes_through() -> None:
 # -------------------------------------------------------------------------------------------------- CLIP guidance
 
 
-def test_clip_guidance_follows_the_gradient_of_the_likeness(stack: Stack) -> None:
-    """eps moves by -scale sqrt(1 - alphas_cumprod) times the gradient in x_t, and x0 with it."""
+def test_clip_guidance_follows_the_gradient_of_the_similarity(stack: Stack) -> None:
+    """Check that eps moves by -scale sqrt(1 - alphas_cumprod) times the gradient with respect to x_t."""
     decoder, t = stack.decoder, torch.full((2,), 300)
     x_t, embedding = torch.randn(2, 3, 8, 8), torch.randn(2, tiny_stacks.EMBEDDING_DIM)
     steering = stack.captions(CAPTIONS, settings("decoder.clip_guidance_scale=1.0"))
@@ -232,7 +234,7 @@ def test_clip_guidance_follows_the_gradient_of_the_likeness(stack: Stack) -> Non
     assert (gradient.abs().amax(dim=(1, 2, 3)) > 1e-5).all()
 
 
-def test_clip_guidance_asks_for_a_caption(stack: Stack) -> None:
+def test_clip_guidance_needs_a_caption(stack: Stack) -> None:
     with pytest.raises(ConfigError, match="clip_guidance_scale: got 2, expected 0 if no caption is given"):
         stack.decoder.denoiser(torch.randn(1, tiny_stacks.EMBEDDING_DIM), DecoderSampling(clip_guidance_scale=2))
 
@@ -247,7 +249,7 @@ def jpeg(value: int) -> bytes:
 
 
 def train_upsampler(folder: Path) -> str:
-    """A training of 32 samples; returns its digest."""
+    """Train on 32 samples; return the digest of the training."""
     rows = [jpeg(8 * index) for index in range(32)]
     keys = [f"{index:02d}" for index in range(32)]
     pq.write_table(pa.table({"key": keys, "jpg": rows}), folder / "rows.parquet")
@@ -259,7 +261,7 @@ def train_upsampler(folder: Path) -> str:
     return trainer.train(objective, reader, training, str(folder / "run"))
 
 
-def test_training_measures_what_analytic_dpm_needs(tmp_path: Path) -> None:
+def test_training_measures_the_scores_that_analytic_dpm_needs(tmp_path: Path) -> None:
     digests = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -275,7 +277,7 @@ def test_training_measures_what_analytic_dpm_needs(tmp_path: Path) -> None:
         return model.sample(torch.zeros(1, 3, 8, 8), values, generator=torch.Generator().manual_seed(0))
 
     assert sample("analytic_dpm").isfinite().all() and not torch.equal(sample("analytic_dpm"), sample("ddpm"))
-    # a model that was saved before there was such a measurement
+    # a model saved by an earlier version, without the measurement
     tensors, facts = checkpoints.load(folder)
     checkpoints.save(f"{tmp_path}/before", {"model": tensors["model"]}, facts)
     before: Any = load_model(f"{tmp_path}/before", (UPSAMPLER,))
@@ -283,7 +285,7 @@ def test_training_measures_what_analytic_dpm_needs(tmp_path: Path) -> None:
         before.sample(torch.zeros(1, 3, 8, 8), UpsamplerSampling(sampler="analytic_dpm"))
 
 
-def test_priors_and_decoders_measure_it_too(stack: Stack) -> None:
+def test_priors_and_decoders_measure_the_scores_too(stack: Stack) -> None:
     clip, statistics = stack.clip, stack.decoder.statistics
     batch = {
         "tokens": list(clip.tokenize(CAPTIONS).numpy()),
@@ -302,7 +304,7 @@ def test_priors_and_decoders_measure_it_too(stack: Stack) -> None:
             for seed in (0, 0)
         )
         assert one.shape == (1000,) and one.isfinite().all() and torch.equal(one, other)
-        # at the noisiest timestep hardly anything but noise is seen, whose score has a mean square of 1
+        # at the noisiest timestep, x_t is almost pure noise, whose score has a mean square of 1
         assert float(one[0]) > 0 and float(one[-1]) == pytest.approx(1, abs=1.0)
 
 
@@ -315,10 +317,10 @@ def test_previews_follow_their_settings(stack: Stack) -> None:
         "jpg": [jpeg(0)],
         "tokens": [[1] * 10],
     }
-    wordless = dataclasses.replace(stack.decoder.config, text="none")
+    without_text = dataclasses.replace(stack.decoder.config, text="none")
     previews = []
     for preview in (DecoderSampling(num_steps=2), DecoderSampling(num_steps=2, guidance_scale=1.0)):
-        objective = DecoderObjective(wordless, stack.decoder.statistics, batch, preview_sampling=preview)
+        objective = DecoderObjective(without_text, stack.decoder.statistics, batch, preview_sampling=preview)
         tiny_stacks.add_noise(objective.model)
         previews.append(objective.preview(objective.model))
         assert torch.equal(
@@ -334,7 +336,7 @@ def test_previews_follow_their_settings(stack: Stack) -> None:
 
 
 def documented(section: str) -> dict[str, Any]:
-    """Names and defaults of a section's table."""
+    """Names and defaults in a section's table."""
     [text] = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \| (.+?) \| (.*?)\|$", text, re.MULTILINE)
     assert len(rows) == len(re.findall(r"^\| `", text, re.MULTILINE))

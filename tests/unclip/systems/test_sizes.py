@@ -1,4 +1,4 @@
-"""Model sizes: the paper's where they are the paper's, and as they reach a run."""
+"""Model sizes agree with their table and with the paper, and reach the settings of a run."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from unclip.systems.unclip.sizes import MODEL_SIZES, ParameterCounts
 
 
 @pytest.mark.parametrize("name", MODEL_SIZES)
-def test_sizes_come_to_what_the_table_says(name: str) -> None:
+def test_sizes_have_the_number_of_parameters_in_the_table(name: str) -> None:
     size = MODEL_SIZES[name]
     counts = {part: count_parameters(network) for part, network in networks(size).items()}
     upsamplers = tuple(counts[each.model.name] for each in size.upsamplers)
@@ -22,12 +22,12 @@ def test_sizes_come_to_what_the_table_says(name: str) -> None:
     assert resolutions[:-1] == [each.model.low_res_size for each in size.upsamplers]
 
 
-def test_dalle2_is_table_3() -> None:
+def test_dalle2_has_the_sizes_of_table_3() -> None:
     size = MODEL_SIZES["dalle2"]
     counts = size.num_parameters
     assert counts.decoder == pytest.approx(3.5e9, rel=0.05)
     assert counts.upsamplers[0] == pytest.approx(700e6, rel=0.05)
-    # The table gives one digit, and its own widths and depths come to 1.23 B and 282 M.
+    # The table gives one digit; its widths and depths add up to 1.23 B and 282 M.
     assert f"{counts.prior:.0e}" == f"{1e9:.0e}" and f"{counts.upsamplers[1]:.0e}" == f"{300e6:.0e}"
     decoder, upsamplers = size.decoder.model, [each.model for each in size.upsamplers]
     text = decoder.text_transformer
@@ -39,7 +39,7 @@ def test_dalle2_is_table_3() -> None:
     assert [each.diffusion.schedule for each in upsamplers] == ["cosine", "linear"]
 
 
-def test_dalle2_is_trained_as_in_table_3() -> None:
+def test_dalle2_has_the_training_settings_of_table_3() -> None:
     size = MODEL_SIZES["dalle2"]
     trainers = [size.autoregressive_trainer, size.prior.trainer, size.decoder.trainer]
     trainers += [each.trainer for each in size.upsamplers]
@@ -57,7 +57,7 @@ def test_dalle2_is_trained_as_in_table_3() -> None:
     assert iterations == [1_000_000, 600_000, 800_000, 1_000_000, 1_000_000]
 
 
-def test_the_trained_text_transformer_is_a_third_of_the_decoder() -> None:
+def test_the_text_transformer_has_a_third_of_all_decoder_parameters() -> None:
     size = MODEL_SIZES["dalle2"]
     config = size.decoder.model
     with torch.device("meta"):
@@ -67,7 +67,7 @@ def test_the_trained_text_transformer_is_a_third_of_the_decoder() -> None:
 
 @pytest.mark.parametrize("name", MODEL_SIZES)
 def test_a_run_has_the_settings_of_its_size(name: str) -> None:
-    """Preset and run file are laid over them, and resolutions follow from the chain."""
+    """Preset and run file override them, and resolutions follow from the chain of upsamplers."""
     size = MODEL_SIZES[name]
     assignments = ["ingest.urls=unknown", f"model_size={name}", "decoder.trainer.seed=3"]
     config = load("text_to_image", None, assignments)
@@ -81,7 +81,7 @@ def test_a_run_has_the_settings_of_its_size(name: str) -> None:
     assert other.prior.trainer == size.autoregressive_trainer
 
 
-def test_an_unknown_size_is_told_with_the_nearest() -> None:
+def test_an_unknown_size_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"model_size: got 'dale2'\. Did you mean 'dalle2'\?"):
         load("text_to_image", None, ["ingest.urls=unknown", "model_size=dale2"])
 

@@ -1,4 +1,4 @@
-"""Stacks of several upsamplers, of one and of none: each takes the pictures of the one before."""
+"""Stacks with several upsamplers, one or none: each upsampler enlarges the images of the one before."""
 
 import json
 import shutil
@@ -37,15 +37,18 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-@pytest.mark.parametrize(("numbers", "side"), [((), 8), ((0,), 16), ((0, 1), 32)])
-def test_pictures_have_the_size_of_the_last_upsampler(stack: Stack, numbers: tuple[int, ...], side: int) -> None:
+@pytest.mark.parametrize(("numbers", "resolution"), [((), 8), ((0,), 16), ((0, 1), 32)])
+def test_images_have_the_resolution_of_the_last_upsampler(
+    stack: Stack, numbers: tuple[int, ...], resolution: int
+) -> None:
     shorter = with_upsamplers(stack, *numbers)
-    drawn = sample_captions(shorter, CAPTIONS, seed=1, sampling=SAMPLING)
-    assert shorter.image_size == side and drawn.shape == (2, 3, side, side) and drawn.isfinite().all()
-    assert not torch.allclose(drawn[0], drawn[1], atol=1e-2)
+    samples = sample_captions(shorter, CAPTIONS, seed=1, sampling=SAMPLING)
+    assert shorter.image_size == resolution and samples.shape == (2, 3, resolution, resolution)
+    assert samples.isfinite().all()
+    assert not torch.allclose(samples[0], samples[1], atol=1e-2)
 
 
-def test_each_upsampler_works_on_the_pictures_of_the_one_before(stack: Stack) -> None:
+def test_each_upsampler_enlarges_the_images_of_the_one_before(stack: Stack) -> None:
     low_res = torch.rand(2, 3, 8, 8, generator=generator()) * 2 - 1
     shared = generator()
     expected = low_res
@@ -58,19 +61,20 @@ def test_each_upsampler_works_on_the_pictures_of_the_one_before(stack: Stack) ->
     assert torch.equal(with_upsamplers(stack).upsample(low_res, sampling, generator()), low_res)
 
 
-def test_another_clip_than_that_of_the_training_is_refused() -> None:
+def test_a_clip_other_than_that_of_the_training_is_refused() -> None:
     stack, other = tiny_stacks.tiny_stack(), tiny_stacks.tiny_clip()
     with torch.no_grad():
         other.model.ln_final.weight.mul_(1.5)
-    of_other = tiny_stacks.tiny_stack(clip=other)
-    for name, prior, decoder in (("prior", stack.prior, of_other.decoder), ("decoder", of_other.prior, stack.decoder)):
-        with pytest.raises(CheckpointError, match=f"{name}: was trained with another CLIP than this one"):
+    with_other = tiny_stacks.tiny_stack(clip=other)
+    pairs = (("prior", stack.prior, with_other.decoder), ("decoder", with_other.prior, stack.decoder))
+    for name, prior, decoder in pairs:
+        with pytest.raises(CheckpointError, match=f"{name}: was trained with a CLIP other than this one"):
             Stack(other, prior, decoder)
-    wordless = tiny_stacks.tiny_stack(decoder={"text": "none"}).decoder
-    assert Stack(other, of_other.prior, wordless).clip is other
+    without_text = tiny_stacks.tiny_stack(decoder={"text": "none"}).decoder
+    assert Stack(other, with_other.prior, without_text).clip is other
 
 
-def test_upsamplers_without_settings_take_the_steps_of_the_paper(stack: Stack) -> None:
+def test_upsamplers_without_settings_use_the_number_of_steps_of_the_paper(stack: Stack) -> None:
     assert [each.num_steps for each in stack.upsampler_sampling(SamplingConfig())] == [27, 15]
     assert [each.num_steps for each in stack.upsampler_sampling(SAMPLING)] == [2, 3]
     only_the_second = SamplingConfig(upsamplers={"32": UpsamplerSampling(num_steps=4)})
@@ -79,15 +83,15 @@ def test_upsamplers_without_settings_take_the_steps_of_the_paper(stack: Stack) -
         UpsamplerSampling(num_steps=0)
 
 
-def test_inpainting_holds_what_is_known_in_every_upsampler(stack: Stack) -> None:
+def test_inpainting_holds_known_pixels_in_every_upsampler(stack: Stack) -> None:
     images = torch.rand(2, 3, 32, 32, generator=generator()) * 2 - 1
     known = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
     known[..., :16] = True
-    told: list[int] = []
-    drawn = manipulations.inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING, progress=told.append)
-    assert torch.equal(drawn[..., :16], images[..., :16]) and not torch.equal(drawn[..., 16:], images[..., 16:])
-    assert sum(told) == manipulations.num_steps(stack, SAMPLING, 2) == 6 + 2 + 3
-    # the second one is shown a picture whose known half is the given one, so what it makes of that half is near
+    steps: list[int] = []
+    samples = manipulations.inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING, progress=steps.append)
+    assert torch.equal(samples[..., :16], images[..., :16]) and not torch.equal(samples[..., 16:], images[..., 16:])
+    assert sum(steps) == manipulations.num_steps(stack, SAMPLING, 2) == 6 + 2 + 3
+    # the second upsampler gets an image whose known half is that of the given image
     seen: list[torch.Tensor] = []
     hook = stack.upsamplers[1].register_forward_pre_hook(lambda _, given: seen.append(given[2]))
     manipulations.inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING)
@@ -98,27 +102,27 @@ def test_inpainting_holds_what_is_known_in_every_upsampler(stack: Stack) -> None
 
 def test_frames_of_a_row_share_the_noise_of_every_upsampler(stack: Stack) -> None:
     image = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, generator=generator()), 32, mode="bicubic")
-    told: list[int] = []
+    steps: list[int] = []
     settings = with_sampling({"upsamplers.16.sampler": "ddim", "upsamplers.32.sampler": "ddim"})
-    row = manipulations.interpolate(stack, image, image, [0.0, 1.0], sampling=settings, progress=told.append)
+    row = manipulations.interpolate(stack, image, image, [0.0, 1.0], sampling=settings, progress=steps.append)
     assert row.shape == (1, 2, 3, 32, 32) and torch.allclose(row[:, 0], row[:, 1], atol=1e-4)
-    assert sum(told) == manipulations.num_steps(stack, settings, 2, 2)
+    assert sum(steps) == manipulations.num_steps(stack, settings, 2, 2)
 
 
-def test_upsamplers_that_do_not_chain_are_refused(stack: Stack, folder: Path, tmp_path: Path) -> None:
+def test_upsamplers_that_do_not_fit_each_other_are_refused(stack: Stack, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"^upsampler-32: got pictures of 8 pixels from the decoder, .* the 16 that"
+        CheckpointError, match=r"^upsampler-32: got images of 8 pixels from the decoder, .* the 16 pixels that"
     ):
         with_upsamplers(stack, 1)
     with pytest.raises(
-        CheckpointError, match=r"^upsampler-16: got pictures of 16 pixels from upsampler-16, .* the 8 that"
+        CheckpointError, match=r"^upsampler-16: got images of 16 pixels from upsampler-16, .* the 8 pixels that"
     ):
         with_upsamplers(stack, 0, 0)
     shutil.copytree(folder, tmp_path / "stack")
     facts = json.loads((folder / "stack.json").read_text())
     assert facts["parts"] == ["prior", "decoder", "upsampler-16", "upsampler-32"]
     (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"parts": ["prior", "decoder", "upsampler-32"]}))
-    with pytest.raises(CheckpointError, match="upsampler-32: got pictures of 8 pixels from the decoder"):
+    with pytest.raises(CheckpointError, match="upsampler-32: got images of 8 pixels from the decoder"):
         load_system(tmp_path / "stack")
     (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"parts": ["prior"]}))
     with pytest.raises(CheckpointError, match="got prior, expected a CLIP, a prior and a decoder"):

@@ -1,6 +1,6 @@
-"""Stacks of a few thousand untrained weights: they draw noise, by the same rules as any other.
+"""Untrained stacks of a few thousand weights: they sample noise, but follow the same code paths as any other stack.
 
-`tiny_stack` makes one in memory, as diffusers can hold it; `publish` writes one with the demo's CLIP to a storage.
+`tiny_stack` builds one in memory that exports to diffusers; `publish` writes one with the demo's CLIP to a folder.
 """
 
 import json
@@ -36,7 +36,7 @@ UNET = UNetConfig(SIDE, 8, (1, 2), 1, attention_resolutions=(4,), head_channels=
 
 
 def add_noise(model: Any, scale: float = 0.15, seed: int = 0) -> Any:
-    """Random weights added everywhere, also where training starts from zeros or ones."""
+    """Add random numbers to all weights, including those that start as zeros or ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -46,7 +46,7 @@ def add_noise(model: Any, scale: float = 0.15, seed: int = 0) -> Any:
 
 
 def calm_variances(last: Any) -> None:
-    """Bring the learned variances of a network's last layer into their range, as training does."""
+    """Scale down the learned variances of a network's last layer to their valid range, as training does."""
     with torch.no_grad():
         for parameter in (last.weight, last.bias):
             parameter[3:] *= 0.05
@@ -69,7 +69,7 @@ def tiny_stack(
     decoder: dict[str, Any] | None = None,
     upsampler: dict[str, Any] | None = None,
 ) -> Stack:
-    """A stack with settings changed here and there."""
+    """Build a stack, with changes to the settings of its parts."""
     clip = clip or tiny_clip()
     null_text = caption_features(clip, clip.tokenize([""]))
     torch.manual_seed(1)
@@ -94,9 +94,9 @@ def tiny_stack(
     )
     for seed, model in enumerate((new_prior, new_decoder, new_upsampler)):
         add_noise(model, 0.15, seed)
-    for network_of in (new_decoder.unet, new_upsampler.unet, new_upsampler.last_unet):
-        if network_of is not None:
-            calm_variances(network_of.output[-1])
+    for unet in (new_decoder.unet, new_upsampler.unet, new_upsampler.last_unet):
+        if unet is not None:
+            calm_variances(unet.output[-1])
     return Stack(clip, new_prior, new_decoder, [new_upsampler])
 
 
@@ -114,7 +114,7 @@ SAMPLING = SamplingConfig(
 
 
 def fill_zeros(model: Any, std: float = 0.1) -> Any:
-    """Zero-initialised layers hide what is wired to what, so give them weights."""
+    """Give weights to zero-initialised layers, which would otherwise hide wiring mistakes."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -124,17 +124,17 @@ def fill_zeros(model: Any, std: float = 0.1) -> Any:
 
 
 def publish(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Path:
-    """Write a stack to `folder`/stack, and say in `folder` that it was published.
+    """Write a stack to `folder`/stack and register it as published in `folder`.
 
     Args:
-        num_upsamplers: each doubles the decoder's 8 x 8 pixels.
+        num_upsamplers: number of upsamplers after the decoder's 8x8 pixels; each doubles the resolution.
         decoder: settings of `DecoderConfig` besides the network.
     """
     torch.manual_seed(0)
     clip.save(clip.create(ARCHITECTURE, None), ARCHITECTURE, folder / "models" / "clip")
     loaded = Clip.load(f"local-dir:{folder}/models/clip")
     width, length = loaded.embedding_dim, loaded.text_length
-    # around what this CLIP says of pictures, so that a decoder tells them apart
+    # near this CLIP's own image embeddings, so that the decoder's standardised inputs differ
     embeddings = loaded.embed_images(torch.randn(64, 3, 64, 64)).repeat(4, 1)
     embeddings = embeddings + torch.randn(embeddings.shape) * 0.002
     statistics = EmbeddingStatistics.of(embeddings)
@@ -180,7 +180,7 @@ def load_published(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Sta
 
 
 def with_sampling(changes: Mapping[str, Any] = MappingProxyType({}), **more: Any) -> SamplingConfig:
-    """`SAMPLING` with other values, by their dotted names."""
+    """`SAMPLING` with changed values, by dotted name."""
     values = to_dict(SAMPLING)
     for name, value in {**changes, **more}.items():
         values = override(values, f"{name}={value}")

@@ -167,6 +167,12 @@ def run_rank(rank: int, folder: str, armed: str, world_size: int, job: Job) -> N
     Path(folder, f"{name}-{rank}.rows").write_text(json.dumps(rows))
 
 
+def run_rank_in(environment: dict[str, str], *arguments: Any) -> None:
+    """`run_rank` with these environment variables."""
+    os.environ.update(environment)
+    run_rank(*arguments)
+
+
 def attempt(folder: Path, world_size: int, job: Job, armed: Path | None = None) -> int:
     """Train in separate processes until one of them dies or all end; return the highest exit status.
 
@@ -177,7 +183,11 @@ def attempt(folder: Path, world_size: int, job: Job, armed: Path | None = None) 
     context.set_forkserver_preload(["tests.unclip.training.trained_on_workers"])
     (folder / f"rendezvous-{job[0]}").unlink(missing_ok=True)
     arguments = (str(folder), str(armed or f"{folder}/nothing-armed"), world_size, job)
-    processes = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(world_size)]
+    # the fork server has the environment of its start, which another test may have been
+    environment = dict(os.environ)
+    processes = [
+        context.Process(target=run_rank_in, args=(environment, rank, *arguments)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):

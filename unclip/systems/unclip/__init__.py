@@ -1,4 +1,4 @@
-"""unCLIP: a prior from captions to CLIP image embeddings, a decoder to small images, upsamplers to large ones.
+"""unCLIP: a prior turns captions into CLIP image embeddings, a decoder these into small images; upsamplers enlarge them.
 
 Source: Ramesh et al. 2022, "Hierarchical Text-Conditional Image Generation with CLIP Latents".
 """

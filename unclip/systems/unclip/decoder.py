@@ -1,4 +1,4 @@
-"""The decoder as a part: CLIP image embeddings, and captions where configured, to small images."""
+"""The decoder as a part: from CLIP image embeddings, and captions if configured, to small images."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ class DecoderStageConfig:
     model: DecoderConfig = DecoderConfig()
     """The network and its diffusion process."""
     trainer: TrainerConfig = TrainerConfig()
-    """The training."""
+    """Training settings."""
     preview: DecoderSampling = operational(DecoderSampling(num_steps=25))
-    """Sampling of the previews."""
+    """Sampling settings of the previews."""
 
 
 class DecoderObjective:
-    """The diffusion loss of small pictures given their CLIP embedding and, where configured, their caption."""
+    """Diffusion loss of small images, given their CLIP embeddings and, if configured, their captions."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class DecoderObjective:
         clip: clip_models.Clip | None = None,
         preview_sampling: DecoderSampling = DecoderStageConfig.preview,
     ) -> None:
-        """Args: clip: its tokenizer, and where `config.text` is "clip" its text encoder; None where no text is read."""
+        """Args: clip: gives the tokenizer and, if `config.text` is "clip", the text encoder; None if text is "none"."""
         embedding_dim = len(statistics.mean)
         statistics.check("decoder")
         clip = None if config.text == "none" else clip
@@ -59,7 +59,7 @@ class DecoderObjective:
 
     @staticmethod
     def columns(config: DecoderConfig) -> tuple[str, ...]:
-        """Columns of the embeddings table that a decoder is trained on, besides the pictures."""
+        """Columns of the embeddings table that a decoder is trained on, besides the images."""
         return ("image_embedding",) if config.text == "none" else ("image_embedding", "tokens")
 
     def prepare(self, batch: Batch) -> Tensors:
@@ -88,7 +88,7 @@ class DecoderObjective:
         return self.process.take(training)
 
     def preview(self, model: nn.Module) -> Tensor:
-        """The originals, then samples from their embeddings."""
+        """The original images, then samples from their embeddings."""
         generator = torch.Generator(device_of(model)).manual_seed(0)
         tensors = {name: value.to(device_of(model)) for name, value in self._preview.items()}
         samples = model.sample(  # type: ignore[operator]

@@ -1,14 +1,14 @@
-"""Pictures from pictures: variations, interpolation, text diffs, PCA probing and inpainting.
+"""Manipulations of images: variations, interpolation, text diffs, PCA probing and inpainting.
 
-A picture is taken apart into the bipartite latent of the paper: its CLIP image embedding, and the noise x_T from which the
-decoder draws it back (DDIM inversion). One of the two is changed, and the decoder draws again; frames of one row differ in
-nothing else, the upsamplers' noise included. Nothing is trained for this.
+All but inpainting work on the paper's bipartite latent of an image: its CLIP image embedding, and the noise x_T from which
+the decoder reconstructs it (found by DDIM inversion). They change the embedding, x_T or both, and sample again. The frames of
+a row differ in nothing else: they also share the upsamplers' noise. No training is needed.
 
 Source: Ramesh et al. 2022, section 3 (variations, interpolations, text diffs) and section 4 (PCA probing); Dhariwal & Nichol
 2021, appendix F (inversion).
 
-Letters: B pictures, N frames of each, E CLIP embedding width, K principal components, s side of the decoder's pictures, S
-side of the last upsampler's.
+Letters: B images, N frames of each, E CLIP embedding width, K principal components, s resolution of the decoder's images, S
+resolution of the last upsampler's.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,65 +28,66 @@ from unclip.systems.unclip.stack import Stack
 from unclip.training.precision import autocast
 
 Progress = Callable[[int], None]
-"""Told how many sampling steps have just been done, of those that `num_steps` counts."""
+"""Called with the number of sampling steps just done, of the total that `num_steps` returns."""
 
 Noise = Literal["inverted", "fixed"]
-"""x_T of a row of frames: from the inverted pictures, so that its ends are they, or one draw for the whole row."""
+"""Source of x_T for a row of frames: inverting the images, so that the row ends in them, or one random draw for all."""
 
 
 class Latents(NamedTuple):
-    """The bipartite latent of pictures. Source: Ramesh et al. 2022, section 3."""
+    """Bipartite latents of images. Source: Ramesh et al. 2022, section 3."""
 
     image_embedding: Tensor
-    """[B, E], what CLIP sees in them."""
+    """[B, E], the CLIP image embeddings."""
     x_T: Tensor
-    """[B, 3, s, s], all that the decoder needs besides to draw them again."""
+    """[B, 3, s, s], the noise from which the decoder samples the images again."""
 
     def repeat(self, num: int) -> "Latents":
-        """Each picture `num` times, [B * num, ...]."""
+        """Repeat each image `num` times, [B * num, ...]."""
         return Latents(self.image_embedding.repeat_interleave(num, 0), self.x_T.repeat_interleave(num, 0))
 
 
-def ignore(_: int) -> None:
-    """The `Progress` that nobody watches."""
+def no_progress(_: int) -> None:
+    """`Progress` that does nothing."""
 
 
-def num_steps(stack: Stack, sampling: SamplingConfig, num_drawn: int, num_inverted: int = 0) -> int:
-    """Sampling steps that `Progress` will be told of."""
-    batches_drawn, batches_inverted = -(-num_drawn // sampling.batch_size), -(-num_inverted // sampling.batch_size)
+def num_steps(stack: Stack, sampling: SamplingConfig, num_sampled: int, num_inverted: int = 0) -> int:
+    """Count the sampling steps that `Progress` will report."""
+    batches_sampled, batches_inverted = -(-num_sampled // sampling.batch_size), -(-num_inverted // sampling.batch_size)
     upsampler_steps = sum(each.num_steps for each in stack.upsampler_sampling(sampling))
     return (
-        batches_drawn * (sampling.decoder.num_steps + upsampler_steps) + batches_inverted * sampling.decoder.num_steps
+        batches_sampled * (sampling.decoder.num_steps + upsampler_steps) + batches_inverted * sampling.decoder.num_steps
     )
 
 
-# ------------------------------------------------------------------------------------------------ there and back
+# ----------------------------------------------------------------------------------- inversion and reconstruction
 
 
 @torch.no_grad()
 def invert(
-    stack: Stack, images: Tensor, *, sampling: SamplingConfig | None = None, progress: Progress = ignore
+    stack: Stack, images: Tensor, *, sampling: SamplingConfig | None = None, progress: Progress = no_progress
 ) -> Latents:
-    """Take pictures apart.
+    """Invert images to their latents.
 
-    The inversion is guided as the drawing will be. It is the closer, the more `inversion_iterations` it takes; in float32
-    ("precision") it is closer than in bf16.
+    The inversion uses the same guidance as sampling. More `inversion_iterations` make it more exact, and so does float32
+    ("precision") compared with bf16.
 
     Args:
         images: [B, 3, H, W] in [-1, 1], square.
-        sampling: None takes the stack's; its `decoder.sampler` does not matter, inversion is DDIM's.
+        sampling: None uses the stack's settings; `decoder.sampler` is ignored, as inversion always uses DDIM.
 
     Raises:
-        ShapeError: pictures of another shape.
+        ShapeError: the images have another shape.
 
     Source: Dhariwal & Nichol 2021, appendix F; Ramesh et al. 2022, section 3.
     """
     settings = sampling or stack.sampling
-    side = _check(images, "invert")
+    resolution = _check(images, "invert")
     decoder, embeddings, noises = stack.decoder, [], []
     for batch in torch.split(images.to(stack.device), settings.batch_size):
         image_embedding = stack.embed_images(batch)
-        low_res = batch if side == decoder.config.unet.image_size else shrink(batch, decoder.config.unet.image_size)
+        same_size = resolution == decoder.config.unet.image_size
+        low_res = batch if same_size else shrink(batch, decoder.config.unet.image_size)
         with autocast(settings.precision, stack.device):
             noises.append(
                 samplers.ddim_inversion(
@@ -110,14 +111,14 @@ def draw(
     eta: float = 0.0,
     seed: int = 0,
     sampling: SamplingConfig | None = None,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Tensor:
-    """Put latents together to pictures: with eta = 0 and inverted noise, those that they were taken from.
+    """Sample images from latents; with eta = 0 and inverted noise, this reconstructs the inverted images.
 
     Args:
-        latents: of B pictures.
-        eta: 0 follows x_T alone; more adds noise at every step, up to 1.
-        seed: of that noise, and of the upsamplers', which is the same for all pictures.
+        latents: latents of B images.
+        eta: noise added at every step, 0 to 1; with 0, the result depends on the latents alone.
+        seed: seed of that noise and of the upsamplers' noise, which all images share.
 
     Returns:
         [B, 3, S, S] float32 in [-1, 1], on the CPU.
@@ -126,8 +127,8 @@ def draw(
     """
     settings = sampling or stack.sampling
     generator = torch.Generator(stack.device).manual_seed(seed)
-    x_T = [_noise(side, 1, generator) for side in stack.upsampled_sizes]
-    pictures = []
+    x_T = [_noise(resolution, 1, generator) for resolution in stack.upsampled_sizes]
+    samples = []
     for start in range(0, len(latents.x_T), settings.batch_size):
         batch = Latents(*(part[start : start + settings.batch_size] for part in latents))
         with autocast(settings.precision, stack.device):
@@ -142,23 +143,25 @@ def draw(
             )
         noise = [each.expand(len(low_res), -1, -1, -1) for each in x_T]
         counting = [_counting(progress)] * len(noise)
-        pictures.append(stack.upsample(low_res, settings, generator, noise, counting).cpu())
-    return torch.cat(pictures)
+        samples.append(stack.upsample(low_res, settings, generator, noise, counting).cpu())
+    return torch.cat(samples)
 
 
 def slerp(first: Tensor, second: Tensor, theta: Tensor) -> Tensor:
     """Rotate from first to second along the great circle between them.
 
     Args:
-        first, second: [B, ...]; all but the first dimension are one vector. Lengths that differ are blended.
-        theta: [B], 0 for first and 1 for second, which come back exactly.
+        first, second: [B, ...]; all dimensions but the first form one vector. If their lengths differ, they are blended.
+        theta: [B], 0 for first and 1 for second, which are returned exactly.
 
     Returns:
         [B, ...] float32. Source: Shoemake 1985; Ramesh et al. 2022, section 3.2.
     """
     a, b = first.float().flatten(1), second.float().flatten(1)  # [B, D]
     cosine = (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(dim=1, keepdim=True)
-    angle = cosine.clamp(-1, 1).acos().clamp(1e-4, torch.pi - 1e-4)  # [B, 1]; of parallel vectors any circle is right
+    angle = (
+        cosine.clamp(-1, 1).acos().clamp(1e-4, torch.pi - 1e-4)
+    )  # [B, 1]; between parallel vectors, any circle will do
     theta = theta.to(a)[:, None]  # [B, 1]
     blend = ((1 - theta) * angle).sin() / angle.sin() * a + (theta * angle).sin() / angle.sin() * b
     return torch.where(theta == 0, a, torch.where(theta == 1, b, blend)).view_as(first)
@@ -176,15 +179,15 @@ def variations(
     eta: float | None = None,
     seed: int = 0,
     sampling: SamplingConfig | None = None,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Tensor:
-    """Other pictures with the same image embedding: what CLIP sees stays, what it does not see changes.
+    """Sample other images with the same image embedding: only what CLIP does not encode changes.
 
     Args:
         images: [B, 3, H, W] in [-1, 1], square.
         num: N.
-        eta: None draws x_T anew; a number starts from the inverted picture and adds so much noise on the way, 0 to 1.
-        seed: the same for every picture, so that its variations do not depend on those beside it.
+        eta: None draws a new x_T; a number, 0 to 1, starts from the inverted image and adds that much noise at every step.
+        seed: used for every image, so that its variations do not depend on the other images.
 
     Returns:
         [B, N, 3, S, S] float32 in [-1, 1], on the CPU.
@@ -219,22 +222,22 @@ def interpolate(
     noise: Noise = "inverted",
     seed: int = 0,
     sampling: SamplingConfig | None = None,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Tensor:
-    """Pictures between two.
+    """Interpolate between two images.
 
     Args:
         first, second: [B, 3, H, W] in [-1, 1], square.
         thetas: N positions, 0 to 1.
-        noise: "inverted" rotates x_T with the embedding, and draws the two pictures again at 0 and 1; "fixed" takes one
-            draw of the seed for all.
+        noise: "inverted" rotates x_T along with the embedding, which reconstructs the two images at 0 and 1; "fixed" uses
+            one x_T, drawn with the seed, for all.
 
     Returns:
         [B, N, 3, S, S] float32 in [-1, 1], on the CPU.
 
     Raises:
         ConfigError: a theta is not in [0, 1].
-        ShapeError: pictures of another shape.
+        ShapeError: the images have another shape.
 
     Source: Ramesh et al. 2022, section 3.2.
     """
@@ -261,41 +264,43 @@ def text_diff(
     noise: Noise = "inverted",
     seed: int = 0,
     sampling: SamplingConfig | None = None,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Tensor:
-    """Move pictures the way that leads from one caption to another; x_T stays.
+    """Move images in the direction from one caption to another; x_T stays fixed.
 
     Args:
         images: [B, 3, H, W] in [-1, 1], square.
-        captions: B, of what is wanted.
-        base_captions: B, of what there is; "a photo" or "" will do.
-        thetas: N positions from the picture, 0, towards the difference alone, 1; the paper goes up to 0.25 to 0.5.
+        captions: B captions of the wanted images.
+        base_captions: B captions of the given images; "a photo" or "" will do.
+        thetas: N positions, from 0, the image, to 1, the text difference alone; the paper stops between 0.25 and 0.5.
 
     Returns:
-        [B, N, 3, S, S] float32 in [-1, 1], on the CPU; at theta 0 the picture itself, drawn again.
+        [B, N, 3, S, S] float32 in [-1, 1], on the CPU; at theta 0, the reconstructed image.
 
     Raises:
         ConfigError: a theta is not in [0, 1].
-        InputError: CLIP sees no difference between a caption and its base.
-        ShapeError: pictures of another shape, or as many captions as pictures are not given.
+        InputError: a caption and its base caption have the same CLIP embedding.
+        ShapeError: the images have another shape, or the numbers of images and captions differ.
 
     Source: Ramesh et al. 2022, section 3.3.
     """
     _check_thetas(thetas)
     if not len(images) == len(captions) == len(base_captions):
         raise ShapeError(
-            f"text_diff: got {len(images)} pictures, {len(captions)} captions and {len(base_captions)} base captions, "
-            "expected as many of each."
+            f"text_diff: got {len(images)} images, {len(captions)} captions and {len(base_captions)} base captions, "
+            "expected the same number of each."
         )
     difference = stack.embed_text(captions) - stack.embed_text(base_captions)  # [B, E]
     for caption, base, distance in zip(captions, base_captions, difference.norm(dim=1).tolist(), strict=True):
         if distance < 1e-4:
-            raise InputError(f"text diff: CLIP sees no difference between {base!r} and {caption!r}. Say it otherwise.")
+            raise InputError(
+                f"text_diff: CLIP sees no difference between {base!r} and {caption!r}. Change the wording of one of them."
+            )
     if noise == "inverted":
         latents = invert(stack, images, sampling=sampling, progress=progress)
     else:
         latents = Latents(stack.embed_images(images), _fixed_noise(stack, len(images), seed))
-    # as long as the embeddings themselves, which some CLIPs' decoders take unnormalised
+    # scale the direction to the length of the image embeddings, which some decoders read unnormalised
     length = latents.image_embedding.norm(dim=1, keepdim=True)  # [B, 1]
     direction = (F.normalize(difference, dim=1) * length).repeat_interleave(len(thetas), 0)  # [B * N, E]
     frames = latents.repeat(len(thetas))
@@ -312,13 +317,13 @@ def probe(
     *,
     seed: int = 0,
     sampling: SamplingConfig | None = None,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Tensor:
-    """What of a picture's embedding its leading principal components hold: drawn from these alone, with one x_T.
+    """Reconstruct images from only the leading principal components of their embeddings, all with the same x_T.
 
     Args:
         images: [B, 3, H, W] in [-1, 1], square.
-        num_components: N numbers of components, 0 (the mean of the dataset) to E (all).
+        num_components: N numbers of components to keep, from 0 (the dataset's mean) to E (all).
 
     Returns:
         [B, N, 3, S, S] float32 in [-1, 1], on the CPU.
@@ -326,12 +331,12 @@ def probe(
     Raises:
         ConfigError: a number of components is out of range.
         InputError: the stack was published without principal components.
-        ShapeError: pictures of another shape.
+        ShapeError: the images have another shape.
 
     Source: Ramesh et al. 2022, section 4 and figure 7.
     """
     if stack.dataset is None:
-        raise InputError("probe: this stack was published without principal components. Publish it anew.")
+        raise InputError("probe: this stack was published without principal components. Publish it again.")
     _check(images, "probe")
     mean, components = stack.dataset.mean.to(stack.device), stack.dataset.principal.components.to(stack.device)
     for num in num_components:
@@ -353,78 +358,79 @@ def inpaint(
     negative: Sequence[str] | None = None,
     seed: int = 0,
     sampling: SamplingConfig | None = None,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Tensor:
-    """Repaint a part of pictures as captions say; the rest comes back as it was, to the last bit.
+    """Repaint part of each image to match its caption; known pixels are returned bit for bit.
 
-    A decoder that was trained for it is told what is known; any other, and the upsamplers, hold it at every step.
+    A decoder trained for inpainting reads the known pixels as an input. Any other decoder, and the upsamplers, put the known
+    pixels back after every step.
 
     Args:
-        images: [B, 3, S, S] in [-1, 1], of the size that the stack draws.
+        images: [B, 3, S, S] in [-1, 1], at the stack's resolution.
         known: [B, 1, S, S] bool, True = keep.
-        captions: B, of the whole pictures.
-        negative: B, captions to be guided away from.
+        captions: B captions of the whole images.
+        negative: B captions to guide away from.
 
     Returns:
         [B, 3, S, S] float32 in [-1, 1], on the CPU.
 
     Raises:
-        InputError: nothing that reads the negative captions is guided.
-        ShapeError: pictures or masks of another shape, or not as many captions.
+        InputError: there are negative captions, but no part that reads captions is guided.
+        ShapeError: images or masks have another shape, or the number of captions differs.
 
     Source: Nichol et al. 2022 (GLIDE), section 2.4; Lugmayr et al. 2022, eq. 8.
     """
     settings, decoder = sampling or stack.sampling, stack.decoder
     size = stack.image_size
-    wanted = (len(captions), 3, size, size), (len(captions), 1, size, size)
-    if (tuple(images.shape), tuple(known.shape)) != wanted or known.dtype != torch.bool:
+    expected = (len(captions), 3, size, size), (len(captions), 1, size, size)
+    if (tuple(images.shape), tuple(known.shape)) != expected or known.dtype != torch.bool:
         raise ShapeError(
-            f"inpaint: got pictures {tuple(images.shape)}, masks {tuple(known.shape)} of {known.dtype} and {len(captions)} "
-            f"captions, expected {wanted[0]}, {wanted[1]} of torch.bool."
+            f"inpaint: got images {tuple(images.shape)}, masks {tuple(known.shape)} of {known.dtype} and {len(captions)} "
+            f"captions, expected images {expected[0]} and masks {expected[1]} of torch.bool."
         )
     generator = torch.Generator(stack.device).manual_seed(seed)
-    side, pictures = decoder.config.unet.image_size, []
+    resolution, samples = decoder.config.unet.image_size, []
     for start in range(0, len(images), settings.batch_size):
         part = slice(start, start + settings.batch_size)
         image, keep = images[part].to(stack.device), known[part].to(stack.device)
-        low_res, low_keep = _known_at(side, image, keep)
-        others = None if negative is None else negative[part]
-        told_captions = stack.captions(captions[part], settings, others)
-        image_embedding = stack.embed_captions(list(captions[part]), settings, generator, others)
-        told = {"known": known_region(low_res, low_keep)} if decoder.config.inpainting else {}
+        low_res, low_keep = _known_at(resolution, image, keep)
+        negatives = None if negative is None else negative[part]
+        decoder_captions = stack.captions(captions[part], settings, negatives)
+        image_embedding = stack.embed_captions(list(captions[part]), settings, generator, negatives)
+        known_input = {"known": known_region(low_res, low_keep)} if decoder.config.inpainting else {}
         with autocast(settings.precision, stack.device):
             low_res = decoder.sample(
                 image_embedding,
                 settings.decoder,
-                told_captions,
+                decoder_captions,
                 generator=generator,
                 on_step=_counting(
                     progress,
                     samplers.undisturbed
-                    if told
+                    if known_input
                     else samplers.hold_known(decoder.diffusion, low_res, low_keep, generator),
                 ),
-                **told,
+                **known_input,
             )
         holding = [
             samplers.hold_known(upsampler.diffusion, *_known_at(upsampler.config.output_size, image, keep), generator)
             for upsampler in stack.upsamplers
         ]
         on_step = [_counting(progress, hold) for hold in holding]
-        drawn = stack.upsample(low_res, settings, generator, on_step=on_step)
-        pictures.append(torch.where(keep, image, drawn).cpu())
-    return torch.cat(pictures)
+        sample = stack.upsample(low_res, settings, generator, on_step=on_step)
+        samples.append(torch.where(keep, image, sample).cpu())
+    return torch.cat(samples)
 
 
-def _known_at(side: int, image: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures [B, 3, side, side] and which of their pixels are known: those that cover nothing but known ones."""
-    return shrink(image, side), shrink(keep.float(), side) == 1
+def _known_at(resolution: int, image: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Shrink images and masks to a resolution; a pixel is known if all pixels that it covers are known."""
+    return shrink(image, resolution), shrink(keep.float(), resolution) == 1
 
 
 def _check(images: Tensor, function: str) -> int:
-    """The side of square pictures."""
+    """Check that images are square, and return their resolution."""
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise ShapeError(f"{function}: got pictures {tuple(images.shape)}, expected [B, 3, H, W] with H = W.")
+        raise ShapeError(f"{function}: got images {tuple(images.shape)}, expected [B, 3, H, W] with H = W.")
     return images.shape[3]
 
 
@@ -434,22 +440,24 @@ def _check_thetas(thetas: Sequence[float]) -> None:
         require(0 <= theta <= 1, "theta", theta, "0 to 1")
 
 
-def _noise(side: int, num: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(num, 3, side, side, generator=generator, device=generator.device)
+def _noise(resolution: int, num: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(num, 3, resolution, resolution, generator=generator, device=generator.device)
 
 
 def _fixed_noise(stack: Stack, num: int, seed: int) -> Tensor:
-    """The same noise `num` times, [num, 3, s, s]."""
+    """One noise image, repeated `num` times, [num, 3, s, s]."""
     generator = torch.Generator(stack.device).manual_seed(seed)
     return _noise(stack.decoder.config.unet.image_size, 1, generator).expand(num, -1, -1, -1)
 
 
-def _rows(pictures: Tensor, num_rows: int) -> Tensor:
-    """[B * N, ...] -> [B, N, ...]."""
-    return pictures.view(num_rows, -1, *pictures.shape[1:])
+def _rows(samples: Tensor, num_rows: int) -> Tensor:
+    """Reshape [B * N, ...] to [B, N, ...]."""
+    return samples.view(num_rows, -1, *samples.shape[1:])
 
 
 def _counting(progress: Progress, on_step: samplers.OnStep = samplers.undisturbed) -> samplers.OnStep:
+    """Wrap a hook so that it also reports progress."""
+
     def step(x_t: Tensor, t: int) -> Tensor:
         progress(1)
         return on_step(x_t, t)

@@ -1,4 +1,4 @@
-"""The prior as a part, of either kind: captions to CLIP image embeddings."""
+"""The prior as a part, of either kind: from captions to CLIP image embeddings."""
 
 import dataclasses
 import math
@@ -26,21 +26,21 @@ from unclip.training.objective import Tensors
 from unclip.training.settings import TrainerConfig
 
 NUM_QUANTIZED = 65_536
-"""Training rows whose range the autoregressive prior's buckets cover."""
+"""Training rows that the buckets of the autoregressive prior are fitted to."""
 COMPONENTS = 319 / 1024
-"""Principal components over dimensions that a memory plan assumes: the paper's (section 2.2)."""
+"""Ratio of principal components to dimensions that a memory plan assumes: the paper's (section 2.2)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorStageConfig:
     kind: Literal["diffusion", "autoregressive"] = "diffusion"
-    """Which of the paper's two priors."""
+    """Choice of one of the paper's two priors."""
     model: PriorConfig = PriorConfig()
-    """The diffusion prior's network and process."""
+    """Network and diffusion process of the diffusion prior."""
     autoregressive: AutoregressivePriorConfig = AutoregressivePriorConfig()
-    """The autoregressive prior's network and buckets."""
+    """Network and buckets of the autoregressive prior."""
     trainer: TrainerConfig = TrainerConfig()
-    """The training."""
+    """Training settings."""
 
 
 class PriorObjective:
@@ -76,7 +76,7 @@ class PriorObjective:
             x_t = diffusion.q_sample(x0, draw.t, draw.noise)
             with torch.no_grad():
                 estimate = self.model.estimate_x0(x_t, draw.t, network(x_t, draw.t, *text, drop, kept=kept))
-            # Half of the time there is an estimate to start from. Source: Chen et al. 2023 (Analog Bits), section 2.2
+            # Half of the samples get the estimate, the others zeros. Source: Chen et al. 2023 (Analog Bits), section 2.2
             x0_estimate = torch.where(bernoulli(x0, 0.5, generator)[:, None], estimate, 0.0)  # [B, E]
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class PriorObjective:
         return self.process.take(training)
 
     def preview(self, model: nn.Module) -> None:
-        return None  # an embedding is nothing to look at
+        return None  # an embedding cannot be shown as an image
 
     def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
         drop = torch.zeros(len(tensors["tokens"]), dtype=torch.bool, device=generator.device)
@@ -102,7 +102,7 @@ class PriorObjective:
 
 
 class AutoregressivePriorObjective:
-    """Cross-entropy of the image embedding's buckets. Source: Ramesh et al. 2022, section 2.2."""
+    """Cross-entropy of the image embedding's quantized components. Source: Ramesh et al. 2022, section 2.2."""
 
     columns = ("tokens", "image_embedding", "clip_score")
 
@@ -123,7 +123,7 @@ class AutoregressivePriorObjective:
         self.model.text.set_null(caption_features(clip, clip.tokenize([""])))
         self.sample_size = {"tokens": len(self.model.positions)}
         self.state: Tensors = {}
-        self.losses: dict[bool, list[Tensor]] = {True: [], False: []}  # in training and out of it
+        self.losses: dict[bool, list[Tensor]] = {True: [], False: []}  # keyed by network.training
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -145,7 +145,7 @@ class AutoregressivePriorObjective:
         return loss
 
     def metrics(self, training: bool) -> dict[str, float]:
-        """The loss beside that of giving every bucket the same probability."""
+        """Loss relative to that of uniform probabilities over the buckets."""
         losses, self.losses[training] = self.losses[training], []
         if not losses:
             return {}
@@ -166,7 +166,7 @@ def clip_facts(clip: clip_models.Clip) -> dict[str, int]:
 
 
 def fit_quantizer(config: AutoregressivePriorConfig, inputs: TrainingInputs) -> EmbeddingQuantizer:
-    """Buckets for the image embeddings of a dataset, from the first of its training rows; every worker finds the same."""
+    """Fit buckets to the image embeddings of the first training rows; every worker gets the same result."""
     rows = inputs.first_rows("embeddings", ("image_embedding", "clip_score"), NUM_QUANTIZED)
     return EmbeddingQuantizer.fit(
         torch.from_numpy(np.stack(rows["image_embedding"])),

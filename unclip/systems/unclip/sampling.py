@@ -1,4 +1,4 @@
-"""Sampling settings of unCLIP: those of each part, which are defined beside its network, in one."""
+"""Sampling settings of unCLIP: one section for each part, whose class is defined beside the part's network."""
 
 import dataclasses
 
@@ -11,26 +11,26 @@ from unclip.training.precision import Precision
 __all__ = ["FIRST_UPSAMPLER", "DecoderSampling", "PriorSampling", "SamplingConfig", "UpsamplerSampling"]
 
 FIRST_UPSAMPLER = UpsamplerSampling(num_steps=27)
-"""Default of the first upsampler; the others take 15 steps. Source: Ramesh et al. 2022, Table 3."""
+"""Default of the first upsampler; the others use 15 steps. Source: Ramesh et al. 2022, Table 3."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     prior: PriorSampling = PriorSampling()
-    """The prior."""
+    """Settings of the prior."""
     decoder: DecoderSampling = DecoderSampling()
-    """The decoder."""
+    """Settings of the decoder."""
     upsamplers: dict[str, UpsamplerSampling] = dataclasses.field(default_factory=dict)
-    """Each upsampler, by the resolution of its images."""
+    """Settings of each upsampler, by the resolution of its images."""
     batch_size: int = 64
-    """Captions that are sampled together."""
+    """Captions sampled together."""
     precision: Precision = "auto"
-    """Arithmetic of the decoder and the upsamplers."""
+    """Precision of the decoder and the upsamplers."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
     def upsampler(self, resolution: int, is_first: bool) -> UpsamplerSampling:
-        """Settings of the upsampler to this resolution."""
+        """Settings of the upsampler that outputs this resolution."""
         default = FIRST_UPSAMPLER if is_first else UpsamplerSampling()
         return self.upsamplers.get(str(resolution), default)

@@ -1,11 +1,11 @@
-"""Model sizes: what each part of a stack is and how it is trained, by name, and how many parameters that comes to.
+"""Model sizes by name: the network, training settings and number of parameters of each part of a stack.
 
-`model_size = "base"` in a run file fills the sections of the settings from this table, and `unclip plan train` reads the
-same settings, so that what is planned is what is trained.
+`model_size = "base"` in a run file fills the sections of the settings from this table. `unclip plan train` reads the same
+settings, so that the plan fits the training.
 
-`dalle2` is Table 3 of Ramesh et al. 2022. Its 3.5 B decoder is GLIDE's: a U-Net of 2.24 B parameters with 512 channels, and
-a text Transformer of its own with 1.31 B, of which 0.1 B embed the tokens. The second upsampler comes to 282 M, which the
-paper calls 300 M. The optimiser settings of `small` and `base` are our own, in proportion to the paper's.
+`dalle2` is Table 3 of Ramesh et al. 2022. Its decoder of 3.5 B parameters is GLIDE's: a U-Net of 2.24 B with 512 channels,
+and a text Transformer of 1.31 B, of which 0.1 B embed the tokens. The second upsampler has 282 M parameters, which the paper
+rounds to 300 M. The optimiser settings of `small` and `base` are our own, scaled from the paper's.
 """
 
 import dataclasses
@@ -37,34 +37,34 @@ class ParameterCounts:
     prior: int
     """Parameters of the diffusion prior."""
     decoder: int
-    """Parameters of the decoder, with its text Transformer if it has one."""
+    """Parameters of the decoder, including its text Transformer if it has one."""
     upsamplers: tuple[int, ...]
-    """Parameters of each upsampler, the smallest images first."""
+    """Parameters of each upsampler, lowest resolution first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """The settings of a stack's parts, and the CLIP that they go with."""
+    """Settings of a stack's parts, and the CLIP that they use."""
 
     prior: PriorStageConfig
-    """Captions to embeddings; both kinds, and the training of the diffusion prior."""
+    """Both kinds of prior, with the training settings of the diffusion prior."""
     autoregressive_trainer: TrainerConfig
-    """Training of the autoregressive prior, where that is the kind."""
+    """Training settings of the autoregressive prior."""
     decoder: DecoderStageConfig
-    """Embeddings to the smallest images."""
+    """Decoder, from embeddings to the smallest images."""
     upsamplers: tuple[UpsamplerStageConfig, ...]
-    """Each takes the images of the one before."""
+    """Upsamplers; each enlarges the images of the one before."""
     clip: str
     """CLIP's architecture."""
     pretrained: str | None
     """Its weights; None trains it on the pairs."""
     num_parameters: ParameterCounts
-    """Parameters of the parts with that CLIP."""
+    """Number of parameters of each part, with that CLIP."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling settings, published with the stack."""
 
     def sections(self, prior_kind: str = "diffusion") -> dict[str, Any]:
-        """The settings as sections of a run file; sizes that follow from the chain of resolutions are left out."""
+        """Settings as sections of a run file, without the sizes that follow from the chain of resolutions."""
         prior = self.prior
         if prior_kind == "autoregressive":
             prior = dataclasses.replace(prior, trainer=self.autoregressive_trainer)
@@ -98,7 +98,7 @@ def _upsampler(unet: UNetConfig, trainer: TrainerConfig, **model: Any) -> Upsamp
 
 
 def _training(num_steps: int, batch_size: int, learning_rate: float, **settings: Any) -> TrainerConfig:
-    """Settings as Table 3 gives them: iterations, batch size, learning rate. The paper's learning rate is constant."""
+    """Training settings in the terms of Table 3: iterations, batch size, learning rate, which the paper keeps constant."""
     return TrainerConfig(
         num_samples=num_steps * batch_size,
         batch_size=batch_size,
@@ -125,10 +125,10 @@ _BLUR = DegradationConfig(kind="blur", min_blur_sigma=0.6, max_blur_sigma=0.6)
 _BSR = DegradationConfig(kind="bsr")
 _DEMO_PRIOR = _demo_training(
     64_000, 128, 1e-3, warmup_samples=3_000, weight_decay=0.01, checkpoint_samples=20_000
-)  # with fewer samples, images of captions that name no place show several objects
+)  # with fewer samples, captions without a position give images with several objects
 
 MODEL_SIZES: dict[str, ModelSize] = {
-    # 16 and 64 pixels, minutes on two CPUs
+    # 16 and 64 pixels; minutes on two CPUs
     "demo": ModelSize(
         prior=PriorStageConfig(
             model=PriorConfig(width=128, depth=4, num_heads=4),
@@ -159,12 +159,12 @@ MODEL_SIZES: dict[str, ModelSize] = {
         sampling=SamplingConfig(
             prior=PriorSampling(
                 num_steps=16, temperature=0.6
-            ),  # of the autoregressive prior, which 4,000 rows leave unsure
+            ),  # the autoregressive prior's temperature; after 4,000 rows its probabilities are still flat
             decoder=DecoderSampling(num_steps=15, guidance_scale=3.0),
             upsamplers={"64": UpsamplerSampling(num_steps=4)},
         ),
     ),
-    # 64 and 256 pixels, with ViT-B-32: days on one GPU
+    # 64 and 256 pixels, with ViT-B-32; days on one GPU
     "small": ModelSize(
         prior=PriorStageConfig(
             model=SMALL_PRIOR,
@@ -185,7 +185,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
         pretrained="openai",
         num_parameters=ParameterCounts(39_447_552, 109_942_918, (51_250_275,)),
     ),
-    # 64, 256 and 1,024 pixels, with ViT-L-14: the layout of published unCLIP decoders, so that diffusers can hold it
+    # 64, 256 and 1,024 pixels, with ViT-L-14; laid out like published unCLIP decoders, so that it exports to diffusers
     "base": ModelSize(
         prior=PriorStageConfig(
             model=BASE_PRIOR,
@@ -217,7 +217,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
         pretrained="openai",
         num_parameters=ParameterCounts(206_874_368, 319_057_734, (204_853_443, 70_564_035)),
     ),
-    # Ramesh et al. 2022, Table 3, with the paper's CLIP of 1,024 dimensions, which is trained on the pairs
+    # Ramesh et al. 2022, Table 3, with a CLIP of 1,024 dimensions like the paper's, trained on the dataset's pairs
     "dalle2": ModelSize(
         prior=PriorStageConfig(
             model=DALLE2_PRIOR,
@@ -261,4 +261,4 @@ MODEL_SIZES: dict[str, ModelSize] = {
         ),
     ),
 }
-"""By name. `num_parameters` are exact."""
+"""Name -> size. `num_parameters` are exact."""

@@ -1,6 +1,6 @@
-"""The unCLIP stack, from its files to images. Manipulations of existing images are in `unclip.systems.unclip.manipulations`.
+"""The unCLIP stack, from files to images. Manipulations of existing images are in `unclip.systems.unclip.manipulations`.
 
-Letters: B batch, E CLIP embedding width, s side of the decoder's pictures, S side of the last upsampler's.
+Letters: B batch, E CLIP embedding width, s resolution of the decoder's images, S resolution of the last upsampler's.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,16 +33,16 @@ PARTS = (PRIOR, DECODER, UPSAMPLER)
 
 
 class EmbeddingFacts(NamedTuple):
-    """What is known of the image embeddings that a stack was trained on, [E] wide."""
+    """Statistics of the image embeddings that a stack was trained on."""
 
     mean: Tensor
-    """[E]."""
+    """[E], mean of the embeddings."""
     principal: PrincipalComponents
-    """Directions in which they vary."""
+    """Principal components of the embeddings."""
 
 
 class Stack(nn.Module):
-    """CLIP, prior, decoder and any number of upsamplers, each for the pictures of the one before: text in, pictures out."""
+    """CLIP, a prior, a decoder and any number of upsamplers, each for the images of the one before: captions to images."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class Stack(nn.Module):
         upsamplers: Sequence[Upsampler] = (),
     ) -> None:
         """Raises:
-        CheckpointError: the prior and the decoder were trained on embeddings of different datasets or CLIPs, or with
-            another CLIP than this one, or an upsampler on pictures of another size than it gets here.
+        CheckpointError: the prior and the decoder were trained on embeddings of different datasets or CLIPs, or with a
+            CLIP other than this one; or an upsampler was trained for a resolution other than it gets here.
         """
         super().__init__()
         embeddings.check_agreement({"prior": prior.statistics, "decoder": decoder.statistics})
@@ -69,13 +69,13 @@ class Stack(nn.Module):
         """Load CLIP and the parts.
 
         Raises:
-            CheckpointError: something is missing, damaged, or does not fit the rest.
+            CheckpointError: files are missing or damaged, or do not fit each other.
         """
         if files.clip is None or not {"prior", "decoder"} <= files.models.keys():
             raise CheckpointError(f"stack: got {', '.join(files.models)}, expected a CLIP, a prior and a decoder.")
-        named = dict(files.models)
-        prior, decoder = (load_model(named.pop(name), PARTS) for name in ("prior", "decoder"))
-        upsamplers = [load_model(folder, (UPSAMPLER,)) for folder in named.values()]
+        remaining = dict(files.models)
+        prior, decoder = (load_model(remaining.pop(name), PARTS) for name in ("prior", "decoder"))
+        upsamplers = [load_model(folder, (UPSAMPLER,)) for folder in remaining.values()]
         stack = cls(files.clip.load(), prior, decoder, upsamplers)  # type: ignore[arg-type]
         stack.sampling = sampling_of(files, SamplingConfig)
         if files.statistics is not None:
@@ -87,12 +87,12 @@ class Stack(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """S, side of the pictures that the stack draws, pixels."""
+        """S, resolution of the stack's images, pixels."""
         return (self.decoder.config.unet.image_size, *self.upsampled_sizes)[-1]
 
     @property
     def upsampled_sizes(self) -> list[int]:
-        """Side of each upsampler's pictures, pixels."""
+        """Resolution of each upsampler's images, pixels."""
         return [upsampler.config.output_size for upsampler in self.upsamplers]
 
     @property
@@ -109,21 +109,21 @@ class Stack(nn.Module):
         negative: Sequence[str] | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """One image for each caption, [len(captions), 3, S, S] in [-1, 1].
+        """Sample one image for each caption, [len(captions), 3, S, S] in [-1, 1].
 
         Args:
-            negative: captions to be guided away from, by the prior and by a decoder that reads captions.
-            start: [B, 3, S, S], images that the decoder begins with, at its resolution and its strength.
+            negative: captions to guide away from, in the prior and in a decoder that reads captions.
+            start: [B, 3, S, S], images for the decoder to start from, shrunk to its resolution and noised by its strength.
 
         Raises:
-            InputError: nothing that reads the negative captions is guided.
-            ShapeError: start or negative does not go with the captions.
+            InputError: there are negative captions, but no part that reads captions is guided.
+            ShapeError: start or negative does not match the captions.
 
         Source: Ramesh et al. 2022, section 2: prior, decoder, upsamplers.
         """
-        told = self.captions(captions, sampling, negative)
+        decoder_captions = self.captions(captions, sampling, negative)
         embedding = self.embed_captions(list(captions), sampling, generator, negative)
-        return self.decode(embedding, sampling, generator, told, start=start)
+        return self.decode(embedding, sampling, generator, decoder_captions, start=start)
 
     def embed_captions(
         self,
@@ -132,15 +132,17 @@ class Stack(nn.Module):
         generator: torch.Generator,
         negative: Sequence[str] | None = None,
     ) -> Tensor:
-        """Image embeddings [B, E] that the prior samples for captions."""
-        others = None if negative is None else self._features(negative)
-        return self.prior.sample(*self._features(captions), sampling.prior, negative=others, generator=generator)
+        """Sample image embeddings [B, E] for captions from the prior."""
+        negative_features = None if negative is None else self._features(negative)
+        return self.prior.sample(
+            *self._features(captions), sampling.prior, negative=negative_features, generator=generator
+        )
 
     def _features(self, captions: Sequence[str]) -> CaptionFeatures:
         return caption_features(self.clip, self.clip.tokenize(list(captions)).to(self.device))
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Image embeddings [B, E], as the decoder reads them, of pictures [B, 3, H, W] in [-1, 1]."""
+        """Embed images [B, 3, H, W] in [-1, 1] as image embeddings [B, E], as the decoder reads them."""
         return self.clip.embed_images(self.clip.resize(images.to(self.device)))
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
@@ -148,37 +150,39 @@ class Stack(nn.Module):
         return self.clip.encode_text(self.clip.tokenize(list(captions)).to(self.device)).text_embedding
 
     def read_captions(self, captions: Sequence[str]) -> Text | None:
-        """What the decoder reads of captions besides image embeddings; None where it reads nothing."""
+        """Encode captions as the decoder reads them; None if it reads no captions."""
         tokens = self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
         return read_captions(self.decoder.config.text, self.clip, tokens)
 
     def captions(
         self, captions: Sequence[str], sampling: SamplingConfig, negative: Sequence[str] | None = None
     ) -> Captions:
-        """Captions in all the ways in which they steer the decoder.
+        """Prepare everything that the decoder needs of captions: conditioning, negative captions and CLIP guidance.
 
         Raises:
-            InputError: nothing that reads the negative captions is guided.
-            ShapeError: not as many negative captions.
+            InputError: there are negative captions, but no part that reads captions is guided.
+            ShapeError: the number of negative captions differs from that of the captions.
         """
-        likeness = self._likeness(captions) if sampling.decoder.clip_guidance_scale else None
+        likeness = self._similarity(captions) if sampling.decoder.clip_guidance_scale else None
         if negative is None:
             return Captions(self.read_captions(captions), None, likeness)
         if len(negative) != len(captions):
-            raise ShapeError(f"sample: got {len(negative)} negative captions for {len(captions)}, expected as many.")
+            raise ShapeError(
+                f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
+            )
         scales = [sampling.prior.guidance_scale]
         if self.decoder.text is not None:
             text_scale = sampling.decoder.text_guidance_scale
             scales += [sampling.decoder.guidance_scale, 1.0 if text_scale is None else text_scale]
         if all(scale == 1 for scale in scales):
             raise InputError(
-                f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would change nothing. Set "
+                f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would have no effect. Set "
                 "prior.guidance_scale above 1."
             )
         return Captions(self.read_captions(captions), self.read_captions(negative), likeness)
 
-    def _likeness(self, captions: Sequence[str]) -> Callable[[Tensor], Tensor]:
-        """Cosine of CLIP's embeddings of images x0 [B, 3, s, s] and of captions, [B]."""
+    def _similarity(self, captions: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """Function from images x0 [B, 3, s, s] to the cosine similarity [B] of their CLIP embeddings and the captions'."""
         text_embedding = self.embed_text(captions)  # [B, E]
 
         def likeness(x0: Tensor) -> Tensor:
@@ -197,10 +201,10 @@ class Stack(nn.Module):
         *,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Images [B, 3, S, S] at full size for image embeddings [B, E], and captions where the decoder reads them.
+        """Sample images [B, 3, S, S] for image embeddings [B, E], and for captions if the decoder reads them.
 
         Args:
-            start: [B, 3, S, S], images to begin with.
+            start: [B, 3, S, S], images to start from.
         """
         if start is not None:
             if start.shape != (len(image_embedding), 3, self.image_size, self.image_size):
@@ -225,12 +229,12 @@ class Stack(nn.Module):
         x_T: Sequence[Tensor] | None = None,
         on_step: Sequence[OnStep] | None = None,
     ) -> Tensor:
-        """Let the upsamplers work in turn.
+        """Apply the upsamplers one after the other.
 
         Args:
-            low_res: [B, 3, s, s] in [-1, 1], the decoder's pictures.
-            x_T: for each upsampler, like its pictures; None draws them from the generator.
-            on_step: for each upsampler; None disturbs none.
+            low_res: [B, 3, s, s] in [-1, 1], the decoder's images.
+            x_T: initial noise of each upsampler, shaped like its images; None draws it from the generator.
+            on_step: hook of each upsampler, called after every step; None for no hooks.
 
         Returns:
             [B, 3, S, S] in [-1, 1].
@@ -245,7 +249,7 @@ class Stack(nn.Module):
         return low_res
 
     def upsampler_sampling(self, sampling: SamplingConfig) -> list[UpsamplerSampling]:
-        """Settings of each upsampler."""
+        """Sampling settings of each upsampler."""
         return [sampling.upsampler(size, index == 0) for index, size in enumerate(self.upsampled_sizes)]
 
 
@@ -253,21 +257,21 @@ def _check_clip(clip: Clip, models: dict[str, nn.Module]) -> None:
     for name, model in models.items():
         if not all(module.knows(clip) for module in model.modules() if isinstance(module, EmptyCaption)):
             raise CheckpointError(
-                f"{name}: was trained with another CLIP than this one, which reads the empty caption differently; it would "
-                f"draw something else than what captions say. Take the CLIP and the {name} of one stack."
+                f"{name}: was trained with a CLIP other than this one, which encodes the empty caption differently, so its "
+                f"samples would not match captions. Take the CLIP and the {name} from the same stack."
             )
 
 
 def _check_chain(decoder: Decoder, upsamplers: Sequence[Upsampler]) -> None:
-    side, maker = decoder.config.unet.image_size, "the decoder"
+    resolution, source = decoder.config.unet.image_size, "the decoder"
     for upsampler in upsamplers:
         trained_for = upsampler.config.low_res_size
-        if trained_for != side:
+        if trained_for != resolution:
             raise CheckpointError(
-                f"{upsampler.config.name}: got pictures of {side} pixels from {maker}, expected the {trained_for} that it was "
-                "trained for. Take models of one stack."
+                f"{upsampler.config.name}: got images of {resolution} pixels from {source}, expected the {trained_for} pixels "
+                "that it was trained for. Take models from the same stack."
             )
-        side, maker = upsampler.config.output_size, upsampler.config.name
+        resolution, source = upsampler.config.output_size, upsampler.config.name
 
 
 SYSTEM = SystemSpec(
