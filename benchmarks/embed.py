@@ -102,7 +102,7 @@ def prepare_bare(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = clip.create(arguments.model, None).eval().to(device)
-    size = clip.input_side(model)
+    size = clip.input_size(model)
     batches = []
     for start in range(0, arguments.pairs, arguments.batch_size):
         count = min(arguments.batch_size, arguments.pairs - start)

@@ -32,7 +32,7 @@ def prepare(config: PipelineConfig, retry_failed: bool = False, read_only: bool 
     tracking_uri(config)  # raises if there can be none
     store = Store(config.storage)
     if read_only:
-        store.check_may_be_written()
+        store.check_permissions()
     else:
         store.check_writable()
     with contextlib.ExitStack() as stack:

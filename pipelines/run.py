@@ -98,7 +98,7 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         result = dag[last].ray_node.execute()
     console = Console(store, run.id, list(dag))
     ready: list[Any] = []
-    with signals.asked_to_stop() as is_stopping:
+    with signals.stop_on_signal() as is_stopping:
         while not ready:
             ready, _ = ray.wait([result], timeout=1.0)
             console.refresh()

@@ -15,7 +15,7 @@ AnnotatedKeys = list[tuple[str, str]]
 """Pairs of a key and a note on it."""
 
 
-def clusters_of(
+def duplicate_clusters(
     fates: Mapping[str, str], kept: Sequence[str], images: pa.Table, snapshot: Snapshot, count: int
 ) -> list[AnnotatedKeys]:
     """Clusters of a kept row and the duplicates that were dropped in its favour.

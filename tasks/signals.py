@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yield a function that returns True after a first SIGTERM or Ctrl-C; a second one has its usual effect.
 
     Outside the main thread no signal is caught.

@@ -66,7 +66,7 @@ class Snapshot:
 def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
     """Append one row to the `snapshots` table, unless it has this content already; a refresh writes it last."""
     table = store.uri("snapshots")
-    known = tables.read_dated(table).to_pylist() if tables.version(table) is not None else []
+    known = tables.read_with_commit_times(table).to_pylist() if tables.version(table) is not None else []
     if any(row["digest"] == snapshot["digest"] for row in known):
         return
     names = (

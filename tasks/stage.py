@@ -114,7 +114,7 @@ class Run:
     tracker: Tracker
     experiment_id: str
     resources: StageResources = StageResources()
-    trains_here: bool = False
+    trains_in_process: bool = False
     """Train models in the calling process rather than by workers of a cluster."""
 
     @property

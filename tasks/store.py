@@ -60,7 +60,7 @@ class Store:
         except (OSError, StorageError) as error:
             raise self._unwritable(error.__cause__ or error) from None
 
-    def check_may_be_written(self) -> None:
+    def check_permissions(self) -> None:
         """Check permissions only, without writing or creating folders; a bucket is assumed to be writable.
 
         Raises:

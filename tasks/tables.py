@@ -155,7 +155,7 @@ def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | Remov
     return actions
 
 
-def read_dated(table_uri: str) -> pa.Table:
+def read_with_commit_times(table_uri: str) -> pa.Table:
     """Rows of the newest version, with a column `committed`: the commit time of their file."""
     table = DeltaTable(table_uri, storage_options=_options(table_uri))
     added = pa.table(table.get_add_actions(flatten=True)).select(["path", "modification_time"]).to_pylist()

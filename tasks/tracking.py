@@ -156,7 +156,7 @@ def client(tracking_uri: str) -> Any:
     return MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
 
-def answering_client(tracking_uri: str, seconds: float = 15.0) -> Any:
+def checked_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     """Client of an MLflow server that has just answered; never creates a missing database.
 
     Raises:

@@ -63,18 +63,18 @@ def pin_trainer(config: Any, _: Pinning) -> Any:
 
 
 def run_training(context: StageContext, training: Training) -> tuple[str, str]:
-    """Train on the cluster, or in this process if `trains_here`, from this stage's last checkpoint if there is one.
+    """Train on the cluster, or in this process if `trains_in_process`, from this stage's last checkpoint if there is one.
 
     Returns:
         URI and digest of the finished model.
 
     Raises:
         StageError: the training failed; the message comes from the worker.
-        UnclipError: see `trainer.train`; only if `trains_here`.
+        UnclipError: see `trainer.train`; only if `trains_in_process`.
     """
     model = f"{context.folder}/model"
     if not files.exists(f"{model}/{checkpoints.MANIFEST}"):
-        if context.run.trains_here:
+        if context.run.trains_in_process:
             _train_here(context, training)
         else:
             _train_on_cluster(context, training)
@@ -134,7 +134,7 @@ def _train_here(context: StageContext, training: Training) -> None:
 
     torch.set_num_threads(context.resources.cpus_per_worker)  # as in a worker: the order of sums depends on it
     progress = context.progress(training.config.num_samples, "samples")
-    with signals.asked_to_stop() as is_stop_requested, _deferred(context.tracker, context.folder) as tracker:
+    with signals.stop_on_signal() as is_stop_requested, _deferred(context.tracker, context.folder) as tracker:
         monitor = _MlflowMonitor(tracker, progress, context.folder, is_stop_requested)
         train_rows(training, context.folder, monitor, parallel.by_itself())
 

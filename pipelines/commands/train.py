@@ -84,7 +84,7 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
     store, dag = Store(config.storage), compose(config)
     parents = _parents(model, pipeline, config)
     with lock(store):
-        run = dataclasses.replace(open_run(pipeline, config, store), trains_here=True)
+        run = dataclasses.replace(open_run(pipeline, config, store), trains_in_process=True)
         result: Artifact | Failure = Failure(model, "interrupted")
         try:
             console = Console(store, run.id, [model])
@@ -105,7 +105,7 @@ def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int
     """Train on a few rows until the model should have memorised them; print a diagnosis, and return True if it has."""
     from pipelines.composition import compose
     from tasks.snapshots import Snapshot
-    from tasks.stages.train import training_of
+    from tasks.stages.train import build_training
     from tasks.training import train_rows
     from unclip.training import overfitting, parallel
 
@@ -114,7 +114,7 @@ def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int
     section, part = node.config, node.stage.part
     assert part is not None
     section = dataclasses.replace(section, trainer=overfitting.settings(section.trainer, num_rows))
-    training = training_of(part, section, Snapshot.of(dataset.facts), *inputs)
+    training = build_training(part, section, Snapshot.of(dataset.facts), *inputs)
     keys = training.keys()[:num_rows]
     diagnosis = overfitting.Diagnosis()
     click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(keys)} rows")

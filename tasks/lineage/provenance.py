@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
-from tasks.duplicates import clusters_of
+from tasks.duplicates import duplicate_clusters
 from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
 from tasks.store import Store
@@ -40,7 +40,7 @@ def versions(store: Store) -> list[Version]:
     """Return all dataset versions, oldest first."""
     if tables.version(store.uri("snapshots")) is None:
         return []
-    listed = tables.read_dated(store.uri("snapshots")).sort_by("number").to_pylist()
+    listed = tables.read_with_commit_times(store.uri("snapshots")).sort_by("number").to_pylist()
     return [Version(row["number"], row["digest"], row) for row in listed]
 
 
@@ -256,7 +256,7 @@ def _duplicate_of(version: Version, key: str, reason: str | None) -> dict[str, s
     facts = {field.name: version.facts[field.name] for field in dataclasses.fields(Snapshot)}
     newest = Snapshot(**{**facts, "embeddings_version": tables.version(facts["embeddings"])})
     images = tables.read(facts["images"], columns=["key", "sha256", "phash"])
-    found = clusters_of({key: reason}, kept, images, newest, 1)
+    found = duplicate_clusters({key: reason}, kept, images, newest, 1)
     return {winner: note for (winner, _), (_, note) in found}
 
 

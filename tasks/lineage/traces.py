@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.store import Store
-from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, answering_client, without_password
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, checked_client, without_password
 from tasks.untrusted.normalise import first_line
 from unclip.errors import StorageError
 
@@ -57,7 +57,7 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
     for tracking_uri in tracking_uris:
         shown_uri = without_password(tracking_uri)
         try:
-            mlflow = answering_client(tracking_uri)
+            mlflow = checked_client(tracking_uri)
             experiments = _experiments(mlflow)
             readers = set()
             for run in _runs_reading(mlflow, experiments, datasets):

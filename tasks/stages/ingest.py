@@ -66,7 +66,7 @@ _JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
 T = TypeVar("T")
 
 
-class Listed(NamedTuple):
+class ListRow(NamedTuple):
     """One row of the list; missing values are empty strings."""
 
     url: str
@@ -177,7 +177,7 @@ def check_source(config: IngestConfig) -> str:
     return digest.hexdigest()
 
 
-def read(config: IngestConfig) -> Iterator[Listed]:
+def read(config: IngestConfig) -> Iterator[ListRow]:
     """Read every row of the list, files in order of their names.
 
     Raises:
@@ -189,7 +189,7 @@ def read(config: IngestConfig) -> Iterator[Listed]:
         yield from _read_source(source, config)
 
 
-def clean(listed: Iterable[Listed]) -> pa.Table:
+def clean(listed: Iterable[ListRow]) -> pa.Table:
     """Normalise rows to `PAIRS`, sorted by key.
 
     Of rows with the same key, the one with the smallest expected hash is kept, so that the order of the list does not matter.
@@ -210,7 +210,7 @@ def clean(listed: Iterable[Listed]) -> pa.Table:
     return _drop_duplicates(pa.concat_tables(chunks).sort_by(order))
 
 
-def _clean_row(position: int, row: Listed) -> tuple[Any, ...]:
+def _clean_row(position: int, row: ListRow) -> tuple[Any, ...]:
     url, caption, sha256 = normalise_url(row.url), normalise_caption(row.caption), normalise_sha256(row.sha256)
     shown = url or normalise_caption(row.url)
     key = hashlib.sha256(f"{shown}\n{caption}".encode()).hexdigest()[:32]
@@ -311,7 +311,7 @@ def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pa
     return [info for _, info in sorted(found, key=lambda item: item[0])]
 
 
-def _read_source(source: _Source, config: IngestConfig) -> Iterator[Listed]:
+def _read_source(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
     """Read the rows of one file; check its columns first."""
     header = LAYOUTS[config.layout].header
     if header and source.format not in (".tsv", ".txt"):
@@ -330,7 +330,7 @@ def _read_source(source: _Source, config: IngestConfig) -> Iterator[Listed]:
             yield from _csv_rows(source, config, header)
 
 
-def _csv_rows(source: _Source, config: IngestConfig, header: Sequence[str] | None) -> Iterator[Listed]:
+def _csv_rows(source: _Source, config: IngestConfig, header: Sequence[str] | None) -> Iterator[ListRow]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_CHARACTERS))  # a global setting of the process
     delimiter = "," if source.format == ".csv" else "\t"
     reader = csv.reader(_lines(source), delimiter=delimiter, quoting=csv.QUOTE_NONE if header else csv.QUOTE_MINIMAL)
@@ -347,21 +347,21 @@ def _csv_rows(source: _Source, config: IngestConfig, header: Sequence[str] | Non
                     f"line {reader.line_num}: got {len(fields)} fields, expected {len(names)}",
                     "Quote fields that hold the separator or a quote, or write the list as .jsonl or .parquet.",
                 )
-            yield Listed(*(fields[index] for index in indices))
+            yield ListRow(*(fields[index] for index in indices))
     except csv.Error as error:
         raise _unreadable(source, f"line {reader.line_num}: {error}") from None
 
 
-def _txt_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
+def _txt_rows(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
     columns = config.columns
     _column_indices(source, [columns["url_column"], columns["caption_column"]], config)  # there is no sha256
     for line in _lines(source):
         if line.strip():
             url, _, caption = line.rstrip("\r\n").partition("\t")
-            yield Listed(url, caption)
+            yield ListRow(url, caption)
 
 
-def _json_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
+def _json_rows(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
     records = _json_records(source)
     first = list(itertools.islice(records, _JSON_LINES_FOR_NAMES))
     names = list(dict.fromkeys(name for _, record in first for name in record))
@@ -376,7 +376,7 @@ def _json_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
                 raise _unreadable(source, f"line {number}: {_shown(name)}: got {got}, expected a string or null")
             # JSON can escape lone surrogates, which are not valid text.
             values.append((value or "").encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
-        yield Listed(*values)
+        yield ListRow(*values)
 
 
 def _json_records(source: _Source) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -413,12 +413,12 @@ def _lines(source: _Source) -> Iterator[str]:
     return _within_allowance(source, read_lines(), len)
 
 
-def _parquet_rows(source: _Source, config: IngestConfig) -> Iterator[Listed]:
+def _parquet_rows(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
     """Read a Parquet file in a child process (`tasks.untrusted.parquet_list`), since a damaged file may crash its reader."""
     with _on_disk(source) as path, parquet_list.opened(path, list(config.columns.values())) as opened:
         _check_columns(source, opened.claims, config)
         _check_claims(source, opened.claims)
-        listed = (row for batch in opened.batches() for row in map(Listed, *batch))
+        listed = (row for batch in opened.batches() for row in map(ListRow, *batch))
         num_rows = 0
         for row in _within_allowance(source, listed, lambda row: 1 + sum(map(len, row))):
             num_rows += 1

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
-from tasks.duplicates import AnnotatedKeys, clusters_of
+from tasks.duplicates import AnnotatedKeys, duplicate_clusters
 from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
@@ -97,7 +97,7 @@ def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: 
     measures = _measures(captions, images, snapshot, {limit.measure: limit for limit in config.limits})
 
     edges = [edge for measure in measures for edge in _edges(measure, fates, config.num_at_edges)]
-    clusters = clusters_of(fates, kept, images, snapshot, config.num_clusters)
+    clusters = duplicate_clusters(fates, kept, images, snapshot, config.num_clusters)
     shown = set(kept[: config.num_pictures])
     shown |= {key for _, *groups in edges for group in groups for key, _ in group}
     shown |= {key for cluster in clusters for key, _ in cluster}

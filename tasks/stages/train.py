@@ -26,7 +26,7 @@ def train(part: Part[Any]) -> Stage:
     def function(context: StageContext, config: Any, dataset: Artifact, *needed: Artifact) -> Output:
         if part.shows_rows:
             _record_shown_rows(context, dataset)
-        return _train(context, dataset, training_of(part, config, Snapshot.of(dataset.facts), *needed))
+        return _train(context, dataset, build_training(part, config, Snapshot.of(dataset.facts), *needed))
 
     function.__doc__ = part.help
     return Stage(
@@ -41,7 +41,7 @@ def train(part: Part[Any]) -> Stage:
     )
 
 
-def training_of(part: Part[Any], config: Any, snapshot: Snapshot, *needed: Artifact) -> Training:
+def build_training(part: Part[Any], config: Any, snapshot: Snapshot, *needed: Artifact) -> Training:
     """Everything that a worker needs to train a part with these settings on a snapshot.
 
     Args:

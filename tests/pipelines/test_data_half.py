@@ -119,7 +119,7 @@ def content(storage: object) -> dict[str, Any]:
             keys = table.column("key").to_pylist()
             assert len(set(keys)) == len(keys), f"{kind}: duplicate rows"
             found[kind] = (name, len(keys), tables.content_digest(table))
-    snapshots = tables.read_dated(f"{storage}/snapshots").to_pylist()
+    snapshots = tables.read_with_commit_times(f"{storage}/snapshots").to_pylist()
     for number, snapshot in enumerate(snapshots):
         for name in ("selection", "scores"):
             found[f"{name} {number}"] = tables.content_digest(tables.read_file(snapshot[name]))

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tasks.signals import asked_to_stop
+from tasks.signals import stop_on_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -17,7 +17,7 @@ def test_the_first_signal_requests_a_stop_and_the_second_ends_the_process(number
 
     previous = signal.signal(number, end)
     try:
-        with asked_to_stop() as is_stop_requested:
+        with stop_on_signal() as is_stop_requested:
             assert not is_stop_requested()
             os.kill(os.getpid(), number)
             assert is_stop_requested()
@@ -32,7 +32,7 @@ def test_signals_are_not_caught_outside_the_main_thread() -> None:
     observed: list[bool] = []
 
     def look() -> None:
-        with asked_to_stop() as is_stop_requested:
+        with stop_on_signal() as is_stop_requested:
             observed.append(is_stop_requested())
 
     thread = threading.Thread(target=look)

@@ -39,7 +39,7 @@ def test_f35_snapshots_are_numbered_and_the_same_content_is_recorded_once(tmp_pa
     snapshot |= {"selection": "s", "scores": "c", "statistics": "t"}
     for digest in ("one", "two", "one", "three"):
         record_snapshot(store, "mine", {**snapshot, "digest": digest}, {"rows": {}, "reasons": {}})
-    rows = sorted(tables.read_dated(store.uri("snapshots")).to_pylist(), key=lambda row: row["number"])
+    rows = sorted(tables.read_with_commit_times(store.uri("snapshots")).to_pylist(), key=lambda row: row["number"])
     assert [(row["number"], row["digest"]) for row in rows] == [(1, "one"), (2, "two"), (3, "three")]
 
 

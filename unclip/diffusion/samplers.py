@@ -284,7 +284,7 @@ def heun(
     return x_t
 
 
-def hold_known(diffusion: GaussianDiffusion, x0: Tensor, known: Tensor, generator: torch.Generator | None) -> OnStep:
+def keep_known(diffusion: GaussianDiffusion, x0: Tensor, known: Tensor, generator: torch.Generator | None) -> OnStep:
     """Inpainting with any sampler: after every step, put the known part back, noised to the sample's timestep.
 
     The rest is sampled to fit the known part; more steps and noisier steps make it fit better.

@@ -274,7 +274,7 @@ def text_mask(tokens: Tensor) -> Tensor:
     return kept | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
 
 
-def input_side(model: Any) -> int:
+def input_size(model: Any) -> int:
     """Image size S of an open_clip model's square input, pixels."""
     size = model.visual.preprocess_cfg["size"]
     return int(size if isinstance(size, int) else size[0])
@@ -283,7 +283,7 @@ def input_side(model: Any) -> int:
 def prepare(model: Any, images: Tensor) -> Tensor:
     """Resize and standardise a batch of images in [-1, 1] for an open_clip model, on its device."""
     settings = model.visual.preprocess_cfg
-    size = input_side(model)
+    size = input_size(model)
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
     mean = torch.tensor(settings["mean"], device=images.device).view(3, 1, 1)

@@ -86,7 +86,7 @@ class Captions(NamedTuple):
     """Captions for the network; None for empty captions."""
     negative: Text | None = None
     """Negative captions, which guidance pushes away from; None for empty captions."""
-    likeness: Callable[[Tensor], Tensor] | None = None
+    caption_similarity: Callable[[Tensor], Tensor] | None = None
     """x0 [B, 3, S, S] in [-1, 1] -> similarity of each image to its caption [B], differentiable; for CLIP guidance."""
 
 
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
             known: [B, 4, S, S] from `known_region`; given to both the conditional and the unconditional prediction.
 
         Raises:
-            ConfigError: CLIP guidance is on, and captions has no likeness.
+            ConfigError: CLIP guidance is on, and captions has no caption_similarity.
         """
         batch, device = len(image_embedding), image_embedding.device
 
@@ -210,11 +210,14 @@ class Decoder(nn.Module):
         else:
             guided = guidance.classifier_free_two(both, without_caption(False), neither, scale, text_scale, rescale)
         if settings.clip_guidance_scale:
-            likeness = captions.likeness
+            caption_similarity = captions.caption_similarity
             require(
-                likeness is not None, "clip_guidance_scale", settings.clip_guidance_scale, "0 if no caption is given"
+                caption_similarity is not None,
+                "clip_guidance_scale",
+                settings.clip_guidance_scale,
+                "0 if no caption is given",
             )
-            log_probability = guidance.on_x0(guidance.clamped(both, 1.0), likeness)  # type: ignore[arg-type]
+            log_probability = guidance.on_x0(guidance.clamped(both, 1.0), caption_similarity)  # type: ignore[arg-type]
             guided = guidance.classifier(self.diffusion, guided, log_probability, settings.clip_guidance_scale)
         return sampling.limited(self.diffusion, guided, both, settings, 1.0)
 

@@ -24,7 +24,7 @@ class ClipObjective:
         self.name = name
         self.model = clip_models.create(name, None)
         self.tokenizer = clip_models.tokenizer(name)
-        self.side = clip_models.input_side(self.model)
+        self.side = clip_models.input_size(self.model)
         self.clip_loss = open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
         self.sample_size = {"pixels": self.side**2}
         self.state: Tensors = {}

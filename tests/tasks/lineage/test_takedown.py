@@ -20,16 +20,16 @@ from tasks.lineage.takedown import find_keys, parse, parse_file, take_down
 from tasks.snapshots import record_snapshot
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA as EMBEDDINGS
-from tasks.stages.ingest import Listed, clean
+from tasks.stages.ingest import ListRow, clean
 from tasks.store import Store
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
-from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, answering_client, client
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
 from tests.pipelines.command_line import call, call_json
 from unclip import files
 from unclip.errors import InputError
 from unclip.training.film import add_preview
 
-LISTED = [Listed(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
+LISTED = [ListRow(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
 
 
 def stored_image(index: int) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def test_an_mlflow_that_does_not_answer_is_named_and_the_others_are_searched(
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as closed:
         hangs, refuses = (f"http://127.0.0.1:{server.getsockname()[1]}" for server in (silent, closed))
         closed.close()
-        monkeypatch.setattr(traces, "answering_client", functools.partial(answering_client, seconds=1.0))
+        monkeypatch.setattr(traces, "checked_client", functools.partial(checked_client, seconds=1.0))
         started = time.monotonic()
         uris = [hangs, refuses, missing, own.uri]
         found = take_down(store, [Tombstone("key", key_at(store, 7))], None, uris).traces
@@ -412,7 +412,7 @@ def test_show_without_a_dataset_version_and_with_only_a_tombstone(tmp_path: Path
     store = Store(str(tmp_path))
     with pytest.raises(InputError, match="has no rows"):
         show(store, "0" * 32)
-    pairs = clean([Listed("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
+    pairs = clean([ListRow("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
     tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
     bad, good = sorted(pairs.to_pylist(), key=lambda row: row["status"] == "kept")
     assert show(store, bad["key"])["fate"].startswith("in no dataset version: bad_url, not a URL that can be fetched")

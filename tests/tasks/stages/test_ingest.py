@@ -20,7 +20,7 @@ import pytest
 from tasks import rows as tally
 from tasks import tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
-from tasks.stages.ingest import MAX_LINE_CHARACTERS, IngestConfig, Listed, check_source, clean, ingest, read
+from tasks.stages.ingest import MAX_LINE_CHARACTERS, IngestConfig, ListRow, check_source, clean, ingest, read
 from tasks.tracking import Tracker
 from tasks.untrusted import parquet_list
 from tasks.untrusted.normalise import normalise_caption, normalise_url
@@ -73,7 +73,7 @@ def write_list(path: Path, pairs: list[tuple[Any, Any]] = ROWS, names: tuple[str
     return str(path)
 
 
-def listed(path: Path, **settings: Any) -> list[Listed]:
+def listed(path: Path, **settings: Any) -> list[ListRow]:
     return list(read(IngestConfig(str(path), **settings)))
 
 
@@ -190,7 +190,7 @@ def test_layouts_of_published_datasets(tmp_path: Path, layout: str, name: str, c
     data = content.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     rows = listed(tmp_path / name, layout=layout)
-    assert rows == [Listed("http://a/1", "a red circle", HASH if layout == "datacomp" else "")]
+    assert rows == [ListRow("http://a/1", "a red circle", HASH if layout == "datacomp" else "")]
 
 
 def test_quotes_are_plain_characters_in_a_layout_without_header(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_quotes_are_plain_characters_in_a_layout_without_header(tmp_path: Path) 
 def test_column_settings_override_the_layout(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("url,text,alt,md\nhttp://a/1,b,c,d\n")
     settings = {"layout": "coyo", "caption_column": "alt", "sha256_column": "md"}
-    assert listed(tmp_path / "list.csv", **settings) == [Listed("http://a/1", "c", "d")]
+    assert listed(tmp_path / "list.csv", **settings) == [ListRow("http://a/1", "c", "d")]
 
 
 def test_a_matching_layout_is_suggested(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_an_expected_hash_is_kept_with_the_row_and_not_part_of_its_key(tmp_path:
 @pytest.mark.parametrize("seed", range(5))
 def test_f24_the_order_of_the_list_changes_nothing_but_positions(tmp_path: Path, seed: int) -> None:
     hashes = ["", HASH, HASH[::-1], "bad"]
-    rows = [Listed(f"http://a/{i % 4}", "ab"[i % 2] * (i % 3), hashes[i % 7 % 4]) for i in range(100)]
+    rows = [ListRow(f"http://a/{i % 4}", "ab"[i % 2] * (i % 3), hashes[i % 7 % 4]) for i in range(100)]
     first = clean(rows).drop_columns("position")
     shuffled = random.Random(seed).sample(rows, len(rows))
     assert clean(shuffled).drop_columns("position").equals(first)
@@ -249,7 +249,7 @@ def test_f24_equal_urls_are_one_row_and_are_counted() -> None:
         " http://a.example/1.jpg ",
     ]
     other = ["http://a.example/1.JPG", "http://a.example/1.jpg?b=1&a=2", "http://a.example/1.jpg?a=2&b=1"]
-    table = clean([Listed(url, "a red circle") for url in [*same, *other]])
+    table = clean([ListRow(url, "a red circle") for url in [*same, *other]])
     facts = tally.count(table)
     assert facts["rows"] == {"in": 7, "kept": 4, "dropped": 3, "failed": 0}
     assert facts["reasons"] == {"duplicate_row": 3}
@@ -478,12 +478,12 @@ def test_f23_t13_lone_surrogates_in_json_are_replaced(tmp_path: Path) -> None:
 
 def test_a_json_line_may_omit_missing_values(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text('{"url": "http://a/1"}\n{"caption": null, "url": "http://a/2"}\n')
-    assert listed(tmp_path / "list.jsonl") == [Listed("http://a/1", ""), Listed("http://a/2", "")]
+    assert listed(tmp_path / "list.jsonl") == [ListRow("http://a/1", ""), ListRow("http://a/2", "")]
 
 
 def test_urls_with_commas_and_quotes_in_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text('http://a/1,2,"3\r\nhttp://a/4\ta, "b"\tc')
-    assert listed(tmp_path / "list.txt") == [Listed('http://a/1,2,"3', ""), Listed("http://a/4", 'a, "b"\tc')]
+    assert listed(tmp_path / "list.txt") == [ListRow('http://a/1,2,"3', ""), ListRow("http://a/4", 'a, "b"\tc')]
     assert clean(listed(tmp_path / "list.txt"))["url"].to_pylist()[0] in ('http://a/1,2,"3', "http://a/4")
 
 
@@ -600,7 +600,7 @@ def test_parquet_in_all_its_encodings_of_text(tmp_path: Path, kind: pa.DataType,
         {name: pa.array(values, kind if name == "caption" else pa.string()) for name, values in columns.items()}
     )
     pq.write_table(table, tmp_path / "list.parquet", row_group_size=1300, **options)
-    expected = [Listed(url or "", caption or "") for url, caption in zip(urls, captions, strict=True)]
+    expected = [ListRow(url or "", caption or "") for url, caption in zip(urls, captions, strict=True)]
     assert listed(tmp_path / "list.parquet") == expected
 
 

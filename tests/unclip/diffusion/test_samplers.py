@@ -288,7 +288,7 @@ def test_inpainting_keeps_the_known_part_and_fits_the_rest_to_it(name: samplers.
     diffusion = GaussianDiffusion(DiffusionConfig(1000))
     generator = torch.Generator().manual_seed(0)
     x0, known = torch.tensor([[0.9, 0.0]]).expand(2000, 2), torch.tensor([True, False])
-    hold = samplers.hold_known(diffusion, x0, known, generator)
+    hold = samplers.keep_known(diffusion, x0, known, generator)
     x_T = torch.randn(2000, 2, generator=generator)
     denoise = gaussian_denoiser(diffusion, torch.zeros(2).double(), covariance)
     filled = samplers.SAMPLERS[name](diffusion, denoise, x_T, 100, generator=generator, on_step=hold)

@@ -216,11 +216,11 @@ def test_clip_guidance_follows_the_gradient_of_the_similarity(stack: Stack) -> N
     decoder, t = stack.decoder, torch.full((2,), 300)
     x_t, embedding = torch.randn(2, 3, 8, 8), torch.randn(2, tiny_stacks.EMBEDDING_DIM)
     steering = stack.captions(CAPTIONS, settings("decoder.clip_guidance_scale=1.0"))
-    assert steering.likeness is not None and stack.captions(CAPTIONS, settings()).likeness is None
+    assert steering.caption_similarity is not None and stack.captions(CAPTIONS, settings()).caption_similarity is None
     cosine = F.cosine_similarity(
         stack.clip.embed_images(stack.clip.resize(x_t.clamp(-1, 1))), stack.embed_text(CAPTIONS), dim=1
     )
-    torch.testing.assert_close(steering.likeness(x_t.clamp(-1, 1)), cosine)
+    torch.testing.assert_close(steering.caption_similarity(x_t.clamp(-1, 1)), cosine)
 
     def eps(scale: float) -> Tensor:
         values = DecoderSampling(clip_guidance_scale=scale, thresholding="none")
@@ -228,7 +228,7 @@ def test_clip_guidance_follows_the_gradient_of_the_similarity(stack: Stack) -> N
 
     x = x_t.clone().requires_grad_()
     x0 = decoder.diffusion.predict_x0(x, t, decoder(x, t, embedding, text=steering.text)).clamp(-1, 1)
-    (gradient,) = torch.autograd.grad(steering.likeness(x0).sum(), x)
+    (gradient,) = torch.autograd.grad(steering.caption_similarity(x0).sum(), x)
     sigma = (1 - decoder.diffusion.alphas_cumprod[300]).sqrt().float()
     torch.testing.assert_close(eps(40.0) - eps(0.0), -40 * sigma * gradient, rtol=1e-3, atol=1e-4)
     assert (gradient.abs().amax(dim=(1, 2, 3)) > 1e-5).all()

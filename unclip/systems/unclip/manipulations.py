@@ -408,12 +408,12 @@ def inpaint(
                     progress,
                     samplers.undisturbed
                     if known_input
-                    else samplers.hold_known(decoder.diffusion, low_res, low_keep, generator),
+                    else samplers.keep_known(decoder.diffusion, low_res, low_keep, generator),
                 ),
                 **known_input,
             )
         holding = [
-            samplers.hold_known(upsampler.diffusion, *_known_at(upsampler.config.output_size, image, keep), generator)
+            samplers.keep_known(upsampler.diffusion, *_known_at(upsampler.config.output_size, image, keep), generator)
             for upsampler in stack.upsamplers
         ]
         on_step = [_counting(progress, hold) for hold in holding]

@@ -163,9 +163,9 @@ class Stack(nn.Module):
             InputError: there are negative captions, but no part that reads captions is guided.
             ShapeError: the number of negative captions differs from that of the captions.
         """
-        likeness = self._similarity(captions) if sampling.decoder.clip_guidance_scale else None
+        caption_similarity = self._similarity(captions) if sampling.decoder.clip_guidance_scale else None
         if negative is None:
-            return Captions(self.read_captions(captions), None, likeness)
+            return Captions(self.read_captions(captions), None, caption_similarity)
         if len(negative) != len(captions):
             raise ShapeError(
                 f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
@@ -179,18 +179,18 @@ class Stack(nn.Module):
                 f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would have no effect. Set "
                 "prior.guidance_scale above 1."
             )
-        return Captions(self.read_captions(captions), self.read_captions(negative), likeness)
+        return Captions(self.read_captions(captions), self.read_captions(negative), caption_similarity)
 
     def _similarity(self, captions: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """Function from images x0 [B, 3, s, s] to the cosine similarity [B] of their CLIP embeddings and the captions'."""
         text_embedding = self.embed_text(captions)  # [B, E]
 
-        def likeness(x0: Tensor) -> Tensor:
+        def caption_similarity(x0: Tensor) -> Tensor:
             with torch.autocast(x0.device.type, enabled=False):
                 image_embedding = F.normalize(self.clip.encode_images(self.clip.resize(x0)), dim=-1)  # [B, E]
             return (image_embedding * text_embedding).sum(dim=1)
 
-        return likeness
+        return caption_similarity
 
     def decode(
         self,
