@@ -372,10 +372,10 @@ def fates(store: Store) -> Store:
     [
         (7, "kept (train) in dataset version 2", None),
         (1, "failed: http_404 in dataset version 2: the server answered with status 404", None),
-        (2, "dropped: too_small in dataset version 2: a side shorter than min_side", None),
-        (4, "dropped: duplicate_image in dataset version 2: the same bytes as a picture", (3, "same bytes")),
-        (5, "dropped: near_duplicate in dataset version 2: looks like", (3, "1 of 64 bits differ")),
-        (6, "dropped: semantic_duplicate in dataset version 2: CLIP sees the same", (None, "cosine 1.000")),
+        (2, "dropped: too_small in dataset version 2: the shorter side has fewer pixels than min_side", None),
+        (4, "dropped: duplicate_image in dataset version 2: the same bytes as a kept image", (3, "same bytes")),
+        (5, "dropped: near_duplicate in dataset version 2: looks like a kept image", (3, "1 of 64 bits differ")),
+        (6, "dropped: semantic_duplicate in dataset version 2: the CLIP embedding is close", (None, "cosine 1.000")),
     ],
 )
 def test_show_reports_origin_fate_and_runs_of_a_row(
