@@ -160,11 +160,11 @@ def answer(request: bytes) -> bytes:
     try:
         image_size, jpeg_quality, max_pixels, subsampling = _REQUEST.unpack_from(request)
         body = request[_REQUEST.size :]
-        picture = decode(body, image_size, jpeg_quality, max_pixels, CHROMA_SUBSAMPLINGS[subsampling])
+        decoded = decode(body, image_size, jpeg_quality, max_pixels, CHROMA_SUBSAMPLINGS[subsampling])
     except RowFault as fault:
         return _FAULT + fault.reason.encode()
-    sizes = (picture.width, picture.height, picture.original_width, picture.original_height)
-    return _IMAGE + _REPLY.pack(*sizes, (picture.phash or "").encode()) + picture.jpg
+    sizes = (decoded.width, decoded.height, decoded.original_width, decoded.original_height)
+    return _IMAGE + _REPLY.pack(*sizes, (decoded.phash or "").encode()) + decoded.jpg
 
 
 def warm_up() -> None:
