@@ -83,9 +83,9 @@ class Samples:
     frechet_distance: float
     """Distance from the real images of the same captions, in CLIP embeddings."""
 
-    def all_right(self) -> float:
+    def all_correct(self) -> float:
         """Return the share of images with the right colour, background, size and shape."""
-        right = self.scenes.all_right()
+        right = self.scenes.all_correct()
         return sum(right) / len(right)
 
 
@@ -168,7 +168,7 @@ def table(results: Mapping[str, Samples], priors: Mapping[str, Mapping[str, floa
     for name, samples in results.items():
         accuracy = samples.scenes.accuracy()
         cells = [f"{accuracy[attribute]:.3f}" for attribute in attributes]
-        cells += [f"{samples.all_right():.3f}", f"{samples.clip_score:.3f}", f"{samples.frechet_distance:.4f}"]
+        cells += [f"{samples.all_correct():.3f}", f"{samples.clip_score:.3f}", f"{samples.frechet_distance:.4f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     columns = list(next(iter(priors.values())))
     lines += [
@@ -189,7 +189,9 @@ def plot(results: Mapping[str, Samples], captions: list[str], columns: int = 8) 
     figure = Figure(figsize=(1.25 * columns + 1.2, 1.3 * len(results) + 0.9), layout="constrained")
     plots = figure.subplots(len(results), columns, squeeze=False)
     for row, (name, samples) in zip(plots, results.items(), strict=True):
-        shown = zip(row, imaging.to_uint8(samples.images[:columns]), samples.scenes.all_right()[:columns], strict=True)
+        shown = zip(
+            row, imaging.to_uint8(samples.images[:columns]), samples.scenes.all_correct()[:columns], strict=True
+        )
         for axes, pixels, is_right in shown:
             axes.imshow(pixels, interpolation="nearest")
             axes.set(xticks=[], yticks=[])

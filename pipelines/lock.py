@@ -15,7 +15,7 @@ from typing import Any
 
 from tasks.store import Store
 from unclip import files
-from unclip.background import repeatedly
+from unclip.background import run_periodically
 from unclip.errors import AlreadyRunningError, StorageError
 
 HEARTBEAT_SECONDS = 15.0
@@ -72,7 +72,7 @@ def _lease(uri: str) -> Iterator[None]:
             renew(next(beats))
 
     try:
-        with repeatedly(HEARTBEAT_SECONDS, renew_again, "lease"):
+        with run_periodically(HEARTBEAT_SECONDS, renew_again, "lease"):
             yield
     finally:
         with contextlib.suppress(OSError, StorageError):

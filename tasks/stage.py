@@ -24,7 +24,7 @@ from tasks.progress import Progress
 from tasks.run_records import is_running
 from tasks.store import Store
 from tasks.tracking import Tracker
-from unclip.config import decisive, fingerprint, require, to_dict
+from unclip.config import fingerprint, require, to_dict, without_operational
 from unclip.errors import StageError, StorageError, UnclipError
 
 if typing.TYPE_CHECKING:  # a stage that trains nothing needs no torch
@@ -207,7 +207,7 @@ class Stage:
         return _import_stage, (self.function.__module__, self.function.__name__, self.name)
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
-        return fingerprint(self.name, self.version, decisive(config), [parent.digest for parent in parents])
+        return fingerprint(self.name, self.version, without_operational(config), [parent.digest for parent in parents])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,7 @@ def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         with filesystem.open_input_file(path) as file:
             return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
 
-    return storage.patiently(uri, action)
+    return storage.with_retries(uri, action)
 
 
 def write_file(uri: str, table: pa.Table) -> None:

@@ -17,7 +17,7 @@ from tasks.progress import Progress
 from tasks.stage import Pinning, StageContext
 from tasks.tracking import PREVIEWS, Tracker
 from unclip import files
-from unclip.background import now_and_then
+from unclip.background import rate_limited
 from unclip.data import Source
 from unclip.errors import ConfigError, NonFiniteError, StageError, StoppedError, StorageError, UnclipError
 from unclip.training import checkpoints
@@ -136,7 +136,7 @@ def _train_here(context: StageContext, training: Training) -> None:
     progress = context.progress(training.config.num_samples, "samples")
     with signals.stop_on_signal() as is_stop_requested, _deferred(context.tracker, context.folder) as tracker:
         monitor = _MlflowMonitor(tracker, progress, context.folder, is_stop_requested)
-        train_rows(training, context.folder, monitor, parallel.by_itself())
+        train_rows(training, context.folder, monitor, parallel.single_process())
 
 
 def _deferred(tracker: Tracker, folder: str) -> DeferredTracker:
@@ -185,7 +185,7 @@ def _work(loop: Mapping[str, Any]) -> None:
             return workers.rank == 0 and files.exists(context.stop_uri)
         return False
 
-    stop_requested = now_and_then(STOP_CHECK_SECONDS, is_stop_requested)
+    stop_requested = rate_limited(STOP_CHECK_SECONDS, is_stop_requested)
     try:
         with _deferred(context.tracker, loop["folder"]) as tracker:
             monitor = _MlflowMonitor(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def repeatedly(seconds: float, action: Callable[[], object], name: str) -> Iterator[None]:
+def run_periodically(seconds: float, action: Callable[[], object], name: str) -> Iterator[None]:
     """Call `action` every `seconds` from a thread called `name`, until the block ends; the first call comes after `seconds`."""
     ended = threading.Event()
 
@@ -24,7 +24,7 @@ def repeatedly(seconds: float, action: Callable[[], object], name: str) -> Itera
         thread.join()
 
 
-def now_and_then(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:
+def rate_limited(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:
     """Limit `ask` to one call every `seconds` and repeat its last answer in between; after True it is not called again."""
     answer, asked_at = False, -seconds
 

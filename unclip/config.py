@@ -101,14 +101,14 @@ def operational(default: T) -> T:
     return dataclasses.field(default=default, metadata={"operational": True})
 
 
-def decisive(config: Any) -> Any:
+def without_operational(config: Any) -> Any:
     """Convert a configuration as `to_dict` does, without operational settings: only what the result depends on."""
     if dataclasses.is_dataclass(config):
         fields = [field for field in dataclasses.fields(config) if not field.metadata.get("operational")]
-        return {field.name: decisive(getattr(config, field.name)) for field in fields}
+        return {field.name: without_operational(getattr(config, field.name)) for field in fields}
     if isinstance(config, dict):
-        return {name: decisive(value) for name, value in config.items()}
-    return [decisive(value) for value in config] if isinstance(config, (list, tuple)) else config
+        return {name: without_operational(value) for name, value in config.items()}
+    return [without_operational(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
 def fingerprint(*parts: Any) -> str:

@@ -152,7 +152,7 @@ class RowReader:
     def _read_group_uncached(self, number: int, file: int, group: int) -> list[dict[str, Any]]:
         source = self.sources[number]
         uri, names = source.uris[file], list(source.columns)
-        table = files.patiently(uri, lambda: open_parquet(uri).read_row_group(group, columns=names))
+        table = files.with_retries(uri, lambda: open_parquet(uri).read_row_group(group, columns=names))
         columns = {name: _values(table.column(name)) for name in source.columns}
         return [{name: values[row] for name, values in columns.items()} for row in range(table.num_rows)]
 
@@ -165,7 +165,7 @@ def _locate(source: Source, sorted_keys: np.ndarray) -> np.ndarray:
     """
     positions = np.full((len(sorted_keys), 3), -1, np.int32)
     for file, uri in enumerate(source.uris):
-        keys, sizes = files.patiently(uri, lambda uri=uri: _keys_of_groups(uri))  # type: ignore[misc]
+        keys, sizes = files.with_retries(uri, lambda uri=uri: _keys_of_groups(uri))  # type: ignore[misc]
         found = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
         wanted = np.flatnonzero(sorted_keys[found] == keys)
         group = np.repeat(np.arange(len(sizes)), sizes)[wanted]

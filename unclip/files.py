@@ -43,7 +43,7 @@ def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
         raise StorageError(f"{uri}: {error}. Give a folder or an s3:// or gs:// URI.") from None
 
 
-def patiently(uri: str, action: Callable[[], T]) -> T:
+def with_retries(uri: str, action: Callable[[], T]) -> T:
     """Run a file operation; object stores fail transiently, so there it is tried up to six times."""
     for attempt in range(5 if "://" in uri else 0):
         try:
@@ -64,7 +64,7 @@ def exists(uri: str) -> bool:
     if local := _local(uri):
         return local.exists()
     filesystem, path = locate(uri)
-    return bool(patiently(uri, lambda: filesystem.get_file_info(path)).type.name != "NotFound")
+    return bool(with_retries(uri, lambda: filesystem.get_file_info(path)).type.name != "NotFound")
 
 
 def read(uri: str) -> bytes:
@@ -76,7 +76,7 @@ def read(uri: str) -> bytes:
         with filesystem.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
 
-    return patiently(uri, action)
+    return with_retries(uri, action)
 
 
 def write(uri: str, data: bytes, replace: bool = True) -> bool:
@@ -105,7 +105,7 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
         filesystem, path = locate(uri)
         local = Path(path) if filesystem.type_name == "local" else None  # file://
     try:
-        written = patiently(uri, action)
+        written = with_retries(uri, action)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise StorageError(
@@ -170,7 +170,7 @@ def _names(uri: str) -> list[str]:
 
     filesystem, path = locate(uri)
     selector = pafs.FileSelector(path, allow_not_found=True)
-    return [info.base_name for info in patiently(uri, lambda: filesystem.get_file_info(selector))]
+    return [info.base_name for info in with_retries(uri, lambda: filesystem.get_file_info(selector))]
 
 
 def sweep(folder: str) -> None:
@@ -189,11 +189,11 @@ def delete(uri: str) -> None:
             local.unlink(missing_ok=True)
         return
     filesystem, path = locate(uri)
-    kind = patiently(uri, lambda: filesystem.get_file_info(path)).type.name
+    kind = with_retries(uri, lambda: filesystem.get_file_info(path)).type.name
     if kind == "Directory":
-        patiently(uri, lambda: filesystem.delete_dir(path))
+        with_retries(uri, lambda: filesystem.delete_dir(path))
     elif kind == "File":
-        patiently(uri, lambda: filesystem.delete_file(path))
+        with_retries(uri, lambda: filesystem.delete_file(path))
 
 
 def failpoint(moment: str, uri: str) -> None:

@@ -133,11 +133,11 @@ def _what_fits(model: "ModelMemory", gpus: int, memory_gib: float) -> str:
 
 def _largest(model: "ModelMemory", training: "TrainingSetup", memory_gib: float) -> str:
     """Format the largest micro-batch, in brackets with gradient accumulation if that differs; "" if none fits."""
-    from unclip.training.memory import MOST_SAMPLES
+    from unclip.training.memory import MAX_MICRO_BATCH
 
     several = dataclasses.replace(training, accumulates=True)
     alone, added = (model.largest_micro_batch(each, memory_gib) for each in (training, several))
-    texts = [f"{number:,}" + " or more" * (number == MOST_SAMPLES) for number in (alone, added)]
+    texts = [f"{number:,}" + " or more" * (number == MAX_MICRO_BATCH) for number in (alone, added)]
     if not alone:
         return ""
     return texts[0] if alone == added else f"{texts[0]} ({texts[1]})"

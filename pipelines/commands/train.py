@@ -9,7 +9,7 @@ import click
 
 from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, complete
 from pipelines.preset import model_names
-from unclip.background import repeatedly
+from unclip.background import run_periodically
 from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError, StoppedError
 
@@ -88,7 +88,7 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
         result: Artifact | Failure = Failure(model, "interrupted")
         try:
             console = Console(store, run.id, [model])
-            with repeatedly(1.0, console.refresh, "console"):
+            with run_periodically(1.0, console.refresh, "console"):
                 result = execute(Call(dag[model].stage, dag[model].config), run, parents)
             console.refresh()
         finally:
@@ -119,7 +119,7 @@ def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int
     diagnosis = overfitting.Diagnosis()
     click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(keys)} rows")
     with tempfile.TemporaryDirectory(prefix="unclip-overfit-") as folder:
-        train_rows(dataclasses.replace(training, keys=lambda: keys), folder, diagnosis, parallel.by_itself())
+        train_rows(dataclasses.replace(training, keys=lambda: keys), folder, diagnosis, parallel.single_process())
     losses = "  ".join(f"{loss:.3f}" for loss in diagnosis.relative_losses)
     click.echo(f"loss relative to predicting the mean: {losses}")
     click.secho(diagnosis.verdict, fg="green" if diagnosis.has_memorised else "red")

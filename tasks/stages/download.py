@@ -236,7 +236,7 @@ def plan_shards(pairs: Sequence[Pair], config: DownloadConfig) -> list[list[Shar
     def cut(members: Sequence[Pair]) -> list[Shard]:
         return [members[start : start + config.shard_size] for start in range(0, len(members), config.shard_size)]
 
-    named = [fetch.is_named(pair["url"], config.allow_hosts) for pair in pairs]
+    named = [fetch.is_allowed_host(pair["url"], config.allow_hosts) for pair in pairs]
     own_pairs = [pair for pair, is_own in zip(pairs, named, strict=True) if is_own]
     others = [pair for pair, is_own in zip(pairs, named, strict=True) if not is_own]
     # A short list in many lanes would give many tiny files.
@@ -388,7 +388,7 @@ class _Writer:
         self.pairs, self.taken_down, self.beat = pairs, taken_down, beat
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def write(self, image: decode.Picture | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
+    def write(self, image: decode.DecodedImage | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
         row = {"key": sample["pair"], "url": sample["url"], "caption": caption}
         reason = sample["error_message"] if image is None else self._fault(row["key"], sample["sha256"])
         if image is None or reason:

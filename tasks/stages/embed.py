@@ -226,4 +226,4 @@ def _read_rows(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, A
         read = functools.partial(
             pq.read_table, path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=wanted
         )
-        yield from files.patiently(uri, read).to_pylist()
+        yield from files.with_retries(uri, read).to_pylist()

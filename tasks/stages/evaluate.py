@@ -67,7 +67,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         scores = metrics.score_scenes(sampled.images, sampled.captions)
         if scores is not None:
             facts["accuracy"][group] = accuracy
-            marks = scores.all_right()[: config.num_images]
+            marks = scores.all_correct()[: config.num_images]
             name = f"confusion_{group}"
             facts["images"][name] = _publish(context, f"{name}.png", confusion_matrices(scores))
         shown, captions = sampled.images[: config.num_images], sampled.captions[: config.num_images]

@@ -36,12 +36,12 @@ _TO_UPRIGHT = {
 _FLAT_LEVELS = 2.0  # standard deviation of grey levels below which a perceptual hash is noise
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _REQUEST = struct.Struct(">IIQB")  # image_size, jpeg_quality, max_pixels, chroma subsampling; then the bytes to decode
-_REPLY = struct.Struct(">4I16s")  # sizes and perceptual hash of a Picture, zeros for none; then its JPEG
+_REPLY = struct.Struct(">4I16s")  # sizes and perceptual hash of a DecodedImage, zeros for none; then its JPEG
 _IMAGE, _FAULT = b"P", b"F"  # first byte of a reply
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """A decoded image as it is stored."""
 
     jpg: bytes
@@ -70,7 +70,7 @@ class DecodingPool:
         self._head = _REQUEST.pack(image_size, jpeg_quality, max_pixels, CHROMA_SUBSAMPLINGS.index(chroma_subsampling))
         self._sandbox = Sandbox(answer, num_children, limits)
 
-    def decode(self, data: bytes) -> Picture:
+    def decode(self, data: bytes) -> DecodedImage:
         """Decode like the function `decode`; its RowFault may also be decode_crash, decode_timeout or decode_memory."""
         try:
             return _unpack(self._sandbox.call(self._head + data))
@@ -91,7 +91,7 @@ class DecodingPool:
 
 def decode(
     data: bytes, image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str = "4:4:4"
-) -> Picture:
+) -> DecodedImage:
     """Decode the first frame, shrink it, convert it to sRGB on a white background, turn it upright and encode it.
 
     Args:
@@ -107,7 +107,7 @@ def decode(
     rgb.info.clear()  # otherwise comments and profiles would be written
     buffer = io.BytesIO()
     rgb.save(buffer, "JPEG", quality=jpeg_quality, subsampling=chroma_subsampling)
-    return Picture(buffer.getvalue(), *rgb.size, *original, perceptual_hash(rgb))
+    return DecodedImage(buffer.getvalue(), *rgb.size, *original, perceptual_hash(rgb))
 
 
 def decode_rgb(data: bytes, image_size: int, max_pixels: int) -> tuple[Image.Image, tuple[int, int]]:
@@ -176,7 +176,7 @@ def warm_up() -> None:
     answer(_REQUEST.pack(64, 95, 1 << 20, 0) + buffer.getvalue())
 
 
-def _unpack(reply: bytes) -> Picture:
+def _unpack(reply: bytes) -> DecodedImage:
     """Parse a reply of `answer`.
 
     Raises:
@@ -193,7 +193,7 @@ def _unpack(reply: bytes) -> Picture:
     is_valid = min(sizes) >= 1 and max(sizes) < 1 << 31 and jpg.startswith(b"\xff\xd8")
     if not is_valid or (text and (len(text) != 16 or set(text) - set("0123456789abcdef"))):
         raise RowFault("decode_crash")
-    return Picture(jpg, width, height, original_width, original_height, text or None)
+    return DecodedImage(jpg, width, height, original_width, original_height, text or None)
 
 
 def _fit(size: tuple[int, int], image_size: int) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def host_of(url: str) -> str:
     return _Target.parse(url).host
 
 
-def is_named(url: str, allow_hosts: Sequence[str]) -> bool:
+def is_allowed_host(url: str, allow_hosts: Sequence[str]) -> bool:
     """Return True if the host of a URL is in `allow_hosts`; False if the URL is invalid."""
     try:
         return _Target.parse(url).is_in(allow_hosts)

@@ -63,8 +63,8 @@ def test_guidance_follows_captions_better(trained: Trained) -> None:
         decoder = dataclasses.replace(stack.sampling.decoder, guidance_scale=guidance_scale)
         stack.sampling = dataclasses.replace(stack.sampling, decoder=decoder)
         result = ablation.draw(stack, ablation.ways(stack, trained.heldout)[ablation.PRIOR], trained.heldout)
-        print(guidance_scale, result.scenes.accuracy(), result.all_right())
-        accuracy.append(result.all_right())
+        print(guidance_scale, result.scenes.accuracy(), result.all_correct())
+        accuracy.append(result.all_correct())
     assert accuracy[1] > accuracy[0]
 
 
@@ -115,6 +115,6 @@ def test_the_prior_improves_the_samples(trained: Trained) -> None:
         for name in (ablation.ALONE, ablation.TEXT, ablation.PRIOR)
     }
     for name, one in results.items():
-        print(name, one.scenes.accuracy(), one.all_right(), one.clip_score, one.frechet_distance)
-    alone, text, prior = (one.all_right() for one in results.values())
+        print(name, one.scenes.accuracy(), one.all_correct(), one.clip_score, one.frechet_distance)
+    alone, text, prior = (one.all_correct() for one in results.values())
     assert alone < text < prior

@@ -99,5 +99,5 @@ def test_operational_settings_are_not_decisive() -> None:
         trainer: Training = Training()
 
     assert config.to_dict(Stage()) == {"trainer": {"rate": 0.1, "patience": 3}}
-    assert config.decisive(Stage()) == {"trainer": {"rate": 0.1}}
+    assert config.without_operational(Stage()) == {"trainer": {"rate": 0.1}}
     assert config.load(Stage, {"trainer": {"patience": 5}}).trainer.patience == 5

@@ -134,11 +134,11 @@ def test_operations_are_retried_on_object_stores_only() -> None:
             raise OSError("again")
         return "done"
 
-    assert files.patiently("s3://bucket/key", lambda: fail_twice("s3")) == "done" and calls.count("s3") == 3
+    assert files.with_retries("s3://bucket/key", lambda: fail_twice("s3")) == "done" and calls.count("s3") == 3
     with pytest.raises(OSError, match="again"):
-        files.patiently("/a/file", lambda: fail_twice("disk"))
+        files.with_retries("/a/file", lambda: fail_twice("disk"))
     with pytest.raises(FileNotFoundError):
-        files.patiently("s3://bucket/none", lambda: open("/nowhere/at/all").close())
+        files.with_retries("s3://bucket/none", lambda: open("/nowhere/at/all").close())
 
 
 def test_temporary_files_of_killed_writers_are_hidden_and_swept(tmp_path: Path) -> None:

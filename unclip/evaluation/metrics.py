@@ -50,7 +50,7 @@ class SceneScores:
                 correct.setdefault(attribute, []).append(is_correct)
         return {attribute: float(np.mean(values)) for attribute, values in correct.items()}
 
-    def all_right(self) -> list[bool]:
+    def all_correct(self) -> list[bool]:
         """Return one bool per image: True if every attribute of `ATTRIBUTES` is correct."""
         pairs = zip(self.measured, self.expected, strict=True)
         return [all(scenes.score(measured, expected)[name] for name in ATTRIBUTES) for measured, expected in pairs]

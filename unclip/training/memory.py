@@ -31,7 +31,7 @@ from unclip.training.precision import Precision
 GIB = 2**30
 RESERVE = 0.1
 """Share of GPU memory that is reserved for what is not counted."""
-MOST_SAMPLES = 4096
+MAX_MICRO_BATCH = 4096
 """Largest micro-batch that is considered."""
 _FLOAT32 = 4
 """Bytes per value of weights, gradients, moments and EMA weights."""
@@ -139,9 +139,9 @@ class ModelMemory:
         return self.states(training).total + self.activations.at(num_samples, training.checkpointing)
 
     def largest_micro_batch(self, training: TrainingSetup, memory_gib: float) -> int:
-        """Largest micro-batch, up to `MOST_SAMPLES`, that fits into GPUs of this memory minus the reserve; 0 if none fits."""
+        """Largest micro-batch, up to `MAX_MICRO_BATCH`, that fits into GPUs of this memory minus the reserve; 0 if none fits."""
         available = memory_gib * GIB * (1 - RESERVE)
-        fits, fails = 0, MOST_SAMPLES + 1
+        fits, fails = 0, MAX_MICRO_BATCH + 1
         while fails - fits > 1:
             middle = (fits + fails) // 2
             fits, fails = (middle, fails) if self.at(middle, training) <= available else (fits, middle)

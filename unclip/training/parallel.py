@@ -31,7 +31,7 @@ class Workers:
 ALONE = Workers()
 
 
-def by_itself() -> Workers:
+def single_process() -> Workers:
     """Single process, on its GPU if it has one."""
     return Workers(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
 

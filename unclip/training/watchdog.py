@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from unclip import files
-from unclip.background import repeatedly
+from unclip.background import run_periodically
 from unclip.errors import StorageError
 from unclip.training.parallel import Workers
 
@@ -63,7 +63,7 @@ class Watchdog:
             yield
             return
         self.watch()  # replaces the file of an earlier attempt
-        with repeatedly(self.seconds / 10, self.watch, "watchdog"):
+        with run_periodically(self.seconds / 10, self.watch, "watchdog"):
             yield
 
     def watch(self) -> None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from crafted_images import Crafted, crafted, encoded, fault_of, header_only_png, ramp
 
 from tasks.rows import RowFault
-from tasks.untrusted.decode import CHROMA_SUBSAMPLINGS, DecodingPool, Picture, decode, perceptual_hash
+from tasks.untrusted.decode import CHROMA_SUBSAMPLINGS, DecodedImage, DecodingPool, decode, perceptual_hash
 from tasks.untrusted.sandbox import Limits
 
 CRAFTED = list(crafted())
@@ -34,14 +34,14 @@ def decoder() -> Iterator[DecodingPool]:
         yield decoder
 
 
-def pixels_of(decoded: Picture) -> np.ndarray:
+def pixels_of(decoded: DecodedImage) -> np.ndarray:
     image = Image.open(io.BytesIO(decoded.jpg))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (decoded.width, decoded.height))
     assert not set(image.info) - {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
     return np.asarray(image).astype(int)
 
 
-def outcome(decoder: DecodingPool, data: bytes) -> str | Picture:
+def outcome(decoder: DecodingPool, data: bytes) -> str | DecodedImage:
     try:
         return decoder.decode(data)
     except RowFault as fault:
@@ -55,7 +55,7 @@ def test_crafted_file(decoder: DecodingPool, file: Crafted) -> None:
     if isinstance(file.expected, str):
         assert got == file.expected
         return
-    assert isinstance(got, Picture), got
+    assert isinstance(got, DecodedImage), got
     pixels = pixels_of(got)
     if isinstance(file.expected, np.ndarray):
         assert pixels.shape == file.expected.shape == (got.original_height, got.original_width, 3)
@@ -160,13 +160,13 @@ def test_f22_t6_a_decoder_that_dies_costs_one_row(number: int, reason: str) -> N
 def test_f22_f39_t6_an_image_that_needs_too_much_memory_costs_one_row() -> None:
     with DecodingPool(64, 95, MAX_PIXELS, limits=Limits(memory_bytes=1 << 26)) as decoder:
         assert outcome(decoder, encoded(Image.new("RGB", (5000, 5000), "red"), "PNG")) == "decode_memory"
-        assert isinstance(outcome(decoder, encoded(ramp(), "PNG")), Picture)
+        assert isinstance(outcome(decoder, encoded(ramp(), "PNG")), DecodedImage)
 
 
 def test_the_largest_image_of_each_mode_fits_into_a_child(decoder: DecodingPool) -> None:
     for mode in ("RGBA", "I;16", "P", "LA"):
         image = Image.new(mode, (7000, 7000), 1)
-        assert isinstance(outcome(decoder, encoded(image, "PNG", compress_level=1)), Picture), mode
+        assert isinstance(outcome(decoder, encoded(image, "PNG", compress_level=1)), DecodedImage), mode
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

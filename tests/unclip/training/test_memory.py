@@ -171,7 +171,7 @@ def test_memory_of_each_gpu() -> None:
     )  # autocast's copies of weights at the end of the forward pass
     assert activations.at(100, checkpointing=True) == 100 + 410  # the second block
     assert model.largest_micro_batch(TrainingSetup(), 1e-9) == 0
-    assert model.largest_micro_batch(TrainingSetup(), 80) == memory.MOST_SAMPLES
+    assert model.largest_micro_batch(TrainingSetup(), 80) == memory.MAX_MICRO_BATCH
 
 
 def test_an_unsupported_precision_is_rejected() -> None:
