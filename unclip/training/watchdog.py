@@ -39,15 +39,14 @@ class Watchdog:
     def __init__(self, folder: str, workers: Workers, seconds: float, on_hang: Callable[[str], object]) -> None:
         """Args:
         folder: URI of a folder for the workers' files, shared by all of them.
-        seconds: time without progress of any worker after which `on_hang` is called, and called again each time it
-            passes anew; 0 for never.
+        seconds: time without progress on any worker until `on_hang` is called, and between further calls; 0 for never.
         on_hang: called with a message for users.
         """
         self.folder, self.workers, self.seconds, self.on_hang = folder, workers, seconds, on_hang
         self.mark = {"host": socket.gethostname(), "pid": os.getpid(), "samples_seen": 0, "activity": ORDER[0]}
         self._num_moves = self._num_beats = 0
         self._moved_at = time.monotonic()
-        self._stalled: Marks = {}  # marks of all workers since none makes progress
+        self._stalled: Marks = {}  # marks of the first look without progress since
         self._stalled_since = 0.0
 
     def reached(self, activity: Activity, samples_seen: int) -> None:
@@ -124,8 +123,8 @@ def _moves(marks: Marks, rank: int) -> int | None:
 
 
 def _furthest_behind(marks: Marks) -> list[int]:
-    places = {rank: (mark["samples_seen"], ORDER.index(mark["activity"])) for rank, mark in marks.items()}
-    return [rank for rank, place in places.items() if place == min(places.values())]
+    positions = {rank: (mark["samples_seen"], ORDER.index(mark["activity"])) for rank, mark in marks.items()}
+    return [rank for rank, position in positions.items() if position == min(positions.values())]
 
 
 def _name(ranks: list[int], marks: Marks) -> str:
