@@ -1,24 +1,24 @@
-"""CLIPs of open_clip to and from the folders that transformers reads and writes, without loss and without transformers.
+"""open_clip models: lossless export to and import from transformers' folders. Transformers itself is not needed.
 
     text_encoder/       CLIPTextModelWithProjection
     tokenizer/          CLIPTokenizer, from open_clip's own byte-pair encoding
     image_encoder/      CLIPVisionModelWithProjection
     feature_extractor/  CLIPImageProcessor
 
-Text: the hidden states after the final norm and the projection are the same for the same tokens. Tokens are the same but for
-what open_clip repairs first (mojibake, HTML entities, curly quotes), which the CLIPTokenizer of transformers does not.
-Padding is "<|endoftext|>" there and 0 here: no token attends to a later one, and nothing reads what is padding. It cannot be
-the token of id 0, which is "!": tokenizers would then read every "!" of a caption as padding.
+Text: the same tokens give the same projection and the same hidden states after the final norm. Tokens agree except that
+open_clip first repairs captions (mojibake, HTML entities, curly quotes) and transformers' CLIPTokenizer does not. Padding is
+"<|endoftext|>" in transformers and 0 in open_clip, which has no effect: no token attends to a later one, and nothing reads
+padding. It cannot be token 0 in transformers, which is "!": the tokenizer would read every "!" of a caption as padding.
 
-Pictures: models trained here read image embeddings of unit norm, the pipelines of diffusers give their decoder the projection
-as it is. So the encoder is written with one layer more, which does the division: its attention adds nothing, its second norm
-and its first matrix are the model's last norm and projection p, whose halves gelu(p) - gelu(-p) = p undo the activation, and
-its output GAIN * B p, with orthonormal columns B of sum zero, outweighs what the residual carries; the last norm then divides
-B p by its length, and the last projection takes B off again. The residual x leaves an error below |x| / (GAIN |p|) in an
-embedding of length 1, some 2e-4 for the CLIPs of OpenAI. Reading takes that layer off; an encoder without it belongs to a
-stack whose embeddings are not divided ("raw"), as Karlo's.
+Images: models trained here read unit-norm image embeddings, but diffusers' pipelines give their decoder the unnormalised
+projection p. So the exported encoder has one extra layer, which normalises. Its attention adds nothing. Its second norm and
+first matrix are the model's last norm and projection, used twice, as p and -p, since gelu(p) - gelu(-p) = p undoes the
+activation. Its output is GAIN * B p, with orthonormal columns B of sum zero, and outweighs the residual x. The last norm then
+divides B p by its length, and the last projection removes B. The residual leaves an error below |x| / (GAIN |p|) in a unit
+embedding, about 2e-4 for OpenAI's CLIPs. Import removes the extra layer. An encoder without it belongs to a stack with
+unnormalised embeddings ("raw"), such as Karlo's.
 
-Refused: towers that are no plain CLIP Transformers (ResNets, timm, layer scale, other pooling), tokenizers of other models.
+Refused: towers other than plain CLIP Transformers (ResNets, timm, layer scale, other pooling); other models' tokenizers.
 
 Letters: L text tokens, W width of a tower, E embedding width.
 """
@@ -39,7 +39,7 @@ from unclip.models.clip import Clip, ImageEmbeddings
 from unclip.training.objective import Tensors
 
 GAIN = 2.0**14
-"""How much the layer that divides by the norm outweighs the residual. Larger is more exact until float16 overflows."""
+"""Factor by which the normalising layer outweighs the residual; larger is more exact, until float16 overflows."""
 
 _TEXT = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -64,14 +64,14 @@ _BLOCK = {
     "mlp.c_fc.{}": ("mlp.fc1.{}",),
     "mlp.c_proj.{}": ("mlp.fc2.{}",),
 }
-"""open_clip's parameters of a block -> theirs, several where open_clip's are fused."""
+"""open_clip's parameters of a block -> transformers' parameters; several if open_clip's are fused."""
 
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 class _Tower(NamedTuple):
-    """Where the Transformer of a tower is, on both sides."""
+    """Names of a tower's parameters in open_clip and in transformers."""
 
     names: dict[str, str]
     blocks: str
@@ -89,7 +89,7 @@ _VISION_TOWER = _Tower(
 
 
 def export_text(clip: Clip, folder: str | Path) -> None:
-    """Write `text_encoder/` and `tokenizer/` below a local folder.
+    """Write `text_encoder/` and `tokenizer/` in a local folder.
 
     Raises:
         InputError: the text tower or the tokenizer is not that of a plain CLIP; nothing is written.
@@ -108,10 +108,10 @@ def export_text(clip: Clip, folder: str | Path) -> None:
 
 
 def export_images(clip: Clip, folder: str | Path) -> None:
-    """Write `image_encoder/` and `feature_extractor/` below a local folder.
+    """Write `image_encoder/` and `feature_extractor/` in a local folder.
 
     Raises:
-        InputError: the vision tower is not that of a plain CLIP, or pictures are prepared in another way; nothing is written.
+        InputError: the vision tower or the preprocessing of images is not that of a plain CLIP; nothing is written.
     """
     settings, tensors = vision_to_transformers(clip)
     processor = _image_processor(clip)
@@ -120,14 +120,14 @@ def export_images(clip: Clip, folder: str | Path) -> None:
 
 
 def import_clip(folder: str | Path, image_folder: str | Path | None = None) -> tuple[Clip, dict[str, Any]]:
-    """Read `text_encoder/` and `tokenizer/`, and where they are `image_encoder/` and `feature_extractor/`.
+    """Read `text_encoder/` and `tokenizer/` and, if present, `image_encoder/` and `feature_extractor/`.
 
     Args:
-        folder: of the pipeline.
-        image_folder: of the pipeline with the picture half; None for the same.
+        folder: folder of the pipeline.
+        image_folder: folder of the pipeline with the image encoder; None for `folder`.
 
     Returns:
-        The CLIP, which embeds pictures only if there is an image encoder, and its architecture as open_clip describes it.
+        The CLIP, which embeds images only if there is an image encoder, and its architecture in open_clip's format.
 
     Raises:
         CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
@@ -154,7 +154,7 @@ def import_clip(folder: str | Path, image_folder: str | Path | None = None) -> t
 
 
 def text_to_transformers(clip: Clip) -> tuple[dict[str, Any], Tensors]:
-    """Settings and weights of the CLIPTextModelWithProjection that computes what CLIP's text tower computes.
+    """Settings and weights of the CLIPTextModelWithProjection that is equivalent to CLIP's text tower.
 
     Raises:
         InputError: the tower is not that of a plain CLIP.
@@ -177,10 +177,10 @@ def text_to_transformers(clip: Clip) -> tuple[dict[str, Any], Tensors]:
 
 
 def vision_to_transformers(clip: Clip) -> tuple[dict[str, Any], Tensors]:
-    """Settings and weights of the CLIPVisionModelWithProjection that gives this CLIP's image embeddings, undivided if "raw".
+    """Settings and weights of the CLIPVisionModelWithProjection that computes this CLIP's image embeddings, "unit" or "raw".
 
     Raises:
-        InputError: the tower is not that of a plain CLIP, or too narrow for the layer that divides, or missing.
+        InputError: the tower is missing, is not that of a plain CLIP, or is too narrow for the normalising layer.
     """
     visual = clip.model.visual
     if clip.image_embeddings == "none":
@@ -200,28 +200,29 @@ def vision_to_transformers(clip: Clip) -> tuple[dict[str, Any], Tensors]:
         embedding_dim = settings["projection_dim"]
         if not (embedding_dim < width and 2 * embedding_dim <= settings["intermediate_size"]):
             raise InputError(
-                f"export: got a vision tower of width {width} for embeddings of width {embedding_dim}, expected a wider one, "
-                "in which their norm can be computed. Train with such a CLIP, for example ViT-L-14."
+                f"export: got a vision tower of width {width} for embeddings of width {embedding_dim}, expected a wider tower, "
+                "in which embeddings can be normalised. Train with such a CLIP, for example ViT-L-14."
             )
-        tensors = _add_division(tensors, settings["num_hidden_layers"], settings["intermediate_size"])
+        tensors = _add_normalisation(tensors, settings["num_hidden_layers"], settings["intermediate_size"])
         settings["num_hidden_layers"] += 1
     return _with_class(settings), tensors
 
 
 def text_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """open_clip's settings of a text tower (with `quick_gelu` and `embed_dim`) and its weights.
+    """Read a text tower: open_clip's settings (with `quick_gelu` and `embed_dim`) and weights.
 
     Raises:
         CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
     """
     settings = folders.read_json(folder / "config.json")
-    settings = settings.get("text_config") or settings  # of a whole CLIPModel in older folders
+    settings = settings.get("text_config") or settings  # older folders hold the settings of a whole CLIPModel
     defaults = {"vocab_size": 49408, "hidden_size": 512, "max_position_embeddings": 77, "intermediate_size": 2048}
     defaults |= {"num_attention_heads": 8}
     ours, sizes = _describe_tower(folder, settings, defaults)
     if settings.get("eos_token_id", 49407) not in (2, sizes["vocab_size"] - 1):
         raise CheckpointError(
-            f"{folder}/config.json: got eos_token_id = {settings['eos_token_id']}, expected the last of the vocabulary."
+            f"{folder}/config.json: got eos_token_id = {settings['eos_token_id']}, expected the last of the vocabulary, "
+            f"{sizes['vocab_size'] - 1}, or 2."
         )
     ours |= {
         "context_length": sizes["max_position_embeddings"],
@@ -234,7 +235,7 @@ def text_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors]:
 
 
 def vision_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors, ImageEmbeddings]:
-    """open_clip's settings of a vision tower (with `quick_gelu` and `embed_dim`), its weights, and what its embeddings are.
+    """Read a vision tower: open_clip's settings (with `quick_gelu` and `embed_dim`), weights, and the kind of embeddings.
 
     Raises:
         CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
@@ -251,14 +252,15 @@ def vision_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors, Ima
     tensors = folders.read_weights(folder, TRANSFORMERS_WEIGHTS)
     folders.check_depth(folder / "config.json", settings, "num_hidden_layers", tensors)
     image_embeddings: ImageEmbeddings = "raw"
-    without = _take_division_off(tensors, ours["layers"], ours["embed_dim"])
-    if without is not None:
-        tensors, image_embeddings = without, "unit"
+    original = _remove_normalisation(tensors, ours["layers"], ours["embed_dim"])
+    if original is not None:
+        tensors, image_embeddings = original, "unit"
         ours["layers"] -= 1
     return ours, _tower_to_ours(folder, _VISION_TOWER, ours["layers"], tensors), image_embeddings
 
 
 def _names(tower: _Tower, num_layers: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Pairs of an open_clip parameter and the transformers' parameters it is made of."""
     for name, theirs in tower.names.items():
         yield name, (theirs,)
     for layer in range(num_layers):
@@ -269,9 +271,9 @@ def _names(tower: _Tower, num_layers: int) -> Iterator[tuple[str, tuple[str, ...
 
 
 def _tower_to_theirs(clip: Clip, tower: _Tower, plain: bool) -> tuple[int, Tensors, dict[str, Any]]:
-    """Width, weights and the settings that both towers have."""
+    """Width, weights in transformers' format, and the settings that both kinds of tower have."""
     is_vision = tower is _VISION_TOWER
-    what = "vision" if is_vision else "text"
+    name_of_tower = "vision" if is_vision else "text"
     state = {key: value for key, value in clip.model.state_dict().items() if key.startswith("visual.") == is_vision}
     for name in ("logit_scale", "logit_bias"):
         state.pop(name, None)
@@ -282,8 +284,8 @@ def _tower_to_theirs(clip: Clip, tower: _Tower, plain: bool) -> tuple[int, Tenso
     exact = all(getattr(block.mlp.gelu, "approximate", "none") == "none" for block in blocks if hasattr(block, "mlp"))
     if {*names, tower.projection} != set(state) or not (activations and exact and activations <= set(_ACTIVATIONS)):
         raise InputError(
-            f"export: got a CLIP whose {what} tower is a {type(tower_module).__name__} that transformers' CLIP classes cannot "
-            "hold, expected the Transformer of CLIP itself. Train with such a CLIP, for example ViT-L-14."
+            f"export: got a CLIP whose {name_of_tower} tower is a {type(tower_module).__name__} that transformers' CLIP classes "
+            "cannot represent, expected a plain CLIP Transformer. Train with such a CLIP, for example ViT-L-14."
         )
     tensors: Tensors = {}
     for name, theirs in names.items():
@@ -309,7 +311,7 @@ def _with_class(settings: dict[str, Any]) -> dict[str, Any]:
 def _describe_tower(
     folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """What open_clip says of any tower, and the sizes that were read."""
+    """open_clip's settings of a tower, as far as both kinds have them, and all sizes that were read."""
     path = folder / "config.json"
     defaults = {"num_hidden_layers": 12, "projection_dim": 512, **defaults}
     sizes = {name: settings.get(name, default) for name, default in defaults.items()}
@@ -320,7 +322,7 @@ def _describe_tower(
     if activation not in _ACTIVATIONS.values() or settings.get("layer_norm_eps", 1e-5) != 1e-5:
         raise CheckpointError(
             f"{path}: got hidden_act = {activation!r} and layer_norm_eps = {settings.get('layer_norm_eps')!r}, expected "
-            "'quick_gelu' or 'gelu' and 1e-05, which is all that open_clip's CLIP has."
+            "'quick_gelu' or 'gelu' and 1e-05, as open_clip's CLIP supports nothing else."
         )
     ours = {
         "quick_gelu": activation == "quick_gelu",
@@ -336,7 +338,7 @@ def _describe_tower(
 def _tower_to_ours(folder: Path, tower: _Tower, num_layers: int, tensors: Mapping[str, Tensor]) -> Tensors:
     names = dict(_names(tower, num_layers))
     expected = {tower.their_projection, *(name for theirs in names.values() for name in theirs)}
-    found = {name for name in tensors if not name.endswith("position_ids")}  # a table of numbers in older files
+    found = {name for name in tensors if not name.endswith("position_ids")}  # index tables in older files
     if expected != found:
         raise CheckpointError(
             f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: {len(expected - found)} missing, "
@@ -349,7 +351,7 @@ def _tower_to_ours(folder: Path, tower: _Tower, num_layers: int, tensors: Mappin
 def _build(
     config: dict[str, Any], state: Tensors, preprocess: dict[str, Any], image_embeddings: ImageEmbeddings, folder: Path
 ) -> Clip:
-    """The CLIP of an architecture with weights; a vision tower without weights is never asked."""
+    """Build the CLIP of an architecture with its weights; without an image encoder, the vision tower is zero and unused."""
     import open_clip
     from open_clip.transform import PreprocessCfg
 
@@ -359,29 +361,31 @@ def _build(
         if image_embeddings == "none":
             empty = {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
             state |= {name: torch.zeros(value.shape) for name, value in empty.items()}
-        state |= {"logit_scale": torch.tensor(math.log(100.0))}  # of training alone, which no folder knows
+        state |= {
+            "logit_scale": torch.tensor(math.log(100.0))
+        }  # used in training only, and not stored in these folders
         model.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{folder}: the weights of text_encoder/ or image_encoder/ do not fit their config.json: {error}"
         ) from error
-    model.attn_mask = torch.full((model.context_length,) * 2, -torch.inf).triu(1)  # causal; no part of the weights
+    model.attn_mask = torch.full((model.context_length,) * 2, -torch.inf).triu(1)  # causal; not part of the weights
     defaults = {name: value for name, value in vars(PreprocessCfg()).items() if name != "size"}
     open_clip.model.set_model_preprocess_cfg(
         model, {**defaults, "size": config["vision_cfg"]["image_size"], **preprocess}
     )
-    return Clip(model, "ViT-B-32", image_embeddings)  # by which open_clip names CLIP's own tokenizer
+    return Clip(model, "ViT-B-32", image_embeddings)  # a name for which open_clip returns CLIP's own tokenizer
 
 
 def _columns(width: int, embedding_dim: int) -> Tensor:
-    """Orthonormal columns of sum zero, [W, E] float64: the cosine transform's without its constant."""
+    """Orthonormal columns of sum zero, [W, E] float64: those of the cosine transform without the constant one."""
     place = torch.arange(width, dtype=torch.float64)[:, None] + 0.5
     frequency = torch.arange(1, embedding_dim + 1, dtype=torch.float64)
     return (place * frequency * math.pi / width).cos() * math.sqrt(2 / width)
 
 
-def _division(width: int, intermediate: int, embedding_dim: int) -> dict[str, Tensor]:
-    """The weights of the layer that divides which do not depend on the model, and the last norm and projection."""
+def _normalisation(width: int, intermediate: int, embedding_dim: int) -> dict[str, Tensor]:
+    """Weights of the normalising layer that do not depend on the model, and the last projection."""
     columns = _columns(width, embedding_dim)
     out = torch.zeros(width, intermediate, dtype=torch.float64)
     out[:, : 2 * embedding_dim] = GAIN * torch.cat([columns, -columns], dim=1)
@@ -404,11 +408,11 @@ def _division(width: int, intermediate: int, embedding_dim: int) -> dict[str, Te
 _POST, _PROJECTION = "vision_model.post_layernorm", _VISION_TOWER.their_projection
 
 
-def _add_division(tensors: Tensors, num_layers: int, intermediate: int) -> Tensors:
-    """An encoder whose embeddings are those of another, divided by their norm, with one layer more."""
+def _add_normalisation(tensors: Tensors, num_layers: int, intermediate: int) -> Tensors:
+    """Add a layer to an image encoder that normalises its embeddings."""
     projection = tensors[_PROJECTION]  # [E, W]
     embedding_dim, width = projection.shape
-    fixed = _division(width, intermediate, embedding_dim)
+    fixed = _normalisation(width, intermediate, embedding_dim)
     layer = f"{_VISION_TOWER.their_blocks}.{num_layers}"
     first = torch.zeros(intermediate, width)
     first[: 2 * embedding_dim] = torch.cat([projection, -projection])
@@ -425,13 +429,13 @@ def _add_division(tensors: Tensors, num_layers: int, intermediate: int) -> Tenso
     }
 
 
-def _take_division_off(tensors: Tensors, num_layers: int, embedding_dim: int) -> Tensors | None:
-    """The encoder that `_add_division` was given, None for one that it did not make."""
+def _remove_normalisation(tensors: Tensors, num_layers: int, embedding_dim: int) -> Tensors | None:
+    """Undo `_add_normalisation`; None if the encoder has no such layer."""
     layer = f"{_VISION_TOWER.their_blocks}.{num_layers - 1}."
     out, projection = tensors.get(f"{layer}mlp.fc2.weight"), tensors.get(_PROJECTION)
     if out is None or projection is None or out.dim() != 2 or 2 * embedding_dim > out.shape[1]:
         return None
-    expected = _division(out.shape[0], out.shape[1], embedding_dim)
+    expected = _normalisation(out.shape[0], out.shape[1], embedding_dim)
     if out.shape[0] != projection.shape[-1] or not torch.equal(projection, expected.pop("projection")):
         return None
     if not all(torch.equal(tensors.get(f"{layer}{name}", value + 1), value) for name, value in expected.items()):
@@ -446,7 +450,7 @@ def _take_division_off(tensors: Tensors, num_layers: int, embedding_dim: int) ->
 
 @functools.cache
 def _byte_pairs() -> tuple[dict[str, int], list[str]]:
-    """Vocabulary and merges of CLIP's tokenizer as transformers names them."""
+    """Vocabulary and merges of CLIP's tokenizer, with transformers' names of the special tokens."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
@@ -459,12 +463,12 @@ def _check_tokenizer(clip: Clip) -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer: Any = clip.tokenizer
-    own = isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size == len(_byte_pairs()[0]) == clip.vocab_size
-    lower = own and tokenizer.clean_fn("A  a") == "a a" and tokenizer.clean_fn("a.") == "a."
-    if not lower or tokenizer.reduction_fn is not None:
+    is_own = isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size == len(_byte_pairs()[0]) == clip.vocab_size
+    cleans_alike = is_own and tokenizer.clean_fn("A  a") == "a a" and tokenizer.clean_fn("a.") == "a."
+    if not cleans_alike or tokenizer.reduction_fn is not None:
         raise InputError(
             f"export: got the tokenizer {type(tokenizer).__name__} of {clip.vocab_size} tokens, expected CLIP's own. Train "
-            "with a CLIP that has it, for example ViT-L-14."
+            "with a CLIP that uses it, for example ViT-L-14."
         )
 
 
@@ -480,28 +484,30 @@ def _check_vocabulary(folder: Path) -> None:
         vocabulary, found = model.get("vocab"), model.get("merges") or []
         merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in found]
     if (vocabulary, merges) != _byte_pairs():
-        raise CheckpointError(f"{folder}: got a vocabulary or merges that are not CLIP's own, which open_clip has.")
+        raise CheckpointError(
+            f"{folder}: got a vocabulary or merges that are not CLIP's own, which open_clip uses. Import another pipeline."
+        )
 
 
 def _image_processor(clip: Clip) -> dict[str, Any]:
-    """What transformers' CLIPImageProcessor must do to prepare pictures as open_clip does."""
+    """Settings of the CLIPImageProcessor that prepares images as open_clip does."""
     settings = clip.model.visual.preprocess_cfg
-    side = clip.model.visual.image_size[0]
+    resolution = clip.model.visual.image_size[0]
     mode, interpolation = settings["resize_mode"], settings["interpolation"]
     if mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
         raise InputError(
-            f"export: got pictures prepared with resize_mode = {mode!r} and interpolation = {interpolation!r}, expected "
-            "'shortest' or 'squash' and 'bicubic' or 'bilinear', as CLIPImageProcessor has them."
+            f"export: got images prepared with resize_mode = {mode!r} and interpolation = {interpolation!r}, expected "
+            "'shortest' or 'squash' and 'bicubic' or 'bilinear', as CLIPImageProcessor supports nothing else."
         )
-    whole = {"height": side, "width": side}
+    square = {"height": resolution, "width": resolution}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": side} if mode == "shortest" else whole,
+        "size": {"shortest_edge": resolution} if mode == "shortest" else square,
         "resample": {"bilinear": 2, "bicubic": 3}[interpolation],
         "do_center_crop": mode == "shortest",
-        "crop_size": whole,
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -511,22 +517,26 @@ def _image_processor(clip: Clip) -> dict[str, Any]:
 
 
 def _preprocessing(path: Path, vision: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's settings for what a CLIPImageProcessor does."""
+    """open_clip's settings that prepare images as a CLIPImageProcessor does."""
     settings = folders.read_json(path)
-    side, size = vision["image_size"], settings.get("size", {"shortest_edge": 224})
-    squash = {"height": side, "width": side}
+    resolution, size = vision["image_size"], settings.get("size", {"shortest_edge": 224})
+    squash = {"height": resolution, "width": resolution}
     crops = settings.get("do_center_crop", True)
-    if size in (side, {"shortest_edge": side}) and crops:
+    if size in (resolution, {"shortest_edge": resolution}) and crops:
         mode = "shortest"
     elif size == squash:
         mode = "squash"
     else:
-        raise CheckpointError(f"{path}: got size = {size!r}, expected the {side} pixels of image_encoder/config.json.")
+        raise CheckpointError(
+            f"{path}: got size = {size!r}, expected the {resolution} pixels of image_encoder/config.json."
+        )
     interpolation = {2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 3))
     lists = [settings.get("image_mean"), settings.get("image_std")]
     numbers = all(isinstance(each, list) and len(each) == 3 for each in lists)
     if interpolation is None or not numbers or not settings.get("do_normalize", True):
         raise CheckpointError(
-            f"{path}: expected resample 2 or 3, and image_mean and image_std of three numbers each, as open_clip has them."
+            f"{path}: got resample = {settings.get('resample')!r}, do_normalize = {settings.get('do_normalize')!r}, image_mean "
+            f"= {lists[0]!r}, image_std = {lists[1]!r}, expected resample 2 or 3, do_normalize True, and three numbers for "
+            "each of image_mean and image_std, as open_clip supports nothing else."
         )
     return {"resize_mode": mode, "interpolation": interpolation, "mean": lists[0], "std": lists[1]}

@@ -1,11 +1,11 @@
-"""Decoders and upsamplers to and from the folders that diffusers reads and writes, without loss and without diffusers.
+"""Decoders and upsamplers: lossless export to and import from diffusers' folders. Diffusers itself is not needed.
 
     decoder/, text_proj/, decoder_scheduler/    a decoder: UNet2DConditionModel, UnCLIPTextProjModel, UnCLIPScheduler
-    super_res_first/, super_res_last/           an upsampler each: UNet2DModel
+    super_res_first/, super_res_last/           one upsampler each: UNet2DModel
     super_res_scheduler/                        `scheduler_config` of the upsampler's diffusion
 
-Networks are `config.json` and `diffusion_pytorch_model.safetensors`, in float32. What has no place there is
-refused: a decoder that reads no captions, or through a Transformer of its own, or inpaints.
+Each network is stored as `config.json` and `diffusion_pytorch_model.safetensors`, in float32. Decoders that diffusers cannot
+represent are refused: those that read no captions, read them through their own Transformer, or inpaint.
 
 Letters: E CLIP embedding width, D time-embedding width.
 """
@@ -37,22 +37,23 @@ Network = TypeVar("Network", bound=nn.Module)
 def export_decoder(decoder: Decoder, folder: str | Path) -> None:
     """Write `decoder/`, `text_proj/` and `decoder_scheduler/` of an UnCLIPPipeline into its local folder.
 
-    The statistics of the image embeddings go into the weights of `text_proj`, which takes embeddings as CLIP gives them.
+    The statistics of the image embeddings are folded into the weights of `text_proj`, which reads CLIP's embeddings as they
+    are.
 
     Raises:
-        InputError: the decoder does something that these classes cannot do; nothing is written.
+        InputError: diffusers' classes cannot represent the decoder; nothing is written.
     """
     config, text = decoder.config, decoder.text
     if not isinstance(text, ClipText) or config.inpainting:
         raise InputError(
             f"export: got a decoder with text = {config.text!r}, inpainting = {config.inpainting}, expected text = 'clip' "
-            "without inpainting, which is all that UnCLIPTextProjModel and its pipeline know."
+            "without inpainting, as UnCLIPTextProjModel and its pipeline support nothing else."
         )
     embedding_dim, text_width = len(decoder.null_embedding), text.to_context.in_features
     if text_width != embedding_dim:
         raise InputError(
-            f"export: got a CLIP with text width {text_width} and embedding width {embedding_dim}, expected the same, as "
-            "UnCLIPTextProjModel has it. Train with such a CLIP, for example ViT-L-14."
+            f"export: got a CLIP with text width {text_width} and embedding width {embedding_dim}, expected equal widths, as "
+            "UnCLIPTextProjModel requires. Train with such a CLIP, for example ViT-L-14."
         )
     scheduler = scheduler_config(config.diffusion)
     description = _describe_unet(config.unet, decoder.unet) | {
@@ -87,12 +88,12 @@ def import_decoder(
     """Read the decoder of an UnCLIPPipeline from its local folder, in evaluation mode.
 
     Args:
-        null_text: what the CLIP that it was trained with makes of the empty caption, a batch of one.
-        statistics: those that the decoder shall standardise image embeddings with, for further training; None for none.
-        diffusion: the process that it was trained with; None for that of `decoder_scheduler/`.
+        null_text: features of the empty caption from the CLIP that the decoder was trained with, a batch of one.
+        statistics: for standardising image embeddings in further training; None for no standardisation.
+        diffusion: diffusion process of its training; None reads it from `decoder_scheduler/`.
 
     Raises:
-        CheckpointError: files are missing or damaged, or describe a network that this one cannot be.
+        CheckpointError: files are missing or damaged, or describe a network that `Decoder` cannot represent.
     """
     description, tensors = _read(Path(folder, "decoder"), "UNet2DConditionModel")
     _check(description, Path(folder, "decoder"), _FIXED_CONDITION_UNET)
@@ -108,13 +109,13 @@ def import_decoder(
     )
     if description["out_channels"] != 3 * config.diffusion.outputs_per_channel:
         raise CheckpointError(
-            f"{folder}: got a network of {description['out_channels']} channels, expected "
+            f"{folder}: got a network of {description['out_channels']} output channels, expected "
             f"{3 * config.diffusion.outputs_per_channel} for the scheduler's variance {config.diffusion.variance!r}."
         )
     decoder = _build(folder, lambda: Decoder(config, embedding_dim, TextShape(length, width, 0)))
     statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
     mean, std = _affine(statistics)
-    projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # the fold of the inverse takes it out again
+    projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # folding the inverse undoes the fold
     state = {f"unet.{name}": value for name, value in _unet_from_theirs(decoder.unet, tensors, folder).items()}
     state |= {
         ours: projection_tensors.pop(theirs) for ours, theirs in _PROJECTION.items() if theirs in projection_tensors
@@ -130,19 +131,22 @@ def import_decoder(
 
 
 def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: int | None = None) -> None:
-    """Write an upsampler as a UNet2DModel, which takes x_t and the enlarged small picture as six channels.
+    """Write an upsampler as a UNet2DModel, which reads x_t and the enlarged low-resolution image as six channels.
 
     Args:
-        folder: of this model itself, for example `super_res_first`.
-        noise_level: of an upsampler that was trained with levels, the one at which it shall always draw; None keeps them all,
-            as the model's `class_labels`, which UnCLIPPipeline does not give.
+        folder: folder of this model, for example `super_res_first`.
+        noise_level: fixed noise level to sample at, for an upsampler trained with noise levels; None keeps the level an input,
+            as the model's `class_labels`, which UnCLIPPipeline does not pass.
 
     Raises:
-        ConfigError: a level, for an upsampler that knows of none.
+        ConfigError: a noise level is given, but the upsampler was trained without noise levels.
     """
     config, levels = upsampler.config, upsampler.noise_level_embedding
     require(
-        noise_level is None or levels is not None, "noise_level", noise_level, "None for an upsampler without levels"
+        noise_level is None or levels is not None,
+        "noise_level",
+        noise_level,
+        "None for an upsampler without noise levels",
     )
     description = _describe_unet(config.unet, upsampler.unet) | {
         "_class_name": "UNet2DModel",
@@ -168,26 +172,26 @@ def import_upsampler(
     max_noise_level: int = 300,
     diffusion: DiffusionConfig | None = None,
 ) -> Upsampler:
-    """Read an upsampler that is a UNet2DModel, in evaluation mode.
+    """Read an upsampler from a UNet2DModel, in evaluation mode.
 
     Args:
-        folder: of this model itself.
-        scale: side of the output over side of the input.
-        crop_size: side of the crops for further training, pixels; None for whole pictures.
-        max_noise_level: largest level that it was trained with, if it knows of levels.
-        diffusion: the process that it was trained with; None for that of published unCLIP upsamplers: cosine, eps.
+        folder: folder of this model.
+        scale: ratio of output to input resolution.
+        crop_size: resolution of the crops for further training, pixels; None for whole images.
+        max_noise_level: highest noise level of its training; ignored if it has no noise levels.
+        diffusion: diffusion process of its training; None for that of published unCLIP upsamplers: cosine, eps.
 
     Raises:
-        CheckpointError: files are missing or damaged, or describe a network that this one cannot be.
+        CheckpointError: files are missing or damaged, or describe a network that `Upsampler` cannot represent.
     """
     description, tensors = _read(Path(folder), "UNet2DModel")
     _check(description, Path(folder), _FIXED_UNET)
-    side = int(description["sample_size"])
+    resolution = int(description["sample_size"])
     unet = _unet_config(description, Path(folder), crop_size)
     has_levels = description.get("class_embed_type") == "timestep"
     config = UpsamplerConfig(
         unet=unet,
-        low_res_size=side // scale,
+        low_res_size=resolution // scale,
         scale=scale,
         max_noise_level=max_noise_level if has_levels else 0,
         diffusion=diffusion or DiffusionConfig(),
@@ -202,22 +206,23 @@ def import_upsampler(
 
 
 def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
-    """Settings of the `UnCLIPScheduler` that takes the steps of `samplers.ddpm` for pictures.
+    """Settings of the `UnCLIPScheduler` whose steps are those of `samplers.ddpm` for images.
 
     Raises:
-        InputError: a process that the scheduler does not know.
+        InputError: the scheduler does not support the process.
     """
-    known = (
+    supported = (
         diffusion.schedule == "cosine"
         and not diffusion.zero_terminal_snr
         and diffusion.prediction_type in PREDICTION_TYPES
         and diffusion.variance in _VARIANCE_TYPES
     )
-    if not known:
+    if not supported:
         raise InputError(
             f"export: got {diffusion.schedule} schedule, prediction {diffusion.prediction_type}, variance {diffusion.variance}, "
-            f"zero_terminal_snr {diffusion.zero_terminal_snr}, expected a cosine schedule without it, prediction eps or x0, "
-            "variance fixed_small or learned_range, which is all that UnCLIPScheduler knows. Train with those to export."
+            f"zero_terminal_snr {diffusion.zero_terminal_snr}, expected a cosine schedule, prediction eps or x0, variance "
+            "fixed_small or learned_range, zero_terminal_snr False, as UnCLIPScheduler supports nothing else. Train with "
+            "these settings to export."
         )
     return {
         "_class_name": "UnCLIPScheduler",
@@ -235,10 +240,10 @@ _VARIANCE_TYPES: dict[VarianceType, str] = {"fixed_small": "fixed_small_log", "l
 
 
 def diffusion_config(folder: Path) -> DiffusionConfig:
-    """The process of pictures that a scheduler's folder stands for; what it does not say has the scheduler's own defaults.
+    """Read the diffusion process of images from a scheduler's folder; missing settings have the scheduler's own defaults.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or describes a process that cannot be computed here.
+        CheckpointError: the file is missing or damaged, or describes a process that is not supported here.
     """
     settings = folders.read_json(folder / SCHEDULER)
     fixed = {"_class_name": "UnCLIPScheduler", "beta_schedule": "squaredcos_cap_v2"}
@@ -252,7 +257,7 @@ def diffusion_config(folder: Path) -> DiffusionConfig:
             variance=variances[settings.get("variance_type", "fixed_small_log")],
         )
     except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / SCHEDULER}: this process cannot be computed here: {error}") from error
+        raise CheckpointError(f"{folder / SCHEDULER}: this process is not supported here: {error}") from error
 
 
 _PROJECTION = {
@@ -268,7 +273,7 @@ _PROJECTION = {
     "text.norm.weight": "text_encoder_hidden_states_norm.weight",
     "text.norm.bias": "text_encoder_hidden_states_norm.bias",
 }
-"""Our decoder's parameters outside the U-Net -> UnCLIPTextProjModel's."""
+"""Parameters of our decoder outside its U-Net -> parameters of UnCLIPTextProjModel."""
 
 _READ_EMBEDDINGS = ("clip_image_embeddings_project_to_time_embeddings", "clip_extra_context_tokens_proj")
 _NULL = "learned_classifier_free_guidance_embeddings"
@@ -279,7 +284,7 @@ _LEVELS = {
     "layers.2.weight": "class_embedding.linear_2.weight",
     "layers.2.bias": "class_embedding.linear_2.bias",
 }
-"""Parameters of the embedding of noise levels -> UNet2DModel's."""
+"""Parameters of our noise level embedding -> parameters of UNet2DModel."""
 
 _ENDS = {
     "input": "conv_in",
@@ -301,7 +306,7 @@ _PARTS = {
     "context_to_kv": ("add_k_proj", "add_v_proj"),
     "to_out": ("to_out.0",),
 }
-"""Modules of our residual blocks and attention -> theirs, several where ours are fused."""
+"""Modules of our residual blocks and attention -> diffusers' modules; several if ours are fused."""
 
 _FIXED: dict[str, Any] = {
     "act_fn": "silu",
@@ -312,7 +317,7 @@ _FIXED: dict[str, Any] = {
     "mid_block_scale_factor": 1,
     "time_embedding_type": "positional",
 }
-"""Settings with one value that our network has; theirs default to the same."""
+"""Settings that our network has no choice of; diffusers' defaults are the same."""
 
 _FIXED_UNET = _FIXED | {"time_embedding_dim": None, "num_class_embeds": None, "mid_block_type": "UNetMidBlock2D"}
 
@@ -353,7 +358,7 @@ _REQUIRED = {
 
 
 def _describe_unet(config: UNetConfig, unet: UNet) -> dict[str, Any]:
-    """The settings that both of their U-Nets have."""
+    """Settings that both of diffusers' U-Nets have."""
     attends = [
         config.image_size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))
     ]
@@ -375,22 +380,23 @@ _PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
 
 
 def _unet_config(description: Mapping[str, Any], folder: Path, image_size: int | None = None) -> UNetConfig:
-    side = image_size or int(description["sample_size"])
+    resolution = image_size or int(description["sample_size"])
     widths, down = description["block_out_channels"], description["down_block_types"]
     mirrored = [kind.replace("Down", "Up").replace("downsample", "upsample") for kind in reversed(down)]
     valid = {"SimpleCrossAttnDownBlock2D", _PLAIN[0]}
     if not valid.issuperset(down) or mirrored != list(description["up_block_types"]):
         raise CheckpointError(
-            f"{folder}: got blocks {down} and {description['up_block_types']}, expected mirrored ones of {sorted(valid)}."
+            f"{folder}: got blocks {down} and {description['up_block_types']}, expected mirrored blocks of the types "
+            f"{sorted(valid)}."
         )
     try:
         return UNetConfig(
-            image_size=side,
+            image_size=resolution,
             channels=int(widths[0]),
             channel_mult=tuple(width // widths[0] for width in widths),
             num_res_blocks=int(description["layers_per_block"]),
             attention_resolutions=tuple(
-                side // 2**level for level, kind in enumerate(down) if kind == "SimpleCrossAttnDownBlock2D"
+                resolution // 2**level for level, kind in enumerate(down) if kind == "SimpleCrossAttnDownBlock2D"
             ),
             head_channels=int(description.get("attention_head_dim") or 8),
             scale_shift_norm=description.get("resnet_time_scale_shift", "default") == "scale_shift",
@@ -402,7 +408,7 @@ def _unet_config(description: Mapping[str, Any], folder: Path, image_size: int |
 
 
 def _names(keys: Iterable[str], config: UNetConfig) -> dict[str, tuple[str, ...]]:
-    """Each parameter of our U-Net -> theirs, in the order in which ours fuses them."""
+    """Parameter of our U-Net -> diffusers' parameters, in the order in which ours fuses them."""
     blocks = dict(_blocks(config))
     names: dict[str, tuple[str, ...]] = {}
     for key in keys:
@@ -416,7 +422,7 @@ def _names(keys: Iterable[str], config: UNetConfig) -> dict[str, tuple[str, ...]
 
 
 def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Our residual blocks and attentions -> theirs; attentions also where there are none."""
+    """Pairs of our and diffusers' residual blocks and attention layers, including attention layers that may not exist."""
     levels = range(len(config.channel_mult))
     down, up = 0, 0
     for level in levels:
@@ -458,13 +464,13 @@ def _unet_from_theirs(unet: UNet, tensors: Mapping[str, Tensor], folder: str | P
 
 
 def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:
-    """What standardising subtracts and divides by, [E] float64 each."""
+    """Mean and standard deviation that standardising applies, [E] float64 each."""
     mean, std = statistics.affine()
     return mean.cpu().double(), std.cpu().double()
 
 
 def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
-    """Layers that read standardised image embeddings -> the same layers reading them as CLIP gives them."""
+    """Fold standardisation into the layers that read image embeddings, so that they read CLIP's embeddings as they are."""
     folded = dict(tensors)
     for name in _READ_EMBEDDINGS:
         weight = tensors[f"{name}.weight"].cpu().double() / std  # [D, E]
@@ -475,7 +481,7 @@ def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
 
 
 def _build(folder: str | Path, build: Callable[[], Network]) -> Network:
-    """A model without weights: whatever the settings say, nothing is allocated that there are no weights for."""
+    """Build a model on the meta device, so that damaged settings cannot allocate memory."""
     try:
         with torch.device("meta"):
             return build()
@@ -484,7 +490,7 @@ def _build(folder: str | Path, build: Callable[[], Network]) -> Network:
 
 
 def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Path) -> None:
-    """Give a model on the meta device its weights, as its own."""
+    """Give a model on the meta device its own copy of the weights."""
     try:
         model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     except RuntimeError as error:
@@ -497,12 +503,12 @@ def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any
     for name, value in fixed.items():
         if description.get(name, value) != value:
             raise CheckpointError(
-                f"{folder}/{file}: got {name} = {description[name]!r}, expected {value!r}, which is all that is built here."
+                f"{folder}/{file}: got {name} = {description[name]!r}, expected {value!r}, as nothing else is supported here."
             )
 
 
 def _read(folder: Path, class_name: str) -> tuple[dict[str, Any], Tensors]:
-    """config.json, and weights in float32 from one file or from shards."""
+    """Read config.json, and the weights in float32 from one file or from shards."""
     description = folders.read_json(folder / "config.json")
     if description.get("_class_name") != class_name:
         raise CheckpointError(f"{folder}/config.json: got a {description.get('_class_name')}, expected a {class_name}.")

@@ -1,6 +1,6 @@
-"""Folders of configuration and weights as diffusers and transformers write them: safetensors and JSON, read with bounds.
+"""Model folders in the format of diffusers and transformers: JSON and safetensors, read with size limits.
 
-Nothing is unpickled, no code of a folder is run, and no file outside of it is opened.
+Nothing is unpickled, no code in a folder is run, and no file outside the folder is opened.
 """
 
 import json
@@ -18,14 +18,14 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 
 MAX_TEXT_BYTES = 64 * 2**20
-"""Largest JSON or text file that is read; the largest that is needed, a tokenizer, has about 3 MB."""
+"""Size limit of a JSON or text file; the largest file needed, a tokenizer, has about 3 MB."""
 
 
 def read_text(path: Path) -> str:
-    """A text file's content.
+    """Read a text file.
 
     Raises:
-        CheckpointError: it is missing, no file, too large or no UTF-8; names it.
+        CheckpointError: the path is missing, not a file, too large or not UTF-8; names it.
     """
     try:
         size = path.stat().st_size
@@ -39,10 +39,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: as `read_text`, or it holds something else.
+        CheckpointError: as for `read_text`, or the file holds something else.
     """
     try:
         content = json.loads(read_text(path))
@@ -54,13 +54,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, name: str) -> Tensors:
-    """Tensors of one safetensors file or of the shards that its index names, floating ones in float32.
+    """Read the tensors of one safetensors file, or of the shards listed in its index; floating-point ones as float32.
 
     Args:
         name: `DIFFUSERS_WEIGHTS` or `TRANSFORMERS_WEIGHTS`.
 
     Raises:
-        CheckpointError: files are missing or damaged, or an index names files elsewhere; names the file.
+        CheckpointError: files are missing or damaged, or the index lists files in other folders; names the file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -68,8 +68,8 @@ def read_weights(folder: Path, name: str) -> Tensors:
     shards = {name}
     index = folder / f"{name}.index.json"
     if index.is_file():
-        places = read_json(index).get("weight_map")
-        shards = set(places.values()) if isinstance(places, dict) else set()
+        weight_map = read_json(index).get("weight_map")
+        shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if not shards or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
             raise CheckpointError(f"{index}: expected a weight_map to files in the same folder. The file is damaged.")
     tensors: Tensors = {}
@@ -78,22 +78,23 @@ def read_weights(folder: Path, name: str) -> Tensors:
             tensors |= load_file(str(folder / shard))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{folder / shard}: cannot be read: {error}. Weights must be whole and safetensors; pickles are not read."
+                f"{folder / shard}: cannot be read: {error}. Weights must be complete safetensors files; pickles are not read."
             ) from error
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 def check_depth(where: str | Path, settings: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a number of layers that the weights cannot have, before so many are built.
+    """Refuse a number of layers larger than the weights allow, before the network is built.
 
     Raises:
-        CheckpointError: settings[name], where there is one, is not a positive number up to that of the tensors.
+        CheckpointError: settings[name], if given, is not a positive number of at most the number of tensors.
     """
     depth = settings.get(name, 1)
     counts = depth if isinstance(depth, list) else [depth]
     if not all(isinstance(count, int) and 1 <= count <= len(tensors) for count in counts):
         raise CheckpointError(
-            f"{where}: got {name} = {depth!r} for {len(tensors)} tensors, expected a number of layers. The file is damaged."
+            f"{where}: got {name} = {depth!r} for {len(tensors)} tensors, expected a number of layers from 1 to "
+            f"{len(tensors)}. The file is damaged."
         )
 
 
@@ -101,7 +102,7 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tenso
     """Write `config.json` and weights in float32; the same content gives the same bytes.
 
     Args:
-        folder: made if missing.
+        folder: created if missing.
         name: `DIFFUSERS_WEIGHTS` or `TRANSFORMERS_WEIGHTS`.
     """
     from safetensors.torch import save_file

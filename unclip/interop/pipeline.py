@@ -1,35 +1,37 @@
-"""Whole stacks to and from the folders of diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline, without diffusers.
+"""Whole stacks: export to and import from folders of diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline. Diffusers
+itself is not needed.
 
-    model_index.json                                          the pipeline's class and those of its parts
+    model_index.json                                          class of the pipeline and of each part
     prior/, prior_scheduler/                                  text to image only (`unclip.interop.prior`)
     text_proj/, decoder/, decoder_scheduler/                  (`unclip.interop.decoder`)
-    super_res_first/, super_res_last/, super_res_scheduler/   the upsampler, twice if it is one network
+    super_res_first/, super_res_last/, super_res_scheduler/   the upsampler; written twice if it is a single network
     text_encoder/, tokenizer/                                 (`unclip.interop.clip`)
-    image_encoder/, feature_extractor/                        variations; beside text to image where CLIP allows it
-    upsampler-1024/{unet,scheduler}/                          the second upsampler, which neither pipeline has a place for
+    image_encoder/, feature_extractor/                        for variations; also with text to image if CLIP allows it
+    upsampler-1024/{unet,scheduler}/                          the second upsampler, which neither pipeline supports
 
-Exact: with the sampler "ddpm" at every stage, one candidate (`PIPELINE_SAMPLING`) and a generator of the same seed, the
-pipeline and `Stack` draw the same noise and the same picture, up to float32 rounding and to the pipeline's table of
-alphas_cumprod, which is float32, too, and has three digits at t = 0. Statistics of embeddings go into weights. Fixed variances
-become learned ones whose outputs are constant: the pipeline guides no decoder without them. Learned variances agree where
-the network keeps to its range, as it learns to; beyond it they are held at the ends here and go on there.
+Exact: with the sampler "ddpm" in every part, one candidate (`PIPELINE_SAMPLING`) and a generator of the same seed, the
+pipeline and `Stack` draw the same noise and sample the same image, up to float32 rounding. This includes the pipeline's
+float32 table of alphas_cumprod, in which 1 - alphas_cumprod has three correct digits at t = 0. Statistics of embeddings are
+folded into weights. Fixed variances become learned variances with constant outputs, because the pipeline cannot guide a
+decoder without them. Learned variances agree within their valid range, in which networks learn to stay; outside it, they are
+clamped here, but extrapolated by the pipeline.
 
-What a stack must be trained with, everything else is refused:
+A stack must be trained with these settings; all others are refused:
 
-    CLIP         a plain CLIP whose text encoder is as wide as its embeddings: any ViT-B, -L or -H of open_clip
+    CLIP         a plain CLIP whose text encoder has the width of its embeddings: any ViT-B, -L or -H of open_clip
     prior        diffusion; text_norm "none" or "layer", no self_conditioning
     decoder      text "clip", no inpainting
     upsampler    one; max_noise_level 0
     all three    schedule "cosine" without zero_terminal_snr, prediction_type "eps" or "x0", in [-1, 1]
 
-Not part of a pipeline's folder: samplers, numbers of steps, guidance scales, candidates. Captions are tokenized there without
-open_clip's repairs (`unclip.interop.clip`).
+A pipeline's folder stores no samplers, numbers of steps, guidance scales or numbers of candidates. The pipeline tokenizes
+captions without open_clip's repairs (`unclip.interop.clip`).
 
-Versions of diffusers disagree on where UnCLIPTextProjModel is, and what 0.38 and later save they cannot load. Layouts:
-"current" for 0.38 and later; "hub" for 0.37 and earlier, as published pipelines have it; "portable" for both, with a Python
-file in `text_proj/` that 0.38 and later run only with trust_remote_code. Importing reads all three, and runs no code.
+Versions of diffusers have UnCLIPTextProjModel in different modules, and 0.38 and later cannot load what they save. Layouts:
+"current" for 0.38 and later; "hub" for 0.37 and earlier, as in published pipelines; "portable" for both, with a Python file
+in `text_proj/` that 0.38 and later run only with trust_remote_code. Import reads all three and runs no code.
 
-Letters: B batch, S side of a picture.
+Letters: B batch, S resolution of an image.
 """
 
 import dataclasses
@@ -61,14 +63,14 @@ from unclip.systems.unclip.stack import Stack
 from unclip.training import checkpoints
 
 Layout = Literal["current", "portable", "hub"]
-"""Which versions of diffusers load it; see the module."""
+"""Versions of diffusers that can load the folder; see the module."""
 
 _TEXT_PROJECTION: dict[Layout, str] = {
     "current": "diffusers.pipelines.deprecated.unclip.text_proj",
     "portable": "unclip",
     "hub": "unclip",
 }
-"""Where model_index.json says that UnCLIPTextProjModel is."""
+"""Module of UnCLIPTextProjModel that model_index.json names."""
 
 _VERSION: dict[Layout, str] = {"current": "0.38.0", "portable": "0.37.1", "hub": "0.37.1"}
 
@@ -105,7 +107,7 @@ _PARTS = {
         "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
     },
 }
-"""Parts of each pipeline besides text_proj -> library and class."""
+"""Pipeline -> its parts except text_proj -> library and class."""
 
 _PREDICTION_TYPES: dict[PredictionType, str] = {**decoders.PREDICTION_TYPES, "v": "v_prediction"}
 
@@ -116,17 +118,17 @@ PIPELINE_SAMPLING = SamplingConfig(
     decoder=DecoderSampling(sampler="ddpm", num_steps=25, guidance_scale=8.0),
 )
 PIPELINE_UPSAMPLER_SAMPLING = UpsamplerSampling(sampler="ddpm", num_steps=7)
-"""What UnCLIPPipeline does when nothing else is asked for, and how imported stacks draw."""
+"""Defaults of UnCLIPPipeline, and the sampling settings of imported stacks."""
 
 
 class ImportedStack(NamedTuple):
-    """What a folder of a pipeline holds."""
+    """Contents of a pipeline's folder."""
 
     stack: Stack
     clip_config: dict[str, Any]
-    """CLIP's architecture as open_clip describes it."""
+    """CLIP's architecture in open_clip's format."""
     upsampler_1024: Upsampler | None
-    """The second upsampler, where there is one."""
+    """The second upsampler, if there is one."""
 
 
 def export_stack(
@@ -137,25 +139,26 @@ def export_stack(
     image_variation: bool = False,
     upsampler_1024: Upsampler | None = None,
 ) -> list[str]:
-    """Write a stack as a folder that diffusers loads and draws with; the folder appears whole or not at all.
+    """Write a stack as a folder that diffusers can load and sample from; the folder is written completely or not at all.
 
     Args:
-        folder: new, or empty.
-        layout: for which versions of diffusers; see the module.
-        image_variation: for UnCLIPImageVariationPipeline, pictures to pictures, instead of UnCLIPPipeline.
-        upsampler_1024: the second upsampler, written beside the pipeline.
+        folder: new or empty folder.
+        layout: versions of diffusers that can load it; see the module.
+        image_variation: if true, write an UnCLIPImageVariationPipeline, from images to images, not an UnCLIPPipeline.
+        upsampler_1024: second upsampler, written beside the pipeline.
 
     Returns:
-        Sentences for people about what the folder does not hold.
+        Notes for the user on what the folder does not contain.
 
     Raises:
-        InputError, ConfigError: the stack does something that the pipeline cannot do, or the folder holds something.
-            Nothing is written.
+        InputError, ConfigError: the pipeline cannot represent the stack, or the folder is not empty. Nothing is written.
     """
     require(layout in get_args(Layout), "layout", layout, " or ".join(map(repr, get_args(Layout))))
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: got a folder that holds something, expected a new or empty one. Name another.")
+        raise InputError(
+            f"{folder}: got a file or a folder with files, expected a new or empty one. Name another folder."
+        )
     check_exportable(stack, upsampler_1024)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -169,58 +172,65 @@ def export_stack(
 
 
 def check_exportable(stack: Stack, upsampler_1024: Upsampler | None = None) -> None:
-    """Say what of a stack the pipelines cannot do, before anything is written.
+    """Check that the pipelines can represent a stack, before anything is written.
 
     Raises:
-        ConfigError, InputError: the first such thing, with the setting to train with instead. What prior, decoder and CLIP
-            check themselves when they are written is checked there.
+        ConfigError, InputError: they cannot; names the first such setting, and the value to train with instead. The exports
+            of prior, decoder and CLIP make further checks.
     """
     if not isinstance(stack.prior, DiffusionPrior):
-        raise InputError("export: got an autoregressive prior, expected prior.kind = 'diffusion', as diffusers has it.")
+        raise InputError(
+            "export: got an autoregressive prior, expected prior.kind = 'diffusion', as diffusers supports nothing else."
+        )
     if stack.prior.config.diffusion.variance != "fixed_small":
         variance = stack.prior.config.diffusion.variance
-        raise _inexpressible("prior.diffusion.variance", variance, "'fixed_small'")
+        raise _unsupported("prior.diffusion.variance", variance, "'fixed_small'")
     if len(stack.upsamplers) != 1:
         names = ", ".join(upsampler.config.name for upsampler in stack.upsamplers) or "none"
         raise InputError(
-            f"export: got {names}, expected one upsampler, as diffusers' pipelines run no other number. Publish a stack with "
-            "the first alone, and give a second one as the model that is written beside it."
+            f"export: got {names}, expected one upsampler, as diffusers' pipelines support exactly one. Publish a stack with "
+            "the first upsampler only, and pass the second one as upsampler_1024."
         )
-    upsampler, side = stack.upsamplers[0].config, stack.decoder.config.unet.image_size
+    upsampler, resolution = stack.upsamplers[0].config, stack.decoder.config.unet.image_size
     _check_process("prior", stack.prior.config.diffusion)
     _check_process("decoder", stack.decoder.config.diffusion)
     _check_process("upsampler", upsampler.diffusion)
     if upsampler.max_noise_level:
-        raise _inexpressible(
-            "upsampler.max_noise_level", upsampler.max_noise_level, "0: the pipeline noises no pictures"
+        raise _unsupported(
+            "upsampler.max_noise_level",
+            upsampler.max_noise_level,
+            "0 because the pipeline does not noise low-resolution images",
         )
     unet, length = stack.decoder.config.unet, stack.clip.text_length
-    sides = {*unet.attention_resolutions, side // 2 ** (len(unet.channel_mult) - 1)}  # the middle attends, too
-    if any(each**2 == length + NUM_IMAGE_TOKENS for each in sides):
-        # diffusers tells a mask of the context alone by its length, which is that of the pixels here
-        raise _inexpressible(
-            "the CLIP's context length", length, "one that with 4 more is no picture's number of pixels"
+    middle = resolution // 2 ** (len(unet.channel_mult) - 1)  # the middle block has attention, too
+    if any(each**2 == length + NUM_IMAGE_TOKENS for each in {*unet.attention_resolutions, middle}):
+        # diffusers would take a context mask of this length for a mask of the pixels
+        raise _unsupported(
+            "the CLIP's context length",
+            length,
+            f"a length that plus {NUM_IMAGE_TOKENS} is not the number of pixels at an attention resolution",
         )
     if upsampler_1024 is not None:
         _scheduler_1024(upsampler_1024.config.diffusion)
         if upsampler_1024.config.low_res_size != upsampler.output_size or upsampler_1024.config.last_step_unet:
             got = upsampler_1024.config.low_res_size
-            raise _inexpressible("upsampler_1024.low_res_size", got, f"the first upsampler's {upsampler.output_size}")
+            raise _unsupported("upsampler_1024.low_res_size", got, f"the first upsampler's {upsampler.output_size}")
 
 
 def import_stack(folder: str | Path, *, image_variation: str | Path | None = None) -> ImportedStack:
-    """Read a stack from the folder of an UnCLIPPipeline, Karlo's or one of `export_stack`.
+    """Read a stack from the folder of an UnCLIPPipeline, such as Karlo or the output of `export_stack`.
 
-    Embeddings are not standardised again, as the folder's weights do it; further training should take new statistics.
+    The stack does not standardise embeddings, because the folder's weights already do; compute new statistics for further
+    training.
 
     Args:
-        folder: local; nothing is fetched.
-        image_variation: folder of the UnCLIPImageVariationPipeline beside it, for its image encoder; None to look in
-            `folder` itself. Without one, the stack embeds no pictures.
+        folder: local folder; nothing is downloaded.
+        image_variation: folder of an UnCLIPImageVariationPipeline with an image encoder; None looks for one in `folder`.
+            Without an image encoder, the stack cannot embed images.
 
     Raises:
         CheckpointError: files are missing or damaged, or do not fit each other; names them.
-        ConfigError, InputError: settings that no stack here has.
+        ConfigError, InputError: our stacks do not support the settings.
     """
     folder = Path(folder)
     _check_index(folder, "UnCLIPPipeline")
@@ -238,7 +248,7 @@ def import_stack(folder: str | Path, *, image_variation: str | Path | None = Non
     }
     if len(set(widths.values())) > 1 or clip.text_width != clip.embedding_dim:
         raise CheckpointError(
-            f"{folder}: got embeddings of different widths: {widths}. These parts are not of one stack."
+            f"{folder}: got embeddings of different widths: {widths}. These parts are not from the same stack."
         )
     stack = Stack(clip, prior, decoder.eval(), [upsampler.eval()])
     stack.sampling = pipeline_sampling(upsampler.config.output_size)
@@ -249,10 +259,10 @@ def import_stack(folder: str | Path, *, image_variation: str | Path | None = Non
 
 
 def save_imported(imported: ImportedStack, folder: str | Path) -> None:
-    """Write an imported stack as the local folder that `Stack.load` reads; `stack.json` is written last.
+    """Write an imported stack as a local folder that `load_system` reads; `stack.json` is written last.
 
-    The second upsampler, where there is one, is written beside the stack, for `generation.load_model`, under its own name:
-    `upsampler-1024/` if that is the side of its pictures.
+    The second upsampler, if there is one, is written into the same folder under its own name, for `load_model`: as
+    `upsampler-1024/` if its resolution is 1024.
     """
     stack = imported.stack
     prior, decoder = stack.prior, stack.decoder
@@ -280,7 +290,7 @@ def save_imported(imported: ImportedStack, folder: str | Path) -> None:
 def _write_parts(
     stack: Stack, folder: Path, layout: Layout, image_variation: bool, upsampler_1024: Upsampler | None
 ) -> list[str]:
-    """All files of a pipeline, model_index.json last."""
+    """Write all files of a pipeline, model_index.json last; return notes for the user."""
     notes = _sampling_notes(stack)
     class_name = "UnCLIPImageVariationPipeline" if image_variation else "UnCLIPPipeline"
     if not image_variation and isinstance(stack.prior, DiffusionPrior):
@@ -297,14 +307,14 @@ def _write_parts(
     except InputError as error:
         if image_variation:
             raise
-        notes.append(f"There is no image encoder, which text to image does without. {error}")
+        notes.append(f"The folder has no image encoder, which text to image does not need. {error}")
     scheduler = decoders.scheduler_config(upsampler.config.diffusion)
     folders.write_json(folder / "super_res_scheduler" / decoders.SCHEDULER, scheduler)
     if upsampler_1024 is not None:
         decoders.export_upsampler(upsampler_1024, folder / "upsampler-1024" / "unet")
         scheduler = _scheduler_1024(upsampler_1024.config.diffusion)
         folders.write_json(folder / "upsampler-1024" / "scheduler" / decoders.SCHEDULER, scheduler)
-        notes.append("The second upsampler is in upsampler-1024; the pipeline does not run it.")
+        notes.append("The second upsampler is in upsampler-1024. The pipeline does not use it.")
     if layout == "portable":
         (folder / "text_proj" / "unclip.py").write_text(_PORTABLE_MODULE, "utf-8")
     index: dict[str, Any] = {name: list(part) for name, part in _PARTS[class_name].items()}
@@ -323,7 +333,7 @@ def pipeline_sampling(resolution: int) -> SamplingConfig:
 
 
 def _sampling_notes(stack: Stack) -> list[str]:
-    """Settings of the stack that the pipeline does not keep."""
+    """Notes for the user on sampling settings that differ from the pipeline's defaults."""
     [upsampler] = stack.upsampler_sampling(stack.sampling)
     ours = {"prior": stack.sampling.prior, "decoder": stack.sampling.decoder, "upsampler": upsampler}
     theirs = {
@@ -335,23 +345,23 @@ def _sampling_notes(stack: Stack) -> list[str]:
     others = (*(field.name for field in dataclasses.fields(DiffusionSampling)), "clip_guidance_scale")
     names = dict.fromkeys((*first, *others))
     different = [
-        f"{part}.{name} {getattr(mine, name)} (there {getattr(theirs[part], name)})"
-        for part, mine in ours.items()
+        f"{part}.{name} {getattr(own, name)} (pipeline: {getattr(theirs[part], name)})"
+        for part, own in ours.items()
         for name in names
-        if hasattr(mine, name) and getattr(mine, name) != getattr(theirs[part], name)
+        if hasattr(own, name) and getattr(own, name) != getattr(theirs[part], name)
     ]
     if not different:
         return []
     return [
-        f"Not in the folder: {', '.join(different)}. Give steps and guidance scales to the pipeline when it draws; its sampler "
-        "is always ddpm, and it takes the first candidate."
+        f"Not stored in the folder: {', '.join(different)}. Pass steps and guidance scales when you call the pipeline; its "
+        "sampler is always ddpm, and it samples only one candidate."
     ]
 
 
 def with_learned_range(model: Network) -> Network:
-    """The same model with the variances that it was fixed to as learned ones; the model itself where it learns them.
+    """Convert a model with a fixed variance to one with learned variances; return a model that learns them as it is.
 
-    The network's new outputs are constant, at that end of the range where the fixed variance lies.
+    The network's new outputs are constant: the end of the range that equals the fixed variance.
 
     Source: Nichol & Dhariwal 2021, eq. 15.
     """
@@ -377,7 +387,7 @@ def with_learned_range(model: Network) -> Network:
 
 
 def _last_step(upsampler: Upsampler) -> Upsampler:
-    """The upsampler of the last step on its own: the same one if there is no second network."""
+    """Upsampler with the network of the last step; the upsampler itself if it has only one network."""
     if upsampler.last_unet is None:
         return upsampler
     with torch.device("meta"):
@@ -386,25 +396,25 @@ def _last_step(upsampler: Upsampler) -> Upsampler:
     return last
 
 
-def _inexpressible(setting: str, got: object, expected: str) -> ConfigError:
+def _unsupported(setting: str, got: object, expected: str) -> ConfigError:
     return ConfigError(
-        f"{setting}: got {got!r}, expected {expected}, as diffusers has nothing else. Train with that setting to export it."
+        f"{setting}: got {got!r}, expected {expected}, as diffusers supports nothing else. Train with that setting to export."
     )
 
 
 def _check_process(name: str, process: DiffusionConfig) -> None:
-    """Whether UnCLIPScheduler can take the steps of a process."""
+    """Check that UnCLIPScheduler supports a process."""
     if process.schedule != "cosine":
-        raise _inexpressible(f"{name}.diffusion.schedule", process.schedule, "'cosine'")
+        raise _unsupported(f"{name}.diffusion.schedule", process.schedule, "'cosine'")
     if process.zero_terminal_snr:
-        raise _inexpressible(f"{name}.diffusion.zero_terminal_snr", True, "false")
+        raise _unsupported(f"{name}.diffusion.zero_terminal_snr", True, "false")
     if process.prediction_type == "v":
-        raise _inexpressible(f"{name}.diffusion.prediction_type", "v", "'eps' or 'x0'")
+        raise _unsupported(f"{name}.diffusion.prediction_type", "v", "'eps' or 'x0'")
 
 
 def _scheduler_1024(process: DiffusionConfig) -> dict[str, Any]:
-    """The same for the second upsampler, whose scheduler may be a DDPMScheduler: that one knows all processes, but respaces
-    no learned variances."""
+    """Settings of the second upsampler's scheduler: a DDPMScheduler, which supports all processes, or for learned variances,
+    which it cannot respace, an UnCLIPScheduler."""
     if process.variance == "learned_range":
         _check_process("upsampler_1024", process)
         return decoders.scheduler_config(process)
@@ -425,13 +435,13 @@ def _scheduler_1024(process: DiffusionConfig) -> dict[str, Any]:
 
 
 def _check_index(folder: Path, class_name: str) -> None:
-    """Whether a folder is a pipeline of a class with the parts that it has."""
+    """Check that a folder holds a pipeline of this class with all its parts."""
     index = folders.read_json(folder / "model_index.json")
     found = index.get("_class_name")
     if found != class_name:
         raise CheckpointError(
-            f"{folder}/model_index.json: got a {found}, expected a {class_name}. Importing takes the folder of text to image, "
-            "and besides, if wanted, that of image variations."
+            f"{folder}/model_index.json: got a {found}, expected a {class_name}. Import the folder of the text-to-image "
+            "pipeline; that of the image variation pipeline is optional and passed as image_variation."
         )
     expected = {**{name: part[1] for name, part in _PARTS[class_name].items()}, "text_proj": "UnCLIPTextProjModel"}
     for name, part in expected.items():
@@ -450,8 +460,8 @@ def _import_upsampler(folder: Path, low_res_size: int) -> Upsampler:
     upsampler, other = (decoders.import_upsampler(part, scale=scale, diffusion=process) for part in (first, last))
     if upsampler.config != other.config or upsampler.noise_level_embedding is not None:
         raise CheckpointError(
-            f"{last}/config.json: expected what {first}/config.json has, without class_embed_type, which the pipeline "
-            "never gives."
+            f"{last}/config.json: expected the same settings as in {first}/config.json, and no class_embed_type, as the "
+            "pipeline never passes class labels."
         )
     if _same(upsampler.unet.state_dict(), other.unet.state_dict()):
         return upsampler
@@ -477,18 +487,18 @@ def _import_upsampler_1024(folder: Path, low_res_size: int) -> Upsampler:
         variance=variance if variance in ("fixed_small", "fixed_large", "learned_range") else "fixed_small",
     )
     if {name: settings.get(name) for name in _scheduler_1024(process)} != _scheduler_1024(process):
-        raise CheckpointError(f"{path}: expected the scheduler of an upsampler that was exported from here.")
+        raise CheckpointError(f"{path}: expected the scheduler of an upsampler that was exported by this library.")
     unet = folder / "unet"
     return decoders.import_upsampler(unet, scale=_scale(unet, low_res_size), diffusion=process)
 
 
 def _scale(folder: Path, low_res_size: int) -> int:
-    side = folders.read_json(folder / "config.json").get("sample_size")
-    if not isinstance(side, int) or side % low_res_size or side <= low_res_size:
+    size = folders.read_json(folder / "config.json").get("sample_size")
+    if not isinstance(size, int) or size % low_res_size or size <= low_res_size:
         raise CheckpointError(
-            f"{folder}/config.json: got sample_size = {side!r}, expected a multiple of the {low_res_size} pixels it is given."
+            f"{folder}/config.json: got sample_size = {size!r}, expected a multiple of the {low_res_size} pixels of its input."
         )
-    return side // low_res_size
+    return size // low_res_size
 
 
 def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

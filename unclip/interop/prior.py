@@ -1,12 +1,11 @@
-"""The diffusion prior to and from diffusers' `PriorTransformer`, as its UnCLIPPipeline uses it.
+"""The diffusion prior: export to and import from diffusers' `PriorTransformer`, as its UnCLIPPipeline uses it.
 
-Exact, in either direction: weights, normalisation (clip_mean, clip_std), the empty caption as the absent text, the bound on
-x0 and the sampling steps. Refused, because diffusers would compute something else: a text embedding brought to unit norm
-(its text encoder gives the projection as it is), self-conditioning, v-prediction, schedules and variances other than the
-cosine schedule with the posterior's, and a text encoder whose width is not that of the embeddings. Diffusers has no
-autoregressive prior.
+Exact in both directions: weights, normalisation (clip_mean, clip_std), the empty caption as unconditional input, the clip
+range of x0 and the sampling steps. Refused, because diffusers would compute something else: a unit-norm text embedding (its
+text encoder returns the unnormalised projection), self-conditioning, v-prediction, any schedule but cosine, any variance but
+the posterior's, and a text encoder whose width differs from that of the embeddings. Diffusers has no autoregressive prior.
 
-Neither direction needs diffusers: a folder is `config.json` and `diffusion_pytorch_model.safetensors`.
+Diffusers itself is not needed: a folder holds `config.json` and `diffusion_pytorch_model.safetensors`.
 
 Letters: L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior.
 """
@@ -28,7 +27,7 @@ from unclip.models.text import CaptionFeatures
 _PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"}
 
 KARLO_SCHEDULER = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample", "clip_sample_range": 5.0}
-"""Settings of the prior's scheduler in diffusers' conversion of Karlo; what is missing has the scheduler's defaults."""
+"""Settings of the prior's scheduler in diffusers' conversion of Karlo; missing ones have the scheduler's defaults."""
 
 _LAYERS = {
     "text.from_text_encodings": "encoder_hidden_states_proj",
@@ -41,7 +40,7 @@ _LAYERS = {
     "transformer.norm": "norm_out",
     "to_image_embedding": "proj_to_clip_embeddings",
 }
-"""Our names of layers with weight and bias -> theirs."""
+"""Our layers with weight and bias -> diffusers' layers."""
 
 _BLOCK_LAYERS = {
     "attention_norm": ("norm1",),
@@ -51,7 +50,7 @@ _BLOCK_LAYERS = {
     "mlp.0": ("ff.net.0.proj",),
     "mlp.2": ("ff.net.2",),
 }
-"""The same within a block; where they have several, ours is theirs one below the other."""
+"""Our layers within a block -> diffusers' layers; if several, ours has their rows stacked."""
 
 _TENSORS = {
     "query": ("prd_embedding", 2),
@@ -59,23 +58,23 @@ _TENSORS = {
     "statistics.mean": ("clip_mean", 1),
     "statistics.std": ("clip_std", 1),
 }
-"""Our names of other tensors -> theirs, and how many leading dimensions of one theirs have."""
+"""Our other tensors -> diffusers' tensors, and their number of extra leading dimensions of size one."""
 
 
 def to_diffusers(prior: DiffusionPrior) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights (float32) of the `PriorTransformer` that computes what this prior computes.
+    """Settings and weights (float32) of the equivalent `PriorTransformer`.
 
     Raises:
-        ConfigError: the prior does something that diffusers cannot; see the module.
+        ConfigError: diffusers cannot represent the prior; see the module.
         InputError: the prior was never given the statistics of a dataset.
     """
     config = prior.config
     text_length, text_width = prior.text.null_encodings.shape
     embedding_dim = len(prior.text.null_embedding)
-    _export(config.text_norm != "unit", "text_norm", config.text_norm, "'none' or 'layer'")
-    _export(not config.self_conditioning, "self_conditioning", True, "false")
+    _check_export(config.text_norm != "unit", "text_norm", config.text_norm, "'none' or 'layer'")
+    _check_export(not config.self_conditioning, "self_conditioning", True, "false")
     same_width = f"that of its embeddings, {embedding_dim}"
-    _export(text_width == embedding_dim, "width of the text encoder", text_width, same_width)
+    _check_export(text_width == embedding_dim, "width of the text encoder", text_width, same_width)
     prior.statistics.check("prior")
     settings = {
         "_class_name": "PriorTransformer",
@@ -104,23 +103,23 @@ def from_diffusers(
     null_text: CaptionFeatures,
     scheduler: Mapping[str, Any] = KARLO_SCHEDULER,
 ) -> DiffusionPrior:
-    """The prior that computes what a `PriorTransformer` computes, in float32.
+    """Build the prior that is equivalent to a `PriorTransformer`, in float32.
 
     Args:
-        settings: its config.json.
-        weights: its state, in any precision.
-        null_text: what the text encoder that it was trained with makes of the empty caption, a batch of one.
-        scheduler: scheduler_config.json of the pipeline's `prior_scheduler`.
+        settings: content of config.json.
+        weights: state dict, in any precision.
+        null_text: features of the empty caption from the text encoder that it was trained with, a batch of one.
+        scheduler: content of the pipeline's `prior_scheduler/scheduler_config.json`.
 
     Raises:
-        ConfigError: settings that no prior of ours has.
-        InputError: clip_mean or clip_std that nobody has filled in, as in every new PriorTransformer.
-        CheckpointError: weights that do not fit the settings.
+        ConfigError: our prior does not support these settings.
+        InputError: clip_mean or clip_std were never set, as in every new PriorTransformer.
+        CheckpointError: the weights do not fit the settings.
     """
     folders.check_depth("PriorTransformer", settings, "num_layers", weights)
     config, embedding_dim = _config_of(settings, scheduler), settings.get("embedding_dim", 768)
     try:
-        with torch.device("meta"):  # whatever the settings say, nothing is allocated that there are no weights for
+        with torch.device("meta"):  # so that damaged settings cannot allocate memory
             prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
         expected = prior.state_dict()
         ours = {name: torch.cat([weights[part] for part in parts]) for name, parts in _layers(config)}
@@ -135,17 +134,17 @@ def from_diffusers(
 
 
 def scheduler_config(prior: DiffusionPrior) -> dict[str, Any]:
-    """Settings of the `UnCLIPScheduler` that takes the sampling steps of `DiffusionPrior.sample`.
+    """Settings of the `UnCLIPScheduler` whose steps are those of `DiffusionPrior.sample`.
 
     Raises:
-        ConfigError: a process that the scheduler does not know.
+        ConfigError: the scheduler does not support the process.
     """
     diffusion = prior.config.diffusion
-    _export(diffusion.schedule == "cosine", "diffusion.schedule", diffusion.schedule, "'cosine'")
-    _export(not diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr", True, "false")
-    _export(diffusion.variance == "fixed_small", "diffusion.variance", diffusion.variance, "'fixed_small'")
-    known = diffusion.prediction_type in _PREDICTION_TYPES
-    _export(known, "diffusion.prediction_type", diffusion.prediction_type, "'x0' or 'eps'")
+    _check_export(diffusion.schedule == "cosine", "diffusion.schedule", diffusion.schedule, "'cosine'")
+    _check_export(not diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr", True, "false")
+    _check_export(diffusion.variance == "fixed_small", "diffusion.variance", diffusion.variance, "'fixed_small'")
+    supported = diffusion.prediction_type in _PREDICTION_TYPES
+    _check_export(supported, "diffusion.prediction_type", diffusion.prediction_type, "'x0' or 'eps'")
     return {
         "_class_name": "UnCLIPScheduler",
         "num_train_timesteps": diffusion.num_timesteps,
@@ -158,7 +157,7 @@ def scheduler_config(prior: DiffusionPrior) -> dict[str, Any]:
 
 
 def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
-    """Write a prior as `prior/` and `prior_scheduler/` below a local folder.
+    """Write a prior as `prior/` and `prior_scheduler/` in a local folder.
 
     Raises:
         ConfigError: see `to_diffusers` and `scheduler_config`; nothing is written.
@@ -171,10 +170,10 @@ def export_prior(prior: DiffusionPrior, folder: str | Path) -> None:
 
 
 def import_prior(folder: str | Path, null_text: CaptionFeatures) -> DiffusionPrior:
-    """Read a prior from `prior/` and `prior_scheduler/` below a local folder; see `from_diffusers`.
+    """Read a prior from `prior/` and `prior_scheduler/` in a local folder; see `from_diffusers`.
 
     Raises:
-        CheckpointError: files that are missing or damaged.
+        CheckpointError: files are missing or damaged.
     """
     folder = Path(folder)
     settings = folders.read_json(folder / "prior" / "config.json")
@@ -184,7 +183,7 @@ def import_prior(folder: str | Path, null_text: CaptionFeatures) -> DiffusionPri
 
 
 def _layers(config: PriorConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Our tensors of layers, and theirs that each is made of."""
+    """Pairs of a tensor of our layers and the diffusers' tensors it is made of."""
     absent = {"text.norm": config.text_norm != "layer", "transformer.norm_in": not config.norm_in}
     layers: dict[str, tuple[str, ...]] = {name: (other,) for name, other in _LAYERS.items() if not absent.get(name)}
     for number in range(config.depth):
@@ -200,7 +199,7 @@ def _layers(config: PriorConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 def _config_of(settings: Mapping[str, Any], scheduler: Mapping[str, Any]) -> PriorConfig:
     num_heads = settings.get("num_attention_heads", 32)
     width, embedding_dim = num_heads * settings.get("attention_head_dim", 64), settings.get("embedding_dim", 768)
-    only = {
+    supported = {
         "additional_embeddings": (4,),
         "dropout": (0.0,),
         "time_embed_act_fn": ("silu",),
@@ -212,8 +211,10 @@ def _config_of(settings: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Pri
         "embedding_proj_dim": (None, embedding_dim),
         "clip_embed_dim": (None, embedding_dim),
     }
-    for name, allowed in only.items():
-        _import(settings.get(name, allowed[0]) in allowed, f"PriorTransformer.{name}", settings.get(name), allowed)
+    for name, allowed in supported.items():
+        _check_import(
+            settings.get(name, allowed[0]) in allowed, f"PriorTransformer.{name}", settings.get(name), allowed
+        )
     predictions = {other: ours for ours, other in _PREDICTION_TYPES.items()}
     for name, allowed in {
         "_class_name": ("UnCLIPScheduler",),
@@ -222,7 +223,7 @@ def _config_of(settings: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Pri
         "beta_schedule": ("squaredcos_cap_v2",),
     }.items():
         got = scheduler.get(name, {"prediction_type": "epsilon"}.get(name, allowed[0]))
-        _import(got in allowed, f"prior_scheduler.{name}", got, allowed)
+        _check_import(got in allowed, f"prior_scheduler.{name}", got, allowed)
     clips = scheduler.get("clip_sample", True)
     return PriorConfig(
         width=width,
@@ -238,17 +239,17 @@ def _config_of(settings: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Pri
     )
 
 
-def _export(condition: bool, setting: str, got: object, expected: str) -> None:
+def _check_export(condition: bool, setting: str, got: object, expected: str) -> None:
     if not condition:
         raise ConfigError(
-            f"{setting}: got {got!r}, expected {expected}, as diffusers has nothing else. "
+            f"{setting}: got {got!r}, expected {expected}, as diffusers supports nothing else. "
             "Train a prior with that setting to export it."
         )
 
 
-def _import(condition: bool, setting: str, got: object, allowed: tuple[Any, ...]) -> None:
+def _check_import(condition: bool, setting: str, got: object, allowed: tuple[Any, ...]) -> None:
     if not condition:
         expected = " or ".join(map(repr, allowed))
         raise ConfigError(
-            f"{setting}: got {got!r}, expected {expected}. This prior cannot be computed here; take another."
+            f"{setting}: got {got!r}, expected {expected}. This prior is not supported here; import another one."
         )

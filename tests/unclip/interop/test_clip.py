@@ -1,4 +1,4 @@
-"""CLIPs in transformers' own classes: the same captions and pictures give the same numbers, in both directions."""
+"""Export and import of CLIPs: transformers' classes and open_clip compute the same for the same captions and images."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ CAPTIONS = ["", "a Red   cat!", "wow!! it's 100% naïve ☕ " + "long " * 30, "d
 
 @torch.no_grad()
 def check_text(clip: Clip, folder: Path, theirs: Any) -> None:
-    """Tokens, masks, hidden states and projections, as UnCLIPPipeline asks for them."""
+    """Check tokens, masks, hidden states and projections, computed as in UnCLIPPipeline."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -36,7 +36,7 @@ def check_text(clip: Clip, folder: Path, theirs: Any) -> None:
     torch.testing.assert_close(output.last_hidden_state[kept], text.text_encodings[kept], atol=1e-4, rtol=1e-4)
 
 
-def pictures(count: int = 3) -> torch.Tensor:
+def images(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(4))
 
 
@@ -53,23 +53,23 @@ def test_transformers_computes_what_open_clip_computes(tmp_path: Path, quick_gel
     vision, other = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "image_encoder", output_loading_info=True)
     assert not any(info.values()) and not any(other.values())
     check_text(clip, tmp_path, text.eval())
-    expected = clip.embed_images(pictures())
-    torch.testing.assert_close(vision.eval()(pictures()).image_embeds, expected, atol=1e-4, rtol=0)
+    expected = clip.embed_images(images())
+    torch.testing.assert_close(vision.eval()(images()).image_embeds, expected, atol=1e-4, rtol=0)
     assert torch.allclose(expected.norm(dim=1), torch.ones(3)) == (image_embeddings == "unit")
-    if image_embeddings == "unit":  # the layer that divides fits into half precision
-        half = vision.half()(pictures().half()).image_embeds.float()
+    if image_embeddings == "unit":  # the normalising layer does not overflow in half precision
+        half = vision.half()(images().half()).image_embeds.float()
         torch.testing.assert_close(half, expected, atol=0.02, rtol=0)
 
 
-def test_reading_and_writing_again_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_exporting_an_imported_clip_gives_the_same_bytes(tmp_path: Path) -> None:
     clip = tiny_clip()
     export_text(clip, tmp_path / "once")
     export_images(clip, tmp_path / "once")
     again, config = import_clip(tmp_path / "once")
     assert config["vision_cfg"]["layers"] == 2 and again.image_embeddings == "unit"
-    for name, value in clip.model.state_dict().items():  # the layer that divides was taken off
+    for name, value in clip.model.state_dict().items():  # the normalising layer was removed
         assert name == "logit_scale" or torch.equal(again.model.state_dict()[name], value), name
-    torch.testing.assert_close(again.embed_images(pictures()), clip.embed_images(pictures()))
+    torch.testing.assert_close(again.embed_images(images()), clip.embed_images(images()))
     export_text(again, tmp_path / "twice")
     export_images(again, tmp_path / "twice")
     files = [path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file()]
@@ -80,7 +80,7 @@ def test_reading_and_writing_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("hidden_act", "eos_token_id"), [("quick_gelu", 2), ("gelu", 49407)])
 @torch.no_grad()
-def test_open_clip_computes_what_transformers_writes(tmp_path: Path, hidden_act: str, eos_token_id: int) -> None:
+def test_open_clip_computes_what_transformers_computes(tmp_path: Path, hidden_act: str, eos_token_id: int) -> None:
     from transformers import (
         CLIPTextConfig,
         CLIPTextModelWithProjection,
@@ -117,23 +117,23 @@ def test_open_clip_computes_what_transformers_writes(tmp_path: Path, hidden_act:
     clip, _ = import_clip(tmp_path)
     assert clip.image_embeddings == "raw"
     check_text(clip, tmp_path, text)
-    torch.testing.assert_close(clip.embed_images(pictures()), vision(pictures()).image_embeds, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(clip.embed_images(images()), vision(images()).image_embeds, atol=1e-4, rtol=1e-4)
 
 
-def test_pictures_are_prepared_alike(tmp_path: Path) -> None:
-    """Up to the rounding of resized pixels to 256 levels. Where an odd number of rows is cut off, the two cut one apart."""
+def test_images_are_prepared_alike(tmp_path: Path) -> None:
+    """Compare up to the rounding of resized pixels to 256 levels; crops of an odd number of rows may differ by one row."""
     from transformers import CLIPImageProcessor
 
     clip = tiny_clip()
     export_images(clip, tmp_path)
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "feature_extractor")
     waves = np.sin(np.arange(64 * 48 * 3) / 7).reshape(48, 64, 3) * 127 + 128
-    picture = Image.fromarray(waves.astype(np.uint8)).resize((44, 32))
-    theirs = processor(images=picture, return_tensors="pt").pixel_values[0]
-    torch.testing.assert_close(theirs, clip.preprocess(picture), atol=0.02, rtol=0)
+    image = Image.fromarray(waves.astype(np.uint8)).resize((44, 32))
+    theirs = processor(images=image, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(theirs, clip.preprocess(image), atol=0.02, rtol=0)
 
 
-def test_without_an_image_encoder_no_picture_is_embedded(tmp_path: Path) -> None:
+def test_without_an_image_encoder_no_image_is_embedded(tmp_path: Path) -> None:
     export_text(tiny_clip(), tmp_path)
     clip, _ = import_clip(tmp_path)
     assert torch.equal(clip.encode_text(clip.tokenize(["a"])).text_mask.sum(), torch.tensor(3))
@@ -143,7 +143,7 @@ def test_without_an_image_encoder_no_picture_is_embedded(tmp_path: Path) -> None
         export_images(clip, tmp_path)
 
 
-def test_towers_that_transformers_does_not_have_are_refused(tmp_path: Path) -> None:
+def test_towers_that_transformers_does_not_support_are_refused(tmp_path: Path) -> None:
     residual = Clip(create("unclip-demo", None), "unclip-demo")
     with pytest.raises(InputError, match="vision tower is a ModifiedResNet"):
         export_images(residual, tmp_path)

@@ -1,4 +1,4 @@
-"""Decoders and upsamplers in diffusers' own classes: the same weights give the same numbers, in both directions."""
+"""Export and import of decoders and upsamplers: diffusers' classes and ours compute the same with the same weights."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ KARLO_LIKE: dict[str, Any] = {
 
 
 def randomize(model: torch.nn.Module) -> Any:
-    """Random weights everywhere, also where training starts from zeros or ones, and different ones in every layer."""
+    """Set all weights to random numbers, including those that start as zeros or ones, different in every layer."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,10 +84,10 @@ def text_projection() -> type:
 
 
 @torch.no_grad()
-def through_diffusers(
+def step_of_diffusers(
     unet: Any, projection: Any, x_t, t, image_embedding, text: CaptionFeatures, null_text
 ) -> list[Any]:
-    """What UnCLIPPipeline's decoder computes for a guided step: without the conditions, then with them."""
+    """Outputs of diffusers' decoder in a guided step of UnCLIPPipeline: unconditional, then conditional."""
     batch = len(x_t)
     both = [
         torch.cat([null.expand_as(given), given]) for null, given in zip(null_text, text, strict=True)
@@ -109,7 +109,7 @@ def through_diffusers(
 def check_equal(decoder: Decoder, unet: Any, projection: Any) -> None:
     x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999])
     image_embedding, text, null_text = torch.randn(3, EMBEDDING_DIM) * 0.05, texts(3), texts(1, seed=9)
-    unconditional, conditional = through_diffusers(unet, projection, x_t, t, image_embedding, text, null_text)
+    unconditional, conditional = step_of_diffusers(unet, projection, x_t, t, image_embedding, text, null_text)
     drop = torch.ones(3, dtype=torch.bool)
     assert conditional.std() > 0.1 and not torch.allclose(conditional, unconditional, atol=1e-2)
     ours = decoder(x_t, t, image_embedding, None, text)
@@ -119,7 +119,7 @@ def check_equal(decoder: Decoder, unet: Any, projection: Any) -> None:
 
 
 @pytest.mark.parametrize("scale_shift_norm", [True, False])
-def test_diffusers_draws_what_our_decoder_draws(tmp_path: Path, scale_shift_norm: bool) -> None:
+def test_diffusers_computes_the_same_as_an_exported_decoder(tmp_path: Path, scale_shift_norm: bool) -> None:
     from diffusers import UNet2DConditionModel
 
     decoder = new_decoder(unet=dataclasses.replace(UNET, scale_shift_norm=scale_shift_norm))
@@ -131,7 +131,7 @@ def test_diffusers_draws_what_our_decoder_draws(tmp_path: Path, scale_shift_norm
 
 
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
-def test_our_decoder_draws_what_one_of_diffusers_draws(tmp_path: Path, max_shard_size: str) -> None:
+def test_an_imported_decoder_computes_the_same_as_diffusers(tmp_path: Path, max_shard_size: str) -> None:
     from diffusers import UnCLIPScheduler
 
     unet = karlo_like_decoder()
@@ -149,12 +149,12 @@ def test_our_decoder_draws_what_one_of_diffusers_draws(tmp_path: Path, max_shard
 
 
 @torch.no_grad()
-def test_our_decoder_is_what_we_wrote(tmp_path: Path) -> None:
+def test_an_exported_decoder_is_imported_unchanged(tmp_path: Path) -> None:
     decoder = new_decoder()
     export_decoder(decoder, tmp_path)
     x_t, t, image_embedding = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, EMBEDDING_DIM) * 0.05
     expected = decoder(x_t, t, image_embedding, torch.tensor([True, False]), texts(2), torch.tensor([False, True]))
-    for statistics in (None, decoder.statistics):  # folded into the weights, or taken out of them again
+    for statistics in (None, decoder.statistics):  # left in the weights, or taken out of them
         again = import_decoder(tmp_path, texts(1, seed=9), statistics=statistics)
         result = again(x_t, t, image_embedding, torch.tensor([True, False]), texts(2), torch.tensor([False, True]))
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
@@ -178,7 +178,7 @@ def karlo_like_upsampler(**changes: Any) -> Any:
 
 @pytest.mark.parametrize("scale_shift", ["default", "scale_shift"])
 @torch.no_grad()
-def test_upsamplers_of_diffusers_draw_the_same_here(tmp_path: Path, scale_shift: str) -> None:
+def test_an_imported_upsampler_computes_the_same_as_diffusers(tmp_path: Path, scale_shift: str) -> None:
     theirs = karlo_like_upsampler(resnet_time_scale_shift=scale_shift)
     theirs.save_pretrained(tmp_path)
     ours = import_upsampler(tmp_path, crop_size=16)
@@ -193,7 +193,9 @@ def test_upsamplers_of_diffusers_draw_the_same_here(tmp_path: Path, scale_shift:
 @pytest.mark.parametrize("scale_shift_norm", [True, False])
 @pytest.mark.parametrize("max_noise_level", [0, 300])
 @torch.no_grad()
-def test_diffusers_upsamples_as_ours_do(tmp_path: Path, scale_shift_norm: bool, max_noise_level: int) -> None:
+def test_diffusers_computes_the_same_as_an_exported_upsampler(
+    tmp_path: Path, scale_shift_norm: bool, max_noise_level: int
+) -> None:
     from diffusers import UNet2DModel
 
     network = UNetConfig(16, 8, (1, 2, 3), 2, norm_groups=4, scale_shift_norm=scale_shift_norm)
@@ -203,25 +205,25 @@ def test_diffusers_upsamples_as_ours_do(tmp_path: Path, scale_shift_norm: bool, 
     assert not any(info.values())
     x_t, t, low_res = torch.randn(2, 3, 32, 32), torch.tensor([10, 800]), torch.randn(2, 3, 8, 8)
     enlarged = torch.nn.functional.interpolate(low_res, size=(32, 32), mode="bicubic", antialias=True)
-    six = torch.cat([x_t, enlarged], dim=1)
+    six_channels = torch.cat([x_t, enlarged], dim=1)
     level = torch.tensor([10, 250])
     labels = {"class_labels": level} if max_noise_level else {}
     expected = ours(x_t, t, low_res, level)
-    torch.testing.assert_close(theirs.eval()(six, t, **labels).sample, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(theirs.eval()(six_channels, t, **labels).sample, expected, atol=1e-4, rtol=1e-4)
     again = import_upsampler(tmp_path / "all", crop_size=16)
     torch.testing.assert_close(again(x_t, t, low_res, level), expected)
     assert again.config == ours.config
-    if max_noise_level:  # a pipeline that knows of no levels gets one for good
+    if max_noise_level:  # for pipelines without noise levels, one level is fixed
         export_upsampler(ours, tmp_path / "one", noise_level=25)
         fixed = UNet2DModel.from_pretrained(tmp_path / "one").eval()
         level = torch.full((2,), 25)
-        torch.testing.assert_close(fixed(six, t).sample, ours(x_t, t, low_res, level), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fixed(six_channels, t).sample, ours(x_t, t, low_res, level), atol=1e-4, rtol=1e-4)
     else:
         with pytest.raises(ConfigError, match="noise_level"):
             export_upsampler(ours, tmp_path / "one", noise_level=25)
 
 
-def test_what_diffusers_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_decoders_that_diffusers_cannot_represent_are_refused(tmp_path: Path) -> None:
     for changes in ({"text": "none"}, {"text": "transformer"}, {"inpainting": True}):
         config = DecoderConfig(**{"unet": UNET, "text": "clip", **changes})
         with pytest.raises(InputError, match="expected text = 'clip' without inpainting"):
@@ -236,7 +238,7 @@ def test_what_diffusers_cannot_hold_is_refused(tmp_path: Path) -> None:
     [
         ({"act_fn": "gelu"}, "act_fn = 'gelu', expected 'silu'"),
         ({"norm_eps": 1e-6}, "norm_eps"),
-        ({"down_block_types": ["DownBlock2D"] * 3}, "expected mirrored ones"),
+        ({"down_block_types": ["DownBlock2D"] * 3}, "expected mirrored blocks"),
         ({"layers_per_block": 3}, "the weights do not fit their config.json"),
         ({"layers_per_block": [2, 2, 2]}, "this network cannot be built here"),
         ({"_class_name": "UNet2DConditionModel"}, "got a UNet2DConditionModel, expected a UNet2DModel"),
@@ -255,7 +257,7 @@ def test_folders_of_other_networks_are_refused(tmp_path: Path, change: dict[str,
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 @torch.no_grad()
-def test_the_scheduler_takes_the_steps_that_our_sampler_takes(tmp_path: Path, variance: Any) -> None:
+def test_the_scheduler_takes_the_same_steps_as_our_sampler(tmp_path: Path, variance: Any) -> None:
     from diffusers import UnCLIPScheduler
 
     decoder = new_decoder(diffusion=DiffusionConfig(variance=variance))
@@ -279,8 +281,8 @@ def test_the_scheduler_takes_the_steps_that_our_sampler_takes(tmp_path: Path, va
 
 
 @pytest.mark.parametrize("settings", [{"prediction_type": "v"}, {"schedule": "linear"}, {"variance": "fixed_large"}])
-def test_processes_that_the_scheduler_does_not_know_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="all that UnCLIPScheduler knows"):
+def test_processes_that_the_scheduler_does_not_support_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="UnCLIPScheduler supports nothing else"):
         export_decoder(new_decoder(diffusion=DiffusionConfig(**settings)), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -290,8 +292,8 @@ def test_a_scheduler_that_does_not_fit_its_network_is_refused(tmp_path: Path) ->
     path = tmp_path / "decoder_scheduler" / "scheduler_config.json"
     settings = json.loads(path.read_text())
     for change, message in (
-        ({"variance_type": "learned_range"}, "got a network of 3 channels, expected 6"),
-        ({"prediction_type": "v_prediction"}, "this process cannot be computed here"),
+        ({"variance_type": "learned_range"}, "got a network of 3 output channels, expected 6"),
+        ({"prediction_type": "v_prediction"}, "this process is not supported here"),
         ({"_class_name": "DDIMScheduler"}, "got _class_name = 'DDIMScheduler'"),
     ):
         path.write_text(json.dumps(settings | change))

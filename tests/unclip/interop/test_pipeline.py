@@ -1,4 +1,4 @@
-"""Whole stacks in diffusers' unCLIP pipelines: the same noise gives the same pictures, in both directions."""
+"""Export and import of whole stacks: diffusers' unCLIP pipelines sample the same images from the same noise."""
 
 import contextlib
 import dataclasses
@@ -48,8 +48,8 @@ def load(folder: Path, class_name: str = "UnCLIPPipeline", **arguments: Any) -> 
 
 
 def with_float64_tables(pipeline: Any, stack: Stack) -> Any:
-    """The pipeline's schedulers with alphas_cumprod in float64, as ours are: in float32, 1 - alphas_cumprod has three digits
-    at t = 0, and networks without training make much of it."""
+    """Give the pipeline's schedulers alphas_cumprod in float64, as ours: in float32, 1 - alphas_cumprod has three correct
+    digits at t = 0, and untrained networks amplify the error."""
     for name, model in (("prior", stack.prior), ("decoder", stack.decoder), ("super_res", stack.upsamplers[0])):
         scheduler = getattr(pipeline, f"{name}_scheduler", None)
         if scheduler is not None:
@@ -60,7 +60,7 @@ def with_float64_tables(pipeline: Any, stack: Stack) -> Any:
 
 
 def sampling(scales: tuple[float, float]) -> SamplingConfig:
-    """Ours, as the pipeline samples."""
+    """Our sampling settings, equal to those of `pipeline_samples`."""
     pipeline = pipeline_sampling(16)
     return SamplingConfig(
         prior=dataclasses.replace(pipeline.prior, num_steps=STEPS[0], guidance_scale=scales[0]),
@@ -70,14 +70,14 @@ def sampling(scales: tuple[float, float]) -> SamplingConfig:
     )
 
 
-def drawn_here(stack: Stack, scales: tuple[float, float]) -> torch.Tensor:
+def stack_samples(stack: Stack, scales: tuple[float, float]) -> torch.Tensor:
     """[B, 3, H, W] in [0, 1]."""
     return (sample_batch(stack, CAPTIONS, 3, seed=0, sampling=sampling(scales)) / 2 + 0.5).clamp(0, 1)
 
 
-def drawn(pipeline: Any, scales: tuple[float, float]) -> torch.Tensor:
+def pipeline_samples(pipeline: Any, scales: tuple[float, float]) -> torch.Tensor:
     """[B, 3, H, W] in [0, 1]."""
-    pictures = pipeline(
+    images = pipeline(
         CAPTIONS,
         prior_num_inference_steps=STEPS[0],
         decoder_num_inference_steps=STEPS[1],
@@ -87,7 +87,7 @@ def drawn(pipeline: Any, scales: tuple[float, float]) -> torch.Tensor:
         generator=torch.Generator().manual_seed(3),
         output_type="np",
     ).images
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -108,40 +108,42 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("variant", range(len(VARIANTS)))
-def test_diffusers_draws_the_pictures_that_we_draw(tmp_path: Path, variant: int) -> None:
-    """From captions to pixels, with the noise of the same generator: within rounding once the tables are the same, and with
-    the pipeline's own in nearly all pixels."""
+def test_diffusers_samples_the_same_images_as_we_do(tmp_path: Path, variant: int) -> None:
+    """Compare images from the same captions and generator: equal within rounding with our tables of alphas_cumprod, and in
+    nearly all pixels with the pipeline's own."""
     stack = tiny_stack(**VARIANTS[variant])
     notes = export_stack(stack, tmp_path / "exported")
     assert len(notes) == 1
     assert (
-        "decoder.sampler ddim (there ddpm), decoder.num_steps 50 (there 25), decoder.guidance_scale 2.0 (there 8.0)"
-        in notes[0]
+        "decoder.sampler ddim (pipeline: ddpm), decoder.num_steps 50 (pipeline: 25), decoder.guidance_scale 2.0 "
+        "(pipeline: 8.0)" in notes[0]
     )
     pipeline = load(tmp_path / "exported")
     for scales in ((4.0, 8.0), (1.0, 1.0)):
-        expected = drawn_here(stack, scales)
+        expected = stack_samples(stack, scales)
         assert expected.std() > 0.1 and not torch.allclose(expected[0], expected[1], atol=0.1)
         if variant == 0:
-            assert (drawn(pipeline, scales) - expected).abs().mean() < 0.01
+            assert (pipeline_samples(pipeline, scales) - expected).abs().mean() < 0.01
     with_float64_tables(pipeline, stack)
     for scales in ((4.0, 8.0), (1.0, 1.0)):
-        torch.testing.assert_close(drawn(pipeline, scales), drawn_here(stack, scales), atol=2e-3, rtol=0)
+        torch.testing.assert_close(pipeline_samples(pipeline, scales), stack_samples(stack, scales), atol=2e-3, rtol=0)
 
 
-def test_exporting_again_what_was_imported_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_exporting_an_imported_stack_gives_the_same_bytes(tmp_path: Path) -> None:
     upsampler_1024 = add_noise(Upsampler(UpsamplerConfig(UNetConfig(16, 8, (1, 2), 1, norm_groups=4), low_res_size=16)))
     stack = tiny_stack(upsampler={"last_step_unet": True})
     export_stack(stack, tmp_path / "once", upsampler_1024=upsampler_1024)
     imported = import_stack(tmp_path / "once")
-    torch.testing.assert_close(drawn_here(imported.stack, (4.0, 8.0)), drawn_here(stack, (4.0, 8.0)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        stack_samples(imported.stack, (4.0, 8.0)), stack_samples(stack, (4.0, 8.0)), atol=1e-3, rtol=0
+    )
     assert imported.stack.upsamplers[0].config.last_step_unet
     assert imported.upsampler_1024 is not None and imported.upsampler_1024.config.output_size == 64
 
-    save_imported(imported, tmp_path / "stack")  # and by way of our own files
+    save_imported(imported, tmp_path / "stack")  # and through our own file format
     loaded = load_system(tmp_path / "stack")
     assert loaded.sampling.prior.guidance_scale == 4 and loaded.clip.image_embeddings == "unit"
-    assert torch.equal(drawn_here(loaded, (4.0, 8.0)), drawn_here(imported.stack, (4.0, 8.0)))
+    assert torch.equal(stack_samples(loaded, (4.0, 8.0)), stack_samples(imported.stack, (4.0, 8.0)))
     assert sample_captions(loaded, CAPTIONS[:1]).shape == (1, 3, 16, 16)
     second: Any = load_model(str(tmp_path / "stack" / "upsampler-64"), (UPSAMPLER,))
     export_stack(loaded, tmp_path / "twice", upsampler_1024=second)
@@ -152,7 +154,7 @@ def test_exporting_again_what_was_imported_gives_the_same_bytes(tmp_path: Path) 
 
 
 def karlo_like(folder: Path) -> Any:
-    """A pipeline of diffusers' own classes with random weights, saved part by part as published ones are laid out."""
+    """Build a pipeline of diffusers' own classes with random weights, and save it in the layout of published pipelines."""
     from diffusers import PriorTransformer, UnCLIPPipeline, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -218,35 +220,35 @@ def karlo_like(folder: Path) -> Any:
     return pipeline
 
 
-def test_we_draw_the_pictures_that_a_pipeline_of_diffusers_draws(tmp_path: Path) -> None:
+def test_we_sample_the_same_images_as_a_pipeline_of_diffusers(tmp_path: Path) -> None:
     pipeline = karlo_like(tmp_path)
     stack = import_stack(tmp_path).stack
     assert stack.upsamplers[0].config.last_step_unet and stack.prior.config.clip_range == 5.0  # type: ignore[union-attr]
     assert stack.clip.image_embeddings == "none"
     assert stack.decoder.config.diffusion.variance == "learned_range"
     with_float64_tables(pipeline, stack)
-    expected = drawn(pipeline, (4.0, 8.0))
+    expected = pipeline_samples(pipeline, (4.0, 8.0))
     assert expected.std() > 0.1
-    torch.testing.assert_close(drawn_here(stack, (4.0, 8.0)), expected, atol=2e-3, rtol=0)
-    notes = export_stack(stack, tmp_path / "again")  # what diffusers 0.38 and later do not load becomes what they do
+    torch.testing.assert_close(stack_samples(stack, (4.0, 8.0)), expected, atol=2e-3, rtol=0)
+    notes = export_stack(stack, tmp_path / "again")  # diffusers 0.38 and later load this one, but not the original
     assert len(notes) == 1 and "no image encoder" in notes[0]
     again = with_float64_tables(load(tmp_path / "again"), stack)
-    torch.testing.assert_close(drawn(again, (4.0, 8.0)), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(pipeline_samples(again, (4.0, 8.0)), expected, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("image_embeddings", ["unit", "raw"])
-def test_diffusers_varies_pictures_as_we_do(tmp_path: Path, image_embeddings: Any) -> None:
-    """From pixels to pixels; the image encoder gives embeddings of unit norm where the decoder was trained on such."""
+def test_diffusers_samples_the_same_variations_as_we_do(tmp_path: Path, image_embeddings: Any) -> None:
+    """Compare variations, for stacks with unit-norm and with raw image embeddings."""
     from PIL import Image
 
     stack = tiny_stack(clip=tiny_clip(image_embeddings=image_embeddings))
     export_stack(stack, tmp_path / "exported", image_variation=True)
     assert not (tmp_path / "exported" / "prior").exists()
     pipeline = with_float64_tables(load(tmp_path / "exported", "UnCLIPImageVariationPipeline"), stack)
-    picture = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    image = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
     settings = {"decoder_num_inference_steps": 5, "super_res_num_inference_steps": 3, "decoder_guidance_scale": 3.0}
-    theirs = pipeline(picture, 2, generator=torch.Generator().manual_seed(5), output_type="np", **settings).images
-    embedding = stack.clip.embed_images(stack.clip.preprocess(picture)[None]).expand(2, -1)
+    theirs = pipeline(image, 2, generator=torch.Generator().manual_seed(5), output_type="np", **settings).images
+    embedding = stack.clip.embed_images(stack.clip.preprocess(image)[None]).expand(2, -1)
     with torch.no_grad():
         ours = stack.decode(embedding, sampling((1.0, 3.0)), torch.Generator().manual_seed(5))
     ours = (ours / 2 + 0.5).clamp(0, 1)
@@ -267,7 +269,7 @@ def test_diffusers_varies_pictures_as_we_do(tmp_path: Path, image_embeddings: An
 
 @contextlib.contextmanager
 def older_diffusers() -> Iterator[None]:
-    """diffusers with the module where 0.37 and earlier had it."""
+    """Let diffusers find the module where 0.37 and earlier had it."""
     import diffusers.pipelines
     from diffusers.pipelines.deprecated import unclip as moved
 
@@ -277,23 +279,23 @@ def older_diffusers() -> Iterator[None]:
         yield
 
 
-def test_other_layouts_load_where_they_should(tmp_path: Path) -> None:
+def test_other_layouts_load_in_the_versions_they_are_for(tmp_path: Path) -> None:
     stack = tiny_stack()
-    expected = drawn_here(stack, (4.0, 8.0))
+    expected = stack_samples(stack, (4.0, 8.0))
     export_stack(stack, tmp_path / "hub", layout="hub")
     export_stack(stack, tmp_path / "portable", layout="portable")
-    with pytest.raises(ValueError, match="unclip"):  # what this version does with pipelines as they were published
+    with pytest.raises(ValueError, match="unclip"):  # this version cannot load pipelines in the published layout
         load(tmp_path / "hub")
     with older_diffusers():
         pipeline = with_float64_tables(load(tmp_path / "hub"), stack)
-    torch.testing.assert_close(drawn(pipeline, (4.0, 8.0)), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(pipeline_samples(pipeline, (4.0, 8.0)), expected, atol=2e-3, rtol=0)
     pipeline = with_float64_tables(load(tmp_path / "portable", trust_remote_code=True), stack)
-    torch.testing.assert_close(drawn(pipeline, (4.0, 8.0)), expected, atol=2e-3, rtol=0)
-    # importing runs no code of a folder
+    torch.testing.assert_close(pipeline_samples(pipeline, (4.0, 8.0)), expected, atol=2e-3, rtol=0)
+    # import runs no code in a folder
     (tmp_path / "portable" / "text_proj" / "unclip.py").write_text("raise SystemExit('run')")
     for layout in ("hub", "portable"):
         imported = import_stack(tmp_path / layout).stack
-        torch.testing.assert_close(drawn_here(imported, (4.0, 8.0)), expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(stack_samples(imported, (4.0, 8.0)), expected, atol=1e-3, rtol=0)
     with pytest.raises(ConfigError, match="layout: got 'new'"):
         export_stack(stack, tmp_path / "new", layout="new")  # type: ignore[arg-type]
 
@@ -307,9 +309,7 @@ def test_other_layouts_load_where_they_should(tmp_path: Path) -> None:
     ],
 )
 @torch.no_grad()
-def test_the_second_upsampler_stands_beside_with_a_scheduler_of_its_own(
-    tmp_path: Path, process: DiffusionConfig
-) -> None:
+def test_the_second_upsampler_is_exported_with_its_own_scheduler(tmp_path: Path, process: DiffusionConfig) -> None:
     import diffusers
 
     stack = tiny_stack()
@@ -373,7 +373,7 @@ def upsampler_config(**changes: Any) -> UpsamplerConfig:
         ({"upsampler": {"max_noise_level": 100}}, "upsampler.max_noise_level: got 100"),
     ],
 )
-def test_what_the_pipeline_cannot_do_is_refused_before_anything_is_written(
+def test_unsupported_settings_are_refused_before_anything_is_written(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ConfigError, InputError), match=message):
@@ -381,7 +381,7 @@ def test_what_the_pipeline_cannot_do_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_other_stacks_and_places_are_refused(tmp_path: Path) -> None:
+def test_unsupported_stacks_and_existing_folders_are_refused(tmp_path: Path) -> None:
     stack = tiny_stack()
     (tmp_path / "mine").write_text("a file")
     for taken in (tmp_path, tmp_path / "mine"):
@@ -399,7 +399,7 @@ def test_other_stacks_and_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"upsampler_1024\.diffusion\.schedule"):
         export_stack(stack, tmp_path / "new", upsampler_1024=Upsampler(upsampler_config(diffusion=learned)))
     text = {"context_length": 12, "vocab_size": 49408, "width": EMBEDDING_DIM, "heads": 2, "layers": 1}
-    stack.clip = tiny_clip(text_cfg=text)  # 12 and 4 tokens, and 4 by 4 pixels
+    stack.clip = tiny_clip(text_cfg=text)  # 12 + 4 tokens equal 4x4 pixels
     with pytest.raises(ConfigError, match="context length: got 12"):
         export_stack(stack, tmp_path / "new")
     stack.clip = Clip(create("unclip-demo", None), "unclip-demo")
@@ -421,7 +421,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(exported: Path, tmp_path: Path) -> Path:
-    """A copy by links: whoever damages a file replaces it."""
+    """A copy made of hard links: tests must replace files, not write into them."""
     for path in exported.rglob("*"):
         if path.is_file():
             (tmp_path / path.relative_to(exported)).parent.mkdir(parents=True, exist_ok=True)
@@ -453,7 +453,7 @@ NEEDED = [
 
 
 @pytest.mark.parametrize("file", NEEDED)
-def test_missing_and_damaged_files_are_named(copied: Path, file: str) -> None:
+def test_errors_name_missing_and_damaged_files(copied: Path, file: str) -> None:
     content = (copied / file).read_bytes()
     for damage in (None, b"", content[: len(content) // 2]):
         (copied / file).unlink(missing_ok=True)
@@ -479,11 +479,15 @@ def test_missing_and_damaged_files_are_named(copied: Path, file: str) -> None:
         (
             "decoder_scheduler/scheduler_config.json",
             {"variance_type": "fixed_small_log"},
-            "network of 6 channels, expected 3",
+            "network of 6 output channels, expected 3",
         ),
         ("super_res_scheduler/scheduler_config.json", {"variance_type": "learned_range"}, "do not fit"),
         ("super_res_first/config.json", {"sample_size": 12}, "sample_size = 12, expected a multiple of the 8 pixels"),
-        ("super_res_last/config.json", {"dropout": 0.5}, "expected what .*super_res_first/config.json has"),
+        (
+            "super_res_last/config.json",
+            {"dropout": 0.5},
+            "expected the same settings as in .*super_res_first/config.json",
+        ),
         ("text_proj/config.json", {"clip_extra_context_tokens": 5}, "clip_extra_context_tokens = 5"),
     ],
 )
@@ -495,7 +499,7 @@ def test_other_pipelines_are_refused(copied: Path, file: str, change: dict[str, 
         import_stack(copied)
 
 
-def test_an_index_of_shards_stays_in_its_folder(copied: Path) -> None:
+def test_an_index_of_shards_cannot_refer_to_other_folders(copied: Path) -> None:
     (copied / "decoder" / f"{WEIGHTS}.index.json").write_text(
         json.dumps({"weight_map": {"conv_in.weight": f"../text_proj/{WEIGHTS}"}})
     )
@@ -510,7 +514,7 @@ def test_neither_direction_needs_diffusers(tmp_path: Path, exported: Path, monke
     assert (tmp_path / "again" / "model_index.json").read_bytes() == (exported / "model_index.json").read_bytes()
 
 
-def test_the_features_of_the_empty_caption_are_those_of_its_clip(exported: Path) -> None:
+def test_the_decoder_gets_the_features_of_the_empty_caption_from_its_clip(exported: Path) -> None:
     stack = import_stack(exported).stack
     null = stack.clip.encode_text(stack.clip.tokenize([""]))
     found: CaptionFeatures = stack.decoder.text.null(1)  # type: ignore[assignment, operator, union-attr]

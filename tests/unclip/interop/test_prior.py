@@ -1,4 +1,4 @@
-"""Priors to and from diffusers: same weights, same outputs, same samples, in both directions."""
+"""Export and import of priors: same weights, same outputs and same samples in diffusers, in both directions."""
 
 import json
 import sys
@@ -37,13 +37,13 @@ def build(embedding_dim: int = 8, text_width: int = 8, **changes: Any) -> Diffus
 
 def features(batch: int, seed: int = 0) -> CaptionFeatures:
     generator = torch.Generator().manual_seed(seed)
-    projection = 3 * torch.randn(batch, 8, generator=generator)  # as far from unit norm as CLIP's own
+    projection = 3 * torch.randn(batch, 8, generator=generator)  # not of unit norm, like CLIP's own
     text_mask = torch.arange(7) < torch.tensor([[3], [7], [4]])[:batch]
     encodings = torch.randn(batch, 7, 8, generator=generator)
     return CaptionFeatures(encodings, text_mask, projection)
 
 
-def theirs_of(prior: DiffusionPrior, folder: Path) -> Any:
+def to_prior_transformer(prior: DiffusionPrior, folder: Path) -> Any:
     from diffusers import PriorTransformer
 
     interop.export_prior(prior, folder)
@@ -68,9 +68,9 @@ def assert_same(ours: DiffusionPrior, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_diffusers_loads_what_is_written_and_computes_the_same(tmp_path: Path, changes: dict) -> None:
+def test_diffusers_loads_an_exported_prior_and_computes_the_same(tmp_path: Path, changes: dict) -> None:
     prior = build(**changes)
-    theirs = theirs_of(prior, tmp_path)
+    theirs = to_prior_transformer(prior, tmp_path)
     assert_same(prior, theirs)
     again = interop.import_prior(tmp_path, features(1))
     assert_same(again, theirs)
@@ -82,7 +82,7 @@ def test_diffusers_loads_what_is_written_and_computes_the_same(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("settings", [{}, {"norm_in_type": "layer", "embedding_proj_norm_type": "layer"}])
-def test_what_diffusers_writes_is_loaded_and_computes_the_same(tmp_path: Path, settings: dict) -> None:
+def test_a_prior_saved_by_diffusers_is_imported_and_computes_the_same(tmp_path: Path, settings: dict) -> None:
     from diffusers import PriorTransformer, UnCLIPScheduler
 
     torch.manual_seed(0)
@@ -109,14 +109,14 @@ def test_what_diffusers_writes_is_loaded_and_computes_the_same(tmp_path: Path, s
 def test_the_same_noise_gives_the_same_samples(
     tmp_path: Path, prediction_type: Any, guidance_scale: float, float64_table: bool, tolerance: float
 ) -> None:
-    """The loop of diffusers' UnCLIPPipeline over its own scheduler, and ours.
+    """Compare the sampling loop of diffusers' UnCLIPPipeline, with its own scheduler, to ours.
 
-    The scheduler keeps its table in float32, where 1 - alphas_cumprod has three digits at t = 0; that is all that differs.
+    They differ only in the scheduler's float32 table, in which 1 - alphas_cumprod has three correct digits at t = 0.
     """
     from diffusers import UnCLIPScheduler
 
     prior = build(diffusion=DiffusionConfig(prediction_type=prediction_type))
-    theirs = theirs_of(prior, tmp_path)
+    theirs = to_prior_transformer(prior, tmp_path)
     scheduler = UnCLIPScheduler.from_pretrained(tmp_path / "prior_scheduler")
     if float64_table:
         scheduler.betas, scheduler.alphas_cumprod = prior.diffusion.betas, prior.diffusion.alphas_cumprod
@@ -139,14 +139,14 @@ def test_the_same_noise_gives_the_same_samples(
         latents = scheduler.step(predicted, t, latents, prev_timestep=prev_timestep, generator=generator).prev_sample
     expected = theirs.post_process_latents(latents)
 
-    drawn = prior.sample(
+    samples = prior.sample(
         text.text_encodings,
         text.text_mask,
         text.text_embedding,
         PriorSampling(num_candidates=1, num_steps=12, guidance_scale=guidance_scale),
         generator=torch.Generator().manual_seed(11),
     )
-    torch.testing.assert_close(drawn, expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(samples, expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_the_same_noise_gives_the_same_samples(
         ({"text_width": 5}, "width of the text encoder: got 5, expected that of its embeddings, 8"),
     ],
 )
-def test_what_diffusers_cannot_compute_is_refused_before_anything_is_written(
+def test_priors_that_diffusers_cannot_represent_are_refused_before_anything_is_written(
     tmp_path: Path, changes: dict, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -181,7 +181,9 @@ def test_what_diffusers_cannot_compute_is_refused_before_anything_is_written(
         ("prior_scheduler", {"variance_type": "learned_range"}, "prior_scheduler.variance_type"),
     ],
 )
-def test_what_cannot_be_computed_here_is_refused(tmp_path: Path, file: str, settings: dict, message: str) -> None:
+def test_priors_that_are_not_supported_here_are_refused(
+    tmp_path: Path, file: str, settings: dict, message: str
+) -> None:
     interop.export_prior(build(), tmp_path)
     name = {"prior": "config.json", "prior_scheduler": "scheduler_config.json"}[file]
     changed = {**json.loads((tmp_path / file / name).read_text()), **settings}
@@ -190,7 +192,7 @@ def test_what_cannot_be_computed_here_is_refused(tmp_path: Path, file: str, sett
         interop.import_prior(tmp_path, features(1))
 
 
-def test_statistics_that_nobody_filled_in_are_refused_in_both_directions(tmp_path: Path) -> None:
+def test_missing_statistics_are_refused_in_both_directions(tmp_path: Path) -> None:
     from diffusers import PriorTransformer
 
     PriorTransformer(2, 4, 1, embedding_dim=8, num_embeddings=7).save_pretrained(tmp_path / "prior")
@@ -204,7 +206,7 @@ def test_statistics_that_nobody_filled_in_are_refused_in_both_directions(tmp_pat
         interop.to_diffusers(prior)
 
 
-def test_damaged_folders_are_named(tmp_path: Path) -> None:
+def test_errors_name_the_damaged_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"prior/config[.]json: cannot be read"):
         interop.import_prior(tmp_path, features(1))
     interop.export_prior(build(), tmp_path)
