@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from pipelines import dag as dags
-from pipelines.composition import compose
 from pipelines.config import load
+from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact

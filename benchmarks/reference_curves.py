@@ -12,8 +12,8 @@ import io
 from pathlib import Path
 
 from pipelines import dag as dags
-from pipelines.composition import compose
 from pipelines.config import load
+from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import files

@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-from pipelines.composition import compose
 from pipelines.dataset import PipelineConfig
+from pipelines.pipeline import compose
 from tasks.stage import Resources
 from unclip.errors import ConfigError
 

@@ -13,9 +13,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipelines import dag as dags
 from pipelines import systems
 from pipelines.dag import Binder
 from pipelines.dataset import PipelineConfig
+from tasks.stage import Run
+from tasks.tracking import Tracker
 from unclip.config import nearest
 from unclip.errors import ConfigError
 
@@ -50,3 +53,9 @@ def find_pipeline(system: str) -> Pipeline:
     known = [module.name for module in pkgutil.iter_modules(systems.__path__)]
     known += [point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
     raise ConfigError(f"system: got {system!r}, which no pipeline trains. {nearest(system, known)}")
+
+
+def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:
+    """Compose the DAG of a configuration; without a run it can be inspected but not executed."""
+    placeholder = Run("", "", config.storage, Tracker("", ""), "")
+    return dags.compose(find_pipeline(config.system).compose, config, run or placeholder)

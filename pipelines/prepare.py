@@ -6,8 +6,8 @@ import tempfile
 
 from pipelines import dag as dags
 from pipelines import scene_server
-from pipelines.composition import compose
 from pipelines.dataset import PipelineConfig
+from pipelines.pipeline import compose
 from pipelines.records import tracking_uri
 from tasks.stage import Pinning
 from tasks.store import Store

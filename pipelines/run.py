@@ -8,10 +8,10 @@ from typing import Any
 from pipelines import dag as dags
 from pipelines import scene_server
 from pipelines.cluster import WORKER_ENVIRONMENT, start_ray
-from pipelines.composition import compose
 from pipelines.console import Console
 from pipelines.dataset import PipelineConfig
 from pipelines.lock import lock
+from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.records import close_run, open_run
 from pipelines.summary import print_summary, summarise, write_results

@@ -87,7 +87,7 @@ def plan_train(
 
 def _measure(config: "PipelineConfig") -> "list[ModelMemory]":
     """Measure the memory of each part that a pipeline trains."""
-    from pipelines.composition import compose
+    from pipelines.pipeline import compose
     from unclip.models.clip import shape_of
     from unclip.models.text import TextShape
     from unclip.systems.part import Shapes

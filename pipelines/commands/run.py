@@ -93,8 +93,8 @@ def plan(
     `unclip plan train` estimates the GPU memory for training.
     """
     from pipelines import dag as dags
-    from pipelines.composition import compose
     from pipelines.config import load
+    from pipelines.pipeline import compose
     from pipelines.prepare import prepare
     from tasks.store import Store
     from unclip.config import to_dict

@@ -50,8 +50,8 @@ def train(
 
     To resume, run the same command again. On SIGTERM or Ctrl-C, training writes a checkpoint and stops.
     """
-    from pipelines.composition import compose
     from pipelines.config import load
+    from pipelines.pipeline import compose
     from pipelines.prepare import prepare
     from pipelines.run import run_pipeline
 
@@ -74,9 +74,9 @@ def trained_models(dag: "Dag") -> list[str]:
 
 def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> None:
     """Train in this process; the artifact is the same as that of the pipeline's stage."""
-    from pipelines.composition import compose
     from pipelines.console import Console
     from pipelines.lock import lock
+    from pipelines.pipeline import compose
     from pipelines.records import close_run, open_run
     from tasks.stage import Call, Failure, execute
     from tasks.store import Store
@@ -103,7 +103,7 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
 
 def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int) -> bool:
     """Train on a few rows until the model should have memorised them; print a diagnosis, and return True if it has."""
-    from pipelines.composition import compose
+    from pipelines.pipeline import compose
     from tasks.snapshots import Snapshot
     from tasks.stages.train import build_training
     from tasks.training import train_rows
@@ -133,7 +133,7 @@ def _parents(model: str, pipeline: str, config: "PipelineConfig") -> list["Artif
         ConfigError: one of them does not exist yet.
     """
     from pipelines import dag as dags
-    from pipelines.composition import compose
+    from pipelines.pipeline import compose
     from tasks.store import Store
 
     dag = compose(config)

@@ -17,8 +17,8 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.commands.train import train, trained_models
-from pipelines.composition import compose
 from pipelines.config import load
+from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.preset import model_names, pipeline_names
 from pipelines.records import tracking_uris_of

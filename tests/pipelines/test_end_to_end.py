@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pytest
 
 from pipelines import dag as dags
-from pipelines.composition import compose
 from pipelines.config import load
+from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from tasks import tables
 from tasks.snapshots import Snapshot

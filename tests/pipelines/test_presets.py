@@ -5,7 +5,7 @@ import yaml
 
 from pipelines import config, dag
 from pipelines.commands.train import trained_models
-from pipelines.composition import compose
+from pipelines.pipeline import compose
 from pipelines.preset import pipeline_names
 from unclip.config import to_dict
 from unclip.errors import ConfigError
