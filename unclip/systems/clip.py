@@ -24,13 +24,13 @@ class ClipObjective:
         self.name = name
         self.model = clip_models.create(name, None)
         self.tokenizer = clip_models.tokenizer(name)
-        self.side = clip_models.input_size(self.model)
+        self.image_size = clip_models.input_size(self.model)
         self.clip_loss = open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
-        self.sample_size = {"pixels": self.side**2}
+        self.sample_size = {"pixels": self.image_size**2}
         self.state: Tensors = {}
 
     def prepare(self, batch: Batch) -> Tensors:
-        images = load_images(batch["jpg"], self.side)
+        images = load_images(batch["jpg"], self.image_size)
         return {"images": clip_models.prepare(self.model, images), "tokens": self.tokenizer(batch["caption"])}
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:

@@ -113,7 +113,7 @@ def _objective(config: UpsamplerStageConfig, inputs: TrainingInputs) -> Upsample
 
 UPSAMPLER = Part(
     name="upsampler",
-    help="Train an upsampler: small images to large ones.",
+    help="Train an upsampler: from small images to large ones.",
     config=UpsamplerStageConfig,
     build=lambda facts: Upsampler(load(UpsamplerConfig, facts["config"])),
     objective=_objective,

@@ -14,7 +14,7 @@ import torch
 from tests.unclip.systems.tiny_stacks import (
     EMBEDDING_DIM,
     LENGTH,
-    SIDE,
+    RESOLUTION,
     add_noise,
     calm_variances,
     tiny_clip,
@@ -161,7 +161,7 @@ def karlo_like(folder: Path) -> Any:
 
     torch.manual_seed(0)
     export_text(tiny_clip(), folder / "tokens")
-    blocks = {"sample_size": SIDE, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
+    blocks = {"sample_size": RESOLUTION, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
     upsampler = blocks | {
         "sample_size": 16,
         "in_channels": 6,
@@ -384,9 +384,9 @@ def test_unsupported_settings_are_refused_before_anything_is_written(
 def test_unsupported_stacks_and_existing_folders_are_refused(tmp_path: Path) -> None:
     stack = tiny_stack()
     (tmp_path / "mine").write_text("a file")
-    for taken in (tmp_path, tmp_path / "mine"):
+    for existing in (tmp_path, tmp_path / "mine"):
         with pytest.raises(InputError, match="expected a new or empty one"):
-            export_stack(stack, taken)
+            export_stack(stack, existing)
     with pytest.raises(ConfigError, match=r"upsampler_1024\.low_res_size: got 8"):
         export_stack(stack, tmp_path / "new", upsampler_1024=Upsampler(upsampler_config(low_res_size=8)))
     for upsamplers, found in (

@@ -26,13 +26,13 @@ from unclip.systems.unclip.sampling import DecoderSampling, PriorSampling, Sampl
 from unclip.systems.unclip.stack import Stack
 from unclip.training import checkpoints
 
-EMBEDDING_DIM, LENGTH, SIDE = 16, 10, 8
+EMBEDDING_DIM, LENGTH, RESOLUTION = 16, 10, 8
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": EMBEDDING_DIM,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16},
     "text_cfg": {"context_length": LENGTH, "vocab_size": 49408, "width": EMBEDDING_DIM, "heads": 2, "layers": 2},
 }
-UNET = UNetConfig(SIDE, 8, (1, 2), 1, attention_resolutions=(4,), head_channels=4, norm_groups=4)
+UNET = UNetConfig(RESOLUTION, 8, (1, 2), 1, attention_resolutions=(4,), head_channels=4, norm_groups=4)
 
 
 def add_noise(model: Any, scale: float = 0.15, seed: int = 0) -> Any:
@@ -88,9 +88,9 @@ def tiny_stack(
     new_decoder.statistics.load_state_dict(statistics.state_dict())
     if settings["text"] == "clip":
         new_decoder.text.set_null(null_text)  # type: ignore[operator, union-attr]
-    network = UNetConfig(SIDE, 8, (1, 2), 1, norm_groups=4)
+    network = UNetConfig(RESOLUTION, 8, (1, 2), 1, norm_groups=4)
     new_upsampler = Upsampler(
-        UpsamplerConfig(**{"unet": network, "low_res_size": SIDE, "scale": 2, **(upsampler or {})})
+        UpsamplerConfig(**{"unet": network, "low_res_size": RESOLUTION, "scale": 2, **(upsampler or {})})
     )
     for seed, model in enumerate((new_prior, new_decoder, new_upsampler)):
         add_noise(model, 0.15, seed)

@@ -148,7 +148,7 @@ def _network(config: DecoderStageConfig, shapes: Shapes) -> Network:
 
 DECODER = Part(
     name="decoder",
-    help="Train the decoder: CLIP image embeddings, and captions where configured, to small images.",
+    help="Train the decoder: from CLIP image embeddings, and captions if configured, to small images.",
     config=DecoderStageConfig,
     build=_build,
     objective=_objective,

@@ -219,7 +219,7 @@ def _network(config: PriorStageConfig, shapes: Shapes) -> Network:
 
 PRIOR = Part(
     name="prior",
-    help="Train the prior: captions to CLIP image embeddings.",
+    help="Train the prior: from captions to CLIP image embeddings.",
     config=PriorStageConfig,
     build=_build,
     objective=_objective,
