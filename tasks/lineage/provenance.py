@@ -282,7 +282,7 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[s
 
 
 def _training_stages(store: Store, run_id: str) -> list[str]:
-    """Return the stages of a run that trained on its dataset, in the order of their start."""
+    """Return the stages of a run that trained on its dataset, the shortest names first and members by their number."""
     events = [store.read_json("runs", run_id, name) for name in store.list("runs", run_id) if name.endswith(".json")]
     trained = []
     for event in events:
@@ -292,8 +292,8 @@ def _training_stages(store: Store, run_id: str) -> list[str]:
         # earlier releases did not record `trains`, but their artifacts have `samples_seen`
         by_facts = "trains" not in event and store.exists(*artifact)
         if event.get("trains") or (by_facts and "samples_seen" in store.read_json(*artifact)["facts"]):
-            trained.append((event.get("started", event["at"]), event["stage"]))
-    return [stage for _, stage in sorted(trained)]
+            trained.append(event["stage"])
+    return sorted(trained, key=lambda stage: (len(stage), stage))
 
 
 def _tombstones(store: Store) -> list[dict[str, str]]:
