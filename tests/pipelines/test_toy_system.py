@@ -8,12 +8,13 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -233,6 +234,7 @@ STAGES = [
     "evaluate",
     "publish",
 ]
+ROOT = Path(__file__).resolve().parents[2]
 CAPTION = "a large red circle on a blue background"
 
 
@@ -260,10 +262,9 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Storage of a finished run."""
     storage = tmp_path_factory.mktemp("finished") / "storage"
-    try:
-        result = call("run", "tiny", "--config", run_file, "--storage", storage)
-    finally:
-        ray.shutdown()
+    # a process of its own, since the one of the tests may have a cluster
+    command = [sys.executable, "-m", "pipelines", "run", "tiny", "--config", run_file, "--storage", storage]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return storage
 

@@ -66,7 +66,7 @@ def test_strength_is_the_noise_added_to_the_initial_image(storage: Path) -> None
         (("--eta", 0.5, "--sampler", "heun"), "eta: got 0.5, expected 0 with the sampler heun"),
         (("--sampler", "analytic_dpm"), "Train it again"),
         (("--negative", "a star", "--guidance-scale", 1), "nothing that reads captions is guided"),
-        (("--set", "decoder.guidance_interval=[0.8,0.2]"), "guidance_interval: got (0.8, 0.2), expected two shares"),
+        (("--set", "decoder.guidance_interval=[0.8,0.2]"), "guidance_interval: got (0.8, 0.2), expected two fractions"),
     ],
 )
 def test_invalid_options_are_refused_in_one_line(

@@ -415,7 +415,7 @@ def test_show_without_a_dataset_version_and_with_only_a_tombstone(tmp_path: Path
     pairs = clean([ListRow("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
     tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
     bad, good = sorted(pairs.to_pylist(), key=lambda row: row["status"] == "kept")
-    assert show(store, bad["key"])["fate"].startswith("in no dataset version: bad_url, not a URL that can be fetched")
+    assert show(store, bad["key"])["fate"].startswith("in no dataset version: bad_url, not a valid URL")
     assert show(store, good["key"])["fate"] == "in no dataset version yet"
     take_down(store, [Tombstone("key", "ab" * 16)], None, [])
     assert show(store, "abab" * 2)["fate"].startswith("taken down because of key abab")
