@@ -61,6 +61,7 @@ def tracking_uris_of(store: Store) -> list[str]:
 
 def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     """Record the start of a run in MLflow and in the storage. The caller holds the lock of the storage."""
+    from pipelines.cluster import worker_resources
     from tasks.stage import Run
 
     uri = tracking_uri(config)
@@ -83,7 +84,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     tracker.params(to_dict(config))
     tracker.json(to_dict(config), "config.json")
     identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    run = Run(identity, pipeline, store.root, tracker, experiment_id, config.resources)
+    run = Run(identity, pipeline, store.root, tracker, experiment_id, worker_resources(config))
     record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
     # None stands for the database in the storage, so that the storage can be moved.
     external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_password(uri)

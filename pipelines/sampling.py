@@ -73,12 +73,11 @@ class Request:
 
         folder = find_stack(self.storage or DEFAULT_ROOT, self.model)
         from unclip import config
-        from unclip.systems.system import find_system, read_stack
+        from unclip.systems.system import find_system, read_stack, sampling_of
 
         stack = read_stack(folder)
         spec = find_system(stack.system)
-        system = spec.load(stack)
-        values = config.to_dict(system.sampling)
+        values = config.to_dict(sampling_of(stack, spec.sampling))
         for option, required in (("negative", "negative"), ("image", "start")):
             if getattr(self, option) is not None and required not in spec.inputs:
                 raise InputError(f"--{option}: not supported by the system {spec.name}. Leave it out.")
@@ -92,7 +91,8 @@ class Request:
                 values = config.override(values, f"{spec.shortcuts[option]}={value}")
         for assignment in self.assignments:
             values = config.override(values, assignment)
-        return system, config.load(spec.sampling, values)
+        sampling: Any = config.load(spec.sampling, values)
+        return spec.load(stack), sampling
 
     def save(self, images: "Tensor", labels: Sequence[str] | None = None, *, columns: int, num_given: int = 0) -> None:
         """Write images [N, 3, S, S] as one grid; with --each, also write all but the first `num_given` as single files."""

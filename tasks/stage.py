@@ -101,7 +101,7 @@ class StageResources(Resources):
     def of(self, stage_name: str) -> Resources:
         name, _, key = stage_name.partition("-")
         own_resources: Resources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
-        return own_resources or self
+        return own_resources or Resources(self.num_workers, self.cpus_per_worker, self.gpus_per_worker)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,9 @@ class Run:
     storage: str
     tracker: Tracker
     experiment_id: str
-    resources: StageResources = StageResources()
+    resources: Mapping[str, Resources] = dataclasses.field(default_factory=dict)
+    """Resources of workers by stage; others take the defaults. Plain values: the class of a system's settings would make every
+    worker import the system."""
     trains_in_process: bool = False
     """Train models in the calling process rather than by workers of a cluster."""
 
@@ -147,7 +149,7 @@ class StageContext:
     @property
     def resources(self) -> Resources:
         """Resources of each worker of this stage."""
-        return self.run.resources.of(self.stage)
+        return self.run.resources.get(self.stage, Resources())
 
     def progress(self, total: int, unit: str, done: int = 0) -> Progress:
         """Progress over `total` units of work, shown on the console of this run; may be sent to a worker."""
@@ -234,11 +236,6 @@ def stage(
         shows_rows: see `Stage`.
     """
     return lambda function: Stage(name, version, function, has_workers, pin, shows_rows)
-
-
-def declared_name(stage_name: str) -> str:
-    """Name that a stage was declared with: `x` for its member `x-256`."""
-    return stage_name.partition("-")[0]
 
 
 def find_artifact(store: Store, stage_name: str, stage_fingerprint: str) -> Artifact | None:

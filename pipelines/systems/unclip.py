@@ -59,6 +59,25 @@ class UnclipConfig(PipelineConfig):
             if name not in self.upsamplers:
                 remedy = nearest(name, self.upsamplers) if self.upsamplers else "There are no upsamplers."
                 raise ConfigError(f"resources.upsamplers.{name}: no such upsampler. {remedy}")
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        """Check the sampling settings against the models, before these are trained."""
+        sampling = self.evaluate.sampling
+        for name, settings in sampling.upsamplers.items():
+            setting = f"evaluate.sampling.upsamplers.{name}"
+            if name not in self.upsamplers:
+                remedy = nearest(name, self.upsamplers) if self.upsamplers else "There is none."
+                raise ConfigError(f"{setting}: no such upsampler. {remedy}")
+            most, level = self.upsamplers[name].model.max_noise_level, settings.noise_level
+            require(
+                level <= most, f"{setting}.noise_level", level, f"at most {most}, the max_noise_level of its training"
+            )
+        prior = sampling.prior
+        has_bound = self.prior.model.clip_range is not None or prior.threshold is not None
+        needs_bound = self.prior.kind == "diffusion" and prior.thresholding == "dynamic"
+        expected = "static or none, or a threshold beside it, since prior.model.clip_range is none"
+        require(has_bound or not needs_bound, "evaluate.sampling.prior.thresholding", prior.thresholding, expected)
 
 
 def unclip(bind: Binder) -> Any:
@@ -96,7 +115,20 @@ def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merge_over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     merged = config.merge(sections, values)
-    return {**merged, "upsamplers": {}} if values.get("upsamplers") == {} else merged
+    if values.get("upsamplers") == {}:
+        merged["upsamplers"] = {}
+    if (
+        isinstance(merged["upsamplers"], Mapping) and "evaluate" in sections
+    ):  # those left out are not sampled with either
+        sampling = sections["evaluate"]["sampling"]
+        left = {
+            name: each
+            for name, each in sampling["upsamplers"].items()
+            if merged["upsamplers"].get(name, "none") != "none"
+        }
+        without = {**sections, "evaluate": {"sampling": {**sampling, "upsamplers": left}}}
+        merged = {**config.merge(without, values), "upsamplers": merged["upsamplers"]}
+    return merged
 
 
 def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:

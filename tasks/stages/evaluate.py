@@ -14,11 +14,12 @@ from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip import files, imaging
 from unclip.config import fingerprint, require, to_dict
-from unclip.data import vectors
+from unclip.data import RowReader
 from unclip.evaluation import metrics, scenes
 from unclip.evaluation.metrics import METRICS, Sampled
 from unclip.models.clip import Clip
 from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
+from unclip.training.batches import stack_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,9 @@ class EvaluateConfig:
 
 
 def _pin(config: Any, pinning: Pinning) -> Any:
-    return dataclasses.replace(config, system=pinning.config.system)
+    system = pinning.config.system
+    require(config.system in (None, system), "evaluate.system", config.system, f"{system}, the system of the pipeline")
+    return dataclasses.replace(config, system=system)
 
 
 @stage("evaluate", version=2, has_workers=True, pin=_pin)
@@ -75,7 +78,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         facts["images"][group] = _publish(context, f"{group}.png", grid)
         digests.append(files.sha256(imaging.to_uint8(sampled.images).tobytes()))
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
-    facts["stack"] = dataclasses.asdict(stack)
+    facts["stack"] = stack.facts()
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
 
 
@@ -88,10 +91,12 @@ def stack_files(system: str, parts: Sequence[Artifact], statistics: str, samplin
 
 def _heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
     """Image embeddings [M, E] of the held-out rows."""
-    table = tables.read(snapshot.embeddings, snapshot.embeddings_version, columns=["key", "image_embedding"])
-    heldout = set(snapshot.keys("holdout"))
-    mask = np.array([key in heldout for key in table.column("key").to_pylist()])
-    return torch.from_numpy(vectors(table.column("image_embedding"))[mask])
+    keys = snapshot.keys("holdout")
+    if not keys:
+        return torch.empty(0, len(snapshot.load_statistics().mean))
+    return stack_rows(
+        RowReader((snapshot.source("embeddings", "image_embedding"),), keys).read(keys)["image_embedding"]
+    )
 
 
 def heldout_keys(snapshot: Snapshot) -> dict[str, str]:

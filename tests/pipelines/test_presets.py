@@ -1,12 +1,19 @@
+import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipelines import config, dag
+from pipelines.cluster import worker_resources
 from pipelines.commands.train import trained_models
 from pipelines.pipeline import compose
 from pipelines.preset import pipeline_names
+from tasks.stage import Run
+from tasks.tracking import Tracker
 from unclip.config import to_dict
 from unclip.errors import ConfigError
 
@@ -158,3 +165,42 @@ def test_the_diagrams_of_the_dag_show_every_stage() -> None:
     assert all(name in text for name in composed) and "dedup --> embed" in text
     assert dag.render_png(composed, labels).startswith(b"\x89PNG")
     assert dag.render_png(dag.up_to(composed, "filter")).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        (["evaluate.sampling.upsamplers.512.num_steps=5"], "upsamplers.512: no such upsampler. Valid names: 64."),
+        (["evaluate.sampling.upsamplers.64.noise_level=5"], "noise_level: got 5, expected at most 0"),
+        (
+            ["prior.model.clip_range=none", "evaluate.sampling.prior.thresholding=dynamic"],
+            "thresholding: got 'dynamic', expected static or none",
+        ),
+        (["decoder.preview.sampler=analytic_dpm"], "decoder.preview.sampler: got 'analytic_dpm'"),
+        (["upsamplers.64.preview.sampler=analytic_dpm"], "upsamplers.64.preview.sampler: got 'analytic_dpm'"),
+        (["decoder.preview.clip_guidance_scale=1.0"], "preview.clip_guidance_scale: got 1.0, expected 0"),
+    ],
+)
+def test_sampling_that_the_models_do_not_support_is_refused_before_training(
+    assignments: list[str], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        config.load("demo", None, assignments)
+
+
+def test_an_upsampler_that_is_left_out_has_no_sampling_settings() -> None:
+    for assignment in ("upsamplers.64=none", "upsamplers={}"):
+        loaded = config.load("demo", None, [assignment])
+        assert loaded.upsamplers == loaded.evaluate.sampling.upsamplers == {}  # type: ignore[attr-defined]
+
+
+def test_workers_get_resources_without_importing_the_system(tmp_path: Path) -> None:
+    """A task of the dataset half needs no torch."""
+    run = Run("id", "demo", str(tmp_path), Tracker("", ""), "0", worker_resources(config.load("demo", None)))
+    (tmp_path / "run.pickle").write_bytes(pickle.dumps(run))
+    code = (
+        "import pickle, sys; run = pickle.load(open(sys.argv[1], 'rb')); print(run.resources['clip'].cpus_per_worker)"
+    )
+    code += "; assert not {'torch', 'pipelines'} & set(sys.modules)"
+    command = [sys.executable, "-c", code, tmp_path / "run.pickle"]
+    assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout == "2\n"

@@ -202,9 +202,7 @@ num_images = 60
 broken = 0
 port = 8768
 
-[clip]
-model = "unclip-demo"
-pretrained = "none"
+[clip]  # the model is that of the preset, as all systems share it
 trainer.num_samples = 128
 
 [resources]

@@ -18,7 +18,6 @@ from tasks.stage import (
     Run,
     StageContext,
     StageResources,
-    declared_name,
     execute,
     stage,
 )
@@ -101,7 +100,6 @@ def test_stages_may_have_their_own_resources() -> None:
 
 def test_a_stage_may_have_several_members(run: Run) -> None:
     members = [count.member("a"), pickle.loads(pickle.dumps(count.member("b")))]  # as in a worker
-    assert [declared_name(each.name) for each in members] == ["count", "count"]
     artifacts = [execute(Call(each, CountConfig(3)), run, []) for each in (*members, *members)]
     assert [each.stage for each in artifacts] == ["count-a", "count-b"] * 2 and calls == [3, 3]
     assert artifacts[0] != artifacts[1] and artifacts[:2] == artifacts[2:]

@@ -153,7 +153,8 @@ def sample(
         if mean_squared_score is None:
             raise ConfigError(
                 "sampler: got 'analytic_dpm', which needs the model's mean squared score, but this model was saved without it. "
-                "Train it again, which measures the score at the end, or choose another sampler."
+                "Train it again, which measures the score at the end (with another trainer.seed: a finished model is kept), or "
+                "choose another sampler."
             )
         return samplers.analytic_dpm(
             diffusion, denoise, x_T, steps, mean_squared_score, generator=generator, on_step=on_step

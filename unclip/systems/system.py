@@ -105,11 +105,15 @@ class StackFiles:
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Default sampling settings; missing ones take the system's defaults."""
 
+    def facts(self) -> dict[str, Any]:
+        """JSON values; the models are a list, since their order counts and stored objects have sorted keys."""
+        return {**dataclasses.asdict(self), "models": [[stage, folder] for stage, folder in self.models.items()]}
+
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "StackFiles":
-        """Undo `dataclasses.asdict`."""
+        """Build from the result of `facts`."""
         clip = facts["clip"]
-        return cls(**{**facts, "clip": None if clip is None else ClipFiles(**clip)})
+        return cls(**{**facts, "models": dict(facts["models"]), "clip": None if clip is None else ClipFiles(**clip)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +208,7 @@ def read_stack(folder: str | Path) -> StackFiles:
     if "system" not in facts:
         raise CheckpointError(
             f"{path}: names no system, because an earlier version published this stack. Publish it again with `unclip run`, "
-            "which keeps its trained models."
+            "which keeps its trained models, or import it again under another name."
         )
     clip = facts["clip"]
     if clip is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.config import load, operational, to_dict
+from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
 from unclip.diffusion.process import augment_condition
 from unclip.models.degradations import degrade, shrink
@@ -27,6 +27,10 @@ class UpsamplerStageConfig:
     """Training settings."""
     preview: UpsamplerSampling = operational(UpsamplerSampling())
     """Sampling settings of the previews."""
+
+    def __post_init__(self) -> None:
+        expected = "another sampler: its score is measured after the training"
+        require(self.preview.sampler != "analytic_dpm", "preview.sampler", self.preview.sampler, expected)
 
 
 class UpsamplerObjective:

@@ -178,7 +178,9 @@ class _Training:
         if not isinstance(self.objective, Measuring):
             return {}
         device = self.workers.device
-        batch = self.reader.read(self.reader.keys()[:MEASURED_ROWS])
+        # no more rows at once than in training: these fit
+        num_rows = min(MEASURED_ROWS, self.config.micro_batch_size or MEASURED_ROWS)
+        batch = self.reader.read(self.reader.keys()[:num_rows])
         tensors = {name: value.to(device) for name, value in self.objective.prepare(batch).items()}
         with torch.no_grad(), autocast(self.config.precision, device):
             return self.objective.measure(model, tensors, torch.Generator(device).manual_seed(self.config.seed))

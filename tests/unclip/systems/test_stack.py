@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.unclip.systems import tiny_stacks
-from tests.unclip.systems.tiny_stacks import SAMPLING, with_sampling
+from tests.unclip.systems.tiny_stacks import SAMPLING, fitting, with_sampling
 from unclip.errors import CheckpointError, ConfigError
-from unclip.systems.system import load_system, sample_captions
+from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.sampling import SamplingConfig, UpsamplerSampling
 from unclip.systems.unclip.stack import Stack
@@ -42,7 +42,7 @@ def test_images_have_the_resolution_of_the_last_upsampler(
     stack: Stack, numbers: tuple[int, ...], resolution: int
 ) -> None:
     shorter = with_upsamplers(stack, *numbers)
-    samples = sample_captions(shorter, CAPTIONS, seed=1, sampling=SAMPLING)
+    samples = sample_captions(shorter, CAPTIONS, seed=1, sampling=fitting(SAMPLING, shorter))
     assert shorter.image_size == resolution and samples.shape == (2, 3, resolution, resolution)
     assert samples.isfinite().all()
     assert not torch.allclose(samples[0], samples[1], atol=1e-2)
@@ -131,3 +131,18 @@ def test_upsamplers_that_do_not_fit_each_other_are_refused(stack: Stack, folder:
     (tmp_path / "stack" / "stack.json").write_text(json.dumps(earlier))
     with pytest.raises(CheckpointError, match="an earlier version published this stack"):
         load_system(tmp_path / "stack")
+
+
+def test_the_order_of_the_parts_survives_storing() -> None:
+    """Stored objects have sorted keys, and 1024 sorts before 256."""
+    names = ("prior", "decoder", "upsampler-256", "upsampler-1024")
+    stack = StackFiles(
+        "unclip", {name: f"/models/{name}" for name in names}, ClipFiles("ViT-L-14"), None, {"batch_size": 2}
+    )
+    stored = json.loads(json.dumps(stack.facts(), sort_keys=True))
+    assert StackFiles.of(stored) == stack and tuple(StackFiles.of(stored).models) == names
+
+
+def test_settings_for_an_upsampler_that_is_not_there_are_refused(stack: Stack) -> None:
+    with pytest.raises(ConfigError, match=r"upsamplers\.64: got '64', expected an upsampler of the stack: 16, 32"):
+        sample_captions(stack, CAPTIONS, sampling=SamplingConfig(upsamplers={"64": UpsamplerSampling()}))

@@ -3,6 +3,7 @@
 `tiny_stack` builds one in memory that exports to diffusers; `publish` writes one with the demo's CLIP to a folder.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -168,7 +169,9 @@ def publish(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Path:
 
     sources = {name: f"{folder}/models/{name}" for name in (*models, "statistics", "clip")}
     clip_files = ClipFiles(f"local-dir:{sources.pop('clip')}")
-    stack = StackFiles("unclip", sources, clip_files, sources.pop("statistics"), to_dict(SAMPLING))
+    sampling = to_dict(SAMPLING)
+    sampling["upsamplers"] = {size: sampling["upsamplers"][size] for size in ("16", "32")[:num_upsamplers]}
+    stack = StackFiles("unclip", sources, clip_files, sources.pop("statistics"), sampling)
     save_stack(f"{folder}/stack", stack)
     (folder / "published").mkdir()
     (folder / "published" / "tiny.json").write_text(json.dumps({"stack": f"{folder}/stack", "at": 0}))
@@ -185,3 +188,9 @@ def with_sampling(changes: Mapping[str, Any] = MappingProxyType({}), **more: Any
     for name, value in {**changes, **more}.items():
         values = override(values, f"{name}={value}")
     return load(SamplingConfig, values)
+
+
+def fitting(sampling: SamplingConfig, stack: Stack) -> SamplingConfig:
+    """`sampling` without settings for upsamplers that the stack does not have."""
+    sizes = map(str, stack.upsampled_sizes)
+    return dataclasses.replace(sampling, upsamplers={size: sampling.upsamplers[size] for size in sizes})

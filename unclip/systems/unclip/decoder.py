@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.config import load, operational, to_dict
+from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
 from unclip.models import clip as clip_models
 from unclip.models.decoder import Captions, Decoder, DecoderConfig, DecoderSampling, known_region, random_masks
@@ -29,6 +29,12 @@ class DecoderStageConfig:
     """Training settings."""
     preview: DecoderSampling = operational(DecoderSampling(num_steps=25))
     """Sampling settings of the previews."""
+
+    def __post_init__(self) -> None:
+        expected = "another sampler: its score is measured after the training"
+        require(self.preview.sampler != "analytic_dpm", "preview.sampler", self.preview.sampler, expected)
+        scale = self.preview.clip_guidance_scale
+        require(scale == 0, "preview.clip_guidance_scale", scale, "0: previews have no captions to guide to")
 
 
 class DecoderObjective:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.config import require
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.errors import CheckpointError, InputError, ShapeError
 from unclip.models import embeddings
@@ -116,11 +117,16 @@ class Stack(nn.Module):
             start: [B, 3, S, S], images for the decoder to start from, shrunk to its resolution and noised by its strength.
 
         Raises:
+            ConfigError: there are settings for an upsampler that the stack does not have.
             InputError: there are negative captions, but no part that reads captions is guided.
             ShapeError: start or negative does not match the captions.
 
         Source: Ramesh et al. 2022, section 2: prior, decoder, upsamplers.
         """
+        sizes = [str(size) for size in self.upsampled_sizes]
+        for name in sampling.upsamplers:
+            expected = f"an upsampler of the stack: {', '.join(sizes) or 'it has none'}"
+            require(name in sizes, f"upsamplers.{name}", name, expected)
         decoder_captions = self.captions(captions, sampling, negative)
         embedding = self.embed_captions(list(captions), sampling, generator, negative)
         return self.decode(embedding, sampling, generator, decoder_captions, start=start)
