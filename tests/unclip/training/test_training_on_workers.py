@@ -55,15 +55,13 @@ def test_ddp_and_fsdp_take_the_steps_of_one_worker_and_resume_from_each_other(tm
 
 
 @pytest.mark.slow
-def test_compiled_blocks_take_the_same_steps_on_one_worker_and_in_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_blocks_take_the_same_steps_on_one_worker_and_in_shards(tmp_path: Path) -> None:
     """No block runs uncompiled because of the recompile limit."""
     limit = torch._dynamo.config.recompile_limit
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)  # restored afterwards
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     run(tmp_path, "plain")
-    run(tmp_path, "compiled", compile=True)
+    # torch's own way of restoring settings: undone by a monkeypatch, they are gone for the tests that follow
+    with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+        run(tmp_path, "compiled", compile=True)
     assert torch._dynamo.utils.counters["frames"]["ok"] > limit
     shards = {"compile": True, "parallel": "fsdp", "activation_checkpointing": True}
     assert trained_on_workers.attempt(tmp_path, 2, ("sharded", None, shards)) == 0
