@@ -114,21 +114,18 @@ def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge_over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge `values` over `sections`; upsamplers that are removed take their sampling settings with them."""
     merged = config.merge(sections, values)
-    if values.get("upsamplers") == {}:
+    removes_all = values.get("upsamplers") == {}
+    if removes_all:
         merged["upsamplers"] = {}
-    if (
-        isinstance(merged["upsamplers"], Mapping) and "evaluate" in sections
-    ):  # those left out are not sampled with either
-        sampling = sections["evaluate"]["sampling"]
-        left = {
-            name: each
-            for name, each in sampling["upsamplers"].items()
-            if merged["upsamplers"].get(name, "none") != "none"
-        }
-        without = {**sections, "evaluate": {"sampling": {**sampling, "upsamplers": left}}}
-        merged = {**config.merge(without, values), "upsamplers": merged["upsamplers"]}
-    return merged
+    try:
+        sampling = merged["evaluate"]["sampling"]["upsamplers"].items()
+        kept = {name: each for name, each in sampling if not removes_all and merged["upsamplers"].get(name) != "none"}
+    except (KeyError, TypeError, AttributeError):  # there is none, or `config.load` says what is wrong
+        return merged
+    evaluate = merged["evaluate"]
+    return {**merged, "evaluate": {**evaluate, "sampling": {**evaluate["sampling"], "upsamplers": kept}}}
 
 
 def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -188,10 +188,12 @@ def test_sampling_that_the_models_do_not_support_is_refused_before_training(
         config.load("demo", None, assignments)
 
 
-def test_an_upsampler_that_is_left_out_has_no_sampling_settings() -> None:
-    for assignment in ("upsamplers.64=none", "upsamplers={}"):
-        loaded = config.load("demo", None, [assignment])
-        assert loaded.upsamplers == loaded.evaluate.sampling.upsamplers == {}  # type: ignore[attr-defined]
+@pytest.mark.parametrize("name", ["demo", "tiny"])  # sampling settings of a model size, and of a preset
+def test_an_upsampler_that_is_left_out_has_no_sampling_settings(name: str) -> None:
+    loaded = config.load(name, None, ["upsamplers.64=none"])
+    assert "64" not in loaded.upsamplers and loaded.upsamplers.keys() == loaded.evaluate.sampling.upsamplers.keys()  # type: ignore[attr-defined]
+    loaded = config.load(name, None, ["upsamplers={}"])
+    assert loaded.upsamplers == loaded.evaluate.sampling.upsamplers == {}  # type: ignore[attr-defined]
 
 
 def test_workers_get_resources_without_importing_the_system(tmp_path: Path) -> None:
