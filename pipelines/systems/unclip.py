@@ -55,10 +55,11 @@ class UnclipConfig(PipelineConfig):
     evaluate: UnclipEvaluateConfig = UnclipEvaluateConfig()
 
     def __post_init__(self) -> None:
-        for name in self.resources.upsamplers:
-            if name not in self.upsamplers:
-                remedy = nearest(name, self.upsamplers) if self.upsamplers else "There are no upsamplers."
-                raise ConfigError(f"resources.upsamplers.{name}: no such upsampler. {remedy}")
+        for section, named in (("resources", self.resources), ("evaluate.sampling", self.evaluate.sampling)):
+            for name in named.upsamplers:
+                if name not in self.upsamplers:
+                    remedy = nearest(name, self.upsamplers) if self.upsamplers else "There are no upsamplers."
+                    raise ConfigError(f"{section}.upsamplers.{name}: no such upsampler. {remedy}")
         self._check_sampling()
 
     def _check_sampling(self) -> None:
@@ -66,9 +67,6 @@ class UnclipConfig(PipelineConfig):
         sampling = self.evaluate.sampling
         for name, settings in sampling.upsamplers.items():
             setting = f"evaluate.sampling.upsamplers.{name}"
-            if name not in self.upsamplers:
-                remedy = nearest(name, self.upsamplers) if self.upsamplers else "There is none."
-                raise ConfigError(f"{setting}: no such upsampler. {remedy}")
             most, level = self.upsamplers[name].model.max_noise_level, settings.noise_level
             require(
                 level <= most, f"{setting}.noise_level", level, f"at most {most}, the max_noise_level of its training"
