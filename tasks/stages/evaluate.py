@@ -21,6 +21,9 @@ from unclip.models.clip import Clip
 from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
 from unclip.training.batches import stack_rows
 
+MAX_REFERENCE = 10_000
+"""Held-out images that samples are compared with, so that memory does not grow with the dataset."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
@@ -90,8 +93,8 @@ def stack_files(system: str, parts: Sequence[Artifact], statistics: str, samplin
 
 
 def _heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
-    """Image embeddings [M, E] of the held-out rows."""
-    keys = snapshot.keys("holdout")
+    """Image embeddings [M, E] of the first held-out rows, at most `MAX_REFERENCE` of them: keys are hashes, so they are a sample."""
+    keys = snapshot.keys("holdout")[:MAX_REFERENCE]
     if not keys:
         return torch.empty(0, len(snapshot.load_statistics().mean))
     return stack_rows(
