@@ -93,8 +93,8 @@ def stack_files(system: str, parts: Sequence[Artifact], statistics: str, samplin
 
 
 def _heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
-    """Image embeddings [M, E] of the first held-out rows, at most `MAX_REFERENCE` of them: keys are hashes, so they are a sample."""
-    keys = snapshot.keys("holdout")[:MAX_REFERENCE]
+    """Image embeddings [M, E] of the held-out rows, at most `MAX_REFERENCE` of them."""
+    keys = snapshot.keys("holdout")[:MAX_REFERENCE]  # keys are hashes, so the first rows are a random sample
     if not keys:
         return torch.empty(0, len(snapshot.load_statistics().mean))
     return stack_rows(
