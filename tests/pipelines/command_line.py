@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 
 from pipelines.cli import main
 
-COMMANDS = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ROOT / "docs" / "commands.md"
 
 
 def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,6 +27,12 @@ def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
         os.environ.update(before)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
+def call_apart(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own: it may start a cluster, and this process may have one."""
+    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def call_json(*arguments: object, code: int = 0) -> Any:

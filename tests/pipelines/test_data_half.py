@@ -19,7 +19,7 @@ from pipelines.lock import lock
 from pipelines.scene_server import ScenesConfig, SceneServer, serve, write_url_list
 from tasks import tables
 from tasks.store import Store
-from tests.pipelines.command_line import call
+from tests.pipelines.command_line import call, call_apart
 from unclip import files
 from unclip.models import clip
 
@@ -61,13 +61,8 @@ LOST = [
 """Ray messages that are dropped at random."""
 
 
-def unclip(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
-
-
 def refresh(storage: object, arguments: Arguments, *options: object, **environment: str) -> str:
-    result = unclip(*arguments, "--storage", storage, *options, **environment)
+    result = call_apart(*arguments, "--storage", storage, *options, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -141,7 +136,7 @@ def kill_at(points: list[str], storage: Path, arguments: Arguments, armed: Path)
         (armed / f"{number:03d}").write_text(point)
     for _ in range(len(points) + 1):
         before = set(armed.iterdir())
-        result = unclip(*arguments, "--storage", storage, UNCLIP_FAILPOINTS=str(armed))
+        result = call_apart(*arguments, "--storage", storage, UNCLIP_FAILPOINTS=str(armed))
         if result.returncode == 0:
             break
         assert set(armed.iterdir()) < before, result.stdout + result.stderr
@@ -243,7 +238,7 @@ def test_f39_when_tasks_run_out_of_memory_the_run_ends_and_the_next_one_resumes(
         "RAY_memory_monitor_refresh_ms": "100",
         "RAY_task_oom_retries": "1",
     }
-    result = unclip(*arguments, "--storage", storage, **nothing)
+    result = call_apart(*arguments, "--storage", storage, **nothing)
     assert result.returncode == 1 and "run the same command again" in result.stderr, result.stdout + result.stderr
     refresh(storage, arguments)
     assert content(storage) == content(undisturbed)

@@ -25,7 +25,7 @@ from tasks import tables
 from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
-from tests.pipelines.command_line import call
+from tests.pipelines.command_line import call, call_apart
 from unclip.systems.system import load_system, sample_captions
 from unclip.training.film import FILM_STRIP
 
@@ -53,8 +53,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def run(*arguments: object) -> str:
     """Run a command; return its output."""
-    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = call_apart(*arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -8,8 +8,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from tasks.snapshots import Snapshot
 from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
-from tests.pipelines.command_line import call, call_json
+from tests.pipelines.command_line import call, call_apart, call_json
 from unclip.data import Batch
 from unclip.models.clip import Clip
 from unclip.systems.part import Part, Shapes, TrainingInputs
@@ -232,7 +230,6 @@ STAGES = [
     "evaluate",
     "publish",
 ]
-ROOT = Path(__file__).resolve().parents[2]
 CAPTION = "a large red circle on a blue background"
 
 
@@ -260,9 +257,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Storage of a finished run."""
     storage = tmp_path_factory.mktemp("finished") / "storage"
-    # a process of its own, since the one of the tests may have a cluster
-    command = [sys.executable, "-m", "pipelines", "run", "tiny", "--config", run_file, "--storage", storage]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = call_apart("run", "tiny", "--config", run_file, "--storage", storage)
     assert result.returncode == 0, result.stdout + result.stderr
     return storage
 
