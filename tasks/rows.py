@@ -6,7 +6,8 @@ was obtained but is not wanted.
 
 import re
 import typing
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 if typing.TYPE_CHECKING:  # processes that decode images need the reasons, but no tables
@@ -123,6 +124,16 @@ def count(table: "pa.Table") -> dict[str, Any]:
     assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
     assert all(map(is_reason, reasons)), f"reasons outside the vocabulary: {sorted(reasons)}"
     return {"rows": rows, "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))}
+
+
+def add_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum of the counts of several parts of a table; see `count`."""
+    found: dict[str, Counter[str]] = {"rows": Counter(), "reasons": Counter()}
+    for part in parts:
+        for name, total in found.items():
+            total.update(part[name])
+    reasons = sorted(found["reasons"].items(), key=lambda item: (-item[1], item[0]))
+    return {"rows": dict(found["rows"]), "reasons": dict(reasons)}
 
 
 def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:

@@ -19,8 +19,7 @@ from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from unclip import files as storage
-
-ROW_GROUP_ROWS = 1000
+from unclip.data import ROW_GROUP_ROWS
 
 
 @dataclasses.dataclass(frozen=True)

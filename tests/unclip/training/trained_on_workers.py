@@ -96,12 +96,12 @@ def reader(folder: Path) -> RowReader:
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(jpeg, "JPEG")
         table = pa.table({"key": keys, "jpg": [jpeg.getvalue() for jpeg in jpegs]})
         pq.write_table(table, path, row_group_size=8)
-    return RowReader([Source((str(path),), ("jpg",))], keys)
+    return RowReader.of_keys([Source((str(path),), ("jpg",))], keys)
 
 
 def validation(folder: Path) -> RowReader:
     """Reader of half of the training rows; real validation rows would be held out."""
-    return RowReader(
+    return RowReader.of_keys(
         [Source((f"{folder}/rows.parquet",), ("jpg",))], [f"{index:02d}" for index in range(0, NUM_ROWS, 2)]
     )
 
