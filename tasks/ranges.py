@@ -80,13 +80,18 @@ def range_count(folder: str) -> int:
 
 def of_keys(keys: pa.Array | pa.ChunkedArray, count: int) -> np.ndarray:
     """Index of the range of each key: [N] int64."""
-    if count == 1 or not len(keys):
-        return np.zeros(len(keys), np.int64)
+    return np.zeros(len(keys), np.int64) if count == 1 else (fractions(keys) * count).astype(np.int64)
+
+
+def fractions(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Position of each key among all possible keys, from its first digits: [N] float64 in [0, 1), uniformly distributed."""
     array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    if not len(array):
+        return np.zeros(0)
     heads = pc.utf8_slice_codeunits(array, 0, _DIGITS).cast(pa.binary()).cast(pa.binary(_DIGITS))
     digits = np.frombuffer(heads.buffers()[1], np.uint8)[heads.offset * _DIGITS :][: len(heads) * _DIGITS]
     values = _HEX_VALUES[digits].reshape(-1, _DIGITS) @ (16 ** np.arange(_DIGITS)[::-1])
-    return (values * count) >> 4 * _DIGITS
+    return values / 16**_DIGITS  # exact: 32 bits
 
 
 _HEX_VALUES = np.zeros(256, np.int64)

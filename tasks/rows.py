@@ -89,20 +89,16 @@ def meaning(reason: str) -> str:
     return REASONS.get(reason, fallback)
 
 
-def drop(selection: "pa.Table", reasons: Mapping[str, str]) -> "pa.Table":
+def drop(selection: "pa.Table", reasons: "pa.Table") -> "pa.Table":
     """Drop the kept rows of some keys from a selection.
 
     Args:
         selection: key, position, status, reason and optionally split, which is null for rows that are not kept.
-        reasons: key -> reason to drop it.
+        reasons: key, reason to drop it; each key once.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
 
-    new_reason = pa.table(
-        {"key": pa.array(reasons, pa.string()), "new_reason": pa.array(reasons.values(), pa.string())}
-    )
-    table = selection.join(new_reason, "key", join_type="left outer")
+    table = selection.join(reasons.select(["key", "reason"]).rename_columns(["key", "new_reason"]), "key")
     table = table.sort_by([("key", "ascending"), ("position", "ascending")])
     is_dropped = pc.and_(pc.is_valid(table.column("new_reason")), pc.equal(table.column("status"), KEPT))
     changed = {
@@ -111,7 +107,9 @@ def drop(selection: "pa.Table", reasons: Mapping[str, str]) -> "pa.Table":
     }
     if "split" in table.column_names:
         changed["split"] = pc.if_else(is_dropped, None, table["split"])
-    return pa.table({name: changed.get(name, table[name]) for name in selection.column_names})
+    return table.from_arrays(
+        [changed.get(name, table[name]) for name in selection.column_names], selection.column_names
+    )
 
 
 def count(table: "pa.Table") -> dict[str, Any]:

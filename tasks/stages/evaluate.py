@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 
-from tasks import tables
+from tasks.places import read_vectors
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip import files, imaging
 from unclip.config import fingerprint, require, to_dict
-from unclip.data import RowReader
 from unclip.evaluation import metrics, scenes
 from unclip.evaluation.metrics import METRICS, Sampled
 from unclip.models.clip import Clip
 from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
-from unclip.training.batches import stack_rows
-
-MAX_REFERENCE = 10_000
-"""Held-out images that samples are compared with, so that memory does not grow with the dataset."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ def _pin(config: Any, pinning: Pinning) -> Any:
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)
-    groups = {"heldout": list(heldout_keys(snapshot))[: config.num_captions]}
+    groups = {"heldout": heldout_pairs(snapshot)["caption"].to_pylist()[: config.num_captions]}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
     stack = stack_files(config.system, parts, snapshot.statistics, to_dict(config.sampling))
@@ -93,28 +90,26 @@ def stack_files(system: str, parts: Sequence[Artifact], statistics: str, samplin
 
 
 def _heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
-    """Image embeddings [M, E] of the held-out rows, at most `MAX_REFERENCE` of them."""
-    keys = snapshot.keys("holdout")[:MAX_REFERENCE]  # keys are hashes, so the first rows are a random sample
-    if not keys:
+    """Image embeddings [M, E] of the held-out rows, at most `MAX_HELDOUT` of them."""
+    rows = snapshot.heldout_rows()
+    rows = rows.filter(pc.equal(rows["split"], "holdout"))
+    if not rows.num_rows:
         return torch.empty(0, len(snapshot.load_statistics().mean))
-    return stack_rows(
-        RowReader((snapshot.source("embeddings", "image_embedding"),), keys).read(keys)["image_embedding"]
-    )
+    source = snapshot.source("embeddings", "image_embedding")
+    return torch.from_numpy(read_vectors(rows, source.uris, "image_embedding"))
 
 
-def heldout_keys(snapshot: Snapshot) -> dict[str, str]:
-    """Distinct captions of held-out pairs that no training pair has, each with the key of its first pair, in order of keys.
+def heldout_pairs(snapshot: Snapshot) -> pa.Table:
+    """Held-out pairs with different captions that no training pair has, each the first with its caption, in order of keys.
 
-    Without such captions, returns all captions of held-out pairs; without held-out pairs, all captions.
+    Without such captions, returns the pairs of all captions of held-out pairs; without held-out pairs, training pairs. Chooses
+    among the rows of `Snapshot.heldout_rows` and has their columns.
     """
-    table = tables.read(snapshot.embeddings, snapshot.embeddings_version, columns=["key", "caption"])
-    captions = dict(zip(table.column("key").to_pylist(), table.column("caption").to_pylist(), strict=True))
-    trained_on = {captions[key] for key in snapshot.keys("train")}
-    heldout: dict[str, str] = {}
-    for key in snapshot.keys("holdout"):
-        heldout.setdefault(captions[key], key)
-    fresh = {caption: key for caption, key in heldout.items() if caption not in trained_on}
-    return fresh or heldout or {caption: key for key, caption in captions.items()}
+    rows = snapshot.heldout_rows()
+    first = pa.array(np.sort(np.unique(rows["caption"].to_numpy().astype(str), return_index=True)[1]))
+    pairs = rows.take(first)
+    fresh = pairs.filter(pc.invert(pairs["is_trained_on"]))
+    return fresh if fresh.num_rows else pairs
 
 
 def unseen_captions(count: int, seed: int) -> list[str]:

@@ -110,6 +110,8 @@ def filter(context: StageContext, config: FilterConfig, download: Artifact) -> O
     folder = f"{context.folder}/selection"
     apply = functools.partial(_filter_range, facts["pairs"], index, boilerplate, folder, config)
     found = run_all(apply, key_ranges)
+    if boilerplate is not None:
+        files.delete(boilerplate)
     counts = rows.add_counts(counts for counts, _ in found)
     if not counts["rows"][rows.KEPT]:
         raise InputError(
@@ -127,7 +129,11 @@ def _filter_range(
 ) -> tuple[dict[str, Any], int]:
     """Write the selection of one range; returns its counts and digest."""
     columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash"]
-    repeated = None if boilerplate is None else tables.read_file(ranges.range_uri(boilerplate, key_range))["caption"].combine_chunks()
+    repeated = (
+        None
+        if boilerplate is None
+        else tables.read_file(ranges.range_uri(boilerplate, key_range))["caption"].combine_chunks()
+    )
     images = read_index(index, key_range, columns)
     selection = apply_filters(ranges.read_range(pairs, key_range), images, config, repeated)
     ranges.write_range(folder, key_range, selection)

@@ -342,7 +342,9 @@ def test_the_selection_is_the_same_in_any_number_of_ranges(tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     numbers = range(12_000)
     keys = sorted(hashlib.md5(str(number).encode()).hexdigest() for number in numbers)
-    captions = [FINE if number % 6 else f"photo of place {chr(97 + rng.integers(26)) * 2} {number}" for number in numbers]
+    captions = [
+        FINE if number % 6 else f"photo of place {chr(97 + rng.integers(26)) * 2} {number}" for number in numbers
+    ]
     pairs = [
         {"position": i, "key": key, "url": "https://h.org/", "caption": captions[i], "status": "kept"}
         for i, key in enumerate(keys)
