@@ -116,7 +116,7 @@ def _merge(folder: str, count: int, output: int, pieces: list[pa.Table]) -> int:
         with pa.ipc.new_file(sink, part.schema) as writer:
             writer.write_table(part)
         files.write(Block(output, count).uri(folder, split), sink.getvalue())
-    return table.num_rows
+    return int(table.num_rows)
 
 
 def open_places(folder: str, *splits: str) -> Places:

@@ -106,6 +106,14 @@ class Places:
         """Numbers of at most `count` rows, evenly spaced in storage order: always the same sample of the rows."""
         return np.unique(np.linspace(0, max(0, len(self) - 1), min(count, len(self))).astype(np.int64))
 
+    def take(self, numbers: np.ndarray) -> "Places":
+        """Places of some rows, in memory.
+
+        Args:
+            numbers: ascending.
+        """
+        return Places([self._parts[part].take(pa.array(rows)) for part, _, rows in self._by_part(numbers)])
+
     def group_starts(self, table: str, group_rows: int) -> np.ndarray:
         """Numbers of the first row of each group of `group_rows` rows of a table's files, and N: [groups + 1]."""
         starts = [np.empty(0, np.int64)]

@@ -114,11 +114,9 @@ def pin_probes(config: CurateConfig) -> CurateConfig:
 def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
     """Score the pairs by CLIP and by probes, drop those out of bounds and semantic duplicates, and write the snapshot."""
     facts, folder = embed.facts, context.folder
-    source = EmbeddedRows(
-        facts["selection"],
-        *(facts[name] for name in ("images", "images_version", "index_version", "embeddings", "embeddings_version")),
-        scores=f"{folder}/scores",
-    )
+    names = ("images", "images_version", "index_version", "embeddings", "embeddings_version")
+    versions = {name: facts[name] for name in names}
+    source = EmbeddedRows(selection=facts["selection"], scores=f"{folder}/scores", **versions)
     scored = source.write_scores(config)
     bounded = f"{folder}/selection" if config.semantic_distance is None else f"{folder}/in_bounds"
     in_bounds = run_all(functools.partial(_drop_out_of_bounds, source, config, bounded), source.key_ranges())
@@ -154,9 +152,7 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source))
 
     digest = fingerprint(embed.digest, tables.hex_digest(*(digest for _, digest in found)))
-    names = ("images", "images_version", "index_version", "embeddings", "embeddings_version")
-    snapshot = {name: facts[name] for name in names}
-    snapshot |= {"digest": digest, "selection": selection, "scores": source.scores, "places": places}
+    snapshot = {**versions, "digest": digest, "selection": selection, "scores": source.scores, "places": places}
     snapshot |= {"heldout": heldout, "statistics": statistics}
     record_snapshot(context.store, context.run.pipeline, snapshot, counts)
     clip_score = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
@@ -340,7 +336,8 @@ def out_of_bounds(scores: pa.Table, config: CurateConfig) -> pa.Table:
     NaN counts as low and infinity as low or high, even without limits: such a row is useless for training.
     """
     finite = np.finfo(np.float64)
-    reasons, verdicts = [], np.full(scores.num_rows, -1)
+    reasons: list[str] = []
+    verdicts = np.full(scores.num_rows, -1)
     for name, (minimum, maximum) in config.limits().items():
         values = scores.column(name).to_numpy().astype(np.float64)
         low = ~(values >= (finite.min if minimum is None else minimum))

@@ -160,13 +160,13 @@ def _embed_rows(
     for shard in itertools.islice(shards, SHARDS_AHEAD * num_actors):
         pool.submit(_embed_shard, shard)
     committed_at = time.monotonic()
-    while pool.has_next():
+    while pool.has_next():  # type: ignore[no-untyped-call]
         part = pool.get_next_unordered()
         for shard in itertools.islice(shards, 1):
             pool.submit(_embed_shard, shard)
         parts.append(part)
         progress.update(part.rows)
-        if time.monotonic() - committed_at > COMMIT_SECONDS and pool.has_next():
+        if time.monotonic() - committed_at > COMMIT_SECONDS and pool.has_next():  # type: ignore[no-untyped-call]
             tables.append_files(table, parts, SCHEMA)
             parts, committed_at = [], time.monotonic()
     tables.append_files(table, parts, SCHEMA)

@@ -84,7 +84,7 @@ def arguments(server: SceneServer, tmp_path_factory: pytest.TempPathFactory) -> 
     clip.save(clip.create("unclip-demo", None), "unclip-demo", folder / "clip")
     write_url_list(SCENES, str(folder / "pairs.parquet"))
     settings = {"clip.model": f"local-dir:{folder}/clip", "ingest.urls": folder / "pairs.parquet", "scenes": "none"}
-    settings |= {"download.allow_hosts": f'["{SCENES.address}"]', "download.shard_size": 150, "embed.shard_size": 120}
+    settings |= {"download.allow_hosts": f'["{SCENES.address}"]', "download.shard_size": 120}
     settings |= {"cluster.num_cpus": 2}  # Ray starts a process per CPU in advance
     assignments = (("--set", f"{name}={value}") for name, value in settings.items())
     return ("refresh", "tiny", *(argument for assignment in assignments for argument in assignment))

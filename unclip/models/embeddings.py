@@ -6,6 +6,7 @@ The statistics of the training rows are part of the model's weights, so a checkp
 Letters: B batch, N rows, E embedding width, K kept principal components.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -25,7 +26,8 @@ IMAGE_STD = 17.2 / 1024**0.5
 SMALLEST_STD = 1e-6
 
 
-class Moments(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Moments:
     """Sums over embeddings from which their statistics follow; the sums of parts add up to those of the whole."""
 
     count: int
