@@ -91,7 +91,8 @@ def fractions(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
     heads = pc.utf8_slice_codeunits(array, 0, _DIGITS).cast(pa.binary()).cast(pa.binary(_DIGITS))
     digits = np.frombuffer(heads.buffers()[1], np.uint8)[heads.offset * _DIGITS :][: len(heads) * _DIGITS]
     values: np.ndarray = _HEX_VALUES[digits].reshape(-1, _DIGITS) @ (16 ** np.arange(_DIGITS)[::-1])
-    return values / 16**_DIGITS  # exact: 32 bits
+    values = values / 16**_DIGITS  # exact: 32 bits
+    return values
 
 
 _HEX_VALUES = np.zeros(256, np.int64)
