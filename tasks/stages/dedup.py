@@ -4,24 +4,22 @@ The kept image depends on keys alone, not on the order of the list or of the dow
 """
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import rows, tables
+from tasks.near_duplicates import MAX_DISTANCE, colour_cells, hex_numbers, near_duplicates
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip.config import fingerprint, require
-
-MAX_DISTANCE = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class DedupConfig:
     phash_distance: int = 0
-    """Largest number of differing bits (of 64) between the perceptual hashes of duplicates; -1 compares only exact bytes."""
+    """Largest number of differing bits (of 64) between the perceptual hashes of duplicates, whose mean colours must agree as
+    well; -1 compares only exact bytes."""
     holdout: float = 0.02
     """Share of the kept pairs that is held out from training, for evaluation."""
 
@@ -37,7 +35,7 @@ def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Outpu
     """Drop images with the same bytes as another and images that look the same; hold out some of the others."""
     selection = tables.read_file(filter.uri)
     facts = filter.facts
-    images = tables.read(facts["images"], facts["images_version"], ["key", "sha256", "phash"])
+    images = tables.read(facts["images"], facts["images_version"], ["key", "sha256", "phash", "colour"])
     deduplicated = drop_duplicates(selection, images, config.phash_distance)
     deduplicated = deduplicated.append_column("split", splits(deduplicated, config.holdout))
     counts = rows.count(deduplicated)
@@ -53,21 +51,24 @@ def drop_duplicates(selection: pa.Table, images: pa.Table, phash_distance: int) 
 
     Args:
         selection: key, position, status, reason; a key is kept at most once.
-        images: key, sha256, phash of at least the kept rows.
+        images: key, sha256, phash, colour of at least the kept rows.
         phash_distance: see `DedupConfig`.
     """
     kept = selection.filter(pc.equal(selection.column("status"), rows.KEPT)).select(["key"])
     kept = kept.join(images, "key", join_type="left outer").sort_by("key")
-    keys, hashes = kept.column("key").to_pylist(), kept.column("phash").to_pylist()
+    keys = kept.column("key").to_pylist()
     reasons: dict[str, str] = {}
     _, first = np.unique(kept.column("sha256").to_numpy().astype(str), return_index=True)
     for index in sorted(set(range(len(keys))) - set(first.tolist())):
         reasons[keys[index]] = "duplicate_image"
     if phash_distance >= 0:
-        comparable = [index for index in first.tolist() if hashes[index] is not None]
-        comparable.sort()
-        for index in near_duplicates([int(hashes[index], 16) for index in comparable], phash_distance):
-            reasons[keys[comparable[index]]] = "near_duplicate"
+        comparable = np.sort(first)
+        comparable = comparable[kept.column("phash").is_valid().to_numpy()[comparable]]
+        looks = kept.take(comparable)
+        hashes = hex_numbers(looks.column("phash"), 16)[:, 0]
+        found = near_duplicates(hashes, phash_distance, colour_cells(looks.column("colour")))
+        for index in comparable[found].tolist():
+            reasons[keys[index]] = "near_duplicate"
 
     return rows.drop(selection, reasons)
 
@@ -79,23 +80,3 @@ def splits(selection: pa.Table, holdout: float) -> pa.Array:
     # Keys are hashes, so their first digits are uniformly distributed.
     assigned = ["holdout" if int(key[:8], 16) < holdout * 2**32 else "train" for key in keys]
     return pa.array([split if is_kept else None for split, is_kept in zip(assigned, kept, strict=True)], pa.string())
-
-
-def near_duplicates(hashes: Sequence[int], distance: int) -> set[int]:
-    """Indices of 64-bit hashes within `distance` bits of an earlier hash.
-
-    Hashes that differ in at most `distance` bits agree in one of `distance + 1` bands of bits; only such pairs are compared.
-    """
-    values = np.array(hashes, dtype=np.uint64)
-    found: set[int] = set()
-    edges = np.linspace(0, 64, distance + 2).astype(int)
-    for low, high in itertools.pairwise(edges):
-        bands = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(bands, kind="stable")
-        starts = np.flatnonzero(np.diff(bands[order], prepend=bands[order[:1]] + np.uint64(1)))
-        for group in np.split(order, starts[1:]):
-            for place in range(1, len(group)):
-                differing = np.bitwise_count(values[group[:place]] ^ values[group[place]])
-                if (differing <= distance).any():
-                    found.add(int(group[place]))
-    return found

@@ -36,7 +36,9 @@ _TO_UPRIGHT = {
 _FLAT_LEVELS = 2.0  # standard deviation of grey levels below which a perceptual hash is noise
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _REQUEST = struct.Struct(">IIQB")  # image_size, jpeg_quality, max_pixels, chroma subsampling; then the bytes to decode
-_REPLY = struct.Struct(">4I16s3s")  # sizes, perceptual hash (zeros for none) and colour of a DecodedImage; then its JPEG
+_REPLY = struct.Struct(
+    ">4I16s3s"
+)  # sizes, perceptual hash (zeros for none) and colour of a DecodedImage; then its JPEG
 _IMAGE, _FAULT = b"P", b"F"  # first byte of a reply
 
 

@@ -153,7 +153,9 @@ def test_a_table_gains_a_column_and_its_older_parts_read_as_nulls(tmp_path: Path
     assert tables.read(table)["colour"].to_pylist() == [None, "ff0000", None]
     assert tables.read(table, version=0, columns=names).to_pydict() == before
     assert tables.read_with_commit_times(table).num_rows == 3
-    query = deltalake.QueryBuilder().register("t", deltalake.DeltaTable(table)).execute("select colour from t order by key")
+    query = (
+        deltalake.QueryBuilder().register("t", deltalake.DeltaTable(table)).execute("select colour from t order by key")
+    )
     assert pa.table(query.read_all())["colour"].to_pylist() == [None, "ff0000", None], "any Delta reader sees the same"
     assert tables.delete_rows(table, pa.array(["a"])) == 1
     assert tables.read(table, columns=names).to_pydict() == {"key": ["b", "c"], "colour": ["ff0000", None]}

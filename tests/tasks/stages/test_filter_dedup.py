@@ -1,13 +1,16 @@
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from tasks import rows, tables
+from tasks.near_duplicates import near_duplicates
 from tasks.stage import Artifact, Call, Failure, Run, execute
-from tasks.stages.dedup import DedupConfig, drop_duplicates, near_duplicates, splits
+from tasks.stages.dedup import DedupConfig, drop_duplicates, splits
 from tasks.stages.filter import FilterConfig, apply_filters, filter
 from tasks.tracking import Tracker
 from unclip.errors import ConfigError
@@ -85,13 +88,17 @@ def test_f26_filter_that_keeps_nothing_fails_with_the_reasons(tmp_path: Path) ->
     assert "none of 4 rows is kept (duplicate_row 1, http_404 1, no_url 1, too_small 1)" in result.message
 
 
-def deduplicate(hashes: dict[str, tuple[str, str | None]], distance: int, order: int = 0) -> dict[str, str | None]:
+def deduplicate(hashes: Mapping[str, tuple[str | None, ...]], distance: int, order: int = 0) -> dict[str, str | None]:
     keys = list(hashes)
     random.Random(order).shuffle(keys)
-    images = pa.table({"key": keys, "sha256": [hashes[k][0] for k in keys], "phash": [hashes[k][1] for k in keys]})
-    columns: dict[str, Any] = {"key": [*keys, "a"], "position": range(len(keys) + 1)}
-    columns |= {"status": ["kept"] * len(keys) + ["dropped"], "reason": [None] * len(keys) + ["duplicate_row"]}
-    selection = pa.table({name: list(values) for name, values in columns.items()})
+    facts = [(*hashes[key], None)[:3] for key in keys]  # sha256, phash and, if it is known, colour
+    columns = {
+        name: pa.array([row[i] for row in facts], pa.string()) for i, name in enumerate(("sha256", "phash", "colour"))
+    }
+    images = pa.table({"key": keys, **columns})
+    listed: dict[str, Any] = {"key": [*keys, "a"], "position": range(len(keys) + 1)}
+    listed |= {"status": ["kept"] * len(keys) + ["dropped"], "reason": [None] * len(keys) + ["duplicate_row"]}
+    selection = pa.table({name: list(values) for name, values in listed.items()})
     result = drop_duplicates(selection, images, distance)
     assert reasons(result)[len(keys)] == "duplicate_row"
     return {row["key"]: row["reason"] for row in result.to_pylist() if row["position"] < len(keys)}
@@ -119,16 +126,36 @@ def test_dedup_keeps_the_smallest_key_in_any_order(order: int) -> None:
     assert deduplicate(HASHES, 2, order) == unique | exact | {"c": "near_duplicate", "d": "near_duplicate"}
 
 
+def test_twins_of_another_colour_are_kept() -> None:
+    shape = "00000000000000ff"
+    arrows = {
+        "a": ("s1", shape, "e0e0f8"),  # blue on a light background
+        "b": ("s2", shape, "f8ede8"),  # pink
+        "c": ("s3", shape, "e1dff4"),  # the first again, within the tolerance
+        "d": ("s4", "00000000000000fe", "f5ede8"),  # one bit from the second, in its colour
+        "e": ("s5", shape, "e8e0f8"),  # two cells of red from the first
+        "f": ("s6", shape, None),  # from before colours were stored
+    }
+    unique = dict.fromkeys("abde")
+    twins = {"c": "near_duplicate", "f": "near_duplicate"}
+    assert deduplicate(arrows, 0) == unique | twins
+    assert deduplicate(arrows, 1) == unique | twins | {"d": "near_duplicate"}
+    unknown = {**arrows, "0": ("s7", shape, None)}  # agrees with all
+    assert deduplicate(unknown, 0) == {"0": None, "d": None} | dict.fromkeys("abcef", "near_duplicate")
+
+
 @pytest.mark.parametrize("distance", range(8))
 def test_near_duplicates_equal_a_brute_force_search(distance: int) -> None:
-    rng = random.Random(distance)
+    rng, count = random.Random(distance), 2000 if distance in (3, 5, 7) else 300  # many are searched by bands
     centres = [rng.getrandbits(64) for _ in range(40)]
     hashes = [
-        rng.choice(centres) ^ sum(1 << bit for bit in rng.sample(range(64), rng.randrange(10))) for _ in range(300)
+        rng.choice(centres) ^ sum(1 << bit for bit in rng.sample(range(64), rng.randrange(10))) for _ in range(count)
     ]
     expected = {j for j in range(len(hashes)) if any((hashes[i] ^ hashes[j]).bit_count() <= distance for i in range(j))}
-    assert near_duplicates(hashes, distance) == expected
-    assert near_duplicates([], distance) == set() and near_duplicates([1], distance) == set()
+    found = near_duplicates(np.array(hashes, np.uint64), distance)
+    assert set(np.flatnonzero(found).tolist()) == expected
+    for few in ([], [1]):
+        assert not near_duplicates(np.array(few, np.uint64), distance).any()
 
 
 def test_invalid_settings_raise() -> None:
