@@ -21,6 +21,9 @@ from deltalake.transaction import AddAction, RemoveAction, create_table_with_add
 from unclip import files as storage
 from unclip.data import ROW_GROUP_ROWS
 
+ADDED_COLUMNS = {"colour": pa.string()}
+"""Columns that tables have gained: files from before are read as if these columns held nulls."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -56,7 +59,7 @@ def read(table_uri: str, version: int | None = None, columns: Sequence[str] | No
     """
     # DeltaTable.to_pyarrow_* can abort the interpreter at exit (deltalake 1.6.6); plain Parquet does not.
     parts = [read_file(uri, columns) for uri in files(table_uri, version)]
-    return pa.concat_tables(parts or [_empty(table_uri, columns)]).sort_by("key")
+    return pa.concat_tables(parts or [_empty(table_uri, columns)], promote_options="default").sort_by("key")
 
 
 def find_part(table_uri: str, name: str) -> Part | None:
@@ -86,7 +89,7 @@ def append_files(
     replaced: pa.Array | None = None,
     removed: Sequence[str] = (),
 ) -> int:
-    """Commit parts in the table's folder atomically; create the table if there is none.
+    """Commit parts in the table's folder atomically; create the table if there is none, or add columns that it lacks.
 
     Args:
         parts: parts to commit; those already committed are skipped, so committing again changes nothing.
@@ -116,6 +119,9 @@ def append_files(
         )
     elif changes:
         table = DeltaTable(table_uri, storage_options=options)
+        known_fields = {field.name for field in table.schema().fields}
+        if added := [field for field in delta_schema.fields if field.name not in known_fields]:
+            table.alter.add_columns(added)  # a commit of its own: one that appends does not change the schema
         table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
     return DeltaTable(table_uri, storage_options=options).version()
@@ -166,16 +172,16 @@ def read_with_commit_times(table_uri: str) -> pa.Table:
         rows = read_file(f"{table_uri}/{part['path']}")
         times = pa.array([part["modification_time"]] * rows.num_rows, pa.timestamp("ms", "UTC"))
         parts.append(rows.append_column("committed", times))
-    return pa.concat_tables(parts)
+    return pa.concat_tables(parts, promote_options="default")
 
 
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one Parquet file."""
+    """Read one Parquet file; `ADDED_COLUMNS` that it lacks are null if `columns` names them."""
     filesystem, path = storage.locate(uri)
 
     def action() -> pa.Table:
         with filesystem.open_input_file(path) as file:
-            return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+            return _with_added(pq.ParquetFile(file).read(columns=None if columns is None else list(columns)), columns)
 
     return storage.with_retries(uri, action)
 
@@ -287,8 +293,15 @@ def _describe(name: str, data: bytes) -> Part:
 
 def _empty(table_uri: str, columns: Sequence[str] | None) -> pa.Table:
     schema = pa.schema(DeltaTable(table_uri, storage_options=_options(table_uri)).schema().to_arrow())
-    table = schema.empty_table()
+    table = _with_added(schema.empty_table(), columns)
     return table if columns is None else table.select(list(columns))
+
+
+def _with_added(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    for name in columns or ():
+        if name in ADDED_COLUMNS and name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, ADDED_COLUMNS[name]))
+    return table
 
 
 def _add(part: Part, now: int) -> AddAction:

@@ -53,6 +53,7 @@ IMAGES = pa.schema(
         "original_height": pa.int32(),
         "sha256": pa.string(),  # of the bytes sent by the server
         "phash": pa.string(),  # 64-bit perceptual hash, hex; null for an image of one colour
+        "colour": pa.string(),  # mean colour of the stored image: rrggbb, hex; null in rows from before there was this column
         "jpg": pa.binary(),
         "jpg_sha256": pa.string(),
     }

@@ -132,3 +132,32 @@ def test_f35_rows_removed_under_a_wrong_clock_leave_no_bytes(
     assert tables.delete_rows(table, pa.array(["secret"])) == 1
     assert tables.read(table)["key"].to_pylist() == ["b"]
     assert [path.name for path in tmp_path.glob("*.parquet")] == ["second.parquet"]
+
+
+def test_a_table_gains_a_column_and_its_older_parts_read_as_nulls(tmp_path: Path) -> None:
+    import deltalake
+
+    table, gained = str(tmp_path), pa.schema([*SCHEMA, pa.field("colour", pa.string())])
+    old = tables.write_part(table, "old", rows("c", "a"))
+    assert tables.append_files(table, [old], SCHEMA) == 0
+    names = ["key", "colour"]
+    before = {"key": ["a", "c"], "colour": [None, None]}
+    assert tables.read(table, columns=names).to_pydict() == before, "before any part has the column"
+    assert tables.read_file(f"{table}/{old.name}", names).schema.field("colour").type == pa.string()
+    assert tables.read_file(f"{table}/{old.name}").column_names == SCHEMA.names
+    new = tables.write_part(table, "new", rows("b").append_column("colour", pa.array(["ff0000"])))
+    version = tables.append_files(table, [old, new], gained)
+    assert tables.append_files(table, [old, new], gained) == version, "committing again changes nothing"
+    assert tables.columns(table) == gained.names
+    assert tables.read(table, columns=names).to_pydict() == {"key": ["a", "b", "c"], "colour": [None, "ff0000", None]}
+    assert tables.read(table)["colour"].to_pylist() == [None, "ff0000", None]
+    assert tables.read(table, version=0, columns=names).to_pydict() == before
+    assert tables.read_with_commit_times(table).num_rows == 3
+    query = (
+        deltalake.QueryBuilder().register("t", deltalake.DeltaTable(table)).execute("select colour from t order by key")
+    )
+    assert pa.table(query.read_all())["colour"].to_pylist() == [None, "ff0000", None], "any Delta reader sees the same"
+    assert tables.delete_rows(table, pa.array(["a"])) == 1
+    assert tables.read(table, columns=names).to_pydict() == {"key": ["b", "c"], "colour": ["ff0000", None]}
+    with pytest.raises(KeyError, match="typo"):
+        tables.read(table, columns=["key", "typo"])["typo"]
