@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import fnmatch
+import functools
 import gzip
 import hashlib
 import io
@@ -26,9 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from tasks import rows, tables
+from tasks import dataflow, ranges, rows, tables
 from tasks.stage import Output, Pinning, StageContext, stage
-from tasks.tombstones import load_tombstones, refuse, tombstones_digest
+from tasks.tombstones import Tombstones, load_tombstones, refuse, tombstones_digest
 from tasks.untrusted import parquet_list
 from tasks.untrusted.normalise import (
     REPLACEMENT,
@@ -72,8 +73,13 @@ PAIRS = pa.schema(
 LISTED = pa.schema({"url": pa.string(), "caption": pa.string(), "sha256": pa.string()})
 """Rows of the list as they are read; missing values are empty strings."""
 
-_CHUNK_ROWS = 1 << 16
-_BLOCK_CHARACTERS = 1 << 20  # text that is read at once
+SMALL_BYTES = 4 << 20
+"""Size of a list that is read by the stage itself: starting tasks would take longer than reading it."""
+
+_CHUNK_ROWS = 1 << 16  # rows that are cleaned at once
+_TASK_ROWS = 1 << 18  # rows that a task cleans
+_TASK_BYTES = 64 << 20
+_BLOCK_CHARACTERS = 1 << 19  # text that is read at once
 _JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
 
 T = TypeVar("T")
@@ -142,23 +148,87 @@ def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
     return dataclasses.replace(config, digest=check_source(config), tombstones=tombstones_digest(pinning.store))
 
 
-@stage("ingest", version=2, pin=_pin)
+@stage("ingest", version=3, pin=_pin)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
     if config.digest and check_source(config) != config.digest:
         raise InputError(
             f"ingest.urls: {config.urls} has changed since this run was planned. Run the same command again."
         )
-    pairs = refuse(clean(read(config)), load_tombstones(context.store))
-    facts = rows.count(pairs)
+    chunks, offsets, num_rows = _read_chunks(config)
+    count, folder = ranges.num_ranges(num_rows), f"{context.folder}/pairs"
+    split = functools.partial(_clean_and_split, offsets, count)
+    merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
+    written = dataflow.exchange(split, chunks, count, merge)
+    facts = rows.add_up(facts for facts, _ in written)
     if not facts["rows"][rows.KEPT]:
         raise InputError(
-            f"ingest.urls: none of the {pairs.num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "
+            f"ingest.urls: none of the {num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "
             f"Check --set ingest.layout, ingest.url_column and ingest.caption_column."
         )
-    uri = f"{context.folder}/pairs.parquet"
-    tables.write_file(uri, pairs)
-    return Output(uri, tables.content_digest(pairs.drop_columns("position")), facts)
+    return Output(folder, tables.hex_digest(*(digest for _, digest in written)), facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Consecutive rows of one file of the list."""
+
+    file: int
+    """Number of the file, in order of names."""
+    first_row: int
+    """Number of the first row in its file."""
+    listed: pa.Table
+    """Rows of the schema `LISTED`."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.listed.num_rows
+
+
+def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int]:
+    """Read the list, a small one in this process, a large one in a task for each file.
+
+    Returns:
+        Chunks or references of chunks; number of rows before each file; number of all rows.
+    """
+    sources = _sources(config.urls)
+    if sum(source.size for source in sources) <= SMALL_BYTES:
+        listed = pa.concat_tables([LISTED.empty_table(), *read(config)])
+        return [_Chunk(0, 0, listed)], [0], listed.num_rows
+    produced = dataflow.produce(functools.partial(_read_file, config), list(enumerate(sources)))
+    ends = np.cumsum([sum(num_rows for num_rows, _ in chunks) for chunks in produced]).tolist()
+    return [chunk for chunks in produced for _, chunk in chunks], [0, *ends[:-1]], ends[-1]
+
+
+def _read_file(config: IngestConfig, numbered: "tuple[int, _Source]") -> Iterator[_Chunk]:
+    """Read one file of the list in large chunks, of which there are few enough to split each among all ranges."""
+    file, source = numbered
+    first_row, parts = 0, [LISTED.empty_table()]
+    for part in _read_source(source, config):
+        parts.append(part)
+        if sum(map(len, parts)) >= _TASK_ROWS or sum(part.nbytes for part in parts) >= _TASK_BYTES:
+            chunk = _Chunk(file, first_row, pa.concat_tables(parts))
+            yield chunk
+            first_row, parts = first_row + chunk.num_rows, [LISTED.empty_table()]
+    yield _Chunk(file, first_row, pa.concat_tables(parts))
+
+
+def _clean_and_split(offsets: Sequence[int], count: int, chunk: _Chunk) -> list[pa.Table]:
+    """Clean the rows of a chunk and divide them among the ranges of keys.
+
+    Args:
+        offsets: number of rows of the list before each file.
+    """
+    return ranges.split_by_key(clean(chunk.listed, offsets[chunk.file] + chunk.first_row), count)
+
+
+def _write_range(
+    folder: str, count: int, tombstones: Tombstones, index: int, pieces: Sequence[pa.Table]
+) -> tuple[dict[str, Any], int]:
+    """Write the pairs of one range of keys; returns their counts and digest."""
+    pairs = refuse(drop_duplicates(pa.concat_tables([PAIRS.empty_table(), *pieces])), tombstones)
+    ranges.write_range(folder, ranges.KeyRange(index, count), pairs)
+    return rows.count(pairs), tables.rows_digest(pairs.drop_columns("position"))
 
 
 def check_source(config: IngestConfig) -> str:
@@ -213,7 +283,9 @@ def _clean_batch(listed: pa.RecordBatch, position: int) -> pa.Table:
     is_bad = urls.is_null()
     shown = pc.replace_with_mask(urls, is_bad, normalise_captions(listed["url"].filter(is_bad)))
     sha256s = normalise_sha256s(listed["sha256"])
-    has_hash = pc.not_equal(map_texts(str.strip, listed["sha256"], sha256s.is_valid()), "")
+    has_hash = pc.not_equal(
+        map_texts(str.strip, listed["sha256"], pc.or_(sha256s.is_valid(), pc.equal(listed["sha256"], ""))), ""
+    )
     texts = pc.binary_join_element_wise(shown, captions, "\n").cast(pa.binary()).to_pylist()
     keys = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
     reasons: dict[str, pa.BooleanArray] = {
@@ -387,16 +459,15 @@ def _in_chunks(
     read_rows: Callable[[_Source, _Lines, IngestConfig], Iterator[Sequence[str]]], source: _Source, config: IngestConfig
 ) -> Iterator[pa.Table]:
     """Yield the rows of a text file, those of each block together."""
-    lines = _Lines(source)
-    chunk: list[Sequence[str]] = []
-    num_blocks = 1
+    lines, num_blocks, num_columns = _Lines(source), 1, len(config.columns)
+    texts: list[str] = []  # of all rows in one list: lists of rows would occupy the garbage collector
     for row in read_rows(source, lines, config):
-        chunk.append(row)
+        texts += row
         if lines.num_blocks != num_blocks:
-            yield _listed(zip(*chunk, strict=True))
-            chunk, num_blocks = [], lines.num_blocks
-    if chunk:
-        yield _listed(zip(*chunk, strict=True))
+            yield _listed(texts[index::num_columns] for index in range(num_columns))
+            texts, num_blocks = [], lines.num_blocks
+    if texts:
+        yield _listed(texts[index::num_columns] for index in range(num_columns))
 
 
 def _listed(columns: Iterable[Sequence[str] | pa.Array]) -> pa.Table:

@@ -25,7 +25,7 @@ _CANONICAL_URL = (
     r'/[!"$->@-~]*(\?[!"$-~]+)?\z'  # without spaces and "#"; "?" only if a query follows
 )
 _NOT_CANONICAL_CAPTION = r"[^ -~]|  |\A | \z"
-_CANONICAL_SHA256 = r"\A[0-9a-f]{64}\z"
+_CANONICAL_SHA256 = r"\A([0-9a-f]{64})?\z"
 
 
 def normalise_url(text: str) -> str | None:
@@ -70,7 +70,8 @@ def normalise_captions(texts: pa.Array) -> pa.Array:
 
 def normalise_sha256s(texts: pa.Array) -> pa.Array:
     """Return `normalise_sha256` of every text."""
-    return map_texts(normalise_sha256, texts, pc.match_substring_regex(texts, _CANONICAL_SHA256))
+    hashes = map_texts(normalise_sha256, texts, pc.match_substring_regex(texts, _CANONICAL_SHA256))
+    return pc.if_else(pc.equal(hashes, ""), pa.scalar(None, hashes.type), hashes)
 
 
 def map_texts(function: Callable[[str], str | None], texts: pa.Array, unchanged: pa.BooleanArray) -> pa.Array:
