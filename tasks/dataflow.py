@@ -50,6 +50,31 @@ def run_all(
     return results
 
 
+def produce(read: Callable[[ItemT], Iterator[Any]], items: Sequence[ItemT], **options: Any) -> list[list[Any]]:
+    """Call a generator function for every item, each in a Ray task, and leave the parts that it yields in the object store.
+
+    Args:
+        read: item -> parts with a `num_rows`, such as tables; must yield the same parts when it is repeated.
+        options: options of the Ray tasks.
+
+    Returns:
+        For every item, (number of rows, reference) of each part; the references can be items of `exchange`.
+    """
+    producing = _produce.options(**_OPTIONS | options, num_returns="streaming")
+    generators: dict[int, Any] = {}
+
+    def start(index: int) -> Any:
+        generators[index] = producing.remote(read, items[index])
+        return generators[index].completed()
+
+    results: list[Any] = [None] * len(items)
+    for index, _ in _in_flight(start, len(items)):
+        references = list(generators.pop(index))
+        counts = ray.get(references[::2])  # an error takes the place of a number
+        results[index] = list(zip(counts, references[1::2], strict=True))
+    return results
+
+
 def exchange(
     split: Callable[[ItemT], Sequence[pa.Table]],
     items: Sequence[ItemT],
@@ -116,6 +141,13 @@ def _in_flight(start: Callable[[int], Any], count: int) -> Iterator[tuple[int, A
 @ray.remote
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
+
+
+@ray.remote
+def _produce(read: Callable[[Any], Iterator[Any]], item: Any) -> Iterator[Any]:
+    for part in read(item):
+        yield part.num_rows
+        yield part
 
 
 @ray.remote

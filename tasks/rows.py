@@ -121,7 +121,16 @@ def count(table: "pa.Table") -> dict[str, Any]:
     unexplained = reasons.pop(None, 0)
     assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
     assert all(map(is_reason, reasons)), f"reasons outside the vocabulary: {sorted(reasons)}"
-    return {"rows": rows, "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))}
+    return {"rows": rows, "reasons": _by_number(reasons)}
+
+
+def add_up(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up what `count` returned for the parts of a table."""
+    total: dict[str, Counter[str]] = {"rows": Counter(), "reasons": Counter()}
+    for part in counts:
+        for name, numbers in part.items():
+            total[name].update(numbers)
+    return {"rows": dict(total["rows"]), "reasons": _by_number(total["reasons"])}
 
 
 def add_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -137,6 +146,11 @@ def add_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
     """Most frequent reasons, for a message: `no_caption 12, http_404 3`."""
     return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
+
+
+def _by_number(reasons: Mapping[str, int]) -> dict[str, int]:
+    """Most frequent reasons first."""
+    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:

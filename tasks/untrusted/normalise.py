@@ -1,8 +1,16 @@
-"""Canonical forms of URLs, captions and hashes, so that equal ones compare equal in all tables; and of error messages."""
+"""Canonical forms of URLs, captions and hashes, so that equal ones compare equal in all tables; and of error messages.
+
+The functions for one text are the definition. Those for an Arrow array give the same results: they recognise the many texts
+that are canonical already by a regular expression, and call the function for one text on the rest.
+"""
 
 import re
 import unicodedata
 import urllib.parse
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 MAX_CAPTION_CHARACTERS = 1000
 MAX_URL_CHARACTERS = 2048
@@ -10,6 +18,14 @@ REPLACEMENT = "\ufffd"  # replaces invalid UTF-8 on decoding
 
 # Control characters, and invisible characters that change the direction of text.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+# RE2 patterns of canonical texts. All are ASCII without control characters, so that their bytes are their characters.
+_CANONICAL_URL = (
+    r"\Ahttps?://[a-z0-9][a-z0-9.-]*(:[1-9][0-9]{0,3})?"  # lower case; any port of four digits is valid
+    r'/[!"$->@-~]*(\?[!"$-~]+)?\z'  # without spaces and "#"; "?" only if a query follows
+)
+_NOT_CANONICAL_CAPTION = r"[^ -~]|  |\A | \z"
+_CANONICAL_SHA256 = r"\A([0-9a-f]{64})?\z"
 
 
 def normalise_url(text: str) -> str | None:
@@ -37,6 +53,32 @@ def normalise_sha256(text: str) -> str | None:
     """Return 64 lower-case hex digits; None if the text is not a sha256."""
     stripped = text.strip()
     return stripped.lower() if re.fullmatch("[0-9a-fA-F]{64}", stripped) else None
+
+
+def normalise_urls(texts: pa.Array) -> pa.Array:
+    """Return `normalise_url` of every text."""
+    is_short = pc.less_equal(pc.binary_length(texts), MAX_URL_CHARACTERS)
+    return map_texts(normalise_url, texts, pc.and_(is_short, pc.match_substring_regex(texts, _CANONICAL_URL)))
+
+
+def normalise_captions(texts: pa.Array) -> pa.Array:
+    """Return `normalise_caption` of every text."""
+    is_long = pc.greater(pc.binary_length(texts), MAX_CAPTION_CHARACTERS)
+    needs_work = pc.or_(is_long, pc.match_substring_regex(texts, _NOT_CANONICAL_CAPTION))
+    return map_texts(normalise_caption, texts, pc.invert(needs_work))
+
+
+def normalise_sha256s(texts: pa.Array) -> pa.Array:
+    """Return `normalise_sha256` of every text."""
+    hashes = map_texts(normalise_sha256, texts, pc.match_substring_regex(texts, _CANONICAL_SHA256))
+    return pc.if_else(pc.equal(hashes, ""), pa.scalar(None, hashes.type), hashes)
+
+
+def map_texts(function: Callable[[str], str | None], texts: pa.Array, unchanged: pa.BooleanArray) -> pa.Array:
+    """Apply a function to the texts that it may change; it returns the `unchanged` ones as they are."""
+    changed = pc.invert(unchanged)
+    results = [function(text) for text in texts.filter(changed).to_pylist()]
+    return pc.replace_with_mask(texts, changed, pa.array(results, texts.type)) if results else texts
 
 
 def first_line(error: BaseException) -> str:
