@@ -4,9 +4,10 @@ No row disappears: after every stage, rows in = kept + dropped + failed. A faile
 was obtained but is not wanted.
 """
 
+import collections
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 if typing.TYPE_CHECKING:  # processes that decode images need the reasons, but no tables
@@ -122,12 +123,26 @@ def count(table: "pa.Table") -> dict[str, Any]:
     unexplained = reasons.pop(None, 0)
     assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
     assert all(map(is_reason, reasons)), f"reasons outside the vocabulary: {sorted(reasons)}"
-    return {"rows": rows, "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))}
+    return {"rows": rows, "reasons": _by_frequency(reasons)}
+
+
+def add_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up the results of `count` for parts of a table."""
+    rows: collections.Counter[str] = collections.Counter(dict.fromkeys(("in", KEPT, DROPPED, FAILED), 0))
+    reasons: collections.Counter[str] = collections.Counter()
+    for part in counts:
+        rows.update(part["rows"])
+        reasons.update(part["reasons"])
+    return {"rows": dict(rows), "reasons": _by_frequency(reasons)}
 
 
 def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
     """Most frequent reasons, for a message: `no_caption 12, http_404 3`."""
     return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
+
+
+def _by_frequency(reasons: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:

@@ -20,8 +20,7 @@ import pytest
 
 from pipelines import scene_server
 from pipelines.scene_server import ScenesConfig
-from tasks import tables
-from tasks.lanes import Pair, Shard, plan_lanes, run_in_lanes
+from tasks import index, ranges, tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
@@ -30,7 +29,6 @@ from tasks.stages.download import (
     DownloadConfig,
     download,
     pin_attempt,
-    plan_shards,
 )
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
@@ -74,7 +72,20 @@ def download_config(scenes: ScenesConfig, **settings: object) -> DownloadConfig:
 def run_ingest(storage: Path, scenes: ScenesConfig) -> Artifact:
     path = str(storage / f"list-{scenes.num_images}.parquet")
     scene_server.write_url_list(scenes, path)
-    return done(execute(Call(ingest, IngestConfig(path)), run(storage), []))
+    return in_ranges(storage, done(execute(Call(ingest, IngestConfig(path)), run(storage), [])))
+
+
+def in_ranges(storage: Path, pairs: Artifact, count: int = 1) -> Artifact:
+    """The same list in a number of key ranges."""
+    folder = str(storage / f"{pairs.digest[:16]}-{count}")
+    for key_range, table in zip(ranges.ranges(count), ranges.split_by_key(read_list(pairs), count), strict=True):
+        ranges.write_range(folder, key_range, table)
+    return dataclasses.replace(pairs, uri=folder)
+
+
+def read_list(artifact: Artifact) -> pa.Table:
+    uri = artifact.uri
+    return tables.read_file(uri) if uri.endswith(".parquet") else ranges.read_all(uri)
 
 
 def done(result: Artifact | Failure) -> Artifact:
@@ -86,10 +97,10 @@ def done(result: Artifact | Failure) -> Artifact:
 
 def reasons_by_kind(pairs: Artifact, selection: Artifact) -> dict[str, set[str | None]]:
     urls = dict(
-        zip(*(tables.read_file(pairs.uri).column(name).to_pylist() for name in ("position", "url")), strict=True)
+        zip(*(read_list(pairs).column(name).to_pylist() for name in ("position", "url")), strict=True)
     )
     found = collections.defaultdict(set)
-    for row in tables.read_file(selection.uri).to_pylist():
+    for row in read_list(selection).to_pylist():
         kind = "file" if urls[row["position"]].startswith("file:") else urls[row["position"]].split("/")[-2]
         found[kind].add(row["reason"])
     return dict(found)
@@ -210,7 +221,7 @@ def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, t
     with scene_server.serve(scenes) as server:
         pairs = run_ingest(tmp_path, scenes)
         config = download_config(scenes, shard_size=15, tasks_in_flight=1)
-        rows = tables.read_file(pairs.uri).select(["key"]).to_pydict()["key"]
+        rows = read_list(pairs)["key"].to_pylist()
         from unclip.config import fingerprint
 
         blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(rows[15:], 0)[:32]}.parquet")
@@ -231,13 +242,12 @@ def outcomes(images: Artifact) -> dict[str, str | None]:
 
 def listed_with_hashes(storage: Path, pairs: Artifact, hashes: dict[str, str]) -> Artifact:
     """The same list, with hashes for some keys added."""
-    table = tables.read_file(pairs.uri)
+    table = read_list(pairs)
     expected = pa.array([hashes.get(key) for key in table["key"].to_pylist()], pa.string())
-    uri = str(storage / "with-hashes.parquet")
-    tables.write_file(
-        uri, table.set_column(table.schema.get_field_index("expected_sha256"), "expected_sha256", expected)
-    )
-    return dataclasses.replace(pairs, uri=uri, digest="with hashes")
+    table = table.set_column(table.schema.get_field_index("expected_sha256"), "expected_sha256", expected)
+    folder = str(storage / "with-hashes")
+    ranges.write_range(folder, ranges.KeyRange(0, 1), table)
+    return dataclasses.replace(pairs, uri=folder, digest="with hashes")
 
 
 def test_t9_images_whose_hash_differs_from_the_list_or_the_first_fetch_are_not_kept(
@@ -272,7 +282,8 @@ def test_t9_images_whose_hash_differs_from_the_list_or_the_first_fetch_are_not_k
             "changed",
             before.set_column(before.schema.get_field_index("sha256"), "sha256", pa.array(changed)),
         )
-        tables.append_files(first.uri, [part], before.schema, replaced=pa.array(keys))
+        names = [uri.rpartition("/")[2] for uri in tables.files(first.uri)]
+        tables.append_files(first.uri, [part], before.schema, removed=names)
         larger = done(execute(Call(download, dataclasses.replace(config, image_size=8)), run(tmp_path), [pairs]))
         assert outcomes(larger) == dict.fromkeys(keys) | {keys[2]: "content_changed"}
 
@@ -297,135 +308,6 @@ def test_transient_failures_are_retried_on_request(cluster: None, tmp_path: Path
     transient = [reason for reason in outcomes(images).values() if reason and TRANSIENT.fullmatch(reason)]
     assert third.facts["fetched_now"] == len(transient) > 0
     assert tables.read(images.uri)["key"].to_pylist() == tables.read(offline.uri, 0)["key"].to_pylist()
-
-
-def pairs_of(*urls: str) -> list[Pair]:
-    return [{"key": f"{number:05}", "url": url, "caption": "an image"} for number, url in enumerate(urls)]
-
-
-def many_sites(num_sites: int = 60, num_pages: int = 12) -> list[Pair]:
-    """Interleaved pages of sites with several hosts and ports each."""
-    suffixes = ("com", "co.uk", "unknown", "xn--p1ai")
-    return pairs_of(
-        *(
-            f"http{'s' * (page % 2)}://{('', 'www.', 'a.b.', 'IMG.')[page % 4]}site{site}.{suffixes[site % 4]}"
-            f"{('', ':8080', '.')[page % 3]}/{page}.jpg"
-            for page in range(num_pages)
-            for site in range(num_sites)
-        )
-    )
-
-
-def test_a_site_is_in_one_lane_and_no_pair_is_lost() -> None:
-    pairs = many_sites()
-    lanes = plan_lanes(pairs, 16)
-    assert sorted(pair["key"] for lane in lanes for pair in lane) == [pair["key"] for pair in pairs]
-    lanes_of_site = collections.defaultdict(set)
-    for number, lane in enumerate(lanes):
-        assert lane == sorted(lane, key=lambda pair: pair["key"])
-        for pair in lane:
-            lanes_of_site[int(pair["key"]) % 60].add(number)
-    assert len(lanes_of_site) == 60 and all(len(found) == 1 for found in lanes_of_site.values())
-    assert len(set().union(*lanes_of_site.values())) > 8, "sites are spread over too few lanes"
-
-
-@pytest.mark.parametrize(
-    ("urls", "num_lanes"),
-    [
-        (("http://127.0.0.1:1/a", "https://127.0.0.1:2/b"), 1),
-        (("http://[2606:4700::1]/a", "http://[2606:4700::1]:81/b"), 1),
-        (("http://localhost/a", "http://LOCALHOST:99/b"), 1),
-        (("http://bücher.de/a", "http://xn--bcher-kva.de/b", "http://www.bücher.de/c"), 1),
-        (("file:///etc/passwd", "http://", "nonsense"), 1),
-        (("http://a.shop.unlisted/a", "http://b.shop.unlisted/b"), 1),
-        (tuple(f"http://8.8.8.{number}/a" for number in range(100)), 50),
-        (tuple(f"http://host{number}/a" for number in range(100)), 50),
-        (tuple(f"http://shop{number}.co.uk/a" for number in range(100)), 50),
-    ],
-)
-def test_urls_are_grouped_by_site(urls: tuple[str, ...], num_lanes: int) -> None:
-    filled = sum(bool(lane) for lane in plan_lanes(pairs_of(*urls), 1000))
-    assert filled == 1 if num_lanes == 1 else filled >= num_lanes
-
-
-def test_lanes_are_the_same_in_every_process_and_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail_on_use(*_: object, **__: object) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket, "socket", fail_on_use)
-    monkeypatch.setattr(socket, "getaddrinfo", fail_on_use)
-    domains.suffixes.cache_clear()
-    domains.registrable_domain.cache_clear()
-    lanes = plan_lanes(pairs_of("http://example.com/a", "http://www.example.org/b", "http://1.1.1.1/c"), 16)
-    assert {pair["url"][-1]: number for number, lane in enumerate(lanes) for pair in lane} == {"a": 7, "b": 5, "c": 9}
-
-
-def test_shards_are_cut_within_lanes_and_own_servers_need_no_lane() -> None:
-    pairs = many_sites() + pairs_of(*(f"http://127.0.0.1:8765/{number}.jpg" for number in range(250)))
-    config = DownloadConfig(shard_size=100, num_lanes=5, allow_hosts=("127.0.0.1:8765",))
-    lanes = plan_shards(pairs, config)
-    assert lanes == plan_shards(pairs, config)
-    assert [list(map(len, lane)) for lane in lanes[:3]] == [[100], [100], [50]]
-    assert [pair for lane in lanes[:3] for shard in lane for pair in shard] == pairs[720:]
-    assert len(lanes) <= 3 + 5 and all(len(shard) <= 100 for lane in lanes for shard in lane)
-    others = [[pair for shard in lane for pair in shard] for lane in lanes[3:]]
-    assert others == [lane for lane in plan_lanes(pairs[:720], 5) if lane]
-    few = plan_shards(pairs[:90], config)
-    assert [list(map(len, lane)) for lane in few] == [[90]], "a short list is one file"
-    giant = pairs_of(*(f"https://cdn{number % 9}.example.com/{number}" for number in range(1000)))
-    assert [list(map(len, lane)) for lane in plan_shards(giant, config)] == [[100] * 10]
-
-
-def test_a_lane_runs_one_shard_at_a_time(cluster: None) -> None:
-    import ray
-
-    @ray.remote(num_cpus=0)
-    def count(shard: Shard) -> int:
-        time.sleep(0.01)
-        return len(shard)
-
-    pairs = pairs_of(*(f"http://site{site}.example/{page}" for page in range(40) for site in range(12)))
-    lanes = plan_shards(pairs, DownloadConfig(shard_size=10, num_lanes=6))
-    lane_of = {id(shard): number for number, lane in enumerate(lanes) for shard in lane}
-    running: list[int] = []
-    order: list[int] = []
-    highest = 0
-
-    def start(shard: Shard) -> object:
-        nonlocal highest
-        assert lane_of[id(shard)] not in running
-        running.append(lane_of[id(shard)])
-        order.append(lane_of[id(shard)])
-        highest = max(highest, len(running))
-        return count.remote(shard)
-
-    results = run_in_lanes(lanes, 3, start, on_done=lambda shard: running.remove(lane_of[id(shard)]))
-    assert sum(results) == len(pairs) and sorted(results) == sorted(len(shard) for lane in lanes for shard in lane)
-    assert highest == 3 and not running
-    longest = max(range(len(lanes)), key=lambda number: sum(map(len, lanes[number])))
-    assert order[0] == longest
-
-
-def test_after_a_failure_running_tasks_finish_and_no_task_starts(cluster: None) -> None:
-    import ray
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def work(shard: Shard) -> int:
-        if shard[0]["key"] == "00000":
-            raise ValueError("no space left")
-        time.sleep(0.5)
-        return len(shard)
-
-    shards = [[pair] for pair in pairs_of(*(f"http://site{number}.example/" for number in range(9)))]
-    started: list[Shard] = []
-
-    def start(shard: Shard) -> object:
-        started.append(shard)
-        return work.remote(shard)
-
-    with pytest.raises(StageError, match=r"no space left.* 2 finished shards are kept"):
-        run_in_lanes([shards[:3], shards[3:6], shards[6:]], 3, start)
-    assert len(started) == 3
 
 
 def pids_of_shards() -> list[int]:
@@ -474,25 +356,6 @@ def test_f38_a_killed_task_and_a_hung_task_are_restarted(cluster: None, tmp_path
 
 def scenes_of_kind(table: pa.Table, *kinds: str) -> int:
     return sum(url.split("/")[-2] in kinds for url in table["url"].to_pylist())
-
-
-def test_f38_a_shard_that_hangs_every_time_ends_the_stage(cluster: None, tmp_path: Path) -> None:
-    import ray
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def hang() -> None:
-        time.sleep(60)
-
-    started: list[Shard] = []
-
-    def start(shard: Shard) -> object:
-        started.append(shard)
-        return hang.remote()
-
-    shards = [pairs_of("http://a/1"), pairs_of("http://a/2")]
-    with pytest.raises(StageError, match=r"no row was completed for 0.2 s, 3 times.*run the same command again"):
-        run_in_lanes([shards], 2, start, heartbeat=lambda _: 1, stall_seconds=0.2)
-    assert started == shards[:1] * 3
 
 
 def test_f38_a_late_result_of_an_abandoned_task_is_discarded(tmp_path: Path) -> None:
