@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -203,7 +204,8 @@ def _write_shards(
     table = pa.concat_tables(pieces).sort_by([("lane", "ascending"), ("key", "ascending")])
     lanes, starts = np.unique(table["lane"].to_numpy(), return_index=True)
     table, shards = table.drop_columns("lane"), []
-    for lane, start, stop in zip(lanes.tolist(), starts, [*starts[1:], table.num_rows], strict=True):
+    bounds = itertools.pairwise([*starts.tolist(), table.num_rows])
+    for lane, (start, stop) in zip(lanes.tolist(), bounds, strict=True):
         for first in range(start, stop, shard_size):
             cut = table.slice(first, min(shard_size, stop - first))
             shard = Shard(fingerprint(cut["key"].to_pylist(), attempt)[:32], cut.num_rows)

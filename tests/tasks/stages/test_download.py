@@ -20,7 +20,7 @@ import pytest
 
 from pipelines import scene_server
 from pipelines.scene_server import ScenesConfig
-from tasks import index, ranges, tables
+from tasks import ranges, tables
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
@@ -34,9 +34,8 @@ from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
 from tasks.store import Store
 from tasks.tracking import Tracker
-from tasks.untrusted import domains
 from unclip import files
-from unclip.errors import ConfigError, StageError
+from unclip.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -96,9 +95,7 @@ def done(result: Artifact | Failure) -> Artifact:
 
 
 def reasons_by_kind(pairs: Artifact, selection: Artifact) -> dict[str, set[str | None]]:
-    urls = dict(
-        zip(*(read_list(pairs).column(name).to_pylist() for name in ("position", "url")), strict=True)
-    )
+    urls = dict(zip(*(read_list(pairs).column(name).to_pylist() for name in ("position", "url")), strict=True))
     found = collections.defaultdict(set)
     for row in read_list(selection).to_pylist():
         kind = "file" if urls[row["position"]].startswith("file:") else urls[row["position"]].split("/")[-2]
