@@ -187,17 +187,32 @@ def test_a_site_of_90_percent_of_the_rows_does_not_hold_the_others_back(tmp_path
     found = [set(sites(lane["url"]).to_pylist()) for lane in read_lanes(tmp_path, lanes)]
     assert [site for site in found if "large.example" in site] == [{"large.example"}], "no site waits for the large one"
     assert len(lanes) > 5
-    is_large = {shard: "large.example" in site for lane, site in zip(lanes, found, strict=True) for shard in lane}
-    order: list[bool] = []
+    lane_of = {shard: number for number, lane in enumerate(lanes) for shard in lane}
+    large_lane = found.index({"large.example"})
+    left = collections.Counter(lane_of.values())  # unfinished shards of each lane
+    running: list[int] = []
+    num_checked = 0
+    has_started = False
 
     def start(shard: Shard) -> ray.ObjectRef[int]:
-        order.append(is_large[shard])
+        nonlocal has_started
+        running.append(lane_of[shard])
+        has_started = True
         return count.remote(shard)
 
-    run_in_lanes(lanes, 3, start, lambda *_: None)
-    last_small = max(position for position, large_shard in enumerate(order) if not large_shard)
-    num_small = len(order) - sum(order)
-    assert order[0] and last_small < 2 * num_small, "other sites are fetched beside the large one, not after it"
+    def on_done(shard: Shard, _: int) -> None:
+        nonlocal has_started, num_checked
+        if has_started:  # the first call after all free slots were filled
+            others_left = sum(number > 0 for lane, number in left.items() if lane != large_lane)
+            others_running = sum(lane != large_lane for lane in running)
+            assert others_running >= min(2, others_left), "the large site takes more than one of three slots"
+            num_checked += others_left >= 2
+        has_started = False
+        running.remove(lane_of[shard])
+        left[lane_of[shard]] -= 1
+
+    run_in_lanes(lanes, 3, start, on_done)
+    assert num_checked > 3 and not left.total()
 
 
 def shards_of(num_lanes: int, num_shards: int) -> list[list[Shard]]:
