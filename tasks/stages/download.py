@@ -237,7 +237,7 @@ def _plan(context: StageContext, config: DownloadConfig, pairs: str, table_uri: 
     limit, last_attempt = _limit(config), pin_attempt(context.store, dataclasses.replace(config, attempt=0), False)
     search = _Search(
         pairs,
-        f"{context.folder}/plan-ranges",
+        f"{folder}/ranges",
         [] if version is None else index_files(table_uri),
         [index_files(uri) for uri in others],
         config.attempt > last_attempt.attempt,

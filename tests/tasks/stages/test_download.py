@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import pytest
 from pipelines import scene_server
 from pipelines.scene_server import ScenesConfig
 from tasks import ranges, tables
+from tasks.index import index_files
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
@@ -68,10 +70,10 @@ def download_config(scenes: ScenesConfig, **settings: object) -> DownloadConfig:
     return DownloadConfig(**settings)  # type: ignore[arg-type]
 
 
-def run_ingest(storage: Path, scenes: ScenesConfig) -> Artifact:
+def run_ingest(storage: Path, scenes: ScenesConfig, count: int = 1) -> Artifact:
     path = str(storage / f"list-{scenes.num_images}.parquet")
     scene_server.write_url_list(scenes, path)
-    return in_ranges(storage, done(execute(Call(ingest, IngestConfig(path)), run(storage), [])))
+    return in_ranges(storage, done(execute(Call(ingest, IngestConfig(path)), run(storage), [])), count)
 
 
 def in_ranges(storage: Path, pairs: Artifact, count: int = 1) -> Artifact:
@@ -138,27 +140,46 @@ def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: 
     assert failed["jpg"].null_count == failed.num_rows == 12
 
 
-def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path) -> None:
+def assert_indexed(images: Artifact) -> None:
+    """The index has the rows of the table, and the facts name its version."""
+    uri, columns = images.facts["images"], ["key", "status", "reason", "sha256"]
+    found = ranges.read_all(index_files(uri, images.facts["index_version"]), columns)
+    assert found.equals(tables.read(uri, images.facts["images_version"], columns))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path, count: int) -> None:
     scenes = ScenesConfig(num_images=20, side=16, broken=0, port=free_port())
     longer = dataclasses.replace(scenes, num_images=26)
     with scene_server.serve(longer) as server:
         config = download_config(scenes)
-        first = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, scenes)]))
+        first = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, scenes, count)]))
         assert (first.facts["fetched_now"], first.facts["images_version"]) == (20, 0)
         server.requests.clear()
-        second = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, longer)]))
+        second = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, longer, count)]))
         assert (second.facts["fetched_now"], second.facts["images_version"]) == (6, 1)
         assert sum(server.requests.values()) == 6 == len(server.requests)
         server.requests.clear()
         # A setting that does not affect images: nothing is fetched, no version is added, and the content is the same.
         again = done(
             execute(
-                Call(download, dataclasses.replace(config, retries=0)), run(tmp_path), [run_ingest(tmp_path, longer)]
+                Call(download, dataclasses.replace(config, retries=0)),
+                run(tmp_path),
+                [run_ingest(tmp_path, longer, count)],
             )
         )
         assert (again.facts["fetched_now"], again.facts["images_version"], again.digest) == (0, 1, second.digest)
         assert not server.requests
     assert second.digest != first.digest
+    assert_indexed(first)
+    assert_indexed(again)
+    for stage in (first, second):  # only names and counts remain of the plan
+        folder = tmp_path / "artifacts" / "download" / stage.fingerprint
+        assert [path.name for path in folder.iterdir()] == ["plan.json"]
+        plan = json.loads((folder / "plan.json").read_text())
+        shards = [shard for lane in plan["lanes"] for shard in lane]
+        assert all(len(name) == 32 and rows <= 20 for name, rows in shards)
+        assert sum(rows for _, rows in shards) == stage.facts["fetched_now"]
     assert tables.read(first.uri, 0).num_rows == 20 and tables.read(first.uri).num_rows == 26
 
 
@@ -166,6 +187,7 @@ KILLED = """
 import sys, ray
 sys.path[:0] = [{tests!r}]
 from test_download import *
+download_module.PARTS_PER_COMMIT = {parts_per_commit}
 ray.init(address={address!r}, log_to_driver=False)
 scenes = ScenesConfig(**{scenes!r})
 config = download_config(scenes, tasks_in_flight=1)
@@ -173,7 +195,9 @@ execute(Call(download, config), run(Path({storage!r})), [run_ingest(Path({storag
 """
 
 
-def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts_per_commit", [1000, 2])
+def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path, parts_per_commit: int) -> None:
+    """After a commit, the table has the rows fetched before; finished parts that are not in a commit are found as well."""
     import ray
 
     scenes = ScenesConfig(num_images=400, side=16, broken=0.005, port=free_port())
@@ -185,12 +209,19 @@ def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
         address=ray.get_runtime_context().gcs_address,
         scenes=dataclasses.asdict(scenes),
         storage=str(killed),
+        parts_per_commit=parts_per_commit,
     )
+
+    def is_under_way() -> bool:
+        if parts_per_commit == 2:
+            return tables.version(table_uri) is not None
+        return len(list(Path(table_uri).glob("*.parquet"))) >= 2
+
     with scene_server.serve(scenes) as server:
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
         try:
             deadline = time.monotonic() + 240
-            while len(list(Path(table_uri).glob("*.parquet"))) < 2 and time.monotonic() < deadline:
+            while not is_under_way() and time.monotonic() < deadline:
                 time.sleep(0.01)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -198,7 +229,10 @@ def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
         time.sleep(1)  # Ray ends the tasks of a dead driver
         finished = set(Path(table_uri).glob("*.parquet"))
         assert 2 <= len(finished) < 21, "killed too late or too early"
-        assert tables.version(table_uri) is None, "parts are invisible until they are committed"
+        if parts_per_commit == 2:
+            assert tables.read(table_uri).num_rows >= 40, "a killed crawl leaves a table"
+        else:
+            assert tables.version(table_uri) is None, "parts are invisible until they are committed"
         stored = pa.concat_tables(map(tables.read_file, map(str, finished)))
         server.requests.clear()
 
@@ -207,6 +241,8 @@ def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
         assert not fetched_again & set(stored["url"].to_pylist())
         reference = done(execute(Call(download, config), run(undisturbed), [run_ingest(undisturbed, scenes)]))
     assert resumed.digest == reference.digest
+    assert resumed.facts["fetched_now"] == reference.facts["fetched_now"]
+    assert_indexed(resumed)
     assert content(resumed.uri).equals(content(reference.uri))
     assert [Path(uri).name for uri in tables.files(resumed.uri)] == [
         Path(uri).name for uri in tables.files(reference.uri)
@@ -230,6 +266,39 @@ def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, t
         server.requests.clear()
         assert done(execute(Call(download, config), run(tmp_path), [pairs])).facts["rows"]["kept"] == 30
         assert sum(server.requests.values()) == 15
+
+
+def test_the_table_does_not_depend_on_the_number_of_ranges_and_lanes(cluster: None, tmp_path: Path) -> None:
+    """Half of the URLs are on servers that need lanes; they fail at once since their addresses are not public."""
+    scenes = ScenesConfig(num_images=40, side=16, broken=0.1, port=free_port())
+    found = {}
+    with scene_server.serve(scenes):
+        pairs = run_ingest(tmp_path, scenes)
+        others = [f"http://10.0.0.{number % 30}/{number}.jpg" for number in range(80)]
+        table = read_list(pairs)
+        extra = pa.table(
+            {
+                "key": [files.sha256(url.encode())[:32] for url in others],
+                "url": others,
+                "caption": ["an image"] * len(others),
+                "position": range(table.num_rows, table.num_rows + len(others)),
+                "status": ["kept"] * len(others),
+            }
+        )
+        table = pa.concat_tables([table, extra], promote_options="default").sort_by("key")
+        ranges.write_range(str(tmp_path / "mixed"), ranges.KeyRange(0, 1), table)
+        pairs = dataclasses.replace(pairs, uri=str(tmp_path / "mixed"), digest="mixed")
+        for count, tasks in ((1, 1), (4, 1), (1, 2), (4, 2)):
+            storage = tmp_path / f"{count}-{tasks}"
+            config = download_config(scenes, shard_size=8, num_lanes=1, tasks_in_flight=tasks)
+            images = done(execute(Call(download, config), run(storage), [in_ranges(storage, pairs, count)]))
+            assert_indexed(images)
+            facts = {name: images.facts[name] for name in ("rows", "reasons", "images_digest", "fetched_now")}
+            found[count, tasks] = (content(images.uri), images.digest, facts)
+    table, digest, facts = found[1, 1]
+    assert facts["reasons"]["blocked_address"] >= 80 and facts["rows"]["kept"] >= 40
+    for other_table, other_digest, other_facts in found.values():
+        assert other_table.equals(table) and (other_digest, other_facts) == (digest, facts)
 
 
 def outcomes(images: Artifact) -> dict[str, str | None]:
@@ -305,6 +374,70 @@ def test_transient_failures_are_retried_on_request(cluster: None, tmp_path: Path
     transient = [reason for reason in outcomes(images).values() if reason and TRANSIENT.fullmatch(reason)]
     assert third.facts["fetched_now"] == len(transient) > 0
     assert tables.read(images.uri)["key"].to_pylist() == tables.read(offline.uri, 0)["key"].to_pylist()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_interrupted_retry_loses_no_row_and_continues(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Each commit replaces the rows that its parts hold; files that keep other rows are written again, repeatedly."""
+    scenes = ScenesConfig(num_images=40, side=16, broken=0.3, port=free_port())
+    pairs = run_ingest(tmp_path, scenes, count)
+    config = download_config(scenes, shard_size=30, retries=0)
+    offline = done(execute(Call(download, config), run(tmp_path), [pairs]))
+    again = dataclasses.replace(
+        pin_attempt(Store(str(tmp_path)), config, retry_failed=True), shard_size=7, tasks_in_flight=1
+    )
+    keys = tables.read(offline.uri, columns=["key"])["key"].to_pylist()
+    from unclip.config import fingerprint
+
+    monkeypatch.setattr(download_module, "PARTS_PER_COMMIT", 1)
+    blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(keys[21:28], 1)[:32]}.parquet")
+    blocked.mkdir(parents=True)
+    with scene_server.serve(scenes) as server:
+        failure = execute(Call(download, again), run(tmp_path), [pairs])
+        assert isinstance(failure, Failure) and "3 finished shards are kept" in failure.message, failure
+        blocked.rmdir()
+        halfway = tables.read(offline.uri)
+        assert halfway["key"].to_pylist() == keys, "each row is in the table once"
+        assert set(halfway["reason"].to_pylist()[21:]) == {"connect_error"}
+        assert "connect_error" not in halfway["reason"].to_pylist()[:21]
+        server.requests.clear()
+        images = done(execute(Call(download, again), run(tmp_path), [pairs]))
+        requested = {f"http://{scenes.address}{path}" for path in server.requests}
+    finished = halfway.slice(0, 21)
+    assert any(reason and TRANSIENT.fullmatch(reason) for reason in finished["reason"].to_pylist())
+    assert not requested & set(finished["url"].to_pylist()), "a row that failed again is not retried once more"
+    table = tables.read(images.uri)
+    assert table["key"].to_pylist() == keys and table.slice(0, 21).equals(finished)
+    assert "connect_error" not in table["reason"].to_pylist()
+    assert images.facts["fetched_now"] == len(keys) and images.facts["rows"]["kept"] >= 40
+    assert_indexed(images)
+
+
+def test_an_interrupted_plan_is_not_continued_after_other_commits(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another list with the same rows is downloaded before the next attempt: no row is fetched or stored twice."""
+    scenes = ScenesConfig(num_images=30, side=16, broken=0, port=free_port())
+    config = download_config(scenes, shard_size=10, tasks_in_flight=1)
+    monkeypatch.setattr(download_module, "PARTS_PER_COMMIT", 1)
+    from unclip.config import fingerprint
+
+    with scene_server.serve(scenes) as server:
+        pairs = run_ingest(tmp_path, scenes)
+        keys = read_list(pairs)["key"].to_pylist()
+        blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(keys[10:20], 0)[:32]}.parquet")
+        blocked.mkdir(parents=True)
+        assert isinstance(execute(Call(download, config), run(tmp_path), [pairs]), Failure)
+        blocked.rmdir()
+        half = ranges.read_all(pairs.uri).slice(5, 10)
+        ranges.write_range(str(tmp_path / "half"), ranges.KeyRange(0, 1), half)
+        other = dataclasses.replace(pairs, uri=str(tmp_path / "half"), digest="half")
+        assert done(execute(Call(download, config), run(tmp_path), [other])).facts["fetched_now"] == 5
+        images = done(execute(Call(download, config), run(tmp_path), [pairs]))
+        assert images.facts["fetched_now"] == 15 and max(server.requests.values()) == 1
+    assert tables.read(images.uri)["key"].to_pylist() == keys
 
 
 def pids_of_shards() -> list[int]:
