@@ -4,9 +4,9 @@ No row disappears: after every stage, rows in = kept + dropped + failed. A faile
 was obtained but is not wanted.
 """
 
+import collections
 import re
 import typing
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -121,26 +121,17 @@ def count(table: "pa.Table") -> dict[str, Any]:
     unexplained = reasons.pop(None, 0)
     assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
     assert all(map(is_reason, reasons)), f"reasons outside the vocabulary: {sorted(reasons)}"
-    return {"rows": rows, "reasons": _by_number(reasons)}
+    return {"rows": rows, "reasons": _by_frequency(reasons)}
 
 
-def add_up(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Add up what `count` returned for the parts of a table."""
-    total: dict[str, Counter[str]] = {"rows": Counter(), "reasons": Counter()}
+def add_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up the results of `count` for parts of a table."""
+    rows: collections.Counter[str] = collections.Counter(dict.fromkeys(("in", KEPT, DROPPED, FAILED), 0))
+    reasons: collections.Counter[str] = collections.Counter()
     for part in counts:
-        for name, numbers in part.items():
-            total[name].update(numbers)
-    return {"rows": dict(total["rows"]), "reasons": _by_number(total["reasons"])}
-
-
-def add_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum of the counts of several parts of a table; see `count`."""
-    found: dict[str, Counter[str]] = {"rows": Counter(), "reasons": Counter()}
-    for part in parts:
-        for name, total in found.items():
-            total.update(part[name])
-    reasons = sorted(found["reasons"].items(), key=lambda item: (-item[1], item[0]))
-    return {"rows": dict(found["rows"]), "reasons": dict(reasons)}
+        rows.update(part["rows"])
+        reasons.update(part["reasons"])
+    return {"rows": dict(rows), "reasons": _by_frequency(reasons)}
 
 
 def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
@@ -148,8 +139,7 @@ def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
     return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
 
 
-def _by_number(reasons: Mapping[str, int]) -> dict[str, int]:
-    """Most frequent reasons first."""
+def _by_frequency(reasons: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -86,7 +87,6 @@ def append_files(
     parts: Sequence[Part],
     schema: pa.Schema,
     note: Mapping[str, str] | None = None,
-    replaced: pa.Array | None = None,
     removed: Sequence[str] = (),
 ) -> int:
     """Commit parts in the table's folder atomically; create the table if there is none, or add columns that it lacks.
@@ -94,7 +94,6 @@ def append_files(
     Args:
         parts: parts to commit; those already committed are skipped, so committing again changes nothing.
         note: metadata of the commit, to trace where rows came from.
-        replaced: keys whose old rows are removed in the same commit; older versions keep them.
         removed: names of files that are removed in the same commit; older versions keep them.
 
     Returns:
@@ -106,8 +105,6 @@ def append_files(
     now = int(time.time() * 1000)
     adds = [_add(part, now) for part in new]
     changes: list[AddAction | RemoveAction] = [*adds]
-    if new and replaced is not None and len(replaced):
-        changes += _without(table_uri, replaced, now)
     changes += [RemoveAction(name, True, now) for name in removed if name in known]
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
@@ -154,13 +151,33 @@ def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | Remov
     """Rewrite the files that hold rows of these keys without them; returns the actions to commit."""
     actions: list[AddAction | RemoveAction] = []
     for uri in files(table_uri):
-        if pc.any(pc.is_in(read_file(uri, ["key"]).column("key"), value_set=keys)).as_py():
-            rows = read_file(uri)
-            kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
+        rewritten = rewrite_without(uri, keys)
+        if rewritten is not None:
             actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
-            if kept.num_rows:
-                actions.append(_add(write_part(table_uri, content_digest(kept)[:32], kept), now))
+            actions += [_add(part, now) for part in rewritten]
     return actions
+
+
+def rewrite_without(uri: str, keys: pa.Array) -> list[Part] | None:
+    """Write a file of a table again without the rows of some keys.
+
+    Returns:
+        The new part, of the same `origin`; no part if no row is left; None if the file has no such rows.
+    """
+    if not pc.any(pc.is_in(read_file(uri, ["key"]).column("key"), value_set=keys)).as_py():
+        return None
+    rows = read_file(uri)
+    kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
+    table_uri, _, name = uri.rpartition("/")
+    return [write_part(table_uri, f"{origin(name)}-{content_digest(kept)[:16]}", kept)] if kept.num_rows else []
+
+
+def origin(name: str) -> str:
+    """Name, without extension, of the first file whose rows a file holds, however often it was rewritten."""
+    return _REWRITTEN.sub("", name.removesuffix(".parquet"))
+
+
+_REWRITTEN = re.compile(r"-[0-9a-f]{16}$")
 
 
 def read_with_commit_times(table_uri: str) -> pa.Table:

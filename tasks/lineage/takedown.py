@@ -126,6 +126,9 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     for uri in (*image_tables(store), *_tables(store, "embeddings")):
         deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(uri, all_keys)
     _blank_lists(store, tombstones)
+    files.delete(
+        store.uri("artifacts", "download")
+    )  # plans of killed runs, with URLs and captions; the next run plans anew
     _redact_reports(store, tombstones.keys)
     _delete_previews(store, tombstones.keys)
     datasets = _datasets_with(store, set(keys))

@@ -160,7 +160,7 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
     split = functools.partial(_clean_and_split, offsets, count)
     merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
     written = dataflow.exchange(split, chunks, count, merge)
-    facts = rows.add_up(facts for facts, _ in written)
+    facts = rows.add_counts(facts for facts, _ in written)
     if not facts["rows"][rows.KEPT]:
         raise InputError(
             f"ingest.urls: none of the {num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "

@@ -122,12 +122,11 @@ def test_f35_rows_removed_under_a_wrong_clock_leave_no_bytes(
     tables.append_files(table, [tables.write_part(table, "first", rows("secret", "b"))], SCHEMA)
     with monkeypatch.context() as clock:
         clock.setattr(time, "time", lambda now=time.time: now() + shift)
-        assert (
-            tables.append_files(
-                table, [tables.write_part(table, "second", rows("b"))], SCHEMA, replaced=pa.array(["b"])
-            )
-            == 1
-        )
+        first = f"{table}/first.parquet"
+        rewritten = tables.rewrite_without(first, pa.array(["b"]))
+        assert rewritten is not None and len(rewritten) == 1 and tables.origin(rewritten[0].name) == "first"
+        parts = [tables.write_part(table, "second", rows("b")), *rewritten]
+        assert tables.append_files(table, parts, SCHEMA, removed=["first.parquet"]) == 1
     assert tables.read(table)["key"].to_pylist() == ["b", "secret"], "versions are not ordered by time"
     assert tables.delete_rows(table, pa.array(["secret"])) == 1
     assert tables.read(table)["key"].to_pylist() == ["b"]
@@ -161,3 +160,13 @@ def test_a_table_gains_a_column_and_its_older_parts_read_as_nulls(tmp_path: Path
     assert tables.read(table, columns=names).to_pydict() == {"key": ["b", "c"], "colour": ["ff0000", None]}
     with pytest.raises(KeyError, match="typo"):
         tables.read(table, columns=["key", "typo"])["typo"]
+
+
+def test_a_file_is_rewritten_only_if_it_has_such_rows(tmp_path: Path) -> None:
+    tables.write_part(str(tmp_path), "first", rows("a", "b", "c"))
+    assert tables.rewrite_without(f"{tmp_path}/first.parquet", pa.array(["d"])) is None
+    assert tables.rewrite_without(f"{tmp_path}/first.parquet", pa.array(["a", "b", "c"])) == []
+    [once] = tables.rewrite_without(f"{tmp_path}/first.parquet", pa.array(["a"])) or []
+    [twice] = tables.rewrite_without(f"{tmp_path}/{once.name}", pa.array(["c"])) or []
+    assert tables.read_file(f"{tmp_path}/{twice.name}")["key"].to_pylist() == ["b"]
+    assert tables.origin(once.name) == tables.origin(twice.name) == "first" and once.name != twice.name

@@ -17,13 +17,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import ranges, tables
+from tasks import ranges
 from tasks import rows as tally
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.ingest import (
     LISTED,
     MAX_LINE_CHARACTERS,
-    PAIRS,
     IngestConfig,
     check_source,
     clean,
