@@ -70,8 +70,8 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
 
     facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "metrics": {}, "captions": {}, "images": {}}
     digests = []
-    for group, batches in _sample_all(context, config, groups, clip, stack).items():
-        values, images = summarise(group, groups[group], batches, reference)
+    for group, measured in _sample_all(context, config, groups, clip, stack).items():
+        values, images = summarise(group, groups[group], measured, reference)
         facts["captions"][group] = len(groups[group])
         facts["metrics"][group] = values
         facts["clip_score"][group] = values["clip_score"]
@@ -79,7 +79,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         if accuracy:
             facts["accuracy"][group] = accuracy
         facts["images"] |= {name: _publish(context, f"{name}.png", data) for name, data in images.items()}
-        digests.append([batch.digest for batch in batches])
+        digests.append(measured.digests)
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
     facts["stack"] = stack.facts()
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
@@ -127,44 +127,50 @@ def unseen_captions(count: int, seed: int) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampledBatch:
-    """Result of sampling one batch."""
+class Measured:
+    """Sampled images, measured: those of one batch, or of a group."""
 
     features: Features
-    digest: str
-    """sha256 of all B images, as [B, S, S, 3] uint8."""
+    digests: list[str]
+    """sha256 of the images of each batch, as [B, S, S, 3] uint8."""
     shown: np.ndarray
-    """[G, S, S, 3] uint8, the first images of the batch, for the grid; G may be 0."""
+    """[G, S, S, 3] uint8, the first images, for the grid; G may be 0."""
 
 
-def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int) -> SampledBatch:
-    """Reduce a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, to its features and its first `num_shown` images."""
+def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int) -> Measured:
+    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, and keep its first `num_shown` images."""
     pixels = imaging.to_uint8(images)
     features = metrics.extract_features(clip, images, captions)
-    return SampledBatch(features, files.sha256(pixels.tobytes()), pixels[:num_shown].copy())
+    return Measured(features, [files.sha256(pixels.tobytes())], pixels[:num_shown].copy())
+
+
+def merge(batches: Sequence[Measured]) -> Measured:
+    """Join all batches of a group, in their order."""
+    features = metrics.concatenate([batch.features for batch in batches])
+    digests = [digest for batch in batches for digest in batch.digests]
+    return Measured(features, digests, np.concatenate([batch.shown for batch in batches]))
 
 
 def summarise(
-    group: str, captions: Sequence[str], batches: Sequence[SampledBatch], reference: torch.Tensor
+    group: str, captions: Sequence[str], measured: Measured, reference: torch.Tensor
 ) -> tuple[dict[str, float], dict[str, bytes]]:
-    """Compute the metrics of a group from all its batches in order; also its images as PNGs, by name."""
-    features = metrics.concatenate([batch.features for batch in batches])
-    sampled = Sampled(captions, features, reference)
+    """Compute the metrics of a group; also its images as PNGs, by name."""
+    sampled = Sampled(captions, measured.features, reference)
     values = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
     images: dict[str, bytes] = {}
-    shown = imaging.from_uint8(np.concatenate([batch.shown for batch in batches]))
     marks = None
-    if features.scenes is not None:
-        marks = features.scenes.all_correct()
-        images[f"confusion_{group}"] = confusion_matrices(features.scenes)
+    if measured.features.scenes is not None:
+        marks = measured.features.scenes.all_correct()
+        images[f"confusion_{group}"] = confusion_matrices(measured.features.scenes)
+    shown = imaging.from_uint8(measured.shown)
     images[group] = imaging.png(imaging.grid(shown, columns=8, captions=captions[: len(shown)], marks=marks))
     return values, images
 
 
 def _sample_all(
     context: StageContext, config: Any, groups: Mapping[str, list[str]], clip: Artifact, stack: StackFiles
-) -> dict[str, list[SampledBatch]]:
-    """Batches of each group in order; they are distributed over the workers, one at a time to each."""
+) -> dict[str, Measured]:
+    """Sample and measure each group; batches are distributed over the workers, one at a time to each."""
     resources, size = context.resources, config.sampling.batch_size
     batches = [
         (group, number, captions[start : start + size], max(0, config.num_images - start))
@@ -179,13 +185,13 @@ def _sample_all(
         )
         for _ in range(min(resources.num_workers, len(batches)))
     ]
-    found: dict[str, list[SampledBatch]] = {group: [] for group in groups}
+    found: dict[str, list[Measured]] = {group: [] for group in groups}
     progress = context.progress(sum(map(len, groups.values())), "images").start()
     done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.sample.remote(*batch[1:]), batches)
-    for (group, _, captions, _), sampled in zip(batches, done, strict=True):
-        found[group].append(sampled)
+    for (group, _, captions, _), measured in zip(batches, done, strict=True):
+        found[group].append(measured)
         progress.update(len(captions))
-    return found
+    return {group: merge(found.pop(group)) for group in groups}  # the batches are freed group by group
 
 
 @ray.remote(max_task_retries=3)
@@ -199,8 +205,8 @@ class SamplingWorker:
         self.clip = measuring_clip.load().to(device)
         self.seed = seed
 
-    def sample(self, number: int, captions: list[str], num_shown: int) -> SampledBatch:
-        """Sample and measure batch `number` of a group, and return its first `num_shown` images."""
+    def sample(self, number: int, captions: list[str], num_shown: int) -> Measured:
+        """Sample and measure batch `number` of a group, and keep its first `num_shown` images."""
         images = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
         return measure_batch(self.clip, images.to(self.system.device), captions, num_shown)
 

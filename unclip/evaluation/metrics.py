@@ -178,7 +178,8 @@ def frechet_distance(sampled: Tensor, real: Tensor) -> float:
         shapes = f"{tuple(sampled.shape)} and {tuple(real.shape)}"
         raise ShapeError(f"embeddings: got {shapes}, expected [N, E] and [M, E] with N, M >= 2.")
     means, roots, traces = [], [], []
-    for embeddings in (sampled.double(), real.double()):
+    for given in (sampled, real):
+        embeddings = given.double()
         means.append(embeddings.mean(dim=0))
         covariance = torch.cov(embeddings.T).reshape(embeddings.shape[1], -1)  # [E, E]
         variances, directions = torch.linalg.eigh(covariance)
