@@ -1,8 +1,14 @@
-"""Stage `evaluate`: sample images of held-out captions with the whole system, and measure them."""
+"""Stage `evaluate`: sample images of held-out captions with the whole system, and measure them.
+
+Workers sample and measure; they return features, and pixels only of the images in the grid. Memory therefore grows by some
+kilobytes with each image, at any resolution.
+
+Letters: B images of a batch, G of them in the grid, S resolution, M held-out rows, E width of embeddings.
+"""
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +23,7 @@ from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip import files, imaging
 from unclip.config import fingerprint, require, to_dict
 from unclip.evaluation import metrics, scenes
-from unclip.evaluation.metrics import METRICS, Sampled
+from unclip.evaluation.metrics import METRICS, Features, Sampled
 from unclip.models.clip import Clip
 from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
 
@@ -40,6 +46,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
         require(self.num_unseen >= 0, "num_unseen", self.num_unseen, "at least 0")
+        require(self.num_images >= 1, "num_images", self.num_images, "at least 1")
 
 
 def _pin(config: Any, pinning: Pinning) -> Any:
@@ -48,7 +55,7 @@ def _pin(config: Any, pinning: Pinning) -> Any:
     return dataclasses.replace(config, system=system)
 
 
-@stage("evaluate", version=2, has_workers=True, pin=_pin)
+@stage("evaluate", version=3, has_workers=True, pin=_pin)
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)
@@ -60,23 +67,16 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
 
     facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "metrics": {}, "captions": {}, "images": {}}
     digests = []
-    for group, sampled in _sample_all(context, config, groups, clip, stack, reference).items():
-        values = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
-        facts["captions"][group] = len(sampled.captions)
+    for group, measured in _sample_all(context, config, groups, clip, stack).items():
+        values, images = summarise(group, groups[group], measured, reference)
+        facts["captions"][group] = len(groups[group])
         facts["metrics"][group] = values
         facts["clip_score"][group] = values["clip_score"]
         accuracy = {name.removeprefix("accuracy."): values[name] for name in values if name.startswith("accuracy.")}
-        marks = None
-        scores = metrics.score_scenes(sampled.images, sampled.captions)
-        if scores is not None:
+        if accuracy:
             facts["accuracy"][group] = accuracy
-            marks = scores.all_correct()[: config.num_images]
-            name = f"confusion_{group}"
-            facts["images"][name] = _publish(context, f"{name}.png", confusion_matrices(scores))
-        shown, captions = sampled.images[: config.num_images], sampled.captions[: config.num_images]
-        grid = imaging.png(imaging.grid(shown, columns=8, captions=captions, marks=marks))
-        facts["images"][group] = _publish(context, f"{group}.png", grid)
-        digests.append(files.sha256(imaging.to_uint8(sampled.images).tobytes()))
+        facts["images"] |= {name: _publish(context, f"{name}.png", data) for name, data in images.items()}
+        digests.append(measured.digests)
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
     facts["stack"] = stack.facts()
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
@@ -121,18 +121,54 @@ def unseen_captions(count: int, seed: int) -> list[str]:
     return captions
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Sampled images, measured: those of one batch, or of a group."""
+
+    features: Features
+    digests: list[str]
+    """sha256 of the images of each batch, as [B, S, S, 3] uint8."""
+    shown: np.ndarray
+    """[G, S, S, 3] uint8, the first images, for the grid; G may be 0."""
+
+
+def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int) -> Measured:
+    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, and keep its first `num_shown` images."""
+    pixels = imaging.to_uint8(images)
+    features = metrics.extract_features(clip, images, captions)
+    return Measured(features, [files.sha256(pixels.tobytes())], pixels[:num_shown].copy())
+
+
+def merge(batches: Sequence[Measured]) -> Measured:
+    """Join all batches of a group, in their order."""
+    features = metrics.concatenate([batch.features for batch in batches])
+    digests = [digest for batch in batches for digest in batch.digests]
+    return Measured(features, digests, np.concatenate([batch.shown for batch in batches]))
+
+
+def summarise(
+    group: str, captions: Sequence[str], measured: Measured, reference: torch.Tensor
+) -> tuple[dict[str, float], dict[str, bytes]]:
+    """Compute the metrics of a group; also its images as PNGs, by name."""
+    sampled = Sampled(captions, measured.features, reference)
+    values = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
+    images: dict[str, bytes] = {}
+    marks = None
+    if measured.features.scenes is not None:
+        marks = measured.features.scenes.all_correct()
+        images[f"confusion_{group}"] = confusion_matrices(measured.features.scenes)
+    shown = imaging.from_uint8(measured.shown)
+    images[group] = imaging.png(imaging.grid(shown, columns=8, captions=captions[: len(shown)], marks=marks))
+    return values, images
+
+
 def _sample_all(
-    context: StageContext,
-    config: Any,
-    groups: dict[str, list[str]],
-    clip: Artifact,
-    stack: StackFiles,
-    reference: torch.Tensor,
-) -> dict[str, Sampled]:
-    """Images of each group and their embeddings; batches are distributed over the workers."""
+    context: StageContext, config: Any, groups: Mapping[str, list[str]], clip: Artifact, stack: StackFiles
+) -> dict[str, Measured]:
+    """Sample and measure each group; batches are distributed over the workers, one at a time to each."""
     resources, size = context.resources, config.sampling.batch_size
     batches = [
-        (group, number, captions[start : start + size])
+        (group, number, captions[start : start + size], max(0, config.num_images - start))
         for group, captions in groups.items()
         for number, start in enumerate(range(0, len(captions), size))
     ]
@@ -144,19 +180,13 @@ def _sample_all(
         )
         for _ in range(min(resources.num_workers, len(batches)))
     ]
-    found: dict[str, list[tuple[np.ndarray, ...]]] = {group: [] for group in groups}
+    found: dict[str, list[Measured]] = {group: [] for group in groups}
     progress = context.progress(sum(map(len, groups.values())), "images").start()
     done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.sample.remote(*batch[1:]), batches)
-    for (group, _, captions), arrays in zip(batches, done, strict=True):
-        found[group].append(arrays)
+    for (group, _, captions, _), measured in zip(batches, done, strict=True):
+        found[group].append(measured)
         progress.update(len(captions))
-    return {
-        group: Sampled(pixels, groups[group], image_embedding, text_embedding, reference)
-        for group, parts in found.items()
-        for pixels, image_embedding, text_embedding in [
-            [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)]
-        ]
-    }
+    return {group: merge(found.pop(group)) for group in groups}  # the batches are freed group by group
 
 
 @ray.remote(max_task_retries=3)
@@ -170,16 +200,10 @@ class SamplingWorker:
         self.clip = measuring_clip.load().to(device)
         self.seed = seed
 
-    def sample(self, number: int, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Batch `number` of a group: images [B, 3, H, W] in [-1, 1], and embeddings [B, E] of the images and of the captions."""
-        pixels = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
-        return pixels.numpy(), *_embeddings(self.clip, pixels.to(self.system.device), captions)
-
-
-def _embeddings(clip: Clip, pixels: torch.Tensor, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    image_embedding = clip.embed_images(clip.resize(pixels))
-    text_embedding = clip.encode_text(clip.tokenize(captions).to(pixels.device)).text_embedding
-    return image_embedding.cpu().numpy(), text_embedding.cpu().numpy()
+    def sample(self, number: int, captions: list[str], num_shown: int) -> Measured:
+        """Sample and measure batch `number` of a group, and keep its first `num_shown` images."""
+        images = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
+        return measure_batch(self.clip, images.to(self.system.device), captions, num_shown)
 
 
 def _publish(context: StageContext, name: str, data: bytes) -> str:
@@ -194,9 +218,9 @@ def confusion_matrices(scores: metrics.SceneScores) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
-    plots = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "size": scenes.SIZES}
-    for axes, (attribute, labels) in zip(figure.subplots(1, len(plots)), plots.items(), strict=True):
-        counts = scores.confusion(attribute, labels)
+    plots = figure.subplots(1, len(metrics.LABELS))
+    for axes, (attribute, labels) in zip(plots, metrics.LABELS.items(), strict=True):
+        counts = scores.confusion(attribute)
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.set_xticks(range(len(labels) + 1), [*labels, "other"], rotation=45, ha="right")
