@@ -1,9 +1,9 @@
 """Hours, bytes and cost of a pipeline's stages for a number of pairs: arithmetic alone, from rates, shares and sizes.
 
-Each stage's rate is the one that the storage measured (`pipelines.measured`), otherwise the one shipped here. Data stages run
-one after another on all CPUs; embedding and training use the GPUs, or the CPUs if there are none. Trainings that do not need
-each other divide the GPUs so that they end together, and run one after another if there are fewer GPUs than trainings. The
-report is made beside the trainings.
+Each stage's rate is the one that the storage measured (`pipelines.measured`), otherwise the one in `pipelines.shipped_rates`.
+Data stages run one after another on all CPUs; embedding and training use the GPUs, or the CPUs if there are none. Trainings
+that do not need each other divide the GPUs so that they end together, and run one after another if there are fewer GPUs than
+trainings. The report is made beside the trainings.
 
 Bytes are those that stay in the storage, and those that are fetched: from the web by the download, from the storage by others.
 A stage pays for the GPUs or the CPUs that compute it while it runs, and for its bytes during one month.
@@ -14,59 +14,23 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-SIZES = (1_000_000, 10_000_000, 100_000_000, 650_000_000)
-"""Numbers of pairs that are estimated by default; the last is the paper's (Ramesh et al. 2022, appendix C)."""
-
-RATES: Mapping[str, float] = {
-    "ingest": 26_000,
-    "download": 59,
-    "filter": 56_000,
-    "dedup": 17_700,
-    "curate": 20_000,
-    "report": 51_000,
-}
-"""Shipped rows per second of one CPU.
-
-ingest: measured here on one process. download: LAION-5B, 9,500 images/s on 160 CPUs. The others follow from joins of 112,000
-and group-bys of 102,000 rows/s by Ray Data on two CPUs: filter is one join; dedup one join and two group-bys; report one
-group-by; curate a join and sums for a covariance of 768 dimensions, 1.2 MFLOP a row.
-"""
-SHARES: Mapping[str, float] = {
-    "ingest": 0.98,
-    "download": 0.85,
-    "filter": 0.95,
-    "dedup": 0.9,
-    "embed": 1.0,
-    "curate": 1.0,
-}
-"""Shipped share of its rows that a stage keeps. download: 75 to 95 % of the links of published lists answer. ingest, filter and
-dedup are assumptions; curate keeps all rows if it has no thresholds."""
-
-GPU_FLOPS = 400e12
-"""Shipped FLOPs per second that a GPU achieves in bf16: 40 % of an H100's 989 TFLOP/s."""
-CPU_FLOPS = 100e9
-"""Shipped FLOPs per second that a CPU achieves when it trains or embeds: benchmarks/RESULTS.md has 80 to 125 GFLOP/s."""
-DECODE_SECONDS = 1 / 2_164
-"""CPU seconds to decode a stored image of 256 pixels; proportional to its area. Measured with OpenCV."""
-PREPROCESS_SECONDS = 0.75e-3
-"""CPU seconds to resize and standardise an image for CLIP; 0.5 to 1 ms."""
-CPUS_PER_GPU = 16
-"""CPUs beside each GPU if none are given."""
-
-PAIR_BYTES = 150
-"""URL, caption and key of a row, compressed."""
-SELECTION_BYTES = 30
-"""Key, status and reason of a row, compressed."""
-ORIGINAL_BYTES = 130_000
-"""Image as it is fetched from the web: 130 MB per 1,000 images (img2dataset)."""
-JPEG_BYTES = 30_000
-"""Stored image of 256 pixels at quality 95 with 4:2:0 subsampling: 30 GB per million. Proportional to its area."""
-CHROMA: Mapping[str, float] = {"4:2:0": 1.0, "4:2:2": 1.2, "4:4:4": 1 / 0.7}
-"""Bytes by chroma subsampling, relative to 4:2:0."""
-COLUMN_BYTES: Mapping[str, float] = {"caption": 60, "tokens": 40}
-"""Bytes a row of other columns that trainings read; columns that are not named have 4."""
-PARAMETER_BYTES = 4
-"""Bytes of a float32 parameter. A checkpoint has four values for each: weights, EMA weights and two moments."""
+from pipelines.quantities import hours, number, size
+from pipelines.shipped_rates import (
+    CHROMA,
+    COLUMN_BYTES,
+    CPU_FLOPS,
+    CPUS_PER_GPU,
+    DECODE_SECONDS,
+    GPU_FLOPS,
+    JPEG_BYTES,
+    ORIGINAL_BYTES,
+    PAIR_BYTES,
+    PARAMETER_BYTES,
+    PREPROCESS_SECONDS,
+    RATES,
+    SELECTION_BYTES,
+    SHARES,
+)
 
 DATA_STAGES = ("ingest", "download", "filter", "dedup", "embed", "curate")
 """Stages that pass rows on, in order."""
@@ -410,12 +374,12 @@ class _Estimator:
         read: float,
         how: str,
     ) -> StageEstimate:
-        cost, hours = None, seconds / HOUR
+        cost, duration = None, seconds / HOUR
         if self.prices is not None:
             hourly = gpus * self.prices.gpu_hour + cpus * self.prices.cpu_hour
-            cost = hours * hourly + stored / 1e12 * self.prices.terabyte_month
+            cost = duration * hourly + stored / 1e12 * self.prices.terabyte_month
         is_measured = name in self.measured.stages
-        return StageEstimate(name, rows, kept, hours, round(stored), round(read), cost, gpus, cpus, is_measured, how)
+        return StageEstimate(name, rows, kept, duration, round(stored), round(read), cost, gpus, cpus, is_measured, how)
 
     def _rate(self, name: str) -> tuple[float, str]:
         """Rows per second of a CPU, and their source."""
@@ -477,9 +441,8 @@ class _Estimator:
         chroma = self.workload.chroma_subsampling
         each = JPEG_BYTES * self._area() * CHROMA[chroma]
         share = self.measured.shares.get("download", SHARES["download"])
-        note = (
-            f"stores {size(each)} an image of {now} px, quality 95 and {chroma}, and {PAIR_BYTES} bytes a row, shipped"
-        )
+        smaller = "; smaller images are not enlarged and take less" if now > 256 else ""
+        note = f"stores {size(each)} an image of {now} px, quality 95, {chroma}, and {PAIR_BYTES} B a row, shipped{smaller}"
         return each * share + PAIR_BYTES, note
 
     def _image_bytes(self) -> float:
@@ -526,31 +489,6 @@ def _workers(count: float, device: str) -> str:
     return f"{number(count)} {device}{'s' * (count != 1)}"
 
 
-def number(value: float) -> str:
-    """Format with three significant digits: 0.012, 7.5, 1,234, 26k, 650M, 1.64G, 400T."""
-    for least, factor, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if value >= least:
-            return _digits(value / factor) + suffix
-    return _digits(value)
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def _flop(value: float) -> str:
     text = number(value)
     return f"{text[:-1]} {text[-1]}FLOP" if text[-1].isalpha() else f"{text} FLOP"
-
-
-def size(value: float) -> str:
-    """Format bytes in decimal units: 150 B, 42.9 kB, 1.2 TB."""
-    for factor, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= factor:
-            return f"{_digits(value / factor)} {unit}"
-    return f"{value:.0f} B"
-
-
-def hours(value: float) -> str:
-    """Format hours; two significant digits below one hour."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"

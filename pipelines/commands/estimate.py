@@ -1,21 +1,19 @@
 """Command that estimates hours, bytes and cost of every stage, before a cluster is rented."""
 
 import dataclasses
-import re
-from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
 
+from pipelines import estimate as estimates
+from pipelines.estimate import Estimate, Machine, Prices, StageEstimate
 from pipelines.options import CONFIG, JSON, SET, STORAGE, complete, print_json
 from pipelines.preset import pipeline_names
+from pipelines.quantities import hours, number, parse_number
+from pipelines.shipped_rates import CPUS_PER_GPU, SIZES
 from unclip.config import require
 from unclip.errors import ConfigError
 
-if TYPE_CHECKING:
-    from pipelines.estimate import Estimate, Machine, Prices, StageEstimate
-
-SUFFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 COLUMNS = 100
 """Width of the table."""
 CELL = 7
@@ -83,7 +81,6 @@ def estimate(
         pipeline, run_file = "text_to_image", pipeline
     sizes = parse_sizes(pairs)
 
-    from pipelines import estimate as estimates
     from pipelines.config import load
     from pipelines.measured import measure
     from pipelines.workload import workload
@@ -92,11 +89,11 @@ def estimate(
     # nothing depends on the list of URLs, which need not exist yet
     config = load(pipeline, run_file, ("ingest.urls=unknown", *assignments), storage)
     store = Store(config.storage)
-    machine = estimates.Machine(gpus, cpus or estimates.CPUS_PER_GPU * max(gpus, 1), flops)
+    machine = Machine(gpus, cpus or CPUS_PER_GPU * max(gpus, 1), flops)
     given = {name: price for name, price in prices.items() if price is not None}
-    priced = estimates.Prices(**given) if given else None
+    priced = Prices(**given) if given else None
     work, measured = workload(config), measure(store, config, on_gpus=gpus > 0)
-    found = [estimates.estimate(work, number, machine, measured, priced) for number in (sizes or list(estimates.SIZES))]
+    found = [estimates.estimate(work, each, machine, measured, priced) for each in (sizes or list(SIZES))]
     if as_json:
         document = {"pipeline": pipeline, "storage": store.root, "machine": dataclasses.asdict(machine)}
         all_prices = None if priced is None else dataclasses.asdict(priced)
@@ -107,22 +104,10 @@ def estimate(
     click.echo(f"Rates measured in {store.root}: {', '.join(measured_stages) or 'none'}; the others are shipped.\n")
     for line in table(found, COLUMNS):
         click.echo(line)
-    click.echo(f"\nHow, for {estimates.number(found[-1].pairs)} pairs:")
+    click.echo(f"\nHow, for {number(found[-1].pairs)} pairs:")
     for stage in found[-1].stages:
         click.echo(f"{stage.stage}: {stage.how}")
     click.echo(f"total: {found[-1].how}")
-
-
-def parse_number(text: str, option: str) -> float:
-    """Parse a positive number with an optional suffix k, M, G or T.
-
-    Raises:
-        ConfigError: it is none; names the option and the value.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)", text.strip())
-    value = float(found[1]) * SUFFIXES[found[2]] if found else 0.0
-    require(value > 0, option, text, "a positive number such as 650000, 500k, 100M or 1.5G")
-    return value
 
 
 def parse_sizes(texts: tuple[str, ...]) -> list[int]:
@@ -140,10 +125,8 @@ def parse_sizes(texts: tuple[str, ...]) -> list[int]:
     return sorted(found)
 
 
-def table(found: "list[Estimate]", width: int) -> list[str]:
+def table(found: list[Estimate], width: int) -> list[str]:
     """Lines of a table: a row per stage, a group of columns per number of pairs; several tables if the groups do not fit."""
-    from pipelines.estimate import number
-
     has_cost = found[0].cost is not None
     headings = [f"{name:>{CELL}}" for name in ("hours", "bytes", *["cost"] * has_cost)]
     names = [stage.stage for stage in found[0].stages] + ["total"]
@@ -162,9 +145,7 @@ def table(found: "list[Estimate]", width: int) -> list[str]:
     return lines
 
 
-def _cells(row: "Estimate | StageEstimate") -> list[str]:
-    from pipelines.estimate import hours, number
-
+def _cells(row: Estimate | StageEstimate) -> list[str]:
     stored = "-" if not row.stored_bytes else number(row.stored_bytes)
     cells = ["-" if not row.hours else "<0.01" if row.hours < 0.01 else hours(row.hours), stored]
     if row.cost is not None:
@@ -172,9 +153,7 @@ def _cells(row: "Estimate | StageEstimate") -> list[str]:
     return cells
 
 
-def _heading(machine: "Machine", prices: "Prices | None") -> str:
-    from pipelines.estimate import number
-
+def _heading(machine: Machine, prices: Prices | None) -> str:
     gpus = f"{machine.gpus:,} GPUs of {number(machine.gpu_flops)} FLOP/s and " if machine.gpus else ""
     cost = "; cost of the work, and of one month of storage" if prices else ""
     return f"{gpus}{machine.cpus:,} CPUs. Hours of work, bytes that stay{cost}."
