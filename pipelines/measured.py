@@ -149,10 +149,9 @@ def _workers(name: str, rows: int, past: _PastRun) -> float:
     if not past.dag[name].stage.has_workers:
         return past.cluster["CPU"]
     each = past.config.resources.of(name)
-    num_workers = each.num_workers
-    if name == "embed":
-        num_workers = min(num_workers, math.ceil(rows / past.config.embed.shard_size))
-    return num_workers * (each.gpus_per_worker or each.cpus_per_worker)
+    at_once = {"embed": past.config.embed.shard_size, "evaluate": _sampling(past.config).batch_size}
+    busy = min(each.num_workers, math.ceil(rows / at_once[name])) if name in at_once else each.num_workers
+    return busy * (each.gpus_per_worker or each.cpus_per_worker)
 
 
 def _why_not(name: str, rows: int, past: _PastRun, config: PipelineConfig, dag: Dag, on_gpus: bool) -> str | None:

@@ -381,7 +381,7 @@ def test_counting_agrees_with_measuring() -> None:
 def test_an_outline_has_no_weights_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model = clip_models.outline("unclip-demo")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"} and not caplog.records
-    with pytest.raises(ConfigError, match="clip.model: got 'ViT-B-23', whose sizes are not in a configuration"):
+    with pytest.raises(ConfigError, match="got 'ViT-B-23', whose sizes are not in a configuration"):
         clip_models.outline("ViT-B-23")
 
 
