@@ -95,6 +95,7 @@ def append_files(
     schema: pa.Schema,
     note: Mapping[str, str] | None = None,
     replaced: pa.Array | None = None,
+    removed: Sequence[str] = (),
 ) -> int:
     """Commit parts in the table's folder atomically; create the table if there is none.
 
@@ -102,6 +103,7 @@ def append_files(
         parts: parts to commit; those already committed are skipped, so committing again changes nothing.
         note: metadata of the commit, to trace where rows came from.
         replaced: keys whose old rows are removed in the same commit; older versions keep them.
+        removed: names of files that are removed in the same commit; older versions keep them.
 
     Returns:
         Version of the table that has all the parts.
@@ -114,6 +116,7 @@ def append_files(
     changes: list[AddAction | RemoveAction] = [*adds]
     if new and replaced is not None and len(replaced):
         changes += _without(table_uri, replaced, now)
+    changes += [RemoveAction(name, True, now) for name in removed if name in known]
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
@@ -122,7 +125,7 @@ def append_files(
         create_table_with_add_actions(
             table_uri, delta_schema, adds, storage_options=options, commit_properties=properties
         )
-    elif new:
+    elif changes:
         table = DeltaTable(table_uri, storage_options=options)
         table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
@@ -188,6 +191,32 @@ def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     return storage.with_retries(uri, action)
 
 
+def num_rows(uri: str) -> int:
+    """Number of rows of a Parquet file, from its footer."""
+    return _footer(uri).metadata.num_rows  # type: ignore[no-any-return]
+
+
+def file_columns(uri: str) -> list[str]:
+    """Column names of a Parquet file, from its footer."""
+    return list(_footer(uri).schema_arrow.names)
+
+
+def _footer(uri: str) -> pq.ParquetFile:
+    filesystem, path = storage.locate(uri)
+
+    def action() -> pq.ParquetFile:
+        with filesystem.open_input_file(path) as file:
+            return pq.ParquetFile(file)
+
+    return storage.with_retries(uri, action)
+
+
+def last_note(table_uri: str) -> dict[str, str]:
+    """Metadata of the newest commit that `append_files` made."""
+    options = _options(table_uri)
+    return {name: str(value) for name, value in DeltaTable(table_uri, storage_options=options).history(1)[0].items()}
+
+
 def write_file(uri: str, table: pa.Table) -> None:
     """Write one Parquet file atomically."""
     storage.write(uri, parquet_bytes(table))
@@ -216,6 +245,27 @@ def content_digest(table: pa.Table) -> str:
         digest.update(json.dumps([field.name, table.num_rows]).encode())
         _hash_column(digest, column)
     return digest.hexdigest()
+
+
+def rows_digest(table: pa.Table) -> int:
+    """Sum of the sha256 of every row, modulo 2^256; independent of the order of rows.
+
+    So the digests of parts add up to that of the whole, whatever the parts are. Columns are texts, numbers and booleans.
+    """
+    columns = [pc.cast(column, pa.string()).combine_chunks() for column in table.columns]
+    header = json.dumps([[field.name, str(field.type)] for field in table.schema]).encode()
+    joined = pc.binary_join_element_wise(*columns, "\x1f", null_handling="replace", null_replacement="\x00")
+    start = hashlib.sha256(header).digest()
+    hashes = (hashlib.sha256(start + row).digest() for row in joined.cast(pa.binary()).to_pylist())
+    return sum(int.from_bytes(digest, "little") for digest in hashes) % _DIGEST_MODULUS
+
+
+def hex_digest(*row_digests: int) -> str:
+    """Digest, as 64 hex digits, of the rows of all parts, from their `rows_digest`."""
+    return f"{sum(row_digests) % _DIGEST_MODULUS:064x}"
+
+
+_DIGEST_MODULUS = 1 << 256
 
 
 def _hash_column(digest: "hashlib._Hash", column: pa.ChunkedArray) -> None:

@@ -1,0 +1,79 @@
+"""Dataflow over parts: results in order, regrouped rows, errors of tasks, and small data in the calling process."""
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tasks import ranges, tables
+from tasks.dataflow import exchange, run_all
+from unclip.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def numbers(start: int) -> pa.Table:
+    keys = [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(start, start + 100)]
+    return pa.table({"key": keys, "number": range(start, start + 100)})
+
+
+def split_numbers(count: int, start: int) -> list[pa.Table]:
+    return ranges.split_by_key(numbers(start), count)
+
+
+def merge_numbers(folder: str, count: int, output: int, pieces: list[pa.Table]) -> int:
+    table = pa.concat_tables(pieces).sort_by("key")
+    ranges.write_range(folder, ranges.KeyRange(output, count), table)
+    return tables.rows_digest(table)
+
+
+@pytest.mark.parametrize("num_items", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_rows_are_regrouped_by_key_whatever_the_number_of_items(tmp_path: Path, num_items: int, count: int) -> None:
+    starts = list(range(0, 100 * num_items, 100))
+    folder = str(tmp_path)
+    split, merge = functools.partial(split_numbers, count), functools.partial(merge_numbers, folder, count)
+    digests = exchange(split, starts, count, merge)
+    expected = pa.concat_tables(map(numbers, starts)).sort_by("key")
+    assert ranges.read_all(folder).equals(expected)
+    assert tables.hex_digest(*digests) == tables.hex_digest(tables.rows_digest(expected))
+
+
+def process_id(_: int) -> int:
+    return os.getpid()
+
+
+def test_results_keep_the_order_of_their_items_and_a_single_item_starts_no_task() -> None:
+    done: list[int] = []
+    assert run_all(abs, [-3, -1, -2], on_done=lambda item, _: done.append(item)) == [3, 1, 2]
+    assert sorted(done) == [-3, -2, -1]
+    assert os.getpid() not in run_all(process_id, [0, 1])
+    assert run_all(process_id, [0]) == [os.getpid()]
+    assert run_all(process_id, []) == []
+
+
+def fail_at_two(item: int) -> int:
+    if item == 2:
+        raise InputError("item 2 is damaged")
+    return item
+
+
+def test_the_error_of_a_task_reaches_the_caller_as_itself() -> None:
+    with pytest.raises(InputError, match="item 2 is damaged"):
+        run_all(fail_at_two, [0, 1, 2, 3])
+
+
+def die_once(marker: str, item: int) -> int:
+    path = Path(marker)
+    if item == 1 and not path.exists():
+        path.touch()
+        os._exit(9)
+    return item
+
+
+def test_a_task_whose_process_dies_is_repeated(tmp_path: Path) -> None:
+    assert run_all(functools.partial(die_once, str(tmp_path / "died")), [0, 1, 2]) == [0, 1, 2]
+    assert (tmp_path / "died").exists()

@@ -1,0 +1,74 @@
+"""Tables split by key range: ranges, files, joins of folders with different numbers of ranges, and digests that add up."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tasks import ranges, tables
+from tasks.ranges import KeyRange
+
+
+def keyed(rows: int, start: int = 0) -> pa.Table:
+    keys = sorted(hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(start, start + rows))
+    return pa.table({"key": keys, "value": np.arange(rows)})
+
+
+def write(folder: str, table: pa.Table, count: int) -> str:
+    for key_range, part in zip(ranges.ranges(count), ranges.split_by_key(table, count), strict=True):
+        ranges.write_range(folder, key_range, part)
+    return folder
+
+
+@pytest.mark.parametrize(("rows", "count"), [(0, 1), (1, 1), (131_072, 1), (131_073, 2), (10**6, 8), (10**9, 1024)])
+def test_the_number_of_ranges_grows_with_the_rows(rows: int, count: int) -> None:
+    assert ranges.num_ranges(rows) == count
+
+
+@pytest.mark.parametrize("count", [1, 2, 64, 1024])
+def test_every_key_is_in_the_range_whose_bounds_enclose_it(count: int) -> None:
+    keys = keyed(2000)["key"]
+    for key, index in zip(keys.to_pylist(), ranges.of_keys(keys, count).tolist(), strict=True):
+        found = KeyRange(index, count)
+        assert found.start <= key and (found.stop is None or key < found.stop)
+
+
+def test_ranges_of_a_slice_are_those_of_its_keys() -> None:
+    keys = keyed(100)["key"].combine_chunks()
+    assert ranges.of_keys(keys.slice(30, 50), 16).tolist() == ranges.of_keys(keys, 16)[30:80].tolist()
+
+
+@pytest.mark.parametrize(("written", "read"), [(1, 1), (1, 8), (8, 1), (4, 16), (16, 4), (8, 8)])
+def test_a_folder_is_read_in_any_number_of_ranges(tmp_path: object, written: int, read: int) -> None:
+    table = keyed(3000)
+    folder = write(str(tmp_path), table, written)
+    parts = [ranges.read_range(folder, key_range) for key_range in ranges.ranges(read)]
+    assert [part.num_rows for part in parts] == np.bincount(ranges.of_keys(table["key"], read), minlength=read).tolist()
+    assert pa.concat_tables(parts).equals(table)
+    assert ranges.read_all(folder).equals(table)
+    assert ranges.range_count(folder) == written
+
+
+def test_rows_are_found_in_the_files_that_hold_them(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = keyed(3000)
+    folder = write(str(tmp_path), table, 16)
+    opened = []
+    read = tables.read_file
+    monkeypatch.setattr(tables, "read_file", lambda uri, columns=None: opened.append(uri) or read(uri, columns))
+    keys = [table["key"][5].as_py(), table["key"][2990].as_py(), "f" * 32]
+    found = ranges.find_rows(folder, keys)
+    assert found["key"].to_pylist() == keys[:2]
+    assert len(opened) == 2
+
+
+def test_digests_of_parts_add_up_in_any_order() -> None:
+    table = keyed(1000).append_column("text", pa.array([None, "", "a", "b"] * 250))
+    whole = tables.hex_digest(tables.rows_digest(table))
+    shuffled = table.take(np.random.default_rng(0).permutation(1000))
+    parts = [tables.rows_digest(shuffled.slice(start, 100)) for start in range(0, 1000, 100)]
+    assert tables.hex_digest(*parts) == whole
+    assert tables.hex_digest(*parts[1:]) != whole
+    changed = table.set_column(2, "text", pa.array(["", None, "a", "b"] + [None, "", "a", "b"] * 249))
+    assert tables.hex_digest(tables.rows_digest(changed)) != whole
+    assert tables.hex_digest(tables.rows_digest(table.rename_columns(["key", "number", "text"]))) != whole
