@@ -52,6 +52,16 @@ def columns(table_uri: str) -> list[str]:
     return [field.name for field in DeltaTable(table_uri, storage_options=_options(table_uri)).schema().fields]
 
 
+def extent(table_uri: str, version: int | None = None) -> tuple[int, int]:
+    """Rows and bytes of one version (None: the newest), from the log alone; zeros if there is no table."""
+    if not _exists(table_uri):
+        return 0, 0
+    added = pa.table(
+        DeltaTable(table_uri, version=version, storage_options=_options(table_uri)).get_add_actions(flatten=True)
+    )
+    return int(pc.sum(added["num_records"]).as_py() or 0), int(pc.sum(added["size_bytes"]).as_py() or 0)
+
+
 def read(table_uri: str, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of one version (None: the newest), sorted by `key`.
 

@@ -32,6 +32,16 @@ def test_f33_parts_become_visible_with_their_commit_and_stay_in_their_version(tm
     assert [Path(uri).name for uri in tables.files(table)] == ["p0.parquet", "p1.parquet"]
 
 
+def test_the_log_knows_the_rows_and_bytes_of_each_version(tmp_path: Path) -> None:
+    table = str(tmp_path / "images")
+    assert tables.extent(table) == (0, 0)
+    first, second = tables.write_part(table, "a", rows("a", "b")), tables.write_part(table, "b", rows("c"))
+    tables.append_files(table, [first], SCHEMA)
+    tables.append_files(table, [second], SCHEMA)
+    assert tables.extent(table, 0) == (2, first.size_bytes)
+    assert tables.extent(table) == (3, first.size_bytes + second.size_bytes)
+
+
 def test_committing_again_changes_nothing(tmp_path: Path) -> None:
     table = str(tmp_path)
     parts = [tables.write_part(table, name, rows(name)) for name in ("a", "b")]
