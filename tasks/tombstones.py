@@ -44,9 +44,9 @@ class Tombstones:
         if self.urls:
             hit = pc.or_(hit, pc.is_in(pairs["url"], value_set=_strings(self.urls)))
         if self.domains:
-            hosts = pc.unique(hosts_of(pairs["url"]))
-            covered = [host for host in hosts.to_pylist() if host and self.domains_of(host)]
-            hit = pc.or_(hit, pc.is_in(hosts_of(pairs["url"]), value_set=_strings(covered)))
+            hosts = hosts_of(pairs["url"])
+            covered = [host for host in pc.unique(hosts).to_pylist() if host and self.domains_of(host)]
+            hit = pc.or_(hit, pc.is_in(hosts, value_set=_strings(covered)))
         return hit
 
     def domains_of(self, host: str) -> list[str]:
