@@ -33,10 +33,16 @@ class Snapshot:
     """URI of a Parquet file with every input row's key, status, reason and split."""
     images: str
     images_version: int
+    index_version: int
+    """Version of the index of the images table (tasks.index) that describes this version of it."""
     embeddings: str
     embeddings_version: int
     scores: str
     """URI of a Parquet file with each embedded row's CLIP score and probe scores."""
+    places: str
+    """URI of the folder with the kept rows in the order of the image files."""
+    heldout: str
+    """URI of a Parquet file with held-out rows, at most 10,000."""
     statistics: str
     """URI of the statistics of the training rows' image embeddings: mean, standard deviation, principal components."""
 
