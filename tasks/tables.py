@@ -140,7 +140,9 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
     before = table.count()
     actions = _without(table_uri, keys, int(time.time() * 1000), names)
     if actions:
+        storage.failpoint("before", f"{table_uri}/_delta_log")
         table.create_write_transaction(actions, mode="append", schema=table.schema())
+        storage.failpoint("after", f"{table_uri}/_delta_log")
     fresh = DeltaTable(table_uri, storage_options=_options(table_uri))
     purge(table_uri)
     return before - fresh.count()

@@ -1,9 +1,13 @@
 import dataclasses
 import functools
 import io
+import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from tasks.stages.ingest import ListRow, clean
 from tasks.store import Store
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
-from tests.pipelines.command_line import call, call_json
+from tests.pipelines.command_line import ROOT, call, call_json
 from tests.tasks.range_folder import write_folder
 from unclip import files
 from unclip.errors import InputError
@@ -43,10 +47,9 @@ def stored_image(index: int) -> dict[str, Any]:
     return {"status": "ok", "sha256": f"{same:064x}", "phash": f"{phash & 2**64 - 1:016x}", "jpg": buffer.getvalue()}
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """A storage with 12 rows of 3 hosts in 4 ranges of keys, one dataset version, and a report."""
-    store = Store(str(tmp_path / "storage"))
+def make_store(root: Path) -> Store:
+    """Make a storage with 12 rows of 3 hosts in 4 ranges of keys, one dataset version, and a report."""
+    store = Store(str(root))
     pairs = clean(LISTED)
     write_folder(store.uri("artifacts", "ingest", "f", "pairs"), pairs, NUM_RANGES)
     order = {row["key"]: row["position"] for row in pairs.to_pylist()}
@@ -99,6 +102,11 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path / "storage")
+
+
 def key_at(store: Store, position: int) -> str:
     pairs = ranges.read_all(store.uri("artifacts", "ingest", "f", "pairs")).to_pylist()
     return next(row["key"] for row in pairs if row["position"] == position)
@@ -131,6 +139,87 @@ def test_bytes_urls_and_captions_are_deleted_everywhere_and_do_not_return(store:
     again = refuse(clean(LISTED), load_tombstones(store)).to_pylist()
     assert [row["reason"] for row in again if row["key"] == key] == ["taken_down"]
     assert sum(row["status"] == "kept" for row in again) == 11
+
+
+def stored_texts(store: Store) -> str:
+    """Return all texts in the Parquet files of the storage, of committed and other versions, except the tombstones."""
+    paths = [path for path in sorted(Path(store.root).rglob("*.parquet")) if path.name != "tombstones.parquet"]
+    columns = [column for path in paths for column in tables.read_file(str(path)).columns]
+    return "\n".join(value for column in columns for value in column.to_pylist() if isinstance(value, str))
+
+
+def test_no_file_keeps_the_url_caption_or_hashes_of_a_row(store: Store) -> None:
+    row = (f"{7:064x}", stored_image(7)["phash"], "https://a1.example.org/7.jpg", "caption number 7")
+    assert all(text in stored_texts(store) for text in row)
+    take_down(store, [Tombstone("key", key_at(store, 7))], None, [])
+    assert not [text for text in row if text in stored_texts(store)]
+    remaining = index.find_rows(store.uri("images", "recipe"), [key_at(store, 8)], ["key", "part", "row"]).to_pylist()
+    stored = tables.read_rows(store.uri("images", "recipe", remaining[0]["part"]), [remaining[0]["row"]], ["key"])
+    assert stored["key"].to_pylist() == [key_at(store, 8)]
+
+
+def test_a_takedown_writes_only_the_files_that_hold_the_row(store: Store) -> None:
+    def state() -> dict[str, tuple[int, int]]:
+        paths = [path for path in Path(store.root).rglob("*.parquet") if path.name != "tombstones.parquet"]
+        return {str(path.relative_to(store.root)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+    before, key = state(), key_at(store, 7)
+    take_down(store, [Tombstone("key", key)], None, [])
+    [place] = ranges.of_keys(pa.array([key]), NUM_RANGES)
+    changed = {name for name, written in before.items() if state().get(name) != written}
+    assert changed == {
+        f"artifacts/ingest/f/pairs/{ranges.KeyRange(int(place), NUM_RANGES)}.parquet",
+        "artifacts/curate/f/heldout.parquet",
+        "images/recipe/1.parquet",
+        "embeddings/clip/x.parquet",
+        *(name for name in before if name.startswith("index/")),  # one file, with rows of that part
+    }
+
+
+KILL = """
+import sys
+from tasks.lineage.takedown import parse, take_down
+from tasks.store import Store
+take_down(Store(sys.argv[1]), [parse("url", "https://a1.example.org/7.jpg"), parse("domain", "a0.example.org")], 1, [])
+"""
+KILLED_AT = (
+    r"before .*/tombstones\.parquet",
+    r"after .*/tombstones\.parquet",
+    r"after .*/images/recipe/\w{32}\.parquet",
+    r"before .*/images/recipe/_delta_log",
+    r"after .*/images/recipe/_delta_log",
+    r"after .*/index/recipe/.*\.parquet",
+    r"before .*/index/recipe/_delta_log",
+    r"after .*/index/recipe/_delta_log",
+    r"before .*/embeddings/clip/_delta_log",
+    r"after .*/embeddings/clip/_delta_log",
+    r"after .*/pairs/.*\.parquet",
+    r"after .*/heldout\.parquet",
+    r"before .*/report\.html",
+)
+
+
+def test_a_takedown_that_was_killed_at_any_write_is_completed_by_the_next(store: Store, tmp_path: Path) -> None:
+    undisturbed = make_store(tmp_path / "undisturbed")
+    requested = [parse("url", "https://a1.example.org/7.jpg"), parse("domain", "a0.example.org")]
+    expected = take_down(undisturbed, requested, 1, [])
+    armed = tmp_path / "armed"
+    armed.mkdir()
+    for number, point in enumerate(KILLED_AT):
+        (armed / str(number)).write_text(point)
+        environment = {**os.environ, "UNCLIP_FAILPOINTS": str(armed), "PYTHONPATH": str(ROOT)}
+        killed = subprocess.run([sys.executable, "-c", KILL, store.root], env=environment, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL and not list(armed.iterdir()), (point, killed.stderr)
+    found = take_down(store, requested, 1, [])
+    assert (found.keys, found.datasets) == (expected.keys, expected.datasets)
+    files.sweep(store.root)
+
+    def content(store: Store) -> dict[str, bytes]:
+        paths = [path for path in Path(store.root).rglob("*.*") if path.suffix in (".parquet", ".html")]
+        names = {str(path.relative_to(store.root)): path.read_bytes() for path in paths}
+        return {name: data for name, data in names.items() if not name.startswith("snapshots/")}
+
+    assert content(store) == content(undisturbed)
 
 
 def test_duplicates_of_an_image_are_deleted_with_it(store: Store) -> None:
