@@ -43,7 +43,9 @@ def duplicate_clusters(
         return []
     facts = ranges.find_rows(index_files, list(duplicates), _COLUMNS)
     found = {row["key"]: row for row in facts.to_pylist()}
-    by_reason = {name: [key for key in duplicates if duplicates[key] == name and key in found] for name in rows.DUPLICATES}
+    by_reason = {
+        name: [key for key in duplicates if duplicates[key] == name and key in found] for name in rows.DUPLICATES
+    }
     digests = {found[key]["sha256"] for key in by_reason["duplicate_image"]}
     looks = {key: (found[key]["phash"], found[key]["colour"]) for key in by_reason["near_duplicate"]}
     all_ranges = ranges.ranges(ranges.range_count(selection))
@@ -139,7 +141,8 @@ def _nearest_embeddings(keys: Sequence[str], selection: str, embeddings_files: S
 
 
 def _embeddings_of(keys: Sequence[str], uris: Sequence[str]) -> dict[str, np.ndarray]:
-    wanted, found = pa.array(keys, pa.string()), {}
+    wanted = pa.array(keys, pa.string())
+    found: dict[str, np.ndarray] = {}
     for uri in uris:
         if tables.has_keys(uri, wanted):
             table = tables.read_file(uri, ["key", "image_embedding"])
@@ -163,7 +166,9 @@ def _nearest_kept(
     queries: Sequence[str], selection: str, count: int, output: int, pieces: list[pa.Table]
 ) -> dict[str, _Winner]:
     table = pa.concat_tables(pieces)
-    table = table.filter(pc.is_in(table["key"], value_set=_kept_keys(selection, KeyRange(output, count)))).sort_by("key")
+    table = table.filter(pc.is_in(table["key"], value_set=_kept_keys(selection, KeyRange(output, count)))).sort_by(
+        "key"
+    )
     winners: dict[str, _Winner] = {}
     for number, query in enumerate(queries if table.num_rows else ()):
         cosines = table[str(number)].to_numpy()

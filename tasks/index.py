@@ -91,18 +91,18 @@ def read_index(files: Sequence[str], key_range: KeyRange, columns: Sequence[str]
     return ranges.read_range(files, key_range, columns)
 
 
-def each_table(images: str, columns: Sequence[str], key_range: KeyRange = KeyRange(0, 1)) -> Iterator[pa.Table]:
+def each_table(images: str, columns: Sequence[str], key_range: KeyRange | None = None) -> Iterator[pa.Table]:
     """Yield all rows of the newest version of an images table, a bounded number at once, even if the index is out of date.
 
     Args:
         columns: columns of `INDEX`.
-        key_range: files of the index that have no rows of this range are omitted.
+        key_range: files of the index that have no rows of this range are omitted; None reads all.
     """
     listed = set(map(_name, tables.files(images)))
     described = _described_parts(images, index_uri(images))
     gone = pa.array(sorted(described - listed), pa.string())
     for uri in index_files(images) if described else ():
-        if ranges.range_of_file(uri).overlaps(key_range):
+        if key_range is None or ranges.range_of_file(uri).overlaps(key_range):
             yield _of_present_parts(tables.read_file(uri, _with_part(columns)), gone).select(columns)
     for name in sorted(listed - described):
         yield describe_part(f"{images}/{name}").select(columns)

@@ -191,9 +191,7 @@ def has_keys(uri: str, keys: pa.Array) -> bool:
 
 def _may_hold(group: pq.RowGroupMetaData, wanted: np.ndarray) -> bool:
     """Return True unless the statistics of a row group exclude all keys; `wanted` is sorted."""
-    column = next(
-        column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "key"
-    )
+    column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "key")
     if not (column.is_stats_set and column.statistics.has_min_max):
         return True
     first = np.searchsorted(wanted, column.statistics.min)

@@ -22,7 +22,6 @@ from tasks.store import Store
 from unclip import files
 from unclip.errors import InputError
 
-
 _MIN_DIGITS = 6
 _HINT_DIGITS = 4  # a suggested key has these digits in common
 
@@ -275,9 +274,7 @@ def _resolve_key(store: Store, prefix: str, lists: Sequence[str], image_tables: 
     raise InputError(f"{prefix}: {where} has a key with this prefix. {hint}")
 
 
-def _keys_in(
-    store: Store, key_range: ranges.KeyRange, lists: Sequence[str], image_tables: Sequence[str]
-) -> list[str]:
+def _keys_in(store: Store, key_range: ranges.KeyRange, lists: Sequence[str], image_tables: Sequence[str]) -> list[str]:
     """Return the keys of a range that are listed, stored or taken down, sorted."""
     columns = [ranges.read_range(uri, key_range, ["key"])["key"] for uri in lists]
     columns += [table["key"] for uri in image_tables for table in index.each_table(uri, ["key"], key_range)]
@@ -301,7 +298,9 @@ def _duplicate_of(version: Version, key: str, reason: str | None) -> dict[str, s
         return {}
     facts = version.facts
     # Rows that were taken down since are in the newest versions no longer; older ones may be unreadable.
-    described = index.index_files(facts["images"]) if tables.version(index.index_uri(facts["images"])) is not None else []
+    described = (
+        index.index_files(facts["images"]) if tables.version(index.index_uri(facts["images"])) is not None else []
+    )
     found = duplicate_clusters({key: reason}, facts["selection"], described, tables.files(facts["embeddings"]))
     return {winner: note for (winner, _), (_, note) in found}
 

@@ -100,9 +100,7 @@ def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = N
         by_digest: dict[str, set[Tombstone]] = {}
         by_hash: dict[str, set[Tombstone]] = {}
 
-        def add(
-            tombstone: Tombstone, row: Mapping[str, str], by_hash: dict[str, set[Tombstone]] = by_hash
-        ) -> None:
+        def add(tombstone: Tombstone, row: Mapping[str, str], by_hash: dict[str, set[Tombstone]] = by_hash) -> None:
             found[tombstone].add(row["key"])
             if row["phash"]:
                 by_hash.setdefault(row["phash"], set()).add(tombstone)

@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import functools
 import io
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -227,9 +228,7 @@ def _first_with_fate(fates: pa.Table, fate: str, count: int) -> list[str]:
     return found
 
 
-def _measures(
-    pairs: pa.Table, images: pa.Table, scores: pa.Table, limits: Mapping[str, Limit]
-) -> list[Measure]:
+def _measures(pairs: pa.Table, images: pa.Table, scores: pa.Table, limits: Mapping[str, Limit]) -> list[Measure]:
     """Measures of the rows of a range, in the order of their keys."""
 
     def measure(name: str, title: str, unit: str, keys: Any, values: Any, *reasons: str) -> Measure:
@@ -312,13 +311,13 @@ def _merged_edges(edges: Sequence[Sequence[Edge]], count: int) -> list[tuple[str
     """Each limit with the nearest rows of all ranges; limits that dropped no row are omitted."""
     merged = []
     for same in zip(*edges, strict=True):
-        groups = [
-            [(key, f"{value:.4g}") for _, key, value in sorted(row for edge in same for row in group(edge))[:count]]
-            for group in (lambda edge: edge.inside, lambda edge: edge.outside)
-        ]
-        if groups[1]:
-            merged.append((same[0].title, *groups))
-    return merged  # type: ignore[return-value]
+        inside, outside = (
+            [(key, f"{value:.4g}") for _, key, value in sorted(itertools.chain(*groups))[:count]]
+            for groups in ([edge.inside for edge in same], [edge.outside for edge in same])
+        )
+        if outside:
+            merged.append((same[0].title, inside, outside))
+    return merged
 
 
 def _count_hosts(pairs: pa.Table, fates: pa.Table, limit: int) -> tuple[pa.Table, bool]:

@@ -76,7 +76,9 @@ def make_store(root: Path) -> Store:
         }
     )
     write_folder(store.uri("artifacts", "curate", "f", "selection"), selection, NUM_RANGES)
-    scores = pa.table({"key": listed, "clip_score": [0.5] * 12, "embeddings_file": [""] * 12, "embeddings_row": range(12)})
+    scores = pa.table(
+        {"key": listed, "clip_score": [0.5] * 12, "embeddings_file": [""] * 12, "embeddings_row": range(12)}
+    )
     write_folder(store.uri("artifacts", "curate", "f", "scores"), scores, NUM_RANGES)
     heldout = store.uri("artifacts", "curate", "f", "heldout.parquet")
     captions = {row["key"]: row["caption"] for row in pairs.to_pylist()}
@@ -245,6 +247,18 @@ def test_a_domain_includes_its_subdomains(store: Store, domain: str, expected: i
     assert len(keys) == expected
     refused = refuse(clean(LISTED), gather([parse("domain", domain)]))
     assert refused["reason"].to_pylist().count("taken_down") == expected
+
+
+def test_tombstones_cover_urls_by_their_host_in_any_form() -> None:
+    urls = [
+        "https://A.Example.org:8443/x?y=z@other.example", "http://a.example/x", "https://[2001:DB8::1]:80/x",
+        "http://other.example/?https://a.example/", "http://user:p@b.a.example/x", "http://xa.example/x", "", "a.example",
+    ]  # fmt: skip
+    pairs = pa.table({"key": [f"{number:032x}" for number in range(len(urls))], "url": urls})
+    stones = [Tombstone("domain", "a.example"), Tombstone("domain", "example.org"), Tombstone("domain", "2001:db8::1")]
+    assert gather(stones).cover(pairs).to_pylist() == [True, True, True, False, True, False, False, False]
+    stones = [Tombstone("key", f"{6:032x}"), Tombstone("url", "http://xa.example/x")]
+    assert [number for number, hit in enumerate(gather(stones).cover(pairs).to_pylist()) if hit] == [5, 6]
 
 
 def test_a_repeated_takedown_returns_the_same_and_changes_nothing(store: Store) -> None:

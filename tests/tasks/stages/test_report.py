@@ -34,7 +34,7 @@ def make_dataset(folder: str, num_ranges: int) -> Artifact:
     failed; one caption is malicious."""
     embeddings = torch.nn.functional.normalize(torch.randn(NUM_PAIRS, 8, generator=torch.manual_seed(0)), dim=1).numpy()
     embeddings[12] = embeddings[13]
-    outcomes = {number: ("dropped", "clip_score_low") for number in range(5)}
+    outcomes = dict.fromkeys(range(5), ("dropped", "clip_score_low"))
     outcomes |= {6: ("dropped", "too_small"), 7: ("failed", "http_410"), 8: ("dropped", "duplicate_image")}
     outcomes |= {9: ("dropped", "near_duplicate"), 12: ("dropped", "semantic_duplicate")}
     images, pairs, selection = [], [], []
@@ -163,7 +163,7 @@ def test_charts_of_many_rows_say_that_they_show_a_sample(dataset: Artifact, monk
     monkeypatch.setattr(report, "MAX_SAMPLE", 10)
     monkeypatch.setattr(report, "MAX_HOSTS", 2)
     page = render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS))
-    assert "Caption length <span class=\"soft\">(sample of 10 of 30 rows)</span>" in page
+    assert 'Caption length <span class="soft">(sample of 10 of 30 rows)</span>' in page
     counted = [int(count) for count in re.findall(r"<title>[-.\d]+ to [-.\d]+: (\d+)</title>", page)]
     assert sum(counted) == 10 * page.count("<svg") and "More than 2 in all" in page and "host2.example" not in page
 
