@@ -301,7 +301,7 @@ def _edges(measure: Measure, fates: pa.Table, count: int) -> list[Edge]:
 
 def _smallest(measure: Measure, mask: pa.ChunkedArray, sign: int, count: int) -> list[tuple[float, str, float]]:
     """Rows with the smallest values (the largest, if the sign is -1), as (sign * value, key, value)."""
-    candidates = np.flatnonzero(pc.fill_null(mask, False).to_numpy())
+    candidates = np.flatnonzero(pc.fill_null(mask, False).to_numpy() & ~np.isnan(measure.values))
     order = candidates[np.argsort(sign * measure.values[candidates], kind="stable")[:count]]  # keys ascend
     keys, values = measure.keys.take(order).to_pylist(), measure.values[order].tolist()
     return [(sign * value, key, value) for key, value in zip(keys, values, strict=True)]
@@ -333,7 +333,7 @@ def _count_hosts(pairs: pa.Table, fates: pa.Table, limit: int) -> tuple[pa.Table
 
 
 def _add_up(counts: pa.Table) -> pa.Table:
-    summed = counts.group_by(["host", "fate"]).aggregate([("rows", "sum")])
+    summed = counts.group_by(["host", "fate"], use_threads=False).aggregate([("rows", "sum")])  # in order
     return pa.table({"host": summed["host"], "fate": summed["fate"], "rows": summed["rows_sum"]})
 
 
@@ -347,7 +347,7 @@ def _domains(counts: Sequence[pa.Table]) -> tuple[int, list[dict[str, Any]]]:
         fates[row["host"]][row["fate"]] = row["rows"]
     found = []
     for host in top.to_pylist():
-        most = sorted(fates[host].items(), key=lambda item: (-item[1], item[0]))[:4]
+        most = fates[host].most_common(4)
         losses = ", ".join(f"{name} {number:,}" for name, number in most if name != rows.KEPT)
         found.append({"name": host, "rows": fates[host].total(), "kept": fates[host][rows.KEPT], "lost": losses})
     return totals.num_rows, found
