@@ -149,7 +149,7 @@ def _workers(name: str, rows: int, past: _PastRun) -> float:
     if not past.dag[name].stage.has_workers:
         return past.cluster["CPU"]
     each = past.config.resources.of(name)
-    at_once = {"embed": past.config.embed.shard_size, "evaluate": _sampling(past.config).batch_size}
+    at_once = {"embed": past.config.download.shard_size, "evaluate": _sampling(past.config).batch_size}
     busy = min(each.num_workers, math.ceil(rows / at_once[name])) if name in at_once else each.num_workers
     return busy * (each.gpus_per_worker or each.cpus_per_worker)
 

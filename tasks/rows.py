@@ -147,16 +147,20 @@ def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:
     return {item["values"]: item["counts"] for item in column.value_counts().to_pylist()}
 
 
-def fates(table: "pa.Table") -> dict[str, str]:
-    """Key -> "kept", or the reason; a key with any kept row is kept.
+def fates(table: "pa.Table") -> "pa.Table":
+    """Key and fate, "kept" or the reason, of each key; a key with any kept row is kept, else its first row counts.
 
     Args:
-        table: key, status, reason.
+        table: key, status, reason, sorted by key.
     """
-    found: dict[str, str] = {}
-    for key, status, reason in zip(*(table[name].to_pylist() for name in ("key", "status", "reason")), strict=True):
-        if status == KEPT:
-            found[key] = KEPT
-        else:
-            found.setdefault(key, reason)
-    return found
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kept = pc.equal(table["status"], KEPT)
+    fate = pc.if_else(kept, KEPT, table["reason"].cast(pa.string())).combine_chunks()
+    keys = table["key"].combine_chunks()
+    changes = pc.not_equal(keys.slice(1), keys.slice(0, max(0, len(keys) - 1))).to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(np.append(len(keys) > 0, changes))
+    is_kept = pa.array(np.maximum.reduceat(kept.to_numpy(), starts) if len(starts) else [], pa.bool_())
+    return pa.table({"key": keys.take(starts), "fate": pc.if_else(is_kept, KEPT, fate.take(starts))})

@@ -4,6 +4,7 @@ A part is written into the table's folder under a name that its writer derives f
 commit names it. So a restarted job finds its finished parts, and committing many parts is one atomic step.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -11,8 +12,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -134,36 +136,49 @@ def append_files(
     return DeltaTable(table_uri, storage_options=options).version()
 
 
-def delete_rows(table_uri: str, keys: pa.Array) -> int:
+def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = None) -> int:
     """Remove rows permanently: rewrite their files without them and delete the old files.
 
     Older versions that held such rows can no longer be read. Uncommitted parts are deleted as well. To resume after an
     interruption, call it again.
+
+    Args:
+        names: file names of the table that may hold such rows; None looks into all files.
 
     Returns:
         Number of removed rows.
     """
     table = DeltaTable(table_uri, storage_options=_options(table_uri))
     before = table.count()
-    actions = _without(table_uri, keys, int(time.time() * 1000))
+    actions = _without(table_uri, keys, int(time.time() * 1000), names)
     if actions:
+        storage.failpoint("before", f"{table_uri}/_delta_log")
         table.create_write_transaction(actions, mode="append", schema=table.schema())
+        storage.failpoint("after", f"{table_uri}/_delta_log")
     fresh = DeltaTable(table_uri, storage_options=_options(table_uri))
+    purge(table_uri)
+    return before - fresh.count()
+
+
+def purge(table_uri: str) -> None:
+    """Delete all Parquet files of the table's folder that the newest version does not have."""
     # Delta's own vacuum goes by timestamps, and would keep files that a clock running ahead marked as removed.
     current = {uri.rpartition("/")[2] for uri in files(table_uri)}
     for name in storage.names(table_uri):
         if name.endswith(".parquet") and name not in current:
             storage.delete(f"{table_uri}/{name}")
-    return before - fresh.count()
 
 
-def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | RemoveAction]:
+def _without(
+    table_uri: str, keys: pa.Array, now: int, names: Sequence[str] | None = None
+) -> list[AddAction | RemoveAction]:
     """Rewrite the files that hold rows of these keys without them; returns the actions to commit."""
     actions: list[AddAction | RemoveAction] = []
     for uri in files(table_uri):
-        rewritten = rewrite_without(uri, keys)
+        name = uri.rpartition("/")[2]
+        rewritten = rewrite_without(uri, keys) if names is None or name in names else None
         if rewritten is not None:
-            actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
+            actions.append(RemoveAction(name, True, now))
             actions += [_add(part, now) for part in rewritten]
     return actions
 
@@ -174,7 +189,7 @@ def rewrite_without(uri: str, keys: pa.Array) -> list[Part] | None:
     Returns:
         The new part, of the same `origin`; no part if no row is left; None if the file has no such rows.
     """
-    if not pc.any(pc.is_in(read_file(uri, ["key"]).column("key"), value_set=keys)).as_py():
+    if not has_keys(uri, keys):
         return None
     rows = read_file(uri)
     kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
@@ -190,6 +205,51 @@ def origin(name: str) -> str:
 _REWRITTEN = re.compile(r"-[0-9a-f]{16}$")
 
 
+def has_keys(uri: str, keys: pa.Array) -> bool:
+    """Return True if a Parquet file has a row with one of the keys; reads the key column where statistics do not exclude it."""
+    wanted = np.sort(keys.to_numpy(zero_copy_only=False).astype(str))
+
+    def action() -> bool:
+        with _open(uri) as file:
+            for group in range(file.metadata.num_row_groups):
+                if _may_hold(file.metadata.row_group(group), wanted):
+                    column = file.read_row_group(group, columns=["key"])["key"]
+                    if pc.any(pc.is_in(column, value_set=keys)).as_py():
+                        return True
+        return False
+
+    return storage.with_retries(uri, action)
+
+
+def _may_hold(group: pq.RowGroupMetaData, wanted: np.ndarray) -> bool:
+    """Return True unless the statistics of a row group exclude all keys; `wanted` is sorted."""
+    column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "key")
+    if not (column.is_stats_set and column.statistics.has_min_max):
+        return True
+    first = np.searchsorted(wanted, column.statistics.min)
+    return bool(first < len(wanted) and wanted[first] <= column.statistics.max)
+
+
+def read_rows(uri: str, rows: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of a Parquet file by their number, in ascending order; reads only the row groups that hold them."""
+    wanted = np.unique(np.asarray(rows, np.int64))
+
+    def action() -> pa.Table:
+        with _open(uri) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            ends = np.cumsum(sizes)
+            groups = np.searchsorted(ends, wanted, side="right")
+            parts = [
+                file.read_row_group(group, columns=columns and list(columns)).take(
+                    wanted[groups == group] - (ends[group] - sizes[group])
+                )
+                for group in np.unique(groups).tolist()
+            ]
+            return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
+
+    return storage.with_retries(uri, action)
+
+
 def read_with_commit_times(table_uri: str) -> pa.Table:
     """Rows of the newest version, with a column `committed`: the commit time of their file."""
     table = DeltaTable(table_uri, storage_options=_options(table_uri))
@@ -199,7 +259,7 @@ def read_with_commit_times(table_uri: str) -> pa.Table:
         rows = read_file(f"{table_uri}/{part['path']}")
         times = pa.array([part["modification_time"]] * rows.num_rows, pa.timestamp("ms", "UTC"))
         parts.append(rows.append_column("committed", times))
-    return pa.concat_tables(parts, promote_options="default")
+    return pa.concat_tables(parts, promote_options="default")  # earlier releases had fewer columns
 
 
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -224,13 +284,18 @@ def file_columns(uri: str) -> list[str]:
 
 
 def _footer(uri: str) -> pq.ParquetFile:
-    filesystem, path = storage.locate(uri)
-
     def action() -> pq.ParquetFile:
-        with filesystem.open_input_file(path) as file:
-            return pq.ParquetFile(file)
+        with _open(uri) as file:
+            return file
 
     return storage.with_retries(uri, action)
+
+
+@contextlib.contextmanager
+def _open(uri: str) -> Iterator[pq.ParquetFile]:
+    filesystem, path = storage.locate(uri)
+    with filesystem.open_input_file(path) as file:
+        yield pq.ParquetFile(file)
 
 
 def last_note(table_uri: str) -> dict[str, str]:

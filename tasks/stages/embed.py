@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import torch
 from PIL import Image
@@ -243,22 +242,7 @@ def read_shard(shard: Shard) -> list[dict[str, Any]]:
     Raises:
         StageError: a row has no image.
     """
-    filesystem, path = files.locate(shard.uri)
-    columns = ["key", "caption", "jpg"]
-
-    def action() -> pa.Table:
-        with filesystem.open_input_file(path) as file:
-            parquet = pq.ParquetFile(file)
-            ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
-            group = np.searchsorted(ends, shard.rows, side="right")
-            starts = np.append(0, ends)
-            parts = [
-                parquet.read_row_group(number, columns=columns).take(shard.rows[group == number] - starts[number])
-                for number in np.unique(group).tolist()
-            ]
-            return pa.concat_tables(parts)
-
-    table = files.with_retries(shard.uri, action)
+    table = tables.read_rows(shard.uri, shard.rows.tolist(), ["key", "caption", "jpg"])
     if table["jpg"].null_count:
         missing = table["key"].filter(pc.is_null(table["jpg"]))
         raise StageError(f"embed: {len(missing)} rows of {shard.uri} have no image, such as {missing[0]}.")

@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pytest
 
 from tasks import ranges, tables
 from tasks.dataflow import exchange, run_all
+from tests.pipelines.command_line import ROOT
 from unclip.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -40,6 +43,25 @@ def test_rows_are_regrouped_by_key_whatever_the_number_of_items(tmp_path: Path, 
     expected = pa.concat_tables(map(numbers, starts)).sort_by("key")
     assert ranges.read_all(folder).equals(expected)
     assert tables.hex_digest(*digests) == tables.hex_digest(tables.rows_digest(expected))
+
+
+WITHOUT_RAY = """
+import sys
+from tests.tasks.test_dataflow import *
+sys.modules.pop("ray", None)
+folder, starts = sys.argv[1], [0, 100, 200]
+split, merge = functools.partial(split_numbers, 4), functools.partial(merge_numbers, folder, 4)
+exchange(split, starts, 4, merge)
+assert ranges.read_all(folder).equals(pa.concat_tables(map(numbers, starts)).sort_by("key"))
+assert run_all(process_id, starts) == [os.getpid()] * 3 and "ray" not in sys.modules
+"""
+
+
+def test_a_process_without_ray_does_the_same_by_itself(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def process_id(_: int) -> int:

@@ -180,3 +180,23 @@ def test_a_file_is_rewritten_only_if_it_has_such_rows(tmp_path: Path) -> None:
     [twice] = tables.rewrite_without(f"{tmp_path}/{once.name}", pa.array(["c"])) or []
     assert tables.read_file(f"{tmp_path}/{twice.name}")["key"].to_pylist() == ["b"]
     assert tables.origin(once.name) == tables.origin(twice.name) == "first" and once.name != twice.name
+
+
+def test_rows_are_read_by_number_from_their_row_groups_alone(tmp_path: Path) -> None:
+    uri = str(tmp_path / "a.parquet")
+    keys = [f"{number:05}" for number in range(0, 5000, 2)]
+    tables.write_file(uri, rows(*keys))
+    found = tables.read_rows(uri, [2400, 3, 1999, 2000, 3], ["key", "width"])
+    assert found.to_pydict() == {"key": [keys[n] for n in (3, 1999, 2000, 2400)], "width": [3, 1999, 2000, 2400]}
+    assert tables.read_rows(uri, [], ["key"]).num_rows == 0
+
+    data = bytearray(Path(uri).read_bytes())
+    column = pq.read_metadata(uri).row_group(1).column(0)
+    start = column.dictionary_page_offset
+    data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    Path(uri).write_bytes(data)  # row group 1 is damaged, so reading its keys fails
+    assert tables.read_rows(uri, [5, 2100], ["key"])["key"].to_pylist() == [keys[5], keys[2100]]
+    assert tables.has_keys(uri, pa.array([keys[5]])) and tables.has_keys(uri, pa.array(["x", keys[2100]]))
+    assert not tables.has_keys(uri, pa.array(["99999", keys[7][:-1] + "5"])), "excluded by statistics"
+    with pytest.raises(OSError):
+        tables.read_rows(uri, [1500], ["key"])
