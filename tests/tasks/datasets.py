@@ -19,7 +19,7 @@ def key(number: int) -> str:
 
 def write_folder(folder: str, table: pa.Table, count: int = 1) -> str:
     """Write a table, sorted by key, as range files; returns the folder."""
-    for key_range, part in zip(ranges.ranges(count), ranges.split_by_key(table, count), strict=True):
+    for key_range, part in zip(ranges.ranges(count), ranges.split_by_key(table.sort_by("key"), count), strict=True):
         ranges.write_range(folder, key_range, part)
     return folder
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,25 @@ from tasks.lineage.takedown import find_keys, parse, parse_file, take_down
 from tasks.snapshots import record_snapshot
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA as EMBEDDINGS
-from tasks.stages.ingest import ListRow, clean
+from tasks.stages.ingest import LISTED as LISTED_SCHEMA
+from tasks.stages.ingest import clean, drop_duplicates
 from tasks.store import Store
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
 from tests.pipelines.command_line import ROOT, call, call_json
-from tests.tasks.range_folder import write_folder
+from tests.tasks.datasets import write_folder
 from unclip import files
 from unclip.errors import InputError
 from unclip.training.film import add_preview
 
 NUM_RANGES = 4
-LISTED = [ListRow(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
+LISTED = [(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
+
+
+def pairs_of(listed: Sequence[tuple[str, str]]) -> pa.Table:
+    """Pairs that ingest makes of a list of URLs and captions."""
+    rows = [{"url": url, "caption": caption, "sha256": ""} for url, caption in listed]
+    return drop_duplicates(clean(pa.Table.from_pylist(rows, LISTED_SCHEMA)))
 
 
 def stored_image(index: int) -> dict[str, Any]:
@@ -50,7 +58,7 @@ def stored_image(index: int) -> dict[str, Any]:
 def make_store(root: Path) -> Store:
     """Make a storage with 12 rows of 3 hosts in 4 ranges of keys, one dataset version, and a report."""
     store = Store(str(root))
-    pairs = clean(LISTED)
+    pairs = pairs_of(LISTED)
     write_folder(store.uri("artifacts", "ingest", "f", "pairs"), pairs, NUM_RANGES)
     order = {row["key"]: row["position"] for row in pairs.to_pylist()}
     listed = sorted(order)
@@ -138,7 +146,7 @@ def test_bytes_urls_and_captions_are_deleted_everywhere_and_do_not_return(store:
     page = files.read(store.uri("artifacts", "report", "f", "report.html")).decode()
     assert key not in page and page.count("<figure") == 12 and page.count("caption") == 11
 
-    again = refuse(clean(LISTED), load_tombstones(store)).to_pylist()
+    again = refuse(pairs_of(LISTED), load_tombstones(store)).to_pylist()
     assert [row["reason"] for row in again if row["key"] == key] == ["taken_down"]
     assert sum(row["status"] == "kept" for row in again) == 11
 
@@ -245,7 +253,7 @@ def test_near_duplicates_are_found_on_request(store: Store) -> None:
 def test_a_domain_includes_its_subdomains(store: Store, domain: str, expected: int) -> None:
     [keys] = find_keys(store, [parse("domain", domain)]).values()
     assert len(keys) == expected
-    refused = refuse(clean(LISTED), gather([parse("domain", domain)]))
+    refused = refuse(pairs_of(LISTED), gather([parse("domain", domain)]))
     assert refused["reason"].to_pylist().count("taken_down") == expected
 
 
@@ -522,7 +530,7 @@ def test_show_without_a_dataset_version_and_with_only_a_tombstone(tmp_path: Path
     store = Store(str(tmp_path))
     with pytest.raises(InputError, match="has no rows"):
         show(store, "0" * 32)
-    pairs = clean([ListRow("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
+    pairs = pairs_of([("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
     write_folder(store.uri("artifacts", "ingest", "f", "pairs"), pairs, NUM_RANGES)
     bad, good = sorted(pairs.to_pylist(), key=lambda row: row["status"] == "kept")
     assert show(store, bad["key"])["fate"].startswith("in no dataset version: bad_url, not a valid URL")

@@ -18,7 +18,7 @@ from tasks.stages import report
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA
 from tasks.stages.report import Limit, ReportConfig, render
-from tests.tasks.range_folder import write_folder
+from tests.tasks.datasets import write_folder
 
 MALICIOUS = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'single'"
 NUM_PAIRS = 30
