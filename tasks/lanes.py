@@ -114,7 +114,7 @@ def plan_shards(
     Args:
         listed: results of `list_rows`, in order of their keys.
         folder: folder for the files, named after the shards.
-        num_lanes: largest number of lanes that sites share; fewer if a lane would have less rows than a shard.
+        num_lanes: largest number of lanes that sites share; fewer if a lane would have fewer rows than a shard.
     """
     listed = [part for part in listed if part.own_rows or part.rows]
     if not listed:
@@ -134,8 +134,10 @@ def plan_shards(
 
 @dataclasses.dataclass(frozen=True)
 class _Assignment:
-    """Lane of each site, and the outputs of the exchange that write the lanes: one for several small lanes, or several for
-    the key ranges of a large lane. Lanes: own hosts, one for each large site, those that sites share.
+    """Lane of each site, and outputs of the exchange for each lane.
+
+    Lane `_OWN` is followed by one for each large site, then by those that sites share. Small lanes share an output; a large
+    lane has several, for ranges of its keys.
     """
 
     large: Mapping[str, int]

@@ -94,7 +94,7 @@ class DownloadConfig:
     tasks_in_flight: int = 0
     """Concurrent tasks; 0 means the number of CPUs of the cluster."""
     num_lanes: int = 16
-    """Least number of lanes; four for each concurrent task if that is more, and fewer if a lane would have less rows than a
+    """Least number of lanes; four for each concurrent task if that is more, and fewer if a lane would have fewer rows than a
     shard. All URLs of a site (registrable domain) are in one lane, and each lane runs one task at a time. A site with more
     rows than a lane's fair share has a lane of its own."""
     requests_per_host: int = 4
@@ -221,42 +221,49 @@ def _plan(context: StageContext, config: DownloadConfig, pairs: str, table_uri: 
 
     So a restarted run finds its finished parts, and a row that failed again in a retry is not retried once more.
     """
-    folder, record = f"{context.folder}/plan", f"{context.folder}/plan.json"
-    version = tables.version(table_uri)
+    record, version = f"{context.folder}/plan.json", tables.version(table_uri)
     if files.exists(record):
         plan = _read_plan(files.read_json(record))
         last_plan = None if version is None else tables.last_note(table_uri).get(_PLAN_NOTE)
-        is_current = plan.id in (_plan_id(context, version), last_plan)
-        if is_current and (files.names(folder) or not _uncommitted(table_uri, plan)):
+        has_rows = bool(files.names(f"{context.folder}/plan"))  # they are deleted when all is done
+        if plan.id in (_plan_id(context, version), last_plan) and (has_rows or not _uncommitted(table_uri, plan)):
             return plan
-    for uri in (folder, record, *([index_uri(table_uri)] if version is None else [])):
-        files.delete(uri)
-    others = [context.store.uri("images", name) for name in context.store.list("images")]
-    others = [uri for uri in others if uri != table_uri and tables.version(uri) is not None]
-    for uri in (*others, *([table_uri] if version is not None else [])):
-        update_index(uri, tables.version(uri) or 0)
-    limit, last_attempt = _limit(config), pin_attempt(context.store, dataclasses.replace(config, attempt=0), False)
+        files.delete(record)
+    plan = _make_plan(context, config, pairs, table_uri, version)
+    lanes = [[[shard.name, shard.rows] for shard in lane] for lane in plan.lanes]
+    files.write_json(record, {"id": plan.id, "retries": plan.retries, "lanes": lanes})
+    return plan
+
+
+def _make_plan(context: StageContext, config: DownloadConfig, pairs: str, table_uri: str, version: int | None) -> _Plan:
+    folder, uris = (
+        f"{context.folder}/plan",
+        [context.store.uri("images", name) for name in context.store.list("images")],
+    )
+    files.delete(folder)
+    if version is None:
+        files.delete(index_uri(table_uri))
+    indexes = {}
+    for uri in uris:
+        table_version = tables.version(uri)
+        if table_version is not None:
+            indexes[uri] = index_files(uri, update_index(uri, table_version))
+    last_attempt = pin_attempt(context.store, dataclasses.replace(config, attempt=0), False).attempt
     search = _Search(
         pairs,
         f"{folder}/ranges",
-        [] if version is None else index_files(table_uri),
-        [index_files(uri) for uri in others],
-        config.attempt > last_attempt.attempt,
-        max(config.num_lanes, LANES_PER_TASK * limit),
-        config.allow_hosts,
+        known=indexes.pop(table_uri, []),
+        seen=list(indexes.values()),
+        retries=config.attempt > last_attempt,
+        num_lanes=max(config.num_lanes, LANES_PER_TASK * _limit(config)),
+        allow_hosts=config.allow_hosts,
     )
+    listed = run_all(functools.partial(_find_missing, search), ranges.ranges(ranges.range_count(pairs)))
     lanes = plan_shards(
-        run_all(functools.partial(_find_missing, search), ranges.ranges(ranges.range_count(pairs))),
-        folder,
-        shard_size=config.shard_size,
-        num_lanes=search.num_lanes,
-        attempt=config.attempt,
+        listed, folder, shard_size=config.shard_size, num_lanes=search.num_lanes, attempt=config.attempt
     )
     files.delete(search.folder)
-    plan = _Plan(_plan_id(context, version), lanes, search.retries)
-    shards = [[[shard.name, shard.rows] for shard in lane] for lane in lanes]
-    files.write_json(record, {"id": plan.id, "retries": plan.retries, "lanes": shards})
-    return plan
+    return _Plan(_plan_id(context, version), lanes, search.retries)
 
 
 def _plan_id(context: StageContext, version: int | None) -> str:
@@ -340,7 +347,7 @@ def _outcome(pairs: str, index: Sequence[str], key_range: KeyRange) -> _Outcome:
     wanted = listed.filter(is_wanted)["key"]
     images = read_index(index, key_range, ["key", "status", "reason", "sha256", "jpg_sha256"])
     images = images.filter(pc.is_in(images["key"], value_set=wanted))
-    missing = len(wanted) - len(images["key"].unique()) + len(images["key"]) - len(images["key"].unique())
+    missing = len(wanted) + images.num_rows - 2 * len(images["key"].unique())
     outcome = images.set_column(1, "status", _as_outcome(images["status"])).select(["status", "reason"])
     others = listed.filter(pc.invert(is_wanted)).select(["status", "reason"])
     return _Outcome(rows.count(pa.concat_tables([others, outcome])), tables.rows_digest(images), missing)

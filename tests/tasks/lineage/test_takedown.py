@@ -617,3 +617,10 @@ def test_versions_rows_and_differences(store: Store) -> None:
             find_version(store, name)
     with pytest.raises(InputError, match="has no dataset version"):
         find_version(Store(f"{store.root}/elsewhere"), "1")
+
+
+def test_plans_of_killed_downloads_are_deleted(store: Store) -> None:
+    plan = store.uri("artifacts", "download", "f", "plan", "shard.parquet")
+    tables.write_file(plan, clean(LISTED).select(["key", "url", "caption"]))
+    take_down(store, [parse("url", "https://a1.example.org/7.jpg")], None, [])
+    assert not files.exists(plan)

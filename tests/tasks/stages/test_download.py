@@ -37,7 +37,7 @@ from tasks.stages.ingest import IngestConfig, ingest
 from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip import files
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, StageError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -426,7 +426,7 @@ def test_an_interrupted_plan_is_not_continued_after_other_commits(
     """Another list with the same rows is downloaded before the next attempt: no row is fetched or stored twice."""
     scenes = ScenesConfig(num_images=30, side=16, broken=0, port=free_port())
     config = download_config(scenes, shard_size=10, tasks_in_flight=1)
-    monkeypatch.setattr(download_module, "PARTS_PER_COMMIT", 1)
+    monkeypatch.setattr(download_module, "SECONDS_PER_COMMIT", 0.0)
     from unclip.config import fingerprint
 
     with scene_server.serve(scenes) as server:
@@ -443,6 +443,29 @@ def test_an_interrupted_plan_is_not_continued_after_other_commits(
         images = done(execute(Call(download, config), run(tmp_path), [pairs]))
         assert images.facts["fetched_now"] == 15 and max(server.requests.values()) == 1
     assert tables.read(images.uri)["key"].to_pylist() == keys
+
+
+def test_a_stopped_run_commits_nothing(tmp_path: Path) -> None:
+    """Another run may be writing to the table by then."""
+    Store(str(tmp_path)).write_json({"state": "stopped", "host": socket.gethostname()}, "runs", "r1", "run.json")
+    uri = str(tmp_path / "images" / "recipe")
+    part = tables.write_part(uri, "part", download_module.IMAGES.empty_table())
+    commits = download_module._Commits(uri, {}, run(tmp_path), None)
+    with pytest.raises(StageError, match="left to the next run"):
+        commits.add(part)
+        commits.commit()
+    assert tables.version(uri) is None
+
+
+def test_a_table_without_a_row_or_with_a_row_twice_is_refused(cluster: None, tmp_path: Path) -> None:
+    scenes = ScenesConfig(num_images=4, side=16, broken=0, port=free_port())
+    pairs = run_ingest(tmp_path, scenes)  # the server is not running
+    images = done(execute(Call(download, download_config(scenes)), run(tmp_path), [pairs]))
+    twice = tables.write_part(images.uri, "twice", tables.read(images.uri).slice(1, 2))
+    tables.append_files(images.uri, [twice], download_module.IMAGES)
+    config = download_config(scenes, retries=0)  # another stage with the same table
+    failure = execute(Call(download, config), run(tmp_path), [pairs])
+    assert isinstance(failure, Failure) and "repeats the rows of 2 pairs" in failure.message
 
 
 def pids_of_shards() -> list[int]:
