@@ -75,7 +75,7 @@ def run_isolated(name: str, data: Dataset, rounds: int = 1) -> Point:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        with measure.LargestProcess(process.pid, 0.1) as memory:
+        with measure.LargestProcess(process.pid, 0.2) as memory:
             _, errors = process.communicate()
         if process.returncode:
             raise SystemExit(f"{name} at {data.rows:,} rows: ended with {process.returncode}:\n{errors[-4000:]}")
