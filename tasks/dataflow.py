@@ -86,6 +86,7 @@ def exchange(
 
     Args:
         split: item -> `num_outputs` tables, some of which may be empty; must give the same tables when it is repeated.
+        items: values, or references of values in the object store.
         merge: (number of the output, its tables in the order of items) -> small result, usually of a file that it wrote.
         options: options of the Ray tasks.
 
@@ -93,7 +94,8 @@ def exchange(
         Results of `merge`, in order.
     """
     if len(items) <= 1 and num_outputs == 1:
-        return [merge(0, [split(item)[0] for item in items])]
+        values = [ray.get(item) if isinstance(item, ray.ObjectRef) else item for item in items]
+        return [merge(0, [split(value)[0] for value in values])]
     pieces: list[list[Any]] = [[] for _ in items]
     splitting = _split.options(**_OPTIONS | options, num_returns=num_outputs)
 

@@ -39,9 +39,30 @@ class Tombstones:
         """Return True if a row with this key and normalised URL was taken down."""
         return key in self.keys or url in self.urls or bool(self.domains and self._has_domain(url))
 
+    def have_pairs(self, keys: pa.ChunkedArray, urls: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Return `has_pair` of every row; a URL without a valid host is on no domain."""
+        found = pc.or_(_is_in(keys, self.keys), _is_in(urls, self.urls))
+        if not self.domains:
+            return found
+        hosts = pc.struct_field(pc.extract_regex(urls, _HOST), 0)
+        return pc.or_(found, _is_in(hosts, filter(self._has_host, hosts.unique().drop_null().to_pylist())))
+
+    def _has_host(self, host: str) -> bool:
+        try:
+            return self._has_domain(f"//{host}")
+        except ValueError:
+            return False
+
     def _has_domain(self, url: str) -> bool:
         labels = (urllib.parse.urlsplit(url).hostname or "").split(".")
         return any(".".join(labels[start:]) in self.domains for start in range(len(labels)))
+
+
+_HOST = r"\A(?:[A-Za-z][A-Za-z0-9+.-]*:)?//(?P<host>[^/?#]*)"  # with user name and port
+
+
+def _is_in(values: pa.ChunkedArray, wanted: Iterable[str]) -> pa.ChunkedArray:
+    return pc.is_in(values, value_set=pa.array(wanted, pa.string()))
 
 
 def load_tombstones(store: Store) -> Tombstones:
@@ -69,8 +90,7 @@ def gather(tombstones: Iterable[Tombstone]) -> Tombstones:
 
 def refuse(pairs: pa.Table, tombstones: Tombstones) -> pa.Table:
     """Drop the rows of a list of pairs (tasks.stages.ingest.PAIRS) that were taken down and blank their URL and caption."""
-    keys, urls = pairs["key"].to_pylist(), pairs["url"].to_pylist()
-    taken_down = pa.array([tombstones.has_pair(key, url) for key, url in zip(keys, urls, strict=True)], pa.bool_())
+    taken_down = tombstones.have_pairs(pairs["key"], pairs["url"])
     if not pc.any(taken_down).as_py():
         return pairs
     blank = {"url": "", "caption": "", "status": rows.DROPPED, "reason": "taken_down"}

@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tasks.lineage.takedown import find_keys, parse, parse_file, take_down
 from tasks.snapshots import record_snapshot
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA as EMBEDDINGS
-from tasks.stages.ingest import ListRow, clean
+from tasks.stages.ingest import LISTED as SCHEMA
+from tasks.stages.ingest import clean, drop_duplicates
 from tasks.store import Store
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
@@ -29,7 +31,11 @@ from unclip import files
 from unclip.errors import InputError
 from unclip.training.film import add_preview
 
-LISTED = [ListRow(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
+LISTED = [(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}", "") for index in range(12)]
+
+
+def pairs_of(rows: Sequence[tuple[str, str, str]]) -> pa.Table:
+    return drop_duplicates(clean(pa.table(list(zip(*rows, strict=True)), SCHEMA)))
 
 
 def stored_image(index: int) -> dict[str, Any]:
@@ -45,7 +51,7 @@ def stored_image(index: int) -> dict[str, Any]:
 def store(tmp_path: Path) -> Store:
     """A storage with 12 rows of 3 hosts, one dataset version, and a report."""
     store = Store(str(tmp_path / "storage"))
-    pairs = clean(LISTED)
+    pairs = pairs_of(LISTED)
     tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
     order = {row["key"]: row["position"] for row in pairs.to_pylist()}
     listed = sorted(order)
@@ -121,7 +127,7 @@ def test_bytes_urls_and_captions_are_deleted_everywhere_and_do_not_return(store:
     page = files.read(store.uri("artifacts", "report", "f", "report.html")).decode()
     assert key not in page and page.count("<figure") == 12 and page.count("caption") == 11
 
-    again = refuse(clean(LISTED), load_tombstones(store)).to_pylist()
+    again = refuse(pairs_of(LISTED), load_tombstones(store)).to_pylist()
     assert [row["reason"] for row in again if row["key"] == key] == ["taken_down"]
     assert sum(row["status"] == "kept" for row in again) == 11
 
@@ -147,7 +153,7 @@ def test_near_duplicates_are_found_on_request(store: Store) -> None:
 def test_a_domain_includes_its_subdomains(store: Store, domain: str, expected: int) -> None:
     [keys] = find_keys(store, [parse("domain", domain)]).values()
     assert len(keys) == expected
-    refused = refuse(clean(LISTED), gather([parse("domain", domain)]))
+    refused = refuse(pairs_of(LISTED), gather([parse("domain", domain)]))
     assert refused["reason"].to_pylist().count("taken_down") == expected
 
 
@@ -412,7 +418,7 @@ def test_show_without_a_dataset_version_and_with_only_a_tombstone(tmp_path: Path
     store = Store(str(tmp_path))
     with pytest.raises(InputError, match="has no rows"):
         show(store, "0" * 32)
-    pairs = clean([ListRow("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
+    pairs = pairs_of([("ftp://a.example/x.jpg", "no scheme that counts", ""), LISTED[0]])
     tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
     bad, good = sorted(pairs.to_pylist(), key=lambda row: row["status"] == "kept")
     assert show(store, bad["key"])["fate"].startswith("in no dataset version: bad_url, not a valid URL")
