@@ -1,11 +1,16 @@
 """The functions for arrays give the results of those for one text, whatever the texts are."""
 
+import itertools
 import random
+import sys
+import unicodedata
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from tasks.untrusted.normalise import (
+    _NOT_CANONICAL_CAPTION,
     MAX_CAPTION_CHARACTERS,
     MAX_URL_CHARACTERS,
     normalise_caption,
@@ -64,7 +69,7 @@ def urls(seed: int) -> list[str]:
 
 def captions(seed: int) -> list[str]:
     lengths = ["x" * (MAX_CAPTION_CHARACTERS + extra) for extra in (-1, 0, 1)]
-    ends = ["x" * (MAX_CAPTION_CHARACTERS - 1) + end for end in (" y", " ", "é", "e\u0301", "\u0301", "\u200e")]
+    ends = ["x" * (MAX_CAPTION_CHARACTERS - 1) + end for end in (" y", " ", "é", "éé", "e\u0301", "\u0301", "\u200e")]
     return [*lengths, *ends, *texts(CAPTION_PARTS, seed), *(chr(code) for code in range(0x500))]
 
 
@@ -81,6 +86,19 @@ def test_arrays_of_hostile_texts_give_what_each_text_gives(seed: int) -> None:
         assert len(set(expected)) > 3, "texts with different results"
         unchanged = sum(text == result for text, result in zip(raw, expected, strict=True))
         assert 10 < unchanged < 0.9 * len(raw), "both ways are used"
+
+
+def test_characters_of_captions_that_are_left_alone_cannot_be_changed_by_any_neighbour() -> None:
+    """By Unicode's definition of NFC: they are their own NFC, never reordered and never the second part of a composition."""
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    surrounded = pa.array([f"a{character}a" for character in characters])
+    changes = pc.match_substring_regex(surrounded, _NOT_CANONICAL_CAPTION).to_pylist()
+    stable = {character for character, change in zip(characters, changes, strict=True) if not change}
+    composed = (unicodedata.normalize("NFD", character)[1:] for character in characters)
+    assert stable.isdisjoint(itertools.chain.from_iterable(composed)) and len(stable) > 40_000
+    for character in stable:
+        assert unicodedata.is_normalized("NFC", character) and not unicodedata.combining(character)
+        assert normalise_caption(f"a{character}a") == f"a{character}a", "neither white space nor unprintable"
 
 
 def test_arrays_that_are_empty_or_slices() -> None:
