@@ -182,7 +182,7 @@ class _Chunk:
 
     @property
     def num_rows(self) -> int:
-        return self.listed.num_rows
+        return int(self.listed.num_rows)
 
 
 def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int]:
@@ -557,7 +557,7 @@ def _parquet_chunks(source: _Source, config: IngestConfig) -> Iterator[pa.Table]
 
 def _num_characters(batch: pa.RecordBatch) -> int:
     """Number of characters of the texts, and one per row."""
-    return sum((pc.sum(pc.utf8_length(column)).as_py() for column in batch.columns), batch.num_rows)
+    return sum((pc.sum(pc.utf8_length(column)).as_py() or 0 for column in batch.columns), int(batch.num_rows))
 
 
 @contextlib.contextmanager
