@@ -3,7 +3,7 @@
 Letters: B images, N and M embeddings, E their width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -94,14 +94,45 @@ def extract_features(clip: Clip, images: Tensor, captions: Sequence[str]) -> Fea
     )
 
 
-def concatenate(batches: Sequence[T]) -> T:
-    """Join the `Features` of batches in their order; a field that is None in any of them is None."""
-    parts: Any = batches
-    if any(part is None for part in parts):
+def concatenate(batches: Iterable[Features], count: int) -> Features:
+    """Join the features of batches in their order; a field that is None in any batch is None.
+
+    Memory is allocated once, for `count` images in all, and no batch is kept: small pieces that are kept between the large
+    temporaries of sampling would fragment the heap.
+
+    Raises:
+        ShapeError: the batches have not `count` rows together.
+    """
+    whole, start = None, 0
+    for batch in batches:
+        stop = start + len(batch.image_embedding)
+        if stop <= count:
+            whole = _write(_allocate(batch, count) if whole is None else whole, batch, slice(start, stop))
+        start = stop
+    if start != count or whole is None:
+        raise ShapeError(f"features: got batches of {start} images together, expected {count}.")
+    return whole
+
+
+def _allocate(batch: T, count: int) -> T:
+    """Return uninitialised features of `count` images with the fields of a batch."""
+    part: Any = batch
+    if part is None:
+        return part  # type: ignore[no-any-return]
+    if isinstance(part, Tensor):
+        return part.new_empty(count, *part.shape[1:])  # type: ignore[return-value]
+    return type(part)(*(_allocate(field, count) for field in part))  # type: ignore[no-any-return]
+
+
+def _write(whole: T, batch: T, rows: slice) -> T:
+    """Copy the features of a batch into rows of `whole`; a field that is None in either becomes None."""
+    target, part = whole, batch
+    if target is None or part is None:
         return None  # type: ignore[return-value]
-    if isinstance(parts[0], Tensor):
-        return torch.cat(tuple(parts))  # type: ignore[return-value]
-    return type(parts[0])(*map(concatenate, zip(*parts, strict=True)))  # type: ignore[no-any-return]
+    if isinstance(target, Tensor):
+        target[rows] = part
+        return target  # type: ignore[return-value]
+    return type(target)(*(_write(*fields, rows) for fields in zip(target, part, strict=True)))  # type: ignore
 
 
 def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:
