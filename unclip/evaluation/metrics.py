@@ -4,7 +4,7 @@ Letters: B images, N and M embeddings, E their width.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,6 @@ from unclip import imaging
 from unclip.errors import ShapeError
 from unclip.evaluation import scenes
 from unclip.models.clip import Clip
-
-T = TypeVar("T")
 
 ATTRIBUTES = ("colour", "background", "size", "shape")
 
@@ -103,7 +101,8 @@ def concatenate(batches: Iterable[Features], count: int) -> Features:
     Raises:
         ShapeError: the batches have not `count` rows together.
     """
-    whole, start = None, 0
+    whole: Features | None = None
+    start = 0
     for batch in batches:
         stop = start + len(batch.image_embedding)
         if stop <= count:
@@ -114,25 +113,21 @@ def concatenate(batches: Iterable[Features], count: int) -> Features:
     return whole
 
 
-def _allocate(batch: T, count: int) -> T:
-    """Return uninitialised features of `count` images with the fields of a batch."""
-    part: Any = batch
-    if part is None:
-        return part  # type: ignore[no-any-return]
-    if isinstance(part, Tensor):
-        return part.new_empty(count, *part.shape[1:])  # type: ignore[return-value]
-    return type(part)(*(_allocate(field, count) for field in part))  # type: ignore[no-any-return]
+def _allocate(batch: Any, count: int) -> Any:
+    """Return uninitialised features of `count` images, with the fields of a batch."""
+    if isinstance(batch, Tensor):
+        return batch.new_empty(count, *batch.shape[1:])
+    return None if batch is None else type(batch)(*(_allocate(field, count) for field in batch))
 
 
-def _write(whole: T, batch: T, rows: slice) -> T:
+def _write(whole: Any, batch: Any, rows: slice) -> Any:
     """Copy the features of a batch into rows of `whole`; a field that is None in either becomes None."""
-    target, part = whole, batch
-    if target is None or part is None:
-        return None  # type: ignore[return-value]
-    if isinstance(target, Tensor):
-        target[rows] = part
-        return target  # type: ignore[return-value]
-    return type(target)(*(_write(*fields, rows) for fields in zip(target, part, strict=True)))  # type: ignore
+    if whole is None or batch is None:
+        return None
+    if isinstance(whole, Tensor):
+        whole[rows] = batch
+        return whole
+    return type(whole)(*(_write(*fields, rows) for fields in zip(whole, batch, strict=True)))
 
 
 def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:
