@@ -174,9 +174,9 @@ class _Looks:
             keys: [M] uint64.
             flips: differences of keys.
         """
-        bits = max(8, int(len(here)).bit_length() + 1) if len(here) > _FEW else 0
+        bits = max(8, len(here).bit_length() + 1) if len(here) > _FEW else 0
         buckets = _buckets(keys, bits)
-        place_bits = np.uint64(max(1, int(len(here)).bit_length()))
+        place_bits = np.uint64(max(1, len(here).bit_length()))
         packed = np.sort(buckets << place_bits | np.arange(len(here), dtype=np.uint64))
         order = (packed & ((np.uint64(1) << place_bits) - np.uint64(1))).astype(np.int64)
         members = here[order]  # by bucket, the earliest first

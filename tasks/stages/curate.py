@@ -7,7 +7,6 @@ the report can show the pairs near it, without embedding anything again.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from tasks import rows, tables
+from tasks.semantic import duplicates_in_memory
 from tasks.snapshots import kept_keys, record_snapshot, save_statistics
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import files
@@ -24,8 +24,6 @@ from unclip.errors import ConfigError, InputError
 from unclip.evaluation.probes import load_probe
 
 ROWS_AT_ONCE = 4096
-NUM_SEARCHED_CLUSTERS = 8
-"""Clusters that semantic deduplication searches for a row's duplicates: its own and the nearest ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +114,11 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     dropped = out_of_bounds(scores, config)
     if config.semantic_distance is not None:
         candidates = np.array([index for index, key in enumerate(keys) if key not in dropped])
-        duplicates = semantic_duplicates(image_embeddings[candidates], config.semantic_distance, config.cluster_size)
-        dropped |= {keys[candidates[index]]: "semantic_duplicate" for index in sorted(duplicates)}
+        is_duplicate = duplicates_in_memory(
+            image_embeddings[candidates].numpy(), config.semantic_distance, config.cluster_size
+        )
+        duplicates = np.flatnonzero(is_duplicate).tolist()
+        dropped |= {keys[candidates[index]]: "semantic_duplicate" for index in duplicates}
 
     selection = rows.drop(tables.read_file(facts["selection"]), dropped)
     counts = rows.count(selection)
@@ -186,90 +187,3 @@ def _spread(scores: pa.Table, config: CurateConfig) -> str:
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
             text += f"Quantiles of {name}: 5 % {low:.3g}, 50 % {middle:.3g}, 95 % {high:.3g}. "
     return text
-
-
-def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
-    """Indices of embeddings that are closer than `distance` to an earlier one that is not a duplicate itself.
-
-    As in SemDeDup (Abbas et al. 2023), k-means avoids work quadratic in N: a row is compared with at most NUM_SEARCHED_CLUSTERS
-    clusters, of `cluster_size` rows on average. Unlike SemDeDup, a row is compared with neighbouring clusters as well as its
-    own. So duplicates across a cluster border are found, and the row that is kept depends on the order of rows, not on the
-    clusters. Up to NUM_SEARCHED_CLUSTERS * cluster_size rows are compared all with all.
-
-    Args:
-        embeddings: [N, E], unit norm; of duplicates, the first is kept.
-        distance: 1 - cosine.
-    """
-    values = embeddings.numpy()
-    reach = (2 * distance) ** 0.5  # Euclidean distance of unit vectors with that cosine
-    clusters = _searched_clusters(values, reach, cluster_size)
-    duplicates, undecided = np.zeros(len(values), bool), np.ones(len(values), bool)
-    while undecided.any():
-        followers = _has_earlier_duplicate(values, clusters, 1 - distance, undecided, undecided)
-        winners = undecided & ~followers  # the first undecided row always wins, so every round decides at least one
-        losers = _has_earlier_duplicate(values, clusters, 1 - distance, followers, winners)
-        duplicates |= losers
-        undecided = followers & ~losers
-    return set(np.flatnonzero(duplicates).tolist())
-
-
-def _searched_clusters(values: np.ndarray, reach: float, cluster_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ascending indices per cluster: its members, and the rows that may have a duplicate among them.
-
-    A duplicate in another cluster lies beyond the plane halfway between the two centres. So a row farther than `reach` from
-    the plane has no duplicate there. If more planes are within reach, only the nearest are considered.
-
-    Args:
-        values: [N, E].
-        reach: largest Euclidean distance of duplicates.
-    """
-    from sklearn.cluster import MiniBatchKMeans
-    from sklearn.metrics.pairwise import euclidean_distances
-
-    num_clusters = round(len(values) / cluster_size)
-    if num_clusters <= NUM_SEARCHED_CLUSTERS:
-        return [(np.arange(len(values)), np.arange(len(values)))]
-    centres = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit(values).cluster_centers_
-    squares = (centres**2).sum(axis=1)
-    spans = euclidean_distances(centres).clip(min=1e-6)  # [K, K]
-    homes, visits = [], []
-    for start in range(0, len(values), ROWS_AT_ONCE):
-        squared = squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T  # [R, K], minus the row's squared norm
-        home = squared.argmin(axis=1)
-        own = (np.arange(len(home)), home)
-        to_plane = (squared - squared[own][:, None]) / (2 * spans[home])
-        to_plane[own] = -1
-        nearest = np.argpartition(to_plane, NUM_SEARCHED_CLUSTERS - 1, axis=1)[:, :NUM_SEARCHED_CLUSTERS]
-        row, place = np.nonzero(np.take_along_axis(to_plane, nearest, axis=1) <= reach)
-        homes.append(home)
-        visits.append(np.stack([start + row, nearest[row, place]]))
-    row_indices, cluster_indices = np.concatenate(visits, axis=1)
-    members = _grouped(np.arange(len(values)), np.concatenate(homes), num_clusters)
-    return list(zip(members, _grouped(row_indices, cluster_indices, num_clusters), strict=True))
-
-
-def _grouped(indices: np.ndarray, clusters: np.ndarray, num_clusters: int) -> list[np.ndarray]:
-    """Ascending indices per cluster."""
-    order = np.argsort(clusters, kind="stable")
-    return np.split(indices[order], np.bincount(clusters, minlength=num_clusters).cumsum()[:-1])
-
-
-def _has_earlier_duplicate(
-    values: np.ndarray,
-    clusters: Sequence[tuple[np.ndarray, np.ndarray]],
-    threshold: float,
-    queries: np.ndarray,
-    candidates: np.ndarray,
-) -> np.ndarray:
-    """Mask of the rows in `queries` that have an earlier row in `candidates` (masks) with a cosine above the threshold."""
-    found = np.zeros(len(values), bool)
-    for members, visitors in clusters:
-        others, rows_here = members[candidates[members]], visitors[queries[visitors]]
-        for start in range(0, len(rows_here), ROWS_AT_ONCE):
-            block = rows_here[start : start + ROWS_AT_ONCE]
-            earlier = others[: np.searchsorted(others, block[-1])]
-            for first in range(0, len(earlier), ROWS_AT_ONCE):
-                columns = earlier[first : first + ROWS_AT_ONCE]
-                near = values[block] @ values[columns].T > threshold  # [R, C]
-                found[block] |= (near & (columns < block[:, None])).any(axis=1)
-    return found
