@@ -35,11 +35,11 @@ from unclip import files
 PartT = TypeVar("PartT")
 ResultT = TypeVar("ResultT")
 
-NUM_SEARCHED_CLUSTERS = 8
+NUM_SEARCHED_CLUSTERS = 16
 """Clusters of its group in which a row's duplicates are searched: its own and the nearest ones."""
 NUM_SEARCHED_GROUPS = 3
-"""Groups in which a row's duplicates are searched."""
-NUM_VISITED_CLUSTERS = 4
+"""Groups in which a row's duplicates are searched by default."""
+NUM_VISITED_CLUSTERS = 8
 """Clusters that are searched in a group other than the row's own."""
 MAX_ROUNDS = 20
 """Rounds in which groups tell each other of rows at their borders; afterwards, each group decides alone."""
@@ -66,6 +66,7 @@ def semantic_duplicates(
     num_ranges: int,
     use: Callable[[KeyRange, pa.Table], ResultT],
     num_partitions: int | None = None,
+    searched_groups: int = NUM_SEARCHED_GROUPS,
     **options: Any,
 ) -> list[ResultT]:
     """Find the rows whose embedding is close to that of an earlier row, in the order of keys, that is kept.
@@ -83,6 +84,7 @@ def semantic_duplicates(
         use: called in a task for each key range with the rows to drop: key, reason, sorted by key. Like `read`, a
             module-level function or a `functools.partial` of one.
         num_partitions: number of tasks among which groups are divided.
+        searched_groups: groups in which a row's duplicates are searched; it is sent to as many tasks.
         options: options of the Ray tasks.
 
     Returns:
@@ -95,7 +97,7 @@ def semantic_duplicates(
     def exchange(split: Any, items: Any, num_outputs: int, merge: Any) -> list[Any]:
         return dataflow.exchange(split, items, num_outputs, merge, **options)
 
-    split = functools.partial(_split_by_group, read, centres, distance, count)
+    split = functools.partial(_split_by_group, read, centres, distance, searched_groups, count)
     decide = functools.partial(_decide_groups, f"{scratch}/00", distance, cluster_size)
     undecided = exchange(split, parts, count, decide)
     folders = [f"{scratch}/00"]
@@ -123,7 +125,8 @@ def duplicates_in_memory(values: np.ndarray, distance: float, cluster_size: int)
         values: [N, E] float32, unit norm.
     """
     group = _Group.cut(values, np.ones(len(values), bool), distance, cluster_size)
-    return group.decide(distance, np.zeros(len(values), np.int8)) == _NEAR
+    is_duplicate: np.ndarray = group.decide(distance, np.zeros(len(values), np.int8)) == _NEAR
+    return is_duplicate
 
 
 class _Group:
@@ -171,7 +174,7 @@ class _Group:
             elsewhere: [N] int8, worst verdict of the other groups on each member; 0 for visitors.
         """
         threshold = np.float32(1 - distance)
-        fates = np.maximum(self.verdicts, elsewhere)
+        fates: np.ndarray = np.maximum(self.verdicts, elsewhere)
         members: tuple[dict[int, np.ndarray], dict[int, np.ndarray]] = ({}, {})  # by cluster: kept; undecided
         for start in range(0, len(self.values), _BLOCK_ROWS):
             block = slice(start, min(start + _BLOCK_ROWS, len(self.values)))
@@ -235,7 +238,8 @@ def _train(sample: np.ndarray, num_clusters: int, distance: float) -> np.ndarray
     distinct = sample[~duplicates_in_memory(sample, distance, len(sample))]
     number = max(1, min(num_clusters, len(distinct) // 4))
     kmeans = MiniBatchKMeans(number, random_state=0, n_init=1, batch_size=4096)
-    return kmeans.fit(distinct).cluster_centers_  # type: ignore[no-any-return]
+    centres: np.ndarray = kmeans.fit(distinct).cluster_centers_
+    return centres
 
 
 def _assign(values: np.ndarray, centres: np.ndarray, distance: float, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -292,6 +296,7 @@ def _split_by_group(
     read: Callable[[PartT], tuple[pa.ChunkedArray, np.ndarray]],
     centres: np.ndarray,
     distance: float,
+    searched_groups: int,
     count: int,
     part: PartT,
 ) -> list[pa.Table]:
@@ -301,7 +306,7 @@ def _split_by_group(
         homes = np.zeros(len(embeddings), np.int32)
         visits = homes[:, None]
     else:
-        homes, visits = _assign(embeddings, centres, distance, NUM_SEARCHED_GROUPS)
+        homes, visits = _assign(embeddings, centres, distance, searched_groups)
     row, column = np.nonzero(visits >= 0)
     groups = visits[row, column]
     numbers = hex_numbers(keys, KEY_DIGITS)
@@ -412,7 +417,8 @@ def _vectors(column: pa.ChunkedArray) -> np.ndarray:
     """Vectors [N, E] of a column of `_column`, also if there are none."""
     flat = column.combine_chunks().flatten()
     values: np.ndarray = (pa.concat_arrays(flat.chunks) if isinstance(flat, pa.ChunkedArray) else flat).to_numpy()
-    return values.reshape(len(column), column.type.list_size)
+    vectors: np.ndarray = values.reshape(len(column), column.type.list_size)
+    return vectors
 
 
 def _column(values: np.ndarray) -> pa.FixedSizeListArray:
