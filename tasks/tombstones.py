@@ -57,13 +57,13 @@ class Tombstones:
 
 
 def hosts_of(urls: pa.ChunkedArray) -> pa.Array:
-    """Host of each URL, in lower case and without port; null for a text that is no URL."""
+    """Host of each URL, in lower case and without port; null for a text without one."""
     array = urls.combine_chunks() if isinstance(urls, pa.ChunkedArray) else urls
     pieces = pc.split_pattern(pc.binary_join_element_wise(array, "///", ""), "/", max_splits=3)
     scheme, empty, authority = (pc.list_element(pieces, number) for number in range(3))
-    is_url = pc.and_(pc.ends_with(scheme, ":"), pc.equal(empty, ""))
+    has_authority = pc.and_(pc.or_(pc.ends_with(scheme, ":"), pc.equal(scheme, "")), pc.equal(empty, ""))
     # Many URLs share a host, so the slow expression sees each authority once.
-    authorities = pc.if_else(is_url, authority, None).dictionary_encode()
+    authorities = pc.if_else(has_authority, authority, None).dictionary_encode()
     found = pc.struct_field(pc.extract_regex(authorities.dictionary, _HOST), "host")
     return pc.utf8_trim(pc.utf8_lower(found), "[]").take(authorities.indices)
 

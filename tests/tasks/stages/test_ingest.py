@@ -459,7 +459,7 @@ def test_rows_that_were_taken_down_are_refused_whatever_their_texts_are() -> Non
 
     def is_taken_down(key: str, url: str) -> bool:
         try:
-            host = urllib.parse.urlsplit(url).hostname or "" if "://" in url else ""
+            host = urllib.parse.urlsplit(url).hostname or ""
         except ValueError:  # "[::1" is no host
             host = ""
         labels = host.split(".")
@@ -468,9 +468,13 @@ def test_rows_that_were_taken_down_are_refused_whatever_their_texts_are() -> Non
 
     expected = [is_taken_down(*pair) for pair in zip(table["key"].to_pylist(), table["url"].to_pylist(), strict=True)]
     refused = refuse(table, tombstones)
-    assert pc.equal(refused["status"], "dropped").to_pylist() == expected and 30 < sum(expected) < 80
+    found = pc.equal(refused["reason"], "taken_down").fill_null(False).to_pylist()
+    assert 30 < sum(expected) < 80
+    for url, is_found, is_expected in zip(table["url"].to_pylist(), found, expected, strict=True):
+        is_url = url.startswith(("http://", "https://"))  # of other texts, more may be refused
+        assert is_found == is_expected if is_url else is_found >= is_expected, url
     for name in ("url", "caption"):
-        assert [text == "" for text in refused[name].to_pylist()] == expected
+        assert [text == "" for text in refused[name].to_pylist()] == found
     assert refuse(table, Tombstones()).equals(table)
 
 
