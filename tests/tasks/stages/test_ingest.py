@@ -393,7 +393,7 @@ def test_the_same_rows_in_one_file_or_several_and_in_any_number_of_ranges_give_t
     digests = set()
     for urls, count, small_bytes in (
         ("list.parquet", 1, 1 << 20), ("list.parquet", 1, 0), ("list.parquet", 4, 1 << 20), ("list.parquet", 16, 0),
-        ("parts", 1, 1 << 20), ("parts", 4, 0), ("parts", 16, 0),
+        ("parts", 1, 1 << 20), ("parts", 4, 0), ("parts", 16, 0), ("parts", 4, 10_000),
     ):  # fmt: skip
         monkeypatch.setattr(stage_module, "SMALL_BYTES", small_bytes)
         monkeypatch.setattr(ranges, "ROWS_PER_RANGE", len(listed_rows) // count + 1)
