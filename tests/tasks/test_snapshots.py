@@ -20,7 +20,7 @@ def snapshot_of(folder: Path, version: int) -> Snapshot:
     selection = {"key": ["a", "b", "c"], "split": ["train", "holdout", None]}
     tables.write_file(f"{folder}/selection.parquet", pa.table(selection))
     images = f"{folder}/images"
-    return Snapshot("d" * 64, f"{folder}/selection.parquet", images, version, images, version, "", "")
+    return Snapshot("d" * 64, f"{folder}/selection.parquet", images, version, 0, images, version, "", "", "", "")
 
 
 def test_f33_a_snapshot_reads_its_version_while_the_table_grows(tmp_path: Path) -> None:

@@ -66,7 +66,17 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory, frozen_clip: Clip) -> Sna
     train = torch.tensor([split == "train" for split in splits])
     save_statistics(f"{folder}/statistics", images[train])
     return Snapshot(
-        "d" * 64, f"{folder}/selection.parquet", "", 0, table, version, f"{folder}/scores", f"{folder}/statistics"
+        "d" * 64,
+        f"{folder}/selection.parquet",
+        "",
+        0,
+        0,
+        table,
+        version,
+        f"{folder}/scores",
+        "",
+        "",
+        f"{folder}/statistics",
     )
 
 
