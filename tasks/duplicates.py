@@ -43,8 +43,10 @@ def duplicate_clusters(
         return []
     facts = ranges.find_rows(index_files, list(duplicates), _COLUMNS)
     found = {row["key"]: row for row in facts.to_pylist()}
+    compared_by = {"duplicate_image": "sha256", "near_duplicate": "phash", "semantic_duplicate": "key"}
     by_reason = {
-        name: [key for key in duplicates if duplicates[key] == name and key in found] for name in rows.DUPLICATES
+        name: [key for key in duplicates if duplicates[key] == name and found.get(key, {}).get(column)]
+        for name, column in compared_by.items()  # null if the image has changed since
     }
     digests = {found[key]["sha256"] for key in by_reason["duplicate_image"]}
     looks = {key: (found[key]["phash"], found[key]["colour"]) for key in by_reason["near_duplicate"]}
