@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange, run_all
 from tasks.index import read_index
+from tasks.near_duplicates import COLOUR_CELL
 from tasks.ranges import KeyRange
 from unclip.data import vectors
 
@@ -22,7 +23,7 @@ AnnotatedKeys = list[tuple[str, str]]
 _COLUMNS = ["key", "sha256", "phash", "colour"]
 _FILES_AT_ONCE = 64
 
-_SAME_COLOUR = 7  # levels of 255 by which mean colours of near duplicates may differ in the stage dedup
+_SAME_COLOUR = 2 * COLOUR_CELL - 1  # levels of 255 by which mean colours of near duplicates may differ at most
 
 _Winner = tuple[bool, float, str]
 """True if the colours differ, the distance from the duplicate, and the key of the kept row; the smallest wins."""
