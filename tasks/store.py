@@ -1,6 +1,7 @@
 """The storage root: one folder or bucket that holds everything that pipelines write.
 
 images/<recipe>/        Delta table: every URL that was tried, with its image or the reason why there is none
+index/<recipe>/         Delta table: the small columns of an images table by key range, with the place of each row
 embeddings/<clip>/      Delta table: CLIP embeddings of the kept images, one table per CLIP
 snapshots/              Delta table: one row per dataset version, written last
 stages/<name>/<fp>.json commit records: the artifact of a stage, once it is complete
@@ -24,8 +25,8 @@ from unclip.errors import StorageError
 DEFAULT_ROOT = "unclip-data"
 ENTRIES = frozenset(
     """
-    images embeddings snapshots stages artifacts runs attempts tombstones.parquet takedowns results published imported
-    scenes mlflow.db mlflow-artifacts .lock lease.json
+    images index embeddings snapshots stages artifacts runs attempts tombstones.parquet takedowns results published
+    imported scenes mlflow.db mlflow-artifacts .lock lease.json
     """.split()  # noqa: SIM905
 )
 """Names in the root of a storage; every storage has some of them."""

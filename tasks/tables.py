@@ -87,6 +87,7 @@ def append_files(
     schema: pa.Schema,
     note: Mapping[str, str] | None = None,
     replaced: pa.Array | None = None,
+    removed: Sequence[str] = (),
 ) -> int:
     """Commit parts in the table's folder atomically; create the table if there is none, or add columns that it lacks.
 
@@ -94,6 +95,7 @@ def append_files(
         parts: parts to commit; those already committed are skipped, so committing again changes nothing.
         note: metadata of the commit, to trace where rows came from.
         replaced: keys whose old rows are removed in the same commit; older versions keep them.
+        removed: names of files that are removed in the same commit; older versions keep them.
 
     Returns:
         Version of the table that has all the parts.
@@ -106,6 +108,7 @@ def append_files(
     changes: list[AddAction | RemoveAction] = [*adds]
     if new and replaced is not None and len(replaced):
         changes += _without(table_uri, replaced, now)
+    changes += [RemoveAction(name, True, now) for name in removed if name in known]
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
@@ -114,7 +117,7 @@ def append_files(
         create_table_with_add_actions(
             table_uri, delta_schema, adds, storage_options=options, commit_properties=properties
         )
-    elif new:
+    elif changes:
         table = DeltaTable(table_uri, storage_options=options)
         known_fields = {field.name for field in table.schema().fields}
         if added := [field for field in delta_schema.fields if field.name not in known_fields]:
@@ -181,6 +184,32 @@ def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
             return _with_added(pq.ParquetFile(file).read(columns=None if columns is None else list(columns)), columns)
 
     return storage.with_retries(uri, action)
+
+
+def num_rows(uri: str) -> int:
+    """Number of rows of a Parquet file, from its footer."""
+    return _footer(uri).metadata.num_rows  # type: ignore[no-any-return]
+
+
+def file_columns(uri: str) -> list[str]:
+    """Column names of a Parquet file, from its footer."""
+    return list(_footer(uri).schema_arrow.names)
+
+
+def _footer(uri: str) -> pq.ParquetFile:
+    filesystem, path = storage.locate(uri)
+
+    def action() -> pq.ParquetFile:
+        with filesystem.open_input_file(path) as file:
+            return pq.ParquetFile(file)
+
+    return storage.with_retries(uri, action)
+
+
+def last_note(table_uri: str) -> dict[str, str]:
+    """Metadata of the newest commit that `append_files` made."""
+    options = _options(table_uri)
+    return {name: str(value) for name, value in DeltaTable(table_uri, storage_options=options).history(1)[0].items()}
 
 
 def write_file(uri: str, table: pa.Table) -> None:

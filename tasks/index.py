@@ -1,0 +1,151 @@
+"""The index of an images table: the small columns of its rows by key range, with the place of each row.
+
+Images lie in the order of their download, by site. The index joins them with the list range by range, finds a row by its
+key, and tells a takedown which files hold a row. It is a Delta table `index/<recipe>` of range files (`tasks.ranges`), brought
+up to date after each commit of the images table; what a killed process left out is added at the next update.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks import ranges, tables
+from tasks.dataflow import exchange, run_all
+from tasks.ranges import KeyRange
+from tasks.tables import Part
+
+INDEX = pa.schema(
+    {
+        "key": pa.string(),
+        "url": pa.string(),
+        "status": pa.string(),
+        "reason": pa.string(),
+        "original_width": pa.int32(),
+        "original_height": pa.int32(),
+        "sha256": pa.string(),
+        "phash": pa.string(),
+        "colour": pa.string(),
+        "jpg_sha256": pa.string(),
+        "part": pa.string(),  # file of the images table
+        "row": pa.int32(),  # row in that file
+    }
+)
+_COPIED = [name for name in INDEX.names if name not in ("part", "row")]
+_PARTS_AT_ONCE = 128
+_MAX_FILES_PER_RANGE = 16
+_VERSION_NOTE = "unclip.images_version"
+
+
+def index_uri(images: str) -> str:
+    """URI of the index of an images table."""
+    root, _, recipe = images.rpartition("/images/")
+    return f"{root}/index/{recipe}"
+
+
+def index_files(images: str, version: int | None = None) -> list[str]:
+    """Files of the index that describes a version of the images table (None: the newest), for `ranges.read_range`.
+
+    Args:
+        version: version of the index, which `update_index` returned.
+    """
+    return tables.files(index_uri(images), version)
+
+
+def update_index(images: str, version: int) -> int:
+    """Bring the index up to date with a version of the images table; returns the version of the index."""
+    index = index_uri(images)
+    listed = set(map(_name, tables.files(images, version)))
+    described = _described_parts(images, index)
+    new, removed = sorted(listed - described), described - listed
+    before = [] if tables.version(index) is None else tables.files(index)
+    parts, replaced = _index_parts(images, index, new), []
+    if removed:
+        for uri, part in zip(before, run_all(functools.partial(_without_parts, index, removed), before), strict=True):
+            if part is not None:
+                replaced.append(_name(uri))
+                parts += [part] if part.rows else []
+    kept = [uri for uri in before if _name(uri) not in replaced]
+    num_files = len(kept) + len(parts)
+    if num_files > _MAX_FILES_PER_RANGE:
+        uris = [*kept, *(f"{index}/{part.name}" for part in parts)]
+        count = ranges.num_ranges(sum(run_all(tables.num_rows, uris)))
+        if num_files > _MAX_FILES_PER_RANGE * count:
+            parts = run_all(functools.partial(_compact, index, uris), ranges.ranges(count))
+            replaced = list(map(_name, before))
+    note = {_VERSION_NOTE: str(version)}
+    if not (parts or replaced) and before:
+        return tables.version(index) or 0
+    return tables.append_files(index, [part for part in parts if part.rows], INDEX, note, removed=replaced)
+
+
+def read_index(files: Sequence[str], key_range: KeyRange, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of the index in one key range, sorted by key; without files, none.
+
+    Args:
+        files: see `index_files`.
+    """
+    if not any(ranges.range_of_file(uri).overlaps(key_range) for uri in files):
+        return INDEX.empty_table().select(list(columns or INDEX.names))
+    return ranges.read_range(files, key_range, columns)
+
+
+def _described_parts(images: str, index: str) -> set[str]:
+    """Parts of the images table that the index describes."""
+    if tables.version(index) is None:
+        return set()
+    return set(map(_name, tables.files(images, int(tables.last_note(index)[_VERSION_NOTE]))))
+
+
+def _index_parts(images: str, index: str, names: Sequence[str]) -> list[Part]:
+    if not names:
+        return []
+    groups = [names[start : start + _PARTS_AT_ONCE] for start in range(0, len(names), _PARTS_AT_ONCE)]
+    uris = [[f"{images}/{name}" for name in group] for group in groups]
+    count = ranges.num_ranges(sum(run_all(_count_rows, uris)))
+    return exchange(functools.partial(_split, count), uris, count, functools.partial(_merge, index, count))
+
+
+def _count_rows(uris: Sequence[str]) -> int:
+    return sum(map(tables.num_rows, uris))
+
+
+def _split(count: int, uris: Sequence[str]) -> list[pa.Table]:
+    return ranges.split_by_key(pa.concat_tables(map(describe_part, uris)), count)
+
+
+def describe_part(uri: str) -> pa.Table:
+    """Index rows of one file of an images table, in its order; columns that an old file lacks are null."""
+    table = tables.read_file(uri, [name for name in tables.file_columns(uri) if name in _COPIED])
+    rows = table.num_rows
+    columns = [
+        table[name] if name in table.column_names else pa.nulls(rows, INDEX.field(name).type) for name in _COPIED
+    ]
+    place = [pa.repeat(_name(uri), rows), pa.array(range(rows), pa.int32())]
+    return pa.table([*columns, *place], schema=INDEX)
+
+
+def _merge(index: str, count: int, output: int, pieces: list[pa.Table]) -> Part:
+    return _write(index, KeyRange(output, count), pa.concat_tables(pieces).sort_by("key"))
+
+
+def _write(index: str, key_range: KeyRange, table: pa.Table) -> Part:
+    return tables.write_part(index, f"{key_range}-{tables.content_digest(table)[:16]}", table)
+
+
+def _without_parts(index: str, removed: set[str], uri: str) -> Part | None:
+    """Write a file of the index again without the rows of removed parts; None if it has no such rows."""
+    table = tables.read_file(uri)
+    stale = pc.is_in(table["part"], value_set=pa.array(sorted(removed), pa.string()))
+    if not pc.any(stale).as_py():
+        return None
+    return _write(index, ranges.range_of_file(uri), table.filter(pc.invert(stale)))
+
+
+def _compact(index: str, uris: Sequence[str], key_range: KeyRange) -> Part:
+    return _write(index, key_range, read_index(uris, key_range))
+
+
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]

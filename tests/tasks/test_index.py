@@ -1,0 +1,93 @@
+"""The index of an images table: complete after every commit, rewrite and restart, in any number of ranges, and compact."""
+
+import hashlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from tasks import index, ranges, tables
+from tasks.stages.download import IMAGES
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def image_rows(first: int, count: int) -> pa.Table:
+    keys = [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(first, first + count)]
+    columns = {"key": keys, "url": [f"http://a.example/{key}" for key in keys], "status": ["ok"] * count}
+    columns |= {"sha256": [key * 2 for key in keys], "original_width": [40] * count, "jpg": [b"x"] * count}
+    return pa.table(
+        [pa.array(columns.get(name, [None] * count), IMAGES.field(name).type) for name in IMAGES.names], IMAGES
+    )
+
+
+def commit(images: str, *parts: pa.Table, **changes: object) -> int:
+    written = [tables.write_part(images, tables.content_digest(part)[:32], part) for part in parts]
+    return tables.append_files(images, written, IMAGES, **changes)  # type: ignore[arg-type]
+
+
+def assert_describes(images: str, version: int, count: int = 1) -> None:
+    files = index.index_files(images)
+    found = pa.concat_tables([index.read_index(files, key_range) for key_range in ranges.ranges(count)])
+    expected = tables.read(images, version, ["key", "url", "status", "sha256"])
+    assert found.select(expected.column_names).equals(expected)
+    for row in found.select(["key", "part", "row"]).to_pylist():
+        assert tables.read_file(f"{images}/{row['part']}", ["key"])["key"][row["row"]].as_py() == row["key"]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    return str(tmp_path / "images" / "recipe")
+
+
+@pytest.mark.parametrize("rows_per_range", [1 << 17, 64])
+def test_the_index_follows_commits_and_rewrites(
+    images: str, rows_per_range: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", rows_per_range)
+    version = commit(images, image_rows(0, 100), image_rows(100, 100))
+    first = index.update_index(images, version)
+    assert_describes(images, version, 4)
+    assert index.update_index(images, version) == first, "nothing new, no commit"
+
+    version = commit(images, image_rows(200, 50))
+    index.update_index(images, version)
+    assert_describes(images, version, 2)
+
+    keys = tables.read(images, columns=["key"])["key"].combine_chunks().slice(0, 7)
+    tables.delete_rows(images, keys)
+    version = tables.version(images) or 0
+    index.update_index(images, version)
+    assert_describes(images, version)
+    assert not pc.any(
+        pc.is_in(index.read_index(index.index_files(images), ranges.KeyRange(0, 1))["key"], value_set=keys)
+    ).as_py()
+    assert index.read_index(index.index_files(images, first), ranges.KeyRange(0, 1)).num_rows == 200, (
+        "older versions remain"
+    )
+
+
+def test_several_commits_are_described_by_one_update(images: str) -> None:
+    commit(images, image_rows(0, 10))
+    version = commit(images, image_rows(10, 10))
+    index.update_index(images, version)
+    assert_describes(images, version)
+
+
+def test_many_small_commits_are_merged(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_MAX_FILES_PER_RANGE", 4)
+    for number in range(10):
+        version = commit(images, image_rows(10 * number, 10))
+        index.update_index(images, version)
+        assert len(index.index_files(images)) <= 4
+    assert_describes(images, version)
+
+
+def test_a_part_of_an_older_version_lacks_columns_which_are_null(images: str) -> None:
+    old = image_rows(0, 10).drop_columns("phash")
+    part = tables.write_part(images, "old", old)
+    index.update_index(images, tables.append_files(images, [part], IMAGES))
+    assert (
+        index.read_index(index.index_files(images), ranges.KeyRange(0, 1), ["key", "phash"])["phash"].null_count == 10
+    )
