@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --rows 10000,100000 --skew --peers
 
 Datasets have small real images under random hashes, written through the tables' own code (`benchmarks.synthetic`). Every step
-runs in a process of its own, with a Ray of two workers that have imported what they need. What is measured of it:
+runs in a process of its own, after a small dataset, with a Ray of two workers that have imported its stage. What is measured:
 
     us/row   wall time of the step for each row of the list; of a reader, for each row that it reads
     CPU      time of all its processes for each row, in microseconds
@@ -21,6 +21,8 @@ take turns, and a ratio is the median of the rounds' own.
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import statistics
@@ -32,8 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.scaling_steps import READERS, SCRIPTS, STEPS, Figures, earlier_steps, run_step, start_ray
+from benchmarks.scaling_steps import READERS, SCRIPTS, STEPS, Figures, run_step, start_ray, warm_up
 from benchmarks.synthetic import SKEWS, Dataset, Skew
+from unclip import files
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_ROWS = 100_000
@@ -41,16 +44,21 @@ BASE_ROWS = 100_000
 TEN_MILLION = 10_000_000
 MAX_RATIO, MAX_MEGABYTES, MAX_SKEW, MIN_PEER = 1.25, 2048, 2.0, 0.5
 INGEST_ROWS_PER_SECOND, DECODER_ROWS_PER_SECOND, DECODER_SHARE = 100_000, 20_000, 0.5
-SKEWED_STEPS: Mapping[Skew, Sequence[str]] = {
-    "site": ("download, refused hosts",),
-    "caption": ("filter",),
-    "hash": ("dedup",),
-    "colours": ("dedup",),
-    "bytes": ("dedup",),
-    "copies": ("curate, semantic",),
-    "dense": ("curate, semantic",),
+SKEWED_STEPS: Mapping[Skew, str] = {
+    "site": "download, refused hosts",
+    "caption": "filter",
+    "hash": "dedup",
+    "colours": "dedup",
+    "bytes": "dedup",
+    "copies": "curate, semantic",
+    "dense": "curate, semantic",
 }
-"""Steps that are compared on each kind of uneven dataset."""
+"""Kind of uneven dataset -> step that is compared on it."""
+NEEDED = (
+    "write list", "ingest", "write images", "download, nothing new", "filter", "dedup", "write embeddings",
+    "embed, nothing new",
+)  # fmt: skip
+"""Steps whose results later ones need."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +95,9 @@ def run_ordered(order: Mapping[str, Any]) -> None:
     step = STEPS.get(order["name"])
     if step and step.module:
         start_ray(step.module)
-    figures = run_step(order["name"], Dataset(**order["data"]), order["rounds"])
+    data = Dataset(**order["data"])
+    warm_up(order["name"], data)
+    figures = run_step(order["name"], data, order["rounds"])
     Path(order["result"]).write_text(json.dumps(dataclasses.asdict(figures)))
 
 
@@ -115,39 +125,30 @@ def rounds_for(rows: int) -> int:
     return 3 if rows <= BASE_ROWS else 1
 
 
-def build(data: Dataset, *names: str) -> None:
-    """Run the earlier steps that these steps need."""
-    wanted = [STEPS["write list"]]
-    for name in names:
-        for other in earlier_steps(name):
-            step = STEPS[other]
-            if step.is_setup or other in ("ingest", "index", "download, nothing new", "filter", "dedup", "embed, nothing new"):
-                wanted.append(step)
-    for name, step in STEPS.items():
-        if any(step is each for each in wanted):
-            run_isolated(name, data)
+def build(data: Dataset, name: str) -> None:
+    """Run the steps whose results a step needs."""
+    for earlier in itertools.takewhile(lambda other: other != name, STEPS):
+        if earlier in NEEDED:
+            run_isolated(earlier, data)
 
 
 def compare_skews(root: str, rows: int, width: int, rounds: int) -> dict[str, float]:
     """Time uneven datasets against an even one; returns the ratio of each kind and step."""
     even = Dataset(f"{root}/even", rows, width, has_images=False)
-    build(even, *(name for names in SKEWED_STEPS.values() for name in names))
+    build(even, "curate, semantic")
     ratios = {}
-    for skew, names in SKEWED_STEPS.items():
+    for skew, name in SKEWED_STEPS.items():
         uneven = dataclasses.replace(even, root=f"{root}/{skew}", skew=skew)
-        build(uneven, *names)
-        for name in names:
-            figures = measure.interleave(
-                {
-                    kind: lambda name=name, data=data: run_isolated(name, data).figures.seconds  # type: ignore[misc]
-                    for kind, data in (("uneven", uneven), ("even", even))
-                },
-                rounds,
-            )
-            ratio = measure.median_ratio(figures["uneven"], figures["even"])
-            ratios[f"{SKEWS[skew]}: {name}"] = ratio
-            seconds = f"{statistics.median(figures['uneven']):6.1f} s, even {statistics.median(figures['even']):6.1f} s"
-            print(f"{SKEWS[skew] + ': ' + name:78} {seconds}  {verdict(ratio, most=MAX_SKEW)}", flush=True)
+        build(uneven, name)
+        figures = measure.interleave(
+            {kind: functools.partial(_seconds, name, data) for kind, data in (("uneven", uneven), ("even", even))},
+            rounds,
+        )
+        ratio = measure.median_ratio(figures["uneven"], figures["even"])
+        ratios[f"{SKEWS[skew]}: {name}"] = ratio
+        seconds = f"{statistics.median(figures['uneven']):6.1f} s, even {statistics.median(figures['even']):6.1f} s"
+        print(f"{SKEWS[skew] + ': ' + name:78} {seconds}  {verdict(ratio, most=MAX_SKEW)}", flush=True)
+        files.delete(uneven.root)
     return ratios
 
 
@@ -156,10 +157,10 @@ def compare_scripts(data: Dataset, rounds: int) -> dict[str, float]:
     ratios = {}
     for script in SCRIPTS:
         name = script.removesuffix(" by script")
-        points: dict[str, list[Point]] = measure.interleave(
+        points = measure.interleave(
             {
-                "stage": lambda name=name: run_isolated(name, data),  # type: ignore[misc]
-                "script": lambda script=script: run_isolated(script, data),  # type: ignore[misc]
+                "stage": functools.partial(run_isolated, name, data),
+                "script": functools.partial(run_isolated, script, data),
             },
             rounds,
         )
@@ -173,6 +174,10 @@ def compare_scripts(data: Dataset, rounds: int) -> dict[str, float]:
     return ratios
 
 
+def _seconds(name: str, data: Dataset) -> float:
+    return run_isolated(name, data).figures.seconds
+
+
 def verdict(value: float, *, least: float | None = None, most: float | None = None) -> str:
     """Describe a number and its goal."""
     is_met = (least is None or value >= least) and (most is None or value <= most)
@@ -184,7 +189,9 @@ def report(points: Sequence[Point]) -> None:
     """Print the cost of a row by step and size, and the goals that the sizes allow to judge."""
     sizes = sorted({point.size for point in points})
     by_step = {name: {p.size: p for p in points if p.step == name} for name in STEPS}
-    print(f"\n{'us/row (CPU)':24}", *(f"{size:>20,}" for size in sizes), f"{'ratio (CPU)':>14} {'rows/s':>10} {'MB':>7}")
+    print(
+        f"\n{'us/row (CPU)':24}", *(f"{size:>20,}" for size in sizes), f"{'ratio (CPU)':>14} {'rows/s':>10} {'MB':>7}"
+    )
     for name, found in by_step.items():
         if not found:
             continue
@@ -194,7 +201,11 @@ def report(points: Sequence[Point]) -> None:
         if base is not None and largest is not base:
             ratio = f"{_cost(largest) / _cost(base):.2f} ({_cpu(largest) / max(_cpu(base), 1e-9):.2f})"
         memory = max((point.megabytes or 0 for point in found.values()), default=0)
-        print(f"{name:24}", *(f"{cell:>20}" for cell in cells), f"{ratio:>14} {1e6 / _cost(largest):>10,.0f} {memory:>7,.0f}")
+        print(
+            f"{name:24}",
+            *(f"{cell:>20}" for cell in cells),
+            f"{ratio:>14} {1e6 / _cost(largest):>10,.0f} {memory:>7,.0f}",
+        )
 
     print()
     largest_size = max(sizes)
@@ -213,7 +224,9 @@ def report(points: Sequence[Point]) -> None:
     decoder, images = "decoder's reader", "upsampler's reader"
     if decoder in rates:
         print(f"decoder's reader, rows/s: {verdict(rates[decoder], least=DECODER_ROWS_PER_SECOND)}")
-        print(f"decoder's reader, share of images alone: {verdict(rates[decoder] / rates[images], least=DECODER_SHARE)}")
+        print(
+            f"decoder's reader, share of images alone: {verdict(rates[decoder] / rates[images], least=DECODER_SHARE)}"
+        )
 
 
 def _cost(point: Point) -> float:
@@ -253,7 +266,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="rounds of each step; by default 3, and 1 above 100,000 rows")
     parser.add_argument("--skew", action="store_true", help="also uneven datasets")
     parser.add_argument("--skew-rows", type=int, default=200_000, help="rows of those; half of them are alike")
-    parser.add_argument("--peers", action="store_true", help="also scripts that hold all rows in memory, at the largest size")
+    parser.add_argument(
+        "--peers", action="store_true", help="also scripts that hold all rows in memory, at the largest size"
+    )
     parser.add_argument("--folder", help="folder for the datasets; by default a temporary one")
     parser.add_argument("--out", help="JSON file for all numbers")
     parser.add_argument("--plot", help="image file for the plot")

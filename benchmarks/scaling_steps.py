@@ -24,6 +24,7 @@ from unclip import files
 READ_ROWS = 100_000
 """Rows that a reader is timed on; fewer if the dataset has fewer."""
 BATCH_SIZE = 256
+WARM_ROWS = 500
 OBJECT_STORE_BYTES = 2 << 30
 NUM_CPUS = 2
 
@@ -68,6 +69,14 @@ def run_step(name: str, data: Dataset, rounds: int = 1) -> Figures:
         cpu_seconds.append(measure.tree_cpu_seconds(os.getpid()) - cpu_before)
     middle = sorted(range(rounds), key=seconds.__getitem__)[rounds // 2]
     return Figures(num_rows, seconds[middle], cpu_seconds[middle])
+
+
+def warm_up(name: str, data: Dataset) -> None:
+    """Run a step on a small dataset of its own, so that imports and other work of once a process are not timed.
+
+    Earlier steps must have been warmed up, since a step needs their results.
+    """
+    run_step(name, dataclasses.replace(data, root=f"{data.root}/warm", rows=min(data.rows, WARM_ROWS)))
 
 
 def start_ray(module: str) -> None:
@@ -253,7 +262,7 @@ def _reader(name: str) -> Step:
 
 
 def _open_readers(data: Dataset) -> Action:
-    """Open the decoder's reader: list the files and map the places."""
+    """Open the decoder's reader: list the files, map the places and find the row groups."""
 
     def action() -> int:
         return len(_open_reader("decoder's reader", data))
@@ -273,7 +282,11 @@ def filter_by_script(data: Dataset) -> Action:
     def action() -> int:
         pairs = pads.dataset(facts["pairs"], format="parquet").to_table()
         columns = ["key", "status", "reason", "original_width", "original_height"]
-        images = pads.dataset(index, format="parquet").to_table(columns).rename_columns({"status": "fetched", "reason": "fault"})
+        images = (
+            pads.dataset(index, format="parquet")
+            .to_table(columns)
+            .rename_columns({"status": "fetched", "reason": "fault"})
+        )
         table = pairs.join(images, "key")
         shorter = pc.min_element_wise(table["original_width"], table["original_height"])
         longer = pc.max_element_wise(table["original_width"], table["original_height"])
@@ -293,7 +306,9 @@ def filter_by_script(data: Dataset) -> Action:
         masks = [pc.fill_null(mask, False).combine_chunks() for mask in reasons.values()]
         reason = pc.case_when(pc.make_struct(*masks, field_names=list(reasons)), *reasons)
         reason = pc.coalesce(table["reason"], table["fault"], reason)
-        is_failed = pc.or_(pc.equal(table["status"], "failed"), pc.fill_null(pc.equal(table["fetched"], "failed"), False))
+        is_failed = pc.or_(
+            pc.equal(table["status"], "failed"), pc.fill_null(pc.equal(table["fetched"], "failed"), False)
+        )
         status = pc.if_else(is_failed, "failed", pc.if_else(pc.is_valid(reason), "dropped", "kept"))
         selection = pa.table({"key": table["key"], "position": table["position"], "status": status, "reason": reason})
         selection = selection.sort_by([("key", "ascending"), ("position", "ascending")])
@@ -319,9 +334,7 @@ def dedup_by_script(data: Dataset) -> Action:
         first = table.group_by("sha256").aggregate([("key", "min")])["key_min"]
         unique = table.filter(pc.is_in(table["key"], value_set=first))
         first_looks = unique.group_by("phash").aggregate([("key", "min")])["key_min"]
-        is_first, is_first_look = (
-            pc.is_in(selection["key"], value_set=values) for values in (first, first_looks)
-        )
+        is_first, is_first_look = (pc.is_in(selection["key"], value_set=values) for values in (first, first_looks))
         reason = pc.if_else(is_first, pc.if_else(is_first_look, None, "near_duplicate"), "duplicate_image")
         was_kept = pc.equal(selection["status"], "kept")
         is_dropped = pc.and_(was_kept, pc.is_valid(reason))
@@ -375,9 +388,3 @@ SCRIPTS: Mapping[str, Step] = {
     "dedup by script": Step(dedup_by_script),
 }
 """One-machine scripts with the results of the stages that they are named after."""
-
-
-def earlier_steps(name: str) -> list[str]:
-    """Steps whose results a step needs, in order."""
-    return list(itertools.takewhile(lambda other: other != name, STEPS))
-
