@@ -178,8 +178,8 @@ def _images(data: Dataset, start: int) -> pa.Table:
     columns: dict[str, Any] = {
         "width": pa.repeat(pa.scalar(IMAGE_SIZE, pa.int32()), count),
         "height": pa.repeat(pa.scalar(IMAGE_SIZE, pa.int32()), count),
-        "original_width": pa.array(np.where(small, 20, rng.integers(100, 2000, count)), pa.int32()),
-        "original_height": pa.array(rng.integers(100, 2000, count), pa.int32()),
+        "original_width": pa.array(np.where(small, 20, rng.integers(400, 1000, count)), pa.int32()),
+        "original_height": pa.array(np.where(place % 50 == 23, 4000, rng.integers(400, 1000, count)), pa.int32()),
         "sha256": sha256,
         "phash": phash,
         "colour": looks,
