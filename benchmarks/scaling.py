@@ -112,10 +112,11 @@ def measure_size(data: Dataset, rounds: int, isolated: bool = True) -> Iterator[
         if step.needs_images and not data.has_images:
             continue
         repeated = 1 if step.is_setup else rounds
-        if isolated:
-            point = run_isolated(name, data, repeated)
-        else:
-            point = Point(name, data.rows, run_step(name, data, repeated), None)
+        point = (
+            run_isolated(name, data, repeated)
+            if isolated
+            else Point(name, data.rows, run_step(name, data, repeated), None)
+        )
         if not step.is_setup:
             yield point
 

@@ -5,7 +5,6 @@ earlier ones in the dataset's folder, so each may run in a process of its own.
 """
 
 import dataclasses
-import functools
 import importlib
 import itertools
 import os

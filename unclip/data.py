@@ -190,7 +190,9 @@ class RowReader:
     def read(self, numbers: np.ndarray) -> Batch:
         """Read the rows with these numbers, in this order, with the columns of all sources."""
         batch: Batch = {"key": self.places.keys(numbers)}
-        reads = [self._start_reading(index, numbers) for index in range(len(self.sources))]  # of all sources side by side
+        reads = [
+            self._start_reading(index, numbers) for index in range(len(self.sources))
+        ]  # of all sources side by side
         for source, (futures, group, row_in_group) in zip(self.sources, reads, strict=True):
             groups = [future.result() for future in futures]
             for name in source.columns:
@@ -198,9 +200,7 @@ class RowReader:
                 batch[name] = [columns[index][row] for index, row in zip(group, row_in_group, strict=True)]
         return batch
 
-    def _start_reading(
-        self, number: int, numbers: np.ndarray
-    ) -> tuple[list[_Group], list[int], list[int]]:
+    def _start_reading(self, number: int, numbers: np.ndarray) -> tuple[list[_Group], list[int], list[int]]:
         """Start to read the groups of a source that hold some rows; also returns each row's group and place in the group."""
         table = self.sources[number].table
         file, row = (self.places.column(f"{table}_{name}", numbers).astype(np.int64) for name in ("file", "row"))
@@ -278,7 +278,8 @@ class RowReader:
             with filesystem.open_input_file(path) as opened:
                 parquet = pq.ParquetFile(opened, metadata=_metadata(uri))
                 first, last, offset = _groups_with(parquet.metadata, group * self.group_rows, self.group_rows)
-                table = parquet.read_row_groups(list(range(first, last)), columns=names)
+                # Groups are read in threads already.
+                table = parquet.read_row_groups(list(range(first, last)), columns=names, use_threads=False)
                 return table.slice(offset, self.group_rows)
 
         table = files.with_retries(uri, action)
