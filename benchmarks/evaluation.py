@@ -12,13 +12,22 @@ import json
 import os
 import pickle
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
-from tasks.stages.evaluate import MAX_REFERENCE, EvaluateConfig, measure_batch, merge, summarise, unseen_captions
+from tasks.stages.evaluate import (
+    MAX_REFERENCE,
+    EvaluateConfig,
+    Measured,
+    measure_batch,
+    merge,
+    summarise,
+    unseen_captions,
+)
 from unclip import imaging
 from unclip.models.clip import Clip, architectures
 
@@ -51,20 +60,22 @@ def main() -> None:
     captions = unseen_captions(arguments.num_images, seed=0)
     reference = F.normalize(torch.randn(MAX_REFERENCE, arguments.embedding_dim), dim=1)
     process, started = os.getpid(), time.monotonic()
-    peaks, sizes, batches = {"before the first batch": measure.peak_rss(process)}, [], []
-    for start in range(0, len(captions), arguments.batch_size):
-        batch = captions[start : start + arguments.batch_size]
-        shape = (len(batch), arguments.image_size, arguments.image_size, 3)
-        images = imaging.from_uint8(rng.integers(0, 256, shape, np.uint8))
-        data = pickle.dumps(measure_batch(clip, images, batch, max(0, num_shown - start)))
-        sizes.append(len(data))
-        batches.append(pickle.loads(data))
-        if len(sizes) == 10:
-            peaks["after 10 batches"] = measure.peak_rss(process)
+    peaks, sizes = {"before the first batch": measure.peak_rss(process)}, []
+
+    def sample() -> Iterator[Measured]:
+        for start in range(0, len(captions), arguments.batch_size):
+            batch = captions[start : start + arguments.batch_size]
+            shape = (len(batch), arguments.image_size, arguments.image_size, 3)
+            images = imaging.from_uint8(rng.integers(0, 256, shape, np.uint8))
+            data = pickle.dumps(measure_batch(clip, images, batch, max(0, num_shown - start)))
+            sizes.append(len(data))
+            yield pickle.loads(data)
+            if len(sizes) == 10:
+                peaks["after 10 batches"] = measure.peak_rss(process)
+
+    measured = merge(sample(), len(captions))
     peaks["after the last batch"] = measure.peak_rss(process)
     sampled = time.monotonic()
-    measured = merge(batches)
-    batches.clear()
     values, _ = summarise("heldout", captions, measured, reference)
     peaks["after the metrics"] = measure.peak_rss(process)
     finished = time.monotonic()
@@ -75,8 +86,8 @@ def main() -> None:
     for moment, megabytes in peaks.items():
         print(f"peak memory {moment:24} {megabytes:8,.0f} MB")
     pixels = len(captions) * 3 * arguments.image_size**2 * 4
-    print(f"\nreturned by workers: {sum(sizes) / MB:,.0f} MB, {sizes[-1] / len(batch):,.0f} bytes an image; "
-          f"as float32 images it were {pixels / GB:,.1f} GB")  # fmt: skip
+    print(f"\nreturned by workers: {sum(sizes) / MB:,.0f} MB, {sum(sizes) / len(captions):,.0f} bytes an image; "
+          f"as float32 images it would be {pixels / GB:,.1f} GB")  # fmt: skip
     print(f"sampling and measuring {sampled - started:,.0f} s, metrics {finished - sampled:,.0f} s, {values}")
 
 

@@ -9,7 +9,7 @@ from pipelines.dag import Dag
 from pipelines.dataset import PipelineConfig
 from pipelines.estimate import TrainingWork, Workload
 from pipelines.pipeline import compose
-from tasks.stages.curate import NUM_SEARCHED_CLUSTERS
+from tasks.semantic import NUM_SEARCHED_CLUSTERS
 from unclip.models import clip as clip_models
 from unclip.models.text import TextShape
 from unclip.systems.clip import ClipObjective

@@ -97,6 +97,7 @@ def exchange(
 
     Args:
         split: item -> `num_outputs` tables, some of which may be empty; must give the same tables when it is repeated.
+        items: values, or references of values in the object store.
         merge: (number of the output, its tables in the order of items) -> small result, usually of a file that it wrote.
         options: options of the Ray tasks.
 
@@ -104,7 +105,7 @@ def exchange(
         Results of `merge`, in order.
     """
     if len(items) <= 1 and num_outputs == 1:
-        return [merge(0, [split(item)[0] for item in items])]
+        return [merge(0, [split(_value(item))[0] for item in items])]
     if not _has_ray():
         return _exchange_on_disk(split, items, num_outputs, merge)
     import ray
@@ -149,6 +150,15 @@ def _exchange_on_disk(
             )
             for output in range(num_outputs)
         ]
+
+
+def _value(item: Any) -> Any:
+    """Value of an item that may be a reference."""
+    if not _has_ray():
+        return item
+    import ray
+
+    return ray.get(item) if isinstance(item, ray.ObjectRef) else item
 
 
 def _has_ray() -> bool:

@@ -141,7 +141,7 @@ def _nearest_embeddings(keys: Sequence[str], selection: str, embeddings_files: S
 
 
 def _embeddings_of(keys: Sequence[str], uris: Sequence[str]) -> dict[str, np.ndarray]:
-    wanted = pa.array(keys, pa.string())
+    wanted = pa.array(sorted(keys), pa.string())
     found: dict[str, np.ndarray] = {}
     for uri in uris:
         if tables.has_keys(uri, wanted):

@@ -87,7 +87,7 @@ def find_duplicates(
         )
         found.append(step)
     results: list[ResultT] = exchange(
-        functools.partial(_split_by_range, num_ranges),
+        functools.partial(split_by_range, num_ranges),
         list(zip(*found, strict=True)),
         num_ranges,
         functools.partial(_use_found, use, num_ranges),
@@ -101,7 +101,7 @@ def _split_by_bytes(read: Callable[[KeyRange], pa.Table], count: int, key_range:
     # 128 of the 256 bits tell different bytes apart.
     digests = hex_numbers(table["sha256"], 64)[:, :2]
     rows = {
-        **_key_columns(hex_numbers(table["key"], KEY_DIGITS)),
+        **key_columns(hex_numbers(table["key"], KEY_DIGITS)),
         "digest": digests[:, 0],
         "digest_low": digests[:, 1],
         "hash": hex_numbers(table["phash"], 16)[:, 0],
@@ -121,42 +121,43 @@ def _keep_first(folder: str, index: int, pieces: list[pa.Table]) -> tuple[str, s
     kept = table.filter(pa.array(is_first)).select(["high", "low", "hash", "has_hash", "cell"])
     kept = kept.filter(kept["has_hash"]).drop_columns("has_hash")
     losers = _losers(table, ~is_first, 0)
-    return _write(f"{folder}/{index:05d}.rows", kept), _write(f"{folder}/{index:05d}.found", losers)
+    return write_rows(f"{folder}/{index:05d}.rows", kept), write_rows(f"{folder}/{index:05d}.found", losers)
 
 
 def _split_by_hash(count: int, uri: str) -> list[pa.Table]:
-    table = _read(uri)
+    table = read_rows(uri)
     return ranges.split(table, _partition(table["hash"].to_numpy(), count), count)
 
 
 def _compare_equal_hashes(folder: str, index: int, pieces: list[pa.Table]) -> tuple[str, str]:
     """Find near duplicates with an equal hash; write the looks and the keys of the near duplicates."""
-    table = _in_order_of_keys(pieces)
+    table = in_order_of_keys(pieces)
     hashes, cells = table["hash"].to_numpy(), table["cell"].to_numpy()
     found = near_duplicates(hashes, 0, cells)
     looks, _ = find_looks(hashes, cells)
     distinct = table.take(looks).append_column("found", pa.array(found[looks]))
     losers = _losers(table, found, 1)
-    return _write(f"{folder}/{index:05d}.looks", distinct), _write(f"{folder}/{index:05d}.found", losers)
+    return write_rows(f"{folder}/{index:05d}.looks", distinct), write_rows(f"{folder}/{index:05d}.found", losers)
 
 
 def _split_by_band(distance: int, count: int, uri: str) -> list[pa.Table]:
-    table = _read(uri)
+    table = read_rows(uri)
     sent = np.zeros((table.num_rows, count), bool)
     np.put_along_axis(sent, partitions_of(table["hash"].to_numpy(), distance, count).astype(np.int64), True, axis=1)
     return [table.filter(pa.array(sent[:, partition])) for partition in range(count)]
 
 
 def _compare_near_hashes(folder: str, distance: int, count: int, index: int, pieces: list[pa.Table]) -> str:
-    table = _in_order_of_keys(pieces)
+    table = in_order_of_keys(pieces)
     known = table["found"].to_numpy()
     hashes, cells = table["hash"].to_numpy(), table["cell"].to_numpy()
     found = near_duplicate_looks(hashes, cells, distance, known, index, count)
-    return _write(f"{folder}/{index:05d}.found", _losers(table, found & ~known, 1))
+    return write_rows(f"{folder}/{index:05d}.found", _losers(table, found & ~known, 1))
 
 
-def _split_by_range(count: int, uris: Sequence[str]) -> list[pa.Table]:
-    table = pa.concat_tables(map(_read, uris))
+def split_by_range(count: int, uris: Sequence[str]) -> list[pa.Table]:
+    """Divide the rows of intermediate files among key ranges."""
+    table = pa.concat_tables(map(read_rows, uris))
     return ranges.split(table, (table["high"].to_numpy() >> 32).astype(np.int64) * count >> 32, count)
 
 
@@ -165,14 +166,15 @@ def _use_found(use: Callable[[KeyRange, pa.Table], ResultT], count: int, index: 
     numbers = np.stack([table["high"].to_numpy(), table["low"].to_numpy()], axis=1)
     numbers, first = np.unique(numbers, axis=0, return_index=True)  # several bands may find a row
     reasons = pa.array(_REASONS).take(table["reason"].take(first).combine_chunks())
-    return use(KeyRange(index, count), pa.table({"key": _key_texts(numbers), "reason": reasons}))
+    return use(KeyRange(index, count), pa.table({"key": key_texts(numbers), "reason": reasons}))
 
 
-def _key_columns(numbers: np.ndarray) -> dict[str, np.ndarray]:
+def key_columns(numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns `high` and `low` of keys as numbers."""
     return {"high": numbers[:, 0], "low": numbers[:, 1]}
 
 
-def _key_texts(numbers: np.ndarray) -> pa.Array:
+def key_texts(numbers: np.ndarray) -> pa.Array:
     """Keys of 32 hex digits: inverse of `hex_numbers`."""
     octets = numbers.astype(">u8").view(np.uint8).reshape(-1)
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)
@@ -186,7 +188,8 @@ def _partition(numbers: np.ndarray, count: int) -> np.ndarray:
     return ((mixed >> np.uint64(32)) % np.uint64(count)).astype(np.int64)
 
 
-def _in_order_of_keys(pieces: list[pa.Table]) -> pa.Table:
+def in_order_of_keys(pieces: list[pa.Table]) -> pa.Table:
+    """Rows of all tables, sorted by `high` and `low`."""
     table = pa.concat_tables(pieces)
     return table.take(np.lexsort([table["low"].to_numpy(), table["high"].to_numpy()])).combine_chunks()
 
@@ -196,7 +199,8 @@ def _losers(table: pa.Table, found: np.ndarray, reason: int) -> pa.Table:
     return losers.append_column("reason", pa.array(np.full(losers.num_rows, reason, np.int8)))
 
 
-def _write(uri: str, table: pa.Table) -> str:
+def write_rows(uri: str, table: pa.Table) -> str:
+    """Write an intermediate file; returns its URI."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -204,5 +208,6 @@ def _write(uri: str, table: pa.Table) -> str:
     return uri
 
 
-def _read(uri: str) -> pa.Table:
+def read_rows(uri: str) -> pa.Table:
+    """Read a file of `write_rows`."""
     return pa.ipc.open_file(pa.py_buffer(files.read(uri))).read_all()

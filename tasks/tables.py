@@ -4,10 +4,13 @@ A part is written into the table's folder under a name that its writer derives f
 commit names it. So a restarted job finds its finished parts, and committing many parts is one atomic step.
 """
 
+import bisect
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -26,6 +29,7 @@ from unclip.data import ROW_GROUP_ROWS
 
 ADDED_COLUMNS = {"colour": pa.string()}
 """Columns that tables have gained: files from before are read as if these columns held nulls."""
+_READS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +178,13 @@ def _without(
 ) -> list[AddAction | RemoveAction]:
     """Rewrite the files that hold rows of these keys without them; returns the actions to commit."""
     actions: list[AddAction | RemoveAction] = []
-    for uri in files(table_uri):
-        name = uri.rpartition("/")[2]
-        rewritten = rewrite_without(uri, keys) if names is None or name in names else None
-        if rewritten is not None:
-            actions.append(RemoveAction(name, True, now))
-            actions += [_add(part, now) for part in rewritten]
+    keys = keys.take(pc.sort_indices(keys))
+    uris = [uri for uri in files(table_uri) if names is None or uri.rpartition("/")[2] in names]
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
+        are_held = list(pool.map(lambda uri: has_keys(uri, keys), uris))
+    for uri in itertools.compress(uris, are_held):
+        actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
+        actions += [_add(part, now) for part in rewrite_without(uri, keys) or []]
     return actions
 
 
@@ -189,7 +194,7 @@ def rewrite_without(uri: str, keys: pa.Array) -> list[Part] | None:
     Returns:
         The new part, of the same `origin`; no part if no row is left; None if the file has no such rows.
     """
-    if not has_keys(uri, keys):
+    if not has_keys(uri, keys.take(pc.sort_indices(keys))):
         return None
     rows = read_file(uri)
     kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
@@ -206,13 +211,16 @@ _REWRITTEN = re.compile(r"-[0-9a-f]{16}$")
 
 
 def has_keys(uri: str, keys: pa.Array) -> bool:
-    """Return True if a Parquet file has a row with one of the keys; reads the key column where statistics do not exclude it."""
-    wanted = np.sort(keys.to_numpy(zero_copy_only=False).astype(str))
+    """Return True if a Parquet file has a row with one of the keys; reads the key column where statistics do not exclude it.
+
+    Args:
+        keys: sorted.
+    """
 
     def action() -> bool:
         with _open(uri) as file:
             for group in range(file.metadata.num_row_groups):
-                if _may_hold(file.metadata.row_group(group), wanted):
+                if _may_hold(file.metadata.row_group(group), keys):
                     column = file.read_row_group(group, columns=["key"])["key"]
                     if pc.any(pc.is_in(column, value_set=keys)).as_py():
                         return True
@@ -221,13 +229,13 @@ def has_keys(uri: str, keys: pa.Array) -> bool:
     return storage.with_retries(uri, action)
 
 
-def _may_hold(group: pq.RowGroupMetaData, wanted: np.ndarray) -> bool:
-    """Return True unless the statistics of a row group exclude all keys; `wanted` is sorted."""
+def _may_hold(group: pq.RowGroupMetaData, keys: pa.Array) -> bool:
+    """Return True unless the statistics of a row group exclude all keys, which are sorted."""
     column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "key")
     if not (column.is_stats_set and column.statistics.has_min_max):
         return True
-    first = np.searchsorted(wanted, column.statistics.min)
-    return bool(first < len(wanted) and wanted[first] <= column.statistics.max)
+    first = bisect.bisect_left(range(len(keys)), column.statistics.min, key=lambda number: keys[number].as_py())
+    return bool(first < len(keys) and keys[first].as_py() <= column.statistics.max)
 
 
 def read_rows(uri: str, rows: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:

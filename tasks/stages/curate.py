@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from tasks import ranges, rows, tables
 from tasks.dataflow import exchange, run_all
 from tasks.places import Block, KeptRows, blocks, open_block, read_vectors, write_places
 from tasks.ranges import KeyRange
+from tasks.semantic import semantic_duplicates
 from tasks.snapshots import MAX_HELDOUT, Split, record_snapshot, save_statistics
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import files
@@ -34,8 +35,6 @@ FILES_AT_ONCE = 64
 """Files of embeddings that one task scores."""
 MOMENT_TASKS = 32
 """Tasks whose sums are added up; each sum takes 8 E^2 bytes."""
-NUM_SEARCHED_CLUSTERS = 8
-"""Clusters that semantic deduplication searches for a row's duplicates: its own and the nearest ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +121,20 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     in_bounds = run_all(functools.partial(_drop_out_of_bounds, source, config, bounded), source.key_ranges())
     selection, found = bounded, in_bounds
     if config.semantic_distance is not None:
-        selection = f"{folder}/selection"
-        candidates, duplicates = f"{folder}/candidates", f"{folder}/duplicates"
-        source.write_places(bounded, candidates, rows.add_counts(counts for counts, _ in in_bounds))
-        find_semantic_duplicates(
-            blocks(candidates),
+        selection, candidates = f"{folder}/selection", f"{folder}/candidates"
+        kept = rows.add_counts(counts for counts, _ in in_bounds)
+        source.write_places(bounded, candidates, kept)
+        found = semantic_duplicates(
             functools.partial(source.read_block, candidates),
-            source.key_ranges(),
-            config,
-            duplicates,
+            blocks(candidates),
+            kept["rows"][rows.KEPT],
+            config.semantic_distance,
+            config.cluster_size,
+            f"{folder}/scratch",
+            len(source.key_ranges()),
+            functools.partial(_write_selection, bounded, selection),
         )
-        found = run_all(functools.partial(_drop_listed, bounded, duplicates, selection), source.key_ranges())
-        for scratch in (candidates, duplicates, bounded):
+        for scratch in (candidates, bounded):
             files.delete(scratch)
     counts = rows.add_counts(counts for counts, _ in found)
     places = f"{folder}/places"
@@ -209,10 +210,10 @@ class EmbeddedRows:
         read = functools.partial(self.read, selection)
         write_places(folder, self.key_ranges(), read, kept.num_files(), counts["rows"][rows.KEPT])
 
-    def read_block(self, folder: str, block: Block, *splits: str) -> tuple[pa.Array, np.ndarray]:
+    def read_block(self, folder: str, block: Block, *splits: str) -> tuple[pa.ChunkedArray, np.ndarray]:
         """Keys (32 hex digits) and image embeddings [N, E] of the rows of a block of places."""
         listed = open_block(folder, block, *splits)
-        keys = pa.array([key.hex() for key in listed["key"].to_pylist()], pa.string())
+        keys = pa.chunked_array([[key.hex() for key in listed["key"].to_pylist()]], pa.string())
         return keys, read_vectors(listed, self.uris(), "image_embedding")
 
     def moments(self, places: str) -> Moments | None:
@@ -255,10 +256,6 @@ def _drop_out_of_bounds(
 ) -> tuple[dict[str, Any], int]:
     dropped = out_of_bounds(ranges.read_range(source.scores, key_range), config)
     return _write_selection(source.selection, folder, key_range, dropped)
-
-
-def _drop_listed(selection: str, dropped: str, folder: str, key_range: KeyRange) -> tuple[dict[str, Any], int]:
-    return _write_selection(selection, folder, key_range, ranges.read_range(dropped, key_range))
 
 
 def _write_selection(selection: str, folder: str, key_range: KeyRange, dropped: pa.Table) -> tuple[dict[str, Any], int]:
@@ -360,108 +357,3 @@ def _spread(scores: pa.Table, config: CurateConfig) -> str:
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
             text += f"Quantiles of {name}: 5 % {low:.3g}, 50 % {middle:.3g}, 95 % {high:.3g}. "
     return text
-
-
-def find_semantic_duplicates(
-    blocks: Sequence[Block],
-    read: Callable[[Block], tuple[pa.Array, np.ndarray]],
-    key_ranges: Sequence[KeyRange],
-    config: CurateConfig,
-    folder: str,
-) -> None:
-    parts = [read(block) for block in blocks]
-    keys = pa.concat_arrays([keys for keys, _ in parts])
-    order = pc.sort_indices(keys).to_numpy()
-    embeddings = torch.tensor(np.concatenate([embeddings for _, embeddings in parts])[order])
-    found = sorted(semantic_duplicates(embeddings, config.semantic_distance or 0.0, config.cluster_size))
-    dropped = keys.take(pa.array(order)).take(pa.array(found, pa.int64()))
-    table = pa.table({"key": dropped, "reason": pa.repeat("semantic_duplicate", len(dropped))})
-    for key_range, part in zip(key_ranges, ranges.split_by_key(table, len(key_ranges)), strict=True):
-        ranges.write_range(folder, key_range, part)
-
-
-def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
-    """Indices of embeddings that are closer than `distance` to an earlier one that is not a duplicate itself.
-
-    As in SemDeDup (Abbas et al. 2023), k-means avoids work quadratic in N: a row is compared with at most NUM_SEARCHED_CLUSTERS
-    clusters, of `cluster_size` rows on average. Unlike SemDeDup, a row is compared with neighbouring clusters as well as its
-    own. So duplicates across a cluster border are found, and the row that is kept depends on the order of rows, not on the
-    clusters. Up to NUM_SEARCHED_CLUSTERS * cluster_size rows are compared all with all.
-
-    Args:
-        embeddings: [N, E], unit norm; of duplicates, the first is kept.
-        distance: 1 - cosine.
-    """
-    values = embeddings.numpy()
-    reach = (2 * distance) ** 0.5  # Euclidean distance of unit vectors with that cosine
-    clusters = _searched_clusters(values, reach, cluster_size)
-    duplicates, undecided = np.zeros(len(values), bool), np.ones(len(values), bool)
-    while undecided.any():
-        followers = _has_earlier_duplicate(values, clusters, 1 - distance, undecided, undecided)
-        winners = undecided & ~followers  # the first undecided row always wins, so every round decides at least one
-        losers = _has_earlier_duplicate(values, clusters, 1 - distance, followers, winners)
-        duplicates |= losers
-        undecided = followers & ~losers
-    return set(np.flatnonzero(duplicates).tolist())
-
-
-def _searched_clusters(values: np.ndarray, reach: float, cluster_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ascending indices per cluster: its members, and the rows that may have a duplicate among them.
-
-    A duplicate in another cluster lies beyond the plane halfway between the two centres. So a row farther than `reach` from
-    the plane has no duplicate there. If more planes are within reach, only the nearest are considered.
-
-    Args:
-        values: [N, E].
-        reach: largest Euclidean distance of duplicates.
-    """
-    from sklearn.cluster import MiniBatchKMeans
-    from sklearn.metrics.pairwise import euclidean_distances
-
-    num_clusters = round(len(values) / cluster_size)
-    if num_clusters <= NUM_SEARCHED_CLUSTERS:
-        return [(np.arange(len(values)), np.arange(len(values)))]
-    centres = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit(values).cluster_centers_
-    squares = (centres**2).sum(axis=1)
-    spans = euclidean_distances(centres).clip(min=1e-6)  # [K, K]
-    homes, visits = [], []
-    for start in range(0, len(values), ROWS_AT_ONCE):
-        squared = squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T  # [R, K], minus the row's squared norm
-        home = squared.argmin(axis=1)
-        own = (np.arange(len(home)), home)
-        to_plane = (squared - squared[own][:, None]) / (2 * spans[home])
-        to_plane[own] = -1
-        nearest = np.argpartition(to_plane, NUM_SEARCHED_CLUSTERS - 1, axis=1)[:, :NUM_SEARCHED_CLUSTERS]
-        row, place = np.nonzero(np.take_along_axis(to_plane, nearest, axis=1) <= reach)
-        homes.append(home)
-        visits.append(np.stack([start + row, nearest[row, place]]))
-    row_indices, cluster_indices = np.concatenate(visits, axis=1)
-    members = _grouped(np.arange(len(values)), np.concatenate(homes), num_clusters)
-    return list(zip(members, _grouped(row_indices, cluster_indices, num_clusters), strict=True))
-
-
-def _grouped(indices: np.ndarray, clusters: np.ndarray, num_clusters: int) -> list[np.ndarray]:
-    """Ascending indices per cluster."""
-    order = np.argsort(clusters, kind="stable")
-    return np.split(indices[order], np.bincount(clusters, minlength=num_clusters).cumsum()[:-1])
-
-
-def _has_earlier_duplicate(
-    values: np.ndarray,
-    clusters: Sequence[tuple[np.ndarray, np.ndarray]],
-    threshold: float,
-    queries: np.ndarray,
-    candidates: np.ndarray,
-) -> np.ndarray:
-    """Mask of the rows in `queries` that have an earlier row in `candidates` (masks) with a cosine above the threshold."""
-    found = np.zeros(len(values), bool)
-    for members, visitors in clusters:
-        others, rows_here = members[candidates[members]], visitors[queries[visitors]]
-        for start in range(0, len(rows_here), ROWS_AT_ONCE):
-            block = rows_here[start : start + ROWS_AT_ONCE]
-            earlier = others[: np.searchsorted(others, block[-1])]
-            for first in range(0, len(earlier), ROWS_AT_ONCE):
-                columns = earlier[first : first + ROWS_AT_ONCE]
-                near = values[block] @ values[columns].T > threshold  # [R, C]
-                found[block] |= (near & (columns < block[:, None])).any(axis=1)
-    return found

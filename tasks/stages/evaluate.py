@@ -8,7 +8,9 @@ Letters: B images of a batch, G of them in the grid, S resolution, M held-out ro
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,11 +141,19 @@ def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num
     return Measured(features, [files.sha256(pixels.tobytes())], pixels[:num_shown].copy())
 
 
-def merge(batches: Sequence[Measured]) -> Measured:
-    """Join all batches of a group, in their order."""
-    features = metrics.concatenate([batch.features for batch in batches])
-    digests = [digest for batch in batches for digest in batch.digests]
-    return Measured(features, digests, np.concatenate([batch.shown for batch in batches]))
+def merge(batches: Iterable[Measured], count: int) -> Measured:
+    """Join the batches of a group of `count` images, in their order, as they come."""
+    digests: list[str] = []
+    shown: list[np.ndarray] = []
+
+    def features() -> Iterator[Features]:
+        for batch in batches:
+            digests.extend(batch.digests)
+            shown.append(batch.shown)
+            yield batch.features
+
+    joined = metrics.concatenate(features(), count)
+    return Measured(joined, digests, np.concatenate(shown))
 
 
 def summarise(
@@ -168,8 +178,8 @@ def _sample_all(
     """Sample and measure each group; batches are distributed over the workers, one at a time to each."""
     resources, size = context.resources, config.sampling.batch_size
     batches = [
-        (group, number, captions[start : start + size], max(0, config.num_images - start))
-        for group, captions in groups.items()
+        (number, captions[start : start + size], max(0, config.num_images - start))
+        for captions in groups.values()
         for number, start in enumerate(range(0, len(captions), size))
     ]
     measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
@@ -180,13 +190,15 @@ def _sample_all(
         )
         for _ in range(min(resources.num_workers, len(batches)))
     ]
-    found: dict[str, list[Measured]] = {group: [] for group in groups}
     progress = context.progress(sum(map(len, groups.values())), "images").start()
-    done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.sample.remote(*batch[1:]), batches)
-    for (group, _, captions, _), measured in zip(batches, done, strict=True):
-        found[group].append(measured)
-        progress.update(len(captions))
-    return {group: merge(found.pop(group)) for group in groups}  # the batches are freed group by group
+    done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.sample.remote(*batch), batches)
+
+    def next_batches(count: int) -> Iterator[Measured]:
+        for measured in itertools.islice(done, math.ceil(count / size)):
+            progress.update(len(measured.features.image_embedding))
+            yield measured
+
+    return {group: merge(next_batches(len(captions)), len(captions)) for group, captions in groups.items()}
 
 
 @ray.remote(max_task_retries=3)

@@ -74,7 +74,7 @@ LISTED = pa.schema({"url": pa.string(), "caption": pa.string(), "sha256": pa.str
 """Rows of the list as they are read; missing values are empty strings."""
 
 SMALL_BYTES = 4 << 20
-"""Size of a list that is read by the stage itself: starting tasks would take longer than reading it."""
+"""Bytes of a list that the stage itself reads, and at least of each task: starting tasks would take longer than reading them."""
 
 _CHUNK_ROWS = 1 << 16  # rows that are cleaned at once
 _TASK_ROWS = 1 << 18  # rows that a task cleans
@@ -171,55 +171,62 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Consecutive rows of one file of the list."""
+    """Consecutive rows of the files that one task reads."""
 
-    file: int
-    """Number of the file, in order of names."""
+    task: int
+    """Number of the task, in order of its files."""
     first_row: int
-    """Number of the first row in its file."""
+    """Number of the first row among those of the task."""
     listed: pa.Table
     """Rows of the schema `LISTED`."""
 
     @property
     def num_rows(self) -> int:
-        return self.listed.num_rows
+        return int(self.listed.num_rows)
 
 
 def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int]:
-    """Read the list, a small one in this process, a large one in a task for each file.
+    """Read the list, a small one in this process, a large one in tasks.
 
     Returns:
-        Chunks or references of chunks; number of rows before each file; number of all rows.
+        Chunks or references of chunks; number of rows before those of each task; number of all rows.
     """
     sources = _sources(config.urls)
     if sum(source.size for source in sources) <= SMALL_BYTES:
         listed = pa.concat_tables([LISTED.empty_table(), *read(config)])
         return [_Chunk(0, 0, listed)], [0], listed.num_rows
-    produced = dataflow.produce(functools.partial(_read_file, config), list(enumerate(sources)))
+    groups: list[list[_Source]] = []
+    for source in sources:
+        if not groups or sum(other.size for other in groups[-1]) >= SMALL_BYTES:
+            groups.append([])
+        groups[-1].append(source)
+    produced = dataflow.produce(functools.partial(_read_group, config), list(enumerate(groups)))
     ends = np.cumsum([sum(num_rows for num_rows, _ in chunks) for chunks in produced]).tolist()
     return [chunk for chunks in produced for _, chunk in chunks], [0, *ends[:-1]], ends[-1]
 
 
-def _read_file(config: IngestConfig, numbered: "tuple[int, _Source]") -> Iterator[_Chunk]:
-    """Read one file of the list in large chunks, of which there are few enough to split each among all ranges."""
-    file, source = numbered
-    first_row, parts = 0, [LISTED.empty_table()]
-    for part in _read_source(source, config):
+def _read_group(config: IngestConfig, numbered: "tuple[int, list[_Source]]") -> Iterator[_Chunk]:
+    """Read some files of the list in large chunks, of which there are few enough to split each among all ranges."""
+    task, sources = numbered
+    first_row, num_rows, num_bytes = 0, 0, 0
+    parts: list[pa.Table] = []
+    for part in itertools.chain.from_iterable(_read_source(source, config) for source in sources):
         parts.append(part)
-        if sum(map(len, parts)) >= _TASK_ROWS or sum(part.nbytes for part in parts) >= _TASK_BYTES:
-            chunk = _Chunk(file, first_row, pa.concat_tables(parts))
-            yield chunk
-            first_row, parts = first_row + chunk.num_rows, [LISTED.empty_table()]
-    yield _Chunk(file, first_row, pa.concat_tables(parts))
+        num_rows, num_bytes = num_rows + part.num_rows, num_bytes + part.nbytes
+        if num_rows >= _TASK_ROWS or num_bytes >= _TASK_BYTES:
+            yield _Chunk(task, first_row, pa.concat_tables(parts))
+            first_row, num_rows, num_bytes, parts = first_row + num_rows, 0, 0, []
+    if parts:
+        yield _Chunk(task, first_row, pa.concat_tables(parts))
 
 
 def _clean_and_split(offsets: Sequence[int], count: int, chunk: _Chunk) -> list[pa.Table]:
     """Clean the rows of a chunk and divide them among the ranges of keys.
 
     Args:
-        offsets: number of rows of the list before each file.
+        offsets: number of rows of the list before those of each task.
     """
-    return ranges.split_by_key(clean(chunk.listed, offsets[chunk.file] + chunk.first_row), count)
+    return ranges.split_by_key(clean(chunk.listed, offsets[chunk.task] + chunk.first_row), count)
 
 
 def _write_range(
@@ -557,7 +564,7 @@ def _parquet_chunks(source: _Source, config: IngestConfig) -> Iterator[pa.Table]
 
 def _num_characters(batch: pa.RecordBatch) -> int:
     """Number of characters of the texts, and one per row."""
-    return sum((pc.sum(pc.utf8_length(column)).as_py() for column in batch.columns), batch.num_rows)
+    return sum((pc.sum(pc.utf8_length(column)).as_py() or 0 for column in batch.columns), int(batch.num_rows))
 
 
 @contextlib.contextmanager

@@ -19,12 +19,20 @@ REPLACEMENT = "\ufffd"  # replaces invalid UTF-8 on decoding
 # Control characters, and invisible characters that change the direction of text.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
-# RE2 patterns of canonical texts. All are ASCII without control characters, so that their bytes are their characters.
+# RE2 patterns that tell canonical texts apart; all URLs and hashes are ASCII then.
 _CANONICAL_URL = (
     r"\Ahttps?://[a-z0-9][a-z0-9.-]*(:[1-9][0-9]{0,3})?"  # lower case; any port of four digits is valid
     r'/[!"$->@-~]*(\?[!"$-~]+)?\z'  # without spaces and "#"; "?" only if a query follows
 )
-_NOT_CANONICAL_CAPTION = r"[^ -~]|  |\A | \z"
+# Printable characters that NFC leaves alone, whatever stands beside them: Latin, Greek, Cyrillic, Hebrew and Arabic letters,
+# punctuation and symbols, Japanese, Chinese, Korean, and emoji.
+_STABLE = (
+    r" -~\x{a1}-\x{2ff}\x{388}-\x{482}\x{48a}-\x{52f}\x{5d0}-\x{5ea}\x{620}-\x{64a}\x{1e00}-\x{1eff}"
+    r"\x{200b}-\x{200d}\x{2010}-\x{2027}\x{2030}-\x{205e}\x{20a0}-\x{20c0}\x{2122}\x{2190}-\x{2328}\x{2460}-\x{27ff}"
+    r"\x{3001}-\x{3029}\x{3030}-\x{3098}\x{309b}-\x{30ff}\x{3400}-\x{9fff}\x{ac00}-\x{d7a3}\x{fe0f}\x{ff01}-\x{ffef}"
+    r"\x{1f000}-\x{1faff}"
+)
+_NOT_CANONICAL_CAPTION = rf"[^{_STABLE}]|  |\A | \z"
 _CANONICAL_SHA256 = r"\A([0-9a-f]{64})?\z"
 
 
@@ -63,7 +71,7 @@ def normalise_urls(texts: pa.Array) -> pa.Array:
 
 def normalise_captions(texts: pa.Array) -> pa.Array:
     """Return `normalise_caption` of every text."""
-    is_long = pc.greater(pc.binary_length(texts), MAX_CAPTION_CHARACTERS)
+    is_long = pc.greater(pc.utf8_length(texts), MAX_CAPTION_CHARACTERS)
     needs_work = pc.or_(is_long, pc.match_substring_regex(texts, _NOT_CANONICAL_CAPTION))
     return map_texts(normalise_caption, texts, pc.invert(needs_work))
 

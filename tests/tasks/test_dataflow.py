@@ -5,13 +5,15 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 
 from tasks import ranges, tables
-from tasks.dataflow import exchange, run_all
+from tasks.dataflow import exchange, produce, run_all
 from tests.pipelines.command_line import ROOT
 from unclip.errors import InputError
 
@@ -75,6 +77,35 @@ def test_results_keep_the_order_of_their_items_and_a_single_item_starts_no_task(
     assert os.getpid() not in run_all(process_id, [0, 1])
     assert run_all(process_id, [0]) == [os.getpid()]
     assert run_all(process_id, []) == []
+
+
+def produce_numbers(fail: int, start: int) -> Iterator[pa.Table]:
+    for size in range(start):
+        if size == fail:
+            raise InputError(f"part {size} is damaged")
+        yield numbers(start).slice(0, size)
+
+
+def test_tables_that_tasks_yield_are_left_in_the_object_store_and_can_be_exchanged(tmp_path: Path) -> None:
+    produced = produce(functools.partial(produce_numbers, -1), [3, 0, 101])
+    assert [[num_rows for num_rows, _ in parts] for parts in produced] == [[0, 1, 2], [], [*range(101)]]
+    parts = [part for parts in produced for _, part in parts]
+    tables_of_parts = ray.get(parts)
+    assert [table.num_rows for table in tables_of_parts] == [0, 1, 2, *range(101)]
+    expected = tables.rows_digest(pa.concat_tables(tables_of_parts))
+    for count, items in ((1, parts), (4, parts), (1, parts[-1:])):
+        split = functools.partial(ranges.split_by_key, count=count)
+        digests = exchange(
+            split, items, count, functools.partial(merge_numbers, str(tmp_path / str(len(items))), count)
+        )
+        assert tables.hex_digest(*digests) == tables.hex_digest(
+            expected if len(items) > 1 else tables.rows_digest(tables_of_parts[-1])
+        )
+
+
+def test_the_error_of_a_producing_task_reaches_the_caller_as_itself() -> None:
+    with pytest.raises(InputError, match="part 2 is damaged"):
+        produce(functools.partial(produce_numbers, 2), [1, 9])
 
 
 def fail_at_two(item: int) -> int:

@@ -1,25 +1,16 @@
 """Duplicates found by exchanging rows equal those of comparing all rows with all."""
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 
 from tasks import ranges
 from tasks.find_duplicates import find_duplicates
 from tasks.near_duplicates import near_duplicates
 from tasks.ranges import KeyRange
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
-    yield
-    ray.shutdown()
 
 
 def planted(count: int, seed: int) -> pa.Table:

@@ -3,8 +3,8 @@
 Letters: B images, N and M embeddings, E their width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,6 @@ from unclip import imaging
 from unclip.errors import ShapeError
 from unclip.evaluation import scenes
 from unclip.models.clip import Clip
-
-T = TypeVar("T")
 
 ATTRIBUTES = ("colour", "background", "size", "shape")
 
@@ -94,14 +92,42 @@ def extract_features(clip: Clip, images: Tensor, captions: Sequence[str]) -> Fea
     )
 
 
-def concatenate(batches: Sequence[T]) -> T:
-    """Join the `Features` of batches in their order; a field that is None in any of them is None."""
-    parts: Any = batches
-    if any(part is None for part in parts):
-        return None  # type: ignore[return-value]
-    if isinstance(parts[0], Tensor):
-        return torch.cat(tuple(parts))  # type: ignore[return-value]
-    return type(parts[0])(*map(concatenate, zip(*parts, strict=True)))  # type: ignore[no-any-return]
+def concatenate(batches: Iterable[Features], count: int) -> Features:
+    """Join the features of batches in their order; a field that is None in any batch is None.
+
+    Memory is allocated once, for `count` images in all, and no batch is kept: small pieces that are kept between the large
+    temporaries of sampling would fragment the heap.
+
+    Raises:
+        ShapeError: the batches have not `count` rows together.
+    """
+    whole: Features | None = None
+    start = 0
+    for batch in batches:
+        stop = start + len(batch.image_embedding)
+        if stop <= count:
+            whole = _write(_allocate(batch, count) if whole is None else whole, batch, slice(start, stop))
+        start = stop
+    if start != count or whole is None:
+        raise ShapeError(f"features: got batches of {start} images together, expected {count}.")
+    return whole
+
+
+def _allocate(batch: Any, count: int) -> Any:
+    """Return uninitialised features of `count` images, with the fields of a batch."""
+    if isinstance(batch, Tensor):
+        return batch.new_empty(count, *batch.shape[1:])
+    return None if batch is None else type(batch)(*(_allocate(field, count) for field in batch))
+
+
+def _write(whole: Any, batch: Any, rows: slice) -> Any:
+    """Copy the features of a batch into rows of `whole`; a field that is None in either becomes None."""
+    if whole is None or batch is None:
+        return None
+    if isinstance(whole, Tensor):
+        whole[rows] = batch
+        return whole
+    return type(whole)(*(_write(*fields, rows) for fields in zip(whole, batch, strict=True)))
 
 
 def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import functools
 import io
@@ -514,6 +515,40 @@ def test_show_reports_origin_fate_and_runs_of_a_row(
     else:
         [(winner, note)] = facts["same picture as"].items()
         assert note == original[1] and (original[0] is None or winner == key_at(fates, original[0]))
+
+
+def test_show_reads_only_the_files_that_hold_the_row(fates: Store) -> None:
+    key = key_at(fates, 7)
+    expected = show(fates, key)
+    kept = {ranges.range_uri("", ranges.KeyRange(int(ranges.of_keys(pa.array([key]), n)[0]), n)) for n in (2, 4)}
+    paths = [path for path in Path(fates.root).rglob("*-of-*.parquet") if "index" not in path.parts]
+    damaged = [path for path in paths if f"/{path.name}" not in kept]
+    damaged += [Path(fates.uri("images", "recipe", "0.parquet")), Path(fates.uri("embeddings", "clip", "x.parquet"))]
+    assert len(damaged) == 3 * 3 + 1 + 2
+    for path in damaged:
+        path.write_bytes(b"damaged")
+    assert show(fates, key) == expected
+
+
+def test_differences_are_the_same_whatever_the_number_of_ranges(fates: Store) -> None:
+    old, new = versions(fates)
+    found = difference(old, new, with_keys=True)
+    selection = ranges.read_all(new.facts["selection"])
+    whole = write_folder(fates.uri("whole"), selection)
+    one_file = fates.uri("selection.parquet")  # as earlier releases wrote it
+    tables.write_file(one_file, selection)
+    before, after = (ranges.read_all(version.facts["selection"]).to_pylist() for version in (old, new))
+    changed = [
+        (one["key"], (one["reason"] or "kept", other["reason"] or "kept"))
+        for one, other in zip(before, after, strict=True)
+        if one["reason"] != other["reason"]
+    ]
+    assert changed and {(key, fates) for fates, keys in found.keys.items() for key in keys.to_pylist()} == set(changed)
+    assert found.changes == collections.Counter(fates for _, fates in changed)
+    for uri in (whole, one_file):
+        other = difference(old, dataclasses.replace(new, facts={**new.facts, "selection": uri}), with_keys=True)
+        assert other.changes == found.changes
+        assert all(other.keys[fates].to_pylist() == keys.to_pylist() for fates, keys in found.keys.items())
 
 
 def test_show_reports_the_takedown_of_a_row_and_its_runs(fates: Store) -> None:

@@ -14,11 +14,9 @@ from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.curate import (
     CurateConfig,
     ProbeConfig,
-    _searched_clusters,
     curate,
     out_of_bounds,
     pin_probes,
-    semantic_duplicates,
 )
 from tasks.stages.embed import SCHEMA
 from tasks.store import Store
@@ -113,52 +111,6 @@ def test_semantic_duplicates_keep_the_smallest_key(tmp_path: Path, embedded: Art
     # a row that is dropped anyway has no duplicates
     artifact = run_curate(tmp_path, embedded, CurateConfig(semantic_distance=0.001, min_clip_score=0.035))
     assert key(7) not in outcome(artifact)
-
-
-def brute_force(embeddings: torch.Tensor, distance: float) -> set[int]:
-    """Expected result of semantic deduplication: each row compared with all earlier kept rows."""
-    similar, kept = (embeddings @ embeddings.T > 1 - distance).numpy(), list[int]()
-    for index in range(len(embeddings)):
-        if not similar[index, kept].any():
-            kept.append(index)
-    return set(range(len(embeddings))) - set(kept)
-
-
-def with_duplicates(num_originals: int, num_duplicates: int, cosine: float) -> torch.Tensor:
-    """Unit vectors [N, 64]; each of the last ones duplicates another at this cosine, in a random direction."""
-    generator = torch.Generator().manual_seed(1)
-    originals = F.normalize(torch.randn(num_originals, 64, generator=generator), dim=1)
-    copied = originals[:num_duplicates]
-    orthogonal = torch.randn(num_duplicates, 64, generator=generator)
-    orthogonal = F.normalize(orthogonal - (orthogonal * copied).sum(dim=1, keepdim=True) * copied, dim=1)
-    return torch.cat([originals, cosine * copied + (1 - cosine**2) ** 0.5 * orthogonal])
-
-
-def test_duplicates_in_different_clusters_are_found_in_any_order() -> None:
-    embeddings = with_duplicates(2400, 600, 0.9)
-    clusters = _searched_clusters(embeddings.numpy(), 0.24**0.5, 50)
-    assert len(clusters) == 60 and sum(len(visitors) for _, visitors in clusters) <= 8 * len(embeddings)
-    home = {int(index): number for number, (members, _) in enumerate(clusters) for index in members}
-    split_pairs = [index for index in range(600) if home[index] != home[2400 + index]]
-    assert len(split_pairs) > 50
-    found = semantic_duplicates(embeddings, 0.12, 50)
-    assert found == brute_force(embeddings, 0.12) == set(range(2400, 3000))
-    order = torch.randperm(3000, generator=torch.Generator().manual_seed(2))
-    shuffled = semantic_duplicates(embeddings[order], 0.12, 50)
-    assert shuffled == brute_force(embeddings[order], 0.12) == semantic_duplicates(embeddings[order], 0.12, 3000)
-    # one of every pair is kept, the one that now comes first
-    assert len(shuffled) == 600 and {int(order[index]) % 2400 for index in shuffled} == set(range(600))
-
-
-def test_duplicates_of_duplicates_do_not_count() -> None:
-    angles = torch.arange(5) * 0.2  # each is near to its neighbours only: 1 - cos 0.2 = 0.02, 1 - cos 0.4 = 0.08
-    chain = torch.stack([angles.cos(), angles.sin()], dim=1)
-    assert semantic_duplicates(chain, 0.05, 100) == {1, 3}
-    generator = torch.Generator().manual_seed(3)
-    crowded = F.normalize(torch.randn(1500, 3, generator=generator), dim=1)  # every row is close to another one
-    assert semantic_duplicates(crowded, 0.01, 1500) == brute_force(crowded, 0.01)
-    same = crowded[:1].expand(100, -1)
-    assert semantic_duplicates(same, 0.01, 5) == set(range(1, 100))
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_clip_score": 0.1}, {"max_clip_score": 0.9}])

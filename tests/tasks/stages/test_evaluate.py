@@ -70,7 +70,7 @@ def test_results_of_workers_do_not_grow_with_the_resolution(folders: dict[int, P
         assert abs(grown - len(other.shown) * (32**2 - 8**2) * 3) <= slack
     width = large[0].features.image_embedding.shape[1]
     assert len(pickle.dumps(large[2])) < 2 * BATCH * width * 4 + 4096 < BATCH * 32 * 32 * 3
-    merged = merge(large)
+    merged = merge(large, len(CAPTIONS))
     assert len(merged.features.image_embedding) == len(CAPTIONS) and merged.shown.nbytes == SHOWN * 32 * 32 * 3
 
 
@@ -97,7 +97,7 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
             expected[f"accuracy.{name}"] = float(np.mean([score[name] for score in scores if name in score]))
         marks = [all(score[name] for name in metrics.ATTRIBUTES) for score in scores]
 
-    measured = merge(sample_here(folder, captions))
+    measured = merge(sample_here(folder, captions), len(captions))
     values, published = summarise("heldout", captions, measured, reference)
     assert values == pytest.approx(expected, rel=1e-5)
     assert {name: values[name] for name in values if "accuracy" in name} == {
@@ -129,7 +129,7 @@ def test_a_killed_worker_is_restarted_and_changes_no_result(
     assert not Path(f"/proc/{found[0]}").exists()
     assert list(results) == list(groups)
     for group, captions in groups.items():
-        expected = merge(sample_here(folders[8], captions))
+        expected = merge(sample_here(folders[8], captions), len(captions))
         assert results[group].digests == expected.digests
         assert np.array_equal(results[group].shown, expected.shown)
         for name in ("image_embedding", "text_embedding"):

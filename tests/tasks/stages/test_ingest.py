@@ -1,6 +1,8 @@
 import csv
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import os
 import queue
@@ -8,11 +10,14 @@ import random
 import re
 import signal
 import struct
+import sys
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +28,7 @@ from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.ingest import (
     LISTED,
     MAX_LINE_CHARACTERS,
+    PAIRS,
     IngestConfig,
     check_source,
     clean,
@@ -30,12 +36,15 @@ from tasks.stages.ingest import (
     ingest,
     read,
 )
+from tasks.tombstones import Tombstones, refuse
 from tasks.tracking import Tracker
 from tasks.untrusted import parquet_list
-from tasks.untrusted.normalise import normalise_caption, normalise_url
+from tasks.untrusted.normalise import normalise_caption, normalise_sha256, normalise_url
 from tasks.untrusted.sandbox import Limits, Sandbox
 from unclip import files
 from unclip.errors import ConfigError, InputError
+
+stage_module = sys.modules[IngestConfig.__module__]  # `tasks.stages.ingest` as an attribute is the stage
 
 ROWS = [
     ("http://A.example/1.jpg#top", "a  red\tcircle"),
@@ -314,6 +323,186 @@ def test_files_in_another_order_keep_the_same_keys(tmp_path: Path) -> None:
             write_list(folder / f"{name}.csv", parts[part])
         digests.add(ingested(tmp_path, urls=str(folder)).digest)
     assert len(digests) == 1
+
+
+def varied_rows(num_rows: int, seed: int) -> list[ListRow]:
+    """Rows of which many repeat others, some are unusable and some are not ASCII."""
+    randomness = random.Random(seed)
+    hosts = ["a.example", "B.example", "bücher.example", "user@c.example", ""]
+    captions = ["a red circle", "  a\tblue  square", "cafe\u0301", "", "\u202ea star", "x" * 1200]
+
+    def row(number: int) -> ListRow:
+        url = f"http://{randomness.choices(hosts, [8, 2, 1, 1, 1])[0]}/{number % (num_rows // 2)}.jpg"
+        return ListRow(url, randomness.choice(captions), randomness.choice(["", "", HASH, HASH[::-1], "bad"]))
+
+    return [row(number) for number in range(num_rows)]
+
+
+def row_of(row: ListRow, position: int) -> dict[str, Any]:
+    """Definition of a pair before duplicates are dropped, from one row of the list."""
+    url, caption, sha256 = normalise_url(row.url), normalise_caption(row.caption), normalise_sha256(row.sha256)
+    shown = url or normalise_caption(row.url)
+    key = hashlib.sha256(f"{shown}\n{caption}".encode()).hexdigest()[:32]
+    outcome: tuple[str, str | None] = ("kept", None)
+    if not shown:
+        outcome = ("failed", "no_url")
+    elif url is None:
+        outcome = ("failed", "bad_url")
+    elif sha256 is None and row.sha256.strip():
+        outcome = ("failed", "bad_hash")
+    elif not caption:
+        outcome = ("dropped", "no_caption")
+    return dict(zip(PAIRS.names, (position, key, shown, caption, *outcome, sha256), strict=True))
+
+
+def test_f24_rows_are_cleaned_in_chunks_as_they_are_one_by_one() -> None:
+    hostile = ["", " ", "\u2003", "\0", "\u200b", "\ufffd", "http://[::1/", " HTTP://A/ ", HASH, f" {HASH.upper()}\n"]
+    listed_rows = varied_rows(2000, seed=1)
+    listed_rows += [ListRow(*texts) for texts in itertools.product(hostile, hostile, hostile)]
+    table = pa.Table.from_pylist([row._asdict() for row in listed_rows], LISTED)
+    expected = pa.Table.from_pylist([row_of(row, 7 + number) for number, row in enumerate(listed_rows)], PAIRS)
+    assert clean(table, 7).equals(expected)
+    parts = [table.slice(0, 1), table.slice(1, 0), table.slice(1)]
+    assert clean(pa.concat_tables(parts), 7).equals(expected)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_same_rows_in_one_file_or_several_and_in_any_number_of_ranges_give_the_same_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small list is read by the stage itself, a large one by tasks, each file in several chunks."""
+    listed_rows = varied_rows(3000, seed=2)
+    expected = pairs_of(listed_rows).sort_by([("key", "ascending"), ("position", "ascending")])
+    table = pa.Table.from_pylist([row._asdict() for row in listed_rows], LISTED)
+    pq.write_table(table, tmp_path / "list.parquet", row_group_size=700)
+    (tmp_path / "parts").mkdir()
+    for name, start, stop in (
+        ("a.parquet", 0, 1),
+        ("b.jsonl", 1, 1800),
+        ("c.csv", 1800, 1801),
+        ("d.parquet", 1801, 3000),
+    ):
+        part, path = table.slice(start, stop - start), tmp_path / "parts" / name
+        if path.suffix == ".parquet":
+            pq.write_table(part, path, row_group_size=500)
+        elif path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in part.to_pylist()))
+        else:
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows([part.column_names, *(row.values() for row in part.to_pylist())])
+    digests = set()
+    for urls, count, small_bytes in (
+        ("list.parquet", 1, 1 << 20), ("list.parquet", 1, 0), ("list.parquet", 4, 1 << 20), ("list.parquet", 16, 0),
+        ("parts", 1, 1 << 20), ("parts", 4, 0), ("parts", 16, 0), ("parts", 4, 10_000),
+    ):  # fmt: skip
+        monkeypatch.setattr(stage_module, "SMALL_BYTES", small_bytes)
+        monkeypatch.setattr(ranges, "ROWS_PER_RANGE", len(listed_rows) // count + 1)
+        artifact = ingested(
+            tmp_path / f"{urls}-{count}-{small_bytes}", urls=f"{tmp_path}/{urls}", sha256_column="sha256"
+        )
+        found = ranges.read_all(artifact.uri)
+        assert found["key"].to_pylist() == sorted(found["key"].to_pylist())
+        assert found.sort_by([("key", "ascending"), ("position", "ascending")]).equals(expected)
+        assert ranges.range_count(artifact.uri) == len(ranges.range_files(artifact.uri)) == count
+        assert artifact.facts == tally.count(expected)
+        digests.add(artifact.digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.usefixtures("cluster")
+def test_f25_a_damaged_file_among_several_is_named_by_the_task_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "SMALL_BYTES", 0)
+    (tmp_path / "lists").mkdir()
+    for name in ("a.csv", "b.csv", "c.parquet"):
+        write_list(tmp_path / "lists" / name)
+    (tmp_path / "lists" / "b.csv").write_text("url,caption\nhttp://a/1,a\nhttp://a/2\n")
+    failure = run_ingest(tmp_path, urls=str(tmp_path / "lists"))
+    assert isinstance(failure, Failure) and failure.exit_code == InputError.exit_code
+    message = f"ingest.urls: {tmp_path}/lists/b.csv cannot be read: line 3: got 1 fields, expected 2. Quote fields"
+    assert failure.message.startswith(message) and "\n" not in failure.message
+
+
+def test_rows_that_were_taken_down_are_refused_whatever_their_texts_are() -> None:
+    hosts = [
+        "evil.org",
+        "a.evil.org",
+        "A.EVIL.org",
+        "notevil.org",
+        "evil.org:80",
+        "user@evil.org",
+        "good.org",
+        "evil.org.",
+        "",
+        "[::1",
+    ]
+    shapes = [
+        "http://{}/x",
+        "https://{}",
+        "ftp://{}/x",
+        "//{}/x",
+        "1http://{}/",
+        "{}",
+        "x {}",
+        "http:{}/x",
+        "http://{}?x",
+        "http://{}#x",
+    ]
+    texts = list(filter(None, (shape.format(host) for shape, host in itertools.product(shapes, hosts))))
+    table = pairs_of(
+        ListRow(text, f"a {number}") for number, text in enumerate([*texts, "http://c.org/1", "http://c.org/2"])
+    )
+    tombstones = Tombstones(
+        frozenset(table["key"][:1].to_pylist()), frozenset(["http://c.org/1"]), frozenset(["evil.org"])
+    )
+
+    def is_taken_down(key: str, url: str) -> bool:
+        try:
+            host = urllib.parse.urlsplit(url).hostname or ""
+        except ValueError:  # "[::1" is no host
+            host = ""
+        labels = host.split(".")
+        is_below = any(".".join(labels[start:]) in tombstones.domains for start in range(len(labels)))
+        return key in tombstones.keys or url in tombstones.urls or is_below
+
+    expected = [is_taken_down(*pair) for pair in zip(table["key"].to_pylist(), table["url"].to_pylist(), strict=True)]
+    refused = refuse(table, tombstones)
+    found = pc.equal(refused["reason"], "taken_down").fill_null(False).to_pylist()
+    assert 30 < sum(expected) < 80
+    for url, is_found, is_expected in zip(table["url"].to_pylist(), found, expected, strict=True):
+        is_url = url.startswith(("http://", "https://"))  # of other texts, more may be refused
+        assert is_found == is_expected if is_url else is_found >= is_expected, url
+    for name in ("url", "caption"):
+        assert [text == "" for text in refused[name].to_pylist()] == found
+    assert refuse(table, Tombstones()).equals(table)
+
+
+@pytest.mark.parametrize("suffix", TEXT_SUFFIXES)
+@pytest.mark.parametrize("block", [1, 2, 7, 100])
+def test_t13_text_is_read_in_blocks_that_may_end_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, block: int
+) -> None:
+    path = tmp_path / f"list.{suffix}"
+    ends = itertools.cycle(["\r\n", "\n", "\r"])
+    pairs = [(f"http://a/{number}", f'ä "{number}"' if number % 3 else "") for number in range(40)]
+    if suffix in ("csv", "tsv"):
+        separator = "," if suffix == "csv" else "\t"
+        quoted = (f'{url}{separator}"{caption.replace(chr(34), chr(34) * 2)}\r\n!"' for url, caption in pairs)
+        lines = [f"url{separator}caption", *quoted]
+        pairs = [(url, f"{caption}\r\n!") for url, caption in pairs]
+    elif suffix == "jsonl":
+        lines = [json.dumps({"url": url, "caption": caption}) for url, caption in pairs]
+    else:
+        lines = [f"{url}\t{caption}" for url, caption in pairs]
+    path.write_bytes("".join(line + next(ends) for line in lines).encode())
+    monkeypatch.setattr(stage_module, "_BLOCK_CHARACTERS", block)
+    assert listed(path) == [ListRow(*pair) for pair in pairs]
+    if suffix != "txt":
+        num_lines = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n").count(b"\n")
+        path.write_bytes(path.read_bytes() + b'"\n')
+        with pytest.raises(InputError, match=rf"list\.{suffix} cannot be read: line {num_lines + 1}: "):
+            listed(path)
 
 
 def test_other_column_names(tmp_path: Path) -> None:

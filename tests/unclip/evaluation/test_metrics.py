@@ -124,11 +124,16 @@ def test_features_of_batches_are_those_of_all_images() -> None:
     def measure(part: slice) -> Features:
         return Features(embeddings[part], -embeddings[part], score_scenes(images[part], captions[part]))
 
-    joined, whole = concatenate([measure(slice(0, 2)), measure(slice(2, 5))]), measure(slice(0, 5))
+    batches, whole = [measure(slice(0, 2)), measure(slice(2, 5))], measure(slice(0, 5))
+    joined = concatenate(batches, 5)
     assert joined.image_embedding.equal(whole.image_embedding) and joined.text_embedding.equal(whole.text_embedding)
     assert joined.scenes is not None and whole.scenes is not None
     assert all(one.equal(other) for one, other in zip(joined.scenes, whole.scenes, strict=True))
     accuracy = {f"accuracy.{name}": value for name, value in whole.scenes.accuracy().items()}
     assert scene_accuracy(Sampled(captions, joined, embeddings[:0])) == accuracy
-    without = measure(slice(0, 2))._replace(scenes=None)
-    assert concatenate([without, measure(slice(2, 5))]).scenes is None, "as not all captions describe scenes"
+    without = [batch._replace(scenes=None) for batch in batches]
+    for some in ([without[0], batches[1]], [batches[0], without[1]]):
+        assert concatenate(some, 5).scenes is None, "as not all captions describe scenes"
+    for count in (4, 6):
+        with pytest.raises(ShapeError, match=f"got batches of 5 images together, expected {count}"):
+            concatenate(batches, count)
