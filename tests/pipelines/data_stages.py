@@ -16,16 +16,17 @@ from typing import Any
 
 import ray
 
-from tasks import dataflow, index, ranges
-from tasks.stage import Artifact, Call, Resources, Run, execute
-from tasks.stages import curate, dedup, download, embed, filter, ingest, report
-from tasks.stages.clip import ClipConfig, clip
+from tasks import dataflow, ranges
+from tasks.stage import Artifact, Call, Resources, Run, Stage, execute
+from tasks.stages import ingest
 from tasks.tracking import Tracker
 from unclip import files
 
 STAGES = ("ingest", "download", "filter", "dedup", "embed", "curate", "report")
 NUM_NODES = 3
+ROWS_PER_RANGE = 40
 OPEN = "open"
+"""File that opens a gate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,38 +42,40 @@ class Job:
     allow_host: str
     clip: str
     """Folder of a CLIP."""
+    until: str = STAGES[-1]
+    """Last stage: `ingest` or the last of all."""
 
 
 def run_stages(job: Job) -> None:
-    make_parts_small()
-    run = Run(
-        "r1", "test", job.storage, Tracker("", ""), "0", resources={"embed": Resources(NUM_NODES, cpus_per_worker=1)}
-    )
+    ranges.ROWS_PER_RANGE = ROWS_PER_RANGE  # like the numbers below, it counts in the process of the stage only
+    ingest.SMALL_BYTES = 0
+    pairs = run_stage(job, ingest.ingest, ingest.IngestConfig(job.urls))
+    if job.until == "ingest":
+        return
 
-    def done(stage: Any, config: Any, *parents: Artifact) -> Artifact:
-        watch_tasks(job.started, stage.name)
-        result = execute(Call(stage, config), run, parents)
-        assert isinstance(result, Artifact), result
-        return result
+    from tasks import duplicates, index, semantic
+    from tasks.stages import clip, curate, dedup, download, embed, filter, report
 
+    index._PARTS_AT_ONCE = duplicates._FILES_AT_ONCE = embed.FILES_AT_ONCE = curate.FILES_AT_ONCE = 2
+    semantic._GROUP_ROWS = 30
     fetching = download.DownloadConfig(
         shard_size=30, timeout_seconds=5.0, allow_hosts=(job.allow_host,), stall_seconds=600.0
     )
-    pairs = done(ingest.ingest, ingest.IngestConfig(job.urls))
-    images = done(download.download, fetching, pairs)
-    filtered = done(filter.filter, filter.FilterConfig(max_caption_repeats=2), images)
-    unique = done(dedup.dedup, dedup.DedupConfig(phash_distance=1, holdout=0.1), filtered)
-    frozen_clip = done(clip, ClipConfig(f"local-dir:{job.clip}", None), unique)
-    embedded = done(embed.embed, embed.EmbedConfig(batch_size=16), unique, frozen_clip)
-    dataset = done(curate.curate, curate.CurateConfig(semantic_distance=1e-4, min_clip_score=-1.0), embedded)
-    done(report.report, report.ReportConfig(), dataset)
+    images = run_stage(job, download.download, fetching, pairs)
+    filtered = run_stage(job, filter.filter, filter.FilterConfig(max_caption_repeats=2), images)
+    unique = run_stage(job, dedup.dedup, dedup.DedupConfig(phash_distance=1, holdout=0.1), filtered)
+    frozen_clip = run_stage(job, clip.clip, clip.ClipConfig(f"local-dir:{job.clip}", None), unique)
+    embedded = run_stage(job, embed.embed, embed.EmbedConfig(batch_size=16), unique, frozen_clip)
+    dataset = run_stage(job, curate.curate, curate.CurateConfig(semantic_distance=1e-6, cluster_size=2), embedded)
+    run_stage(job, report.report, report.ReportConfig(), dataset)
 
 
-def make_parts_small() -> None:
-    """Give every step of the stages several tasks; all these numbers count in the process of the stage only."""
-    ranges.ROWS_PER_RANGE = 40
-    ingest.SMALL_BYTES = 0
-    index._PARTS_AT_ONCE = embed.FILES_AT_ONCE = curate.FILES_AT_ONCE = 2
+def run_stage(job: Job, stage: Stage, config: Any, *parents: Artifact) -> Artifact:
+    watch_tasks(job.started, stage.name)
+    resources = {"embed": Resources(NUM_NODES, cpus_per_worker=1)}
+    result = execute(Call(stage, config), Run("r1", "test", job.storage, Tracker("", ""), "0", resources), parents)
+    assert isinstance(result, Artifact), result
+    return result
 
 
 def watch_tasks(started: str, stage: str) -> None:
@@ -85,9 +88,13 @@ def watch_tasks(started: str, stage: str) -> None:
 
     dataflow._remote = remote
     if stage == "download":
+        from tasks.stages import download
+
         task: Any = download._download_shard
         download._download_shard = ray.remote(**task._default_options)(gated(task._function, folder))
     if stage == "embed":
+        from tasks.stages import embed
+
         actor: Any = embed.Embedder.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
         class GatedEmbedder(actor):  # type: ignore[misc]
