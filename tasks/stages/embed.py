@@ -174,9 +174,11 @@ def embed_shards(start: Callable[[], Any], num_actors: int, shards: Iterator[Sha
     Raises:
         RayActorError: an actor could not be created, or actors keep dying.
     """
-    starting, idle, num_deaths = {}, [], 0
+    starting: dict[Any, Any] = {}
     running: dict[Any, tuple[Any, Shard]] = {}
+    idle: list[Any] = []
     again: list[Shard] = []
+    num_deaths = 0
     for _ in range(num_actors):
         actor = start()
         starting[actor.__ray_ready__.remote()] = actor

@@ -98,7 +98,7 @@ def watch_tasks(started: str, stage: str) -> None:
         actor: Any = embed.Embedder.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
         class GatedEmbedder(actor):  # type: ignore[misc]
-            def embed(self, shard: embed.Shard) -> Any:
+            def embed(self, shard: Any) -> Any:
                 wait_at_gate(f"{folder}/embed")
                 return super().embed(shard)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 from ray.cluster_utils import Cluster
 
 from pipelines.scene_server import ScenesConfig, serve, write_url_list
@@ -35,6 +34,7 @@ LOST_DURING = (
 )  # fmt: skip
 """Steps that lose a node; where they merge pieces, the node also held some of these."""
 
+SCENES = ScenesConfig(num_images=150, broken=0.1, side=64)
 NUM_FILES = 4
 """Files of the list."""
 STORE_BYTES = 80 << 20
@@ -87,20 +87,29 @@ class Given:
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Given]:
-    folder = tmp_path_factory.mktemp("given")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """A list of several files; nothing is served."""
+    folder = tmp_path_factory.mktemp("listed")
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
-        scenes = ScenesConfig(num_images=150, broken=0.1, side=64, port=probe.getsockname()[1])
+        scenes = dataclasses.replace(SCENES, port=probe.getsockname()[1])
     write_url_list(scenes, str(folder / "all.parquet"))
-    listed = tables.read_file(str(folder / "all.parquet"))
+    rows = tables.read_file(str(folder / "all.parquet"))
     for number in range(NUM_FILES):
-        part = listed.take(pa.array(range(number, listed.num_rows, NUM_FILES)))
+        part = rows.take(pa.array(range(number, rows.num_rows, NUM_FILES)))
         tables.write_file(str(folder / "list" / f"{number}.parquet"), part)
+    return Given(str(folder / "list"), scenes.address, "")
+
+
+@pytest.fixture(scope="module")
+def given(listed: Given, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Given]:
+    import torch
+
+    folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    clip.save(clip.create("unclip-demo", None), "unclip-demo", folder / "clip")
-    with serve(scenes):
-        yield Given(str(folder / "list"), scenes.address, str(folder / "clip"))
+    clip.save(clip.create("unclip-demo", None), "unclip-demo", folder)
+    with serve(dataclasses.replace(SCENES, port=int(listed.allow_host.rpartition(":")[2]))):
+        yield dataclasses.replace(listed, clip=str(folder))
 
 
 def command(job: Job) -> list[str]:
@@ -197,21 +206,41 @@ def undisturbed(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found
 
 
+def wait_for_all_nodes(stages: Stages, nodes: Nodes, stage: str) -> None:
+    """Wait until every node runs a task of a stage; the tasks wait at their gates."""
+    folder = stages.started / stage
+    while not set(nodes.working) <= set(nodes_of(folder, "*/*.json")):
+        assert not stages.ended(), f"{stage}: tasks ran on {nodes_of(folder, '*/*.json')}"
+        time.sleep(0.02)
+
+
+def test_ingest_runs_on_all_nodes_and_a_lost_node_changes_no_table(
+    nodes: Nodes, listed: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working = set(nodes.working)
+    with Stages(nodes, listed, tmp_path, until="ingest") as stages:
+        wait_for_all_nodes(stages, nodes, "ingest")
+        assert lose_nodes(stages, nodes, ["ingest/_write_range"], replaced=False) == ["ingest/_write_range"]
+    assert set(nodes_of(stages.started, "*/*/*.json")) == working, "the head runs no tasks"
+    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", ROWS_PER_RANGE)
+    run = Run("r1", "test", str(tmp_path / "alone"), Tracker("", ""), "0")
+    alone = execute(Call(ingest, IngestConfig(listed.urls)), run, [])  # a small list is read in this process
+    assert isinstance(alone, Artifact) and ranges.range_count(alone.uri) > NUM_NODES
+    found = content(stages.storage)
+    assert found == content(tmp_path / "alone") and "ingest" in found
+
+
 @pytest.mark.slow
 def test_tasks_of_every_data_stage_run_on_all_nodes_but_the_head(
     nodes: Nodes, given: Given, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     with Stages(nodes, given, tmp_path) as stages:
         for stage in STAGES:
-            folder = stages.started / stage
-            while set(nodes_of(folder, "*/*.json")) < set(nodes.working):
-                assert not stages.ended(), f"{stage}: tasks ran on {nodes_of(folder, '*/*.json')}"
-                time.sleep(0.05)
-            (folder / OPEN).touch()
+            wait_for_all_nodes(stages, nodes, stage)
+            (stages.started / stage / OPEN).touch()
         while not stages.ended():
-            time.sleep(0.05)
-    for stage in STAGES:
-        assert set(nodes_of(stages.started / stage, "*/*.json")) == set(nodes.working), stage
+            time.sleep(0.02)
+    assert set(nodes_of(stages.started, "*/*/*.json")) == set(nodes.working), "the head runs no tasks"
     assert content(stages.storage) == undisturbed
 
 
@@ -223,18 +252,3 @@ def test_a_node_that_is_lost_in_a_stage_changes_no_table(
     with Stages(nodes, given, tmp_path) as stages:
         assert sorted(lose_nodes(stages, nodes, LOST_DURING, replaced)) == sorted(LOST_DURING)
     assert content(stages.storage) == undisturbed
-
-
-def test_ingest_on_nodes_that_are_lost_writes_the_same_pairs(
-    nodes: Nodes, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Stages(nodes, given, tmp_path, until="ingest") as stages:
-        steps = [name for name in LOST_DURING if name.startswith("ingest/")]
-        assert lose_nodes(stages, nodes, steps, replaced=True) == steps
-    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", ROWS_PER_RANGE)
-    run = Run("r1", "test", str(tmp_path / "alone"), Tracker("", ""), "0")
-    alone = execute(Call(ingest, IngestConfig(given.urls)), run, [])  # a small list is read in this process
-    assert isinstance(alone, Artifact)
-    assert ranges.range_count(alone.uri) > NUM_NODES
-    found = content(stages.storage)
-    assert found == content(tmp_path / "alone") and "ingest" in found
