@@ -214,7 +214,7 @@ def wait_for_all_nodes(stages: Stages, nodes: Nodes, stage: str) -> None:
         time.sleep(0.02)
 
 
-def test_ingest_runs_on_all_nodes_and_a_lost_node_changes_no_table(
+def test_f48_ingest_runs_on_all_nodes_and_a_lost_node_changes_no_table(
     nodes: Nodes, listed: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     working = set(nodes.working)
@@ -246,7 +246,7 @@ def test_tasks_of_every_data_stage_run_on_all_nodes_but_the_head(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replaced", [True, False])
-def test_a_node_that_is_lost_in_a_stage_changes_no_table(
+def test_f48_nodes_that_are_lost_in_every_data_stage_change_no_table(
     nodes: Nodes, given: Given, undisturbed: dict[str, Any], tmp_path: Path, replaced: bool
 ) -> None:
     with Stages(nodes, given, tmp_path) as stages:

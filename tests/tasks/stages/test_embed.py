@@ -173,7 +173,7 @@ def parts_of(uris: list[str], num_actors: int, *arguments: object) -> list[str]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_the_shard_of_a_dead_actor_goes_to_another_and_an_actor_without_room_delays_none(tmp_path: Path) -> None:
+def test_f48_the_shard_of_a_dead_actor_goes_to_another_and_an_actor_without_room_delays_none(tmp_path: Path) -> None:
     uris = ["1", "2", "3", "4", "5", "dies once"]
     assert parts_of(uris, 3, str(tmp_path / "marker")) == uris  # the cluster has two CPUs
     assert (tmp_path / "marker").exists()
