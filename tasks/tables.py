@@ -351,8 +351,9 @@ def rows_digest(table: pa.Table) -> int:
     header = json.dumps([[field.name, str(field.type)] for field in table.schema]).encode()
     joined = pc.binary_join_element_wise(*columns, "\x1f", null_handling="replace", null_replacement="\x00")
     start = hashlib.sha256(header).digest()
-    hashes = (hashlib.sha256(start + row).digest() for row in joined.cast(pa.binary()).to_pylist())
-    return sum(int.from_bytes(digest, "little") for digest in hashes) % _DIGEST_MODULUS
+    hashes = b"".join([hashlib.sha256(start + row).digest() for row in joined.cast(pa.binary()).to_pylist()])
+    limbs = np.frombuffer(hashes, "<u4").reshape(-1, 8).sum(axis=0, dtype=np.uint64)  # little-endian
+    return sum(int(limb) << 32 * index for index, limb in enumerate(limbs)) % _DIGEST_MODULUS
 
 
 def hex_digest(*row_digests: int) -> str:

@@ -19,6 +19,7 @@ import hashlib
 import io
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _FILES_REMEMBERED = 1024
 
 Batch = dict[str, list[Any]]
 """Column name -> one value per row; images are encoded."""
+_Group = concurrent.futures.Future[dict[str, list[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +158,8 @@ class RowReader:
         self.sources, self.places, self.window, self.group_rows = sources, places, window, group_rows
         # Tables lie in step, so the groups of the first source are about those of the others.
         self._group_starts = places.group_starts(sources[0].table, group_rows)
-        self._read_group = functools.lru_cache(maxsize=2 * window * len(sources))(self._read_group_uncached)
+        self._groups: dict[tuple[int, int, int], _Group] = {}  # the ones used last, in order of their use
+        self._lock = threading.Lock()
 
     @classmethod
     def of_keys(cls, sources: Sequence[Source], keys: Sequence[str], **options: int) -> "RowReader":
@@ -187,17 +190,35 @@ class RowReader:
     def read(self, numbers: np.ndarray) -> Batch:
         """Read the rows with these numbers, in this order, with the columns of all sources."""
         batch: Batch = {"key": self.places.keys(numbers)}
-        for index, source in enumerate(self.sources):
-            file = self.places.column(f"{source.table}_file", numbers).tolist()
-            row = self.places.column(f"{source.table}_row", numbers)
-            groups = list(zip(file, (row // self.group_rows).tolist(), strict=True))
-            distinct = list(dict.fromkeys(groups))
-            read = functools.partial(self._read_group, index)
-            columns = dict(zip(distinct, _reading_threads().map(read, *zip(*distinct, strict=True)), strict=True))
-            row_in_group = (row % self.group_rows).tolist()
+        reads = [
+            self._start_reading(index, numbers) for index in range(len(self.sources))
+        ]  # of all sources side by side
+        for source, (futures, group, row_in_group) in zip(self.sources, reads, strict=True):
+            groups = [future.result() for future in futures]
             for name in source.columns:
-                batch[name] = [columns[group][name][place] for group, place in zip(groups, row_in_group, strict=True)]
+                columns = [values[name] for values in groups]
+                batch[name] = [columns[index][row] for index, row in zip(group, row_in_group, strict=True)]
         return batch
+
+    def _start_reading(self, number: int, numbers: np.ndarray) -> tuple[list[_Group], list[int], list[int]]:
+        """Start to read the groups of a source that hold some rows; also returns each row's group and place in the group."""
+        table = self.sources[number].table
+        file, row = (self.places.column(f"{table}_{name}", numbers).astype(np.int64) for name in ("file", "row"))
+        codes, index = np.unique(file << 32 | row // self.group_rows, return_inverse=True)
+        groups = [self._group(number, code >> 32, code & 0xFFFFFFFF) for code in codes.tolist()]
+        return groups, index.tolist(), (row % self.group_rows).tolist()
+
+    def _group(self, number: int, file: int, group_number: int) -> _Group:
+        """A group of a source from memory, or one that is being read."""
+        place = (number, file, group_number)
+        with self._lock:
+            group = self._groups.pop(place, None)
+            if group is None or (group.done() and group.exception()):
+                group = _reading_threads().submit(self._read_group, *place)
+            self._groups[place] = group
+            while len(self._groups) > 2 * self.window * len(self.sources):
+                del self._groups[next(iter(self._groups))]
+        return group
 
     def batches(
         self,
@@ -248,7 +269,7 @@ class RowReader:
             yield from self.windows(seed, epoch, position)
             epoch, position = epoch + 1, 0
 
-    def _read_group_uncached(self, number: int, file: int, group: int) -> dict[str, list[Any]]:
+    def _read_group(self, number: int, file: int, group: int) -> dict[str, list[Any]]:
         """Values of each column of a source in one group of rows of a file."""
         source = self.sources[number]
         uri, names = source.uris[file], list(source.columns)
@@ -258,7 +279,8 @@ class RowReader:
             with filesystem.open_input_file(path) as opened:
                 parquet = pq.ParquetFile(opened, metadata=_metadata(uri))
                 first, last, offset = _groups_with(parquet.metadata, group * self.group_rows, self.group_rows)
-                table = parquet.read_row_groups(list(range(first, last)), columns=names)
+                # Groups are read in threads already.
+                table = parquet.read_row_groups(list(range(first, last)), columns=names, use_threads=False)
                 return table.slice(offset, self.group_rows)
 
         table = files.with_retries(uri, action)
