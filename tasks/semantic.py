@@ -45,7 +45,7 @@ MAX_ROUNDS = 20
 _GROUP_ROWS = 1 << 14
 _SAMPLE_ROWS = 1 << 12
 _MAX_SAMPLE_ROWS = 1 << 15
-_BLOCK_ROWS = 512
+_BLOCK_ROWS = 2048
 _CANDIDATES_AT_ONCE = 4096
 _MAX_PARTITIONS = 1024
 
@@ -200,14 +200,16 @@ class _Group:
         self, queries: np.ndarray, candidates: dict[int, np.ndarray], threshold: np.float32, verdict: int
     ) -> None:
         """Give this verdict to queries near one of the candidates of a cluster that they visit, unless theirs is worse."""
-        place, column = np.nonzero(self.visits[queries] >= 0)
-        clusters = self.visits[queries[place], column]
+        visits = self.visits[queries]
+        place, column = np.nonzero(np.isin(visits, list(candidates)))
+        clusters = visits[place, column]
         order = np.argsort(clusters, kind="stable")
-        numbers, first = np.unique(clusters[order], return_index=True)
-        for cluster, places in zip(numbers.tolist(), np.split(queries[place[order]], first[1:]), strict=False):
-            others = candidates.get(cluster)
+        visitors = queries[place[order]]
+        numbers, first, sizes = np.unique(clusters[order], return_index=True, return_counts=True)
+        for cluster, begin, end in zip(numbers.tolist(), first, first + sizes, strict=True):
+            places, others = visitors[begin:end], candidates[cluster]
             start, size = 0, 256  # mostly the first candidates decide on copies
-            while others is not None and start < len(others):
+            while start < len(others):
                 places = places[self.verdicts[places] < verdict]
                 if not len(places):
                     break

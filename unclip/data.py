@@ -208,9 +208,9 @@ class RowReader:
         groups = [self._group(number, code >> 32, code & 0xFFFFFFFF) for code in codes.tolist()]
         return groups, index.tolist(), (row % self.group_rows).tolist()
 
-    def _group(self, number: int, file: int, group_of_file: int) -> _Group:
+    def _group(self, number: int, file: int, group_number: int) -> _Group:
         """A group of a source from memory, or one that is being read."""
-        place = number, file, group_of_file
+        place = (number, file, group_number)
         with self._lock:
             group = self._groups.pop(place, None)
             if group is None or (group.done() and group.exception()):

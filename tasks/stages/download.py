@@ -456,7 +456,7 @@ def _download_shards(
         files.delete(heartbeats)
 
 
-@ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True)
+@ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True, scheduling_strategy="SPREAD")
 def _download_shard(
     table_uri: str,
     name: str,

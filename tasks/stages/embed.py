@@ -5,9 +5,8 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
-import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,8 +42,8 @@ SCHEMA = pa.schema(
 padded with zeros to its context length."""
 
 BATCHES_AHEAD = 2  # decoded while one batch is computed
-SHARDS_AHEAD = 2
-"""Shards that are given to each actor at once, so that none waits."""
+DEATHS_PER_ACTOR = 3
+"""Deaths of actors, for each actor, after which the stage fails unless a shard is done in between."""
 FILES_AT_ONCE = 64
 """Files whose keys one task reads."""
 COMMIT_SECONDS = 30.0
@@ -147,32 +146,64 @@ def _embed_rows(
     """Embed in actors, shard by shard, and commit shards as they are done; reuse the finished shards of an earlier attempt."""
     resources = context.resources
     num_actors = max(1, min(resources.num_workers, len(tables.files(facts["images"], facts["images_version"]))))
-    actor_options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
-    actors = [
-        Embedder.options(**actor_options, max_task_retries=3).remote(  # type: ignore[attr-defined]
-            clip, config, table, resources.cpus_per_worker
-        )
-        for _ in range(num_actors)
-    ]
-    pool, shards, parts = ray.util.ActorPool(actors), _shards(facts, places), []
+    embedder = Embedder.options(  # type: ignore[attr-defined]
+        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, scheduling_strategy="SPREAD"
+    )
+    start = functools.partial(embedder.remote, clip, config, table, resources.cpus_per_worker)
     progress = context.progress(num_rows, "pairs").start()
-    for shard in itertools.islice(shards, SHARDS_AHEAD * num_actors):
-        pool.submit(_embed_shard, shard)
+    parts: list[tables.Part] = []
     committed_at = time.monotonic()
-    while pool.has_next():  # type: ignore[no-untyped-call]
-        part = pool.get_next_unordered()
-        for shard in itertools.islice(shards, 1):
-            pool.submit(_embed_shard, shard)
+    for part in embed_shards(start, num_actors, _shards(facts, places)):
         parts.append(part)
         progress.update(part.rows)
-        if time.monotonic() - committed_at > COMMIT_SECONDS and pool.has_next():  # type: ignore[no-untyped-call]
+        if time.monotonic() - committed_at > COMMIT_SECONDS:
             tables.append_files(table, parts, SCHEMA)
             parts, committed_at = [], time.monotonic()
     tables.append_files(table, parts, SCHEMA)
 
 
-def _embed_shard(actor: Any, shard: Shard) -> Any:
-    return actor.embed.remote(shard)
+def embed_shards(start: Callable[[], Any], num_actors: int, shards: Iterator[Shard]) -> Iterator[tables.Part]:
+    """Embed shards in actors; yield their parts in the order in which they are done.
+
+    Ray's own pool and restarts would leave a shard with an actor that no node has room for, such as one of a lost node. Here
+    an actor gets shards only once it runs, and the shard of an actor that died goes to the next one that is free.
+
+    Args:
+        start: starts one `Embedder`.
+
+    Raises:
+        RayActorError: an actor could not be created, or actors keep dying.
+    """
+    starting: dict[Any, Any] = {}
+    running: dict[Any, tuple[Any, Shard]] = {}
+    idle: list[Any] = []
+    again: list[Shard] = []
+    num_deaths = 0
+    for _ in range(num_actors):
+        actor = start()
+        starting[actor.__ray_ready__.remote()] = actor
+    while True:
+        while idle and (shard := again.pop() if again else next(shards, None)) is not None:
+            actor = idle.pop()
+            running[actor.embed.remote(shard)] = actor, shard
+        if idle and not running:
+            return
+        [done], _ = ray.wait([*starting, *running], num_returns=1)
+        actor, *given = running.pop(done) if done in running else (starting.pop(done),)
+        try:
+            result = ray.get(done)
+        except ray.exceptions.RayActorError as error:
+            num_deaths += 1
+            if error.actor_init_failed or num_deaths > DEATHS_PER_ACTOR * num_actors:
+                raise
+            again += given
+            actor = start()
+            starting[actor.__ray_ready__.remote()] = actor
+            continue
+        idle.append(actor)
+        if given:
+            num_deaths = 0
+            yield result
 
 
 @ray.remote
