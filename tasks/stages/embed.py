@@ -114,7 +114,8 @@ def _split_keys(count: int, uris: Sequence[str]) -> list[pa.Table]:
 
 
 def _write_keys(folder: str, count: int, output: int, pieces: list[pa.Table]) -> None:
-    ranges.write_range(folder, KeyRange(output, count), pa.concat_tables(pieces).sort_by("key"))
+    none = pa.table({"key": pa.array([], pa.string())})  # a takedown may have emptied the table
+    ranges.write_range(folder, KeyRange(output, count), pa.concat_tables([none, *pieces]).sort_by("key"))
 
 
 def _missing_rows(kept: KeptRows, keys: str, key_range: KeyRange) -> pa.Table:
