@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange, run_all
 from tasks.index import read_index
+from tasks.near_duplicates import COLOUR_CELL
 from tasks.ranges import KeyRange
 from unclip.data import vectors
 
@@ -22,7 +23,7 @@ AnnotatedKeys = list[tuple[str, str]]
 _COLUMNS = ["key", "sha256", "phash", "colour"]
 _FILES_AT_ONCE = 64
 
-_SAME_COLOUR = 7  # levels of 255 by which mean colours of near duplicates may differ in the stage dedup
+_SAME_COLOUR = 2 * COLOUR_CELL - 1  # levels of 255 by which mean colours of near duplicates may differ at most
 
 _Winner = tuple[bool, float, str]
 """True if the colours differ, the distance from the duplicate, and the key of the kept row; the smallest wins."""
@@ -43,8 +44,10 @@ def duplicate_clusters(
         return []
     facts = ranges.find_rows(index_files, list(duplicates), _COLUMNS)
     found = {row["key"]: row for row in facts.to_pylist()}
+    compared_by = {"duplicate_image": "sha256", "near_duplicate": "phash", "semantic_duplicate": "key"}
     by_reason = {
-        name: [key for key in duplicates if duplicates[key] == name and key in found] for name in rows.DUPLICATES
+        name: [key for key in duplicates if duplicates[key] == name and found.get(key, {}).get(column)]
+        for name, column in compared_by.items()  # null if the image has changed since
     }
     digests = {found[key]["sha256"] for key in by_reason["duplicate_image"]}
     looks = {key: (found[key]["phash"], found[key]["colour"]) for key in by_reason["near_duplicate"]}

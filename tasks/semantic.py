@@ -1,9 +1,9 @@
 """Semantic duplicates (SemDeDup, Abbas et al. 2023): images with nearly the same CLIP embedding, of which the first is kept.
 
 A row is a duplicate if an earlier row that is kept is closer than a distance; rows are compared in clusters, so that the work
-grows with the number of rows. Two levels of k-means divide the rows: groups, which are spread over tasks, and clusters in a
-group. Both are trained on a bounded sample from which near duplicates are removed: many copies of one image then cost one
-centre, not most of them, and lie in few clusters.
+grows with the number of rows. Groups of neighbouring clusters are spread over tasks. K-means is trained on a bounded sample
+from which near duplicates are removed: many copies of one image then cost one centre, not most of them, and lie in few
+clusters.
 
 A duplicate in another cluster lies beyond the plane halfway between the two centres. So a row is also compared with the
 members of the clusters whose plane is within the distance, the nearest ones if there are many. That makes the kept row depend
@@ -36,21 +36,20 @@ PartT = TypeVar("PartT")
 ResultT = TypeVar("ResultT")
 
 NUM_SEARCHED_CLUSTERS = 16
-"""Clusters of its group in which a row's duplicates are searched: its own and the nearest ones."""
-NUM_SEARCHED_GROUPS = 3
-"""Groups in which a row's duplicates are searched by default."""
-NUM_VISITED_CLUSTERS = 8
-"""Clusters that are searched in a group other than the row's own."""
+"""Clusters in which a row's duplicates are searched: its own and the nearest ones."""
+MAX_CLUSTERS = 8192
+"""Clusters of a whole dataset; in a larger one, clusters are larger than asked for, and a row's comparisons more."""
 MAX_ROUNDS = 20
 """Rounds in which groups tell each other of rows at their borders; afterwards, each group decides alone."""
 
 _GROUP_ROWS = 1 << 14
-_CLUSTERS_PER_GROUP = 16
 _SAMPLE_ROWS = 1 << 12
 _MAX_SAMPLE_ROWS = 1 << 15
-_BLOCK_ROWS = 512
+_BLOCK_ROWS = 2048
 _CANDIDATES_AT_ONCE = 4096
 _MAX_PARTITIONS = 1024
+
+_SAME = 1e-6  # distance at which centres count as one
 
 # Verdict on a row: no earlier kept row is near it; not yet known; one is near. The worst verdict of its groups decides.
 _CLEAR, _UNKNOWN, _NEAR = 0, 1, 2
@@ -66,7 +65,7 @@ def semantic_duplicates(
     num_ranges: int,
     use: Callable[[KeyRange, pa.Table], ResultT],
     num_partitions: int | None = None,
-    searched_groups: int = NUM_SEARCHED_GROUPS,
+    searched_clusters: int = NUM_SEARCHED_CLUSTERS,
     **options: Any,
 ) -> list[ResultT]:
     """Find the rows whose embedding is close to that of an earlier row, in the order of keys, that is kept.
@@ -84,27 +83,28 @@ def semantic_duplicates(
         use: called in a task for each key range with the rows to drop: key, reason, sorted by key. Like `read`, a
             module-level function or a `functools.partial` of one.
         num_partitions: number of tasks among which groups are divided.
-        searched_groups: groups in which a row's duplicates are searched; it is sent to as many tasks.
+        searched_clusters: clusters in which a row's duplicates are searched; it is sent to their groups.
         options: options of the Ray tasks.
 
     Returns:
         Results of `use`, in the order of key ranges.
     """
     files.delete(scratch)
-    centres = _train_groups(read, parts, num_rows, distance, cluster_size, options)
-    count = min(len(centres), num_partitions or _MAX_PARTITIONS)
+    centres, group_of = _train_clusters(read, parts, num_rows, distance, cluster_size, options)
+    num_groups = int(group_of.max()) + 1
+    count = min(num_groups, num_partitions or _MAX_PARTITIONS)
 
     def exchange(split: Any, items: Any, num_outputs: int, merge: Any) -> list[Any]:
         return dataflow.exchange(split, items, num_outputs, merge, **options)
 
-    split = functools.partial(_split_by_group, read, centres, distance, searched_groups, count)
-    decide = functools.partial(_decide_groups, f"{scratch}/00", distance, cluster_size)
+    split = functools.partial(_split_by_group, read, centres, group_of, distance, searched_clusters, count)
+    decide = functools.partial(_decide_groups, f"{scratch}/00", distance)
     undecided = exchange(split, parts, count, decide)
     folders = [f"{scratch}/00"]
     while sum(undecided):
         folder = f"{scratch}/{len(folders):02d}"
         alone = len(folders) >= MAX_ROUNDS
-        split = functools.partial(_split_by_home, folders[-1], count, len(centres))
+        split = functools.partial(_split_by_home, folders[-1], count, num_groups)
         decide = functools.partial(_decide_again, folder, folders[-1], distance, alone)
         undecided = exchange(split, range(count), count, decide)
         folders.append(folder)
@@ -124,7 +124,7 @@ def duplicates_in_memory(values: np.ndarray, distance: float, cluster_size: int)
     Args:
         values: [N, E] float32, unit norm.
     """
-    group = _Group.cut(values, np.ones(len(values), bool), distance, cluster_size)
+    group = _Group.cut(values, distance, cluster_size)
     is_duplicate: np.ndarray = group.decide(distance, np.zeros(len(values), np.int8)) == _NEAR
     return is_duplicate
 
@@ -144,26 +144,29 @@ class _Group:
             values: [N, E]
             is_member: [N] bool.
             homes: [N] cluster of each row.
-            visits: [N, NUM_SEARCHED_CLUSTERS] clusters to search, -1 for none.
+            visits: [N, V] clusters to search, -1 for none.
             verdicts: [N] int8; only rows of an unknown verdict are compared again.
         """
         self.values, self.is_member, self.homes, self.visits, self.verdicts = values, is_member, homes, visits, verdicts
 
     @classmethod
-    def cut(cls, values: np.ndarray, is_member: np.ndarray, distance: float, cluster_size: int) -> "_Group":
-        """Cut the rows into clusters of about `cluster_size` members."""
-        members = np.flatnonzero(is_member)
-        num_clusters = round(len(members) / cluster_size)
-        homes = np.zeros(len(values), np.int32)
-        visits = np.full((len(values), NUM_SEARCHED_CLUSTERS), -1, np.int32)
-        visits[:, 0] = 0
+    def cut(cls, values: np.ndarray, distance: float, cluster_size: int) -> "_Group":
+        """Cut a whole set of rows into clusters of about `cluster_size`."""
+        num_clusters = round(len(values) / cluster_size)
+        homes, visits = np.zeros(len(values), np.int32), np.zeros((len(values), 1), np.int32)
         if num_clusters > NUM_SEARCHED_CLUSTERS:
-            num_sampled = min(len(members), max(_SAMPLE_ROWS, 32 * num_clusters))
-            sample = members[np.linspace(0, len(members) - 1, num_sampled).astype(np.int64)]
-            centres = _train(values[sample], num_clusters, distance)
-            homes, visits = _assign(values, centres, distance, NUM_SEARCHED_CLUSTERS)
-            visits[~is_member, NUM_VISITED_CLUSTERS:] = -1
-        return cls(values, is_member, homes, visits, np.full(len(values), _UNKNOWN, np.int8))
+            num_sampled = min(len(values), max(_SAMPLE_ROWS, 32 * num_clusters))
+            sample = values[np.linspace(0, len(values) - 1, num_sampled).astype(np.int64)]
+            homes, visits = _assign(values, _train(sample, num_clusters, distance), distance, NUM_SEARCHED_CLUSTERS)
+        return cls(values, np.ones(len(values), bool), homes, visits, np.full(len(values), _UNKNOWN, np.int8))
+
+    @classmethod
+    def of(cls, rows: pa.Table, number: int, verdicts: np.ndarray) -> "_Group":
+        """Group of this number, from rows of `_split_by_group` that are sorted by key."""
+        is_member = rows["home"].to_numpy() == number
+        return cls(
+            _vectors(rows["embedding"]), is_member, rows["cluster"].to_numpy(), _vectors(rows["visits"]), verdicts
+        )
 
     def decide(self, distance: float, elsewhere: np.ndarray) -> np.ndarray:
         """Compare rows block by block in the order of keys; returns the verdicts on members of all their groups together.
@@ -197,14 +200,16 @@ class _Group:
         self, queries: np.ndarray, candidates: dict[int, np.ndarray], threshold: np.float32, verdict: int
     ) -> None:
         """Give this verdict to queries near one of the candidates of a cluster that they visit, unless theirs is worse."""
-        place, column = np.nonzero(self.visits[queries] >= 0)
-        clusters = self.visits[queries[place], column]
+        visits = self.visits[queries]
+        place, column = np.nonzero(np.isin(visits, list(candidates)))
+        clusters = visits[place, column]
         order = np.argsort(clusters, kind="stable")
-        numbers, first = np.unique(clusters[order], return_index=True)
-        for cluster, places in zip(numbers.tolist(), np.split(queries[place[order]], first[1:]), strict=False):
-            others = candidates.get(cluster)
+        visitors = queries[place[order]]
+        numbers, first, sizes = np.unique(clusters[order], return_index=True, return_counts=True)
+        for cluster, begin, end in zip(numbers.tolist(), first, first + sizes, strict=True):
+            places, others = visitors[begin:end], candidates[cluster]
             start, size = 0, 256  # mostly the first candidates decide on copies
-            while others is not None and start < len(others):
+            while start < len(others):
                 places = places[self.verdicts[places] < verdict]
                 if not len(places):
                     break
@@ -266,22 +271,25 @@ def _assign(values: np.ndarray, centres: np.ndarray, distance: float, limit: int
     return homes, visits
 
 
-def _train_groups(
+def _train_clusters(
     read: Callable[[PartT], tuple[pa.ChunkedArray, np.ndarray]],
     parts: Sequence[PartT],
     num_rows: int,
     distance: float,
     cluster_size: int,
     options: dict[str, Any],
-) -> np.ndarray:
-    """Centres of the groups: [G, E]."""
-    num_groups = round(num_rows / max(_GROUP_ROWS, _CLUSTERS_PER_GROUP * cluster_size))
-    if num_groups < 2:
-        return np.zeros((1, 1), np.float32)
-    share = min(1.0, min(max(_SAMPLE_ROWS, 32 * num_groups), _MAX_SAMPLE_ROWS) / num_rows)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of the clusters [K, E], and the group of each cluster [K]: neighbours are mostly in one group."""
+    num_groups = round(num_rows / _GROUP_ROWS)
+    num_clusters = min(round(num_rows / cluster_size), MAX_CLUSTERS)
+    if min(num_groups, num_clusters) < 2:
+        return np.zeros((1, 1), np.float32), np.zeros(1, np.int32)
+    share = min(1.0, min(max(_SAMPLE_ROWS, 32 * num_clusters), max(_MAX_SAMPLE_ROWS, 8 * num_clusters)) / num_rows)
     sampled = dataflow.run_all(functools.partial(_sample, read, share), parts, **options)
-    sample = in_order_of_keys(sampled)
-    return _train(_vectors(sample["embedding"]), num_groups, distance)
+    centres = _train(_vectors(in_order_of_keys(sampled)["embedding"]), num_clusters, distance)
+    groups = _train(centres, min(num_groups, len(centres)), _SAME)
+    group_of = _assign(centres, groups, distance, 1)[0]
+    return centres, np.unique(group_of, return_inverse=True)[1].astype(np.int32)
 
 
 def _sample(read: Callable[[PartT], tuple[pa.ChunkedArray, np.ndarray]], share: float, part: PartT) -> pa.Table:
@@ -295,41 +303,50 @@ def _sample(read: Callable[[PartT], tuple[pa.ChunkedArray, np.ndarray]], share: 
 def _split_by_group(
     read: Callable[[PartT], tuple[pa.ChunkedArray, np.ndarray]],
     centres: np.ndarray,
+    group_of: np.ndarray,
     distance: float,
-    searched_groups: int,
+    searched_clusters: int,
     count: int,
     part: PartT,
 ) -> list[pa.Table]:
     """Send each row to its group and to those that may hold its duplicates."""
     keys, embeddings = read(part)
     if len(centres) == 1:
-        homes = np.zeros(len(embeddings), np.int32)
-        visits = homes[:, None]
+        clusters, visits = np.zeros(len(embeddings), np.int32), np.zeros((len(embeddings), 1), np.int32)
     else:
-        homes, visits = _assign(embeddings, centres, distance, searched_groups)
+        clusters, visits = _assign(embeddings, centres, distance, min(searched_clusters, len(centres)))
+    num_groups = int(group_of.max()) + 1
+    is_sent = np.zeros((len(embeddings), num_groups), bool)
     row, column = np.nonzero(visits >= 0)
-    groups = visits[row, column]
+    is_sent[row, group_of[visits[row, column]]] = True
+    row, groups = np.nonzero(is_sent)
     numbers = hex_numbers(keys, KEY_DIGITS)
-    is_shared = (visits >= 0).sum(axis=1) > 1
+    is_shared = is_sent.sum(axis=1) > 1
     tables = []
     for partition in range(count):
-        here = groups * count // len(centres) == partition
+        here = groups * count // num_groups == partition
         rows = row[here]
-        columns = {"group": groups[here], "home": homes[rows], "shared": is_shared[rows]}
-        tables.append(pa.table({**key_columns(numbers[rows]), **columns, "embedding": _column(embeddings[rows])}))
+        columns = {
+            "group": groups[here].astype(np.int32),
+            "home": group_of[clusters[rows]],
+            "shared": is_shared[rows],
+            "cluster": clusters[rows],
+            "visits": _column(visits[rows]),
+            "embedding": _column(embeddings[rows]),
+        }
+        tables.append(pa.table({**key_columns(numbers[rows]), **columns}))
     return tables
 
 
-def _decide_groups(folder: str, distance: float, cluster_size: int, index: int, pieces: list[pa.Table]) -> int:
-    """First round: cut the groups of a partition into clusters and decide on the rows that no other group shares."""
+def _decide_groups(folder: str, distance: float, index: int, pieces: list[pa.Table]) -> int:
+    """First round: decide on the rows of a partition that no other group shares."""
     table = pa.concat_tables(pieces)
     pieces.clear()
     done = []
     for number in _groups(table):
         rows = in_order_of_keys([table.filter(pa.array(table["group"].to_numpy() == number))])
-        is_member = rows["home"].to_numpy() == number
-        group = _Group.cut(_vectors(rows["embedding"]), is_member, distance, cluster_size)
-        elsewhere = np.where(is_member & rows["shared"].to_numpy(), _UNKNOWN, _CLEAR).astype(np.int8)
+        group = _Group.of(rows, number, np.full(rows.num_rows, _UNKNOWN, np.int8))
+        elsewhere = np.where(group.is_member & rows["shared"].to_numpy(), _UNKNOWN, _CLEAR).astype(np.int8)
         done.append((rows, group, group.decide(distance, elsewhere)))
     return _write_round(folder, index, done)
 
@@ -345,11 +362,8 @@ def _decide_again(folder: str, before: str, distance: float, alone: bool, index:
     done = []
     for number in _groups(table):
         rows = in_order_of_keys([table.filter(pa.array(table["group"].to_numpy() == number))])
-        is_member = rows["home"].to_numpy() == number
-        visits = _vectors(rows["visits"])
-        verdicts = rows["verdict"].to_numpy().copy()
-        group = _Group(_vectors(rows["embedding"]), is_member, rows["cluster"].to_numpy(), visits, verdicts)
-        elsewhere = _worst(rows, reported) * is_member
+        group = _Group.of(rows, number, rows["verdict"].to_numpy().copy())
+        elsewhere = _worst(rows, reported) * group.is_member
         if alone:
             elsewhere[elsewhere == _UNKNOWN] = _CLEAR
         done.append((rows, group, group.decide(distance, elsewhere)))
@@ -382,14 +396,8 @@ def _write_round(folder: str, index: int, done: list[tuple[pa.Table, _Group, np.
             )
         )
         again = pa.array(np.where(group.is_member, fates, group.verdicts) == _UNKNOWN)
-        kept = rows.select(["high", "low", "group", "home", "embedding"])
-        columns = (
-            ("verdict", pa.array(group.verdicts)),
-            ("cluster", pa.array(group.homes)),
-            ("visits", _column(group.visits)),
-        )
-        for name, column in columns:
-            kept = kept.append_column(name, column)
+        kept = rows.select(["high", "low", "group", "home", "cluster", "visits", "embedding"])
+        kept = kept.append_column("verdict", pa.array(group.verdicts))
         undecided.append(kept.filter(again))
     for name, tables in (("found", found), ("verdicts", reports), ("undecided", undecided)):
         write_rows(f"{folder}/{index:05d}.{name}", pa.concat_tables(tables))

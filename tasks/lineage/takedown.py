@@ -194,24 +194,29 @@ def _remember(
     uri = store.uri("tombstones.parquet")
     known = tables.read_file(uri).to_pylist() if files.exists(uri) else []
     entries = {(row["kind"], row["value"], row["request"]) for row in known}
+    digests = _digests_of(store, set().union(*found.values()))
     for tombstone in requested:
         entries.add((tombstone.kind, tombstone.value, str(tombstone)))
         entries |= {("key", key, str(tombstone)) for key in found[tombstone]}
-        entries |= {("sha256", digest, str(tombstone)) for digest in _digests_of(store, found[tombstone])}
+        entries |= {("sha256", digest, str(tombstone)) for key in found[tombstone] for digest in digests.get(key, ())}
     names = SCHEMA.names
     ordered = [dict(zip(names, entry, strict=True)) for entry in sorted(entries)]
     tables.write_file(uri, pa.Table.from_pylist(ordered, schema=SCHEMA))
-    return {
-        tombstone: {value for kind, value, request in entries if kind == "key" and request == str(tombstone)}
-        for tombstone in requested
-    }
+    by_request: dict[str, set[str]] = {}
+    for kind, value, request in entries:
+        if kind == "key":
+            by_request.setdefault(request, set()).add(value)
+    return {tombstone: by_request.get(str(tombstone), set()) for tombstone in requested}
 
 
-def _digests_of(store: Store, keys: set[str]) -> set[str]:
-    digests: set[str] = set()
+def _digests_of(store: Store, keys: set[str]) -> dict[str, set[str]]:
+    """Return key -> hashes of its image files, of all recipes."""
+    digests: dict[str, set[str]] = {}
     for images in delta_tables(store, "images"):
-        digests |= set(index.find_rows(images, sorted(keys), ["key", "sha256"])["sha256"].to_pylist())
-    return digests - {None}
+        found = index.find_rows(images, sorted(keys), ["key", "sha256"])
+        for row in found.filter(pc.is_valid(found["sha256"])).to_pylist():
+            digests.setdefault(row["key"], set()).add(row["sha256"])
+    return digests
 
 
 def _blank_lists(store: Store, tombstones: Tombstones) -> None:

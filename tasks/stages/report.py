@@ -219,7 +219,7 @@ def summarise_range(
         hosts=hosts,
         lacks_hosts=lacks_hosts,
         edges=[edge for measure in measures for edge in _edges(measure, fates, config.num_at_edges)],
-        distributions=[_distribution(measure, -(-MAX_SAMPLE // key_range.count)) for measure in measures],
+        distributions=[_distribution(measure, MAX_SAMPLE // key_range.count) for measure in measures],
     )
 
 

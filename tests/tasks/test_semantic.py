@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from tasks import ranges, semantic
 from tasks.ranges import KeyRange
-from tasks.semantic import NUM_SEARCHED_GROUPS, _assign, _train, duplicates_in_memory, semantic_duplicates
+from tasks.semantic import NUM_SEARCHED_CLUSTERS, _assign, _train, duplicates_in_memory, semantic_duplicates
 
 
 def brute_force(embeddings: torch.Tensor, distance: float) -> set[int]:
@@ -90,14 +90,14 @@ def search(
     scratch: Path,
     num_parts: int,
     num_partitions: int | None,
-    searched_groups: int = NUM_SEARCHED_GROUPS,
+    searched_clusters: int = NUM_SEARCHED_CLUSTERS,
 ) -> set[int]:
     """Indices of the rows that the dataflow drops."""
     table = keyed(embeddings)
     reading = functools.partial(read, table, embeddings, num_parts)
     found = semantic_duplicates(
         reading, range(num_parts), len(embeddings), distance, cluster_size, str(scratch), 4 if num_parts > 1 else 1, result,
-        num_partitions=num_partitions, searched_groups=searched_groups,
+        num_partitions=num_partitions, searched_clusters=searched_clusters,
     )  # fmt: skip
     assert not scratch.exists()
     place = {key: index for index, key in enumerate(table["key"].to_pylist())}
@@ -108,7 +108,6 @@ def search(
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some ten groups in a set of thousands; only the calling process trains and counts groups."""
     monkeypatch.setattr(semantic, "_GROUP_ROWS", 500)
-    monkeypatch.setattr(semantic, "_CLUSTERS_PER_GROUP", 1)
 
 
 def mixed(seed: int) -> np.ndarray:
@@ -131,12 +130,12 @@ def test_groups_decide_together_as_one_process_would(small_groups: None, cluster
     embeddings = mixed(0)
     expected = brute_force(torch.tensor(embeddings), 0.05)
     assert len(expected) > 1500
-    everywhere = 100  # all groups that may hold a duplicate
-    assert search(embeddings, 0.05, 500, tmp_path / "scratch", 4, None, everywhere) == expected
-    assert search(embeddings, 0.05, 500, tmp_path / "scratch", 1, 1, everywhere) == expected
-    found = search(embeddings, 0.05, 500, tmp_path / "scratch", 3, 2)
-    assert len(found ^ expected) <= 0.005 * len(expected), "the nearest groups hold nearly all duplicates"
-    assert search(embeddings, 0.05, 500, tmp_path / "scratch", 1, 16) == found, "partitions do not change the result"
+    everywhere = 100  # all clusters that may hold a duplicate
+    assert search(embeddings, 0.05, 80, tmp_path / "scratch", 4, None, everywhere) == expected
+    assert search(embeddings, 0.05, 80, tmp_path / "scratch", 1, 1, everywhere) == expected
+    found = search(embeddings, 0.05, 80, tmp_path / "scratch", 3, 2)
+    assert len(found ^ expected) <= 0.005 * len(expected), "the nearest clusters hold nearly all duplicates"
+    assert search(embeddings, 0.05, 80, tmp_path / "scratch", 1, 16) == found, "partitions do not change the result"
 
 
 def test_one_group_needs_no_tasks(tmp_path: Path) -> None:
