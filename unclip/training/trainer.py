@@ -285,7 +285,7 @@ class _Training:
         curve: curves.Curve = {}
         if self.samples_seen:
             try:
-                curve = curves.read(f"{self.folder}/{CURVE}")
+                curve = curves.restore(f"{self.folder}/{CURVE}")
             except ConfigError as error:
                 self.monitor.warn(f"starting a new loss curve: {error}")
         reference = self.config.reference_curve
@@ -312,8 +312,7 @@ class _Training:
         """Write a checkpoint, after a validation unless time is short."""
         facts = {**self.objective.facts(), **self.state.facts(), **(self._validate() if validate else {})}
         self.watchdog.reached("writing a checkpoint", self.samples_seen)
-        has_losses = any("loss" in point for point in self.alarm.curve.values())  # else it could not be read back
-        if self.workers.rank == 0 and has_losses:
+        if self.workers.rank == 0:
             with contextlib.suppress(StorageError):  # the checkpoint reports a full disk
                 curves.write(f"{self.folder}/{CURVE}", self.alarm.curve)
         self.writer.save(self.samples_seen, self.state.tensors(), facts)

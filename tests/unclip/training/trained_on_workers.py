@@ -127,7 +127,7 @@ def run(
     """Train in `root`, by default `folder`; write losses to NAME.jsonl in `folder` and return the rows that this rank saw."""
     torch.manual_seed(0)
     rows = reader(folder)
-    objective = Objective(MODEL, rows.read(["00", "01"]))
+    objective = Objective(MODEL, rows.read(np.arange(2)))
     monitor = Recorder(folder / f"{name}.jsonl", workers.rank, end)
     try:
         config = settings(**changes)
