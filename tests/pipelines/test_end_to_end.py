@@ -22,7 +22,7 @@ from pipelines import dag as dags
 from pipelines.config import load
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
-from tasks import tables
+from tasks import ranges, tables
 from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
@@ -119,7 +119,7 @@ def test_tables_hold_every_row_once_and_embeddings_match_their_rows(finished: Pa
     snapshot = artifacts_by_stage["curate"]["facts"]["snapshot"]
     images = tables.read(snapshot["images"], snapshot["images_version"], ["key", "caption", "jpg"])
     embeddings = tables.read(snapshot["embeddings"], snapshot["embeddings_version"])
-    selection = tables.read_file(snapshot["selection"])
+    selection = ranges.read_all(snapshot["selection"])
     kept = selection.filter(pc.equal(selection.column("status"), "kept")).column("key").to_pylist()
     assert embeddings.column("key").to_pylist() == sorted(set(kept)) and len(kept) == 120
     assert len(set(images.column("key").to_pylist())) == images.num_rows
