@@ -219,6 +219,7 @@ def wait_for_all_nodes(stages: Stages, nodes: Nodes, stage: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_f48_ingest_runs_on_all_nodes_and_a_lost_node_changes_no_table(
     nodes: Nodes, listed: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

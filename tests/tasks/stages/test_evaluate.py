@@ -110,6 +110,7 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
     assert measured.digests == [files.sha256(pixels[start : start + BATCH].tobytes()) for start in starts]
 
 
+@pytest.mark.slow  # workers import torch and CLIP anew
 def test_a_killed_worker_is_restarted_and_changes_no_result(
     cluster: None, folders: dict[int, Path], tmp_path: Path
 ) -> None:
