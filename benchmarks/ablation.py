@@ -29,10 +29,10 @@ from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
-from tasks.stages.evaluate import heldout_keys
+from tasks.stages.evaluate import heldout_pairs
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import imaging
-from unclip.data import RowReader
+from unclip.data import Places, RowReader
 from unclip.evaluation import metrics
 from unclip.models.decoder import Captions
 from unclip.systems.system import StackFiles
@@ -113,11 +113,11 @@ def load_stack(base: Mapping[str, Artifact], **others: Artifact) -> Stack:
 def load_heldout(base: Mapping[str, Artifact], num_captions: int, image_size: int) -> Heldout:
     """Load held-out pairs in the order of their keys, with images of `image_size` pixels."""
     snapshot = Snapshot.of(base["curate"].facts)
-    pairs = dict(list(heldout_keys(snapshot).items())[:num_captions])
+    pairs = heldout_pairs(snapshot).slice(0, num_captions)
     sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", "image_embedding"))
-    rows = RowReader(sources, list(pairs.values())).read(list(pairs.values()))
+    rows = RowReader(sources, Places([pairs])).read(np.arange(pairs.num_rows))
     embedding = torch.from_numpy(np.stack(rows["image_embedding"]))
-    return Heldout(list(pairs), embedding, load_images(rows["jpg"], image_size))
+    return Heldout(pairs["caption"].to_pylist(), embedding, load_images(rows["jpg"], image_size))
 
 
 def ways(stack: Stack, heldout: Heldout) -> dict[str, ImageEmbedding]:

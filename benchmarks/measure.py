@@ -1,5 +1,6 @@
 """Shared parts of the benchmarks: test images, the memory of a process tree, and medians of interleaved rounds."""
 
+import contextlib
 import io
 import os
 import platform
@@ -67,6 +68,19 @@ class TreeMemory:
             self.pss = max(self.pss, sum(pss for _, pss in sizes))
 
 
+class LargestProcess(TreeMemory):
+    """A context that samples the largest process of a tree: `megabytes` is its peak resident memory without shared memory.
+
+    Shared memory is Ray's object store. Pages of files that are mapped, such as libraries, count in each process.
+    """
+
+    megabytes = 0.0
+
+    def _sample(self) -> None:
+        while not self._closing.wait(self._interval_seconds):
+            self.megabytes = max(self.megabytes, *map(_own_memory, _tree(self._pid)))
+
+
 def peak_rss(pid: int) -> float:
     """Return the peak resident memory of a process in MB."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -109,6 +123,16 @@ def machine(*packages: str) -> str:
     return f"{os.cpu_count()} CPUs ({model}), Python {platform.python_version()}, {versions}"
 
 
+def tree_cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process and all its descendants so far, including those that ended and were waited for."""
+    ticks = 0
+    for member in _tree(pid):
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
+            fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _tree(pid: int) -> list[int]:
     """Return the process and all its live descendants."""
     children: dict[int, list[int]] = {}
@@ -122,6 +146,16 @@ def _tree(pid: int) -> list[int]:
     for member in found:
         found += children.get(member, [])
     return found
+
+
+def _own_memory(pid: int) -> float:
+    """Return the resident memory without shared memory in MB; 0 for a process that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssFile") if name in fields) / 1024
 
 
 def _memory(pid: int) -> tuple[float, float]:

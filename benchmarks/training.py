@@ -449,9 +449,10 @@ def write_rows(size: Size, arguments: argparse.Namespace) -> None:
 
 def open_rows(size: Size, arguments: argparse.Namespace) -> tuple[RowReader, int]:
     """Open a reader of the rows that `write_rows` wrote; return it with the batch size."""
-    sources = [Source((f"{arguments.folder}/{name}.parquet",), (name,)) for name in ("jpg", "image_embedding")]
+    columns = {"images": "jpg", "embeddings": "image_embedding"}
+    sources = [Source((f"{arguments.folder}/{name}.parquet",), (name,), table) for table, name in columns.items()]
     keys = [f"{number:032x}" for number in range(arguments.pictures)]
-    return RowReader(sources, keys), arguments.batch_size or size.decoder_batch_size
+    return RowReader.of_keys(sources, keys), arguments.batch_size or size.decoder_batch_size
 
 
 def loading(size: Size, arguments: argparse.Namespace) -> Training:

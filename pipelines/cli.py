@@ -4,10 +4,10 @@ from typing import Any
 
 import click
 
-from pipelines.commands import data, edit, exchange, plan_train, run, sample, takedown, train, ui
+from pipelines.commands import data, edit, estimate, exchange, plan_train, run, sample, takedown, train, ui
 from unclip.errors import UnclipError
 
-MODULES = (run, takedown, data, ui, sample, edit, exchange, train, plan_train)
+MODULES = (run, takedown, data, ui, sample, edit, exchange, train, plan_train, estimate)
 
 
 class Commands(click.Group):

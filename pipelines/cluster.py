@@ -28,7 +28,8 @@ WORKER_ENVIRONMENT = {
 """Environment variables of Ray workers."""
 
 
-def start_ray(config: PipelineConfig) -> None:
+def start_ray(config: PipelineConfig) -> dict[str, float]:
+    """Start or join the cluster; return its resources."""
     import logging
 
     import ray
@@ -61,6 +62,7 @@ def start_ray(config: PipelineConfig) -> None:
                     f"resources: one worker of {stage} needs {amount:g} {name}, but the cluster has {total.get(name, 0):g} "
                     f"in total. Lower resources.cpus_per_worker or resources.gpus_per_worker, or join another cluster."
                 )
+    return total
 
 
 def worker_resources(config: PipelineConfig) -> dict[str, Resources]:

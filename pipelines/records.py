@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tasks.store import Store
@@ -91,6 +92,13 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": external_uri, "config": to_dict(config)}
     store.write_json(record, "runs", identity, "run.json")
     return run
+
+
+def record_cluster(run: "Run", store: Store, resources: Mapping[str, float]) -> None:
+    """Record the CPUs and GPUs of the cluster that a run works on, so that the rates of its stages can be compared."""
+    record = store.read_json("runs", run.id, "run.json")
+    cluster = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
+    store.write_json({**record, "cluster": cluster}, "runs", run.id, "run.json")
 
 
 def close_run(run: "Run", store: Store, state: str) -> None:

@@ -13,7 +13,7 @@ from pipelines.dataset import PipelineConfig
 from pipelines.lock import lock
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
-from pipelines.records import close_run, open_run
+from pipelines.records import close_run, open_run, record_cluster
 from pipelines.summary import print_summary, summarise, write_results
 from tasks import signals
 from tasks.run_records import stage_events
@@ -60,7 +60,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             labels = {name: state.label for name, state in states.items()}
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
             run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
-            start_ray(config)
+            record_cluster(run, store, start_ray(config))
             failures = _execute(dag, run, store)
             state = "failed" if failures else "done"
         except StoppedError:

@@ -6,13 +6,20 @@ tables are split by ranges of keys that are hashes, joins need no shuffle. For t
 
 Ray Data can do the same, but its partitions by hash would have to be sorted and sized again for every table, and starting its
 executor costs each small run seconds.
+
+Commands that start no Ray use the same functions: in a process without Ray, items are worked through one after another, and
+pieces go to a temporary folder. Ray is imported only where it runs.
 """
 
+import functools
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import ray
+import pyarrow.feather
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -30,23 +37,52 @@ def run_all(
     """Call the function for every item, each in a Ray task, and return the results in order.
 
     As many tasks run at once as the cluster has CPUs. A task whose process or node dies is repeated. A single item runs in
-    the calling process, so that small data starts no processes.
+    the calling process, so that small data starts no processes; so do all items if the process has no Ray.
 
     Args:
         function: module-level function or `functools.partial` of one; must give the same result when it is repeated.
         on_done: called in the calling process after each item.
         options: options of the Ray tasks, such as `num_cpus`.
     """
-    if len(items) == 1:
-        result = function(items[0])
-        on_done(items[0], result)
-        return [result]
     results: list[Any] = [None] * len(items)
-    for index, reference in _in_flight(
-        lambda index: _call.options(**_OPTIONS | options).remote(function, items[index]), len(items)
-    ):
+    if len(items) == 1 or not _has_ray():
+        for index, item in enumerate(items):
+            results[index] = function(item)
+            on_done(item, results[index])
+        return results
+    import ray
+
+    call = _remote(_call).options(**_OPTIONS | options)
+    for index, reference in _in_flight(lambda index: call.remote(function, items[index]), len(items)):
         results[index] = ray.get(reference)
         on_done(items[index], results[index])
+    return results
+
+
+def produce(read: Callable[[ItemT], Iterator[Any]], items: Sequence[ItemT], **options: Any) -> list[list[Any]]:
+    """Call a generator function for every item, each in a Ray task, and leave the parts that it yields in the object store.
+
+    Args:
+        read: item -> parts with a `num_rows`, such as tables; must yield the same parts when it is repeated.
+        options: options of the Ray tasks.
+
+    Returns:
+        For every item, (number of rows, reference) of each part; the references can be items of `exchange`.
+    """
+    import ray
+
+    producing = _remote(_produce).options(**_OPTIONS | options, num_returns="streaming")
+    generators: dict[int, Any] = {}
+
+    def start(index: int) -> Any:
+        generators[index] = producing.remote(read, items[index])
+        return generators[index].completed()
+
+    results: list[Any] = [None] * len(items)
+    for index, _ in _in_flight(start, len(items)):
+        references = list(generators.pop(index))
+        counts = ray.get(references[::2])  # an error takes the place of a number
+        results[index] = list(zip(counts, references[1::2], strict=True))
     return results
 
 
@@ -61,6 +97,7 @@ def exchange(
 
     Args:
         split: item -> `num_outputs` tables, some of which may be empty; must give the same tables when it is repeated.
+        items: values, or references of values in the object store.
         merge: (number of the output, its tables in the order of items) -> small result, usually of a file that it wrote.
         options: options of the Ray tasks.
 
@@ -68,9 +105,13 @@ def exchange(
         Results of `merge`, in order.
     """
     if len(items) <= 1 and num_outputs == 1:
-        return [merge(0, [split(item)[0] for item in items])]
+        return [merge(0, [split(_value(item))[0] for item in items])]
+    if not _has_ray():
+        return _exchange_on_disk(split, items, num_outputs, merge)
+    import ray
+
     pieces: list[list[Any]] = [[] for _ in items]
-    splitting = _split.options(**_OPTIONS | options, num_returns=num_outputs)
+    splitting = _remote(_split).options(**_OPTIONS | options, num_returns=num_outputs)
 
     def start_split(index: int) -> Any:
         returned: Any = splitting.remote(split, items[index], num_outputs)
@@ -82,7 +123,7 @@ def exchange(
 
     def start_merge(output: int) -> Any:
         own = [piece[output] for piece in pieces]
-        return _merge.options(**_OPTIONS | options).remote(merge, output, *own)
+        return _remote(_merge).options(**_OPTIONS | options).remote(merge, output, *own)
 
     results: list[Any] = [None] * num_outputs
     for output, reference in _in_flight(start_merge, num_outputs):
@@ -92,11 +133,45 @@ def exchange(
     return results
 
 
+def _exchange_on_disk(
+    split: Callable[[ItemT], Sequence[pa.Table]],
+    items: Sequence[ItemT],
+    num_outputs: int,
+    merge: Callable[[int, list[pa.Table]], ResultT],
+) -> list[ResultT]:
+    with tempfile.TemporaryDirectory() as folder:
+        for number, item in enumerate(items):
+            for output, piece in enumerate(_checked(split(item), num_outputs)):
+                pyarrow.feather.write_feather(piece, str(Path(folder, f"{output}-{number}")), compression="lz4")
+        return [
+            merge(
+                output,
+                [pyarrow.feather.read_table(Path(folder, f"{output}-{number}")) for number in range(len(items))],
+            )
+            for output in range(num_outputs)
+        ]
+
+
+def _value(item: Any) -> Any:
+    """Value of an item that may be a reference."""
+    if not _has_ray():
+        return item
+    import ray
+
+    return ray.get(item) if isinstance(item, ray.ObjectRef) else item
+
+
+def _has_ray() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
 def _in_flight(start: Callable[[int], Any], count: int) -> Iterator[tuple[int, Any]]:
     """Start `count` tasks, a bounded number at once; yield the index and reference of each when it is done.
 
     Raises the first error only after running tasks have ended, so that no task writes files once the caller goes on.
     """
+    import ray
+
     limit = max(2, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
     running: dict[Any, int] = {}
     started = 0
@@ -113,18 +188,32 @@ def _in_flight(start: Callable[[int], Any], count: int) -> Iterator[tuple[int, A
             ray.wait(list(running), num_returns=len(running), fetch_local=False)
 
 
-@ray.remote
+@functools.cache
+def _remote(function: Callable[..., Any]) -> Any:
+    import ray
+
+    return ray.remote(function)
+
+
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-@ray.remote
+def _produce(read: Callable[[Any], Iterator[Any]], item: Any) -> Iterator[Any]:
+    for part in read(item):
+        yield part.num_rows
+        yield part
+
+
 def _split(split: Callable[[Any], Sequence[pa.Table]], item: Any, num_outputs: int) -> Any:
-    parts = tuple(split(item))
-    assert len(parts) == num_outputs, f"got {len(parts)} tables, expected {num_outputs}"
+    parts = tuple(_checked(split(item), num_outputs))
     return parts if num_outputs > 1 else parts[0]
 
 
-@ray.remote
+def _checked(parts: Sequence[pa.Table], num_outputs: int) -> Sequence[pa.Table]:
+    assert len(parts) == num_outputs, f"got {len(parts)} tables, expected {num_outputs}"
+    return parts
+
+
 def _merge(merge: Callable[[int, list[pa.Table]], Any], output: int, *tables: pa.Table) -> Any:
     return merge(output, list(tables))

@@ -6,7 +6,7 @@ up to date after each commit of the images table; what a killed process left out
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -89,6 +89,50 @@ def read_index(files: Sequence[str], key_range: KeyRange, columns: Sequence[str]
     if not any(ranges.range_of_file(uri).overlaps(key_range) for uri in files):
         return INDEX.empty_table().select(list(columns or INDEX.names))
     return ranges.read_range(files, key_range, columns)
+
+
+def each_table(images: str, columns: Sequence[str], key_range: KeyRange | None = None) -> Iterator[pa.Table]:
+    """Yield all rows of the newest version of an images table, a bounded number at once, even if the index is out of date.
+
+    Args:
+        columns: columns of `INDEX`.
+        key_range: files of the index that have no rows of this range are omitted; None reads all.
+    """
+    listed = set(map(_name, tables.files(images)))
+    described = _described_parts(images, index_uri(images))
+    gone = pa.array(sorted(described - listed), pa.string())
+    for uri in index_files(images) if described else ():
+        if key_range is None or ranges.range_of_file(uri).overlaps(key_range):
+            yield _of_present_parts(tables.read_file(uri, _with_part(columns)), gone).select(columns)
+    for name in sorted(listed - described):
+        yield describe_part(f"{images}/{name}").select(columns)
+
+
+def find_rows(images: str, keys: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    """Rows of the newest version of an images table with these keys, sorted by key; opens only files that may hold them.
+
+    Args:
+        columns: columns of `INDEX`, including `key`.
+    """
+    listed = set(map(_name, tables.files(images)))
+    described = _described_parts(images, index_uri(images))
+    gone = pa.array(sorted(described - listed), pa.string())
+    files = index_files(images) if described else []
+    found = [ranges.find_rows(files, keys, _with_part(columns))] if files else []
+    found = [_of_present_parts(table, gone).select(columns) for table in found]
+    wanted = pa.array(sorted(set(keys)), pa.string())
+    for name in sorted(listed - described):
+        table = describe_part(f"{images}/{name}").select(columns)
+        found.append(table.filter(pc.is_in(table["key"], value_set=wanted)))
+    return pa.concat_tables([INDEX.empty_table().select(columns), *found]).sort_by("key")
+
+
+def _with_part(columns: Sequence[str]) -> list[str]:
+    return [*columns, *({"part"} - set(columns))]
+
+
+def _of_present_parts(table: pa.Table, gone: pa.Array) -> pa.Table:
+    return table.filter(pc.invert(pc.is_in(table["part"], value_set=gone))) if len(gone) else table
 
 
 def _described_parts(images: str, index: str) -> set[str]:

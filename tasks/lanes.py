@@ -1,38 +1,75 @@
-"""Lanes: shards of pairs that must run one after another, so that no two tasks send requests to the same site at once."""
+"""Lanes: shards of rows that must run one after another, so that no two tasks send requests to the same site at once.
 
+A plan is a folder of files, one for each shard. Tasks write it, range by range of the list and then lane by lane, so that no
+process holds the list. The driver knows the shards' names and sizes only.
+"""
+
+import collections
 import dataclasses
+import functools
 import hashlib
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
-from tasks import rows
+from tasks import ranges, rows, tables
+from tasks.dataflow import exchange
 from tasks.untrusted import domains, fetch
+from unclip.config import fingerprint
 from unclip.errors import StageError
-
-Pair = Mapping[str, Any]
-"""`key`, `url`, `caption`, and optionally `expected_sha256` (from the list) and `seen_sha256` (from an earlier fetch)."""
-Shard = Sequence[Pair]
 
 ATTEMPTS = 3
 """Attempts at a shard whose task hangs. If a task raises or its process dies, Ray itself retries it twice."""
 _MAX_CHECK_SECONDS = 30.0  # between two checks of the heartbeats
+_LEAST_COUNTED = 4  # rows of a site in a range, so that the counts of a long list remain few
+_ORIGIN = r"^(?P<origin>https?://[^/?#\\\s]+)(?:[/?#]|$)"
+_OWN = 0  # lane of rows that need no politeness
+_KEY_STEPS = 1 << 20  # resolution of the division of a lane's keys
 
 
-def plan_lanes(pairs: Sequence[Pair], num_lanes: int) -> list[list[Pair]]:
-    """Assign pairs to lanes by the hash of their site; each lane is in the order of the list.
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Rows that one task fetches."""
+
+    name: str
+    """Name of its file in the plan, and of the part with its results: a fingerprint of its keys and the attempt."""
+    rows: int
+
+
+Lanes = Sequence[Sequence[Shard]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A file of rows that need lanes, with counts of its rows."""
+
+    uri: str
+    own_rows: int
+    """Rows of hosts that need no politeness."""
+    rows: int
+    """Other rows."""
+    large_sites: Mapping[str, int]
+    """Rows of each site that may be too large to share a lane."""
+
+
+def sites(urls: pa.ChunkedArray, allow_hosts: Sequence[str] = ()) -> pa.Array:
+    """Site of each URL; null for hosts in `allow_hosts`.
 
     A site is the registrable domain, according to the public suffix list bundled with tldextract. For an IP address or a
     name without dots it is the host. All invalid URLs form one site.
     """
-    lanes: list[list[Pair]] = [[] for _ in range(num_lanes)]
-    for pair in pairs:
-        lanes[int(hashlib.sha256(_site(pair["url"]).encode()).hexdigest(), 16) % num_lanes].append(pair)
-    return lanes
+    origins = pc.struct_field(pc.extract_regex(urls, _ORIGIN), 0)
+    encoded = _combined(pc.coalesce(origins, urls)).dictionary_encode()
+    found = [None if fetch.is_allowed_host(url, allow_hosts) else _site(url) for url in encoded.dictionary.to_pylist()]
+    return pa.array(found, pa.string()).take(encoded.indices)
 
 
 def _site(url: str) -> str:
@@ -41,6 +78,151 @@ def _site(url: str) -> str:
     except rows.RowFault:
         return ""
     return domains.registrable_domain(host)
+
+
+def hashed_lane(site: str, num_lanes: int) -> int:
+    """Lane of a site that shares its lane; the same in every process."""
+    return int(hashlib.sha256(site.encode()).hexdigest(), 16) % num_lanes
+
+
+def list_rows(uri: str, table: pa.Table, num_lanes: int, allow_hosts: Sequence[str] = ()) -> Listed:
+    """Write rows that need lanes to a file, with their sites.
+
+    Args:
+        table: `key`, `url` and other columns, which the shards have as well.
+        num_lanes: largest number of lanes that sites share.
+    """
+    found = sites(table["url"], allow_hosts)
+    tables.write_file(uri, table.append_column("site", found))
+    counts = found.drop_null().value_counts()
+    num_rows = len(found) - found.null_count
+    # Keys are hashes, so the rows of a range are a sample: half of a fair share finds almost all large sites.
+    is_large = pc.greater_equal(counts.field("counts"), max(_LEAST_COUNTED, num_rows / (2 * num_lanes)))
+    large = {item["values"]: item["counts"] for item in counts.filter(is_large).to_pylist()}
+    return Listed(uri, found.null_count, num_rows, large)
+
+
+def plan_shards(
+    listed: Sequence[Listed], folder: str, *, shard_size: int, num_lanes: int, attempt: int = 0
+) -> list[list[Shard]]:
+    """Write a file for each shard and return the lanes; the shards of a lane must run one after another.
+
+    Small sites share lanes by their hashes; a site with more rows than a lane's fair share has a lane of its own, so that no
+    other site waits for it. Rows of own hosts need no politeness: each of their shards is a lane. A lane is in order of keys.
+    Equal arguments give equal shards.
+
+    Args:
+        listed: results of `list_rows`, in order of their keys.
+        folder: folder for the files, named after the shards.
+        num_lanes: largest number of lanes that sites share; fewer if a lane would have fewer rows than a shard.
+    """
+    listed = [part for part in listed if part.own_rows or part.rows]
+    if not listed:
+        return []
+    assignment = _assign(listed, shard_size, num_lanes)
+    written = exchange(
+        functools.partial(_split_lanes, assignment),
+        [part.uri for part in listed],
+        assignment.num_outputs,
+        functools.partial(_write_shards, folder, shard_size, attempt),
+    )
+    lanes: dict[int, list[Shard]] = collections.defaultdict(list)
+    for lane, shard in (item for output in written for item in output):
+        lanes[lane].append(shard)
+    return [[shard] for shard in lanes.pop(_OWN, [])] + [lanes[lane] for lane in sorted(lanes)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assignment:
+    """Lane of each site, and outputs of the exchange for each lane.
+
+    Lane `_OWN` is followed by one for each large site, then by those that sites share. Small lanes share an output; a large
+    lane has several, for ranges of its keys.
+    """
+
+    large: Mapping[str, int]
+    """Lane of each large site."""
+    num_shared: int
+    """Lanes that sites share."""
+    first_output: np.ndarray
+    """First output of each lane: [L] int64."""
+    outputs: np.ndarray
+    """Number of outputs of each lane: [L] int64."""
+    num_outputs: int
+
+    def lanes_of(self, site: pa.Array) -> np.ndarray:
+        """Lane of each row: [N] int64."""
+        encoded = site.dictionary_encode()
+        lanes = [self._lane(name) for name in encoded.dictionary.to_pylist()]
+        indices = pc.fill_null(encoded.indices, len(lanes)).to_numpy()
+        of_row: np.ndarray = np.array([*lanes, _OWN], np.int64)[indices]
+        return of_row
+
+    def _lane(self, site: str) -> int:
+        return self.large.get(site, 1 + len(self.large) + hashed_lane(site, self.num_shared))
+
+
+def _assign(listed: Sequence[Listed], shard_size: int, num_lanes: int) -> _Assignment:
+    counts: collections.Counter[str] = collections.Counter()
+    for part in listed:
+        counts.update(part.large_sites)
+    own, others = sum(part.own_rows for part in listed), sum(part.rows for part in listed)
+
+    def shared_lanes(num_rows: int) -> int:  # short lists in many lanes would be tiny files
+        return min(num_lanes, max(1, num_rows // shard_size))
+
+    large = sorted(site for site, num_rows in counts.items() if num_rows * shared_lanes(others) > others)
+    rest = others - sum(counts[site] for site in large)
+    num_shared = shared_lanes(rest)
+    lane_rows = [own, *(counts[site] for site in large), *[rest / num_shared] * num_shared]
+
+    most = max(ranges.ROWS_PER_RANGE, (own + others) / ranges.MAX_RANGES)  # rows of one output
+    first, outputs, total, filled = [], [], 0, math.inf
+    for num_rows in lane_rows:
+        outputs.append(max(1, math.ceil(num_rows / most)))
+        if filled + num_rows <= most:
+            first.append(total - 1)
+            filled += num_rows
+        else:
+            first.append(total)
+            total += outputs[-1]
+            filled = num_rows
+    lanes = {site: 1 + number for number, site in enumerate(large)}
+    return _Assignment(lanes, num_shared, np.array(first), np.array(outputs), total)
+
+
+def _split_lanes(assignment: _Assignment, uri: str) -> list[pa.Table]:
+    table = tables.read_file(uri)
+    lane = assignment.lanes_of(_combined(table["site"]))
+    piece = ranges.of_keys(table["key"], _KEY_STEPS) * assignment.outputs[lane] // _KEY_STEPS
+    table = table.drop_columns("site").append_column("lane", pa.array(lane))
+    return ranges.split(table, assignment.first_output[lane] + piece, assignment.num_outputs)
+
+
+def _write_shards(
+    folder: str, shard_size: int, attempt: int, _output: int, pieces: list[pa.Table]
+) -> list[tuple[int, Shard]]:
+    """Cut the lanes of one output into shards and write them; returns the lane of each."""
+    table = pa.concat_tables(pieces).sort_by([("lane", "ascending"), ("key", "ascending")])
+    lanes, starts = np.unique(table["lane"].to_numpy(), return_index=True)
+    table, shards = table.drop_columns("lane"), []
+    bounds = itertools.pairwise([*starts.tolist(), table.num_rows])
+    for lane, (start, stop) in zip(lanes.tolist(), bounds, strict=True):
+        for first in range(start, stop, shard_size):
+            cut = table.slice(first, min(shard_size, stop - first))
+            shard = Shard(fingerprint(cut["key"].to_pylist(), attempt)[:32], cut.num_rows)
+            tables.write_file(shard_uri(folder, shard), cut)
+            shards.append((lane, shard))
+    return shards
+
+
+def shard_uri(folder: str, shard: Shard) -> str:
+    """File of a shard's rows, in the order in which they are fetched."""
+    return f"{folder}/{shard.name}.parquet"
+
+
+def _combined(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 @dataclasses.dataclass
@@ -58,30 +240,31 @@ class _Attempt:
 
 
 def run_in_lanes(
-    lanes: Sequence[Sequence[Shard]],
+    lanes: Lanes,
     limit: int,
     start: Callable[[Shard], ray.ObjectRef[Any]],
-    on_done: Callable[[Shard], None] = lambda _: None,
+    on_done: Callable[[Shard, Any], None],
     heartbeat: Callable[[Shard], Any] = lambda _: None,
     stall_seconds: float = math.inf,
-) -> list[Any]:
-    """Run a task for each shard, at most `limit` at once and one per lane, and return their results.
+) -> None:
+    """Run a task for each shard, at most `limit` at once and one per lane.
 
     The lane with the most rows left goes first, since it takes longest. A task whose process or node hangs is killed and its
     shard started again; if the task continues nevertheless, its result is discarded.
 
     Args:
+        on_done: called with each shard and the result of its task, in the order of the shards of a lane.
         heartbeat: returns a shard's heartbeat, a value that changes while its task makes progress; None before it starts.
         stall_seconds: a task whose heartbeat does not change for longer is considered hung.
 
     Raises:
-        StageError: a task failed, or hung `ATTEMPTS` times. No further tasks start then, but running tasks finish and
-            their results are kept.
+        StageError: a task or `on_done` failed, or a task hung `ATTEMPTS` times. No further tasks start then, but running
+            tasks finish and `on_done` is called for them.
     """
-    waiting = [((-sum(map(len, lane)), number, 0), 1) for number, lane in enumerate(lanes) if lane]
+    waiting = [((-sum(shard.rows for shard in lane), number, 0), 1) for number, lane in enumerate(lanes) if lane]
     heapq.heapify(waiting)
     running: dict[ray.ObjectRef[Any], _Attempt] = {}
-    results: list[Any] = []
+    num_done = 0
     failure: Exception | None = None
     next_check = time.monotonic()
     while True:
@@ -107,7 +290,7 @@ def run_in_lanes(
             rows_left, number, position = attempt.order
             shard = lanes[number][position]
             try:
-                results.append(ray.get(task, timeout=0))
+                result = ray.get(task, timeout=0)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 if not attempt.is_cancelled:
                     failure = error
@@ -116,21 +299,22 @@ def run_in_lanes(
                 else:
                     heapq.heappush(waiting, (attempt.order, attempt.number + 1))
                 continue
-            on_done(shard)
+            num_done += 1
+            try:
+                on_done(shard, result)
+            except Exception as error:  # running tasks end before the stage does
+                failure = failure or StageError(f"its result cannot be committed: {error}")
             if position + 1 < len(lanes[number]):
-                heapq.heappush(waiting, ((rows_left + len(shard), number, position + 1), 1))
+                heapq.heappush(waiting, ((rows_left + shard.rows, number, position + 1), 1))
     if failure is not None:
         cause = str(getattr(failure, "cause", failure)).strip().splitlines()[-1]
         raise StageError(
             f"download: a shard failed after its retries: {cause}. "
-            f"{len(results)} finished shards are kept; run the same command again."
+            f"{num_done} finished shards are kept; run the same command again."
         ) from None
-    return results
 
 
-def _hangs(
-    attempt: _Attempt, lanes: Sequence[Sequence[Shard]], heartbeat: Callable[[Shard], Any], stall_seconds: float
-) -> bool:
+def _hangs(attempt: _Attempt, lanes: Lanes, heartbeat: Callable[[Shard], Any], stall_seconds: float) -> bool:
     """Read a task's heartbeat; return True if it has not changed for `stall_seconds`."""
     now, before = time.monotonic(), attempt.heartbeat
     if not attempt.is_cancelled:

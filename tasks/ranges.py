@@ -47,6 +47,11 @@ class KeyRange:
         return f"{self.index:05d}-of-{self.count:05d}"
 
 
+def of_prefix(prefix: str) -> KeyRange:
+    """Range of the keys that begin with these hex digits, at most 8."""
+    return KeyRange(int(prefix, 16), 16 ** len(prefix))
+
+
 def num_ranges(rows: int) -> int:
     """Number of ranges for a table: a power of two, with about `ROWS_PER_RANGE` rows in each range, or more in huge tables."""
     return min(MAX_RANGES, 1 << max(0, -(-rows // ROWS_PER_RANGE) - 1).bit_length())
@@ -62,14 +67,15 @@ def range_uri(folder: str, key_range: KeyRange) -> str:
 
 
 def range_of_file(uri: str) -> KeyRange:
-    """Range that a file's name begins with."""
+    """Range that a file's name begins with; other files, of earlier releases, hold all keys."""
     match = _NAME.match(uri.rpartition("/")[2])
-    assert match, f"{uri} is not named after a key range"
-    return KeyRange(int(match[1]), int(match[2]))
+    return KeyRange(int(match[1]), int(match[2])) if match else KeyRange(0, 1)
 
 
 def range_files(folder: str) -> list[str]:
-    """URIs of the files of a folder, in order of their ranges."""
+    """URIs of the files of a folder, in order of their ranges; a single Parquet file of an earlier release is one range."""
+    if folder.endswith(".parquet"):
+        return [folder]
     return [f"{folder}/{name}" for name in sorted(files.names(folder)) if _NAME.match(name)]
 
 
@@ -80,13 +86,19 @@ def range_count(folder: str) -> int:
 
 def of_keys(keys: pa.Array | pa.ChunkedArray, count: int) -> np.ndarray:
     """Index of the range of each key: [N] int64."""
-    if count == 1 or not len(keys):
-        return np.zeros(len(keys), np.int64)
+    return np.zeros(len(keys), np.int64) if count == 1 else (fractions(keys) * count).astype(np.int64)
+
+
+def fractions(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Position of each key among all possible keys, from its first digits: [N] float64 in [0, 1), uniformly distributed."""
     array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    if not len(array):
+        return np.zeros(0)
     heads = pc.utf8_slice_codeunits(array, 0, _DIGITS).cast(pa.binary()).cast(pa.binary(_DIGITS))
     digits = np.frombuffer(heads.buffers()[1], np.uint8)[heads.offset * _DIGITS :][: len(heads) * _DIGITS]
-    values = _HEX_VALUES[digits].reshape(-1, _DIGITS) @ (16 ** np.arange(_DIGITS)[::-1])
-    return (values * count) >> 4 * _DIGITS
+    values: np.ndarray = _HEX_VALUES[digits].reshape(-1, _DIGITS) @ (16 ** np.arange(_DIGITS)[::-1])
+    values = values / 16**_DIGITS  # exact: 32 bits
+    return values
 
 
 _HEX_VALUES = np.zeros(256, np.int64)

@@ -4,9 +4,10 @@ No row disappears: after every stage, rows in = kept + dropped + failed. A faile
 was obtained but is not wanted.
 """
 
+import collections
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 if typing.TYPE_CHECKING:  # processes that decode images need the reasons, but no tables
@@ -88,20 +89,16 @@ def meaning(reason: str) -> str:
     return REASONS.get(reason, fallback)
 
 
-def drop(selection: "pa.Table", reasons: Mapping[str, str]) -> "pa.Table":
+def drop(selection: "pa.Table", reasons: "pa.Table") -> "pa.Table":
     """Drop the kept rows of some keys from a selection.
 
     Args:
         selection: key, position, status, reason and optionally split, which is null for rows that are not kept.
-        reasons: key -> reason to drop it.
+        reasons: key, reason to drop it; each key once.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
 
-    new_reason = pa.table(
-        {"key": pa.array(reasons, pa.string()), "new_reason": pa.array(reasons.values(), pa.string())}
-    )
-    table = selection.join(new_reason, "key", join_type="left outer")
+    table = selection.join(reasons.select(["key", "reason"]).rename_columns(["key", "new_reason"]), "key")
     table = table.sort_by([("key", "ascending"), ("position", "ascending")])
     is_dropped = pc.and_(pc.is_valid(table.column("new_reason")), pc.equal(table.column("status"), KEPT))
     changed = {
@@ -110,7 +107,9 @@ def drop(selection: "pa.Table", reasons: Mapping[str, str]) -> "pa.Table":
     }
     if "split" in table.column_names:
         changed["split"] = pc.if_else(is_dropped, None, table["split"])
-    return pa.table({name: changed.get(name, table[name]) for name in selection.column_names})
+    return table.from_arrays(
+        [changed.get(name, table[name]) for name in selection.column_names], selection.column_names
+    )
 
 
 def count(table: "pa.Table") -> dict[str, Any]:
@@ -122,7 +121,17 @@ def count(table: "pa.Table") -> dict[str, Any]:
     unexplained = reasons.pop(None, 0)
     assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
     assert all(map(is_reason, reasons)), f"reasons outside the vocabulary: {sorted(reasons)}"
-    return {"rows": rows, "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))}
+    return {"rows": rows, "reasons": _by_frequency(reasons)}
+
+
+def add_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up the results of `count` for parts of a table."""
+    rows: collections.Counter[str] = collections.Counter(dict.fromkeys(("in", KEPT, DROPPED, FAILED), 0))
+    reasons: collections.Counter[str] = collections.Counter()
+    for part in counts:
+        rows.update(part["rows"])
+        reasons.update(part["reasons"])
+    return {"rows": dict(rows), "reasons": _by_frequency(reasons)}
 
 
 def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
@@ -130,20 +139,28 @@ def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
     return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
 
 
+def _by_frequency(reasons: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+
+
 def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:
     return {item["values"]: item["counts"] for item in column.value_counts().to_pylist()}
 
 
-def fates(table: "pa.Table") -> dict[str, str]:
-    """Key -> "kept", or the reason; a key with any kept row is kept.
+def fates(table: "pa.Table") -> "pa.Table":
+    """Key and fate, "kept" or the reason, of each key; a key with any kept row is kept, else its first row counts.
 
     Args:
-        table: key, status, reason.
+        table: key, status, reason, sorted by key.
     """
-    found: dict[str, str] = {}
-    for key, status, reason in zip(*(table[name].to_pylist() for name in ("key", "status", "reason")), strict=True):
-        if status == KEPT:
-            found[key] = KEPT
-        else:
-            found.setdefault(key, reason)
-    return found
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kept = pc.equal(table["status"], KEPT)
+    fate = pc.if_else(kept, KEPT, table["reason"].cast(pa.string())).combine_chunks()
+    keys = table["key"].combine_chunks()
+    changes = pc.not_equal(keys.slice(1), keys.slice(0, max(0, len(keys) - 1))).to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(np.append(len(keys) > 0, changes))
+    is_kept = pa.array(np.maximum.reduceat(kept.to_numpy(), starts) if len(starts) else [], pa.bool_())
+    return pa.table({"key": keys.take(starts), "fate": pc.if_else(is_kept, KEPT, fate.take(starts))})

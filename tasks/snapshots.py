@@ -10,17 +10,18 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import torch
 
 from tasks import tables
+from tasks.places import open_places
 from tasks.store import Store
 from unclip.config import fingerprint
-from unclip.data import Source
-from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
+from unclip.data import Places, Source
+from unclip.models.embeddings import EmbeddingStatistics, Moments, PrincipalComponents
 from unclip.training import checkpoints
 
 Split = Literal["train", "holdout"]
+MAX_HELDOUT = 10_000
+"""Held-out rows that evaluation and previews choose from; keys are hashes, so the first ones are a random sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,19 @@ class Snapshot:
     digest: str
     """Digest of the content: keys, images, captions and embeddings."""
     selection: str
-    """URI of a Parquet file with every input row's key, status, reason and split."""
+    """Folder with every input row's key, status, reason and split, by key range (`tasks.ranges`)."""
     images: str
     images_version: int
+    index_version: int
+    """Version of the index of the images table; see `tasks.index`."""
     embeddings: str
     embeddings_version: int
     scores: str
-    """URI of a Parquet file with each embedded row's CLIP score and probe scores."""
+    """Folder with each embedded row's CLIP score, probe scores and place in the embeddings table, by key range."""
+    places: str
+    """Folder with the places of the kept rows; see `tasks.places`."""
+    heldout: str
+    """Parquet file with the first held-out rows in order of keys, at most `MAX_HELDOUT`; see `heldout_rows`."""
     statistics: str
     """URI of the statistics of the training rows' image embeddings: mean, standard deviation, principal components."""
 
@@ -44,15 +51,22 @@ class Snapshot:
     def of(cls, facts: Mapping[str, Any]) -> "Snapshot":
         return cls(**facts["snapshot"])
 
-    def keys(self, split: Split) -> list[str]:
-        """Kept keys of a split, sorted."""
-        return kept_keys(self.selection, split)
+    def open_places(self, *splits: Split) -> Places:
+        """Memory-map the places of the kept rows of a split, or of several."""
+        return open_places(self.places, *splits)
+
+    def heldout_rows(self) -> pa.Table:
+        """Held-out rows in order of keys: key, caption, split, is_trained_on, and places.
+
+        `is_trained_on` is true if a training row has the same caption. If nothing is held out, these are training rows.
+        """
+        return tables.read_file(self.heldout)
 
     def source(self, table: str, *columns: str) -> Source:
         """The files of a table at this snapshot's version."""
         uri = getattr(self, table)
         version = getattr(self, f"{table}_version")
-        return Source(tuple(tables.files(uri, version)), columns)
+        return Source(tuple(tables.files(uri, version)), columns, table)
 
     def load_statistics(self) -> EmbeddingStatistics:
         tensors, _ = checkpoints.load(self.statistics)
@@ -69,16 +83,7 @@ def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], co
     known = tables.read_with_commit_times(table).to_pylist() if tables.version(table) is not None else []
     if any(row["digest"] == snapshot["digest"] for row in known):
         return
-    names = (
-        "digest",
-        "images",
-        "images_version",
-        "embeddings",
-        "embeddings_version",
-        "selection",
-        "scores",
-        "statistics",
-    )
+    names = [field.name for field in dataclasses.fields(Snapshot)]
     # Snapshots are ordered by number, not by time: clocks may go back.
     row = {"number": len(known) + 1, "pipeline": pipeline, **{name: snapshot[name] for name in names}}
     row |= {name: json.dumps(counts[name], sort_keys=True) for name in ("rows", "reasons")}
@@ -86,15 +91,8 @@ def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], co
     tables.append_files(table, [tables.write_part(table, fingerprint(row), part)], part.schema)
 
 
-def kept_keys(selection: str, split: Split | None = None) -> list[str]:
-    """Sorted keys of the rows that a selection keeps, for one split or both."""
-    table = tables.read_file(selection, ["key", "split"])
-    wanted = pc.equal(table.column("split"), split) if split else pc.is_valid(table.column("split"))
-    return sorted(table.filter(wanted).column("key").to_pylist())
-
-
-def save_statistics(folder: str, image_embeddings: torch.Tensor) -> dict[str, float]:
-    """Write the statistics of embeddings [N, E] for `Snapshot.load_statistics`.
+def save_statistics(folder: str, moments: Moments) -> dict[str, float]:
+    """Write the statistics of the embeddings with these moments for `Snapshot.load_statistics`.
 
     `statistics` holds `mean` and `std` [E]; `pca` holds `components` [E, E] (rows, by decreasing variance) of the centred
     embeddings, and `explained_variance_ratio` [E].
@@ -102,7 +100,7 @@ def save_statistics(folder: str, image_embeddings: torch.Tensor) -> dict[str, fl
     Returns:
         Number of components that explain 90, 99 and 99.9 percent of the variance.
     """
-    statistics, principal = EmbeddingStatistics.of(image_embeddings), PrincipalComponents.of(image_embeddings)
+    statistics, principal = EmbeddingStatistics.of_moments(moments), PrincipalComponents.of_moments(moments)
     tensors = {"statistics": dict(statistics.state_dict()), "pca": principal._asdict()}
-    checkpoints.save(folder, tensors, {"rows": len(image_embeddings)})
+    checkpoints.save(folder, tensors, {"rows": moments.count})
     return {f"components_{share:g}": float(principal.num_components(share / 100)) for share in (90, 99, 99.9)}

@@ -4,14 +4,20 @@ A part is written into the table's folder under a name that its writer derives f
 commit names it. So a restarted job finds its finished parts, and committing many parts is one atomic step.
 """
 
+import bisect
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,8 +25,11 @@ from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from unclip import files as storage
+from unclip.data import ROW_GROUP_ROWS
 
-ROW_GROUP_ROWS = 1000
+ADDED_COLUMNS = {"colour": pa.string()}
+"""Columns that tables have gained: files from before are read as if these columns held nulls."""
+_READS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,16 @@ def columns(table_uri: str) -> list[str]:
     return [field.name for field in DeltaTable(table_uri, storage_options=_options(table_uri)).schema().fields]
 
 
+def extent(table_uri: str, version: int | None = None) -> tuple[int, int]:
+    """Rows and bytes of one version (None: the newest), from the log alone; zeros if there is no table."""
+    if not _exists(table_uri):
+        return 0, 0
+    added = pa.table(
+        DeltaTable(table_uri, version=version, storage_options=_options(table_uri)).get_add_actions(flatten=True)
+    )
+    return int(pc.sum(added["num_records"]).as_py() or 0), int(pc.sum(added["size_bytes"]).as_py() or 0)
+
+
 def read(table_uri: str, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of one version (None: the newest), sorted by `key`.
 
@@ -57,7 +76,7 @@ def read(table_uri: str, version: int | None = None, columns: Sequence[str] | No
     """
     # DeltaTable.to_pyarrow_* can abort the interpreter at exit (deltalake 1.6.6); plain Parquet does not.
     parts = [read_file(uri, columns) for uri in files(table_uri, version)]
-    return pa.concat_tables(parts or [_empty(table_uri, columns)]).sort_by("key")
+    return pa.concat_tables(parts or [_empty(table_uri, columns)], promote_options="default").sort_by("key")
 
 
 def find_part(table_uri: str, name: str) -> Part | None:
@@ -84,15 +103,13 @@ def append_files(
     parts: Sequence[Part],
     schema: pa.Schema,
     note: Mapping[str, str] | None = None,
-    replaced: pa.Array | None = None,
     removed: Sequence[str] = (),
 ) -> int:
-    """Commit parts in the table's folder atomically; create the table if there is none.
+    """Commit parts in the table's folder atomically; create the table if there is none, or add columns that it lacks.
 
     Args:
         parts: parts to commit; those already committed are skipped, so committing again changes nothing.
         note: metadata of the commit, to trace where rows came from.
-        replaced: keys whose old rows are removed in the same commit; older versions keep them.
         removed: names of files that are removed in the same commit; older versions keep them.
 
     Returns:
@@ -104,8 +121,6 @@ def append_files(
     now = int(time.time() * 1000)
     adds = [_add(part, now) for part in new]
     changes: list[AddAction | RemoveAction] = [*adds]
-    if new and replaced is not None and len(replaced):
-        changes += _without(table_uri, replaced, now)
     changes += [RemoveAction(name, True, now) for name in removed if name in known]
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
@@ -117,45 +132,130 @@ def append_files(
         )
     elif changes:
         table = DeltaTable(table_uri, storage_options=options)
+        known_fields = {field.name for field in table.schema().fields}
+        if added := [field for field in delta_schema.fields if field.name not in known_fields]:
+            table.alter.add_columns(added)  # a commit of its own: one that appends does not change the schema
         table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
     return DeltaTable(table_uri, storage_options=options).version()
 
 
-def delete_rows(table_uri: str, keys: pa.Array) -> int:
+def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = None) -> int:
     """Remove rows permanently: rewrite their files without them and delete the old files.
 
     Older versions that held such rows can no longer be read. Uncommitted parts are deleted as well. To resume after an
     interruption, call it again.
+
+    Args:
+        names: file names of the table that may hold such rows; None looks into all files.
 
     Returns:
         Number of removed rows.
     """
     table = DeltaTable(table_uri, storage_options=_options(table_uri))
     before = table.count()
-    actions = _without(table_uri, keys, int(time.time() * 1000))
+    actions = _without(table_uri, keys, int(time.time() * 1000), names)
     if actions:
+        storage.failpoint("before", f"{table_uri}/_delta_log")
         table.create_write_transaction(actions, mode="append", schema=table.schema())
+        storage.failpoint("after", f"{table_uri}/_delta_log")
     fresh = DeltaTable(table_uri, storage_options=_options(table_uri))
+    purge(table_uri)
+    return before - fresh.count()
+
+
+def purge(table_uri: str) -> None:
+    """Delete all Parquet files of the table's folder that the newest version does not have."""
     # Delta's own vacuum goes by timestamps, and would keep files that a clock running ahead marked as removed.
     current = {uri.rpartition("/")[2] for uri in files(table_uri)}
     for name in storage.names(table_uri):
         if name.endswith(".parquet") and name not in current:
             storage.delete(f"{table_uri}/{name}")
-    return before - fresh.count()
 
 
-def _without(table_uri: str, keys: pa.Array, now: int) -> list[AddAction | RemoveAction]:
+def _without(
+    table_uri: str, keys: pa.Array, now: int, names: Sequence[str] | None = None
+) -> list[AddAction | RemoveAction]:
     """Rewrite the files that hold rows of these keys without them; returns the actions to commit."""
     actions: list[AddAction | RemoveAction] = []
-    for uri in files(table_uri):
-        if pc.any(pc.is_in(read_file(uri, ["key"]).column("key"), value_set=keys)).as_py():
-            rows = read_file(uri)
-            kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
-            actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
-            if kept.num_rows:
-                actions.append(_add(write_part(table_uri, content_digest(kept)[:32], kept), now))
+    keys = keys.take(pc.sort_indices(keys))
+    uris = [uri for uri in files(table_uri) if names is None or uri.rpartition("/")[2] in names]
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
+        are_held = list(pool.map(lambda uri: has_keys(uri, keys), uris))
+    for uri in itertools.compress(uris, are_held):
+        actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
+        actions += [_add(part, now) for part in rewrite_without(uri, keys) or []]
     return actions
+
+
+def rewrite_without(uri: str, keys: pa.Array) -> list[Part] | None:
+    """Write a file of a table again without the rows of some keys.
+
+    Returns:
+        The new part, of the same `origin`; no part if no row is left; None if the file has no such rows.
+    """
+    if not has_keys(uri, keys.take(pc.sort_indices(keys))):
+        return None
+    rows = read_file(uri)
+    kept = rows.filter(pc.invert(pc.is_in(rows.column("key"), value_set=keys)))
+    table_uri, _, name = uri.rpartition("/")
+    return [write_part(table_uri, f"{origin(name)}-{content_digest(kept)[:16]}", kept)] if kept.num_rows else []
+
+
+def origin(name: str) -> str:
+    """Name, without extension, of the first file whose rows a file holds, however often it was rewritten."""
+    return _REWRITTEN.sub("", name.removesuffix(".parquet"))
+
+
+_REWRITTEN = re.compile(r"-[0-9a-f]{16}$")
+
+
+def has_keys(uri: str, keys: pa.Array) -> bool:
+    """Return True if a Parquet file has a row with one of the keys; reads the key column where statistics do not exclude it.
+
+    Args:
+        keys: sorted.
+    """
+
+    def action() -> bool:
+        with _open(uri) as file:
+            for group in range(file.metadata.num_row_groups):
+                if _may_hold(file.metadata.row_group(group), keys):
+                    column = file.read_row_group(group, columns=["key"])["key"]
+                    if pc.any(pc.is_in(column, value_set=keys)).as_py():
+                        return True
+        return False
+
+    return storage.with_retries(uri, action)
+
+
+def _may_hold(group: pq.RowGroupMetaData, keys: pa.Array) -> bool:
+    """Return True unless the statistics of a row group exclude all keys, which are sorted."""
+    column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "key")
+    if not (column.is_stats_set and column.statistics.has_min_max):
+        return True
+    first = bisect.bisect_left(range(len(keys)), column.statistics.min, key=lambda number: keys[number].as_py())
+    return bool(first < len(keys) and keys[first].as_py() <= column.statistics.max)
+
+
+def read_rows(uri: str, rows: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of a Parquet file by their number, in ascending order; reads only the row groups that hold them."""
+    wanted = np.unique(np.asarray(rows, np.int64))
+
+    def action() -> pa.Table:
+        with _open(uri) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            ends = np.cumsum(sizes)
+            groups = np.searchsorted(ends, wanted, side="right")
+            parts = [
+                file.read_row_group(group, columns=columns and list(columns)).take(
+                    wanted[groups == group] - (ends[group] - sizes[group])
+                )
+                for group in np.unique(groups).tolist()
+            ]
+            return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
+
+    return storage.with_retries(uri, action)
 
 
 def read_with_commit_times(table_uri: str) -> pa.Table:
@@ -167,16 +267,16 @@ def read_with_commit_times(table_uri: str) -> pa.Table:
         rows = read_file(f"{table_uri}/{part['path']}")
         times = pa.array([part["modification_time"]] * rows.num_rows, pa.timestamp("ms", "UTC"))
         parts.append(rows.append_column("committed", times))
-    return pa.concat_tables(parts)
+    return pa.concat_tables(parts, promote_options="default")  # earlier releases had fewer columns
 
 
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one Parquet file."""
+    """Read one Parquet file; `ADDED_COLUMNS` that it lacks are null if `columns` names them."""
     filesystem, path = storage.locate(uri)
 
     def action() -> pa.Table:
         with filesystem.open_input_file(path) as file:
-            return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+            return _with_added(pq.ParquetFile(file).read(columns=None if columns is None else list(columns)), columns)
 
     return storage.with_retries(uri, action)
 
@@ -192,13 +292,18 @@ def file_columns(uri: str) -> list[str]:
 
 
 def _footer(uri: str) -> pq.ParquetFile:
-    filesystem, path = storage.locate(uri)
-
     def action() -> pq.ParquetFile:
-        with filesystem.open_input_file(path) as file:
-            return pq.ParquetFile(file)
+        with _open(uri) as file:
+            return file
 
     return storage.with_retries(uri, action)
+
+
+@contextlib.contextmanager
+def _open(uri: str) -> Iterator[pq.ParquetFile]:
+    filesystem, path = storage.locate(uri)
+    with filesystem.open_input_file(path) as file:
+        yield pq.ParquetFile(file)
 
 
 def last_note(table_uri: str) -> dict[str, str]:
@@ -288,8 +393,15 @@ def _describe(name: str, data: bytes) -> Part:
 
 def _empty(table_uri: str, columns: Sequence[str] | None) -> pa.Table:
     schema = pa.schema(DeltaTable(table_uri, storage_options=_options(table_uri)).schema().to_arrow())
-    table = schema.empty_table()
+    table = _with_added(schema.empty_table(), columns)
     return table if columns is None else table.select(list(columns))
+
+
+def _with_added(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    for name in columns or ():
+        if name in ADDED_COLUMNS and name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, ADDED_COLUMNS[name]))
+    return table
 
 
 def _add(part: Part, now: int) -> AddAction:

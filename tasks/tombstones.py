@@ -1,7 +1,6 @@
 """Tombstones of everything that was taken down. Ingest drops keys, URLs and domains; download drops images."""
 
 import dataclasses
-import urllib.parse
 from collections.abc import Iterable
 from typing import Literal, get_args
 
@@ -35,13 +34,45 @@ class Tombstones:
     domains: frozenset[str] = frozenset()
     sha256s: frozenset[str] = frozenset()
 
-    def has_pair(self, key: str, url: str) -> bool:
-        """Return True if a row with this key and normalised URL was taken down."""
-        return key in self.keys or url in self.urls or bool(self.domains and self._has_domain(url))
+    def cover(self, pairs: pa.Table) -> pa.Array:
+        """Return a mask of the rows with a key or normalised URL that was taken down.
 
-    def _has_domain(self, url: str) -> bool:
-        labels = (urllib.parse.urlsplit(url).hostname or "").split(".")
-        return any(".".join(labels[start:]) in self.domains for start in range(len(labels)))
+        Args:
+            pairs: key, url.
+        """
+        hit = pc.is_in(pairs["key"], value_set=_strings(self.keys))
+        if self.urls:
+            hit = pc.or_(hit, pc.is_in(pairs["url"], value_set=_strings(self.urls)))
+        if self.domains:
+            hosts = hosts_of(pairs["url"])
+            covered = [host for host in pc.unique(hosts).to_pylist() if host and self.domains_of(host)]
+            hit = pc.or_(hit, pc.is_in(hosts, value_set=_strings(covered)))
+        return hit
+
+    def domains_of(self, host: str) -> list[str]:
+        """Domains that were taken down and contain this host."""
+        labels = host.split(".")
+        names = (".".join(labels[start:]) for start in range(len(labels)))
+        return [name for name in names if name in self.domains]
+
+
+def hosts_of(urls: pa.ChunkedArray) -> pa.Array:
+    """Host of each URL, in lower case and without port; null for a text without one."""
+    array = urls.combine_chunks() if isinstance(urls, pa.ChunkedArray) else urls
+    pieces = pc.split_pattern(pc.binary_join_element_wise(array, "///", ""), "/", max_splits=3)
+    scheme, empty, authority = (pc.list_element(pieces, number) for number in range(3))
+    has_authority = pc.and_(pc.or_(pc.ends_with(scheme, ":"), pc.equal(scheme, "")), pc.equal(empty, ""))
+    # Many URLs share a host, so the slow expression sees each authority once.
+    authorities = pc.if_else(has_authority, authority, None).dictionary_encode()
+    found = pc.struct_field(pc.extract_regex(authorities.dictionary, _HOST), "host")
+    return pc.utf8_trim(pc.utf8_lower(found), "[]").take(authorities.indices)
+
+
+_HOST = r"^(?:[^?#]*@)?(?P<host>\[[^\]?#]*\]|[^:?#]+)"
+
+
+def _strings(values: Iterable[str]) -> pa.Array:
+    return pa.array(sorted(values), pa.string())
 
 
 def load_tombstones(store: Store) -> Tombstones:
@@ -69,8 +100,7 @@ def gather(tombstones: Iterable[Tombstone]) -> Tombstones:
 
 def refuse(pairs: pa.Table, tombstones: Tombstones) -> pa.Table:
     """Drop the rows of a list of pairs (tasks.stages.ingest.PAIRS) that were taken down and blank their URL and caption."""
-    keys, urls = pairs["key"].to_pylist(), pairs["url"].to_pylist()
-    taken_down = pa.array([tombstones.has_pair(key, url) for key, url in zip(keys, urls, strict=True)], pa.bool_())
+    taken_down = tombstones.cover(pairs)
     if not pc.any(taken_down).as_py():
         return pairs
     blank = {"url": "", "caption": "", "status": rows.DROPPED, "reason": "taken_down"}

@@ -18,7 +18,7 @@ from tasks.stage import Pinning, StageContext
 from tasks.tracking import PREVIEWS, Tracker
 from unclip import files
 from unclip.background import rate_limited
-from unclip.data import Source
+from unclip.data import Places, Source
 from unclip.errors import ConfigError, NonFiniteError, StageError, StoppedError, StorageError, UnclipError
 from unclip.training import checkpoints
 from unclip.training.objective import Monitor, Objective
@@ -46,11 +46,11 @@ class Training:
     build: Callable[[Workers], Objective]
     """Builds the model and its loss, in the worker."""
     sources: tuple[Source, ...]
-    keys: Callable[[], list[str]]
-    """Keys of the training rows."""
+    places: Callable[[], Places]
+    """Places of the training rows."""
     config: TrainerConfig
-    validation_keys: Callable[[], list[str]] = list
-    """Keys of the validation rows; disjoint from the training rows."""
+    validation_places: Callable[[], Places] = lambda: Places([])
+    """Places of the validation rows; disjoint from the training rows."""
 
 
 def pin_trainer(config: Any, _: Pinning) -> Any:
@@ -152,9 +152,9 @@ def train_rows(training: Training, folder: str, monitor: Monitor, workers: Worke
 
     torch.manual_seed(training.config.seed)
     objective = training.build(workers)
-    reader = RowReader(training.sources, training.keys())
-    held_out = training.validation_keys()[: training.config.validation_rows]
-    validation = RowReader(training.sources, held_out) if held_out else None
+    reader = RowReader(training.sources, training.places())
+    held_out = training.validation_places()
+    validation = RowReader(training.sources, held_out) if len(held_out) else None
     trainer.train(objective, reader, training.config, folder, monitor, workers, validation)
 
 

@@ -61,7 +61,7 @@ def test_the_sampler(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     code, test = recipe("A metric")
     monkeypatch.setitem(metrics.METRICS, "diversity", run_in(metrics, code)["diversity"])  # type: ignore[arg-type]
-    names = run_in(test_metrics, f"from unclip.evaluation.metrics import METRICS, Sampled\n{test}")
+    names = run_in(test_metrics, f"from unclip.evaluation.metrics import METRICS\n{test}")
     names["test_diversity_of_equal_and_of_orthogonal_images"]()
 
 

@@ -5,6 +5,9 @@ always has the same rows, regardless of interruptions and of the number of ranks
 groups, so that reads stay sequential enough for disks and object stores. The rows of a batch are divided among ranks in
 storage order, so that each rank reads few of the window's row groups.
 
+Which rows there are, and where, stands in `Places`: memory-mapped arrays that the processes of a machine share. A process
+keeps a few bytes for each row group, and none for a row.
+
 Letters: N rows.
 """
 
@@ -12,8 +15,13 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import io
+import os
+import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,87 +31,194 @@ import pyarrow.parquet as pq
 from unclip import files
 from unclip.errors import InputError
 
+ROW_GROUP_ROWS = 1000
+"""Rows in a row group of the tables; the unit that is read, and shuffled together with others."""
 _BATCHES_AHEAD = 2
+_READING_THREADS = 4
+_FILES_REMEMBERED = 1024
 
 Batch = dict[str, list[Any]]
 """Column name -> one value per row; images are encoded."""
+_Group = concurrent.futures.Future[dict[str, list[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Parquet files with some of the columns; their `key` column identifies a row across all sources."""
+    """Parquet files of one table, with some of its columns."""
 
     uris: tuple[str, ...]
     columns: tuple[str, ...]
+    table: str = "images"
+    """Table whose places tell the file, as an index into `uris`, and the row in it."""
+
+
+class Places:
+    """Places of N rows in the files of one or more tables, in the order of the first table.
+
+    A table `t` has the columns `t_file` and `t_row`, both int32; `key` has the rows' keys, as text or as their 16 bytes.
+    """
+
+    def __init__(self, parts: Sequence[pa.Table]) -> None:
+        """Args:
+        parts: tables with these columns; only the pages that are used are read if they are memory-mapped.
+        """
+        self._parts = [part.combine_chunks() for part in parts if part.num_rows]
+        self._starts = np.cumsum([0, *(part.num_rows for part in self._parts)])
+
+    @classmethod
+    def open(cls, uris: Sequence[str]) -> "Places":
+        """Memory-map Arrow files; files in an object store are copied to this machine first, once for all processes."""
+        return cls([pa.ipc.open_file(pa.memory_map(_on_this_machine(uri))).read_all() for uri in uris])
+
+    @classmethod
+    def find(cls, sources: Sequence[Source], keys: Sequence[str]) -> "Places":
+        """Find rows by their keys in the `key` columns of the files, for tables without stored places; holds all keys.
+
+        Raises:
+            InputError: a source lacks some of the keys.
+        """
+        wanted = np.unique(np.array([key.encode() for key in keys], "S"))
+        found = [_locate(source, wanted) for source in sources]  # [N, 2] each
+        order = np.lexsort(found[0].T[::-1]) if found else np.arange(0)
+        columns: dict[str, Any] = {"key": [key.decode() for key in wanted[order].tolist()]}
+        for source, positions in zip(sources, found, strict=True):
+            columns[f"{source.table}_file"] = pa.array(positions[order, 0], pa.int32())
+            columns[f"{source.table}_row"] = pa.array(positions[order, 1], pa.int32())
+        return cls([pa.table(columns)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def column(self, name: str, numbers: np.ndarray) -> np.ndarray:
+        """Values of a numeric column for some rows: [numbers] int32."""
+        values = np.empty(len(numbers), np.int32)
+        for part, inside, rows in self._by_part(numbers):
+            values[inside] = self._parts[part][name].chunk(0).to_numpy()[rows]
+        return values
+
+    def keys(self, numbers: np.ndarray) -> list[str]:
+        """Keys of some rows."""
+        keys = np.empty(len(numbers), object)
+        for part, inside, rows in self._by_part(numbers):
+            found = self._parts[part]["key"].chunk(0).take(pa.array(rows)).to_pylist()
+            keys[inside] = [key.hex() if isinstance(key, bytes) else key for key in found]
+        return list(keys)
+
+    def spread(self, count: int) -> np.ndarray:
+        """Numbers of at most `count` rows, evenly spaced in storage order: always the same sample of the rows."""
+        return np.unique(np.linspace(0, max(0, len(self) - 1), min(count, len(self))).astype(np.int64))
+
+    def take(self, numbers: np.ndarray) -> "Places":
+        """Places of some rows, in memory.
+
+        Args:
+            numbers: ascending.
+        """
+        return Places([self._parts[part].take(pa.array(rows)) for part, _, rows in self._by_part(numbers)])
+
+    def group_starts(self, table: str, group_rows: int) -> np.ndarray:
+        """Numbers of the first row of each group of `group_rows` rows of a table's files, and N: [groups + 1]."""
+        starts = [np.empty(0, np.int64)]
+        last = None
+        for part, offset in zip(self._parts, self._starts, strict=False):
+            file = part[f"{table}_file"].chunk(0).to_numpy()
+            group = part[f"{table}_row"].chunk(0).to_numpy() // group_rows
+            changes = np.flatnonzero((np.diff(file) != 0) | (np.diff(group) != 0)) + 1
+            if last != (file[0], group[0]):
+                changes = np.insert(changes, 0, 0)
+            last = file[-1], group[-1]
+            starts.append(offset + changes)
+        return np.append(np.concatenate(starts), len(self))
+
+    def _by_part(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield each part that holds some of the rows, the indices of these rows, and their positions in the part."""
+        parts = np.searchsorted(self._starts, numbers, side="right") - 1
+        for part in np.unique(parts).tolist():
+            inside = np.flatnonzero(parts == part)
+            yield part, inside, numbers[inside] - self._starts[part]
 
 
 class RowReader:
-    """Reader of rows by key, joined over one or more sources."""
+    """Reader of rows by place, joined over one or more sources."""
 
-    def __init__(self, sources: Sequence[Source], keys: Sequence[str], window: int = 16) -> None:
+    def __init__(
+        self, sources: Sequence[Source], places: Places, window: int = 16, group_rows: int = ROW_GROUP_ROWS
+    ) -> None:
         """Args:
-            sources: files with the columns; shuffling follows the layout of the first source.
-            keys: keys of the rows to read.
+            sources: files with the columns.
+            places: rows to read; shuffling follows their order.
             window: number of row groups to shuffle together, and to keep in memory for each source.
+            group_rows: rows in a row group of the files; others are read as well, but less efficiently.
 
         Raises:
-            InputError: there are no keys, or a source lacks some of them.
+            InputError: there are no rows.
         """
-        if not keys:
+        if not len(places):
             raise InputError("training: got no rows to train on. Loosen the filters or add to the list of URLs.")
-        self.sources = sources
-        self.window = window
-        self._sorted_keys = np.unique(np.array([key.encode() for key in keys]))  # [N]
-        positions = [_locate(source, self._sorted_keys) for source in sources]  # [N, 3] each
-        # A row's number is its position in the layout of the first source.
-        layout = np.lexsort(positions[0].T[::-1])  # [N]
-        self._positions = [per_source[layout] for per_source in positions]
-        self._keys = self._sorted_keys[layout]
-        self._number_of_sorted = np.argsort(layout)  # [N]
-        is_first = np.any(np.diff(self._positions[0][:, :2], axis=0, prepend=-1) != 0, axis=1)
-        self._group_starts = np.append(np.flatnonzero(is_first), len(layout))  # row groups + 1
-        self._read_group = functools.lru_cache(maxsize=2 * window * len(sources))(self._read_group_uncached)
+        self.sources, self.places, self.window, self.group_rows = sources, places, window, group_rows
+        # Tables lie in step, so the groups of the first source are about those of the others.
+        self._group_starts = places.group_starts(sources[0].table, group_rows)
+        self._groups: dict[tuple[int, int, int], _Group] = {}  # the ones used last, in order of their use
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of_keys(cls, sources: Sequence[Source], keys: Sequence[str], **options: int) -> "RowReader":
+        """Reader of the rows with these keys, for tables without stored places; see `Places.find`."""
+        return cls(sources, Places.find(sources, keys), **options)
 
     def __len__(self) -> int:
         """Number of rows in one epoch."""
-        return len(self._keys)
+        return len(self.places)
 
-    def keys(self) -> list[str]:
-        """All keys, sorted."""
-        return [key.decode() for key in self._sorted_keys.tolist()]
-
-    def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """Row numbers [N] of one epoch, in the order to read them; every row once. Numbers follow storage order."""
-        rng = np.random.default_rng([seed, epoch])
-        groups = rng.permutation(len(self._group_starts) - 1)
-        order = []
-        for first in range(0, len(groups), self.window):
+    def windows(self, seed: int, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Yield the row numbers of one epoch from position `start` on, window by window; every row of the epoch once."""
+        groups = np.random.default_rng([seed, epoch]).permutation(len(self._group_starts) - 1)
+        sizes = np.diff(self._group_starts)[groups]
+        done = 0
+        for number, first in enumerate(range(0, len(groups), self.window)):
+            size = int(sizes[first : first + self.window].sum())
+            done += size
+            if done <= start:
+                continue
             window = groups[first : first + self.window]
             rows = np.concatenate(
                 [np.arange(self._group_starts[group], self._group_starts[group + 1]) for group in window]
             )
-            order.append(rows[rng.permutation(len(rows))])
-        return np.concatenate(order)
+            order = rows[np.random.default_rng([seed, epoch, number]).permutation(size)]
+            yield order[max(0, start - (done - size)) :]
 
-    def read(self, keys: Sequence[str]) -> Batch:
-        """Read the rows with these keys, in this order, with the columns of all sources.
-
-        Raises:
-            KeyError: a key is not among the keys of this reader.
-        """
-        wanted = np.array([key.encode() for key in keys], "S")
-        found = np.minimum(np.searchsorted(self._sorted_keys, wanted), len(self) - 1)
-        if not np.array_equal(self._sorted_keys[found], wanted):
-            raise KeyError(wanted[self._sorted_keys[found] != wanted][0].decode())
-        return self._read(self._number_of_sorted[found])
-
-    def _read(self, numbers: np.ndarray) -> Batch:
-        batch: Batch = {"key": [key.decode() for key in self._keys[numbers].tolist()]}
-        for index, source in enumerate(self.sources):
-            positions = self._positions[index][numbers].tolist()
-            rows = [self._read_group(index, file, group)[row] for file, group, row in positions]
-            batch |= {column: [row[column] for row in rows] for column in source.columns}
+    def read(self, numbers: np.ndarray) -> Batch:
+        """Read the rows with these numbers, in this order, with the columns of all sources."""
+        batch: Batch = {"key": self.places.keys(numbers)}
+        reads = [
+            self._start_reading(index, numbers) for index in range(len(self.sources))
+        ]  # of all sources side by side
+        for source, (futures, group, row_in_group) in zip(self.sources, reads, strict=True):
+            groups = [future.result() for future in futures]
+            for name in source.columns:
+                columns = [values[name] for values in groups]
+                batch[name] = [columns[index][row] for index, row in zip(group, row_in_group, strict=True)]
         return batch
+
+    def _start_reading(self, number: int, numbers: np.ndarray) -> tuple[list[_Group], list[int], list[int]]:
+        """Start to read the groups of a source that hold some rows; also returns each row's group and place in the group."""
+        table = self.sources[number].table
+        file, row = (self.places.column(f"{table}_{name}", numbers).astype(np.int64) for name in ("file", "row"))
+        codes, index = np.unique(file << 32 | row // self.group_rows, return_inverse=True)
+        groups = [self._group(number, code >> 32, code & 0xFFFFFFFF) for code in codes.tolist()]
+        return groups, index.tolist(), (row % self.group_rows).tolist()
+
+    def _group(self, number: int, file: int, group_number: int) -> _Group:
+        """A group of a source from memory, or one that is being read."""
+        place = (number, file, group_number)
+        with self._lock:
+            group = self._groups.pop(place, None)
+            if group is None or (group.done() and group.exception()):
+                group = _reading_threads().submit(self._read_group, *place)
+            self._groups[place] = group
+            while len(self._groups) > 2 * self.window * len(self.sources):
+                del self._groups[next(iter(self._groups))]
+        return group
 
     def batches(
         self,
@@ -133,44 +248,89 @@ class RowReader:
                     future.cancel()
 
     def _load(self, numbers: np.ndarray, prepare: Callable[[Batch], Any]) -> Any:
-        return prepare(self._read(numbers))
+        return prepare(self.read(numbers))
 
     def _shares(
         self, seed: int, samples_seen: int, batch_size: int, rank: int, world_size: int
     ) -> Iterator[np.ndarray]:
         """Yield the numbers of this rank's rows, batch by batch."""
         share = batch_size // world_size
-        epoch, position = divmod(samples_seen, len(self))
-        pending = self.epoch(seed, epoch)[position:]
+        stream = self._stream(seed, samples_seen)
+        pending = next(stream)
         while True:
             while len(pending) < batch_size:
-                epoch += 1
-                pending = np.concatenate([pending, self.epoch(seed, epoch)])
+                pending = np.concatenate([pending, next(stream)])
             yield np.sort(pending[:batch_size])[rank * share : (rank + 1) * share]
             pending = pending[batch_size:]
 
-    def _read_group_uncached(self, number: int, file: int, group: int) -> list[dict[str, Any]]:
+    def _stream(self, seed: int, samples_seen: int) -> Iterator[np.ndarray]:
+        epoch, position = divmod(samples_seen, len(self))
+        while True:
+            yield from self.windows(seed, epoch, position)
+            epoch, position = epoch + 1, 0
+
+    def _read_group(self, number: int, file: int, group: int) -> dict[str, list[Any]]:
+        """Values of each column of a source in one group of rows of a file."""
         source = self.sources[number]
         uri, names = source.uris[file], list(source.columns)
-        table = files.with_retries(uri, lambda: open_parquet(uri).read_row_group(group, columns=names))
-        columns = {name: _values(table.column(name)) for name in source.columns}
-        return [{name: values[row] for name, values in columns.items()} for row in range(table.num_rows)]
+
+        def action() -> pa.Table:
+            filesystem, path = files.locate(uri)
+            with filesystem.open_input_file(path) as opened:
+                parquet = pq.ParquetFile(opened, metadata=_metadata(uri))
+                first, last, offset = _groups_with(parquet.metadata, group * self.group_rows, self.group_rows)
+                # Groups are read in threads already.
+                table = parquet.read_row_groups(list(range(first, last)), columns=names, use_threads=False)
+                return table.slice(offset, self.group_rows)
+
+        table = files.with_retries(uri, action)
+        return {name: _values(table.column(name)) for name in source.columns}
+
+
+@functools.cache
+def _reading_threads() -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that read row groups side by side, since object stores answer late."""
+    return concurrent.futures.ThreadPoolExecutor(max_workers=_READING_THREADS, thread_name_prefix="read")
+
+
+@functools.lru_cache(maxsize=_FILES_REMEMBERED)
+def _metadata(uri: str) -> pq.FileMetaData:
+    """Footer of a file; files of tables are never written in place."""
+    return files.with_retries(uri, lambda: open_parquet(uri).metadata)
+
+
+def _groups_with(metadata: pq.FileMetaData, start: int, count: int) -> tuple[int, int, int]:
+    """First and last row group, exclusive, with `count` rows from `start` on, and the offset of `start` in the first."""
+    ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+    first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(ends, start + count, side="left")) + 1
+    return first, min(last, len(ends)), start - (int(ends[first - 1]) if first else 0)
+
+
+def _on_this_machine(uri: str) -> str:
+    """Path of a file; that of a copy for a file in an object store, under a name made from its URI."""
+    if "://" not in uri:
+        return uri
+    folder = Path(tempfile.gettempdir()) / f"unclip-places-{os.getuid()}"
+    copy = folder / hashlib.sha256(uri.encode()).hexdigest()
+    if not copy.exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        files.write(str(copy), files.read(uri))
+    return str(copy)
 
 
 def _locate(source: Source, sorted_keys: np.ndarray) -> np.ndarray:
-    """Find the file, row group and row of each key: [N, 3] int32.
+    """Find the file and row of each key: [N, 2] int32.
 
     Raises:
         InputError: the source lacks some of the keys.
     """
-    positions = np.full((len(sorted_keys), 3), -1, np.int32)
-    for file, uri in enumerate(source.uris):
-        keys, sizes = files.with_retries(uri, lambda uri=uri: _keys_of_groups(uri))  # type: ignore[misc]
+    positions = np.full((len(sorted_keys), 2), -1, np.int32)
+    for file, uri in enumerate(source.uris) if len(sorted_keys) else ():
+        keys = files.with_retries(uri, lambda uri=uri: _keys_of(uri))  # type: ignore[misc]
         found = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
         wanted = np.flatnonzero(sorted_keys[found] == keys)
-        group = np.repeat(np.arange(len(sizes)), sizes)[wanted]
-        row = wanted - (np.cumsum(sizes) - sizes)[group]
-        positions[found[wanted]] = np.stack([np.full_like(row, file), group, row], axis=1)
+        positions[found[wanted]] = np.stack([np.full_like(wanted, file), wanted], axis=1)
     missing = sorted_keys[positions[:, 0] < 0]
     if len(missing):
         raise InputError(
@@ -180,12 +340,8 @@ def _locate(source: Source, sorted_keys: np.ndarray) -> np.ndarray:
     return positions
 
 
-def _keys_of_groups(uri: str) -> tuple[np.ndarray, list[int]]:
-    """Read all keys of a file and the sizes of its row groups."""
-    parquet = open_parquet(uri)
-    keys = parquet.read(columns=["key"]).column("key").cast(pa.binary()).to_pylist()
-    sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    return np.array(keys, "S"), sizes
+def _keys_of(uri: str) -> np.ndarray:
+    return np.array(open_parquet(uri).read(columns=["key"]).column("key").cast(pa.binary()).to_pylist(), "S")
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:

@@ -173,6 +173,17 @@ def _names(uri: str) -> list[str]:
     return [info.base_name for info in with_retries(uri, lambda: filesystem.get_file_info(selector))]
 
 
+def size(uri: str) -> int:
+    """Bytes of all files in a folder and below it; 0 if it does not exist."""
+    if local := _local(uri):
+        return sum(path.stat().st_size for path in local.rglob("*") if path.is_file())
+    import pyarrow.fs as pafs
+
+    filesystem, path = locate(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
+    return sum(info.size or 0 for info in with_retries(uri, lambda: filesystem.get_file_info(selector)))
+
+
 def sweep(folder: str) -> None:
     """Delete temporary files of killed writers below a local folder; no writer may be active there."""
     for path in Path(folder).rglob(f"*{_TEMPORARY}"):

@@ -53,11 +53,16 @@ def diff(old: str, new: str, keys: bool, storage: str | None, as_json: bool) -> 
 
     store = open_storage(storage)
     versions = find_version(store, old), find_version(store, new)
-    found = difference(*versions)
+    found = difference(*versions, with_keys=keys)
     if as_json:
         changes = [
-            {"before": before, "after": after, "rows": len(changed), "keys": list(changed) if keys else None}
-            for (before, after), changed in found.changes.items()
+            {
+                "before": before,
+                "after": after,
+                "rows": number,
+                "keys": found.keys[before, after].to_pylist() if keys else None,
+            }
+            for (before, after), number in found.changes.items()
         ]
         print_json({"old": _facts(versions[0]), "new": _facts(versions[1]), "changes": changes})
         return
@@ -65,9 +70,9 @@ def diff(old: str, new: str, keys: bool, storage: str | None, as_json: bool) -> 
     for name, before in found.counts[0].items():
         after = found.counts[1][name]
         click.echo(f"    {name:<8} {before:>9,} -> {after:>9,}  {after - before:+,}")
-    for fates, changed in found.changes.items():
-        click.echo(f"{len(changed):>7,}  {' -> '.join(fates)}")
-        for key in changed if keys else ():
+    for fates, number in found.changes.items():
+        click.echo(f"{number:>7,}  {' -> '.join(fates)}")
+        for key in found.keys[fates] if keys else ():
             click.echo(f"             {key}")
     if not found.changes:
         click.echo("no differences")

@@ -115,11 +115,12 @@ def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int
     assert part is not None
     section = dataclasses.replace(section, trainer=overfitting.settings(section.trainer, num_rows))
     training = build_training(part, section, Snapshot.of(dataset.facts), *inputs)
-    keys = training.keys()[:num_rows]
+    places = training.places()
+    few = places.take(places.spread(num_rows))
     diagnosis = overfitting.Diagnosis()
-    click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(keys)} rows")
+    click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(few)} rows")
     with tempfile.TemporaryDirectory(prefix="unclip-overfit-") as folder:
-        train_rows(dataclasses.replace(training, keys=lambda: keys), folder, diagnosis, parallel.single_process())
+        train_rows(dataclasses.replace(training, places=lambda: few), folder, diagnosis, parallel.single_process())
     losses = "  ".join(f"{loss:.3f}" for loss in diagnosis.relative_losses)
     click.echo(f"loss relative to predicting the mean: {losses}")
     click.secho(diagnosis.verdict, fg="green" if diagnosis.has_memorised else "red")

@@ -1,23 +1,29 @@
-"""Provenance of rows, and differences between dataset versions."""
+"""Provenance of rows, and differences between dataset versions.
+
+A row is read from the one file of each table whose range holds its key, and its image's facts from the one row group that the
+index names. Whole selections are read range by range.
+"""
 
 import bisect
 import collections
 import dataclasses
 import itertools
 import json
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks import rows, tables
+from tasks import index, ranges, rows, tables
 from tasks.duplicates import duplicate_clusters
-from tasks.rows import DUPLICATES
-from tasks.snapshots import Snapshot
 from tasks.store import Store
 from unclip import files
 from unclip.errors import InputError
+
+_MIN_DIGITS = 6
+_HINT_DIGITS = 4  # a suggested key has these digits in common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,22 @@ def versions(store: Store) -> list[Version]:
         return []
     listed = tables.read_with_commit_times(store.uri("snapshots")).sort_by("number").to_pylist()
     return [Version(row["number"], row["digest"], row) for row in listed]
+
+
+def pairs_folders(store: Store) -> list[str]:
+    """Return the folders with the lists that ingest wrote; a single file if an earlier release wrote it."""
+    uris = [
+        store.uri("artifacts", "ingest", fingerprint, name)
+        for fingerprint in store.list("artifacts", "ingest")
+        for name in ("pairs", "pairs.parquet")
+    ]
+    return [uri for uri in uris if files.exists(uri) and ranges.range_files(uri)]
+
+
+def delta_tables(store: Store, kind: str) -> list[str]:
+    """Return the URIs of the tables in a folder of the storage, such as `images`."""
+    uris = [store.uri(kind, name) for name in store.list(kind)]
+    return [uri for uri in uris if tables.version(uri) is not None]
 
 
 def find_version(store: Store, name: str) -> Version:
@@ -69,24 +91,40 @@ class Difference:
 
     counts: tuple[Mapping[str, int], Mapping[str, int]]
     """Numbers of rows in, kept, dropped and failed, in both versions."""
-    changes: Mapping[tuple[str, str], tuple[str, ...]]
-    """(fate before, fate after) -> keys. A fate is kept, a reason, or absent."""
+    changes: Mapping[tuple[str, str], int]
+    """(fate before, fate after) -> number of rows, most first. A fate is kept, a reason, or absent."""
+    keys: Mapping[tuple[str, str], pa.ChunkedArray]
+    """The keys of those rows, sorted, if they were asked for."""
 
 
-def difference(old: Version, new: Version) -> Difference:
-    """Compare two versions key by key."""
-    before, after = _fates(old), _fates(new)
-    changes: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
-    for key in sorted(before.keys() | after.keys()):
-        fates = (before.get(key, "absent"), after.get(key, "absent"))
-        if fates[0] != fates[1]:
-            changes[fates].append(key)
-    ordered = sorted(changes.items(), key=lambda item: (-len(item[1]), item[0]))
-    return Difference((old.counts, new.counts), {fates: tuple(keys) for fates, keys in ordered})
+def difference(old: Version, new: Version, with_keys: bool = False) -> Difference:
+    """Compare two versions key by key, one range of keys at a time.
+
+    Args:
+        with_keys: collect the keys of the changed rows too.
+    """
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    keys: dict[tuple[str, str], list[pa.Array]] = collections.defaultdict(list)
+    for key_range in ranges.ranges(max(ranges.range_count(version.facts["selection"]) for version in (old, new))):
+        before, after = (_fates(version, key_range) for version in (old, new))
+        both = before.join(after, "key", join_type="full outer", right_suffix=" after")
+        both = pa.table({name: pc.fill_null(both[name], "absent") for name in both.column_names})
+        changed = both.filter(pc.not_equal(both["fate"], both["fate after"]))
+        for group in changed.group_by(["fate", "fate after"]).aggregate([("key", "count")]).to_pylist():
+            fates = group["fate"], group["fate after"]
+            counts[fates] += group["key_count"]
+            if with_keys:
+                is_such = pc.and_(pc.equal(changed["fate"], fates[0]), pc.equal(changed["fate after"], fates[1]))
+                own = changed.filter(is_such)["key"].combine_chunks()
+                keys[fates].append(own.take(pc.sort_indices(own)))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return Difference(
+        (old.counts, new.counts), dict(ordered), {fates: pa.chunked_array(parts) for fates, parts in keys.items()}
+    )
 
 
-def _fates(version: Version) -> dict[str, str]:
-    return rows.fates(tables.read_file(version.facts["selection"], ["key", "status", "reason"]))
+def _fates(version: Version, key_range: ranges.KeyRange) -> pa.Table:
+    return rows.fates(ranges.read_range(version.facts["selection"], key_range, ["key", "status", "reason"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,24 +192,24 @@ def find_row(store: Store, key: str) -> RowFacts:
     Raises:
         InputError: no row matches, or several do; names the nearest key, or the matching ones.
     """
-    lists = [store.uri("artifacts", "ingest", name, "pairs.parquet") for name in store.list("artifacts", "ingest")]
-    lists = [uri for uri in lists if files.exists(uri)]
-    image_tables = [store.uri("images", name) for name in store.list("images")]
-    image_tables = [uri for uri in image_tables if tables.version(uri) is not None]
+    lists = pairs_folders(store)
+    image_tables = delta_tables(store, "images")
     key = _resolve_key(store, key.strip().lower(), lists, image_tables)
 
     listed: list[dict[str, Any]] = []
     known: dict[str, str] = {}
     for uri in lists:
-        for row in _rows_of(tables.read_file(uri), key):
+        for row in ranges.find_rows(uri, [key]).to_pylist():
             known |= {name: row[name] for name in ("url", "caption") if row[name]}
             place = {"ingest": uri.split("/")[-2], "position": row["position"]}
             listed.append({**place, "status": row["status"], "reason": row["reason"] or None})
     images: list[dict[str, Any]] = []
     outcome = ""
     for uri in image_tables:
-        columns = [name for name in tables.columns(uri) if name != "jpg"]
-        for row in _rows_of(tables.read(uri, columns=columns), key):
+        for place in index.find_rows(uri, [key], ["key", "part", "row"]).to_pylist():
+            part = f"{uri}/{place['part']}"
+            columns = [name for name in tables.file_columns(part) if name != "jpg"]
+            [row] = tables.read_rows(part, [place["row"]], columns).to_pylist()
             known |= {name: row[name] for name in ("url", "caption") if row[name]}
             facts = {name: value for name, value in row.items() if name not in ("key", "url", "caption")}
             images.append({"recipe": uri.rpartition("/")[2], **facts})
@@ -179,11 +217,12 @@ def find_row(store: Store, key: str) -> RowFacts:
     datasets: list[dict[str, Any]] = []
     held, fate, original = {}, "", {}
     for version in versions(store):
-        found = _rows_of(tables.read_file(version.facts["selection"]), key)
+        found = ranges.find_rows(version.facts["selection"], [key]).to_pylist()
         if found:
             row = next((row for row in found if row["status"] == rows.KEPT), found[0])
-            scores = _rows_of(tables.read_file(version.facts["scores"]), key)
-            measured = {name: value for scored in scores for name, value in scored.items() if name != "key"}
+            scores = ranges.find_rows(version.facts["scores"], [key])
+            names = [field.name for field in scores.schema if pa.types.is_floating(field.type)]
+            measured = {name: value for scored in scores.select(names).to_pylist() for name, value in scored.items()}
             status = {name: row[name] for name in ("status", "reason", "split")}
             datasets.append({"number": version.number, "digest": version.digest, **status, "scores": measured})
             fate = f"{_fate(row)} in dataset version {version.number}"
@@ -215,30 +254,36 @@ def find_row(store: Store, key: str) -> RowFacts:
 
 def _resolve_key(store: Store, prefix: str, lists: Sequence[str], image_tables: Sequence[str]) -> str:
     """Return the one key with this prefix, among all rows that are listed, stored or taken down."""
-    if len(prefix) < 6:
-        raise InputError(f"{prefix}: got {len(prefix)} digits of a key, expected at least 6.")
-    known = {stone["value"] for stone in _tombstones(store) if stone["kind"] == "key"}
-    for column in (
-        *(tables.read_file(uri, ["key"])["key"] for uri in lists),
-        *(tables.read(uri, columns=["key"])["key"] for uri in image_tables),
-    ):
-        known |= set(column.to_pylist())
-    keys = sorted(known)
-    start = bisect.bisect_left(keys, prefix)
-    found = list(itertools.takewhile(lambda key: key.startswith(prefix), itertools.islice(keys, start, None)))
+    if len(prefix) < _MIN_DIGITS:
+        raise InputError(f"{prefix}: got {len(prefix)} digits of a key, expected at least {_MIN_DIGITS}.")
+    is_hex = all(digit in string.hexdigits for digit in prefix[:_HINT_DIGITS])
+    near = _keys_in(store, ranges.of_prefix(prefix[:_HINT_DIGITS]), lists, image_tables) if is_hex else []
+    start = bisect.bisect_left(near, prefix)
+    found = list(itertools.takewhile(lambda key: key.startswith(prefix), itertools.islice(near, start, None)))
     if len(found) == 1:
         return found[0]
     if found:
         some = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
         raise InputError(f"{prefix}: {len(found)} rows have a key with this prefix: {some}. Give more digits.")
     # Among sorted keys, one of the two neighbours shares the longest prefix.
-    prefix_lengths = {key: _common_prefix_length(key, prefix) for key in keys[max(0, start - 1) : start + 1]}
-    nearest = max(prefix_lengths, key=lambda key: prefix_lengths[key], default="")
-    hint = (
-        f"Did you mean {nearest}?" if prefix_lengths.get(nearest, 0) >= 4 else "`unclip data diff --keys` prints keys."
-    )
-    where = f"none of the {len(keys):,} rows in {store.root}" if keys else f"{store.root} has no rows, so none"
+    nearest = max(near[max(0, start - 1) : start + 1], key=lambda key: _common_prefix_length(key, prefix), default="")
+    hint = f"Did you mean {nearest}?" if nearest else "`unclip data diff --keys` prints keys."
+    count = max([1, *map(ranges.range_count, lists)])
+    number = sum(len(_keys_in(store, key_range, lists, image_tables)) for key_range in ranges.ranges(count))
+    where = f"none of the {number:,} rows in {store.root}" if number else f"{store.root} has no rows, so none"
     raise InputError(f"{prefix}: {where} has a key with this prefix. {hint}")
+
+
+def _keys_in(store: Store, key_range: ranges.KeyRange, lists: Sequence[str], image_tables: Sequence[str]) -> list[str]:
+    """Return the keys of a range that are listed, stored or taken down, sorted."""
+    columns = [ranges.read_range(uri, key_range, ["key"])["key"] for uri in lists]
+    columns += [table["key"] for uri in image_tables for table in index.each_table(uri, ["key"], key_range)]
+    columns.append(pa.chunked_array([[stone["value"] for stone in _tombstones(store) if stone["kind"] == "key"]]))
+    known: set[str] = set()
+    for column in columns:
+        inside = ranges.of_keys(column, key_range.count) == key_range.index
+        known |= set(column.filter(pa.array(inside)).to_pylist())
+    return sorted(known)
 
 
 def _common_prefix_length(key: str, other: str) -> int:
@@ -249,14 +294,14 @@ def _common_prefix_length(key: str, other: str) -> int:
 
 def _duplicate_of(version: Version, key: str, reason: str | None) -> dict[str, str]:
     """Return the kept row that a duplicate was dropped for, with a note on their similarity; empty for other rows."""
-    if reason not in DUPLICATES:
+    if reason not in rows.DUPLICATES:
         return {}
-    fates = _fates(version)
-    kept = [other for other, fate in fates.items() if fate == rows.KEPT]
-    facts = {field.name: version.facts[field.name] for field in dataclasses.fields(Snapshot)}
-    newest = Snapshot(**{**facts, "embeddings_version": tables.version(facts["embeddings"])})
-    images = tables.read(facts["images"], columns=["key", "sha256", "phash"])
-    found = duplicate_clusters({key: reason}, kept, images, newest, 1)
+    facts = version.facts
+    # Rows that were taken down since are in the newest versions no longer; older ones may be unreadable.
+    described = (
+        index.index_files(facts["images"]) if tables.version(index.index_uri(facts["images"])) is not None else []
+    )
+    found = duplicate_clusters({key: reason}, facts["selection"], described, tables.files(facts["embeddings"]))
     return {winner: note for (winner, _), (_, note) in found}
 
 
@@ -299,8 +344,3 @@ def _training_stages(store: Store, run_id: str) -> list[str]:
 def _tombstones(store: Store) -> list[dict[str, str]]:
     exists = store.exists("tombstones.parquet")
     return tables.read_file(store.uri("tombstones.parquet")).to_pylist() if exists else []
-
-
-def _rows_of(table: pa.Table, key: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = table.filter(pc.equal(table["key"], key)).to_pylist()
-    return found

@@ -1,23 +1,25 @@
 """Takedown: delete rows everywhere and keep them from coming back.
 
 Requests become tombstones, which ingest and download respect from then on. Then the rows and their bytes are deleted from
-all tables, and blanked in lists and reports. The ledger names the dataset versions that contained them and, through MLflow,
+all tables, and blanked in lists and reports. Rows are found range by range in the index of the images, and only files that hold
+them are written again. The ledger names the dataset versions that contained them and, through MLflow,
 the runs and registered models that read those versions.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks import rows, tables
+from tasks import index, ranges, rows, tables
+from tasks.lineage.provenance import delta_tables, pairs_folders
 from tasks.lineage.traces import Traces, redact, remove
 from tasks.store import Store
-from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, load_tombstones, refuse
+from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, hosts_of, load_tombstones, refuse
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tasks.untrusted.normalise import normalise_url
 from unclip import files
@@ -94,22 +96,55 @@ def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = N
     found: dict[Tombstone, set[str]] = {
         tombstone: {tombstone.value} if tombstone.kind == "key" else set() for tombstone in requested
     }
-    for uri in image_tables(store):
-        images = tables.read(uri, columns=["key", "url", "sha256", "phash"])
-        listed = [images[name].to_pylist() for name in ("key", "url", "sha256", "phash")]
-        for tombstone, keys in found.items():
-            one = gather([tombstone])
-            hit = {
-                index
-                for index, (key, url, digest, _) in enumerate(zip(*listed, strict=True))
-                if one.has_pair(key, url) or digest in one.sha256s
-            }
-            digests = {listed[2][index] for index in hit} - {None}
-            hit |= {index for index, digest in enumerate(listed[2]) if digest in digests}
-            if near is not None:
-                hit |= _near([value and int(value, 16) for value in listed[3]], hit, near)
-            keys |= {listed[0][index] for index in hit}
+    for images in delta_tables(store, "images"):
+        by_digest: dict[str, set[Tombstone]] = {}
+        by_hash: dict[str, set[Tombstone]] = {}
+
+        def add(tombstone: Tombstone, row: Mapping[str, str], by_hash: dict[str, set[Tombstone]] = by_hash) -> None:
+            found[tombstone].add(row["key"])
+            if row["phash"]:
+                by_hash.setdefault(row["phash"], set()).add(tombstone)
+
+        for tombstone, row in _named(images, found):
+            add(tombstone, row)
+            if row["sha256"]:
+                by_digest.setdefault(row["sha256"], set()).add(tombstone)
+        digests = pa.array(sorted(by_digest), pa.string())
+        for table in index.each_table(images, ["key", "sha256", "phash"]) if by_digest else ():
+            for row in table.filter(pc.is_in(table["sha256"], value_set=digests)).to_pylist():
+                for tombstone in by_digest[row["sha256"]]:
+                    add(tombstone, row)
+        for table in index.each_table(images, ["key", "phash"]) if near is not None and by_hash else ():
+            for phash, keys in _near(table, by_hash, near or 0):
+                for tombstone in by_hash[phash]:
+                    found[tombstone] |= keys
     return found
+
+
+def _named(images: str, requested: Collection[Tombstone]) -> Iterator[tuple[Tombstone, Mapping[str, str]]]:
+    """Yield the rows of an images table that each request names itself: key, sha256, phash."""
+    all_of = gather(requested)
+    columns = ["key", "url", "sha256", "phash"]
+    scans = all_of.urls or all_of.domains or all_of.sha256s
+    for table in (
+        index.each_table(images, columns) if scans else [index.find_rows(images, sorted(all_of.keys), columns)]
+    ):
+        listed = pc.is_in(table["sha256"], value_set=pa.array(sorted(all_of.sha256s), pa.string()))
+        named = table.filter(pc.or_(all_of.cover(table), listed))
+        for row in named.append_column("host", hosts_of(named["url"])).to_pylist():
+            names = [Tombstone("key", row["key"]), Tombstone("url", row["url"]), Tombstone("sha256", row["sha256"])]
+            names += [Tombstone("domain", domain) for domain in all_of.domains_of(row["host"] or "")]
+            yield from ((tombstone, row) for tombstone in names if tombstone in requested)
+
+
+def _near(table: pa.Table, phashes: Iterable[str], distance: int) -> Iterator[tuple[str, set[str]]]:
+    """Yield each perceptual hash with the keys of the rows within `distance` bits of it."""
+    hashed = table.filter(pc.is_valid(table["phash"]))
+    values = np.array([int(phash, 16) for phash in hashed["phash"].to_pylist()], np.uint64)
+    for phash in phashes:
+        near = np.flatnonzero(np.bitwise_count(values ^ np.uint64(int(phash, 16))) <= distance)
+        if len(near):
+            yield phash, set(hashed["key"].take(near).to_pylist())
 
 
 def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uris: Sequence[str]) -> Ledger:
@@ -122,10 +157,16 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     keys = sorted(set().union(*by_request.values()))
     deleted = {}
     tombstones = load_tombstones(store)
-    all_keys = pa.array(sorted(tombstones.keys), pa.string())
-    for uri in (*image_tables(store), *_tables(store, "embeddings")):
-        deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(uri, all_keys)
+    for uri in delta_tables(store, "images"):
+        deleted[uri.removeprefix(f"{store.root}/")] = _delete_images(uri, sorted(tombstones.keys))
+    for uri in delta_tables(store, "embeddings"):
+        deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(
+            uri, pa.array(sorted(tombstones.keys), pa.string())
+        )
     _blank_lists(store, tombstones)
+    # Plans of killed runs hold URLs and captions; the next run plans anew.
+    files.delete(store.uri("artifacts", "download"))
+    _delete_held_out(store, tombstones.keys)
     _redact_reports(store, tombstones.keys)
     _delete_previews(store, tombstones.keys)
     datasets = _datasets_with(store, set(keys))
@@ -134,9 +175,16 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     return Ledger(requests, tuple(keys), deleted, tuple(datasets), traces)
 
 
-def image_tables(store: Store) -> list[str]:
-    """Return the URIs of the image tables, one per recipe."""
-    return _tables(store, "images")
+def _delete_images(images: str, keys: Sequence[str]) -> int:
+    """Delete rows from an images table and from its index; returns the number of deleted rows."""
+    held = index.find_rows(images, keys, ["key", "part"])
+    names = pc.unique(held["part"]).to_pylist()
+    deleted = tables.delete_rows(images, pa.array(keys, pa.string()), names)
+    version = tables.version(images)
+    assert version is not None, f"{images} has disappeared"
+    index.update_index(images, version)
+    tables.purge(index.index_uri(images))
+    return deleted
 
 
 def _remember(
@@ -146,52 +194,58 @@ def _remember(
     uri = store.uri("tombstones.parquet")
     known = tables.read_file(uri).to_pylist() if files.exists(uri) else []
     entries = {(row["kind"], row["value"], row["request"]) for row in known}
+    digests = _digests_of(store, set().union(*found.values()))
     for tombstone in requested:
         entries.add((tombstone.kind, tombstone.value, str(tombstone)))
         entries |= {("key", key, str(tombstone)) for key in found[tombstone]}
-        entries |= {("sha256", digest, str(tombstone)) for digest in _digests_of(store, found[tombstone])}
+        entries |= {("sha256", digest, str(tombstone)) for key in found[tombstone] for digest in digests.get(key, ())}
     names = SCHEMA.names
     ordered = [dict(zip(names, entry, strict=True)) for entry in sorted(entries)]
     tables.write_file(uri, pa.Table.from_pylist(ordered, schema=SCHEMA))
-    return {
-        tombstone: {value for kind, value, request in entries if kind == "key" and request == str(tombstone)}
-        for tombstone in requested
-    }
+    by_request: dict[str, set[str]] = {}
+    for kind, value, request in entries:
+        if kind == "key":
+            by_request.setdefault(request, set()).add(value)
+    return {tombstone: by_request.get(str(tombstone), set()) for tombstone in requested}
 
 
-def _digests_of(store: Store, keys: set[str]) -> set[str]:
-    wanted = pa.array(sorted(keys), pa.string())
-    digests: set[str] = set()
-    for uri in image_tables(store):
-        images = tables.read(uri, columns=["key", "sha256"])
-        digests |= set(images.filter(pc.is_in(images["key"], value_set=wanted))["sha256"].to_pylist())
-    return digests - {None}
-
-
-def _tables(store: Store, kind: str) -> list[str]:
-    uris = [store.uri(kind, name) for name in store.list(kind)]
-    return [uri for uri in uris if tables.version(uri) is not None]
-
-
-def _near(hashes: Sequence[int | None], hit: set[int], distance: int) -> set[int]:
-    known = np.array([value is not None for value in hashes])
-    values = np.array([value or 0 for value in hashes], np.uint64)
-    found: set[int] = set()
-    for index in hit:
-        if known[index]:
-            found |= set(np.flatnonzero(known & (np.bitwise_count(values ^ values[index]) <= distance)).tolist())
-    return found
+def _digests_of(store: Store, keys: set[str]) -> dict[str, set[str]]:
+    """Return key -> hashes of its image files, of all recipes."""
+    digests: dict[str, set[str]] = {}
+    for images in delta_tables(store, "images"):
+        found = index.find_rows(images, sorted(keys), ["key", "sha256"])
+        for row in found.filter(pc.is_valid(found["sha256"])).to_pylist():
+            digests.setdefault(row["key"], set()).add(row["sha256"])
+    return digests
 
 
 def _blank_lists(store: Store, tombstones: Tombstones) -> None:
     """Blank the rows in the lists that ingest wrote; the rows remain, so that positions and counts stay valid."""
-    for name in store.list("artifacts", "ingest"):
-        uri = store.uri("artifacts", "ingest", name, "pairs.parquet")
-        if files.exists(uri):
+    keys = pa.array(sorted(tombstones.keys), pa.string())
+    for uri in (uri for folder in pairs_folders(store) for uri in ranges.range_files(folder)):
+        # Rows with a URL may lie in any range.
+        if not (tombstones.urls or tombstones.domains):
+            key_range = ranges.range_of_file(uri)
+            if not (ranges.of_keys(keys, key_range.count) == key_range.index).any():
+                continue
+        if pc.any(tombstones.cover(tables.read_file(uri, ["key", "url"]))).as_py():
             pairs = tables.read_file(uri)
             blanked = refuse(pairs, tombstones)
             if not blanked.equals(pairs):
                 tables.write_file(uri, blanked)
+
+
+def _delete_held_out(store: Store, keys: frozenset[str]) -> None:
+    """Delete the rows from the lists of held-out rows, which have captions."""
+    uris = {store.uri("artifacts", "curate", name, "heldout.parquet") for name in store.list("artifacts", "curate")}
+    for name in store.list("stages", "curate"):
+        facts = store.read_json("stages", "curate", name).get("facts", {})
+        uris |= {facts["snapshot"]["heldout"]} if "heldout" in facts.get("snapshot", {}) else set()
+    wanted = pa.array(sorted(keys), pa.string())
+    for uri in sorted(uris):
+        if files.exists(uri) and tables.has_keys(uri, wanted):
+            heldout = tables.read_file(uri)
+            tables.write_file(uri, heldout.filter(pc.invert(pc.is_in(heldout["key"], value_set=wanted))))
 
 
 def _redact_reports(store: Store, keys: frozenset[str]) -> None:
@@ -218,12 +272,11 @@ def _delete_previews(store: Store, keys: frozenset[str]) -> None:
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:
     """Return the digests of the training selections, of CLIP and of snapshots, that kept one of the keys."""
-    wanted, digests = pa.array(sorted(keys), pa.string()), []
+    digests = set()
     for stage in ("dedup", "curate"):
         for name in store.list("stages", stage):
             record = store.read_json("stages", stage, name)
-            selection = tables.read_file(record["uri"], ["key", "status"])
-            kept = selection.filter(pc.equal(selection["status"], rows.KEPT))
-            if pc.any(pc.is_in(kept["key"], value_set=wanted)).as_py():
-                digests.append(record["digest"])
-    return sorted(set(digests))
+            found = ranges.find_rows(record["uri"], sorted(keys), ["key", "status"])
+            if pc.any(pc.equal(found["status"], rows.KEPT)).as_py():
+                digests.add(record["digest"])
+    return sorted(digests)

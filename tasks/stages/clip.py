@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tasks.snapshots import kept_keys
+from tasks.places import open_places
 from tasks.stage import Artifact, Output, StageContext, stage
 from tasks.training import Training, pin_trainer, run_training
 from unclip import files
@@ -49,11 +49,11 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
 
     context.tracker.dataset(context.run.pipeline, dedup.digest, dedup.uri, {"rows": dedup.facts["rows"]})
     images, version = dedup.facts["images"], dedup.facts["images_version"]
-    name, selection = config.model, dedup.uri
+    name, places = config.model, dedup.facts["places"]
     training = Training(
         build=lambda workers: ClipObjective(name, workers.rank, workers.world_size),
         sources=(Source(tuple(tables.files(images, version)), ClipObjective.columns),),
-        keys=lambda: kept_keys(selection, "train"),
+        places=lambda: open_places(places, "train"),
         config=config.trainer,
     )
     trained, digest = run_training(context, training)

@@ -1,31 +1,40 @@
 """Stage `curate`: select the training pairs by CLIP scores, probes and semantic deduplication, and write the snapshot.
 
-Scores are independent of thresholds: `scores.parquet` has the scores of every embedded pair. So a threshold can change, and
+Scores are independent of thresholds: the folder `scores` has those of every embedded pair. So a threshold can change, and
 the report can show the pairs near it, without embedding anything again.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from tasks import rows, tables
-from tasks.snapshots import kept_keys, record_snapshot, save_statistics
+from tasks import ranges, rows, tables
+from tasks.dataflow import exchange, run_all
+from tasks.places import Block, KeptRows, blocks, open_block, read_vectors, write_places
+from tasks.ranges import KeyRange
+from tasks.semantic import semantic_duplicates
+from tasks.snapshots import MAX_HELDOUT, Split, record_snapshot, save_statistics
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import files
 from unclip.config import fingerprint, require
 from unclip.data import vectors
-from unclip.errors import ConfigError, InputError
+from unclip.errors import ConfigError, InputError, StageError
 from unclip.evaluation.probes import load_probe
+from unclip.models.embeddings import Moments
 
 ROWS_AT_ONCE = 4096
-NUM_SEARCHED_CLUSTERS = 8
-"""Clusters that semantic deduplication searches for a row's duplicates: its own and the nearest ones."""
+FILES_AT_ONCE = 64
+"""Files of embeddings that one task scores."""
+MOMENT_TASKS = 32
+"""Tasks whose sums are added up; each sum takes 8 E^2 bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,47 +109,207 @@ def pin_probes(config: CurateConfig) -> CurateConfig:
     return dataclasses.replace(config, probes=tuple(pinned))
 
 
-@stage("curate", version=2, pin=lambda config, _: pin_probes(config))
+@stage("curate", version=3, pin=lambda config, _: pin_probes(config))
 def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
     """Score the pairs by CLIP and by probes, drop those out of bounds and semantic duplicates, and write the snapshot."""
-    facts = embed.facts
-    keys = kept_keys(facts["selection"])
-    columns = ["key", "image_embedding", "clip_score"]
-    embedded = tables.read(facts["embeddings"], facts["embeddings_version"], columns)
-    embedded = embedded.filter(pc.is_in(embedded.column("key"), value_set=pa.array(keys, pa.string())))
-    image_embeddings = torch.tensor(vectors(embedded.column("image_embedding")))
-
-    scores = score(embedded, image_embeddings, config)
-    scores_uri = f"{context.folder}/scores.parquet"
-    tables.write_file(scores_uri, scores)
-    dropped = out_of_bounds(scores, config)
+    facts, folder = embed.facts, context.folder
+    names = ("images", "images_version", "index_version", "embeddings", "embeddings_version")
+    versions = {name: facts[name] for name in names}
+    source = EmbeddedRows(selection=facts["selection"], scores=f"{folder}/scores", **versions)
+    scored = source.write_scores(config)
+    bounded = f"{folder}/selection" if config.semantic_distance is None else f"{folder}/in_bounds"
+    in_bounds = run_all(functools.partial(_drop_out_of_bounds, source, config, bounded), source.key_ranges())
+    selection, found = bounded, in_bounds
     if config.semantic_distance is not None:
-        candidates = np.array([index for index, key in enumerate(keys) if key not in dropped])
-        duplicates = semantic_duplicates(image_embeddings[candidates], config.semantic_distance, config.cluster_size)
-        dropped |= {keys[candidates[index]]: "semantic_duplicate" for index in sorted(duplicates)}
-
-    selection = rows.drop(tables.read_file(facts["selection"]), dropped)
-    counts = rows.count(selection)
-    uri = f"{context.folder}/selection.parquet"
-    tables.write_file(uri, selection)
-
-    training = pc.is_in(embedded.column("key"), value_set=pa.array(kept_keys(uri, "train"), pa.string())).to_numpy()
-    if training.sum() < 2:
-        raise InputError(
-            f"curate: got {training.sum()} pairs to train on, expected at least 2 ({rows.top_reasons(counts)}). "
-            f"{_spread(scores, config)}Loosen [curate] and [filter], or add URLs."
+        selection, candidates = f"{folder}/selection", f"{folder}/candidates"
+        kept = rows.add_counts(counts for counts, _ in in_bounds)
+        source.write_places(bounded, candidates, kept)
+        found = semantic_duplicates(
+            functools.partial(source.read_block, candidates),
+            blocks(candidates),
+            kept["rows"][rows.KEPT],
+            config.semantic_distance,
+            config.cluster_size,
+            f"{folder}/scratch",
+            len(source.key_ranges()),
+            functools.partial(_write_selection, bounded, selection),
         )
-    statistics = f"{context.folder}/statistics"
-    explained = save_statistics(statistics, image_embeddings[torch.tensor(training)])
+        for scratch in (candidates, bounded):
+            files.delete(scratch)
+    counts = rows.add_counts(counts for counts, _ in found)
+    places = f"{folder}/places"
+    source.write_places(selection, places, counts)
 
-    digest = fingerprint(embed.digest, tables.content_digest(selection.drop_columns("position")))
-    snapshot = {name: facts[name] for name in ("images", "images_version", "embeddings", "embeddings_version")}
-    snapshot |= {"digest": digest, "selection": uri, "scores": scores_uri, "statistics": statistics}
+    moments = source.moments(places)
+    if moments is None or moments.count < 2:
+        raise InputError(
+            f"curate: got {moments.count if moments else 0} pairs to train on, expected at least 2 "
+            f"({rows.top_reasons(counts)}). {_spread(source.sample_scores(), config)}"
+            f"Loosen [curate] and [filter], or add URLs."
+        )
+    statistics = f"{folder}/statistics"
+    explained = save_statistics(statistics, moments)
+    heldout = f"{folder}/heldout.parquet"
+    tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source))
+
+    digest = fingerprint(embed.digest, tables.hex_digest(*(digest for _, digest in found)))
+    snapshot = {**versions, "digest": digest, "selection": selection, "scores": source.scores, "places": places}
+    snapshot |= {"heldout": heldout, "statistics": statistics}
     record_snapshot(context.store, context.run.pipeline, snapshot, counts)
-    clip_score = float(np.mean(embedded.column("clip_score").to_numpy()))
+    clip_score = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
     context.tracker.metrics({**counts["rows"], **explained, "clip_score": clip_score})
     context.tracker.dataset(context.run.pipeline, digest, facts["embeddings"], {**counts, "snapshot": snapshot})
-    return Output(uri, digest, {**facts, **counts, "snapshot": snapshot, "clip_score": clip_score})
+    return Output(selection, digest, {**facts, **counts, "snapshot": snapshot, "clip_score": clip_score})
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedRows:
+    """Kept rows of a selection with their embeddings and their scores."""
+
+    selection: str
+    """Folder of dedup's selection."""
+    images: str
+    images_version: int
+    index_version: int
+    embeddings: str
+    embeddings_version: int
+    scores: str
+    """Folder of range files that `write_scores` writes: key, clip_score, a column per probe, embeddings_file, embeddings_row."""
+
+    def key_ranges(self) -> list[KeyRange]:
+        return ranges.ranges(ranges.range_count(self.selection))
+
+    def uris(self) -> list[str]:
+        """Files of the embeddings table."""
+        return tables.files(self.embeddings, self.embeddings_version)
+
+    def write_scores(self, config: CurateConfig) -> list[tuple[float, int]]:
+        """Score every kept row; returns the sum of the CLIP scores and the number of rows of each key range."""
+        uris, count = self.uris(), len(self.key_ranges())
+        numbered = list(enumerate(uris))
+        groups = [numbered[start : start + FILES_AT_ONCE] for start in range(0, len(uris), FILES_AT_ONCE)]
+        return exchange(
+            functools.partial(_score_files, config, count),
+            groups,
+            count,
+            functools.partial(_write_scores, self.selection, self.scores, count),
+        )
+
+    def sample_scores(self) -> pa.Table:
+        """Scores of one key range: keys are hashes, so these are a random sample."""
+        return ranges.read_range(self.scores, self.key_ranges()[0])
+
+    def read(self, selection: str, key_range: KeyRange) -> pa.Table:
+        """Kept rows of a selection in one key range, with places in both tables."""
+        kept = KeptRows(selection, self.images, self.images_version, self.index_version).read(key_range)
+        places = ranges.read_range(self.scores, key_range, ["key", "embeddings_file", "embeddings_row"])
+        return kept.join(places, "key").sort_by("key")
+
+    def write_places(self, selection: str, folder: str, counts: Mapping[str, Any]) -> None:
+        kept = KeptRows(selection, self.images, self.images_version, self.index_version)
+        read = functools.partial(self.read, selection)
+        write_places(folder, self.key_ranges(), read, kept.num_files(), counts["rows"][rows.KEPT])
+
+    def read_block(self, folder: str, block: Block, *splits: str) -> tuple[pa.ChunkedArray, np.ndarray]:
+        """Keys (32 hex digits) and image embeddings [N, E] of the rows of a block of places."""
+        listed = open_block(folder, block, *splits)
+        keys = pa.chunked_array([[key.hex() for key in listed["key"].to_pylist()]], pa.string())
+        return keys, read_vectors(listed, self.uris(), "image_embedding")
+
+    def moments(self, places: str) -> Moments | None:
+        """Moments of the training rows' image embeddings; None if there are no rows."""
+        found = blocks(places)
+        groups = [found[start::MOMENT_TASKS] for start in range(min(MOMENT_TASKS, len(found)))]
+        parts = [part for part in run_all(functools.partial(_moments_of, self, places), groups) if part is not None]
+        return functools.reduce(Moments.plus, parts) if parts else None
+
+
+def _score_files(config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]]) -> list[pa.Table]:
+    parts = []
+    for number, uri in numbered:
+        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score"])
+        scores = score(embedded, torch.tensor(vectors(embedded["image_embedding"])), config)
+        file = pa.repeat(pa.scalar(number, pa.int32()), embedded.num_rows)
+        scores = scores.append_column("embeddings_file", file)
+        parts.append(scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32())))
+    return ranges.split_by_key(pa.concat_tables(parts), count)
+
+
+def _write_scores(selection: str, folder: str, count: int, output: int, pieces: list[pa.Table]) -> tuple[float, int]:
+    """Write the scores of the kept rows of one key range; returns the sum of their CLIP scores and their number."""
+    key_range = KeyRange(output, count)
+    kept = ranges.read_range(selection, key_range, ["key", "status"])
+    keys = kept.filter(pc.equal(kept["status"], rows.KEPT))["key"].combine_chunks()
+    scores = pa.concat_tables(pieces)
+    scores = scores.filter(pc.is_in(scores["key"], value_set=keys)).sort_by("key")
+    if not scores["key"].combine_chunks().equals(keys):
+        raise StageError(
+            f"curate: the embeddings table has {scores.num_rows} rows for {len(keys)} kept pairs of one key range, or "
+            f"duplicates. Remove the table and rerun."
+        )
+    ranges.write_range(folder, key_range, scores)
+    return float(np.sum(scores["clip_score"].to_numpy(), dtype=np.float64)), scores.num_rows
+
+
+def _drop_out_of_bounds(
+    source: EmbeddedRows, config: CurateConfig, folder: str, key_range: KeyRange
+) -> tuple[dict[str, Any], int]:
+    dropped = out_of_bounds(ranges.read_range(source.scores, key_range), config)
+    return _write_selection(source.selection, folder, key_range, dropped)
+
+
+def _write_selection(selection: str, folder: str, key_range: KeyRange, dropped: pa.Table) -> tuple[dict[str, Any], int]:
+    """Write one range of a selection without some rows (key, reason); returns its counts and digest."""
+    table = rows.drop(ranges.read_range(selection, key_range), dropped)
+    ranges.write_range(folder, key_range, table)
+    return rows.count(table), tables.rows_digest(table.drop_columns("position"))
+
+
+def _moments_of(source: EmbeddedRows, places: str, group: Sequence[Block]) -> Moments | None:
+    total: Moments | None = None
+    for block in group:
+        _, embeddings = source.read_block(places, block, "train")
+        if len(embeddings):
+            moments = Moments.of(torch.tensor(embeddings))
+            total = moments if total is None else total.plus(moments)
+    return total
+
+
+def choose_heldout(selection: str, pairs: str, source: EmbeddedRows) -> pa.Table:
+    """The held-out rows with the smallest keys, at most `MAX_HELDOUT`; training rows if nothing is held out.
+
+    See `Snapshot.heldout_rows`.
+    """
+    chosen = _first_rows(selection, pairs, source, "holdout")
+    if not chosen.num_rows:
+        first = _first_rows(selection, pairs, source, "train")
+        return first.append_column("is_trained_on", pa.repeat(True, first.num_rows))
+    captions = chosen["caption"].combine_chunks().unique()
+    found = run_all(functools.partial(_captions_trained_on, selection, pairs, captions), source.key_ranges())
+    trained_on = pa.concat_arrays(found).unique()
+    return chosen.append_column("is_trained_on", pc.is_in(chosen["caption"], value_set=trained_on))
+
+
+def _first_rows(selection: str, pairs: str, source: EmbeddedRows, split: Split) -> pa.Table:
+    parts: list[pa.Table] = []
+    for key_range in source.key_ranges():
+        kept = source.read(selection, key_range)
+        kept = kept.filter(pc.equal(kept["split"], split)).slice(0, MAX_HELDOUT - sum(part.num_rows for part in parts))
+        captions = ranges.read_range(pairs, key_range, ["key", "caption", "status"])
+        captions = captions.filter(pc.equal(captions["status"], rows.KEPT)).select(["key", "caption"])
+        parts.append(kept.join(captions, "key").sort_by("key"))
+        if sum(part.num_rows for part in parts) >= MAX_HELDOUT:
+            break
+    return pa.concat_tables(parts)
+
+
+def _captions_trained_on(selection: str, pairs: str, captions: pa.Array, key_range: KeyRange) -> pa.Array:
+    """Those of the captions that a training row of the key range has."""
+    kept = ranges.read_range(selection, key_range, ["key", "split"])
+    trained_on = kept.filter(pc.equal(kept["split"], "train"))["key"].combine_chunks()
+    listed = ranges.read_range(pairs, key_range, ["key", "caption"])
+    listed = listed.filter(pc.is_in(listed["key"], value_set=trained_on))
+    return listed.filter(pc.is_in(listed["caption"], value_set=captions))["caption"].combine_chunks().unique()
 
 
 def score(embedded: pa.Table, image_embeddings: torch.Tensor, config: CurateConfig) -> pa.Table:
@@ -158,22 +327,24 @@ def score(embedded: pa.Table, image_embeddings: torch.Tensor, config: CurateConf
     return table
 
 
-def out_of_bounds(scores: pa.Table, config: CurateConfig) -> dict[str, str]:
-    """Key -> reason of the rows with a score outside its limits; the first reason counts.
+def out_of_bounds(scores: pa.Table, config: CurateConfig) -> pa.Table:
+    """Key and reason of the rows with a score outside its limits; the first reason counts.
 
     NaN counts as low and infinity as low or high, even without limits: such a row is useless for training.
     """
     finite = np.finfo(np.float64)
-    keys = scores.column("key").to_pylist()
-    dropped: dict[str, str] = {}
+    reasons: list[str] = []
+    verdicts = np.full(scores.num_rows, -1)
     for name, (minimum, maximum) in config.limits().items():
         values = scores.column(name).to_numpy().astype(np.float64)
         low = ~(values >= (finite.min if minimum is None else minimum))
         high = values > (finite.max if maximum is None else maximum)
         for bound, mask in (("low", low), ("high", high)):
-            for index in np.flatnonzero(mask):
-                dropped.setdefault(keys[index], f"{name}_{bound}")
-    return dropped
+            verdicts[mask & (verdicts < 0)] = len(reasons)
+            reasons.append(f"{name}_{bound}")
+    dropped = np.flatnonzero(verdicts >= 0)
+    reason = pa.array(reasons, pa.string()).take(pa.array(verdicts[dropped]))
+    return pa.table({"key": scores["key"].take(pa.array(dropped)), "reason": reason})
 
 
 def _spread(scores: pa.Table, config: CurateConfig) -> str:
@@ -186,90 +357,3 @@ def _spread(scores: pa.Table, config: CurateConfig) -> str:
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
             text += f"Quantiles of {name}: 5 % {low:.3g}, 50 % {middle:.3g}, 95 % {high:.3g}. "
     return text
-
-
-def semantic_duplicates(embeddings: torch.Tensor, distance: float, cluster_size: int) -> set[int]:
-    """Indices of embeddings that are closer than `distance` to an earlier one that is not a duplicate itself.
-
-    As in SemDeDup (Abbas et al. 2023), k-means avoids work quadratic in N: a row is compared with at most NUM_SEARCHED_CLUSTERS
-    clusters, of `cluster_size` rows on average. Unlike SemDeDup, a row is compared with neighbouring clusters as well as its
-    own. So duplicates across a cluster border are found, and the row that is kept depends on the order of rows, not on the
-    clusters. Up to NUM_SEARCHED_CLUSTERS * cluster_size rows are compared all with all.
-
-    Args:
-        embeddings: [N, E], unit norm; of duplicates, the first is kept.
-        distance: 1 - cosine.
-    """
-    values = embeddings.numpy()
-    reach = (2 * distance) ** 0.5  # Euclidean distance of unit vectors with that cosine
-    clusters = _searched_clusters(values, reach, cluster_size)
-    duplicates, undecided = np.zeros(len(values), bool), np.ones(len(values), bool)
-    while undecided.any():
-        followers = _has_earlier_duplicate(values, clusters, 1 - distance, undecided, undecided)
-        winners = undecided & ~followers  # the first undecided row always wins, so every round decides at least one
-        losers = _has_earlier_duplicate(values, clusters, 1 - distance, followers, winners)
-        duplicates |= losers
-        undecided = followers & ~losers
-    return set(np.flatnonzero(duplicates).tolist())
-
-
-def _searched_clusters(values: np.ndarray, reach: float, cluster_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ascending indices per cluster: its members, and the rows that may have a duplicate among them.
-
-    A duplicate in another cluster lies beyond the plane halfway between the two centres. So a row farther than `reach` from
-    the plane has no duplicate there. If more planes are within reach, only the nearest are considered.
-
-    Args:
-        values: [N, E].
-        reach: largest Euclidean distance of duplicates.
-    """
-    from sklearn.cluster import MiniBatchKMeans
-    from sklearn.metrics.pairwise import euclidean_distances
-
-    num_clusters = round(len(values) / cluster_size)
-    if num_clusters <= NUM_SEARCHED_CLUSTERS:
-        return [(np.arange(len(values)), np.arange(len(values)))]
-    centres = MiniBatchKMeans(num_clusters, random_state=0, n_init=1, batch_size=4096).fit(values).cluster_centers_
-    squares = (centres**2).sum(axis=1)
-    spans = euclidean_distances(centres).clip(min=1e-6)  # [K, K]
-    homes, visits = [], []
-    for start in range(0, len(values), ROWS_AT_ONCE):
-        squared = squares - 2 * values[start : start + ROWS_AT_ONCE] @ centres.T  # [R, K], minus the row's squared norm
-        home = squared.argmin(axis=1)
-        own = (np.arange(len(home)), home)
-        to_plane = (squared - squared[own][:, None]) / (2 * spans[home])
-        to_plane[own] = -1
-        nearest = np.argpartition(to_plane, NUM_SEARCHED_CLUSTERS - 1, axis=1)[:, :NUM_SEARCHED_CLUSTERS]
-        row, place = np.nonzero(np.take_along_axis(to_plane, nearest, axis=1) <= reach)
-        homes.append(home)
-        visits.append(np.stack([start + row, nearest[row, place]]))
-    row_indices, cluster_indices = np.concatenate(visits, axis=1)
-    members = _grouped(np.arange(len(values)), np.concatenate(homes), num_clusters)
-    return list(zip(members, _grouped(row_indices, cluster_indices, num_clusters), strict=True))
-
-
-def _grouped(indices: np.ndarray, clusters: np.ndarray, num_clusters: int) -> list[np.ndarray]:
-    """Ascending indices per cluster."""
-    order = np.argsort(clusters, kind="stable")
-    return np.split(indices[order], np.bincount(clusters, minlength=num_clusters).cumsum()[:-1])
-
-
-def _has_earlier_duplicate(
-    values: np.ndarray,
-    clusters: Sequence[tuple[np.ndarray, np.ndarray]],
-    threshold: float,
-    queries: np.ndarray,
-    candidates: np.ndarray,
-) -> np.ndarray:
-    """Mask of the rows in `queries` that have an earlier row in `candidates` (masks) with a cosine above the threshold."""
-    found = np.zeros(len(values), bool)
-    for members, visitors in clusters:
-        others, rows_here = members[candidates[members]], visitors[queries[visitors]]
-        for start in range(0, len(rows_here), ROWS_AT_ONCE):
-            block = rows_here[start : start + ROWS_AT_ONCE]
-            earlier = others[: np.searchsorted(others, block[-1])]
-            for first in range(0, len(earlier), ROWS_AT_ONCE):
-                columns = earlier[first : first + ROWS_AT_ONCE]
-                near = values[block] @ values[columns].T > threshold  # [R, C]
-                found[block] |= (near & (columns < block[:, None])).any(axis=1)
-    return found

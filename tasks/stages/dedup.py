@@ -4,24 +4,28 @@ The kept image depends on keys alone, not on the order of the list or of the dow
 """
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks import rows, tables
+from tasks import ranges, rows, tables
+from tasks.find_duplicates import find_duplicates
+from tasks.index import index_files, read_index
+from tasks.near_duplicates import MAX_DISTANCE
+from tasks.places import KeptRows, write_places
+from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip.config import fingerprint, require
-
-MAX_DISTANCE = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class DedupConfig:
     phash_distance: int = 0
-    """Largest number of differing bits (of 64) between the perceptual hashes of duplicates; -1 compares only exact bytes."""
+    """Largest number of differing bits (of 64) between the perceptual hashes of duplicates, whose mean colours must agree as
+    well; -1 compares only exact bytes."""
     holdout: float = 0.02
     """Share of the kept pairs that is held out from training, for evaluation."""
 
@@ -32,70 +36,48 @@ class DedupConfig:
         require(0 <= self.holdout <= 0.5, "holdout", self.holdout, "a share of at most 0.5")
 
 
-@stage("dedup", version=1)
+@stage("dedup", version=2)
 def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Output:
     """Drop images with the same bytes as another and images that look the same; hold out some of the others."""
-    selection = tables.read_file(filter.uri)
-    facts = filter.facts
-    images = tables.read(facts["images"], facts["images_version"], ["key", "sha256", "phash"])
-    deduplicated = drop_duplicates(selection, images, config.phash_distance)
-    deduplicated = deduplicated.append_column("split", splits(deduplicated, config.holdout))
-    counts = rows.count(deduplicated)
-    uri = f"{context.folder}/selection.parquet"
-    tables.write_file(uri, deduplicated)
+    facts, key_ranges = filter.facts, ranges.ranges(ranges.range_count(filter.uri))
+    index = index_files(facts["images"], facts["index_version"])
+    folder = f"{context.folder}/selection"
+    found = find_duplicates(
+        functools.partial(_hashes, filter.uri, index),
+        len(key_ranges),
+        config.phash_distance,
+        f"{context.folder}/scratch",
+        functools.partial(_select_range, filter.uri, folder, config.holdout),
+    )
+    counts = rows.add_counts(counts for counts, _ in found)
     context.tracker.metrics(counts["rows"])
-    digest = fingerprint(tables.content_digest(deduplicated.drop_columns("position")), facts["images_digest"])
-    return Output(uri, digest, {**facts, **counts})
+
+    kept = KeptRows(folder, facts["images"], facts["images_version"], facts["index_version"])
+    places = f"{context.folder}/places"
+    write_places(places, key_ranges, kept.read, kept.num_files(), counts["rows"][rows.KEPT])
+    digest = fingerprint(tables.hex_digest(*(digest for _, digest in found)), facts["images_digest"])
+    return Output(folder, digest, {**facts, **counts, "places": places})
 
 
-def drop_duplicates(selection: pa.Table, images: pa.Table, phash_distance: int) -> pa.Table:
-    """Drop the duplicates among the kept rows of a selection.
+def _hashes(selection: str, index: Sequence[str], key_range: KeyRange) -> pa.Table:
+    """Key, sha256, phash and colour of the kept rows of one range, sorted by key."""
+    table = ranges.read_range(selection, key_range, ["key", "status"])
+    kept = table.filter(pc.equal(table["status"], rows.KEPT)).select(["key"])
+    return kept.join(read_index(index, key_range, ["key", "sha256", "phash", "colour"]), "key").sort_by("key")
 
-    Args:
-        selection: key, position, status, reason; a key is kept at most once.
-        images: key, sha256, phash of at least the kept rows.
-        phash_distance: see `DedupConfig`.
-    """
-    kept = selection.filter(pc.equal(selection.column("status"), rows.KEPT)).select(["key"])
-    kept = kept.join(images, "key", join_type="left outer").sort_by("key")
-    keys, hashes = kept.column("key").to_pylist(), kept.column("phash").to_pylist()
-    reasons: dict[str, str] = {}
-    _, first = np.unique(kept.column("sha256").to_numpy().astype(str), return_index=True)
-    for index in sorted(set(range(len(keys))) - set(first.tolist())):
-        reasons[keys[index]] = "duplicate_image"
-    if phash_distance >= 0:
-        comparable = [index for index in first.tolist() if hashes[index] is not None]
-        comparable.sort()
-        for index in near_duplicates([int(hashes[index], 16) for index in comparable], phash_distance):
-            reasons[keys[comparable[index]]] = "near_duplicate"
 
-    return rows.drop(selection, reasons)
+def _select_range(
+    selection: str, folder: str, holdout: float, key_range: KeyRange, duplicates: pa.Table
+) -> tuple[dict[str, Any], int]:
+    """Write the selection of one range without the duplicates; returns its counts and digest."""
+    table = rows.drop(ranges.read_range(selection, key_range), duplicates)
+    table = table.append_column("split", splits(table, holdout))
+    ranges.write_range(folder, key_range, table)
+    return rows.count(table), tables.rows_digest(table.drop_columns("position"))
 
 
 def splits(selection: pa.Table, holdout: float) -> pa.Array:
     """Split of each row: train or holdout if it is kept, else null. It depends on the key alone, so no row changes its split."""
-    kept = pc.equal(selection.column("status"), rows.KEPT).to_pylist()
-    keys = selection.column("key").to_pylist()
-    # Keys are hashes, so their first digits are uniformly distributed.
-    assigned = ["holdout" if int(key[:8], 16) < holdout * 2**32 else "train" for key in keys]
-    return pa.array([split if is_kept else None for split, is_kept in zip(assigned, kept, strict=True)], pa.string())
-
-
-def near_duplicates(hashes: Sequence[int], distance: int) -> set[int]:
-    """Indices of 64-bit hashes within `distance` bits of an earlier hash.
-
-    Hashes that differ in at most `distance` bits agree in one of `distance + 1` bands of bits; only such pairs are compared.
-    """
-    values = np.array(hashes, dtype=np.uint64)
-    found: set[int] = set()
-    edges = np.linspace(0, 64, distance + 2).astype(int)
-    for low, high in itertools.pairwise(edges):
-        bands = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(bands, kind="stable")
-        starts = np.flatnonzero(np.diff(bands[order], prepend=bands[order[:1]] + np.uint64(1)))
-        for group in np.split(order, starts[1:]):
-            for place in range(1, len(group)):
-                differing = np.bitwise_count(values[group[:place]] ^ values[group[place]])
-                if (differing <= distance).any():
-                    found.add(int(group[place]))
-    return found
+    is_kept = pc.equal(selection.column("status"), rows.KEPT)
+    is_held_out = pa.array(ranges.fractions(selection.column("key")) < holdout)
+    return pc.if_else(is_kept, pc.if_else(is_held_out, "holdout", "train"), pa.scalar(None, pa.string()))

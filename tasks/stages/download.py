@@ -3,11 +3,15 @@
 All pairs of a site are in one lane, and a lane runs one shard at a time. So no two tasks send requests to the same host at
 once, and the limit within a task is the limit of the cluster.
 
+The list is compared with the table's index range by range, and what is missing is cut into shards by tasks; the driver knows
+only the names of shards. It commits their parts as they finish, so a killed run leaves a table, and the next one continues.
+
 img2dataset's `Downloader` runs the threads, statistics and hashes of one shard. Its fetcher, resizer and writer are replaced
 by our own: the originals would read local files and internal addresses, have no limit on bytes or time, ignore EXIF
 orientation, and lose rows they cannot write.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -21,16 +25,18 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from tasks import rows, tables
-from tasks.lanes import Pair, Shard, plan_lanes, run_in_lanes
-from tasks.progress import Progress
+from tasks import ranges, rows, tables
+from tasks.dataflow import run_all
+from tasks.index import index_files, index_uri, read_index, update_index
+from tasks.lanes import Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
+from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import load_tombstones
@@ -53,6 +59,7 @@ IMAGES = pa.schema(
         "original_height": pa.int32(),
         "sha256": pa.string(),  # of the bytes sent by the server
         "phash": pa.string(),  # 64-bit perceptual hash, hex; null for an image of one colour
+        "colour": pa.string(),  # mean colour of the stored image: rrggbb, hex; null in rows from before there was this column
         "jpg": pa.binary(),
         "jpg_sha256": pa.string(),
     }
@@ -60,6 +67,13 @@ IMAGES = pa.schema(
 
 TRANSIENT = re.compile(r"dns_error|connect_error|timeout|short_body|robots_unreachable|http_429|http_5\d\d")
 """Reasons that may be transient."""
+Pair = Mapping[str, Any]
+"""`key`, `url`, `caption`, and optionally `expected_sha256` (from the list) and `seen_sha256` (from an earlier fetch)."""
+LANES_PER_TASK = 4
+"""Least number of lanes for each concurrent task."""
+PARTS_PER_COMMIT = 256
+SECONDS_PER_COMMIT = 30.0
+_PLAN_NOTE = "unclip.plan"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +94,9 @@ class DownloadConfig:
     tasks_in_flight: int = 0
     """Concurrent tasks; 0 means the number of CPUs of the cluster."""
     num_lanes: int = 16
-    """Lanes; all URLs of a site (registrable domain) are in one lane, and each lane runs one task at a time."""
+    """Least number of lanes; four for each concurrent task if that is more, and fewer if a lane would have fewer rows than a
+    shard. All URLs of a site (registrable domain) are in one lane, and each lane runs one task at a time. A site with more
+    rows than a lane's fair share has a lane of its own."""
     requests_per_host: int = 4
     """Concurrent requests to one host; a different port counts as a different host."""
     respect_robots: bool = True
@@ -146,42 +162,30 @@ def _pin(config: DownloadConfig, pinning: Pinning) -> DownloadConfig:
     return pin_attempt(pinning.store, config, pinning.retry_failed)
 
 
-@stage("download", version=2, pin=_pin)
+@stage("download", version=3, pin=_pin)
 def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> Output:
     """Fetch the images that no earlier run has tried, shrink them and add them to the images table."""
     table_uri = context.store.uri("images", config.recipe)
-    listed = tables.read_file(pairs.uri)
-    usable = pc.equal(listed.column("status"), rows.KEPT)
-    wanted = listed.filter(usable).select(["key", "url", "caption", "expected_sha256"])
-
-    final_keys, to_retry = _known_keys(context.store, table_uri, config)
-    to_fetch = wanted.filter(pc.invert(pc.is_in(wanted.column("key"), value_set=final_keys)))
-    to_fetch = to_fetch.append_column("seen_sha256", _seen_elsewhere(context.store, table_uri, to_fetch.column("key")))
-    parts = _download_shards(
-        table_uri,
-        to_fetch.to_pylist(),
-        config,
-        context.run,
-        load_tombstones(context.store).sha256s,
-        context.progress(to_fetch.num_rows, "images").start(),
-    )
-    note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint}
-    version = tables.append_files(table_uri, parts, IMAGES, note, replaced=to_retry)
+    plan = _plan(context, config, pairs.uri, table_uri)
+    note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint, _PLAN_NOTE: plan.id}
+    commits = _Commits(table_uri, note, context.run, f"{context.folder}/plan" if plan.retries else None)
+    _download_shards(table_uri, plan, config, context, commits)
+    version = commits.commit()
+    index_version = update_index(table_uri, version)
     context.store.write_json(config.attempt, *_attempt_record(config))
 
-    columns = ["key", "status", "reason", "sha256", "jpg_sha256"]
-    images = tables.read(table_uri, version, columns)
-    images = images.filter(pc.is_in(images.column("key"), value_set=wanted.column("key")))
-    if images.column("key").to_pylist() != wanted.column("key").to_pylist():
+    outcome = functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version))
+    outcomes = run_all(outcome, ranges.ranges(ranges.range_count(pairs.uri)))
+    if missing := sum(part.missing for part in outcomes):
         raise StageError(
-            f"download: {table_uri} has {images.num_rows:,} rows for {wanted.num_rows:,} pairs. Remove the table and rerun."
+            f"download: {table_uri} lacks or repeats the rows of {missing:,} pairs. Remove the table and rerun."
         )
-    images_digest = tables.content_digest(images)
-    outcomes = [listed.filter(pc.invert(usable)), images.set_column(1, "status", _as_outcome(images.column("status")))]
-    facts = rows.count(pa.concat_tables(table.select(["status", "reason"]) for table in outcomes))
-    facts |= {"fetched_now": to_fetch.num_rows, "pairs": pairs.uri, "images": table_uri, "images_version": version}
-    facts |= {"images_digest": images_digest, "images_recipe": config.recipe}
-    context.tracker.metrics({**facts["rows"], "fetched_now": to_fetch.num_rows})
+    images_digest = tables.hex_digest(*(part.digest for part in outcomes))
+    facts = rows.add_counts(part.counts for part in outcomes)
+    facts |= {"fetched_now": plan.rows, "pairs": pairs.uri, "images": table_uri, "images_version": version}
+    facts |= {"index_version": index_version, "images_digest": images_digest, "images_recipe": config.recipe}
+    context.tracker.metrics({**facts["rows"], "fetched_now": plan.rows})
+    files.delete(f"{context.folder}/plan")
     # The digest covers the list, since later stages count its other rows as well.
     return Output(table_uri, fingerprint(images_digest, pairs.digest), facts)
 
@@ -197,102 +201,275 @@ def _attempt_record(config: DownloadConfig) -> tuple[str, str]:
     return "attempts", f"{config.recipe}.json"
 
 
-def _known_keys(store: Store, table_uri: str, config: DownloadConfig) -> tuple[pa.Array, pa.Array]:
-    """Keys in the table whose rows are final, and keys in the table that are retried."""
-    if tables.version(table_uri) is None:
-        return pa.array([], pa.string()), pa.array([], pa.string())
-    table = tables.read(table_uri, columns=["key", "reason"]).combine_chunks()
-    keys = table.column("key").combine_chunks()
-    if config.attempt <= pin_attempt(store, dataclasses.replace(config, attempt=0), False).attempt:
-        return keys, keys[:0]
-    is_transient = pa.array(
-        [TRANSIENT.fullmatch(reason or "") is not None for reason in table.column("reason").to_pylist()]
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Shards to fetch; their rows are in files in the folder `plan` of the stage."""
+
+    id: str
+    """Names the plan in the commits of its parts."""
+    lanes: Sequence[Sequence[Shard]]
+    retries: bool
+    """Some rows may replace rows of the table."""
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for lane in self.lanes for shard in lane)
+
+
+def _plan(context: StageContext, config: DownloadConfig, pairs: str, table_uri: str) -> _Plan:
+    """Return the plan of an earlier attempt, if only its own parts have been committed since, or make a plan.
+
+    So a restarted run finds its finished parts, and a row that failed again in a retry is not retried once more.
+    """
+    record, version = f"{context.folder}/plan.json", tables.version(table_uri)
+    if files.exists(record):
+        plan = _read_plan(files.read_json(record))
+        last_plan = None if version is None else tables.last_note(table_uri).get(_PLAN_NOTE)
+        has_rows = bool(files.names(f"{context.folder}/plan"))  # they are deleted when all is done
+        if plan.id in (_plan_id(context, version), last_plan) and (has_rows or not _uncommitted(table_uri, plan)):
+            return plan
+        files.delete(record)
+    plan = _make_plan(context, config, pairs, table_uri, version)
+    lanes = [[[shard.name, shard.rows] for shard in lane] for lane in plan.lanes]
+    files.write_json(record, {"id": plan.id, "retries": plan.retries, "lanes": lanes})
+    return plan
+
+
+def _make_plan(context: StageContext, config: DownloadConfig, pairs: str, table_uri: str, version: int | None) -> _Plan:
+    folder, uris = (
+        f"{context.folder}/plan",
+        [context.store.uri("images", name) for name in context.store.list("images")],
     )
-    return keys.filter(pc.invert(is_transient)), keys.filter(is_transient)
+    files.delete(folder)
+    if version is None:
+        files.delete(index_uri(table_uri))
+    indexes = {}
+    for uri in uris:
+        table_version = tables.version(uri)
+        if table_version is not None:
+            indexes[uri] = index_files(uri, update_index(uri, table_version))
+    last_attempt = pin_attempt(context.store, dataclasses.replace(config, attempt=0), False).attempt
+    search = _Search(
+        pairs,
+        f"{folder}/ranges",
+        known=indexes.pop(table_uri, []),
+        seen=list(indexes.values()),
+        retries=config.attempt > last_attempt,
+        num_lanes=max(config.num_lanes, LANES_PER_TASK * _limit(config)),
+        allow_hosts=config.allow_hosts,
+    )
+    listed = run_all(functools.partial(_find_missing, search), ranges.ranges(ranges.range_count(pairs)))
+    lanes = plan_shards(
+        listed, folder, shard_size=config.shard_size, num_lanes=search.num_lanes, attempt=config.attempt
+    )
+    files.delete(search.folder)
+    return _Plan(_plan_id(context, version), lanes, search.retries)
 
 
-def _seen_elsewhere(store: Store, table_uri: str, keys: pa.ChunkedArray) -> pa.Array:
-    """For each key, sha256 of the image from an earlier fetch with other settings; null if there was none."""
-    seen: dict[str, str] = {}
-    for name in store.list("images"):
-        uri = store.uri("images", name)
-        if uri != table_uri and tables.version(uri) is not None:
-            table = tables.read(uri, columns=["key", "sha256"])
-            found = table.filter(pc.and_(pc.is_in(table["key"], value_set=keys), pc.is_valid(table["sha256"])))
-            seen |= dict(zip(found["key"].to_pylist(), found["sha256"].to_pylist(), strict=True))
-    return pa.array([seen.get(key) for key in keys.to_pylist()], pa.string())
+def _plan_id(context: StageContext, version: int | None) -> str:
+    return f"{context.fingerprint} {version}"
+
+
+def _read_plan(record: Mapping[str, Any]) -> _Plan:
+    lanes = [[Shard(*values) for values in lane] for lane in record["lanes"]]
+    return _Plan(record["id"], lanes, record["retries"])
+
+
+def _uncommitted(table_uri: str, plan: _Plan) -> list[list[Shard]]:
+    """Lanes of a plan without the shards whose parts are committed."""
+    if tables.version(table_uri) is None:
+        return [list(lane) for lane in plan.lanes]
+    committed = {uri.rpartition("/")[2] for uri in tables.files(table_uri)}
+    lanes = [[shard for shard in lane if f"{shard.name}.parquet" not in committed] for lane in plan.lanes]
+    return [lane for lane in lanes if lane]
+
+
+def _limit(config: DownloadConfig) -> int:
+    """Number of concurrent tasks."""
+    num_cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+    return config.tasks_in_flight or max(1, int(num_cpus))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """Rows to look for in each key range of a list."""
+
+    pairs: str
+    folder: str
+    """Folder for the rows that are found."""
+    known: Sequence[str]
+    """Index files of the images table."""
+    seen: Sequence[Sequence[str]]
+    """Index files of the images tables of other settings."""
+    retries: bool
+    """Rows with transient failures are fetched again."""
+    num_lanes: int
+    allow_hosts: Sequence[str]
+
+
+def _find_missing(search: _Search, key_range: KeyRange) -> Listed:
+    """Write the rows of one range that must be fetched; `replaces` is the part that holds the row of an earlier attempt."""
+    listed = ranges.read_range(search.pairs, key_range, ["key", "url", "caption", "status", "expected_sha256"])
+    wanted = listed.filter(pc.equal(listed["status"], rows.KEPT)).drop_columns("status")
+    known = read_index(search.known, key_range, ["key", "reason", "part"])
+    is_transient = pc.match_substring_regex(known["reason"], f"^(?:{TRANSIENT.pattern})$")
+    retried = known.filter(is_transient) if search.retries else known.slice(0, 0)
+    final = known.filter(pc.invert(pc.is_in(known["key"], value_set=retried["key"])))
+    missing = wanted.filter(pc.invert(pc.is_in(wanted["key"], value_set=final["key"])))
+    seen = pa.chunked_array([pa.nulls(missing.num_rows, pa.string())])
+    for uris in search.seen:
+        seen = pc.coalesce(_look_up(missing["key"], read_index(uris, key_range, ["key", "sha256"]), "sha256"), seen)
+    missing = missing.append_column("seen_sha256", seen)
+    missing = missing.append_column("replaces", _look_up(missing["key"], retried, "part"))
+    return list_rows(ranges.range_uri(search.folder, key_range), missing, search.num_lanes, search.allow_hosts)
+
+
+def _look_up(keys: pa.ChunkedArray, table: pa.Table, column: str) -> pa.ChunkedArray:
+    """Value of a column for each key; null if the table has no such key."""
+    return table[column].take(pc.index_in(keys, value_set=table["key"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """Outcome of the rows of one key range."""
+
+    counts: Mapping[str, Any]
+    """See `rows.count`."""
+    digest: int
+    """`tables.rows_digest` of the kept rows of the list."""
+    missing: int
+    """Kept rows of the list that the table does not hold exactly once."""
+
+
+def _outcome(pairs: str, index: Sequence[str], key_range: KeyRange) -> _Outcome:
+    listed = ranges.read_range(pairs, key_range, ["key", "status", "reason"])
+    is_wanted = pc.equal(listed["status"], rows.KEPT)
+    wanted = listed.filter(is_wanted)["key"]
+    images = read_index(index, key_range, ["key", "status", "reason", "sha256", "jpg_sha256"])
+    images = images.filter(pc.is_in(images["key"], value_set=wanted))
+    missing = len(wanted) + images.num_rows - 2 * len(images["key"].unique())
+    outcome = images.set_column(1, "status", _as_outcome(images["status"])).select(["status", "reason"])
+    others = listed.filter(pc.invert(is_wanted)).select(["status", "reason"])
+    return _Outcome(rows.count(pa.concat_tables([others, outcome])), tables.rows_digest(images), missing)
 
 
 def _as_outcome(status: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(status, "ok"), rows.KEPT, rows.FAILED)
 
 
-def plan_shards(pairs: Sequence[Pair], config: DownloadConfig) -> list[list[Shard]]:
-    """Lanes of shards; the shards of a lane must run one after another. Equal arguments give equal shards.
+@dataclasses.dataclass
+class _Commits:
+    """Commits finished parts in batches, so that a killed run leaves a table with most of what it fetched."""
 
-    Pairs of `allow_hosts` need no politeness: each of their shards is a lane of its own.
-    """
+    table_uri: str
+    note: Mapping[str, str]
+    run: Run
+    plan: str | None
+    """Folder of the plan if some of its rows replace rows of the table."""
+    pending: list[tables.Part] = dataclasses.field(default_factory=list)
+    committed_at: float = dataclasses.field(default_factory=time.monotonic)
 
-    def cut(members: Sequence[Pair]) -> list[Shard]:
-        return [members[start : start + config.shard_size] for start in range(0, len(members), config.shard_size)]
+    def add(self, part: tables.Part) -> None:
+        self.pending.append(part)
+        is_late = time.monotonic() - self.committed_at >= SECONDS_PER_COMMIT
+        if is_late or len(self.pending) >= PARTS_PER_COMMIT:
+            self.commit()
 
-    named = [fetch.is_allowed_host(pair["url"], config.allow_hosts) for pair in pairs]
-    own_pairs = [pair for pair, is_own in zip(pairs, named, strict=True) if is_own]
-    others = [pair for pair, is_own in zip(pairs, named, strict=True) if not is_own]
-    # A short list in many lanes would give many tiny files.
-    num_lanes = min(config.num_lanes, max(1, len(others) // config.shard_size))
-    lanes = [cut(lane) for lane in plan_lanes(others, num_lanes) if lane]
-    return [[shard] for shard in cut(own_pairs)] + lanes
+    def commit(self) -> int:
+        """Commit the finished parts; in the same commit, remove rows that they replace. Returns the version of the table."""
+        if self.run.is_abandoned():  # another run may be writing to the table
+            raise StageError("download: the run was stopped, so its parts are left to the next run.")
+        rewritten, removed = self._without_replaced() if self.plan and self.pending else ([], [])
+        version = tables.append_files(self.table_uri, [*self.pending, *rewritten], IMAGES, self.note, removed=removed)
+        self.pending, self.committed_at = [], time.monotonic()
+        return version
+
+    def _without_replaced(self) -> tuple[list[tables.Part], list[str]]:
+        """Write files again without the rows that pending parts replace; returns the new parts and the names of the old."""
+        replacing = pa.concat_tables(
+            tables.read_file(f"{self.plan}/{part.name}", ["key", "replaces"]) for part in self.pending
+        )
+        replacing = replacing.filter(pc.is_valid(replacing["replaces"]))
+        # Commits of this plan may have rewritten the files since: `replaces` leads to their names by the common origin.
+        by_origin: dict[str, list[str]] = collections.defaultdict(list)
+        for name, keys in _grouped(replacing):
+            by_origin[tables.origin(name)] += keys
+        held = [(uri, by_origin[_origin(uri)]) for uri in tables.files(self.table_uri) if _origin(uri) in by_origin]
+        results = run_all(_without, held, num_cpus=0)  # shards hold the CPUs
+        changed = [(uri, parts) for (uri, _), parts in zip(held, results, strict=True) if parts is not None]
+        return [part for _, parts in changed for part in parts], [uri.rpartition("/")[2] for uri, _ in changed]
+
+
+def _grouped(replacing: pa.Table) -> Iterator[tuple[str, list[str]]]:
+    groups = replacing.group_by("replaces").aggregate([("key", "list")])
+    return zip(groups["replaces"].to_pylist(), groups["key_list"].to_pylist(), strict=True)
+
+
+def _origin(uri: str) -> str:
+    return tables.origin(uri.rpartition("/")[2])
+
+
+def _without(held: tuple[str, Sequence[str]]) -> list[tables.Part] | None:
+    uri, keys = held
+    return tables.rewrite_without(uri, pa.array(keys, pa.string()))
 
 
 def _download_shards(
-    table_uri: str,
-    pairs: Sequence[Pair],
-    config: DownloadConfig,
-    run: Run,
-    taken_down: frozenset[str],
-    progress: Progress,
-) -> list[tables.Part]:
-    if not pairs:
-        return []
-    num_cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
-    limit = config.tasks_in_flight or max(1, int(num_cpus))
-    heartbeats = Store(run.storage).uri("runs", run.id, "shards")
+    table_uri: str, plan: _Plan, config: DownloadConfig, context: StageContext, commits: _Commits
+) -> None:
+    lanes = _uncommitted(table_uri, plan)
+    num_left = sum(shard.rows for lane in lanes for shard in lane)
+    progress = context.progress(plan.rows, "images").start(plan.rows - num_left)
+    if not lanes:
+        return
+    run, taken_down = context.run, load_tombstones(context.store).sha256s
+    heartbeats = context.store.uri("runs", run.id, "shards")
 
     def heartbeat_uri(shard: Shard) -> str:
-        return f"{heartbeats}/{_part_name(shard, config)}.json"
+        return f"{heartbeats}/{shard.name}.json"
 
     def start(shard: Shard) -> ray.ObjectRef[tables.Part]:
         files.delete(heartbeat_uri(shard))
-        return _download_shard.remote(table_uri, shard, config, run, taken_down, heartbeat_uri(shard))
+        rows_uri = shard_uri(f"{context.folder}/plan", shard)
+        return _download_shard.remote(table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard))
+
+    def on_done(shard: Shard, part: tables.Part) -> None:
+        progress.update(shard.rows)
+        commits.add(part)
 
     try:
-        return run_in_lanes(
-            plan_shards(pairs, config),
-            limit,
+        run_in_lanes(
+            lanes,
+            _limit(config),
             start,
-            on_done=lambda shard: progress.update(len(shard)),
+            on_done,
             heartbeat=lambda shard: (
                 files.read_json(heartbeat_uri(shard)) if files.exists(heartbeat_uri(shard)) else None
             ),
             stall_seconds=config.stall_seconds,
         )
+    except StageError:
+        with contextlib.suppress(Exception):  # keep the original error
+            commits.commit()
+        raise
     finally:
         files.delete(heartbeats)
 
 
-def _part_name(pairs: Shard, config: DownloadConfig) -> str:
-    return fingerprint([pair["key"] for pair in pairs], config.attempt)[:32]
-
-
-@ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True)
+@ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True, scheduling_strategy="SPREAD")
 def _download_shard(
-    table_uri: str, pairs: Shard, config: DownloadConfig, run: Run, taken_down: frozenset[str], heartbeat_uri: str
+    table_uri: str,
+    name: str,
+    rows_uri: str,
+    config: DownloadConfig,
+    run: Run,
+    taken_down: frozenset[str],
+    heartbeat_uri: str,
 ) -> tables.Part:
-    """Return the part that an earlier attempt wrote for this shard, or fetch the shard and write it."""
-    name = _part_name(pairs, config)
+    """Return the part that an earlier attempt wrote for this shard, or fetch its rows and write it."""
     part = tables.find_part(table_uri, name)
     if part is None:
+        pairs = tables.read_file(rows_uri).to_pylist()
         table = fetch_pairs(pairs, config, taken_down, _heartbeat(heartbeat_uri, config.stall_seconds / 10))
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
@@ -316,7 +493,7 @@ def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:
 
 
 def fetch_pairs(
-    pairs: Shard,
+    pairs: Sequence[Pair],
     config: DownloadConfig,
     taken_down: frozenset[str] = frozenset(),
     beat: Callable[[int], None] = lambda _: None,

@@ -5,19 +5,22 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import ray
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tasks import tables
-from tasks.snapshots import kept_keys
+from tasks import ranges, rows, tables
+from tasks.dataflow import exchange
+from tasks.places import KeptRows, blocks, open_block, write_places
+from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import files
 from unclip.config import fingerprint, require
@@ -39,6 +42,12 @@ SCHEMA = pa.schema(
 padded with zeros to its context length."""
 
 BATCHES_AHEAD = 2  # decoded while one batch is computed
+DEATHS_PER_ACTOR = 3
+"""Deaths of actors, for each actor, after which the stage fails unless a shard is done in between."""
+FILES_AT_ONCE = 64
+"""Files whose keys one task reads."""
+COMMIT_SECONDS = 30.0
+"""Shards are committed about this often, so that a killed run loses little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,91 +56,179 @@ class EmbedConfig:
     """Pairs in one forward pass; the last batch is padded to this size, so that every pair is computed in the same way."""
     precision: Precision = "fp32"
     """Arithmetic of the forward pass."""
-    shard_size: int = 2000
-    """Pairs in one Parquet file, the unit that is repeated after a crash."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
 
 
-@stage("embed", version=2, has_workers=True)
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Rows of one file of the images table."""
+
+    uri: str
+    rows: np.ndarray
+    """[N] int32, ascending row numbers in the file."""
+
+
+@stage("embed", version=3, has_workers=True)
 def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Artifact) -> Output:
-    """Embed the kept pairs that have no embedding by this CLIP yet."""
-    table = context.store.uri("embeddings", fingerprint(clip.digest, config.precision)[:16])
-    keys = kept_keys(dedup.uri)
-    images = tuple(tables.files(dedup.facts["images"], dedup.facts["images_version"]))
-    before = tables.version(table)
-    embedded_keys = set() if before is None else set(tables.read(table, before, ["key"]).column("key").to_pylist())
-    todo = [key for key in keys if key not in embedded_keys]
-    if todo:
-        _embed_rows(context, config, clip, images, todo, table)
-    version = tables.version(table)
-    if version is None:
-        raise InputError("embed: got 0 kept pairs, expected at least 1. Loosen the filters, or add URLs.")
+    """Embed the kept pairs that have no embedding by this CLIP yet.
 
-    rows = tables.read(table, version, columns=["key", "caption", "image_embedding", "clip_score"])
-    wanted = rows.filter(pa.compute.is_in(rows.column("key"), value_set=pa.array(keys, pa.string())))
-    if wanted.column("key").to_pylist() != keys:
-        raise StageError(
-            f"embed: {table} has {wanted.num_rows} rows for {len(keys)} kept pairs, or duplicates. Remove the table and rerun."
-        )
-    context.tracker.metrics({"pairs": len(keys), "embedded_now": len(todo)})
-    facts = {**dedup.facts, "selection": dedup.uri, "embedded_now": len(todo)}
-    facts |= {"embeddings": table, "embeddings_version": version}
-    return Output(table, fingerprint(dedup.digest, tables.content_digest(wanted)), facts)
+    Each file of embeddings has rows of one file of the images table, in its order; so every image file is read once, and
+    images and embeddings are later read side by side.
+    """
+    facts, name = dedup.facts, fingerprint(clip.digest, config.precision)[:16]
+    table = context.store.uri("embeddings", name)
+    num_kept = facts["rows"][rows.KEPT]
+    if not num_kept:
+        raise InputError("embed: got 0 kept pairs, expected at least 1. Loosen the filters, or add URLs.")
+    places, num_todo = facts["places"], num_kept
+    before = tables.version(table)
+    if before is not None:
+        places, num_todo = _write_missing(context, dedup, tables.files(table, before))
+    if num_todo:
+        _embed_rows(context, config, clip, facts, places, num_todo, table)
+    context.tracker.metrics({"pairs": num_kept, "embedded_now": num_todo})
+    facts = {**facts, "selection": dedup.uri, "embedded_now": num_todo}
+    facts |= {"embeddings": table, "embeddings_version": tables.version(table)}
+    # Rows and CLIP determine the embeddings.
+    return Output(table, fingerprint(dedup.digest, name), facts)
+
+
+def _write_missing(context: StageContext, dedup: Artifact, embedded: Sequence[str]) -> tuple[str, int]:
+    """Write the places of the kept rows without an embedding; returns the folder and their number."""
+    key_ranges = ranges.ranges(ranges.range_count(dedup.uri))
+    groups = [embedded[start : start + FILES_AT_ONCE] for start in range(0, len(embedded), FILES_AT_ONCE)]
+    keys, folder = f"{context.folder}/embedded", f"{context.folder}/missing"
+    count = len(key_ranges)
+    exchange(functools.partial(_split_keys, count), groups, count, functools.partial(_write_keys, keys, count))
+    kept = KeptRows(dedup.uri, *(dedup.facts[name] for name in ("images", "images_version", "index_version")))
+    missing = functools.partial(_missing_rows, kept, keys)
+    num_missing = write_places(folder, key_ranges, missing, kept.num_files(), dedup.facts["rows"][rows.KEPT])
+    files.delete(keys)
+    return folder, num_missing
+
+
+def _split_keys(count: int, uris: Sequence[str]) -> list[pa.Table]:
+    return ranges.split_by_key(pa.concat_tables(tables.read_file(uri, ["key"]) for uri in uris), count)
+
+
+def _write_keys(folder: str, count: int, output: int, pieces: list[pa.Table]) -> None:
+    none = pa.table({"key": pa.array([], pa.string())})  # a takedown may have emptied the table
+    ranges.write_range(folder, KeyRange(output, count), pa.concat_tables([none, *pieces]).sort_by("key"))
+
+
+def _missing_rows(kept: KeptRows, keys: str, key_range: KeyRange) -> pa.Table:
+    found = kept.read(key_range)
+    embedded = ranges.read_range(keys, key_range)["key"].combine_chunks()
+    return found.filter(pc.invert(pc.is_in(found["key"], value_set=embedded)))
+
+
+def _shards(facts: Mapping[str, Any], places: str) -> Iterator[Shard]:
+    """Yield the rows to embed, file by file of the images table."""
+    uris = tables.files(facts["images"], facts["images_version"])
+    for block in blocks(places):
+        listed = open_block(places, block)
+        file, row = (listed[name].to_numpy() for name in ("images_file", "images_row"))
+        for rows_of_file in np.split(np.arange(len(file)), np.flatnonzero(np.diff(file)) + 1):
+            if len(rows_of_file):
+                yield Shard(uris[file[rows_of_file[0]]], row[rows_of_file])
 
 
 def _embed_rows(
     context: StageContext,
     config: EmbedConfig,
     clip: Artifact,
-    images: Sequence[str],
-    keys: Sequence[str],
+    facts: Mapping[str, Any],
+    places: str,
+    num_rows: int,
     table: str,
 ) -> None:
-    """Embed in actors, shard by shard, and commit all shards at once; reuse the finished shards of an earlier attempt."""
+    """Embed in actors, shard by shard, and commit shards as they are done; reuse the finished shards of an earlier attempt."""
     resources = context.resources
-    shards = [list(keys[start : start + config.shard_size]) for start in range(0, len(keys), config.shard_size)]
-    num_actors = max(1, min(resources.num_workers, len(shards)))
-    actor_options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
-    actors = [
-        Embedder.options(**actor_options, max_task_retries=3).remote(  # type: ignore[attr-defined]
-            clip, config, images, table, resources.cpus_per_worker
-        )
-        for _ in range(num_actors)
-    ]
-    parts = []
-    progress = context.progress(len(keys), "pairs").start()
-    for part in ray.util.ActorPool(actors).map(lambda actor, shard: actor.embed.remote(shard), shards):
+    num_actors = max(1, min(resources.num_workers, len(tables.files(facts["images"], facts["images_version"]))))
+    embedder = Embedder.options(  # type: ignore[attr-defined]
+        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, scheduling_strategy="SPREAD"
+    )
+    start = functools.partial(embedder.remote, clip, config, table, resources.cpus_per_worker)
+    progress = context.progress(num_rows, "pairs").start()
+    parts: list[tables.Part] = []
+    committed_at = time.monotonic()
+    for part in embed_shards(start, num_actors, _shards(facts, places)):
         parts.append(part)
         progress.update(part.rows)
+        if time.monotonic() - committed_at > COMMIT_SECONDS:
+            tables.append_files(table, parts, SCHEMA)
+            parts, committed_at = [], time.monotonic()
     tables.append_files(table, parts, SCHEMA)
+
+
+def embed_shards(start: Callable[[], Any], num_actors: int, shards: Iterator[Shard]) -> Iterator[tables.Part]:
+    """Embed shards in actors; yield their parts in the order in which they are done.
+
+    Ray's own pool and restarts would leave a shard with an actor that no node has room for, such as one of a lost node. Here
+    an actor gets shards only once it runs, and the shard of an actor that died goes to the next one that is free.
+
+    Args:
+        start: starts one `Embedder`.
+
+    Raises:
+        RayActorError: an actor could not be created, or actors keep dying.
+    """
+    starting: dict[Any, Any] = {}
+    running: dict[Any, tuple[Any, Shard]] = {}
+    idle: list[Any] = []
+    again: list[Shard] = []
+    num_deaths = 0
+    for _ in range(num_actors):
+        actor = start()
+        starting[actor.__ray_ready__.remote()] = actor
+    while True:
+        while idle and (shard := again.pop() if again else next(shards, None)) is not None:
+            actor = idle.pop()
+            running[actor.embed.remote(shard)] = actor, shard
+        if idle and not running:
+            return
+        [done], _ = ray.wait([*starting, *running], num_returns=1)
+        actor, *given = running.pop(done) if done in running else (starting.pop(done),)
+        try:
+            result = ray.get(done)
+        except ray.exceptions.RayActorError as error:
+            num_deaths += 1
+            if error.actor_init_failed or num_deaths > DEATHS_PER_ACTOR * num_actors:
+                raise
+            again += given
+            actor = start()
+            starting[actor.__ray_ready__.remote()] = actor
+            continue
+        idle.append(actor)
+        if given:
+            num_deaths = 0
+            yield result
 
 
 @ray.remote
 class Embedder:
     """Holds one CLIP; embeds one shard per call."""
 
-    def __init__(
-        self, clip: Artifact, config: EmbedConfig, images: Sequence[str], table: str, num_threads: int
-    ) -> None:
+    def __init__(self, clip: Artifact, config: EmbedConfig, table: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = Clip.load(clip.facts["model"], clip.facts["pretrained"]).to(self.device)
         self.preprocess = Preprocess(self.clip.preprocess)
-        self.config, self.images, self.table, self.num_threads = config, images, table, num_threads
+        self.config, self.table, self.num_threads = config, table, num_threads
 
-    def embed(self, keys: list[str]) -> Any:
-        """Write one part file with a row for each key, in order; returns its description."""
-        rows = self._read(keys)
+    def embed(self, shard: Shard) -> Any:
+        """Write one part file with a row for each row of the shard, in order; returns its description."""
+        rows = read_shard(shard)
+        keys = [row["key"] for row in rows]
         size = self.config.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         pairs = zip(batches, self._decode_ahead(batches), strict=True)
         embedded = [self._embed_batch(batch, images) for batch, images in pairs]
         image_array, text_array, tokens = (np.concatenate(arrays) for arrays in zip(*embedded, strict=True))
-        if not len(rows) == len(image_array) == len(text_array) or [row["key"] for row in rows] != keys:
-            raise StageError(f"embed: got {len(image_array)} embeddings for {len(keys)} pairs; nothing was written.")
+        if not len(rows) == len(image_array) == len(text_array) == len(shard.rows):
+            raise StageError(f"embed: got {len(image_array)} embeddings for {len(rows)} pairs; nothing was written.")
         part = pa.table(
             {
                 "key": keys,
@@ -143,7 +240,9 @@ class Embedder:
             },
             schema=SCHEMA,
         )
-        return tables.write_part(self.table, fingerprint(keys, self.config.precision), part)
+        # Named after the image file, so that both tables list their files in the same order.
+        image_file = shard.uri.rpartition("/")[2].removesuffix(".parquet")
+        return tables.write_part(self.table, f"{image_file}-{fingerprint(keys, self.config.precision)[:16]}", part)
 
     def _decode_ahead(self, batches: Sequence[list[dict[str, Any]]]) -> Iterator[list[np.ndarray]]:
         """Images of each batch, decoded in threads while earlier batches are computed."""
@@ -168,12 +267,18 @@ class Embedder:
             text_embedding = self.clip.encode_text(tokens.to(self.device)).text_embedding
         return tuple(tensor[:count].cpu().numpy() for tensor in (image_embedding, text_embedding, tokens.int()))
 
-    def _read(self, keys: list[str]) -> list[dict[str, Any]]:
-        found = {row["key"]: row for row in _read_rows(self.images, keys)}
-        missing = [key for key in keys if key not in found]
-        if missing:
-            raise StageError(f"embed: {len(missing)} images are missing from the images table, such as {missing[0]}.")
-        return [found[key] for key in keys]
+
+def read_shard(shard: Shard) -> list[dict[str, Any]]:
+    """Key, caption and jpg of the rows of a shard.
+
+    Raises:
+        StageError: a row has no image.
+    """
+    table = tables.read_rows(shard.uri, shard.rows.tolist(), ["key", "caption", "jpg"])
+    if table["jpg"].null_count:
+        missing = table["key"].filter(pc.is_null(table["jpg"]))
+        raise StageError(f"embed: {len(missing)} rows of {shard.uri} have no image, such as {missing[0]}.")
+    return list(table.to_pylist())
 
 
 class Preprocess:
@@ -214,16 +319,3 @@ class Preprocess:
             for values in ([255.0], self._normalize.mean, self._normalize.std)
         )
         return pixels.div_(maximum).sub_(mean).div_(std)
-
-
-def _read_rows(uris: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Key, caption and jpg of the given keys, from the files that hold them."""
-    key = pa.compute.field("key")
-    # The bounds let the reader skip row groups by their statistics; with `isin` alone it reads every image.
-    wanted = (key >= min(keys)) & (key <= max(keys)) & key.isin(pa.array(keys))
-    for uri in uris:
-        filesystem, path = files.locate(uri)
-        read = functools.partial(
-            pq.read_table, path, columns=["key", "caption", "jpg"], filesystem=filesystem, filters=wanted
-        )
-        yield from files.with_retries(uri, read).to_pylist()

@@ -1,28 +1,33 @@
-"""Stage `evaluate`: sample images of held-out captions with the whole system, and measure them."""
+"""Stage `evaluate`: sample images of held-out captions with the whole system, and measure them.
+
+Workers sample and measure; they return features, and pixels only of the images in the grid. Memory therefore grows by some
+kilobytes with each image, at any resolution.
+
+Letters: B images of a batch, G of them in the grid, S resolution, M held-out rows, E width of embeddings.
+"""
 
 import dataclasses
 import io
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 
-from tasks import tables
+from tasks.places import read_vectors
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip import files, imaging
 from unclip.config import fingerprint, require, to_dict
-from unclip.data import RowReader
 from unclip.evaluation import metrics, scenes
-from unclip.evaluation.metrics import METRICS, Sampled
+from unclip.evaluation.metrics import METRICS, Features, Sampled
 from unclip.models.clip import Clip
 from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
-from unclip.training.batches import stack_rows
-
-MAX_REFERENCE = 10_000
-"""Held-out images that samples are compared with, so that memory does not grow with the dataset."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
         require(self.num_unseen >= 0, "num_unseen", self.num_unseen, "at least 0")
+        require(self.num_images >= 1, "num_images", self.num_images, "at least 1")
 
 
 def _pin(config: Any, pinning: Pinning) -> Any:
@@ -51,11 +57,11 @@ def _pin(config: Any, pinning: Pinning) -> Any:
     return dataclasses.replace(config, system=system)
 
 
-@stage("evaluate", version=2, has_workers=True, pin=_pin)
+@stage("evaluate", version=3, has_workers=True, pin=_pin)
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)
-    groups = {"heldout": list(heldout_keys(snapshot))[: config.num_captions]}
+    groups = {"heldout": heldout_pairs(snapshot)["caption"].to_pylist()[: config.num_captions]}
     if config.num_unseen:
         groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
     stack = stack_files(config.system, parts, snapshot.statistics, to_dict(config.sampling))
@@ -63,23 +69,16 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
 
     facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "metrics": {}, "captions": {}, "images": {}}
     digests = []
-    for group, sampled in _sample_all(context, config, groups, clip, stack, reference).items():
-        values = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
-        facts["captions"][group] = len(sampled.captions)
+    for group, measured in _sample_all(context, config, groups, clip, stack).items():
+        values, images = summarise(group, groups[group], measured, reference)
+        facts["captions"][group] = len(groups[group])
         facts["metrics"][group] = values
         facts["clip_score"][group] = values["clip_score"]
         accuracy = {name.removeprefix("accuracy."): values[name] for name in values if name.startswith("accuracy.")}
-        marks = None
-        scores = metrics.score_scenes(sampled.images, sampled.captions)
-        if scores is not None:
+        if accuracy:
             facts["accuracy"][group] = accuracy
-            marks = scores.all_correct()[: config.num_images]
-            name = f"confusion_{group}"
-            facts["images"][name] = _publish(context, f"{name}.png", confusion_matrices(scores))
-        shown, captions = sampled.images[: config.num_images], sampled.captions[: config.num_images]
-        grid = imaging.png(imaging.grid(shown, columns=8, captions=captions, marks=marks))
-        facts["images"][group] = _publish(context, f"{group}.png", grid)
-        digests.append(files.sha256(imaging.to_uint8(sampled.images).tobytes()))
+        facts["images"] |= {name: _publish(context, f"{name}.png", data) for name, data in images.items()}
+        digests.append(measured.digests)
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
     facts["stack"] = stack.facts()
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
@@ -93,28 +92,26 @@ def stack_files(system: str, parts: Sequence[Artifact], statistics: str, samplin
 
 
 def _heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
-    """Image embeddings [M, E] of the held-out rows, at most `MAX_REFERENCE` of them."""
-    keys = snapshot.keys("holdout")[:MAX_REFERENCE]  # keys are hashes, so the first rows are a random sample
-    if not keys:
+    """Image embeddings [M, E] of the held-out rows, at most `MAX_HELDOUT` of them."""
+    rows = snapshot.heldout_rows()
+    rows = rows.filter(pc.equal(rows["split"], "holdout"))
+    if not rows.num_rows:
         return torch.empty(0, len(snapshot.load_statistics().mean))
-    return stack_rows(
-        RowReader((snapshot.source("embeddings", "image_embedding"),), keys).read(keys)["image_embedding"]
-    )
+    source = snapshot.source("embeddings", "image_embedding")
+    return torch.from_numpy(read_vectors(rows, source.uris, "image_embedding"))
 
 
-def heldout_keys(snapshot: Snapshot) -> dict[str, str]:
-    """Distinct captions of held-out pairs that no training pair has, each with the key of its first pair, in order of keys.
+def heldout_pairs(snapshot: Snapshot) -> pa.Table:
+    """Held-out pairs with different captions that no training pair has, each the first with its caption, in order of keys.
 
-    Without such captions, returns all captions of held-out pairs; without held-out pairs, all captions.
+    Without such captions, returns the pairs of all captions of held-out pairs; without held-out pairs, training pairs. Chooses
+    among the rows of `Snapshot.heldout_rows` and has their columns.
     """
-    table = tables.read(snapshot.embeddings, snapshot.embeddings_version, columns=["key", "caption"])
-    captions = dict(zip(table.column("key").to_pylist(), table.column("caption").to_pylist(), strict=True))
-    trained_on = {captions[key] for key in snapshot.keys("train")}
-    heldout: dict[str, str] = {}
-    for key in snapshot.keys("holdout"):
-        heldout.setdefault(captions[key], key)
-    fresh = {caption: key for caption, key in heldout.items() if caption not in trained_on}
-    return fresh or heldout or {caption: key for key, caption in captions.items()}
+    rows = snapshot.heldout_rows()
+    first = pa.array(np.sort(np.unique(rows["caption"].to_numpy().astype(str), return_index=True)[1]))
+    pairs = rows.take(first)
+    fresh = pairs.filter(pc.invert(pairs["is_trained_on"]))
+    return fresh if fresh.num_rows else pairs
 
 
 def unseen_captions(count: int, seed: int) -> list[str]:
@@ -126,19 +123,63 @@ def unseen_captions(count: int, seed: int) -> list[str]:
     return captions
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Sampled images, measured: those of one batch, or of a group."""
+
+    features: Features
+    digests: list[str]
+    """sha256 of the images of each batch, as [B, S, S, 3] uint8."""
+    shown: np.ndarray
+    """[G, S, S, 3] uint8, the first images, for the grid; G may be 0."""
+
+
+def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int) -> Measured:
+    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, and keep its first `num_shown` images."""
+    pixels = imaging.to_uint8(images)
+    features = metrics.extract_features(clip, images, captions)
+    return Measured(features, [files.sha256(pixels.tobytes())], pixels[:num_shown].copy())
+
+
+def merge(batches: Iterable[Measured], count: int) -> Measured:
+    """Join the batches of a group of `count` images, in their order, as they come."""
+    digests: list[str] = []
+    shown: list[np.ndarray] = []
+
+    def features() -> Iterator[Features]:
+        for batch in batches:
+            digests.extend(batch.digests)
+            shown.append(batch.shown)
+            yield batch.features
+
+    joined = metrics.concatenate(features(), count)
+    return Measured(joined, digests, np.concatenate(shown))
+
+
+def summarise(
+    group: str, captions: Sequence[str], measured: Measured, reference: torch.Tensor
+) -> tuple[dict[str, float], dict[str, bytes]]:
+    """Compute the metrics of a group; also its images as PNGs, by name."""
+    sampled = Sampled(captions, measured.features, reference)
+    values = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
+    images: dict[str, bytes] = {}
+    marks = None
+    if measured.features.scenes is not None:
+        marks = measured.features.scenes.all_correct()
+        images[f"confusion_{group}"] = confusion_matrices(measured.features.scenes)
+    shown = imaging.from_uint8(measured.shown)
+    images[group] = imaging.png(imaging.grid(shown, columns=8, captions=captions[: len(shown)], marks=marks))
+    return values, images
+
+
 def _sample_all(
-    context: StageContext,
-    config: Any,
-    groups: dict[str, list[str]],
-    clip: Artifact,
-    stack: StackFiles,
-    reference: torch.Tensor,
-) -> dict[str, Sampled]:
-    """Images of each group and their embeddings; batches are distributed over the workers."""
+    context: StageContext, config: Any, groups: Mapping[str, list[str]], clip: Artifact, stack: StackFiles
+) -> dict[str, Measured]:
+    """Sample and measure each group; batches are distributed over the workers, one at a time to each."""
     resources, size = context.resources, config.sampling.batch_size
     batches = [
-        (group, number, captions[start : start + size])
-        for group, captions in groups.items()
+        (number, captions[start : start + size], max(0, config.num_images - start))
+        for captions in groups.values()
         for number, start in enumerate(range(0, len(captions), size))
     ]
     measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
@@ -149,19 +190,15 @@ def _sample_all(
         )
         for _ in range(min(resources.num_workers, len(batches)))
     ]
-    found: dict[str, list[tuple[np.ndarray, ...]]] = {group: [] for group in groups}
     progress = context.progress(sum(map(len, groups.values())), "images").start()
-    done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.sample.remote(*batch[1:]), batches)
-    for (group, _, captions), arrays in zip(batches, done, strict=True):
-        found[group].append(arrays)
-        progress.update(len(captions))
-    return {
-        group: Sampled(pixels, groups[group], image_embedding, text_embedding, reference)
-        for group, parts in found.items()
-        for pixels, image_embedding, text_embedding in [
-            [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)]
-        ]
-    }
+    done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.sample.remote(*batch), batches)
+
+    def next_batches(count: int) -> Iterator[Measured]:
+        for measured in itertools.islice(done, math.ceil(count / size)):
+            progress.update(len(measured.features.image_embedding))
+            yield measured
+
+    return {group: merge(next_batches(len(captions)), len(captions)) for group, captions in groups.items()}
 
 
 @ray.remote(max_task_retries=3)
@@ -175,16 +212,10 @@ class SamplingWorker:
         self.clip = measuring_clip.load().to(device)
         self.seed = seed
 
-    def sample(self, number: int, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Batch `number` of a group: images [B, 3, H, W] in [-1, 1], and embeddings [B, E] of the images and of the captions."""
-        pixels = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
-        return pixels.numpy(), *_embeddings(self.clip, pixels.to(self.system.device), captions)
-
-
-def _embeddings(clip: Clip, pixels: torch.Tensor, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    image_embedding = clip.embed_images(clip.resize(pixels))
-    text_embedding = clip.encode_text(clip.tokenize(captions).to(pixels.device)).text_embedding
-    return image_embedding.cpu().numpy(), text_embedding.cpu().numpy()
+    def sample(self, number: int, captions: list[str], num_shown: int) -> Measured:
+        """Sample and measure batch `number` of a group, and keep its first `num_shown` images."""
+        images = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
+        return measure_batch(self.clip, images.to(self.system.device), captions, num_shown)
 
 
 def _publish(context: StageContext, name: str, data: bytes) -> str:
@@ -199,9 +230,9 @@ def confusion_matrices(scores: metrics.SceneScores) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
-    plots = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "size": scenes.SIZES}
-    for axes, (attribute, labels) in zip(figure.subplots(1, len(plots)), plots.items(), strict=True):
-        counts = scores.confusion(attribute, labels)
+    plots = figure.subplots(1, len(metrics.LABELS))
+    for axes, (attribute, labels) in zip(plots, metrics.LABELS.items(), strict=True):
+        counts = scores.confusion(attribute)
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.set_xticks(range(len(labels) + 1), [*labels, "other"], rotation=45, ha="right")

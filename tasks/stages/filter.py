@@ -9,6 +9,7 @@ import functools
 import hashlib
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks import rows, tables
+from tasks import ranges, rows, tables
+from tasks.dataflow import exchange, run_all
+from tasks.index import index_files, read_index
+from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.untrusted import domains
 from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
@@ -95,28 +99,45 @@ def _pin(config: FilterConfig, _: Pinning) -> FilterConfig:
     return dataclasses.replace(config, digest=check_settings(config))
 
 
-@stage("filter", version=2, pin=_pin)
+@stage("filter", version=3, pin=_pin)
 def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:
     """Drop pairs with an unsuitable image size or caption, and pairs on a block list."""
     if config.digest and check_settings(config) != config.digest:
         raise InputError("filter: a block list has changed since this run was planned. Run the same command again.")
-    facts = download.facts
-    pairs = tables.read_file(facts["pairs"])
-    columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash"]
-    images = tables.read(facts["images"], facts["images_version"], columns)
-    selection = apply_filters(pairs, images, config)
-    counts = rows.count(selection)
+    facts, key_ranges = download.facts, ranges.ranges(ranges.range_count(download.facts["pairs"]))
+    boilerplate = _write_boilerplate(facts["pairs"], key_ranges, f"{context.folder}/boilerplate", config)
+    index = index_files(facts["images"], facts["index_version"])
+    folder = f"{context.folder}/selection"
+    apply = functools.partial(_filter_range, facts["pairs"], index, boilerplate, folder, config)
+    found = run_all(apply, key_ranges)
+    if boilerplate is not None:
+        files.delete(boilerplate)
+    counts = rows.add_counts(counts for counts, _ in found)
     if not counts["rows"][rows.KEPT]:
         raise InputError(
-            f"filter: none of {selection.num_rows:,} rows is kept ({rows.top_reasons(counts)}). "
+            f"filter: none of {counts['rows']['in']:,} rows is kept ({rows.top_reasons(counts)}). "
             f"Check the list of URLs, or loosen the settings of [filter]."
         )
-    uri = f"{context.folder}/selection.parquet"
-    tables.write_file(uri, selection)
     context.tracker.metrics(counts["rows"])
-    digest = fingerprint(tables.content_digest(selection.drop_columns("position")), download.digest)
-    passed_on = {name: facts[name] for name in facts if name.startswith("images") or name == "pairs"}
-    return Output(uri, digest, {**counts, **passed_on})
+    digest = fingerprint(tables.hex_digest(*(digest for _, digest in found)), download.digest)
+    passed_on = {name: facts[name] for name in facts if name.startswith(("images", "index")) or name == "pairs"}
+    return Output(folder, digest, {**counts, **passed_on})
+
+
+def _filter_range(
+    pairs: str, index: Sequence[str], boilerplate: str | None, folder: str, config: FilterConfig, key_range: KeyRange
+) -> tuple[dict[str, Any], int]:
+    """Write the selection of one range; returns its counts and digest."""
+    columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash"]
+    repeated = (
+        None
+        if boilerplate is None
+        else tables.read_file(ranges.range_uri(boilerplate, key_range))["caption"].combine_chunks()
+    )
+    images = read_index(index, key_range, columns)
+    selection = apply_filters(ranges.read_range(pairs, key_range), images, config, repeated)
+    ranges.write_range(folder, key_range, selection)
+    return rows.count(selection), tables.rows_digest(selection.drop_columns("position"))
 
 
 def check_settings(config: FilterConfig) -> str | None:
@@ -141,15 +162,21 @@ def check_settings(config: FilterConfig) -> str | None:
     return digest.hexdigest() if any_list else None
 
 
-def apply_filters(pairs: pa.Table, images: pa.Table, config: FilterConfig) -> pa.Table:
+def apply_filters(
+    pairs: pa.Table, images: pa.Table, config: FilterConfig, boilerplate: pa.Array | None = None
+) -> pa.Table:
     """Apply the filters; returns key, position, status, reason for every row of the list, sorted by key, then position.
 
     Args:
         pairs: output of ingest: key, position, url, caption, status, reason, expected_sha256.
         images: output of download: key, status, reason, original_width, original_height, sha256, phash.
+        boilerplate: captions that too many rows share, according to `bare_captions`; None if the settings do not limit them.
     """
     found = images.rename_columns({"status": "image_status", "reason": "image_reason"})
-    table = pairs.append_column("repeats", _count_repeats(pairs, config)).join(found, "key", join_type="left outer")
+    repeated = pa.nulls(pairs.num_rows, pa.bool_())
+    if boilerplate is not None:
+        repeated = pc.is_in(bare_captions(pairs["caption"]), value_set=boilerplate)
+    table = pairs.append_column("is_boilerplate", repeated).join(found, "key", join_type="left outer")
     table = table.sort_by([("key", "ascending"), ("position", "ascending")])
     not_fetched = pc.and_(pc.equal(table["status"], rows.KEPT), pc.not_equal(table["image_status"], "ok"))
     not_fetched = pc.fill_null(not_fetched, False)
@@ -202,9 +229,7 @@ def _too_many_characters(table: pa.Table, config: FilterConfig) -> Any:
 
 
 def _boilerplate(table: pa.Table, config: FilterConfig) -> Any:
-    if config.max_caption_repeats is None:
-        return None
-    return pc.greater(table["repeats"], config.max_caption_repeats)
+    return None if config.max_caption_repeats is None else table["is_boilerplate"]
 
 
 def _blocked_word(table: pa.Table, config: FilterConfig) -> Any:
@@ -279,18 +304,65 @@ def _words(captions: pa.ChunkedArray) -> pa.ListArray:
     return words.combine_chunks() if isinstance(words, pa.ChunkedArray) else words
 
 
-def _count_repeats(pairs: pa.Table, config: FilterConfig) -> pa.Array:
-    """For each row, the number of rows of the list with the same caption, ignoring case and digits.
+def bare_captions(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Captions in lower case, without digits and with single spaces."""
+    bare = pc.replace_substring_regex(pc.utf8_lower(captions), r"\pN+", "")
+    return pc.fill_null(pc.utf8_trim_whitespace(pc.replace_substring_regex(bare, r"\s+", " ")), "")
 
-    Counts all rows, kept or not, so that the count of a caption does not change when a link breaks.
+
+def _write_boilerplate(pairs: str, key_ranges: Sequence[KeyRange], folder: str, config: FilterConfig) -> str | None:
+    """Write for each key range its captions that more than `max_caption_repeats` rows of the whole list share.
+
+    Counts all rows, kept or not, so that the count of a caption does not change when a link breaks. Captions are counted
+    where they are and then by the hash of the caption; then each range gets its own frequent ones back.
     """
     if config.max_caption_repeats is None:
-        return pa.nulls(pairs.num_rows, pa.int64())
-    bare = pc.replace_substring_regex(pc.utf8_lower(pairs["caption"]), r"\pN+", "")
-    bare = pc.utf8_trim_whitespace(pc.replace_substring_regex(bare, r"\s+", " "))
-    encoded = bare.combine_chunks().dictionary_encode()
-    indices = pc.fill_null(encoded.indices, 0).to_numpy()
-    return pa.array(np.bincount(indices)[indices] if len(indices) else [], pa.int64())
+        return None
+    count = len(key_ranges)
+    totals, frequent = f"{folder}/totals", functools.partial(_write_frequent, folder, config.max_caption_repeats)
+    exchange(functools.partial(_captions_by_hash, pairs, count), key_ranges, count, frequent)
+    exchange(
+        functools.partial(_captions_by_range, totals, count),
+        list(range(count)),
+        count,
+        functools.partial(_write_own, folder, count),
+    )
+    return folder
+
+
+def frequent_captions(counted: pa.Table, max_repeats: int) -> pa.Array:
+    """Captions that more than `max_repeats` rows have, from a table of caption and rows."""
+    totals = counted.group_by("caption").aggregate([("rows", "sum")])
+    return totals.filter(pc.greater(totals["rows_sum"], max_repeats))["caption"].combine_chunks()
+
+
+def count_captions(captions: pa.ChunkedArray) -> pa.Table:
+    """Table of the distinct bare captions and the number of their rows."""
+    counts = bare_captions(captions).value_counts()
+    return pa.table({"caption": counts.field("values"), "rows": counts.field("counts")})
+
+
+def _captions_by_hash(pairs: str, count: int, key_range: KeyRange) -> list[pa.Table]:
+    table = count_captions(ranges.read_range(pairs, key_range, ["key", "caption"])["caption"])
+    texts = table["caption"].cast(pa.binary()).to_pylist()
+    hashes = np.fromiter((zlib.crc32(text) for text in texts), np.int64, len(texts))
+    table = table.append_column("range", pa.repeat(pa.scalar(key_range.index, pa.int32()), table.num_rows))
+    return ranges.split(table, hashes % count, count)
+
+
+def _write_frequent(folder: str, max_repeats: int, output: int, pieces: list[pa.Table]) -> None:
+    table = pa.concat_tables(pieces)
+    is_frequent = pc.is_in(table["caption"], value_set=frequent_captions(table, max_repeats))
+    tables.write_file(f"{folder}/totals/{output:05d}.parquet", table.filter(is_frequent).select(["caption", "range"]))
+
+
+def _captions_by_range(totals: str, count: int, number: int) -> list[pa.Table]:
+    table = tables.read_file(f"{totals}/{number:05d}.parquet")
+    return ranges.split(table, table["range"].to_numpy(), count)
+
+
+def _write_own(folder: str, count: int, output: int, pieces: list[pa.Table]) -> None:
+    ranges.write_range(folder, KeyRange(output, count), pa.concat_tables(pieces).select(["caption"]))
 
 
 @functools.cache

@@ -8,27 +8,38 @@ import contextlib
 import csv
 import dataclasses
 import fnmatch
+import functools
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import operator
 import re
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from tasks import rows, tables
+from tasks import dataflow, ranges, rows, tables
 from tasks.stage import Output, Pinning, StageContext, stage
-from tasks.tombstones import load_tombstones, refuse, tombstones_digest
+from tasks.tombstones import Tombstones, load_tombstones, refuse, tombstones_digest
 from tasks.untrusted import parquet_list
-from tasks.untrusted.normalise import REPLACEMENT, first_line, normalise_caption, normalise_sha256, normalise_url
+from tasks.untrusted.normalise import (
+    REPLACEMENT,
+    first_line,
+    map_texts,
+    normalise_caption,
+    normalise_captions,
+    normalise_sha256s,
+    normalise_urls,
+)
 from tasks.untrusted.parquet_list import MAX_COLUMNS, Claims, ListFault
 from unclip import files
 from unclip.config import nearest, require
@@ -59,19 +70,19 @@ PAIRS = pa.schema(
     }
 )
 
+LISTED = pa.schema({"url": pa.string(), "caption": pa.string(), "sha256": pa.string()})
+"""Rows of the list as they are read; missing values are empty strings."""
 
-_CHUNK_ROWS = 1 << 16
+SMALL_BYTES = 4 << 20
+"""Bytes of a list that the stage itself reads, and at least of each task: starting tasks would take longer than reading them."""
+
+_CHUNK_ROWS = 1 << 16  # rows that are cleaned at once
+_TASK_ROWS = 1 << 18  # rows that a task cleans
+_TASK_BYTES = 64 << 20
+_BLOCK_CHARACTERS = 1 << 19  # text that is read at once
 _JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
 
 T = TypeVar("T")
-
-
-class ListRow(NamedTuple):
-    """One row of the list; missing values are empty strings."""
-
-    url: str
-    caption: str
-    sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +148,94 @@ def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
     return dataclasses.replace(config, digest=check_source(config), tombstones=tombstones_digest(pinning.store))
 
 
-@stage("ingest", version=2, pin=_pin)
+@stage("ingest", version=3, pin=_pin)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
     if config.digest and check_source(config) != config.digest:
         raise InputError(
             f"ingest.urls: {config.urls} has changed since this run was planned. Run the same command again."
         )
-    pairs = refuse(clean(read(config)), load_tombstones(context.store))
-    facts = rows.count(pairs)
+    chunks, offsets, num_rows = _read_chunks(config)
+    count, folder = ranges.num_ranges(num_rows), f"{context.folder}/pairs"
+    split = functools.partial(_clean_and_split, offsets, count)
+    merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
+    written = dataflow.exchange(split, chunks, count, merge)
+    facts = rows.add_counts(facts for facts, _ in written)
     if not facts["rows"][rows.KEPT]:
         raise InputError(
-            f"ingest.urls: none of the {pairs.num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "
+            f"ingest.urls: none of the {num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "
             f"Check --set ingest.layout, ingest.url_column and ingest.caption_column."
         )
-    uri = f"{context.folder}/pairs.parquet"
-    tables.write_file(uri, pairs)
-    return Output(uri, tables.content_digest(pairs.drop_columns("position")), facts)
+    return Output(folder, tables.hex_digest(*(digest for _, digest in written)), facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Consecutive rows of the files that one task reads."""
+
+    task: int
+    """Number of the task, in order of its files."""
+    first_row: int
+    """Number of the first row among those of the task."""
+    listed: pa.Table
+    """Rows of the schema `LISTED`."""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.listed.num_rows)
+
+
+def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int]:
+    """Read the list, a small one in this process, a large one in tasks.
+
+    Returns:
+        Chunks or references of chunks; number of rows before those of each task; number of all rows.
+    """
+    sources = _sources(config.urls)
+    if sum(source.size for source in sources) <= SMALL_BYTES:
+        listed = pa.concat_tables([LISTED.empty_table(), *read(config)])
+        return [_Chunk(0, 0, listed)], [0], listed.num_rows
+    groups: list[list[_Source]] = []
+    for source in sources:
+        if not groups or sum(other.size for other in groups[-1]) >= SMALL_BYTES:
+            groups.append([])
+        groups[-1].append(source)
+    produced = dataflow.produce(functools.partial(_read_group, config), list(enumerate(groups)))
+    ends = np.cumsum([sum(num_rows for num_rows, _ in chunks) for chunks in produced]).tolist()
+    return [chunk for chunks in produced for _, chunk in chunks], [0, *ends[:-1]], ends[-1]
+
+
+def _read_group(config: IngestConfig, numbered: "tuple[int, list[_Source]]") -> Iterator[_Chunk]:
+    """Read some files of the list in large chunks, of which there are few enough to split each among all ranges."""
+    task, sources = numbered
+    first_row, num_rows, num_bytes = 0, 0, 0
+    parts: list[pa.Table] = []
+    for part in itertools.chain.from_iterable(_read_source(source, config) for source in sources):
+        parts.append(part)
+        num_rows, num_bytes = num_rows + part.num_rows, num_bytes + part.nbytes
+        if num_rows >= _TASK_ROWS or num_bytes >= _TASK_BYTES:
+            yield _Chunk(task, first_row, pa.concat_tables(parts))
+            first_row, num_rows, num_bytes, parts = first_row + num_rows, 0, 0, []
+    if parts:
+        yield _Chunk(task, first_row, pa.concat_tables(parts))
+
+
+def _clean_and_split(offsets: Sequence[int], count: int, chunk: _Chunk) -> list[pa.Table]:
+    """Clean the rows of a chunk and divide them among the ranges of keys.
+
+    Args:
+        offsets: number of rows of the list before those of each task.
+    """
+    return ranges.split_by_key(clean(chunk.listed, offsets[chunk.task] + chunk.first_row), count)
+
+
+def _write_range(
+    folder: str, count: int, tombstones: Tombstones, index: int, pieces: Sequence[pa.Table]
+) -> tuple[dict[str, Any], int]:
+    """Write the pairs of one range of keys; returns their counts and digest."""
+    pairs = refuse(drop_duplicates(pa.concat_tables([PAIRS.empty_table(), *pieces])), tombstones)
+    ranges.write_range(folder, ranges.KeyRange(index, count), pairs)
+    return rows.count(pairs), tables.rows_digest(pairs.drop_columns("position"))
 
 
 def check_source(config: IngestConfig) -> str:
@@ -177,8 +259,8 @@ def check_source(config: IngestConfig) -> str:
     return digest.hexdigest()
 
 
-def read(config: IngestConfig) -> Iterator[ListRow]:
-    """Read every row of the list, files in order of their names.
+def read(config: IngestConfig) -> Iterator[pa.Table]:
+    """Read the rows of the list in chunks of the schema `LISTED`, files in order of their names.
 
     Raises:
         InputError: a file is damaged; names the file, the line if possible, and the problem. A line of a CSV or TSV file with
@@ -189,17 +271,49 @@ def read(config: IngestConfig) -> Iterator[ListRow]:
         yield from _read_source(source, config)
 
 
-def clean(listed: Iterable[ListRow]) -> pa.Table:
-    """Normalise rows to `PAIRS`, sorted by key.
+def clean(listed: pa.Table, position: int = 0) -> pa.Table:
+    """Normalise rows of the list to `PAIRS`, in their order.
 
-    Of rows with the same key, the one with the smallest expected hash is kept, so that the order of the list does not matter.
-    Rows without a hash come last; of equal rows, the first in the list is kept. The kept row precedes its duplicates.
+    Args:
+        listed: rows of the schema `LISTED`.
+        position: row number of the first row in the list.
     """
-    numbered = enumerate(listed)
-    chunks = [PAIRS.empty_table()]
-    while chunk := [_clean_row(position, row) for position, row in itertools.islice(numbered, _CHUNK_ROWS)]:
-        columns = zip(zip(*chunk, strict=True), PAIRS, strict=True)
-        chunks.append(pa.table([pa.array(values, field.type) for values, field in columns], PAIRS))
+    chunks = []
+    for batch in listed.to_batches(_CHUNK_ROWS):
+        chunks.append(_clean_batch(batch, position))
+        position += batch.num_rows
+    return pa.concat_tables(chunks or [PAIRS.empty_table()])
+
+
+def _clean_batch(listed: pa.RecordBatch, position: int) -> pa.Table:
+    urls, captions = normalise_urls(listed["url"]), normalise_captions(listed["caption"])
+    is_bad = urls.is_null()
+    shown = pc.replace_with_mask(urls, is_bad, normalise_captions(listed["url"].filter(is_bad)))
+    sha256s = normalise_sha256s(listed["sha256"])
+    has_hash = pc.not_equal(
+        map_texts(str.strip, listed["sha256"], pc.or_(sha256s.is_valid(), pc.equal(listed["sha256"], ""))), ""
+    )
+    texts = pc.binary_join_element_wise(shown, captions, "\n").cast(pa.binary()).to_pylist()
+    keys = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
+    reasons: dict[str, pa.BooleanArray] = {
+        "no_url": pc.equal(shown, ""),
+        "bad_url": is_bad,
+        "bad_hash": pc.and_(sha256s.is_null(), has_hash),
+        "no_caption": pc.equal(captions, ""),
+    }  # the first that applies
+    reason = pc.case_when(pc.make_struct(*reasons.values()), *reasons)
+    is_dropped = pc.equal(reason, "no_caption")
+    status = pc.if_else(reason.is_null(), rows.KEPT, pc.if_else(is_dropped, rows.DROPPED, rows.FAILED))
+    positions = np.arange(position, position + listed.num_rows)
+    return pa.table([positions, keys, shown, captions, status, reason, sha256s], PAIRS)
+
+
+def drop_duplicates(pairs: pa.Table) -> pa.Table:
+    """Sort pairs by key and drop all but one of the usable rows of each key.
+
+    The one with the smallest expected hash is kept, so that the order of the list does not matter. Rows without a hash come
+    last; of equal rows, the first in the list is kept. The kept row precedes its duplicates.
+    """
     # "kept" sorts last among the statuses, so in descending order kept rows come first within a key.
     order = [
         ("key", "ascending"),
@@ -207,27 +321,7 @@ def clean(listed: Iterable[ListRow]) -> pa.Table:
         ("expected_sha256", "ascending"),
         ("position", "ascending"),
     ]
-    return _drop_duplicates(pa.concat_tables(chunks).sort_by(order))
-
-
-def _clean_row(position: int, row: ListRow) -> tuple[Any, ...]:
-    url, caption, sha256 = normalise_url(row.url), normalise_caption(row.caption), normalise_sha256(row.sha256)
-    shown = url or normalise_caption(row.url)
-    key = hashlib.sha256(f"{shown}\n{caption}".encode()).hexdigest()[:32]
-    outcome: tuple[str, str | None] = (rows.KEPT, None)
-    if not shown:
-        outcome = (rows.FAILED, "no_url")
-    elif url is None:
-        outcome = (rows.FAILED, "bad_url")
-    elif sha256 is None and row.sha256.strip():
-        outcome = (rows.FAILED, "bad_hash")
-    elif not caption:
-        outcome = (rows.DROPPED, "no_caption")
-    return position, key, shown, caption, *outcome, sha256
-
-
-def _drop_duplicates(table: pa.Table) -> pa.Table:
-    """Drop all but the first kept row of each key; the table is sorted by key, kept rows first."""
+    table = pairs.sort_by(order)
     if table.num_rows < 2:
         return table
     key = table.column("key")
@@ -311,7 +405,7 @@ def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pa
     return [info for _, info in sorted(found, key=lambda item: item[0])]
 
 
-def _read_source(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
+def _read_source(source: _Source, config: IngestConfig) -> Iterator[pa.Table]:
     """Read the rows of one file; check its columns first."""
     header = LAYOUTS[config.layout].header
     if header and source.format not in (".tsv", ".txt"):
@@ -321,67 +415,129 @@ def _read_source(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
         )
     with _readable(source):
         if source.format == ".parquet":
-            yield from _parquet_rows(source, config)
+            yield from _parquet_chunks(source, config)
         elif source.format == ".jsonl":
-            yield from _json_rows(source, config)
+            yield from _in_chunks(_json_rows, source, config)
         elif source.format == ".txt":
-            yield from _txt_rows(source, config)
+            yield from _in_chunks(_txt_rows, source, config)
         else:
-            yield from _csv_rows(source, config, header)
+            yield from _in_chunks(_csv_rows, source, config)
 
 
-def _csv_rows(source: _Source, config: IngestConfig, header: Sequence[str] | None) -> Iterator[ListRow]:
+class _Lines:
+    """Lines of a text file, read in blocks, so that the rows of a block can be processed together."""
+
+    def __init__(self, source: _Source) -> None:
+        self.num_blocks = 0
+        """Number of blocks that have been read."""
+        self._blocks = _within_allowance(source, _blocks(source), lambda lines: sum(map(len, lines)))
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self._counted())
+
+    def _counted(self) -> Iterator[list[str]]:
+        for lines in self._blocks:
+            self.num_blocks += 1
+            yield lines
+
+
+def _blocks(source: _Source) -> Iterator[list[str]]:
+    """Read a text file in blocks of lines with their line endings; invalid UTF-8 becomes U+FFFD."""
+    with source.open_stream() as stream:
+        binary = gzip.GzipFile(fileobj=stream) if source.is_gzip else stream
+        text = io.TextIOWrapper(binary, "utf-8-sig", errors="replace", newline="")
+        num_lines, rest, is_end = 0, "", False
+        while not is_end:
+            block = text.read(_BLOCK_CHARACTERS)
+            is_end = not block
+            lines = list(io.StringIO(rest + block, newline=""))
+            # A block may end within a line, or within its ending "\\r\\n".
+            rest = "" if is_end or lines[-1].endswith("\n") else lines.pop()
+            first = lines[0] if lines else rest
+            if len(first) > MAX_LINE_CHARACTERS:  # only the first line can have begun in an earlier block
+                raise _unreadable(source, f"line {num_lines + 1} has more than {MAX_LINE_CHARACTERS:,} characters")
+            if num_lines == 0 and first.startswith(REPLACEMENT * 2) and "\0" in first:
+                raise _unreadable(source, "got UTF-16, expected UTF-8")
+            num_lines += len(lines)
+            yield lines
+
+
+def _in_chunks(
+    read_rows: Callable[[_Source, _Lines, IngestConfig], Iterator[Sequence[str]]], source: _Source, config: IngestConfig
+) -> Iterator[pa.Table]:
+    """Yield the rows of a text file, those of each block together."""
+    lines, num_blocks, num_columns = _Lines(source), 1, len(config.columns)
+    texts: list[str] = []  # of all rows in one list: lists of rows would occupy the garbage collector
+    for row in read_rows(source, lines, config):
+        texts += row
+        if lines.num_blocks != num_blocks:
+            yield _listed(texts[index::num_columns] for index in range(num_columns))
+            texts, num_blocks = [], lines.num_blocks
+    if texts:
+        yield _listed(texts[index::num_columns] for index in range(num_columns))
+
+
+def _listed(columns: Iterable[Sequence[str] | pa.Array]) -> pa.Table:
+    """Convert columns, of which the hashes may be missing, to `LISTED`."""
+    arrays = [pa.array(column, pa.string()) for column in columns]
+    missing = [pa.repeat("", len(arrays[0]))] if len(arrays) < len(LISTED) else []
+    return pa.table([*arrays, *missing], LISTED)
+
+
+def _csv_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str]]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_CHARACTERS))  # a global setting of the process
+    header = LAYOUTS[config.layout].header
     delimiter = "," if source.format == ".csv" else "\t"
-    reader = csv.reader(_lines(source), delimiter=delimiter, quoting=csv.QUOTE_NONE if header else csv.QUOTE_MINIMAL)
+    reader = csv.reader(iter(lines), delimiter=delimiter, quoting=csv.QUOTE_NONE if header else csv.QUOTE_MINIMAL)
     records = filter(None, reader)  # blank lines
     try:
         names = header or next(records, None)
         if names is None:
             raise _unreadable(source, "it is empty, expected a header line with column names")
-        indices = _column_indices(source, names, config)
+        num_fields, wanted = len(names), operator.itemgetter(*_column_indices(source, names, config))
         for fields in records:
-            if len(fields) != len(names):
+            if len(fields) != num_fields:
                 raise _unreadable(
                     source,
-                    f"line {reader.line_num}: got {len(fields)} fields, expected {len(names)}",
+                    f"line {reader.line_num}: got {len(fields)} fields, expected {num_fields}",
                     "Quote fields that hold the separator or a quote, or write the list as .jsonl or .parquet.",
                 )
-            yield ListRow(*(fields[index] for index in indices))
+            yield wanted(fields)
     except csv.Error as error:
         raise _unreadable(source, f"line {reader.line_num}: {error}") from None
 
 
-def _txt_rows(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
+def _txt_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str]]:
     columns = config.columns
     _column_indices(source, [columns["url_column"], columns["caption_column"]], config)  # there is no sha256
-    for line in _lines(source):
+    for line in lines:
         if line.strip():
             url, _, caption = line.rstrip("\r\n").partition("\t")
-            yield ListRow(url, caption)
+            yield url, caption
 
 
-def _json_rows(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
-    records = _json_records(source)
+def _json_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str]]:
+    records = _json_records(source, lines)
     first = list(itertools.islice(records, _JSON_LINES_FOR_NAMES))
     names = list(dict.fromkeys(name for _, record in first for name in record))
     if first:
         _column_indices(source, names, config)
+    columns = list(config.columns.values())
     for number, record in itertools.chain(first, records):
         values = []
-        for name in config.columns.values():
+        for name in columns:
             value = record.get(name)
             if not (value is None or isinstance(value, str)):
                 got = type(value).__name__
                 raise _unreadable(source, f"line {number}: {_shown(name)}: got {got}, expected a string or null")
             # JSON can escape lone surrogates, which are not valid text.
             values.append((value or "").encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
-        yield ListRow(*values)
+        yield values
 
 
-def _json_records(source: _Source) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_records(source: _Source, lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and parsed objects."""
-    for number, line in enumerate(_lines(source), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -393,38 +549,22 @@ def _json_records(source: _Source) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
-def _lines(source: _Source) -> Iterator[str]:
-    """Lines with their line endings; invalid UTF-8 becomes U+FFFD."""
-
-    def read_lines() -> Iterator[str]:
-        with source.open_stream() as stream:
-            binary = gzip.GzipFile(fileobj=stream) if source.is_gzip else stream
-            text = io.TextIOWrapper(binary, "utf-8-sig", errors="replace", newline="")
-            for number in itertools.count(1):
-                line = text.readline(MAX_LINE_CHARACTERS + 1)
-                if len(line) > MAX_LINE_CHARACTERS:
-                    raise _unreadable(source, f"line {number} has more than {MAX_LINE_CHARACTERS:,} characters")
-                if number == 1 and line.startswith(REPLACEMENT * 2) and "\0" in line:
-                    raise _unreadable(source, "got UTF-16, expected UTF-8")
-                if not line:
-                    return
-                yield line
-
-    return _within_allowance(source, read_lines(), len)
-
-
-def _parquet_rows(source: _Source, config: IngestConfig) -> Iterator[ListRow]:
+def _parquet_chunks(source: _Source, config: IngestConfig) -> Iterator[pa.Table]:
     """Read a Parquet file in a child process (`tasks.untrusted.parquet_list`), since a damaged file may crash its reader."""
     with _on_disk(source) as path, parquet_list.opened(path, list(config.columns.values())) as opened:
         _check_columns(source, opened.claims, config)
         _check_claims(source, opened.claims)
-        listed = (row for batch in opened.batches() for row in map(ListRow, *batch))
         num_rows = 0
-        for row in _within_allowance(source, listed, lambda row: 1 + sum(map(len, row))):
-            num_rows += 1
-            yield row
+        for batch in _within_allowance(source, opened.batches(), _num_characters):
+            num_rows += batch.num_rows
+            yield _listed(column.cast(pa.string()) for column in batch.columns)
     if num_rows != opened.claims.num_rows:
         raise _unreadable(source, f"got {num_rows:,} rows, its footer claims {opened.claims.num_rows:,}")
+
+
+def _num_characters(batch: pa.RecordBatch) -> int:
+    """Number of characters of the texts, and one per row."""
+    return sum((pc.sum(pc.utf8_length(column)).as_py() or 0 for column in batch.columns), int(batch.num_rows))
 
 
 @contextlib.contextmanager

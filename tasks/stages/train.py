@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Stage, StageContext
 from tasks.tracking import PREVIEW_KEYS
 from tasks.training import Training, pin_trainer, run_training
 from unclip import files
-from unclip.data import Batch, RowReader, Source
+from unclip.data import Batch, Places, RowReader, Source
 from unclip.models.clip import Clip
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.systems.part import Part
@@ -52,9 +55,9 @@ def build_training(part: Part[Any], config: Any, snapshot: Snapshot, *needed: Ar
     return Training(
         build=lambda workers: part.objective(config, SnapshotInputs(workers, snapshot, sources, artifacts)),
         sources=sources,
-        keys=lambda: snapshot.keys("train"),
+        places=lambda: snapshot.open_places("train"),
         config=config.trainer,
-        validation_keys=lambda: snapshot.keys("holdout"),
+        validation_places=lambda: snapshot.open_places("holdout"),
     )
 
 
@@ -80,13 +83,13 @@ class SnapshotInputs:
     def principal_components(self) -> PrincipalComponents:
         return self.snapshot.load_principal_components()
 
-    def first_rows(self, table: str, columns: tuple[str, ...], count: int) -> Batch:
-        keys = self.snapshot.keys("train")[:count]  # keys are hashes, so the first rows are a random sample
-        return RowReader((self.snapshot.source(table, *columns),), keys).read(keys)
+    def sample_rows(self, table: str, columns: tuple[str, ...], count: int) -> Batch:
+        places = self.snapshot.open_places("train")
+        return RowReader((self.snapshot.source(table, *columns),), places).read(places.spread(count))
 
     def preview_rows(self) -> Batch:
-        keys = _shown_keys(self.snapshot)
-        return RowReader(self.sources, keys).read(keys)
+        shown = _shown_rows(self.snapshot)
+        return RowReader(self.sources, Places([shown])).read(np.arange(shown.num_rows))
 
 
 def _train(context: StageContext, dataset: Artifact, training: Training) -> Output:
@@ -100,13 +103,13 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})
 
 
-def _shown_keys(snapshot: Snapshot) -> list[str]:
-    """Keys of a few rows for previews; held-out rows if there are any."""
-    return (snapshot.keys("holdout") or snapshot.keys("train"))[:NUM_PREVIEWS]
+def _shown_rows(snapshot: Snapshot) -> pa.Table:
+    """A few rows for previews; held-out rows if there are any."""
+    return snapshot.heldout_rows().slice(0, NUM_PREVIEWS)
 
 
 def _record_shown_rows(context: StageContext, dataset: Artifact) -> None:
     """Record the shown rows before the first preview, so that a takedown finds previews that show a row."""
-    keys = _shown_keys(Snapshot.of(dataset.facts))
+    keys = _shown_rows(Snapshot.of(dataset.facts))["key"].to_pylist()
     files.write_json(f"{context.folder}/{PREVIEW_KEYS}", keys)
     context.tracker.json(keys, PREVIEW_KEYS)

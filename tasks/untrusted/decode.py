@@ -36,7 +36,9 @@ _TO_UPRIGHT = {
 _FLAT_LEVELS = 2.0  # standard deviation of grey levels below which a perceptual hash is noise
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _REQUEST = struct.Struct(">IIQB")  # image_size, jpeg_quality, max_pixels, chroma subsampling; then the bytes to decode
-_REPLY = struct.Struct(">4I16s")  # sizes and perceptual hash of a DecodedImage, zeros for none; then its JPEG
+_REPLY = struct.Struct(
+    ">4I16s3s"
+)  # sizes, perceptual hash (zeros for none) and colour of a DecodedImage; then its JPEG
 _IMAGE, _FAULT = b"P", b"F"  # first byte of a reply
 
 
@@ -52,6 +54,8 @@ class DecodedImage:
     original_height: int
     phash: str | None
     """64-bit perceptual hash in hex; None for an image of one colour, whose hash would mean nothing."""
+    colour: str
+    """Mean red, green and blue of the stored pixels, as 6 hex digits: a perceptual hash knows no colours."""
 
 
 class DecodingPool:
@@ -107,7 +111,7 @@ def decode(
     rgb.info.clear()  # otherwise comments and profiles would be written
     buffer = io.BytesIO()
     rgb.save(buffer, "JPEG", quality=jpeg_quality, subsampling=chroma_subsampling)
-    return DecodedImage(buffer.getvalue(), *rgb.size, *original, perceptual_hash(rgb))
+    return DecodedImage(buffer.getvalue(), *rgb.size, *original, perceptual_hash(rgb), mean_colour(rgb).hex())
 
 
 def decode_rgb(data: bytes, image_size: int, max_pixels: int) -> tuple[Image.Image, tuple[int, int]]:
@@ -155,6 +159,12 @@ def perceptual_hash(image: Image.Image) -> str | None:
     return np.packbits(bits).tobytes().hex()
 
 
+def mean_colour(image: Image.Image) -> bytes:
+    """Mean red, green and blue of an RGB image, rounded."""
+    means = cv2.mean(np.asarray(image))[:3]
+    return bytes(round(mean) for mean in means)
+
+
 def answer(request: bytes) -> bytes:
     """Handle one request in a child of `DecodingPool`."""
     try:
@@ -164,7 +174,8 @@ def answer(request: bytes) -> bytes:
     except RowFault as fault:
         return _FAULT + fault.reason.encode()
     sizes = (decoded.width, decoded.height, decoded.original_width, decoded.original_height)
-    return _IMAGE + _REPLY.pack(*sizes, (decoded.phash or "").encode()) + decoded.jpg
+    colour = bytes.fromhex(decoded.colour)
+    return _IMAGE + _REPLY.pack(*sizes, (decoded.phash or "").encode(), colour) + decoded.jpg
 
 
 def warm_up() -> None:
@@ -187,13 +198,13 @@ def _unpack(reply: bytes) -> DecodedImage:
         raise RowFault(reason)
     if kind != _IMAGE or len(body) <= _REPLY.size:
         raise RowFault("decode_crash")
-    width, height, original_width, original_height, phash = _REPLY.unpack_from(body)
+    width, height, original_width, original_height, phash, colour = _REPLY.unpack_from(body)
     sizes = (width, height, original_width, original_height)
     jpg, text = body[_REPLY.size :], phash.rstrip(b"\0").decode("ascii", "replace")
     is_valid = min(sizes) >= 1 and max(sizes) < 1 << 31 and jpg.startswith(b"\xff\xd8")
     if not is_valid or (text and (len(text) != 16 or set(text) - set("0123456789abcdef"))):
         raise RowFault("decode_crash")
-    return DecodedImage(jpg, width, height, original_width, original_height, text or None)
+    return DecodedImage(jpg, width, height, original_width, original_height, text or None, colour.hex())
 
 
 def _fit(size: tuple[int, int], image_size: int) -> tuple[int, int]:

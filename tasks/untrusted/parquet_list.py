@@ -74,8 +74,8 @@ class ParquetList:
         header = json.loads(body)
         self.claims = Claims(**header | {"columns": tuple(Column(**column) for column in header["columns"])})
 
-    def batches(self) -> Iterator[list[list[str]]]:
-        """Yield batches of rows: a list of texts per column, in which null is the empty text.
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield batches of rows with a column of texts (large_string) per name; null is the empty text.
 
         Raises:
             ListFault: pages are damaged, or reading exceeds `LIMITS`.
@@ -89,7 +89,7 @@ class ParquetList:
                 raise ListFault("the process that reads it sent an invalid reply")
             batch = pa.ipc.read_record_batch(pa.py_buffer(body), schema)
             batch.validate(full=True)
-            yield [column.to_pylist() for column in batch.columns]
+            yield batch
 
     def _ask(self, request: bytes) -> tuple[bytes, bytes]:
         try:

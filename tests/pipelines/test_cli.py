@@ -138,9 +138,11 @@ HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")
     [
         (["--help"], None, "takedown"),
         (["plan", "train", "--help"], None, "--gpus"),
+        (["estimate", "--help"], None, "--price-gpu-hour"),
         (["status", "--storage", "."], None, "a-run  tiny  1970-01-01"),
         ([], "unclip sta", "status"),
         ([], "unclip run tex", "text_to_image"),
+        ([], "unclip estimate tex", "text_to_image"),
         ([], "unclip train upsampler-6", "upsampler-64"),
         ([], "unclip data sh", "show"),
     ],

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 
 from pipelines.lock import lock
 from pipelines.scene_server import ScenesConfig, SceneServer, serve, write_url_list
-from tasks import tables
+from tasks import ranges, tables
+from tasks.places import open_places
 from tasks.store import Store
 from tests.pipelines.command_line import call, call_apart
 from unclip import files
@@ -33,8 +35,10 @@ pytestmark = pytest.mark.timeout(900)
 
 # Writes that commit the work before them; runs are killed before, within and after each.
 COMMITS = [
-    "artifacts/ingest/.*/pairs", "images/.*[.]parquet", "images/.*/_delta_log", "artifacts/filter/", "artifacts/dedup/",
-    "embeddings/.*[.]parquet", "embeddings/.*/_delta_log", "artifacts/curate/.*/scores", "artifacts/curate/.*/selection",
+    "artifacts/ingest/.*/pairs", "artifacts/download/.*/plan", "images/.*[.]parquet", "images/.*/_delta_log",
+    "index/.*[.]parquet", "index/.*/_delta_log", "artifacts/filter/", "artifacts/dedup/.*/selection",
+    "artifacts/dedup/.*/places", "embeddings/.*[.]parquet", "embeddings/.*/_delta_log", "artifacts/curate/.*/scores",
+    "artifacts/curate/.*/selection", "artifacts/curate/.*/places", "artifacts/curate/.*/heldout",
     "artifacts/curate/.*/statistics/pca", "artifacts/curate/.*/statistics/manifest", "snapshots/.*[.]parquet",
     "snapshots/_delta_log", "artifacts/report/",
     *(f"stages/{name}/" for name in ("ingest", "download", "filter", "dedup", "clip", "embed", "curate", "report")),
@@ -84,7 +88,7 @@ def arguments(server: SceneServer, tmp_path_factory: pytest.TempPathFactory) -> 
     clip.save(clip.create("unclip-demo", None), "unclip-demo", folder / "clip")
     write_url_list(SCENES, str(folder / "pairs.parquet"))
     settings = {"clip.model": f"local-dir:{folder}/clip", "ingest.urls": folder / "pairs.parquet", "scenes": "none"}
-    settings |= {"download.allow_hosts": f'["{SCENES.address}"]', "download.shard_size": 150, "embed.shard_size": 120}
+    settings |= {"download.allow_hosts": f'["{SCENES.address}"]', "download.shard_size": 120}
     settings |= {"cluster.num_cpus": 2}  # Ray starts a process per CPU in advance
     assignments = (("--set", f"{name}={value}") for name, value in settings.items())
     return ("refresh", "tiny", *(argument for assignment in assignments for argument in assignment))
@@ -117,7 +121,11 @@ def content(storage: object) -> dict[str, Any]:
     snapshots = tables.read_with_commit_times(f"{storage}/snapshots").to_pylist()
     for number, snapshot in enumerate(snapshots):
         for name in ("selection", "scores"):
-            found[f"{name} {number}"] = tables.content_digest(tables.read_file(snapshot[name]))
+            table = ranges.read_all(snapshot[name])
+            names = [column for column in table.column_names if not column.startswith("embeddings_")]  # not places
+            found[f"{name} {number}"] = tables.content_digest(table.select(names))
+        places = open_places(snapshot["places"], "train", "holdout")
+        found[f"places {number}"] = sorted(places.keys(np.arange(len(places))))
         counts = json.loads(snapshot["rows"])
         assert counts["in"] == counts["kept"] + counts["dropped"] + counts["failed"]
         found[f"counts {number}"] = (counts, json.loads(snapshot["reasons"]))

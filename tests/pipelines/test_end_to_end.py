@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 
@@ -21,7 +22,7 @@ from pipelines import dag as dags
 from pipelines.config import load
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
-from tasks import tables
+from tasks import ranges, tables
 from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
@@ -118,7 +119,7 @@ def test_tables_hold_every_row_once_and_embeddings_match_their_rows(finished: Pa
     snapshot = artifacts_by_stage["curate"]["facts"]["snapshot"]
     images = tables.read(snapshot["images"], snapshot["images_version"], ["key", "caption", "jpg"])
     embeddings = tables.read(snapshot["embeddings"], snapshot["embeddings_version"])
-    selection = tables.read_file(snapshot["selection"])
+    selection = ranges.read_all(snapshot["selection"])
     kept = selection.filter(pc.equal(selection.column("status"), "kept")).column("key").to_pylist()
     assert embeddings.column("key").to_pylist() == sorted(set(kept)) and len(kept) == 120
     assert len(set(images.column("key").to_pylist())) == images.num_rows
@@ -158,11 +159,12 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     assert {"model", "previews"} <= {item.path for item in client.list_artifacts(decoder.info.run_id)}
     artifacts_by_stage = records(finished)
     snapshot = Snapshot.of(artifacts_by_stage["curate"]["facts"])
+    shown_keys = snapshot.heldout_rows()["key"].to_pylist()[:16]
     for stage in ("decoder", "upsampler-32", "upsampler-64"):  # a takedown finds the previews of a row by these keys
         shown = Path(client.download_artifacts(children[stage].info.run_id, PREVIEW_KEYS, str(tmp_path)))
-        assert json.loads(shown.read_text()) == snapshot.keys("holdout")[:16] != []
+        assert json.loads(shown.read_text()) == shown_keys != []
         folder = Path(artifacts_by_stage[stage]["uri"]).parent
-        assert json.loads((folder / PREVIEW_KEYS).read_text()) == snapshot.keys("holdout")[:16]
+        assert json.loads((folder / PREVIEW_KEYS).read_text()) == shown_keys
         strip = Path(client.download_artifacts(children[stage].info.run_id, f"{PREVIEWS}/{FILM_STRIP}", str(tmp_path)))
         assert strip.read_bytes() == (folder / PREVIEWS / FILM_STRIP).read_bytes()
     assert {"heldout.png", "confusion_heldout.png"} <= {
@@ -179,7 +181,7 @@ def test_the_published_stack_samples_with_both_upsamplers(finished: Path) -> Non
 
 
 def test_data_show_lists_all_models_trained_on_a_row(finished: Path) -> None:
-    key = Snapshot.of(records(finished)["curate"]["facts"]).keys("train")[0]
+    key = Snapshot.of(records(finished)["curate"]["facts"]).open_places("train").keys(np.arange(1))[0]
     printed = run_here("data", "show", key, "--storage", finished)
     assert "models prior, decoder, upsampler-32, upsampler-64" in printed
 

@@ -12,7 +12,7 @@ from benchmarks import ablation
 from pipelines.config import load
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
-from unclip.data import RowReader
+from unclip.data import Places, RowReader
 from unclip.diffusion.process import GaussianDiffusion, VarianceType
 from unclip.evaluation import metrics
 from unclip.models.decoder import Decoder
@@ -72,9 +72,9 @@ def test_a_learned_variance_codes_images_in_fewer_bits(trained: Trained, tmp_pat
     """Both fixed variances share one network: they differ only in sampling and coding."""
     snapshot = Snapshot.of(trained.base["curate"].facts)
     sources = (snapshot.source("images", "jpg"), snapshot.source("embeddings", "image_embedding"))
-    training = RowReader(sources, snapshot.keys("train"))
-    keys = snapshot.keys("holdout")[:NUM_BOUND_IMAGES]
-    rows = RowReader(sources, keys).read(keys)
+    training = RowReader(sources, snapshot.open_places("train"))
+    held_out = Places([snapshot.heldout_rows().slice(0, NUM_BOUND_IMAGES)])
+    rows = RowReader(sources, held_out).read(np.arange(NUM_BOUND_IMAGES))
     settings = load("demo").decoder
     images = load_images(rows["jpg"], settings.model.unet.image_size)  # [B, 3, S, S]
     embedding = torch.from_numpy(np.stack(rows["image_embedding"]))  # [B, E]

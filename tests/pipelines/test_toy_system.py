@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -294,7 +295,7 @@ def test_it_is_trained_evaluated_and_published(finished: Path) -> None:
     system = load_system(summary["stack"])
     assert isinstance(system, Toy) and system.image_size == 16 and system.sampling == ToySampling()
     assert record(finished, "evaluate")["facts"]["stack"]["system"] == "toy"
-    key = Snapshot.of(record(finished, "curate")["facts"]).keys("train")[0]
+    key = Snapshot.of(record(finished, "curate")["facts"]).open_places("train").keys(np.arange(1))[0]
     row = call_json("data", "show", key, "--storage", finished)
     assert [run["models"] for run in row["runs"]] == [["painter"]]
 

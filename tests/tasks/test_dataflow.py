@@ -3,13 +3,18 @@
 import functools
 import hashlib
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 
 from tasks import ranges, tables
-from tasks.dataflow import exchange, run_all
+from tasks.dataflow import exchange, produce, run_all
+from tests.pipelines.command_line import ROOT
 from unclip.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -42,6 +47,25 @@ def test_rows_are_regrouped_by_key_whatever_the_number_of_items(tmp_path: Path, 
     assert tables.hex_digest(*digests) == tables.hex_digest(tables.rows_digest(expected))
 
 
+WITHOUT_RAY = """
+import sys
+from tests.tasks.test_dataflow import *
+sys.modules.pop("ray", None)
+folder, starts = sys.argv[1], [0, 100, 200]
+split, merge = functools.partial(split_numbers, 4), functools.partial(merge_numbers, folder, 4)
+exchange(split, starts, 4, merge)
+assert ranges.read_all(folder).equals(pa.concat_tables(map(numbers, starts)).sort_by("key"))
+assert run_all(process_id, starts) == [os.getpid()] * 3 and "ray" not in sys.modules
+"""
+
+
+def test_a_process_without_ray_does_the_same_by_itself(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def process_id(_: int) -> int:
     return os.getpid()
 
@@ -53,6 +77,35 @@ def test_results_keep_the_order_of_their_items_and_a_single_item_starts_no_task(
     assert os.getpid() not in run_all(process_id, [0, 1])
     assert run_all(process_id, [0]) == [os.getpid()]
     assert run_all(process_id, []) == []
+
+
+def produce_numbers(fail: int, start: int) -> Iterator[pa.Table]:
+    for size in range(start):
+        if size == fail:
+            raise InputError(f"part {size} is damaged")
+        yield numbers(start).slice(0, size)
+
+
+def test_tables_that_tasks_yield_are_left_in_the_object_store_and_can_be_exchanged(tmp_path: Path) -> None:
+    produced = produce(functools.partial(produce_numbers, -1), [3, 0, 101])
+    assert [[num_rows for num_rows, _ in parts] for parts in produced] == [[0, 1, 2], [], [*range(101)]]
+    parts = [part for parts in produced for _, part in parts]
+    tables_of_parts = ray.get(parts)
+    assert [table.num_rows for table in tables_of_parts] == [0, 1, 2, *range(101)]
+    expected = tables.rows_digest(pa.concat_tables(tables_of_parts))
+    for count, items in ((1, parts), (4, parts), (1, parts[-1:])):
+        split = functools.partial(ranges.split_by_key, count=count)
+        digests = exchange(
+            split, items, count, functools.partial(merge_numbers, str(tmp_path / str(len(items))), count)
+        )
+        assert tables.hex_digest(*digests) == tables.hex_digest(
+            expected if len(items) > 1 else tables.rows_digest(tables_of_parts[-1])
+        )
+
+
+def test_the_error_of_a_producing_task_reaches_the_caller_as_itself() -> None:
+    with pytest.raises(InputError, match="part 2 is damaged"):
+        produce(functools.partial(produce_numbers, 2), [1, 9])
 
 
 def fail_at_two(item: int) -> int:

@@ -75,6 +75,26 @@ def test_several_commits_are_described_by_one_update(images: str) -> None:
     assert_describes(images, version)
 
 
+def test_rows_are_found_while_the_index_is_out_of_date(images: str) -> None:
+    def found() -> list[str]:
+        every = pa.concat_tables(index.each_table(images, ["key", "sha256"]))
+        keys = tables.read(images, columns=["key"])["key"].to_pylist()
+        assert every.sort_by("key")["key"].to_pylist() == keys
+        for row in index.find_rows(images, keys[::7], ["key", "part", "row"]).to_pylist():
+            assert tables.read_rows(f"{images}/{row['part']}", [row["row"]], ["key"])["key"][0].as_py() == row["key"]
+        assert index.find_rows(images, keys[::7], ["key"])["key"].to_pylist() == keys[::7]
+        return keys
+
+    version = commit(images, image_rows(0, 100))
+    keys = found()
+    index.update_index(images, version)
+    assert found() == keys
+    commit(images, image_rows(100, 50))
+    assert len(found()) == 150
+    tables.delete_rows(images, pa.array(keys[:3]))
+    assert len(found()) == 147 and not index.find_rows(images, keys[:3], ["key"]).num_rows
+
+
 def test_many_small_commits_are_merged(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "_MAX_FILES_PER_RANGE", 4)
     for number in range(10):

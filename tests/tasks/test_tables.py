@@ -32,6 +32,16 @@ def test_f33_parts_become_visible_with_their_commit_and_stay_in_their_version(tm
     assert [Path(uri).name for uri in tables.files(table)] == ["p0.parquet", "p1.parquet"]
 
 
+def test_the_log_knows_the_rows_and_bytes_of_each_version(tmp_path: Path) -> None:
+    table = str(tmp_path / "images")
+    assert tables.extent(table) == (0, 0)
+    first, second = tables.write_part(table, "a", rows("a", "b")), tables.write_part(table, "b", rows("c"))
+    tables.append_files(table, [first], SCHEMA)
+    tables.append_files(table, [second], SCHEMA)
+    assert tables.extent(table, 0) == (2, first.size_bytes)
+    assert tables.extent(table) == (3, first.size_bytes + second.size_bytes)
+
+
 def test_committing_again_changes_nothing(tmp_path: Path) -> None:
     table = str(tmp_path)
     parts = [tables.write_part(table, name, rows(name)) for name in ("a", "b")]
@@ -122,13 +132,71 @@ def test_f35_rows_removed_under_a_wrong_clock_leave_no_bytes(
     tables.append_files(table, [tables.write_part(table, "first", rows("secret", "b"))], SCHEMA)
     with monkeypatch.context() as clock:
         clock.setattr(time, "time", lambda now=time.time: now() + shift)
-        assert (
-            tables.append_files(
-                table, [tables.write_part(table, "second", rows("b"))], SCHEMA, replaced=pa.array(["b"])
-            )
-            == 1
-        )
+        first = f"{table}/first.parquet"
+        rewritten = tables.rewrite_without(first, pa.array(["b"]))
+        assert rewritten is not None and len(rewritten) == 1 and tables.origin(rewritten[0].name) == "first"
+        parts = [tables.write_part(table, "second", rows("b")), *rewritten]
+        assert tables.append_files(table, parts, SCHEMA, removed=["first.parquet"]) == 1
     assert tables.read(table)["key"].to_pylist() == ["b", "secret"], "versions are not ordered by time"
     assert tables.delete_rows(table, pa.array(["secret"])) == 1
     assert tables.read(table)["key"].to_pylist() == ["b"]
     assert [path.name for path in tmp_path.glob("*.parquet")] == ["second.parquet"]
+
+
+def test_a_table_gains_a_column_and_its_older_parts_read_as_nulls(tmp_path: Path) -> None:
+    import deltalake
+
+    table, gained = str(tmp_path), pa.schema([*SCHEMA, pa.field("colour", pa.string())])
+    old = tables.write_part(table, "old", rows("c", "a"))
+    assert tables.append_files(table, [old], SCHEMA) == 0
+    names = ["key", "colour"]
+    before = {"key": ["a", "c"], "colour": [None, None]}
+    assert tables.read(table, columns=names).to_pydict() == before, "before any part has the column"
+    assert tables.read_file(f"{table}/{old.name}", names).schema.field("colour").type == pa.string()
+    assert tables.read_file(f"{table}/{old.name}").column_names == SCHEMA.names
+    new = tables.write_part(table, "new", rows("b").append_column("colour", pa.array(["ff0000"])))
+    version = tables.append_files(table, [old, new], gained)
+    assert tables.append_files(table, [old, new], gained) == version, "committing again changes nothing"
+    assert tables.columns(table) == gained.names
+    assert tables.read(table, columns=names).to_pydict() == {"key": ["a", "b", "c"], "colour": [None, "ff0000", None]}
+    assert tables.read(table)["colour"].to_pylist() == [None, "ff0000", None]
+    assert tables.read(table, version=0, columns=names).to_pydict() == before
+    assert tables.read_with_commit_times(table).num_rows == 3
+    query = (
+        deltalake.QueryBuilder().register("t", deltalake.DeltaTable(table)).execute("select colour from t order by key")
+    )
+    assert pa.table(query.read_all())["colour"].to_pylist() == [None, "ff0000", None], "any Delta reader sees the same"
+    assert tables.delete_rows(table, pa.array(["a"])) == 1
+    assert tables.read(table, columns=names).to_pydict() == {"key": ["b", "c"], "colour": ["ff0000", None]}
+    with pytest.raises(KeyError, match="typo"):
+        tables.read(table, columns=["key", "typo"])["typo"]
+
+
+def test_a_file_is_rewritten_only_if_it_has_such_rows(tmp_path: Path) -> None:
+    tables.write_part(str(tmp_path), "first", rows("a", "b", "c"))
+    assert tables.rewrite_without(f"{tmp_path}/first.parquet", pa.array(["d"])) is None
+    assert tables.rewrite_without(f"{tmp_path}/first.parquet", pa.array(["a", "b", "c"])) == []
+    [once] = tables.rewrite_without(f"{tmp_path}/first.parquet", pa.array(["a"])) or []
+    [twice] = tables.rewrite_without(f"{tmp_path}/{once.name}", pa.array(["c"])) or []
+    assert tables.read_file(f"{tmp_path}/{twice.name}")["key"].to_pylist() == ["b"]
+    assert tables.origin(once.name) == tables.origin(twice.name) == "first" and once.name != twice.name
+
+
+def test_rows_are_read_by_number_from_their_row_groups_alone(tmp_path: Path) -> None:
+    uri = str(tmp_path / "a.parquet")
+    keys = [f"{number:05}" for number in range(0, 5000, 2)]
+    tables.write_file(uri, rows(*keys))
+    found = tables.read_rows(uri, [2400, 3, 1999, 2000, 3], ["key", "width"])
+    assert found.to_pydict() == {"key": [keys[n] for n in (3, 1999, 2000, 2400)], "width": [3, 1999, 2000, 2400]}
+    assert tables.read_rows(uri, [], ["key"]).num_rows == 0
+
+    data = bytearray(Path(uri).read_bytes())
+    column = pq.read_metadata(uri).row_group(1).column(0)
+    start = column.dictionary_page_offset
+    data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    Path(uri).write_bytes(data)  # row group 1 is damaged, so reading its keys fails
+    assert tables.read_rows(uri, [5, 2100], ["key"])["key"].to_pylist() == [keys[5], keys[2100]]
+    assert tables.has_keys(uri, pa.array([keys[5]])) and tables.has_keys(uri, pa.array([keys[2100], "x"]))
+    assert not tables.has_keys(uri, pa.array([keys[7][:-1] + "5", "99999"])), "excluded by statistics"
+    with pytest.raises(OSError):
+        tables.read_rows(uri, [1500], ["key"])

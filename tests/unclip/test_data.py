@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from unclip.data import RowReader, Source, decode_image, vectors
+from unclip.data import Places, RowReader, Source, decode_image, vectors
 from unclip.errors import InputError
 
 NUM_ROWS = 103
@@ -25,8 +25,12 @@ def reader(tmp_path: Path) -> RowReader:
     table = pa.table({"key": shuffled, "embedding": pa.array(embeddings, pa.list_(pa.float32()))})
     pq.write_table(table, tmp_path / "embeddings.parquet", row_group_size=7)
     captions = tuple(str(tmp_path / f"captions{number}.parquet") for number in (0, 1))
-    sources = [Source(captions, ("caption",)), Source((str(tmp_path / "embeddings.parquet"),), ("embedding",))]
-    return RowReader(sources, keys, window=4)
+    embedded = Source((str(tmp_path / "embeddings.parquet"),), ("embedding",), "embeddings")
+    return RowReader.of_keys([Source(captions, ("caption",)), embedded], keys, window=4, group_rows=10)
+
+
+def epoch(reader: RowReader, seed: int, number: int) -> list[int]:
+    return np.concatenate(list(reader.windows(seed, number))).tolist()
 
 
 def stream(reader: RowReader, count: int, **options) -> list[str]:
@@ -41,10 +45,12 @@ def test_columns_from_all_sources_are_joined_by_key(reader: RowReader) -> None:
 
 
 def test_each_epoch_has_every_row_once_in_its_own_order(reader: RowReader) -> None:
-    first, second = (reader.epoch(0, epoch).tolist() for epoch in (0, 1))
+    first, second = epoch(reader, 0, 0), epoch(reader, 0, 1)
     assert len(first) == len(reader) == NUM_ROWS
     assert sorted(first) == sorted(second) == sorted(set(first))
-    assert first != second and first != reader.epoch(1, 0).tolist() and first == reader.epoch(0, 0).tolist()
+    assert first != second and first != epoch(reader, 1, 0) and first == epoch(reader, 0, 0)
+    for start in (1, 39, 40, 41, 102):
+        assert np.concatenate(list(reader.windows(0, 0, start))).tolist() == first[start:]
 
 
 def test_the_stream_resumes_where_it_stopped(reader: RowReader) -> None:
@@ -70,20 +76,19 @@ def test_ranks_rarely_read_the_same_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": keys}), tmp_path / "rows.parquet", row_group_size=100)
     num_read = 0
     for rank in range(8):
-        reader = RowReader([Source((f"{tmp_path}/rows.parquet",), ())], keys, window=16)
+        reader = RowReader.of_keys([Source((f"{tmp_path}/rows.parquet",), ())], keys, window=16, group_rows=100)
         shares = reader._shares(0, 0, batch_size=400, rank=rank, world_size=8)
-        num_read += len({tuple(reader._positions[0][number, :2]) for _ in range(8) for number in next(shares)})
+        rows = np.concatenate([next(shares) for _ in range(8)])
+        num_read += len(set((reader.places.column("images_row", rows) // 100).tolist()))
     assert 32 <= num_read <= 2.5 * 32  # 8 times 32 if each rank read from every row group
 
 
 def test_missing_rows_are_named(reader: RowReader) -> None:
     with pytest.raises(InputError, match=r"lacks 1 of 2 keys, such as nowhere"):
-        RowReader(reader.sources, ["k001", "nowhere"])
+        RowReader.of_keys(reader.sources, ["k001", "nowhere"])
     with pytest.raises(InputError, match="no rows to train on"):
-        RowReader(reader.sources, [])
-    assert reader.read(["k007", "k003"])["caption"] == ["caption of k007", "caption of k003"]
-    with pytest.raises(KeyError, match="other"):
-        reader.read(["k001", "other"])
+        RowReader.of_keys(reader.sources, [])
+    assert reader.read(np.array([7, 3]))["caption"] == ["caption of k007", "caption of k003"]
 
 
 def test_invalid_vectors_are_rejected() -> None:
@@ -99,3 +104,35 @@ def test_images_are_center_cropped() -> None:
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
     square = decode_image(buffer.getvalue(), 16)
     assert square.shape == (16, 16, 3) and square.min() > 200
+
+
+def stored_places(folder: Path, reader: RowReader) -> list[str]:
+    """Arrow files of the reader's places, in two parts, with keys as bytes."""
+    rows = np.arange(len(reader))
+    columns = {"key": pa.array([key.encode().ljust(16) for key in reader.places.keys(rows)], pa.binary(16))}
+    columns |= {
+        f"{table}_{kind}": pa.array(reader.places.column(f"{table}_{kind}", rows))
+        for table in ("images", "embeddings")
+        for kind in ("file", "row")
+    }
+    whole, uris = pa.table(columns), []
+    for number, part in enumerate((whole.slice(0, 37), whole.slice(37))):
+        uris.append(str(folder / f"{number}.arrow"))
+        with pa.OSFile(uris[-1], "wb") as sink, pa.ipc.new_file(sink, part.schema) as writer:
+            writer.write_table(part.combine_chunks())
+    return uris
+
+
+def test_stored_places_give_the_same_stream_and_take_no_memory_for_rows(reader: RowReader, tmp_path: Path) -> None:
+    places = Places.open(stored_places(tmp_path, reader))
+    again = RowReader(reader.sources, places, window=4, group_rows=10)
+    before = next(reader.batches(seed=3, samples_seen=0, batch_size=30))
+    after = next(again.batches(seed=3, samples_seen=0, batch_size=30))
+    assert after["caption"] == before["caption"]
+    assert [bytes.fromhex(key).decode().rstrip() for key in after["key"]] == before["key"]
+    assert again._group_starts.tolist() == reader._group_starts.tolist()
+
+
+def test_a_spread_of_rows_is_even_and_bounded(reader: RowReader) -> None:
+    assert reader.places.spread(4).tolist() == [0, 34, 68, 102]
+    assert reader.places.spread(1000).tolist() == list(range(NUM_ROWS))

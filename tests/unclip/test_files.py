@@ -174,3 +174,12 @@ def test_a_local_path_and_its_uri_behave_alike(tmp_path: Path, scheme: str, monk
     assert files.names(f"{root}/folder") == ["a"]
     files.delete(f"{root}/folder")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_the_size_of_a_folder_is_that_of_all_files_below_it(tmp_path: Path, scheme: str) -> None:
+    uri = f"{scheme}{tmp_path}/folder"
+    assert files.size(uri) == 0
+    files.write(f"{uri}/a", bytes(10))
+    files.write(f"{uri}/inner/b", bytes(5))
+    assert files.size(uri) == 15

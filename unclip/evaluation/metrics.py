@@ -3,9 +3,8 @@
 Letters: B images, N and M embeddings, E their width.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,54 +14,120 @@ from torch import Tensor
 from unclip import imaging
 from unclip.errors import ShapeError
 from unclip.evaluation import scenes
+from unclip.models.clip import Clip
+
+ATTRIBUTES = ("colour", "background", "size", "shape")
+
+SCORED = (*ATTRIBUTES, "place")
+"""Columns of `SceneScores.correct`."""
+
+LABELS: Mapping[str, tuple[str, ...]] = {
+    "shape": scenes.SHAPES,
+    "colour": tuple(scenes.COLOURS),
+    "size": scenes.SIZES,
+}
+"""Attribute of an object -> its values. The attributes are the columns of `SceneScores.expected` and `SceneScores.measured`."""
 
 
-class Sampled(NamedTuple):
-    """Images sampled for captions, and the CLIP embeddings of both."""
+class SceneScores(NamedTuple):
+    """Scenes measured in sampled images, compared with those that the captions name."""
 
-    images: Tensor
-    """[N, 3, S, S] in [-1, 1]."""
-    captions: Sequence[str]
-    """N captions."""
+    correct: Tensor
+    """[N, 5] int8, by attribute of `SCORED`: 1 correct, 0 wrong, -1 not named by the caption."""
+    expected: Tensor
+    """[N, 3] int8, first object of the caption, as indices into the values of `LABELS`."""
+    measured: Tensor
+    """[N, 3] int8, first object of the image likewise; -1 for a value that `LABELS` lacks, or no object."""
+
+    def accuracy(self) -> dict[str, float]:
+        """Return the share of correct images by attribute; for `place`, among the captions that name one."""
+        columns = dict(zip(SCORED, self.correct.T, strict=True))
+        named = {attribute: column[column >= 0] for attribute, column in columns.items()}
+        return {attribute: column.double().mean().item() for attribute, column in named.items() if len(column)}
+
+    def all_correct(self) -> list[bool]:
+        """Return one bool per image: True if every attribute of `ATTRIBUTES` is correct."""
+        correct: list[bool] = (self.correct[:, : len(ATTRIBUTES)] == 1).all(dim=1).tolist()
+        return correct
+
+    def confusion(self, attribute: str) -> np.ndarray:
+        """Count the first objects, [L, L + 1] for L labels: rows expected, columns measured, the last for other values."""
+        column, count = list(LABELS).index(attribute), len(LABELS[attribute])
+        counts = np.zeros((count, count + 1), dtype=np.int64)
+        np.add.at(counts, (self.expected[:, column].numpy(), self.measured[:, column].numpy()), 1)  # -1 is the last
+        return counts
+
+
+class Features(NamedTuple):
+    """Measurements of sampled images, one row per image: all that is kept of them, so that pixels need not be.
+
+    A field is a tensor [N, ...], a named tuple of such, or None where it does not apply.
+    """
+
     image_embedding: Tensor
     """[N, E], unit norm."""
     text_embedding: Tensor
-    """[N, E], unit norm."""
+    """[N, E], embeddings of the captions, unit norm."""
+    scenes: SceneScores | None
+    """None if a caption does not describe a scene."""
+
+
+class Sampled(NamedTuple):
+    """Images sampled for captions, by their features."""
+
+    captions: Sequence[str]
+    """N captions."""
+    features: Features
     reference: Tensor
     """[M, E], embeddings of held-out images of the dataset; M may be 0."""
 
 
-ATTRIBUTES = ("colour", "background", "size", "shape")
+def extract_features(clip: Clip, images: Tensor, captions: Sequence[str]) -> Features:
+    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, sampled for B captions."""
+    tokens = clip.tokenize(list(captions)).to(images.device)
+    return Features(
+        clip.embed_images(clip.resize(images)).cpu(),
+        clip.encode_text(tokens).text_embedding.cpu(),
+        score_scenes(images, captions),
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneScores:
-    """Scenes named by captions, and scenes measured in the images sampled for them."""
+def concatenate(batches: Iterable[Features], count: int) -> Features:
+    """Join the features of batches in their order; a field that is None in any batch is None.
 
-    expected: list[scenes.Scene]
-    measured: list[scenes.Scene]
+    Memory is allocated once, for `count` images in all, and no batch is kept: small pieces that are kept between the large
+    temporaries of sampling would fragment the heap.
 
-    def accuracy(self) -> dict[str, float]:
-        """Return the share of correct images by attribute; for `place`, among the captions that name one."""
-        correct: dict[str, list[bool]] = {}
-        for measured, expected in zip(self.measured, self.expected, strict=True):
-            for attribute, is_correct in scenes.score(measured, expected).items():
-                correct.setdefault(attribute, []).append(is_correct)
-        return {attribute: float(np.mean(values)) for attribute, values in correct.items()}
+    Raises:
+        ShapeError: the batches have not `count` rows together.
+    """
+    whole: Features | None = None
+    start = 0
+    for batch in batches:
+        stop = start + len(batch.image_embedding)
+        if stop <= count:
+            whole = _write(_allocate(batch, count) if whole is None else whole, batch, slice(start, stop))
+        start = stop
+    if start != count or whole is None:
+        raise ShapeError(f"features: got batches of {start} images together, expected {count}.")
+    return whole
 
-    def all_correct(self) -> list[bool]:
-        """Return one bool per image: True if every attribute of `ATTRIBUTES` is correct."""
-        pairs = zip(self.measured, self.expected, strict=True)
-        return [all(scenes.score(measured, expected)[name] for name in ATTRIBUTES) for measured, expected in pairs]
 
-    def confusion(self, attribute: str, labels: Sequence[str]) -> np.ndarray:
-        """Count the first objects, [len(labels), len(labels) + 1]: rows expected, columns measured, the last for other values."""
-        counts = np.zeros((len(labels), len(labels) + 1), dtype=np.int64)
-        for measured, expected in zip(self.measured, self.expected, strict=True):
-            row = labels.index(getattr(expected.objects[0], attribute))
-            value = getattr(measured.objects[0], attribute) if measured.objects else None
-            counts[row, labels.index(value) if value in labels else len(labels)] += 1
-        return counts
+def _allocate(batch: Any, count: int) -> Any:
+    """Return uninitialised features of `count` images, with the fields of a batch."""
+    if isinstance(batch, Tensor):
+        return batch.new_empty(count, *batch.shape[1:])
+    return None if batch is None else type(batch)(*(_allocate(field, count) for field in batch))
+
+
+def _write(whole: Any, batch: Any, rows: slice) -> Any:
+    """Copy the features of a batch into rows of `whole`; a field that is None in either becomes None."""
+    if whole is None or batch is None:
+        return None
+    if isinstance(whole, Tensor):
+        whole[rows] = batch
+        return whole
+    return type(whole)(*(_write(*fields, rows) for fields in zip(whole, batch, strict=True)))
 
 
 def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:
@@ -79,7 +144,19 @@ def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:
         scenes.measure(pixels, num_objects=len(scene.objects), relation=scene.relation)
         for pixels, scene in zip(imaging.to_uint8(images), known, strict=True)
     ]
-    return SceneScores(known, measured)
+    scores = [scenes.score(found, scene) for found, scene in zip(measured, known, strict=True)]
+    rows = (
+        [[score.get(attribute, -1) for attribute in SCORED] for score in scores],
+        [_labels(scene) for scene in known],
+        [_labels(scene) for scene in measured],
+    )
+    return SceneScores(*(torch.tensor(values, dtype=torch.int8) for values in rows))
+
+
+def _labels(scene: scenes.Scene) -> list[int]:
+    """Indices into the values of `LABELS` for a scene's first object; -1 where there is none."""
+    values = [(getattr(scene.objects[0], name) if scene.objects else None, labels) for name, labels in LABELS.items()]
+    return [labels.index(value) if value in labels else -1 for value, labels in values]
 
 
 def score_embeddings(sampled: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
@@ -127,7 +204,8 @@ def frechet_distance(sampled: Tensor, real: Tensor) -> float:
         shapes = f"{tuple(sampled.shape)} and {tuple(real.shape)}"
         raise ShapeError(f"embeddings: got {shapes}, expected [N, E] and [M, E] with N, M >= 2.")
     means, roots, traces = [], [], []
-    for embeddings in (sampled.double(), real.double()):
+    for given in (sampled, real):
+        embeddings = given.double()
         means.append(embeddings.mean(dim=0))
         covariance = torch.cov(embeddings.T).reshape(embeddings.shape[1], -1)  # [E, E]
         variances, directions = torch.linalg.eigh(covariance)
@@ -182,20 +260,22 @@ def monotone(values: np.ndarray, slack: float = 0.1) -> np.ndarray:
 
 def clip_score(sampled: Sampled) -> dict[str, float]:
     """Return the mean cosine of image and caption embeddings. Source: Hessel et al. 2021, without the weight."""
-    return {"clip_score": (sampled.image_embedding * sampled.text_embedding).sum(dim=1).mean().item()}
+    features = sampled.features
+    return {"clip_score": (features.image_embedding * features.text_embedding).sum(dim=1).mean().item()}
 
 
 def scene_accuracy(sampled: Sampled) -> dict[str, float]:
     """Return the share of correct images by attribute as `accuracy.<attribute>`; empty if a caption describes no scene."""
-    scores = score_scenes(sampled.images, sampled.captions)
+    scores = sampled.features.scenes
     return {} if scores is None else {f"accuracy.{name}": value for name, value in scores.accuracy().items()}
 
 
 def clip_frechet_distance(sampled: Sampled) -> dict[str, float]:
     """Return the `frechet_distance` from CLIP embeddings to those of held-out images; empty with fewer than two of either."""
-    if min(len(sampled.image_embedding), len(sampled.reference)) < 2:
+    embedding = sampled.features.image_embedding
+    if min(len(embedding), len(sampled.reference)) < 2:
         return {}
-    return {"clip_frechet_distance": frechet_distance(sampled.image_embedding, sampled.reference)}
+    return {"clip_frechet_distance": frechet_distance(embedding, sampled.reference)}
 
 
 METRICS: Mapping[str, Callable[[Sampled], dict[str, float]]] = {

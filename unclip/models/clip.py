@@ -8,6 +8,7 @@ Letters: B batch, S image size of CLIP's input, L text tokens, W text width, E e
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -95,6 +96,28 @@ def create(model: str, pretrained: str | None) -> nn.Module:
         return open_clip.create_model(model, pretrained=pretrained, weights_only=True)  # type: ignore[no-any-return]
     except (RuntimeError, ValueError, FileNotFoundError) as error:
         raise CheckpointError(f"clip: open_clip could not load {model!r} ({pretrained!r}): {error}") from error
+
+
+def outline(model: str) -> nn.Module:
+    """Create the model on the meta device, without weights; for counting, from its configuration only.
+
+    Raises:
+        ConfigError: the configuration is not on this machine.
+    """
+    import open_clip
+
+    shape_of(model)
+    logger = logging.getLogger()
+    logger.addFilter(_is_no_warning_of_weights)  # open_clip warns that it loads none
+    try:
+        with torch.device("meta"):
+            return open_clip.create_model(model, load_weights=False, device="meta")  # type: ignore[no-any-return]
+    finally:
+        logger.removeFilter(_is_no_warning_of_weights)
+
+
+def _is_no_warning_of_weights(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("No pretrained weights loaded")
 
 
 class ClipShape(NamedTuple):

@@ -6,6 +6,7 @@ The statistics of the training rows are part of the model's weights, so a checkp
 Letters: B batch, N rows, E embedding width, K kept principal components.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -23,6 +24,47 @@ IMAGE_STD = 17.2 / 1024**0.5
 """Standard deviation of pixels in [-1, 1] implied by the paper's factor: 17.2 for unit norm in 1,024 dimensions."""
 
 SMALLEST_STD = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Sums over embeddings from which their statistics follow; the sums of parts add up to those of the whole."""
+
+    count: int
+    total: Tensor
+    """[E] float64, sum of the embeddings."""
+    products: Tensor
+    """[E, E] float64, sum of the outer products of the embeddings with themselves."""
+
+    @classmethod
+    def of(cls, embeddings: Tensor) -> "Moments":
+        """Moments of embeddings [N, E].
+
+        Raises:
+            ShapeError: embeddings is not [N, E].
+        """
+        if embeddings.dim() != 2:
+            raise ShapeError(f"statistics: got embeddings {tuple(embeddings.shape)}, expected rows of [N, E].")
+        values = embeddings.double()
+        return cls(len(values), values.sum(dim=0), values.T @ values)
+
+    def plus(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.total + other.total, self.products + other.products)
+
+    def mean(self) -> Tensor:
+        """Mean of the embeddings, [E] float64."""
+        return self.total / self.count
+
+    def covariance(self) -> Tensor:
+        """Unbiased covariance of the embeddings, [E, E] float64.
+
+        Raises:
+            ShapeError: there are fewer than two embeddings.
+        """
+        if self.count < 2:
+            raise ShapeError(f"statistics: got {self.count} embeddings, expected at least 2 rows of [N, E].")
+        mean = self.mean()
+        return (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
 class EmbeddingStatistics(nn.Module):
@@ -53,12 +95,17 @@ class EmbeddingStatistics(nn.Module):
         Raises:
             ShapeError: embeddings is not [N, E], or has fewer than two rows.
         """
-        if embeddings.dim() != 2 or len(embeddings) < 2:
-            raise ShapeError(
-                f"statistics: got embeddings {tuple(embeddings.shape)}, expected at least 2 rows of [N, E]."
-            )
-        values = embeddings.double()
-        return cls(values.mean(dim=0), values.std(dim=0).clamp(min=SMALLEST_STD), normalization)
+        return cls.of_moments(Moments.of(embeddings), normalization)
+
+    @classmethod
+    def of_moments(cls, moments: Moments, normalization: Normalization = "standardise") -> "EmbeddingStatistics":
+        """Statistics of the embeddings with these moments.
+
+        Raises:
+            ShapeError: there are fewer than two embeddings.
+        """
+        std = moments.covariance().diagonal().clamp(min=0).sqrt()
+        return cls(moments.mean(), std.clamp(min=SMALLEST_STD), normalization)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Shift and scale of the normalisation, [E] float32 each: `clip_mean` and `clip_std` of published priors.
@@ -137,8 +184,12 @@ class PrincipalComponents(NamedTuple):
         Signs are chosen so that each component's largest element is positive; the same embeddings always give the same
         components.
         """
-        centred = embeddings.double() - embeddings.double().mean(dim=0)
-        variances, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
+        return cls.of_moments(Moments.of(embeddings))
+
+    @classmethod
+    def of_moments(cls, moments: Moments) -> "PrincipalComponents":
+        """Principal components of the embeddings with these moments; see `of`."""
+        variances, vectors = torch.linalg.eigh(moments.covariance())
         variances, components = variances.flip(0).clamp(min=0), vectors.T.flip(0)
         largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
         explained = variances / variances.sum().clamp(min=1e-12)

@@ -57,8 +57,8 @@ class TrainingInputs(Protocol):
     def principal_components(self) -> PrincipalComponents:
         """Principal components of the training rows' image embeddings."""
 
-    def first_rows(self, table: str, columns: tuple[str, ...], count: int) -> Batch:
-        """First `count` training rows, or all if there are fewer; the same in every worker."""
+    def sample_rows(self, table: str, columns: tuple[str, ...], count: int) -> Batch:
+        """At most `count` training rows, evenly spaced over the table; the same in every worker."""
 
     def preview_rows(self) -> Batch:
         """A few rows for previews, held out if possible, with all columns that the part reads."""

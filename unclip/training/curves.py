@@ -43,11 +43,19 @@ def write(uri: str, curve: Curve) -> None:
 
 
 def read(uri: str) -> Curve:
-    """Read a curve: the name of a reference, or a URI.
+    """Read a curve with losses: the name of a reference, or a URI.
 
     Raises:
-        ConfigError: the file does not exist or is not a curve.
+        ConfigError: the file does not exist, is not a curve or has no losses.
     """
+    curve = restore(uri)
+    if not any("loss" in point for point in curve.values()):
+        raise ConfigError(f"{uri}: not a curve: it has no column 'loss'. Name the curve.tsv of a training.")
+    return curve
+
+
+def restore(uri: str) -> Curve:
+    """Read a curve, which may have no losses yet; see `read`."""
     path = str(REFERENCES / f"{uri}.tsv") if uri in reference_names() else uri
     try:
         header, *lines = files.read(path).decode().splitlines()
@@ -56,8 +64,8 @@ def read(uri: str) -> Curve:
         for line in lines:
             samples_seen, *values = line.split("\t")
             curve[int(samples_seen)] = {name: float(value) for name, value in zip(names, values, strict=True) if value}
-        if not any("loss" in point for point in curve.values()):
-            raise ValueError("it has no column 'loss'")
+        if not header.startswith("samples_seen\t"):
+            raise ValueError("it has no column 'samples_seen'")
         return curve
     except FileNotFoundError:
         raise ConfigError(

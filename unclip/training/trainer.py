@@ -57,7 +57,7 @@ def train(
     Args:
         folder: URI of a folder for this training only; gets `checkpoints/` and, at the end, `model/`.
         monitor: follows the training on rank 0; on every rank it may request a checkpoint or a stop.
-        validation: held-out rows; the first `validation_rows` of them give the validation loss.
+        validation: held-out rows; `validation_rows` of them give the validation loss.
 
     With several workers, all processes exit with `HUNG_EXIT_CODE` if one of them hangs.
 
@@ -180,7 +180,7 @@ class _Training:
         device = self.workers.device
         # no more rows at once than in training: these fit
         num_rows = min(MEASURED_ROWS, self.config.micro_batch_size or MEASURED_ROWS)
-        batch = self.reader.read(self.reader.keys()[:num_rows])
+        batch = self.reader.read(self.reader.places.spread(num_rows))
         tensors = {name: value.to(device) for name, value in self.objective.prepare(batch).items()}
         with torch.no_grad(), autocast(self.config.precision, device):
             return self.objective.measure(model, tensors, torch.Generator(device).manual_seed(self.config.seed))
@@ -285,7 +285,7 @@ class _Training:
         curve: curves.Curve = {}
         if self.samples_seen:
             try:
-                curve = curves.read(f"{self.folder}/{CURVE}")
+                curve = curves.restore(f"{self.folder}/{CURVE}")
             except ConfigError as error:
                 self.monitor.warn(f"starting a new loss curve: {error}")
         reference = self.config.reference_curve
@@ -324,17 +324,17 @@ class _Training:
         with self._ema_replica() as model:
             if model is None:
                 return {}
-            keys = self.validation.keys()[: self.config.validation_rows]
+            rows = self.validation.places.spread(self.config.validation_rows)
             size = self.config.micro_batch_size or self.config.batch_size // self.workers.world_size
             total = 0.0
-            for start in range(0, len(keys), size):
+            for start in range(0, len(rows), size):
                 self.watchdog.reached("validating", self.samples_seen)
-                batch = self.validation.read(keys[start : start + size])
+                batch = self.validation.read(rows[start : start + size])
                 generator = torch.Generator(self.workers.device).manual_seed(start)
                 tensors = {name: value.to(self.workers.device) for name, value in self.objective.prepare(batch).items()}
                 with torch.no_grad(), autocast(self.config.precision, self.workers.device):
                     total += float(self.objective.loss(model, tensors, generator)) * len(batch["key"])
-        values = {"loss": total / len(keys), **self.objective.metrics(False)}
+        values = {"loss": total / len(rows), **self.objective.metrics(False)}
         validation = {f"validation_{name}": value for name, value in values.items()}
         self.alarm.add(self.samples_seen, validation)
         self.monitor.metrics(validation, self.samples_seen)

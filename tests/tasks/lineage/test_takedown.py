@@ -1,10 +1,16 @@
+import collections
 import dataclasses
 import functools
 import io
+import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +19,32 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks import tables
+from tasks import index, ranges, tables
 from tasks.lineage import traces
 from tasks.lineage.provenance import difference, find_version, show, versions
 from tasks.lineage.takedown import find_keys, parse, parse_file, take_down
 from tasks.snapshots import record_snapshot
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA as EMBEDDINGS
-from tasks.stages.ingest import ListRow, clean
+from tasks.stages.ingest import LISTED as LISTED_SCHEMA
+from tasks.stages.ingest import clean, drop_duplicates
 from tasks.store import Store
 from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
-from tests.pipelines.command_line import call, call_json
+from tests.pipelines.command_line import ROOT, call, call_json
+from tests.tasks.datasets import write_folder
 from unclip import files
 from unclip.errors import InputError
 from unclip.training.film import add_preview
 
-LISTED = [ListRow(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
+NUM_RANGES = 4
+LISTED = [(f"https://a{index % 3}.example.org/{index}.jpg", f"caption number {index}") for index in range(12)]
+
+
+def pairs_of(listed: Sequence[tuple[str, str]]) -> pa.Table:
+    """Pairs that ingest makes of a list of URLs and captions."""
+    rows = [{"url": url, "caption": caption, "sha256": ""} for url, caption in listed]
+    return drop_duplicates(clean(pa.Table.from_pylist(rows, LISTED_SCHEMA)))
 
 
 def stored_image(index: int) -> dict[str, Any]:
@@ -41,12 +56,11 @@ def stored_image(index: int) -> dict[str, Any]:
     return {"status": "ok", "sha256": f"{same:064x}", "phash": f"{phash & 2**64 - 1:016x}", "jpg": buffer.getvalue()}
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """A storage with 12 rows of 3 hosts, one dataset version, and a report."""
-    store = Store(str(tmp_path / "storage"))
-    pairs = clean(LISTED)
-    tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
+def make_store(root: Path) -> Store:
+    """Make a storage with 12 rows of 3 hosts in 4 ranges of keys, one dataset version, and a report."""
+    store = Store(str(root))
+    pairs = pairs_of(LISTED)
+    write_folder(store.uri("artifacts", "ingest", "f", "pairs"), pairs, NUM_RANGES)
     order = {row["key"]: row["position"] for row in pairs.to_pylist()}
     listed = sorted(order)
     images = [
@@ -70,8 +84,14 @@ def store(tmp_path: Path) -> Store:
             "split": ["train"] * 11 + [None],
         }
     )
-    tables.write_file(store.uri("selection.parquet"), selection)
-    tables.write_file(store.uri("scores.parquet"), pa.table({"key": listed, "clip_score": [0.5] * 12}))
+    write_folder(store.uri("artifacts", "curate", "f", "selection"), selection, NUM_RANGES)
+    scores = pa.table(
+        {"key": listed, "clip_score": [0.5] * 12, "embeddings_file": [""] * 12, "embeddings_row": range(12)}
+    )
+    write_folder(store.uri("artifacts", "curate", "f", "scores"), scores, NUM_RANGES)
+    heldout = store.uri("artifacts", "curate", "f", "heldout.parquet")
+    captions = {row["key"]: row["caption"] for row in pairs.to_pylist()}
+    tables.write_file(heldout, pa.table({"key": listed, "caption": [captions[key] for key in listed]}))
     snapshot = {
         "digest": "d1" * 32,
         "images": uri,
@@ -79,21 +99,27 @@ def store(tmp_path: Path) -> Store:
         "embeddings": embeddings,
         "embeddings_version": 0,
     }
-    snapshot |= {"selection": store.uri("selection.parquet"), "scores": store.uri("scores.parquet"), "statistics": ""}
+    snapshot |= {"index_version": index.update_index(uri, 0), "places": "", "heldout": heldout, "statistics": ""}
+    snapshot |= {name: store.uri("artifacts", "curate", "f", name) for name in ("selection", "scores")}
     record_snapshot(
         store,
         "mine",
         snapshot,
         {"rows": {"in": 12, "kept": 11, "dropped": 1, "failed": 0}, "reasons": {"too_small": 1}},
     )
-    store.write_json({"uri": store.uri("selection.parquet"), "digest": "d1" * 32}, "stages", "curate", "f.json")
+    store.write_json({"uri": snapshot["selection"], "digest": "d1" * 32}, "stages", "curate", "f.json")
     page = "".join(f'<figure data-key="{key}"><img src="data:x">{key} caption</figure>' for key in listed)
     files.write(store.uri("artifacts", "report", "f", "report.html"), page.encode())
     return store
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path / "storage")
+
+
 def key_at(store: Store, position: int) -> str:
-    pairs = tables.read_file(store.uri("artifacts", "ingest", "f", "pairs.parquet")).to_pylist()
+    pairs = ranges.read_all(store.uri("artifacts", "ingest", "f", "pairs")).to_pylist()
     return next(row["key"] for row in pairs if row["position"] == position)
 
 
@@ -115,15 +141,96 @@ def test_bytes_urls_and_captions_are_deleted_everywhere_and_do_not_return(store:
     assert jpg not in all_bytes(store)
     for uri in (store.uri("images", "recipe"), store.uri("embeddings", "clip")):
         assert key not in tables.read(uri)["key"].to_pylist() and tables.read(uri).num_rows == 11
-    pairs = tables.read_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"))
+    pairs = ranges.read_all(store.uri("artifacts", "ingest", "f", "pairs"))
     assert pairs.num_rows == 12 and "https://a1.example.org/7.jpg" not in pairs["url"].to_pylist()
     assert "caption number 7" not in pairs["caption"].to_pylist()
     page = files.read(store.uri("artifacts", "report", "f", "report.html")).decode()
     assert key not in page and page.count("<figure") == 12 and page.count("caption") == 11
 
-    again = refuse(clean(LISTED), load_tombstones(store)).to_pylist()
+    again = refuse(pairs_of(LISTED), load_tombstones(store)).to_pylist()
     assert [row["reason"] for row in again if row["key"] == key] == ["taken_down"]
     assert sum(row["status"] == "kept" for row in again) == 11
+
+
+def stored_texts(store: Store) -> str:
+    """Return all texts in the Parquet files of the storage, of committed and other versions, except the tombstones."""
+    paths = [path for path in sorted(Path(store.root).rglob("*.parquet")) if path.name != "tombstones.parquet"]
+    columns = [column for path in paths for column in tables.read_file(str(path)).columns]
+    return "\n".join(value for column in columns for value in column.to_pylist() if isinstance(value, str))
+
+
+def test_no_file_keeps_the_url_caption_or_hashes_of_a_row(store: Store) -> None:
+    row = (f"{7:064x}", stored_image(7)["phash"], "https://a1.example.org/7.jpg", "caption number 7")
+    assert all(text in stored_texts(store) for text in row)
+    take_down(store, [Tombstone("key", key_at(store, 7))], None, [])
+    assert not [text for text in row if text in stored_texts(store)]
+    remaining = index.find_rows(store.uri("images", "recipe"), [key_at(store, 8)], ["key", "part", "row"]).to_pylist()
+    stored = tables.read_rows(store.uri("images", "recipe", remaining[0]["part"]), [remaining[0]["row"]], ["key"])
+    assert stored["key"].to_pylist() == [key_at(store, 8)]
+
+
+def test_a_takedown_writes_only_the_files_that_hold_the_row(store: Store) -> None:
+    def state() -> dict[str, tuple[int, int]]:
+        paths = [path for path in Path(store.root).rglob("*.parquet") if path.name != "tombstones.parquet"]
+        return {str(path.relative_to(store.root)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+    before, key = state(), key_at(store, 7)
+    take_down(store, [Tombstone("key", key)], None, [])
+    [place] = ranges.of_keys(pa.array([key]), NUM_RANGES)
+    changed = {name for name, written in before.items() if state().get(name) != written}
+    assert changed == {
+        f"artifacts/ingest/f/pairs/{ranges.KeyRange(int(place), NUM_RANGES)}.parquet",
+        "artifacts/curate/f/heldout.parquet",
+        "images/recipe/1.parquet",
+        "embeddings/clip/x.parquet",
+        *(name for name in before if name.startswith("index/")),  # one file, with rows of that part
+    }
+
+
+KILL = """
+import sys
+from tasks.lineage.takedown import parse, take_down
+from tasks.store import Store
+take_down(Store(sys.argv[1]), [parse("url", "https://a1.example.org/7.jpg"), parse("domain", "a0.example.org")], 1, [])
+"""
+KILLED_AT = (
+    r"before .*/tombstones\.parquet",
+    r"after .*/tombstones\.parquet",
+    r"after .*/images/recipe/[\w-]+\.parquet",
+    r"before .*/images/recipe/_delta_log",
+    r"after .*/images/recipe/_delta_log",
+    r"after .*/index/recipe/.*\.parquet",
+    r"before .*/index/recipe/_delta_log",
+    r"after .*/index/recipe/_delta_log",
+    r"before .*/embeddings/clip/_delta_log",
+    r"after .*/embeddings/clip/_delta_log",
+    r"after .*/pairs/.*\.parquet",
+    r"after .*/heldout\.parquet",
+    r"before .*/report\.html",
+)
+
+
+def test_a_takedown_that_was_killed_at_any_write_is_completed_by_the_next(store: Store, tmp_path: Path) -> None:
+    undisturbed = make_store(tmp_path / "undisturbed")
+    requested = [parse("url", "https://a1.example.org/7.jpg"), parse("domain", "a0.example.org")]
+    expected = take_down(undisturbed, requested, 1, [])
+    armed = tmp_path / "armed"
+    armed.mkdir()
+    for number, point in enumerate(KILLED_AT):
+        (armed / str(number)).write_text(point)
+        environment = {**os.environ, "UNCLIP_FAILPOINTS": str(armed), "PYTHONPATH": str(ROOT)}
+        killed = subprocess.run([sys.executable, "-c", KILL, store.root], env=environment, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL and not list(armed.iterdir()), (point, killed.stderr)
+    found = take_down(store, requested, 1, [])
+    assert (found.keys, found.datasets) == (expected.keys, expected.datasets)
+    files.sweep(store.root)
+
+    def content(store: Store) -> dict[str, bytes]:
+        paths = [path for path in Path(store.root).rglob("*.*") if path.suffix in (".parquet", ".html")]
+        names = {str(path.relative_to(store.root)): path.read_bytes() for path in paths}
+        return {name: data for name, data in names.items() if not name.startswith("snapshots/")}
+
+    assert content(store) == content(undisturbed)
 
 
 def test_duplicates_of_an_image_are_deleted_with_it(store: Store) -> None:
@@ -147,8 +254,20 @@ def test_near_duplicates_are_found_on_request(store: Store) -> None:
 def test_a_domain_includes_its_subdomains(store: Store, domain: str, expected: int) -> None:
     [keys] = find_keys(store, [parse("domain", domain)]).values()
     assert len(keys) == expected
-    refused = refuse(clean(LISTED), gather([parse("domain", domain)]))
+    refused = refuse(pairs_of(LISTED), gather([parse("domain", domain)]))
     assert refused["reason"].to_pylist().count("taken_down") == expected
+
+
+def test_tombstones_cover_urls_by_their_host_in_any_form() -> None:
+    urls = [
+        "https://A.Example.org:8443/x?y=z@other.example", "http://a.example/x", "https://[2001:DB8::1]:80/x",
+        "http://other.example/?https://a.example/", "http://user:p@b.a.example/x", "http://xa.example/x", "", "a.example",
+    ]  # fmt: skip
+    pairs = pa.table({"key": [f"{number:032x}" for number in range(len(urls))], "url": urls})
+    stones = [Tombstone("domain", "a.example"), Tombstone("domain", "example.org"), Tombstone("domain", "2001:db8::1")]
+    assert gather(stones).cover(pairs).to_pylist() == [True, True, True, False, True, False, False, False]
+    stones = [Tombstone("key", f"{6:032x}"), Tombstone("url", "http://xa.example/x")]
+    assert [number for number, hit in enumerate(gather(stones).cover(pairs).to_pylist()) if hit] == [5, 6]
 
 
 def test_a_repeated_takedown_returns_the_same_and_changes_nothing(store: Store) -> None:
@@ -345,15 +464,15 @@ def fates(store: Store) -> Store:
     """The storage with a second version, in which rows have many different fates, and one run for each version."""
     reasons = {1: "http_404", 2: "too_small", 4: "duplicate_image", 5: "near_duplicate", 6: "semantic_duplicate"}
     [old] = versions(store)
-    selection = tables.read_file(old.facts["selection"])
+    selection = ranges.read_all(old.facts["selection"])
     changed = []
     for row in selection.to_pylist():
         reason = reasons.get(row["position"])
         status = "kept" if reason is None else "failed" if reason == "http_404" else "dropped"
         changed.append({**row, "status": status, "reason": reason, "split": None if reason else "train"})
-    tables.write_file(store.uri("selection-2.parquet"), pa.Table.from_pylist(changed, schema=selection.schema))
+    write_folder(store.uri("selection-2"), pa.Table.from_pylist(changed, schema=selection.schema), 2)
     counts = {"rows": {"in": 12, "kept": 7, "dropped": 4, "failed": 1}, "reasons": {}}
-    facts = {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2.parquet")}
+    facts = {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2")}
     record_snapshot(store, "mine", facts, counts)
     for run_id, digest in (("first", "d1" * 32), ("second", "e2" * 32)):
         record = {"pipeline": "mine", "state": "done", "mlflow_run": "", "config": {}}
@@ -398,6 +517,40 @@ def test_show_reports_origin_fate_and_runs_of_a_row(
         assert note == original[1] and (original[0] is None or winner == key_at(fates, original[0]))
 
 
+def test_show_reads_only_the_files_that_hold_the_row(fates: Store) -> None:
+    key = key_at(fates, 7)
+    expected = show(fates, key)
+    kept = {ranges.range_uri("", ranges.KeyRange(int(ranges.of_keys(pa.array([key]), n)[0]), n)) for n in (2, 4)}
+    paths = [path for path in Path(fates.root).rglob("*-of-*.parquet") if "index" not in path.parts]
+    damaged = [path for path in paths if f"/{path.name}" not in kept]
+    damaged += [Path(fates.uri("images", "recipe", "0.parquet")), Path(fates.uri("embeddings", "clip", "x.parquet"))]
+    assert len(damaged) == 3 * 3 + 1 + 2
+    for path in damaged:
+        path.write_bytes(b"damaged")
+    assert show(fates, key) == expected
+
+
+def test_differences_are_the_same_whatever_the_number_of_ranges(fates: Store) -> None:
+    old, new = versions(fates)
+    found = difference(old, new, with_keys=True)
+    selection = ranges.read_all(new.facts["selection"])
+    whole = write_folder(fates.uri("whole"), selection)
+    one_file = fates.uri("selection.parquet")  # as earlier releases wrote it
+    tables.write_file(one_file, selection)
+    before, after = (ranges.read_all(version.facts["selection"]).to_pylist() for version in (old, new))
+    changed = [
+        (one["key"], (one["reason"] or "kept", other["reason"] or "kept"))
+        for one, other in zip(before, after, strict=True)
+        if one["reason"] != other["reason"]
+    ]
+    assert changed and {(key, fates) for fates, keys in found.keys.items() for key in keys.to_pylist()} == set(changed)
+    assert found.changes == collections.Counter(fates for _, fates in changed)
+    for uri in (whole, one_file):
+        other = difference(old, dataclasses.replace(new, facts={**new.facts, "selection": uri}), with_keys=True)
+        assert other.changes == found.changes
+        assert all(other.keys[fates].to_pylist() == keys.to_pylist() for fates, keys in found.keys.items())
+
+
 def test_show_reports_the_takedown_of_a_row_and_its_runs(fates: Store) -> None:
     key = key_at(fates, 7)
     take_down(fates, [parse("domain", "a1.example.org")], None, [])
@@ -412,8 +565,8 @@ def test_show_without_a_dataset_version_and_with_only_a_tombstone(tmp_path: Path
     store = Store(str(tmp_path))
     with pytest.raises(InputError, match="has no rows"):
         show(store, "0" * 32)
-    pairs = clean([ListRow("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
-    tables.write_file(store.uri("artifacts", "ingest", "f", "pairs.parquet"), pairs)
+    pairs = pairs_of([("ftp://a.example/x.jpg", "no scheme that counts"), LISTED[0]])
+    write_folder(store.uri("artifacts", "ingest", "f", "pairs"), pairs, NUM_RANGES)
     bad, good = sorted(pairs.to_pylist(), key=lambda row: row["status"] == "kept")
     assert show(store, bad["key"])["fate"].startswith("in no dataset version: bad_url, not a valid URL")
     assert show(store, good["key"])["fate"] == "in no dataset version yet"
@@ -474,23 +627,35 @@ def test_versions_rows_and_differences(store: Store) -> None:
     assert facts["url"] == "https://a1.example.org/7.jpg" and facts["lists"] == {"f row 7": "kept"}
     assert f"sha256 {7:064x}" in facts["images"]["recipe"] and "jpg" not in facts["images"]["recipe"]
     assert list(facts["dataset versions"].values()) == ["kept (train), clip_score 0.500"]
-    selection = tables.read_file(store.uri("selection.parquet"))
+    selection = ranges.read_all(store.uri("artifacts", "curate", "f", "selection"))
     rows = selection.to_pylist()
     rows[0] |= {"status": "dropped", "reason": "taken_down", "split": None}
-    tables.write_file(store.uri("selection-2.parquet"), pa.Table.from_pylist(rows[:-1], schema=selection.schema))
+    write_folder(store.uri("selection-2"), pa.Table.from_pylist(rows[:-1], schema=selection.schema))
     [old] = versions(store)
     counts = {"rows": {"in": 11, "kept": 10, "dropped": 1, "failed": 0}, "reasons": {"taken_down": 1}}
     record_snapshot(
         store,
         "mine",
-        {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2.parquet"), "committed": 0},
+        {**old.facts, "digest": "e2" * 32, "selection": store.uri("selection-2"), "committed": 0},
         counts,
     )
     found = difference(find_version(store, "1"), find_version(store, "latest"))
-    assert found.changes == {("kept", "taken_down"): (rows[0]["key"],), ("too_small", "absent"): (rows[-1]["key"],)}
+    assert found.changes == {("kept", "taken_down"): 1, ("too_small", "absent"): 1} and not found.keys
+    found = difference(find_version(store, "1"), find_version(store, "latest"), with_keys=True)
+    assert {fates: keys.to_pylist() for fates, keys in found.keys.items()} == {
+        ("kept", "taken_down"): [rows[0]["key"]],
+        ("too_small", "absent"): [rows[-1]["key"]],
+    }
     assert find_version(store, "e2e2").number == 2
     for name in ("7", "ffff", "e"):
         with pytest.raises(InputError, match=r"0 dataset versions have this name.*2 \(e2e2e2e2\)"):
             find_version(store, name)
     with pytest.raises(InputError, match="has no dataset version"):
         find_version(Store(f"{store.root}/elsewhere"), "1")
+
+
+def test_plans_of_killed_downloads_are_deleted(store: Store) -> None:
+    plan = store.uri("artifacts", "download", "f", "plan", "shard.parquet")
+    tables.write_file(plan, pairs_of(LISTED).select(["key", "url", "caption"]))
+    take_down(store, [parse("url", "https://a1.example.org/7.jpg")], None, [])
+    assert not files.exists(plan)

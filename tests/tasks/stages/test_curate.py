@@ -8,36 +8,36 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from tasks import rows, tables
+from tasks import ranges, rows, tables
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.curate import (
     CurateConfig,
     ProbeConfig,
-    _searched_clusters,
     curate,
     out_of_bounds,
     pin_probes,
-    semantic_duplicates,
 )
 from tasks.stages.embed import SCHEMA
 from tasks.store import Store
 from tasks.tracking import Tracker
+from tests.tasks.datasets import key, write_folder, write_images
 from unclip.errors import ConfigError, InputError
 from unclip.training import checkpoints
 
 NUM_ROWS, WIDTH = 40, 8
+FAILED = "f" * 32
 
 
 @pytest.fixture
-def embedded(tmp_path: Path) -> Artifact:
+def embedded(tmp_path: Path, num_ranges: int, cluster: None) -> Artifact:
     """40 embedded pairs, every tenth held out, and one row that failed earlier."""
     embeddings = F.normalize(torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
     embeddings[7] = embeddings[3]
-    keys = [f"k{index:02d}" for index in range(NUM_ROWS)]
+    keys = [key(index) for index in range(NUM_ROWS)]
     table = {
         "key": keys,
-        "caption": keys,
+        "caption": [f"caption {index // 2}" for index in range(NUM_ROWS)],
         "image_embedding": list(embeddings.numpy()),
         "text_embedding": list(embeddings.numpy()),
         "clip_score": np.linspace(0, 0.39, NUM_ROWS),
@@ -45,17 +45,25 @@ def embedded(tmp_path: Path) -> Artifact:
     }
     uri = f"{tmp_path}/embeddings/x"
     version = tables.append_files(uri, [tables.write_part(uri, "a", pa.table(table, schema=SCHEMA))], SCHEMA)
+    images = [{"key": each, "status": "ok", "jpg": b""} for each in keys]
+    facts = write_images(str(tmp_path), images[:25], images[25:])
     selection = {
-        "key": [*keys, "z"],
+        "key": [*keys, FAILED],
         "position": list(range(NUM_ROWS + 1)),
         "status": ["kept"] * NUM_ROWS + ["failed"],
         "reason": [None] * NUM_ROWS + ["http_404"],
         "split": ["holdout" if index % 10 == 0 else "train" for index in range(NUM_ROWS)] + [None],
     }
-    tables.write_file(f"{tmp_path}/selection.parquet", pa.table(selection))
-    facts = {"selection": f"{tmp_path}/selection.parquet", "embeddings": uri, "embeddings_version": version}
-    facts |= {"images": "images", "images_version": 0}
+    pairs = {"key": keys, "caption": table["caption"], "status": ["kept"] * NUM_ROWS}
+    facts |= {"selection": write_folder(f"{tmp_path}/selection", pa.table(selection), num_ranges)}
+    facts |= {"pairs": write_folder(f"{tmp_path}/pairs", pa.table(pairs), num_ranges)}
+    facts |= {"embeddings": uri, "embeddings_version": version}
     return Artifact("embed", "f", uri, "digest", facts, 1.0)
+
+
+@pytest.fixture
+def num_ranges() -> int:
+    return 1
 
 
 def run_curate(tmp_path: Path, embedded: Artifact, config: CurateConfig) -> Artifact | Failure:
@@ -65,7 +73,7 @@ def run_curate(tmp_path: Path, embedded: Artifact, config: CurateConfig) -> Arti
 
 def outcome(artifact: Artifact | Failure) -> dict[str, Any]:
     assert isinstance(artifact, Artifact), artifact
-    selection = tables.read_file(artifact.uri)
+    selection = ranges.read_all(artifact.uri)
     facts = artifact.facts
     assert facts["rows"] == rows.count(selection)["rows"]
     assert facts["rows"]["in"] == NUM_ROWS + 1 == sum(facts["rows"][name] for name in ("kept", "dropped", "failed"))
@@ -81,80 +89,36 @@ def test_limits_drop_rows_with_a_reason_and_all_rows_keep_their_scores(tmp_path:
     artifact = run_curate(tmp_path, embedded, config)
     found = outcome(artifact)
     embeddings = tables.read(embedded.uri).column("image_embedding").to_pylist()
-    expected = {"z": "http_404"} | {f"k{i:02d}": "first_high" for i in range(NUM_ROWS) if embeddings[i][0] > 0.3}
-    expected |= {f"k{index:02d}": "clip_score_low" for index in range(10)} | {"k39": "clip_score_high"}
+    expected = {FAILED: "http_404"} | {key(i): "first_high" for i in range(NUM_ROWS) if embeddings[i][0] > 0.3}
+    expected |= {key(index): "clip_score_low" for index in range(10)} | {key(39): "clip_score_high"}
     assert found == expected and "first_high" in found.values()
     snapshot = Snapshot.of(artifact.facts)
-    scores = tables.read_file(snapshot.scores)
-    assert scores.num_rows == NUM_ROWS and scores.column_names == ["key", "clip_score", "first"]
+    scores = ranges.read_all(snapshot.scores)
+    assert scores.num_rows == NUM_ROWS and scores.column_names[:3] == ["key", "clip_score", "first"]
     assert np.allclose(scores["first"].to_numpy(), [e[0] for e in embeddings])
-    assert not set(snapshot.keys("train") + snapshot.keys("holdout")) & expected.keys()
+    kept = snapshot.open_places("train", "holdout")
+    assert set(kept.keys(np.arange(len(kept)))) == {key(i) for i in range(NUM_ROWS)} - expected.keys()
     assert Store(str(tmp_path)).list("snapshots")
 
 
 def test_without_limits_everything_is_kept(tmp_path: Path, embedded: Artifact) -> None:
-    assert outcome(run_curate(tmp_path, embedded, CurateConfig())) == {"z": "http_404"}
+    assert outcome(run_curate(tmp_path, embedded, CurateConfig())) == {FAILED: "http_404"}
 
 
 def test_semantic_duplicates_keep_the_smallest_key(tmp_path: Path, embedded: Artifact) -> None:
     found = outcome(run_curate(tmp_path, embedded, CurateConfig(semantic_distance=0.001)))
-    assert found == {"z": "http_404", "k07": "semantic_duplicate"}
+    assert found == {FAILED: "http_404", key(7): "semantic_duplicate"}
     # a row that is dropped anyway has no duplicates
     artifact = run_curate(tmp_path, embedded, CurateConfig(semantic_distance=0.001, min_clip_score=0.035))
-    assert "k07" not in outcome(artifact)
-
-
-def brute_force(embeddings: torch.Tensor, distance: float) -> set[int]:
-    """Expected result of semantic deduplication: each row compared with all earlier kept rows."""
-    similar, kept = (embeddings @ embeddings.T > 1 - distance).numpy(), list[int]()
-    for index in range(len(embeddings)):
-        if not similar[index, kept].any():
-            kept.append(index)
-    return set(range(len(embeddings))) - set(kept)
-
-
-def with_duplicates(num_originals: int, num_duplicates: int, cosine: float) -> torch.Tensor:
-    """Unit vectors [N, 64]; each of the last ones duplicates another at this cosine, in a random direction."""
-    generator = torch.Generator().manual_seed(1)
-    originals = F.normalize(torch.randn(num_originals, 64, generator=generator), dim=1)
-    copied = originals[:num_duplicates]
-    orthogonal = torch.randn(num_duplicates, 64, generator=generator)
-    orthogonal = F.normalize(orthogonal - (orthogonal * copied).sum(dim=1, keepdim=True) * copied, dim=1)
-    return torch.cat([originals, cosine * copied + (1 - cosine**2) ** 0.5 * orthogonal])
-
-
-def test_duplicates_in_different_clusters_are_found_in_any_order() -> None:
-    embeddings = with_duplicates(2400, 600, 0.9)
-    clusters = _searched_clusters(embeddings.numpy(), 0.24**0.5, 50)
-    assert len(clusters) == 60 and sum(len(visitors) for _, visitors in clusters) <= 8 * len(embeddings)
-    home = {int(index): number for number, (members, _) in enumerate(clusters) for index in members}
-    split_pairs = [index for index in range(600) if home[index] != home[2400 + index]]
-    assert len(split_pairs) > 50
-    found = semantic_duplicates(embeddings, 0.12, 50)
-    assert found == brute_force(embeddings, 0.12) == set(range(2400, 3000))
-    order = torch.randperm(3000, generator=torch.Generator().manual_seed(2))
-    shuffled = semantic_duplicates(embeddings[order], 0.12, 50)
-    assert shuffled == brute_force(embeddings[order], 0.12) == semantic_duplicates(embeddings[order], 0.12, 3000)
-    # one of every pair is kept, the one that now comes first
-    assert len(shuffled) == 600 and {int(order[index]) % 2400 for index in shuffled} == set(range(600))
-
-
-def test_duplicates_of_duplicates_do_not_count() -> None:
-    angles = torch.arange(5) * 0.2  # each is near to its neighbours only: 1 - cos 0.2 = 0.02, 1 - cos 0.4 = 0.08
-    chain = torch.stack([angles.cos(), angles.sin()], dim=1)
-    assert semantic_duplicates(chain, 0.05, 100) == {1, 3}
-    generator = torch.Generator().manual_seed(3)
-    crowded = F.normalize(torch.randn(1500, 3, generator=generator), dim=1)  # every row is close to another one
-    assert semantic_duplicates(crowded, 0.01, 1500) == brute_force(crowded, 0.01)
-    same = crowded[:1].expand(100, -1)
-    assert semantic_duplicates(same, 0.01, 5) == set(range(1, 100))
+    assert key(7) not in outcome(artifact)
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_clip_score": 0.1}, {"max_clip_score": 0.9}])
 def test_f26_a_score_that_is_not_finite_drops_its_row(limits: dict[str, float]) -> None:
     scores = pa.table({"key": list("abcd"), "clip_score": [float("nan"), 0.5, float("inf"), float("-inf")]})
     expected = {"a": "clip_score_low", "c": "clip_score_high", "d": "clip_score_low"}
-    assert out_of_bounds(scores, CurateConfig(**limits)) == expected  # type: ignore[arg-type]
+    found = out_of_bounds(scores, CurateConfig(**limits))  # type: ignore[arg-type]
+    assert dict(zip(found["key"].to_pylist(), found["reason"].to_pylist(), strict=True)) == expected
 
 
 def test_f26_a_threshold_in_the_wrong_unit_is_an_error_that_shows_the_scores(
@@ -178,7 +142,8 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path, embedded: Art
     assert isinstance(artifact, Artifact)
     snapshot = Snapshot.of(artifact.facts)
     table = tables.read(embedded.uri)
-    kept = [key in set(snapshot.keys("train")) for key in table["key"].to_pylist()]
+    train = snapshot.open_places("train")
+    kept = [each in set(train.keys(np.arange(len(train)))) for each in table["key"].to_pylist()]
     values = torch.tensor(table["image_embedding"].to_pylist(), dtype=torch.float64)[torch.tensor(kept)]
     assert torch.allclose(snapshot.load_statistics().mean.double(), values.mean(0), atol=1e-6)
     pca = checkpoints.load(snapshot.statistics)[0]["pca"]
@@ -187,6 +152,36 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path, embedded: Art
     variances = ((values - values.mean(0)) @ components.T).var(dim=0)
     assert torch.allclose(variances / variances.sum(), explained, atol=1e-5)
     assert (explained.diff() <= 0).all() and abs(float(explained.sum()) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("num_ranges", [1, 4])
+def test_held_out_rows_know_whether_their_caption_is_trained_on(tmp_path: Path, embedded: Artifact) -> None:
+    artifact = run_curate(tmp_path, embedded, CurateConfig(max_clip_score=0.305))  # drops rows 31 and later
+    assert isinstance(artifact, Artifact), artifact
+    rows = Snapshot.of(artifact.facts).heldout_rows()
+    assert rows["key"].to_pylist() == [key(index) for index in (0, 10, 20, 30)]
+    assert rows["caption"].to_pylist() == ["caption 0", "caption 5", "caption 10", "caption 15"]
+    assert rows["is_trained_on"].to_pylist() == [True, True, True, False], "row 31, with the caption of 30, is dropped"
+    assert rows["images_file"].to_pylist() == [0, 0, 0, 1] and rows["images_row"].to_pylist() == [0, 10, 20, 5]
+    assert rows["embeddings_row"].to_pylist() == [0, 10, 20, 30]
+
+
+def test_results_are_the_same_in_any_number_of_ranges(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, cluster: None
+) -> None:
+    digests, kept = set(), []
+    for count in (1, 8):
+        folder = tmp_path_factory.mktemp("curate")
+        source = embedded.__wrapped__(folder, count, cluster)  # type: ignore[attr-defined]
+        artifact = run_curate(folder, source, CurateConfig(semantic_distance=0.001, min_clip_score=0.05))
+        assert isinstance(artifact, Artifact), artifact
+        digests.add(artifact.digest)
+        snapshot = Snapshot.of(artifact.facts)
+        places = snapshot.open_places("train", "holdout")
+        columns = [places.column(name, np.arange(len(places))).tolist() for name in ("images_file", "images_row")]
+        kept.append([ranges.read_all(artifact.uri), places.keys(np.arange(len(places))), *columns])
+        kept[-1].append(snapshot.load_statistics().mean.tolist())
+    assert len(digests) == 1 and kept[0] == kept[1]
 
 
 def test_f26_dropping_everything_fails_with_the_reasons(tmp_path: Path, embedded: Artifact) -> None:

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -20,8 +21,8 @@ import pytest
 
 from pipelines import scene_server
 from pipelines.scene_server import ScenesConfig
-from tasks import tables
-from tasks.lanes import Pair, Shard, plan_lanes, run_in_lanes
+from tasks import ranges, tables
+from tasks.index import index_files
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
@@ -30,13 +31,11 @@ from tasks.stages.download import (
     DownloadConfig,
     download,
     pin_attempt,
-    plan_shards,
 )
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
 from tasks.store import Store
 from tasks.tracking import Tracker
-from tasks.untrusted import domains
 from unclip import files
 from unclip.errors import ConfigError, StageError
 
@@ -71,10 +70,23 @@ def download_config(scenes: ScenesConfig, **settings: object) -> DownloadConfig:
     return DownloadConfig(**settings)  # type: ignore[arg-type]
 
 
-def run_ingest(storage: Path, scenes: ScenesConfig) -> Artifact:
+def run_ingest(storage: Path, scenes: ScenesConfig, count: int = 1) -> Artifact:
     path = str(storage / f"list-{scenes.num_images}.parquet")
     scene_server.write_url_list(scenes, path)
-    return done(execute(Call(ingest, IngestConfig(path)), run(storage), []))
+    return in_ranges(storage, done(execute(Call(ingest, IngestConfig(path)), run(storage), [])), count)
+
+
+def in_ranges(storage: Path, pairs: Artifact, count: int = 1) -> Artifact:
+    """The same list in a number of key ranges."""
+    folder = str(storage / f"{pairs.digest[:16]}-{count}")
+    for key_range, table in zip(ranges.ranges(count), ranges.split_by_key(read_list(pairs), count), strict=True):
+        ranges.write_range(folder, key_range, table)
+    return dataclasses.replace(pairs, uri=folder)
+
+
+def read_list(artifact: Artifact) -> pa.Table:
+    uri = artifact.uri
+    return tables.read_file(uri) if uri.endswith(".parquet") else ranges.read_all(uri)
 
 
 def done(result: Artifact | Failure) -> Artifact:
@@ -85,11 +97,9 @@ def done(result: Artifact | Failure) -> Artifact:
 
 
 def reasons_by_kind(pairs: Artifact, selection: Artifact) -> dict[str, set[str | None]]:
-    urls = dict(
-        zip(*(tables.read_file(pairs.uri).column(name).to_pylist() for name in ("position", "url")), strict=True)
-    )
+    urls = dict(zip(*(read_list(pairs).column(name).to_pylist() for name in ("position", "url")), strict=True))
     found = collections.defaultdict(set)
-    for row in tables.read_file(selection.uri).to_pylist():
+    for row in read_list(selection).to_pylist():
         kind = "file" if urls[row["position"]].startswith("file:") else urls[row["position"]].split("/")[-2]
         found[kind].add(row["reason"])
     return dict(found)
@@ -130,27 +140,46 @@ def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: 
     assert failed["jpg"].null_count == failed.num_rows == 12
 
 
-def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path) -> None:
+def assert_indexed(images: Artifact) -> None:
+    """The index has the rows of the table, and the facts name its version."""
+    uri, columns = images.facts["images"], ["key", "status", "reason", "sha256"]
+    found = ranges.read_all(index_files(uri, images.facts["index_version"]), columns)
+    assert found.equals(tables.read(uri, images.facts["images_version"], columns))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Path, count: int) -> None:
     scenes = ScenesConfig(num_images=20, side=16, broken=0, port=free_port())
     longer = dataclasses.replace(scenes, num_images=26)
     with scene_server.serve(longer) as server:
         config = download_config(scenes)
-        first = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, scenes)]))
+        first = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, scenes, count)]))
         assert (first.facts["fetched_now"], first.facts["images_version"]) == (20, 0)
         server.requests.clear()
-        second = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, longer)]))
+        second = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, longer, count)]))
         assert (second.facts["fetched_now"], second.facts["images_version"]) == (6, 1)
         assert sum(server.requests.values()) == 6 == len(server.requests)
         server.requests.clear()
         # A setting that does not affect images: nothing is fetched, no version is added, and the content is the same.
         again = done(
             execute(
-                Call(download, dataclasses.replace(config, retries=0)), run(tmp_path), [run_ingest(tmp_path, longer)]
+                Call(download, dataclasses.replace(config, retries=0)),
+                run(tmp_path),
+                [run_ingest(tmp_path, longer, count)],
             )
         )
         assert (again.facts["fetched_now"], again.facts["images_version"], again.digest) == (0, 1, second.digest)
         assert not server.requests
     assert second.digest != first.digest
+    assert_indexed(first)
+    assert_indexed(again)
+    for stage in (first, second):  # only names and counts remain of the plan
+        folder = tmp_path / "artifacts" / "download" / stage.fingerprint
+        assert [path.name for path in folder.iterdir()] == ["plan.json"]
+        plan = json.loads((folder / "plan.json").read_text())
+        shards = [shard for lane in plan["lanes"] for shard in lane]
+        assert all(len(name) == 32 and rows <= 20 for name, rows in shards)
+        assert sum(rows for _, rows in shards) == stage.facts["fetched_now"]
     assert tables.read(first.uri, 0).num_rows == 20 and tables.read(first.uri).num_rows == 26
 
 
@@ -158,6 +187,7 @@ KILLED = """
 import sys, ray
 sys.path[:0] = [{tests!r}]
 from test_download import *
+download_module.PARTS_PER_COMMIT = {parts_per_commit}
 ray.init(address={address!r}, log_to_driver=False)
 scenes = ScenesConfig(**{scenes!r})
 config = download_config(scenes, tasks_in_flight=1)
@@ -165,7 +195,9 @@ execute(Call(download, config), run(Path({storage!r})), [run_ingest(Path({storag
 """
 
 
-def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts_per_commit", [1000, 2])
+def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path, parts_per_commit: int) -> None:
+    """After a commit, the table has the rows fetched before; finished parts that are not in a commit are found as well."""
     import ray
 
     scenes = ScenesConfig(num_images=400, side=16, broken=0.005, port=free_port())
@@ -177,12 +209,19 @@ def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
         address=ray.get_runtime_context().gcs_address,
         scenes=dataclasses.asdict(scenes),
         storage=str(killed),
+        parts_per_commit=parts_per_commit,
     )
+
+    def is_under_way() -> bool:
+        if parts_per_commit == 2:
+            return tables.version(table_uri) is not None
+        return len(list(Path(table_uri).glob("*.parquet"))) >= 2
+
     with scene_server.serve(scenes) as server:
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
         try:
             deadline = time.monotonic() + 240
-            while len(list(Path(table_uri).glob("*.parquet"))) < 2 and time.monotonic() < deadline:
+            while not is_under_way() and time.monotonic() < deadline:
                 time.sleep(0.01)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -190,7 +229,10 @@ def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
         time.sleep(1)  # Ray ends the tasks of a dead driver
         finished = set(Path(table_uri).glob("*.parquet"))
         assert 2 <= len(finished) < 21, "killed too late or too early"
-        assert tables.version(table_uri) is None, "parts are invisible until they are committed"
+        if parts_per_commit == 2:
+            assert tables.read(table_uri).num_rows >= 40, "a killed crawl leaves a table"
+        else:
+            assert tables.version(table_uri) is None, "parts are invisible until they are committed"
         stored = pa.concat_tables(map(tables.read_file, map(str, finished)))
         server.requests.clear()
 
@@ -199,6 +241,8 @@ def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path) -> None:
         assert not fetched_again & set(stored["url"].to_pylist())
         reference = done(execute(Call(download, config), run(undisturbed), [run_ingest(undisturbed, scenes)]))
     assert resumed.digest == reference.digest
+    assert resumed.facts["fetched_now"] == reference.facts["fetched_now"]
+    assert_indexed(resumed)
     assert content(resumed.uri).equals(content(reference.uri))
     assert [Path(uri).name for uri in tables.files(resumed.uri)] == [
         Path(uri).name for uri in tables.files(reference.uri)
@@ -210,7 +254,7 @@ def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, t
     with scene_server.serve(scenes) as server:
         pairs = run_ingest(tmp_path, scenes)
         config = download_config(scenes, shard_size=15, tasks_in_flight=1)
-        rows = tables.read_file(pairs.uri).select(["key"]).to_pydict()["key"]
+        rows = read_list(pairs)["key"].to_pylist()
         from unclip.config import fingerprint
 
         blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(rows[15:], 0)[:32]}.parquet")
@@ -224,6 +268,39 @@ def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, t
         assert sum(server.requests.values()) == 15
 
 
+def test_the_table_does_not_depend_on_the_number_of_ranges_and_lanes(cluster: None, tmp_path: Path) -> None:
+    """Half of the URLs are on servers that need lanes; they fail at once since their addresses are not public."""
+    scenes = ScenesConfig(num_images=40, side=16, broken=0.1, port=free_port())
+    found = {}
+    with scene_server.serve(scenes):
+        pairs = run_ingest(tmp_path, scenes)
+        others = [f"http://10.0.0.{number % 30}/{number}.jpg" for number in range(80)]
+        table = read_list(pairs)
+        extra = pa.table(
+            {
+                "key": [files.sha256(url.encode())[:32] for url in others],
+                "url": others,
+                "caption": ["an image"] * len(others),
+                "position": range(table.num_rows, table.num_rows + len(others)),
+                "status": ["kept"] * len(others),
+            }
+        )
+        table = pa.concat_tables([table, extra], promote_options="default").sort_by("key")
+        ranges.write_range(str(tmp_path / "mixed"), ranges.KeyRange(0, 1), table)
+        pairs = dataclasses.replace(pairs, uri=str(tmp_path / "mixed"), digest="mixed")
+        for count, tasks in ((1, 1), (4, 1), (1, 2), (4, 2)):
+            storage = tmp_path / f"{count}-{tasks}"
+            config = download_config(scenes, shard_size=8, num_lanes=1, tasks_in_flight=tasks)
+            images = done(execute(Call(download, config), run(storage), [in_ranges(storage, pairs, count)]))
+            assert_indexed(images)
+            facts = {name: images.facts[name] for name in ("rows", "reasons", "images_digest", "fetched_now")}
+            found[count, tasks] = (content(images.uri), images.digest, facts)
+    table, digest, facts = found[1, 1]
+    assert facts["reasons"]["blocked_address"] >= 80 and facts["rows"]["kept"] >= 40
+    for other_table, other_digest, other_facts in found.values():
+        assert other_table.equals(table) and (other_digest, other_facts) == (digest, facts)
+
+
 def outcomes(images: Artifact) -> dict[str, str | None]:
     table = tables.read(images.uri, columns=["key", "reason"])
     return dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
@@ -231,13 +308,12 @@ def outcomes(images: Artifact) -> dict[str, str | None]:
 
 def listed_with_hashes(storage: Path, pairs: Artifact, hashes: dict[str, str]) -> Artifact:
     """The same list, with hashes for some keys added."""
-    table = tables.read_file(pairs.uri)
+    table = read_list(pairs)
     expected = pa.array([hashes.get(key) for key in table["key"].to_pylist()], pa.string())
-    uri = str(storage / "with-hashes.parquet")
-    tables.write_file(
-        uri, table.set_column(table.schema.get_field_index("expected_sha256"), "expected_sha256", expected)
-    )
-    return dataclasses.replace(pairs, uri=uri, digest="with hashes")
+    table = table.set_column(table.schema.get_field_index("expected_sha256"), "expected_sha256", expected)
+    folder = str(storage / "with-hashes")
+    ranges.write_range(folder, ranges.KeyRange(0, 1), table)
+    return dataclasses.replace(pairs, uri=folder, digest="with hashes")
 
 
 def test_t9_images_whose_hash_differs_from_the_list_or_the_first_fetch_are_not_kept(
@@ -272,7 +348,8 @@ def test_t9_images_whose_hash_differs_from_the_list_or_the_first_fetch_are_not_k
             "changed",
             before.set_column(before.schema.get_field_index("sha256"), "sha256", pa.array(changed)),
         )
-        tables.append_files(first.uri, [part], before.schema, replaced=pa.array(keys))
+        names = [uri.rpartition("/")[2] for uri in tables.files(first.uri)]
+        tables.append_files(first.uri, [part], before.schema, removed=names)
         larger = done(execute(Call(download, dataclasses.replace(config, image_size=8)), run(tmp_path), [pairs]))
         assert outcomes(larger) == dict.fromkeys(keys) | {keys[2]: "content_changed"}
 
@@ -299,133 +376,96 @@ def test_transient_failures_are_retried_on_request(cluster: None, tmp_path: Path
     assert tables.read(images.uri)["key"].to_pylist() == tables.read(offline.uri, 0)["key"].to_pylist()
 
 
-def pairs_of(*urls: str) -> list[Pair]:
-    return [{"key": f"{number:05}", "url": url, "caption": "an image"} for number, url in enumerate(urls)]
-
-
-def many_sites(num_sites: int = 60, num_pages: int = 12) -> list[Pair]:
-    """Interleaved pages of sites with several hosts and ports each."""
-    suffixes = ("com", "co.uk", "unknown", "xn--p1ai")
-    return pairs_of(
-        *(
-            f"http{'s' * (page % 2)}://{('', 'www.', 'a.b.', 'IMG.')[page % 4]}site{site}.{suffixes[site % 4]}"
-            f"{('', ':8080', '.')[page % 3]}/{page}.jpg"
-            for page in range(num_pages)
-            for site in range(num_sites)
-        )
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_interrupted_retry_loses_no_row_and_continues(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Each commit replaces the rows that its parts hold; files that keep other rows are written again, repeatedly."""
+    scenes = ScenesConfig(num_images=40, side=16, broken=0.3, port=free_port())
+    pairs = run_ingest(tmp_path, scenes)
+    table = read_list(pairs)
+    short = f"http://{scenes.address}{scenes.prefix}/short/39.jpg"  # fails again, in the first shard
+    urls = pa.array([short, *table["url"].to_pylist()[1:]])
+    ranges.write_range(str(tmp_path / "list"), ranges.KeyRange(0, 1), table.set_column(2, "url", urls))
+    pairs = in_ranges(tmp_path, dataclasses.replace(pairs, uri=str(tmp_path / "list"), digest="short"), count)
+    config = download_config(scenes, shard_size=30, retries=0)
+    offline = done(execute(Call(download, config), run(tmp_path), [pairs]))
+    again = dataclasses.replace(
+        pin_attempt(Store(str(tmp_path)), config, retry_failed=True), shard_size=7, tasks_in_flight=1
     )
+    keys = tables.read(offline.uri, columns=["key"])["key"].to_pylist()
+    from unclip.config import fingerprint
+
+    monkeypatch.setattr(download_module, "PARTS_PER_COMMIT", 1)
+    blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(keys[21:28], 1)[:32]}.parquet")
+    blocked.mkdir(parents=True)
+    with scene_server.serve(scenes) as server:
+        failure = execute(Call(download, again), run(tmp_path), [pairs])
+        assert isinstance(failure, Failure) and "3 finished shards are kept" in failure.message, failure
+        blocked.rmdir()
+        halfway = tables.read(offline.uri)
+        assert halfway["key"].to_pylist() == keys, "each row is in the table once"
+        assert set(halfway["reason"].to_pylist()[21:]) == {"connect_error"}
+        assert "connect_error" not in halfway["reason"].to_pylist()[:21]
+        server.requests.clear()
+        images = done(execute(Call(download, again), run(tmp_path), [pairs]))
+        requested = {f"http://{scenes.address}{path}" for path in server.requests}
+    finished = halfway.slice(0, 21)
+    assert finished["reason"][0].as_py() == "short_body"
+    assert not requested & set(finished["url"].to_pylist()), "a row that failed again is not retried once more"
+    table = tables.read(images.uri)
+    assert table["key"].to_pylist() == keys and table.slice(0, 21).equals(finished)
+    assert "connect_error" not in table["reason"].to_pylist()
+    assert images.facts["fetched_now"] == len(keys) and images.facts["rows"]["kept"] >= 39
+    assert_indexed(images)
 
 
-def test_a_site_is_in_one_lane_and_no_pair_is_lost() -> None:
-    pairs = many_sites()
-    lanes = plan_lanes(pairs, 16)
-    assert sorted(pair["key"] for lane in lanes for pair in lane) == [pair["key"] for pair in pairs]
-    lanes_of_site = collections.defaultdict(set)
-    for number, lane in enumerate(lanes):
-        assert lane == sorted(lane, key=lambda pair: pair["key"])
-        for pair in lane:
-            lanes_of_site[int(pair["key"]) % 60].add(number)
-    assert len(lanes_of_site) == 60 and all(len(found) == 1 for found in lanes_of_site.values())
-    assert len(set().union(*lanes_of_site.values())) > 8, "sites are spread over too few lanes"
+def test_an_interrupted_plan_is_not_continued_after_other_commits(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another list with the same rows is downloaded before the next attempt: no row is fetched or stored twice."""
+    scenes = ScenesConfig(num_images=30, side=16, broken=0, port=free_port())
+    config = download_config(scenes, shard_size=10, tasks_in_flight=1)
+    monkeypatch.setattr(download_module, "SECONDS_PER_COMMIT", 0.0)
+    from unclip.config import fingerprint
+
+    with scene_server.serve(scenes) as server:
+        pairs = run_ingest(tmp_path, scenes)
+        keys = read_list(pairs)["key"].to_pylist()
+        blocked = Path(tmp_path, "images", config.recipe, f"{fingerprint(keys[10:20], 0)[:32]}.parquet")
+        blocked.mkdir(parents=True)
+        assert isinstance(execute(Call(download, config), run(tmp_path), [pairs]), Failure)
+        blocked.rmdir()
+        half = ranges.read_all(pairs.uri).slice(5, 10)
+        ranges.write_range(str(tmp_path / "half"), ranges.KeyRange(0, 1), half)
+        other = dataclasses.replace(pairs, uri=str(tmp_path / "half"), digest="half")
+        assert done(execute(Call(download, config), run(tmp_path), [other])).facts["fetched_now"] == 5
+        images = done(execute(Call(download, config), run(tmp_path), [pairs]))
+        assert images.facts["fetched_now"] == 15 and max(server.requests.values()) == 1
+    assert tables.read(images.uri)["key"].to_pylist() == keys
 
 
-@pytest.mark.parametrize(
-    ("urls", "num_lanes"),
-    [
-        (("http://127.0.0.1:1/a", "https://127.0.0.1:2/b"), 1),
-        (("http://[2606:4700::1]/a", "http://[2606:4700::1]:81/b"), 1),
-        (("http://localhost/a", "http://LOCALHOST:99/b"), 1),
-        (("http://bücher.de/a", "http://xn--bcher-kva.de/b", "http://www.bücher.de/c"), 1),
-        (("file:///etc/passwd", "http://", "nonsense"), 1),
-        (("http://a.shop.unlisted/a", "http://b.shop.unlisted/b"), 1),
-        (tuple(f"http://8.8.8.{number}/a" for number in range(100)), 50),
-        (tuple(f"http://host{number}/a" for number in range(100)), 50),
-        (tuple(f"http://shop{number}.co.uk/a" for number in range(100)), 50),
-    ],
-)
-def test_urls_are_grouped_by_site(urls: tuple[str, ...], num_lanes: int) -> None:
-    filled = sum(bool(lane) for lane in plan_lanes(pairs_of(*urls), 1000))
-    assert filled == 1 if num_lanes == 1 else filled >= num_lanes
+def test_a_stopped_run_commits_nothing(tmp_path: Path) -> None:
+    """Another run may be writing to the table by then."""
+    Store(str(tmp_path)).write_json({"state": "stopped", "host": socket.gethostname()}, "runs", "r1", "run.json")
+    uri = str(tmp_path / "images" / "recipe")
+    part = tables.write_part(uri, "part", download_module.IMAGES.empty_table())
+    commits = download_module._Commits(uri, {}, run(tmp_path), None)
+    with pytest.raises(StageError, match="left to the next run"):
+        commits.add(part)
+        commits.commit()
+    assert tables.version(uri) is None
 
 
-def test_lanes_are_the_same_in_every_process_and_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail_on_use(*_: object, **__: object) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket, "socket", fail_on_use)
-    monkeypatch.setattr(socket, "getaddrinfo", fail_on_use)
-    domains.suffixes.cache_clear()
-    domains.registrable_domain.cache_clear()
-    lanes = plan_lanes(pairs_of("http://example.com/a", "http://www.example.org/b", "http://1.1.1.1/c"), 16)
-    assert {pair["url"][-1]: number for number, lane in enumerate(lanes) for pair in lane} == {"a": 7, "b": 5, "c": 9}
-
-
-def test_shards_are_cut_within_lanes_and_own_servers_need_no_lane() -> None:
-    pairs = many_sites() + pairs_of(*(f"http://127.0.0.1:8765/{number}.jpg" for number in range(250)))
-    config = DownloadConfig(shard_size=100, num_lanes=5, allow_hosts=("127.0.0.1:8765",))
-    lanes = plan_shards(pairs, config)
-    assert lanes == plan_shards(pairs, config)
-    assert [list(map(len, lane)) for lane in lanes[:3]] == [[100], [100], [50]]
-    assert [pair for lane in lanes[:3] for shard in lane for pair in shard] == pairs[720:]
-    assert len(lanes) <= 3 + 5 and all(len(shard) <= 100 for lane in lanes for shard in lane)
-    others = [[pair for shard in lane for pair in shard] for lane in lanes[3:]]
-    assert others == [lane for lane in plan_lanes(pairs[:720], 5) if lane]
-    few = plan_shards(pairs[:90], config)
-    assert [list(map(len, lane)) for lane in few] == [[90]], "a short list is one file"
-    giant = pairs_of(*(f"https://cdn{number % 9}.example.com/{number}" for number in range(1000)))
-    assert [list(map(len, lane)) for lane in plan_shards(giant, config)] == [[100] * 10]
-
-
-def test_a_lane_runs_one_shard_at_a_time(cluster: None) -> None:
-    import ray
-
-    @ray.remote(num_cpus=0)
-    def count(shard: Shard) -> int:
-        time.sleep(0.01)
-        return len(shard)
-
-    pairs = pairs_of(*(f"http://site{site}.example/{page}" for page in range(40) for site in range(12)))
-    lanes = plan_shards(pairs, DownloadConfig(shard_size=10, num_lanes=6))
-    lane_of = {id(shard): number for number, lane in enumerate(lanes) for shard in lane}
-    running: list[int] = []
-    order: list[int] = []
-    highest = 0
-
-    def start(shard: Shard) -> object:
-        nonlocal highest
-        assert lane_of[id(shard)] not in running
-        running.append(lane_of[id(shard)])
-        order.append(lane_of[id(shard)])
-        highest = max(highest, len(running))
-        return count.remote(shard)
-
-    results = run_in_lanes(lanes, 3, start, on_done=lambda shard: running.remove(lane_of[id(shard)]))
-    assert sum(results) == len(pairs) and sorted(results) == sorted(len(shard) for lane in lanes for shard in lane)
-    assert highest == 3 and not running
-    longest = max(range(len(lanes)), key=lambda number: sum(map(len, lanes[number])))
-    assert order[0] == longest
-
-
-def test_after_a_failure_running_tasks_finish_and_no_task_starts(cluster: None) -> None:
-    import ray
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def work(shard: Shard) -> int:
-        if shard[0]["key"] == "00000":
-            raise ValueError("no space left")
-        time.sleep(0.5)
-        return len(shard)
-
-    shards = [[pair] for pair in pairs_of(*(f"http://site{number}.example/" for number in range(9)))]
-    started: list[Shard] = []
-
-    def start(shard: Shard) -> object:
-        started.append(shard)
-        return work.remote(shard)
-
-    with pytest.raises(StageError, match=r"no space left.* 2 finished shards are kept"):
-        run_in_lanes([shards[:3], shards[3:6], shards[6:]], 3, start)
-    assert len(started) == 3
+def test_a_table_without_a_row_or_with_a_row_twice_is_refused(cluster: None, tmp_path: Path) -> None:
+    scenes = ScenesConfig(num_images=4, side=16, broken=0, port=free_port())
+    pairs = run_ingest(tmp_path, scenes)  # the server is not running
+    images = done(execute(Call(download, download_config(scenes)), run(tmp_path), [pairs]))
+    twice = tables.write_part(images.uri, "twice", tables.read(images.uri).slice(1, 2))
+    tables.append_files(images.uri, [twice], download_module.IMAGES)
+    config = download_config(scenes, retries=0)  # another stage with the same table
+    failure = execute(Call(download, config), run(tmp_path), [pairs])
+    assert isinstance(failure, Failure) and "repeats the rows of 2 pairs" in failure.message
 
 
 def pids_of_shards() -> list[int]:
@@ -474,25 +514,6 @@ def test_f38_a_killed_task_and_a_hung_task_are_restarted(cluster: None, tmp_path
 
 def scenes_of_kind(table: pa.Table, *kinds: str) -> int:
     return sum(url.split("/")[-2] in kinds for url in table["url"].to_pylist())
-
-
-def test_f38_a_shard_that_hangs_every_time_ends_the_stage(cluster: None, tmp_path: Path) -> None:
-    import ray
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def hang() -> None:
-        time.sleep(60)
-
-    started: list[Shard] = []
-
-    def start(shard: Shard) -> object:
-        started.append(shard)
-        return hang.remote()
-
-    shards = [pairs_of("http://a/1"), pairs_of("http://a/2")]
-    with pytest.raises(StageError, match=r"no row was completed for 0.2 s, 3 times.*run the same command again"):
-        run_in_lanes([shards], 2, start, heartbeat=lambda _: 1, stall_seconds=0.2)
-    assert started == shards[:1] * 3
 
 
 def test_f38_a_late_result_of_an_abandoned_task_is_discarded(tmp_path: Path) -> None:

@@ -1,18 +1,25 @@
 """The embedding actor: its results equal open_clip's for every row, independent of batches and files."""
 
+import functools
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from PIL import Image
 
 from tasks import tables
-from tasks.stage import Artifact
+from tasks.stage import Artifact, Call, Resources, Run, execute
 from tasks.stages.download import IMAGES
-from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, _read_rows
+from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, Shard, embed_shards, read_shard
+from tasks.stages.embed import embed as embed_stage
+from tasks.tracking import Tracker
+from tests.tasks.datasets import kept_selection, key, write_folder, write_kept_places
+from tests.tasks.datasets import write_images as write_table
 from unclip.data import vectors
 from unclip.errors import StageError
 from unclip.models import clip
@@ -31,10 +38,6 @@ def jpg(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def key(number: int) -> str:
-    return f"{number:032x}"
-
-
 def write_images(folder: Path, numbers: list[int], name: str) -> str:
     rows = [{"key": key(number), "caption": f"image {number}", "jpg": jpg(number)} for number in numbers]
     uri = str(folder / f"{name}.parquet")
@@ -50,12 +53,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"local-dir:{folder}"
 
 
-def embed(model: str, images: list[str], keys: list[str], table: Path, batch_size: int = 4) -> pa.Table:
+def embed(model: str, images: str, rows: list[int], table: Path, batch_size: int = 4) -> pa.Table:
     """Part written by the actor, called in this process."""
     artifact = Artifact("clip", "", "", "", {"model": model, "pretrained": None}, 0.0)
     config = EmbedConfig(batch_size=batch_size)
-    actor = Embedder.__ray_metadata__.modified_class(artifact, config, images, str(table), 2)  # type: ignore[attr-defined]
-    part = actor.embed(keys)
+    actor = Embedder.__ray_metadata__.modified_class(artifact, config, str(table), 2)  # type: ignore[attr-defined]
+    part = actor.embed(Shard(images, np.array(rows, np.int32)))
     return tables.read_file(f"{table}/{part.name}")
 
 
@@ -68,10 +71,10 @@ def test_preprocessing_in_two_parts_equals_that_of_open_clip_bitwise(model: str)
     assert torch.equal(pixels, expected) and pixels.is_contiguous()
 
 
-def test_every_row_has_its_own_embeddings_in_the_order_of_the_keys(model: str, tmp_path: Path) -> None:
-    images = [write_images(tmp_path, list(range(start, 30, 3)), f"images-{start}") for start in range(3)]
-    numbers = list(range(1, 30, 2))  # 15 rows of 3 files in batches of 4: the last is padded
-    part = embed(model, images, [key(number) for number in numbers], tmp_path / "embeddings")
+def test_every_row_has_its_own_embeddings_in_the_order_of_the_images(model: str, tmp_path: Path) -> None:
+    images = write_images(tmp_path, list(range(30)), "images")
+    numbers = list(range(1, 30, 2))  # 15 rows in batches of 4: the last is padded
+    part = embed(model, images, numbers, tmp_path / "embeddings")
 
     loaded = Clip.load(model)
     pixels = torch.stack([loaded.preprocess(Image.open(io.BytesIO(jpg(number)))) for number in numbers])
@@ -86,16 +89,17 @@ def test_every_row_has_its_own_embeddings_in_the_order_of_the_keys(model: str, t
 
 
 def test_the_same_rows_give_the_same_bytes(model: str, tmp_path: Path) -> None:
-    images = [write_images(tmp_path, list(range(12)), "images")]
-    keys = [key(number) for number in range(12)]
-    first, second = (embed(model, images, keys, tmp_path / name) for name in ("first", "again"))
+    images = write_images(tmp_path, list(range(12)), "images")
+    first, second = (embed(model, images, list(range(12)), tmp_path / name) for name in ("first", "again"))
     assert tables.parquet_bytes(first) == tables.parquet_bytes(second)
 
 
 def test_a_missing_image_is_named_and_nothing_is_written(model: str, tmp_path: Path) -> None:
-    images = [write_images(tmp_path, [1, 2], "images")]
-    with pytest.raises(StageError, match=f"1 images are missing .* such as {key(3)}"):
-        embed(model, images, [key(1), key(3)], tmp_path / "embeddings")
+    rows = [{"key": key(number), "caption": "", "jpg": jpg(number) if number < 2 else None} for number in range(3)]
+    uri = str(tmp_path / "images.parquet")
+    tables.write_file(uri, pa.Table.from_pylist(rows, schema=IMAGES))
+    with pytest.raises(StageError, match=f"1 rows of .* have no image, such as {key(2)}"):
+        embed(model, uri, [1, 2], tmp_path / "embeddings")
     assert not (tmp_path / "embeddings").exists()
 
 
@@ -105,11 +109,78 @@ def test_a_damaged_image_fails_the_shard_and_nothing_is_written(model: str, tmp_
     uri = str(tmp_path / "images.parquet")
     tables.write_file(uri, pa.Table.from_pylist(rows, schema=IMAGES))
     with pytest.raises(OSError, match="cannot identify"):
-        embed(model, [uri], [key(number) for number in range(9)], tmp_path / "embeddings")
+        embed(model, uri, list(range(9)), tmp_path / "embeddings")
     assert not (tmp_path / "embeddings").exists()
 
 
-def test_rows_are_found_anywhere_in_the_files(tmp_path: Path) -> None:
-    images = [write_images(tmp_path, [0, 5, 9], "a"), write_images(tmp_path, [3, 7], "b")]
-    found = {row["key"]: row["caption"] for row in _read_rows(images, [key(9), key(3), key(0), key(4)])}
-    assert found == {key(0): "image 0", key(3): "image 3", key(9): "image 9"}
+def test_a_shard_has_its_rows_in_any_row_group(tmp_path: Path) -> None:
+    rows = [{"key": key(number), "caption": str(number), "jpg": b"x"} for number in range(2500)]
+    uri = str(tmp_path / "images.parquet")
+    tables.write_file(uri, pa.Table.from_pylist(rows, schema=IMAGES))
+    wanted = [0, 7, 999, 1000, 2000, 2499]
+    assert [int(row["caption"]) for row in read_shard(Shard(uri, np.array(wanted, np.int32)))] == wanted
+
+
+@pytest.mark.usefixtures("cluster")
+def test_rows_that_are_kept_later_are_embedded_alone_in_the_order_of_the_images(model: str, tmp_path: Path) -> None:
+    files = [
+        [{"key": key(n), "caption": f"image {n}", "status": "ok", "jpg": jpg(n)} for n in range(start, 24, 2)]
+        for start in (0, 1)
+    ]
+    facts = write_table(str(tmp_path), *files)
+    clip_artifact = Artifact("clip", "", "", "c", {"model": model, "pretrained": None}, 0.0)
+    run = Run("r", "p", str(tmp_path), Tracker("", ""), "", {"embed": Resources(2, 1)})
+    embedded: list[Artifact] = []
+    for number, kept in enumerate((range(0, 24, 3), range(24))):
+        root = f"{tmp_path}/{number}"
+        selection = write_folder(f"{root}/selection", kept_selection({key(n): "train" for n in kept}))
+        counts = {"rows": {"in": 24, "kept": len(kept), "dropped": 24 - len(kept), "failed": 0}}
+        dedup_facts = {**facts, **counts, "places": write_kept_places(root, selection, facts)}
+        dedup = Artifact("dedup", "f", selection, f"d{number}", dedup_facts, 0.0)
+        result = execute(Call(embed_stage, EmbedConfig(batch_size=4)), run, [dedup, clip_artifact])
+        assert isinstance(result, Artifact), result
+        embedded.append(result)
+    assert [artifact.facts["embedded_now"] for artifact in embedded] == [8, 16]
+    version = embedded[1].facts["embeddings_version"]
+    assert tables.read(embedded[1].uri, version, ["key"])["key"].to_pylist() == [key(n) for n in range(24)]
+    for uri in tables.files(embedded[1].uri, version):
+        numbers = [int(each, 16) >> 116 for each in tables.read_file(uri, ["key"])["key"].to_pylist()]
+        assert numbers == sorted(numbers) and len({n % 2 for n in numbers}) == 1, "rows of one image file, in its order"
+
+
+@ray.remote(num_cpus=1)
+class Echo:
+    """Actor with the methods of an `Embedder`, whose parts are the names of the files."""
+
+    def __init__(self, marker: str, is_broken: bool = False) -> None:
+        if is_broken:
+            raise ValueError("no such model")
+        self.marker = Path(marker)
+
+    def embed(self, shard: Shard) -> str:
+        if shard.uri == "dies once" and not self.marker.exists():
+            self.marker.touch()
+            os._exit(9)
+        if shard.uri == "dies":
+            os._exit(9)
+        return shard.uri
+
+
+def parts_of(uris: list[str], num_actors: int, *arguments: object) -> list[str]:
+    shards = iter([Shard(uri, np.arange(1, dtype=np.int32)) for uri in uris])
+    start = functools.partial(Echo.remote, *arguments)  # type: ignore[attr-defined]
+    return sorted(map(str, embed_shards(start, num_actors, shards)))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_f48_the_shard_of_a_dead_actor_goes_to_another_and_an_actor_without_room_delays_none(tmp_path: Path) -> None:
+    uris = ["1", "2", "3", "4", "5", "dies once"]
+    assert parts_of(uris, 3, str(tmp_path / "marker")) == uris  # the cluster has two CPUs
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(("uri", "is_broken"), [("1", True), ("dies", False)])
+def test_actors_that_cannot_work_fail_the_stage(tmp_path: Path, uri: str, is_broken: bool) -> None:
+    with pytest.raises(ray.exceptions.RayActorError):
+        parts_of([uri], 1, str(tmp_path / "marker"), is_broken)

@@ -1,19 +1,31 @@
 """Filters of the stage `filter`: rows that each drops and keeps, and its settings."""
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipelines.config import load
 from pipelines.prepare import prepare
-from tasks import rows, tables
+from tasks import ranges, rows, tables
+from tasks.index import update_index
 from tasks.stage import Artifact, Call, Failure, Run, execute
-from tasks.stages.filter import FILTERS, FilterConfig, apply_filters, check_settings, filter
+from tasks.stages.filter import (
+    FILTERS,
+    FilterConfig,
+    apply_filters,
+    check_settings,
+    count_captions,
+    filter,
+    frequent_captions,
+)
 from tasks.tracking import Tracker
 from unclip.errors import ConfigError, InputError
 
@@ -33,7 +45,9 @@ def verdicts(config: FilterConfig, captions: list[str] | None = None, **columns:
     images |= {"sha256": ["00" * 32] * count, "phash": pa.nulls(count, pa.string())}
     for name, values in columns.items():
         (pairs if name in pairs else images)[name] = values
-    selection = apply_filters(pa.table(pairs), pa.table(images), config)
+    repeats, counted = config.max_caption_repeats, count_captions(pa.chunked_array([pairs["caption"]], pa.string()))
+    boilerplate = None if repeats is None else frequent_captions(counted, repeats)
+    selection = apply_filters(pa.table(pairs), pa.table(images), config, boilerplate)
     facts = rows.count(selection)
     assert facts["rows"]["in"] == count == facts["rows"]["kept"] + facts["rows"]["dropped"] + facts["rows"]["failed"]
     return selection["reason"].to_pylist()
@@ -277,28 +291,28 @@ def test_the_stage_reads_the_columns_that_its_filters_need(tmp_path: Path) -> No
     from tasks.stages.download import IMAGES
     from tasks.stages.ingest import PAIRS
 
-    keys = ["k0", "k1", "k2"]
+    keys = [f"{index:032x}" for index in range(3)]
     pairs = [
         {"position": i, "key": key, "url": f"https://h{i}.org/", "caption": FINE, "status": "kept"}
         for i, key in enumerate(keys)
     ]
     images = [{"key": key, "status": "ok", "original_width": 64, "original_height": 64, "sha256": key} for key in keys]
     images[1]["sha256"] = SHA
-    uri, table_uri = f"{tmp_path}/pairs.parquet", f"{tmp_path}/images"
-    tables.write_file(uri, pa.Table.from_pylist(pairs, schema=PAIRS))
+    folder, table_uri = f"{tmp_path}/pairs", f"{tmp_path}/images/recipe"
+    ranges.write_range(folder, ranges.KeyRange(0, 1), pa.Table.from_pylist(pairs, schema=PAIRS))
     part = tables.write_part(table_uri, "part", pa.Table.from_pylist(images, schema=IMAGES))
-    tables.append_files(table_uri, [part], IMAGES)
+    version = update_index(table_uri, tables.append_files(table_uri, [part], IMAGES))
     hashes, domains = tmp_path / "hashes.txt", tmp_path / "domains.txt"
     hashes.write_text(SHA)
     domains.write_text("h2.org")
     config = FilterConfig(
         blocked_hashes=str(hashes), blocked_domains=str(domains), languages=("en",), max_caption_repeats=3
     )
-    facts = {"pairs": uri, "images": table_uri, "images_version": 0}
+    facts = {"pairs": folder, "images": table_uri, "images_version": 0, "index_version": version}
     run = Run("r1", "test", str(tmp_path), Tracker("", ""), "0")
     result = execute(Call(filter, config), run, [Artifact("download", "f", "", "d", facts, 0.0)])
     assert isinstance(result, Artifact), result
-    assert tables.read_file(result.uri)["reason"].to_pylist() == [None, "blocked_hash", "blocked_domain"]
+    assert ranges.read_all(result.uri)["reason"].to_pylist() == [None, "blocked_hash", "blocked_domain"]
     assert result.facts["rows"] == {"in": 3, "kept": 1, "dropped": 2, "failed": 0}
 
 
@@ -317,3 +331,52 @@ def test_rows_in_several_chunks_get_the_same_verdicts(tmp_path: Path) -> None:
     pairs = pa.concat_tables([tables.read_file(path).slice(0, 1700), tables.read_file(path).slice(1700)])
     reasons = apply_filters(pairs, pa.table(images), config)["reason"].to_pylist()
     assert reasons == ["blocked_word" if index % 3 == 0 else None for index in range(3000)]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_selection_is_the_same_in_any_number_of_ranges(tmp_path: Path) -> None:
+    """Captions that are frequent over all ranges are boilerplate, and so is each of 10,000 rows with one caption."""
+    from tasks.stages.download import IMAGES
+    from tasks.stages.ingest import PAIRS
+
+    rng = np.random.default_rng(0)
+    numbers = range(12_000)
+    keys = sorted(hashlib.md5(str(number).encode()).hexdigest() for number in numbers)
+    captions = [
+        FINE if number % 6 else f"photo of place {chr(97 + rng.integers(26)) * 2} {number}" for number in numbers
+    ]
+    pairs = [
+        {"position": i, "key": key, "url": "https://h.org/", "caption": captions[i], "status": "kept"}
+        for i, key in enumerate(keys)
+    ]
+    sides = rng.integers(16, 64, (len(keys), 2)).tolist()
+    images = [
+        {"key": key, "status": "ok", "original_width": width, "original_height": height, "sha256": key}
+        for key, (width, height) in zip(keys, sides, strict=True)
+    ]
+    listed, table_uri = pa.Table.from_pylist(pairs, schema=PAIRS), f"{tmp_path}/images/recipe"
+    part = tables.write_part(table_uri, "part", pa.Table.from_pylist(images, schema=IMAGES))
+    version = update_index(table_uri, tables.append_files(table_uri, [part], IMAGES))
+    selections, digests, counts = [], set(), []
+    for count in (1, 4, 16):
+        folder = f"{tmp_path}/pairs-{count}"
+        for key_range, part in zip(ranges.ranges(count), ranges.split_by_key(listed, count), strict=True):
+            ranges.write_range(folder, key_range, part)
+        facts = {"pairs": folder, "images": table_uri, "images_version": 0, "index_version": version}
+        run = Run(f"r{count}", "test", f"{tmp_path}/{count}", Tracker("", ""), "0")
+        config = FilterConfig(max_caption_repeats=75)
+        result = execute(Call(filter, config), run, [Artifact("download", "f", "", "d", facts, 0.0)])
+        assert isinstance(result, Artifact), result
+        selections.append(ranges.read_all(result.uri))
+        digests.add(result.digest)
+        counts.append(result.facts["reasons"])
+    assert selections[0].equals(selections[1]) and selections[0].equals(selections[2])
+    assert len(digests) == 1 and counts[0] == counts[1] == counts[2]
+    reasons = dict(zip(keys, selections[0]["reason"].to_pylist(), strict=True))
+    bare = Counter("photo of place " + caption[15:17] for caption in captions if caption != FINE)
+    for key, caption, (width, height) in zip(keys, captions, sides, strict=True):
+        is_frequent = caption == FINE or bare["photo of place " + caption[15:17]] > 75
+        aspect = max(width, height) / min(width, height)
+        expected = "too_small" if min(width, height) < 32 else "bad_aspect" if aspect > 3 else None
+        assert reasons[key] == (expected or ("boilerplate" if is_frequent else None))
+    assert 5 < sum(count > 75 for count in bare.values()) < 25, "some captions are frequent, others are not"

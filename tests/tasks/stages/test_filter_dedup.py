@@ -1,15 +1,20 @@
+import hashlib
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks import rows, tables
+from tasks import ranges, rows
+from tasks.near_duplicates import near_duplicates
 from tasks.stage import Artifact, Call, Failure, Run, execute
-from tasks.stages.dedup import DedupConfig, drop_duplicates, near_duplicates, splits
+from tasks.stages.dedup import DedupConfig, dedup, splits
 from tasks.stages.filter import FilterConfig, apply_filters, filter
 from tasks.tracking import Tracker
+from tests.tasks.datasets import write_folder, write_images
 from unclip.errors import ConfigError
 
 CAPTION = "a red circle"
@@ -23,6 +28,10 @@ def pairs_of(*captions: str) -> pa.Table:
     table = pa.table(dict(zip(("position", "key", "caption", "status", "reason"), map(list, columns), strict=True)))
     table = table.append_column("expected_sha256", pa.nulls(table.num_rows, pa.string()))
     return table.sort_by([("key", "ascending"), ("position", "ascending")])
+
+
+def hex_key(name: str) -> str:
+    return f"{int(name[1:]):032x}"
 
 
 def images_of(*sizes: tuple[int, int] | None) -> pa.Table:
@@ -75,26 +84,42 @@ def test_f21_unusable_sizes_are_dropped(size: tuple[int, int], reason: str | Non
 
 
 def test_f26_filter_that_keeps_nothing_fails_with_the_reasons(tmp_path: Path) -> None:
-    tables.write_file(str(tmp_path / "pairs.parquet"), pairs_of(CAPTION, CAPTION))
-    images = images_of((8, 8), None)
-    tables.append_files(str(tmp_path / "t"), [tables.write_part(str(tmp_path / "t"), "p", images)], images.schema)
-    facts = {"pairs": str(tmp_path / "pairs.parquet"), "images": str(tmp_path / "t"), "images_version": 0}
+    images = [{**row, "key": hex_key(row["key"])} for row in images_of((8, 8), None).to_pylist()]
+    pairs = pairs_of(CAPTION, CAPTION)
+    pairs = pairs.set_column(1, "key", pa.array([hex_key(key) for key in pairs["key"].to_pylist()]))
+    facts = {**write_images(str(tmp_path), images), "pairs": write_folder(f"{tmp_path}/pairs", pairs)}
     run = Run("r1", "test", str(tmp_path), Tracker("", ""), "0")
     result = execute(Call(filter, FilterConfig()), run, [Artifact("download", "f", "", "d", facts, 0.0)])
     assert isinstance(result, Failure)
     assert "none of 4 rows is kept (duplicate_row 1, http_404 1, no_url 1, too_small 1)" in result.message
 
 
-def deduplicate(hashes: dict[str, tuple[str, str | None]], distance: int, order: int = 0) -> dict[str, str | None]:
-    keys = list(hashes)
-    random.Random(order).shuffle(keys)
-    images = pa.table({"key": keys, "sha256": [hashes[k][0] for k in keys], "phash": [hashes[k][1] for k in keys]})
-    columns: dict[str, Any] = {"key": [*keys, "a"], "position": range(len(keys) + 1)}
-    columns |= {"status": ["kept"] * len(keys) + ["dropped"], "reason": [None] * len(keys) + ["duplicate_row"]}
-    selection = pa.table({name: list(values) for name, values in columns.items()})
-    result = drop_duplicates(selection, images, distance)
-    assert reasons(result)[len(keys)] == "duplicate_row"
-    return {row["key"]: row["reason"] for row in result.to_pylist() if row["position"] < len(keys)}
+def deduplicate(
+    folder: Path, hashes: Mapping[str, tuple[str | None, ...]], distance: int, order: int = 0
+) -> dict[str, str | None]:
+    """Reasons after the stage `dedup`, by name; hashes are sha256, phash and, if it is known, colour."""
+    names = list(hashes)
+    random.Random(order).shuffle(names)
+    keys = {name: f"{ord(name):02x}" * 16 for name in names}
+    images = []
+    for name in names:
+        sha256, phash, colour = (*hashes[name], None)[:3]
+        digest = hashlib.sha256(str(sha256).encode()).hexdigest()
+        images.append({"key": keys[name], "status": "ok", "sha256": digest, "phash": phash, "colour": colour})
+    root = str(folder / f"{distance}-{order}")
+    facts = {**write_images(root, images), "images_digest": "i"}
+    listed: dict[str, Any] = {"key": [*keys.values(), keys["a"]], "position": range(len(keys) + 1)}
+    listed |= {"status": ["kept"] * len(keys) + ["dropped"], "reason": [None] * len(keys) + ["duplicate_row"]}
+    selection = write_folder(
+        f"{root}/filtered", pa.table(listed).sort_by([("key", "ascending"), ("position", "ascending")])
+    )
+    run = Run("r1", "test", root, Tracker("", ""), "0")
+    result = execute(Call(dedup, DedupConfig(distance)), run, [Artifact("filter", "f", selection, "d", facts, 0.0)])
+    assert isinstance(result, Artifact), result
+    found = ranges.read_all(result.uri)
+    assert reasons(found)[len(keys)] == "duplicate_row"
+    by_key = {row["key"]: row["reason"] for row in found.to_pylist() if row["position"] < len(keys)}
+    return {name: by_key[keys[name]] for name in names}
 
 
 HASHES = {
@@ -110,25 +135,47 @@ HASHES = {
 
 
 @pytest.mark.parametrize("order", range(3))
-def test_dedup_keeps_the_smallest_key_in_any_order(order: int) -> None:
+def test_dedup_keeps_the_smallest_key_in_any_order(tmp_path: Path, order: int) -> None:
     exact = {"b": "duplicate_image", "h": "duplicate_image"}
     unique = dict.fromkeys("acdefg")
-    assert deduplicate(HASHES, -1, order) == unique | exact
-    assert deduplicate(HASHES, 0, order) == unique | exact | {"c": "near_duplicate"}
-    assert deduplicate(HASHES, 1, order) == unique | exact | {"c": "near_duplicate"}
-    assert deduplicate(HASHES, 2, order) == unique | exact | {"c": "near_duplicate", "d": "near_duplicate"}
+    assert deduplicate(tmp_path, HASHES, -1, order) == unique | exact
+    assert deduplicate(tmp_path, HASHES, 0, order) == unique | exact | {"c": "near_duplicate"}
+    assert deduplicate(tmp_path, HASHES, 1, order) == unique | exact | {"c": "near_duplicate"}
+    assert deduplicate(tmp_path, HASHES, 2, order) == unique | exact | {"c": "near_duplicate", "d": "near_duplicate"}
+
+
+def test_twins_of_another_colour_are_kept(tmp_path: Path) -> None:
+    shape = "00000000000000ff"
+    arrows = {
+        "a": ("s1", shape, "e0e0f8"),  # blue on a light background
+        "b": ("s2", shape, "f8ede8"),  # pink
+        "c": ("s3", shape, "e1dff4"),  # the first again, within the tolerance
+        "d": ("s4", "00000000000000fe", "f5ede8"),  # one bit from the second, in its colour
+        "e": ("s5", shape, "e8e0f8"),  # two cells of red from the first
+        "f": ("s6", shape, None),  # from before colours were stored
+    }
+    unique = dict.fromkeys("abde")
+    twins = {"c": "near_duplicate", "f": "near_duplicate"}
+    assert deduplicate(tmp_path, arrows, 0) == unique | twins
+    assert deduplicate(tmp_path, arrows, 1) == unique | twins | {"d": "near_duplicate"}
+    unknown = {**arrows, "0": ("s7", shape, None)}  # agrees with all
+    assert deduplicate(tmp_path / "unknown", unknown, 0) == {"0": None, "d": None} | dict.fromkeys(
+        "abcef", "near_duplicate"
+    )
 
 
 @pytest.mark.parametrize("distance", range(8))
 def test_near_duplicates_equal_a_brute_force_search(distance: int) -> None:
-    rng = random.Random(distance)
+    rng, count = random.Random(distance), 2000 if distance in (3, 5, 7) else 300  # many are searched by bands
     centres = [rng.getrandbits(64) for _ in range(40)]
     hashes = [
-        rng.choice(centres) ^ sum(1 << bit for bit in rng.sample(range(64), rng.randrange(10))) for _ in range(300)
+        rng.choice(centres) ^ sum(1 << bit for bit in rng.sample(range(64), rng.randrange(10))) for _ in range(count)
     ]
     expected = {j for j in range(len(hashes)) if any((hashes[i] ^ hashes[j]).bit_count() <= distance for i in range(j))}
-    assert near_duplicates(hashes, distance) == expected
-    assert near_duplicates([], distance) == set() and near_duplicates([1], distance) == set()
+    found = near_duplicates(np.array(hashes, np.uint64), distance)
+    assert set(np.flatnonzero(found).tolist()) == expected
+    for few in ([], [1]):
+        assert not near_duplicates(np.array(few, np.uint64), distance).any()
 
 
 def test_invalid_settings_raise() -> None:

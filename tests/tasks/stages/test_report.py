@@ -1,6 +1,8 @@
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks import rows, tables
+from tasks import index, ranges, rows, tables
 from tasks.lineage.traces import redact
 from tasks.snapshots import Snapshot
-from tasks.stage import Artifact, Call, Run, execute
-from tasks.stages.curate import CurateConfig, curate
+from tasks.stage import Artifact
+from tasks.stages import report
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA
 from tasks.stages.report import Limit, ReportConfig, render
-from tasks.tracking import Tracker
+from tests.tasks.datasets import write_folder
 
 MALICIOUS = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'single'"
 NUM_PAIRS = 30
@@ -24,55 +26,74 @@ LIMITS = (Limit("shorter_side", 32, None), Limit("caption_words", 2, 60), Limit(
 
 
 def key_of(index: int) -> str:
-    return f"{index:032x}"
+    return hashlib.sha256(str(index).encode()).hexdigest()[:32]
+
+
+def make_dataset(folder: str, num_ranges: int) -> Artifact:
+    """30 pairs on 3 hosts: 8 duplicates 5, 9 looks like 11, 12 means the same as 13, 0 to 4 have low scores, 6 is small, 7
+    failed; one caption is malicious."""
+    embeddings = torch.nn.functional.normalize(torch.randn(NUM_PAIRS, 8, generator=torch.manual_seed(0)), dim=1).numpy()
+    embeddings[12] = embeddings[13]
+    outcomes = dict.fromkeys(range(5), ("dropped", "clip_score_low"))
+    outcomes |= {6: ("dropped", "too_small"), 7: ("failed", "http_410"), 8: ("dropped", "duplicate_image")}
+    outcomes |= {9: ("dropped", "near_duplicate"), 12: ("dropped", "semantic_duplicate")}
+    images, pairs, selection = [], [], []
+    for number in range(NUM_PAIRS):
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), (number * 8, 0, 0)).save(buffer, "JPEG")
+        url = f"https://host{number % 3}.example/{number}.jpg"
+        caption = MALICIOUS if number == 10 else f"image number {number}"
+        status, reason = outcomes.get(number, ("kept", None))
+        side = 20 if number == 6 else 64
+        phash = int(key_of(11 if number == 9 else number)[:16], 16) ^ (3 if number == 9 else 0)
+        image = {"width": side, "height": side, "original_width": side, "original_height": side}
+        image |= {"sha256": f"{5 if number == 8 else number:064x}", "phash": f"{phash:016x}", "jpg": buffer.getvalue()}
+        row = {"key": key_of(number), "url": url, "caption": caption}
+        images.append(
+            {**row, "status": "ok", **image} if number != 7 else {**row, "status": "failed", "reason": "http_410"}
+        )
+        pairs.append({**row, "position": number, "status": "kept", "reason": None})
+        split = "train" if status == "kept" else None
+        selection.append({"key": row["key"], "position": number, "status": status, "reason": reason, "split": split})
+    uri = f"{folder}/images/recipe"
+    halves = [pa.Table.from_pylist(half, schema=IMAGES) for half in (images[:15], images[15:])]
+    tables.append_files(uri, [tables.write_part(uri, str(number), half) for number, half in enumerate(halves)], IMAGES)
+    index_version = index.update_index(uri, 0)
+    selected = pa.Table.from_pylist(selection)
+    embedded = [number for number in range(NUM_PAIRS) if number not in outcomes or number < 5 or number == 12]
+    scores = np.array([0.05 if number < 5 else 0.3 for number in embedded])
+    columns = {
+        "key": [key_of(number) for number in embedded],
+        "caption": [""] * len(embedded),
+        "image_embedding": list(embeddings[embedded]),
+        "text_embedding": list(embeddings[embedded]),
+        "clip_score": scores,
+        "tokens": [[1]] * len(embedded),
+    }
+    store = f"{folder}/embeddings"
+    tables.append_files(store, [tables.write_part(store, "a", pa.table(columns, schema=SCHEMA))], SCHEMA)
+    scored = pa.table({"key": columns["key"], "clip_score": scores, "embeddings_row": range(len(embedded))})
+    counts = rows.count(selected)
+    snapshot = {
+        "digest": "d1" * 32,
+        "selection": write_folder(f"{folder}/selection", selected, num_ranges),
+        "images": uri,
+        "images_version": 0,
+        "index_version": index_version,
+        "embeddings": store,
+        "embeddings_version": 0,
+        "scores": write_folder(f"{folder}/scores", scored, num_ranges),
+        "places": "",
+        "heldout": "",
+        "statistics": "",
+    }
+    facts = {**counts, "pairs": write_folder(f"{folder}/pairs", pa.Table.from_pylist(pairs), num_ranges)}
+    return Artifact("curate", "f", snapshot["selection"], "d1" * 32, {**facts, "snapshot": snapshot}, 0)
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """30 pairs on 3 hosts: 8 duplicates 5, 0 to 4 have low scores, 6 is small, 7 failed; one caption is malicious."""
-    folder = tmp_path_factory.mktemp("report")
-    embeddings = torch.nn.functional.normalize(torch.randn(NUM_PAIRS, 8), dim=1).numpy()
-    images, pairs, selection = [], [], []
-    for index in range(NUM_PAIRS):
-        buffer = io.BytesIO()
-        Image.new("RGB", (64, 64), (index * 8, 0, 0)).save(buffer, "JPEG")
-        url = f"https://host{index % 3}.example/{index}.jpg"
-        caption = MALICIOUS if index == 10 else f"image number {index}"
-        outcomes = {6: ("dropped", "too_small"), 7: ("failed", "http_410"), 8: ("dropped", "duplicate_image")}
-        status, reason = outcomes.get(index, ("kept", None))
-        side = 20 if index == 6 else 64
-        image = {"width": side, "height": side, "original_width": side, "original_height": side}
-        image |= {"sha256": f"{5 if index == 8 else index:064x}", "phash": f"{index:016x}", "jpg": buffer.getvalue()}
-        row = {"key": key_of(index), "url": url, "caption": caption}
-        images.append(
-            {**row, "status": "ok", **image} if index != 7 else {**row, "status": "failed", "reason": "http_410"}
-        )
-        pairs.append({**row, "position": index, "status": "kept", "reason": None})
-        split = "train" if status == "kept" else None
-        selection.append({"key": row["key"], "position": index, "status": status, "reason": reason, "split": split})
-    uri = f"{folder}/images"
-    tables.append_files(uri, [tables.write_part(uri, "a", pa.Table.from_pylist(images, schema=IMAGES))], IMAGES)
-    tables.write_file(f"{folder}/pairs.parquet", pa.Table.from_pylist(pairs))
-    tables.write_file(f"{folder}/selection.parquet", pa.Table.from_pylist(selection))
-    kept = [index for index, row in enumerate(selection) if row["status"] == "kept"]
-    embedded = {
-        "key": [key_of(index) for index in kept],
-        "caption": [""] * len(kept),
-        "image_embedding": list(embeddings[kept]),
-        "text_embedding": list(embeddings[kept]),
-        "clip_score": np.array([0.05 if index < 5 else 0.3 for index in kept]),
-        "tokens": [[1]] * len(kept),
-    }
-    store = f"{folder}/embeddings"
-    tables.append_files(store, [tables.write_part(store, "a", pa.table(embedded, schema=SCHEMA))], SCHEMA)
-    facts = {"pairs": f"{folder}/pairs.parquet", "selection": f"{folder}/selection.parquet", "images": uri}
-    facts |= {"images_version": 0, "embeddings": store, "embeddings_version": 0}
-    run = Run("r", "mine", str(folder), Tracker("", ""), "")
-    curated = execute(
-        Call(curate, CurateConfig(min_clip_score=0.1)), run, [Artifact("embed", "f", store, "d", facts, 0)]
-    )
-    assert isinstance(curated, Artifact), curated
-    return curated
+    return make_dataset(str(tmp_path_factory.mktemp("report")), 1)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +127,7 @@ def test_t8_captions_are_text_and_the_page_loads_nothing(page: str) -> None:
 
 def test_the_page_shows_the_counts_and_explains_the_reasons(page: str, dataset: Artifact) -> None:
     text = " ".join(" ".join(Tags(page).texts).split())
-    assert "30 in = 22 kept + 7 dropped + 1 failed" in text and "(1 of the dropped rows are duplicates)" in text
+    assert "30 in = 20 kept + 9 dropped + 1 failed" in text and "(3 of the dropped rows are duplicates)" in text
     for reason, count in dataset.facts["reasons"].items():
         assert re.search(rf"{reason} {count} .*{re.escape(rows.meaning(reason))}", text), reason
     assert "host0.example 10" in text and "3 in all" in text
@@ -125,8 +146,38 @@ def test_every_threshold_shows_its_line_and_the_nearest_rows(page: str) -> None:
 
 
 def test_a_duplicate_is_shown_beside_the_kept_row(page: str) -> None:
-    cluster = page.split("Duplicates</h2>")[1]
-    assert re.findall(r'data-key="(\w+)"', cluster) == [key_of(5), key_of(8)] and "same bytes" in cluster
+    clusters = page.split("Duplicates</h2>")[1].split('class="cluster"')[1:]
+    found = [(re.findall(r'data-key="(\w+)"', cluster), cluster) for cluster in clusters]
+    assert [keys for keys, _ in found] == [[key_of(kept), key_of(other)] for kept, other in ((5, 8), (11, 9), (13, 12))]
+    for (_, cluster), note in zip(found, ("same bytes", "2 of 64 bits differ", "cosine 1.000"), strict=True):
+        assert note in cluster
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ranges_of_keys_give_the_page_of_the_whole(page: str, tmp_path: Path) -> None:
+    dataset = make_dataset(str(tmp_path), 8)
+    assert render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS)) == page
+
+
+def test_charts_of_many_rows_say_that_they_show_a_sample(dataset: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MAX_SAMPLE", 10)
+    monkeypatch.setattr(report, "MAX_HOSTS", 2)
+    page = render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS))
+    assert 'Caption length <span class="soft">(sample of 10 of 30 rows)</span>' in page
+    counted = [int(count) for count in re.findall(r"<title>[-.\d]+ to [-.\d]+: (\d+)</title>", page)]
+    assert sum(counted) == 10 * page.count("<svg") and "More than 2 in all" in page and "host2.example" not in page
+
+
+def test_a_page_reads_only_the_row_groups_of_the_images_it_shows(dataset: Artifact) -> None:
+    snapshot = Snapshot.of(dataset.facts)
+    files = index.index_files(snapshot.images, snapshot.index_version)
+    [place] = ranges.find_rows(files, [key_of(20)]).to_pylist()
+    Path(snapshot.images, "0.parquet").rename(Path(snapshot.images, "away"))
+    try:
+        assert list(report._thumbnails(snapshot.images, files, [key_of(20)])) == [key_of(20)]
+    finally:
+        Path(snapshot.images, "away").rename(Path(snapshot.images, "0.parquet"))
+    assert place["part"] == "1.parquet"
 
 
 def test_the_same_dataset_gives_the_same_page(page: str, dataset: Artifact) -> None:

@@ -138,6 +138,19 @@ def test_perceptual_hash_equals_that_of_imagehash() -> None:
     assert bits & 0x00FFFFFFFFFFFFFF == 0
 
 
+def test_the_mean_colour_is_that_of_the_stored_pixels(decoder: DecodingPool) -> None:
+    assert decoder.decode(encoded(Image.new("RGB", (80, 70), (250, 3, 128)), "PNG")).colour == "fa0380"
+    halves = Image.new("RGB", (400, 400), "white")
+    halves.paste((0, 0, 255), (0, 0, 200, 400))
+    transparent = halves.convert("RGBA")
+    transparent.putalpha(Image.new("L", (400, 400), 0))
+    for image, expected in ((halves, (127.5, 127.5, 255)), (ramp(300, 200), np.asarray(ramp(300, 200)).mean((0, 1)))):
+        decoded = decoder.decode(encoded(image, "PNG"))
+        for colour in (np.array(list(bytes.fromhex(decoded.colour))), pixels_of(decoded).mean(axis=(0, 1))):
+            assert np.abs(colour - expected).max() < 1.5
+    assert decoder.decode(encoded(transparent, "PNG")).colour == "ffffff", "transparent pixels are stored white"
+
+
 @pytest.mark.parametrize(
     ("number", "reason"),
     [

@@ -1,13 +1,25 @@
-"""Distances between embeddings, compared with closed forms."""
+"""Distances between embeddings, compared with closed forms; scores of scenes; features of batches."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from unclip import imaging
 from unclip.errors import ShapeError
-from unclip.evaluation.metrics import frechet_distance, score_embeddings
+from unclip.evaluation import scenes
+from unclip.evaluation.metrics import (
+    LABELS,
+    Features,
+    Sampled,
+    concatenate,
+    frechet_distance,
+    scene_accuracy,
+    score_embeddings,
+    score_scenes,
+)
 
 
 def gaussian(count: int, mean: torch.Tensor, covariance: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -64,3 +76,64 @@ def test_scores_of_embeddings() -> None:
     assert scores["gap"] == pytest.approx((unit.diag().mean() - others).item(), rel=1e-6)
     with pytest.raises(ShapeError, match="embeddings: got"):
         score_embeddings(sampled, true[:3])
+
+
+RED_CIRCLE = "a large red circle at the top on a white background"
+WRONG = "a small blue circle at the top on a white background"
+TWO = "a small red circle left of a small blue square on a black background"
+
+
+def render(*captions: str | None) -> torch.Tensor:
+    """Images of the scenes that captions describe; white for None."""
+    found = [scenes.parse_caption(caption) if caption else None for caption in captions]
+    rendered = [
+        scenes.render(scene, np.random.default_rng(0), 64) if scene else np.full((64, 64, 3), 245, np.uint8)
+        for scene in found
+    ]
+    return imaging.from_uint8(np.stack(rendered))
+
+
+def test_scores_of_scenes() -> None:
+    captions = [RED_CIRCLE, RED_CIRCLE, RED_CIRCLE, TWO]
+    scores = score_scenes(render(RED_CIRCLE, WRONG, None, TWO), captions)
+    assert scores is not None
+    assert scores.accuracy() == {"colour": 0.5, "background": 1.0, "size": 0.5, "shape": 0.75, "place": 2 / 3}
+    assert scores.all_correct() == [True, False, False, True]
+    circle, square = LABELS["shape"].index("circle"), LABELS["shape"].index("square")
+    assert scores.confusion("shape")[circle].tolist() == [3, 0, 0, 0, 0, 1], "the last column counts missing objects"
+    assert scores.confusion("shape")[square].sum() == 0, "only first objects are counted"
+    assert scores.confusion("colour")[list(scenes.COLOURS).index("red")].tolist() == [2, 0, 1, 0, 1]
+    assert scores.confusion("size").tolist() == [[1, 0, 0], [1, 1, 1]]
+    unplaced = score_scenes(render(TWO), [TWO])
+    assert unplaced is not None and "place" not in unplaced.accuracy()
+    assert score_scenes(render(TWO, TWO), [TWO, "a photograph of a harbour"]) is None
+
+
+def test_a_colour_that_no_object_has_is_counted_as_other() -> None:
+    purple = render(RED_CIRCLE)
+    purple[:, :, (purple[0, 0] > 0.5) & (purple[0, 1] < 0)] = torch.tensor([140, 40, 170.0])[:, None] / 127.5 - 1
+    scores = score_scenes(purple, [RED_CIRCLE])
+    assert scores is not None and scores.accuracy()["shape"] == 1
+    assert scores.confusion("colour")[list(scenes.COLOURS).index("red")].tolist() == [0, 0, 0, 0, 1]
+
+
+def test_features_of_batches_are_those_of_all_images() -> None:
+    captions = [RED_CIRCLE, WRONG, TWO, RED_CIRCLE, TWO]
+    images, embeddings = render(*captions[1:], None), torch.randn(5, 4)
+
+    def measure(part: slice) -> Features:
+        return Features(embeddings[part], -embeddings[part], score_scenes(images[part], captions[part]))
+
+    batches, whole = [measure(slice(0, 2)), measure(slice(2, 5))], measure(slice(0, 5))
+    joined = concatenate(batches, 5)
+    assert joined.image_embedding.equal(whole.image_embedding) and joined.text_embedding.equal(whole.text_embedding)
+    assert joined.scenes is not None and whole.scenes is not None
+    assert all(one.equal(other) for one, other in zip(joined.scenes, whole.scenes, strict=True))
+    accuracy = {f"accuracy.{name}": value for name, value in whole.scenes.accuracy().items()}
+    assert scene_accuracy(Sampled(captions, joined, embeddings[:0])) == accuracy
+    without = [batch._replace(scenes=None) for batch in batches]
+    for some in ([without[0], batches[1]], [batches[0], without[1]]):
+        assert concatenate(some, 5).scenes is None, "as not all captions describe scenes"
+    for count in (4, 6):
+        with pytest.raises(ShapeError, match=f"got batches of 5 images together, expected {count}"):
+            concatenate(batches, count)

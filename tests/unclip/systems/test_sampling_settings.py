@@ -256,7 +256,7 @@ def train_upsampler(folder: Path) -> str:
     torch.manual_seed(0)
     config = UpsamplerConfig(tiny_stacks.SMALLEST, low_res_size=8, scale=2)
     objective = UpsamplerObjective(config, {"jpg": rows[:2]})
-    reader = RowReader([Source((str(folder / "rows.parquet"),), ("jpg",))], keys)
+    reader = RowReader.of_keys([Source((str(folder / "rows.parquet"),), ("jpg",))], keys)
     training = TrainerConfig(num_samples=32, batch_size=16, precision="fp32")
     return trainer.train(objective, reader, training, str(folder / "run"))
 

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,7 @@ def reader(folder: Path) -> RowReader:
     for jpeg, colour in zip(jpegs, ("red", "green", "blue", "yellow"), strict=True):
         Image.new("RGB", (16, 16), colour).save(jpeg, "JPEG")
     pq.write_table(pa.table({"key": list("0123"), "jpg": [jpeg.getvalue() for jpeg in jpegs]}), path)
-    return RowReader([Source((str(path),), ("jpg",))], list("0123"))
+    return RowReader.of_keys([Source((str(path),), ("jpg",))], list("0123"))
 
 
 def diagnose(folder: Path, objective: UpsamplerObjective) -> overfitting.Diagnosis:
@@ -37,7 +38,7 @@ def diagnose(folder: Path, objective: UpsamplerObjective) -> overfitting.Diagnos
 
 def upsampler(folder: Path) -> UpsamplerObjective:
     torch.manual_seed(0)
-    return UpsamplerObjective(trained_on_workers.MODEL, reader(folder).read(["0"]))
+    return UpsamplerObjective(trained_on_workers.MODEL, reader(folder).read(np.array([0])))
 
 
 def test_a_model_that_learns_passes(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_model_without_gradients_is_diagnosed(tmp_path: Path) -> None:
             return loss.detach() + 0 * sum(parameter.sum() for parameter in network.parameters())
 
     torch.manual_seed(0)
-    diagnosis = diagnose(tmp_path, Detached(trained_on_workers.MODEL, reader(tmp_path).read(["0"])))
+    diagnosis = diagnose(tmp_path, Detached(trained_on_workers.MODEL, reader(tmp_path).read(np.array([0]))))
     assert not diagnosis.has_memorised and diagnosis.verdict.startswith("No gradient reaches the weights")
 
 

@@ -57,7 +57,7 @@ def reader(folder: Path) -> RowReader:
         x = torch.linspace(-1, 1, NUM_ROWS)
         keys = [f"{index:02d}" for index in range(NUM_ROWS)]
         pq.write_table(pa.table({"key": keys, "x": x.numpy(), "y": (3 * x - 1).numpy()}), path, row_group_size=16)
-    return RowReader([Source((str(path),), ("x", "y"))], [f"{index:02d}" for index in range(NUM_ROWS)])
+    return RowReader.of_keys([Source((str(path),), ("x", "y"))], [f"{index:02d}" for index in range(NUM_ROWS)])
 
 
 def settings(**changes: Any) -> TrainerConfig:

@@ -96,12 +96,12 @@ def reader(folder: Path) -> RowReader:
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(jpeg, "JPEG")
         table = pa.table({"key": keys, "jpg": [jpeg.getvalue() for jpeg in jpegs]})
         pq.write_table(table, path, row_group_size=8)
-    return RowReader([Source((str(path),), ("jpg",))], keys)
+    return RowReader.of_keys([Source((str(path),), ("jpg",))], keys)
 
 
 def validation(folder: Path) -> RowReader:
     """Reader of half of the training rows; real validation rows would be held out."""
-    return RowReader(
+    return RowReader.of_keys(
         [Source((f"{folder}/rows.parquet",), ("jpg",))], [f"{index:02d}" for index in range(0, NUM_ROWS, 2)]
     )
 
@@ -127,7 +127,7 @@ def run(
     """Train in `root`, by default `folder`; write losses to NAME.jsonl in `folder` and return the rows that this rank saw."""
     torch.manual_seed(0)
     rows = reader(folder)
-    objective = Objective(MODEL, rows.read(["00", "01"]))
+    objective = Objective(MODEL, rows.read(np.arange(2)))
     monitor = Recorder(folder / f"{name}.jsonl", workers.rank, end)
     try:
         config = settings(**changes)

@@ -167,7 +167,7 @@ def clip_facts(clip: clip_models.Clip) -> dict[str, int]:
 
 def fit_quantizer(config: AutoregressivePriorConfig, inputs: TrainingInputs) -> EmbeddingQuantizer:
     """Fit buckets to the image embeddings of the first training rows; every worker gets the same result."""
-    rows = inputs.first_rows("embeddings", ("image_embedding", "clip_score"), NUM_QUANTIZED)
+    rows = inputs.sample_rows("embeddings", ("image_embedding", "clip_score"), NUM_QUANTIZED)
     return EmbeddingQuantizer.fit(
         torch.from_numpy(np.stack(rows["image_embedding"])),
         torch.tensor(rows["clip_score"]),

@@ -1,0 +1,151 @@
+"""Places: the kept rows of a dataset in the order of the images table, in memory-mappable files (`unclip.data.Places`).
+
+A folder of places has, for each split, Arrow files that each cover a range of the images table's files. Trainings read rows
+by place; embedding and scoring go through the images table file by file.
+"""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks import ranges, rows, tables
+from tasks.dataflow import exchange
+from tasks.index import index_files, read_index
+from tasks.ranges import KeyRange
+from unclip import files
+from unclip.data import Places, vectors
+from unclip.errors import StageError
+
+SPLITS = ("train", "holdout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Range `index` of `count` ranges of the files of an images table."""
+
+    index: int
+    count: int
+
+    def uri(self, folder: str, split: str) -> str:
+        return f"{folder}/{split}-{self.index:05d}-of-{self.count:05d}.arrow"
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptRows:
+    """Kept rows of a selection with their places in the images table."""
+
+    selection: str
+    """Folder of range files: key, status, split."""
+    images: str
+    images_version: int
+    index_version: int
+
+    def read(self, key_range: KeyRange) -> pa.Table:
+        """Rows of one key range, sorted by key: key, split, images_file, images_row.
+
+        Raises:
+            StageError: the images table lacks some of them.
+        """
+        selection = ranges.read_range(self.selection, key_range, ["key", "status", "split"])
+        kept = selection.filter(pc.equal(selection["status"], rows.KEPT)).select(["key", "split"])
+        index = read_index(index_files(self.images, self.index_version), key_range, ["key", "part", "row"])
+        found = kept.join(index, "key").sort_by("key")
+        names = pa.array(
+            [uri.rpartition("/")[2] for uri in tables.files(self.images, self.images_version)], pa.string()
+        )
+        file = pc.index_in(found["part"], value_set=names)
+        if file.null_count:
+            missing = found["key"].filter(pc.is_null(file))
+            raise StageError(
+                f"{self.images} lacks {len(missing)} of {kept.num_rows} kept rows, such as {missing[0]}. "
+                f"Remove the table and run again."
+            )
+        return pa.table({"key": found["key"], "split": found["split"], "images_file": file, "images_row": found["row"]})
+
+    def num_files(self) -> int:
+        """Number of files of the images table."""
+        return len(tables.files(self.images, self.images_version))
+
+
+def write_places(
+    folder: str,
+    key_ranges: Sequence[KeyRange],
+    read_rows: Callable[[KeyRange], pa.Table],
+    num_files: int,
+    num_rows: int,
+) -> int:
+    """Write the places of all rows; returns their number.
+
+    Args:
+        read_rows: rows of a key range: key (32 hex digits), split, and for each table `t` the columns `t_file` and `t_row`;
+            places are in the order of images_file and images_row.
+        num_files: number of files of the images table.
+        num_rows: number of rows, or an estimate.
+    """
+    count = min(ranges.num_ranges(num_rows), max(1, num_files))
+    split = functools.partial(_split, read_rows, num_files, count)
+    return sum(exchange(split, key_ranges, count, functools.partial(_merge, folder, count)))
+
+
+def blocks(folder: str) -> list[Block]:
+    """Blocks of a folder of places, in the order of the images table."""
+    names = [name for name in files.names(folder) if name.startswith(f"{SPLITS[0]}-")]
+    return [Block(index, len(names)) for index in range(len(names))]
+
+
+def _split(
+    read_rows: Callable[[KeyRange], pa.Table], num_files: int, count: int, key_range: KeyRange
+) -> list[pa.Table]:
+    table = read_rows(key_range)
+    return ranges.split(table, table["images_file"].to_numpy().astype(np.int64) * count // max(1, num_files), count)
+
+
+def _merge(folder: str, count: int, output: int, pieces: list[pa.Table]) -> int:
+    listed = pa.concat_tables(pieces).sort_by([("images_file", "ascending"), ("images_row", "ascending")])
+    keys = pa.array([bytes.fromhex(key) for key in listed["key"].to_pylist()], pa.binary(16))
+    columns = [name for name in listed.column_names if name.endswith(("_file", "_row"))]
+    table = pa.table({"key": keys, **{name: listed[name].cast(pa.int32()) for name in columns}})
+    for split in SPLITS:
+        part = table.filter(pc.equal(listed["split"], split)).combine_chunks()
+        sink = io.BytesIO()
+        with pa.ipc.new_file(sink, part.schema) as writer:
+            writer.write_table(part)
+        files.write(Block(output, count).uri(folder, split), sink.getvalue())
+    return int(table.num_rows)
+
+
+def open_places(folder: str, *splits: str) -> Places:
+    """Memory-map the places of one split, or of several, one after the other."""
+    names = files.names(folder)
+    found = [f"{folder}/{name}" for split in splits for name in names if name.startswith(f"{split}-")]
+    return Places.open(found)
+
+
+def open_block(folder: str, block: Block, *splits: str) -> pa.Table:
+    """Places of some splits (both by default) in one block, in the order of the images table; keys as 16 bytes."""
+    parts = [
+        pa.ipc.open_file(pa.BufferReader(files.read(block.uri(folder, split)))).read_all() for split in splits or SPLITS
+    ]
+    return pa.concat_tables(parts).sort_by([("images_file", "ascending"), ("images_row", "ascending")])
+
+
+def read_vectors(places: pa.Table, uris: Sequence[str], column: str) -> np.ndarray:
+    """Values of a vector column of the embeddings table at some places: [N, E] float32.
+
+    Args:
+        places: embeddings_file, embeddings_row.
+        uris: files of the embeddings table.
+    """
+    file, row = (places[name].to_numpy() for name in ("embeddings_file", "embeddings_row"))
+    found: np.ndarray | None = None
+    for number in np.unique(file).tolist():
+        wanted = np.flatnonzero(file == number)
+        values = vectors(tables.read_file(uris[number], [column])[column])[row[wanted]]
+        found = np.empty((len(file), values.shape[1]), np.float32) if found is None else found
+        found[wanted] = values
+    return np.empty((0, 0), np.float32) if found is None else found

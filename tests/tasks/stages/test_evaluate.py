@@ -1,0 +1,162 @@
+"""Sampling and measuring with a tiny stack: what workers return, and the numbers that are made of it."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tasks.stage import Artifact, Resources, Run, StageContext
+from tasks.stages import evaluate as evaluate_module
+from tasks.stages.evaluate import EvaluateConfig, Measured, SamplingWorker, merge, summarise, unseen_captions
+from tasks.store import Store
+from tasks.tracking import Tracker
+from tests.unclip.systems import tiny_stacks
+from unclip import files, imaging
+from unclip.errors import ConfigError
+from unclip.evaluation import metrics, scenes
+from unclip.systems.system import ClipFiles, StackFiles, load_system, read_stack, sample_captions
+from unclip.systems.unclip.sampling import SamplingConfig
+
+BATCH, SHOWN = 32, 40
+CAPTIONS = unseen_captions(110, seed=3)
+MIXED = [*CAPTIONS[:40], "a photograph of a harbour"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(EvaluateConfig):
+    num_images: int = SHOWN
+    sampling: SamplingConfig = SamplingConfig(batch_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Published stacks by their resolution."""
+    return {8 << num: tiny_stacks.publish(tmp_path_factory.mktemp(f"stack{num}"), num) for num in (0, 2)}
+
+
+def stack_of(folder: Path) -> tuple[ClipFiles, StackFiles]:
+    stack = read_stack(folder)
+    assert stack.clip is not None
+    return stack.clip, dataclasses.replace(stack, sampling={**stack.sampling, "batch_size": BATCH})
+
+
+def sample_here(folder: Path, captions: list[str]) -> list[Measured]:
+    """Results of a worker in this process for all batches of a group."""
+    worker = SamplingWorker.__ray_metadata__.modified_class(*stack_of(folder), 0, 1)  # type: ignore[attr-defined]
+    return [
+        worker.sample(number, captions[start : start + BATCH], max(0, SHOWN - start))
+        for number, start in enumerate(range(0, len(captions), BATCH))
+    ]
+
+
+def test_results_of_workers_do_not_grow_with_the_resolution(folders: dict[int, Path]) -> None:
+    """All but the images of the grid, which have 3 bytes a pixel."""
+    small, large = (sample_here(folders[resolution], CAPTIONS) for resolution in (8, 32))
+    assert [len(batch.shown) for batch in large] == [32, 8, 0, 0]
+    slack = 256  # bytes, as pickles name memory by numbers of a few digits
+    for one, other in zip(small, large, strict=True):
+        assert one.shown.shape[1:] == (8, 8, 3) and other.shown.shape[1:] == (32, 32, 3)
+        grown = len(pickle.dumps(other)) - len(pickle.dumps(one))
+        assert abs(grown - len(other.shown) * (32**2 - 8**2) * 3) <= slack
+    width = large[0].features.image_embedding.shape[1]
+    assert len(pickle.dumps(large[2])) < 2 * BATCH * width * 4 + 4096 < BATCH * 32 * 32 * 3
+    merged = merge(large, len(CAPTIONS))
+    assert len(merged.features.image_embedding) == len(CAPTIONS) and merged.shown.nbytes == SHOWN * 32 * 32 * 3
+
+
+@pytest.mark.parametrize("captions", [CAPTIONS, MIXED], ids=["scenes", "mixed"])
+def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, Path], captions: list[str]) -> None:
+    folder = folders[32]
+    system, clip = load_system(folder), stack_of(folder)[0].load()
+    settings = dataclasses.replace(system.sampling, batch_size=BATCH)
+    images = sample_captions(system, captions, seed=0, sampling=settings)
+    embedding = clip.embed_images(clip.resize(images))
+    text = clip.encode_text(clip.tokenize(captions)).text_embedding
+    reference = F.normalize(torch.randn(50, embedding.shape[1], generator=torch.Generator().manual_seed(1)), dim=1)
+    expected = {
+        "clip_score": (embedding * text).sum(dim=1).mean().item(),
+        "clip_frechet_distance": metrics.frechet_distance(embedding, reference),
+    }
+    pixels, marks = imaging.to_uint8(images), None
+    if captions is CAPTIONS:
+        wanted = [scenes.parse_caption(caption) for caption in captions]
+        scores = [
+            scenes.score(scenes.measure(image), scene) for image, scene in zip(pixels, wanted, strict=True) if scene
+        ]
+        for name in (*metrics.ATTRIBUTES, "place"):
+            expected[f"accuracy.{name}"] = float(np.mean([score[name] for score in scores if name in score]))
+        marks = [all(score[name] for name in metrics.ATTRIBUTES) for score in scores]
+
+    measured = merge(sample_here(folder, captions), len(captions))
+    values, published = summarise("heldout", captions, measured, reference)
+    assert values == pytest.approx(expected, rel=1e-5)
+    assert {name: values[name] for name in values if "accuracy" in name} == {
+        name: expected[name] for name in expected if "accuracy" in name
+    }
+    grid = imaging.grid(images[:SHOWN], columns=8, captions=captions[:SHOWN], marks=marks)
+    assert published["heldout"] == imaging.png(grid)
+    assert set(published) == {"heldout"} | ({"confusion_heldout"} if captions is CAPTIONS else set())
+    starts = range(0, len(captions), BATCH)
+    assert measured.digests == [files.sha256(pixels[start : start + BATCH].tobytes()) for start in starts]
+
+
+@pytest.mark.slow  # workers import torch and CLIP anew
+def test_a_killed_worker_is_restarted_and_changes_no_result(
+    cluster: None, folders: dict[int, Path], tmp_path: Path
+) -> None:
+    groups = {"heldout": CAPTIONS, "unseen": MIXED}
+    resources = {"evaluate": Resources(num_workers=2, cpus_per_worker=1)}
+    run = Run("r1", "test", str(tmp_path), Tracker("", ""), "0", resources)
+    context = StageContext(run, "evaluate", "f", Store(str(tmp_path)), run.tracker, tmp_path)
+    clip, stack = stack_of(folders[8])
+    artifact = Artifact("clip", "", "", "", {"model": clip.model, "pretrained": clip.pretrained}, 0.0)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sampling = pool.submit(evaluate_module._sample_all, context, Config(), groups, artifact, stack)
+        while not (found := workers_that_sample()) and not sampling.done():
+            time.sleep(0.01)
+        assert found, "sampling ended before a worker was seen"
+        os.kill(found[0], signal.SIGKILL)
+        results = sampling.result()
+    assert not Path(f"/proc/{found[0]}").exists()
+    assert list(results) == list(groups)
+    for group, captions in groups.items():
+        expected = merge(sample_here(folders[8], captions), len(captions))
+        assert results[group].digests == expected.digests
+        assert np.array_equal(results[group].shown, expected.shown)
+        for name in ("image_embedding", "text_embedding"):
+            torch.testing.assert_close(
+                getattr(results[group].features, name), getattr(expected.features, name), rtol=0, atol=1e-6
+            )
+    assert results["unseen"].features.scenes is None and results["heldout"].features.scenes is not None
+    progress = json.loads((tmp_path / "runs" / "r1" / "progress" / "evaluate.json").read_text())
+    assert progress["done"] == progress["total"] == len(CAPTIONS) + len(MIXED) and progress["unit"] == "images"
+
+
+def workers_that_sample() -> list[int]:
+    """Ids of processes below this one that are sampling a batch."""
+    parents, sampling = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_bytes().startswith(b"ray::SamplingWorker.sample"):
+                sampling.append(int(folder.name))
+
+    def is_below(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and is_below(parents[pid]))
+
+    return [pid for pid in sampling if is_below(pid)]
+
+
+def test_a_grid_without_images_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_images: got 0, expected at least 1"):
+        Config(num_images=0)
