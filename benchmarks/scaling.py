@@ -282,6 +282,8 @@ def main() -> None:
     machine = measure.machine("ray", "pyarrow", "deltalake", "torch")
     print(machine)
     print(f"{vars(arguments)}\n", flush=True)
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine, "settings": vars(arguments)}
     points: list[Point] = []
     for size in [*sizes, *([TEN_MILLION] if arguments.ten_million else [])]:

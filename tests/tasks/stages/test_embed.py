@@ -129,7 +129,7 @@ def test_rows_that_are_kept_later_are_embedded_alone_in_the_order_of_the_images(
     ]
     facts = write_table(str(tmp_path), *files)
     clip_artifact = Artifact("clip", "", "", "c", {"model": model, "pretrained": None}, 0.0)
-    run = Run("r", "p", str(tmp_path), Tracker("", ""), "", {"embed": Resources(2, 1)})
+    run = Run("r", "p", str(tmp_path), Tracker("", ""), "", {"embed": Resources(1, 2)})
     embedded: list[Artifact] = []
     for number, kept in enumerate((range(0, 24, 3), range(24))):
         root = f"{tmp_path}/{number}"
@@ -179,6 +179,7 @@ def test_f48_the_shard_of_a_dead_actor_goes_to_another_and_an_actor_without_room
     assert (tmp_path / "marker").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(("uri", "is_broken"), [("1", True), ("dies", False)])
 def test_actors_that_cannot_work_fail_the_stage(tmp_path: Path, uri: str, is_broken: bool) -> None:
