@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from tasks import dataflow, ranges
+from tasks.keys import KEY_DIGITS, hex_numbers, key_texts
 from tasks.near_duplicates import (
     colour_cells,
     find_looks,
-    hex_numbers,
     near_duplicate_looks,
     near_duplicates,
     partitions_of,
@@ -26,7 +26,6 @@ from unclip import files
 
 ResultT = TypeVar("ResultT")
 
-KEY_DIGITS = 32
 _REASONS = ("duplicate_image", "near_duplicate")
 
 
@@ -172,15 +171,6 @@ def _use_found(use: Callable[[KeyRange, pa.Table], ResultT], count: int, index: 
 def key_columns(numbers: np.ndarray) -> dict[str, np.ndarray]:
     """Columns `high` and `low` of keys as numbers."""
     return {"high": numbers[:, 0], "low": numbers[:, 1]}
-
-
-def key_texts(numbers: np.ndarray) -> pa.Array:
-    """Keys of 32 hex digits: inverse of `hex_numbers`."""
-    octets = numbers.astype(">u8").view(np.uint8).reshape(-1)
-    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
-    codes = digits[np.stack([octets >> 4, octets & 15], axis=1)].reshape(-1)
-    offsets = np.arange(len(numbers) + 1, dtype=np.int32) * KEY_DIGITS
-    return pa.StringArray.from_buffers(len(numbers), pa.py_buffer(offsets), pa.py_buffer(codes))
 
 
 def _partition(numbers: np.ndarray, count: int) -> np.ndarray:

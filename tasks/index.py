@@ -8,6 +8,7 @@ up to date after each commit of the images table; what a killed process left out
 import functools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -67,13 +68,11 @@ def update_index(images: str, version: int) -> int:
                 replaced.append(_name(uri))
                 parts += [part] if part.rows else []
     kept = [uri for uri in before if _name(uri) not in replaced]
-    num_files = len(kept) + len(parts)
-    if num_files > _MAX_FILES_PER_RANGE:
-        uris = [*kept, *(f"{index}/{part.name}" for part in parts)]
+    uris = [*kept, *(f"{index}/{part.name}" for part in parts)]
+    if _most_overlapping(uris) > _MAX_FILES_PER_RANGE:
         count = ranges.num_ranges(sum(run_all(tables.num_rows, uris)))
-        if num_files > _MAX_FILES_PER_RANGE * count:
-            parts = run_all(functools.partial(_compact, index, uris), ranges.ranges(count))
-            replaced = list(map(_name, before))
+        parts = run_all(functools.partial(_compact, index, uris), ranges.ranges(count))
+        replaced = list(map(_name, before))
     note = {_VERSION_NOTE: str(version)}
     if not (parts or replaced) and before:
         return tables.version(index) or 0
@@ -185,6 +184,17 @@ def _without_parts(index: str, removed: set[str], uri: str) -> Part | None:
     if not pc.any(stale).as_py():
         return None
     return _write(index, ranges.range_of_file(uri), table.filter(pc.invert(stale)))
+
+
+def _most_overlapping(uris: Sequence[str]) -> int:
+    """Largest number of files that must be opened for one key."""
+    found = [ranges.range_of_file(uri) for uri in uris]
+    finest = max((each.count for each in found), default=1)
+    opened = np.zeros(finest, np.int64)
+    for each in found:
+        width = finest // each.count
+        opened[each.index * width : (each.index + 1) * width] += 1
+    return int(opened.max())
 
 
 def _compact(index: str, uris: Sequence[str], key_range: KeyRange) -> Part:

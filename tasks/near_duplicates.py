@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+
+from tasks.keys import hex_numbers
 
 COLOUR_CELL = 4
 MAX_DISTANCE = 7
@@ -24,19 +25,7 @@ _UNKNOWN = -1
 _CHANNEL_BITS = 6  # 256 levels in cells of 4
 _FEW = 1024  # hashes that are compared all with all
 _PAIRS_AT_ONCE = 1 << 21
-_HEX_VALUES = np.zeros(256, np.uint8)
-_HEX_VALUES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 _SPREAD = np.arange(64) * 37 % 64  # the bits of a band are not those of neighbouring frequencies
-
-
-def hex_numbers(column: pa.Array | pa.ChunkedArray, digits: int) -> np.ndarray:
-    """Values of hex texts of equal length: [N, ceil(digits / 16)] uint64, most significant first; 0 for null."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    texts = pc.fill_null(array, "0" * digits).cast(pa.binary()).cast(pa.binary(digits))
-    codes = np.frombuffer(texts.buffers()[1], np.uint8)[texts.offset * digits :][: len(texts) * digits]
-    nibbles = _HEX_VALUES[codes].reshape(-1, digits)
-    padded = np.pad(nibbles, ((0, 0), (-digits % 16, 0)))
-    return (padded[:, ::2] << 4 | padded[:, 1::2]).copy().view(">u8").astype(np.uint64)
 
 
 def colour_cells(colours: pa.Array | pa.ChunkedArray) -> np.ndarray:

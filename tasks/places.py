@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange
 from tasks.index import index_files, read_index
+from tasks.keys import key_octets
 from tasks.ranges import KeyRange
 from unclip import files
 from unclip.data import Places, vectors
@@ -107,9 +108,8 @@ def _split(
 
 def _merge(folder: str, count: int, output: int, pieces: list[pa.Table]) -> int:
     listed = pa.concat_tables(pieces).sort_by([("images_file", "ascending"), ("images_row", "ascending")])
-    keys = pa.array([bytes.fromhex(key) for key in listed["key"].to_pylist()], pa.binary(16))
     columns = [name for name in listed.column_names if name.endswith(("_file", "_row"))]
-    table = pa.table({"key": keys, **{name: listed[name].cast(pa.int32()) for name in columns}})
+    table = pa.table({"key": key_octets(listed["key"]), **{name: listed[name].cast(pa.int32()) for name in columns}})
     for split in SPLITS:
         part = table.filter(pc.equal(listed["split"], split)).combine_chunks()
         sink = io.BytesIO()

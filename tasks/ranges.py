@@ -6,13 +6,14 @@ shuffle, and a row is found by its key in one file. Files are named after their 
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import tables
+from tasks.keys import hex_numbers
 from unclip import files
 
 ROWS_PER_RANGE = 1 << 17
@@ -91,18 +92,9 @@ def of_keys(keys: pa.Array | pa.ChunkedArray, count: int) -> np.ndarray:
 
 def fractions(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Position of each key among all possible keys, from its first digits: [N] float64 in [0, 1), uniformly distributed."""
-    array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-    if not len(array):
-        return np.zeros(0)
-    heads = pc.utf8_slice_codeunits(array, 0, _DIGITS).cast(pa.binary()).cast(pa.binary(_DIGITS))
-    digits = np.frombuffer(heads.buffers()[1], np.uint8)[heads.offset * _DIGITS :][: len(heads) * _DIGITS]
-    values: np.ndarray = _HEX_VALUES[digits].reshape(-1, _DIGITS) @ (16 ** np.arange(_DIGITS)[::-1])
-    values = values / 16**_DIGITS  # exact: 32 bits
-    return values
-
-
-_HEX_VALUES = np.zeros(256, np.int64)
-_HEX_VALUES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+    values = hex_numbers(pc.utf8_slice_codeunits(keys, 0, _DIGITS), _DIGITS)[:, 0]
+    found: np.ndarray = values.astype(np.float64) / 16**_DIGITS  # exact: 32 bits
+    return found
 
 
 def split(table: pa.Table, destinations: np.ndarray, count: int) -> list[pa.Table]:
@@ -146,9 +138,9 @@ def read_all(source: str | Sequence[str], columns: Sequence[str] | None = None) 
 
 
 def _part(uri: str, key_range: KeyRange, columns: Sequence[str] | None) -> pa.Table:
-    table = tables.read_file(uri, columns)
     if range_of_file(uri).count >= key_range.count:  # the file lies within the range
-        return table
+        return tables.read_file(uri, columns)
+    table = tables.read_between(uri, key_range.start, key_range.stop, columns)
     inside = pc.greater_equal(table["key"], key_range.start)
     if key_range.stop is not None:
         inside = pc.and_(inside, pc.less(table["key"], key_range.stop))
@@ -180,9 +172,3 @@ def write_range(folder: str, key_range: KeyRange, table: pa.Table) -> str:
     uri = range_uri(folder, key_range)
     tables.write_file(uri, table)
     return uri
-
-
-def each_range(source: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the table range by range, in order of keys."""
-    for uri in range_files(source):
-        yield tables.read_file(uri, columns)

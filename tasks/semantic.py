@@ -19,16 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import dataflow
-from tasks.find_duplicates import (
-    KEY_DIGITS,
-    in_order_of_keys,
-    key_columns,
-    key_texts,
-    read_rows,
-    split_by_range,
-    write_rows,
-)
-from tasks.near_duplicates import hex_numbers
+from tasks.find_duplicates import in_order_of_keys, key_columns, read_rows, split_by_range, write_rows
+from tasks.keys import KEY_DIGITS, hex_numbers, key_texts
 from tasks.ranges import KeyRange
 from unclip import files
 

@@ -110,7 +110,7 @@ def append_files(
     Args:
         parts: parts to commit; those already committed are skipped, so committing again changes nothing.
         note: metadata of the commit, to trace where rows came from.
-        removed: names of files that are removed in the same commit; older versions keep them.
+        removed: names of files that are removed in the same commit, unless they are among the parts; older versions keep them.
 
     Returns:
         Version of the table that has all the parts.
@@ -121,7 +121,8 @@ def append_files(
     now = int(time.time() * 1000)
     adds = [_add(part, now) for part in new]
     changes: list[AddAction | RemoveAction] = [*adds]
-    changes += [RemoveAction(name, True, now) for name in removed if name in known]
+    gone = known.intersection(removed) - {part.name for part in parts}  # a part may equal a file that is there
+    changes += [RemoveAction(name, True, now) for name in sorted(gone)]
     hashes = {part.name: part.sha256 for part in new}
     properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
@@ -229,13 +230,36 @@ def has_keys(uri: str, keys: pa.Array) -> bool:
     return storage.with_retries(uri, action)
 
 
+def read_between(uri: str, start: str, stop: str | None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Row groups of a Parquet file that may hold keys from `start` on and, unless it is None, before `stop`."""
+
+    def action() -> pa.Table:
+        with _open(uri) as file:
+            bounds = [_bounds(file.metadata.row_group(group)) for group in range(file.metadata.num_row_groups)]
+            groups = [
+                group
+                for group, found in enumerate(bounds)
+                if found is None or (found[1] >= start and (stop is None or found[0] < stop))
+            ]
+            return file.read_row_groups(groups, columns=None if columns is None else list(columns))
+
+    return storage.with_retries(uri, action)
+
+
 def _may_hold(group: pq.RowGroupMetaData, keys: pa.Array) -> bool:
     """Return True unless the statistics of a row group exclude all keys, which are sorted."""
-    column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "key")
-    if not (column.is_stats_set and column.statistics.has_min_max):
+    bounds = _bounds(group)
+    if bounds is None:
         return True
-    first = bisect.bisect_left(range(len(keys)), column.statistics.min, key=lambda number: keys[number].as_py())
-    return bool(first < len(keys) and keys[first].as_py() <= column.statistics.max)
+    first = bisect.bisect_left(range(len(keys)), bounds[0], key=lambda number: keys[number].as_py())
+    return bool(first < len(keys) and keys[first].as_py() <= bounds[1])
+
+
+def _bounds(group: pq.RowGroupMetaData) -> tuple[str, str] | None:
+    """Smallest and largest key of a row group; None without statistics."""
+    column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "key")
+    statistics = column.statistics if column.is_stats_set else None
+    return (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else None
 
 
 def read_rows(uri: str, rows: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange, run_all
+from tasks.keys import octet_texts
 from tasks.places import Block, KeptRows, blocks, open_block, read_vectors, write_places
 from tasks.ranges import KeyRange
 from tasks.semantic import semantic_duplicates
@@ -122,12 +123,12 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     selection, found = bounded, in_bounds
     if config.semantic_distance is not None:
         selection, candidates = f"{folder}/selection", f"{folder}/candidates"
-        kept = rows.add_counts(counts for counts, _ in in_bounds)
-        source.write_places(bounded, candidates, kept)
+        num_kept = sum(counts["rows"][rows.KEPT] for counts, _ in in_bounds)
+        source.write_places(bounded, candidates, num_kept)
         found = semantic_duplicates(
             functools.partial(source.read_block, candidates),
             blocks(candidates),
-            kept["rows"][rows.KEPT],
+            num_kept,
             config.semantic_distance,
             config.cluster_size,
             f"{folder}/scratch",
@@ -138,7 +139,7 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
             files.delete(scratch)
     counts = rows.add_counts(counts for counts, _ in found)
     places = f"{folder}/places"
-    source.write_places(selection, places, counts)
+    source.write_places(selection, places, counts["rows"][rows.KEPT])
 
     moments = source.moments(places)
     if moments is None or moments.count < 2:
@@ -205,15 +206,16 @@ class EmbeddedRows:
         places = ranges.read_range(self.scores, key_range, ["key", "embeddings_file", "embeddings_row"])
         return kept.join(places, "key").sort_by("key")
 
-    def write_places(self, selection: str, folder: str, counts: Mapping[str, Any]) -> None:
+    def write_places(self, selection: str, folder: str, num_rows: int) -> None:
+        """Write the places of the kept rows of a selection, in both tables."""
         kept = KeptRows(selection, self.images, self.images_version, self.index_version)
         read = functools.partial(self.read, selection)
-        write_places(folder, self.key_ranges(), read, kept.num_files(), counts["rows"][rows.KEPT])
+        write_places(folder, self.key_ranges(), read, kept.num_files(), num_rows)
 
     def read_block(self, folder: str, block: Block, *splits: str) -> tuple[pa.ChunkedArray, np.ndarray]:
         """Keys (32 hex digits) and image embeddings [N, E] of the rows of a block of places."""
         listed = open_block(folder, block, *splits)
-        keys = pa.chunked_array([[key.hex() for key in listed["key"].to_pylist()]], pa.string())
+        keys = pa.chunked_array([octet_texts(listed["key"])])
         return keys, read_vectors(listed, self.uris(), "image_embedding")
 
     def moments(self, places: str) -> Moments | None:
@@ -304,7 +306,7 @@ def _first_rows(selection: str, pairs: str, source: EmbeddedRows, split: Split) 
 
 
 def _captions_trained_on(selection: str, pairs: str, captions: pa.Array, key_range: KeyRange) -> pa.Array:
-    """Those of the captions that a training row of the key range has."""
+    """Captions, among these, that a training row of the key range has."""
     kept = ranges.read_range(selection, key_range, ["key", "split"])
     trained_on = kept.filter(pc.equal(kept["split"], "train"))["key"].combine_chunks()
     listed = ranges.read_range(pairs, key_range, ["key", "caption"])

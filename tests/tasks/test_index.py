@@ -104,6 +104,22 @@ def test_many_small_commits_are_merged(images: str, monkeypatch: pytest.MonkeyPa
     assert_describes(images, version)
 
 
+def test_small_commits_beside_a_large_one_are_merged_before_every_range_reads_many(
+    images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "_MAX_FILES_PER_RANGE", 4)
+    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 64)
+    version = commit(images, image_rows(0, 1000))
+    index.update_index(images, version)
+    for number in range(8):
+        version = commit(images, image_rows(1000 + 10 * number, 10))
+        index.update_index(images, version)
+        for key_range in ranges.ranges(64):
+            files = index.index_files(images)
+            assert sum(ranges.range_of_file(uri).overlaps(key_range) for uri in files) <= 4
+    assert_describes(images, version, 16)
+
+
 def test_a_part_of_an_older_version_lacks_columns_which_are_null(images: str) -> None:
     old = image_rows(0, 10).drop_columns("phash")
     part = tables.write_part(images, "old", old)

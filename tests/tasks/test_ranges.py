@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks import ranges, tables
+from tasks import keys, ranges, tables
 from tasks.ranges import KeyRange
 
 
@@ -50,15 +50,35 @@ def test_a_folder_is_read_in_any_number_of_ranges(tmp_path: object, written: int
     assert ranges.range_count(folder) == written
 
 
+def test_a_narrow_range_of_a_wide_file_reads_only_its_row_groups(tmp_path: object) -> None:
+    table = keyed(5000)
+    folder = write(str(tmp_path), table, 1)
+    uri = ranges.range_files(folder)[0]
+    narrow = KeyRange(3, 16)
+    read = tables.read_between(uri, narrow.start, narrow.stop)
+    assert len(read) <= 2000 < len(table), "row groups have 1,000 rows"
+    inside = ranges.of_keys(table["key"], 16) == 3
+    assert ranges.read_range(folder, narrow).equals(table.filter(pa.array(inside)))
+
+
+def test_keys_become_bytes_and_numbers_and_texts_again() -> None:
+    table = keyed(300)["key"].slice(17, 200)
+    octets = keys.key_octets(table)
+    assert [each.hex() for each in octets.to_pylist()] == table.to_pylist()
+    assert keys.octet_texts(pa.chunked_array([octets.slice(3, 50)])).to_pylist() == table.to_pylist()[3:53]
+    assert keys.key_texts(keys.hex_numbers(table, 32)).to_pylist() == table.to_pylist()
+    assert keys.key_octets(table.slice(0, 0)).to_pylist() == []
+
+
 def test_rows_are_found_in_the_files_that_hold_them(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     table = keyed(3000)
     folder = write(str(tmp_path), table, 16)
     opened = []
     read = tables.read_file
     monkeypatch.setattr(tables, "read_file", lambda uri, columns=None: opened.append(uri) or read(uri, columns))
-    keys = [table["key"][5].as_py(), table["key"][2990].as_py(), "f" * 32]
-    found = ranges.find_rows(folder, keys)
-    assert found["key"].to_pylist() == keys[:2]
+    wanted = [table["key"][5].as_py(), table["key"][2990].as_py(), "f" * 32]
+    found = ranges.find_rows(folder, wanted)
+    assert found["key"].to_pylist() == wanted[:2]
     assert len(opened) == 2
 
 
