@@ -14,7 +14,7 @@ pieces go to a temporary folder. Ray is imported only where it runs.
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 _RETRIES = 3
+_DEATHS_PER_ACTOR = 3  # without any result in between
 _OPTIONS: dict[str, Any] = {"num_cpus": 1, "max_retries": _RETRIES, "scheduling_strategy": "SPREAD"}
 
 
@@ -131,6 +132,56 @@ def exchange(
         for piece in pieces:  # frees the memory
             piece[output] = None
     return results
+
+
+def run_in_actors(
+    start: Callable[[], Any], num_actors: int, call: Callable[[Any, ItemT], Any], items: Iterable[ItemT]
+) -> Iterator[tuple[ItemT, Any]]:
+    """Work through items in actors, one at a time in each; yield items and results in the order in which they are done.
+
+    Ray's own pool and restarts would leave an item with an actor that no node has room for, such as one of a lost node. Here
+    an actor gets items only once it runs, and the item of an actor that died goes to the next one that is free.
+
+    Args:
+        start: starts one actor.
+        call: (actor, item) -> reference of the result.
+
+    Raises:
+        RayActorError: an actor could not be created, or actors keep dying.
+    """
+    import ray
+
+    remaining = iter(items)
+    starting: dict[Any, Any] = {}
+    running: dict[Any, tuple[Any, ItemT]] = {}
+    idle: list[Any] = []
+    again: list[ItemT] = []
+    num_deaths = 0
+    for _ in range(num_actors):
+        actor = start()
+        starting[actor.__ray_ready__.remote()] = actor
+    while True:
+        while idle and (item := again.pop() if again else next(remaining, None)) is not None:
+            actor = idle.pop()
+            running[call(actor, item)] = actor, item
+        if idle and not running:
+            return
+        [done], _ = ray.wait([*starting, *running], num_returns=1)
+        actor, *given = running.pop(done) if done in running else (starting.pop(done),)
+        try:
+            result = ray.get(done)
+        except ray.exceptions.RayActorError as error:
+            num_deaths += 1
+            if error.actor_init_failed or num_deaths > _DEATHS_PER_ACTOR * num_actors:
+                raise
+            again += given
+            actor = start()
+            starting[actor.__ray_ready__.remote()] = actor
+            continue
+        idle.append(actor)
+        if given:
+            num_deaths = 0
+            yield given[0], result
 
 
 def _exchange_on_disk(

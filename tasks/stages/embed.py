@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tasks import ranges, rows, tables
-from tasks.dataflow import exchange
+from tasks.dataflow import exchange, run_in_actors
 from tasks.places import KeptRows, blocks, open_block, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
@@ -42,8 +42,6 @@ SCHEMA = pa.schema(
 padded with zeros to its context length."""
 
 BATCHES_AHEAD = 2  # decoded while one batch is computed
-DEATHS_PER_ACTOR = 3
-"""Deaths of actors, for each actor, after which the stage fails unless a shard is done in between."""
 FILES_AT_ONCE = 64
 """Files whose keys one task reads."""
 COMMIT_SECONDS = 30.0
@@ -154,7 +152,7 @@ def _embed_rows(
     progress = context.progress(num_rows, "pairs").start()
     parts: list[tables.Part] = []
     committed_at = time.monotonic()
-    for part in embed_shards(start, num_actors, _shards(facts, places)):
+    for _, part in run_in_actors(start, num_actors, _embed_shard, _shards(facts, places)):
         parts.append(part)
         progress.update(part.rows)
         if time.monotonic() - committed_at > COMMIT_SECONDS:
@@ -163,48 +161,8 @@ def _embed_rows(
     tables.append_files(table, parts, SCHEMA)
 
 
-def embed_shards(start: Callable[[], Any], num_actors: int, shards: Iterator[Shard]) -> Iterator[tables.Part]:
-    """Embed shards in actors; yield their parts in the order in which they are done.
-
-    Ray's own pool and restarts would leave a shard with an actor that no node has room for, such as one of a lost node. Here
-    an actor gets shards only once it runs, and the shard of an actor that died goes to the next one that is free.
-
-    Args:
-        start: starts one `Embedder`.
-
-    Raises:
-        RayActorError: an actor could not be created, or actors keep dying.
-    """
-    starting: dict[Any, Any] = {}
-    running: dict[Any, tuple[Any, Shard]] = {}
-    idle: list[Any] = []
-    again: list[Shard] = []
-    num_deaths = 0
-    for _ in range(num_actors):
-        actor = start()
-        starting[actor.__ray_ready__.remote()] = actor
-    while True:
-        while idle and (shard := again.pop() if again else next(shards, None)) is not None:
-            actor = idle.pop()
-            running[actor.embed.remote(shard)] = actor, shard
-        if idle and not running:
-            return
-        [done], _ = ray.wait([*starting, *running], num_returns=1)
-        actor, *given = running.pop(done) if done in running else (starting.pop(done),)
-        try:
-            result = ray.get(done)
-        except ray.exceptions.RayActorError as error:
-            num_deaths += 1
-            if error.actor_init_failed or num_deaths > DEATHS_PER_ACTOR * num_actors:
-                raise
-            again += given
-            actor = start()
-            starting[actor.__ray_ready__.remote()] = actor
-            continue
-        idle.append(actor)
-        if given:
-            num_deaths = 0
-            yield result
+def _embed_shard(embedder: Any, shard: Shard) -> Any:
+    return embedder.embed.remote(shard)
 
 
 @ray.remote

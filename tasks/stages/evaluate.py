@@ -7,6 +7,7 @@ Letters: B images of a batch, G of them in the grid, S resolution, M held-out ro
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import math
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 import ray
 import torch
 
+from tasks.dataflow import run_in_actors
 from tasks.places import read_vectors
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
@@ -183,15 +185,13 @@ def _sample_all(
         for number, start in enumerate(range(0, len(captions), size))
     ]
     measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
-    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_restarts": 3}
-    actors = [
-        SamplingWorker.options(**options).remote(  # type: ignore[attr-defined]
-            measuring_clip, stack, config.seed, resources.cpus_per_worker
-        )
-        for _ in range(min(resources.num_workers, len(batches)))
-    ]
+    worker = SamplingWorker.options(  # type: ignore[attr-defined]
+        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker
+    )
+    start = functools.partial(worker.remote, measuring_clip, stack, config.seed, resources.cpus_per_worker)
     progress = context.progress(sum(map(len, groups.values())), "images").start()
-    done = ray.util.ActorPool(actors).map(lambda actor, batch: actor.sample.remote(*batch), batches)
+    num_workers = min(resources.num_workers, len(batches))
+    done = _in_order(run_in_actors(start, num_workers, _sample_batch, enumerate(batches)))
 
     def next_batches(count: int) -> Iterator[Measured]:
         for measured in itertools.islice(done, math.ceil(count / size)):
@@ -201,7 +201,22 @@ def _sample_all(
     return {group: merge(next_batches(len(captions)), len(captions)) for group, captions in groups.items()}
 
 
-@ray.remote(max_task_retries=3)
+def _sample_batch(worker: Any, numbered: tuple[int, tuple[int, list[str], int]]) -> Any:
+    return worker.sample.remote(*numbered[1])
+
+
+def _in_order(done: Iterable[tuple[tuple[int, Any], Measured]]) -> Iterator[Measured]:
+    """Yield results in the order of their numbers; those that come early wait."""
+    waiting: dict[int, Measured] = {}
+    position = 0
+    for (number, _), measured in done:
+        waiting[number] = measured
+        while position in waiting:
+            yield waiting.pop(position)
+            position += 1
+
+
+@ray.remote
 class SamplingWorker:
     """Holds one system and the CLIP that measures it; samples one batch per call."""
 

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from tasks import ranges, tables
-from tasks.dataflow import exchange, produce, run_all
+from tasks.dataflow import exchange, produce, run_all, run_in_actors
 from tests.pipelines.command_line import ROOT
 from unclip.errors import InputError
 
@@ -130,3 +130,41 @@ def die_once(marker: str, item: int) -> int:
 def test_a_task_whose_process_dies_is_repeated(tmp_path: Path) -> None:
     assert run_all(functools.partial(die_once, str(tmp_path / "died")), [0, 1, 2]) == [0, 1, 2]
     assert (tmp_path / "died").exists()
+
+
+@ray.remote(num_cpus=1)
+class Echo:
+    """Actor that returns names, and dies of some."""
+
+    def __init__(self, marker: str, is_broken: bool = False) -> None:
+        if is_broken:
+            raise ValueError("no such model")
+        self.marker = Path(marker)
+
+    def echo(self, name: str) -> str:
+        if name == "dies once" and not self.marker.exists():
+            self.marker.touch()
+            os._exit(9)
+        if name == "dies":
+            os._exit(9)
+        return name
+
+
+def names_from_actors(names: list[str], num_actors: int, *arguments: object) -> list[str]:
+    start = functools.partial(Echo.remote, *arguments)  # type: ignore[attr-defined]
+    return sorted(
+        name for _, name in run_in_actors(start, num_actors, lambda actor, name: actor.echo.remote(name), names)
+    )
+
+
+def test_f48_the_item_of_a_dead_actor_goes_to_another_and_an_actor_without_room_delays_none(tmp_path: Path) -> None:
+    uris = ["1", "2", "3", "4", "5", "dies once"]
+    assert names_from_actors(uris, 3, str(tmp_path / "marker")) == uris  # the cluster has two CPUs
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("uri", "is_broken"), [("1", True), ("dies", False)])
+def test_actors_that_cannot_work_fail_the_stage(tmp_path: Path, uri: str, is_broken: bool) -> None:
+    with pytest.raises(ray.exceptions.RayActorError):
+        names_from_actors([uri], 1, str(tmp_path / "marker"), is_broken)

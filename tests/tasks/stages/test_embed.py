@@ -1,21 +1,18 @@
 """The embedding actor: its results equal open_clip's for every row, independent of batches and files."""
 
-import functools
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 import torch
 from PIL import Image
 
 from tasks import tables
 from tasks.stage import Artifact, Call, Resources, Run, execute
 from tasks.stages.download import IMAGES
-from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, Shard, embed_shards, read_shard
+from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, Shard, read_shard
 from tasks.stages.embed import embed as embed_stage
 from tasks.tracking import Tracker
 from tests.tasks.datasets import kept_selection, key, write_folder, write_kept_places
@@ -146,42 +143,3 @@ def test_rows_that_are_kept_later_are_embedded_alone_in_the_order_of_the_images(
     for uri in tables.files(embedded[1].uri, version):
         numbers = [int(each, 16) >> 116 for each in tables.read_file(uri, ["key"])["key"].to_pylist()]
         assert numbers == sorted(numbers) and len({n % 2 for n in numbers}) == 1, "rows of one image file, in its order"
-
-
-@ray.remote(num_cpus=1)
-class Echo:
-    """Actor with the methods of an `Embedder`, whose parts are the names of the files."""
-
-    def __init__(self, marker: str, is_broken: bool = False) -> None:
-        if is_broken:
-            raise ValueError("no such model")
-        self.marker = Path(marker)
-
-    def embed(self, shard: Shard) -> str:
-        if shard.uri == "dies once" and not self.marker.exists():
-            self.marker.touch()
-            os._exit(9)
-        if shard.uri == "dies":
-            os._exit(9)
-        return shard.uri
-
-
-def parts_of(uris: list[str], num_actors: int, *arguments: object) -> list[str]:
-    shards = iter([Shard(uri, np.arange(1, dtype=np.int32)) for uri in uris])
-    start = functools.partial(Echo.remote, *arguments)  # type: ignore[attr-defined]
-    return sorted(map(str, embed_shards(start, num_actors, shards)))
-
-
-@pytest.mark.usefixtures("cluster")
-def test_f48_the_shard_of_a_dead_actor_goes_to_another_and_an_actor_without_room_delays_none(tmp_path: Path) -> None:
-    uris = ["1", "2", "3", "4", "5", "dies once"]
-    assert parts_of(uris, 3, str(tmp_path / "marker")) == uris  # the cluster has two CPUs
-    assert (tmp_path / "marker").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(("uri", "is_broken"), [("1", True), ("dies", False)])
-def test_actors_that_cannot_work_fail_the_stage(tmp_path: Path, uri: str, is_broken: bool) -> None:
-    with pytest.raises(ray.exceptions.RayActorError):
-        parts_of([uri], 1, str(tmp_path / "marker"), is_broken)
