@@ -308,11 +308,13 @@ def _groups_with(metadata: pq.FileMetaData, start: int, count: int) -> tuple[int
 
 
 def _on_this_machine(uri: str) -> str:
-    """Path of a file; that of a copy for a file in an object store, under a name made from its URI."""
+    """Path of a file; that of a copy for a file in an object store, named after its URI, size and time of writing."""
     if "://" not in uri:
         return uri
+    filesystem, path = files.locate(uri)
+    info = files.with_retries(uri, lambda: filesystem.get_file_info(path))
     folder = Path(tempfile.gettempdir()) / f"unclip-places-{os.getuid()}"
-    copy = folder / hashlib.sha256(uri.encode()).hexdigest()
+    copy = folder / hashlib.sha256(f"{uri} {info.size} {info.mtime_ns}".encode()).hexdigest()
     if not copy.exists():
         folder.mkdir(mode=0o700, exist_ok=True)
         files.write(str(copy), files.read(uri))

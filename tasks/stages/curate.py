@@ -114,9 +114,9 @@ def pin_probes(config: CurateConfig) -> CurateConfig:
 def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
     """Score the pairs by CLIP and by probes, drop those out of bounds and semantic duplicates, and write the snapshot."""
     facts, folder = embed.facts, context.folder
-    names = ("images", "images_version", "index_version", "embeddings", "embeddings_version")
-    versions = {name: facts[name] for name in names}
-    source = EmbeddedRows(selection=facts["selection"], scores=f"{folder}/scores", **versions)
+    images = {name: facts[name] for name in ("images", "images_version", "index_version")}
+    embeddings = {name: facts[name] for name in ("embeddings", "embeddings_version")}
+    source = EmbeddedRows(KeptRows(facts["selection"], **images), **embeddings, scores=f"{folder}/scores")
     scored = source.write_scores(config)
     bounded = f"{folder}/selection" if config.semantic_distance is None else f"{folder}/in_bounds"
     in_bounds = run_all(functools.partial(_drop_out_of_bounds, source, config, bounded), source.key_ranges())
@@ -154,7 +154,14 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source))
 
     digest = fingerprint(embed.digest, tables.hex_digest(*(digest for _, digest in found)))
-    snapshot = {**versions, "digest": digest, "selection": selection, "scores": source.scores, "places": places}
+    snapshot = {
+        **images,
+        **embeddings,
+        "digest": digest,
+        "selection": selection,
+        "scores": source.scores,
+        "places": places,
+    }
     snapshot |= {"heldout": heldout, "statistics": statistics}
     record_snapshot(context.store, context.run.pipeline, snapshot, counts)
     clip_score = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
@@ -165,20 +172,16 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedRows:
-    """Kept rows of a selection with their embeddings and their scores."""
+    """Kept rows of dedup's selection with their embeddings and their scores."""
 
-    selection: str
-    """Folder of dedup's selection."""
-    images: str
-    images_version: int
-    index_version: int
+    kept: KeptRows
     embeddings: str
     embeddings_version: int
     scores: str
     """Folder of range files that `write_scores` writes: key, clip_score, a column per probe, embeddings_file, embeddings_row."""
 
     def key_ranges(self) -> list[KeyRange]:
-        return ranges.ranges(ranges.range_count(self.selection))
+        return ranges.ranges(ranges.range_count(self.kept.selection))
 
     def uris(self) -> list[str]:
         """Files of the embeddings table."""
@@ -193,7 +196,7 @@ class EmbeddedRows:
             functools.partial(_score_files, config, count),
             groups,
             count,
-            functools.partial(_write_scores, self.selection, self.scores, count),
+            functools.partial(_write_scores, self.kept.selection, self.scores, count),
         )
 
     def sample_scores(self) -> pa.Table:
@@ -202,15 +205,14 @@ class EmbeddedRows:
 
     def read(self, selection: str, key_range: KeyRange) -> pa.Table:
         """Kept rows of a selection in one key range, with places in both tables."""
-        kept = KeptRows(selection, self.images, self.images_version, self.index_version).read(key_range)
+        kept = dataclasses.replace(self.kept, selection=selection).read(key_range)
         places = ranges.read_range(self.scores, key_range, ["key", "embeddings_file", "embeddings_row"])
         return kept.join(places, "key").sort_by("key")
 
     def write_places(self, selection: str, folder: str, num_rows: int) -> None:
         """Write the places of the kept rows of a selection, in both tables."""
-        kept = KeptRows(selection, self.images, self.images_version, self.index_version)
         read = functools.partial(self.read, selection)
-        write_places(folder, self.key_ranges(), read, kept.num_files(), num_rows)
+        write_places(folder, self.key_ranges(), read, self.kept.num_files(), num_rows)
 
     def read_block(self, folder: str, block: Block, *splits: str) -> tuple[pa.ChunkedArray, np.ndarray]:
         """Keys (32 hex digits) and image embeddings [N, E] of the rows of a block of places."""
@@ -257,7 +259,7 @@ def _drop_out_of_bounds(
     source: EmbeddedRows, config: CurateConfig, folder: str, key_range: KeyRange
 ) -> tuple[dict[str, Any], int]:
     dropped = out_of_bounds(ranges.read_range(source.scores, key_range), config)
-    return _write_selection(source.selection, folder, key_range, dropped)
+    return _write_selection(source.kept.selection, folder, key_range, dropped)
 
 
 def _write_selection(selection: str, folder: str, key_range: KeyRange, dropped: pa.Table) -> tuple[dict[str, Any], int]:

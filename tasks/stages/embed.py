@@ -86,6 +86,7 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
         places, num_todo = _write_missing(context, dedup, tables.files(table, before))
     if num_todo:
         _embed_rows(context, config, clip, facts, places, num_todo, table)
+    files.delete(f"{context.folder}/missing")
     context.tracker.metrics({"pairs": num_kept, "embedded_now": num_todo})
     facts = {**facts, "selection": dedup.uri, "embedded_now": num_todo}
     facts |= {"embeddings": table, "embeddings_version": tables.version(table)}

@@ -1,4 +1,5 @@
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,16 @@ def test_stored_places_give_the_same_stream_and_take_no_memory_for_rows(reader: 
 def test_a_spread_of_rows_is_even_and_bounded(reader: RowReader) -> None:
     assert reader.places.spread(4).tolist() == [0, 34, 68, 102]
     assert reader.places.spread(1000).tolist() == list(range(NUM_ROWS))
+
+
+def test_places_of_a_remote_file_that_was_written_again_are_read_again(
+    reader: RowReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    first, second = stored_places(tmp_path, reader)
+    uri = f"file://{first}"
+    assert len(Places.open([uri])) == len(Places.open([uri])) == 37
+    assert len(list((tmp_path / "local").rglob("*"))) == 2, "one folder, one copy"
+    Path(first).write_bytes(Path(second).read_bytes())
+    assert len(Places.open([uri])) == NUM_ROWS - 37
