@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange, run_all
 from tasks.index import read_index
+from tasks.keys import hex_numbers
 from tasks.near_duplicates import COLOUR_CELL
 from tasks.ranges import KeyRange
 from unclip.data import vectors
@@ -108,21 +109,23 @@ def _search_range(
         same.setdefault(digest, key)
     near: dict[str, _Winner] = {}
     hashed = images.filter(pc.is_valid(images["phash"])) if looks else images.slice(0, 0)
-    hashes = np.array([int(phash, 16) for phash in hashed["phash"].to_pylist()], np.uint64)
-    colours = _levels(hashed["colour"].to_pylist())
+    hashes = hex_numbers(hashed["phash"], 16)[:, 0]
+    colours = _levels(hashed["colour"])
     for key, (phash, colour) in looks.items() if len(hashes) else ():
         distances = np.bitwise_count(hashes ^ np.uint64(int(phash, 16)))
         # an unknown colour is NaN and differs from none
-        differ = (np.abs(colours - _levels([colour])) > _SAME_COLOUR).any(axis=1)
+        differ = (np.abs(colours - _levels(pa.chunked_array([[colour]], pa.string()))) > _SAME_COLOUR).any(axis=1)
         nearest = int(np.lexsort((distances, differ))[0])
         near[key] = (bool(differ[nearest]), float(distances[nearest]), hashed["key"][nearest].as_py())
     return same, near
 
 
-def _levels(colours: Sequence[str | None]) -> np.ndarray:
+def _levels(colours: pa.ChunkedArray) -> np.ndarray:
     """Levels of colours, which are 6 hex digits: [N, 3] float; NaN for an unknown colour."""
-    unknown = (np.nan,) * 3
-    return np.array([tuple(bytes.fromhex(colour)) if colour else unknown for colour in colours], float).reshape(-1, 3)
+    values = hex_numbers(colours, 6)[:, 0]
+    levels = np.stack([values >> np.uint64(shift) & np.uint64(255) for shift in (16, 8, 0)], axis=1).astype(float)
+    levels[colours.is_null().to_numpy()] = np.nan
+    return levels
 
 
 def _nearest_embeddings(keys: Sequence[str], selection: str, embeddings_files: Sequence[str]) -> dict[str, _Winner]:

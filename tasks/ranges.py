@@ -92,6 +92,8 @@ def of_keys(keys: pa.Array | pa.ChunkedArray, count: int) -> np.ndarray:
 
 def fractions(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Position of each key among all possible keys, from its first digits: [N] float64 in [0, 1), uniformly distributed."""
+    if not len(keys):  # of any type
+        return np.zeros(0)
     values = hex_numbers(pc.utf8_slice_codeunits(keys, 0, _DIGITS), _DIGITS)[:, 0]
     found: np.ndarray = values.astype(np.float64) / 16**_DIGITS  # exact: 32 bits
     return found

@@ -22,8 +22,9 @@ import ray
 
 from tasks.progress import Progress
 from tasks.run_records import is_running
-from tasks.store import Store
+from tasks.store import INTERMEDIATE, Store
 from tasks.tracking import Tracker
+from unclip import files
 from unclip.config import fingerprint, require, to_dict, without_operational
 from unclip.errors import StageError, StorageError, UnclipError
 
@@ -160,6 +161,14 @@ class StageContext:
         """URI of the folder for this stage's files; the same for every attempt, so that a new attempt can resume."""
         return self.store.uri("artifacts", self.stage, self.fingerprint)
 
+    @property
+    def intermediate(self) -> str:
+        """URI of a folder for files that tasks of this stage pass on to each other; every node sees it.
+
+        It is removed when the stage has ended well, and after a kill by the next attempt or a takedown, since it may hold rows.
+        """
+        return f"{self.folder}/{INTERMEDIATE}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Pinning:
@@ -269,6 +278,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
         with tempfile.TemporaryDirectory(prefix=f"unclip-{name}-") as scratch:
             context = StageContext(run, name, stage_fingerprint, store, tracker, Path(scratch))
             output = call.stage.function(context, call.config, *artifacts)
+            files.delete(context.intermediate)
     except Exception as error:
         message = _explain(error)
         tracker.bytes(traceback.format_exc().encode(), "error.txt")

@@ -23,6 +23,8 @@ from unclip import files
 from unclip.errors import StorageError
 
 DEFAULT_ROOT = "unclip-data"
+INTERMEDIATE = "intermediate"
+"""Folder in a stage's folder for files that its tasks pass on to each other; see `StageContext.intermediate`."""
 ENTRIES = frozenset(
     """
     images index embeddings snapshots stages artifacts runs attempts tombstones.parquet takedowns results published

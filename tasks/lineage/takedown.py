@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import index, ranges, rows, tables
+from tasks.keys import hex_numbers
 from tasks.lineage.provenance import delta_tables, pairs_folders
 from tasks.lineage.traces import Traces, redact, remove
-from tasks.store import Store
+from tasks.store import INTERMEDIATE, Store
 from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, hosts_of, load_tombstones, refuse
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tasks.untrusted.normalise import normalise_url
@@ -140,7 +141,7 @@ def _named(images: str, requested: Collection[Tombstone]) -> Iterator[tuple[Tomb
 def _near(table: pa.Table, phashes: Iterable[str], distance: int) -> Iterator[tuple[str, set[str]]]:
     """Yield each perceptual hash with the keys of the rows within `distance` bits of it."""
     hashed = table.filter(pc.is_valid(table["phash"]))
-    values = np.array([int(phash, 16) for phash in hashed["phash"].to_pylist()], np.uint64)
+    values = hex_numbers(hashed["phash"], 16)[:, 0]
     for phash in phashes:
         near = np.flatnonzero(np.bitwise_count(values ^ np.uint64(int(phash, 16))) <= distance)
         if len(near):
@@ -164,8 +165,7 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
             uri, pa.array(sorted(tombstones.keys), pa.string())
         )
     _blank_lists(store, tombstones)
-    # Plans of killed runs hold URLs and captions; the next run plans anew.
-    files.delete(store.uri("artifacts", "download"))
+    _delete_intermediate_files(store)
     _delete_held_out(store, tombstones.keys)
     _redact_reports(store, tombstones.keys)
     _delete_previews(store, tombstones.keys)
@@ -233,6 +233,14 @@ def _blank_lists(store: Store, tombstones: Tombstones) -> None:
             blanked = refuse(pairs, tombstones)
             if not blanked.equals(pairs):
                 tables.write_file(uri, blanked)
+
+
+def _delete_intermediate_files(store: Store) -> None:
+    """Delete what killed stages left behind, which may hold URLs, captions and embeddings; the next run makes it anew."""
+    files.delete(store.uri("artifacts", "download"))
+    for stage in store.list("artifacts"):
+        for name in store.list("artifacts", stage):
+            files.delete(store.uri("artifacts", stage, name, INTERMEDIATE))
 
 
 def _delete_held_out(store: Store, keys: frozenset[str]) -> None:

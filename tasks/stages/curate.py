@@ -118,11 +118,11 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     embeddings = {name: facts[name] for name in ("embeddings", "embeddings_version")}
     source = EmbeddedRows(KeptRows(facts["selection"], **images), **embeddings, scores=f"{folder}/scores")
     scored = source.write_scores(config)
-    bounded = f"{folder}/selection" if config.semantic_distance is None else f"{folder}/in_bounds"
+    bounded = f"{folder}/selection" if config.semantic_distance is None else f"{context.intermediate}/in_bounds"
     in_bounds = run_all(functools.partial(_drop_out_of_bounds, source, config, bounded), source.key_ranges())
     selection, found = bounded, in_bounds
     if config.semantic_distance is not None:
-        selection, candidates = f"{folder}/selection", f"{folder}/candidates"
+        selection, candidates = f"{folder}/selection", f"{context.intermediate}/candidates"
         num_kept = sum(counts["rows"][rows.KEPT] for counts, _ in in_bounds)
         source.write_places(bounded, candidates, num_kept)
         found = semantic_duplicates(
@@ -131,12 +131,10 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
             num_kept,
             config.semantic_distance,
             config.cluster_size,
-            f"{folder}/scratch",
+            f"{context.intermediate}/duplicates",
             len(source.key_ranges()),
             functools.partial(_write_selection, bounded, selection),
         )
-        for scratch in (candidates, bounded):
-            files.delete(scratch)
     counts = rows.add_counts(counts for counts, _ in found)
     places = f"{folder}/places"
     source.write_places(selection, places, counts["rows"][rows.KEPT])

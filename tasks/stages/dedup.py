@@ -46,7 +46,7 @@ def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Outpu
         functools.partial(_hashes, filter.uri, index),
         len(key_ranges),
         config.phash_distance,
-        f"{context.folder}/scratch",
+        f"{context.intermediate}/duplicates",
         functools.partial(_select_range, filter.uri, folder, config.holdout),
     )
     counts = rows.add_counts(counts for counts, _ in found)

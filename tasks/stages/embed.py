@@ -22,7 +22,6 @@ from tasks.dataflow import exchange, run_in_actors
 from tasks.places import KeptRows, blocks, open_block, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
-from unclip import files
 from unclip.config import fingerprint, require
 from unclip.errors import InputError, StageError
 from unclip.models.clip import Clip
@@ -86,7 +85,6 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
         places, num_todo = _write_missing(context, dedup, tables.files(table, before))
     if num_todo:
         _embed_rows(context, config, clip, facts, places, num_todo, table)
-    files.delete(f"{context.folder}/missing")
     context.tracker.metrics({"pairs": num_kept, "embedded_now": num_todo})
     facts = {**facts, "selection": dedup.uri, "embedded_now": num_todo}
     facts |= {"embeddings": table, "embeddings_version": tables.version(table)}
@@ -98,13 +96,12 @@ def _write_missing(context: StageContext, dedup: Artifact, embedded: Sequence[st
     """Write the places of the kept rows without an embedding; returns the folder and their number."""
     key_ranges = ranges.ranges(ranges.range_count(dedup.uri))
     groups = [embedded[start : start + FILES_AT_ONCE] for start in range(0, len(embedded), FILES_AT_ONCE)]
-    keys, folder = f"{context.folder}/embedded", f"{context.folder}/missing"
+    keys, folder = f"{context.intermediate}/embedded", f"{context.intermediate}/missing"
     count = len(key_ranges)
     exchange(functools.partial(_split_keys, count), groups, count, functools.partial(_write_keys, keys, count))
     kept = KeptRows(dedup.uri, *(dedup.facts[name] for name in ("images", "images_version", "index_version")))
     missing = functools.partial(_missing_rows, kept, keys)
     num_missing = write_places(folder, key_ranges, missing, kept.num_files(), dedup.facts["rows"][rows.KEPT])
-    files.delete(keys)
     return folder, num_missing
 
 

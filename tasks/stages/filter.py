@@ -105,13 +105,11 @@ def filter(context: StageContext, config: FilterConfig, download: Artifact) -> O
     if config.digest and check_settings(config) != config.digest:
         raise InputError("filter: a block list has changed since this run was planned. Run the same command again.")
     facts, key_ranges = download.facts, ranges.ranges(ranges.range_count(download.facts["pairs"]))
-    boilerplate = _write_boilerplate(facts["pairs"], key_ranges, f"{context.folder}/boilerplate", config)
+    boilerplate = _write_boilerplate(facts["pairs"], key_ranges, f"{context.intermediate}/boilerplate", config)
     index = index_files(facts["images"], facts["index_version"])
     folder = f"{context.folder}/selection"
     apply = functools.partial(_filter_range, facts["pairs"], index, boilerplate, folder, config)
     found = run_all(apply, key_ranges)
-    if boilerplate is not None:
-        files.delete(boilerplate)
     counts = rows.add_counts(counts for counts, _ in found)
     if not counts["rows"][rows.KEPT]:
         raise InputError(

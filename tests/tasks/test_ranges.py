@@ -68,6 +68,7 @@ def test_keys_become_bytes_and_numbers_and_texts_again() -> None:
     assert keys.octet_texts(pa.chunked_array([octets.slice(3, 50)])).to_pylist() == table.to_pylist()[3:53]
     assert keys.key_texts(keys.hex_numbers(table, 32)).to_pylist() == table.to_pylist()
     assert keys.key_octets(table.slice(0, 0)).to_pylist() == []
+    assert len(ranges.of_keys(pa.array([]), 8)) == 0
 
 
 def test_rows_are_found_in_the_files_that_hold_them(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

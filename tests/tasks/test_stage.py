@@ -23,6 +23,7 @@ from tasks.stage import (
 )
 from tasks.store import Store
 from tasks.tracking import Tracker
+from unclip import files
 from unclip.errors import InputError
 
 
@@ -60,6 +61,24 @@ def test_a_committed_result_is_not_computed_again(run: Run) -> None:
     again = execute(Call(count, CountConfig(3)), run, [dataclasses.replace(parent("a"), uri="/elsewhere", seconds=9.0)])
     assert isinstance(first, Artifact) and first == again and calls == [3]
     assert Store(run.storage).read_json("runs", "r1", "count.json")["state"] == "cached"
+
+
+@stage("passing", version=1)
+def passing(context: StageContext, config: CountConfig) -> Output:
+    """Pass a file on."""
+    files.write(f"{context.intermediate}/rows", b"a caption")
+    if config.fails:
+        raise InputError("passing: got nothing, expected something.")
+    return Output(context.folder, "digest")
+
+
+def test_intermediate_files_are_removed_when_a_stage_ends_well(run: Run) -> None:
+    for fails in (True, False):
+        result = execute(Call(passing, CountConfig(fails=fails)), run, [])
+        left = list(Path(run.storage).rglob("rows"))
+        assert bool(left) == fails == isinstance(result, Failure), "a failed stage may go on with them"
+        for path in left:
+            path.unlink()
 
 
 def test_settings_parents_and_version_change_the_fingerprint(run: Run) -> None:

@@ -654,8 +654,9 @@ def test_versions_rows_and_differences(store: Store) -> None:
         find_version(Store(f"{store.root}/elsewhere"), "1")
 
 
-def test_plans_of_killed_downloads_are_deleted(store: Store) -> None:
-    plan = store.uri("artifacts", "download", "f", "plan", "shard.parquet")
-    tables.write_file(plan, pairs_of(LISTED).select(["key", "url", "caption"]))
+@pytest.mark.parametrize("path", ["download/f/plan", "filter/f/intermediate/boilerplate", "curate/f/intermediate/x"])
+def test_what_killed_stages_left_behind_is_deleted(store: Store, path: str) -> None:
+    left = store.uri("artifacts", *path.split("/"), "00000.parquet")
+    tables.write_file(left, pairs_of(LISTED).select(["key", "url", "caption"]))
     take_down(store, [parse("url", "https://a1.example.org/7.jpg")], None, [])
-    assert not files.exists(plan)
+    assert not files.exists(left)
