@@ -6,18 +6,17 @@ SIZES = (1_000_000, 10_000_000, 100_000_000, 650_000_000)
 """Numbers of pairs that are estimated by default; the last is the paper's (Ramesh et al. 2022, appendix C)."""
 
 RATES: Mapping[str, float] = {
-    "ingest": 26_000,
+    "ingest": 150_000,
     "download": 59,
-    "filter": 56_000,
-    "dedup": 17_700,
-    "curate": 20_000,
-    "report": 51_000,
+    "filter": 130_000,
+    "dedup": 140_000,
+    "curate": 40_000,
+    "report": 130_000,
 }
 """Shipped rows per second of one CPU.
 
-ingest: measured here on one process. download: LAION-5B, 9,500 images/s on 160 CPUs. The others follow from joins of 112,000
-and group-bys of 102,000 rows/s by Ray Data on two CPUs: filter is one join; dedup one join and two group-bys; report one
-group-by; curate a join and sums for a covariance of 768 dimensions, 1.2 MFLOP a row.
+download: LAION-5B, 9,500 images/s on 160 CPUs. The others are the CPU time of a million rows in `python -m benchmarks.scaling`
+(docs/benchmarks.md); curate, measured with 64 dimensions, has half its rate for the covariance of 768, 1.2 MFLOP a row.
 """
 SHARES: Mapping[str, float] = {
     "ingest": 0.98,

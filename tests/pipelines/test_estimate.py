@@ -83,13 +83,13 @@ def test_hours_follow_from_the_shipped_rates() -> None:
         "publish": (0, None),
     }
     expected = {
-        "ingest": 1_000_000 / 2_600_000,
+        "ingest": 1_000_000 / 15_000_000,
         "download": 980_000 / 5_900,
-        "filter": 833_000 / 5_600_000,
-        "dedup": 791_350 / 1_770_000,
+        "filter": 833_000 / 13_000_000,
+        "dedup": 791_350 / 14_000_000,
         "embed": 7_122.15,  # 712,215 x 4e12 / 4e14
-        "curate": 712_215 / 2_000_000,
-        "report": 712_215 / 5_100_000,
+        "curate": 712_215 / 4_000_000,
+        "report": 712_215 / 13_000_000,
         "first": 20_000,  # 1e6 x 2e12 on one of four GPUs
         "second": 20_000,  # 1e6 x 6e12 on three
         "evaluate": 400,  # 100 x 8e14 on two GPUs, in batches of 50
@@ -157,7 +157,7 @@ def test_cpus_that_decode_too_slowly_hold_gpus_back() -> None:
 
 def test_semantic_deduplication_costs_its_comparisons() -> None:
     found = estimate(dataclasses.replace(WORK, compared=8_000, num_probes=3), 1_000_000, MACHINE)
-    assert seconds(found)["curate"] == pytest.approx(712_215 * (1 / 20_000 + 8_000 * 2 * 768 / 100e9) / 100)
+    assert seconds(found)["curate"] == pytest.approx(712_215 * (1 / 40_000 + 8_000 * 2 * 768 / 100e9) / 100)
     assert by_stage(found)["curate"].stored_bytes == 712_215 * 72
 
 
@@ -405,7 +405,7 @@ def test_the_command_prints_a_table_and_explains_every_line(finished: PipelineCo
     stages = [row.split()[0] for row in rows]
     assert stages == [line.partition(":")[0] for line in explained.splitlines()] and stages[-1] == "total"
     assert "download: 585M rows / (64 CPUs x 12.5 rows/s, measured: 90,000 rows in 600 s on 12 CPUs)" in explained
-    assert "ingest: 650M rows / (64 CPUs x 26k rows/s, shipped, as 100,000 rows in 0.5 s are too few" in explained
+    assert "ingest: 650M rows / (64 CPUs x 150k rows/s, shipped, as 100,000 rows in 0.5 s are too few" in explained
     free = call("estimate", "demo", "--storage", finished.storage, "--pairs", "1M")
     assert "cost" not in free.stdout and "embed: " in free.stdout
 
