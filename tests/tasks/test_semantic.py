@@ -1,7 +1,6 @@
 """Semantic duplicates equal those of comparing each row with all earlier kept rows, in one process and as dataflow."""
 
 import functools
-import time
 from pathlib import Path
 
 import numpy as np
@@ -146,17 +145,13 @@ def test_one_group_needs_no_tasks(tmp_path: Path) -> None:
     assert search(embeddings[:0], 0.05, 100, tmp_path / "scratch", 1, None) == set()
 
 
-def test_a_pile_of_near_copies_costs_no_more_than_different_rows() -> None:
+def test_a_pile_of_near_copies_leaves_its_first_row() -> None:
+    """`python -m benchmarks.scaling --skew` shows that it costs no more than different rows."""
     generator = torch.Generator().manual_seed(0)
-    even = F.normalize(torch.randn(30_000, 64, generator=generator), dim=1).numpy()
+    even = F.normalize(torch.randn(20_000, 64, generator=generator), dim=1).numpy()
     centre = torch.tensor(even[:1])
-    pile = F.normalize(centre + 0.1 * torch.randn(30_000, 64, generator=generator) / 8, dim=1).numpy()
-
-    def seconds(values: np.ndarray, number: int) -> float:
-        start = time.process_time()
-        assert duplicates_in_memory(values, 0.05, 500).sum() == number
-        return time.process_time() - start
-
-    limit = 2 * seconds(even, 0)
-    assert seconds(pile, 29_999) < limit
-    assert seconds(np.concatenate([even[:15_000], pile[:15_000]]), 15_000) < limit
+    pile = F.normalize(centre + 0.1 * torch.randn(20_000, 64, generator=generator) / 8, dim=1).numpy()
+    assert not duplicates_in_memory(even, 0.05, 500).any()
+    assert np.flatnonzero(~duplicates_in_memory(pile, 0.05, 500)).tolist() == [0]
+    mixed = duplicates_in_memory(np.concatenate([even[:10_000], pile[:10_000]]), 0.05, 500)
+    assert not mixed[:10_000].any() and mixed[10_000:].all()
