@@ -125,7 +125,7 @@ def _listed(data: Dataset, start: int) -> pa.Table:
     octets = [pa.array(site >> shift & 255).cast(pa.string()) for shift in (16, 8, 0)]
     host = pc.binary_join_element_wise("10", *octets, ".")
     url = pc.binary_join_element_wise("http://", host, "/", pa.array(number).cast(pa.string()), ".jpg", "")
-    return pa.table([url, _captions(data, number, rng), pa.repeat("", count)], LISTED)
+    return pa.table([url, _captions(data, number, rng), pa.repeat("", count), pa.nulls(count, pa.string())], LISTED)
 
 
 def _captions(data: Dataset, number: np.ndarray, rng: np.random.Generator) -> pa.Array:

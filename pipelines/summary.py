@@ -18,6 +18,8 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
     if "curate" in artifacts:
         facts = artifacts["curate"].facts
         summary |= {"rows": facts["rows"], "reasons": facts["reasons"], "snapshot": facts["snapshot"]["digest"]}
+    if lines := artifacts["ingest"].facts.get("lines") if "ingest" in artifacts else None:
+        summary["lines"] = lines
     if "evaluate" in artifacts:
         facts = artifacts["evaluate"].facts
         summary["captions"] = facts["captions"]
@@ -53,6 +55,10 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
             f"           {count:>7,}  {reason}"
             for reason, count in sorted(summary["reasons"].items(), key=lambda item: -item[1])
         ]
+    if found := summary.get("lines"):
+        others = " + ".join(f"{found[name]:,} {name}" for name in ("header", "blank", "continued"))
+        num_rows = found["in"] - sum(found[name] for name in ("header", "blank", "continued"))
+        lines.append(f"lines      {found['in']:,} in text files = {num_rows:,} rows + {others}")
     lines.append("seconds    " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items()))
     if summary.get("accuracy"):
         unseen = summary["accuracy_unseen"]

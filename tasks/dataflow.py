@@ -12,6 +12,7 @@ pieces go to a temporary folder. Ray is imported only where it runs.
 """
 
 import functools
+import operator
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,15 +61,21 @@ def run_all(
     return results
 
 
-def produce(read: Callable[[ItemT], Iterator[Any]], items: Sequence[ItemT], **options: Any) -> list[list[Any]]:
+def produce(
+    read: Callable[[ItemT], Iterator[Any]],
+    items: Sequence[ItemT],
+    describe: Callable[[Any], Any] = operator.attrgetter("num_rows"),
+    **options: Any,
+) -> list[list[Any]]:
     """Call a generator function for every item, each in a Ray task, and leave the parts that it yields in the object store.
 
     Args:
-        read: item -> parts with a `num_rows`, such as tables; must yield the same parts when it is repeated.
+        read: item -> parts, such as tables; must yield the same parts when it is repeated.
+        describe: part -> small description, by default its number of rows.
         options: options of the Ray tasks.
 
     Returns:
-        For every item, (number of rows, reference) of each part; the references can be items of `exchange`.
+        For every item, (description, reference) of each part; the references can be items of `exchange`.
     """
     import ray
 
@@ -76,14 +83,14 @@ def produce(read: Callable[[ItemT], Iterator[Any]], items: Sequence[ItemT], **op
     generators: dict[int, Any] = {}
 
     def start(index: int) -> Any:
-        generators[index] = producing.remote(read, items[index])
+        generators[index] = producing.remote(read, items[index], describe)
         return generators[index].completed()
 
     results: list[Any] = [None] * len(items)
     for index, _ in _in_flight(start, len(items)):
         references = list(generators.pop(index))
-        counts = ray.get(references[::2])  # an error takes the place of a number
-        results[index] = list(zip(counts, references[1::2], strict=True))
+        described = ray.get(references[::2])  # an error takes the place of a description
+        results[index] = list(zip(described, references[1::2], strict=True))
     return results
 
 
@@ -250,9 +257,9 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-def _produce(read: Callable[[Any], Iterator[Any]], item: Any) -> Iterator[Any]:
+def _produce(read: Callable[[Any], Iterator[Any]], item: Any, describe: Callable[[Any], Any]) -> Iterator[Any]:
     for part in read(item):
-        yield part.num_rows
+        yield describe(part)
         yield part
 
 

@@ -19,6 +19,7 @@ REASONS: Mapping[str, str] = {
     "no_url": "the row has no URL",
     "bad_url": "not a valid URL: expected http or https with a host and without a password",
     "bad_hash": "the expected hash is not a sha256 of 64 hex digits",
+    "bad_quotes": "a quote opens a field and is not closed, or text follows where it closes (CSV, TSV)",
     "no_caption": "the row has no caption",
     "duplicate_row": "the same URL with the same caption occurs earlier in the list",
     "blocked_address": "the URL or a redirect leads to a non-public network",

@@ -1,9 +1,11 @@
 """Stage `ingest`: convert a list of (URL, caption) in any usual format to one clean, keyed, sorted table.
 
 The list is untrusted. It is read in chunks with a limit on its decompressed size, and Parquet is read in a child process. A
-damaged file raises an `InputError` that names it; a damaged row fails alone.
+damaged file raises an `InputError` that names it; a damaged row fails alone. The lines of text files are accounted for: each is
+a row, continues one, is blank or the header.
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -30,7 +32,7 @@ import pyarrow.fs as pafs
 from tasks import dataflow, ranges, rows, tables
 from tasks.stage import Output, Pinning, StageContext, stage
 from tasks.tombstones import Tombstones, load_tombstones, refuse, tombstones_digest
-from tasks.untrusted import parquet_list
+from tasks.untrusted import parquet_list, separated
 from tasks.untrusted.normalise import (
     REPLACEMENT,
     first_line,
@@ -70,8 +72,8 @@ PAIRS = pa.schema(
     }
 )
 
-LISTED = pa.schema({"url": pa.string(), "caption": pa.string(), "sha256": pa.string()})
-"""Rows of the list as they are read; missing values are empty strings."""
+LISTED = pa.schema({"url": pa.string(), "caption": pa.string(), "sha256": pa.string(), "reason": pa.string()})
+"""Rows of the list as they are read; missing values are empty strings. The reason is null unless the row cannot be parsed."""
 
 SMALL_BYTES = 4 << 20
 """Bytes of a list that the stage itself reads, and at least of each task: starting tasks would take longer than reading them."""
@@ -83,6 +85,8 @@ _BLOCK_CHARACTERS = 1 << 19  # text that is read at once
 _JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
 
 T = TypeVar("T")
+Lines = collections.Counter[str]
+"""Lines of text files: all (`in`), and those that are not the first or only line of a row: `header`, `blank`, `continued`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +159,13 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
         raise InputError(
             f"ingest.urls: {config.urls} has changed since this run was planned. Run the same command again."
         )
-    chunks, offsets, num_rows = _read_chunks(config)
+    chunks, offsets, num_rows, lines = _read_chunks(config)
     count, folder = ranges.num_ranges(num_rows), f"{context.folder}/pairs"
     split = functools.partial(_clean_and_split, offsets, count)
     merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
     written = dataflow.exchange(split, chunks, count, merge)
     facts = rows.add_counts(facts for facts, _ in written)
+    facts |= {"lines": {name: lines[name] for name in ("in", "header", "blank", "continued")}} if lines else {}
     if not facts["rows"][rows.KEPT]:
         raise InputError(
             f"ingest.urls: none of the {num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "
@@ -179,45 +184,55 @@ class _Chunk:
     """Number of the first row among those of the task."""
     listed: pa.Table
     """Rows of the schema `LISTED`."""
+    lines: Lines
+    """Lines of its rows, and others since the chunk before."""
 
     @property
     def num_rows(self) -> int:
         return int(self.listed.num_rows)
 
+    @property
+    def size(self) -> tuple[int, Lines]:
+        return self.num_rows, self.lines
 
-def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int]:
+
+def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int, Lines]:
     """Read the list, a small one in this process, a large one in tasks.
 
     Returns:
-        Chunks or references of chunks; number of rows before those of each task; number of all rows.
+        Chunks or references of chunks; number of rows before those of each task; number of all rows; all lines.
     """
     sources = _sources(config.urls)
     if sum(source.size for source in sources) <= SMALL_BYTES:
-        listed = pa.concat_tables([LISTED.empty_table(), *read(config)])
-        return [_Chunk(0, 0, listed)], [0], listed.num_rows
+        lines = Lines()
+        listed = pa.concat_tables([LISTED.empty_table(), *_read_sources(sources, config, lines)])
+        return [_Chunk(0, 0, listed, lines)], [0], listed.num_rows, lines
     groups: list[list[_Source]] = []
     for source in sources:
         if not groups or sum(other.size for other in groups[-1]) >= SMALL_BYTES:
             groups.append([])
         groups[-1].append(source)
-    produced = dataflow.produce(functools.partial(_read_group, config), list(enumerate(groups)))
-    ends = np.cumsum([sum(num_rows for num_rows, _ in chunks) for chunks in produced]).tolist()
-    return [chunk for chunks in produced for _, chunk in chunks], [0, *ends[:-1]], ends[-1]
+    size = operator.attrgetter("size")
+    produced = dataflow.produce(functools.partial(_read_group, config), list(enumerate(groups)), size)
+    ends = np.cumsum([sum(num_rows for (num_rows, _), _ in chunks) for chunks in produced]).tolist()
+    lines = sum((lines for chunks in produced for (_, lines), _ in chunks), Lines())
+    return [chunk for chunks in produced for _, chunk in chunks], [0, *ends[:-1]], ends[-1], lines
 
 
 def _read_group(config: IngestConfig, numbered: "tuple[int, list[_Source]]") -> Iterator[_Chunk]:
     """Read some files of the list in large chunks, of which there are few enough to split each among all ranges."""
     task, sources = numbered
     first_row, num_rows, num_bytes = 0, 0, 0
-    parts: list[pa.Table] = []
-    for part in itertools.chain.from_iterable(_read_source(source, config) for source in sources):
+    parts, lines = [LISTED.empty_table()], Lines()
+    for part in _read_sources(sources, config, lines):
         parts.append(part)
         num_rows, num_bytes = num_rows + part.num_rows, num_bytes + part.nbytes
         if num_rows >= _TASK_ROWS or num_bytes >= _TASK_BYTES:
-            yield _Chunk(task, first_row, pa.concat_tables(parts))
-            first_row, num_rows, num_bytes, parts = first_row + num_rows, 0, 0, []
-    if parts:
-        yield _Chunk(task, first_row, pa.concat_tables(parts))
+            yield _Chunk(task, first_row, pa.concat_tables(parts), Lines(lines))
+            first_row, num_rows, num_bytes, parts = first_row + num_rows, 0, 0, [LISTED.empty_table()]
+            lines.clear()
+    if num_rows or lines:
+        yield _Chunk(task, first_row, pa.concat_tables(parts), lines)
 
 
 def _clean_and_split(offsets: Sequence[int], count: int, chunk: _Chunk) -> list[pa.Table]:
@@ -249,7 +264,7 @@ def check_source(config: IngestConfig) -> str:
     """
     digest, has_rows = hashlib.sha256(), False
     for source in _sources(config.urls):
-        has_rows |= next(_read_source(source, config), None) is not None
+        has_rows |= next(_read_source(source, config, Lines()), None) is not None
         digest.update(source.path.rpartition("/")[2].encode() + b"\0")
         with _readable(source), source.open_stream() as stream:
             while chunk := stream.read(1 << 20):
@@ -264,11 +279,14 @@ def read(config: IngestConfig) -> Iterator[pa.Table]:
 
     Raises:
         InputError: a file is damaged; names the file, the line if possible, and the problem. A line of a CSV or TSV file with
-            a different number of fields than the header is an error rather than a failed row: its quotes or separators are
-            ambiguous, so the rows around it cannot be trusted either.
+            a different number of fields than the header is an error rather than a failed row, unless a quote explains it:
+            its separators are ambiguous, so the rows around it cannot be trusted either.
     """
-    for source in _sources(config.urls):
-        yield from _read_source(source, config)
+    yield from _read_sources(_sources(config.urls), config, Lines())
+
+
+def _read_sources(sources: Iterable["_Source"], config: IngestConfig, lines: Lines) -> Iterator[pa.Table]:
+    return itertools.chain.from_iterable(_read_source(source, config, lines) for source in sources)
 
 
 def clean(listed: pa.Table, position: int = 0) -> pa.Table:
@@ -296,6 +314,7 @@ def _clean_batch(listed: pa.RecordBatch, position: int) -> pa.Table:
     texts = pc.binary_join_element_wise(shown, captions, "\n").cast(pa.binary()).to_pylist()
     keys = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
     reasons: dict[str, pa.BooleanArray] = {
+        "bad_quotes": pc.equal(listed["reason"], "bad_quotes").fill_null(False),
         "no_url": pc.equal(shown, ""),
         "bad_url": is_bad,
         "bad_hash": pc.and_(sha256s.is_null(), has_hash),
@@ -405,8 +424,8 @@ def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pa
     return [info for _, info in sorted(found, key=lambda item: item[0])]
 
 
-def _read_source(source: _Source, config: IngestConfig) -> Iterator[pa.Table]:
-    """Read the rows of one file; check its columns first."""
+def _read_source(source: _Source, config: IngestConfig, lines: Lines) -> Iterator[pa.Table]:
+    """Read the rows of one file and add its lines to `lines`; check its columns first."""
     header = LAYOUTS[config.layout].header
     if header and source.format not in (".tsv", ".txt"):
         raise InputError(
@@ -417,27 +436,29 @@ def _read_source(source: _Source, config: IngestConfig) -> Iterator[pa.Table]:
         if source.format == ".parquet":
             yield from _parquet_chunks(source, config)
         elif source.format == ".jsonl":
-            yield from _in_chunks(_json_rows, source, config)
+            yield from _in_chunks(_json_rows, source, config, lines)
         elif source.format == ".txt":
-            yield from _in_chunks(_txt_rows, source, config)
+            yield from _in_chunks(_txt_rows, source, config, lines)
         else:
-            yield from _in_chunks(_csv_rows, source, config)
+            yield from _csv_chunks(source, config, lines)
 
 
 class _Lines:
     """Lines of a text file, read in blocks, so that the rows of a block can be processed together."""
 
-    def __init__(self, source: _Source) -> None:
+    def __init__(self, source: _Source, lines: Lines) -> None:
         self.num_blocks = 0
         """Number of blocks that have been read."""
+        self._lines = lines
         self._blocks = _within_allowance(source, _blocks(source), lambda lines: sum(map(len, lines)))
 
     def __iter__(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(self._counted())
+        return itertools.chain.from_iterable(self.blocks())
 
-    def _counted(self) -> Iterator[list[str]]:
+    def blocks(self) -> Iterator[list[str]]:
         for lines in self._blocks:
             self.num_blocks += 1
+            self._lines["in"] += len(lines)
             yield lines
 
 
@@ -463,48 +484,85 @@ def _blocks(source: _Source) -> Iterator[list[str]]:
 
 
 def _in_chunks(
-    read_rows: Callable[[_Source, _Lines, IngestConfig], Iterator[Sequence[str]]], source: _Source, config: IngestConfig
+    read_rows: Callable[[_Source, _Lines, IngestConfig], Iterator[Sequence[str]]],
+    source: _Source,
+    config: IngestConfig,
+    counted: Lines,
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a text file, those of each block together."""
-    lines, num_blocks, num_columns = _Lines(source), 1, len(config.columns)
+    """Yield the rows of a text file of one row a line, those of each block together."""
+    found, num_rows = Lines(), 0
+    lines, num_blocks, num_columns = _Lines(source, found), 1, len(config.columns)
     texts: list[str] = []  # of all rows in one list: lists of rows would occupy the garbage collector
     for row in read_rows(source, lines, config):
         texts += row
         if lines.num_blocks != num_blocks:
+            num_rows += len(texts) // num_columns
             yield _listed(texts[index::num_columns] for index in range(num_columns))
             texts, num_blocks = [], lines.num_blocks
+    num_rows += len(texts) // num_columns
     if texts:
         yield _listed(texts[index::num_columns] for index in range(num_columns))
+    counted.update(found, blank=found["in"] - num_rows)
 
 
-def _listed(columns: Iterable[Sequence[str] | pa.Array]) -> pa.Table:
+def _listed(columns: Iterable[Sequence[str] | pa.Array], reasons: pa.Array | None = None) -> pa.Table:
     """Convert columns, of which the hashes may be missing, to `LISTED`."""
     arrays = [pa.array(column, pa.string()) for column in columns]
-    missing = [pa.repeat("", len(arrays[0]))] if len(arrays) < len(LISTED) else []
-    return pa.table([*arrays, *missing], LISTED)
+    num_rows = len(arrays[0])
+    missing = [pa.repeat("", num_rows)] if len(arrays) < len(LISTED) - 1 else []
+    return pa.table([*arrays, *missing, pa.nulls(num_rows, pa.string()) if reasons is None else reasons], LISTED)
 
 
-def _csv_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str]]:
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_CHARACTERS))  # a global setting of the process
+def _csv_chunks(source: _Source, config: IngestConfig, counted: Lines) -> Iterator[pa.Table]:
+    """Yield the rows of a CSV or TSV file, those of each block together (`tasks.untrusted.separated`)."""
+    found = Lines()
+    blocks = _Lines(source, found).blocks()
     header = LAYOUTS[config.layout].header
     delimiter = "," if source.format == ".csv" else "\t"
-    reader = csv.reader(iter(lines), delimiter=delimiter, quoting=csv.QUOTE_NONE if header else csv.QUOTE_MINIMAL)
-    records = filter(None, reader)  # blank lines
-    try:
-        names = header or next(records, None)
-        if names is None:
+    names: Sequence[str] = header or ()
+    lines: list[str] = []
+    while not names:
+        lines = lines or next(blocks, [])
+        if not lines:
             raise _unreadable(source, "it is empty, expected a header line with column names")
-        num_fields, wanted = len(names), operator.itemgetter(*_column_indices(source, names, config))
-        for fields in records:
-            if len(fields) != num_fields:
-                raise _unreadable(
-                    source,
-                    f"line {reader.line_num}: got {len(fields)} fields, expected {num_fields}",
-                    "Quote fields that hold the separator or a quote, or write the list as .jsonl or .parquet.",
-                )
-            yield wanted(fields)
-    except csv.Error as error:
-        raise _unreadable(source, f"line {reader.line_num}: {error}") from None
+        try:
+            names = next(csv.reader([lines[0]], delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            raise _unreadable(source, f"line {found['in'] - len(lines) + 1}: {error}") from None
+        found["header" if names else "blank"] += 1
+        del lines[0]
+    url_index, *others = indices = _column_indices(source, names, config)
+    unbroken, first_line = [url_index, *others[1:]], found["header"] + found["blank"] + 1
+    parser = separated.Parser(delimiter, len(names), url_index, unbroken, first_line, quoted=header is None)
+    columns = [operator.itemgetter(index) for index in indices]
+    num_rows = 0
+    for block, is_last in _with_last(itertools.chain([lines], blocks)):
+        try:
+            parsed = parser.parse(block, is_last)
+        except separated.FieldsFault as fault:
+            remedy = "Quote fields that hold the separator or a quote, or write the list as .jsonl or .parquet."
+            raise _unreadable(source, str(fault), remedy) from None
+        found.update(blank=parsed.num_blank, continued=parsed.num_continued)
+        num_rows += len(parsed.rows)
+        if parsed.rows:
+            reasons = np.full(len(parsed.rows), None, object) if parsed.stray else None
+            if reasons is not None:
+                reasons[list(parsed.stray)] = "bad_quotes"
+                reasons = pa.array(reasons, pa.string())
+            yield _listed((list(map(column, parsed.rows)) for column in columns), reasons)
+    balance = num_rows + found["header"] + found["blank"] + found["continued"]
+    assert balance == found["in"], f"{source.uri}: {found['in']:,} lines, of which {balance:,} are accounted for"
+    counted.update(found)
+
+
+def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield each item, and True with the last."""
+    iterator = iter(items)
+    item = next(iterator)
+    for following in iterator:
+        yield item, False
+        item = following
+    yield item, True
 
 
 def _txt_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str]]:

@@ -1,0 +1,154 @@
+"""Rows of CSV and TSV text, parsed strictly: a stray quote costs its own row and never its neighbours.
+
+A field that begins with a quote ends at the next single quote, after which a separator or the end of the line must follow; line
+breaks may lie within (RFC 4180). Quotes elsewhere are plain characters. A quote that is opened and never closed would swallow
+all rows up to the next one, so a row may continue on further lines only if none of them looks like a row itself, and if no line
+break lies within the fields that cannot have one, such as the URL.
+"""
+
+import csv
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+MAX_FIELD_CHARACTERS = 4 << 20
+_URL = re.compile(r'\s*"?\s*https?://', re.IGNORECASE)
+
+
+class FieldsFault(Exception):
+    """A line without quotes that has another number of fields than the header."""
+
+    def __init__(self, line: int, got: int, expected: int) -> None:
+        super().__init__(f"line {line}: got {got} fields, expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """Rows of consecutive lines; together with the lines that are none of their own they account for every line."""
+
+    rows: Sequence[Sequence[str]]
+    """Fields of each row, as many as the header has."""
+    stray: Sequence[int]
+    """Indices of the rows that a stray quote makes unusable. Their fields are those of one line, with quotes as plain
+    characters; if there are too many or too few, all but the URL are the whole line."""
+    num_blank: int
+    """Blank lines."""
+    num_continued: int
+    """Lines that continue the row of an earlier line."""
+
+
+class Parser:
+    """Parser of one file, which gets its lines in blocks that may end anywhere."""
+
+    def __init__(
+        self, delimiter: str, num_fields: int, url_index: int, unbroken: Sequence[int], first_line: int, quoted: bool
+    ) -> None:
+        """Create a parser for the lines after the header.
+
+        Args:
+            url_index: column of the URL; rows are recognised by it.
+            unbroken: columns whose values cannot contain a line break.
+            first_line: number of the first line, for messages.
+            quoted: False if quotes have no meaning in the file.
+        """
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))  # a global setting of the process
+        self._delimiter, self._num_fields, self._url_index = delimiter, num_fields, url_index
+        self._unbroken, self._next_line = unbroken, first_line
+        self._quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        self._pending: list[str] = []  # lines of a row that may continue in the next block
+        self._is_damaged = False  # the lines after a stray quote may be remains of its row
+
+    def parse(self, lines: list[str], is_last: bool = False) -> Parsed:
+        """Parse the next lines, with their line endings.
+
+        Raises:
+            FieldsFault: a line has another number of fields, and no quote explains it.
+        """
+        lines = [*self._pending, *lines] if self._pending else lines
+        self._pending = []
+        try:
+            rows = list(self._reader(iter(lines)))
+        except csv.Error:
+            return self._parse_each(lines, is_last)
+        if len(rows) == len(lines):  # so every row is one line
+            filled = rows if all(rows) else list(filter(None, rows))
+            if set(map(len, filled)) <= {self._num_fields}:
+                self._next_line += len(lines)
+                self._is_damaged = self._is_damaged and not filled
+                return Parsed(filled, (), len(rows) - len(filled), 0)
+        return self._parse_each(lines, is_last)
+
+    def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        return csv.reader(lines, delimiter=self._delimiter, quoting=self._quoting, strict=True)
+
+    def _parse_each(self, lines: list[str], is_last: bool) -> Parsed:
+        rows: list[list[str]] = []
+        stray: list[int] = []
+        num_blank = num_continued = start = stop = 0
+
+        def taken() -> Iterator[str]:
+            """Lines of one row after another; it ends before a line that can only be swallowed by mistake."""
+            nonlocal stop
+            while stop < len(lines) and (stop == start or not self._looks_like_row(lines[stop])):
+                stop += 1
+                yield lines[stop - 1]
+
+        while start < len(lines):
+            stop, is_closed = start, True
+            try:
+                for fields in self._reader(taken()):
+                    if not fields:
+                        num_blank += 1
+                    elif self._is_row(fields, lines, start, stop):
+                        rows.append(fields)
+                        num_continued += stop - start - 1
+                        self._is_damaged = False
+                    else:
+                        break
+                    start = stop
+            except csv.Error:
+                is_closed = stop < len(lines)
+            if start == len(lines):
+                break
+            if not is_closed and not is_last:
+                self._pending = lines[start:]
+                break
+            stray.append(len(rows))
+            rows.append(self._plain_fields(lines[start]))
+            self._is_damaged = True
+            start += 1
+        self._next_line += start
+        return Parsed(rows, stray, num_blank, num_continued)
+
+    def _is_row(self, fields: Sequence[str], lines: Sequence[str], start: int, stop: int) -> bool:
+        """Return False for fields that a stray quote has made of these lines."""
+        if len(fields) == self._num_fields:
+            return stop == start + 1 or not any(
+                "\n" in fields[index] or "\r" in fields[index] for index in self._unbroken
+            )
+        has_quotes = self._quoting != csv.QUOTE_NONE and '"' in lines[start]
+        if not (has_quotes or self._is_damaged):
+            raise FieldsFault(self._next_line + start, len(fields), self._num_fields)
+        return False
+
+    def _looks_like_row(self, line: str) -> bool:
+        if "://" not in line:
+            return False
+        fields = line.split(self._delimiter)
+        if len(fields) >= self._num_fields and _URL.match(fields[self._url_index]):
+            return True
+        try:
+            fields = next(self._reader(iter([line])))
+        except csv.Error:
+            return False
+        return len(fields) == self._num_fields and _URL.match(fields[self._url_index]) is not None
+
+    def _plain_fields(self, line: str) -> list[str]:
+        line = line.rstrip("\r\n")
+        fields = line.split(self._delimiter)
+        if len(fields) == self._num_fields:
+            return fields
+        url = fields[self._url_index] if len(fields) > self._url_index else ""
+        shown = [line] * self._num_fields
+        shown[self._url_index] = url
+        return shown

@@ -1,0 +1,136 @@
+"""CSV and TSV with stray quotes: each costs its own row, and every line is accounted for."""
+
+import csv
+import io
+import random
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from tasks.untrusted.separated import FieldsFault, Parsed, Parser
+
+
+def parse(text: str, delimiter: str = ",", num_fields: int = 2, block: int = 10**6, quoted: bool = True) -> Parsed:
+    """Parse a text without header in blocks of some lines; all lines are accounted for."""
+    lines = list(io.StringIO(text, newline=""))
+    parser = Parser(delimiter, num_fields, 0, [0], 2, quoted)
+    starts = range(0, len(lines) or 1, block)
+    parts = [parser.parse(lines[start : start + block], start == starts[-1]) for start in starts]
+    rows: list[Sequence[str]] = []
+    stray: list[int] = []
+    for part in parts:
+        stray += [len(rows) + index for index in part.stray]
+        rows += part.rows
+    blank, continued = (sum(getattr(part, name) for part in parts) for name in ("num_blank", "num_continued"))
+    assert len(rows) + blank + continued == len(lines)
+    assert all(len(row) == num_fields for row in rows)
+    return Parsed(rows, stray, blank, continued)
+
+
+URLS = [f"http://a.example/{number}.jpg" for number in range(9)]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 1000])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_f54_a_stray_quote_costs_its_own_row_only(delimiter: str, block: int) -> None:
+    captions = ["a red circle"] * 9
+    for number in (2, 7):
+        captions[number] = '"The Starry Night by a painter'
+    text = "".join(f"{url}{delimiter}{caption}\n" for url, caption in zip(URLS, captions, strict=True))
+    parsed = parse(text, delimiter, block=block)
+    assert parsed.stray == [2, 7] and parsed.num_continued == 0
+    assert parsed.rows == [[url, caption] for url, caption in zip(URLS, captions, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "stray"),
+    [
+        (['0,"a" b', "1,c"], [0]),
+        (['0,"a', "1,c"], [0]),
+        (["0,a", '1,"c'], [1]),
+        (['0,"a', '1,"c'], [0, 1]),
+        (['0,"a', '1,"b, c"'], [0]),
+        (['0,"a', '1,"b" c', "2,d"], [0, 1]),
+        (['0,"a, b', "1,c", "2,d"], [0]),
+        (['0,"a', "", "1,b", "", '2,"c'], [0, 2]),
+        (['0,6" pipe', "1,c"], []),
+        (['0,6" pipe, "long', "1,c"], [0]),
+        (['0,"a ""b"" c"', '1,""', '2,""""'], []),
+        (['0,"a', 'b"', "1,c"], []),
+        (['0,"a', "", 'b, ""c"" d"', '1,"e', 'f"'], []),
+        (['"0', '",a', "1,c"], [0, 1]),
+        (['0,"a "b" c', 'd"', "1,c"], [0, 1]),
+        (['"0,a', "1,c"], [0]),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 2, 1000])
+def test_f54_quotes_in_every_place(lines: list[str], stray: list[int], block: int) -> None:
+    """Digits at the start of a line, after a quote perhaps, stand for URLs."""
+    text = "".join(f"{line}\r\n" for line in lines)
+    for digit, url in enumerate(URLS[:3]):
+        text = text.replace(f'"{digit}', f'"{url}').replace(f"\n{digit},", f"\n{url},")
+        text = url + text[1:] if text.startswith(f"{digit},") else text
+    parsed = parse(text, block=block)
+    assert parsed.stray == stray
+    sound = [row for number, row in enumerate(parsed.rows) if number not in stray]
+    if not stray:
+        assert sound == [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    assert all(row[0] in URLS for row in sound)
+
+
+def test_f54_a_line_break_lies_within_captions_and_never_within_urls() -> None:
+    within = f'{URLS[0]},"a red\ncircle"\n'
+    assert parse(within).rows == [[URLS[0], "a red\ncircle"]]
+    broken = f'"{URLS[0]}\n",a red circle\n{URLS[1]},b\n'
+    parsed = parse(broken)
+    assert parsed.stray == [0, 1] and parsed.rows[2] == [URLS[1], "b"]
+
+
+def test_f54_a_wrong_number_of_fields_is_an_error_unless_a_quote_explains_it() -> None:
+    with pytest.raises(FieldsFault, match="line 3: got 3 fields, expected 2"):
+        parse(f"{URLS[0]},a\n{URLS[1]},b,c\n")
+    with pytest.raises(FieldsFault, match="line 4: got 1 fields, expected 2"):
+        parse(f'{URLS[0]},"a\nb"\n{URLS[1]}\n')
+    parsed = parse(f'{URLS[0]},"a" b\nremains\n\nof, the, row\n{URLS[1]},b\n')
+    assert parsed.stray == [0, 1, 2] and parsed.rows[3] == [URLS[1], "b"] and parsed.num_blank == 1
+    with pytest.raises(FieldsFault, match="line 5"):
+        parse(f'{URLS[0]},"a" b\nremains\n{URLS[1]},b\nc\n', block=1)
+    with pytest.raises(FieldsFault, match="line 2"):
+        parse(f'{URLS[0]}\t"a\tb\n', "\t", quoted=False)
+
+
+def test_f54_sound_text_is_read_as_the_csv_module_reads_it() -> None:
+    randomness = random.Random(1)
+    pieces = ["a", " ", '"', ",", "\n", "\r\n", "ä", "'", ";", "\t"]
+    for _ in range(200):
+        rows = [[url, "".join(randomness.choices(pieces, k=5))] for url in URLS]
+        buffer = io.StringIO(newline="")
+        csv.writer(buffer, quoting=randomness.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])).writerows(rows)
+        parsed = parse(buffer.getvalue(), block=randomness.choice([1, 3, 100]))
+        assert parsed.rows == rows and not parsed.stray
+
+
+def test_f54_random_quotes_cost_no_row_without_them() -> None:
+    randomness = random.Random(2)
+    for _ in range(300):
+        lines = [f"{url},a red circle" for url in URLS]
+        hit = set(randomness.sample(range(9), 3))
+        for number in hit:
+            position = randomness.randrange(len(lines[number]) + 1)
+            lines[number] = lines[number][:position] + '"' + lines[number][position:]
+        parsed = parse("\n".join(lines) + "\n", block=randomness.choice([1, 4, 100]))
+        assert [list(parsed.rows[number]) for number in range(9) if number not in hit] == [
+            [URLS[number], "a red circle"] for number in range(9) if number not in hit
+        ]
+        assert set(parsed.stray) <= hit
+
+
+def test_f54_hostile_quotes_take_linear_time() -> None:
+    for line in ('x,"\n', '"\n', 'x,"""\n', 'x,"" y\n', '"x\n', 'x,"y""z\n', f'{URLS[0]},"a\n'):
+        times = []
+        for count in (4_000, 16_000):
+            started = time.process_time()
+            parse(line * count, block=5_000)
+            times.append(time.process_time() - started)
+        assert times[1] < 12 * times[0] + 0.5, line
