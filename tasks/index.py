@@ -29,6 +29,8 @@ INDEX = pa.schema(
         "phash": pa.string(),
         "colour": pa.string(),
         "jpg_sha256": pa.string(),
+        "final_url": pa.string(),
+        "redirect_hosts": pa.string(),
         "part": pa.string(),  # file of the images table
         "row": pa.int32(),  # row in that file
     }

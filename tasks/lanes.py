@@ -12,7 +12,8 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,6 @@ _MAX_CHECK_SECONDS = 30.0  # between two checks of the heartbeats
 _LEAST_COUNTED = 4  # rows of a site in a range, so that the counts of a long list remain few
 _ORIGIN = r"^(?P<origin>https?://[^/?#\\\s]+)(?:[/?#]|$)"
 _OWN = 0  # lane of rows that need no politeness
-_KEY_STEPS = 1 << 20  # resolution of the division of a lane's keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,8 @@ def plan_shards(
     """Write a file for each shard and return the lanes; the shards of a lane must run one after another.
 
     Small sites share lanes by their hashes; a site with more rows than a lane's fair share has a lane of its own, so that no
-    other site waits for it. Rows of own hosts need no politeness: each of their shards is a lane. A lane is in order of keys.
-    Equal arguments give equal shards.
+    other site waits for it. Rows of own hosts need no politeness: each of their shards is a lane. A lane is in order of hashes
+    of its URLs, and the rows of a URL are in one shard as far as it holds them. Equal arguments give equal shards.
 
     Args:
         listed: results of `list_rows`, in order of their keys.
@@ -137,7 +137,7 @@ class _Assignment:
     """Lane of each site, and outputs of the exchange for each lane.
 
     Lane `_OWN` is followed by one for each large site, then by those that sites share. Small lanes share an output; a large
-    lane has several, for ranges of its keys.
+    lane has several, for ranges of the hashes of its URLs.
     """
 
     large: Mapping[str, int]
@@ -194,8 +194,10 @@ def _assign(listed: Sequence[Listed], shard_size: int, num_lanes: int) -> _Assig
 def _split_lanes(assignment: _Assignment, uri: str) -> list[pa.Table]:
     table = tables.read_file(uri)
     lane = assignment.lanes_of(_combined(table["site"]))
-    piece = ranges.of_keys(table["key"], _KEY_STEPS) * assignment.outputs[lane] // _KEY_STEPS
-    table = table.drop_columns("site").append_column("lane", pa.array(lane))
+    texts = table["url"].cast(pa.binary()).to_pylist()
+    place = np.fromiter(map(zlib.crc32, texts), np.int64, len(texts))
+    piece = place * assignment.outputs[lane] >> 32
+    table = table.drop_columns("site").append_column("lane", pa.array(lane)).append_column("place", pa.array(place))
     return ranges.split(table, assignment.first_output[lane] + piece, assignment.num_outputs)
 
 
@@ -203,17 +205,33 @@ def _write_shards(
     folder: str, shard_size: int, attempt: int, _output: int, pieces: list[pa.Table]
 ) -> list[tuple[int, Shard]]:
     """Cut the lanes of one output into shards and write them; returns the lane of each."""
-    table = pa.concat_tables(pieces).sort_by([("lane", "ascending"), ("key", "ascending")])
+    table = pa.concat_tables(pieces).sort_by([(name, "ascending") for name in ("lane", "place", "url", "key")])
     lanes, starts = np.unique(table["lane"].to_numpy(), return_index=True)
-    table, shards = table.drop_columns("lane"), []
+    table, shards = table.drop_columns(["lane", "place"]), []
+    url = _combined(table["url"])
+    new_urls = np.flatnonzero(pc.not_equal(url.slice(1), url.slice(0, max(0, len(url) - 1))).to_numpy(False)) + 1
     bounds = itertools.pairwise([*starts.tolist(), table.num_rows])
     for lane, (start, stop) in zip(lanes.tolist(), bounds, strict=True):
-        for first in range(start, stop, shard_size):
-            cut = table.slice(first, min(shard_size, stop - first))
+        for first, last in _cuts(new_urls, start, stop, shard_size):
+            cut = table.slice(first, last - first)
             shard = Shard(fingerprint(cut["key"].to_pylist(), attempt)[:32], cut.num_rows)
             tables.write_file(shard_uri(folder, shard), cut)
             shards.append((lane, shard))
     return shards
+
+
+def _cuts(new_urls: np.ndarray, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Bounds of shards of at most `size` rows, each cut before the first row of a URL if there is one.
+
+    Args:
+        new_urls: sorted numbers of the rows with another URL than the row before.
+    """
+    while stop - start > size:
+        last = int(new_urls[np.searchsorted(new_urls, start + size, side="right") - 1]) if len(new_urls) else 0
+        last = last if last > start else start + size
+        yield start, last
+        start = last
+    yield start, stop
 
 
 def shard_uri(folder: str, shard: Shard) -> str:

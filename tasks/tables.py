@@ -27,7 +27,7 @@ from deltalake.transaction import AddAction, RemoveAction, create_table_with_add
 from unclip import files as storage
 from unclip.data import ROW_GROUP_ROWS
 
-ADDED_COLUMNS = {"colour": pa.string()}
+ADDED_COLUMNS = {"colour": pa.string(), "final_url": pa.string(), "redirect_hosts": pa.string()}
 """Columns that tables have gained: files from before are read as if these columns held nulls."""
 _READS_AT_ONCE = 16
 
@@ -241,7 +241,8 @@ def read_between(uri: str, start: str, stop: str | None, columns: Sequence[str] 
                 for group, found in enumerate(bounds)
                 if found is None or (found[1] >= start and (stop is None or found[0] < stop))
             ]
-            return file.read_row_groups(groups, columns=None if columns is None else list(columns))
+            table = file.read_row_groups(groups, columns=None if columns is None else list(columns))
+            return _with_added(table, columns)
 
     return storage.with_retries(uri, action)
 

@@ -35,10 +35,10 @@ class Tombstones:
     sha256s: frozenset[str] = frozenset()
 
     def cover(self, pairs: pa.Table) -> pa.Array:
-        """Return a mask of the rows with a key or normalised URL that was taken down.
+        """Return a mask of the rows with a key, URL or domain that was taken down, of their own or of a redirect.
 
         Args:
-            pairs: key, url.
+            pairs: key, url, and for fetched rows final_url and redirect_hosts.
         """
         hit = pc.is_in(pairs["key"], value_set=_strings(self.keys))
         if self.urls:
@@ -47,6 +47,11 @@ class Tombstones:
             hosts = hosts_of(pairs["url"])
             covered = [host for host in pc.unique(hosts).to_pylist() if host and self.domains_of(host)]
             hit = pc.or_(hit, pc.is_in(hosts, value_set=_strings(covered)))
+        if "redirect_hosts" in pairs.column_names:
+            is_redirect = pc.is_in(pairs["final_url"], value_set=_strings(self.urls))
+            redirects = pc.unique(pairs["redirect_hosts"].drop_null()).to_pylist()
+            covered = [each for each in redirects if any(map(self.domains_of, each.split()))]
+            hit = pc.or_(hit, pc.or_(is_redirect, pc.is_in(pairs["redirect_hosts"], value_set=_strings(covered))))
         return hit
 
     def domains_of(self, host: str) -> list[str]:

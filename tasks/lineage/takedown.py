@@ -123,9 +123,9 @@ def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = N
 
 
 def _named(images: str, requested: Collection[Tombstone]) -> Iterator[tuple[Tombstone, Mapping[str, str]]]:
-    """Yield the rows of an images table that each request names itself: key, sha256, phash."""
+    """Yield the rows of an images table that each request names itself, or that redirects connect with it."""
     all_of = gather(requested)
-    columns = ["key", "url", "sha256", "phash"]
+    columns = ["key", "url", "sha256", "phash", "final_url", "redirect_hosts"]
     scans = all_of.urls or all_of.domains or all_of.sha256s
     for table in (
         index.each_table(images, columns) if scans else [index.find_rows(images, sorted(all_of.keys), columns)]
@@ -134,7 +134,9 @@ def _named(images: str, requested: Collection[Tombstone]) -> Iterator[tuple[Tomb
         named = table.filter(pc.or_(all_of.cover(table), listed))
         for row in named.append_column("host", hosts_of(named["url"])).to_pylist():
             names = [Tombstone("key", row["key"]), Tombstone("url", row["url"]), Tombstone("sha256", row["sha256"])]
-            names += [Tombstone("domain", domain) for domain in all_of.domains_of(row["host"] or "")]
+            names += [Tombstone("url", row["final_url"])] if row["final_url"] else []
+            hosts = [row["host"] or "", *(row["redirect_hosts"] or "").split()]
+            names += [Tombstone("domain", domain) for host in hosts for domain in all_of.domains_of(host)]
             yield from ((tombstone, row) for tombstone in names if tombstone in requested)
 
 

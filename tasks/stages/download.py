@@ -39,8 +39,9 @@ from tasks.lanes import Listed, Shard, list_rows, plan_shards, run_in_lanes, sha
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
-from tasks.tombstones import load_tombstones
+from tasks.tombstones import Tombstones, load_tombstones
 from tasks.untrusted import decode, fetch
+from tasks.untrusted.normalise import MAX_URL_CHARACTERS
 from unclip import files
 from unclip.config import fingerprint, require
 from unclip.errors import StageError, StorageError
@@ -62,6 +63,8 @@ IMAGES = pa.schema(
         "colour": pa.string(),  # mean colour of the stored image: rrggbb, hex; null in rows from before there was this column
         "jpg": pa.binary(),
         "jpg_sha256": pa.string(),
+        "final_url": pa.string(),  # where redirects led; null without any, as in rows from before there was this column
+        "redirect_hosts": pa.string(),  # other hosts on the way, separated by spaces; null if there are none
     }
 )
 
@@ -73,6 +76,7 @@ LANES_PER_TASK = 4
 """Least number of lanes for each concurrent task."""
 PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0
+NOTHING_TAKEN_DOWN = Tombstones()
 _PLAN_NOTE = "unclip.plan"
 
 
@@ -119,7 +123,12 @@ class DownloadConfig:
     """Redirects followed for one URL."""
     allow_hosts: tuple[str, ...] = ()
     """`host` or `host:port` of your own servers, such as "127.0.0.1:8765". They may be on private networks; all tasks send
-    requests at full speed and ignore robots.txt."""
+    requests at full speed and ignore robots.txt. A redirect from another host gives none of these rights."""
+    allow_ports: tuple[int, ...] = (80, 443, 8080, 8443)
+    """Ports of all other hosts."""
+    proxy: str | None = None
+    """`http://host:port` of an egress proxy, which may be on a private network, for all other hosts; https goes through CONNECT.
+    None connects directly: HTTP_PROXY and its like in the environment are not read."""
     attempt: int = 0
     """Attempt number; a higher one than before retries rows with transient failures. `--retry-failed` increases it."""
     user_agent: str = "unclip/0.1 (image-text pairs for training)"
@@ -148,6 +157,11 @@ class DownloadConfig:
         )
         for directive in self.opt_out_directives:
             require(re.fullmatch(r"[a-z0-9_-]+", directive) is not None, "opt_out_directives", directive, "lower case")
+        for port in self.allow_ports:
+            require(1 <= port <= 65535, "allow_ports", port, "ports from 1 to 65535")
+        if self.proxy is not None:
+            is_proxy = re.fullmatch(r"http://([^/@:\s]+|\[[0-9a-f:]+\]):[1-9][0-9]{0,4}/?", self.proxy) is not None
+            require(is_proxy, "proxy", self.proxy, "http://host:port, without a password")
         require(1 <= self.jpeg_quality <= 100, "jpeg_quality", self.jpeg_quality, "1 to 100")
         named = self.user_agent.isprintable() and self.user_agent.partition("/")[0].strip() != ""
         require(named, "user_agent", self.user_agent, "one line that starts with the robot's name")
@@ -422,7 +436,7 @@ def _download_shards(
     progress = context.progress(plan.rows, "images").start(plan.rows - num_left)
     if not lanes:
         return
-    run, taken_down = context.run, load_tombstones(context.store).sha256s
+    run, taken_down = context.run, dataclasses.replace(load_tombstones(context.store), keys=frozenset())
     heartbeats = context.store.uri("runs", run.id, "shards")
 
     def heartbeat_uri(shard: Shard) -> str:
@@ -463,7 +477,7 @@ def _download_shard(
     rows_uri: str,
     config: DownloadConfig,
     run: Run,
-    taken_down: frozenset[str],
+    taken_down: Tombstones,
     heartbeat_uri: str,
 ) -> tables.Part:
     """Return the part that an earlier attempt wrote for this shard, or fetch its rows and write it."""
@@ -495,27 +509,31 @@ def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:
 def fetch_pairs(
     pairs: Sequence[Pair],
     config: DownloadConfig,
-    taken_down: frozenset[str] = frozenset(),
+    taken_down: Tombstones = NOTHING_TAKEN_DOWN,
     beat: Callable[[int], None] = lambda _: None,
 ) -> pa.Table:
     """Run img2dataset's Downloader on pairs; returns exactly one row of `IMAGES` per pair, in the same order.
 
+    A URL is fetched once, however many of the pairs have it.
+
     Args:
-        taken_down: sha256 of images that were taken down; their bytes are not kept.
-        beat: called with the number of completed rows after each row.
+        taken_down: images, domains and URLs that were taken down; what redirects lead to them is not kept either.
+        beat: called with the number of completed rows after each URL.
 
     Raises:
         StageError: img2dataset lost a row.
     """
     img2dataset = _import_img2dataset()
 
-    writer = _Writer({pair["key"]: pair for pair in pairs}, taken_down, beat)
-    img2dataset.download_image_with_retry = _fetch_with(config)
+    by_url: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_url.setdefault(pair["url"], []).append(pair)
+    writer = _Writer(by_url, taken_down, beat)
+    img2dataset.download_image_with_retry = _fetch_with(config, writer.redirected)
     with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
         shard = f"{scratch}/shard.arrow"
-        columns = ["url", "caption", "pair"]  # img2dataset uses "key" itself, for a position
-        values = [[pair[name] for pair in pairs] for name in ("url", "caption", "key")]
-        table = pa.table(dict(zip(columns, values, strict=True)))
+        columns = ["url", "caption"]
+        table = pa.table({"url": list(by_url), "caption": [same[0]["caption"] for same in by_url.values()]})
         with pa.ipc.new_file(shard, table.schema) as file:
             file.write_table(table)
         downloader = img2dataset.Downloader(
@@ -529,7 +547,7 @@ def fetch_pairs(
             output_folder=scratch,
             column_list=columns,
             timeout=config.timeout_seconds,
-            number_sample_per_shard=len(pairs),
+            number_sample_per_shard=len(by_url),
             oom_shard_count=1,
             compute_hash="sha256",
             verify_hash_type=None,
@@ -561,27 +579,38 @@ def _import_img2dataset() -> Any:
 class _Writer:
     """Collects img2dataset's samples in memory, in the order in which they were fetched."""
 
-    def __init__(self, pairs: Mapping[str, Pair], taken_down: frozenset[str], beat: Callable[[int], None]) -> None:
+    def __init__(
+        self, pairs: Mapping[str, Sequence[Pair]], taken_down: Tombstones, beat: Callable[[int], None]
+    ) -> None:
+        """Create a writer for the pairs of each URL."""
         self.pairs, self.taken_down, self.beat = pairs, taken_down, beat
         self.rows: dict[str, dict[str, Any]] = {}
+        self.redirected: dict[str, fetch.Fetched] = {}
+        """URL -> the way to its body, without the body."""
 
-    def write(self, image: decode.DecodedImage | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
-        row = {"key": sample["pair"], "url": sample["url"], "caption": caption}
-        reason = sample["error_message"] if image is None else self._fault(row["key"], sample["sha256"])
-        if image is None or reason:
-            row |= {"status": rows.FAILED, "reason": reason}
-        else:
-            row |= {"status": "ok", "sha256": sample["sha256"], "jpg_sha256": sha256(image.jpg)}
-            row |= dataclasses.asdict(image)
-        self.rows[row["key"]] = row
+    def write(self, image: decode.DecodedImage | None, _key: str, _caption: str, sample: Mapping[str, Any]) -> None:
+        way, hashes = self.redirected.get(sample["url"]), {}
+        if image is not None:
+            hashes = {"sha256": sample["sha256"], "jpg_sha256": sha256(image.jpg)} | dataclasses.asdict(image)
+        for pair in self.pairs[sample["url"]]:
+            row = {name: pair[name] for name in ("key", "url", "caption")}
+            reason = sample["error_message"] if image is None else self._fault(pair, sample["sha256"], way)
+            row |= {"status": rows.FAILED, "reason": reason} if reason else {"status": "ok", **hashes}
+            if not reason and way is not None and way.final_url is not None:
+                row["final_url"] = way.final_url[:MAX_URL_CHARACTERS]
+                row["redirect_hosts"] = " ".join(way.redirect_hosts) or None
+            self.rows[row["key"]] = row
         self.beat(len(self.rows))
 
-    def _fault(self, key: str, digest: str) -> str | None:
+    def _fault(self, pair: Pair, digest: str, way: fetch.Fetched | None) -> str | None:
         """Reason to reject a valid image, or None: the content of a URL may have changed since the list was made."""
-        if digest in self.taken_down:
+        if digest in self.taken_down.sha256s:
+            return "taken_down"
+        redirects = () if way is None else way.redirect_hosts
+        if (way and way.final_url in self.taken_down.urls) or any(map(self.taken_down.domains_of, redirects)):
             return "taken_down"
         for name, reason in (("expected_sha256", "hash_mismatch"), ("seen_sha256", "content_changed")):
-            if self.pairs[key].get(name) not in (None, digest):
+            if pair.get(name) not in (None, digest):
                 return reason
         return None
 
@@ -589,14 +618,17 @@ class _Writer:
         pass
 
 
-def _fetch_with(config: DownloadConfig) -> Any:
-    """Create a replacement for `img2dataset.downloader.download_image_with_retry`."""
+def _fetch_with(config: DownloadConfig, redirected: dict[str, fetch.Fetched]) -> Any:
+    """Create a replacement for `img2dataset.downloader.download_image_with_retry`, which notes the URLs with redirects."""
     fetcher = _fetcher(config)
 
     def fetch_row(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
         index, url = row
         try:
-            return index, io.BytesIO(fetcher.fetch(url)), None
+            fetched = fetcher.get(url)
+            if fetched.final_url is not None:
+                redirected[url] = dataclasses.replace(fetched, body=b"")
+            return index, io.BytesIO(fetched.body), None
         except rows.RowFault as fault:
             return index, None, fault.reason
 

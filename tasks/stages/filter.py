@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import re
-import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +31,12 @@ LISTS = ("blocked_words", "blocked_domains", "blocked_hashes")
 MIN_WORDS_FOR_LANGUAGE = 4  # with fewer words, language identification is unreliable
 # Scripts written without spaces: each character counts as a word.
 _UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
+# Default-ignorable code points: soft hyphens, zero-width spaces and joiners, variation selectors, tags, fillers.
+_IGNORABLE = (
+    r"[\x{ad}\x{34f}\x{61c}\x{115f}\x{1160}\x{17b4}\x{17b5}\x{180b}-\x{180f}\x{200b}-\x{200f}\x{202a}-\x{202e}"
+    r"\x{2060}-\x{206f}\x{3164}\x{fe00}-\x{fe0f}\x{feff}\x{ffa0}\x{fff0}-\x{fff8}\x{1bca0}-\x{1bca3}"
+    r"\x{1d173}-\x{1d17a}\x{e0000}-\x{e0fff}]"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +131,7 @@ def _filter_range(
     pairs: str, index: Sequence[str], boilerplate: str | None, folder: str, config: FilterConfig, key_range: KeyRange
 ) -> tuple[dict[str, Any], int]:
     """Write the selection of one range; returns its counts and digest."""
-    columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash"]
+    columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash", "redirect_hosts"]
     repeated = (
         None
         if boilerplate is None
@@ -167,7 +172,7 @@ def apply_filters(
 
     Args:
         pairs: output of ingest: key, position, url, caption, status, reason, expected_sha256.
-        images: output of download: key, status, reason, original_width, original_height, sha256, phash.
+        images: output of download: key, status, reason, original_width, original_height, sha256, phash, redirect_hosts.
         boilerplate: captions that too many rows share, according to `bare_captions`; None if the settings do not limit them.
     """
     found = images.rename_columns({"status": "image_status", "reason": "image_reason"})
@@ -231,11 +236,11 @@ def _boilerplate(table: pa.Table, config: FilterConfig) -> Any:
 
 
 def _blocked_word(table: pa.Table, config: FilterConfig) -> Any:
-    """Mask of captions that contain a blocked phrase; both are compared as sequences of words of letters and digits."""
+    """Mask of captions that contain a blocked phrase, as sequences of words of letters and digits in their usual form."""
     if config.blocked_words is None:
         return None
     phrases = _entries("blocked_words", config.blocked_words, _phrase)
-    words = _words(table["caption"])
+    words = _words(_folded(table["caption"]))
     all_words, indices = pc.list_flatten(words), pc.list_parent_indices(words).to_numpy()
     matched = np.zeros(table.num_rows, bool)
     for length in {phrase.count(" ") + 1 for phrase in phrases}:
@@ -258,13 +263,17 @@ def _other_language(table: pa.Table, config: FilterConfig) -> Any:
 
 
 def _blocked_domain(table: pa.Table, config: FilterConfig) -> Any:
+    """Mask of rows with the host of their URL, or one that a redirect led to, on or below a blocked domain."""
     if config.blocked_domains is None:
         return None
     blocked = set(_entries("blocked_domains", config.blocked_domains, _domain))
     authority = pc.struct_field(pc.extract_regex(table["url"], r"^[a-z]+://(?P<host>\[[^\]]*\]|[^/:?#]*)"), "host")
     hosts = authority.combine_chunks().dictionary_encode()
     matched = [_is_below(_ascii_host(host), blocked) for host in hosts.dictionary.to_pylist()]
-    return pa.array(matched, pa.bool_()).take(hosts.indices)
+    is_listed = pa.array(matched, pa.bool_()).take(hosts.indices)
+    redirects = table["redirect_hosts"].combine_chunks().dictionary_encode()
+    matched = [any(_is_below(host, blocked) for host in each.split()) for each in redirects.dictionary.to_pylist()]
+    return pc.or_(is_listed, pa.array(matched, pa.bool_()).take(redirects.indices).fill_null(False))
 
 
 def _blocked_hash(table: pa.Table, config: FilterConfig) -> Any:
@@ -300,6 +309,12 @@ def _words(captions: pa.ChunkedArray) -> pa.ListArray:
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(text, r"[^\pL\pM\pN]+", " "))
     words = pc.split_pattern(pc.if_else(pc.equal(text, ""), None, text), " ")
     return words.combine_chunks() if isinstance(words, pa.ChunkedArray) else words
+
+
+def _folded(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Captions in NFKC, so without full-width and other variants of letters, and without characters that are not shown."""
+    shown = pc.replace_substring_regex(captions, _IGNORABLE, "")
+    return pc.replace_substring_regex(pc.utf8_normalize(shown, form="NFKC"), _IGNORABLE, "")
 
 
 def bare_captions(captions: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -411,7 +426,7 @@ def _read(setting: str, path: str) -> bytes:
 
 def _phrase(line: str) -> str:
     """Words of a line according to `_words`, joined by spaces."""
-    words = _words(pa.chunked_array([[unicodedata.normalize("NFC", line)]])).to_pylist()[0]
+    words = _words(_folded(pa.chunked_array([[line]]))).to_pylist()[0]
     if not words:
         raise ValueError(f"got {line!r}, expected a word or phrase")
     return " ".join(words)
@@ -435,14 +450,11 @@ def _hash(line: str) -> str:
 
 
 def _ascii_host(host: str) -> str:
-    """Host in lower case, without a final dot, in the ASCII form of international names."""
-    host = host.lower().removesuffix(".")
-    if not host.isascii():
-        try:
-            return host.encode("idna").decode("ascii")
-        except UnicodeError:
-            pass
-    return host
+    """Host in its canonical spelling; as it is, in lower case, if it is not a host name."""
+    try:
+        return domains.ascii_host(host)
+    except ValueError:
+        return host.lower().removesuffix(".")
 
 
 def _is_below(host: str, domains: set[str]) -> bool:

@@ -13,7 +13,7 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 # Pillow would otherwise import all plugins at the first image whose format is not yet imported.
 from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  # isort: skip
@@ -24,6 +24,12 @@ from tasks.untrusted.sandbox import DEFAULT_LIMITS, Limits, Sandbox, SandboxFaul
 VERSION = 3
 """Increased whenever the same bytes decode to different pixels than before."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+"""Formats that are decoded, and AVIF where Pillow can."""
+if features.check("avif"):  # Pillow 11.3 and later, unless it was built without
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a thread per core would count as the child's memory
+    FORMATS = (*FORMATS, "AVIF")
 CHROMA_SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 """Chroma at full, at half the horizontal and at half the resolution; Pillow numbers them 0, 1 and 2."""
 

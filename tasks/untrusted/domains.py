@@ -1,11 +1,29 @@
-"""Registrable domains, from the copy of the Public Suffix List that ships with tldextract."""
+"""Host names in one spelling, and registrable domains, from the copy of the Public Suffix List that ships with tldextract."""
 
 import functools
 import re
 import typing
 
+import idna
+
 if typing.TYPE_CHECKING:  # slow to import, and runs without block lists do not need it
     import tldextract
+
+
+def ascii_host(host: str) -> str:
+    """Return a host as it is looked up: lower case, without a final dot, international names in IDNA 2008 with UTS #46.
+
+    Raises:
+        ValueError: not a host name.
+    """
+    if not host.isascii():
+        host = idna.uts46_remap(host, std3_rules=False)  # other widths of letters, digits and dots
+        labels = (label if label.isascii() else idna.alabel(label).decode("ascii") for label in host.split("."))
+        host = ".".join(labels)
+    host = host.lower().removesuffix(".")
+    if ":" not in host and not (len(host) <= 253 and re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}", host)):
+        raise ValueError(f"got {host[:300]!r}, expected a host name")
+    return host
 
 
 def is_public_suffix(host: str) -> bool:

@@ -1,11 +1,12 @@
 """Fetch bytes from untrusted URLs: public addresses only, bounded in bytes, redirects and wall time.
 
 Each name is resolved once, all its addresses are checked, and the connection goes to a checked address. So an unusual
-spelling of an internal address, a redirect, or a name server that changes its answer cannot bypass the check.
+spelling of an internal address, a redirect, or a name server that changes its answer cannot bypass the check. Through a proxy,
+which resolves names itself, a request is sent only after the same check.
 
 Every request, including redirects, obeys the host's robots.txt and its limit of concurrent requests. Hosts in `allow_hosts`
-belong to the operator: they need not be public, and neither rule applies to them. Opt-outs that a server declares for the
-image itself (`tasks.untrusted.opt_outs`) apply to all hosts.
+belong to the operator: they need not be public, and neither rule applies to them. A redirect has these rights only on the host
+that the list itself names. Opt-outs that a server declares for the image itself (`tasks.untrusted.opt_outs`) apply to all hosts.
 """
 
 import concurrent.futures
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tasks.rows import RowFault
-from tasks.untrusted import opt_outs, robots
+from tasks.untrusted import domains, opt_outs, robots
 
 _CHUNK_BYTES = 1 << 16
 _RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
@@ -37,34 +38,41 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _ADDRESSES_LAST_SECONDS = 30.0  # a long list overloads name servers first
 _MAX_ADDRESSES = 100_000
 _BACKOFF_SECONDS = 0.2  # before the first retry; doubles
+_MAX_INTERIM = 200  # responses such as 103 Early Hints before the final one
 
-# Python 3.11 treats some of these as global: two clouds' metadata services (192.0.0.192, 168.63.129.16), 6to4 relays,
-# site-local IPv6. The list is complete, so it does not depend on the Python version.
-_NOT_PUBLIC = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16",
-            "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15",
-            "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3",
-            "::/96", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32", "3fff::/20", "5f00::/16", "fc00::/7",
-            "fe80::/10", "fec0::/10", "ff00::/8",
-        ),
-    )
+# Addresses that are globally routable: all of these blocks but the special ones within. Both lists are complete, so they do not
+# depend on the Python version, which treats two clouds' metadata services (192.0.0.192, 168.63.129.16) as global, and others.
+_ROUTABLE = ("0.0.0.0/0", "2000::/3")
+_SPECIAL = (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24",
+    "203.0.113.0/24", "224.0.0.0/3",
+    "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",
 )  # fmt: skip
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_CARRIERS = (("::ffff:0:0/96", 0), ("::ffff:0:0:0/96", 0), ("64:ff9b::/96", 0), ("2002::/16", 80))
+"""Blocks whose addresses carry an IPv4 address, and its distance from the last bit: mapped, translated, NAT64 and 6to4."""
+
+
+def _networks(blocks: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(map(ipaddress.ip_network, blocks))
+
+
+_ROUTABLE_NETWORKS, _SPECIAL_NETWORKS = _networks(_ROUTABLE), _networks(_SPECIAL)
+_CARRIER_NETWORKS = tuple((ipaddress.IPv6Network(block), shift) for block, shift in _CARRIERS)
 
 
 def is_public(address: str) -> bool:
-    """Return True for an address of the public internet. An IPv4 address embedded in an IPv6 address decides for it."""
+    """Return True for a globally routable address. An IPv4 address carried by an IPv6 address decides for it."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        carried = ip.ipv4_mapped or ip.sixtofour
-        if ip in _NAT64:
-            carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if carried is not None:
-            return is_public(str(carried))
-    return ip.is_global and not any(ip.version == network.version and ip in network for network in _NOT_PUBLIC)
+        for network, shift in _CARRIER_NETWORKS:
+            if ip in network:
+                return is_public(str(ipaddress.IPv4Address(int(ip) >> shift & 0xFFFFFFFF)))
+    is_routable, is_special = (
+        any(ip.version == network.version and ip in network for network in networks)
+        for networks in (_ROUTABLE_NETWORKS, _SPECIAL_NETWORKS)
+    )
+    return is_routable and not is_special
 
 
 def retry_after_seconds(value: str | None) -> float | None:
@@ -96,6 +104,17 @@ def is_allowed_host(url: str, allow_hosts: Sequence[str]) -> bool:
         return _Target.parse(url).is_in(allow_hosts)
     except RowFault:
         return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """An answer, and the way to it."""
+
+    body: bytes
+    final_url: str | None = None
+    """URL that answered, if there were redirects."""
+    redirect_hosts: tuple[str, ...] = ()
+    """Hosts of the redirects in their order, each once, without that of the URL that was asked for."""
 
 
 class _Busy(RowFault):
@@ -139,12 +158,16 @@ class Fetcher:
     """X-Robots-Tag directives that forbid the use of an image."""
     allow_hosts: tuple[str, ...] = ()
     """`host` or `host:port` entries that may be fetched even if not public, with neither robots.txt nor limits."""
+    allow_ports: Sequence[int] = (80, 443, 8080, 8443)
+    """Ports of all other hosts."""
+    proxy: str | None = None
+    """`http://host:port` of a proxy that all requests to other hosts go through; None connects directly."""
     resolve: Callable[..., Any] = socket.getaddrinfo
     _robots: robots.Robots = dataclasses.field(default_factory=robots.Robots, init=False, repr=False, compare=False)
-    _addresses: dict[tuple[str, int], tuple[float, list[Any]]] = dataclasses.field(
+    _addresses: dict[tuple[str, int, bool], tuple[float, list[Any]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """Host and port -> expiry (monotonic time) and checked addresses."""
+    """Host, port and whether they are the operator's -> expiry (monotonic time) and checked addresses."""
     _host_limits: "_HostLimits" = dataclasses.field(
         default_factory=lambda: _HostLimits(), init=False, repr=False, compare=False
     )
@@ -160,9 +183,13 @@ class Fetcher:
         Raises:
             RowFault: with one of the reasons of `tasks.rows`; no other exception.
         """
+        return self.get(url).body
+
+    def get(self, url: str) -> Fetched:
+        """Like `fetch`, with the way to the body."""
         return self._try(url, for_robots=False)
 
-    def _try(self, url: str, for_robots: bool) -> bytes:
+    def _try(self, url: str, for_robots: bool) -> Fetched:
         deadline = _Deadline(time.monotonic() + self.timeout_seconds)
         for attempt in range(self.retries + 1):
             try:
@@ -177,10 +204,13 @@ class Fetcher:
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    def _follow(self, url: str, deadline: _Deadline, for_robots: bool) -> bytes:
-        for _ in range(self.max_redirects + 1):
+    def _follow(self, url: str, deadline: _Deadline, for_robots: bool) -> Fetched:
+        first = _Target.parse(url).host
+        hosts: dict[str, None] = {}  # in order, each once
+        for redirects in range(self.max_redirects + 1):
             try:
-                answer = self._get(url, deadline, for_robots)
+                target = self._target(url, first)
+                answer = self._get(target, deadline, for_robots)
             except RowFault:
                 raise
             except TimeoutError:
@@ -191,38 +221,58 @@ class Fetcher:
                 raise RowFault("short_body") from None
             except Exception:  # a hostile server costs only this row, however it breaks HTTP
                 raise RowFault("fetch_error") from None
+            if target.host != first:
+                hosts[target.host] = None
             if isinstance(answer, bytes):
-                return answer
+                return Fetched(answer, target.url if redirects else None, tuple(hosts))
             url = answer
         raise RowFault("redirect_limit")
 
-    def _get(self, url: str, deadline: _Deadline, for_robots: bool) -> bytes | str:
-        """Return the body, or the URL of a redirect."""
+    def _target(self, url: str, first: str) -> "_Target":
+        """Parse a URL; `first` is the host that the list names.
+
+        Raises:
+            RowFault: bad_url or blocked_port.
+        """
         target = _Target.parse(url)
+        is_own = target.host == first and target.is_in(self.allow_hosts)
+        if not is_own and target.port not in self.allow_ports:
+            raise RowFault("blocked_port")
+        return dataclasses.replace(target, is_own=is_own)
+
+    def _get(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> bytes | str:
+        """Return the body, or the URL of a redirect."""
         addresses = self._resolve_checked(target, deadline)
+        proxy = None if self.proxy is None or target.is_own else _Target.parse(self.proxy)
+        if proxy is not None:
+            addresses = self._resolve_checked(dataclasses.replace(proxy, is_own=True), deadline)
         with self._admission(target, deadline, for_robots):
             connection = http.client.HTTPConnection(target.host, target.port)
-            connection.sock = self._connect(target, addresses, deadline)
+            connection.response_class = _Response
+            connection.sock = self._connect(target, addresses, deadline, proxy)
             with contextlib.closing(connection):
+                path = target.path if proxy is None or target.tls else target.url
                 headers = {"Host": target.host_header, "User-Agent": self.user_agent}
                 headers |= {"Accept": "text/plain,*/*;q=0.5" if for_robots else "image/*,*/*;q=0.5"}
-                connection.request("GET", target.path, headers=headers | {"Accept-Encoding": "identity"})
+                connection.request("GET", path, headers=headers | {"Accept-Encoding": "identity"})
                 with connection.getresponse() as response:
                     return self._read_answer(target, response, for_robots)
 
     @contextlib.contextmanager
     def _admission(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> Iterator[None]:
         """Wait until the host's crawl delay and request limit allow a request. Waiting extends the deadline."""
-        if target.is_in(self.allow_hosts):
+        if target.is_own:
             yield
             return
         started = time.monotonic()
         if self.respect_robots and not for_robots:
-            load = functools.partial(self._try, for_robots=True)
-            time.sleep(self._robots.admit(target.url, self.agent, load, self.max_crawl_delay_seconds))
+            time.sleep(self._robots.admit(target.url, self.agent, self._load_rules, self.max_crawl_delay_seconds))
         with self._host_limits.of(target, self.requests_per_host):
             deadline.at += time.monotonic() - started
             yield
+
+    def _load_rules(self, url: str) -> bytes:
+        return self._try(url, for_robots=True).body
 
     def _read_answer(self, target: "_Target", response: http.client.HTTPResponse, for_robots: bool) -> bytes | str:
         headers, status = response.headers, response.status
@@ -237,7 +287,7 @@ class Fetcher:
             if tagged or opt_outs.rights_reserved(reservations) or opt_outs.headers_refuse(lines):
                 raise RowFault("opted_out")
         if location:
-            url: str = urllib.parse.urljoin(target.url, location)
+            url: str = urllib.parse.urljoin(target.url, _as_utf8(location))
             if target.tls and url.lower().startswith("http:"):
                 raise RowFault("insecure_redirect")
             return url
@@ -249,7 +299,7 @@ class Fetcher:
 
     def _resolve_checked(self, target: "_Target", deadline: _Deadline) -> list[Any]:
         """Return all addresses of the host, as `getaddrinfo` lists them, after checking each."""
-        known = self._addresses.get((target.host, target.port))
+        known = self._addresses.get((target.host, target.port, target.is_own))
         if known is not None and time.monotonic() < known[0]:
             return known[1]
         lookup = _resolvers().submit(self.resolve, target.host, target.port, type=socket.SOCK_STREAM)
@@ -257,15 +307,17 @@ class Fetcher:
             found: list[Any] = lookup.result(deadline.remaining())
         except (socket.gaierror, UnicodeError):
             raise RowFault("dns_error") from None
-        if not target.is_in(self.allow_hosts) and not all(is_public(address[0]) for *_, address in found):
+        if not target.is_own and not all(is_public(address[0]) for *_, address in found):
             raise RowFault("blocked_address")
         if len(self._addresses) >= _MAX_ADDRESSES:
             self._addresses.clear()
-        self._addresses[target.host, target.port] = time.monotonic() + _ADDRESSES_LAST_SECONDS, found
+        self._addresses[target.host, target.port, target.is_own] = time.monotonic() + _ADDRESSES_LAST_SECONDS, found
         return found
 
-    def _connect(self, target: "_Target", addresses: Sequence[Any], deadline: _Deadline) -> socket.socket:
-        """Connect to the first address that answers."""
+    def _connect(
+        self, target: "_Target", addresses: Sequence[Any], deadline: _Deadline, proxy: "_Target | None" = None
+    ) -> socket.socket:
+        """Connect to the first address, of the target or of the proxy, that answers."""
         failure: OSError = OSError("no address")
         for family, kind, protocol, _, address in addresses:
             sock = _Socket(family, kind, protocol)
@@ -273,6 +325,9 @@ class Fetcher:
                 sock.settimeout(min(self.connect_timeout_seconds, deadline.remaining()))
                 sock.connect(address)
                 sock.settimeout(deadline.remaining())
+                if proxy is not None and target.tls:
+                    sock.deadline = deadline
+                    self._open_tunnel(sock, target)
                 if target.tls:
                     sock = _tls().wrap_socket(sock, server_hostname=target.host)  # type: ignore[assignment]
                 sock.deadline = deadline
@@ -281,6 +336,44 @@ class Fetcher:
                 sock.close()
                 failure = error
         raise failure
+
+    def _open_tunnel(self, sock: socket.socket, target: "_Target") -> None:
+        """Ask the proxy at the other end to pass everything on to the target.
+
+        Raises:
+            OSError: it refuses.
+        """
+        authority = f"{target.bracketed_host}:{target.port}"
+        head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\nUser-Agent: {self.user_agent}\r\n\r\n"
+        sock.sendall(head.encode("latin-1", "replace"))
+        with contextlib.closing(_Response(sock, method="CONNECT")) as response:
+            try:
+                response.begin()
+            except http.client.HTTPException as error:
+                raise ConnectionRefusedError(f"proxy: {error!r}") from None
+            if response.status != 200:
+                raise ConnectionRefusedError(f"proxy: status {response.status}")
+
+
+class _Response(http.client.HTTPResponse):
+    """A response without the interim ones (1xx) before it, of which the standard library skips only 100."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(_MAX_INTERIM):
+            status_line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if not 100 <= status_line[1] < 200 or status_line[1] == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                return status_line
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException(f"more than {_MAX_INTERIM} interim responses")
+
+
+def _as_utf8(location: str) -> str:
+    """Location header in UTF-8, which the standard library reads as Latin-1; other bytes are escaped."""
+    raw = location.encode("latin-1", "replace")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return urllib.parse.quote(raw, safe="".join(map(chr, range(33, 127))))
 
 
 def _is_plain(codings: Iterable[str], harmless: str) -> bool:
@@ -308,6 +401,8 @@ class _Target:
     host: str
     port: int
     path: str
+    is_own: bool = False
+    """The operator's, with the rights of `allow_hosts`."""
 
     @classmethod
     def parse(cls, url: str) -> "_Target":
@@ -315,7 +410,7 @@ class _Target:
             raise RowFault("bad_url")
         try:
             parts = urllib.parse.urlsplit(url)
-            host = (parts.hostname or "").encode("idna").decode().removesuffix(".")
+            host = domains.ascii_host(parts.hostname) if parts.hostname else ""
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         except (ValueError, KeyError):
             raise RowFault("bad_url") from None
@@ -325,8 +420,12 @@ class _Target:
         return cls(parts.scheme == "https", host, port, f"{path}?{query}" if query else path)
 
     @property
+    def bracketed_host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
     def host_header(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = self.bracketed_host
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
     @property

@@ -1,10 +1,12 @@
-"""Opt-outs from AI use that servers declare, in response headers and in lines of robots.txt.
+"""Opt-outs from AI use that servers declare, in response headers, in lines of robots.txt and in a file of their own.
 
 There are four: X-Robots-Tag, TDM-Reservation (W3C TDMRep), Content-Usage (IETF AI Preferences) and Content-Signal
-(contentsignals.org). The last two may also appear in robots.txt, in a robot's group, optionally with a path. A value that
-cannot be parsed counts as a refusal, and one refusal outweighs any permission.
+(contentsignals.org). The last two may also appear in robots.txt, in a robot's group, optionally with a path. TDMRep has the file
+`/.well-known/tdmrep.json`, with paths of the site. A value that cannot be parsed counts as a refusal, and one refusal outweighs
+any permission.
 """
 
+import json
 import re
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
@@ -141,6 +143,39 @@ def training_refused(lines: Sequence[Preference], path: str) -> bool:
         if any(line.refused for line in matching if len(line.path) == longest):
             return True
     return False
+
+
+class Reservation(NamedTuple):
+    """One rule of a tdmrep.json."""
+
+    path: str
+    """Pattern of the paths that the rule covers."""
+    reserved: bool
+
+
+EVERYTHING_RESERVED = [Reservation("/", True)]
+
+
+def reservations(body: bytes) -> list[Reservation]:
+    """Return the rules of a tdmrep.json; a page in its place has none, and a file that cannot be parsed reserves everything.
+
+    Only a `tdm-reservation` of 0 waives the rights to text and data mining.
+    """
+    if body.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):  # many servers answer any path with a page
+        return []
+    try:
+        rules = json.loads(body.decode("utf-8-sig"))
+        found = [Reservation(rule["location"], rule["tdm-reservation"] not in (0, "0")) for rule in rules]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return EVERYTHING_RESERVED
+    return found if all(isinstance(rule.path, str) for rule in found) else EVERYTHING_RESERVED
+
+
+def path_reserved(rules: Sequence[Reservation], path: str) -> bool:
+    """Return True if a tdmrep.json reserves the rights to a path; the rules with the longest matching pattern decide."""
+    matching = [rule for rule in rules if _matches(rule.path, path)]
+    longest = max((len(rule.path) for rule in matching), default=0)
+    return any(rule.reserved for rule in matching if len(rule.path) == longest)
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -1,4 +1,7 @@
-"""robots.txt (RFC 9309): the URLs that a host lets a robot fetch. A file that cannot be fetched or read forbids all of them."""
+"""robots.txt (RFC 9309): the URLs that a host lets a robot fetch. A file that cannot be fetched or read forbids all of them.
+
+With it comes the host's `/.well-known/tdmrep.json`, if there is one: the URLs whose rights to data mining are reserved.
+"""
 
 import collections
 import concurrent.futures
@@ -16,6 +19,7 @@ from tasks.untrusted import opt_outs
 
 MAX_BYTES = 500_000
 _ABSENT = re.compile(r"empty_body|http_4(?!01|03|29)\d\d")
+_UNANSWERED = re.compile(r"dns_error|connect_error|timeout|short_body|http_429|http_5\d\d")
 _VERSION = re.compile(r"^(\s*user-agent\s*:\s*[\w.-]+)/.*$", re.IGNORECASE | re.MULTILINE)
 _RULES_LAST_SECONDS = 24 * 3600.0
 _FAILURE_LASTS_SECONDS = 300.0
@@ -29,6 +33,7 @@ class _Host:
 
     rules: "Rules | None"
     """None forbids everything, for `reason`."""
+    reservations: list[opt_outs.Reservation]
     reason: str
     size_bytes: int
     expires: float
@@ -50,15 +55,16 @@ class Robots:
 
         Args:
             agent: the robot's name, without its version.
-            load: returns the body behind a URL or raises `RowFault`; called once per host, however many threads ask.
+            load: returns the body behind a URL or raises `RowFault`; called once per host for each file, however many threads
+                ask.
             max_delay_seconds: upper limit on the crawl delay.
 
         Returns:
             Seconds to wait before the request, for the host's crawl delay.
 
         Raises:
-            RowFault: robots_disallowed, robots_unreachable, opted_out (Content-Usage, Content-Signal), or the reason why the
-                connection failed.
+            RowFault: robots_disallowed, robots_unreachable, opted_out (Content-Usage, Content-Signal, tdmrep.json), or the
+                reason why the connection failed.
         """
         parts = urllib.parse.urlsplit(url)
         host = self._host(f"{parts.scheme}://{parts.netloc}", agent, load)
@@ -67,7 +73,8 @@ class Robots:
         if not host.rules.fetching.can_fetch(url, agent):
             raise RowFault("robots_disallowed")
         path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        if opt_outs.training_refused(host.rules.preferences, path):
+        refused = opt_outs.training_refused(host.rules.preferences, path)
+        if refused or opt_outs.path_reserved(host.reservations, path):
             raise RowFault("opted_out")
         delay = min(host.rules.fetching.crawl_delay(agent) or 0.0, max_delay_seconds)
         with self._lock:
@@ -105,7 +112,7 @@ class Robots:
 
 def _load_host(origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
     body: bytes | None
-    reason = "robots_unreachable"
+    size_bytes, reason = 0, "robots_unreachable"
     try:
         body = load(f"{origin}/robots.txt")
     except RowFault as fault:
@@ -113,8 +120,23 @@ def _load_host(origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
         if fault.reason in ("connect_error", "timeout"):  # fetching the image would fail in the same way
             reason = fault.reason
     rules = None if body is None else parse(body, agent)
+    reserved: list[opt_outs.Reservation] | None = []
+    if rules is not None:
+        reserved, size_bytes = _load_reservations(origin, load)
+        rules = None if reserved is None else rules
     lasts = _FAILURE_LASTS_SECONDS if rules is None else _RULES_LAST_SECONDS
-    return _Host(rules, reason, _HOST_BYTES + len(body or b""), time.monotonic() + lasts)
+    return _Host(rules, reserved or [], reason, _HOST_BYTES + len(body or b"") + size_bytes, time.monotonic() + lasts)
+
+
+def _load_reservations(origin: str, load: Callable[[str], bytes]) -> tuple[list[opt_outs.Reservation] | None, int]:
+    """Rules of the host's tdmrep.json and their size; None if the host did not answer, so that they are unknown."""
+    try:
+        body = load(f"{origin}/.well-known/tdmrep.json")
+    except RowFault as fault:
+        if _UNANSWERED.fullmatch(fault.reason):
+            return None, 0
+        return opt_outs.EVERYTHING_RESERVED if fault.reason in ("too_large", "bad_encoding") else [], 0
+    return opt_outs.reservations(body), len(body)
 
 
 @dataclasses.dataclass(frozen=True)

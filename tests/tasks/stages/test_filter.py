@@ -43,6 +43,7 @@ def verdicts(config: FilterConfig, captions: list[str] | None = None, **columns:
     images = {"key": keys, "status": ["ok"] * count, "reason": pa.nulls(count, pa.string())}
     images |= {"original_width": [64] * count, "original_height": [64] * count}
     images |= {"sha256": ["00" * 32] * count, "phash": pa.nulls(count, pa.string())}
+    images |= {"redirect_hosts": pa.nulls(count, pa.string())}
     for name, values in columns.items():
         (pairs if name in pairs else images)[name] = values
     repeats, counted = config.max_caption_repeats, count_captions(pa.chunked_array([pairs["caption"]], pa.string()))

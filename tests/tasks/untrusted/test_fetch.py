@@ -109,6 +109,17 @@ INTERNAL = [
     "[febf::1]",
     "[fec0::1]",
     "[ff02::1]",
+    "[::ffff:0:127.0.0.1]",
+    "[::ffff:0:7f00:1]",
+    "[::ffff:0:a9fe:a9fe]",
+    "[64:ff9c::1]",
+    "[1::1]",
+    "[200::1]",
+    "[1fff::1]",
+    "[4000::1]",
+    "[8000::1]",
+    "[e000::1]",
+    "[2002::1]",
 ]
 
 PUBLIC = [
@@ -137,8 +148,9 @@ PUBLIC = [
     "2606:4700::1111",
     "2001:4860:4860::8888",
     "2a00:1450:4001::1",
-    "64:ff9c::1",
     "64:ff9b::8.8.8.8",
+    "::ffff:0:8.8.8.8",
+    "3000::1",
     "::ffff:8.8.8.8",
     "2002:808:808::",
     "1.0.0.1",
@@ -187,7 +199,7 @@ def fetcher(**settings: Any) -> Fetcher:
     defaults: dict[str, Any] = {
         "user_agent": "unclip/0.1", "timeout_seconds": 2.0, "connect_timeout_seconds": 1.0, "max_bytes": 100_000,
         "max_redirects": 3, "retries": 0, "requests_per_host": 4, "respect_robots": False, "max_crawl_delay_seconds": 1.0,
-        "opt_out_directives": DIRECTIVES,
+        "opt_out_directives": DIRECTIVES, "allow_ports": range(65536),
     }  # fmt: skip
     return Fetcher(**(defaults | settings))
 
@@ -201,11 +213,11 @@ def reason(url: str, **settings: Any) -> str:
 
 @contextlib.contextmanager
 def raw_server(
-    answer: Callable[[socket.socket], None], tls: ssl.SSLContext | None = None
+    answer: Callable[[socket.socket], None], tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
 ) -> Iterator[tuple[str, list[bytes]]]:
     """Run a server that hands each connection to `answer` after reading the request."""
     requests: list[bytes] = []
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server((host, 0))
 
     def serve() -> None:
         while True:
@@ -222,12 +234,13 @@ def raw_server(
 
     threading.Thread(target=serve, daemon=True).start()
     try:
-        yield f"127.0.0.1:{listener.getsockname()[1]}", requests
+        yield f"{host}:{listener.getsockname()[1]}", requests
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
 
 
+TDMREP = "/.well-known/tdmrep.json"
 Answer = tuple[int, Mapping[str, str], bytes]
 IMAGE: Answer = (200, {}, b"body")
 
@@ -287,7 +300,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def serve(
     answers: Mapping[str, Answer] | None = None, host: str = "127.0.0.3", port: int = 0, seconds: float = 0.0
 ) -> Iterator[Server]:
-    server = Server(host, port, {"/robots.txt": (404, {}, b"")} | dict(answers or {}), seconds)
+    absent = dict.fromkeys(("/robots.txt", TDMREP), (404, {}, b""))
+    server = Server(host, port, absent | dict(answers or {}), seconds)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -331,7 +345,7 @@ def test_the_tables_are_large_enough() -> None:
 
 
 @pytest.mark.parametrize("host", INTERNAL)
-def test_internal_addresses_are_refused_in_every_spelling(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f55_internal_addresses_are_refused_in_every_spelling(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dialled: list[Any] = []
     monkeypatch.setattr("tasks.untrusted.fetch._Socket.connect", lambda self, address: dialled.append(address))
     assert reason(f"http://{host}/latest/meta-data") == "blocked_address"
@@ -339,8 +353,52 @@ def test_internal_addresses_are_refused_in_every_spelling(host: str, monkeypatch
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_public_addresses_are_allowed(address: str) -> None:
+def test_f55_public_addresses_are_allowed(address: str) -> None:
     assert is_public(address)
+
+
+def test_f55_only_routable_blocks_are_public() -> None:
+    """Python's own list knows what is special, not what is routable."""
+    for number in [*range(0, 0x10000, 0x3F), 0x1FFF, 0x2000, 0x3FFE, 0x4000]:
+        address = str(ipaddress.IPv6Address(number << 112 | 1))
+        special = number in (0x2001, 0x2002, 0x3FFF)  # blocks within, or that carry IPv4
+        assert special or is_public(address) == (0x2000 <= number < 0x4000)
+
+
+@pytest.mark.parametrize("port", [1, 21, 22, 25, 6379, 8265, 9200, 65535])
+def test_f55_ports_of_other_services_are_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dialled: list[Any] = []
+    monkeypatch.setattr("tasks.untrusted.fetch._Socket.connect", lambda self, address: dialled.append(address))
+    assert reason(f"http://8.8.8.8:{port}/", allow_ports=(80, 443, 8080, 8443)) == "blocked_port"
+    assert not dialled
+    assert reason(f"http://127.0.0.1:{port}/", allow_ports=(port,)) == "blocked_address"
+    assert Fetcher.allow_ports == (80, 443, 8080, 8443)
+
+
+def test_f55_a_redirect_to_a_port_of_another_service_is_refused(public_loopback: None) -> None:
+    with serve() as server, serve() as other:
+        server.answers = {"/a": (302, {"Location": f"http://{other.address}/a"}, b"")}
+        ports = (server.server_port,)
+        assert reason(f"http://{server.address}/a", allow_ports=ports) == "blocked_port"
+        assert server.connections == 1 and not other.connections
+        client = fetcher(allow_hosts=(server.address,), allow_ports=())
+        assert outcome(f"http://{server.address}/", client) == "ok", "an own host:port needs no other setting"
+
+
+@pytest.mark.parametrize("entry", ["{}", "127.0.0.2"])
+def test_f56_only_the_list_itself_gives_the_rights_of_an_own_host(entry: str, public_loopback: None) -> None:
+    """A stranger's redirect to an own server is refused, whether its addresses are cached already or not."""
+    with serve(host="127.0.0.2") as own, serve() as stranger:
+        aims = {"/in": f"http://{own.address}/secret", "/out": f"http://{stranger.address}/b"}
+        stranger.answers |= {path: (302, {"Location": aim}, b"") for path, aim in aims.items()}  # type: ignore[operator]
+        own.answers |= {path: (302, {"Location": aim}, b"") for path, aim in aims.items()}  # type: ignore[operator]
+        client = fetcher(allow_hosts=(entry.format(own.address),), respect_robots=True)
+        for _ in range(2):
+            assert outcome(f"http://{stranger.address}/in", client) == "blocked_address"
+            assert "/secret" not in own.requests
+            assert outcome(f"http://{own.address}/out", client) == "ok", "an own server may send elsewhere"
+        assert outcome(f"http://{own.address}/in", client) == "ok", "and to itself"
+        assert own.requests["/robots.txt"] == 0
 
 
 def test_f9_t4_all_addresses_are_checked_and_resolved_once() -> None:
@@ -612,6 +670,69 @@ def test_t12_a_redirect_may_opt_out() -> None:
     assert fetch_from(b"HTTP/1.1 302 Found\r\nX-Robots-Tag: noai\r\nLocation: /a\r\n\r\n") == "opted_out"
 
 
+RULE = '{"location": "%s", "tdm-reservation": %s}'
+TDM_FILES = {
+    b"[]": "ok",
+    b"": "ok",
+    b"<!doctype html><title>Home</title>": "ok",
+    b"\xef\xbb\xbf\n<html>": "ok",
+    f"[{RULE % ('/', 1)}]".encode(): "opted_out",
+    f"[{RULE % ('/*', 1)}]".encode(): "opted_out",
+    f"[{RULE % ('/pictures/*.jpg', 1)}]".encode(): "opted_out",
+    f"[{RULE % ('/*.jpg$', 1)}]".encode(): "opted_out",
+    f"[{RULE % ('/', 0)}]".encode(): "ok",
+    f"[{RULE % ('/private', 1)}]".encode(): "ok",
+    f"[{RULE % ('/pictures/', 0)}, {RULE % ('/', 1)}]".encode(): "ok",
+    f"[{RULE % ('/pictures/', 1)}, {RULE % ('/', 0)}]".encode(): "opted_out",
+    f"[{RULE % ('/', 0)}, {RULE % ('/', 1)}]".encode(): "opted_out",
+    f"[{RULE % ('/', chr(34) + '0' + chr(34))}]".encode(): "ok",
+    f"[{RULE % ('/', 'true')}]".encode(): "opted_out",
+    f"[{RULE % ('/', 'null')}]".encode(): "opted_out",
+    f"[{RULE % ('/', 1)}".encode(): "opted_out",
+    b'[{"location": "/private"}]': "opted_out",
+    b'[{"location": 1, "tdm-reservation": 0}]': "opted_out",
+    b'{"location": "/private", "tdm-reservation": 1}': "opted_out",
+    b"[" * 100_000: "opted_out",
+    b"nonsense": "opted_out",
+    "[]".encode("utf-16"): "opted_out",
+    b"7": "opted_out",
+    b" " * 500_001: "opted_out",
+}
+"""Bodies of tdmrep.json -> what becomes of /pictures/a.jpg."""
+
+
+@pytest.mark.parametrize("body", TDM_FILES, ids=lambda body: repr(body[:60]))
+def test_f60_t12_tdmrep_json_is_obeyed_and_asked_for_once(body: bytes, public_loopback: None) -> None:
+    with serve({TDMREP: (200, {}, body)}) as server:
+        client = fetcher(respect_robots=True)
+        found = outcomes([f"http://{server.address}/pictures/a.jpg"] * 4, client)
+        assert found == [TDM_FILES[body]] * 4 and server.requests[TDMREP] == 1
+        assert server.requests["/pictures/a.jpg"] == (4 if found[0] == "ok" else 0)
+        assert outcome(f"http://{server.address}/pictures/a.jpg", fetcher(respect_robots=False)) == "ok"
+        assert server.requests[TDMREP] == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "expected"),
+    [
+        *((status, {}, "ok") for status in (204, 401, 403, 404, 410)),
+        *((status, {}, "robots_unreachable") for status in (429, 500, 503)),
+        (302, {"Location": TDMREP}, "ok"),
+        (302, {"Location": "/home"}, "ok"),
+        (302, {"Location": "http://127.0.0.2/"}, "ok"),
+        (200, {"Content-Encoding": "gzip"}, "opted_out"),
+        (200, {"Content-Length": "99"}, "robots_unreachable"),
+    ],
+)
+def test_f60_a_tdmrep_json_that_is_not_there_reserves_nothing(
+    status: int, headers: dict[str, str], expected: str, public_loopback: None
+) -> None:
+    """Many servers refuse all paths with a dot, or answer them with a page; one that is down may have it."""
+    answers = {TDMREP: (status, headers, b"" if status == 204 else b"[]"), "/home": (200, {}, b"<html>")}
+    with serve(answers) as server:
+        assert outcome(f"http://{server.address}/a.jpg", fetcher(respect_robots=True)) == expected
+
+
 ROBOTS = {
     b"": "ok",
     b"# nothing\n": "ok",
@@ -725,6 +846,8 @@ def test_a_hostile_list_of_hosts_does_not_fill_the_memory() -> None:
     loaded: list[str] = []
 
     def load(url: str) -> bytes:
+        if url.endswith(TDMREP):
+            raise rows.RowFault("http_404")
         loaded.append(url)
         return b"#" * 400_000
 
@@ -744,7 +867,7 @@ def test_crawl_delay_spaces_requests_without_using_up_their_timeout(
     with serve({"/robots.txt": (200, {}, f"User-agent: *\nCrawl-delay: {delay}".encode())}) as server:
         client = fetcher(respect_robots=True, max_crawl_delay_seconds=longest, timeout_seconds=1.0)
         assert outcomes([f"http://{server.address}/{number}" for number in range(10)], client) == ["ok"] * 10
-        gaps = [after - before for before, after in itertools.pairwise(server.times[1:])]
+        gaps = [after - before for before, after in itertools.pairwise(server.times[2:])]  # the first two are for rules
         assert sum(gaps) >= 9 * expected * 0.9
 
 
@@ -1022,6 +1145,134 @@ def test_f7_only_unencoded_bodies_are_accepted(coding: str, expected: str) -> No
         assert outcome(f"http://{server.address}/a", fetcher(allow_hosts=(server.address,))) == expected
 
 
+EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [(EARLY, "ok"), (EARLY * 3 + b"HTTP/1.1 100 Continue\r\n\r\n" + EARLY, "ok"), (b"HTTP/1.1 102 Processing\r\n\r\n", "ok"),
+     (EARLY * 1000, "fetch_error"), (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "http_101")],
+)  # fmt: skip
+def test_f59_interim_responses_are_skipped_up_to_a_bound(before: bytes, expected: str) -> None:
+    answer = before + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
+    with raw_server(lambda connection: connection.sendall(answer)) as (address, _):
+        assert outcome(f"http://{address}/a", fetcher(allow_hosts=(address,))) == expected
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [("/bücher/Å.jpg".encode(), "/b%C3%BCcher/%C3%85.jpg"), ("/日本?ü".encode(), "/%E6%97%A5%E6%9C%AC?%C3%BC"),
+     (b"/caf\xe9.jpg", "/caf%E9.jpg"), (b"/%C3%BC b", "/%C3%BC%20b")],
+)  # fmt: skip
+def test_f59_a_location_may_hold_raw_bytes(location: bytes, path: str) -> None:
+    answers = iter([b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nbody"])
+    with raw_server(lambda connection: connection.sendall(next(answers))) as (address, requests):
+        assert outcome(f"http://{address}/a", fetcher(allow_hosts=(address,))) == "ok"
+    assert requests[1].decode().startswith(f"GET {path} HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("faß.de", "xn--fa-hia.de"), ("FAẞ.de", "xn--fa-hia.de"), ("βόλος.com", "xn--nxasmm1c.com"),
+     ("MÜNCHEN.de", "xn--mnchen-3ya.de"), ("xn--mnchen-3ya.de", "xn--mnchen-3ya.de"), ("ｅxample。com", "example.com"),
+     ("example.com.", "example.com"), ("a_b.bücher.de", "a_b.xn--bcher-kva.de"), ("１２７.0.0.1", "127.0.0.1"),
+     ("i❤.ws", None), ("a..ü.de", None), ("ü" * 60 + ".de", None)],
+)  # fmt: skip
+def test_f59_international_names_are_looked_up_as_browsers_do(host: str, expected: str | None) -> None:
+    """IDNA 2008 with UTS #46: faß.de is not fass.de."""
+    if expected is None:
+        assert reason(f"http://{host}/") == "bad_url"
+    else:
+        assert fetch.host_of(f"http://{host}/") == expected
+
+
+def test_f58_an_answer_names_the_url_and_hosts_of_its_redirects(public_loopback: None) -> None:
+    with serve() as server, serve(host="127.0.0.1") as own:
+        aims = {"/a": "/b", "/b": f"http://127.0.0.3:{own.server_port}/c", "/out": f"http://{server.address}/b"}
+        server.answers |= {path: (302, {"Location": aim}, b"") for path, aim in aims.items()}  # type: ignore[operator]
+        own.answers |= {path: (302, {"Location": aim}, b"") for path, aim in aims.items()}  # type: ignore[operator]
+        aims["/b"] = f"http://{server.address}/d"
+        server.answers |= {"/b": (302, {"Location": "/d"}, b"")}  # type: ignore[operator]
+        client = fetcher(allow_hosts=(own.address,))
+        assert client.get(f"http://{server.address}/d") == fetch.Fetched(b"body")
+        assert client.get(f"http://{server.address}/a") == fetch.Fetched(b"body", f"http://{server.address}/d")
+        found = client.get(f"http://{own.address}/out")
+        assert found == fetch.Fetched(b"body", f"http://{server.address}/d", ("127.0.0.3",))
+
+
+@contextlib.contextmanager
+def forwarding_proxy(status: bytes = b"200 OK") -> Iterator[tuple[str, list[bytes]]]:
+    """Run a proxy that sends plain requests and tunnels for any name to the port that is asked for, on 127.0.0.3."""
+
+    def answer(connection: socket.socket, request: bytes) -> None:
+        method, target, _ = request.split(b"\r\n")[0].decode().split(" ")
+        authority = target if method == "CONNECT" else target.split("/")[2]
+        if status != b"200 OK":
+            return connection.sendall(b"HTTP/1.1 " + status + b"\r\n\r\n")
+        with socket.create_connection(("127.0.0.3", int(authority.rpartition(":")[2]))) as upstream:
+            if method == "CONNECT":
+                connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            else:
+                upstream.sendall(request)
+            threading.Thread(target=pump, args=(connection, upstream), daemon=True).start()
+            pump(upstream, connection)
+
+    requests: list[bytes] = []
+    with raw_server(lambda connection: answer(connection, requests[-1])) as (address, seen):
+        requests = seen
+        yield address, seen
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+def resolve_public(host: str, port: int, **_: Any) -> list[Any]:
+    """Every name has a public address, except those of the proxy and of an internal host."""
+    numbers = {"internal.example": "10.0.0.1", "127.0.0.1": "127.0.0.1"}
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (numbers.get(host, "8.8.8.8"), port))]
+
+
+def test_f57_a_proxy_gets_only_requests_whose_target_was_checked(public_loopback: None) -> None:
+    with serve() as server, serve(host="127.0.0.1") as own, forwarding_proxy() as (proxy, requests):
+        server.answers |= {"/in": (302, {"Location": "http://internal.example/"}, b"")}  # type: ignore[operator]
+        settings = {"proxy": f"http://{proxy}", "resolve": resolve_public, "allow_hosts": (own.address,)}
+        client = fetcher(**settings)
+        name = f"pictures.example:{server.server_port}"
+        assert client.get(f"http://{name}/a b.jpg").body == b"body"
+        assert requests[0].startswith(f"GET http://{name}/a%20b.jpg HTTP/1.1\r\nHost: {name}\r\n".encode())
+        assert server.requests["http://" + name + "/a%20b.jpg"] == 1
+        assert outcome("http://internal.example/", client) == "blocked_address"
+        assert outcome("http://127.0.0.1:22/", fetcher(**settings, allow_ports=(80,))) == "blocked_port"
+        assert outcome("http://127.0.0.1/", client) == "blocked_address"
+        assert outcome(f"http://{own.address}/a.jpg", client) == "ok", "own hosts are reached directly"
+        assert len(requests) == 1
+    assert reason("http://pictures.example/", **settings) == "connect_error", "the proxy is gone"
+
+
+def test_f57_https_goes_through_a_tunnel(certificates: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
+    with forwarding_proxy() as (proxy, requests):
+        settings = {"proxy": f"http://{proxy}", "allow_hosts": (), "resolve": resolve_public}
+        found, _ = fetch_over_tls("valid", answer, certificates, monkeypatch, host="127.0.0.3", **settings)
+        assert found == "ok" and requests[0].startswith(b"CONNECT pictures.example:")
+        found, _ = fetch_over_tls("wrong_host", answer, certificates, monkeypatch, host="127.0.0.3", **settings)
+        assert found == "connect_error"
+    with forwarding_proxy(b"403 Forbidden") as (proxy, requests):
+        assert reason("https://pictures.example/", **settings | {"proxy": f"http://{proxy}"}) == "connect_error"
+        assert reason("http://pictures.example/", **settings | {"proxy": f"http://{proxy}"}) == "http_403"
+
+
+def test_f57_the_environment_names_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve() as server, forwarding_proxy() as (proxy, requests):
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://{proxy}")
+        assert outcome(f"http://{server.address}/", fetcher(allow_hosts=(server.address,))) == "ok" and not requests
+
+
 @pytest.mark.parametrize("kind", ["text/html", "application/json", "image/png", "", "\xff", "image/svg+xml"])
 def test_f13_the_content_type_does_not_matter(kind: str) -> None:
     with serve({"/a": (200, {"Content-Type": kind}, b"body")}) as server:
@@ -1087,7 +1338,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def fetch_over_tls(
-    kind: str, answer: bytes, certificates: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    answer: bytes,
+    certificates: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    host: str = "127.0.0.1",
+    **settings: Any,
 ) -> tuple[str, list[bytes]]:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates["trusted"]))
     fetch._tls.cache_clear()
@@ -1098,8 +1354,9 @@ def fetch_over_tls(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     try:
-        with raw_server(lambda connection: connection.sendall(answer), context) as (address, requests):
-            client = fetcher(allow_hosts=("pictures.example",), resolve=resolve, timeout_seconds=10.0)
+        with raw_server(lambda connection: connection.sendall(answer), context, host) as (address, requests):
+            given = {"allow_hosts": ("pictures.example",), "resolve": resolve, "timeout_seconds": 10.0} | settings
+            client = fetcher(**given)
             return outcome(f"https://pictures.example:{address.rpartition(':')[2]}/a.jpg", client), requests
     finally:
         fetch._tls.cache_clear()
