@@ -108,8 +108,8 @@ def plan_shards(
     """Write a file for each shard and return the lanes; the shards of a lane must run one after another.
 
     Small sites share lanes by their hashes; a site with more rows than a lane's fair share has a lane of its own, so that no
-    other site waits for it. Rows of own hosts need no politeness: each of their shards is a lane. A lane is in order of hashes
-    of its URLs, and the rows of a URL are in one shard as far as it holds them. Equal arguments give equal shards.
+    other site waits for it. Rows of own hosts need no politeness: each of their shards is a lane. A lane is in order of keys,
+    but the rows of a URL lie together, in one shard if it can hold them. Equal arguments give equal shards.
 
     Args:
         listed: results of `list_rows`, in order of their keys.
@@ -194,10 +194,11 @@ def _assign(listed: Sequence[Listed], shard_size: int, num_lanes: int) -> _Assig
 def _split_lanes(assignment: _Assignment, uri: str) -> list[pa.Table]:
     table = tables.read_file(uri)
     lane = assignment.lanes_of(_combined(table["site"]))
-    texts = table["url"].cast(pa.binary()).to_pylist()
-    place = np.fromiter(map(zlib.crc32, texts), np.int64, len(texts))
-    piece = place * assignment.outputs[lane] >> 32
-    table = table.drop_columns("site").append_column("lane", pa.array(lane)).append_column("place", pa.array(place))
+    piece = np.zeros(len(lane), np.int64)
+    if (assignment.outputs[lane] > 1).any():
+        texts = table["url"].cast(pa.binary()).to_pylist()
+        piece = np.fromiter(map(zlib.crc32, texts), np.int64, len(texts)) * assignment.outputs[lane] >> 32
+    table = table.drop_columns("site").append_column("lane", pa.array(lane))
     return ranges.split(table, assignment.first_output[lane] + piece, assignment.num_outputs)
 
 
@@ -205,7 +206,10 @@ def _write_shards(
     folder: str, shard_size: int, attempt: int, _output: int, pieces: list[pa.Table]
 ) -> list[tuple[int, Shard]]:
     """Cut the lanes of one output into shards and write them; returns the lane of each."""
-    table = pa.concat_tables(pieces).sort_by([(name, "ascending") for name in ("lane", "place", "url", "key")])
+    table = pa.concat_tables(pieces)
+    first_keys = table.group_by("url").aggregate([("key", "min")])
+    place = first_keys["key_min"].take(pc.index_in(table["url"], value_set=first_keys["url"]))
+    table = table.append_column("place", place).sort_by([(name, "ascending") for name in ("lane", "place", "key")])
     lanes, starts = np.unique(table["lane"].to_numpy(), return_index=True)
     table, shards = table.drop_columns(["lane", "place"]), []
     url = _combined(table["url"])

@@ -531,10 +531,9 @@ def _csv_chunks(source: _Source, config: IngestConfig, counted: Lines) -> Iterat
             raise _unreadable(source, f"line {found['in'] - len(lines) + 1}: {error}") from None
         found["header" if names else "blank"] += 1
         del lines[0]
-    url_index, *others = indices = _column_indices(source, names, config)
-    unbroken, first_line = [url_index, *others[1:]], found["header"] + found["blank"] + 1
-    parser = separated.Parser(delimiter, len(names), url_index, unbroken, first_line, quoted=header is None)
-    columns = [operator.itemgetter(index) for index in indices]
+    wanted = _column_indices(source, names, config)
+    unbroken, first_line = [wanted[0], *wanted[2:]], found["header"] + found["blank"] + 1  # all but the caption
+    parser = separated.Parser(delimiter, len(names), wanted, unbroken, first_line, quoted=header is None)
     num_rows = 0
     for block, is_last in _with_last(itertools.chain([lines], blocks)):
         try:
@@ -543,13 +542,12 @@ def _csv_chunks(source: _Source, config: IngestConfig, counted: Lines) -> Iterat
             remedy = "Quote fields that hold the separator or a quote, or write the list as .jsonl or .parquet."
             raise _unreadable(source, str(fault), remedy) from None
         found.update(blank=parsed.num_blank, continued=parsed.num_continued)
-        num_rows += len(parsed.rows)
-        if parsed.rows:
-            reasons = np.full(len(parsed.rows), None, object) if parsed.stray else None
-            if reasons is not None:
-                reasons[list(parsed.stray)] = "bad_quotes"
-                reasons = pa.array(reasons, pa.string())
-            yield _listed((list(map(column, parsed.rows)) for column in columns), reasons)
+        num_rows += parsed.num_rows
+        if parsed.num_rows:
+            reasons = np.full(parsed.num_rows, None, object)
+            reasons[list(parsed.stray)] = "bad_quotes"
+            columns = (parsed.texts[index :: len(wanted)] for index in range(len(wanted)))
+            yield _listed(columns, pa.array(reasons, pa.string()) if parsed.stray else None)
     balance = num_rows + found["header"] + found["blank"] + found["continued"]
     assert balance == found["in"], f"{source.uri}: {found['in']:,} lines, of which {balance:,} are accounted for"
     counted.update(found)

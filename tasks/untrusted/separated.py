@@ -8,6 +8,7 @@ break lies within the fields that cannot have one, such as the URL.
 
 import csv
 import dataclasses
+import operator
 import re
 from collections.abc import Iterator, Sequence
 
@@ -26,11 +27,12 @@ class FieldsFault(Exception):
 class Parsed:
     """Rows of consecutive lines; together with the lines that are none of their own they account for every line."""
 
-    rows: Sequence[Sequence[str]]
-    """Fields of each row, as many as the header has."""
+    texts: list[str]
+    """Values of the wanted columns, one row after another: a list for each row would occupy the garbage collector."""
+    num_rows: int
     stray: Sequence[int]
-    """Indices of the rows that a stray quote makes unusable. Their fields are those of one line, with quotes as plain
-    characters; if there are too many or too few, all but the URL are the whole line."""
+    """Indices of the rows that a stray quote makes unusable. Their values are those of one line, with quotes as plain
+    characters; if it has too many or too few fields, all but the URL are the whole line."""
     num_blank: int
     """Blank lines."""
     num_continued: int
@@ -41,19 +43,26 @@ class Parser:
     """Parser of one file, which gets its lines in blocks that may end anywhere."""
 
     def __init__(
-        self, delimiter: str, num_fields: int, url_index: int, unbroken: Sequence[int], first_line: int, quoted: bool
+        self,
+        delimiter: str,
+        num_fields: int,
+        wanted: Sequence[int],
+        unbroken: Sequence[int],
+        first_line: int = 1,
+        quoted: bool = True,
     ) -> None:
         """Create a parser for the lines after the header.
 
         Args:
-            url_index: column of the URL; rows are recognised by it.
+            wanted: at least two columns, first that of the URL, by which rows are recognised.
             unbroken: columns whose values cannot contain a line break.
             first_line: number of the first line, for messages.
             quoted: False if quotes have no meaning in the file.
         """
         csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))  # a global setting of the process
-        self._delimiter, self._num_fields, self._url_index = delimiter, num_fields, url_index
-        self._unbroken, self._next_line = unbroken, first_line
+        self._delimiter, self._num_fields, self._url_index = delimiter, num_fields, wanted[0]
+        self._wanted, self._unbroken = operator.itemgetter(*wanted), unbroken
+        self._next_line = first_line
         self._quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         self._pending: list[str] = []  # lines of a row that may continue in the next block
         self._is_damaged = False  # the lines after a stray quote may be remains of its row
@@ -66,25 +75,33 @@ class Parser:
         """
         lines = [*self._pending, *lines] if self._pending else lines
         self._pending = []
+        texts: list[str] = []
+        num_rows = num_blank = 0
+        wanted, num_fields = self._wanted, self._num_fields
         try:
-            rows = list(self._reader(iter(lines)))
+            for fields in self._reader(iter(lines)):
+                if len(fields) == num_fields:
+                    texts += wanted(fields)
+                    num_rows += 1
+                elif fields:
+                    break
+                else:
+                    num_blank += 1
         except csv.Error:
+            pass
+        if num_rows + num_blank < len(lines):  # some row has not one line
             return self._parse_each(lines, is_last)
-        if len(rows) == len(lines):  # so every row is one line
-            filled = rows if all(rows) else list(filter(None, rows))
-            if set(map(len, filled)) <= {self._num_fields}:
-                self._next_line += len(lines)
-                self._is_damaged = self._is_damaged and not filled
-                return Parsed(filled, (), len(rows) - len(filled), 0)
-        return self._parse_each(lines, is_last)
+        self._next_line += len(lines)
+        self._is_damaged = self._is_damaged and not num_rows
+        return Parsed(texts, num_rows, (), num_blank, 0)
 
     def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
         return csv.reader(lines, delimiter=self._delimiter, quoting=self._quoting, strict=True)
 
     def _parse_each(self, lines: list[str], is_last: bool) -> Parsed:
-        rows: list[list[str]] = []
+        texts: list[str] = []
         stray: list[int] = []
-        num_blank = num_continued = start = stop = 0
+        num_rows = num_blank = num_continued = start = stop = 0
 
         def taken() -> Iterator[str]:
             """Lines of one row after another; it ends before a line that can only be swallowed by mistake."""
@@ -100,7 +117,8 @@ class Parser:
                     if not fields:
                         num_blank += 1
                     elif self._is_row(fields, lines, start, stop):
-                        rows.append(fields)
+                        texts += self._wanted(fields)
+                        num_rows += 1
                         num_continued += stop - start - 1
                         self._is_damaged = False
                     else:
@@ -113,12 +131,13 @@ class Parser:
             if not is_closed and not is_last:
                 self._pending = lines[start:]
                 break
-            stray.append(len(rows))
-            rows.append(self._plain_fields(lines[start]))
+            stray.append(num_rows)
+            texts += self._wanted(self._plain_fields(lines[start]))
+            num_rows += 1
             self._is_damaged = True
             start += 1
         self._next_line += start
-        return Parsed(rows, stray, num_blank, num_continued)
+        return Parsed(texts, num_rows, stray, num_blank, num_continued)
 
     def _is_row(self, fields: Sequence[str], lines: Sequence[str], start: int, stop: int) -> bool:
         """Return False for fields that a stray quote has made of these lines."""

@@ -179,6 +179,41 @@ def test_blocked_domains_block_all_subdomains(tmp_path: Path) -> None:
     }
 
 
+def test_f58_blocked_domains_see_every_host_that_a_redirect_led_to(tmp_path: Path) -> None:
+    hosts = [
+        "fine.example",
+        "cdn.blocked.example",
+        "fine.example blocked.example other.example",
+        None,
+        "notblocked.example",
+    ]
+    config = FilterConfig(blocked_domains=listed(tmp_path, "Blocked.example"))
+    assert verdicts(config, redirect_hosts=hosts) == [None, "blocked_domain", "blocked_domain", None, None]
+    assert verdicts(config, redirect_hosts=[None, None, "a"]) == [None] * 3
+    assert verdicts(config, [FINE, FINE]) == [None, None]
+
+
+def test_f59_blocked_domains_are_compared_in_one_spelling(tmp_path: Path) -> None:
+    config = FilterConfig(blocked_domains=listed(tmp_path, "straße.example", "ｅvil。example"))
+    urls = [
+        "http://xn--strae-oqa.example/",
+        "http://STRAẞE.example./",
+        "http://strasse.example/",
+        "http://ｅvil.example/",
+    ]
+    assert verdicts(config, url=urls) == ["blocked_domain", "blocked_domain", None, "blocked_domain"]
+
+
+def test_f59_letters_of_other_widths_and_invisible_ones_do_not_hide_a_blocked_word(tmp_path: Path) -> None:
+    config = FilterConfig(min_caption_words=1, blocked_words=listed(tmp_path, "stock photo", "café", "ＷＩＤＥ"))
+    hidden = [
+        "a st\u200bock pho\u00adto", "a \uff53\uff54\uff4f\uff43\uff4b photo", "a sto\u2060ck \ufeffphoto", "a s\u034ftock photo",
+        "a 𝐬𝐭𝐨𝐜𝐤 photo", "a st\ufe0fock photo\U000e0041", "ca\u200bfe\u200b\u0301 noir", "a wide cat", "s\u3164tock photo",
+    ]  # fmt: skip
+    assert verdicts(config, hidden) == ["blocked_word"] * len(hidden)
+    assert verdicts(config, ["a stockphoto", "a stock\u3000cat", "سگ می\u200cدود در پارک", FINE]) == [None] * 4
+
+
 def test_t11_blocked_hashes_are_sha256_or_perceptual_hashes(tmp_path: Path) -> None:
     config = FilterConfig(blocked_hashes=listed(tmp_path, SHA.upper(), PHASH, "ff" * 8))
     other = "cd" * 32

@@ -4,28 +4,35 @@ import csv
 import io
 import random
 import time
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 
-from tasks.untrusted.separated import FieldsFault, Parsed, Parser
+from tasks.untrusted.separated import FieldsFault, Parser
 
 
-def parse(text: str, delimiter: str = ",", num_fields: int = 2, block: int = 10**6, quoted: bool = True) -> Parsed:
-    """Parse a text without header in blocks of some lines; all lines are accounted for."""
+class Rows(NamedTuple):
+    rows: list[list[str]]
+    stray: list[int]
+    num_blank: int
+    num_continued: int
+
+
+def parse(text: str, delimiter: str = ",", block: int = 10**6, quoted: bool = True) -> Rows:
+    """Parse a text of two columns without header in blocks of some lines; all lines are accounted for."""
     lines = list(io.StringIO(text, newline=""))
-    parser = Parser(delimiter, num_fields, 0, [0], 2, quoted)
+    parser = Parser(delimiter, 2, [0, 1], [0], first_line=2, quoted=quoted)
     starts = range(0, len(lines) or 1, block)
-    parts = [parser.parse(lines[start : start + block], start == starts[-1]) for start in starts]
-    rows: list[Sequence[str]] = []
-    stray: list[int] = []
-    for part in parts:
-        stray += [len(rows) + index for index in part.stray]
-        rows += part.rows
-    blank, continued = (sum(getattr(part, name) for part in parts) for name in ("num_blank", "num_continued"))
-    assert len(rows) + blank + continued == len(lines)
-    assert all(len(row) == num_fields for row in rows)
-    return Parsed(rows, stray, blank, continued)
+    found = Rows([], [], 0, 0)
+    for start in starts:
+        parsed = parser.parse(lines[start : start + block], start == starts[-1])
+        stray = [*found.stray, *(len(found.rows) + index for index in parsed.stray)]
+        rows = [list(row) for row in zip(parsed.texts[::2], parsed.texts[1::2], strict=True)]
+        assert len(rows) == parsed.num_rows
+        blank, continued = found.num_blank + parsed.num_blank, found.num_continued + parsed.num_continued
+        found = Rows([*found.rows, *rows], stray, blank, continued)
+    assert len(found.rows) + found.num_blank + found.num_continued == len(lines)
+    return found
 
 
 URLS = [f"http://a.example/{number}.jpg" for number in range(9)]
