@@ -127,3 +127,39 @@ def test_a_part_of_an_older_version_lacks_columns_which_are_null(images: str) ->
     assert (
         index.read_index(index.index_files(images), ranges.KeyRange(0, 1), ["key", "phash"])["phash"].null_count == 10
     )
+
+
+@pytest.mark.parametrize("rows_per_range", [1 << 17, 64])
+def test_f58_a_storage_from_before_redirects_were_recorded_is_read_with_nulls(
+    images: str, rows_per_range: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images and its index lack the columns; what is fetched later has them."""
+    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", rows_per_range)
+    new = ["final_url", "redirect_hosts"]
+    before = pa.schema([field for field in IMAGES if field.name not in new])
+    index_before = pa.schema([field for field in index.INDEX if field.name not in new])
+    old = image_rows(0, 200).drop_columns(new)
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(index, "INDEX", index_before)
+        earlier.setattr(index, "_COPIED", [name for name in index._COPIED if name not in new])
+        part = tables.write_part(images, "old", old)
+        index.update_index(images, tables.append_files(images, [part], before))
+    assert tables.columns(images) == before.names
+    added = image_rows(200, 10).set_column(
+        IMAGES.get_field_index("redirect_hosts"), "redirect_hosts", pa.array(["cdn.example"] * 10)
+    )
+    for parts, known in (([], 0), ([added], 10)):
+        index.update_index(images, commit(images, *parts))
+        files = index.index_files(images)
+        for count in (1, 16):
+            found = pa.concat_tables(
+                [index.read_index(files, each, ["key", *new]).select(["key", *new]) for each in ranges.ranges(count)]
+            )
+            assert len(found) - found["redirect_hosts"].null_count == known and found["final_url"].null_count == len(
+                found
+            )
+        every = pa.concat_tables(index.each_table(images, ["key", *new]))
+        assert every.sort_by("key").equals(found.sort_by("key"))
+    keys = [old["key"][0].as_py(), added["key"][0].as_py()]
+    rows = index.find_rows(images, keys, ["key", "redirect_hosts"]).to_pylist()
+    assert {row["key"]: row["redirect_hosts"] for row in rows} == dict(zip(keys, [None, "cdn.example"], strict=True))

@@ -258,6 +258,27 @@ def test_a_domain_includes_its_subdomains(store: Store, domain: str, expected: i
     assert refused["reason"].to_pylist().count("taken_down") == expected
 
 
+def test_f58_a_takedown_finds_what_redirects_led_to(store: Store) -> None:
+    uri, final = store.uri("images", "recipe"), "https://cdn.evil.example/1.jpg"
+    schema = pa.schema([field for field in IMAGES if field.name != "key"])
+    new = pa.Table.from_pylist(
+        [{"url": f"https://fine.example/{number}", "status": "ok", "final_url": final, "redirect_hosts": hosts,
+          "sha256": f"{100 + number:064x}"} for number, hosts in enumerate(["a.b.example cdn.evil.example", "x.example", None])],
+        schema=schema,
+    ).add_column(0, IMAGES.field("key"), [[f"{number:032x}" for number in range(3)]])  # fmt: skip
+    version = tables.append_files(uri, [tables.write_part(uri, "redirected", new)], IMAGES)
+    index.update_index(uri, version)
+    for requested, expected in (
+        (parse("domain", "evil.example"), {0}), (parse("domain", "b.example"), {0}), (parse("domain", "le"), set()),
+        (parse("url", final), {0, 1, 2}),
+    ):  # fmt: skip
+        [keys] = find_keys(store, [requested]).values()
+        assert keys == {f"{number:032x}" for number in expected}
+    take_down(store, [parse("domain", "evil.example")], None, [])
+    assert f"{0:032x}" not in tables.read(uri, columns=["key"])["key"].to_pylist()
+    assert f"{100:064x}" in load_tombstones(store).sha256s
+
+
 def test_tombstones_cover_urls_by_their_host_in_any_form() -> None:
     urls = [
         "https://A.Example.org:8443/x?y=z@other.example", "http://a.example/x", "https://[2001:DB8::1]:80/x",

@@ -4,16 +4,18 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,7 +37,9 @@ from tasks.stages.download import (
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
 from tasks.store import Store
+from tasks.tombstones import Tombstones
 from tasks.tracking import Tracker
+from tasks.untrusted import fetch
 from unclip import files
 from unclip.errors import ConfigError, StageError
 
@@ -445,6 +449,78 @@ def test_an_interrupted_plan_is_not_continued_after_other_commits(
     assert tables.read(images.uri)["key"].to_pylist() == keys
 
 
+class _Redirecting(http.server.BaseHTTPRequestHandler):
+    """Sends /moved/<host>/<number> to that host's /<number>, which is an image."""
+
+    requests: ClassVar[collections.Counter[str]] = collections.Counter()
+
+    def do_GET(self) -> None:
+        type(self).requests[f"{self.headers['Host'].partition(':')[0]}{self.path}"] += 1
+        is_moved, body = self.path.startswith("/moved/"), b""
+        if is_moved:
+            self.send_response(302)
+            _, _, host, number = self.path.split("/")
+            self.send_header("Location", f"http://{host}:{self.server.server_address[1]}/{number}")  # type: ignore[index]
+        else:
+            body = IMAGE if self.path[1:].isdigit() else b""
+            self.send_response(200 if body else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+IMAGE = scene_server.jpeg(ScenesConfig(num_images=1, side=16), 0)
+
+
+def test_f58_f61_a_url_is_fetched_once_for_all_its_rows_and_its_redirects_are_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loopback addresses count as public here; one row of the five expects another hash, and a domain was taken down."""
+    monkeypatch.setattr(fetch, "is_public", lambda _: True)
+    hosts = {name: f"{name}.example" for name in ("start", "cdn", "evil")}
+
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        port = server.server_address[1]
+        config = DownloadConfig(image_size=8, allow_ports=(port,), num_threads=8, timeout_seconds=20.0)
+        real = download_module._fetcher(config)
+        monkeypatch.setattr(download_module, "_fetcher", lambda _: dataclasses.replace(real, resolve=resolve))
+        start = f"http://{hosts['start']}:{port}"
+        urls = [f"{start}/1"] * 5 + [f"{start}/moved/cdn.example/2"] * 3 + [f"{start}/moved/evil.example/3"] * 2
+        urls += [f"{start}/moved/start.example/4", *[f"{start}/missing"] * 2]
+        pairs = [
+            {"key": f"{number:032x}", "url": url, "caption": f"caption {number}", "expected_sha256": None}
+            for number, url in enumerate(urls)
+        ]
+        pairs[4]["expected_sha256"] = "00" * 32
+        done_rows: list[int] = []
+        tombstones = Tombstones(domains=frozenset(["evil.example"]))
+        table = download_module.fetch_pairs(pairs, config, tombstones, done_rows.append)
+    finally:
+        server.shutdown()
+        server.server_close()
+    images = {path: count for path, count in _Redirecting.requests.items() if not path.endswith((".txt", ".json"))}
+    assert images == dict.fromkeys(
+        ("start.example/1", "start.example/moved/cdn.example/2", "cdn.example/2", "start.example/moved/evil.example/3",
+         "evil.example/3", "start.example/moved/start.example/4", "start.example/4", "start.example/missing"), 1,
+    )  # fmt: skip
+    for columns in ("key", "url", "caption"):
+        assert table[columns].to_pylist() == [pair[columns] for pair in pairs]
+    reasons = [None] * 4 + ["hash_mismatch"] + [None] * 3 + ["taken_down"] * 2 + [None] + ["http_404"] * 2
+    assert table["reason"].to_pylist() == reasons and max(done_rows) == len(pairs)
+    assert len(set(table["jpg"].to_pylist()[:4])) == 1 and table["jpg"].null_count == 5
+    final = [None] * 5 + [f"http://cdn.example:{port}/2"] * 3 + [None] * 2 + [f"{start}/4"] + [None] * 2
+    assert table["final_url"].to_pylist() == final
+    assert table["redirect_hosts"].to_pylist() == [None] * 5 + ["cdn.example"] * 3 + [None] * 5
+
+
 def test_a_stopped_run_commits_nothing(tmp_path: Path) -> None:
     """Another run may be writing to the table by then."""
     Store(str(tmp_path)).write_json({"state": "stopped", "host": socket.gethostname()}, "runs", "r1", "run.json")
@@ -544,6 +620,10 @@ def test_the_fetcher_gets_the_settings_and_is_reused_within_a_process() -> None:
         ("max_crawl_delay_seconds", -1.0),
         ("opt_out_directives", ("No AI",)),
         ("user_agent", "/1.0"),
+        ("allow_ports", (0,)),
+        ("proxy", "socks5://127.0.0.1:1080"),
+        ("proxy", "http://user:secret@proxy:3128"),
+        ("proxy", "http://proxy"),
     ],
 )
 def test_invalid_settings_are_named(setting: str, value: object) -> None:

@@ -34,12 +34,12 @@ FAULTS = {
     "F5": "half-|png-no-end",
     "F13": "html|json|zip|zeros|wave|jpeg-and-zip",
     "F14": "no-bytes|one-byte|.*-magic|png-no-data",
-    "F15": "png-(7072|12000|60000|wide|largest|true-bomb)|jpeg-65000|gif-65535|.*-bomb",
+    "F15": "png-(7072|12000|60000|wide|largest|true-bomb)|jpeg-65000|gif-65535|avif-8000|.*-bomb",
     "F16": ".*orientation|exif-",
     "F17": "jpeg-(cmyk|ycck|grey)|png-1-|.*alpha|.*palette|.*trns|.*rgba|gif-transparent|icc-",
     "F18": "png-16-",
     "F19": ".*-animated|kind-TIFF",
-    "F20": "svg|ps|psd|fits|heic|avif|jxl|kind-",
+    "F20": "svg|ps|psd|fits|heic|avif-magic|jxl|kind-",
 }
 """Fault -> pattern of the file names that show it; the first match counts."""
 
@@ -84,6 +84,12 @@ def with_jpeg_size(data: bytes, width: int, height: int) -> bytes:
     """Return the same JPEG with another size in its frame header."""
     at = next(data.index(marker) for marker in (b"\xff\xc0", b"\xff\xc2") if marker in data)
     return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]
+
+
+def with_avif_size(data: bytes, width: int, height: int) -> bytes:
+    """Return the same AVIF with another size in its container; that of the coded frame stays."""
+    at = data.index(b"ispe") + 8
+    return data[:at] + struct.pack(">II", width, height) + data[at + 8 :]
 
 
 def icc_profile(description: bytes, space: bytes = b"RGB ", swapped: bool = True) -> bytes:
@@ -150,6 +156,7 @@ def _valid() -> Iterator[tuple[str, bytes, Colour | np.ndarray]]:
     upright, white, red, half = np.asarray(ramp()), (255, 255, 255), (255, 0, 0), (255, 127, 127)
     kinds: tuple[tuple[str, dict[str, Any]], ...] = (
         ("JPEG", {"quality": 95, "subsampling": 0}), ("PNG", {}), ("WEBP", {"lossless": True}),
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
     )  # fmt: skip
     for (kind, options), orientation in itertools.product(kinds, UNDO):
         yield f"{kind}-orientation-{orientation}", oriented(orientation, kind, **options), upright
@@ -206,6 +213,9 @@ def _valid() -> Iterator[tuple[str, bytes, Colour | np.ndarray]]:
     yield "gif-grey", solid("L", 77, "GIF"), (77, 77, 77)
     yield "gif-interlaced", encoded(ramp().quantize(256), "GIF", interlace=1), upright
     yield "webp-animated", encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), red
+    yield "avif-animated", encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:], quality=95), red
+    yield "avif-lossy", solid("RGB", (200, 100, 50), "AVIF"), (200, 100, 50)
+    yield "avif-alpha", solid("RGBA", (255, 0, 0, 128), "AVIF", quality=100), half
     yield "webp-lossy", solid("RGB", (200, 100, 50), "WEBP", quality=95), (200, 100, 50)
     yield "webp-alpha", solid("RGBA", (255, 0, 0, 128), "WEBP", lossless=True), half
     yield "webp-lossy-alpha", solid("RGBA", (255, 0, 0, 0), "WEBP"), white
@@ -247,7 +257,7 @@ def _refused() -> Iterator[tuple[str, bytes, str]]:
         ("psd", b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 32, 32, 8, 3) + bytes(400)),
         ("fits", b"SIMPLE  =                    T".ljust(2880)),
         ("heic", b"\0\0\0\x18ftypheic" + bytes(100)),
-        ("avif", b"\0\0\0\x18ftypavif" + bytes(100)),
+        ("avif-magic", b"\0\0\0\x18ftypavif" + bytes(100)),
         ("jxl", b"\xff\x0a" + bytes(100)),
         ("one-byte", b"\xff"),
         ("no-bytes", b""),
@@ -279,5 +289,8 @@ def _refused() -> Iterator[tuple[str, bytes, str]]:
     yield "png-largest", header_only_png(2**31 - 1, 2**31 - 1), "too_many_pixels"
     yield "jpeg-65000", with_jpeg_size(encoded(upright, "JPEG"), 65_000, 65_000), "too_many_pixels"
     yield "gif-65535", b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b"," + bytes(20), "too_many_pixels"
+    yield "avif-8000", with_avif_size(encoded(upright, "AVIF"), 8_000, 8_000), "too_many_pixels"
+    yield "avif-60000-bomb", with_avif_size(encoded(upright, "AVIF"), 60_000, 60_000), "not_an_image"
+    yield "half-AVIF", encoded(noise, "AVIF")[:1000], "not_an_image"
     bomb = encoded(Image.new("1", (12_000, 12_000)), "PNG", optimize=True)
     yield "png-true-bomb", bomb, "too_many_pixels"
