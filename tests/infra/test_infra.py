@@ -16,6 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
+from tasks.untrusted.fetch import Fetcher
+
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 KUBERNETES = INFRA / "kubernetes"
@@ -574,7 +576,8 @@ def test_only_data_workers_reach_the_internet_and_only_web_ports() -> None:
     for role in ("submit", "head", "gpu", "mlflow"):
         assert internet_blocks(role) == [], role
     [rule] = [r for r in policies("data", "egress") if any("ipBlock" in peer for peer in r["to"])]
-    assert {(port["protocol"], port["port"]) for port in rule["ports"]} == {("TCP", 80), ("TCP", 443)}
+    expected = {("TCP", port) for port in Fetcher.allow_ports}
+    assert {(port["protocol"], port["port"]) for port in rule["ports"]} == expected
 
 
 def test_reachability_between_roles() -> None:
