@@ -68,8 +68,10 @@ IMAGES = pa.schema(
     }
 )
 
-TRANSIENT = re.compile(r"dns_error|connect_error|timeout|short_body|robots_unreachable|http_429|http_5\d\d")
-"""Reasons that may be transient."""
+TRANSIENT = re.compile(
+    r"dns_error|connect_error|timeout|short_body|robots_unreachable|http_429|http_5\d\d|blocked_port"
+)
+"""Reasons that may be transient, or that a setting may remove."""
 Pair = Mapping[str, Any]
 """`key`, `url`, `caption`, and optionally `expected_sha256` (from the list) and `seen_sha256` (from an earlier fetch)."""
 LANES_PER_TASK = 4

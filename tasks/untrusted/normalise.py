@@ -17,6 +17,7 @@ MAX_URL_CHARACTERS = 2048
 REPLACEMENT = "\ufffd"  # replaces invalid UTF-8 on decoding
 
 # Control characters, and invisible characters that change the direction of text.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 # RE2 patterns that tell canonical texts apart; all URLs and hashes are ASCII then.
@@ -38,8 +39,11 @@ _CANONICAL_SHA256 = r"\A([0-9a-f]{64})?\z"
 
 def normalise_url(text: str) -> str | None:
     """Return the URL as it is fetched and compared; None if it cannot be fetched."""
+    text = text.strip()
+    if _CONTROL.search(text):  # urlsplit would join what a line break or tab separates
+        return None
     try:
-        parts = urllib.parse.urlsplit(text.strip())
+        parts = urllib.parse.urlsplit(text)
         valid = parts.port != 0 and bool(parts.hostname) and "@" not in parts.netloc
     except ValueError:
         return None

@@ -646,12 +646,16 @@ def test_a_list_that_changes_after_the_check_raises(tmp_path: Path) -> None:
         ("http://[::1/", None),
         ("http://example.com/" + "a" * 3000, None),
         ("http://example.com/a\x00b", None),
+        ("http://example.com/a\nb", None),
+        ("http://example.com/a\tb", None),
+        ("http://exam\r\nple.com/", None),
+        ("\nhttp://example.com/a\r\n", "http://example.com/a"),
         ("http://example.com/\u202egpj.a", None),
         ("http://example.com/\ufffd.jpg", None),
         ("", None),
     ],
 )
-def test_urls_are_normalised(raw: str, expected: str | None) -> None:
+def test_f54_urls_are_normalised_and_hold_no_line_break(raw: str, expected: str | None) -> None:
     assert normalise_url(raw) == expected
 
 
