@@ -5,8 +5,8 @@ spelling of an internal address, a redirect, or a name server that changes its a
 which resolves names itself, a request is sent only after the same check.
 
 Every request, including redirects, obeys the host's robots.txt and its limit of concurrent requests. Hosts in `allow_hosts`
-belong to the operator: they need not be public, and neither rule applies to them. A redirect has these rights only on the host
-that the list itself names. Opt-outs that a server declares for the image itself (`tasks.untrusted.opt_outs`) apply to all hosts.
+belong to the operator: they need not be public, and neither rule applies to them. A redirect has these rights only from the host
+that the list names to itself. Opt-outs that a server declares for the image itself (`tasks.untrusted.opt_outs`) apply to all hosts.
 """
 
 import concurrent.futures
@@ -209,7 +209,7 @@ class Fetcher:
         hosts: dict[str, None] = {}  # in order, each once
         for redirects in range(self.max_redirects + 1):
             try:
-                target = self._target(url, first)
+                target = self._target(url, None if hosts else first)
                 answer = self._get(target, deadline, for_robots)
             except RowFault:
                 raise
@@ -228,14 +228,14 @@ class Fetcher:
             url = answer
         raise RowFault("redirect_limit")
 
-    def _target(self, url: str, first: str) -> "_Target":
-        """Parse a URL; `first` is the host that the list names.
+    def _target(self, url: str, own: str | None) -> "_Target":
+        """Parse a URL; `own` is the host that the list names, unless redirects have left it.
 
         Raises:
             RowFault: bad_url or blocked_port.
         """
         target = _Target.parse(url)
-        is_own = target.host == first and target.is_in(self.allow_hosts)
+        is_own = target.host == own and target.is_in(self.allow_hosts)
         if not is_own and target.port not in self.allow_ports:
             raise RowFault("blocked_port")
         return dataclasses.replace(target, is_own=is_own)

@@ -390,6 +390,7 @@ def test_f56_only_the_list_itself_gives_the_rights_of_an_own_host(entry: str, pu
     """A stranger's redirect to an own server is refused, whether its addresses are cached already or not."""
     with serve(host="127.0.0.2") as own, serve() as stranger:
         aims = {"/in": f"http://{own.address}/secret", "/out": f"http://{stranger.address}/b"}
+        aims["/there"] = f"http://{stranger.address}/in"
         stranger.answers |= {path: (302, {"Location": aim}, b"") for path, aim in aims.items()}  # type: ignore[operator]
         own.answers |= {path: (302, {"Location": aim}, b"") for path, aim in aims.items()}  # type: ignore[operator]
         client = fetcher(allow_hosts=(entry.format(own.address),), respect_robots=True)
@@ -397,7 +398,8 @@ def test_f56_only_the_list_itself_gives_the_rights_of_an_own_host(entry: str, pu
             assert outcome(f"http://{stranger.address}/in", client) == "blocked_address"
             assert "/secret" not in own.requests
             assert outcome(f"http://{own.address}/out", client) == "ok", "an own server may send elsewhere"
-        assert outcome(f"http://{own.address}/in", client) == "ok", "and to itself"
+            assert outcome(f"http://{own.address}/there", client) == "blocked_address", "but not from there to itself"
+        assert outcome(f"http://{own.address}/in", client) == "ok", "its own redirect to itself is fine"
         assert own.requests["/robots.txt"] == 0
 
 
