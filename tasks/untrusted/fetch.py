@@ -5,8 +5,9 @@ spelling of an internal address, a redirect, or a name server that changes its a
 which resolves names itself, a request is sent only after the same check.
 
 Every request, including redirects, obeys the host's robots.txt and its limit of concurrent requests. Hosts in `allow_hosts`
-belong to the operator: they need not be public, and neither rule applies to them. A redirect has these rights only from the host
-that the list names to itself. Opt-outs that a server declares for the image itself (`tasks.untrusted.opt_outs`) apply to all hosts.
+belong to the operator: they need not be public, and neither rule applies to them. A redirect has these rights only from the
+host that the list names to itself. Opt-outs that a server declares for the image itself (`tasks.untrusted.opt_outs`) apply to
+all hosts.
 """
 
 import concurrent.futures
