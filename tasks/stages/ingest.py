@@ -522,9 +522,11 @@ def _csv_chunks(source: _Source, config: IngestConfig, counted: Lines) -> Iterat
     names: Sequence[str] = header or ()
     lines: list[str] = []
     while not names:
-        lines = lines or next(blocks, [])
-        if not lines:
-            raise _unreadable(source, "it is empty, expected a header line with column names")
+        while not lines:  # a block may end within the first line
+            block = next(blocks, None)
+            if block is None:
+                raise _unreadable(source, "it is empty, expected a header line with column names")
+            lines = block
         try:
             names = next(csv.reader([lines[0]], delimiter=delimiter, strict=True))
         except csv.Error as error:
