@@ -61,7 +61,7 @@ def test_strength_is_the_noise_added_to_the_initial_image(storage: Path) -> None
     [
         (("--strength", 0.5), "--strength: got 0.5 without an initial image. Add --image FILE."),
         (("--image", "none.png"), "none.png: does not exist"),
-        (("--image", "text.png"), "not a JPEG, PNG, WebP or GIF"),
+        (("--image", "text.png"), "not a JPEG, PNG, WebP, GIF or AVIF"),
         (("--image", "given.png", "--strength", 2), "strength: got 2.0, expected 0 to 1"),
         (("--eta", 0.5, "--sampler", "heun"), "eta: got 0.5, expected 0 with the sampler heun"),
         (("--sampler", "analytic_dpm"), "Train it again"),

@@ -89,7 +89,7 @@ def test_black_pixels_of_the_mask_stay_unchanged(storage: Path, folder: Path) ->
     [
         (("vary", "none.png"), ("none.png", "does not exist")),
         (("vary", "."), ("not a file",)),
-        (("vary", "text.png"), ("text.png", "not a JPEG, PNG, WebP or GIF")),
+        (("vary", "text.png"), ("text.png", "not a JPEG, PNG, WebP, GIF or AVIF")),
         (("vary", "damaged.png"), ("damaged.png", "a damaged image")),
         (("vary", "square.png", "--num", 0), ("--num: got 0",)),
         (("vary", "square.png", "--eta", 1.5), ("--eta: got 1.5, expected 0 to 1",)),

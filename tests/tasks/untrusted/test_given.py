@@ -40,7 +40,7 @@ def test_files_that_are_not_images_are_named(tmp_path: Path) -> None:
     with open(tmp_path / "long.png", "wb") as file:
         file.truncate(given.MAX_BYTES + 1)
     for name, words in {
-        "text.png": "not a JPEG, PNG, WebP or GIF",
+        "text.png": "not a JPEG, PNG, WebP, GIF or AVIF",
         "bomb.png": "more than 100,000,000 pixels",
         "long.png": "expected at most 134,217,728",
         "none.png": "does not exist",
