@@ -23,7 +23,7 @@ from tasks.untrusted.sandbox import DEFAULT_LIMITS, Limits, Sandbox, SandboxFaul
 
 VERSION = 3
 """Increased whenever the same bytes decode to different pixels than before."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF")
 """Formats that are decoded, and AVIF where Pillow can."""
 if features.check("avif"):  # Pillow 11.3 and later, unless it was built without
     from PIL import AvifImagePlugin

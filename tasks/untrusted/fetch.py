@@ -230,20 +230,15 @@ class Fetcher:
         raise RowFault("redirect_limit")
 
     def _target(self, url: str, own: str | None) -> "_Target":
-        """Parse a URL; `own` is the host that the list names, unless redirects have left it.
-
-        Raises:
-            RowFault: bad_url or blocked_port.
-        """
+        """Parse a URL; `own` is the host that the list names, unless redirects have left it."""
         target = _Target.parse(url)
-        is_own = target.host == own and target.is_in(self.allow_hosts)
-        if not is_own and target.port not in self.allow_ports:
-            raise RowFault("blocked_port")
-        return dataclasses.replace(target, is_own=is_own)
+        return dataclasses.replace(target, is_own=target.host == own and target.is_in(self.allow_hosts))
 
     def _get(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> bytes | str:
         """Return the body, or the URL of a redirect."""
         addresses = self._resolve_checked(target, deadline)
+        if not target.is_own and target.port not in self.allow_ports:
+            raise RowFault("blocked_port")
         proxy = None if self.proxy is None or target.is_own else _Target.parse(self.proxy)
         if proxy is not None:
             addresses = self._resolve_checked(dataclasses.replace(proxy, is_own=True), deadline)

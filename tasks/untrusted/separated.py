@@ -11,6 +11,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 MAX_FIELD_CHARACTERS = 4 << 20
 _URL = re.compile(r'\s*"?\s*https?://', re.IGNORECASE)
@@ -63,7 +64,7 @@ class Parser:
         self._delimiter, self._num_fields, self._url_index = delimiter, num_fields, wanted[0]
         self._wanted, self._unbroken = operator.itemgetter(*wanted), unbroken
         self._next_line = first_line
-        self._quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        self._quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         self._pending: list[str] = []  # lines of a row that may continue in the next block
         self._is_damaged = False  # the lines after a stray quote may be remains of its row
 

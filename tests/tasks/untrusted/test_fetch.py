@@ -1248,7 +1248,7 @@ def test_f57_a_proxy_gets_only_requests_whose_target_was_checked(public_loopback
         assert requests[0].startswith(f"GET http://{name}/a%20b.jpg HTTP/1.1\r\nHost: {name}\r\n".encode())
         assert server.requests["http://" + name + "/a%20b.jpg"] == 1
         assert outcome("http://internal.example/", client) == "blocked_address"
-        assert outcome("http://127.0.0.1:22/", fetcher(**settings, allow_ports=(80,))) == "blocked_port"
+        assert outcome("http://pictures.example:22/", fetcher(**settings, allow_ports=(80,))) == "blocked_port"
         assert outcome("http://127.0.0.1/", client) == "blocked_address"
         assert outcome(f"http://{own.address}/a.jpg", client) == "ok", "own hosts are reached directly"
         assert len(requests) == 1
