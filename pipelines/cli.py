@@ -6,6 +6,7 @@ import click
 
 from pipelines.commands import data, edit, estimate, exchange, plan_train, run, sample, takedown, train, ui
 from unclip.errors import UnclipError
+from unclip.messages import without_credentials
 
 MODULES = (run, takedown, data, ui, sample, edit, exchange, train, plan_train, estimate)
 
@@ -24,7 +25,7 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except UnclipError as error:
-            click.secho(f"error: {error}", fg="red", err=True)
+            click.secho(f"error: {without_credentials(str(error))}", fg="red", err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to resume", err=True)

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tasks.store import Store
-from tasks.tracking import Tracker, client, without_password
+from tasks.tracking import Tracker, client
 from unclip.config import to_dict
 from unclip.errors import ConfigError, StorageError
+from unclip.messages import reason_of, without_credentials
 
 if TYPE_CHECKING:
     from pipelines.dataset import PipelineConfig
@@ -54,7 +55,7 @@ def tracking_uris_of(store: Store) -> list[str]:
     uris += [record.get("tracking_uri") or record["config"].get("tracking_uri") for record in records]
     known: dict[str, str] = {}
     for uri in filter(None, uris):
-        known.setdefault(without_password(uri).rstrip("/"), uri)  # the environment's URI may include the password
+        known.setdefault(without_credentials(uri).rstrip("/"), uri)  # the environment's URI may include the password
     if not known and not store.is_local:
         tracking_uri_of(store)
     return list(known.values())
@@ -80,7 +81,8 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
         tags = {"unclip.pipeline": pipeline, "unclip.storage": store.root}
         run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     except Exception as error:  # run anyway: the work matters more than its records
-        print(f"MLflow at {uri} does not answer; this run is not tracked: {str(error).splitlines()[0]}", flush=True)
+        shown = without_credentials(uri)
+        print(f"MLflow at {shown} does not answer; this run is not tracked: {reason_of(error)}", flush=True)
     tracker = Tracker(uri, run_id)
     tracker.params(to_dict(config))
     tracker.json(to_dict(config), "config.json")
@@ -88,7 +90,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     run = Run(identity, pipeline, store.root, tracker, experiment_id, worker_resources(config))
     record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
     # None stands for the database in the storage, so that the storage can be moved.
-    external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_password(uri)
+    external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_credentials(uri)
     record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": external_uri, "config": to_dict(config)}
     store.write_json(record, "runs", identity, "run.json")
     return run

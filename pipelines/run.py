@@ -23,6 +23,7 @@ from tasks.tracking import flatten
 from unclip import files
 from unclip.config import require
 from unclip.errors import StageError, StoppedError, UnclipError
+from unclip.messages import reason_of
 
 STOP_PATIENCE_SECONDS = 25.0
 """Time for training stages to write a checkpoint when the run is stopped; Kubernetes kills after 30 s."""
@@ -113,9 +114,8 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         cause = getattr(error, "cause", None)
         if isinstance(cause, UnclipError):
             raise cause from None
-        reason = str(error).strip().splitlines()[0]
         raise StageError(
-            f"a process of the cluster died: {reason}. Finished work is kept; run the same command again."
+            f"a process of the cluster died: {reason_of(error)}. Finished work is kept; run the same command again."
         ) from None
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     # On a full disk a failure may not have been recorded.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unclip.errors import StorageError
+from unclip.messages import reason_of, without_credentials
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -31,16 +32,21 @@ def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
     """Resolve a URI to its file system and the path in it.
 
     Raises:
-        StorageError: pyarrow does not support the URI.
+        StorageError: the URI contains credentials, or pyarrow does not support it.
     """
     import pyarrow.fs as pafs
 
     if local := _local(uri):
         return pafs.LocalFileSystem(), str(local)
+    if (shown := without_credentials(uri)) != uri:  # records, tables and MLflow hold URIs
+        raise StorageError(
+            f"{shown}: given with credentials, which would be stored with it. Leave them out, and set "
+            f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or GOOGLE_APPLICATION_CREDENTIALS."
+        )
     try:
         return pafs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except (ValueError, OSError) as error:
-        raise StorageError(f"{uri}: {error}. Give a folder or an s3:// or gs:// URI.") from None
+        raise StorageError(f"{uri}: {reason_of(error)}. Give a folder or an s3:// or gs:// URI.") from None
 
 
 def with_retries(uri: str, action: Callable[[], T]) -> T:
@@ -107,7 +113,7 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
     try:
         written = with_retries(uri, action)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise StorageError(
             f"{uri}: cannot write {len(data):,} bytes: {reason}. Free space or fix the folder, and run the same command again."
         ) from error
