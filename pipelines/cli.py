@@ -1,5 +1,7 @@
 """The command line. Every command checks its input before any work starts; an error is one line and an exit code."""
 
+import sys
+import traceback
 from typing import Any
 
 import click
@@ -36,6 +38,12 @@ class Commands(click.Group):
 @click.version_option(package_name="unclip")
 def main() -> None:
     """Train unCLIP text-to-image models, from a list of URLs to images."""
+    sys.excepthook = _print_traceback
+
+
+def _print_traceback(*error: Any) -> None:
+    """Print an unexpected error, without credentials."""
+    click.echo(without_credentials("".join(traceback.format_exception(*error))), err=True, nl=False)
 
 
 for module in MODULES:

@@ -3,14 +3,15 @@
 import contextlib
 import datetime
 import os
-import socket
 import time
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tasks.run_records import HEARTBEAT_SECONDS, beat, driver
 from tasks.store import Store
 from tasks.tracking import Tracker, client
+from unclip.background import run_periodically
 from unclip.config import to_dict
 from unclip.errors import ConfigError, StorageError
 from unclip.messages import reason_of, without_credentials
@@ -88,12 +89,23 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     tracker.json(to_dict(config), "config.json")
     identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     run = Run(identity, pipeline, store.root, tracker, experiment_id, worker_resources(config))
-    record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    record = {"pipeline": pipeline, "started": time.time(), **driver()}
     # None stands for the database in the storage, so that the storage can be moved.
     external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_credentials(uri)
     record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": external_uri, "config": to_dict(config)}
+    beat(store, identity)
     store.write_json(record, "runs", identity, "run.json")
     return run
+
+
+def heartbeat(run: "Run", store: Store) -> contextlib.AbstractContextManager[None]:
+    """Write the heartbeat of a run until the block ends, so that `unclip status` of other machines sees that it is alive."""
+
+    def beat_again() -> None:
+        with contextlib.suppress(OSError, StorageError):  # the work does not need it
+            beat(store, run.id)
+
+    return run_periodically(HEARTBEAT_SECONDS, beat_again, "heartbeat")
 
 
 def record_cluster(run: "Run", store: Store, resources: Mapping[str, float]) -> None:

@@ -144,7 +144,9 @@ class Tracker:
         try:
             return action(client(self.tracking_uri))
         except Exception as error:  # any failure of the server or the network; the work goes on
-            log.warning("MLflow at %s did not accept an entry: %s", without_credentials(self.tracking_uri), reason_of(error))
+            log.warning(
+                "MLflow at %s did not accept an entry: %s", without_credentials(self.tracking_uri), reason_of(error)
+            )
             return None
 
 

@@ -1,10 +1,12 @@
 """Files by URI: local paths and all that pyarrow supports (`s3://`, `gs://`), with atomic writes.
 
 A file appears complete or not at all: locally through a temporary file, fsync and rename; object stores do so themselves.
+Its folder is synced too, so that a file that was written is still there after a crash of the machine.
 Local paths do without pyarrow, whose import would dominate the run time of commands that read a few small files.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -122,7 +124,7 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
 
 
 def _write_local(path: Path, data: bytes, place: Callable[[str, Path], bool]) -> bool:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     try:
         with open(temporary, "wb") as file:
@@ -130,10 +132,34 @@ def _write_local(path: Path, data: bytes, place: Callable[[str, Path], bool]) ->
             file.flush()
             os.fsync(file.fileno())
         failpoint("within", str(path))
-        return place(temporary, path)
+        is_placed = place(temporary, path)
+        sync_folder(path.parent)
+        return is_placed
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and those above it, so that they survive a crash of the machine."""
+    if not folder.is_dir():
+        new = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in new:
+            sync_folder(each.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a local folder survive a crash of the machine, where the file system can."""
+    with contextlib.suppress(PermissionError):  # a folder that may be written and not read
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as network file systems answer
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _replace(temporary: str, path: Path) -> bool:
