@@ -32,7 +32,7 @@ def _replace_store() -> None:
 
 
 def _store(host_name: str, port: int, is_master: bool, **options: Any) -> Any:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if is_master and ipaddress.ip_address(host_name).is_loopback:
         options["master_listen_fd"] = socket.create_server((host_name, port)).detach()
