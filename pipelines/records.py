@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import time
+import urllib.parse
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,20 @@ if TYPE_CHECKING:
 
 
 def tracking_uri(config: "PipelineConfig") -> str:
-    """Return the MLflow tracking URI of a configuration."""
-    return config.tracking_uri or tracking_uri_of(Store(config.storage))
+    """Return the MLflow tracking URI of a configuration.
+
+    Raises:
+        ConfigError: there is none, or it is not a URI.
+    """
+    uri = config.tracking_uri or tracking_uri_of(Store(config.storage))
+    try:
+        _ = urllib.parse.urlsplit(uri).port
+    except ValueError:  # its message may quote a part of the password
+        raise ConfigError(
+            f"tracking_uri: got {without_credentials(uri)}, which has a part that is no port. In a password, write %2F for "
+            f"a slash, %3A for a colon and %40 for @."
+        ) from None
+    return uri
 
 
 def tracking_uri_of(store: Store) -> str:
