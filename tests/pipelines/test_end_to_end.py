@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow.compute as pc
 import pytest
@@ -91,6 +92,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     storage = tmp_path_factory.mktemp("finished") / "storage"
     scratch = Path(f"/tmp/unclip-{os.getpid()}-run")  # socket paths must be short
     environment = {**os.environ, **dict.fromkeys(SECRETS, CANARY), "RAY_TMPDIR": str(scratch), "HOME": str(scratch)}
+    environment["MPLCONFIGDIR"] = matplotlib.get_cachedir()
     scratch.mkdir()
     output = scratch / "printed.txt"
     command = [sys.executable, "-m", "pipelines", "run", "tiny", "--storage", storage]
