@@ -94,22 +94,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     environment = {**os.environ, **dict.fromkeys(SECRETS, CANARY), "RAY_TMPDIR": str(scratch), "HOME": str(scratch)}
     environment["MPLCONFIGDIR"] = matplotlib.get_cachedir()
     scratch.mkdir()
-    output = scratch / "printed.txt"
-    command = [sys.executable, "-m", "pipelines", "run", "tiny", "--storage", storage]
-    with output.open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        with sockets.watched(process.pid) as listeners:
-            code = process.wait()
-    printed = output.read_text()
-    assert code == 0, printed
-    (storage / "printed.txt").write_text(printed)
-    logs = [path for path in scratch.rglob("*") if path.is_file()]
-    assert [path for path in logs if path.name.startswith("worker-")], "Ray's logs are elsewhere"
-    found = [str(path) for path in (*logs, *storage.rglob("*")) if holds(path, CANARY)]
-    left = {"canary": found, "tokens": [str(path) for path in logs if path.name == "auth_token"]}
-    left["listeners"] = [[listener.process, listener.is_loopback, reached] for listener, reached in listeners.items()]
-    (storage / "left.json").write_text(json.dumps(left))
-    shutil.rmtree(scratch)
+    try:
+        output = scratch / "printed.txt"
+        command = [sys.executable, "-m", "pipelines", "run", "tiny", "--storage", storage]
+        with output.open("w") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            with sockets.watched(process.pid) as listeners:
+                code = process.wait()
+        printed = output.read_text()
+        assert code == 0, printed
+        (storage / "printed.txt").write_text(printed)
+        logs = [path for path in scratch.rglob("*") if path.is_file()]
+        assert [path for path in logs if path.name.startswith("worker-")], "Ray's logs are elsewhere"
+        found = [str(path) for path in (*logs, *storage.rglob("*")) if holds(path, CANARY)]
+        left = {"canary": found, "tokens": [str(path) for path in logs if path.name == "auth_token"]}
+        left["listeners"] = [
+            [listener.process, listener.is_loopback, reached] for listener, reached in listeners.items()
+        ]
+        (storage / "left.json").write_text(json.dumps(left))
+    finally:
+        shutil.rmtree(scratch)
     yield storage
 
 
