@@ -1,0 +1,3 @@
+from pipelines.shadows import refuse_shadows
+
+refuse_shadows()

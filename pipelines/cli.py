@@ -1,11 +1,14 @@
 """The command line. Every command checks its input before any work starts; an error is one line and an exit code."""
 
+import sys
+import traceback
 from typing import Any
 
 import click
 
 from pipelines.commands import data, edit, estimate, exchange, plan_train, run, sample, takedown, train, ui
 from unclip.errors import UnclipError
+from unclip.messages import without_credentials
 
 MODULES = (run, takedown, data, ui, sample, edit, exchange, train, plan_train, estimate)
 
@@ -24,7 +27,7 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except UnclipError as error:
-            click.secho(f"error: {error}", fg="red", err=True)
+            click.secho(f"error: {without_credentials(str(error))}", fg="red", err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to resume", err=True)
@@ -35,6 +38,12 @@ class Commands(click.Group):
 @click.version_option(package_name="unclip")
 def main() -> None:
     """Train unCLIP text-to-image models, from a list of URLs to images."""
+    sys.excepthook = _print_traceback
+
+
+def _print_traceback(*error: Any) -> None:
+    """Print an unexpected error, without credentials."""
+    click.echo(without_credentials("".join(traceback.format_exception(*error))), err=True, nl=False)
 
 
 for module in MODULES:

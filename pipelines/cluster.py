@@ -1,12 +1,15 @@
 """The Ray cluster of a run: an existing one, or one started on this machine."""
 
 import os
+import secrets
+import socket
 from typing import Any
 
 from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import compose
 from tasks.stage import Resources
 from unclip.errors import ConfigError
+from unclip.messages import reason_of
 
 WORKER_ENVIRONMENT = {
     # No telemetry.
@@ -41,15 +44,19 @@ def start_ray(config: PipelineConfig) -> dict[str, float]:
         try:
             ray.init(address=address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **options)
         except (ConnectionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"cluster.address: no Ray cluster answers at {address}: {reason}. Start the cluster first."
+                f"cluster.address: no Ray cluster answers at {address}: {reason_of(error)}. Start the cluster first."
             ) from None
     else:
         needed = max(each.cpus_per_worker * each.num_workers for each in worker_resources(config).values())
         num_cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, needed)
         # A private cluster: it ends with this process, joins no existing cluster and survives a change of network. Its
         # workers inherit this process's environment; a runtime_env would cost one second per worker.
+        _use_loopback()
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
+                32
+            )  # Ray would leave one in the home folder, for all to read
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # Ray retries a task that runs out of memory without limit by default.
         os.environ.setdefault("RAY_task_oom_retries", "5")
@@ -63,6 +70,21 @@ def start_ray(config: PipelineConfig) -> dict[str, float]:
                     f"in total. Lower resources.cpus_per_worker or resources.gpus_per_worker, or join another cluster."
                 )
     return total
+
+
+def _use_loopback() -> None:
+    """Make the cluster that this process starts listen on the loopback address only.
+
+    Its processes listen on all interfaces otherwise: Ray replaces 127.0.0.1 by the machine's own address, unless clusters of
+    several machines are disabled, as they are by default on macOS.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for Ray's processes
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this process, which has imported Ray already
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+    for library in ("GLOO", "NCCL") if loopback else ():
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", min(loopback))
 
 
 def worker_resources(config: PipelineConfig) -> dict[str, Resources]:

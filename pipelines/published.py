@@ -2,6 +2,7 @@
 
 from pipelines.storage import open_storage, open_tracked
 from unclip.errors import InputError
+from unclip.messages import reason_of, without_credentials
 
 
 def find_stack(storage: str, model: str | None) -> str:
@@ -35,5 +36,5 @@ def find_stack(storage: str, model: str | None) -> str:
         return str(download_artifacts(artifact_uri=version.source, tracking_uri=uri))
     except MlflowException as error:
         raise InputError(
-            f"--model {model}: MLflow at {uri} does not have it: {error.message.splitlines()[0]}"
+            f"--model {model}: MLflow at {without_credentials(uri)} does not have it: {reason_of(error)}"
         ) from None

@@ -3,16 +3,19 @@
 import contextlib
 import datetime
 import os
-import socket
 import time
+import urllib.parse
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tasks.run_records import HEARTBEAT_SECONDS, beat, driver
 from tasks.store import Store
-from tasks.tracking import Tracker, client, without_password
+from tasks.tracking import Tracker, client
+from unclip.background import run_periodically
 from unclip.config import to_dict
 from unclip.errors import ConfigError, StorageError
+from unclip.messages import reason_of, without_credentials
 
 if TYPE_CHECKING:
     from pipelines.dataset import PipelineConfig
@@ -20,8 +23,20 @@ if TYPE_CHECKING:
 
 
 def tracking_uri(config: "PipelineConfig") -> str:
-    """Return the MLflow tracking URI of a configuration."""
-    return config.tracking_uri or tracking_uri_of(Store(config.storage))
+    """Return the MLflow tracking URI of a configuration.
+
+    Raises:
+        ConfigError: there is none, or it is not a URI.
+    """
+    uri = config.tracking_uri or tracking_uri_of(Store(config.storage))
+    try:
+        _ = urllib.parse.urlsplit(uri).port
+    except ValueError:  # its message may quote a part of the password
+        raise ConfigError(
+            f"tracking_uri: got {without_credentials(uri)}, which has a part that is no port. In a password, write %2F for "
+            f"a slash, %3A for a colon and %40 for @."
+        ) from None
+    return uri
 
 
 def tracking_uri_of(store: Store) -> str:
@@ -54,7 +69,7 @@ def tracking_uris_of(store: Store) -> list[str]:
     uris += [record.get("tracking_uri") or record["config"].get("tracking_uri") for record in records]
     known: dict[str, str] = {}
     for uri in filter(None, uris):
-        known.setdefault(without_password(uri).rstrip("/"), uri)  # the environment's URI may include the password
+        known.setdefault(without_credentials(uri).rstrip("/"), uri)  # the environment's URI may include the password
     if not known and not store.is_local:
         tracking_uri_of(store)
     return list(known.values())
@@ -80,18 +95,30 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
         tags = {"unclip.pipeline": pipeline, "unclip.storage": store.root}
         run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     except Exception as error:  # run anyway: the work matters more than its records
-        print(f"MLflow at {uri} does not answer; this run is not tracked: {str(error).splitlines()[0]}", flush=True)
+        shown = without_credentials(uri)
+        print(f"MLflow at {shown} does not answer; this run is not tracked: {reason_of(error)}", flush=True)
     tracker = Tracker(uri, run_id)
     tracker.params(to_dict(config))
     tracker.json(to_dict(config), "config.json")
     identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     run = Run(identity, pipeline, store.root, tracker, experiment_id, worker_resources(config))
-    record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    record = {"pipeline": pipeline, "started": time.time(), **driver()}
     # None stands for the database in the storage, so that the storage can be moved.
-    external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_password(uri)
+    external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_credentials(uri)
     record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": external_uri, "config": to_dict(config)}
+    beat(store, identity)
     store.write_json(record, "runs", identity, "run.json")
     return run
+
+
+def heartbeat(run: "Run", store: Store) -> contextlib.AbstractContextManager[None]:
+    """Write the heartbeat of a run until the block ends, so that `unclip status` of other machines sees that it is alive."""
+
+    def beat_again() -> None:
+        with contextlib.suppress(OSError, StorageError):  # the work does not need it
+            beat(store, run.id)
+
+    return run_periodically(HEARTBEAT_SECONDS, beat_again, "heartbeat")
 
 
 def record_cluster(run: "Run", store: Store, resources: Mapping[str, float]) -> None:

@@ -13,7 +13,8 @@ from pipelines.dataset import PipelineConfig
 from pipelines.lock import lock
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
-from pipelines.records import close_run, open_run, record_cluster
+from pipelines.records import close_run, heartbeat, open_run, record_cluster
+from pipelines.shadows import refuse_shadows
 from pipelines.summary import print_summary, summarise, write_results
 from tasks import signals
 from tasks.run_records import stage_events
@@ -22,7 +23,8 @@ from tasks.store import Store
 from tasks.tracking import flatten
 from unclip import files
 from unclip.config import require
-from unclip.errors import StageError, StoppedError, UnclipError
+from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
+from unclip.messages import reason_of
 
 STOP_PATIENCE_SECONDS = 25.0
 """Time for training stages to write a checkpoint when the run is stopped; Kubernetes kills after 30 s."""
@@ -38,6 +40,10 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         UnclipError: the checks failed and nothing was started, or a stage failed.
     """
     os.environ.update(WORKER_ENVIRONMENT)
+    try:
+        refuse_shadows(os.getcwd())  # Ray's workers search it first
+    except ImportError as error:
+        raise ConfigError(str(error)) from None
     started = time.monotonic()
     config = prepare(config, retry_failed)
     store = Store(config.storage)
@@ -53,6 +59,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         if config.scenes is not None:
             stack.enter_context(scene_server.serve(config.scenes))
         run = open_run(pipeline, config, store)
+        stack.enter_context(heartbeat(run, store))
         state = "failed"
         try:
             dag = compose(config, run)
@@ -113,9 +120,8 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         cause = getattr(error, "cause", None)
         if isinstance(cause, UnclipError):
             raise cause from None
-        reason = str(error).strip().splitlines()[0]
         raise StageError(
-            f"a process of the cluster died: {reason}. Finished work is kept; run the same command again."
+            f"a process of the cluster died: {reason_of(error)}. Finished work is kept; run the same command again."
         ) from None
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     # On a full disk a failure may not have been recorded.

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipelines.records import tracking_uri_of
 from tasks.store import DEFAULT_ROOT, ENTRIES, Store
 from unclip.errors import InputError
+from unclip.messages import reason_of
 
 REMEDY = "Run a pipeline first, or give its folder with --storage."
 
@@ -23,7 +24,7 @@ def open_storage(storage: str | None) -> Store:
     try:
         found = store.list()
     except OSError as error:
-        raise InputError(f"{store.root}: cannot be read: {str(error).splitlines()[0]}. {REMEDY}") from None
+        raise InputError(f"{store.root}: cannot be read: {reason_of(error)}. {REMEDY}") from None
     if not found and not store.is_local:
         raise InputError(f"{store.root}: nothing is stored here. {REMEDY}")
     if found and not ENTRIES & set(found):

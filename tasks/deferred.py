@@ -10,6 +10,7 @@ from typing import Any
 from tasks.tracking import Tracker, client
 from unclip import files
 from unclip.errors import StorageError
+from unclip.messages import reason_of, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class DeferredTracker:
                 files.write_json(self.unsent_uri, rows)
             except StorageError as error:
                 location = f"lost: {error}"
-            uri = self.tracker.tracking_uri
+            uri = without_credentials(self.tracker.tracking_uri)
             log.warning("MLflow at %s did not accept %d metric values; they are %s.", uri, len(unsent), location)
 
     def _put(self, *items: Any) -> None:
@@ -99,7 +100,7 @@ class DeferredTracker:
                 for _ in range(batch):
                     self._waiting.popleft()
             except Exception as error:  # any failure of the server or the network
-                log.debug("MLflow at %s: %s", self.tracker.tracking_uri, error)
+                log.debug("MLflow: %s", reason_of(error))
                 with self._changed:
                     self._changed.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

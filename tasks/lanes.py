@@ -26,6 +26,7 @@ from tasks.dataflow import exchange
 from tasks.untrusted import domains, fetch
 from unclip.config import fingerprint
 from unclip.errors import StageError
+from unclip.messages import reason_of
 
 ATTEMPTS = 3
 """Attempts at a shard whose task hangs. If a task raises or its process dies, Ray itself retries it twice."""
@@ -329,7 +330,7 @@ def run_in_lanes(
             if position + 1 < len(lanes[number]):
                 heapq.heappush(waiting, ((rows_left + shard.rows, number, position + 1), 1))
     if failure is not None:
-        cause = str(getattr(failure, "cause", failure)).strip().splitlines()[-1]
+        cause = reason_of(getattr(failure, "cause", failure), -1)
         raise StageError(
             f"download: a shard failed after its retries: {cause}. "
             f"{num_done} finished shards are kept; run the same command again."

@@ -3,11 +3,18 @@
 import dataclasses
 import os
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tasks.store import Store
+
+HEARTBEAT = "heartbeat"
+"""File of a run that its driver writes again every HEARTBEAT_SECONDS."""
+HEARTBEAT_SECONDS = 30.0
+SILENT_SECONDS = 300.0
+"""Time without a heartbeat after which a run of another machine counts as killed. Clocks may differ by nearly as much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,8 @@ def last_runs(store: Store, number: int) -> list[RunRecord]:
 
 def _read_run(store: Store, run_id: str) -> RunRecord:
     record, events = store.read_json("runs", run_id, "run.json"), stage_events(store, run_id)
-    state = "killed" if record["state"] == "running" and not is_running(record) else record["state"]
+    is_killed = record["state"] == "running" and not _is_alive(store, run_id, record)
+    state = "killed" if is_killed else record["state"]
     stages = []
     for name, event in sorted(events.items(), key=lambda item: item[1]["at"]):
         stage_state = event["state"]
@@ -62,15 +70,59 @@ def stage_events(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
     return {name.removesuffix(".json"): store.read_json("runs", run_id, name) for name in names}
 
 
+def driver() -> dict[str, Any]:
+    """This process, as the driver of a run: the part of its record by which others see that it has ended."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "process": _process_start(pid)}
+
+
+def beat(store: Store, run_id: str) -> None:
+    """Write the heartbeat of a run."""
+    store.write_json({"at": time.time()}, "runs", run_id, HEARTBEAT)
+
+
 def is_running(record: Mapping[str, Any]) -> bool:
-    """Return True if a process still drives the run of this `run.json` record."""
-    if record["state"] != "running" or record["host"] != socket.gethostname():
+    """Return True if a process still drives the run of this `run.json` record, or if another machine would know."""
+    if record["state"] != "running" or not _is_here(record):
         return bool(record["state"] == "running")
+    start = _process_start(record["pid"])
+    if not start:
+        return start is not None
+    return record.get("process") in (None, start)  # else the number is another process's now
+
+
+def _is_alive(store: Store, run_id: str, record: Mapping[str, Any]) -> bool:
+    """Return True if a run whose record says that it is running has a driver, on this machine or another."""
+    if _is_here(record):
+        return is_running(record)
+    heartbeat = ("runs", run_id, HEARTBEAT)
+    return store.exists(*heartbeat) and time.time() - store.read_json(*heartbeat)["at"] < SILENT_SECONDS
+
+
+def _is_here(record: Mapping[str, Any]) -> bool:
+    """Return True if the driver's process number is one of this machine, or of this container."""
+    return record["host"] == socket.gethostname() and record.get("machine") in (None, _machine())
+
+
+def _machine() -> str | None:
+    """Identity of the numbering of processes: the start of the system, and the container's own numbers. Linux only."""
     try:
-        os.kill(record["pid"], 0)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _process_start(pid: int) -> str | None:
+    """Time when a process started, in ticks, or "" where the system does not say; None if it has ended, zombies included."""
+    try:
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    status = Path(f"/proc/{record['pid']}/stat")  # Linux only; a zombie has ended as well
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+        return None
+    except PermissionError:  # it belongs to someone else
+        pass
+    status = Path(f"/proc/{pid}/stat")  # Linux only
+    if not status.exists():
+        return ""
+    fields = status.read_text().rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]

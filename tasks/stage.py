@@ -27,6 +27,7 @@ from tasks.tracking import Tracker
 from unclip import files
 from unclip.config import fingerprint, require, to_dict, without_operational
 from unclip.errors import StageError, StorageError, UnclipError
+from unclip.messages import reason_of, without_credentials
 
 if typing.TYPE_CHECKING:  # a stage that trains nothing needs no torch
     from unclip.systems.part import Part
@@ -281,9 +282,10 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
             files.delete(context.intermediate)
     except Exception as error:
         message = _explain(error)
-        tracker.bytes(traceback.format_exc().encode(), "error.txt")
+        trace = without_credentials(traceback.format_exc())
+        tracker.bytes(trace.encode(), "error.txt")
         tracker.end("FAILED")
-        log.error("%s failed: %s", name, message, exc_info=not isinstance(error, UnclipError))
+        log.error("%s failed: %s", name, message if isinstance(error, UnclipError) else trace)
         _record(store, run, name, state="failed", fingerprint=stage_fingerprint, message=message, trains=trains)
         return Failure(name, message, error.exit_code if isinstance(error, UnclipError) else 1)
     seconds = round(time.monotonic() - started, 1)
@@ -324,5 +326,6 @@ def _explain(error: BaseException) -> str:
     cause: BaseException = error
     while isinstance(cause, (ray.exceptions.RayTaskError, StageError)) and getattr(cause, "cause", None):
         cause = cause.cause  # type: ignore[union-attr]
-    text = str(cause).strip() or type(cause).__name__
-    return text if isinstance(cause, UnclipError) else f"{type(cause).__name__}: {text.splitlines()[-1]}"
+    if isinstance(cause, UnclipError):
+        return without_credentials(str(cause).strip()) or type(cause).__name__
+    return f"{type(cause).__name__}: {reason_of(cause, -1)}"

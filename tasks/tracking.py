@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.errors import StorageError
+from unclip.messages import reason_of, redacted, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password that a tracking URI may have
 
 PREVIEWS = "previews"
 """Folder with the images that a model samples during training, beside the rows they were sampled for. In the run's artifacts
@@ -35,15 +37,15 @@ PREVIEW_KEYS = "previews/keys.json"
 
 @dataclasses.dataclass(frozen=True)
 class Tracker:
-    """Logs to one MLflow run. Pickles to two strings, so any Ray worker can log to the run of its stage."""
+    """Logs to one MLflow run, without credentials. Pickles to two strings, so any Ray worker can log to the run of its stage."""
 
-    tracking_uri: str
+    tracking_uri: str = dataclasses.field(repr=False)  # Ray Train records the repr of what its workers get
     run_id: str
 
     def params(self, config: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:6000]) for key, value in flatten(config).items()]
+        params = [Param(key, without_credentials(str(value))[:6000]) for key, value in flatten(config).items()]
         self._try(
             lambda client: [
                 client.log_batch(self.run_id, params=params[i : i + 100]) for i in range(0, len(params), 100)
@@ -61,7 +63,7 @@ class Tracker:
     def tags(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        tags = [RunTag(key, str(value)[:5000]) for key, value in values.items()]
+        tags = [RunTag(key, without_credentials(str(value))[:5000]) for key, value in values.items()]
         self._try(lambda client: client.log_batch(self.run_id, tags=tags))
 
     def file(self, path: str | Path, folder: str | None = None) -> None:
@@ -78,7 +80,7 @@ class Tracker:
             self.file(path, folder or None)
 
     def json(self, value: Any, name: str) -> None:
-        self.bytes(json.dumps(value, indent=2, sort_keys=True).encode(), name)
+        self.bytes(json.dumps(redacted(value), indent=2, sort_keys=True).encode(), name)
 
     def dataset(self, name: str, digest: str, source: str, facts: Mapping[str, Any]) -> None:
         """Record which dataset version this run read, as MLflow's dataset input.
@@ -143,7 +145,9 @@ class Tracker:
         try:
             return action(client(self.tracking_uri))
         except Exception as error:  # any failure of the server or the network; the work goes on
-            log.warning("MLflow at %s did not accept an entry: %s", self.tracking_uri, str(error).splitlines()[0])
+            log.warning(
+                "MLflow at %s did not accept an entry: %s", without_credentials(self.tracking_uri), reason_of(error)
+            )
             return None
 
 
@@ -188,11 +192,6 @@ def checked_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     if isinstance(answers[0], Exception):
         raise answers[0]
     return answers[0]
-
-
-def without_password(tracking_uri: str) -> str:
-    """The URI without its password, safe to show and store."""
-    return re.sub(r"//([^/:@]*):[^/]*@", r"//\1@", tracking_uri)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

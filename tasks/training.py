@@ -83,7 +83,9 @@ def run_training(context: StageContext, training: Training) -> tuple[str, str]:
 
 def _train_on_cluster(context: StageContext, training: Training) -> None:
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from tasks.loopback import TorchConfig
 
     resources, folder = context.resources, context.folder
     for report in (FAILURE, HUNG):

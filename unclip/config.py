@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from unclip.errors import ConfigError
+from unclip.messages import redacted
 
 T = TypeVar("T")
 
@@ -91,8 +92,8 @@ def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a configuration to nested plain values, ready for JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+    """Convert a configuration to nested plain values, ready for JSON; URIs come without their credentials."""
+    return redacted(json.loads(json.dumps(dataclasses.asdict(config))))  # type: ignore[no-any-return]
 
 
 def operational(default: T) -> T:

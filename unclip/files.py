@@ -1,10 +1,12 @@
 """Files by URI: local paths and all that pyarrow supports (`s3://`, `gs://`), with atomic writes.
 
 A file appears complete or not at all: locally through a temporary file, fsync and rename; object stores do so themselves.
+Its folder is synced too, so that a file that was written is still there after a crash of the machine.
 Local paths do without pyarrow, whose import would dominate the run time of commands that read a few small files.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unclip.errors import StorageError
+from unclip.messages import reason_of, without_credentials
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -31,16 +34,21 @@ def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
     """Resolve a URI to its file system and the path in it.
 
     Raises:
-        StorageError: pyarrow does not support the URI.
+        StorageError: the URI contains credentials, or pyarrow does not support it.
     """
     import pyarrow.fs as pafs
 
     if local := _local(uri):
         return pafs.LocalFileSystem(), str(local)
+    if (shown := without_credentials(uri)) != uri:  # records, tables and MLflow hold URIs
+        raise StorageError(
+            f"{shown}: given with credentials, which would be stored with it. Leave them out, and set "
+            f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or GOOGLE_APPLICATION_CREDENTIALS."
+        )
     try:
         return pafs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except (ValueError, OSError) as error:
-        raise StorageError(f"{uri}: {error}. Give a folder or an s3:// or gs:// URI.") from None
+        raise StorageError(f"{uri}: {reason_of(error)}. Give a folder or an s3:// or gs:// URI.") from None
 
 
 def with_retries(uri: str, action: Callable[[], T]) -> T:
@@ -107,7 +115,7 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
     try:
         written = with_retries(uri, action)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise StorageError(
             f"{uri}: cannot write {len(data):,} bytes: {reason}. Free space or fix the folder, and run the same command again."
         ) from error
@@ -116,7 +124,7 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
 
 
 def _write_local(path: Path, data: bytes, place: Callable[[str, Path], bool]) -> bool:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     try:
         with open(temporary, "wb") as file:
@@ -124,10 +132,34 @@ def _write_local(path: Path, data: bytes, place: Callable[[str, Path], bool]) ->
             file.flush()
             os.fsync(file.fileno())
         failpoint("within", str(path))
-        return place(temporary, path)
+        is_placed = place(temporary, path)
+        sync_folder(path.parent)
+        return is_placed
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and those above it, so that they survive a crash of the machine."""
+    if not folder.is_dir():
+        new = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in new:
+            sync_folder(each.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a local folder survive a crash of the machine, where the file system can."""
+    with contextlib.suppress(PermissionError):  # a folder that may be written and not read
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as network file systems answer
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _replace(temporary: str, path: Path) -> bool:

@@ -77,7 +77,7 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
     from pipelines.console import Console
     from pipelines.lock import lock
     from pipelines.pipeline import compose
-    from pipelines.records import close_run, open_run
+    from pipelines.records import close_run, heartbeat, open_run
     from tasks.stage import Call, Failure, execute
     from tasks.store import Store
 
@@ -88,7 +88,7 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
         result: Artifact | Failure = Failure(model, "interrupted")
         try:
             console = Console(store, run.id, [model])
-            with run_periodically(1.0, console.refresh, "console"):
+            with heartbeat(run, store), run_periodically(1.0, console.refresh, "console"):
                 result = execute(Call(dag[model].stage, dag[model].config), run, parents)
             console.refresh()
         finally:

@@ -8,6 +8,7 @@ import click
 
 from pipelines.options import STORAGE
 from unclip.errors import InputError
+from unclip.messages import without_credentials
 
 
 @click.command()
@@ -24,13 +25,14 @@ def ui(port: int, storage: str | None) -> None:
             f"{store.root}: no run has been tracked here. Run a pipeline first, or give its folder with --storage."
         )
     if uri.startswith("http"):
-        click.echo(f"runs are tracked at {uri}")
+        click.echo(f"runs are tracked at {without_credentials(uri)}")
         return
     check_port(port, "--port")
     click.echo(f"http://127.0.0.1:{port}")
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment["MLFLOW_BACKEND_STORE_URI"] = uri  # all users of the machine see the arguments of a process
     hosts = f"127.0.0.1:{port},localhost:{port}"
-    server = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
+    server = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     artifacts = ["--default-artifact-root", store.uri("mlflow-artifacts"), "--allowed-hosts", hosts, "--workers", "1"]
     os.execve(sys.executable, [sys.executable, "-m", *server, *artifacts], environment)
 

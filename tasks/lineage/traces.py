@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tasks.store import Store
-from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, checked_client, without_password
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, checked_client
 from tasks.untrusted.normalise import first_line
 from unclip.errors import StorageError
+from unclip.messages import without_credentials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
             remaining[run_id] = first_line(error)
 
     for tracking_uri in tracking_uris:
-        shown_uri = without_password(tracking_uri)
+        shown_uri = without_credentials(tracking_uri)
         try:
             mlflow = checked_client(tracking_uri)
             experiments = _experiments(mlflow)

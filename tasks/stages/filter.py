@@ -26,6 +26,7 @@ from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
 from unclip import files
 from unclip.config import fingerprint, nearest, require
 from unclip.errors import ConfigError, InputError
+from unclip.messages import reason_of
 
 LISTS = ("blocked_words", "blocked_domains", "blocked_hashes")
 MIN_WORDS_FOR_LANGUAGE = 4  # with fewer words, language identification is unreliable
@@ -420,7 +421,7 @@ def _read(setting: str, path: str) -> bytes:
             f"filter.{setting}: {path} does not exist. Give a text file with one entry per line."
         ) from None
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise InputError(f"filter.{setting}: {path} cannot be read: {reason}. Give a text file.") from None
 
 

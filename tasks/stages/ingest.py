@@ -306,7 +306,9 @@ def clean(listed: pa.Table, position: int = 0) -> pa.Table:
 def _clean_batch(listed: pa.RecordBatch, position: int) -> pa.Table:
     urls, captions = normalise_urls(listed["url"]), normalise_captions(listed["caption"])
     is_bad = urls.is_null()
-    shown = pc.replace_with_mask(urls, is_bad, normalise_captions(listed["url"].filter(is_bad)))
+    refused = normalise_captions(listed["url"].filter(is_bad))
+    refused = pc.replace_substring_regex(refused, r"//[^/?#@\s]*@", "//")  # a password; such URLs are refused
+    shown = pc.replace_with_mask(urls, is_bad, refused)
     sha256s = normalise_sha256s(listed["sha256"])
     has_hash = pc.not_equal(
         map_texts(str.strip, listed["sha256"], pc.or_(sha256s.is_valid(), pc.equal(listed["sha256"], ""))), ""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unclip.messages import reason_of
+
 MAX_CAPTION_CHARACTERS = 1000
 MAX_URL_CHARACTERS = 2048
 REPLACEMENT = "\ufffd"  # replaces invalid UTF-8 on decoding
@@ -94,5 +96,5 @@ def map_texts(function: Callable[[str], str | None], texts: pa.Array, unchanged:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's first line, cleaned for a message, since errors may quote untrusted text."""
-    return normalise_caption(next(iter(str(error).splitlines()), ""))[:300] or type(error).__name__
+    """Return an error's first line, cleaned for a message, since errors may quote untrusted text and credentials."""
+    return normalise_caption(reason_of(error))[:300] or type(error).__name__

@@ -21,13 +21,14 @@ from pipelines.config import load
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.preset import model_names, pipeline_names
-from pipelines.records import tracking_uris_of
+from pipelines.records import close_run, open_run, tracking_uris_of
 from tasks import tables
+from tasks.run_records import HEARTBEAT, driver
 from tasks.store import Store
-from tasks.tracking import without_password
 from tests.pipelines.command_line import COMMANDS, call_json
 from tests.pipelines.command_line import call as unclip
 from unclip import errors
+from unclip.messages import without_credentials
 from unclip.systems.unclip.sizes import MODEL_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,9 +280,71 @@ def test_every_mlflow_of_the_environment_the_storage_and_its_runs_is_searched(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@a.example")
     uris = tracking_uris_of(store)
     assert uris == ["http://me:secret@a.example", f"sqlite:///{tmp_path}/mlflow.db", "http://b.example/"]
-    assert (
-        without_password(uris[0]) == "http://me@a.example" and [without_password(uri) for uri in uris[1:]] == uris[1:]
+    assert [without_credentials(uri) for uri in uris] == ["http://a.example", *uris[1:]]
+
+
+CANARY = "c4n4ry"
+
+
+def test_f90_credentials_of_mlflow_are_used_and_neither_printed_nor_stored(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri, storage = f"http://me:{CANARY}@127.0.0.1:9", tmp_path / "storage"
+    settings = [f"tracking_uri={uri}", f"ingest.urls={pairs}"]
+    planned = unclip("plan", "text_to_image", *(f"--set={setting}" for setting in settings), "--storage", storage)
+    assert planned.returncode == 0 and '"tracking_uri": "http://127.0.0.1:9"' in planned.stdout
+    config = load("text_to_image", None, settings, str(storage))
+    store = Store(config.storage)
+    run = open_run("text_to_image", config, store)
+    assert run.tracker.tracking_uri == uri and CANARY not in repr(run)
+    close_run(run, store, "failed")
+    record = store.read_json("runs", run.id, "run.json")
+    assert record["tracking_uri"] == record["config"]["tracking_uri"] == "http://127.0.0.1:9"
+    shown = unclip("ui", "--storage", storage, MLFLOW_TRACKING_URI=uri)
+    assert shown.stdout == "runs are tracked at http://127.0.0.1:9\n"
+    printed = capsys.readouterr().out
+    assert "MLflow at http://127.0.0.1:9 does not answer" in printed
+    assert CANARY not in planned.stdout + planned.stderr + printed
+    assert not [path for path in storage.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+
+
+def test_f90_a_password_that_makes_no_uri_is_not_quoted(pairs: Path, tmp_path: Path) -> None:
+    arguments = ["--set", f"ingest.urls={pairs}", "--set", f"tracking_uri=http://me:{CANARY}/{CANARY}@a.example"]
+    result = unclip("run", "text_to_image", *arguments, "--storage", tmp_path / "storage")
+    assert_refused(result, "tracking_uri: got http://a.example, which has a part that is no port", "%2F")
+    assert CANARY not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["storage", "ingest.urls"])
+def test_f90_an_object_store_is_not_given_with_its_secret(name: str, pairs: Path, tmp_path: Path) -> None:
+    settings = {"storage": tmp_path / "storage", "ingest.urls": pairs, name: f"s3://KEY:{CANARY}/{CANARY}@bucket/x"}
+    changes = [
+        "--set",
+        f"ingest.urls={settings['ingest.urls']}",
+        "--set",
+        f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
+    ]
+    for command in ("run", "plan"):
+        result = unclip(command, "text_to_image", *changes, "--storage", settings["storage"])
+        assert_refused(result, "s3://KEY@bucket/x: given with credentials", "AWS_SECRET_ACCESS_KEY")
+        assert CANARY not in result.stdout + result.stderr
+
+
+def test_f90_a_traceback_shows_no_credentials(tmp_path: Path) -> None:
+    code = """
+import pipelines.cli, tasks.run_records
+
+def fail(*_):
+    raise OSError("http://a:" + "c4n" + "4ry@b")
+
+tasks.run_records.last_runs = fail
+pipelines.cli.main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, "status", "--storage", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
+    assert result.returncode == 1 and "OSError: http://b\n" in result.stderr and CANARY not in result.stderr
 
 
 def test_plan_writes_nothing_and_matches_the_run(tmp_path: Path) -> None:
@@ -366,6 +429,45 @@ def test_status_as_json(tmp_path: Path) -> None:
     assert runs[0]["ended"] is None and datetime.datetime.fromisoformat(first["ended"]).timestamp() == 12
     result = unclip("status", "--json", "--storage", tmp_path / "none")
     assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_f93_a_run_whose_machine_is_gone_counts_as_killed(tmp_path: Path) -> None:
+    """The record of a pod that was killed says "running" for ever."""
+    store = Store(str(tmp_path))
+    now = time.time()
+    for number, (change, at) in enumerate(
+        (
+            ({"host": "a-pod"}, now - 400),
+            ({"host": "a-pod"}, now - 100),
+            ({"host": "a-pod"}, None),
+            ({"machine": "another container of the same name"}, now - 400),
+            ({}, now - 400),  # this process; its heartbeat waits for a slow storage
+            ({"process": "1"}, now),  # another process that has its number
+        )
+    ):
+        record = {"pipeline": "tiny", "state": "running", "started": now - 1000, **driver(), **change}
+        store.write_json(record, "runs", f"{number}", "run.json")
+        store.write_json({"stage": "embed", "at": now, "state": "running"}, "runs", f"{number}", "embed.json")
+        if at is not None:
+            store.write_json({"at": at}, "runs", f"{number}", HEARTBEAT)
+    expected = ["killed", "running", "killed", "killed", "running", "killed"]
+    runs = call_json("status", "--last", 6, "--storage", tmp_path)["runs"]
+    assert [run["state"] for run in runs] == [run["stages"][0]["state"] for run in runs] == expected
+
+
+def test_f95_a_file_that_hides_a_package_is_named(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "tasks.py").write_text("")
+    remedy = "Rename it, or start from another folder; docs/cluster.md says how to leave it out of a job."
+    expected = f"{folder}/tasks.py hides the package 'tasks' of unclip, in {ROOT}/tasks. {remedy}"
+    monkeypatch.chdir(folder)  # which Ray's workers search first, and in a job its driver too
+    assert_refused(unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}"), expected)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT)))}
+    command = [sys.executable, "-m", "pipelines", "run", "text_to_image"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == f"ImportError: {expected}", result.stderr
+    assert {path.name for path in folder.iterdir()} == {"tasks.py"}
 
 
 def commands_of(group: click.Group, *above: str) -> set[str]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow.compute as pc
 import pytest
@@ -26,6 +27,7 @@ from tasks import ranges, tables
 from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tests.pipelines import sockets
 from tests.pipelines.command_line import call, call_apart
 from unclip.systems.system import load_system, sample_captions
 from unclip.training.film import FILM_STRIP
@@ -80,12 +82,43 @@ def states(storage: Path, *assignments: str) -> dict[str, str]:
     return {name: state.label for name, state in dags.states(compose(config), Store(str(storage))).items()}
 
 
+CANARY = "c4n4ry"
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Storage of a finished run, with what it printed; the sockets that it listened on, and places that hold the canary."""
     storage = tmp_path_factory.mktemp("finished") / "storage"
-    printed = run("run", "tiny", "--storage", storage)
-    (storage / "printed.txt").write_text(printed)
+    scratch = Path(f"/tmp/unclip-{os.getpid()}-run")  # socket paths must be short
+    environment = {**os.environ, **dict.fromkeys(SECRETS, CANARY), "RAY_TMPDIR": str(scratch), "HOME": str(scratch)}
+    environment["MPLCONFIGDIR"] = matplotlib.get_cachedir()
+    scratch.mkdir()
+    try:
+        output = scratch / "printed.txt"
+        command = [sys.executable, "-m", "pipelines", "run", "tiny", "--storage", storage]
+        with output.open("w") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            with sockets.watched(process.pid) as listeners:
+                code = process.wait()
+        printed = output.read_text()
+        assert code == 0, printed
+        (storage / "printed.txt").write_text(printed)
+        logs = [path for path in scratch.rglob("*") if path.is_file()]
+        assert [path for path in logs if path.name.startswith("worker-")], "Ray's logs are elsewhere"
+        found = [str(path) for path in (*logs, *storage.rglob("*")) if holds(path, CANARY)]
+        left = {"canary": found, "tokens": [str(path) for path in logs if path.name == "auth_token"]}
+        left["listeners"] = [
+            [listener.process, listener.is_loopback, reached] for listener, reached in listeners.items()
+        ]
+        (storage / "left.json").write_text(json.dumps(left))
+    finally:
+        shutil.rmtree(scratch)
     yield storage
+
+
+def holds(path: Path, canary: str) -> bool:
+    return path.is_file() and canary.encode() in path.read_bytes()
 
 
 def test_a_run_goes_from_urls_to_images(finished: Path) -> None:
@@ -112,6 +145,28 @@ def test_a_run_goes_from_urls_to_images(finished: Path) -> None:
         str(finished / "results"),
     ):
         assert words in printed
+
+
+def test_f90_a_run_leaves_no_secret_of_its_environment(finished: Path) -> None:
+    """Neither in the storage, nor in MLflow's database, nor in Ray's logs, nor on the console."""
+    left = json.loads((finished / "left.json").read_text())
+    assert left["canary"] == [] == left["tokens"]
+
+
+def test_f91_a_run_listens_on_the_loopback_address_only(finished: Path) -> None:
+    """Ray's processes, and the stores of the process groups of trainings."""
+    listeners = json.loads((finished / "left.json").read_text())["listeners"]
+    names = " ".join(process for process, _, _ in listeners)
+    assert all(
+        name in names for name in ("gcs_server", "raylet", "RuntimeEnvAgent", "TrainController", "RayTrainWorker")
+    )
+    assert [process for process, is_loopback, _ in listeners if not is_loopback] == []
+
+
+@pytest.mark.skipif(sockets.own_address() is None, reason="this machine has a loopback address only")
+def test_f91_no_socket_of_a_run_is_reached_from_another_address(finished: Path) -> None:
+    listeners = json.loads((finished / "left.json").read_text())["listeners"]
+    assert listeners and [process for process, _, is_reached in listeners if is_reached] == []
 
 
 def test_tables_hold_every_row_once_and_embeddings_match_their_rows(finished: Path) -> None:

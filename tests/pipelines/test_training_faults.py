@@ -265,6 +265,27 @@ def test_f44_a_training_does_not_wait_for_mlflow_which_gets_all_points_once(data
     assert not list(dataset.glob("artifacts/prior/*/unlogged.json"))
 
 
+@pytest.mark.slow
+def test_f90_a_password_of_mlflow_reaches_neither_its_records_nor_the_storage_nor_logs(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """The server accepts any password. Ray Train records what its workers get, so it trains."""
+    forget(dataset)
+    canary, log, port = "c4n4ry", tmp_path / "log", 8774
+    scratch = Path(f"/tmp/unclip-{os.getpid()}-ray")  # socket paths must be short
+    with mlflow_server(tmp_path, port) as address:
+        uri = address.replace("//", f"//me:{canary}@")
+        try:
+            options = ("--on-ray", f"--set=tracking_uri={uri}")
+            train(dataset, *options, log=log, environment={"RAY_TMPDIR": str(scratch)})
+            left = [path for folder in (scratch, dataset, tmp_path) for path in folder.rglob("*") if path.is_file()]
+            assert [path for path in left if path.name.startswith("worker-")], "Ray's logs are elsewhere"
+            assert [str(path) for path in left if canary.encode() in path.read_bytes()] == []
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        assert len(points(address)) == LENGTH // BATCH
+
+
 # ---- in an object store ------------------------------------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ import pickle
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tasks.run_records import driver
 from tasks.stage import (
     Artifact,
     Call,
@@ -129,6 +131,26 @@ def test_a_stage_may_have_several_members(run: Run) -> None:
 def test_a_tracking_server_that_is_down_does_not_stop_the_work(run: Run) -> None:
     down = dataclasses.replace(run, tracker=Tracker("http://127.0.0.1:9", "some-run"))
     assert isinstance(execute(Call(count, CountConfig(3)), down, []), Artifact)
+
+
+def test_f92_an_error_of_mlflow_without_a_message_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(client: Any) -> None:
+        raise TimeoutError
+
+    assert Tracker("http://me:c4n4ry@127.0.0.1:9", "some-run")._try(refuse) is None
+    assert caplog.messages == ["MLflow at http://127.0.0.1:9 did not accept an entry: TimeoutError"]
+
+
+def test_f93_a_process_with_the_number_of_a_dead_driver_is_not_the_driver(run: Run) -> None:
+    store, me = Store(run.storage), driver()
+    for change, expected in (
+        ({}, False),
+        ({"process": "1"}, True),
+        ({"process": "1", "machine": "another container"}, False),  # which alone can tell
+        ({"pid": 2**30}, True),
+    ):
+        store.write_json({"state": "running", **me, **change}, "runs", run.id, "run.json")
+        assert run.is_abandoned() == expected, change
 
 
 def test_a_run_whose_driver_is_gone_is_abandoned(run: Run) -> None:

@@ -183,3 +183,25 @@ def test_the_size_of_a_folder_is_that_of_all_files_below_it(tmp_path: Path, sche
     files.write(f"{uri}/a", bytes(10))
     files.write(f"{uri}/inner/b", bytes(5))
     assert files.size(uri) == 15
+
+
+def test_f94_a_file_and_its_new_folders_are_synced_after_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, list[str]]] = []
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        names = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
+        synced.append((str(path.relative_to(tmp_path)), names))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    files.write(f"{tmp_path}/a/b/file", b"x")
+    assert synced[:2] == [("a", ["b"]), (".", ["a"])]
+    assert synced[2][0].startswith("a/b/file.") and synced[2][0].endswith(".tmp")
+    assert synced[3:] == [("a/b", ["file"])]
+    synced.clear()
+    assert not files.write(f"{tmp_path}/a/b/file", b"y", replace=False) and files.write(f"{tmp_path}/a/b/file", b"z")
+    assert [folder for folder, _ in synced if not folder.endswith(".tmp")] == ["a/b", "a/b"]

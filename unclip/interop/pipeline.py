@@ -44,6 +44,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from unclip import files
 from unclip.config import require, to_dict
 from unclip.diffusion.process import DiffusionConfig, PredictionType
 from unclip.diffusion.sampling import DiffusionSampling
@@ -166,6 +167,7 @@ def export_stack(
         notes = _write_parts(stack, scratch, layout, image_variation, upsampler_1024)
         scratch.chmod(0o755)
         os.replace(scratch, folder)
+        files.sync_folder(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return notes

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from unclip import files
 from unclip.errors import CheckpointError
+from unclip.messages import reason_of
 from unclip.training import parallel
 from unclip.training.checkpoints import MANIFEST, digest_of, read_verified
 from unclip.training.parallel import Workers
@@ -211,7 +212,7 @@ def _read(
                 data = read_verified(folder, record.replace(".json", ".safetensors"), hashes)
                 contents.append((positions, deserialize(data)))
     except FileNotFoundError as error:
-        raise _DamageError(f"{folder}: incomplete: {str(error).splitlines()[0]}.") from None
+        raise _DamageError(f"{folder}: incomplete: {reason_of(error)}.") from None
     except _DamageError:
         raise
     except CheckpointError as error:

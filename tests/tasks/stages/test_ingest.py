@@ -342,7 +342,7 @@ def varied_rows(num_rows: int, seed: int) -> list[ListRow]:
 def row_of(row: ListRow, position: int) -> dict[str, Any]:
     """Definition of a pair before duplicates are dropped, from one row of the list."""
     url, caption, sha256 = normalise_url(row.url), normalise_caption(row.caption), normalise_sha256(row.sha256)
-    shown = url or normalise_caption(row.url)
+    shown = url or re.sub(r"//[^/?#@ ]*@", "//", normalise_caption(row.url))
     key = hashlib.sha256(f"{shown}\n{caption}".encode()).hexdigest()[:32]
     outcome: tuple[str, str | None] = ("kept", None)
     if not shown:
@@ -356,8 +356,29 @@ def row_of(row: ListRow, position: int) -> dict[str, Any]:
     return dict(zip(PAIRS.names, (position, key, shown, caption, *outcome, sha256), strict=True))
 
 
+def test_f90_a_refused_url_is_stored_without_its_password() -> None:
+    listed_rows = [
+        ListRow(f"http://{user}@a.example/1.jpg?b=c@d", "a red circle") for user in ("me:c4n4ry", "c4n4ry", "")
+    ]
+    table = clean(pa.Table.from_pylist([row._asdict() for row in listed_rows], LISTED), 0)
+    assert table["reason"].to_pylist() == ["bad_url"] * 3
+    assert table["url"].to_pylist() == ["http://a.example/1.jpg?b=c@d"] * 3
+
+
 def test_f24_rows_are_cleaned_in_chunks_as_they_are_one_by_one() -> None:
-    hostile = ["", " ", "\u2003", "\0", "\u200b", "\ufffd", "http://[::1/", " HTTP://A/ ", HASH, f" {HASH.upper()}\n"]
+    hostile = [
+        "",
+        " ",
+        "\u2003",
+        "\0",
+        "\u200b",
+        "\ufffd",
+        "http://[::1/",
+        " HTTP://A/ ",
+        "http://a:b@c/@d",
+        HASH,
+        f" {HASH.upper()}\n",
+    ]
     listed_rows = varied_rows(2000, seed=1)
     listed_rows += [ListRow(*texts) for texts in itertools.product(hostile, hostile, hostile)]
     table = pa.Table.from_pylist([row._asdict() for row in listed_rows], LISTED)
