@@ -10,7 +10,7 @@ import torch
 from tests.unclip.systems import tiny_stacks
 from tests.unclip.systems.tiny_stacks import SAMPLING, fitting, with_sampling
 from unclip.errors import CheckpointError, ConfigError
-from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions
+from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions, seal
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.sampling import SamplingConfig, UpsamplerSampling
 from unclip.systems.unclip.stack import Stack
@@ -27,6 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stack(folder: Path) -> Stack:
     return load_system(folder)
+
+
+def describe(folder: Path, facts: object) -> None:
+    """Write another `stack.json` and seal the stack again, as its publisher can."""
+    (folder / "stack.json").write_text(json.dumps(facts))
+    seal(str(folder), [path.name for path in folder.iterdir() if path.is_dir()])
 
 
 def with_upsamplers(stack: Stack, *numbers: int) -> Stack:
@@ -121,10 +127,10 @@ def test_upsamplers_that_do_not_fit_each_other_are_refused(stack: Stack, folder:
     shutil.copytree(folder, tmp_path / "stack")
     facts = json.loads((folder / "stack.json").read_text())
     assert facts["parts"] == ["prior", "decoder", "upsampler-16", "upsampler-32"]
-    (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"parts": ["prior", "decoder", "upsampler-32"]}))
+    describe(tmp_path / "stack", facts | {"parts": ["prior", "decoder", "upsampler-32"]})
     with pytest.raises(CheckpointError, match="upsampler-32: got images of 8 pixels from the decoder"):
         load_system(tmp_path / "stack")
-    (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"parts": ["prior"]}))
+    describe(tmp_path / "stack", facts | {"parts": ["prior"]})
     with pytest.raises(CheckpointError, match="got prior, expected a CLIP, a prior and a decoder"):
         load_system(tmp_path / "stack")
     earlier = {"clip": facts["clip"], "sampling": {"prior_steps": 3}, "upsamplers": facts["parts"][2:]}
