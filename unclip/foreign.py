@@ -95,7 +95,7 @@ def read(cls: type[T], values: Any, where: str | Path, *, ignore_others: bool = 
                 arguments[key] = _convert(hints[key], value, f"{where}: {key}")
             except _MismatchError as error:
                 raise CheckpointError(
-                    f"{where}: got {key} = {shorten(value)}, expected {error}. The file is damaged, or the model is not supported."
+                    f"{where}: got {key} = {shorten(value)}, expected {error}. The file is damaged, or the model not supported."
                 ) from None
         elif not ignore_others:
             raise CheckpointError(f"{where}: got {shorten(key)}, which is not allowed here. {nearest(str(key), hints)}")
@@ -175,7 +175,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def shorten(value: Any) -> str:
     """Text of a value for an error message."""
-    text = repr(value)
+    text = value if isinstance(value, str) and value.isidentifier() else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

@@ -193,6 +193,12 @@ def check_settings(model: str) -> ModelSettings | None:
     return None
 
 
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """Load models only from files of this machine, in a `with` block. Pretrained weights must have been fetched before."""
@@ -233,6 +239,11 @@ def check_name(model: str, pretrained: str | None) -> None:
     if {"hf_tokenizer_name", "hf_model_name"} & text.keys() and importlib.util.find_spec("transformers") is None:
         raise ConfigError(_NEEDS_TRANSFORMERS.format(model))
     looks_like_path = pretrained is not None and ("/" in pretrained or "." in pretrained)
+    if looks_like_path and {"hf_tokenizer_name", "hf_model_name"} & text.keys():
+        raise ConfigError(
+            f"clip.pretrained: got the file {pretrained!r} for {model}, expected a tag of open_clip, as a stack cannot hold a "
+            "model with a tokenizer of transformers. Name a tag, or a model with CLIP's own tokenizer."
+        )
     if looks_like_path and not Path(str(pretrained)).is_file():
         raise ConfigError(f"clip.pretrained: {pretrained!r} does not exist. Name a weights file or a tag of open_clip.")
 
@@ -266,7 +277,12 @@ def create(model: str, pretrained: str | None) -> nn.Module:
     except MemoryError:
         raise
     except Exception as error:  # damaged files make open_clip raise almost any exception
-        raise CheckpointError(f"clip: open_clip could not load {model!r} ({pretrained!r}): {error}") from error
+        remedy = ""
+        if pretrained is not None and _is_offline():
+            code = f"import open_clip; open_clip.create_model({model!r}, {pretrained!r})"
+            remedy = f' A stack is loaded without a network. Fetch its CLIP once: python -c "{code}"'
+        message = f"clip: open_clip could not load {model!r} ({pretrained!r}): {str(error).rstrip('.')}.{remedy}"
+        raise CheckpointError(message) from error
 
 
 def outline(model: str) -> nn.Module:
