@@ -601,7 +601,7 @@ class _Writer:
 
 
 class _Body(io.BytesIO):
-    """Body of a response; img2dataset passes it on to the decoder."""
+    """Body of a response; img2dataset hands it to the resizer."""
 
     def __init__(self, url: str, data: bytes) -> None:
         super().__init__(data)
