@@ -40,7 +40,7 @@ REASONS: Mapping[str, str] = {
     "decode_crash": "the image crashed the process that decoded it",
     "decode_timeout": "decoding exceeded the time limit for one image",
     "decode_memory": "decoding exceeded the memory limit for one image",
-    "decode_budget": "slow images of the same site have used up site_decode_seconds",
+    "decode_budget": "earlier images of the site took long to decode and have used up site_decode_seconds",
     "too_many_pixels": "more pixels than max_pixels",
     "too_many_scans": "a JPEG of more scans than any camera or program writes, which take long to decode",
     "too_small": "the shorter side has fewer pixels than min_side",

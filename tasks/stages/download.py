@@ -116,8 +116,8 @@ class DownloadConfig:
     max_pixels: int = 50_000_000
     """Largest image, width times height."""
     site_decode_seconds: float = 60.0
-    """Time for which one task decodes slow images of a site, those that take more than a second; the site's other images in
-    that task then fail with decode_budget."""
+    """Decoding time beyond one second an image that a process grants each site; the site's other images then fail with
+    decode_budget."""
     retries: int = 1
     """Retries after a failed DNS lookup or connection, a short body, an HTTP 429 or 5xx; Retry-After is respected."""
     max_redirects: int = 5

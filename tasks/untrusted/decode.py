@@ -36,7 +36,7 @@ CHROMA_SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 MAX_SCANS = 40
 """Scans of a JPEG. Encoders write at most about 15, and each costs a pass over all coefficients, however short it is."""
 SLOW_SECONDS = 1.0
-"""Decoding time of an image that no site is charged for."""
+"""Decoding time that each image may take on average; a site is charged for more."""
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TO_UPRIGHT = {
@@ -88,12 +88,12 @@ class DecodingPool:
         """Start the children; raises StageError if a child does not start.
 
         Args:
-            site_seconds: time in which slow images of one site are decoded; its other images are then refused.
+            site_seconds: time beyond `SLOW_SECONDS` an image that the images of one site may take; more are then refused.
 
         For the other arguments, see `decode`.
         """
         self._site_seconds = site_seconds
-        self._spent: dict[str, float] = {}  # seconds by site, of sites with slow images
+        self._spent: dict[str, float] = {}  # seconds by site, of sites that are slow on average
         self._head = _REQUEST.pack(image_size, jpeg_quality, max_pixels, CHROMA_SUBSAMPLINGS.index(chroma_subsampling))
         self._sandbox = Sandbox(answer, num_children, limits)
 
@@ -114,8 +114,14 @@ class DecodingPool:
         except SandboxFault as fault:
             raise RowFault(f"decode_{fault.kind}") from None
         finally:
-            if (seconds := time.monotonic() - started) > SLOW_SECONDS:
-                self._spent[_site(url)] = self._spent.get(_site(url), 0.0) + seconds
+            self._charge(url, time.monotonic() - started - SLOW_SECONDS)
+
+    def _charge(self, url: str, seconds: float) -> None:
+        if seconds > 0 or self._spent:
+            site = _site(url)
+            spent = self._spent.pop(site, 0.0) + seconds
+            if spent > 0:
+                self._spent[site] = spent
 
     @property
     def pids(self) -> list[int]:
