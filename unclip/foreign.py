@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -171,6 +171,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if type(value) is not (type(None) if hint is None else hint):
         raise _MismatchError("nothing" if hint is type(None) else hint.__name__)
     return value
+
+
+def numbers(value: Any, name: str = "config") -> Iterator[tuple[str, float]]:
+    """All numbers in nested objects and lists, with their names."""
+    if isinstance(value, (int, float)):
+        yield name, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from numbers(item, f"{name}.{key}")
 
 
 def shorten(value: Any) -> str:

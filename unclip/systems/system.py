@@ -185,10 +185,14 @@ def load_model(folder: str, parts: Iterable[Part[Any]]) -> nn.Module:
     tensors, facts = checkpoints.load(folder)
     builders = {kind: part.build for part in parts for kind in part.saved_kinds}
     kind = facts.get("kind")
-    if kind not in builders:
-        raise CheckpointError(f"{folder}: got a model of kind {kind!r}, expected {', '.join(builders)}.")
+    if not isinstance(kind, str) or kind not in builders:
+        raise CheckpointError(f"{folder}: got a model of kind {foreign.shorten(kind)}, expected {', '.join(builders)}.")
     if not facts.get("samples_seen") and not facts.get("imported"):
         raise CheckpointError(f"{folder}: this {kind} was never trained, so it would sample noise. Train it first.")
+    weights = sum(tensor.numel() for tensor in tensors.get("model", {}).values())
+    for name, value in foreign.numbers(facts.get("config")):
+        if not abs(value) <= max(2**16, weights):
+            raise CheckpointError(f"{folder}: got {name} = {value:g} for {weights:,} weights. The file is damaged.")
     try:
         model = builders[kind](facts)
         model.load_state_dict(tensors["model"])

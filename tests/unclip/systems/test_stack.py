@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unclip.interop.test_mutated_settings import CHANGES, DELETE, changed, places
 from tests.unclip.systems import tiny_stacks
 from tests.unclip.systems.tiny_stacks import SAMPLING, fitting, with_sampling
 from unclip.errors import CheckpointError, ConfigError, UnclipError
-from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions, save_stack, seal
+from unclip.files import sha256
+from unclip.systems.system import ClipFiles, StackFiles, load_model, load_system, sample_captions, save_stack, seal
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.sampling import SamplingConfig, UpsamplerSampling
-from unclip.systems.unclip.stack import Stack
+from unclip.systems.unclip.stack import PARTS, Stack
 
 CAPTIONS = ["a red circle", "a blue star"]
 
@@ -239,6 +241,26 @@ recording = False
 def record(event: str, arguments: tuple[object, ...]) -> None:
     if recording and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
         ATTEMPTS.append(f"{event} {arguments[1:]}")
+
+
+@pytest.mark.parametrize("part", ["prior", "upsampler-16"])
+def test_f53_wrong_facts_of_a_part_are_refused_in_our_words_or_do_not_matter(
+    folder: Path, tmp_path: Path, part: str
+) -> None:
+    copied = copy_of(folder / part, tmp_path / part)
+    facts = json.loads((copied / "facts.json").read_text())
+    manifest = json.loads((copied / "manifest.json").read_text())
+    kinds, refused = [DELETE, *CHANGES], 0
+    for number, place in enumerate(places(facts)):
+        data = json.dumps(changed(facts, place, kinds[number % len(kinds)])).encode()
+        replace(copied / "facts.json", data)
+        manifest["sha256"]["facts.json"] = sha256(data)
+        replace(copied / "manifest.json", json.dumps(manifest).encode())
+        try:
+            load_model(str(copied), PARTS)
+        except UnclipError:
+            refused += 1
+    assert number > 20 and refused > number / 3
 
 
 def test_f49_loading_a_stack_uses_no_network(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
