@@ -85,7 +85,7 @@ def read(cls: type[T], values: Any, where: str | Path, *, ignore_others: bool = 
     Raises:
         CheckpointError: a key is not allowed or missing, or a value has another type or is out of range; names it.
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{where}: got {shorten(values)}, expected an object with {', '.join(sorted(hints))}.")
     arguments = {}
@@ -173,7 +173,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def numbers(value: Any, name: str = "config") -> Iterator[tuple[str, float]]:
+def numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
     """All numbers in nested objects and lists, with their names."""
     if isinstance(value, (int, float)):
         yield name, value
@@ -184,7 +184,7 @@ def numbers(value: Any, name: str = "config") -> Iterator[tuple[str, float]]:
 
 def shorten(value: Any) -> str:
     """Text of a value for an error message."""
-    text = value if isinstance(value, str) and value.isidentifier() else repr(value)
+    text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

@@ -94,7 +94,7 @@ def confine(*, reads_files: bool) -> str:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     libc.syscall(_CAPSET[column], header, (ctypes.c_uint32 * 6)())
     rules = _filter(column, architecture, reads_files)
-    instructions = (_Instruction * len(rules))(*rules)
+    instructions = (_Instruction * len(rules))(*(_Instruction(*rule) for rule in rules))
     program = _Program(len(rules), instructions)
     for flags in (_ALL_THREADS | _KEEP_SPECULATION, _ALL_THREADS):
         if libc.syscall(_SECCOMP[column], _SET_MODE_FILTER, flags, ctypes.byref(program)) == 0:

@@ -365,7 +365,7 @@ def _describe_tower(path: Path, tower: _TextSettings | _VisionSettings) -> dict[
         raise CheckpointError(
             f"{path}: got layer_norm_eps = {tower.layer_norm_eps!r}, expected 1e-05, as open_clip's CLIP supports nothing else."
         )
-    ours = {
+    ours: dict[str, Any] = {
         "quick_gelu": tower.hidden_act == "quick_gelu",
         "embed_dim": tower.projection_dim,
         "width": tower.hidden_size,

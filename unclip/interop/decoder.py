@@ -537,6 +537,6 @@ def _read_settings(folder: Path, class_name: str, fixed: Mapping[str, Any]) -> d
     path = folder / "config.json"
     settings = foreign.read_json(path)
     if settings.get("_class_name") != class_name:
-        raise CheckpointError(f"{path}: got a {foreign.shorten(settings.get('_class_name'))}, expected a {class_name}.")
+        raise CheckpointError(f"{path}: got a {str(settings.get('_class_name'))[:100]}, expected a {class_name}.")
     foreign.check_fixed(settings, fixed, path)
     return settings

@@ -441,7 +441,7 @@ def _check_index(folder: Path, class_name: str) -> None:
     found = index.get("_class_name")
     if found != class_name:
         raise CheckpointError(
-            f"{folder}/model_index.json: got a {foreign.shorten(found)}, expected a {class_name}. Import the folder of the "
+            f"{folder}/model_index.json: got a {str(found)[:100]}, expected a {class_name}. Import the folder of the "
             "text-to-image pipeline; that of the image variation pipeline is optional and passed as image_variation."
         )
     expected = {**{name: part[1] for name, part in _PARTS[class_name].items()}, "text_proj": "UnCLIPTextProjModel"}

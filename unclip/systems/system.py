@@ -190,7 +190,8 @@ def load_model(folder: str, parts: Iterable[Part[Any]]) -> nn.Module:
     if not facts.get("samples_seen") and not facts.get("imported"):
         raise CheckpointError(f"{folder}: this {kind} was never trained, so it would sample noise. Train it first.")
     weights = sum(tensor.numel() for tensor in tensors.get("model", {}).values())
-    for name, value in foreign.numbers(facts.get("config")):
+    sizes = {name: value for name, value in facts.items() if name != "samples_seen"}
+    for name, value in foreign.numbers(sizes, "facts"):
         if not abs(value) <= max(2**16, weights):
             raise CheckpointError(f"{folder}: got {name} = {value:g} for {weights:,} weights. The file is damaged.")
     try:

@@ -133,7 +133,7 @@ def test_f49_a_stack_cannot_run_its_own_code(hostile: Path) -> None:
     assert result.returncode == 1 and not canary.exists(), result.stderr
     assert "hf_tokenizer_name" in result.stderr.replace("\n", " ") and "not allowed here" in result.stderr
     for use in (check_name, create, tokenizer, outline):
-        with pytest.raises(CheckpointError, match="hf_tokenizer_name, which is not allowed here"):
+        with pytest.raises(CheckpointError, match="'hf_tokenizer_name', which is not allowed here"):
             use(*([f"local-dir:{clip}", None] if use in (check_name, create) else [f"local-dir:{clip}"]))
     assert not canary.exists()
 

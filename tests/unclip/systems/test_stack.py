@@ -220,7 +220,7 @@ def test_f49_a_stack_names_only_what_is_in_its_folder(folder: Path, tmp_path: Pa
         with pytest.raises(UnclipError):
             load_system(copied)
     describe(copied, {**facts, "modules": ["evil"]})
-    with pytest.raises(CheckpointError, match="got modules, which is not allowed here"):
+    with pytest.raises(CheckpointError, match="got 'modules', which is not allowed here"):
         load_system(copied)
 
 
