@@ -73,7 +73,7 @@ class Request:
 
         folder = find_stack(self.storage or DEFAULT_ROOT, self.model)
         from unclip import config
-        from unclip.systems.system import find_system, read_stack, sampling_of
+        from unclip.systems.system import find_system, load_stack, read_stack, sampling_of
 
         stack = read_stack(folder)
         spec = find_system(stack.system)
@@ -92,7 +92,7 @@ class Request:
         for assignment in self.assignments:
             values = config.override(values, assignment)
         sampling: Any = config.load(spec.sampling, values)
-        return spec.load(stack), sampling
+        return load_stack(stack), sampling
 
     def save(self, images: "Tensor", labels: Sequence[str] | None = None, *, columns: int, num_given: int = 0) -> None:
         """Write images [N, 3, S, S] as one grid; with --each, also write all but the first `num_given` as single files."""

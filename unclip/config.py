@@ -31,7 +31,7 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """Suggest the valid name closest to `name`, or list all valid names if none is close."""
     names = sorted(valid)
     by_lower_case = {valid_name.lower(): valid_name for valid_name in names}
-    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200].lower(), by_lower_case, n=1, cutoff=0.5)
     return f"Did you mean {by_lower_case[close[0]]!r}?" if close else f"Valid names: {', '.join(names)}."
 
 

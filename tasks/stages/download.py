@@ -69,7 +69,7 @@ IMAGES = pa.schema(
 )
 
 TRANSIENT = re.compile(
-    r"dns_error|connect_error|timeout|short_body|robots_unreachable|http_429|http_5\d\d|blocked_port"
+    r"dns_error|connect_error|timeout|short_body|robots_unreachable|decode_budget|http_429|http_5\d\d|blocked_port"
 )
 """Reasons that may be transient, or that a setting may remove."""
 Pair = Mapping[str, Any]
@@ -119,6 +119,9 @@ class DownloadConfig:
     """Largest response body."""
     max_pixels: int = 50_000_000
     """Largest image, width times height."""
+    site_decode_seconds: float = 60.0
+    """Decoding time beyond one second an image that a process grants each site; the site's other images then fail with
+    decode_budget."""
     retries: int = 1
     """Retries after a failed DNS lookup or connection, a short body, an HTTP 429 or 5xx; Retry-After is respected."""
     max_redirects: int = 5
@@ -150,7 +153,7 @@ class DownloadConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("tasks_in_flight", "retries", "max_redirects", "attempt"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("timeout_seconds", "connect_timeout_seconds"):
+        for name in ("timeout_seconds", "connect_timeout_seconds", "site_decode_seconds"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
         longest_row = self.timeout_seconds + self.max_crawl_delay_seconds  # for one row
         require(self.stall_seconds > longest_row, "stall_seconds", self.stall_seconds, f"more than {longest_row:g}")
@@ -541,7 +544,13 @@ def fetch_pairs(
         downloader = img2dataset.Downloader(
             sample_writer_class=lambda *_: writer,
             resizer=_decode_with(
-                _decoding_pool(config.image_size, config.jpeg_quality, config.max_pixels, config.chroma_subsampling)
+                _decoding_pool(
+                    config.image_size,
+                    config.jpeg_quality,
+                    config.max_pixels,
+                    config.chroma_subsampling,
+                    config.site_decode_seconds,
+                )
             ),
             thread_count=config.num_threads,
             save_caption=True,
@@ -620,6 +629,14 @@ class _Writer:
         pass
 
 
+class _Body(io.BytesIO):
+    """Body of a response; img2dataset hands it to the resizer."""
+
+    def __init__(self, url: str, data: bytes) -> None:
+        super().__init__(data)
+        self.url = url
+
+
 def _fetch_with(config: DownloadConfig, redirected: dict[str, fetch.Fetched]) -> Any:
     """Create a replacement for `img2dataset.downloader.download_image_with_retry`, which notes the URLs with redirects."""
     fetcher = _fetcher(config)
@@ -630,7 +647,7 @@ def _fetch_with(config: DownloadConfig, redirected: dict[str, fetch.Fetched]) ->
             fetched = fetcher.get(url)
             if fetched.final_url is not None:
                 redirected[url] = dataclasses.replace(fetched, body=b"")
-            return index, io.BytesIO(fetched.body), None
+            return index, _Body(url, fetched.body), None
         except rows.RowFault as fault:
             return index, None, fault.reason
 
@@ -645,17 +662,19 @@ def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
 
 
 @functools.cache
-def _decoding_pool(image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str) -> decode.DecodingPool:
+def _decoding_pool(
+    image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str, site_seconds: float
+) -> decode.DecodingPool:
     """One pool for all shards of a process; its child processes end with the process, whose pipe they read."""
-    return decode.DecodingPool(image_size, jpeg_quality, max_pixels, chroma_subsampling)
+    return decode.DecodingPool(image_size, jpeg_quality, max_pixels, chroma_subsampling, site_seconds=site_seconds)
 
 
 def _decode_with(pool: decode.DecodingPool) -> Any:
     """Create a replacement for img2dataset's resizer; it passes the decoded image to the writer unchanged."""
 
-    def resize(stream: io.BytesIO, _boxes: Any = None) -> tuple[Any, ...]:
+    def resize(stream: _Body, _boxes: Any = None) -> tuple[Any, ...]:
         try:
-            image = pool.decode(stream.getvalue())
+            image = pool.decode(stream.getvalue(), stream.url)
         except rows.RowFault as fault:
             return None, None, None, None, None, fault.reason
         sizes = (image.width, image.height, image.original_width, image.original_height)

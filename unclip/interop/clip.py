@@ -23,15 +23,17 @@ Refused: towers other than plain CLIP Transformers (ResNets, timm, layer scale, 
 Letters: L text tokens, W width of a tower, E embedding width.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from unclip import foreign
 from unclip.errors import CheckpointError, InputError
 from unclip.interop import folders
 from unclip.interop.folders import TRANSFORMERS_WEIGHTS
@@ -214,23 +216,22 @@ def text_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors]:
     Raises:
         CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
     """
-    settings = folders.read_json(folder / "config.json")
+    path = folder / "config.json"
+    settings = foreign.read_json(path)
     settings = settings.get("text_config") or settings  # older folders hold the settings of a whole CLIPModel
-    defaults = {"vocab_size": 49408, "hidden_size": 512, "max_position_embeddings": 77, "intermediate_size": 2048}
-    defaults |= {"num_attention_heads": 8}
-    ours, sizes = _describe_tower(folder, settings, defaults)
-    if settings.get("eos_token_id", 49407) not in (2, sizes["vocab_size"] - 1):
+    tower = foreign.read(_TextSettings, settings, path, ignore_others=True)
+    ours = _describe_tower(path, tower)
+    if tower.eos_token_id not in (2, tower.vocab_size - 1):
         raise CheckpointError(
-            f"{folder}/config.json: got eos_token_id = {settings['eos_token_id']}, expected the last of the vocabulary, "
-            f"{sizes['vocab_size'] - 1}, or 2."
+            f"{path}: got eos_token_id = {tower.eos_token_id}, expected the last of the vocabulary, {tower.vocab_size - 1}, or 2."
         )
     ours |= {
-        "context_length": sizes["max_position_embeddings"],
-        "vocab_size": sizes["vocab_size"],
-        "heads": sizes["num_attention_heads"],
+        "context_length": tower.max_position_embeddings,
+        "vocab_size": tower.vocab_size,
+        "heads": tower.num_attention_heads,
     }
     tensors = folders.read_weights(folder, TRANSFORMERS_WEIGHTS)
-    folders.check_depth(folder / "config.json", settings, "num_hidden_layers", tensors)
+    folders.check_depth(path, settings, "num_hidden_layers", tensors)
     return ours, _tower_to_ours(folder, _TEXT_TOWER, ours["layers"], tensors)
 
 
@@ -240,17 +241,18 @@ def vision_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors, Ima
     Raises:
         CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
     """
-    settings = folders.read_json(folder / "config.json")
+    path = folder / "config.json"
+    settings = foreign.read_json(path)
     settings = settings.get("vision_config") or settings
-    defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-    ours, sizes = _describe_tower(folder, settings, defaults | {"image_size": 224, "patch_size": 32})
+    tower = foreign.read(_VisionSettings, settings, path, ignore_others=True)
+    ours = _describe_tower(path, tower)
     ours |= {
-        "image_size": sizes["image_size"],
-        "patch_size": sizes["patch_size"],
-        "head_width": sizes["hidden_size"] // sizes["num_attention_heads"],
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "head_width": tower.hidden_size // tower.num_attention_heads,
     }
     tensors = folders.read_weights(folder, TRANSFORMERS_WEIGHTS)
-    folders.check_depth(folder / "config.json", settings, "num_hidden_layers", tensors)
+    folders.check_depth(path, settings, "num_hidden_layers", tensors)
     image_embeddings: ImageEmbeddings = "raw"
     original = _remove_normalisation(tensors, ours["layers"], ours["embed_dim"])
     if original is not None:
@@ -308,31 +310,70 @@ def _with_class(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"architectures": [class_name], "attention_dropout": 0.0, "torch_dtype": "float32"}
 
 
-def _describe_tower(
-    folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, int]
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """open_clip's settings of a tower, as far as both kinds have them, and all sizes that were read."""
-    path = folder / "config.json"
-    defaults = {"num_hidden_layers": 12, "projection_dim": 512, **defaults}
-    sizes = {name: settings.get(name, default) for name, default in defaults.items()}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise CheckpointError(f"{path}: got {name} = {size!r}, expected a positive number. The file is damaged.")
-    activation = settings.get("hidden_act", "quick_gelu")
-    if activation not in _ACTIVATIONS.values() or settings.get("layer_norm_eps", 1e-5) != 1e-5:
+@dataclasses.dataclass(frozen=True)
+class _TowerSettings:
+    """Settings of transformers' CLIP towers that are read; the others belong to training."""
+
+    num_hidden_layers: foreign.Depth = 12
+    projection_dim: foreign.Size = 512
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextSettings(_TowerSettings):
+    hidden_size: foreign.Size = 512
+    intermediate_size: foreign.Size = 2048
+    num_attention_heads: foreign.Size = 8
+    max_position_embeddings: foreign.Size = 77
+    vocab_size: foreign.Size = 49408
+    eos_token_id: int = 49407
+
+
+@dataclasses.dataclass(frozen=True)
+class _VisionSettings(_TowerSettings):
+    hidden_size: foreign.Size = 768
+    intermediate_size: foreign.Size = 3072
+    num_attention_heads: foreign.Size = 12
+    image_size: foreign.Resolution = 224
+    patch_size: foreign.Resolution = 32
+
+
+_Deviation = Annotated[float, foreign.Range(1e-3, 1e3)]
+_Crop = foreign.Resolution | dict[str, foreign.Resolution]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProcessorSettings:
+    """Settings of a CLIPImageProcessor that are read."""
+
+    image_mean: tuple[float, float, float]
+    image_std: tuple[_Deviation, _Deviation, _Deviation]
+    size: _Crop = dataclasses.field(default_factory=lambda: {"shortest_edge": 224})
+    crop_size: _Crop | None = None
+    resample: int = 3
+    do_center_crop: bool = True
+    do_resize: Literal[True] = True
+    do_rescale: Literal[True] = True
+    do_normalize: bool = True
+    rescale_factor: Annotated[float, foreign.Range(0.0039, 0.00393)] = 1 / 255
+
+
+def _describe_tower(path: Path, tower: _TextSettings | _VisionSettings) -> dict[str, Any]:
+    """open_clip's settings of a tower, as far as both kinds have them."""
+    if tower.layer_norm_eps != 1e-5:
         raise CheckpointError(
-            f"{path}: got hidden_act = {activation!r} and layer_norm_eps = {settings.get('layer_norm_eps')!r}, expected "
-            "'quick_gelu' or 'gelu' and 1e-05, as open_clip's CLIP supports nothing else."
+            f"{path}: got layer_norm_eps = {tower.layer_norm_eps!r}, expected 1e-05, as open_clip's CLIP supports nothing else."
         )
-    ours = {
-        "quick_gelu": activation == "quick_gelu",
-        "embed_dim": sizes["projection_dim"],
-        "width": sizes["hidden_size"],
-        "layers": sizes["num_hidden_layers"],
+    ours: dict[str, Any] = {
+        "quick_gelu": tower.hidden_act == "quick_gelu",
+        "embed_dim": tower.projection_dim,
+        "width": tower.hidden_size,
+        "layers": tower.num_hidden_layers,
     }
-    if sizes["intermediate_size"] != 4 * sizes["hidden_size"]:
-        ours["mlp_ratio"] = (sizes["intermediate_size"] + 0.5) / sizes["hidden_size"]  # open_clip rounds it down
-    return ours, sizes
+    if tower.intermediate_size != 4 * tower.hidden_size:
+        ours["mlp_ratio"] = (tower.intermediate_size + 0.5) / tower.hidden_size  # open_clip rounds it down
+    return ours
 
 
 def _tower_to_ours(folder: Path, tower: _Tower, num_layers: int, tensors: Mapping[str, Tensor]) -> Tensors:
@@ -472,17 +513,29 @@ def _check_tokenizer(clip: Clip) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _TokenizerFile:
+    model: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _BytePairs:
+    vocab: dict[str, int]
+    merges: tuple[str | tuple[str, str], ...]
+
+
 def _check_vocabulary(folder: Path) -> None:
     """Refuse a tokenizer that is not CLIP's own, from `vocab.json` and `merges.txt` or from `tokenizer.json`."""
     if (folder / "vocab.json").is_file():
-        vocabulary: Any = folders.read_json(folder / "vocab.json")
-        lines = folders.read_text(folder / "merges.txt").splitlines()
+        vocabulary: Any = foreign.read_json(folder / "vocab.json")
+        lines = foreign.read_text(folder / "merges.txt").splitlines()
         merges = [line for line in lines if line and not line.startswith("#version")]
     else:
-        model = folders.read_json(folder / "tokenizer.json").get("model")
-        model = model if isinstance(model, dict) else {}
-        vocabulary, found = model.get("vocab"), model.get("merges") or []
-        merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in found]
+        path = folder / "tokenizer.json"
+        tokenizer = foreign.read(_TokenizerFile, foreign.read_json(path), path, ignore_others=True)
+        found = foreign.read(_BytePairs, tokenizer.model, f"{path}: model", ignore_others=True)
+        vocabulary = found.vocab
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found.merges]
     if (vocabulary, merges) != _byte_pairs():
         raise CheckpointError(
             f"{folder}: got a vocabulary or merges that are not CLIP's own, which open_clip uses. Import another pipeline."
@@ -518,25 +571,22 @@ def _image_processor(clip: Clip) -> dict[str, Any]:
 
 def _preprocessing(path: Path, vision: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip's settings that prepare images as a CLIPImageProcessor does."""
-    settings = folders.read_json(path)
-    resolution, size = vision["image_size"], settings.get("size", {"shortest_edge": 224})
+    settings = foreign.read(_ProcessorSettings, foreign.read_json(path), path, ignore_others=True)
+    resolution = vision["image_size"]
     squash = {"height": resolution, "width": resolution}
-    crops = settings.get("do_center_crop", True)
-    if size in (resolution, {"shortest_edge": resolution}) and crops:
+    if settings.size in (resolution, {"shortest_edge": resolution}) and settings.do_center_crop:
         mode = "shortest"
-    elif size == squash:
+    elif settings.size == squash:
         mode = "squash"
     else:
         raise CheckpointError(
-            f"{path}: got size = {size!r}, expected the {resolution} pixels of image_encoder/config.json."
+            f"{path}: got size = {settings.size!r}, expected the {resolution} pixels of image_encoder/config.json."
         )
-    interpolation = {2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 3))
-    lists = [settings.get("image_mean"), settings.get("image_std")]
-    numbers = all(isinstance(each, list) and len(each) == 3 for each in lists)
-    if interpolation is None or not numbers or not settings.get("do_normalize", True):
+    interpolation = {2: "bilinear", 3: "bicubic"}.get(settings.resample)
+    if interpolation is None or not settings.do_normalize:
         raise CheckpointError(
-            f"{path}: got resample = {settings.get('resample')!r}, do_normalize = {settings.get('do_normalize')!r}, image_mean "
-            f"= {lists[0]!r}, image_std = {lists[1]!r}, expected resample 2 or 3, do_normalize True, and three numbers for "
-            "each of image_mean and image_std, as open_clip supports nothing else."
+            f"{path}: got resample = {settings.resample}, do_normalize = {settings.do_normalize}, expected resample 2 or 3 and "
+            "do_normalize True, as open_clip supports nothing else."
         )
-    return {"resize_mode": mode, "interpolation": interpolation, "mean": lists[0], "std": lists[1]}
+    mean, std = list(settings.image_mean), list(settings.image_std)
+    return {"resize_mode": mode, "interpolation": interpolation, "mean": mean, "std": std}

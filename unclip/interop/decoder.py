@@ -10,13 +10,15 @@ represent are refused: those that read no captions, read them through their own 
 Letters: E CLIP embedding width, D time-embedding width.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from unclip import foreign
 from unclip.config import require
 from unclip.diffusion.process import DiffusionConfig, PredictionType, VarianceType
 from unclip.errors import CheckpointError, ConfigError, InputError
@@ -95,27 +97,27 @@ def import_decoder(
     Raises:
         CheckpointError: files are missing or damaged, or describe a network that `Decoder` cannot represent.
     """
-    description, tensors = _read(Path(folder, "decoder"), "UNet2DConditionModel")
-    _check(description, Path(folder, "decoder"), _FIXED_CONDITION_UNET)
-    projection, projection_tensors = _read(Path(folder, "text_proj"), "UnCLIPTextProjModel")
-    _check(projection, Path(folder, "text_proj"), {"clip_extra_context_tokens": NUM_IMAGE_TOKENS})
-    embedding_dim = int(projection["clip_embeddings_dim"])
+    network, tensors = _read_unet(Path(folder, "decoder"), "UNet2DConditionModel", _FIXED_CONDITION_UNET)
+    embedding_dim, projection_tensors = _read_projection(Path(folder, "text_proj"))
     length, width = null_text.text_encodings.shape[1:]
     config = DecoderConfig(
-        unet=_unet_config(description, Path(folder, "decoder")),
-        context_dim=int(description["cross_attention_dim"]),
+        unet=_unet_config(network, Path(folder, "decoder")),
+        context_dim=network.cross_attention_dim,
         text="clip",
         diffusion=diffusion or diffusion_config(Path(folder, "decoder_scheduler")),
     )
-    if description["out_channels"] != 3 * config.diffusion.outputs_per_channel:
+    if network.out_channels != 3 * config.diffusion.outputs_per_channel:
         raise CheckpointError(
-            f"{folder}: got a network of {description['out_channels']} output channels, expected "
+            f"{folder}: got a network of {network.out_channels} output channels, expected "
             f"{3 * config.diffusion.outputs_per_channel} for the scheduler's variance {config.diffusion.variance!r}."
         )
     decoder = _build(folder, lambda: Decoder(config, embedding_dim, TextShape(length, width, 0)))
     statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
     mean, std = _affine(statistics)
-    projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # folding the inverse undoes the fold
+    try:
+        projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # folding the inverse undoes the fold
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}/text_proj: the weights do not fit their config.json: {error}") from error
     state = {f"unet.{name}": value for name, value in _unet_from_theirs(decoder.unet, tensors, folder).items()}
     state |= {
         ours: projection_tensors.pop(theirs) for ours, theirs in _PROJECTION.items() if theirs in projection_tensors
@@ -184,11 +186,10 @@ def import_upsampler(
     Raises:
         CheckpointError: files are missing or damaged, or describe a network that `Upsampler` cannot represent.
     """
-    description, tensors = _read(Path(folder), "UNet2DModel")
-    _check(description, Path(folder), _FIXED_UNET)
-    resolution = int(description["sample_size"])
-    unet = _unet_config(description, Path(folder), crop_size)
-    has_levels = description.get("class_embed_type") == "timestep"
+    network, tensors = _read_unet(Path(folder), "UNet2DModel", _FIXED_UNET)
+    resolution = network.sample_size
+    unet = _unet_config(network, Path(folder), crop_size)
+    has_levels = network.class_embed_type == "timestep"
     config = UpsamplerConfig(
         unet=unet,
         low_res_size=resolution // scale,
@@ -245,19 +246,52 @@ def diffusion_config(folder: Path) -> DiffusionConfig:
     Raises:
         CheckpointError: the file is missing or damaged, or describes a process that is not supported here.
     """
-    settings = folders.read_json(folder / SCHEDULER)
+    settings = foreign.read_json(folder / SCHEDULER)
     fixed = {"_class_name": "UnCLIPScheduler", "beta_schedule": "squaredcos_cap_v2"}
-    _check(settings, folder, fixed | {"clip_sample": True, "clip_sample_range": 1.0}, SCHEDULER)
+    foreign.check_fixed(settings, fixed | {"clip_sample": True, "clip_sample_range": 1.0}, folder / SCHEDULER)
+    process = foreign.read(_Scheduler, settings, folder / SCHEDULER, ignore_others=True)
     predictions = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
     variances = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
-    try:
-        return DiffusionConfig(
-            num_timesteps=settings.get("num_train_timesteps", 1000),
-            prediction_type=predictions[settings.get("prediction_type", "epsilon")],
-            variance=variances[settings.get("variance_type", "fixed_small_log")],
-        )
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / SCHEDULER}: this process is not supported here: {error}") from error
+    return DiffusionConfig(
+        num_timesteps=process.num_train_timesteps,
+        prediction_type=predictions[process.prediction_type],
+        variance=variances[process.variance_type],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheduler:
+    """Settings of an UnCLIPScheduler that are read."""
+
+    num_train_timesteps: foreign.Timesteps = 1000
+    prediction_type: Literal["epsilon", "sample"] = "epsilon"
+    variance_type: Literal["fixed_small_log", "learned_range"] = "fixed_small_log"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """Settings of diffusers' two U-Nets that are read; the others have one supported value each (`_FIXED`)."""
+
+    sample_size: foreign.Resolution
+    in_channels: foreign.Size
+    out_channels: foreign.Size
+    layers_per_block: foreign.Depth
+    block_out_channels: tuple[foreign.Size, ...]
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    cross_attention_dim: foreign.Size = 1
+    attention_head_dim: foreign.Size | None = 8
+    norm_num_groups: foreign.Size = 32
+    dropout: Annotated[float, foreign.Range(0, 1)] = 0.0
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    class_embed_type: Literal["identity", "timestep"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projection:
+    """Settings of an UnCLIPTextProjModel that are read."""
+
+    clip_embeddings_dim: foreign.Size
 
 
 _PROJECTION = {
@@ -340,23 +374,6 @@ _FIXED_CONDITION_UNET = _FIXED | {
 }
 
 
-_UNET_SETTINGS = {
-    "sample_size",
-    "in_channels",
-    "out_channels",
-    "layers_per_block",
-    "block_out_channels",
-    "down_block_types",
-    "up_block_types",
-}
-
-_REQUIRED = {
-    "UNet2DConditionModel": _UNET_SETTINGS | {"cross_attention_dim"},
-    "UNet2DModel": _UNET_SETTINGS,
-    "UnCLIPTextProjModel": {"clip_embeddings_dim"},
-}
-
-
 def _describe_unet(config: UNetConfig, unet: UNet) -> dict[str, Any]:
     """Settings that both of diffusers' U-Nets have."""
     attends = [
@@ -379,31 +396,32 @@ def _describe_unet(config: UNetConfig, unet: UNet) -> dict[str, Any]:
 _PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
 
 
-def _unet_config(description: Mapping[str, Any], folder: Path, image_size: int | None = None) -> UNetConfig:
-    resolution = image_size or int(description["sample_size"])
-    widths, down = description["block_out_channels"], description["down_block_types"]
+def _unet_config(network: _Network, folder: Path, image_size: int | None = None) -> UNetConfig:
+    resolution = image_size or network.sample_size
+    widths, down = network.block_out_channels, network.down_block_types
     mirrored = [kind.replace("Down", "Up").replace("downsample", "upsample") for kind in reversed(down)]
     valid = {"SimpleCrossAttnDownBlock2D", _PLAIN[0]}
-    if not valid.issuperset(down) or mirrored != list(description["up_block_types"]):
+    fits = valid.issuperset(down) and mirrored == list(network.up_block_types) and len(widths) == len(down) > 0
+    if not fits:
         raise CheckpointError(
-            f"{folder}: got blocks {down} and {description['up_block_types']}, expected mirrored blocks of the types "
-            f"{sorted(valid)}."
+            f"{folder}: got blocks {down} and {network.up_block_types} of {widths} channels, expected as many numbers of "
+            f"channels as blocks, and mirrored blocks of the types {sorted(valid)}."
         )
     try:
         return UNetConfig(
             image_size=resolution,
-            channels=int(widths[0]),
+            channels=widths[0],
             channel_mult=tuple(width // widths[0] for width in widths),
-            num_res_blocks=int(description["layers_per_block"]),
+            num_res_blocks=network.layers_per_block,
             attention_resolutions=tuple(
                 resolution // 2**level for level, kind in enumerate(down) if kind == "SimpleCrossAttnDownBlock2D"
             ),
-            head_channels=int(description.get("attention_head_dim") or 8),
-            scale_shift_norm=description.get("resnet_time_scale_shift", "default") == "scale_shift",
-            norm_groups=int(description.get("norm_num_groups", 32)),
-            dropout=float(description.get("dropout", 0.0)),
+            head_channels=network.attention_head_dim or 8,
+            scale_shift_norm=network.resnet_time_scale_shift == "scale_shift",
+            norm_groups=network.norm_num_groups,
+            dropout=network.dropout,
         )
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
 
 
@@ -485,7 +503,7 @@ def _build(folder: str | Path, build: Callable[[], Network]) -> Network:
     try:
         with torch.device("meta"):
             return build()
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
 
 
@@ -499,22 +517,26 @@ def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Pa
         raise CheckpointError(f"{folder}: got unknown weights {sorted(unknown)}.")
 
 
-def _check(description: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any], file: str = "config.json") -> None:
-    for name, value in fixed.items():
-        if description.get(name, value) != value:
-            raise CheckpointError(
-                f"{folder}/{file}: got {name} = {description[name]!r}, expected {value!r}, as nothing else is supported here."
-            )
-
-
-def _read(folder: Path, class_name: str) -> tuple[dict[str, Any], Tensors]:
-    """Read config.json, and the weights in float32 from one file or from shards."""
-    description = folders.read_json(folder / "config.json")
-    if description.get("_class_name") != class_name:
-        raise CheckpointError(f"{folder}/config.json: got a {description.get('_class_name')}, expected a {class_name}.")
-    missing = _REQUIRED[class_name] - set(description)
-    if missing:
-        raise CheckpointError(f"{folder}/config.json: {', '.join(sorted(missing))} missing.")
+def _read_unet(folder: Path, class_name: str, fixed: Mapping[str, Any]) -> tuple[_Network, Tensors]:
+    """Read config.json of a U-Net, and its weights in float32 from one file or from shards."""
+    settings = _read_settings(folder, class_name, fixed)
+    network = foreign.read(_Network, settings, folder / "config.json", ignore_others=True)
     tensors = folders.read_weights(folder, DIFFUSERS_WEIGHTS)
-    folders.check_depth(folder / "config.json", description, "layers_per_block", tensors)
-    return description, tensors
+    folders.check_depth(folder / "config.json", settings, "layers_per_block", tensors)
+    return network, tensors
+
+
+def _read_projection(folder: Path) -> tuple[int, Tensors]:
+    """Read an UnCLIPTextProjModel: width of the embeddings, and weights."""
+    settings = _read_settings(folder, "UnCLIPTextProjModel", {"clip_extra_context_tokens": NUM_IMAGE_TOKENS})
+    projection = foreign.read(_Projection, settings, folder / "config.json", ignore_others=True)
+    return projection.clip_embeddings_dim, folders.read_weights(folder, DIFFUSERS_WEIGHTS)
+
+
+def _read_settings(folder: Path, class_name: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / "config.json"
+    settings = foreign.read_json(path)
+    if settings.get("_class_name") != class_name:
+        raise CheckpointError(f"{path}: got a {str(settings.get('_class_name'))[:100]}, expected a {class_name}.")
+    foreign.check_fixed(settings, fixed, path)
+    return settings

@@ -1,6 +1,6 @@
 """Model folders in the format of diffusers and transformers: JSON and safetensors, read with size limits.
 
-Nothing is unpickled, no code in a folder is run, and no file outside the folder is opened.
+Nothing is unpickled, no code in a folder is run, and no file outside the folder is opened. `unclip.foreign` reads the JSON.
 """
 
 import json
@@ -11,46 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unclip import foreign
 from unclip.errors import CheckpointError
 from unclip.training.objective import Tensors
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
-
-MAX_TEXT_BYTES = 64 * 2**20
-"""Size limit of a JSON or text file; the largest file needed, a tokenizer, has about 3 MB."""
-
-
-def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        CheckpointError: the path is missing, not a file, too large or not UTF-8; names it.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise CheckpointError(
-                f"{path}: got {size:,} bytes, expected at most {MAX_TEXT_BYTES:,}. The file is damaged."
-            )
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}. Copy the whole folder again.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        CheckpointError: as for `read_text`, or the file holds something else.
-    """
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON: {error}. The file is damaged.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: got a {type(content).__name__}, expected a JSON object. The file is damaged.")
-    return content
 
 
 def read_weights(folder: Path, name: str) -> Tensors:
@@ -68,10 +34,11 @@ def read_weights(folder: Path, name: str) -> Tensors:
     shards = {name}
     index = folder / f"{name}.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        if not shards or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
+        weight_map = foreign.read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or any(not isinstance(shard, str) or Path(shard).name != shard for shard in names):
             raise CheckpointError(f"{index}: expected a weight_map to files in the same folder. The file is damaged.")
+        shards = set(names)
     tensors: Tensors = {}
     for shard in sorted(shards):
         try:
@@ -91,7 +58,7 @@ def check_depth(where: str | Path, settings: Mapping[str, Any], name: str, tenso
     """
     depth = settings.get(name, 1)
     counts = depth if isinstance(depth, list) else [depth]
-    if not all(isinstance(count, int) and 1 <= count <= len(tensors) for count in counts):
+    if not all(type(count) is int and 1 <= count <= len(tensors) for count in counts):
         raise CheckpointError(
             f"{where}: got {name} = {depth!r} for {len(tensors)} tensors, expected a number of layers from 1 to "
             f"{len(tensors)}. The file is damaged."

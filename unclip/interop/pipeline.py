@@ -44,7 +44,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from unclip import files
+from unclip import files, foreign
 from unclip.config import require, to_dict
 from unclip.diffusion.process import DiffusionConfig, PredictionType
 from unclip.diffusion.sampling import DiffusionSampling
@@ -438,12 +438,12 @@ def _scheduler_1024(process: DiffusionConfig) -> dict[str, Any]:
 
 def _check_index(folder: Path, class_name: str) -> None:
     """Check that a folder holds a pipeline of this class with all its parts."""
-    index = folders.read_json(folder / "model_index.json")
+    index = foreign.read_json(folder / "model_index.json")
     found = index.get("_class_name")
     if found != class_name:
         raise CheckpointError(
-            f"{folder}/model_index.json: got a {found}, expected a {class_name}. Import the folder of the text-to-image "
-            "pipeline; that of the image variation pipeline is optional and passed as image_variation."
+            f"{folder}/model_index.json: got a {str(found)[:100]}, expected a {class_name}. Import the folder of the "
+            "text-to-image pipeline; that of the image variation pipeline is optional and passed as image_variation."
         )
     expected = {**{name: part[1] for name, part in _PARTS[class_name].items()}, "text_proj": "UnCLIPTextProjModel"}
     for name, part in expected.items():
@@ -452,7 +452,9 @@ def _check_index(folder: Path, class_name: str) -> None:
             old = part == "CLIPImageProcessor" and isinstance(entry, list) and entry[-1:] == ["CLIPFeatureExtractor"]
             fast = part == "CLIPTokenizer" and isinstance(entry, list) and entry[-1:] == ["CLIPTokenizerFast"]
             if not old and not fast:
-                raise CheckpointError(f"{folder}/model_index.json: got {name} = {entry!r}, expected a {part}.")
+                raise CheckpointError(
+                    f"{folder}/model_index.json: got {name} = {foreign.shorten(entry)}, expected a {part}."
+                )
 
 
 def _import_upsampler(folder: Path, low_res_size: int) -> Upsampler:
@@ -476,17 +478,33 @@ def _import_upsampler(folder: Path, low_res_size: int) -> Upsampler:
     return both
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scheduler1024:
+    """Settings of the second upsampler's scheduler that are read; all must be those of `_scheduler_1024`."""
+
+    num_train_timesteps: foreign.Timesteps = 1000
+    beta_schedule: str = "squaredcos_cap_v2"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resolution:
+    sample_size: foreign.Resolution
+
+
 def _import_upsampler_1024(folder: Path, low_res_size: int) -> Upsampler:
     path = folder / "scheduler" / decoders.SCHEDULER
-    settings = folders.read_json(path)
+    settings = foreign.read_json(path)
+    scheduler = foreign.read(_Scheduler1024, settings, path, ignore_others=True)
     predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
-    variance = settings.get("variance_type")
     process = DiffusionConfig(
-        num_timesteps=settings.get("num_train_timesteps", 1000),
-        schedule="linear" if settings.get("beta_schedule") == "linear" else "cosine",
-        prediction_type=predictions.get(settings.get("prediction_type", "epsilon"), "eps"),
-        zero_terminal_snr=settings.get("rescale_betas_zero_snr") is True,
-        variance=variance if variance in ("fixed_small", "fixed_large", "learned_range") else "fixed_small",
+        num_timesteps=scheduler.num_train_timesteps,
+        schedule="linear" if scheduler.beta_schedule == "linear" else "cosine",
+        prediction_type=predictions[scheduler.prediction_type],
+        zero_terminal_snr=scheduler.rescale_betas_zero_snr,
+        variance=scheduler.variance_type,
     )
     if {name: settings.get(name) for name in _scheduler_1024(process)} != _scheduler_1024(process):
         raise CheckpointError(f"{path}: expected the scheduler of an upsampler that was exported by this library.")
@@ -495,10 +513,11 @@ def _import_upsampler_1024(folder: Path, low_res_size: int) -> Upsampler:
 
 
 def _scale(folder: Path, low_res_size: int) -> int:
-    size = folders.read_json(folder / "config.json").get("sample_size")
-    if not isinstance(size, int) or size % low_res_size or size <= low_res_size:
+    path = folder / "config.json"
+    size = foreign.read(_Resolution, foreign.read_json(path), path, ignore_others=True).sample_size
+    if size % low_res_size or size <= low_res_size:
         raise CheckpointError(
-            f"{folder}/config.json: got sample_size = {size!r}, expected a multiple of the {low_res_size} pixels of its input."
+            f"{path}: got sample_size = {size!r}, expected a multiple of the {low_res_size} pixels of its input."
         )
     return size // low_res_size
 

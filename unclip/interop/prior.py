@@ -10,13 +10,15 @@ Diffusers itself is not needed: a folder holds `config.json` and `diffusion_pyto
 Letters: L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from unclip import foreign
 from unclip.diffusion.process import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError
 from unclip.interop import folders
@@ -28,6 +30,27 @@ _PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"
 
 KARLO_SCHEDULER = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample", "clip_sample_range": 5.0}
 """Settings of the prior's scheduler in diffusers' conversion of Karlo; missing ones have the scheduler's defaults."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transformer:
+    """Settings of a PriorTransformer that are read; the others have one supported value each (`_config_of`)."""
+
+    num_attention_heads: foreign.Size = 32
+    attention_head_dim: foreign.Size = 64
+    num_layers: foreign.Depth = 20
+    embedding_dim: foreign.Size = 768
+    num_embeddings: foreign.Size = 77
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheduler:
+    """Settings of its UnCLIPScheduler that are read."""
+
+    num_train_timesteps: foreign.Timesteps = 1000
+    clip_sample: bool = True
+    clip_sample_range: Annotated[float, foreign.Range(1e-6, 1e6)] = 1.0
+
 
 _LAYERS = {
     "text.from_text_encodings": "encoder_hidden_states_proj",
@@ -116,18 +139,19 @@ def from_diffusers(
         InputError: clip_mean or clip_std were never set, as in every new PriorTransformer.
         CheckpointError: the weights do not fit the settings.
     """
+    transformer = foreign.read(_Transformer, settings, "PriorTransformer", ignore_others=True)
     folders.check_depth("PriorTransformer", settings, "num_layers", weights)
-    config, embedding_dim = _config_of(settings, scheduler), settings.get("embedding_dim", 768)
+    config, embedding_dim = _config_of(transformer, settings, scheduler), transformer.embedding_dim
     try:
         with torch.device("meta"):  # so that damaged settings cannot allocate memory
-            prior = DiffusionPrior(config, embedding_dim, embedding_dim, settings.get("num_embeddings", 77))
+            prior = DiffusionPrior(config, embedding_dim, embedding_dim, transformer.num_embeddings)
         expected = prior.state_dict()
         ours = {name: torch.cat([weights[part] for part in parts]) for name, parts in _layers(config)}
         ours |= {name: weights[other].reshape(expected[name].shape) for name, (other, _) in _TENSORS.items()}
         null = {f"text.null_{name.removeprefix('text_')}": value[0] for name, value in null_text._asdict().items()}
         state = {name: value.to(expected[name].dtype).clone() for name, value in {**null, **ours}.items()}
         prior.load_state_dict(state, assign=True)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"PriorTransformer: the weights do not fit its config.json: {error}") from error
     prior.statistics.check("clip_mean and clip_std")
     return prior.eval().requires_grad_(False)
@@ -176,8 +200,8 @@ def import_prior(folder: str | Path, null_text: CaptionFeatures) -> DiffusionPri
         CheckpointError: files are missing or damaged.
     """
     folder = Path(folder)
-    settings = folders.read_json(folder / "prior" / "config.json")
-    scheduler = folders.read_json(folder / "prior_scheduler" / "scheduler_config.json")
+    settings = foreign.read_json(folder / "prior" / "config.json")
+    scheduler = foreign.read_json(folder / "prior_scheduler" / "scheduler_config.json")
     weights = folders.read_weights(folder / "prior", WEIGHTS)
     return from_diffusers(settings, weights, null_text, scheduler)
 
@@ -196,9 +220,9 @@ def _layers(config: PriorConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield f"{name}.{kind}", tuple(f"{other}.{kind}" for other in others)
 
 
-def _config_of(settings: Mapping[str, Any], scheduler: Mapping[str, Any]) -> PriorConfig:
-    num_heads = settings.get("num_attention_heads", 32)
-    width, embedding_dim = num_heads * settings.get("attention_head_dim", 64), settings.get("embedding_dim", 768)
+def _config_of(transformer: _Transformer, settings: Mapping[str, Any], scheduler: Mapping[str, Any]) -> PriorConfig:
+    num_heads, embedding_dim = transformer.num_attention_heads, transformer.embedding_dim
+    width = num_heads * transformer.attention_head_dim
     supported = {
         "additional_embeddings": (4,),
         "dropout": (0.0,),
@@ -224,16 +248,16 @@ def _config_of(settings: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Pri
     }.items():
         got = scheduler.get(name, {"prediction_type": "epsilon"}.get(name, allowed[0]))
         _check_import(got in allowed, f"prior_scheduler.{name}", got, allowed)
-    clips = scheduler.get("clip_sample", True)
+    process = foreign.read(_Scheduler, scheduler, "prior_scheduler", ignore_others=True)
     return PriorConfig(
         width=width,
-        depth=settings.get("num_layers", 20),
+        depth=transformer.num_layers,
         num_heads=num_heads,
         diffusion=DiffusionConfig(
-            num_timesteps=scheduler.get("num_train_timesteps", 1000),
+            num_timesteps=process.num_train_timesteps,
             prediction_type=predictions[scheduler.get("prediction_type", "epsilon")],
         ),
-        clip_range=float(scheduler.get("clip_sample_range", 1.0)) if clips else None,
+        clip_range=process.clip_sample_range if process.clip_sample else None,
         text_norm="layer" if settings.get("embedding_proj_norm_type") == "layer" else "none",
         norm_in=settings.get("norm_in_type") == "layer",
     )
@@ -251,5 +275,5 @@ def _check_import(condition: bool, setting: str, got: object, allowed: tuple[Any
     if not condition:
         expected = " or ".join(map(repr, allowed))
         raise ConfigError(
-            f"{setting}: got {got!r}, expected {expected}. This prior is not supported here; import another one."
+            f"{setting}: got {foreign.shorten(got)}, expected {expected}. This prior is not supported here; import another one."
         )

@@ -1,22 +1,30 @@
 """CLIP models of open_clip, frozen: image embeddings, text features and image preprocessing.
 
 A model has open_clip's name ("ViT-L-14" with a `pretrained` tag or weights file, "hf-hub:org/name", "local-dir:/folder"),
-or is one of the small architectures in `open_clip_models/`, to be trained from scratch.
+or is one of the small architectures in `open_clip_models/`, to be trained from scratch. The configuration of a folder or a
+repository may hold the settings of `ModelSettings` only: none that name a tokenizer or its arguments, with which open_clip
+would run code of the folder or load other models.
 
 Letters: B batch, S image size of CLIP's input, L text tokens, W text width, E embedding width.
 """
 
+import contextlib
+import dataclasses
+import functools
 import importlib.util
 import json
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import nearest
+from unclip import foreign
+from unclip.config import nearest, require
 from unclip.errors import CheckpointError, ConfigError, InputError
 
 OWN_ARCHITECTURES = Path(__file__).parent / "open_clip_models"
@@ -47,6 +55,166 @@ class TextFeatures(NamedTuple):
     """[B, E] float32, the text embedding before normalisation to unit norm; transformers calls it text_embeds."""
 
 
+_Rate = Annotated[float, foreign.Range(0, 1)]
+_Ratio = Annotated[float, foreign.Range(0.01, 100)]
+_Triple = tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Activation:
+    approximate: Literal["none", "tanh"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Norm:
+    eps: Annotated[float, foreign.Range(1e-12, 1)] = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Settings of Transformer blocks."""
+
+    mlp_ratio: _Ratio = 4.0
+    ls_init_value: float | None = None
+    final_ln_after_pool: bool = False
+    output_tokens: bool = False
+    act_kwargs: _Activation | None = None
+    norm_kwargs: _Norm | None = None
+    block_type: Literal["default", "custom"] | None = None
+    qk_norm: bool = False
+    scaled_cosine_attn: bool = False
+    scale_heads: bool = False
+    scale_attn_inner: bool = False
+    scale_attn: bool = False
+    scale_fc: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _VisionSettings(_Block):
+    layers: Annotated[int, foreign.Range(0, 512)] | tuple[foreign.Depth, ...] = 12
+    width: foreign.Size = 768
+    head_width: foreign.Size = 64
+    patch_size: foreign.Resolution | None = 16
+    image_size: foreign.Resolution | tuple[foreign.Resolution, foreign.Resolution] = 224
+    patch_dropout: _Rate = 0.0
+    attentional_pool: bool = False
+    attn_pooler_queries: foreign.Size = 256
+    attn_pooler_heads: foreign.Size = 8
+    no_ln_pre: bool = False
+    pos_embed_type: Literal["learnable", "sin_cos_2d"] = "learnable"
+    pool_type: Literal["tok", "avg", "none"] = "tok"
+    timm_model_name: str | None = None
+    timm_model_pretrained: Literal[False] = False
+    timm_pool: str = "avg"
+    timm_proj: str | None = "linear"
+    timm_proj_bias: bool = False
+    timm_drop: _Rate = 0.0
+    timm_drop_path: _Rate | None = None
+
+    def __post_init__(self) -> None:
+        name = self.timm_model_name
+        expected = "a network that open_clip's own architectures use"
+        require(name is None or name in _timm_networks(), "timm_model_name", name, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextSettings(_Block):
+    context_length: foreign.Size = 77
+    vocab_size: foreign.Size = 49408
+    width: foreign.Size = 512
+    heads: foreign.Size = 8
+    layers: foreign.Depth = 12
+    embed_cls: bool = False
+    pad_id: int = 0
+    eos_id: int = 2
+    no_causal_mask: bool = False
+    pool_type: Literal["first", "last", "argmax", "eos", "none"] = "argmax"
+    proj_bias: bool = False
+    proj_type: Literal["linear", "none"] = "linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Settings that the configuration of a model from elsewhere may have; those of open_clip's CLIP class."""
+
+    embed_dim: foreign.Size
+    vision_cfg: _VisionSettings
+    text_cfg: _TextSettings
+    quick_gelu: bool = False
+    custom_text: Literal[False] = False
+    init_logit_scale: float = 2.6592
+    init_logit_bias: float | None = None
+    nonscalar_logit_scale: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preprocessing:
+    size: foreign.Resolution | tuple[foreign.Resolution, foreign.Resolution] = 224
+    mode: Literal["RGB"] = "RGB"
+    mean: _Triple = (0.0, 0.0, 0.0)
+    std: _Triple = (1.0, 1.0, 1.0)
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: Annotated[int, foreign.Range(0, 255)] = 0
+
+    def __post_init__(self) -> None:
+        require(all(each > 0 for each in self.std), "std", self.std, "positive numbers")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Configuration:
+    """Content of open_clip_config.json."""
+
+    model_cfg: ModelSettings
+    preprocess_cfg: _Preprocessing | None = None
+
+
+@functools.cache
+def _timm_networks() -> frozenset[str]:
+    """Names of timm's networks in open_clip's own architectures; timm itself would also take names of repositories."""
+    found = (json.loads(path.read_text()).get("vision_cfg", {}) for path in architectures().values())
+    return frozenset(str(each["timm_model_name"]) for each in found if "timm_model_name" in each)
+
+
+def check_settings(model: str) -> ModelSettings | None:
+    """Check the configuration of a model from a folder or repository, before open_clip reads it; None for other models.
+
+    Raises:
+        CheckpointError: a setting is unknown, not allowed or out of range; names it.
+    """
+    kind, _, place = model.partition(":")
+    if kind == "local-dir":
+        path = Path(place, "open_clip_config.json")
+        return foreign.read(_Configuration, foreign.read_json(path), path).model_cfg
+    if kind == "hf-hub":
+        import open_clip
+
+        return foreign.read(ModelSettings, open_clip.get_model_config(model), model)
+    return None
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Load models only from files of this machine, in a `with` block. Pretrained weights must have been fetched before."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def check_name(model: str, pretrained: str | None) -> None:
     """Check a model's name without loading anything.
 
@@ -61,6 +229,7 @@ def check_name(model: str, pretrained: str | None) -> None:
             raise ConfigError(
                 f"clip.model: got {model!r}, but {config} does not exist. Name a folder saved by open_clip."
             )
+        check_settings(model)
         return
     if model not in architectures():
         raise ConfigError(
@@ -70,6 +239,11 @@ def check_name(model: str, pretrained: str | None) -> None:
     if {"hf_tokenizer_name", "hf_model_name"} & text.keys() and importlib.util.find_spec("transformers") is None:
         raise ConfigError(_NEEDS_TRANSFORMERS.format(model))
     looks_like_path = pretrained is not None and ("/" in pretrained or "." in pretrained)
+    if looks_like_path and {"hf_tokenizer_name", "hf_model_name"} & text.keys():
+        raise ConfigError(
+            f"clip.pretrained: got the file {pretrained!r} for {model}, expected a tag of open_clip, as a stack cannot hold a "
+            "model with a tokenizer of transformers. Name a tag, or a model with CLIP's own tokenizer."
+        )
     if looks_like_path and not Path(str(pretrained)).is_file():
         raise ConfigError(f"clip.pretrained: {pretrained!r} does not exist. Name a weights file or a tag of open_clip.")
 
@@ -83,6 +257,11 @@ def architectures() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in folder.glob("*.json")}
 
 
+def is_named(model: str, pretrained: str | None) -> bool:
+    """Return True if open_clip or this library knows a model by its name and tag, without a file of others."""
+    return model in architectures() and re.fullmatch(r"[A-Za-z0-9_-]+", pretrained or "none") is not None
+
+
 def create(model: str, pretrained: str | None) -> nn.Module:
     """Create the open_clip model on the CPU; with random weights if `pretrained` is None and the name implies no weights.
 
@@ -92,10 +271,18 @@ def create(model: str, pretrained: str | None) -> nn.Module:
     import open_clip
 
     open_clip.add_model_config(OWN_ARCHITECTURES)
+    check_settings(model)
     try:
         return open_clip.create_model(model, pretrained=pretrained, weights_only=True)  # type: ignore[no-any-return]
-    except (RuntimeError, ValueError, FileNotFoundError) as error:
-        raise CheckpointError(f"clip: open_clip could not load {model!r} ({pretrained!r}): {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make open_clip raise almost any exception
+        remedy = ""
+        if pretrained is not None and _is_offline():
+            code = f"import open_clip; open_clip.create_model({model!r}, {pretrained!r})"
+            remedy = f' A stack is loaded without a network. Fetch its CLIP once: python -c "{code}"'
+        message = f"clip: open_clip could not load {model!r} ({pretrained!r}): {str(error).rstrip('.')}.{remedy}"
+        raise CheckpointError(message) from error
 
 
 def outline(model: str) -> nn.Module:
@@ -138,14 +325,13 @@ def shape_of(model: str) -> ClipShape:
     Raises:
         ConfigError: the configuration is not on this machine, or it does not give the sizes.
     """
-    path = model.removeprefix("local-dir:")
-    if path != model:
-        facts = json.loads(Path(path, "open_clip_config.json").read_text())["model_cfg"]
-    else:
-        import open_clip
+    if settings := check_settings(model):
+        sizes = settings.text_cfg
+        return ClipShape(settings.embed_dim, sizes.context_length, sizes.width, sizes.vocab_size)
+    import open_clip
 
-        open_clip.add_model_config(OWN_ARCHITECTURES)
-        facts = open_clip.get_model_config(model)
+    open_clip.add_model_config(OWN_ARCHITECTURES)
+    facts = open_clip.get_model_config(model)
     text = (facts or {}).get("text_cfg", {})
     if not {"context_length", "vocab_size", "width"} <= text.keys():
         raise ConfigError(
@@ -164,6 +350,7 @@ def tokenizer(model: str) -> Any:
     import open_clip
 
     open_clip.add_model_config(OWN_ARCHITECTURES)
+    check_settings(model)
     try:
         return open_clip.get_tokenizer(model)
     except ImportError as error:
@@ -320,6 +507,18 @@ def save(model: Any, name: str, folder: Path) -> None:
 
     open_clip.add_model_config(OWN_ARCHITECTURES)
     save_with_config(model, open_clip.get_model_config(name), folder)
+
+
+def save_pretrained(model: str, pretrained: str | None, folder: Path) -> None:
+    """Save a model that is given by a repository or a weights file to a folder that needs neither.
+
+    Raises:
+        CheckpointError: the folder could not be loaded, because its configuration has a setting that is not allowed there.
+    """
+    import open_clip
+
+    save_with_config(create(model, pretrained), open_clip.get_model_config(model), folder)
+    check_settings(f"local-dir:{folder}")
 
 
 def save_with_config(model: Any, model_config: dict[str, Any], folder: Path) -> None:

@@ -1,9 +1,13 @@
 """Systems, which turn captions into images with trained parts; and stacks, the folders that systems are published as.
 
-    stack/stack.json        the system's name, its parts in order, its CLIP, its sampling settings; written last
+    stack/stack.json        the system's name, its parts in order, its CLIP, its sampling settings
           <part>/           one folder for each part: safetensors under a manifest
-          clip/             CLIP, if it was trained with the stack
-          statistics/       statistics of the image embeddings that the stack was trained on
+          clip/             CLIP, unless it is one of open_clip's pretrained models, under a manifest
+          statistics/       statistics of the image embeddings that the stack was trained on, under a manifest
+          manifest.json     sha256 of stack.json and of the manifests of all folders; written last
+
+Loading a stack reads no file outside its folder, checks every file, and uses no network: a pretrained CLIP is taken from
+open_clip's cache.
 
 A system of this library is a module or package in `unclip.systems` that defines `SYSTEM`. Another package adds a system by an
 entry point in the group `unclip.systems` that refers to a `SystemSpec`. A stack refers to its system by name only; no code is
@@ -13,12 +17,13 @@ Letters: B batch, S resolution.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import pkgutil
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -26,8 +31,9 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from unclip import config, files
+from unclip import config, files, foreign
 from unclip.errors import CheckpointError, ConfigError
+from unclip.models import clip as clip_models
 from unclip.models.clip import Clip, ImageEmbeddings
 from unclip.systems.part import Part
 from unclip.training import checkpoints
@@ -87,6 +93,13 @@ class ClipFiles:
     """Scale of its image embeddings."""
 
     def load(self) -> Clip:
+        """Load the model; a folder with a manifest must hold the files of the manifest and no others.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or unknown, or open_clip could not load the model.
+        """
+        if self.model.startswith("local-dir:"):
+            _verify_files(self.model.removeprefix("local-dir:"))
         return Clip.load(self.model, self.pretrained, self.image_embeddings)
 
 
@@ -172,15 +185,20 @@ def load_model(folder: str, parts: Iterable[Part[Any]]) -> nn.Module:
     tensors, facts = checkpoints.load(folder)
     builders = {kind: part.build for part in parts for kind in part.saved_kinds}
     kind = facts.get("kind")
-    if kind not in builders:
-        raise CheckpointError(f"{folder}: got a model of kind {kind!r}, expected {', '.join(builders)}.")
+    if not isinstance(kind, str) or kind not in builders:
+        raise CheckpointError(f"{folder}: got a model of kind {foreign.shorten(kind)}, expected {', '.join(builders)}.")
     if not facts.get("samples_seen") and not facts.get("imported"):
         raise CheckpointError(f"{folder}: this {kind} was never trained, so it would sample noise. Train it first.")
+    weights = sum(tensor.numel() for tensor in tensors.get("model", {}).values())
+    sizes = {name: value for name, value in facts.items() if name != "samples_seen"}
+    for name, value in foreign.numbers(sizes, "facts"):
+        if not abs(value) <= max(2**16, weights):
+            raise CheckpointError(f"{folder}: got {name} = {value:g} for {weights:,} weights. The file is damaged.")
     try:
         model = builders[kind](facts)
         model.load_state_dict(tensors["model"])
         model.measured = tensors.get("measured", {})  # type: ignore[assignment]
-    except (KeyError, RuntimeError, ConfigError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}: the weights do not fit the {kind}: {error}") from error
     return model.eval().requires_grad_(False)
 
@@ -191,35 +209,61 @@ def load_system(folder: str | Path) -> System:
     Raises:
         CheckpointError: files are missing or damaged, or do not fit each other.
     """
-    stack = read_stack(folder)
-    return find_system(stack.system).load(stack)
+    return load_stack(read_stack(folder))
+
+
+def load_stack(stack: StackFiles) -> System:
+    """Load a stack that `read_stack` has read, without a network.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or do not fit each other.
+    """
+    with clip_models.offline():
+        return find_system(stack.system).load(stack)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Description:
+    """Content of stack.json."""
+
+    system: str
+    parts: tuple[str, ...]
+    clip: ClipFiles | None
+    sampling: dict[str, Any]
 
 
 def read_stack(folder: str | Path) -> StackFiles:
     """Read `stack.json` of a local folder without loading any model.
 
     Raises:
-        CheckpointError: the file is missing, or an earlier version wrote it.
+        CheckpointError: the file is missing, damaged or names other places, or an earlier version wrote it.
     """
-    path = Path(folder, "stack.json")
+    root = Path(folder)
+    path = root / "stack.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no stack.json, so no stack was published here. Run `unclip run` first.")
-    facts = json.loads(path.read_text())
-    if "system" not in facts:
+    facts = foreign.read_json(path)
+    if "system" not in facts or not (root / checkpoints.MANIFEST).is_file():
         raise CheckpointError(
-            f"{path}: names no system, because an earlier version published this stack. Publish it again with `unclip run`, "
-            "which keeps its trained models, or import it again under another name."
+            f"{path}: has no system or no {checkpoints.MANIFEST}, because an earlier version published this stack. Publish it "
+            "again with `unclip run`, which keeps its trained models, or import it again under another name."
         )
-    clip = facts["clip"]
+    description = foreign.read(_Description, facts, path)
+    clip = description.clip
+    names = [*description.parts, *(name for name in ("clip", "statistics") if (root / name).exists())]
     if clip is not None:
-        clip = ClipFiles(**{**clip, "model": clip["model"].replace("local-dir:", f"local-dir:{folder}/")})
-    statistics = f"{folder}/statistics" if Path(folder, "statistics").is_dir() else None
-    models = {name: f"{folder}/{name}" for name in facts["parts"]}
-    return StackFiles(facts["system"], models, clip, statistics, facts["sampling"])
+        _check_clip_name(path, clip, is_here="clip" in names)
+        clip = dataclasses.replace(clip, model=clip.model.replace("local-dir:", f"local-dir:{folder}/"))
+    for name in names:
+        _check_inside(root, name)
+    _verify_manifests(root, names)
+    models = {name: f"{folder}/{name}" for name in description.parts}
+    statistics = f"{folder}/statistics" if "statistics" in names else None
+    return StackFiles(description.system, models, clip, statistics, description.sampling)
 
 
 def save_stack(folder: str, stack: StackFiles) -> None:
-    """Gather the files of a system into one folder that `load_system` reads; `stack.json` is written last.
+    """Gather the files of a system into one folder that `load_system` reads; its manifest is written last.
 
     Args:
         folder: URI of the new stack.
@@ -227,15 +271,18 @@ def save_stack(folder: str, stack: StackFiles) -> None:
     """
     copied = dict(stack.models)
     clip = stack.clip
-    if clip is not None and clip.model.startswith("local-dir:"):
-        copied["clip"] = clip.model.removeprefix("local-dir:")
-        clip = dataclasses.replace(clip, model="local-dir:clip")
-    if stack.statistics is not None:
-        copied["statistics"] = stack.statistics
-    for name, source in copied.items():
-        if source != f"{folder}/{name}":
-            for file in files.names(source):
-                files.write(f"{folder}/{name}/{file}", files.read(f"{source}/{file}"))
+    with tempfile.TemporaryDirectory(prefix="unclip-clip-") as scratch:
+        if clip is not None and not clip_models.is_named(clip.model, clip.pretrained):
+            if clip.model.startswith("local-dir:"):
+                copied["clip"] = clip.model.removeprefix("local-dir:")
+            else:
+                clip_models.save_pretrained(clip.model, clip.pretrained, Path(scratch))
+                copied["clip"] = scratch
+            clip = dataclasses.replace(clip, model="local-dir:clip", pretrained=None)
+        if stack.statistics is not None:
+            copied["statistics"] = stack.statistics
+        for name, source in copied.items():
+            _copy(source, f"{folder}/{name}")
     description = {
         "system": stack.system,
         "parts": list(stack.models),
@@ -243,6 +290,86 @@ def save_stack(folder: str, stack: StackFiles) -> None:
         "sampling": dict(stack.sampling),
     }
     files.write_json(f"{folder}/stack.json", description)
+    seal(folder, list(copied))
+
+
+def seal(folder: str, names: Iterable[str]) -> None:
+    """Write the manifest of a stack: sha256 of its `stack.json`, and of the manifests of the folders in it."""
+    contents = ["stack.json", *(f"{name}/{checkpoints.MANIFEST}" for name in names)]
+    hashes = {name: files.sha256(files.read(f"{folder}/{name}")) for name in contents}
+    files.write_json(f"{folder}/{checkpoints.MANIFEST}", {"sha256": hashes})
+
+
+def _copy(source: str, destination: str) -> None:
+    """Copy the files of a folder, unless it is the same folder, and write a manifest if it has none."""
+    names = files.names(source)
+    hashes = {}
+    for name in names if source != destination or checkpoints.MANIFEST not in names else ():
+        data = files.read(f"{source}/{name}")
+        hashes[name] = files.sha256(data)
+        if source != destination:
+            files.write(f"{destination}/{name}", data)
+    if checkpoints.MANIFEST not in names:
+        files.write_json(f"{destination}/{checkpoints.MANIFEST}", {"sha256": hashes})
+
+
+def _check_clip_name(path: Path, clip: ClipFiles, is_here: bool) -> None:
+    """Refuse a CLIP that is neither in the folder of the stack nor one of open_clip's pretrained models."""
+    if clip.model == "local-dir:clip":
+        is_known = is_here and clip.pretrained is None
+    else:
+        is_known = clip_models.is_named(clip.model, clip.pretrained)
+    if not is_known:
+        raise CheckpointError(
+            f"{path}: got a CLIP {clip.model!r} ({clip.pretrained!r}), expected local-dir:clip, the folder in the stack, or a "
+            "model of open_clip by its name and tag, as a stack reads no file of others. Publish the stack again."
+        )
+
+
+def _check_inside(root: Path, name: str) -> None:
+    """Refuse a folder, or a file in it, that is not inside the stack."""
+    folder = root / name
+    is_name = re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name) is not None
+    if not is_name or not folder.is_dir():
+        raise CheckpointError(
+            f"{root}/stack.json: got a part {name!r}, expected the name of a folder in the stack. The file is damaged."
+        )
+    for path in (folder, *folder.rglob("*")):
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise CheckpointError(
+                f"{path}: a link to {path.resolve()}, outside of the stack. Copy the whole stack again."
+            )
+
+
+def _verify_manifests(root: Path, names: Iterable[str]) -> None:
+    path = root / checkpoints.MANIFEST
+    hashes = foreign.read(_Manifest, foreign.read_json(path), path, ignore_others=True).sha256
+    for name in ("stack.json", *(f"{name}/{checkpoints.MANIFEST}" for name in names)):
+        if name not in hashes or not (root / name).is_file():
+            raise CheckpointError(f"{path}: lacks {name}, or the stack does. Copy the whole stack again.")
+        checkpoints.read_verified(str(root), name, hashes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    sha256: dict[str, str]
+
+
+def _verify_files(folder: str) -> None:
+    """Compare the files of a folder with its manifest, if it has one."""
+    path = Path(folder, checkpoints.MANIFEST)
+    if not path.is_file():
+        return
+    hashes = foreign.read(_Manifest, foreign.read_json(path), path, ignore_others=True).sha256
+    found = {each.name for each in Path(folder).iterdir()} - {checkpoints.MANIFEST}
+    if found != set(hashes):
+        different = ", ".join(sorted(found ^ set(hashes)))
+        raise CheckpointError(f"{folder}: got files that differ from those of its manifest: {different}.")
+    for name in sorted(hashes):
+        with open(Path(folder, name), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != hashes[name]:
+            raise CheckpointError(f"{folder}/{name}: the sha256 differs from the manifest. The file is damaged.")
 
 
 def sampling_of(stack: StackFiles, cls: type) -> Any:

@@ -1,6 +1,8 @@
 """Export and import of diffusers pipelines by command."""
 
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -43,6 +45,29 @@ def test_a_stack_is_imported_sampled_and_exported(tmp_path: Path, pipeline: Path
     assert result.returncode == 2 and "got a DiffusionPrior, expected the model folder of an upsampler" in result.stderr
     result = call("export", tmp_path / "new", "--storage", storage, "--image-variation", "--layout", "hub")
     assert result.returncode == 0 and "UnCLIPImageVariationPipeline" in (tmp_path / "new/model_index.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("model_index.json", {"prior": 3}),
+        ("text_encoder/config.json", {"hidden_size": -1}),
+        ("text_encoder/config.json", {"text_config": "x"}),
+        ("prior_scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
+        ("super_res_last/config.json", {"block_out_channels": []}),
+    ],
+)
+def test_f53_a_pipeline_with_a_wrong_value_is_not_imported(
+    tmp_path: Path, pipeline: Path, file: str, change: dict[str, object]
+) -> None:
+    shutil.copytree(pipeline, tmp_path / "pipeline", copy_function=os.link)
+    path = tmp_path / "pipeline" / file
+    content = json.loads(path.read_text()) | change
+    path.unlink()
+    path.write_text(json.dumps(content))
+    result = call("import", tmp_path / "pipeline", "--storage", tmp_path / "storage")
+    assert result.returncode in (1, 2) and result.stderr.startswith("error: ")
+    assert not list(tmp_path.glob("storage/published/*")) and not list(tmp_path.glob("storage/imported/*"))
 
 
 @pytest.mark.parametrize(

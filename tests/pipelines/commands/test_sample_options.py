@@ -11,6 +11,10 @@ from PIL import Image
 
 from tests.pipelines.command_line import call
 from tests.unclip.systems import tiny_stacks
+from unclip.errors import CheckpointError
+from unclip.files import sha256
+from unclip.models.clip import check_name, create, outline, tokenizer
+from unclip.systems.system import seal
 from unclip.systems.unclip.stack import SYSTEM
 
 RESOLUTION = 8  # no upsampler, so that the files hold the decoder's samples
@@ -86,6 +90,57 @@ def test_a_system_without_these_inputs_says_so(storage: Path, monkeypatch: pytes
         assert (
             result.returncode == 2 and f"{option}: not supported by the system unclip. Leave it out." in result.stderr
         )
+
+
+TOKENIZER = """
+import pathlib
+from transformers import PreTrainedTokenizer
+pathlib.Path({canary!r}).write_text("run")
+class Evil(PreTrainedTokenizer):
+    vocab_files_names = {{}}
+    vocab_size = 1
+    def get_vocab(self): return {{"a": 0}}
+"""
+
+
+@pytest.fixture
+def hostile(storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A storage whose stack, sealed by its author, asks transformers to run the Python file beside its CLIP."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    shutil.copytree(storage, tmp_path / "storage")
+    clip = tmp_path / "storage" / "stack" / "clip"
+    configuration = json.loads((clip / "open_clip_config.json").read_text())
+    configuration["model_cfg"]["text_cfg"] |= {
+        "hf_tokenizer_name": "bert-base-uncased",
+        "tokenizer_kwargs": {"trust_remote_code": True},
+    }
+    (clip / "open_clip_config.json").write_text(json.dumps(configuration))
+    (clip / "evil.py").write_text(TOKENIZER.format(canary=str(tmp_path / "canary")))
+    map_of_classes = {"AutoTokenizer": ["evil.Evil", None]}
+    (clip / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": map_of_classes}))
+    hashes = {path.name: sha256(path.read_bytes()) for path in clip.iterdir() if path.name != "manifest.json"}
+    (clip / "manifest.json").write_text(json.dumps({"sha256": hashes}))
+    folders = [path.name for path in clip.parent.iterdir() if path.is_dir()]
+    seal(str(clip.parent), folders)
+    published = tmp_path / "storage" / "published" / "tiny.json"
+    published.write_text(json.dumps({"stack": str(clip.parent), "at": 0}))
+    return tmp_path / "storage"
+
+
+def test_f49_a_stack_cannot_run_its_own_code(hostile: Path) -> None:
+    canary, clip = hostile.parent / "canary", hostile / "stack" / "clip"
+    result = sample(hostile)
+    assert result.returncode == 1 and not canary.exists(), result.stderr
+    assert "hf_tokenizer_name" in result.stderr.replace("\n", " ") and "not allowed here" in result.stderr
+    for use in (check_name, create, tokenizer, outline):
+        with pytest.raises(CheckpointError, match="'hf_tokenizer_name', which is not allowed here"):
+            use(*([f"local-dir:{clip}", None] if use in (check_name, create) else [f"local-dir:{clip}"]))
+    assert not canary.exists()
+
+    import open_clip  # on its own, it does run the file: should that change, this test shows nothing any more
+
+    open_clip.get_tokenizer(f"local-dir:{clip}")
+    assert canary.read_text() == "run"
 
 
 def test_settings_are_published_with_the_stack(storage: Path) -> None:

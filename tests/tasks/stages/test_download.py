@@ -7,6 +7,7 @@ import dataclasses
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -113,6 +114,17 @@ def content(table_uri: str) -> pa.Table:
     return tables.read(table_uri)
 
 
+def seccomp_of_children() -> set[str]:
+    """Seccomp mode of the processes of this checkout that decode images: 2 is a filter."""
+    root, modes = str(Path(__file__).resolve().parents[3]), set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            command = (folder / "cmdline").read_text()
+            if "sandbox.serve" in command and f'"{root}"' in command and "untrusted.decode" in command:
+                modes.update(re.findall(r"^Seccomp:\t(\d)", (folder / "status").read_text(), re.MULTILINE))
+    return modes
+
+
 def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: Path) -> None:
     scenes = ScenesConfig(num_images=40, side=64, broken=0.5, port=free_port())
     with scene_server.serve(scenes) as server:
@@ -123,6 +135,7 @@ def test_every_fault_has_its_reason_and_no_row_is_lost(cluster: None, tmp_path: 
         filtered = done(execute(Call(filter, FilterConfig()), run(tmp_path), [images]))
         selection = done(execute(Call(dedup, DedupConfig(phash_distance=-1)), run(tmp_path), [filtered]))
         assert server.count("picture") == 40 and server.count("missing") == 2
+    assert seccomp_of_children() == {"2"}
 
     assert selection.facts["rows"] == {"in": 60, "kept": 40, "dropped": 6, "failed": 14}
     found = reasons_by_kind(pairs, selection)

@@ -990,7 +990,7 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sandbox]]:
 
     monkeypatch.setattr(parquet_list, "_idle", queue.SimpleQueue())
     monkeypatch.setattr(parquet_list, "Sandbox", start)
-    monkeypatch.setattr(parquet_list, "LIMITS", Limits(wall_seconds=5.0, memory_bytes=1 << 26))
+    monkeypatch.setattr(parquet_list, "LIMITS", Limits(wall_seconds=5.0, memory_bytes=1 << 26, open_files=4))
     yield started
     for sandbox in started:
         sandbox.close()

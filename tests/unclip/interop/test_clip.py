@@ -167,7 +167,11 @@ def test_towers_that_transformers_does_not_support_are_refused(tmp_path: Path) -
         ("text_encoder/config.json", {"num_hidden_layers": 3}, r"do not fit config\.json: 16 missing"),
         ("text_encoder/config.json", {"num_attention_heads": 3}, "do not fit"),
         ("text_encoder/config.json", {"hidden_size": "wide"}, "hidden_size = 'wide'"),
-        ("text_encoder/config.json", {"vocab_size": 10**9, "eos_token_id": 2}, "do not fit"),
+        (
+            "text_encoder/config.json",
+            {"vocab_size": 10**9, "eos_token_id": 2},
+            "vocab_size = 1000000000, expected int from 1",
+        ),
         ("image_encoder/config.json", {"hidden_act": "gelu"}, "Take both encoders from one CLIP"),
         ("feature_extractor/preprocessor_config.json", {"resample": 0}, "expected resample 2 or 3"),
         ("tokenizer/vocab.json", {"new": 49408}, "not CLIP's own"),

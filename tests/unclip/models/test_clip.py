@@ -1,9 +1,11 @@
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from unclip import foreign
 from unclip.errors import CheckpointError, ConfigError
 from unclip.models import clip
 from unclip.models.clip import Clip
@@ -106,6 +108,7 @@ def test_clip_never_trains(loaded: Clip) -> None:
         ("ViT-B-23", "openai", "Did you mean 'ViT-B-"),
         ("local-dir:/nowhere", None, "open_clip_config.json does not exist"),
         ("ViT-B-32", "/nowhere/weights.pt", "'/nowhere/weights.pt' does not exist"),
+        ("ViT-L-14-CLIPA", "/nowhere/weights.pt", "a stack cannot hold a model with a tokenizer of transformers"),
     ],
 )
 def test_names_are_checked_without_loading(model: str, pretrained: str | None, message: str) -> None:
@@ -123,6 +126,55 @@ def test_a_model_that_needs_transformers_names_the_extra(monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"'ViT-L-14-CLIPA'.*unclip\[interop\]"):  # also when only loading reveals it
         clip.tokenizer("ViT-L-14-CLIPA")
     clip.check_name("ViT-B-32", "openai")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("text_cfg", "hf_tokenizer_name"), "bert-base-uncased", "got 'hf_tokenizer_name', which is not allowed here"),
+        (("text_cfg", "hf_model_name"), "roberta-base", "got 'hf_model_name', which is not allowed here"),
+        (
+            ("text_cfg", "tokenizer_kwargs"),
+            {"clean": "canonicalize"},
+            "got 'tokenizer_kwargs', which is not allowed here",
+        ),
+        (("text_cfg", "context_length"), 10**8, "context_length = 100000000, expected int from 1 to"),
+        (("text_cfg", "layers"), 10**5, "layers = 100000, expected int from 1 to 512"),
+        (("text_cfg", "width"), "wide", "width = 'wide', expected int"),
+        (("text_cfg", "act_kwargs"), {"module": "os"}, "got 'module', which is not allowed here"),
+        (("vision_cfg", "timm_model_name"), "hf-hub:someone/else", "timm_model_name: got 'hf-hub:someone/else'"),
+        (("vision_cfg", "timm_model_pretrained"), True, "timm_model_pretrained = True, expected False"),
+        (("custom_text",), True, "custom_text = True, expected False"),
+        (("multimodal_cfg",), {}, "got 'multimodal_cfg', which is not allowed here"),
+        (("embed_dim",), None, "embed_dim = None, expected int"),
+        (("text_cfg",), [], r"text_cfg: got \[\], expected an object"),
+    ],
+)
+def test_f49_settings_of_a_folder_are_those_of_a_plain_clip(
+    saved: Path, tmp_path: Path, place: tuple[str, ...], value: object, message: str
+) -> None:
+    configuration = json.loads((saved / "open_clip_config.json").read_text())
+    inner = configuration["model_cfg"]
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(configuration))
+    for use in (clip.shape_of, clip.tokenizer, clip.outline, Clip.load):
+        with pytest.raises(CheckpointError, match=message):
+            use(f"local-dir:{tmp_path}")
+
+
+def test_f49_all_plain_architectures_of_open_clip_are_allowed() -> None:
+    allowed = []
+    for name, path in clip.architectures().items():
+        settings = json.loads(path.read_text())
+        if (
+            not settings.get("custom_text")
+            and not {"hf_tokenizer_name", "tokenizer_kwargs"} & settings["text_cfg"].keys()
+        ):
+            foreign.read(clip.ModelSettings, settings, name)
+            allowed.append(name)
+    assert len(allowed) > 50 and {"ViT-L-14", "RN50", "convnext_base", "unclip-demo"} <= set(allowed)
 
 
 def test_a_pickle_is_not_executed(tmp_path: Path) -> None:

@@ -1,19 +1,25 @@
 """Stacks with several upsamplers, one or none: each upsampler enlarges the images of the one before."""
 
 import json
+import os
+import re
 import shutil
+import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.unclip.interop.test_mutated_settings import CHANGES, DELETE, changed, places
 from tests.unclip.systems import tiny_stacks
 from tests.unclip.systems.tiny_stacks import SAMPLING, fitting, with_sampling
-from unclip.errors import CheckpointError, ConfigError
-from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions
+from unclip.errors import CheckpointError, ConfigError, UnclipError
+from unclip.files import sha256
+from unclip.systems.system import ClipFiles, StackFiles, load_model, load_system, sample_captions, save_stack, seal
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.sampling import SamplingConfig, UpsamplerSampling
-from unclip.systems.unclip.stack import Stack
+from unclip.systems.unclip.stack import PARTS, Stack
 
 CAPTIONS = ["a red circle", "a blue star"]
 
@@ -27,6 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stack(folder: Path) -> Stack:
     return load_system(folder)
+
+
+def describe(folder: Path, facts: object) -> None:
+    """Write another `stack.json` and seal the stack again, as its publisher can."""
+    (folder / "stack.json").write_text(json.dumps(facts))
+    seal(str(folder), [path.name for path in folder.iterdir() if path.is_dir()])
 
 
 def with_upsamplers(stack: Stack, *numbers: int) -> Stack:
@@ -121,16 +133,151 @@ def test_upsamplers_that_do_not_fit_each_other_are_refused(stack: Stack, folder:
     shutil.copytree(folder, tmp_path / "stack")
     facts = json.loads((folder / "stack.json").read_text())
     assert facts["parts"] == ["prior", "decoder", "upsampler-16", "upsampler-32"]
-    (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"parts": ["prior", "decoder", "upsampler-32"]}))
+    describe(tmp_path / "stack", facts | {"parts": ["prior", "decoder", "upsampler-32"]})
     with pytest.raises(CheckpointError, match="upsampler-32: got images of 8 pixels from the decoder"):
         load_system(tmp_path / "stack")
-    (tmp_path / "stack" / "stack.json").write_text(json.dumps(facts | {"parts": ["prior"]}))
+    describe(tmp_path / "stack", facts | {"parts": ["prior"]})
     with pytest.raises(CheckpointError, match="got prior, expected a CLIP, a prior and a decoder"):
         load_system(tmp_path / "stack")
     earlier = {"clip": facts["clip"], "sampling": {"prior_steps": 3}, "upsamplers": facts["parts"][2:]}
     (tmp_path / "stack" / "stack.json").write_text(json.dumps(earlier))
     with pytest.raises(CheckpointError, match="an earlier version published this stack"):
         load_system(tmp_path / "stack")
+
+
+def copy_of(folder: Path, destination: Path) -> Path:
+    """Copy a stack by hard links: tests must replace files, not write into them."""
+    shutil.copytree(folder, destination, copy_function=os.link)
+    return destination
+
+
+def replace(path: Path, data: bytes) -> None:
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_f52_a_flipped_bit_in_any_file_of_a_stack_is_found(folder: Path, tmp_path: Path) -> None:
+    copied = copy_of(folder, tmp_path / "stack")
+    files = [path for path in sorted(copied.rglob("*")) if path.is_file()]
+    assert len(files) > 15 and copied / "clip" / "open_clip_model.safetensors" in files
+    for number, path in enumerate(files):
+        data = path.read_bytes()
+        position = number * 7919 % len(data)
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << number % 8
+        replace(path, bytes(flipped))
+        with pytest.raises(CheckpointError, match=re.escape(str(path.parent))):
+            load_system(copied)
+        replace(path, data)
+    (copied / "clip" / "other.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"differ from those of its manifest: other\.safetensors"):
+        load_system(copied)
+
+
+def test_a_clip_given_by_a_weights_file_is_part_of_the_stack(folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(folder / "clip" / "open_clip_model.safetensors", weights)
+    parts = {name: f"{folder}/{name}" for name in ("prior", "decoder", "upsampler-16", "upsampler-32")}
+    save_stack(f"{tmp_path}/stack", StackFiles("unclip", parts, ClipFiles(tiny_stacks.ARCHITECTURE, str(weights))))
+    weights.unlink()
+    loaded, expected = load_system(tmp_path / "stack"), load_system(folder)
+    assert torch.equal(loaded.embed_text(CAPTIONS), expected.embed_text(CAPTIONS))
+
+
+def test_f52_a_stack_of_an_earlier_version_asks_to_be_published_again(folder: Path, tmp_path: Path) -> None:
+    copied = copy_of(folder, tmp_path / "stack")
+    (copied / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no manifest\.json, because an earlier version .* Publish it again"):
+        load_system(copied)
+
+
+PLACES = {
+    "parts": ["../decoder", "/etc", "..", ".", "decoder/../../x", "hf-hub:someone/else", "", 3, None, "decoder\0"],
+    "clip": [
+        {"model": "hf-hub:someone/else"},
+        {"model": "local-dir:/somewhere"},
+        {"model": "local-dir:clip/../../clip"},
+        {"model": "local-dir:"},
+        {"model": "ViT-B-32", "pretrained": "/somewhere/weights.pt"},
+        {"model": "ViT-B-32", "pretrained": "weights.pt"},
+        {"model": "local-dir:clip", "trust_remote_code": True},
+        "hf-hub:someone/else",
+        {},
+    ],
+    "system": ["os", "../unclip", 1, None, "unclip.systems.clip"],
+    "sampling": [[], {"prior": {"num_steps": 1e400}}, {"prior": {"run": "code"}}, {"batch_size": "many"}],
+}
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_f49_a_stack_names_only_what_is_in_its_folder(folder: Path, tmp_path: Path, key: str) -> None:
+    copied = copy_of(folder, tmp_path / "stack")
+    facts = json.loads((folder / "stack.json").read_text())
+    shutil.copytree(folder / "decoder", tmp_path / "decoder")  # what the paths lead to is there
+    (copied / "stack.json").unlink()
+    for value in PLACES[key]:
+        describe(copied, {**facts, key: ["prior", "decoder", value] if key == "parts" else value})
+        with pytest.raises(UnclipError):
+            load_system(copied)
+    describe(copied, {**facts, "modules": ["evil"]})
+    with pytest.raises(CheckpointError, match="got 'modules', which is not allowed here"):
+        load_system(copied)
+
+
+@pytest.mark.parametrize("name", ["decoder", "decoder/model.safetensors", "clip/open_clip_model.safetensors"])
+def test_f49_a_link_that_leaves_the_stack_is_not_followed(folder: Path, tmp_path: Path, name: str) -> None:
+    copied = copy_of(folder, tmp_path / "stack")
+    (copied / name).rename(tmp_path / "outside")
+    (copied / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match="outside of the stack"):
+        load_system(copied)
+
+
+ATTEMPTS: list[str] = []
+"""Network events of this process, while `recording` is set."""
+recording = False
+
+
+def record(event: str, arguments: tuple[object, ...]) -> None:
+    if recording and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        ATTEMPTS.append(f"{event} {arguments[1:]}")
+
+
+@pytest.mark.parametrize("part", ["prior", "upsampler-16"])
+def test_f53_wrong_facts_of_a_part_are_refused_in_our_words_or_do_not_matter(
+    folder: Path, tmp_path: Path, part: str
+) -> None:
+    copied = copy_of(folder / part, tmp_path / part)
+    facts = json.loads((copied / "facts.json").read_text())
+    manifest = json.loads((copied / "manifest.json").read_text())
+    kinds, refused = [DELETE, *CHANGES], 0
+    for number, place in enumerate(places(facts)):
+        data = json.dumps(changed(facts, place, kinds[number % len(kinds)])).encode()
+        replace(copied / "facts.json", data)
+        manifest["sha256"]["facts.json"] = sha256(data)
+        replace(copied / "manifest.json", json.dumps(manifest).encode())
+        try:
+            load_model(str(copied), PARTS)
+        except UnclipError:
+            refused += 1
+    assert number > 20 and refused > number / 3
+
+
+def test_f49_loading_a_stack_uses_no_network(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.addaudithook(record)
+    monkeypatch.setattr(sys.modules[__name__], "recording", True)
+    with pytest.raises(OSError):  # the hook sees attempts
+        socket.create_connection(("127.0.0.1", 9), timeout=0.2)
+    assert ATTEMPTS
+    ATTEMPTS.clear()
+    load_system(folder)
+    copied = copy_of(folder, tmp_path / "stack")
+    facts = json.loads((folder / "stack.json").read_text())
+    (copied / "stack.json").unlink()
+    describe(copied, facts | {"clip": {"model": "RN50", "pretrained": "yfcc15m"}})
+    with pytest.raises(CheckpointError, match=r"RN50.* Fetch its CLIP once: python -c"):
+        load_system(copied)
+    assert not ATTEMPTS
 
 
 def test_the_order_of_the_parts_survives_storing() -> None:
