@@ -246,6 +246,7 @@ def run_in_lanes(
     on_done: Callable[[Shard, Any], None],
     heartbeat: Callable[[Shard], Any] = lambda _: None,
     stall_seconds: float = math.inf,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run a task for each shard, at most `limit` at once and one per lane.
 
@@ -256,6 +257,7 @@ def run_in_lanes(
         on_done: called with each shard and the result of its task, in the order of the shards of a lane.
         heartbeat: returns a shard's heartbeat, a value that changes while its task makes progress; None before it starts.
         stall_seconds: a task whose heartbeat does not change for longer is considered hung.
+        is_over: no further task starts once it returns True.
 
     Raises:
         StageError: a task or `on_done` failed, or a task hung `ATTEMPTS` times. No further tasks start then, but running
@@ -268,7 +270,7 @@ def run_in_lanes(
     failure: Exception | None = None
     next_check = time.monotonic()
     while True:
-        while failure is None and len(running) < limit and waiting:
+        while failure is None and len(running) < limit and waiting and not is_over():
             order, attempt_number = heapq.heappop(waiting)
             running[start(lanes[order[1]][order[2]])] = _Attempt(order, attempt_number)
         if not running:

@@ -65,12 +65,16 @@ IMAGES = pa.schema(
     }
 )
 
-TRANSIENT = re.compile(r"dns_error|connect_error|timeout|short_body|robots_unreachable|http_429|http_5\d\d")
+UNREACHED = ("dns_error", "dns_timeout", "connect_error", "timeout", "site_unreachable")
+"""Reasons of rows whose server was not reached."""
+TRANSIENT = re.compile("|".join((*UNREACHED, "short_body", "robots_unreachable", "http_429", r"http_5\d\d")))
 """Reasons that may be transient."""
 Pair = Mapping[str, Any]
 """`key`, `url`, `caption`, and optionally `expected_sha256` (from the list) and `seen_sha256` (from an earlier fetch)."""
 LANES_PER_TASK = 4
 """Least number of lanes for each concurrent task."""
+LEAST_JUDGED = 100
+"""Rows of an attempt from which on `max_unreached` applies; fewer may well be on one server."""
 PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0
 _PLAN_NOTE = "unclip.plan"
@@ -109,6 +113,16 @@ class DownloadConfig:
     """Wall time for one URL, including redirects and retries, excluding waits for robots.txt and for a free slot of the host."""
     connect_timeout_seconds: float = 5.0
     """Wall time to open one connection."""
+    dns_timeout_seconds: float = 5.0
+    """Wall time for one name look-up; it counts towards `timeout_seconds`."""
+    site_seconds: float = 60.0
+    """Time that requests to one site (registrable domain) may take without an answer, in each process: each that times out or
+    cannot connect adds its time, at least a second, and each answer pays for a quarter of `timeout_seconds`. Beyond it, its
+    rows fail with site_unreachable without a request, but for a probe after 30 seconds, then after pauses that double."""
+    max_unreached: float = 0.5
+    """Share of the rows of one attempt that may fail with dns_error, dns_timeout, connect_error, timeout or site_unreachable.
+    Beyond it the network is at fault: the stage fails, and these rows are tried again by the next run. It applies to 100 rows
+    or more, not counting those that failed before and are retried."""
     max_bytes: int = 20_000_000
     """Largest response body."""
     max_pixels: int = 50_000_000
@@ -139,8 +153,9 @@ class DownloadConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("tasks_in_flight", "retries", "max_redirects", "attempt"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("timeout_seconds", "connect_timeout_seconds"):
+        for name in ("timeout_seconds", "connect_timeout_seconds", "dns_timeout_seconds", "site_seconds"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+        require(0 <= self.max_unreached <= 1, "max_unreached", self.max_unreached, "0 to 1")
         longest_row = self.timeout_seconds + self.max_crawl_delay_seconds  # for one row
         require(self.stall_seconds > longest_row, "stall_seconds", self.stall_seconds, f"more than {longest_row:g}")
         require(
@@ -169,8 +184,11 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     plan = _plan(context, config, pairs.uri, table_uri)
     note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint, _PLAN_NOTE: plan.id}
     commits = _Commits(table_uri, note, context.run, f"{context.folder}/plan" if plan.retries else None)
-    _download_shards(table_uri, plan, config, context, commits)
+    unreached = _download_shards(table_uri, plan, config, context, commits)
     version = commits.commit()
+    if unreached.too_many:
+        _forget_unreached(table_uri, plan, context, commits)
+        raise StageError(unreached.explain())
     index_version = update_index(table_uri, version)
     context.store.write_json(config.attempt, *_attempt_record(config))
 
@@ -414,28 +432,109 @@ def _without(held: tuple[str, Sequence[str]]) -> list[tables.Part] | None:
     return tables.rewrite_without(uri, pa.array(keys, pa.string()))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fetched:
+    """Result of one shard."""
+
+    part: tables.Part
+    retried: int
+    """Rows that failed in an earlier attempt."""
+    unreached: Mapping[str, int]
+    """Reasons of `UNREACHED` of the other rows, and how many have them."""
+
+
+@dataclasses.dataclass
+class _Unreached:
+    """Rows of an attempt whose server was not reached, without those that failed before."""
+
+    limit: float
+    """Largest share of the rows."""
+    rows: int
+    """Rows of the attempt that did not fail before, or of which that is not known yet."""
+    reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    too_many: bool = False
+    """True once more than the limit are certain."""
+
+    def add(self, shard: _Fetched) -> None:
+        self.rows -= shard.retried
+        self.reasons.update(shard.unreached)
+        if self.rows >= LEAST_JUDGED and self.reasons.total() > self.limit * self.rows:
+            self.too_many = True
+
+    def explain(self) -> str:
+        counts = ", ".join(f"{reason} {number:,}" for reason, number in self.reasons.most_common())
+        return (
+            f"download: {self.reasons.total():,} of {self.rows:,} rows reached no server ({counts}), more than max_unreached = "
+            f"{self.limit:g} of them. Check this machine's network, name servers and proxy, then run the same command again: "
+            "it tries these rows again, and the others are kept. If so many servers are gone, set download.max_unreached=1."
+        )
+
+
+def _forget_unreached(table_uri: str, plan: _Plan, context: StageContext, commits: _Commits) -> None:
+    """Remove the rows of a plan whose server was not reached, and the plan, so that the next run tries them again."""
+    names = {shard.name for lane in plan.lanes for shard in lane}
+    files.delete(f"{context.folder}/plan.json")  # first: the shards are not those of the table any more
+    held = [uri for uri in tables.files(table_uri) if _origin(uri) in names]
+    results = run_all(_without_unreached, held)
+    changed = [(uri, parts) for uri, parts in zip(held, results, strict=True) if parts is not None]
+    removed = [uri.rpartition("/")[2] for uri, _ in changed]
+    tables.append_files(
+        table_uri, [part for _, parts in changed for part in parts], IMAGES, commits.note, removed=removed
+    )
+    for name in removed:  # the next attempt at the same rows must not find them
+        files.delete(f"{table_uri}/{name}")
+    files.delete(f"{context.folder}/plan")
+
+
+def _without_unreached(uri: str) -> list[tables.Part] | None:
+    table = tables.read_file(uri, ["key", "reason"])
+    unreached = table.filter(pc.is_in(table["reason"], value_set=pa.array(UNREACHED)))["key"]
+    return tables.rewrite_without(uri, unreached.combine_chunks()) if len(unreached) else None
+
+
+def _fetched(table_uri: str, rows_uri: str, part: tables.Part) -> _Fetched:
+    listed = tables.read_file(rows_uri, ["key", "replaces"])
+    retried = listed.filter(pc.is_valid(listed["replaces"]))["key"]
+    table = tables.read_file(f"{table_uri}/{part.name}", ["key", "reason"])
+    reasons = table.filter(pc.invert(pc.is_in(table["key"], value_set=retried)))["reason"]
+    counts = {item["values"]: item["counts"] for item in reasons.value_counts().to_pylist()}
+    return _Fetched(part, len(retried), {reason: counts[reason] for reason in UNREACHED if reason in counts})
+
+
+def _fetched_before(table_uri: str, folder: str, shard: Shard) -> _Fetched:
+    part = tables.find_part(table_uri, shard.name)
+    assert part is not None, f"{table_uri} has no part of the shard {shard.name}"
+    return _fetched(table_uri, shard_uri(folder, shard), part)
+
+
 def _download_shards(
     table_uri: str, plan: _Plan, config: DownloadConfig, context: StageContext, commits: _Commits
-) -> None:
-    lanes = _uncommitted(table_uri, plan)
-    num_left = sum(shard.rows for lane in lanes for shard in lane)
-    progress = context.progress(plan.rows, "images").start(plan.rows - num_left)
+) -> _Unreached:
+    lanes, folder = _uncommitted(table_uri, plan), f"{context.folder}/plan"
+    left = {shard for lane in lanes for shard in lane}
+    progress = context.progress(plan.rows, "images").start(plan.rows - sum(shard.rows for shard in left))
+    unreached = _Unreached(config.max_unreached, plan.rows)
+    if files.names(folder):  # else all is done and judged
+        before = [shard for lane in plan.lanes for shard in lane if shard not in left]
+        for shard in run_all(functools.partial(_fetched_before, table_uri, folder), before):
+            unreached.add(shard)
     if not lanes:
-        return
+        return unreached
     run, taken_down = context.run, load_tombstones(context.store).sha256s
     heartbeats = context.store.uri("runs", run.id, "shards")
 
     def heartbeat_uri(shard: Shard) -> str:
         return f"{heartbeats}/{shard.name}.json"
 
-    def start(shard: Shard) -> ray.ObjectRef[tables.Part]:
+    def start(shard: Shard) -> ray.ObjectRef[_Fetched]:
         files.delete(heartbeat_uri(shard))
-        rows_uri = shard_uri(f"{context.folder}/plan", shard)
+        rows_uri = shard_uri(folder, shard)
         return _download_shard.remote(table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard))
 
-    def on_done(shard: Shard, part: tables.Part) -> None:
+    def on_done(shard: Shard, fetched: _Fetched) -> None:
         progress.update(shard.rows)
-        commits.add(part)
+        unreached.add(fetched)
+        commits.add(fetched.part)
 
     try:
         run_in_lanes(
@@ -447,6 +546,7 @@ def _download_shards(
                 files.read_json(heartbeat_uri(shard)) if files.exists(heartbeat_uri(shard)) else None
             ),
             stall_seconds=config.stall_seconds,
+            is_over=lambda: unreached.too_many,
         )
     except StageError:
         with contextlib.suppress(Exception):  # keep the original error
@@ -454,6 +554,7 @@ def _download_shards(
         raise
     finally:
         files.delete(heartbeats)
+    return unreached
 
 
 @ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True, scheduling_strategy="SPREAD")
@@ -465,8 +566,8 @@ def _download_shard(
     run: Run,
     taken_down: frozenset[str],
     heartbeat_uri: str,
-) -> tables.Part:
-    """Return the part that an earlier attempt wrote for this shard, or fetch its rows and write it."""
+) -> _Fetched:
+    """Find the part that an earlier attempt wrote for this shard, or fetch its rows and write it."""
     part = tables.find_part(table_uri, name)
     if part is None:
         pairs = tables.read_file(rows_uri).to_pylist()
@@ -474,7 +575,7 @@ def _download_shard(
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
         part = tables.write_part(table_uri, name, table)
-    return part
+    return _fetched(table_uri, rows_uri, part)
 
 
 def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:

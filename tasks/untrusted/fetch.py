@@ -8,7 +8,6 @@ belong to the operator: they need not be public, and neither rule applies to the
 image itself (`tasks.untrusted.opt_outs`) apply to all hosts.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -28,13 +27,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tasks.rows import RowFault
-from tasks.untrusted import opt_outs, robots
+from tasks.untrusted import budgets, domains, opt_outs, robots
 
 _CHUNK_BYTES = 1 << 16
 _RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
 _OPT_OUTS = ("x-robots-tag", "tdm-reservation", "content-usage", "content-signal")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _ADDRESSES_LAST_SECONDS = 30.0  # a long list overloads name servers first
+_NO_ADDRESS_LASTS_SECONDS = 60.0
 _MAX_ADDRESSES = 100_000
 _BACKOFF_SECONDS = 0.2  # before the first retry; doubles
 
@@ -139,15 +139,27 @@ class Fetcher:
     """X-Robots-Tag directives that forbid the use of an image."""
     allow_hosts: tuple[str, ...] = ()
     """`host` or `host:port` entries that may be fetched even if not public, with neither robots.txt nor limits."""
+    dns_timeout_seconds: float = 5.0
+    """For one look-up."""
+    site_seconds: float = 60.0
+    """Time that a site's requests may take without an answer; see `budgets.Sites`."""
     resolve: Callable[..., Any] = socket.getaddrinfo
     _robots: robots.Robots = dataclasses.field(default_factory=robots.Robots, init=False, repr=False, compare=False)
-    _addresses: dict[tuple[str, int], tuple[float, list[Any]]] = dataclasses.field(
+    _addresses: dict[tuple[str, int], tuple[float, list[Any] | str]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """Host and port -> expiry (monotonic time) and checked addresses."""
+    """Host and port -> expiry (monotonic time) and checked addresses, or the reason why there are none."""
+    _lookups: budgets.Lookups = dataclasses.field(
+        default_factory=budgets.Lookups, init=False, repr=False, compare=False
+    )
     _host_limits: "_HostLimits" = dataclasses.field(
         default_factory=lambda: _HostLimits(), init=False, repr=False, compare=False
     )
+
+    _sites: budgets.Sites = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_sites", budgets.Sites(self.site_seconds, self.timeout_seconds))
 
     @property
     def agent(self) -> str:
@@ -199,8 +211,9 @@ class Fetcher:
     def _get(self, url: str, deadline: _Deadline, for_robots: bool) -> bytes | str:
         """Return the body, or the URL of a redirect."""
         target = _Target.parse(url)
+        self._sites.check(target.site)
         addresses = self._resolve_checked(target, deadline)
-        with self._admission(target, deadline, for_robots):
+        with self._admission(target, deadline, for_robots), self._sites.request(target.site):
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.sock = self._connect(target, addresses, deadline)
             with contextlib.closing(connection):
@@ -251,18 +264,30 @@ class Fetcher:
         """Return all addresses of the host, as `getaddrinfo` lists them, after checking each."""
         known = self._addresses.get((target.host, target.port))
         if known is not None and time.monotonic() < known[0]:
+            if isinstance(known[1], str):
+                raise RowFault(known[1])
             return known[1]
-        lookup = _resolvers().submit(self.resolve, target.host, target.port, type=socket.SOCK_STREAM)
+        started = time.monotonic()
+        seconds = min(self.dns_timeout_seconds, deadline.remaining())
         try:
-            found: list[Any] = lookup.result(deadline.remaining())
-        except (socket.gaierror, UnicodeError):
+            found = self._lookups.find(self.resolve, target.host, target.port, seconds)
+        except TimeoutError:
+            self._sites.failed(target.site, time.monotonic() - started)
+            self._remember(target, "dns_timeout", _NO_ADDRESS_LASTS_SECONDS)
+            raise RowFault("dns_timeout") from None
+        except (socket.gaierror, UnicodeError) as error:
+            if getattr(error, "errno", None) != socket.EAI_AGAIN:  # that one is retried
+                self._remember(target, "dns_error", _NO_ADDRESS_LASTS_SECONDS)
             raise RowFault("dns_error") from None
         if not target.is_in(self.allow_hosts) and not all(is_public(address[0]) for *_, address in found):
             raise RowFault("blocked_address")
+        self._remember(target, found, _ADDRESSES_LAST_SECONDS)
+        return found
+
+    def _remember(self, target: "_Target", found: list[Any] | str, seconds: float) -> None:
         if len(self._addresses) >= _MAX_ADDRESSES:
             self._addresses.clear()
-        self._addresses[target.host, target.port] = time.monotonic() + _ADDRESSES_LAST_SECONDS, found
-        return found
+        self._addresses[target.host, target.port] = time.monotonic() + seconds, found
 
     def _connect(self, target: "_Target", addresses: Sequence[Any], deadline: _Deadline) -> socket.socket:
         """Connect to the first address that answers."""
@@ -334,6 +359,11 @@ class _Target:
         """Normalised URL without the fragment."""
         return f"{'https' if self.tls else 'http'}://{self.host_header}{self.path}"
 
+    @property
+    def site(self) -> str:
+        """Registrable domain, or the address."""
+        return domains.registrable_domain(self.host)
+
     def is_in(self, allow_hosts: Sequence[str]) -> bool:
         return self.host in allow_hosts or f"{self.host}:{self.port}" in allow_hosts
 
@@ -376,9 +406,3 @@ def _tls() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.sslsocket_class = _TLSSocket
     return context
-
-
-@functools.cache
-def _resolvers() -> concurrent.futures.ThreadPoolExecutor:
-    # The system resolver has no timeout, so callers wait for it in another thread.
-    return concurrent.futures.ThreadPoolExecutor(max_workers=32, thread_name_prefix="resolve")
