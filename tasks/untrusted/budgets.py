@@ -99,10 +99,10 @@ def _is_numeric(host: str) -> bool:
 
 @dataclasses.dataclass
 class _Site:
+    pause: float
+    """Seconds until the next probe; doubles."""
     spent: float = 0.0
     """Seconds of its failed requests that no answer has paid for."""
-    pause: float = _FIRST_PAUSE_SECONDS
-    """Seconds until the next probe; doubles."""
     next_probe: float = 0.0
     """Monotonic time."""
     prober: tuple[int, float] = (0, 0.0)
@@ -164,7 +164,7 @@ class Sites:
         with self._lock:
             if len(self._sites) >= _MAX_SITES and site not in self._sites:
                 self._sites.clear()
-            state = self._sites.setdefault(site, _Site())
+            state = self._sites.setdefault(site, _Site(_FIRST_PAUSE_SECONDS))
             was_open = state.spent < self._budget
             state.spent = min(state.spent + max(seconds, _LEAST_COST_SECONDS), self._budget)
             if was_open and state.spent >= self._budget:

@@ -159,6 +159,7 @@ class Fetcher:
     _sites: budgets.Sites = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        domains.registrable_domain("example.com")  # reads the list of suffixes, here in one thread
         object.__setattr__(self, "_sites", budgets.Sites(self.site_seconds, self.timeout_seconds))
 
     @property
