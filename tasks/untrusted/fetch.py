@@ -362,8 +362,8 @@ class _Target:
 
     @property
     def site(self) -> str:
-        """Registrable domain, or the address."""
-        return domains.registrable_domain(self.host)
+        """Registrable domain, or the address, and the port."""
+        return f"{domains.registrable_domain(self.host)}:{self.port}"
 
     def is_in(self, allow_hosts: Sequence[str]) -> bool:
         return self.host in allow_hosts or f"{self.host}:{self.port}" in allow_hosts
