@@ -12,6 +12,7 @@ orientation, and lose rows they cannot write.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -35,12 +36,12 @@ import ray
 from tasks import ranges, rows, tables
 from tasks.dataflow import run_all
 from tasks.index import index_files, index_uri, read_index, update_index
-from tasks.lanes import Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
+from tasks.lanes import WAITING_PER_TASK, Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import load_tombstones
-from tasks.untrusted import decode, fetch
+from tasks.untrusted import budgets, decode, fetch
 from unclip import files
 from unclip.config import fingerprint, require
 from unclip.errors import StageError, StorageError
@@ -75,6 +76,8 @@ LANES_PER_TASK = 4
 """Least number of lanes for each concurrent task."""
 LEAST_JUDGED = 100
 """Rows of an attempt from which on `max_unreached` applies; fewer may well be on one server."""
+WAITING_SECONDS = 2.0
+"""A task that completes no row for this long only waits."""
 PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0
 _PLAN_NOTE = "unclip.plan"
@@ -441,6 +444,8 @@ class _Fetched:
     """Rows that failed in an earlier attempt."""
     unreached: Mapping[str, int]
     """Reasons of `UNREACHED` of the other rows, and how many have them."""
+    spent: Mapping[str, budgets.Spent] = dataclasses.field(default_factory=dict)
+    """Budgets of sites of its lane."""
 
 
 @dataclasses.dataclass
@@ -526,14 +531,19 @@ def _download_shards(
     def heartbeat_uri(shard: Shard) -> str:
         return f"{heartbeats}/{shard.name}.json"
 
-    def start(shard: Shard) -> ray.ObjectRef[_Fetched]:
+    lane_of = {shard: number for number, lane in enumerate(lanes) for shard in lane}
+    spent: dict[int, Mapping[str, budgets.Spent]] = {}
+
+    def start(shard: Shard) -> ray.ObjectRefGenerator:
         files.delete(heartbeat_uri(shard))
-        rows_uri = shard_uri(folder, shard)
-        return _download_shard.remote(table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard))
+        rows_uri, of_lane = shard_uri(folder, shard), spent.get(lane_of[shard], {})
+        work = (table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard), of_lane)
+        return _download_shard.remote(*work)  # type: ignore[no-any-return]
 
     def on_done(shard: Shard, fetched: _Fetched) -> None:
         progress.update(shard.rows)
         unreached.add(fetched)
+        spent[lane_of[shard]] = fetched.spent
         commits.add(fetched.part)
 
     try:
@@ -557,7 +567,13 @@ def _download_shards(
     return unreached
 
 
-@ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True, scheduling_strategy="SPREAD")
+@ray.remote(
+    num_cpus=1 / (1 + WAITING_PER_TASK),
+    max_retries=2,
+    retry_exceptions=True,
+    scheduling_strategy="SPREAD",
+    num_returns="streaming",
+)
 def _download_shard(
     table_uri: str,
     name: str,
@@ -566,16 +582,41 @@ def _download_shard(
     run: Run,
     taken_down: frozenset[str],
     heartbeat_uri: str,
-) -> _Fetched:
-    """Find the part that an earlier attempt wrote for this shard, or fetch its rows and write it."""
-    part = tables.find_part(table_uri, name)
-    if part is None:
-        pairs = tables.read_file(rows_uri).to_pylist()
-        table = fetch_pairs(pairs, config, taken_down, _heartbeat(heartbeat_uri, config.stall_seconds / 10))
+    spent: Mapping[str, budgets.Spent],
+) -> Iterator[_Fetched | None]:
+    """Find the part that an earlier attempt wrote for this shard, or fetch its rows and write it.
+
+    Args:
+        spent: budgets that earlier shards of the lane left.
+
+    Yields:
+        None when it only waits for servers or is done, then the result.
+    """
+    part, spent_now = tables.find_part(table_uri, name), spent
+    if part is not None:
+        yield None
+    else:
+        _forget_other_runs(run.id)
+        pairs, fetcher = tables.read_file(rows_uri).to_pylist(), _fetcher(config)
+        urls = [pair["url"] for pair in pairs]
+        fetcher.take_budgets(urls, spent)
+        beat, last_row = _heartbeat(heartbeat_uri, config.stall_seconds / 10), time.monotonic()
+
+        def note(number: int) -> None:
+            nonlocal last_row
+            last_row = time.monotonic()
+            beat(number)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            fetching = pool.submit(fetch_pairs, pairs, config, taken_down, note)
+            while not fetching.done() and time.monotonic() - last_row < WAITING_SECONDS:
+                concurrent.futures.wait([fetching], timeout=WAITING_SECONDS / 8)
+            yield None
+            table = fetching.result()
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
-        part = tables.write_part(table_uri, name, table)
-    return _fetched(table_uri, rows_uri, part)
+        part, spent_now = tables.write_part(table_uri, name, table), fetcher.hand_on_budgets(urls, spent)
+    yield dataclasses.replace(_fetched(table_uri, rows_uri, part), spent=spent_now)
 
 
 def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:
@@ -709,6 +750,12 @@ def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
     """One fetcher for all shards of a process, so that its knowledge of hosts is reused."""
     names = [field.name for field in dataclasses.fields(fetch.Fetcher) if field.init and field.name != "resolve"]
     return fetch.Fetcher(**{name: getattr(config, name) for name in names})
+
+
+@functools.lru_cache(maxsize=1)
+def _forget_other_runs(run_id: str) -> None:
+    """Forget what an earlier run, perhaps one without a network, learned of hosts; nothing if it is the same run."""
+    _fetcher.cache_clear()
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from tasks.rows import RowFault
 from tasks.untrusted import domains
@@ -19,6 +19,7 @@ _LEAST_COST_SECONDS = 1.0  # of a failed request, however soon it fails
 _FIRST_PAUSE_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 3600.0
 _MAX_SITES = 100_000
+_MOST_HANDED_ON = 1000
 
 
 class Lookups:
@@ -109,6 +110,15 @@ class _Site:
     """Thread that probes the site, and the monotonic time until which it may."""
 
 
+class Spent(NamedTuple):
+    """Budget of a site as one process leaves it to the next."""
+
+    seconds: float
+    pause: float
+    next_probe: float
+    """Unix time."""
+
+
 class Sites:
     """Budgets of the sites whose requests failed lately; thread-safe.
 
@@ -186,3 +196,25 @@ class Sites:
                 state.spent -= self._timeout / 4
             if state.spent <= 0:
                 del self._sites[site]
+
+    def set(self, sites: Iterable[str], spent: Mapping[str, Spent]) -> None:
+        """Take over budgets from another process; all others of these sites are full."""
+        now, clock = time.monotonic(), time.time()
+        with self._lock:
+            for site in sites:
+                self._sites.pop(site, None)
+                if site in spent:
+                    seconds, pause, next_probe = spent[site]
+                    wait = min(max(0.0, next_probe - clock), pause)
+                    self._sites[site] = _Site(pause, seconds, now + wait)
+
+    def get(self, sites: Iterable[str]) -> dict[str, Spent]:
+        """Budgets of these sites that are not full; the most spent if there are many."""
+        offset = time.time() - time.monotonic()
+        with self._lock:
+            found = {
+                site: Spent(state.spent, state.pause, offset + state.next_probe)
+                for site in sites
+                if (state := self._sites.get(site)) is not None
+            }
+        return dict(sorted(found.items(), key=lambda item: -item[1].seconds)[:_MOST_HANDED_ON])

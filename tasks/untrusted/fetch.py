@@ -23,7 +23,7 @@ import threading
 import time
 import urllib.parse
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.rows import RowFault
@@ -96,6 +96,14 @@ def is_allowed_host(url: str, allow_hosts: Sequence[str]) -> bool:
         return _Target.parse(url).is_in(allow_hosts)
     except RowFault:
         return False
+
+
+def _sites_of(urls: Iterable[str]) -> set[str]:
+    found = set()
+    for url in urls:
+        with contextlib.suppress(RowFault):
+            found.add(_Target.parse(url).site)
+    return found
 
 
 class _Busy(RowFault):
@@ -174,6 +182,15 @@ class Fetcher:
             RowFault: with one of the reasons of `tasks.rows`; no other exception.
         """
         return self._try(url, for_robots=False)
+
+    def take_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> None:
+        """Take over the budgets of the sites of some URLs from another process."""
+        self._sites.set(_sites_of(urls), spent)
+
+    def hand_on_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> dict[str, budgets.Spent]:
+        """Return budgets for another process: those of the sites of some URLs, and `spent` for all other sites."""
+        sites = _sites_of(urls)
+        return {site: left for site, left in spent.items() if site not in sites} | self._sites.get(sites)
 
     def _try(self, url: str, for_robots: bool) -> bytes:
         deadline = _Deadline(time.monotonic() + self.timeout_seconds)

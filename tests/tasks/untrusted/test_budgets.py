@@ -234,6 +234,28 @@ def test_f63_a_site_that_answers_now_and_then_spends_its_budget_too() -> None:
         assert (number < 1000) == closes, (share, number)
 
 
+def test_f63_the_next_process_takes_over_what_a_site_has_spent() -> None:
+    with tarpit() as (address, requests, is_well), serve(host="127.0.0.1") as server:
+        urls = [f"http://{address}/{number}" for number in range(8)] + [f"http://{server.address}/a.jpg", "nonsense"]
+        settings: dict[str, Any] = {
+            "allow_hosts": (address, server.address),
+            "timeout_seconds": 0.3,
+            "site_seconds": 3.0,
+        }
+        first, second = fetcher(**settings), fetcher(**settings)
+        assert outcomes(urls, first, threads=1) == ["timeout"] * 3 + ["site_unreachable"] * 5 + ["ok", "bad_url"]
+        elsewhere = {"other.example:80": budgets.Spent(5.0, 30.0, time.time())}
+        spent = first.hand_on_budgets(urls, elsewhere)
+        assert spent.keys() == {address, "other.example:80"}
+        second.take_budgets(urls, spent)
+        assert outcomes(urls, second, threads=1) == ["site_unreachable"] * 8 + ["ok", "bad_url"]
+        assert len(requests) == 3
+        # Of the sites of its URLs it knows what it was told, and no more.
+        is_well.set()
+        second.take_budgets(urls, {})
+        assert outcomes(urls[:2], second, threads=1) == ["ok"] * 2
+
+
 def test_a_hostile_list_of_sites_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "_MAX_SITES", 100)
     sites = Sites(60.0, 10.0)
