@@ -68,7 +68,9 @@ IMAGES = pa.schema(
 
 UNREACHED = ("dns_error", "dns_timeout", "connect_error", "timeout", "site_unreachable")
 """Reasons of rows whose server was not reached."""
-TRANSIENT = re.compile("|".join((*UNREACHED, "short_body", "robots_unreachable", "http_429", r"http_5\d\d")))
+TRANSIENT = re.compile(
+    "|".join((*UNREACHED, "short_body", "robots_unreachable", "decode_budget", "http_429", r"http_5\d\d"))
+)
 """Reasons that may be transient."""
 Pair = Mapping[str, Any]
 """`key`, `url`, `caption`, and optionally `expected_sha256` (from the list) and `seen_sha256` (from an earlier fetch)."""
@@ -130,6 +132,9 @@ class DownloadConfig:
     """Largest response body."""
     max_pixels: int = 50_000_000
     """Largest image, width times height."""
+    site_decode_seconds: float = 60.0
+    """Time for which one task decodes slow images of a site, those that take more than a second; the site's other images in
+    that task then fail with decode_budget."""
     retries: int = 1
     """Retries after a failed DNS lookup or connection, a short body, an HTTP 429 or 5xx; Retry-After is respected."""
     max_redirects: int = 5
@@ -156,7 +161,8 @@ class DownloadConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("tasks_in_flight", "retries", "max_redirects", "attempt"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("timeout_seconds", "connect_timeout_seconds", "dns_timeout_seconds", "site_seconds"):
+        seconds = ("timeout_seconds", "connect_timeout_seconds", "dns_timeout_seconds", "site_seconds", "site_decode_seconds")
+        for name in seconds:
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
         require(0 <= self.max_unreached <= 1, "max_unreached", self.max_unreached, "0 to 1")
         longest_row = self.timeout_seconds + self.max_crawl_delay_seconds  # for one row
@@ -663,7 +669,13 @@ def fetch_pairs(
         downloader = img2dataset.Downloader(
             sample_writer_class=lambda *_: writer,
             resizer=_decode_with(
-                _decoding_pool(config.image_size, config.jpeg_quality, config.max_pixels, config.chroma_subsampling)
+                _decoding_pool(
+                    config.image_size,
+                    config.jpeg_quality,
+                    config.max_pixels,
+                    config.chroma_subsampling,
+                    config.site_decode_seconds,
+                )
             ),
             thread_count=config.num_threads,
             save_caption=True,
@@ -731,6 +743,14 @@ class _Writer:
         pass
 
 
+class _Body(io.BytesIO):
+    """Body of a response; img2dataset passes it on to the decoder."""
+
+    def __init__(self, url: str, data: bytes) -> None:
+        super().__init__(data)
+        self.url = url
+
+
 def _fetch_with(config: DownloadConfig) -> Any:
     """Create a replacement for `img2dataset.downloader.download_image_with_retry`."""
     fetcher = _fetcher(config)
@@ -738,7 +758,7 @@ def _fetch_with(config: DownloadConfig) -> Any:
     def fetch_row(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
         index, url = row
         try:
-            return index, io.BytesIO(fetcher.fetch(url)), None
+            return index, _Body(url, fetcher.fetch(url)), None
         except rows.RowFault as fault:
             return index, None, fault.reason
 
@@ -759,17 +779,19 @@ def _forget_other_runs(run_id: str) -> None:
 
 
 @functools.cache
-def _decoding_pool(image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str) -> decode.DecodingPool:
+def _decoding_pool(
+    image_size: int, jpeg_quality: int, max_pixels: int, chroma_subsampling: str, site_seconds: float
+) -> decode.DecodingPool:
     """One pool for all shards of a process; its child processes end with the process, whose pipe they read."""
-    return decode.DecodingPool(image_size, jpeg_quality, max_pixels, chroma_subsampling)
+    return decode.DecodingPool(image_size, jpeg_quality, max_pixels, chroma_subsampling, site_seconds=site_seconds)
 
 
 def _decode_with(pool: decode.DecodingPool) -> Any:
     """Create a replacement for img2dataset's resizer; it passes the decoded image to the writer unchanged."""
 
-    def resize(stream: io.BytesIO, _boxes: Any = None) -> tuple[Any, ...]:
+    def resize(stream: _Body, _boxes: Any = None) -> tuple[Any, ...]:
         try:
-            image = pool.decode(stream.getvalue())
+            image = pool.decode(stream.getvalue(), stream.url)
         except rows.RowFault as fault:
             return None, None, None, None, None, fault.reason
         sizes = (image.width, image.height, image.original_width, image.original_height)

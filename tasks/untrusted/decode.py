@@ -8,17 +8,24 @@ import dataclasses
 import functools
 import io
 import math
+import re
 import struct
+import time
+import urllib.parse
 import warnings
 
 import cv2
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-# Pillow would otherwise import all plugins at the first image whose format is not yet imported.
-from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401  # isort: skip
+# Pillow would otherwise import these when an image first needs them, and a confined child can open no file.
+from PIL import (  # noqa: F401  # isort: skip
+    GifImagePlugin, ImageColor, ImageFilter, ImagePalette, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, TiffImagePlugin,
+    WebPImagePlugin,
+)  # fmt: skip
 
 from tasks.rows import REASONS, RowFault
+from tasks.untrusted.domains import registrable_domain
 from tasks.untrusted.sandbox import DEFAULT_LIMITS, Limits, Sandbox, SandboxFault
 
 VERSION = 3
@@ -26,6 +33,10 @@ VERSION = 3
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 CHROMA_SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 """Chroma at full, at half the horizontal and at half the resolution; Pillow numbers them 0, 1 and 2."""
+MAX_SCANS = 40
+"""Scans of a JPEG. Encoders write at most about 15, and each costs a pass over all coefficients, however short it is."""
+SLOW_SECONDS = 1.0
+"""Decoding time of an image that no site is charged for."""
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TO_UPRIGHT = {
@@ -40,6 +51,9 @@ _REPLY = struct.Struct(
     ">4I16s3s"
 )  # sizes, perceptual hash (zeros for none) and colour of a DecodedImage; then its JPEG
 _IMAGE, _FAULT = b"P", b"F"  # first byte of a reply
+_START_OF_SCAN, _START_OF_IMAGE, _END_OF_IMAGE = b"\xda", b"\xd8", b"\xd9"
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # those of entropy-coded data excluded
+_MAX_SEGMENTS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +83,39 @@ class DecodingPool:
         chroma_subsampling: str = "4:4:4",
         num_children: int = 1,
         limits: Limits = DEFAULT_LIMITS,
+        site_seconds: float = math.inf,
     ) -> None:
-        """Start the children. For the arguments, see `decode`; raises StageError if a child does not start."""
+        """Start the children; raises StageError if a child does not start.
+
+        Args:
+            site_seconds: time in which slow images of one site are decoded; its other images are then refused.
+
+        For the other arguments, see `decode`.
+        """
+        self._site_seconds = site_seconds
+        self._spent: dict[str, float] = {}  # seconds by site, of sites with slow images
         self._head = _REQUEST.pack(image_size, jpeg_quality, max_pixels, CHROMA_SUBSAMPLINGS.index(chroma_subsampling))
         self._sandbox = Sandbox(answer, num_children, limits)
 
-    def decode(self, data: bytes) -> DecodedImage:
-        """Decode like the function `decode`; its RowFault may also be decode_crash, decode_timeout or decode_memory."""
+    def decode(self, data: bytes, url: str = "") -> DecodedImage:
+        """Decode like the function `decode`.
+
+        Args:
+            url: source of the image, whose site is charged if decoding is slow.
+
+        Raises:
+            RowFault: as by `decode`; or decode_crash, decode_timeout, decode_memory or decode_budget.
+        """
+        if self._spent and self._spent.get(_site(url), 0.0) >= self._site_seconds:
+            raise RowFault("decode_budget")
+        started = time.monotonic()
         try:
             return _unpack(self._sandbox.call(self._head + data))
         except SandboxFault as fault:
             raise RowFault(f"decode_{fault.kind}") from None
+        finally:
+            if (seconds := time.monotonic() - started) > SLOW_SECONDS:
+                self._spent[_site(url)] = self._spent.get(_site(url), 0.0) + seconds
 
     @property
     def pids(self) -> list[int]:
@@ -104,7 +140,7 @@ def decode(
         chroma_subsampling: one of `CHROMA_SUBSAMPLINGS`.
 
     Raises:
-        RowFault: not_an_image, too_many_pixels or decode_error.
+        RowFault: not_an_image, too_many_pixels, too_many_scans or decode_error.
         MemoryError: memory is exhausted.
     """
     rgb, original = decode_rgb(data, image_size, max_pixels)
@@ -124,6 +160,8 @@ def decode_rgb(data: bytes, image_size: int, max_pixels: int) -> tuple[Image.Ima
             original = image.size
             if original[0] * original[1] > max_pixels:
                 raise RowFault("too_many_pixels")
+            if image.format in ("JPEG", "MPO") and _has_many_scans(data):
+                raise RowFault("too_many_scans")
             size = _fit(original, image_size)
             # Decodes a JPEG at a half, quarter or eighth of its size if that is enough.
             image.draft(None, (2 * size[0], 2 * size[1]))
@@ -205,6 +243,31 @@ def _unpack(reply: bytes) -> DecodedImage:
     if not is_valid or (text and (len(text) != 16 or set(text) - set("0123456789abcdef"))):
         raise RowFault("decode_crash")
     return DecodedImage(jpg, width, height, original_width, original_height, text or None, colour.hex())
+
+
+def _site(url: str) -> str:
+    return registrable_domain(urllib.parse.urlsplit(url).hostname or "")
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Return True if a JPEG has more than `MAX_SCANS` scans, or so many segments that they are not counted.
+
+    Pillow offers no limit. Most files hold too few of these bytes for a second look, which skips those in metadata.
+    """
+    if data.count(b"\xff" + _START_OF_SCAN) <= MAX_SCANS:
+        return False
+    position = scans = 0
+    for _ in range(_MAX_SEGMENTS):
+        marker = _JPEG_MARKER.search(data, position)
+        if marker is None or marker[1] == _END_OF_IMAGE:
+            return False
+        position = marker.end()
+        if marker[1] != _START_OF_IMAGE:  # which has no length
+            scans += marker[1] == _START_OF_SCAN
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+        if scans > MAX_SCANS:
+            return True
+    return True
 
 
 def _fit(size: tuple[int, int], image_size: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from tasks.untrusted.sandbox import Limits, Sandbox, SandboxFault
 MAX_COLUMNS = 10_000
 MAX_TEXT_BYTES = 1 << 16
 """Longest value; the rest is cut off."""
-LIMITS = Limits(wall_seconds=60.0, memory_bytes=1 << 30, reply_bytes=1 << 26)
+LIMITS = Limits(wall_seconds=60.0, memory_bytes=1 << 30, reply_bytes=1 << 26, open_files=4)
 """Limits for opening a list, and for each batch of its rows."""
 
 _ROWS_AT_ONCE = 1 << 16

@@ -3,13 +3,17 @@
 A child runs one function `bytes -> bytes` for request after request, with bounded memory and time, without write access to
 files, without network and without the worker's environment. Requests and replies are frames, a length and then that many
 bytes; replies are never unpickled. A child that dies, hangs or exceeds its memory fails one request and is replaced.
+
+Native code is confined by the kernel (`tasks.untrusted.confinement`), Python code also by an audit hook.
 """
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import json
+import logging
 import math
 import os
 import queue
@@ -24,7 +28,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from tasks.untrusted import confinement
 from unclip.errors import StageError
+
+log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct(">Q")
 _OUT_OF_MEMORY = 77  # exit status
@@ -53,6 +60,8 @@ class Limits:
     """Address space beyond that of a ready child."""
     reply_bytes: int = 1 << 28
     """Longest reply."""
+    open_files: int = 0
+    """Files that a child may have open for reading besides its pipes. None can be opened for writing."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -150,13 +159,15 @@ class _Child:
 
     def wait_until_ready(self) -> None:
         try:
-            problem = self._receive(time.monotonic() + _START_SECONDS).decode("utf-8", "replace")
+            problem, weakness = json.loads(self._receive(time.monotonic() + _START_SECONDS))
         except (TimeoutError, EOFError) as error:
-            problem = f"{type(error).__name__}, exit status {self.process.poll()}"
+            problem, weakness = f"{type(error).__name__}, exit status {self.process.poll()}", ""
         if problem:
             self.stop()
             name = f"{self.function.__module__}.{self.function.__qualname__}"
             raise StageError(f"sandbox: the child process for {name} did not start: {problem}. Check the installation.")
+        if weakness:
+            _warn(weakness)
         self.is_ready = True
 
     def stop(self) -> None:
@@ -170,8 +181,9 @@ class _Child:
     def _start(self) -> None:
         root = str(Path(__file__).resolve().parents[2])
         path = [root, *(os.path.abspath(entry) for entry in sys.path if os.path.abspath(entry) != root)]
+        confinement.hide()
         job = [path, self.function.__module__, self.function.__qualname__, self.limits.memory_bytes]
-        job.append(math.ceil(self.limits.wall_seconds) + 1)
+        job += [math.ceil(self.limits.wall_seconds) + 1, self.limits.open_files]
         # One thread and one arena, since more would count as memory. The environment may hold secrets, so it is not passed on.
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         # Keep freed memory for the next call: returning it and faulting it in again takes a third of the decoding time.
@@ -242,22 +254,31 @@ def _wait_for(pipe: int, event: int, deadline: float) -> None:
         raise TimeoutError
 
 
-def serve(module: str, name: str, memory_bytes: int, cpu_seconds: int) -> None:
+@functools.cache
+def _warn(weakness: str) -> None:
+    """Log a warning, once in a process."""
+    log.warning(
+        "Child processes that handle untrusted bytes are confined by limits and an audit hook only: %s.", weakness
+    )
+
+
+def serve(module: str, name: str, memory_bytes: int, cpu_seconds: int, open_files: int) -> None:
     """Run in a child: answer requests until the pipe closes. Only `Sandbox` calls it."""
     requests, replies = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):  # prints of a library must not end up in a reply
         os.dup2(nowhere, standard)
+    os.close(nowhere)
     try:
         imported = importlib.import_module(module)
         function = getattr(imported, name)
         getattr(imported, "warm_up", lambda: None)()
-        _confine(memory_bytes)
+        weakness = _confine(memory_bytes, open_files)
         gc.freeze()  # excludes imported objects from garbage collection
     except BaseException as error:
-        _write(replies, f"{type(error).__name__}: {error}".encode())
+        _write(replies, json.dumps([f"{type(error).__name__}: {error}", ""]).encode())
         raise
-    _write(replies, b"")
+    _write(replies, json.dumps(["", weakness]).encode())
     try:
         while (request := _read_request(requests)) is not None:
             _allow_cpu(cpu_seconds)
@@ -266,15 +287,27 @@ def serve(module: str, name: str, memory_bytes: int, cpu_seconds: int) -> None:
         os._exit(_OUT_OF_MEMORY)
 
 
-def _confine(memory_bytes: int) -> None:
-    """Drop, irrevocably, all rights that decoding does not need."""
+def _confine(memory_bytes: int, open_files: int) -> str:
+    """Drop, irrevocably, all rights that decoding does not need; return what the kernel does not offer, or an empty text."""
+    os.environ.clear()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     usage = Path("/proc/self/statm")
     if usage.exists():  # only on Linux can address space be read and limited
         limit = int(usage.read_text().split()[0]) * resource.getpagesize() + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    descriptors = _next_descriptor() + open_files if open_files else 0  # open ones stay usable
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    weakness = confinement.confine(reads_files=open_files > 0)
     sys.addaudithook(_refuse)
+    return weakness
+
+
+def _next_descriptor() -> int:
+    """Lowest descriptor above which none can be open, as descriptors are given out from below."""
+    free = os.dup(0)
+    os.close(free)
+    return free
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:

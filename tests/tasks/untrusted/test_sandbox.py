@@ -1,7 +1,9 @@
 """A function in a child process can only answer or fail its own request (T6, T20, F22)."""
 
+import ctypes
 import importlib
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -18,7 +20,7 @@ from tasks.untrusted.sandbox import Limits, Sandbox, SandboxFault
 from unclip.errors import StageError
 
 HOSTILE = '''
-import os, signal, socket, subprocess, sys, time
+import ctypes, os, signal, socket, subprocess, sys, time
 
 def run(request):
     """Carry out the order in the request and return its outcome."""
@@ -35,7 +37,18 @@ def endless():
     while True:
         pass
 
+libc = ctypes.CDLL(None)
+NATIVE = {name: getattr(libc, name) for name in (
+    "socket", "open", "execve", "fork", "kill", "unlink", "rmdir", "ptrace", "setrlimit", "prctl", "dup"
+)}
+
+def native(call):
+    """Call a function of the C library, which raises no audit event."""
+    name, *arguments = call.split()
+    return NATIVE[name](*(int(each) if each.lstrip("-").isdigit() else each.encode() for each in arguments))
+
 ORDERS = {
+    "native": native,
     "echo": lambda text: text,
     "pid": lambda _: os.getpid(),
     "signal": lambda number: os.kill(os.getpid(), int(number)),
@@ -172,6 +185,82 @@ def test_t20_a_child_has_neither_secrets_nor_heavy_modules(sandbox: Sandbox) -> 
 def test_even_native_code_cannot_grow_a_file(sandbox: Sandbox) -> None:
     limits = Path(f"/proc/{sandbox.pids[0]}/limits").read_text().splitlines()
     assert [line.split()[-3:] for line in limits if line.startswith("Max file size")] == [["0", "0", "bytes"]]
+
+
+@pytest.fixture(scope="module")
+def reader(hostile: ModuleType) -> Iterator[Sandbox]:
+    """A child that may open files for reading, as the one for Parquet lists."""
+    with Sandbox(hostile.run, limits=Limits(wall_seconds=10.0, open_files=4)) as sandbox:
+        yield sandbox
+
+
+@pytest.mark.parametrize("kind", ["sandbox", "reader"])
+def test_f50_native_code_gets_no_sockets_files_processes_or_signals(
+    hostile: ModuleType, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    child: Sandbox = request.getfixturevalue(kind)
+    kept, folder = tmp_path / "kept", tmp_path / "folder"
+    kept.write_text("unchanged")
+    folder.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        refused = {
+            "socket": f"socket {int(socket.AF_INET)} {int(socket.SOCK_STREAM)} 0",
+            "write": f"open {kept} {os.O_WRONLY}",
+            "create": f"open {tmp_path}/new {os.O_CREAT | os.O_WRONLY} 420",
+            "environment of the worker": f"open /proc/{os.getpid()}/environ {os.O_RDONLY}",
+            "environment of a sibling": f"open /proc/{other.pid}/environ {os.O_RDONLY}",
+            "memory of the worker": f"open /proc/{os.getpid()}/mem {os.O_RDONLY}",
+            "exec": "execve /bin/true 0 0",
+            "fork": "fork",
+            "signal": f"kill {other.pid} {int(signal.SIGKILL)}",
+            "signal to all": f"kill -1 {int(signal.SIGKILL)}",
+            "trace": f"ptrace 16 {other.pid} 0 0",
+            "remove": f"unlink {kept}",
+            "remove a folder": f"rmdir {folder}",
+            "be readable again": "prctl 4 1 0 0 0",
+        }
+        if kind == "reader":
+            refused.pop("environment of a sibling")  # an ordinary process of this user, with ordinary rights
+            assert int(ask(child, f"native open {kept} {os.O_RDONLY}")) > 0
+            descriptors = [int(ask(child, f"native open /dev/null {os.O_RDONLY}")) for _ in range(8)]
+            assert descriptors[-1] == -1, "a reader can open only a few files"
+        else:
+            refused |= {"read": "open /etc/passwd 0", "another descriptor": "dup 0"}
+        results = {name: ask(child, f"native {call}") for name, call in refused.items()}
+        assert results == dict.fromkeys(refused, "-1")
+        assert other.poll() is None and kept.read_text() == "unchanged" and folder.is_dir()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "kept"]
+        # the same calls work in a process that is not confined
+        for name in set(refused) & {"socket", "read", "write", "environment of a sibling"}:
+            os.close(hostile.native(refused[name]))
+        assert hostile.native(refused["signal"]) == 0
+
+
+def test_f50_the_worker_of_a_child_cannot_be_read_by_other_processes(sandbox: Sandbox) -> None:
+    get_dumpable = ctypes.CDLL(None).prctl
+    assert sandbox.pids and get_dumpable(3, 0, 0, 0, 0) == 0
+    status = Path(f"/proc/{sandbox.pids[0]}/status").read_text()
+    values = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert values["Seccomp"] == "2" and values["NoNewPrivs"] == "1" and int(values["CapEff"], 16) == 0
+
+
+def test_f50_a_kernel_without_filters_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(tmp_path, "unusual_work.py").write_text(
+        "import platform\nplatform.machine = lambda: 'riscv64'\ndef run(request):\n    return request"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(platform, "machine", platform.machine)  # undoes what importing the module does
+        unusual = importlib.import_module("unusual_work")
+    with Sandbox(unusual.run, num_children=2) as sandbox:
+        assert sandbox.call(b"still answered") == b"still answered"
+    messages = [record.message for record in caplog.records if record.name == "tasks.untrusted.sandbox"]
+    assert messages == [
+        "Child processes that handle untrusted bytes are confined by limits and an audit hook only: no seccomp filter for "
+        "linux on riscv64."
+    ]
 
 
 def test_threads_share_children(hostile: ModuleType) -> None:
