@@ -600,7 +600,10 @@ def _download_shard(
         pairs, fetcher = tables.read_file(rows_uri).to_pylist(), _fetcher(config)
         urls = [pair["url"] for pair in pairs]
         fetcher.take_budgets(urls, spent)
-        beat, last_row = _heartbeat(heartbeat_uri, config.stall_seconds / 10), time.monotonic()
+        beat = _heartbeat(heartbeat_uri, config.stall_seconds / 10)
+        last_row = (
+            time.monotonic() + 4 * WAITING_SECONDS
+        )  # the first row takes longer: imports, and a child that decodes
 
         def note(number: int) -> None:
             nonlocal last_row
