@@ -234,6 +234,8 @@ class _Attempt:
     order: tuple[int, int, int]
     """Negative number of rows left in its lane; number of the lane; position in it."""
     number: int
+    generator: ray.ObjectRefGenerator | None
+    """The task, if it is a generator; else None."""
     heartbeat: Any = None
     changed_at: float = math.inf
     """Monotonic time of the last change of the heartbeat; infinite before the first."""
@@ -277,7 +279,9 @@ def run_in_lanes(
     while True:
         while failure is None and _has_slot(running.values(), limit) and waiting and not is_over():
             order, attempt_number = heapq.heappop(waiting)
-            running[start(lanes[order[1]][order[2]])] = _Attempt(order, attempt_number)
+            task = start(lanes[order[1]][order[2]])
+            generator = task if isinstance(task, ray.ObjectRefGenerator) else None
+            running[task] = _Attempt(order, attempt_number, generator)
         if not running:
             break
         done, others = ray.wait(list(running), timeout=max(0.0, next_check - time.monotonic()))
@@ -288,7 +292,7 @@ def run_in_lanes(
         for task in hung:
             if not running[task].is_cancelled:
                 running[task].is_cancelled = True
-                ray.cancel(task, force=True)
+                ray.cancel(running[task].generator or task, force=True)
         for task in [
             *done,
             *(task for task in hung if time.monotonic() - running[task].changed_at > 2 * stall_seconds),
@@ -297,12 +301,15 @@ def run_in_lanes(
             rows_left, number, position = attempt.order
             shard = lanes[number][position]
             try:
-                if task not in done:
-                    raise TimeoutError
-                result = ray.get(next(task) if isinstance(task, ray.ObjectRefGenerator) else task, timeout=0)
-                if result is None:
+                if task is attempt.generator:
+                    if task not in done:
+                        raise TimeoutError
+                    running[next(task)] = attempt  # it may have to be fetched from another node
+                    continue
+                result = ray.get(task, timeout=0)
+                if result is None and attempt.generator is not None:
                     attempt.waits = True
-                    running[task] = attempt
+                    running[attempt.generator] = attempt
                     continue
             except (ray.exceptions.RayError, TimeoutError) as error:
                 if not attempt.is_cancelled:

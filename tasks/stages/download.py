@@ -101,7 +101,7 @@ class DownloadConfig:
     stall_seconds: float = 300.0
     """A task that completes no row for this long is killed and restarted, at most twice."""
     tasks_in_flight: int = 0
-    """Concurrent tasks; 0 means the number of CPUs of the cluster."""
+    """Concurrent tasks that work; as many again may only wait for servers. 0 means the number of CPUs of the cluster."""
     num_lanes: int = 16
     """Least number of lanes; four for each concurrent task if that is more, and fewer if a lane would have fewer rows than a
     shard. All URLs of a site (registrable domain) are in one lane, and each lane runs one task at a time. A site with more
@@ -606,7 +606,10 @@ def _download_shard(
         pairs, fetcher = tables.read_file(rows_uri).to_pylist(), _fetcher(config)
         urls = [pair["url"] for pair in pairs]
         fetcher.take_budgets(urls, spent)
-        beat, last_row = _heartbeat(heartbeat_uri, config.stall_seconds / 10), time.monotonic()
+        beat = _heartbeat(heartbeat_uri, config.stall_seconds / 10)
+        last_row = (
+            time.monotonic() + 4 * WAITING_SECONDS
+        )  # the first row takes longer: imports, and a child that decodes
 
         def note(number: int) -> None:
             nonlocal last_row

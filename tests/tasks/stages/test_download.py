@@ -384,6 +384,29 @@ def with_list(folder: Path, *lists: Artifact) -> Artifact:
     return dataclasses.replace(lists[0], uri=str(folder / "both"), digest="both")
 
 
+def test_f67_rows_of_a_site_that_stalls_are_skipped_with_a_reason_and_retried_on_request(
+    cluster: None, tmp_path: Path
+) -> None:
+    stalls = ScenesConfig(num_images=48, side=16, broken=0, port=free_port())
+    well = ScenesConfig(num_images=40, side=16, broken=0, port=free_port(), seed=1)
+    pairs = with_list(tmp_path, run_ingest(tmp_path, stalls), run_ingest(tmp_path, well))
+    config = download_config(
+        stalls, allow_hosts=(stalls.address, well.address), shard_size=100, timeout_seconds=1.0, site_seconds=3.0
+    )
+    with scene_server.serve(well), socket.create_server(("127.0.0.1", stalls.port), backlog=64):  # it accepts nothing
+        started = time.monotonic()
+        images = done(execute(Call(download, config), run(tmp_path), [pairs]))
+        assert time.monotonic() - started < 30
+    assert images.facts["rows"] == {"in": 88, "kept": 40, "dropped": 0, "failed": 48}
+    reasons = images.facts["reasons"]
+    assert reasons.keys() == {"timeout", "site_unreachable"} and reasons["site_unreachable"] >= 16
+    again = pin_attempt(Store(str(tmp_path)), config, retry_failed=True)
+    with scene_server.serve(stalls) as server:
+        images = done(execute(Call(download, again), run(tmp_path), [pairs]))
+        assert sum(server.requests.values()) == 48
+    assert images.facts["rows"] == {"in": 88, "kept": 88, "dropped": 0, "failed": 0}
+
+
 @pytest.mark.parametrize("reachable", [0, 60])
 def test_f66_a_download_without_a_network_fails_and_marks_nothing_as_tried(
     cluster: None, tmp_path: Path, reachable: int
