@@ -503,10 +503,14 @@ def _without_unreached(uri: str) -> list[tables.Part] | None:
     return tables.rewrite_without(uri, unreached.combine_chunks()) if len(unreached) else None
 
 
-def _fetched(table_uri: str, rows_uri: str, part: tables.Part) -> _Fetched:
-    listed = tables.read_file(rows_uri, ["key", "replaces"])
+def _fetched(part: tables.Part, listed: pa.Table, table: pa.Table) -> _Fetched:
+    """Count the rows of a shard.
+
+    Args:
+        listed: key, replaces.
+        table: key, reason.
+    """
     retried = listed.filter(pc.is_valid(listed["replaces"]))["key"]
-    table = tables.read_file(f"{table_uri}/{part.name}", ["key", "reason"])
     reasons = table.filter(pc.invert(pc.is_in(table["key"], value_set=retried)))["reason"]
     counts = {item["values"]: item["counts"] for item in reasons.value_counts().to_pylist()}
     return _Fetched(part, len(retried), {reason: counts[reason] for reason in UNREACHED if reason in counts})
@@ -515,7 +519,11 @@ def _fetched(table_uri: str, rows_uri: str, part: tables.Part) -> _Fetched:
 def _fetched_before(table_uri: str, folder: str, shard: Shard) -> _Fetched:
     part = tables.find_part(table_uri, shard.name)
     assert part is not None, f"{table_uri} has no part of the shard {shard.name}"
-    return _fetched(table_uri, shard_uri(folder, shard), part)
+    return _fetched(part, tables.read_file(shard_uri(folder, shard)), _stored(table_uri, part))
+
+
+def _stored(table_uri: str, part: tables.Part) -> pa.Table:
+    return tables.read_file(f"{table_uri}/{part.name}", ["key", "reason"])
 
 
 def _download_shards(
@@ -598,12 +606,13 @@ def _download_shard(
     Yields:
         None when it only waits for servers or is done, then the result.
     """
-    part, spent_now = tables.find_part(table_uri, name), spent
+    part, listed = tables.find_part(table_uri, name), tables.read_file(rows_uri)
     if part is not None:
         yield None
+        table = _stored(table_uri, part)
     else:
         _forget_other_runs(run.id)
-        pairs, fetcher = tables.read_file(rows_uri).to_pylist(), _fetcher(config)
+        pairs, fetcher = listed.to_pylist(), _fetcher(config)
         urls = [pair["url"] for pair in pairs]
         fetcher.take_budgets(urls, spent)
         beat = _heartbeat(heartbeat_uri, config.stall_seconds / 10)
@@ -624,8 +633,8 @@ def _download_shard(
             table = fetching.result()
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
-        part, spent_now = tables.write_part(table_uri, name, table), fetcher.hand_on_budgets(urls, spent)
-    yield dataclasses.replace(_fetched(table_uri, rows_uri, part), spent=spent_now)
+        part, spent = tables.write_part(table_uri, name, table), fetcher.hand_on_budgets(urls, spent)
+    yield dataclasses.replace(_fetched(part, listed, table), spent=spent)
 
 
 def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:

@@ -197,6 +197,10 @@ class Sites:
             if state.spent <= 0:
                 del self._sites[site]
 
+    def are_full(self) -> bool:
+        """Return True if no site has spent anything."""
+        return not self._sites
+
     def set(self, sites: Iterable[str], spent: Mapping[str, Spent]) -> None:
         """Take over budgets from another process; all others of these sites are full."""
         now, clock = time.monotonic(), time.time()

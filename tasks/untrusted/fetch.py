@@ -185,10 +185,13 @@ class Fetcher:
 
     def take_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> None:
         """Take over the budgets of the sites of some URLs from another process."""
-        self._sites.set(_sites_of(urls), spent)
+        if spent or not self._sites.are_full():
+            self._sites.set(_sites_of(urls), spent)
 
-    def hand_on_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> dict[str, budgets.Spent]:
+    def hand_on_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> Mapping[str, budgets.Spent]:
         """Return budgets for another process: those of the sites of some URLs, and `spent` for all other sites."""
+        if not spent and self._sites.are_full():
+            return {}
         sites = _sites_of(urls)
         return {site: left for site, left in spent.items() if site not in sites} | self._sites.get(sites)
 
