@@ -163,7 +163,6 @@ class Fetcher:
     _host_limits: "_HostLimits" = dataclasses.field(
         default_factory=lambda: _HostLimits(), init=False, repr=False, compare=False
     )
-
     _sites: budgets.Sites = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -294,7 +293,8 @@ class Fetcher:
             found = self._lookups.find(self.resolve, target.host, target.port, seconds)
         except TimeoutError:
             self._sites.failed(target.site, time.monotonic() - started)
-            self._remember(target, "dns_timeout", _NO_ADDRESS_LASTS_SECONDS)
+            if seconds == self.dns_timeout_seconds:  # else the URL's own time was over
+                self._remember(target, "dns_timeout", _NO_ADDRESS_LASTS_SECONDS)
             raise RowFault("dns_timeout") from None
         except (socket.gaierror, UnicodeError) as error:
             if getattr(error, "errno", None) != socket.EAI_AGAIN:  # that one is retried
