@@ -552,7 +552,7 @@ def _download_shards(
         files.delete(heartbeat_uri(shard))
         rows_uri, of_lane = shard_uri(folder, shard), spent.get(lane_of[shard], {})
         work = (table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard), of_lane)
-        return _download_shard.remote(*work)  # type: ignore[no-any-return]
+        return _download_shard.remote(*work)
 
     def on_done(shard: Shard, fetched: _Fetched) -> None:
         progress.update(shard.rows)

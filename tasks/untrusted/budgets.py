@@ -75,18 +75,22 @@ class Lookups:
         host: str,
         port: int,
     ) -> None:
+        found: list[Any] = []
+        failure: Exception | None = None
         try:
             found = resolve(host, port, type=socket.SOCK_STREAM)
         except Exception as error:
-            lookup.set_exception(error)
-        else:
-            lookup.set_result(found)
-        with self._changed:
+            failure = error
+        with self._changed:  # before the answer is known, so that no later caller joins a look-up that is over
             del self._pending[host, port]
             self._of_domain[domain] -= 1
             if not self._of_domain[domain]:
                 del self._of_domain[domain]
             self._changed.notify_all()
+        if failure is None:
+            lookup.set_result(found)
+        else:
+            lookup.set_exception(failure)
 
 
 def _is_numeric(host: str) -> bool:
