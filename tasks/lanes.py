@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from unclip.config import fingerprint
 from unclip.errors import StageError
 from unclip.messages import reason_of
 
+WAITING_PER_TASK = 1
+"""Tasks that only wait for servers, for each one that works: a site that does not answer must not hold a CPU."""
 ATTEMPTS = 3
 """Attempts at a shard whose task hangs. If a task raises or its process dies, Ray itself retries it twice."""
 _MAX_CHECK_SECONDS = 30.0  # between two checks of the heartbeats
@@ -255,30 +257,37 @@ class _Attempt:
     order: tuple[int, int, int]
     """Negative number of rows left in its lane; number of the lane; position in it."""
     number: int
+    generator: ray.ObjectRefGenerator | None
+    """The task, if it is a generator; else None."""
     heartbeat: Any = None
     changed_at: float = math.inf
     """Monotonic time of the last change of the heartbeat; infinite before the first."""
     is_cancelled: bool = False
     """True once it was cancelled."""
+    waits: bool = False
+    """True once it said that it only waits."""
 
 
 def run_in_lanes(
     lanes: Lanes,
     limit: int,
-    start: Callable[[Shard], ray.ObjectRef[Any]],
+    start: Callable[[Shard], ray.ObjectRef[Any] | ray.ObjectRefGenerator],
     on_done: Callable[[Shard, Any], None],
     heartbeat: Callable[[Shard], Any] = lambda _: None,
     stall_seconds: float = math.inf,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run a task for each shard, at most `limit` at once and one per lane.
+    """Run a task for each shard, one per lane, and at most `limit` that work, besides `WAITING_PER_TASK` * `limit` that wait.
 
     The lane with the most rows left goes first, since it takes longest. A task whose process or node hangs is killed and its
     shard started again; if the task continues nevertheless, its result is discarded.
 
     Args:
+        start: returns the reference of a task's result, or a generator of None and the result; from the None on, it only waits.
         on_done: called with each shard and the result of its task, in the order of the shards of a lane.
         heartbeat: returns a shard's heartbeat, a value that changes while its task makes progress; None before it starts.
         stall_seconds: a task whose heartbeat does not change for longer is considered hung.
+        is_over: no further task starts once it returns True.
 
     Raises:
         StageError: a task or `on_done` failed, or a task hung `ATTEMPTS` times. No further tasks start then, but running
@@ -286,25 +295,27 @@ def run_in_lanes(
     """
     waiting = [((-sum(shard.rows for shard in lane), number, 0), 1) for number, lane in enumerate(lanes) if lane]
     heapq.heapify(waiting)
-    running: dict[ray.ObjectRef[Any], _Attempt] = {}
+    running: dict[Any, _Attempt] = {}
     num_done = 0
     failure: Exception | None = None
     next_check = time.monotonic()
     while True:
-        while failure is None and len(running) < limit and waiting:
+        while failure is None and _has_slot(running.values(), limit) and waiting and not is_over():
             order, attempt_number = heapq.heappop(waiting)
-            running[start(lanes[order[1]][order[2]])] = _Attempt(order, attempt_number)
+            task = start(lanes[order[1]][order[2]])
+            generator = task if isinstance(task, ray.ObjectRefGenerator) else None
+            running[task] = _Attempt(order, attempt_number, generator)
         if not running:
             break
         done, others = ray.wait(list(running), timeout=max(0.0, next_check - time.monotonic()))
-        hung: list[ray.ObjectRef[Any]] = []
+        hung: list[Any] = []
         if time.monotonic() >= next_check:
             hung = [task for task in others if _hangs(running[task], lanes, heartbeat, stall_seconds)]
             next_check = time.monotonic() + min(stall_seconds / 4, _MAX_CHECK_SECONDS)
         for task in hung:
             if not running[task].is_cancelled:
                 running[task].is_cancelled = True
-                ray.cancel(task, force=True)
+                ray.cancel(running[task].generator or task, force=True)
         for task in [
             *done,
             *(task for task in hung if time.monotonic() - running[task].changed_at > 2 * stall_seconds),
@@ -313,7 +324,16 @@ def run_in_lanes(
             rows_left, number, position = attempt.order
             shard = lanes[number][position]
             try:
+                if task is attempt.generator:
+                    if task not in done:
+                        raise TimeoutError
+                    running[next(task)] = attempt  # it may have to be fetched from another node
+                    continue
                 result = ray.get(task, timeout=0)
+                if result is None and attempt.generator is not None:
+                    attempt.waits = True
+                    running[attempt.generator] = attempt
+                    continue
             except (ray.exceptions.RayError, TimeoutError) as error:
                 if not attempt.is_cancelled:
                     failure = error
@@ -335,6 +355,11 @@ def run_in_lanes(
             f"download: a shard failed after its retries: {cause}. "
             f"{num_done} finished shards are kept; run the same command again."
         ) from None
+
+
+def _has_slot(running: Collection[_Attempt], limit: int) -> bool:
+    num_working = sum(not attempt.waits for attempt in running)
+    return num_working < limit and len(running) < (1 + WAITING_PER_TASK) * limit
 
 
 def _hangs(attempt: _Attempt, lanes: Lanes, heartbeat: Callable[[Shard], Any], stall_seconds: float) -> bool:

@@ -12,6 +12,7 @@ orientation, and lose rows they cannot write.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -35,12 +36,12 @@ import ray
 from tasks import ranges, rows, tables
 from tasks.dataflow import run_all
 from tasks.index import index_files, index_uri, read_index, update_index
-from tasks.lanes import Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
+from tasks.lanes import WAITING_PER_TASK, Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import Tombstones, load_tombstones
-from tasks.untrusted import decode, fetch
+from tasks.untrusted import budgets, decode, fetch
 from tasks.untrusted.normalise import MAX_URL_CHARACTERS
 from unclip import files
 from unclip.config import fingerprint, require
@@ -68,14 +69,22 @@ IMAGES = pa.schema(
     }
 )
 
+UNREACHED = ("dns_error", "dns_timeout", "connect_error", "timeout", "site_unreachable")
+"""Reasons of rows whose server was not reached."""
 TRANSIENT = re.compile(
-    r"dns_error|connect_error|timeout|short_body|robots_unreachable|decode_budget|http_429|http_5\d\d|blocked_port"
+    "|".join(
+        (*UNREACHED, "short_body", "robots_unreachable", "decode_budget", "http_429", r"http_5\d\d", "blocked_port")
+    )
 )
 """Reasons that may be transient, or that a setting may remove."""
 Pair = Mapping[str, Any]
 """`key`, `url`, `caption`, and optionally `expected_sha256` (from the list) and `seen_sha256` (from an earlier fetch)."""
 LANES_PER_TASK = 4
 """Least number of lanes for each concurrent task."""
+LEAST_JUDGED = 100
+"""Rows of an attempt from which on `max_unreached` applies; fewer may well be on one server."""
+WAITING_SECONDS = 2.0
+"""A task that completes no row for this long only waits."""
 PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0
 NOTHING_TAKEN_DOWN = Tombstones()
@@ -98,7 +107,7 @@ class DownloadConfig:
     stall_seconds: float = 300.0
     """A task that completes no row for this long is killed and restarted, at most twice."""
     tasks_in_flight: int = 0
-    """Concurrent tasks; 0 means the number of CPUs of the cluster."""
+    """Concurrent tasks that work; as many again may only wait for servers. 0 means the number of CPUs of the cluster."""
     num_lanes: int = 16
     """Least number of lanes; four for each concurrent task if that is more, and fewer if a lane would have fewer rows than a
     shard. All URLs of a site (registrable domain) are in one lane, and each lane runs one task at a time. A site with more
@@ -115,6 +124,16 @@ class DownloadConfig:
     """Wall time for one URL, including redirects and retries, excluding waits for robots.txt and for a free slot of the host."""
     connect_timeout_seconds: float = 5.0
     """Wall time to open one connection."""
+    dns_timeout_seconds: float = 5.0
+    """Wall time for one name look-up; it counts towards `timeout_seconds`."""
+    site_seconds: float = 60.0
+    """Time that requests to one site (registrable domain) may take without an answer, in each process: each that times out or
+    cannot connect adds its time, at least a second, and each answer pays for a quarter of `timeout_seconds`. Beyond it, its
+    rows fail with site_unreachable without a request, but for a probe after 30 seconds, then after pauses that double."""
+    max_unreached: float = 0.5
+    """Share of the rows of one attempt that may fail with dns_error, dns_timeout, connect_error, timeout or site_unreachable.
+    Beyond it the network is at fault: the stage fails, and these rows are tried again by the next run. It applies to 100 rows
+    or more, not counting those that failed before and are retried."""
     max_bytes: int = 20_000_000
     """Largest response body."""
     max_pixels: int = 50_000_000
@@ -153,8 +172,10 @@ class DownloadConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("tasks_in_flight", "retries", "max_redirects", "attempt"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("timeout_seconds", "connect_timeout_seconds", "site_decode_seconds"):
+        seconds = ("timeout_seconds", "connect_timeout_seconds", "dns_timeout_seconds", "site_seconds", "site_decode_seconds")
+        for name in seconds:
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+        require(0 <= self.max_unreached <= 1, "max_unreached", self.max_unreached, "0 to 1")
         longest_row = self.timeout_seconds + self.max_crawl_delay_seconds  # for one row
         require(self.stall_seconds > longest_row, "stall_seconds", self.stall_seconds, f"more than {longest_row:g}")
         require(
@@ -188,8 +209,11 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     plan = _plan(context, config, pairs.uri, table_uri)
     note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint, _PLAN_NOTE: plan.id}
     commits = _Commits(table_uri, note, context.run, f"{context.folder}/plan" if plan.retries else None)
-    _download_shards(table_uri, plan, config, context, commits)
+    unreached = _download_shards(table_uri, plan, config, context, commits)
     version = commits.commit()
+    if unreached.too_many:
+        _forget_unreached(table_uri, plan, context, commits)
+        raise StageError(unreached.explain())
     index_version = update_index(table_uri, version)
     context.store.write_json(config.attempt, *_attempt_record(config))
 
@@ -433,28 +457,124 @@ def _without(held: tuple[str, Sequence[str]]) -> list[tables.Part] | None:
     return tables.rewrite_without(uri, pa.array(keys, pa.string()))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fetched:
+    """Result of one shard."""
+
+    part: tables.Part
+    retried: int
+    """Rows that failed in an earlier attempt."""
+    unreached: Mapping[str, int]
+    """Reasons of `UNREACHED` of the other rows, and how many have them."""
+    spent: Mapping[str, budgets.Spent] = dataclasses.field(default_factory=dict)
+    """Budgets of sites of its lane."""
+
+
+@dataclasses.dataclass
+class _Unreached:
+    """Rows of an attempt whose server was not reached, without those that failed before."""
+
+    limit: float
+    """Largest share of the rows."""
+    rows: int
+    """Rows of the attempt that did not fail before, or of which that is not known yet."""
+    reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    too_many: bool = False
+    """True once more than the limit are certain."""
+
+    def add(self, shard: _Fetched) -> None:
+        self.rows -= shard.retried
+        self.reasons.update(shard.unreached)
+        if self.rows >= LEAST_JUDGED and self.reasons.total() > self.limit * self.rows:
+            self.too_many = True
+
+    def explain(self) -> str:
+        counts = ", ".join(f"{reason} {number:,}" for reason, number in self.reasons.most_common())
+        return (
+            f"download: {self.reasons.total():,} of {self.rows:,} rows reached no server ({counts}), more than max_unreached = "
+            f"{self.limit:g} of them. Check this machine's network, name servers and proxy, then run the same command again: "
+            "it tries these rows again, and the others are kept. If so many servers are gone, set download.max_unreached=1."
+        )
+
+
+def _forget_unreached(table_uri: str, plan: _Plan, context: StageContext, commits: _Commits) -> None:
+    """Remove the rows of a plan whose server was not reached, and the plan, so that the next run tries them again."""
+    names = {shard.name for lane in plan.lanes for shard in lane}
+    files.delete(f"{context.folder}/plan.json")  # first: the shards are not those of the table any more
+    held = [uri for uri in tables.files(table_uri) if _origin(uri) in names]
+    results = run_all(_without_unreached, held)
+    changed = [(uri, parts) for uri, parts in zip(held, results, strict=True) if parts is not None]
+    removed = [uri.rpartition("/")[2] for uri, _ in changed]
+    tables.append_files(
+        table_uri, [part for _, parts in changed for part in parts], IMAGES, commits.note, removed=removed
+    )
+    for name in removed:  # the next attempt at the same rows must not find them
+        files.delete(f"{table_uri}/{name}")
+    files.delete(f"{context.folder}/plan")
+
+
+def _without_unreached(uri: str) -> list[tables.Part] | None:
+    table = tables.read_file(uri, ["key", "reason"])
+    unreached = table.filter(pc.is_in(table["reason"], value_set=pa.array(UNREACHED)))["key"]
+    return tables.rewrite_without(uri, unreached.combine_chunks()) if len(unreached) else None
+
+
+def _fetched(part: tables.Part, listed: pa.Table, table: pa.Table) -> _Fetched:
+    """Count the rows of a shard.
+
+    Args:
+        listed: key, replaces.
+        table: key, reason.
+    """
+    retried = listed.filter(pc.is_valid(listed["replaces"]))["key"]
+    reasons = table.filter(pc.invert(pc.is_in(table["key"], value_set=retried)))["reason"]
+    counts = {item["values"]: item["counts"] for item in reasons.value_counts().to_pylist()}
+    return _Fetched(part, len(retried), {reason: counts[reason] for reason in UNREACHED if reason in counts})
+
+
+def _fetched_before(table_uri: str, folder: str, shard: Shard) -> _Fetched:
+    part = tables.find_part(table_uri, shard.name)
+    assert part is not None, f"{table_uri} has no part of the shard {shard.name}"
+    return _fetched(part, tables.read_file(shard_uri(folder, shard)), _stored(table_uri, part))
+
+
+def _stored(table_uri: str, part: tables.Part) -> pa.Table:
+    return tables.read_file(f"{table_uri}/{part.name}", ["key", "reason"])
+
+
 def _download_shards(
     table_uri: str, plan: _Plan, config: DownloadConfig, context: StageContext, commits: _Commits
-) -> None:
-    lanes = _uncommitted(table_uri, plan)
-    num_left = sum(shard.rows for lane in lanes for shard in lane)
-    progress = context.progress(plan.rows, "images").start(plan.rows - num_left)
+) -> _Unreached:
+    lanes, folder = _uncommitted(table_uri, plan), f"{context.folder}/plan"
+    left = {shard for lane in lanes for shard in lane}
+    progress = context.progress(plan.rows, "images").start(plan.rows - sum(shard.rows for shard in left))
+    unreached = _Unreached(config.max_unreached, plan.rows)
+    if files.names(folder):  # else all is done and judged
+        before = [shard for lane in plan.lanes for shard in lane if shard not in left]
+        for shard in run_all(functools.partial(_fetched_before, table_uri, folder), before):
+            unreached.add(shard)
     if not lanes:
-        return
+        return unreached
     run, taken_down = context.run, dataclasses.replace(load_tombstones(context.store), keys=frozenset())
     heartbeats = context.store.uri("runs", run.id, "shards")
 
     def heartbeat_uri(shard: Shard) -> str:
         return f"{heartbeats}/{shard.name}.json"
 
-    def start(shard: Shard) -> ray.ObjectRef[tables.Part]:
-        files.delete(heartbeat_uri(shard))
-        rows_uri = shard_uri(f"{context.folder}/plan", shard)
-        return _download_shard.remote(table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard))
+    lane_of = {shard: number for number, lane in enumerate(lanes) for shard in lane}
+    spent: dict[int, Mapping[str, budgets.Spent]] = {}
 
-    def on_done(shard: Shard, part: tables.Part) -> None:
+    def start(shard: Shard) -> ray.ObjectRefGenerator:
+        files.delete(heartbeat_uri(shard))
+        rows_uri, of_lane = shard_uri(folder, shard), spent.get(lane_of[shard], {})
+        work = (table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard), of_lane)
+        return _download_shard.remote(*work)
+
+    def on_done(shard: Shard, fetched: _Fetched) -> None:
         progress.update(shard.rows)
-        commits.add(part)
+        unreached.add(fetched)
+        spent[lane_of[shard]] = fetched.spent
+        commits.add(fetched.part)
 
     try:
         run_in_lanes(
@@ -466,6 +586,7 @@ def _download_shards(
                 files.read_json(heartbeat_uri(shard)) if files.exists(heartbeat_uri(shard)) else None
             ),
             stall_seconds=config.stall_seconds,
+            is_over=lambda: unreached.too_many,
         )
     except StageError:
         with contextlib.suppress(Exception):  # keep the original error
@@ -473,9 +594,16 @@ def _download_shards(
         raise
     finally:
         files.delete(heartbeats)
+    return unreached
 
 
-@ray.remote(num_cpus=1, max_retries=2, retry_exceptions=True, scheduling_strategy="SPREAD")
+@ray.remote(
+    num_cpus=1 / (1 + WAITING_PER_TASK),
+    max_retries=2,
+    retry_exceptions=True,
+    scheduling_strategy="SPREAD",
+    num_returns="streaming",
+)
 def _download_shard(
     table_uri: str,
     name: str,
@@ -484,16 +612,45 @@ def _download_shard(
     run: Run,
     taken_down: Tombstones,
     heartbeat_uri: str,
-) -> tables.Part:
-    """Return the part that an earlier attempt wrote for this shard, or fetch its rows and write it."""
-    part = tables.find_part(table_uri, name)
-    if part is None:
-        pairs = tables.read_file(rows_uri).to_pylist()
-        table = fetch_pairs(pairs, config, taken_down, _heartbeat(heartbeat_uri, config.stall_seconds / 10))
+    spent: Mapping[str, budgets.Spent],
+) -> Iterator[_Fetched | None]:
+    """Find the part that an earlier attempt wrote for this shard, or fetch its rows and write it.
+
+    Args:
+        spent: budgets that earlier shards of the lane left.
+
+    Yields:
+        None when it only waits for servers or is done, then the result.
+    """
+    part, listed = tables.find_part(table_uri, name), tables.read_file(rows_uri)
+    if part is not None:
+        yield None
+        table = _stored(table_uri, part)
+    else:
+        _forget_other_runs(run.id)
+        pairs, fetcher = listed.to_pylist(), _fetcher(config)
+        urls = [pair["url"] for pair in pairs]
+        fetcher.take_budgets(urls, spent)
+        beat = _heartbeat(heartbeat_uri, config.stall_seconds / 10)
+        last_row = (
+            time.monotonic() + 4 * WAITING_SECONDS
+        )  # the first row takes longer: imports, and a child that decodes
+
+        def note(number: int) -> None:
+            nonlocal last_row
+            last_row = time.monotonic()
+            beat(number)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            fetching = pool.submit(fetch_pairs, pairs, config, taken_down, note)
+            while not fetching.done() and time.monotonic() - last_row < WAITING_SECONDS:
+                concurrent.futures.wait([fetching], timeout=WAITING_SECONDS / 8)
+            yield None
+            table = fetching.result()
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
-        part = tables.write_part(table_uri, name, table)
-    return part
+        part, spent = tables.write_part(table_uri, name, table), fetcher.hand_on_budgets(urls, spent)
+    yield dataclasses.replace(_fetched(part, listed, table), spent=spent)
 
 
 def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:
@@ -659,6 +816,12 @@ def _fetcher(config: DownloadConfig) -> fetch.Fetcher:
     """One fetcher for all shards of a process, so that its knowledge of hosts is reused."""
     names = [field.name for field in dataclasses.fields(fetch.Fetcher) if field.init and field.name != "resolve"]
     return fetch.Fetcher(**{name: getattr(config, name) for name in names})
+
+
+@functools.lru_cache(maxsize=1)
+def _forget_other_runs(run_id: str) -> None:
+    """Forget what an earlier run, perhaps one without a network, learned of hosts; nothing if it is the same run."""
+    _fetcher.cache_clear()
 
 
 @functools.cache

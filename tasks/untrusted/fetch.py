@@ -10,7 +10,6 @@ host that the list names to itself. Opt-outs that a server declares for the imag
 all hosts.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -26,17 +25,18 @@ import threading
 import time
 import urllib.parse
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.rows import RowFault
-from tasks.untrusted import domains, opt_outs, robots
+from tasks.untrusted import budgets, domains, opt_outs, robots
 
 _CHUNK_BYTES = 1 << 16
 _RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
 _OPT_OUTS = ("x-robots-tag", "tdm-reservation", "content-usage", "content-signal")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _ADDRESSES_LAST_SECONDS = 30.0  # a long list overloads name servers first
+_NO_ADDRESS_LASTS_SECONDS = 60.0
 _MAX_ADDRESSES = 100_000
 _BACKOFF_SECONDS = 0.2  # before the first retry; doubles
 _MAX_INTERIM = 200  # responses such as 103 Early Hints before the final one
@@ -107,6 +107,14 @@ def is_allowed_host(url: str, allow_hosts: Sequence[str]) -> bool:
         return False
 
 
+def _sites_of(urls: Iterable[str]) -> set[str]:
+    found = set()
+    for url in urls:
+        with contextlib.suppress(RowFault):
+            found.add(_Target.parse(url).site)
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Fetched:
     """An answer, and the way to it."""
@@ -163,15 +171,28 @@ class Fetcher:
     """Ports of all other hosts."""
     proxy: str | None = None
     """`http://host:port` of a proxy that all requests to other hosts go through; None connects directly."""
+    dns_timeout_seconds: float = 5.0
+    """For one look-up."""
+    site_seconds: float = 60.0
+    """Time that a site's requests may take without an answer; see `budgets.Sites`."""
     resolve: Callable[..., Any] = socket.getaddrinfo
     _robots: robots.Robots = dataclasses.field(default_factory=robots.Robots, init=False, repr=False, compare=False)
-    _addresses: dict[tuple[str, int, bool], tuple[float, list[Any]]] = dataclasses.field(
+    _addresses: dict[tuple[str, int, bool], tuple[float, list[Any] | str]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """Host, port and whether they are the operator's -> expiry (monotonic time) and checked addresses."""
+    """Host, port and whether they are the operator's -> expiry (monotonic time) and checked addresses, or the reason why
+    there are none."""
+    _lookups: budgets.Lookups = dataclasses.field(
+        default_factory=budgets.Lookups, init=False, repr=False, compare=False
+    )
     _host_limits: "_HostLimits" = dataclasses.field(
         default_factory=lambda: _HostLimits(), init=False, repr=False, compare=False
     )
+    _sites: budgets.Sites = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        domains.registrable_domain("example.com")  # reads the list of suffixes, here in one thread
+        object.__setattr__(self, "_sites", budgets.Sites(self.site_seconds, self.timeout_seconds))
 
     @property
     def agent(self) -> str:
@@ -189,6 +210,18 @@ class Fetcher:
     def get(self, url: str) -> Fetched:
         """Like `fetch`, with the way to the body."""
         return self._try(url, for_robots=False)
+
+    def take_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> None:
+        """Take over the budgets of the sites of some URLs from another process."""
+        if spent or not self._sites.are_full():
+            self._sites.set(_sites_of(urls), spent)
+
+    def hand_on_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> Mapping[str, budgets.Spent]:
+        """Return budgets for another process: those of the sites of some URLs, and `spent` for all other sites."""
+        if not spent and self._sites.are_full():
+            return {}
+        sites = _sites_of(urls)
+        return {site: left for site, left in spent.items() if site not in sites} | self._sites.get(sites)
 
     def _try(self, url: str, for_robots: bool) -> Fetched:
         deadline = _Deadline(time.monotonic() + self.timeout_seconds)
@@ -236,13 +269,14 @@ class Fetcher:
 
     def _get(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> bytes | str:
         """Return the body, or the URL of a redirect."""
+        self._sites.check(target.site)
         addresses = self._resolve_checked(target, deadline)
         if not target.is_own and target.port not in self.allow_ports:
             raise RowFault("blocked_port")
         proxy = None if self.proxy is None or target.is_own else _Target.parse(self.proxy)
         if proxy is not None:
             addresses = self._resolve_checked(dataclasses.replace(proxy, is_own=True), deadline)
-        with self._admission(target, deadline, for_robots):
+        with self._admission(target, deadline, for_robots), self._sites.request(target.site):
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.response_class = _Response
             connection.sock = self._connect(target, addresses, deadline, proxy)
@@ -297,18 +331,31 @@ class Fetcher:
         """Return all addresses of the host, as `getaddrinfo` lists them, after checking each."""
         known = self._addresses.get((target.host, target.port, target.is_own))
         if known is not None and time.monotonic() < known[0]:
+            if isinstance(known[1], str):
+                raise RowFault(known[1])
             return known[1]
-        lookup = _resolvers().submit(self.resolve, target.host, target.port, type=socket.SOCK_STREAM)
+        started = time.monotonic()
+        seconds = min(self.dns_timeout_seconds, deadline.remaining())
         try:
-            found: list[Any] = lookup.result(deadline.remaining())
-        except (socket.gaierror, UnicodeError):
+            found = self._lookups.find(self.resolve, target.host, target.port, seconds)
+        except TimeoutError:
+            self._sites.failed(target.site, time.monotonic() - started)
+            if seconds == self.dns_timeout_seconds:  # else the URL's own time was over
+                self._remember(target, "dns_timeout", _NO_ADDRESS_LASTS_SECONDS)
+            raise RowFault("dns_timeout") from None
+        except (socket.gaierror, UnicodeError) as error:
+            if getattr(error, "errno", None) != socket.EAI_AGAIN:  # that one is retried
+                self._remember(target, "dns_error", _NO_ADDRESS_LASTS_SECONDS)
             raise RowFault("dns_error") from None
         if not target.is_own and not all(is_public(address[0]) for *_, address in found):
             raise RowFault("blocked_address")
+        self._remember(target, found, _ADDRESSES_LAST_SECONDS)
+        return found
+
+    def _remember(self, target: "_Target", found: list[Any] | str, seconds: float) -> None:
         if len(self._addresses) >= _MAX_ADDRESSES:
             self._addresses.clear()
-        self._addresses[target.host, target.port, target.is_own] = time.monotonic() + _ADDRESSES_LAST_SECONDS, found
-        return found
+        self._addresses[target.host, target.port, target.is_own] = time.monotonic() + seconds, found
 
     def _connect(
         self, target: "_Target", addresses: Sequence[Any], deadline: _Deadline, proxy: "_Target | None" = None
@@ -429,6 +476,11 @@ class _Target:
         """Normalised URL without the fragment."""
         return f"{'https' if self.tls else 'http'}://{self.host_header}{self.path}"
 
+    @property
+    def site(self) -> str:
+        """Registrable domain, or the address, and the port."""
+        return f"{domains.registrable_domain(self.host)}:{self.port}"
+
     def is_in(self, allow_hosts: Sequence[str]) -> bool:
         return self.host in allow_hosts or f"{self.host}:{self.port}" in allow_hosts
 
@@ -471,9 +523,3 @@ def _tls() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.sslsocket_class = _TLSSocket
     return context
-
-
-@functools.cache
-def _resolvers() -> concurrent.futures.ThreadPoolExecutor:
-    # The system resolver has no timeout, so callers wait for it in another thread.
-    return concurrent.futures.ThreadPoolExecutor(max_workers=32, thread_name_prefix="resolve")

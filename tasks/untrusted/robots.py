@@ -19,7 +19,10 @@ from tasks.untrusted import opt_outs
 
 MAX_BYTES = 500_000
 _ABSENT = re.compile(r"empty_body|http_4(?!01|03|29)\d\d")
-_UNANSWERED = re.compile(r"dns_error|connect_error|timeout|short_body|http_429|http_5\d\d")
+_UNANSWERED = re.compile(
+    r"dns_error|dns_timeout|connect_error|timeout|site_unreachable|short_body|http_429|http_5\d\d"
+)
+_ALSO_OF_IMAGES = ("connect_error", "timeout", "dns_timeout", "site_unreachable")  # they would fail in the same way
 _VERSION = re.compile(r"^(\s*user-agent\s*:\s*[\w.-]+)/.*$", re.IGNORECASE | re.MULTILINE)
 _RULES_LAST_SECONDS = 24 * 3600.0
 _FAILURE_LASTS_SECONDS = 300.0
@@ -117,7 +120,12 @@ def _load_host(origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
         body = load(f"{origin}/robots.txt")
     except RowFault as fault:
         body = b"" if _ABSENT.fullmatch(fault.reason) else None
-        if fault.reason in ("connect_error", "timeout"):  # fetching the image would fail in the same way
+        if fault.reason in (
+            "connect_error",
+            "timeout",
+            "dns_timeout",
+            "site_unreachable",
+        ):  # fetching the image would fail in the same way
             reason = fault.reason
     rules = None if body is None else parse(body, agent)
     reserved: list[opt_outs.Reservation] | None = []

@@ -4,15 +4,16 @@ import collections
 import hashlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import ray
 
 from tasks import ranges, tables
-from tasks.lanes import Shard, hashed_lane, list_rows, plan_shards, run_in_lanes, shard_uri, sites
+from tasks.lanes import WAITING_PER_TASK, Shard, hashed_lane, list_rows, plan_shards, run_in_lanes, shard_uri, sites
 from tasks.untrusted import domains
 from unclip.errors import StageError
 
@@ -278,6 +279,56 @@ def test_after_a_failed_commit_running_tasks_finish_and_no_task_starts() -> None
     with pytest.raises(StageError, match=r"cannot be committed: no space left.*run the same command again"):
         run_in_lanes(shards_of(3, 3), 3, start, on_done)
     assert len(started) == 3 and set(finished) == set(started)
+
+
+@ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")
+def wait_for_others(shard: Shard, folder: str, others: Sequence[str]) -> Iterator[int | None]:
+    """Say that it only waits, then wait until other shards are done."""
+    yield None
+    deadline = time.monotonic() + 20
+    while not all(Path(folder, name).exists() for name in others):
+        assert time.monotonic() < deadline, f"{others} never ran"
+        time.sleep(0.02)
+    Path(folder, shard.name).touch()
+    yield shard.rows
+
+
+def test_f65_a_task_that_only_waits_gives_its_slot_to_another_lane(tmp_path: Path) -> None:
+    """One slot, and the first task ends only after a shard of another lane."""
+    lanes = [[Shard("slow", 3)], [Shard("quick", 2), Shard("last", 1)]]
+    others = {"slow": ["quick"], "quick": [], "last": ["slow", "quick"]}
+    started: list[str] = []
+    results: list[int] = []
+
+    def start(shard: Shard) -> Any:
+        started.append(shard.name)
+        assert len(started) - len(results) <= 1 + WAITING_PER_TASK
+        return wait_for_others.remote(shard, str(tmp_path), others[shard.name])
+
+    run_in_lanes(lanes, 1, start, lambda _, result: results.append(result))
+    assert sorted(results) == [1, 2, 3] and started[:2] == ["slow", "quick"]
+
+
+@ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")
+def hang_after_waiting(path: str) -> Iterator[int | None]:
+    yield None
+    if not Path(path).exists():
+        Path(path).touch()
+        time.sleep(60)
+    yield 1
+
+
+def test_f38_a_task_that_hangs_while_it_waits_is_started_again(tmp_path: Path) -> None:
+    results: list[int] = []
+    run_in_lanes(
+        shards_of(1, 1),
+        1,
+        lambda _: hang_after_waiting.remote(str(tmp_path / "started")),
+        lambda _, result: results.append(result),
+        heartbeat=lambda _: 1,
+        stall_seconds=1.0,
+    )
+    assert results == [1]
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -31,6 +31,7 @@ from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
 from tasks.stages.download import (
     TRANSIENT,
+    UNREACHED,
     DownloadConfig,
     download,
     pin_attempt,
@@ -391,6 +392,74 @@ def test_transient_failures_are_retried_on_request(cluster: None, tmp_path: Path
     transient = [reason for reason in outcomes(images).values() if reason and TRANSIENT.fullmatch(reason)]
     assert third.facts["fetched_now"] == len(transient) > 0
     assert tables.read(images.uri)["key"].to_pylist() == tables.read(offline.uri, 0)["key"].to_pylist()
+
+
+def with_list(folder: Path, *lists: Artifact) -> Artifact:
+    """The rows of several lists as one."""
+    table = pa.concat_tables(map(read_list, lists)).sort_by("key")
+    ranges.write_range(str(folder / "both"), ranges.KeyRange(0, 1), table)
+    return dataclasses.replace(lists[0], uri=str(folder / "both"), digest="both")
+
+
+def test_f67_rows_of_a_site_that_stalls_are_skipped_with_a_reason_and_retried_on_request(
+    cluster: None, tmp_path: Path
+) -> None:
+    stalls = ScenesConfig(num_images=48, side=16, broken=0, port=free_port())
+    well = ScenesConfig(num_images=40, side=16, broken=0, port=free_port(), seed=1)
+    pairs = with_list(tmp_path, run_ingest(tmp_path, stalls), run_ingest(tmp_path, well))
+    config = download_config(
+        stalls, allow_hosts=(stalls.address, well.address), shard_size=100, timeout_seconds=1.0, site_seconds=3.0
+    )
+    with scene_server.serve(well), socket.create_server(("127.0.0.1", stalls.port), backlog=64):  # it accepts nothing
+        started = time.monotonic()
+        images = done(execute(Call(download, config), run(tmp_path), [pairs]))
+        assert time.monotonic() - started < 30
+    assert images.facts["rows"] == {"in": 88, "kept": 40, "dropped": 0, "failed": 48}
+    reasons = images.facts["reasons"]
+    assert reasons.keys() == {"timeout", "site_unreachable"} and reasons["site_unreachable"] >= 16
+    again = pin_attempt(Store(str(tmp_path)), config, retry_failed=True)
+    with scene_server.serve(stalls) as server:
+        images = done(execute(Call(download, again), run(tmp_path), [pairs]))
+        assert sum(server.requests.values()) == 48
+    assert images.facts["rows"] == {"in": 88, "kept": 88, "dropped": 0, "failed": 0}
+
+
+@pytest.mark.parametrize("reachable", [0, 60])
+def test_f66_a_download_without_a_network_fails_and_marks_nothing_as_tried(
+    cluster: None, tmp_path: Path, reachable: int
+) -> None:
+    """Most of the list is on a port that is closed at first; what arrived stays, and the next run fetches the rest."""
+    gone = ScenesConfig(num_images=140, side=16, broken=0, port=free_port())
+    there = ScenesConfig(num_images=max(1, reachable), side=16, broken=0, port=free_port(), seed=1)
+    pairs = with_list(tmp_path, run_ingest(tmp_path, gone), *([run_ingest(tmp_path, there)] if reachable else []))
+    config = download_config(gone, allow_hosts=(gone.address, there.address), retries=0, timeout_seconds=5.0)
+    uri = f"{tmp_path}/images/{config.recipe}"
+    with scene_server.serve(there) as server:
+        failure = execute(Call(download, config), run(tmp_path), [pairs])
+        assert isinstance(failure, Failure)
+        assert f" of {140 + reachable} rows reached no server (connect_error " in failure.message
+        assert "more than max_unreached = 0.5" in failure.message and "run the same command again" in failure.message
+        assert set(tables.read(uri)["status"].to_pylist()) <= {"ok"}
+        assert tables.read(uri).num_rows == sum(server.requests.values()) <= reachable
+        with scene_server.serve(gone) as other:
+            images = done(execute(Call(download, config), run(tmp_path), [pairs]))
+            assert set(other.requests.values()) == {1} and len(other.requests) == 140
+        assert len(server.requests) == reachable and set(server.requests.values()) <= {1}
+    assert images.facts["rows"] == {"in": 140 + reachable, "kept": 140 + reachable, "dropped": 0, "failed": 0}
+    assert_indexed(images)
+
+
+def test_f66_the_share_is_a_setting_and_rows_that_failed_before_do_not_count(cluster: None, tmp_path: Path) -> None:
+    scenes = ScenesConfig(num_images=120, side=16, broken=0, port=free_port())
+    pairs = run_ingest(tmp_path, scenes)  # the server is not running
+    config = download_config(scenes, retries=0, max_unreached=1.0, shard_size=100)
+    offline = done(execute(Call(download, config), run(tmp_path), [pairs]))
+    assert offline.facts["rows"]["failed"] == 120 == sum(offline.facts["reasons"].get(name, 0) for name in UNREACHED)
+    again = dataclasses.replace(pin_attempt(Store(str(tmp_path)), config, retry_failed=True), max_unreached=0.5)
+    retried = done(execute(Call(download, again), run(tmp_path), [pairs]))
+    assert retried.facts["fetched_now"] == 120 == retried.facts["rows"]["failed"]
+    with pytest.raises(ConfigError, match=r"max_unreached: got 1\.5, expected 0 to 1"):
+        DownloadConfig(max_unreached=1.5)
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -480,7 +480,7 @@ def test_f2_dripping_bytes_do_not_hold_a_thread(start: bytes) -> None:
 
 def test_f9_a_name_server_that_hangs_does_not_hold_a_thread() -> None:
     started = time.monotonic()
-    assert reason("http://slow.example/", resolve=lambda *_, **__: time.sleep(3), timeout_seconds=0.3) == "timeout"
+    assert reason("http://slow.example/", resolve=lambda *_, **__: time.sleep(3), timeout_seconds=0.3) == "dns_timeout"
     assert time.monotonic() - started < 1
 
 
