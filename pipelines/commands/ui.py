@@ -1,13 +1,13 @@
 """Command that opens the MLflow UI."""
 
+import contextlib
 import os
 import sys
-from pathlib import Path
 
 import click
 
 from pipelines.options import STORAGE
-from unclip.errors import InputError
+from unclip.errors import AlreadyRunningError, InputError
 
 
 @click.command()
@@ -15,11 +15,14 @@ from unclip.errors import InputError
 @STORAGE
 def ui(port: int, storage: str | None) -> None:
     """Serve the MLflow UI of a storage, on this machine only."""
+    from pipelines.lock import lock
     from pipelines.scene_server import check_port
     from pipelines.storage import open_tracked
+    from tasks.database import ARTIFACTS, artifacts_uri, database_path, has_moved, settle
 
     store, uri = open_tracked(storage)
-    if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
+    database = database_path(uri)
+    if database is not None and not database.exists():
         raise InputError(
             f"{store.root}: no run has been tracked here. Run a pipeline first, or give its folder with --storage."
         )
@@ -27,12 +30,16 @@ def ui(port: int, storage: str | None) -> None:
         click.echo(f"runs are tracked at {uri}")
         return
     check_port(port, "--port")
+    if has_moved(store, uri):
+        with contextlib.suppress(AlreadyRunningError), lock(store):
+            settle(store, uri)
     click.echo(f"http://127.0.0.1:{port}")
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     hosts = f"127.0.0.1:{port},localhost:{port}"
     server = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
-    artifacts = ["--default-artifact-root", store.uri("mlflow-artifacts"), "--allowed-hosts", hosts, "--workers", "1"]
-    os.execve(sys.executable, [sys.executable, "-m", *server, *artifacts], environment)
+    server += ["--default-artifact-root", artifacts_uri(uri) or store.uri(ARTIFACTS)]
+    server += ["--allowed-hosts", hosts, "--workers", "1"]
+    os.execve(sys.executable, [sys.executable, "-m", *server], environment)
 
 
 COMMANDS = (ui,)
