@@ -335,7 +335,10 @@ def _open(uri: str) -> Iterator[pq.ParquetFile]:
 
 def last_note(table_uri: str) -> dict[str, str]:
     """Metadata of the newest commit that `append_files` made."""
-    return {name: str(value) for name, value in _table(table_uri).history(1)[0].items()}
+    # DeltaTable.history finds nothing below a folder with "#" or "?" in its name (deltalake 1.6.6).
+    log = storage.read(f"{table_uri}/_delta_log/{_table(table_uri).version():020d}.json")
+    actions = map(json.loads, log.splitlines())
+    return {name: str(value) for action in actions for name, value in action.get("commitInfo", {}).items()}
 
 
 def write_file(uri: str, table: pa.Table) -> None:

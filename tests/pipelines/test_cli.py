@@ -297,7 +297,12 @@ def test_plan_writes_nothing_and_matches_the_run(tmp_path: Path) -> None:
     assert prepare(config) == planned == prepare(config, read_only=True)
     assert [path.name for path in storage.iterdir()] == ["scenes"]
     node = compose(planned)["ingest"]
-    artifact = {"stage": "ingest", "fingerprint": node.stage.fingerprint(node.config, []), "uri": "u", "digest": "d"}
+    artifact = {
+        "stage": "ingest",
+        "fingerprint": node.stage.fingerprint(node.config, [], Store(str(storage))),
+        "uri": "u",
+        "digest": "d",
+    }
     artifact |= {"facts": {}, "seconds": 2.0}
     Store(str(storage)).write_json(artifact, "stages", "ingest", f"{artifact['fingerprint']}.json")
     [ingest, download, *_] = call_json("plan", "tiny", "--storage", storage)["stages"]
