@@ -8,10 +8,12 @@ import contextlib
 import re
 import sqlite3
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 from tasks.store import Store
 from unclip import files
+from unclip.errors import StorageError
 
 ARTIFACTS = "mlflow-artifacts"
 """Folder beside a database with the artifacts of its runs."""
@@ -62,7 +64,7 @@ def has_moved(store: Store, tracking_uri: str) -> bool:
     database = store.database
     if database is None or not is_own(store, tracking_uri) or not database.exists():
         return False
-    with contextlib.closing(sqlite3.connect(database)) as connection:
+    with _transaction(database) as connection:
         return bool(_former_roots(connection, database))
 
 
@@ -75,8 +77,7 @@ def settle(store: Store, tracking_uri: str) -> None:
     if database is None or not has_moved(store, tracking_uri):
         return
     after = files.to_uri(store.uri(ARTIFACTS))
-    connection = sqlite3.connect(database, timeout=60, isolation_level="IMMEDIATE")
-    with contextlib.closing(connection), connection:  # one transaction
+    with _transaction(database) as connection:
         for before in _former_roots(connection, database):
             for table, column in _ARTIFACT_COLUMNS:
                 if any(column == name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")):
@@ -88,8 +89,18 @@ def settle(store: Store, tracking_uri: str) -> None:
 def _former_roots(connection: sqlite3.Connection, database: Path) -> set[str]:
     """`ARTIFACTS` folders of experiments, as the database names them, other than the one beside it."""
     own = files.to_path(str(database.with_name(ARTIFACTS)))
-    with contextlib.suppress(sqlite3.OperationalError):  # a database that MLflow has not set up yet
-        locations = connection.execute("SELECT artifact_location FROM experiments").fetchall()
-        found = (re.fullmatch(rf"(.*/{ARTIFACTS})(?:/\d+)?", location or "", re.DOTALL) for (location,) in locations)
-        return {match[1] for match in found if match and files.to_path(match[1]) not in (None, own)}
-    return set()
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchall():
+        return set()  # MLflow has not set it up yet
+    locations = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+    found = (re.fullmatch(rf"(.*/{ARTIFACTS})(?:/\d+)?", location or "", re.DOTALL) for (location,) in locations)
+    return {match[1] for match in found if match and files.to_path(match[1]) not in (None, own)}
+
+
+@contextlib.contextmanager
+def _transaction(database: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        connection = sqlite3.connect(database, timeout=60, isolation_level="IMMEDIATE")
+        with contextlib.closing(connection), connection:
+            yield connection
+    except sqlite3.Error as error:
+        raise StorageError(f"{database}: cannot be read or written: {error}. Restore it, or move it away.") from error

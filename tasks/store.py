@@ -67,7 +67,7 @@ class Store:
                 "Rename the folder, or choose another with --storage."
             )
         # Letters that a URI cannot have are encoded; those that were encoded stay as they are.
-        self.root = str(path) if path else urllib.parse.quote(root.rstrip("/"), safe="%/:@!$&'()*+,;=[]~")
+        self.root = str(path) if path else urllib.parse.quote(root.rstrip("/"), safe="%/:@!$&'()*+,;=~")
         if not self.is_local:
             files.locate(self.root)
 

@@ -165,12 +165,13 @@ def facts_of(storage: object, stage: str) -> dict[str, Any]:
 def test_f45_in_an_unreliable_object_store_the_tables_are_the_same(
     undisturbed: Path, arguments: Arguments, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = "s3://bucket/some/prefix"
+    storage = "s3://bucket/some préfix"
     refresh(storage, arguments, "--set", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", **s3)
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
-    assert content(storage) == content(undisturbed)
-    assert not files.exists(f"{storage}/lease.json")
+    root = Store(storage).root
+    assert content(root) == content(undisturbed)
+    assert not files.exists(f"{root}/lease.json")
 
 
 def test_f29_killed_at_a_few_commit_points_the_tables_are_the_same(

@@ -90,6 +90,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_a_run_goes_from_urls_to_images(finished: Path) -> None:
+    """In a folder with an awkward name (F68)."""
     summary = read_record(finished, "results", "tiny", "summary.json")
     rows = summary["rows"]
     assert rows["in"] == 132 == rows["kept"] + rows["dropped"] + rows["failed"]
