@@ -71,7 +71,7 @@ def has_moved(store: Store, tracking_uri: str) -> bool:
 def settle(store: Store, tracking_uri: str) -> None:
     """Let the storage's own database name the artifacts beside it, if the storage was moved or copied.
 
-    The caller holds the lock of the storage, so no run logs to the database.
+    It may be called while runs log to the database: they have done this before, at the same place.
     """
     database = store.database
     if database is None or not has_moved(store, tracking_uri):

@@ -56,18 +56,7 @@ class Store:
         ConfigError: no table can be kept below such a path.
         StorageError: pyarrow does not support the URI.
         """
-        path = files.to_path(root)
-        if path is None and (cut := re.search(r"[?#]", root)):
-            code = urllib.parse.quote(cut[0])
-            raise ConfigError(f"storage: got {root}, a URI whose path ends at {cut[0]!r}. Write {code} instead.")
-        name = urllib.parse.unquote(root) if path is None else str(path)
-        if found := _AMBIGUOUS.search(name):
-            raise ConfigError(
-                f"storage: got {root}, with {found[0]!r} in its name, which Delta Lake reads as another character. "
-                "Rename the folder, or choose another with --storage."
-            )
-        # Letters that a URI cannot have are encoded; those that were encoded stay as they are.
-        self.root = str(path) if path else urllib.parse.quote(root.rstrip("/"), safe="%/:@!$&'()*+,;=~")
+        self.root = _canonical(root)
         if not self.is_local:
             files.locate(self.root)
 
@@ -142,6 +131,20 @@ class Store:
     def list(self, *parts: str) -> list[str]:
         """Names in a folder, sorted; empty if the folder does not exist."""
         return files.names(self.uri(*parts))
+
+
+def _canonical(root: str) -> str:
+    """Absolute path of a local folder, or a URI in which letters that a URI cannot have are percent-encoded."""
+    path = files.to_path(root)
+    if path is None and (cut := re.search(r"[?#]", root)):
+        code = urllib.parse.quote(cut[0])
+        raise ConfigError(f"storage: got {root}, a URI whose path ends at {cut[0]!r}. Write {code} instead.")
+    if found := _AMBIGUOUS.search(urllib.parse.unquote(root) if path is None else str(path)):
+        raise ConfigError(
+            f"storage: got {root}, with {found[0]!r} in its name, which Delta Lake reads as another character. "
+            "Rename the folder, or choose another with --storage."
+        )
+    return urllib.parse.quote(root.rstrip("/"), safe="%/:@!$&'()*+,;=~") if path is None else str(path)
 
 
 def _moved(text: str, before: str, after: str) -> str:

@@ -1,13 +1,12 @@
 """Command that opens the MLflow UI."""
 
-import contextlib
 import os
 import sys
 
 import click
 
 from pipelines.options import STORAGE
-from unclip.errors import AlreadyRunningError, InputError
+from unclip.errors import InputError
 
 
 @click.command()
@@ -15,10 +14,9 @@ from unclip.errors import AlreadyRunningError, InputError
 @STORAGE
 def ui(port: int, storage: str | None) -> None:
     """Serve the MLflow UI of a storage, on this machine only."""
-    from pipelines.lock import lock
     from pipelines.scene_server import check_port
     from pipelines.storage import open_tracked
-    from tasks.database import ARTIFACTS, artifacts_uri, database_path, has_moved, settle
+    from tasks.database import ARTIFACTS, artifacts_uri, database_path, settle
 
     store, uri = open_tracked(storage)
     database = database_path(uri)
@@ -30,9 +28,7 @@ def ui(port: int, storage: str | None) -> None:
         click.echo(f"runs are tracked at {uri}")
         return
     check_port(port, "--port")
-    if has_moved(store, uri):
-        with contextlib.suppress(AlreadyRunningError), lock(store):
-            settle(store, uri)
+    settle(store, uri)
     click.echo(f"http://127.0.0.1:{port}")
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     hosts = f"127.0.0.1:{port},localhost:{port}"
