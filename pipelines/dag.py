@@ -106,7 +106,7 @@ def states(dag: Dag, store: Store) -> dict[str, State]:
             found[name] = State("to run", f"after {', '.join(waiting)}")
             continue
         parents = [artifact for parent in node.parents if (artifact := found[parent].artifact)]
-        stage_fingerprint = node.stage.fingerprint(node.config, parents)
+        stage_fingerprint = node.stage.fingerprint(node.config, parents, store)
         artifact = find_artifact(store, name, stage_fingerprint)
         if artifact:
             found[name] = State("cached", f"made in {artifact.seconds:.0f} s", artifact)

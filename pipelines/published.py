@@ -27,13 +27,15 @@ def find_stack(storage: str, model: str | None) -> str:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
+    from tasks.database import artifacts_here
     from tasks.tracking import client
 
-    _, uri = open_tracked(storage)
+    store, uri = open_tracked(storage)
     name, _, alias = model.partition("@")
     try:
         version = client(uri).get_model_version_by_alias(name, alias or "latest-published")
-        return str(download_artifacts(artifact_uri=version.source, tracking_uri=uri))
+        source = artifacts_here(store, uri, version.run_id, version.source)
+        return str(download_artifacts(artifact_uri=source, tracking_uri=uri))
     except MlflowException as error:
         raise InputError(
             f"--model {model}: MLflow at {without_credentials(uri)} does not have it: {reason_of(error)}"

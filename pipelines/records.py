@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tasks.database import artifacts_uri, database_uri, is_own, settle
 from tasks.run_records import HEARTBEAT_SECONDS, beat, driver
 from tasks.store import Store
 from tasks.tracking import Tracker, client
@@ -46,11 +47,13 @@ def tracking_uri_of(store: Store) -> str:
         ConfigError: the storage is not a local folder, and MLFLOW_TRACKING_URI is not set.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    if not given and not store.is_local:
+    if given:
+        return given
+    if store.database is None:
         raise ConfigError(
             f"tracking_uri: {store.root} is not a local folder, so MLflow needs a server. Set MLFLOW_TRACKING_URI."
         )
-    return given or f"sqlite:///{store.root}/mlflow.db"
+    return database_uri(str(store.database))
 
 
 def tracking_uris_of(store: Store) -> list[str]:
@@ -64,9 +67,9 @@ def tracking_uris_of(store: Store) -> list[str]:
     records = [store.read_json(*path) for path in paths if store.exists(*path)]
     uris = [os.environ.get("MLFLOW_TRACKING_URI")]
     in_storage = any(record["mlflow_run"] and record.get("tracking_uri", "?") is None for record in records)
-    if store.is_local and (in_storage or store.exists("mlflow.db")):
-        uris.append(f"sqlite:///{store.root}/mlflow.db")
-    uris += [record.get("tracking_uri") or record["config"].get("tracking_uri") for record in records]
+    if store.database is not None and (in_storage or store.database.exists()):
+        uris.append(database_uri(str(store.database)))
+    uris += [record.get("tracking_uri", record["config"].get("tracking_uri")) for record in records]
     known: dict[str, str] = {}
     for uri in filter(None, uris):
         known.setdefault(without_credentials(uri).rstrip("/"), uri)  # the environment's URI may include the password
@@ -82,29 +85,31 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
 
     uri = tracking_uri(config)
     experiment_id, run_id = "", ""
+    own = is_own(store, uri)
     try:
+        settle(store, uri)
         mlflow_client = client(uri)
         experiment = mlflow_client.get_experiment_by_name(pipeline)
         if experiment is None:
-            location = store.uri("mlflow-artifacts") if uri.startswith("sqlite") else None
-            experiment_id = mlflow_client.create_experiment(pipeline, artifact_location=location)
+            experiment_id = mlflow_client.create_experiment(pipeline, artifact_location=artifacts_uri(uri))
         else:
             experiment_id = experiment.experiment_id
-        _close_dead_runs(mlflow_client, experiment_id, store.root)
+        _close_dead_runs(mlflow_client, experiment_id, None if own else store.root)
         name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
-        tags = {"unclip.pipeline": pipeline, "unclip.storage": store.root}
+        # A server has runs of several storages; the database of a storage moves with it.
+        tags = {"unclip.pipeline": pipeline, "unclip.storage": store.portable(store.root) if own else store.root}
         run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     except Exception as error:  # run anyway: the work matters more than its records
         shown = without_credentials(uri)
         print(f"MLflow at {shown} does not answer; this run is not tracked: {reason_of(error)}", flush=True)
     tracker = Tracker(uri, run_id)
-    tracker.params(to_dict(config))
-    tracker.json(to_dict(config), "config.json")
+    tracker.params(store.portable(to_dict(config)))
+    tracker.json(store.portable(to_dict(config)), "config.json")
     identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     run = Run(identity, pipeline, store.root, tracker, experiment_id, worker_resources(config))
     record = {"pipeline": pipeline, "started": time.time(), **driver()}
     # None stands for the database in the storage, so that the storage can be moved.
-    external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_credentials(uri)
+    external_uri = None if own else without_credentials(uri)
     record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": external_uri, "config": to_dict(config)}
     beat(store, identity)
     store.write_json(record, "runs", identity, "run.json")
@@ -137,10 +142,14 @@ def close_run(run: "Run", store: Store, state: str) -> None:
         store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
 
 
-def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str) -> None:
-    """Close the MLflow runs of dead processes: the caller holds the lock, so no run of this storage is alive."""
+def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str | None) -> None:
+    """Close the MLflow runs of dead processes: the caller holds the lock, so no run of this storage is alive.
+
+    Args:
+        storage: root of the storage; None if all runs are its own.
+    """
     opened = mlflow_client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-    dead = {run.info.run_id for run in opened if run.data.tags.get("unclip.storage") == storage}
+    dead = {run.info.run_id for run in opened if storage in (None, run.data.tags.get("unclip.storage"))}
     for run in opened:
         if run.info.run_id in dead or run.data.tags.get("mlflow.parentRunId") in dead:
             mlflow_client.set_terminated(run.info.run_id, "KILLED")

@@ -78,7 +78,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         if failures:
             raise StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
         summary = _finish(config, pipeline, dag, store)
-        run.tracker.json(summary, "summary.json")
+        run.tracker.json(store.portable(summary), "summary.json")
         run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
     print(f"took {time.monotonic() - started:.0f} s")
     return 0

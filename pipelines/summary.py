@@ -1,5 +1,6 @@
 """Summary of a run: printed on the console for people, and written to `summary.json` for programs."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
     if "report" in summary["seconds"]:
         lines.append(f"report     {store.uri('results', summary['pipeline'], 'report.html')}")
     lines.append(f"summary    {store.uri('results', summary['pipeline'], 'summary.json')}")
-    storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {config.storage}"
+    storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {shlex.quote(config.storage)}"
     lines.append(f"browse     unclip ui{storage}")
     if "stack" in summary:
         lines.append(f'sample     unclip sample "a small yellow star on a purple background"{storage} --out grid.png')

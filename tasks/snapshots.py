@@ -86,7 +86,7 @@ def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], co
     names = [field.name for field in dataclasses.fields(Snapshot)]
     # Snapshots are ordered by number, not by time: clocks may go back.
     row = {"number": len(known) + 1, "pipeline": pipeline, **{name: snapshot[name] for name in names}}
-    row |= {name: json.dumps(counts[name], sort_keys=True) for name in ("rows", "reasons")}
+    row = store.portable(row) | {name: json.dumps(counts[name], sort_keys=True) for name in ("rows", "reasons")}
     part = pa.table({name: [value] for name, value in row.items()})
     tables.append_files(table, [tables.write_part(table, fingerprint(row), part)], part.schema)
 

@@ -153,6 +153,11 @@ class StageContext:
         """Resources of each worker of this stage."""
         return self.run.resources.get(self.stage, Resources())
 
+    def log_dataset(self, digest: str, source: str, facts: Mapping[str, Any]) -> None:
+        """Record in MLflow which dataset version this stage reads; see `Tracker.dataset`."""
+        source, facts = self.store.portable([source, facts])
+        self.tracker.dataset(self.run.pipeline, digest, source, facts)
+
     def progress(self, total: int, unit: str, done: int = 0) -> Progress:
         """Progress over `total` units of work, shown on the console of this run; may be sent to a worker."""
         return Progress(self.store.uri("runs", self.run.id, "progress", f"{self.stage}.json"), total, unit, done)
@@ -218,8 +223,10 @@ class Stage:
             return _remake_stage, (*self.factory, self.name)
         return _import_stage, (self.function.__module__, self.function.__name__, self.name)
 
-    def fingerprint(self, config: Any, parents: typing.Iterable[Artifact]) -> str:
-        return fingerprint(self.name, self.version, without_operational(config), [parent.digest for parent in parents])
+    def fingerprint(self, config: Any, parents: typing.Iterable[Artifact], store: Store) -> str:
+        """Fingerprint of the stage with these settings and inputs; the same wherever the storage is."""
+        settings = store.portable(without_operational(config))
+        return fingerprint(self.name, self.version, settings, [parent.digest for parent in parents])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +269,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
         _record(store, run, name, state="skipped", message=f"{failed[0].stage} failed")
         return failed[0]
     artifacts = [parent for parent in parents if isinstance(parent, Artifact)]
-    stage_fingerprint = call.stage.fingerprint(call.config, artifacts)
+    stage_fingerprint = call.stage.fingerprint(call.config, artifacts, store)
     committed = find_artifact(store, name, stage_fingerprint)
     trains = call.stage.part is not None
     if committed:
@@ -273,7 +280,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
 
     tracker = run.tracker.child(run.experiment_id, name, call.stage.shows_rows)
     _record(store, run, name, state="running", fingerprint=stage_fingerprint, started=time.time(), trains=trains)
-    tracker.params(to_dict(call.config))
+    tracker.params(store.portable(to_dict(call.config)))
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix=f"unclip-{name}-") as scratch:
@@ -291,8 +298,10 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     seconds = round(time.monotonic() - started, 1)
     artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
     store.write_json(dataclasses.asdict(artifact), "stages", name, f"{stage_fingerprint}.json")
-    tracker.tags({"unclip.fingerprint": stage_fingerprint, "unclip.digest": output.digest, "unclip.uri": output.uri})
-    tracker.json(dataclasses.asdict(artifact), "artifact.json")
+    stored = store.portable(dataclasses.asdict(artifact))
+    tags = {"unclip.fingerprint": stage_fingerprint, "unclip.digest": output.digest, "unclip.uri": stored["uri"]}
+    tracker.tags(tags)
+    tracker.json(stored, "artifact.json")
     tracker.end()
     _record(store, run, name, state="done", fingerprint=stage_fingerprint, seconds=seconds, trains=trains)
     return artifact

@@ -13,14 +13,20 @@ results/<pipeline>/     summary, report and images of the last run
 published/<name>.json   published stacks for sampling; imported/ has stacks from elsewhere
 scenes/<name>.parquet   lists of procedural images
 mlflow.db               MLflow's database, with mlflow-artifacts/, unless a server is used
+
+Everything stored names files below the root as `storage://images/...`, so a storage can be moved, copied and mounted elsewhere.
 """
 
+import collections
 import os
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unclip import files
-from unclip.errors import StorageError
+from unclip.errors import ConfigError, StorageError
 
 DEFAULT_ROOT = "unclip-data"
 INTERMEDIATE = "intermediate"
@@ -32,19 +38,31 @@ ENTRIES = frozenset(
     """.split()  # noqa: SIM905
 )
 """Names in the root of a storage; every storage has some of them."""
+ROOT = "storage://"
+"""Start of a path below the root in what is stored."""
+_FORM = re.compile(r"(?:local-dir:|sqlite:///)?")  # how other libraries have a path introduced
+_FORMER_PATH = re.compile(
+    r"(?P<root>(?:/|\w+://).*)/(?:artifacts/[\w-]+/[0-9a-f]{64}|(?:images|embeddings)/[0-9a-f]{16}|imported/[\w.-]+)(?:/.*)?",
+    re.DOTALL,
+)
+_AMBIGUOUS = re.compile(r"%[0-9a-fA-F]{2}|[\\\x00-\x1f\x7f]")  # Delta Lake decodes such a path twice, or not at all
 
 
 class Store:
     """Files below one root, a local folder (made absolute) or a URI that pyarrow supports."""
 
     def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/") if "://" in root else str(Path(root).expanduser().resolve())
+        """Raises:
+        ConfigError: no table can be kept below such a path.
+        StorageError: pyarrow does not support the URI.
+        """
+        self.root = _canonical(root)
         if not self.is_local:
             files.locate(self.root)
 
     @property
     def is_local(self) -> bool:
-        return "://" not in self.root
+        return self.root.startswith("/")
 
     def uri(self, *parts: str) -> str:
         """Full path of a file or folder below the root."""
@@ -80,15 +98,86 @@ class Store:
     def _unwritable(self, reason: object) -> StorageError:
         return StorageError(f"storage: cannot write to {self.root}: {reason}. Choose another folder with --storage.")
 
+    @property
+    def database(self) -> Path | None:
+        """File of MLflow's database in a local storage; there may be none yet, if a server is used."""
+        return Path(self.root, "mlflow.db") if self.is_local else None
+
     def exists(self, *parts: str) -> bool:
         return files.exists(self.uri(*parts))
 
     def read_json(self, *parts: str) -> Any:
-        return files.read_json(self.uri(*parts))
+        """Read what `write_json` wrote, with full paths."""
+        return self.resolve(files.read_json(self.uri(*parts)))
 
     def write_json(self, value: Any, *parts: str) -> None:
-        files.write_json(self.uri(*parts), value)
+        """Write a JSON value, with paths below the root in portable form."""
+        files.write_json(self.uri(*parts), self.portable(value))
+
+    def portable(self, value: Any) -> Any:
+        """Copy of a JSON value, with `storage://...` for paths below the root."""
+        return _map_texts(value, lambda text: _moved(text, f"{self.root}/", ROOT))
+
+    def resolve(self, value: Any) -> Any:
+        """Copy of a JSON value that `portable` returned, with full paths.
+
+        Earlier releases stored full paths. Most of the paths in a record are below the root of its time, which is replaced.
+        """
+        texts = list(_texts(value))
+        is_portable = any(_FORM.sub("", text, count=1).startswith(ROOT) for text in texts)
+        former = ROOT if is_portable else _former_root(texts)
+        return value if former is None else _map_texts(value, lambda text: _moved(text, former, f"{self.root}/"))
 
     def list(self, *parts: str) -> list[str]:
         """Names in a folder, sorted; empty if the folder does not exist."""
         return files.names(self.uri(*parts))
+
+
+def _canonical(root: str) -> str:
+    """Absolute path of a local folder, or a URI in which letters that a URI cannot have are percent-encoded."""
+    path = files.to_path(root)
+    if path is None and (cut := re.search(r"[?#]", root)):
+        code = urllib.parse.quote(cut[0])
+        raise ConfigError(f"storage: got {root}, a URI whose path ends at {cut[0]!r}. Write {code} instead.")
+    if found := _AMBIGUOUS.search(urllib.parse.unquote(root) if path is None else str(path)):
+        raise ConfigError(
+            f"storage: got {root}, with {found[0]!r} in its name, which Delta Lake reads as another character. "
+            "Rename the folder, or choose another with --storage."
+        )
+    return urllib.parse.quote(root.rstrip("/"), safe="%/:@!$&'()*+,;=~") if path is None else str(path)
+
+
+def _moved(text: str, before: str, after: str) -> str:
+    """Path below one root as the path below another; other texts stay as they are. Roots end with a slash."""
+    path = _FORM.sub("", text, count=1)
+    form = text.removesuffix(path) if path else text
+    path = before if f"{path}/" == before else path  # the root itself
+    if not path.startswith(before):
+        return text
+    below = path.removeprefix(before)
+    return form + (after + below if below or after == ROOT else after.removesuffix("/"))
+
+
+def _former_root(texts: list[str]) -> str | None:
+    """Root of the storage when an earlier release wrote a record, with a slash; None if the record has no path below it."""
+    roots = collections.Counter(found["root"] for text in texts if (found := _FORMER_PATH.fullmatch(text)))
+    return f"{roots.most_common(1)[0][0]}/" if roots else None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in (*value, *value.values()):
+            yield from _texts(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_texts(name, change): _map_texts(each, change) for name, each in value.items()}
+    return [_map_texts(each, change) for each in value] if isinstance(value, (list, tuple)) else value

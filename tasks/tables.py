@@ -45,26 +45,25 @@ class Part:
 
 def version(table_uri: str) -> int | None:
     """Newest version; None if there is no table yet."""
-    return DeltaTable(table_uri, storage_options=_options(table_uri)).version() if _exists(table_uri) else None
+    return _table(table_uri).version() if _exists(table_uri) else None
 
 
 def files(table_uri: str, version: int | None = None) -> list[str]:
     """Parquet files of one version (None: the newest), sorted."""
-    return sorted(DeltaTable(table_uri, version=version, storage_options=_options(table_uri)).file_uris())
+    # The URIs are percent-encoded, and those of a `file:` table are no paths; names of parts are plain.
+    return sorted(f"{table_uri}/{uri.rpartition('/')[2]}" for uri in _table(table_uri, version).file_uris())
 
 
 def columns(table_uri: str) -> list[str]:
     """Column names of the newest version."""
-    return [field.name for field in DeltaTable(table_uri, storage_options=_options(table_uri)).schema().fields]
+    return [field.name for field in _table(table_uri).schema().fields]
 
 
 def extent(table_uri: str, version: int | None = None) -> tuple[int, int]:
     """Rows and bytes of one version (None: the newest), from the log alone; zeros if there is no table."""
     if not _exists(table_uri):
         return 0, 0
-    added = pa.table(
-        DeltaTable(table_uri, version=version, storage_options=_options(table_uri)).get_add_actions(flatten=True)
-    )
+    added = pa.table(_table(table_uri, version).get_add_actions(flatten=True))
     return int(pc.sum(added["num_records"]).as_py() or 0), int(pc.sum(added["size_bytes"]).as_py() or 0)
 
 
@@ -115,7 +114,7 @@ def append_files(
     Returns:
         Version of the table that has all the parts.
     """
-    options, exists = _options(table_uri), _exists(table_uri)
+    exists = _exists(table_uri)
     known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
     new = [part for part in parts if part.name not in known]
     now = int(time.time() * 1000)
@@ -129,16 +128,20 @@ def append_files(
     storage.failpoint("before", f"{table_uri}/_delta_log")
     if not exists:
         create_table_with_add_actions(
-            table_uri, delta_schema, adds, storage_options=options, commit_properties=properties
+            storage.to_uri(table_uri),
+            delta_schema,
+            adds,
+            storage_options=_options(table_uri),
+            commit_properties=properties,
         )
     elif changes:
-        table = DeltaTable(table_uri, storage_options=options)
+        table = _table(table_uri)
         known_fields = {field.name for field in table.schema().fields}
         if added := [field for field in delta_schema.fields if field.name not in known_fields]:
             table.alter.add_columns(added)  # a commit of its own: one that appends does not change the schema
         table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
-    return DeltaTable(table_uri, storage_options=options).version()
+    return _table(table_uri).version()
 
 
 def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = None) -> int:
@@ -153,14 +156,14 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
     Returns:
         Number of removed rows.
     """
-    table = DeltaTable(table_uri, storage_options=_options(table_uri))
+    table = _table(table_uri)
     before = table.count()
     actions = _without(table_uri, keys, int(time.time() * 1000), names)
     if actions:
         storage.failpoint("before", f"{table_uri}/_delta_log")
         table.create_write_transaction(actions, mode="append", schema=table.schema())
         storage.failpoint("after", f"{table_uri}/_delta_log")
-    fresh = DeltaTable(table_uri, storage_options=_options(table_uri))
+    fresh = _table(table_uri)
     purge(table_uri)
     return before - fresh.count()
 
@@ -285,7 +288,7 @@ def read_rows(uri: str, rows: Sequence[int], columns: Sequence[str] | None = Non
 
 def read_with_commit_times(table_uri: str) -> pa.Table:
     """Rows of the newest version, with a column `committed`: the commit time of their file."""
-    table = DeltaTable(table_uri, storage_options=_options(table_uri))
+    table = _table(table_uri)
     added = pa.table(table.get_add_actions(flatten=True)).select(["path", "modification_time"]).to_pylist()
     parts = []
     for part in added:
@@ -333,8 +336,10 @@ def _open(uri: str) -> Iterator[pq.ParquetFile]:
 
 def last_note(table_uri: str) -> dict[str, str]:
     """Metadata of the newest commit that `append_files` made."""
-    options = _options(table_uri)
-    return {name: str(value) for name, value in DeltaTable(table_uri, storage_options=options).history(1)[0].items()}
+    # DeltaTable.history finds nothing below a folder with "#" or "?" in its name (deltalake 1.6.6).
+    log = storage.read(f"{table_uri}/_delta_log/{_table(table_uri).version():020d}.json")
+    actions = map(json.loads, log.splitlines())
+    return {name: str(value) for action in actions for name, value in action.get("commitInfo", {}).items()}
 
 
 def write_file(uri: str, table: pa.Table) -> None:
@@ -417,7 +422,7 @@ def _describe(name: str, data: bytes) -> Part:
 
 
 def _empty(table_uri: str, columns: Sequence[str] | None) -> pa.Table:
-    schema = pa.schema(DeltaTable(table_uri, storage_options=_options(table_uri)).schema().to_arrow())
+    schema = pa.schema(_table(table_uri).schema().to_arrow())
     table = _with_added(schema.empty_table(), columns)
     return table if columns is None else table.select(list(columns))
 
@@ -433,8 +438,13 @@ def _add(part: Part, now: int) -> AddAction:
     return AddAction(part.name, part.size_bytes, {}, now, True, json.dumps({"numRecords": part.rows}))
 
 
+def _table(table_uri: str, version: int | None = None) -> DeltaTable:
+    # Given a plain path, deltalake would cut it at "#" and "?".
+    return DeltaTable(storage.to_uri(table_uri), version=version, storage_options=_options(table_uri))
+
+
 def _exists(table_uri: str) -> bool:
-    return DeltaTable.is_deltatable(table_uri, storage_options=_options(table_uri))
+    return DeltaTable.is_deltatable(storage.to_uri(table_uri), storage_options=_options(table_uri))
 
 
 def _options(table_uri: str) -> dict[str, str] | None:

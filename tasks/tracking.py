@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tasks.database import database_path
+from unclip import files
 from unclip.errors import StorageError
 from unclip.messages import reason_of, redacted, without_credentials
 
@@ -169,9 +171,10 @@ def checked_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     """
     import mlflow  # takes seconds, which must not count as the server's
 
-    is_local = tracking_uri.startswith(("sqlite:///", "file:", "/", "."))
-    path = re.sub(r"^(sqlite:///|file:(//)?)", "", tracking_uri)
-    if is_local and not Path(path).exists():
+    path = database_path(tracking_uri)
+    if tracking_uri.startswith(("file:", "/", ".")):
+        path = files.to_path(tracking_uri)
+    if path is not None and not path.exists():
         raise StorageError(f"{path} does not exist")
     answers: list[mlflow.MlflowClient | Exception] = []
 
@@ -186,7 +189,7 @@ def checked_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     # DNS lookups, database connections and retries have timeouts of their own, some of minutes.
     thread = threading.Thread(target=check, daemon=True)
     thread.start()
-    thread.join(None if is_local else seconds)
+    thread.join(seconds if path is None else None)
     if not answers:
         raise StorageError(f"no answer within {seconds:g} s")
     if isinstance(answers[0], Exception):

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import time
+import urllib.parse
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _TEMPORARY = ".tmp"
+_FILE_URI = re.compile(r"file:(?://(?:localhost)?)?(/.*)", re.DOTALL | re.IGNORECASE)
+_URI = re.compile(r"[A-Za-z][\w+.-]*:/")
+
+
+def to_path(uri: str) -> Path | None:
+    """Absolute path of a plain path or of a `file:` URI, which is percent-decoded; None for other URIs."""
+    if found := _FILE_URI.fullmatch(uri):
+        return Path(os.fsdecode(urllib.parse.unquote_to_bytes(found[1]))).resolve()
+    return None if _URI.match(uri) else Path(uri).expanduser().resolve()
+
+
+def to_uri(uri: str) -> str:
+    """`file:` URI of a plain path, percent-encoded, for libraries that parse what they get; other URIs stay as they are."""
+    path = to_path(uri)
+    return uri if path is None else f"file://{urllib.parse.quote(os.fsencode(path))}"
 
 
 def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
@@ -38,7 +54,7 @@ def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
     """
     import pyarrow.fs as pafs
 
-    if local := _local(uri):
+    if local := to_path(uri):
         return pafs.LocalFileSystem(), str(local)
     if (shown := without_credentials(uri)) != uri:  # records, tables and MLflow hold URIs
         raise StorageError(
@@ -63,20 +79,15 @@ def with_retries(uri: str, action: Callable[[], T]) -> T:
     return action()
 
 
-def _local(uri: str) -> Path | None:
-    """Absolute path of a URI that is a plain path; None for other URIs."""
-    return None if "://" in uri else Path(uri).expanduser().resolve()
-
-
 def exists(uri: str) -> bool:
-    if local := _local(uri):
+    if local := to_path(uri):
         return local.exists()
     filesystem, path = locate(uri)
     return bool(with_retries(uri, lambda: filesystem.get_file_info(path)).type.name != "NotFound")
 
 
 def read(uri: str) -> bytes:
-    if local := _local(uri):
+    if local := to_path(uri):
         return local.read_bytes()
     filesystem, path = locate(uri)
 
@@ -108,10 +119,9 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
             stream.write(data)
         return True
 
-    local = _local(uri)
+    local = to_path(uri)
     if local is None:
         filesystem, path = locate(uri)
-        local = Path(path) if filesystem.type_name == "local" else None  # file://
     try:
         written = with_retries(uri, action)
     except OSError as error:
@@ -191,7 +201,7 @@ def names(uri: str) -> list[str]:
 
 
 def _names(uri: str) -> list[str]:
-    if local := _local(uri):
+    if local := to_path(uri):
         try:
             return os.listdir(local)
         except (FileNotFoundError, NotADirectoryError):
@@ -207,7 +217,7 @@ def _names(uri: str) -> list[str]:
 
 def size(uri: str) -> int:
     """Bytes of all files in a folder and below it; 0 if it does not exist."""
-    if local := _local(uri):
+    if local := to_path(uri):
         return sum(path.stat().st_size for path in local.rglob("*") if path.is_file())
     import pyarrow.fs as pafs
 
@@ -225,7 +235,7 @@ def sweep(folder: str) -> None:
 
 def delete(uri: str) -> None:
     """Delete a file, or a folder with its contents, if it exists."""
-    if local := _local(uri):
+    if local := to_path(uri):
         if local.is_dir():
             shutil.rmtree(local)
         elif local.exists():

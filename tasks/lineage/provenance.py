@@ -47,7 +47,7 @@ def versions(store: Store) -> list[Version]:
     if tables.version(store.uri("snapshots")) is None:
         return []
     listed = tables.read_with_commit_times(store.uri("snapshots")).sort_by("number").to_pylist()
-    return [Version(row["number"], row["digest"], row) for row in listed]
+    return [Version(row["number"], row["digest"], store.resolve(row)) for row in listed]
 
 
 def pairs_folders(store: Store) -> list[str]:

@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import tempfile
-import urllib.parse
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.database import ARTIFACTS, settle
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, checked_client
 from tasks.untrusted.normalise import first_line
+from unclip import files
 from unclip.errors import StorageError
 from unclip.messages import without_credentials
 
@@ -58,6 +59,7 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
     for tracking_uri in tracking_uris:
         shown_uri = without_credentials(tracking_uri)
         try:
+            settle(store, tracking_uri)
             mlflow = checked_client(tracking_uri)
             experiments = _experiments(mlflow)
             readers = set()
@@ -72,7 +74,7 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
                 clean(run.info.run_id, run.info.artifact_uri, tracking_uri, run.info.run_id in readers)
         except Exception as error:  # one failing server must not stop the others
             unanswered[shown_uri] = first_line(error)
-    for run_id in store.list("mlflow-artifacts") if store.is_local else ():
+    for run_id in store.list(ARTIFACTS) if store.is_local else ():
         if run_id not in known:
             clean(run_id, "", None, False)
     lists = {name: tuple(values) for name, values in found.items()}
@@ -116,11 +118,11 @@ def _artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: str |
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    if store.is_local and store.exists("mlflow-artifacts", run_id):
-        artifact_uri = store.uri("mlflow-artifacts", run_id, "artifacts")
-    location = urllib.parse.urlsplit(artifact_uri)
-    if location.scheme in ("", "file") and not Path(urllib.parse.unquote(location.path)).parents[1].exists():
-        raise StorageError(f"its artifacts are in {location.path}, which is not on this machine")
+    if store.is_local and store.exists(ARTIFACTS, run_id):
+        artifact_uri = files.to_uri(store.uri(ARTIFACTS, run_id, "artifacts"))
+    path = files.to_path(artifact_uri)
+    if path is not None and not path.parents[1].exists():
+        raise StorageError(f"its artifacts are in {path}, which is not on this machine")
     return get_artifact_repository(artifact_uri, tracking_uri)
 
 
@@ -137,12 +139,12 @@ def _clean(artifacts: Any, keys: frozenset[str], has_seen: bool) -> bool:
             if redact(page, keys) != page:
                 path.write_text(redact(page, keys))
                 artifacts.log_artifact(str(path))
-        files = {file.path for file in artifacts.list_artifacts(PREVIEWS)}
-        if PREVIEW_KEYS in files:
+        logged = {file.path for file in artifacts.list_artifacts(PREVIEWS)}
+        if PREVIEW_KEYS in logged:
             shown = json.loads(Path(artifacts.download_artifacts(PREVIEW_KEYS, scratch)).read_text())
             show_rows = not keys.isdisjoint(shown)
         else:
-            show_rows = bool(files) and has_seen
+            show_rows = bool(logged) and has_seen
     if show_rows:
         artifacts.delete_artifacts(PREVIEWS)
         if artifacts.list_artifacts(PREVIEWS):

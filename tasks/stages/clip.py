@@ -47,7 +47,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     from tasks import tables
     from unclip.systems.clip import ClipObjective
 
-    context.tracker.dataset(context.run.pipeline, dedup.digest, dedup.uri, {"rows": dedup.facts["rows"]})
+    context.log_dataset(dedup.digest, dedup.uri, {"rows": dedup.facts["rows"]})
     images, version = dedup.facts["images"], dedup.facts["images_version"]
     name, places = config.model, dedup.facts["places"]
     training = Training(

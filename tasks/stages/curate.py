@@ -164,7 +164,7 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     record_snapshot(context.store, context.run.pipeline, snapshot, counts)
     clip_score = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
     context.tracker.metrics({**counts["rows"], **explained, "clip_score": clip_score})
-    context.tracker.dataset(context.run.pipeline, digest, facts["embeddings"], {**counts, "snapshot": snapshot})
+    context.log_dataset(digest, facts["embeddings"], {**counts, "snapshot": snapshot})
     return Output(selection, digest, {**facts, **counts, "snapshot": snapshot, "clip_score": clip_score})
 
 

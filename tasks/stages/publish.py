@@ -37,7 +37,7 @@ def publish(
     folder = f"{context.folder}/stack"
     save_stack(folder, stack)
     snapshot = Snapshot.of(dataset.facts).digest
-    context.tracker.dataset(context.run.pipeline, snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
+    context.log_dataset(snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
     version = context.tracker.register(folder, "stack", config.name, config.alias)
     digest = fingerprint(stack.system, [part.digest for part in (dataset, *parts)], dict(stack.sampling))
     record = {"stack": folder, "digest": digest, "at": time.time()}

@@ -95,7 +95,7 @@ class SnapshotInputs:
 def _train(context: StageContext, dataset: Artifact, training: Training) -> Output:
     snapshot = Snapshot.of(dataset.facts)
     facts: dict[str, Any] = {"rows": dataset.facts["rows"], "snapshot": dataset.facts["snapshot"]}
-    context.tracker.dataset(context.run.pipeline, snapshot.digest, snapshot.embeddings, facts)
+    context.log_dataset(snapshot.digest, snapshot.embeddings, facts)
     model, digest = run_training(context, training)
     context.tracker.file(model, "model")
     if files.exists(f"{context.folder}/{CURVE}"):

@@ -11,9 +11,12 @@ from typing import Any
 from click.testing import CliRunner
 
 from pipelines.cli import main
+from tasks.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ROOT / "docs" / "commands.md"
+STORAGE_NAME = "st\u00f6r age#1 100%? [x]'&"
+"""Name of a storage's folder, with letters that mean something in URIs, patterns and shells (F68)."""
 
 
 def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -45,6 +48,11 @@ def call_json(*arguments: object, code: int = 0) -> Any:
     [documented] = re.findall(rf"### `{name}`\n.*?```json\n(.*?)```", COMMANDS.read_text(), re.DOTALL)
     assert_alike(document, json.loads(documented), name)
     return document
+
+
+def read_record(storage: Path, *parts: str) -> Any:
+    """Read a record of a storage, with full paths."""
+    return Store(str(storage)).read_json(*parts)
 
 
 def assert_alike(found: Any, documented: Any, where: str) -> None:

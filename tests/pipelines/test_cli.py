@@ -360,13 +360,20 @@ def test_plan_writes_nothing_and_matches_the_run(tmp_path: Path) -> None:
     assert prepare(config) == planned == prepare(config, read_only=True)
     assert [path.name for path in storage.iterdir()] == ["scenes"]
     node = compose(planned)["ingest"]
-    artifact = {"stage": "ingest", "fingerprint": node.stage.fingerprint(node.config, []), "uri": "u", "digest": "d"}
+    stage_fingerprint = node.stage.fingerprint(node.config, [], Store(str(storage)))
+    artifact = {"stage": "ingest", "fingerprint": stage_fingerprint, "uri": "u", "digest": "d"}
     artifact |= {"facts": {}, "seconds": 2.0}
     Store(str(storage)).write_json(artifact, "stages", "ingest", f"{artifact['fingerprint']}.json")
     [ingest, download, *_] = call_json("plan", "tiny", "--storage", storage)["stages"]
     assert ingest == {"name": "ingest", "state": "cached", "why": "made in 2 s", "after": [], "digest": "d", "uri": "u"}
     assert (download["state"], download["digest"]) == ("to run", None)
     assert unclip("plan", "tiny", "--json", "--mermaid", "--storage", storage).returncode == 2
+
+
+def test_f69_a_path_that_tables_cannot_have_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for command in (["run", "tiny"], ["plan", "tiny"], ["status"], ["takedown", "--key", "0" * 32]):
+        assert_refused(unclip(*command, "--storage", tmp_path / "a%20b"), "a%20b", "'%20'", "Rename the folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_refuses_a_storage_that_cannot_be_written(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pipelines.scene_server import ScenesConfig, SceneServer, serve, write_url_l
 from tasks import ranges, tables
 from tasks.places import open_places
 from tasks.store import Store
-from tests.pipelines.command_line import call, call_apart
+from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, read_record
 from unclip import files
 from unclip.models import clip
 
@@ -104,7 +104,7 @@ def grown(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Arg
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, arguments: Arguments) -> Path:
-    storage = tmp_path_factory.mktemp("undisturbed") / "storage"
+    storage = tmp_path_factory.mktemp("undisturbed") / STORAGE_NAME
     refresh(storage, arguments)
     return storage
 
@@ -119,7 +119,7 @@ def content(storage: object) -> dict[str, Any]:
             assert len(set(keys)) == len(keys), f"{kind}: duplicate rows"
             found[kind] = (name, len(keys), tables.content_digest(table))
     snapshots = tables.read_with_commit_times(f"{storage}/snapshots").to_pylist()
-    for number, snapshot in enumerate(snapshots):
+    for number, snapshot in enumerate(map(Store(str(storage)).resolve, snapshots)):
         for name in ("selection", "scores"):
             table = ranges.read_all(snapshot[name])
             names = [column for column in table.column_names if not column.startswith("embeddings_")]  # not places
@@ -157,7 +157,7 @@ def kill_at(points: list[str], storage: Path, arguments: Arguments, armed: Path)
 def facts_of(storage: object, stage: str) -> dict[str, Any]:
     """Return the facts of the newest artifact of a stage."""
     newest = max(Path(str(storage), "stages", stage).iterdir(), key=lambda path: path.stat().st_mtime)
-    facts: dict[str, Any] = json.loads(newest.read_text())["facts"]
+    facts: dict[str, Any] = read_record(Path(str(storage)), "stages", stage, newest.name)["facts"]
     return facts
 
 
@@ -165,12 +165,13 @@ def facts_of(storage: object, stage: str) -> dict[str, Any]:
 def test_f45_in_an_unreliable_object_store_the_tables_are_the_same(
     undisturbed: Path, arguments: Arguments, tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = "s3://bucket/some/prefix"
+    storage = "s3://bucket/some préfix"
     refresh(storage, arguments, "--set", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", **s3)
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
-    assert content(storage) == content(undisturbed)
-    assert not files.exists(f"{storage}/lease.json")
+    root = Store(storage).root
+    assert content(root) == content(undisturbed)
+    assert not files.exists(f"{root}/lease.json")
 
 
 def test_f29_killed_at_a_few_commit_points_the_tables_are_the_same(

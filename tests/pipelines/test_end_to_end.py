@@ -24,11 +24,12 @@ from pipelines.config import load
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from tasks import ranges, tables
+from tasks.database import database_uri
 from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines import sockets
-from tests.pipelines.command_line import call, call_apart
+from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, read_record
 from unclip.systems.system import load_system, sample_captions
 from unclip.training.film import FILM_STRIP
 
@@ -73,7 +74,7 @@ def records(storage: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for stage in (storage / "stages").iterdir():
         newest = max(stage.iterdir(), key=lambda path: path.stat().st_mtime)
-        found[stage.name] = json.loads(newest.read_text())
+        found[stage.name] = read_record(storage, "stages", stage.name, newest.name)
     return found
 
 
@@ -89,7 +90,7 @@ SECRETS = ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOK
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Storage of a finished run, with what it printed; the sockets that it listened on, and places that hold the canary."""
-    storage = tmp_path_factory.mktemp("finished") / "storage"
+    storage = tmp_path_factory.mktemp("finished") / STORAGE_NAME
     scratch = Path(f"/tmp/unclip-{os.getpid()}-run")  # socket paths must be short
     environment = {**os.environ, **dict.fromkeys(SECRETS, CANARY), "RAY_TMPDIR": str(scratch), "HOME": str(scratch)}
     environment["MPLCONFIGDIR"] = matplotlib.get_cachedir()
@@ -122,7 +123,8 @@ def holds(path: Path, canary: str) -> bool:
 
 
 def test_a_run_goes_from_urls_to_images(finished: Path) -> None:
-    summary = json.loads((finished / "results" / "tiny" / "summary.json").read_text())
+    """In a folder with an awkward name (F68)."""
+    summary = read_record(finished, "results", "tiny", "summary.json")
     rows = summary["rows"]
     assert rows["in"] == 132 == rows["kept"] + rows["dropped"] + rows["failed"]
     assert rows["kept"] == 120
@@ -197,7 +199,7 @@ def test_tables_hold_every_row_once_and_embeddings_match_their_rows(finished: Pa
 def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{finished}/mlflow.db")
+    client = MlflowClient(database_uri(f"{finished}/mlflow.db"))
     experiment = client.get_experiment_by_name("tiny")
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
@@ -359,7 +361,7 @@ def test_a_model_trained_by_itself_equals_the_one_that_the_pipeline_trains(finis
 def last_metrics(storage: Path, stage: str) -> dict[str, float]:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    client = MlflowClient(database_uri(f"{storage}/mlflow.db"))
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
     runs = client.search_runs(

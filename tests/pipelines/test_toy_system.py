@@ -7,12 +7,14 @@ refers to it; it is found by its entry points.
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,11 +23,14 @@ from torch import Tensor, nn
 from pipelines.dag import Binder
 from pipelines.dataset import PipelineConfig, dataset, finish
 from pipelines.pipeline import Pipeline
+from tasks import tables
 from tasks.snapshots import Snapshot
 from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
+from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
-from tests.pipelines.command_line import call, call_apart, call_json
+from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, call_json, read_record
+from unclip import files
 from unclip.data import Batch
 from unclip.models.clip import Clip
 from unclip.systems.part import Part, Shapes, TrainingInputs
@@ -257,7 +262,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Storage of a finished run."""
-    storage = tmp_path_factory.mktemp("finished") / "storage"
+    storage = tmp_path_factory.mktemp("finished") / STORAGE_NAME
     result = call_apart("run", "tiny", "--config", run_file, "--storage", storage)
     assert result.returncode == 0, result.stdout + result.stderr
     return storage
@@ -266,7 +271,7 @@ def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def record(storage: Path, stage: str) -> dict[str, Any]:
     """Return the only artifact of a stage."""
     [path] = (storage / "stages" / stage).glob("*.json")
-    return json.loads(path.read_text())
+    return read_record(storage, "stages", stage, path.name)
 
 
 def test_it_is_planned(run_file: Path, tmp_path: Path) -> None:
@@ -289,7 +294,7 @@ def test_its_memory_is_planned(run_file: Path) -> None:
 
 
 def test_it_is_trained_evaluated_and_published(finished: Path) -> None:
-    summary = json.loads((finished / "results" / "tiny" / "summary.json").read_text())
+    summary = read_record(finished, "results", "tiny", "summary.json")
     assert set(summary["seconds"]) == set(STAGES) and summary["captions"] == {"heldout": 8, "unseen": 4}
     assert {"colour", "background"} <= set(summary["accuracy"]) and summary["registered"]["name"] == "toy"
     system = load_system(summary["stack"])
@@ -341,6 +346,98 @@ def test_it_memorises_a_few_rows(finished: Path, run_file: Path) -> None:
     result = call("train", "painter", "tiny", "--config", run_file, "--overfit", 4, "--storage", finished)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "400 steps on 4 rows" in result.stdout and "memorised" in result.stdout
+
+
+def read_everything(storage: Path, run_file: Path, out: Path) -> dict[str, Any]:
+    """Run all commands that read a storage, and a run that finds its work done; return what they print, without its path."""
+    given = ("tiny", "--config", run_file, "--storage", storage)
+    key = Snapshot.of(record(storage, "curate")["facts"]).open_places("train").keys(np.arange(1))[0]
+    printed: dict[str, Any] = {
+        "run": call("run", *given).stdout,
+        "plan": call_json("plan", *given),
+        "status": call("status", "--storage", storage).stdout,
+        "list": call_json("data", "list", "--storage", storage),
+        "diff": call("data", "diff", "1", "1", "--storage", storage).stdout,
+        "show": call_json("data", "show", key, "--storage", storage),
+        "estimate": call("estimate", *given).stdout,
+    }
+    for name, options in {"last": [], "registered": ["--model", "toy"]}.items():
+        result = call("sample", CAPTION, "--num", 1, *options, "--out", out, "--storage", storage)
+        assert result.returncode == 0, result.stderr
+        printed[name] = files.sha256(out.read_bytes())
+    for version in printed["list"]["versions"]:
+        del version["committed"]  # the time of the commit, whoever made it
+    assert {stage["state"] for stage in printed["plan"]["stages"]} == {"cached"}
+    assert "everything is up to date" in printed["run"]
+    forms = [str(storage), shlex.quote(str(storage)), json.dumps(str(storage))[1:-1]]
+    text = json.dumps(printed)
+    for form in sorted({*forms, *(json.dumps(form)[1:-1] for form in forms)}, key=len, reverse=True):
+        text = text.replace(form, "STORAGE")
+    return json.loads(text)
+
+
+def taken_down(storage: Path) -> dict[str, Any]:
+    """Take a row down; return the document that is printed."""
+    key = json.loads((Path(record(storage, "painter")["uri"]).parent / PREVIEW_KEYS).read_text())[0]
+    return call_json("takedown", "--key", key, "--storage", storage)
+
+
+def as_an_earlier_release_wrote_it(storage: Path, root: str) -> None:
+    """Put full paths into all records of a storage, as if it had been at another place when they were written."""
+    before = Store(root)
+    for folder in ("stages", "runs", "published", "results"):
+        for path in (storage / folder).rglob("*.json"):
+            files.write_json(str(path), before.resolve(files.read_json(str(path))))
+    table = str(storage / "snapshots")
+    rows = [before.resolve(row) for row in tables.read_with_commit_times(table).drop_columns("committed").to_pylist()]
+    shutil.rmtree(table)
+    part = pa.Table.from_pylist(rows)
+    tables.append_files(table, [tables.write_part(table, "one", part)], part.schema)
+
+
+@pytest.fixture
+def hidden(finished: Path) -> Iterator[Path]:
+    """The finished storage at another place; nothing is where it was."""
+    away = finished.with_name("away")
+    finished.rename(away)
+    yield away
+    shutil.rmtree(finished, ignore_errors=True)
+    away.rename(finished)
+
+
+@pytest.fixture(scope="module")
+def expected(finished: Path, run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return read_everything(finished, run_file, tmp_path_factory.mktemp("expected") / "out.png")
+
+
+def test_f70_a_moved_storage_of_an_earlier_release_works_as_before(
+    expected: dict[str, Any], hidden: Path, finished: Path, run_file: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "mounted elsewhere"
+    shutil.copytree(hidden, moved)
+    as_an_earlier_release_wrote_it(moved, str(finished))
+    assert read_everything(moved, run_file, tmp_path / "out.png") == expected
+    ledger = taken_down(moved)
+    assert len(ledger["deleted_previews"]) == 1 and str(finished) not in json.dumps(ledger)
+    assert not finished.exists()
+
+
+def test_f71_a_copy_neither_reads_nor_writes_the_original(
+    expected: dict[str, Any], hidden: Path, finished: Path, run_file: Path, tmp_path: Path
+) -> None:
+    """In place of the original are files of the same names that cannot be read as anything."""
+    copy = tmp_path / "copy"
+    shutil.copytree(hidden, copy)
+    shutil.copytree(hidden, finished, copy_function=lambda _, path: Path(path).write_text("unreadable"))
+    before = {path: path.read_text() for path in finished.rglob("*") if path.is_file()}
+    assert read_everything(copy, run_file, tmp_path / "out.png") == expected
+    logged = set((copy / "mlflow-artifacts").iterdir())
+    result = call("train", "painter", "tiny", "--config", run_file, "--storage", copy)
+    assert result.returncode == 0, result.stderr
+    [run] = set((copy / "mlflow-artifacts").iterdir()) - logged
+    assert (run / "artifacts" / "config.json").exists()
+    assert len(taken_down(copy)["deleted_previews"]) == 1
+    assert {path: path.read_text() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_a_takedown_finds_its_previews(finished: Path) -> None:

@@ -681,3 +681,19 @@ def test_what_killed_stages_left_behind_is_deleted(store: Store, path: str) -> N
     tables.write_file(left, pairs_of(LISTED).select(["key", "url", "caption"]))
     take_down(store, [parse("url", "https://a1.example.org/7.jpg")], None, [])
     assert not files.exists(left)
+
+
+@pytest.mark.parametrize("letters", [" ", "#", "%", "?", "é", "e\u0301 中", "[x]*{y}", "&+;:=$", "'\""])
+def test_f68_a_storage_may_have_any_letter_in_its_path(tmp_path: Path, letters: str) -> None:
+    folder = tmp_path / "folder"
+    store = make_store(folder / f"a{letters}b")
+    assert store.list() == ["artifacts", "embeddings", "images", "index", "snapshots", "stages"]
+    key, jpg = key_at(store, 7), stored_image(7)["jpg"]
+    [version] = call_json("data", "list", "--storage", store.root)["versions"]
+    assert version["counts"]["kept"] == 11
+    row = call_json("data", "show", key, "--storage", store.root)
+    assert row["url"] == LISTED[7][0] and len(row["dataset_versions"]) == 1
+    ledger = call_json("takedown", "--key", key, "--storage", files.to_uri(store.root))
+    assert ledger["deleted"] == {"images/recipe": 1, "embeddings/clip": 1} and ledger["storage"] == store.root
+    assert jpg not in all_bytes(store)
+    assert [path.name for path in folder.iterdir()] == [f"a{letters}b"], "nothing is written beside it"

@@ -26,6 +26,7 @@ from tasks.stages.filter import (
     filter,
     frequent_captions,
 )
+from tasks.store import Store
 from tasks.tracking import Tracker
 from unclip.errors import ConfigError, InputError
 
@@ -299,7 +300,7 @@ def test_the_content_of_lists_is_part_of_the_fingerprint(tmp_path: Path) -> None
         return prepare(load("text_to_image", None, assignments, str(tmp_path / "storage"))).filter
 
     def fingerprint(config: FilterConfig) -> str:
-        return filter.fingerprint(config, [])
+        return filter.fingerprint(config, [], Store(str(tmp_path)))
 
     first = prepared()
     assert first.digest and prepared() == first
