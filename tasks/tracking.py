@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import tempfile
 import threading
 import time

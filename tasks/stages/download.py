@@ -172,7 +172,13 @@ class DownloadConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("tasks_in_flight", "retries", "max_redirects", "attempt"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        seconds = ("timeout_seconds", "connect_timeout_seconds", "dns_timeout_seconds", "site_seconds", "site_decode_seconds")
+        seconds = (
+            "timeout_seconds",
+            "connect_timeout_seconds",
+            "dns_timeout_seconds",
+            "site_seconds",
+            "site_decode_seconds",
+        )
         for name in seconds:
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
         require(0 <= self.max_unreached <= 1, "max_unreached", self.max_unreached, "0 to 1")

@@ -19,9 +19,7 @@ from tasks.untrusted import opt_outs
 
 MAX_BYTES = 500_000
 _ABSENT = re.compile(r"empty_body|http_4(?!01|03|29)\d\d")
-_UNANSWERED = re.compile(
-    r"dns_error|dns_timeout|connect_error|timeout|site_unreachable|short_body|http_429|http_5\d\d"
-)
+_UNANSWERED = re.compile(r"dns_error|dns_timeout|connect_error|timeout|site_unreachable|short_body|http_429|http_5\d\d")
 _ALSO_OF_IMAGES = ("connect_error", "timeout", "dns_timeout", "site_unreachable")  # they would fail in the same way
 _VERSION = re.compile(r"^(\s*user-agent\s*:\s*[\w.-]+)/.*$", re.IGNORECASE | re.MULTILINE)
 _RULES_LAST_SECONDS = 24 * 3600.0
