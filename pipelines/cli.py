@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pipelines.commands import data, edit, estimate, exchange, plan_train, run, sample, takedown, train, ui
+from pipelines.console import tolerate_encodings
 from unclip.errors import UnclipError
 from unclip.messages import without_credentials
 
@@ -22,6 +23,10 @@ class Commands(click.Group):
         if " ".join(arguments[:2]) in self.commands:
             arguments = [" ".join(arguments[:2]), *arguments[2:]]
         return super().resolve_command(context, arguments)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        tolerate_encodings()
+        return super().main(*args, **kwargs)
 
     def invoke(self, context: click.Context) -> Any:
         try:

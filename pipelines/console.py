@@ -1,5 +1,7 @@
 """Console output of a run: stage states and progress."""
 
+import codecs
+import io
 import shutil
 import sys
 import time
@@ -9,6 +11,23 @@ from typing import Any
 from tasks.progress import bar
 from tasks.run_records import stage_events
 from tasks.store import Store
+
+PLAIN = {"▶": ">", "✓": "+", "✗": "x", "█": "#", "░": "."}
+"""Stand-ins for marks that a terminal cannot show."""
+
+
+def tolerate_encodings() -> None:
+    """Let standard output and errors replace what their encoding lacks, as in a terminal that is not set to UTF-8."""
+    codecs.register_error("plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(mark, "?") for mark in error.object[error.start : error.end]), error.end
 
 
 class Console:

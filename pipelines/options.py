@@ -20,6 +20,19 @@ SET = click.option(
     "--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override a setting; repeatable."
 )
 
+
+class _Finite(click.types.FloatParamType):
+    """Number that is neither infinite nor NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+NUMBER = _Finite()
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document; docs/commands.md lists its keys.")
 
 

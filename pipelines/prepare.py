@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import tempfile
+from typing import Any
 
 from pipelines import dag as dags
 from pipelines import scene_server
+from pipelines.dag import Node
 from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import compose
 from pipelines.records import tracking_uri
@@ -13,6 +15,7 @@ from tasks.stage import Pinning
 from tasks.store import Store
 from unclip import files
 from unclip.config import fingerprint, to_dict
+from unclip.errors import ConfigError
 
 
 def prepare(config: PipelineConfig, retry_failed: bool = False, read_only: bool = False) -> PipelineConfig:
@@ -43,9 +46,19 @@ def prepare(config: PipelineConfig, retry_failed: bool = False, read_only: bool 
             config = _with_scenes(config, urls, folder)
         for node in compose(config).values():
             if node.stage.pin is not None:
-                section = node.stage.pin(node.config, Pinning(store, config, retry_failed))
+                workers = config.resources.of(node.stage.name).num_workers if node.stage.has_workers else 1
+                section = _pin(node, Pinning(store, config, retry_failed, workers))
                 config = dags.with_section(config, node.section, section)
     return dataclasses.replace(config, ingest=dataclasses.replace(config.ingest, urls=urls))
+
+
+def _pin(node: Node, pinning: Pinning) -> Any:
+    assert node.stage.pin is not None
+    try:
+        return node.stage.pin(node.config, pinning)
+    except ConfigError as error:
+        message, section = str(error), ".".join(node.section)
+        raise ConfigError(message if message.startswith(section) else f"{section}.{message}") from None
 
 
 def _with_scenes(config: PipelineConfig, urls: str, folder: str | None) -> PipelineConfig:

@@ -47,7 +47,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: the file does not exist or is not valid TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such run file. Give a TOML file with --config.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

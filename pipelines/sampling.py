@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.options import STORAGE
+from pipelines.options import NUMBER, STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError
 
@@ -23,6 +23,9 @@ SAMPLERS = (
     "heun",
     "analytic_dpm",
 )  # as in unclip.diffusion.samplers, which takes a second to import
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Suffix of an image file -> format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,15 @@ class Request:
         Raises:
             InputError: an option is invalid.
         """
-        if not Path(self.out).resolve().parent.is_dir():
+        out = Path(self.out).resolve()
+        if not out.parent.is_dir():
+            raise InputError(f"--out: the folder {out.parent} does not exist. Create it or choose another.")
+        if out.is_dir():
             raise InputError(
-                f"--out: the folder {Path(self.out).resolve().parent} does not exist. Create it or choose another."
+                f"--out: {self.out} is a folder, expected a file such as {self.out.rstrip('/')}/samples.png."
             )
+        if out.suffix.lower() not in FORMATS:
+            raise InputError(f"--out: {self.out} does not end in {', '.join(FORMATS)}, which give the format.")
         if self.each is not None and Path(self.each).exists() and not Path(self.each).is_dir():
             raise InputError(f"--each: {self.each} is a file, expected a folder. Choose another.")
         if self.strength is not None and self.image is None:
@@ -98,7 +106,8 @@ class Request:
         """Write images [N, 3, S, S] as one grid; with --each, also write all but the first `num_given` as single files."""
         from unclip import imaging
 
-        Path(self.out).write_bytes(imaging.png(imaging.grid(images, columns=columns, captions=labels)))
+        grid = imaging.grid(images, columns=columns, captions=labels)
+        Path(self.out).write_bytes(imaging.encode(grid, FORMATS[Path(self.out).suffix.lower()]))
         if self.each is not None:
             Path(self.each).mkdir(parents=True, exist_ok=True)
             for number, pixels in enumerate(imaging.to_uint8(images[num_given:])):
@@ -109,11 +118,17 @@ class Request:
 def sampling_options(out: str, *extra: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Add the options of a `Request` to a command, after the command's own options."""
     shared = (
-        click.option("--seed", default=0, show_default=True, help="Random seed; the same seed gives the same images."),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**64 - 1),
+            default=0,
+            show_default=True,
+            help="Random seed; the same seed gives the same images.",
+        ),
         click.option("--steps", type=int, help="Sampling steps for the base images.  [default: as published]"),
         click.option(
             "--guidance-scale",
-            type=float,
+            type=NUMBER,
             help="Guidance scale for the base images; 1 is off.  [default: as published]",
         ),
         click.option(
@@ -123,7 +138,9 @@ def sampling_options(out: str, *extra: Callable[[Any], Any]) -> Callable[[Any], 
             multiple=True,
             help="Override one sampling setting, listed in the stack's stack.json; repeatable.",
         ),
-        click.option("--out", default=out, show_default=True, help="PNG file for the grid of all images."),
+        click.option(
+            "--out", default=out, show_default=True, help="PNG, JPEG or WebP file for the grid of all images."
+        ),
         click.option("--each", metavar="FOLDER", help="Folder for one PNG file per image, in addition to the grid."),
         click.option(
             "--model",
@@ -148,7 +165,7 @@ SAMPLER = click.option(
     "--sampler", type=click.Choice(SAMPLERS), help="Sampler for the base images.  [default: as published]"
 )
 ETA = click.option(
-    "--eta", type=float, help="Noise of the ddim sampler for the base images, 0 to 1.  [default: as published]"
+    "--eta", type=NUMBER, help="Noise of the ddim sampler for the base images, 0 to 1.  [default: as published]"
 )
 NEGATIVE = click.option("--negative", metavar="CAPTION", help="Caption to guide away from, instead of the empty one.")
 

@@ -185,6 +185,8 @@ class Pinning:
     """Settings of the whole pipeline."""
     retry_failed: bool = False
     """Fetch rows that failed for transient reasons again."""
+    num_workers: int = 1
+    """Workers of the stage."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,8 +53,12 @@ class Training:
     """Places of the validation rows; disjoint from the training rows."""
 
 
-def pin_trainer(config: Any, _: Pinning) -> Any:
-    """Check the reference curve of a training before anything starts; the settings do not change."""
+def pin_trainer(config: Any, pinning: Pinning) -> Any:
+    """Check a training's settings for its workers, and its reference curve, before anything starts; nothing changes."""
+    try:
+        config.trainer.check_workers(pinning.num_workers)
+    except ConfigError as error:
+        raise ConfigError(f"trainer.{error}") from None
     if config.trainer.reference_curve is not None:
         from unclip.training import curves
 

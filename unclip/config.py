@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -102,11 +103,19 @@ def operational(default: T) -> T:
     return dataclasses.field(default=default, metadata={"operational": True})
 
 
+def added(default: T) -> T:
+    """Default of a setting that was added later. It is left out of fingerprints while it has this default, which means what
+    the setting's absence meant, so that finished work stays finished."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def without_operational(config: Any) -> Any:
     """Convert a configuration as `to_dict` does, without operational settings: only what the result depends on."""
     if dataclasses.is_dataclass(config):
-        fields = [field for field in dataclasses.fields(config) if not field.metadata.get("operational")]
-        return {field.name: without_operational(getattr(config, field.name)) for field in fields}
+        values = {
+            field.name: getattr(config, field.name) for field in dataclasses.fields(config) if _counts(field, config)
+        }
+        return {name: without_operational(value) for name, value in values.items()}
     if isinstance(config, dict):
         return {name: without_operational(value) for name, value in config.items()}
     return [without_operational(value) for value in config] if isinstance(config, (list, tuple)) else config
@@ -125,6 +134,12 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+def _counts(field: dataclasses.Field[Any], config: Any) -> bool:
+    """Return True if a result depends on a setting."""
+    is_unused = field.metadata.get("added") and getattr(config, field.name) == field.default
+    return not (field.metadata.get("operational") or is_unused)
+
+
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
@@ -139,6 +154,13 @@ def _merge_at(values: Mapping[str, Any], path: list[str], value: Any, assignment
         raise ConfigError(f"--set {assignment}: {path[0]!r} is a value, not a section.")
     copy[path[0]] = _merge_at(section, path[1:], value, assignment)
     return copy
+
+
+def _as_float(value: int, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{where}: got a number of {len(str(abs(value)))} digits, expected a smaller one.") from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -165,7 +187,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: got {value!r}, expected a section with {', '.join(field_types(hint))}.")  # type: ignore[arg-type]
         return load(hint, value, where)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = _as_float(value, where)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: got {value}, expected a finite number.")
     matches = (
         hint is bool and isinstance(value, bool) if hint is bool or isinstance(value, bool) else isinstance(value, hint)
     )

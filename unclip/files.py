@@ -257,7 +257,7 @@ def failpoint(moment: str, uri: str) -> None:
     folder = os.environ.get("UNCLIP_FAILPOINTS")
     for armed in sorted(Path(folder).iterdir()) if folder else ():
         with contextlib.suppress(FileNotFoundError):  # another process reached it first
-            if re.search(armed.read_text(), f"{moment} {uri}"):
+            if re.search(armed.read_text("utf-8"), f"{moment} {uri}"):
                 armed.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
 

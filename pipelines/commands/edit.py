@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipelines.options import NUMBER
 from pipelines.sampling import ETA, NEGATIVE, SAMPLER, Request, check_caption, check_num, num_option, sampling_options
 from unclip.errors import InputError
 
@@ -30,7 +31,9 @@ IMAGE = click.argument("path", metavar="IMAGE")
     "variations.png",
     num_option(7, "variations"),
     click.option(
-        "--eta", type=float, help="Invert IMAGE, then sample with this much noise, 0 to 1.  [default: start from noise]"
+        "--eta",
+        type=NUMBER,
+        help="Invert IMAGE, then sample with this much noise, 0 to 1.  [default: start from noise]",
     ),
 )
 def vary(path: str, num: int, eta: float | None, **given: Any) -> None:

@@ -7,7 +7,7 @@ from click.shell_completion import CompletionItem
 
 from pipelines import estimate as estimates
 from pipelines.estimate import Estimate, Machine, Prices, StageEstimate
-from pipelines.options import CONFIG, JSON, SET, STORAGE, complete, print_json
+from pipelines.options import CONFIG, JSON, NUMBER, SET, STORAGE, complete, print_json
 from pipelines.preset import pipeline_names
 from pipelines.quantities import hours, number, parse_number
 from pipelines.shipped_rates import CPUS_PER_GPU, SIZES
@@ -45,9 +45,9 @@ def _complete(_: click.Context, __: click.Parameter, start: str) -> list[Complet
     metavar="NUMBER",
     help="FLOPs per second that a GPU achieves in bf16, not its peak. The default is 40% of an H100's.",
 )
-@click.option("--price-gpu-hour", type=float, metavar="PRICE", help="Price of a GPU, its host included, for one hour.")
-@click.option("--price-cpu-hour", type=float, metavar="PRICE", help="Price of a CPU for one hour.")
-@click.option("--price-terabyte-month", type=float, metavar="PRICE", help="Price to store 10^12 bytes for a month.")
+@click.option("--price-gpu-hour", type=NUMBER, metavar="PRICE", help="Price of a GPU, its host included, for one hour.")
+@click.option("--price-cpu-hour", type=NUMBER, metavar="PRICE", help="Price of a CPU for one hour.")
+@click.option("--price-terabyte-month", type=NUMBER, metavar="PRICE", help="Price to store 10^12 bytes for a month.")
 @JSON
 def estimate(
     pipeline: str,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipelines.options import NUMBER
 from pipelines.sampling import ETA, NEGATIVE, SAMPLER, Request, check_caption, check_num, num_option, sampling_options
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     ),
     click.option(
         "--strength",
-        type=float,
+        type=NUMBER,
         help="Noise added to --image: 0 returns the image, 1 ignores it.  [default: as published]",
     ),
 )

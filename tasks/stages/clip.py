@@ -1,19 +1,26 @@
 """Stage `clip`: the frozen CLIP that computes all embeddings, either pretrained or trained on the pairs."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from tasks.places import open_places
-from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.training import Training, pin_trainer, run_training
 from unclip import files
-from unclip.config import require
+from unclip.config import added, require
 from unclip.data import Source
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, InputError
+from unclip.models import clip as clip_models
 from unclip.models.clip import Clip, check_name
 from unclip.training import checkpoints
 from unclip.training.settings import TrainerConfig
+
+LOCAL = "local-dir:"
+"""Prefix of a model's name that is a folder."""
+_SUFFIXES = {".json", ".safetensors", ".bin", ".pt", ".txt", ".model"}
+"""Suffixes of the files of a model: its configuration, weights and tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +31,9 @@ class ClipConfig:
     """Tag or weights file for a model given by name; None trains the model from scratch on the pairs."""
     trainer: TrainerConfig = TrainerConfig()
     """Training settings, if the model is trained from scratch."""
+    digest: str | None = added(None)
+    """sha256 of the weights' file or folder, filled in by the pipeline so that other weights cause a new run;
+    None skips the check."""
 
     def __post_init__(self) -> None:
         require(bool(self.model), "model", self.model, "the name of an open_clip model")
@@ -33,16 +43,36 @@ class ClipConfig:
             raise ConfigError(str(error).removeprefix("clip.")) from None
 
     @property
+    def weights(self) -> Path | None:
+        """Weights' file, or folder with weights, that the settings name; None for names that open_clip finds itself."""
+        if self.model.startswith(LOCAL):
+            return Path(self.model.removeprefix(LOCAL)).expanduser().resolve()
+        is_path = clip_models.is_path(self.pretrained)
+        return Path(str(self.pretrained)).expanduser().resolve() if is_path else None
+
+    @property
     def is_trained_from_scratch(self) -> bool:
         return self.pretrained is None and ":" not in self.model
 
 
-@stage("clip", version=1, has_workers=True, pin=pin_trainer)
+def _pin(config: ClipConfig, pinning: Pinning) -> ClipConfig:
+    """Check the tag; make the path of the weights absolute, since workers run elsewhere, and pin their content."""
+    config = pin_trainer(config, pinning)
+    if config.weights is None:
+        if config.pretrained is not None and ":" not in config.model:
+            clip_models.check_tag(config.model, config.pretrained)
+        return config
+    named = (
+        {"model": f"{LOCAL}{config.weights}"} if config.model.startswith(LOCAL) else {"pretrained": str(config.weights)}
+    )
+    return dataclasses.replace(config, **named, digest=_files_digest(config.weights))
+
+
+@stage("clip", version=1, has_workers=True, pin=_pin)
 def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     """Load a pretrained CLIP, or train one on the kept pairs, and freeze it."""
     if not config.is_trained_from_scratch:
-        digest = _weights_digest(Clip.load(config.model, config.pretrained))
-        return Output(config.model, digest, {"model": config.model, "pretrained": config.pretrained})
+        return _take(context, config)
 
     from tasks import tables
     from unclip.systems.clip import ClipObjective
@@ -62,21 +92,55 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     return Output(folder, digest, {"model": f"local-dir:{folder}", "pretrained": None, "architecture": name})
 
 
+def _take(context: StageContext, config: ClipConfig) -> Output:
+    """Load a pretrained model. Weights that the settings name by path are copied, so that a stack can hold them.
+
+    Raises:
+        InputError: the weights have changed since the run was planned.
+    """
+    loaded = Clip.load(config.model, config.pretrained)
+    digest = _weights_digest(loaded)
+    if config.weights is None:
+        return Output(config.model, digest, {"model": config.model, "pretrained": config.pretrained})
+    if config.digest and _files_digest(config.weights) != config.digest:
+        raise InputError(f"{config.weights}: has changed since this run was planned. Run the same command again.")
+    folder = f"{context.folder}/open_clip"
+    if config.weights.is_dir():
+        _copy(config.weights, folder)
+    else:
+        clip_models.save(loaded.model, config.model, context.scratch / "open_clip")
+        _copy(context.scratch / "open_clip", folder)
+    return Output(folder, digest, {"model": f"{LOCAL}{folder}", "pretrained": None, "architecture": config.model})
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+
+
+def _copy(source: Path, folder: str) -> None:
+    for path in _files(source):
+        files.write(f"{folder}/{path.name}", path.read_bytes())
+
+
+def _files_digest(source: Path) -> str:
+    """sha256 of a file, or of the names and digests of the files in a folder."""
+    if source.is_dir():
+        parts = [f"{_files_digest(path)} {path.name}" for path in _files(source)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _save_as_open_clip(scratch: Path, trained: str, name: str, folder: str) -> None:
     """Convert the trainer's model to a folder in open_clip's own format."""
-    from unclip.models import clip as clip_models
-
     model = clip_models.create(name, None)
     model.load_state_dict(checkpoints.load(trained)[0]["model"])
     clip_models.save(model, name, scratch / "open_clip")
-    for path in sorted((scratch / "open_clip").iterdir()):
-        files.write(f"{folder}/{path.name}", path.read_bytes())
+    _copy(scratch / "open_clip", folder)
 
 
 def _weights_digest(model: Any) -> str:
     """sha256 of the names and bytes of all weights."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -51,6 +51,7 @@ class EvaluateConfig:
         require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
         require(self.num_unseen >= 0, "num_unseen", self.num_unseen, "at least 0")
         require(self.num_images >= 1, "num_images", self.num_images, "at least 1")
+        require(0 <= self.seed < 2**64, "seed", self.seed, "0 to 2^64 - 1")
 
 
 def _pin(config: Any, pinning: Pinning) -> Any:

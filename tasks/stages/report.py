@@ -174,7 +174,7 @@ def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: 
     num_domains, domains = _domains([summary.hosts for summary in summaries])
     measured = [distribution for summary in summaries for distribution in summary.distributions]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         pipeline=pipeline,
         digest=snapshot.digest,
         total=facts["rows"]["in"],

@@ -34,6 +34,11 @@ _NEEDS_TRANSFORMERS = (
     "Install the extra unclip[interop] on every node, or name another model."
 )
 
+_FOREIGN_TEXT_TOWER = (
+    "clip.model: got {!r}, whose text tower is {}, a network of another library. Name a model whose text tower is "
+    "open_clip's own, such as 'ViT-L-14' or 'ViT-B-16-SigLIP'."
+)
+
 LENGTH_STEP = 16
 """Captions are encoded together if their lengths round up to the same multiple of this."""
 
@@ -135,13 +140,13 @@ class _TextSettings(_Block):
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """Settings that the configuration of a model from elsewhere may have; those of open_clip's CLIP class."""
+    """Settings that the configuration of a model from elsewhere may have; those of open_clip's classes CLIP and CustomTextCLIP."""
 
     embed_dim: foreign.Size
     vision_cfg: _VisionSettings
     text_cfg: _TextSettings
     quick_gelu: bool = False
-    custom_text: Literal[False] = False
+    custom_text: bool = False
     init_logit_scale: float = 2.6592
     init_logit_bias: float | None = None
     nonscalar_logit_scale: bool = False
@@ -172,7 +177,7 @@ class _Configuration:
 @functools.cache
 def _timm_networks() -> frozenset[str]:
     """Names of timm's networks in open_clip's own architectures; timm itself would also take names of repositories."""
-    found = (json.loads(path.read_text()).get("vision_cfg", {}) for path in architectures().values())
+    found = (json.loads(path.read_text("utf-8")).get("vision_cfg", {}) for path in architectures().values())
     return frozenset(str(each["timm_model_name"]) for each in found if "timm_model_name" in each)
 
 
@@ -235,17 +240,46 @@ def check_name(model: str, pretrained: str | None) -> None:
         raise ConfigError(
             f"clip.model: got {model!r}, which open_clip does not know. {nearest(model, architectures())}"
         )
-    text = json.loads(architectures()[model].read_text()).get("text_cfg", {})
-    if {"hf_tokenizer_name", "hf_model_name"} & text.keys() and importlib.util.find_spec("transformers") is None:
+    facts = json.loads(architectures()[model].read_text("utf-8"))
+    text = facts.get("text_cfg", {})
+    if "hf_model_name" in text:
+        raise ConfigError(_FOREIGN_TEXT_TOWER.format(model, text["hf_model_name"]))
+    if "hf_tokenizer_name" in text and importlib.util.find_spec("transformers") is None:
         raise ConfigError(_NEEDS_TRANSFORMERS.format(model))
-    looks_like_path = pretrained is not None and ("/" in pretrained or "." in pretrained)
-    if looks_like_path and {"hf_tokenizer_name", "hf_model_name"} & text.keys():
+    if is_path(pretrained):
+        if "hf_tokenizer_name" in text:
+            raise ConfigError(
+                f"clip.pretrained: got the file {pretrained!r} for {model}, expected a tag of open_clip, as a stack cannot hold "
+                "a model with a tokenizer of transformers. Name a tag, or a model with CLIP's own tokenizer."
+            )
+        if not Path(str(pretrained)).expanduser().is_file():
+            raise ConfigError(
+                f"clip.pretrained: {pretrained!r} does not exist. Name a weights file or a tag of open_clip."
+            )
+    elif pretrained is None and "multimodal_cfg" in facts:
         raise ConfigError(
-            f"clip.pretrained: got the file {pretrained!r} for {model}, expected a tag of open_clip, as a stack cannot hold a "
-            "model with a tokenizer of transformers. Name a tag, or a model with CLIP's own tokenizer."
+            f"clip.model: got {model!r}, which also writes captions, so it is not trained here. Give its weights as "
+            "clip.pretrained, or name another model."
         )
-    if looks_like_path and not Path(str(pretrained)).is_file():
-        raise ConfigError(f"clip.pretrained: {pretrained!r} does not exist. Name a weights file or a tag of open_clip.")
+
+
+def is_path(pretrained: str | None) -> bool:
+    """Return True if `pretrained` names a file rather than a tag."""
+    return pretrained is not None and ("/" in pretrained or "." in pretrained)
+
+
+def check_tag(model: str, tag: str) -> None:
+    """Check that open_clip has weights of one of its models under a tag. Imports open_clip, which takes seconds.
+
+    Raises:
+        ConfigError: it has not; names the nearest tag.
+    """
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag.lower().replace("-", "_") not in {each.lower().replace("-", "_") for each in tags}:
+        hint = nearest(tag, tags) if tags else "open_clip has no weights of it."
+        raise ConfigError(f"clip.pretrained: open_clip knows no tag {tag!r} of {model}. {hint}")
 
 
 def architectures() -> dict[str, Path]:
@@ -381,24 +415,39 @@ class Clip(nn.Module):
         return super().train(False)
 
     @property
+    def tower(self) -> Any:
+        """Text tower: the model itself in open_clip's class CLIP, a part of it in CustomTextCLIP (SigLIP, EVA) and CoCa."""
+        return getattr(self.model, "text", self.model)
+
+    @property
     def embedding_dim(self) -> int:
-        return int(self.model.text_projection.shape[-1])
+        projection = self.tower.text_projection
+        if projection is None:
+            return self.text_width
+        return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[-1])
 
     @property
     def text_width(self) -> int:
-        return int(self.model.ln_final.normalized_shape[0])
+        return int(self.tower.ln_final.normalized_shape[0])
 
     @property
     def text_length(self) -> int:
-        return int(self.model.context_length)
+        return int(self.tower.context_length)
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.vocab_size)
+        return int(self.tower.vocab_size)
+
+    @property
+    def padding_id(self) -> int:
+        """Id with which the tokenizer pads captions: 0 in CLIP's own, another in tokenizers of other libraries."""
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        return int(getattr(inner, "pad_token_id", 0) or 0)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """Token ids [B, L] int64; captions that are too long are truncated."""
-        return self.tokenizer(captions, context_length=self.text_length)  # type: ignore[no-any-return]
+        """Token ids [B, L] int64, padded with 0 whatever the tokenizer's own padding is; long captions are truncated."""
+        tokens: Tensor = self.tokenizer(captions, context_length=self.text_length)
+        return tokens.masked_fill(_is_trailing(tokens, self.padding_id), 0) if self.padding_id else tokens
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -422,7 +471,7 @@ class Clip(nn.Module):
                 "clip: got an image, but this CLIP was imported without an image encoder. Import it together with the "
                 "folder of the pipeline for image variations."
             )
-        embedding = self.model.encode_image(images).float()  # [B, E]
+        embedding = self.model.encode_image(images, normalize=False).float()  # [B, E]
         return F.normalize(embedding, dim=-1) if self.image_embeddings == "unit" else embedding
 
     @torch.no_grad()
@@ -444,17 +493,23 @@ class Clip(nn.Module):
     def _encoded_lengths(self, mask: Tensor) -> Tensor:
         """Number of tokens to encode of each caption, [B] int64, rounded up to a multiple of `LENGTH_STEP`."""
         length = mask.shape[1]
-        causal = self.model.attn_mask is not None and self.model.text_pool_type in ("argmax", "eos")
+        tower = self.tower
+        pool_type = tower.text_pool_type if tower is self.model else tower.pool_type
+        ends_at_end = pool_type in ("argmax", "eos") and getattr(tower, "cls_emb", None) is None
+        causal = tower.attn_mask is not None and ends_at_end
         kept = mask.sum(dim=1) if causal else torch.full((len(mask),), length, device=mask.device)
         return (kept + LENGTH_STEP - 1).div(LENGTH_STEP, rounding_mode="floor").mul(LENGTH_STEP).clamp(max=length)
 
     def _encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode tokens [B, l] int64, l <= L; returns encodings [B, l, W] and projections [B, E], float32."""
-        length = tokens.shape[1]
-        shortened = {"model.positional_embedding": self.model.positional_embedding[:length]}
-        if self.model.attn_mask is not None:
-            shortened["model.attn_mask"] = self.model.attn_mask[:length, :length]
-        output = torch.func.functional_call(_TextEncoder(self.model), shortened, (tokens,))
+        if self.padding_id:
+            tokens = tokens.masked_fill(_is_trailing(tokens, 0), self.padding_id)
+        length, tower, shortened = tokens.shape[1], self.tower, {}
+        if length < self.text_length:
+            shortened["tower.positional_embedding"] = tower.positional_embedding[:length]
+            if tower.attn_mask is not None:
+                shortened["tower.attn_mask"] = tower.attn_mask[:length, :length]
+        output = torch.func.functional_call(_TextEncoder(tower, tower is self.model), shortened, (tokens,))
         return output["text_intermediates"][-1].float(), output["text_features"].float()
 
     def resize(self, images: Tensor) -> Tensor:
@@ -463,16 +518,22 @@ class Clip(nn.Module):
 
 
 class _TextEncoder(nn.Module):
-    """Text encoder of an open_clip model, as a module for `functional_call`."""
+    """Text tower of an open_clip model, as a module for `functional_call`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, tower: Any, is_whole_model: bool) -> None:
         super().__init__()
-        self.model = model
+        self.tower, self.is_whole_model = tower, is_whole_model
 
     def forward(self, tokens: Tensor) -> dict[str, Any]:
-        return self.model.forward_intermediates(  # type: ignore[no-any-return]
-            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
-        )
+        options: dict[str, Any] = {"text_indices": 1, "normalize": False}
+        if not self.is_whole_model:
+            options = {"indices": 1, "output_fmt": "NLC"}
+        return self.tower.forward_intermediates(text=tokens, normalize_intermediates=True, **options)  # type: ignore[no-any-return]
+
+
+def _is_trailing(tokens: Tensor, value: int) -> Tensor:
+    """Mask [B, L] of the tokens at the end of each row that equal a value."""
+    return (tokens != value).long().flip(1).cumsum(1).flip(1) == 0
 
 
 def text_mask(tokens: Tensor) -> Tensor:
@@ -480,8 +541,7 @@ def text_mask(tokens: Tensor) -> Tensor:
 
     Id 0 is also a word ("!"), so only the zeros after the last nonzero token are padding.
     """
-    kept = (tokens != 0).long().flip(1).cumsum(1).flip(1) > 0
-    return kept | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
+    return ~_is_trailing(tokens, 0) | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
 
 
 def input_size(model: Any) -> int:

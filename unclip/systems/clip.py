@@ -14,7 +14,10 @@ from unclip.training.objective import Tensors
 
 
 class ClipObjective:
-    """CLIP's contrastive loss, as open_clip implements it. Source: Radford et al. 2021, figure 3."""
+    """CLIP's contrastive loss, as open_clip implements it, or SigLIP's for models with a bias of the logits.
+
+    Source: Radford et al. 2021, figure 3; Zhai et al. 2023 (SigLIP), algorithm 1.
+    """
 
     columns = ("caption", "jpg")
 
@@ -25,7 +28,11 @@ class ClipObjective:
         self.model = clip_models.create(name, None)
         self.tokenizer = clip_models.tokenizer(name)
         self.image_size = clip_models.input_size(self.model)
-        self.clip_loss = open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
+        self.clip_loss = (
+            open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
+            if getattr(self.model, "logit_bias", None) is None
+            else open_clip.SigLipLoss(rank=rank, world_size=world_size)
+        )
         self.sample_size = {"pixels": self.image_size**2}
         self.state: Tensors = {}
 
@@ -37,10 +44,10 @@ class ClipObjective:
         # open_clip's attention uses the fused kernel, which is slow on CPUs in bf16; see layers.attention
         on_cpu = tensors["images"].device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
-            image_features, text_features, logit_scale = network(tensors["images"], tensors["tokens"])[:3]
+            image_features, text_features, logit_scale, *bias = network(tensors["images"], tensors["tokens"])
         # as in the paper, the logits are scaled by at most 100
         logit_scale = logit_scale.clamp(max=100)
-        return self.clip_loss(image_features.float(), text_features.float(), logit_scale)  # type: ignore[no-any-return]
+        return self.clip_loss(image_features.float(), text_features.float(), logit_scale, *bias)  # type: ignore[no-any-return]
 
     def metrics(self, training: bool) -> dict[str, float]:
         return {}

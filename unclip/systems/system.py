@@ -386,12 +386,17 @@ def sampling_of(stack: StackFiles, cls: type) -> Any:
         ) from error
 
 
+def seeded(device: torch.device, seed: int) -> torch.Generator:
+    """Random generator with a seed of any size, which counts modulo 2^64."""
+    return torch.Generator(device).manual_seed((seed + 2**63) % 2**64 - 2**63)  # torch refuses some above 2^63
+
+
 @torch.no_grad()
 def sample_batch(
     system: System, captions: Sequence[str], number: int, *, seed: int, sampling: Any, **inputs: Any
 ) -> Tensor:
     """Sample batch `number` of `sample_captions` on its own: [len(captions), 3, S, S] on the CPU."""
-    generator = torch.Generator(system.device).manual_seed(seed * 1_000_003 + number)
+    generator = seeded(system.device, seed * 1_000_003 + number)
     sample: Callable[..., Tensor] = system.sample
     return sample(captions, sampling, generator, **inputs).cpu()
 

@@ -75,6 +75,7 @@ class TrainerConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("validation_rows", "preview_samples", "log_samples", "max_nonfinite", "hang_seconds"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0 and below 1")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number")
@@ -86,6 +87,16 @@ class TrainerConfig:
         is_valid = curve is None or curve in curves.reference_names() or curve.startswith("/") or "://" in curve
         expected = f"an absolute path, a URI, or one of {', '.join(curves.reference_names())}"
         require(is_valid, "reference_curve", curve, expected)
+
+    def check_workers(self, num_workers: int) -> None:
+        """Check that a batch can be divided equally among workers.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        unit = num_workers * max(1, self.micro_batch_size)
+        expected = f"a multiple of {num_workers} workers" + " times micro_batch_size" * (self.micro_batch_size > 0)
+        require(self.batch_size % unit == 0, "batch_size", self.batch_size, expected)
 
     def samples_between_previews(self) -> int:
         """Preview interval in samples. A preview costs about as much as 400 training samples, so 10,000 keep it cheap."""

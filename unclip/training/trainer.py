@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from unclip import files
-from unclip.config import require
 from unclip.data import Batch, RowReader
 from unclip.errors import ConfigError, NonFiniteError, StoppedError, StorageError
 from unclip.training import checkpoints, curves, parallel, sharded
@@ -70,9 +69,7 @@ def train(
         CheckpointError: the checkpoints in `folder` are from another model.
         ConfigError: the batch cannot be divided equally among the workers.
     """
-    unit = workers.world_size * max(1, config.micro_batch_size)
-    expected = f"a multiple of {workers.world_size} workers" + " times micro_batch_size" * (config.micro_batch_size > 0)
-    require(config.batch_size % unit == 0, "batch_size", config.batch_size, expected)
+    config.check_workers(workers.world_size)
     if workers.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         # Filling uninitialised memory takes a tenth of a step, and nothing here reads such memory.

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -190,3 +191,101 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, pickle.UnpicklingError)):
         Clip.load(MODEL, str(weights))
     assert not (tmp_path / "was_here").exists()
+
+
+TOWERS = {
+    "SigLIP": {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
+    "EVA": {},
+    "without projection": {"proj_type": "none"},
+}
+
+
+def custom_text_clip(folder: Path, text: dict[str, object]) -> Clip:
+    """Tiny model of open_clip's class CustomTextCLIP, as SigLIP, EVA and MobileCLIP are."""
+    import open_clip
+
+    vision = {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2, **text}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    torch.manual_seed(0)
+    model = open_clip.CustomTextCLIP(**config)
+    open_clip.model.set_model_preprocess_cfg(model, dataclasses.asdict(open_clip.transform.PreprocessCfg(size=64)))
+    clip.save_with_config(model, config | {"custom_text": True}, folder)
+    return Clip.load(f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_models_with_a_text_tower_of_their_own_give_open_clips_features(tower: str, tmp_path: Path) -> None:
+    loaded = custom_text_clip(tmp_path, TOWERS[tower])
+    assert type(loaded.model).__name__ == "CustomTextCLIP"
+    tokens = loaded.tokenize([" ".join(["star"] * length) for length in (1, 20, 60)])
+    text = loaded.encode_text(tokens)
+    torch.testing.assert_close(text.text_projection, loaded.model.encode_text(tokens))
+    assert text.text_encodings.shape == (3, loaded.text_length, loaded.text_width)
+    assert (loaded.embedding_dim, loaded.vocab_size) == (32, 49408)
+    whole = loaded.tower.forward_intermediates(tokens, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    kept = text.text_mask
+    torch.testing.assert_close(text.text_encodings[kept], whole["text_intermediates"][-1][kept])
+    images = torch.rand(2, 3, 64, 64)
+    expected = torch.nn.functional.normalize(loaded.model.encode_image(images), dim=-1)
+    torch.testing.assert_close(loaded.embed_images(images), expected)
+    shape = clip.shape_of(f"local-dir:{tmp_path}")
+    assert shape == (loaded.embedding_dim, loaded.text_length, loaded.text_width, loaded.vocab_size)
+
+
+def test_padding_of_other_tokenizers_is_stored_as_zeros_and_encoded_as_itself(tmp_path: Path) -> None:
+    class Padding:
+        """Tokenizer that pads with 1, as SigLIP's does."""
+
+        pad_token_id = 1
+
+    loaded = custom_text_clip(tmp_path, TOWERS["SigLIP"])
+    padded = loaded.tokenize(["a red star"])
+    padded[padded == 0] = 1
+    clips_own = loaded.tokenizer
+
+    def tokenizer(captions: list[str], context_length: int) -> torch.Tensor:
+        tokens: torch.Tensor = clips_own(captions, context_length=context_length)
+        return tokens.masked_fill(tokens == 0, 1)
+
+    tokenizer.tokenizer = Padding  # type: ignore[attr-defined]
+    loaded.tokenizer = tokenizer
+    tokens = loaded.tokenize(["a red star"])
+    assert (tokens[0, 5:] == 0).all() and (tokens[0, :5] > 1).all()
+    torch.testing.assert_close(loaded.encode_text(tokens).text_projection, loaded.model.encode_text(padded))
+    assert loaded.encode_text(tokens).text_mask.sum() == 5
+
+
+def test_every_name_that_is_accepted_has_a_text_tower_that_can_be_read() -> None:
+    import open_clip
+
+    accepted, refused = [], []
+    for name in open_clip.list_models():
+        try:
+            clip.check_name(name, "tag")
+        except ConfigError as error:
+            refused.append(name)
+            assert "text tower" in str(error)
+        else:
+            accepted.append(name)
+    assert len(accepted) > 130 and all(
+        "hf_model_name" in open_clip.get_model_config(name)["text_cfg"] for name in refused
+    )
+    for name in ("ViT-B-16-SigLIP", "EVA02-B-16", "MobileCLIP-S1", "coca_ViT-B-32"):  # one of each kind
+        loaded = Clip.__new__(Clip)
+        torch.nn.Module.__init__(loaded)
+        loaded.model, loaded.tokenizer = clip.outline(name), None
+        tokens = torch.zeros(1, loaded.text_length, dtype=torch.int64, device="meta")
+        encodings, projection = loaded._encode_tokens(tokens)
+        assert encodings.shape == (1, loaded.text_length, loaded.text_width)
+        assert projection.shape == (1, loaded.embedding_dim)
+
+
+def test_tags_are_checked_and_the_nearest_one_is_named() -> None:
+    clip.check_tag("ViT-L-14", "openai")
+    with pytest.raises(ConfigError, match=r"no tag 'opanai' of ViT-L-14\. Did you mean 'openai'"):
+        clip.check_tag("ViT-L-14", "opanai")
+    with pytest.raises(ConfigError, match="open_clip has no weights of it"):
+        clip.check_tag(MODEL, "openai")
+    with pytest.raises(ConfigError, match="also writes captions"):
+        clip.check_name("coca_ViT-B-32", None)

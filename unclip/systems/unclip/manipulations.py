@@ -23,6 +23,7 @@ from unclip.diffusion import samplers
 from unclip.errors import InputError, ShapeError
 from unclip.models.decoder import known_region
 from unclip.models.degradations import shrink
+from unclip.systems.system import seeded
 from unclip.systems.unclip.sampling import SamplingConfig
 from unclip.systems.unclip.stack import Stack
 from unclip.training.precision import autocast
@@ -126,7 +127,7 @@ def draw(
     Source: Song et al. 2021, eq. 12 and 16.
     """
     settings = sampling or stack.sampling
-    generator = torch.Generator(stack.device).manual_seed(seed)
+    generator = seeded(stack.device, seed)
     x_T = [_noise(resolution, 1, generator) for resolution in stack.upsampled_sizes]
     samples = []
     for start in range(0, len(latents.x_T), settings.batch_size):
@@ -203,7 +204,7 @@ def variations(
     rows = []
     for image in torch.split(images, 1):
         if eta is None:
-            generator = torch.Generator(stack.device).manual_seed(seed)
+            generator = seeded(stack.device, seed)
             x_T = _noise(stack.decoder.config.unet.image_size, num, generator)
             latents = Latents(stack.embed_images(image).expand(num, -1), x_T)
         else:
@@ -388,7 +389,7 @@ def inpaint(
             f"inpaint: got images {tuple(images.shape)}, masks {tuple(known.shape)} of {known.dtype} and {len(captions)} "
             f"captions, expected images {expected[0]} and masks {expected[1]} of torch.bool."
         )
-    generator = torch.Generator(stack.device).manual_seed(seed)
+    generator = seeded(stack.device, seed)
     resolution, samples = decoder.config.unet.image_size, []
     for start in range(0, len(images), settings.batch_size):
         part = slice(start, start + settings.batch_size)
@@ -446,7 +447,7 @@ def _noise(resolution: int, num: int, generator: torch.Generator) -> Tensor:
 
 def _fixed_noise(stack: Stack, num: int, seed: int) -> Tensor:
     """One noise image, repeated `num` times, [num, 3, s, s]."""
-    generator = torch.Generator(stack.device).manual_seed(seed)
+    generator = seeded(stack.device, seed)
     return _noise(stack.decoder.config.unet.image_size, 1, generator).expand(num, -1, -1, -1)
 
 
