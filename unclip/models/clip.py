@@ -140,7 +140,7 @@ class _TextSettings(_Block):
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """Settings that the configuration of a model from elsewhere may have; those of open_clip's classes CLIP and CustomTextCLIP."""
+    """Settings that the configuration of a model from elsewhere may have: those of the classes CLIP and CustomTextCLIP."""
 
     embed_dim: foreign.Size
     vision_cfg: _VisionSettings
