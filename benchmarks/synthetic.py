@@ -190,6 +190,7 @@ def _images(data: Dataset, start: int) -> pa.Table:
     columns |= {name: pairs[name] for name in ("key", "url", "caption")}
     columns |= {"status": pc.if_else(is_ok, "ok", "failed")}
     columns |= {"reason": pc.if_else(is_ok, pa.scalar(None, pa.string()), "http_404")}
+    columns |= dict.fromkeys(("final_url", "redirect_hosts"), pa.nulls(count, pa.string()))
     table = pa.table([columns[name] for name in IMAGES.names], IMAGES)
     return table.filter(pc.equal(pairs["status"], rows.KEPT)).combine_chunks()
 

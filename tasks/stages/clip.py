@@ -62,10 +62,10 @@ def _pin(config: ClipConfig, pinning: Pinning) -> ClipConfig:
         if config.pretrained is not None and ":" not in config.model:
             clip_models.check_tag(config.model, config.pretrained)
         return config
-    named = (
-        {"model": f"{LOCAL}{config.weights}"} if config.model.startswith(LOCAL) else {"pretrained": str(config.weights)}
-    )
-    return dataclasses.replace(config, **named, digest=_files_digest(config.weights))
+    digest = _files_digest(config.weights)
+    if config.model.startswith(LOCAL):
+        return dataclasses.replace(config, model=f"{LOCAL}{config.weights}", digest=digest)
+    return dataclasses.replace(config, pretrained=str(config.weights), digest=digest)
 
 
 @stage("clip", version=1, has_workers=True, pin=_pin)
