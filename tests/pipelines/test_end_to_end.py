@@ -370,7 +370,9 @@ def last_metrics(storage: Path, stage: str) -> dict[str, float]:
     return dict(runs[0].data.metrics)
 
 
-@pytest.mark.parametrize(("num_samples", "options"), [(6400, ()), pytest.param(9600, ("--on-ray",), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("num_samples", "options"), [(6400, ()), pytest.param(9600, ("--on-ray",), marks=pytest.mark.slow)]
+)
 def test_sigterm_writes_a_checkpoint_from_which_training_resumes(
     finished: Path, num_samples: int, options: tuple[str, ...]
 ) -> None:
