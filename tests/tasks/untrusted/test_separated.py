@@ -137,7 +137,10 @@ def test_f54_hostile_quotes_take_linear_time() -> None:
     for line in ('x,"\n', '"\n', 'x,"""\n', 'x,"" y\n', '"x\n', 'x,"y""z\n', f'{URLS[0]},"a\n'):
         times = []
         for count in (4_000, 16_000):
-            started = time.process_time()
-            parse(line * count, block=5_000)
-            times.append(time.process_time() - started)
+            text, tries = line * count, []
+            for _ in range(3):  # other load on the machine only adds time
+                started = time.process_time()
+                parse(text, block=5_000)
+                tries.append(time.process_time() - started)
+            times.append(min(tries))
         assert times[1] < 12 * times[0] + 0.5, line
