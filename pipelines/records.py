@@ -9,8 +9,10 @@ import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tasks.store import Store
+from tasks.run_records import is_running
+from tasks.store import TOMBSTONES, Store
 from tasks.tracking import Tracker, client, without_password
+from unclip import files
 from unclip.config import to_dict
 from unclip.errors import ConfigError, StorageError
 
@@ -61,7 +63,7 @@ def tracking_uris_of(store: Store) -> list[str]:
 
 
 def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
-    """Record the start of a run in MLflow and in the storage. The caller holds the lock of the storage."""
+    """Record the start of a run in MLflow and in the storage."""
     from pipelines.cluster import worker_resources
     from tasks.stage import Run
 
@@ -72,10 +74,10 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
         experiment = mlflow_client.get_experiment_by_name(pipeline)
         if experiment is None:
             location = store.uri("mlflow-artifacts") if uri.startswith("sqlite") else None
-            experiment_id = mlflow_client.create_experiment(pipeline, artifact_location=location)
+            experiment_id = _create_experiment(mlflow_client, pipeline, location)
         else:
             experiment_id = experiment.experiment_id
-        _close_dead_runs(mlflow_client, experiment_id, store.root)
+        _close_dead_runs(mlflow_client, experiment_id, store)
         name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
         tags = {"unclip.pipeline": pipeline, "unclip.storage": store.root}
         run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
@@ -89,6 +91,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     record = {"pipeline": pipeline, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
     # None stands for the database in the storage, so that the storage can be moved.
     external_uri = None if uri == f"sqlite:///{store.root}/mlflow.db" else without_password(uri)
+    record |= {"tombstones": files.stamp(store.uri(TOMBSTONES))}
     record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": external_uri, "config": to_dict(config)}
     store.write_json(record, "runs", identity, "run.json")
     return run
@@ -110,10 +113,22 @@ def close_run(run: "Run", store: Store, state: str) -> None:
         store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
 
 
-def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str) -> None:
-    """Close the MLflow runs of dead processes: the caller holds the lock, so no run of this storage is alive."""
+def _create_experiment(mlflow_client: Any, name: str, location: str | None) -> str:
+    try:
+        return str(mlflow_client.create_experiment(name, artifact_location=location))
+    except Exception:
+        experiment = mlflow_client.get_experiment_by_name(name)  # another run may have created it meanwhile
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
+
+
+def _close_dead_runs(mlflow_client: Any, experiment_id: str, store: Store) -> None:
+    """Close the MLflow runs of this storage that no process drives any more; others may run side by side."""
+    paths = [("runs", run_id, "run.json") for run_id in store.list("runs")]
+    records = [store.read_json(*path) for path in paths if store.exists(*path)]
+    dead = {record["mlflow_run"] for record in records if not is_running(record)}
     opened = mlflow_client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-    dead = {run.info.run_id for run in opened if run.data.tags.get("unclip.storage") == storage}
     for run in opened:
         if run.info.run_id in dead or run.data.tags.get("mlflow.parentRunId") in dead:
             mlflow_client.set_terminated(run.info.run_id, "KILLED")

@@ -11,11 +11,14 @@ attempts/<recipe>.json  number of the last download attempt
 tombstones.parquet      everything that was taken down; takedowns/ has the outcome of each request
 results/<pipeline>/     summary, report and images of the last run
 published/<name>.json   published stacks for sampling; imported/ has stacks from elsewhere
+locks/                  owners of the tables, and of results that are being made; see `tasks.lock`
 scenes/<name>.parquet   lists of procedural images
 mlflow.db               MLflow's database, with mlflow-artifacts/, unless a server is used
 """
 
 import os
+import posixpath
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +31,25 @@ INTERMEDIATE = "intermediate"
 ENTRIES = frozenset(
     """
     images index embeddings snapshots stages artifacts runs attempts tombstones.parquet takedowns results published
-    imported scenes mlflow.db mlflow-artifacts .lock lease.json
+    imported scenes mlflow.db mlflow-artifacts locks
     """.split()  # noqa: SIM905
 )
 """Names in the root of a storage; every storage has some of them."""
 
+TOMBSTONES = "tombstones.parquet"
+"""File with everything that was taken down."""
+TABLE_FOLDERS = ("images", "index", "embeddings", "snapshots")
+"""Folders of the tables; the last one is a table itself."""
+
 
 class Store:
-    """Files below one root, a local folder (made absolute) or a URI that pyarrow supports."""
+    """Files below one root, a local folder (made absolute) or a URI that pyarrow supports.
+
+    One place has one root, so that its locks are the same however it is written.
+    """
 
     def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/") if "://" in root else str(Path(root).expanduser().resolve())
+        self.root = _canonical(root)
         if not self.is_local:
             files.locate(self.root)
 
@@ -92,3 +103,16 @@ class Store:
     def list(self, *parts: str) -> list[str]:
         """Names in a folder, sorted; empty if the folder does not exist."""
         return files.names(self.uri(*parts))
+
+
+def _canonical(root: str) -> str:
+    """Absolute path of a local folder, without symbolic links; a URI without `.`, `..` and extra slashes."""
+    scheme, separator, rest = root.partition("://")
+    if not separator:
+        return str(Path(root).expanduser().resolve())
+    host, _, path = rest.partition("/")
+    if scheme.lower() == "file":
+        return str(Path(f"/{urllib.parse.unquote(path)}").resolve())
+    path, question, query = path.partition("?")
+    path = posixpath.normpath(f"/{path.lstrip('/')}").rstrip("/")
+    return f"{scheme.lower()}://{host}{path}{question}{query}"

@@ -184,11 +184,29 @@ def size(uri: str) -> int:
     return sum(info.size or 0 for info in with_retries(uri, lambda: filesystem.get_file_info(selector)))
 
 
-def sweep(folder: str) -> None:
-    """Delete temporary files of killed writers below a local folder; no writer may be active there."""
+def sweep(folder: str, min_age_seconds: float = 0.0) -> None:
+    """Delete temporary files of killed writers below a local folder.
+
+    Args:
+        min_age_seconds: age of a file that no writer can be writing any more; 0 if no writer is active there.
+    """
     for path in Path(folder).rglob(f"*{_TEMPORARY}"):
         if re.search(rf"[.][0-9a-f]{{32}}{re.escape(_TEMPORARY)}$", path.name):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if not min_age_seconds or time.time() - path.stat().st_mtime >= min_age_seconds:
+                    path.unlink()
+
+
+def stamp(uri: str) -> str | None:
+    """Size and time of writing of a file, which change when it is written again; None if there is none."""
+    if local := _local(uri):
+        with contextlib.suppress(FileNotFoundError):
+            status = local.stat()
+            return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        return None
+    filesystem, path = locate(uri)
+    info = with_retries(uri, lambda: filesystem.get_file_info(path))
+    return None if info.type.name == "NotFound" else f"{info.size} {info.mtime_ns}"
 
 
 def delete(uri: str) -> None:

@@ -37,7 +37,7 @@ class ClipConfig:
         return self.pretrained is None and ":" not in self.model
 
 
-@stage("clip", version=1, has_workers=True, pin=pin_trainer)
+@stage("clip", version=1, has_workers=True, pin=pin_trainer, reads_snapshot=True)
 def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     """Load a pretrained CLIP, or train one on the kept pairs, and freeze it."""
     if not config.is_trained_from_scratch:
@@ -55,6 +55,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
         sources=(Source(tuple(tables.files(images, version)), ClipObjective.columns),),
         places=lambda: open_places(places, "train"),
         config=config.trainer,
+        selection=dedup.uri,
     )
     trained, digest = run_training(context, training)
     folder = f"{context.folder}/open_clip"

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from pipelines.lock import lock
 from pipelines.scene_server import ScenesConfig, SceneServer, serve, write_url_list
 from tasks import ranges, tables
+from tasks.lock import lock
 from tasks.places import open_places
 from tasks.store import Store
 from tests.pipelines.command_line import call, call_apart
