@@ -67,6 +67,8 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     from pipelines.cluster import worker_resources
     from tasks.stage import Run
 
+    if store.is_local:
+        _sweep(store)
     uri = tracking_uri(config)
     experiment_id, run_id = "", ""
     try:
@@ -111,6 +113,18 @@ def close_run(run: "Run", store: Store, state: str) -> None:
     # Keep the original error of a failed run. Without this record the run counts as killed.
     with contextlib.suppress(*[StorageError] * (state != "done")):
         store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
+
+
+def _sweep(store: Store) -> None:
+    """Delete temporary files of killed runs; stages delete those of their own results."""
+    files.sweep(store.root, min_age_seconds=_MAX_WRITE_SECONDS)
+    for run_id in store.list("runs"):
+        path = ("runs", run_id, "run.json")
+        if not store.exists(*path) or not is_running(store.read_json(*path)):
+            files.sweep(store.uri("runs", run_id))
+
+
+_MAX_WRITE_SECONDS = 24 * 3600.0
 
 
 def _create_experiment(mlflow_client: Any, name: str, location: str | None) -> str:

@@ -102,7 +102,7 @@ def lock(store: Store, name: str = TABLES, wait: float = 0.0, owner: Owner | Non
             for uri in uris:
                 tables.fence(uri)
             if not held.was_given_back and store.is_local:
-                for folder in TABLE_FOLDERS:
+                for folder in (*TABLE_FOLDERS, "attempts"):
                     files.sweep(store.uri(folder))
             yield dataclasses.replace(held, token=token)
 

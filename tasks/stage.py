@@ -319,6 +319,7 @@ def _run_function(call: Call, run: Run, artifacts: typing.Sequence[Artifact], he
             context = StageContext(run, name, stage_fingerprint, store, tracker, Path(scratch))
             if store.is_local:
                 files.sweep(context.folder)
+                files.sweep(store.uri("stages", name), prefix=stage_fingerprint)
             output = call.stage.function(context, call.config, *artifacts)
             if held.lost.is_set():
                 raise AlreadyRunningError(f"{name}: another run has taken over. Run the same command again later.")
@@ -348,7 +349,7 @@ def _tombstones_before(store: Store, run: Run) -> str | None:
     """Stamp of the tombstones when the run was prepared."""
     record = ("runs", run.id, "run.json")
     given = store.read_json(*record) if store.exists(*record) else {}
-    return given["tombstones"] if "tombstones" in given else files.stamp(store.uri(TOMBSTONES))  # type: ignore[no-any-return]
+    return given["tombstones"] if "tombstones" in given else files.stamp(store.uri(TOMBSTONES))
 
 
 def _stop_if_lost(held: Held, run: Run) -> None:

@@ -287,21 +287,28 @@ def commit_order(table_uri: str) -> dict[str, int]:
     return {name: entry["version"] for entry in reversed(history) for name in json.loads(entry.get(_PARTS, "{}"))}
 
 
-def remove_repeats(table_uri: str, repeats: pa.Table, schema: pa.Schema, note: Mapping[str, str] | None = None) -> int:
+def repeats(places: pa.Table) -> pa.Table:
+    """Rows (key, part) of the keys that have several."""
+    counted = places.group_by("key").aggregate([([], "count_all")])
+    several = counted.filter(pc.greater(counted["count_all"], 1))["key"]
+    return places.filter(pc.is_in(places["key"], value_set=several))
+
+
+def remove_repeats(table_uri: str, repeated: pa.Table, schema: pa.Schema, note: Mapping[str, str] | None = None) -> int:
     """Keep one row of each key that several files hold, as overlapping commits leave them: the one that was committed first.
 
     The other files are written again without it, and older versions keep them.
 
     Args:
-        repeats: key and part (file name) of all rows of these keys.
+        repeated: key and part (file name) of all rows of such keys; see `repeats`.
 
     Returns:
         Version of the table without the repeats.
     """
-    order = commit_order(table_uri)
+    order = {origin(name): version for name, version in reversed(commit_order(table_uri).items())}  # of the first file
     found: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
-    for key, part in zip(repeats["key"].to_pylist(), repeats["part"].to_pylist(), strict=True):
-        found[key].append((order.get(part, -1), part))
+    for key, part in zip(repeated["key"].to_pylist(), repeated["part"].to_pylist(), strict=True):
+        found[key].append((order.get(origin(part), -1), part))
     by_part: dict[str, list[str]] = collections.defaultdict(list)
     for key, rows in found.items():
         for _, part in sorted(set(rows))[1:]:

@@ -5,6 +5,7 @@ Local paths do without pyarrow, whose import would dominate the run time of comm
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -184,13 +185,13 @@ def size(uri: str) -> int:
     return sum(info.size or 0 for info in with_retries(uri, lambda: filesystem.get_file_info(selector)))
 
 
-def sweep(folder: str, min_age_seconds: float = 0.0) -> None:
-    """Delete temporary files of killed writers below a local folder.
+def sweep(folder: str, prefix: str = "", min_age_seconds: float = 0.0) -> None:
+    """Delete temporary files of killed writers below a local folder; no writer of files with this prefix may be active.
 
     Args:
-        min_age_seconds: age of a file that no writer can be writing any more; 0 if no writer is active there.
+        min_age_seconds: age at which no writer can be writing a file any more.
     """
-    for path in Path(folder).rglob(f"*{_TEMPORARY}"):
+    for path in Path(folder).rglob(f"{glob.escape(prefix)}*{_TEMPORARY}"):
         if re.search(rf"[.][0-9a-f]{{32}}{re.escape(_TEMPORARY)}$", path.name):
             with contextlib.suppress(FileNotFoundError):
                 if not min_age_seconds or time.time() - path.stat().st_mtime >= min_age_seconds:
