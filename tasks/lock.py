@@ -136,9 +136,10 @@ def _local_lock(root: str, name: str, wait: float, owner: Owner) -> Iterator[Hel
         _wait_for_file(file, root, name, wait)
         last = _read_record(file)
         token = last.get("token", 0) + 1
+        was_given_back = last.get("given_back", not os.fstat(file).st_size)
         record = {"token": token, **dataclasses.asdict(owner)}
         _write_record(file, record)
-        yield Held(token, last.get("given_back", not last))
+        yield Held(token, was_given_back)
         _write_record(file, {**record, "given_back": True})
     finally:
         os.close(file)

@@ -113,6 +113,5 @@ def _canonical(root: str) -> str:
     host, _, path = rest.partition("/")
     if scheme.lower() == "file":
         return str(Path(f"/{urllib.parse.unquote(path)}").resolve())
-    path, question, query = path.partition("?")
     path = posixpath.normpath(f"/{path.lstrip('/')}").rstrip("/")
-    return f"{scheme.lower()}://{host}{path}{question}{query}"
+    return f"{scheme.lower()}://{host}{path}"

@@ -282,9 +282,10 @@ def purge(table_uri: str, keys: pa.Array | None = None) -> None:
 
 
 def commit_order(table_uri: str) -> dict[str, int]:
-    """Version that added each file, for all files of the versions that the log still knows."""
+    """Version that added each file, or the file it was rewritten from, for all commits that the log still knows."""
     history = DeltaTable(table_uri, storage_options=_options(table_uri)).history()
-    return {name: entry["version"] for entry in reversed(history) for name in json.loads(entry.get(_PARTS, "{}"))}
+    added = {name: int(entry["version"]) for entry in history for name in json.loads(entry.get(_PARTS, "{}"))}
+    return {name: min(version, added.get(f"{origin(name)}.parquet", version)) for name, version in added.items()}
 
 
 def repeats(places: pa.Table) -> pa.Table:
@@ -305,10 +306,10 @@ def remove_repeats(table_uri: str, repeated: pa.Table, schema: pa.Schema, note: 
     Returns:
         Version of the table without the repeats.
     """
-    order = {origin(name): version for name, version in reversed(commit_order(table_uri).items())}  # of the first file
+    order = commit_order(table_uri)
     found: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
     for key, part in zip(repeated["key"].to_pylist(), repeated["part"].to_pylist(), strict=True):
-        found[key].append((order.get(origin(part), -1), part))
+        found[key].append((order.get(part, -1), part))
     by_part: dict[str, list[str]] = collections.defaultdict(list)
     for key, rows in found.items():
         for _, part in sorted(set(rows))[1:]:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tasks import ranges, rows, tables
-from tasks.dataflow import exchange, run_in_actors
+from tasks.dataflow import exchange, run_all, run_in_actors
 from tasks.places import KeptRows, blocks, open_block, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage

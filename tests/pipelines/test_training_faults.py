@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tasks import tables
+from tests.pipelines.command_line import call_apart, call_json
 from tests.unclip.training import trained_on_workers
 from tests.unclip.training.trained_on_workers import attempt, losses
 from unclip import files
@@ -263,6 +265,39 @@ def test_f44_a_training_does_not_wait_for_mlflow_which_gets_all_points_once(data
         logged = points(address)
     assert [step for step, _ in logged] == list(range(BATCH, LENGTH + 1, BATCH))
     assert not list(dataset.glob("artifacts/prior/*/unlogged.json"))
+
+
+@pytest.mark.slow
+def test_f75_f77_a_training_a_refresh_and_a_takedown_work_side_by_side(dataset: Path, tmp_path: Path) -> None:
+    """The last test with this storage, since it takes rows down."""
+    forget(dataset)
+    log, endless = tmp_path / "log", "--set=prior.trainer.num_samples=100000000"
+    [record] = [json.loads(path.read_text()) for path in dataset.glob("stages/curate/*.json")]
+    images = record["facts"]["images"]
+    read = {uri: files.read(uri) for uri in tables.files(images, record["facts"]["images_version"])}
+    kept = record["facts"]["snapshot"]["heldout"]
+    [own, *_] = tables.read_file(kept)["key"].to_pylist()
+    arguments = ("tiny", SCENES, "--storage", dataset)
+    with ended(start(dataset, endless, log=log)) as training:
+        wait_for(lambda: committed(dataset), training, log)
+        again = call_apart("train", "prior", *arguments, *training.args[7:-2])
+        assert again.returncode == 75 and f"making the same result of prior (pid {training.pid}" in again.stderr
+
+        refreshed = call_apart("refresh", *arguments, "--set=scenes.num_images=130")
+        assert refreshed.returncode == 0, refreshed.stderr
+        before = {row["key"] for uri in read for row in tables.read_file(uri, ["key"]).to_pylist()}
+        [new, *_] = sorted(set(tables.read(images, columns=["key"])["key"].to_pylist()) - before)
+
+        assert call_json("takedown", "--key", new, "--storage", dataset)["deleted"][f"images/{Path(images).name}"] == 1
+        assert {uri: files.read(uri) for uri in read} == read
+        seen = len(committed(dataset))
+        wait_for(lambda: len(committed(dataset)) > seen or committed(dataset)[-1] > 20 * CHECKPOINT, training, log)
+
+        assert call_json("takedown", "--key", own, "--storage", dataset)["deleted"][f"images/{Path(images).name}"] == 1
+        assert own not in tables.read(images, columns=["key"])["key"].to_pylist()
+        assert not all(Path(uri).exists() for uri in read)
+        assert training.wait(60) == 75, log.read_text()
+    assert "taken down" in log.read_text() and "Run the" in log.read_text()
 
 
 # ---- in an object store ------------------------------------------------------------------------------------------
