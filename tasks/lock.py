@@ -96,13 +96,14 @@ def lock(store: Store, name: str = TABLES, wait: float = 0.0, owner: Owner | Non
             return
         from tasks import tables
 
-        uris = [] if held.was_given_back else _tables(store)
-        token = max([held.token, *(tables.last_token(uri) + 1 for uri in uris)])
+        found = _tables(store)
+        # A token may be larger than the lock's, such as in tables that were copied from another storage.
+        token = max([held.token, *(tables.token_of(table) + (not held.was_given_back) for table in found.values())])
         with tables.owned_by(token):
-            for uri in uris:
-                tables.fence(uri)
-            if not held.was_given_back and store.is_local:
-                for folder in (*TABLE_FOLDERS, "attempts"):
+            if not held.was_given_back:
+                for uri in found:
+                    tables.fence(uri)
+                for folder in (*TABLE_FOLDERS, "attempts") if store.is_local else ():
                     files.sweep(store.uri(folder))
             yield dataclasses.replace(held, token=token)
 
@@ -112,14 +113,13 @@ def result_lock(stage: str, fingerprint: str) -> str:
     return f"{stage}-{fingerprint[:16]}"
 
 
-def _tables(store: Store) -> list[str]:
+def _tables(store: Store) -> "dict[str, DeltaTable]":
     from tasks import tables
 
-    uris = [
-        store.uri("snapshots"),
-        *(store.uri(kind, name) for kind in TABLE_FOLDERS[:-1] for name in store.list(kind)),
-    ]
-    return [uri for uri in uris if tables.version(uri) is not None]
+    *kinds, snapshots = TABLE_FOLDERS
+    uris = [store.uri(kind, name) for kind in kinds for name in store.list(kind)] + [store.uri(snapshots)]
+    opened = {uri: tables.open_table(uri) for uri in uris}
+    return {uri: table for uri, table in opened.items() if table is not None}
 
 
 @contextlib.contextmanager
@@ -139,9 +139,13 @@ def _local_lock(root: str, name: str, wait: float, owner: Owner) -> Iterator[Hel
         was_given_back = last.get("given_back", not os.fstat(file).st_size)
         record = {"token": token, **dataclasses.asdict(owner)}
         _write_record(file, record)
-        yield Held(token, was_given_back)
-        _write_record(file, {**record, "given_back": True})
+        try:
+            yield Held(token, was_given_back)
+        finally:
+            with contextlib.suppress(StorageError):  # then the next owner takes this one for killed
+                _write_record(file, {**record, "given_back": True})
     finally:
+        fcntl.flock(file, fcntl.LOCK_UN)  # also if a forked child has the file
         os.close(file)
 
 

@@ -5,7 +5,6 @@ commit names it. So a restarted job finds its finished parts, and committing man
 """
 
 import bisect
-import collections
 import concurrent.futures
 import contextlib
 import contextvars
@@ -169,9 +168,9 @@ def owned_by(token: int) -> Iterator[None]:
         _token.reset(before)
 
 
-def last_token(table_uri: str) -> int:
-    """Largest token of the owners of a table; 0 if it never had one."""
-    return DeltaTable(table_uri, storage_options=_options(table_uri)).transaction_version(_OWNER) or 0
+def token_of(table: DeltaTable) -> int:
+    """Token of the last owner of a table; 0 if it never had one."""
+    return table.transaction_version(_OWNER) or 0
 
 
 def fence(table_uri: str) -> None:
@@ -306,18 +305,18 @@ def remove_repeats(table_uri: str, repeated: pa.Table, schema: pa.Schema, note: 
     Returns:
         Version of the table without the repeats.
     """
-    order = commit_order(table_uri)
-    found: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
-    for key, part in zip(repeated["key"].to_pylist(), repeated["part"].to_pylist(), strict=True):
-        found[key].append((order.get(part, -1), part))
-    by_part: dict[str, list[str]] = collections.defaultdict(list)
-    for key, rows in found.items():
-        for _, part in sorted(set(rows))[1:]:
-            by_part[part].append(key)
-    parts = []
-    for part, keys in by_part.items():
-        parts += rewrite_without(f"{table_uri}/{part}", pa.array(keys, pa.string())) or []
-    return append_files(table_uri, parts, schema, note, removed=list(by_part))
+    order, names = commit_order(table_uri), pc.unique(repeated["part"].combine_chunks())
+    committed = pa.array([order.get(name, -1) for name in names.to_pylist()], pa.int64())
+    places = repeated.group_by(["key", "part"]).aggregate([])
+    places = places.append_column("committed", committed.take(pc.index_in(places["part"], value_set=names)))
+    places = places.sort_by([("key", "ascending"), ("committed", "ascending"), ("part", "ascending")])
+    keys = places["key"].to_numpy()
+    later = places.filter(pa.array(np.append(np.zeros(min(1, len(keys)), bool), keys[1:] == keys[:-1])))
+    parts, removed = [], pc.unique(later["part"]).to_pylist()
+    for name in removed:
+        unwanted = later.filter(pc.equal(later["part"], name))["key"].combine_chunks()
+        parts += rewrite_without(f"{table_uri}/{name}", unwanted) or []
+    return append_files(table_uri, parts, schema, note, removed=removed)
 
 
 def _without(

@@ -46,7 +46,7 @@ def takedown(
     the storage, and of every run in the storage.
 
     Exit codes: 0 done; 1 rows deleted, but an MLflow did not answer or a preview could not be deleted: the command prints
-    which, and running it again completes the takedown; 2 invalid input; 75 a run is using the storage.
+    which, and running it again completes the takedown; 2 invalid input; 75 another command changes the tables for too long.
     """
     from pipelines.records import tracking_uris_of
     from pipelines.storage import open_storage

@@ -1,6 +1,7 @@
 """Faults during training: it resumes from the last checkpoint and ends with the same model (F41 to F47)."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tasks import lock as locks
 from tasks import tables
 from tests.pipelines.command_line import call_apart, call_json
 from tests.unclip.training import trained_on_workers
@@ -331,3 +334,22 @@ def test_f45_a_training_in_an_unreliable_object_store_resumes_after_a_kill(
     shares = [f"checkpoints/{128:012d}/rank-{rank:05d}.safetensors" for rank in range(world_size)]
     for name in (*shares, f"model/{MANIFEST}"):
         assert files.read(f"{folder}/{name}") == files.read(f"{tmp_path}/here/{name}")
+
+
+def test_f73_in_an_unreliable_object_store_one_of_many_gets_the_lease(
+    s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    register = locks._Register("s3://bucket/locks/tables")
+    for number in range(3):
+        last, taken = register.read(), list[int | None]()
+        take = functools.partial(lambda last, taken: taken.append(register.take(last, locks.Owner.of())), last, taken)
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [token for token in taken if token is not None] == [number]
+    now = register.read()
+    assert now is not None and now.token == 2
