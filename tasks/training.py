@@ -114,9 +114,10 @@ class _Takedowns:
             f"a dataset version without them and trains on that."
         )
 
-    def stop(self) -> bool:
+    def asks_to_stop(self, stop_uri: str) -> bool:
+        """Return True if a row was taken down, or if there is a file at `stop_uri`."""
         with contextlib.suppress(OSError, StorageError):  # a short outage of the storage is no reason to fail
-            return bool(self.message())
+            return files.exists(stop_uri) or bool(self.message())
         return False
 
     def explain(self, error: StoppedError) -> StoppedError:
@@ -181,7 +182,7 @@ def _train_here(context: StageContext, training: Training) -> None:
     torch.set_num_threads(context.resources.cpus_per_worker)  # as in a worker: the order of sums depends on it
     progress = context.progress(training.config.num_samples, "samples")
     takedowns = _Takedowns(context.run.storage, training.selection)
-    stops = rate_limited(STOP_CHECK_SECONDS, lambda: files.exists(context.run.stop_uri) or takedowns.stop())
+    stops = rate_limited(STOP_CHECK_SECONDS, lambda: takedowns.asks_to_stop(context.run.stop_uri))
     with signals.stop_on_signal() as is_stop_requested, _deferred(context.tracker, context.folder) as tracker:
         monitor = _MlflowMonitor(tracker, progress, context.folder, lambda: is_stop_requested() or stops())
         try:
@@ -235,9 +236,7 @@ def _work(loop: Mapping[str, Any]) -> None:
     takedowns = _Takedowns(context.storage, training.selection)
 
     def is_stop_requested() -> bool:
-        with contextlib.suppress(OSError):  # a short outage of the storage is no reason to fail
-            return workers.rank == 0 and (files.exists(context.stop_uri) or takedowns.stop())
-        return False
+        return workers.rank == 0 and takedowns.asks_to_stop(context.stop_uri)
 
     stop_requested = rate_limited(STOP_CHECK_SECONDS, is_stop_requested)
     try:

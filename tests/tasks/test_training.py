@@ -23,5 +23,5 @@ def test_f77_a_training_notices_takedowns_of_its_own_rows(tmp_path: Path) -> Non
     assert takedowns.message() == "" and len(ranges.range_files(folder)) == 2
     assert take_down(2, 3, 7) == ""  # rows that it does not read
     assert take_down(1, 2, 3, 7).startswith("1 rows of its dataset were taken down")
-    assert take_down(0, 1).startswith("2 rows") and takedowns.stop()
+    assert take_down(0, 1).startswith("2 rows") and takedowns.asks_to_stop(f"{tmp_path}/none")
     assert _Takedowns(str(tmp_path), None).message() == ""
