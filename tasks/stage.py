@@ -6,6 +6,7 @@ a committed result is returned; otherwise the function runs under an MLflow chil
 To resume, run the same command again, on any machine that sees the storage.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -289,7 +290,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
         with lock(store, call.stage.lock(stage_fingerprint), WAIT_SECONDS, owner) as held:
             committed = find_artifact(store, name, stage_fingerprint)  # another run may have made it meanwhile
             return _cached(call, run, committed) if committed else _run_function(call, run, artifacts, held)
-    except (AlreadyRunningError, StorageError) as error:
+    except AlreadyRunningError as error:
         message = str(error)
         event = {"fingerprint": stage_fingerprint, "message": message, "trains": trains, "exit_code": error.exit_code}
         _record(store, run, name, state="failed", **event)
@@ -326,9 +327,9 @@ def _run_function(call: Call, run: Run, artifacts: typing.Sequence[Artifact], he
             files.delete(context.intermediate)
     except Exception as error:
         message, exit_code = _explain(error), error.exit_code if isinstance(error, UnclipError) else 1
-        if files.stamp(store.uri(TOMBSTONES)) != tombstones and exit_code != StoppedError.exit_code:
-            message += f" {TAKEN_DOWN_MEANWHILE}"
-            exit_code = StoppedError.exit_code
+        with contextlib.suppress(OSError):  # keep the original error
+            if exit_code != StoppedError.exit_code and files.stamp(store.uri(TOMBSTONES)) != tombstones:
+                message, exit_code = f"{message} {TAKEN_DOWN_MEANWHILE}", StoppedError.exit_code
         tracker.bytes(traceback.format_exc().encode(), "error.txt")
         tracker.end("FAILED")
         log.error("%s failed: %s", name, message, exc_info=not isinstance(error, UnclipError))
