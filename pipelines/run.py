@@ -1,6 +1,7 @@
 """Pipeline runs: checks first, then Ray, MLflow and the console, and a summary at the end."""
 
 import contextlib
+import dataclasses
 import os
 import time
 from typing import Any
@@ -15,7 +16,8 @@ from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.records import close_run, open_run, record_cluster
 from pipelines.summary import print_summary, summarise, write_results
-from tasks import signals
+from pipelines.takedowns import carry_out_recorded, print_carried_out
+from tasks import signals, tombstones
 from tasks.run_records import stage_events
 from tasks.stage import Failure, Run
 from tasks.store import Store
@@ -31,16 +33,26 @@ STOP_PATIENCE_SECONDS = 25.0
 def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None, retry_failed: bool = False) -> int:
     """Run a pipeline and return the exit code.
 
+    Takedowns that were recorded come first. One that is recorded while the dataset is being made stops the run's stages; the
+    run carries it out and starts again, which costs what the next refresh would cost. One that is recorded during the
+    trainings, which read their own version, is carried out at the end.
+
     Args:
         until: last stage to run, after the stages it depends on; None runs all stages.
 
     Raises:
         UnclipError: the checks failed and nothing was started, or a stage failed.
     """
+    import ray
+
     os.environ.update(WORKER_ENVIRONMENT)
-    started = time.monotonic()
-    config = prepare(config, retry_failed)
+    started, given = time.monotonic(), config
+    config = prepare(given, retry_failed)
     store = Store(config.storage)
+    if tombstones.recorded(store):
+        with lock(store):
+            print_carried_out(store, carry_out_recorded(store))
+        config = prepare(given, retry_failed)  # the list is read again without the rows
     todo = compose(config)
     require(until is None or until in todo, "--until", until, f"a stage: {', '.join(todo)}")
     todo = dags.up_to(todo, until) if until else todo
@@ -62,17 +74,27 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
             record_cluster(run, store, start_ray(config))
             failures = _execute(dag, run, store)
-            state = "failed" if failures else "done"
+            has_yielded = bool(failures and tombstones.recorded(store))
+            state = "stopped" if has_yielded else "failed" if failures else "done"
         except StoppedError:
             state = "stopped"
             raise
         finally:
             close_run(run, store, state)
-        if failures:
+        if has_yielded:
+            ray.shutdown()  # no task writes a part from here on
+        print_carried_out(store, carry_out_recorded(store))
+        if failures and not has_yielded:
             raise StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
-        summary = _finish(config, pipeline, dag, store)
-        run.tracker.json(summary, "summary.json")
-        run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
+        if not failures:
+            summary = _finish(config, pipeline, dag, store)
+            run.tracker.json(summary, "summary.json")
+            flat = flatten(summary)
+            run.tracker.metrics({key: value for key, value in flat.items() if isinstance(value, (int, float))})
+    if has_yielded:
+        print(f"{pipeline}: starts again, without the rows that were taken down", flush=True)
+        attempt = dataclasses.replace(given.download, attempt=config.download.attempt)
+        return run_pipeline(pipeline, dataclasses.replace(given, download=attempt), until)
     print(f"took {time.monotonic() - started:.0f} s")
     return 0
 

@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import inspect
 import logging
-import tempfile
 import time
 import traceback
 import typing
@@ -23,10 +22,12 @@ import ray
 from tasks.progress import Progress
 from tasks.run_records import is_running
 from tasks.store import INTERMEDIATE, Store
+from tasks.tombstones import refuse_if_recorded
 from tasks.tracking import Tracker
 from unclip import files
 from unclip.config import fingerprint, require, to_dict, without_operational
 from unclip.errors import StageError, StorageError, UnclipError
+from unclip.scratch import scratch_folder
 
 if typing.TYPE_CHECKING:  # a stage that trains nothing needs no torch
     from unclip.systems.part import Part
@@ -194,6 +195,8 @@ class Stage:
     """Function that checks the settings before a run starts and pins the files they refer to by their digests."""
     shows_rows: bool = False
     """The stage logs images or text of dataset rows, so a takedown must search its logs."""
+    lists_rows: bool = False
+    """The stage's result is a list, table or selection of rows, which is not committed while a takedown waits."""
     part: "Part[Any] | None" = None
     """The part that the stage trains, if any."""
     factory: tuple[Callable[[Any], "Stage"], Any] | None = None
@@ -236,6 +239,7 @@ def stage(
     has_workers: bool = False,
     pin: Callable[[Any, Pinning], Any] | None = None,
     shows_rows: bool = False,
+    lists_rows: bool = False,
 ) -> Callable[[Callable[..., Output]], Stage]:
     """Declare a stage. Increase `version` when a code change affects its results.
 
@@ -243,8 +247,9 @@ def stage(
         has_workers: see `Stage`.
         pin: `(settings, pinning) -> settings`; see `Stage`.
         shows_rows: see `Stage`.
+        lists_rows: see `Stage`.
     """
-    return lambda function: Stage(name, version, function, has_workers, pin, shows_rows)
+    return lambda function: Stage(name, version, function, has_workers, pin, shows_rows, lists_rows)
 
 
 def find_artifact(store: Store, stage_name: str, stage_fingerprint: str) -> Artifact | None:
@@ -263,28 +268,29 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     artifacts = [parent for parent in parents if isinstance(parent, Artifact)]
     stage_fingerprint = call.stage.fingerprint(call.config, artifacts)
     committed = find_artifact(store, name, stage_fingerprint)
-    trains = call.stage.part is not None
+    reads = {parent.stage: parent.digest for parent in artifacts}
+    facts = {"fingerprint": stage_fingerprint, "trains": call.stage.part is not None, "reads": reads}
     if committed:
-        _record(
-            store, run, name, state="cached", fingerprint=stage_fingerprint, seconds=committed.seconds, trains=trains
-        )
+        _record(store, run, name, state="cached", seconds=committed.seconds, **facts)
         return committed
 
     tracker = run.tracker.child(run.experiment_id, name, call.stage.shows_rows)
-    _record(store, run, name, state="running", fingerprint=stage_fingerprint, started=time.time(), trains=trains)
+    _record(store, run, name, state="running", started=time.time(), **facts)
     tracker.params(to_dict(call.config))
     started = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix=f"unclip-{name}-") as scratch:
-            context = StageContext(run, name, stage_fingerprint, store, tracker, Path(scratch))
+        with scratch_folder(name) as scratch:
+            context = StageContext(run, name, stage_fingerprint, store, tracker, scratch)
             output = call.stage.function(context, call.config, *artifacts)
             files.delete(context.intermediate)
+        if call.stage.lists_rows:
+            refuse_if_recorded(store, name)
     except Exception as error:
         message = _explain(error)
         tracker.bytes(traceback.format_exc().encode(), "error.txt")
         tracker.end("FAILED")
         log.error("%s failed: %s", name, message, exc_info=not isinstance(error, UnclipError))
-        _record(store, run, name, state="failed", fingerprint=stage_fingerprint, message=message, trains=trains)
+        _record(store, run, name, state="failed", message=message, **facts)
         return Failure(name, message, error.exit_code if isinstance(error, UnclipError) else 1)
     seconds = round(time.monotonic() - started, 1)
     artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
@@ -292,7 +298,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     tracker.tags({"unclip.fingerprint": stage_fingerprint, "unclip.digest": output.digest, "unclip.uri": output.uri})
     tracker.json(dataclasses.asdict(artifact), "artifact.json")
     tracker.end()
-    _record(store, run, name, state="done", fingerprint=stage_fingerprint, seconds=seconds, trains=trains)
+    _record(store, run, name, state="done", seconds=seconds, **facts)
     return artifact
 
 

@@ -166,12 +166,17 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
 
 
 def purge(table_uri: str) -> None:
-    """Delete all Parquet files of the table's folder that the newest version does not have."""
+    """Delete all Parquet files of the table's folder that the newest version does not have; all, if there is no version."""
     # Delta's own vacuum goes by timestamps, and would keep files that a clock running ahead marked as removed.
-    current = {uri.rpartition("/")[2] for uri in files(table_uri)}
-    for name in storage.names(table_uri):
-        if name.endswith(".parquet") and name not in current:
-            storage.delete(f"{table_uri}/{name}")
+    for uri in other_files(table_uri):
+        storage.delete(uri)
+
+
+def other_files(table_uri: str) -> list[str]:
+    """Parquet files in the table's folder that the newest version does not have, such as parts that were not committed."""
+    current = {uri.rpartition("/")[2] for uri in files(table_uri)} if _exists(table_uri) else set()
+    names = [name for name in storage.names(table_uri) if name.endswith(".parquet")]
+    return [f"{table_uri}/{name}" for name in names if name not in current]
 
 
 def _without(

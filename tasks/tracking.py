@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.errors import StorageError
+from unclip.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ class Tracker:
     def bytes(self, data: bytes, name: str) -> None:
         """Log bytes as the artifact `name`, which may contain folders."""
         folder, _, base = name.rpartition("/")
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch, base)
+        with scratch_folder("log") as scratch:
+            path = scratch / base
             path.write_bytes(data)
             self.file(path, folder or None)
 

@@ -78,6 +78,7 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
     from pipelines.lock import lock
     from pipelines.pipeline import compose
     from pipelines.records import close_run, open_run
+    from pipelines.takedowns import carry_out_recorded, print_carried_out
     from tasks.stage import Call, Failure, execute
     from tasks.store import Store
 
@@ -94,6 +95,8 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
         finally:
             is_stopped = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
             close_run(run, store, "stopped" if is_stopped else "failed" if isinstance(result, Failure) else "done")
+        if not is_stopped:
+            print_carried_out(store, carry_out_recorded(store))
     if isinstance(result, Failure):
         error = StageError(result.message)
         error.exit_code = result.exit_code

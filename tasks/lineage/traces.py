@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 import urllib.parse
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, checked_client, without_password
 from tasks.untrusted.normalise import first_line
 from unclip.errors import StorageError
+from unclip.scratch import scratch_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +129,16 @@ def _clean(artifacts: Any, keys: frozenset[str], has_seen: bool) -> bool:
     Args:
         has_seen: True if the run read such rows; then previews without recorded rows are deleted too.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("traces") as scratch:
         if any(file.path == "report.html" for file in artifacts.list_artifacts()):
-            path = Path(artifacts.download_artifacts("report.html", scratch))
+            path = Path(artifacts.download_artifacts("report.html", str(scratch)))
             page = path.read_text()
             if redact(page, keys) != page:
                 path.write_text(redact(page, keys))
                 artifacts.log_artifact(str(path))
         files = {file.path for file in artifacts.list_artifacts(PREVIEWS)}
         if PREVIEW_KEYS in files:
-            shown = json.loads(Path(artifacts.download_artifacts(PREVIEW_KEYS, scratch)).read_text())
+            shown = json.loads(Path(artifacts.download_artifacts(PREVIEW_KEYS, str(scratch))).read_text())
             show_rows = not keys.isdisjoint(shown)
         else:
             show_rows = bool(files) and has_seen

@@ -110,7 +110,7 @@ def pin_probes(config: CurateConfig) -> CurateConfig:
     return dataclasses.replace(config, probes=tuple(pinned))
 
 
-@stage("curate", version=3, pin=lambda config, _: pin_probes(config))
+@stage("curate", version=3, pin=lambda config, _: pin_probes(config), lists_rows=True)
 def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Output:
     """Score the pairs by CLIP and by probes, drop those out of bounds and semantic duplicates, and write the snapshot."""
     facts, folder = embed.facts, context.folder

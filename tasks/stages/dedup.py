@@ -36,7 +36,7 @@ class DedupConfig:
         require(0 <= self.holdout <= 0.5, "holdout", self.holdout, "a share of at most 0.5")
 
 
-@stage("dedup", version=2)
+@stage("dedup", version=2, lists_rows=True)
 def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Output:
     """Drop images with the same bytes as another and images that look the same; hold out some of the others."""
     facts, key_ranges = filter.facts, ranges.ranges(ranges.range_count(filter.uri))

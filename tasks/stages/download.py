@@ -22,7 +22,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,12 +38,13 @@ from tasks.lanes import Listed, Shard, list_rows, plan_shards, run_in_lanes, sha
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
-from tasks.tombstones import load_tombstones
+from tasks.tombstones import Tombstones, load_tombstones, refuse_if_recorded, withhold, withhold_part
 from tasks.untrusted import decode, fetch
 from unclip import files
 from unclip.config import fingerprint, require
 from unclip.errors import StageError, StorageError
 from unclip.files import sha256
+from unclip.scratch import scratch_folder
 
 IMAGES = pa.schema(
     {
@@ -162,13 +162,19 @@ def _pin(config: DownloadConfig, pinning: Pinning) -> DownloadConfig:
     return pin_attempt(pinning.store, config, pinning.retry_failed)
 
 
-@stage("download", version=3, pin=_pin)
+@stage("download", version=3, pin=_pin, lists_rows=True)
 def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> Output:
     """Fetch the images that no earlier run has tried, shrink them and add them to the images table."""
     table_uri = context.store.uri("images", config.recipe)
     plan = _plan(context, config, pairs.uri, table_uri)
     note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint, _PLAN_NOTE: plan.id}
-    commits = _Commits(table_uri, note, context.run, f"{context.folder}/plan" if plan.retries else None)
+    commits = _Commits(
+        table_uri,
+        note,
+        context.run,
+        f"{context.folder}/plan" if plan.retries else None,
+        load_tombstones(context.store),
+    )
     _download_shards(table_uri, plan, config, context, commits)
     version = commits.commit()
     index_version = update_index(table_uri, version)
@@ -366,6 +372,8 @@ class _Commits:
     run: Run
     plan: str | None
     """Folder of the plan if some of its rows replace rows of the table."""
+    tombstones: Tombstones
+    """Tombstones at the start of the stage, which every part respects."""
     pending: list[tables.Part] = dataclasses.field(default_factory=list)
     committed_at: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -374,11 +382,16 @@ class _Commits:
         is_late = time.monotonic() - self.committed_at >= SECONDS_PER_COMMIT
         if is_late or len(self.pending) >= PARTS_PER_COMMIT:
             self.commit()
+            refuse_if_recorded(Store(self.run.storage), "download")
 
     def commit(self) -> int:
         """Commit the finished parts; in the same commit, remove rows that they replace. Returns the version of the table."""
         if self.run.is_abandoned():  # another run may be writing to the table
             raise StageError("download: the run was stopped, so its parts are left to the next run.")
+        tombstones = load_tombstones(Store(self.run.storage))
+        if tombstones != self.tombstones:
+            withheld = functools.partial(_withhold, self.table_uri, tombstones)
+            self.pending = run_all(withheld, self.pending, num_cpus=0)  # shards hold the CPUs
         rewritten, removed = self._without_replaced() if self.plan and self.pending else ([], [])
         version = tables.append_files(self.table_uri, [*self.pending, *rewritten], IMAGES, self.note, removed=removed)
         self.pending, self.committed_at = [], time.monotonic()
@@ -422,7 +435,7 @@ def _download_shards(
     progress = context.progress(plan.rows, "images").start(plan.rows - num_left)
     if not lanes:
         return
-    run, taken_down = context.run, load_tombstones(context.store).sha256s
+    run = context.run
     heartbeats = context.store.uri("runs", run.id, "shards")
 
     def heartbeat_uri(shard: Shard) -> str:
@@ -431,7 +444,7 @@ def _download_shards(
     def start(shard: Shard) -> ray.ObjectRef[tables.Part]:
         files.delete(heartbeat_uri(shard))
         rows_uri = shard_uri(f"{context.folder}/plan", shard)
-        return _download_shard.remote(table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard))
+        return _download_shard.remote(table_uri, shard.name, rows_uri, config, run, heartbeat_uri(shard))
 
     def on_done(shard: Shard, part: tables.Part) -> None:
         progress.update(shard.rows)
@@ -463,18 +476,25 @@ def _download_shard(
     rows_uri: str,
     config: DownloadConfig,
     run: Run,
-    taken_down: frozenset[str],
     heartbeat_uri: str,
 ) -> tables.Part:
-    """Return the part that an earlier attempt wrote for this shard, or fetch its rows and write it."""
+    """Return the part that an earlier attempt wrote for this shard, or fetch its rows and write it.
+
+    Rows that were taken down before the part is written, or since then, are withheld.
+    """
+    store = Store(run.storage)
     part = tables.find_part(table_uri, name)
     if part is None:
         pairs = tables.read_file(rows_uri).to_pylist()
-        table = fetch_pairs(pairs, config, taken_down, _heartbeat(heartbeat_uri, config.stall_seconds / 10))
+        table = fetch_pairs(pairs, config, _heartbeat(heartbeat_uri, config.stall_seconds / 10))
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
-        part = tables.write_part(table_uri, name, table)
-    return part
+        part = tables.write_part(table_uri, name, withhold(table, load_tombstones(store)))
+    return withhold_part(table_uri, part, load_tombstones(store))
+
+
+def _withhold(table_uri: str, tombstones: Tombstones, part: tables.Part) -> tables.Part:
+    return withhold_part(table_uri, part, tombstones)
 
 
 def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:
@@ -495,13 +515,11 @@ def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:
 def fetch_pairs(
     pairs: Sequence[Pair],
     config: DownloadConfig,
-    taken_down: frozenset[str] = frozenset(),
     beat: Callable[[int], None] = lambda _: None,
 ) -> pa.Table:
     """Run img2dataset's Downloader on pairs; returns exactly one row of `IMAGES` per pair, in the same order.
 
     Args:
-        taken_down: sha256 of images that were taken down; their bytes are not kept.
         beat: called with the number of completed rows after each row.
 
     Raises:
@@ -509,9 +527,9 @@ def fetch_pairs(
     """
     img2dataset = _import_img2dataset()
 
-    writer = _Writer({pair["key"]: pair for pair in pairs}, taken_down, beat)
+    writer = _Writer({pair["key"]: pair for pair in pairs}, beat)
     img2dataset.download_image_with_retry = _fetch_with(config)
-    with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
+    with scratch_folder("shard") as scratch:
         shard = f"{scratch}/shard.arrow"
         columns = ["url", "caption", "pair"]  # img2dataset uses "key" itself, for a position
         values = [[pair[name] for pair in pairs] for name in ("url", "caption", "key")]
@@ -526,7 +544,7 @@ def fetch_pairs(
             thread_count=config.num_threads,
             save_caption=True,
             extract_exif=False,
-            output_folder=scratch,
+            output_folder=str(scratch),
             column_list=columns,
             timeout=config.timeout_seconds,
             number_sample_per_shard=len(pairs),
@@ -561,8 +579,8 @@ def _import_img2dataset() -> Any:
 class _Writer:
     """Collects img2dataset's samples in memory, in the order in which they were fetched."""
 
-    def __init__(self, pairs: Mapping[str, Pair], taken_down: frozenset[str], beat: Callable[[int], None]) -> None:
-        self.pairs, self.taken_down, self.beat = pairs, taken_down, beat
+    def __init__(self, pairs: Mapping[str, Pair], beat: Callable[[int], None]) -> None:
+        self.pairs, self.beat = pairs, beat
         self.rows: dict[str, dict[str, Any]] = {}
 
     def write(self, image: decode.DecodedImage | None, _key: str, caption: str, sample: Mapping[str, Any]) -> None:
@@ -578,8 +596,6 @@ class _Writer:
 
     def _fault(self, key: str, digest: str) -> str | None:
         """Reason to reject a valid image, or None: the content of a URL may have changed since the list was made."""
-        if digest in self.taken_down:
-            return "taken_down"
         for name, reason in (("expected_sha256", "hash_mismatch"), ("seen_sha256", "content_changed")):
             if self.pairs[key].get(name) not in (None, digest):
                 return reason

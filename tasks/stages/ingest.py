@@ -17,7 +17,6 @@ import json
 import operator
 import re
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -44,6 +43,7 @@ from tasks.untrusted.parquet_list import MAX_COLUMNS, Claims, ListFault
 from unclip import files
 from unclip.config import nearest, require
 from unclip.errors import InputError
+from unclip.scratch import scratch_folder
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".txt")
 FORMATS = (".parquet", *TEXT_FORMATS)
@@ -148,7 +148,7 @@ def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
     return dataclasses.replace(config, digest=check_source(config), tombstones=tombstones_digest(pinning.store))
 
 
-@stage("ingest", version=3, pin=_pin)
+@stage("ingest", version=3, pin=_pin, lists_rows=True)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
     if config.digest and check_source(config) != config.digest:
@@ -573,11 +573,10 @@ def _on_disk(source: _Source) -> Iterator[str]:
     if isinstance(source.filesystem, pafs.LocalFileSystem):
         yield source.path
         return
-    with tempfile.NamedTemporaryFile(prefix="unclip-list-") as copy:
-        with source.open_stream() as stream:
+    with scratch_folder("list") as folder:
+        with source.open_stream() as stream, open(folder / "list", "wb") as copy:
             shutil.copyfileobj(stream, copy, 1 << 20)
-        copy.flush()
-        yield copy.name
+        yield str(folder / "list")
 
 
 def _check_columns(source: _Source, claims: Claims, config: IngestConfig) -> None:

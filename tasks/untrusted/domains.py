@@ -1,11 +1,51 @@
-"""Registrable domains, from the copy of the Public Suffix List that ships with tldextract."""
+"""Hosts as they are compared, and registrable domains, from the copy of the Public Suffix List that ships with tldextract."""
 
 import functools
+import ipaddress
 import re
 import typing
+import unicodedata
 
 if typing.TYPE_CHECKING:  # slow to import, and runs without block lists do not need it
     import tldextract
+
+
+CANONICAL_HOST = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*"
+"""RE2 pattern of hosts that `canonical_host` leaves as they are; it may miss some of them."""
+
+
+@functools.lru_cache(maxsize=100_000)
+def canonical_host(host: str) -> str:
+    """Return the one spelling of a host by which hosts are compared: lower-case ASCII, without brackets and the final dot.
+
+    Full-width letters and dots, and an international name and its punycode, become the same, by UTS 46 and IDNA 2008.
+    A name that they do not allow keeps its letters.
+    """
+    name = host.strip().strip("[]")
+    if ":" in name:
+        try:
+            return ipaddress.ip_address(name).compressed
+        except ValueError:
+            return name.lower()
+    if not name.isascii():
+        import idna  # slow to import, and few hosts need it
+
+        try:
+            name = idna.uts46_remap(name, std3_rules=False, transitional=False)
+        except idna.IDNAError:
+            name = unicodedata.normalize("NFKC", name).casefold()
+    return ".".join(map(_ascii_label, re.split("[.\u3002\uff0e\uff61]", name.lower()))).strip(".")
+
+
+def _ascii_label(label: str) -> str:
+    if label.isascii():
+        return label
+    import idna
+
+    try:
+        return idna.alabel(label).decode()
+    except idna.IDNAError:
+        return f"xn--{label.encode('punycode').decode()}"
 
 
 def is_public_suffix(host: str) -> bool:
