@@ -381,4 +381,4 @@ def _trains(store: Store, stage: str, event: Mapping[str, Any]) -> bool:
         return bool(event["trains"])
     # Earlier releases did not record `trains`, but their artifacts have `samples_seen`.
     artifact = _artifact(store, stage, event)
-    return artifact is not None and "samples_seen" in artifact["facts"]
+    return artifact is not None and "samples_seen" in artifact.get("facts", {})
