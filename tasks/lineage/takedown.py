@@ -161,6 +161,8 @@ def find_rows(store: Store, requested: Sequence[Tombstone], near: int | None = N
             found[stone].looks.add((row["phash"], row["colour"]))
             by_look.setdefault((row["phash"], row["colour"]), set()).add(stone)
 
+    for stone, key in _listed(store, names):
+        found[stone].keys.add(key)
     for stone, row in _named(images, names):
         add(stone, row, has_look=True)
         if row["sha256"]:
@@ -224,14 +226,30 @@ def _named(
     others = (table.select(columns) for uri in images for table in _uncommitted(uri))
     for table in _each_table(images, columns) if scans else itertools.chain(some, others):
         for row in table.filter(all_of.cover(table)).to_pylist():
-            reasons = [Tombstone("key", row["key"]), Tombstone("sha256", row["sha256"] or "")]
-            for name in _ADDRESSES:
-                if row[name]:
-                    [host] = hosts_of(pa.array([row[name]])).to_pylist()
-                    reasons.append(Tombstone("url", canonical_url(row[name])))
-                    reasons += [Tombstone("domain", domain) for domain in all_of.domains_of(host or "")]
-            stones = {stone for reason in reasons if reason in names for stone in names[reason]}
-            yield from ((stone, row) for stone in sorted(stones))
+            yield from ((stone, row) for stone in _stones_of(row, all_of, names))
+
+
+def _listed(store: Store, names: Mapping[Tombstone, Collection[Tombstone]]) -> Iterator[tuple[Tombstone, str]]:
+    """Yield the keys of the rows of all lists that requests name by their address: they may not be downloaded yet."""
+    addresses = gather(stone for stone in names if stone.kind in ("url", "domain"))
+    for uri in (uri for folder in pairs_folders(store) for uri in ranges.range_files(folder)):
+        if addresses != Tombstones():
+            table = tables.read_file(uri, ["key", "url"])
+            for row in table.filter(addresses.cover(table)).to_pylist():
+                yield from ((stone, row["key"]) for stone in _stones_of(row, addresses, names))
+
+
+def _stones_of(
+    row: Mapping[str, Any], all_of: Tombstones, names: Mapping[Tombstone, Collection[Tombstone]]
+) -> list[Tombstone]:
+    """Return the requests that a row is named by."""
+    reasons = [Tombstone("key", row["key"]), Tombstone("sha256", row.get("sha256") or "")]
+    for url in (row.get(name) for name in ("url", "final_url")):
+        if url:
+            [host] = hosts_of(pa.array([url])).to_pylist()
+            reasons.append(Tombstone("url", canonical_url(url)))
+            reasons += [Tombstone("domain", domain) for domain in all_of.domains_of(host or "")]
+    return sorted({stone for reason in reasons if reason in names for stone in names[reason]})
 
 
 def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uris: Sequence[str]) -> Ledger:
