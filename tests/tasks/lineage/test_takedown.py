@@ -357,7 +357,7 @@ def test_f88_the_ledger_names_checkpoints_of_runs_that_mlflow_did_not_track(stor
     found = take_down(store, [Tombstone("key", key_at(store, 7))], None, []).checkpoints
     assert [(each["run"], each["stage"], each["folder"], each["state"], each["mlflow_run"]) for each in found] == [
         ("1-whole", "prior", "artifacts/prior/p", "done", "a1b2"),
-        ("2-single", "decoder", "artifacts/decoder/d", "running", None),
+        ("2-single", "decoder", "artifacts/decoder/d", "killed", None),
         ("3-clip", "clip", "artifacts/clip/c", "done", None),
     ]
 
