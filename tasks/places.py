@@ -18,8 +18,8 @@ from tasks.dataflow import exchange
 from tasks.index import index_files, read_index
 from tasks.keys import key_octets
 from tasks.ranges import KeyRange
-from unclip import files
-from unclip.data import Places, vectors
+from unclip import files, seals
+from unclip.data import Places, open_arrow, vectors
 from unclip.errors import StageError
 
 SPLITS = ("train", "holdout")
@@ -115,7 +115,7 @@ def _merge(folder: str, count: int, output: int, pieces: list[pa.Table]) -> int:
         sink = io.BytesIO()
         with pa.ipc.new_file(sink, part.schema) as writer:
             writer.write_table(part)
-        files.write(Block(output, count).uri(folder, split), sink.getvalue())
+        files.write(Block(output, count).uri(folder, split), seals.seal(sink.getvalue()))
     return int(table.num_rows)
 
 
@@ -128,9 +128,8 @@ def open_places(folder: str, *splits: str) -> Places:
 
 def open_block(folder: str, block: Block, *splits: str) -> pa.Table:
     """Places of some splits (both by default) in one block, in the order of the images table; keys as 16 bytes."""
-    parts = [
-        pa.ipc.open_file(pa.BufferReader(files.read(block.uri(folder, split)))).read_all() for split in splits or SPLITS
-    ]
+    uris = [block.uri(folder, split) for split in splits or SPLITS]
+    parts = [open_arrow(pa.py_buffer(files.read(uri)), uri) for uri in uris]
     return pa.concat_tables(parts).sort_by([("images_file", "ascending"), ("images_row", "ascending")])
 
 

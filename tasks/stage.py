@@ -24,7 +24,7 @@ from tasks.progress import Progress
 from tasks.run_records import is_running
 from tasks.store import INTERMEDIATE, Store
 from tasks.tracking import Tracker
-from unclip import files
+from unclip import files, seals
 from unclip.config import fingerprint, require, to_dict, without_operational
 from unclip.errors import StageError, StorageError, UnclipError
 
@@ -279,6 +279,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
             context = StageContext(run, name, stage_fingerprint, store, tracker, Path(scratch))
             output = call.stage.function(context, call.config, *artifacts)
             files.delete(context.intermediate)
+            seals.cover(context.folder)
     except Exception as error:
         message = _explain(error)
         tracker.bytes(traceback.format_exc().encode(), "error.txt")

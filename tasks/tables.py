@@ -6,7 +6,6 @@ commit names it. So a restarted job finds its finished parts, and committing man
 
 import bisect
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -15,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +24,13 @@ from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from unclip import files as storage
-from unclip.data import ROW_GROUP_ROWS
+from unclip import seals
+from unclip.data import ROW_GROUP_ROWS, read_parquet
 
 ADDED_COLUMNS = {"colour": pa.string()}
 """Columns that tables have gained: files from before are read as if these columns held nulls."""
 _READS_AT_ONCE = 16
+_HASHES_NOTE = "unclip.parts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +81,16 @@ def read(table_uri: str, version: int | None = None, columns: Sequence[str] | No
 
 
 def find_part(table_uri: str, name: str) -> Part | None:
-    """Part of this name from an earlier attempt, committed or not; None if there is none."""
+    """Part of this name from an earlier attempt, committed or not; None if there is none, or a damaged one, which is deleted."""
     file = f"{name}.parquet"
     uri = f"{table_uri}/{file}"
-    return _describe(file, storage.read(uri)) if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    data = storage.read(uri)
+    if seals.check(data) == "damaged":
+        storage.delete(uri)
+        return None
+    return _describe(file, data)
 
 
 def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
@@ -124,7 +131,7 @@ def append_files(
     gone = known.intersection(removed) - {part.name for part in parts}  # a part may equal a file that is there
     changes += [RemoveAction(name, True, now) for name in sorted(gone)]
     hashes = {part.name: part.sha256 for part in new}
-    properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
+    properties = CommitProperties(custom_metadata={**(note or {}), _HASHES_NOTE: json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
     storage.failpoint("before", f"{table_uri}/_delta_log")
     if not exists:
@@ -138,6 +145,7 @@ def append_files(
             table.alter.add_columns(added)  # a commit of its own: one that appends does not change the schema
         table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
+    cover_log(table_uri)
     return DeltaTable(table_uri, storage_options=options).version()
 
 
@@ -160,9 +168,41 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
         storage.failpoint("before", f"{table_uri}/_delta_log")
         table.create_write_transaction(actions, mode="append", schema=table.schema())
         storage.failpoint("after", f"{table_uri}/_delta_log")
+        cover_log(table_uri)
     fresh = DeltaTable(table_uri, storage_options=_options(table_uri))
     purge(table_uri)
     return before - fresh.count()
+
+
+def remove_files(table_uri: str, names: Sequence[str]) -> int:
+    """Remove files with all their rows from the newest version; the files themselves stay. Returns the version."""
+    table, now = DeltaTable(table_uri, storage_options=_options(table_uri)), int(time.time() * 1000)
+    gone: list[AddAction | RemoveAction] = [RemoveAction(name, True, now) for name in sorted(names)]
+    table.create_write_transaction(gone, mode="append", schema=table.schema())
+    cover_log(table_uri)
+    return DeltaTable(table_uri, storage_options=_options(table_uri)).version()
+
+
+def cover_log(table_uri: str) -> None:
+    """Record the sha256 of the files of the table's log in the table's manifest; to be called after each commit."""
+    manifest, log = f"{table_uri}/{seals.MANIFEST}", "_delta_log"
+    known = storage.read_json(manifest)["sha256"] if storage.exists(manifest) else {}
+    rewritten = {f"{log}/_last_checkpoint"}
+    names = [f"{log}/{name}" for name in storage.names(f"{table_uri}/{log}")]
+    hashes = {
+        name: known[name] if name in known.keys() - rewritten else storage.digest(f"{table_uri}/{name}")
+        for name in names
+    }
+    if hashes != known:
+        storage.write_json(manifest, {"sha256": hashes})
+
+
+def recorded_hashes(table_uri: str) -> dict[str, str]:
+    """File name -> sha256, as the commits of `append_files` recorded it; those of old commits may be gone from the log."""
+    table, hashes = DeltaTable(table_uri, storage_options=_options(table_uri)), dict[str, str]()
+    for commit in table.history():
+        hashes |= json.loads(commit.get(_HASHES_NOTE, "{}"))
+    return hashes
 
 
 def purge(table_uri: str) -> None:
@@ -218,32 +258,30 @@ def has_keys(uri: str, keys: pa.Array) -> bool:
         keys: sorted.
     """
 
-    def action() -> bool:
-        with _open(uri) as file:
-            for group in range(file.metadata.num_row_groups):
-                if _may_hold(file.metadata.row_group(group), keys):
-                    column = file.read_row_group(group, columns=["key"])["key"]
-                    if pc.any(pc.is_in(column, value_set=keys)).as_py():
-                        return True
+    def search(file: pq.ParquetFile) -> bool:
+        for group in range(file.metadata.num_row_groups):
+            if _may_hold(file.metadata.row_group(group), keys):
+                column = file.read_row_group(group, columns=["key"])["key"]
+                if pc.any(pc.is_in(column, value_set=keys)).as_py():
+                    return True
         return False
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, search)
 
 
 def read_between(uri: str, start: str, stop: str | None, columns: Sequence[str] | None = None) -> pa.Table:
     """Row groups of a Parquet file that may hold keys from `start` on and, unless it is None, before `stop`."""
 
-    def action() -> pa.Table:
-        with _open(uri) as file:
-            bounds = [_bounds(file.metadata.row_group(group)) for group in range(file.metadata.num_row_groups)]
-            groups = [
-                group
-                for group, found in enumerate(bounds)
-                if found is None or (found[1] >= start and (stop is None or found[0] < stop))
-            ]
-            return file.read_row_groups(groups, columns=None if columns is None else list(columns))
+    def read(file: pq.ParquetFile) -> pa.Table:
+        bounds = [_bounds(file.metadata.row_group(group)) for group in range(file.metadata.num_row_groups)]
+        groups = [
+            group
+            for group, found in enumerate(bounds)
+            if found is None or (found[1] >= start and (stop is None or found[0] < stop))
+        ]
+        return file.read_row_groups(groups, columns=None if columns is None else list(columns))
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, read)
 
 
 def _may_hold(group: pq.RowGroupMetaData, keys: pa.Array) -> bool:
@@ -266,20 +304,19 @@ def read_rows(uri: str, rows: Sequence[int], columns: Sequence[str] | None = Non
     """Rows of a Parquet file by their number, in ascending order; reads only the row groups that hold them."""
     wanted = np.unique(np.asarray(rows, np.int64))
 
-    def action() -> pa.Table:
-        with _open(uri) as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            ends = np.cumsum(sizes)
-            groups = np.searchsorted(ends, wanted, side="right")
-            parts = [
-                file.read_row_group(group, columns=columns and list(columns)).take(
-                    wanted[groups == group] - (ends[group] - sizes[group])
-                )
-                for group in np.unique(groups).tolist()
-            ]
-            return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
+    def read(file: pq.ParquetFile) -> pa.Table:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups = np.searchsorted(ends, wanted, side="right")
+        parts = [
+            file.read_row_group(group, columns=columns and list(columns)).take(
+                wanted[groups == group] - (ends[group] - sizes[group])
+            )
+            for group in np.unique(groups).tolist()
+        ]
+        return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, read)
 
 
 def read_with_commit_times(table_uri: str) -> pa.Table:
@@ -296,38 +333,18 @@ def read_with_commit_times(table_uri: str) -> pa.Table:
 
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one Parquet file; `ADDED_COLUMNS` that it lacks are null if `columns` names them."""
-    filesystem, path = storage.locate(uri)
-
-    def action() -> pa.Table:
-        with filesystem.open_input_file(path) as file:
-            return _with_added(pq.ParquetFile(file).read(columns=None if columns is None else list(columns)), columns)
-
-    return storage.with_retries(uri, action)
+    names = None if columns is None else list(columns)
+    return read_parquet(uri, lambda file: _with_added(file.read(columns=names), columns))
 
 
 def num_rows(uri: str) -> int:
     """Number of rows of a Parquet file, from its footer."""
-    return _footer(uri).metadata.num_rows  # type: ignore[no-any-return]
+    return read_parquet(uri, lambda file: int(file.metadata.num_rows))
 
 
 def file_columns(uri: str) -> list[str]:
     """Column names of a Parquet file, from its footer."""
-    return list(_footer(uri).schema_arrow.names)
-
-
-def _footer(uri: str) -> pq.ParquetFile:
-    def action() -> pq.ParquetFile:
-        with _open(uri) as file:
-            return file
-
-    return storage.with_retries(uri, action)
-
-
-@contextlib.contextmanager
-def _open(uri: str) -> Iterator[pq.ParquetFile]:
-    filesystem, path = storage.locate(uri)
-    with filesystem.open_input_file(path) as file:
-        yield pq.ParquetFile(file)
+    return read_parquet(uri, lambda file: list(file.schema_arrow.names))
 
 
 def last_note(table_uri: str) -> dict[str, str]:
@@ -342,7 +359,10 @@ def write_file(uri: str, table: pa.Table) -> None:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Serialise rows deterministically: the same rows give the same bytes. Images (`jpg`) are not compressed again."""
+    """Serialise rows deterministically: the same rows give the same bytes. Images (`jpg`) are not compressed again.
+
+    Pages have checksums, and the file has a seal.
+    """
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     codec = {name: "none" if name == "jpg" else "zstd" for name in table.column_names}
     buffer = io.BytesIO()
@@ -353,8 +373,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
         compression=codec if "jpg" in codec else "zstd",
         use_dictionary=texts,
         write_statistics=[name for name in table.column_names if name != "jpg"],
+        write_page_checksum=True,
     )
-    return buffer.getvalue()
+    return seals.seal(buffer.getbuffer())
 
 
 def content_digest(table: pa.Table) -> str:

@@ -23,7 +23,7 @@ from tasks.store import INTERMEDIATE, Store
 from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, hosts_of, load_tombstones, refuse
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tasks.untrusted.normalise import normalise_url
-from unclip import files
+from unclip import files, seals
 from unclip.errors import InputError
 
 
@@ -264,7 +264,8 @@ def _redact_reports(store: Store, keys: frozenset[str]) -> None:
         if store.exists(*folder, "report.html"):
             page = files.read(store.uri(*folder, "report.html")).decode()
             if redact(page, keys) != page:
-                files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
+                with seals.changing(store.uri(*folder), "report.html"):
+                    files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
 
 
 def _delete_previews(store: Store, keys: frozenset[str]) -> None:
@@ -275,7 +276,8 @@ def _delete_previews(store: Store, keys: frozenset[str]) -> None:
             if files.exists(f"{folder}/{PREVIEWS}"):
                 is_recorded = files.exists(f"{folder}/{PREVIEW_KEYS}")
                 if not is_recorded or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
-                    files.delete(f"{folder}/{PREVIEWS}")
+                    with seals.changing(folder, f"{PREVIEWS}/"):
+                        files.delete(f"{folder}/{PREVIEWS}")
 
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:

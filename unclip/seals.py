@@ -1,0 +1,139 @@
+"""Digests that files carry, so that a flipped bit is found wherever it is.
+
+    Parquet, Arrow      a seal between the data and the footer: the sha256 of what precedes it and of what follows it; readers
+                        of these formats go by the footer and never see it
+    JSON objects        the key `checksum`; see `unclip.files.write_json`
+    other files         a `manifest.json` in their folder with the sha256 of each; see also `unclip.training.checkpoints`
+
+A seal moves with its file, needs no second file, and is checked in two parts: readers check the footer, and pyarrow the
+checksums of the pages that it reads; `check` reads the whole file.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from unclip import files
+from unclip.errors import DamagedError
+
+State = Literal["sound", "damaged", "not covered"]
+
+MANIFEST = "manifest.json"
+SEALED = (".parquet", ".arrow")
+"""Endings of the names of sealed files."""
+
+_MARK = bytes.fromhex("b8f1a3d0756e636c6970007365616c01")
+_SEAL_BYTES = len(_MARK) + 2 * 32
+_ENDINGS = {b"PAR1": 4, b"ARROW1": 4}  # magic -> bytes before it that hold the length of the footer
+_TAIL_BYTES = 1 << 16
+
+
+def seal(data: bytes) -> bytes:
+    """Return a Parquet or Arrow file with a seal."""
+    start = _footer_start(data, len(data))
+    assert start is not None, "got neither Parquet nor Arrow"
+    head, tail = memoryview(data)[:start], memoryview(data)[start:]
+    return b"".join([head, _MARK, _sha256(head), _sha256(tail), tail])
+
+
+def check(data: Any) -> State:
+    """Check all bytes of a Parquet or Arrow file.
+
+    Args:
+        data: bytes, or another object with the buffer protocol.
+    """
+    view = memoryview(data)
+    start = _footer_start(view[-16:], len(view))
+    if start is None or start < _SEAL_BYTES:
+        return "damaged" if start is None or bytes(view).rfind(_MARK) >= 0 else "not covered"
+    found = bytes(view[start - _SEAL_BYTES : start])
+    expected = _MARK + _sha256(view[: start - _SEAL_BYTES]) + _sha256(view[start:])
+    if found == expected:
+        return "sound"
+    # A file of an earlier version has no part of a seal; one with a damaged length of its footer has it elsewhere.
+    parts = [slice(0, 16), slice(16, 48), slice(48, 80)]
+    is_sealed = any(found[part] == expected[part] for part in parts) or bytes(view).rfind(_MARK) >= 0
+    return "damaged" if is_sealed else "not covered"
+
+
+def read_footer(file: Any, uri: str) -> bytes:
+    """Read and check the footer of a Parquet file, with what follows it: a Parquet file without rows.
+
+    Args:
+        file: an open `pyarrow.NativeFile`.
+
+    Raises:
+        DamagedError: it does not match its seal, or there is no footer.
+    """
+    size = file.size()
+    tail = _read_end(file, size, min(size, _TAIL_BYTES))
+    start = _footer_start(tail, size)
+    if start is None:
+        raise damaged(uri, "its footer is missing")
+    if size - start + _SEAL_BYTES > len(tail):
+        tail = _read_end(file, size, min(size, size - start + _SEAL_BYTES))
+    footer = tail[len(tail) - (size - start) :]
+    found = tail[: len(tail) - len(footer)][-_SEAL_BYTES:]
+    is_sealed = found.startswith(_MARK)
+    if (is_sealed and found[-32:] != _sha256(footer)) or (not is_sealed and _MARK in tail):
+        raise damaged(uri, "its footer does not match its seal")
+    return footer
+
+
+def damaged(uri: str, reason: str) -> DamagedError:
+    return DamagedError(f"{uri}: {reason}. The file is damaged; `unclip verify` says what it is and what to run again.")
+
+
+def cover(folder: str) -> None:
+    """Write the manifest of the files of a folder that carry no seal and are under no manifest of an inner folder."""
+    names = [entry.name for entry in files.walk(folder)]
+    inner = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST}")}
+    uncovered = [
+        name for name in names if not name.endswith(SEALED) and name != MANIFEST and inner.isdisjoint(_folders_of(name))
+    ]
+    if uncovered:
+        hashes = {name: files.digest(f"{folder}/{name}") for name in uncovered}
+        files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes})
+
+
+@contextlib.contextmanager
+def changing(folder: str, prefix: str) -> Iterator[None]:
+    """Change the files whose names begin with `prefix` in a folder that may have a manifest.
+
+    After a kill the folder has no manifest, so that its files are not covered rather than wrong.
+    """
+    manifest = f"{folder}/{MANIFEST}"
+    if not files.exists(manifest):
+        yield
+        return
+    hashes = files.read_json(manifest)["sha256"]
+    files.delete(manifest)
+    yield
+    others = {name: digest for name, digest in hashes.items() if not name.startswith(prefix)}
+    names = [entry.name for entry in files.walk(folder) if entry.name in hashes and entry.name.startswith(prefix)]
+    files.write_json(manifest, {"sha256": {**others, **{name: files.digest(f"{folder}/{name}") for name in names}}})
+
+
+def _folders_of(name: str) -> Iterator[str]:
+    """Yield all folders above a relative path."""
+    while name := name.rpartition("/")[0]:
+        yield name
+
+
+def _footer_start(end: Any, size: int) -> int | None:
+    """Position of the footer in a file of `size` bytes that ends with `end`; None if the file has no valid ending."""
+    for magic, width in _ENDINGS.items():
+        if bytes(end[-len(magic) :]) == magic:
+            length = int.from_bytes(bytes(end[-len(magic) - width : -len(magic)]), "little")
+            start = size - len(magic) - width - length
+            return start if start >= len(magic) else None
+    return None
+
+
+def _read_end(file: Any, size: int, count: int) -> bytes:
+    return bytes(file.read_at(count, size - count))
+
+
+def _sha256(data: Any) -> bytes:
+    return hashlib.sha256(data).digest()
