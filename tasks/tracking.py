@@ -100,8 +100,14 @@ class Tracker:
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
         self._try(lambda client: client.log_inputs(self.run_id, [entry]))
 
-    def register(self, folder: str, artifact: str, name: str, alias: str) -> str | None:
-        """Log a folder as an artifact, make it a new version of a registered model and move an alias to it.
+    def register(self, folder: str, name: str, alias: str) -> str | None:
+        """Make a stack a new version of a registered model and move an alias to it.
+
+        The version refers to the folder itself, so that there is one copy. Only a server that cannot know the folder, since it
+        is a path of this machine, gets a copy among the artifacts of this run.
+
+        Args:
+            folder: path or URI.
 
         Returns:
             The version, or None if MLflow did not accept it.
@@ -109,13 +115,15 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         def action(client: Any) -> str:
-            client.log_artifacts(self.run_id, folder, artifact)
             try:
                 client.create_registered_model(name)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            source = f"{client.get_run(self.run_id).info.artifact_uri}/{artifact}"
+            source = folder
+            if "://" not in folder and self.tracking_uri.startswith(("http", "databricks")):
+                client.log_artifacts(self.run_id, folder, "stack")
+                source = f"{client.get_run(self.run_id).info.artifact_uri}/stack"
             version = str(client.create_model_version(name, source, self.run_id).version)
             client.set_registered_model_alias(name, alias, version)
             return version

@@ -247,6 +247,12 @@ def size(uri: str) -> int:
     return sum(entry.size for entry in walk(uri))
 
 
+def size_of(uri: str) -> int:
+    """Bytes of a file; 0 if it does not exist."""
+    filesystem, path = locate(uri)
+    return int(with_retries(uri, lambda: filesystem.get_file_info(path)).size or 0)
+
+
 def digest(uri: str) -> str:
     """sha256 of a file, which is read in pieces."""
     filesystem, path = locate(uri)

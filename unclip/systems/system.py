@@ -235,7 +235,7 @@ def save_stack(folder: str, stack: StackFiles) -> None:
     for name, source in copied.items():
         if source != f"{folder}/{name}":
             for file in files.names(source):
-                files.write(f"{folder}/{name}/{file}", files.read(f"{source}/{file}"))
+                files.copy(f"{source}/{file}", f"{folder}/{name}/{file}")
     description = {
         "system": stack.system,
         "parts": list(stack.models),
