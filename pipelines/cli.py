@@ -4,10 +4,10 @@ from typing import Any
 
 import click
 
-from pipelines.commands import data, edit, estimate, exchange, plan_train, run, sample, takedown, train, ui, verify
+from pipelines.commands import data, edit, estimate, exchange, gc, plan_train, run, sample, takedown, train, ui, verify
 from unclip.errors import UnclipError
 
-MODULES = (run, takedown, verify, data, ui, sample, edit, exchange, train, plan_train, estimate)
+MODULES = (run, takedown, verify, gc, data, ui, sample, edit, exchange, train, plan_train, estimate)
 
 
 class Commands(click.Group):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tasks import tables
+from tasks.run_records import is_running, stage_events
 from tasks.store import Store
 from unclip.errors import DamagedError
 
@@ -95,6 +96,17 @@ def last_reached(store: Store) -> Iterator[tuple[str, Folder]]:
             found[pipeline, event["stage"]] = Folder(event["stage"], event["fingerprint"])
     for (pipeline, _), folder in found.items():
         yield pipeline, folder
+
+
+def in_use(store: Store) -> set[Folder]:
+    """Folders of all stages that runs which are still running have reached."""
+    found = set()
+    for run_id in store.list("runs"):
+        path = ("runs", run_id, "run.json")
+        if store.exists(*path) and is_running(store.read_json(*path)):
+            events = stage_events(store, run_id).values()
+            found |= {Folder(event["stage"], event["fingerprint"]) for event in events if event.get("fingerprint")}
+    return found
 
 
 def pipelines(store: Store) -> dict[Folder, str]:

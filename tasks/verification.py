@@ -65,6 +65,8 @@ class Problem:
 
 def state_of(item: Item) -> State:
     """Check all bytes of a file."""
+    if not files.exists(item.uri):
+        return "missing"
     try:
         if item.sha256 is not None:
             return "sound" if files.digest(item.uri) == item.sha256 else "damaged"
@@ -75,13 +77,13 @@ def state_of(item: Item) -> State:
         if item.uri.endswith(seals.SEALED):
             state: State = seals.check(_content(item.uri))
         elif item.uri.endswith(".json"):
-            state = _state_of_json(files.read(item.uri))
+            state = state_of_json(files.read(item.uri))
         else:
             state = "not covered"
         if state == "not covered" and item.committed is not None:
             return "sound" if files.digest(item.uri) == item.committed else "damaged"
         return state
-    except FileNotFoundError:
+    except FileNotFoundError:  # deleted meanwhile
         return "missing"
 
 
@@ -92,7 +94,8 @@ def _content(uri: str) -> Any:
     return pa.memory_map(uri).read_buffer() if Path(uri).stat().st_size else b""
 
 
-def _state_of_json(data: bytes) -> State:
+def state_of_json(data: bytes) -> State:
+    """Check all bytes of a JSON file that `files.write_json` wrote."""
     try:
         value = json.loads(data)
     except ValueError:
@@ -214,13 +217,13 @@ class _Survey:
             yield Item(f"{table}/{each}", size, what, remedy, committed=committed.get(each), part=part)
 
     def _folders(self) -> Iterator[Item]:
-        """Files of all stages that are done, and whatever their records refer to."""
+        """Files of all stages that are done, and whatever records refer to in them."""
         values = {folder: record for folder, record in self.records.items() if record is not None}
         named: dict[Folder, set[str]] = collections.defaultdict(set)
         for record in [*values.values(), *self.versions, *self._published()]:
             for folder, path in references.folders_in(record):
                 named[folder].add(path)
-        for folder in sorted({*self.records, *named}):
+        for folder in sorted(self.records):
             what = f"file of the stage {folder.stage}"
             yield from self._folder(folder.path, what, self._rerun(folder), folder, named[folder])
 
@@ -238,7 +241,7 @@ class _Survey:
         expected = _expected(root, [name for name in entries if _name(name) == MANIFEST])
         for name, entry in entries.items():
             yield Item(f"{root}/{name}", entry.size, what, remedy, expected.get(name), folder=folder)
-        missing = {*expected, *_missing_ranges(entries)} - entries.keys()
+        missing = {*expected, *_others(root), *_missing_ranges(entries)} - entries.keys()
         missing |= {name for name in named if name and not any(_is_in(entry, name) for entry in entries)}
         for name in sorted(missing):
             yield Item(f"{root}/{name}", 0, what, remedy, folder=folder)
@@ -303,6 +306,14 @@ def _expected(root: str, manifests: Iterable[str]) -> dict[str, str]:
         except (DamagedError, KeyError, TypeError, AttributeError):  # the manifest itself is an item
             continue
     return found
+
+
+def _others(root: str) -> list[str]:
+    """Names of the files that a folder's manifest expects without a digest; see `seals.cover`."""
+    manifest = f"{root}/{MANIFEST}"
+    with contextlib.suppress(DamagedError, AttributeError, TypeError):
+        return list(files.read_json(manifest).get("others", ())) if files.exists(manifest) else []
+    return []
 
 
 def _missing_ranges(names: Iterable[str]) -> set[str]:

@@ -218,6 +218,10 @@ class Entry:
     """Bytes."""
     modified: float
     """Time of the last change, seconds since 1970."""
+    inode: tuple[int, int] | None = None
+    """Identity of a local file, which all its names have in common."""
+    num_links: int = 1
+    """Number of its names."""
 
 
 def walk(uri: str) -> list[Entry]:
@@ -229,7 +233,8 @@ def walk(uri: str) -> list[Entry]:
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                     status = os.stat(os.path.join(folder, base))
                     name = os.path.relpath(os.path.join(folder, base), local)
-                    found.append(Entry(name, status.st_size, status.st_mtime))
+                    inode = (status.st_dev, status.st_ino)
+                    found.append(Entry(name, status.st_size, status.st_mtime, inode, status.st_nlink))
         return sorted(found, key=lambda entry: entry.name)
     import pyarrow.fs as pafs
 

@@ -86,33 +86,37 @@ def damaged(uri: str, reason: str) -> DamagedError:
 
 
 def cover(folder: str) -> None:
-    """Write the manifest of the files of a folder that carry no seal and are under no manifest of an inner folder."""
-    names = [entry.name for entry in files.walk(folder)]
+    """Write the manifest of a folder: `sha256` of each file that has no digest elsewhere, and the names of the `others`.
+
+    The others are sealed, or under the manifest of an inner folder.
+    """
+    names = [entry.name for entry in files.walk(folder) if entry.name != MANIFEST]
     inner = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST}")}
-    uncovered = [
-        name for name in names if not name.endswith(SEALED) and name != MANIFEST and inner.isdisjoint(_folders_of(name))
-    ]
-    if uncovered:
-        hashes = {name: files.digest(f"{folder}/{name}") for name in uncovered}
-        files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes})
+    others = [name for name in names if name.endswith(SEALED) or not inner.isdisjoint(_folders_of(name))]
+    if names:
+        hashes = {name: files.digest(f"{folder}/{name}") for name in names if name not in set(others)}
+        files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes, "others": others})
 
 
 @contextlib.contextmanager
 def changing(folder: str, prefix: str) -> Iterator[None]:
-    """Change the files whose names begin with `prefix` in a folder that may have a manifest.
+    """Change or delete files whose names begin with `prefix`, in a folder that may have a manifest.
 
-    After a kill the folder has no manifest, so that its files are not covered rather than wrong.
+    After a kill the manifest does not have these files, so that they are not covered rather than wrong.
     """
     manifest = f"{folder}/{MANIFEST}"
-    if not files.exists(manifest):
+    before = files.read_json(manifest) if files.exists(manifest) else None
+    if before is None:
         yield
         return
-    hashes = files.read_json(manifest)["sha256"]
-    files.delete(manifest)
+    hashes = {name: digest for name, digest in before["sha256"].items() if not name.startswith(prefix)}
+    others = [name for name in before.get("others", ()) if not name.startswith(prefix)]
+    files.write_json(manifest, {"sha256": hashes, "others": others})
     yield
-    others = {name: digest for name, digest in hashes.items() if not name.startswith(prefix)}
-    names = [entry.name for entry in files.walk(folder) if entry.name in hashes and entry.name.startswith(prefix)]
-    files.write_json(manifest, {"sha256": {**others, **{name: files.digest(f"{folder}/{name}") for name in names}}})
+    left = [entry.name for entry in files.walk(folder) if entry.name.startswith(prefix)]
+    hashes |= {name: files.digest(f"{folder}/{name}") for name in left if name in before["sha256"]}
+    others = sorted([*others, *(name for name in left if name in before.get("others", ()))])
+    files.write_json(manifest, {"sha256": hashes, "others": others})
 
 
 def _folders_of(name: str) -> Iterator[str]:
