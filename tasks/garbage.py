@@ -11,6 +11,7 @@ something as complete first, so that after a kill nothing looks finished that is
 """
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from tasks.references import Folder
 from tasks.store import INTERMEDIATE, Store
 from tasks.tracking import checked_client
 from unclip import files, seals
+from unclip.errors import DamagedError
 
 CHECKPOINTS = ("checkpoints", "workers")
 """Folders of a training that only an unfinished one needs."""
@@ -65,7 +67,8 @@ def delete(store: Store, garbage: Iterable[Garbage]) -> None:
         if each.record is not None:
             files.delete(store.uri(*each.record))
         root, (folder, _, name) = store.uri(each.path), each.path.rpartition("/")
-        with seals.changing(store.uri(folder), f"{name}/"):
+        is_inner = each.path.startswith("artifacts/") and each.path.count("/") > 2
+        with seals.changing(store.uri(folder), f"{name}/") if is_inner else contextlib.nullcontext():
             for entry in files.walk(root):
                 if entry.name.endswith(".json"):  # manifests and plans
                     files.delete(f"{root}/{entry.name}")
@@ -77,6 +80,12 @@ class _Search:
     def __init__(self, store: Store, latest: float, tracking_uris: Sequence[str]) -> None:
         self.store, self.latest = store, latest
         self.records: dict[Folder, Any] = dict(references.committed(store))
+        for folder, record in self.records.items():
+            if record is None:
+                uri = store.uri(*folder.record)
+                raise DamagedError(
+                    f"{uri}: the record is damaged, so what it needs is not known. Run `unclip verify` first."
+                )
         self.versions = references.dataset_versions(store)
         self.named = {
             (folder, path.partition("/")[0]) for folder, path in references.folders_in(list(self.records.values()))

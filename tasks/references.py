@@ -1,5 +1,6 @@
 """References between the records of a storage: the stage folders and table versions that a JSON value names."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,11 @@ def dataset_versions(store: Store) -> list[dict[str, Any]]:
 
 
 def last_reached(store: Store) -> Iterator[tuple[str, Folder]]:
-    """Yield for each pipeline, and each stage that a run of it reached, the folder of the last run."""
+    """Yield for each pipeline, and each stage that a run of it reached, the folder of the last run.
+
+    Raises:
+        DamagedError: a record of a run cannot be read.
+    """
     found: dict[tuple[str, str], Folder] = {}
     for pipeline, event in _events(store):
         if event.get("fingerprint"):
@@ -113,23 +118,20 @@ def pipelines(store: Store) -> dict[Folder, str]:
     """Stage folder -> pipeline of the last run that made or used it."""
     return {
         Folder(event["stage"], event["fingerprint"]): pipeline
-        for pipeline, event in _events(store)
+        for pipeline, event in _events(store, skips_damaged=True)
         if event.get("fingerprint")
     }
 
 
-def _events(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the pipeline and the last event of each stage of each run, oldest run first; damaged ones are left out."""
+def _events(store: Store, skips_damaged: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the pipeline and the last event of each stage of each run, oldest run first."""
+    suppressed = contextlib.suppress(DamagedError) if skips_damaged else contextlib.nullcontext()
     for run_id in store.list("runs"):
-        try:
-            pipeline = store.read_json("runs", run_id, "run.json")["pipeline"]
-        except (DamagedError, FileNotFoundError):
-            continue
-        for name in store.list("runs", run_id):
-            if name.endswith(".json") and name != "run.json":
-                try:
+        names = store.list("runs", run_id)
+        with suppressed:
+            pipeline = store.read_json("runs", run_id, "run.json")["pipeline"] if "run.json" in names else None
+            for name in names if pipeline else ():
+                if name.endswith(".json") and name != "run.json":
                     event = store.read_json("runs", run_id, name)
-                except DamagedError:
-                    continue
-                if "stage" in event:
-                    yield pipeline, event
+                    if "stage" in event:
+                        yield pipeline, event

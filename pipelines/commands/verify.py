@@ -52,6 +52,8 @@ def verify(jobs: int, drop: bool, storage: str | None, as_json: bool) -> None:
             not_covered[item.what] += 1
     if drop and problems:
         with lock(store):
+            again = check_all([problem.item for problem in problems], jobs)  # nothing writes now
+            problems = [problem for problem, state in zip(problems, again, strict=True) if state == problem.state]
             remaining = drop_problems(store, problems)
     else:
         remaining = problems
