@@ -8,10 +8,12 @@ import re
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from unclip import files
 from unclip.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -103,8 +105,8 @@ class Tracker:
     def register(self, folder: str, name: str, alias: str) -> str | None:
         """Make a stack a new version of a registered model and move an alias to it.
 
-        The version refers to the folder itself, so that there is one copy. Only a server that cannot know the folder, since it
-        is a path of this machine, gets a copy among the artifacts of this run.
+        If the run's artifacts are in a local folder, they get links to the files of a local stack, which take no space. A server
+        gets a copy. A stack in an object store is referred to where it is.
 
         Args:
             folder: path or URI.
@@ -115,15 +117,20 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         def action(client: Any) -> str:
+            artifacts = client.get_run(self.run_id).info.artifact_uri
+            location = urllib.parse.urlsplit(artifacts)
+            source = folder if "://" in folder else f"{artifacts}/stack"
+            if source != folder and location.scheme in ("", "file"):
+                destination = f"{urllib.parse.unquote(location.path) if location.scheme else artifacts}/stack"
+                for entry in files.walk(folder):
+                    files.copy(f"{folder}/{entry.name}", f"{destination}/{entry.name}")
+            elif source != folder:
+                client.log_artifacts(self.run_id, folder, "stack")
             try:
                 client.create_registered_model(name)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            source = folder
-            if "://" not in folder and self.tracking_uri.startswith(("http", "databricks")):
-                client.log_artifacts(self.run_id, folder, "stack")
-                source = f"{client.get_run(self.run_id).info.artifact_uri}/stack"
             version = str(client.create_model_version(name, source, self.run_id).version)
             client.set_registered_model_alias(name, alias, version)
             return version

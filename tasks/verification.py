@@ -274,9 +274,7 @@ class _Survey:
         remedy = "restore mlflow.db and mlflow-artifacts from a copy"
         if not self.store.is_local:
             return
-        for entry in files.walk(self.store.uri("mlflow-artifacts")):
-            uri = self.store.uri("mlflow-artifacts", entry.name)
-            yield Item(uri, entry.size, "artifact of MLflow", remedy, is_foreign=True)
+        yield from self._folder(("mlflow-artifacts",), "artifact of MLflow", remedy)
         if self.store.exists("mlflow.db"):
             yield self._file("mlflow.db", what="database of MLflow", remedy=remedy, is_foreign=True)
 
