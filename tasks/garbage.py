@@ -79,6 +79,7 @@ def delete(store: Store, garbage: Iterable[Garbage]) -> None:
 class _Search:
     def __init__(self, store: Store, latest: float, tracking_uris: Sequence[str]) -> None:
         self.store, self.latest = store, latest
+        self.committed = {entry.name: entry.modified for entry in files.walk(store.uri("stages"))}
         self.records: dict[Folder, Any] = dict(references.committed(store))
         for folder, record in self.records.items():
             if record is None:
@@ -125,7 +126,7 @@ class _Search:
     def _folder(self, folder: Folder) -> Iterator[Garbage]:
         is_done, path = folder in self.records, "/".join(folder.path)
         entries = files.walk(self.store.uri(path))
-        if folder not in self.needed and folder.stage not in SELECTING:
+        if folder not in self.needed and not (is_done and folder.stage in SELECTING):
             what = f"result of the stage {folder.stage}" if is_done else f"unfinished stage {folder.stage}"
             yield from self._below(path, entries, what, folder.record if is_done else None)
         elif is_done:
@@ -148,8 +149,9 @@ class _Search:
         self, path: str, entries: Sequence[files.Entry], what: str, record: tuple[str, ...] | None = None
     ) -> Iterator[Garbage]:
         """Yield the files as garbage, unless one of them has changed lately."""
-        is_old = all(entry.modified <= self.latest for entry in entries)
-        if is_old and (entries or record):
+        times = [entry.modified for entry in entries]
+        times += [] if record is None else [self.committed["/".join(record[1:])]]
+        if times and max(times) <= self.latest:
             yield Garbage(path, what, len(entries), self._freed(entries), record)
 
     def _parts(self, path: tuple[str, ...]) -> Iterator[Garbage]:

@@ -183,7 +183,9 @@ def test_the_published_stack_samples_with_both_upsamplers(finished: Path) -> Non
     assert len({records(finished)[f"upsampler-{resolution}"]["digest"] for resolution in (32, 64)}) == 2
 
 
-def test_a_model_is_stored_once_and_mlflow_loads_the_registered_version(finished: Path) -> None:
+def test_a_model_is_stored_once_and_mlflow_loads_the_registered_version(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow.artifacts import download_artifacts
 
     places: dict[str, set[int]] = {}
@@ -191,8 +193,8 @@ def test_a_model_is_stored_once_and_mlflow_loads_the_registered_version(finished
         if "checkpoints" not in path.parts:
             places.setdefault(files.digest(str(path)), set()).add(path.stat().st_ino)
     assert len(places) > 10 and {len(inodes) for inodes in places.values()} == {1}
-    uri, name = f"sqlite:///{finished}/mlflow.db", "models:/unclip-tiny@latest-published"
-    folder = str(download_artifacts(name, tracking_uri=uri))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished}/mlflow.db")
+    folder = str(download_artifacts("models:/unclip-tiny@latest-published"))
     assert load_system(folder).image_size == 64
 
 
