@@ -225,11 +225,11 @@ class Entry:
 
 
 def walk(uri: str) -> list[Entry]:
-    """All files in a folder and below it, sorted by name; none if it does not exist."""
+    """All files in a folder and below it but temporary ones, sorted by name; none if it does not exist."""
     if local := _local(uri):
         found = []
         for folder, _, base_names in os.walk(local):
-            for base in base_names:
+            for base in (name for name in base_names if not name.endswith(_TEMPORARY)):
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                     status = os.stat(os.path.join(folder, base))
                     name = os.path.relpath(os.path.join(folder, base), local)

@@ -11,6 +11,7 @@ checksums of the pages that it reads; `check` reads the whole file.
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -88,11 +89,15 @@ def damaged(uri: str, reason: str) -> DamagedError:
 def cover(folder: str) -> None:
     """Write the manifest of a folder: `sha256` of each file that has no digest elsewhere, and the names of the `others`.
 
-    The others are sealed, or under the manifest of an inner folder.
+    The others are sealed, have a checksum, or are under the manifest of an inner folder.
     """
     names = [entry.name for entry in files.walk(folder) if entry.name != MANIFEST]
     inner = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST}")}
-    others = [name for name in names if name.endswith(SEALED) or not inner.isdisjoint(_folders_of(name))]
+    others = [
+        name
+        for name in names
+        if name.endswith(SEALED) or not inner.isdisjoint(_folders_of(name)) or _has_checksum(f"{folder}/{name}")
+    ]
     if names:
         hashes = {name: files.digest(f"{folder}/{name}") for name in names if name not in set(others)}
         files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes, "others": others})
@@ -117,6 +122,13 @@ def changing(folder: str, prefix: str) -> Iterator[None]:
     hashes |= {name: files.digest(f"{folder}/{name}") for name in left if name in before["sha256"]}
     others = sorted([*others, *(name for name in left if name in before.get("others", ()))])
     files.write_json(manifest, {"sha256": hashes, "others": others})
+
+
+def _has_checksum(uri: str) -> bool:
+    if not uri.endswith(".json"):
+        return False
+    value = json.loads(files.read(uri))
+    return isinstance(value, dict) and files.CHECKSUM in value
 
 
 def _folders_of(name: str) -> Iterator[str]:

@@ -88,19 +88,22 @@ def test_files_without_a_seal_are_under_the_manifest_of_their_folder(tmp_path: P
     for name, data in contents.items():
         files.write(f"{folder}/{name}", data)
     files.write_json(f"{folder}/model/manifest.json", {"sha256": {}})
+    files.write_json(f"{folder}/plan.json", {"a": 1})
+    files.write_json(f"{folder}/previews/keys.json", ["k"])
     seals.cover(folder)
-    hashes = {name: files.sha256(contents[name]) for name in ("a.png", "previews/b.png")}
-    others = ["d.parquet", "model/c.bin", "model/manifest.json"]
+    contents["previews/keys.json"] = files.encode_json(["k"])
+    hashes = {name: files.sha256(contents[name]) for name in ("a.png", "previews/b.png", "previews/keys.json")}
+    others = ["d.parquet", "model/c.bin", "model/manifest.json", "plan.json"]
     assert files.read_json(f"{folder}/manifest.json") == {"sha256": hashes, "others": others}
     with seals.changing(folder, "previews/"):
         of_a = {"a.png": hashes["a.png"]}
         assert files.read_json(f"{folder}/manifest.json") == {"sha256": of_a, "others": others}, "after a kill"
         files.write(f"{folder}/previews/b.png", b"B")
-    changed = {**of_a, "previews/b.png": files.sha256(b"B")}
+    changed = {**hashes, "previews/b.png": files.sha256(b"B")}
     assert files.read_json(f"{folder}/manifest.json") == {"sha256": changed, "others": others}
     with seals.changing(folder, "model/"):
         files.delete(f"{folder}/model")
-    assert files.read_json(f"{folder}/manifest.json") == {"sha256": changed, "others": ["d.parquet"]}
+    assert files.read_json(f"{folder}/manifest.json") == {"sha256": changed, "others": ["d.parquet", "plan.json"]}
 
 
 def test_a_copy_takes_no_space_and_follows_no_later_change(tmp_path: Path) -> None:
