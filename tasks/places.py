@@ -19,7 +19,7 @@ from tasks.index import index_files, read_index
 from tasks.keys import key_octets
 from tasks.ranges import KeyRange
 from unclip import files, seals
-from unclip.data import Places, open_arrow, vectors
+from unclip.data import Places, vectors
 from unclip.errors import StageError
 
 SPLITS = ("train", "holdout")
@@ -128,8 +128,12 @@ def open_places(folder: str, *splits: str) -> Places:
 
 def open_block(folder: str, block: Block, *splits: str) -> pa.Table:
     """Places of some splits (both by default) in one block, in the order of the images table; keys as 16 bytes."""
-    uris = [block.uri(folder, split) for split in splits or SPLITS]
-    parts = [open_arrow(pa.py_buffer(files.read(uri)), uri) for uri in uris]
+    parts = []
+    for split in splits or SPLITS:
+        uri = block.uri(folder, split)
+        file = pa.BufferReader(files.read(uri))
+        seals.require_sound(file, uri)
+        parts.append(pa.ipc.open_file(file).read_all())
     return pa.concat_tables(parts).sort_by([("images_file", "ascending"), ("images_row", "ascending")])
 
 

@@ -87,7 +87,7 @@ def find_part(table_uri: str, name: str) -> Part | None:
     if not storage.exists(uri):
         return None
     data = storage.read(uri)
-    if seals.check(data) == "damaged":
+    if seals.check(pa.BufferReader(data)) == "damaged":
         storage.delete(uri)
         return None
     return _describe(file, data)

@@ -12,10 +12,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
-
-import pyarrow as pa
 
 from tasks import index, references, tables
 from tasks.references import Folder, Version
@@ -75,7 +72,7 @@ def state_of(item: Item) -> State:
         if item.is_foreign:
             return "not covered"
         if item.uri.endswith(seals.SEALED):
-            state: State = seals.check(_content(item.uri))
+            state = _state_of_sealed(item.uri)
         elif item.uri.endswith(".json"):
             state = state_of_json(files.read(item.uri))
         else:
@@ -87,11 +84,14 @@ def state_of(item: Item) -> State:
         return "missing"
 
 
-def _content(uri: str) -> Any:
-    """Bytes of a file, mapped into memory if it is local."""
-    if "://" in uri:
-        return files.read(uri)
-    return pa.memory_map(uri).read_buffer() if Path(uri).stat().st_size else b""
+def _state_of_sealed(uri: str) -> State:
+    filesystem, path = files.locate(uri)
+
+    def action() -> State:
+        with filesystem.open_input_file(path) as file:
+            return seals.check(file)
+
+    return files.with_retries(uri, action)
 
 
 def state_of_json(data: bytes) -> State:

@@ -28,6 +28,7 @@ _MARK = bytes.fromhex("b8f1a3d0756e636c6970007365616c01")
 _SEAL_BYTES = len(_MARK) + 2 * 32
 _ENDINGS = {b"PAR1": 4, b"ARROW1": 4}  # magic -> bytes before it that hold the length of the footer
 _TAIL_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 20
 
 
 def seal(data: bytes) -> bytes:
@@ -38,24 +39,37 @@ def seal(data: bytes) -> bytes:
     return b"".join([head, _MARK, _sha256(head), _sha256(tail), tail])
 
 
-def check(data: Any) -> State:
-    """Check all bytes of a Parquet or Arrow file.
+def check(file: Any) -> State:
+    """Check all bytes of a Parquet or Arrow file, which is read in pieces.
 
     Args:
-        data: bytes, or another object with the buffer protocol.
+        file: an open `pyarrow.NativeFile`.
     """
-    view = memoryview(data)
-    start = _footer_start(view[-16:], len(view))
-    if start is None or start < _SEAL_BYTES:
-        return "damaged" if start is None or bytes(view).rfind(_MARK) >= 0 else "not covered"
-    found = bytes(view[start - _SEAL_BYTES : start])
-    expected = _MARK + _sha256(view[: start - _SEAL_BYTES]) + _sha256(view[start:])
-    if found == expected:
-        return "sound"
-    # A file of an earlier version has no part of a seal; one with a damaged length of its footer has it elsewhere.
-    parts = [slice(0, 16), slice(16, 48), slice(48, 80)]
-    is_sealed = any(found[part] == expected[part] for part in parts) or bytes(view).rfind(_MARK) >= 0
-    return "damaged" if is_sealed else "not covered"
+    size = file.size()
+    start = _footer_start(_read_end(file, size, min(size, 16)), size)
+    if start is None:
+        return "damaged"
+    if start >= _SEAL_BYTES:
+        found = file.read_at(_SEAL_BYTES, start - _SEAL_BYTES)
+        expected = _MARK + _digest_of(file, 0, start - _SEAL_BYTES) + _digest_of(file, start, size)
+        if found == expected:
+            return "sound"
+        # A file of an earlier version has no part of a seal.
+        parts = [slice(0, 16), slice(16, 48), slice(48, 80)]
+        if any(found[part] == expected[part] for part in parts):
+            return "damaged"
+    # With a damaged length of its footer, a sealed file has its seal elsewhere.
+    return "damaged" if _has_mark(file, size) else "not covered"
+
+
+def require_sound(file: Any, uri: str) -> None:
+    """Check all bytes of a file that may have a seal.
+
+    Raises:
+        DamagedError: it does not match its seal.
+    """
+    if check(file) == "damaged":
+        raise damaged(uri, "it does not match its seal")
 
 
 def read_footer(file: Any, uri: str) -> bytes:
@@ -149,6 +163,20 @@ def _footer_start(end: Any, size: int) -> int | None:
 
 def _read_end(file: Any, size: int, count: int) -> bytes:
     return bytes(file.read_at(count, size - count))
+
+
+def _digest_of(file: Any, start: int, stop: int) -> bytes:
+    digest = hashlib.sha256()
+    for position in range(start, stop, _PIECE_BYTES):
+        digest.update(file.read_at(min(_PIECE_BYTES, stop - position), position))
+    return digest.digest()
+
+
+def _has_mark(file: Any, size: int) -> bool:
+    return any(
+        _MARK in bytes(file.read_at(min(_PIECE_BYTES + len(_MARK), size - position), position))
+        for position in range(0, size, _PIECE_BYTES)
+    )
 
 
 def _sha256(data: Any) -> bytes:

@@ -28,6 +28,10 @@ def arrow() -> bytes:
     return buffer.getvalue()
 
 
+def check(data: bytes) -> seals.State:
+    return seals.check(pa.BufferReader(data))
+
+
 def flipped(data: bytes) -> Iterator[bytes]:
     """Yield the data with each of its bits flipped."""
     for bit in range(len(data) * 8):
@@ -39,15 +43,15 @@ def flipped(data: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("data", [parquet(), arrow()], ids=["parquet", "arrow"])
 def test_f78_every_flipped_bit_and_every_truncation_of_a_sealed_file_is_found(data: bytes) -> None:
     sealed = seals.seal(data)
-    assert seals.check(sealed) == "sound"
-    assert all(seals.check(changed) == "damaged" for changed in flipped(sealed))
-    assert {seals.check(sealed[:length]) for length in range(len(sealed))} == {"damaged"}
-    assert seals.check(sealed + b"\0") == "damaged"
+    assert check(sealed) == "sound"
+    assert all(check(changed) == "damaged" for changed in flipped(sealed))
+    assert {check(sealed[:length]) for length in range(len(sealed))} == {"damaged"}
+    assert check(sealed + b"\0") == "damaged"
 
 
 @pytest.mark.parametrize("data", [parquet(), arrow()], ids=["parquet", "arrow"])
 def test_f80_a_file_without_a_seal_is_not_covered(data: bytes) -> None:
-    assert seals.check(data) == "not covered"
+    assert check(data) == "not covered"
 
 
 def test_readers_of_the_formats_read_sealed_files() -> None:
