@@ -88,9 +88,6 @@ class _Search:
                     f"{uri}: the record is damaged, so what it needs is not known. Run `unclip verify` first."
                 )
         self.versions = references.dataset_versions(store)
-        self.named = {
-            (folder, path.partition("/")[0]) for folder, path in references.folders_in(list(self.records.values()))
-        }
         self.needed = self._needed(tracking_uris)
         self._links: collections.Counter[tuple[int, int]] = collections.Counter()
 
@@ -136,8 +133,6 @@ class _Search:
                 parts |= {"plan": "plan of a finished download"}
             if folder not in self.needed:
                 parts |= {"places": "places that no dataset version reads"}
-            if (folder, "model") not in self.named:
-                parts |= {"model": "model that is there in another form"}
             for name, what in parts.items():
                 inner = [entry for entry in entries if entry.name.startswith(f"{name}/")]
                 yield from self._below(f"{path}/{name}", inner, what)
