@@ -153,7 +153,7 @@ class _Survey:
         for folder in self.records:
             what = f"commit record of the stage {folder.stage}"
             yield self._file(*folder.record, what=what, folder=folder, remedy=self._rerun(folder))
-        history = "none: it is history, which no run reads; remove it, or restore it from a copy"
+        history = "restore it from a copy, or remove it: it is history, from which nothing is made"
         for run_id in self.store.list("runs"):
             for name in self.store.list("runs", run_id):
                 if name.endswith(".json"):
