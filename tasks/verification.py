@@ -161,32 +161,35 @@ class _Survey:
         for name in self.store.list("takedowns"):
             yield self._file("takedowns", name, what="ledger of a takedown", remedy="restore it from a copy")
         for name in self.store.list("attempts"):
-            remedy = self._dropped("unclip run PIPELINE")
+            remedy = self._dropped(self._run())
             yield self._file("attempts", name, what="number of a download attempt", remedy=remedy, is_disposable=True)
         for name in self.store.list("scenes"):
-            remedy = self._dropped("unclip run PIPELINE")
+            remedy = self._dropped(self._run())
             yield self._file("scenes", name, what="list of procedural images", remedy=remedy, is_disposable=True)
         if self.store.exists("tombstones.parquet"):
             remedy = "restore it from a copy, or repeat the takedowns that the files in takedowns/ list, before any run"
             yield self._file("tombstones.parquet", what="everything that was taken down", remedy=remedy)
         for pipeline in self.store.list("results"):
-            remedy = self._command("unclip run", pipeline)
+            remedy = f"`{self._run(pipeline)}`"
             yield from self._folder(("results", pipeline), f"results of {pipeline}", remedy)
 
     def _tables(self) -> Iterator[Item]:
-        needed: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
-        for version in references.versions_in([*self.records.values(), *self.versions]):
+        needed: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
+        runs: dict[tuple[str, ...], str] = {}
+        for version in references.versions_in(self.versions):
             needed[version.table].add(version.number)
-        for kind in _TABLES:
-            for name in self.store.list(kind):
-                yield from self._table((kind, name), needed[kind, name])
-        if self.store.exists("snapshots"):
-            yield from self._table(("snapshots",), set())
+        for folder, record in self.records.items():
+            for version in references.versions_in(record):
+                needed[version.table].add(version.number)
+                runs[version.table] = self._run(self.pipelines.get(folder))
+        paths: list[tuple[str, ...]] = [(kind, name) for kind in _TABLES for name in self.store.list(kind)]
+        for path in [*paths, ("snapshots",)]:
+            if self.store.exists(*path):
+                yield from self._table(path, needed[path], runs.get(path, self._run()))
 
-    def _table(self, path: tuple[str, ...], needed: Collection[int]) -> Iterator[Item]:
+    def _table(self, path: tuple[str, ...], needed: Collection[int], run: str) -> Iterator[Item]:
         """Log of a table, and the parts of its newest version and of those that records refer to."""
         table, name = self.store.uri(*path), "/".join(path)
-        run = self._command("unclip run", "PIPELINE")
         remedy = f"restore it from a copy; or remove the folder {table} and `{run}`, which makes all of the table again"
         entries = {entry.name: entry for entry in files.walk(table)}
         expected = _expected(table, [MANIFEST] if MANIFEST in entries else [])
@@ -283,7 +286,12 @@ class _Survey:
         return Item(uri, files.size_of(uri), what, remedy, **facts)
 
     def _rerun(self, folder: Folder) -> str:
-        return self._dropped(self._command("unclip run", self.pipelines.get(folder, "PIPELINE")))
+        return self._dropped(self._run(self.pipelines.get(folder)))
+
+    def _run(self, pipeline: str | None = None) -> str:
+        """Command that runs a pipeline; None stands for the only one of the storage."""
+        known = set(self.pipelines.values())
+        return self._command("unclip run", pipeline or (known.pop() if len(known) == 1 else "PIPELINE"))
 
     def _dropped(self, command: str) -> str:
         return f"`{self._command('unclip verify --drop')}`, then `{command}`"
@@ -369,7 +377,8 @@ def drop(store: Store, problems: Sequence[Problem]) -> list[Problem]:
     lost = _versions_with(store, parts, set(references.versions_in(list(records.values()))))
     for folder, record in records.items():
         named = {each for each, _ in references.folders_in(record)}
-        if folder in folders or named & folders or lost.intersection(references.versions_in(record)):
+        is_unlisted = folder.stage == "curate" and ("snapshots", "snapshots") in parts  # it lists its version again
+        if folder in folders or named & folders or is_unlisted or lost.intersection(references.versions_in(record)):
             files.delete(store.uri(*folder.record))
     for (kind, name), names in parts.items():
         if kind == "index":

@@ -123,7 +123,8 @@ def test_f78_a_damaged_part_leaves_its_table_with_the_records_of_its_versions(st
     flip(part, 1000)
     found = problems(store)
     assert [problem.item.uri for problem in found] == [part]
-    assert "unclip verify --drop" in found[0].item.remedy and "unclip run" in found[0].item.remedy
+    storage = f"--storage {store.root}"
+    assert found[0].item.remedy == f"`unclip verify --drop {storage}`, then `unclip run tiny {storage}`"
     assert verification.drop(store, found) == []
     assert tables.read(store.uri("images", "recipe"))["key"].to_pylist() == [key(4), key(5)]
     assert tables.read(store.uri("index", "recipe"))["key"].to_pylist() == [key(4), key(5)]
