@@ -129,8 +129,10 @@ def _events(store: Store, skips_damaged: bool = False) -> Iterator[tuple[str, di
     for run_id in store.list("runs"):
         names = store.list("runs", run_id)
         with suppressed:
-            pipeline = store.read_json("runs", run_id, "run.json")["pipeline"] if "run.json" in names else None
-            for name in names if pipeline else ():
+            if "run.json" not in names:
+                continue
+            pipeline = store.read_json("runs", run_id, "run.json")["pipeline"]
+            for name in names:
                 if name.endswith(".json") and name != "run.json":
                     event = store.read_json("runs", run_id, name)
                     if "stage" in event:

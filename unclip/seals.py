@@ -31,7 +31,7 @@ _TAIL_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 20
 
 
-def seal(data: bytes) -> bytes:
+def seal(data: bytes | memoryview) -> bytes:
     """Return a Parquet or Arrow file with a seal."""
     start = _footer_start(data, len(data))
     assert start is not None, "got neither Parquet nor Arrow"
