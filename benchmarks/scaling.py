@@ -54,6 +54,8 @@ SKEWED_STEPS: Mapping[Skew, str] = {
     "dense": "curate, semantic",
 }
 """Kind of uneven dataset -> step that is compared on it."""
+READER_ROUNDS = 3
+"""Least rounds of a reader, which takes a second, and waits for the disk in its first round."""
 NEEDED = (
     "write list", "ingest", "write images", "download, nothing new", "filter", "dedup", "write embeddings",
     "embed, nothing new",
@@ -111,7 +113,7 @@ def measure_size(data: Dataset, rounds: int, isolated: bool = True) -> Iterator[
     for name, step in STEPS.items():
         if step.needs_images and not data.has_images:
             continue
-        repeated = 1 if step.is_setup else rounds
+        repeated = 1 if step.is_setup else max(rounds, READER_ROUNDS if name in READERS else 1)
         point = (
             run_isolated(name, data, repeated)
             if isolated

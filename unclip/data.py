@@ -40,6 +40,8 @@ _FILES_REMEMBERED = 1024
 Batch = dict[str, list[Any]]
 """Column name -> one value per row; images are encoded."""
 _Group = concurrent.futures.Future[dict[str, list[Any]]]
+_Found = dict[str, np.ndarray]
+"""Number, key and places of some rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Places:
         """
         self._parts = [part.combine_chunks() for part in parts if part.num_rows]
         self._starts = np.cumsum([0, *(part.num_rows for part in self._parts)])
+        # Views of the columns, since finding a column of a table takes longer than reading a few of its values.
+        self._arrays = [{name: _array(part[name].chunk(0)) for name in part.column_names} for part in self._parts]
 
     @classmethod
     def open(cls, uris: Sequence[str]) -> "Places":
@@ -89,20 +93,24 @@ class Places:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def read(self, numbers: np.ndarray, *names: str) -> list[np.ndarray]:
+        """Read columns of some rows: each [numbers]; keys are 16 bytes or text."""
+        by_part = list(self._by_part(numbers))
+        columns = []
+        for name in names:
+            values = np.empty(len(numbers), object if name == "key" else np.int32)
+            for part, inside, rows in by_part:
+                values[inside] = self._arrays[part][name][rows]
+            columns.append(values)
+        return columns
+
     def column(self, name: str, numbers: np.ndarray) -> np.ndarray:
         """Values of a numeric column for some rows: [numbers] int32."""
-        values = np.empty(len(numbers), np.int32)
-        for part, inside, rows in self._by_part(numbers):
-            values[inside] = self._parts[part][name].chunk(0).to_numpy()[rows]
-        return values
+        return self.read(numbers, name)[0]
 
     def keys(self, numbers: np.ndarray) -> list[str]:
         """Keys of some rows."""
-        keys = np.empty(len(numbers), object)
-        for part, inside, rows in self._by_part(numbers):
-            found = self._parts[part]["key"].chunk(0).take(pa.array(rows)).to_pylist()
-            keys[inside] = [key.hex() if isinstance(key, bytes) else key for key in found]
-        return list(keys)
+        return _texts(self.read(numbers, "key")[0])
 
     def spread(self, count: int) -> np.ndarray:
         """Numbers of at most `count` rows, evenly spaced in storage order: always the same sample of the rows."""
@@ -189,10 +197,15 @@ class RowReader:
 
     def read(self, numbers: np.ndarray) -> Batch:
         """Read the rows with these numbers, in this order, with the columns of all sources."""
-        batch: Batch = {"key": self.places.keys(numbers)}
-        reads = [
-            self._start_reading(index, numbers) for index in range(len(self.sources))
-        ]  # of all sources side by side
+        return self._read(self._find(numbers))
+
+    def _find(self, numbers: np.ndarray) -> _Found:
+        names = ["key", *(f"{source.table}_{name}" for source in self.sources for name in ("file", "row"))]
+        return {"number": numbers, **dict(zip(names, self.places.read(numbers, *names), strict=True))}
+
+    def _read(self, found: _Found) -> Batch:
+        batch: Batch = {"key": _texts(found["key"])}
+        reads = [self._start_reading(index, found) for index in range(len(self.sources))]  # of all sources side by side
         for source, (futures, group, row_in_group) in zip(self.sources, reads, strict=True):
             groups = [future.result() for future in futures]
             for name in source.columns:
@@ -200,12 +213,11 @@ class RowReader:
                 batch[name] = [columns[index][row] for index, row in zip(group, row_in_group, strict=True)]
         return batch
 
-    def _start_reading(self, number: int, numbers: np.ndarray) -> tuple[list[_Group], list[int], list[int]]:
+    def _start_reading(self, source: int, found: _Found) -> tuple[list[_Group], list[int], list[int]]:
         """Start to read the groups of a source that hold some rows; also returns each row's group and place in the group."""
-        table = self.sources[number].table
-        file, row = (self.places.column(f"{table}_{name}", numbers).astype(np.int64) for name in ("file", "row"))
-        codes, index = np.unique(file << 32 | row // self.group_rows, return_inverse=True)
-        groups = [self._group(number, code >> 32, code & 0xFFFFFFFF) for code in codes.tolist()]
+        file, row = (found[f"{self.sources[source].table}_{name}"] for name in ("file", "row"))
+        codes, index = np.unique(file.astype(np.int64) << 32 | row // self.group_rows, return_inverse=True)
+        groups = [self._group(source, code >> 32, code & 0xFFFFFFFF) for code in codes.tolist()]
         return groups, index.tolist(), (row % self.group_rows).tolist()
 
     def _group(self, number: int, file: int, group_number: int) -> _Group:
@@ -247,26 +259,27 @@ class RowReader:
                 for future in ahead:
                     future.cancel()
 
-    def _load(self, numbers: np.ndarray, prepare: Callable[[Batch], Any]) -> Any:
-        return prepare(self.read(numbers))
+    def _load(self, found: _Found, prepare: Callable[[Batch], Any]) -> Any:
+        return prepare(self._read(found))
 
-    def _shares(
-        self, seed: int, samples_seen: int, batch_size: int, rank: int, world_size: int
-    ) -> Iterator[np.ndarray]:
-        """Yield the numbers of this rank's rows, batch by batch."""
+    def _shares(self, seed: int, samples_seen: int, batch_size: int, rank: int, world_size: int) -> Iterator[_Found]:
+        """Yield this rank's rows, batch by batch."""
         share = batch_size // world_size
         stream = self._stream(seed, samples_seen)
         pending = next(stream)
         while True:
-            while len(pending) < batch_size:
-                pending = np.concatenate([pending, next(stream)])
-            yield np.sort(pending[:batch_size])[rank * share : (rank + 1) * share]
-            pending = pending[batch_size:]
+            while len(pending["number"]) < batch_size:
+                more = next(stream)
+                pending = {name: np.concatenate([values, more[name]]) for name, values in pending.items()}
+            mine = np.argsort(pending["number"][:batch_size])[rank * share : (rank + 1) * share]
+            yield {name: values[mine] for name, values in pending.items()}
+            pending = {name: values[batch_size:] for name, values in pending.items()}
 
-    def _stream(self, seed: int, samples_seen: int) -> Iterator[np.ndarray]:
+    def _stream(self, seed: int, samples_seen: int) -> Iterator[_Found]:
+        """Yield shuffled rows without end. Places are found for a whole window, which costs less a row than for a batch."""
         epoch, position = divmod(samples_seen, len(self))
         while True:
-            yield from self.windows(seed, epoch, position)
+            yield from map(self._find, self.windows(seed, epoch, position))
             epoch, position = epoch + 1, 0
 
     def _read_group(self, number: int, file: int, group: int) -> dict[str, list[Any]]:
@@ -349,6 +362,18 @@ def _keys_of(uri: str) -> np.ndarray:
 def open_parquet(uri: str) -> pq.ParquetFile:
     filesystem, path = files.locate(uri)
     return pq.ParquetFile(filesystem.open_input_file(path))
+
+
+def _array(column: pa.Array) -> np.ndarray:
+    """View a column without nulls as an array; text becomes an array of objects."""
+    if pa.types.is_fixed_size_binary(column.type):
+        values = np.frombuffer(column.buffers()[1], f"V{column.type.byte_width}")
+        return values[column.offset : column.offset + len(column)]
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _texts(keys: np.ndarray) -> list[str]:
+    return [key if isinstance(key, str) else bytes(key).hex() for key in keys]
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
