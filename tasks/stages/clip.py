@@ -89,7 +89,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     trained, digest = run_training(context, training)
     folder = f"{context.folder}/open_clip"
     _save_as_open_clip(context.scratch, trained, name, folder)
-    return Output(folder, digest, {"model": f"local-dir:{folder}", "pretrained": None, "architecture": name})
+    return Output(folder, digest, {"model": f"{LOCAL}{folder}", "pretrained": None, "architecture": name})
 
 
 def _take(context: StageContext, config: ClipConfig) -> Output:

@@ -252,14 +252,19 @@ def check_name(model: str, pretrained: str | None) -> None:
                 f"clip.pretrained: got the file {pretrained!r} for {model}, expected a tag of open_clip, as a stack cannot hold "
                 "a model with a tokenizer of transformers. Name a tag, or a model with CLIP's own tokenizer."
             )
+        if "multimodal_cfg" in facts:
+            raise ConfigError(
+                f"clip.pretrained: got the file {pretrained!r} for {model}, expected a tag of open_clip, as a stack cannot hold "
+                "a model that also writes captions. Name a tag, or another model."
+            )
         if not Path(str(pretrained)).expanduser().is_file():
             raise ConfigError(
                 f"clip.pretrained: {pretrained!r} does not exist. Name a weights file or a tag of open_clip."
             )
     elif pretrained is None and "multimodal_cfg" in facts:
         raise ConfigError(
-            f"clip.model: got {model!r}, which also writes captions, so it is not trained here. Give its weights as "
-            "clip.pretrained, or name another model."
+            f"clip.model: got {model!r}, which also writes captions, so it is not trained here. Give a tag of its weights "
+            "as clip.pretrained, or name another model."
         )
 
 

@@ -22,16 +22,16 @@ class ClipObjective:
     columns = ("caption", "jpg")
 
     def __init__(self, name: str, rank: int = 0, world_size: int = 1) -> None:
-        import open_clip
+        from open_clip.loss import ClipLoss, SigLipLoss
 
         self.name = name
         self.model = clip_models.create(name, None)
         self.tokenizer = clip_models.tokenizer(name)
         self.image_size = clip_models.input_size(self.model)
         self.clip_loss = (
-            open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
+            ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
             if getattr(self.model, "logit_bias", None) is None
-            else open_clip.SigLipLoss(rank=rank, world_size=world_size)
+            else SigLipLoss(rank=rank, world_size=world_size)
         )
         self.sample_size = {"pixels": self.image_size**2}
         self.state: Tensors = {}
