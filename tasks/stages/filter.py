@@ -105,7 +105,7 @@ def _pin(config: FilterConfig, _: Pinning) -> FilterConfig:
     return dataclasses.replace(config, digest=check_settings(config))
 
 
-@stage("filter", version=3, pin=_pin)
+@stage("filter", version=4, pin=_pin)
 def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:
     """Drop pairs with an unsuitable image size or caption, and pairs on a block list."""
     if config.digest and check_settings(config) != config.digest:

@@ -85,7 +85,7 @@ _BLOCK_CHARACTERS = 1 << 19  # text that is read at once
 _JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
 
 T = TypeVar("T")
-Lines = collections.Counter[str]
+LineCounts = collections.Counter[str]
 """Lines of text files: all (`in`), and those that are not the first or only line of a row: `header`, `blank`, `continued`."""
 
 
@@ -152,7 +152,7 @@ def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
     return dataclasses.replace(config, digest=check_source(config), tombstones=tombstones_digest(pinning.store))
 
 
-@stage("ingest", version=3, pin=_pin)
+@stage("ingest", version=4, pin=_pin)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
     if config.digest and check_source(config) != config.digest:
@@ -184,7 +184,7 @@ class _Chunk:
     """Number of the first row among those of the task."""
     listed: pa.Table
     """Rows of the schema `LISTED`."""
-    lines: Lines
+    lines: LineCounts
     """Lines of its rows, and others since the chunk before."""
 
     @property
@@ -192,11 +192,11 @@ class _Chunk:
         return int(self.listed.num_rows)
 
     @property
-    def size(self) -> tuple[int, Lines]:
+    def size(self) -> tuple[int, LineCounts]:
         return self.num_rows, self.lines
 
 
-def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int, Lines]:
+def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int, LineCounts]:
     """Read the list, a small one in this process, a large one in tasks.
 
     Returns:
@@ -204,7 +204,7 @@ def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int, Lines
     """
     sources = _sources(config.urls)
     if sum(source.size for source in sources) <= SMALL_BYTES:
-        lines = Lines()
+        lines = LineCounts()
         listed = pa.concat_tables([LISTED.empty_table(), *_read_sources(sources, config, lines)])
         return [_Chunk(0, 0, listed, lines)], [0], listed.num_rows, lines
     groups: list[list[_Source]] = []
@@ -215,7 +215,7 @@ def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int, Lines
     size = operator.attrgetter("size")
     produced = dataflow.produce(functools.partial(_read_group, config), list(enumerate(groups)), size)
     ends = np.cumsum([sum(num_rows for (num_rows, _), _ in chunks) for chunks in produced]).tolist()
-    lines = sum((lines for chunks in produced for (_, lines), _ in chunks), Lines())
+    lines = sum((lines for chunks in produced for (_, lines), _ in chunks), LineCounts())
     return [chunk for chunks in produced for _, chunk in chunks], [0, *ends[:-1]], ends[-1], lines
 
 
@@ -223,12 +223,12 @@ def _read_group(config: IngestConfig, numbered: "tuple[int, list[_Source]]") -> 
     """Read some files of the list in large chunks, of which there are few enough to split each among all ranges."""
     task, sources = numbered
     first_row, num_rows, num_bytes = 0, 0, 0
-    parts, lines = [LISTED.empty_table()], Lines()
+    parts, lines = [LISTED.empty_table()], LineCounts()
     for part in _read_sources(sources, config, lines):
         parts.append(part)
         num_rows, num_bytes = num_rows + part.num_rows, num_bytes + part.nbytes
         if num_rows >= _TASK_ROWS or num_bytes >= _TASK_BYTES:
-            yield _Chunk(task, first_row, pa.concat_tables(parts), Lines(lines))
+            yield _Chunk(task, first_row, pa.concat_tables(parts), LineCounts(lines))
             first_row, num_rows, num_bytes, parts = first_row + num_rows, 0, 0, [LISTED.empty_table()]
             lines.clear()
     if num_rows or lines:
@@ -264,7 +264,7 @@ def check_source(config: IngestConfig) -> str:
     """
     digest, has_rows = hashlib.sha256(), False
     for source in _sources(config.urls):
-        has_rows |= next(_read_source(source, config, Lines()), None) is not None
+        has_rows |= next(_read_source(source, config, LineCounts()), None) is not None
         digest.update(source.path.rpartition("/")[2].encode() + b"\0")
         with _readable(source), source.open_stream() as stream:
             while chunk := stream.read(1 << 20):
@@ -282,10 +282,10 @@ def read(config: IngestConfig) -> Iterator[pa.Table]:
             a different number of fields than the header is an error rather than a failed row, unless a quote explains it:
             its separators are ambiguous, so the rows around it cannot be trusted either.
     """
-    yield from _read_sources(_sources(config.urls), config, Lines())
+    yield from _read_sources(_sources(config.urls), config, LineCounts())
 
 
-def _read_sources(sources: Iterable["_Source"], config: IngestConfig, lines: Lines) -> Iterator[pa.Table]:
+def _read_sources(sources: Iterable["_Source"], config: IngestConfig, lines: LineCounts) -> Iterator[pa.Table]:
     return itertools.chain.from_iterable(_read_source(source, config, lines) for source in sources)
 
 
@@ -426,7 +426,7 @@ def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pa
     return [info for _, info in sorted(found, key=lambda item: item[0])]
 
 
-def _read_source(source: _Source, config: IngestConfig, lines: Lines) -> Iterator[pa.Table]:
+def _read_source(source: _Source, config: IngestConfig, lines: LineCounts) -> Iterator[pa.Table]:
     """Read the rows of one file and add its lines to `lines`; check its columns first."""
     header = LAYOUTS[config.layout].header
     if header and source.format not in (".tsv", ".txt"):
@@ -448,7 +448,7 @@ def _read_source(source: _Source, config: IngestConfig, lines: Lines) -> Iterato
 class _Lines:
     """Lines of a text file, read in blocks, so that the rows of a block can be processed together."""
 
-    def __init__(self, source: _Source, lines: Lines) -> None:
+    def __init__(self, source: _Source, lines: LineCounts) -> None:
         self.num_blocks = 0
         """Number of blocks that have been read."""
         self._lines = lines
@@ -489,10 +489,10 @@ def _in_chunks(
     read_rows: Callable[[_Source, _Lines, IngestConfig], Iterator[Sequence[str]]],
     source: _Source,
     config: IngestConfig,
-    counted: Lines,
+    counted: LineCounts,
 ) -> Iterator[pa.Table]:
     """Yield the rows of a text file of one row a line, those of each block together."""
-    found, num_rows = Lines(), 0
+    found, num_rows = LineCounts(), 0
     lines, num_blocks, num_columns = _Lines(source, found), 1, len(config.columns)
     texts: list[str] = []  # of all rows in one list: lists of rows would occupy the garbage collector
     for row in read_rows(source, lines, config):
@@ -515,9 +515,9 @@ def _listed(columns: Iterable[Sequence[str] | pa.Array], reasons: pa.Array | Non
     return pa.table([*arrays, *missing, pa.nulls(num_rows, pa.string()) if reasons is None else reasons], LISTED)
 
 
-def _csv_chunks(source: _Source, config: IngestConfig, counted: Lines) -> Iterator[pa.Table]:
+def _csv_chunks(source: _Source, config: IngestConfig, counted: LineCounts) -> Iterator[pa.Table]:
     """Yield the rows of a CSV or TSV file, those of each block together (`tasks.untrusted.separated`)."""
-    found = Lines()
+    found = LineCounts()
     blocks = _Lines(source, found).blocks()
     header = LAYOUTS[config.layout].header
     delimiter = "," if source.format == ".csv" else "\t"
