@@ -54,9 +54,8 @@ def start_ray(config: PipelineConfig) -> dict[str, float]:
         # workers inherit this process's environment; a runtime_env would cost one second per worker.
         _use_loopback()
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
-                32
-            )  # Ray would leave one in the home folder, for all to read
+            # Ray would leave a token in the home folder, for all to read.
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # Ray retries a task that runs out of memory without limit by default.
         os.environ.setdefault("RAY_task_oom_retries", "5")

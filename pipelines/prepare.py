@@ -58,7 +58,7 @@ def _pin(node: Node, pinning: Pinning) -> Any:
         return node.stage.pin(node.config, pinning)
     except ConfigError as error:
         message, section = str(error), ".".join(node.section)
-        raise ConfigError(message if message.startswith(section) else f"{section}.{message}") from None
+        raise ConfigError(message if message.startswith(f"{section}.") else f"{section}.{message}") from None
 
 
 def _with_scenes(config: PipelineConfig, urls: str, folder: str | None) -> PipelineConfig:

@@ -121,8 +121,10 @@ def _process_start(pid: int) -> str | None:
         return None
     except PermissionError:  # it belongs to someone else
         pass
-    status = Path(f"/proc/{pid}/stat")  # Linux only
-    if not status.exists():
+    if not Path("/proc/self/stat").exists():
         return ""
-    fields = status.read_text().rpartition(")")[2].split()
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended meanwhile, or its owner hides it
+        return None if not Path(f"/proc/{pid}").exists() else ""
     return None if fields[0] == "Z" else fields[19]

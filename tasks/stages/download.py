@@ -638,9 +638,8 @@ def _download_shard(
         urls = [pair["url"] for pair in pairs]
         fetcher.take_budgets(urls, spent)
         beat = _heartbeat(heartbeat_uri, config.stall_seconds / 10)
-        last_row = (
-            time.monotonic() + 4 * WAITING_SECONDS
-        )  # the first row takes longer: imports, and a child that decodes
+        # The first row takes longer: imports, and a child that decodes.
+        last_row = time.monotonic() + 4 * WAITING_SECONDS
 
         def note(number: int) -> None:
             nonlocal last_row

@@ -118,12 +118,7 @@ def _load_host(origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
         body = load(f"{origin}/robots.txt")
     except RowFault as fault:
         body = b"" if _ABSENT.fullmatch(fault.reason) else None
-        if fault.reason in (
-            "connect_error",
-            "timeout",
-            "dns_timeout",
-            "site_unreachable",
-        ):  # fetching the image would fail in the same way
+        if fault.reason in _ALSO_OF_IMAGES:
             reason = fault.reason
     rules = None if body is None else parse(body, agent)
     reserved: list[opt_outs.Reservation] | None = []
