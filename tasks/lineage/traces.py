@@ -135,13 +135,13 @@ def _clean(artifacts: Any, keys: frozenset[str], has_seen: bool) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         if any(file.path == "report.html" for file in artifacts.list_artifacts()):
             path = Path(artifacts.download_artifacts("report.html", scratch))
-            page = path.read_text()
+            page = path.read_text("utf-8")
             if redact(page, keys) != page:
-                path.write_text(redact(page, keys))
+                path.write_text(redact(page, keys), "utf-8")
                 artifacts.log_artifact(str(path))
         logged = {file.path for file in artifacts.list_artifacts(PREVIEWS)}
         if PREVIEW_KEYS in logged:
-            shown = json.loads(Path(artifacts.download_artifacts(PREVIEW_KEYS, scratch)).read_text())
+            shown = json.loads(Path(artifacts.download_artifacts(PREVIEW_KEYS, scratch)).read_text("utf-8"))
             show_rows = not keys.isdisjoint(shown)
         else:
             show_rows = bool(logged) and has_seen

@@ -470,6 +470,8 @@ def test_lists_may_mix_kinds_and_bad_lines_are_named(tmp_path: Path) -> None:
     path.write_text(f"# requested by mail\n\nhttps://a.example/x.jpg\nexample.com\n{'a' * 32}\n{'B' * 64}\n")
     kinds = [tombstone.kind for tombstone in parse_file(str(path))]
     assert kinds == ["url", "domain", "key", "sha256"] and parse_file(str(path))[3].value == "b" * 64
+    path.write_text("example.com\n", "utf-8-sig")  # as some editors write
+    assert [tombstone.value for tombstone in parse_file(str(path))] == ["example.com"]
     path.write_text("example.com\nnot a domain\n")
     with pytest.raises(InputError, match=r"list.txt, line 2: .*'not a domain', expected a host"):
         parse_file(str(path))
