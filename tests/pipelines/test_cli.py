@@ -25,7 +25,7 @@ from pipelines.records import close_run, open_run, tracking_uris_of
 from tasks import tables
 from tasks.run_records import HEARTBEAT, driver
 from tasks.store import Store
-from tests.pipelines.command_line import COMMANDS, call_json
+from tests.pipelines.command_line import COMMANDS, call_apart, call_json
 from tests.pipelines.command_line import call as unclip
 from unclip import errors
 from unclip.messages import without_credentials
@@ -90,6 +90,47 @@ def test_an_invalid_setting(pairs: Path, tmp_path: Path, assignment: str, words:
     arguments = ["--set", f"ingest.urls={pairs}", "--set", assignment, "--storage", tmp_path / "s"]
     assert_refused(unclip("run", "text_to_image", *arguments), *words)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (
+            ("prior.trainer.batch_size=3", "resources.num_workers=4"),
+            "prior.trainer.batch_size: got 3, expected a multiple of 4",
+        ),
+        (
+            ("upsamplers.64.trainer.batch_size=3", "resources.num_workers=2"),
+            "upsamplers.64.trainer.batch_size: got 3, expected a multiple of 2",
+        ),
+        (
+            ("clip.model=ViT-B-32", "clip.pretrained=opanai"),
+            "knows no tag 'opanai' of ViT-B-32. Did you mean 'openai'?",
+        ),
+        (("clip.model=roberta-ViT-B-32",), "clip.model: got 'roberta-ViT-B-32', whose text tower is roberta-base"),
+    ],
+)
+def test_what_a_training_cannot_do_is_told_before_anything_starts(
+    tmp_path: Path, assignments: tuple[str, ...], words: str
+) -> None:
+    settings = [option for assignment in assignments for option in ("--set", assignment)]
+    assert_refused(unclip("plan", "tiny", *settings, "--storage", tmp_path / "s"), words)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("utf-8", "▶ ✓ ✗ ███░ é 漢"), ("latin-1", "> + x ###. é ?"), ("ascii", "> + x ###. ? ?")],
+)
+def test_terminals_get_the_marks_that_they_can_show(encoding: str, shown: str) -> None:
+    code = "from pipelines.console import tolerate_encodings; tolerate_encodings(); print('▶ ✓ ✗ ███░ é 漢')"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert result.stdout.decode(encoding).strip() == shown
+
+
+def test_the_command_line_ends_in_no_encoding_error(tmp_path: Path) -> None:
+    result = call_apart("estimate", "tiny", "--pairs", "1000", "--storage", tmp_path, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and "UnicodeEncodeError" not in result.stderr, result.stderr
 
 
 def test_an_unknown_pipeline() -> None:

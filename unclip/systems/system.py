@@ -387,7 +387,7 @@ def sampling_of(stack: StackFiles, cls: type) -> Any:
 
 
 def seeded(device: torch.device, seed: int) -> torch.Generator:
-    """Random generator with a seed of any size, which counts modulo 2^64."""
+    """Random generator with a seed of any size, which counts modulo 2^64, and for torch's CPU generator modulo 2^32."""
     return torch.Generator(device).manual_seed((seed + 2**63) % 2**64 - 2**63)  # torch refuses some above 2^63
 
 

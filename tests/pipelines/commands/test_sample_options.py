@@ -50,6 +50,45 @@ def test_eta_and_negative_change_the_images(storage: Path) -> None:
         assert not np.array_equal(plain, images(storage, *options)), options
 
 
+def test_seeds_go_to_the_largest_of_64_bits(storage: Path) -> None:
+    largest = images(storage, "--seed", 2**64 - 1)
+    assert np.array_equal(largest, images(storage, "--seed", 2**64 - 1))
+    assert not np.array_equal(largest, images(storage, "--seed", 2**64 - 2))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--guidance-scale", "inf", "'inf' is not a finite number"),
+        ("--eta", "nan", "'nan' is not a finite number"),
+        ("--seed", 2**64, "is not in the range 0<=x<=18446744073709551615"),
+        ("--seed", -1, "is not in the range 0<=x<=18446744073709551615"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(storage: Path, option: str, value: object, words: str) -> None:
+    result = sample(storage, option, value)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("name", "kind"), [("grid.jpg", "JPEG"), ("grid.JPEG", "JPEG"), ("grid.webp", "WEBP")])
+def test_the_format_of_the_grid_follows_its_name(storage: Path, name: str, kind: str) -> None:
+    result = call("sample", "a star", "--num", 1, "--steps", 1, "--out", storage / name, "--storage", storage)
+    assert result.returncode == 0 and Image.open(storage / name).format == kind, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "is a folder, expected a file such as"),
+        ("grid.tiff", "does not end in .png"),
+        ("grid", "does not end in .png"),
+    ],
+)
+def test_a_grid_that_could_not_be_written_is_refused_before_sampling(storage: Path, name: str, words: str) -> None:
+    result = call("sample", "a star", "--num", 10**9, "--out", storage / name, "--storage", storage)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+
+
 def test_strength_is_the_noise_added_to_the_initial_image(storage: Path) -> None:
     given = np.asarray(Image.open(storage / "given.png")).astype(int)
     initial = ("--image", storage / "given.png")
@@ -71,6 +110,7 @@ def test_strength_is_the_noise_added_to_the_initial_image(storage: Path) -> None
         (("--sampler", "analytic_dpm"), "Train it again"),
         (("--negative", "a star", "--guidance-scale", 1), "nothing that reads captions is guided"),
         (("--set", "decoder.guidance_interval=[0.8,0.2]"), "guidance_interval: got (0.8, 0.2), expected two fractions"),
+        (("--set", "decoder.guidance_scale=nan"), "guidance_scale: got nan, expected a finite number"),
     ],
 )
 def test_invalid_options_are_refused_in_one_line(
