@@ -252,10 +252,11 @@ def plot(points: Sequence[Point], path: str) -> None:
         for name in STEPS:
             line = sorted((p.size, _cost(p)) for p in points if p.step == name and p.step != "opening a reader")
             if line and (name in READERS) == is_reader:
-                panel.plot(*zip(*line, strict=True), marker="o", label=name)
+                style = "-" if len(panel.lines) < len(pyplot.rcParams["axes.prop_cycle"]) else "--"  # colours repeat
+                panel.plot(*zip(*line, strict=True), style, marker="o", label=name)
         panel.set(xscale="log", yscale="log", title=title, xlabel="rows of the list", ylabel="microseconds per row")
         panel.grid(True, which="both", alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
