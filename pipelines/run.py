@@ -10,7 +10,6 @@ from pipelines import scene_server
 from pipelines.cluster import WORKER_ENVIRONMENT, start_ray
 from pipelines.console import Console
 from pipelines.dataset import PipelineConfig
-from pipelines.lock import lock
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.records import close_run, heartbeat, open_run, record_cluster
@@ -26,6 +25,8 @@ from unclip.config import require
 from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
 from unclip.messages import reason_of
 
+DOWNLOAD = "download"
+"""Stage that fetches images, from the server of the procedural ones if there is one."""
 STOP_PATIENCE_SECONDS = 25.0
 """Time for training stages to write a checkpoint when the run is stopped; Kubernetes kills after 30 s."""
 
@@ -55,11 +56,12 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         print(f"{pipeline}: everything is up to date; nothing was started.")
         _finish(config, pipeline, todo, store)
         return 0
-    with lock(store), contextlib.ExitStack() as stack:
-        if config.scenes is not None:
-            stack.enter_context(scene_server.serve(config.scenes))
+    dags.refuse_if_in_use(states, store)
+    with contextlib.ExitStack() as whole, contextlib.ExitStack() as scenes:
+        if config.scenes is not None and DOWNLOAD in states and states[DOWNLOAD].artifact is None:
+            scenes.enter_context(scene_server.serve(config.scenes))
         run = open_run(pipeline, config, store)
-        stack.enter_context(heartbeat(run, store))
+        whole.enter_context(heartbeat(run, store))
         state = "failed"
         try:
             dag = compose(config, run)
@@ -68,7 +70,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
             run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
             record_cluster(run, store, start_ray(config))
-            failures = _execute(dag, run, store)
+            failures = _execute(dag, run, store, scenes)
             state = "failed" if failures else "done"
         except StoppedError:
             state = "stopped"
@@ -76,7 +78,10 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         finally:
             close_run(run, store, state)
         if failures:
-            raise StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
+            reason = StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
+            if {failure.exit_code for failure in failures} == {StoppedError.exit_code}:
+                reason.exit_code = StoppedError.exit_code  # the same command continues later
+            raise reason
         summary = _finish(config, pipeline, dag, store)
         run.tracker.json(store.portable(summary), "summary.json")
         run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
@@ -92,8 +97,12 @@ def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store) 
     return summary
 
 
-def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
-    """Execute the DAG with progress on the console; return the failures."""
+def _execute(dag: dags.Dag, run: Run, store: Store, scenes: contextlib.ExitStack) -> list[Failure]:
+    """Execute the DAG with progress on the console; return the failures.
+
+    Args:
+        scenes: closed after the download, so that a refresh beside a training can serve them.
+    """
     import warnings
 
     import ray
@@ -105,10 +114,14 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         result = dag[last].ray_node.execute()
     console = Console(store, run.id, list(dag))
     ready: list[Any] = []
+    is_fetching = True
     with signals.stop_on_signal() as is_stopping:
         while not ready:
             ready, _ = ray.wait([result], timeout=1.0)
             console.refresh()
+            if is_fetching and stage_events(store, run.id).get(DOWNLOAD, {}).get("state") in ("done", "cached"):
+                scenes.close()
+                is_fetching = False
             if is_stopping():
                 _stop_training(dag, run, store, console)
                 raise StoppedError(
@@ -126,7 +139,7 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     # On a full disk a failure may not have been recorded.
     unrecorded = [outcome] if isinstance(outcome, Failure) else []
-    return [Failure(event["stage"], event["message"]) for event in failed] or unrecorded
+    return [Failure(event["stage"], event["message"], event.get("exit_code", 1)) for event in failed] or unrecorded
 
 
 def _stop_training(dag: dags.Dag, run: Run, store: Store, console: Console) -> None:

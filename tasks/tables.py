@@ -7,6 +7,7 @@ commit names it. So a restarted job finds its finished parts, and committing man
 import bisect
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import io
@@ -15,21 +16,29 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Schema
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from unclip import files as storage
 from unclip.data import ROW_GROUP_ROWS
+from unclip.errors import AlreadyRunningError
 
 ADDED_COLUMNS = {"colour": pa.string(), "final_url": pa.string(), "redirect_hosts": pa.string()}
 """Columns that tables have gained: files from before are read as if these columns held nulls."""
 _READS_AT_ONCE = 16
+_MAX_CONFLICTS = 10
+_OWNER = "unclip.owner"
+_PARTS = "unclip.parts"
+T = TypeVar("T")
+_token: contextvars.ContextVar[int | None] = contextvars.ContextVar("token", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +123,14 @@ def append_files(
     Returns:
         Version of the table that has all the parts.
     """
-    exists = _exists(table_uri)
-    known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
+    return _commit(table_uri, lambda: _append(table_uri, parts, schema, note or {}, removed))
+
+
+def _append(
+    table_uri: str, parts: Sequence[Part], schema: pa.Schema, note: Mapping[str, str], removed: Sequence[str]
+) -> int:
+    table = open_table(table_uri)
+    known = {uri.rpartition("/")[2] for uri in table.file_uris()} if table else set()
     new = [part for part in parts if part.name not in known]
     now = int(time.time() * 1000)
     adds = [_add(part, now) for part in new]
@@ -123,10 +138,10 @@ def append_files(
     gone = known.intersection(removed) - {part.name for part in parts}  # a part may equal a file that is there
     changes += [RemoveAction(name, True, now) for name in sorted(gone)]
     hashes = {part.name: part.sha256 for part in new}
-    properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
+    properties = _properties(table, {**note, _PARTS: json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
     storage.failpoint("before", f"{table_uri}/_delta_log")
-    if not exists:
+    if table is None:
         create_table_with_add_actions(
             storage.to_uri(table_uri),
             delta_schema,
@@ -135,13 +150,94 @@ def append_files(
             commit_properties=properties,
         )
     elif changes:
-        table = _table(table_uri)
         known_fields = {field.name for field in table.schema().fields}
         if added := [field for field in delta_schema.fields if field.name not in known_fields]:
-            table.alter.add_columns(added)  # a commit of its own: one that appends does not change the schema
+            # A commit of its own: one that appends does not change the schema.
+            table.alter.add_columns(added, commit_properties=_properties(table, {}))
+            table = _table(table_uri)
         table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
     return _table(table_uri).version()
+
+
+@contextlib.contextmanager
+def owned_by(token: int) -> Iterator[None]:
+    """Let the commits of a `with` block carry the token of their owner, see `tasks.lock`; without one, nothing is checked."""
+    before = _token.set(token)
+    try:
+        yield
+    finally:
+        _token.reset(before)
+
+
+def token_of(table: DeltaTable) -> int:
+    """Token of the last owner of a table; 0 if it never had one."""
+    return table.transaction_version(_OWNER) or 0
+
+
+def fence(table_uri: str) -> None:
+    """Mark a table as owned, by a commit that changes no row: from now on commits of earlier owners fail."""
+
+    def commit() -> None:
+        table = _table(table_uri)
+        last = note_of(table_uri, table.version())
+        note = {name: text for name, text in last.items() if name.startswith("unclip.") and name != _PARTS}
+        commit_note(table_uri, table, table.schema(), _properties(table, note))
+
+    _commit(table_uri, commit)
+
+
+def open_table(table_uri: str) -> DeltaTable | None:
+    """Newest version of a table; None if there is none."""
+    try:
+        return _table(table_uri)
+    except TableNotFoundError:
+        return None
+
+
+def commit_note(table_uri: str, table: DeltaTable | None, schema: Schema, properties: CommitProperties) -> None:
+    """Commit properties alone to a table (None: a new one)."""
+    if table is not None:
+        table.create_write_transaction([], mode="append", schema=schema, commit_properties=properties)
+        return
+    options = _options(table_uri)
+    uri = storage.to_uri(table_uri)
+    create_table_with_add_actions(uri, schema, [], storage_options=options, commit_properties=properties)
+
+
+def _commit(table_uri: str, action: Callable[[], T]) -> T:
+    """Run an action that loads a table and commits to it; again if another commit came between, which is then seen."""
+    for _ in range(_MAX_CONFLICTS):
+        try:
+            return action()
+        except CommitFailedError:
+            if _token.get() is None:
+                raise
+        except DeltaError as error:
+            if "already exists" not in str(error) or not _exists(table_uri):
+                raise
+    return action()
+
+
+def _properties(table: DeltaTable | None, metadata: Mapping[str, str]) -> CommitProperties:
+    """Properties of a commit to a table (None: one that is created), with the token of its owner.
+
+    Delta refuses two commits of one application that do not know each other. So an owner that has not seen a commit of the
+    next one fails, and an owner that has seen it is refused here.
+
+    Raises:
+        AlreadyRunningError: a later owner has committed to the table.
+    """
+    token = _token.get()
+    if token is None:
+        return CommitProperties(custom_metadata=dict(metadata))
+    last = table.transaction_version(_OWNER) if table is not None else None
+    if table is not None and last is not None and last > token:
+        raise AlreadyRunningError(
+            f"{table.table_uri}: another run has taken over this storage (its token is {last}, that of this process {token}). "
+            f"Nothing was committed. Run the same command again when the other run has ended."
+        )
+    return CommitProperties(custom_metadata=dict(metadata), app_transactions=[Transaction(_OWNER, token)])
 
 
 def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = None) -> int:
@@ -156,40 +252,94 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
     Returns:
         Number of removed rows.
     """
-    table = _table(table_uri)
-    before = table.count()
-    actions = _without(table_uri, keys, int(time.time() * 1000), names)
-    if actions:
-        storage.failpoint("before", f"{table_uri}/_delta_log")
-        table.create_write_transaction(actions, mode="append", schema=table.schema())
-        storage.failpoint("after", f"{table_uri}/_delta_log")
-    fresh = _table(table_uri)
-    purge(table_uri)
-    return before - fresh.count()
+
+    def commit() -> int:
+        table = _table(table_uri)
+        actions, parts = _without(table_uri, keys, int(time.time() * 1000), names)
+        properties = _properties(table, {_PARTS: json.dumps({part.name: part.sha256 for part in parts})})
+        if actions:
+            storage.failpoint("before", f"{table_uri}/_delta_log")
+            table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
+            storage.failpoint("after", f"{table_uri}/_delta_log")
+        return table.count() - _table(table_uri).count()
+
+    deleted = _commit(table_uri, commit)
+    purge(table_uri, keys)
+    return deleted
 
 
-def purge(table_uri: str) -> None:
-    """Delete all Parquet files of the table's folder that the newest version does not have."""
+def purge(table_uri: str, keys: pa.Array | None = None) -> None:
+    """Delete the Parquet files of the table's folder that the newest version does not have.
+
+    Args:
+        keys: keep files of older versions that have no row of these keys, since trainings may read them; None deletes them.
+    """
     # Delta's own vacuum goes by timestamps, and would keep files that a clock running ahead marked as removed.
     current = {uri.rpartition("/")[2] for uri in files(table_uri)}
-    for name in storage.names(table_uri):
-        if name.endswith(".parquet") and name not in current:
+    stale = [name for name in storage.names(table_uri) if name.endswith(".parquet") and name not in current]
+    older = commit_order(table_uri) if stale and keys is not None else {}
+    wanted = None if keys is None else keys.take(pc.sort_indices(keys))
+    for name in stale:
+        if wanted is None or name not in older or has_keys(f"{table_uri}/{name}", wanted):
             storage.delete(f"{table_uri}/{name}")
+
+
+def commit_order(table_uri: str) -> dict[str, int]:
+    """Version that added each file, or the file it was rewritten from, for all commits that the log still knows."""
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
+        versions = range(_table(table_uri).version(), -1, -1)
+        notes = pool.map(lambda version: note_of(table_uri, version), versions)
+        named = zip(versions, (json.loads(note.get(_PARTS, "{}")) for note in notes), strict=True)
+        added = {name: version for version, names in named for name in names}
+    return {name: min(version, added.get(f"{origin(name)}.parquet", version)) for name, version in added.items()}
+
+
+def repeats(places: pa.Table) -> pa.Table:
+    """Rows (key, part) of the keys that have several."""
+    counted = places.group_by("key").aggregate([([], "count_all")])
+    several = counted.filter(pc.greater(counted["count_all"], 1))["key"]
+    return places.filter(pc.is_in(places["key"], value_set=several))
+
+
+def remove_repeats(table_uri: str, repeated: pa.Table, schema: pa.Schema, note: Mapping[str, str] | None = None) -> int:
+    """Keep one row of each key that several files hold, as overlapping commits leave them: the one that was committed first.
+
+    The other files are written again without it, and older versions keep them.
+
+    Args:
+        repeated: key and part (file name) of all rows of such keys; see `repeats`.
+
+    Returns:
+        Version of the table without the repeats.
+    """
+    order, names = commit_order(table_uri), pc.unique(repeated["part"].combine_chunks())
+    committed = pa.array([order.get(name, -1) for name in names.to_pylist()], pa.int64())
+    places = repeated.group_by(["key", "part"]).aggregate([])
+    places = places.append_column("committed", committed.take(pc.index_in(places["part"], value_set=names)))
+    places = places.sort_by([("key", "ascending"), ("committed", "ascending"), ("part", "ascending")])
+    keys = places["key"].to_numpy()
+    later = places.filter(pa.array(np.append(np.zeros(min(1, len(keys)), bool), keys[1:] == keys[:-1])))
+    parts, removed = [], pc.unique(later["part"]).to_pylist()
+    for name in removed:
+        unwanted = later.filter(pc.equal(later["part"], name))["key"].combine_chunks()
+        parts += rewrite_without(f"{table_uri}/{name}", unwanted) or []
+    return append_files(table_uri, parts, schema, note, removed=removed)
 
 
 def _without(
     table_uri: str, keys: pa.Array, now: int, names: Sequence[str] | None = None
-) -> list[AddAction | RemoveAction]:
-    """Rewrite the files that hold rows of these keys without them; returns the actions to commit."""
+) -> tuple[list[AddAction | RemoveAction], list[Part]]:
+    """Rewrite the files that hold rows of these keys without them; returns the actions to commit, and the new files."""
     actions: list[AddAction | RemoveAction] = []
+    parts: list[Part] = []
     keys = keys.take(pc.sort_indices(keys))
     uris = [uri for uri in files(table_uri) if names is None or uri.rpartition("/")[2] in names]
     with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
         are_held = list(pool.map(lambda uri: has_keys(uri, keys), uris))
     for uri in itertools.compress(uris, are_held):
         actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
-        actions += [_add(part, now) for part in rewrite_without(uri, keys) or []]
-    return actions
+        parts += rewrite_without(uri, keys) or []
+    return [*actions, *(_add(part, now) for part in parts)], parts
 
 
 def rewrite_without(uri: str, keys: pa.Array) -> list[Part] | None:
@@ -336,8 +486,16 @@ def _open(uri: str) -> Iterator[pq.ParquetFile]:
 
 def last_note(table_uri: str) -> dict[str, str]:
     """Metadata of the newest commit that `append_files` made."""
+    return note_of(table_uri, _table(table_uri).version())
+
+
+def note_of(table_uri: str, version: int) -> dict[str, str]:
+    """Metadata of one commit; empty if the log no longer has it."""
     # DeltaTable.history finds nothing below a folder with "#" or "?" in its name (deltalake 1.6.6).
-    log = storage.read(f"{table_uri}/_delta_log/{_table(table_uri).version():020d}.json")
+    try:
+        log = storage.read(f"{table_uri}/_delta_log/{version:020d}.json")
+    except FileNotFoundError:
+        return {}
     actions = map(json.loads, log.splitlines())
     return {name: str(value) for action in actions for name, value in action.get("commitInfo", {}).items()}
 

@@ -7,6 +7,7 @@ Local paths do without pyarrow, whose import would dominate the run time of comm
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -226,11 +227,29 @@ def size(uri: str) -> int:
     return sum(info.size or 0 for info in with_retries(uri, lambda: filesystem.get_file_info(selector)))
 
 
-def sweep(folder: str) -> None:
-    """Delete temporary files of killed writers below a local folder; no writer may be active there."""
-    for path in Path(folder).rglob(f"*{_TEMPORARY}"):
+def sweep(folder: str, prefix: str = "", min_age_seconds: float = 0.0) -> None:
+    """Delete temporary files of killed writers below a local folder; no writer of files with this prefix may be active.
+
+    Args:
+        min_age_seconds: age at which no writer can be writing a file any more.
+    """
+    for path in Path(folder).rglob(f"{glob.escape(prefix)}*{_TEMPORARY}"):
         if re.search(rf"[.][0-9a-f]{{32}}{re.escape(_TEMPORARY)}$", path.name):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if not min_age_seconds or time.time() - path.stat().st_mtime >= min_age_seconds:
+                    path.unlink()
+
+
+def stamp(uri: str) -> str | None:
+    """Size and time of writing of a file, which change when it is written again; None if there is none."""
+    if local := to_path(uri):
+        with contextlib.suppress(FileNotFoundError):
+            status = local.stat()
+            return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        return None
+    filesystem, path = locate(uri)
+    info = with_retries(uri, lambda: filesystem.get_file_info(path))
+    return None if info.type.name == "NotFound" else f"{info.size} {info.mtime_ns}"
 
 
 def delete(uri: str) -> None:

@@ -46,12 +46,13 @@ def takedown(
     the storage, and of every run in the storage.
 
     Exit codes: 0 done; 1 rows deleted, but an MLflow did not answer or a preview could not be deleted: the command prints
-    which, and running it again completes the takedown; 2 invalid input; 75 a run is using the storage.
+    which, and running it again completes the takedown; 2 invalid input; 75 another command changes the tables for too long.
     """
-    from pipelines.lock import lock
     from pipelines.records import tracking_uris_of
     from pipelines.storage import open_storage
     from tasks.lineage import takedown as takedowns
+    from tasks.lock import TABLES, lock
+    from tasks.stage import WAIT_SECONDS
 
     given = {"url": url, "domain": domain, "key": key, "sha256": sha256}
     requested = [takedowns.parse(kind, value) for kind, values in given.items() for value in values]
@@ -71,7 +72,7 @@ def takedown(
             click.echo(f"{len(keys):>7,} rows  {tombstone}")
         return
     tracking_uris = tracking_uris_of(store)
-    with lock(store):
+    with lock(store, TABLES, WAIT_SECONDS):
         ledger = takedowns.take_down(store, requested, near, tracking_uris)
         name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
         store.write_json(dataclasses.asdict(ledger), "takedowns", name)

@@ -74,8 +74,8 @@ def trained_models(dag: "Dag") -> list[str]:
 
 def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> None:
     """Train in this process; the artifact is the same as that of the pipeline's stage."""
+    from pipelines import dag as dags
     from pipelines.console import Console
-    from pipelines.lock import lock
     from pipelines.pipeline import compose
     from pipelines.records import close_run, heartbeat, open_run
     from tasks.stage import Call, Failure, execute
@@ -83,17 +83,17 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
 
     store, dag = Store(config.storage), compose(config)
     parents = _parents(model, pipeline, config)
-    with lock(store):
-        run = dataclasses.replace(open_run(pipeline, config, store), trains_in_process=True)
-        result: Artifact | Failure = Failure(model, "interrupted")
-        try:
-            console = Console(store, run.id, [model])
-            with heartbeat(run, store), run_periodically(1.0, console.refresh, "console"):
-                result = execute(Call(dag[model].stage, dag[model].config), run, parents)
-            console.refresh()
-        finally:
-            is_stopped = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
-            close_run(run, store, "stopped" if is_stopped else "failed" if isinstance(result, Failure) else "done")
+    dags.refuse_if_in_use({model: dags.states(dag, store)[model]}, store)
+    run = dataclasses.replace(open_run(pipeline, config, store), trains_in_process=True)
+    result: Artifact | Failure = Failure(model, "interrupted")
+    try:
+        console = Console(store, run.id, [model])
+        with heartbeat(run, store), run_periodically(1.0, console.refresh, "console"):
+            result = execute(Call(dag[model].stage, dag[model].config), run, parents)
+        console.refresh()
+    finally:
+        is_stopped = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
+        close_run(run, store, "stopped" if is_stopped else "failed" if isinstance(result, Failure) else "done")
     if isinstance(result, Failure):
         error = StageError(result.message)
         error.exit_code = result.exit_code

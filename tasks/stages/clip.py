@@ -68,7 +68,7 @@ def _pin(config: ClipConfig, pinning: Pinning) -> ClipConfig:
     return dataclasses.replace(config, pretrained=str(config.weights), digest=digest)
 
 
-@stage("clip", version=1, has_workers=True, pin=_pin)
+@stage("clip", version=1, has_workers=True, pin=_pin, reads_snapshot=True)
 def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     """Load a pretrained CLIP, or train one on the kept pairs, and freeze it."""
     if not config.is_trained_from_scratch:
@@ -85,6 +85,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
         sources=(Source(tuple(tables.files(images, version)), ClipObjective.columns),),
         places=lambda: open_places(places, "train"),
         config=config.trainer,
+        selection=dedup.uri,
     )
     trained, digest = run_training(context, training)
     folder = f"{context.folder}/open_clip"

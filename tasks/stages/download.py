@@ -19,6 +19,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import logging
 import math
 import os
 import re
@@ -89,6 +90,7 @@ PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0
 NOTHING_TAKEN_DOWN = Tombstones()
 _PLAN_NOTE = "unclip.plan"
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +225,12 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     index_version = update_index(table_uri, version)
     context.store.write_json(config.attempt, *_attempt_record(config))
 
-    outcome = functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version))
-    outcomes = run_all(outcome, ranges.ranges(ranges.range_count(pairs.uri)))
+    key_ranges = ranges.ranges(ranges.range_count(pairs.uri))
+    outcomes = run_all(functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version)), key_ranges)
+    if any(part.missing for part in outcomes):
+        version = _remove_repeats(table_uri, note, index_files(table_uri, index_version), key_ranges)
+        index_version = update_index(table_uri, version)
+        outcomes = run_all(functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version)), key_ranges)
     if missing := sum(part.missing for part in outcomes):
         raise StageError(
             f"download: {table_uri} lacks or repeats the rows of {missing:,} pairs. Remove the table and rerun."
@@ -237,6 +243,20 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     files.delete(f"{context.folder}/plan")
     # The digest covers the list, since later stages count its other rows as well.
     return Output(table_uri, fingerprint(images_digest, pairs.digest), facts)
+
+
+def _remove_repeats(
+    table_uri: str, note: Mapping[str, str], index: Sequence[str], key_ranges: Sequence[KeyRange]
+) -> int:
+    """Repair a table with keys that stand in several files; returns its version."""
+    repeats = pa.concat_tables(run_all(functools.partial(_repeats, index), key_ranges))
+    if repeats.num_rows:
+        log.warning("download: %s repeats rows; those that were committed first are kept", table_uri)
+    return tables.remove_repeats(table_uri, repeats, IMAGES, note)
+
+
+def _repeats(index: Sequence[str], key_range: KeyRange) -> pa.Table:
+    return tables.repeats(read_index(index, key_range, ["key", "part"]))
 
 
 def pin_attempt(store: Store, config: DownloadConfig, retry_failed: bool) -> DownloadConfig:

@@ -23,7 +23,7 @@ class PublishConfig:
             require(bool(re.fullmatch(r"[\w.-]+", value)), setting, value, "letters, digits, dots, dashes, underscores")
 
 
-@stage("publish", version=5)
+@stage("publish", version=5, reads_snapshot=True)
 def publish(
     context: StageContext,
     config: PublishConfig,

@@ -40,6 +40,7 @@ def train(part: Part[Any]) -> Stage:
         pin=pin_trainer,
         shows_rows=part.shows_rows,
         part=part,
+        reads_snapshot=True,
         factory=(train, part),
     )
 
@@ -58,6 +59,7 @@ def build_training(part: Part[Any], config: Any, snapshot: Snapshot, *needed: Ar
         places=lambda: snapshot.open_places("train"),
         config=config.trainer,
         validation_places=lambda: snapshot.open_places("holdout"),
+        selection=snapshot.selection,
     )
 
 

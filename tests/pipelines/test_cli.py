@@ -23,6 +23,7 @@ from pipelines.prepare import prepare
 from pipelines.preset import model_names, pipeline_names
 from pipelines.records import close_run, open_run, tracking_uris_of
 from tasks import tables
+from tasks.lock import Owner, lock
 from tasks.run_records import HEARTBEAT, driver
 from tasks.store import Store
 from tests.pipelines.command_line import COMMANDS, call_apart, call_json
@@ -235,15 +236,11 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         assert_refused(unclip("ui", "--storage", tmp_path, "--port", port), str(port), "in use", f"--port {port + 1}")
 
 
-def test_f32_another_run_uses_the_storage(tmp_path: Path) -> None:
-    import fcntl
-
-    with open(tmp_path / ".lock", "w") as lock:
-        lock.write("pid 7 on somewhere")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = unclip("run", "tiny", "--storage", tmp_path)
-    assert_refused(result, "another run is using this storage (pid 7 on somewhere)", code=75)
+def test_f32_f72_another_run_uses_the_storage(tmp_path: Path) -> None:
+    with lock(Store(str(tmp_path)), owner=Owner("somewhere", 7, None, None, "noon")):
+        for storage in (tmp_path, f"file://{tmp_path}/"):
+            result = unclip("run", "tiny", "--storage", storage)
+            assert_refused(result, "another run is using this storage (pid 7 on somewhere since noon)", code=75)
 
 
 def test_commands_that_need_a_finished_run(tmp_path: Path) -> None:
