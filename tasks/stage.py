@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import inspect
 import logging
-import tempfile
 import time
 import traceback
 import typing
@@ -25,12 +24,14 @@ from tasks.lock import TABLES, Held, Owner, lock, result_lock
 from tasks.progress import Progress
 from tasks.run_records import is_running
 from tasks.store import INTERMEDIATE, TOMBSTONES, Store
+from tasks.tombstones import refuse_if_recorded
 from tasks.tracking import Tracker
 from unclip import files
 from unclip.background import run_periodically
 from unclip.config import fingerprint, require, to_dict, without_operational
 from unclip.errors import AlreadyRunningError, StageError, StoppedError, StorageError, UnclipError
 from unclip.messages import reason_of, without_credentials
+from unclip.scratch import scratch_folder
 
 if typing.TYPE_CHECKING:  # a stage that trains nothing needs no torch
     from unclip.systems.part import Part
@@ -291,43 +292,43 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     artifacts = [parent for parent in parents if isinstance(parent, Artifact)]
     stage_fingerprint = call.stage.fingerprint(call.config, artifacts, store)
     committed = find_artifact(store, name, stage_fingerprint)
+    reads = {parent.stage: parent.digest for parent in artifacts}
+    facts = {"fingerprint": stage_fingerprint, "trains": call.stage.part is not None, "reads": reads}
     if committed:
-        return _cached(call, run, committed)
+        return _cached(run, committed, facts)
     record = ("runs", run.id, "run.json")
     owner = Owner.of(store.read_json(*record) if store.exists(*record) else None)
-    trains = call.stage.part is not None
     try:
         with lock(store, call.stage.lock(stage_fingerprint), WAIT_SECONDS, owner) as held:
             committed = find_artifact(store, name, stage_fingerprint)  # another run may have made it meanwhile
-            return _cached(call, run, committed) if committed else _run_function(call, run, artifacts, held)
+            return _cached(run, committed, facts) if committed else _run_function(call, run, artifacts, held, facts)
     except AlreadyRunningError as error:
         message = str(error)
-        event = {"fingerprint": stage_fingerprint, "message": message, "trains": trains, "exit_code": error.exit_code}
-        _record(store, run, name, state="failed", **event)
+        _record(store, run, name, state="failed", message=message, exit_code=error.exit_code, **facts)
         return Failure(name, message, error.exit_code)
 
 
-def _cached(call: Call, run: Run, committed: Artifact) -> Artifact:
-    event = {"fingerprint": committed.fingerprint, "seconds": committed.seconds}
-    _record(Store(run.storage), run, call.stage.name, state="cached", trains=call.stage.part is not None, **event)
+def _cached(run: Run, committed: Artifact, facts: Mapping[str, Any]) -> Artifact:
+    _record(Store(run.storage), run, committed.stage, state="cached", seconds=committed.seconds, **facts)
     return committed
 
 
-def _run_function(call: Call, run: Run, artifacts: typing.Sequence[Artifact], held: Held) -> Artifact | Failure:
+def _run_function(
+    call: Call, run: Run, artifacts: typing.Sequence[Artifact], held: Held, facts: Mapping[str, Any]
+) -> Artifact | Failure:
     """Run the function of a stage under its MLflow run, and commit the result; the lock of the stage is held."""
-    store, name, trains = Store(run.storage), call.stage.name, call.stage.part is not None
-    stage_fingerprint = call.stage.fingerprint(call.config, artifacts, store)
+    store, name, stage_fingerprint = Store(run.storage), call.stage.name, facts["fingerprint"]
     tracker = run.tracker.child(run.experiment_id, name, call.stage.shows_rows)
-    _record(store, run, name, state="running", fingerprint=stage_fingerprint, started=time.time(), trains=trains)
+    _record(store, run, name, state="running", started=time.time(), **facts)
     tracker.params(store.portable(to_dict(call.config)))
     tombstones = _tombstones_before(store, run)
     started = time.monotonic()
     try:
         with (
-            tempfile.TemporaryDirectory(prefix=f"unclip-{name}-") as scratch,
+            scratch_folder(name) as scratch,
             run_periodically(STOP_IF_LOST_SECONDS, lambda: _stop_if_lost(held, run), "lost lock"),
         ):
-            context = StageContext(run, name, stage_fingerprint, store, tracker, Path(scratch))
+            context = StageContext(run, name, stage_fingerprint, store, tracker, scratch)
             if store.is_local:
                 files.sweep(context.folder)
                 files.sweep(store.uri("stages", name), prefix=stage_fingerprint)
@@ -335,6 +336,8 @@ def _run_function(call: Call, run: Run, artifacts: typing.Sequence[Artifact], he
             if held.lost.is_set():
                 raise AlreadyRunningError(f"{name}: another run has taken over. Run the same command again later.")
             files.delete(context.intermediate)
+        if not call.stage.reads_snapshot:
+            refuse_if_recorded(store, name)
     except Exception as error:
         message, exit_code = _explain(error), error.exit_code if isinstance(error, UnclipError) else 1
         with contextlib.suppress(OSError):  # keep the original error
@@ -344,8 +347,7 @@ def _run_function(call: Call, run: Run, artifacts: typing.Sequence[Artifact], he
         tracker.bytes(trace.encode(), "error.txt")
         tracker.end("FAILED")
         log.error("%s failed: %s", name, message if isinstance(error, UnclipError) else trace)
-        event = {"fingerprint": stage_fingerprint, "message": message, "trains": trains, "exit_code": exit_code}
-        _record(store, run, name, state="failed", **event)
+        _record(store, run, name, state="failed", message=message, exit_code=exit_code, **facts)
         return Failure(name, message, exit_code)
     seconds = round(time.monotonic() - started, 1)
     artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
@@ -355,7 +357,7 @@ def _run_function(call: Call, run: Run, artifacts: typing.Sequence[Artifact], he
     tracker.tags(tags)
     tracker.json(stored, "artifact.json")
     tracker.end()
-    _record(store, run, name, state="done", fingerprint=stage_fingerprint, seconds=seconds, trains=trains)
+    _record(store, run, name, state="done", seconds=seconds, **facts)
     return artifact
 
 

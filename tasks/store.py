@@ -8,7 +8,7 @@ stages/<name>/<fp>.json commit records: the artifact of a stage, once it is comp
 artifacts/<name>/<fp>/  files of a stage: models, checkpoints, images, reports
 runs/<run id>/          records of each run and its stages
 attempts/<recipe>.json  number of the last download attempt
-tombstones.parquet      everything that was taken down; takedowns/ has the outcome of each request
+tombstones.parquet      everything that was taken down; takedowns/ has the outcome of each request, and those that wait
 results/<pipeline>/     summary, report and images of the last run
 published/<name>.json   published stacks for sampling; imported/ has stacks from elsewhere
 locks/                  owners of the tables, and of results that are being made; see `tasks.lock`

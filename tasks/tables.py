@@ -275,13 +275,19 @@ def purge(table_uri: str, keys: pa.Array | None = None) -> None:
         keys: keep files of older versions that have no row of these keys, since trainings may read them; None deletes them.
     """
     # Delta's own vacuum goes by timestamps, and would keep files that a clock running ahead marked as removed.
-    current = {uri.rpartition("/")[2] for uri in files(table_uri)}
-    stale = [name for name in storage.names(table_uri) if name.endswith(".parquet") and name not in current]
-    older = commit_order(table_uri) if stale and keys is not None else {}
+    # A table without a version has no other files than parts that were not committed.
+    older = commit_order(table_uri) if keys is not None and _exists(table_uri) else {}
     wanted = None if keys is None else keys.take(pc.sort_indices(keys))
-    for name in stale:
-        if wanted is None or name not in older or has_keys(f"{table_uri}/{name}", wanted):
-            storage.delete(f"{table_uri}/{name}")
+    for uri in other_files(table_uri):
+        if wanted is None or uri.rpartition("/")[2] not in older or has_keys(uri, wanted):
+            storage.delete(uri)
+
+
+def other_files(table_uri: str) -> list[str]:
+    """Parquet files in the table's folder that the newest version does not have, such as parts that were not committed."""
+    current = {uri.rpartition("/")[2] for uri in files(table_uri)} if _exists(table_uri) else set()
+    names = [name for name in storage.names(table_uri) if name.endswith(".parquet")]
+    return [f"{table_uri}/{name}" for name in names if name not in current]
 
 
 def commit_order(table_uri: str) -> dict[str, int]:

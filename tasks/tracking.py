@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from tasks.database import database_path
 from unclip import files
 from unclip.errors import StorageError
 from unclip.messages import reason_of, redacted, without_credentials
+from unclip.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ class Tracker:
     def bytes(self, data: bytes, name: str) -> None:
         """Log bytes as the artifact `name`, which may contain folders."""
         folder, _, base = name.rpartition("/")
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch, base)
+        with scratch_folder("log") as scratch:
+            path = scratch / base
             path.write_bytes(data)
             self.file(path, folder or None)
 

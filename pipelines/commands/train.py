@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import tempfile
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +11,7 @@ from pipelines.preset import model_names
 from unclip.background import run_periodically
 from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError, StoppedError
+from unclip.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from pipelines.dag import Dag
@@ -119,8 +119,8 @@ def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int
     few = places.take(places.spread(num_rows))
     diagnosis = overfitting.Diagnosis()
     click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(few)} rows")
-    with tempfile.TemporaryDirectory(prefix="unclip-overfit-") as folder:
-        train_rows(dataclasses.replace(training, places=lambda: few), folder, diagnosis, parallel.single_process())
+    with scratch_folder("overfit") as folder:
+        train_rows(dataclasses.replace(training, places=lambda: few), str(folder), diagnosis, parallel.single_process())
     losses = "  ".join(f"{loss:.3f}" for loss in diagnosis.relative_losses)
     click.echo(f"loss relative to predicting the mean: {losses}")
     click.secho(diagnosis.verdict, fg="green" if diagnosis.has_memorised else "red")

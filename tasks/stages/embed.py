@@ -22,6 +22,7 @@ from tasks.dataflow import exchange, run_all, run_in_actors
 from tasks.places import KeptRows, blocks, open_block, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.tombstones import refuse_if_recorded
 from unclip.config import fingerprint, require
 from unclip.errors import InputError, StageError
 from unclip.models.clip import Clip
@@ -175,8 +176,10 @@ def _embed_rows(
         parts.append(part)
         progress.update(part.rows)
         if time.monotonic() - committed_at > COMMIT_SECONDS:
+            refuse_if_recorded(context.store, "embed")
             tables.append_files(table, parts, SCHEMA)
             parts, committed_at = [], time.monotonic()
+    refuse_if_recorded(context.store, "embed")
     tables.append_files(table, parts, SCHEMA)
 
 
