@@ -26,7 +26,7 @@ from tasks.run_records import is_running
 from tasks.store import INTERMEDIATE, TOMBSTONES, Store
 from tasks.tombstones import refuse_if_recorded
 from tasks.tracking import Tracker
-from unclip import files
+from unclip import files, seals
 from unclip.background import run_periodically
 from unclip.config import fingerprint, require, to_dict, without_operational
 from unclip.errors import AlreadyRunningError, StageError, StoppedError, StorageError, UnclipError
@@ -336,6 +336,7 @@ def _run_function(
             if held.lost.is_set():
                 raise AlreadyRunningError(f"{name}: another run has taken over. Run the same command again later.")
             files.delete(context.intermediate)
+            seals.cover(context.folder)
         if not call.stage.reads_snapshot:
             refuse_if_recorded(store, name)
     except Exception as error:

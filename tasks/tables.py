@@ -28,7 +28,8 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from unclip import files as storage
-from unclip.data import ROW_GROUP_ROWS
+from unclip import seals
+from unclip.data import ROW_GROUP_ROWS, read_parquet
 from unclip.errors import AlreadyRunningError
 
 ADDED_COLUMNS = {"colour": pa.string(), "final_url": pa.string(), "redirect_hosts": pa.string()}
@@ -88,10 +89,16 @@ def read(table_uri: str, version: int | None = None, columns: Sequence[str] | No
 
 
 def find_part(table_uri: str, name: str) -> Part | None:
-    """Part of this name from an earlier attempt, committed or not; None if there is none."""
+    """Part of this name from an earlier attempt, committed or not; None if there is none, or a damaged one, which is deleted."""
     file = f"{name}.parquet"
     uri = f"{table_uri}/{file}"
-    return _describe(file, storage.read(uri)) if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    data = storage.read(uri)
+    if seals.check(pa.BufferReader(data)) == "damaged":
+        storage.delete(uri)
+        return None
+    return _describe(file, data)
 
 
 def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
@@ -157,6 +164,7 @@ def _append(
             table = _table(table_uri)
         table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
+    cover_log(table_uri)
     return _table(table_uri).version()
 
 
@@ -185,6 +193,7 @@ def fence(table_uri: str) -> None:
         commit_note(table_uri, table, table.schema(), _properties(table, note))
 
     _commit(table_uri, commit)
+    cover_log(table_uri)
 
 
 def open_table(table_uri: str) -> DeltaTable | None:
@@ -261,11 +270,54 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
             storage.failpoint("before", f"{table_uri}/_delta_log")
             table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
             storage.failpoint("after", f"{table_uri}/_delta_log")
+            cover_log(table_uri)
         return table.count() - _table(table_uri).count()
 
     deleted = _commit(table_uri, commit)
     purge(table_uri, keys)
     return deleted
+
+
+def remove_files(table_uri: str, names: Sequence[str]) -> int:
+    """Remove files with all their rows from the newest version; the files themselves stay. Returns the version."""
+
+    def commit() -> int:
+        table, now = _table(table_uri), int(time.time() * 1000)
+        gone: list[AddAction | RemoveAction] = [RemoveAction(name, True, now) for name in sorted(names)]
+        properties = _properties(table, {})
+        table.create_write_transaction(gone, mode="append", schema=table.schema(), commit_properties=properties)
+        return _table(table_uri).version()
+
+    version = _commit(table_uri, commit)
+    cover_log(table_uri)
+    return version
+
+
+def cover_log(table_uri: str) -> None:
+    """Record the sha256 of the files of the table's log in the table's manifest; to be called after each commit."""
+    manifest, log = f"{table_uri}/{seals.MANIFEST}", "_delta_log"
+    known = storage.read_json(manifest)["sha256"] if storage.exists(manifest) else {}
+    rewritten = {f"{log}/_last_checkpoint"}
+    names = [f"{log}/{name}" for name in storage.names(f"{table_uri}/{log}")]
+    hashes = {
+        name: known[name] if name in known.keys() - rewritten else storage.digest(f"{table_uri}/{name}")
+        for name in names
+    }
+    if hashes != known:
+        storage.write_json(manifest, {"sha256": hashes})
+
+
+def recorded_hashes(table_uri: str) -> dict[str, str]:
+    """File name -> sha256, as the commits of `append_files` recorded it; those of old commits may be gone from the log."""
+    return {name: digest for _, hashes in _recorded(table_uri) for name, digest in hashes.items()}
+
+
+def _recorded(table_uri: str) -> list[tuple[int, dict[str, str]]]:
+    """Version and file name -> sha256 of each commit that the log still knows, newest first."""
+    versions = range(_table(table_uri).version(), -1, -1)
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
+        notes = pool.map(lambda version: note_of(table_uri, version), versions)
+        return [(version, json.loads(note.get(_PARTS, "{}"))) for version, note in zip(versions, notes, strict=True)]
 
 
 def purge(table_uri: str, keys: pa.Array | None = None) -> None:
@@ -292,11 +344,7 @@ def other_files(table_uri: str) -> list[str]:
 
 def commit_order(table_uri: str) -> dict[str, int]:
     """Version that added each file, or the file it was rewritten from, for all commits that the log still knows."""
-    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
-        versions = range(_table(table_uri).version(), -1, -1)
-        notes = pool.map(lambda version: note_of(table_uri, version), versions)
-        named = zip(versions, (json.loads(note.get(_PARTS, "{}")) for note in notes), strict=True)
-        added = {name: version for version, names in named for name in names}
+    added = {name: version for version, hashes in _recorded(table_uri) for name in hashes}
     return {name: min(version, added.get(f"{origin(name)}.parquet", version)) for name, version in added.items()}
 
 
@@ -377,33 +425,31 @@ def has_keys(uri: str, keys: pa.Array) -> bool:
         keys: sorted.
     """
 
-    def action() -> bool:
-        with _open(uri) as file:
-            for group in range(file.metadata.num_row_groups):
-                if _may_hold(file.metadata.row_group(group), keys):
-                    column = file.read_row_group(group, columns=["key"])["key"]
-                    if pc.any(pc.is_in(column, value_set=keys)).as_py():
-                        return True
+    def search(file: pq.ParquetFile) -> bool:
+        for group in range(file.metadata.num_row_groups):
+            if _may_hold(file.metadata.row_group(group), keys):
+                column = file.read_row_group(group, columns=["key"])["key"]
+                if pc.any(pc.is_in(column, value_set=keys)).as_py():
+                    return True
         return False
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, search)
 
 
 def read_between(uri: str, start: str, stop: str | None, columns: Sequence[str] | None = None) -> pa.Table:
     """Row groups of a Parquet file that may hold keys from `start` on and, unless it is None, before `stop`."""
 
-    def action() -> pa.Table:
-        with _open(uri) as file:
-            bounds = [_bounds(file.metadata.row_group(group)) for group in range(file.metadata.num_row_groups)]
-            groups = [
-                group
-                for group, found in enumerate(bounds)
-                if found is None or (found[1] >= start and (stop is None or found[0] < stop))
-            ]
-            table = file.read_row_groups(groups, columns=None if columns is None else list(columns))
-            return _with_added(table, columns)
+    def read(file: pq.ParquetFile) -> pa.Table:
+        bounds = [_bounds(file.metadata.row_group(group)) for group in range(file.metadata.num_row_groups)]
+        groups = [
+            group
+            for group, found in enumerate(bounds)
+            if found is None or (found[1] >= start and (stop is None or found[0] < stop))
+        ]
+        table = file.read_row_groups(groups, columns=None if columns is None else list(columns))
+        return _with_added(table, columns)
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, read)
 
 
 def _may_hold(group: pq.RowGroupMetaData, keys: pa.Array) -> bool:
@@ -426,20 +472,19 @@ def read_rows(uri: str, rows: Sequence[int], columns: Sequence[str] | None = Non
     """Rows of a Parquet file by their number, in ascending order; reads only the row groups that hold them."""
     wanted = np.unique(np.asarray(rows, np.int64))
 
-    def action() -> pa.Table:
-        with _open(uri) as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            ends = np.cumsum(sizes)
-            groups = np.searchsorted(ends, wanted, side="right")
-            parts = [
-                file.read_row_group(group, columns=columns and list(columns)).take(
-                    wanted[groups == group] - (ends[group] - sizes[group])
-                )
-                for group in np.unique(groups).tolist()
-            ]
-            return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
+    def read(file: pq.ParquetFile) -> pa.Table:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups = np.searchsorted(ends, wanted, side="right")
+        parts = [
+            file.read_row_group(group, columns=columns and list(columns)).take(
+                wanted[groups == group] - (ends[group] - sizes[group])
+            )
+            for group in np.unique(groups).tolist()
+        ]
+        return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, read)
 
 
 def read_with_commit_times(table_uri: str) -> pa.Table:
@@ -456,38 +501,18 @@ def read_with_commit_times(table_uri: str) -> pa.Table:
 
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one Parquet file; `ADDED_COLUMNS` that it lacks are null if `columns` names them."""
-    filesystem, path = storage.locate(uri)
-
-    def action() -> pa.Table:
-        with filesystem.open_input_file(path) as file:
-            return _with_added(pq.ParquetFile(file).read(columns=None if columns is None else list(columns)), columns)
-
-    return storage.with_retries(uri, action)
+    names = None if columns is None else list(columns)
+    return read_parquet(uri, lambda file: _with_added(file.read(columns=names), columns))
 
 
 def num_rows(uri: str) -> int:
     """Number of rows of a Parquet file, from its footer."""
-    return _footer(uri).metadata.num_rows  # type: ignore[no-any-return]
+    return read_parquet(uri, lambda file: int(file.metadata.num_rows))
 
 
 def file_columns(uri: str) -> list[str]:
     """Column names of a Parquet file, from its footer."""
-    return list(_footer(uri).schema_arrow.names)
-
-
-def _footer(uri: str) -> pq.ParquetFile:
-    def action() -> pq.ParquetFile:
-        with _open(uri) as file:
-            return file
-
-    return storage.with_retries(uri, action)
-
-
-@contextlib.contextmanager
-def _open(uri: str) -> Iterator[pq.ParquetFile]:
-    filesystem, path = storage.locate(uri)
-    with filesystem.open_input_file(path) as file:
-        yield pq.ParquetFile(file)
+    return read_parquet(uri, lambda file: list(file.schema_arrow.names))
 
 
 def last_note(table_uri: str) -> dict[str, str]:
@@ -512,7 +537,10 @@ def write_file(uri: str, table: pa.Table) -> None:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Serialise rows deterministically: the same rows give the same bytes. Images (`jpg`) are not compressed again."""
+    """Serialise rows deterministically: the same rows give the same bytes. Images (`jpg`) are not compressed again.
+
+    Pages have checksums, and the file has a seal.
+    """
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     codec = {name: "none" if name == "jpg" else "zstd" for name in table.column_names}
     buffer = io.BytesIO()
@@ -523,8 +551,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
         compression=codec if "jpg" in codec else "zstd",
         use_dictionary=texts,
         write_statistics=[name for name in table.column_names if name != "jpg"],
+        write_page_checksum=True,
     )
-    return buffer.getvalue()
+    return seals.seal(buffer.getbuffer())
 
 
 def content_digest(table: pa.Table) -> str:

@@ -37,7 +37,8 @@ SCHEMA = pa.schema({"kind": pa.string(), "value": pa.string(), "request": pa.str
 COVERED = ("key", "url", "final_url", "redirect_hosts", "sha256", "phash", "colour")
 """Columns of an images table that `Tombstones.cover` looks at."""
 
-_RECORDED = ("takedowns", "recorded")
+RECORDED = ("takedowns", "recorded")
+"""Folder of the recorded requests."""
 _CANONICAL_URL = rf"\Ahttps?://{CANONICAL_HOST}(?::[0-9]+)?/[^#]*\z"
 _DEFAULT_PORT = r"\A(?:http://[^/]*:80|https://[^/]*:443)/"
 _PORTS = {"http": 80, "https": 443}
@@ -194,22 +195,22 @@ def record(store: Store, tombstones: Sequence[Tombstone], near: int | None) -> R
     now = datetime.datetime.now()
     request = Request(f"{now:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}", tuple(tombstones), near)
     document = {"tombstones": [[each.kind, each.value] for each in tombstones], "near": near}
-    store.write_json(document, *_RECORDED, f"{request.id}.json")
+    store.write_json(document, *RECORDED, f"{request.id}.json")
     return request
 
 
 def record_found(store: Store, request: Request, entries: Iterable[Entry]) -> None:
     """Add tombstones that a search found for a recorded request: keys, hashes and looks of its rows."""
-    tables.write_file(store.uri(*_RECORDED, f"{request.id}.parquet"), _table_of(entries))
+    tables.write_file(store.uri(*RECORDED, f"{request.id}.parquet"), _table_of(entries))
 
 
 def recorded(store: Store) -> list[Request]:
     """Return the recorded requests, oldest first."""
     found = []
-    for name in store.list(*_RECORDED):
+    for name in store.list(*RECORDED):
         if name.endswith(".json"):
             try:
-                document = store.read_json(*_RECORDED, name)
+                document = store.read_json(*RECORDED, name)
             except FileNotFoundError:  # it has just been carried out
                 continue
             tombstones = tuple(Tombstone(kind, value) for kind, value in document["tombstones"])
@@ -219,8 +220,8 @@ def recorded(store: Store) -> list[Request]:
 
 def forget(store: Store, request: Request) -> None:
     """Delete a recorded request that was carried out."""
-    files.delete(store.uri(*_RECORDED, f"{request.id}.parquet"))
-    files.delete(store.uri(*_RECORDED, f"{request.id}.json"))
+    files.delete(store.uri(*RECORDED, f"{request.id}.parquet"))
+    files.delete(store.uri(*RECORDED, f"{request.id}.json"))
 
 
 def refuse_if_recorded(store: Store, what: str) -> None:
@@ -242,7 +243,7 @@ def entries(store: Store) -> set[Entry]:
     found: set[Entry] = set()
     for request in recorded(store):
         found |= {Entry(stone.kind, stone.value, str(stone)) for stone in request.tombstones}
-        uri = store.uri(*_RECORDED, f"{request.id}.parquet")
+        uri = store.uri(*RECORDED, f"{request.id}.parquet")
         if files.exists(uri):
             found |= set(_entries_of(files.read(uri)))
     # Read last: a request that is carried out meanwhile is in there before its own file is deleted.
@@ -256,7 +257,7 @@ def write_entries(store: Store, all_entries: Iterable[Entry]) -> None:
 
 def load_tombstones(store: Store) -> Tombstones:
     """Load the tombstones of a storage; the same object as long as they have not changed and no request is recorded."""
-    if store.list(*_RECORDED):
+    if store.list(*RECORDED):
         return gather(Tombstone(kind, value) for kind, value, _ in entries(store))  # type: ignore[arg-type]
     return _tombstones_of(_stored(store))
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from tasks import index, ranges, rows, tables
 from tasks.duplicates import duplicate_clusters
-from tasks.run_records import is_running, stage_events
+from tasks.run_records import is_alive, stage_events
 from tasks.store import Store
 from tasks.tombstones import entries
 from unclip import files
@@ -324,7 +324,7 @@ def checkpoints_of(store: Store, datasets: Collection[str]) -> list[dict[str, st
             has_weights = not _WEIGHTS.isdisjoint(store.list(*folder)) or _trains(store, stage, event)
             if has_weights and _digests_read(store, events, stage) & set(datasets):
                 state = event.get("state")
-                if state == "running" and not is_running(record):
+                if state == "running" and not is_alive(store, run_id, record):
                     state = "stopped" if record["state"] == "stopped" else "killed"
                 facts = {"run": run_id, "pipeline": record["pipeline"], "stage": stage, "state": state}
                 facts |= {"folder": "/".join(folder), "mlflow_run": record.get("mlflow_run") or None}

@@ -45,7 +45,7 @@ from tasks.tombstones import (
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tasks.untrusted.domains import canonical_host
 from tasks.untrusted.normalise import normalise_url
-from unclip import files
+from unclip import files, seals
 from unclip.errors import InputError, StorageError
 from unclip.scratch import sweep_scratch
 
@@ -396,7 +396,8 @@ def _redact_reports(store: Store, keys: frozenset[str]) -> None:
         if store.exists(*folder, "report.html"):
             page = files.read(store.uri(*folder, "report.html")).decode()
             if redact(page, keys) != page:
-                files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
+                with seals.changing(store.uri(*folder), "report.html"):
+                    files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
 
 
 def _delete_previews(store: Store, keys: frozenset[str]) -> None:
@@ -407,7 +408,8 @@ def _delete_previews(store: Store, keys: frozenset[str]) -> None:
             if files.exists(f"{folder}/{PREVIEWS}"):
                 is_recorded = files.exists(f"{folder}/{PREVIEW_KEYS}")
                 if not is_recorded or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
-                    files.delete(f"{folder}/{PREVIEWS}")
+                    with seals.changing(folder, f"{PREVIEWS}/"):
+                        files.delete(f"{folder}/{PREVIEWS}")
 
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:

@@ -223,7 +223,7 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
         _forget_unreached(table_uri, plan, context, commits)
         raise StageError(unreached.explain())
     index_version = update_index(table_uri, version)
-    context.store.write_json(config.attempt, *_attempt_record(config))
+    context.store.write_json({"attempt": config.attempt}, *_attempt_record(config))
 
     key_ranges = ranges.ranges(ranges.range_count(pairs.uri))
     outcomes = run_all(functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version)), key_ranges)
@@ -263,6 +263,7 @@ def pin_attempt(store: Store, config: DownloadConfig, retry_failed: bool) -> Dow
     """Set the number of the last attempt, or of a new one."""
     record = _attempt_record(config)
     last = store.read_json(*record) if store.exists(*record) else 0
+    last = last["attempt"] if isinstance(last, dict) else last  # a number alone in earlier versions
     return dataclasses.replace(config, attempt=max(config.attempt, last + retry_failed))
 
 

@@ -99,7 +99,6 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     facts: dict[str, Any] = {"rows": dataset.facts["rows"], "snapshot": dataset.facts["snapshot"]}
     context.log_dataset(snapshot.digest, snapshot.embeddings, facts)
     model, digest = run_training(context, training)
-    context.tracker.file(model, "model")
     if files.exists(f"{context.folder}/{CURVE}"):
         context.tracker.bytes(files.read(f"{context.folder}/{CURVE}"), CURVE)
     return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})

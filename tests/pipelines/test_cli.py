@@ -188,6 +188,7 @@ HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")
         ([], "unclip estimate tex", "text_to_image"),
         ([], "unclip train upsampler-6", "upsampler-64"),
         ([], "unclip data sh", "show"),
+        ([], "unclip ver", "verify"),
     ],
 )
 def test_commands_that_only_read_import_no_heavy_packages(
@@ -287,7 +288,7 @@ def test_plan_prints_the_configuration_and_every_stage_and_starts_nothing(pairs:
     assert (tmp_path / "dag.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["run", "refresh", "plan", "status", "sample", "takedown", "ui"])
+@pytest.mark.parametrize("command", ["run", "refresh", "plan", "status", "sample", "takedown", "verify", "gc", "ui"])
 def test_help(command: str) -> None:
     result = unclip(command, "--help")
     assert result.returncode == 0 and "Usage:" in result.stdout and "--storage" in result.stdout
@@ -425,6 +426,8 @@ READING = [
     ["data", "diff", "1"],
     ["data", "show", "0a1b2c"],
     ["takedown", "--key", "0" * 32],
+    ["verify"],
+    ["gc"],
     ["ui"],
     ["sample", "a red circle"],
     ["export", "new"],

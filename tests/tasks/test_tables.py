@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks import tables
+from unclip.errors import DamagedError
 
 SCHEMA = pa.schema({"key": pa.string(), "jpg": pa.binary(), "width": pa.int32()})
 
@@ -198,7 +199,7 @@ def test_rows_are_read_by_number_from_their_row_groups_alone(tmp_path: Path) -> 
     assert tables.read_rows(uri, [5, 2100], ["key"])["key"].to_pylist() == [keys[5], keys[2100]]
     assert tables.has_keys(uri, pa.array([keys[5]])) and tables.has_keys(uri, pa.array([keys[2100], "x"]))
     assert not tables.has_keys(uri, pa.array([keys[7][:-1] + "5", "99999"])), "excluded by statistics"
-    with pytest.raises(OSError):
+    with pytest.raises(DamagedError, match=r"a\.parquet: cannot be read"):
         tables.read_rows(uri, [1500], ["key"])
 
 

@@ -230,6 +230,8 @@ class _Description:
     parts: tuple[str, ...]
     clip: ClipFiles | None
     sampling: dict[str, Any]
+    checksum: str | None = None
+    """See `files.write_json`. The manifest has the digest of the whole file."""
 
 
 def read_stack(folder: str | Path) -> StackFiles:
@@ -305,10 +307,9 @@ def _copy(source: str, destination: str) -> None:
     names = files.names(source)
     hashes = {}
     for name in names if source != destination or checkpoints.MANIFEST not in names else ():
-        data = files.read(f"{source}/{name}")
-        hashes[name] = files.sha256(data)
+        hashes[name] = files.digest(f"{source}/{name}")
         if source != destination:
-            files.write(f"{destination}/{name}", data)
+            files.copy(f"{source}/{name}", f"{destination}/{name}")
     if checkpoints.MANIFEST not in names:
         files.write_json(f"{destination}/{checkpoints.MANIFEST}", {"sha256": hashes})
 
