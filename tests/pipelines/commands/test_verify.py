@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from pipelines.lock import lock
 
 from tasks import tables
+from tasks.lock import lock
 from tasks.store import Store
 from tests.pipelines.command_line import call, call_json
 from tests.tasks.datasets import key, write_images
