@@ -93,6 +93,8 @@ def is_running(record: Mapping[str, Any]) -> bool:
 
 def is_alive(store: Store, run_id: str, record: Mapping[str, Any]) -> bool:
     """Return True if a run whose record says that it is running has a driver, on this machine or another."""
+    if record["state"] != "running":
+        return False
     if _is_here(record):
         return is_running(record)
     heartbeat = ("runs", run_id, HEARTBEAT)

@@ -10,6 +10,7 @@ import pytest
 
 from tasks import garbage, references, tables
 from tasks.references import Folder, Version
+from tasks.run_records import beat
 from tasks.store import Store
 from unclip import files
 from unclip.errors import DamagedError
@@ -41,6 +42,7 @@ def finish(store: Store, stage: str, number: int, facts: Any = None, run: str | 
 def reach(store: Store, reached: Folder, run: str, state: str = "done") -> None:
     record = {"pipeline": "tiny", "state": state, "host": "elsewhere", "pid": 1}
     store.write_json(record, "runs", run, "run.json")
+    beat(store, run)
     event = {"stage": reached.stage, "fingerprint": reached.fingerprint}
     store.write_json(event, "runs", run, f"{reached.stage}.json")
 
