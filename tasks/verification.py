@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 import sqlite3
+import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -303,7 +305,7 @@ class _Survey:
 
     def _command(self, *words: str) -> str:
         option = [] if self.store.root == Store(DEFAULT_ROOT).root else ["--storage", self.store.root]
-        return " ".join([*words, *option])
+        return shlex.join([*" ".join(words).split(), *option])
 
 
 def _expected(root: str, manifests: Iterable[str]) -> dict[str, str]:
@@ -350,7 +352,7 @@ def _name(uri: str) -> str:
 
 def _is_sound_database(path: str) -> bool:
     try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+        with sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=ro", uri=True) as connection:
             return bool(connection.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
     except sqlite3.Error:
         return False

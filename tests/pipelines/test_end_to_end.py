@@ -4,6 +4,7 @@ import json
 import os
 import random
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -250,7 +251,7 @@ def test_a_model_is_stored_once_and_mlflow_loads_the_registered_version(
     for path in finished.rglob("*model.safetensors"):
         places.setdefault(files.digest(str(path)), set()).add(path.stat().st_ino)
     assert len(places) == 5 and {len(inodes) for inodes in places.values()} == {1}
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database_uri(str(finished / "mlflow.db")))
     folder = str(download_artifacts("models:/unclip-tiny@latest-published"))
     assert "mlflow-artifacts" in folder and load_system(folder).image_size == 64
 
@@ -278,7 +279,7 @@ def test_a_storage_is_covered_by_digests_and_400_flipped_bits_are_found(finished
         str(part): "damaged",
         str(report): "missing",
     }
-    assert found[str(report)]["remedy"].endswith(f"`unclip run tiny --storage {finished}`")
+    assert found[str(report)]["remedy"].endswith(f"`unclip run tiny --storage {shlex.quote(str(finished))}`")
     result = call("verify", "--storage", finished, "--jobs", 2)
     assert result.returncode == 1 and "2 damaged or missing" in result.stdout and str(part) in result.stdout
     flip_a_bit(part)
@@ -506,15 +507,20 @@ def test_the_ui_shows_the_runs(finished: Path) -> None:
 def test_f82_after_gc_all_is_cached_and_works(finished: Path, tmp_path: Path) -> None:
     """The last test, since it deletes from the storage; a kill within the deletion leaves a good storage."""
     store = Store(str(finished))
-    older = sorted(finished.glob("stages/upsampler-64/*.json"), key=lambda path: path.stat().st_mtime)
-    assert len(older) == 3  # two trainings of this module, after that of the run
+    kept = sorted(finished.glob("stages/upsampler-64/*.json"), key=lambda path: path.stat().st_mtime)
+    older = kept[0].with_name(f"{7:064x}.json")  # a copy that no run has reached
+    shutil.copy(kept[0], older)
+    shutil.copytree(
+        finished / "artifacts" / "upsampler-64" / kept[0].stem, finished / "artifacts" / "upsampler-64" / older.stem
+    )
     [orphan, *_] = [path.with_name("orphan.parquet") for path in finished.glob("images/*/*.parquet")]
     orphan.write_bytes(b"PAR1")
     assert call_json("gc", "--storage", finished)["garbage"] == [], "everything is new"
     listed = call_json("gc", "--storage", finished, "--days", 0)
     paths = {entry["path"]: entry["what"] for entry in listed["garbage"]}
-    assert f"artifacts/upsampler-64/{older[1].stem}" in paths and str(orphan.relative_to(finished)) in paths
-    assert not any(f"upsampler-64/{older[number].stem}" in paths for number in (0, 2)), "in results/ and the last one"
+    assert f"artifacts/upsampler-64/{older.stem}" in paths and str(orphan.relative_to(finished)) in paths
+    for each in (kept[0], kept[-1]):
+        assert f"artifacts/upsampler-64/{each.stem}" not in paths, "in results/ or the last one"
     assert orphan.exists() and not listed["is_deleted"]
     before = files.size(store.root)
 
@@ -522,7 +528,7 @@ def test_f82_after_gc_all_is_cached_and_works(finished: Path, tmp_path: Path) ->
     (tmp_path / "armed" / "1").write_text("within .*upsampler-64/[0-9a-f]*$")
     command = ("gc", "--storage", finished, "--days", 0, "--delete")
     assert call_apart(*command, UNCLIP_FAILPOINTS=str(tmp_path / "armed")).returncode == -signal.SIGKILL
-    assert not older[1].exists() and (finished / "artifacts" / "upsampler-64" / older[1].stem).exists()
+    assert not older.exists() and (finished / "artifacts" / "upsampler-64" / older.stem).exists()
     assert call_json("verify", "--storage", finished)["problems"] == []
     freed = call_json(*command)
     assert freed["is_deleted"] and files.size(store.root) < before / 2 and not orphan.exists()
