@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines import dag as dags
 from pipelines import scene_server
-from pipelines.cluster import WORKER_ENVIRONMENT, start_ray
+from pipelines.cluster import WORKER_ENVIRONMENT, check_cluster, start_ray
 from pipelines.console import Console
 from pipelines.dataset import PipelineConfig
 from pipelines.lock import lock
@@ -55,6 +55,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         print(f"{pipeline}: everything is up to date; nothing was started.")
         _finish(config, pipeline, todo, store)
         return 0
+    check_cluster(config)
     with lock(store), contextlib.ExitStack() as stack:
         if config.scenes is not None:
             stack.enter_context(scene_server.serve(config.scenes))
@@ -67,7 +68,8 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             labels = {name: state.label for name, state in states.items()}
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
             run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
-            record_cluster(run, store, start_ray(config))
+            pending = [name for name, state in states.items() if not state.artifact]
+            record_cluster(run, store, start_ray(config, pending))
             failures = _execute(dag, run, store)
             state = "failed" if failures else "done"
         except StoppedError:
