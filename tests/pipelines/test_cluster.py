@@ -125,13 +125,3 @@ def test_f111_f112_a_long_temporary_folder_and_uv_run_do_not_change_the_cluster(
     assert (working_folder, python) == (str(work), sys.executable), "workers run as the driver does"
     assert session.startswith("/tmp/ray/session_")
     assert json.loads(spilling)["params"] == {"directory_path": str(folder / "ray")}, "/tmp may be small"
-
-
-def test_f111_ray_that_does_not_start(pairs: Path, tmp_path: Path) -> None:
-    environment = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    arguments = ["run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", tmp_path / "storage"]
-    result = call(*arguments, RAY_TMPDIR=str(pairs), RAY_ADDRESS="", **environment)
-    assert result.returncode == 2
-    [line] = result.stderr.strip().splitlines()
-    assert line.startswith("error: cluster: Ray does not start on this machine: ") and str(pairs) in line
-    assert "RAY_TMPDIR names another folder" in line
