@@ -255,8 +255,9 @@ def _wait_for_nodes(config: PipelineConfig, stages: Collection[str]) -> dict[str
                 )
             if not has_asked:
                 has_asked = True
-                reasons = "; ".join(why for _, why in missing)
-                print(f"waiting up to {limit:g} s (cluster.wait_seconds) for nodes to join: {reasons}", flush=True)
+                others = f", and {len(missing) - 1} others lack resources" if len(missing) > 1 else ""
+                why = f"{missing[0][1]}{others}"
+                print(f"waiting up to {limit:g} s (cluster.wait_seconds) for nodes to join: {why}", flush=True)
                 # Autoscaling starts nodes for what is asked for.
                 request_resources(
                     bundles=[need.amounts for need, _ in missing],
