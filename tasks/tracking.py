@@ -224,7 +224,7 @@ def open_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     """
     path = database_path(tracking_uri)
     if path is not None and path.exists():  # MLflow tries for minutes to open what is no database
-        with contextlib.closing(sqlite3.connect(path, timeout=seconds)) as connection:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as connection:
             connection.execute("BEGIN IMMEDIATE")
 
     def connect() -> Any:
