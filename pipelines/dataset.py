@@ -17,6 +17,7 @@ from tasks.stages.ingest import IngestConfig, ingest
 from tasks.stages.publish import PublishConfig, publish
 from tasks.stages.report import ReportConfig, report
 from tasks.store import DEFAULT_ROOT
+from unclip.config import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,12 @@ class ClusterConfig:
     """Address of a Ray cluster; None joins the cluster that the job was submitted to, or starts one on this machine."""
     num_cpus: int | None = None
     """Logical CPUs of a cluster started on this machine; None uses all CPUs."""
+    wait_seconds: float = 600.0
+    """Time for nodes that a run needs to join an existing cluster, such as those that autoscaling starts."""
+
+    def __post_init__(self) -> None:
+        require(self.num_cpus is None or self.num_cpus >= 1, "cluster.num_cpus", self.num_cpus, "at least 1")
+        require(self.wait_seconds >= 0, "cluster.wait_seconds", self.wait_seconds, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

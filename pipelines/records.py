@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.database import artifacts_uri, database_uri, is_own, settle
 from tasks.run_records import HEARTBEAT_SECONDS, beat, driver, is_alive
 from tasks.store import TOMBSTONES, Store
-from tasks.tracking import Tracker, client
+from tasks.tracking import Tracker, may_pass, open_client, remedy_for
 from unclip import files
 from unclip.background import run_periodically
 from unclip.config import to_dict
@@ -80,7 +80,11 @@ def tracking_uris_of(store: Store) -> list[str]:
 
 
 def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
-    """Record the start of a run in MLflow and in the storage."""
+    """Record the start of a run in MLflow and in the storage.
+
+    Raises:
+        ConfigError: MLflow refuses it, which will not pass.
+    """
     from pipelines.cluster import worker_resources
     from tasks.stage import Run
 
@@ -91,19 +95,27 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     own = is_own(store, uri)
     try:
         settle(store, uri)
-        mlflow_client = client(uri)
+        mlflow_client = open_client(uri)
         experiment = mlflow_client.get_experiment_by_name(pipeline)
         if experiment is None:
             experiment_id = _create_experiment(mlflow_client, pipeline, artifacts_uri(uri))
         else:
             experiment_id = experiment.experiment_id
+            if experiment.lifecycle_stage == "deleted":
+                _restore_experiment(mlflow_client, experiment_id)
+                print(f"MLflow: the experiment {pipeline} was deleted there; it is restored.", flush=True)
             _close_dead_runs(mlflow_client, experiment_id, store)
         name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
         # A server has runs of several storages; the database of a storage moves with it.
         tags = {"unclip.pipeline": pipeline, "unclip.storage": store.portable(store.root) if own else store.root}
         run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
-    except Exception as error:  # run anyway: the work matters more than its records
+    except Exception as error:
         shown = without_credentials(uri)
+        if not may_pass(error):
+            raise ConfigError(
+                f"tracking_uri: MLflow at {shown} refuses this run: {reason_of(error).rstrip('.')}. {remedy_for(error)}".strip()
+            ) from None
+        # run anyway: the work matters more than its records
         print(f"MLflow at {shown} does not answer; this run is not tracked: {reason_of(error)}", flush=True)
     tracker = Tracker(uri, run_id)
     tracker.params(store.portable(to_dict(config)))
@@ -156,6 +168,16 @@ def _sweep(store: Store) -> None:
 
 
 _MAX_WRITE_SECONDS = 24 * 3600.0
+
+
+def _restore_experiment(mlflow_client: Any, experiment_id: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow_client.restore_experiment(experiment_id)
+    except MlflowException:  # another run may have done it meanwhile
+        if mlflow_client.get_experiment(experiment_id).lifecycle_stage == "deleted":
+            raise
 
 
 def _create_experiment(mlflow_client: Any, name: str, location: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines import dag as dags
 from pipelines import scene_server
-from pipelines.cluster import WORKER_ENVIRONMENT, start_ray
+from pipelines.cluster import WORKER_ENVIRONMENT, check_cluster, start_ray
 from pipelines.console import Console
 from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import compose
@@ -69,6 +69,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         _finish(config, pipeline, todo, store)
         return 0
     dags.refuse_if_in_use(states, store)
+    check_cluster(config)
     with contextlib.ExitStack() as whole, contextlib.ExitStack() as scenes:
         if config.scenes is not None and DOWNLOAD in states and states[DOWNLOAD].artifact is None:
             scenes.enter_context(scene_server.serve(config.scenes))
@@ -81,7 +82,8 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             labels = {name: state.label for name, state in states.items()}
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
             run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
-            record_cluster(run, store, start_ray(config))
+            pending = [name for name, state in states.items() if not state.artifact]
+            record_cluster(run, store, start_ray(config, pending))
             failures = _execute(dag, run, store, scenes)
             must_repeat = _must_repeat(dag, failures, run, store)
             state = "stopped" if must_repeat else "failed" if failures else "done"

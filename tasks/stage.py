@@ -91,16 +91,25 @@ class Resources:
     """Logical CPUs and torch threads of a worker."""
     gpus_per_worker: float = 0
     """GPUs of a worker; 0 trains on CPUs."""
+    gib_per_worker: float = 0
+    """GiB of memory that a worker reserves on its node; 0 reserves none."""
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 1, "num_workers", self.num_workers, "at least 1")
         require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "at least 1")
         require(self.gpus_per_worker >= 0, "gpus_per_worker", self.gpus_per_worker, "0 or more")
+        require(self.gib_per_worker >= 0, "gib_per_worker", self.gib_per_worker, "0 or more")
 
     def per_worker(self) -> dict[str, float]:
         """Resources of one worker in Ray's format."""
         amounts = {"CPU": float(self.cpus_per_worker), "GPU": float(self.gpus_per_worker)}
+        amounts["memory"] = round(self.gib_per_worker * (1 << 30))
         return {name: amount for name, amount in amounts.items() if amount}
+
+    def options(self) -> dict[str, Any]:
+        """Options of a Ray actor that is one worker."""
+        memory = self.per_worker().get("memory")
+        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker, "memory": memory}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +123,9 @@ class StageResources(Resources):
     def of(self, stage_name: str) -> Resources:
         name, _, key = stage_name.partition("-")
         own_resources: Resources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
-        return own_resources or Resources(self.num_workers, self.cpus_per_worker, self.gpus_per_worker)
+        return own_resources or Resources(
+            self.num_workers, self.cpus_per_worker, self.gpus_per_worker, self.gib_per_worker
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """MLflow behind a few functions that never stop the work: an entry that cannot be logged is a warning, not a failure."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import re
+import sqlite3
+import ssl
 import threading
 import time
+import typing
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +18,7 @@ from typing import Any
 
 from tasks.database import database_path
 from unclip import files
+from unclip.background import within
 from unclip.errors import StorageError
 from unclip.messages import reason_of, redacted, without_credentials
 from unclip.scratch import scratch_folder
@@ -208,6 +214,62 @@ def checked_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     if isinstance(answers[0], Exception):
         raise answers[0]
     return answers[0]
+
+
+def open_client(tracking_uri: str, seconds: float = 15.0) -> Any:
+    """Client of an MLflow that has just answered; creates a missing database.
+
+    Raises:
+        Exception: see `may_pass`.
+    """
+    path = database_path(tracking_uri)
+    if path is not None and path.exists():  # MLflow tries for minutes to open what is no database
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+
+    def connect() -> Any:
+        opened = client(tracking_uri)
+        opened.search_experiments(max_results=1)
+        return opened
+
+    import mlflow  # noqa: F401  takes seconds, which must not count as the server's
+
+    return connect() if path is not None else within(seconds, connect)
+
+
+_TEMPORARY_CODES = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+_REFUSALS = re.compile(
+    r"unable to open database|readonly database|not a database|malformed|authentication failed|access denied"
+    r"|no password supplied|(?:database|role) \S+ does not exist",
+    re.IGNORECASE,
+)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return True if an error of MLflow is an outage, after which the same call may work; False if MLflow refuses it."""
+    import requests
+    import sqlalchemy.exc
+
+    refusals = (ValueError, PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ssl.SSLError)
+    outages = (OSError, sqlite3.OperationalError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.TimeoutError)
+    has_outage, cause = False, typing.cast(BaseException | None, error)
+    while cause is not None:
+        if isinstance(cause, (*refusals, requests.exceptions.SSLError)) or _REFUSALS.search(str(cause)):
+            return False
+        has_outage |= isinstance(cause, outages) or getattr(cause, "error_code", None) in _TEMPORARY_CODES
+        cause = cause.__cause__ or cause.__context__
+    return has_outage
+
+
+def remedy_for(error: BaseException) -> str:
+    """Advice for an error of MLflow that will not pass."""
+    if isinstance(error, StorageError):
+        return ""  # its message has its own
+    if "filesystem tracking backend" in str(error):
+        return "Name a database, such as sqlite:////folder/mlflow.db; `mlflow migrate-filestore` copies what is in the folder."
+    if "database schema" in str(error):
+        return "Install the version of MLflow that wrote the database, or back it up and run `mlflow db upgrade` on its URI."
+    return "Correct tracking_uri or MLFLOW_TRACKING_URI, or leave both out to track in the storage folder."
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""Periodic work in the background, and rate-limited checks."""
+"""Periodic work in the background, rate-limited checks, and calls with a time limit."""
 
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+ResultT = TypeVar("ResultT")
 
 
 @contextlib.contextmanager
@@ -35,3 +38,28 @@ def rate_limited(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:
         return answer
 
     return recent
+
+
+def within(seconds: float, call: Callable[[], ResultT]) -> ResultT:
+    """Return the result of a call that has limits of its own, some of minutes, such as a DNS lookup; raise its error.
+
+    Raises:
+        TimeoutError: it takes longer than `seconds`; it then goes on in a daemon thread.
+    """
+    results: list[ResultT] = []
+    errors: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return results[0]

@@ -37,6 +37,7 @@ from tasks import ranges, rows, tables
 from tasks.dataflow import run_all
 from tasks.index import index_files, index_uri, read_index, update_index
 from tasks.lanes import WAITING_PER_TASK, Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
+from tasks.nodes import with_egress
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
@@ -596,12 +597,13 @@ def _download_shards(
         return f"{heartbeats}/{shard.name}.json"
 
     lane_of = {shard: number for number, lane in enumerate(lanes) for shard in lane}
+    download_shard = _download_shard.options(**with_egress())
     spent: dict[int, Mapping[str, budgets.Spent]] = {}
 
     def start(shard: Shard) -> ray.ObjectRefGenerator:
         files.delete(heartbeat_uri(shard))
         rows_uri, of_lane = shard_uri(folder, shard), spent.get(lane_of[shard], {})
-        return _download_shard.remote(table_uri, shard.name, rows_uri, config, run, heartbeat_uri(shard), of_lane)
+        return download_shard.remote(table_uri, shard.name, rows_uri, config, run, heartbeat_uri(shard), of_lane)
 
     def on_done(shard: Shard, fetched: _Fetched) -> None:
         progress.update(shard.rows)

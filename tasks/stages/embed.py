@@ -165,9 +165,7 @@ def _embed_rows(
     """Embed in actors, shard by shard, and commit shards as they are done; reuse the finished shards of an earlier attempt."""
     resources = context.resources
     num_actors = max(1, min(resources.num_workers, len(tables.files(facts["images"], facts["images_version"]))))
-    embedder = Embedder.options(  # type: ignore[attr-defined]
-        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, scheduling_strategy="SPREAD"
-    )
+    embedder = Embedder.options(**resources.options(), scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
     start = functools.partial(embedder.remote, clip, config, table, resources.cpus_per_worker)
     progress = context.progress(num_rows, "pairs").start()
     parts: list[tables.Part] = []

@@ -186,9 +186,7 @@ def _sample_all(
         for number, start in enumerate(range(0, len(captions), size))
     ]
     measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
-    worker = SamplingWorker.options(  # type: ignore[attr-defined]
-        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker
-    )
+    worker = SamplingWorker.options(**resources.options())  # type: ignore[attr-defined]
     start = functools.partial(worker.remote, measuring_clip, stack, config.seed, resources.cpus_per_worker)
     progress = context.progress(sum(map(len, groups.values())), "images").start()
     num_workers = min(resources.num_workers, len(batches))

@@ -16,6 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
+from tasks.nodes import EGRESS
+from tasks.stage import Resources
 from tasks.untrusted.fetch import Fetcher
 
 ROOT = Path(__file__).parents[2]
@@ -405,7 +407,8 @@ def test_cluster_has_a_head_without_work_a_data_group_and_a_gpu_group(kind: str)
         assert group["template"]["metadata"]["labels"]["unclip/role"] == name
         [container] = group["template"]["spec"]["containers"]
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (name == "gpu")
-    assert groups["data"]["labels"] == {"unclip/egress": "public"} and "labels" not in groups["gpu"]
+    offered = {name: group["labels"]["unclip/egress"] for name, group in groups.items()}
+    assert offered == {"data": "public", "gpu": "none"} and cluster["headGroupSpec"]["labels"] == {EGRESS: "none"}
     assert not cluster.get("enableInTreeAutoscaling"), "the autoscaler needs a service account token"
 
 
@@ -453,6 +456,21 @@ def test_pods_name_objects_that_exist() -> None:
         for container in pod["spec"]["containers"]:
             for source in container.get("envFrom", []):
                 assert source["configMapRef"]["name"] in configs, where
+
+
+@pytest.mark.parametrize("kind", ["RayJob", "RayCronJob"])
+def test_f115_the_run_file_uses_the_gpus_that_the_pods_reserve(kind: str) -> None:
+    run = tomllib.loads(manifest("ConfigMap", "unclip-run")["data"]["run.toml"])
+    resources = Resources(**run["resources"])
+    [group] = [
+        group for group in ray_job_specs()[kind]["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] == "gpu"
+    ]
+    [container] = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert resources.num_workers == group["replicas"]
+    assert resources.gpus_per_worker == int(limits["nvidia.com/gpu"])
+    assert resources.cpus_per_worker <= int(limits["cpu"])
+    assert resources.gib_per_worker <= 0.7 * int(limits["memory"].removesuffix("Gi")), "Ray takes 30 % for objects"
 
 
 def test_namespace_enforces_the_restricted_standard() -> None:

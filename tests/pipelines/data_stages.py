@@ -43,7 +43,11 @@ class Job:
     clip: str
     """Folder of a CLIP."""
     until: str = STAGES[-1]
-    """Last stage: `ingest` or the last of all."""
+    """Last stage: `ingest`, `embed` or the last of all."""
+    gpus: str = "0"
+    """GPUs of a worker that embeds."""
+    gib: str = "0"
+    """GiB of memory of a worker that embeds."""
 
 
 def run_stages(job: Job) -> None:
@@ -66,13 +70,15 @@ def run_stages(job: Job) -> None:
     unique = run_stage(job, dedup.dedup, dedup.DedupConfig(phash_distance=1, holdout=0.1), filtered)
     frozen_clip = run_stage(job, clip.clip, clip.ClipConfig(f"local-dir:{job.clip}", None), unique)
     embedded = run_stage(job, embed.embed, embed.EmbedConfig(batch_size=16), unique, frozen_clip)
+    if job.until == "embed":
+        return
     dataset = run_stage(job, curate.curate, curate.CurateConfig(semantic_distance=1e-6, cluster_size=2), embedded)
     run_stage(job, report.report, report.ReportConfig(), dataset)
 
 
 def run_stage(job: Job, stage: Stage, config: Any, *parents: Artifact) -> Artifact:
     watch_tasks(job.started, stage.name)
-    resources = {"embed": Resources(NUM_NODES, cpus_per_worker=1)}
+    resources = {"embed": Resources(NUM_NODES, 1, float(job.gpus), float(job.gib))}
     result = execute(Call(stage, config), Run("r1", "test", job.storage, Tracker("", ""), "0", resources), parents)
     assert isinstance(result, Artifact), result
     return result
