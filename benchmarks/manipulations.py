@@ -25,7 +25,8 @@ from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.stack import Stack
 
 THETAS = tuple(index / 8 for index in range(9))
-EDIT_THETA = 0.5
+EDIT_THETA = 0.375
+"""Middle of the paper's range, 0.25 to 0.5. At 0.25 not all of the demo's colours change; at 0.5 objects begin to move."""
 SHOWN = 6  # rows of each grid
 
 
