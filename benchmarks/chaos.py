@@ -151,6 +151,7 @@ def download(settings: Settings) -> dict[str, Any]:
         shard_size=settings.shard_size,
         num_threads=settings.threads,
         max_bytes=MAX_BYTES,
+        allow_ports=(settings.port,),
     )
     hook = {"worker_process_setup_hook": prepare_worker}
     ray.init(num_cpus=settings.processes, include_dashboard=False, log_to_driver=False, runtime_env=hook)
