@@ -41,7 +41,7 @@ from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import Tombstones, load_tombstones, refuse_if_recorded, withhold, withhold_part
-from tasks.untrusted import budgets, decode, fetch
+from tasks.untrusted import decode, fetch
 from tasks.untrusted.normalise import MAX_URL_CHARACTERS
 from unclip import files
 from unclip.config import fingerprint, require
@@ -500,7 +500,7 @@ class _Fetched:
     """Rows that failed in an earlier attempt."""
     unreached: Mapping[str, int]
     """Reasons of `UNREACHED` of the other rows, and how many have them."""
-    spent: Mapping[str, budgets.Spent] = dataclasses.field(default_factory=dict)
+    spent: fetch.Spent = dataclasses.field(default_factory=dict)
     """Budgets of sites of its lane."""
 
 
@@ -596,7 +596,7 @@ def _download_shards(
         return f"{heartbeats}/{shard.name}.json"
 
     lane_of = {shard: number for number, lane in enumerate(lanes) for shard in lane}
-    spent: dict[int, Mapping[str, budgets.Spent]] = {}
+    spent: dict[int, fetch.Spent] = {}
 
     def start(shard: Shard) -> ray.ObjectRefGenerator:
         files.delete(heartbeat_uri(shard))
@@ -644,7 +644,7 @@ def _download_shard(
     config: DownloadConfig,
     run: Run,
     heartbeat_uri: str,
-    spent: Mapping[str, budgets.Spent],
+    spent: fetch.Spent,
 ) -> Iterator[_Fetched | None]:
     """Find the part that an earlier attempt wrote for this shard, or fetch its rows and write it.
 
