@@ -84,7 +84,7 @@ LANES_PER_TASK = 4
 """Least number of lanes for each concurrent task."""
 LEAST_JUDGED = 100
 """Rows of an attempt from which on `max_unreached` applies; fewer may well be on one server."""
-WAITING_SECONDS = 2.0
+WAITING_SECONDS = 1.0
 """A task that completes no row for this long only waits."""
 PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0
@@ -666,8 +666,7 @@ def _download_shard(
         urls = [pair["url"] for pair in pairs]
         fetcher.take_budgets(urls, spent)
         beat = _heartbeat(heartbeat_uri, config.stall_seconds / 10)
-        # The first row takes longer: imports, and a child that decodes.
-        last_row = time.monotonic() + 4 * WAITING_SECONDS
+        last_row = math.inf  # imports, and a child that decodes, are work
 
         def note(number: int) -> None:
             nonlocal last_row
@@ -717,7 +716,7 @@ def fetch_pairs(
     A URL is fetched once, however many of the pairs have it.
 
     Args:
-        beat: called with the number of completed rows after each URL.
+        beat: called with the number of completed rows before the first URL and after each.
 
     Raises:
         StageError: img2dataset lost a row.
@@ -761,6 +760,7 @@ def fetch_pairs(
             user_agent_token=None,
             disallowed_header_directives=None,
         )
+        beat(0)
         succeeded, _ = downloader((0, shard))
     keys = [pair["key"] for pair in pairs]
     if not succeeded or sorted(writer.rows) != sorted(keys):

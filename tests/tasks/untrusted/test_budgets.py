@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tasks import rows
-from tasks.untrusted import budgets, fetch
+from tasks.untrusted import budgets, fetch, robots
 from tasks.untrusted.budgets import Lookups, Sites
 from tests.tasks.untrusted.test_fetch import fetcher, outcome, outcomes, raw_server, serve
 
@@ -272,3 +272,25 @@ def test_robots_txt_of_a_host_that_stalls_has_the_reason_of_its_images(
         client = fetcher(respect_robots=True, timeout_seconds=0.3)
         assert outcomes([f"http://{address}/{number}" for number in range(8)], client) == ["timeout"] * 8
         assert len(requests) == 1
+
+
+def test_f63_the_next_process_knows_whose_robots_txt_could_not_be_loaded(
+    names: NameServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "is_public", lambda _: True)
+    with tarpit() as (address, requests, is_well):
+        first, second, later = (fetcher(respect_robots=True, timeout_seconds=0.3) for _ in range(3))
+        urls = [f"http://{address}/{number}" for number in range(4)]
+        assert outcomes(urls, first) == ["timeout"] * 4
+        spent = first.hand_on_budgets(urls, {})
+        second.take_budgets(urls, spent)
+        assert outcomes(urls, second) == ["timeout"] * 4 and len(requests) == 1
+        assert second.hand_on_budgets(["http://other.example/"], spent) == spent, (
+            "it is kept for the shards that need it"
+        )
+        is_well.set()
+        clock = time.time() + robots._FAILURE_LASTS_SECONDS
+        monkeypatch.setattr(robots.time, "time", lambda: clock)
+        assert second.hand_on_budgets(["http://other.example/"], spent).keys() == {address}
+        later.take_budgets(urls, spent)
+        assert outcomes(urls, later) == ["opted_out"] * 4, "its tdmrep.json is no JSON"
