@@ -297,7 +297,7 @@ def test_f65_tasks_that_only_wait_give_their_slot_to_another_lane(tmp_path: Path
     """One slot, and the first tasks end only after a shard of another lane."""
     slow = [f"slow{number}" for number in range(WAITING_PER_TASK)]
     lanes = [[Shard(name, 3)] for name in slow] + [[Shard("quick", 2), Shard("last", 1)]]
-    others = dict.fromkeys(slow, ["quick"]) | {"quick": [], "last": [*slow, "quick"]}
+    others = {name: ["quick"] for name in slow} | {"quick": [], "last": [*slow, "quick"]}
     started: list[str] = []
     results: list[int] = []
 
