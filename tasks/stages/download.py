@@ -84,7 +84,7 @@ LANES_PER_TASK = 4
 """Least number of lanes for each concurrent task."""
 LEAST_JUDGED = 100
 """Rows of an attempt from which on `max_unreached` applies; fewer may well be on one server."""
-WAITING_SECONDS = 1.0
+WAITING_SECONDS = 0.5
 """A task that completes no row for this long only waits."""
 PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0

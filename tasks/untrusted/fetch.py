@@ -291,7 +291,7 @@ class Fetcher:
         proxy = None if self.proxy is None or target.is_own else _Target.parse(self.proxy)
         if proxy is not None:
             addresses = self._resolve_checked(dataclasses.replace(proxy, is_own=True), deadline)
-        with self._admission(target, deadline, for_robots), self._sites.request(target.site):
+        with self._admission(target, deadline, for_robots), self._sites.request(target.site, refills=not for_robots):
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.response_class = _Response
             connection.sock = self._connect(target, addresses, deadline, proxy)
