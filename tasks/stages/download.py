@@ -108,7 +108,7 @@ class DownloadConfig:
     stall_seconds: float = 300.0
     """A task that completes no row for this long is killed and restarted, at most twice."""
     tasks_in_flight: int = 0
-    """Concurrent tasks that work; as many again may only wait for servers. 0 means the number of CPUs of the cluster."""
+    """Concurrent tasks that work; three times as many may only wait for servers. 0 means the number of CPUs of the cluster."""
     num_lanes: int = 16
     """Least number of lanes; four for each concurrent task if that is more, and fewer if a lane would have fewer rows than a
     shard. All URLs of a site (registrable domain) are in one lane, and each lane runs one task at a time. A site with more
