@@ -151,6 +151,7 @@ def download(settings: Settings) -> dict[str, Any]:
         shard_size=settings.shard_size,
         num_threads=settings.threads,
         max_bytes=MAX_BYTES,
+        allow_ports=(settings.port,),
     )
     hook = {"worker_process_setup_hook": prepare_worker}
     ray.init(num_cpus=settings.processes, include_dashboard=False, log_to_driver=False, runtime_env=hook)
@@ -181,7 +182,7 @@ def run_apart(settings: Settings) -> dict[str, Any]:
         kind: reasons for kind, reasons in counts.items() if not set(reasons) <= set(map(str, EXPECTED[kind]))
     }
     if unexpected:
-        print(f"unexpected reasons: {unexpected}", flush=True)
+        raise SystemExit(f"unexpected reasons: {unexpected}")
     healthy = counts["image"].get("None", 0)
     return {"speed": healthy / result["seconds"], "seconds": result["seconds"], "counts": counts}
 
@@ -224,9 +225,10 @@ def _serve(settings: Settings, images: list[bytes], bomb: bytes, connection: Con
             elif kind == "reset":
                 writer.transport.abort()
             else:
-                number = int(name.removesuffix(".jpg")) if name else 0
-                bodies = {"image": images[number % len(images)], "bomb": bomb, "large": bytes(MAX_BYTES + 1)}
-                body = bodies.get(kind, b"")
+                bodies = {"bomb": bomb, "large": bytes(MAX_BYTES + 1)}
+                if kind == "image":
+                    bodies[kind] = images[int(name.removesuffix(".jpg")) % len(images)]
+                body = bodies.get(kind, b"")  # none for robots.txt and .well-known/tdmrep.json
                 status = b"200 OK" if kind in bodies else b"404 Not Found"
                 writer.write(b"HTTP/1.1 %b\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, len(body)))
                 writer.write(body)

@@ -28,7 +28,7 @@ from unclip.config import fingerprint
 from unclip.errors import StageError
 from unclip.messages import reason_of
 
-WAITING_PER_TASK = 1
+WAITING_PER_TASK = 3
 """Tasks that only wait for servers, for each one that works: a site that does not answer must not hold a CPU."""
 ATTEMPTS = 3
 """Attempts at a shard whose task hangs. If a task raises or its process dies, Ray itself retries it twice."""

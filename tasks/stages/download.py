@@ -42,7 +42,7 @@ from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import Tombstones, load_tombstones, refuse_if_recorded, withhold, withhold_part
-from tasks.untrusted import budgets, decode, fetch
+from tasks.untrusted import decode, fetch
 from tasks.untrusted.normalise import MAX_URL_CHARACTERS
 from unclip import files
 from unclip.config import fingerprint, require
@@ -85,7 +85,7 @@ LANES_PER_TASK = 4
 """Least number of lanes for each concurrent task."""
 LEAST_JUDGED = 100
 """Rows of an attempt from which on `max_unreached` applies; fewer may well be on one server."""
-WAITING_SECONDS = 2.0
+WAITING_SECONDS = 0.5
 """A task that completes no row for this long only waits."""
 PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0
@@ -109,7 +109,7 @@ class DownloadConfig:
     stall_seconds: float = 300.0
     """A task that completes no row for this long is killed and restarted, at most twice."""
     tasks_in_flight: int = 0
-    """Concurrent tasks that work; as many again may only wait for servers. 0 means the number of CPUs of the cluster."""
+    """Concurrent tasks that work; three times as many may only wait for servers. 0 means the number of CPUs of the cluster."""
     num_lanes: int = 16
     """Least number of lanes; four for each concurrent task if that is more, and fewer if a lane would have fewer rows than a
     shard. All URLs of a site (registrable domain) are in one lane, and each lane runs one task at a time. A site with more
@@ -501,7 +501,7 @@ class _Fetched:
     """Rows that failed in an earlier attempt."""
     unreached: Mapping[str, int]
     """Reasons of `UNREACHED` of the other rows, and how many have them."""
-    spent: Mapping[str, budgets.Spent] = dataclasses.field(default_factory=dict)
+    spent: fetch.Spent = dataclasses.field(default_factory=dict)
     """Budgets of sites of its lane."""
 
 
@@ -598,7 +598,7 @@ def _download_shards(
 
     lane_of = {shard: number for number, lane in enumerate(lanes) for shard in lane}
     download_shard = _download_shard.options(**with_egress())
-    spent: dict[int, Mapping[str, budgets.Spent]] = {}
+    spent: dict[int, fetch.Spent] = {}
 
     def start(shard: Shard) -> ray.ObjectRefGenerator:
         files.delete(heartbeat_uri(shard))
@@ -646,7 +646,7 @@ def _download_shard(
     config: DownloadConfig,
     run: Run,
     heartbeat_uri: str,
-    spent: Mapping[str, budgets.Spent],
+    spent: fetch.Spent,
 ) -> Iterator[_Fetched | None]:
     """Find the part that an earlier attempt wrote for this shard, or fetch its rows and write it.
 
@@ -668,8 +668,7 @@ def _download_shard(
         urls = [pair["url"] for pair in pairs]
         fetcher.take_budgets(urls, spent)
         beat = _heartbeat(heartbeat_uri, config.stall_seconds / 10)
-        # The first row takes longer: imports, and a child that decodes.
-        last_row = time.monotonic() + 4 * WAITING_SECONDS
+        last_row = math.inf  # imports, and a child that decodes, are work
 
         def note(number: int) -> None:
             nonlocal last_row
@@ -719,7 +718,7 @@ def fetch_pairs(
     A URL is fetched once, however many of the pairs have it.
 
     Args:
-        beat: called with the number of completed rows after each URL.
+        beat: called with the number of completed rows before the first URL and after each.
 
     Raises:
         StageError: img2dataset lost a row.
@@ -763,6 +762,7 @@ def fetch_pairs(
             user_agent_token=None,
             disallowed_header_directives=None,
         )
+        beat(0)
         succeeded, _ = downloader((0, shard))
     keys = [pair["key"] for pair in pairs]
     if not succeeded or sorted(writer.rows) != sorted(keys):

@@ -159,8 +159,12 @@ class Sites:
             state.next_probe = now + state.pause
 
     @contextlib.contextmanager
-    def request(self, site: str) -> Iterator[None]:
-        """Check the site, then measure a request to it."""
+    def request(self, site: str, refills: bool = True) -> Iterator[None]:
+        """Check the site, then measure a request to it.
+
+        Args:
+            refills: an answer counts; one to a request for robots.txt does not say that images arrive.
+        """
         self.check(site)
         started = time.monotonic()
         try:
@@ -169,9 +173,11 @@ class Sites:
             self.failed(site, time.monotonic() - started)
             raise
         except BaseException:
-            self.answered(site)
+            if refills:
+                self.answered(site)
             raise
-        self.answered(site)
+        if refills:
+            self.answered(site)
 
     def failed(self, site: str, seconds: float) -> None:
         """Charge a request that got no answer."""

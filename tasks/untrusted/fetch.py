@@ -107,12 +107,21 @@ def is_allowed_host(url: str, allow_hosts: Sequence[str]) -> bool:
         return False
 
 
-def _sites_of(urls: Iterable[str]) -> set[str]:
+def _targets(urls: Iterable[str]) -> set["_Target"]:
+    """One target of each origin; invalid URLs have none."""
     found = set()
     for url in urls:
         with contextlib.suppress(RowFault):
-            found.add(_Target.parse(url).site)
+            found.add(dataclasses.replace(_Target.parse(url), path="/"))
     return found
+
+
+def _is_over(left: budgets.Spent | robots.Unreached) -> bool:
+    return isinstance(left, robots.Unreached) and left.until < time.time()
+
+
+Spent = Mapping[str, budgets.Spent | robots.Unreached]
+"""Budgets by site, and failures to load robots.txt by origin, as one process leaves them to the next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,17 +220,23 @@ class Fetcher:
         """Like `fetch`, with the way to the body."""
         return self._try(url, for_robots=False)
 
-    def take_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> None:
+    def take_budgets(self, urls: Iterable[str], spent: Spent) -> None:
         """Take over the budgets of the sites of some URLs from another process."""
         if spent or not self._sites.are_full():
-            self._sites.set(_sites_of(urls), spent)
+            of_sites = {name: left for name, left in spent.items() if isinstance(left, budgets.Spent)}
+            self._sites.set({target.site for target in _targets(urls)}, of_sites)
+            self._robots.set_unreached(
+                {name: left for name, left in spent.items() if isinstance(left, robots.Unreached)}
+            )
 
-    def hand_on_budgets(self, urls: Iterable[str], spent: Mapping[str, budgets.Spent]) -> Mapping[str, budgets.Spent]:
+    def hand_on_budgets(self, urls: Iterable[str], spent: Spent) -> Spent:
         """Return budgets for another process: those of the sites of some URLs, and `spent` for all other sites."""
-        if not spent and self._sites.are_full():
+        if not spent and self._sites.are_full():  # a robots.txt that does not arrive spends a budget as well
             return {}
-        sites = _sites_of(urls)
-        return {site: left for site, left in spent.items() if site not in sites} | self._sites.get(sites)
+        targets = _targets(urls)
+        sites, origins = {target.site for target in targets}, {target.origin for target in targets}
+        others = {name: left for name, left in spent.items() if name not in sites and not _is_over(left)}
+        return others | self._sites.get(sites) | self._robots.unreached(origins)
 
     def _try(self, url: str, for_robots: bool) -> Fetched:
         deadline = _Deadline(time.monotonic() + self.timeout_seconds)
@@ -276,7 +291,7 @@ class Fetcher:
         proxy = None if self.proxy is None or target.is_own else _Target.parse(self.proxy)
         if proxy is not None:
             addresses = self._resolve_checked(dataclasses.replace(proxy, is_own=True), deadline)
-        with self._admission(target, deadline, for_robots), self._sites.request(target.site):
+        with self._admission(target, deadline, for_robots), self._sites.request(target.site, refills=not for_robots):
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.response_class = _Response
             connection.sock = self._connect(target, addresses, deadline, proxy)
@@ -474,7 +489,11 @@ class _Target:
     @property
     def url(self) -> str:
         """Normalised URL without the fragment."""
-        return f"{'https' if self.tls else 'http'}://{self.host_header}{self.path}"
+        return f"{self.origin}{self.path}"
+
+    @property
+    def origin(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.host_header}"
 
     @property
     def site(self) -> str:

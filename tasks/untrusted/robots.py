@@ -10,7 +10,8 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from protego import Protego
 
@@ -41,6 +42,14 @@ class _Host:
     """Monotonic time."""
     next_request: float = 0.0
     """Monotonic time before which its crawl delay allows no request."""
+
+
+class Unreached(NamedTuple):
+    """Failure to load the rules of a host, as one process leaves it to the next."""
+
+    reason: str
+    until: float
+    """Unix time until which it lasts."""
 
 
 class Robots:
@@ -83,6 +92,26 @@ class Robots:
             turn = max(now, host.next_request)
             host.next_request = turn + delay
         return turn - now
+
+    def unreached(self, origins: Iterable[str]) -> dict[str, Unreached]:
+        """Known failures of some hosts."""
+        offset = time.time() - time.monotonic()
+        with self._lock:
+            known = {origin: self._hosts[origin] for origin in origins if origin in self._hosts}
+        hosts = {origin: future.result() for origin, future in known.items() if future.done()}
+        return {
+            name: Unreached(host.reason, offset + host.expires) for name, host in hosts.items() if host.rules is None
+        }
+
+    def set_unreached(self, unreached: Mapping[str, Unreached]) -> None:
+        """Take over failures from another process."""
+        offset = time.monotonic() - time.time()
+        with self._lock:
+            for origin, (reason, until) in unreached.items():
+                if origin not in self._hosts:
+                    self._hosts[origin] = concurrent.futures.Future()
+                    self._hosts[origin].set_result(_Host(None, [], reason, _HOST_BYTES, offset + until))
+                    self._size_bytes += _HOST_BYTES
 
     def _host(self, origin: str, agent: str, load: Callable[[str], bytes]) -> _Host:
         with self._lock:

@@ -293,10 +293,11 @@ def wait_for_others(shard: Shard, folder: str, others: Sequence[str]) -> Iterato
     yield shard.rows
 
 
-def test_f65_a_task_that_only_waits_gives_its_slot_to_another_lane(tmp_path: Path) -> None:
-    """One slot, and the first task ends only after a shard of another lane."""
-    lanes = [[Shard("slow", 3)], [Shard("quick", 2), Shard("last", 1)]]
-    others = {"slow": ["quick"], "quick": [], "last": ["slow", "quick"]}
+def test_f65_tasks_that_only_wait_give_their_slot_to_another_lane(tmp_path: Path) -> None:
+    """One slot, and the first tasks end only after a shard of another lane."""
+    slow = [f"slow{number}" for number in range(WAITING_PER_TASK)]
+    lanes = [[Shard(name, 3)] for name in slow] + [[Shard("quick", 2), Shard("last", 1)]]
+    others = {name: ["quick"] for name in slow} | {"quick": [], "last": [*slow, "quick"]}
     started: list[str] = []
     results: list[int] = []
 
@@ -306,7 +307,7 @@ def test_f65_a_task_that_only_waits_gives_its_slot_to_another_lane(tmp_path: Pat
         return wait_for_others.remote(shard, str(tmp_path), others[shard.name])
 
     run_in_lanes(lanes, 1, start, lambda _, result: results.append(result))
-    assert sorted(results) == [1, 2, 3] and started[:2] == ["slow", "quick"]
+    assert sorted(results) == [1, 2, *[3] * len(slow)] and started[: len(slow) + 1] == [*slow, "quick"]
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")

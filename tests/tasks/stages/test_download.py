@@ -27,6 +27,7 @@ from pipelines import scene_server
 from pipelines.scene_server import ScenesConfig
 from tasks import ranges, tables
 from tasks.index import index_files
+from tasks.lanes import WAITING_PER_TASK
 from tasks.lineage.takedown import carry_out
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
@@ -481,6 +482,29 @@ def test_f67_rows_of_a_site_that_stalls_are_skipped_with_a_reason_and_retried_on
         images = done(execute(Call(download, again), run(tmp_path), [pairs]))
         assert sum(server.requests.values()) == 48
     assert images.facts["rows"] == {"in": 88, "kept": 88, "dropped": 0, "failed": 0}
+
+
+def test_f65_healthy_rows_are_fetched_while_all_rows_of_a_site_wait_for_its_answers(
+    cluster: None, tmp_path: Path
+) -> None:
+    """One task works at a time, each on one row, and the slow site answers only once all rows of the other are fetched."""
+    slow = ScenesConfig(num_images=WAITING_PER_TASK, side=16, broken=0, port=free_port())
+    well = ScenesConfig(num_images=6, side=16, broken=0, port=free_port(), seed=1)
+    pairs = with_list(tmp_path, run_ingest(tmp_path, slow), run_ingest(tmp_path, well))
+    config = download_config(
+        slow, allow_hosts=(slow.address, well.address), shard_size=1, tasks_in_flight=1, timeout_seconds=40.0
+    )
+    with scene_server.serve(slow) as slow_server, scene_server.serve(well) as server:
+        answer = slow_server.process_request_thread
+
+        def answer_last(*request: Any) -> None:
+            while sum(server.requests.values()) < well.num_images:
+                time.sleep(0.02)
+            answer(*request)
+
+        slow_server.process_request_thread = answer_last  # type: ignore[method-assign]
+        images = done(execute(Call(download, config), run(tmp_path), [pairs]))
+    assert images.facts["rows"]["kept"] == slow.num_images + well.num_images
 
 
 @pytest.mark.parametrize("reachable", [0, 60])

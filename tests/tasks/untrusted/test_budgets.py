@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tasks import rows
-from tasks.untrusted import budgets, fetch
+from tasks.untrusted import budgets, fetch, robots
 from tasks.untrusted.budgets import Lookups, Sites
 from tests.tasks.untrusted.test_fetch import fetcher, outcome, outcomes, raw_server, serve
 
@@ -234,6 +234,25 @@ def test_f63_a_site_that_answers_now_and_then_spends_its_budget_too() -> None:
         assert (number < 1000) == closes, (share, number)
 
 
+def test_f64_an_answer_to_a_probe_for_robots_txt_does_not_open_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "is_public", lambda _: True)
+    waiting = []
+
+    def answer_about_robots(connection: socket.socket) -> None:
+        if b".jpg" in requests[-1]:
+            waiting.append(connection.dup())
+        else:
+            connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    with raw_server(answer_about_robots) as (address, requests):
+        client = fetcher(respect_robots=True, timeout_seconds=0.3, site_seconds=3.0)
+        urls = [f"http://{address}/{number}.jpg" for number in range(5)]
+        client.take_budgets(urls, {address: budgets.Spent(3.0, 30.0, next_probe=time.time())})
+        assert outcomes(urls, client, threads=1) == ["timeout"] + ["site_unreachable"] * 4
+        assert len(waiting) == 1 and len(requests) == 3
+    waiting[0].close()
+
+
 def test_f63_the_next_process_takes_over_what_a_site_has_spent() -> None:
     with tarpit() as (address, requests, is_well), serve(host="127.0.0.1") as server:
         urls = [f"http://{address}/{number}" for number in range(8)] + [f"http://{server.address}/a.jpg", "nonsense"]
@@ -272,3 +291,23 @@ def test_robots_txt_of_a_host_that_stalls_has_the_reason_of_its_images(
         client = fetcher(respect_robots=True, timeout_seconds=0.3)
         assert outcomes([f"http://{address}/{number}" for number in range(8)], client) == ["timeout"] * 8
         assert len(requests) == 1
+
+
+def test_f63_the_next_process_knows_whose_robots_txt_could_not_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "is_public", lambda _: True)
+    with tarpit() as (address, requests, is_well):
+        first, second, later = (fetcher(respect_robots=True, timeout_seconds=0.3) for _ in range(3))
+        urls = [f"http://{address}/{number}" for number in range(4)]
+        assert outcomes(urls, first) == ["timeout"] * 4
+        spent = first.hand_on_budgets(urls, {})
+        second.take_budgets(urls, spent)
+        assert outcomes(urls, second) == ["timeout"] * 4 and len(requests) == 1
+        assert second.hand_on_budgets(["http://other.example/"], spent) == spent, (
+            "it is kept for the shards that need it"
+        )
+        is_well.set()
+        clock = time.time() + robots._FAILURE_LASTS_SECONDS
+        monkeypatch.setattr(robots.time, "time", lambda: clock)
+        assert second.hand_on_budgets(["http://other.example/"], spent).keys() == {address}
+        later.take_budgets(urls, spent)
+        assert outcomes(urls, later) == ["opted_out"] * 4, "its tdmrep.json is no JSON"
