@@ -15,7 +15,7 @@ def named_faults() -> dict[int, set[tuple[Path, str]]]:
             if path != Path(__file__) and isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 parameters = " ".join(map(ast.unparse, node.decorator_list))
                 words = f"{node.name} {parameters} {ast.get_docstring(node)}"
-                for low, high in re.findall(r"(?<![A-Za-z0-9])[fF](\d{1,2})(?:\b|_)(?: to F(\d+))?", words):
+                for low, high in re.findall(r"(?<![A-Za-z0-9])[fF](\d{1,3})(?:\b|_)(?: to F(\d+))?", words):
                     for number in range(int(low), int(high or low) + 1):
                         named.setdefault(number, set()).add((path, node.name))
     return named

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import ranges, rows, tables
+from tasks.captions import count_words
 from tasks.dataflow import run_all
 from tasks.duplicates import AnnotatedKeys, duplicate_clusters
 from tasks.index import index_files, read_index
@@ -128,7 +129,7 @@ def _pin(config: ReportConfig, pinning: Pinning) -> ReportConfig:
     return dataclasses.replace(config, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
 
 
-@stage("report", version=1, pin=_pin, shows_rows=True)
+@stage("report", version=2, pin=_pin, shows_rows=True)
 def report(context: StageContext, config: ReportConfig, dataset: Artifact) -> Output:
     """Write the page on the dataset: totals, reasons, domains, distributions, and images at every threshold."""
     page = render(context.run.pipeline, Snapshot.of(dataset.facts), dataset.facts, config)
@@ -243,7 +244,6 @@ def _measures(pairs: pa.Table, images: pa.Table, scores: pa.Table, limits: Mappi
     captioned = _last_of_each_key(pairs)
     captioned = captioned.filter(pc.greater(pc.utf8_length(captioned["caption"]), 0))
     keys, captions = captioned["key"], captioned["caption"]
-    words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(captions)))
     measures = [
         measure("shorter_side", "Shorter side of the original", "pixels", sizes["key"], shorter, "too_small", ""),
         measure(
@@ -255,7 +255,15 @@ def _measures(pairs: pa.Table, images: pa.Table, scores: pa.Table, limits: Mappi
             "",
             "bad_aspect",
         ),
-        measure("caption_words", "Caption length", "words", keys, words, "caption_too_short", "caption_too_long"),
+        measure(
+            "caption_words",
+            "Caption length",
+            "words",
+            keys,
+            count_words(captions),
+            "caption_too_short",
+            "caption_too_long",
+        ),
         measure(
             "caption_characters", "Caption length", "characters", keys, pc.utf8_length(captions), *CHARACTER_REASONS
         ),
