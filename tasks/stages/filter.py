@@ -382,17 +382,22 @@ def _check_languages(codes: Sequence[str]) -> None:
 
 def _entries(setting: str, path: str, parse: Callable[[str], str]) -> list[str]:
     """Parsed lines of a list file, without blank lines and lines that begin with "# "."""
-    entries = []
-    for number, line in enumerate(_read(setting, path).split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text and text != "#" and not text.startswith("# "):
+    entries, data = [], _read(setting, path)
+
+    def fault(number: int, reason: str) -> InputError:
+        return InputError(f"filter.{setting}: {path}, line {number}: {reason}. Correct or remove the line.")
+
+    try:
+        lines = files.decode_text(data).split("\n")
+    except UnicodeDecodeError as error:
+        raise fault(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text") from None
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if text and text != "#" and not text.startswith("# "):
+            try:
                 entries.append(parse(text))
-        except ValueError as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise InputError(
-                f"filter.{setting}: {path}, line {number}: {reason}. Correct or remove the line."
-            ) from None
+            except ValueError as error:
+                raise fault(number, str(error)) from None
     if not entries:
         raise InputError(
             f"filter.{setting}: {path} has no entries. Give a file with one entry per line, or omit the setting."

@@ -269,6 +269,11 @@ def test_lists_may_have_a_byte_order_mark_and_windows_line_endings(tmp_path: Pat
     assert verdicts(config, ["a stock photo", "by getty images", FINE]) == ["blocked_word", "blocked_word", None]
 
 
+def test_f101_lists_may_be_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("stock\n", "utf-16")
+    assert dropped(FilterConfig(blocked_words=f"{tmp_path}/list.txt"), ["a stock photo", FINE]) == {"a stock photo"}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
