@@ -187,7 +187,8 @@ class EmbeddedRows:
     embeddings: str
     embeddings_version: int
     scores: str
-    """Folder of range files that `write_scores` writes: key, clip_score, a column per probe, embeddings_file, embeddings_row."""
+    """Folder of range files that `write_scores` writes: key, clip_score, a column per probe, tokens_lost, embeddings_file,
+    embeddings_row."""
 
     def key_ranges(self) -> list[KeyRange]:
         return ranges.ranges(ranges.range_count(self.kept.selection))
@@ -314,8 +315,11 @@ def _kept_keys(selection: str, key_range: KeyRange) -> pa.Array:
 def _score_files(config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]]) -> list[pa.Table]:
     parts = []
     for number, uri in numbered:
-        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score"])
+        counted = ["tokens_lost"] if "tokens_lost" in tables.file_columns(uri) else []
+        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", *counted])
         scores = score(embedded, torch.tensor(vectors(embedded["image_embedding"])), config)
+        lost = embedded["tokens_lost"] if counted else pa.nulls(embedded.num_rows, pa.int32())
+        scores = scores.append_column("tokens_lost", lost)
         file = pa.repeat(pa.scalar(number, pa.int32()), embedded.num_rows)
         scores = scores.append_column("embeddings_file", file)
         parts.append(scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32())))

@@ -44,6 +44,7 @@ def embedded(tmp_path: Path, num_ranges: int, cluster: None) -> Artifact:
         "text_embedding": list(embeddings.numpy()),
         "clip_score": np.linspace(0, 0.39, NUM_ROWS),
         "tokens": [[1]] * NUM_ROWS,
+        "tokens_lost": [0] * NUM_ROWS,
     }
     uri = f"{tmp_path}/embeddings/x"
     version = tables.append_files(uri, [tables.write_part(uri, "a", pa.table(table, schema=SCHEMA))], SCHEMA)
