@@ -46,8 +46,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file does not exist or is not valid TOML.
     """
+    from unclip import files  # completion of names needs no Arrow
+
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
+        return tomllib.loads(files.decode_text(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(f"{path}: no such run file. Give a TOML file with --config.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -6,11 +6,13 @@ whatever the number of key ranges and partitions.
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks import dataflow, ranges
 from tasks.keys import KEY_DIGITS, hex_numbers, key_texts
@@ -26,7 +28,12 @@ from unclip import files
 
 ResultT = TypeVar("ResultT")
 
-_REASONS = ("duplicate_image", "near_duplicate")
+KeepCaptions = Literal["one", "url", "image"]
+"""Rows that are kept of equal bytes: the first; those with the URL of the first, which are its other captions; all."""
+
+_REASONS = ("duplicate_image", "near_duplicate", None)
+_BYTES, _LOOK, _CAPTION = range(len(_REASONS))
+_ROW = ["high", "low", "first_high", "first_low", "hash", "cell"]
 
 
 def find_duplicates(
@@ -36,21 +43,26 @@ def find_duplicates(
     scratch: str,
     use: Callable[[KeyRange, pa.Table], ResultT],
     num_partitions: int | None = None,
+    captions: KeepCaptions = "one",
     **options: Any,
 ) -> list[ResultT]:
     """Find the rows with the same bytes as an earlier row, and those that look like an earlier row, in the order of keys.
 
-    Of equal bytes, the smallest key is kept, and only that row is compared by look: see `tasks.near_duplicates` for when
-    two rows look alike. A row without a perceptual hash is compared by bytes alone.
+    Of equal bytes, the row with the smallest key is the first, and only that row is compared by look: see
+    `tasks.near_duplicates` for when two rows look alike. Its other captions are kept or dropped with it. A row without a
+    perceptual hash is compared by bytes alone.
 
     Args:
-        read: key range -> key (32 hex digits), sha256, phash, colour of the rows to compare; keys are unique.
+        read: key range -> key (32 hex digits), sha256, phash, colour of the rows to compare, and url if `captions` is "url";
+            keys are unique.
         num_ranges: number of key ranges.
         distance: largest number of differing bits of perceptual hashes; -1 compares only bytes.
         scratch: URI of a folder for intermediate files, which is deleted at the end; every node must see it.
-        use: called in a task for each key range with the rows to drop: key, reason, sorted by key. Like `read`, a
-            module-level function or a `functools.partial` of one.
+        use: called in a task for each key range with the rows to drop, and other captions of rows that are kept: key, reason
+            (null for a caption), first (the key of the first row with these bytes), sorted by key. Like `read`, a module-level
+            function or a `functools.partial` of one.
         num_partitions: number of tasks among which rows are exchanged; by default the number of key ranges.
+        captions: rows that are kept of equal bytes.
         options: options of the Ray tasks.
 
     Returns:
@@ -63,10 +75,10 @@ def find_duplicates(
         return dataflow.exchange(split, items, num_outputs, merge, **options)
 
     step = exchange(
-        functools.partial(_split_by_bytes, read, count),
+        functools.partial(_split_by_bytes, read, count, captions),
         ranges.ranges(num_ranges),
         count,
-        functools.partial(_keep_first, f"{scratch}/bytes"),
+        functools.partial(_keep_first, f"{scratch}/bytes", captions),
     )
     found = [[losers for _, losers in step]]
     if distance >= 0:
@@ -95,7 +107,9 @@ def find_duplicates(
     return results
 
 
-def _split_by_bytes(read: Callable[[KeyRange], pa.Table], count: int, key_range: KeyRange) -> list[pa.Table]:
+def _split_by_bytes(
+    read: Callable[[KeyRange], pa.Table], count: int, captions: KeepCaptions, key_range: KeyRange
+) -> list[pa.Table]:
     table = read(key_range)
     # 128 of the 256 bits tell different bytes apart.
     digests = hex_numbers(table["sha256"], 64)[:, :2]
@@ -107,20 +121,66 @@ def _split_by_bytes(read: Callable[[KeyRange], pa.Table], count: int, key_range:
         "has_hash": table["phash"].is_valid(),
         "cell": colour_cells(table["colour"]),
     }
+    if captions == "url":
+        rows["url"] = _url_numbers(table["url"])
     return ranges.split(pa.table(rows), _partition(digests[:, 0], count), count)
 
 
-def _keep_first(folder: str, index: int, pieces: list[pa.Table]) -> tuple[str, str]:
-    """Keep the first row of equal bytes; write the comparable kept rows and the keys of the others."""
+def _url_numbers(urls: pa.ChunkedArray) -> np.ndarray:
+    """Checksums of URLs, [N] uint64; they tell the few URLs of equal bytes apart."""
+    texts = urls.cast(pa.binary()).to_pylist()
+    checksums = (np.fromiter(map(function, texts), np.uint64, len(texts)) for function in (zlib.crc32, zlib.adler32))
+    high, low = checksums
+    numbers: np.ndarray = high << np.uint64(32) | low
+    return numbers
+
+
+def _keep_first(folder: str, captions: KeepCaptions, index: int, pieces: list[pa.Table]) -> tuple[str, str]:
+    """Find the first row of equal bytes and its captions; write those that are comparable, and the keys of all but the first."""
     table = pa.concat_tables(pieces)
     table = table.take(np.lexsort([table[name].to_numpy() for name in ("low", "high", "digest_low", "digest")]))
     is_first = np.ones(table.num_rows, bool)
     digests = [np.diff(table[name].to_numpy()) != 0 for name in ("digest", "digest_low")]
     is_first[1:] = digests[0] | digests[1]
-    kept = table.filter(pa.array(is_first)).select(["high", "low", "hash", "has_hash", "cell"])
-    kept = kept.filter(kept["has_hash"]).drop_columns("has_hash")
-    losers = _losers(table, ~is_first, 0)
+    first = np.maximum.accumulate(np.where(is_first, np.arange(table.num_rows), 0))
+    table = pa.table(
+        {
+            **{name: table[name] for name in table.column_names},
+            **{
+                name: table[name].take(first) for name in ("hash", "has_hash", "cell")
+            },  # captions stay with their first row
+            **{f"first_{name}": table[name].take(first) for name in ("high", "low")},
+        }
+    )
+    is_kept = np.full(table.num_rows, captions == "image") | is_first
+    if captions == "url":
+        urls = table["url"].to_numpy()
+        is_kept |= urls == urls[first]
+    kept = table.filter(pa.array(is_kept & table["has_hash"].to_numpy())).select(_ROW)
+    reasons = np.where(is_kept, _CAPTION, _BYTES)
+    losers = _losers(table, ~is_first, reasons)
     return write_rows(f"{folder}/{index:05d}.rows", kept), write_rows(f"{folder}/{index:05d}.found", losers)
+
+
+def _firsts(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Divide rows into the first ones and the other captions of these."""
+    is_first = (table["high"].to_numpy() == table["first_high"].to_numpy()) & (
+        table["low"].to_numpy() == table["first_low"].to_numpy()
+    )
+    return table.filter(pa.array(is_first)), table.filter(pa.array(~is_first))
+
+
+def _with_first(captions: pa.Table, firsts: pa.Table) -> pa.Table:
+    """Captions of some first rows."""
+    if not captions.num_rows:
+        return captions
+    names = {"first_high": "high", "first_low": "low"}
+    return captions.filter(pc.is_in(_octets(captions, *names), value_set=_octets(firsts, *names.values())))
+
+
+def _octets(table: pa.Table, high: str, low: str) -> pa.Array:
+    numbers = np.stack([table[high].to_numpy(), table[low].to_numpy()], axis=1)
+    return pa.Array.from_buffers(pa.binary(16), len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def _split_by_hash(count: int, uri: str) -> list[pa.Table]:
@@ -129,13 +189,15 @@ def _split_by_hash(count: int, uri: str) -> list[pa.Table]:
 
 
 def _compare_equal_hashes(folder: str, index: int, pieces: list[pa.Table]) -> tuple[str, str]:
-    """Find near duplicates with an equal hash; write the looks and the keys of the near duplicates."""
-    table = in_order_of_keys(pieces)
+    """Find near duplicates with an equal hash; write the looks with their captions, and the keys of the near duplicates."""
+    table, captions = _firsts(in_order_of_keys(pieces))
     hashes, cells = table["hash"].to_numpy(), table["cell"].to_numpy()
     found = near_duplicates(hashes, 0, cells)
     looks, _ = find_looks(hashes, cells)
     distinct = table.take(looks).append_column("found", pa.array(found[looks]))
-    losers = _losers(table, found, 1)
+    others = _with_first(captions, distinct.filter(pc.invert(distinct["found"])))
+    distinct = pa.concat_tables([distinct, others.append_column("found", pa.array(np.zeros(others.num_rows, bool)))])
+    losers = _losers_by_look(table.filter(pa.array(found)), captions)
     return write_rows(f"{folder}/{index:05d}.looks", distinct), write_rows(f"{folder}/{index:05d}.found", losers)
 
 
@@ -147,11 +209,12 @@ def _split_by_band(distance: int, count: int, uri: str) -> list[pa.Table]:
 
 
 def _compare_near_hashes(folder: str, distance: int, count: int, index: int, pieces: list[pa.Table]) -> str:
-    table = in_order_of_keys(pieces)
+    table, captions = _firsts(in_order_of_keys(pieces))
     known = table["found"].to_numpy()
     hashes, cells = table["hash"].to_numpy(), table["cell"].to_numpy()
     found = near_duplicate_looks(hashes, cells, distance, known, index, count)
-    return write_rows(f"{folder}/{index:05d}.found", _losers(table, found & ~known, 1))
+    losers = _losers_by_look(table.filter(pa.array(found & ~known)), captions)
+    return write_rows(f"{folder}/{index:05d}.found", losers)
 
 
 def split_by_range(count: int, uris: Sequence[str]) -> list[pa.Table]:
@@ -161,11 +224,15 @@ def split_by_range(count: int, uris: Sequence[str]) -> list[pa.Table]:
 
 
 def _use_found(use: Callable[[KeyRange, pa.Table], ResultT], count: int, index: int, pieces: list[pa.Table]) -> ResultT:
-    table = pa.concat_tables(pieces)
+    table = pa.concat_tables(pieces).sort_by("reason")  # the captions, some of which are near duplicates, come last
     numbers = np.stack([table["high"].to_numpy(), table["low"].to_numpy()], axis=1)
     numbers, first = np.unique(numbers, axis=0, return_index=True)  # several bands may find a row
-    reasons = pa.array(_REASONS).take(table["reason"].take(first).combine_chunks())
-    return use(KeyRange(index, count), pa.table({"key": key_texts(numbers), "reason": reasons}))
+    table = table.take(first)
+    firsts = np.stack([table["first_high"].to_numpy(), table["first_low"].to_numpy()], axis=1)
+    reasons = pa.array(_REASONS).take(table["reason"].combine_chunks())
+    return use(
+        KeyRange(index, count), pa.table({"key": key_texts(numbers), "reason": reasons, "first": key_texts(firsts)})
+    )
 
 
 def key_columns(numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -184,9 +251,18 @@ def in_order_of_keys(pieces: list[pa.Table]) -> pa.Table:
     return table.take(np.lexsort([table["low"].to_numpy(), table["high"].to_numpy()])).combine_chunks()
 
 
-def _losers(table: pa.Table, found: np.ndarray, reason: int) -> pa.Table:
-    losers = table.select(["high", "low"]).filter(pa.array(found))
-    return losers.append_column("reason", pa.array(np.full(losers.num_rows, reason, np.int8)))
+def _losers_by_look(found: pa.Table, captions: pa.Table) -> pa.Table:
+    """Near duplicates and their captions."""
+    losers = pa.concat_tables([table.select(_ROW) for table in (found, _with_first(captions, found))])
+    return _losers(losers, np.ones(losers.num_rows, bool), np.full(losers.num_rows, _LOOK))
+
+
+def _losers(table: pa.Table, found: np.ndarray, reasons: np.ndarray) -> pa.Table:
+    """Keys and reasons of the rows that are found."""
+    losers = table.select(["high", "low", "first_high", "first_low"]).append_column(
+        "reason", pa.array(reasons, pa.int8())
+    )
+    return losers.filter(pa.array(found))
 
 
 def write_rows(uri: str, table: pa.Table) -> str:

@@ -34,6 +34,7 @@ ATTEMPTS = 3
 """Attempts at a shard whose task hangs. If a task raises or its process dies, Ray itself retries it twice."""
 _MAX_CHECK_SECONDS = 30.0  # between two checks of the heartbeats
 _LEAST_COUNTED = 4  # rows of a site in a range, so that the counts of a long list remain few
+_MOST_ROWS_OF_URL = 1000  # in one shard, even if shards are smaller
 _ORIGIN = r"^(?P<origin>https?://[^/?#\\\s]+)(?:[/?#]|$)"
 _OWN = 0  # lane of rows that need no politeness
 
@@ -112,7 +113,7 @@ def plan_shards(
 
     Small sites share lanes by their hashes; a site with more rows than a lane's fair share has a lane of its own, so that no
     other site waits for it. Rows of own hosts need no politeness: each of their shards is a lane. A lane is in order of keys,
-    but the rows of a URL lie together, in one shard if it can hold them. Equal arguments give equal shards.
+    but the rows of a URL lie together, in one shard unless there are thousands. Equal arguments give equal shards.
 
     Args:
         listed: results of `list_rows`, in order of their keys.
@@ -228,17 +229,21 @@ def _write_shards(
 
 
 def _cuts(new_urls: np.ndarray, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """Bounds of shards of at most `size` rows, each cut before the first row of a URL if there is one.
+    """Bounds of shards of at most `size` rows, each cut before the first row of a URL; one with more rows has its own shard.
 
     Args:
         new_urls: sorted numbers of the rows with another URL than the row before.
     """
     while stop - start > size:
-        last = int(new_urls[np.searchsorted(new_urls, start + size, side="right") - 1]) if len(new_urls) else 0
-        last = last if last > start else start + size
+        following = int(np.searchsorted(new_urls, start + size, side="right"))
+        last = int(new_urls[following - 1]) if following else start
+        if last <= start:
+            last = min(stop, int(new_urls[following]) if following < len(new_urls) else stop)
+            last = min(last, start + max(size, _MOST_ROWS_OF_URL))
         yield start, last
         start = last
-    yield start, stop
+    if start < stop:
+        yield start, stop
 
 
 def shard_uri(folder: str, shard: Shard) -> str:

@@ -20,6 +20,7 @@ REASONS: Mapping[str, str] = {
     "bad_url": "not a valid URL: expected http or https with a host and without a password",
     "bad_hash": "the expected hash is not a sha256 of 64 hex digits",
     "bad_quotes": "a quote opens a field and is not closed, or text follows where it closes (CSV, TSV)",
+    "bad_row": "not an object with texts (JSON lines), or another number of fields than the header (CSV, TSV)",
     "no_caption": "the row has no caption",
     "duplicate_row": "the same URL with the same caption occurs earlier in the list",
     "blocked_address": "the URL or a redirect leads to a non-public network",

@@ -33,7 +33,11 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
     names = sorted(valid)
     by_lower_case = {valid_name.lower(): valid_name for valid_name in names}
     close = difflib.get_close_matches(name[:200].lower(), by_lower_case, n=1, cutoff=0.5)
-    return f"Did you mean {by_lower_case[close[0]]!r}?" if close else f"Valid names: {', '.join(names)}."
+    if not close:
+        return f"Valid names: {', '.join(names)}."
+    found = by_lower_case[close[0]]
+    # Letters of other alphabets and wide letters may look the same.
+    return f"Did you mean {ascii(found) if name.isascii() else repr(found)}?"
 
 
 def load(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -33,6 +33,7 @@ T = TypeVar("T")
 CHECKSUM = "checksum"
 """Key of the checksum in JSON objects."""
 _TEMPORARY = ".tmp"
+_BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _FILE_URI = re.compile(r"file:(?://(?:localhost)?)?(/.*)", re.DOTALL | re.IGNORECASE)
 _URI = re.compile(r"[A-Za-z][\w+.-]*:/")
 
@@ -389,3 +390,22 @@ def failpoint(moment: str, uri: str) -> None:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def text_encoding(data: bytes) -> str:
+    """Encoding of a text file that people write, from its first bytes: UTF-8, unless it is UTF-16 or UTF-32."""
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            return encoding
+    if len(data) > 1 and 0 in data[:2] and data[:2] != b"\0\0":  # ASCII in UTF-16 without a byte order mark
+        return "utf-16-be" if data[0] == 0 else "utf-16-le"
+    return "utf-8-sig"
+
+
+def decode_text(data: bytes) -> str:
+    """Text of a file that people write, without byte order marks.
+
+    Raises:
+        UnicodeDecodeError: it is not text.
+    """
+    return data.decode(text_encoding(data)).lstrip("\ufeff")

@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
             raise CheckpointError(
                 f"{path}: got {size:,} bytes, expected at most {MAX_TEXT_BYTES:,}. The file is damaged."
             )
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. Copy the whole folder again.") from error
 

@@ -78,7 +78,7 @@ def parse_file(path: str) -> list[Tombstone]:
         InputError: the file cannot be read, or a line is none of these; names the line.
     """
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        lines = files.decode_text(Path(path).read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"takedown: {path} cannot be read: {error}. Name a text file.") from None
     found = []

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange, run_all
+from tasks.find_duplicates import find_duplicates
+from tasks.index import index_files, read_index
 from tasks.keys import octet_texts
 from tasks.places import Block, KeptRows, blocks, open_block, read_vectors, write_places
 from tasks.ranges import KeyRange
@@ -124,7 +126,14 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     if config.semantic_distance is not None:
         selection, candidates = f"{folder}/selection", f"{context.intermediate}/candidates"
         num_kept = sum(counts["rows"][rows.KEPT] for counts, _ in in_bounds)
-        source.write_places(bounded, candidates, num_kept)
+        captions = (
+            OtherCaptions(source, bounded, f"{context.intermediate}/captions") if facts.get("other_captions") else None
+        )
+        if captions:
+            num_kept -= captions.write()
+        source.write_places(bounded, candidates, num_kept, captions)
+        write = functools.partial(_write_selection, bounded, selection)
+        use: Callable[[KeyRange, pa.Table], Any] = captions.write_duplicates if captions else write
         found = semantic_duplicates(
             functools.partial(source.read_block, candidates),
             blocks(candidates),
@@ -133,8 +142,10 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
             config.cluster_size,
             f"{context.intermediate}/duplicates",
             len(source.key_ranges()),
-            functools.partial(_write_selection, bounded, selection),
+            use,
         )
+        if captions:
+            found = captions.drop_with_first(write)
     counts = rows.add_counts(counts for counts, _ in found)
     places = f"{folder}/places"
     source.write_places(selection, places, counts["rows"][rows.KEPT])
@@ -176,7 +187,8 @@ class EmbeddedRows:
     embeddings: str
     embeddings_version: int
     scores: str
-    """Folder of range files that `write_scores` writes: key, clip_score, a column per probe, embeddings_file, embeddings_row."""
+    """Folder of range files that `write_scores` writes: key, clip_score, a column per probe, tokens_lost, embeddings_file,
+    embeddings_row."""
 
     def key_ranges(self) -> list[KeyRange]:
         return ranges.ranges(ranges.range_count(self.kept.selection))
@@ -207,9 +219,9 @@ class EmbeddedRows:
         places = ranges.read_range(self.scores, key_range, ["key", "embeddings_file", "embeddings_row"])
         return kept.join(places, "key").sort_by("key")
 
-    def write_places(self, selection: str, folder: str, num_rows: int) -> None:
-        """Write the places of the kept rows of a selection, in both tables."""
-        read = functools.partial(self.read, selection)
+    def write_places(self, selection: str, folder: str, num_rows: int, captions: "OtherCaptions | None" = None) -> None:
+        """Write the places of the kept rows of a selection, in both tables, but for other captions of an image."""
+        read = functools.partial(self.read, selection) if captions is None else captions.read_firsts
         write_places(folder, self.key_ranges(), read, self.kept.num_files(), num_rows)
 
     def read_block(self, folder: str, block: Block, *splits: str) -> tuple[pa.ChunkedArray, np.ndarray]:
@@ -226,11 +238,88 @@ class EmbeddedRows:
         return functools.reduce(Moments.plus, parts) if parts else None
 
 
+@dataclasses.dataclass(frozen=True)
+class OtherCaptions:
+    """Kept rows with the bytes of an earlier kept row, which have its fate in semantic deduplication."""
+
+    source: EmbeddedRows
+    selection: str
+    folder: str
+    """Folder for files by key range: `rows` (key, first), and `found` and `dropped` (key, reason)."""
+
+    def write(self) -> int:
+        """Find these rows; returns their number."""
+        key_ranges = self.source.key_ranges()
+        scratch = f"{self.folder}/scratch"
+        return sum(find_duplicates(self._hashes, len(key_ranges), -1, scratch, self._write_rows, captions="image"))
+
+    def _hashes(self, key_range: KeyRange) -> pa.Table:
+        kept = self.source.kept
+        index = read_index(
+            index_files(kept.images, kept.index_version), key_range, ["key", "sha256", "phash", "colour"]
+        )
+        return index.filter(pc.is_in(index["key"], value_set=_kept_keys(self.selection, key_range)))
+
+    def _write_rows(self, key_range: KeyRange, found: pa.Table) -> int:
+        ranges.write_range(f"{self.folder}/rows", key_range, found.select(["key", "first"]))
+        return int(found.num_rows)
+
+    def read_firsts(self, key_range: KeyRange) -> pa.Table:
+        """Other kept rows of one key range, with places in both tables."""
+        table = self.source.read(self.selection, key_range)
+        others = ranges.read_range(f"{self.folder}/rows", key_range)["key"].combine_chunks()
+        return table.filter(pc.invert(pc.is_in(table["key"], value_set=others)))
+
+    def write_duplicates(self, key_range: KeyRange, found: pa.Table) -> None:
+        """Write the rows to drop of one key range, without captions."""
+        ranges.write_range(f"{self.folder}/found", key_range, found)
+
+    def drop_with_first(self, use: Callable[[KeyRange, pa.Table], Any]) -> list[Any]:
+        """Call `use` for each key range with the rows to drop: those of `write_duplicates`, and their captions."""
+        key_ranges = self.source.key_ranges()
+        count = len(key_ranges)
+        exchange(functools.partial(_split_by_first, self.folder, count), key_ranges, count, self._write_dropped)
+        return exchange(
+            functools.partial(_split_dropped, self.folder, count),
+            key_ranges,
+            count,
+            functools.partial(_use_dropped, use, count),
+        )
+
+    def _write_dropped(self, index: int, pieces: list[pa.Table]) -> None:
+        key_range = KeyRange(index, len(self.source.key_ranges()))
+        found, captions = ranges.read_range(f"{self.folder}/found", key_range), pa.concat_tables(pieces)
+        reason = found["reason"].take(pc.index_in(captions["first"], value_set=found["key"].combine_chunks()))
+        dropped = pa.table({"key": captions["key"], "reason": reason}).filter(reason.is_valid())
+        ranges.write_range(f"{self.folder}/dropped", key_range, pa.concat_tables([found, dropped.cast(found.schema)]))
+
+
+def _split_by_first(folder: str, count: int, key_range: KeyRange) -> list[pa.Table]:
+    captions = ranges.read_range(f"{folder}/rows", key_range)
+    return ranges.split(captions, ranges.of_keys(captions["first"], count), count)
+
+
+def _split_dropped(folder: str, count: int, key_range: KeyRange) -> list[pa.Table]:
+    return ranges.split_by_key(ranges.read_range(f"{folder}/dropped", key_range), count)
+
+
+def _use_dropped(use: Callable[[KeyRange, pa.Table], Any], count: int, index: int, pieces: list[pa.Table]) -> Any:
+    return use(KeyRange(index, count), pa.concat_tables(pieces).sort_by("key"))
+
+
+def _kept_keys(selection: str, key_range: KeyRange) -> pa.Array:
+    table = ranges.read_range(selection, key_range, ["key", "status"])
+    return table.filter(pc.equal(table["status"], rows.KEPT))["key"].combine_chunks()
+
+
 def _score_files(config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]]) -> list[pa.Table]:
     parts = []
     for number, uri in numbered:
-        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score"])
+        counted = ["tokens_lost"] if "tokens_lost" in tables.file_columns(uri) else []
+        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", *counted])
         scores = score(embedded, torch.tensor(vectors(embedded["image_embedding"])), config)
+        lost = embedded["tokens_lost"] if counted else pa.nulls(embedded.num_rows, pa.int32())
+        scores = scores.append_column("tokens_lost", lost)
         file = pa.repeat(pa.scalar(number, pa.int32()), embedded.num_rows)
         scores = scores.append_column("embeddings_file", file)
         parts.append(scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32())))
@@ -242,8 +331,7 @@ def _write_scores(
 ) -> tuple[float, int]:
     """Write the scores of the kept rows of one key range; returns the sum of their CLIP scores and their number."""
     key_range = KeyRange(output, count)
-    kept = ranges.read_range(source.kept.selection, key_range, ["key", "status"])
-    keys = kept.filter(pc.equal(kept["status"], rows.KEPT))["key"].combine_chunks()
+    keys = _kept_keys(source.kept.selection, key_range)
     scores = pa.concat_tables(pieces)
     scores = scores.filter(pc.is_in(scores["key"], value_set=keys)).sort_by("key")
     if scores.num_rows > len(keys):

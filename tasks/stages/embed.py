@@ -36,10 +36,11 @@ SCHEMA = pa.schema(
         "text_embedding": pa.list_(pa.float32()),
         "clip_score": pa.float32(),
         "tokens": pa.list_(pa.int32()),
+        "tokens_lost": pa.int32(),
     }
 )
 """One row per kept pair. Embeddings have unit norm; clip_score is their dot product; tokens are the text encoder's input,
-padded with zeros to its context length."""
+padded with zeros to its context length; tokens_lost is the number of tokens beyond it, null in old rows."""
 
 BATCHES_AHEAD = 2  # decoded while one batch is computed
 FILES_AT_ONCE = 64
@@ -204,7 +205,7 @@ class Embedder:
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         pairs = zip(batches, self._decode_ahead(batches), strict=True)
         embedded = [self._embed_batch(batch, images) for batch, images in pairs]
-        image_array, text_array, tokens = (np.concatenate(arrays) for arrays in zip(*embedded, strict=True))
+        image_array, text_array, tokens, lost = (np.concatenate(arrays) for arrays in zip(*embedded, strict=True))
         if not len(rows) == len(image_array) == len(text_array) == len(shard.rows):
             raise StageError(f"embed: got {len(image_array)} embeddings for {len(rows)} pairs; nothing was written.")
         part = pa.table(
@@ -215,6 +216,7 @@ class Embedder:
                 "text_embedding": list(text_array),
                 "clip_score": (image_array * text_array).sum(axis=1),
                 "tokens": list(tokens),
+                "tokens_lost": lost,
             },
             schema=SCHEMA,
         )
@@ -235,15 +237,19 @@ class Embedder:
 
     @torch.no_grad()
     def _embed_batch(self, rows: list[dict[str, Any]], images: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-        """Image embeddings [N, E], text embeddings [N, E] and tokens [N, L] of N rows."""
+        """Image embeddings [N, E], text embeddings [N, E], tokens [N, L] and numbers of lost tokens [N] of N rows."""
         count = len(rows)
         padding = self.config.batch_size - count
         pixels = self.preprocess.standardize(images + images[-1:] * padding, self.device)
-        tokens = self.clip.tokenize([row["caption"] for row in rows + rows[-1:] * padding])
+        captions = [row["caption"] for row in rows + rows[-1:] * padding]
+        tokens = self.clip.tokenize(captions)
+        lost = self.clip.count_lost(captions, tokens)
         with autocast(self.config.precision, self.device):
             image_embedding = self.clip.embed_images(pixels)
             text_embedding = self.clip.encode_text(tokens.to(self.device)).text_embedding
-        return tuple(tensor[:count].cpu().numpy() for tensor in (image_embedding, text_embedding, tokens.int()))
+        return tuple(
+            tensor[:count].cpu().numpy() for tensor in (image_embedding, text_embedding, tokens.int(), lost.int())
+        )
 
 
 def read_shard(shard: Shard) -> list[dict[str, Any]]:

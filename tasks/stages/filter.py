@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import ranges, rows, tables
+from tasks.captions import count_words, split_words
 from tasks.dataflow import exchange, run_all
 from tasks.index import index_files, read_index
 from tasks.ranges import KeyRange
@@ -30,8 +31,6 @@ from unclip.messages import reason_of
 
 LISTS = ("blocked_words", "blocked_domains", "blocked_hashes")
 MIN_WORDS_FOR_LANGUAGE = 4  # with fewer words, language identification is unreliable
-# Scripts written without spaces: each character counts as a word.
-_UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
 # Default-ignorable code points: soft hyphens, zero-width spaces and joiners, variation selectors, tags, fillers.
 _IGNORABLE = (
     r"[\x{ad}\x{34f}\x{61c}\x{115f}\x{1160}\x{17b4}\x{17b5}\x{180b}-\x{180f}\x{200b}-\x{200f}\x{202a}-\x{202e}"
@@ -47,9 +46,9 @@ class FilterConfig:
     max_aspect_ratio: float = 3.0
     """Largest allowed ratio of the longer to the shorter side of the original."""
     min_caption_words: int = 2
-    """Smallest allowed number of words, separated by spaces."""
+    """Smallest allowed number of words: those between spaces; characters in scripts without spaces, such as Chinese."""
     max_caption_words: int = 60
-    """Largest allowed number of words, separated by spaces; CLIP reads about 60."""
+    """Largest allowed number of words, counted like `min_caption_words`; CLIP reads about 60."""
     min_caption_characters: int = 1
     """Smallest allowed number of characters, including spaces."""
     max_caption_characters: int = MAX_CAPTION_CHARACTERS
@@ -105,7 +104,7 @@ def _pin(config: FilterConfig, _: Pinning) -> FilterConfig:
     return dataclasses.replace(config, digest=check_settings(config))
 
 
-@stage("filter", version=4, pin=_pin)
+@stage("filter", version=5, pin=_pin)
 def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:
     """Drop pairs with an unsuitable image size or caption, and pairs on a block list."""
     if config.digest and check_settings(config) != config.digest:
@@ -217,11 +216,11 @@ def _bad_aspect(table: pa.Table, config: FilterConfig) -> Any:
 
 
 def _caption_too_short(table: pa.Table, config: FilterConfig) -> Any:
-    return pc.less(_count_words(table), config.min_caption_words)
+    return pc.less(count_words(table["caption"]), config.min_caption_words)
 
 
 def _caption_too_long(table: pa.Table, config: FilterConfig) -> Any:
-    return pc.greater(_count_words(table), config.max_caption_words)
+    return pc.greater(count_words(table["caption"]), config.max_caption_words)
 
 
 def _too_few_characters(table: pa.Table, config: FilterConfig) -> Any:
@@ -241,7 +240,7 @@ def _blocked_word(table: pa.Table, config: FilterConfig) -> Any:
     if config.blocked_words is None:
         return None
     phrases = _entries("blocked_words", config.blocked_words, _phrase)
-    words = _words(_folded(table["caption"]))
+    words = split_words(_folded(table["caption"]))
     all_words, indices = pc.list_flatten(words), pc.list_parent_indices(words).to_numpy()
     matched = np.zeros(table.num_rows, bool)
     for length in {phrase.count(" ") + 1 for phrase in phrases}:
@@ -256,7 +255,7 @@ def _blocked_word(table: pa.Table, config: FilterConfig) -> Any:
 def _other_language(table: pa.Table, config: FilterConfig) -> Any:
     if not config.languages:
         return None
-    long_enough = pc.greater_equal(pc.list_value_length(_words(table["caption"])), MIN_WORDS_FOR_LANGUAGE)
+    long_enough = pc.greater_equal(pc.list_value_length(split_words(table["caption"])), MIN_WORDS_FOR_LANGUAGE)
     captions = pc.if_else(long_enough, table["caption"], None).combine_chunks().dictionary_encode()
     classify = _identifier().classify
     mismatched = [classify(caption)[0] not in config.languages for caption in captions.dictionary.to_pylist()]
@@ -298,18 +297,6 @@ FILTERS = (
     Filter("other_language", _other_language),  # last: it takes 40 microseconds per caption
 )
 """Filters in order of precedence: first the block lists for images, then the cheap filters."""
-
-
-def _count_words(table: pa.Table) -> Any:
-    return pc.list_value_length(pc.utf8_split_whitespace(table["caption"]))
-
-
-def _words(captions: pa.ChunkedArray) -> pa.ListArray:
-    """Lower-case words of each caption: runs of letters, marks and digits, or single characters of scripts without spaces."""
-    text = pc.replace_substring_regex(pc.utf8_lower(captions), _UNSPACED, r" \1 ")
-    text = pc.utf8_trim_whitespace(pc.replace_substring_regex(text, r"[^\pL\pM\pN]+", " "))
-    words = pc.split_pattern(pc.if_else(pc.equal(text, ""), None, text), " ")
-    return words.combine_chunks() if isinstance(words, pa.ChunkedArray) else words
 
 
 def _folded(captions: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -395,17 +382,22 @@ def _check_languages(codes: Sequence[str]) -> None:
 
 def _entries(setting: str, path: str, parse: Callable[[str], str]) -> list[str]:
     """Parsed lines of a list file, without blank lines and lines that begin with "# "."""
-    entries = []
-    for number, line in enumerate(_read(setting, path).split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text and text != "#" and not text.startswith("# "):
+    entries, data = [], _read(setting, path)
+
+    def fault(number: int, reason: str) -> InputError:
+        return InputError(f"filter.{setting}: {path}, line {number}: {reason}. Correct or remove the line.")
+
+    try:
+        lines = files.decode_text(data).split("\n")
+    except UnicodeDecodeError as error:
+        raise fault(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text") from None
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if text and text != "#" and not text.startswith("# "):
+            try:
                 entries.append(parse(text))
-        except ValueError as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise InputError(
-                f"filter.{setting}: {path}, line {number}: {reason}. Correct or remove the line."
-            ) from None
+            except ValueError as error:
+                raise fault(number, str(error)) from None
     if not entries:
         raise InputError(
             f"filter.{setting}: {path} has no entries. Give a file with one entry per line, or omit the setting."
@@ -426,8 +418,8 @@ def _read(setting: str, path: str) -> bytes:
 
 
 def _phrase(line: str) -> str:
-    """Words of a line according to `_words`, joined by spaces."""
-    words = _words(_folded(pa.chunked_array([[line]]))).to_pylist()[0]
+    """Words of a line according to `split_words`, joined by spaces."""
+    words = split_words(_folded(pa.chunked_array([[line]]))).to_pylist()[0]
     if not words:
         raise ValueError(f"got {line!r}, expected a word or phrase")
     return " ".join(words)

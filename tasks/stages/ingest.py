@@ -5,6 +5,7 @@ damaged file raises an `InputError` that names it; a damaged row fails alone. Th
 a row, continues one, is blank or the header.
 """
 
+import codecs
 import collections
 import contextlib
 import csv
@@ -16,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import operator
 import re
 import shutil
@@ -33,7 +35,6 @@ from tasks.stage import Output, Pinning, StageContext, stage
 from tasks.tombstones import Tombstones, load_tombstones, refuse, tombstones_digest
 from tasks.untrusted import parquet_list, separated
 from tasks.untrusted.normalise import (
-    REPLACEMENT,
     first_line,
     map_texts,
     normalise_caption,
@@ -50,9 +51,23 @@ from unclip.scratch import scratch_folder
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".txt")
 FORMATS = (".parquet", *TEXT_FORMATS)
 """File formats by extension; the text formats may be gzipped (`.csv.gz`)."""
+_SPELLINGS = {
+    **{suffix: suffix for suffix in FORMATS}, ".pq": ".parquet", ".parq": ".parquet", ".tab": ".tsv", ".ndjson": ".jsonl",
+    ".jsonlines": ".jsonl", ".json": ".jsonl", ".text": ".txt",
+}  # fmt: skip
+_GZIP = (".gz", ".gzip")
+_CODECS = (
+    *_GZIP,
+    ".snappy",
+    ".zstd",
+    ".zst",
+    ".brotli",
+    ".lz4",
+    ".none",
+)  # in names of Parquet files, which compress their pages
 
 MAX_LINE_CHARACTERS = 4 << 20
-"""Longest line of a text file; a longer line is an error."""
+"""Longest line of a text file; the rest of a longer line is not read."""
 MAX_EXPANSION = 100
 """Limit on the decompressed size, as a multiple of the file size. gzip or zstd shrink URL lists 10-fold, bombs 1000-fold."""
 MIN_ALLOWANCE = 64 << 20
@@ -81,8 +96,10 @@ SMALL_BYTES = 4 << 20
 _CHUNK_ROWS = 1 << 16  # rows that are cleaned at once
 _TASK_ROWS = 1 << 18  # rows that a task cleans
 _TASK_BYTES = 64 << 20
-_BLOCK_CHARACTERS = 1 << 19  # text that is read at once
+_BLOCK_BYTES = 1 << 19  # text that is read at once
 _JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 LineCounts = collections.Counter[str]
@@ -149,13 +166,16 @@ class IngestConfig:
 
 
 def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
+    if names := left_out(config.urls):
+        log.warning("ingest.urls: %s: left out %s. Convert them to %s.", config.urls, names, ", ".join(FORMATS))
     return dataclasses.replace(config, digest=check_source(config), tombstones=tombstones_digest(pinning.store))
 
 
 @stage("ingest", version=4, pin=_pin)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
-    if config.digest and check_source(config) != config.digest:
+    digest = check_source(config)
+    if config.digest and digest != config.digest:
         raise InputError(
             f"ingest.urls: {config.urls} has changed since this run was planned. Run the same command again."
         )
@@ -262,15 +282,26 @@ def check_source(config: IngestConfig) -> str:
     Raises:
         InputError: the list is not usable; names the file and the problem.
     """
-    digest, has_rows = hashlib.sha256(), False
+    digest, unreadable, kinds = hashlib.sha256(), LISTED.empty_table(), Kinds()
+    has_rows = has_sound_rows = False
     for source in _sources(config.urls):
-        has_rows |= next(_read_source(source, config, LineCounts()), None) is not None
+        for first in itertools.islice(_read_source(source, config, LineCounts(), kinds), 1):
+            bad = first.filter(pc.equal(first["reason"], "bad_row"))
+            has_rows, has_sound_rows = True, has_sound_rows or bad.num_rows < first.num_rows
+            unreadable = unreadable if unreadable.num_rows else bad
         digest.update(source.path.rpartition("/")[2].encode() + b"\0")
         with _readable(source), source.open_stream() as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     if not has_rows:
         raise InputError(f"ingest.urls: {config.urls} has no rows. Give a list with at least one URL and caption.")
+    if not has_sound_rows:
+        text = normalise_caption(unreadable["caption"][0].as_py())[:100]
+        raise InputError(
+            f"ingest.urls: {config.urls} has no row that can be read ({rows.REASONS['bad_row']}), such as {text!r}. "
+            "Write an object on each line of .jsonl; in .csv and .tsv, quote fields that hold the separator or a quote."
+        )
+    kinds.check()
     return digest.hexdigest()
 
 
@@ -278,9 +309,7 @@ def read(config: IngestConfig) -> Iterator[pa.Table]:
     """Read the rows of the list in chunks of the schema `LISTED`, files in order of their names.
 
     Raises:
-        InputError: a file is damaged; names the file, the line if possible, and the problem. A line of a CSV or TSV file with
-            a different number of fields than the header is an error rather than a failed row, unless a quote explains it:
-            its separators are ambiguous, so the rows around it cannot be trusted either.
+        InputError: a file is damaged; names the file, the line if possible, and the problem. A fault of a row is its reason.
     """
     yield from _read_sources(_sources(config.urls), config, LineCounts())
 
@@ -316,7 +345,7 @@ def _clean_batch(listed: pa.RecordBatch, position: int) -> pa.Table:
     texts = pc.binary_join_element_wise(shown, captions, "\n").cast(pa.binary()).to_pylist()
     keys = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
     reasons: dict[str, pa.BooleanArray] = {
-        "bad_quotes": pc.equal(listed["reason"], "bad_quotes").fill_null(False),
+        **{name: pc.equal(listed["reason"], name).fill_null(False) for name in ("bad_quotes", "bad_row")},
         "no_url": pc.equal(shown, ""),
         "bad_url": is_bad,
         "bad_hash": pc.and_(sha256s.is_null(), has_hash),
@@ -367,15 +396,34 @@ class _Source:
     """File size in bytes."""
 
     @property
+    def suffixes(self) -> list[str]:
+        """Extensions in lower case, with dots."""
+        return [f".{part.strip()}" for part in self.path.rpartition("/")[2].lower().split(".")[1:]]
+
+    @property
     def is_gzip(self) -> bool:
-        return self.path.endswith(".gz")
+        return self.suffixes[-1:] != [] and self.suffixes[-1] in _GZIP
 
     @property
     def format(self) -> str:
-        """One of `FORMATS`, or any other string if the format is unsupported."""
-        name = self.path.rpartition("/")[2]
-        suffix = "." + name.removesuffix(".gz").rpartition(".")[2]
-        return "" if self.is_gzip and suffix not in TEXT_FORMATS else suffix
+        """One of `FORMATS`, or "" if the format is unsupported."""
+        suffixes = self.suffixes
+        if not suffixes:
+            return ""
+        if suffixes[-1] in _CODECS and len(suffixes) > 1 and _SPELLINGS.get(suffixes[-2]) == ".parquet":
+            return ".parquet"  # as pandas names it
+        if self.is_gzip:
+            suffixes = suffixes[:-1]
+        found = _SPELLINGS.get(suffixes[-1], "") if suffixes else ""
+        if found == ".txt" and len(suffixes) > 1:  # list.csv.txt, where a desktop hides extensions
+            return _SPELLINGS.get(suffixes[-2], found)
+        return "" if self.is_gzip and found not in TEXT_FORMATS else found
+
+    @property
+    def is_secondary(self) -> bool:
+        """True for a file that is part of a list only in a folder without files of other formats."""
+        suffixes = self.suffixes[:-1] if self.is_gzip else self.suffixes
+        return self.format == ".txt" or suffixes[-1:] == [".json"]
 
     @property
     def allowance(self) -> int:
@@ -389,6 +437,16 @@ class _Source:
 
 def _sources(urls: str) -> list[_Source]:
     """Files of the list, sorted by name."""
+    return _find_sources(urls)[0]
+
+
+def left_out(urls: str) -> str:
+    """Names of some files of a folder or pattern that are no part of the list; empty if there are none."""
+    return _some_names(_find_sources(urls)[1])
+
+
+def _find_sources(urls: str) -> tuple[list[_Source], list[_Source]]:
+    """Files of the list, and other files of its folder, sorted by name."""
     is_uri = "://" in urls
     place, mark, query = urls.partition("?") if is_uri else (urls, "", "")  # s3://bucket/folder?region=...
     magic = re.search(r"[*?\[]", place)
@@ -406,12 +464,24 @@ def _sources(urls: str) -> list[_Source]:
     if [info.type for info in found] == [pafs.FileType.NotFound]:
         raise InputError(f"ingest.urls: {urls} does not exist. Give a {', '.join(FORMATS)} file or a folder of those.")
     sources = [_Source(filesystem, info.path, scheme + info.path, info.size) for info in found]
-    sources = [source for source in sources if source.format in FORMATS]
-    tables_of_columns = [source for source in sources if source.format != ".txt"]
-    if not sources:
+    known = [source for source in sources if source.format]
+    if not known:
         kind = "matches no file of the formats" if magic else "is not a file, or a folder with files, of the formats"
-        raise InputError(f"ingest.urls: {urls} {kind} {', '.join(FORMATS)}. Convert the list.")
-    return tables_of_columns or sources
+        others = f" It has {_some_names(sources)}." if sources else ""
+        raise InputError(f"ingest.urls: {urls} {kind} {', '.join(FORMATS)}.{others} Convert the list.")
+    return _primary(known), [source for source in sources if source not in _primary(known)]
+
+
+def _primary(sources: Sequence[_Source]) -> list[_Source]:
+    """Files that are read: those of formats for tables, else text files, else .json files."""
+    found = [source for source in sources if not source.is_secondary]
+    return found or [source for source in sources if source.format == ".txt"] or list(sources)
+
+
+def _some_names(sources: Sequence[_Source], limit: int = 5) -> str:
+    """Names of some files, for a message."""
+    names = [normalise_caption(source.path.rpartition("/")[2])[:100] for source in sources]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
 def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:
@@ -426,8 +496,25 @@ def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pa
     return [info for _, info in sorted(found, key=lambda item: item[0])]
 
 
-def _read_source(source: _Source, config: IngestConfig, lines: LineCounts) -> Iterator[pa.Table]:
-    """Read the rows of one file and add its lines to `lines`; check its columns first."""
+@dataclasses.dataclass
+class Kinds:
+    """Settings whose columns hold texts in some file, and those whose columns hold numbers: probably the wrong column."""
+
+    texts: set[str] = dataclasses.field(default_factory=set)
+    numbers: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Setting -> message."""
+
+    def check(self) -> None:
+        """Raise `InputError` if a column holds numbers in all files that have values."""
+        for setting, message in self.numbers.items():
+            if setting not in self.texts:
+                raise InputError(message)
+
+
+def _read_source(
+    source: _Source, config: IngestConfig, lines: LineCounts, kinds: Kinds | None = None
+) -> Iterator[pa.Table]:
+    """Read the rows of one file and add its lines to `lines` and its columns to `kinds`; check its columns first."""
     header = LAYOUTS[config.layout].header
     if header and source.format not in (".tsv", ".txt"):
         raise InputError(
@@ -436,8 +523,11 @@ def _read_source(source: _Source, config: IngestConfig, lines: LineCounts) -> It
         )
     with _readable(source):
         if source.format == ".parquet":
-            yield from _parquet_chunks(source, config)
-        elif source.format == ".jsonl":
+            yield from _parquet_chunks(source, config, kinds or Kinds())
+            return
+        if kinds is not None:
+            kinds.texts.update(config.columns)
+        if source.format == ".jsonl":
             yield from _in_chunks(_json_rows, source, config, lines)
         elif source.format == ".txt":
             yield from _in_chunks(_txt_rows, source, config, lines)
@@ -468,46 +558,59 @@ def _blocks(source: _Source) -> Iterator[list[str]]:
     """Read a text file in blocks of lines with their line endings; invalid UTF-8 becomes U+FFFD."""
     with source.open_stream() as stream:
         binary = gzip.GzipFile(fileobj=stream) if source.is_gzip else stream
-        text = io.TextIOWrapper(binary, "utf-8-sig", errors="replace", newline="")
-        num_lines, rest, is_end = 0, "", False
+        data = binary.read(_BLOCK_BYTES)
+        text = codecs.getincrementaldecoder(files.text_encoding(data))(errors="replace")
+        is_first, rest, is_end = True, "", False
         while not is_end:
-            block = text.read(_BLOCK_CHARACTERS)
-            is_end = not block
+            is_end = not data
+            block = text.decode(data, is_end)
+            if is_first and block:
+                block, is_first = block.lstrip("\ufeff"), False  # some files have two byte order marks
             lines = list(io.StringIO(rest + block, newline=""))
             # A block may end within a line, or within its ending "\\r\\n".
-            rest = "" if is_end or lines[-1].endswith("\n") else lines.pop()
-            first = lines[0] if lines else rest
-            if len(first) > MAX_LINE_CHARACTERS:  # only the first line can have begun in an earlier block
-                raise _unreadable(source, f"line {num_lines + 1} has more than {MAX_LINE_CHARACTERS:,} characters")
-            if num_lines == 0 and first.startswith(REPLACEMENT * 2) and "\0" in first:
-                raise _unreadable(source, "got UTF-16, expected UTF-8")
-            num_lines += len(lines)
+            rest = lines.pop() if lines and not is_end and not lines[-1].endswith("\n") else ""
+            if lines:  # only the first line can have begun in an earlier block
+                lines[0] = _shortened(lines[0])
+            rest = _shortened(rest)
             yield lines
+            data = b"" if is_end else binary.read(_BLOCK_BYTES)
+
+
+def _shortened(line: str) -> str:
+    """Line of at most `MAX_LINE_CHARACTERS`, with its ending."""
+    if len(line) <= MAX_LINE_CHARACTERS:
+        return line
+    return line[:MAX_LINE_CHARACTERS] + line[len(line.rstrip("\r\n")) :]
 
 
 def _in_chunks(
-    read_rows: Callable[[_Source, _Lines, IngestConfig], Iterator[Sequence[str]]],
+    read_rows: Callable[[_Source, _Lines, IngestConfig], Iterator[Sequence[str | None]]],
     source: _Source,
     config: IngestConfig,
     counted: LineCounts,
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a text file of one row a line, those of each block together."""
+    """Yield the rows of a text file of one row a line, those of each block together; a row ends with its reason."""
     found, num_rows = LineCounts(), 0
-    lines, num_blocks, num_columns = _Lines(source, found), 1, len(config.columns)
-    texts: list[str] = []  # of all rows in one list: lists of rows would occupy the garbage collector
+    lines, num_blocks, num_columns = _Lines(source, found), 1, len(config.columns) + 1
+    texts: list[str | None] = []  # of all rows in one list: lists of rows would occupy the garbage collector
     for row in read_rows(source, lines, config):
         texts += row
         if lines.num_blocks != num_blocks:
             num_rows += len(texts) // num_columns
-            yield _listed(texts[index::num_columns] for index in range(num_columns))
+            yield _listed_rows(texts, num_columns)
             texts, num_blocks = [], lines.num_blocks
     num_rows += len(texts) // num_columns
     if texts:
-        yield _listed(texts[index::num_columns] for index in range(num_columns))
+        yield _listed_rows(texts, num_columns)
     counted.update(found, blank=found["in"] - num_rows)
 
 
-def _listed(columns: Iterable[Sequence[str] | pa.Array], reasons: pa.Array | None = None) -> pa.Table:
+def _listed_rows(texts: Sequence[str | None], num_columns: int) -> pa.Table:
+    *columns, reasons = (texts[index::num_columns] for index in range(num_columns))
+    return _listed(columns, pa.array(reasons, pa.string()))
+
+
+def _listed(columns: Iterable[Sequence[str | None] | pa.Array], reasons: pa.Array | None = None) -> pa.Table:
     """Convert columns, of which the hashes may be missing, to `LISTED`."""
     arrays = [pa.array(column, pa.string()) for column in columns]
     num_rows = len(arrays[0])
@@ -536,22 +639,21 @@ def _csv_chunks(source: _Source, config: IngestConfig, counted: LineCounts) -> I
         found["header" if names else "blank"] += 1
         del lines[0]
     wanted = _column_indices(source, names, config)
-    unbroken, first_line = [wanted[0], *wanted[2:]], found["header"] + found["blank"] + 1  # all but the caption
-    parser = separated.Parser(delimiter, len(names), wanted, unbroken, first_line, quoted=header is None)
+    unbroken = [wanted[0], *wanted[2:]]  # all but the caption
+    skips_spaces = header is None and any(name.startswith(" ") for name in names[1:])
+    parser = separated.Parser(delimiter, len(names), wanted, unbroken, header is None, skips_spaces)
     num_rows = 0
     for block, is_last in _with_last(itertools.chain([lines], blocks)):
-        try:
-            parsed = parser.parse(block, is_last)
-        except separated.FieldsFault as fault:
-            remedy = "Quote fields that hold the separator or a quote, or write the list as .jsonl or .parquet."
-            raise _unreadable(source, str(fault), remedy) from None
+        parsed = parser.parse(block, is_last)
         found.update(blank=parsed.num_blank, continued=parsed.num_continued)
         num_rows += parsed.num_rows
         if parsed.num_rows:
             reasons = np.full(parsed.num_rows, None, object)
             reasons[list(parsed.stray)] = "bad_quotes"
+            reasons[list(parsed.ragged)] = "bad_row"
             columns = (parsed.texts[index :: len(wanted)] for index in range(len(wanted)))
-            yield _listed(columns, pa.array(reasons, pa.string()) if parsed.stray else None)
+            has_faults = parsed.stray or parsed.ragged
+            yield _listed(columns, pa.array(reasons, pa.string()) if has_faults else None)
     balance = num_rows + found["header"] + found["blank"] + found["continued"]
     assert balance == found["in"], f"{source.uri}: {found['in']:,} lines, of which {balance:,} are accounted for"
     counted.update(found)
@@ -567,52 +669,60 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     yield item, True
 
 
-def _txt_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str]]:
+def _txt_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str | None]]:
     columns = config.columns
     _column_indices(source, [columns["url_column"], columns["caption_column"]], config)  # there is no sha256
     for line in lines:
         if line.strip():
             url, _, caption = line.rstrip("\r\n").partition("\t")
-            yield url, caption
+            yield url, caption, None
 
 
-def _json_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str]]:
-    records = _json_records(source, lines)
-    first = list(itertools.islice(records, _JSON_LINES_FOR_NAMES))
-    names = list(dict.fromkeys(name for _, record in first for name in record))
-    if first:
-        _column_indices(source, names, config)
-    columns = list(config.columns.values())
-    for number, record in itertools.chain(first, records):
-        values = []
-        for name in columns:
-            value = record.get(name)
-            if not (value is None or isinstance(value, str)):
-                got = type(value).__name__
-                raise _unreadable(source, f"line {number}: {_shown(name)}: got {got}, expected a string or null")
-            # JSON can escape lone surrogates, which are not valid text.
-            values.append((value or "").encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
-        yield values
+def _json_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator[Sequence[str | None]]:
+    """Values and reason of each row; NaN is null, and a number is its text."""
+    records = _json_records(lines)
+    first: list[tuple[str, dict[str, Any] | None]] = []
+    names: dict[str, None] = {}
+    wanted = [_plain_name(name) for name in config.columns.values()]
+    for line, record in records:
+        first.append((line, record))
+        names |= dict.fromkeys(record or ())
+        has_names = set(wanted) <= set(map(_plain_name, names)) if len(first) == _JSON_LINES_FOR_NAMES else False
+        if has_names or len(first) >= 100 * _JSON_LINES_FOR_NAMES:
+            break
+    listed = list(names)
+    columns = [listed[index] for index in _column_indices(source, listed, config)] if listed else wanted
+    for line, record in itertools.chain(first, records):
+        values = [] if record is None else [record.get(name) for name in columns]
+        if record is None or not all(value is None or isinstance(value, str) for value in values):
+            url = values[0] if values and isinstance(values[0], str) else ""
+            yield _valid(url), _valid(line.strip()), *[""] * (len(columns) - 2), "bad_row"
+        else:
+            yield *(_valid(value or "") for value in values), None
 
 
-def _json_records(source: _Source, lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and parsed objects."""
-    for number, line in enumerate(lines, 1):
+def _valid(text: str) -> str:
+    """Text without lone surrogates, which JSON can escape."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _json_records(lines: _Lines) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Lines, each with its object, or None if it is no object."""
+    decode = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=lambda _: None).decode
+    for line in lines:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _unreadable(source, f"line {number}: {error}") from None
-        if not isinstance(record, dict):
-            raise _unreadable(source, f"line {number}: got {type(record).__name__}, expected an object")
-        yield number, record
+            record = decode(line)
+        except (ValueError, RecursionError):
+            record = None
+        yield line, record if isinstance(record, dict) else None
 
 
-def _parquet_chunks(source: _Source, config: IngestConfig) -> Iterator[pa.Table]:
+def _parquet_chunks(source: _Source, config: IngestConfig, kinds: Kinds) -> Iterator[pa.Table]:
     """Read a Parquet file in a child process (`tasks.untrusted.parquet_list`), since a damaged file may crash its reader."""
     with _on_disk(source) as path, parquet_list.opened(path, list(config.columns.values())) as opened:
-        _check_columns(source, opened.claims, config)
+        opened.select(_check_columns(source, opened.claims, config, kinds))
         _check_claims(source, opened.claims)
         num_rows = 0
         for batch in _within_allowance(source, opened.batches(), _num_characters):
@@ -639,7 +749,8 @@ def _on_disk(source: _Source) -> Iterator[str]:
         yield str(folder / "list")
 
 
-def _check_columns(source: _Source, claims: Claims, config: IngestConfig) -> None:
+def _check_columns(source: _Source, claims: Claims, config: IngestConfig, kinds: Kinds) -> list[str]:
+    """Check the columns and add them to `kinds`; returns their names in the file, in the order of `config.columns`."""
     if claims.num_columns > MAX_COLUMNS:
         raise _unreadable(source, f"it has {claims.num_columns:,} columns, expected at most {MAX_COLUMNS:,}")
     for column in claims.columns:
@@ -650,11 +761,15 @@ def _check_columns(source: _Source, claims: Claims, config: IngestConfig) -> Non
     indices = _column_indices(source, [column.name for column in claims.columns], config)
     for setting, index in zip(config.columns, indices, strict=True):
         column = claims.columns[index]
-        if not column.is_text:
-            got = normalise_caption(column.kind)[:100]
-            raise InputError(
-                f"ingest.urls: column {_shown(column.name)} of {source.uri}: got {got}, expected text. Set {setting}."
-            )
+        got = normalise_caption(column.kind)[:100]
+        message = f"ingest.urls: column {_shown(column.name)} of {source.uri}: got {got}, expected text. Set {setting}."
+        if column.is_text:
+            kinds.texts.add(setting)
+        elif column.is_number:  # perhaps of rows whose texts are numbers, or NaN
+            kinds.numbers.setdefault(setting, message)
+        elif not column.is_null:
+            raise InputError(message)
+    return [claims.columns[index].name for index in indices]
 
 
 def _check_claims(source: _Source, claims: Claims) -> None:
@@ -671,25 +786,35 @@ def _check_claims(source: _Source, claims: Claims) -> None:
 
 
 def _column_indices(source: _Source, names: Sequence[str], config: IngestConfig) -> list[int]:
-    """Index of each of `config.columns`."""
+    """Index of each of `config.columns`, by its exact name or else by its name without spaces around it."""
+    indices = []
     for setting, name in config.columns.items():
-        if name not in names:
+        plain_names = names if name in names else [_plain_name(other) for other in names]
+        wanted = name if name in names else _plain_name(name)
+        if wanted not in plain_names:
             matching_layouts = [
                 layout_name
                 for layout_name, layout in LAYOUTS.items()
-                if not layout.header and {layout.url_column, layout.caption_column} <= set(names)
+                if not layout.header and {layout.url_column, layout.caption_column} <= set(plain_names)
             ]
             hint = f" Or use --set ingest.layout={matching_layouts[0]}." if matching_layouts else ""
+            cleaned = map(normalise_caption, names)
+            shown = [other if clean == name else clean for other, clean in zip(names, cleaned, strict=True)]
             raise InputError(
-                f"ingest.urls: {source.uri} has no column {_shown(name)} (ingest.{setting}). "
-                f"{nearest(name, map(normalise_caption, names))}{hint}"
+                f"ingest.urls: {source.uri} has no column {_shown(name)} (ingest.{setting}). {nearest(name, shown)}{hint}"
             )
-        if (number := names.count(name)) > 1:
+        if (number := plain_names.count(wanted)) > 1:
             raise InputError(
                 f"ingest.urls: {source.uri} has {number} columns {_shown(name)} (ingest.{setting}), expected one. "
                 f"Rename the others."
             )
-    return [names.index(name) for name in config.columns.values()]
+        indices.append(plain_names.index(wanted))
+    return indices
+
+
+def _plain_name(name: str) -> str:
+    """Name of a column without spaces, quotes and a byte order mark around it."""
+    return name.strip("\ufeff\u200b\" '\t\r\n\xa0").strip()
 
 
 def _within_allowance(source: _Source, items: Iterable[T], length: Callable[[T], int]) -> Iterator[T]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import ranges, rows, tables
+from tasks.captions import count_words
 from tasks.dataflow import run_all
 from tasks.duplicates import AnnotatedKeys, duplicate_clusters
 from tasks.index import index_files, read_index
@@ -120,6 +121,18 @@ class Summary:
     """True if only the hosts with the most rows are counted."""
     edges: list[Edge]
     distributions: list[Distribution]
+    cut: "CutCaptions"
+
+
+@dataclasses.dataclass(frozen=True)
+class CutCaptions:
+    """Captions of kept rows that are longer than CLIP reads."""
+
+    counted: int
+    """Captions whose tokens were counted."""
+    captions: int
+    tokens: int
+    """Tokens that CLIP does not read."""
 
 
 def _pin(config: ReportConfig, pinning: Pinning) -> ReportConfig:
@@ -128,7 +141,7 @@ def _pin(config: ReportConfig, pinning: Pinning) -> ReportConfig:
     return dataclasses.replace(config, limits=tuple(Limit(name, *pair) for name, pair in limits.items()))
 
 
-@stage("report", version=1, pin=_pin, shows_rows=True)
+@stage("report", version=2, pin=_pin, shows_rows=True)
 def report(context: StageContext, config: ReportConfig, dataset: Artifact) -> Output:
     """Write the page on the dataset: totals, reasons, domains, distributions, and images at every threshold."""
     page = render(context.run.pipeline, Snapshot.of(dataset.facts), dataset.facts, config)
@@ -171,6 +184,7 @@ def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: 
         {"name": name, "count": count, "status": statuses[name], "meaning": rows.meaning(name)}
         for name, count in facts["reasons"].items()
     ]
+    cut = [dataclasses.astuple(summary.cut) for summary in summaries]
     num_domains, domains = _domains([summary.hosts for summary in summaries])
     measured = [distribution for summary in summaries for distribution in summary.distributions]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -182,6 +196,7 @@ def render(pipeline: str, snapshot: Snapshot, facts: Mapping[str, Any], config: 
         duplicates=sum(facts["reasons"].get(name, 0) for name in DUPLICATES),
         reasons=reasons,
         largest_reason=max((reason["count"] for reason in reasons), default=1),
+        cut=CutCaptions(*map(sum, zip(*cut, strict=True))),
         num_domains=num_domains,
         lacks_domains=any(summary.lacks_hosts for summary in summaries),
         domains=domains,
@@ -220,7 +235,16 @@ def summarise_range(
         lacks_hosts=lacks_hosts,
         edges=[edge for measure in measures for edge in _edges(measure, fates, config.num_at_edges)],
         distributions=[_distribution(measure, MAX_SAMPLE // key_range.count) for measure in measures],
+        cut=_cut_captions(scores, fates),
     )
+
+
+def _cut_captions(scores: pa.Table, fates: pa.Table) -> CutCaptions:
+    if "tokens_lost" not in scores.column_names:  # of an earlier release
+        return CutCaptions(0, 0, 0)
+    kept = fates.filter(pc.equal(fates["fate"], rows.KEPT))["key"].combine_chunks()
+    lost = scores.filter(pc.is_in(scores["key"], value_set=kept))["tokens_lost"].drop_null()
+    return CutCaptions(len(lost), pc.sum(pc.greater(lost, 0)).as_py() or 0, pc.sum(lost).as_py() or 0)
 
 
 def _first_with_fate(fates: pa.Table, fate: str, count: int) -> list[str]:
@@ -243,7 +267,6 @@ def _measures(pairs: pa.Table, images: pa.Table, scores: pa.Table, limits: Mappi
     captioned = _last_of_each_key(pairs)
     captioned = captioned.filter(pc.greater(pc.utf8_length(captioned["caption"]), 0))
     keys, captions = captioned["key"], captioned["caption"]
-    words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(captions)))
     measures = [
         measure("shorter_side", "Shorter side of the original", "pixels", sizes["key"], shorter, "too_small", ""),
         measure(
@@ -255,7 +278,15 @@ def _measures(pairs: pa.Table, images: pa.Table, scores: pa.Table, limits: Mappi
             "",
             "bad_aspect",
         ),
-        measure("caption_words", "Caption length", "words", keys, words, "caption_too_short", "caption_too_long"),
+        measure(
+            "caption_words",
+            "Caption length",
+            "words",
+            keys,
+            count_words(captions),
+            "caption_too_short",
+            "caption_too_long",
+        ),
         measure(
             "caption_characters", "Caption length", "characters", keys, pc.utf8_length(captions), *CHARACTER_REASONS
         ),

@@ -13,6 +13,7 @@ import struct
 import time
 import urllib.parse
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -44,6 +45,15 @@ MAX_SCANS = 40
 SLOW_SECONDS = 1.0
 """Decoding time that each image may take on average; a site is charged for more."""
 
+MAX_PROFILE_BYTES = 16 << 20
+"""Unpacked size of the colour profile of a PNG, as much as a JPEG can hold; a larger one is ignored."""
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES  # Pillow has one limit for texts and profiles
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_ANCILLARY = (b"tRNS", b"iCCP", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # other optional chunks change no pixel
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_TEXTS_WITH_ORIENTATION = (b"XML:com.adobe.xmp", b"Raw profile type exif")
+_MAX_TEXT_BYTES = 1 << 20  # unpacked
 _ORIENTATION = 0x0112  # EXIF tag
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -168,7 +178,7 @@ def decode_rgb(data: bytes, image_size: int, max_pixels: int) -> tuple[Image.Ima
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata of an intact image
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
             original = image.size
             if original[0] * original[1] > max_pixels:
                 raise RowFault("too_many_pixels")
@@ -259,6 +269,53 @@ def _unpack(reply: bytes) -> DecodedImage:
 
 def _site(url: str) -> str:
     return registrable_domain(urllib.parse.urlsplit(url).hostname or "")
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A PNG without the chunks that change no pixel of it, however much they unpack to; other bytes as they are.
+
+    Pillow unpacks texts and profiles, up to a limit beyond which it refuses the image, and checks other chunks.
+    """
+    if not data.startswith(_PNG):
+        return data
+    view, kept = memoryview(data), [memoryview(_PNG)]
+    start, position = len(_PNG), len(_PNG)  # of the chunks to keep, of the next chunk
+    while position + 12 <= len(data):
+        name = data[position + 4 : position + 8]
+        end = position + 12 + int.from_bytes(view[position : position + 4])
+        is_optional = bool(name[:1].islower()) and end <= len(data)
+        if is_optional and not _is_needed(name, view[position + 8 : end - 4]):
+            kept.append(view[start:position])
+            start = end
+        position = end
+    return data if start == len(_PNG) and len(kept) == 1 else b"".join([*kept, view[start:]])
+
+
+def _is_needed(name: bytes, content: memoryview) -> bool:
+    """Return True for an optional chunk of a PNG that may change its pixels or turn it, and that is not too large."""
+    if name not in _PNG_TEXTS:
+        if name == b"iCCP":
+            _, _, packed = bytes(content).partition(b"\0")
+            return packed[:1] == b"\0" and _unpacks_to(packed[1:], MAX_PROFILE_BYTES)
+        return name in _PNG_ANCILLARY
+    keyword, _, text = bytes(content[:80]).partition(b"\0")
+    if keyword not in _TEXTS_WITH_ORIENTATION:
+        return False
+    if name == b"tEXt" or (name == b"iTXt" and text[:1] == b"\0"):
+        return len(content) <= _MAX_TEXT_BYTES
+    packed = bytes(content[len(keyword) + 1 :])
+    packed = packed[1:] if name == b"zTXt" else packed[2:].split(b"\0", 2)[-1]
+    return _unpacks_to(packed, _MAX_TEXT_BYTES)
+
+
+def _unpacks_to(packed: bytes, limit: int) -> bool:
+    """Return True if these bytes unpack to no more than `limit` bytes; what is damaged unpacks to what comes before."""
+    unpacking = zlib.decompressobj()
+    try:
+        unpacking.decompress(packed, limit)
+    except zlib.error:
+        return True
+    return not unpacking.unconsumed_tail
 
 
 def _has_many_scans(data: bytes) -> bool:

@@ -45,6 +45,9 @@ class Column:
     kind: str
     """Name of its Arrow type."""
     is_text: bool
+    is_number: bool
+    """True if its values are read as their text; a column of nulls has neither texts nor numbers."""
+    is_null: bool
     has_extension: bool
     """True if it, or a column nested in it, has an extension type."""
 
@@ -67,12 +70,21 @@ class ParquetList:
     """A Parquet file that a child has opened; created by `opened`."""
 
     def __init__(self, child: Sandbox, path: str, columns: Sequence[str]) -> None:
-        self._child, self._num_columns = child, len(columns)
-        kind, body = self._ask(json.dumps({"path": path, "columns": list(columns)}).encode())
+        self._child, self._path, self._columns = child, path, list(columns)
+        header = json.loads(self._open())
+        self.claims = Claims(**header | {"columns": tuple(Column(**column) for column in header["columns"])})
+
+    def _open(self) -> bytes:
+        kind, body = self._ask(json.dumps({"path": self._path, "columns": self._columns}).encode())
         if kind != _HEADER:
             raise ListFault("its footer cannot be read")
-        header = json.loads(body)
-        self.claims = Claims(**header | {"columns": tuple(Column(**column) for column in header["columns"])})
+        return body
+
+    def select(self, columns: Sequence[str]) -> None:
+        """Read other columns than those of the constructor."""
+        if self._columns != list(columns):
+            self._columns = list(columns)
+            self._open()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield batches of rows with a column of texts (large_string) per name; null is the empty text.
@@ -80,7 +92,7 @@ class ParquetList:
         Raises:
             ListFault: pages are damaged, or reading exceeds `LIMITS`.
         """
-        schema = pa.schema([(str(number), pa.large_string()) for number in range(self._num_columns)])
+        schema = pa.schema([(str(number), pa.large_string()) for number in range(len(self._columns))])
         while True:
             kind, body = self._ask(_NEXT)
             if kind == _END:
@@ -186,17 +198,25 @@ def _replies(path: str, names: Sequence[str]) -> Iterator[bytes]:
 
 def _column(field: pa.Field) -> Column:
     kind = field.type
-    is_text = (kind.value_type if pa.types.is_dictionary(kind) else kind) in _TEXTS
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
     inner, has_extension = [field], False
     while inner:
         one = inner.pop()
         has_extension |= isinstance(one.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (one.metadata or {})
         inner += [one.type.field(index) for index in range(one.type.num_fields)]
-    return Column(field.name, str(kind)[:1000], is_text, has_extension)
+    return Column(
+        field.name, str(kind)[:1000], value in _TEXTS, _is_number(value), pa.types.is_null(value), has_extension
+    )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
 def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yield small batches of rows, as dictionaries if the encoding allows it, so that a repeated long value is held once."""
+    schema = pq.ParquetFile(file, metadata=metadata).schema_arrow
+    texts = [name for name in names if _column(schema.field(name)).is_text]
     shared, plain = (
         pq.ParquetFile(
             file,
@@ -206,7 +226,7 @@ def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str
             buffer_size=1 << 20,
             page_checksum_verification=True,
         )
-        for dictionaries in (names, None)
+        for dictionaries in (texts, None)
     )
     for group in range(metadata.num_row_groups):
         part: dict[str, Any] = {"row_groups": [group], "columns": names, "use_threads": False}
@@ -227,7 +247,7 @@ def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str
 
 def _pieces(batch: pa.RecordBatch, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Split a batch into pieces of `_REPLY_BYTES` of text, with values cut and in UTF-8."""
-    columns = [_cut(batch.column(name)) for name in names]
+    columns = [_cut(_as_texts(batch.column(name))) for name in names]
     lengths = sum(
         (
             pc.fill_null(pc.binary_length(values).take(indices), 0).to_numpy(False).astype(np.int64)
@@ -242,6 +262,18 @@ def _pieces(batch: pa.RecordBatch, names: Sequence[str]) -> Iterator[pa.RecordBa
         if end > start:
             yield pa.RecordBatch.from_arrays(texts, [str(number) for number in range(len(texts))])
         start = end
+
+
+def _as_texts(column: pa.Array) -> pa.Array:
+    """Numbers as their texts, with NaN as null; texts as they are."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_null(kind) or _is_number(kind)):
+        return column
+    values = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_floating(kind):
+        values = values.cast(pa.float32()) if pa.types.is_float16(kind) else values
+        values = pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
+    return values.cast(pa.large_string())
 
 
 def _cut(column: pa.Array) -> tuple[pa.Array, pa.Array]:

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV text, parsed strictly: a stray quote costs its own row and never its neighbours.
+"""Rows of CSV and TSV text, parsed strictly: a stray quote or a wrong number of fields costs its own row and no other.
 
 A field that begins with a quote ends at the next single quote, after which a separator or the end of the line must follow; line
 breaks may lie within (RFC 4180). Quotes elsewhere are plain characters. A quote that is opened and never closed would swallow
@@ -17,13 +17,6 @@ MAX_FIELD_CHARACTERS = 4 << 20
 _URL = re.compile(r'\s*"?\s*https?://', re.IGNORECASE)
 
 
-class FieldsFault(Exception):
-    """A line without quotes that has another number of fields than the header."""
-
-    def __init__(self, line: int, got: int, expected: int) -> None:
-        super().__init__(f"line {line}: got {got} fields, expected {expected}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Parsed:
     """Rows of consecutive lines; together with the lines that are none of their own they account for every line."""
@@ -38,6 +31,8 @@ class Parsed:
     """Blank lines."""
     num_continued: int
     """Lines that continue the row of an earlier line."""
+    ragged: Sequence[int] = ()
+    """Indices of the rows with too many or too few fields, which no quote explains. Their values are like those of `stray`."""
 
 
 class Parser:
@@ -49,31 +44,27 @@ class Parser:
         num_fields: int,
         wanted: Sequence[int],
         unbroken: Sequence[int],
-        first_line: int = 1,
         quoted: bool = True,
+        skips_spaces: bool = False,
     ) -> None:
         """Create a parser for the lines after the header.
 
         Args:
             wanted: at least two columns, first that of the URL, by which rows are recognised.
             unbroken: columns whose values cannot contain a line break.
-            first_line: number of the first line, for messages.
             quoted: False if quotes have no meaning in the file.
+            skips_spaces: True if spaces after a separator are not part of a field.
         """
         csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))  # a global setting of the process
         self._delimiter, self._num_fields, self._url_index = delimiter, num_fields, wanted[0]
         self._wanted, self._unbroken = operator.itemgetter(*wanted), unbroken
-        self._next_line = first_line
+        self._skips_spaces = skips_spaces
         self._quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         self._pending: list[str] = []  # lines of a row that may continue in the next block
         self._is_damaged = False  # the lines after a stray quote may be remains of its row
 
     def parse(self, lines: list[str], is_last: bool = False) -> Parsed:
-        """Parse the next lines, with their line endings.
-
-        Raises:
-            FieldsFault: a line has another number of fields, and no quote explains it.
-        """
+        """Parse the next lines, with their line endings."""
         lines = [*self._pending, *lines] if self._pending else lines
         self._pending = []
         texts: list[str] = []
@@ -92,16 +83,18 @@ class Parser:
             pass
         if num_rows + num_blank < len(lines):  # some row has not one line
             return self._parse_each(lines, is_last)
-        self._next_line += len(lines)
         self._is_damaged = self._is_damaged and not num_rows
         return Parsed(texts, num_rows, (), num_blank, 0)
 
     def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
-        return csv.reader(lines, delimiter=self._delimiter, quoting=self._quoting, strict=True)
+        return csv.reader(
+            lines, delimiter=self._delimiter, quoting=self._quoting, skipinitialspace=self._skips_spaces, strict=True
+        )
 
     def _parse_each(self, lines: list[str], is_last: bool) -> Parsed:
         texts: list[str] = []
         stray: list[int] = []
+        ragged: list[int] = []
         num_rows = num_blank = num_continued = start = stop = 0
 
         def taken() -> Iterator[str]:
@@ -112,7 +105,7 @@ class Parser:
                 yield lines[stop - 1]
 
         while start < len(lines):
-            stop, is_closed = start, True
+            stop, is_closed, is_ragged = start, True, False
             try:
                 for fields in self._reader(taken()):
                     if not fields:
@@ -123,6 +116,8 @@ class Parser:
                         num_continued += stop - start - 1
                         self._is_damaged = False
                     else:
+                        has_quotes = self._quoting != csv.QUOTE_NONE and '"' in lines[start]
+                        is_ragged = len(fields) != self._num_fields and not (has_quotes or self._is_damaged)
                         break
                     start = stop
             except csv.Error:
@@ -132,24 +127,18 @@ class Parser:
             if not is_closed and not is_last:
                 self._pending = lines[start:]
                 break
-            stray.append(num_rows)
+            (ragged if is_ragged else stray).append(num_rows)
             texts += self._wanted(self._plain_fields(lines[start]))
             num_rows += 1
-            self._is_damaged = True
+            self._is_damaged |= not is_ragged
             start += 1
-        self._next_line += start
-        return Parsed(texts, num_rows, stray, num_blank, num_continued)
+        return Parsed(texts, num_rows, stray, num_blank, num_continued, ragged)
 
     def _is_row(self, fields: Sequence[str], lines: Sequence[str], start: int, stop: int) -> bool:
-        """Return False for fields that a stray quote has made of these lines."""
-        if len(fields) == self._num_fields:
-            return stop == start + 1 or not any(
-                "\n" in fields[index] or "\r" in fields[index] for index in self._unbroken
-            )
-        has_quotes = self._quoting != csv.QUOTE_NONE and '"' in lines[start]
-        if not (has_quotes or self._is_damaged):
-            raise FieldsFault(self._next_line + start, len(fields), self._num_fields)
-        return False
+        """Return False for a wrong number of fields, and for fields that a stray quote has made of these lines."""
+        if len(fields) != self._num_fields:
+            return False
+        return stop == start + 1 or not any("\n" in fields[index] or "\r" in fields[index] for index in self._unbroken)
 
     def _looks_like_row(self, line: str) -> bool:
         if "://" not in line:

@@ -386,6 +386,20 @@ pipelines.cli.main()
     assert result.returncode == 1 and "OSError: http://b\n" in result.stderr and CANARY not in result.stderr
 
 
+def test_f101_plan_reads_lists_and_run_files_as_people_have_them_and_names_what_it_leaves_out(tmp_path: Path) -> None:
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "A.CSV").write_text(" url, caption\nhttp://a.example/1, x y\n", "utf-16")
+    (lists / "b.xlsx").write_bytes(b"PK")
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "run.toml").write_text(f'[ingest]\nurls = "{lists}"\n', encoding)
+        result = call_apart(
+            "plan", "tiny", "--config", tmp_path / "run.toml", "--set", "scenes=none", "--storage", tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("left out b.xlsx") == 1
+
+
 def test_plan_writes_nothing_and_matches_the_run(tmp_path: Path) -> None:
     storage = tmp_path / "folder" / "s"
     document = call_json("plan", "tiny", "--storage", storage)

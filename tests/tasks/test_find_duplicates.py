@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from tasks import ranges
-from tasks.find_duplicates import find_duplicates
+from tasks.find_duplicates import KeepCaptions, find_duplicates
 from tasks.near_duplicates import near_duplicates
 from tasks.ranges import KeyRange
 
@@ -66,6 +66,32 @@ def brute_force(table: pa.Table, distance: int) -> dict[str, str]:
     return found
 
 
+def with_captions(table: pa.Table, seed: int) -> pa.Table:
+    """Rows with URLs: a few for each of the images, which may be those of several URLs."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, table.num_rows // 3, table.num_rows)
+    urls = [f"https://example.org/{image}-{rng.integers(0, 2)}" for image in images]
+    looks = table.select(["sha256", "phash", "colour"]).take(pa.array(images))
+    return pa.table({"key": table["key"], "url": urls, **{name: looks[name] for name in looks.column_names}})
+
+
+def brute_force_captions(table: pa.Table, distance: int, captions: str) -> dict[str, tuple[str | None, str]]:
+    """Key -> reason and key of the first row, of the rows that are dropped or are other captions."""
+    first_rows: dict[str, dict[str, str]] = {}
+    found: dict[str, tuple[str | None, str]] = {}
+    for row in table.to_pylist():
+        first = first_rows.setdefault(row["sha256"], row)
+        if first is not row:
+            is_caption = captions == "image" or row["url"] == first["url"]
+            found[row["key"]] = (None if is_caption else "duplicate_image", first["key"])
+    firsts = table.filter(pa.array([key not in found for key in table["key"].to_pylist()]))
+    dropped = brute_force(firsts, distance)
+    for key, (reason, first_key) in found.items():
+        if reason is None and first_key in dropped:
+            found[key] = (dropped[first_key], first_key)
+    return found | {key: (reason, key) for key, reason in dropped.items()}
+
+
 def read(table: pa.Table, key_range: KeyRange) -> pa.Table:
     return table.filter(pa.array(ranges.of_keys(table["key"], key_range.count) == key_range.index))
 
@@ -101,6 +127,24 @@ def test_partitions_do_not_change_the_duplicates(
 ) -> None:
     table = planted(3000, distance)
     assert search(table, distance, tmp_path / "scratch", num_ranges, num_partitions) == brute_force(table, distance)
+
+
+@pytest.mark.parametrize("captions", ["url", "image"])
+@pytest.mark.parametrize(("distance", "num_ranges", "num_partitions"), [(-1, 1, 1), (0, 4, 8), (5, 1, 1), (5, 8, 4)])
+def test_f97_captions_of_an_image_have_the_fate_of_its_first_row(
+    tmp_path: Path, captions: KeepCaptions, distance: int, num_ranges: int, num_partitions: int
+) -> None:
+    table = with_captions(planted(1500, distance + 1), distance + 1)
+    expected = brute_force_captions(table, distance, captions)
+    reading = functools.partial(read, table)
+    parts = find_duplicates(
+        reading, num_ranges, distance, f"{tmp_path}/s", result, num_partitions=num_partitions, captions=captions
+    )
+    found = {row["key"]: (row["reason"], row["first"]) for row in pa.concat_tables(parts).to_pylist()}
+    assert found == expected
+    fates = [reason for reason, _ in found.values()]
+    assert fates.count(None) > 100 and (fates.count("duplicate_image") > 100) == (captions == "url")
+    assert (fates.count("near_duplicate") > 20) == (distance >= 0)
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ _FOREIGN_TEXT_TOWER = (
     "open_clip's own, such as 'ViT-L-14' or 'ViT-B-16-SigLIP'."
 )
 
+LONGEST_CAPTION = 4098
+"""Tokens that hold any caption: ingest keeps 1,000 characters, each of at most four bytes, and a token has at least one byte."""
 LENGTH_STEP = 16
 """Captions are encoded together if their lengths round up to the same multiple of this."""
 
@@ -453,6 +455,15 @@ class Clip(nn.Module):
         """Token ids [B, L] int64, padded with 0 whatever the tokenizer's own padding is; long captions are truncated."""
         tokens: Tensor = self.tokenizer(captions, context_length=self.text_length)
         return tokens.masked_fill(_is_trailing(tokens, self.padding_id), 0) if self.padding_id else tokens
+
+    def count_lost(self, captions: list[str], tokens: Tensor) -> Tensor:
+        """Number of tokens of each caption that `tokenize` has cut off: [B] int64."""
+        lost = torch.zeros(len(captions), dtype=torch.long)
+        full = torch.nonzero(text_mask(tokens)[:, -1]).flatten().tolist()
+        if full:
+            whole: Tensor = self.tokenizer([captions[row] for row in full], context_length=LONGEST_CAPTION)
+            lost[full] = (~_is_trailing(whole, self.padding_id)).sum(dim=1) - tokens.shape[1]
+        return lost.clamp(min=0)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:

@@ -596,13 +596,14 @@ def test_an_mlflow_that_does_not_answer_is_named_and_the_others_are_searched(
     assert not Path(store.root, "none.db").exists()
 
 
-def test_lists_may_mix_kinds_and_bad_lines_are_named(tmp_path: Path) -> None:
+def test_f101_lists_may_mix_kinds_and_bad_lines_are_named(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text(f"# requested by mail\n\nhttps://a.example/x.jpg\nexample.com\n{'a' * 32}\n{'B' * 64}\n")
     kinds = [tombstone.kind for tombstone in parse_file(str(path))]
     assert kinds == ["url", "domain", "key", "sha256"] and parse_file(str(path))[3].value == "b" * 64
-    path.write_text("example.com\n", "utf-8-sig")  # as some editors write
-    assert [tombstone.value for tombstone in parse_file(str(path))] == ["example.com"]
+    for encoding in ("utf-8-sig", "utf-16"):  # as some editors write
+        path.write_text("example.com\n", encoding)
+        assert [tombstone.value for tombstone in parse_file(str(path))] == ["example.com"]
     path.write_text("example.com\nnot a domain\n")
     with pytest.raises(InputError, match=r"list.txt, line 2: .*'not a domain', expected a host"):
         parse_file(str(path))

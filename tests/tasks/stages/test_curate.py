@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def embedded(tmp_path: Path, num_ranges: int, cluster: None) -> Artifact:
         "text_embedding": list(embeddings.numpy()),
         "clip_score": np.linspace(0, 0.39, NUM_ROWS),
         "tokens": [[1]] * NUM_ROWS,
+        "tokens_lost": [0] * NUM_ROWS,
     }
     uri = f"{tmp_path}/embeddings/x"
     version = tables.append_files(uri, [tables.write_part(uri, "a", pa.table(table, schema=SCHEMA))], SCHEMA)
@@ -123,6 +125,35 @@ def test_semantic_duplicates_keep_the_smallest_key(tmp_path: Path, embedded: Art
     # a row that is dropped anyway has no duplicates
     artifact = run_curate(tmp_path, embedded, CurateConfig(semantic_distance=0.001, min_clip_score=0.035))
     assert key(7) not in outcome(artifact)
+
+
+@pytest.mark.parametrize("num_ranges", [1, 4])
+def test_f97_captions_of_an_image_are_kept_or_dropped_together(tmp_path: Path, embedded: Artifact) -> None:
+    """Rows 3, 4, 5 show one image, rows 7, 30, 31 another with the same meaning, rows 10 and 11 a third."""
+    images = [
+        {3: "a", 4: "a", 5: "a", 7: "b", 30: "b", 31: "b", 10: "c", 11: "c"}.get(row, f"{row}") for row in range(40)
+    ]
+    listed = [
+        {"key": key(row), "status": "ok", "jpg": b"", "sha256": hashlib.sha256(image.encode()).hexdigest()}
+        for row, image in enumerate(images)
+    ]
+    source = dataclasses.replace(
+        embedded, facts={**embedded.facts, **write_images(f"{tmp_path}/c", listed), "other_captions": 5}
+    )
+    uri = f"{tmp_path}/c/embeddings/x"
+    table = tables.read_file(tables.files(embedded.uri)[0])
+    same = {4: 3, 5: 3, 30: 7, 31: 7, 11: 10}
+    table = table.set_column(
+        2, SCHEMA.field("image_embedding"), table["image_embedding"].take([same.get(row, row) for row in range(40)])
+    )
+    source.facts["embeddings_version"] = tables.append_files(uri, [tables.write_part(uri, "a", table)], SCHEMA)
+    source.facts["embeddings"] = uri
+    found = outcome(run_curate(tmp_path, source, CurateConfig(semantic_distance=0.001)))
+    assert found == {FAILED: "http_404"} | {key(row): "semantic_duplicate" for row in (7, 30, 31)}
+    # Row 3 is out of bounds, so row 4 is the first.
+    found = outcome(run_curate(tmp_path, source, CurateConfig(semantic_distance=0.001, min_clip_score=0.035)))
+    low = {key(row): "clip_score_low" for row in range(4)}
+    assert found == {FAILED: "http_404"} | low | {key(row): "semantic_duplicate" for row in (7, 30, 31)}
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_clip_score": 0.1}, {"max_clip_score": 0.9}])

@@ -85,6 +85,19 @@ def test_every_row_has_its_own_embeddings_in_the_order_of_the_images(model: str,
     np.testing.assert_allclose(part.column("clip_score").to_numpy(), (image * text).sum(axis=1), atol=1e-6)
 
 
+def test_f102_tokens_of_long_captions_that_clip_does_not_read_are_counted(model: str, tmp_path: Path) -> None:
+    """A caption of one-token words fits with its two marks or loses the words beyond; CLIP's text is of 77 tokens or fewer."""
+    length = Clip.load(model).text_length
+    words = [1, length - 3, length - 2, length - 1, length + 40, 499]
+    rows = [{"key": key(number), "caption": "a " * count, "jpg": jpg(1)} for number, count in enumerate(words)]
+    rows.append({"key": key(9), "caption": "\U0001f388" * 1000, "jpg": jpg(1)})
+    uri = str(tmp_path / "images.parquet")
+    tables.write_file(uri, pa.Table.from_pylist(rows, schema=IMAGES))
+    part = embed(model, uri, list(range(len(rows))), tmp_path / "embeddings")
+    *lost, last = part.column("tokens_lost").to_pylist()
+    assert lost == [max(0, count + 2 - length) for count in words] and last > 900
+
+
 def test_the_same_rows_give_the_same_bytes(model: str, tmp_path: Path) -> None:
     images = write_images(tmp_path, list(range(12)), "images")
     first, second = (embed(model, images, list(range(12)), tmp_path / name) for name in ("first", "again"))

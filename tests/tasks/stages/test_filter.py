@@ -78,7 +78,7 @@ def test_every_filter_has_its_own_reason() -> None:
 
 def test_the_defaults_disable_the_optional_filters() -> None:
     captions = [FINE] * 50 + ["круг", "一只小狗在公园里奔跑", "x y"]
-    assert verdicts(FilterConfig(), captions) == [None] * 50 + ["caption_too_short", "caption_too_short", None]
+    assert verdicts(FilterConfig(), captions) == [None] * 50 + ["caption_too_short", None, None]
 
 
 def test_caption_characters() -> None:
@@ -267,6 +267,11 @@ def test_lists_may_have_a_byte_order_mark_and_windows_line_endings(tmp_path: Pat
     path.write_bytes(b"\xef\xbb\xbfstock\r\ngetty images\r\n")
     config = FilterConfig(blocked_words=str(path))
     assert verdicts(config, ["a stock photo", "by getty images", FINE]) == ["blocked_word", "blocked_word", None]
+
+
+def test_f101_lists_may_be_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("stock\n", "utf-16")
+    assert dropped(FilterConfig(blocked_words=f"{tmp_path}/list.txt"), ["a stock photo", FINE]) == {"a stock photo"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from tasks import ranges, rows
+from tasks.find_duplicates import KeepCaptions
 from tasks.near_duplicates import near_duplicates
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages.dedup import DedupConfig, dedup, splits
@@ -105,7 +106,9 @@ def deduplicate(
     for name in names:
         sha256, phash, colour = (*hashes[name], None)[:3]
         digest = hashlib.sha256(str(sha256).encode()).hexdigest()
-        images.append({"key": keys[name], "status": "ok", "sha256": digest, "phash": phash, "colour": colour})
+        images.append(
+            {"key": keys[name], "url": name, "status": "ok", "sha256": digest, "phash": phash, "colour": colour}
+        )
     root = str(folder / f"{distance}-{order}")
     facts = {**write_images(root, images), "images_digest": "i"}
     listed: dict[str, Any] = {"key": [*keys.values(), keys["a"]], "position": range(len(keys) + 1)}
@@ -185,6 +188,39 @@ def test_invalid_settings_raise() -> None:
     for settings in ({"min_side": 0}, {"max_aspect_ratio": 0.5}, {"min_caption_words": 9, "max_caption_words": 8}):
         with pytest.raises(ConfigError):
             FilterConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_ranges", [1, 4])
+@pytest.mark.parametrize(("captions", "num_kept"), [("url", 200), ("image", 300), ("one", 40)])
+def test_f97_all_captions_of_an_image_are_kept_on_one_side_of_the_split(
+    tmp_path: Path, captions: KeepCaptions, num_kept: int, num_ranges: int
+) -> None:
+    """40 images of 5 captions, of which 20 have 5 more at another URL."""
+    pairs = [(image, f"/{image}") for image in range(40) for _ in range(5)]
+    pairs += [(image, f"/{image}-copy") for image in range(20) for _ in range(5)]
+    keys = [hashlib.sha256(f"{captions}{number}".encode()).hexdigest()[:32] for number in range(len(pairs))]
+    digests = [hashlib.sha256(str(image).encode()).hexdigest() for image, _ in pairs]
+    phashes = [f"{1 << image:016x}" for image, _ in pairs]
+    rows_of = zip(keys, pairs, digests, phashes, strict=True)
+    images = [
+        {"key": key, "url": url, "status": "ok", "sha256": digest, "phash": phash, "colour": f"{6 * image:02x}0000"}
+        for key, (image, url), digest, phash in rows_of
+    ]
+    facts = {**write_images(str(tmp_path), images), "images_digest": "i"}
+    listed = {"key": keys, "position": range(300), "status": ["kept"] * 300, "reason": pa.nulls(300, pa.string())}
+    selection = write_folder(f"{tmp_path}/filtered", pa.table(listed), num_ranges)
+    config = DedupConfig(0, captions, holdout=0.5)
+    run = Run("r1", "test", str(tmp_path), Tracker("", ""), "0")
+    result = execute(Call(dedup, config), run, [Artifact("filter", "f", selection, "d", facts, 0.0)])
+    assert isinstance(result, Artifact), result
+    rows_found = {row["key"]: row for row in ranges.read_all(result.uri).to_pylist()}
+    kept = {key: image for key, (image, _) in zip(keys, pairs, strict=True) if rows_found[key]["status"] == "kept"}
+    assert len(kept) == num_kept == result.facts["rows"]["kept"] and result.facts["rows"]["in"] == 300
+    assert result.facts["other_captions"] == num_kept - 40
+    splits_of = {image: {rows_found[key]["split"] for key in kept if kept[key] == image} for image in range(40)}
+    assert sorted(map(len, splits_of.values())) == [1] * 40 and len(set().union(*splits_of.values())) == 2
+    urls = {image: {pairs[keys.index(key)][1] for key in kept if kept[key] == image} for image in range(40)}
+    assert captions == "image" or max(map(len, urls.values())) == 1, "of several URLs, one is kept"
 
 
 def test_a_row_never_changes_its_split() -> None:

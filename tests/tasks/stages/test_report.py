@@ -69,10 +69,13 @@ def make_dataset(folder: str, num_ranges: int) -> Artifact:
         "text_embedding": list(embeddings[embedded]),
         "clip_score": scores,
         "tokens": [[1]] * len(embedded),
+        "tokens_lost": [0] * len(embedded),
     }
     store = f"{folder}/embeddings"
     tables.append_files(store, [tables.write_part(store, "a", pa.table(columns, schema=SCHEMA))], SCHEMA)
     scored = pa.table({"key": columns["key"], "clip_score": scores, "embeddings_row": range(len(embedded))})
+    lost = pa.array([None, *range(len(embedded) - 1)], pa.int32())
+    scored = scored.append_column("tokens_lost", lost)
     counts = rows.count(selected)
     snapshot = {
         "digest": "d1" * 32,
@@ -188,3 +191,19 @@ def test_a_row_can_be_redacted_from_a_page(page: str) -> None:
     clean = redact(page, frozenset({key_of(10)}))
     assert key_of(10) in page and key_of(10) not in clean and "alert(2)" not in clean and "taken down" in clean
     assert clean.count("<figure") == page.count("<figure") and key_of(11) in clean
+
+
+@pytest.mark.parametrize("num_ranges", [1, 4])
+def test_f102_the_page_tells_how_many_captions_are_cut_and_tokens_lost(tmp_path: Path, num_ranges: int) -> None:
+    """Of the rows with a score, all but the first have a number of lost tokens; rows below the score are not counted."""
+    dataset = make_dataset(str(tmp_path), num_ranges)
+    kept = dataset.facts["rows"]["kept"]
+    scores = ranges.read_all(dataset.facts["snapshot"]["scores"])
+    status = {row["key"]: row["status"] for row in ranges.read_all(dataset.facts["snapshot"]["selection"]).to_pylist()}
+    lost = [row["tokens_lost"] for row in scores.to_pylist() if status[row["key"]] == "kept"]
+    counted = [number for number in lost if number is not None]
+    cut = sum(number > 0 for number in counted)
+    assert 0 < cut <= kept
+    page = render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS))
+    text = f"{cut} of {len(counted)} captions of kept rows ({100 * cut / len(counted):.2g} %) have more tokens than CLIP reads"
+    assert text in page and f"; {sum(counted)} tokens are lost" in page

@@ -62,6 +62,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory, frozen_clip: Clip) -> Sna
             "text_embedding": list(texts.numpy()),
             "clip_score": (images * texts).sum(dim=1).numpy(),
             "tokens": list(tokens.int().numpy()),
+            "tokens_lost": [0] * len(tokens),
         },
         schema=SCHEMA,
     )

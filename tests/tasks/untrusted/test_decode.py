@@ -7,21 +7,31 @@ import random
 import signal
 import struct
 import sys
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import imagehash
 import numpy as np
 import pytest
-from PIL import Image, JpegImagePlugin, PngImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from crafted_images import Crafted, crafted, encoded, fault_of, header_only_png, ramp
+from crafted_images import Crafted, chunk, crafted, encoded, fault_of, header_only_png, ramp
 
 from tasks.rows import RowFault
 from tasks.untrusted import decode as decode_module
-from tasks.untrusted.decode import CHROMA_SUBSAMPLINGS, MAX_SCANS, DecodedImage, DecodingPool, decode, perceptual_hash
+from tasks.untrusted.decode import (
+    CHROMA_SUBSAMPLINGS,
+    MAX_SCANS,
+    DecodedImage,
+    DecodingPool,
+    decode,
+    perceptual_hash,
+    without_metadata,
+)
 from tasks.untrusted.sandbox import Limits
 
 CRAFTED = list(crafted())
@@ -305,3 +315,64 @@ def peak_memory(pid: int) -> int:
     """Return the peak resident memory in bytes."""
     [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) << 10
+
+
+def with_chunks(data: bytes, *chunks: bytes) -> bytes:
+    """PNG with more chunks after its header, and the same after its pixels."""
+    end = data.rindex(b"IEND") - 4
+    return data[:33] + b"".join(chunks) + data[33:end] + b"".join(chunks[:-1]) + data[end:]
+
+
+METADATA = {
+    "zTXt": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(8 << 20))),
+    "iTXt": chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(8 << 20))),
+    "tEXt": chunk(b"tEXt", b"a\0" + bytes(8 << 20)),
+    "many": b"".join(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(900_000))) for _ in range(100)),
+    "orientation": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(8 << 20))),
+    "xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(8 << 20))),
+    "profile": chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2 << 20))),
+    "bomb": chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(200 << 20))),
+    "method": chunk(b"iCCP", b"a\0\7" + zlib.compress(bytes(100))),
+    "short": chunk(b"pHYs", b"\0") + chunk(b"sRGB", b"") + chunk(b"gAMA", b"\0"),
+    "checksum": chunk(b"tEXt", b"a\0b")[:-4] + b"\0\0\0\0",
+    "private": chunk(b"prVt", bytes(1 << 20)) + chunk(b"iDOT", b""),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_f100_metadata_of_any_size_costs_no_image(decoder: DecodingPool, name: str) -> None:
+    plain = encoded(ramp(), "PNG")
+    crowded = with_chunks(plain, METADATA[name], b"")
+    assert decoder.decode(crowded) == decoder.decode(plain)
+    tracemalloc.start()
+    without_metadata(crowded)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2 * len(crowded) + (40 << 20)
+
+
+def test_f100_what_changes_pixels_is_read_as_before() -> None:
+    """Orientation in EXIF, in a text and in XMP; profiles of up to 16 MB; a palette with transparency; animations."""
+    plain = ramp()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(plain, "PNG", exif=exif.tobytes())
+    raw = exif.tobytes().removeprefix(b"Exif\0\0").hex().encode()
+    profile_text = b"\nexif\n%8d\n%s\n" % (len(raw) // 2, raw)
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    texts = (
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile_text)),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    )
+    for data in (turned, *(with_chunks(encoded(plain, "PNG"), text, b"") for text in texts)):
+        assert decode(data, 64, 95, 10**6).original_width == plain.height
+        assert without_metadata(data) == data
+    wide = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    for data in (
+        encoded(plain, "PNG", icc_profile=wide + bytes(3 << 20)),
+        encoded(plain.convert("P"), "PNG", transparency=0),
+        encoded(plain, "PNG", save_all=True, append_images=[plain.rotate(90)] * 3),
+        encoded(plain, "JPEG"), b"\x89PNG\r\n\x1a\n", encoded(plain, "PNG")[:-7], b"",
+    ):  # fmt: skip
+        assert without_metadata(data) == data
+    assert "icc_profile" in Image.open(io.BytesIO(encoded(plain, "PNG", icc_profile=wide + bytes(3 << 20)))).info
