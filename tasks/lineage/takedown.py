@@ -22,6 +22,7 @@ from tasks.lineage.traces import Traces, redact, remove
 from tasks.store import INTERMEDIATE, Store
 from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, hosts_of, load_tombstones, refuse
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tasks.untrusted import local_files
 from tasks.untrusted.normalise import normalise_url
 from unclip import files
 from unclip.errors import InputError
@@ -34,7 +35,7 @@ def parse(kind: str, value: str) -> Tombstone:
         InputError: the value does not fit its kind.
     """
     value = value.strip()
-    url = normalise_url(value) if kind == "url" else None
+    url = (normalise_url(value) or local_files.to_url(value)) if kind == "url" else None
     cleaned = {"url": url or "", "domain": value.lower().strip(".")}.get(kind, value.lower())
     patterns = {"key": r"[0-9a-f]{32}", "sha256": r"[0-9a-f]{64}", "domain": r"(?!-)[^\s/:@*]+", "url": r".+"}
     if not re.fullmatch(patterns[kind], cleaned):
@@ -42,7 +43,7 @@ def parse(kind: str, value: str) -> Tombstone:
             "key": "32 hex digits, as `unclip data show` prints",
             "sha256": "64 hex digits, the hash of the image file as downloaded",
             "domain": "a host without scheme and port, such as example.com",
-            "url": "an http or https URL",
+            "url": "an http or https URL, or the path of a local file",
         }
         raise InputError(f"takedown: got {kind} {value!r}, expected {expected[kind]}.")
     return Tombstone(kind, cleaned)  # type: ignore[arg-type]
@@ -65,7 +66,13 @@ def parse_file(path: str) -> list[Tombstone]:
             continue
         lengths = {32: "key", 64: "sha256"}
         is_hash = bool(re.fullmatch(r"[0-9a-fA-F]+", value))
-        kind = "url" if "://" in value else lengths.get(len(value), "domain") if is_hash else "domain"
+        kind = (
+            "url"
+            if "://" in value or value.startswith("/")
+            else lengths.get(len(value), "domain")
+            if is_hash
+            else "domain"
+        )
         try:
             found.append(parse(kind, value))
         except InputError as error:
