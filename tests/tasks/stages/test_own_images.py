@@ -130,7 +130,7 @@ def test_f103_lists_name_files_below_a_root_in_any_spelling(photos: Path, tmp_pa
     assert {row["url"] for row in rows[:4]} == {f"file://{photos}/a.jpg"}
     without = ingested(tmp_path / "storage", urls=f"{tmp_path}/list.csv")
     assert [row["reason"] for row in without] == ["bad_url"] * 7 + [None] + ["bad_url"] * 3
-    with pytest.raises(InputError, match="local_root: .*none is not a folder"):
+    with pytest.raises(InputError, match=r"local_root: .*none is not a folder"):
         ingested(tmp_path / "storage", urls=f"{tmp_path}/list.csv", local_root=f"{tmp_path}/none")
 
 
@@ -204,7 +204,7 @@ def test_f103_files_are_taken_down_by_path(photos: Path, tmp_path: Path) -> None
 
 
 def test_f103_folders_of_lists_stay_lists_and_images_need_captions(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="images without captions.*a.txt beside it"):
+    with pytest.raises(InputError, match=r"images without captions.*a\.txt beside it"):
         ingested(tmp_path / "storage", urls=str(photos))
     (photos / "list.csv").write_text("url,caption\nhttp://a.example/1.jpg,a cat\n")
     assert find_local_root(IngestConfig(str(photos))) is None
