@@ -23,7 +23,7 @@ import ray
 
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange
-from tasks.untrusted import domains, fetch
+from tasks.untrusted import domains, fetch, local_files
 from unclip.config import fingerprint
 from unclip.errors import StageError
 from unclip.messages import reason_of
@@ -65,14 +65,20 @@ class Listed:
 
 
 def sites(urls: pa.ChunkedArray, allow_hosts: Sequence[str] = ()) -> pa.Array:
-    """Site of each URL; null for hosts in `allow_hosts`.
+    """Site of each URL; null for hosts in `allow_hosts` and for local files.
 
     A site is the registrable domain, according to the public suffix list bundled with tldextract. For an IP address or a
     name without dots it is the host. All invalid URLs form one site.
     """
     origins = pc.struct_field(pc.extract_regex(urls, _ORIGIN), 0)
-    encoded = _combined(pc.coalesce(origins, urls)).dictionary_encode()
-    found = [None if fetch.is_allowed_host(url, allow_hosts) else _site(url) for url in encoded.dictionary.to_pylist()]
+    origins = pc.if_else(pc.starts_with(urls, local_files.SCHEME), local_files.SCHEME, pc.coalesce(origins, urls))
+    encoded = _combined(origins).dictionary_encode()
+
+    def site(url: str) -> str | None:
+        is_own = url == local_files.SCHEME or fetch.is_allowed_host(url, allow_hosts)
+        return None if is_own else _site(url)
+
+    found = list(map(site, encoded.dictionary.to_pylist()))
     return pa.array(found, pa.string()).take(encoded.indices)
 
 

@@ -23,6 +23,8 @@ REASONS: Mapping[str, str] = {
     "bad_row": "not an object with texts (JSON lines), or another number of fields than the header (CSV, TSV)",
     "no_caption": "the row has no caption",
     "duplicate_row": "the same URL with the same caption occurs earlier in the list",
+    "no_file": "the local file does not exist or cannot be read",
+    "blocked_path": "the local file, or what it links to, is not below ingest.local_root",
     "blocked_address": "the URL or a redirect leads to a non-public network",
     "blocked_port": "the port is not among download.allow_ports",
     "dns_error": "the host has no address",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--url", multiple=True, help="Take down rows with this URL.")
+@click.option("--url", multiple=True, help="Take down rows with this URL, or path of a local file.")
 @click.option("--domain", multiple=True, help="Take down rows with a URL on this host or its subdomains.")
 @click.option("--key", multiple=True, help="Take down the row with this key.")
 @click.option("--sha256", multiple=True, help="Take down rows whose image file has this hash.")

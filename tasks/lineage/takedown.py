@@ -43,6 +43,7 @@ from tasks.tombstones import (
     write_entries,
 )
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tasks.untrusted import local_files
 from tasks.untrusted.domains import canonical_host
 from tasks.untrusted.normalise import normalise_url
 from unclip import files, seals
@@ -57,15 +58,17 @@ def parse(kind: str, value: str) -> Tombstone:
         InputError: the value does not fit its kind.
     """
     value = value.strip()
+    is_local = kind == "url" and value.startswith(("/", "file:"))
     url = normalise_url(value) if kind == "url" else None
     cleaned = {"url": canonical_url(url or ""), "domain": canonical_host(value)}.get(kind, value.lower())
+    cleaned = local_files.to_url(value) or "" if is_local else cleaned
     patterns = {"key": r"[0-9a-f]{32}", "sha256": r"[0-9a-f]{64}", "domain": r"(?!-)[^\s/:@*]+", "url": r".+"}
     if not re.fullmatch(patterns[kind], cleaned):
         expected = {
             "key": "32 hex digits, as `unclip data show` prints",
             "sha256": "64 hex digits, the hash of the image file as downloaded",
             "domain": "a host without scheme and port, such as example.com",
-            "url": "an http or https URL",
+            "url": "an http or https URL, or the path of a local file",
         }
         raise InputError(f"takedown: got {kind} {value!r}, expected {expected[kind]}.")
     return Tombstone(kind, cleaned)  # type: ignore[arg-type]
@@ -88,7 +91,13 @@ def parse_file(path: str) -> list[Tombstone]:
             continue
         lengths = {32: "key", 64: "sha256"}
         is_hash = bool(re.fullmatch(r"[0-9a-fA-F]+", value))
-        kind = "url" if "://" in value else lengths.get(len(value), "domain") if is_hash else "domain"
+        kind = (
+            "url"
+            if "://" in value or value.startswith("/")
+            else lengths.get(len(value), "domain")
+            if is_hash
+            else "domain"
+        )
         try:
             found.append(parse(kind, value))
         except InputError as error:

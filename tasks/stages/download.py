@@ -42,7 +42,7 @@ from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
 from tasks.tombstones import Tombstones, load_tombstones, refuse_if_recorded, withhold, withhold_part
-from tasks.untrusted import decode, fetch
+from tasks.untrusted import decode, fetch, local_files
 from tasks.untrusted.normalise import MAX_URL_CHARACTERS
 from unclip import files
 from unclip.config import fingerprint, require
@@ -155,6 +155,8 @@ class DownloadConfig:
     proxy: str | None = None
     """`http://host:port` of an egress proxy, which may be on a private network, for all other hosts; https goes through CONNECT.
     None connects directly: HTTP_PROXY and its like in the environment are not read."""
+    local_root: str | None = None
+    """Folder below which `file://` URLs are read; filled in by the pipeline from `ingest.local_root`."""
     attempt: int = 0
     """Attempt number; a higher one than before retries rows with transient failures. `--retry-failed` increases it."""
     user_agent: str = "unclip/0.1 (image-text pairs for training)"
@@ -207,6 +209,7 @@ class DownloadConfig:
 
 
 def _pin(config: DownloadConfig, pinning: Pinning) -> DownloadConfig:
+    config = dataclasses.replace(config, local_root=pinning.config.ingest.local_root)
     return pin_attempt(pinning.store, config, pinning.retry_failed)
 
 
@@ -833,6 +836,9 @@ def _fetch_with(config: DownloadConfig, redirected: dict[str, fetch.Fetched]) ->
     def fetch_row(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
         index, url = row
         try:
+            if url.startswith(local_files.SCHEME):
+                path = local_files.to_path(url)
+                return index, _Body(url, local_files.read(_root(config), path, config.max_bytes)), None
             fetched = fetcher.get(url)
             if fetched.final_url is not None:
                 redirected[url] = dataclasses.replace(fetched, body=b"")
@@ -841,6 +847,12 @@ def _fetch_with(config: DownloadConfig, redirected: dict[str, fetch.Fetched]) ->
             return index, None, fault.reason
 
     return fetch_row
+
+
+def _root(config: DownloadConfig) -> str:
+    if config.local_root is None:
+        raise rows.RowFault("blocked_path")
+    return config.local_root
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import operator
+import os
 import re
 import shutil
 import zlib
@@ -30,10 +31,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from tasks import dataflow, ranges, rows, tables
+from tasks import dataflow, image_folders, ranges, rows, tables
 from tasks.stage import Output, Pinning, StageContext, stage
 from tasks.tombstones import Tombstones, load_tombstones, refuse, tombstones_digest
-from tasks.untrusted import parquet_list, separated
+from tasks.untrusted import local_files, parquet_list, separated
 from tasks.untrusted.normalise import (
     first_line,
     map_texts,
@@ -101,9 +102,15 @@ _JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
 
 log = logging.getLogger(__name__)
 
+_IMAGES_PER_TASK = 2048  # images of a folder, which are hashed
+
 T = TypeVar("T")
 LineCounts = collections.Counter[str]
 """Lines of text files: all (`in`), and those that are not the first or only line of a row: `header`, `blank`, `continued`."""
+
+
+class MissingColumn(InputError):
+    """A file has no column of some name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +139,7 @@ class IngestConfig:
     urls: str
     """The list: a .parquet, .csv, .tsv, .jsonl or .txt file (text also .gz), a folder of those, or a pattern such as
     "/data/part-*.parquet"; a path or URI. In .txt every line is a URL, or a URL, a tab and a caption; .txt files beside files of
-    other formats are ignored."""
+    other formats are ignored. Or a folder of images with captions (`tasks.image_folders`)."""
     layout: Literal["plain", "laion", "coyo", "cc3m", "cc12m", "datacomp"] = "plain"
     """Column names of a published dataset; cc3m and cc12m are TSV without a header."""
     url_column: str | None = None
@@ -141,6 +148,9 @@ class IngestConfig:
     """Column with the caption; None is the layout's."""
     sha256_column: str | None = None
     """Column with the expected sha256 of the image's bytes, in hex; None is the layout's, if it has one."""
+    local_root: str | None = None
+    """Folder of images of your own: the list may name files below it, as paths, relative to it if they are not absolute, or as
+    `file://` URLs. Nothing outside it is read. None refuses paths; a folder of images is its own root."""
     digest: str | None = None
     """sha256 of the list, filled in by the pipeline so that a changed list causes a new run; None skips the check."""
     tombstones: str | None = None
@@ -148,6 +158,7 @@ class IngestConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.urls), "urls", self.urls, "a file, folder or pattern with the list of URLs")
+        require(self.local_root != "", "local_root", "", "a folder, or none")
         require(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
         used: set[str] = set()
         for setting, name in self.columns.items():
@@ -166,8 +177,10 @@ class IngestConfig:
 
 
 def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
-    if names := left_out(config.urls):
+    names = "" if is_image_folder(config.urls) else left_out(config.urls)
+    if names:
         log.warning("ingest.urls: %s: left out %s. Convert them to %s.", config.urls, names, ", ".join(FORMATS))
+    config = dataclasses.replace(config, local_root=find_local_root(config))
     return dataclasses.replace(config, digest=check_source(config), tombstones=tombstones_digest(pinning.store))
 
 
@@ -181,7 +194,7 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
         )
     chunks, offsets, num_rows, lines = _read_chunks(config)
     count, folder = ranges.num_ranges(num_rows), f"{context.folder}/pairs"
-    split = functools.partial(_clean_and_split, offsets, count)
+    split = functools.partial(_clean_and_split, offsets, count, config.local_root)
     merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
     written = dataflow.exchange(split, chunks, count, merge)
     facts = rows.add_counts(facts for facts, _ in written)
@@ -189,7 +202,8 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
     if not facts["rows"][rows.KEPT]:
         raise InputError(
             f"ingest.urls: none of the {num_rows:,} rows of {config.urls} can be used ({rows.top_reasons(facts)}). "
-            f"Check --set ingest.layout, ingest.url_column and ingest.caption_column."
+            f"If they name files, give --set ingest.local_root. Check --set ingest.layout, ingest.url_column and "
+            "ingest.caption_column."
         )
     return Output(folder, tables.hex_digest(*(digest for _, digest in written)), facts)
 
@@ -222,6 +236,12 @@ def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int, LineC
     Returns:
         Chunks or references of chunks; number of rows before those of each task; number of all rows; all lines.
     """
+    if is_image_folder(config.urls):
+        starts, parts = [0], list(_image_folder(config))
+        for part in parts:
+            starts.append(starts[-1] + part.num_rows)
+        chunks = [_Chunk(0, start, part, LineCounts()) for start, part in zip(starts, parts, strict=False)]
+        return chunks, [0], starts[-1], LineCounts()
     sources = _sources(config.urls)
     if sum(source.size for source in sources) <= SMALL_BYTES:
         lines = LineCounts()
@@ -255,13 +275,66 @@ def _read_group(config: IngestConfig, numbered: "tuple[int, list[_Source]]") -> 
         yield _Chunk(task, first_row, pa.concat_tables(parts), lines)
 
 
-def _clean_and_split(offsets: Sequence[int], count: int, chunk: _Chunk) -> list[pa.Table]:
+def is_image_folder(urls: str) -> bool:
+    """Return True for a local folder of images that holds no list; metadata files are part of the images."""
+    path = files.to_path(urls)
+    if path is None or not path.is_dir():
+        return False
+    folder = str(path)
+    top = next(image_folders.walk(folder), None)
+    listed = [_Source(pafs.LocalFileSystem(), name, name, 0) for name in (top.names - set(top.metadata) if top else ())]
+    if any(source.format and not source.is_secondary and not source.path.startswith("_") for source in listed):
+        return False
+    return image_folders.has_images(folder)
+
+
+def find_local_root(config: IngestConfig) -> str | None:
+    """Absolute path of the folder below which files may be read; None if there is none.
+
+    Raises:
+        InputError: it is no folder.
+    """
+    root = config.local_root or (config.urls if is_image_folder(config.urls) else None)
+    if root is None:
+        return None
+    path = files.to_path(root)
+    if path is None or not os.path.isdir(path):
+        raise InputError(f"ingest.local_root: {root} is not a folder on this machine. Name the folder of the images.")
+    return os.path.abspath(path)
+
+
+def _image_folder(config: IngestConfig) -> Iterator[pa.Table]:
+    """Rows of a folder of images, few enough at once that tasks share the work."""
+    root = os.path.abspath(files.to_path(config.urls) or config.urls)
+    found = image_folders.pairs(root, functools.partial(_metadata_rows, config), config.caption_column)
+    columns = len(config.columns)
+    while chunk := list(itertools.islice(found, _IMAGES_PER_TASK)):
+        urls, captions = zip(*chunk, strict=True)
+        yield _listed([urls, captions, *[[""] * len(chunk)] * (columns - 2)])
+
+
+def _metadata_rows(config: IngestConfig, path: str) -> Iterator[tuple[str, str]]:
+    """File name and caption of the rows of a metadata file."""
+    source = _Source(pafs.LocalFileSystem(), path, path, os.path.getsize(path))
+    names = image_folders.CAPTION_NAMES if config.caption_column is None else (config.caption_column,)
+    for name in names:
+        columns = IngestConfig(config.urls, url_column="file_name", caption_column=name)
+        try:
+            for part in _read_source(source, columns, LineCounts()):
+                yield from zip(part["url"].to_pylist(), part["caption"].to_pylist(), strict=True)
+            return
+        except MissingColumn:
+            if name == names[-1]:
+                raise
+
+
+def _clean_and_split(offsets: Sequence[int], count: int, local_root: str | None, chunk: _Chunk) -> list[pa.Table]:
     """Clean the rows of a chunk and divide them among the ranges of keys.
 
     Args:
         offsets: number of rows of the list before those of each task.
     """
-    return ranges.split_by_key(clean(chunk.listed, offsets[chunk.task] + chunk.first_row), count)
+    return ranges.split_by_key(clean(chunk.listed, offsets[chunk.task] + chunk.first_row, local_root), count)
 
 
 def _write_range(
@@ -282,6 +355,8 @@ def check_source(config: IngestConfig) -> str:
     Raises:
         InputError: the list is not usable; names the file and the problem.
     """
+    if is_image_folder(config.urls):
+        return _check_image_folder(config)
     digest, unreadable, kinds = hashlib.sha256(), LISTED.empty_table(), Kinds()
     has_rows = has_sound_rows = False
     for source in _sources(config.urls):
@@ -302,6 +377,26 @@ def check_source(config: IngestConfig) -> str:
             "Write an object on each line of .jsonl; in .csv and .tsv, quote fields that hold the separator or a quote."
         )
     kinds.check()
+    if config.local_root is not None:
+        for part in read(config):
+            for text in part["url"].to_pylist():
+                if url := local_files.to_url(text, config.local_root):
+                    digest.update(f"{url}\0{local_files.state(local_files.to_path(url))}\0".encode())
+    return digest.hexdigest()
+
+
+def _check_image_folder(config: IngestConfig) -> str:
+    """Check that the folder of images has a caption; returns a digest of the names, sizes and times of its files."""
+    root = os.path.abspath(files.to_path(config.urls) or config.urls)
+    found = image_folders.pairs(root, functools.partial(_metadata_rows, config), config.caption_column)
+    if not any(caption.strip() for _, caption in found):
+        raise InputError(
+            f"ingest.urls: {config.urls} has images without captions. Put the caption of a.jpg into a.txt beside it, or add "
+            "metadata.csv with the columns file_name and text."
+        )
+    digest = hashlib.sha256()
+    for text in image_folders.digest_of(root):
+        digest.update(text.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -318,22 +413,24 @@ def _read_sources(sources: Iterable["_Source"], config: IngestConfig, lines: Lin
     return itertools.chain.from_iterable(_read_source(source, config, lines) for source in sources)
 
 
-def clean(listed: pa.Table, position: int = 0) -> pa.Table:
+def clean(listed: pa.Table, position: int = 0, local_root: str | None = None) -> pa.Table:
     """Normalise rows of the list to `PAIRS`, in their order.
 
     Args:
         listed: rows of the schema `LISTED`.
         position: row number of the first row in the list.
+        local_root: folder below which the rows may name files.
     """
     chunks = []
     for batch in listed.to_batches(_CHUNK_ROWS):
-        chunks.append(_clean_batch(batch, position))
+        chunks.append(_clean_batch(batch, position, local_root))
         position += batch.num_rows
     return pa.concat_tables(chunks or [PAIRS.empty_table()])
 
 
-def _clean_batch(listed: pa.RecordBatch, position: int) -> pa.Table:
+def _clean_batch(listed: pa.RecordBatch, position: int, local_root: str | None) -> pa.Table:
     urls, captions = normalise_urls(listed["url"]), normalise_captions(listed["caption"])
+    urls, local = _with_local(urls, listed["url"], local_root)
     is_bad = urls.is_null()
     refused = normalise_captions(listed["url"].filter(is_bad))
     refused = pc.replace_substring_regex(refused, r"//[^/?#@\s]*@", "//")  # a password; such URLs are refused
@@ -342,12 +439,17 @@ def _clean_batch(listed: pa.RecordBatch, position: int) -> pa.Table:
     has_hash = pc.not_equal(
         map_texts(str.strip, listed["sha256"], pc.or_(sha256s.is_valid(), pc.equal(listed["sha256"], ""))), ""
     )
-    texts = pc.binary_join_element_wise(shown, captions, "\n").cast(pa.binary()).to_pylist()
+    # A file that changes is another image, so its row has another key.
+    contents = pc.fill_null(pc.binary_join_element_wise("", local["sha256"], "\n"), "")
+    texts = pc.binary_join_element_wise(shown, captions, "\n")
+    texts = pc.binary_join_element_wise(texts, contents, "").cast(pa.binary()).to_pylist()
     keys = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
     reasons: dict[str, pa.BooleanArray] = {
         **{name: pc.equal(listed["reason"], name).fill_null(False) for name in ("bad_quotes", "bad_row")},
         "no_url": pc.equal(shown, ""),
         "bad_url": is_bad,
+        **{name: pc.equal(local["reason"], name).fill_null(False) for name in ("no_file", "blocked_path")},
+        "hash_mismatch": pc.not_equal(local["sha256"], sha256s).fill_null(False),
         "bad_hash": pc.and_(sha256s.is_null(), has_hash),
         "no_caption": pc.equal(captions, ""),
     }  # the first that applies
@@ -355,7 +457,30 @@ def _clean_batch(listed: pa.RecordBatch, position: int) -> pa.Table:
     is_dropped = pc.equal(reason, "no_caption")
     status = pc.if_else(reason.is_null(), rows.KEPT, pc.if_else(is_dropped, rows.DROPPED, rows.FAILED))
     positions = np.arange(position, position + listed.num_rows)
-    return pa.table([positions, keys, shown, captions, status, reason, sha256s], PAIRS)
+    return pa.table([positions, keys, shown, captions, status, reason, pc.coalesce(sha256s, local["sha256"])], PAIRS)
+
+
+_LOCAL = pa.schema({"sha256": pa.string(), "reason": pa.string()})
+
+
+def _with_local(urls: pa.Array, texts: pa.Array, root: str | None) -> tuple[pa.Array, pa.RecordBatch]:
+    """Replace the URLs that are null by those of files below a root; returns them and a row of `_LOCAL` for each."""
+    found: dict[int, local_files.LocalFile] = {}
+    if root is not None:
+        wanted = np.flatnonzero(urls.is_null().to_numpy(zero_copy_only=False))
+        known: dict[str, local_files.LocalFile | None] = {}  # a file may have several captions
+        for row, text in zip(wanted.tolist(), texts.take(pa.array(wanted)).to_pylist(), strict=True):
+            if text not in known:
+                known[text] = local_files.describe(text, root) if text.strip() else None
+            if file := known[text]:
+                found[row] = file
+    if not found:
+        return urls, pa.record_batch([pa.nulls(len(urls), pa.string())] * 2, _LOCAL)
+    columns = {name: np.full(len(urls), None, object) for name in ("url", *_LOCAL.names)}
+    for name, column in columns.items():
+        column[list(found)] = [getattr(file, name) for file in found.values()]
+    local = pa.record_batch([pa.array(columns[name], pa.string()) for name in _LOCAL.names], _LOCAL)
+    return pc.coalesce(urls, pa.array(columns["url"], pa.string())), local
 
 
 def drop_duplicates(pairs: pa.Table) -> pa.Table:
@@ -800,7 +925,7 @@ def _column_indices(source: _Source, names: Sequence[str], config: IngestConfig)
             hint = f" Or use --set ingest.layout={matching_layouts[0]}." if matching_layouts else ""
             cleaned = map(normalise_caption, names)
             shown = [other if clean == name else clean for other, clean in zip(names, cleaned, strict=True)]
-            raise InputError(
+            raise MissingColumn(
                 f"ingest.urls: {source.uri} has no column {_shown(name)} (ingest.{setting}). {nearest(name, shown)}{hint}"
             )
         if (number := plain_names.count(wanted)) > 1:

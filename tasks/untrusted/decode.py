@@ -122,7 +122,9 @@ class DecodingPool:
         Raises:
             RowFault: as by `decode`; or decode_crash, decode_timeout, decode_memory or decode_budget.
         """
-        if self._spent and self._spent.get(_site(url), 0.0) >= self._site_seconds:
+        if url.startswith("file:"):  # the operator's own images have no budget
+            url = ""
+        if url and self._spent and self._spent.get(_site(url), 0.0) >= self._site_seconds:
             raise RowFault("decode_budget")
         started = time.monotonic()
         try:
@@ -133,7 +135,7 @@ class DecodingPool:
             self._charge(url, time.monotonic() - started - SLOW_SECONDS)
 
     def _charge(self, url: str, seconds: float) -> None:
-        if seconds > 0 or self._spent:
+        if url and (seconds > 0 or self._spent):
             site = _site(url)
             spent = self._spent.pop(site, 0.0) + seconds
             if spent > 0:

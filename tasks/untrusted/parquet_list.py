@@ -210,7 +210,7 @@ def _column(field: pa.Field) -> Column:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _batches(file: pa.NativeFile, metadata: pq.FileMetaData, names: Sequence[str]) -> Iterator[pa.RecordBatch]:

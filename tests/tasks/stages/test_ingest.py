@@ -627,8 +627,11 @@ def test_f25_unusable_text_lists_raise(tmp_path: Path, name: str, content: bytes
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "txt", "parquet"])
-def test_f98_a_fault_of_a_row_costs_the_row_in_every_format(tmp_path: Path, suffix: str) -> None:
+def test_f98_a_fault_of_a_row_costs_the_row_in_every_format(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second row of four is at fault."""
+    monkeypatch.setattr(stage_module, "SMALL_BYTES", 64 << 20)  # read without Ray
     path = tmp_path / f"list.{suffix}"
     long = "a" * (MAX_LINE_CHARACTERS + 10)
     faults: dict[str, list[Any]] = {

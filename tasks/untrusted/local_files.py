@@ -1,0 +1,123 @@
+"""Images of the operator's own below a root folder: nothing outside it is read, whatever a list names or a link points to.
+
+Links within the root are followed; a file is then opened folder by folder without following any, so a link that is put there
+in the meantime is refused as well. Devices and pipes are no files.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import stat
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from tasks.rows import RowFault
+from tasks.untrusted.normalise import MAX_URL_CHARACTERS
+
+SCHEME = "file://"
+_PIECE_BYTES = 1 << 20
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalFile:
+    """A file of a list."""
+
+    url: str
+    """Its path as a `file://` URL."""
+    reason: str | None = None
+    """Reason why it cannot be used."""
+    sha256: str | None = None
+
+
+def to_url(text: str, root: str | None = None) -> str | None:
+    """Return the `file://` URL of an absolute path, of a `file:` URL, or of a path below a root; None for other texts."""
+    text = text.strip()
+    if text[:5].lower() == "file:":
+        parts = urllib.parse.urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            return None
+        path = urllib.parse.unquote(parts.path, errors="surrogateescape")
+    else:
+        path = text
+    is_relative = not path.startswith("/")
+    if not path or "\0" in path or (is_relative and (root is None or "://" in path)):
+        return None
+    path = os.path.normpath(f"{root}/{path}" if is_relative else path)
+    folder, name = os.path.split("/" + path.lstrip("/"))
+    path = os.path.join(os.path.realpath(folder), name)  # one spelling, whatever links lead there
+    url = SCHEME + urllib.parse.quote(os.fsencode(path), safe="/!$&'()*+,;=:@~-._")
+    return url if len(url) <= MAX_URL_CHARACTERS else None
+
+
+def to_path(url: str) -> str:
+    """Path of a URL of `to_url`."""
+    return os.fsdecode(urllib.parse.unquote_to_bytes(url.removeprefix(SCHEME)))
+
+
+@contextlib.contextmanager
+def opened(root: str, path: str) -> Iterator[BinaryIO]:
+    """Open a file below a root.
+
+    Raises:
+        RowFault: blocked_path, if it or what it links to lies elsewhere; no_file, if it is no file that can be read.
+    """
+    try:
+        real_root, real = os.path.realpath(root), os.path.realpath(path)
+        if os.path.commonpath([real_root, real]) != real_root:
+            raise RowFault("blocked_path")
+        *folders, name = Path(real).relative_to(real_root).parts or (".",)
+        folder = os.open(real_root, _FOLDER & ~os.O_NOFOLLOW)
+        try:
+            for part in folders:
+                inner = os.open(part, _FOLDER, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            descriptor = os.open(name, _FILE, dir_fd=folder)
+        finally:
+            os.close(folder)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise RowFault("no_file")
+            yield file
+    except (OSError, ValueError):
+        raise RowFault("no_file") from None
+
+
+def read(root: str, path: str, max_bytes: int) -> bytes:
+    """Read a file below a root; raises RowFault like `opened`, too_large or empty_body."""
+    with opened(root, path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise RowFault("too_large")
+    if not data:
+        raise RowFault("empty_body")
+    return data
+
+
+def describe(text: str, root: str) -> LocalFile | None:
+    """Describe the file that a list names, with the sha256 of its bytes; None if the text is no path."""
+    url = to_url(text, root)
+    if url is None:
+        return None
+    digest = hashlib.sha256()
+    try:
+        with opened(root, to_path(url)) as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    except RowFault as fault:
+        return LocalFile(url, fault.reason)
+    return LocalFile(url, None, digest.hexdigest())
+
+
+def state(path: str) -> str:
+    """Size and time of the last change of a file, for a digest; empty if there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
