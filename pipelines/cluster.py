@@ -30,6 +30,10 @@ WORKER_ENVIRONMENT = {
 }
 """Environment variables of Ray workers."""
 
+KEEP_WORKERS = "RAY_idle_worker_killing_time_threshold_ms", "20000"
+"""Variable of Ray's processes. A worker beyond the number of CPUs would end after an idle second; downloads use some now and
+then, to wait for servers, and each costs more than a second of CPU time to start."""
+
 
 def start_ray(config: PipelineConfig) -> dict[str, float]:
     """Start or join the cluster; return its resources."""
@@ -59,6 +63,7 @@ def start_ray(config: PipelineConfig) -> dict[str, float]:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # Ray retries a task that runs out of memory without limit by default.
         os.environ.setdefault("RAY_task_oom_retries", "5")
+        os.environ.setdefault(*KEEP_WORKERS)
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for stage, resources in worker_resources(config).items():
