@@ -19,7 +19,7 @@ import pytest
 
 from tasks import lock as locks
 from tasks import tables
-from tests.pipelines.command_line import call_apart, call_json
+from tests.pipelines.command_line import call_apart, call_json, read_record
 from tests.unclip.training import trained_on_workers
 from tests.unclip.training.trained_on_workers import attempt, losses
 from unclip import files
@@ -296,7 +296,8 @@ def test_f75_f77_a_training_a_refresh_and_a_takedown_work_side_by_side(dataset: 
     """The last test with this storage, since it takes rows down."""
     forget(dataset)
     log, endless = tmp_path / "log", "--set=prior.trainer.num_samples=100000000"
-    [record] = [json.loads(path.read_text()) for path in dataset.glob("stages/curate/*.json")]
+    [path] = dataset.glob("stages/curate/*.json")
+    record = read_record(dataset, "stages", "curate", path.name)
     images = record["facts"]["images"]
     read = {uri: files.read(uri) for uri in tables.files(images, record["facts"]["images_version"])}
     kept = record["facts"]["snapshot"]["heldout"]
