@@ -125,6 +125,7 @@ def download(settings: Settings) -> dict[str, Any]:
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}  # for Ray's workers
     import ray
 
+    from pipelines.cluster import KEEP_WORKERS
     from tasks import tables
     from tasks.stage import Artifact, Call, Run, Stage, execute
     from tasks.stages.download import DownloadConfig
@@ -153,6 +154,7 @@ def download(settings: Settings) -> dict[str, Any]:
         max_bytes=MAX_BYTES,
         allow_ports=(settings.port,),
     )
+    os.environ.setdefault(*KEEP_WORKERS)  # as in `unclip run`
     hook = {"worker_process_setup_hook": prepare_worker}
     ray.init(num_cpus=settings.processes, include_dashboard=False, log_to_driver=False, runtime_env=hook)
     listed = urls(settings)

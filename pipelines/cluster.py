@@ -37,6 +37,9 @@ WORKER_ENVIRONMENT = {
 }
 """Environment variables of Ray workers."""
 
+KEEP_WORKERS = "RAY_idle_worker_killing_time_threshold_ms", "20000"
+"""Variable of Ray's processes. A worker beyond the number of CPUs would end after an idle second; downloads use some now and
+then, to wait for servers, and each costs more than a second of CPU time to start."""
 PATIENCE_SECONDS = 10.0
 """Time for an existing cluster to answer; Ray itself waits for a quarter of an hour."""
 _FOREIGN_VARIABLES = (
@@ -114,6 +117,7 @@ def start_ray(config: PipelineConfig, stages: Collection[str]) -> dict[str, floa
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     # Ray retries a task that runs out of memory without limit by default.
     os.environ.setdefault("RAY_task_oom_retries", "5")
+    os.environ.setdefault(*KEEP_WORKERS)
     options |= {"num_cpus": num_cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1", **_folders()}
     try:
         ray.init(address="local", **options)
