@@ -154,7 +154,7 @@ def _probe(address: str) -> None:
     host, _, port = host_and_port.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError("expected an address such as 10.0.0.1:6379")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE_SECONDS) as connection:
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE_SECONDS / 2) as connection:
         if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
             return
         connection.sendall(_HTTP2)

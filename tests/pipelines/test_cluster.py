@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_f110_an_address_where_no_cluster_is(pairs: Path, tmp_path: Path, monkey
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         closed = f"127.0.0.1:{probe.getsockname()[1]}"
-    storage = tmp_path / "storage"
+    storage, silence = tmp_path / "storage", "timed out|no answer within 1 s"
     line = refused(pairs, storage, RAY_ADDRESS=closed)
     assert f"error: RAY_ADDRESS: no Ray cluster answers at {closed}: " in line
     assert "Connection refused" in line and "unset RAY_ADDRESS" in line
@@ -77,15 +78,14 @@ def test_f110_an_address_where_no_cluster_is(pairs: Path, tmp_path: Path, monkey
     with server(HTTP) as address:
         assert "the server there is not one of Ray" in refused(pairs, storage, RAY_ADDRESS=address)
     with server(None) as address:  # as a process that hangs
-        assert "timed out" in refused(pairs, storage, RAY_ADDRESS=address)
+        assert re.search(silence, refused(pairs, storage, RAY_ADDRESS=address))
     with socket.create_server(("0.0.0.0", 0), backlog=0) as full, contextlib.ExitStack() as stack:
         port = full.getsockname()[1]
         for _ in range(4):  # further packets are dropped, as those to a machine that is off
             waiting = stack.enter_context(contextlib.closing(socket.socket()))
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.1", port))
-        line = refused(pairs, storage, RAY_ADDRESS=f"127.0.0.1:{port}")
-        assert "timed out" in line or "no answer within 1 s" in line
+        assert re.search(silence, refused(pairs, storage, RAY_ADDRESS=f"127.0.0.1:{port}"))
 
 
 IN_RAY = """

@@ -26,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pa.table({"url": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), folder / "pairs.parquet"
     )
     mlflow = client(database_uri(str(folder / "mlflow.db")))
-    mlflow.delete_experiment(mlflow.create_experiment("text_to_image"))
+    artifacts = (folder / "artifacts").as_uri()  # by default, the working folder
+    mlflow.delete_experiment(mlflow.create_experiment("text_to_image", artifact_location=artifacts))
     return folder
 
 
