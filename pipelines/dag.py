@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tasks.lock import TABLES, lock
 from tasks.stage import Artifact, Run, Stage, find_artifact
 from tasks.store import Store
 
@@ -33,6 +34,8 @@ class State:
     why: str
     """Reason, for people."""
     artifact: Artifact | None = None
+    lock: str | None = None
+    """Name of the lock that the stage needs in order to run, if it is known yet; see `tasks.lock`."""
 
 
 Dag = Mapping[str, Node]
@@ -103,7 +106,8 @@ def states(dag: Dag, store: Store) -> dict[str, State]:
     for name, node in dag.items():
         waiting = [parent for parent in node.parents if found[parent].artifact is None]
         if waiting:
-            found[name] = State("to run", f"after {', '.join(waiting)}")
+            known_lock = None if node.stage.reads_snapshot else TABLES  # another name has the fingerprint in it
+            found[name] = State("to run", f"after {', '.join(waiting)}", lock=known_lock)
             continue
         parents = [artifact for parent in node.parents if (artifact := found[parent].artifact)]
         stage_fingerprint = node.stage.fingerprint(node.config, parents, store)
@@ -113,8 +117,21 @@ def states(dag: Dag, store: Store) -> dict[str, State]:
         else:
             ran_before = bool(store.list("stages", name))
             why = "its settings or inputs changed" if ran_before else "never ran here"
-            found[name] = State("to run", f"{why} ({stage_fingerprint[:8]})")
+            found[name] = State("to run", f"{why} ({stage_fingerprint[:8]})", lock=node.stage.lock(stage_fingerprint))
     return found
+
+
+def refuse_if_in_use(states: Mapping[str, State], store: Store) -> None:
+    """Check that no other process makes what a run would make, before anything starts.
+
+    Stages take the same locks again while they work, and wait then.
+
+    Raises:
+        AlreadyRunningError: another run or a takedown is at work.
+    """
+    for name in dict.fromkeys(state.lock for state in states.values() if state.lock):
+        with lock(store, name):
+            pass
 
 
 def mermaid(dag: Dag, labels: Mapping[str, str] | None = None) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tasks.database import artifacts_uri, database_uri, is_own, settle
-from tasks.run_records import HEARTBEAT_SECONDS, beat, driver
-from tasks.store import Store
+from tasks.run_records import HEARTBEAT_SECONDS, beat, driver, is_alive
+from tasks.store import TOMBSTONES, Store
 from tasks.tracking import Tracker, client
+from unclip import files
 from unclip.background import run_periodically
 from unclip.config import to_dict
 from unclip.errors import ConfigError, StorageError
@@ -79,10 +80,12 @@ def tracking_uris_of(store: Store) -> list[str]:
 
 
 def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
-    """Record the start of a run in MLflow and in the storage. The caller holds the lock of the storage."""
+    """Record the start of a run in MLflow and in the storage."""
     from pipelines.cluster import worker_resources
     from tasks.stage import Run
 
+    if store.is_local:
+        _sweep(store)
     uri = tracking_uri(config)
     experiment_id, run_id = "", ""
     own = is_own(store, uri)
@@ -91,10 +94,10 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
         mlflow_client = client(uri)
         experiment = mlflow_client.get_experiment_by_name(pipeline)
         if experiment is None:
-            experiment_id = mlflow_client.create_experiment(pipeline, artifact_location=artifacts_uri(uri))
+            experiment_id = _create_experiment(mlflow_client, pipeline, artifacts_uri(uri))
         else:
             experiment_id = experiment.experiment_id
-        _close_dead_runs(mlflow_client, experiment_id, None if own else store.root)
+            _close_dead_runs(mlflow_client, experiment_id, store)
         name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
         # A server has runs of several storages; the database of a storage moves with it.
         tags = {"unclip.pipeline": pipeline, "unclip.storage": store.portable(store.root) if own else store.root}
@@ -110,6 +113,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     record = {"pipeline": pipeline, "started": time.time(), **driver()}
     # None stands for the database in the storage, so that the storage can be moved.
     external_uri = None if own else without_credentials(uri)
+    record |= {"tombstones": files.stamp(store.uri(TOMBSTONES))}
     record |= {"state": "running", "mlflow_run": run_id, "tracking_uri": external_uri, "config": to_dict(config)}
     beat(store, identity)
     store.write_json(record, "runs", identity, "run.json")
@@ -142,14 +146,34 @@ def close_run(run: "Run", store: Store, state: str) -> None:
         store.write_json({**record, "state": state, "ended": time.time()}, "runs", run.id, "run.json")
 
 
-def _close_dead_runs(mlflow_client: Any, experiment_id: str, storage: str | None) -> None:
-    """Close the MLflow runs of dead processes: the caller holds the lock, so no run of this storage is alive.
+def _sweep(store: Store) -> None:
+    """Delete temporary files of killed runs; stages delete those of their own results."""
+    files.sweep(store.root, min_age_seconds=_MAX_WRITE_SECONDS)
+    for run_id in store.list("runs"):
+        path = ("runs", run_id, "run.json")
+        if not store.exists(*path) or not is_alive(store, run_id, store.read_json(*path)):
+            files.sweep(store.uri("runs", run_id))
 
-    Args:
-        storage: root of the storage; None if all runs are its own.
-    """
+
+_MAX_WRITE_SECONDS = 24 * 3600.0
+
+
+def _create_experiment(mlflow_client: Any, name: str, location: str | None) -> str:
+    try:
+        return str(mlflow_client.create_experiment(name, artifact_location=location))
+    except Exception:
+        experiment = mlflow_client.get_experiment_by_name(name)  # another run may have created it meanwhile
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
+
+
+def _close_dead_runs(mlflow_client: Any, experiment_id: str, store: Store) -> None:
+    """Close the MLflow runs of this storage that no process drives any more; others may run side by side."""
+    paths = {run_id: ("runs", run_id, "run.json") for run_id in store.list("runs")}
+    records = {run_id: store.read_json(*path) for run_id, path in paths.items() if store.exists(*path)}
+    dead = {record["mlflow_run"] for run_id, record in records.items() if not is_alive(store, run_id, record)}
     opened = mlflow_client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-    dead = {run.info.run_id for run in opened if storage in (None, run.data.tags.get("unclip.storage"))}
     for run in opened:
         if run.info.run_id in dead or run.data.tags.get("mlflow.parentRunId") in dead:
             mlflow_client.set_terminated(run.info.run_id, "KILLED")

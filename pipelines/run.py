@@ -1,8 +1,10 @@
 """Pipeline runs: checks first, then Ray, MLflow and the console, and a summary at the end."""
 
 import contextlib
+import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pipelines import dag as dags
@@ -10,22 +12,24 @@ from pipelines import scene_server
 from pipelines.cluster import WORKER_ENVIRONMENT, start_ray
 from pipelines.console import Console
 from pipelines.dataset import PipelineConfig
-from pipelines.lock import lock
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.records import close_run, heartbeat, open_run, record_cluster
 from pipelines.shadows import refuse_shadows
 from pipelines.summary import print_summary, summarise, write_results
-from tasks import signals
+from pipelines.takedowns import carry_out_recorded, print_carried_out
+from tasks import signals, tombstones
 from tasks.run_records import stage_events
-from tasks.stage import Failure, Run
-from tasks.store import Store
+from tasks.stage import WAIT_SECONDS, Failure, Run
+from tasks.store import TOMBSTONES, Store
 from tasks.tracking import flatten
 from unclip import files
 from unclip.config import require
-from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
+from unclip.errors import AlreadyRunningError, ConfigError, StageError, StoppedError, UnclipError
 from unclip.messages import reason_of
 
+DOWNLOAD = "download"
+"""Stage that fetches images, from the server of the procedural ones if there is one."""
 STOP_PATIENCE_SECONDS = 25.0
 """Time for training stages to write a checkpoint when the run is stopped; Kubernetes kills after 30 s."""
 
@@ -33,20 +37,29 @@ STOP_PATIENCE_SECONDS = 25.0
 def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None, retry_failed: bool = False) -> int:
     """Run a pipeline and return the exit code.
 
+    Takedowns that were recorded come first. One that is recorded while the dataset is being made stops the run's stages; the
+    run carries it out and starts again, which costs what the next refresh would cost. During the trainings, which read their own
+    version, a takedown carries itself out.
+
     Args:
         until: last stage to run, after the stages it depends on; None runs all stages.
 
     Raises:
         UnclipError: the checks failed and nothing was started, or a stage failed.
     """
+    import ray
+
     os.environ.update(WORKER_ENVIRONMENT)
     try:
         refuse_shadows(os.getcwd())  # Ray's workers search it first
     except ImportError as error:
         raise ConfigError(str(error)) from None
-    started = time.monotonic()
-    config = prepare(config, retry_failed)
+    started, given = time.monotonic(), config
+    config = prepare(given, retry_failed)
     store = Store(config.storage)
+    if carried_out := carry_out_recorded(store):
+        print_carried_out(store, carried_out)
+        config = prepare(given, retry_failed)  # the list is read again without the rows
     todo = compose(config)
     require(until is None or until in todo, "--until", until, f"a stage: {', '.join(todo)}")
     todo = dags.up_to(todo, until) if until else todo
@@ -55,11 +68,12 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         print(f"{pipeline}: everything is up to date; nothing was started.")
         _finish(config, pipeline, todo, store)
         return 0
-    with lock(store), contextlib.ExitStack() as stack:
-        if config.scenes is not None:
-            stack.enter_context(scene_server.serve(config.scenes))
+    dags.refuse_if_in_use(states, store)
+    with contextlib.ExitStack() as whole, contextlib.ExitStack() as scenes:
+        if config.scenes is not None and DOWNLOAD in states and states[DOWNLOAD].artifact is None:
+            scenes.enter_context(scene_server.serve(config.scenes))
         run = open_run(pipeline, config, store)
-        stack.enter_context(heartbeat(run, store))
+        whole.enter_context(heartbeat(run, store))
         state = "failed"
         try:
             dag = compose(config, run)
@@ -68,20 +82,42 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
             run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
             record_cluster(run, store, start_ray(config))
-            failures = _execute(dag, run, store)
-            state = "failed" if failures else "done"
+            failures = _execute(dag, run, store, scenes)
+            must_repeat = _must_repeat(dag, failures, run, store)
+            state = "stopped" if must_repeat else "failed" if failures else "done"
         except StoppedError:
             state = "stopped"
             raise
         finally:
             close_run(run, store, state)
-        if failures:
-            raise StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
-        summary = _finish(config, pipeline, dag, store)
-        run.tracker.json(store.portable(summary), "summary.json")
-        run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
+        if must_repeat:
+            ray.shutdown()  # no task writes a part from here on
+        with contextlib.nullcontext() if must_repeat else contextlib.suppress(AlreadyRunningError):
+            print_carried_out(store, carry_out_recorded(store, WAIT_SECONDS if must_repeat else 0.0))
+        if failures and not must_repeat:
+            reason = StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
+            if {failure.exit_code for failure in failures} == {StoppedError.exit_code}:
+                reason.exit_code = StoppedError.exit_code  # the same command continues later
+            raise reason
+        if not failures:
+            summary = _finish(config, pipeline, dag, store)
+            run.tracker.json(store.portable(summary), "summary.json")
+            flat = flatten(summary)
+            run.tracker.metrics({key: value for key, value in flat.items() if isinstance(value, (int, float))})
+    if must_repeat:
+        print(f"{pipeline}: starts again, without the rows that were taken down", flush=True)
+        attempt = dataclasses.replace(given.download, attempt=config.download.attempt)
+        return run_pipeline(pipeline, dataclasses.replace(given, download=attempt), until)
     print(f"took {time.monotonic() - started:.0f} s")
     return 0
+
+
+def _must_repeat(dag: dags.Dag, failures: Sequence[Failure], run: Run, store: Store) -> bool:
+    """Return True if stages that make the dataset failed while rows were taken down."""
+    if all(dag[failure.stage].stage.reads_snapshot for failure in failures):
+        return False
+    before = store.read_json("runs", run.id, "run.json")["tombstones"]
+    return bool(tombstones.recorded(store)) or files.stamp(store.uri(TOMBSTONES)) != before
 
 
 def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store) -> dict[str, Any]:
@@ -92,8 +128,12 @@ def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store) 
     return summary
 
 
-def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
-    """Execute the DAG with progress on the console; return the failures."""
+def _execute(dag: dags.Dag, run: Run, store: Store, scenes: contextlib.ExitStack) -> list[Failure]:
+    """Execute the DAG with progress on the console; return the failures.
+
+    Args:
+        scenes: closed after the download, so that a refresh beside a training can serve them.
+    """
     import warnings
 
     import ray
@@ -105,10 +145,14 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
         result = dag[last].ray_node.execute()
     console = Console(store, run.id, list(dag))
     ready: list[Any] = []
+    is_fetching = True
     with signals.stop_on_signal() as is_stopping:
         while not ready:
             ready, _ = ray.wait([result], timeout=1.0)
             console.refresh()
+            if is_fetching and stage_events(store, run.id).get(DOWNLOAD, {}).get("state") in ("done", "cached"):
+                scenes.close()
+                is_fetching = False
             if is_stopping():
                 _stop_training(dag, run, store, console)
                 raise StoppedError(
@@ -126,7 +170,7 @@ def _execute(dag: dags.Dag, run: Run, store: Store) -> list[Failure]:
     failed = [event for event in stage_events(store, run.id).values() if event["state"] == "failed"]
     # On a full disk a failure may not have been recorded.
     unrecorded = [outcome] if isinstance(outcome, Failure) else []
-    return [Failure(event["stage"], event["message"]) for event in failed] or unrecorded
+    return [Failure(event["stage"], event["message"], event.get("exit_code", 1)) for event in failed] or unrecorded
 
 
 def _stop_training(dag: dags.Dag, run: Run, store: Store, console: Console) -> None:

@@ -1,5 +1,6 @@
 """Summary of a run: printed on the console for people, and written to `summary.json` for programs."""
 
+import contextlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +9,17 @@ from typing import Any
 from pipelines.dataset import PipelineConfig
 from tasks.stage import Artifact
 from tasks.store import DEFAULT_ROOT, Store
-from unclip import files
+from unclip import files, seals
+from unclip.errors import DamagedError
 
 ATTRIBUTES = ("colour", "background", "size", "shape", "place")
 
 
 def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Summarise a finished run from its artifacts alone, so that a run with nothing to do reports the same numbers."""
+    """Summarise a finished run from its artifacts alone, so that a run with nothing to do reports the same numbers.
+
+    `artifacts` has the fingerprint of each stage's artifact, so that `unclip gc` keeps what the summary is about.
+    """
     summary: dict[str, Any] = {"pipeline": pipeline}
     if "curate" in artifacts:
         facts = artifacts["curate"].facts
@@ -24,6 +29,7 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
     if "evaluate" in artifacts:
         facts = artifacts["evaluate"].facts
         summary["captions"] = facts["captions"]
+        summary["evaluated_snapshot"] = summary["snapshot"]
         summary["clip_score"] = facts["clip_score"]
         summary["accuracy"] = facts["accuracy"].get("heldout", {})
         summary["accuracy_unseen"] = facts["accuracy"].get("unseen", {})
@@ -31,18 +37,31 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
         summary["stack"] = artifacts["publish"].uri
         summary["registered"] = {key: artifacts["publish"].facts[key] for key in ("name", "alias", "version")}
     summary["seconds"] = {name: artifact.seconds for name, artifact in artifacts.items()}
+    summary["artifacts"] = {name: artifact.fingerprint for name, artifact in artifacts.items()}
     return summary
 
 
 def write_results(summary: Mapping[str, Any], artifacts: Mapping[str, Artifact], store: Store) -> None:
-    """Write the summary, the report and the sample grids of a run to `results/<pipeline>/`."""
-    pipeline = summary["pipeline"]
-    store.write_json(summary, "results", pipeline, "summary.json")
+    """Write the summary, the report and the sample grids of a run to `results/<pipeline>/`.
+
+    The summary keeps what this run has nothing to say about: after a refresh, the evaluation and the stack of the last run.
+    """
+    path = ("results", summary["pipeline"], "summary.json")
+    before: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, DamagedError):
+        before = store.read_json(*path)
+    merged = {**before, **summary}
+    for name in ("seconds", "artifacts"):
+        merged[name] = {**before.get(name, {}), **summary[name]}
+    folder = store.uri(*path[:-1])
+    if merged != before:
+        store.write_json(merged, *path)
     if "report" in artifacts:
-        files.write(store.uri("results", pipeline, "report.html"), files.read(artifacts["report"].uri))
+        files.write(f"{folder}/report.html", files.read(artifacts["report"].uri))
     if "evaluate" in artifacts:
         for name, uri in artifacts["evaluate"].facts["images"].items():
-            files.write(store.uri("results", pipeline, f"{name}.png"), files.read(uri))
+            files.write(f"{folder}/{name}.png", files.read(uri))
+    seals.cover(folder)
 
 
 def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConfig) -> None:

@@ -14,13 +14,14 @@ pieces go to a temporary folder. Ray is imported only where it runs.
 import functools
 import operator
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.feather
+
+from unclip.scratch import scratch_folder
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -197,7 +198,7 @@ def _exchange_on_disk(
     num_outputs: int,
     merge: Callable[[int, list[pa.Table]], ResultT],
 ) -> list[ResultT]:
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("exchange") as folder:
         for number, item in enumerate(items):
             for output, piece in enumerate(_checked(split(item), num_outputs)):
                 pyarrow.feather.write_feather(piece, str(Path(folder, f"{output}-{number}")), compression="lz4")

@@ -57,6 +57,21 @@ def near_duplicates(hashes: np.ndarray, distance: int, cells: np.ndarray | None 
     return found
 
 
+def near_to(hashes: np.ndarray, cells: np.ndarray, look: tuple[int, int], distance: int) -> np.ndarray:
+    """Mask of the rows that are near duplicates of one look: [N] bool.
+
+    Args:
+        hashes: [N] uint64.
+        cells: [N] int32, see `colour_cells`.
+        look: hash and cell.
+    """
+    hash, cell = look
+    near: np.ndarray = np.bitwise_count(hashes ^ np.uint64(hash)) <= distance
+    if cell != _UNKNOWN:
+        near &= (cells == _UNKNOWN) | _adjacent(np.maximum(cells, 0), np.full_like(cells, cell))
+    return near
+
+
 def find_looks(hashes: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ascending indices of the first row of each look (hash and cell), and the mask of all other rows."""
     order = np.lexsort((cells, hashes))  # stable

@@ -18,7 +18,7 @@ from tasks.dataflow import exchange
 from tasks.index import index_files, read_index
 from tasks.keys import key_octets
 from tasks.ranges import KeyRange
-from unclip import files
+from unclip import files, seals
 from unclip.data import Places, vectors
 from unclip.errors import StageError
 
@@ -115,7 +115,7 @@ def _merge(folder: str, count: int, output: int, pieces: list[pa.Table]) -> int:
         sink = io.BytesIO()
         with pa.ipc.new_file(sink, part.schema) as writer:
             writer.write_table(part)
-        files.write(Block(output, count).uri(folder, split), sink.getvalue())
+        files.write(Block(output, count).uri(folder, split), seals.seal(sink.getvalue()))
     return int(table.num_rows)
 
 
@@ -128,9 +128,12 @@ def open_places(folder: str, *splits: str) -> Places:
 
 def open_block(folder: str, block: Block, *splits: str) -> pa.Table:
     """Places of some splits (both by default) in one block, in the order of the images table; keys as 16 bytes."""
-    parts = [
-        pa.ipc.open_file(pa.BufferReader(files.read(block.uri(folder, split)))).read_all() for split in splits or SPLITS
-    ]
+    parts = []
+    for split in splits or SPLITS:
+        uri = block.uri(folder, split)
+        file = pa.BufferReader(files.read(uri))
+        seals.require_sound(file, uri)
+        parts.append(pa.ipc.open_file(file).read_all())
     return pa.concat_tables(parts).sort_by([("images_file", "ascending"), ("images_row", "ascending")])
 
 

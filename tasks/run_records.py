@@ -53,7 +53,7 @@ def last_runs(store: Store, number: int) -> list[RunRecord]:
 
 def _read_run(store: Store, run_id: str) -> RunRecord:
     record, events = store.read_json("runs", run_id, "run.json"), stage_events(store, run_id)
-    is_killed = record["state"] == "running" and not _is_alive(store, run_id, record)
+    is_killed = record["state"] == "running" and not is_alive(store, run_id, record)
     state = "killed" if is_killed else record["state"]
     stages = []
     for name, event in sorted(events.items(), key=lambda item: item[1]["at"]):
@@ -91,8 +91,10 @@ def is_running(record: Mapping[str, Any]) -> bool:
     return record.get("process") in (None, start)  # else the number is another process's now
 
 
-def _is_alive(store: Store, run_id: str, record: Mapping[str, Any]) -> bool:
+def is_alive(store: Store, run_id: str, record: Mapping[str, Any]) -> bool:
     """Return True if a run whose record says that it is running has a driver, on this machine or another."""
+    if record["state"] != "running":
+        return False
     if _is_here(record):
         return is_running(record)
     heartbeat = ("runs", run_id, HEARTBEAT)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from tasks import tables
 from tasks.places import open_places
 from tasks.store import Store
+from tasks.tombstones import refuse_if_recorded
 from unclip.config import fingerprint
 from unclip.data import Places, Source
 from unclip.models.embeddings import EmbeddingStatistics, Moments, PrincipalComponents
@@ -78,7 +79,11 @@ class Snapshot:
 
 
 def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-    """Append one row to the `snapshots` table, unless it has this content already; a refresh writes it last."""
+    """Append one row to the `snapshots` table, unless it has this content already; a refresh writes it last.
+
+    Raises:
+        StageError: a takedown was recorded meanwhile.
+    """
     table = store.uri("snapshots")
     known = tables.read_with_commit_times(table).to_pylist() if tables.version(table) is not None else []
     if any(row["digest"] == snapshot["digest"] for row in known):
@@ -88,7 +93,9 @@ def record_snapshot(store: Store, pipeline: str, snapshot: Mapping[str, Any], co
     row = {"number": len(known) + 1, "pipeline": pipeline, **{name: snapshot[name] for name in names}}
     row = store.portable(row) | {name: json.dumps(counts[name], sort_keys=True) for name in ("rows", "reasons")}
     part = pa.table({name: [value] for name, value in row.items()})
-    tables.append_files(table, [tables.write_part(table, fingerprint(row), part)], part.schema)
+    written = tables.write_part(table, fingerprint(row), part)
+    refuse_if_recorded(store, "curate")
+    tables.append_files(table, [written], part.schema)
 
 
 def save_statistics(folder: str, moments: Moments) -> dict[str, float]:

@@ -6,11 +6,11 @@ a committed result is returned; otherwise the function runs under an MLflow chil
 To resume, run the same command again, on any machine that sees the storage.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import logging
-import tempfile
 import time
 import traceback
 import typing
@@ -20,19 +20,30 @@ from typing import Any
 
 import ray
 
+from tasks.lock import TABLES, Held, Owner, lock, result_lock
 from tasks.progress import Progress
 from tasks.run_records import is_running
-from tasks.store import INTERMEDIATE, Store
+from tasks.store import INTERMEDIATE, TOMBSTONES, Store
+from tasks.tombstones import refuse_if_recorded
 from tasks.tracking import Tracker
-from unclip import files
+from unclip import files, seals
+from unclip.background import run_periodically
 from unclip.config import fingerprint, require, to_dict, without_operational
-from unclip.errors import StageError, StorageError, UnclipError
+from unclip.errors import AlreadyRunningError, StageError, StoppedError, StorageError, UnclipError
 from unclip.messages import reason_of, without_credentials
+from unclip.scratch import scratch_folder
 
 if typing.TYPE_CHECKING:  # a stage that trains nothing needs no torch
     from unclip.systems.part import Part
 
 log = logging.getLogger(__name__)
+WAIT_SECONDS = 600.0
+"""Time that a stage of a run waits for another owner of its lock, such as a takedown."""
+STOP_IF_LOST_SECONDS = 5.0
+TAKEN_DOWN_MEANWHILE = (
+    "Rows were taken down meanwhile. Run the same command again: it makes a dataset version without them, and a training that "
+    "reads none of them continues."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +215,8 @@ class Stage:
     """The stage logs images or text of dataset rows, so a takedown must search its logs."""
     part: "Part[Any] | None" = None
     """The part that the stage trains, if any."""
+    reads_snapshot: bool = False
+    """The stage reads what others have finished and changes no table, so it runs beside stages and takedowns that do."""
     factory: tuple[Callable[[Any], "Stage"], Any] | None = None
     """Module-level function and its argument that create this stage, if it is not a module attribute itself."""
 
@@ -224,6 +237,10 @@ class Stage:
         if self.factory is not None:
             return _remake_stage, (*self.factory, self.name)
         return _import_stage, (self.function.__module__, self.function.__name__, self.name)
+
+    def lock(self, stage_fingerprint: str) -> str:
+        """Name of the lock that the stage holds while it works, for `tasks.lock`."""
+        return result_lock(self.name, stage_fingerprint) if self.reads_snapshot else TABLES
 
     def fingerprint(self, config: Any, parents: typing.Iterable[Artifact], store: Store) -> str:
         """Fingerprint of the stage with these settings and inputs; the same wherever the storage is."""
@@ -246,6 +263,7 @@ def stage(
     has_workers: bool = False,
     pin: Callable[[Any, Pinning], Any] | None = None,
     shows_rows: bool = False,
+    reads_snapshot: bool = False,
 ) -> Callable[[Callable[..., Output]], Stage]:
     """Declare a stage. Increase `version` when a code change affects its results.
 
@@ -253,8 +271,9 @@ def stage(
         has_workers: see `Stage`.
         pin: `(settings, pinning) -> settings`; see `Stage`.
         shows_rows: see `Stage`.
+        reads_snapshot: see `Stage`.
     """
-    return lambda function: Stage(name, version, function, has_workers, pin, shows_rows)
+    return lambda function: Stage(name, version, function, has_workers, pin, shows_rows, reads_snapshot=reads_snapshot)
 
 
 def find_artifact(store: Store, stage_name: str, stage_fingerprint: str) -> Artifact | None:
@@ -273,30 +292,64 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     artifacts = [parent for parent in parents if isinstance(parent, Artifact)]
     stage_fingerprint = call.stage.fingerprint(call.config, artifacts, store)
     committed = find_artifact(store, name, stage_fingerprint)
-    trains = call.stage.part is not None
+    reads = {parent.stage: parent.digest for parent in artifacts}
+    facts = {"fingerprint": stage_fingerprint, "trains": call.stage.part is not None, "reads": reads}
     if committed:
-        _record(
-            store, run, name, state="cached", fingerprint=stage_fingerprint, seconds=committed.seconds, trains=trains
-        )
-        return committed
+        return _cached(run, committed, facts)
+    record = ("runs", run.id, "run.json")
+    owner = Owner.of(store.read_json(*record) if store.exists(*record) else None)
+    try:
+        with lock(store, call.stage.lock(stage_fingerprint), WAIT_SECONDS, owner) as held:
+            committed = find_artifact(store, name, stage_fingerprint)  # another run may have made it meanwhile
+            return _cached(run, committed, facts) if committed else _run_function(call, run, artifacts, held, facts)
+    except AlreadyRunningError as error:
+        message = str(error)
+        _record(store, run, name, state="failed", message=message, exit_code=error.exit_code, **facts)
+        return Failure(name, message, error.exit_code)
 
+
+def _cached(run: Run, committed: Artifact, facts: Mapping[str, Any]) -> Artifact:
+    _record(Store(run.storage), run, committed.stage, state="cached", seconds=committed.seconds, **facts)
+    return committed
+
+
+def _run_function(
+    call: Call, run: Run, artifacts: typing.Sequence[Artifact], held: Held, facts: Mapping[str, Any]
+) -> Artifact | Failure:
+    """Run the function of a stage under its MLflow run, and commit the result; the lock of the stage is held."""
+    store, name, stage_fingerprint = Store(run.storage), call.stage.name, facts["fingerprint"]
     tracker = run.tracker.child(run.experiment_id, name, call.stage.shows_rows)
-    _record(store, run, name, state="running", fingerprint=stage_fingerprint, started=time.time(), trains=trains)
+    _record(store, run, name, state="running", started=time.time(), **facts)
     tracker.params(store.portable(to_dict(call.config)))
+    tombstones = _tombstones_before(store, run)
     started = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix=f"unclip-{name}-") as scratch:
-            context = StageContext(run, name, stage_fingerprint, store, tracker, Path(scratch))
+        with (
+            scratch_folder(name) as scratch,
+            run_periodically(STOP_IF_LOST_SECONDS, lambda: _stop_if_lost(held, run), "lost lock"),
+        ):
+            context = StageContext(run, name, stage_fingerprint, store, tracker, scratch)
+            if store.is_local:
+                files.sweep(context.folder)
+                files.sweep(store.uri("stages", name), prefix=stage_fingerprint)
             output = call.stage.function(context, call.config, *artifacts)
+            if held.lost.is_set():
+                raise AlreadyRunningError(f"{name}: another run has taken over. Run the same command again later.")
             files.delete(context.intermediate)
+            seals.cover(context.folder)
+        if not call.stage.reads_snapshot:
+            refuse_if_recorded(store, name)
     except Exception as error:
-        message = _explain(error)
+        message, exit_code = _explain(error), error.exit_code if isinstance(error, UnclipError) else 1
+        with contextlib.suppress(OSError):  # keep the original error
+            if exit_code != StoppedError.exit_code and files.stamp(store.uri(TOMBSTONES)) != tombstones:
+                message, exit_code = f"{message} {TAKEN_DOWN_MEANWHILE}", StoppedError.exit_code
         trace = without_credentials(traceback.format_exc())
         tracker.bytes(trace.encode(), "error.txt")
         tracker.end("FAILED")
         log.error("%s failed: %s", name, message if isinstance(error, UnclipError) else trace)
-        _record(store, run, name, state="failed", fingerprint=stage_fingerprint, message=message, trains=trains)
-        return Failure(name, message, error.exit_code if isinstance(error, UnclipError) else 1)
+        _record(store, run, name, state="failed", message=message, exit_code=exit_code, **facts)
+        return Failure(name, message, exit_code)
     seconds = round(time.monotonic() - started, 1)
     artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
     store.write_json(dataclasses.asdict(artifact), "stages", name, f"{stage_fingerprint}.json")
@@ -305,8 +358,21 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
     tracker.tags(tags)
     tracker.json(stored, "artifact.json")
     tracker.end()
-    _record(store, run, name, state="done", fingerprint=stage_fingerprint, seconds=seconds, trains=trains)
+    _record(store, run, name, state="done", seconds=seconds, **facts)
     return artifact
+
+
+def _tombstones_before(store: Store, run: Run) -> str | None:
+    """Stamp of the tombstones when the run was prepared."""
+    record = ("runs", run.id, "run.json")
+    given = store.read_json(*record) if store.exists(*record) else {}
+    return given["tombstones"] if "tombstones" in given else files.stamp(store.uri(TOMBSTONES))
+
+
+def _stop_if_lost(held: Held, run: Run) -> None:
+    """Let a training stop whose lease another run has taken over; commits of tables are refused by the tables."""
+    if held.lost.is_set():
+        files.write(run.stop_uri, b"")
 
 
 # Stage tasks reserve no CPU: a stage that waits for its own tasks must not block them.

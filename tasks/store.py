@@ -8,9 +8,10 @@ stages/<name>/<fp>.json commit records: the artifact of a stage, once it is comp
 artifacts/<name>/<fp>/  files of a stage: models, checkpoints, images, reports
 runs/<run id>/          records of each run and its stages
 attempts/<recipe>.json  number of the last download attempt
-tombstones.parquet      everything that was taken down; takedowns/ has the outcome of each request
+tombstones.parquet      everything that was taken down; takedowns/ has the outcome of each request, and those that wait
 results/<pipeline>/     summary, report and images of the last run
 published/<name>.json   published stacks for sampling; imported/ has stacks from elsewhere
+locks/                  owners of the tables, and of results that are being made; see `tasks.lock`
 scenes/<name>.parquet   lists of procedural images
 mlflow.db               MLflow's database, with mlflow-artifacts/, unless a server is used
 
@@ -19,6 +20,7 @@ Everything stored names files below the root as `storage://images/...`, so a sto
 
 import collections
 import os
+import posixpath
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +36,7 @@ INTERMEDIATE = "intermediate"
 ENTRIES = frozenset(
     """
     images index embeddings snapshots stages artifacts runs attempts tombstones.parquet takedowns results published
-    imported scenes mlflow.db mlflow-artifacts .lock lease.json
+    imported scenes mlflow.db mlflow-artifacts locks
     """.split()  # noqa: SIM905
 )
 """Names in the root of a storage; every storage has some of them."""
@@ -47,9 +49,17 @@ _FORMER_PATH = re.compile(
 )
 _AMBIGUOUS = re.compile(r"%[0-9a-fA-F]{2}|[\\\x00-\x1f\x7f]")  # Delta Lake decodes such a path twice, or not at all
 
+TOMBSTONES = "tombstones.parquet"
+"""File with everything that was taken down."""
+TABLE_FOLDERS = ("images", "index", "embeddings", "snapshots")
+"""Folders of the tables; the last one is a table itself."""
+
 
 class Store:
-    """Files below one root, a local folder (made absolute) or a URI that pyarrow supports."""
+    """Files below one root, a local folder (made absolute) or a URI that pyarrow supports.
+
+    One place has one root, so that its locks are the same however it is written.
+    """
 
     def __init__(self, root: str) -> None:
         """Raises:
@@ -134,7 +144,10 @@ class Store:
 
 
 def _canonical(root: str) -> str:
-    """Absolute path of a local folder, or a URI in which letters that a URI cannot have are percent-encoded."""
+    """Absolute path of a local folder without symbolic links, or a URI without `.`, `..` and extra slashes.
+
+    Letters that a URI cannot have are percent-encoded.
+    """
     path = files.to_path(root)
     if path is None and (cut := re.search(r"[?#]", root)):
         code = urllib.parse.quote(cut[0])
@@ -144,7 +157,12 @@ def _canonical(root: str) -> str:
             f"storage: got {root}, with {found[0]!r} in its name, which Delta Lake reads as another character. "
             "Rename the folder, or choose another with --storage."
         )
-    return urllib.parse.quote(root.rstrip("/"), safe="%/:@!$&'()*+,;=~") if path is None else str(path)
+    if path is not None:
+        return str(path)
+    scheme, _, rest = root.partition("://")
+    host, _, folder = rest.partition("/")
+    folder = posixpath.normpath(f"/{folder.lstrip('/')}").rstrip("/")
+    return urllib.parse.quote(f"{scheme.lower()}://{host}{folder}", safe="%/:@!$&'()*+,;=~")
 
 
 def _moved(text: str, before: str, after: str) -> str:

@@ -7,6 +7,7 @@ commit names it. So a restarted job finds its finished parts, and committing man
 import bisect
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import io
@@ -15,21 +16,30 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Schema
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from unclip import files as storage
-from unclip.data import ROW_GROUP_ROWS
+from unclip import seals
+from unclip.data import ROW_GROUP_ROWS, read_parquet
+from unclip.errors import AlreadyRunningError
 
 ADDED_COLUMNS = {"colour": pa.string(), "final_url": pa.string(), "redirect_hosts": pa.string()}
 """Columns that tables have gained: files from before are read as if these columns held nulls."""
 _READS_AT_ONCE = 16
+_MAX_CONFLICTS = 10
+_OWNER = "unclip.owner"
+_PARTS = "unclip.parts"
+T = TypeVar("T")
+_token: contextvars.ContextVar[int | None] = contextvars.ContextVar("token", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +89,16 @@ def read(table_uri: str, version: int | None = None, columns: Sequence[str] | No
 
 
 def find_part(table_uri: str, name: str) -> Part | None:
-    """Part of this name from an earlier attempt, committed or not; None if there is none."""
+    """Part of this name from an earlier attempt, committed or not; None if there is none, or a damaged one, which is deleted."""
     file = f"{name}.parquet"
     uri = f"{table_uri}/{file}"
-    return _describe(file, storage.read(uri)) if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    data = storage.read(uri)
+    if seals.check(pa.BufferReader(data)) == "damaged":
+        storage.delete(uri)
+        return None
+    return _describe(file, data)
 
 
 def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
@@ -114,8 +130,14 @@ def append_files(
     Returns:
         Version of the table that has all the parts.
     """
-    exists = _exists(table_uri)
-    known = {uri.rpartition("/")[2] for uri in files(table_uri)} if exists else set()
+    return _commit(table_uri, lambda: _append(table_uri, parts, schema, note or {}, removed))
+
+
+def _append(
+    table_uri: str, parts: Sequence[Part], schema: pa.Schema, note: Mapping[str, str], removed: Sequence[str]
+) -> int:
+    table = open_table(table_uri)
+    known = {uri.rpartition("/")[2] for uri in table.file_uris()} if table else set()
     new = [part for part in parts if part.name not in known]
     now = int(time.time() * 1000)
     adds = [_add(part, now) for part in new]
@@ -123,10 +145,10 @@ def append_files(
     gone = known.intersection(removed) - {part.name for part in parts}  # a part may equal a file that is there
     changes += [RemoveAction(name, True, now) for name in sorted(gone)]
     hashes = {part.name: part.sha256 for part in new}
-    properties = CommitProperties(custom_metadata={**(note or {}), "unclip.parts": json.dumps(hashes)})
+    properties = _properties(table, {**note, _PARTS: json.dumps(hashes)})
     delta_schema = Schema.from_arrow(schema)
     storage.failpoint("before", f"{table_uri}/_delta_log")
-    if not exists:
+    if table is None:
         create_table_with_add_actions(
             storage.to_uri(table_uri),
             delta_schema,
@@ -135,13 +157,96 @@ def append_files(
             commit_properties=properties,
         )
     elif changes:
-        table = _table(table_uri)
         known_fields = {field.name for field in table.schema().fields}
         if added := [field for field in delta_schema.fields if field.name not in known_fields]:
-            table.alter.add_columns(added)  # a commit of its own: one that appends does not change the schema
+            # A commit of its own: one that appends does not change the schema.
+            table.alter.add_columns(added, commit_properties=_properties(table, {}))
+            table = _table(table_uri)
         table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
     storage.failpoint("after", f"{table_uri}/_delta_log")
+    cover_log(table_uri)
     return _table(table_uri).version()
+
+
+@contextlib.contextmanager
+def owned_by(token: int) -> Iterator[None]:
+    """Let the commits of a `with` block carry the token of their owner, see `tasks.lock`; without one, nothing is checked."""
+    before = _token.set(token)
+    try:
+        yield
+    finally:
+        _token.reset(before)
+
+
+def token_of(table: DeltaTable) -> int:
+    """Token of the last owner of a table; 0 if it never had one."""
+    return table.transaction_version(_OWNER) or 0
+
+
+def fence(table_uri: str) -> None:
+    """Mark a table as owned, by a commit that changes no row: from now on commits of earlier owners fail."""
+
+    def commit() -> None:
+        table = _table(table_uri)
+        last = note_of(table_uri, table.version())
+        note = {name: text for name, text in last.items() if name.startswith("unclip.") and name != _PARTS}
+        commit_note(table_uri, table, table.schema(), _properties(table, note))
+
+    _commit(table_uri, commit)
+    cover_log(table_uri)
+
+
+def open_table(table_uri: str) -> DeltaTable | None:
+    """Newest version of a table; None if there is none."""
+    try:
+        return _table(table_uri)
+    except TableNotFoundError:
+        return None
+
+
+def commit_note(table_uri: str, table: DeltaTable | None, schema: Schema, properties: CommitProperties) -> None:
+    """Commit properties alone to a table (None: a new one)."""
+    if table is not None:
+        table.create_write_transaction([], mode="append", schema=schema, commit_properties=properties)
+        return
+    options = _options(table_uri)
+    uri = storage.to_uri(table_uri)
+    create_table_with_add_actions(uri, schema, [], storage_options=options, commit_properties=properties)
+
+
+def _commit(table_uri: str, action: Callable[[], T]) -> T:
+    """Run an action that loads a table and commits to it; again if another commit came between, which is then seen."""
+    for _ in range(_MAX_CONFLICTS):
+        try:
+            return action()
+        except CommitFailedError:
+            if _token.get() is None:
+                raise
+        except DeltaError as error:
+            if "already exists" not in str(error) or not _exists(table_uri):
+                raise
+    return action()
+
+
+def _properties(table: DeltaTable | None, metadata: Mapping[str, str]) -> CommitProperties:
+    """Properties of a commit to a table (None: one that is created), with the token of its owner.
+
+    Delta refuses two commits of one application that do not know each other. So an owner that has not seen a commit of the
+    next one fails, and an owner that has seen it is refused here.
+
+    Raises:
+        AlreadyRunningError: a later owner has committed to the table.
+    """
+    token = _token.get()
+    if token is None:
+        return CommitProperties(custom_metadata=dict(metadata))
+    last = table.transaction_version(_OWNER) if table is not None else None
+    if table is not None and last is not None and last > token:
+        raise AlreadyRunningError(
+            f"{table.table_uri}: another run has taken over this storage (its token is {last}, that of this process {token}). "
+            f"Nothing was committed. Run the same command again when the other run has ended."
+        )
+    return CommitProperties(custom_metadata=dict(metadata), app_transactions=[Transaction(_OWNER, token)])
 
 
 def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = None) -> int:
@@ -156,40 +261,139 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
     Returns:
         Number of removed rows.
     """
-    table = _table(table_uri)
-    before = table.count()
-    actions = _without(table_uri, keys, int(time.time() * 1000), names)
-    if actions:
-        storage.failpoint("before", f"{table_uri}/_delta_log")
-        table.create_write_transaction(actions, mode="append", schema=table.schema())
-        storage.failpoint("after", f"{table_uri}/_delta_log")
-    fresh = _table(table_uri)
-    purge(table_uri)
-    return before - fresh.count()
+
+    def commit() -> int:
+        table = _table(table_uri)
+        actions, parts = _without(table_uri, keys, int(time.time() * 1000), names)
+        properties = _properties(table, {_PARTS: json.dumps({part.name: part.sha256 for part in parts})})
+        if actions:
+            storage.failpoint("before", f"{table_uri}/_delta_log")
+            table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
+            storage.failpoint("after", f"{table_uri}/_delta_log")
+            cover_log(table_uri)
+        return table.count() - _table(table_uri).count()
+
+    deleted = _commit(table_uri, commit)
+    purge(table_uri, keys)
+    return deleted
 
 
-def purge(table_uri: str) -> None:
-    """Delete all Parquet files of the table's folder that the newest version does not have."""
+def remove_files(table_uri: str, names: Sequence[str]) -> int:
+    """Remove files with all their rows from the newest version; the files themselves stay. Returns the version."""
+
+    def commit() -> int:
+        table, now = _table(table_uri), int(time.time() * 1000)
+        gone: list[AddAction | RemoveAction] = [RemoveAction(name, True, now) for name in sorted(names)]
+        properties = _properties(table, {})
+        table.create_write_transaction(gone, mode="append", schema=table.schema(), commit_properties=properties)
+        return _table(table_uri).version()
+
+    version = _commit(table_uri, commit)
+    cover_log(table_uri)
+    return version
+
+
+def cover_log(table_uri: str) -> None:
+    """Record the sha256 of the files of the table's log in the table's manifest; to be called after each commit."""
+    manifest, log = f"{table_uri}/{seals.MANIFEST}", "_delta_log"
+    known = storage.read_json(manifest)["sha256"] if storage.exists(manifest) else {}
+    rewritten = {f"{log}/_last_checkpoint"}
+    names = [f"{log}/{name}" for name in storage.names(f"{table_uri}/{log}")]
+    hashes = {
+        name: known[name] if name in known.keys() - rewritten else storage.digest(f"{table_uri}/{name}")
+        for name in names
+    }
+    if hashes != known:
+        storage.write_json(manifest, {"sha256": hashes})
+
+
+def recorded_hashes(table_uri: str) -> dict[str, str]:
+    """File name -> sha256, as the commits of `append_files` recorded it; those of old commits may be gone from the log."""
+    return {name: digest for _, hashes in _recorded(table_uri) for name, digest in hashes.items()}
+
+
+def _recorded(table_uri: str) -> list[tuple[int, dict[str, str]]]:
+    """Version and file name -> sha256 of each commit that the log still knows, newest first."""
+    versions = range(_table(table_uri).version(), -1, -1)
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
+        notes = pool.map(lambda version: note_of(table_uri, version), versions)
+        return [(version, json.loads(note.get(_PARTS, "{}"))) for version, note in zip(versions, notes, strict=True)]
+
+
+def purge(table_uri: str, keys: pa.Array | None = None) -> None:
+    """Delete the Parquet files of the table's folder that the newest version does not have.
+
+    Args:
+        keys: keep files of older versions that have no row of these keys, since trainings may read them; None deletes them.
+    """
     # Delta's own vacuum goes by timestamps, and would keep files that a clock running ahead marked as removed.
-    current = {uri.rpartition("/")[2] for uri in files(table_uri)}
-    for name in storage.names(table_uri):
-        if name.endswith(".parquet") and name not in current:
-            storage.delete(f"{table_uri}/{name}")
+    # A table without a version has no other files than parts that were not committed.
+    older = commit_order(table_uri) if keys is not None and _exists(table_uri) else {}
+    wanted = None if keys is None else keys.take(pc.sort_indices(keys))
+    for uri in other_files(table_uri):
+        if wanted is None or uri.rpartition("/")[2] not in older or has_keys(uri, wanted):
+            storage.delete(uri)
+
+
+def other_files(table_uri: str) -> list[str]:
+    """Parquet files in the table's folder that the newest version does not have, such as parts that were not committed."""
+    current = {uri.rpartition("/")[2] for uri in files(table_uri)} if _exists(table_uri) else set()
+    names = [name for name in storage.names(table_uri) if name.endswith(".parquet")]
+    return [f"{table_uri}/{name}" for name in names if name not in current]
+
+
+def commit_order(table_uri: str) -> dict[str, int]:
+    """Version that added each file, or the file it was rewritten from, for all commits that the log still knows."""
+    added = {name: version for version, hashes in _recorded(table_uri) for name in hashes}
+    return {name: min(version, added.get(f"{origin(name)}.parquet", version)) for name, version in added.items()}
+
+
+def repeats(places: pa.Table) -> pa.Table:
+    """Rows (key, part) of the keys that have several."""
+    counted = places.group_by("key").aggregate([([], "count_all")])
+    several = counted.filter(pc.greater(counted["count_all"], 1))["key"]
+    return places.filter(pc.is_in(places["key"], value_set=several))
+
+
+def remove_repeats(table_uri: str, repeated: pa.Table, schema: pa.Schema, note: Mapping[str, str] | None = None) -> int:
+    """Keep one row of each key that several files hold, as overlapping commits leave them: the one that was committed first.
+
+    The other files are written again without it, and older versions keep them.
+
+    Args:
+        repeated: key and part (file name) of all rows of such keys; see `repeats`.
+
+    Returns:
+        Version of the table without the repeats.
+    """
+    order, names = commit_order(table_uri), pc.unique(repeated["part"].combine_chunks())
+    committed = pa.array([order.get(name, -1) for name in names.to_pylist()], pa.int64())
+    places = repeated.group_by(["key", "part"]).aggregate([])
+    places = places.append_column("committed", committed.take(pc.index_in(places["part"], value_set=names)))
+    places = places.sort_by([("key", "ascending"), ("committed", "ascending"), ("part", "ascending")])
+    keys = places["key"].to_numpy()
+    later = places.filter(pa.array(np.append(np.zeros(min(1, len(keys)), bool), keys[1:] == keys[:-1])))
+    parts, removed = [], pc.unique(later["part"]).to_pylist()
+    for name in removed:
+        unwanted = later.filter(pc.equal(later["part"], name))["key"].combine_chunks()
+        parts += rewrite_without(f"{table_uri}/{name}", unwanted) or []
+    return append_files(table_uri, parts, schema, note, removed=removed)
 
 
 def _without(
     table_uri: str, keys: pa.Array, now: int, names: Sequence[str] | None = None
-) -> list[AddAction | RemoveAction]:
-    """Rewrite the files that hold rows of these keys without them; returns the actions to commit."""
+) -> tuple[list[AddAction | RemoveAction], list[Part]]:
+    """Rewrite the files that hold rows of these keys without them; returns the actions to commit, and the new files."""
     actions: list[AddAction | RemoveAction] = []
+    parts: list[Part] = []
     keys = keys.take(pc.sort_indices(keys))
     uris = [uri for uri in files(table_uri) if names is None or uri.rpartition("/")[2] in names]
     with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
         are_held = list(pool.map(lambda uri: has_keys(uri, keys), uris))
     for uri in itertools.compress(uris, are_held):
         actions.append(RemoveAction(uri.rpartition("/")[2], True, now))
-        actions += [_add(part, now) for part in rewrite_without(uri, keys) or []]
-    return actions
+        parts += rewrite_without(uri, keys) or []
+    return [*actions, *(_add(part, now) for part in parts)], parts
 
 
 def rewrite_without(uri: str, keys: pa.Array) -> list[Part] | None:
@@ -221,33 +425,31 @@ def has_keys(uri: str, keys: pa.Array) -> bool:
         keys: sorted.
     """
 
-    def action() -> bool:
-        with _open(uri) as file:
-            for group in range(file.metadata.num_row_groups):
-                if _may_hold(file.metadata.row_group(group), keys):
-                    column = file.read_row_group(group, columns=["key"])["key"]
-                    if pc.any(pc.is_in(column, value_set=keys)).as_py():
-                        return True
+    def search(file: pq.ParquetFile) -> bool:
+        for group in range(file.metadata.num_row_groups):
+            if _may_hold(file.metadata.row_group(group), keys):
+                column = file.read_row_group(group, columns=["key"])["key"]
+                if pc.any(pc.is_in(column, value_set=keys)).as_py():
+                    return True
         return False
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, search)
 
 
 def read_between(uri: str, start: str, stop: str | None, columns: Sequence[str] | None = None) -> pa.Table:
     """Row groups of a Parquet file that may hold keys from `start` on and, unless it is None, before `stop`."""
 
-    def action() -> pa.Table:
-        with _open(uri) as file:
-            bounds = [_bounds(file.metadata.row_group(group)) for group in range(file.metadata.num_row_groups)]
-            groups = [
-                group
-                for group, found in enumerate(bounds)
-                if found is None or (found[1] >= start and (stop is None or found[0] < stop))
-            ]
-            table = file.read_row_groups(groups, columns=None if columns is None else list(columns))
-            return _with_added(table, columns)
+    def read(file: pq.ParquetFile) -> pa.Table:
+        bounds = [_bounds(file.metadata.row_group(group)) for group in range(file.metadata.num_row_groups)]
+        groups = [
+            group
+            for group, found in enumerate(bounds)
+            if found is None or (found[1] >= start and (stop is None or found[0] < stop))
+        ]
+        table = file.read_row_groups(groups, columns=None if columns is None else list(columns))
+        return _with_added(table, columns)
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, read)
 
 
 def _may_hold(group: pq.RowGroupMetaData, keys: pa.Array) -> bool:
@@ -270,20 +472,19 @@ def read_rows(uri: str, rows: Sequence[int], columns: Sequence[str] | None = Non
     """Rows of a Parquet file by their number, in ascending order; reads only the row groups that hold them."""
     wanted = np.unique(np.asarray(rows, np.int64))
 
-    def action() -> pa.Table:
-        with _open(uri) as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            ends = np.cumsum(sizes)
-            groups = np.searchsorted(ends, wanted, side="right")
-            parts = [
-                file.read_row_group(group, columns=columns and list(columns)).take(
-                    wanted[groups == group] - (ends[group] - sizes[group])
-                )
-                for group in np.unique(groups).tolist()
-            ]
-            return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
+    def read(file: pq.ParquetFile) -> pa.Table:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups = np.searchsorted(ends, wanted, side="right")
+        parts = [
+            file.read_row_group(group, columns=columns and list(columns)).take(
+                wanted[groups == group] - (ends[group] - sizes[group])
+            )
+            for group in np.unique(groups).tolist()
+        ]
+        return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
 
-    return storage.with_retries(uri, action)
+    return read_parquet(uri, read)
 
 
 def read_with_commit_times(table_uri: str) -> pa.Table:
@@ -300,44 +501,32 @@ def read_with_commit_times(table_uri: str) -> pa.Table:
 
 def read_file(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one Parquet file; `ADDED_COLUMNS` that it lacks are null if `columns` names them."""
-    filesystem, path = storage.locate(uri)
-
-    def action() -> pa.Table:
-        with filesystem.open_input_file(path) as file:
-            return _with_added(pq.ParquetFile(file).read(columns=None if columns is None else list(columns)), columns)
-
-    return storage.with_retries(uri, action)
+    names = None if columns is None else list(columns)
+    return read_parquet(uri, lambda file: _with_added(file.read(columns=names), columns))
 
 
 def num_rows(uri: str) -> int:
     """Number of rows of a Parquet file, from its footer."""
-    return _footer(uri).metadata.num_rows  # type: ignore[no-any-return]
+    return read_parquet(uri, lambda file: int(file.metadata.num_rows))
 
 
 def file_columns(uri: str) -> list[str]:
     """Column names of a Parquet file, from its footer."""
-    return list(_footer(uri).schema_arrow.names)
-
-
-def _footer(uri: str) -> pq.ParquetFile:
-    def action() -> pq.ParquetFile:
-        with _open(uri) as file:
-            return file
-
-    return storage.with_retries(uri, action)
-
-
-@contextlib.contextmanager
-def _open(uri: str) -> Iterator[pq.ParquetFile]:
-    filesystem, path = storage.locate(uri)
-    with filesystem.open_input_file(path) as file:
-        yield pq.ParquetFile(file)
+    return read_parquet(uri, lambda file: list(file.schema_arrow.names))
 
 
 def last_note(table_uri: str) -> dict[str, str]:
     """Metadata of the newest commit that `append_files` made."""
+    return note_of(table_uri, _table(table_uri).version())
+
+
+def note_of(table_uri: str, version: int) -> dict[str, str]:
+    """Metadata of one commit; empty if the log no longer has it."""
     # DeltaTable.history finds nothing below a folder with "#" or "?" in its name (deltalake 1.6.6).
-    log = storage.read(f"{table_uri}/_delta_log/{_table(table_uri).version():020d}.json")
+    try:
+        log = storage.read(f"{table_uri}/_delta_log/{version:020d}.json")
+    except FileNotFoundError:
+        return {}
     actions = map(json.loads, log.splitlines())
     return {name: str(value) for action in actions for name, value in action.get("commitInfo", {}).items()}
 
@@ -348,7 +537,10 @@ def write_file(uri: str, table: pa.Table) -> None:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Serialise rows deterministically: the same rows give the same bytes. Images (`jpg`) are not compressed again."""
+    """Serialise rows deterministically: the same rows give the same bytes. Images (`jpg`) are not compressed again.
+
+    Pages have checksums, and the file has a seal.
+    """
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     codec = {name: "none" if name == "jpg" else "zstd" for name in table.column_names}
     buffer = io.BytesIO()
@@ -359,8 +551,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
         compression=codec if "jpg" in codec else "zstd",
         use_dictionary=texts,
         write_statistics=[name for name in table.column_names if name != "jpg"],
+        write_page_checksum=True,
     )
-    return buffer.getvalue()
+    return seals.seal(buffer.getbuffer())
 
 
 def content_digest(table: pa.Table) -> str:

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tasks.database import database_path
 from unclip import files
 from unclip.errors import StorageError
 from unclip.messages import reason_of, redacted, without_credentials
+from unclip.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ class Tracker:
     def bytes(self, data: bytes, name: str) -> None:
         """Log bytes as the artifact `name`, which may contain folders."""
         folder, _, base = name.rpartition("/")
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch, base)
+        with scratch_folder("log") as scratch:
+            path = scratch / base
             path.write_bytes(data)
             self.file(path, folder or None)
 
@@ -103,8 +104,14 @@ class Tracker:
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
         self._try(lambda client: client.log_inputs(self.run_id, [entry]))
 
-    def register(self, folder: str, artifact: str, name: str, alias: str) -> str | None:
-        """Log a folder as an artifact, make it a new version of a registered model and move an alias to it.
+    def register(self, folder: str, name: str, alias: str) -> str | None:
+        """Make a stack a new version of a registered model and move an alias to it.
+
+        If the run's artifacts are in a local folder, they get links to the files of a local stack, which take no space. A server
+        gets a copy. A stack in an object store is referred to where it is.
+
+        Args:
+            folder: path or URI.
 
         Returns:
             The version, or None if MLflow did not accept it.
@@ -112,13 +119,20 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         def action(client: Any) -> str:
-            client.log_artifacts(self.run_id, folder, artifact)
+            artifacts = client.get_run(self.run_id).info.artifact_uri
+            location = urllib.parse.urlsplit(artifacts)
+            source = folder if "://" in folder else f"{artifacts}/stack"
+            if source != folder and location.scheme in ("", "file"):
+                destination = f"{urllib.parse.unquote(location.path) if location.scheme else artifacts}/stack"
+                for entry in files.walk(folder):
+                    files.copy(f"{folder}/{entry.name}", f"{destination}/{entry.name}")
+            elif source != folder:
+                client.log_artifacts(self.run_id, folder, "stack")
             try:
                 client.create_registered_model(name)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            source = f"{client.get_run(self.run_id).info.artifact_uri}/{artifact}"
             version = str(client.create_model_version(name, source, self.run_id).version)
             client.set_registered_model_alias(name, alias, version)
             return version

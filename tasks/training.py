@@ -11,10 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tasks import signals
+import pyarrow.compute as pc
+
+from tasks import ranges, rows, signals
 from tasks.deferred import DeferredTracker
 from tasks.progress import Progress
 from tasks.stage import Pinning, StageContext
+from tasks.store import TOMBSTONES, Store
+from tasks.tombstones import load_tombstones
 from tasks.tracking import PREVIEWS, Tracker
 from unclip import files
 from unclip.background import rate_limited
@@ -51,6 +55,8 @@ class Training:
     config: TrainerConfig
     validation_places: Callable[[], Places] = lambda: Places([])
     """Places of the validation rows; disjoint from the training rows."""
+    selection: str | None = None
+    """Folder of range files (key, status) with the rows that the training reads; None does not watch for takedowns."""
 
 
 def pin_trainer(config: Any, pinning: Pinning) -> Any:
@@ -78,11 +84,50 @@ def run_training(context: StageContext, training: Training) -> tuple[str, str]:
     """
     model = f"{context.folder}/model"
     if not files.exists(f"{model}/{checkpoints.MANIFEST}"):
-        if context.run.trains_in_process:
-            _train_here(context, training)
-        else:
-            _train_on_cluster(context, training)
+        try:
+            if context.run.trains_in_process:
+                _train_here(context, training)
+            else:
+                _train_on_cluster(context, training)
+        except UnclipError:
+            if message := _Takedowns(context.run.storage, training.selection).message():
+                context.tracker.tags({"unclip.warning": message})
+            raise
     return model, checkpoints.digest(model)
+
+
+class _Takedowns:
+    """Watches for takedowns of rows that a training reads."""
+
+    def __init__(self, storage: str, selection: str | None) -> None:
+        self._store, self._selection = Store(storage), selection
+        self._stamp: str | None = None
+        self._num_rows = 0
+
+    def message(self) -> str:
+        """Reason to stop; empty if no row of the training was taken down. Costs nothing until something is taken down."""
+        stamp = files.stamp(self._store.uri(TOMBSTONES)) if self._selection is not None else None
+        if stamp != self._stamp and self._selection is not None:
+            keys = sorted(load_tombstones(self._store).keys)
+            found = ranges.find_rows(self._selection, keys, ["key", "status"])
+            self._num_rows, self._stamp = int(pc.sum(pc.equal(found["status"], rows.KEPT)).as_py() or 0), stamp
+        if not self._num_rows:
+            return ""
+        return (
+            f"{self._num_rows:,} rows of its dataset were taken down, so the training stopped. Run the pipeline again: it makes "
+            f"a dataset version without them and trains on that."
+        )
+
+    def asks_to_stop(self, stop_uri: str) -> bool:
+        """Return True if a row was taken down, or if there is a file at `stop_uri`."""
+        with contextlib.suppress(OSError, StorageError):  # a short outage of the storage is no reason to fail
+            return files.exists(stop_uri) or bool(self.message())
+        return False
+
+    def explain(self, error: StoppedError) -> StoppedError:
+        """Error with the reason, if a takedown was the reason."""
+        message = self.message()
+        return StoppedError(message) if message else error
 
 
 def _train_on_cluster(context: StageContext, training: Training) -> None:
@@ -95,7 +140,9 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
     for report in (FAILURE, HUNG):
         files.delete(f"{folder}/{report}")
     progress = context.progress(training.config.num_samples, "samples")
-    worker_context = _WorkerContext(context.tracker, progress, resources.cpus_per_worker, context.run.stop_uri)
+    worker_context = _WorkerContext(
+        context.tracker, progress, resources.cpus_per_worker, context.run.stop_uri, context.run.storage
+    )
     trainer = TorchTrainer(
         _work,
         train_loop_config={"training": training, "context": worker_context, "folder": folder},
@@ -140,9 +187,14 @@ def _train_here(context: StageContext, training: Training) -> None:
 
     torch.set_num_threads(context.resources.cpus_per_worker)  # as in a worker: the order of sums depends on it
     progress = context.progress(training.config.num_samples, "samples")
+    takedowns = _Takedowns(context.run.storage, training.selection)
+    stops = rate_limited(STOP_CHECK_SECONDS, lambda: takedowns.asks_to_stop(context.run.stop_uri))
     with signals.stop_on_signal() as is_stop_requested, _deferred(context.tracker, context.folder) as tracker:
-        monitor = _MlflowMonitor(tracker, progress, context.folder, is_stop_requested)
-        train_rows(training, context.folder, monitor, parallel.single_process())
+        monitor = _MlflowMonitor(tracker, progress, context.folder, lambda: is_stop_requested() or stops())
+        try:
+            train_rows(training, context.folder, monitor, parallel.single_process())
+        except StoppedError as error:
+            raise takedowns.explain(error) from None
 
 
 def _deferred(tracker: Tracker, folder: str) -> DeferredTracker:
@@ -172,6 +224,7 @@ class _WorkerContext:
     progress: Progress
     cpus_per_worker: int
     stop_uri: str
+    storage: str
 
 
 def _work(loop: Mapping[str, Any]) -> None:
@@ -186,10 +239,10 @@ def _work(loop: Mapping[str, Any]) -> None:
     workers = Workers(ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(context.cpus_per_worker)
 
+    takedowns = _Takedowns(context.storage, training.selection)
+
     def is_stop_requested() -> bool:
-        with contextlib.suppress(OSError):  # a short outage of the storage is no reason to fail
-            return workers.rank == 0 and files.exists(context.stop_uri)
-        return False
+        return workers.rank == 0 and takedowns.asks_to_stop(context.stop_uri)
 
     stop_requested = rate_limited(STOP_CHECK_SECONDS, is_stop_requested)
     try:
@@ -198,7 +251,8 @@ def _work(loop: Mapping[str, Any]) -> None:
                 tracker, context.progress, loop["folder"], stop_requested, _NodeLoss().is_announced
             )
             train_rows(training, loop["folder"], monitor, workers)
-    except UnclipError as error:
+    except UnclipError as given:
+        error = takedowns.explain(given) if isinstance(given, StoppedError) else given
         with contextlib.suppress(StorageError):  # if the file cannot be written, Ray Train reports the error
             files.write_json(f"{loop['folder']}/{FAILURE}", {"message": str(error), "exit_code": error.exit_code})
             # The error would recur, so a restart is useless. But if one worker fails alone, only raising ends the others.

@@ -22,13 +22,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unclip import files
+from unclip import files, seals
 from unclip.errors import InputError
 
 ROW_GROUP_ROWS = 1000
@@ -37,6 +37,7 @@ _BATCHES_AHEAD = 2
 _READING_THREADS = 4
 _FILES_REMEMBERED = 1024
 
+T = TypeVar("T")
 Batch = dict[str, list[Any]]
 """Column name -> one value per row; images are encoded."""
 _Group = concurrent.futures.Future[dict[str, list[Any]]]
@@ -71,8 +72,18 @@ class Places:
 
     @classmethod
     def open(cls, uris: Sequence[str]) -> "Places":
-        """Memory-map Arrow files; files in an object store are copied to this machine first, once for all processes."""
-        return cls([pa.ipc.open_file(pa.memory_map(_on_this_machine(uri))).read_all() for uri in uris])
+        """Memory-map Arrow files; files in an object store are copied to this machine first, once for all processes.
+
+        Raises:
+            DamagedError: a file does not match its seal.
+        """
+        tables = []
+        for uri in uris:
+            path = _on_this_machine(uri)
+            with pa.OSFile(path) as file:  # pages of a memory map would count as this process's memory
+                seals.require_sound(file, uri)
+            tables.append(pa.ipc.open_file(pa.memory_map(path)).read_all())
+        return cls(tables)
 
     @classmethod
     def find(cls, sources: Sequence[Source], keys: Sequence[str]) -> "Places":
@@ -167,6 +178,9 @@ class RowReader:
         # Tables lie in step, so the groups of the first source are about those of the others.
         self._group_starts = places.group_starts(sources[0].table, group_rows)
         self._groups: dict[tuple[int, int, int], _Group] = {}  # the ones used last, in order of their use
+        self._checked: dict[
+            tuple[int, int], int
+        ] = {}  # source and file -> a bit for each group whose pages were checked
         self._lock = threading.Lock()
 
     @classmethod
@@ -287,16 +301,17 @@ class RowReader:
         source = self.sources[number]
         uri, names = source.uris[file], list(source.columns)
 
-        def action() -> pa.Table:
-            filesystem, path = files.locate(uri)
-            with filesystem.open_input_file(path) as opened:
-                parquet = pq.ParquetFile(opened, metadata=_metadata(uri))
-                first, last, offset = _groups_with(parquet.metadata, group * self.group_rows, self.group_rows)
-                # Groups are read in threads already.
-                table = parquet.read_row_groups(list(range(first, last)), columns=names, use_threads=False)
-                return table.slice(offset, self.group_rows)
+        def read(parquet: pq.ParquetFile) -> pa.Table:
+            first, last, offset = _groups_with(parquet.metadata, group * self.group_rows, self.group_rows)
+            # Groups are read in threads already.
+            table = parquet.read_row_groups(list(range(first, last)), columns=names, use_threads=False)
+            return table.slice(offset, self.group_rows)
 
-        table = files.with_retries(uri, action)
+        # Checking takes longer than reading, so each process checks what it reads once.
+        is_checked = self._checked.get((number, file), 0) >> group & 1
+        table = read_parquet(uri, read, metadata=_metadata(uri), checks_pages=not is_checked)
+        with self._lock:
+            self._checked[number, file] = self._checked.get((number, file), 0) | 1 << group
         return {name: _values(table.column(name)) for name in source.columns}
 
 
@@ -309,7 +324,8 @@ def _reading_threads() -> concurrent.futures.ThreadPoolExecutor:
 @functools.lru_cache(maxsize=_FILES_REMEMBERED)
 def _metadata(uri: str) -> pq.FileMetaData:
     """Footer of a file; files of tables are never written in place."""
-    return files.with_retries(uri, lambda: open_parquet(uri).metadata)
+    metadata: pq.FileMetaData = read_parquet(uri, lambda parquet: parquet.metadata)
+    return metadata
 
 
 def _groups_with(metadata: pq.FileMetaData, start: int, count: int) -> tuple[int, int, int]:
@@ -342,7 +358,7 @@ def _locate(source: Source, sorted_keys: np.ndarray) -> np.ndarray:
     """
     positions = np.full((len(sorted_keys), 2), -1, np.int32)
     for file, uri in enumerate(source.uris) if len(sorted_keys) else ():
-        keys = files.with_retries(uri, lambda uri=uri: _keys_of(uri))  # type: ignore[misc]
+        keys = read_parquet(uri, _keys_of)
         found = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
         wanted = np.flatnonzero(sorted_keys[found] == keys)
         positions[found[wanted]] = np.stack([np.full_like(wanted, file), wanted], axis=1)
@@ -355,13 +371,38 @@ def _locate(source: Source, sorted_keys: np.ndarray) -> np.ndarray:
     return positions
 
 
-def _keys_of(uri: str) -> np.ndarray:
-    return np.array(open_parquet(uri).read(columns=["key"]).column("key").cast(pa.binary()).to_pylist(), "S")
+def _keys_of(parquet: pq.ParquetFile) -> np.ndarray:
+    return np.array(parquet.read(columns=["key"]).column("key").cast(pa.binary()).to_pylist(), "S")
 
 
-def open_parquet(uri: str) -> pq.ParquetFile:
+def read_parquet(
+    uri: str,
+    read: Callable[[pq.ParquetFile], T],
+    metadata: pq.FileMetaData | None = None,
+    checks_pages: bool = True,
+) -> T:
+    """Read something from a Parquet file of a storage; checks its footer, and the pages that `read` reads.
+
+    Args:
+        read: may be called again if an object store fails.
+        metadata: footer of the file, if it has been read and checked before.
+
+    Raises:
+        DamagedError: the footer or a page is not what was written.
+    """
     filesystem, path = files.locate(uri)
-    return pq.ParquetFile(filesystem.open_input_file(path))
+
+    def action() -> T:
+        with filesystem.open_input_file(path) as file:
+            footer = metadata or pq.read_metadata(pa.BufferReader(seals.read_footer(file, uri)))
+            return read(pq.ParquetFile(file, metadata=footer, page_checksum_verification=checks_pages))
+
+    try:
+        return files.with_retries(uri, action)
+    except (OSError, pa.ArrowInvalid) as error:
+        if getattr(error, "errno", None) is not None:  # of the file system
+            raise
+        raise seals.damaged(uri, f"cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _array(column: pa.Array) -> np.ndarray:

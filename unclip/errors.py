@@ -8,6 +8,7 @@
     ├── NonFiniteError               a loss or gradient that is not finite
     ├── StoppedError                 a training that was asked to stop and can be resumed
     ├── StorageError                 a folder or bucket that cannot be read or written
+    │   └── DamagedError             a file whose content is not what was written
     ├── AlreadyRunningError          another run that uses the same storage
     └── StageError                   a pipeline stage that failed
 
@@ -47,6 +48,10 @@ class StoppedError(UnclipError):
 
 class StorageError(UnclipError):
     exit_code = 2
+
+
+class DamagedError(StorageError, ValueError):
+    pass
 
 
 class AlreadyRunningError(UnclipError):

@@ -6,7 +6,9 @@ Local paths do without pyarrow, whose import would dominate the run time of comm
 """
 
 import contextlib
+import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -21,13 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unclip.errors import StorageError
+from unclip.errors import DamagedError, StorageError
 from unclip.messages import reason_of, without_credentials
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
 T = TypeVar("T")
+CHECKSUM = "checksum"
+"""Key of the checksum in JSON objects."""
 _TEMPORARY = ".tmp"
 _FILE_URI = re.compile(r"file:(?://(?:localhost)?)?(/.*)", re.DOTALL | re.IGNORECASE)
 _URI = re.compile(r"[A-Za-z][\w+.-]*:/")
@@ -188,11 +192,43 @@ def _link(temporary: str, path: Path) -> bool:
 
 
 def read_json(uri: str) -> Any:
-    return json.loads(read(uri))
+    """Read a JSON file; the checksum of an object that `write_json` wrote is checked and taken out.
+
+    Raises:
+        DamagedError: the content is not what was written.
+    """
+    try:
+        value = json.loads(read(uri))
+    except ValueError as error:
+        raise _damaged(uri, f"is no JSON: {error}") from error
+    checksum = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+    if checksum is not None and checksum != _checksum(value):
+        raise _damaged(uri, f"does not match its {CHECKSUM}")
+    return value
 
 
 def write_json(uri: str, value: Any) -> None:
-    write(uri, json.dumps(value, indent=2, sort_keys=True).encode())
+    """Write JSON; an object gets the key `checksum`, the sha256 of the others."""
+    write(uri, encode_json(value))
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as `write_json` writes it; the same value gives the same bytes."""
+    if isinstance(value, dict):
+        value = json.loads(json.dumps(value))  # keys become strings, which may change their order
+        value[CHECKSUM] = _checksum(value)
+    return json.dumps(value, indent=2, sort_keys=True).encode()
+
+
+def _checksum(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode())
+
+
+def _damaged(uri: str, reason: str) -> DamagedError:
+    return DamagedError(
+        f"{uri}: {reason}. The file is damaged, or was changed by hand: restore it, or take out its {CHECKSUM}. "
+        "`unclip verify` says what it is and what to run again."
+    )
 
 
 def names(uri: str) -> list[str]:
@@ -215,22 +251,111 @@ def _names(uri: str) -> list[str]:
     return [info.base_name for info in with_retries(uri, lambda: filesystem.get_file_info(selector))]
 
 
-def size(uri: str) -> int:
-    """Bytes of all files in a folder and below it; 0 if it does not exist."""
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A file below a folder."""
+
+    name: str
+    """Path relative to the folder."""
+    size: int
+    """Bytes."""
+    modified: float
+    """Time of the last change, seconds since 1970."""
+    inode: tuple[int, int] | None = None
+    """Identity of a local file, which all its names have in common."""
+    num_links: int = 1
+    """Number of its names."""
+
+
+def walk(uri: str) -> list[Entry]:
+    """All files in a folder and below it but temporary ones, sorted by name; none if it does not exist."""
     if local := to_path(uri):
-        return sum(path.stat().st_size for path in local.rglob("*") if path.is_file())
+        found = []
+        for folder, _, base_names in os.walk(local):
+            for base in (name for name in base_names if not name.endswith(_TEMPORARY)):
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    status = os.stat(os.path.join(folder, base))
+                    name = os.path.relpath(os.path.join(folder, base), local)
+                    inode = (status.st_dev, status.st_ino)
+                    found.append(Entry(name, status.st_size, status.st_mtime, inode, status.st_nlink))
+        return sorted(found, key=lambda entry: entry.name)
     import pyarrow.fs as pafs
 
     filesystem, path = locate(uri)
     selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
-    return sum(info.size or 0 for info in with_retries(uri, lambda: filesystem.get_file_info(selector)))
+    infos = with_retries(uri, lambda: filesystem.get_file_info(selector))
+    listed = [info for info in infos if info.type == pafs.FileType.File]
+    start = len(path.rstrip("/")) + 1
+    entries = [Entry(info.path[start:], info.size or 0, (info.mtime_ns or 0) / 1e9) for info in listed]
+    return sorted(entries, key=lambda entry: entry.name)
 
 
-def sweep(folder: str) -> None:
-    """Delete temporary files of killed writers below a local folder; no writer may be active there."""
-    for path in Path(folder).rglob(f"*{_TEMPORARY}"):
+def size(uri: str) -> int:
+    """Bytes of all files in a folder and below it; 0 if it does not exist."""
+    return sum(entry.size for entry in walk(uri))
+
+
+def size_of(uri: str) -> int:
+    """Bytes of a file; 0 if it does not exist."""
+    filesystem, path = locate(uri)
+    return int(with_retries(uri, lambda: filesystem.get_file_info(path)).size or 0)
+
+
+def digest(uri: str) -> str:
+    """sha256 of a file, which is read in pieces."""
+    filesystem, path = locate(uri)
+
+    def action() -> str:
+        with filesystem.open_input_stream(path, compression=None, buffer_size=0) as stream:
+            found = hashlib.sha256()
+            while piece := stream.read(1 << 20):
+                found.update(piece)
+            return found.hexdigest()
+
+    return with_retries(uri, action)
+
+
+def copy(source: str, destination: str) -> None:
+    """Copy a file atomically. In a local file system both names are links to the same bytes if it can: files never change."""
+    local, target = to_path(source), to_path(destination)
+    if local and target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{target}.{uuid.uuid4().hex}{_TEMPORARY}"
+        try:
+            os.link(local, temporary)
+            os.replace(temporary, target)  # does nothing if both are the same file already
+            return
+        except OSError:  # another file system, or one without links
+            pass
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    write(destination, read(source))
+
+
+def sweep(folder: str, prefix: str = "", min_age_seconds: float = 0.0) -> None:
+    """Delete temporary files of killed writers below a local folder; no writer of files with this prefix may be active.
+
+    Args:
+        min_age_seconds: age at which no writer can be writing a file any more.
+    """
+    for path in Path(folder).rglob(f"{glob.escape(prefix)}*{_TEMPORARY}"):
         if re.search(rf"[.][0-9a-f]{{32}}{re.escape(_TEMPORARY)}$", path.name):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if not min_age_seconds or time.time() - path.stat().st_mtime >= min_age_seconds:
+                    path.unlink()
+
+
+def stamp(uri: str) -> str | None:
+    """Size and time of writing of a file, which change when it is written again; None if there is none."""
+    if local := to_path(uri):
+        with contextlib.suppress(FileNotFoundError):
+            status = local.stat()
+            return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        return None
+    filesystem, path = locate(uri)
+    info = with_retries(uri, lambda: filesystem.get_file_info(path))
+    return None if info.type.name == "NotFound" else f"{info.size} {info.mtime_ns}"
 
 
 def delete(uri: str) -> None:

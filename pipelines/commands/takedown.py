@@ -1,7 +1,6 @@
 """Command that takes rows down."""
 
 import dataclasses
-import datetime
 import sys
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,17 @@ if TYPE_CHECKING:
     "--near",
     metavar="N",
     type=click.IntRange(0, 16),
-    help="Also take down images whose perceptual hash differs by at most N bits.",
+    help="Also take down, and keep out, images whose perceptual hash differs by at most N bits.",
 )
 @click.option("--dry-run", is_flag=True, help="Only print the number of rows.")
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Wait for a run that makes a dataset; after that, leave the recorded request to it.",
+)
 @STORAGE
 @JSON
 def takedown(
@@ -37,21 +44,28 @@ def takedown(
     lists: tuple[str, ...],
     near: int | None,
     dry_run: bool,
+    wait: float,
     storage: str | None,
     as_json: bool,
 ) -> None:
     """Delete rows everywhere, and block them from now on.
 
-    Lists the runs and models that have seen the rows. Runs and models are looked up in the MLflow of the environment, of
-    the storage, and of every run in the storage.
+    Lists the runs, checkpoints and models that have seen the rows. Runs and models are looked up in the MLflow of the
+    environment, of the storage, and of every run in the storage; checkpoints in the records of the storage.
 
-    Exit codes: 0 done; 1 rows deleted, but an MLflow did not answer or a preview could not be deleted: the command prints
-    which, and running it again completes the takedown; 2 invalid input; 75 a run is using the storage.
+    The request is recorded first, whatever else uses the storage. If stages that make a dataset hold its tables for longer than
+    --wait seconds, their run carries the request out before it commits anything else; the next run does if it dies.
+
+    Exit codes: 0 done or recorded; 1 rows deleted, but an MLflow did not answer or a preview could not be deleted: the command
+    prints which, and running it again completes the takedown; 2 invalid input.
     """
-    from pipelines.lock import lock
     from pipelines.records import tracking_uris_of
     from pipelines.storage import open_storage
+    from pipelines.takedowns import carry_out_request
+    from tasks import tombstones
     from tasks.lineage import takedown as takedowns
+    from tasks.lineage.traces import Traces
+    from unclip.errors import AlreadyRunningError
 
     given = {"url": url, "domain": domain, "key": key, "sha256": sha256}
     requested = [takedowns.parse(kind, value) for kind, values in given.items() for value in values]
@@ -59,7 +73,7 @@ def takedown(
     if not requested:
         raise InputError("takedown: got nothing to take down. Give --url, --domain, --key, --sha256 or --file.")
     store = open_storage(storage)
-    if not store.list("images"):
+    if not store.list():
         raise InputError(f"{store.root}: no images are stored here. Give the folder of a pipeline with --storage.")
     if dry_run:
         found = takedowns.find_keys(store, requested, near)
@@ -70,17 +84,32 @@ def takedown(
         for tombstone, keys in found.items():
             click.echo(f"{len(keys):>7,} rows  {tombstone}")
         return
-    tracking_uris = tracking_uris_of(store)
-    with lock(store):
-        ledger = takedowns.take_down(store, requested, near, tracking_uris)
-        name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
-        store.write_json(dataclasses.asdict(ledger), "takedowns", name)
-    written = store.uri("takedowns", name)
+    tracking_uris_of(store)  # raises if there is none to search
+    request = tombstones.record(store, requested, near)
+    state = "done"
+    try:
+        ledger = carry_out_request(store, request)
+    except AlreadyRunningError:
+        keys = takedowns.expand(store, request)
+        try:
+            ledger = carry_out_request(store, request, wait)
+        except AlreadyRunningError as error:
+            state, owner = "recorded", str(error)
+            ledger = takedowns.Ledger(tuple(map(str, requested)), tuple(sorted(keys)), {}, (), (), Traces())
+    written = store.uri("takedowns", f"{request.id}.json")
     if as_json:
         document = dataclasses.asdict(ledger)
         document |= document.pop("traces")
         requests = [dataclasses.asdict(tombstone) for tombstone in requested]
-        print_json({**document, "storage": store.root, "requests": requests, "ledger": written})
+        facts = {"storage": store.root, "requests": requests, "state": state}
+        print_json({**document, **facts, "ledger": written if state == "done" else None})
+    elif state == "recorded":
+        click.echo(f"recorded: {len(keys):,} rows are known, and blocked from now on. Nothing is deleted yet.")
+        click.echo(owner.partition(". ")[0])
+        click.echo(
+            "It deletes them before it commits anything else to the dataset; if it dies, the next "
+            f"run or refresh does, or `unclip takedown` again. The ledger will be {written}"
+        )
     else:
         _print_ledger(ledger, written)
     traces = ledger.traces
@@ -106,6 +135,9 @@ def _print_ledger(ledger: "Ledger", written: str) -> None:
         click.echo(f"    run    {run['id']}  {run['experiment']}  {run['name']}  {run['tracking_uri']}")
     for model in traces.models:
         click.echo(f"    model  {model['name']} version {model['version']}  {model['tracking_uri']}")
+    for found in ledger.checkpoints:
+        tracked = "" if found["mlflow_run"] else ", not tracked by MLflow"
+        click.echo(f"    stage  {found['folder']}  run {found['run']}, {found['state']}{tracked}")
     for run_id in traces.deleted_previews:
         click.echo(f"previews of run {run_id} showed these rows and were deleted")
     click.echo(

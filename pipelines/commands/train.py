@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import tempfile
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +11,7 @@ from pipelines.preset import model_names
 from unclip.background import run_periodically
 from unclip.config import nearest, require
 from unclip.errors import ConfigError, StageError, StoppedError
+from unclip.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from pipelines.dag import Dag
@@ -74,8 +74,8 @@ def trained_models(dag: "Dag") -> list[str]:
 
 def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> None:
     """Train in this process; the artifact is the same as that of the pipeline's stage."""
+    from pipelines import dag as dags
     from pipelines.console import Console
-    from pipelines.lock import lock
     from pipelines.pipeline import compose
     from pipelines.records import close_run, heartbeat, open_run
     from tasks.stage import Call, Failure, execute
@@ -83,17 +83,17 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
 
     store, dag = Store(config.storage), compose(config)
     parents = _parents(model, pipeline, config)
-    with lock(store):
-        run = dataclasses.replace(open_run(pipeline, config, store), trains_in_process=True)
-        result: Artifact | Failure = Failure(model, "interrupted")
-        try:
-            console = Console(store, run.id, [model])
-            with heartbeat(run, store), run_periodically(1.0, console.refresh, "console"):
-                result = execute(Call(dag[model].stage, dag[model].config), run, parents)
-            console.refresh()
-        finally:
-            is_stopped = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
-            close_run(run, store, "stopped" if is_stopped else "failed" if isinstance(result, Failure) else "done")
+    dags.refuse_if_in_use({model: dags.states(dag, store)[model]}, store)
+    run = dataclasses.replace(open_run(pipeline, config, store), trains_in_process=True)
+    result: Artifact | Failure = Failure(model, "interrupted")
+    try:
+        console = Console(store, run.id, [model])
+        with heartbeat(run, store), run_periodically(1.0, console.refresh, "console"):
+            result = execute(Call(dag[model].stage, dag[model].config), run, parents)
+        console.refresh()
+    finally:
+        is_stopped = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
+        close_run(run, store, "stopped" if is_stopped else "failed" if isinstance(result, Failure) else "done")
     if isinstance(result, Failure):
         error = StageError(result.message)
         error.exit_code = result.exit_code
@@ -119,8 +119,8 @@ def memorises(model: str, pipeline: str, config: "PipelineConfig", num_rows: int
     few = places.take(places.spread(num_rows))
     diagnosis = overfitting.Diagnosis()
     click.echo(f"{model}: {overfitting.NUM_STEPS} steps on {len(few)} rows")
-    with tempfile.TemporaryDirectory(prefix="unclip-overfit-") as folder:
-        train_rows(dataclasses.replace(training, places=lambda: few), folder, diagnosis, parallel.single_process())
+    with scratch_folder("overfit") as folder:
+        train_rows(dataclasses.replace(training, places=lambda: few), str(folder), diagnosis, parallel.single_process())
     losses = "  ".join(f"{loss:.3f}" for loss in diagnosis.relative_losses)
     click.echo(f"loss relative to predicting the mean: {losses}")
     click.secho(diagnosis.verdict, fg="green" if diagnosis.has_memorised else "red")

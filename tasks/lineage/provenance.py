@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 
 from tasks import index, ranges, rows, tables
 from tasks.duplicates import duplicate_clusters
+from tasks.run_records import is_alive, stage_events
 from tasks.store import Store
+from tasks.tombstones import entries
 from unclip import files
 from unclip.errors import InputError
 
@@ -235,7 +237,7 @@ def find_row(store: Store, key: str) -> RowFacts:
         reasons = (outcome, *(each["reason"] for each in listed))
         reason = next((reason for reason in reasons if rows.is_reason(reason or "")), "")
         fate = "in no dataset version" + (f": {reason}, {rows.meaning(reason)}" if reason else " yet")
-    requests = sorted({stone["request"] for stone in _tombstones(store) if stone["value"] == key})
+    requests = sorted({entry.request for entry in entries(store) if entry.value == key})
     if requests:
         fate = f"taken down because of {', '.join(requests)}; before: {fate}"
     duplicates = tuple({"key": winner, "note": note} for winner, note in original.items())
@@ -278,7 +280,7 @@ def _keys_in(store: Store, key_range: ranges.KeyRange, lists: Sequence[str], ima
     """Return the keys of a range that are listed, stored or taken down, sorted."""
     columns = [ranges.read_range(uri, key_range, ["key"])["key"] for uri in lists]
     columns += [table["key"] for uri in image_tables for table in index.each_table(uri, ["key"], key_range)]
-    columns.append(pa.chunked_array([[stone["value"] for stone in _tombstones(store) if stone["kind"] == "key"]]))
+    columns.append(pa.chunked_array([[entry.value for entry in entries(store) if entry.kind == "key"]]))
     known: set[str] = set()
     for column in columns:
         inside = ranges.of_keys(column, key_range.count) == key_range.index
@@ -305,6 +307,35 @@ def _duplicate_of(version: Version, key: str, reason: str | None) -> dict[str, s
     return {winner: note for (winner, _), (_, note) in found}
 
 
+def checkpoints_of(store: Store, datasets: Collection[str]) -> list[dict[str, str | None]]:
+    """Return the checkpoints that runs of this storage trained on one of these datasets, from its own records.
+
+    So runs that MLflow does not know are included, and trainings that were stopped or killed. Each has: run, pipeline, stage,
+    state, folder in the storage, and mlflow_run, None if MLflow did not track the run.
+    """
+    found: list[dict[str, str | None]] = []
+    for run_id in store.list("runs"):
+        if not store.exists("runs", run_id, "run.json"):
+            continue
+        record, events = store.read_json("runs", run_id, "run.json"), stage_events(store, run_id)
+        for stage, event in sorted(events.items()):
+            folder = ("artifacts", stage, str(event.get("fingerprint")))
+            # CLIP is trained or given: its folder tells.
+            has_weights = not _WEIGHTS.isdisjoint(store.list(*folder)) or _trains(store, stage, event)
+            if has_weights and _digests_read(store, events, stage) & set(datasets):
+                state = event.get("state")
+                if state == "running" and not is_alive(store, run_id, record):
+                    state = "stopped" if record["state"] == "stopped" else "killed"
+                facts = {"run": run_id, "pipeline": record["pipeline"], "stage": stage, "state": state}
+                facts |= {"folder": "/".join(folder), "mlflow_run": record.get("mlflow_run") or None}
+                found.append(facts)
+    return found
+
+
+_WEIGHTS = {"checkpoints", "model"}
+"""Folders of a training in the folder of its stage."""
+
+
 def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[str, Any]]:
     """Return the pipeline runs that read one of these dataset versions, with the models they trained.
 
@@ -313,34 +344,44 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[s
     """
     found = []
     for run_id in store.list("runs"):
-        if not store.exists("runs", run_id, "curate.json"):
-            continue
-        path = ("stages", "curate", f"{store.read_json('runs', run_id, 'curate.json').get('fingerprint')}.json")
-        digest = store.read_json(*path)["digest"] if store.exists(*path) else None
-        if digest is not None and digest in held:
+        events = stage_events(store, run_id)
+        read = set().union(*(_digests_read(store, events, stage) for stage in events)) & held.keys()
+        for digest in sorted(read, key=lambda digest: held[digest]):
             record = store.read_json("runs", run_id, "run.json")
-            models = _training_stages(store, run_id)
+            trained = [stage for stage, event in events.items() if _trains(store, stage, event)]
             number, split = held[digest]
             facts = {"id": run_id, "pipeline": record["pipeline"], "state": record["state"]}
+            models = sorted(
+                trained, key=lambda stage: (len(stage), stage)
+            )  # the shortest first, members by their number
             found.append({**facts, "dataset_version": number, "split": split, "models": models})
     return found
 
 
-def _training_stages(store: Store, run_id: str) -> list[str]:
-    """Return the stages of a run that trained on its dataset, the shortest names first and members by their number."""
-    events = [store.read_json("runs", run_id, name) for name in store.list("runs", run_id) if name.endswith(".json")]
-    trained = []
-    for event in events:
-        if "stage" not in event:
-            continue
-        artifact = ("stages", event["stage"], f"{event.get('fingerprint')}.json")
-        # earlier releases did not record `trains`, but their artifacts have `samples_seen`
-        by_facts = "trains" not in event and store.exists(*artifact)
-        if event.get("trains") or (by_facts and "samples_seen" in store.read_json(*artifact)["facts"]):
-            trained.append(event["stage"])
-    return sorted(trained, key=lambda stage: (len(stage), stage))
+def _digests_read(store: Store, events: Mapping[str, Mapping[str, Any]], stage: str) -> set[str]:
+    """Return the digests of the selections and dataset versions that a stage of a run read, or made.
+
+    Args:
+        events: last events of all stages of the run.
+    """
+    made = {name: _artifact(store, name, events[name]) for name in ("dedup", "curate") if name in events}
+    read = {str(artifact["digest"]) for name, artifact in made.items() if artifact and name == stage}
+    if "reads" in events[stage]:  # a training apart from its pipeline has no records of other stages
+        return read | set(events[stage]["reads"].values())
+    return read | {str(artifact["digest"]) for artifact in made.values() if artifact}  # earlier releases
 
 
-def _tombstones(store: Store) -> list[dict[str, str]]:
-    exists = store.exists("tombstones.parquet")
-    return tables.read_file(store.uri("tombstones.parquet")).to_pylist() if exists else []
+def _artifact(store: Store, stage: str, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the committed artifact of a stage of a run; None if there is none."""
+    path = ("stages", stage, f"{event.get('fingerprint')}.json")
+    found: Mapping[str, Any] | None = store.read_json(*path) if store.exists(*path) else None
+    return found
+
+
+def _trains(store: Store, stage: str, event: Mapping[str, Any]) -> bool:
+    """Return True if a stage of a run trains a part."""
+    if "trains" in event:
+        return bool(event["trains"])
+    # Earlier releases did not record `trains`, but their artifacts have `samples_seen`.
+    artifact = _artifact(store, stage, event)
+    return artifact is not None and "samples_seen" in artifact.get("facts", {})

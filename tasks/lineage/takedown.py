@@ -2,29 +2,52 @@
 
 Requests become tombstones, which ingest and download respect from then on. Then the rows and their bytes are deleted from
 all tables, and blanked in lists and reports. Rows are found range by range in the index of the images, and only files that hold
-them are written again. The ledger names the dataset versions that contained them and, through MLflow,
-the runs and registered models that read those versions.
+them are written again; parts that were not committed are searched and deleted. The ledger names the dataset versions that
+contained the rows, the checkpoints of the storage that were trained on those versions and, through MLflow, the runs and
+registered models that read them.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import index, ranges, rows, tables
-from tasks.keys import hex_numbers
-from tasks.lineage.provenance import delta_tables, pairs_folders
+from tasks.lineage.provenance import checkpoints_of, pairs_folders
 from tasks.lineage.traces import Traces, redact, remove
+from tasks.near_duplicates import near_to
 from tasks.store import INTERMEDIATE, Store
-from tasks.tombstones import SCHEMA, Tombstone, Tombstones, gather, hosts_of, load_tombstones, refuse
+from tasks.tombstones import (
+    Entry,
+    Request,
+    Tombstone,
+    Tombstones,
+    canonical_url,
+    entries,
+    forget,
+    gather,
+    hosts_of,
+    load_tombstones,
+    look_value,
+    looks_of,
+    parse_look,
+    record_found,
+    refuse,
+    write_entries,
+)
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tasks.untrusted.domains import canonical_host
 from tasks.untrusted.normalise import normalise_url
-from unclip import files
-from unclip.errors import InputError
+from unclip import files, seals
+from unclip.errors import InputError, StorageError
+from unclip.scratch import sweep_scratch
 
 
 def parse(kind: str, value: str) -> Tombstone:
@@ -35,7 +58,7 @@ def parse(kind: str, value: str) -> Tombstone:
     """
     value = value.strip()
     url = normalise_url(value) if kind == "url" else None
-    cleaned = {"url": url or "", "domain": value.lower().strip(".")}.get(kind, value.lower())
+    cleaned = {"url": canonical_url(url or ""), "domain": canonical_host(value)}.get(kind, value.lower())
     patterns = {"key": r"[0-9a-f]{32}", "sha256": r"[0-9a-f]{64}", "domain": r"(?!-)[^\s/:@*]+", "url": r".+"}
     if not re.fullmatch(patterns[kind], cleaned):
         expected = {
@@ -84,141 +107,245 @@ class Ledger:
     """Table -> number of deleted rows."""
     datasets: tuple[str, ...]
     """Digests of the dataset versions that kept such a row, so that models may have trained on it."""
+    checkpoints: tuple[Mapping[str, str | None], ...]
+    """Checkpoints that the storage's runs trained on those versions, tracked by MLflow or not; see `checkpoints_of`."""
     traces: Traces
     """Runs and registered models that read those versions, and previews that showed the rows."""
 
 
+@dataclasses.dataclass
+class Found:
+    """Rows that a request covers, and what keeps them and their images away."""
+
+    keys: set[str] = dataclasses.field(default_factory=set)
+    urls: set[str] = dataclasses.field(default_factory=set)
+    """Addresses of the rows that were requested by their keys: another caption must not bring them back."""
+    sha256s: set[str] = dataclasses.field(default_factory=set)
+    looks: set[tuple[str, str | None]] = dataclasses.field(default_factory=set)
+    """Perceptual hashes and colours of the images, if copies that look alike were requested as well."""
+
+    def entries(self, request: str, near: int | None) -> set[Entry]:
+        looks = {look_value(phash, colour, near) for phash, colour in self.looks} if near is not None else set()
+        values = {"key": self.keys, "url": self.urls, "sha256": self.sha256s, "look": looks}
+        return {Entry(kind, value, request) for kind, found in values.items() for value in found}
+
+
 def find_keys(store: Store, requested: Sequence[Tombstone], near: int | None = None) -> dict[Tombstone, set[str]]:
-    """Find the keys of the rows that each tombstone covers, in all tables, with their duplicates: rows with the same image.
+    """Return the keys of `find_rows`."""
+    return {tombstone: found.keys for tombstone, found in find_rows(store, requested, near).items()}
+
+
+def find_rows(store: Store, requested: Sequence[Tombstone], near: int | None = None) -> dict[Tombstone, Found]:
+    """Find the rows that each tombstone covers, in all tables and in parts that were not committed, with their duplicates.
+
+    Duplicates are rows with the same image.
 
     Args:
-        near: bits in which the perceptual hash of a duplicate may differ; None matches identical bytes only.
+        near: bits in which the perceptual hash of a duplicate may differ, whose colour must agree (`tasks.near_duplicates`);
+            None matches identical bytes only.
     """
-    found: dict[Tombstone, set[str]] = {
-        tombstone: {tombstone.value} if tombstone.kind == "key" else set() for tombstone in requested
-    }
-    for images in delta_tables(store, "images"):
-        by_digest: dict[str, set[Tombstone]] = {}
-        by_hash: dict[str, set[Tombstone]] = {}
+    images = [store.uri("images", name) for name in store.list("images")]
+    found = {stone: Found(keys={stone.value} if stone.kind == "key" else set()) for stone in requested}
+    names: dict[Tombstone, set[Tombstone]] = {stone: {stone} for stone in requested}
+    for key, url in _urls_of(store, images, [stone.value for stone in requested if stone.kind == "key"]):
+        found[Tombstone("key", key)].urls.add(url)
+        names.setdefault(Tombstone("url", url), set()).add(Tombstone("key", key))
+    by_digest: dict[str, set[Tombstone]] = {}
+    by_look: dict[tuple[str, str | None], set[Tombstone]] = {}
 
-        def add(tombstone: Tombstone, row: Mapping[str, str], by_hash: dict[str, set[Tombstone]] = by_hash) -> None:
-            found[tombstone].add(row["key"])
-            if row["phash"]:
-                by_hash.setdefault(row["phash"], set()).add(tombstone)
+    def add(stone: Tombstone, row: Mapping[str, Any], has_look: bool) -> None:
+        found[stone].keys.add(row["key"])
+        if row["sha256"]:
+            found[stone].sha256s.add(row["sha256"])
+        if row["phash"] and has_look and near is not None:
+            found[stone].looks.add((row["phash"], row["colour"]))
+            by_look.setdefault((row["phash"], row["colour"]), set()).add(stone)
 
-        for tombstone, row in _named(images, found):
-            add(tombstone, row)
-            if row["sha256"]:
-                by_digest.setdefault(row["sha256"], set()).add(tombstone)
-        digests = pa.array(sorted(by_digest), pa.string())
-        for table in index.each_table(images, ["key", "sha256", "phash"]) if by_digest else ():
-            for row in table.filter(pc.is_in(table["sha256"], value_set=digests)).to_pylist():
-                for tombstone in by_digest[row["sha256"]]:
-                    add(tombstone, row)
-        for table in index.each_table(images, ["key", "phash"]) if near is not None and by_hash else ():
-            for phash, keys in _near(table, by_hash, near or 0):
-                for tombstone in by_hash[phash]:
-                    found[tombstone] |= keys
+    for stone, key in _listed(store, names):
+        found[stone].keys.add(key)
+    for stone, row in _named(images, names):
+        add(stone, row, has_look=True)
+        if row["sha256"]:
+            by_digest.setdefault(row["sha256"], set()).add(stone)
+    digests = pa.array(sorted(by_digest), pa.string())
+    for table in _each_table(images, _FACTS) if by_digest else ():
+        for row in table.filter(pc.is_in(table["sha256"], value_set=digests)).to_pylist():
+            for stone in by_digest[row["sha256"]]:
+                add(stone, row, has_look=True)
+    for table in _each_table(images, _FACTS) if by_look else ():
+        hashes, cells, is_known = looks_of(table)
+        for phash, colour in list(by_look):
+            look, distance = parse_look(look_value(phash, colour, near or 0))
+            alike = np.flatnonzero(near_to(hashes, cells, look, distance) & is_known)
+            for row in table.take(pa.array(alike)).to_pylist():
+                for stone in by_look[phash, colour]:
+                    add(stone, row, has_look=False)
     return found
 
 
-def _named(images: str, requested: Collection[Tombstone]) -> Iterator[tuple[Tombstone, Mapping[str, str]]]:
-    """Yield the rows of an images table that each request names itself, or that redirects connect with it."""
-    all_of = gather(requested)
-    columns = ["key", "url", "sha256", "phash", "final_url", "redirect_hosts"]
+_FACTS = ["key", "sha256", "phash", "colour"]
+_ADDRESSES = ["url", "final_url", "redirect_hosts"]
+
+
+def _each_table(images: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield the rows of all images tables, and of the parts in their folders that were not committed."""
+    for uri in images:
+        if tables.version(uri) is not None:
+            yield from index.each_table(uri, columns)
+        yield from (table.select(columns) for table in _uncommitted(uri))
+
+
+def _uncommitted(images: str) -> Iterator[pa.Table]:
+    for uri in tables.other_files(images):
+        with contextlib.suppress(OSError, pa.ArrowInvalid):  # deleted meanwhile, or damaged: then it will be deleted
+            yield index.describe_part(uri)
+
+
+def _urls_of(store: Store, images: Sequence[str], keys: Sequence[str]) -> set[tuple[str, str]]:
+    """Return keys and addresses of some rows in the tables, in uncommitted parts and in the lists."""
+    if not keys:
+        return set()
+    columns, wanted = ["key", "url"], pa.array(sorted(set(keys)), pa.string())
+    found = [index.find_rows(uri, keys, columns) for uri in images if tables.version(uri) is not None]
+    found += [ranges.find_rows(uri, keys, columns) for uri in pairs_folders(store)]
+    for table in (table for uri in images for table in _uncommitted(uri)):
+        found.append(table.filter(pc.is_in(table["key"], value_set=wanted)).select(columns))
+    rows_found = (row for table in found for row in table.to_pylist() if row["url"])
+    return {(row["key"], canonical_url(row["url"])) for row in rows_found}
+
+
+def _named(
+    images: Sequence[str], names: Mapping[Tombstone, Collection[Tombstone]]
+) -> Iterator[tuple[Tombstone, Mapping[str, Any]]]:
+    """Yield each row that a tombstone names itself, with the requests that the tombstone stands for."""
+    all_of = gather(names)
+    columns = [*_FACTS, *_ADDRESSES]
     scans = all_of.urls or all_of.domains or all_of.sha256s
-    for table in (
-        index.each_table(images, columns) if scans else [index.find_rows(images, sorted(all_of.keys), columns)]
-    ):
-        listed = pc.is_in(table["sha256"], value_set=pa.array(sorted(all_of.sha256s), pa.string()))
-        named = table.filter(pc.or_(all_of.cover(table), listed))
-        for row in named.append_column("host", hosts_of(named["url"])).to_pylist():
-            names = [Tombstone("key", row["key"]), Tombstone("url", row["url"]), Tombstone("sha256", row["sha256"])]
-            names += [Tombstone("url", row["final_url"])] if row["final_url"] else []
-            hosts = [row["host"] or "", *(row["redirect_hosts"] or "").split()]
-            names += [Tombstone("domain", domain) for host in hosts for domain in all_of.domains_of(host)]
-            yield from ((tombstone, row) for tombstone in names if tombstone in requested)
+    uris = [uri for uri in images if tables.version(uri) is not None]
+    some = (index.find_rows(uri, sorted(all_of.keys), columns) for uri in uris)
+    others = (table.select(columns) for uri in images for table in _uncommitted(uri))
+    for table in _each_table(images, columns) if scans else itertools.chain(some, others):
+        for row in table.filter(all_of.cover(table)).to_pylist():
+            yield from ((stone, row) for stone in _stones_of(row, all_of, names))
 
 
-def _near(table: pa.Table, phashes: Iterable[str], distance: int) -> Iterator[tuple[str, set[str]]]:
-    """Yield each perceptual hash with the keys of the rows within `distance` bits of it."""
-    hashed = table.filter(pc.is_valid(table["phash"]))
-    values = hex_numbers(hashed["phash"], 16)[:, 0]
-    for phash in phashes:
-        near = np.flatnonzero(np.bitwise_count(values ^ np.uint64(int(phash, 16))) <= distance)
-        if len(near):
-            yield phash, set(hashed["key"].take(near).to_pylist())
+def _listed(store: Store, names: Mapping[Tombstone, Collection[Tombstone]]) -> Iterator[tuple[Tombstone, str]]:
+    """Yield the keys of the rows of all lists that requests name by their address: they may not be downloaded yet."""
+    addresses = gather(stone for stone in names if stone.kind in ("url", "domain"))
+    for uri in (uri for folder in pairs_folders(store) for uri in ranges.range_files(folder)):
+        if addresses != Tombstones():
+            table = tables.read_file(uri, ["key", "url"])
+            for row in table.filter(addresses.cover(table)).to_pylist():
+                yield from ((stone, row["key"]) for stone in _stones_of(row, addresses, names))
+
+
+def _stones_of(
+    row: Mapping[str, Any], all_of: Tombstones, names: Mapping[Tombstone, Collection[Tombstone]]
+) -> list[Tombstone]:
+    """Return the requests that a row is named by."""
+    reasons = [Tombstone("key", row["key"]), Tombstone("sha256", row.get("sha256") or "")]
+    for url in (row.get(name) for name in ("url", "final_url")):
+        if url:
+            [host] = hosts_of(pa.array([url])).to_pylist()
+            reasons.append(Tombstone("url", canonical_url(url)))
+            reasons += [Tombstone("domain", domain) for domain in all_of.domains_of(host or "")]
+    for host in (row.get("redirect_hosts") or "").split():
+        reasons += [Tombstone("domain", domain) for domain in all_of.domains_of(host)]
+    return sorted({stone for reason in reasons if reason in names for stone in names[reason]})
 
 
 def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uris: Sequence[str]) -> Ledger:
     """Carry out a takedown; repeat it to finish one that was interrupted or that could not reach an MLflow server.
 
-    The caller holds the storage's lock, so that no run reads rows while they are deleted.
+    The caller holds the lock of the tables, so that no run reads rows while they are deleted.
     """
-    found = find_keys(store, requested, near)
-    by_request = _remember(store, requested, found)
+    by_request = _remember(store, requested, near)
     keys = sorted(set().union(*by_request.values()))
     deleted = {}
     tombstones = load_tombstones(store)
-    for uri in delta_tables(store, "images"):
-        deleted[uri.removeprefix(f"{store.root}/")] = _delete_images(uri, sorted(tombstones.keys))
-    for uri in delta_tables(store, "embeddings"):
-        deleted[uri.removeprefix(f"{store.root}/")] = tables.delete_rows(
-            uri, pa.array(sorted(tombstones.keys), pa.string())
-        )
+    for name in store.list("images"):
+        deleted[f"images/{name}"] = _delete_images(store.uri("images", name), sorted(tombstones.keys))
+    wanted = pa.array(sorted(tombstones.keys), pa.string())
+    for name in store.list("embeddings"):
+        deleted[f"embeddings/{name}"] = _delete_rows(store.uri("embeddings", name), wanted)
     _blank_lists(store, tombstones)
-    _delete_intermediate_files(store)
+    _delete_temporary_files(store)
     _delete_held_out(store, tombstones.keys)
     _redact_reports(store, tombstones.keys)
     _delete_previews(store, tombstones.keys)
     datasets = _datasets_with(store, set(keys))
     traces = remove(store, tracking_uris, tombstones.keys, datasets)
     requests = tuple(str(tombstone) for tombstone in requested)
-    return Ledger(requests, tuple(keys), deleted, tuple(datasets), traces)
+    return Ledger(requests, tuple(keys), deleted, tuple(datasets), tuple(checkpoints_of(store, datasets)), traces)
 
 
-def _delete_images(images: str, keys: Sequence[str]) -> int:
-    """Delete rows from an images table and from its index; returns the number of deleted rows."""
-    held = index.find_rows(images, keys, ["key", "part"])
-    names = pc.unique(held["part"]).to_pylist()
-    deleted = tables.delete_rows(images, pa.array(keys, pa.string()), names)
-    version = tables.version(images)
-    assert version is not None, f"{images} has disappeared"
-    index.update_index(images, version)
-    tables.purge(index.index_uri(images))
-    return deleted
+def carry_out(store: Store, request: Request, tracking_uris: Sequence[str]) -> Ledger:
+    """Carry out a recorded request, and write its ledger. The caller holds the lock of the tables."""
+    ledger = take_down(store, request.tombstones, request.near, tracking_uris)
+    store.write_json(dataclasses.asdict(ledger), "takedowns", f"{request.id}.json")
+    forget(store, request)
+    return ledger
 
 
-def _remember(
-    store: Store, requested: Iterable[Tombstone], found: Mapping[Tombstone, set[str]]
-) -> dict[Tombstone, set[str]]:
+def read_ledger(store: Store, request: Request) -> Ledger:
+    """Read the ledger of a request that was carried out."""
+    document = store.read_json("takedowns", f"{request.id}.json")
+    traces = Traces(**document.pop("traces"))
+    return Ledger(**document, traces=traces)
+
+
+def expand(store: Store, request: Request) -> set[str]:
+    """Search for the rows of a recorded request while a run goes on, so that their copies are kept out at once.
+
+    Returns:
+        Keys of the rows. Some may be missing, as the tables may change: `carry_out` searches again.
+    """
+    try:
+        found = find_rows(store, request.tombstones, request.near)
+    except (OSError, StorageError):  # another takedown deletes files that are searched
+        return set()
+    record_found(store, request, _entries_of(found, request.near))
+    return set().union(*(each.keys for each in found.values()))
+
+
+def _entries_of(found: Mapping[Tombstone, Found], near: int | None) -> set[Entry]:
+    requested = {Entry(stone.kind, stone.value, str(stone)) for stone in found}
+    return requested.union(*(rows.entries(str(stone), near) for stone, rows in found.items()))
+
+
+def _remember(store: Store, requested: Sequence[Tombstone], near: int | None) -> dict[Tombstone, set[str]]:
     """Write the tombstones; return the keys that each request matched, now or in an earlier attempt."""
-    uri = store.uri("tombstones.parquet")
-    known = tables.read_file(uri).to_pylist() if files.exists(uri) else []
-    entries = {(row["kind"], row["value"], row["request"]) for row in known}
-    digests = _digests_of(store, set().union(*found.values()))
-    for tombstone in requested:
-        entries.add((tombstone.kind, tombstone.value, str(tombstone)))
-        entries |= {("key", key, str(tombstone)) for key in found[tombstone]}
-        entries |= {("sha256", digest, str(tombstone)) for key in found[tombstone] for digest in digests.get(key, ())}
-    names = SCHEMA.names
-    ordered = [dict(zip(names, entry, strict=True)) for entry in sorted(entries)]
-    tables.write_file(uri, pa.Table.from_pylist(ordered, schema=SCHEMA))
+    known = entries(store) | _entries_of(find_rows(store, requested, near), near)
+    write_entries(store, known)
     by_request: dict[str, set[str]] = {}
-    for kind, value, request in entries:
+    for kind, value, request in known:
         if kind == "key":
             by_request.setdefault(request, set()).add(value)
     return {tombstone: by_request.get(str(tombstone), set()) for tombstone in requested}
 
 
-def _digests_of(store: Store, keys: set[str]) -> dict[str, set[str]]:
-    """Return key -> hashes of its image files, of all recipes."""
-    digests: dict[str, set[str]] = {}
-    for images in delta_tables(store, "images"):
-        found = index.find_rows(images, sorted(keys), ["key", "sha256"])
-        for row in found.filter(pc.is_valid(found["sha256"])).to_pylist():
-            digests.setdefault(row["key"], set()).add(row["sha256"])
-    return digests
+def _delete_images(images: str, keys: Sequence[str]) -> int:
+    """Delete rows from an images table and from its index; returns the number of deleted rows."""
+    version = tables.version(images)
+    if version is None:
+        deleted = _delete_rows(images, pa.array([], pa.string()))
+    else:
+        held = index.find_rows(images, keys, ["key", "part"])
+        names = pc.unique(held["part"]).to_pylist()
+        deleted = tables.delete_rows(images, pa.array(keys, pa.string()), names)
+        version = tables.version(images)
+        assert version is not None, f"{images} has disappeared"
+        index.update_index(images, version)
+    tables.purge(index.index_uri(images))
+    return deleted
+
+
+def _delete_rows(table_uri: str, keys: pa.Array) -> int:
+    """Delete rows, and all parts that are not committed; returns the number of deleted rows of the table."""
+    if tables.version(table_uri) is not None:
+        return tables.delete_rows(table_uri, keys)
+    tables.purge(table_uri)
+    return 0
 
 
 def _blank_lists(store: Store, tombstones: Tombstones) -> None:
@@ -237,8 +364,11 @@ def _blank_lists(store: Store, tombstones: Tombstones) -> None:
                 tables.write_file(uri, blanked)
 
 
-def _delete_intermediate_files(store: Store) -> None:
-    """Delete what killed stages left behind, which may hold URLs, captions and embeddings; the next run makes it anew."""
+def _delete_temporary_files(store: Store) -> None:
+    """Delete what killed stages left behind, which may hold images, URLs, captions and embeddings; the next run makes it anew."""
+    sweep_scratch()
+    for folder in ("images", "embeddings", "index") if store.is_local else ():
+        files.sweep(store.uri(folder))
     files.delete(store.uri("artifacts", "download"))
     for stage in store.list("artifacts"):
         for name in store.list("artifacts", stage):
@@ -266,7 +396,8 @@ def _redact_reports(store: Store, keys: frozenset[str]) -> None:
         if store.exists(*folder, "report.html"):
             page = files.read(store.uri(*folder, "report.html")).decode()
             if redact(page, keys) != page:
-                files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
+                with seals.changing(store.uri(*folder), "report.html"):
+                    files.write(store.uri(*folder, "report.html"), redact(page, keys).encode())
 
 
 def _delete_previews(store: Store, keys: frozenset[str]) -> None:
@@ -277,7 +408,8 @@ def _delete_previews(store: Store, keys: frozenset[str]) -> None:
             if files.exists(f"{folder}/{PREVIEWS}"):
                 is_recorded = files.exists(f"{folder}/{PREVIEW_KEYS}")
                 if not is_recorded or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
-                    files.delete(f"{folder}/{PREVIEWS}")
+                    with seals.changing(folder, f"{PREVIEWS}/"):
+                        files.delete(f"{folder}/{PREVIEWS}")
 
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tasks.untrusted.normalise import first_line
 from unclip import files
 from unclip.errors import StorageError
 from unclip.messages import without_credentials
+from unclip.scratch import scratch_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +132,16 @@ def _clean(artifacts: Any, keys: frozenset[str], has_seen: bool) -> bool:
     Args:
         has_seen: True if the run read such rows; then previews without recorded rows are deleted too.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("traces") as scratch:
         if any(file.path == "report.html" for file in artifacts.list_artifacts()):
-            path = Path(artifacts.download_artifacts("report.html", scratch))
+            path = Path(artifacts.download_artifacts("report.html", str(scratch)))
             page = path.read_text("utf-8")
             if redact(page, keys) != page:
                 path.write_text(redact(page, keys), "utf-8")
                 artifacts.log_artifact(str(path))
         logged = {file.path for file in artifacts.list_artifacts(PREVIEWS)}
         if PREVIEW_KEYS in logged:
-            shown = json.loads(Path(artifacts.download_artifacts(PREVIEW_KEYS, scratch)).read_text("utf-8"))
+            shown = json.loads(Path(artifacts.download_artifacts(PREVIEW_KEYS, str(scratch))).read_text("utf-8"))
             show_rows = not keys.isdisjoint(shown)
         else:
             show_rows = bool(logged) and has_seen

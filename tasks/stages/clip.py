@@ -68,7 +68,7 @@ def _pin(config: ClipConfig, pinning: Pinning) -> ClipConfig:
     return dataclasses.replace(config, pretrained=str(config.weights), digest=digest)
 
 
-@stage("clip", version=1, has_workers=True, pin=_pin)
+@stage("clip", version=1, has_workers=True, pin=_pin, reads_snapshot=True)
 def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
     """Load a pretrained CLIP, or train one on the kept pairs, and freeze it."""
     if not config.is_trained_from_scratch:
@@ -85,6 +85,7 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
         sources=(Source(tuple(tables.files(images, version)), ClipObjective.columns),),
         places=lambda: open_places(places, "train"),
         config=config.trainer,
+        selection=dedup.uri,
     )
     trained, digest = run_training(context, training)
     folder = f"{context.folder}/open_clip"
@@ -136,7 +137,12 @@ def _save_as_open_clip(scratch: Path, trained: str, name: str, folder: str) -> N
     model = clip_models.create(name, None)
     model.load_state_dict(checkpoints.load(trained)[0]["model"])
     clip_models.save(model, name, scratch / "open_clip")
-    _copy(scratch / "open_clip", folder)
+    weights = f"{trained}/model.safetensors"
+    for path in _files(scratch / "open_clip"):
+        if files.digest(str(path)) == files.digest(weights):  # then it takes no space
+            files.copy(weights, f"{folder}/{path.name}")
+        else:
+            files.write(f"{folder}/{path.name}", path.read_bytes())
 
 
 def _weights_digest(model: Any) -> str:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,7 +194,7 @@ class EmbeddedRows:
             functools.partial(_score_files, config, count),
             groups,
             count,
-            functools.partial(_write_scores, self.kept.selection, self.scores, count),
+            functools.partial(_write_scores, self, uris, count),
         )
 
     def sample_scores(self) -> pa.Table:
@@ -237,20 +237,33 @@ def _score_files(config: CurateConfig, count: int, numbered: Sequence[tuple[int,
     return ranges.split_by_key(pa.concat_tables(parts), count)
 
 
-def _write_scores(selection: str, folder: str, count: int, output: int, pieces: list[pa.Table]) -> tuple[float, int]:
+def _write_scores(
+    source: EmbeddedRows, uris: Sequence[str], count: int, output: int, pieces: list[pa.Table]
+) -> tuple[float, int]:
     """Write the scores of the kept rows of one key range; returns the sum of their CLIP scores and their number."""
     key_range = KeyRange(output, count)
-    kept = ranges.read_range(selection, key_range, ["key", "status"])
+    kept = ranges.read_range(source.kept.selection, key_range, ["key", "status"])
     keys = kept.filter(pc.equal(kept["status"], rows.KEPT))["key"].combine_chunks()
     scores = pa.concat_tables(pieces)
     scores = scores.filter(pc.is_in(scores["key"], value_set=keys)).sort_by("key")
+    if scores.num_rows > len(keys):
+        scores = _first_committed(scores, tables.commit_order(source.embeddings), uris)
     if not scores["key"].combine_chunks().equals(keys):
         raise StageError(
-            f"curate: the embeddings table has {scores.num_rows} rows for {len(keys)} kept pairs of one key range, or "
-            f"duplicates. Remove the table and rerun."
+            f"curate: the embeddings table has {scores.num_rows} rows for {len(keys)} kept pairs of one key range. "
+            f"Remove {source.embeddings} and the records in stages/embed, and run again."
         )
-    ranges.write_range(folder, key_range, scores)
+    ranges.write_range(source.scores, key_range, scores)
     return float(np.sum(scores["clip_score"].to_numpy(), dtype=np.float64)), scores.num_rows
+
+
+def _first_committed(scores: pa.Table, order: Mapping[str, int], uris: Sequence[str]) -> pa.Table:
+    """One row of each key, sorted by key: of the file that was committed first, if overlapping commits left several."""
+    committed = pa.array([order.get(uri.rpartition("/")[2], -1) for uri in uris], pa.int64())
+    ordered = scores.append_column("committed", committed.take(scores["embeddings_file"].combine_chunks()))
+    ordered = ordered.sort_by([("key", "ascending"), ("committed", "ascending"), ("embeddings_file", "ascending")])
+    keys = ordered["key"].to_numpy()
+    return ordered.filter(pa.array(np.append(True, keys[1:] != keys[:-1]))).drop_columns("committed")
 
 
 def _drop_out_of_bounds(

@@ -19,11 +19,11 @@ import functools
 import importlib
 import importlib.util
 import io
+import logging
 import math
 import os
 import re
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,13 +40,14 @@ from tasks.lanes import WAITING_PER_TASK, Listed, Shard, list_rows, plan_shards,
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, Run, StageContext, stage
 from tasks.store import Store
-from tasks.tombstones import Tombstones, load_tombstones
+from tasks.tombstones import Tombstones, load_tombstones, refuse_if_recorded, withhold, withhold_part
 from tasks.untrusted import budgets, decode, fetch
 from tasks.untrusted.normalise import MAX_URL_CHARACTERS
 from unclip import files
 from unclip.config import fingerprint, require
 from unclip.errors import StageError, StorageError
 from unclip.files import sha256
+from unclip.scratch import scratch_folder
 
 IMAGES = pa.schema(
     {
@@ -87,8 +88,8 @@ WAITING_SECONDS = 2.0
 """A task that completes no row for this long only waits."""
 PARTS_PER_COMMIT = 256
 SECONDS_PER_COMMIT = 30.0
-NOTHING_TAKEN_DOWN = Tombstones()
 _PLAN_NOTE = "unclip.plan"
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,17 +215,22 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     table_uri = context.store.uri("images", config.recipe)
     plan = _plan(context, config, pairs.uri, table_uri)
     note = {"unclip.run": context.run.id, "unclip.fingerprint": context.fingerprint, _PLAN_NOTE: plan.id}
-    commits = _Commits(table_uri, note, context.run, f"{context.folder}/plan" if plan.retries else None)
+    plan_folder = f"{context.folder}/plan" if plan.retries else None
+    commits = _Commits(table_uri, note, context.run, plan_folder, load_tombstones(context.store))
     unreached = _download_shards(table_uri, plan, config, context, commits)
     version = commits.commit()
     if unreached.too_many:
         _forget_unreached(table_uri, plan, context, commits)
         raise StageError(unreached.explain())
     index_version = update_index(table_uri, version)
-    context.store.write_json(config.attempt, *_attempt_record(config))
+    context.store.write_json({"attempt": config.attempt}, *_attempt_record(config))
 
-    outcome = functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version))
-    outcomes = run_all(outcome, ranges.ranges(ranges.range_count(pairs.uri)))
+    key_ranges = ranges.ranges(ranges.range_count(pairs.uri))
+    outcomes = run_all(functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version)), key_ranges)
+    if any(part.missing for part in outcomes):
+        version = _remove_repeats(table_uri, note, index_files(table_uri, index_version), key_ranges)
+        index_version = update_index(table_uri, version)
+        outcomes = run_all(functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version)), key_ranges)
     if missing := sum(part.missing for part in outcomes):
         raise StageError(
             f"download: {table_uri} lacks or repeats the rows of {missing:,} pairs. Remove the table and rerun."
@@ -239,10 +245,25 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     return Output(table_uri, fingerprint(images_digest, pairs.digest), facts)
 
 
+def _remove_repeats(
+    table_uri: str, note: Mapping[str, str], index: Sequence[str], key_ranges: Sequence[KeyRange]
+) -> int:
+    """Repair a table with keys that stand in several files; returns its version."""
+    repeats = pa.concat_tables(run_all(functools.partial(_repeats, index), key_ranges))
+    if repeats.num_rows:
+        log.warning("download: %s repeats rows; those that were committed first are kept", table_uri)
+    return tables.remove_repeats(table_uri, repeats, IMAGES, note)
+
+
+def _repeats(index: Sequence[str], key_range: KeyRange) -> pa.Table:
+    return tables.repeats(read_index(index, key_range, ["key", "part"]))
+
+
 def pin_attempt(store: Store, config: DownloadConfig, retry_failed: bool) -> DownloadConfig:
     """Set the number of the last attempt, or of a new one."""
     record = _attempt_record(config)
     last = store.read_json(*record) if store.exists(*record) else 0
+    last = last["attempt"] if isinstance(last, dict) else last  # a number alone in earlier versions
     return dataclasses.replace(config, attempt=max(config.attempt, last + retry_failed))
 
 
@@ -415,6 +436,8 @@ class _Commits:
     run: Run
     plan: str | None
     """Folder of the plan if some of its rows replace rows of the table."""
+    tombstones: Tombstones
+    """Tombstones at the start of the stage, which every part respects."""
     pending: list[tables.Part] = dataclasses.field(default_factory=list)
     committed_at: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -423,11 +446,16 @@ class _Commits:
         is_late = time.monotonic() - self.committed_at >= SECONDS_PER_COMMIT
         if is_late or len(self.pending) >= PARTS_PER_COMMIT:
             self.commit()
+            refuse_if_recorded(Store(self.run.storage), "download")
 
     def commit(self) -> int:
         """Commit the finished parts; in the same commit, remove rows that they replace. Returns the version of the table."""
         if self.run.is_abandoned():  # another run may be writing to the table
             raise StageError("download: the run was stopped, so its parts are left to the next run.")
+        tombstones = load_tombstones(Store(self.run.storage))
+        if tombstones != self.tombstones:
+            withheld = functools.partial(_withhold, self.table_uri, tombstones)
+            self.pending = run_all(withheld, self.pending, num_cpus=0)  # shards hold the CPUs
         rewritten, removed = self._without_replaced() if self.plan and self.pending else ([], [])
         version = tables.append_files(self.table_uri, [*self.pending, *rewritten], IMAGES, self.note, removed=removed)
         self.pending, self.committed_at = [], time.monotonic()
@@ -561,7 +589,7 @@ def _download_shards(
             unreached.add(shard)
     if not lanes:
         return unreached
-    run, taken_down = context.run, dataclasses.replace(load_tombstones(context.store), keys=frozenset())
+    run = context.run
     heartbeats = context.store.uri("runs", run.id, "shards")
 
     def heartbeat_uri(shard: Shard) -> str:
@@ -573,8 +601,7 @@ def _download_shards(
     def start(shard: Shard) -> ray.ObjectRefGenerator:
         files.delete(heartbeat_uri(shard))
         rows_uri, of_lane = shard_uri(folder, shard), spent.get(lane_of[shard], {})
-        work = (table_uri, shard.name, rows_uri, config, run, taken_down, heartbeat_uri(shard), of_lane)
-        return _download_shard.remote(*work)
+        return _download_shard.remote(table_uri, shard.name, rows_uri, config, run, heartbeat_uri(shard), of_lane)
 
     def on_done(shard: Shard, fetched: _Fetched) -> None:
         progress.update(shard.rows)
@@ -616,11 +643,12 @@ def _download_shard(
     rows_uri: str,
     config: DownloadConfig,
     run: Run,
-    taken_down: Tombstones,
     heartbeat_uri: str,
     spent: Mapping[str, budgets.Spent],
 ) -> Iterator[_Fetched | None]:
     """Find the part that an earlier attempt wrote for this shard, or fetch its rows and write it.
+
+    Rows that were taken down before the part is written, or since then, are withheld.
 
     Args:
         spent: budgets that earlier shards of the lane left.
@@ -628,10 +656,10 @@ def _download_shard(
     Yields:
         None when it only waits for servers or is done, then the result.
     """
+    store = Store(run.storage)
     part, listed = tables.find_part(table_uri, name), tables.read_file(rows_uri)
     if part is not None:
         yield None
-        table = _stored(table_uri, part)
     else:
         _forget_other_runs(run.id)
         pairs, fetcher = listed.to_pylist(), _fetcher(config)
@@ -647,15 +675,21 @@ def _download_shard(
             beat(number)
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            fetching = pool.submit(fetch_pairs, pairs, config, taken_down, note)
+            fetching = pool.submit(fetch_pairs, pairs, config, note)
             while not fetching.done() and time.monotonic() - last_row < WAITING_SECONDS:
                 concurrent.futures.wait([fetching], timeout=WAITING_SECONDS / 8)
             yield None
             table = fetching.result()
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
-        part, spent = tables.write_part(table_uri, name, table), fetcher.hand_on_budgets(urls, spent)
-    yield dataclasses.replace(_fetched(part, listed, table), spent=spent)
+        part = tables.write_part(table_uri, name, withhold(table, load_tombstones(store)))
+        spent = fetcher.hand_on_budgets(urls, spent)
+    part = withhold_part(table_uri, part, load_tombstones(store))
+    yield dataclasses.replace(_fetched(part, listed, _stored(table_uri, part)), spent=spent)
+
+
+def _withhold(table_uri: str, tombstones: Tombstones, part: tables.Part) -> tables.Part:
+    return withhold_part(table_uri, part, tombstones)
 
 
 def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:
@@ -676,7 +710,6 @@ def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:
 def fetch_pairs(
     pairs: Sequence[Pair],
     config: DownloadConfig,
-    taken_down: Tombstones = NOTHING_TAKEN_DOWN,
     beat: Callable[[int], None] = lambda _: None,
 ) -> pa.Table:
     """Run img2dataset's Downloader on pairs; returns exactly one row of `IMAGES` per pair, in the same order.
@@ -684,7 +717,6 @@ def fetch_pairs(
     A URL is fetched once, however many of the pairs have it.
 
     Args:
-        taken_down: images, domains and URLs that were taken down; what redirects lead to them is not kept either.
         beat: called with the number of completed rows after each URL.
 
     Raises:
@@ -695,9 +727,9 @@ def fetch_pairs(
     by_url: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_url.setdefault(pair["url"], []).append(pair)
-    writer = _Writer(by_url, taken_down, beat)
+    writer = _Writer(by_url, beat)
     img2dataset.download_image_with_retry = _fetch_with(config, writer.redirected)
-    with tempfile.TemporaryDirectory(prefix="unclip-shard-") as scratch:
+    with scratch_folder("shard") as scratch:
         shard = f"{scratch}/shard.arrow"
         columns = ["url", "caption"]
         table = pa.table({"url": list(by_url), "caption": [same[0]["caption"] for same in by_url.values()]})
@@ -717,7 +749,7 @@ def fetch_pairs(
             thread_count=config.num_threads,
             save_caption=True,
             extract_exif=False,
-            output_folder=scratch,
+            output_folder=str(scratch),
             column_list=columns,
             timeout=config.timeout_seconds,
             number_sample_per_shard=len(by_url),
@@ -752,11 +784,9 @@ def _import_img2dataset() -> Any:
 class _Writer:
     """Collects img2dataset's samples in memory, in the order in which they were fetched."""
 
-    def __init__(
-        self, pairs: Mapping[str, Sequence[Pair]], taken_down: Tombstones, beat: Callable[[int], None]
-    ) -> None:
+    def __init__(self, pairs: Mapping[str, Sequence[Pair]], beat: Callable[[int], None]) -> None:
         """Create a writer for the pairs of each URL."""
-        self.pairs, self.taken_down, self.beat = pairs, taken_down, beat
+        self.pairs, self.beat = pairs, beat
         self.rows: dict[str, dict[str, Any]] = {}
         self.redirected: dict[str, fetch.Fetched] = {}
         """URL -> the way to its body, without the body."""
@@ -777,11 +807,6 @@ class _Writer:
 
     def _fault(self, pair: Pair, digest: str, way: fetch.Fetched | None) -> str | None:
         """Reason to reject a valid image, or None: the content of a URL may have changed since the list was made."""
-        if digest in self.taken_down.sha256s:
-            return "taken_down"
-        redirects = () if way is None else way.redirect_hosts
-        if (way and way.final_url in self.taken_down.urls) or any(map(self.taken_down.domains_of, redirects)):
-            return "taken_down"
         for name, reason in (("expected_sha256", "hash_mismatch"), ("seen_sha256", "content_changed")):
             if pair.get(name) not in (None, digest):
                 return reason

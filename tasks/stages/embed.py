@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from tasks import ranges, rows, tables
-from tasks.dataflow import exchange, run_in_actors
+from tasks.dataflow import exchange, run_all, run_in_actors
 from tasks.places import KeptRows, blocks, open_block, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.tombstones import refuse_if_recorded
 from unclip.config import fingerprint, require
 from unclip.errors import InputError, StageError
 from unclip.models.clip import Clip
@@ -80,9 +81,8 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
     if not num_kept:
         raise InputError("embed: got 0 kept pairs, expected at least 1. Loosen the filters, or add URLs.")
     places, num_todo = facts["places"], num_kept
-    before = tables.version(table)
-    if before is not None:
-        places, num_todo = _write_missing(context, dedup, tables.files(table, before))
+    if tables.version(table) is not None:
+        places, num_todo = _write_missing(context, dedup, table)
     if num_todo:
         _embed_rows(context, config, clip, facts, places, num_todo, table)
     context.tracker.metrics({"pairs": num_kept, "embedded_now": num_todo})
@@ -92,13 +92,21 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
     return Output(table, fingerprint(dedup.digest, name), facts)
 
 
-def _write_missing(context: StageContext, dedup: Artifact, embedded: Sequence[str]) -> tuple[str, int]:
-    """Write the places of the kept rows without an embedding; returns the folder and their number."""
+def _write_missing(context: StageContext, dedup: Artifact, table: str) -> tuple[str, int]:
+    """Write the places of the kept rows without an embedding; returns the folder and their number.
+
+    Rows that overlapping commits have left twice are removed from the table.
+    """
+    embedded = tables.files(table)
     key_ranges = ranges.ranges(ranges.range_count(dedup.uri))
     groups = [embedded[start : start + FILES_AT_ONCE] for start in range(0, len(embedded), FILES_AT_ONCE)]
     keys, folder = f"{context.intermediate}/embedded", f"{context.intermediate}/missing"
     count = len(key_ranges)
-    exchange(functools.partial(_split_keys, count), groups, count, functools.partial(_write_keys, keys, count))
+    found = exchange(functools.partial(_split_keys, count), groups, count, functools.partial(_write_keys, keys, count))
+    repeated = pa.concat_tables(found)["key"].combine_chunks()
+    if len(repeated):
+        places = pa.concat_tables(run_all(functools.partial(_places_of, repeated), groups))
+        tables.remove_repeats(table, places, SCHEMA)
     kept = KeptRows(dedup.uri, *(dedup.facts[name] for name in ("images", "images_version", "index_version")))
     missing = functools.partial(_missing_rows, kept, keys)
     num_missing = write_places(folder, key_ranges, missing, kept.num_files(), dedup.facts["rows"][rows.KEPT])
@@ -109,9 +117,23 @@ def _split_keys(count: int, uris: Sequence[str]) -> list[pa.Table]:
     return ranges.split_by_key(pa.concat_tables(tables.read_file(uri, ["key"]) for uri in uris), count)
 
 
-def _write_keys(folder: str, count: int, output: int, pieces: list[pa.Table]) -> None:
+def _write_keys(folder: str, count: int, output: int, pieces: list[pa.Table]) -> pa.Table:
+    """Write the keys of one range; returns those that several rows have, with repetitions."""
     none = pa.table({"key": pa.array([], pa.string())})  # a takedown may have emptied the table
-    ranges.write_range(folder, KeyRange(output, count), pa.concat_tables([none, *pieces]).sort_by("key"))
+    keys = pa.concat_tables([none, *pieces]).sort_by("key")
+    ranges.write_range(folder, KeyRange(output, count), keys)
+    return tables.repeats(keys)
+
+
+def _places_of(keys: pa.Array, uris: Sequence[str]) -> pa.Table:
+    """Key and file of the rows of some keys."""
+    found = []
+    for uri in uris:
+        rows_of_file = tables.read_file(uri, ["key"])
+        rows_of_file = rows_of_file.filter(pc.is_in(rows_of_file["key"], value_set=keys))
+        part = pa.repeat(pa.scalar(uri.rpartition("/")[2]), rows_of_file.num_rows)
+        found.append(rows_of_file.append_column("part", part))
+    return pa.concat_tables(found)
 
 
 def _missing_rows(kept: KeptRows, keys: str, key_range: KeyRange) -> pa.Table:
@@ -154,8 +176,10 @@ def _embed_rows(
         parts.append(part)
         progress.update(part.rows)
         if time.monotonic() - committed_at > COMMIT_SECONDS:
+            refuse_if_recorded(context.store, "embed")
             tables.append_files(table, parts, SCHEMA)
             parts, committed_at = [], time.monotonic()
+    refuse_if_recorded(context.store, "embed")
     tables.append_files(table, parts, SCHEMA)
 
 

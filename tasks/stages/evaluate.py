@@ -60,7 +60,7 @@ def _pin(config: Any, pinning: Pinning) -> Any:
     return dataclasses.replace(config, system=system)
 
 
-@stage("evaluate", version=3, has_workers=True, pin=_pin)
+@stage("evaluate", version=3, has_workers=True, pin=_pin, reads_snapshot=True)
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)

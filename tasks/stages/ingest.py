@@ -19,7 +19,6 @@ import json
 import operator
 import re
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -46,6 +45,7 @@ from tasks.untrusted.parquet_list import MAX_COLUMNS, Claims, ListFault
 from unclip import files
 from unclip.config import nearest, require
 from unclip.errors import InputError
+from unclip.scratch import scratch_folder
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".txt")
 FORMATS = (".parquet", *TEXT_FORMATS)
@@ -633,11 +633,10 @@ def _on_disk(source: _Source) -> Iterator[str]:
     if isinstance(source.filesystem, pafs.LocalFileSystem):
         yield source.path
         return
-    with tempfile.NamedTemporaryFile(prefix="unclip-list-") as copy:
-        with source.open_stream() as stream:
+    with scratch_folder("list") as folder:
+        with source.open_stream() as stream, open(folder / "list", "wb") as copy:
             shutil.copyfileobj(stream, copy, 1 << 20)
-        copy.flush()
-        yield copy.name
+        yield str(folder / "list")
 
 
 def _check_columns(source: _Source, claims: Claims, config: IngestConfig) -> None:

@@ -23,7 +23,7 @@ class PublishConfig:
             require(bool(re.fullmatch(r"[\w.-]+", value)), setting, value, "letters, digits, dots, dashes, underscores")
 
 
-@stage("publish", version=5)
+@stage("publish", version=5, reads_snapshot=True)
 def publish(
     context: StageContext,
     config: PublishConfig,
@@ -38,7 +38,7 @@ def publish(
     save_stack(folder, stack)
     snapshot = Snapshot.of(dataset.facts).digest
     context.log_dataset(snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
-    version = context.tracker.register(folder, "stack", config.name, config.alias)
+    version = context.tracker.register(folder, config.name, config.alias)
     digest = fingerprint(stack.system, [part.digest for part in (dataset, *parts)], dict(stack.sampling))
     record = {"stack": folder, "digest": digest, "at": time.time()}
     context.store.write_json(record, "published", f"{config.name}.json")

@@ -40,6 +40,7 @@ def train(part: Part[Any]) -> Stage:
         pin=pin_trainer,
         shows_rows=part.shows_rows,
         part=part,
+        reads_snapshot=True,
         factory=(train, part),
     )
 
@@ -58,6 +59,7 @@ def build_training(part: Part[Any], config: Any, snapshot: Snapshot, *needed: Ar
         places=lambda: snapshot.open_places("train"),
         config=config.trainer,
         validation_places=lambda: snapshot.open_places("holdout"),
+        selection=snapshot.selection,
     )
 
 
@@ -97,7 +99,6 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     facts: dict[str, Any] = {"rows": dataset.facts["rows"], "snapshot": dataset.facts["snapshot"]}
     context.log_dataset(snapshot.digest, snapshot.embeddings, facts)
     model, digest = run_training(context, training)
-    context.tracker.file(model, "model")
     if files.exists(f"{context.folder}/{CURVE}"):
         context.tracker.bytes(files.read(f"{context.folder}/{CURVE}"), CURVE)
     return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})

@@ -1,8 +1,10 @@
 """Host names in one spelling, and registrable domains, from the copy of the Public Suffix List that ships with tldextract."""
 
 import functools
+import ipaddress
 import re
 import typing
+import unicodedata
 
 import idna
 
@@ -24,6 +26,39 @@ def ascii_host(host: str) -> str:
     if ":" not in host and not (len(host) <= 253 and re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}", host)):
         raise ValueError(f"got {host[:300]!r}, expected a host name")
     return host
+
+
+CANONICAL_HOST = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*"
+"""RE2 pattern of hosts that `canonical_host` leaves as they are; it may miss some of them."""
+
+
+@functools.lru_cache(maxsize=100_000)
+def canonical_host(host: str) -> str:
+    """Return the one spelling of a host by which hosts are compared: lower-case ASCII, without brackets and the final dot.
+
+    Full-width letters and dots, and an international name and its punycode, become the same, by UTS 46 and IDNA 2008.
+    A name that they do not allow keeps its letters.
+    """
+    name = host.strip().strip("[]")
+    if ":" in name:
+        try:
+            return ipaddress.ip_address(name).compressed
+        except ValueError:
+            return name.lower()
+    try:
+        return ascii_host(name.rstrip("."))
+    except ValueError:
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        return ".".join(map(_ascii_label, re.split("[.\u3002]", folded))).strip(".")
+
+
+def _ascii_label(label: str) -> str:
+    if label.isascii():
+        return label
+    try:
+        return idna.alabel(label).decode()
+    except idna.IDNAError:
+        return f"xn--{label.encode('punycode').decode()}"
 
 
 def is_public_suffix(host: str) -> bool:

@@ -23,6 +23,7 @@ from pipelines.prepare import prepare
 from pipelines.preset import model_names, pipeline_names
 from pipelines.records import close_run, open_run, tracking_uris_of
 from tasks import tables
+from tasks.lock import Owner, lock
 from tasks.run_records import HEARTBEAT, driver
 from tasks.store import Store
 from tests.pipelines.command_line import COMMANDS, call_apart, call_json
@@ -187,6 +188,7 @@ HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy")
         ([], "unclip estimate tex", "text_to_image"),
         ([], "unclip train upsampler-6", "upsampler-64"),
         ([], "unclip data sh", "show"),
+        ([], "unclip ver", "verify"),
     ],
 )
 def test_commands_that_only_read_import_no_heavy_packages(
@@ -235,15 +237,11 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         assert_refused(unclip("ui", "--storage", tmp_path, "--port", port), str(port), "in use", f"--port {port + 1}")
 
 
-def test_f32_another_run_uses_the_storage(tmp_path: Path) -> None:
-    import fcntl
-
-    with open(tmp_path / ".lock", "w") as lock:
-        lock.write("pid 7 on somewhere")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = unclip("run", "tiny", "--storage", tmp_path)
-    assert_refused(result, "another run is using this storage (pid 7 on somewhere)", code=75)
+def test_f32_f72_another_run_uses_the_storage(tmp_path: Path) -> None:
+    with lock(Store(str(tmp_path)), owner=Owner("somewhere", 7, None, None, "noon")):
+        for storage in (tmp_path, f"file://{tmp_path}/"):
+            result = unclip("run", "tiny", "--storage", storage)
+            assert_refused(result, "another run is using this storage (pid 7 on somewhere since noon)", code=75)
 
 
 def test_commands_that_need_a_finished_run(tmp_path: Path) -> None:
@@ -290,7 +288,7 @@ def test_plan_prints_the_configuration_and_every_stage_and_starts_nothing(pairs:
     assert (tmp_path / "dag.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["run", "refresh", "plan", "status", "sample", "takedown", "ui"])
+@pytest.mark.parametrize("command", ["run", "refresh", "plan", "status", "sample", "takedown", "verify", "gc", "ui"])
 def test_help(command: str) -> None:
     result = unclip(command, "--help")
     assert result.returncode == 0 and "Usage:" in result.stdout and "--storage" in result.stdout
@@ -428,6 +426,8 @@ READING = [
     ["data", "diff", "1"],
     ["data", "show", "0a1b2c"],
     ["takedown", "--key", "0" * 32],
+    ["verify"],
+    ["gc"],
     ["ui"],
     ["sample", "a red circle"],
     ["export", "new"],

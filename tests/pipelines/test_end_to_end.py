@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,13 +25,15 @@ from pipelines import dag as dags
 from pipelines.config import load
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
-from tasks import ranges, tables
+from pipelines.published import find_stack
+from tasks import ranges, tables, verification
 from tasks.database import database_uri
 from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines import sockets
-from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, read_record
+from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, call_json, read_record
+from unclip import files
 from unclip.systems.system import load_system, sample_captions
 from unclip.training.film import FILM_STRIP
 
@@ -213,8 +217,9 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     assert {"loss", "samples_per_second"} <= decoder.data.metrics.keys()
     [dataset] = decoder.inputs.dataset_inputs
     assert dataset.dataset.digest == records(finished)["curate"]["digest"][:36]
-    assert {"model", "previews"} <= {item.path for item in client.list_artifacts(decoder.info.run_id)}
+    assert "previews" in {item.path for item in client.list_artifacts(decoder.info.run_id)}
     artifacts_by_stage = records(finished)
+    assert decoder.data.tags["unclip.uri"].endswith(artifacts_by_stage["decoder"]["uri"].removeprefix(str(finished)))
     snapshot = Snapshot.of(artifacts_by_stage["curate"]["facts"])
     shown_keys = snapshot.heldout_rows()["key"].to_pylist()[:16]
     for stage in ("decoder", "upsampler-32", "upsampler-64"):  # a takedown finds the previews of a row by these keys
@@ -235,6 +240,72 @@ def test_the_published_stack_samples_with_both_upsamplers(finished: Path) -> Non
     assert [(each.config.low_res_size, each.config.output_size) for each in stack.upsamplers] == [(16, 32), (32, 64)]
     assert sample_captions(stack, ["a large red circle"]).shape == (1, 3, 64, 64)
     assert len({records(finished)[f"upsampler-{resolution}"]["digest"] for resolution in (32, 64)}) == 2
+
+
+def test_a_model_is_stored_once_and_mlflow_loads_the_registered_version(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    places: dict[str, set[int]] = {}
+    for path in finished.rglob("*model.safetensors"):
+        places.setdefault(files.digest(str(path)), set()).add(path.stat().st_ino)
+    assert len(places) == 5 and {len(inodes) for inodes in places.values()} == {1}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database_uri(str(finished / "mlflow.db")))
+    folder = str(download_artifacts("models:/unclip-tiny@latest-published"))
+    assert "mlflow-artifacts" in folder and load_system(folder).image_size == 64
+
+
+def test_a_storage_is_covered_by_digests_and_400_flipped_bits_are_found(finished: Path) -> None:
+    """F78, F79."""
+    document = call_json("verify", "--storage", finished)
+    assert document["problems"] == []
+    assert set(document["not_covered"]) == {"artifact of MLflow", "database of MLflow"}
+    items = [item for item in verification.survey(Store(str(finished))) if item.size < 1_000_000]
+    covered = [item for item in items if verification.state_of(item) == "sound"]
+    rng = random.Random(0)
+    for _ in range(400):
+        item = rng.choice(covered)
+        flip_a_bit(Path(item.uri), rng)
+        assert verification.state_of(item) == "damaged", item.uri
+        flip_a_bit(Path(item.uri))
+
+    [part, *_] = finished.glob("images/*/*.parquet")
+    report = next((finished / "artifacts" / "report").rglob("report.html"))
+    flip_a_bit(part, rng)
+    report.rename(report.with_suffix(".moved"))
+    found = {problem["file"]: problem for problem in call_json("verify", "--storage", finished, code=1)["problems"]}
+    assert {path: problem["problem"] for path, problem in found.items()} == {
+        str(part): "damaged",
+        str(report): "missing",
+    }
+    assert found[str(report)]["remedy"].endswith(f"`unclip run tiny --storage {shlex.quote(str(finished))}`")
+    result = call("verify", "--storage", finished, "--jobs", 2)
+    assert result.returncode == 1 and "2 damaged or missing" in result.stdout and str(part) in result.stdout
+    flip_a_bit(part)
+    report.with_suffix(".moved").rename(report)
+    assert run_here("verify", "--storage", finished).endswith("0 damaged or missing\n")
+
+
+FLIPPED: dict[Path, int] = {}
+"""Number of the bit that is flipped in a file."""
+
+
+def flip_a_bit(path: Path, rng: random.Random | None = None) -> None:
+    """Flip a random bit of a file in place, or the one that was flipped before."""
+    bit = FLIPPED.pop(path) if rng is None else FLIPPED.setdefault(path, rng.randrange(8 * path.stat().st_size))
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        [byte] = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def test_f81_a_refresh_with_nothing_new_keeps_the_summary(finished: Path) -> None:
+    path = finished / "results" / "tiny" / "summary.json"
+    before = path.read_text()
+    assert "everything is up to date" in run_here("refresh", "tiny", "--storage", finished)
+    assert path.read_text() == before and {"accuracy", "clip_score", "stack", "registered"} <= json.loads(before).keys()
 
 
 def test_data_show_lists_all_models_trained_on_a_row(finished: Path) -> None:
@@ -431,3 +502,42 @@ def test_the_ui_shows_the_runs(finished: Path) -> None:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
+
+
+def test_f82_after_gc_all_is_cached_and_works(finished: Path, tmp_path: Path) -> None:
+    """The last test, since it deletes from the storage; a kill within the deletion leaves a good storage."""
+    store = Store(str(finished))
+    kept = sorted(finished.glob("stages/upsampler-64/*.json"), key=lambda path: path.stat().st_mtime)
+    older = kept[0].with_name(f"{7:064x}.json")  # a copy that no run has reached
+    shutil.copy(kept[0], older)
+    shutil.copytree(
+        finished / "artifacts" / "upsampler-64" / kept[0].stem, finished / "artifacts" / "upsampler-64" / older.stem
+    )
+    [orphan, *_] = [path.with_name("orphan.parquet") for path in finished.glob("images/*/*.parquet")]
+    orphan.write_bytes(b"PAR1")
+    assert call_json("gc", "--storage", finished)["garbage"] == [], "everything is new"
+    listed = call_json("gc", "--storage", finished, "--days", 0)
+    paths = {entry["path"]: entry["what"] for entry in listed["garbage"]}
+    assert f"artifacts/upsampler-64/{older.stem}" in paths and str(orphan.relative_to(finished)) in paths
+    for each in (kept[0], kept[-1]):
+        assert f"artifacts/upsampler-64/{each.stem}" not in paths, "in results/ or the last one"
+    assert orphan.exists() and not listed["is_deleted"]
+    before = files.size(store.root)
+
+    (tmp_path / "armed").mkdir()
+    (tmp_path / "armed" / "1").write_text("within .*upsampler-64/[0-9a-f]*$")
+    command = ("gc", "--storage", finished, "--days", 0, "--delete")
+    assert call_apart(*command, UNCLIP_FAILPOINTS=str(tmp_path / "armed")).returncode == -signal.SIGKILL
+    assert not older.exists() and (finished / "artifacts" / "upsampler-64" / older.stem).exists()
+    assert call_json("verify", "--storage", finished)["problems"] == []
+    freed = call_json(*command)
+    assert freed["is_deleted"] and files.size(store.root) < before / 2 and not orphan.exists()
+
+    assert call_json("verify", "--storage", finished)["problems"] == []
+    assert set(states(finished).values()) == {"cached"}
+    assert "everything is up to date" in run_here("run", "tiny", "--storage", finished)
+    for model in (None, "unclip-tiny"):
+        assert load_system(find_stack(str(finished), model)).image_size == 64
+    key = Snapshot.of(records(finished)["curate"]["facts"]).open_places("train").keys(np.arange(1))[0]
+    for words in (["data", "show", key], ["data", "list"], ["status"]):
+        run_here(*words, "--storage", finished)

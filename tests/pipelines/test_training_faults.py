@@ -1,6 +1,7 @@
 """Faults during training: it resumes from the last checkpoint and ends with the same model (F41 to F47)."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from tasks import lock as locks
+from tasks import tables
+from tests.pipelines.command_line import call_apart, call_json, read_record
 from tests.unclip.training import trained_on_workers
 from tests.unclip.training.trained_on_workers import attempt, losses
 from unclip import files
@@ -286,6 +291,40 @@ def test_f90_a_password_of_mlflow_reaches_neither_its_records_nor_the_storage_no
         assert len(points(address)) == LENGTH // BATCH
 
 
+@pytest.mark.slow
+def test_f75_f77_a_training_a_refresh_and_a_takedown_work_side_by_side(dataset: Path, tmp_path: Path) -> None:
+    """The last test with this storage, since it takes rows down."""
+    forget(dataset)
+    log, endless = tmp_path / "log", "--set=prior.trainer.num_samples=100000000"
+    [path] = dataset.glob("stages/curate/*.json")
+    record = read_record(dataset, "stages", "curate", path.name)
+    images = record["facts"]["images"]
+    read = {uri: files.read(uri) for uri in tables.files(images, record["facts"]["images_version"])}
+    kept = record["facts"]["snapshot"]["heldout"]
+    [own, *_] = tables.read_file(kept)["key"].to_pylist()
+    arguments = ("tiny", SCENES, "--storage", dataset)
+    with ended(start(dataset, endless, log=log)) as training:
+        wait_for(lambda: committed(dataset), training, log)
+        again = call_apart("train", "prior", *arguments, *training.args[7:-2])
+        assert again.returncode == 75 and f"making the same result of prior (pid {training.pid}" in again.stderr
+
+        refreshed = call_apart("refresh", *arguments, "--set=scenes.num_images=130")
+        assert refreshed.returncode == 0, refreshed.stderr
+        before = {row["key"] for uri in read for row in tables.read_file(uri, ["key"]).to_pylist()}
+        [new, *_] = sorted(set(tables.read(images, columns=["key"])["key"].to_pylist()) - before)
+
+        assert call_json("takedown", "--key", new, "--storage", dataset)["deleted"][f"images/{Path(images).name}"] == 1
+        assert {uri: files.read(uri) for uri in read} == read
+        seen = len(committed(dataset))
+        wait_for(lambda: len(committed(dataset)) > seen or committed(dataset)[-1] > 20 * CHECKPOINT, training, log)
+
+        assert call_json("takedown", "--key", own, "--storage", dataset)["deleted"][f"images/{Path(images).name}"] == 1
+        assert own not in tables.read(images, columns=["key"])["key"].to_pylist()
+        assert not all(Path(uri).exists() for uri in read)
+        assert training.wait(60) == 75, log.read_text()
+    assert "taken down" in log.read_text() and "Run the" in log.read_text()
+
+
 # ---- in an object store ------------------------------------------------------------------------------------------
 
 
@@ -317,3 +356,22 @@ def test_f45_a_training_in_an_unreliable_object_store_resumes_after_a_kill(
     shares = [f"checkpoints/{128:012d}/rank-{rank:05d}.safetensors" for rank in range(world_size)]
     for name in (*shares, f"model/{MANIFEST}"):
         assert files.read(f"{folder}/{name}") == files.read(f"{tmp_path}/here/{name}")
+
+
+def test_f73_in_an_unreliable_object_store_one_of_many_gets_the_lease(
+    s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    register = locks._Register("s3://bucket/locks/tables")
+    for number in range(3):
+        last, taken = register.read(), list[int | None]()
+        take = functools.partial(lambda last, taken: taken.append(register.take(last, locks.Owner.of())), last, taken)
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [token for token in taken if token is not None] == [number]
+    now = register.read()
+    assert now is not None and now.token == 2

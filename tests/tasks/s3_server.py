@@ -3,8 +3,10 @@
 Every 11th request gets 503 SlowDown, every 13th 500, and every 17th is delayed by half a second.
 """
 
+import contextlib
 import itertools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +20,7 @@ class Faulty:
 
     def __init__(self, application: Any) -> None:
         self.application, self.count = application, itertools.count(1)
+        self.conditional = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         number = next(self.count)
@@ -27,7 +30,10 @@ class Faulty:
             if number % every == 0:
                 start_response(status, [("Content-Type", "application/xml")])
                 return [f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>again</Message></Error>'.encode()]
-        answer: Iterable[bytes] = self.application(environ, start_response)
+        # Object stores carry out conditional writes one after another; moto does not.
+        is_conditional = environ["REQUEST_METHOD"] == "PUT" and "HTTP_IF_NONE_MATCH" in environ
+        with self.conditional if is_conditional else contextlib.nullcontext():
+            answer: Iterable[bytes] = self.application(environ, start_response)
         return answer
 
 

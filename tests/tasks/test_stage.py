@@ -1,15 +1,20 @@
 """The stage contract: caching, skipping and failures."""
 
+import contextlib
 import dataclasses
 import os
 import pickle
 import socket
 import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tasks.lock import Held, lock
 from tasks.run_records import driver
 from tasks.stage import (
     Artifact,
@@ -170,3 +175,77 @@ def test_a_run_whose_driver_is_gone_is_abandoned(run: Run) -> None:
     ended.wait()
     Store(run.storage).write_json({"state": "running", "host": here, "pid": ended.pid}, "runs", run.id, "run.json")
     assert run.is_abandoned()
+
+
+during: list[Callable[[Run], object]] = []
+
+
+@stage("study", version=1, reads_snapshot=True)
+def study(context: StageContext, config: CountConfig) -> Output:
+    """Study a snapshot."""
+    calls.append(config.start)
+    for action in during:
+        action(context.run)
+    return Output(context.folder, "digest", {})
+
+
+def test_f75_beside_a_stage_on_a_snapshot_tables_change_and_its_other_results_are_made(run: Run) -> None:
+    def others(run: Run) -> None:
+        during.clear()
+        with lock(Store(run.storage)):  # as a takedown does
+            pass
+        assert isinstance(execute(Call(count, CountConfig(7)), run, []), Artifact)
+        assert isinstance(execute(Call(study, CountConfig(8)), run, []), Artifact)
+
+    during.append(others)
+    assert isinstance(execute(Call(study, CountConfig(1)), run, []), Artifact)
+    assert calls == [1, 7, 8]
+
+
+def test_f75_a_result_that_another_run_makes_is_waited_for_and_taken(run: Run) -> None:
+    threads: list[threading.Thread] = []
+    results: list[object] = []
+
+    def start_another(run: Run) -> None:
+        during.clear()
+        again = lambda: results.append(execute(Call(study, CountConfig(1)), run, []))  # noqa: E731
+        threads.append(threading.Thread(target=again))
+        threads[0].start()
+        time.sleep(0.5)
+        assert not results
+
+    during.append(start_another)
+    first = execute(Call(study, CountConfig(1)), run, [])
+    threads[0].join()
+    assert calls == [1] and results == [first]
+
+
+def test_f32_a_stage_whose_lock_is_not_given_back_ends_with_75(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.stage.WAIT_SECONDS", 0.2)
+    with lock(Store(run.storage)):
+        failure = execute(Call(count, CountConfig(1)), run, [])
+    assert isinstance(failure, Failure) and failure.exit_code == 75 and "another run is using" in failure.message
+    assert calls == []
+
+
+def test_f77_a_stage_that_fails_after_a_takedown_may_be_run_again(run: Run) -> None:
+    files.write_json(f"{run.storage}/runs/r1/run.json", {"host": "", "pid": 1, "state": "running", "tombstones": None})
+    failure = execute(Call(count, CountConfig(1, fails=True)), run, [])
+    assert isinstance(failure, Failure) and failure.exit_code == 2
+    files.write(f"{run.storage}/tombstones.parquet", b"")
+    failure = execute(Call(count, CountConfig(1, fails=True)), run, [])
+    assert isinstance(failure, Failure) and failure.exit_code == 75
+    assert "expected something. Rows were taken down meanwhile. Run the same command again" in failure.message
+
+
+def test_f73_a_stage_that_lost_its_lock_commits_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def lost(*_: object) -> Iterator[Held]:
+        held = Held(1, True)
+        held.lost.set()
+        yield held
+
+    monkeypatch.setattr("tasks.stage.lock", lost)
+    failure = execute(Call(count, CountConfig(1)), run, [])
+    assert isinstance(failure, Failure) and failure.exit_code == 75 and "another run has taken over" in failure.message
+    assert not files.exists(f"{run.storage}/stages")

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks import tables
+from unclip.errors import DamagedError
 
 SCHEMA = pa.schema({"key": pa.string(), "jpg": pa.binary(), "width": pa.int32()})
 
@@ -198,5 +199,45 @@ def test_rows_are_read_by_number_from_their_row_groups_alone(tmp_path: Path) -> 
     assert tables.read_rows(uri, [5, 2100], ["key"])["key"].to_pylist() == [keys[5], keys[2100]]
     assert tables.has_keys(uri, pa.array([keys[5]])) and tables.has_keys(uri, pa.array([keys[2100], "x"]))
     assert not tables.has_keys(uri, pa.array([keys[7][:-1] + "5", "99999"])), "excluded by statistics"
-    with pytest.raises(OSError):
+    with pytest.raises(DamagedError, match=r"a\.parquet: cannot be read"):
         tables.read_rows(uri, [1500], ["key"])
+
+
+def test_f76_a_takedown_keeps_files_of_older_versions_that_have_none_of_its_rows(tmp_path: Path) -> None:
+    """Trainings read them."""
+    table = str(tmp_path / "images")
+    parts = [tables.write_part(table, name, rows(*name)) for name in ("ab", "cd", "ef")]
+    tables.append_files(table, parts, SCHEMA)
+    tables.append_files(table, [tables.write_part(table, "c", rows("c"))], SCHEMA, removed=["cd.parquet"])
+    tables.write_part(table, "uncommitted", rows("z"))
+    assert tables.delete_rows(table, pa.array(["a"])) == 1
+    assert tables.read(table)["key"].to_pylist() == ["b", "c", "e", "f"]
+    assert not (tmp_path / "images" / "ab.parquet").exists()
+    assert not (tmp_path / "images" / "uncommitted.parquet").exists()
+    assert tables.read_file(f"{table}/cd.parquet")["key"].to_pylist() == ["c", "d"]
+    assert tables.delete_rows(table, pa.array(["d"])) == 0  # no row of the newest version
+    assert not (tmp_path / "images" / "cd.parquet").exists()
+
+
+def test_f74_of_repeated_rows_the_one_that_was_committed_first_stays(tmp_path: Path) -> None:
+    table = str(tmp_path / "images")
+
+    def commit(name: str, first_width: int, keys: str) -> None:
+        table_of_keys = rows(*keys).set_column(
+            2, "width", pa.array(range(first_width, first_width + len(keys)), pa.int32())
+        )
+        tables.append_files(table, [tables.write_part(table, name, table_of_keys)], SCHEMA)
+
+    commit("z", 0, "ab")
+    commit("y", 10, "bc")
+    commit("x", 20, "bcd")
+    places = pa.concat_tables(
+        tables.read_file(uri, ["key"]).append_column("part", pa.array([Path(uri).name] * tables.num_rows(uri)))
+        for uri in tables.files(table)
+    )
+    repeated = tables.repeats(places)
+    assert sorted(repeated["key"].to_pylist()) == ["b", "b", "b", "c", "c"]
+    assert tables.remove_repeats(table, repeated, SCHEMA) == 3
+    assert tables.read(table, columns=["key", "width"]).to_pydict() == {"key": [*"abcd"], "width": [0, 1, 11, 22]}
+    assert tables.read(table, version=2).num_rows == 7
+    assert tables.commit_order(table)[tables.files(table)[0].rpartition("/")[2]] == 2  # x, rewritten

@@ -8,8 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tasks import tables
+from unclip import data, seals
 from unclip.data import Places, RowReader, Source, decode_image, vectors
-from unclip.errors import InputError
+from unclip.errors import DamagedError, InputError
 
 NUM_ROWS = 103
 
@@ -150,3 +152,71 @@ def test_places_of_a_remote_file_that_was_written_again_are_read_again(
     assert len(list((tmp_path / "local").rglob("*"))) == 2, "one folder, one copy"
     Path(first).write_bytes(Path(second).read_bytes())
     assert len(Places.open([uri])) == NUM_ROWS - 37
+
+
+def test_f78_no_flipped_bit_reaches_a_training(tmp_path: Path) -> None:
+    rng, number = np.random.default_rng(0), 1200
+    keys = [f"{index:032x}" for index in range(number)]
+    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rng.standard_normal(4 * number), pa.float32()), 4)
+    parts = {
+        "images": pa.table({"key": keys, "jpg": [rng.bytes(50) for _ in keys]}),
+        "embeddings": pa.table({"key": keys, "image_embedding": embeddings.cast(pa.list_(pa.float32()))}),
+    }
+    sources = []
+    for (name, part), column in zip(parts.items(), ("jpg", "image_embedding"), strict=True):
+        tables.write_file(f"{tmp_path}/{name}.parquet", part)
+        sources.append(Source((f"{tmp_path}/{name}.parquet",), (column,), name))
+    places = Places.find(sources, keys)
+
+    def read() -> tuple[list[bytes], np.ndarray]:
+        data._metadata.cache_clear()
+        batch = RowReader(sources, places).read(np.arange(0, number, 7))
+        return batch["jpg"], np.stack(batch["image_embedding"])
+
+    jpgs, vectors_read = read()
+    num_found = 0
+    for trial in range(100):
+        path = tmp_path / f"{('images', 'embeddings')[trial % 2]}.parquet"
+        before = path.read_bytes()
+        changed = bytearray(before)
+        bit = int(rng.integers(8 * len(before)))
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            found = read()
+        except DamagedError:
+            num_found += 1
+        else:  # a bit that this reader has no use for
+            assert found[0] == jpgs and (found[1] == vectors_read).all(), (path, bit)
+        path.write_bytes(before)
+    assert num_found > 75
+
+
+def test_pages_are_checked_once_by_each_reader(tmp_path: Path) -> None:
+    uri, keys = f"{tmp_path}/a.parquet", [f"{index:04}" for index in range(2000)]
+    tables.write_file(uri, pa.table({"key": keys, "jpg": [key.encode() * 10 for key in keys]}))
+    reader = RowReader.of_keys([Source((uri,), ("jpg",))], keys)
+    first = reader.read(np.arange(1500))["jpg"]
+    assert first == [key.encode() * 10 for key in keys[:1500]] and reader._checked == {(0, 0): 0b11}
+    reader._groups.clear()
+    content = bytearray(Path(uri).read_bytes())
+    content[content.index(b"0007" * 10)] ^= 1
+    Path(uri).write_bytes(content)
+    assert reader.read(np.arange(1500))["jpg"] != first, "the second epoch does not pay for it"
+    with pytest.raises(DamagedError, match=r"a\.parquet: cannot be read.*unclip verify"):
+        RowReader.of_keys([Source((uri,), ("jpg",))], keys).read(np.arange(10))
+
+
+def test_f78_a_damaged_file_of_places_is_refused(tmp_path: Path) -> None:
+    places = pa.table({"key": ["a", "b"], "images_file": [0, 0], "images_row": [0, 1]})
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, places.schema) as writer:
+        writer.write_table(places)
+    uri, sealed = str(tmp_path / "train.arrow"), seals.seal(sink.getvalue())
+    Path(uri).write_bytes(sealed)
+    assert len(Places.open([uri])) == 2
+    changed = bytearray(sealed)
+    changed[len(sealed) // 2] ^= 1
+    Path(uri).write_bytes(changed)
+    with pytest.raises(DamagedError, match=r"train\.arrow"):
+        Places.open([uri])

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip import config, files, foreign
-from unclip.errors import CheckpointError, ConfigError
+from unclip.errors import CheckpointError, ConfigError, DamagedError
 from unclip.models import clip as clip_models
 from unclip.models.clip import Clip, ImageEmbeddings
 from unclip.systems.part import Part
@@ -230,6 +230,8 @@ class _Description:
     parts: tuple[str, ...]
     clip: ClipFiles | None
     sampling: dict[str, Any]
+    checksum: str | None = None
+    """See `files.write_json`. The manifest has the digest of the whole file."""
 
 
 def read_stack(folder: str | Path) -> StackFiles:
@@ -305,10 +307,9 @@ def _copy(source: str, destination: str) -> None:
     names = files.names(source)
     hashes = {}
     for name in names if source != destination or checkpoints.MANIFEST not in names else ():
-        data = files.read(f"{source}/{name}")
-        hashes[name] = files.sha256(data)
+        hashes[name] = files.digest(f"{source}/{name}")
         if source != destination:
-            files.write(f"{destination}/{name}", data)
+            files.copy(f"{source}/{name}", f"{destination}/{name}")
     if checkpoints.MANIFEST not in names:
         files.write_json(f"{destination}/{checkpoints.MANIFEST}", {"sha256": hashes})
 
@@ -343,7 +344,7 @@ def _check_inside(root: Path, name: str) -> None:
 
 def _verify_manifests(root: Path, names: Iterable[str]) -> None:
     path = root / checkpoints.MANIFEST
-    hashes = foreign.read(_Manifest, foreign.read_json(path), path, ignore_others=True).sha256
+    hashes = _read_manifest(path)
     for name in ("stack.json", *(f"{name}/{checkpoints.MANIFEST}" for name in names)):
         if name not in hashes or not (root / name).is_file():
             raise CheckpointError(f"{path}: lacks {name}, or the stack does. Copy the whole stack again.")
@@ -353,6 +354,17 @@ def _verify_manifests(root: Path, names: Iterable[str]) -> None:
 @dataclasses.dataclass(frozen=True)
 class _Manifest:
     sha256: dict[str, str]
+    checksum: str | None = None
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Name -> sha256 of the files of a folder."""
+    hashes = foreign.read(_Manifest, foreign.read_json(path), path).sha256
+    try:
+        files.read_json(str(path))
+    except DamagedError as error:
+        raise CheckpointError(str(error)) from None
+    return hashes
 
 
 def _verify_files(folder: str) -> None:
@@ -360,7 +372,7 @@ def _verify_files(folder: str) -> None:
     path = Path(folder, checkpoints.MANIFEST)
     if not path.is_file():
         return
-    hashes = foreign.read(_Manifest, foreign.read_json(path), path, ignore_others=True).sha256
+    hashes = _read_manifest(path)
     found = {each.name for each in Path(folder).iterdir()} - {checkpoints.MANIFEST}
     if found != set(hashes):
         different = ", ".join(sorted(found ^ set(hashes)))

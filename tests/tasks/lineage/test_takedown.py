@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,22 +21,24 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.takedowns import carry_out_recorded
 from tasks import index, ranges, tables
 from tasks.lineage import traces
 from tasks.lineage.provenance import difference, find_version, show, versions
-from tasks.lineage.takedown import find_keys, parse, parse_file, take_down
+from tasks.lineage.takedown import find_keys, find_rows, parse, parse_file, take_down
+from tasks.lock import lock
 from tasks.snapshots import record_snapshot
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA as EMBEDDINGS
 from tasks.stages.ingest import LISTED as LISTED_SCHEMA
 from tasks.stages.ingest import clean, drop_duplicates
 from tasks.store import Store
-from tasks.tombstones import Tombstone, gather, load_tombstones, refuse, tombstones_digest
+from tasks.tombstones import Tombstone, gather, load_tombstones, look_value, recorded, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
 from tests.pipelines.command_line import ROOT, call, call_json
 from tests.tasks.datasets import write_folder
 from unclip import files
-from unclip.errors import InputError
+from unclip.errors import AlreadyRunningError, InputError, StageError
 from unclip.training.film import add_preview
 
 NUM_RANGES = 4
@@ -190,6 +194,7 @@ def test_a_takedown_writes_only_the_files_that_hold_the_row(store: Store) -> Non
 KILL = """
 import sys
 from tasks.lineage.takedown import parse, take_down
+from tasks.lock import lock
 from tasks.store import Store
 take_down(Store(sys.argv[1]), [parse("url", "https://a1.example.org/7.jpg"), parse("domain", "a0.example.org")], 1, [])
 """
@@ -233,6 +238,132 @@ def test_a_takedown_that_was_killed_at_any_write_is_completed_by_the_next(store:
     assert content(store) == content(undisturbed)
 
 
+def write_orphan(store: Store, table: str, number: int) -> bytes:
+    """Write a part that was never committed, with the image of a row under another address; returns the image."""
+    row = {**stored_image(number), "key": f"{number + 100:032x}", "url": f"https://b.example/{number}.jpg"}
+    tables.write_part(store.uri("images", table), f"orphan{number}", pa.Table.from_pylist([row], schema=IMAGES))
+    return bytes(row["jpg"])
+
+
+@pytest.mark.parametrize("table", ["recipe", "another"])
+@pytest.mark.parametrize("kind", ["sha256", "url", "key"])
+def test_f83_parts_that_were_not_committed_are_searched_and_deleted(store: Store, table: str, kind: str) -> None:
+    """Also in a folder where nothing was ever committed; the committed copy of the image goes as well."""
+    jpg = write_orphan(store, table, 7)
+    left = Path(store.uri("images", "recipe", f"x.parquet.{'0' * 32}.tmp"))
+    left.write_bytes(jpg)  # of a writer that was killed
+    value = {"sha256": f"{7:064x}", "url": "https://b.example/7.jpg", "key": f"{107:032x}"}[kind]
+    [found] = find_keys(store, [parse(kind, value)]).values()
+    assert found == {f"{107:032x}", key_at(store, 7)}
+    assert jpg in all_bytes(store)
+    ledger = take_down(store, [parse(kind, value)], None, [])
+    assert set(ledger.keys) == found and ledger.deleted["images/recipe"] == 1
+    assert jpg not in all_bytes(store) and not left.exists()
+    assert {f"{7:064x}"} == load_tombstones(store).sha256s
+    assert tables.read(store.uri("images", "recipe")).num_rows == 11
+
+
+def test_f87_a_key_covers_its_address_under_another_caption(store: Store) -> None:
+    key, (url, _) = key_at(store, 7), LISTED[7]
+    other = pairs_of([(url, "another caption"), (LISTED[8][0], "a third caption")])
+    [found] = find_rows(store, [Tombstone("key", key)]).values()
+    assert found.urls == {url}
+    take_down(store, [Tombstone("key", key)], None, [])
+    assert refuse(other, load_tombstones(store))["reason"].to_pylist().count("taken_down") == 1
+    # A row that was listed and not downloaded has an address, too.
+    ranges.write_range(store.uri("artifacts", "ingest", "g", "pairs"), ranges.KeyRange(0, 1), other)
+    [again] = [row["key"] for row in other.to_pylist() if row["url"] == LISTED[8][0]]
+    [found] = find_rows(store, [Tombstone("key", again)]).values()
+    assert found.urls == {LISTED[8][0]} and found.keys == {again, key_at(store, 8)}
+
+
+def test_f86_looks_are_kept_so_that_copies_stay_away(store: Store) -> None:
+    take_down(store, [Tombstone("key", key_at(store, 3))], 1, [])
+    assert load_tombstones(store).looks == {look_value(f"{0b111:016x}", None, 1)}
+    remaining = set(tables.read(store.uri("images", "recipe"))["key"].to_pylist())
+    assert remaining == {key_at(store, number) for number in range(12) if number not in (3, 4, 5)}
+    copy = {**stored_image(5), "key": "c" * 32, "url": "https://elsewhere.example/copy.webp", "sha256": "c" * 64}
+    images = pa.Table.from_pylist([copy, {**copy, "phash": stored_image(8)["phash"]}], schema=IMAGES)
+    assert load_tombstones(store).cover(images).to_pylist() == [True, False]
+
+
+def test_f84_a_takedown_during_a_run_is_recorded_and_carried_out_when_the_lock_is_free(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    jpg, key = stored_image(7)["jpg"], key_at(store, 7)
+    arguments = ("--url", "https://a1.example.org/7.jpg", "--storage", store.root)
+    with lock(store):
+        found = call_json("takedown", *arguments, "--wait", "0")
+        assert found["state"] == "recorded" and found["keys"] == [key] and found["ledger"] is None
+        assert f"{7:064x}" in load_tombstones(store).sha256s and key in load_tombstones(store).keys
+        assert jpg in all_bytes(store)
+        [old] = versions(store)
+        snapshot = {**old.facts, "digest": "f3" * 32}
+        with pytest.raises(StageError, match="a takedown was recorded meanwhile"):
+            record_snapshot(store, "mine", snapshot, {"rows": {}, "reasons": {}})
+        printed = call("takedown", *arguments, "--wait", "0")
+        assert printed.returncode == 0 and "recorded: 1 rows are known, and blocked from now on" in printed.stdout
+        assert "another run is using this storage (pid" in printed.stdout
+        waiting = recorded(store)
+    assert len(waiting) == 2 and show(store, key)["fate"].startswith("taken down because of url")
+    ledgers = carry_out_recorded(store)
+    assert [ledgers[request.id].keys for request in waiting] == [(key,), (key,)]
+    assert jpg not in all_bytes(store) and recorded(store) == []
+    assert all(Path(store.uri("takedowns", f"{request.id}.json")).is_file() for request in waiting)
+
+
+def test_f84_a_takedown_waits_for_the_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the run carries it out before it ends, or leaves it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for number, run_carries_out in enumerate((False, True)):
+        is_held = threading.Event()
+
+        def work(is_held: threading.Event = is_held, carries_out: bool = run_carries_out) -> None:
+            with lock(store):
+                is_held.set()
+                while not recorded(store):
+                    time.sleep(0.01)
+                time.sleep(0.2)
+            if carries_out:
+                with contextlib.suppress(AlreadyRunningError):  # the takedown was quicker
+                    carry_out_recorded(store)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert is_held.wait(60)
+        found = call_json("takedown", "--sha256", f"{7 + number:064x}", "--wait", "60", "--storage", store.root)
+        thread.join()
+        assert (found["state"], found["keys"]) == ("done", [key_at(store, 7 + number)])
+        assert Path(found["ledger"]).is_file() and not recorded(store)
+
+
+def test_f88_the_ledger_names_checkpoints_of_runs_that_mlflow_did_not_track(store: Store) -> None:
+    """Among them one of a single training, and one that was killed; runs of other versions are not named."""
+    records: dict[str, dict[str, dict[str, Any]]] = {
+        "1-whole": {"curate": {"fingerprint": "f"}, "prior": {"fingerprint": "p", "trains": True, "state": "done"}},
+        "2-single": {
+            "decoder": {"fingerprint": "d", "trains": True, "state": "running", "reads": {"curate": "d1" * 32}}
+        },
+        "3-clip": {"clip": {"fingerprint": "c", "trains": False, "state": "done", "reads": {"dedup": "d1" * 32}}},
+        "4-given": {"clip": {"fingerprint": "g", "trains": False, "state": "done", "reads": {"dedup": "d1" * 32}}},
+        "5-other": {"decoder": {"fingerprint": "o", "trains": True, "state": "done", "reads": {"curate": "e2" * 32}}},
+    }
+    for run_id, stages in records.items():
+        tracked = "a1b2" if run_id == "1-whole" else ""
+        record = {"pipeline": "mine", "state": "done", "mlflow_run": tracked, "config": {}}
+        store.write_json(record, "runs", run_id, "run.json")
+        for stage, event in stages.items():
+            store.write_json({"stage": stage, "at": 1.0, **event}, "runs", run_id, f"{stage}.json")
+    store.write_json({}, "artifacts", "clip", "c", "model", "manifest.json")
+    found = take_down(store, [Tombstone("key", key_at(store, 7))], None, []).checkpoints
+    assert [(each["run"], each["stage"], each["folder"], each["state"], each["mlflow_run"]) for each in found] == [
+        ("1-whole", "prior", "artifacts/prior/p", "done", "a1b2"),
+        ("2-single", "decoder", "artifacts/decoder/d", "killed", None),
+        ("3-clip", "clip", "artifacts/clip/c", "done", None),
+    ]
+
+
 def test_duplicates_of_an_image_are_deleted_with_it(store: Store) -> None:
     ledger = take_down(store, [Tombstone("key", key_at(store, 3))], None, [])
     assert set(ledger.keys) == {key_at(store, 3), key_at(store, 4)}
@@ -269,7 +400,7 @@ def test_f58_a_takedown_finds_what_redirects_led_to(store: Store) -> None:
     version = tables.append_files(uri, [tables.write_part(uri, "redirected", new)], IMAGES)
     index.update_index(uri, version)
     for requested, expected in (
-        (parse("domain", "evil.example"), {0}), (parse("domain", "b.example"), {0}), (parse("domain", "le"), set()),
+        (parse("domain", "evil.example"), {0, 1, 2}), (parse("domain", "b.example"), {0}), (parse("domain", "le"), set()),
         (parse("url", final), {0, 1, 2}),
     ):  # fmt: skip
         [keys] = find_keys(store, [requested]).values()
@@ -342,7 +473,7 @@ class Mlflow:
 def register(tracker: Tracker, folder: Path, name: str) -> None:
     folder.mkdir(parents=True)
     (folder / "weights").write_text("w")
-    assert tracker.register(str(folder), "stack", name, "newest") == "1"
+    assert tracker.register(str(folder), name, "newest") == "1"
 
 
 def test_runs_and_models_that_read_a_row_are_named_and_tagged_in_every_mlflow(

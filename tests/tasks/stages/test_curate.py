@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,17 @@ def test_limits_drop_rows_with_a_reason_and_all_rows_keep_their_scores(tmp_path:
 
 def test_without_limits_everything_is_kept(tmp_path: Path, embedded: Artifact) -> None:
     assert outcome(run_curate(tmp_path, embedded, CurateConfig())) == {FAILED: "http_404"}
+
+
+def test_f74_of_repeated_embeddings_those_committed_first_count(tmp_path: Path, embedded: Artifact) -> None:
+    late = tables.read(embedded.uri).slice(5, 10)
+    late = late.set_column(late.column_names.index("clip_score"), "clip_score", pa.array([1.0] * 10, pa.float32()))
+    version = tables.append_files(embedded.uri, [tables.write_part(embedded.uri, "0-late", late)], SCHEMA)
+    twice = dataclasses.replace(embedded, facts={**embedded.facts, "embeddings_version": version})
+    artifact = run_curate(tmp_path, twice, CurateConfig())
+    assert outcome(artifact) == {FAILED: "http_404"}
+    scores = ranges.read_all(Snapshot.of(artifact.facts).scores)  # type: ignore[union-attr]
+    assert np.allclose(scores["clip_score"].to_numpy(), np.linspace(0, 0.39, NUM_ROWS))
 
 
 def test_semantic_duplicates_keep_the_smallest_key(tmp_path: Path, embedded: Artifact) -> None:

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from pipelines import scene_server
 from pipelines.scene_server import ScenesConfig
 from tasks import ranges, tables
 from tasks.index import index_files
+from tasks.lineage.takedown import carry_out
 from tasks.stage import Artifact, Call, Failure, Run, execute
 from tasks.stages import download as download_module
 from tasks.stages.dedup import DedupConfig, dedup
@@ -39,7 +41,7 @@ from tasks.stages.download import (
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
 from tasks.store import Store
-from tasks.tombstones import Tombstones
+from tasks.tombstones import Entry, Tombstone, Tombstones, forget, load_tombstones, record, withhold, write_entries
 from tasks.tracking import Tracker
 from tasks.untrusted import fetch
 from unclip import files
@@ -265,6 +267,63 @@ def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path, parts_per_
     assert [Path(uri).name for uri in tables.files(resumed.uri)] == [
         Path(uri).name for uri in tables.files(reference.uri)
     ]
+
+
+def bytes_below(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_f83_an_image_that_was_taken_down_after_its_part_was_written_does_not_return(
+    cluster: None, tmp_path: Path
+) -> None:
+    """The part is resumed without the image. One that is taken down while the stage runs stops it, and is not committed."""
+    scenes = ScenesConfig(num_images=60, side=16, broken=0, port=free_port())
+    config, storage, resumed = download_config(scenes), tmp_path / "first", tmp_path / "resumed"
+    with scene_server.serve(scenes):
+        first = done(execute(Call(download, config), run(storage), [run_ingest(storage, scenes)]))
+        for path in Path(first.uri).glob(
+            "*.parquet"
+        ):  # as a download that is killed before its first commit leaves them
+            target = resumed / path.relative_to(storage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        image, other = tables.read(first.uri).to_pylist()[:2]
+        assert image["jpg"] in bytes_below(resumed / "images")
+        store, pairs = Store(str(resumed)), run_ingest(resumed, scenes)
+        write_entries(store, [Entry("sha256", image["sha256"], "r")])
+        recorded = record(store, [Tombstone("url", other["url"])], None)
+        result = execute(Call(download, config), run(resumed), [pairs])
+        assert isinstance(result, Failure) and "a takedown was recorded meanwhile" in result.message
+        assert not [each for each in (image, other) if each["jpg"] in bytes_below(resumed)]
+        ledger = carry_out(store, recorded, [])
+        assert ledger.keys == (other["key"],)
+        done(execute(Call(download, config), run(resumed), [pairs]))
+    stored = {row["key"]: row for row in tables.read(store.uri("images", config.recipe)).to_pylist()}
+    for row in (image, other):
+        found = {name: value for name, value in stored[row["key"]].items() if value is not None}
+        names = ("url", "caption") if row is image else ()
+        kept = {"key": row["key"], "url": "", "caption": ""} | {name: row[name] for name in names}
+        assert found == {**kept, "status": "failed", "reason": "taken_down"}
+    assert sum(row["status"] == "ok" for row in stored.values()) == 58
+    assert not [each for each in (image, other) if each["jpg"] in bytes_below(resumed)]
+
+
+def test_f84_a_commit_reads_the_tombstones_again(tmp_path: Path) -> None:
+    row = {"key": "a", "url": "https://a.example/1", "status": "ok", "jpg": b"an image", "sha256": "ab" * 32}
+    table_uri, store = f"{tmp_path}/images/recipe", Store(str(tmp_path))
+    commits = download_module._Commits(table_uri, {}, run(tmp_path), None, load_tombstones(store))
+    part = tables.write_part(table_uri, "shard", pa.Table.from_pylist([row], schema=download_module.IMAGES))
+    request = record(store, [Tombstone("sha256", "ab" * 32)], None)
+    commits.add(part)
+    commits.commit()
+    assert tables.read(table_uri)["reason"].to_pylist() == ["taken_down"]
+    assert b"an image" not in bytes_below(tmp_path)
+    commits.committed_at = 0.0
+    with pytest.raises(StageError, match="download: a takedown was recorded meanwhile"):
+        commits.add(part)
+    forget(store, request)
+    commits.committed_at = 0.0
+    commits.add(part)
 
 
 def test_a_shard_that_fails_ends_the_stage_and_keeps_the_others(cluster: None, tmp_path: Path) -> None:
@@ -584,7 +643,7 @@ def test_f58_f61_a_url_is_fetched_once_for_all_its_rows_and_its_redirects_are_st
         pairs[4]["expected_sha256"] = "00" * 32
         done_rows: list[int] = []
         tombstones = Tombstones(domains=frozenset(["evil.example"]))
-        table = download_module.fetch_pairs(pairs, config, tombstones, done_rows.append)
+        table = withhold(download_module.fetch_pairs(pairs, config, done_rows.append), tombstones)
     finally:
         server.shutdown()
         server.server_close()
@@ -608,22 +667,25 @@ def test_a_stopped_run_commits_nothing(tmp_path: Path) -> None:
     Store(str(tmp_path)).write_json({"state": "stopped", "host": socket.gethostname()}, "runs", "r1", "run.json")
     uri = str(tmp_path / "images" / "recipe")
     part = tables.write_part(uri, "part", download_module.IMAGES.empty_table())
-    commits = download_module._Commits(uri, {}, run(tmp_path), None)
+    commits = download_module._Commits(uri, {}, run(tmp_path), None, Tombstones())
     with pytest.raises(StageError, match="left to the next run"):
         commits.add(part)
         commits.commit()
     assert tables.version(uri) is None
 
 
-def test_a_table_without_a_row_or_with_a_row_twice_is_refused(cluster: None, tmp_path: Path) -> None:
+def test_f74_of_rows_that_overlapping_commits_left_twice_the_first_stays(cluster: None, tmp_path: Path) -> None:
     scenes = ScenesConfig(num_images=4, side=16, broken=0, port=free_port())
     pairs = run_ingest(tmp_path, scenes)  # the server is not running
     images = done(execute(Call(download, download_config(scenes)), run(tmp_path), [pairs]))
-    twice = tables.write_part(images.uri, "twice", tables.read(images.uri).slice(1, 2))
-    tables.append_files(images.uri, [twice], download_module.IMAGES)
+    before = tables.read(images.uri)
+    late = before.slice(1, 2)
+    late = late.set_column(late.column_names.index("caption"), "caption", pa.array(["late", "late"]))
+    tables.append_files(images.uri, [tables.write_part(images.uri, "0-late", late)], download_module.IMAGES)
     config = download_config(scenes, retries=0)  # another stage with the same table
-    failure = execute(Call(download, config), run(tmp_path), [pairs])
-    assert isinstance(failure, Failure) and "repeats the rows of 2 pairs" in failure.message
+    repaired = done(execute(Call(download, config), run(tmp_path), [pairs]))
+    assert tables.read(images.uri, repaired.facts["images_version"]).equals(before)
+    assert repaired.facts["images_digest"] == images.facts["images_digest"]
 
 
 def pids_of_shards() -> list[int]:

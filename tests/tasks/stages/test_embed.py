@@ -12,7 +12,7 @@ from PIL import Image
 from tasks import tables
 from tasks.stage import Artifact, Call, Resources, Run, execute
 from tasks.stages.download import IMAGES
-from tasks.stages.embed import EmbedConfig, Embedder, Preprocess, Shard, read_shard
+from tasks.stages.embed import SCHEMA, EmbedConfig, Embedder, Preprocess, Shard, read_shard
 from tasks.stages.embed import embed as embed_stage
 from tasks.tracking import Tracker
 from tests.tasks.datasets import kept_selection, key, write_folder, write_kept_places
@@ -120,6 +120,7 @@ def test_a_shard_has_its_rows_in_any_row_group(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_rows_that_are_kept_later_are_embedded_alone_in_the_order_of_the_images(model: str, tmp_path: Path) -> None:
+    """F74: rows that another owner committed a second time are removed."""
     files = [
         [{"key": key(n), "caption": f"image {n}", "status": "ok", "jpg": jpg(n)} for n in range(start, 24, 2)]
         for start in (0, 1)
@@ -134,11 +135,16 @@ def test_rows_that_are_kept_later_are_embedded_alone_in_the_order_of_the_images(
         counts = {"rows": {"in": 24, "kept": len(kept), "dropped": 24 - len(kept), "failed": 0}}
         dedup_facts = {**facts, **counts, "places": write_kept_places(root, selection, facts)}
         dedup = Artifact("dedup", "f", selection, f"d{number}", dedup_facts, 0.0)
+        if embedded:
+            first = tables.read(embedded[0].uri)
+            late = first.slice(2, 3).set_column(1, "caption", pa.array(["late"] * 3))
+            tables.append_files(embedded[0].uri, [tables.write_part(embedded[0].uri, "0-late", late)], SCHEMA)
         result = execute(Call(embed_stage, EmbedConfig(batch_size=4)), run, [dedup, clip_artifact])
         assert isinstance(result, Artifact), result
         embedded.append(result)
     assert [artifact.facts["embedded_now"] for artifact in embedded] == [8, 16]
     version = embedded[1].facts["embeddings_version"]
+    assert "late" not in tables.read(embedded[1].uri, version, ["key", "caption"])["caption"].to_pylist()
     assert tables.read(embedded[1].uri, version, ["key"])["key"].to_pylist() == [key(n) for n in range(24)]
     for uri in tables.files(embedded[1].uri, version):
         numbers = [int(each, 16) >> 116 for each in tables.read_file(uri, ["key"])["key"].to_pylist()]

@@ -1,0 +1,420 @@
+"""Verification of a storage: every file that records refer to is there and holds the bytes that were written.
+
+`survey` lists these files and finds those that are missing; `state_of` checks one file. Digests are where `unclip.seals`
+describes. Files without one, which earlier versions wrote, count as not covered.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import re
+import shlex
+import sqlite3
+import urllib.parse
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from tasks import index, references, tables
+from tasks.references import Folder, Version
+from tasks.store import DEFAULT_ROOT, TOMBSTONES, Store
+from tasks.tombstones import RECORDED
+from unclip import files, seals
+from unclip.errors import DamagedError
+from unclip.seals import MANIFEST
+
+State = Literal["sound", "damaged", "not covered", "missing"]
+
+_RANGE = re.compile(r"^(.*/)?([^/]*?)(\d{5})-of-(\d{5})(\.\w+)$")
+_TABLES = ("images", "index", "embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A file that a record refers to."""
+
+    uri: str
+    size: int
+    """Bytes; 0 if it is missing."""
+    what: str
+    """Content, for people."""
+    remedy: str
+    """Commands that make it again, for people."""
+    sha256: str | None = None
+    """Digest in a manifest; None if the file carries its own."""
+    committed: str | None = None
+    """Digest in the commit of a table, for a file that carries none."""
+    folder: Folder | None = None
+    """Folder of the stage that wrote it."""
+    part: tuple[str, str] | None = None
+    """Kind and name of the Delta table that it is a part of."""
+    is_disposable: bool = False
+    """The next run writes it anew if it is missing."""
+    is_foreign: bool = False
+    """A library wrote it, so it carries no digest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A file that is not as it was written."""
+
+    item: Item
+    state: Literal["damaged", "missing"]
+
+
+def state_of(item: Item) -> State:
+    """Check all bytes of a file."""
+    if not files.exists(item.uri):
+        return "missing"
+    try:
+        if item.sha256 is not None:
+            return "sound" if files.digest(item.uri) == item.sha256 else "damaged"
+        if item.uri.endswith("/mlflow.db") and not _is_sound_database(item.uri):
+            return "damaged"
+        if item.is_foreign:
+            return "not covered"
+        if item.uri.endswith(seals.SEALED):
+            state = _state_of_sealed(item.uri)
+        elif item.uri.endswith(".json"):
+            state = state_of_json(files.read(item.uri))
+        else:
+            state = "not covered"
+        if state == "not covered" and item.committed is not None:
+            return "sound" if files.digest(item.uri) == item.committed else "damaged"
+        return state
+    except FileNotFoundError:  # deleted meanwhile
+        return "missing"
+
+
+def _state_of_sealed(uri: str) -> State:
+    filesystem, path = files.locate(uri)
+
+    def action() -> State:
+        with filesystem.open_input_file(path) as file:
+            return seals.check(file)
+
+    return files.with_retries(uri, action)
+
+
+def state_of_json(data: bytes) -> State:
+    """Check all bytes of a JSON file that `files.write_json` wrote."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return "damaged"
+    if not isinstance(value, dict):
+        return "not covered"
+    if files.CHECKSUM in value:
+        # The same content in other bytes, such as upper-case digits, is damage too.
+        return "sound" if files.encode_json(without(value, files.CHECKSUM)) == data else "damaged"
+    has_checksum = any(
+        json.loads(files.encode_json(without(value, name)))[files.CHECKSUM] == value[name]
+        for name in value
+        if isinstance(value[name], str) and len(value[name]) == 64
+    )
+    return "damaged" if has_checksum else "not covered"  # damaged in the name of its key
+
+
+def without(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: inner for key, inner in value.items() if key != name}
+
+
+def check_all(items: Sequence[Item], jobs: int, on_done: Callable[[Item], None] = lambda _: None) -> list[State]:
+    """Check files in `jobs` threads; returns their states in order."""
+    with concurrent.futures.ThreadPoolExecutor(jobs, thread_name_prefix="verify") as pool:
+        states = []
+        for item, state in zip(items, pool.map(state_of, items), strict=True):
+            states.append(state)
+            on_done(item)
+        return states
+
+
+def survey(store: Store) -> list[Item]:
+    """All files that records refer to, with those that are missing."""
+    return [*_Survey(store).items()]
+
+
+class _Survey:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.pipelines = references.pipelines(store)
+        self.records = dict(references.committed(store))
+        try:
+            self.versions = references.dataset_versions(store)
+        except Exception:  # the items of the table say what is wrong
+            self.versions = []
+
+    def items(self) -> Iterator[Item]:
+        yield from self._records()
+        yield from self._tables()
+        yield from self._folders()
+        yield from self._stacks()
+        yield from self._mlflow()
+
+    def _records(self) -> Iterator[Item]:
+        for folder in self.records:
+            what = f"commit record of the stage {folder.stage}"
+            yield self._file(*folder.record, what=what, folder=folder, remedy=self._rerun(folder))
+        history = "restore it from a copy, or remove it: it is history, from which nothing is made"
+        for run_id in self.store.list("runs"):
+            for name in self.store.list("runs", run_id):
+                if name.endswith(".json"):
+                    yield self._file("runs", run_id, name, what="record of a run", remedy=history)
+        for name in self.store.list("takedowns"):
+            if name.endswith(".json"):
+                yield self._file("takedowns", name, what="ledger of a takedown", remedy="restore it from a copy")
+        for name in self.store.list(*RECORDED):
+            what, remedy = "recorded takedown", "repeat the takedown, and remove the file"
+            yield self._file(*RECORDED, name, what=what, remedy=remedy)
+        for name in self.store.list("attempts"):
+            remedy = self._dropped(self._run())
+            yield self._file("attempts", name, what="number of a download attempt", remedy=remedy, is_disposable=True)
+        for name in self.store.list("scenes"):
+            remedy = self._dropped(self._run())
+            yield self._file("scenes", name, what="list of procedural images", remedy=remedy, is_disposable=True)
+        if self.store.exists(TOMBSTONES):
+            remedy = "restore it from a copy, or repeat the takedowns that the files in takedowns/ list, before any run"
+            yield self._file(TOMBSTONES, what="everything that was taken down", remedy=remedy)
+        for pipeline in self.store.list("results"):
+            remedy = f"`{self._run(pipeline)}`"
+            yield from self._folder(("results", pipeline), f"results of {pipeline}", remedy)
+
+    def _tables(self) -> Iterator[Item]:
+        needed: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
+        runs: dict[tuple[str, ...], str] = {}
+        for version in references.versions_in(self.versions):
+            needed[version.table].add(version.number)
+        for folder, record in self.records.items():
+            for version in references.versions_in(record):
+                needed[version.table].add(version.number)
+                runs[version.table] = self._run(self.pipelines.get(folder))
+        paths: list[tuple[str, ...]] = [(kind, name) for kind in _TABLES for name in self.store.list(kind)]
+        for path in [*paths, ("snapshots",)]:
+            if self.store.exists(*path):
+                yield from self._table(path, needed[path], runs.get(path, self._run()))
+
+    def _table(self, path: tuple[str, ...], needed: Collection[int], run: str) -> Iterator[Item]:
+        """Log of a table, and the parts of its newest version and of those that records refer to."""
+        table, name = self.store.uri(*path), "/".join(path)
+        remedy = f"restore it from a copy; or remove the folder {table} and `{run}`, which makes all of the table again"
+        entries = {entry.name: entry for entry in files.walk(table)}
+        expected = _expected(table, [MANIFEST] if MANIFEST in entries else [])
+        logs = [entry for entry in entries if entry.startswith("_delta_log/")]
+        for each in sorted({*logs, *expected}):
+            size = entries[each].size if each in entries else 0
+            what = f"log of the table {name}"
+            yield Item(f"{table}/{each}", size, what, remedy, expected.get(each), is_foreign=True)
+        if MANIFEST in entries:
+            yield Item(f"{table}/{MANIFEST}", entries[MANIFEST].size, f"digests of the log of {name}", remedy)
+        try:
+            newest = set(map(_name, tables.files(table)))
+            committed = tables.recorded_hashes(table)
+        except Exception:  # whatever a damaged log makes of Delta's reader
+            yield Item(f"{table}/_delta_log/missing", 0, f"log of the table {name}: it cannot be read", remedy)
+            return
+        older: set[str] = set()
+        for number in needed:
+            try:
+                older |= set(map(_name, tables.files(table, number)))
+            except Exception:  # the log of an old version may be gone
+                continue
+        part = (path[0], path[-1])
+        remedy = self._dropped(run)
+        for each in sorted(newest | (older & entries.keys())):  # a takedown deletes files of older versions
+            size = entries[each].size if each in entries else 0
+            what = f"part of the table {name}"
+            yield Item(f"{table}/{each}", size, what, remedy, committed=committed.get(each), part=part)
+
+    def _folders(self) -> Iterator[Item]:
+        """Files of all stages that are done, and whatever records refer to in them."""
+        values = {folder: record for folder, record in self.records.items() if record is not None}
+        named: dict[Folder, set[str]] = collections.defaultdict(set)
+        for record in [*values.values(), *self.versions, *self._published()]:
+            for folder, path in references.folders_in(record):
+                named[folder].add(path)
+        for folder in sorted(self.records):
+            what = f"file of the stage {folder.stage}"
+            yield from self._folder(folder.path, what, self._rerun(folder), folder, named[folder])
+
+    def _folder(
+        self,
+        path: Sequence[str],
+        what: str,
+        remedy: str,
+        folder: Folder | None = None,
+        named: Collection[str] = (),
+    ) -> Iterator[Item]:
+        """Files of a folder and those that its manifests, its ranges or records expect in it."""
+        root = self.store.uri(*path)
+        entries = {entry.name: entry for entry in files.walk(root)}
+        expected = _expected(root, [name for name in entries if _name(name) == MANIFEST])
+        for name, entry in entries.items():
+            yield Item(f"{root}/{name}", entry.size, what, remedy, expected.get(name), folder=folder)
+        missing = {*expected, *_others(root), *_missing_ranges(entries)} - entries.keys()
+        missing |= {name for name in named if name and not any(_is_in(entry, name) for entry in entries)}
+        for name in sorted(missing):
+            yield Item(f"{root}/{name}", 0, what, remedy, folder=folder)
+
+    def _stacks(self) -> Iterator[Item]:
+        for name in self.store.list("published"):
+            folder = self._publisher(name.removesuffix(".json"))
+            remedy = "`unclip import` it again under another name" if folder is None else self._rerun(folder)
+            yield self._file("published", name, what="record of a published stack", remedy=remedy, folder=folder)
+        for name in self.store.list("imported"):
+            remedy = f"remove the folder and `unclip import` again with --name {name}"
+            yield from self._folder(("imported", name), "imported stack", remedy)
+
+    def _published(self) -> Iterator[Any]:
+        for name in self.store.list("published"):
+            with contextlib.suppress(DamagedError):
+                yield self.store.read_json("published", name)
+
+    def _publisher(self, name: str) -> Folder | None:
+        """Stage that published a stack last."""
+        stages = [
+            folder
+            for folder in self.pipelines
+            if (record := self.records.get(folder)) is not None and "alias" in record.get("facts", {})
+            if record["facts"]["name"] == name
+        ]
+        return stages[-1] if stages else None
+
+    def _mlflow(self) -> Iterator[Item]:
+        remedy = "restore mlflow.db and mlflow-artifacts from a copy"
+        if not self.store.is_local:
+            return
+        yield from self._folder(("mlflow-artifacts",), "artifact of MLflow", remedy)
+        if self.store.exists("mlflow.db"):
+            yield self._file("mlflow.db", what="database of MLflow", remedy=remedy, is_foreign=True)
+
+    def _file(self, *path: str, what: str, remedy: str, **facts: Any) -> Item:
+        uri = self.store.uri(*path)
+        return Item(uri, files.size_of(uri), what, remedy, **facts)
+
+    def _rerun(self, folder: Folder) -> str:
+        return self._dropped(self._run(self.pipelines.get(folder)))
+
+    def _run(self, pipeline: str | None = None) -> str:
+        """Command that runs a pipeline; None stands for the only one of the storage."""
+        known = set(self.pipelines.values())
+        return self._command("unclip run", pipeline or (known.pop() if len(known) == 1 else "PIPELINE"))
+
+    def _dropped(self, command: str) -> str:
+        return f"`{self._command('unclip verify --drop')}`, then `{command}`"
+
+    def _command(self, *words: str) -> str:
+        option = [] if self.store.root == Store(DEFAULT_ROOT).root else ["--storage", self.store.root]
+        return shlex.join([*" ".join(words).split(), *option])
+
+
+def _expected(root: str, manifests: Iterable[str]) -> dict[str, str]:
+    """Name below the root -> sha256, from all readable manifests."""
+    found: dict[str, str] = {}
+    for manifest in manifests:
+        start = manifest.removesuffix(MANIFEST)
+        try:
+            hashes = files.read_json(f"{root}/{manifest}")["sha256"]
+            found |= {f"{start}{name}": digest for name, digest in hashes.items()}
+        except (DamagedError, KeyError, TypeError, AttributeError):  # the manifest itself is an item
+            continue
+    return found
+
+
+def _others(root: str) -> list[str]:
+    """Names of the files that a folder's manifest expects without a digest; see `seals.cover`."""
+    manifest = f"{root}/{MANIFEST}"
+    with contextlib.suppress(DamagedError, AttributeError, TypeError):
+        return list(files.read_json(manifest).get("others", ())) if files.exists(manifest) else []
+    return []
+
+
+def _missing_ranges(names: Iterable[str]) -> set[str]:
+    """Names of the files that lack among those that are named after ranges, `00003-of-00016`."""
+    groups: dict[tuple[str, int, str], set[int]] = collections.defaultdict(set)
+    for name in names:
+        if match := _RANGE.match(name):
+            groups[f"{match[1] or ''}{match[2]}", int(match[4]), match[5]].add(int(match[3]))
+    return {
+        f"{start}{number:05d}-of-{count:05d}{end}"
+        for (start, count, end), found in groups.items()
+        for number in set(range(count)) - found
+    }
+
+
+def _is_in(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}/")
+
+
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def _is_sound_database(path: str) -> bool:
+    try:
+        with sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=ro", uri=True) as connection:
+            return bool(connection.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
+    except sqlite3.Error:
+        return False
+
+
+def drop(store: Store, problems: Sequence[Problem]) -> list[Problem]:
+    """Drop damaged and missing files, with the commit records that refer to them, so that the next run makes them again.
+
+    Rows of a damaged part leave its table, and are fetched or embedded again. The caller holds the lock of the storage. To
+    resume after an interruption, call it again.
+
+    Returns:
+        Problems that remain, since no run makes these files.
+    """
+    parts: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
+    folders, dropped, remaining = set[Folder](), list[Item](), list[Problem]()
+    for problem in problems:
+        item = problem.item
+        if item.part is not None:
+            parts[item.part].add(_name(item.uri))
+        elif item.folder is not None:
+            folders.add(item.folder)
+        elif not item.is_disposable:
+            remaining.append(problem)
+            continue
+        dropped.append(item)
+
+    records = dict(references.committed(store))
+    lost = _versions_with(store, parts, set(references.versions_in(list(records.values()))))
+    for folder, record in records.items():
+        named = {each for each, _ in references.folders_in(record)}
+        is_unlisted = folder.stage == "curate" and ("snapshots", "snapshots") in parts  # it lists its version again
+        if folder in folders or named & folders or is_unlisted or lost.intersection(references.versions_in(record)):
+            files.delete(store.uri(*folder.record))
+    for (kind, name), names in parts.items():
+        if kind == "index":
+            files.delete(store.uri("index", name))  # the next run makes it again
+            continue
+        table = store.uri(kind) if kind == "snapshots" else store.uri(kind, name)
+        current = names.intersection(map(_name, tables.files(table)))
+        version = tables.remove_files(table, sorted(current)) if current else tables.version(table)
+        if kind == "images" and version is not None and store.exists("index", name):
+            index.update_index(table, version)
+    for item in dropped:
+        if item.folder is not None:
+            root, manifest = store.uri(*item.folder.path), item.uri
+            while (manifest := manifest.rpartition("/")[0]).startswith(root):  # a manifest marks a folder as complete
+                files.delete(f"{manifest}/{MANIFEST}")
+        files.delete(item.uri)
+    return remaining
+
+
+def _versions_with(
+    store: Store, parts: Mapping[tuple[str, str], Collection[str]], versions: Iterable[Version]
+) -> set[Version]:
+    """Versions that have one of the parts; any version of an index, which is made again as a whole."""
+    found = set()
+    for version in versions:
+        names = parts.get(version.table, ())
+        if names and (
+            version.kind == "index"
+            or not set(names).isdisjoint(map(_name, tables.files(store.uri(*version.table), version.number)))
+        ):
+            found.add(version)
+    return found

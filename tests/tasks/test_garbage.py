@@ -1,0 +1,151 @@
+"""Garbage of a storage: what is needed stays, with all that it refers to."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tasks import garbage, references, tables
+from tasks.references import Folder, Version
+from tasks.run_records import beat
+from tasks.store import Store
+from unclip import files
+from unclip.errors import DamagedError
+
+PLACE = {"storage": "storage://", "here": "", "elsewhere": "/gone/before/", "bucket": "s3://bucket/some/prefix/"}
+
+
+def folder(stage: str, number: int) -> Folder:
+    return Folder(stage, f"{number:064x}")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path))
+
+
+def finish(store: Store, stage: str, number: int, facts: Any = None, run: str | None = None) -> Folder:
+    """Write the files, the commit record and, for a run, the event of a stage."""
+    done = folder(stage, number)
+    files.write(store.uri(*done.path, "model", "model.safetensors"), b"weights")
+    files.write(store.uri(*done.path, "checkpoints", "1", "manifest.json"), b"{}")
+    record = {"stage": stage, "uri": store.uri(*done.path, "model"), "digest": f"{number}", "facts": facts or {}}
+    store.write_json(record, *done.record)
+    if run:
+        reach(store, done, run)
+    return done
+
+
+def reach(store: Store, reached: Folder, run: str, state: str = "done") -> None:
+    record = {"pipeline": "tiny", "state": state, "host": "elsewhere", "pid": 1}
+    store.write_json(record, "runs", run, "run.json")
+    beat(store, run)
+    event = {"stage": reached.stage, "fingerprint": reached.fingerprint}
+    store.write_json(event, "runs", run, f"{reached.stage}.json")
+
+
+def found(store: Store, days: float = 0) -> dict[str, str]:
+    time.sleep(0.01)  # the clock of the file system is coarse
+    return {each.path: each.what for each in garbage.find(store, [], days)}
+
+
+@pytest.mark.parametrize("root", PLACE.values(), ids=list(PLACE))
+def test_references_are_found_wherever_the_storage_was(root: str) -> None:
+    own = folder("prior", 7)
+    path = f"{root}artifacts/prior/{own.fingerprint}"
+    value = {"a": [f"{path}/model"], "b": {"c": f"local-dir:{path}/open_clip"}, "d": path, "e": "artifacts/prior/7"}
+    assert list(references.folders_in(value)) == [(own, "model"), (own, "open_clip"), (own, "")]
+    snapshot = {"images": f"{root}images/0a1b", "images_version": 3, "index_version": 2, "embeddings": None}
+    assert list(references.versions_in([{"facts": snapshot}])) == [
+        Version("images", "0a1b", 3),
+        Version("index", "0a1b", 2),
+    ]
+
+
+def test_the_last_result_of_a_stage_stays_and_an_older_one_goes(store: Store) -> None:
+    old, new = finish(store, "prior", 1, run="r1"), finish(store, "prior", 2, run="r2")
+    never_reached, unfinished = finish(store, "prior", 3), folder("prior", 4)
+    files.write(store.uri(*unfinished.path, "checkpoints", "1", "a"), b"")
+    assert found(store, days=1) == {}
+    paths = found(store)
+    for gone in (old, never_reached):
+        assert paths["/".join(gone.path)] == "result of the stage prior"
+    assert paths["/".join(unfinished.path)] == "unfinished stage prior"
+    assert paths["/".join((*new.path, "checkpoints"))] == "checkpoints of a finished training"
+    assert "/".join(new.path) not in paths and "/".join((*new.path, "model")) not in paths
+    reach(store, unfinished, "r3", "failed")  # the same command resumes it
+    assert "/".join(unfinished.path) not in found(store) and "/".join(new.path) in found(store)
+    reach(store, old, "r0", "running")
+    assert "/".join(old.path) not in found(store), "an older run is still running"
+
+
+def test_what_a_needed_result_refers_to_stays(store: Store) -> None:
+    first = finish(store, "ingest", 1)
+    second = finish(store, "filter", 2, {"pairs": store.uri(*first.path, "pairs")})
+    other = finish(store, "publish", 3)
+    published = finish(store, "publish", 4)
+    finish(store, "evaluate", 5, {"stack": {"models": [["prior", store.uri(*second.path)]]}})
+    assert len(found(store)) == 5
+    store.write_json({"stack": store.uri(*published.path, "stack")}, "published", "tiny.json")
+    store.write_json(
+        {"pipeline": "tiny", "artifacts": {"evaluate": folder("evaluate", 5).fingerprint}},
+        "results",
+        "tiny",
+        "summary.json",
+    )
+    whole = {path for path in found(store) if path.count("/") == 2}
+    assert whole == {"/".join(other.path)}
+
+
+def test_a_selection_that_takedowns_search_stays(store: Store) -> None:
+    selecting = finish(store, "dedup", 1)
+    files.write(store.uri(*selecting.path, "places", "train.arrow"), b"a")
+    assert "/".join((*selecting.path, "places")) in found(store) and "/".join(selecting.path) not in found(store)
+
+
+def test_parts_of_needed_versions_stay(store: Store) -> None:
+    table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
+    parts = [tables.write_part(table, name, rows) for name in ("a", "b", "c", "orphan")]
+    versions = [
+        tables.append_files(table, [part], rows.schema, removed=[before])
+        for part, before in zip(parts[:3], ("", "a.parquet", "b.parquet"), strict=True)
+    ]
+    assert set(found(store)) == {f"images/recipe/{name}.parquet" for name in ("a", "b", "orphan")}
+    finish(store, "filter", 1, {"images": table, "images_version": versions[1], "index_version": 0}, run="r1")
+    gone = {path for path in found(store) if path.startswith("images")}
+    assert gone == {f"images/recipe/{name}.parquet" for name in ("a", "orphan")}
+    garbage.delete(store, garbage.find(store, [], 0))
+    assert tables.read(table)["key"].to_pylist() == ["a"] == tables.read(table, versions[1])["key"].to_pylist()
+    assert [path.name for path in sorted(Path(table).glob("*.parquet"))] == ["b.parquet", "c.parquet"]
+
+
+def test_only_the_last_name_of_a_file_frees_its_bytes(store: Store) -> None:
+    first, second = finish(store, "prior", 1), finish(store, "publish", 2)
+    names = [store.uri(*each.path, "model", "model.safetensors") for each in (first, second)]
+    files.write(names[0], bytes(1000))
+    files.copy(names[0], names[1])
+    time.sleep(0.01)
+    assert sum(each.size for each in garbage.find(store, [], 0)) == 1000 + 2 * len("{}")
+    reach(store, first, "r1")
+    time.sleep(0.01)
+    assert sum(each.size for each in garbage.find(store, [], 0)) == 2 * len("{}")
+
+
+def test_nothing_is_garbage_while_a_record_is_damaged(store: Store) -> None:
+    done = finish(store, "prior", 1)
+    uri = Path(store.uri(*done.record))
+    uri.write_text(uri.read_text().replace('"digest": "1"', '"digest": "2"'))
+    with pytest.raises(DamagedError, match="what it needs is not known"):
+        found(store)
+
+
+def test_the_age_of_a_folder_is_that_of_its_newest_file(store: Store) -> None:
+    done = finish(store, "prior", 1)
+    for path in Path(store.root).rglob("*"):
+        os.utime(path, (0, 0))
+    assert "/".join(done.path) in found(store, days=1)
+    files.write(store.uri(*done.path, "curve.tsv"), b"")
+    assert "/".join(done.path) not in found(store, days=1)

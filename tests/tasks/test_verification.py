@@ -1,0 +1,166 @@
+"""Verification of a storage: damaged and missing files are found, named and dropped."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tasks import tables, verification
+from tasks.references import Folder
+from tasks.store import Store
+from tasks.verification import Item, Problem, state_of, state_of_json, survey
+from tests.tasks.datasets import kept_selection, key, write_folder, write_images, write_kept_places
+from unclip import files, seals
+
+FINGERPRINT = "ab" * 32
+
+
+def image(number: int) -> dict[str, Any]:
+    return {
+        "key": key(number),
+        "url": f"http://a/{number}",
+        "caption": "a",
+        "status": "ok",
+        "jpg": bytes([number]) * 99,
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Storage with an images table and a stage that selected its rows."""
+    store = Store(str(tmp_path))
+    images = write_images(store.root, [image(number) for number in range(4)], [image(number) for number in (4, 5)])
+    folder = store.uri("artifacts", "dedup", FINGERPRINT)
+    selection = write_folder(f"{folder}/selection", kept_selection({key(number): "train" for number in range(6)}), 2)
+    places = write_kept_places(folder, selection, images)
+    files.write(f"{folder}/page.html", b"<html>")
+    seals.cover(folder)
+    facts = {**images, "places": places}
+    record = {"stage": "dedup", "fingerprint": FINGERPRINT, "uri": selection, "digest": "0", "facts": facts}
+    store.write_json({**record, "seconds": 1.0}, "stages", "dedup", f"{FINGERPRINT}.json")
+    run = {"pipeline": "tiny", "state": "done", "host": "a", "pid": 1, "config": {}}
+    store.write_json(run, "runs", "r1", "run.json")
+    store.write_json({"stage": "dedup", "fingerprint": FINGERPRINT}, "runs", "r1", "dedup.json")
+    store.write_json({"stack": "", "digest": "0", "at": 0.5}, "published", "tiny.json")
+    return store
+
+
+def problems(store: Store) -> list[Problem]:
+    return [
+        Problem(item, state)
+        for item in survey(store)
+        if (state := state_of(item)) in ("damaged", "missing")  # type: ignore[comparison-overlap]
+    ]
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def flip(uri: str, bit: int) -> bytes:
+    """Flip one bit of a file; returns its content before."""
+    before = Path(uri).read_bytes()
+    Path(uri).write_bytes(flipped(before, bit))
+    return before
+
+
+def test_f78_every_flipped_bit_of_a_record_is_found() -> None:
+    data = files.encode_json({"stage": "dedup", "facts": {"name": "é", "share": 1e-07, "rows": [1, None]}, "uri": "/a"})
+    assert state_of_json(data) == "sound"
+    for bit in range(8 * len(data)):
+        assert state_of_json(flipped(data, bit)) == "damaged", data[max(0, bit // 8 - 20) : bit // 8 + 20]
+
+
+def test_f78_flipped_bits_of_a_storage_are_found(store: Store) -> None:
+    items = survey(store)
+    assert {state_of(item) for item in items} == {"sound"} and len(items) > 15
+    rng = random.Random(0)
+    for _ in range(400):
+        item = rng.choice(items)
+        before = flip(item.uri, rng.randrange(8 * item.size))
+        assert state_of(item) == "damaged", item.uri
+        Path(item.uri).write_bytes(before)
+
+
+def test_f79_missing_and_truncated_files_are_found(store: Store) -> None:
+    for item in survey(store):
+        before = Path(item.uri).read_bytes()
+        Path(item.uri).write_bytes(before[: item.size // 2])
+        assert item.uri in [problem.item.uri for problem in problems(store)]
+        Path(item.uri).unlink()
+        found = problems(store)
+        # Records of runs and stacks, and manifests, are those that refer to other files.
+        is_referred_to = not item.uri.endswith(("run.json", "dedup.json", "manifest.json", "tiny.json", "b.json"))
+        assert item.uri in [problem.item.uri for problem in found] or not is_referred_to
+        Path(item.uri).write_bytes(before)
+    assert not problems(store)
+
+
+def test_f80_files_of_earlier_versions_are_not_covered_or_by_the_log_of_their_table(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    table = store.uri("images", "recipe")
+    rows = pa.table({"key": [key(1)]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seals, "seal", bytes)
+        patch.setattr(tables, "cover_log", lambda _: None)
+        part = tables.write_part(table, "part", rows)
+        tables.append_files(table, [part], rows.schema)
+        tables.write_file(store.uri("scenes", "a.parquet"), rows)
+    files.write(store.uri("attempts", "recipe.json"), b"1")
+    states = {item.uri.removeprefix(f"{store.root}/"): state_of(item) for item in survey(store)}
+    assert states.pop("images/recipe/part.parquet") == "sound", "the commit has its digest"
+    assert set(states.values()) == {"not covered"} and len(states) == 3
+    flip(f"{table}/part.parquet", 99)
+    assert [problem.item.part for problem in problems(store)] == [("images", "recipe")]
+
+
+def test_f78_a_damaged_part_leaves_its_table_with_the_records_of_its_versions(store: Store) -> None:
+    part = store.uri("images", "recipe", "part0.parquet")
+    flip(part, 1000)
+    found = problems(store)
+    assert [problem.item.uri for problem in found] == [part]
+    storage = f"--storage {store.root}"
+    assert found[0].item.remedy == f"`unclip verify --drop {storage}`, then `unclip run tiny {storage}`"
+    assert verification.drop(store, found) == []
+    assert tables.read(store.uri("images", "recipe"))["key"].to_pylist() == [key(4), key(5)]
+    assert tables.read(store.uri("index", "recipe"))["key"].to_pylist() == [key(4), key(5)]
+    assert not store.exists("stages", "dedup", f"{FINGERPRINT}.json") and not Path(part).exists()
+    assert not problems(store)
+    # A new part of the same rows may have the same name.
+    table, schema = store.uri("images", "recipe"), tables.read(store.uri("images", "recipe")).schema
+    new = tables.write_part(table, "part0", pa.Table.from_pylist([image(0)], schema))
+    tables.append_files(table, [new], schema)
+    assert tables.read(table).num_rows == 3
+
+
+def test_f78_a_damaged_file_of_a_stage_is_dropped_with_what_marks_it_as_complete(store: Store) -> None:
+    folder = Folder("dedup", FINGERPRINT)
+    page = store.uri(*folder.path, "page.html")
+    flip(page, 3)
+    flip(store.uri("published", "tiny.json"), 90)
+    found = problems(store)
+    assert {problem.item.uri for problem in found} == {page, store.uri("published", "tiny.json")}
+    assert "unclip run tiny" in next(problem.item.remedy for problem in found if problem.item.uri == page)
+    [remaining] = verification.drop(store, found)
+    assert remaining.item.uri == store.uri("published", "tiny.json"), "no stage of this storage published it"
+    assert not store.exists(*folder.record) and not store.exists(*folder.path, seals.MANIFEST)
+    assert store.exists(*folder.path, "selection"), "the stage finds the rest"
+
+
+def test_f78_a_log_that_cannot_be_read_does_not_hide_other_damage(store: Store) -> None:
+    [log] = [item for item in survey(store) if "images/recipe/_delta_log" in item.uri]
+    Path(log.uri).write_text("{")
+    flip(store.uri("artifacts", "dedup", FINGERPRINT, "page.html"), 3)
+    found = {problem.item.uri.rpartition("/")[2]: problem for problem in problems(store)}
+    assert {"page.html", "00000000000000000000.json"} <= found.keys()
+    assert "restore it from a copy" in found["00000000000000000000.json"].item.remedy
+
+
+def test_an_item_that_disappears_is_missing(tmp_path: Path) -> None:
+    assert state_of(Item(str(tmp_path / "a.json"), 0, "", "")) == "missing"
+    assert state_of(Item(str(tmp_path / "a.parquet"), 0, "", "")) == "missing"
+    assert state_of(Item(str(tmp_path / "a.bin"), 0, "", "", sha256="0")) == "missing"
