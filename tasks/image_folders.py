@@ -44,7 +44,7 @@ def walk(root: str) -> Iterator[Folder]:
 
 def has_images(root: str) -> bool:
     """Return True if there are images at or below a folder."""
-    return any(folder.images or folder.metadata for folder in walk(root))
+    return any(folder.images for folder in walk(root))
 
 
 def digest_of(root: str) -> Iterator[str]:

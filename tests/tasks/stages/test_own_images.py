@@ -209,3 +209,6 @@ def test_f103_folders_of_lists_stay_lists_and_images_need_captions(photos: Path,
     (photos / "list.csv").write_text("url,caption\nhttp://a.example/1.jpg,a cat\n")
     assert find_local_root(IngestConfig(str(photos))) is None
     assert [row["url"] for row in ingested(tmp_path / "storage", urls=str(photos))] == ["http://a.example/1.jpg"]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "metadata.csv").write_text("url,caption\nhttp://a.example/1.jpg,a cat\n")
+    assert len(ingested(tmp_path / "storage", urls=f"{tmp_path}/lists")) == 1
