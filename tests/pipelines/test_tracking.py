@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from tasks.database import database_uri
 from tasks.tracking import client
@@ -33,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, tracking_uri: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a pipeline with a Ray that cannot start, so that it ends after what it tells MLflow."""
+    ray.shutdown()  # of tests before
     environment = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", **environment}
     arguments = ["--set", f"ingest.urls={folder / 'pairs.parquet'}", "--storage", folder / "storage"]
     pairs = str(folder / "pairs.parquet")

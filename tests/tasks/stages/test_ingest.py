@@ -487,7 +487,7 @@ def test_rows_that_were_taken_down_are_refused_whatever_their_texts_are() -> Non
             host = urllib.parse.urlsplit(url).hostname or ""
         except ValueError:  # "[::1" is no host
             host = ""
-        labels = host.split(".")
+        labels = host.removesuffix(".").split(".")
         is_below = any(".".join(labels[start:]) in tombstones.domains for start in range(len(labels)))
         return key in tombstones.keys or url in tombstones.urls or is_below
 
