@@ -29,12 +29,12 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-WHOLE_RUNS := tests/pipelines/test_data_half.py tests/pipelines/test_end_to_end.py
+WHOLE_RUNS := tests/pipelines/test_end_to_end.py
 # The longest files come first, so that neither process waits for the other at the end.
-LONGEST := tests/pipelines/test_toy_system.py tests/unclip/training/test_training_on_workers.py
+LONGEST := tests/pipelines/test_data_half.py tests/pipelines/test_toy_system.py tests/unclip/training/test_training_on_workers.py
 PARTS := --numprocesses 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests $(addprefix --ignore=,$(WHOLE_RUNS))
 
-test: lint ## Run the tests: parts side by side in two processes, then whole runs, which need both CPUs, by themselves
+test: lint ## Run the tests: parts side by side in two processes, then a whole run, which needs both CPUs, by itself
 	$(BIN)/python -m pytest $(PARTS)
 	$(BIN)/python -m pytest $(WHOLE_RUNS)
 

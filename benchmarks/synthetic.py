@@ -228,6 +228,7 @@ def _write_embeddings(data: Dataset, table_uri: str, shard: Any) -> tables.Part:
     tokens = rng.integers(1, 49408, (len(keys), _TOKENS), np.int32)
     tokens[np.arange(_TOKENS) >= rng.integers(8, 24, (len(keys), 1))] = 0
     columns = [table["key"], table["caption"], _lists(image), _lists(text), (image * text).sum(axis=1), _lists(tokens)]
+    columns.append(np.zeros(len(keys), np.int32))  # tokens lost
     image_file = shard.uri.rpartition("/")[2].removesuffix(".parquet")
     name = f"{image_file}-{fingerprint(keys, 'fp32')[:16]}"
     return tables.write_part(table_uri, name, pa.table(columns, SCHEMA))

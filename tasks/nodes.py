@@ -34,5 +34,7 @@ def egress_labels(nodes: Sequence[Node]) -> dict[str, str]:
 
 
 def with_egress() -> dict[str, Any]:
-    """Options of Ray tasks that reach the internet."""
-    return {"label_selector": egress_labels(alive())}
+    """Options of Ray tasks that reach the internet; a cluster that the first task will start has this machine alone."""
+    import ray
+
+    return {"label_selector": egress_labels(alive()) if ray.is_initialized() else {}}

@@ -12,11 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from tasks.database import database_uri
 from tasks.tracking import client
-from tests.pipelines.command_line import call
+from tests.pipelines.command_line import call, call_apart
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +31,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, tracking_uri: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, tracking_uri: str, reaches_ray: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a pipeline with a Ray that cannot start, so that it ends after what it tells MLflow."""
-    ray.shutdown()  # of tests before
     environment = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", **environment}
     arguments = ["--set", f"ingest.urls={folder / 'pairs.parquet'}", "--storage", folder / "storage"]
     pairs = str(folder / "pairs.parquet")
-    result = call("run", "text_to_image", *arguments, RAY_TMPDIR=pairs, RAY_ADDRESS="", **environment)
+    command = call_apart if reaches_ray else call  # this process may have a cluster of tests
+    result = command("run", "text_to_image", *arguments, RAY_TMPDIR=pairs, RAY_ADDRESS="", **environment)
     assert result.returncode == 2
     return result
 
@@ -72,7 +73,7 @@ def server(status: int, body: bytes) -> Iterator[str]:
 
 def test_f111_ray_that_does_not_start_and_f113_a_deleted_experiment_that_is_restored(folder: Path) -> None:
     uri = database_uri(str(folder / "mlflow.db"))
-    result = run(folder, uri)
+    result = run(folder, uri, reaches_ray=True)
     line = message(result)
     assert line.startswith("error: cluster: Ray does not start on this machine: ")
     assert str(folder / "pairs.parquet") in line and "RAY_TMPDIR names another folder" in line
@@ -110,6 +111,6 @@ def test_f113_an_mlflow_that_refuses_a_run_ends_the_command(folder: Path) -> Non
 def test_f113_an_outage_of_mlflow_leaves_a_run_untracked(folder: Path) -> None:
     with server(503, b"a page") as unavailable:
         for uri in (unavailable, "http://127.0.0.1:9", "http://nowhere.invalid:5000"):
-            result = run(folder, uri)
+            result = run(folder, uri, reaches_ray=True)
             assert f"MLflow at {uri} does not answer; this run is not tracked: " in result.stdout
             assert "Ray does not start" in result.stderr, "the run goes on"

@@ -35,7 +35,7 @@ def logged(store: Store, empty: Path, location: str | None = None) -> tuple[str,
     tracker.bytes(b"text", "notes/file.txt")
     Path(store.root, "stack").mkdir()
     Path(store.root, "stack", "weights").write_text("w")
-    assert tracker.register(store.uri("stack"), "stack", "model", "newest") == "1"
+    assert tracker.register(store.uri("stack"), "model", "newest") == "1"
     return uri, run_id
 
 
