@@ -29,7 +29,7 @@ from unclip.background import run_periodically
 from unclip.errors import AlreadyRunningError, StorageError
 
 if TYPE_CHECKING:
-    from deltalake import DeltaTable
+    from deltalake import DeltaTable, Schema
 
 TABLES = "tables"
 """Lock of all who change tables: the stages up to the dataset, and takedowns."""
@@ -40,6 +40,7 @@ DYING_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 _RECORD_BYTES = 512
 _LEASE = "unclip.lease"
+_ATTEMPTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,12 +222,19 @@ class _Entry:
     """Newest entry of a register."""
 
     token: int
+    """Version of the register that entered it."""
+    version: int
+    """Newest version of the register."""
     who: str
     given_back: bool
 
 
 class _Register:
-    """Log of the owners of a lease: an empty Delta table, whose versions are the tokens."""
+    """Log of the owners of a lease: an empty Delta table, whose versions are the tokens.
+
+    A version without an entry only creates the table. Of several processes that create it, each may leave one, also late: Delta
+    carries on with a later version if another process was first.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -238,8 +246,10 @@ class _Register:
         table = self._open()
         if table is None:
             return None
-        note = self._note(table)
-        return _Entry(table.version(), note["who"], note["given_back"])
+        for token in range(table.version(), -1, -1):
+            if note := self._note(token):
+                return _Entry(token, table.version(), note["who"], note["given_back"])
+        return _Entry(0, table.version(), "nobody", given_back=True)
 
     def beat(self, token: int) -> Any:
         try:
@@ -249,52 +259,76 @@ class _Register:
 
     def take(self, last: _Entry | None, owner: Owner) -> int | None:
         """Enter a new owner after the entry `last`; returns its token, or None if another one was entered meanwhile."""
-        token = self._enter(last, owner, given_back=False)
-        if token is not None and last is not None:
-            files.delete(self.beat_uri(last.token))  # of an owner that ended without doing so
-        return token
+        if last is None:
+            last = self._create()
+            if last is None or not last.given_back:
+                return None
+        for _ in range(_ATTEMPTS):
+            token = self._enter(last, owner, given_back=False)
+            if token is not None:
+                files.delete(self.beat_uri(last.token))  # of an owner that ended without doing so
+                return token
+            now = self.read()
+            if now is None or now.token != last.token:
+                return None
+            last = now  # only a creation came between
+        return None
 
     def give_back(self, token: int, owner: Owner) -> None:
         """Enter the end of an owner, unless another one took over; its own heartbeat is removed."""
-        now = self.read()
-        if now is not None and now.token == token:
-            self._enter(now, owner, given_back=True)
+        for _ in range(_ATTEMPTS):
+            now = self.read()
+            if now is None or now.token != token or self._enter(now, owner, given_back=True) is not None:
+                break
         files.delete(self.beat_uri(token))
 
-    def _enter(self, last: _Entry | None, owner: Owner, given_back: bool) -> int | None:
-        import pyarrow as pa
-        from deltalake import CommitProperties, Schema, Transaction
+    def _create(self) -> _Entry | None:
+        """Create the register; returns its state, or None if it is there already."""
+        from deltalake import CommitProperties
+        from deltalake.exceptions import DeltaError
+
+        from tasks import tables
+
+        if self._open() is not None:
+            return None
+        with contextlib.suppress(DeltaError):  # another process was first
+            tables.commit_note(self.uri, None, _schema(), CommitProperties())
+        return self.read()
+
+    def _enter(self, last: _Entry, owner: Owner, given_back: bool) -> int | None:
+        from deltalake import CommitProperties, Transaction
         from deltalake.exceptions import DeltaError
 
         from tasks import tables
 
         table, identity = self._open(), os.urandom(8).hex()
-        if (table.version() if table else None) != (last.token if last else None):
+        if table is None or table.version() != last.version:
             return None
+        token = last.version + 1
         note = json.dumps({"who": str(owner), "given_back": given_back, "identity": identity})
         # Two commits of one application are a conflict, so no entry is made between `last` and this one.
-        properties = CommitProperties(
-            {_LEASE: note}, app_transactions=[Transaction(_LEASE, last.token + 1 if last else 0)]
-        )
-        schema = Schema.from_arrow(pa.schema({"key": pa.string()}))
-        try:
-            tables.commit_note(self.uri, table, schema, properties)
-        except DeltaError:
-            # The answer to a request may be lost after it was carried out.
-            table = self._open()
-            if table is None or self._note(table)["identity"] != identity:
-                return None
-        return last.token + 1 if last else 0
+        properties = CommitProperties({_LEASE: note}, app_transactions=[Transaction(_LEASE, token)])
+        with contextlib.suppress(DeltaError):  # the answer to a request may be lost after it was carried out
+            tables.commit_note(self.uri, table, _schema(), properties)
+        return token if self._note(token).get("identity") == identity else None
 
     def _open(self) -> "DeltaTable | None":
         from tasks import tables
 
         return tables.open_table(self.uri)
 
-    def _note(self, table: "DeltaTable") -> dict[str, Any]:
+    def _note(self, version: int) -> dict[str, Any]:
+        """Entry of one version; empty if it has none."""
         from tasks import tables
 
-        return dict(json.loads(tables.note_of(self.uri, table.version())[_LEASE]))
+        return dict(json.loads(tables.note_of(self.uri, version).get(_LEASE, "{}")))
+
+
+def _schema() -> "Schema":
+    import pyarrow as pa
+    from deltalake import Schema
+
+    return Schema.from_arrow(pa.schema({"key": pa.string()}))
 
 
 def _wait_for_lease(register: _Register, root: str, name: str, wait: float) -> _Entry | None:

@@ -209,8 +209,29 @@ def test_f73_only_one_of_many_simultaneous_runs_gets_the_lease(tmp_path: Path) -
             thread.join()
         token += 1
         assert sorted(filter(None, taken)) == [token]
+    for number in range(5):
+        fresh, tokens, together = (
+            locks._Register(f"{tmp_path}/locks/{number}"),
+            list[int | None](),
+            threading.Barrier(6),
+        )
+
+        def create(
+            fresh: locks._Register = fresh, tokens: Any = tokens, together: threading.Barrier = together
+        ) -> None:
+            together.wait()
+            tokens.append(fresh.take(None, ME))
+
+        threads = [threading.Thread(target=create) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [token] = filter(None, tokens)
+        now = fresh.read()
+        assert now is not None and (now.token, now.given_back) == (token, False)
     first = locks._Register(f"{tmp_path}/locks/other")
-    assert (first.take(None, ME), first.take(None, ME)) == (0, None)
+    assert (first.take(None, ME), first.take(None, ME)) == (1, None)
 
 
 def test_f73_an_owner_paused_beyond_its_lease_neither_writes_on_nor_ends_the_next(
