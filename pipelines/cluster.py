@@ -133,7 +133,7 @@ def start_ray(config: PipelineConfig, stages: Collection[str]) -> dict[str, floa
 
 
 def _existing(config: PipelineConfig) -> tuple[str, str | None]:
-    """Where the address of an existing cluster is set, and the address; None for a cluster of this run's own."""
+    """Setting that names an existing cluster, and its address; None for a cluster of this run's own."""
     setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     return setting, None if address == "local" else address or None
@@ -232,7 +232,7 @@ class _Need:
 
 
 def _missing(config: PipelineConfig, stages: Collection[str]) -> list[tuple[_Need, str]]:
-    """What stages need and no node of the cluster offers, with explanations."""
+    """Needs of stages that no node of the cluster offers, with explanations."""
     workers = worker_resources(config).items()
     needs = [_Need(f"one worker of {name}", each.per_worker()) for name, each in workers if name in stages]
     offers = nodes.alive()

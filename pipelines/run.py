@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines import dag as dags
@@ -39,7 +39,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
 
     Takedowns that were recorded come first. One that is recorded while the dataset is being made stops the run's stages; the
     run carries it out and starts again, which costs what the next refresh would cost. During the trainings, which read their own
-    version, a takedown carries itself out.
+    version, `unclip takedown` carries it out itself.
 
     Args:
         until: last stage to run, after the stages it depends on; None runs all stages.
@@ -47,29 +47,40 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
     Raises:
         UnclipError: the checks failed and nothing was started, or a stage failed.
     """
-    import ray
-
     os.environ.update(WORKER_ENVIRONMENT)
     try:
         refuse_shadows(os.getcwd())  # Ray's workers search it first
     except ImportError as error:
         raise ConfigError(str(error)) from None
-    started, given = time.monotonic(), config
-    config = prepare(given, retry_failed)
-    store = Store(config.storage)
-    if carried_out := carry_out_recorded(store):
-        print_carried_out(store, carried_out)
-        config = prepare(given, retry_failed)  # the list is read again without the rows
-    todo = compose(config)
+    started, store = time.monotonic(), Store(config.storage)
+    print_carried_out(store, carry_out_recorded(store))
+    prepared = prepare(config, retry_failed)
+    todo = compose(prepared)
     require(until is None or until in todo, "--until", until, f"a stage: {', '.join(todo)}")
     todo = dags.up_to(todo, until) if until else todo
     states = dags.states(todo, store)
     if all(state.artifact for state in states.values()):
         print(f"{pipeline}: everything is up to date; nothing was started.")
-        _finish(config, pipeline, todo, store)
+        _finish(prepared, pipeline, todo, store)
         return 0
     dags.refuse_if_in_use(states, store)
-    check_cluster(config)
+    check_cluster(prepared)
+    if not _run_stages(pipeline, prepared, until, states, store):
+        print(f"{pipeline}: starts again, without the rows that were taken down", flush=True)
+        attempt = dataclasses.replace(config.download, attempt=prepared.download.attempt)
+        return run_pipeline(pipeline, dataclasses.replace(config, download=attempt), until)
+    print(f"took {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _run_stages(
+    pipeline: str, config: PipelineConfig, until: str | None, states: Mapping[str, dags.State], store: Store
+) -> bool:
+    """Run what is not done; returns False if rows were taken down meanwhile, so that the dataset must be made again.
+
+    Raises:
+        StageError: a stage failed.
+    """
     with contextlib.ExitStack() as whole, contextlib.ExitStack() as scenes:
         if config.scenes is not None and DOWNLOAD in states and states[DOWNLOAD].artifact is None:
             scenes.enter_context(scene_server.serve(config.scenes))
@@ -93,25 +104,27 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         finally:
             close_run(run, store, state)
         if must_repeat:
-            ray.shutdown()  # no task writes a part from here on
-        with contextlib.nullcontext() if must_repeat else contextlib.suppress(AlreadyRunningError):
-            print_carried_out(store, carry_out_recorded(store, WAIT_SECONDS if must_repeat else 0.0))
-        if failures and not must_repeat:
+            _carry_out_alone(store)
+            return False
+        with contextlib.suppress(AlreadyRunningError):  # it carries them out itself
+            print_carried_out(store, carry_out_recorded(store))
+        if failures:
             reason = StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
             if {failure.exit_code for failure in failures} == {StoppedError.exit_code}:
                 reason.exit_code = StoppedError.exit_code  # the same command continues later
             raise reason
-        if not failures:
-            summary = _finish(config, pipeline, dag, store)
-            run.tracker.json(store.portable(summary), "summary.json")
-            flat = flatten(summary)
-            run.tracker.metrics({key: value for key, value in flat.items() if isinstance(value, (int, float))})
-    if must_repeat:
-        print(f"{pipeline}: starts again, without the rows that were taken down", flush=True)
-        attempt = dataclasses.replace(given.download, attempt=config.download.attempt)
-        return run_pipeline(pipeline, dataclasses.replace(given, download=attempt), until)
-    print(f"took {time.monotonic() - started:.0f} s")
-    return 0
+        summary = _finish(config, pipeline, dag, store)
+        run.tracker.json(store.portable(summary), "summary.json")
+        run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
+    return True
+
+
+def _carry_out_alone(store: Store) -> None:
+    """Carry out recorded takedowns after the end of all tasks, which could write parts otherwise."""
+    import ray
+
+    ray.shutdown()
+    print_carried_out(store, carry_out_recorded(store, WAIT_SECONDS))
 
 
 def _must_repeat(dag: dags.Dag, failures: Sequence[Failure], run: Run, store: Store) -> bool:

@@ -50,12 +50,11 @@ def has_images(root: str) -> bool:
 def digest_of(root: str) -> Iterator[str]:
     """Texts that change with the files that matter: names, sizes and times."""
     for folder in walk(root):
-        suffixes = (*_TEXT_SUFFIXES, ".json")
+        suffixes, read = (*_TEXT_SUFFIXES, ".json"), {*folder.images, *folder.metadata}
         beside = {os.path.splitext(name)[0] for name in folder.images}
         for name in sorted(folder.names):
             stem, suffix = os.path.splitext(name)
-            is_beside = stem in beside and suffix.lower() in suffixes
-            if name in folder.images or name in folder.metadata or is_beside:
+            if name in read or (stem in beside and suffix.lower() in suffixes):
                 path = f"{folder.path}/{name}"
                 yield f"{os.path.relpath(path, root)}\0{local_files.state(path)}\0"
 

@@ -29,7 +29,7 @@ from unclip.background import run_periodically
 from unclip.errors import AlreadyRunningError, StorageError
 
 if TYPE_CHECKING:
-    from deltalake import DeltaTable, Schema
+    from deltalake import DeltaTable
 
 TABLES = "tables"
 """Lock of all who change tables: the stages up to the dataset, and takedowns."""
@@ -232,8 +232,8 @@ class _Entry:
 class _Register:
     """Log of the owners of a lease: an empty Delta table, whose versions are the tokens.
 
-    A version without an entry only creates the table. Of several processes that create it, each may leave one, also late: Delta
-    carries on with a later version if another process was first.
+    A version without an entry only creates the table. Of several processes that create it, each may leave one, also late; see
+    `tables.create`.
     """
 
     def __init__(self, uri: str) -> None:
@@ -284,15 +284,14 @@ class _Register:
 
     def _create(self) -> _Entry | None:
         """Create the register; returns its state, or None if it is there already."""
-        from deltalake import CommitProperties
-        from deltalake.exceptions import DeltaError
+        import pyarrow as pa
+        from deltalake import Schema
 
         from tasks import tables
 
         if self._open() is not None:
             return None
-        with contextlib.suppress(DeltaError):  # another process was first
-            tables.commit_note(self.uri, None, _schema(), CommitProperties())
+        tables.create(self.uri, Schema.from_arrow(pa.schema({"key": pa.string()})))
         return self.read()
 
     def _enter(self, last: _Entry, owner: Owner, given_back: bool) -> int | None:
@@ -309,7 +308,7 @@ class _Register:
         # Two commits of one application are a conflict, so no entry is made between `last` and this one.
         properties = CommitProperties({_LEASE: note}, app_transactions=[Transaction(_LEASE, token)])
         with contextlib.suppress(DeltaError):  # the answer to a request may be lost after it was carried out
-            tables.commit_note(self.uri, table, _schema(), properties)
+            tables.commit_note(table, properties)
         return token if self._note(token).get("identity") == identity else None
 
     def _open(self) -> "DeltaTable | None":
@@ -322,13 +321,6 @@ class _Register:
         from tasks import tables
 
         return dict(json.loads(tables.note_of(self.uri, version).get(_LEASE, "{}")))
-
-
-def _schema() -> "Schema":
-    import pyarrow as pa
-    from deltalake import Schema
-
-    return Schema.from_arrow(pa.schema({"key": pa.string()}))
 
 
 def _wait_for_lease(register: _Register, root: str, name: str, wait: float) -> _Entry | None:

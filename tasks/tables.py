@@ -130,14 +130,19 @@ def append_files(
     Returns:
         Version of the table that has all the parts.
     """
-    return _commit(table_uri, lambda: _append(table_uri, parts, schema, note or {}, removed))
+    return _commit(lambda: _append(table_uri, parts, schema, note or {}, removed))
 
 
 def _append(
     table_uri: str, parts: Sequence[Part], schema: pa.Schema, note: Mapping[str, str], removed: Sequence[str]
 ) -> int:
-    table = open_table(table_uri)
-    known = {uri.rpartition("/")[2] for uri in table.file_uris()} if table else set()
+    delta_schema = Schema.from_arrow(schema)
+    storage.failpoint("before", f"{table_uri}/_delta_log")
+    is_new = not _exists(table_uri)
+    if is_new:
+        create(table_uri, delta_schema)
+    table = _table(table_uri)
+    known = {uri.rpartition("/")[2] for uri in table.file_uris()}
     new = [part for part in parts if part.name not in known]
     now = int(time.time() * 1000)
     adds = [_add(part, now) for part in new]
@@ -146,17 +151,7 @@ def _append(
     changes += [RemoveAction(name, True, now) for name in sorted(gone)]
     hashes = {part.name: part.sha256 for part in new}
     properties = _properties(table, {**note, _PARTS: json.dumps(hashes)})
-    delta_schema = Schema.from_arrow(schema)
-    storage.failpoint("before", f"{table_uri}/_delta_log")
-    if table is None:
-        create_table_with_add_actions(
-            storage.to_uri(table_uri),
-            delta_schema,
-            adds,
-            storage_options=_options(table_uri),
-            commit_properties=properties,
-        )
-    elif changes:
+    if changes or is_new:  # the note of a new table counts even if it has no rows
         known_fields = {field.name for field in table.schema().fields}
         if added := [field for field in delta_schema.fields if field.name not in known_fields]:
             # A commit of its own: one that appends does not change the schema.
@@ -190,9 +185,9 @@ def fence(table_uri: str) -> None:
         table = _table(table_uri)
         last = note_of(table_uri, table.version())
         note = {name: text for name, text in last.items() if name.startswith("unclip.") and name != _PARTS}
-        commit_note(table_uri, table, table.schema(), _properties(table, note))
+        commit_note(table, _properties(table, note))
 
-    _commit(table_uri, commit)
+    _commit(commit)
     cover_log(table_uri)
 
 
@@ -204,17 +199,25 @@ def open_table(table_uri: str) -> DeltaTable | None:
         return None
 
 
-def commit_note(table_uri: str, table: DeltaTable | None, schema: Schema, properties: CommitProperties) -> None:
-    """Commit properties alone to a table (None: a new one)."""
-    if table is not None:
-        table.create_write_transaction([], mode="append", schema=schema, commit_properties=properties)
-        return
-    options = _options(table_uri)
-    uri = storage.to_uri(table_uri)
-    create_table_with_add_actions(uri, schema, [], storage_options=options, commit_properties=properties)
+def create(table_uri: str, schema: Schema) -> None:
+    """Create an empty table unless there is one.
+
+    Delta does not refuse the creation of a table that another process has just created: it becomes a later version. So a
+    creation holds nothing, and no token: what counts is committed to a table that is there.
+    """
+    try:
+        create_table_with_add_actions(storage.to_uri(table_uri), schema, [], storage_options=_options(table_uri))
+    except DeltaError:
+        if not _exists(table_uri):  # else another process was first
+            raise
 
 
-def _commit(table_uri: str, action: Callable[[], T]) -> T:
+def commit_note(table: DeltaTable, properties: CommitProperties) -> None:
+    """Commit properties alone to a table."""
+    table.create_write_transaction([], mode="append", schema=table.schema(), commit_properties=properties)
+
+
+def _commit(action: Callable[[], T]) -> T:
     """Run an action that loads a table and commits to it; again if another commit came between, which is then seen."""
     for _ in range(_MAX_CONFLICTS):
         try:
@@ -222,14 +225,11 @@ def _commit(table_uri: str, action: Callable[[], T]) -> T:
         except CommitFailedError:
             if _token.get() is None:
                 raise
-        except DeltaError as error:
-            if "already exists" not in str(error) or not _exists(table_uri):
-                raise
     return action()
 
 
-def _properties(table: DeltaTable | None, metadata: Mapping[str, str]) -> CommitProperties:
-    """Properties of a commit to a table (None: one that is created), with the token of its owner.
+def _properties(table: DeltaTable, metadata: Mapping[str, str]) -> CommitProperties:
+    """Properties of a commit to a table, with the token of its owner.
 
     Delta refuses two commits of one application that do not know each other. So an owner that has not seen a commit of the
     next one fails, and an owner that has seen it is refused here.
@@ -240,8 +240,8 @@ def _properties(table: DeltaTable | None, metadata: Mapping[str, str]) -> Commit
     token = _token.get()
     if token is None:
         return CommitProperties(custom_metadata=dict(metadata))
-    last = table.transaction_version(_OWNER) if table is not None else None
-    if table is not None and last is not None and last > token:
+    last = token_of(table)
+    if last > token:
         raise AlreadyRunningError(
             f"{table.table_uri}: another run has taken over this storage (its token is {last}, that of this process {token}). "
             f"Nothing was committed. Run the same command again when the other run has ended."
@@ -273,7 +273,7 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
             cover_log(table_uri)
         return table.count() - _table(table_uri).count()
 
-    deleted = _commit(table_uri, commit)
+    deleted = _commit(commit)
     purge(table_uri, keys)
     return deleted
 
@@ -288,7 +288,7 @@ def remove_files(table_uri: str, names: Sequence[str]) -> int:
         table.create_write_transaction(gone, mode="append", schema=table.schema(), commit_properties=properties)
         return _table(table_uri).version()
 
-    version = _commit(table_uri, commit)
+    version = _commit(commit)
     cover_log(table_uri)
     return version
 

@@ -439,11 +439,10 @@ def _clean_batch(listed: pa.RecordBatch, position: int, local_root: str | None) 
     has_hash = pc.not_equal(
         map_texts(str.strip, listed["sha256"], pc.or_(sha256s.is_valid(), pc.equal(listed["sha256"], ""))), ""
     )
-    # A file that changes is another image, so its row has another key.
-    contents = pc.fill_null(pc.binary_join_element_wise("", local["sha256"], "\n"), "")
     texts = pc.binary_join_element_wise(shown, captions, "\n")
-    texts = pc.binary_join_element_wise(texts, contents, "").cast(pa.binary()).to_pylist()
-    keys = [hashlib.sha256(text).hexdigest()[:32] for text in texts]
+    if local_root is not None:  # a file that changes is another image, so its row has another key
+        texts = pc.coalesce(pc.binary_join_element_wise(texts, local["sha256"], "\n"), texts)
+    keys = [hashlib.sha256(text).hexdigest()[:32] for text in texts.cast(pa.binary()).to_pylist()]
     reasons: dict[str, pa.BooleanArray] = {
         **{name: pc.equal(listed["reason"], name).fill_null(False) for name in ("bad_quotes", "bad_row")},
         "no_url": pc.equal(shown, ""),
@@ -594,7 +593,9 @@ def _find_sources(urls: str) -> tuple[list[_Source], list[_Source]]:
         kind = "matches no file of the formats" if magic else "is not a file, or a folder with files, of the formats"
         others = f" It has {_some_names(sources)}." if sources else ""
         raise InputError(f"ingest.urls: {urls} {kind} {', '.join(FORMATS)}.{others} Convert the list.")
-    return _primary(known), [source for source in sources if source not in _primary(known)]
+    primary = _primary(known)
+    read_paths = {source.path for source in primary}
+    return primary, [source for source in sources if source.path not in read_paths]
 
 
 def _primary(sources: Sequence[_Source]) -> list[_Source]:

@@ -1,4 +1,6 @@
+import concurrent.futures
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -9,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pyarrow as pa
 import pytest
@@ -23,6 +25,7 @@ from unclip.errors import AlreadyRunningError
 
 SCHEMA = pa.schema({"key": pa.string()})
 ME = Owner.of()
+T = TypeVar("T")
 
 
 def test_f32_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
@@ -191,43 +194,28 @@ def test_f32_a_lease_that_is_given_back_meanwhile_is_taken(
         assert held.was_given_back
 
 
+def at_once(call: Callable[[], T], count: int = 6) -> list[T]:
+    """Results of a call in several threads that start together."""
+    barrier = threading.Barrier(count)
+
+    def work(_: int) -> T:
+        barrier.wait()
+        return call()
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
 def test_f73_only_one_of_many_simultaneous_runs_gets_the_lease(tmp_path: Path) -> None:
     """All have seen the same end of the owner before, and their writes come late and in any order."""
     register, token = abandon(tmp_path)
     for _ in range(2):
-        last, barrier = register.read(), threading.Barrier(6)
-        taken: list[int | None] = []
-
-        def take(last: locks._Entry | None = last, barrier: threading.Barrier = barrier, taken: Any = taken) -> None:
-            barrier.wait()
-            taken.append(register.take(last, ME))
-
-        threads = [threading.Thread(target=take) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        taken = at_once(functools.partial(register.take, register.read(), ME))
         token += 1
         assert sorted(filter(None, taken)) == [token]
     for number in range(5):
-        fresh, tokens, together = (
-            locks._Register(f"{tmp_path}/locks/{number}"),
-            list[int | None](),
-            threading.Barrier(6),
-        )
-
-        def create(
-            fresh: locks._Register = fresh, tokens: Any = tokens, together: threading.Barrier = together
-        ) -> None:
-            together.wait()
-            tokens.append(fresh.take(None, ME))
-
-        threads = [threading.Thread(target=create) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        [token] = filter(None, tokens)
+        fresh = locks._Register(f"{tmp_path}/locks/{number}")
+        [token] = filter(None, at_once(functools.partial(fresh.take, None, ME)))
         now = fresh.read()
         assert now is not None and (now.token, now.given_back) == (token, False)
     first = locks._Register(f"{tmp_path}/locks/other")
@@ -277,7 +265,7 @@ def test_f73_a_commit_that_was_on_its_way_while_another_took_over_fails(tmp_path
         with tables.owned_by(2):
             tables.fence(table)
         with pytest.raises(Exception, match="Concurrent transaction"):
-            tables.commit_note(table, paused, paused.schema(), tables._properties(paused, {}))
+            tables.commit_note(paused, tables._properties(paused, {}))
         with pytest.raises(AlreadyRunningError):
             commit(table, "b")
     with tables.owned_by(2):

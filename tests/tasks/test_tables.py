@@ -22,14 +22,14 @@ def test_f33_parts_become_visible_with_their_commit_and_stay_in_their_version(tm
     first = tables.write_part(table, "p1", rows("d", "b"))
     assert (first.name, first.rows) == ("p1.parquet", 2)
     assert tables.version(table) is None
-    assert tables.append_files(table, [first], SCHEMA, {"unclip.run": "r1"}) == 0
+    assert tables.append_files(table, [first], SCHEMA, {"unclip.run": "r1"}) == 1, "version 0 is the empty table"
     second = tables.write_part(table, "p0", rows("c", "a"))
     assert tables.read(table)["key"].to_pylist() == ["b", "d"]
-    assert tables.append_files(table, [first, second], SCHEMA) == 1
-    assert tables.version(table) == 1
+    assert tables.append_files(table, [first, second], SCHEMA) == 2
+    assert tables.version(table) == 2
     assert tables.read(table)["key"].to_pylist() == ["a", "b", "c", "d"]
     assert tables.read(table).schema == SCHEMA
-    assert tables.read(table, version=0, columns=["key", "width"]).to_pydict() == {"key": ["b", "d"], "width": [1, 0]}
+    assert tables.read(table, version=1, columns=["key", "width"]).to_pydict() == {"key": ["b", "d"], "width": [1, 0]}
     assert [Path(uri).name for uri in tables.files(table)] == ["p0.parquet", "p1.parquet"]
 
 
@@ -39,16 +39,16 @@ def test_the_log_knows_the_rows_and_bytes_of_each_version(tmp_path: Path) -> Non
     first, second = tables.write_part(table, "a", rows("a", "b")), tables.write_part(table, "b", rows("c"))
     tables.append_files(table, [first], SCHEMA)
     tables.append_files(table, [second], SCHEMA)
-    assert tables.extent(table, 0) == (2, first.size_bytes)
+    assert tables.extent(table, 1) == (2, first.size_bytes)
     assert tables.extent(table) == (3, first.size_bytes + second.size_bytes)
 
 
 def test_committing_again_changes_nothing(tmp_path: Path) -> None:
     table = str(tmp_path)
     parts = [tables.write_part(table, name, rows(name)) for name in ("a", "b")]
-    assert tables.append_files(table, parts, SCHEMA) == 0
-    assert tables.append_files(table, parts, SCHEMA) == 0
-    assert tables.append_files(table, [], SCHEMA) == 0
+    assert tables.append_files(table, parts, SCHEMA) == 1
+    assert tables.append_files(table, parts, SCHEMA) == 1
+    assert tables.append_files(table, [], SCHEMA) == 1
     assert tables.read(table).num_rows == 2
 
 
@@ -137,7 +137,7 @@ def test_f35_rows_removed_under_a_wrong_clock_leave_no_bytes(
         rewritten = tables.rewrite_without(first, pa.array(["b"]))
         assert rewritten is not None and len(rewritten) == 1 and tables.origin(rewritten[0].name) == "first"
         parts = [tables.write_part(table, "second", rows("b")), *rewritten]
-        assert tables.append_files(table, parts, SCHEMA, removed=["first.parquet"]) == 1
+        assert tables.append_files(table, parts, SCHEMA, removed=["first.parquet"]) == 2
     assert tables.read(table)["key"].to_pylist() == ["b", "secret"], "versions are not ordered by time"
     assert tables.delete_rows(table, pa.array(["secret"])) == 1
     assert tables.read(table)["key"].to_pylist() == ["b"]
@@ -149,7 +149,7 @@ def test_a_table_gains_a_column_and_its_older_parts_read_as_nulls(tmp_path: Path
 
     table, gained = str(tmp_path), pa.schema([*SCHEMA, pa.field("colour", pa.string())])
     old = tables.write_part(table, "old", rows("c", "a"))
-    assert tables.append_files(table, [old], SCHEMA) == 0
+    assert tables.append_files(table, [old], SCHEMA) == 1
     names = ["key", "colour"]
     before = {"key": ["a", "c"], "colour": [None, None]}
     assert tables.read(table, columns=names).to_pydict() == before, "before any part has the column"
@@ -161,7 +161,7 @@ def test_a_table_gains_a_column_and_its_older_parts_read_as_nulls(tmp_path: Path
     assert tables.columns(table) == gained.names
     assert tables.read(table, columns=names).to_pydict() == {"key": ["a", "b", "c"], "colour": [None, "ff0000", None]}
     assert tables.read(table)["colour"].to_pylist() == [None, "ff0000", None]
-    assert tables.read(table, version=0, columns=names).to_pydict() == before
+    assert tables.read(table, version=1, columns=names).to_pydict() == before
     assert tables.read_with_commit_times(table).num_rows == 3
     query = (
         deltalake.QueryBuilder().register("t", deltalake.DeltaTable(table)).execute("select colour from t order by key")
@@ -237,7 +237,7 @@ def test_f74_of_repeated_rows_the_one_that_was_committed_first_stays(tmp_path: P
     )
     repeated = tables.repeats(places)
     assert sorted(repeated["key"].to_pylist()) == ["b", "b", "b", "c", "c"]
-    assert tables.remove_repeats(table, repeated, SCHEMA) == 3
+    assert tables.remove_repeats(table, repeated, SCHEMA) == 4
     assert tables.read(table, columns=["key", "width"]).to_pydict() == {"key": [*"abcd"], "width": [0, 1, 11, 22]}
-    assert tables.read(table, version=2).num_rows == 7
-    assert tables.commit_order(table)[tables.files(table)[0].rpartition("/")[2]] == 2  # x, rewritten
+    assert tables.read(table, version=3).num_rows == 7
+    assert tables.commit_order(table)[tables.files(table)[0].rpartition("/")[2]] == 3  # x, rewritten

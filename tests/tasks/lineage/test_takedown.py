@@ -73,12 +73,13 @@ def make_store(root: Path) -> Store:
     ]
     uri = store.uri("images", "recipe")
     halves = [pa.Table.from_pylist(half, schema=IMAGES) for half in (images[:6], images[6:])]
-    tables.append_files(uri, [tables.write_part(uri, str(number), half) for number, half in enumerate(halves)], IMAGES)
+    parts = [tables.write_part(uri, str(number), half) for number, half in enumerate(halves)]
+    version = tables.append_files(uri, parts, IMAGES)
     embeddings = store.uri("embeddings", "clip")
     embedded = pa.Table.from_pylist(
         [{"key": key, "caption": "c", "image_embedding": [1.0]} for key in listed], schema=EMBEDDINGS
     )
-    tables.append_files(embeddings, [tables.write_part(embeddings, "x", embedded)], EMBEDDINGS)
+    embeddings_version = tables.append_files(embeddings, [tables.write_part(embeddings, "x", embedded)], EMBEDDINGS)
     selection = pa.table(
         {
             "key": listed,
@@ -99,11 +100,11 @@ def make_store(root: Path) -> Store:
     snapshot = {
         "digest": "d1" * 32,
         "images": uri,
-        "images_version": 0,
+        "images_version": version,
         "embeddings": embeddings,
-        "embeddings_version": 0,
+        "embeddings_version": embeddings_version,
     }
-    snapshot |= {"index_version": index.update_index(uri, 0), "places": "", "heldout": heldout, "statistics": ""}
+    snapshot |= {"index_version": index.update_index(uri, version), "places": "", "heldout": heldout, "statistics": ""}
     snapshot |= {name: store.uri("artifacts", "curate", "f", name) for name in ("selection", "scores")}
     record_snapshot(
         store,
@@ -314,7 +315,7 @@ def test_f84_a_takedown_during_a_run_is_recorded_and_carried_out_when_the_lock_i
 
 
 def test_f84_a_takedown_waits_for_the_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the run carries it out before it ends, or leaves it."""
+    """The owner of the lock leaves it to the command, or carries it out right after."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for number, run_carries_out in enumerate((False, True)):
         is_held = threading.Event()

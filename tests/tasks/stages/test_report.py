@@ -195,7 +195,7 @@ def test_a_row_can_be_redacted_from_a_page(page: str) -> None:
 
 @pytest.mark.parametrize("num_ranges", [1, 4])
 def test_f102_the_page_tells_how_many_captions_are_cut_and_tokens_lost(tmp_path: Path, num_ranges: int) -> None:
-    """Of the rows with a score, all but the first have a number of lost tokens; rows below the score are not counted."""
+    """All rows with a score but the first have a number of lost tokens; rows below the least score are not counted."""
     dataset = make_dataset(str(tmp_path), num_ranges)
     kept = dataset.facts["rows"]["kept"]
     scores = ranges.read_all(dataset.facts["snapshot"]["scores"])
