@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import dataflow, ranges
-from tasks.keys import KEY_DIGITS, hex_numbers, key_texts
+from tasks.keys import KEY_DIGITS, hex_numbers, key_texts, pair_octets
 from tasks.near_duplicates import (
     colour_cells,
     find_looks,
@@ -174,13 +174,8 @@ def _with_first(captions: pa.Table, firsts: pa.Table) -> pa.Table:
     """Captions of some first rows."""
     if not captions.num_rows:
         return captions
-    names = {"first_high": "high", "first_low": "low"}
-    return captions.filter(pc.is_in(_octets(captions, *names), value_set=_octets(firsts, *names.values())))
-
-
-def _octets(table: pa.Table, high: str, low: str) -> pa.Array:
-    numbers = np.stack([table[high].to_numpy(), table[low].to_numpy()], axis=1)
-    return pa.Array.from_buffers(pa.binary(16), len(numbers), [None, pa.py_buffer(numbers)])
+    wanted = pair_octets(firsts["high"], firsts["low"])
+    return captions.filter(pc.is_in(pair_octets(captions["first_high"], captions["first_low"]), value_set=wanted))
 
 
 def _split_by_hash(count: int, uri: str) -> list[pa.Table]:

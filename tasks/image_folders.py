@@ -2,23 +2,37 @@
 
 `a.jpg` has its caption in `a.txt`, `a.caption` or `a.json`; `metadata.csv`, `metadata.jsonl` and `metadata.parquet` have a column
 `file_name` with paths below their folder. An image without a caption is a row without one.
+
+Names are listed in one process, as texts that are joined; files are read in the tasks that get some of the names.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NoReturn
+
+import numpy as np
 
 from tasks.rows import RowFault
 from tasks.untrusted import local_files
 from unclip import files
+from unclip.errors import InputError
+from unclip.messages import reason_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".avif")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTION_NAMES = ("caption", "text")
 """Columns and keys with the caption, if no setting names another."""
-_TEXT_SUFFIXES = (".txt", ".caption")
+NUM_LEFT_OUT = 5
+"""Files that are named of those left out."""
+_SIDECAR_SUFFIXES = (".txt", ".caption", ".json")
 _MAX_SIDECAR_BYTES = 1 << 20
+_OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")
+
+Row = tuple[str, str, str | None]
+"""URL, caption, and the reason why the row cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,69 +45,169 @@ class Folder:
     metadata: Sequence[str]
     names: frozenset[str]
     """Names of all files."""
+    folders: Sequence[str]
+    """Names of the folders in it."""
+
+    def sidecars(self, image: str) -> list[str]:
+        """Names of the files beside an image that may hold its caption, the preferred one first."""
+        stem = os.path.splitext(image)[0]
+        return [
+            name
+            for suffix in _SIDECAR_SUFFIXES
+            for name in (stem + suffix, stem + suffix.upper(), image + suffix)
+            if name in self.names
+        ]
+
+    def is_shard_table(self, name: str) -> bool:
+        """Return True for a table that img2dataset writes beside the folder with the images of its shard."""
+        stem, suffix = os.path.splitext(name)
+        stem = stem.removesuffix("_stats") if suffix == ".json" else stem
+        return suffix in (".parquet", ".json") and stem.isdecimal() and stem in self.folders
 
 
-def walk(root: str) -> Iterator[Folder]:
-    """Yield the folders at and below a root, sorted, without hidden ones and without following links to folders."""
-    for path, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Some images of one folder."""
+
+    path: str
+    """The folder."""
+    joined: str
+    """Each image and the files that may hold its caption, joined by "/", and these joined by a null character: a list of texts
+    would take far more memory."""
+    num_images: int
+    are_described: bool
+    """True if metadata files describe them, so that they need no further caption."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """Contents of a folder of images."""
+
+    digest: str
+    """Changes with the names, sizes and times of the files that are read."""
+    left_out: Sequence[str]
+    """Some of the files that are neither images nor captions, relative to the folder."""
+    num_left_out: int
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InputError(
+        f"ingest.urls: {error.filename} cannot be listed: {reason_of(error)}. Make it readable, or move it elsewhere."
+    )
+
+
+def walk(root: str, on_error: Callable[[OSError], object] = _refuse) -> Iterator[Folder]:
+    """Yield the folders at and below a root, sorted, without hidden ones and without following links to folders.
+
+    Raises:
+        InputError: a folder cannot be listed; names it. Otherwise its rows would vanish.
+    """
+    for path, folders, names in os.walk(root, onerror=on_error):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")) and name not in _OF_THE_SYSTEM)
         shown = sorted(name for name in names if not name.startswith("."))
-        images = [name for name in shown if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-        yield Folder(path, images, [name for name in shown if name.lower() in METADATA], frozenset(shown))
+        images = [name for name in shown if name.lower().endswith(IMAGE_SUFFIXES)]
+        metadata = [name for name in shown if name.lower() in METADATA]
+        yield Folder(path, images, metadata, frozenset(shown), tuple(folders))
 
 
 def has_images(root: str) -> bool:
     """Return True if there are images at or below a folder."""
-    return any(folder.images for folder in walk(root))
+    return any(folder.images for folder in walk(root, on_error=lambda _: None))
 
 
-def digest_of(root: str) -> Iterator[str]:
-    """Texts that change with the files that matter: names, sizes and times."""
+def survey(root: str) -> Survey:
+    """Digest the files that are read, by size and time, and find others."""
+    digest, left_out, num_left_out = hashlib.sha256(), list[str](), 0
     for folder in walk(root):
-        suffixes, read = (*_TEXT_SUFFIXES, ".json"), {*folder.images, *folder.metadata}
-        beside = {os.path.splitext(name)[0] for name in folder.images}
-        for name in sorted(folder.names):
-            stem, suffix = os.path.splitext(name)
-            if name in read or (stem in beside and suffix.lower() in suffixes):
-                path = f"{folder.path}/{name}"
-                yield f"{os.path.relpath(path, root)}\0{local_files.state(path)}\0"
+        read = {*folder.images, *folder.metadata}
+        read.update(name for image in folder.images for name in folder.sidecars(image))
+        place = os.path.relpath(folder.path, root)
+        for name in sorted(read):
+            text = f"{place}/{name}\0{local_files.state(f'{folder.path}/{name}')}\0"
+            digest.update(text.encode("utf-8", "surrogateescape"))
+        others = sorted(name for name in folder.names - read if not folder.is_shard_table(name))
+        left_out += [os.path.normpath(f"{place}/{name}") for name in others[: NUM_LEFT_OUT - len(left_out)]]
+        num_left_out += len(others)
+    return Survey(digest.hexdigest(), left_out, num_left_out)
 
 
-def pairs(
-    root: str, read_metadata: Callable[[str], Iterator[tuple[str, str]]], caption_name: str | None
-) -> Iterator[tuple[str, str]]:
-    """Yield the URL and caption of every image, and of every row of the metadata files.
+def metadata_files(root: str) -> list[str]:
+    """Paths of the metadata files."""
+    return [f"{folder.path}/{name}" for folder in walk(root) for name in folder.metadata]
+
+
+def hashes(urls: Iterable[str]) -> np.ndarray:
+    """Hash of each URL, the same in every process: [N] uint64."""
+    return np.frombuffer(b"".join(hashlib.blake2b(url.encode(), digest_size=8).digest() for url in urls), np.uint64)
+
+
+def list_images(root: str, described: np.ndarray, num_at_once: int) -> Iterator[list[Images]]:
+    """Yield all images, about `num_at_once` at a time, without those that have a caption from metadata files alone.
 
     Args:
-        read_metadata: path of a metadata file -> name and caption of its rows.
-        caption_name: key with the caption in JSON files beside the images; None is one of `CAPTION_NAMES`.
+        described: hashes of the URLs in metadata files, sorted.
     """
-    described: set[str] = set()
+    chunk: list[Images] = []
+    num_images = 0
     for folder in walk(root):
-        for name in folder.metadata:
-            for file_name, caption in read_metadata(f"{folder.path}/{name}"):
-                url = local_files.to_url(file_name, folder.path) or file_name
-                described.add(url)
-                yield url, caption
-        for name in folder.images:
-            url = local_files.to_url(name, folder.path) or f"{folder.path}/{name}"
-            captions = _captions_beside(root, folder, name, caption_name)
-            for caption in captions or ([] if url in described else [""]):
-                yield url, caption
+        for start in range(0, len(folder.images), num_at_once):
+            names = folder.images[start : start + num_at_once]
+            found = hashes(_url(folder.path, name) for name in names) if len(described) else np.zeros(0, np.uint64)
+            is_described = np.isin(found, described).tolist() or [False] * len(names)
+            for are_described in (False, True):
+                beside = [
+                    [name, *folder.sidecars(name)]
+                    for name, flag in zip(names, is_described, strict=True)
+                    if flag == are_described
+                ]
+                entries = ["/".join(entry) for entry in beside if len(entry) > 1 or not are_described]
+                if entries:
+                    chunk.append(Images(folder.path, "\0".join(entries), len(entries), are_described))
+                    num_images += len(entries)
+            if num_images >= num_at_once:
+                yield chunk
+                chunk, num_images = [], 0
+    if chunk:
+        yield chunk
 
 
-def _captions_beside(root: str, folder: Folder, image: str, caption_name: str | None) -> list[str]:
-    stem = os.path.splitext(image)[0]
-    for suffix in (*_TEXT_SUFFIXES, ".json"):
-        for name in (stem + suffix, stem + suffix.upper(), image + suffix):
-            if name in folder.names:
-                try:
-                    data = local_files.read(root, f"{folder.path}/{name}", _MAX_SIDECAR_BYTES)
-                except RowFault:
-                    continue
-                text = data.decode(files.text_encoding(data), "replace").strip("\ufeff \t\r\n")
-                return [text] if suffix != ".json" else _captions_in(text, caption_name)
-    return []
+def read_captions(root: str, images: Sequence[Images], caption_name: str | None) -> Iterator[Row]:
+    """Yield a row for each caption beside the images, or one without a caption.
+
+    Args:
+        root: folder outside which nothing is read.
+        caption_name: key with the caption in JSON files; None is one of `CAPTION_NAMES`.
+    """
+    for some in images:
+        for entry in some.joined.split("\0"):
+            image, *sidecars = entry.split("/")
+            captions, reason = _captions_beside(root, some.path, sidecars, caption_name)
+            if not captions and (reason or not some.are_described):
+                captions = [""]
+            url = _url(some.path, image)
+            for caption in captions:
+                yield url, caption, reason
+
+
+def _url(folder: str, name: str) -> str:
+    """URL of a file of a folder below a root without links."""
+    return local_files.url_of(f"{folder}/{name}")
+
+
+def _captions_beside(
+    root: str, folder: str, sidecars: Sequence[str], caption_name: str | None
+) -> tuple[list[str], str | None]:
+    """Captions in the first of the files that is not empty; or the reason why it cannot be read."""
+    for name in sidecars:
+        try:
+            data = local_files.read(root, f"{folder}/{name}", _MAX_SIDECAR_BYTES)
+        except RowFault as fault:
+            if fault.reason == "empty_body":
+                continue
+            return [], fault.reason
+        text = data.decode(files.text_encoding(data), "replace").strip("\ufeff \t\r\n")
+        return (_captions_in(text, caption_name) if name.lower().endswith(".json") else [text]), None
+    return [], None
 
 
 def _captions_in(text: str, caption_name: str | None) -> list[str]:

@@ -36,6 +36,12 @@ def key_octets(keys: pa.Array | pa.ChunkedArray) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(octets), [None, pa.py_buffer(octets)])
 
 
+def pair_octets(high: pa.ChunkedArray, low: pa.ChunkedArray) -> pa.Array:
+    """Keys as 16 bytes each that compare equal like the keys, from the two columns of numbers of `hex_numbers`."""
+    numbers = np.stack([high.to_numpy(), low.to_numpy()], axis=1)
+    return pa.Array.from_buffers(pa.binary(16), len(numbers), [None, pa.py_buffer(numbers)])
+
+
 def octet_texts(keys: pa.ChunkedArray) -> pa.Array:
     """Keys of 32 hex digits, from 16 bytes each: inverse of `key_octets`."""
     array = keys.combine_chunks()

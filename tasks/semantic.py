@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from tasks import dataflow
 from tasks.find_duplicates import in_order_of_keys, key_columns, read_rows, split_by_range, write_rows
-from tasks.keys import KEY_DIGITS, hex_numbers, key_texts
+from tasks.keys import KEY_DIGITS, hex_numbers, key_texts, pair_octets
 from tasks.ranges import KeyRange
 from unclip import files
 
@@ -364,16 +364,12 @@ def _decide_again(folder: str, before: str, distance: float, alone: bool, index:
 
 def _worst(rows: pa.Table, reported: pa.Table) -> np.ndarray:
     """Worst reported verdict on each row: [N] int8."""
-    places = pc.index_in(_keys(reported), value_set=_keys(rows))
+    wanted = pair_octets(rows["high"], rows["low"])
+    places = pc.index_in(pair_octets(reported["high"], reported["low"]), value_set=wanted)
     known = places.is_valid().to_numpy(zero_copy_only=False)
     worst = np.zeros(rows.num_rows, np.int8)
     np.maximum.at(worst, places.drop_null().to_numpy(), reported["verdict"].to_numpy()[known])
     return worst
-
-
-def _keys(table: pa.Table) -> pa.Array:
-    numbers = np.stack([table["high"].to_numpy(), table["low"].to_numpy()], axis=1)
-    return pa.Array.from_buffers(pa.binary(16), len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def _write_round(folder: str, index: int, done: list[tuple[pa.Table, _Group, np.ndarray]]) -> int:

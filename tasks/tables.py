@@ -32,7 +32,9 @@ from unclip import seals
 from unclip.data import ROW_GROUP_ROWS, read_parquet
 from unclip.errors import AlreadyRunningError
 
-ADDED_COLUMNS = {"colour": pa.string(), "final_url": pa.string(), "redirect_hosts": pa.string()}
+ADDED_COLUMNS = {
+    "colour": pa.string(), "final_url": pa.string(), "redirect_hosts": pa.string(), "tokens_lost": pa.int32(),
+}  # fmt: skip
 """Columns that tables have gained: files from before are read as if these columns held nulls."""
 _READS_AT_ONCE = 16
 _MAX_CONFLICTS = 10
@@ -355,6 +357,21 @@ def repeats(places: pa.Table) -> pa.Table:
     return places.filter(pc.is_in(places["key"], value_set=several))
 
 
+def in_commit_order(
+    rows: pa.Table, file_column: str, committed: pa.Array | pa.ChunkedArray
+) -> tuple[pa.Table, pa.BooleanArray]:
+    """Sort rows by key, and rows of one key by the commit of their file; returns them, and True for the first of each key.
+
+    Args:
+        file_column: name of the column with the file, which decides between files of one commit.
+        committed: version that added the file of each row.
+    """
+    order = [("key", "ascending"), ("committed", "ascending"), (file_column, "ascending")]
+    ordered = rows.append_column("committed", committed).sort_by(order).drop_columns("committed")
+    keys = ordered["key"].to_numpy()
+    return ordered, pa.array(np.append(np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]))
+
+
 def remove_repeats(table_uri: str, repeated: pa.Table, schema: pa.Schema, note: Mapping[str, str] | None = None) -> int:
     """Keep one row of each key that several files hold, as overlapping commits leave them: the one that was committed first.
 
@@ -369,10 +386,9 @@ def remove_repeats(table_uri: str, repeated: pa.Table, schema: pa.Schema, note: 
     order, names = commit_order(table_uri), pc.unique(repeated["part"].combine_chunks())
     committed = pa.array([order.get(name, -1) for name in names.to_pylist()], pa.int64())
     places = repeated.group_by(["key", "part"]).aggregate([])
-    places = places.append_column("committed", committed.take(pc.index_in(places["part"], value_set=names)))
-    places = places.sort_by([("key", "ascending"), ("committed", "ascending"), ("part", "ascending")])
-    keys = places["key"].to_numpy()
-    later = places.filter(pa.array(np.append(np.zeros(min(1, len(keys)), bool), keys[1:] == keys[:-1])))
+    committed = committed.take(pc.index_in(places["part"], value_set=names))
+    places, is_first = in_commit_order(places, "part", committed)
+    later = places.filter(pc.invert(is_first))
     parts, removed = [], pc.unique(later["part"]).to_pylist()
     for name in removed:
         unwanted = later.filter(pc.equal(later["part"], name))["key"].combine_chunks()

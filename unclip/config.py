@@ -9,10 +9,12 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -36,8 +38,22 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
     if not close:
         return f"Valid names: {', '.join(names)}."
     found = by_lower_case[close[0]]
-    # Letters of other alphabets and wide letters may look the same.
-    return f"Did you mean {ascii(found) if name.isascii() else repr(found)}?"
+    in_ascii = f", in ASCII {found!a}" if _look_alike(name, found) and ascii(found) != repr(found) else ""
+    return f"Did you mean {found!r}{in_ascii}?"
+
+
+def _look_alike(name: str, other: str) -> bool:
+    """Return True if names differ, where they do, by wide or invisible letters or those of another alphabet."""
+
+    def visible(text: str) -> str:
+        text = unicodedata.normalize("NFKC", text).lower()
+        return "".join(letter for letter in text if unicodedata.category(letter) not in ("Cf", "Cc"))
+
+    def is_latin(letter: str) -> bool:
+        return letter.isascii() or unicodedata.name(letter, "").startswith("LATIN")
+
+    pairs = list(itertools.zip_longest(visible(name), visible(other), fillvalue=" "))
+    return all(one == two or not (is_latin(one) and is_latin(two)) for one, two in pairs)
 
 
 def load(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

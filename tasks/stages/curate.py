@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -315,11 +315,9 @@ def _kept_keys(selection: str, key_range: KeyRange) -> pa.Array:
 def _score_files(config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]]) -> list[pa.Table]:
     parts = []
     for number, uri in numbered:
-        counted = ["tokens_lost"] if "tokens_lost" in tables.file_columns(uri) else []
-        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", *counted])
+        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", "tokens_lost"])
         scores = score(embedded, torch.tensor(vectors(embedded["image_embedding"])), config)
-        lost = embedded["tokens_lost"] if counted else pa.nulls(embedded.num_rows, pa.int32())
-        scores = scores.append_column("tokens_lost", lost)
+        scores = scores.append_column("tokens_lost", embedded["tokens_lost"])
         file = pa.repeat(pa.scalar(number, pa.int32()), embedded.num_rows)
         scores = scores.append_column("embeddings_file", file)
         parts.append(scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32())))
@@ -335,7 +333,11 @@ def _write_scores(
     scores = pa.concat_tables(pieces)
     scores = scores.filter(pc.is_in(scores["key"], value_set=keys)).sort_by("key")
     if scores.num_rows > len(keys):
-        scores = _first_committed(scores, tables.commit_order(source.embeddings), uris)
+        order = tables.commit_order(source.embeddings)
+        committed = pa.array([order.get(uri.rpartition("/")[2], -1) for uri in uris], pa.int64())
+        committed = committed.take(scores["embeddings_file"].combine_chunks())
+        scores, is_first = tables.in_commit_order(scores, "embeddings_file", committed)
+        scores = scores.filter(is_first)
     if not scores["key"].combine_chunks().equals(keys):
         raise StageError(
             f"curate: the embeddings table has {scores.num_rows} rows for {len(keys)} kept pairs of one key range. "
@@ -343,15 +345,6 @@ def _write_scores(
         )
     ranges.write_range(source.scores, key_range, scores)
     return float(np.sum(scores["clip_score"].to_numpy(), dtype=np.float64)), scores.num_rows
-
-
-def _first_committed(scores: pa.Table, order: Mapping[str, int], uris: Sequence[str]) -> pa.Table:
-    """One row of each key, sorted by key: of the file that was committed first, if overlapping commits left several."""
-    committed = pa.array([order.get(uri.rpartition("/")[2], -1) for uri in uris], pa.int64())
-    ordered = scores.append_column("committed", committed.take(scores["embeddings_file"].combine_chunks()))
-    ordered = ordered.sort_by([("key", "ascending"), ("committed", "ascending"), ("embeddings_file", "ascending")])
-    keys = ordered["key"].to_numpy()
-    return ordered.filter(pa.array(np.append(True, keys[1:] != keys[:-1]))).drop_columns("committed")
 
 
 def _drop_out_of_bounds(

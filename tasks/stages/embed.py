@@ -107,6 +107,7 @@ def _write_missing(context: StageContext, dedup: Artifact, table: str) -> tuple[
     repeated = pa.concat_tables(found)["key"].combine_chunks()
     if len(repeated):
         places = pa.concat_tables(run_all(functools.partial(_places_of, repeated), groups))
+        refuse_if_recorded(context.store, "embed")
         tables.remove_repeats(table, places, SCHEMA)
     kept = KeptRows(dedup.uri, *(dedup.facts[name] for name in ("images", "images_version", "index_version")))
     missing = functools.partial(_missing_rows, kept, keys)

@@ -7,6 +7,7 @@ a row, continues one, is blank or the header.
 
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -18,7 +19,6 @@ import io
 import itertools
 import json
 import logging
-import operator
 import os
 import re
 import shutil
@@ -45,7 +45,7 @@ from tasks.untrusted.normalise import (
 )
 from tasks.untrusted.parquet_list import MAX_COLUMNS, Claims, ListFault
 from unclip import files
-from unclip.config import nearest, require
+from unclip.config import added, nearest, require
 from unclip.errors import InputError
 from unclip.scratch import scratch_folder
 
@@ -99,10 +99,13 @@ _TASK_ROWS = 1 << 18  # rows that a task cleans
 _TASK_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 19  # text that is read at once
 _JSON_LINES_FOR_NAMES = 100  # a line may omit columns without a value
+_JSON_CHARACTERS_FOR_NAMES = 16 << 20  # of the lines that are held until all columns have appeared
 
 log = logging.getLogger(__name__)
 
-_IMAGES_PER_TASK = 2048  # images of a folder, which are hashed
+_IMAGES_PER_TASK = 2048  # local images, which are hashed
+_THREADS = 16  # that ask for sizes and times: file systems of a network answer slowly
+_WEB_URL = r"^\s*(?i:https?)://"
 
 T = TypeVar("T")
 LineCounts = collections.Counter[str]
@@ -111,6 +114,11 @@ LineCounts = collections.Counter[str]
 
 class MissingColumn(InputError):
     """A file has no column of some name."""
+
+    setting = ""
+    """Setting of the column."""
+    hint = ""
+    """Columns that the file has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +161,8 @@ class IngestConfig:
     `file://` URLs. Nothing outside it is read. None refuses paths; a folder of images is its own root."""
     digest: str | None = None
     """sha256 of the list, filled in by the pipeline so that a changed list causes a new run; None skips the check."""
+    local_digest: str | None = added(None)
+    """Digest of the sizes and times of the local files in a list, filled in by the pipeline like `digest`."""
     tombstones: str | None = None
     """Digest of the tombstones, filled in by the pipeline so that a takedown causes a new dataset."""
 
@@ -177,24 +187,71 @@ class IngestConfig:
 
 
 def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
-    names = "" if is_image_folder(config.urls) else left_out(config.urls)
-    if names:
+    folder = image_folder(config.urls)
+    config = dataclasses.replace(config, local_root=_absolute_root(config) or folder)
+    digest, local_digest = _pin_list(config) if folder is None else (_pin_images(config, folder), None)
+    tombstones = tombstones_digest(pinning.store)
+    return dataclasses.replace(config, digest=digest, local_digest=local_digest, tombstones=tombstones)
+
+
+def _pin_list(config: IngestConfig) -> tuple[str, str | None]:
+    """Check the list; returns digests of it and of the local files that it names."""
+    if names := left_out(config.urls):
         log.warning("ingest.urls: %s: left out %s. Convert them to %s.", config.urls, names, ", ".join(FORMATS))
-    config = dataclasses.replace(config, local_root=find_local_root(config))
-    return dataclasses.replace(config, digest=check_source(config), tombstones=tombstones_digest(pinning.store))
+    return check_source(config), None if config.local_root is None else _states_digest(config, config.local_root)
+
+
+def _pin_images(config: IngestConfig, folder: str) -> str:
+    """Check that the images of a folder have a caption; returns a digest of the names, sizes and times of its files."""
+    metadata = [_metadata_rows(config, folder, path) for path in image_folders.metadata_files(folder)]
+    first = [next(parts, LISTED.empty_table()) for parts in metadata]  # checks the columns of every file
+    described = (caption for part in itertools.chain(first, *metadata) for caption in part["caption"].to_pylist())
+    images = image_folders.list_images(folder, np.zeros(0, np.uint64), _IMAGES_PER_TASK)
+    read = functools.partial(
+        image_folders.read_captions, config.local_root or folder, caption_name=config.caption_column
+    )
+    beside = (caption for some in images for _, caption, _ in read(some))
+    if not any(caption.strip() for caption in itertools.chain(described, beside)):
+        raise InputError(
+            f"ingest.urls: {config.urls} has images without captions. Put the caption of a.jpg into a.txt beside it, or add "
+            "metadata.csv with the columns file_name and text."
+        )
+    found = image_folders.survey(folder)
+    if found.num_left_out:
+        names = _listing([normalise_caption(name)[:100] for name in found.left_out], found.num_left_out)
+        formats = ", ".join(image_folders.IMAGE_SUFFIXES)
+        log.warning(
+            "ingest.urls: %s: left out %s, which are no captions of images. Convert images to one of %s.",
+            config.urls, names, formats,
+        )  # fmt: skip
+    return found.digest
+
+
+def _absolute_root(config: IngestConfig) -> str | None:
+    """Absolute path of `local_root`; raises InputError if it is no folder."""
+    if config.local_root is None:
+        return None
+    path = files.to_path(config.local_root)
+    if path is None or not path.is_dir():
+        raise InputError(
+            f"ingest.local_root: {config.local_root} is not a folder on this machine. Name the folder of the images."
+        )
+    return str(path)
 
 
 @stage("ingest", version=4, pin=_pin)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
     """Read the list of URLs and captions, clean it and give every row its key."""
-    digest = check_source(config)
+    images = image_folder(config.urls)
+    digest = check_source(config) if images is None else config.digest  # of images, the bytes count
     if config.digest and digest != config.digest:
         raise InputError(
             f"ingest.urls: {config.urls} has changed since this run was planned. Run the same command again."
         )
-    chunks, offsets, num_rows, lines = _read_chunks(config)
+    local_root = config.local_root or images
+    chunks, offsets, num_rows, lines = _read_list(config) if images is None else _read_images(config, images)
     count, folder = ranges.num_ranges(num_rows), f"{context.folder}/pairs"
-    split = functools.partial(_clean_and_split, offsets, count, config.local_root)
+    split = functools.partial(_clean_and_split, offsets, count, local_root)
     merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
     written = dataflow.exchange(split, chunks, count, merge)
     facts = rows.add_counts(facts for facts, _ in written)
@@ -225,107 +282,166 @@ class _Chunk:
     def num_rows(self) -> int:
         return int(self.listed.num_rows)
 
-    @property
-    def size(self) -> tuple[int, LineCounts]:
-        return self.num_rows, self.lines
+
+Chunks = tuple[list[Any], list[int], int, LineCounts]
+"""Chunks or references of chunks; number of rows before those of each task; number of all rows; all lines."""
 
 
-def _read_chunks(config: IngestConfig) -> tuple[list[Any], list[int], int, LineCounts]:
-    """Read the list, a small one in this process, a large one in tasks.
-
-    Returns:
-        Chunks or references of chunks; number of rows before those of each task; number of all rows; all lines.
-    """
-    if is_image_folder(config.urls):
-        starts, parts = [0], list(_image_folder(config))
-        for part in parts:
-            starts.append(starts[-1] + part.num_rows)
-        chunks = [_Chunk(0, start, part, LineCounts()) for start, part in zip(starts, parts, strict=False)]
-        return chunks, [0], starts[-1], LineCounts()
+def _read_list(config: IngestConfig) -> Chunks:
+    """Read the list, a small one in this process, a large one in tasks."""
     sources = _sources(config.urls)
-    if sum(source.size for source in sources) <= SMALL_BYTES:
-        lines = LineCounts()
-        listed = pa.concat_tables([LISTED.empty_table(), *_read_sources(sources, config, lines)])
-        return [_Chunk(0, 0, listed, lines)], [0], listed.num_rows, lines
     groups: list[list[_Source]] = []
+    is_small = sum(source.size for source in sources) <= SMALL_BYTES
     for source in sources:
-        if not groups or sum(other.size for other in groups[-1]) >= SMALL_BYTES:
+        if not groups or (not is_small and sum(other.size for other in groups[-1]) >= SMALL_BYTES):
             groups.append([])
         groups[-1].append(source)
-    size = operator.attrgetter("size")
-    produced = dataflow.produce(functools.partial(_read_group, config), list(enumerate(groups)), size)
-    ends = np.cumsum([sum(num_rows for (num_rows, _), _ in chunks) for chunks in produced]).tolist()
+    return _numbered(_produce(functools.partial(_read_group, config), list(enumerate(groups)), _size_of, is_small))
+
+
+def _produce(
+    read: Callable[[Any], Iterator[Any]], items: Sequence[Any], describe: Callable[[Any], Any], is_small: bool
+) -> list[list[tuple[Any, Any]]]:
+    """Call `dataflow.produce`, or do the same in this process."""
+    if is_small:
+        return [[(describe(chunk), chunk) for chunk in read(item)] for item in items]
+    return dataflow.produce(read, items, describe)
+
+
+def _size_of(chunk: "_Chunk") -> tuple[int, LineCounts]:
+    return chunk.num_rows, chunk.lines
+
+
+def _numbered(produced: Sequence[Sequence[tuple[tuple[int, LineCounts], Any]]]) -> Chunks:
+    ends = np.cumsum([0, *(sum(num_rows for (num_rows, _), _ in chunks) for chunks in produced)]).tolist()
     lines = sum((lines for chunks in produced for (_, lines), _ in chunks), LineCounts())
-    return [chunk for chunks in produced for _, chunk in chunks], [0, *ends[:-1]], ends[-1], lines
+    return [chunk for chunks in produced for _, chunk in chunks], ends[:-1], ends[-1], lines
 
 
 def _read_group(config: IngestConfig, numbered: "tuple[int, list[_Source]]") -> Iterator[_Chunk]:
-    """Read some files of the list in large chunks, of which there are few enough to split each among all ranges."""
+    """Read some files of the list in large chunks, of which there are few enough to split each among all ranges.
+
+    Chunks with local files are small, since these are hashed.
+    """
     task, sources = numbered
-    first_row, num_rows, num_bytes = 0, 0, 0
+    first_row, num_rows, num_bytes, num_files = 0, 0, 0, 0
     parts, lines = [LISTED.empty_table()], LineCounts()
-    for part in _read_sources(sources, config, lines):
+    for part, part_files in _cut(_read_sources(sources, config, lines), config.local_root is not None):
         parts.append(part)
-        num_rows, num_bytes = num_rows + part.num_rows, num_bytes + part.nbytes
-        if num_rows >= _TASK_ROWS or num_bytes >= _TASK_BYTES:
+        num_rows, num_bytes, num_files = num_rows + part.num_rows, num_bytes + part.nbytes, num_files + part_files
+        if num_rows >= _TASK_ROWS or num_bytes >= _TASK_BYTES or num_files >= _IMAGES_PER_TASK:
             yield _Chunk(task, first_row, pa.concat_tables(parts), LineCounts(lines))
-            first_row, num_rows, num_bytes, parts = first_row + num_rows, 0, 0, [LISTED.empty_table()]
+            first_row, num_rows, num_bytes, num_files = first_row + num_rows, 0, 0, 0
+            parts = [LISTED.empty_table()]
             lines.clear()
     if num_rows or lines:
         yield _Chunk(task, first_row, pa.concat_tables(parts), lines)
 
 
-def is_image_folder(urls: str) -> bool:
-    """Return True for a local folder of images that holds no list; metadata files are part of the images."""
+def _cut(tables_of_rows: Iterable[pa.Table], has_files: bool) -> Iterator[tuple[pa.Table, int]]:
+    """Yield rows of the list and the number of local files among them, at most `_IMAGES_PER_TASK`."""
+    for table in tables_of_rows:
+        if not has_files:
+            yield table, 0
+            continue
+        counts = np.cumsum(~_are_web_urls(table["url"]).to_numpy())
+        ends = np.flatnonzero(np.diff(np.maximum(counts - 1, 0) // _IMAGES_PER_TASK)) + 1
+        start, before = 0, 0
+        for end in [*ends.tolist(), table.num_rows]:
+            if end > start:
+                yield table.slice(start, end - start), int(counts[end - 1]) - before
+                start, before = end, int(counts[end - 1])
+
+
+def _are_web_urls(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Tell the texts that can only be URLs from those that may be paths."""
+    return pc.match_substring_regex(texts, _WEB_URL)
+
+
+def image_folder(urls: str) -> str | None:
+    """Path of a local folder of images that holds no list; None for others.
+
+    Metadata files are part of the images, and so are the tables that img2dataset writes beside its folders of images.
+    """
     path = files.to_path(urls)
     if path is None or not path.is_dir():
-        return False
-    folder = str(path)
-    top = next(image_folders.walk(folder), None)
-    listed = [_Source(pafs.LocalFileSystem(), name, name, 0) for name in (top.names - set(top.metadata) if top else ())]
-    if any(source.format and not source.is_secondary and not source.path.startswith("_") for source in listed):
-        return False
-    return image_folders.has_images(folder)
-
-
-def find_local_root(config: IngestConfig) -> str | None:
-    """Absolute path of the folder below which files may be read; None if there is none.
-
-    Raises:
-        InputError: it is no folder.
-    """
-    root = config.local_root or (config.urls if is_image_folder(config.urls) else None)
-    if root is None:
         return None
-    path = files.to_path(root)
-    if path is None or not os.path.isdir(path):
-        raise InputError(f"ingest.local_root: {root} is not a folder on this machine. Name the folder of the images.")
-    return os.path.abspath(path)
+    root = str(path)
+    top = next(image_folders.walk(root, on_error=lambda _: None), None)
+    names = [name for name in top.names if not top.is_shard_table(name)] if top else []
+    listed = [_Source(pafs.LocalFileSystem(), name, name, 0) for name in set(names) - set(top.metadata if top else ())]
+    if any(source.format and not source.is_secondary and not source.path.startswith("_") for source in listed):
+        return None
+    return root if image_folders.has_images(root) else None
 
 
-def _image_folder(config: IngestConfig) -> Iterator[pa.Table]:
-    """Rows of a folder of images, few enough at once that tasks share the work."""
-    root = os.path.abspath(files.to_path(config.urls) or config.urls)
-    found = image_folders.pairs(root, functools.partial(_metadata_rows, config), config.caption_column)
-    columns = len(config.columns)
-    while chunk := list(itertools.islice(found, _IMAGES_PER_TASK)):
-        urls, captions = zip(*chunk, strict=True)
-        yield _listed([urls, captions, *[[""] * len(chunk)] * (columns - 2)])
+def _read_images(config: IngestConfig, folder: str) -> Chunks:
+    """Read the metadata files and captions of a folder of images, few in this process, many in tasks."""
+    metadata = image_folders.metadata_files(folder)
+    is_small = sum(map(_file_size, metadata)) <= SMALL_BYTES
+    read_metadata = functools.partial(_read_metadata, config, folder)
+    described = _produce(read_metadata, list(enumerate(metadata)), _size_and_hashes, is_small)
+    found = [hashes for chunks in described for (_, hashes), _ in chunks]
+    images = image_folders.list_images(
+        folder, np.unique(np.concatenate([np.zeros(0, np.uint64), *found])), _IMAGES_PER_TASK
+    )
+    numbered = list(enumerate(images, start=len(metadata)))
+    read_captions = functools.partial(_read_captions, config, folder)
+    rest = _produce(read_captions, numbered, _size_of, is_small=len(numbered) <= 1)
+    return _numbered([[(size, chunk) for (size, _), chunk in chunks] for chunks in described] + rest)
 
 
-def _metadata_rows(config: IngestConfig, path: str) -> Iterator[tuple[str, str]]:
-    """File name and caption of the rows of a metadata file."""
-    source = _Source(pafs.LocalFileSystem(), path, path, os.path.getsize(path))
+def _size_and_hashes(chunk: _Chunk) -> tuple[tuple[int, LineCounts], np.ndarray]:
+    return _size_of(chunk), image_folders.hashes(chunk.listed["url"].to_pylist())
+
+
+def _read_metadata(config: IngestConfig, folder: str, numbered: tuple[int, str]) -> Iterator[_Chunk]:
+    task, path = numbered
+    first_row = 0
+    for part, _ in _cut(_metadata_rows(config, folder, path), has_files=True):
+        yield _Chunk(task, first_row, part, LineCounts())
+        first_row += part.num_rows
+
+
+def _read_captions(
+    config: IngestConfig, folder: str, numbered: tuple[int, Sequence[image_folders.Images]]
+) -> Iterator[_Chunk]:
+    task, images = numbered
+    found = list(image_folders.read_captions(config.local_root or folder, images, config.caption_column))
+    urls, captions, reasons = zip(*found, strict=True) if found else ((), (), ())
+    yield _Chunk(task, 0, _listed([urls, captions], pa.array(reasons, pa.string())), LineCounts())
+
+
+def _metadata_rows(config: IngestConfig, folder: str, path: str) -> Iterator[pa.Table]:
+    """Rows of a metadata file, with the URLs of the files that they name."""
+    source = _Source(pafs.LocalFileSystem(), path, path, _file_size(path), config.local_root or folder)
     names = image_folders.CAPTION_NAMES if config.caption_column is None else (config.caption_column,)
     for name in names:
         columns = IngestConfig(config.urls, url_column="file_name", caption_column=name)
         try:
             for part in _read_source(source, columns, LineCounts()):
-                yield from zip(part["url"].to_pylist(), part["caption"].to_pylist(), strict=True)
+                urls = [local_files.to_url(text, os.path.dirname(path)) or text for text in part["url"].to_pylist()]
+                yield part.set_column(0, LISTED.field("url"), pa.array(urls, pa.string()))
             return
-        except MissingColumn:
+        except MissingColumn as error:
+            if error.setting == "url_column":
+                raise InputError(
+                    f"ingest.urls: {path} has no column 'file_name' with the images below its folder. {error.hint}"
+                ) from None
             if name == names[-1]:
-                raise
+                tried = " or ".join(map(repr, names))
+                raise InputError(
+                    f"ingest.urls: {path} has no column {tried} with the captions. {error.hint} "
+                    "Or name another with --set ingest.caption_column."
+                ) from None
+
+
+def _file_size(path: str) -> int:
+    """Size of a file; 0 if it has none that can be read."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def _clean_and_split(offsets: Sequence[int], count: int, local_root: str | None, chunk: _Chunk) -> list[pa.Table]:
@@ -355,8 +471,6 @@ def check_source(config: IngestConfig) -> str:
     Raises:
         InputError: the list is not usable; names the file and the problem.
     """
-    if is_image_folder(config.urls):
-        return _check_image_folder(config)
     digest, unreadable, kinds = hashlib.sha256(), LISTED.empty_table(), Kinds()
     has_rows = has_sound_rows = False
     for source in _sources(config.urls):
@@ -377,27 +491,28 @@ def check_source(config: IngestConfig) -> str:
             "Write an object on each line of .jsonl; in .csv and .tsv, quote fields that hold the separator or a quote."
         )
     kinds.check()
-    if config.local_root is not None:
-        for part in read(config):
-            for text in part["url"].to_pylist():
-                if url := local_files.to_url(text, config.local_root):
-                    digest.update(f"{url}\0{local_files.state(local_files.to_path(url))}\0".encode())
     return digest.hexdigest()
 
 
-def _check_image_folder(config: IngestConfig) -> str:
-    """Check that the folder of images has a caption; returns a digest of the names, sizes and times of its files."""
-    root = os.path.abspath(files.to_path(config.urls) or config.urls)
-    found = image_folders.pairs(root, functools.partial(_metadata_rows, config), config.caption_column)
-    if not any(caption.strip() for _, caption in found):
-        raise InputError(
-            f"ingest.urls: {config.urls} has images without captions. Put the caption of a.jpg into a.txt beside it, or add "
-            "metadata.csv with the columns file_name and text."
-        )
+def _states_digest(config: IngestConfig, root: str) -> str:
+    """Digest of the sizes and times of the local files that a list names."""
     digest = hashlib.sha256()
-    for text in image_folders.digest_of(root):
-        digest.update(text.encode("utf-8", "surrogateescape"))
+    waiting: collections.deque[concurrent.futures.Future[bytes]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="states") as pool:
+        for part in read(config):
+            texts = pc.unique(part["url"].filter(pc.invert(_are_web_urls(part["url"]))))
+            for start in range(0, len(texts), _IMAGES_PER_TASK):
+                waiting.append(pool.submit(_states, texts.slice(start, _IMAGES_PER_TASK), root))
+            while len(waiting) > 2 * _THREADS:
+                digest.update(waiting.popleft().result())
+        for future in waiting:
+            digest.update(future.result())
     return digest.hexdigest()
+
+
+def _states(texts: pa.Array, root: str) -> bytes:
+    paths = (local_files.spelled_path(text, root) for text in texts.to_pylist())
+    return "".join(f"{local_files.state(path)}\0" if path else "\0" for path in paths).encode()
 
 
 def read(config: IngestConfig) -> Iterator[pa.Table]:
@@ -444,7 +559,6 @@ def _clean_batch(listed: pa.RecordBatch, position: int, local_root: str | None) 
         texts = pc.coalesce(pc.binary_join_element_wise(texts, local["sha256"], "\n"), texts)
     keys = [hashlib.sha256(text).hexdigest()[:32] for text in texts.cast(pa.binary()).to_pylist()]
     reasons: dict[str, pa.BooleanArray] = {
-        **{name: pc.equal(listed["reason"], name).fill_null(False) for name in ("bad_quotes", "bad_row")},
         "no_url": pc.equal(shown, ""),
         "bad_url": is_bad,
         **{name: pc.equal(local["reason"], name).fill_null(False) for name in ("no_file", "blocked_path")},
@@ -452,7 +566,7 @@ def _clean_batch(listed: pa.RecordBatch, position: int, local_root: str | None) 
         "bad_hash": pc.and_(sha256s.is_null(), has_hash),
         "no_caption": pc.equal(captions, ""),
     }  # the first that applies
-    reason = pc.case_when(pc.make_struct(*reasons.values()), *reasons)
+    reason = pc.coalesce(listed["reason"], pc.case_when(pc.make_struct(*reasons.values()), *reasons))
     is_dropped = pc.equal(reason, "no_caption")
     status = pc.if_else(reason.is_null(), rows.KEPT, pc.if_else(is_dropped, rows.DROPPED, rows.FAILED))
     positions = np.arange(position, position + listed.num_rows)
@@ -518,6 +632,8 @@ class _Source:
     """URI for messages."""
     size: int
     """File size in bytes."""
+    root: str | None = None
+    """Folder that the file must be in, whatever links lead there; None for a file anywhere."""
 
     @property
     def suffixes(self) -> list[str]:
@@ -554,9 +670,12 @@ class _Source:
         """Limit on the bytes or characters read from the file."""
         return max(MIN_ALLOWANCE, MAX_EXPANSION * self.size)
 
-    def open_stream(self) -> pa.NativeFile:
+    def open_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Open the raw bytes: by default pyarrow would decompress .gz files."""
-        return self.filesystem.open_input_stream(self.path, compression=None, buffer_size=1 << 20)
+        if self.root is not None:
+            return local_files.opened(self.root, self.path)
+        stream: pa.NativeFile = self.filesystem.open_input_stream(self.path, compression=None, buffer_size=1 << 20)
+        return stream
 
 
 def _sources(urls: str) -> list[_Source]:
@@ -606,8 +725,13 @@ def _primary(sources: Sequence[_Source]) -> list[_Source]:
 
 def _some_names(sources: Sequence[_Source], limit: int = 5) -> str:
     """Names of some files, for a message."""
-    names = [normalise_caption(source.path.rpartition("/")[2])[:100] for source in sources]
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+    names = [normalise_caption(source.path.rpartition("/")[2])[:100] for source in sources[:limit]]
+    return _listing(names, len(sources))
+
+
+def _listing(names: Sequence[str], count: int) -> str:
+    """Text of the first of `count` names."""
+    return ", ".join(names) + (f" and {count - len(names):,} more" if count > len(names) else "")
 
 
 def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:
@@ -808,23 +932,29 @@ def _json_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator
     """Values and reason of each row; NaN is null, and a number is its text."""
     records = _json_records(lines)
     first: list[tuple[str, dict[str, Any] | None]] = []
+    num_characters = 0
     names: dict[str, None] = {}
     wanted = [_plain_name(name) for name in config.columns.values()]
     for line, record in records:
         first.append((line, record))
+        num_characters += len(line)
         names |= dict.fromkeys(record or ())
         has_names = set(wanted) <= set(map(_plain_name, names)) if len(first) == _JSON_LINES_FOR_NAMES else False
-        if has_names or len(first) >= 100 * _JSON_LINES_FOR_NAMES:
+        is_enough = len(first) >= 100 * _JSON_LINES_FOR_NAMES or num_characters >= _JSON_CHARACTERS_FOR_NAMES
+        if has_names or is_enough:
             break
     listed = list(names)
     columns = [listed[index] for index in _column_indices(source, listed, config)] if listed else wanted
     for line, record in itertools.chain(first, records):
         values = [] if record is None else [record.get(name) for name in columns]
-        if record is None or not all(value is None or isinstance(value, str) for value in values):
-            url = values[0] if values and isinstance(values[0], str) else ""
-            yield _valid(url), _valid(line.strip()), *[""] * (len(columns) - 2), "bad_row"
-        else:
-            yield *(_valid(value or "") for value in values), None
+        # The metadata of an image may list its captions, as a file beside it may.
+        several = values[1] if source.root is not None and values and isinstance(values[1], list) else None
+        for found in [[values[0], caption, *values[2:]] for caption in several] if several else [values]:
+            if record is None or not all(value is None or isinstance(value, str) for value in found):
+                url = found[0] if found and isinstance(found[0], str) else ""
+                yield _valid(url), _valid(line.strip()), *[""] * (len(columns) - 2), "bad_row"
+            else:
+                yield *(_valid(value or "") for value in found), None
 
 
 def _valid(text: str) -> str:
@@ -866,7 +996,7 @@ def _num_characters(batch: pa.RecordBatch) -> int:
 @contextlib.contextmanager
 def _on_disk(source: _Source) -> Iterator[str]:
     """Provide a local copy of the file for a process without network access and credentials."""
-    if isinstance(source.filesystem, pafs.LocalFileSystem):
+    if isinstance(source.filesystem, pafs.LocalFileSystem) and source.root is None:
         yield source.path
         return
     with scratch_folder("list") as folder:
@@ -926,9 +1056,12 @@ def _column_indices(source: _Source, names: Sequence[str], config: IngestConfig)
             hint = f" Or use --set ingest.layout={matching_layouts[0]}." if matching_layouts else ""
             cleaned = map(normalise_caption, names)
             shown = [other if clean == name else clean for other, clean in zip(names, cleaned, strict=True)]
-            raise MissingColumn(
-                f"ingest.urls: {source.uri} has no column {_shown(name)} (ingest.{setting}). {nearest(name, shown)}{hint}"
+            nearby = nearest(name, shown)
+            error = MissingColumn(
+                f"ingest.urls: {source.uri} has no column {_shown(name)} (ingest.{setting}). {nearby}{hint}"
             )
+            error.setting, error.hint = setting, nearby
+            raise error
         if (number := plain_names.count(wanted)) > 1:
             raise InputError(
                 f"ingest.urls: {source.uri} has {number} columns {_shown(name)} (ingest.{setting}), expected one. "
@@ -975,6 +1108,8 @@ def _readable(source: _Source) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except rows.RowFault as fault:
+        raise _unreadable(source, rows.meaning(fault.reason)) from None
     except (ListFault, pa.ArrowException, OSError, EOFError, ValueError, LookupError, MemoryError, zlib.error) as error:
         raise _unreadable(source, first_line(error)) from None
 

@@ -134,6 +134,12 @@ class CutCaptions:
     tokens: int
     """Tokens that CLIP does not read."""
 
+    @property
+    def share(self) -> str:
+        """Share of the counted captions, as a text."""
+        percent = 100 * self.captions / max(1, self.counted)
+        return "less than 0.01 %" if 0 < percent < 0.01 else f"{percent:.3g} %"
+
 
 def _pin(config: ReportConfig, pinning: Pinning) -> ReportConfig:
     """Fill in the limits of [filter] and [curate]."""

@@ -26,6 +26,7 @@ from PIL import (  # noqa: F401  # isort: skip
 )  # fmt: skip
 
 from tasks.rows import REASONS, RowFault
+from tasks.untrusted import local_files
 from tasks.untrusted.domains import registrable_domain
 from tasks.untrusted.sandbox import DEFAULT_LIMITS, Limits, Sandbox, SandboxFault
 
@@ -122,9 +123,8 @@ class DecodingPool:
         Raises:
             RowFault: as by `decode`; or decode_crash, decode_timeout, decode_memory or decode_budget.
         """
-        if url.startswith("file:"):  # the operator's own images have no budget
-            url = ""
-        if url and self._spent and self._spent.get(_site(url), 0.0) >= self._site_seconds:
+        site = _site(url)
+        if site is not None and self._spent.get(site, 0.0) >= self._site_seconds:
             raise RowFault("decode_budget")
         started = time.monotonic()
         try:
@@ -132,11 +132,10 @@ class DecodingPool:
         except SandboxFault as fault:
             raise RowFault(f"decode_{fault.kind}") from None
         finally:
-            self._charge(url, time.monotonic() - started - SLOW_SECONDS)
+            self._charge(site, time.monotonic() - started - SLOW_SECONDS)
 
-    def _charge(self, url: str, seconds: float) -> None:
-        if url and (seconds > 0 or self._spent):
-            site = _site(url)
+    def _charge(self, site: str | None, seconds: float) -> None:
+        if site is not None:
             spent = self._spent.pop(site, 0.0) + seconds
             if spent > 0:
                 self._spent[site] = spent
@@ -269,7 +268,10 @@ def _unpack(reply: bytes) -> DecodedImage:
     return DecodedImage(jpg, width, height, original_width, original_height, text or None, colour.hex())
 
 
-def _site(url: str) -> str:
+def _site(url: str) -> str | None:
+    """Site that is charged for decoding; None for images of the operator's own."""
+    if not url or url.startswith(local_files.SCHEME):
+        return None
     return registrable_domain(urllib.parse.urlsplit(url).hostname or "")
 
 

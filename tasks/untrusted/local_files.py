@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tasks.rows import RowFault
-from tasks.untrusted.normalise import MAX_URL_CHARACTERS
 
 SCHEME = "file://"
+MAX_PATH_BYTES = 4096
+"""Longest path that Linux opens; its URL is longer, as a byte beyond ASCII takes three characters."""
 _PIECE_BYTES = 1 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -36,22 +37,37 @@ class LocalFile:
 
 def to_url(text: str, root: str | None = None) -> str | None:
     """Return the `file://` URL of an absolute path, of a `file:` URL, or of a path below a root; None for other texts."""
-    text = text.strip()
-    if text[:5].lower() == "file:":
-        parts = urllib.parse.urlsplit(text)
-        if parts.netloc not in ("", "localhost"):
+    path = spelled_path(text, root)
+    if path is None:
+        return None
+    folder, name = os.path.split(path)
+    path = os.path.join(os.path.realpath(folder), name)  # one spelling, whatever links lead there
+    return url_of(path) if len(os.fsencode(path)) <= MAX_PATH_BYTES else None
+
+
+def spelled_path(text: str, root: str | None = None) -> str | None:
+    """Absolute path that a text of `to_url` spells, before links are followed; None for other texts."""
+    path = text.strip()
+    try:
+        if path[:5].lower() == "file:":
+            parts = urllib.parse.urlsplit(path)
+            if parts.netloc not in ("", "localhost"):
+                return None
+            path = urllib.parse.unquote(parts.path, errors="surrogateescape")
+        is_relative = not path.startswith("/")
+        if not path or "\0" in path or (is_relative and (root is None or "://" in path)):
             return None
-        path = urllib.parse.unquote(parts.path, errors="surrogateescape")
-    else:
-        path = text
-    is_relative = not path.startswith("/")
-    if not path or "\0" in path or (is_relative and (root is None or "://" in path)):
+        if len(os.fsencode(path)) > MAX_PATH_BYTES:
+            return None
+    except ValueError:  # brackets or special characters in the host, or characters that no file name has
         return None
     path = os.path.normpath(f"{root}/{path}" if is_relative else path)
-    folder, name = os.path.split("/" + path.lstrip("/"))
-    path = os.path.join(os.path.realpath(folder), name)  # one spelling, whatever links lead there
-    url = SCHEME + urllib.parse.quote(os.fsencode(path), safe="/!$&'()*+,;=:@~-._")
-    return url if len(url) <= MAX_URL_CHARACTERS else None
+    return "/" + path.lstrip("/")
+
+
+def url_of(path: str) -> str:
+    """URL of a path, as it is."""
+    return SCHEME + urllib.parse.quote(os.fsencode(path), safe="/!$&'()*+,;=:@~-._")
 
 
 def to_path(url: str) -> str:

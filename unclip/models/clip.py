@@ -40,7 +40,8 @@ _FOREIGN_TEXT_TOWER = (
 )
 
 LONGEST_CAPTION = 4098
-"""Tokens that hold any caption: ingest keeps 1,000 characters, each of at most four bytes, and a token has at least one byte."""
+"""Tokens that hold nearly any caption: ingest keeps 1,000 characters, each of at most four bytes, and a token has at least one
+byte. A tokenizer that normalises captions first may make some longer."""
 LENGTH_STEP = 16
 """Captions are encoded together if their lengths round up to the same multiple of this."""
 
@@ -461,8 +462,13 @@ class Clip(nn.Module):
         lost = torch.zeros(len(captions), dtype=torch.long)
         full = torch.nonzero(text_mask(tokens)[:, -1]).flatten().tolist()
         if full:
-            whole: Tensor = self.tokenizer([captions[row] for row in full], context_length=LONGEST_CAPTION)
-            lost[full] = (~_is_trailing(whole, self.padding_id)).sum(dim=1) - tokens.shape[1]
+            length, is_cut = LONGEST_CAPTION, True
+            while is_cut:
+                whole: Tensor = self.tokenizer([captions[row] for row in full], context_length=length)
+                is_used = ~_is_trailing(whole, self.padding_id)
+                is_cut = bool(is_used[:, -1].any()) and whole.shape[1] >= length  # else its length is fixed
+                length *= 2
+            lost[full] = is_used.sum(dim=1) - tokens.shape[1]
         return lost.clamp(min=0)
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ import functools
 import http.server
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tasks import ranges
+from tasks import image_folders, ranges
 from tasks.lanes import sites
 from tasks.lineage.takedown import parse, parse_file
 from tasks.stage import Artifact, Call, Failure, Pinning, Run, execute
 from tasks.stages.download import DownloadConfig, fetch_pairs
-from tasks.stages.ingest import IngestConfig, find_local_root, ingest
+from tasks.stages.ingest import IngestConfig, image_folder, ingest
 from tasks.store import Store
 from tasks.tombstones import gather, refuse
 from tasks.tracking import Tracker
 from unclip.errors import InputError
+
+stage_module = sys.modules[IngestConfig.__module__]  # `tasks.stages.ingest` as an attribute is the stage
 
 
 def draw(path: Path, seed: int) -> None:
@@ -108,7 +111,9 @@ def test_f103_metadata_files_name_the_images_below_their_folder(photos: Path, tm
     assert named(ingested(tmp_path / "storage", urls=str(photos)), photos) == sorted(expected)
     if kind == "csv":
         path.write_text("file_name,about\na.jpg,a red cat\n")
-        with pytest.raises(InputError, match="no column 'text'"):
+        with pytest.raises(
+            InputError, match="no column 'caption' or 'text' with the captions.*--set ingest.caption_column"
+        ):
             ingested(tmp_path / "storage", urls=str(photos))
         rows_found = ingested(tmp_path / "storage", urls=str(photos), caption_column="about")
         assert ("a.jpg", "a red cat", None) in named(rows_found, photos)
@@ -186,7 +191,7 @@ def test_f103_a_refresh_finds_changed_files_by_size_and_time_and_then_by_hash(ph
     listed = {"urls": f"{tmp_path}/list.csv", "local_root": str(photos)}
     before = pinned(storage, **listed)
     draw(photos / "a.jpg", 78)
-    assert pinned(storage, **listed).digest != before.digest
+    assert pinned(storage, **listed).local_digest != before.local_digest
 
 
 def test_f103_files_are_taken_down_by_path(photos: Path, tmp_path: Path) -> None:
@@ -207,8 +212,197 @@ def test_f103_folders_of_lists_stay_lists_and_images_need_captions(photos: Path,
     with pytest.raises(InputError, match=r"images without captions.*a\.txt beside it"):
         ingested(tmp_path / "storage", urls=str(photos))
     (photos / "list.csv").write_text("url,caption\nhttp://a.example/1.jpg,a cat\n")
-    assert find_local_root(IngestConfig(str(photos))) is None
+    assert image_folder(str(photos)) is None
     assert [row["url"] for row in ingested(tmp_path / "storage", urls=str(photos))] == ["http://a.example/1.jpg"]
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "metadata.csv").write_text("url,caption\nhttp://a.example/1.jpg,a cat\n")
     assert len(ingested(tmp_path / "storage", urls=f"{tmp_path}/lists")) == 1
+
+
+def test_f98_damaged_rows_of_metadata_fail_and_a_list_of_captions_is_several(photos: Path, tmp_path: Path) -> None:
+    lines = ['{"file_name": "a.jpg", "text": ["one cat", "two cats"]}', '{"file_name": "B.JPG", "text": {"en": "x"}}']
+    (photos / "metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "c d.png", "text": 7}', "[1]"]))
+    (photos / "sub" / "metadata.csv").write_text('file_name,text\ne.webp,a dog, running\ndeep/f.gif,"a "bird", red"\n')
+    rows = named(ingested(tmp_path / "storage", urls=str(photos)), photos)
+    assert [(url, caption) for url, caption, reason in rows if reason is None] == [
+        ("a.jpg", "one cat"), ("a.jpg", "two cats"), ("c%20d.png", "7"),
+    ]  # fmt: skip
+    assert sorted((url, reason) for url, _, reason in rows if reason) == [
+        ("", "bad_row"), ("B.JPG", "bad_row"), ("none.jpeg", "no_caption"), ("sub/deep/f.gif", "bad_quotes"),
+        ("sub/e.webp", "bad_row"),
+    ]  # fmt: skip
+
+
+def test_f103_a_list_may_hold_texts_that_are_no_urls(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("url,caption\nfile://[x/a.jpg,x\nfile://\u2100/x,x\na.jpg,a red cat\n")
+    rows = ingested(tmp_path / "storage", urls=f"{tmp_path}/list.csv", local_root=str(photos))
+    assert [row["reason"] for row in rows] == ["bad_url", "bad_url", None]
+
+
+def test_f103_paths_of_any_bytes_and_length_are_rows(photos: Path, tmp_path: Path) -> None:
+    folder = photos / ("\u732b" * 80) / ("\u72ac" * 80) / ("\u9ce5" * 80)
+    draw(folder / "a.jpg", 1)
+    (folder / "a.txt").write_text("a red cat")
+    raw = os.fsdecode(b"\xff\xe4")
+    draw(photos / raw / "b.jpg", 2)
+    (photos / raw / "b.txt").write_text("a dog")
+    long = Path(raw * 60)  # too long for the system as a whole, but each folder can be entered
+    here = os.open(photos, os.O_RDONLY)
+    for _ in range(40):
+        os.mkdir(long, dir_fd=here)
+        inner = os.open(long, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    with pytest.raises(InputError, match=r"cannot be listed.*File name too long.*move it elsewhere"):
+        pinned(tmp_path / "storage", urls=str(photos))
+    (photos / long).rename(tmp_path / "away")
+    kept = [row["url"] for row in ingested(tmp_path / "storage", urls=str(photos)) if row["status"] == "kept"]
+    assert len(kept) == 2 and f"file://{photos}/%FF%E4/b.jpg" in kept
+
+
+def test_f103_metadata_anywhere_describes_images_of_earlier_folders(photos: Path, tmp_path: Path) -> None:
+    (photos / "sub" / "metadata.csv").write_text("file_name,text\n../a.jpg,a red cat\n../c d.png,a dog\n")
+    (photos / "c d.txt").write_text("a blue dog")
+    (photos / "B.txt").touch()
+    rows = named(ingested(tmp_path / "storage", urls=str(photos)), photos)
+    assert [row for row in rows if row[2] is None] == [
+        ("a.jpg", "a red cat", None), ("c%20d.png", "a blue dog", None), ("c%20d.png", "a dog", None),
+    ]  # fmt: skip
+    assert [url for url, _, reason in rows if reason == "no_caption"] == [
+        "B.JPG", "none.jpeg", "sub/deep/f.gif", "sub/e.webp",
+    ]  # fmt: skip
+
+
+def test_f103_every_file_with_a_caption_changes_the_digest(photos: Path, tmp_path: Path) -> None:
+    (photos / "a.txt").write_text("a red cat")
+    names = ["B.JPG.txt", "B.txt", "B.TXT", "B.caption", "c d.png.json", "sub/e.CAPTION", "metadata.csv", "new.png"]
+    seen = [pinned(tmp_path / "storage", urls=str(photos)).digest]
+    for name in names:
+        (photos / name).write_text("file_name,text\na.jpg,a cat\n")
+        seen.append(pinned(tmp_path / "storage", urls=str(photos)).digest)
+        (photos / name).write_text("file_name,text\na.jpg,a dog, longer\n")
+        seen.append(pinned(tmp_path / "storage", urls=str(photos)).digest)
+    assert len(set(seen)) == len(seen)
+    (photos / "readme.txt").write_text("not a caption")
+    assert pinned(tmp_path / "storage", urls=str(photos)).digest == seen[-1]
+
+
+def test_f104_captions_that_lie_elsewhere_or_cannot_be_read_are_reasons(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("a secret")
+    (photos / "a.txt").symlink_to(tmp_path / "secret.txt")
+    (photos / "B.txt").write_text("x" * (2 << 20))
+    os.mkfifo(photos / "c d.txt")
+    (photos / "sub" / "e.txt").write_text("a bird")
+    (photos / "none.txt").symlink_to("sub/e.txt")
+    assert named(ingested(tmp_path / "storage", urls=str(photos)), photos) == [
+        ("B.JPG", "", "too_large"), ("a.jpg", "", "blocked_path"), ("c%20d.png", "", "no_file"),
+        ("none.jpeg", "a bird", None), ("sub/deep/f.gif", "", "no_caption"), ("sub/e.webp", "a bird", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_f104_metadata_that_lies_elsewhere_or_is_a_pipe_is_not_read(photos: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.csv").write_text("file_name,text\na.jpg,a secret\n")
+    (photos / name).symlink_to(tmp_path / "secret.csv")
+    with pytest.raises(InputError, match=rf"{name} cannot be read: the local file, or what it links to, is not below"):
+        ingested(tmp_path / "storage", urls=str(photos))
+    (photos / name).unlink()
+    os.mkfifo(photos / name)
+    with pytest.raises(InputError, match=rf"{name} cannot be read: the local file does not exist or cannot be read"):
+        ingested(tmp_path / "storage", urls=str(photos))
+    (photos / name).unlink()
+    (photos / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match=rf"{name} cannot be read"):
+        ingested(tmp_path / "storage", urls=str(photos))
+
+
+def test_f103_a_folder_that_cannot_be_listed_is_named(photos: Path, tmp_path: Path) -> None:
+    (photos / "a.txt").write_text("a red cat")
+    (photos / "lost+found").mkdir(mode=0)
+    deep = photos
+    with pytest.raises(InputError, match=r"sub/deep cannot be listed.*Make it readable, or move it elsewhere"):
+        for folder in image_folders.walk(str(photos)):
+            if folder.path == str(photos / "sub"):  # it vanishes between its name and its content
+                (photos / "sub" / "deep").rename(tmp_path / "deep")
+    (tmp_path / "deep").rename(deep / "sub" / "deep")
+    assert len(ingested(tmp_path / "storage", urls=str(photos))) == 6
+
+
+def test_f103_the_folder_that_img2dataset_writes_is_a_folder_of_images(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for shard, name in (("00000", "000000000"), ("00000", "000000002"), ("00001", "000010001")):
+        draw(out / shard / f"{name}.jpg", int(name))
+        (out / shard / f"{name}.txt").write_text(f"caption {name}")
+        (out / shard / f"{name}.json").write_text(
+            json.dumps({"caption": "other", "url": "http://a.example", "key": name})
+        )
+    for shard in ("00000", "00001"):
+        pq.write_table(
+            pa.table({"url": ["http://a.example/1"], "caption": ["x"], "key": ["0"]}), out / f"{shard}.parquet"
+        )
+        (out / f"{shard}_stats.json").write_text("{}")
+    assert image_folder(str(out)) == str(out) and image_folders.survey(str(out)).num_left_out == 0
+    assert [row["caption"] for row in ingested(tmp_path / "storage", urls=str(out))] == [
+        "caption 000000000", "caption 000000002", "caption 000010001",
+    ]  # fmt: skip
+    (out / "00002.parquet").write_bytes((out / "00000.parquet").read_bytes())  # without a folder, it is a list
+    assert image_folder(str(out)) is None
+
+
+def test_f101_files_of_a_folder_of_images_that_are_not_read_are_named(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (photos / "a.txt").write_text("a red cat")
+    pinned(tmp_path / "storage", urls=str(photos))
+    assert "left out" not in caplog.text
+    for name in ("a.bmp", "readme.txt", "sub/b.tif", "sub/c.heic", "sub/d.svg", "sub/e.mp4", ".hidden.bmp"):
+        (photos / name).write_bytes(b"x")
+    pinned(tmp_path / "storage", urls=str(photos))
+    assert (
+        "left out a.bmp, readme.txt, sub/b.tif, sub/c.heic, sub/d.svg and 1 more, which are no captions" in caplog.text
+    )
+
+
+def test_f103_missing_columns_of_metadata_are_named_with_what_helps(photos: Path, tmp_path: Path) -> None:
+    messages = {
+        "file,text": r"metadata.csv has no column 'file_name' with the images.*Did you mean 'file'\?$",
+        "file_name,txt": r"no column 'caption' or 'text' with the captions. Did you mean 'txt'\?.*ingest.caption_column\.$",
+    }
+    for header, message in messages.items():
+        (photos / "metadata.csv").write_text(f"{header}\na.jpg,a cat\n")
+        with pytest.raises(InputError, match=message):
+            pinned(tmp_path / "storage", urls=str(photos))
+        (photos / "metadata.csv").unlink()
+    (photos / "metadata.csv").write_text("file_name,text\na.jpg,a cat\n")
+    with pytest.raises(InputError, match=r"no column 'about' with the captions"):
+        pinned(tmp_path / "storage", urls=str(photos), caption_column="about")
+
+
+def test_f103_tasks_hash_few_images_each(photos: Path, tmp_path: Path) -> None:
+    """Rows that name no files are no reason to divide a list."""
+    urls = ["a.jpg", *[f"http://a.example/{number}" for number in range(9000)], *["c d.png"] * 5000, "B.JPG"]
+    (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{url},a {n}\n" for n, url in enumerate(urls)))
+    config = pinned(tmp_path / "storage", urls=f"{tmp_path}/list.csv", local_root=str(photos))
+    chunks, _, num_rows, _ = stage_module._read_list(config)
+    files = [sum("://" not in url for url in chunk.listed["url"].to_pylist()) for chunk in chunks]
+    assert files == [2048, 2048, 906] and num_rows == len(urls)
+    assert [chunk.first_row for chunk in chunks] == np.cumsum([0, *(chunk.num_rows for chunk in chunks[:-1])]).tolist()
+    rows = ingested(tmp_path / "storage", urls=f"{tmp_path}/list.csv", local_root=str(photos))
+    assert [row["caption"] for row in rows] == [f"a {n}" for n in range(len(urls))]
+    assert {row["reason"] for row in rows} == {None}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_f103_captions_of_many_images_are_read_in_tasks(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "c d", "sub/e"):
+        (photos / f"{name}.json").write_text(json.dumps([f"{name} one", f"{name} two"]))
+    (photos / "sub" / "metadata.csv").write_text("file_name,text\n../B.JPG,a dog\n../a.jpg,a cat\n")
+    expected = ingested(tmp_path / "one", urls=str(photos))
+    monkeypatch.setattr(stage_module, "_IMAGES_PER_TASK", 2)
+    monkeypatch.setattr(stage_module, "SMALL_BYTES", -1)
+    found = ingested(tmp_path / "two", urls=str(photos))
+    assert [row["position"] for row in found] == list(range(10))
+    assert named(found, photos) == named(expected, photos)

@@ -17,7 +17,7 @@ from tasks.stage import Artifact
 from tasks.stages import report
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA
-from tasks.stages.report import Limit, ReportConfig, render
+from tasks.stages.report import CutCaptions, Limit, ReportConfig, render
 from tests.tasks.datasets import write_folder
 
 MALICIOUS = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'single'"
@@ -205,5 +205,10 @@ def test_f102_the_page_tells_how_many_captions_are_cut_and_tokens_lost(tmp_path:
     cut = sum(number > 0 for number in counted)
     assert 0 < cut <= kept
     page = render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS))
-    text = f"{cut} of {len(counted)} captions of kept rows ({100 * cut / len(counted):.2g} %) have more tokens than CLIP reads"
+    text = f"{cut} of {len(counted)} captions of kept rows ({100 * cut / len(counted):.3g} %) have more tokens than CLIP reads"
     assert text in page and f"; {sum(counted)} tokens are lost" in page
+
+
+def test_f102_shares_are_written_without_exponents() -> None:
+    counts = {(7, 7): "100 %", (995, 1000): "99.5 %", (3, 40): "7.5 %", (1, 10**7): "less than 0.01 %", (0, 0): "0 %"}
+    assert {pair: CutCaptions(pair[1], pair[0], 0).share for pair in counts} == counts

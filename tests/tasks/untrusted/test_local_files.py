@@ -78,10 +78,27 @@ def test_f103_paths_have_one_spelling(root: Path) -> None:
     for text in (f"{root}/in/a b%20.jpg", f" {root}//in/./../in/a b%20.jpg", "in/a b%20.jpg", *others):
         assert local_files.to_url(text, str(root)) == expected, text
     assert local_files.to_path(expected) == f"{root}/in/a b%20.jpg"
-    for text in ("", "file://other.example/a.jpg", "a\0b", "s3://bucket/a.jpg", "/" + "a" * 3000):
+    for text in ("", "file://other.example/a.jpg", "a\0b", "s3://bucket/a.jpg", "/" + "a" * 5000, "\ud800"):
         assert local_files.to_url(text, str(root)) is None, text
     assert local_files.to_url("in/a.jpg") is None
     (root / "other").symlink_to("in")
     assert local_files.to_url(f"{root}/other/a b%20.jpg") == expected
     raw = os.fsdecode(b"/tmp/\xff\xe4.jpg")
     assert local_files.to_url(raw) == "file:///tmp/%FF%E4.jpg" and local_files.to_path("file:///tmp/%FF%E4.jpg") == raw
+
+
+def test_f103_texts_that_no_url_parser_reads_are_no_files(root: Path) -> None:
+    for text in ("file://[x/a.jpg", "file://\u2100/x", "FILE://a]b/x", "file://[::1/x.jpg"):
+        assert local_files.to_url(text, str(root)) is None, text
+        assert local_files.describe(text, str(root)) is None, text
+
+
+def test_f103_a_path_is_measured_in_bytes_as_the_system_does(root: Path) -> None:
+    """Quoted, each of these letters takes nine characters."""
+    path = root / ("\u732b" * 80) / ("\u72ac" * 80) / ("\u9ce5" * 80) / "\u9b5a.jpg"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"image")
+    found = local_files.describe(str(path), str(root))
+    assert found is not None and found.reason is None and len(found.url) > 2048
+    assert local_files.to_path(found.url) == str(path)
+    assert local_files.to_url("a/" * 2049, str(root)) is None
