@@ -315,7 +315,13 @@ class Fetcher:
             return
         started = time.monotonic()
         if self.respect_robots and not for_robots:
-            time.sleep(self._robots.admit(target.url, self.agent, self._load_rules, self.max_crawl_delay_seconds))
+            try:
+                delay = self._robots.admit(target.url, self.agent, self._load_rules, self.max_crawl_delay_seconds)
+            except RowFault as fault:
+                if fault.reason in ("robots_disallowed", "opted_out"):
+                    self._sites.answered(target.site)  # its rules arrived, and no image will tell more
+                raise
+            time.sleep(delay)
         with self._host_limits.of(target, self.requests_per_host):
             deadline.at += time.monotonic() - started
             yield
