@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from tasks import keys, ranges, tables
@@ -68,6 +69,10 @@ def test_keys_become_bytes_and_numbers_and_texts_again() -> None:
     assert keys.octet_texts(pa.chunked_array([octets.slice(3, 50)])).to_pylist() == table.to_pylist()[3:53]
     assert keys.key_texts(keys.hex_numbers(table, 32)).to_pylist() == table.to_pylist()
     assert keys.key_octets(table.slice(0, 0)).to_pylist() == []
+    high, low = (pa.chunked_array([numbers]) for numbers in keys.hex_numbers(table, 32).T)
+    pairs = keys.pair_octets(high, low)
+    assert pc.index_in(pairs.slice(5, 9), value_set=pairs).to_pylist() == list(range(5, 14))
+    assert len(keys.pair_octets(high.slice(0, 0), low.slice(0, 0))) == 0
     assert len(ranges.of_keys(pa.array([]), 8)) == 0
 
 

@@ -236,6 +236,15 @@ def test_f76_a_takedown_keeps_files_of_older_versions_that_have_none_of_its_rows
     assert not (tmp_path / "images" / "cd.parquet").exists()
 
 
+def test_f74_rows_of_a_key_are_sorted_by_the_commit_of_their_file() -> None:
+    rows_of_files = pa.table({"key": [*"babac"], "file": [*"xyzyx"], "value": range(5)})
+    ordered, is_first = tables.in_commit_order(rows_of_files, "file", pa.array([1, 1, 0, 1, 2]))
+    assert ordered.to_pydict() == {"key": [*"aabbc"], "file": [*"yyzxx"], "value": [1, 3, 2, 0, 4]}
+    assert is_first.to_pylist() == [True, False, True, False, True]
+    nothing, is_first = tables.in_commit_order(rows_of_files.slice(0, 0), "file", pa.array([], pa.int64()))
+    assert not nothing.num_rows and not len(is_first)
+
+
 def test_f74_of_repeated_rows_the_one_that_was_committed_first_stays(tmp_path: Path) -> None:
     table = str(tmp_path / "images")
 

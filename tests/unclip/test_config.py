@@ -101,3 +101,16 @@ def test_operational_settings_are_not_decisive() -> None:
     assert config.to_dict(Stage()) == {"trainer": {"rate": 0.1, "patience": 3}}
     assert config.without_operational(Stage()) == {"trainer": {"rate": 0.1}}
     assert config.load(Stage, {"trainer": {"patience": 5}}).trainer.patience == 5
+
+
+def test_f101_suggestions_can_be_copied_and_show_letters_that_look_alike() -> None:
+    suggestions = {
+        ("legende", "l\u00e9gende"): "'l\u00e9gende'",
+        ("caption", "c\u0430ption"): "'c\u0430ption', in ASCII 'c\\u0430ption'",
+        ("caption", "ca\uff50tion"): "'ca\uff50tion', in ASCII 'ca\\uff50tion'",
+        ("Caption", "cap\u200btion"): "'cap\\u200btion'",
+        ("c\u0430ption", "caption"): "'caption'",
+        ("url_bild", "url_bild_\u56fe"): "'url_bild_\u56fe'",
+    }
+    for (name, valid), shown in suggestions.items():
+        assert config.nearest(name, [valid, "url"]) == f"Did you mean {shown}?"

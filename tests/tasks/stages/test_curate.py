@@ -108,6 +108,16 @@ def test_without_limits_everything_is_kept(tmp_path: Path, embedded: Artifact) -
     assert outcome(run_curate(tmp_path, embedded, CurateConfig())) == {FAILED: "http_404"}
 
 
+def test_f102_embeddings_of_an_earlier_release_have_no_number_of_lost_tokens(
+    tmp_path: Path, embedded: Artifact
+) -> None:
+    for uri in tables.files(embedded.uri):
+        tables.write_file(uri, tables.read_file(uri).drop_columns("tokens_lost"))
+    artifact = run_curate(tmp_path, embedded, CurateConfig())
+    assert outcome(artifact) == {FAILED: "http_404"}
+    assert ranges.read_all(Snapshot.of(artifact.facts).scores)["tokens_lost"].null_count == NUM_ROWS  # type: ignore[union-attr]
+
+
 def test_f74_of_repeated_embeddings_those_committed_first_count(tmp_path: Path, embedded: Artifact) -> None:
     late = tables.read(embedded.uri).slice(5, 10)
     late = late.set_column(late.column_names.index("clip_score"), "clip_score", pa.array([1.0] * 10, pa.float32()))

@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 
 from tasks import tables
-from tasks.stage import Artifact, Call, Resources, Run, execute
+from tasks.lineage.takedown import parse
+from tasks.stage import Artifact, Call, Failure, Resources, Run, execute
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA, EmbedConfig, Embedder, Preprocess, Shard, read_shard
 from tasks.stages.embed import embed as embed_stage
+from tasks.store import Store
+from tasks.tombstones import forget, record
 from tasks.tracking import Tracker
 from tests.tasks.datasets import kept_selection, key, write_folder, write_kept_places
 from tests.tasks.datasets import write_images as write_table
@@ -151,7 +154,13 @@ def test_rows_that_are_kept_later_are_embedded_alone_in_the_order_of_the_images(
         if embedded:
             first = tables.read(embedded[0].uri)
             late = first.slice(2, 3).set_column(1, "caption", pa.array(["late"] * 3))
-            tables.append_files(embedded[0].uri, [tables.write_part(embedded[0].uri, "0-late", late)], SCHEMA)
+            version = tables.append_files(embedded[0].uri, [tables.write_part(embedded[0].uri, "0-late", late)], SCHEMA)
+            store = Store(str(tmp_path))
+            request = record(store, [parse("domain", "example.com")], None)
+            result = execute(Call(embed_stage, EmbedConfig(batch_size=4)), run, [dedup, clip_artifact])
+            assert isinstance(result, Failure) and "a takedown was recorded meanwhile" in result.message
+            assert tables.version(embedded[0].uri) == version, "nothing is committed before it is carried out"
+            forget(store, request)
         result = execute(Call(embed_stage, EmbedConfig(batch_size=4)), run, [dedup, clip_artifact])
         assert isinstance(result, Artifact), result
         embedded.append(result)

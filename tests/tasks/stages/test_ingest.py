@@ -675,6 +675,20 @@ def test_f98_captions_may_begin_after_many_lines(tmp_path: Path) -> None:
     assert [row.caption for row in listed(tmp_path / "list.jsonl")] == [""] * 500 + ["x"]
 
 
+def test_f98_long_lines_without_a_caption_are_not_held_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "_JSON_CHARACTERS_FOR_NAMES", 100_000)
+    lines = [json.dumps({"url": f"http://a/{number}", "other": "x" * 1000}) for number in range(300)]
+    (tmp_path / "list.jsonl").write_text("\n".join([*lines[:90], '{"url": "http://b/", "caption": "x"}', *lines[90:]]))
+    assert [row.caption for row in listed(tmp_path / "list.jsonl") if row.caption] == ["x"]
+    (tmp_path / "list.jsonl").write_text(
+        "\n".join([*lines[:200], '{"url": "http://b/", "caption": "x"}', *lines[200:]])
+    )
+    with pytest.raises(InputError, match="no column 'caption'"):
+        listed(tmp_path / "list.jsonl")
+
+
 @pytest.mark.parametrize(
     ("captions", "expected"),
     [
@@ -759,9 +773,10 @@ def test_f101_spaces_around_the_name_of_a_column_do_not_matter(tmp_path: Path, n
 
 
 def test_f101_hints_show_what_differs(tmp_path: Path) -> None:
-    for name, shown in (("c\u0430ption", "'c\\\\u0430ption'"), ("cap\u200btion", "'cap\\\\u200btion'")):
+    alike = (("c\u0430ption", "'c\u0430ption', in ASCII 'c\\\\u0430ption'"), ("cap\u200btion", "'cap\\\\u200btion'"))
+    for name, shown in (*alike, ("capti\u00f3n", "'capti\u00f3n'")):
         (tmp_path / "list.csv").write_text(f"url,{name}\nhttp://a/,x\n")
-        with pytest.raises(InputError, match=f"no column 'caption' .*Did you mean {shown}"):
+        with pytest.raises(InputError, match=rf"no column 'caption' .*Did you mean {shown}\?$"):
             check_source(IngestConfig(str(tmp_path / "list.csv")))
 
 

@@ -112,7 +112,7 @@ def test_f103_metadata_files_name_the_images_below_their_folder(photos: Path, tm
     if kind == "csv":
         path.write_text("file_name,about\na.jpg,a red cat\n")
         with pytest.raises(
-            InputError, match="no column 'caption' or 'text' with the captions.*--set ingest.caption_column"
+            InputError, match=r"no column 'caption' or 'text' with the captions.*--set ingest.caption_column"
         ):
             ingested(tmp_path / "storage", urls=str(photos))
         rows_found = ingested(tmp_path / "storage", urls=str(photos), caption_column="about")

@@ -57,8 +57,9 @@ def make_dataset(folder: str, num_ranges: int) -> Artifact:
         selection.append({"key": row["key"], "position": number, "status": status, "reason": reason, "split": split})
     uri = f"{folder}/images/recipe"
     halves = [pa.Table.from_pylist(half, schema=IMAGES) for half in (images[:15], images[15:])]
-    tables.append_files(uri, [tables.write_part(uri, str(number), half) for number, half in enumerate(halves)], IMAGES)
-    index_version = index.update_index(uri, 0)
+    parts = [tables.write_part(uri, str(number), half) for number, half in enumerate(halves)]
+    images_version = tables.append_files(uri, parts, IMAGES)
+    index_version = index.update_index(uri, images_version)
     selected = pa.Table.from_pylist(selection)
     embedded = [number for number in range(NUM_PAIRS) if number not in outcomes or number < 5 or number == 12]
     scores = np.array([0.05 if number < 5 else 0.3 for number in embedded])
@@ -72,7 +73,8 @@ def make_dataset(folder: str, num_ranges: int) -> Artifact:
         "tokens_lost": [0] * len(embedded),
     }
     store = f"{folder}/embeddings"
-    tables.append_files(store, [tables.write_part(store, "a", pa.table(columns, schema=SCHEMA))], SCHEMA)
+    part = tables.write_part(store, "a", pa.table(columns, schema=SCHEMA))
+    embeddings_version = tables.append_files(store, [part], SCHEMA)
     scored = pa.table({"key": columns["key"], "clip_score": scores, "embeddings_row": range(len(embedded))})
     lost = pa.array([None, *range(len(embedded) - 1)], pa.int32())
     scored = scored.append_column("tokens_lost", lost)
@@ -81,10 +83,10 @@ def make_dataset(folder: str, num_ranges: int) -> Artifact:
         "digest": "d1" * 32,
         "selection": write_folder(f"{folder}/selection", selected, num_ranges),
         "images": uri,
-        "images_version": 0,
+        "images_version": images_version,
         "index_version": index_version,
         "embeddings": store,
-        "embeddings_version": 0,
+        "embeddings_version": embeddings_version,
         "scores": write_folder(f"{folder}/scores", scored, num_ranges),
         "places": "",
         "heldout": "",

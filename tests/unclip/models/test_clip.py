@@ -97,6 +97,15 @@ def test_long_captions_are_truncated(loaded: Clip) -> None:
     assert loaded.tokenize(["word " * 500]).shape == (1, loaded.text_length)
 
 
+def test_f102_lost_tokens_are_counted_whatever_a_tokenizer_makes_of_a_caption(
+    loaded: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip, "LONGEST_CAPTION", loaded.text_length + 3)  # as if captions became longer
+    captions = ["a " * count for count in (3, loaded.text_length - 1, loaded.text_length + 1, 999)]
+    lost = loaded.count_lost(captions, loaded.tokenize(captions))
+    assert lost.tolist() == [0, 1, 3, 1001 - loaded.text_length]
+
+
 def test_clip_never_trains(loaded: Clip) -> None:
     holder = torch.nn.Sequential(loaded)
     holder.train()
