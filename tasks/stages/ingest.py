@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -104,7 +105,8 @@ _JSON_CHARACTERS_FOR_NAMES = 16 << 20  # of the lines that are held until all co
 log = logging.getLogger(__name__)
 
 _IMAGES_PER_TASK = 2048  # local images, which are hashed
-_THREADS = 16  # that ask for sizes and times: file systems of a network answer slowly
+_MAX_THREADS = 32  # that ask for sizes and times: file systems of a network answer slowly
+_SECONDS_PER_THREAD = 50e-6  # of waiting for each file
 _WEB_URL = r"^\s*(?i:https?)://"
 
 T = TypeVar("T")
@@ -497,20 +499,32 @@ def check_source(config: IngestConfig) -> str:
 def _states_digest(config: IngestConfig, root: str) -> str:
     """Digest of the sizes and times of the local files that a list names."""
     digest = hashlib.sha256()
+    names = _file_names(config)
+    first = next(names, pa.array([], pa.string()))
+    started = time.monotonic()
+    digest.update(_states(root, first))
+    waited = (time.monotonic() - started) / max(1, len(first))  # threads that do not wait would only impede each other
+    num_threads = min(_MAX_THREADS, 1 + int(waited / _SECONDS_PER_THREAD))
     waiting: collections.deque[concurrent.futures.Future[bytes]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="states") as pool:
-        for part in read(config):
-            texts = pc.unique(part["url"].filter(pc.invert(_are_web_urls(part["url"]))))
-            for start in range(0, len(texts), _IMAGES_PER_TASK):
-                waiting.append(pool.submit(_states, texts.slice(start, _IMAGES_PER_TASK), root))
-            while len(waiting) > 2 * _THREADS:
+    with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="states") as pool:
+        for texts in names:
+            waiting.append(pool.submit(_states, root, texts))
+            if len(waiting) > 2 * num_threads:
                 digest.update(waiting.popleft().result())
-        for future in waiting:
-            digest.update(future.result())
+        while waiting:
+            digest.update(waiting.popleft().result())
     return digest.hexdigest()
 
 
-def _states(texts: pa.Array, root: str) -> bytes:
+def _file_names(config: IngestConfig) -> Iterator[pa.Array]:
+    """Texts of a list that may be paths, some at a time; rows beside each other often name the same file."""
+    for part in read(config):
+        texts = pc.unique(part["url"].filter(pc.invert(_are_web_urls(part["url"]))))
+        for start in range(0, len(texts), _IMAGES_PER_TASK):
+            yield texts.slice(start, _IMAGES_PER_TASK)
+
+
+def _states(root: str, texts: pa.Array) -> bytes:
     paths = (local_files.spelled_path(text, root) for text in texts.to_pylist())
     return "".join(f"{local_files.state(path)}\0" if path else "\0" for path in paths).encode()
 
