@@ -24,7 +24,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -205,15 +205,19 @@ def _pin_list(config: IngestConfig) -> tuple[str, str | None]:
 
 def _pin_images(config: IngestConfig, folder: str) -> str:
     """Check that the images of a folder have a caption; returns a digest of the names, sizes and times of its files."""
-    metadata = [_metadata_rows(config, folder, path) for path in image_folders.metadata_files(folder)]
-    first = [next(parts, LISTED.empty_table()) for parts in metadata]  # checks the columns of every file
-    described = (caption for part in itertools.chain(first, *metadata) for caption in part["caption"].to_pylist())
+    has_caption = False
+    for path in image_folders.metadata_files(folder):
+        with contextlib.closing(_metadata_rows(config, folder, path)) as parts:  # checks the columns of every file
+            for part in parts:
+                sound = part.filter(pc.is_null(part["reason"]))
+                is_caption = pc.not_equal(pc.utf8_trim_whitespace(sound["caption"]), "")
+                if has_caption := has_caption or bool(pc.any(is_caption).as_py()):
+                    break
     images = image_folders.list_images(folder, np.zeros(0, np.uint64), _IMAGES_PER_TASK)
     read = functools.partial(
         image_folders.read_captions, config.local_root or folder, caption_name=config.caption_column
     )
-    beside = (caption for some in images for _, caption, _ in read(some))
-    if not any(caption.strip() for caption in itertools.chain(described, beside)):
+    if not has_caption and not any(caption.strip() for some in images for _, caption, _ in read(some)):
         raise InputError(
             f"ingest.urls: {config.urls} has images without captions. Put the caption of a.jpg into a.txt beside it, or add "
             "metadata.csv with the columns file_name and text."
@@ -414,7 +418,7 @@ def _read_captions(
     yield _Chunk(task, 0, _listed([urls, captions], pa.array(reasons, pa.string())), LineCounts())
 
 
-def _metadata_rows(config: IngestConfig, folder: str, path: str) -> Iterator[pa.Table]:
+def _metadata_rows(config: IngestConfig, folder: str, path: str) -> Generator[pa.Table, None, None]:
     """Rows of a metadata file, with the URLs of the files that they name."""
     source = _Source(pafs.LocalFileSystem(), path, path, _file_size(path), config.local_root or folder)
     names = image_folders.CAPTION_NAMES if config.caption_column is None else (config.caption_column,)
@@ -688,8 +692,7 @@ class _Source:
         """Open the raw bytes: by default pyarrow would decompress .gz files."""
         if self.root is not None:
             return local_files.opened(self.root, self.path)
-        stream: pa.NativeFile = self.filesystem.open_input_stream(self.path, compression=None, buffer_size=1 << 20)
-        return stream
+        return contextlib.closing(self.filesystem.open_input_stream(self.path, compression=None, buffer_size=1 << 20))
 
 
 def _sources(urls: str) -> list[_Source]:

@@ -251,7 +251,7 @@ def test_f51_a_site_of_slow_images_runs_out_of_time_alone(monkeypatch: pytest.Mo
         for number in range(20):
             pool.decode(quick, f"https://quick.example/{number}.jpg")
         for url in ("file:///photos/a.jpg", ""):  # of one's own, whatever they cost
-            for _ in range(4):
+            for _ in range(2):
                 with contextlib.suppress(RowFault):
                     pool.decode(slow, url)
             pool.decode(quick, url)
