@@ -206,6 +206,8 @@ def test_f103_files_are_taken_down_by_path(photos: Path, tmp_path: Path) -> None
     assert refused["reason"].to_pylist().count("taken_down") == 2 and "c%20d" not in str(refused["url"].to_pylist())
     with pytest.raises(InputError, match="or the path of a local file"):
         parse("url", "photos/a.jpg")
+    with pytest.raises(InputError, match="or the path of a local file"):
+        parse("url", "file://[x/a.jpg")
 
 
 def test_f103_folders_of_lists_stay_lists_and_images_need_captions(photos: Path, tmp_path: Path) -> None:
@@ -377,6 +379,20 @@ def test_f103_missing_columns_of_metadata_are_named_with_what_helps(photos: Path
     (photos / "metadata.csv").write_text("file_name,text\na.jpg,a cat\n")
     with pytest.raises(InputError, match=r"no column 'about' with the captions"):
         pinned(tmp_path / "storage", urls=str(photos), caption_column="about")
+
+
+def test_f103_a_list_is_told_from_a_folder_of_images_once(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow file system the answer takes long."""
+    asked: list[str] = []
+    real = image_folders.has_images
+    monkeypatch.setattr(image_folders, "has_images", lambda root: asked.append(root) or real(root))
+    (photos / "a.txt").write_text("a red cat")
+    config = pinned(tmp_path / "storage", urls=str(photos))
+    assert asked == [str(photos)]
+    artifact = execute(Call(ingest, config), Run("r1", "test", str(tmp_path / "storage"), Tracker("", ""), "0"), [])
+    assert isinstance(artifact, Artifact) and asked == [str(photos)] * 2, "once more in the process of the stage"
 
 
 def test_f103_tasks_hash_few_images_each(photos: Path, tmp_path: Path) -> None:
