@@ -138,7 +138,7 @@ def _must_repeat(dag: dags.Dag, failures: Sequence[Failure], run: Run, store: St
 def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store) -> dict[str, Any]:
     artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
     summary = summarise(pipeline, artifacts)
-    write_results(summary, artifacts, store)
+    write_results(summary, artifacts, store, compose(config).keys())
     print_summary(summary, store, config)
     return summary
 

@@ -78,6 +78,15 @@ class Held:
     lost: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Set once another owner has taken over a lease that was not renewed in time."""
 
+    def check(self) -> None:
+        """Check that no other owner has taken over.
+
+        Raises:
+            AlreadyRunningError: one has.
+        """
+        if self.lost.is_set():
+            raise AlreadyRunningError("Another run has taken over this storage. Run the same command again later.")
+
 
 @contextlib.contextmanager
 def lock(store: Store, name: str = TABLES, wait: float = 0.0, owner: Owner | None = None) -> Iterator[Held]:

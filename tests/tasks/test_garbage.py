@@ -1,5 +1,6 @@
 """Garbage of a storage: what is needed stays, with all that it refers to."""
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -7,13 +8,17 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import TableNotFoundError
 
-from tasks import garbage, references, tables
+from tasks import garbage, references, tables, verification
+from tasks.lock import Held, lock, result_lock
 from tasks.references import Folder, Version
 from tasks.run_records import beat
 from tasks.store import Store
+from tasks.verification import Item, Problem
 from unclip import files
-from unclip.errors import DamagedError
+from unclip.errors import AlreadyRunningError, DamagedError, StorageError
 
 PLACE = {"storage": "storage://", "here": "", "elsewhere": "/gone/before/", "bucket": "s3://bucket/some/prefix/"}
 
@@ -100,10 +105,99 @@ def test_what_a_needed_result_refers_to_stays(store: Store) -> None:
     assert whole == {"/".join(other.path)}
 
 
-def test_a_selection_that_takedowns_search_stays(store: Store) -> None:
-    selecting = finish(store, "dedup", 1)
+def test_a_selection_that_takedowns_search_stays_with_all_it_refers_to(store: Store) -> None:
+    table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
+    [old, _] = [
+        tables.append_files(table, [tables.write_part(table, name, rows)], rows.schema, removed=[before])
+        for name, before in (("a", ""), ("b", "a.parquet"))
+    ]
+    listed = finish(store, "ingest", 1)
+    facts = {"images": table, "images_version": old, "places": store.uri(*folder("dedup", 2).path, "places")}
+    selecting = finish(store, "dedup", 2, {**facts, "pairs": store.uri(*listed.path, "model")})
     files.write(store.uri(*selecting.path, "places", "train.arrow"), b"a")
-    assert "/".join((*selecting.path, "places")) in found(store) and "/".join(selecting.path) not in found(store)
+    finish(store, "filter", 3)
+    garbage.delete(store, garbage.find(store, [], -1))
+    assert store.exists(*selecting.path, "places", "train.arrow") and store.exists(*listed.record)
+    assert tables.read(table, old)["key"].to_pylist() == ["a"]
+    assert not store.exists(*folder("filter", 3).record) and not store.exists(*selecting.path, "checkpoints")
+    assert not [item.uri for item in verification.survey(store) if verification.state_of(item) == "missing"]
+
+
+def test_a_version_whose_log_is_gone_keeps_no_part_and_stops_nothing(store: Store) -> None:
+    table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
+    versions = [
+        tables.append_files(table, [tables.write_part(table, name, rows)], rows.schema, removed=[before])
+        for name, before in (("a", ""), ("b", "a.parquet"))
+    ]
+    finish(store, "filter", 1, {"images": table, "images_version": versions[0], "index_version": 0}, run="r1")
+    DeltaTable(table).create_checkpoint()
+    for number in range(versions[1]):
+        files.delete(f"{table}/_delta_log/{number:020d}.json")
+    assert references.files_of(table, versions[0]) == set()
+    assert references.files_of(table, versions[1]) == {"b.parquet"}
+    assert {path for path in found(store) if path.startswith("images")} == {"images/recipe/a.parquet"}
+    item = Item(f"{table}/b.parquet", 0, "", "", part=("images", "recipe"))
+    assert verification.drop(store, [Problem(item, "missing")]) == [] and not tables.files(table)
+    with pytest.raises(TableNotFoundError):
+        references.files_of(store.uri("images", "none"), 1)
+
+
+def test_f131_all_that_a_run_has_come_to_need_meanwhile_stays(store: Store) -> None:
+    table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
+    old, _ = (
+        tables.append_files(table, [tables.write_part(table, name, rows)], rows.schema, removed=[before])
+        for name, before in (("a", ""), ("b", "a.parquet"))
+    )
+    prior = finish(store, "prior", 1)
+    stack = finish(store, "publish", 2, {"prior": store.uri(*prior.path), "images": table, "images_version": old})
+    gone, making, made = (
+        finish(store, "prior", 3),
+        Folder("prior", "4" * 64),
+        folder("prior", 5),
+    )  # locks are named after 16 digits
+    for unfinished in (making, made):
+        files.write(store.uri(*unfinished.path, "a"), b"")
+    listed = garbage.find(store, [], -1)
+    assert {each.path for each in listed} > {"/".join(each.path) for each in (prior, stack, gone, making, made)}
+    reach(store, stack, "r1", "running")  # another run finds the result as cached
+    finish(store, "prior", 5)
+    with lock(store, result_lock(*dataclasses.astuple(making))):
+        deleted = garbage.delete(store, listed)
+    assert [each.path for each in deleted if each.path.count("/") == 2] == ["/".join(gone.path)]
+    assert store.exists(*stack.record) and store.exists(*prior.record) and store.exists(*prior.path, "model")
+    assert store.exists(*making.path) and store.exists(*made.record) and not store.exists(*gone.path)
+    assert tables.read(table, old)["key"].to_pylist() == ["a"]
+
+
+def test_f131_nothing_is_deleted_once_another_owner_has_taken_over(store: Store) -> None:
+    table = store.uri("images", "recipe")
+    tables.append_files(table, [], pa.schema({"key": pa.string()}))
+    part = tables.write_part(table, "orphan", pa.table({"key": ["a"]}))
+    gone = finish(store, "prior", 1)
+    listed = garbage.find(store, [], -1)
+    held = Held(1, was_given_back=True)
+    held.lost.set()
+    for some in (listed, [each for each in listed if each.path.startswith("images")]):
+        with pytest.raises(AlreadyRunningError, match="taken over"):
+            garbage.delete(store, some, held)
+    item = Item(store.uri(*gone.path, "model", "model.safetensors"), 0, "", "", folder=gone)
+    with pytest.raises(AlreadyRunningError, match="taken over"):
+        verification.drop(store, [Problem(item, "damaged")], held)
+    assert (
+        store.exists("images", "recipe", part.name) and store.exists(*gone.record) and store.exists(*gone.path, "model")
+    )
+
+
+def test_f131_an_mlflow_that_does_not_answer_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for uri, reason in (
+        (f"sqlite:///{store.root}/gone.db", "gone.db does not exist"),
+        ("http://user:secret@127.0.0.1:9", "Connection refused"),
+    ):
+        with pytest.raises(StorageError, match="does not tell its registered versions") as caught:
+            garbage.find(store, [uri], 0)
+        message, shown = str(caught.value), uri.replace("user:secret@", "")
+        assert reason in message and f"--without-mlflow {shown} if" in message and "secret" not in message
 
 
 def test_parts_of_needed_versions_stay(store: Store) -> None:
