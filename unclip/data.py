@@ -446,16 +446,21 @@ def read_parquet(
     """
     filesystem, path = files.locate(uri)
 
+    is_open = False
+
     def action() -> T:
+        nonlocal is_open
+        is_open = False
         with filesystem.open_input_file(path) as file:
+            is_open = True
             footer = metadata or pq.read_metadata(pa.BufferReader(seals.read_footer(file, uri)))
             return read(pq.ParquetFile(file, metadata=footer, page_checksum_verification=checks_pages))
 
     try:
         return files.with_retries(uri, action)
     except (OSError, pa.ArrowInvalid) as error:
-        # Decoders and object stores raise the same types.
-        if getattr(error, "errno", None) is not None or not _is_damaged(filesystem, path):
+        # Decoders and object stores raise the same types; only a file system gives numbers.
+        if getattr(error, "errno", None) is not None or not is_open or not _is_damaged(filesystem, path):
             raise
         raise seals.damaged(uri, f"cannot be read: {str(error).splitlines()[0]}") from error
 

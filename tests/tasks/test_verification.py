@@ -7,12 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tasks import tables, verification
+from tasks import references, tables, verification
 from tasks.references import Folder
 from tasks.store import Store
 from tasks.verification import Item, Problem, state_of, state_of_json, survey
 from tests.tasks.datasets import kept_selection, key, write_folder, write_images, write_kept_places
 from unclip import files, seals
+from unclip.errors import DamagedError
 
 FINGERPRINT = "ab" * 32
 
@@ -51,7 +52,7 @@ def problems(store: Store) -> list[Problem]:
     return [
         Problem(item, state)
         for item in survey(store)
-        if (state := state_of(item)) in ("damaged", "missing")  # type: ignore[comparison-overlap]
+        if (state := state_of(item)) not in ("sound", "not covered")  # type: ignore[comparison-overlap]
     ]
 
 
@@ -164,3 +165,55 @@ def test_an_item_that_disappears_is_missing(tmp_path: Path) -> None:
     assert state_of(Item(str(tmp_path / "a.json"), 0, "", "")) == "missing"
     assert state_of(Item(str(tmp_path / "a.parquet"), 0, "", "")) == "missing"
     assert state_of(Item(str(tmp_path / "a.bin"), 0, "", "", sha256="0")) == "missing"
+
+
+def test_f130_a_file_or_folder_that_cannot_be_read_is_reported_and_stays(store: Store) -> None:
+    def replace(path: Path, target: str) -> None:
+        path.unlink()
+        path.symlink_to(target)
+
+    folder = Path(store.uri("artifacts", "dedup", FINGERPRINT))
+    page, run = folder / "page.html", Path(store.uri("runs", "r1", "dedup.json"))
+    for path in (page, run):
+        replace(path, "/proc/self/mem")  # reading it is an input/output error
+    found = problems(store)
+    assert {(problem.item.uri, problem.state) for problem in found} == {
+        (str(page), "unreadable"),
+        (str(run), "unreadable"),
+    }
+    assert verification.drop(store, found) == found
+    assert page.is_symlink() and store.exists("stages", "dedup", f"{FINGERPRINT}.json")
+    replace(folder / "manifest.json", "/proc/self/mem")
+    assert str(folder / "manifest.json") in [problem.item.uri for problem in problems(store)]
+    record = Path(store.uri("stages", "dedup", f"{FINGERPRINT}.json"))
+    replace(record, "/proc/self/mem")
+    [problem] = [problem for problem in problems(store) if problem.item.uri == str(record)]
+    assert problem.state == "unreadable" and "unclip verify" in problem.item.remedy
+
+
+def test_f130_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path) -> None:
+    too_long = str(tmp_path / ("a" * 300))  # an error for root as well, unlike missing permissions
+    with pytest.raises(OSError, match="too long"):
+        files.walk(too_long)
+    assert state_of(Item(too_long, 0, "", "", is_folder=True)) == "unreadable"
+    assert state_of(Item(str(tmp_path), 0, "", "", is_folder=True)) == "not covered"
+    assert files.walk(str(tmp_path / "none")) == []
+
+
+def test_records_of_runs_are_listed_once_and_progress_is_none_of_them(store: Store) -> None:
+    store.write_json({"done": 1}, "runs", "r1", "progress", "dedup.json")
+    store.write_json({"stage": "dedup", "fingerprint": "cd" * 32}, "runs", "r0", "dedup.json")  # a run without a record
+    store.write_json({"pipeline": "other"}, "runs", "r2", "run.json")
+    path = Path(store.uri("runs", "r2", "embed.json"))
+    path.write_text("{")
+    store.write_json({"stage": "filter", "fingerprint": FINGERPRINT}, "runs", "r2", "filter.json")
+    assert references.pipelines(store) == {Folder("dedup", FINGERPRINT): "tiny", Folder("filter", FINGERPRINT): "other"}
+    with pytest.raises(DamagedError):
+        list(references.last_reached(store))
+    path.unlink()
+    assert [*references.last_reached(store)] == [
+        ("tiny", Folder("dedup", FINGERPRINT)),
+        ("other", Folder("filter", FINGERPRINT)),
+    ]
+    named = [item.uri for item in survey(store) if item.what == "record of a run"]
+    assert len(named) == 5 and not [uri for uri in named if "progress" in uri]

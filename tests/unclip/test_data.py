@@ -1,15 +1,19 @@
 import io
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from tasks import tables
-from unclip import data, seals
+from unclip import data, files, seals
 from unclip.data import Places, RowReader, Source, decode_image, vectors
 from unclip.errors import DamagedError, InputError
 
@@ -220,3 +224,96 @@ def test_f78_a_damaged_file_of_places_is_refused(tmp_path: Path) -> None:
     Path(uri).write_bytes(changed)
     with pytest.raises(DamagedError, match=r"train\.arrow"):
         Places.open([uri])
+
+
+def test_f130_a_store_that_does_not_answer_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = pafs.AwsStandardS3RetryStrategy(max_attempts=0)
+    store = pafs.S3FileSystem(
+        anonymous=True, endpoint_override="127.0.0.1:9", scheme="http", region="us-east-1", retry_strategy=once
+    )
+    monkeypatch.setattr(files, "locate", lambda _: (store, "bucket/a.parquet"))  # with fewer attempts
+    with pytest.raises(OSError, match="AWS Error") as caught:
+        tables.read_file("/bucket/a.parquet")
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_f130_what_cannot_be_decoded_is_damaged_only_if_its_bytes_are(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/a.parquet"
+    tables.write_file(uri, pa.table({"key": ["a"]}))
+
+    def fail(parquet: pq.ParquetFile) -> None:
+        raise OSError("Unexpected end of stream")  # as pyarrow's decoders say it, without a number
+
+    with pytest.raises(OSError, match=r"^Unexpected end of stream$"):
+        data.read_parquet(uri, fail)
+    content = bytearray(Path(uri).read_bytes())
+    content[5] ^= 1
+    Path(uri).write_bytes(content)
+    with pytest.raises(DamagedError, match="cannot be read: Unexpected end of stream"):
+        data.read_parquet(uri, fail)
+
+
+def sealed_places(*keys: str) -> bytes:
+    places = pa.table({"key": keys, "images_file": [0] * len(keys), "images_row": [*range(len(keys))]})
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, places.schema) as writer:
+        writer.write_table(places)
+    return seals.seal(sink.getvalue())
+
+
+def test_places_are_checked_once_by_the_processes_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    path, sealed = tmp_path / "train.arrow", sealed_places("a", "b")
+    path.write_bytes(sealed)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+
+    def flip() -> None:
+        with path.open("r+b") as file:  # the disk flips a bit, and its time of writing stays
+            file.seek(len(sealed) // 2)
+            file.write(bytes([sealed[len(sealed) // 2] ^ 1]))
+        os.utime(path, ns=times)
+
+    source = "from unclip.data import Places; import sys; print(len(Places.open(sys.argv[1:])))"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", source, str(path)],
+            env={**os.environ, "TMPDIR": str(tmp_path / "local")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [rank.communicate()[0] for rank in ranks] == ["2\n", "2\n"]
+    [note] = (tmp_path / "local").rglob("*.checked")
+    flip()
+    assert len(Places.open([str(path)])) == 2, "a rank that starts minutes later does not pay for it again"
+    os.utime(note, (0, 0))
+    with pytest.raises(DamagedError, match=r"train\.arrow"):
+        Places.open([str(path)])
+    path.write_bytes(sealed_places("a", "b", "c"))
+    assert len(Places.open([str(path)])) == 3
+    assert len([*(tmp_path / "local").rglob("*.checked")]) == 1, "old notes are deleted"
+
+
+def test_f130_a_damaged_copy_of_places_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    path, sealed = tmp_path / "train.arrow", sealed_places("a", "b")
+    path.write_bytes(sealed)
+    uri = f"file://{path}"
+    assert len(Places.open([uri])) == 2
+    [copy] = (tmp_path / "local").rglob("?" * 64)
+    copy.write_bytes(sealed[:-40] + bytes(40))
+    os.utime(copy, (0, 0))
+    assert len(Places.open([uri])) == 2 and copy.read_bytes() == sealed
+    copy.unlink()
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(sealed[:100] + bytes([sealed[100] ^ 1]) + sealed[101:])
+    os.utime(path, ns=times)
+    with pytest.raises(DamagedError, match=r"train\.arrow"):
+        Places.open([uri])
+    assert not copy.exists(), "damaged bytes are not kept"
+    path.write_bytes(sealed)
+    os.utime(path, ns=times)
+    assert len(Places.open([uri])) == 2
