@@ -207,6 +207,19 @@ def test_f94_a_file_and_its_new_folders_are_synced_after_the_rename(
     assert [folder for folder, _ in synced if not folder.endswith(".tmp")] == ["a/b", "a/b"]
 
 
+def test_f94_a_link_and_its_new_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, list[str]]] = []
+
+    def record(folder: Path) -> None:
+        synced.append((str(folder.relative_to(tmp_path)), sorted(each.name for each in folder.iterdir())))
+
+    monkeypatch.setattr(files, "sync_folder", record)
+    (tmp_path / "file").write_bytes(b"x")
+    files.copy(f"{tmp_path}/file", f"{tmp_path}/a/b/copy")
+    assert synced == [("a", ["b"]), (".", ["a", "file"]), ("a/b", ["copy"])]
+    assert (tmp_path / "a" / "b" / "copy").samefile(tmp_path / "file")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_f101_text_is_read_with_any_byte_order_mark(encoding: str) -> None:
     for text in ("a = 1\n", "b \u00e4 \u4e2d\n", "", "\n"):

@@ -41,3 +41,13 @@ def test_f79_a_file_that_no_run_makes_again_is_not_dropped(store: Store) -> None
     path.write_bytes(path.read_bytes()[:-1])
     [problem] = call_json("verify", "--drop", "--storage", store.root, code=1)["problems"]
     assert not problem["is_dropped"] and problem["remedy"] == "restore it from a copy" and path.exists()
+
+
+def test_f130_a_file_that_cannot_be_read_is_reported_and_not_dropped(store: Store) -> None:
+    part = Path(store.uri("images", "recipe", "part0.parquet"))
+    manifest = Path(store.uri("images", "recipe", "manifest.json"))
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")  # reading it is an input/output error
+    [problem] = call_json("verify", "--drop", "--storage", store.root, code=1)["problems"]
+    assert problem["problem"] == "unreadable" and problem["file"] == str(manifest) and not problem["is_dropped"]
+    assert manifest.is_symlink() and part.exists()
