@@ -459,7 +459,7 @@ def read_parquet(
     try:
         return files.with_retries(uri, action)
     except (OSError, pa.ArrowInvalid) as error:
-        # Decoders and object stores raise the same types; only a file system gives numbers.
+        # Decoding and object stores raise the same types of errors; only a file system numbers them.
         if getattr(error, "errno", None) is not None or not is_open or not _is_damaged(filesystem, path):
             raise
         raise seals.damaged(uri, f"cannot be read: {str(error).splitlines()[0]}") from error
