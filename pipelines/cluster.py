@@ -1,5 +1,6 @@
 """The Ray cluster of a run: an existing one, or one started on this machine."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -140,11 +141,12 @@ def _existing(config: PipelineConfig) -> tuple[str, str | None]:
 
 
 def _probe(address: str) -> None:
-    """Check that a gRPC server answers at an address, as those of Ray's clusters are.
+    """Check that a gRPC server answers at an address, as those of Ray's clusters are, and a control store its first call.
 
     Raises:
         Exception: none does, or the address has another form.
     """
+    import ray
     from ray._private import services
 
     if "://" in address:
@@ -161,6 +163,10 @@ def _probe(address: str) -> None:
         frame = connection.recv(9, socket.MSG_WAITALL)
     if len(frame) < 9 or frame[3] != _SETTINGS:
         raise ValueError("the server there is not one of Ray")
+    if "://" not in address:
+        # A control store that hangs accepts connections; Ray would try again for hours.
+        with contextlib.suppress(ray.exceptions.AuthenticationError):  # an answer; whoever joins it says what to do
+            ray._raylet.GcsClient(address=host_and_port)
 
 
 def _pin_uv(forwards: bool) -> None:
