@@ -164,7 +164,7 @@ def _probe(address: str) -> None:
     if len(frame) < 9 or frame[3] != _SETTINGS:
         raise ValueError("the server there is not one of Ray")
     if "://" not in address:
-        # A control store that hangs accepts connections; Ray would try again for hours.
+        # A control store that hangs accepts connections; Ray would try again for minutes.
         with contextlib.suppress(ray.exceptions.AuthenticationError):  # an answer; whoever joins it says what to do
             ray._raylet.GcsClient(address=host_and_port)
 

@@ -43,13 +43,6 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str, code: 
         assert word in line, line
 
 
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.parquet"
-    pq.write_table(pa.table({"url": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), path)
-    return path
-
-
 def test_f25_a_missing_list(tmp_path: Path) -> None:
     result = unclip(
         "run", "text_to_image", "--set", f"ingest.urls={tmp_path}/none.parquet", "--storage", tmp_path / "s"

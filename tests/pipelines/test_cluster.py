@@ -12,8 +12,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tests.pipelines.command_line import ROOT, call
@@ -21,13 +19,6 @@ from tests.pipelines.command_line import ROOT, call
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """First frame of an HTTP/2 server."""
 HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.parquet"
-    pq.write_table(pa.table({"url": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), path)
-    return path
 
 
 @contextlib.contextmanager
