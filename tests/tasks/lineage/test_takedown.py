@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
 
+from pipelines.config import load
+from pipelines.records import close_run, open_run
 from pipelines.takedowns import carry_out_recorded
 from tasks import index, ranges, tables
 from tasks.lineage import traces
@@ -28,6 +31,7 @@ from tasks.lineage.provenance import difference, find_version, show, versions
 from tasks.lineage.takedown import find_keys, find_rows, parse, parse_file, take_down
 from tasks.lock import lock
 from tasks.snapshots import record_snapshot
+from tasks.stage import Artifact, Call, Output, Run, Stage, StageContext, execute, stage
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA as EMBEDDINGS
 from tasks.stages.ingest import LISTED as LISTED_SCHEMA
@@ -39,6 +43,7 @@ from tests.pipelines.command_line import ROOT, call, call_json
 from tests.tasks.datasets import write_folder
 from unclip import files
 from unclip.errors import AlreadyRunningError, InputError, StageError
+from unclip.systems.unclip.prior import PRIOR
 from unclip.training.film import add_preview
 
 NUM_RANGES = 4
@@ -288,6 +293,18 @@ def test_f86_looks_are_kept_so_that_copies_stay_away(store: Store) -> None:
     assert load_tombstones(store).cover(images).to_pylist() == [True, False]
 
 
+def test_f86_near_on_the_command_line_takes_down_copies_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    arguments = ("takedown", "--key", key_at(store, 5), "--near", 1, "--storage", store.root)
+    [request] = call_json(*arguments, "--dry-run")["requests"]
+    assert request == {"kind": "key", "value": key_at(store, 5), "rows": 3}
+    assert not recorded(store) and tables.read(store.uri("images", "recipe")).num_rows == 12
+    found = call_json(*arguments)
+    copies = {key_at(store, position) for position in (3, 4, 5)}
+    assert set(found["keys"]) == copies and found["deleted"]["images/recipe"] == 3
+    assert load_tombstones(store).looks == {look_value(f"{0b110:016x}", None, 1)}
+
+
 def test_f84_a_takedown_during_a_run_is_recorded_and_carried_out_when_the_lock_is_free(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,30 +356,68 @@ def test_f84_a_takedown_waits_for_the_lock(store: Store, monkeypatch: pytest.Mon
         assert Path(found["ledger"]).is_file() and not recorded(store)
 
 
-def test_f88_the_ledger_names_checkpoints_of_runs_that_mlflow_did_not_track(store: Store) -> None:
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """Settings of a stage that reads a dataset or makes one."""
+
+    digest: str = "0"
+    uri: str = ""
+    writes: bool = False
+    is_killed: bool = False
+
+
+@stage("making", version=1, reads_snapshot=True)
+def making(context: StageContext, config: Making, *parents: Artifact) -> Output:
+    """Make an artifact of this digest, with a model if the settings say so."""
+    if config.writes:
+        files.write_json(f"{context.folder}/model/manifest.json", {})
+    if config.is_killed:
+        raise KeyboardInterrupt
+    return Output(config.uri or context.folder, config.digest)
+
+
+TRAINING = dataclasses.replace(making, part=PRIOR)
+
+
+def test_f88_the_ledger_names_checkpoints_of_runs_that_mlflow_did_not_track(
+    store: Store, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Among them one of a single training, and one that was killed; runs of other versions are not named."""
-    records: dict[str, dict[str, dict[str, Any]]] = {
-        "1-whole": {"curate": {"fingerprint": "f"}, "prior": {"fingerprint": "p", "trains": True, "state": "done"}},
-        "2-single": {
-            "decoder": {"fingerprint": "d", "trains": True, "state": "running", "reads": {"curate": "d1" * 32}}
-        },
-        "3-clip": {"clip": {"fingerprint": "c", "trains": False, "state": "done", "reads": {"dedup": "d1" * 32}}},
-        "4-given": {"clip": {"fingerprint": "g", "trains": False, "state": "done", "reads": {"dedup": "d1" * 32}}},
-        "5-other": {"decoder": {"fingerprint": "o", "trains": True, "state": "done", "reads": {"curate": "e2" * 32}}},
-    }
-    for run_id, stages in records.items():
-        tracked = "a1b2" if run_id == "1-whole" else ""
-        record = {"pipeline": "mine", "state": "done", "mlflow_run": tracked, "config": {}}
-        store.write_json(record, "runs", run_id, "run.json")
-        for stage, event in stages.items():
-            store.write_json({"stage": stage, "at": 1.0, **event}, "runs", run_id, f"{stage}.json")
-    store.write_json({}, "artifacts", "clip", "c", "model", "manifest.json")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+
+    def started(tracking_uri: str = "http://127.0.0.1:9") -> Run:
+        return open_run("mine", load("tiny", None, [f"tracking_uri={tracking_uri}"], store.root), store)
+
+    def made(run: Run, made_by: Stage, name: str, config: Making, *parents: Artifact) -> Artifact:
+        artifact = execute(Call(dataclasses.replace(made_by, name=name), config), run, parents)
+        assert isinstance(artifact, Artifact), artifact
+        return artifact
+
+    selection = store.uri("artifacts", "curate", "f", "selection")
+    others = ranges.read_all(selection)
+    others = others.filter(pc.not_equal(others["key"], key_at(store, 7)))
+    others_uri = write_folder(store.uri("artifacts", "curate", "g", "selection"), others)
+    whole, single, clips, other = started(f"sqlite:///{tmp_path}/mlflow.db"), started(), started(), started()
+    dataset = made(whole, making, "curate", Making("d1" * 32, selection))
+    prior = made(whole, TRAINING, "prior", Making(), dataset)
+    with pytest.raises(KeyboardInterrupt):
+        made(single, TRAINING, "decoder", Making(is_killed=True), dataset)
+    unique = made(clips, making, "dedup", Making("d1" * 32, selection))
+    clip = made(clips, making, "clip", Making(writes=True), unique)
+    made(started(), making, "clip", Making("given"), unique)
+    made(other, TRAINING, "decoder", Making(), made(other, making, "curate", Making("e2" * 32, others_uri)))
+    for run, state in ((whole, "done"), (single, "failed"), (clips, "done"), (other, "done")):
+        close_run(run, store, state)
+    killed = store.read_json("runs", single.id, "decoder.json")["fingerprint"]
     found = take_down(store, [Tombstone("key", key_at(store, 7))], None, []).checkpoints
-    assert [(each["run"], each["stage"], each["folder"], each["state"], each["mlflow_run"]) for each in found] == [
-        ("1-whole", "prior", "artifacts/prior/p", "done", "a1b2"),
-        ("2-single", "decoder", "artifacts/decoder/d", "killed", None),
-        ("3-clip", "clip", "artifacts/clip/c", "done", None),
-    ]
+    assert {(each["run"], each["stage"], each["folder"], each["state"], each["mlflow_run"]) for each in found} == {
+        (whole.id, "prior", f"artifacts/prior/{prior.fingerprint}", "done", whole.tracker.run_id),
+        (single.id, "decoder", f"artifacts/decoder/{killed}", "killed", None),
+        (clips.id, "clip", f"artifacts/clip/{clip.fingerprint}", "done", None),
+    }
+    assert whole.tracker.run_id and not single.tracker.run_id
 
 
 def test_duplicates_of_an_image_are_deleted_with_it(store: Store) -> None:
