@@ -12,6 +12,7 @@ from tasks.references import Folder
 from tasks.store import Store
 from tasks.verification import Item, Problem, state_of, state_of_json, survey
 from tests.tasks.datasets import kept_selection, key, write_folder, write_images, write_kept_places
+from tests.unclip.damage import damaged, flip, flipped
 from unclip import files, seals
 
 FINGERPRINT = "ab" * 32
@@ -55,19 +56,6 @@ def problems(store: Store) -> list[Problem]:
     ]
 
 
-def flipped(data: bytes, bit: int) -> bytes:
-    changed = bytearray(data)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
-
-
-def flip(uri: str, bit: int) -> bytes:
-    """Flip one bit of a file; returns its content before."""
-    before = Path(uri).read_bytes()
-    Path(uri).write_bytes(flipped(before, bit))
-    return before
-
-
 def test_f78_every_flipped_bit_of_a_record_is_found() -> None:
     data = files.encode_json({"stage": "dedup", "facts": {"name": "é", "share": 1e-07, "rows": [1, None]}, "uri": "/a"})
     assert state_of_json(data) == "sound"
@@ -81,9 +69,8 @@ def test_f78_flipped_bits_of_a_storage_are_found(store: Store) -> None:
     rng = random.Random(0)
     for _ in range(400):
         item = rng.choice(items)
-        before = flip(item.uri, rng.randrange(8 * item.size))
-        assert state_of(item) == "damaged", item.uri
-        Path(item.uri).write_bytes(before)
+        with damaged(item.uri, rng.randrange(8 * item.size)):
+            assert state_of(item) == "damaged", item.uri
 
 
 REFERRING = {
