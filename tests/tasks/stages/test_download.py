@@ -492,15 +492,21 @@ def test_f65_healthy_rows_are_fetched_while_all_rows_of_a_site_wait_for_its_answ
         slow, allow_hosts=(slow.address, well.address), shard_size=1, tasks_in_flight=1, timeout_seconds=40.0
     )
     with scene_server.serve(slow) as slow_server, scene_server.serve(well) as server:
-        answer = slow_server.process_request_thread
+        answer, fetched_before = slow_server.process_request_thread, list[int]()
+
+        def fetched() -> int:
+            return sum(number for path, number in list(server.requests.items()) if path.endswith(".jpg"))
 
         def answer_last(*request: Any) -> None:
-            while sum(server.requests.values()) < well.num_images:
+            deadline = time.monotonic() + 35
+            while fetched() < well.num_images and time.monotonic() < deadline:
                 time.sleep(0.02)
+            fetched_before.append(fetched())
             answer(*request)
 
         slow_server.process_request_thread = answer_last  # type: ignore[method-assign]
         images = done(execute(Call(download, config), run(tmp_path), [pairs]))
+    assert set(fetched_before) == {well.num_images}
     assert images.facts["rows"]["kept"] == slow.num_images + well.num_images
 
 
@@ -637,7 +643,7 @@ class _Redirecting(http.server.BaseHTTPRequestHandler):
 IMAGE = scene_server.jpeg(ScenesConfig(num_images=1, side=16), 0)
 
 
-def test_f58_f61_a_url_is_fetched_once_for_all_its_rows_and_its_redirects_are_stored(
+def test_f58_f61_f97_a_url_is_fetched_once_for_all_its_rows_and_its_redirects_are_stored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loopback addresses count as public here; one row of the five expects another hash, and a domain was taken down."""
