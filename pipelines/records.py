@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.database import artifacts_uri, database_uri, is_own, settle
 from tasks.run_records import HEARTBEAT_SECONDS, beat, driver, is_alive
-from tasks.store import TOMBSTONES, Store
+from tasks.store import TABLE_FOLDERS, TOMBSTONES, Store
 from tasks.tracking import Tracker, may_pass, open_client, remedy_for
 from unclip import files
 from unclip.background import run_periodically
@@ -159,12 +159,14 @@ def close_run(run: "Run", store: Store, state: str) -> None:
 
 
 def _sweep(store: Store) -> None:
-    """Delete temporary files of killed runs; stages delete those of their own results."""
-    files.sweep(store.root, min_age_seconds=_MAX_WRITE_SECONDS)
+    """Delete temporary files of killed runs. Owners of the tables delete those of tables, and stages those of their results."""
+    for folder in store.list():
+        if folder not in (*TABLE_FOLDERS, "artifacts", "mlflow-artifacts", "runs"):
+            files.sweep(store.uri(folder), min_age_seconds=_MAX_WRITE_SECONDS)
     for run_id in store.list("runs"):
         path = ("runs", run_id, "run.json")
-        if not store.exists(*path) or not is_alive(store, run_id, store.read_json(*path)):
-            files.sweep(store.uri("runs", run_id))
+        is_dead = store.exists(*path) and not is_alive(store, run_id, store.read_json(*path))
+        files.sweep(store.uri("runs", run_id), min_age_seconds=0.0 if is_dead else _MAX_WRITE_SECONDS)
 
 
 _MAX_WRITE_SECONDS = 24 * 3600.0
@@ -192,10 +194,12 @@ def _create_experiment(mlflow_client: Any, name: str, location: str | None) -> s
 
 def _close_dead_runs(mlflow_client: Any, experiment_id: str, store: Store) -> None:
     """Close the MLflow runs of this storage that no process drives any more; others may run side by side."""
+    opened = mlflow_client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+    if not opened:
+        return
     paths = {run_id: ("runs", run_id, "run.json") for run_id in store.list("runs")}
     records = {run_id: store.read_json(*path) for run_id, path in paths.items() if store.exists(*path)}
     dead = {record["mlflow_run"] for run_id, record in records.items() if not is_alive(store, run_id, record)}
-    opened = mlflow_client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
     for run in opened:
         if run.info.run_id in dead or run.data.tags.get("mlflow.parentRunId") in dead:
             mlflow_client.set_terminated(run.info.run_id, "KILLED")

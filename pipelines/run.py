@@ -53,7 +53,8 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
     except ImportError as error:
         raise ConfigError(str(error)) from None
     started, store = time.monotonic(), Store(config.storage)
-    print_carried_out(store, carry_out_recorded(store))
+    with contextlib.suppress(AlreadyRunningError):  # that run carries them out
+        print_carried_out(store, carry_out_recorded(store))
     prepared = prepare(config, retry_failed)
     todo = compose(prepared)
     require(until is None or until in todo, "--until", until, f"a stage: {', '.join(todo)}")
@@ -106,8 +107,6 @@ def _run_stages(
         if must_repeat:
             _carry_out_alone(store)
             return False
-        with contextlib.suppress(AlreadyRunningError):  # it carries them out itself
-            print_carried_out(store, carry_out_recorded(store))
         if failures:
             reason = StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
             if {failure.exit_code for failure in failures} == {StoppedError.exit_code}:
@@ -116,6 +115,8 @@ def _run_stages(
         summary = _finish(config, pipeline, dag, store)
         run.tracker.json(store.portable(summary), "summary.json")
         run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
+    with contextlib.suppress(AlreadyRunningError):  # that run carries them out
+        print_carried_out(store, carry_out_recorded(store))
     return True
 
 
@@ -165,7 +166,8 @@ def _execute(dag: dags.Dag, run: Run, store: Store, scenes: contextlib.ExitStack
         while not ready:
             ready, _ = ray.wait([result], timeout=1.0)
             console.refresh()
-            if is_fetching and stage_events(store, run.id).get(DOWNLOAD, {}).get("state") in ("done", "cached"):
+            download = ("runs", run.id, f"{DOWNLOAD}.json")
+            if is_fetching and store.exists(*download) and store.read_json(*download)["state"] in ("done", "cached"):
                 scenes.close()
                 is_fetching = False
             if is_stopping():

@@ -140,7 +140,8 @@ def _described_parts(images: str, index: str) -> set[str]:
     """Parts of the images table that the index describes."""
     if tables.version(index) is None:
         return set()
-    return set(map(_name, tables.files(images, int(tables.last_note(index)[_VERSION_NOTE]))))
+    described = tables.last_note(index).get(_VERSION_NOTE)  # none if a process was killed when it had created the index
+    return set() if described is None else set(map(_name, tables.files(images, int(described))))
 
 
 def _index_parts(images: str, index: str, names: Sequence[str]) -> list[Part]:

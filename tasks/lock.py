@@ -77,6 +77,8 @@ class Held:
     """The owner before, if there was one, gave the lock back."""
     lost: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Set once another owner has taken over a lease that was not renewed in time."""
+    is_ready: threading.Event = dataclasses.field(default_factory=threading.Event)
+    """Set once its user may work. A lock is given back only then, so that the next owner does what this one could not."""
 
 
 @contextlib.contextmanager
@@ -95,6 +97,7 @@ def lock(store: Store, name: str = TABLES, wait: float = 0.0, owner: Owner | Non
     take = _local_lock if store.is_local else _lease
     with take(store.root, name, wait, owner or Owner.of()) as held:
         if name != TABLES:
+            held.is_ready.set()
             yield held
             return
         from tasks import tables
@@ -108,6 +111,7 @@ def lock(store: Store, name: str = TABLES, wait: float = 0.0, owner: Owner | Non
                     tables.fence(uri)
                 for folder in (*TABLE_FOLDERS, "attempts") if store.is_local else ():
                     files.sweep(store.uri(folder))
+            held.is_ready.set()
             yield dataclasses.replace(held, token=token)
 
 
@@ -141,12 +145,14 @@ def _local_lock(root: str, name: str, wait: float, owner: Owner) -> Iterator[Hel
         token = last.get("token", 0) + 1
         was_given_back = last.get("given_back", not os.fstat(file).st_size)
         record = {"token": token, **dataclasses.asdict(owner)}
-        _write_record(file, record)
+        _write_record(file, path, record)
+        held = Held(token, was_given_back)
         try:
-            yield Held(token, was_given_back)
+            yield held
         finally:
             with contextlib.suppress(StorageError):  # then the next owner takes this one for killed
-                _write_record(file, {**record, "given_back": True})
+                if held.is_ready.is_set():
+                    _write_record(file, path, {**record, "given_back": True})
     finally:
         fcntl.flock(file, fcntl.LOCK_UN)  # also if a forked child has the file
         os.close(file)
@@ -177,12 +183,12 @@ def _read_record(file: int) -> dict[str, Any]:
     return {}
 
 
-def _write_record(file: int, record: Mapping[str, Any]) -> None:
+def _write_record(file: int, path: Path, record: Mapping[str, Any]) -> None:
     try:
         # One write of always the same length: a process that is killed leaves the old record or the new one.
         os.pwrite(file, json.dumps(record).encode().ljust(_RECORD_BYTES), 0)
     except OSError as error:
-        raise StorageError(f"locks: cannot write: {error}. Free space, and run the same command again.") from None
+        raise StorageError(f"{path}: cannot be written: {error}. Free space, and run the same command again.") from None
 
 
 @contextlib.contextmanager
@@ -191,12 +197,13 @@ def _lease(root: str, name: str, wait: float, owner: Owner) -> Iterator[Held]:
 
     Others judge that by watching for 90 s, since the clocks of machines cannot be trusted.
     """
-    register = _Register(f"{root}/locks/{name}")
-    last = _wait_for_lease(register, root, name, wait)
-    token = register.take(last, owner)
-    if token is None:
-        now = register.read()
-        raise _in_use(root, name, now.who if now else "unknown")
+    register, deadline, token = _Register(f"{root}/locks/{name}"), time.monotonic() + wait, None
+    while token is None:
+        last = _wait_for_lease(register, root, name, deadline - time.monotonic())
+        token = register.take(last, owner)
+        if token is None and time.monotonic() >= deadline:
+            now = register.read()
+            raise _in_use(root, name, now.who if now else "unknown")
     held = Held(token, last is None or last.given_back)
     beats = itertools.count(1)
 
@@ -214,7 +221,8 @@ def _lease(root: str, name: str, wait: float, owner: Owner) -> Iterator[Held]:
             yield held
     finally:
         with contextlib.suppress(OSError, StorageError):
-            register.give_back(token, owner)
+            if held.is_ready.is_set():
+                register.give_back(token, owner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +315,7 @@ class _Register:
         note = json.dumps({"who": str(owner), "given_back": given_back, "identity": identity})
         # Two commits of one application are a conflict, so no entry is made between `last` and this one.
         properties = CommitProperties({_LEASE: note}, app_transactions=[Transaction(_LEASE, token)])
-        with contextlib.suppress(DeltaError):  # the answer to a request may be lost after it was carried out
+        with contextlib.suppress(DeltaError, OSError):  # the answer to a request may be lost after it was carried out
             tables.commit_note(table, properties)
         return token if self._note(token).get("identity") == identity else None
 
@@ -346,6 +354,9 @@ def _wait_for_lease(register: _Register, root: str, name: str, wait: float) -> _
             )
             watched = state
         elif state != watched:
+            again = register.read()  # it may have been given back between the two reads
+            if again is None or again.given_back:
+                return again
             if now - started >= wait:
                 raise _in_use(root, name, last.who)
             watched, watched_since = state, now

@@ -11,7 +11,7 @@ colours, differ by at least 9 (orange and yellow), half of the pairs by 17 and m
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +70,22 @@ def near_to(hashes: np.ndarray, cells: np.ndarray, look: tuple[int, int], distan
     if cell != _UNKNOWN:
         near &= (cells == _UNKNOWN) | _adjacent(np.maximum(cells, 0), np.full_like(cells, cell))
     return near
+
+
+def agree_in_a_band(hashes: np.ndarray, looks: Sequence[tuple[tuple[int, int], int]]) -> np.ndarray:
+    """Mask of the hashes that may be near one of some looks: [N] bool. All others are farther than each look's distance.
+
+    Args:
+        hashes: [N] uint64.
+        looks: hash and cell, and the distance.
+    """
+    found = np.zeros(len(hashes), bool)
+    spread = _spread(hashes)
+    for distance in sorted({distance for _, distance in looks}):
+        wanted = _spread(np.array([hash for (hash, _), each in looks if each == distance], np.uint64))
+        for _, low, high in _bands(distance):
+            found |= np.isin(_band(spread, low, high)[0], _band(wanted, low, high)[0])
+    return found
 
 
 def find_looks(hashes: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -315,7 +315,8 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
             return _cached(run, committed, facts) if committed else _run_function(call, run, artifacts, held, facts)
     except AlreadyRunningError as error:
         message = str(error)
-        _record(store, run, name, state="failed", message=message, exit_code=error.exit_code, **facts)
+        # Without the facts: the other run trains, not this one.
+        _record(store, run, name, state="failed", message=message, exit_code=error.exit_code)
         return Failure(name, message, error.exit_code)
 
 
@@ -337,7 +338,7 @@ def _run_function(
     try:
         with (
             scratch_folder(name) as scratch,
-            run_periodically(STOP_IF_LOST_SECONDS, lambda: _stop_if_lost(held, run), "lost lock"),
+            run_periodically(STOP_IF_LOST_SECONDS, lambda: _stop_if_lost(call.stage, held, run), "lost lock"),
         ):
             context = StageContext(run, name, stage_fingerprint, store, tracker, scratch)
             if store.is_local:
@@ -380,10 +381,11 @@ def _tombstones_before(store: Store, run: Run) -> str | None:
     return given["tombstones"] if "tombstones" in given else files.stamp(store.uri(TOMBSTONES))
 
 
-def _stop_if_lost(held: Held, run: Run) -> None:
-    """Let a training stop whose lease another run has taken over; commits of tables are refused by the tables."""
-    if held.lost.is_set():
-        files.write(run.stop_uri, b"")
+def _stop_if_lost(stage: Stage, held: Held, run: Run) -> None:
+    """Let the trainings of a run stop if another run has taken over one's lease; commits of tables are refused by the tables."""
+    if held.lost.is_set() and stage.reads_snapshot:
+        with contextlib.suppress(OSError, StorageError):  # then it is tried again
+            files.write(run.stop_uri, b"")
 
 
 # Stage tasks reserve no CPU: a stage that waits for its own tasks must not block them.

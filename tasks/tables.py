@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
@@ -38,6 +38,7 @@ _READS_AT_ONCE = 16
 _MAX_CONFLICTS = 10
 _OWNER = "unclip.owner"
 _PARTS = "unclip.parts"
+_KEEP_LOGS = PostCommitHookProperties(cleanup_expired_logs=False)  # by default Delta deletes those of 30 days ago
 T = TypeVar("T")
 _token: contextvars.ContextVar[int | None] = contextvars.ContextVar("token", default=None)
 
@@ -155,9 +156,11 @@ def _append(
         known_fields = {field.name for field in table.schema().fields}
         if added := [field for field in delta_schema.fields if field.name not in known_fields]:
             # A commit of its own: one that appends does not change the schema.
-            table.alter.add_columns(added, commit_properties=_properties(table, {}))
+            table.alter.add_columns(
+                added, commit_properties=_properties(table, note), post_commithook_properties=_KEEP_LOGS
+            )
             table = _table(table_uri)
-        table.create_write_transaction(changes, mode="append", schema=delta_schema, commit_properties=properties)
+        _write(table, changes, properties, delta_schema)
     storage.failpoint("after", f"{table_uri}/_delta_log")
     cover_log(table_uri)
     return _table(table_uri).version()
@@ -214,7 +217,22 @@ def create(table_uri: str, schema: Schema) -> None:
 
 def commit_note(table: DeltaTable, properties: CommitProperties) -> None:
     """Commit properties alone to a table."""
-    table.create_write_transaction([], mode="append", schema=table.schema(), commit_properties=properties)
+    _write(table, [], properties)
+
+
+def _write(
+    table: DeltaTable,
+    actions: list[AddAction | RemoveAction],
+    properties: CommitProperties,
+    schema: Schema | None = None,
+) -> None:
+    table.create_write_transaction(
+        actions,
+        mode="append",
+        schema=schema or table.schema(),
+        commit_properties=properties,
+        post_commithook_properties=_KEEP_LOGS,
+    )
 
 
 def _commit(action: Callable[[], T]) -> T:
@@ -268,7 +286,7 @@ def delete_rows(table_uri: str, keys: pa.Array, names: Sequence[str] | None = No
         properties = _properties(table, {_PARTS: json.dumps({part.name: part.sha256 for part in parts})})
         if actions:
             storage.failpoint("before", f"{table_uri}/_delta_log")
-            table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
+            _write(table, actions, properties)
             storage.failpoint("after", f"{table_uri}/_delta_log")
             cover_log(table_uri)
         return table.count() - _table(table_uri).count()
@@ -285,7 +303,7 @@ def remove_files(table_uri: str, names: Sequence[str]) -> int:
         table, now = _table(table_uri), int(time.time() * 1000)
         gone: list[AddAction | RemoveAction] = [RemoveAction(name, True, now) for name in sorted(names)]
         properties = _properties(table, {})
-        table.create_write_transaction(gone, mode="append", schema=table.schema(), commit_properties=properties)
+        _write(table, gone, properties)
         return _table(table_uri).version()
 
     version = _commit(commit)

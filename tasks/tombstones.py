@@ -8,6 +8,7 @@ Ingest drops keys, URLs and domains. Download withholds these as well, since a p
 their bytes, their look and the URL that redirects led to.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from tasks import rows, tables
 from tasks.keys import hex_numbers
-from tasks.near_duplicates import colour_cells, near_to
+from tasks.near_duplicates import agree_in_a_band, colour_cells, near_to
 from tasks.store import TOMBSTONES, Store
 from tasks.untrusted.domains import CANONICAL_HOST, canonical_host
 from tasks.untrusted.normalise import map_texts
@@ -39,7 +40,7 @@ COVERED = ("key", "url", "final_url", "redirect_hosts", "sha256", "phash", "colo
 
 RECORDED = ("takedowns", "recorded")
 """Folder of the recorded requests."""
-_CANONICAL_URL = rf"\Ahttps?://{CANONICAL_HOST}(?::[0-9]+)?/[^#]*\z"
+_CANONICAL_URL = rf"\Ahttps?://{CANONICAL_HOST}(?::[1-9][0-9]*)?/[^#]*\z"
 _DEFAULT_PORT = r"\A(?:http://[^/]*:80|https://[^/]*:443)/"
 _PORTS = {"http": 80, "https": 443}
 
@@ -81,12 +82,12 @@ class Tombstones:
             table: any of the columns `COVERED`.
         """
         hit = pa.chunked_array([pa.repeat(False, table.num_rows)])
-        for name, values in (("key", self.keys), ("sha256", self.sha256s)):
-            if values and name in table.column_names:
-                hit = pc.or_(hit, pc.is_in(table[name], value_set=_strings(values)))
+        for name, values in (("key", self._keys), ("sha256", self._sha256s)):
+            if len(values) and name in table.column_names:
+                hit = pc.or_(hit, pc.is_in(table[name], value_set=values))
         for name in ("url", "final_url"):
             if self.urls and name in table.column_names:
-                hit = pc.or_(hit, pc.is_in(canonical_urls(table[name]), value_set=_strings(self.urls)))
+                hit = pc.or_(hit, pc.is_in(canonical_urls(table[name]), value_set=self._urls))
             if self.domains and name in table.column_names:
                 hosts = hosts_of(table[name])
                 covered = [host for host in pc.unique(hosts).to_pylist() if host and self.domains_of(host)]
@@ -105,13 +106,26 @@ class Tombstones:
         names = (".".join(labels[start:]) for start in range(len(labels)))
         return [name for name in names if name in self.domains]
 
+    @functools.cached_property
+    def _keys(self) -> pa.Array:
+        return _strings(self.keys)
+
+    @functools.cached_property
+    def _sha256s(self) -> pa.Array:
+        return _strings(self.sha256s)
+
+    @functools.cached_property
+    def _urls(self) -> pa.Array:
+        return _strings(self.urls)
+
     def _look_alike(self, table: pa.Table) -> np.ndarray:
-        found = np.zeros(table.num_rows, bool)
         hashes, cells, is_known = looks_of(table)
-        for value in sorted(self.looks):
-            look, distance = parse_look(value)
-            found |= near_to(hashes, cells, look, distance)
-        found &= is_known
+        looks = [parse_look(value) for value in sorted(self.looks)]
+        # Few rows agree with any of the looks in a band of bits, so all looks are compared with these alone.
+        candidates = np.flatnonzero(agree_in_a_band(hashes, looks) & is_known)
+        found = np.zeros(table.num_rows, bool)
+        for look, distance in looks if len(candidates) else ():
+            found[candidates] |= near_to(hashes[candidates], cells[candidates], look, distance)
         return found
 
 
@@ -200,8 +214,11 @@ def record(store: Store, tombstones: Sequence[Tombstone], near: int | None) -> R
 
 
 def record_found(store: Store, request: Request, entries: Iterable[Entry]) -> None:
-    """Add tombstones that a search found for a recorded request: keys, hashes and looks of its rows."""
-    tables.write_file(store.uri(*RECORDED, f"{request.id}.parquet"), _table_of(entries))
+    """Add tombstones that a search found for a recorded request, unless it was carried out meanwhile."""
+    uri = store.uri(*RECORDED, f"{request.id}.parquet")
+    tables.write_file(uri, _table_of(entries))
+    if not store.exists(*RECORDED, f"{request.id}.json"):
+        files.delete(uri)
 
 
 def recorded(store: Store) -> list[Request]:
@@ -243,21 +260,22 @@ def entries(store: Store) -> set[Entry]:
     found: set[Entry] = set()
     for request in recorded(store):
         found |= {Entry(stone.kind, stone.value, str(stone)) for stone in request.tombstones}
-        uri = store.uri(*RECORDED, f"{request.id}.parquet")
-        if files.exists(uri):
-            found |= set(_entries_of(files.read(uri)))
+        with contextlib.suppress(FileNotFoundError):  # no search has found anything, or it has just been carried out
+            found |= set(_entries_of(files.read(store.uri(*RECORDED, f"{request.id}.parquet"))))
     # Read last: a request that is carried out meanwhile is in there before its own file is deleted.
     return found | set(_entries_of(_stored(store)))
 
 
 def write_entries(store: Store, all_entries: Iterable[Entry]) -> None:
-    """Replace the tombstones of a storage; the caller holds the lock of the tables."""
-    tables.write_file(store.uri(TOMBSTONES), _table_of(all_entries))
+    """Replace the tombstones of a storage, unless they are these already; the caller holds the lock of the tables."""
+    found = set(all_entries)
+    if found != set(_entries_of(_stored(store))):
+        tables.write_file(store.uri(TOMBSTONES), _table_of(found))
 
 
 def load_tombstones(store: Store) -> Tombstones:
     """Load the tombstones of a storage; the same object as long as they have not changed and no request is recorded."""
-    if store.list(*RECORDED):
+    if any(name.endswith(".json") for name in store.list(*RECORDED)):
         return gather(Tombstone(kind, value) for kind, value, _ in entries(store))  # type: ignore[arg-type]
     return _tombstones_of(_stored(store))
 
@@ -331,7 +349,7 @@ def withhold(images: pa.Table, tombstones: Tombstones) -> pa.Table:
     return pa.table(columns, schema=images.schema)
 
 
-def withhold_part(images: str, part: tables.Part, tombstones: Tombstones) -> tables.Part:
+def withhold_part(images: str, tombstones: Tombstones, part: tables.Part) -> tables.Part:
     """Write an uncommitted part of an images table again if it has rows that were taken down since; returns the part."""
     uri = f"{images}/{part.name}"
     if tombstones == Tombstones():

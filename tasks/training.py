@@ -89,9 +89,10 @@ def run_training(context: StageContext, training: Training) -> tuple[str, str]:
                 _train_here(context, training)
             else:
                 _train_on_cluster(context, training)
-        except UnclipError:
-            if message := _Takedowns(context.run.storage, training.selection).message():
-                context.tracker.tags({"unclip.warning": message})
+        except StoppedError:
+            with contextlib.suppress(OSError, StorageError):  # keep the original error
+                if message := _Takedowns(context.run.storage, training.selection).message():
+                    context.tracker.tags({"unclip.warning": message})
             raise
     return model, checkpoints.digest(model)
 

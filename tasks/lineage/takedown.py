@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from deltalake.exceptions import DeltaError
 
 from tasks import index, ranges, rows, tables
 from tasks.lineage.provenance import checkpoints_of, pairs_folders
@@ -30,6 +31,7 @@ from tasks.tombstones import (
     Tombstone,
     Tombstones,
     canonical_url,
+    canonical_urls,
     entries,
     forget,
     gather,
@@ -62,7 +64,12 @@ def parse(kind: str, value: str) -> Tombstone:
     url = normalise_url(value) if kind == "url" else None
     cleaned = {"url": canonical_url(url or ""), "domain": canonical_host(value)}.get(kind, value.lower())
     cleaned = local_files.to_url(value) or "" if is_local else cleaned
-    patterns = {"key": r"[0-9a-f]{32}", "sha256": r"[0-9a-f]{64}", "domain": r"(?!-)[^\s/:@*]+", "url": r".+"}
+    patterns = {
+        "key": r"[0-9a-f]{32}",
+        "sha256": r"[0-9a-f]{64}",
+        "domain": r"(?!-)[^\s/:@*]+|[0-9a-f:]+",
+        "url": r".+",
+    }
     if not re.fullmatch(patterns[kind], cleaned):
         expected = {
             "key": "32 hex digits, as `unclip data show` prints",
@@ -234,7 +241,7 @@ def _named(
     some = (index.find_rows(uri, sorted(all_of.keys), columns) for uri in uris)
     others = (table.select(columns) for uri in images for table in _uncommitted(uri))
     for table in _each_table(images, columns) if scans else itertools.chain(some, others):
-        for row in table.filter(all_of.cover(table)).to_pylist():
+        for row in _with_addresses(table.filter(all_of.cover(table))):
             yield from ((stone, row) for stone in _stones_of(row, all_of, names))
 
 
@@ -244,22 +251,31 @@ def _listed(store: Store, names: Mapping[Tombstone, Collection[Tombstone]]) -> I
     for uri in (uri for folder in pairs_folders(store) for uri in ranges.range_files(folder)):
         if addresses != Tombstones():
             table = tables.read_file(uri, ["key", "url"])
-            for row in table.filter(addresses.cover(table)).to_pylist():
+            for row in _with_addresses(table.filter(addresses.cover(table))):
                 yield from ((stone, row["key"]) for stone in _stones_of(row, addresses, names))
+
+
+def _with_addresses(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield each row with `urls` and `hosts`: canonical URLs, and hosts, of its own and of its redirects."""
+    names = [name for name in ("url", "final_url") if name in table.column_names]
+    urls = [canonical_urls(table[name]).to_pylist() for name in names]
+    hosts = [hosts_of(table[name]).to_pylist() for name in names]
+    for number, row in enumerate(table.to_pylist()):
+        redirects = (row.get("redirect_hosts") or "").split()
+        yield {
+            **row,
+            "urls": [each[number] for each in urls if each[number]],
+            "hosts": [*(each[number] for each in hosts if each[number]), *redirects],
+        }
 
 
 def _stones_of(
     row: Mapping[str, Any], all_of: Tombstones, names: Mapping[Tombstone, Collection[Tombstone]]
 ) -> list[Tombstone]:
-    """Return the requests that a row is named by."""
+    """Return the requests that a row of `_with_addresses` is named by."""
     reasons = [Tombstone("key", row["key"]), Tombstone("sha256", row.get("sha256") or "")]
-    for url in (row.get(name) for name in ("url", "final_url")):
-        if url:
-            [host] = hosts_of(pa.array([url])).to_pylist()
-            reasons.append(Tombstone("url", canonical_url(url)))
-            reasons += [Tombstone("domain", domain) for domain in all_of.domains_of(host or "")]
-    for host in (row.get("redirect_hosts") or "").split():
-        reasons += [Tombstone("domain", domain) for domain in all_of.domains_of(host)]
+    reasons += [Tombstone("url", url) for url in row["urls"]]
+    reasons += [Tombstone("domain", domain) for host in row["hosts"] for domain in all_of.domains_of(host)]
     return sorted({stone for reason in reasons if reason in names for stone in names[reason]})
 
 
@@ -311,7 +327,7 @@ def expand(store: Store, request: Request) -> set[str]:
     """
     try:
         found = find_rows(store, request.tombstones, request.near)
-    except (OSError, StorageError):  # another takedown deletes files that are searched
+    except (OSError, StorageError, DeltaError, pa.ArrowException):  # another process changes what is searched
         return set()
     record_found(store, request, _entries_of(found, request.near))
     return set().union(*(each.keys for each in found.values()))

@@ -458,7 +458,7 @@ class _Commits:
             raise StageError("download: the run was stopped, so its parts are left to the next run.")
         tombstones = load_tombstones(Store(self.run.storage))
         if tombstones != self.tombstones:
-            withheld = functools.partial(_withhold, self.table_uri, tombstones)
+            withheld = functools.partial(withhold_part, self.table_uri, tombstones)
             self.pending = run_all(withheld, self.pending, num_cpus=0)  # shards hold the CPUs
         rewritten, removed = self._without_replaced() if self.plan and self.pending else ([], [])
         version = tables.append_files(self.table_uri, [*self.pending, *rewritten], IMAGES, self.note, removed=removed)
@@ -665,6 +665,8 @@ def _download_shard(
     part, listed = tables.find_part(table_uri, name), tables.read_file(rows_uri)
     if part is not None:
         yield None
+        part = withhold_part(table_uri, load_tombstones(store), part)
+        table = _stored(table_uri, part)
     else:
         _forget_other_runs(run.id)
         pairs, fetcher = listed.to_pylist(), _fetcher(config)
@@ -683,17 +685,11 @@ def _download_shard(
             while not fetching.done() and time.monotonic() - last_row < WAITING_SECONDS:
                 concurrent.futures.wait([fetching], timeout=WAITING_SECONDS / 8)
             yield None
-            table = fetching.result()
+            table = withhold(fetching.result(), load_tombstones(store))
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
-        part = tables.write_part(table_uri, name, withhold(table, load_tombstones(store)))
-        spent = fetcher.hand_on_budgets(urls, spent)
-    part = withhold_part(table_uri, part, load_tombstones(store))
-    yield dataclasses.replace(_fetched(part, listed, _stored(table_uri, part)), spent=spent)
-
-
-def _withhold(table_uri: str, tombstones: Tombstones, part: tables.Part) -> tables.Part:
-    return withhold_part(table_uri, part, tombstones)
+        part, spent = tables.write_part(table_uri, name, table), fetcher.hand_on_budgets(urls, spent)
+    yield dataclasses.replace(_fetched(part, listed, table), spent=spent)
 
 
 def _heartbeat(uri: str, seconds: float) -> Callable[[int], None]:

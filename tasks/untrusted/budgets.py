@@ -19,7 +19,8 @@ _LEAST_COST_SECONDS = 1.0  # of a failed request, however soon it fails
 _FIRST_PAUSE_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 3600.0
 _MAX_SITES = 100_000
-_MOST_HANDED_ON = 1000
+MOST_HANDED_ON = 1000
+"""Limit on what one task leaves to the next, of each kind."""
 
 
 class Lookups:
@@ -231,4 +232,4 @@ class Sites:
                 for site in sites
                 if (state := self._sites.get(site)) is not None
             }
-        return dict(sorted(found.items(), key=lambda item: -item[1].seconds)[:_MOST_HANDED_ON])
+        return dict(sorted(found.items(), key=lambda item: -item[1].seconds)[:MOST_HANDED_ON])

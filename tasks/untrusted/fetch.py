@@ -223,11 +223,12 @@ class Fetcher:
     def take_budgets(self, urls: Iterable[str], spent: Spent) -> None:
         """Take over the budgets of the sites of some URLs from another process."""
         if spent or not self._sites.are_full():
+            targets = _targets(urls)
             of_sites = {name: left for name, left in spent.items() if isinstance(left, budgets.Spent)}
-            self._sites.set({target.site for target in _targets(urls)}, of_sites)
-            self._robots.set_unreached(
-                {name: left for name, left in spent.items() if isinstance(left, robots.Unreached)}
-            )
+            self._sites.set({target.site for target in targets}, of_sites)
+            origins = {target.origin for target in targets}
+            failed = {name: left for name, left in spent.items() if isinstance(left, robots.Unreached)}
+            self._robots.set_unreached({name: left for name, left in failed.items() if name in origins})
 
     def hand_on_budgets(self, urls: Iterable[str], spent: Spent) -> Spent:
         """Return budgets for another process: those of the sites of some URLs, and `spent` for all other sites."""
@@ -236,7 +237,10 @@ class Fetcher:
         targets = _targets(urls)
         sites, origins = {target.site for target in targets}, {target.origin for target in targets}
         others = {name: left for name, left in spent.items() if name not in sites and not _is_over(left)}
-        return others | self._sites.get(sites) | self._robots.unreached(origins)
+        left = others | self._sites.get(sites) | self._robots.unreached(origins)
+        unreached = sorted((each.until, name) for name, each in left.items() if isinstance(each, robots.Unreached))
+        oldest = {name for _, name in unreached[: -budgets.MOST_HANDED_ON]}
+        return {name: each for name, each in left.items() if name not in oldest}
 
     def _try(self, url: str, for_robots: bool) -> Fetched:
         deadline = _Deadline(time.monotonic() + self.timeout_seconds)
@@ -311,7 +315,13 @@ class Fetcher:
             return
         started = time.monotonic()
         if self.respect_robots and not for_robots:
-            time.sleep(self._robots.admit(target.url, self.agent, self._load_rules, self.max_crawl_delay_seconds))
+            try:
+                delay = self._robots.admit(target.url, self.agent, self._load_rules, self.max_crawl_delay_seconds)
+            except RowFault as fault:
+                if fault.reason in ("robots_disallowed", "opted_out"):
+                    self._sites.answered(target.site)  # its rules arrived, and no image will tell more
+                raise
+            time.sleep(delay)
         with self._host_limits.of(target, self.requests_per_host):
             deadline.at += time.monotonic() - started
             yield

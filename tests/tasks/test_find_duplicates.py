@@ -9,7 +9,7 @@ import pytest
 
 from tasks import ranges
 from tasks.find_duplicates import KeepCaptions, find_duplicates
-from tasks.near_duplicates import near_duplicates
+from tasks.near_duplicates import agree_in_a_band, near_duplicates, near_to
 from tasks.ranges import KeyRange
 
 
@@ -160,3 +160,16 @@ def test_many_rows_may_share_a_hash_or_nearly(distance: int, looks_left: int) ->
     flipped = same ^ np.uint64(1) << rng.integers(0, 64, len(same)).astype(np.uint64)
     found = near_duplicates(flipped, distance)
     assert len(found) - found.sum() == looks_left and not found[0]
+
+
+@pytest.mark.parametrize("distance", [0, 1, 8, 16])
+def test_rows_near_a_look_agree_with_it_in_a_band(distance: int) -> None:
+    rng = np.random.default_rng(distance)
+    looks = [((int(rng.integers(0, 2**64, dtype=np.uint64)), -1), distance) for _ in range(20)]
+    flips = [sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 20), replace=False)) for _ in range(2000)]
+    hashes = np.array([looks[number % 20][0][0] ^ flip for number, flip in enumerate(flips)], np.uint64)
+    hashes = np.append(hashes, rng.integers(0, 2**64, 1000, dtype=np.uint64))
+    cells = np.full(len(hashes), -1, np.int32)
+    near = np.any([near_to(hashes, cells, *look) for look in looks], axis=0)
+    found = agree_in_a_band(hashes, looks)
+    assert near.any() and found[near].all() and (distance > 8 or not found.all())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from deltalake import Schema
 
 from tasks import index, ranges, tables
 from tasks.stages.download import IMAGES
@@ -93,6 +94,14 @@ def test_rows_are_found_while_the_index_is_out_of_date(images: str) -> None:
     assert len(found()) == 150
     tables.delete_rows(images, pa.array(keys[:3]))
     assert len(found()) == 147 and not index.find_rows(images, keys[:3], ["key"]).num_rows
+
+
+def test_an_index_whose_writer_was_killed_when_it_had_created_it_is_written(images: str) -> None:
+    version = commit(images, image_rows(0, 3))
+    tables.create(index.index_uri(images), Schema.from_arrow(index.INDEX))
+    assert sum(table.num_rows for table in index.each_table(images, ["key"])) == 3
+    index.update_index(images, version)
+    assert_describes(images, version)
 
 
 def test_many_small_commits_are_merged(images: str, monkeypatch: pytest.MonkeyPatch) -> None:

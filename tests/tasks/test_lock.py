@@ -16,14 +16,16 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pytest
+from deltalake import Schema
 
 from tasks import lock as locks
 from tasks import tables
 from tasks.lock import TABLES, Held, Owner, lock, result_lock
 from tasks.store import Store
 from unclip import files
-from unclip.errors import AlreadyRunningError
+from unclip.errors import AlreadyRunningError, StorageError
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = pa.schema({"key": pa.string()})
 ME = Owner.of()
 T = TypeVar("T")
@@ -193,6 +195,50 @@ def test_f32_a_lease_that_is_given_back_meanwhile_is_taken(
     threading.Timer(0.3, lambda: register.give_back(token, ME)).start()
     with lease() as held:
         assert held.was_given_back
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_f73_an_owner_that_could_not_mark_the_tables_leaves_that_to_the_next(
+    tmp_path: Path,
+    lease: Callable[[], contextlib.AbstractContextManager[Held]],
+    monkeypatch: pytest.MonkeyPatch,
+    is_local: bool,
+) -> None:
+    monkeypatch.setattr(Store, "is_local", property(lambda self: is_local))
+    images = f"{tmp_path}/images/recipe"
+    tables.create(images, Schema.from_arrow(SCHEMA))
+    source = f"from tasks.lock import lock; from tasks.store import Store; import os; held = lock(Store({str(tmp_path)!r})); "
+    if is_local:
+        script = source + "held.__enter__(); os._exit(0)"
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+    else:
+        abandon(tmp_path)
+    with monkeypatch.context() as failing:
+        failing.setattr(tables, "fence", fail_to_mark)
+        with pytest.raises(StorageError, match="no answer"), lease():
+            pass
+    before = tables.version(images)
+    with lease() as held:
+        assert not held.was_given_back and tables.version(images) == (before or 0) + 1
+    with lease() as held:
+        assert held.was_given_back
+
+
+def fail_to_mark(_: str) -> None:
+    raise StorageError("no answer")
+
+
+def test_f73_runs_that_wait_for_a_lease_take_it_one_after_the_other(
+    tmp_path: Path, lease: Callable[[], contextlib.AbstractContextManager[Held]]
+) -> None:
+    store, taken = Store(str(tmp_path)), []
+
+    def work() -> None:
+        with lock(store, wait=60) as held:
+            taken.append(held.token)
+
+    at_once(work, 4)
+    assert len(set(taken)) == 4
 
 
 def at_once(call: Callable[[], T], count: int = 6) -> list[T]:

@@ -1,9 +1,11 @@
+import os
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import CommitProperties
 
 from tasks import tables
 from unclip.errors import DamagedError
@@ -201,6 +203,21 @@ def test_rows_are_read_by_number_from_their_row_groups_alone(tmp_path: Path) -> 
     assert not tables.has_keys(uri, pa.array([keys[7][:-1] + "5", "99999"])), "excluded by statistics"
     with pytest.raises(DamagedError, match=r"a\.parquet: cannot be read"):
         tables.read_rows(uri, [1500], ["key"])
+
+
+def test_old_versions_stay_in_the_log(tmp_path: Path) -> None:
+    """By default Delta deletes logs of 30 days ago at every hundredth commit."""
+    table = str(tmp_path)
+    first = tables.append_files(table, [tables.write_part(table, "a", rows("a"))], SCHEMA)
+    for _ in range(97):
+        tables.commit_note(tables._table(table), CommitProperties())
+    for path in tmp_path.glob("_delta_log/*.json"):
+        os.utime(path, (1.6e9, 1.6e9))
+    for name in ("b", "c", "d"):
+        tables.append_files(table, [tables.write_part(table, name, rows(name))], SCHEMA)
+    assert list(tmp_path.glob("_delta_log/*.checkpoint.parquet")) and tables.version(table) == 101
+    assert tables.extent(table, first)[0] == 1
+    assert set(tables.recorded_hashes(table)) == {f"{name}.parquet" for name in "abcd"}
 
 
 def test_f76_a_takedown_keeps_files_of_older_versions_that_have_none_of_its_rows(tmp_path: Path) -> None:

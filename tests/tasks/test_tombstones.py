@@ -10,8 +10,9 @@ from pipelines.scene_server import ScenesConfig, jpeg
 from tasks import tables
 from tasks.lineage.takedown import parse
 from tasks.stages.download import IMAGES
-from tasks.store import Store
+from tasks.store import TOMBSTONES, Store
 from tasks.tombstones import (
+    RECORDED,
     Entry,
     Tombstone,
     canonical_url,
@@ -32,6 +33,7 @@ from tasks.tombstones import (
 )
 from tasks.untrusted import decode
 from tasks.untrusted.domains import canonical_host
+from unclip import files
 from unclip.errors import StageError
 
 SPELLINGS = [
@@ -82,6 +84,10 @@ def test_f85_a_url_covers_the_spellings_of_its_host_and_port() -> None:
         "http://u:p@Host/x",
     ]
     assert canonical_url("http://[2001:DB8:0::1]:80/x") == "http://[2001:db8::1]/x"
+    zeros = pa.table({"key": ["a", "b"], "url": ["http://a.example:080/x", "http://a.example:08080/x"]})
+    for number, url in enumerate(("http://a.example:080/x", "http://a.example:08080/x")):
+        assert gather([parse("url", url)]).cover(zeros).to_pylist() == [number == 0, number == 1]
+    assert parse("domain", "[2001:DB8::1]") == Tombstone("domain", "2001:db8::1")
 
 
 def test_f85_the_url_that_redirects_led_to_counts_as_well() -> None:
@@ -137,12 +143,12 @@ def test_f83_a_part_is_written_again_without_rows_that_were_taken_down_since(tmp
     ]
     table = pa.Table.from_pylist([{**row, "jpg": data_of + bytes([n])} for n, row in enumerate(rows)], schema=IMAGES)
     part = tables.write_part(str(tmp_path), "shard", table)
-    assert withhold_part(str(tmp_path), part, gather([parse("sha256", f"{9:064x}")])) == part
-    written = withhold_part(str(tmp_path), part, gather([parse("sha256", f"{1:064x}")]))
+    assert withhold_part(str(tmp_path), gather([parse("sha256", f"{9:064x}")]), part) == part
+    written = withhold_part(str(tmp_path), gather([parse("sha256", f"{1:064x}")]), part)
     assert written == tables.find_part(str(tmp_path), "shard") and written.name == part.name and written != part
     data = (tmp_path / "shard.parquet").read_bytes()
     assert data_of + b"\1" not in data and data_of + b"\0" in data and data_of + b"\2" in data
-    assert withhold_part(str(tmp_path), written, gather([parse("sha256", f"{1:064x}")])) == written
+    assert withhold_part(str(tmp_path), gather([parse("sha256", f"{1:064x}")]), written) == written
 
 
 def test_f84_a_recorded_request_counts_at_once_and_nothing_is_committed_before_it_is_carried_out(
@@ -172,6 +178,25 @@ def test_f84_a_recorded_request_counts_at_once_and_nothing_is_committed_before_i
         forget(store, request)
     assert entries(store) == before and not recorded(store)
     refuse_if_recorded(store, "curate")
+
+
+def test_f84_what_a_search_finds_after_the_request_was_carried_out_is_not_left(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    request = record(store, [parse("key", "a" * 32)], None)
+    record_found(store, request, [Entry("key", "b" * 32, "key")])
+    assert load_tombstones(store).keys == {"a" * 32, "b" * 32}
+    forget(store, request)
+    record_found(store, request, [Entry("key", "b" * 32, "key")])
+    assert store.list(*RECORDED) == [] and load_tombstones(store) is load_tombstones(store)
+
+
+def test_f77_the_same_tombstones_are_not_written_again(tmp_path: Path) -> None:
+    """Trainings look at the time of the file."""
+    store = Store(str(tmp_path))
+    write_entries(store, [Entry("key", "a" * 32, "key")])
+    before = files.stamp(store.uri(TOMBSTONES))
+    write_entries(store, [Entry("key", "a" * 32, "key")])
+    assert files.stamp(store.uri(TOMBSTONES)) == before
 
 
 def test_refused_rows_have_neither_url_nor_caption() -> None:

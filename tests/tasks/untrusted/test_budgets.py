@@ -253,6 +253,29 @@ def test_f64_an_answer_to_a_probe_for_robots_txt_does_not_open_a_site(monkeypatc
     waiting[0].close()
 
 
+def test_f64_a_robots_txt_that_forbids_the_images_opens_a_site_since_no_image_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetch, "is_public", lambda _: True)
+    with serve({"/robots.txt": (200, {}, b"User-agent: *\nDisallow: /")}) as server:
+        client = fetcher(respect_robots=True, site_seconds=3.0)
+        urls = [f"http://{server.address}/{number}.jpg" for number in range(5)]
+        client.take_budgets(urls, {server.address: budgets.Spent(3.0, 30.0, next_probe=time.time())})
+        assert outcomes(urls, client, threads=1) == ["robots_disallowed"] * 5
+
+
+def test_f63_only_failures_of_the_next_hosts_are_taken_over_and_few_are_handed_on() -> None:
+    client, later = fetcher(respect_robots=True), time.time() + 100
+    count = budgets.MOST_HANDED_ON + 5
+    spent: fetch.Spent = {
+        f"http://host{number}": robots.Unreached("timeout", later + number) for number in range(count)
+    }
+    client.take_budgets(["http://host7/a.jpg"], spent)
+    assert client._robots.unreached(spent) == {"http://host7": robots.Unreached("timeout", pytest.approx(later + 7))}
+    left = client.hand_on_budgets(["http://host7/a.jpg"], spent)
+    assert len(left) == budgets.MOST_HANDED_ON and "http://host0" not in left and "http://host7" in left
+
+
 def test_f63_the_next_process_takes_over_what_a_site_has_spent() -> None:
     with tarpit() as (address, requests, is_well), serve(host="127.0.0.1") as server:
         urls = [f"http://{address}/{number}" for number in range(8)] + [f"http://{server.address}/a.jpg", "nonsense"]
