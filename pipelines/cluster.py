@@ -157,16 +157,15 @@ def _probe(address: str) -> None:
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError("expected an address such as 10.0.0.1:6379")
     with socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE_SECONDS / 2) as connection:
-        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-            return
-        connection.sendall(_HTTP2)
-        frame = connection.recv(9, socket.MSG_WAITALL)
-    if len(frame) < 9 or frame[3] != _SETTINGS:
-        raise ValueError("the server there is not one of Ray")
+        if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+            connection.sendall(_HTTP2)
+            frame = connection.recv(9, socket.MSG_WAITALL)
+            if len(frame) < 9 or frame[3] != _SETTINGS:
+                raise ValueError("the server there is not one of Ray")
     if "://" not in address:
-        # A control store that hangs accepts connections; Ray would try again for minutes.
+        # A control store that hangs may accept connections; Ray would try again for minutes.
         with contextlib.suppress(ray.exceptions.AuthenticationError):  # an answer; whoever joins it says what to do
-            ray._raylet.GcsClient(address=host_and_port)
+            ray._raylet.GcsClient(address=host_and_port)  # type: ignore[attr-defined]
 
 
 def _pin_uv(forwards: bool) -> None:
