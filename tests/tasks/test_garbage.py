@@ -193,10 +193,12 @@ def test_f82_killed_at_any_deletion_nothing_half_deleted_looks_finished_and_the_
     store: Store, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     old, new, unfinished = finish(store, "prior", 1, run="r1"), finish(store, "prior", 2, run="r2"), folder("prior", 3)
+    files.write(store.uri(*unfinished.path, "checkpoints", "1", "manifest.json"), b"{}")
+    for each in (new, unfinished):
+        for rank in range(6):
+            files.write(store.uri(*each.path, "checkpoints", "1", f"rank-{rank}"), b"weights")
     for done in (old, new):
         seals.cover(store.uri(*done.path))
-    files.write(store.uri(*unfinished.path, "checkpoints", "1", "rank-0"), b"weights")
-    files.write(store.uri(*unfinished.path, "checkpoints", "1", "manifest.json"), b"{}")
     table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
     parts = [tables.write_part(table, name, rows) for name in ("a", "b", "orphan")]
     for part, before in zip(parts[:2], ("", "a.parquet"), strict=True):
