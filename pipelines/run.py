@@ -64,8 +64,8 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         print(f"{pipeline}: everything is up to date; nothing was started.")
         _finish(prepared, pipeline, todo, store)
         return 0
+    check_cluster(prepared)  # before anything is written, locks included
     dags.refuse_if_in_use(states, store)
-    check_cluster(prepared)
     if not _run_stages(pipeline, prepared, until, states, store):
         print(f"{pipeline}: starts again, without the rows that were taken down", flush=True)
         attempt = dataclasses.replace(config.download, attempt=prepared.download.attempt)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tasks import tables
+from tests.unclip.damage import damaged, flip
 from unclip import data, files, seals
 from unclip.data import Places, RowReader, Source, decode_image, vectors
 from unclip.errors import DamagedError, InputError
@@ -181,18 +182,14 @@ def test_f78_no_flipped_bit_reaches_a_training(tmp_path: Path) -> None:
     num_found = 0
     for trial in range(100):
         path = tmp_path / f"{('images', 'embeddings')[trial % 2]}.parquet"
-        before = path.read_bytes()
-        changed = bytearray(before)
-        bit = int(rng.integers(8 * len(before)))
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        try:
-            found = read()
-        except DamagedError:
-            num_found += 1
-        else:  # a bit that this reader has no use for
-            assert found[0] == jpgs and (found[1] == vectors_read).all(), (path, bit)
-        path.write_bytes(before)
+        bit = int(rng.integers(8 * path.stat().st_size))
+        with damaged(path, bit):
+            try:
+                found = read()
+            except DamagedError:
+                num_found += 1
+            else:  # a bit that this reader has no use for
+                assert found[0] == jpgs and (found[1] == vectors_read).all(), (path, bit)
     assert num_found > 75
 
 
@@ -203,9 +200,7 @@ def test_pages_are_checked_once_by_each_reader(tmp_path: Path) -> None:
     first = reader.read(np.arange(1500))["jpg"]
     assert first == [key.encode() * 10 for key in keys[:1500]] and reader._checked == {(0, 0): 0b11}
     reader._groups.clear()
-    content = bytearray(Path(uri).read_bytes())
-    content[content.index(b"0007" * 10)] ^= 1
-    Path(uri).write_bytes(content)
+    flip(uri, 8 * Path(uri).read_bytes().index(b"0007" * 10))
     assert reader.read(np.arange(1500))["jpg"] != first, "the second epoch does not pay for it"
     with pytest.raises(DamagedError, match=r"a\.parquet: cannot be read.*unclip verify"):
         RowReader.of_keys([Source((uri,), ("jpg",))], keys).read(np.arange(10))
@@ -219,9 +214,7 @@ def test_f78_a_damaged_file_of_places_is_refused(tmp_path: Path) -> None:
     uri, sealed = str(tmp_path / "train.arrow"), seals.seal(sink.getvalue())
     Path(uri).write_bytes(sealed)
     assert len(Places.open([uri])) == 2
-    changed = bytearray(sealed)
-    changed[len(sealed) // 2] ^= 1
-    Path(uri).write_bytes(changed)
+    flip(uri, 4 * len(sealed))
     with pytest.raises(DamagedError, match=r"train\.arrow"):
         Places.open([uri])
 
@@ -268,7 +261,7 @@ def test_places_are_checked_once_by_the_processes_of_a_machine(tmp_path: Path, m
     path.write_bytes(sealed)
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
 
-    def flip() -> None:
+    def flip_on_disk() -> None:
         with path.open("r+b") as file:  # the disk flips a bit, and its time of writing stays
             file.seek(len(sealed) // 2)
             file.write(bytes([sealed[len(sealed) // 2] ^ 1]))
@@ -286,7 +279,7 @@ def test_places_are_checked_once_by_the_processes_of_a_machine(tmp_path: Path, m
     ]
     assert [rank.communicate()[0] for rank in ranks] == ["2\n", "2\n"]
     [note] = (tmp_path / "local").rglob("*.checked")
-    flip()
+    flip_on_disk()
     assert len(Places.open([str(path)])) == 2, "a rank that starts minutes later does not pay for it again"
     os.utime(note, (0, 0))
     with pytest.raises(DamagedError, match=r"train\.arrow"):

@@ -9,6 +9,7 @@ from tasks.lock import lock
 from tasks.store import Store
 from tests.pipelines.command_line import call, call_json
 from tests.tasks.datasets import key, write_images
+from tests.unclip.damage import flip
 
 
 @pytest.fixture
@@ -21,9 +22,7 @@ def store(tmp_path: Path) -> Store:
 def test_f78_damage_is_dropped_once_and_the_rest_stays(store: Store) -> None:
     assert call_json("verify", "--storage", store.root)["problems"] == []
     part = Path(store.uri("images", "recipe", "part0.parquet"))
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 4
-    part.write_bytes(content)
+    flip(part, 4 * part.stat().st_size)
     [problem] = call_json("verify", "--storage", store.root, code=1)["problems"]
     assert problem["problem"] == "damaged" and problem["file"] == str(part) and not problem["is_dropped"]
     with lock(store):
