@@ -1,5 +1,6 @@
 """The Ray cluster of a run: an existing one, or one started on this machine."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -140,11 +141,12 @@ def _existing(config: PipelineConfig) -> tuple[str, str | None]:
 
 
 def _probe(address: str) -> None:
-    """Check that a gRPC server answers at an address, as those of Ray's clusters are.
+    """Check that a gRPC server answers at an address, as those of Ray's clusters are, and a control store its first call.
 
     Raises:
         Exception: none does, or the address has another form.
     """
+    import ray
     from ray._private import services
 
     if "://" in address:
@@ -155,12 +157,15 @@ def _probe(address: str) -> None:
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError("expected an address such as 10.0.0.1:6379")
     with socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE_SECONDS / 2) as connection:
-        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-            return
-        connection.sendall(_HTTP2)
-        frame = connection.recv(9, socket.MSG_WAITALL)
-    if len(frame) < 9 or frame[3] != _SETTINGS:
-        raise ValueError("the server there is not one of Ray")
+        if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+            connection.sendall(_HTTP2)
+            frame = connection.recv(9, socket.MSG_WAITALL)
+            if len(frame) < 9 or frame[3] != _SETTINGS:
+                raise ValueError("the server there is not one of Ray")
+    if "://" not in address:
+        # A control store that hangs may accept connections; Ray would try again for minutes.
+        with contextlib.suppress(ray.exceptions.AuthenticationError):  # an answer; whoever joins it says what to do
+            ray._raylet.GcsClient(address=host_and_port)  # type: ignore[attr-defined]
 
 
 def _pin_uv(forwards: bool) -> None:

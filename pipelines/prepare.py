@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import tempfile
 from typing import Any
 
 from pipelines import dag as dags
@@ -16,6 +15,7 @@ from tasks.store import Store
 from unclip import files
 from unclip.config import fingerprint, to_dict
 from unclip.errors import ConfigError
+from unclip.scratch import scratch_folder
 
 
 def prepare(config: PipelineConfig, retry_failed: bool = False, read_only: bool = False) -> PipelineConfig:
@@ -42,7 +42,7 @@ def prepare(config: PipelineConfig, retry_failed: bool = False, read_only: bool 
         urls = config.ingest.urls
         if config.scenes is not None:
             urls = store.uri("scenes", f"{fingerprint(to_dict(config.scenes))[:16]}.parquet")
-            folder = stack.enter_context(tempfile.TemporaryDirectory()) if read_only else None
+            folder = str(stack.enter_context(scratch_folder("scenes"))) if read_only else None
             config = _with_scenes(config, urls, folder)
         for node in compose(config).values():
             if node.stage.pin is not None:

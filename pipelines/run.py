@@ -64,8 +64,8 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
         print(f"{pipeline}: everything is up to date; nothing was started.")
         _finish(prepared, pipeline, todo, store)
         return 0
+    check_cluster(prepared)  # before anything is written, locks included
     dags.refuse_if_in_use(states, store)
-    check_cluster(prepared)
     if not _run_stages(pipeline, prepared, until, states, store):
         print(f"{pipeline}: starts again, without the rows that were taken down", flush=True)
         attempt = dataclasses.replace(config.download, attempt=prepared.download.attempt)
@@ -139,7 +139,7 @@ def _must_repeat(dag: dags.Dag, failures: Sequence[Failure], run: Run, store: St
 def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store) -> dict[str, Any]:
     artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
     summary = summarise(pipeline, artifacts)
-    write_results(summary, artifacts, store)
+    write_results(summary, artifacts, store, compose(config).keys())
     print_summary(summary, store, config)
     return summary
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,15 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
     return summary
 
 
-def write_results(summary: Mapping[str, Any], artifacts: Mapping[str, Artifact], store: Store) -> None:
+def write_results(
+    summary: Mapping[str, Any], artifacts: Mapping[str, Artifact], store: Store, stages: Collection[str]
+) -> None:
     """Write the summary, the report and the sample grids of a run to `results/<pipeline>/`.
 
     The summary keeps what this run has nothing to say about: after a refresh, the evaluation and the stack of the last run.
+
+    Args:
+        stages: names of all stages of the pipeline; the summary forgets others, which it had before.
     """
     path = ("results", summary["pipeline"], "summary.json")
     before: dict[str, Any] = {}
@@ -52,8 +57,10 @@ def write_results(summary: Mapping[str, Any], artifacts: Mapping[str, Artifact],
         before = store.read_json(*path)
     merged = {**before, **summary}
     for name in ("seconds", "artifacts"):
-        merged[name] = {**before.get(name, {}), **summary[name]}
+        kept = {stage: value for stage, value in before.get(name, {}).items() if stage in stages}
+        merged[name] = {**kept, **summary[name]}
     folder = store.uri(*path[:-1])
+    files.delete(f"{folder}/{seals.MANIFEST}")  # after a kill, files are not covered rather than damaged
     if merged != before:
         store.write_json(merged, *path)
     if "report" in artifacts:

@@ -4,13 +4,16 @@ Needed are, with all that they refer to:
 
 - every dataset version, the summaries in `results/`, the published stacks and the registered versions;
 - of each pipeline, the last result of each stage, finished or not, and all results of running runs;
-- selections of rows that models may have been trained on, since takedowns look for rows in them.
+- selections of rows that models may have been trained on, since takedowns look for rows in them. An old selection costs its
+  places, some 30 bytes a row, and the parts that newer versions of its tables have replaced.
 
 Files that changed lately are kept in any case. A stage's folder is deleted after its commit record, and in it the files that mark
-something as complete first, so that after a kill nothing looks finished that is not.
+something as complete first, so that after a kill nothing looks finished that is not. A record that stays keeps all it refers to,
+since the next run with the same settings takes its result as done.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import time
@@ -18,17 +21,20 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from tasks import references, tables
+from tasks.lock import Held, lock, result_lock
 from tasks.references import Folder
 from tasks.store import INTERMEDIATE, Store
-from tasks.tracking import checked_client
+from tasks.tracking import checked_client, pages
 from unclip import files, seals
-from unclip.errors import DamagedError
+from unclip.errors import AlreadyRunningError, DamagedError, StorageError
+from unclip.messages import reason_of, without_credentials
 
 CHECKPOINTS = ("checkpoints", "workers")
 """Folders of a training that only an unfinished one needs."""
 SELECTING = ("dedup", "curate")
 """Stages whose selections takedowns search; see `tasks.lineage.takedown`."""
 _TABLES = ("images", "index", "embeddings", "snapshots")
+_DELETIONS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +60,98 @@ def find(store: Store, tracking_uris: Sequence[str], days: float) -> list[Garbag
         days: files that changed less than this many days ago are kept.
 
     Raises:
-        StorageError, MlflowException: an MLflow does not answer, so its registered versions are not known.
+        StorageError: an MLflow does not answer, so its registered versions are not known.
         DamagedError: a record cannot be read, so what it needs is not known.
     """
     search = _Search(store, time.time() - days * 24 * 3600, tracking_uris)
     return sorted(search.garbage(), key=lambda garbage: -garbage.size)
 
 
-def delete(store: Store, garbage: Iterable[Garbage]) -> None:
-    """Delete garbage; to resume after an interruption, find and delete again. The caller holds the lock of the storage."""
+def delete(store: Store, garbage: Iterable[Garbage], held: Held | None = None) -> list[Garbage]:
+    """Delete garbage; to resume after an interruption, find and delete again.
+
+    Stages that read a snapshot work meanwhile. So folders are deleted under the locks of their results, and all that a run has
+    come to need since the garbage was found stays.
+
+    Args:
+        held: lock of the storage, which the caller holds.
+
+    Returns:
+        Garbage that was deleted.
+
+    Raises:
+        AlreadyRunningError: another process has taken over the lock.
+    """
+    runs, deleted, parts = _Runs(store), list[Garbage](), list[Garbage]()
     for each in garbage:
-        if each.record is not None:
-            files.delete(store.uri(*each.record))
-        root, (folder, _, name) = store.uri(each.path), each.path.rpartition("/")
-        is_inner = each.path.startswith("artifacts/") and each.path.count("/") > 2
-        with seals.changing(store.uri(folder), f"{name}/") if is_inner else contextlib.nullcontext():
-            for entry in files.walk(root):
-                if entry.name.endswith(".json"):  # manifests and plans
-                    files.delete(f"{root}/{entry.name}")
-            files.failpoint("within", root)
-            files.delete(root)
+        if not each.path.startswith("artifacts/"):
+            parts.append(each)
+            continue
+        _, stage, name, *inner = each.path.split("/")
+        folder = Folder(stage, name)
+        if held is not None:
+            held.check()
+        try:
+            with lock(store, result_lock(stage, name)):
+                is_as_found = bool(inner) or store.exists(*folder.record) == (each.record is not None)
+                if is_as_found and (inner or folder not in runs.needed()):
+                    _delete_folder(store, each, is_inner=bool(inner))
+                    deleted.append(each)
+        except AlreadyRunningError:  # a run makes it again
+            continue
+
+    kept = runs.parts()
+
+    def delete_part(each: Garbage) -> None:
+        if held is not None:
+            held.check()
+        files.delete(store.uri(each.path))
+
+    with concurrent.futures.ThreadPoolExecutor(_DELETIONS_AT_ONCE) as pool:  # object stores answer slowly
+        parts = [each for each in parts if each.path not in kept]
+        for _ in pool.map(delete_part, parts):
+            pass
+    return deleted + parts
+
+
+def _delete_folder(store: Store, garbage: Garbage, is_inner: bool) -> None:
+    if garbage.record is not None:
+        files.delete(store.uri(*garbage.record))
+    root, (folder, _, name) = store.uri(garbage.path), garbage.path.rpartition("/")
+    with seals.changing(store.uri(folder), f"{name}/") if is_inner else contextlib.nullcontext():
+        for entry in files.walk(root):
+            if entry.name.endswith(".json"):  # manifests and plans
+                files.delete(f"{root}/{entry.name}")
+        files.failpoint("within", root)
+        files.delete(root)
+
+
+class _Runs:
+    """Needs of the runs that are running now."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._ended: set[str] = set()
+        self._records: dict[Folder, Any] = {}
+
+    def needed(self) -> set[Folder]:
+        """Folders of all stages that they have reached, with all that these refer to."""
+        return references.closure(references.in_use(self.store, self._ended), self._record)
+
+    def parts(self) -> set[str]:
+        """Paths of the parts of all table versions that these stages refer to."""
+        versions = references.versions_in([self._record(folder) for folder in self.needed()])
+        return {
+            "/".join((*version.table, name))
+            for version in set(versions)
+            for name in references.files_of(self.store.uri(*version.table), version.number)
+        }
+
+    def _record(self, folder: Folder) -> Any:
+        if self._records.get(folder) is None:
+            is_done = self.store.exists(*folder.record)
+            self._records[folder] = self.store.read_json(*folder.record) if is_done else None
+        return self._records[folder]
 
 
 class _Search:
@@ -85,7 +163,7 @@ class _Search:
             if record is None:
                 uri = store.uri(*folder.record)
                 raise DamagedError(
-                    f"{uri}: the record is damaged, so what it needs is not known. Run `unclip verify` first."
+                    f"{uri}: the record cannot be read, so what it needs is not known. Run `unclip verify` first."
                 )
         self.versions = references.dataset_versions(store)
         self.needed = self._needed(tracking_uris)
@@ -113,17 +191,13 @@ class _Search:
             path = ("results", pipeline, "summary.json")
             summary = self.store.read_json(*path) if self.store.exists(*path) else {}
             needed |= {Folder(*item) for item in summary.get("artifacts", {}).items()}
-        waiting = list(needed)
-        while waiting:
-            found = {folder for folder, _ in references.folders_in(self.records.get(waiting.pop()))} - needed
-            needed |= found
-            waiting += found
-        return needed
+        needed |= {folder for folder in self.records if folder.stage in SELECTING}
+        return references.closure(needed, self.records.get)
 
     def _folder(self, folder: Folder) -> Iterator[Garbage]:
         is_done, path = folder in self.records, "/".join(folder.path)
         entries = files.walk(self.store.uri(path))
-        if folder not in self.needed and not (is_done and folder.stage in SELECTING):
+        if folder not in self.needed:
             what = f"result of the stage {folder.stage}" if is_done else f"unfinished stage {folder.stage}"
             yield from self._below(path, entries, what, folder.record if is_done else None)
         elif is_done:
@@ -131,8 +205,6 @@ class _Search:
             parts |= {INTERMEDIATE: "intermediate files of a killed run"}
             if folder.stage == "download":
                 parts |= {"plan": "plan of a finished download"}
-            if folder not in self.needed:
-                parts |= {"places": "places that no dataset version reads"}
             for name, what in parts.items():
                 inner = [entry for entry in entries if entry.name.startswith(f"{name}/")]
                 yield from self._below(f"{path}/{name}", inner, what)
@@ -156,7 +228,8 @@ class _Search:
             return
         needed = [*self.versions, *(self.records.get(folder) for folder in self.needed)]
         numbers = {version.number for version in references.versions_in(needed) if version.table == path}
-        kept = {uri.rpartition("/")[2] for number in (None, *sorted(numbers)) for uri in tables.files(table, number)}
+        kept = {uri.rpartition("/")[2] for uri in tables.files(table)}
+        kept = kept.union(*(references.files_of(table, number) for number in sorted(numbers)))
         for entry in files.walk(table):
             is_part = entry.name.endswith(".parquet") and "/" not in entry.name
             if is_part and entry.name not in kept and entry.modified <= self.latest:
@@ -175,11 +248,18 @@ class _Search:
 
 
 def _registered(tracking_uri: str) -> Iterator[str]:
-    """Yield the sources of all registered versions."""
-    token = None
-    while True:
-        page = checked_client(tracking_uri).search_model_versions(page_token=token)
-        yield from (version.source for version in page)
-        token = page.token
-        if not token:
-            return
+    """Yield the sources of all registered versions.
+
+    Raises:
+        StorageError: the MLflow does not tell them.
+    """
+    try:
+        yield from (version.source for version in pages(checked_client(tracking_uri).search_model_versions))
+    except (
+        Exception
+    ) as error:  # of the server, its database or the network: an answer that is not known keeps everything
+        shown = without_credentials(tracking_uri)
+        raise StorageError(
+            f"MLflow at {shown} does not tell its registered versions: {reason_of(error)}. Nothing was deleted. "
+            f"Try again when it answers, or give --without-mlflow {shown} if it is gone for good."
+        ) from error

@@ -80,6 +80,15 @@ class Held:
     is_ready: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Set once its user may work. A lock is given back only then, so that the next owner does what this one could not."""
 
+    def check(self) -> None:
+        """Check that no other owner has taken over.
+
+        Raises:
+            AlreadyRunningError: one has.
+        """
+        if self.lost.is_set():
+            raise AlreadyRunningError("Another run has taken over this storage. Run the same command again later.")
+
 
 @contextlib.contextmanager
 def lock(store: Store, name: str = TABLES, wait: float = 0.0, owner: Owner | None = None) -> Iterator[Held]:

@@ -1,20 +1,23 @@
 """References between the records of a storage: the stage folders and table versions that a JSON value names."""
 
-import contextlib
+import collections
+import concurrent.futures
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks import tables
 from tasks.run_records import is_alive, stage_events
 from tasks.store import Store
+from unclip import files
 from unclip.errors import DamagedError
 
 # Wherever the storage was when the record was written.
 _FOLDER = re.compile(r"(?:^|[/:])artifacts/([^/]+)/([0-9a-f]{64})(?:/(.*))?$")
 _TABLES = {"images": "images", "embeddings": "embeddings", "index": "images"}
 """Kind of a table -> fact that names it; the index of an images table has its name."""
+_READS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -72,15 +75,42 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(inner)
 
 
+def closure(folders: Iterable[Folder], record_of: Callable[[Folder], Any]) -> set[Folder]:
+    """Folders with all that their records refer to, directly or through others.
+
+    Args:
+        record_of: record of a folder; None if it has none.
+    """
+    found = set(folders)
+    waiting = list(found)
+    while waiting:
+        new = {folder for folder, _ in folders_in(record_of(waiting.pop()))} - found
+        found |= new
+        waiting += new
+    return found
+
+
+def files_of(table: str, number: int) -> set[str]:
+    """Names of the files of a version of a table; none if its log does not reach back to it, so that nothing can read it.
+
+    Raises:
+        Exception: whatever reading the newest version raises; then it is the table that cannot be read.
+    """
+    try:
+        uris = tables.files(table, number)
+    except Exception:  # of many types, by what is left of the log
+        tables.files(table)
+        return set()
+    return {uri.rpartition("/")[2] for uri in uris}
+
+
 def committed(store: Store) -> Iterator[tuple[Folder, Any]]:
-    """Yield the commit record of each stage; None if it is damaged."""
-    for stage in store.list("stages"):
-        for name in store.list("stages", stage):
-            try:
-                record = store.read_json("stages", stage, name)
-            except DamagedError:
-                record = None
-            yield Folder(stage, name.removesuffix(".json")), record
+    """Yield the commit record of each stage; None if it cannot be read."""
+    paths = [
+        ("stages", *entry.name.split("/")) for entry in files.walk(store.uri("stages")) if entry.name.count("/") == 1
+    ]
+    for (_, stage, name), record in _read_all(store, paths, (DamagedError, OSError)):
+        yield Folder(stage, name.removesuffix(".json")), record
 
 
 def dataset_versions(store: Store) -> list[dict[str, Any]]:
@@ -103,14 +133,21 @@ def last_reached(store: Store) -> Iterator[tuple[str, Folder]]:
         yield pipeline, folder
 
 
-def in_use(store: Store) -> set[Folder]:
-    """Folders of all stages that runs which are still running have reached."""
+def in_use(store: Store, ended: set[str] | None = None) -> set[Folder]:
+    """Folders of all stages that runs which are still running have reached.
+
+    Args:
+        ended: runs that are known to have ended, and need not be asked again; those that have are added.
+    """
+    ended = set() if ended is None else ended
+    paths = [("runs", run_id, "run.json") for run_id in store.list("runs") if run_id not in ended]
     found = set()
-    for run_id in store.list("runs"):
-        path = ("runs", run_id, "run.json")
-        if store.exists(*path) and is_alive(store, run_id, store.read_json(*path)):
+    for (_, run_id, _), record in _read_all(store, paths, (FileNotFoundError,)):
+        if record is not None and is_alive(store, run_id, record):
             events = stage_events(store, run_id).values()
             found |= {Folder(event["stage"], event["fingerprint"]) for event in events if event.get("fingerprint")}
+        elif record is not None and record["state"] != "running":
+            ended.add(run_id)
     return found
 
 
@@ -118,22 +155,47 @@ def pipelines(store: Store) -> dict[Folder, str]:
     """Stage folder -> pipeline of the last run that made or used it."""
     return {
         Folder(event["stage"], event["fingerprint"]): pipeline
-        for pipeline, event in _events(store, skips_damaged=True)
+        for pipeline, event in _events(store, (DamagedError, OSError))
         if event.get("fingerprint")
     }
 
 
-def _events(store: Store, skips_damaged: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the pipeline and the last event of each stage of each run, oldest run first."""
-    suppressed = contextlib.suppress(DamagedError) if skips_damaged else contextlib.nullcontext()
-    for run_id in store.list("runs"):
-        names = store.list("runs", run_id)
-        with suppressed:
-            if "run.json" not in names:
-                continue
-            pipeline = store.read_json("runs", run_id, "run.json")["pipeline"]
-            for name in names:
-                if name.endswith(".json") and name != "run.json":
-                    event = store.read_json("runs", run_id, name)
-                    if "stage" in event:
-                        yield pipeline, event
+def _events(store: Store, skipped: tuple[type[Exception], ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the pipeline and the last event of each stage of each run, oldest run first.
+
+    Args:
+        skipped: errors of records that are left out.
+    """
+    runs: dict[str, list[str]] = collections.defaultdict(list)
+    for entry in files.walk(store.uri("runs")):  # one request, however many runs there are
+        run_id, _, name = entry.name.partition("/")
+        if name.endswith(".json") and "/" not in name:
+            runs[run_id].append(name)
+    # Names are sorted, and "run.json" says which pipeline the others belong to.
+    paths = [
+        ("runs", run_id, name)
+        for run_id, names in sorted(runs.items())
+        if "run.json" in names
+        for name in ("run.json", *(name for name in names if name != "run.json"))
+    ]
+    pipeline: str | None = None
+    for (_, _, name), record in _read_all(store, paths, skipped):
+        if name == "run.json":
+            pipeline = None if record is None else record["pipeline"]
+        elif pipeline is not None and record is not None and "stage" in record:
+            yield pipeline, record
+
+
+def _read_all(
+    store: Store, paths: Sequence[tuple[str, ...]], skipped: tuple[type[Exception], ...]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the paths of JSON files with their content, in order; None if reading one raises an error that is skipped."""
+
+    def read(path: tuple[str, ...]) -> Any:
+        try:
+            return store.read_json(*path)
+        except skipped:
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:  # object stores answer slowly
+        yield from zip(paths, pool.map(read, paths), strict=True)

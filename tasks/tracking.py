@@ -8,11 +8,10 @@ import os
 import re
 import sqlite3
 import ssl
-import threading
 import time
 import typing
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -185,35 +184,16 @@ def checked_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     """Client of an MLflow server that has just answered; never creates a missing database.
 
     Raises:
-        StorageError: the database or folder does not exist, or the server does not answer within `seconds`.
+        StorageError: the database or folder does not exist.
+        TimeoutError: the server does not answer within `seconds`.
         MlflowException: the server answers with an error.
     """
-    import mlflow  # takes seconds, which must not count as the server's
-
     path = database_path(tracking_uri)
     if tracking_uri.startswith(("file:", "/", ".")):
         path = files.to_path(tracking_uri)
     if path is not None and not path.exists():
         raise StorageError(f"{path} does not exist")
-    answers: list[mlflow.MlflowClient | Exception] = []
-
-    def check() -> None:
-        try:
-            checked = client(tracking_uri)
-            checked.search_experiments(max_results=1)
-            answers.append(checked)
-        except Exception as error:
-            answers.append(error)
-
-    # DNS lookups, database connections and retries have timeouts of their own, some of minutes.
-    thread = threading.Thread(target=check, daemon=True)
-    thread.start()
-    thread.join(seconds if path is None else None)
-    if not answers:
-        raise StorageError(f"no answer within {seconds:g} s")
-    if isinstance(answers[0], Exception):
-        raise answers[0]
-    return answers[0]
+    return _connect(tracking_uri, seconds if path is None else None)
 
 
 def open_client(tracking_uri: str, seconds: float = 15.0) -> Any:
@@ -226,15 +206,30 @@ def open_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     if path is not None and path.exists():  # MLflow tries for minutes to open what is no database
         with contextlib.closing(sqlite3.connect(path, timeout=60)) as connection:
             connection.execute("BEGIN IMMEDIATE")
+    return _connect(tracking_uri, seconds if path is None else None)
+
+
+def _connect(tracking_uri: str, seconds: float | None) -> Any:
+    """Client of an MLflow that has just answered, within `seconds` if given."""
+    import mlflow  # noqa: F401  takes seconds, which must not count as the server's
 
     def connect() -> Any:
         opened = client(tracking_uri)
         opened.search_experiments(max_results=1)
         return opened
 
-    import mlflow  # noqa: F401  takes seconds, which must not count as the server's
+    return connect() if seconds is None else within(seconds, connect)
 
-    return connect() if path is not None else within(seconds, connect)
+
+def pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """Yield the results of a search of an MLflow client, page by page."""
+    token = None
+    while True:
+        page = search(*arguments, **options, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 _TEMPORARY_CODES = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}

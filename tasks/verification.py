@@ -17,14 +17,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, Literal
 
 from tasks import index, references, tables
+from tasks.lock import Held
 from tasks.references import Folder, Version
 from tasks.store import DEFAULT_ROOT, TOMBSTONES, Store
 from tasks.tombstones import RECORDED
 from unclip import files, seals
-from unclip.errors import DamagedError
+from unclip.errors import DamagedError, StorageError
+from unclip.messages import reason_of
 from unclip.seals import MANIFEST
 
-State = Literal["sound", "damaged", "not covered", "missing"]
+State = Literal["sound", "damaged", "not covered", "missing", "unreadable"]
 
 _RANGE = re.compile(r"^(.*/)?([^/]*?)(\d{5})-of-(\d{5})(\.\w+)$")
 _TABLES = ("images", "index", "embeddings")
@@ -53,6 +55,8 @@ class Item:
     """The next run writes it anew if it is missing."""
     is_foreign: bool = False
     """A library wrote it, so it carries no digest."""
+    is_folder: bool = False
+    """A folder whose files could not be listed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +64,18 @@ class Problem:
     """A file that is not as it was written."""
 
     item: Item
-    state: Literal["damaged", "missing"]
+    state: Literal["damaged", "missing", "unreadable"]
+    """Unreadable: the disk, the store or the permissions refuse it, so its content is not known."""
 
 
 def state_of(item: Item) -> State:
     """Check all bytes of a file."""
-    if not files.exists(item.uri):
-        return "missing"
     try:
+        if not files.exists(item.uri):
+            return "missing"
+        if item.is_folder:
+            files.walk(item.uri)
+            return "not covered"
         if item.sha256 is not None:
             return "sound" if files.digest(item.uri) == item.sha256 else "damaged"
         if item.uri.endswith("/mlflow.db") and not _is_sound_database(item.uri):
@@ -85,6 +93,8 @@ def state_of(item: Item) -> State:
         return state
     except FileNotFoundError:  # deleted meanwhile
         return "missing"
+    except OSError:
+        return "unreadable"
 
 
 def _state_of_sealed(uri: str) -> State:
@@ -131,8 +141,18 @@ def check_all(items: Sequence[Item], jobs: int, on_done: Callable[[Item], None] 
 
 
 def survey(store: Store) -> list[Item]:
-    """All files that records refer to, with those that are missing."""
-    return [*_Survey(store).items()]
+    """All files that records refer to, with those that are missing.
+
+    Raises:
+        StorageError: the folders of the records cannot be listed.
+    """
+    try:
+        return [*_Survey(store).items()]
+    except OSError as error:
+        where, reason = error.filename or store.root, reason_of(error)
+        raise StorageError(
+            f"{where}: cannot be read: {reason}. Mend the disk or the permissions, and try again."
+        ) from error
 
 
 class _Survey:
@@ -153,26 +173,24 @@ class _Survey:
         yield from self._mlflow()
 
     def _records(self) -> Iterator[Item]:
+        sizes = self._sizes("stages")
         for folder in self.records:
-            what = f"commit record of the stage {folder.stage}"
-            yield self._file(*folder.record, what=what, folder=folder, remedy=self._rerun(folder))
+            uri, what = self.store.uri(*folder.record), f"commit record of the stage {folder.stage}"
+            yield Item(uri, sizes.get(folder.record, 0), what, self._rerun(folder), folder=folder)
         history = "restore it from a copy, or remove it: it is history, from which nothing is made"
-        for run_id in self.store.list("runs"):
-            for name in self.store.list("runs", run_id):
-                if name.endswith(".json"):
-                    yield self._file("runs", run_id, name, what="record of a run", remedy=history)
-        for name in self.store.list("takedowns"):
-            if name.endswith(".json"):
-                yield self._file("takedowns", name, what="ledger of a takedown", remedy="restore it from a copy")
-        for name in self.store.list(*RECORDED):
+        for path, size in self._sizes("runs").items():
+            if path[-1].endswith(".json") and len(path) == 3:
+                yield Item(self.store.uri(*path), size, "record of a run", history)
+        for path, size in self._sizes("takedowns").items():
+            if path[-1].endswith(".json") and len(path) == 2:
+                yield Item(self.store.uri(*path), size, "ledger of a takedown", "restore it from a copy")
+        for path, size in self._sizes(*RECORDED).items():
             what, remedy = "recorded takedown", "repeat the takedown, and remove the file"
-            yield self._file(*RECORDED, name, what=what, remedy=remedy)
-        for name in self.store.list("attempts"):
-            remedy = self._dropped(self._run())
-            yield self._file("attempts", name, what="number of a download attempt", remedy=remedy, is_disposable=True)
-        for name in self.store.list("scenes"):
-            remedy = self._dropped(self._run())
-            yield self._file("scenes", name, what="list of procedural images", remedy=remedy, is_disposable=True)
+            yield Item(self.store.uri(*path), size, what, remedy)
+        for kind, what in (("attempts", "number of a download attempt"), ("scenes", "list of procedural images")):
+            for path, size in self._sizes(kind).items():
+                remedy = self._dropped(self._run())
+                yield Item(self.store.uri(*path), size, what, remedy, is_disposable=True)
         if self.store.exists(TOMBSTONES):
             remedy = "restore it from a copy, or repeat the takedowns that the files in takedowns/ list, before any run"
             yield self._file(TOMBSTONES, what="everything that was taken down", remedy=remedy)
@@ -198,7 +216,10 @@ class _Survey:
         """Log of a table, and the parts of its newest version and of those that records refer to."""
         table, name = self.store.uri(*path), "/".join(path)
         remedy = f"restore it from a copy; or remove the folder {table} and `{run}`, which makes all of the table again"
-        entries = {entry.name: entry for entry in files.walk(table)}
+        entries = _listed(table)
+        if entries is None:
+            yield Item(table, 0, f"table {name}", remedy, is_folder=True)
+            return
         expected = _expected(table, [MANIFEST] if MANIFEST in entries else [])
         logs = [entry for entry in entries if entry.startswith("_delta_log/")]
         for each in sorted({*logs, *expected}):
@@ -213,12 +234,7 @@ class _Survey:
         except Exception:  # whatever a damaged log makes of Delta's reader
             yield Item(f"{table}/_delta_log/missing", 0, f"log of the table {name}: it cannot be read", remedy)
             return
-        older: set[str] = set()
-        for number in needed:
-            try:
-                older |= set(map(_name, tables.files(table, number)))
-            except Exception:  # the log of an old version may be gone
-                continue
+        older = set[str]().union(*(references.files_of(table, number) for number in needed))
         part = (path[0], path[-1])
         remedy = self._dropped(run)
         for each in sorted(newest | (older & entries.keys())):  # a takedown deletes files of older versions
@@ -247,7 +263,10 @@ class _Survey:
     ) -> Iterator[Item]:
         """Files of a folder and those that its manifests, its ranges or records expect in it."""
         root = self.store.uri(*path)
-        entries = {entry.name: entry for entry in files.walk(root)}
+        entries = _listed(root)
+        if entries is None:
+            yield Item(root, 0, what, remedy, folder=folder, is_folder=True)
+            return
         expected = _expected(root, [name for name in entries if _name(name) == MANIFEST])
         for name, entry in entries.items():
             yield Item(f"{root}/{name}", entry.size, what, remedy, expected.get(name), folder=folder)
@@ -267,7 +286,7 @@ class _Survey:
 
     def _published(self) -> Iterator[Any]:
         for name in self.store.list("published"):
-            with contextlib.suppress(DamagedError):
+            with contextlib.suppress(DamagedError, OSError):
                 yield self.store.read_json("published", name)
 
     def _publisher(self, name: str) -> Folder | None:
@@ -287,6 +306,10 @@ class _Survey:
         yield from self._folder(("mlflow-artifacts",), "artifact of MLflow", remedy)
         if self.store.exists("mlflow.db"):
             yield self._file("mlflow.db", what="database of MLflow", remedy=remedy, is_foreign=True)
+
+    def _sizes(self, *path: str) -> dict[tuple[str, ...], int]:
+        """Path -> bytes of all files below a folder, in one request."""
+        return {(*path, *entry.name.split("/")): entry.size for entry in files.walk(self.store.uri(*path))}
 
     def _file(self, *path: str, what: str, remedy: str, **facts: Any) -> Item:
         uri = self.store.uri(*path)
@@ -308,6 +331,14 @@ class _Survey:
         return shlex.join([*" ".join(words).split(), *option])
 
 
+def _listed(root: str) -> dict[str, files.Entry] | None:
+    """Name -> file of all files in a folder and below it; None if it cannot be listed."""
+    try:
+        return {entry.name: entry for entry in files.walk(root)}
+    except OSError:
+        return None
+
+
 def _expected(root: str, manifests: Iterable[str]) -> dict[str, str]:
     """Name below the root -> sha256, from all readable manifests."""
     found: dict[str, str] = {}
@@ -316,7 +347,7 @@ def _expected(root: str, manifests: Iterable[str]) -> dict[str, str]:
         try:
             hashes = files.read_json(f"{root}/{manifest}")["sha256"]
             found |= {f"{start}{name}": digest for name, digest in hashes.items()}
-        except (DamagedError, KeyError, TypeError, AttributeError):  # the manifest itself is an item
+        except (DamagedError, OSError, KeyError, TypeError, AttributeError):  # the manifest itself is an item
             continue
     return found
 
@@ -324,7 +355,7 @@ def _expected(root: str, manifests: Iterable[str]) -> dict[str, str]:
 def _others(root: str) -> list[str]:
     """Names of the files that a folder's manifest expects without a digest; see `seals.cover`."""
     manifest = f"{root}/{MANIFEST}"
-    with contextlib.suppress(DamagedError, AttributeError, TypeError):
+    with contextlib.suppress(DamagedError, OSError, AttributeError, TypeError):
         return list(files.read_json(manifest).get("others", ())) if files.exists(manifest) else []
     return []
 
@@ -358,19 +389,33 @@ def _is_sound_database(path: str) -> bool:
         return False
 
 
-def drop(store: Store, problems: Sequence[Problem]) -> list[Problem]:
+def drop(store: Store, problems: Sequence[Problem], held: Held | None = None) -> list[Problem]:
     """Drop damaged and missing files, with the commit records that refer to them, so that the next run makes them again.
 
-    Rows of a damaged part leave its table, and are fetched or embedded again. The caller holds the lock of the storage. To
-    resume after an interruption, call it again.
+    Rows of a damaged part leave its table, and are fetched or embedded again. To resume after an interruption, call it again.
+
+    Args:
+        held: lock of the storage, which the caller holds.
 
     Returns:
-        Problems that remain, since no run makes these files.
+        Problems that remain, since no run makes these files, or their content is not known.
+
+    Raises:
+        AlreadyRunningError: another process has taken over the lock.
     """
+
+    def delete(uri: str) -> None:
+        if held is not None:
+            held.check()
+        files.delete(uri)
+
     parts: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
     folders, dropped, remaining = set[Folder](), list[Item](), list[Problem]()
     for problem in problems:
         item = problem.item
+        if problem.state == "unreadable":
+            remaining.append(problem)
+            continue
         if item.part is not None:
             parts[item.part].add(_name(item.uri))
         elif item.folder is not None:
@@ -386,10 +431,10 @@ def drop(store: Store, problems: Sequence[Problem]) -> list[Problem]:
         named = {each for each, _ in references.folders_in(record)}
         is_unlisted = folder.stage == "curate" and ("snapshots", "snapshots") in parts  # it lists its version again
         if folder in folders or named & folders or is_unlisted or lost.intersection(references.versions_in(record)):
-            files.delete(store.uri(*folder.record))
+            delete(store.uri(*folder.record))
     for (kind, name), names in parts.items():
         if kind == "index":
-            files.delete(store.uri("index", name))  # the next run makes it again
+            delete(store.uri("index", name))  # the next run makes it again
             continue
         table = store.uri(kind) if kind == "snapshots" else store.uri(kind, name)
         current = names.intersection(map(_name, tables.files(table)))
@@ -400,8 +445,8 @@ def drop(store: Store, problems: Sequence[Problem]) -> list[Problem]:
         if item.folder is not None:
             root, manifest = store.uri(*item.folder.path), item.uri
             while (manifest := manifest.rpartition("/")[0]).startswith(root):  # a manifest marks a folder as complete
-                files.delete(f"{manifest}/{MANIFEST}")
-        files.delete(item.uri)
+                delete(f"{manifest}/{MANIFEST}")
+        delete(item.uri)
     return remaining
 
 
@@ -414,7 +459,7 @@ def _versions_with(
         names = parts.get(version.table, ())
         if names and (
             version.kind == "index"
-            or not set(names).isdisjoint(map(_name, tables.files(store.uri(*version.table), version.number)))
+            or not references.files_of(store.uri(*version.table), version.number).isdisjoint(names)
         ):
             found.add(version)
     return found

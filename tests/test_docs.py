@@ -1,4 +1,4 @@
-"""The documents: their links resolve, and their commands, run files and faults are those of the code."""
+"""The documents: their links resolve, and their commands and run files are those of the code."""
 
 import re
 import shlex
@@ -11,7 +11,6 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.config import load
-from tests.test_faults import named_faults
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -113,12 +112,3 @@ def test_links_resolve(path: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
-
-
-def test_the_table_of_faults_is_that_of_the_tests() -> None:
-    """Every number has a row that links the files of the tests that name it."""
-    table = re.findall(r"^\| F(\d+) \|.*\| (.*) \|$", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
-    documented = {int(number): set(re.findall(r"\]\(\.\./([^)]*)\)", tests)) for number, tests in table}
-    assert len(documented) == len(table)
-    named = {number: {str(path.relative_to(ROOT)) for path, _ in tests} for number, tests in named_faults().items()}
-    assert documented == named

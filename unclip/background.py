@@ -47,12 +47,12 @@ def within(seconds: float, call: Callable[[], ResultT]) -> ResultT:
         TimeoutError: it takes longer than `seconds`; it then goes on in a daemon thread.
     """
     results: list[ResultT] = []
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
     def attempt() -> None:
         try:
             results.append(call())
-        except Exception as error:
+        except BaseException as error:  # also SystemExit: a thread ends with any of them
             errors.append(error)
 
     thread = threading.Thread(target=attempt, daemon=True)

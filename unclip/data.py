@@ -13,16 +13,19 @@ Letters: N rows.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +34,16 @@ import pyarrow.parquet as pq
 from unclip import files, seals
 from unclip.errors import InputError
 
+if TYPE_CHECKING:
+    import pyarrow.fs as pafs
+
 ROW_GROUP_ROWS = 1000
 """Rows in a row group of the tables; the unit that is read, and shuffled together with others."""
 _BATCHES_AHEAD = 2
 _READING_THREADS = 4
 _FILES_REMEMBERED = 1024
+_CHECKED_SECONDS = 600.0
+"""Time for which the check of a file of places counts for all processes of the machine."""
 
 T = TypeVar("T")
 Batch = dict[str, list[Any]]
@@ -72,17 +80,16 @@ class Places:
 
     @classmethod
     def open(cls, uris: Sequence[str]) -> "Places":
-        """Memory-map Arrow files; files in an object store are copied to this machine first, once for all processes.
+        """Memory-map Arrow files; files in an object store are copied to this machine first.
+
+        The processes of a machine copy and check a file once for all that open it within minutes, such as the ranks of a
+        training.
 
         Raises:
             DamagedError: a file does not match its seal.
         """
-        tables = []
-        for uri in uris:
-            path = _on_this_machine(uri)
-            with pa.OSFile(path) as file:  # pages of a memory map would count as this process's memory
-                seals.require_sound(file, uri)
-            tables.append(pa.ipc.open_file(pa.memory_map(path)).read_all())
+        paths = [_checked(uri) for uri in uris]
+        tables = [pa.ipc.open_file(pa.memory_map(path)).read_all() for path in paths]
         return cls(tables)
 
     @classmethod
@@ -336,18 +343,64 @@ def _groups_with(metadata: pq.FileMetaData, start: int, count: int) -> tuple[int
     return first, min(last, len(ends)), start - (int(ends[first - 1]) if first else 0)
 
 
-def _on_this_machine(uri: str) -> str:
-    """Path of a file; that of a copy for a file in an object store, named after its URI, size and time of writing."""
-    if "://" not in uri:
-        return uri
-    filesystem, path = files.locate(uri)
-    info = files.with_retries(uri, lambda: filesystem.get_file_info(path))
+def _checked(uri: str) -> str:
+    """Path of a file whose bytes match its seal; that of a copy for a file in an object store.
+
+    Copies and notes of checks are named after the URI, size and time of writing of the file.
+
+    Raises:
+        DamagedError: the file does not match its seal.
+    """
     folder = Path(tempfile.gettempdir()) / f"unclip-places-{os.getuid()}"
-    copy = folder / hashlib.sha256(f"{uri} {info.size} {info.mtime_ns}".encode()).hexdigest()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    name = hashlib.sha256(f"{uri} {files.stamp(uri)}".encode()).hexdigest()
+    with _locked(folder):
+        if "://" in uri:
+            return _checked_copy(uri, folder / name)
+        note = folder / f"{name}.checked"
+        if not _is_recent(note):
+            with pa.OSFile(uri) as file:  # pages of a memory map would count as this process's memory
+                seals.require_sound(file, uri)
+            for old in folder.glob("*.checked"):
+                if not _is_recent(old):
+                    old.unlink(missing_ok=True)
+            note.touch()
+    return uri
+
+
+def _checked_copy(uri: str, copy: Path) -> str:
+    """Path of a copy, whose time of writing is that of its last check."""
+    if copy.exists() and not _is_recent(copy):
+        with pa.OSFile(str(copy)) as file:
+            if seals.check(file) == "damaged":  # the disk of this machine; the original may be sound
+                copy.unlink()
+            else:
+                copy.touch()
     if not copy.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
-        files.write(str(copy), files.read(uri))
+        data = files.read(uri)
+        seals.require_sound(pa.BufferReader(data), uri)
+        files.write(str(copy), data)
     return str(copy)
+
+
+def _is_recent(path: Path) -> bool:
+    """Return True if a file was written in the last minutes, or touched."""
+    try:
+        return abs(time.time() - path.stat().st_mtime) < _CHECKED_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process of this machine after the other into a `with` block."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: each process then does all
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _locate(source: Source, sorted_keys: np.ndarray) -> np.ndarray:
@@ -389,20 +442,36 @@ def read_parquet(
 
     Raises:
         DamagedError: the footer or a page is not what was written.
+        OSError: the file cannot be opened or read.
     """
     filesystem, path = files.locate(uri)
 
+    is_open = False
+
     def action() -> T:
+        nonlocal is_open
+        is_open = False
         with filesystem.open_input_file(path) as file:
+            is_open = True
             footer = metadata or pq.read_metadata(pa.BufferReader(seals.read_footer(file, uri)))
             return read(pq.ParquetFile(file, metadata=footer, page_checksum_verification=checks_pages))
 
     try:
         return files.with_retries(uri, action)
     except (OSError, pa.ArrowInvalid) as error:
-        if getattr(error, "errno", None) is not None:  # of the file system
+        # Decoding and object stores raise the same types of errors; only a file system numbers them.
+        if getattr(error, "errno", None) is not None or not is_open or not _is_damaged(filesystem, path):
             raise
         raise seals.damaged(uri, f"cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _is_damaged(filesystem: "pafs.FileSystem", path: str) -> bool:
+    """Check all bytes of a file that could not be decoded; one that cannot be read is not damaged, nor one that its seal fits."""
+    try:
+        with filesystem.open_input_file(path) as file:
+            return seals.check(file) != "sound"
+    except OSError:
+        return False
 
 
 def _array(column: pa.Array) -> np.ndarray:

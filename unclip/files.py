@@ -269,10 +269,14 @@ class Entry:
 
 
 def walk(uri: str) -> list[Entry]:
-    """All files in a folder and below it but temporary ones, sorted by name; none if it does not exist."""
+    """All files in a folder and below it but temporary ones, sorted by name; none if it does not exist.
+
+    Raises:
+        OSError: a folder cannot be read, so that files would be left out.
+    """
     if local := to_path(uri):
         found = []
-        for folder, _, base_names in os.walk(local):
+        for folder, _, base_names in os.walk(local, onerror=_raise_unless_gone):
             for base in (name for name in base_names if not name.endswith(_TEMPORARY)):
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                     status = os.stat(os.path.join(folder, base))
@@ -289,6 +293,11 @@ def walk(uri: str) -> list[Entry]:
     start = len(path.rstrip("/")) + 1
     entries = [Entry(info.path[start:], info.size or 0, (info.mtime_ns or 0) / 1e9) for info in listed]
     return sorted(entries, key=lambda entry: entry.name)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def size(uri: str) -> int:
@@ -320,11 +329,12 @@ def copy(source: str, destination: str) -> None:
     """Copy a file atomically. In a local file system both names are links to the same bytes if it can: files never change."""
     local, target = to_path(source), to_path(destination)
     if local and target:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         temporary = f"{target}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
             os.link(local, temporary)
             os.replace(temporary, target)  # does nothing if both are the same file already
+            sync_folder(target.parent)
             return
         except OSError:  # another file system, or one without links
             pass

@@ -3,7 +3,6 @@
 import click
 
 from pipelines.options import JSON, STORAGE, print_json
-from unclip.errors import StorageError
 
 
 @click.command()
@@ -16,41 +15,44 @@ from unclip.errors import StorageError
     metavar="DAYS",
     help="Keep files that changed within this many days.",
 )
+@click.option(
+    "--without-mlflow",
+    multiple=True,
+    metavar="URI",
+    help="Do without the registered versions of this MLflow, which is gone for good; may be repeated.",
+)
 @STORAGE
 @JSON
-def gc(delete: bool, days: float, storage: str | None, as_json: bool) -> None:
+def gc(delete: bool, days: float, without_mlflow: tuple[str, ...], storage: str | None, as_json: bool) -> None:
     """Free the space of files that nothing needs any more.
 
     Kept are all dataset versions, the results, the published stacks and registered versions, and the last result of each stage
     of each pipeline. What goes are older results, unfinished stages, checkpoints of finished trainings, intermediate files, and
     parts of tables that no kept version has.
 
-    Exit codes: 0 done; 2 invalid input, or an MLflow did not answer or a record is damaged, so that nothing is deleted; 75 a run
-    is using the storage (--delete only).
+    Exit codes: 0 done; 2 invalid input, or an MLflow did not answer or a record cannot be read, so that nothing is deleted; 75 a
+    run is changing the tables (--delete only). Trainings and evaluations go on meanwhile, and what they use stays.
     """
     import contextlib
-
-    from mlflow.exceptions import MlflowException
 
     from pipelines.records import tracking_uris_of
     from pipelines.storage import open_storage
     from tasks import garbage
     from tasks.lock import lock
+    from unclip.errors import InputError
     from unclip.messages import without_credentials
 
     store = open_storage(storage)
-    tracking_uris = tracking_uris_of(store)
-    with lock(store) if delete else contextlib.nullcontext():
-        try:
-            found = garbage.find(store, tracking_uris, days)
-        except MlflowException as error:
-            shown = ", ".join(map(without_credentials, tracking_uris))
-            raise StorageError(
-                f"MLflow at {shown} does not tell its registered versions: {error.message.splitlines()[0]}. "
-                "Nothing was deleted; try again when it answers."
-            ) from None
+    tracking_uris = {without_credentials(uri).rstrip("/"): uri for uri in tracking_uris_of(store)}
+    for uri in without_mlflow:
+        shown = without_credentials(uri).rstrip("/")
+        if tracking_uris.pop(shown, None) is None:
+            known = ", ".join(tracking_uris) or "none"
+            raise InputError(f"--without-mlflow: got {shown}, expected an MLflow of this storage: {known}.")
+    with lock(store) if delete else contextlib.nullcontext() as held:
+        found = garbage.find(store, list(tracking_uris.values()), days)
         if delete:
-            garbage.delete(store, found)
+            found = garbage.delete(store, found, held)
     size = sum(each.size for each in found)
     if as_json:
         entries = [

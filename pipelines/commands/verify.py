@@ -32,7 +32,7 @@ def verify(jobs: int, drop: bool, storage: str | None, as_json: bool) -> None:
     earlier versions that carry no digest are counted as not covered.
 
     Exit codes: 0 everything is as it was written; 1 something is not, even if --drop has dropped it; 2 invalid input; 75 a run
-    is using the storage (--drop only).
+    is changing the tables (--drop only).
     """
     from pipelines.storage import open_storage
     from tasks.lock import lock
@@ -44,20 +44,20 @@ def verify(jobs: int, drop: bool, storage: str | None, as_json: bool) -> None:
     with click.progressbar(length=sum(item.size for item in items), label="verifying", file=sys.stderr) as bar:
         states = check_all(items, jobs, lambda item: bar.update(item.size))
     problems: list[Problem] = []
+    remaining: set[Problem] = set()
     not_covered: collections.Counter[str] = collections.Counter()
     for item, state in zip(items, states, strict=True):
-        if state in ("damaged", "missing"):
-            problems.append(Problem(item, state))
-        elif state == "not covered":
+        if state == "not covered":
             not_covered[item.what] += 1
+        elif state != "sound":
+            problems.append(Problem(item, state))
     if drop and problems:
-        with lock(store):
-            again = check_all([problem.item for problem in problems], jobs)  # nothing writes now
+        with lock(store) as held:
+            # Tables stay as they are now. A file of a stage that reads a snapshot may have come back meanwhile.
+            again = check_all([problem.item for problem in problems], jobs)
             problems = [problem for problem, state in zip(problems, again, strict=True) if state == problem.state]
-            remaining = drop_problems(store, problems)
-    else:
-        remaining = problems
-    dropped = [problem for problem in problems if problem not in remaining]
+            remaining = set(drop_problems(store, problems, held))
+    dropped = set(problems) - remaining if drop else set()
     if as_json:
         counts = {"files": len(items), "bytes": sum(item.size for item in items)}
         print_json(
@@ -71,14 +71,14 @@ def verify(jobs: int, drop: bool, storage: str | None, as_json: bool) -> None:
     else:
         for problem in problems:
             facts = _facts(problem)
-            click.secho(f"{facts['problem']:<8} {facts['file']}", fg="red")
+            click.secho(f"{facts['problem']:<10} {facts['file']}", fg="red")
             click.echo(
-                f"         {facts['what']}{' (dropped)' if problem in dropped else ''}; remedy: {facts['remedy']}"
+                f"           {facts['what']}{' (dropped)' if problem in dropped else ''}; remedy: {facts['remedy']}"
             )
         for what, count in sorted(not_covered.items()):
             click.echo(f"not covered: {count:,} x {what}")
         size = sum(item.size for item in items) / 1e9
-        click.echo(f"{len(items):,} files, {size:,.2f} GB: {len(problems):,} damaged or missing")
+        click.echo(f"{len(items):,} files, {size:,.2f} GB: {len(problems):,} damaged, missing or unreadable")
     if problems:
         sys.exit(1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.database import ARTIFACTS, settle
 from tasks.store import Store
-from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, checked_client
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, checked_client, pages
 from tasks.untrusted.normalise import first_line
 from unclip import files
 from unclip.errors import StorageError
@@ -85,7 +85,7 @@ def _experiments(mlflow: Any) -> dict[str, str]:
     """Return id -> name of all experiments, including deleted ones, whose artifacts MLflow keeps."""
     from mlflow.entities import ViewType
 
-    return {found.experiment_id: found.name for found in _pages(mlflow.search_experiments, view_type=ViewType.ALL)}
+    return {found.experiment_id: found.name for found in pages(mlflow.search_experiments, view_type=ViewType.ALL)}
 
 
 def _runs_reading(mlflow: Any, experiments: Collection[str], datasets: Iterable[str]) -> Iterator[Any]:
@@ -105,7 +105,7 @@ def _tag(mlflow: Any, run: Any) -> Iterator[tuple[str, str]]:
     """Tag a run that read the rows and the model versions it registered; yield their names and versions."""
     if run.info.lifecycle_stage == "active":
         mlflow.set_tag(run.info.run_id, "unclip.takedown", "has seen rows that were taken down")
-    for version in _pages(mlflow.search_model_versions, f"run_id = '{run.info.run_id}'"):
+    for version in pages(mlflow.search_model_versions, f"run_id = '{run.info.run_id}'"):
         mlflow.set_model_version_tag(version.name, str(version.version), "unclip.takedown", "has seen such rows")
         yield version.name, str(version.version)
 
@@ -156,17 +156,7 @@ def _search(mlflow: Any, experiments: Collection[str], query: str) -> Iterator[A
     from mlflow.entities import ViewType
 
     if experiments:
-        yield from _pages(mlflow.search_runs, list(experiments), query, run_view_type=ViewType.ALL)
-
-
-def _pages(search: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
-    token = None
-    while True:
-        page = search(*arguments, **options, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+        yield from pages(mlflow.search_runs, list(experiments), query, run_view_type=ViewType.ALL)
 
 
 def redact(page: str, keys: frozenset[str]) -> str:

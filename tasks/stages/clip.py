@@ -138,8 +138,9 @@ def _save_as_open_clip(scratch: Path, trained: str, name: str, folder: str) -> N
     model.load_state_dict(checkpoints.load(trained)[0]["model"])
     clip_models.save(model, name, scratch / "open_clip")
     weights = f"{trained}/model.safetensors"
+    digest = files.digest(weights)
     for path in _files(scratch / "open_clip"):
-        if files.digest(str(path)) == files.digest(weights):  # then it takes no space
+        if files.digest(str(path)) == digest:  # then it takes no space
             files.copy(weights, f"{folder}/{path.name}")
         else:
             files.write(f"{folder}/{path.name}", path.read_bytes())

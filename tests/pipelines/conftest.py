@@ -1,4 +1,4 @@
-"""A finished demo run shared by slow tests, and an object store."""
+"""A list of one row, a finished demo run shared by slow tests, and an object store."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +20,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = Path(os.environ.get("UNCLIP_DEMO_STORAGE") or tmp_path_factory.mktemp("demo"))
     subprocess.run([sys.executable, "-m", "pipelines", "run", "demo", "--storage", storage], cwd=ROOT, check=True)
     return storage
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """List of one row, at an address where no server is."""
+    path = tmp_path_factory.mktemp("list") / "pairs.parquet"
+    pq.write_table(pa.table({"url": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), path)
+    return path
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from tasks.run_records import HEARTBEAT, driver
 from tasks.store import Store
 from tests.pipelines.command_line import COMMANDS, call_apart, call_json
 from tests.pipelines.command_line import call as unclip
+from tests.tasks.datasets import holders
 from unclip import errors
 from unclip.messages import without_credentials
 from unclip.systems.unclip.sizes import MODEL_SIZES
@@ -41,13 +42,6 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str, code: 
     assert line.startswith("error: ")
     for word in words:
         assert word in line, line
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.parquet"
-    pq.write_table(pa.table({"url": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), path)
-    return path
 
 
 def test_f25_a_missing_list(tmp_path: Path) -> None:
@@ -345,7 +339,7 @@ def test_f90_credentials_of_mlflow_are_used_and_neither_printed_nor_stored(
     printed = capsys.readouterr().out
     assert "MLflow at http://127.0.0.1:9 does not answer" in printed
     assert CANARY not in planned.stdout + planned.stderr + printed
-    assert not [path for path in storage.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+    assert not holders(CANARY.encode(), storage)
 
 
 def test_f90_a_password_that_makes_no_uri_is_not_quoted(pairs: Path, tmp_path: Path) -> None:

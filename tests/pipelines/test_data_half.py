@@ -23,7 +23,9 @@ from pipelines.scene_server import ScenesConfig, SceneServer, serve, write_url_l
 from tasks import ranges, tables
 from tasks.places import open_places
 from tasks.store import Store
+from tasks.tombstones import Tombstone, record, recorded
 from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, read_record
+from tests.tasks.datasets import holders
 from unclip import files
 from unclip.models import clip
 
@@ -192,12 +194,6 @@ def test_f29_killed_at_every_commit_point_the_tables_are_the_same(
     assert content(tmp_path / "storage") == content(undisturbed)
 
 
-def holders(image: bytes, *folders: Path) -> list[Path]:
-    """Return the files below some folders that hold the bytes of an image."""
-    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return [path for path in paths if image in path.read_bytes()]
-
-
 @pytest.mark.slow
 def test_f83_f84_f89_images_taken_down_after_a_kill_and_during_a_run_are_nowhere(
     arguments: Arguments, tmp_path: Path
@@ -334,7 +330,7 @@ def rows_by_file(table_uri: str) -> dict[str, int]:
 
 
 # The last test, since it changes the storage that the others compare with.
-def test_f34_a_refresh_costs_what_changed_and_rows_taken_down_stay_away(
+def test_f34_f84_a_refresh_costs_what_changed_and_rows_taken_down_stay_away(
     undisturbed: Path, grown: Arguments, server: SceneServer
 ) -> None:
     before = facts_of(undisturbed, "curate")["snapshot"]
@@ -359,7 +355,7 @@ def test_f34_a_refresh_costs_what_changed_and_rows_taken_down_stay_away(
     assert len(listed) == 2 and "300 kept" in listed[0] and "303 kept" in listed[1]
     changed = call("data", "diff", "1", "--keys", "--storage", undisturbed).stdout
     assert "3  absent -> kept" in changed
-    key = changed.splitlines()[-1].strip()
+    left, key = (line.strip() for line in changed.splitlines()[-2:])
     shown = call("data", "show", key, "--storage", undisturbed).stdout
     assert f"http://{SCENES.address}/" in shown and "clip_score" in shown
     assert "runs that had it" in shown and "version 2" in shown and "no model" in shown
@@ -373,9 +369,12 @@ def test_f34_a_refresh_costs_what_changed_and_rows_taken_down_stay_away(
     )
     parquet = [path.read_bytes() for path in undisturbed.rglob("*.parquet")]
     assert not any(jpg in data for data in parquet)
+    record(Store(str(undisturbed)), [Tombstone("key", left)], None)  # as for a run that died before it carried it out
     server.requests.clear()
     printed = refresh(undisturbed, grown)
-    assert "313 in = 302 kept" in printed and "taken_down" in printed
+    assert f"takedown carried out (key {left}): 1 rows" in printed
+    assert "313 in = 301 kept" in printed and "taken_down" in printed
+    assert not recorded(Store(str(undisturbed))) and left not in tables.read(snapshot["images"])["key"].to_pylist()
     assert not server.requests and facts_of(undisturbed, "embed")["embedded_now"] == 0
     again = call(*grown, "--storage", undisturbed)
     assert again.returncode == 0 and "nothing was started" in again.stdout

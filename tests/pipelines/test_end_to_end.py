@@ -1,5 +1,6 @@
 """The whole DAG with a tiny configuration: run, run again, killed, and as a Ray job."""
 
+import contextlib
 import json
 import os
 import random
@@ -33,6 +34,8 @@ from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines import sockets
 from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, call_json, read_record
+from tests.tasks.datasets import holders
+from tests.unclip.damage import damaged
 from unclip import files
 from unclip.systems.system import load_system, sample_captions
 from unclip.training.film import FILM_STRIP
@@ -111,7 +114,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (storage / "printed.txt").write_text(printed)
         logs = [path for path in scratch.rglob("*") if path.is_file()]
         assert [path for path in logs if path.name.startswith("worker-")], "Ray's logs are elsewhere"
-        found = [str(path) for path in (*logs, *storage.rglob("*")) if holds(path, CANARY)]
+        found = [str(path) for path in holders(CANARY.encode(), scratch, storage)]
         left = {"canary": found, "tokens": [str(path) for path in logs if path.name == "auth_token"]}
         left["listeners"] = [
             [listener.process, listener.is_loopback, reached] for listener, reached in listeners.items()
@@ -120,10 +123,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     finally:
         shutil.rmtree(scratch)
     yield storage
-
-
-def holds(path: Path, canary: str) -> bool:
-    return path.is_file() and canary.encode() in path.read_bytes()
 
 
 def test_a_run_goes_from_urls_to_images(finished: Path) -> None:
@@ -256,6 +255,16 @@ def test_a_model_is_stored_once_and_mlflow_loads_the_registered_version(
     assert "mlflow-artifacts" in folder and load_system(folder).image_size == 64
 
 
+@contextlib.contextmanager
+def moved_away(path: Path) -> Iterator[None]:
+    """Give a file another name for the duration of a block."""
+    away = path.rename(path.with_suffix(".moved"))
+    try:
+        yield
+    finally:
+        away.rename(path)
+
+
 def test_a_storage_is_covered_by_digests_and_400_flipped_bits_are_found(finished: Path) -> None:
     """F78, F79."""
     document = call_json("verify", "--storage", finished)
@@ -266,39 +275,21 @@ def test_a_storage_is_covered_by_digests_and_400_flipped_bits_are_found(finished
     rng = random.Random(0)
     for _ in range(400):
         item = rng.choice(covered)
-        flip_a_bit(Path(item.uri), rng)
-        assert verification.state_of(item) == "damaged", item.uri
-        flip_a_bit(Path(item.uri))
+        with damaged(item.uri, rng.randrange(8 * item.size)):
+            assert verification.state_of(item) == "damaged", item.uri
 
     [part, *_] = finished.glob("images/*/*.parquet")
     report = next((finished / "artifacts" / "report").rglob("report.html"))
-    flip_a_bit(part, rng)
-    report.rename(report.with_suffix(".moved"))
-    found = {problem["file"]: problem for problem in call_json("verify", "--storage", finished, code=1)["problems"]}
-    assert {path: problem["problem"] for path, problem in found.items()} == {
-        str(part): "damaged",
-        str(report): "missing",
-    }
-    assert found[str(report)]["remedy"].endswith(f"`unclip run tiny --storage {shlex.quote(str(finished))}`")
-    result = call("verify", "--storage", finished, "--jobs", 2)
-    assert result.returncode == 1 and "2 damaged or missing" in result.stdout and str(part) in result.stdout
-    flip_a_bit(part)
-    report.with_suffix(".moved").rename(report)
+    with damaged(part, rng.randrange(8 * part.stat().st_size)), moved_away(report):
+        found = {problem["file"]: problem for problem in call_json("verify", "--storage", finished, code=1)["problems"]}
+        assert {path: problem["problem"] for path, problem in found.items()} == {
+            str(part): "damaged",
+            str(report): "missing",
+        }
+        assert found[str(report)]["remedy"].endswith(f"`unclip run tiny --storage {shlex.quote(str(finished))}`")
+        result = call("verify", "--storage", finished, "--jobs", 2)
+        assert result.returncode == 1 and "2 damaged or missing" in result.stdout and str(part) in result.stdout
     assert run_here("verify", "--storage", finished).endswith("0 damaged or missing\n")
-
-
-FLIPPED: dict[Path, int] = {}
-"""Number of the bit that is flipped in a file."""
-
-
-def flip_a_bit(path: Path, rng: random.Random | None = None) -> None:
-    """Flip a random bit of a file in place, or the one that was flipped before."""
-    bit = FLIPPED.pop(path) if rng is None else FLIPPED.setdefault(path, rng.randrange(8 * path.stat().st_size))
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        [byte] = file.read(1)
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ 1 << bit % 8]))
 
 
 def test_f81_a_refresh_with_nothing_new_keeps_the_summary(finished: Path) -> None:

@@ -64,22 +64,29 @@ class Nodes:
         self.cluster.remove_node(self.working.pop(node_id), allow_graceful=False)
 
 
+@contextlib.contextmanager
+def head_without_cpus(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[Cluster]:
+    """Cluster of this block, which has a head only; apart from other clusters of this machine."""
+    folder = tempfile.mkdtemp(prefix="unclip-", dir="/tmp")  # a short path, for sockets
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, **options}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
-    folder = tempfile.mkdtemp(prefix="unclip-", dir="/tmp")  # a short path, for sockets
-    monkeypatch.setenv("RAY_TMPDIR", folder)  # apart from other clusters of this machine
-    head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with head_without_cpus(monkeypatch) as cluster:
         nodes = Nodes(cluster, {})
         for _ in range(NUM_NODES):
             nodes.add()
         yield nodes
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """The summary of a run for people and programs."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.config import load
-from pipelines.summary import print_summary, summarise
+from pipelines.summary import print_summary, summarise, write_results
 from tasks.stage import Artifact
 from tasks.store import Store
+from tasks.verification import state_of, survey
+from unclip import files
 
 
 def artifact(stage: str, **facts: Any) -> Artifact:
@@ -26,3 +30,37 @@ def test_f54_the_lines_of_a_list_are_stated_and_add_up(capsys: pytest.CaptureFix
     assert "2  bad_quotes" in out
     of_parquet = summarise("mine", {"ingest": artifact("ingest", **counts), "curate": curated})
     assert "lines" not in of_parquet
+
+
+def test_results_that_were_half_written_are_not_damaged(tmp_path: Path) -> None:
+    store, path = Store(str(tmp_path)), ("results", "mine", "summary.json")
+
+    def write(page: str, image: str, *stages: str) -> None:
+        report, evaluated = Path(store.uri("report.html")), artifact("evaluate", images={"heldout": image})
+        report.write_text(page)
+        artifacts = {"report": dataclasses.replace(artifact("report"), uri=str(report)), "evaluate": evaluated}
+        summary = {"pipeline": "mine", "seconds": {"report": 1.0}, "artifacts": dict.fromkeys(stages, "f")}
+        write_results(summary, artifacts, store, ["report", "evaluate", "prior"])
+
+    def states() -> set[str]:
+        return {state_of(item) for item in survey(store)}
+
+    image = store.uri("heldout.png")
+    files.write(image, b"first")
+    write("first", image, "report", "prior")
+    assert states() == {"sound"}
+    with pytest.raises(FileNotFoundError):  # as a kill between the report and the images
+        write("second", store.uri("none.png"), "report")
+    assert states() == {"sound", "not covered"}
+    write("second", image, "report")
+    assert states() == {"sound"} and files.read(store.uri("results", "mine", "report.html")) == b"second"
+    assert store.read_json(*path)["artifacts"] == {"report": "f", "prior": "f"}, "what this run does not tell is kept"
+
+
+def test_the_summary_forgets_stages_that_the_pipeline_has_lost(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for name, stages in (("upsampler-256", ["upsampler-256", "prior"]), ("prior", ["prior"])):
+        summary = {"pipeline": "mine", "seconds": {name: 1.0}, "artifacts": {name: "f"}}
+        write_results(summary, {}, store, stages)
+    after = store.read_json("results", "mine", "summary.json")
+    assert after["artifacts"] == {"prior": "f"} and after["seconds"] == {"prior": 1.0}

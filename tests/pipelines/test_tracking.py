@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import shutil
 import sqlite3
 import subprocess
 import threading
@@ -9,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tasks.database import database_uri
@@ -19,12 +18,10 @@ from tests.pipelines.command_line import call, call_apart
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Path:
     """Folder with a list, and an MLflow database with an experiment of the pipeline's name, which was deleted."""
     folder = tmp_path_factory.mktemp("tracking")
-    pq.write_table(
-        pa.table({"url": ["http://127.0.0.1:1/a.jpg"], "caption": ["a red circle"]}), folder / "pairs.parquet"
-    )
+    shutil.copy(pairs, folder)
     mlflow = client(database_uri(str(folder / "mlflow.db")))
     artifacts = (folder / "artifacts").as_uri()  # by default, the working folder
     mlflow.delete_experiment(mlflow.create_experiment("text_to_image", artifact_location=artifacts))

@@ -1,6 +1,7 @@
 """Small datasets for tests, written as the stages write them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,12 @@ from tasks.stages.download import IMAGES
 def key(number: int) -> str:
     """Key whose order is that of its number, below 4,096; such keys lie in different ranges."""
     return f"{number << 116:032x}"
+
+
+def holders(content: bytes, *folders: str | Path) -> list[Path]:
+    """Return the files below some folders that hold these bytes, such as those of an image."""
+    paths = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    return [path for path in paths if content in path.read_bytes()]
 
 
 def write_folder(folder: str, table: pa.Table, count: int = 1) -> str:

@@ -1,19 +1,26 @@
 """Garbage of a storage: what is needed stays, with all that it refers to."""
 
+import dataclasses
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import TableNotFoundError
 
-from tasks import garbage, references, tables
+from tasks import garbage, references, tables, verification
+from tasks.lock import Held, lock, result_lock
 from tasks.references import Folder, Version
 from tasks.run_records import beat
 from tasks.store import Store
-from unclip import files
-from unclip.errors import DamagedError
+from tasks.verification import Item, Problem
+from tests.pipelines.command_line import ROOT
+from unclip import files, seals
+from unclip.errors import AlreadyRunningError, DamagedError, StorageError
 
 PLACE = {"storage": "storage://", "here": "", "elsewhere": "/gone/before/", "bucket": "s3://bucket/some/prefix/"}
 
@@ -47,9 +54,15 @@ def reach(store: Store, reached: Folder, run: str, state: str = "done") -> None:
     store.write_json(event, "runs", run, f"{reached.stage}.json")
 
 
+def find(store: Store, days: float = 0) -> list[garbage.Garbage]:
+    for path in Path(store.root).rglob("*"):
+        if path.is_file():  # the clock of the file system is coarse
+            os.utime(path, (0, max(0, path.stat().st_mtime - 1)))
+    return garbage.find(store, [], days)
+
+
 def found(store: Store, days: float = 0) -> dict[str, str]:
-    time.sleep(0.01)  # the clock of the file system is coarse
-    return {each.path: each.what for each in garbage.find(store, [], days)}
+    return {each.path: each.what for each in find(store, days)}
 
 
 @pytest.mark.parametrize("root", PLACE.values(), ids=list(PLACE))
@@ -100,10 +113,99 @@ def test_what_a_needed_result_refers_to_stays(store: Store) -> None:
     assert whole == {"/".join(other.path)}
 
 
-def test_a_selection_that_takedowns_search_stays(store: Store) -> None:
-    selecting = finish(store, "dedup", 1)
+def test_a_selection_that_takedowns_search_stays_with_all_it_refers_to(store: Store) -> None:
+    table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
+    [old, _] = [
+        tables.append_files(table, [tables.write_part(table, name, rows)], rows.schema, removed=[before])
+        for name, before in (("a", ""), ("b", "a.parquet"))
+    ]
+    listed = finish(store, "ingest", 1)
+    facts = {"images": table, "images_version": old, "places": store.uri(*folder("dedup", 2).path, "places")}
+    selecting = finish(store, "dedup", 2, {**facts, "pairs": store.uri(*listed.path, "model")})
     files.write(store.uri(*selecting.path, "places", "train.arrow"), b"a")
-    assert "/".join((*selecting.path, "places")) in found(store) and "/".join(selecting.path) not in found(store)
+    finish(store, "filter", 3)
+    garbage.delete(store, garbage.find(store, [], -1))
+    assert store.exists(*selecting.path, "places", "train.arrow") and store.exists(*listed.record)
+    assert tables.read(table, old)["key"].to_pylist() == ["a"]
+    assert not store.exists(*folder("filter", 3).record) and not store.exists(*selecting.path, "checkpoints")
+    assert not [item.uri for item in verification.survey(store) if verification.state_of(item) == "missing"]
+
+
+def test_a_version_whose_log_is_gone_keeps_no_part_and_stops_nothing(store: Store) -> None:
+    table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
+    versions = [
+        tables.append_files(table, [tables.write_part(table, name, rows)], rows.schema, removed=[before])
+        for name, before in (("a", ""), ("b", "a.parquet"))
+    ]
+    finish(store, "filter", 1, {"images": table, "images_version": versions[0], "index_version": 0}, run="r1")
+    DeltaTable(table).create_checkpoint()
+    for number in range(versions[1]):
+        files.delete(f"{table}/_delta_log/{number:020d}.json")
+    assert references.files_of(table, versions[0]) == set()
+    assert references.files_of(table, versions[1]) == {"b.parquet"}
+    assert {path for path in found(store) if path.startswith("images")} == {"images/recipe/a.parquet"}
+    item = Item(f"{table}/b.parquet", 0, "", "", part=("images", "recipe"))
+    assert verification.drop(store, [Problem(item, "missing")]) == [] and not tables.files(table)
+    with pytest.raises(TableNotFoundError):
+        references.files_of(store.uri("images", "none"), 1)
+
+
+def test_f131_all_that_a_run_has_come_to_need_meanwhile_stays(store: Store) -> None:
+    table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
+    old, _ = (
+        tables.append_files(table, [tables.write_part(table, name, rows)], rows.schema, removed=[before])
+        for name, before in (("a", ""), ("b", "a.parquet"))
+    )
+    prior = finish(store, "prior", 1)
+    stack = finish(store, "publish", 2, {"prior": store.uri(*prior.path), "images": table, "images_version": old})
+    gone, making, made = (
+        finish(store, "prior", 3),
+        Folder("prior", "4" * 64),
+        folder("prior", 5),
+    )  # locks are named after 16 digits
+    for unfinished in (making, made):
+        files.write(store.uri(*unfinished.path, "a"), b"")
+    listed = garbage.find(store, [], -1)
+    assert {each.path for each in listed} > {"/".join(each.path) for each in (prior, stack, gone, making, made)}
+    reach(store, stack, "r1", "running")  # another run finds the result as cached
+    finish(store, "prior", 5)
+    with lock(store, result_lock(*dataclasses.astuple(making))):
+        deleted = garbage.delete(store, listed)
+    assert [each.path for each in deleted if each.path.count("/") == 2] == ["/".join(gone.path)]
+    assert store.exists(*stack.record) and store.exists(*prior.record) and store.exists(*prior.path, "model")
+    assert store.exists(*making.path) and store.exists(*made.record) and not store.exists(*gone.path)
+    assert tables.read(table, old)["key"].to_pylist() == ["a"]
+
+
+def test_f131_nothing_is_deleted_once_another_owner_has_taken_over(store: Store) -> None:
+    table = store.uri("images", "recipe")
+    tables.append_files(table, [], pa.schema({"key": pa.string()}))
+    part = tables.write_part(table, "orphan", pa.table({"key": ["a"]}))
+    gone = finish(store, "prior", 1)
+    listed = garbage.find(store, [], -1)
+    held = Held(1, was_given_back=True)
+    held.lost.set()
+    for some in (listed, [each for each in listed if each.path.startswith("images")]):
+        with pytest.raises(AlreadyRunningError, match="taken over"):
+            garbage.delete(store, some, held)
+    item = Item(store.uri(*gone.path, "model", "model.safetensors"), 0, "", "", folder=gone)
+    with pytest.raises(AlreadyRunningError, match="taken over"):
+        verification.drop(store, [Problem(item, "damaged")], held)
+    assert (
+        store.exists("images", "recipe", part.name) and store.exists(*gone.record) and store.exists(*gone.path, "model")
+    )
+
+
+def test_f131_an_mlflow_that_does_not_answer_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for uri, reason in (
+        (f"sqlite:///{store.root}/gone.db", "gone.db does not exist"),
+        ("http://user:secret@127.0.0.1:9", "Connection refused"),
+    ):
+        with pytest.raises(StorageError, match="does not tell its registered versions") as caught:
+            garbage.find(store, [uri], 0)
+        message, shown = str(caught.value), uri.replace("user:secret@", "")
+        assert reason in message and f"--without-mlflow {shown} if" in message and "secret" not in message
 
 
 def test_parts_of_needed_versions_stay(store: Store) -> None:
@@ -117,7 +219,7 @@ def test_parts_of_needed_versions_stay(store: Store) -> None:
     finish(store, "filter", 1, {"images": table, "images_version": versions[1], "index_version": 0}, run="r1")
     gone = {path for path in found(store) if path.startswith("images")}
     assert gone == {f"images/recipe/{name}.parquet" for name in ("a", "orphan")}
-    garbage.delete(store, garbage.find(store, [], 0))
+    garbage.delete(store, find(store))
     assert tables.read(table)["key"].to_pylist() == ["a"] == tables.read(table, versions[1])["key"].to_pylist()
     assert [path.name for path in sorted(Path(table).glob("*.parquet"))] == ["b.parquet", "c.parquet"]
 
@@ -127,11 +229,9 @@ def test_only_the_last_name_of_a_file_frees_its_bytes(store: Store) -> None:
     names = [store.uri(*each.path, "model", "model.safetensors") for each in (first, second)]
     files.write(names[0], bytes(1000))
     files.copy(names[0], names[1])
-    time.sleep(0.01)
-    assert sum(each.size for each in garbage.find(store, [], 0)) == 1000 + 2 * len("{}")
+    assert sum(each.size for each in find(store)) == 1000 + 2 * len("{}")
     reach(store, first, "r1")
-    time.sleep(0.01)
-    assert sum(each.size for each in garbage.find(store, [], 0)) == 2 * len("{}")
+    assert sum(each.size for each in find(store)) == 2 * len("{}")
 
 
 def test_nothing_is_garbage_while_a_record_is_damaged(store: Store) -> None:
@@ -149,3 +249,76 @@ def test_the_age_of_a_folder_is_that_of_its_newest_file(store: Store) -> None:
     assert "/".join(done.path) in found(store, days=1)
     files.write(store.uri(*done.path, "curve.tsv"), b"")
     assert "/".join(done.path) not in found(store, days=1)
+
+
+KILL = """
+import itertools, os, shutil, signal, sys
+import deltalake
+from tasks import garbage
+from tasks.store import Store
+
+def collect(storage, number):
+    left = iter(range(number))
+
+    def kill(event, _):
+        if event in ("os.remove", "os.rmdir", "os.rename") and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store = Store(storage)
+    found = garbage.find(store, [], 0)
+    sys.addaudithook(kill)
+    garbage.delete(store, found)
+
+for number in itertools.count():
+    copy = shutil.copytree(sys.argv[1], f"{sys.argv[2]}/{number:03d}")
+    child = os.fork()
+    if not child:
+        collect(copy, number)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if not status:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL
+"""
+"""Collects the garbage of copies of a storage; each process is killed one deletion or rename later than the one before."""
+
+
+def test_f82_killed_at_any_deletion_nothing_half_deleted_looks_finished_and_the_next_one_frees_the_rest(
+    store: Store, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    old, new, unfinished = finish(store, "prior", 1, run="r1"), finish(store, "prior", 2, run="r2"), folder("prior", 3)
+    files.write(store.uri(*unfinished.path, "checkpoints", "1", "manifest.json"), b"{}")
+    for each in (new, unfinished):
+        for rank in range(6):
+            files.write(store.uri(*each.path, "checkpoints", "1", f"rank-{rank}"), b"weights")
+    for done in (old, new):
+        seals.cover(store.uri(*done.path))
+    table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
+    parts = [tables.write_part(table, name, rows) for name in ("a", "b", "orphan")]
+    for part, before in zip(parts[:2], ("", "a.parquet"), strict=True):
+        tables.append_files(table, [part], rows.schema, removed=[before])
+    assert len(find(store)) == 5
+    copies = tmp_path_factory.mktemp("copies")
+    command = [sys.executable, "-c", KILL, store.root, str(copies)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    def content(root: Path) -> dict[str, bytes]:
+        paths = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".tmp"]  # runs delete these
+        found = {str(path.relative_to(root)): path.read_bytes() for path in paths}
+        return {name: data for name, data in found.items() if not name.startswith("locks/")}
+
+    whole, *killed, collected = content(Path(store.root)), *sorted(copies.iterdir())
+    freed = content(collected)
+    assert len(killed) > 15 and freed.keys() < whole.keys() and tables.read(str(collected / "images/recipe")).num_rows
+    for number, path in enumerate(killed):
+        copy, now = Store(str(path)), content(path)
+        assert freed.keys() <= now.keys() <= whole.keys(), number
+        states = {item.uri: verification.state_of(item) for item in verification.survey(copy)}
+        assert not {"damaged", "missing"} & set(states.values()), (number, states)
+        for name in whole.keys() - now.keys():
+            done = folder("prior", int(name.split("/")[2], 16)) if name.startswith("artifacts/") else None
+            assert done is None or "checkpoints" in name or not copy.exists(*done.record), (number, name)
+            checkpoint = name.rpartition("/")[0]
+            assert "checkpoints" not in name or f"{checkpoint}/manifest.json" not in now, (number, name)
+        garbage.delete(copy, find(copy))
+        assert content(path) == freed, number

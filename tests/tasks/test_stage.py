@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tasks.lock import Held, lock
+from tasks import lock as locks
+from tasks.lock import lock
 from tasks.run_records import driver
 from tasks.stage import (
     Artifact,
@@ -177,21 +178,29 @@ def test_a_run_whose_driver_is_gone_is_abandoned(run: Run) -> None:
     assert run.is_abandoned()
 
 
-during: list[Callable[[Run], object]] = []
+actions: list[Callable[[Run], object]] = []
+
+
+@pytest.fixture
+def during() -> Iterator[list[Callable[[Run], object]]]:
+    """Actions that the stage `study` carries out while it works, each once."""
+    yield actions
+    actions.clear()
 
 
 @stage("study", version=1, reads_snapshot=True)
 def study(context: StageContext, config: CountConfig) -> Output:
     """Study a snapshot."""
     calls.append(config.start)
-    for action in during:
-        action(context.run)
+    while actions:
+        actions.pop(0)(context.run)
     return Output(context.folder, "digest", {})
 
 
-def test_f75_beside_a_stage_on_a_snapshot_tables_change_and_its_other_results_are_made(run: Run) -> None:
+def test_f75_beside_a_stage_on_a_snapshot_tables_change_and_its_other_results_are_made(
+    run: Run, during: list[Callable[[Run], object]]
+) -> None:
     def others(run: Run) -> None:
-        during.clear()
         with lock(Store(run.storage)):  # as a takedown does
             pass
         assert isinstance(execute(Call(count, CountConfig(7)), run, []), Artifact)
@@ -202,12 +211,13 @@ def test_f75_beside_a_stage_on_a_snapshot_tables_change_and_its_other_results_ar
     assert calls == [1, 7, 8]
 
 
-def test_f75_a_result_that_another_run_makes_is_waited_for_and_taken(run: Run) -> None:
+def test_f75_a_result_that_another_run_makes_is_waited_for_and_taken(
+    run: Run, during: list[Callable[[Run], object]]
+) -> None:
     threads: list[threading.Thread] = []
     results: list[object] = []
 
     def start_another(run: Run) -> None:
-        during.clear()
         again = lambda: results.append(execute(Call(study, CountConfig(1)), run, []))  # noqa: E731
         threads.append(threading.Thread(target=again))
         threads[0].start()
@@ -238,14 +248,29 @@ def test_f77_a_stage_that_fails_after_a_takedown_may_be_run_again(run: Run) -> N
     assert "expected something. Rows were taken down meanwhile. Run the same command again" in failure.message
 
 
-def test_f73_a_stage_that_lost_its_lock_commits_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def lost(*_: object) -> Iterator[Held]:
-        held = Held(1, True)
-        held.lost.set()
-        yield held
+def test_f73_a_stage_that_loses_its_lease_commits_nothing(
+    run: Run, during: list[Callable[[Run], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run takes over while it works, as after a pause; the stage's thread for its lease notices."""
+    monkeypatch.setattr(Store, "is_local", property(lambda self: False))
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.05)
+    lost: list[threading.Event] = []
+    lease = locks.lock
 
-    monkeypatch.setattr("tasks.stage.lock", lost)
-    failure = execute(Call(count, CountConfig(1)), run, [])
+    @contextlib.contextmanager
+    def watched(*arguments: Any) -> Iterator[locks.Held]:
+        with lease(*arguments) as held:
+            lost.append(held.lost)
+            yield held
+
+    def take_over(run: Run) -> None:
+        [uri] = Path(run.storage, "locks").iterdir()
+        register = locks._Register(str(uri))
+        assert register.take(register.read(), locks.Owner.of()) is not None
+        assert lost[0].wait(10)
+
+    monkeypatch.setattr("tasks.stage.lock", watched)
+    during.append(take_over)
+    failure = execute(Call(study, CountConfig(1)), run, [])
     assert isinstance(failure, Failure) and failure.exit_code == 75 and "another run has taken over" in failure.message
-    assert not files.exists(f"{run.storage}/stages")
+    assert calls == [1] and not files.exists(f"{run.storage}/stages")

@@ -7,12 +7,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tasks import tables, verification
+from tasks import references, tables, verification
 from tasks.references import Folder
 from tasks.store import Store
 from tasks.verification import Item, Problem, state_of, state_of_json, survey
 from tests.tasks.datasets import kept_selection, key, write_folder, write_images, write_kept_places
+from tests.unclip.damage import damaged, flip, flipped
 from unclip import files, seals
+from unclip.errors import DamagedError
 
 FINGERPRINT = "ab" * 32
 
@@ -51,21 +53,8 @@ def problems(store: Store) -> list[Problem]:
     return [
         Problem(item, state)
         for item in survey(store)
-        if (state := state_of(item)) in ("damaged", "missing")  # type: ignore[comparison-overlap]
+        if (state := state_of(item)) not in ("sound", "not covered")  # type: ignore[comparison-overlap]
     ]
-
-
-def flipped(data: bytes, bit: int) -> bytes:
-    changed = bytearray(data)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
-
-
-def flip(uri: str, bit: int) -> bytes:
-    """Flip one bit of a file; returns its content before."""
-    before = Path(uri).read_bytes()
-    Path(uri).write_bytes(flipped(before, bit))
-    return before
 
 
 def test_f78_every_flipped_bit_of_a_record_is_found() -> None:
@@ -81,23 +70,36 @@ def test_f78_flipped_bits_of_a_storage_are_found(store: Store) -> None:
     rng = random.Random(0)
     for _ in range(400):
         item = rng.choice(items)
-        before = flip(item.uri, rng.randrange(8 * item.size))
-        assert state_of(item) == "damaged", item.uri
-        Path(item.uri).write_bytes(before)
+        with damaged(item.uri, rng.randrange(8 * item.size)):
+            assert state_of(item) == "damaged", item.uri
+
+
+REFERRING = {
+    "record of a run",
+    "commit record of the stage dedup",
+    "record of a published stack",
+    "digests of the log of images/recipe",
+    "digests of the log of index/recipe",
+}
+"""Files that refer to others, and that no file refers to: whether one is missing cannot be seen."""
 
 
 def test_f79_missing_and_truncated_files_are_found(store: Store) -> None:
+    unseen = set()
     for item in survey(store):
         before = Path(item.uri).read_bytes()
         Path(item.uri).write_bytes(before[: item.size // 2])
         assert item.uri in [problem.item.uri for problem in problems(store)]
         Path(item.uri).unlink()
-        found = problems(store)
-        # Records of runs and stacks, and manifests, are those that refer to other files.
-        is_referred_to = not item.uri.endswith(("run.json", "dedup.json", "manifest.json", "tiny.json", "b.json"))
-        assert item.uri in [problem.item.uri for problem in found] or not is_referred_to
+        found = [problem.item.uri for problem in problems(store)]
+        if item.what in REFERRING or item.uri.endswith(f"/{seals.MANIFEST}"):
+            assert found == [], item
+            unseen.add(item.what)
+        else:
+            assert item.uri in found, item
         Path(item.uri).write_bytes(before)
     assert not problems(store)
+    assert unseen - {"file of the stage dedup"} == REFERRING, "a kind that the storage of the test lacks"
 
 
 def test_f80_files_of_earlier_versions_are_not_covered_or_by_the_log_of_their_table(tmp_path: Path) -> None:
@@ -164,3 +166,55 @@ def test_an_item_that_disappears_is_missing(tmp_path: Path) -> None:
     assert state_of(Item(str(tmp_path / "a.json"), 0, "", "")) == "missing"
     assert state_of(Item(str(tmp_path / "a.parquet"), 0, "", "")) == "missing"
     assert state_of(Item(str(tmp_path / "a.bin"), 0, "", "", sha256="0")) == "missing"
+
+
+def test_f130_a_file_or_folder_that_cannot_be_read_is_reported_and_stays(store: Store) -> None:
+    def replace(path: Path, target: str) -> None:
+        path.unlink()
+        path.symlink_to(target)
+
+    folder = Path(store.uri("artifacts", "dedup", FINGERPRINT))
+    page, run = folder / "page.html", Path(store.uri("runs", "r1", "dedup.json"))
+    for path in (page, run):
+        replace(path, "/proc/self/mem")  # reading it is an input/output error
+    found = problems(store)
+    assert {(problem.item.uri, problem.state) for problem in found} == {
+        (str(page), "unreadable"),
+        (str(run), "unreadable"),
+    }
+    assert verification.drop(store, found) == found
+    assert page.is_symlink() and store.exists("stages", "dedup", f"{FINGERPRINT}.json")
+    replace(folder / "manifest.json", "/proc/self/mem")
+    assert str(folder / "manifest.json") in [problem.item.uri for problem in problems(store)]
+    record = Path(store.uri("stages", "dedup", f"{FINGERPRINT}.json"))
+    replace(record, "/proc/self/mem")
+    [problem] = [problem for problem in problems(store) if problem.item.uri == str(record)]
+    assert problem.state == "unreadable" and "unclip verify" in problem.item.remedy
+
+
+def test_f130_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path) -> None:
+    too_long = str(tmp_path / ("a" * 300))  # an error for root as well, unlike missing permissions
+    with pytest.raises(OSError, match="too long"):
+        files.walk(too_long)
+    assert state_of(Item(too_long, 0, "", "", is_folder=True)) == "unreadable"
+    assert state_of(Item(str(tmp_path), 0, "", "", is_folder=True)) == "not covered"
+    assert files.walk(str(tmp_path / "none")) == []
+
+
+def test_records_of_runs_are_listed_once_and_progress_is_none_of_them(store: Store) -> None:
+    store.write_json({"done": 1}, "runs", "r1", "progress", "dedup.json")
+    store.write_json({"stage": "dedup", "fingerprint": "cd" * 32}, "runs", "r0", "dedup.json")  # a run without a record
+    store.write_json({"pipeline": "other"}, "runs", "r2", "run.json")
+    path = Path(store.uri("runs", "r2", "embed.json"))
+    path.write_text("{")
+    store.write_json({"stage": "filter", "fingerprint": FINGERPRINT}, "runs", "r2", "filter.json")
+    assert references.pipelines(store) == {Folder("dedup", FINGERPRINT): "tiny", Folder("filter", FINGERPRINT): "other"}
+    with pytest.raises(DamagedError):
+        list(references.last_reached(store))
+    path.unlink()
+    assert [*references.last_reached(store)] == [
+        ("tiny", Folder("dedup", FINGERPRINT)),
+        ("other", Folder("filter", FINGERPRINT)),
+    ]
+    named = [item.uri for item in survey(store) if item.what == "record of a run"]
+    assert len(named) == 5 and not [uri for uri in named if "progress" in uri]

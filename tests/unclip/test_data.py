@@ -1,15 +1,20 @@
 import io
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from tasks import tables
-from unclip import data, seals
+from tests.unclip.damage import damaged, flip
+from unclip import data, files, seals
 from unclip.data import Places, RowReader, Source, decode_image, vectors
 from unclip.errors import DamagedError, InputError
 
@@ -177,18 +182,14 @@ def test_f78_no_flipped_bit_reaches_a_training(tmp_path: Path) -> None:
     num_found = 0
     for trial in range(100):
         path = tmp_path / f"{('images', 'embeddings')[trial % 2]}.parquet"
-        before = path.read_bytes()
-        changed = bytearray(before)
-        bit = int(rng.integers(8 * len(before)))
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        try:
-            found = read()
-        except DamagedError:
-            num_found += 1
-        else:  # a bit that this reader has no use for
-            assert found[0] == jpgs and (found[1] == vectors_read).all(), (path, bit)
-        path.write_bytes(before)
+        bit = int(rng.integers(8 * path.stat().st_size))
+        with damaged(path, bit):
+            try:
+                found = read()
+            except DamagedError:
+                num_found += 1
+            else:  # a bit that this reader has no use for
+                assert found[0] == jpgs and (found[1] == vectors_read).all(), (path, bit)
     assert num_found > 75
 
 
@@ -199,9 +200,7 @@ def test_pages_are_checked_once_by_each_reader(tmp_path: Path) -> None:
     first = reader.read(np.arange(1500))["jpg"]
     assert first == [key.encode() * 10 for key in keys[:1500]] and reader._checked == {(0, 0): 0b11}
     reader._groups.clear()
-    content = bytearray(Path(uri).read_bytes())
-    content[content.index(b"0007" * 10)] ^= 1
-    Path(uri).write_bytes(content)
+    flip(uri, 8 * Path(uri).read_bytes().index(b"0007" * 10))
     assert reader.read(np.arange(1500))["jpg"] != first, "the second epoch does not pay for it"
     with pytest.raises(DamagedError, match=r"a\.parquet: cannot be read.*unclip verify"):
         RowReader.of_keys([Source((uri,), ("jpg",))], keys).read(np.arange(10))
@@ -215,8 +214,99 @@ def test_f78_a_damaged_file_of_places_is_refused(tmp_path: Path) -> None:
     uri, sealed = str(tmp_path / "train.arrow"), seals.seal(sink.getvalue())
     Path(uri).write_bytes(sealed)
     assert len(Places.open([uri])) == 2
-    changed = bytearray(sealed)
-    changed[len(sealed) // 2] ^= 1
-    Path(uri).write_bytes(changed)
+    flip(uri, 4 * len(sealed))
     with pytest.raises(DamagedError, match=r"train\.arrow"):
         Places.open([uri])
+
+
+def test_f130_a_store_that_does_not_answer_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = pafs.AwsStandardS3RetryStrategy(max_attempts=0)
+    store = pafs.S3FileSystem(
+        anonymous=True, endpoint_override="127.0.0.1:9", scheme="http", region="us-east-1", retry_strategy=once
+    )
+    monkeypatch.setattr(files, "locate", lambda _: (store, "bucket/a.parquet"))  # with fewer attempts
+    with pytest.raises(OSError, match="AWS Error") as caught:
+        tables.read_file("/bucket/a.parquet")
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_f130_what_cannot_be_decoded_is_damaged_only_if_its_bytes_are(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/a.parquet"
+    tables.write_file(uri, pa.table({"key": ["a"]}))
+
+    def fail(parquet: pq.ParquetFile) -> None:
+        raise OSError("Unexpected end of stream")  # as pyarrow's decoders say it, without a number
+
+    with pytest.raises(OSError, match=r"^Unexpected end of stream$"):
+        data.read_parquet(uri, fail)
+    content = bytearray(Path(uri).read_bytes())
+    content[5] ^= 1
+    Path(uri).write_bytes(content)
+    with pytest.raises(DamagedError, match="cannot be read: Unexpected end of stream"):
+        data.read_parquet(uri, fail)
+
+
+def sealed_places(*keys: str) -> bytes:
+    places = pa.table({"key": keys, "images_file": [0] * len(keys), "images_row": [*range(len(keys))]})
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, places.schema) as writer:
+        writer.write_table(places)
+    return seals.seal(sink.getvalue())
+
+
+def test_places_are_checked_once_by_the_processes_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    path, sealed = tmp_path / "train.arrow", sealed_places("a", "b")
+    path.write_bytes(sealed)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+
+    def flip_on_disk() -> None:
+        with path.open("r+b") as file:  # the disk flips a bit, and its time of writing stays
+            file.seek(len(sealed) // 2)
+            file.write(bytes([sealed[len(sealed) // 2] ^ 1]))
+        os.utime(path, ns=times)
+
+    source = "from unclip.data import Places; import sys; print(len(Places.open(sys.argv[1:])))"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", source, str(path)],
+            env={**os.environ, "TMPDIR": str(tmp_path / "local")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [rank.communicate()[0] for rank in ranks] == ["2\n", "2\n"]
+    [note] = (tmp_path / "local").rglob("*.checked")
+    flip_on_disk()
+    assert len(Places.open([str(path)])) == 2, "a rank that starts minutes later does not pay for it again"
+    os.utime(note, (0, 0))
+    with pytest.raises(DamagedError, match=r"train\.arrow"):
+        Places.open([str(path)])
+    path.write_bytes(sealed_places("a", "b", "c"))
+    assert len(Places.open([str(path)])) == 3
+    assert len([*(tmp_path / "local").rglob("*.checked")]) == 1, "old notes are deleted"
+
+
+def test_f130_a_damaged_copy_of_places_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    path, sealed = tmp_path / "train.arrow", sealed_places("a", "b")
+    path.write_bytes(sealed)
+    uri = f"file://{path}"
+    assert len(Places.open([uri])) == 2
+    [copy] = (tmp_path / "local").rglob("?" * 64)
+    copy.write_bytes(sealed[:-40] + bytes(40))
+    os.utime(copy, (0, 0))
+    assert len(Places.open([uri])) == 2 and copy.read_bytes() == sealed
+    copy.unlink()
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(sealed[:100] + bytes([sealed[100] ^ 1]) + sealed[101:])
+    os.utime(path, ns=times)
+    with pytest.raises(DamagedError, match=r"train\.arrow"):
+        Places.open([uri])
+    assert not copy.exists(), "damaged bytes are not kept"
+    path.write_bytes(sealed)
+    os.utime(path, ns=times)
+    assert len(Places.open([uri])) == 2

@@ -207,12 +207,32 @@ def test_f94_a_file_and_its_new_folders_are_synced_after_the_rename(
     assert [folder for folder, _ in synced if not folder.endswith(".tmp")] == ["a/b", "a/b"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_f101_text_is_read_with_any_byte_order_mark(encoding: str) -> None:
-    for text in ("a = 1\n", "b \u00e4 \u4e2d\n", "", "\n"):
-        encoded = text.encode(encoding)
-        marked = encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32") or text[:1].isalpha()
-        assert files.decode_text(encoded) == text or not marked
+def test_f94_a_link_and_its_new_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, list[str]]] = []
+
+    def record(folder: Path) -> None:
+        synced.append((str(folder.relative_to(tmp_path)), sorted(each.name for each in folder.iterdir())))
+
+    monkeypatch.setattr(files, "sync_folder", record)
+    (tmp_path / "file").write_bytes(b"x")
+    files.copy(f"{tmp_path}/file", f"{tmp_path}/a/b/copy")
+    assert synced == [("a", ["b"]), (".", ["a", "file"]), ("a/b", ["copy"])]
+    assert (tmp_path / "a" / "b" / "copy").samefile(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["a = 1\n", "b \u00e4 \u4e2d\n", "\u4e2d\n", "", "\n", "a"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_f101_text_is_read_with_any_byte_order_mark(encoding: str, text: str) -> None:
+    assert files.decode_text(f"\ufeff{text}".encode(encoding)) == text
+
+
+@pytest.mark.parametrize("text", ["a = 1\n", "b \u00e4 \u4e2d\n", "", "\n", "a"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_f101_utf_16_needs_no_byte_order_mark_where_a_text_begins_in_ascii(encoding: str, text: str) -> None:
+    assert files.decode_text(text.encode(encoding)) == text
+
+
+def test_f101_repeated_byte_order_marks_are_skipped_and_other_bytes_are_no_text() -> None:
     assert files.decode_text(b"\xef\xbb\xbf" * 2 + b"a") == "a"
     with pytest.raises(UnicodeDecodeError):
         files.decode_text(b"a\xff")

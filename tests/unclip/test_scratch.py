@@ -1,6 +1,7 @@
 """Scratch folders of live and of killed processes."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -59,3 +60,15 @@ def test_f89_the_first_scratch_folder_of_a_process_sweeps_those_that_were_left(t
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", OWNER], stdin=subprocess.DEVNULL, env=environment, check=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_f89_all_temporary_folders_are_scratch_folders() -> None:
+    root = Path(__file__).parents[2]
+    found = {
+        path.relative_to(root).as_posix()
+        for package in ("unclip", "tasks", "pipelines")
+        for path in (root / package).rglob("*.py")
+        if re.search(r"TemporaryDirectory|mkdtemp", path.read_text("utf-8"))
+    }
+    # An export is written beside the folder that it becomes.
+    assert found == {"unclip/scratch.py", "unclip/interop/pipeline.py"}

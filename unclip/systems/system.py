@@ -23,7 +23,6 @@ import importlib.metadata
 import importlib.util
 import pkgutil
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -35,6 +34,7 @@ from unclip import config, files, foreign
 from unclip.errors import CheckpointError, ConfigError, DamagedError
 from unclip.models import clip as clip_models
 from unclip.models.clip import Clip, ImageEmbeddings
+from unclip.scratch import scratch_folder
 from unclip.systems.part import Part
 from unclip.training import checkpoints
 
@@ -273,13 +273,13 @@ def save_stack(folder: str, stack: StackFiles) -> None:
     """
     copied = dict(stack.models)
     clip = stack.clip
-    with tempfile.TemporaryDirectory(prefix="unclip-clip-") as scratch:
+    with scratch_folder("clip") as scratch:
         if clip is not None and not clip_models.is_named(clip.model, clip.pretrained):
             if clip.model.startswith("local-dir:"):
                 copied["clip"] = clip.model.removeprefix("local-dir:")
             else:
-                clip_models.save_pretrained(clip.model, clip.pretrained, Path(scratch))
-                copied["clip"] = scratch
+                clip_models.save_pretrained(clip.model, clip.pretrained, scratch)
+                copied["clip"] = str(scratch)
             clip = dataclasses.replace(clip, model="local-dir:clip", pretrained=None)
         if stack.statistics is not None:
             copied["statistics"] = stack.statistics

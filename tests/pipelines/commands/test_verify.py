@@ -9,6 +9,7 @@ from tasks.lock import lock
 from tasks.store import Store
 from tests.pipelines.command_line import call, call_json
 from tests.tasks.datasets import key, write_images
+from tests.unclip.damage import flip
 
 
 @pytest.fixture
@@ -21,9 +22,7 @@ def store(tmp_path: Path) -> Store:
 def test_f78_damage_is_dropped_once_and_the_rest_stays(store: Store) -> None:
     assert call_json("verify", "--storage", store.root)["problems"] == []
     part = Path(store.uri("images", "recipe", "part0.parquet"))
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 4
-    part.write_bytes(content)
+    flip(part, 4 * part.stat().st_size)
     [problem] = call_json("verify", "--storage", store.root, code=1)["problems"]
     assert problem["problem"] == "damaged" and problem["file"] == str(part) and not problem["is_dropped"]
     with lock(store):
@@ -41,3 +40,13 @@ def test_f79_a_file_that_no_run_makes_again_is_not_dropped(store: Store) -> None
     path.write_bytes(path.read_bytes()[:-1])
     [problem] = call_json("verify", "--drop", "--storage", store.root, code=1)["problems"]
     assert not problem["is_dropped"] and problem["remedy"] == "restore it from a copy" and path.exists()
+
+
+def test_f130_a_file_that_cannot_be_read_is_reported_and_not_dropped(store: Store) -> None:
+    part = Path(store.uri("images", "recipe", "part0.parquet"))
+    manifest = Path(store.uri("images", "recipe", "manifest.json"))
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")  # reading it is an input/output error
+    [problem] = call_json("verify", "--drop", "--storage", store.root, code=1)["problems"]
+    assert problem["problem"] == "unreadable" and problem["file"] == str(manifest) and not problem["is_dropped"]
+    assert manifest.is_symlink() and part.exists()

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
 
+from pipelines.config import load
+from pipelines.records import close_run, open_run
 from pipelines.takedowns import carry_out_recorded
 from tasks import index, ranges, tables
 from tasks.lineage import traces
@@ -28,6 +31,7 @@ from tasks.lineage.provenance import difference, find_version, show, versions
 from tasks.lineage.takedown import find_keys, find_rows, parse, parse_file, take_down
 from tasks.lock import lock
 from tasks.snapshots import record_snapshot
+from tasks.stage import Artifact, Call, Output, Run, Stage, StageContext, execute, stage
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA as EMBEDDINGS
 from tasks.stages.ingest import LISTED as LISTED_SCHEMA
@@ -36,9 +40,10 @@ from tasks.store import Store
 from tasks.tombstones import Tombstone, gather, load_tombstones, look_value, recorded, refuse, tombstones_digest
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
 from tests.pipelines.command_line import ROOT, call, call_json
-from tests.tasks.datasets import write_folder
+from tests.tasks.datasets import holders, write_folder
 from unclip import files
 from unclip.errors import AlreadyRunningError, InputError, StageError
+from unclip.systems.unclip.prior import PRIOR
 from unclip.training.film import add_preview
 
 NUM_RANGES = 4
@@ -128,22 +133,13 @@ def key_at(store: Store, position: int) -> str:
     return next(row["key"] for row in pairs if row["position"] == position)
 
 
-def all_bytes(store: Store) -> bytes:
-    """Return all bytes of the storage except the tombstones."""
-    root = Path(store.root)
-    return b"".join(
-        path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file() and path.name != "tombstones.parquet"
-    )
-
-
 def test_bytes_urls_and_captions_are_deleted_everywhere_and_do_not_return(store: Store) -> None:
     key, jpg = key_at(store, 7), stored_image(7)["jpg"]
-    before = all_bytes(store)
-    assert jpg in before
+    assert holders(jpg, store.root)
     ledger = take_down(store, [parse("url", "HTTPS://A1.example.org/7.jpg")], None, [])
     assert ledger.keys == (key,) and ledger.datasets == ("d1" * 32,)
     assert ledger.deleted == {"images/recipe": 1, "embeddings/clip": 1}
-    assert jpg not in all_bytes(store)
+    assert not holders(jpg, store.root)
     for uri in (store.uri("images", "recipe"), store.uri("embeddings", "clip")):
         assert key not in tables.read(uri)["key"].to_pylist() and tables.read(uri).num_rows == 11
     pairs = ranges.read_all(store.uri("artifacts", "ingest", "f", "pairs"))
@@ -256,10 +252,10 @@ def test_f83_parts_that_were_not_committed_are_searched_and_deleted(store: Store
     value = {"sha256": f"{7:064x}", "url": "https://b.example/7.jpg", "key": f"{107:032x}"}[kind]
     [found] = find_keys(store, [parse(kind, value)]).values()
     assert found == {f"{107:032x}", key_at(store, 7)}
-    assert jpg in all_bytes(store)
+    assert holders(jpg, store.root)
     ledger = take_down(store, [parse(kind, value)], None, [])
     assert set(ledger.keys) == found and ledger.deleted["images/recipe"] == 1
-    assert jpg not in all_bytes(store) and not left.exists()
+    assert not holders(jpg, store.root) and not left.exists()
     assert {f"{7:064x}"} == load_tombstones(store).sha256s
     assert tables.read(store.uri("images", "recipe")).num_rows == 11
 
@@ -288,6 +284,18 @@ def test_f86_looks_are_kept_so_that_copies_stay_away(store: Store) -> None:
     assert load_tombstones(store).cover(images).to_pylist() == [True, False]
 
 
+def test_f86_near_on_the_command_line_takes_down_copies_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    arguments = ("takedown", "--key", key_at(store, 5), "--near", 1, "--storage", store.root)
+    [request] = call_json(*arguments, "--dry-run")["requests"]
+    assert request == {"kind": "key", "value": key_at(store, 5), "rows": 3}
+    assert not recorded(store) and tables.read(store.uri("images", "recipe")).num_rows == 12
+    found = call_json(*arguments)
+    copies = {key_at(store, position) for position in (3, 4, 5)}
+    assert set(found["keys"]) == copies and found["deleted"]["images/recipe"] == 3
+    assert load_tombstones(store).looks == {look_value(f"{0b110:016x}", None, 1)}
+
+
 def test_f84_a_takedown_during_a_run_is_recorded_and_carried_out_when_the_lock_is_free(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +306,7 @@ def test_f84_a_takedown_during_a_run_is_recorded_and_carried_out_when_the_lock_i
         found = call_json("takedown", *arguments, "--wait", "0")
         assert found["state"] == "recorded" and found["keys"] == [key] and found["ledger"] is None
         assert f"{7:064x}" in load_tombstones(store).sha256s and key in load_tombstones(store).keys
-        assert jpg in all_bytes(store)
+        assert holders(jpg, store.root)
         [old] = versions(store)
         snapshot = {**old.facts, "digest": "f3" * 32}
         with pytest.raises(StageError, match="a takedown was recorded meanwhile"):
@@ -310,7 +318,7 @@ def test_f84_a_takedown_during_a_run_is_recorded_and_carried_out_when_the_lock_i
     assert len(waiting) == 2 and show(store, key)["fate"].startswith("taken down because of url")
     ledgers = carry_out_recorded(store)
     assert [ledgers[request.id].keys for request in waiting] == [(key,), (key,)]
-    assert jpg not in all_bytes(store) and recorded(store) == []
+    assert not holders(jpg, store.root) and recorded(store) == []
     assert all(Path(store.uri("takedowns", f"{request.id}.json")).is_file() for request in waiting)
 
 
@@ -339,30 +347,68 @@ def test_f84_a_takedown_waits_for_the_lock(store: Store, monkeypatch: pytest.Mon
         assert Path(found["ledger"]).is_file() and not recorded(store)
 
 
-def test_f88_the_ledger_names_checkpoints_of_runs_that_mlflow_did_not_track(store: Store) -> None:
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """Settings of a stage that reads a dataset or makes one."""
+
+    digest: str = "0"
+    uri: str = ""
+    writes: bool = False
+    is_killed: bool = False
+
+
+@stage("making", version=1, reads_snapshot=True)
+def making(context: StageContext, config: Making, *parents: Artifact) -> Output:
+    """Make an artifact of this digest, with a model if the settings say so."""
+    if config.writes:
+        files.write_json(f"{context.folder}/model/manifest.json", {})
+    if config.is_killed:
+        raise KeyboardInterrupt
+    return Output(config.uri or context.folder, config.digest)
+
+
+TRAINING = dataclasses.replace(making, part=PRIOR)
+
+
+def test_f88_the_ledger_names_checkpoints_of_runs_that_mlflow_did_not_track(
+    store: Store, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Among them one of a single training, and one that was killed; runs of other versions are not named."""
-    records: dict[str, dict[str, dict[str, Any]]] = {
-        "1-whole": {"curate": {"fingerprint": "f"}, "prior": {"fingerprint": "p", "trains": True, "state": "done"}},
-        "2-single": {
-            "decoder": {"fingerprint": "d", "trains": True, "state": "running", "reads": {"curate": "d1" * 32}}
-        },
-        "3-clip": {"clip": {"fingerprint": "c", "trains": False, "state": "done", "reads": {"dedup": "d1" * 32}}},
-        "4-given": {"clip": {"fingerprint": "g", "trains": False, "state": "done", "reads": {"dedup": "d1" * 32}}},
-        "5-other": {"decoder": {"fingerprint": "o", "trains": True, "state": "done", "reads": {"curate": "e2" * 32}}},
-    }
-    for run_id, stages in records.items():
-        tracked = "a1b2" if run_id == "1-whole" else ""
-        record = {"pipeline": "mine", "state": "done", "mlflow_run": tracked, "config": {}}
-        store.write_json(record, "runs", run_id, "run.json")
-        for stage, event in stages.items():
-            store.write_json({"stage": stage, "at": 1.0, **event}, "runs", run_id, f"{stage}.json")
-    store.write_json({}, "artifacts", "clip", "c", "model", "manifest.json")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+
+    def started(tracking_uri: str = "http://127.0.0.1:9") -> Run:
+        return open_run("mine", load("tiny", None, [f"tracking_uri={tracking_uri}"], store.root), store)
+
+    def made(run: Run, made_by: Stage, name: str, config: Making, *parents: Artifact) -> Artifact:
+        artifact = execute(Call(dataclasses.replace(made_by, name=name), config), run, parents)
+        assert isinstance(artifact, Artifact), artifact
+        return artifact
+
+    selection = store.uri("artifacts", "curate", "f", "selection")
+    others = ranges.read_all(selection)
+    others = others.filter(pc.not_equal(others["key"], key_at(store, 7)))
+    others_uri = write_folder(store.uri("artifacts", "curate", "g", "selection"), others)
+    whole, single, clips, other = started(f"sqlite:///{tmp_path}/mlflow.db"), started(), started(), started()
+    dataset = made(whole, making, "curate", Making("d1" * 32, selection))
+    prior = made(whole, TRAINING, "prior", Making(), dataset)
+    with pytest.raises(KeyboardInterrupt):
+        made(single, TRAINING, "decoder", Making(is_killed=True), dataset)
+    unique = made(clips, making, "dedup", Making("d1" * 32, selection))
+    clip = made(clips, making, "clip", Making(writes=True), unique)
+    made(started(), making, "clip", Making("given"), unique)
+    made(other, TRAINING, "decoder", Making(), made(other, making, "curate", Making("e2" * 32, others_uri)))
+    for run, state in ((whole, "done"), (single, "failed"), (clips, "done"), (other, "done")):
+        close_run(run, store, state)
+    killed = store.read_json("runs", single.id, "decoder.json")["fingerprint"]
     found = take_down(store, [Tombstone("key", key_at(store, 7))], None, []).checkpoints
-    assert [(each["run"], each["stage"], each["folder"], each["state"], each["mlflow_run"]) for each in found] == [
-        ("1-whole", "prior", "artifacts/prior/p", "done", "a1b2"),
-        ("2-single", "decoder", "artifacts/decoder/d", "killed", None),
-        ("3-clip", "clip", "artifacts/clip/c", "done", None),
-    ]
+    assert {(each["run"], each["stage"], each["folder"], each["state"], each["mlflow_run"]) for each in found} == {
+        (whole.id, "prior", f"artifacts/prior/{prior.fingerprint}", "done", whole.tracker.run_id),
+        (single.id, "decoder", f"artifacts/decoder/{killed}", "killed", None),
+        (clips.id, "clip", f"artifacts/clip/{clip.fingerprint}", "done", None),
+    }
+    assert whole.tracker.run_id and not single.tracker.run_id
 
 
 def test_duplicates_of_an_image_are_deleted_with_it(store: Store) -> None:
@@ -435,7 +481,7 @@ def test_a_repeated_takedown_returns_the_same_and_changes_nothing(store: Store) 
 def test_all_rows_can_be_deleted(store: Store) -> None:
     take_down(store, [parse("domain", "example.org")], None, [])
     assert tables.read(store.uri("images", "recipe")).num_rows == 0
-    assert b"JFIF" not in all_bytes(store)
+    assert not holders(b"JFIF", store.root)
 
 
 @pytest.fixture(scope="module")
@@ -830,5 +876,5 @@ def test_f68_a_storage_may_have_any_letter_in_its_path(tmp_path: Path, letters: 
     assert row["url"] == LISTED[7][0] and len(row["dataset_versions"]) == 1
     ledger = call_json("takedown", "--key", key, "--storage", files.to_uri(store.root))
     assert ledger["deleted"] == {"images/recipe": 1, "embeddings/clip": 1} and ledger["storage"] == store.root
-    assert jpg not in all_bytes(store)
+    assert not holders(jpg, store.root)
     assert [path.name for path in folder.iterdir()] == [f"a{letters}b"], "nothing is written beside it"

@@ -634,19 +634,29 @@ def test_f98_a_fault_of_a_row_costs_the_row_in_every_format(
     monkeypatch.setattr(stage_module, "SMALL_BYTES", 64 << 20)  # read without Ray
     path = tmp_path / f"list.{suffix}"
     long = "a" * (MAX_LINE_CHARACTERS + 10)
-    faults: dict[str, list[Any]] = {
-        "csv": ["http://b/,x,y", "http://b/", f"http://b/{long},x", "\0", 'http://b/,"x" y'],
-        "tsv": ["http://b/\tx\ty", "http://b/", f"http://b/{long}\tx", "\0", 'http://b/\t"x" y'],
-        "jsonl": [
-            "[1]", "{not json}", '"text"', "[" * 200_000, '{"url": "http://b/", "caption": ["x"]}',
-            '{"url": {}, "caption": "x"}', '{"url": "http://b/", "caption": NaN}', f'{{"url": "http://b/{long}"}}',
-            '{"url": ' + "1" * 10_000 + ', "caption": "x"}', '{"url": "http://b/", "caption": "x"',
-        ],
-        "txt": [f"http://b/{long}\tx", "\0", "http://b/", " \tx"],
-        "parquet": [("http://b/", None), (None, "x"), (long, "x"), ("\0", "")],
+    faults: dict[str, dict[Any, str]] = {
+        "csv": {
+            "http://b/,x,y": "bad_row", "http://b/": "bad_row", f"http://b/{long},x": "bad_row", "\0": "bad_row",
+            'http://b/,"x" y': "bad_quotes",
+        },
+        "tsv": {
+            "http://b/\tx\ty": "bad_row", "http://b/": "bad_row", f"http://b/{long}\tx": "bad_row", "\0": "bad_row",
+            'http://b/\t"x" y': "bad_quotes",
+        },
+        "jsonl": {
+            "[1]": "bad_row", "{not json}": "bad_row", '"text"': "bad_row", "[" * 200_000: "bad_row",
+            '{"url": "http://b/", "caption": ["x"]}': "bad_row", '{"url": {}, "caption": "x"}': "bad_row",
+            '{"url": "http://b/", "caption": NaN}': "no_caption", f'{{"url": "http://b/{long}"}}': "bad_row",
+            '{"url": ' + "1" * 10_000 + ', "caption": "x"}': "bad_url",
+            '{"url": "http://b/", "caption": "x"': "bad_row",
+        },
+        "txt": {f"http://b/{long}\tx": "bad_url", "\0": "bad_url", "http://b/": "no_caption", " \tx": "no_url"},
+        "parquet": {
+            ("http://b/", None): "no_caption", (None, "x"): "no_url", (long, "x"): "bad_url", ("\0", ""): "bad_url",
+        },
     }  # fmt: skip
     sound = [(f"http://{name}/", f"caption {name}") for name in "acd"]
-    for fault in faults[suffix]:
+    for number, (fault, reason) in enumerate(faults[suffix].items()):
         if suffix == "parquet":
             write_list(path, [sound[0], fault, *sound[1:]])
         else:
@@ -655,8 +665,9 @@ def test_f98_a_fault_of_a_row_costs_the_row_in_every_format(
             at = len(lines) - 2
             path.write_text("\n".join([*lines[:at], fault, *lines[at:]]) + "\n")
         check_source(IngestConfig(str(path)))
-        facts = ingested(tmp_path, urls=str(path)).facts
+        facts = ingested(tmp_path / str(number), urls=str(path)).facts  # one storage would keep the first result
         assert facts["rows"]["in"] == 4 and facts["rows"]["kept"] == 3, str(fault)[:80]
+        assert facts["reasons"] == {reason: 1}, str(fault)[:80]
         assert listed(path)[0].url == "http://a/" and listed(path)[3].url == "http://d/"
 
 

@@ -15,16 +15,17 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from crafted_images import Crafted, chunk, crafted, encoded, fault_of, header_only_png, ramp
+from crafted_images import Crafted, chunk, crafted, encoded, fault_of, header_only_png, icc_profile, ramp
 
 from tasks.rows import RowFault
 from tasks.untrusted import decode as decode_module
 from tasks.untrusted.decode import (
     CHROMA_SUBSAMPLINGS,
+    MAX_PROFILE_BYTES,
     MAX_SCANS,
     DecodedImage,
     DecodingPool,
@@ -372,12 +373,21 @@ def test_f100_what_changes_pixels_is_read_as_before() -> None:
     for data in (turned, *(with_chunks(encoded(plain, "PNG"), text, b"") for text in texts)):
         assert decode(data, 64, 95, 10**6).original_width == plain.height
         assert without_metadata(data) == data
-    wide = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     for data in (
-        encoded(plain, "PNG", icc_profile=wide + bytes(3 << 20)),
         encoded(plain.convert("P"), "PNG", transparency=0),
         encoded(plain, "PNG", save_all=True, append_images=[plain.rotate(90)] * 3),
         encoded(plain, "JPEG"), b"\x89PNG\r\n\x1a\n", encoded(plain, "PNG")[:-7], b"",
     ):  # fmt: skip
         assert without_metadata(data) == data
-    assert "icc_profile" in Image.open(io.BytesIO(encoded(plain, "PNG", icc_profile=wide + bytes(3 << 20)))).info
+
+
+def test_f100_a_profile_of_up_to_16_mb_changes_the_pixels() -> None:
+    """A profile beyond, and none at all, leave them as they are."""
+    swapped, plain = icc_profile(b"red and green swapped"), ramp()
+    without = pixels_of(decode(encoded(plain, "PNG"), 64, 95, MAX_PIXELS))
+    expected = pixels_of(decode(encoded(plain, "PNG", icc_profile=swapped), 64, 95, MAX_PIXELS))
+    assert np.abs(expected - without).mean() > 10
+    for size, is_applied in ((3 << 20, True), (MAX_PROFILE_BYTES - (100 << 10), True), (MAX_PROFILE_BYTES + 1, False)):
+        data = encoded(plain, "PNG", icc_profile=swapped.ljust(size, b"\0"))
+        pixels = pixels_of(decode(data, 64, 95, MAX_PIXELS))
+        assert np.array_equal(pixels, expected if is_applied else without), size

@@ -47,11 +47,12 @@ def test_f104_nothing_outside_the_root_is_read(root: Path) -> None:
         root / "in",
         root / "pipe.jpg",
         root / "loop",
-        "/dev/null\0",
+        f"{root}/a\0b",
         root / "in/a b%20.jpg/x",
     ]
     assert {outcome(root, path) for path in absent} == {"no_file"}
     assert outcome(root, root / "in/a b%20.jpg") == outcome(root, root / "inner.jpg") == b"image"
+    assert outcome(Path("/dev"), "/dev/null") == outcome(Path("/dev"), "/dev/zero") == "no_file"
     assert outcome(root, root / "in/a b%20.jpg", 4) == "too_large" and outcome(root, root / "empty.jpg") == "empty_body"
 
 
@@ -70,6 +71,24 @@ def test_f104_a_link_that_replaces_a_folder_while_it_is_read_is_refused(
     (root / "in" / "secret.jpg").write_bytes(b"own")
     monkeypatch.setattr(os, "open", replace_first)
     assert outcome(root, root / "in" / "secret.jpg") == "no_file"
+
+
+def test_f104_a_link_that_replaces_the_file_while_it_is_read_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last part of the path is replaced just before it is opened."""
+    real_open, own = os.open, root / "in" / "own.jpg"
+
+    def replace_first(path: str, flags: int, *, dir_fd: int | None = None) -> int:
+        if path == own.name:
+            own.unlink()
+            own.symlink_to(root.parent / "secret.jpg")
+        return real_open(path, flags, dir_fd=dir_fd)
+
+    own.write_bytes(b"own")
+    monkeypatch.setattr(os, "open", replace_first)
+    assert outcome(root, own) == "no_file"
+    assert own.is_symlink(), "it was replaced"
 
 
 def test_f103_paths_have_one_spelling(root: Path) -> None:

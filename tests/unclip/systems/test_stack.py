@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unclip.damage import flipped
 from tests.unclip.interop.test_mutated_settings import CHANGES, DELETE, changed, places
 from tests.unclip.systems import tiny_stacks
 from tests.unclip.systems.tiny_stacks import SAMPLING, fitting, with_sampling
@@ -162,10 +163,7 @@ def test_f52_a_flipped_bit_in_any_file_of_a_stack_is_found(folder: Path, tmp_pat
     assert len(files) > 15 and copied / "clip" / "open_clip_model.safetensors" in files
     for number, path in enumerate(files):
         data = path.read_bytes()
-        position = number * 7919 % len(data)
-        flipped = bytearray(data)
-        flipped[position] ^= 1 << number % 8
-        replace(path, bytes(flipped))
+        replace(path, flipped(data, 8 * (number * 7919 % len(data)) + number % 8))
         with pytest.raises(CheckpointError, match=re.escape(str(path.parent))):
             load_system(copied)
         replace(path, data)

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
+from tests.unclip.damage import flipped
 from unclip.errors import CheckpointError, StorageError
 from unclip.training import parallel, sharded
 from unclip.training.parallel import ALONE, Workers
@@ -73,9 +74,7 @@ def damages(folder: Path) -> list[tuple[str, bytes | None]]:
         damaged += [(name, data[:length]) for length in sorted({0, 1, 7, *range(8, len(data), 97), len(data) - 1})]
     positions = [(name, position) for name, data in contents.items() for position in range(len(data))]
     for name, position in rng.sample(positions, 300):
-        data = bytearray(contents[name])
-        data[position] ^= 1 << rng.randrange(8)
-        damaged.append((name, bytes(data)))
+        damaged.append((name, flipped(contents[name], 8 * position + rng.randrange(8))))
     return damaged
 
 
