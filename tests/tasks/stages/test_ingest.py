@@ -650,9 +650,9 @@ def test_f98_a_fault_of_a_row_costs_the_row_in_every_format(
             '{"url": ' + "1" * 10_000 + ', "caption": "x"}': "bad_url",
             '{"url": "http://b/", "caption": "x"': "bad_row",
         },
-        "txt": {f"http://b/{long}\tx": "bad_url", "\0": "bad_url", "http://b/": "no_caption", " \tx": "no_url"},
+        "txt": {f"http://b/{long}\tx": "bad_url", "\0": "no_url", "http://b/": "no_caption", " \tx": "no_url"},
         "parquet": {
-            ("http://b/", None): "no_caption", (None, "x"): "no_url", (long, "x"): "bad_url", ("\0", ""): "bad_url",
+            ("http://b/", None): "no_caption", (None, "x"): "no_url", (long, "x"): "bad_url", ("\0", ""): "no_url",
         },
     }  # fmt: skip
     sound = [(f"http://{name}/", f"caption {name}") for name in "acd"]
