@@ -115,6 +115,28 @@ class _Site:
     """Thread that probes the site, and the monotonic time until which it may."""
 
 
+@dataclasses.dataclass
+class _UnderWay:
+    """Requests to a site that have not ended."""
+
+    number: int = 0
+    starts: float = 0.0
+    """Sum of the monotonic times at which they started."""
+
+
+@dataclasses.dataclass
+class _UnderWay:
+    """Requests to one site that have not ended."""
+
+    number: int = 0
+    starts: float = 0.0
+    """Sum of the monotonic times of their starts."""
+
+    def seconds(self, now: float) -> float:
+        """Time that they have taken so far, in all."""
+        return self.number * now - self.starts
+
+
 class Spent(NamedTuple):
     """Budget of a site as one process leaves it to the next."""
 
@@ -139,8 +161,9 @@ class Sites:
             timeout_seconds: limit on one request; an answer pays for a quarter of it.
         """
         self._budget, self._timeout = budget_seconds, timeout_seconds
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._sites: dict[str, _Site] = {}
+        self._under_way: dict[str, _UnderWay] = collections.defaultdict(_UnderWay)
 
     def check(self, site: str) -> None:
         """Raise `RowFault` (site_unreachable) if the site is closed and it is not time for a probe."""
@@ -168,6 +191,9 @@ class Sites:
         """
         self.check(site)
         started = time.monotonic()
+        with self._lock:
+            self._under_way[site].number += 1
+            self._under_way[site].starts += started
         try:
             yield
         except OSError:  # no answer; timeouts are among them
@@ -177,8 +203,29 @@ class Sites:
             if refills:
                 self.answered(site)
             raise
-        if refills:
-            self.answered(site)
+        else:
+            if refills:
+                self.answered(site)
+        finally:
+            with self._lock:
+                under_way = self._under_way[site]
+                under_way.number -= 1
+                under_way.starts -= started
+                if not under_way.number:
+                    del self._under_way[site]
+                self._lock.notify_all()
+
+    def wait(self, site: str) -> None:
+        """Wait while the requests under way would spend the rest of the site's budget if they failed now."""
+        if site in self._sites:
+            with self._lock:
+                self._lock.wait_for(lambda: self._has_budget(site), self._timeout)
+
+    def _has_budget(self, site: str) -> bool:
+        state, under_way = self._sites.get(site), self._under_way.get(site)
+        if state is None or under_way is None or state.spent >= self._budget:  # of a closed site, `check` decides
+            return True
+        return state.spent + under_way.number * time.monotonic() - under_way.starts < self._budget
 
     def failed(self, site: str, seconds: float) -> None:
         """Charge a request that got no answer."""

@@ -309,12 +309,9 @@ class Fetcher:
 
     @contextlib.contextmanager
     def _admission(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> Iterator[None]:
-        """Wait until the host's crawl delay and request limit allow a request. Waiting extends the deadline."""
-        if target.is_own:
-            yield
-            return
+        """Wait until the host's crawl delay, request limit and budget allow a request. Waiting extends the deadline."""
         started = time.monotonic()
-        if self.respect_robots and not for_robots:
+        if self.respect_robots and not for_robots and not target.is_own:
             try:
                 delay = self._robots.admit(target.url, self.agent, self._load_rules, self.max_crawl_delay_seconds)
             except RowFault as fault:
@@ -322,7 +319,8 @@ class Fetcher:
                     self._sites.answered(target.site)  # its rules arrived, and no image will tell more
                 raise
             time.sleep(delay)
-        with self._host_limits.of(target, self.requests_per_host):
+        with contextlib.nullcontext() if target.is_own else self._host_limits.of(target, self.requests_per_host):
+            self._sites.wait(target.site)
             deadline.at += time.monotonic() - started
             yield
 

@@ -142,6 +142,14 @@ def test_f63_a_site_that_stalls_costs_its_budget_and_no_more() -> None:
     assert found["site_unreachable"] == 400 - found["timeout"]
 
 
+def test_f63_requests_under_way_count_so_that_none_starts_just_before_the_budget_ends() -> None:
+    with tarpit() as (address, requests, _):
+        client = fetcher(allow_hosts=(address,), timeout_seconds=1.0, site_seconds=6.5)
+        found = collections.Counter(outcomes([f"http://{address}/{number}" for number in range(40)], client, threads=4))
+    # Two rounds of four. Once the first of the second round has failed, the other three have all but spent the rest.
+    assert len(requests) == found["timeout"] == 8 and found["site_unreachable"] == 32
+
+
 def test_f63_all_hosts_of_a_site_share_its_budget_and_other_sites_have_their_own(names: NameServer) -> None:
     with serve(host="127.0.0.1") as server:
         port = server.server_port
