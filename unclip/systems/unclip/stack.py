@@ -3,11 +3,10 @@
 Letters: B batch, E CLIP embedding width, s resolution of the decoder's images, S resolution of the last upsampler's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import CheckpointError, InputError, ShapeError
@@ -17,7 +16,7 @@ from unclip.models.clip import Clip
 from unclip.models.decoder import Decoder
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.models.prior import DiffusionPrior
-from unclip.models.small_images import NO_CAPTIONS, Captions
+from unclip.models.small_images import NO_CAPTIONS, Captions, similarity_by_clip
 from unclip.models.text import CaptionFeatures, EmptyCaption, Text, caption_features, read_captions
 from unclip.models.upsampler import Upsampler
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
@@ -148,7 +147,9 @@ class Stack(UpsampledSystem):
             InputError: there are negative captions, but no part that reads captions is guided.
             ShapeError: the number of negative captions differs from that of the captions.
         """
-        caption_similarity = self._similarity(captions) if sampling.decoder.clip_guidance_scale else None
+        caption_similarity = None
+        if sampling.decoder.clip_guidance_scale:
+            caption_similarity = similarity_by_clip(self.clip, self.embed_text(captions))
         if negative is None:
             return Captions(self.read_captions(captions), None, caption_similarity)
         if len(negative) != len(captions):
@@ -165,17 +166,6 @@ class Stack(UpsampledSystem):
                 "prior.guidance_scale above 1."
             )
         return Captions(self.read_captions(captions), self.read_captions(negative), caption_similarity)
-
-    def _similarity(self, captions: Sequence[str]) -> Callable[[Tensor], Tensor]:
-        """Function from images x0 [B, 3, s, s] to the cosine similarity [B] of their CLIP embeddings and the captions'."""
-        text_embedding = self.embed_text(captions)  # [B, E]
-
-        def caption_similarity(x0: Tensor) -> Tensor:
-            with torch.autocast(x0.device.type, enabled=False):
-                image_embedding = F.normalize(self.clip.encode_images(self.clip.resize(x0)), dim=-1)  # [B, E]
-            return (image_embedding * text_embedding).sum(dim=1)
-
-        return caption_similarity
 
     def decode(
         self,
