@@ -11,8 +11,7 @@ from tasks.stage import Resources
 from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
 from unclip import config
-from unclip.config import nearest, require, to_dict
-from unclip.errors import ConfigError
+from unclip.config import require, to_dict
 from unclip.systems.glide.generator import GLIDE, GlideStageConfig
 from unclip.systems.glide.noised_clip import NOISED_CLIP, NoisedClipStageConfig
 from unclip.systems.glide.sizes import MODEL_SIZES
@@ -42,8 +41,6 @@ class GlideEvaluateConfig(EvaluateConfig):
 class GlidePipelineConfig(PipelineConfig):
     """All settings of a run; the section `upsamplers.256` configures the stage `upsampler-256`."""
 
-    model_size: str | None = None
-    """Named size that fills in the sections of the parts and of CLIP: demo, small, base or glide."""
     resources: GlideResources = GlideResources()
     glide: GlideStageConfig = GlideStageConfig()
     upsamplers: dict[str, UpsamplerStageConfig] = dataclasses.field(default_factory=dict)
@@ -79,7 +76,7 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the sections of a model size, and the settings that follow from others.
 
     Raises:
-        ConfigError: unknown model size, or inconsistent resolutions; the message names the setting.
+        ConfigError: inconsistent resolutions; the message names the setting.
     """
     return _with_resolutions(_with_model_size(values))
 
@@ -89,8 +86,6 @@ def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
     name = values.get("model_size")
     if name in (None, "none"):
         return merge_over({"upsamplers": {"256": {}}}, values)
-    if name not in MODEL_SIZES:
-        raise ConfigError(f"model_size: got {name!r}. {nearest(str(name), MODEL_SIZES)}")
     return merge_over(MODEL_SIZES[name].sections(), values)
 
 
@@ -109,4 +104,4 @@ def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
     return config.merge(derived, resolved)
 
 
-PIPELINE = Pipeline(GlidePipelineConfig, glide, resolve)
+PIPELINE = Pipeline(GlidePipelineConfig, glide, resolve, MODEL_SIZES)
