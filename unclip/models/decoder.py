@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unclip.config import require
+from unclip.config import added, require
 from unclip.diffusion import guidance, sampling
 from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.samplers import OnStep, undisturbed
@@ -63,6 +63,9 @@ class DecoderSampling(DiffusionSampling):
     clip_guidance_scale: float = 0.0
     """Scale of CLIP guidance: the gradient of the dot product of the caption's text embedding with CLIP's image embedding of
     x0; 0 = off. Source: Dhariwal & Nichol 2021, algorithm 2; Nichol et al. 2022 (GLIDE), section 2.3."""
+    reads_captions: bool = added(True)
+    """Give captions to a decoder that reads them; false gives it the empty caption, as training does when it drops one.
+    Source: Ramesh et al. 2022, section 5.1."""
     strength: float = 0.7
     """Fraction of the process applied to a given start image: 0 returns it, 1 ignores it. Source: Meng et al. 2022
     (SDEdit), section 3."""
@@ -190,6 +193,7 @@ class Decoder(nn.Module):
             ConfigError: CLIP guidance is on, and captions has no caption_similarity.
         """
         batch, device = len(image_embedding), image_embedding.device
+        caption = captions.text if settings.reads_captions else None
 
         def predict(image_dropped: bool, text: Text | None, text_dropped: bool) -> Denoiser:
             image_drop = torch.full((batch,), image_dropped, device=device)
@@ -200,10 +204,10 @@ class Decoder(nn.Module):
 
         def without_caption(image_dropped: bool) -> Denoiser:
             if captions.negative is None:
-                return predict(image_dropped, captions.text, True)
+                return predict(image_dropped, caption, True)
             return predict(image_dropped, captions.negative, False)
 
-        both, neither = predict(False, captions.text, False), without_caption(True)
+        both, neither = predict(False, caption, False), without_caption(True)
         scale, text_scale, rescale = settings.guidance_scale, settings.text_guidance_scale, settings.guidance_rescale
         if text_scale is None:
             guided = guidance.classifier_free(both, neither, scale, rescale)
