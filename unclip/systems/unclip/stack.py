@@ -116,7 +116,11 @@ class Stack(UpsampledSystem):
         generator: torch.Generator,
         negative: Sequence[str] | None = None,
     ) -> Tensor:
-        """Sample image embeddings [B, E] for captions from the prior."""
+        """Image embeddings [B, E] for captions, from the source that the settings name; by default sampled from the prior."""
+        if sampling.image_embedding == "text_embedding":
+            return self._text_as_image_embedding(captions)
+        if sampling.image_embedding == "none":
+            return self.decoder.null_image_embedding(len(captions))
         negative_features = None if negative is None else self._features(negative)
         return self.prior.sample(
             *self._features(captions), sampling.prior, negative=negative_features, generator=generator
@@ -132,6 +136,12 @@ class Stack(UpsampledSystem):
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """CLIP's unit-norm text embeddings [B, E]."""
         return self.clip.encode_text(self.clip.tokenize(list(captions)).to(self.device)).text_embedding
+
+    def _text_as_image_embedding(self, captions: Sequence[str]) -> Tensor:
+        """CLIP's text embeddings [B, E] in the scale of its image embeddings, which is not unit norm in every stack."""
+        if self.clip.image_embeddings == "unit":
+            return self.embed_text(captions)
+        return self._features(captions).text_embedding
 
     def read_captions(self, captions: Sequence[str]) -> Text | None:
         """Encode captions as the decoder reads them; None if it reads no captions."""
@@ -156,7 +166,7 @@ class Stack(UpsampledSystem):
             raise ShapeError(
                 f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
             )
-        scales = [sampling.prior.guidance_scale]
+        scales = [sampling.prior.guidance_scale] if sampling.image_embedding == "prior" else []
         if self.decoder.text is not None:
             text_scale = sampling.decoder.text_guidance_scale
             scales += [sampling.decoder.guidance_scale, 1.0 if text_scale is None else text_scale]
