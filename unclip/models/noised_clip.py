@@ -78,7 +78,7 @@ class NoisedClip(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         embedding = F.normalize(self.projection(self.norm(x[:, 0])).float(), dim=-1)  # [B, E]
-        return embedding * self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)  # type: ignore[no-any-return]
+        return embedding * self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
     def embed(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Unit-norm image embeddings [B, E] of noised images; differentiable, for `guidance.clip_similarity`."""

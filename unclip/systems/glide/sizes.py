@@ -86,7 +86,6 @@ def _size(
     noised_clip = dataclasses.replace(
         noised_clip, image_size=decoder.model.unet.image_size, diffusion=decoder.model.diffusion
     )
-    steps = {"sampler": sampling.decoder.sampler, "num_steps": sampling.decoder.num_steps}
     return ModelSize(
         GlideStageConfig(model, trainer),
         NoisedClipStageConfig(noised_clip, noised_clip_trainer),
@@ -94,7 +93,10 @@ def _size(
         size.clip,
         size.pretrained,
         num_parameters,
-        GlideSampling(upsamplers=sampling.upsamplers, glide=ImageSampling(guidance_scale=3.0, **steps)),
+        GlideSampling(
+            upsamplers=sampling.upsamplers,
+            glide=ImageSampling(sampling.decoder.sampler, sampling.decoder.num_steps, guidance_scale=3.0),
+        ),
     )
 
 
