@@ -189,6 +189,15 @@ class GaussianDiffusion:
         x_t = full_precision(x_t)
         return (x_t - self._at("signal", t, x_t) * full_precision(x0)) / self._at("sigma", t, x_t)
 
+    def prediction_of_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """Network's prediction that implies x0, [B, ...] float32; inverse of `predict_x0`."""
+        if self.config.prediction_type == "x0":
+            return full_precision(x0)
+        if self.config.prediction_type == "eps":
+            return self.eps_from_x0(x_t, t, x0)
+        x_t = full_precision(x_t)
+        return (self._at("signal", t, x_t) * x_t - full_precision(x0)) / self._at("sigma", t, x_t)
+
     def denoiser(self, predict: Predict, clip_range: float | None = None) -> Denoiser:
         """Turn a network with its conditioning bound into a denoiser.
 

@@ -51,6 +51,8 @@ def test_x0_and_eps_are_recovered_from_the_target(prediction: PredictionType, sc
     recovered = diffusion.predict_x0(x_t, t, diffusion.target(x0, t, noise))
     torch.testing.assert_close(recovered, x0, atol=1e-6, rtol=0)
     torch.testing.assert_close(diffusion.eps_from_x0(x_t, t, x0), noise, atol=1e-6, rtol=0)
+    target = diffusion.target(x0, t, noise)
+    torch.testing.assert_close(diffusion.prediction_of_x0(x_t, t, x0), target, atol=1e-6, rtol=0)
 
 
 def test_half_precision_inputs_are_computed_in_float32() -> None:
