@@ -79,7 +79,8 @@ class DiffusionConfig:
     vlb_weight: float = 0.001
     """Weight of the variational bound in the loss (lambda of Nichol & Dhariwal 2021, eq. 16), with learned variances."""
     loss_weighting: LossWeighting = "none"
-    """Weights of timesteps in the squared error: uniform, min-SNR (Hang et al. 2023) or P2 (Choi et al. 2022)."""
+    """Weights of timesteps in the squared error: uniform, min-SNR (Hang et al. 2023) or P2 (Choi et al. 2022); the last two
+    not with zero_terminal_snr."""
     min_snr_gamma: float = 5.0
     """Signal-to-noise ratio above which min-SNR stops increasing the weight of x0's error."""
     p2_gamma: float = 1.0
@@ -96,6 +97,13 @@ class DiffusionConfig:
             "prediction_type",
             self.prediction_type,
             "x0 or v with zero_terminal_snr",
+        )
+        # All weightings shrink with the signal, and the last timestep, where sampling starts, has none: it would not be trained.
+        require(
+            not (self.zero_terminal_snr and self.loss_weighting != "none"),
+            "loss_weighting",
+            self.loss_weighting,
+            "none with zero_terminal_snr, whose last timestep would have the weight 0; or set zero_terminal_snr = false",
         )
         require(self.vlb_weight >= 0, "vlb_weight", self.vlb_weight, "at least 0")
         require(self.min_snr_gamma > 0, "min_snr_gamma", self.min_snr_gamma, "above 0")
