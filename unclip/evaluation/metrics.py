@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip import imaging
-from unclip.errors import ShapeError
+from unclip.errors import NonFiniteError, ShapeError
 from unclip.evaluation import scenes
 from unclip.models.clip import Clip
 
@@ -28,6 +28,9 @@ LABELS: Mapping[str, tuple[str, ...]] = {
     "size": scenes.SIZES,
 }
 """Attribute of an object -> its values. The attributes are the columns of `SceneScores.expected` and `SceneScores.measured`."""
+
+ROUNDING = 1e-9
+"""Cosines that differ by less are equal; far above the rounding of float64, far below the difference of two images."""
 
 
 class SceneScores(NamedTuple):
@@ -89,7 +92,18 @@ class Sampled(NamedTuple):
 
 
 def extract_features(clip: Clip, images: Tensor, captions: Sequence[str]) -> Features:
-    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, sampled for B captions."""
+    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, sampled for B captions.
+
+    Raises:
+        NonFiniteError: an image has NaN or infinite values, which would be measured as black or white.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1)  # [B]
+    if not finite.all():
+        index = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"images: got values that are not finite for {captions[index]!r}, expected [-1, 1]. Sample with precision fp32; if "
+            "they stay, train the model again with a lower learning rate."
+        )
     tokens = clip.tokenize(list(captions)).to(images.device)
     return Features(
         clip.embed_images(clip.resize(images)).cpu(),
@@ -186,20 +200,31 @@ def score_embeddings(sampled: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5
 
     Returns:
         `cosine`, the mean over pairs; `gap`, its margin over the mean of all mismatched pairs; `recall_at_<k>`, the share
-        of sampled embeddings whose own image is among the k nearest of the N images.
+        of sampled embeddings whose own image is among the k nearest of the N images. Images at equal distances count in
+        random order, on average: embeddings that are all zeros have a recall of k / N.
 
     Raises:
         ShapeError: the shapes are not both [N, E], or N < 2.
+        NonFiniteError: an embedding has NaN or infinite values.
     """
     if sampled.dim() != 2 or sampled.shape != true.shape or len(sampled) < 2:
         raise ShapeError(
             f"embeddings: got {tuple(sampled.shape)} and {tuple(true.shape)}, expected both [N, E] with N >= 2."
         )
+    for name, given in (("sampled", sampled), ("true", true)):
+        finite = given.isfinite().all(dim=1)  # [N]
+        if not finite.all():
+            raise NonFiniteError(
+                f"embeddings: got {int((~finite).sum())} of {len(given)} {name} ones that are not finite, expected numbers. "
+                "Train the model that made them again with a lower learning rate."
+            )
     cosines = F.normalize(sampled.double(), dim=1) @ F.normalize(true.double(), dim=1).T  # [N, N]
     own, count = cosines.diag(), len(cosines)
     others = (cosines.sum() - own.sum()) / (count * (count - 1))
-    nearer = (cosines > own[:, None]).sum(dim=1)  # [N]
-    recall = {f"recall_at_{rank}": (nearer < rank).double().mean().item() for rank in ranks}
+    margin = cosines - own[:, None]  # [N, N]
+    nearer = (margin > ROUNDING).sum(dim=1)  # [N]
+    tied = (margin.abs() <= ROUNDING).sum(dim=1)  # [N], at least 1: the image itself
+    recall = {f"recall_at_{rank}": ((rank - nearer) / tied).clamp(0, 1).mean().item() for rank in ranks}
     return {"cosine": own.mean().item(), "gap": (own.mean() - others).item(), **recall}
 
 

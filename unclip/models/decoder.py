@@ -193,9 +193,12 @@ class Decoder(nn.Module):
         both, neither = predict(False, caption, False), without_caption(True)
         scale, text_scale, rescale = settings.guidance_scale, settings.text_guidance_scale, settings.guidance_rescale
         if text_scale is None:
-            guided = guidance.classifier_free(both, neither, scale, rescale)
+            guided = guidance.classifier_free(self.diffusion, both, neither, scale, rescale)
         else:
-            guided = guidance.classifier_free_two(both, without_caption(False), neither, scale, text_scale, rescale)
+            image_alone = without_caption(False)
+            guided = guidance.classifier_free_two(
+                self.diffusion, both, image_alone, neither, scale, text_scale, rescale
+            )
         guided = guided_by_clip(self.diffusion, guided, both, captions, settings.clip_guidance_scale)
         return sampling.limited(self.diffusion, guided, both, settings, 1.0)
 

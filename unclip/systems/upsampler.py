@@ -71,6 +71,9 @@ class UpsamplerObjective:
         draw = self.process.draw(x0, generator, network.training)
         return self.process.mean_loss(lambda x_t, t: network(x_t, t, low_res, level), x0, draw)
 
+    def learn(self, step_taken: bool) -> None:
+        self.process.learn(step_taken)
+
     def metrics(self, training: bool) -> dict[str, float]:
         return self.process.take(training)
 

@@ -1,5 +1,6 @@
 """Distances between embeddings, compared with closed forms; scores of scenes; features of batches."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.unclip.systems import tiny_stacks
 from unclip import imaging
-from unclip.errors import ShapeError
+from unclip.errors import NonFiniteError, ShapeError
 from unclip.evaluation import scenes
 from unclip.evaluation.metrics import (
     LABELS,
@@ -16,6 +18,7 @@ from unclip.evaluation.metrics import (
     Sampled,
     caption_diversity,
     concatenate,
+    extract_features,
     frechet_distance,
     scene_accuracy,
     scene_binding,
@@ -78,6 +81,38 @@ def test_scores_of_embeddings() -> None:
     assert scores["gap"] == pytest.approx((unit.diag().mean() - others).item(), rel=1e-6)
     with pytest.raises(ShapeError, match="embeddings: got"):
         score_embeddings(sampled, true[:3])
+
+
+def test_f134_recall_counts_ties_in_random_order() -> None:
+    """Oracle: the share of all orders of the tied images in which the own image is among the first k."""
+    true = F.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    for sampled in (torch.zeros(40, 8), torch.ones(40, 8) * 0.3):
+        scores = score_embeddings(sampled, true)
+        assert [scores[f"recall_at_{k}"] for k in (1, 5, 10)] == pytest.approx([1 / 40, 5 / 40, 10 / 40]), scores
+    assert score_embeddings(true, true, ranks=(1,))["recall_at_1"] == 1
+    # The first three images are equal: a perfect prior tells their captions' images apart by chance alone.
+    twins = true.clone()
+    twins[:3] = twins[0]
+    orders = list(itertools.permutations(range(3)))
+    by_chance = [sum(order.index(0) < k for order in orders) / len(orders) for k in (1, 2)]
+    scores = score_embeddings(twins * 3, twins, ranks=(1, 2))
+    expected = [(37 + 3 * chance) / 40 for chance in by_chance]
+    assert [scores["recall_at_1"], scores["recall_at_2"]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_f134_what_is_not_finite_has_no_score(value: float) -> None:
+    embeddings = torch.eye(4)
+    broken = embeddings.clone()
+    broken[2, 1] = value
+    with pytest.raises(NonFiniteError, match="got 1 of 4 sampled ones"):
+        score_embeddings(broken, embeddings)
+    with pytest.raises(NonFiniteError, match="got 1 of 4 true ones"):
+        score_embeddings(embeddings, broken)
+    images = render(RED_CIRCLE, WRONG)
+    images[1, 0, 0, 0] = value
+    with pytest.raises(NonFiniteError, match=f"not finite for '{WRONG}'"):
+        extract_features(tiny_stacks.tiny_clip(), images, [RED_CIRCLE, WRONG])
 
 
 RED_CIRCLE = "a large red circle at the top on a white background"
