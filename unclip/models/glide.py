@@ -110,7 +110,7 @@ class Glide(nn.Module):
 
         conditional, unconditional = denoise(self.text(tokens)), denoise(self.text(negative))
         guided = guidance.classifier_free(
-            conditional, unconditional, settings.guidance_scale, settings.guidance_rescale
+            self.diffusion, conditional, unconditional, settings.guidance_scale, settings.guidance_rescale
         )
         guided = guided_by_clip(self.diffusion, guided, conditional, captions, settings.clip_guidance_scale)
         return sampling.limited(self.diffusion, guided, conditional, settings, 1.0)

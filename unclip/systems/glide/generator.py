@@ -74,6 +74,9 @@ class GlideObjective:
             known = known_region(x0, random_masks(len(x0), x0.shape[-1], generator))
         return self.process.mean_loss(lambda x_t, t: network(x_t, t, tokens, text_drop, known), x0, draw)
 
+    def learn(self, step_taken: bool) -> None:
+        self.process.learn(step_taken)
+
     def metrics(self, training: bool) -> dict[str, float]:
         return self.process.take(training)
 
