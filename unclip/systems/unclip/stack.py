@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.errors import CheckpointError, InputError, ShapeError
 from unclip.models import embeddings
 from unclip.models.autoregressive_prior import AutoregressivePrior
@@ -108,6 +109,31 @@ class Stack(UpsampledSystem):
         decoder_captions = self.captions(captions, sampling, negative)
         embedding = self.embed_captions(list(captions), sampling, generator, negative)
         return self.decode(embedding, sampling, generator, decoder_captions, start=start)
+
+    @property
+    def small_network(self) -> Decoder:
+        return self.decoder
+
+    def small_steps(self, sampling: SamplingConfig) -> int:
+        return sampling.decoder.num_steps
+
+    @torch.no_grad()
+    def sample_small(
+        self,
+        captions: Sequence[str],
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        *,
+        negative: Sequence[str] | None = None,
+        known: Tensor | None = None,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor:
+        given = self.captions(captions, sampling, negative)
+        embedding = self.embed_captions(list(captions), sampling, generator, negative)
+        with autocast(sampling.precision, self.device):
+            return self.decoder.sample(
+                embedding, sampling.decoder, given, known=known, generator=generator, on_step=on_step
+            )
 
     def embed_captions(
         self,
