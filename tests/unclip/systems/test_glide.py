@@ -26,6 +26,7 @@ from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSamplin
 from unclip.systems.glide.generator import GLIDE, GlideObjective, GlideStageConfig
 from unclip.systems.glide.noised_clip import NOISED_CLIP, NoisedClipObjective
 from unclip.systems.glide.stack import GlideSampling, GlideStack
+from unclip.systems.inpainting import inpaint, num_steps
 from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions, save_stack
 from unclip.training import checkpoints
 from unclip.training.precision import autocast
@@ -253,3 +254,28 @@ def test_parts_that_do_not_fit_each_other_are_refused(stack: GlideStack, clip: C
         GlideStack(clip, untokenized)
     with pytest.raises(CheckpointError, match="expected a CLIP and a part glide"):
         GlideStack.load(StackFiles("glide", {}, None))
+
+
+@pytest.mark.parametrize("reads_known", [True, False])
+def test_inpainting_keeps_the_known_pixels_and_follows_the_caption(
+    stack: GlideStack, clip: Clip, reads_known: bool
+) -> None:
+    """With the mask as an input of the network, or with the known pixels put back after every step."""
+    if reads_known:
+        glide = fill_zeros(objective(clip, inpainting=True).model)
+        stack = GlideStack(stack.clip, glide, stack.upsamplers)
+        stack.sampling = SAMPLING
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    known = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    known[..., :8] = True
+    steps: list[int] = []
+    samples = inpaint(stack, images, known, CAPTIONS, seed=1, progress=steps.append)
+    assert sum(steps) == num_steps(stack, SAMPLING, 3) == 4 + 2
+    assert torch.equal(samples[..., :8], images[..., :8]) and samples.isfinite().all()
+    assert torch.equal(samples, inpaint(stack, images, known, CAPTIONS, seed=1))
+    others = (
+        inpaint(stack, images, known, CAPTIONS[::-1], seed=1),
+        inpaint(stack, images, known, CAPTIONS, seed=1, negative=["a blue star"] * 3),
+        inpaint(stack, -images, known, CAPTIONS, seed=1),
+    )
+    assert not any(torch.equal(samples[0, ..., 8:], other[0, ..., 8:]) for other in others)

@@ -26,6 +26,7 @@ from unclip.models.prior import PriorSampling
 from unclip.models.small_images import NO_CAPTIONS, Captions
 from unclip.models.text import caption_features
 from unclip.models.upsampler import UpsamplerConfig, UpsamplerSampling
+from unclip.systems.glide.stack import GlideSampling
 from unclip.systems.system import load_model, sample_captions, seeded
 from unclip.systems.unclip.decoder import DecoderObjective
 from unclip.systems.unclip.prior import PriorObjective
@@ -388,6 +389,7 @@ def test_the_docs_list_all_settings_with_their_defaults() -> None:
     for section, part in {
         "`prior`": PriorSampling(),
         "`decoder`": DecoderSampling(),
+        "`glide`": GlideSampling().glide,
         "`upsamplers.64`": UpsamplerSampling(),
     }.items():
         own = {name: value for name, value in to_dict(part).items() if name not in shared or value != shared[name]}
