@@ -2,7 +2,7 @@
 
 Source: Ramesh et al. 2022, section 2.1. An ADM U-Net conditioned on the CLIP image embedding in two ways: projected and
 added to the timestep embedding, and projected to four extra context tokens that every attention layer reads. The caption, if
-used, enters through the same two paths (`unclip.models.text`). Inpainting: Nichol et al. 2022 (GLIDE), section 2.4.
+used, enters through the same two paths (`unclip.models.text`). Inpainting: Nichol et al. 2022 (GLIDE), section 4.3.
 
 Letters: B batch, E CLIP embedding width, S image size, L text tokens, X context width, D time-embedding width.
 """
