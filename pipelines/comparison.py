@@ -220,9 +220,13 @@ def find_entries(
     for name in names or entry_names(config_of, sweep):
         system, _, key = name.partition("/")
         variant = _find_variant(system, key) if key else Variant(system)
-        found += _swept(name, variant, sweep, lambda *extra, of=system: load(
-            pipeline, run_file, [*extra, *assignments], storage, of
-        ))  # fmt: skip
+        for value, swept in _values(system, sweep):
+            settings = [*variant.assignments, *assignments, *swept]
+            try:
+                config = load(pipeline, run_file, settings, storage, system)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+            found.append(Entry(name, variant.title, config, value))
     if not found:
         raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a shortcut that no system has.")
     return equalise(_with_one_dataset([_for_comparison(entry) for entry in found]), equal)
@@ -235,20 +239,17 @@ def _find_variant(system: str, key: str) -> Variant:
     return variants[key]
 
 
-def _swept(
-    name: str, variant: Variant, sweep: Sweep | None, load_with: Callable[..., PipelineConfig]
-) -> Iterator[Entry]:
-    """Yield an entry for each value of a sweep, or one without a sweep."""
+def _values(system: str, sweep: Sweep | None) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+    """Yield the values of a sweep, each with its assignment; without a sweep, none once."""
     if sweep is None:
-        yield Entry(name, variant.title, load_with(*variant.assignments))
+        yield None, ()
         return
-    system = name.partition("/")[0]
     path = sweep.path(system)
     if path is None:
-        shortcuts = find_system(system).shortcuts
-        raise ConfigError(f"--sweep: the system {system} has no shortcut {sweep.setting!r}. {nearest(sweep.setting, shortcuts)}")
+        known = nearest(sweep.setting, find_system(system).shortcuts)
+        raise ConfigError(f"--sweep: got {sweep.setting!r}, but the system {system} has no such shortcut. {known}")
     for value in sweep.values:
-        yield Entry(name, variant.title, load_with(*variant.assignments, f"{path}={value}"), value)
+        yield value, (f"{path}={value}",)
 
 
 def _for_comparison(entry: Entry) -> Entry:
@@ -325,7 +326,7 @@ def _parts(config: PipelineConfig) -> dict[str, Node]:
 
 
 def _is_same(one: Node, other: Node) -> bool:
-    return without_operational(one.config) == without_operational(other.config)
+    return bool(without_operational(one.config) == without_operational(other.config))
 
 
 def _with_length(config: PipelineConfig, node: Node, num_samples: float) -> PipelineConfig:
@@ -347,9 +348,7 @@ def trainings(config: PipelineConfig) -> tuple[Training, ...]:
     for name, node in _parts(config).items():
         assert node.stage.part is not None
         compute = count(node.stage.part.network(node.config, shapes))
-        found.append(
-            Training(name, node.config.trainer.num_samples, compute.flops_per_sample, compute.parameters)
-        )
+        found.append(Training(name, node.config.trainer.num_samples, compute.flops_per_sample, compute.parameters))
     return tuple(found)
 
 
@@ -403,7 +402,9 @@ def collect(
         dag = dags.up_to(compose(prepare(entry.config)), EVALUATE)
         artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
         if EVALUATE not in artifacts:
-            raise AlreadyRunningError(f"{entry.label}: its results are gone, as after a takedown. Run the same command again.")
+            raise AlreadyRunningError(
+                f"{entry.label}: its results are gone, as after a takedown. Run the same command again."
+            )
         for name, artifact in artifacts.items():
             used.setdefault(name, set()).add(artifact.fingerprint)
         if not rows:

@@ -150,9 +150,7 @@ def _must_repeat(dag: dags.Dag, failures: Sequence[Failure], run: Run, store: St
     return bool(tombstones.recorded(store)) or files.stamp(store.uri(TOMBSTONES)) != before
 
 
-def _finish(
-    config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store, writes_results: bool
-) -> dict[str, Any]:
+def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store, writes_results: bool) -> dict[str, Any]:
     artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
     summary = summarise(pipeline, artifacts)
     if writes_results:

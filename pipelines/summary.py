@@ -76,9 +76,7 @@ def write_results(
     seals.cover(folder)
 
 
-def print_summary(
-    summary: Mapping[str, Any], store: Store, config: PipelineConfig, name: str | None = None
-) -> None:
+def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConfig, name: str | None = None) -> None:
     """Print the summary of a run; `name` as for `write_results`."""
     name = name or summary["pipeline"]
     lines = [""]

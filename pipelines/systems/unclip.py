@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.dag import Binder
 from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import Pipeline, Variant
 from tasks.stage import Resources
 from tasks.stages.download import DownloadConfig
 from tasks.stages.evaluate import EvaluateConfig
@@ -160,4 +160,23 @@ def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
     return config.merge({"evaluate": {"sampling": {"upsamplers": sampling}}}, resolved)
 
 
-PIPELINE = Pipeline(UnclipConfig, unclip, resolve, MODEL_SIZES)
+def _reads_captions(config: UnclipConfig) -> bool:
+    return config.decoder.model.text != "none"
+
+
+CAPTIONS = "decoder.model.text=clip"
+VARIANTS = {
+    "text_embedding": Variant(
+        "unclip, text embedding in the prior's place", ("evaluate.sampling.image_embedding=text_embedding",)
+    ),
+    "no_caption": Variant(
+        "unclip, decoder without caption", ("evaluate.sampling.decoder.reads_captions=false",), _reads_captions
+    ),
+    "autoregressive": Variant(
+        "unclip, autoregressive prior", ("prior.kind=autoregressive",), lambda config: config.prior.kind == "diffusion"
+    ),
+    "captions": Variant("unclip, decoder that reads captions", (CAPTIONS,), lambda config: not _reads_captions(config)),
+    "caption_alone": Variant("unclip, caption alone", (CAPTIONS, "evaluate.sampling.image_embedding=none")),
+}  # Ramesh et al. 2022, section 5.1
+
+PIPELINE = Pipeline(UnclipConfig, unclip, resolve, MODEL_SIZES, VARIANTS)
