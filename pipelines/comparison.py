@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pipelines import dag as dags
@@ -166,6 +167,8 @@ class Comparison:
     rows: list[Row]
     captions: list[str]
     """First held-out captions, those of the images."""
+    keys: list[str]
+    """Keys of the rows whose real images are shown."""
     num_captions: dict[str, int]
     """Captions by group."""
     failures: dict[str, str]
@@ -229,7 +232,7 @@ def find_entries(
             found.append(Entry(name, variant.title, config, value))
     if not found:
         raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a shortcut that no system has.")
-    return equalise(_with_one_dataset([_for_comparison(entry) for entry in found]), equal)
+    return equalise(with_one_dataset([_for_comparison(entry) for entry in found]), equal)
 
 
 def _find_variant(system: str, key: str) -> Variant:
@@ -265,7 +268,7 @@ def _for_comparison(entry: Entry) -> Entry:
     return dataclasses.replace(entry, config=dataclasses.replace(entry.config, evaluate=extended))
 
 
-def _with_one_dataset(entries: list[Entry]) -> list[Entry]:
+def with_one_dataset(entries: list[Entry]) -> list[Entry]:
     """Store images at the largest resolution that an entry needs; check that the dataset's other settings are the same.
 
     Raises:
@@ -377,10 +380,12 @@ def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipErro
 def _run(pipeline: str, entry: Entry, until: str) -> None:
     import ray
 
+    is_own = not ray.is_initialized()
     try:
         run_pipeline(pipeline, entry.config, until=until, writes_results=False)
     finally:
-        ray.shutdown()  # the next run starts or joins a cluster for its own settings
+        if is_own:
+            ray.shutdown()  # the next run starts or joins a cluster for its own settings
 
 
 def collect(
@@ -395,6 +400,7 @@ def collect(
     rows: list[Row] = []
     used: dict[str, set[str]] = {}
     captions: list[str] = []
+    keys: list[str] = []
     num_captions: dict[str, int] = {}
     for entry in entries:
         if entry.label in failures:
@@ -408,13 +414,14 @@ def collect(
         for name, artifact in artifacts.items():
             used.setdefault(name, set()).add(artifact.fingerprint)
         if not rows:
-            real, captions = real_images(entry.config, artifacts)
+            real, shown = real_images(entry.config, artifacts)
             rows.append(real)
+            captions, keys = shown["caption"].to_pylist(), shown["key"].to_pylist()
             num_captions = dict(artifacts[EVALUATE].facts["captions"])
         rows.append(_row(entry, dag, artifacts))
     told = {label: str(error) for label, error in failures.items()}
     fingerprints = {name: sorted(found) for name, found in used.items()}
-    return Comparison(pipeline, store.root, equal, sweep, rows, captions, num_captions, told, fingerprints)
+    return Comparison(pipeline, store.root, equal, sweep, rows, captions, keys, num_captions, told, fingerprints)
 
 
 def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
@@ -434,11 +441,11 @@ def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
     )
 
 
-def real_images(config: PipelineConfig, artifacts: Mapping[str, Artifact]) -> tuple[Row, list[str]]:
+def real_images(config: PipelineConfig, artifacts: Mapping[str, Artifact]) -> tuple[Row, pa.Table]:
     """Measure real images like those of a system: held-out ones, and rendered ones for the other captions of scenes.
 
     Returns:
-        Also the captions of its images.
+        Also the rows whose images it shows: key, caption.
     """
     snapshot, facts = Snapshot.of(artifacts["curate"].facts), artifacts["clip"].facts
     clip, reference = ClipFiles(facts["model"], facts["pretrained"]).load(), heldout_embeddings(snapshot)
@@ -470,7 +477,7 @@ def real_images(config: PipelineConfig, artifacts: Mapping[str, Artifact]) -> tu
         if group == "heldout" and joined.scenes is not None:
             correct = joined.scenes.all_correct()[: config.evaluate.num_kept]
     tiles = np.concatenate(shown)[: config.evaluate.num_kept]
-    return Row(REAL, REAL, None, None, values, images=tiles, correct=correct), groups["heldout"][: len(tiles)]
+    return Row(REAL, REAL, None, None, values, images=tiles, correct=correct), pairs.slice(0, len(tiles))
 
 
 @torch.no_grad()

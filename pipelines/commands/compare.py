@@ -1,6 +1,7 @@
 """Command that trains and samples several systems on the same dataset, and compares them."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from pipelines.options import CONFIG, JSON, PIPELINE, SET, STORAGE, complete, pr
 from pipelines.preset import system_names
 
 if TYPE_CHECKING:
-    from pipelines.comparison import Comparison, Entry
+    from pipelines.comparison import Comparison, Entry, Row
 
 
 def _complete(_: click.Context, __: click.Parameter, start: str) -> list[CompletionItem]:
@@ -99,22 +100,21 @@ def _write(result: "Comparison", entries: "Sequence[Entry]") -> str:
     from pipelines.comparison import settings_of
     from pipelines.records import close_run, open_run
     from tasks.store import Store
-    from tasks.tracking import flatten
+    from tasks.tracking import PREVIEW_KEYS, PREVIEWS
     from unclip import files, seals
 
     kind = "comparison" if result.sweep is None else f"sweep-{result.sweep.name}"
     name = "-".join([result.pipeline, kind, *([] if result.equal is None else ["equal", result.equal])])
-    store = Store(result.storage)
+    store, images = Store(result.storage), f"{PREVIEWS}/images.png"
     folder = store.uri("results", name)
-    figures = {"images.png": comparison_page.draw_images(result), "table.png": comparison_page.draw_table(result)}
+    # The keys tell a takedown whose images are shown.
+    contents = {PREVIEW_KEYS: json.dumps(result.keys).encode(), images: comparison_page.draw_images(result)}
     if result.sweep is not None:
-        figures = {"sweep.png": comparison_page.draw_sweep(result), **figures}
-    shown = [name for name in figures if name != "table.png"]
-    contents = {
-        **figures,
-        "table.md": comparison_page.markdown(result).encode(),
-        "table.html": comparison_page.page(result, shown).encode(),
-    }
+        contents["sweep.png"] = comparison_page.draw_sweep(result)
+    contents["table.png"] = comparison_page.draw_table(result)
+    contents["table.md"] = comparison_page.markdown(result).encode()
+    figures = [name for name in ("sweep.png", images) if name in contents]
+    contents["table.html"] = comparison_page.page(result, figures).encode()
     sweep = [] if result.sweep is None else ["--sweep", f"{result.sweep.setting}={','.join(result.sweep.values)}"]
     equal = [] if result.equal is None else ["--equal", result.equal]
     names = ",".join(dict.fromkeys(entry.name for entry in entries))
@@ -128,20 +128,27 @@ def _write(result: "Comparison", entries: "Sequence[Entry]") -> str:
 
     run = open_run(result.pipeline, entries[0].config, store)
     try:
-        run.tracker.tags({"unclip.comparison": name})
-        for row in result.rows:
-            where = row.name if row.value is None else f"{row.name}.{row.value}"
-            costs = {"parameters": row.parameters, "training_flops": row.flops, "training_samples": row.num_samples}
-            costs |= {"training_seconds": row.training_seconds, "seconds_per_image": row.seconds_per_image}
-            known = {key: value for key, value in {**flatten(row.metrics), **costs}.items() if value is not None}
-            run.tracker.metrics({f"{where}.{key}": value for key, value in known.items()})
+        tracker = run.tracker.child(run.experiment_id, name, shows_rows=True)
+        tracker.metrics({key: value for row in result.rows for key, value in _measured(row).items()})
         for file_name, data in contents.items():
-            run.tracker.bytes(data, file_name)
-        run.tracker.json(store.portable(summary), "summary.json")
-        run.tracker.json(store.portable({"entries": settings_of(entries)}), "configs.json")
+            tracker.bytes(data, file_name)
+        tracker.json(store.portable(summary), "summary.json")
+        tracker.json(store.portable({"entries": settings_of(entries)}), "configs.json")
+        tracker.end()
     finally:
         close_run(run, store, "failed" if result.failures else "done")
     return folder
+
+
+def _measured(row: "Row") -> dict[str, float]:
+    """Numbers of a row, with its name before theirs."""
+    from tasks.tracking import flatten
+
+    where = row.name if row.value is None else f"{row.name}.{row.value}"
+    values = flatten(
+        {key: value for key, value in row.document().items() if key not in ("trainings", "label", "value")}
+    )
+    return {f"{where}.{key}": value for key, value in values.items() if isinstance(value, (int, float))}
 
 
 COMMANDS = (compare,)
