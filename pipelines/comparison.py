@@ -31,7 +31,7 @@ from tasks.store import Store
 from unclip import files, imaging
 from unclip.config import nearest, to_dict, without_operational
 from unclip.data import Places, RowReader
-from unclip.errors import AlreadyRunningError, ConfigError, StageError, StoppedError, UnclipError
+from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
 from unclip.evaluation import scenes
 from unclip.evaluation.metrics import METRICS, Sampled, concatenate, extract_features
 from unclip.models import clip as clip_models
@@ -408,7 +408,7 @@ def collect(
         dag = dags.up_to(compose(prepare(entry.config)), EVALUATE)
         artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
         if EVALUATE not in artifacts:
-            raise AlreadyRunningError(
+            raise StageError(
                 f"{entry.label}: its results are gone, as after a takedown. Run the same command again."
             )
         for name, artifact in artifacts.items():
