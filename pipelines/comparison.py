@@ -408,9 +408,7 @@ def collect(
         dag = dags.up_to(compose(prepare(entry.config)), EVALUATE)
         artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
         if EVALUATE not in artifacts:
-            raise StageError(
-                f"{entry.label}: its results are gone, as after a takedown. Run the same command again."
-            )
+            raise StageError(f"{entry.label}: its results are gone, as after a takedown. Run the same command again.")
         for name, artifact in artifacts.items():
             used.setdefault(name, set()).add(artifact.fingerprint)
         if not rows:
