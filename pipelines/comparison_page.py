@@ -102,10 +102,13 @@ def _cell(column: Column, row: Row) -> str:
 
 
 def _is_best(column: Column, row: Row, rows: Sequence[Row]) -> bool:
-    """Tell if a row has the best value of all systems, to the digits that are shown; real images do not compete."""
+    """Tell if a row has the best value of the systems, to the digits that are shown; not if all have it.
+
+    Real images do not compete.
+    """
     values = [value for each in rows if each.system is not None and (value := column.value(each)) is not None]
     value = column.value(row)
-    if not column.better or row.system is None or value is None or len(values) < 2:
+    if not column.better or row.system is None or value is None or len({*map(column.form, values)}) < 2:
         return False
     best = max(values) if column.better > 0 else min(values)
     return column.form(value) == column.form(best)
