@@ -29,7 +29,7 @@ from tasks.stage import Artifact
 from tasks.stages.evaluate import caption_groups, heldout_embeddings, heldout_pairs
 from tasks.store import Store
 from unclip import files, imaging
-from unclip.config import nearest, to_dict, without_operational
+from unclip.config import fingerprint, nearest, to_dict, without_operational
 from unclip.data import Places, RowReader
 from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
 from unclip.evaluation import scenes
@@ -40,7 +40,8 @@ from unclip.models.text import TextShape
 from unclip.systems.part import Shapes
 from unclip.systems.system import ClipFiles, find_system
 from unclip.training.batches import load_images
-from unclip.training.memory import count
+from unclip.training.memory import Compute, count
+from unclip.training.settings import TrainerConfig
 
 Equal = Literal["samples", "flop"]
 """Quantity that is made equal for all entries: samples of the costliest part, or FLOPs of all own parts."""
@@ -349,10 +350,23 @@ def trainings(config: PipelineConfig) -> tuple[Training, ...]:
     shapes = Shapes(clip.embedding_dim, TextShape(clip.text_length, clip.text_width, clip.vocab_size))
     found = []
     for name, node in _parts(config).items():
-        assert node.stage.part is not None
-        compute = count(node.stage.part.network(node.config, shapes))
+        compute = _count(node, config.clip.model, shapes)
         found.append(Training(name, node.config.trainer.num_samples, compute.flops_per_sample, compute.parameters))
     return tuple(found)
+
+
+def _count(node: Node, clip: str, shapes: Shapes) -> Compute:
+    """Count a part, or return what was counted before for the same network: many entries share one."""
+    assert node.stage.part is not None
+    settings = to_dict(dataclasses.replace(node.config, trainer=TrainerConfig()))
+    key = fingerprint(node.stage.part.name, settings, clip)
+    if key not in _COUNTED:
+        _COUNTED[key] = count(node.stage.part.network(node.config, shapes))
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, Compute] = {}
+"""Networks that this process has counted, by the fingerprints of their settings."""
 
 
 def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipError]:
