@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pipelines import dag as dags
@@ -28,9 +29,9 @@ from tasks.stage import Artifact
 from tasks.stages.evaluate import caption_groups, heldout_embeddings, heldout_pairs
 from tasks.store import Store
 from unclip import files, imaging
-from unclip.config import nearest, to_dict, without_operational
+from unclip.config import fingerprint, nearest, to_dict, without_operational
 from unclip.data import Places, RowReader
-from unclip.errors import AlreadyRunningError, ConfigError, StageError, StoppedError, UnclipError
+from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
 from unclip.evaluation import scenes
 from unclip.evaluation.metrics import METRICS, Sampled, concatenate, extract_features
 from unclip.models import clip as clip_models
@@ -39,7 +40,8 @@ from unclip.models.text import TextShape
 from unclip.systems.part import Shapes
 from unclip.systems.system import ClipFiles, find_system
 from unclip.training.batches import load_images
-from unclip.training.memory import count
+from unclip.training.memory import Compute, count
+from unclip.training.settings import TrainerConfig
 
 Equal = Literal["samples", "flop"]
 """Quantity that is made equal for all entries: samples of the costliest part, or FLOPs of all own parts."""
@@ -166,6 +168,8 @@ class Comparison:
     rows: list[Row]
     captions: list[str]
     """First held-out captions, those of the images."""
+    keys: list[str]
+    """Keys of the rows whose real images are shown."""
     num_captions: dict[str, int]
     """Captions by group."""
     failures: dict[str, str]
@@ -220,12 +224,16 @@ def find_entries(
     for name in names or entry_names(config_of, sweep):
         system, _, key = name.partition("/")
         variant = _find_variant(system, key) if key else Variant(system)
-        found += _swept(name, variant, sweep, lambda *extra, of=system: load(
-            pipeline, run_file, [*extra, *assignments], storage, of
-        ))  # fmt: skip
+        for value, swept in _values(system, sweep):
+            settings = [*variant.assignments, *assignments, *swept]
+            try:
+                config = load(pipeline, run_file, settings, storage, system)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+            found.append(Entry(name, variant.title, config, value))
     if not found:
         raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a shortcut that no system has.")
-    return equalise(_with_one_dataset([_for_comparison(entry) for entry in found]), equal)
+    return equalise(with_one_dataset([_for_comparison(entry) for entry in found]), equal)
 
 
 def _find_variant(system: str, key: str) -> Variant:
@@ -235,22 +243,17 @@ def _find_variant(system: str, key: str) -> Variant:
     return variants[key]
 
 
-def _swept(
-    name: str, variant: Variant, sweep: Sweep | None, load_with: Callable[..., PipelineConfig]
-) -> Iterator[Entry]:
-    """Yield an entry for each value of a sweep, or one without a sweep."""
+def _values(system: str, sweep: Sweep | None) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+    """Yield the values of a sweep, each with its assignment; without a sweep, none once."""
     if sweep is None:
-        yield Entry(name, variant.title, load_with(*variant.assignments))
+        yield None, ()
         return
-    system = name.partition("/")[0]
     path = sweep.path(system)
     if path is None:
-        shortcuts = find_system(system).shortcuts
-        raise ConfigError(
-            f"--sweep: the system {system} has no shortcut {sweep.setting!r}. {nearest(sweep.setting, shortcuts)}"
-        )
+        known = nearest(sweep.setting, find_system(system).shortcuts)
+        raise ConfigError(f"--sweep: got {sweep.setting!r}, but the system {system} has no such shortcut. {known}")
     for value in sweep.values:
-        yield Entry(name, variant.title, load_with(*variant.assignments, f"{path}={value}"), value)
+        yield value, (f"{path}={value}",)
 
 
 def _for_comparison(entry: Entry) -> Entry:
@@ -266,7 +269,7 @@ def _for_comparison(entry: Entry) -> Entry:
     return dataclasses.replace(entry, config=dataclasses.replace(entry.config, evaluate=extended))
 
 
-def _with_one_dataset(entries: list[Entry]) -> list[Entry]:
+def with_one_dataset(entries: list[Entry]) -> list[Entry]:
     """Store images at the largest resolution that an entry needs; check that the dataset's other settings are the same.
 
     Raises:
@@ -327,7 +330,7 @@ def _parts(config: PipelineConfig) -> dict[str, Node]:
 
 
 def _is_same(one: Node, other: Node) -> bool:
-    return without_operational(one.config) == without_operational(other.config)
+    return bool(without_operational(one.config) == without_operational(other.config))
 
 
 def _with_length(config: PipelineConfig, node: Node, num_samples: float) -> PipelineConfig:
@@ -347,10 +350,23 @@ def trainings(config: PipelineConfig) -> tuple[Training, ...]:
     shapes = Shapes(clip.embedding_dim, TextShape(clip.text_length, clip.text_width, clip.vocab_size))
     found = []
     for name, node in _parts(config).items():
-        assert node.stage.part is not None
-        compute = count(node.stage.part.network(node.config, shapes))
+        compute = _count(node, config.clip.model, shapes)
         found.append(Training(name, node.config.trainer.num_samples, compute.flops_per_sample, compute.parameters))
     return tuple(found)
+
+
+def _count(node: Node, clip: str, shapes: Shapes) -> Compute:
+    """Count a part, or return what was counted before for the same network: many entries share one."""
+    assert node.stage.part is not None
+    settings = to_dict(dataclasses.replace(node.config, trainer=TrainerConfig()))
+    key = fingerprint(node.stage.part.name, settings, clip)
+    if key not in _COUNTED:
+        _COUNTED[key] = count(node.stage.part.network(node.config, shapes))
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, Compute] = {}
+"""Networks that this process has counted, by the fingerprints of their settings."""
 
 
 def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipError]:
@@ -378,10 +394,12 @@ def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipErro
 def _run(pipeline: str, entry: Entry, until: str) -> None:
     import ray
 
+    is_own = not ray.is_initialized()
     try:
         run_pipeline(pipeline, entry.config, until=until, writes_results=False)
     finally:
-        ray.shutdown()  # the next run starts or joins a cluster for its own settings
+        if is_own:
+            ray.shutdown()  # the next run starts or joins a cluster for its own settings
 
 
 def collect(
@@ -396,6 +414,7 @@ def collect(
     rows: list[Row] = []
     used: dict[str, set[str]] = {}
     captions: list[str] = []
+    keys: list[str] = []
     num_captions: dict[str, int] = {}
     for entry in entries:
         if entry.label in failures:
@@ -403,19 +422,18 @@ def collect(
         dag = dags.up_to(compose(prepare(entry.config)), EVALUATE)
         artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
         if EVALUATE not in artifacts:
-            raise AlreadyRunningError(
-                f"{entry.label}: its results are gone, as after a takedown. Run the same command again."
-            )
+            raise StageError(f"{entry.label}: its results are gone, as after a takedown. Run the same command again.")
         for name, artifact in artifacts.items():
             used.setdefault(name, set()).add(artifact.fingerprint)
         if not rows:
-            real, captions = real_images(entry.config, artifacts)
+            real, shown = real_images(entry.config, artifacts)
             rows.append(real)
+            captions, keys = shown["caption"].to_pylist(), shown["key"].to_pylist()
             num_captions = dict(artifacts[EVALUATE].facts["captions"])
         rows.append(_row(entry, dag, artifacts))
     told = {label: str(error) for label, error in failures.items()}
     fingerprints = {name: sorted(found) for name, found in used.items()}
-    return Comparison(pipeline, store.root, equal, sweep, rows, captions, num_captions, told, fingerprints)
+    return Comparison(pipeline, store.root, equal, sweep, rows, captions, keys, num_captions, told, fingerprints)
 
 
 def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
@@ -435,11 +453,11 @@ def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
     )
 
 
-def real_images(config: PipelineConfig, artifacts: Mapping[str, Artifact]) -> tuple[Row, list[str]]:
+def real_images(config: PipelineConfig, artifacts: Mapping[str, Artifact]) -> tuple[Row, pa.Table]:
     """Measure real images like those of a system: held-out ones, and rendered ones for the other captions of scenes.
 
     Returns:
-        Also the captions of its images.
+        Also the rows whose images it shows: key, caption.
     """
     snapshot, facts = Snapshot.of(artifacts["curate"].facts), artifacts["clip"].facts
     clip, reference = ClipFiles(facts["model"], facts["pretrained"]).load(), heldout_embeddings(snapshot)
@@ -471,7 +489,7 @@ def real_images(config: PipelineConfig, artifacts: Mapping[str, Artifact]) -> tu
         if group == "heldout" and joined.scenes is not None:
             correct = joined.scenes.all_correct()[: config.evaluate.num_kept]
     tiles = np.concatenate(shown)[: config.evaluate.num_kept]
-    return Row(REAL, REAL, None, None, values, images=tiles, correct=correct), groups["heldout"][: len(tiles)]
+    return Row(REAL, REAL, None, None, values, images=tiles, correct=correct), pairs.slice(0, len(tiles))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.dag import Binder
 from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import Pipeline, Variant
 from tasks.stage import Resources
 from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
@@ -105,4 +105,32 @@ def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
     return config.merge({"evaluate": {"sampling": {"upsamplers": chain.sampling}}}, resolved)
 
 
-PIPELINE = Pipeline(UnclipConfig, unclip, resolve, MODEL_SIZES)
+def _reads_captions(config: UnclipConfig) -> bool:
+    return config.decoder.model.text != "none"
+
+
+def _reads_none(config: UnclipConfig) -> bool:
+    return not _reads_captions(config)
+
+
+_TEXT_EMBEDDING = "evaluate.sampling.image_embedding=text_embedding"
+_NO_EMBEDDING = "evaluate.sampling.image_embedding=none"
+_CAPTIONS = "decoder.model.text=clip"
+VARIANTS = {
+    "text_embedding": Variant("unclip, text embedding in the prior's place", (_TEXT_EMBEDDING,)),
+    "no_caption": Variant(
+        "unclip, decoder without caption", ("evaluate.sampling.decoder.reads_captions=false",), _reads_captions
+    ),
+    "caption_alone": Variant("unclip, caption alone", (_NO_EMBEDDING,), _reads_captions),
+    "autoregressive": Variant(
+        "unclip, autoregressive prior", ("prior.kind=autoregressive",), lambda config: config.prior.kind == "diffusion"
+    ),
+    "captions": Variant("unclip, decoder reads captions", (_CAPTIONS,), _reads_none),
+    "captions_text_embedding": Variant(
+        "unclip, decoder reads captions, text embedding in the prior's place", (_CAPTIONS, _TEXT_EMBEDDING), _reads_none
+    ),
+    "captions_alone": Variant("unclip, decoder reads captions, caption alone", (_CAPTIONS, _NO_EMBEDDING), _reads_none),
+}
+"""Rows of the ablation in section 5.1 of Ramesh et al. 2022, and the other prior; those that need no other training first."""
+
+PIPELINE = Pipeline(UnclipConfig, unclip, resolve, MODEL_SIZES, VARIANTS)

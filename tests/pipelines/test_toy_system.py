@@ -26,15 +26,16 @@ from pipelines.commands.run import run
 from pipelines.config import load, shared_settings
 from pipelines.dag import Binder
 from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import Pipeline, Variant
 from pipelines.systems.unclip import UnclipConfig
 from tasks import tables
 from tasks.snapshots import Snapshot
 from tasks.stage import Resources as StageResource
-from tasks.stages.evaluate import EvaluateConfig
+from tasks.stages.evaluate import EvaluateConfig, heldout_pairs
 from tasks.stages.train import train
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tasks.verification import state_of, survey
 from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, call_json, read_record
 from unclip import files
 from unclip.data import Batch
@@ -195,7 +196,8 @@ def toy(bind: Binder) -> Any:
     return finish(bind, data, data.clip, painter)
 
 
-PIPELINE = Pipeline(ToyConfig, toy)
+VARIANTS = {"uneven": Variant("toy, uneven", ("painter.trainer.batch_size=33", "resources.num_workers=2"))}
+PIPELINE = Pipeline(ToyConfig, toy, variants=VARIANTS)
 
 # The package, and the tests
 
@@ -509,15 +511,63 @@ def test_f71_a_copy_neither_reads_nor_writes_the_original(
     assert {path: path.read_text() for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_a_takedown_finds_its_previews(finished: Path) -> None:
+@pytest.fixture(scope="module")
+def compared(finished: Path, run_file: Path) -> Path:
+    """Folder of a comparison of the toy with a variant that cannot be trained."""
+    systems = ("--systems", "toy/uneven,toy")
+    result = call_apart("compare", "tiny", *systems, "--config", run_file, "--storage", finished)
+    assert result.returncode == 2, "the exit code of the system that failed"
+    assert "toy, uneven: painter.trainer.batch_size: got 33" in result.stderr, result.stdout + result.stderr
+    assert re.search(r"^toy +[01]\.\d{3} ", result.stdout, re.MULTILINE), result.stdout
+    return finished / "results" / "tiny-comparison"
+
+
+def test_it_is_compared_though_another_system_fails(compared: Path, finished: Path, run_file: Path) -> None:
+    systems = ("--systems", "toy/uneven,toy")
+    document = call_json("compare", "tiny", *systems, "--config", run_file, "--storage", finished, code=2)
+    assert [row["name"] for row in document["rows"]] == ["real images", "toy"]
+    assert list(document["failures"]) == ["toy, uneven"]
+    real, toy = document["rows"]
+    assert set(toy["metrics"]) == set(real["metrics"]) == {"heldout", "unseen", "relations", "repeated"}
+    assert real["metrics"]["heldout"]["accuracy.colour"] > 0.9 and real["metrics"]["relations"]["swapped.colour"] == 0
+    assert real["metrics"]["repeated"]["place_entropy"] > 0 and toy["metrics"]["repeated"]["pairwise_distance"] > 0
+    assert toy["parameters"] == 64 * 64 + 64 + 64 * 768 + 768 and toy["training_samples"] == 1024
+    assert toy["training_flops"] == pytest.approx(1024 * 6 * (64 * 64 + 64 * 768), rel=0.05)
+    assert toy["training_seconds"] > 0 and toy["seconds_per_image"] > 0
+    names = {path.relative_to(compared).as_posix() for path in compared.rglob("*") if path.is_file()}
+    assert names == {
+        "summary.json",
+        "table.html",
+        "table.md",
+        "table.png",
+        "previews/images.png",
+        "previews/keys.json",
+        "manifest.json",
+    }
+    shown = json.loads((compared / "previews" / "keys.json").read_text())
+    heldout = heldout_pairs(Snapshot.of(record(finished, "curate")["facts"]))["key"].to_pylist()
+    assert shown == heldout[: len(shown)] and 1 < len(shown) <= 6
+    kept = read_record(finished, "results", "tiny-comparison", "summary.json")["artifacts"]["evaluate"]
+    assert set(kept) < {path.stem for path in (finished / "stages" / "evaluate").glob("*.json")}
+
+
+def test_results_of_a_comparison_are_verified(compared: Path, finished: Path) -> None:
+    items = [item for item in survey(Store(str(finished))) if "tiny-comparison" in item.uri]
+    assert items and {state_of(item) for item in items} == {"sound"}
+    assert "unclip compare tiny --systems toy" in items[0].remedy
+
+
+def test_a_takedown_finds_its_previews(finished: Path, compared: Path) -> None:
     """The last test, since it deletes from the storage."""
     folder = Path(record(finished, "painter")["uri"]).parent
-    shown = json.loads((folder / PREVIEW_KEYS).read_text())
+    compared_keys = json.loads((compared / PREVIEW_KEYS).read_text())
+    shown = [key for key in json.loads((folder / PREVIEW_KEYS).read_text()) if key in compared_keys]
     assert any((folder / PREVIEWS).iterdir())
     document = call_json("takedown", "--key", shown[0], "--storage", finished)
     assert document["keys"] == [shown[0]]
     names = {run["id"]: run["name"] for run in document["runs"]}
     assert {"painter", "publish"} <= set(names.values())
-    assert {names[run] for run in document["deleted_previews"]} == {"painter"}
+    assert {names[run] for run in document["deleted_previews"]} == {"painter", "tiny-comparison"}
     assert [model["name"] for model in document["models"]] == ["toy"]
     assert not (folder / PREVIEWS).exists() or not any((folder / PREVIEWS).iterdir())
+    assert not (compared / PREVIEWS).exists(), "the figure of a comparison shows real images"
