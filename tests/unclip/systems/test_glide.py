@@ -25,6 +25,7 @@ from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 from unclip.systems.glide.generator import GLIDE, GlideObjective, GlideStageConfig
 from unclip.systems.glide.noised_clip import NOISED_CLIP, NoisedClipObjective
+from unclip.systems.glide.sizes import MODEL_SIZES
 from unclip.systems.glide.stack import GlideSampling, GlideStack
 from unclip.systems.inpainting import inpaint, num_steps
 from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions, save_stack
@@ -177,6 +178,14 @@ def test_the_image_encoder_learns_captions_of_noised_images(clip: Clip) -> None:
     again.load_state_dict(trained.model.state_dict())
     x, t = tensors["images"], torch.zeros(8, dtype=torch.int64)
     torch.testing.assert_close(again.eval().embed(x, t), trained.model.eval().embed(x, t))
+
+
+@pytest.mark.parametrize(("name", "factor"), [("demo", 0.1), ("glide", 1.0)])
+def test_the_text_transformer_of_the_demo_learns_slower(name: str, factor: float) -> None:
+    section = MODEL_SIZES[name].glide
+    assert section.text_learning_rate == factor
+    with pytest.raises(ConfigError, match="text_learning_rate: got 0"):
+        dataclasses.replace(section, text_learning_rate=0.0)
 
 
 # The stack

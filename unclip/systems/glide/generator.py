@@ -27,10 +27,14 @@ class GlideStageConfig:
     """The network and its diffusion process."""
     trainer: TrainerConfig = TrainerConfig()
     """Training settings."""
+    text_learning_rate: float = 1.0
+    """Learning rate of the text Transformer, as a factor of the trainer's. If a short training has a high one, the states of
+    words that the U-Net does not read yet change faster than it learns to read them."""
     preview: ImageSampling = operational(ImageSampling(num_steps=25))
     """Sampling settings of the previews."""
 
     def __post_init__(self) -> None:
+        require(self.text_learning_rate > 0, "text_learning_rate", self.text_learning_rate, "a positive number")
         expected = "another sampler: its score is measured after the training"
         require(self.preview.sampler != "analytic_dpm", "preview.sampler", self.preview.sampler, expected)
         scale = self.preview.clip_guidance_scale
@@ -48,8 +52,10 @@ class GlideObjective:
         clip: Clip,
         preview: Batch,
         preview_sampling: ImageSampling = GlideStageConfig.preview,
+        text_learning_rate: float = 1.0,
     ) -> None:
         """Args: clip: gives the tokenizer."""
+        self.learning_rate_factors = {"text": text_learning_rate}
         self.config = config
         shape = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
         self.model: Glide = Glide(config, shape).to(memory_format=torch.channels_last)
@@ -100,7 +106,8 @@ def _build(facts: Mapping[str, Any]) -> Glide:
 
 
 def _objective(config: GlideStageConfig, inputs: TrainingInputs) -> GlideObjective:
-    return GlideObjective(config.model, inputs.clip(), inputs.preview_rows(), config.preview)
+    preview = inputs.preview_rows()
+    return GlideObjective(config.model, inputs.clip(), preview, config.preview, config.text_learning_rate)
 
 
 def _network(config: GlideStageConfig, shapes: Shapes) -> Network:

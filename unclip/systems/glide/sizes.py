@@ -73,11 +73,13 @@ def _size(
     noised_clip_trainer: TrainerConfig,
     num_parameters: ParameterCounts,
     num_samples: int | None = None,
+    text_learning_rate: float = 1.0,
 ) -> ModelSize:
     """Size with the U-Net, the training and the upsamplers of one of unCLIP's.
 
     Args:
         num_samples: samples of the generator's training; None for those of unCLIP's decoder.
+        text_learning_rate: see `GlideStageConfig`.
     """
     size = unclip_sizes.MODEL_SIZES[unclip_size]
     decoder, sampling = size.decoder, size.sampling
@@ -87,7 +89,7 @@ def _size(
         noised_clip, image_size=decoder.model.unet.image_size, diffusion=decoder.model.diffusion
     )
     return ModelSize(
-        GlideStageConfig(model, trainer),
+        GlideStageConfig(model, trainer, text_learning_rate),
         NoisedClipStageConfig(noised_clip, noised_clip_trainer),
         size.upsamplers,
         size.clip,
@@ -104,7 +106,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
     # 16 and 64 pixels; minutes on two CPUs
     "demo": _size(
         "demo",
-        TextTransformerConfig(width=96, depth=3, num_heads=3),
+        TextTransformerConfig(width=96, depth=1, num_heads=3),
         NoisedClipConfig(patch_size=4, width=128, depth=4, num_heads=4),
         TrainerConfig(
             num_samples=48_000,
@@ -116,7 +118,8 @@ MODEL_SIZES: dict[str, ModelSize] = {
             weight_decay=0.05,
             checkpoint_samples=20_000,
         ),
-        ParameterCounts(8_354_883, 843_265),
+        ParameterCounts(8_131_203, 843_265),
+        text_learning_rate=0.1,  # with 1, the generator never reads places
     ),
     # 64 and 256 pixels, with the tokenizer of ViT-B-32; days on one GPU
     "small": _size(
