@@ -377,10 +377,18 @@ def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipErro
         StoppedError: asked to stop.
     """
     failures: dict[str, UnclipError] = {}
-    print(f"\n{pipeline}: the dataset of all systems", flush=True)
-    _run(pipeline, entries[0], DATASET_STAGE)
-    for number, entry in enumerate(entries, 1):
-        print(f"\n{entry.label} ({number} of {len(entries)})", flush=True)
+    for entry in entries:
+        try:
+            prepare(entry.config)
+        except UnclipError as error:
+            failures[entry.label] = error
+            print(f"{entry.label}: {error}", flush=True)
+    ready = [entry for entry in entries if entry.label not in failures]
+    if ready:
+        print(f"\n{pipeline}: the dataset of all systems", flush=True)
+        _run(pipeline, ready[0], DATASET_STAGE)
+    for number, entry in enumerate(ready, 1):
+        print(f"\n{entry.label} ({number} of {len(ready)})", flush=True)
         try:
             _run(pipeline, entry, EVALUATE)
         except StoppedError:
