@@ -22,6 +22,7 @@ from torch import Tensor
 
 from unclip.config import require
 from unclip.errors import ShapeError
+from unclip.models.layers import without_autocast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def degrade(images: Tensor, size: int, config: DegradationConfig, generator: tor
     Returns:
         [B, 3, size, size] in [-1, 1].
     """
-    with torch.autocast(images.device.type, enabled=False):  # bf16 is coarser than the levels of an image
+    with without_autocast(images.device):  # bf16 is coarser than the levels of an image
         if config.kind == "bsr":
             return bsr(images, size, config.bsr, generator)
         small = shrink(images, size)

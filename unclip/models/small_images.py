@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unclip.config import require
-from unclip.diffusion import guidance, sampling
+from unclip.config import added, require
+from unclip.diffusion import guidance, samplers, sampling
 from unclip.diffusion.guidance import LogProbability
 from unclip.diffusion.process import Denoiser, GaussianDiffusion
 from unclip.diffusion.samplers import OnStep, undisturbed
@@ -36,11 +36,15 @@ class ImageSampling(DiffusionSampling):
     strength: float = 0.7
     """Fraction of the process applied to a given start image: 0 returns it, 1 ignores it. Source: Meng et al. 2022
     (SDEdit), section 3."""
+    num_resamplings: int = added(samplers.NUM_RESAMPLINGS)
+    """Denoiser calls of each step of inpainting with a network that was built without it; 1 = no resampling. Source: Lugmayr
+    et al. 2022, algorithm 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.clip_guidance_scale >= 0, "clip_guidance_scale", self.clip_guidance_scale, "at least 0")
         require(0 <= self.strength <= 1, "strength", self.strength, "0 to 1")
+        require(self.num_resamplings >= 1, "num_resamplings", self.num_resamplings, "at least 1")
 
 
 class Captions(NamedTuple):
@@ -89,6 +93,7 @@ def sample_images(
     *,
     mean_squared_score: Tensor | None = None,
     known: Tensor | None = None,
+    resample: bool = False,
     start: Tensor | None = None,
     x_T: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -98,6 +103,7 @@ def sample_images(
 
     Args:
         known: [B, 4, S, S] from `known_region`.
+        resample: for a network that was built without inpainting: fit the other pixels to the known ones by resampling.
         start: [B, 3, S, S], images to start from, with the strength of the settings.
         x_T: [B, 3, S, S]; None draws it from the generator.
     """
@@ -111,6 +117,8 @@ def sample_images(
         mean_squared_score=mean_squared_score,
         start=start,
         strength=settings.strength,
+        known=known_part(known) if resample and known is not None else None,
+        num_resamplings=settings.num_resamplings,
         generator=generator,
         on_step=on_step,
     )
@@ -142,6 +150,11 @@ def known_region(images: Tensor, mask: Tensor) -> Tensor:
         [B, 4, S, S], 0 at unknown pixels. Source: Nichol et al. 2022 (GLIDE), section 2.4.
     """
     return torch.cat([images * mask, mask.to(images.dtype)], dim=1)
+
+
+def known_part(region: Tensor) -> sampling.Known:
+    """Known part [B, 3, S, S] of images, from `known_region`."""
+    return sampling.Known(region[:, :3], region[:, 3:] > 0)
 
 
 def random_masks(batch: int, size: int, generator: torch.Generator) -> Tensor:

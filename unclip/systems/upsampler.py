@@ -15,6 +15,7 @@ from unclip.config import load, merge, nearest, operational, require, to_dict
 from unclip.data import Batch
 from unclip.diffusion.process import augment_condition
 from unclip.diffusion.samplers import OnStep, undisturbed
+from unclip.diffusion.sampling import Known
 from unclip.errors import CheckpointError, ConfigError, ShapeError
 from unclip.models.degradations import degrade, shrink
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
@@ -210,6 +211,7 @@ class UpsampledSystem(nn.Module):
         generator: torch.Generator,
         x_T: Sequence[Tensor] | None = None,
         on_step: Sequence[OnStep] | None = None,
+        known: Sequence[Known] | None = None,
     ) -> Tensor:
         """Apply the upsamplers one after the other.
 
@@ -217,17 +219,19 @@ class UpsampledSystem(nn.Module):
             low_res: [B, 3, s, s] in [-1, 1].
             x_T: initial noise of each upsampler, shaped like its images; None draws it from the generator.
             on_step: hook of each upsampler, called after every step; None for no hooks.
+            known: known pixels of each upsampler's images; None if nothing is known.
 
         Returns:
             [B, 3, S, S] in [-1, 1].
         """
         noises: Sequence[Tensor | None] = x_T or [None] * len(self.upsamplers)
         hooks = on_step or [undisturbed] * len(self.upsamplers)
+        parts: Sequence[Known | None] = known or [None] * len(self.upsamplers)
         with autocast(sampling.precision, self.device):
-            for upsampler, settings, noise, hook in zip(
-                self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, strict=True
+            for upsampler, settings, noise, hook, part in zip(
+                self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, parts, strict=True
             ):
-                low_res = upsampler.sample(low_res, settings, x_T=noise, generator=generator, on_step=hook)
+                low_res = upsampler.sample(low_res, settings, known=part, x_T=noise, generator=generator, on_step=hook)
         return low_res
 
     def upsampler_sampling(self, sampling: UpsampledSampling) -> list[UpsamplerSampling]:

@@ -15,6 +15,7 @@ from tests.unclip.damage import flipped
 from tests.unclip.interop.test_mutated_settings import CHANGES, DELETE, changed, places
 from tests.unclip.systems import tiny_stacks
 from tests.unclip.systems.tiny_stacks import SAMPLING, fitting, with_sampling
+from unclip.config import load, override, to_dict
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 from unclip.files import sha256
 from unclip.systems.system import ClipFiles, StackFiles, load_model, load_system, sample_captions, save_stack, seal
@@ -104,6 +105,9 @@ def test_inpainting_holds_known_pixels_in_every_upsampler(stack: Stack) -> None:
     samples = manipulations.inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING, progress=steps.append)
     assert torch.equal(samples[..., :16], images[..., :16]) and not torch.equal(samples[..., 16:], images[..., 16:])
     assert sum(steps) == manipulations.num_steps(stack, SAMPLING, 2) == 6 + 2 + 3
+    for part in ("decoder", "upsamplers.16", "upsamplers.32"):  # none of which knows masks
+        once = load(SamplingConfig, override(to_dict(SAMPLING), f"{part}.num_resamplings=1"))
+        assert not torch.equal(manipulations.inpaint(stack, images, known, CAPTIONS, seed=1, sampling=once), samples)
     # the second upsampler gets an image whose known half is that of the given image
     seen: list[torch.Tensor] = []
     hook = stack.upsamplers[1].register_forward_pre_hook(lambda _, given: seen.append(given[2]))

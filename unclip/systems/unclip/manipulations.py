@@ -11,6 +11,7 @@ Letters: B images, N frames of each, E CLIP embedding width, K principal compone
 resolution of the last upsampler's.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from unclip.config import require
 from unclip.diffusion import samplers
+from unclip.diffusion.sampling import Known
 from unclip.errors import InputError, ShapeError
 from unclip.models.degradations import shrink
 from unclip.models.small_images import known_region
@@ -70,8 +72,8 @@ def invert(
 ) -> Latents:
     """Invert images to their latents.
 
-    The inversion uses the same guidance as sampling. More `inversion_iterations` make it more exact, and so does float32
-    ("precision") compared with bf16.
+    The inversion uses the same guidance as sampling, but no thresholding, which has no inverse. More `inversion_iterations`
+    make it more exact, and so does float32 ("precision") compared with bf16.
 
     Args:
         images: [B, 3, H, W] in [-1, 1], square.
@@ -85,6 +87,7 @@ def invert(
     settings = sampling or stack.sampling
     resolution = _check(images, "invert")
     decoder, embeddings, noises = stack.decoder, [], []
+    unbounded = dataclasses.replace(settings.decoder, thresholding="none")
     for batch in torch.split(images.to(stack.device), settings.batch_size):
         image_embedding = stack.embed_images(batch)
         same_size = resolution == decoder.config.unet.image_size
@@ -93,7 +96,7 @@ def invert(
             noises.append(
                 samplers.ddim_inversion(
                     decoder.diffusion,
-                    decoder.denoiser(image_embedding, settings.decoder),
+                    decoder.denoiser(image_embedding, unbounded),
                     low_res,
                     settings.decoder.num_steps,
                     settings.decoder.inversion_iterations,
@@ -364,7 +367,7 @@ def inpaint(
     """Repaint part of each image to match its caption; known pixels are returned bit for bit.
 
     A decoder trained for inpainting reads the known pixels as an input. Any other decoder, and the upsamplers, put the known
-    pixels back after every step.
+    pixels back after every step, and resample each step (`num_resamplings`) to fit the others to them.
 
     Args:
         images: [B, 3, S, S] in [-1, 1], at the stack's resolution.
@@ -379,7 +382,7 @@ def inpaint(
         InputError: there are negative captions, but no part that reads captions is guided.
         ShapeError: images or masks have another shape, or the number of captions differs.
 
-    Source: Nichol et al. 2022 (GLIDE), section 2.4; Lugmayr et al. 2022, eq. 8.
+    Source: Nichol et al. 2022 (GLIDE), section 2.4; Lugmayr et al. 2022, algorithm 1.
     """
     settings, decoder = sampling or stack.sampling, stack.decoder
     size = stack.image_size
@@ -398,34 +401,25 @@ def inpaint(
         negatives = None if negative is None else negative[part]
         decoder_captions = stack.captions(captions[part], settings, negatives)
         image_embedding = stack.embed_captions(list(captions[part]), settings, generator, negatives)
-        known_input = {"known": known_region(low_res, low_keep)} if decoder.config.inpainting else {}
         with autocast(settings.precision, stack.device):
             low_res = decoder.sample(
                 image_embedding,
                 settings.decoder,
                 decoder_captions,
                 generator=generator,
-                on_step=_counting(
-                    progress,
-                    samplers.undisturbed
-                    if known_input
-                    else samplers.keep_known(decoder.diffusion, low_res, low_keep, generator),
-                ),
-                **known_input,
+                known=known_region(low_res, low_keep),
+                on_step=_counting(progress),
             )
-        holding = [
-            samplers.keep_known(upsampler.diffusion, *_known_at(upsampler.config.output_size, image, keep), generator)
-            for upsampler in stack.upsamplers
-        ]
-        on_step = [_counting(progress, hold) for hold in holding]
-        sample = stack.upsample(low_res, settings, generator, on_step=on_step)
+        known_parts = [_known_at(size, image, keep) for size in stack.upsampled_sizes]
+        on_step = [_counting(progress)] * len(known_parts)
+        sample = stack.upsample(low_res, settings, generator, on_step=on_step, known=known_parts)
         samples.append(torch.where(keep, image, sample).cpu())
     return torch.cat(samples)
 
 
-def _known_at(resolution: int, image: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def _known_at(resolution: int, image: Tensor, keep: Tensor) -> Known:
     """Shrink images and masks to a resolution; a pixel is known if all pixels that it covers are known."""
-    return shrink(image, resolution), shrink(keep.float(), resolution) == 1
+    return Known(shrink(image, resolution), shrink(keep.float(), resolution) == 1)
 
 
 def _check(images: Tensor, function: str) -> int:
@@ -456,11 +450,11 @@ def _rows(samples: Tensor, num_rows: int) -> Tensor:
     return samples.view(num_rows, -1, *samples.shape[1:])
 
 
-def _counting(progress: Progress, on_step: samplers.OnStep = samplers.undisturbed) -> samplers.OnStep:
-    """Wrap a hook so that it also reports progress."""
+def _counting(progress: Progress) -> samplers.OnStep:
+    """Hook that reports progress."""
 
     def step(x_t: Tensor, t: int) -> Tensor:
         progress(1)
-        return on_step(x_t, t)
+        return x_t
 
     return step

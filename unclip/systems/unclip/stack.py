@@ -16,6 +16,7 @@ from unclip.models.autoregressive_prior import AutoregressivePrior
 from unclip.models.clip import Clip
 from unclip.models.decoder import Decoder
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
+from unclip.models.layers import without_autocast
 from unclip.models.prior import DiffusionPrior
 from unclip.models.small_images import NO_CAPTIONS, Captions
 from unclip.models.text import CaptionFeatures, EmptyCaption, Text, caption_features, read_captions
@@ -171,7 +172,7 @@ class Stack(UpsampledSystem):
         text_embedding = self.embed_text(captions)  # [B, E]
 
         def caption_similarity(x0: Tensor) -> Tensor:
-            with torch.autocast(x0.device.type, enabled=False):
+            with without_autocast(x0.device):
                 image_embedding = F.normalize(self.clip.encode_images(self.clip.resize(x0)), dim=-1)  # [B, E]
             return (image_embedding * text_embedding).sum(dim=1)
 
