@@ -190,7 +190,8 @@ def ddim_inversion(
     Each step up inverts a step down: it solves that step for x_t by fixed-point iteration from the less noisy sample.
 
     Args:
-        denoise: without clamping or thresholding, which cannot be inverted.
+        denoise: that of the sampling, with its guidance and thresholding. A step stays invertible where x0 is clamped, as eps
+            is computed from the clamped x0; the inverse of other steps would lead elsewhere.
         x0: [B, ...] clean samples.
         num_iterations: 1 is the plain inversion, accurate to first order in the step size; more iterations let sampling
             reproduce x0 more closely. Each calls the denoiser once.

@@ -16,8 +16,9 @@ from unclip.data import Batch
 from unclip.diffusion.process import augment_condition
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import Known
+from unclip.downscaling import shrink
 from unclip.errors import CheckpointError, ConfigError, ShapeError
-from unclip.models.degradations import degrade, shrink
+from unclip.models.degradations import degrade
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training.batches import load_images
@@ -137,6 +138,7 @@ UPSAMPLER = Part(
     network=_network,
     needs=(),
     shows_rows=True,
+    version=1,
 )
 
 FIRST_UPSAMPLER = UpsamplerSampling(num_steps=27)
@@ -259,8 +261,7 @@ class UpsampledSystem(nn.Module):
         expected = (num_captions, 3, self.image_size, self.image_size)
         if tuple(start.shape) != expected:
             raise ShapeError(f"sample: got start images {tuple(start.shape)}, expected {expected}.")
-        start = start.to(self.device)
-        return start if start.shape[-1] == self.small_size else shrink(start, self.small_size)
+        return shrink(start.to(self.device), self.small_size)
 
 
 class Chain(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip.diffusion import samplers, schedules
+from unclip.diffusion import guidance, samplers, schedules
 from unclip.diffusion.process import (
     Denoised,
     Denoiser,
@@ -215,6 +215,20 @@ def test_inversion_then_sampling_reproduces_the_image() -> None:
     assert error(50, 40) < 1e-6
     assert error(50, 3) < error(50, 1) / 2
     assert error(400, 1) < error(100, 1) / 3 < 0.05
+
+
+def test_f139_inversion_of_clamped_steps_needs_the_same_clamps() -> None:
+    """Sampling that clamps x0 reproduces samples that were inverted with the clamps, and no others."""
+    diffusion = GaussianDiffusion(DiffusionConfig(1000))
+    free = gaussian_denoiser(diffusion)
+    clamped = guidance.clamped(free, 0.9)
+    x0 = (MEAN + torch.randn(16, 3, generator=torch.Generator().manual_seed(0)).double() @ ROOT.T).clamp(-0.9, 0.9)
+
+    def error(inverted_with: Denoiser) -> float:
+        x_T = samplers.ddim_inversion(diffusion, inverted_with, x0, 50, 60)
+        return (samplers.ddim(diffusion, clamped, x_T, 50) - x0).abs().max().item()
+
+    assert error(clamped) < 1e-4 and error(free) > 0.05
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -11,7 +11,6 @@ Letters: B images, N frames of each, E CLIP embedding width, K principal compone
 resolution of the last upsampler's.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -22,8 +21,8 @@ from torch import Tensor
 from unclip.config import require
 from unclip.diffusion import samplers
 from unclip.diffusion.sampling import Known
+from unclip.downscaling import shrink, shrink_known
 from unclip.errors import InputError, ShapeError
-from unclip.models.degradations import shrink
 from unclip.models.small_images import known_region
 from unclip.systems.system import seeded
 from unclip.systems.unclip.sampling import SamplingConfig
@@ -72,8 +71,8 @@ def invert(
 ) -> Latents:
     """Invert images to their latents.
 
-    The inversion uses the same guidance as sampling, but no thresholding, which has no inverse. More `inversion_iterations`
-    make it more exact, and so does float32 ("precision") compared with bf16.
+    The inversion uses the same guidance and thresholding as sampling. More `inversion_iterations` make it more exact, and so
+    does float32 ("precision") compared with bf16.
 
     Args:
         images: [B, 3, H, W] in [-1, 1], square.
@@ -85,18 +84,16 @@ def invert(
     Source: Dhariwal & Nichol 2021, appendix F; Ramesh et al. 2022, section 3.
     """
     settings = sampling or stack.sampling
-    resolution = _check(images, "invert")
+    _check(images, "invert")
     decoder, embeddings, noises = stack.decoder, [], []
-    unbounded = dataclasses.replace(settings.decoder, thresholding="none")
     for batch in torch.split(images.to(stack.device), settings.batch_size):
         image_embedding = stack.embed_images(batch)
-        same_size = resolution == decoder.config.unet.image_size
-        low_res = batch if same_size else shrink(batch, decoder.config.unet.image_size)
+        low_res = shrink(batch, decoder.config.unet.image_size)
         with autocast(settings.precision, stack.device):
             noises.append(
                 samplers.ddim_inversion(
                     decoder.diffusion,
-                    decoder.denoiser(image_embedding, unbounded),
+                    decoder.denoiser(image_embedding, settings.decoder),
                     low_res,
                     settings.decoder.num_steps,
                     settings.decoder.inversion_iterations,
@@ -397,7 +394,7 @@ def inpaint(
     for start in range(0, len(images), settings.batch_size):
         part = slice(start, start + settings.batch_size)
         image, keep = images[part].to(stack.device), known[part].to(stack.device)
-        low_res, low_keep = _known_at(resolution, image, keep)
+        small = known_region(*shrink_known(image, keep, resolution))
         negatives = None if negative is None else negative[part]
         decoder_captions = stack.captions(captions[part], settings, negatives)
         image_embedding = stack.embed_captions(list(captions[part]), settings, generator, negatives)
@@ -407,26 +404,20 @@ def inpaint(
                 settings.decoder,
                 decoder_captions,
                 generator=generator,
-                known=known_region(low_res, low_keep),
+                known=small,
                 on_step=_counting(progress),
             )
-        known_parts = [_known_at(size, image, keep) for size in stack.upsampled_sizes]
+        known_parts = [Known(*shrink_known(image, keep, size)) for size in stack.upsampled_sizes]
         on_step = [_counting(progress)] * len(known_parts)
         sample = stack.upsample(low_res, settings, generator, on_step=on_step, known=known_parts)
         samples.append(torch.where(keep, image, sample).cpu())
     return torch.cat(samples)
 
 
-def _known_at(resolution: int, image: Tensor, keep: Tensor) -> Known:
-    """Shrink images and masks to a resolution; a pixel is known if all pixels that it covers are known."""
-    return Known(shrink(image, resolution), shrink(keep.float(), resolution) == 1)
-
-
-def _check(images: Tensor, function: str) -> int:
-    """Check that images are square, and return their resolution."""
+def _check(images: Tensor, function: str) -> None:
+    """Check that images are square."""
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ShapeError(f"{function}: got images {tuple(images.shape)}, expected [B, 3, H, W] with H = W.")
-    return images.shape[3]
 
 
 def _check_thetas(thetas: Sequence[float]) -> None:
