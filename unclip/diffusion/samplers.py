@@ -27,7 +27,7 @@ OnStep = Callable[[Tensor, int], Tensor]
 the returned sample: film strips record it and return the same tensor; inpainting returns another, with the known pixels."""
 
 NUM_RESAMPLINGS = 10
-"""Default number of resamplings of a step in inpainting, as in Lugmayr et al. 2022, section 5."""
+"""Default number of times that inpainting samples each step, as in Lugmayr et al. 2022, section 5."""
 
 LARGEST_SIGMA = 80.0
 """Largest noise-to-signal ratio at which a Heun step's second call pays off."""
@@ -296,13 +296,13 @@ def keep_known(
 
     After every step the known part is put back, noised to the sample's timestep. The rest then still fits the known part of
     the step before. So each step is resampled: the sample is noised again and denoised by an ancestral step, which makes the
-    rest fit. One resampling, without that, samples something between the conditional and the marginal distribution.
+    rest fit. Without that, the rest is sampled from something between its conditional and its marginal distribution.
 
     Args:
         x0: [B, ...] clean samples; only the known part is read.
         known: bool, broadcasts to x0; True = keep.
         num_steps: those of the sampler.
-        num_resamplings: denoiser calls of a step, the sampler's own included; at least 1.
+        num_resamplings: times that each step is sampled, the sampler's own step included; at least 1.
 
     Source: Lugmayr et al. 2022, eq. 8 and algorithm 1.
     """

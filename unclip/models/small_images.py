@@ -37,7 +37,7 @@ class ImageSampling(DiffusionSampling):
     """Fraction of the process applied to a given start image: 0 returns it, 1 ignores it. Source: Meng et al. 2022
     (SDEdit), section 3."""
     num_resamplings: int = added(samplers.NUM_RESAMPLINGS)
-    """Denoiser calls of each step of inpainting with a network that was built without it; 1 = no resampling. Source: Lugmayr
+    """Times that inpainting samples each step, with a network that was built without it; 1 = no resampling. Source: Lugmayr
     et al. 2022, algorithm 1."""
 
     def __post_init__(self) -> None:

@@ -76,7 +76,7 @@ class UpsamplerSampling(DiffusionSampling):
     """Timestep to which the low-resolution image is noised first; a later one hides more of its artefacts, but also more of
     its detail. For upsamplers trained with `max_noise_level`. Source: Ho et al. 2021 (CDM), section 4.2."""
     num_resamplings: int = added(samplers.NUM_RESAMPLINGS)
-    """Denoiser calls of each step of inpainting, as upsamplers know no masks; 1 = no resampling. Source: Lugmayr et al. 2022,
+    """Times that inpainting samples each step, as upsamplers know no masks; 1 = no resampling. Source: Lugmayr et al. 2022,
     algorithm 1."""
 
     def __post_init__(self) -> None:
