@@ -47,7 +47,7 @@ from unclip.models.unet import UNetConfig
 from unclip.systems.unclip.decoder import DecoderObjective
 from unclip.systems.unclip.prior import PriorObjective
 from unclip.training import trainer
-from unclip.training.flops import PEAK_FLOPS
+from unclip.training.flops import peak_of
 from unclip.training.parallel import Workers
 from unclip.training.precision import autocast
 from unclip.training.settings import TrainerConfig
@@ -625,8 +625,8 @@ def cost(facts: Facts, speeds: list[float]) -> str:
     if facts.device == "cpu":
         return text
     used = facts.flops * statistics.median(speeds)
-    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in facts.device]
-    share = f"{used / peaks[0]:.1%} of the peak in bf16" if peaks else f"the peak of {facts.device} is unknown"
+    peak = peak_of(facts.device)
+    share = f"{used / peak:.1%} of the peak in bf16" if peak else f"the peak of {facts.device} is unknown"
     return f"{text}, {used / 1e12:.0f} TFLOP/s: {share}"
 
 

@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unclip import files, seals
+from unclip.downscaling import shrink_square
 from unclip.errors import InputError
 
 if TYPE_CHECKING:
@@ -511,14 +512,8 @@ def vectors(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
-    """Decode a stored JPEG, crop its central square and resize it: uint8 [size, size, 3]."""
+    """Decode a stored JPEG, crop its central square and resize it (`unclip.downscaling`): uint8 [size, size, 3]."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(data), formats=["JPEG"]).convert("RGB")
-    if image.size == (size, size):
-        return np.asarray(image)
-    width, height = image.size
-    crop = min(width, height)
-    left, top = (width - crop) // 2, (height - crop) // 2
-    box = (left, top, left + crop, top + crop)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+    return np.asarray(image if image.size == (size, size) else shrink_square(image, size))

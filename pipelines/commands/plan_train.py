@@ -48,7 +48,7 @@ def plan_train(
 
     Covers each part that a PIPELINE trains; needs no GPU and starts nothing. PIPELINE defaults to text_to_image. The
     columns are GiB per GPU, with float32 weights and bf16 autocast: weights, gradients, Adam's two moments, EMA weights,
-    DDP or FSDP communication buffers, and the activations of one micro-batch, without and with activation checkpointing.
+    what FSDP gathers, and the activations of one micro-batch, without and with activation checkpointing.
     GFLOP/sample is the compute for training on one sample.
     """
     require(gpus >= 1, "--gpus", gpus, "at least 1")

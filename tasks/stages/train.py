@@ -34,7 +34,7 @@ def train(part: Part[Any]) -> Stage:
     function.__doc__ = part.help
     return Stage(
         part.name,
-        VERSION,
+        VERSION + part.version,
         function,
         has_workers=True,
         pin=pin_trainer,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from tasks.rows import REASONS, RowFault
 from tasks.untrusted import decode
 from tasks.untrusted.sandbox import Sandbox, SandboxFault
+from unclip.downscaling import shrink_square
 from unclip.errors import InputError
 
 MAX_BYTES = 1 << 27
@@ -61,9 +61,7 @@ def answer(request: bytes) -> bytes:
     except RowFault as fault:
         return _FAULT + fault.reason.encode()
     if image.size != (size, size):
-        crop = min(image.size)
-        left, top = (image.width - crop) // 2, (image.height - crop) // 2
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + crop, top + crop))
+        image = shrink_square(image, size)
     return _IMAGE + _REPLY.pack(width, height) + image.tobytes()
 
 

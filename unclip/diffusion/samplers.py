@@ -4,6 +4,7 @@ All take x_T [B, ...] (standard normal, drawn by the caller) and return x_0 [B, 
 All visit the same timesteps and end exactly at the clean sample. Letters: B batch, T number of timesteps.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,10 @@ Steps = int | Sequence[int]
 
 OnStep = Callable[[Tensor, int], Tensor]
 """Called after every step with the sample [B, ...] and its new timestep, -1 for the clean sample. The sampler continues with
-the returned sample: film strips record it and return it unchanged; inpainting restores the known pixels in it."""
+the returned sample: film strips record it and return the same tensor; inpainting returns another, with the known pixels."""
+
+NUM_RESAMPLINGS = 10
+"""Default number of times that inpainting samples each step, as in Lugmayr et al. 2022, section 5."""
 
 LARGEST_SIGMA = 80.0
 """Largest noise-to-signal ratio at which a Heun step's second call pays off."""
@@ -53,14 +57,7 @@ def ddpm(
     Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4.
     """
 
-    def variance(step: Step, denoised: Denoised) -> Tensor | float:
-        if diffusion.config.variance == "fixed_small":
-            return step.posterior_variance
-        if diffusion.config.variance == "fixed_large":
-            return step.beta
-        fraction = learned_fraction(denoised)
-        return step.beta**fraction * step.posterior_variance ** (1 - fraction)
-
+    variance = functools.partial(_configured_variance, diffusion)
     return _ancestral(diffusion, denoise, x_T, num_steps, variance, generator, on_step)
 
 
@@ -193,7 +190,8 @@ def ddim_inversion(
     Each step up inverts a step down: it solves that step for x_t by fixed-point iteration from the less noisy sample.
 
     Args:
-        denoise: without clamping or thresholding, which cannot be inverted.
+        denoise: that of the sampling, with its guidance and thresholding. A step stays invertible where x0 is clamped, as eps
+            is computed from the clamped x0; the inverse of other steps would lead elsewhere.
         x0: [B, ...] clean samples.
         num_iterations: 1 is the plain inversion, accurate to first order in the step size; more iterations let sampling
             reproduce x0 more closely. Each calls the denoiser once.
@@ -230,7 +228,8 @@ def dpm_solver_pp_2m(
     """DPM-Solver++(2M): second order, one call of the denoiser per step.
 
     x0 is extrapolated linearly in log(signal / sigma) from the current step and the one before. The first and the last step
-    cannot be extrapolated and are DDIM's. Deterministic: the generator is not used.
+    cannot be extrapolated and are DDIM's, and so are steps after an `on_step` that changed the sample, as x0 changed with it.
+    Deterministic: the generator is not used.
 
     Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
     """
@@ -246,8 +245,8 @@ def dpm_solver_pp_2m(
             along = x0 + width / width_before / 2 * (x0 - x0_before)
         shrink = ((1 - step.alpha_bar_next) / (1 - step.alpha_bar)) ** 0.5
         x_t = shrink * x_t + (step.alpha_bar_next**0.5 - shrink * step.alpha_bar**0.5) * along
-        x0_before, width_before = x0, width
-        x_t = on_step(x_t, step.t_next)
+        stepped, x_t = x_t, on_step(x_t, step.t_next)
+        x0_before, width_before = x0 if x_t is stepped else None, width
     return x_t
 
 
@@ -284,24 +283,48 @@ def heun(
     return x_t
 
 
-def keep_known(diffusion: GaussianDiffusion, x0: Tensor, known: Tensor, generator: torch.Generator | None) -> OnStep:
-    """Inpainting with any sampler: after every step, put the known part back, noised to the sample's timestep.
+def keep_known(
+    diffusion: GaussianDiffusion,
+    denoise: Denoiser,
+    x0: Tensor,
+    known: Tensor,
+    num_steps: Steps,
+    num_resamplings: int = NUM_RESAMPLINGS,
+    generator: torch.Generator | None = None,
+) -> OnStep:
+    """Inpainting with any sampler and a denoiser that knows no masks.
 
-    The rest is sampled to fit the known part; more steps and noisier steps make it fit better.
+    After every step the known part is put back, noised to the sample's timestep. The rest then still fits the known part of
+    the step before. So each step is resampled: the sample is noised again and denoised by an ancestral step, which makes the
+    rest fit. Without that, the rest is sampled from something between its conditional and its marginal distribution.
 
     Args:
         x0: [B, ...] clean samples; only the known part is read.
         known: bool, broadcasts to x0; True = keep.
+        num_steps: those of the sampler.
+        num_resamplings: times that each step is sampled, the sampler's own step included; at least 1.
 
-    Source: Lugmayr et al. 2022, eq. 8.
+    Source: Lugmayr et al. 2022, eq. 8 and algorithm 1.
     """
+    require(num_resamplings >= 1, "num_resamplings", num_resamplings, "at least 1")
+    steps = {step.t_next: step for step in _steps(diffusion, num_steps)}
+
+    def put_back(x_t: Tensor, t: int) -> Tensor:
+        timesteps = torch.full(x_t.shape[:1], t, dtype=torch.int64, device=x_t.device)
+        noised = diffusion.q_sample(x0.to(x_t.dtype), timesteps, _noise_like(x_t, generator))
+        return torch.where(known, noised, x_t)
 
     def hold(x_t: Tensor, t: int) -> Tensor:
-        clean = x0.to(x_t.dtype)
         if t < 0:
-            return torch.where(known, clean, x_t)
-        timesteps = torch.full(x_t.shape[:1], t, dtype=torch.int64, device=x_t.device)
-        return torch.where(known, diffusion.q_sample(clean, timesteps, _noise_like(x_t, generator)), x_t)
+            return torch.where(known, x0.to(x_t.dtype), x_t)
+        step, x_next = steps[t], put_back(x_t, t)
+        for _ in range(num_resamplings - 1):
+            x_t = (1 - step.beta) ** 0.5 * x_next + step.beta**0.5 * _noise_like(x_next, generator)
+            denoised = denoise(x_t, step.batch(x_t))
+            mean = step.x0_coefficient * denoised.x0 + step.x_t_coefficient * x_t
+            std = _configured_variance(diffusion, step, denoised) ** 0.5
+            x_next = put_back(mean + std * _noise_like(x_t, generator), t)
+        return x_next
 
     return hold
 
@@ -392,6 +415,16 @@ def _steps(diffusion: GaussianDiffusion, num_steps: Steps) -> Iterator[Step]:
     pairs = list(zip(timesteps, alpha_bars, strict=True))
     for (t, alpha_bar), (t_next, alpha_bar_next) in itertools.pairwise(pairs):
         yield Step(t, alpha_bar, t_next, alpha_bar_next)
+
+
+def _configured_variance(diffusion: GaussianDiffusion, step: Step, denoised: Denoised) -> Tensor | float:
+    """Variance of an ancestral step, as the diffusion is configured."""
+    if diffusion.config.variance == "fixed_small":
+        return step.posterior_variance
+    if diffusion.config.variance == "fixed_large":
+        return step.beta
+    fraction = learned_fraction(denoised)
+    return step.beta**fraction * step.posterior_variance ** (1 - fraction)
 
 
 def _ancestral(

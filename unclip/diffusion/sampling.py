@@ -5,7 +5,7 @@ Letters: B batch, T number of timesteps.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ from unclip.errors import ConfigError
 
 Thresholding = Literal["none", "static", "dynamic"]
 """Bounds on x0 at every sampling step: none, a clamp, or a clamp at each sample's quantile followed by rescaling."""
+
+
+class Known(NamedTuple):
+    """Known part of samples, for inpainting."""
+
+    x0: Tensor
+    """[B, ...]; only the known part is read."""
+    mask: Tensor
+    """bool, broadcasts to x0; True = known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +130,8 @@ def sample(
     mean_squared_score: Tensor | None = None,
     start: Tensor | None = None,
     strength: float = 1.0,
+    known: Known | None = None,
+    num_resamplings: int = samplers.NUM_RESAMPLINGS,
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
@@ -134,6 +145,8 @@ def sample(
             x_T itself.
         strength: fraction of the process applied to the start; 0 returns it unchanged, 1 ignores it. The steps are spread
             over that fraction.
+        known: part of the samples to keep, for a denoiser that knows no masks.
+        num_resamplings: as in `samplers.keep_known`.
 
     Returns:
         [B, ...], as from the sampler itself.
@@ -151,6 +164,9 @@ def sample(
         steps = strided_timesteps(noisiest + 1, settings.num_steps)
         t = torch.full(start.shape[:1], noisiest, dtype=torch.int64, device=start.device)
         x_T = diffusion.q_sample(start, t, x_T)
+    if known is not None:
+        hold = samplers.keep_known(diffusion, denoise, *known, steps, num_resamplings, generator)
+        on_step = _after(hold, on_step)
     if settings.sampler == "analytic_dpm":
         if mean_squared_score is None:
             raise ConfigError(
@@ -164,3 +180,12 @@ def sample(
     if settings.sampler == "ddim":
         return samplers.ddim(diffusion, denoise, x_T, steps, settings.eta, generator, on_step)
     return samplers.SAMPLERS[settings.sampler](diffusion, denoise, x_T, steps, generator=generator, on_step=on_step)
+
+
+def _after(first: OnStep, then: OnStep) -> OnStep:
+    """Apply two hooks in this order."""
+
+    def both(x_t: Tensor, t: int) -> Tensor:
+        return then(first(x_t, t), t)
+
+    return both

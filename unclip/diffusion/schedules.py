@@ -70,12 +70,12 @@ def sectioned_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> li
 
     Args:
         section_counts: steps in each section, the least noisy section first; if the division leaves a remainder, the
-            first sections are one timestep longer.
+            first sections are one timestep longer. A section of one step takes its least noisy timestep.
 
     Raises:
         ConfigError: a section is given no steps, or more steps than it has timesteps.
 
-    Source: Nichol & Dhariwal 2021, section 4 and its published code (a section of one step takes its noisiest timestep).
+    Source: Nichol & Dhariwal 2021, section 4 and its published code (sections of one step).
     """
     require(len(section_counts) >= 1, "section_counts", tuple(section_counts), "at least one section")
     size, remainder = divmod(num_timesteps, len(section_counts))
@@ -84,7 +84,8 @@ def sectioned_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> li
     for section, count in enumerate(section_counts):
         length = size + (section < remainder)
         require(1 <= count <= length, f"section_counts[{section}]", count, f"1 to {length} steps")
-        timesteps = [start + t for t in strided_timesteps(length, count)] + timesteps
+        chosen = [0] if count == 1 else strided_timesteps(length, count)
+        timesteps = [start + t for t in chosen] + timesteps
         start += length
     return timesteps
 

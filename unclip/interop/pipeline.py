@@ -10,11 +10,11 @@ itself is not needed.
     upsampler-1024/{unet,scheduler}/                          the second upsampler, which neither pipeline supports
 
 Exact: with the sampler "ddpm" in every part, one candidate (`PIPELINE_SAMPLING`) and a generator of the same seed, the
-pipeline and `Stack` draw the same noise and sample the same image, up to float32 rounding. This includes the pipeline's
-float32 table of alphas_cumprod, in which 1 - alphas_cumprod has three correct digits at t = 0. Statistics of embeddings are
-folded into weights. Fixed variances become learned variances with constant outputs, because the pipeline cannot guide a
-decoder without them. Learned variances agree within their valid range, in which networks learn to stay; outside it, they are
-clamped here, but extrapolated by the pipeline.
+pipeline and `Stack` draw the same noise and sample the same image, up to the rounding of the pipeline's tables: it keeps
+alphas_cumprod in float32, in which 1 - alphas_cumprod has three correct digits at t = 0, and this moves up to a third of the
+pixels by more than 1/255. Statistics of embeddings are folded into weights. Fixed variances become learned variances with
+constant outputs, because the pipeline cannot guide a decoder without them. Learned variances agree within their valid range,
+in which networks learn to stay; outside it, they are clamped here, but extrapolated by the pipeline.
 
 A stack must be trained with these settings; all others are refused:
 

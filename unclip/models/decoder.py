@@ -217,6 +217,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Sample images [B, 3, S, S] in [-1, 1]; known pixels are returned unchanged.
 
+        A decoder that was trained without inpainting fits the other pixels to the known ones by resampling.
+
         Args (in addition to those of `denoiser`):
             start: [B, 3, S, S], images to start from, with the strength of the settings.
             x_T: [B, 3, S, S]; None draws it from the generator.
@@ -224,12 +226,13 @@ class Decoder(nn.Module):
         size = self.config.unet.image_size
         return sample_images(
             self.diffusion,
-            self.denoiser(image_embedding, settings, captions, known),
+            self.denoiser(image_embedding, settings, captions, known if self.config.inpainting else None),
             (len(image_embedding), 3, size, size),
             image_embedding.device,
             settings,
             mean_squared_score=self.measured.get("mean_squared_score"),
             known=known,
+            resample=not self.config.inpainting,
             start=start,
             x_T=x_T,
             generator=generator,

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.config import require
+from unclip.downscaling import shrink
 from unclip.errors import ShapeError
+from unclip.models.layers import without_autocast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def degrade(images: Tensor, size: int, config: DegradationConfig, generator: tor
     Returns:
         [B, 3, size, size] in [-1, 1].
     """
-    with torch.autocast(images.device.type, enabled=False):  # bf16 is coarser than the levels of an image
+    with without_autocast(images.device):  # bf16 is coarser than the levels of an image
         if config.kind == "bsr":
             return bsr(images, size, config.bsr, generator)
         small = shrink(images, size)
@@ -101,11 +103,6 @@ def degrade_image(image: np.ndarray, size: int, config: DegradationConfig, seed:
     images = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1  # [1, 3, S, S]
     degraded = degrade(images, size, config, torch.Generator().manual_seed(seed))
     return ((degraded[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-
-
-def shrink(images: Tensor, size: int) -> Tensor:
-    """Downscale [B, C, S, S] to [B, C, size, size] by averaging the pixels that each output pixel covers, without aliasing."""
-    return F.interpolate(images, size=(size, size), mode="area")
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int = 3) -> Tensor:

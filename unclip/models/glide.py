@@ -129,6 +129,8 @@ class Glide(nn.Module):
     ) -> Tensor:
         """Sample images [B, 3, S, S] in [-1, 1]; known pixels are returned unchanged.
 
+        A network that was trained without inpainting fits the other pixels to the known ones by resampling.
+
         Args (in addition to those of `denoiser`):
             start: [B, 3, S, S], images to start from, with the strength of the settings.
             x_T: [B, 3, S, S]; None draws it from the generator.
@@ -137,12 +139,13 @@ class Glide(nn.Module):
         assert isinstance(tokens, Tensor), "glide reads tokens"
         return sample_images(
             self.diffusion,
-            self.denoiser(captions, settings, known),
+            self.denoiser(captions, settings, known if self.config.inpainting else None),
             (len(tokens), 3, size, size),
             tokens.device,
             settings,
             mean_squared_score=self.measured.get("mean_squared_score"),
             known=known,
+            resample=not self.config.inpainting,
             start=start,
             x_T=x_T,
             generator=generator,

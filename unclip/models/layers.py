@@ -1,5 +1,6 @@
 """Building blocks shared by the prior and the U-Nets. Letters: B batch, C channels, H height, W width, L tokens, D width."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -38,11 +39,16 @@ class TimestepMLP(nn.Module):
         return self.layers(timestep_embedding(t, self.dim))  # type: ignore[no-any-return]  # [B] -> [B, out_dim]
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context in which operations on a device keep their precision; on the meta device they always do."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class GroupNorm(nn.GroupNorm):
     """Group norm in float32: more stable, and on CPUs several times faster than in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return super().forward(x.float())
 
 

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.config import require
-from unclip.diffusion import guidance, sampling
+from unclip.config import added, require
+from unclip.diffusion import guidance, samplers, sampling
 from unclip.diffusion.guidance import LogProbability
 from unclip.diffusion.process import Denoiser, GaussianDiffusion
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import DiffusionSampling
 from unclip.errors import ShapeError
 from unclip.models.clip import Clip
+from unclip.models.layers import without_autocast
 from unclip.models.text import Text
 
 KNOWN_CHANNELS = 4
@@ -38,11 +39,15 @@ class ImageSampling(DiffusionSampling):
     strength: float = 0.7
     """Fraction of the process applied to a given start image: 0 returns it, 1 ignores it. Source: Meng et al. 2022
     (SDEdit), section 3."""
+    num_resamplings: int = added(samplers.NUM_RESAMPLINGS)
+    """Times that inpainting samples each step, with a network that was built without it; 1 = no resampling. Source: Lugmayr
+    et al. 2022, algorithm 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.clip_guidance_scale >= 0, "clip_guidance_scale", self.clip_guidance_scale, "at least 0")
         require(0 <= self.strength <= 1, "strength", self.strength, "0 to 1")
+        require(self.num_resamplings >= 1, "num_resamplings", self.num_resamplings, "at least 1")
 
 
 class Captions(NamedTuple):
@@ -65,7 +70,7 @@ def similarity_by_clip(clip: Clip, text_embedding: Tensor) -> Callable[[Tensor],
     """Function from images x0 [B, 3, S, S] to the cosine similarity [B] of their CLIP embeddings and text_embedding [B, E]."""
 
     def caption_similarity(x0: Tensor) -> Tensor:
-        with torch.autocast(x0.device.type, enabled=False):
+        with without_autocast(x0.device):
             image_embedding = F.normalize(clip.encode_images(clip.resize(x0)), dim=-1)  # [B, E]
         return (image_embedding * text_embedding).sum(dim=1)
 
@@ -102,6 +107,7 @@ def sample_images(
     *,
     mean_squared_score: Tensor | None = None,
     known: Tensor | None = None,
+    resample: bool = False,
     start: Tensor | None = None,
     x_T: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -111,6 +117,7 @@ def sample_images(
 
     Args:
         known: [B, 4, S, S] from `known_region`.
+        resample: for a network that was built without inpainting: fit the other pixels to the known ones by resampling.
         start: [B, 3, S, S], images to start from, with the strength of the settings.
         x_T: [B, 3, S, S]; None draws it from the generator.
     """
@@ -124,6 +131,8 @@ def sample_images(
         mean_squared_score=mean_squared_score,
         start=start,
         strength=settings.strength,
+        known=known_part(known) if resample and known is not None else None,
+        num_resamplings=settings.num_resamplings,
         generator=generator,
         on_step=on_step,
     )
@@ -155,6 +164,11 @@ def known_region(images: Tensor, mask: Tensor) -> Tensor:
         [B, 4, S, S], 0 at unknown pixels. Source: Nichol et al. 2022 (GLIDE), section 4.3.
     """
     return torch.cat([images * mask, mask.to(images.dtype)], dim=1)
+
+
+def known_part(region: Tensor) -> sampling.Known:
+    """Known part [B, 3, S, S] of images, from `known_region`."""
+    return sampling.Known(region[:, :3], region[:, 3:] > 0)
 
 
 def random_masks(batch: int, size: int, generator: torch.Generator) -> Tensor:

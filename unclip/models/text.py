@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unclip.config import require
 from unclip.models.clip import Clip, text_mask
-from unclip.models.layers import TransformerBlock
+from unclip.models.layers import TransformerBlock, without_autocast
 
 TextSource = Literal["none", "clip", "transformer"]
 """Text encoder for captions: none, the frozen CLIP, or a Transformer trained with the decoder."""
@@ -84,7 +84,7 @@ def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
 
     They are computed in float32 even under autocast, so that a caption gives the same features in training and sampling.
     """
-    with torch.autocast(tokens.device.type, enabled=False):
+    with without_autocast(tokens.device):
         text = clip.to(tokens.device).encode_text(tokens)
     return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import require
-from unclip.diffusion import sampling
+from unclip.config import added, require
+from unclip.diffusion import samplers, sampling
 from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion, augment_condition
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import DiffusionSampling
@@ -75,10 +75,14 @@ class UpsamplerSampling(DiffusionSampling):
     noise_level: int = 0
     """Timestep to which the low-resolution image is noised first; a later one hides more of its artefacts, but also more of
     its detail. For upsamplers trained with `max_noise_level`. Source: Ho et al. 2021 (CDM), section 4.2."""
+    num_resamplings: int = added(samplers.NUM_RESAMPLINGS)
+    """Times that inpainting samples each step, as upsamplers know no masks; 1 = no resampling. Source: Lugmayr et al. 2022,
+    algorithm 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.noise_level >= 0, "noise_level", self.noise_level, "at least 0")
+        require(self.num_resamplings >= 1, "num_resamplings", self.num_resamplings, "at least 1")
         is_off = self.guidance_scale == 1 and self.guidance_rescale == 0 and tuple(self.guidance_interval) == (0, 1)
         require(is_off, "guidance_scale", self.guidance_scale, "no guidance of upsamplers, which read no caption")
 
@@ -145,6 +149,7 @@ class Upsampler(nn.Module):
         low_res: Tensor,
         settings: UpsamplerSampling = UpsamplerSampling(),
         *,
+        known: sampling.Known | None = None,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
         on_step: OnStep = undisturbed,
@@ -153,6 +158,7 @@ class Upsampler(nn.Module):
 
         Args:
             low_res: [B, 3, s, s] in [-1, 1]; not changed.
+            known: pixels to return unchanged; the others are fitted to them by resampling.
             x_T: [B, 3, s * scale, s * scale]; None draws it from the generator.
 
         Raises:
@@ -172,6 +178,8 @@ class Upsampler(nn.Module):
             x_T,
             settings,
             mean_squared_score=self.measured.get("mean_squared_score"),
+            known=known,
+            num_resamplings=settings.num_resamplings,
             generator=generator,
             on_step=on_step,
         )

@@ -1,6 +1,6 @@
 """Inpainting with any system whose images are small ones, enlarged by upsamplers; and the progress of such sampling.
 
-Source: Nichol et al. 2022 (GLIDE), sections 2.1 and 4.3; Lugmayr et al. 2022, eq. 8.
+Source: Nichol et al. 2022 (GLIDE), section 4.3; Lugmayr et al. 2022, algorithm 1.
 
 Letters: B images, S resolution of the system's images.
 """
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.diffusion import samplers
+from unclip.diffusion.samplers import OnStep
+from unclip.diffusion.sampling import Known
+from unclip.downscaling import shrink_known
 from unclip.errors import ShapeError
-from unclip.models.degradations import shrink
 from unclip.models.small_images import known_region
 from unclip.systems.system import seeded
 from unclip.systems.upsampler import UpsampledSampling, UpsampledSystem
@@ -36,12 +37,12 @@ def num_steps(system: UpsampledSystem, sampling: UpsampledSampling, num_sampled:
     return batches_sampled * (small_steps + upsampler_steps) + batches_inverted * small_steps
 
 
-def counting(progress: Progress, on_step: samplers.OnStep = samplers.undisturbed) -> samplers.OnStep:
-    """Wrap a hook so that it also reports progress."""
+def counting(progress: Progress) -> OnStep:
+    """Hook that reports progress."""
 
     def step(x_t: Tensor, t: int) -> Tensor:
         progress(1)
-        return on_step(x_t, t)
+        return x_t
 
     return step
 
@@ -61,7 +62,8 @@ def inpaint(
     """Repaint part of each image to match its caption; known pixels are returned bit for bit.
 
     A network of small images that was trained for inpainting reads the known pixels as an input. Any other, and the
-    upsamplers, put the known pixels back after every step.
+    upsamplers, put the known pixels back after every step, and resample each step (`num_resamplings`) to fit the others to
+    them.
 
     Args:
         images: [B, 3, S, S] in [-1, 1], at the system's resolution.
@@ -77,7 +79,7 @@ def inpaint(
         InputError: there are negative captions, but no part that reads captions is guided.
         ShapeError: images or masks have another shape, or the number of captions differs.
     """
-    settings, network = sampling or system.sampling, system.small_network
+    settings = sampling or system.sampling
     size = system.image_size
     expected = (len(captions), 3, size, size), (len(captions), 1, size, size)
     if (tuple(images.shape), tuple(known.shape)) != expected or known.dtype != torch.bool:
@@ -90,29 +92,16 @@ def inpaint(
     for start in range(0, len(images), settings.batch_size):
         part = slice(start, start + settings.batch_size)
         image, keep = images[part].to(system.device), known[part].to(system.device)
-        low_res, low_keep = _known_at(system.small_size, image, keep)
-        reads_known = network.config.inpainting
-        hold: samplers.OnStep = samplers.undisturbed
-        if not reads_known:
-            hold = samplers.keep_known(network.diffusion, low_res, low_keep, generator)
         low_res = system.sample_small(
             captions[part],
             settings,
             generator,
             negative=None if negative is None else negative[part],
-            known=known_region(low_res, low_keep) if reads_known else None,
-            on_step=counting(progress, hold),
+            known=known_region(*shrink_known(image, keep, system.small_size)),
+            on_step=counting(progress),
         )
-        holding = [
-            samplers.keep_known(upsampler.diffusion, *_known_at(upsampler.config.output_size, image, keep), generator)
-            for upsampler in system.upsamplers
-        ]
-        on_step = [counting(progress, hold) for hold in holding]
-        sample = system.upsample(low_res, settings, generator, on_step=on_step)
+        known_parts = [Known(*shrink_known(image, keep, each)) for each in system.upsampled_sizes]
+        on_step = [counting(progress)] * len(known_parts)
+        sample = system.upsample(low_res, settings, generator, on_step=on_step, known=known_parts)
         samples.append(torch.where(keep, image, sample).cpu())
     return torch.cat(samples)
-
-
-def _known_at(resolution: int, image: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Shrink images and masks to a resolution; a pixel is known if all pixels that it covers are known."""
-    return shrink(image, resolution), shrink(keep.float(), resolution) == 1

@@ -86,6 +86,8 @@ class Part(Generic[C]):
     """Stages whose results the training uses, besides the dataset's stages."""
     shows_rows: bool = False
     """True if its previews show rows of the dataset, so that a takedown must find them."""
+    version: int = 0
+    """Number of changes of its code that made another network of the same settings; part of the version of its stage."""
     kinds: tuple[str, ...] = ()
     """Values of `facts["kind"]` that `build` accepts; empty for the name alone."""
 

@@ -6,17 +6,19 @@ Letters: B batch, s resolution of a system's small images, S resolution of the l
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from unclip.config import load, merge, nearest, operational, require, to_dict
 from unclip.data import Batch
-from unclip.diffusion.process import GaussianDiffusion, augment_condition
+from unclip.diffusion.process import augment_condition
 from unclip.diffusion.samplers import OnStep, undisturbed
+from unclip.diffusion.sampling import Known
+from unclip.downscaling import shrink
 from unclip.errors import CheckpointError, ConfigError, ShapeError
-from unclip.models.degradations import degrade, shrink
+from unclip.models.degradations import degrade
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training.batches import load_images
@@ -136,6 +138,7 @@ UPSAMPLER = Part(
     network=_network,
     needs=(),
     shows_rows=True,
+    version=1,
 )
 
 FIRST_UPSAMPLER = UpsamplerSampling(num_steps=27)
@@ -160,18 +163,6 @@ class UpsampledSampling:
         """Settings of the upsampler that outputs this resolution."""
         default = FIRST_UPSAMPLER if is_first else UpsamplerSampling()
         return self.upsamplers.get(str(resolution), default)
-
-
-class SmallNetwork(Protocol):
-    """Network that samples a system's small images, as inpainting sees it."""
-
-    @property
-    def config(self) -> Any:
-        """Settings; `inpainting` is True if it reads known pixels."""
-
-    @property
-    def diffusion(self) -> GaussianDiffusion:
-        """Its process."""
 
 
 class UpsampledSystem(nn.Module):
@@ -217,13 +208,8 @@ class UpsampledSystem(nn.Module):
     def device(self) -> torch.device:
         return device_of(self)
 
-    @property
-    def small_network(self) -> SmallNetwork:
-        """Network that samples the small images."""
-        raise NotImplementedError
-
     def small_steps(self, sampling: Any) -> int:
-        """Sampling steps of that network."""
+        """Sampling steps of the network of small images."""
         raise NotImplementedError
 
     def sample_small(
@@ -240,8 +226,8 @@ class UpsampledSystem(nn.Module):
 
         Args:
             negative: captions to guide away from.
-            known: [B, 4, s, s] from `known_region`, for a network that reads it.
-            on_step: hook of that network, called after every step.
+            known: [B, 4, s, s] from `known_region`; None if nothing is known.
+            on_step: hook of the network of small images, called after every step.
         """
         raise NotImplementedError
 
@@ -252,6 +238,7 @@ class UpsampledSystem(nn.Module):
         generator: torch.Generator,
         x_T: Sequence[Tensor] | None = None,
         on_step: Sequence[OnStep] | None = None,
+        known: Sequence[Known] | None = None,
     ) -> Tensor:
         """Apply the upsamplers one after the other.
 
@@ -259,17 +246,19 @@ class UpsampledSystem(nn.Module):
             low_res: [B, 3, s, s] in [-1, 1].
             x_T: initial noise of each upsampler, shaped like its images; None draws it from the generator.
             on_step: hook of each upsampler, called after every step; None for no hooks.
+            known: known pixels of each upsampler's images; None if nothing is known.
 
         Returns:
             [B, 3, S, S] in [-1, 1].
         """
         noises: Sequence[Tensor | None] = x_T or [None] * len(self.upsamplers)
         hooks = on_step or [undisturbed] * len(self.upsamplers)
+        parts: Sequence[Known | None] = known or [None] * len(self.upsamplers)
         with autocast(sampling.precision, self.device):
-            for upsampler, settings, noise, hook in zip(
-                self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, strict=True
+            for upsampler, settings, noise, hook, part in zip(
+                self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, parts, strict=True
             ):
-                low_res = upsampler.sample(low_res, settings, x_T=noise, generator=generator, on_step=hook)
+                low_res = upsampler.sample(low_res, settings, known=part, x_T=noise, generator=generator, on_step=hook)
         return low_res
 
     def upsampler_sampling(self, sampling: UpsampledSampling) -> list[UpsamplerSampling]:
@@ -297,8 +286,7 @@ class UpsampledSystem(nn.Module):
         expected = (num_captions, 3, self.image_size, self.image_size)
         if tuple(start.shape) != expected:
             raise ShapeError(f"sample: got start images {tuple(start.shape)}, expected {expected}.")
-        start = start.to(self.device)
-        return start if start.shape[-1] == self.small_size else shrink(start, self.small_size)
+        return shrink(start.to(self.device), self.small_size)
 
 
 class Chain(NamedTuple):

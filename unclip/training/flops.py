@@ -8,14 +8,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bf16 FLOPs per second by a part of the device name, from the vendors' data sheets."""
+PEAK_FLOPS = {
+    "H200 NVL": 835.5e12,
+    "H200": 989e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
+"""Dense bf16 FLOPs per second by a part of the device name, from the vendors' data sheets; names of which others are parts
+come first."""
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak bf16 FLOPs per second of a device; None if unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(device_name: str) -> float | None:
+    """Peak bf16 FLOPs per second of the device with this name; None if unknown."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
 class FirstForward:

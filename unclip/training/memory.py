@@ -90,8 +90,8 @@ class States:
     average: int
     """EMA weights."""
     exchange: int
-    """DDP's copy of the gradients; or what FSDP gathers: weights and gradients outside of blocks and of two blocks, the
-    current one and the next."""
+    """Memory that FSDP gathers: weights and gradients outside of blocks and of two blocks, the current one and the next. DDP
+    reduces the gradients in place, in buckets of which they are views (`parallel.distribute`)."""
 
     @property
     def total(self) -> int:
@@ -126,10 +126,8 @@ class ModelMemory:
 
     def states(self, training: TrainingSetup) -> States:
         full = _FLOAT32 * self.parameters
-        if training.num_gpus == 1:
+        if training.num_gpus == 1 or training.parallel == "ddp":
             return States(full, full, 2 * full, full, exchange=0)
-        if training.parallel == "ddp":
-            return States(full, full, 2 * full, full, exchange=full)
         shard = -(-full // training.num_gpus)
         gathered = 2 * _FLOAT32 * (self.outside_blocks + 2 * self.largest_block)
         return States(shard, full if training.accumulates else shard, 2 * shard, shard, exchange=gathered)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip.diffusion import samplers, schedules
+from unclip.diffusion import guidance, samplers, schedules
 from unclip.diffusion.process import (
     Denoised,
     Denoiser,
@@ -17,6 +17,7 @@ from unclip.diffusion.process import (
     PredictionType,
     VarianceType,
 )
+from unclip.diffusion.samplers import undisturbed
 from unclip.errors import ConfigError, ShapeError
 
 MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
@@ -216,6 +217,20 @@ def test_inversion_then_sampling_reproduces_the_image() -> None:
     assert error(400, 1) < error(100, 1) / 3 < 0.05
 
 
+def test_f139_inversion_of_clamped_steps_needs_the_same_clamps() -> None:
+    """Sampling that clamps x0 reproduces samples that were inverted with the clamps, and no others."""
+    diffusion = GaussianDiffusion(DiffusionConfig(1000))
+    free = gaussian_denoiser(diffusion)
+    clamped = guidance.clamped(free, 0.9)
+    x0 = (MEAN + torch.randn(16, 3, generator=torch.Generator().manual_seed(0)).double() @ ROOT.T).clamp(-0.9, 0.9)
+
+    def error(inverted_with: Denoiser) -> float:
+        x_T = samplers.ddim_inversion(diffusion, inverted_with, x0, 50, 60)
+        return (samplers.ddim(diffusion, clamped, x_T, 50) - x0).abs().max().item()
+
+    assert error(clamped) < 1e-4 and error(free) > 0.05
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_inversion_reaches_pure_noise(schedule: schedules.Schedule) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(1000, schedule, "v", zero_terminal_snr=True))
@@ -281,21 +296,54 @@ def test_invalid_timesteps_are_rejected(timesteps: list[int]) -> None:
         samplers.ddim(diffusion, gaussian_denoiser(diffusion), torch.randn(1, 3), timesteps)
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_inpainting_keeps_the_known_part_and_fits_the_rest_to_it(name: samplers.SamplerName) -> None:
-    """The dimensions correlate by 0.96; with the first fixed at 0.9, the second's mean moves from 0 to near 0.86."""
-    covariance = torch.tensor([[0.5, 0.48], [0.48, 0.5]]).double()
-    diffusion = GaussianDiffusion(DiffusionConfig(1000))
-    generator = torch.Generator().manual_seed(0)
+PAIR = torch.tensor([[0.5, 0.48], [0.48, 0.5]]).double()
+"""Covariance of two dimensions that correlate by 0.96."""
+
+
+def inpainted_pair(name: str, schedule: schedules.Schedule = "cosine", **resampling: int) -> Tensor:
+    """Samples [2000, 2] in 50 steps, with the first dimension held at 0.9."""
+    diffusion, generator = GaussianDiffusion(DiffusionConfig(1000, schedule)), torch.Generator().manual_seed(0)
+    denoise = gaussian_denoiser(diffusion, torch.zeros(2).double(), PAIR)
     x0, known = torch.tensor([[0.9, 0.0]]).expand(2000, 2), torch.tensor([True, False])
-    hold = samplers.keep_known(diffusion, x0, known, generator)
+    hold = samplers.keep_known(diffusion, denoise, x0, known, 50, **resampling, generator=generator)
     x_T = torch.randn(2000, 2, generator=generator)
-    denoise = gaussian_denoiser(diffusion, torch.zeros(2).double(), covariance)
-    filled = samplers.SAMPLERS[name](diffusion, denoise, x_T, 100, generator=generator, on_step=hold)
+    sampler = {
+        **samplers.SAMPLERS,
+        "analytic": functools.partial(samplers.analytic_dpm, mean_squared_score=mean_squared_score(diffusion, PAIR)),
+    }[name]
+    filled = sampler(diffusion, denoise, x_T, 50, generator=generator, on_step=hold)
     assert torch.equal(filled[:, 0], x0[:, 0])
-    free = samplers.SAMPLERS[name](diffusion, denoise, x_T, 100, generator=generator)
-    assert free[:, 1].mean().abs() < 0.1
-    assert 0.4 < filled[:, 1].mean() < 0.9
+    return filled
+
+
+@pytest.mark.parametrize("name", [*samplers.SAMPLERS, "analytic"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_f132_inpainting_samples_the_conditional_distribution(name: str, schedule: schedules.Schedule) -> None:
+    """Oracle: a normal distribution with mean 0.9 * 0.48 / 0.5 and variance 0.5 - 0.48^2 / 0.5."""
+    second = inpainted_pair(name, schedule)[:, 1]
+    assert second.mean().item() == pytest.approx(0.9 * 0.48 / 0.5, abs=0.03)
+    assert second.var().item() == pytest.approx(0.5 - 0.48**2 / 0.5, abs=0.02)
+
+
+def test_f132_without_resampling_the_rest_does_not_fit() -> None:
+    assert inpainted_pair("ddim", num_resamplings=1)[:, 1].mean() < 0.6
+    with pytest.raises(ConfigError, match="num_resamplings: got 0, expected at least 1"):
+        inpainted_pair("ddim", num_resamplings=0)
+
+
+def test_multistep_samplers_forget_their_history_if_a_hook_changes_the_sample() -> None:
+    """Then each step is DDIM's; a hook that only looks on changes nothing."""
+    diffusion = GaussianDiffusion(DiffusionConfig(1000))
+    denoise, x_T = gaussian_denoiser(diffusion), torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+
+    def run(sampler: Any, on_step: samplers.OnStep) -> Tensor:
+        return sampler(diffusion, denoise, x_T, 10, on_step=on_step)  # type: ignore[no-any-return]
+
+    def moved(x_t: Tensor, t: int) -> Tensor:
+        return x_t + 0.1 * t / 1000
+
+    assert torch.equal(run(samplers.dpm_solver_pp_2m, lambda x_t, t: x_t), run(samplers.dpm_solver_pp_2m, undisturbed))
+    torch.testing.assert_close(run(samplers.dpm_solver_pp_2m, moved), run(samplers.ddim, moved))
 
 
 def test_eta_one_is_ancestral_sampling() -> None:

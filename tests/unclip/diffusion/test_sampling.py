@@ -144,6 +144,31 @@ def test_a_start_goes_through_the_fraction_of_the_process_given_by_strength() ->
     assert [t for _, t in seen] == [1, 0]
 
 
+def test_f132_known_parts_are_held_and_then_shown_to_the_hook() -> None:
+    mask = torch.zeros(4, 1, 8, 8, dtype=torch.bool)
+    mask[..., :4] = True
+    known, seen = sampling.Known(NOISE.flip(0).clamp(-1, 1), mask), list[Tensor]()
+
+    def run_known(num_resamplings: int) -> Tensor:
+        seen.clear()
+        return sampling.sample(
+            DIFFUSION,
+            CONDITIONAL,
+            NOISE,
+            DiffusionSampling(num_steps=6),
+            known=known,
+            num_resamplings=num_resamplings,
+            generator=torch.Generator().manual_seed(0),
+            on_step=lambda x_t, t: seen.append(x_t) or x_t,  # type: ignore[func-returns-value]
+        )
+
+    once, often = run_known(1), run_known(4)
+    assert len(seen) == 6 and torch.equal(seen[-1], often)
+    for samples in (once, often):
+        assert torch.equal(samples[..., :4], known.x0[..., :4])
+    assert not torch.allclose(once[..., 4:], often[..., 4:], atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -74,7 +74,30 @@ def test_sections_have_their_own_density() -> None:
     assert [sum(start <= t < start + 100 for t in timesteps) for start in (0, 100, 200)] == [10, 15, 20]
     assert {0, 99, 100, 199, 200, 299} <= set(timesteps)
     assert schedules.sectioned_timesteps(1000, (27,)) == schedules.strided_timesteps(1000, 27)
-    assert schedules.sectioned_timesteps(7, (3, 2, 1)) == [6, 4, 3, 2, 1, 0]
+    assert schedules.sectioned_timesteps(7, (3, 2, 1)) == [5, 4, 3, 2, 1, 0]
+
+
+def space_timesteps(num_timesteps: int, section_counts: tuple[int, ...]) -> list[int]:
+    """Oracle, written from the rule of the published code: each section counts up from its start with its own stride."""
+    size, extra = divmod(num_timesteps, len(section_counts))
+    start, taken = 0, list[int]()
+    for index, count in enumerate(section_counts):
+        length = size + 1 if index < extra else size
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            taken.append(start + round(position))
+            position += stride
+        start += length
+    return taken[::-1]
+
+
+@pytest.mark.parametrize(
+    ("num_timesteps", "counts"),
+    [(1000, (1,)), (1000, (1, 1, 1)), (4000, (25, 1, 10)), (301, (10, 1, 20)), (1000, (10, 10, 3, 2, 1))],
+)
+def test_f139_sections_of_one_step_start_where_the_section_starts(num_timesteps: int, counts: tuple[int, ...]) -> None:
+    assert schedules.sectioned_timesteps(num_timesteps, counts) == space_timesteps(num_timesteps, counts)
 
 
 @pytest.mark.parametrize(("counts", "message"), [((4, 3), r"section_counts\[0\]: got 4"), ((), "section_counts: got")])

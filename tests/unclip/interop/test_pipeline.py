@@ -109,8 +109,8 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("variant", range(len(VARIANTS)))
 def test_diffusers_samples_the_same_images_as_we_do(tmp_path: Path, variant: int) -> None:
-    """Compare images from the same captions and generator: equal within rounding with our tables of alphas_cumprod, and in
-    nearly all pixels with the pipeline's own."""
+    """Compare images from the same captions and generator: equal within rounding with our tables of alphas_cumprod, and on
+    average with the pipeline's own."""
     stack = tiny_stack(**VARIANTS[variant])
     notes = export_stack(stack, tmp_path / "exported")
     assert len(notes) == 1

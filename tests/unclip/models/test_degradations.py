@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip.downscaling import shrink
 from unclip.errors import ConfigError, ShapeError
 from unclip.models.degradations import (
     BSRConfig,
@@ -17,7 +18,6 @@ from unclip.models.degradations import (
     degrade_image,
     gaussian_blur,
     jpeg,
-    shrink,
 )
 
 BLUR = DegradationConfig(kind="blur", blur_prob=0.5, max_blur_sigma=0.6)
@@ -91,8 +91,9 @@ def test_an_anisotropic_blur_is_wider_along_its_first_axis() -> None:
 def test_one_pixel_stripes_average_to_grey() -> None:
     stripes = torch.ones(1, 3, 64, 64)
     stripes[..., ::2] = -1
-    assert torch.equal(shrink(stripes, 32), torch.zeros(1, 3, 32, 32))
-    assert torch.equal(degrade(stripes, 16, DegradationConfig(kind="none"), seeded()), torch.zeros(1, 3, 16, 16))
+    for size in (32, 16):
+        shrunk = degrade(stripes, size, DegradationConfig(kind="none"), seeded())
+        assert shrunk[..., 2:-2].abs().max() < 1e-6 and shrunk.abs().max() < 0.2  # the filter is one-sided at edges
 
 
 @pytest.mark.parametrize("quality", [30, 75, 92])

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tests.unclip.systems.tiny_stacks import fitting, load_published, with_sampling
 from unclip import imaging
+from unclip.diffusion import samplers
+from unclip.downscaling import shrink
 from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.evaluation import metrics
-from unclip.models.degradations import shrink
 from unclip.models.small_images import Captions
 from unclip.systems.inpainting import inpaint, num_steps
 from unclip.systems.system import sample_captions
@@ -37,8 +38,6 @@ def images(num: int, resolution: int = 16, seed: int = 0) -> Tensor:
 
 def low_res(stack: Stack, latents: manipulations.Latents) -> Tensor:
     """Sample from latents with the decoder alone."""
-    from unclip.diffusion import samplers
-
     denoise = stack.decoder.denoiser(latents.image_embedding, stack.sampling.decoder)
     return samplers.ddim(stack.decoder.diffusion, denoise, latents.x_T, stack.sampling.decoder.num_steps)
 

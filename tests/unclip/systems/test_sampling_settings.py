@@ -19,9 +19,9 @@ from tests.unclip.systems import tiny_stacks
 from unclip.config import load, override, to_dict
 from unclip.data import RowReader, Source
 from unclip.diffusion.sampling import DiffusionSampling
+from unclip.downscaling import shrink
 from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.models.decoder import DecoderSampling
-from unclip.models.degradations import shrink
 from unclip.models.prior import PriorSampling
 from unclip.models.small_images import NO_CAPTIONS, Captions
 from unclip.models.text import caption_features

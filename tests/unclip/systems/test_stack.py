@@ -15,6 +15,8 @@ from tests.unclip.damage import flipped
 from tests.unclip.interop.test_mutated_settings import CHANGES, DELETE, changed, places
 from tests.unclip.systems import tiny_stacks
 from tests.unclip.systems.tiny_stacks import SAMPLING, fitting, with_sampling
+from unclip.config import load, override, to_dict
+from unclip.downscaling import shrink_known
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 from unclip.files import sha256
 from unclip.systems.inpainting import inpaint, num_steps
@@ -105,13 +107,17 @@ def test_inpainting_holds_known_pixels_in_every_upsampler(stack: Stack) -> None:
     samples = inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING, progress=steps.append)
     assert torch.equal(samples[..., :16], images[..., :16]) and not torch.equal(samples[..., 16:], images[..., 16:])
     assert sum(steps) == num_steps(stack, SAMPLING, 2) == 6 + 2 + 3
+    for part in ("decoder", "upsamplers.16", "upsamplers.32"):  # none of which knows masks
+        once = load(SamplingConfig, override(to_dict(SAMPLING), f"{part}.num_resamplings=1"))
+        assert not torch.equal(inpaint(stack, images, known, CAPTIONS, seed=1, sampling=once), samples)
     # the second upsampler gets an image whose known half is that of the given image
     seen: list[torch.Tensor] = []
     hook = stack.upsamplers[1].register_forward_pre_hook(lambda _, given: seen.append(given[2]))
     inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING)
     hook.remove()
-    half = torch.nn.functional.avg_pool2d(images, 2)[..., :8]
-    assert seen and all(torch.allclose(low_res[..., :8], half, atol=1e-6) for low_res in seen)
+    small, small_known = shrink_known(images, known, 16)
+    assert small_known[..., :8].all() and not small_known[..., 8:].any()
+    assert seen and all(torch.allclose(low_res[..., :8], small[..., :8], atol=1e-6) for low_res in seen)
 
 
 def test_frames_of_a_row_share_the_noise_of_every_upsampler(stack: Stack) -> None:

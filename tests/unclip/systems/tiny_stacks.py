@@ -108,8 +108,11 @@ PUBLISHED_UNET = UNetConfig(
 SMALLEST = UNetConfig(8, channels=4, channel_mult=(1, 1), num_res_blocks=1, norm_groups=2)
 SAMPLING = SamplingConfig(
     prior=PriorSampling(num_steps=3),
-    decoder=DecoderSampling(num_steps=6, guidance_scale=1.5, inversion_iterations=2),
-    upsamplers={"16": UpsamplerSampling(num_steps=2), "32": UpsamplerSampling(num_steps=3)},
+    decoder=DecoderSampling(num_steps=6, guidance_scale=1.5, inversion_iterations=2, num_resamplings=2),
+    upsamplers={
+        "16": UpsamplerSampling(num_steps=2, num_resamplings=2),
+        "32": UpsamplerSampling(num_steps=3, num_resamplings=2),
+    },
     precision="fp32",
 )
 

@@ -1,11 +1,15 @@
 """Planned memory against memory measured with real tensors on the CPU."""
 
+import contextlib
 import dataclasses
+import os
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,7 +19,7 @@ from unclip.errors import ConfigError
 from unclip.models.layers import CausalTransformer
 from unclip.systems.unclip.sizes import MODEL_SIZES
 from unclip.training import memory, parallel
-from unclip.training.flops import flops_per_sample
+from unclip.training.flops import flops_per_sample, peak_of
 from unclip.training.memory import Activations, Bytes, ModelMemory, TrainingSetup
 from unclip.training.precision import Precision, autocast
 
@@ -159,7 +163,7 @@ def test_memory_of_each_gpu() -> None:
         0,
     )
     assert model.states(TrainingSetup(1, "fsdp")) == single
-    assert ddp.total == single.total + 400  # DDP's own copy of the gradients
+    assert ddp == single
     shards = model.states(TrainingSetup(4, "fsdp"))
     assert (shards.weights, shards.gradients, shards.moments, shards.average) == (100, 100, 200, 100)
     assert shards.exchange == 2 * 4 * (10 + 2 * 30)
@@ -172,6 +176,30 @@ def test_memory_of_each_gpu() -> None:
     assert activations.at(100, checkpointing=True) == 100 + 410  # the second block
     assert model.largest_micro_batch(TrainingSetup(), 1e-9) == 0
     assert model.largest_micro_batch(TrainingSetup(), 80) == memory.MAX_MICRO_BATCH
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures the memory of a process on Linux")
+def test_f137_ddp_makes_no_copy_of_the_gradients(tmp_path: Path) -> None:
+    """Oracle: the memory that this process gains in two steps of a model of 144 MiB."""
+    width, depth = 3072, 4
+    model, x = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))), torch.randn(1, width)
+    model(x)  # threads and workspaces
+    before = resident_bytes()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        network = parallel.distribute(model, "ddp", parallel.Workers(0, 2))
+        for _ in range(2):
+            network(x).sum().backward()
+        gained = resident_bytes() - before
+    finally:
+        torch.distributed.destroy_process_group()
+    plan = ModelMemory("model", depth * width**2, 0, width**2, Activations(Bytes(0, 0), Bytes(0, 0), ()), 0.0)
+    states = plan.states(TrainingSetup(num_gpus=2))
+    assert states.gradients + states.exchange == pytest.approx(gained, rel=0.25)
 
 
 def test_an_unsupported_precision_is_rejected() -> None:
@@ -192,6 +220,33 @@ def test_flops_match_the_closed_form(device: str) -> None:
     attention = 2 * 2 * length * width  # per token: scores and values
     assert found == 3 * depth * length * (products + attention)
     assert packed == 3 * depth * (10 / 4 * products + length * attention), "skipped tokens are not counted"
+
+
+@pytest.mark.parametrize("autocast_type", [None, "cpu"])
+@pytest.mark.parametrize("name", ["decoder", "upsampler-64"])
+def test_f139_flops_of_u_nets_on_the_meta_device_are_those_on_the_cpu(name: str, autocast_type: str | None) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model, inputs = DEMO[name].build(), DEMO[name].inputs(2)
+            with contextlib.nullcontext() if autocast_type is None else torch.autocast(autocast_type, torch.bfloat16):
+                found.append(flops_per_sample(model, *inputs))
+    assert found[0] == found[1] > 0
+
+
+def test_f139_devices_have_the_peaks_of_their_data_sheets() -> None:
+    """Dense bf16, which is half of what the vendors state with sparsity."""
+    peaks = {
+        "NVIDIA H100 80GB HBM3": 1979 / 2,
+        "NVIDIA H100 PCIe": 1513 / 2,
+        "NVIDIA H100 NVL": 1671 / 2,
+        "NVIDIA H200": 1979 / 2,
+        "NVIDIA H200 NVL": 1671 / 2,
+        "NVIDIA A100-SXM4-80GB": 624 / 2,
+    }
+    for name, teraflops in peaks.items():
+        assert peak_of(name) == pytest.approx(teraflops * 1e12, rel=1e-3), name
+    assert peak_of("NVIDIA GeForce RTX 4090") is None
 
 
 def test_the_plan_has_the_flops_of_the_real_model() -> None:

@@ -94,10 +94,6 @@ class GlideStack(UpsampledSystem):
         low_res = self.sample_small(captions, sampling, generator, negative=negative, start=start)
         return self.upsample(low_res, sampling, generator)
 
-    @property
-    def small_network(self) -> Glide:
-        return self.glide
-
     def small_steps(self, sampling: GlideSampling) -> int:
         return sampling.glide.num_steps
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from unclip.config import require
 from unclip.diffusion import samplers
+from unclip.downscaling import shrink
 from unclip.errors import InputError, ShapeError
-from unclip.models.degradations import shrink
 from unclip.systems.inpainting import Progress, counting, no_progress
 from unclip.systems.system import seeded
 from unclip.systems.unclip.sampling import SamplingConfig
@@ -54,8 +54,8 @@ def invert(
 ) -> Latents:
     """Invert images to their latents.
 
-    The inversion uses the same guidance as sampling. More `inversion_iterations` make it more exact, and so does float32
-    ("precision") compared with bf16.
+    The inversion uses the same guidance and thresholding as sampling. More `inversion_iterations` make it more exact, and so
+    does float32 ("precision") compared with bf16.
 
     Args:
         images: [B, 3, H, W] in [-1, 1], square.
@@ -67,12 +67,11 @@ def invert(
     Source: Dhariwal & Nichol 2021, appendix F; Ramesh et al. 2022, section 3.
     """
     settings = sampling or stack.sampling
-    resolution = _check(images, "invert")
+    _check(images, "invert")
     decoder, embeddings, noises = stack.decoder, [], []
     for batch in torch.split(images.to(stack.device), settings.batch_size):
         image_embedding = stack.embed_images(batch)
-        same_size = resolution == decoder.config.unet.image_size
-        low_res = batch if same_size else shrink(batch, decoder.config.unet.image_size)
+        low_res = shrink(batch, decoder.config.unet.image_size)
         with autocast(settings.precision, stack.device):
             noises.append(
                 samplers.ddim_inversion(
@@ -333,11 +332,10 @@ def probe(
     return _rows(draw(stack, latents, seed=seed, sampling=sampling, progress=progress), len(images))
 
 
-def _check(images: Tensor, function: str) -> int:
-    """Check that images are square, and return their resolution."""
+def _check(images: Tensor, function: str) -> None:
+    """Check that images are square."""
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ShapeError(f"{function}: got images {tuple(images.shape)}, expected [B, 3, H, W] with H = W.")
-    return images.shape[3]
 
 
 def _check_thetas(thetas: Sequence[float]) -> None:

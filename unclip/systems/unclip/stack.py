@@ -110,10 +110,6 @@ class Stack(UpsampledSystem):
         embedding = self.embed_captions(list(captions), sampling, generator, negative)
         return self.decode(embedding, sampling, generator, decoder_captions, start=start)
 
-    @property
-    def small_network(self) -> Decoder:
-        return self.decoder
-
     def small_steps(self, sampling: SamplingConfig) -> int:
         return sampling.decoder.num_steps
 
