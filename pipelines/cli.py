@@ -6,12 +6,26 @@ from typing import Any
 
 import click
 
-from pipelines.commands import data, edit, estimate, exchange, gc, plan_train, run, sample, takedown, train, ui, verify
+from pipelines.commands import (
+    compare,
+    data,
+    edit,
+    estimate,
+    exchange,
+    gc,
+    plan_train,
+    run,
+    sample,
+    takedown,
+    train,
+    ui,
+    verify,
+)
 from pipelines.console import tolerate_encodings
 from unclip.errors import UnclipError
 from unclip.messages import without_credentials
 
-MODULES = (run, takedown, verify, gc, data, ui, sample, edit, exchange, train, plan_train, estimate)
+MODULES = (run, compare, takedown, verify, gc, data, ui, sample, edit, exchange, train, plan_train, estimate)
 
 
 class Commands(click.Group):

@@ -8,21 +8,31 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
-import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pipelines import dag as dags
 from pipelines import systems
 from pipelines.dag import Binder
 from pipelines.dataset import PipelineConfig
+from pipelines.preset import SYSTEM_ENTRY_POINTS, system_names
 from tasks.stage import Run
 from tasks.tracking import Tracker
 from unclip.config import nearest
 from unclip.errors import ConfigError
 
-ENTRY_POINTS = "unclip.pipelines"
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train or sample a system that a comparison shows in a row of its own."""
+
+    title: str
+    """Name for people."""
+    assignments: tuple[str, ...] = ()
+    """Settings that differ from the system's, as `section.field=value`."""
+    applies: Callable[[Any], bool] = lambda _: True
+    """Tells from the configuration of the system if the variant differs from it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +45,10 @@ class Pipeline:
     """Function that composes the DAG and returns its last node."""
     resolve: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """Completes the given settings before validation: expands named model sizes and derives dependent resolutions."""
+    model_sizes: Collection[str] = ()
+    """Values of `model_size` that `resolve` expands."""
+    variants: Mapping[str, Variant] = dataclasses.field(default_factory=dict)
+    """Name -> variant, for comparisons; those that need no other training first."""
 
 
 def find_pipeline(system: str) -> Pipeline:
@@ -47,12 +61,10 @@ def find_pipeline(system: str) -> Pipeline:
         if importlib.util.find_spec(f"{systems.__name__}.{system}") is not None:
             found: Pipeline = importlib.import_module(f"{systems.__name__}.{system}").PIPELINE
             return found
-        for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=system):
+        for point in importlib.metadata.entry_points(group=SYSTEM_ENTRY_POINTS, name=system):
             loaded: Pipeline = point.load()
             return loaded
-    known = [module.name for module in pkgutil.iter_modules(systems.__path__)]
-    known += [point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
-    raise ConfigError(f"system: got {system!r}, which no pipeline trains. {nearest(system, known)}")
+    raise ConfigError(f"system: got {system!r}, which no pipeline trains. {nearest(system, system_names())}")
 
 
 def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:

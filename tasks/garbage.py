@@ -190,7 +190,8 @@ class _Search:
         for pipeline in self.store.list("results"):
             path = ("results", pipeline, "summary.json")
             summary = self.store.read_json(*path) if self.store.exists(*path) else {}
-            needed |= {Folder(*item) for item in summary.get("artifacts", {}).items()}
+            for stage, found in summary.get("artifacts", {}).items():
+                needed |= {Folder(stage, name) for name in ([found] if isinstance(found, str) else found)}
         needed |= {folder for folder in self.records if folder.stage in SELECTING}
         return references.closure(needed, self.records.get)
 

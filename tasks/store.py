@@ -9,7 +9,7 @@ artifacts/<name>/<fp>/  files of a stage: models, checkpoints, images, reports
 runs/<run id>/          records of each run and its stages
 attempts/<recipe>.json  number of the last download attempt
 tombstones.parquet      everything that was taken down; takedowns/ has the outcome of each request, and those that wait
-results/<pipeline>/     summary, report and images of the last run
+results/<pipeline>/     summary, report and images of the last run, or of a comparison
 published/<name>.json   published stacks for sampling; imported/ has stacks from elsewhere
 locks/                  owners of the tables, and of results that are being made; see `tasks.lock`
 scenes/<name>.parquet   lists of procedural images

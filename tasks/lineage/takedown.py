@@ -426,15 +426,18 @@ def _redact_reports(store: Store, keys: frozenset[str]) -> None:
 
 
 def _delete_previews(store: Store, keys: frozenset[str]) -> None:
-    """Delete training previews that show one of the rows, and those whose rows are not recorded."""
-    for stage in store.list("artifacts"):
-        for name in store.list("artifacts", stage):
-            folder = store.uri("artifacts", stage, name)
-            if files.exists(f"{folder}/{PREVIEWS}"):
-                is_recorded = files.exists(f"{folder}/{PREVIEW_KEYS}")
-                if not is_recorded or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
-                    with seals.changing(folder, f"{PREVIEWS}/"):
-                        files.delete(f"{folder}/{PREVIEWS}")
+    """Delete previews of trainings, and figures of comparisons, that show one of the rows or do not record which they show."""
+    folders = [
+        store.uri("artifacts", stage, name)
+        for stage in store.list("artifacts")
+        for name in store.list("artifacts", stage)
+    ]
+    for folder in [*folders, *(store.uri("results", name) for name in store.list("results"))]:
+        if files.exists(f"{folder}/{PREVIEWS}"):
+            is_recorded = files.exists(f"{folder}/{PREVIEW_KEYS}")
+            if not is_recorded or not keys.isdisjoint(files.read_json(f"{folder}/{PREVIEW_KEYS}")):
+                with seals.changing(folder, f"{PREVIEWS}/"):
+                    files.delete(f"{folder}/{PREVIEWS}")
 
 
 def _datasets_with(store: Store, keys: set[str]) -> list[str]:

@@ -14,7 +14,7 @@ from pipelines.pipeline import compose
 from pipelines.preset import pipeline_names
 from tasks.stage import Run
 from tasks.tracking import Tracker
-from unclip.config import to_dict
+from unclip.config import to_dict, without_operational
 from unclip.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +48,35 @@ def test_every_preset_makes_a_pipeline(name: str) -> None:
 
 def load_with(*assignments: str) -> config.PipelineConfig:
     return config.load("text_to_image", None, ["ingest.urls=pairs.parquet", *assignments])
+
+
+ADDED = (
+    "prior.model.diffusion.loss=l1",
+    "decoder.model.diffusion.loss=huber",
+    "upsamplers.256.model.diffusion.loss=l1",
+    "prior.model.self_conditioning_coin=batch",
+    "prior.model.image_drop_prob=0.1",
+    "prior.model.clamp_norm=true",
+    "prior.model.text_encodings=false",
+    "prior.autoregressive.text_encodings=false",
+    "evaluate.sampling.prior.best_by=cosine",
+    "evaluate.sampling.image_embedding=text_embedding",
+    "evaluate.sampling.decoder.reads_captions=false",
+)
+"""Settings of diffusion models that were added after the first trainings."""
+
+
+@pytest.mark.parametrize("assignment", ADDED)
+def test_settings_added_later_count_only_if_they_are_changed(assignment: str) -> None:
+    """Run files reach them, and what was trained before they existed stays trained."""
+    path, _, value = assignment.partition("=")
+    before, after = without_operational(load_with()), without_operational(load_with(assignment))
+    *sections, name = path.split(".")
+    for section in sections:
+        before, after = before[section], after[section]
+    assert name not in before and str(after[name]).lower() == value
+    documents = [(ROOT / "docs" / document).read_text() for document in ("training.md", "sampling.md")]
+    assert any(f"{name}`" in document for document in documents)
 
 
 def sizes(loaded: config.PipelineConfig) -> list[tuple[str, int, int]]:

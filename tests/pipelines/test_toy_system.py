@@ -7,12 +7,14 @@ refers to it; it is found by its entry points.
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,21 +22,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.commands.run import run
+from pipelines.config import load, shared_settings
 from pipelines.dag import Binder
-from pipelines.dataset import PipelineConfig, dataset, finish
-from pipelines.pipeline import Pipeline
+from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish
+from pipelines.pipeline import Pipeline, Variant
+from pipelines.systems.unclip import UnclipConfig
 from tasks import tables
 from tasks.snapshots import Snapshot
-from tasks.stages.evaluate import EvaluateConfig
+from tasks.stage import Resources as StageResource
+from tasks.stages.evaluate import EvaluateConfig, heldout_pairs
 from tasks.stages.train import train
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tasks.verification import state_of, survey
 from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, call_json, read_record
 from unclip import files
 from unclip.data import Batch
+from unclip.errors import ConfigError
 from unclip.models.clip import Clip
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.systems.system import StackFiles, SystemSpec, load_model, load_system, sampling_of
+from unclip.systems.upsampler import UpsamplerStageConfig
 from unclip.training.batches import load_images, stack_rows
 from unclip.training.memory import Network
 from unclip.training.objective import Tensors
@@ -187,7 +196,8 @@ def toy(bind: Binder) -> Any:
     return finish(bind, data, data.clip, painter)
 
 
-PIPELINE = Pipeline(ToyConfig, toy)
+VARIANTS = {"uneven": Variant("toy, uneven", ("painter.trainer.batch_size=33", "resources.num_workers=2"))}
+PIPELINE = Pipeline(ToyConfig, toy, variants=VARIANTS)
 
 # The package, and the tests
 
@@ -284,6 +294,67 @@ def test_it_is_planned(run_file: Path, tmp_path: Path) -> None:
     assert printed.returncode == 2 and "got 'toyy'" in printed.stderr and "Did you mean 'toy'?" in printed.stderr
 
 
+def test_the_option_system_means_the_setting() -> None:
+    assignments = ["painter.width=64", "systems.toy.painter.trainer.seed=3", "systems.unclip.prior.trainer.seed=4"]
+    loaded = load("tiny", None, assignments, system="toy")
+    assert loaded == load("tiny", None, ["system=toy", *assignments]) and isinstance(loaded, ToyConfig)
+    assert (loaded.painter.width, loaded.painter.trainer.seed, loaded.clip.model) == (64, 3, "unclip-demo")
+    assert loaded.model_size is None, "the toy has no named sizes"
+    assert load("tiny", None, assignments[2:]).prior.trainer.seed == 4  # type: ignore[attr-defined]
+    for assignment, message in (
+        ("model_size=small", "model_size: got 'small', but the system toy has no named sizes"),
+        ("systems.tyo.painter.width=1", "got the system 'tyo'. Did you mean 'toy'?"),
+        ("systems.toy=1", "expected systems.toy.section.field=value"),
+        ("prior.trainer.seed=4", "prior: unknown setting"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load("tiny", None, [assignment], system="toy")
+
+
+def test_a_run_file_has_settings_for_single_systems(tmp_path: Path) -> None:
+    path = tmp_path / "both.toml"
+    path.write_text("[systems.toy.painter]\nwidth = 8\n[systems.unclip.prior.trainer]\nseed = 5\n")
+    assert load("tiny", str(path), system="toy").painter.width == 8  # type: ignore[attr-defined]
+    assert load("tiny", str(path)).prior.trainer.seed == 5  # type: ignore[attr-defined]
+    path.write_text("[systems.tyo.painter]\nwidth = 8\n")
+    with pytest.raises(ConfigError, match=r"systems.tyo: got the system 'tyo'. Did you mean 'toy'\?"):
+        load("tiny", str(path))
+
+
+def test_settings_of_the_same_type_survive_a_change_of_the_system() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Resources(DatasetResources):
+        painter: StageResource | None = None
+
+    @dataclasses.dataclass(frozen=True)
+    class Cascade(ToyConfig):
+        resources: Resources = Resources()
+        upsamplers: dict[str, UpsamplerStageConfig] = dataclasses.field(default_factory=dict)
+        decoder: PainterConfig = PainterConfig()
+
+    values = {
+        "model_size": "demo",
+        "resources": {"num_workers": 2, "prior": {"num_workers": 1}, "evaluate": {"num_workers": 3}},
+        "upsamplers": {"64": {"trainer": {"seed": 1}}},
+        "decoder": {"trainer": {"seed": 1}},
+        "evaluate": {"num_captions": 3, "sampling": {"batch_size": 2}},
+        "misspelt": 1,
+    }
+    assert shared_settings(values, UnclipConfig, Cascade) == {
+        "model_size": "demo",
+        "resources": {"num_workers": 2, "evaluate": {"num_workers": 3}},
+        "upsamplers": values["upsamplers"],
+        "evaluate": {"num_captions": 3},
+        "misspelt": 1,
+    }
+
+
+def test_systems_are_completed() -> None:
+    option = next(each for each in run.params if each.name == "system")
+    assert {item.value for item in option.shell_complete(click.Context(run), "to")} == {"toy"}
+    assert {item.value for item in option.shell_complete(click.Context(run), "")} >= {"toy", "unclip"}
+
+
 def test_its_memory_is_planned(run_file: Path) -> None:
     result = call("plan", "train", "tiny", "--config", run_file)
     assert result.returncode == 0, result.stderr
@@ -294,7 +365,7 @@ def test_its_memory_is_planned(run_file: Path) -> None:
 
 
 def test_it_is_trained_evaluated_and_published(finished: Path) -> None:
-    summary = read_record(finished, "results", "tiny", "summary.json")
+    summary = read_record(finished, "results", "tiny-toy", "summary.json")
     assert set(summary["seconds"]) == set(STAGES) and summary["captions"] == {"heldout": 8, "unseen": 4}
     assert {"colour", "background"} <= set(summary["accuracy"]) and summary["registered"]["name"] == "toy"
     system = load_system(summary["stack"])
@@ -326,7 +397,7 @@ def test_it_samples(finished: Path, tmp_path: Path) -> None:
 
 
 def test_it_cannot_start_from_an_image(finished: Path, tmp_path: Path) -> None:
-    image = next((finished / "results" / "tiny").glob("heldout.png"))
+    image = next((finished / "results" / "tiny-toy").glob("heldout.png"))
     result = call("vary", image, "--out", tmp_path / "v.png", "--storage", finished)
     assert result.returncode == 2 and "cannot start from an image" in result.stderr
 
@@ -440,15 +511,63 @@ def test_f71_a_copy_neither_reads_nor_writes_the_original(
     assert {path: path.read_text() for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_a_takedown_finds_its_previews(finished: Path) -> None:
+@pytest.fixture(scope="module")
+def compared(finished: Path, run_file: Path) -> Path:
+    """Folder of a comparison of the toy with a variant that cannot be trained."""
+    systems = ("--systems", "toy/uneven,toy")
+    result = call_apart("compare", "tiny", *systems, "--config", run_file, "--storage", finished)
+    assert result.returncode == 2, "the exit code of the system that failed"
+    assert "toy, uneven: painter.trainer.batch_size: got 33" in result.stderr, result.stdout + result.stderr
+    assert re.search(r"^toy +[01]\.\d{3} ", result.stdout, re.MULTILINE), result.stdout
+    return finished / "results" / "tiny-comparison"
+
+
+def test_it_is_compared_though_another_system_fails(compared: Path, finished: Path, run_file: Path) -> None:
+    systems = ("--systems", "toy/uneven,toy")
+    document = call_json("compare", "tiny", *systems, "--config", run_file, "--storage", finished, code=2)
+    assert [row["name"] for row in document["rows"]] == ["real images", "toy"]
+    assert list(document["failures"]) == ["toy, uneven"]
+    real, toy = document["rows"]
+    assert set(toy["metrics"]) == set(real["metrics"]) == {"heldout", "unseen", "relations", "repeated"}
+    assert real["metrics"]["heldout"]["accuracy.colour"] > 0.9 and real["metrics"]["relations"]["swapped.colour"] == 0
+    assert real["metrics"]["repeated"]["place_entropy"] > 0 and toy["metrics"]["repeated"]["pairwise_distance"] > 0
+    assert toy["parameters"] == 64 * 64 + 64 + 64 * 768 + 768 and toy["training_samples"] == 1024
+    assert toy["training_flops"] == pytest.approx(1024 * 6 * (64 * 64 + 64 * 768), rel=0.05)
+    assert toy["training_seconds"] > 0 and toy["seconds_per_image"] > 0
+    names = {path.relative_to(compared).as_posix() for path in compared.rglob("*") if path.is_file()}
+    assert names == {
+        "summary.json",
+        "table.html",
+        "table.md",
+        "table.png",
+        "previews/images.png",
+        "previews/keys.json",
+        "manifest.json",
+    }
+    shown = json.loads((compared / "previews" / "keys.json").read_text())
+    heldout = heldout_pairs(Snapshot.of(record(finished, "curate")["facts"]))["key"].to_pylist()
+    assert shown == heldout[: len(shown)] and 1 < len(shown) <= 6
+    kept = read_record(finished, "results", "tiny-comparison", "summary.json")["artifacts"]["evaluate"]
+    assert set(kept) < {path.stem for path in (finished / "stages" / "evaluate").glob("*.json")}
+
+
+def test_results_of_a_comparison_are_verified(compared: Path, finished: Path) -> None:
+    items = [item for item in survey(Store(str(finished))) if "tiny-comparison" in item.uri]
+    assert items and {state_of(item) for item in items} == {"sound"}
+    assert "unclip compare tiny --systems toy" in items[0].remedy
+
+
+def test_a_takedown_finds_its_previews(finished: Path, compared: Path) -> None:
     """The last test, since it deletes from the storage."""
     folder = Path(record(finished, "painter")["uri"]).parent
-    shown = json.loads((folder / PREVIEW_KEYS).read_text())
+    compared_keys = json.loads((compared / PREVIEW_KEYS).read_text())
+    shown = [key for key in json.loads((folder / PREVIEW_KEYS).read_text()) if key in compared_keys]
     assert any((folder / PREVIEWS).iterdir())
     document = call_json("takedown", "--key", shown[0], "--storage", finished)
     assert document["keys"] == [shown[0]]
     names = {run["id"]: run["name"] for run in document["runs"]}
     assert {"painter", "publish"} <= set(names.values())
-    assert {names[run] for run in document["deleted_previews"]} == {"painter"}
+    assert {names[run] for run in document["deleted_previews"]} == {"painter", "tiny-comparison"}
     assert [model["name"] for model in document["models"]] == ["toy"]
     assert not (folder / PREVIEWS).exists() or not any((folder / PREVIEWS).iterdir())
+    assert not (compared / PREVIEWS).exists(), "the figure of a comparison shows real images"

@@ -113,6 +113,13 @@ def test_what_a_needed_result_refers_to_stays(store: Store) -> None:
     assert whole == {"/".join(other.path)}
 
 
+def test_all_results_that_a_comparison_shows_stay(store: Store) -> None:
+    made = [finish(store, "evaluate", number) for number in range(4)]
+    shown = {"pipeline": "tiny", "artifacts": {"evaluate": [each.fingerprint for each in made[:2]]}}
+    store.write_json(shown, "results", "tiny-comparison", "summary.json")
+    assert {path for path in found(store) if path.count("/") == 2} == {"/".join(each.path) for each in made[2:]}
+
+
 def test_a_selection_that_takedowns_search_stays_with_all_it_refers_to(store: Store) -> None:
     table, rows = store.uri("images", "recipe"), pa.table({"key": ["a"]})
     [old, _] = [

@@ -114,7 +114,7 @@ def clip_similarity(encode_image: Callable[[Tensor, Tensor], Tensor], text_embed
             applied to x0 (`on_x0`).
         text_embedding: [B, E].
 
-    Source: Nichol et al. 2022 (GLIDE), section 2.3.
+    Source: Nichol et al. 2022 (GLIDE), section 2.4.
     """
     return lambda x_t, t: (encode_image(x_t, t) * text_embedding).sum(dim=1)
 

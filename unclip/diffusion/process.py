@@ -12,15 +12,17 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.config import require
+from unclip.config import added, require
 from unclip.diffusion import schedules
 from unclip.errors import ShapeError
 
 PredictionType = Literal["eps", "x0", "v"]
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
 LossWeighting = Literal["none", "min_snr", "p2"]
+Loss = Literal["l2", "l1", "huber"]
 TimestepSampling = Literal["uniform", "loss_aware"]
 
 
@@ -89,6 +91,9 @@ class DiffusionConfig:
     """Offset of P2, in units of the signal-to-noise ratio."""
     timestep_sampling: TimestepSampling = "uniform"
     """Sampling of training timesteps: uniform, or by the losses observed there (`unclip/training/timesteps.py`)."""
+    loss: Loss = added("l2")
+    """Loss of every element of the network's prediction: its squared error, its absolute error, or Huber's, which is half the
+    squared error up to 1 and grows like the absolute error beyond (Huber 1964). The variational bound stays as it is."""
 
     def __post_init__(self) -> None:
         require(self.num_timesteps >= 2, "num_timesteps", self.num_timesteps, "at least 2")
@@ -109,11 +114,19 @@ class DiffusionConfig:
         require(self.min_snr_gamma > 0, "min_snr_gamma", self.min_snr_gamma, "above 0")
         require(self.p2_gamma >= 0, "p2_gamma", self.p2_gamma, "at least 0")
         require(self.p2_k > 0, "p2_k", self.p2_k, "above 0")
+        has_weights = self.loss_weighting != "none"
+        require(
+            self.loss == "l2" or not has_weights, "loss", self.loss, f"l2 with loss_weighting {self.loss_weighting}"
+        )
 
     @property
     def outputs_per_channel(self) -> int:
         """Channels of the network's output over channels of x_t."""
         return 2 if self.variance == "learned_range" else 1
+
+
+LOSSES: dict[Loss, Callable[..., Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+"""Name -> (prediction, target, reduction="none") -> loss of every element."""
 
 
 class GaussianDiffusion:
@@ -224,7 +237,8 @@ class GaussianDiffusion:
         return denoise
 
     def loss(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Weighted squared error of the network's prediction; with learned variances, plus the variational bound.
+        """Weighted loss of the network's prediction, its squared error by default; with learned variances, plus the
+        variational bound.
 
         The bound trains only the variances: its x0 is detached. Multiplying by T turns the mean over uniform timesteps into
         the sum over all of them.
@@ -243,8 +257,8 @@ class GaussianDiffusion:
         """
         x_t = self.q_sample(x0, t, noise)
         prediction, variance_fraction = self._split(predict(x_t, t), x_t)
-        squared_error = (full_precision(prediction) - self.target(x0, t, noise)) ** 2
-        loss = squared_error.flatten(1).mean(dim=1)  # [B]
+        loss = LOSSES[self.config.loss](full_precision(prediction), self.target(x0, t, noise), reduction="none")
+        loss = loss.flatten(1).mean(dim=1)  # [B]
         if self.config.loss_weighting != "none":
             loss = loss * self._at("loss_weights", t, loss)
         if variance_fraction is None:

@@ -19,7 +19,7 @@ in which networks learn to stay; outside it, they are clamped here, but extrapol
 A stack must be trained with these settings; all others are refused:
 
     CLIP         a plain CLIP whose text encoder has the width of its embeddings: any ViT-B, -L or -H of open_clip
-    prior        diffusion; text_norm "none" or "layer", no self_conditioning
+    prior        diffusion; text_norm "none" or "layer", text_encodings, no self_conditioning, image_drop_prob or clamp_norm
     decoder      text "clip", no inpainting
     upsampler    one; max_noise_level 0
     all three    schedule "cosine" without zero_terminal_snr, prediction_type "eps" or "x0", in [-1, 1]

@@ -2,8 +2,9 @@
 
 Exact in both directions: weights, normalisation (clip_mean, clip_std), the empty caption as unconditional input, the clip
 range of x0 and the sampling steps. Refused, because diffusers would compute something else: a unit-norm text embedding (its
-text encoder returns the unnormalised projection), self-conditioning, v-prediction, any schedule but cosine, any variance but
-the posterior's, and a text encoder whose width differs from that of the embeddings. Diffusers has no autoregressive prior.
+text encoder returns the unnormalised projection), self-conditioning, dropped image embeddings, a clamped norm, a prior without
+text encodings, v-prediction, any schedule but cosine, any variance but the posterior's, and a text encoder whose width differs
+from that of the embeddings. Diffusers has no autoregressive prior.
 
 Diffusers itself is not needed: a folder holds `config.json` and `diffusion_pytorch_model.safetensors`.
 
@@ -96,6 +97,9 @@ def to_diffusers(prior: DiffusionPrior) -> tuple[dict[str, Any], dict[str, Tenso
     embedding_dim = len(prior.text.null_embedding)
     _check_export(config.text_norm != "unit", "text_norm", config.text_norm, "'none' or 'layer'")
     _check_export(not config.self_conditioning, "self_conditioning", True, "false")
+    _check_export(not config.image_drop_prob, "image_drop_prob", config.image_drop_prob, "0")
+    _check_export(not config.clamp_norm, "clamp_norm", True, "false")
+    _check_export(config.text_encodings, "text_encodings", False, "true")
     same_width = f"that of its embeddings, {embedding_dim}"
     _check_export(text_width == embedding_dim, "width of the text encoder", text_width, same_width)
     prior.statistics.check("prior")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import require
+from unclip.config import added, require
 from unclip.models.embeddings import EmbeddingQuantizer, EmbeddingStatistics
 from unclip.models.layers import CausalTransformer, KeyValueCache
 from unclip.models.prior import (
@@ -46,6 +46,8 @@ class AutoregressivePriorConfig:
     """Buckets per component and for the dot product."""
     text_norm: TextNorm = "none"
     """Normalisation of CLIP's text projection: none, a layer norm, or unit norm."""
+    text_encodings: bool = added(True)
+    """Read the encoded text tokens besides CLIP's text embedding."""
 
     def __post_init__(self) -> None:
         require(self.width % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of width {self.width}")
@@ -87,13 +89,13 @@ class AutoregressivePrior(nn.Module):
         self.statistics = EmbeddingStatistics.empty(embedding_dim)
         self.quantizer = EmbeddingQuantizer(embedding_dim, num_components, config.num_buckets)
         width = config.width
-        self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm)
+        self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm, config.text_encodings)
         self.from_similarity = nn.Embedding(config.num_buckets + 1, width)  # the last means unknown
         self.from_bucket = nn.Embedding(config.num_buckets, width)
         for embedding in (self.from_similarity, self.from_bucket):
             nn.init.normal_(embedding.weight, std=0.02)
         # the last component is never an input, so it needs no position
-        self.positions = nn.Parameter(torch.randn(text_length + 1 + num_components, width) * 0.01)
+        self.positions = nn.Parameter(torch.randn(self.text.num_tokens + num_components, width) * 0.01)
         self.transformer = CausalTransformer(width, config.depth, config.num_heads)
         self.to_logits = nn.Linear(width, config.num_buckets)
 
@@ -153,7 +155,7 @@ class AutoregressivePrior(nn.Module):
         negative: CaptionFeatures | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Sample image embeddings; of `num_candidates`, keep the one with the largest dot product with the text embedding.
+        """Sample image embeddings; of `num_candidates`, keep the one nearest to the text embedding.
 
         The dot product given to the Transformer is drawn from the upper half of those of the training rows.
 
@@ -187,7 +189,8 @@ class AutoregressivePrior(nn.Module):
                 logits = null + guidance_scale * (logits - null)
             buckets.append(_sample(logits, settings.temperature, generator))
         image_embedding = self.quantizer.decode(torch.stack(buckets, dim=1))  # [B * N, E]
-        return best_candidate(image_embedding.view(len(text_mask), num_candidates, -1), text_embedding)
+        candidates = image_embedding.view(len(text_mask), num_candidates, -1)  # [B, N, E]
+        return best_candidate(candidates, text_embedding, settings.best_by)
 
 
 class _CachedSequence:

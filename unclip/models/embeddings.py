@@ -127,6 +127,13 @@ class EmbeddingStatistics(nn.Module):
         shift, scale = self.affine()
         return embedding.float() * scale + shift
 
+    def with_norm(self, embedding: Tensor) -> Tensor:
+        """Scale normalised embeddings [B, E] so that they denormalise to the root-mean-square norm of the training rows'
+        embeddings, which is 1 for CLIP's of unit norm."""
+        raw = self.denormalize(embedding)  # [B, E]
+        norm = (self.mean.square() + self.std.square()).sum().sqrt()
+        return self.normalize(raw * (norm / raw.norm(dim=1, keepdim=True).clamp(min=1e-12)))
+
     def check(self, name: str) -> None:
         """Check that embeddings can be normalised and denormalised; raises `InputError` if not."""
         if not (self.mean.isfinite().all() and self.std.isfinite().all() and (self.std > 0).all()):

@@ -5,7 +5,7 @@ embedding, the timestep, the noised CLIP image embedding and a learned query; it
 embedding (x0-prediction, plain mean squared error).
 
 Dropped text is replaced by the empty caption, that is by the CLIP features of "". Diffusers pipelines do the same, so
-guidance needs no weights that they lack. The noised embedding is never dropped.
+guidance needs no weights that they lack. The noised embedding is dropped only with `image_drop_prob`.
 
 Letters: B batch, L text tokens, W width of the CLIP text encoder, E CLIP embedding width, D width of the prior,
 N candidates, S tokens that change from step to step.
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import require
+from unclip.config import added, require
 from unclip.diffusion import sampling
-from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.process import Denoised, Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.samplers import SamplerName
 from unclip.diffusion.sampling import DiffusionSampling
 from unclip.models.embeddings import EmbeddingStatistics, Normalization
@@ -29,6 +29,8 @@ from unclip.models.layers import CausalTransformer, KeyValueCache, TimestepMLP, 
 from unclip.models.text import CaptionFeatures, EmptyCaption
 
 TextNorm = Literal["none", "layer", "unit"]
+Coin = Literal["sample", "batch"]
+CandidateScore = Literal["dot_product", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +55,31 @@ class PriorConfig:
     """Add a layer norm before the first block."""
     self_conditioning: bool = False
     """Also read the x0 of the previous step (Chen et al. 2023); diffusers does not support it."""
+    self_conditioning_coin: Coin = added("sample")
+    """Choice, in training, between an estimate of x0 and none, with equal probability: for each sample, or once for all of a
+    micro-batch, which then costs no second forward pass when there is none, if one worker trains."""
+    image_drop_prob: float = added(0.0)
+    """Probability of replacing the noised image embedding by a learned one during training, independently of the text. If
+    above 0, guidance leads away from the prediction without either; diffusers does not support it."""
+    clamp_norm: bool = added(False)
+    """Scale each predicted x0 to the norm of image embeddings, in training and at every sampling step, so that only directions
+    are learned; needs prediction_type x0, and diffusers does not support it."""
+    text_encodings: bool = added(True)
+    """Read the encoded text tokens besides CLIP's text embedding; diffusers needs them."""
 
     def __post_init__(self) -> None:
         require(self.width % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of width {self.width}")
         require(self.width % 2 == 0, "width", self.width, "an even number")
         require(self.depth >= 1, "depth", self.depth, "at least 1")
-        require(0 <= self.cond_drop_prob < 1, "cond_drop_prob", self.cond_drop_prob, "a probability below 1")
+        for name in ("cond_drop_prob", "image_drop_prob"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a probability below 1")
         learns = self.diffusion.variance == "learned_range"
         require(not learns, "diffusion.variance", "learned_range", "fixed_small or fixed_large for embeddings")
         in_range = self.clip_range is None or self.clip_range > 0
         require(in_range, "clip_range", self.clip_range, "a positive number, or none")
+        predicted = self.diffusion.prediction_type
+        is_x0 = predicted == "x0"
+        require(is_x0 or not self.clamp_norm, "diffusion.prediction_type", predicted, "x0 with clamp_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +94,9 @@ class PriorSampling(DiffusionSampling):
     """Divisor of the autoregressive prior's logits; 0 takes the most likely values."""
     num_candidates: int = 2
     """Image embeddings sampled per caption, of which the best is kept. Source: Ramesh et al. 2022, section 2.2."""
+    best_by: CandidateScore = added("dot_product")
+    """Score of a candidate: its dot product with the text embedding, as in the paper, or their cosine, which does not favour
+    long embeddings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,12 +118,21 @@ SMALL_PRIOR = PriorConfig(width=512, depth=12, num_heads=8)
 
 
 class TextPrefix(EmptyCaption):
-    """First tokens of a prior's input: the text encodings, then the CLIP text embedding."""
+    """First tokens of a prior's input: the text encodings, unless they are left out, then the CLIP text embedding."""
 
-    def __init__(self, width: int, embedding_dim: int, text_width: int, text_length: int, text_norm: TextNorm) -> None:
+    def __init__(
+        self,
+        width: int,
+        embedding_dim: int,
+        text_width: int,
+        text_length: int,
+        text_norm: TextNorm,
+        text_encodings: bool = True,
+    ) -> None:
         super().__init__(text_length, text_width, embedding_dim)
         self.text_norm = text_norm
-        self.from_text_encodings = nn.Linear(text_width, width)
+        self.num_tokens = (text_length if text_encodings else 0) + 1
+        self.from_text_encodings = nn.Linear(text_width, width) if text_encodings else None
         self.norm = nn.LayerNorm(embedding_dim) if text_norm == "layer" else nn.Identity()
         self.from_text_embedding = nn.Linear(embedding_dim, width)
 
@@ -117,7 +146,7 @@ class TextPrefix(EmptyCaption):
             drop: [B] bool, True = replace by the empty caption.
 
         Returns:
-            Tokens [B, L + 1, D], and a mask [B, L + 1] that is False at padding.
+            Tokens [B, L + 1, D], and a mask [B, L + 1] that is False at padding; L is 0 without text encodings.
         """
         if drop is not None:
             text = CaptionFeatures(text_encodings, text_mask, text_embedding)
@@ -125,6 +154,8 @@ class TextPrefix(EmptyCaption):
         if self.text_norm == "unit":
             text_embedding = F.normalize(text_embedding, dim=-1)
         pooled = self.from_text_embedding(self.norm(text_embedding))[:, None]  # [B, 1, D]
+        if self.from_text_encodings is None:
+            return pooled, text_mask.new_ones(len(text_mask), 1)
         tokens = torch.cat([self.from_text_encodings(text_encodings), pooled], dim=1)  # [B, L + 1, D]
         return tokens, torch.cat([text_mask, text_mask.new_ones(len(text_mask), 1)], dim=1)
 
@@ -135,6 +166,7 @@ class TextPrefix(EmptyCaption):
         then depend on no data.
         """
         text_mask = torch.where(drop[:, None], self.null_mask, text_mask)  # [B, L]
+        text_mask = text_mask[:, : self.num_tokens - 1]  # [B, L] or [B, 0]
         return kept_tokens(F.pad(text_mask, (0, length - text_mask.shape[1]), value=True))
 
 
@@ -154,12 +186,13 @@ class DiffusionPrior(nn.Module):
         """Measurements from the end of training: `mean_squared_score` [T]."""
         self.statistics = EmbeddingStatistics.empty(embedding_dim, config.normalization)
         width = config.width
-        self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm)
+        self.text = TextPrefix(width, embedding_dim, text_width, text_length, config.text_norm, config.text_encodings)
         self.from_timestep = TimestepMLP(width, width)
         self.from_image_embedding = nn.Linear(embedding_dim, width)
         self.from_x0_estimate = nn.Linear(embedding_dim, width) if config.self_conditioning else None
+        self.null_image_embedding = nn.Parameter(torch.zeros(embedding_dim)) if config.image_drop_prob else None
         self.query = nn.Parameter(torch.randn(width) * 0.02)
-        num_tokens = text_length + (5 if config.self_conditioning else 4)
+        num_tokens = self.text.num_tokens + (4 if config.self_conditioning else 3)
         self.positions = nn.Parameter(torch.randn(num_tokens, width) * 0.01)
         self.transformer = CausalTransformer(width, config.depth, config.num_heads, config.norm_in)
         self.to_image_embedding = nn.Linear(width, embedding_dim)
@@ -174,6 +207,7 @@ class DiffusionPrior(nn.Module):
         drop: Tensor | None = None,
         x0_estimate: Tensor | None = None,
         kept: Tensor | None = None,
+        image_drop: Tensor | None = None,
     ) -> Tensor:
         """Predict the clean, normalised image embedding, or another quantity set by `config.diffusion`.
 
@@ -183,22 +217,30 @@ class DiffusionPrior(nn.Module):
             text_encodings: [B, L, W].
             text_mask: [B, L] bool, True = keep.
             text_embedding: [B, E], CLIP's text projection before normalisation to unit norm.
-            drop: [B] bool, True = drop the text; x_t is never dropped.
+            drop: [B] bool, True = drop the text.
             x0_estimate: [B, E] of the previous step, zeros if there is none; only for self-conditioning.
             kept: [N] int64, from `kept_tokens` for the same captions and `drop`; gives the same result faster.
+            image_drop: [B] bool, True = replace x_t by the learned null embedding; only with `image_drop_prob`.
 
         Returns:
             [B, E].
         """
         prefix, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
-        suffix = self._suffix(x_t, t, x0_estimate)  # [B, S, D]
+        suffix = self._suffix(x_t, t, x0_estimate, image_drop)  # [B, S, D]
         x = torch.cat([prefix, suffix], dim=1) + self.positions  # [B, L + 1 + S, D]
         keep = F.pad(keep, (0, suffix.shape[1]), value=True)  # [B, L + 1 + S]
         x = self.transformer(x, keep, num_outputs=1, kept=kept)  # [B, 1, D]
-        return self.to_image_embedding(x[:, -1])  # type: ignore[no-any-return]  # [B, E]
+        return self._prediction(x)
 
-    def _suffix(self, x_t: Tensor, t: Tensor, x0_estimate: Tensor | None) -> Tensor:
+    def _prediction(self, x: Tensor) -> Tensor:
+        """Prediction [B, E] from the Transformer's outputs [B, 1, D] at the query."""
+        prediction: Tensor = self.to_image_embedding(x[:, -1])  # [B, E]
+        return self.statistics.with_norm(prediction) if self.config.clamp_norm else prediction
+
+    def _suffix(self, x_t: Tensor, t: Tensor, x0_estimate: Tensor | None, image_drop: Tensor | None) -> Tensor:
         """Tokens after the text: timestep, noised image embedding, x0 estimate if used, query."""
+        if image_drop is not None and self.null_image_embedding is not None:
+            x_t = torch.where(image_drop[:, None], self.null_image_embedding, x_t)  # [B, E]
         tokens = [self.from_timestep(t), self.from_image_embedding(x_t)]  # [B, D] each
         if self.from_x0_estimate is not None:
             tokens.append(self.from_x0_estimate(torch.zeros_like(x_t) if x0_estimate is None else x0_estimate))
@@ -212,7 +254,12 @@ class DiffusionPrior(nn.Module):
         return x0 if limit is None else x0.clamp(-limit, limit)
 
     def predictor(
-        self, text_encodings: Tensor, text_mask: Tensor, text_embedding: Tensor, drop: Tensor | None = None
+        self,
+        text_encodings: Tensor,
+        text_mask: Tensor,
+        text_embedding: Tensor,
+        drop: Tensor | None = None,
+        image_drop: Tensor | None = None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Function (x_t [B, E], t [B]) -> prediction [B, E], equal to `forward` but faster, for one sampling run.
 
@@ -224,7 +271,7 @@ class DiffusionPrior(nn.Module):
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             nonlocal caches, keep, previous
-            length = text_mask.shape[1] + 1
+            length = self.text.num_tokens
             if not caches:
                 prefix, keep = self.text(text_encodings, text_mask, text_embedding, drop)  # [B, L + 1, D], [B, L + 1]
                 caches = self.transformer.new_caches(len(self.positions))
@@ -232,11 +279,11 @@ class DiffusionPrior(nn.Module):
                 keep = F.pad(keep, (0, len(self.positions) - length), value=True)  # [B, L + 1 + S]
             for cache in caches:
                 cache.length = length
-            suffix = self._suffix(x_t, t, previous) + self.positions[length:]  # [B, S, D]
-            prediction = self.to_image_embedding(self.transformer(suffix, keep, caches, num_outputs=1)[:, -1])  # [B, E]
+            suffix = self._suffix(x_t, t, previous, image_drop) + self.positions[length:]  # [B, S, D]
+            prediction = self._prediction(self.transformer(suffix, keep, caches, num_outputs=1))  # [B, E]
             if self.config.self_conditioning:
                 previous = self.estimate_x0(x_t, t, prediction)
-            return prediction  # type: ignore[no-any-return]
+            return prediction
 
         return predict
 
@@ -256,13 +303,21 @@ class DiffusionPrior(nn.Module):
         """
         text = CaptionFeatures(text_encodings, text_mask, text_embedding)
 
-        def branch(caption: CaptionFeatures, dropped: bool) -> Denoiser:
-            drop = text_mask.new_full((len(text_mask),), dropped)
-            return self.diffusion.denoiser(self.predictor(*caption, drop))
+        def branch(caption: CaptionFeatures, dropped: bool, image_dropped: bool = False) -> Denoiser:
+            drop, image_drop = (text_mask.new_full((len(text_mask),), flag) for flag in (dropped, image_dropped))
+            return self.diffusion.denoiser(self.predictor(*caption, drop, image_drop))
 
-        null = branch(text, True) if negative is None else branch(negative, False)
+        null = branch(text, True, True) if negative is None else branch(negative, False, True)
         # x0 is clamped after guidance, because guidance is what pushes it out of range
-        return sampling.guided(self.diffusion, branch(text, False), null, settings, self.config.clip_range)
+        denoise = sampling.guided(self.diffusion, branch(text, False), null, settings, self.config.clip_range)
+        return self._with_norm(denoise) if self.config.clamp_norm else denoise
+
+    def _with_norm(self, denoise: Denoiser) -> Denoiser:
+        def scaled(x_t: Tensor, t: Tensor) -> Denoised:
+            denoised = denoise(x_t, t)
+            return denoised._replace(x0=self.statistics.with_norm(denoised.x0))
+
+        return scaled
 
     @torch.no_grad()
     def sample(
@@ -275,7 +330,7 @@ class DiffusionPrior(nn.Module):
         negative: CaptionFeatures | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Sample image embeddings; of `num_candidates`, keep the one with the largest dot product with the text embedding.
+        """Sample image embeddings; of `num_candidates`, keep the one nearest to the text embedding.
 
         Args:
             text_encodings: [B, L, W].
@@ -304,7 +359,7 @@ class DiffusionPrior(nn.Module):
             generator=generator,
         )
         sampled = self.statistics.denormalize(samples)
-        return best_candidate(sampled.view(len(text_mask), num_candidates, -1), text_embedding)
+        return best_candidate(sampled.view(len(text_mask), num_candidates, -1), text_embedding, settings.best_by)
 
 
 def repeat_captions(text: CaptionFeatures, num: int) -> CaptionFeatures:
@@ -312,11 +367,14 @@ def repeat_captions(text: CaptionFeatures, num: int) -> CaptionFeatures:
     return CaptionFeatures(*(each.repeat_interleave(num, dim=0) for each in text))
 
 
-def best_candidate(image_embedding: Tensor, text_embedding: Tensor) -> Tensor:
-    """Select from image embeddings [B, N, E] those [B, E] with the largest dot product with text embeddings [B, E], any norm.
+def best_candidate(image_embedding: Tensor, text_embedding: Tensor, best_by: CandidateScore = "dot_product") -> Tensor:
+    """Select from image embeddings [B, N, E] those [B, E] with the best score for text embeddings [B, E], of any norm.
 
     Source: Ramesh et al. 2022, section 2.2.
     """
-    similarity = (image_embedding * text_embedding[:, None]).sum(dim=2)  # [B, N]
+    if best_by == "cosine":
+        similarity = F.cosine_similarity(image_embedding, text_embedding[:, None], dim=2)  # [B, N]
+    else:
+        similarity = (image_embedding * text_embedding[:, None]).sum(dim=2)  # [B, N]
     best = similarity.argmax(dim=1)  # [B]
     return image_embedding[torch.arange(len(best), device=best.device), best]

@@ -171,6 +171,8 @@ class UpsampledSystem(nn.Module):
     small_size: int
     """s, pixels."""
     upsamplers: Sequence[Upsampler]
+    sampling: Any
+    """Default sampling settings, a subclass of `UpsampledSampling`."""
 
     def __init__(self, small_size: int, source: str, upsamplers: Sequence[Upsampler]) -> None:
         """Args:
@@ -205,6 +207,29 @@ class UpsampledSystem(nn.Module):
     @property
     def device(self) -> torch.device:
         return device_of(self)
+
+    def small_steps(self, sampling: Any) -> int:
+        """Sampling steps of the network of small images."""
+        raise NotImplementedError
+
+    def sample_small(
+        self,
+        captions: Sequence[str],
+        sampling: Any,
+        generator: torch.Generator,
+        *,
+        negative: Sequence[str] | None = None,
+        known: Tensor | None = None,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor:
+        """Sample small images, [len(captions), 3, s, s] in [-1, 1].
+
+        Args:
+            negative: captions to guide away from.
+            known: [B, 4, s, s] from `known_region`, for a network that reads it.
+            on_step: hook of that network, called after every step.
+        """
+        raise NotImplementedError
 
     def upsample(
         self,

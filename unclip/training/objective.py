@@ -68,6 +68,15 @@ class Learning(Protocol):
 
 
 @runtime_checkable
+class Paced(Protocol):
+    """Objective some of whose modules learn with another learning rate than the rest."""
+
+    @property
+    def learning_rate_factors(self) -> Mapping[str, float]:
+        """Name of a module of the model -> factor of the learning rate of its parameters."""
+
+
+@runtime_checkable
 class Measuring(Protocol):
     """Objective that measures the finished model once, for use in sampling."""
 

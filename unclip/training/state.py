@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,16 +17,29 @@ from unclip.training.settings import TrainerConfig, learning_rate
 class TrainingState:
     """Weights, EMA weights and optimiser state by parameter name, and the tensors of the objective."""
 
-    def __init__(self, model: nn.Module, objective: Mapping[str, Tensor], config: TrainerConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Mapping[str, Tensor],
+        config: TrainerConfig,
+        learning_rate_factors: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Args: learning_rate_factors: see `objective.Paced`."""
         self.model, self.objective, self.config = model, objective, config
         self.loss_scale = LossScale.of(config.precision)
         self.num_nonfinite = self.num_roll_backs = 0
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        matrices = [value for value in self.parameters.values() if value.dim() >= 2]
-        vectors = [value for value in self.parameters.values() if value.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
+        for name, value in self.parameters.items():
+            factor = next(
+                (each for module, each in learning_rate_factors.items() if name.startswith(f"{module}.")), 1.0
+            )
+            groups.setdefault((factor, value.dim() >= 2), []).append(value)
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": values, "weight_decay": config.weight_decay if is_matrix else 0.0, "factor": factor}
+                for (factor, is_matrix), values in groups.items()
+            ],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.adam_eps,
@@ -51,7 +65,7 @@ class TrainingState:
             norm = torch.tensor(gradient_norm)
             torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, samples_seen)
+            group["lr"] = group["factor"] * learning_rate(self.config, samples_seen)
         self.optimizer.step()
         self.zero_grad()
         self.loss_scale.grow()

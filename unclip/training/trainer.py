@@ -24,7 +24,7 @@ from unclip.data import Batch, RowReader
 from unclip.errors import ConfigError, NonFiniteError, StoppedError, StorageError
 from unclip.training import checkpoints, curves, parallel, sharded
 from unclip.training.flops import FirstForward, peak_flops
-from unclip.training.objective import Learning, Measuring, Monitor, Objective, Tensors
+from unclip.training.objective import Learning, Measuring, Monitor, Objective, Paced, Tensors
 from unclip.training.parallel import ALONE, Workers
 from unclip.training.precision import autocast
 from unclip.training.settings import TrainerConfig, learning_rate
@@ -122,7 +122,8 @@ class _Training:
         if config.compile:
             parallel.compile_blocks(model)
         self.network = parallel.distribute(model, config.parallel, workers)
-        self.state = TrainingState(model, objective.state, config)
+        factors = objective.learning_rate_factors if isinstance(objective, Paced) else {}
+        self.state = TrainingState(model, objective.state, config, factors)
         self.writer = sharded.Writer(f"{folder}/checkpoints", workers, config.keep_checkpoints)
         self.samples_seen = self._restore()
         self.alarm = self._restore_curve()

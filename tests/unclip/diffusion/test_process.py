@@ -12,6 +12,7 @@ from unclip.diffusion.process import (
     DiffusionConfig,
     Gaussian,
     GaussianDiffusion,
+    Loss,
     LossWeighting,
     PredictionType,
     VarianceType,
@@ -75,6 +76,34 @@ def test_the_exact_prediction_has_zero_loss(prediction: PredictionType) -> None:
     assert (diffusion.loss(lambda x_t, t: target + 1, x0, t, noise) > 0.99).all()
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("l2", (0 + 0.25 + 9 + 1) / 4),
+        ("l1", (0 + 0.5 + 3 + 1) / 4),
+        ("huber", (0 + 0.125 + 2.5 + 0.5) / 4),  # half the square up to 1, then the magnitude less one half
+    ],
+)
+def test_the_loss_is_that_of_each_element_of_the_prediction(
+    prediction: PredictionType, loss: Loss, expected: float
+) -> None:
+    x0, noise, t = randn(2, 4), randn(2, 4, seed=1), torch.tensor([3, 80])
+    error = torch.tensor([0, 0.5, -3, 1], dtype=torch.float64)
+    found = {}
+    for variance in ("fixed_small", "learned_range"):
+        config = DiffusionConfig(100, prediction_type=prediction, variance=variance, loss=loss)
+        diffusion = GaussianDiffusion(config)
+        output = diffusion.target(x0, t, noise) + error
+        fraction = torch.zeros(2, 4 * (config.outputs_per_channel - 1))
+        found[variance] = diffusion.loss(lambda x_t, t, o=output, f=fraction: torch.cat([o, f], dim=1), x0, t, noise)
+    torch.testing.assert_close(found["fixed_small"], torch.full_like(found["fixed_small"], expected))
+    x_t = diffusion.q_sample(x0, t, noise)
+    denoised = Denoised(diffusion.predict_x0(x_t, t, output), torch.full((2, 4), 0.5))
+    bound = diffusion.vlb_terms(x0, x_t, t, denoised)  # the same whatever the loss
+    torch.testing.assert_close(found["learned_range"], expected + 0.001 * 100 * bound)
+
+
 def test_q_sample_reports_wrong_shapes() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig())
     with pytest.raises(ShapeError, match=r"x0 \(2, 3\), noise \(2, 4\)"):
@@ -89,6 +118,7 @@ def test_q_sample_reports_wrong_shapes() -> None:
         ({"min_snr_gamma": 0.0}, "min_snr_gamma: got 0.0"),
         ({"p2_gamma": -0.5}, "p2_gamma: got -0.5"),
         ({"p2_k": 0.0}, "p2_k: got 0.0"),
+        ({"loss": "huber", "loss_weighting": "p2"}, "loss: got 'huber', expected l2 with loss_weighting p2"),
     ],
 )
 def test_invalid_configurations_are_rejected(settings: dict[str, float], message: str) -> None:

@@ -16,10 +16,12 @@ from unclip.evaluation.metrics import (
     LABELS,
     Features,
     Sampled,
+    caption_diversity,
     concatenate,
     extract_features,
     frechet_distance,
     scene_accuracy,
+    scene_binding,
     score_embeddings,
     score_scenes,
 )
@@ -172,3 +174,48 @@ def test_features_of_batches_are_those_of_all_images() -> None:
     for count in (4, 6):
         with pytest.raises(ShapeError, match=f"got batches of 5 images together, expected {count}"):
             concatenate(batches, count)
+
+
+def sampled(images: torch.Tensor, captions: list[str], embedding: torch.Tensor | None = None) -> Sampled:
+    embedding = torch.eye(len(captions)) if embedding is None else embedding
+    return Sampled(captions, Features(embedding, embedding, score_scenes(images, captions)), embedding[:0])
+
+
+def test_attributes_that_went_to_the_other_object_are_counted_as_swapped() -> None:
+    swapped_colour = TWO.replace("red", "x").replace("blue", "red").replace("x", "blue")
+    swapped_shape = TWO.replace("circle", "x").replace("square", "circle").replace("x", "square")
+    other_colour = TWO.replace("red", "green")
+    images = render(TWO, swapped_colour, swapped_shape, other_colour)
+    found = scene_binding(sampled(images, [TWO] * 4))
+    assert found == {"swapped.shape": 0.25, "swapped.colour": 0.25}, (
+        "both objects are small, so no sizes can be swapped"
+    )
+    assert scene_binding(sampled(render(RED_CIRCLE), [RED_CIRCLE])) == {}
+    same_colour = TWO.replace("blue", "red")
+    assert scene_binding(sampled(render(same_colour), [same_colour])) == {"swapped.shape": 0.0}
+
+
+def test_diversity_at_a_fixed_caption() -> None:
+    anywhere = "a small red circle on a white background"
+    places = [f"a small red circle {words} on a white background" for words in
+              ("on the left", "on the right", "at the top", "at the bottom", "in the center")]  # fmt: skip
+    everywhere = caption_diversity(sampled(render(*places), [anywhere] * 5))
+    assert everywhere == {"pairwise_distance": pytest.approx(1), "place_entropy": pytest.approx(1)}
+    same = torch.eye(5)[:1].expand(5, -1)
+    assert caption_diversity(sampled(render(*places[:1] * 5), [anywhere] * 5, same)) == {
+        "pairwise_distance": pytest.approx(0, abs=1e-12),
+        "place_entropy": pytest.approx(0),
+    }
+    two_places = caption_diversity(sampled(render(*places[:2], None, None), [anywhere] * 4))
+    assert two_places["place_entropy"] == pytest.approx(math.log(2) / math.log(5)), (
+        "images without an object do not count"
+    )
+    placed = caption_diversity(sampled(render(*places[:1] * 2), places[:1] * 2))
+    assert set(placed) == {"pairwise_distance"}, "a caption that names a place leaves no choice"
+    assert caption_diversity(sampled(render(*places), [anywhere] * 4 + [RED_CIRCLE])) == {}, "one caption occurs once"
+    half = caption_diversity(
+        sampled(render(*places[:2] * 2), [anywhere] * 2 + [places[0]] * 2, torch.eye(4)[[0, 0, 1, 2]])
+    )
+    assert half["pairwise_distance"] == pytest.approx(0.5), (
+        "the mean over captions; pairs of different captions do not count"
+    )

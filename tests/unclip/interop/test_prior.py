@@ -154,6 +154,9 @@ def test_the_same_noise_gives_the_same_samples(
     [
         ({"text_norm": "unit"}, "text_norm: got 'unit'"),
         ({"self_conditioning": True}, "self_conditioning: got True"),
+        ({"image_drop_prob": 0.1}, "image_drop_prob: got 0.1"),
+        ({"clamp_norm": True}, "clamp_norm: got True"),
+        ({"text_encodings": False}, "text_encodings: got False"),
         ({"diffusion": DiffusionConfig(prediction_type="v")}, "diffusion.prediction_type: got 'v'"),
         ({"diffusion": DiffusionConfig(schedule="linear")}, "diffusion.schedule: got 'linear'"),
         ({"diffusion": DiffusionConfig(variance="fixed_large")}, "diffusion.variance: got 'fixed_large'"),

@@ -42,10 +42,10 @@ def fit_quantizer(embeddings: torch.Tensor, num_buckets: int) -> EmbeddingQuanti
     )
 
 
-def build() -> AutoregressivePrior:
+def build(**changes: Any) -> AutoregressivePrior:
     torch.manual_seed(0)
     quantizer = fit_quantizer(F.normalize(torch.randn(300, 6), dim=1), 12)
-    prior = AutoregressivePrior(AutoregressivePriorConfig(**SMALL), 6, 5, 7, quantizer.num_components)
+    prior = AutoregressivePrior(AutoregressivePriorConfig(**SMALL, **changes), 6, 5, 7, quantizer.num_components)
     prior.quantizer.load_state_dict(quantizer.state_dict())
     prior.text.set_null(CaptionFeatures(torch.randn(1, 7, 5), torch.arange(7)[None] < 2, torch.randn(1, 6)))
     with torch.no_grad():
@@ -88,6 +88,25 @@ def test_each_component_is_predicted_from_the_text_and_the_components_before_it(
     padding = given["text_encodings"].clone()
     padding[~given["text_mask"]] = 1e4
     torch.testing.assert_close(prior(**{**given, "text_encodings": padding}), expected)
+
+
+@torch.no_grad()
+def test_without_text_encodings_the_text_embedding_alone_is_read() -> None:
+    prior, captions = build(text_encodings=False), text()
+    given = inputs(prior)
+    expected = prior(**given)
+    assert len(prior.positions) == 1 + prior.quantizer.num_components
+    unread = {"text_encodings": given["text_encodings"] + 1, "text_mask": ~given["text_mask"]}
+    assert torch.equal(prior(**{**given, **unread}), expected)
+    assert not torch.allclose(prior(**{**given, "text_embedding": given["text_embedding"] + 1}), expected)
+    drop = torch.tensor([False, False, True])
+    kept = prior.text.kept_tokens(given["text_mask"], drop, len(prior.positions))
+    torch.testing.assert_close(prior(**given, drop=drop, kept=kept), prior(**given, drop=drop))
+    samples = [
+        prior.sample(**{**captions, **other}, generator=torch.Generator().manual_seed(0))
+        for other in ({}, {"text_encodings": captions["text_encodings"] + 1})
+    ]
+    assert torch.equal(*samples)
 
 
 @torch.no_grad()

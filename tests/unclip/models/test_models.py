@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.unclip.systems.tiny_stacks import fill_zeros
 from unclip.errors import ConfigError, ShapeError
 from unclip.models.decoder import Decoder, DecoderConfig, DecoderSampling
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import timestep_embedding
-from unclip.models.prior import DiffusionPrior, PriorConfig, PriorSampling
+from unclip.models.prior import DiffusionPrior, PriorConfig, PriorSampling, best_candidate
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 
@@ -82,6 +83,30 @@ def test_prior_keeps_the_best_candidate(prior: DiffusionPrior) -> None:
 
     assert similarity(64).mean() > similarity(1).mean()
     assert torch.equal(similarity(2), similarity(2))
+
+
+def test_the_best_candidate_by_cosine_is_not_the_longest() -> None:
+    """The first has the largest dot product, 3 against 2; the second the largest cosine, 1 against 0.6."""
+    text_embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    candidates = torch.tensor([[[3.0, 4.0], [2.0, 0.0], [0.1, 0.3]], [[4.0, 3.0], [0.0, 2.0], [0.3, 0.1]]])
+    assert best_candidate(candidates, text_embedding).tolist() == [[3, 4], [4, 3]]
+    for scale in (1.0, 0.01):
+        assert best_candidate(candidates, scale * text_embedding, "cosine").tolist() == [[2, 0], [0, 2]]
+
+
+def test_priors_choose_their_candidates_by_the_score_of_the_settings(prior: DiffusionPrior) -> None:
+    prior.statistics.load_state_dict({"mean": torch.arange(6.0), "std": torch.full((6,), 2.0)})
+    text = {name: value for name, value in prior_inputs().items() if name.startswith("text")}
+    dot, cosine = (
+        prior.sample(
+            **text,
+            settings=PriorSampling(num_candidates=32, num_steps=3, best_by=best_by),  # type: ignore[arg-type]
+            generator=torch.Generator().manual_seed(0),
+        )
+        for best_by in ("dot_product", "cosine")
+    )
+    similarity = [F.cosine_similarity(each, text["text_embedding"]) for each in (dot, cosine)]
+    assert (similarity[1] >= similarity[0]).all() and (similarity[1] > similarity[0]).any()
 
 
 @pytest.fixture

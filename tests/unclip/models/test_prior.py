@@ -242,6 +242,102 @@ def test_self_conditioning_is_trained_on_half_of_the_samples(frozen_clip: Clip) 
     assert objective.model.from_x0_estimate.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
 
 
+def test_one_self_conditioning_coin_can_decide_for_a_whole_batch(frozen_clip: Clip) -> None:
+    config = PriorConfig(**SMALL, self_conditioning=True, self_conditioning_coin="batch")
+    objective, calls = PriorObjective(config, frozen_clip, EmbeddingStatistics.of(torch.randn(100, 64))), []
+
+    def network(*arguments: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        calls[-1].append(arguments[6] if len(arguments) > 6 else None)
+        return objective.model(*arguments, **options)
+
+    network.training = True  # type: ignore[attr-defined]
+    tensors = objective.prepare(make_rows(frozen_clip, 8))
+    for seed in range(40):
+        calls.append([])
+        objective.loss(network, tensors, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    with_estimate = [each for each in calls if len(each) == 2]
+    assert 10 < len(with_estimate) < 30
+    assert all(estimate.any(dim=1).all() for _, estimate in with_estimate), "some samples got no estimate"
+    assert all(each == [None] for each in calls if len(each) == 1), "a pass without an estimate costs one call"
+
+
+@torch.no_grad()
+def test_the_noised_embedding_can_be_dropped_too_and_guidance_then_leads_away_from_neither() -> None:
+    """As `image_cond_drop_prob` of DALLE2-pytorch: a learned embedding replaces the noised one."""
+    prior, given, drop = build(image_drop_prob=0.1, clip_range=None), inputs(), torch.tensor([True, False, True])
+    null = prior.null_image_embedding.expand(3, -1)
+    expected = torch.where(drop[:, None], prior(**{**given, "x_t": null}), prior(**given))
+    torch.testing.assert_close(prior(**given, image_drop=drop), expected)
+    all_dropped = torch.ones(3, dtype=torch.bool)
+    neither = prior(**{**given, "x_t": null}, drop=all_dropped)
+    found = denoised_x0(
+        prior.denoiser(**text(), settings=PriorSampling(guidance_scale=3)), x_t=given["x_t"], t=given["t"]
+    )
+    torch.testing.assert_close(found, neither + 3 * (prior(**given) - neither), atol=1e-5, rtol=0)
+    assert build().null_image_embedding is None
+
+
+def test_training_drops_noised_embeddings_independently_of_the_text(frozen_clip: Clip) -> None:
+    config = PriorConfig(**SMALL, cond_drop_prob=0.3, image_drop_prob=0.6)
+    objective, drops = PriorObjective(config, frozen_clip, EmbeddingStatistics.of(torch.randn(100, 64))), []
+    objective.model.register_forward_hook(lambda module, given, output: drops.append((given[5], given[8])))
+    objective.loss(
+        objective.model, objective.prepare(make_rows(frozen_clip, 600)), torch.Generator().manual_seed(0)
+    ).backward()
+    [(text_drop, image_drop)] = drops
+    assert text_drop.float().mean() == pytest.approx(0.3, abs=0.06)
+    assert image_drop.float().mean() == pytest.approx(0.6, abs=0.06)
+    assert (text_drop & image_drop).float().mean() == pytest.approx(0.18, abs=0.05)
+    assert objective.model.null_image_embedding.grad.abs().sum() > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("normalization", ["standardise", "scale"])
+def test_a_clamped_norm_leaves_only_the_direction_to_be_learned(frozen_clip: Clip, normalization: Any) -> None:
+    torch.manual_seed(0)
+    embeddings = F.normalize(torch.randn(1000, 64) + 0.3, dim=1)
+    statistics = EmbeddingStatistics.of(embeddings)
+    rows, losses = make_rows(frozen_clip, 8), []
+    for clamp_norm in (True, False):
+        config = PriorConfig(**SMALL, clamp_norm=clamp_norm, normalization=normalization)
+        objective = PriorObjective(config, frozen_clip, statistics)
+        prior, caption = objective.model, features(frozen_clip, rows)
+        for _ in range(2):
+            predicted = prior.statistics.denormalize(prior(torch.randn(8, 64), torch.arange(8) * 100, *caption))
+            is_unit = torch.allclose(predicted.norm(dim=1), torch.ones(8), atol=2e-3)
+            assert is_unit == clamp_norm
+            losses.append(objective.loss(prior, objective.prepare(rows), torch.Generator().manual_seed(0)).item())
+            with torch.no_grad():  # the same directions in CLIP's scale, with other lengths
+                shift, scale = prior.statistics.affine()
+                prior.to_image_embedding.weight *= 3.0
+                prior.to_image_embedding.bias.copy_(3.0 * prior.to_image_embedding.bias + 2.0 * shift / scale)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[3] != pytest.approx(losses[2], rel=0.1)
+
+
+@torch.no_grad()
+def test_a_clamped_norm_holds_at_every_sampling_step() -> None:
+    prior, x_t, t = build(clamp_norm=True), inputs()["x_t"], torch.full((3,), 700)
+    guided = prior.denoiser(**text(), settings=PriorSampling(guidance_scale=4))
+    norm = (prior.statistics.mean.square() + prior.statistics.std.square()).sum().sqrt()
+    found = prior.statistics.denormalize(denoised_x0(guided, x_t=x_t, t=t))
+    torch.testing.assert_close(found.norm(dim=1), norm.expand(3))
+
+
+@pytest.mark.parametrize("changes", [{}, {"self_conditioning": True}])
+@torch.no_grad()
+def test_a_prior_without_text_encodings_reads_the_text_embedding_alone(changes: dict) -> None:
+    prior, given = build(text_encodings=False, **changes), inputs()
+    expected, other = prior(**given), build(text_encodings=False, **changes)
+    assert len(prior.positions) == 4 + len(changes) and "text.from_text_encodings.weight" not in prior.state_dict()
+    unread = {"text_encodings": given["text_encodings"] + 1, "text_mask": ~given["text_mask"]}
+    assert torch.equal(other(**{**given, **unread}), expected)
+    assert not torch.allclose(prior(**{**given, "text_embedding": given["text_embedding"] + 1}), expected)
+    drop = torch.tensor([False, False, True])
+    kept = prior.text.kept_tokens(given["text_mask"], drop, len(prior.positions))
+    torch.testing.assert_close(prior(**given, drop=drop, kept=kept), prior(**given, drop=drop))
+    predict = prior.predictor(**text(), drop=drop)
+    torch.testing.assert_close(predict(given["x_t"], given["t"]), prior(**given, drop=drop), atol=1e-5, rtol=0)
+
+
 def make_rows(frozen_clip: Clip, count: int) -> dict[str, list[Any]]:
     captions = [f"picture {index}" for index in range(count)]
     generator = torch.Generator().manual_seed(0)
@@ -457,6 +553,11 @@ def test_presets_have_the_documented_number_of_parameters(
         ({"depth": 0}, "depth: got 0"),
         ({"cond_drop_prob": 1.0}, "cond_drop_prob: got 1.0"),
         ({"clip_range": 0.0}, "clip_range: got 0.0"),
+        ({"image_drop_prob": 1.0}, "image_drop_prob: got 1.0"),
+        (
+            {"clamp_norm": True, "diffusion": DiffusionConfig()},
+            "diffusion.prediction_type: got 'eps', expected x0 with",
+        ),
         ({"diffusion": DiffusionConfig(variance="learned_range")}, "diffusion.variance: got 'learned_range'"),
     ],
 )

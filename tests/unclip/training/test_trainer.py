@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -98,6 +100,23 @@ def test_gradients_longer_than_clip_norm_are_clipped(norm: float) -> None:
             1 - state.config.beta1
         )  # the first moment of the first step
         torch.testing.assert_close(applied, gradient / max(1, norm))
+
+
+class PacedLine(Line):
+    """The first layer learns at a tenth of the learning rate, and the last one at the whole."""
+
+    learning_rate_factors: Mapping[str, float] = MappingProxyType({"0": 0.1})
+
+
+def test_modules_can_learn_with_a_fraction_of_the_learning_rate(tmp_path: Path) -> None:
+    """Adam's first step moves every weight by the learning rate, whatever its gradient."""
+    one_step = settings(num_samples=16, decay="none", ema_decay=0.0, precision="fp32")
+    before = dict(Line().model.named_parameters())
+    trainer.train(PacedLine(), reader(tmp_path), one_step, str(tmp_path / "run"), Recorder())
+    after = checkpoints.load(str(tmp_path / "run" / "model"))[0]["model"]
+    moved = {name: (after[name] - value).abs().max().item() for name, value in before.items()}
+    rates = {"0.weight": 0.002, "0.bias": 0.002, "2.weight": 0.02, "2.bias": 0.02}
+    assert moved == pytest.approx(rates, rel=1e-3)
 
 
 def test_training_learns_and_reports(tmp_path: Path) -> None:

@@ -70,17 +70,23 @@ class PriorObjective:
         x0 = self.model.statistics.normalize(tensors["image_embedding"])  # [B, E]
         draw = self.process.draw(x0, generator, network.training)
         drop = bernoulli(x0, config.cond_drop_prob, generator)
+        image_drop = bernoulli(x0, config.image_drop_prob, generator) if config.image_drop_prob else None
         kept = self.model.text.kept_tokens(text.text_mask, drop, len(self.model.positions))  # [N]
         x0_estimate = None
         if config.self_conditioning:
-            x_t = diffusion.q_sample(x0, draw.t, draw.noise)
-            with torch.no_grad():
-                estimate = self.model.estimate_x0(x_t, draw.t, network(x_t, draw.t, *text, drop, kept=kept))
-            # Half of the samples get the estimate, the others zeros. Source: Chen et al. 2023 (Analog Bits), section 2.2
-            x0_estimate = torch.where(bernoulli(x0, 0.5, generator)[:, None], estimate, 0.0)  # [B, E]
+            # Half of the samples get an estimate, the others zeros. Source: Chen et al. 2023 (Analog Bits), section 2.2
+            one_coin = config.self_conditioning_coin == "batch"
+            given = bernoulli(x0[:1] if one_coin else x0, 0.5, generator)[:, None]  # [B, 1] or [1, 1]
+            # calls of a distributed network are collectives, so all workers make them, whatever their coins say
+            if not one_coin or torch.distributed.is_initialized() or given.item():
+                x_t = diffusion.q_sample(x0, draw.t, draw.noise)
+                with torch.no_grad():
+                    prediction = network(x_t, draw.t, *text, drop, kept=kept, image_drop=image_drop)
+                    estimate = self.model.estimate_x0(x_t, draw.t, prediction)
+                x0_estimate = torch.where(given, estimate, 0.0)  # [B, E]
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            return network(x_t, t, *text, drop, x0_estimate, kept)  # type: ignore[no-any-return]
+            return network(x_t, t, *text, drop, x0_estimate, kept, image_drop)  # type: ignore[no-any-return]
 
         return self.process.mean_loss(predict, x0, draw)
 

@@ -1,0 +1,154 @@
+"""Command that trains and samples several systems on the same dataset, and compares them."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from pipelines.options import CONFIG, JSON, PIPELINE, SET, STORAGE, complete, print_json
+from pipelines.preset import system_names
+
+if TYPE_CHECKING:
+    from pipelines.comparison import Comparison, Entry, Row
+
+
+def _complete(_: click.Context, __: click.Parameter, start: str) -> list[CompletionItem]:
+    """Systems that begin with the part after the last comma."""
+    before, comma, last = start.rpartition(",")
+    return [CompletionItem(f"{before}{comma}{name}") for name in complete(system_names(), last)]
+
+
+@click.command()
+@PIPELINE
+@click.option(
+    "--systems",
+    metavar="A,B,...",
+    shell_complete=_complete,
+    help="Systems, and variants as SYSTEM/VARIANT, in the order of the table.  [default: all]",
+)
+@click.option(
+    "--sweep",
+    metavar="SETTING=A,B,...",
+    help="Evaluate each system with each of these values; SETTING is a path or a shortcut such as guidance_scale.",
+)
+@click.option(
+    "--equal",
+    type=click.Choice(["samples", "flop"]),
+    help="Train each system on as many samples, or for as many FLOPs, as the first.  [default: its own settings]",
+)
+@CONFIG
+@SET
+@STORAGE
+@JSON
+def compare(
+    pipeline: str,
+    systems: str | None,
+    sweep: str | None,
+    equal: Any,
+    run_file: str | None,
+    assignments: tuple[str, ...],
+    storage: str | None,
+    as_json: bool,
+) -> None:
+    """Train, sample and compare systems on the dataset of a PIPELINE.
+
+    Systems are trained one after another in one storage; what they share is made once. The table and the figure are in
+    results/PIPELINE-comparison. If a system fails, the others are compared, and the command ends with its exit code.
+
+    To resume, run the same command again.
+    """
+    from pipelines import comparison as comparisons
+    from pipelines import comparison_page
+
+    swept = None if sweep is None else comparisons.Sweep.parse(sweep)
+    names = () if systems is None else tuple(dict.fromkeys(filter(None, (name.strip() for name in systems.split(",")))))
+    entries = comparisons.find_entries(pipeline, run_file, assignments, storage, names, swept, equal)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        failures = comparisons.run_entries(pipeline, entries)
+        if len(failures) == len(entries):
+            raise comparisons.error_of(failures)
+        result = comparisons.collect(pipeline, entries, failures, swept, equal)
+        folder = _write(result, entries)
+        click.echo(f"\n{comparison_page.text(result)}\n\nresults    {folder}")
+    if as_json:
+        print_json(_document(result, folder))
+    if failures:
+        raise comparisons.error_of(failures)
+
+
+def _document(result: "Comparison", folder: str) -> dict[str, Any]:
+    sweep = None if result.sweep is None else {"setting": result.sweep.setting, "values": list(result.sweep.values)}
+    return {
+        "pipeline": result.pipeline,
+        "storage": result.storage,
+        "equal": result.equal,
+        "sweep": sweep,
+        "captions": result.num_captions,
+        "rows": [row.document() for row in result.rows],
+        "failures": result.failures,
+        "folder": folder,
+    }
+
+
+def _write(result: "Comparison", entries: "Sequence[Entry]") -> str:
+    """Write tables and figures to the folder of results and to MLflow; return the folder's URI."""
+    from pipelines import comparison_page
+    from pipelines.comparison import settings_of
+    from pipelines.records import close_run, open_run
+    from tasks.store import Store
+    from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+    from unclip import files, seals
+
+    kind = "comparison" if result.sweep is None else f"sweep-{result.sweep.name}"
+    name = "-".join([result.pipeline, kind, *([] if result.equal is None else ["equal", result.equal])])
+    store, images = Store(result.storage), f"{PREVIEWS}/images.png"
+    folder = store.uri("results", name)
+    # The keys tell a takedown whose images are shown.
+    contents = {PREVIEW_KEYS: json.dumps(result.keys).encode(), images: comparison_page.draw_images(result)}
+    if result.sweep is not None:
+        contents["sweep.png"] = comparison_page.draw_sweep(result)
+    contents["table.png"] = comparison_page.draw_table(result)
+    contents["table.md"] = comparison_page.markdown(result).encode()
+    figures = [name for name in ("sweep.png", images) if name in contents]
+    contents["table.html"] = comparison_page.page(result, figures).encode()
+    sweep = [] if result.sweep is None else ["--sweep", f"{result.sweep.setting}={','.join(result.sweep.values)}"]
+    equal = [] if result.equal is None else ["--equal", result.equal]
+    names = ",".join(dict.fromkeys(entry.name for entry in entries))
+    command = ["unclip compare", result.pipeline, "--systems", names, *sweep, *equal]
+    summary = {**_document(result, folder), "command": command, "artifacts": result.artifacts}
+    files.delete(f"{folder}/{seals.MANIFEST}")
+    for file_name, data in contents.items():
+        files.write(f"{folder}/{file_name}", data)
+    store.write_json(summary, "results", name, "summary.json")
+    seals.cover(folder)
+
+    run = open_run(result.pipeline, entries[0].config, store)
+    try:
+        tracker = run.tracker.child(run.experiment_id, name, shows_rows=True)
+        tracker.metrics({key: value for row in result.rows for key, value in _measured(row).items()})
+        for file_name, data in contents.items():
+            tracker.bytes(data, file_name)
+        tracker.json(store.portable(summary), "summary.json")
+        tracker.json(store.portable({"entries": settings_of(entries)}), "configs.json")
+        tracker.end()
+    finally:
+        close_run(run, store, "failed" if result.failures else "done")
+    return folder
+
+
+def _measured(row: "Row") -> dict[str, float]:
+    """Numbers of a row, with its name before theirs."""
+    from tasks.tracking import flatten
+
+    where = row.name if row.value is None else f"{row.name}.{row.value}"
+    values = flatten(
+        {key: value for key, value in row.document().items() if key not in ("trainings", "label", "value")}
+    )
+    return {f"{where}.{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+
+
+COMMANDS = (compare,)

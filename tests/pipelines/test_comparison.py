@@ -1,0 +1,214 @@
+"""Comparisons: their entries and budgets, and the tables and figures made of results. No stage runs here."""
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines import comparison_page as page
+from pipelines.comparison import (
+    REAL,
+    Comparison,
+    Entry,
+    Row,
+    Sweep,
+    Training,
+    equalise,
+    error_of,
+    find_entries,
+    trainings,
+    with_one_dataset,
+)
+from pipelines.dag import with_section
+from pipelines.pipeline import compose, find_pipeline
+from pipelines.systems.unclip import UnclipConfig
+from unclip import imaging
+from unclip.config import without_operational
+from unclip.errors import ConfigError, InputError, StageError
+
+CAPTIONS = ["a small red circle on white", "a costs $5 and b costs $6"]
+
+
+def unclip_entries(*names: str, **options: Any) -> list[Entry]:
+    return find_entries("tiny", None, ["scenes.port=8767"], None, names, **options)
+
+
+def settings(entry: Entry, stage: str) -> Any:
+    return without_operational(compose(entry.config)[stage].config)
+
+
+def test_variants_differ_from_their_system_in_their_settings_only() -> None:
+    system, text, other = unclip_entries("unclip", "unclip/text_embedding", "unclip/autoregressive")
+    assert isinstance(text.config, UnclipConfig) and isinstance(other.config, UnclipConfig)
+    assert text.config.evaluate.sampling.image_embedding == "text_embedding"
+    assert other.config.prior.kind == "autoregressive" and other.title == "unclip, autoregressive prior"
+    differ = {
+        name: [settings(entry, name) != settings(system, name) for entry in (text, other)]
+        for name in compose(system.config)
+    }
+    assert {name for name, (of_text, _) in differ.items() if of_text} == {"evaluate"}
+    assert {name for name, (_, of_other) in differ.items() if of_other} == {"prior"}
+
+
+def test_all_variants_that_apply_follow_their_system() -> None:
+    names = [entry.name for entry in unclip_entries()]
+    start = names.index("unclip")
+    assert names[start + 1 : start + 3] == ["unclip/text_embedding", "unclip/autoregressive"]
+    assert "unclip/no_caption" not in names, "the decoder of tiny reads no captions"
+    entries = find_entries("tiny", None, ["systems.unclip.decoder.model.text=clip"], None)
+    names = [entry.name for entry in entries]
+    assert "unclip/no_caption" in names and "unclip/captions" not in names
+    for system in {entry.config.system for entry in entries}:
+        for key in find_pipeline(system).variants:
+            assert re.fullmatch(r"[a-z0-9_]+", key)
+
+
+def test_every_entry_samples_the_groups_of_a_comparison() -> None:
+    for entry in unclip_entries("unclip", "unclip/text_embedding"):
+        found = entry.config.evaluate
+        assert (found.num_relations, found.num_repeated, found.num_repeats, found.num_kept) == (4, 2, 4, 6)
+        assert (found.num_captions, found.num_unseen) == (16, 4), "as in every evaluation"
+
+
+def test_a_sweep_is_one_entry_for_each_value() -> None:
+    sweep = Sweep.parse("guidance_scale = 1, 2.5,1")
+    assert sweep == Sweep("guidance_scale", ("1", "2.5"))
+    entries = unclip_entries("unclip", sweep=sweep)
+    assert [(each.value, each.label) for each in entries] == [("1", "unclip, 1"), ("2.5", "unclip, 2.5")]
+    assert [each.config.evaluate.sampling.decoder.guidance_scale for each in entries] == [1.0, 2.5]  # type: ignore[attr-defined]
+    by_path = unclip_entries("unclip", sweep=Sweep.parse("evaluate.sampling.decoder.guidance_scale=1,2.5"))
+    assert [each.config for each in by_path] == [each.config for each in entries]
+    for name in compose(entries[0].config):
+        assert (settings(entries[0], name) != settings(entries[1], name)) == (name == "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (("unclipp",), {}, "system: got 'unclipp'.*Did you mean 'unclip'"),
+        (
+            ("unclip/text_embeding",),
+            {},
+            "got unclip/text_embeding, but .* no such variant. Did you mean 'text_embedding'",
+        ),
+        (
+            ("unclip",),
+            {"sweep": Sweep("guidance", ("1",))},
+            "got 'guidance', .* no such shortcut. Did you mean 'guidance_sc",
+        ),
+        ((), {"sweep": Sweep("nothing", ("1",))}, "got 'nothing', a shortcut that no system has"),
+        (("unclip",), {"sweep": Sweep("guidance_scale", ("-1",))}, "^unclip: .*guidance_scale: got -1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(names: tuple[str, ...], options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        unclip_entries(*names, **options)
+
+
+@pytest.mark.parametrize("text", ["guidance_scale", "=1", "guidance_scale=", "guidance_scale=1,,2"])
+def test_a_sweep_has_a_setting_and_values(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected setting=value,value"):
+        Sweep.parse(text)
+
+
+def test_images_are_stored_for_the_largest_system_and_other_datasets_are_refused() -> None:
+    first, second = unclip_entries("unclip", "unclip/text_embedding")
+    larger = dataclasses.replace(second.config.download, image_size=128)
+    other = dataclasses.replace(second, config=dataclasses.replace(second.config, download=larger))
+    assert {each.config.download.image_size for each in with_one_dataset([first, other])} == {128}
+    dedup = dataclasses.replace(second.config.dedup, holdout=0.3)
+    other = dataclasses.replace(second, config=dataclasses.replace(second.config, dedup=dedup))
+    with pytest.raises(ConfigError, match="unclip/text_embedding: its settings of dedup differ from those of unclip"):
+        with_one_dataset([first, other])
+
+
+def lengthened(entry: Entry, stage: str, num_samples: int, **trainer: Any) -> Entry:
+    node = compose(entry.config)[stage]
+    changed = dataclasses.replace(node.config.trainer, num_samples=num_samples, **trainer)
+    config = with_section(entry.config, node.section, dataclasses.replace(node.config, trainer=changed))
+    return dataclasses.replace(entry, config=config)
+
+
+def test_trainings_are_made_equal_to_those_of_the_first() -> None:
+    [first] = unclip_entries("unclip")
+    same_decoder = lengthened(first, "prior", 64)  # the other parts are shared, and stay as they are
+    other = lengthened(lengthened(first, "prior", 64), "decoder", 96, seed=1)
+
+    def lengths(entry: Entry) -> dict[str, int]:
+        return {each.stage: each.num_samples for each in trainings(entry.config)}
+
+    assert equalise([first, same_decoder, other], None) == [first, same_decoder, other]
+    for kind in ("samples", "flop"):
+        _, equal, _ = equalise([first, same_decoder, other], kind)  # type: ignore[arg-type]
+        assert lengths(equal) == lengths(first), "one part differs, in its length alone"
+        assert settings(equal, "decoder") == settings(first, "decoder")
+    by_samples, by_flop = (equalise([first, other], kind)[1] for kind in ("samples", "flop"))  # type: ignore[arg-type]
+    assert lengths(by_samples) == {**lengths(first), "prior": 64}, "the costliest part alone"
+    own = {"prior", "decoder"}
+    wanted, got = (
+        sum(each.flops for each in trainings(entry.config) if each.stage in own) for entry in (first, by_flop)
+    )
+    assert got == pytest.approx(wanted, rel=0.1), "in whole batches"
+    prior, decoder = (lengths(by_flop)[name] for name in ("prior", "decoder"))
+    assert decoder / prior == pytest.approx(96 / 64, rel=0.15) and prior % 32 == 0
+    assert {name: lengths(by_flop)[name] for name in lengths(first) if name not in own} == {
+        name: length for name, length in lengths(first).items() if name not in own
+    }
+
+
+def row(name: str, quality: float, value: str | None = None, system: str | None = "unclip") -> Row:
+    accuracy = {"accuracy.colour": quality, "accuracy.shape": 0.5}
+    heldout = {**accuracy, "clip_score": quality, "clip_frechet_distance": 1 - quality}
+    metrics = {"heldout": heldout, "repeated": {"pairwise_distance": 0.1}}
+    sizes = (Training("one", 46_000, 1e9, 3_000_000), Training("two", 64_000, 1e8, 800_000)) if system else ()
+    images = np.full((2, 4, 4, 3), 200, np.uint8)
+    label = name if value is None else f"{name}, {value}"
+    return Row(name, label, system, value, metrics, sizes, 12.0, 0.05, images, [True, False])
+
+
+def comparison(*rows: Row, sweep: Sweep | None = None) -> Comparison:
+    every = [row(REAL, 1.0, system=None), *rows]
+    counts = {"heldout": 256, "repeated": 128}
+    return Comparison("demo", "/s", None, sweep, every, CAPTIONS, ["k", "l"], counts, {"ddpm": "it <failed>"}, {})
+
+
+def test_tables_tell_the_best_system_and_what_failed() -> None:
+    found = comparison(row("unclip", 0.95), row("other", 0.9))
+    text = page.text(found)
+    assert re.search(r"^real images +1\.000 +0\.500$", text, re.MULTILINE)
+    assert re.search(r"^unclip +0\.950 +0\.500$", text, re.MULTILINE)
+    assert re.search(r"^unclip +3\.8M +110k +5\.24e13 +12 +0\.05$", text, re.MULTILINE)
+    assert "place" not in text and "unseen combinations" not in text, "columns without a value are left out"
+    assert "256 held-out, 128 repeated" in text and max(map(len, text.splitlines()[1:])) < 100
+    table = page.markdown(found)
+    assert "| real images | 1.000 | 0.500 |" in table, "real images do not compete"
+    assert "| unclip | **0.950** | 0.500 |" in table, "what all have distinguishes none"
+    assert "**0.0500**" in table and "**0.1000**" not in table, "a smaller distance is better"
+    assert "Failed: ddpm: it <failed>" in table
+    html = page.page(found, ["previews/images.png"])
+    assert html.count('class="best') == 3 and "it &lt;failed&gt;" in html and 'src="previews/images.png"' in html
+    alone = page.markdown(comparison(row("unclip", 0.95)))
+    assert "**" not in alone, "one system has no rival"
+
+
+def test_figures_are_images() -> None:
+    found = comparison(row("unclip", 0.95), row("other", 0.9))
+    small, large = (imaging.from_png(page.draw_images(each)) for each in (comparison(row("unclip", 0.95)), found))
+    assert large.shape[1] == small.shape[1] and large.shape[0] > small.shape[0], "a row for each system"
+    is_red = (large[..., 0] > 190) & (large[..., 1] < 60)
+    assert is_red.sum() > 3 * (((small[..., 0] > 190) & (small[..., 1] < 60)).sum()) / 2 - 400 and is_red.any()
+    assert imaging.from_png(page.draw_table(found)).shape[2] == 3
+    sweep = Sweep("evaluate.sampling.x.guidance_scale", ("1", "2"))
+    rows = [row(name, 0.9, value) for name in ("unclip", "other") for value in sweep.values]
+    assert imaging.from_png(page.draw_sweep(comparison(*rows, sweep=sweep))).ndim == 3
+    words = Sweep("sampler", ("ddim", "ddpm"))
+    rows = [row("unclip", 0.9, value) for value in words.values]
+    assert imaging.from_png(page.draw_sweep(comparison(*rows, sweep=words))).ndim == 3
+
+
+def test_the_exit_code_is_that_of_the_failures_if_they_agree() -> None:
+    one, other = InputError("a"), StageError("b")
+    assert error_of({"x": one}).exit_code == InputError.exit_code
+    assert error_of({"x": one, "y": other}).exit_code == 1 and str(error_of({"x": one, "y": other})) == "x: a\ny: b"
