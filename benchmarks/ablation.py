@@ -34,7 +34,7 @@ from tasks.store import DEFAULT_ROOT, Store
 from unclip import imaging
 from unclip.data import Places, RowReader
 from unclip.evaluation import metrics
-from unclip.models.decoder import Captions
+from unclip.models.small_images import Captions
 from unclip.systems.system import StackFiles
 from unclip.systems.unclip.stack import Stack
 from unclip.training.batches import load_images

@@ -1,6 +1,7 @@
 """The part of a pipeline that all systems share: settings, the stages from a list of URLs to a dataset, and the last stages."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipelines.dag import Binder
@@ -17,7 +18,7 @@ from tasks.stages.ingest import IngestConfig, ingest
 from tasks.stages.publish import PublishConfig, publish
 from tasks.stages.report import ReportConfig, report
 from tasks.store import DEFAULT_ROOT
-from unclip.config import require
+from unclip.config import load, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,27 @@ class Dataset(NamedTuple):
     """Frozen CLIP that embedded it."""
     report: Any
     """Report page about it."""
+
+
+def with_image_size(values: Mapping[str, Any], size: int, part: str) -> dict[str, Any]:
+    """Store images at least as large as the last part of a system needs them.
+
+    Args:
+        values: settings of a run file.
+        size: resolution that the part trains on.
+        part: its name.
+
+    Raises:
+        ConfigError: they are stored smaller.
+    """
+    section = values.get("download", {})
+    if not isinstance(section, Mapping):
+        return dict(values)  # `config.load` reports the error
+    stored = {"image_size": max(size, DownloadConfig.image_size), **section}
+    image_size = load(DownloadConfig, stored, "download").image_size
+    expected = f"at least {size}, the output resolution of {part}, which trains on these images"
+    require(image_size >= size, "download.image_size", image_size, expected)
+    return {**values, "download": stored}
 
 
 def dataset(bind: Binder) -> Dataset:

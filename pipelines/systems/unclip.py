@@ -1,25 +1,23 @@
 """The unCLIP pipeline: prior, decoder and upsamplers, trained independently on one dataset."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from pipelines.dag import Binder
-from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish
+from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
 from pipelines.pipeline import Pipeline
 from tasks.stage import Resources
-from tasks.stages.download import DownloadConfig
 from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
 from unclip import config
-from unclip.config import nearest, require, to_dict
+from unclip.config import nearest, require
 from unclip.errors import ConfigError
 from unclip.systems.unclip.decoder import DECODER, DecoderStageConfig
 from unclip.systems.unclip.prior import PRIOR, PriorStageConfig
 from unclip.systems.unclip.sampling import SamplingConfig
 from unclip.systems.unclip.sizes import MODEL_SIZES
-from unclip.systems.upsampler import UPSAMPLER, UpsamplerStageConfig
+from unclip.systems.upsampler import UPSAMPLER, UpsamplerStageConfig, chained, check_sections, merge_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,22 +53,8 @@ class UnclipConfig(PipelineConfig):
     evaluate: UnclipEvaluateConfig = UnclipEvaluateConfig()
 
     def __post_init__(self) -> None:
-        for section, named in (("resources", self.resources), ("evaluate.sampling", self.evaluate.sampling)):
-            for name in named.upsamplers:
-                if name not in self.upsamplers:
-                    remedy = nearest(name, self.upsamplers) if self.upsamplers else "There are no upsamplers."
-                    raise ConfigError(f"{section}.upsamplers.{name}: no such upsampler. {remedy}")
-        self._check_sampling()
-
-    def _check_sampling(self) -> None:
-        """Check the sampling settings against the models, before these are trained."""
         sampling = self.evaluate.sampling
-        for name, settings in sampling.upsamplers.items():
-            setting = f"evaluate.sampling.upsamplers.{name}"
-            most, level = self.upsamplers[name].model.max_noise_level, settings.noise_level
-            require(
-                level <= most, f"{setting}.noise_level", level, f"at most {most}, the max_noise_level of its training"
-            )
+        check_sections(self.upsamplers, sampling, self.resources.upsamplers)
         prior = sampling.prior
         has_bound = self.prior.model.clip_range is not None or prior.threshold is not None
         needs_bound = self.prior.kind == "diffusion" and prior.thresholding == "dynamic"
@@ -103,65 +87,27 @@ def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = values.get("model_size")
     if name in (None, "none"):
-        return _merge_over({"upsamplers": {"256": {}}}, values)
+        return merge_over({"upsamplers": {"256": {}}}, values)
     if name not in MODEL_SIZES:
         raise ConfigError(f"model_size: got {name!r}. {nearest(str(name), MODEL_SIZES)}")
     prior = values.get("prior")
     kind = prior.get("kind", "diffusion") if isinstance(prior, Mapping) else "diffusion"
-    return _merge_over(MODEL_SIZES[name].sections(kind), values)
-
-
-def _merge_over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `values` over `sections`; upsamplers that are removed take their sampling settings with them."""
-    merged = config.merge(sections, values)
-    removes_all = values.get("upsamplers") == {}
-    if removes_all:
-        merged["upsamplers"] = {}
-    try:
-        sampling = merged["evaluate"]["sampling"]["upsamplers"].items()
-        kept = {name: each for name, each in sampling if not removes_all and merged["upsamplers"].get(name) != "none"}
-    except (KeyError, TypeError, AttributeError):  # there is none, or `config.load` says what is wrong
-        return merged
-    evaluate = merged["evaluate"]
-    return {**merged, "evaluate": {**evaluate, "sampling": {**evaluate["sampling"], "upsamplers": kept}}}
+    return merge_over(MODEL_SIZES[name].sections(kind), values)
 
 
 def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort the upsamplers by resolution, and fill in the resolutions that follow from their names.
+    """Fill in the resolutions that follow from the names of the upsamplers, and their sampling settings.
 
     An upsampler is named after its output resolution; its input resolution is the output of the previous part. Images are
     stored at the resolution of the last part or larger.
     """
-    sections, decoder_section, stored = values.get("upsamplers"), values.get("decoder", {}), values.get("download", {})
-    if not (isinstance(sections, Mapping) and isinstance(decoder_section, Mapping) and isinstance(stored, Mapping)):
+    sections, decoder_section = values.get("upsamplers"), values.get("decoder", {})
+    if not (isinstance(sections, Mapping) and isinstance(decoder_section, Mapping)):
         return dict(values)  # `config.load` reports the error
-    sections = {name: section for name, section in sections.items() if section != "none"}
-    for name in sections:
-        is_size = bool(re.fullmatch(r"[1-9]\d*", name))
-        require(is_size, f"upsamplers.{name}", name, "its output resolution, as in upsamplers.256")
     decoder = config.load(DecoderStageConfig, decoder_section, "decoder").model
-    size, previous = decoder.unet.image_size, "the decoder"
-    sized: dict[str, Any] = {}
-    sampling = to_dict(SamplingConfig())["upsamplers"]
-    for name in sorted(sections, key=int):
-        section, expected = sections[name], f"a multiple of {size}, the output resolution of {previous}"
-        require(int(name) > size and int(name) % size == 0, f"upsamplers.{name}", int(name), expected)
-        derived = {"low_res_size": size, "scale": int(name) // size}
-        if isinstance(section, Mapping) and isinstance(model := section.get("model", {}), Mapping):
-            for setting, value in derived.items():
-                given = model.get(setting, value)
-                expected = f"{value}, since {previous} outputs {size} pixels and this upsampler {name}"
-                require(given == value, f"upsamplers.{name}.model.{setting}", given, expected)
-            section = config.merge({"model": derived}, section)
-        sampling[name] = to_dict(SamplingConfig().upsampler(int(name), is_first=not sized))
-        sized[name] = section
-        size, previous = int(name), f"upsampler-{name}"
-    stored = {"image_size": max(size, DownloadConfig.image_size), **stored}
-    image_size = config.load(DownloadConfig, stored, "download").image_size
-    expected = f"at least {size}, the output resolution of {previous}, which trains on these images"
-    require(image_size >= size, "download.image_size", image_size, expected)
-    resolved = {**values, "upsamplers": sized, "download": stored}
-    return config.merge({"evaluate": {"sampling": {"upsamplers": sampling}}}, resolved)
+    chain = chained(sections, decoder.unet.image_size, "the decoder")
+    resolved = with_image_size({**values, "upsamplers": chain.sections}, chain.size, chain.last)
+    return config.merge({"evaluate": {"sampling": {"upsamplers": chain.sampling}}}, resolved)
 
 
 PIPELINE = Pipeline(UnclipConfig, unclip, resolve)

@@ -8,8 +8,6 @@ Letters: B batch, E CLIP embedding width, S image size, L text tokens, X context
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +16,17 @@ from unclip.config import require
 from unclip.diffusion import guidance, sampling
 from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.diffusion.sampling import DiffusionSampling
 from unclip.errors import ShapeError
 from unclip.models.embeddings import EmbeddingStatistics
+from unclip.models.small_images import (
+    KNOWN_CHANNELS,
+    NO_CAPTIONS,
+    Captions,
+    ImageSampling,
+    guided_by_clip,
+    sample_images,
+    with_known,
+)
 from unclip.models.text import ClipText, Text, TextShape, TextSource, TextTransformer, TextTransformerConfig
 from unclip.models.unet import UNet, UNetConfig
 
@@ -54,18 +60,10 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderSampling(DiffusionSampling):
-    guidance_scale: float = 2.0
-    """Scale of classifier-free guidance; 1 = off. Source: Ho & Salimans 2022, eq. 6."""
+class DecoderSampling(ImageSampling):
     text_guidance_scale: float | None = None
     """Separate guidance scale for the caption, for decoders that read it; `guidance_scale` is then for the image embedding.
     None guides by both together, at two thirds of the cost. Source: Brooks et al. 2022, eq. 3."""
-    clip_guidance_scale: float = 0.0
-    """Scale of CLIP guidance: the gradient of the dot product of the caption's text embedding with CLIP's image embedding of
-    x0; 0 = off. Source: Dhariwal & Nichol 2021, algorithm 2; Nichol et al. 2022 (GLIDE), section 2.3."""
-    strength: float = 0.7
-    """Fraction of the process applied to a given start image: 0 returns it, 1 ignores it. Source: Meng et al. 2022
-    (SDEdit), section 3."""
     inversion_iterations: int = 1
     """Iterations per step of an inversion. More iterations reproduce the image more closely, but let it follow a text diff
     less freely. Source: Pan et al. 2023, section 3."""
@@ -74,23 +72,7 @@ class DecoderSampling(DiffusionSampling):
         super().__post_init__()
         text_scale, iterations = self.text_guidance_scale, self.inversion_iterations
         require(text_scale is None or text_scale >= 0, "text_guidance_scale", text_scale, "at least 0")
-        require(self.clip_guidance_scale >= 0, "clip_guidance_scale", self.clip_guidance_scale, "at least 0")
-        require(0 <= self.strength <= 1, "strength", self.strength, "0 to 1")
         require(iterations >= 1, "inversion_iterations", iterations, "at least 1")
-
-
-class Captions(NamedTuple):
-    """A batch of captions, in every form that steers a decoder."""
-
-    text: Text | None = None
-    """Captions for the network; None for empty captions."""
-    negative: Text | None = None
-    """Negative captions, which guidance pushes away from; None for empty captions."""
-    caption_similarity: Callable[[Tensor], Tensor] | None = None
-    """x0 [B, 3, S, S] in [-1, 1] -> similarity of each image to its caption [B], differentiable; for CLIP guidance."""
-
-
-NO_CAPTIONS = Captions()
 
 
 class Decoder(nn.Module):
@@ -113,7 +95,7 @@ class Decoder(nn.Module):
         """Measurements from the end of training: `mean_squared_score` [T]."""
         self.statistics = EmbeddingStatistics.empty(embedding_dim)
         context_dim, time_dim = config.context_dim, config.unet.time_dim
-        in_channels = 3 + (4 if config.inpainting else 0)
+        in_channels = 3 + (KNOWN_CHANNELS if config.inpainting else 0)
         self.unet = UNet(config.unet, in_channels, 3 * config.diffusion.outputs_per_channel, context_dim)
         self.to_time = nn.Linear(embedding_dim, time_dim)
         self.to_tokens = nn.Linear(embedding_dim, NUM_IMAGE_TOKENS * context_dim)
@@ -167,7 +149,8 @@ class Decoder(nn.Module):
             raise ShapeError(
                 "decoder: got captions, expected none. Set text = 'clip' or 'transformer' and train again."
             )
-        return self.unet(self._with_known(x_t, known), t, vector, context, mask)  # type: ignore[no-any-return]
+        x_t = with_known(x_t, known, self.config.inpainting, "decoder")
+        return self.unet(x_t, t, vector, context, mask)  # type: ignore[no-any-return]
 
     def null_image_embedding(self, batch: int) -> Tensor:
         """Null image embedding, [batch, E] in CLIP's scale, for sampling from captions alone."""
@@ -209,16 +192,7 @@ class Decoder(nn.Module):
             guided = guidance.classifier_free(both, neither, scale, rescale)
         else:
             guided = guidance.classifier_free_two(both, without_caption(False), neither, scale, text_scale, rescale)
-        if settings.clip_guidance_scale:
-            caption_similarity = captions.caption_similarity
-            require(
-                caption_similarity is not None,
-                "clip_guidance_scale",
-                settings.clip_guidance_scale,
-                "0 if no caption is given",
-            )
-            log_probability = guidance.on_x0(guidance.clamped(both, 1.0), caption_similarity)  # type: ignore[arg-type]
-            guided = guidance.classifier(self.diffusion, guided, log_probability, settings.clip_guidance_scale)
+        guided = guided_by_clip(self.diffusion, guided, both, captions, settings.clip_guidance_scale)
         return sampling.limited(self.diffusion, guided, both, settings, 1.0)
 
     @torch.no_grad()
@@ -241,54 +215,16 @@ class Decoder(nn.Module):
             x_T: [B, 3, S, S]; None draws it from the generator.
         """
         size = self.config.unet.image_size
-        if x_T is None:
-            x_T = torch.randn(len(image_embedding), 3, size, size, generator=generator, device=image_embedding.device)
-        samples = sampling.sample(
+        return sample_images(
             self.diffusion,
             self.denoiser(image_embedding, settings, captions, known),
-            x_T,
+            (len(image_embedding), 3, size, size),
+            image_embedding.device,
             settings,
             mean_squared_score=self.measured.get("mean_squared_score"),
+            known=known,
             start=start,
-            strength=settings.strength,
+            x_T=x_T,
             generator=generator,
             on_step=on_step,
         )
-        return samples if known is None else torch.where(known[:, 3:] > 0, known[:, :3], samples)
-
-    def _with_known(self, x_t: Tensor, known: Tensor | None) -> Tensor:
-        if not self.config.inpainting:
-            if known is not None:
-                raise ShapeError("decoder: got known pixels, expected none. Set inpainting = true and train again.")
-            return x_t
-        return torch.cat([x_t, x_t.new_zeros(len(x_t), 4, *x_t.shape[2:]) if known is None else known], dim=1)
-
-
-def known_region(images: Tensor, mask: Tensor) -> Tensor:
-    """Extra inputs of an inpainting decoder: the image with unknown pixels set to 0, and the mask of known pixels.
-
-    Args:
-        images: [B, 3, S, S] in [-1, 1]; not changed.
-        mask: [B, 1, S, S] bool, True = known.
-
-    Returns:
-        [B, 4, S, S], 0 at unknown pixels. Source: Nichol et al. 2022 (GLIDE), section 2.4.
-    """
-    return torch.cat([images * mask, mask.to(images.dtype)], dim=1)
-
-
-def random_masks(batch: int, size: int, generator: torch.Generator) -> Tensor:
-    """Random masks for inpainting training, [batch, 1, size, size] bool, True = known.
-
-    Each mask is independent: nothing known (one in four), a random rectangle unknown (three in eight), or a random rectangle
-    known and the rest unknown (three in eight).
-    """
-    draws = torch.rand(5, batch, generator=generator, device=generator.device)
-    low, high = draws[1:3].T.sort(dim=1).values.unbind(1)  # 2 x [B], edges as fractions of the size
-    left, right = draws[3:5].T.sort(dim=1).values.unbind(1)
-    centres = (torch.arange(size, device=generator.device) + 0.5) / size  # [S]
-    rows = (centres >= low[:, None]) & (centres < high[:, None])  # [B, S]
-    columns = (centres >= left[:, None]) & (centres < right[:, None])  # [B, S]
-    inside = rows[:, :, None] & columns[:, None, :]  # [B, S, S]
-    kind = draws[0, :, None, None]
-    return torch.where(kind < 0.25, torch.zeros_like(inside), inside ^ (kind < 0.625))[:, None]

@@ -178,14 +178,17 @@ class TextTransformer(nn.Module):
 
     null_tokens: Tensor
 
-    def __init__(self, config: TextTransformerConfig, shape: TextShape, context_dim: int, time_dim: int) -> None:
+    def __init__(self, config: TextTransformerConfig, shape: TextShape, context_dim: int | None, time_dim: int) -> None:
+        """Args:
+        context_dim: X; None for the width of the Transformer, without a projection.
+        """
         super().__init__()
         self.embedding = nn.Embedding(shape.vocab_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.positions = nn.Parameter(torch.randn(shape.length, config.width) * 0.01)
         self.blocks = nn.ModuleList([TransformerBlock(config.width, config.num_heads) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width)
-        self.to_context = nn.Linear(config.width, context_dim)
+        self.to_context = nn.Identity() if context_dim is None else nn.Linear(config.width, context_dim)
         self.to_time = nn.Linear(config.width, time_dim)
         self.register_buffer("null_tokens", torch.zeros(shape.length, dtype=torch.int64))  # [L]
 

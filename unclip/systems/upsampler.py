@@ -1,14 +1,21 @@
-"""The upsampler as a part, shared by all systems that enlarge images by diffusion."""
+"""The upsampler as a part, and chains of upsamplers; shared by all systems that enlarge images by diffusion.
+
+Letters: B batch, s resolution of a system's small images, S resolution of the last upsampler's.
+"""
 
 import dataclasses
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unclip.config import load, operational, require, to_dict
+from unclip.config import load, merge, nearest, operational, require, to_dict
 from unclip.data import Batch
 from unclip.diffusion.process import augment_condition
+from unclip.diffusion.samplers import OnStep, undisturbed
+from unclip.errors import CheckpointError, ConfigError, ShapeError
 from unclip.models.degradations import degrade, shrink
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 from unclip.systems.part import Part, Shapes, TrainingInputs
@@ -16,6 +23,7 @@ from unclip.training.batches import load_images
 from unclip.training.diffusion_loss import DiffusionLoss, device_of, measure_scores
 from unclip.training.memory import Network, example_images, example_indices
 from unclip.training.objective import Tensors
+from unclip.training.precision import Precision, autocast
 from unclip.training.settings import TrainerConfig
 
 
@@ -126,3 +134,216 @@ UPSAMPLER = Part(
     needs=(),
     shows_rows=True,
 )
+
+FIRST_UPSAMPLER = UpsamplerSampling(num_steps=27)
+"""Default of the first upsampler; the others use 15 steps. Source: Ramesh et al. 2022, Table 3."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UpsampledSampling:
+    """Sampling settings of a system with upsamplers; the system adds a section for each of its other parts."""
+
+    upsamplers: dict[str, UpsamplerSampling] = dataclasses.field(default_factory=dict)
+    """Settings of each upsampler, by the resolution of its images."""
+    batch_size: int = 64
+    """Captions sampled together."""
+    precision: Precision = "auto"
+    """Precision of the networks of pixels."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+
+    def upsampler(self, resolution: int, is_first: bool) -> UpsamplerSampling:
+        """Settings of the upsampler that outputs this resolution."""
+        default = FIRST_UPSAMPLER if is_first else UpsamplerSampling()
+        return self.upsamplers.get(str(resolution), default)
+
+
+class UpsampledSystem(nn.Module):
+    """Small images, and any number of upsamplers, each for the images of the one before."""
+
+    small_size: int
+    """s, pixels."""
+    upsamplers: Sequence[Upsampler]
+
+    def __init__(self, small_size: int, source: str, upsamplers: Sequence[Upsampler]) -> None:
+        """Args:
+            source: name of the part that samples the small images.
+
+        Raises:
+            CheckpointError: an upsampler was trained for a resolution other than it gets here.
+        """
+        super().__init__()
+        resolution = small_size
+        for upsampler in upsamplers:
+            trained_for = upsampler.config.low_res_size
+            if trained_for != resolution:
+                raise CheckpointError(
+                    f"{upsampler.config.name}: got images of {resolution} pixels from {source}, expected the {trained_for} "
+                    "pixels that it was trained for. Take models from the same stack."
+                )
+            resolution, source = upsampler.config.output_size, upsampler.config.name
+        self.small_size = small_size
+        self.upsamplers = nn.ModuleList(upsamplers)  # type: ignore[assignment]
+
+    @property
+    def image_size(self) -> int:
+        """S, resolution of the system's images, pixels."""
+        return (self.small_size, *self.upsampled_sizes)[-1]
+
+    @property
+    def upsampled_sizes(self) -> list[int]:
+        """Resolution of each upsampler's images, pixels."""
+        return [upsampler.config.output_size for upsampler in self.upsamplers]
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self)
+
+    def upsample(
+        self,
+        low_res: Tensor,
+        sampling: UpsampledSampling,
+        generator: torch.Generator,
+        x_T: Sequence[Tensor] | None = None,
+        on_step: Sequence[OnStep] | None = None,
+    ) -> Tensor:
+        """Apply the upsamplers one after the other.
+
+        Args:
+            low_res: [B, 3, s, s] in [-1, 1].
+            x_T: initial noise of each upsampler, shaped like its images; None draws it from the generator.
+            on_step: hook of each upsampler, called after every step; None for no hooks.
+
+        Returns:
+            [B, 3, S, S] in [-1, 1].
+        """
+        noises: Sequence[Tensor | None] = x_T or [None] * len(self.upsamplers)
+        hooks = on_step or [undisturbed] * len(self.upsamplers)
+        with autocast(sampling.precision, self.device):
+            for upsampler, settings, noise, hook in zip(
+                self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, strict=True
+            ):
+                low_res = upsampler.sample(low_res, settings, x_T=noise, generator=generator, on_step=hook)
+        return low_res
+
+    def upsampler_sampling(self, sampling: UpsampledSampling) -> list[UpsamplerSampling]:
+        """Sampling settings of each upsampler."""
+        return [sampling.upsampler(size, index == 0) for index, size in enumerate(self.upsampled_sizes)]
+
+    def check_sampling(self, sampling: UpsampledSampling) -> None:
+        """Raises:
+        ConfigError: there are settings for an upsampler that the system does not have.
+        """
+        sizes = [str(size) for size in self.upsampled_sizes]
+        for name in sampling.upsamplers:
+            expected = f"an upsampler of the stack: {', '.join(sizes) or 'it has none'}"
+            require(name in sizes, f"upsamplers.{name}", name, expected)
+
+    def small_start(self, start: Tensor, num_captions: int) -> Tensor:
+        """Shrink images to start from to the small resolution, on the system's device.
+
+        Args:
+            start: [num_captions, 3, S, S] in [-1, 1].
+
+        Raises:
+            ShapeError: they have another shape.
+        """
+        expected = (num_captions, 3, self.image_size, self.image_size)
+        if tuple(start.shape) != expected:
+            raise ShapeError(f"sample: got start images {tuple(start.shape)}, expected {expected}.")
+        start = start.to(self.device)
+        return start if start.shape[-1] == self.small_size else shrink(start, self.small_size)
+
+
+class Chain(NamedTuple):
+    """Sections of upsamplers, lowest resolution first, with the resolutions that follow from their names."""
+
+    sections: dict[str, Any]
+    """Output resolution -> section."""
+    sampling: dict[str, Any]
+    """Output resolution -> default sampling settings."""
+    size: int
+    """Resolution of the last part's images."""
+    last: str
+    """Name of the last part."""
+
+
+def chained(sections: Mapping[str, Any], size: int, source: str) -> Chain:
+    """Sort sections of upsamplers by resolution, and fill in the resolutions that follow from their names.
+
+    An upsampler is named after its output resolution; its input resolution is the output of the part before.
+
+    Args:
+        sections: output resolution -> section of a run file; "none" removes an upsampler.
+        size: resolution of the small images.
+        source: name of the part that samples them, as in "the decoder".
+
+    Raises:
+        ConfigError: the resolutions are inconsistent; names the setting.
+    """
+    sections = {name: section for name, section in sections.items() if section != "none"}
+    for name in sections:
+        is_size = bool(re.fullmatch(r"[1-9]\d*", name))
+        require(is_size, f"upsamplers.{name}", name, "its output resolution, as in upsamplers.256")
+    sized: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    for name in sorted(sections, key=int):
+        section, expected = sections[name], f"a multiple of {size}, the output resolution of {source}"
+        require(int(name) > size and int(name) % size == 0, f"upsamplers.{name}", int(name), expected)
+        derived = {"low_res_size": size, "scale": int(name) // size}
+        if isinstance(section, Mapping) and isinstance(model := section.get("model", {}), Mapping):
+            for setting, value in derived.items():
+                given = model.get(setting, value)
+                expected = f"{value}, since {source} outputs {size} pixels and this upsampler {name}"
+                require(given == value, f"upsamplers.{name}.model.{setting}", given, expected)
+            section = merge({"model": derived}, section)
+        sampling[name] = to_dict(UpsampledSampling().upsampler(int(name), is_first=not sized))
+        sized[name] = section
+        size, source = int(name), f"upsampler-{name}"
+    return Chain(sized, sampling, size, source)
+
+
+def merge_over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the settings of a run file over others, those of a model size.
+
+    "none" removes an upsampler, and an empty section all of them; their sampling settings go with them.
+    """
+    merged = merge(sections, values)
+    removes_all = values.get("upsamplers") == {}
+    if removes_all:
+        merged["upsamplers"] = {}
+    try:
+        sampling = merged["evaluate"]["sampling"]["upsamplers"].items()
+        kept = {name: each for name, each in sampling if not removes_all and merged["upsamplers"].get(name) != "none"}
+    except (KeyError, TypeError, AttributeError):  # there is none, or `config.load` says what is wrong
+        return merged
+    evaluate = merged["evaluate"]
+    return {**merged, "evaluate": {**evaluate, "sampling": {**evaluate["sampling"], "upsamplers": kept}}}
+
+
+def check_sections(
+    upsamplers: Mapping[str, UpsamplerStageConfig], sampling: UpsampledSampling, resources: Mapping[str, Any]
+) -> None:
+    """Check the sampling settings and the resources of upsamplers against their models, before these are trained.
+
+    Raises:
+        ConfigError: they are for an upsampler that does not exist, or ask for what it does not learn.
+    """
+    for section, names in (("resources", resources), ("evaluate.sampling", sampling.upsamplers)):
+        for name in names:
+            if name not in upsamplers:
+                remedy = nearest(name, upsamplers) if upsamplers else "There are no upsamplers."
+                raise ConfigError(f"{section}.upsamplers.{name}: no such upsampler. {remedy}")
+    for name, settings in sampling.upsamplers.items():
+        setting = f"evaluate.sampling.upsamplers.{name}"
+        most, level = upsamplers[name].model.max_noise_level, settings.noise_level
+        require(level <= most, f"{setting}.noise_level", level, f"at most {most}, the max_noise_level of its training")
+
+
+def section_of(config: UpsamplerStageConfig) -> dict[str, Any]:
+    """Section of a run file for an upsampler, without the sizes that follow from the chain of resolutions."""
+    section = to_dict(config)
+    for name in ("low_res_size", "scale"):
+        del section["model"][name]
+    return section

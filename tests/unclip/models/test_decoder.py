@@ -17,11 +17,12 @@ from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import ConfigError, ShapeError
 from unclip.models import unet
 from unclip.models.clip import Clip, create, text_mask
-from unclip.models.decoder import NUM_IMAGE_TOKENS, Captions, Decoder, DecoderConfig, known_region, random_masks
+from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
 from unclip.models.degradations import DegradationConfig
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import Conv3x3, attention
 from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.small_images import Captions, known_region, random_masks
 from unclip.models.text import CaptionFeatures, TextShape, TextTransformer, TextTransformerConfig, caption_features
 from unclip.models.unet import ContextAttention, ResBlock, UNet, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig

@@ -13,8 +13,8 @@ from tests.unclip.systems.tiny_stacks import fitting, load_published, with_sampl
 from unclip import imaging
 from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.evaluation import metrics
-from unclip.models.decoder import Captions
 from unclip.models.degradations import shrink
+from unclip.models.small_images import Captions
 from unclip.systems.system import sample_captions
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.stack import Stack

@@ -20,9 +20,10 @@ from unclip.config import load, override, to_dict
 from unclip.data import RowReader, Source
 from unclip.diffusion.sampling import DiffusionSampling
 from unclip.errors import ConfigError, InputError, ShapeError
-from unclip.models.decoder import Captions, DecoderSampling
+from unclip.models.decoder import DecoderSampling
 from unclip.models.degradations import shrink
 from unclip.models.prior import PriorSampling
+from unclip.models.small_images import Captions
 from unclip.models.text import caption_features
 from unclip.models.upsampler import UpsamplerConfig, UpsamplerSampling
 from unclip.systems.system import load_model, sample_captions

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
 from unclip.models import clip as clip_models
-from unclip.models.decoder import Captions, Decoder, DecoderConfig, DecoderSampling, known_region, random_masks
+from unclip.models.decoder import Decoder, DecoderConfig, DecoderSampling
 from unclip.models.embeddings import EmbeddingStatistics
+from unclip.models.small_images import Captions, known_region, random_masks
 from unclip.models.text import Text, TextShape, read_captions
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training.batches import load_images, stack_rows

@@ -21,8 +21,8 @@ from torch import Tensor
 from unclip.config import require
 from unclip.diffusion import samplers
 from unclip.errors import InputError, ShapeError
-from unclip.models.decoder import known_region
 from unclip.models.degradations import shrink
+from unclip.models.small_images import known_region
 from unclip.systems.system import seeded
 from unclip.systems.unclip.sampling import SamplingConfig
 from unclip.systems.unclip.stack import Stack

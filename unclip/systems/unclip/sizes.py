@@ -28,7 +28,7 @@ from unclip.models.upsampler import UpsamplerConfig
 from unclip.systems.unclip.decoder import DecoderStageConfig
 from unclip.systems.unclip.prior import PriorStageConfig
 from unclip.systems.unclip.sampling import DecoderSampling, PriorSampling, SamplingConfig, UpsamplerSampling
-from unclip.systems.upsampler import UpsamplerStageConfig
+from unclip.systems.upsampler import UpsamplerStageConfig, section_of
 from unclip.training.settings import TrainerConfig
 
 
@@ -68,16 +68,12 @@ class ModelSize:
         prior = self.prior
         if prior_kind == "autoregressive":
             prior = dataclasses.replace(prior, trainer=self.autoregressive_trainer)
-        upsamplers = {str(each.model.output_size): to_dict(each) for each in self.upsamplers}
-        for section in upsamplers.values():
-            for name in ("low_res_size", "scale"):
-                del section["model"][name]
         prior_section = to_dict(prior)
         del prior_section["kind"]
         return {
             "prior": prior_section,
             "decoder": to_dict(self.decoder),
-            "upsamplers": upsamplers,
+            "upsamplers": {str(each.model.output_size): section_of(each) for each in self.upsamplers},
             "clip": {"model": self.clip, "pretrained": self.pretrained},
             "evaluate": {"sampling": to_dict(self.sampling)},
         }

@@ -10,23 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import require
-from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.errors import CheckpointError, InputError, ShapeError
 from unclip.models import embeddings
 from unclip.models.autoregressive_prior import AutoregressivePrior
 from unclip.models.clip import Clip
-from unclip.models.decoder import NO_CAPTIONS, Captions, Decoder
-from unclip.models.degradations import shrink
+from unclip.models.decoder import Decoder
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.models.prior import DiffusionPrior
+from unclip.models.small_images import NO_CAPTIONS, Captions
 from unclip.models.text import CaptionFeatures, EmptyCaption, Text, caption_features, read_captions
 from unclip.models.upsampler import Upsampler
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
 from unclip.systems.unclip.decoder import DECODER
 from unclip.systems.unclip.prior import PRIOR
-from unclip.systems.unclip.sampling import SamplingConfig, UpsamplerSampling
-from unclip.systems.upsampler import UPSAMPLER
+from unclip.systems.unclip.sampling import SamplingConfig
+from unclip.systems.upsampler import UPSAMPLER, UpsampledSystem
 from unclip.training import checkpoints
 from unclip.training.precision import autocast
 
@@ -42,7 +40,7 @@ class EmbeddingFacts(NamedTuple):
     """Principal components of the embeddings."""
 
 
-class Stack(nn.Module):
+class Stack(UpsampledSystem):
     """CLIP, a prior, a decoder and any number of upsamplers, each for the images of the one before: captions to images."""
 
     def __init__(
@@ -56,12 +54,10 @@ class Stack(nn.Module):
         CheckpointError: the prior and the decoder were trained on embeddings of different datasets or CLIPs, or with a
             CLIP other than this one; or an upsampler was trained for a resolution other than it gets here.
         """
-        super().__init__()
+        super().__init__(decoder.config.unet.image_size, "the decoder", upsamplers)
         embeddings.check_agreement({"prior": prior.statistics, "decoder": decoder.statistics})
         _check_clip(clip, {"prior": prior, "decoder": decoder})
-        _check_chain(decoder, upsamplers)
         self.clip, self.prior, self.decoder = clip, prior, decoder
-        self.upsamplers: Sequence[Upsampler] = nn.ModuleList(upsamplers)  # type: ignore[assignment]
         self.sampling = SamplingConfig()
         self.dataset: EmbeddingFacts | None = None
 
@@ -86,20 +82,6 @@ class Stack(nn.Module):
             stack.dataset = EmbeddingFacts(tensors["statistics"]["mean"], PrincipalComponents(**tensors["pca"]))
         return stack
 
-    @property
-    def image_size(self) -> int:
-        """S, resolution of the stack's images, pixels."""
-        return (self.decoder.config.unet.image_size, *self.upsampled_sizes)[-1]
-
-    @property
-    def upsampled_sizes(self) -> list[int]:
-        """Resolution of each upsampler's images, pixels."""
-        return [upsampler.config.output_size for upsampler in self.upsamplers]
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.prior.parameters()).device
-
     @torch.no_grad()
     def sample(
         self,
@@ -123,10 +105,7 @@ class Stack(nn.Module):
 
         Source: Ramesh et al. 2022, section 2: prior, decoder, upsamplers.
         """
-        sizes = [str(size) for size in self.upsampled_sizes]
-        for name in sampling.upsamplers:
-            expected = f"an upsampler of the stack: {', '.join(sizes) or 'it has none'}"
-            require(name in sizes, f"upsamplers.{name}", name, expected)
+        self.check_sampling(sampling)
         decoder_captions = self.captions(captions, sampling, negative)
         embedding = self.embed_captions(list(captions), sampling, generator, negative)
         return self.decode(embedding, sampling, generator, decoder_captions, start=start)
@@ -213,50 +192,10 @@ class Stack(nn.Module):
             start: [B, 3, S, S], images to start from.
         """
         if start is not None:
-            if start.shape != (len(image_embedding), 3, self.image_size, self.image_size):
-                raise ShapeError(
-                    f"sample: got start images {tuple(start.shape)}, expected "
-                    f"({len(image_embedding)}, 3, {self.image_size}, {self.image_size})."
-                )
-            start = self._at_decoder_size(start.to(self.device))
+            start = self.small_start(start, len(image_embedding))
         with autocast(sampling.precision, self.device):
             low_res = self.decoder.sample(image_embedding, sampling.decoder, captions, start=start, generator=generator)
         return self.upsample(low_res, sampling, generator)
-
-    def _at_decoder_size(self, images: Tensor) -> Tensor:
-        size = self.decoder.config.unet.image_size
-        return images if images.shape[-1] == size else shrink(images, size)
-
-    def upsample(
-        self,
-        low_res: Tensor,
-        sampling: SamplingConfig,
-        generator: torch.Generator,
-        x_T: Sequence[Tensor] | None = None,
-        on_step: Sequence[OnStep] | None = None,
-    ) -> Tensor:
-        """Apply the upsamplers one after the other.
-
-        Args:
-            low_res: [B, 3, s, s] in [-1, 1], the decoder's images.
-            x_T: initial noise of each upsampler, shaped like its images; None draws it from the generator.
-            on_step: hook of each upsampler, called after every step; None for no hooks.
-
-        Returns:
-            [B, 3, S, S] in [-1, 1].
-        """
-        noises: Sequence[Tensor | None] = x_T or [None] * len(self.upsamplers)
-        hooks = on_step or [undisturbed] * len(self.upsamplers)
-        with autocast(sampling.precision, self.device):
-            for upsampler, settings, noise, hook in zip(
-                self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, strict=True
-            ):
-                low_res = upsampler.sample(low_res, settings, x_T=noise, generator=generator, on_step=hook)
-        return low_res
-
-    def upsampler_sampling(self, sampling: SamplingConfig) -> list[UpsamplerSampling]:
-        """Sampling settings of each upsampler."""
-        return [sampling.upsampler(size, index == 0) for index, size in enumerate(self.upsampled_sizes)]
 
 
 def _check_clip(clip: Clip, models: dict[str, nn.Module]) -> None:
@@ -266,18 +205,6 @@ def _check_clip(clip: Clip, models: dict[str, nn.Module]) -> None:
                 f"{name}: was trained with a CLIP other than this one, which encodes the empty caption differently, so its "
                 f"samples would not match captions. Take the CLIP and the {name} from the same stack."
             )
-
-
-def _check_chain(decoder: Decoder, upsamplers: Sequence[Upsampler]) -> None:
-    resolution, source = decoder.config.unet.image_size, "the decoder"
-    for upsampler in upsamplers:
-        trained_for = upsampler.config.low_res_size
-        if trained_for != resolution:
-            raise CheckpointError(
-                f"{upsampler.config.name}: got images of {resolution} pixels from {source}, expected the {trained_for} pixels "
-                "that it was trained for. Take models from the same stack."
-            )
-        resolution, source = upsampler.config.output_size, upsampler.config.name
 
 
 SYSTEM = SystemSpec(
