@@ -63,6 +63,8 @@ class PipelineConfig:
     """MLflow server or database; None uses MLFLOW_TRACKING_URI if set, otherwise a database in the storage folder."""
     system: str = "unclip"
     """Generative system to train, such as unclip."""
+    model_size: str | None = None
+    """Named size, such as demo, that fills in the sections of the parts and of CLIP; each system has its own table of sizes."""
     cluster: ClusterConfig = ClusterConfig()
     resources: DatasetResources = DatasetResources()
     scenes: ScenesConfig | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pipelines.preset import pipeline_names
+from pipelines.preset import pipeline_names, system_names
 
 STORAGE = click.option(
     "--storage",
@@ -18,6 +18,12 @@ PIPELINE = click.argument("pipeline", shell_complete=lambda *given: complete(pip
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: settings that differ from the preset.")
 SET = click.option(
     "--set", "assignments", metavar="SECTION.FIELD=VALUE", multiple=True, help="Override a setting; repeatable."
+)
+SYSTEM = click.option(
+    "--system",
+    metavar="NAME",
+    shell_complete=lambda *given: complete(system_names(), given[-1]),
+    help="Generative system to train, such as unclip; short for --set system=NAME.",
 )
 
 

@@ -8,21 +8,19 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
-import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pipelines import dag as dags
 from pipelines import systems
 from pipelines.dag import Binder
 from pipelines.dataset import PipelineConfig
+from pipelines.preset import SYSTEM_ENTRY_POINTS, system_names
 from tasks.stage import Run
 from tasks.tracking import Tracker
 from unclip.config import nearest
 from unclip.errors import ConfigError
-
-ENTRY_POINTS = "unclip.pipelines"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Pipeline:
     """Function that composes the DAG and returns its last node."""
     resolve: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """Completes the given settings before validation: expands named model sizes and derives dependent resolutions."""
+    model_sizes: Collection[str] = ()
+    """Values of `model_size` that `resolve` expands."""
 
 
 def find_pipeline(system: str) -> Pipeline:
@@ -47,12 +47,10 @@ def find_pipeline(system: str) -> Pipeline:
         if importlib.util.find_spec(f"{systems.__name__}.{system}") is not None:
             found: Pipeline = importlib.import_module(f"{systems.__name__}.{system}").PIPELINE
             return found
-        for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=system):
+        for point in importlib.metadata.entry_points(group=SYSTEM_ENTRY_POINTS, name=system):
             loaded: Pipeline = point.load()
             return loaded
-    known = [module.name for module in pkgutil.iter_modules(systems.__path__)]
-    known += [point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
-    raise ConfigError(f"system: got {system!r}, which no pipeline trains. {nearest(system, known)}")
+    raise ConfigError(f"system: got {system!r}, which no pipeline trains. {nearest(system, system_names())}")
 
 
 def compose(config: PipelineConfig, run: Run | None = None) -> dags.Dag:

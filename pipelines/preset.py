@@ -1,5 +1,7 @@
-"""Presets: one TOML file per pipeline. Reading their names is fast enough for shell completion."""
+"""Presets: one TOML file per pipeline; and the systems. Reading their names is fast enough for shell completion."""
 
+import importlib.metadata
+import pkgutil
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +11,20 @@ from unclip import config
 from unclip.errors import ConfigError, InputError
 
 PRESETS = Path(__file__).parent / "presets"
+SYSTEMS = Path(__file__).parent / "systems"
+SYSTEM_ENTRY_POINTS = "unclip.pipelines"
+"""Group of entry points of the pipelines in other packages."""
 
 
 def pipeline_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def system_names() -> list[str]:
+    """Return the systems that pipelines train, of this project and of other packages, without importing them."""
+    own = (module.name for module in pkgutil.iter_modules([str(SYSTEMS)]))
+    others = (point.name for point in importlib.metadata.entry_points(group=SYSTEM_ENTRY_POINTS))
+    return sorted({*own, *others})
 
 
 def read_preset(pipeline: str) -> list[dict[str, Any]]:
@@ -31,7 +43,8 @@ def read_preset(pipeline: str) -> list[dict[str, Any]]:
 def model_names() -> list[str]:
     """Return the parts that any preset trains, for completing an argument that comes before the pipeline."""
     names: dict[str, None] = {}
-    for values in (values for pipeline in pipeline_names() for values in read_preset(pipeline)):
+    layers = [values for pipeline in pipeline_names() for values in read_preset(pipeline)]
+    for values in [*layers, *(own for layer in layers for own in layer.get("systems", {}).values())]:
         for name, section in values.items():
             if isinstance(section, Mapping) and name != "clip":  # CLIP belongs to the dataset
                 names |= {name: None} if "trainer" in section else {}

@@ -7,7 +7,7 @@ from click.shell_completion import CompletionItem
 
 from pipelines import estimate as estimates
 from pipelines.estimate import Estimate, Machine, Prices, StageEstimate
-from pipelines.options import CONFIG, JSON, NUMBER, SET, STORAGE, complete, print_json
+from pipelines.options import CONFIG, JSON, NUMBER, SET, STORAGE, SYSTEM, complete, print_json
 from pipelines.preset import pipeline_names
 from pipelines.quantities import hours, number, parse_number
 from pipelines.shipped_rates import CPUS_PER_GPU, SIZES
@@ -28,6 +28,7 @@ def _complete(_: click.Context, __: click.Parameter, start: str) -> list[Complet
 @click.command()
 @click.argument("pipeline", default="text_to_image", shell_complete=_complete)
 @CONFIG
+@SYSTEM
 @SET
 @STORAGE
 @click.option(
@@ -52,6 +53,7 @@ def _complete(_: click.Context, __: click.Parameter, start: str) -> list[Complet
 def estimate(
     pipeline: str,
     run_file: str | None,
+    system: str | None,
     assignments: tuple[str, ...],
     storage: str | None,
     pairs: tuple[str, ...],
@@ -87,7 +89,7 @@ def estimate(
     from tasks.store import Store
 
     # nothing depends on the list of URLs, which need not exist yet
-    config = load(pipeline, run_file, ("ingest.urls=unknown", *assignments), storage)
+    config = load(pipeline, run_file, ("ingest.urls=unknown", *assignments), storage, system)
     store = Store(config.storage)
     machine = Machine(gpus, cpus or CPUS_PER_GPU * max(gpus, 1), flops)
     given = {name: price for name, price in prices.items() if price is not None}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.options import CONFIG, SET, complete
+from pipelines.options import CONFIG, SET, SYSTEM, complete
 from pipelines.preset import pipeline_names
 from unclip.config import require
 
@@ -22,11 +22,12 @@ HEADINGS = ("weights", "gradients", "moments", "EMA weights", "exchange", "activ
     "pipeline", default="text_to_image", shell_complete=lambda *given: complete(pipeline_names(), given[-1])
 )
 @CONFIG
+@SYSTEM
 @SET
 @click.option(
     "--model-size",
     metavar="NAME",
-    help="Named model size: demo, small, base or dalle2; short for --set model_size=NAME.",
+    help="Named model size, such as demo, small, base or dalle2; short for --set model_size=NAME.",
 )
 @click.option("--gpus", default=1, show_default=True, help="Number of GPUs that train one model together.")
 @click.option("--memory-gib", default=80.0, show_default=True, help="Memory of each GPU in GiB.")
@@ -36,6 +37,7 @@ HEADINGS = ("weights", "gradients", "moments", "EMA weights", "exchange", "activ
 def plan_train(
     pipeline: str,
     run_file: str | None,
+    system: str | None,
     assignments: tuple[str, ...],
     model_size: str | None,
     gpus: int,
@@ -57,7 +59,7 @@ def plan_train(
 
     size = () if model_size is None else (f"model_size={model_size}",)
     # memory does not depend on the list of URLs, which need not exist yet
-    config = load(pipeline, run_file, ("ingest.urls=unknown", *assignments, *size))
+    config = load(pipeline, run_file, ("ingest.urls=unknown", *assignments, *size), system=system)
     plan = _measure(config)
     width = max(len(model.name) for model in plan)
     widths = [max(len(heading), len("100.000")) for heading in HEADINGS]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.options import CONFIG, JSON, PIPELINE, SET, STORAGE, print_json
+from pipelines.options import CONFIG, JSON, PIPELINE, SET, STORAGE, SYSTEM, print_json
 
 if TYPE_CHECKING:
     from pipelines.dag import Node, State
@@ -25,6 +25,7 @@ RETRY_FAILED = click.option(
 @click.command()
 @PIPELINE
 @CONFIG
+@SYSTEM
 @SET
 @STORAGE
 @RETRY_FAILED
@@ -32,6 +33,7 @@ RETRY_FAILED = click.option(
 def run(
     pipeline: str,
     run_file: str | None,
+    system: str | None,
     assignments: tuple[str, ...],
     storage: str | None,
     retry_failed: bool,
@@ -44,18 +46,24 @@ def run(
     from pipelines.config import load
     from pipelines.run import run_pipeline
 
-    config = load(pipeline, run_file, assignments, storage)
+    config = load(pipeline, run_file, assignments, storage, system)
     sys.exit(run_pipeline(pipeline, config, until=until, retry_failed=retry_failed))
 
 
 @click.command()
 @PIPELINE
 @CONFIG
+@SYSTEM
 @SET
 @STORAGE
 @RETRY_FAILED
 def refresh(
-    pipeline: str, run_file: str | None, assignments: tuple[str, ...], storage: str | None, retry_failed: bool
+    pipeline: str,
+    run_file: str | None,
+    system: str | None,
+    assignments: tuple[str, ...],
+    storage: str | None,
+    retry_failed: bool,
 ) -> None:
     """Update the dataset of a PIPELINE from its list of URLs.
 
@@ -65,13 +73,14 @@ def refresh(
     from pipelines.dataset import DATASET_STAGE
     from pipelines.run import run_pipeline
 
-    config = load(pipeline, run_file, assignments, storage)
+    config = load(pipeline, run_file, assignments, storage, system)
     sys.exit(run_pipeline(pipeline, config, until=DATASET_STAGE, retry_failed=retry_failed))
 
 
 @click.command()
 @PIPELINE
 @CONFIG
+@SYSTEM
 @SET
 @STORAGE
 @click.option("--mermaid", is_flag=True, help="Print only the DAG, as Mermaid text.")
@@ -80,6 +89,7 @@ def refresh(
 def plan(
     pipeline: str,
     run_file: str | None,
+    system: str | None,
     assignments: tuple[str, ...],
     storage: str | None,
     mermaid: bool,
@@ -101,7 +111,7 @@ def plan(
 
     if as_json and (mermaid or picture):
         raise click.UsageError("--json cannot be combined with --mermaid or --picture.")
-    config = prepare(load(pipeline, run_file, assignments, storage), read_only=True)
+    config = prepare(load(pipeline, run_file, assignments, storage, system), read_only=True)
     dag = compose(config)
     states = dags.states(dag, Store(config.storage))
     labels = {name: state.label for name, state in states.items()}

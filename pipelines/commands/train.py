@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, complete
+from pipelines.options import CONFIG, PIPELINE, SET, STORAGE, SYSTEM, complete
 from pipelines.preset import model_names
 from unclip.background import run_periodically
 from unclip.config import nearest, require
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.argument("model", shell_complete=lambda *given: complete(model_names(), given[-1]))
 @PIPELINE
 @CONFIG
+@SYSTEM
 @SET
 @STORAGE
 @click.option(
@@ -37,6 +38,7 @@ def train(
     model: str,
     pipeline: str,
     run_file: str | None,
+    system: str | None,
     assignments: tuple[str, ...],
     storage: str | None,
     on_ray: bool,
@@ -55,7 +57,7 @@ def train(
     from pipelines.prepare import prepare
     from pipelines.run import run_pipeline
 
-    config = load(pipeline, run_file, assignments, storage)
+    config = load(pipeline, run_file, assignments, storage, system)
     models = trained_models(compose(config))
     if model not in models:
         raise ConfigError(f"{model}: unknown model of {pipeline}. {nearest(model, models)}")

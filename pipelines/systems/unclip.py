@@ -11,8 +11,7 @@ from tasks.stage import Resources
 from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
 from unclip import config
-from unclip.config import nearest, require
-from unclip.errors import ConfigError
+from unclip.config import require
 from unclip.systems.unclip.decoder import DECODER, DecoderStageConfig
 from unclip.systems.unclip.prior import PRIOR, PriorStageConfig
 from unclip.systems.unclip.sampling import SamplingConfig
@@ -42,8 +41,6 @@ class UnclipEvaluateConfig(EvaluateConfig):
 class UnclipConfig(PipelineConfig):
     """All settings of a run; the section `upsamplers.256` configures the stage `upsampler-256`."""
 
-    model_size: str | None = None
-    """Named size that fills in the sections of the parts and of CLIP: demo, small, base or dalle2."""
     resources: UnclipResources = UnclipResources()
     prior: PriorStageConfig = PriorStageConfig()
     decoder: DecoderStageConfig = DecoderStageConfig()
@@ -75,7 +72,7 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the sections of a model size, and the resolutions that depend on each other.
 
     Raises:
-        ConfigError: unknown model size, or inconsistent resolutions; the message names the setting.
+        ConfigError: inconsistent resolutions; the message names the setting.
     """
     return _with_resolutions(_with_model_size(values))
 
@@ -88,8 +85,6 @@ def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
     name = values.get("model_size")
     if name in (None, "none"):
         return merge_over({"upsamplers": {"256": {}}}, values)
-    if name not in MODEL_SIZES:
-        raise ConfigError(f"model_size: got {name!r}. {nearest(str(name), MODEL_SIZES)}")
     prior = values.get("prior")
     kind = prior.get("kind", "diffusion") if isinstance(prior, Mapping) else "diffusion"
     return merge_over(MODEL_SIZES[name].sections(kind), values)
@@ -110,4 +105,4 @@ def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
     return config.merge({"evaluate": {"sampling": {"upsamplers": chain.sampling}}}, resolved)
 
 
-PIPELINE = Pipeline(UnclipConfig, unclip, resolve)
+PIPELINE = Pipeline(UnclipConfig, unclip, resolve, MODEL_SIZES)

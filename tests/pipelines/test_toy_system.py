@@ -7,12 +7,14 @@ refers to it; it is found by its entry points.
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,11 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.commands.run import run
+from pipelines.config import load, shared_settings
 from pipelines.dag import Binder
-from pipelines.dataset import PipelineConfig, dataset, finish
+from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish
 from pipelines.pipeline import Pipeline
+from pipelines.systems.unclip import UnclipConfig
 from tasks import tables
 from tasks.snapshots import Snapshot
+from tasks.stage import Resources as StageResource
 from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
 from tasks.store import Store
@@ -32,9 +38,11 @@ from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, call_json, read_record
 from unclip import files
 from unclip.data import Batch
+from unclip.errors import ConfigError
 from unclip.models.clip import Clip
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.systems.system import StackFiles, SystemSpec, load_model, load_system, sampling_of
+from unclip.systems.upsampler import UpsamplerStageConfig
 from unclip.training.batches import load_images, stack_rows
 from unclip.training.memory import Network
 from unclip.training.objective import Tensors
@@ -282,6 +290,67 @@ def test_it_is_planned(run_file: Path, tmp_path: Path) -> None:
     assert "decoder" not in document["config"] and "prior" not in document["config"]["evaluate"]["sampling"]
     printed = call("plan", "tiny", "--set", "ingest.urls=pairs", "--set", "system=toyy")
     assert printed.returncode == 2 and "got 'toyy'" in printed.stderr and "Did you mean 'toy'?" in printed.stderr
+
+
+def test_the_option_system_means_the_setting() -> None:
+    assignments = ["painter.width=64", "systems.toy.painter.trainer.seed=3", "systems.unclip.prior.trainer.seed=4"]
+    loaded = load("tiny", None, assignments, system="toy")
+    assert loaded == load("tiny", None, ["system=toy", *assignments]) and isinstance(loaded, ToyConfig)
+    assert (loaded.painter.width, loaded.painter.trainer.seed, loaded.clip.model) == (64, 3, "unclip-demo")
+    assert loaded.model_size is None, "the toy has no named sizes"
+    assert load("tiny", None, assignments[2:]).prior.trainer.seed == 4  # type: ignore[attr-defined]
+    for assignment, message in (
+        ("model_size=small", "model_size: got 'small', but the system toy has no named sizes"),
+        ("systems.tyo.painter.width=1", "got the system 'tyo'. Did you mean 'toy'?"),
+        ("systems.toy=1", "expected systems.toy.section.field=value"),
+        ("prior.trainer.seed=4", "prior: unknown setting"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load("tiny", None, [assignment], system="toy")
+
+
+def test_a_run_file_has_settings_for_single_systems(tmp_path: Path) -> None:
+    path = tmp_path / "both.toml"
+    path.write_text("[systems.toy.painter]\nwidth = 8\n[systems.unclip.prior.trainer]\nseed = 5\n")
+    assert load("tiny", str(path), system="toy").painter.width == 8  # type: ignore[attr-defined]
+    assert load("tiny", str(path)).prior.trainer.seed == 5  # type: ignore[attr-defined]
+    path.write_text("[systems.tyo.painter]\nwidth = 8\n")
+    with pytest.raises(ConfigError, match=r"systems.tyo: got the system 'tyo'. Did you mean 'toy'\?"):
+        load("tiny", str(path))
+
+
+def test_settings_of_the_same_type_survive_a_change_of_the_system() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Resources(DatasetResources):
+        painter: StageResource | None = None
+
+    @dataclasses.dataclass(frozen=True)
+    class Cascade(ToyConfig):
+        resources: Resources = Resources()
+        upsamplers: dict[str, UpsamplerStageConfig] = dataclasses.field(default_factory=dict)
+        decoder: PainterConfig = PainterConfig()
+
+    values = {
+        "model_size": "demo",
+        "resources": {"num_workers": 2, "prior": {"num_workers": 1}, "evaluate": {"num_workers": 3}},
+        "upsamplers": {"64": {"trainer": {"seed": 1}}},
+        "decoder": {"trainer": {"seed": 1}},
+        "evaluate": {"num_captions": 3, "sampling": {"batch_size": 2}},
+        "misspelt": 1,
+    }
+    assert shared_settings(values, UnclipConfig, Cascade) == {
+        "model_size": "demo",
+        "resources": {"num_workers": 2, "evaluate": {"num_workers": 3}},
+        "upsamplers": values["upsamplers"],
+        "evaluate": {"num_captions": 3},
+        "misspelt": 1,
+    }
+
+
+def test_systems_are_completed() -> None:
+    option = next(each for each in run.params if each.name == "system")
+    assert {item.value for item in option.shell_complete(click.Context(run), "to")} == {"toy"}
+    assert {item.value for item in option.shell_complete(click.Context(run), "")} >= {"toy", "unclip"}
 
 
 def test_its_memory_is_planned(run_file: Path) -> None:

@@ -3,7 +3,7 @@
 Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis".
 """
 
-from unclip.systems.image_stack import PARTS, SHORTCUTS, ImageSamplingConfig, ImageStack
+from unclip.systems.image_stack import PARTS, SHORTCUTS, ImageStackSampling, ImageStack
 from unclip.systems.system import SystemSpec
 
-SYSTEM = SystemSpec("guided_diffusion", PARTS, ImageSamplingConfig, ImageStack.load, SHORTCUTS)
+SYSTEM = SystemSpec("guided_diffusion", PARTS, ImageStackSampling, ImageStack.load, SHORTCUTS)
