@@ -1,4 +1,4 @@
-"""Classifier of noised images, for classifier guidance: the downsampling half of the U-Net, and an attention pool.
+"""Classifier of noised images, for classifier guidance: the downsampling half of the U-Net and its middle, and an attention pool.
 
 Sources: Dhariwal & Nichol 2021, section 4; Radford et al. 2021 (CLIP), section 2.4, for the attention pool.
 
@@ -66,6 +66,7 @@ class Classifier(nn.Module):
             if level < len(widths) - 1:
                 self.blocks.append(ResBlock(unet, width, width, "down"))
                 resolution //= 2
+        self.blocks.extend([ResBlock(unet, width, width), ContextAttention(unet, width, 0), ResBlock(unet, width, width)])
         self.norm = GroupNorm(unet.norm_groups, width)
         self.output = AttentionPool(resolution, width, unet.head_channels, num_classes)
 
