@@ -66,7 +66,9 @@ class Classifier(nn.Module):
             if level < len(widths) - 1:
                 self.blocks.append(ResBlock(unet, width, width, "down"))
                 resolution //= 2
-        self.blocks.extend([ResBlock(unet, width, width), ContextAttention(unet, width, 0), ResBlock(unet, width, width)])
+        self.blocks.extend(
+            [ResBlock(unet, width, width), ContextAttention(unet, width, 0), ResBlock(unet, width, width)]
+        )
         self.norm = GroupNorm(unet.norm_groups, width)
         self.output = AttentionPool(resolution, width, unet.head_channels, num_classes)
 
