@@ -128,9 +128,9 @@ def find_classes(config: ClassesConfig, inputs: TrainingInputs) -> Classes:
 
 
 def _distinct(captions: Iterable[str]) -> list[str]:
-    """Captions with different words, sorted."""
+    """Captions with different words, sorted by them."""
     by_words = {words: caption for caption in sorted(captions, reverse=True) if (words := " ".join(_words(caption)))}
-    names = sorted(by_words.values())
+    names = [by_words[words] for words in sorted(by_words)]
     if not 2 <= len(names) <= MAX_FOUND:
         raise ConfigError(
             f"classes.source: got 'captions', but there are {len(names):,} distinct captions, expected 2 to {MAX_FOUND:,}. For "
