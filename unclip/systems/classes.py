@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -106,6 +106,9 @@ class Classes:
                 )
 
 
+NO_CLASSES = Classes()
+
+
 def find_classes(config: ClassesConfig, inputs: TrainingInputs) -> Classes:
     """Find the classes of a dataset; the same in every worker.
 
@@ -113,7 +116,7 @@ def find_classes(config: ClassesConfig, inputs: TrainingInputs) -> Classes:
         ConfigError: there are too few or too many classes, or none of many captions belongs to one.
     """
     if config.source == "none":
-        return Classes()
+        return NO_CLASSES
     count = SEARCHED_ROWS if config.source == "captions" else CHECKED_ROWS
     captions: list[str] = inputs.sample_rows("embeddings", ("caption",), count)["caption"]
     if config.source == "captions":
@@ -125,6 +128,11 @@ def find_classes(config: ClassesConfig, inputs: TrainingInputs) -> Classes:
             f"{captions[0]!r}, has the words of one. Set classes.source, or classes.names."
         )
     return classes
+
+
+def reads_classes(classes: ClassesConfig) -> Mapping[str, tuple[str, ...]]:
+    """Columns for images and the classes of their captions."""
+    return {"images": ("jpg",)} if classes.source == "none" else {"images": ("jpg",), "embeddings": ("caption",)}
 
 
 def _distinct(captions: Iterable[str]) -> list[str]:

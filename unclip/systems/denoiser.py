@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
 from unclip.models.image_denoiser import ImageDenoiser, ImageDenoiserConfig, ImageDenoiserSampling
-from unclip.systems.classes import Classes, ClassesConfig, find_classes
+from unclip.systems.classes import Classes, ClassesConfig, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training.batches import load_images
 from unclip.training.diffusion_loss import DiffusionLoss, bernoulli, device_of, measure_scores
@@ -103,11 +103,6 @@ def _build(facts: Mapping[str, Any]) -> ImageDenoiser:
 
 def _objective(config: DenoiserStageConfig, inputs: TrainingInputs) -> DenoiserObjective:
     return DenoiserObjective(config, find_classes(config.classes, inputs), inputs.preview_rows())
-
-
-def reads_classes(classes: ClassesConfig) -> Mapping[str, tuple[str, ...]]:
-    """Columns for images and the classes of their captions."""
-    return {"images": ("jpg",)} if classes.source == "none" else {"images": ("jpg",), "embeddings": ("caption",)}
 
 
 def _network(config: DenoiserStageConfig, _: Shapes) -> Network:

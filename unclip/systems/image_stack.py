@@ -51,6 +51,12 @@ class ImageStack(UpsampledSystem):
         super().__init__(denoiser.config.unet.image_size, "the denoiser", upsamplers)
         if classifier is not None:
             _check_agreement(denoiser, classifier)
+        for upsampler in upsamplers:
+            if upsampler.num_classes and upsampler.class_names != denoiser.class_names:
+                raise CheckpointError(
+                    f"{upsampler.config.name}: got {upsampler.num_classes} classes, expected the {denoiser.num_classes} classes "
+                    "of the denoiser. Take models from one stack."
+                )
         self.denoiser, self.classifier = denoiser, classifier
         self.classes = Classes(denoiser.class_names)
         self.sampling = ImageStackSampling()
@@ -88,7 +94,7 @@ class ImageStack(UpsampledSystem):
         target = self._log_probability(label) if sampling.denoiser.classifier_scale else None
         with autocast(sampling.precision, self.device):
             images = self.denoiser.sample(len(captions), label, sampling.denoiser, target, generator=generator)
-        return self.upsample(images, sampling, generator)
+        return self.upsample(images, sampling, generator, label=label)
 
     def _log_probability(self, label: Tensor | None) -> LogProbability:
         """Log probability of the labels by the classifier; 0 for images without a class."""
