@@ -34,8 +34,8 @@ from tasks.store import DEFAULT_ROOT, Store
 from unclip import imaging
 from unclip.data import Places, RowReader
 from unclip.evaluation import metrics
-from unclip.models.small_images import Captions
 from unclip.systems.system import StackFiles
+from unclip.systems.unclip.sampling import ImageEmbeddingSource
 from unclip.systems.unclip.stack import Stack
 from unclip.training.batches import load_images
 
@@ -58,6 +58,9 @@ ALONE, TEXT, PRIOR, TRUE, REAL = (
 
 ImageEmbedding = Callable[[list[str], torch.Generator], Tensor]
 """(captions, generator) -> image embedding or its substitute, [B, E]."""
+
+SOURCES: dict[str, ImageEmbeddingSource] = {ALONE: "none", TEXT: "text_embedding", PRIOR: "prior"}
+"""Variant -> the sampling setting `image_embedding`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +126,13 @@ def load_heldout(base: Mapping[str, Artifact], num_captions: int, image_size: in
 def ways(stack: Stack, heldout: Heldout) -> dict[str, ImageEmbedding]:
     """Return the source of the image embedding in each variant, and for comparison the embedding of the true image."""
     true = dict(zip(heldout.captions, heldout.image_embedding, strict=True))
-    return {
-        ALONE: lambda captions, _: stack.decoder.null_image_embedding(len(captions)),
-        TEXT: lambda captions, _: stack.embed_text(captions),
-        PRIOR: lambda captions, generator: stack.embed_captions(captions, stack.sampling, generator),
-        TRUE: lambda captions, _: torch.stack([true[caption] for caption in captions]),
-    }
+
+    def embed(source: ImageEmbeddingSource) -> ImageEmbedding:
+        sampling = dataclasses.replace(stack.sampling, image_embedding=source)
+        return lambda captions, generator: stack.embed_captions(captions, sampling, generator)
+
+    sources = {name: embed(source) for name, source in SOURCES.items()}
+    return {**sources, TRUE: lambda captions, _: torch.stack([true[caption] for caption in captions])}
 
 
 @torch.no_grad()
@@ -139,7 +143,8 @@ def draw(stack: Stack, embed: ImageEmbedding, heldout: Heldout, seed: int = 0) -
         captions = heldout.captions[start : start + size]
         for_prior, for_decoder = (torch.Generator().manual_seed(seed * 1_000_003 + number) for _ in range(2))
         embedding = embed(captions, for_prior)
-        parts.append(stack.decode(embedding, stack.sampling, for_decoder, Captions(stack.read_captions(captions))))
+        read = stack.captions(captions, stack.sampling)
+        parts.append(stack.decode(embedding, stack.sampling, for_decoder, read))
     return measure(stack, torch.cat(parts), heldout)
 
 

@@ -20,6 +20,7 @@ from tasks.store import DEFAULT_ROOT
 from unclip import imaging
 from unclip.evaluation import metrics, scenes
 from unclip.evaluation.scenes import Scene, SceneObject
+from unclip.systems.inpainting import inpaint
 from unclip.systems.system import load_system
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.stack import Stack
@@ -107,7 +108,7 @@ def inpainting(stack: Stack, num: int, seed: int = 0) -> Result:
     known = torch.zeros(num, 1, *images.shape[2:], dtype=torch.bool)
     known[..., edge:] = True
     captions = [scenes.caption(scene, _rng(0, 0), with_place=True) for scene in after]
-    sampled = manipulations.inpaint(stack, images, known, captions, seed=seed)
+    sampled = inpaint(stack, images, known, captions, seed=seed)
     scores = [
         scenes.score(scenes.measure(pixels), scene)
         for pixels, scene in zip(imaging.to_uint8(sampled), after, strict=True)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipelines.dag import Binder
+from pipelines.preset import DEFAULT_SYSTEM
 from pipelines.scene_server import ScenesConfig
 from tasks.stage import Resources, StageResources
 from tasks.stages.clip import ClipConfig, clip
@@ -38,6 +39,25 @@ class ClusterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ComparisonConfig:
+    """Images that `unclip compare` samples besides those of every evaluation."""
+
+    num_relations: int = 0
+    """Scene captions of two objects in a relation, whose attributes may get swapped; for procedural scenes."""
+    num_repeated: int = 4
+    """Captions that are sampled several times each, for the diversity at a fixed caption; of scenes, those without a place."""
+    num_repeats: int = 16
+    """Images of each of these captions."""
+    num_columns: int = 8
+    """Held-out captions in the figure."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_relations", 0), ("num_repeated", 0), ("num_repeats", 2), ("num_columns", 1)):
+            value = getattr(self, name)
+            require(value >= least, f"comparison.{name}", value, f"at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DatasetResources(StageResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
@@ -61,7 +81,7 @@ class PipelineConfig:
     """Folder or URI that holds everything the pipeline makes."""
     tracking_uri: str | None = None
     """MLflow server or database; None uses MLFLOW_TRACKING_URI if set, otherwise a database in the storage folder."""
-    system: str = "unclip"
+    system: str = DEFAULT_SYSTEM
     """Generative system to train, such as unclip."""
     model_size: str | None = None
     """Named size, such as demo, that fills in the sections of the parts and of CLIP; each system has its own table of sizes."""
@@ -78,6 +98,7 @@ class PipelineConfig:
     report: ReportConfig = ReportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     publish: PublishConfig = PublishConfig()
+    comparison: ComparisonConfig = ComparisonConfig()
 
 
 class Dataset(NamedTuple):

@@ -24,6 +24,18 @@ from unclip.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train or sample a system that a comparison shows in a row of its own."""
+
+    title: str
+    """Name for people."""
+    assignments: tuple[str, ...] = ()
+    """Settings that differ from the system's, as `section.field=value`."""
+    applies: Callable[[Any], bool] = lambda _: True
+    """Tells from the configuration of the system if the variant differs from it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Pipeline:
     """Configuration and DAG of one system."""
 
@@ -35,6 +47,8 @@ class Pipeline:
     """Completes the given settings before validation: expands named model sizes and derives dependent resolutions."""
     model_sizes: Collection[str] = ()
     """Values of `model_size` that `resolve` expands."""
+    variants: Mapping[str, Variant] = dataclasses.field(default_factory=dict)
+    """Name -> variant, for comparisons; those that need no other training first."""
 
 
 def find_pipeline(system: str) -> Pipeline:

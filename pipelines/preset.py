@@ -12,6 +12,7 @@ from unclip.errors import ConfigError, InputError
 
 PRESETS = Path(__file__).parent / "presets"
 SYSTEMS = Path(__file__).parent / "systems"
+DEFAULT_SYSTEM = "unclip"
 SYSTEM_ENTRY_POINTS = "unclip.pipelines"
 """Group of entry points of the pipelines in other packages."""
 
@@ -38,6 +39,13 @@ def read_preset(pipeline: str) -> list[dict[str, Any]]:
     values = read_toml(PRESETS / f"{pipeline}.toml")
     extends = values.pop("extends", None)
     return [*(read_preset(extends) if extends else ()), values]
+
+
+def results_name(pipeline: str, system: str) -> str:
+    """Name of the folder with the results of a pipeline; another system than the preset's has a folder of its own."""
+    preset = read_preset(pipeline) if pipeline in pipeline_names() else []
+    own = next((layer["system"] for layer in reversed(preset) if "system" in layer), DEFAULT_SYSTEM)
+    return pipeline if system == own else f"{pipeline}-{system}"
 
 
 def model_names() -> list[str]:

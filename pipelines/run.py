@@ -14,6 +14,7 @@ from pipelines.console import Console
 from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
+from pipelines.preset import results_name
 from pipelines.records import close_run, heartbeat, open_run, record_cluster
 from pipelines.shadows import refuse_shadows
 from pipelines.summary import print_summary, summarise, write_results
@@ -34,7 +35,13 @@ STOP_PATIENCE_SECONDS = 25.0
 """Time for training stages to write a checkpoint when the run is stopped; Kubernetes kills after 30 s."""
 
 
-def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None, retry_failed: bool = False) -> int:
+def run_pipeline(
+    pipeline: str,
+    config: PipelineConfig,
+    until: str | None = None,
+    retry_failed: bool = False,
+    writes_results: bool = True,
+) -> int:
     """Run a pipeline and return the exit code.
 
     Takedowns that were recorded come first. One that is recorded while the dataset is being made stops the run's stages; the
@@ -43,6 +50,7 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
 
     Args:
         until: last stage to run, after the stages it depends on; None runs all stages.
+        writes_results: write the folder of results, and print the summary.
 
     Raises:
         UnclipError: the checks failed and nothing was started, or a stage failed.
@@ -62,20 +70,26 @@ def run_pipeline(pipeline: str, config: PipelineConfig, until: str | None = None
     states = dags.states(todo, store)
     if all(state.artifact for state in states.values()):
         print(f"{pipeline}: everything is up to date; nothing was started.")
-        _finish(prepared, pipeline, todo, store)
+        _finish(prepared, pipeline, todo, store, writes_results)
         return 0
     check_cluster(prepared)  # before anything is written, locks included
     dags.refuse_if_in_use(states, store)
-    if not _run_stages(pipeline, prepared, until, states, store):
+    if not _run_stages(pipeline, prepared, until, states, store, writes_results):
         print(f"{pipeline}: starts again, without the rows that were taken down", flush=True)
         attempt = dataclasses.replace(config.download, attempt=prepared.download.attempt)
-        return run_pipeline(pipeline, dataclasses.replace(config, download=attempt), until)
+        again = dataclasses.replace(config, download=attempt)
+        return run_pipeline(pipeline, again, until, writes_results=writes_results)
     print(f"took {time.monotonic() - started:.0f} s")
     return 0
 
 
 def _run_stages(
-    pipeline: str, config: PipelineConfig, until: str | None, states: Mapping[str, dags.State], store: Store
+    pipeline: str,
+    config: PipelineConfig,
+    until: str | None,
+    states: Mapping[str, dags.State],
+    store: Store,
+    writes_results: bool,
 ) -> bool:
     """Run what is not done; returns False if rows were taken down meanwhile, so that the dataset must be made again.
 
@@ -112,7 +126,7 @@ def _run_stages(
             if {failure.exit_code for failure in failures} == {StoppedError.exit_code}:
                 reason.exit_code = StoppedError.exit_code  # the same command continues later
             raise reason
-        summary = _finish(config, pipeline, dag, store)
+        summary = _finish(config, pipeline, dag, store, writes_results)
         run.tracker.json(store.portable(summary), "summary.json")
         run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
     with contextlib.suppress(AlreadyRunningError):  # that run carries them out
@@ -136,11 +150,15 @@ def _must_repeat(dag: dags.Dag, failures: Sequence[Failure], run: Run, store: St
     return bool(tombstones.recorded(store)) or files.stamp(store.uri(TOMBSTONES)) != before
 
 
-def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store) -> dict[str, Any]:
+def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store, writes_results: bool) -> dict[str, Any]:
     artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
     summary = summarise(pipeline, artifacts)
-    write_results(summary, artifacts, store, compose(config).keys())
-    print_summary(summary, store, config)
+    if writes_results:
+        name = results_name(pipeline, config.system)
+        option = [] if name == pipeline else ["--system", config.system]
+        summary["command"] = ["unclip run", pipeline, *option]
+        write_results(summary, artifacts, store, compose(config).keys(), name)
+        print_summary(summary, store, config, name)
     return summary
 
 

@@ -42,16 +42,21 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
 
 
 def write_results(
-    summary: Mapping[str, Any], artifacts: Mapping[str, Artifact], store: Store, stages: Collection[str]
+    summary: Mapping[str, Any],
+    artifacts: Mapping[str, Artifact],
+    store: Store,
+    stages: Collection[str],
+    name: str | None = None,
 ) -> None:
-    """Write the summary, the report and the sample grids of a run to `results/<pipeline>/`.
+    """Write the summary, the report and the sample grids of a run to a folder in `results/`.
 
     The summary keeps what this run has nothing to say about: after a refresh, the evaluation and the stack of the last run.
 
     Args:
         stages: names of all stages of the pipeline; the summary forgets others, which it had before.
+        name: name of the folder; None takes that of the pipeline.
     """
-    path = ("results", summary["pipeline"], "summary.json")
+    path = ("results", name or summary["pipeline"], "summary.json")
     before: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError, DamagedError):
         before = store.read_json(*path)
@@ -71,7 +76,9 @@ def write_results(
     seals.cover(folder)
 
 
-def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConfig) -> None:
+def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConfig, name: str | None = None) -> None:
+    """Print the summary of a run; `name` as for `write_results`."""
+    name = name or summary["pipeline"]
     lines = [""]
     if "rows" in summary:
         rows = summary["rows"]
@@ -103,10 +110,10 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
             "clip score " + "  ".join(f"{group} {score:.3f}" for group, score in summary["clip_score"].items())
         )
     if "captions" in summary:
-        lines.append(f"images     {store.uri('results', summary['pipeline'], 'heldout.png')}")
+        lines.append(f"images     {store.uri('results', name, 'heldout.png')}")
     if "report" in summary["seconds"]:
-        lines.append(f"report     {store.uri('results', summary['pipeline'], 'report.html')}")
-    lines.append(f"summary    {store.uri('results', summary['pipeline'], 'summary.json')}")
+        lines.append(f"report     {store.uri('results', name, 'report.html')}")
+    lines.append(f"summary    {store.uri('results', name, 'summary.json')}")
     storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {shlex.quote(config.storage)}"
     lines.append(f"browse     unclip ui{storage}")
     if "stack" in summary:

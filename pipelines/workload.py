@@ -48,7 +48,10 @@ def workload(config: PipelineConfig) -> Workload:
         clip_parameters=clip_compute.parameters,
         holdout=config.dedup.holdout,
         trainings=tuple(_part_training(name, dag, compute) for name, compute in counted.items()),
-        num_captions=evaluate.num_captions + evaluate.num_unseen,
+        num_captions=evaluate.num_captions
+        + evaluate.num_unseen
+        + evaluate.num_relations
+        + evaluate.num_repeated * evaluate.num_repeats,
         caption_flops=sum(_sampling_flops(name, compute, evaluate.sampling) for name, compute in counted.items()),
         sampling_batch=evaluate.sampling.batch_size,
         clip_training=clip_training,

@@ -194,9 +194,9 @@ class _Survey:
         if self.store.exists(TOMBSTONES):
             remedy = "restore it from a copy, or repeat the takedowns that the files in takedowns/ list, before any run"
             yield self._file(TOMBSTONES, what="everything that was taken down", remedy=remedy)
-        for pipeline in self.store.list("results"):
-            remedy = f"`{self._run(pipeline)}`"
-            yield from self._folder(("results", pipeline), f"results of {pipeline}", remedy)
+        for name in self.store.list("results"):
+            remedy = f"`{self._made_results(name)}`"
+            yield from self._folder(("results", name), f"results of {name}", remedy)
 
     def _tables(self) -> Iterator[Item]:
         needed: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
@@ -317,6 +317,13 @@ class _Survey:
 
     def _rerun(self, folder: Folder) -> str:
         return self._dropped(self._run(self.pipelines.get(folder)))
+
+    def _made_results(self, name: str) -> str:
+        """Command that made a folder of results, if its summary can be read and says so."""
+        with contextlib.suppress(FileNotFoundError, DamagedError):
+            if command := self.store.read_json("results", name, "summary.json").get("command"):
+                return self._command(*command)
+        return self._run(name)
 
     def _run(self, pipeline: str | None = None) -> str:
         """Command that runs a pipeline; None stands for the only one of the storage."""

@@ -5,7 +5,7 @@
     ├── InputError(ValueError)       user data that cannot be used
     ├── ShapeError(ValueError)       a tensor of the wrong shape
     ├── CheckpointError              a checkpoint that is missing, damaged or of another model
-    ├── NonFiniteError               a loss or gradient that is not finite
+    ├── NonFiniteError               a loss, gradient, image or embedding that is not finite
     ├── StoppedError                 a training that was asked to stop and can be resumed
     ├── StorageError                 a folder or bucket that cannot be read or written
     │   └── DamagedError             a file whose content is not what was written

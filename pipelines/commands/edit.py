@@ -12,6 +12,7 @@ from unclip.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unclip.systems.inpainting import UpsampledSystem
     from unclip.systems.unclip.sampling import SamplingConfig
     from unclip.systems.unclip.stack import Stack
 
@@ -50,9 +51,10 @@ def vary(path: str, num: int, eta: float | None, **given: Any) -> None:
     request.check()
     stack, sampling = _open(request)
     [image] = _read(stack, path)
+    from unclip.systems.inpainting import num_steps
     from unclip.systems.unclip import manipulations
 
-    length = manipulations.num_steps(stack, sampling, num, 0 if eta is None else 1)
+    length = num_steps(stack, sampling, num, 0 if eta is None else 1)
     with click.progressbar(length=length, label="sampling") as bar:
         samples = manipulations.variations(
             stack, image, num, eta=eta, seed=request.seed, sampling=sampling, progress=bar.update
@@ -75,10 +77,11 @@ def interpolate(first: str, second: str, num: int, noise: Any, **given: Any) -> 
     request.check()
     stack, sampling = _open(request)
     one, other = _read(stack, first, second)
+    from unclip.systems.inpainting import num_steps
     from unclip.systems.unclip import manipulations
 
     thetas = [index / (num - 1) for index in range(num)]
-    length = manipulations.num_steps(stack, sampling, num, 2 if noise == "inverted" else 0)
+    length = num_steps(stack, sampling, num, 2 if noise == "inverted" else 0)
     with click.progressbar(length=length, label="sampling") as bar:
         samples = manipulations.interpolate(
             stack, one, other, thetas, noise=noise, seed=request.seed, sampling=sampling, progress=bar.update
@@ -110,10 +113,11 @@ def edit(path: str, caption: str, base_caption: str, theta: float, num: int, noi
     request.check()
     stack, sampling = _open(request)
     [image] = _read(stack, path)
+    from unclip.systems.inpainting import num_steps
     from unclip.systems.unclip import manipulations
 
     thetas = [theta * index / (num - 1) for index in range(num)]
-    length = manipulations.num_steps(stack, sampling, num, 1 if noise == "inverted" else 0)
+    length = num_steps(stack, sampling, num, 1 if noise == "inverted" else 0)
     with click.progressbar(length=length, label="sampling") as bar:
         samples = manipulations.text_diff(
             stack,
@@ -147,12 +151,13 @@ def probe(path: str, components: str | None, **given: Any) -> None:
     request.check()
     stack, sampling = _open(request)
     [image] = _read(stack, path)
+    from unclip.systems.inpainting import num_steps
     from unclip.systems.unclip import manipulations
 
     if numbers is None:
         width = stack.clip.embedding_dim
         numbers = [width >> shift for shift in range(width.bit_length())][::-1][-8:]
-    with click.progressbar(length=manipulations.num_steps(stack, sampling, len(numbers)), label="sampling") as bar:
+    with click.progressbar(length=num_steps(stack, sampling, len(numbers)), label="sampling") as bar:
         samples = manipulations.probe(stack, image, numbers, seed=request.seed, sampling=sampling, progress=bar.update)
     _save_row(request, [image], samples, ["given", *map(str, numbers)])
 
@@ -173,16 +178,17 @@ def inpaint(path: str, mask: str, caption: str, num: int, **given: Any) -> None:
     check_caption(caption)
     _check_images(path, mask)
     request.check()
-    stack, sampling = _open(request)
-    image, white = _read(stack, path, mask, same_size=True)
-    from unclip.systems.unclip import manipulations
+    system, sampling = _open_upsampled(request)
+    image, white = _read(system, path, mask, same_size=True)
+    from unclip.systems.inpainting import inpaint as inpaint_images
+    from unclip.systems.inpainting import num_steps
 
     known = white.mean(dim=1, keepdim=True) < 0  # [1, 1, S, S]
     if known.all():
         raise InputError(f"{mask}: the mask has no white pixels. Paint the part to be repainted white.")
-    with click.progressbar(length=manipulations.num_steps(stack, sampling, num), label="sampling") as bar:
-        samples = manipulations.inpaint(
-            stack,
+    with click.progressbar(length=num_steps(system, sampling, num), label="sampling") as bar:
+        samples = inpaint_images(
+            system,
             image.expand(num, -1, -1, -1),
             known.expand(num, -1, -1, -1),
             [caption] * num,
@@ -218,6 +224,20 @@ def _open(request: Request) -> "tuple[Stack, SamplingConfig]":
     return system, sampling
 
 
+def _open_upsampled(request: Request) -> "tuple[UpsampledSystem, Any]":
+    """Load the published stack, which must be able to inpaint.
+
+    Raises:
+        InputError: the stack is of a system that cannot.
+    """
+    system, sampling = request.open()
+    from unclip.systems.inpainting import UpsampledSystem
+
+    if not isinstance(system, UpsampledSystem):
+        raise InputError("the published stack cannot inpaint. Publish a stack of the system unclip or glide.")
+    return system, sampling
+
+
 def _check_share(value: float, option: str) -> None:
     if not 0 <= value <= 1:
         raise InputError(f"{option}: got {value}, expected 0 to 1.")
@@ -234,12 +254,12 @@ def _percent(thetas: Sequence[float]) -> list[str]:
     return [f"{theta:.0%}" for theta in thetas]
 
 
-def _read(stack: "Stack", *paths: str, same_size: bool = False) -> "list[Tensor]":
+def _read(system: "UpsampledSystem", *paths: str, same_size: bool = False) -> "list[Tensor]":
     """Read image files as [1, 3, S, S] in [-1, 1], S the resolution of the stack."""
     from tasks.untrusted import given as given_images
     from unclip.imaging import from_uint8
 
-    images = given_images.read(paths, stack.image_size)
+    images = given_images.read(paths, system.image_size)
     for path, image in zip(paths, images, strict=True):
         if same_size and (image.width, image.height) != (images[0].width, images[0].height):
             raise InputError(

@@ -11,6 +11,7 @@ import functools
 import io
 import itertools
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,11 +26,14 @@ from tasks.places import read_vectors
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip import files, imaging
-from unclip.config import fingerprint, require, to_dict
+from unclip.config import added, fingerprint, require, to_dict
 from unclip.evaluation import metrics, scenes
 from unclip.evaluation.metrics import METRICS, Features, Sampled
 from unclip.models.clip import Clip
 from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
+
+KEPT = "heldout.npy"
+"""Images of held-out captions that are kept one by one, [N, S, S, 3] uint8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +50,26 @@ class EvaluateConfig:
     """Seed for the noise and the unseen scenes."""
     system: str | None = None
     """Name of the system; filled in by the pipeline."""
+    num_relations: int = added(0)
+    """Scene captions of two objects in a relation to sample, whose attributes may get swapped; for procedural scenes."""
+    num_repeated: int = added(0)
+    """Held-out captions that are sampled several times each, for the diversity at a fixed caption; of scenes, those that name
+    no place."""
+    num_repeats: int = added(16)
+    """Images of each of these captions."""
+    num_kept: int = added(0)
+    """Images of held-out captions that are kept one by one, besides the captioned grid, for a comparison of systems."""
 
     def __post_init__(self) -> None:
         require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
         require(self.num_unseen >= 0, "num_unseen", self.num_unseen, "at least 0")
         require(self.num_images >= 1, "num_images", self.num_images, "at least 1")
         require(0 <= self.seed < 2**64, "seed", self.seed, "0 to 2^64 - 1")
+        require(self.num_relations >= 0, "num_relations", self.num_relations, "at least 0")
+        require(self.num_repeated >= 0, "num_repeated", self.num_repeated, "at least 0")
+        require(self.num_repeats >= 2, "num_repeats", self.num_repeats, "at least 2")
+        expected = f"0 to num_images, {self.num_images}"
+        require(0 <= self.num_kept <= self.num_images, "num_kept", self.num_kept, expected)
 
 
 def _pin(config: Any, pinning: Pinning) -> Any:
@@ -64,13 +82,12 @@ def _pin(config: Any, pinning: Pinning) -> Any:
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)
-    groups = {"heldout": heldout_pairs(snapshot)["caption"].to_pylist()[: config.num_captions]}
-    if config.num_unseen:
-        groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
+    groups = caption_groups(config, heldout_pairs(snapshot)["caption"].to_pylist())
     stack = stack_files(config.system, parts, snapshot.statistics, to_dict(config.sampling))
-    reference = _heldout_embeddings(snapshot)
+    reference = heldout_embeddings(snapshot)
 
-    facts: dict[str, Any] = {"accuracy": {}, "clip_score": {}, "metrics": {}, "captions": {}, "images": {}}
+    names = ("accuracy", "clip_score", "metrics", "captions", "images", "seconds_per_image")
+    facts: dict[str, Any] = {name: {} for name in names}
     digests = []
     for group, measured in _sample_all(context, config, groups, clip, stack).items():
         values, images = summarise(group, groups[group], measured, reference)
@@ -81,6 +98,9 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         if accuracy:
             facts["accuracy"][group] = accuracy
         facts["images"] |= {name: _publish(context, f"{name}.png", data) for name, data in images.items()}
+        facts["seconds_per_image"][group] = measured.seconds / len(groups[group])
+        if group == "heldout" and config.num_kept:
+            facts["kept"] = _keep(context, measured, config.num_kept)
         digests.append(measured.digests)
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
     facts["stack"] = stack.facts()
@@ -94,7 +114,7 @@ def stack_files(system: str, parts: Sequence[Artifact], statistics: str, samplin
     return StackFiles(system, models, clips[0] if clips else None, statistics, sampling)
 
 
-def _heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
+def heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
     """Image embeddings [M, E] of the held-out rows, at most `MAX_HELDOUT` of them."""
     rows = snapshot.heldout_rows()
     rows = rows.filter(pc.equal(rows["split"], "holdout"))
@@ -117,6 +137,39 @@ def heldout_pairs(snapshot: Snapshot) -> pa.Table:
     return fresh if fresh.num_rows else pairs
 
 
+def caption_groups(config: EvaluateConfig, heldout: Sequence[str]) -> dict[str, list[str]]:
+    """Captions to sample, by group.
+
+    Args:
+        heldout: captions of `heldout_pairs`.
+    """
+    groups = {"heldout": list(heldout[: config.num_captions])}
+    if config.num_unseen:
+        groups["unseen"] = unseen_captions(config.num_unseen, config.seed)
+    if config.num_relations:
+        groups["relations"] = relation_captions(config.num_relations, config.seed)
+    if config.num_repeated:
+        chosen = without_place(heldout)[: config.num_repeated]
+        groups["repeated"] = [caption for caption in chosen for _ in range(config.num_repeats)]
+    return groups
+
+
+def without_place(captions: Sequence[str]) -> list[str]:
+    """Captions that describe a scene of one object and name no place; without any, all captions."""
+    parsed = ((caption, scenes.parse_caption(caption)) for caption in captions)
+    found = [caption for caption, scene in parsed if scene and scene.place is None and scene.relation is None]
+    return found or list(captions)
+
+
+def relation_captions(count: int, seed: int) -> list[str]:
+    """Captions of two objects in a relation, with combinations of shape and colour that occur in training data."""
+    captions = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index, 2])
+        captions.append(scenes.caption(scenes.random_scene(rng, variant="relations"), rng))
+    return captions
+
+
 def unseen_captions(count: int, seed: int) -> list[str]:
     """Captions of scenes whose combination of shape and colour never occurs in the training data."""
     captions = []
@@ -135,6 +188,8 @@ class Measured:
     """sha256 of the images of each batch, as [B, S, S, 3] uint8."""
     shown: np.ndarray
     """[G, S, S, 3] uint8, the first images, for the grid; G may be 0."""
+    seconds: float = 0.0
+    """Time that workers took to sample the images."""
 
 
 def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int) -> Measured:
@@ -148,15 +203,17 @@ def merge(batches: Iterable[Measured], count: int) -> Measured:
     """Join the batches of a group of `count` images, in their order, as they come."""
     digests: list[str] = []
     shown: list[np.ndarray] = []
+    seconds: list[float] = []
 
     def features() -> Iterator[Features]:
         for batch in batches:
             digests.extend(batch.digests)
             shown.append(batch.shown)
+            seconds.append(batch.seconds)
             yield batch.features
 
     joined = metrics.concatenate(features(), count)
-    return Measured(joined, digests, np.concatenate(shown))
+    return Measured(joined, digests, np.concatenate(shown), sum(seconds))
 
 
 def summarise(
@@ -228,8 +285,20 @@ class SamplingWorker:
 
     def sample(self, number: int, captions: list[str], num_shown: int) -> Measured:
         """Sample and measure batch `number` of a group, and keep its first `num_shown` images."""
+        started = time.monotonic()
         images = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
-        return measure_batch(self.clip, images.to(self.system.device), captions, num_shown)
+        seconds = time.monotonic() - started
+        measured = measure_batch(self.clip, images.to(self.system.device), captions, num_shown)
+        return dataclasses.replace(measured, seconds=seconds)
+
+
+def _keep(context: StageContext, measured: Measured, count: int) -> dict[str, Any]:
+    """Write the first images of a group as [count, S, S, 3] uint8; return the URI, and which of them are right."""
+    buffer, uri = io.BytesIO(), f"{context.folder}/{KEPT}"
+    np.save(buffer, measured.shown[:count], allow_pickle=False)
+    files.write(uri, buffer.getvalue())
+    scores = measured.features.scenes
+    return {"uri": uri, "correct": None if scores is None else scores.all_correct()[:count]}
 
 
 def _publish(context: StageContext, name: str, data: bytes) -> str:

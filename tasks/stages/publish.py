@@ -5,25 +5,32 @@ import re
 import time
 
 from tasks.snapshots import Snapshot
-from tasks.stage import Artifact, Output, StageContext, stage
+from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip.config import fingerprint, require
 from unclip.systems.system import StackFiles, save_stack
+
+SYSTEM = "{system}"
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishConfig:
-    name: str = "unclip"
-    """Name of the registered model."""
+    name: str = "{system}"
+    """Name of the registered model; {system} stands for the name of the system."""
     alias: str = "latest-published"
     """Alias that is moved to the new version; `unclip sample` follows it."""
 
     def __post_init__(self) -> None:
         for setting in ("name", "alias"):
             value = getattr(self, setting)
-            require(bool(re.fullmatch(r"[\w.-]+", value)), setting, value, "letters, digits, dots, dashes, underscores")
+            text = value.replace(SYSTEM, "") + "x" * (SYSTEM in value)
+            require(bool(re.fullmatch(r"[\w.-]+", text)), setting, value, "letters, digits, dots, dashes, underscores")
 
 
-@stage("publish", version=5, reads_snapshot=True)
+def _pin(config: PublishConfig, pinning: Pinning) -> PublishConfig:
+    return dataclasses.replace(config, name=config.name.replace(SYSTEM, pinning.config.system))
+
+
+@stage("publish", version=5, pin=_pin, reads_snapshot=True)
 def publish(
     context: StageContext,
     config: PublishConfig,

@@ -36,8 +36,10 @@ from tests.pipelines import sockets
 from tests.pipelines.command_line import STORAGE_NAME, call, call_apart, call_json, read_record
 from tests.tasks.datasets import holders
 from tests.unclip.damage import damaged
-from unclip import files
-from unclip.systems.system import load_system, sample_captions
+from unclip import files, imaging
+from unclip.models.small_images import ImageSampling
+from unclip.systems.glide.stack import GlideSampling, GlideStack
+from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions
 from unclip.training.film import FILM_STRIP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -418,6 +420,65 @@ def test_a_model_trained_by_itself_equals_the_one_that_the_pipeline_trains(finis
     assert set(states(finished).values()) == {"cached"}
     logged = last_metrics(finished, "prior")
     assert {"relative_loss", "validation_loss", "validation_relative_loss", "gradient_norm"} <= set(logged)
+
+
+GLIDE = ("tiny", "--system", "glide", "--set", "with_noised_clip=true")
+GLIDE_STAGES = {"glide", "noised_clip", "evaluate", "publish"}
+
+
+def test_glide_is_trained_on_the_dataset_of_unclip_and_shares_its_upsamplers(finished: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "copy"
+    shutil.copytree(finished, storage)
+    for trained in ((), ("glide",), ("glide", "noised_clip")):
+        for part in trained[-1:]:
+            run_here("train", part, *GLIDE, "--storage", storage)
+        document = call_json("plan", *GLIDE, "--storage", storage)
+        assert {stage["name"] for stage in document["stages"] if stage["state"] != "cached"} == GLIDE_STAGES - {
+            *trained
+        }
+    found = records(storage)
+    models = {name: found[name]["uri"] for name in ("glide", "upsampler-32", "upsampler-64", "noised_clip")}
+    clip = found["clip"]["facts"]
+    system = GlideStack.load(StackFiles("glide", models, ClipFiles(clip["model"], clip["pretrained"])))
+    settings = GlideSampling(glide=ImageSampling(num_steps=2, clip_guidance_scale=1.0))
+    images = sample_captions(system, ["a red circle"], sampling=settings)
+    assert system.noised_clip is not None and images.shape == (1, 3, 64, 64) and images.isfinite().all()
+
+
+@pytest.mark.slow
+def test_every_command_takes_a_stack_of_glide(finished: Path, tmp_path: Path) -> None:
+    storage, out = tmp_path / STORAGE_NAME, tmp_path / "out.png"
+    shutil.copytree(finished, storage)
+    printed = run("run", *GLIDE, "--storage", storage)
+    assert "held-out captions" in printed
+    assert set(records(storage)) == {*STAGES, *GLIDE_STAGES}
+    assert "everything is up to date" in run("run", *GLIDE, "--storage", storage)
+    assert call_json("verify", "--storage", storage)["problems"] == []
+    caption, grids = "a small yellow star on a purple background", []
+    for options in (
+        [],
+        ["--steps", 3],
+        ["--guidance-scale", 2],
+        ["--sampler", "ddpm"],
+        ["--negative", "a red circle"],
+        ["--set", "glide.clip_guidance_scale=2"],
+        ["--image", out, "--strength", 0.5],
+        ["--model", "unclip-tiny"],
+    ):
+        run_here("sample", caption, "--num", 1, *options, "--out", out, "--storage", storage)
+        grids.append(out.read_bytes())
+    assert len(set(grids)) == len(grids)
+    mask = np.zeros((64, 64, 3), np.uint8)
+    mask[:, 32:] = 255
+    mask_path = tmp_path / "mask.png"
+    mask_path.write_bytes(imaging.png(mask))
+    run_here("inpaint", out, mask_path, caption, "--num", 2, "--out", tmp_path / "inpainted.png", "--storage", storage)
+    refused = call("vary", out, "--out", tmp_path / "varied.png", "--storage", storage)
+    assert refused.returncode == 2 and "of the system unclip" in refused.stderr
+    key = json.loads((Path(records(storage)["glide"]["uri"]).parent / PREVIEW_KEYS).read_text())[0]
+    document = call_json("takedown", "--key", key, "--storage", storage)
+    assert {"glide", "publish"} <= {each["name"] for each in document["runs"]}
+    assert "glide-tiny" in [model["name"] for model in document["models"]]
 
 
 def last_metrics(storage: Path, stage: str) -> dict[str, float]:

@@ -363,7 +363,7 @@ def test_its_memory_is_planned(run_file: Path) -> None:
 
 
 def test_it_is_trained_evaluated_and_published(finished: Path) -> None:
-    summary = read_record(finished, "results", "tiny", "summary.json")
+    summary = read_record(finished, "results", "tiny-toy", "summary.json")
     assert set(summary["seconds"]) == set(STAGES) and summary["captions"] == {"heldout": 8, "unseen": 4}
     assert {"colour", "background"} <= set(summary["accuracy"]) and summary["registered"]["name"] == "toy"
     system = load_system(summary["stack"])
@@ -395,7 +395,7 @@ def test_it_samples(finished: Path, tmp_path: Path) -> None:
 
 
 def test_it_cannot_start_from_an_image(finished: Path, tmp_path: Path) -> None:
-    image = next((finished / "results" / "tiny").glob("heldout.png"))
+    image = next((finished / "results" / "tiny-toy").glob("heldout.png"))
     result = call("vary", image, "--out", tmp_path / "v.png", "--storage", finished)
     assert result.returncode == 2 and "cannot start from an image" in result.stderr
 

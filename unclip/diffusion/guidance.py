@@ -1,7 +1,8 @@
 """Guidance: functions that wrap denoisers in new denoisers.
 
-Everything is written for x0, which is affine in eps and v at a fixed x_t. A guided denoiser returns the variance of the
-conditional one. Letters: B batch, E width of an embedding.
+Affine guidance is written for x0, which is affine in eps and v at a fixed x_t. Rescaling is not affine, so it acts on the
+quantity that the network predicts. A guided denoiser returns the variance of the conditional one. Letters: B batch, E width
+of an embedding.
 """
 
 from collections.abc import Callable
@@ -17,14 +18,18 @@ LogProbability = Callable[[Tensor, Tensor], Tensor]
 
 
 def classifier_free(
-    conditional: Denoiser, unconditional: Denoiser, guidance_scale: float, rescale: float = 0.0
+    diffusion: GaussianDiffusion,
+    conditional: Denoiser,
+    unconditional: Denoiser,
+    guidance_scale: float,
+    rescale: float = 0.0,
 ) -> Denoiser:
     """Push the conditional denoiser away from the unconditional one.
 
     Args:
         guidance_scale: 1 is no guidance (the unconditional denoiser is not called), 0 is unconditional.
-        rescale: in [0, 1], strength of rescaling each sample to the conditional one's standard deviation; large guidance
-            scales overexpose without it.
+        rescale: in [0, 1], strength of rescaling each guided prediction (eps, x0 or v, as the network makes it) to the
+            standard deviation of the conditional one; large guidance scales overexpose without it.
 
     Raises:
         ConfigError: rescale is not in [0, 1].
@@ -39,12 +44,13 @@ def classifier_free(
         conditioned = conditional(x_t, t)
         null = unconditional(x_t, t).x0
         guided = null + guidance_scale * (conditioned.x0 - null)
-        return conditioned._replace(x0=_rescaled(guided, conditioned.x0, rescale))
+        return conditioned._replace(x0=_rescaled(diffusion, x_t, t, guided, conditioned.x0, rescale))
 
     return denoise
 
 
 def classifier_free_two(
+    diffusion: GaussianDiffusion,
     both: Denoiser,
     first_only: Denoiser,
     neither: Denoiser,
@@ -68,7 +74,7 @@ def classifier_free_two(
         conditioned = both(x_t, t)
         first, null = first_only(x_t, t).x0, neither(x_t, t).x0
         guided = null + first_scale * (first - null) + second_scale * (conditioned.x0 - first)
-        return conditioned._replace(x0=_rescaled(guided, conditioned.x0, rescale))
+        return conditioned._replace(x0=_rescaled(diffusion, x_t, t, guided, conditioned.x0, rescale))
 
     return denoise
 
@@ -191,14 +197,20 @@ def in_interval(guided: Denoiser, otherwise: Denoiser, t_min: int, t_max: int) -
     return denoise
 
 
-def _rescaled(guided: Tensor, conditioned: Tensor, rescale: float) -> Tensor:
-    """Guided x0, rescaled toward the standard deviation of each conditional sample."""
+def _rescaled(
+    diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, guided: Tensor, conditioned: Tensor, rescale: float
+) -> Tensor:
+    """x0 of the guided prediction, rescaled toward the standard deviation of each conditional prediction.
+
+    Source: Lin et al. 2023, eq. 15-16, which rescale the network's output.
+    """
     if not rescale:
         return guided
-    gain = _std(conditioned) / _std(guided).clamp(min=1e-12)  # [B, 1, ...]
-    return guided * (1 - rescale + rescale * gain)
+    prediction, reference = (diffusion.prediction_of_x0(x_t, t, x0) for x0 in (guided, conditioned))  # [B, ...]
+    gain = _std(reference) / _std(prediction).clamp(min=1e-12)  # [B, 1, ...]
+    return diffusion.predict_x0(x_t, t, prediction * (1 - rescale + rescale * gain))
 
 
-def _std(x0: Tensor) -> Tensor:
+def _std(prediction: Tensor) -> Tensor:
     """Standard deviation of each sample, [B, 1, ...]."""
-    return x0.std(dim=tuple(range(1, x0.dim())), keepdim=True)
+    return prediction.std(dim=tuple(range(1, prediction.dim())), keepdim=True)

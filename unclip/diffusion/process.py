@@ -82,7 +82,8 @@ class DiffusionConfig:
     """Train on the variational bound alone, L_vlb of Nichol & Dhariwal 2021, eq. 4, for images in [-1, 1]; use it with
     `timestep_sampling` "loss_aware" (section 3.3). The loss is then bits per dimension."""
     loss_weighting: LossWeighting = "none"
-    """Weights of timesteps in the squared error: uniform, min-SNR (Hang et al. 2023) or P2 (Choi et al. 2022)."""
+    """Weights of timesteps in the squared error: uniform, min-SNR (Hang et al. 2023) or P2 (Choi et al. 2022); the last two
+    not with zero_terminal_snr."""
     min_snr_gamma: float = 5.0
     """Signal-to-noise ratio above which min-SNR stops increasing the weight of x0's error."""
     p2_gamma: float = 1.0
@@ -99,6 +100,13 @@ class DiffusionConfig:
             "prediction_type",
             self.prediction_type,
             "x0 or v with zero_terminal_snr",
+        )
+        # All weightings shrink with the signal, and the last timestep, where sampling starts, has none: it would not be trained.
+        require(
+            not (self.zero_terminal_snr and self.loss_weighting != "none"),
+            "loss_weighting",
+            self.loss_weighting,
+            "none with zero_terminal_snr, whose last timestep would have the weight 0; or set zero_terminal_snr = false",
         )
         require(self.vlb_weight >= 0, "vlb_weight", self.vlb_weight, "at least 0")
         weighting = self.loss_weighting
@@ -193,6 +201,15 @@ class GaussianDiffusion:
         """Noise that turns x0 into x_t, [B, ...] float32. Source: Ho et al. 2020, eq. 4 solved for eps."""
         x_t = full_precision(x_t)
         return (x_t - self._at("signal", t, x_t) * full_precision(x0)) / self._at("sigma", t, x_t)
+
+    def prediction_of_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """Network's prediction that implies x0, [B, ...] float32; inverse of `predict_x0`."""
+        if self.config.prediction_type == "x0":
+            return full_precision(x0)
+        if self.config.prediction_type == "eps":
+            return self.eps_from_x0(x_t, t, x0)
+        x_t = full_precision(x_t)
+        return (self._at("signal", t, x_t) * x_t - full_precision(x0)) / self._at("sigma", t, x_t)
 
     def denoiser(self, predict: Predict, clip_range: float | None = None) -> Denoiser:
         """Turn a network with its conditioning bound into a denoiser.

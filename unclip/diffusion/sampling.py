@@ -36,8 +36,8 @@ class DiffusionSampling:
     """Part of the process in which guidance acts, as two fractions of its timesteps: 0 is the clean sample, 1 pure noise.
     Source: Kynkäänniemi et al. 2024, eq. 5."""
     guidance_rescale: float = 0.0
-    """Strength in [0, 1] of rescaling each guided sample to the standard deviation of the conditional one; 0 = off. Source:
-    Lin et al. 2023, eq. 15-16."""
+    """Strength in [0, 1] of rescaling each guided prediction (eps, x0 or v) to the standard deviation of the conditional one;
+    0 = off. Source: Lin et al. 2023, eq. 15-16."""
     thresholding: Thresholding = "static"
     """Bounds on x0 after guidance. Source: Saharia et al. 2022 (Imagen), section 2.3."""
     threshold: float | None = None
@@ -76,7 +76,9 @@ def guided(
     Raises:
         ConfigError: dynamic thresholding has no bound.
     """
-    push = guidance.classifier_free(conditional, unconditional, settings.guidance_scale, settings.guidance_rescale)
+    push = guidance.classifier_free(
+        diffusion, conditional, unconditional, settings.guidance_scale, settings.guidance_rescale
+    )
     return limited(diffusion, push, conditional, settings, limit)
 
 

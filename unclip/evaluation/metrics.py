@@ -3,6 +3,7 @@
 Letters: B images, N and M embeddings, E their width.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip import imaging
-from unclip.errors import ShapeError
+from unclip.errors import NonFiniteError, ShapeError
 from unclip.evaluation import scenes
 from unclip.models.clip import Clip
 
@@ -28,6 +29,9 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 }
 """Attribute of an object -> its values. The attributes are the columns of `SceneScores.expected` and `SceneScores.measured`."""
 
+ROUNDING = 1e-9
+"""Cosines that differ by less are equal; far above the rounding of float64, far below the difference of two images."""
+
 
 class SceneScores(NamedTuple):
     """Scenes measured in sampled images, compared with those that the captions name."""
@@ -38,6 +42,11 @@ class SceneScores(NamedTuple):
     """[N, 3] int8, first object of the caption, as indices into the values of `LABELS`."""
     measured: Tensor
     """[N, 3] int8, first object of the image likewise; -1 for a value that `LABELS` lacks, or no object."""
+    swapped: Tensor
+    """[N, 3] int8, by attribute of `LABELS`: 1 if each of two objects has the other's value, otherwise 0; -1 if the caption
+    does not name two objects that differ in it."""
+    place: Tensor
+    """[N] int8, place of the object as an index into `scenes.PLACES`; -1 for two objects, or none."""
 
     def accuracy(self) -> dict[str, float]:
         """Return the share of correct images by attribute; for `place`, among the captions that name one."""
@@ -83,7 +92,18 @@ class Sampled(NamedTuple):
 
 
 def extract_features(clip: Clip, images: Tensor, captions: Sequence[str]) -> Features:
-    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, sampled for B captions."""
+    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, sampled for B captions.
+
+    Raises:
+        NonFiniteError: an image has NaN or infinite values, which would be measured as black or white.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1)  # [B]
+    if not finite.all():
+        index = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"images: got values that are not finite for {captions[index]!r}, expected [-1, 1]. Sample with precision fp32; if "
+            "they stay, train the model again with a lower learning rate."
+        )
     tokens = clip.tokenize(list(captions)).to(images.device)
     return Features(
         clip.embed_images(clip.resize(images)).cpu(),
@@ -149,6 +169,8 @@ def score_scenes(images: Tensor, captions: Sequence[str]) -> SceneScores | None:
         [[score.get(attribute, -1) for attribute in SCORED] for score in scores],
         [_labels(scene) for scene in known],
         [_labels(scene) for scene in measured],
+        [_swapped(*pair) for pair in zip(measured, known, strict=True)],
+        [-1 if scene.place is None else scenes.PLACES.index(scene.place) for scene in measured],
     )
     return SceneScores(*(torch.tensor(values, dtype=torch.int8) for values in rows))
 
@@ -157,6 +179,15 @@ def _labels(scene: scenes.Scene) -> list[int]:
     """Indices into the values of `LABELS` for a scene's first object; -1 where there is none."""
     values = [(getattr(scene.objects[0], name) if scene.objects else None, labels) for name, labels in LABELS.items()]
     return [labels.index(value) if value in labels else -1 for value, labels in values]
+
+
+def _swapped(measured: scenes.Scene, expected: scenes.Scene) -> list[int]:
+    """By attribute of `LABELS`: 1 if the values of two objects are exchanged, 0 if not, -1 if there are none to exchange."""
+    found = []
+    for attribute in LABELS:
+        want, got = ([getattr(each, attribute) for each in scene.objects] for scene in (expected, measured))
+        found.append(int(got == want[::-1]) if len(set(want)) == 2 else -1)
+    return found
 
 
 def score_embeddings(sampled: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
@@ -169,20 +200,31 @@ def score_embeddings(sampled: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5
 
     Returns:
         `cosine`, the mean over pairs; `gap`, its margin over the mean of all mismatched pairs; `recall_at_<k>`, the share
-        of sampled embeddings whose own image is among the k nearest of the N images.
+        of sampled embeddings whose own image is among the k nearest of the N images. Images at equal distances count in
+        random order, on average: embeddings that are all zeros have a recall of k / N.
 
     Raises:
         ShapeError: the shapes are not both [N, E], or N < 2.
+        NonFiniteError: an embedding has NaN or infinite values.
     """
     if sampled.dim() != 2 or sampled.shape != true.shape or len(sampled) < 2:
         raise ShapeError(
             f"embeddings: got {tuple(sampled.shape)} and {tuple(true.shape)}, expected both [N, E] with N >= 2."
         )
+    for name, given in (("sampled", sampled), ("true", true)):
+        finite = given.isfinite().all(dim=1)  # [N]
+        if not finite.all():
+            raise NonFiniteError(
+                f"embeddings: got {int((~finite).sum())} of {len(given)} {name} ones that are not finite, expected numbers. "
+                "Train the model that made them again with a lower learning rate."
+            )
     cosines = F.normalize(sampled.double(), dim=1) @ F.normalize(true.double(), dim=1).T  # [N, N]
     own, count = cosines.diag(), len(cosines)
     others = (cosines.sum() - own.sum()) / (count * (count - 1))
-    nearer = (cosines > own[:, None]).sum(dim=1)  # [N]
-    recall = {f"recall_at_{rank}": (nearer < rank).double().mean().item() for rank in ranks}
+    margin = cosines - own[:, None]  # [N, N]
+    nearer = (margin > ROUNDING).sum(dim=1)  # [N]
+    tied = (margin.abs() <= ROUNDING).sum(dim=1)  # [N], at least 1: the image itself
+    recall = {f"recall_at_{rank}": ((rank - nearer) / tied).clamp(0, 1).mean().item() for rank in ranks}
     return {"cosine": own.mean().item(), "gap": (own.mean() - others).item(), **recall}
 
 
@@ -278,9 +320,59 @@ def clip_frechet_distance(sampled: Sampled) -> dict[str, float]:
     return {"clip_frechet_distance": frechet_distance(embedding, sampled.reference)}
 
 
+def scene_binding(sampled: Sampled) -> dict[str, float]:
+    """Tell whose attribute went to whom in images of two objects; empty if no caption names two that differ.
+
+    Returns:
+        `swapped.<attribute>`, the share of images in which each object has the other's value, of those whose caption names
+        objects that differ in it.
+    """
+    scores = sampled.features.scenes
+    if scores is None:
+        return {}
+    columns = dict(zip(LABELS, scores.swapped.T, strict=True))
+    named = {attribute: column[column >= 0] for attribute, column in columns.items()}
+    return {f"swapped.{name}": column.double().mean().item() for name, column in named.items() if len(column)}
+
+
+def caption_diversity(sampled: Sampled) -> dict[str, float]:
+    """Measure how different the images of one caption are; empty unless every caption was sampled several times.
+
+    Returns:
+        `pairwise_distance`, the mean of 1 - cosine over all pairs of images of a caption, by CLIP's embeddings;
+        `place_entropy`, the entropy of the places where the objects are, as a share of the log of the number of places, for
+        captions that describe a scene and name no place. Both are means over captions.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, caption in enumerate(sampled.captions):
+        rows_of.setdefault(caption, []).append(row)
+    if not rows_of or min(map(len, rows_of.values())) < 2:
+        return {}
+    distances, entropies = [], []
+    for rows in rows_of.values():
+        embedding, count = sampled.features.image_embedding[rows].double(), len(rows)
+        total = embedding.sum(dim=0).square().sum().item()  # over all pairs, each image with itself too
+        distances.append(1 - (total - count) / (count * (count - 1)))
+        scores = sampled.features.scenes
+        if scores is not None and (scores.correct[rows, SCORED.index("place")] < 0).all():
+            entropies += _entropies(scores.place[rows])
+    mean_entropy = {"place_entropy": float(np.mean(entropies))} if entropies else {}
+    return {"pairwise_distance": float(np.mean(distances)), **mean_entropy}
+
+
+def _entropies(places: Tensor) -> list[float]:
+    """Entropy of the places of one caption's images, as a share of the largest possible; none if no object was found."""
+    counts = torch.bincount(places[places >= 0].long(), minlength=len(scenes.PLACES)).double()
+    if not counts.sum():
+        return []
+    return [float(torch.special.entr(counts / counts.sum()).sum() / math.log(len(scenes.PLACES)))]
+
+
 METRICS: Mapping[str, Callable[[Sampled], dict[str, float]]] = {
     "clip_score": clip_score,
     "scene_accuracy": scene_accuracy,
     "clip_frechet_distance": clip_frechet_distance,
+    "scene_binding": scene_binding,
+    "caption_diversity": caption_diversity,
 }
 """Metrics of an evaluation; a new one needs a function and an entry. Each returns named numbers, or none if not applicable."""

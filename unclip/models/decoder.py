@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from unclip.config import require
+from unclip.config import added, require
 from unclip.diffusion import guidance, sampling
 from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.samplers import OnStep, undisturbed
@@ -64,6 +64,9 @@ class DecoderSampling(ImageSampling):
     text_guidance_scale: float | None = None
     """Separate guidance scale for the caption, for decoders that read it; `guidance_scale` is then for the image embedding.
     None guides by both together, at two thirds of the cost. Source: Brooks et al. 2022, eq. 3."""
+    reads_captions: bool = added(True)
+    """Give captions to a decoder that reads them; false gives it the empty caption, as training does when it drops one.
+    Source: Ramesh et al. 2022, section 5.1."""
     inversion_iterations: int = 1
     """Iterations per step of an inversion. More iterations reproduce the image more closely, but let it follow a text diff
     less freely. Source: Pan et al. 2023, section 3."""
@@ -173,6 +176,7 @@ class Decoder(nn.Module):
             ConfigError: CLIP guidance is on, and captions has no caption_similarity.
         """
         batch, device = len(image_embedding), image_embedding.device
+        caption = captions.text if settings.reads_captions else None
 
         def predict(image_dropped: bool, text: Text | None, text_dropped: bool) -> Denoiser:
             image_drop = torch.full((batch,), image_dropped, device=device)
@@ -183,15 +187,18 @@ class Decoder(nn.Module):
 
         def without_caption(image_dropped: bool) -> Denoiser:
             if captions.negative is None:
-                return predict(image_dropped, captions.text, True)
+                return predict(image_dropped, caption, True)
             return predict(image_dropped, captions.negative, False)
 
-        both, neither = predict(False, captions.text, False), without_caption(True)
+        both, neither = predict(False, caption, False), without_caption(True)
         scale, text_scale, rescale = settings.guidance_scale, settings.text_guidance_scale, settings.guidance_rescale
         if text_scale is None:
-            guided = guidance.classifier_free(both, neither, scale, rescale)
+            guided = guidance.classifier_free(self.diffusion, both, neither, scale, rescale)
         else:
-            guided = guidance.classifier_free_two(both, without_caption(False), neither, scale, text_scale, rescale)
+            image_alone = without_caption(False)
+            guided = guidance.classifier_free_two(
+                self.diffusion, both, image_alone, neither, scale, text_scale, rescale
+            )
         guided = guided_by_clip(self.diffusion, guided, both, captions, settings.clip_guidance_scale)
         return sampling.limited(self.diffusion, guided, both, settings, 1.0)
 

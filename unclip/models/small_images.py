@@ -1,6 +1,6 @@
 """Code shared by all networks of small images that captions steer: captions, guidance by CLIP, known pixels and sampling.
 
-Letters: B batch, S image size.
+Letters: B batch, S image size, E CLIP embedding width.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.config import require
@@ -17,6 +18,7 @@ from unclip.diffusion.process import Denoiser, GaussianDiffusion
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import DiffusionSampling
 from unclip.errors import ShapeError
+from unclip.models.clip import Clip
 from unclip.models.text import Text
 
 KNOWN_CHANNELS = 4
@@ -32,7 +34,7 @@ class ImageSampling(DiffusionSampling):
     clip_guidance_scale: float = 0.0
     """Scale of CLIP guidance: the gradient of the dot product of the caption's text embedding with CLIP's image embedding; 0
     = off. The image is x0, or x_t for a CLIP that was trained on noised images. Source: Dhariwal & Nichol 2021, algorithm
-    2; Nichol et al. 2022 (GLIDE), section 2.3."""
+    2; Nichol et al. 2022 (GLIDE), section 2.4."""
     strength: float = 0.7
     """Fraction of the process applied to a given start image: 0 returns it, 1 ignores it. Source: Meng et al. 2022
     (SDEdit), section 3."""
@@ -57,6 +59,17 @@ class Captions(NamedTuple):
 
 
 NO_CAPTIONS = Captions()
+
+
+def similarity_by_clip(clip: Clip, text_embedding: Tensor) -> Callable[[Tensor], Tensor]:
+    """Function from images x0 [B, 3, S, S] to the cosine similarity [B] of their CLIP embeddings and text_embedding [B, E]."""
+
+    def caption_similarity(x0: Tensor) -> Tensor:
+        with torch.autocast(x0.device.type, enabled=False):
+            image_embedding = F.normalize(clip.encode_images(clip.resize(x0)), dim=-1)  # [B, E]
+        return (image_embedding * text_embedding).sum(dim=1)
+
+    return caption_similarity
 
 
 def guided_by_clip(
@@ -139,7 +152,7 @@ def known_region(images: Tensor, mask: Tensor) -> Tensor:
         mask: [B, 1, S, S] bool, True = known.
 
     Returns:
-        [B, 4, S, S], 0 at unknown pixels. Source: Nichol et al. 2022 (GLIDE), section 2.4.
+        [B, 4, S, S], 0 at unknown pixels. Source: Nichol et al. 2022 (GLIDE), section 4.3.
     """
     return torch.cat([images * mask, mask.to(images.dtype)], dim=1)
 

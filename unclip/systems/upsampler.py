@@ -6,14 +6,14 @@ Letters: B batch, s resolution of a system's small images, S resolution of the l
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from unclip.config import added, load, merge, nearest, operational, require, to_dict
 from unclip.data import Batch
-from unclip.diffusion.process import augment_condition
+from unclip.diffusion.process import GaussianDiffusion, augment_condition
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.errors import CheckpointError, ConfigError, ShapeError
 from unclip.models.degradations import degrade, draw_blur, gaussian_blur, shrink
@@ -76,6 +76,9 @@ class UpsamplerObjective:
         draw = self.process.draw(x0, generator, network.training)
         conditions = {"blur_sigma": blur_sigma, "label": tensors.get("label")}
         return self.process.mean_loss(lambda x_t, t: network(x_t, t, low_res, level, **conditions), x0, draw)
+
+    def learn(self, step_taken: bool) -> None:
+        self.process.learn(step_taken)
 
     def metrics(self, training: bool) -> dict[str, float]:
         return self.process.take(training)
@@ -184,12 +187,26 @@ class UpsampledSampling:
         return self.upsamplers.get(str(resolution), default)
 
 
+class SmallNetwork(Protocol):
+    """Network that samples a system's small images, as inpainting sees it."""
+
+    @property
+    def config(self) -> Any:
+        """Settings; `inpainting` is True if it reads known pixels."""
+
+    @property
+    def diffusion(self) -> GaussianDiffusion:
+        """Its process."""
+
+
 class UpsampledSystem(nn.Module):
     """Small images, and any number of upsamplers, each for the images of the one before."""
 
     small_size: int
     """s, pixels."""
     upsamplers: Sequence[Upsampler]
+    sampling: Any
+    """Default sampling settings, a subclass of `UpsampledSampling`."""
 
     def __init__(self, small_size: int, source: str, upsamplers: Sequence[Upsampler]) -> None:
         """Args:
@@ -224,6 +241,34 @@ class UpsampledSystem(nn.Module):
     @property
     def device(self) -> torch.device:
         return device_of(self)
+
+    @property
+    def small_network(self) -> SmallNetwork:
+        """Network that samples the small images."""
+        raise NotImplementedError
+
+    def small_steps(self, sampling: Any) -> int:
+        """Sampling steps of that network."""
+        raise NotImplementedError
+
+    def sample_small(
+        self,
+        captions: Sequence[str],
+        sampling: Any,
+        generator: torch.Generator,
+        *,
+        negative: Sequence[str] | None = None,
+        known: Tensor | None = None,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor:
+        """Sample small images, [len(captions), 3, s, s] in [-1, 1].
+
+        Args:
+            negative: captions to guide away from.
+            known: [B, 4, s, s] from `known_region`, for a network that reads it.
+            on_step: hook of that network, called after every step.
+        """
+        raise NotImplementedError
 
     def upsample(
         self,

@@ -32,6 +32,7 @@ class DiffusionLoss:
         self.diffusion = diffusion
         self.timesteps = timestep_sampler(diffusion.config)
         self.uniform = UniformTimesteps(diffusion.config.num_timesteps)
+        self._unlearned: list[tuple[Tensor, Tensor]] = []  # t and losses of the step's micro-batches
         self.losses = {training: TimestepLosses(diffusion.config.num_timesteps) for training in (True, False)}
 
     def draw(self, x0: Tensor, generator: torch.Generator, training: bool) -> Draw:
@@ -41,10 +42,10 @@ class DiffusionLoss:
         return Draw(t, weight, noise, training)
 
     def mean_loss(self, predict: Predict, x0: Tensor, draw: Draw) -> Tensor:
-        """Weighted mean loss of a batch; the timestep sampler learns from the unweighted losses."""
+        """Weighted mean loss of a micro-batch; the timestep sampler learns from the unweighted losses at `learn`."""
         losses = self.diffusion.loss(predict, x0, draw.t, draw.noise)  # [B]
-        if draw.training:
-            self.timesteps.update(draw.t, losses)
+        if draw.training and self.timesteps.state:
+            self._unlearned.append((draw.t, losses.detach()))
         with torch.no_grad():
             zeros = x0.new_zeros(()).expand(
                 len(x0), self.diffusion.config.outputs_per_channel * x0.shape[1], *x0.shape[2:]
@@ -52,6 +53,13 @@ class DiffusionLoss:
             loss_of_zeros = self.diffusion.loss(lambda *_: zeros, x0, draw.t, draw.noise)
         self.losses[draw.training].add(draw.t, losses.detach(), loss_of_zeros)
         return (draw.weight * losses).mean()
+
+    def learn(self, step_taken: bool) -> None:
+        """Teach the timestep sampler the losses of the step that ends, or forget them; see `objective.Learning`."""
+        unlearned, self._unlearned = self._unlearned, []
+        if step_taken and unlearned:
+            t, losses = (torch.cat(parts) for parts in zip(*unlearned, strict=True))
+            self.timesteps.update(t, losses)
 
     def take(self, training: bool) -> dict[str, float]:
         """Return and reset the statistics of the losses, as `TimestepLosses.take`."""

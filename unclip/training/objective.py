@@ -23,7 +23,8 @@ class Objective(Protocol):
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """Tensors besides the model that losses depend on; changed in place and equal on all ranks. Often empty."""
+        """Tensors besides the model that losses depend on; changed in place and equal on all ranks. Often empty; if not, the
+        objective is `Learning`."""
 
     @property
     def sample_size(self) -> Mapping[str, int]:
@@ -49,6 +50,21 @@ class Objective(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """Facts needed to build the model again."""
+
+
+@runtime_checkable
+class Learning(Protocol):
+    """Objective whose `state` learns from the losses of training."""
+
+    def learn(self, step_taken: bool) -> None:
+        """Update `state` from the losses of all micro-batches of a step, of all ranks in rank order.
+
+        Called on all ranks at the end of every step. Losses must not change `state`, so that all micro-batches of a step see
+        the same one, however they are divided among ranks.
+
+        Args:
+            step_taken: False if the optimiser took no step, because a loss or gradient was not finite: forget the losses.
+        """
 
 
 @runtime_checkable

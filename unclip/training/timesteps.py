@@ -33,7 +33,7 @@ class TimestepSampler(Protocol):
         """Draw timesteps and their weights, on the generator's device."""
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Learn from the unweighted losses [B] of this rank at t [B]."""
+        """Learn from all unweighted losses [B] of this rank in a step, at t [B]; called once a step, on all ranks."""
 
 
 def timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
@@ -94,7 +94,7 @@ class LossAwareTimesteps:
         """Record the losses of all ranks, in rank order.
 
         Args:
-            t: [B] int64.
+            t: [B] int64, of all micro-batches of a step.
             loss: [B], unweighted.
         """
         pairs = torch.stack([t.double(), loss.detach().double()])  # [2, B]

@@ -24,7 +24,7 @@ from unclip.data import Batch, RowReader
 from unclip.errors import ConfigError, NonFiniteError, StoppedError, StorageError
 from unclip.training import checkpoints, curves, parallel, sharded
 from unclip.training.flops import FirstForward, peak_flops
-from unclip.training.objective import Measuring, Monitor, Objective, Tensors
+from unclip.training.objective import Learning, Measuring, Monitor, Objective, Tensors
 from unclip.training.parallel import ALONE, Workers
 from unclip.training.precision import autocast
 from unclip.training.settings import TrainerConfig, learning_rate
@@ -109,6 +109,7 @@ class _Training:
     ) -> None:
         self.validation = validation if config.validation_rows else None
         self.objective, self.reader, self.config, self.folder, self.workers = objective, reader, config, folder, workers
+        assert isinstance(objective, Learning) or not objective.state, "an objective with a state needs `learn`"
         self.requests = monitor  # of every rank
         self.monitor = monitor if workers.rank == 0 else Monitor()
         self.watchdog = watchdog
@@ -208,7 +209,10 @@ class _Training:
         means = parallel.all_reduce_mean(torch.cat([loss[None], requests.float()]), workers)
         norm = state.gradient_norm()
         value, wants_stop, wants_checkpoint, gradient_norm = torch.cat([means, norm[None]]).tolist()  # one device sync
-        if math.isfinite(value) and math.isfinite(gradient_norm):
+        step_taken = math.isfinite(value) and math.isfinite(gradient_norm)
+        if isinstance(self.objective, Learning):
+            self.objective.learn(step_taken)
+        if step_taken:
             state.apply(self.samples_seen, gradient_norm)
         elif math.isfinite(value) and state.loss_scale.shrink():
             state.zero_grad()  # an fp16 overflow, which a smaller scale prevents

@@ -17,11 +17,20 @@ import torch.nn.functional as F
 
 from tasks.stage import Artifact, Resources, Run, StageContext
 from tasks.stages import evaluate as evaluate_module
-from tasks.stages.evaluate import EvaluateConfig, Measured, SamplingWorker, merge, summarise, unseen_captions
+from tasks.stages.evaluate import (
+    EvaluateConfig,
+    Measured,
+    SamplingWorker,
+    caption_groups,
+    merge,
+    summarise,
+    unseen_captions,
+)
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tests.unclip.systems import tiny_stacks
 from unclip import files, imaging
+from unclip.config import without_operational
 from unclip.errors import ConfigError
 from unclip.evaluation import metrics, scenes
 from unclip.systems.system import ClipFiles, StackFiles, load_system, read_stack, sample_captions
@@ -71,6 +80,7 @@ def test_results_of_workers_do_not_grow_with_the_resolution(folders: dict[int, P
     width = large[0].features.image_embedding.shape[1]
     assert len(pickle.dumps(large[2])) < 2 * BATCH * width * 4 + 4096 < BATCH * 32 * 32 * 3
     merged = merge(large, len(CAPTIONS))
+    assert merged.seconds == sum(batch.seconds for batch in large) > 0
     assert len(merged.features.image_embedding) == len(CAPTIONS) and merged.shown.nbytes == SHOWN * 32 * 32 * 3
 
 
@@ -160,3 +170,35 @@ def workers_that_sample() -> list[int]:
 def test_a_grid_without_images_is_refused() -> None:
     with pytest.raises(ConfigError, match="num_images: got 0, expected at least 1"):
         Config(num_images=0)
+
+
+def test_captions_by_group() -> None:
+    heldout = ["a small red circle on the left on white", "a small red circle on white", "a large blue star on black"]
+    config = EvaluateConfig(num_captions=2, num_unseen=3, num_relations=40, num_repeated=1, num_repeats=4, num_kept=2)
+    groups = caption_groups(config, heldout)
+    assert {name: len(captions) for name, captions in groups.items()} == {
+        "heldout": 2,
+        "unseen": 3,
+        "relations": 40,
+        "repeated": 4,
+    }
+    assert groups["heldout"] == heldout[:2] and groups["repeated"] == heldout[1:2] * 4
+    parsed = [scenes.parse_caption(caption) for caption in groups["relations"]]
+    pairs = {(each.shape, each.colour) for scene in parsed if scene for each in scene.objects}
+    assert all(scene and scene.relation for scene in parsed) and len(set(groups["relations"])) > 30
+    assert len(pairs) > 10 and not pairs & scenes.UNSEEN, "objects that were seen, in relations that were not"
+    assert set(caption_groups(EvaluateConfig(), heldout)) == {"heldout"}
+    photographs = ["a harbour", "a red house"]
+    assert caption_groups(config, photographs)["repeated"] == ["a harbour"] * 4
+    for setting, value in (("num_kept", 49), ("num_repeats", 1), ("num_relations", -1), ("num_repeated", -1)):
+        with pytest.raises(ConfigError, match=f"{setting}: got {value}"):
+            EvaluateConfig(**{setting: value})
+
+
+def test_settings_of_a_comparison_leave_finished_evaluations_as_they_are() -> None:
+    names = {"num_relations", "num_repeated", "num_repeats", "num_kept"}
+    assert not names & without_operational(EvaluateConfig()).keys()
+    assert (
+        names - {"num_repeats"}
+        <= without_operational(EvaluateConfig(num_relations=1, num_repeated=1, num_kept=1)).keys()
+    )

@@ -1,11 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.diffusion import guidance, samplers
-from unclip.diffusion.process import Denoised, Denoiser, DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.process import Denoised, Denoiser, DiffusionConfig, GaussianDiffusion, PredictionType
 from unclip.errors import ConfigError
 
+DIFFUSION = GaussianDiffusion(DiffusionConfig())
 X_T = torch.zeros(2, 1)
 T = torch.zeros(2, dtype=torch.int64)
 
@@ -25,12 +27,12 @@ def forbidden(x_t: Tensor, t: Tensor) -> Denoised:
 
 
 def test_classifier_free_guidance() -> None:
-    unguided = guidance.classifier_free(constant(1.0, fraction=0.3), forbidden, 1.0)(X_T, T)
+    unguided = guidance.classifier_free(DIFFUSION, constant(1.0, fraction=0.3), forbidden, 1.0)(X_T, T)
     assert unguided.x0.tolist() == [[1.0], [1.0]]
-    guided = guidance.classifier_free(constant(1.0, fraction=0.3), constant(0.5, fraction=0.9), 3.0)(X_T, T)
+    guided = guidance.classifier_free(DIFFUSION, constant(1.0, fraction=0.3), constant(0.5, fraction=0.9), 3.0)(X_T, T)
     assert guided.x0.tolist() == [[2.0], [2.0]]
     torch.testing.assert_close(guided.variance_fraction, torch.full((2, 1), 0.3))
-    assert guidance.classifier_free(constant(1.0), constant(0.5), 0.0)(X_T, T).x0.tolist() == [[0.5], [0.5]]
+    assert guidance.classifier_free(DIFFUSION, constant(1.0), constant(0.5), 0.0)(X_T, T).x0.tolist() == [[0.5], [0.5]]
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 4.0])
@@ -42,7 +44,7 @@ def test_guiding_x0_equals_guiding_eps(guidance_scale: float) -> None:
     eps = diffusion.eps_from_x0(x_t, t, conditioned) * guidance_scale
     eps = eps + diffusion.eps_from_x0(x_t, t, null) * (1 - guidance_scale)
     guided = guidance.classifier_free(
-        lambda x_t, t: Denoised(conditioned), lambda x_t, t: Denoised(null), guidance_scale
+        diffusion, lambda x_t, t: Denoised(conditioned), lambda x_t, t: Denoised(null), guidance_scale
     )
     torch.testing.assert_close(guided(x_t, t).x0, diffusion.predict_x0(x_t, t, eps), atol=1e-9, rtol=1e-9)
 
@@ -51,26 +53,70 @@ def test_two_conditions_have_separate_scales() -> None:
     both, first, null = constant(7.0, fraction=0.2), constant(3.0), constant(1.0)
 
     def guided(first_scale: float, second_scale: float) -> float:
-        return guidance.classifier_free_two(both, first, null, first_scale, second_scale)(X_T, T).x0[0].item()
+        return (
+            guidance.classifier_free_two(DIFFUSION, both, first, null, first_scale, second_scale)(X_T, T).x0[0].item()
+        )
 
     assert guided(1, 1) == 7.0
     assert guided(0, 0) == 1.0
     assert guided(1, 0) == 3.0
     assert guided(2, 3) == 1 + 2 * 2 + 3 * 4
-    result = guidance.classifier_free_two(both, first, null, 2, 3)(X_T, T)
+    result = guidance.classifier_free_two(DIFFUSION, both, first, null, 2, 3)(X_T, T)
     torch.testing.assert_close(result.variance_fraction, torch.full((2, 1), 0.2))
 
 
-def test_rescaled_guidance_has_the_conditional_standard_deviation() -> None:
-    conditioned, null = constant(-1.0, 0.0, 1.0), constant(0.5, 0.2, -0.7)
-    plain = guidance.classifier_free(conditioned, null, 6.0)(X_T, T).x0
-    full = guidance.classifier_free(conditioned, null, 6.0, rescale=1.0)(X_T, T).x0
-    torch.testing.assert_close(full.std(dim=1), torch.ones(2))
-    torch.testing.assert_close(full / full.norm(), plain / plain.norm())
-    half = guidance.classifier_free(conditioned, null, 6.0, rescale=0.5)(X_T, T).x0
-    torch.testing.assert_close(half, (plain + full) / 2)
+@pytest.mark.parametrize("prediction_type", ["eps", "x0", "v"])
+@pytest.mark.parametrize("rescale", [0.4, 0.7, 1.0])
+def test_f135_rescaling_acts_on_the_prediction_of_the_network(prediction_type: PredictionType, rescale: float) -> None:
+    """Lin et al. 2023, eq. 15-16, as written, on what the network returns; x0 only follows."""
+    diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear", prediction_type))
+    generator = torch.Generator().manual_seed(0)
+    x_t, positive, negative = torch.randn(3, 4, 3, 8, 8, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0, 300, 600, 900])
+    guided = guidance.classifier_free(
+        diffusion,
+        diffusion.denoiser(lambda x_t, t: 0.3 * x_t + 0.9 * positive),
+        diffusion.denoiser(lambda x_t, t: 0.3 * x_t + 0.9 * negative),
+        7.5,
+        rescale,
+    )(x_t, t)
+    x_pos, x_neg = 0.3 * x_t + 0.9 * positive, 0.3 * x_t + 0.9 * negative
+    x_cfg = x_neg + 7.5 * (x_pos - x_neg)
+    x_rescaled = torch.stack([cfg * pos.std() / cfg.std() for cfg, pos in zip(x_cfg, x_pos, strict=True)])
+    x_final = rescale * x_rescaled + (1 - rescale) * x_cfg
+    torch.testing.assert_close(guided.x0, diffusion.predict_x0(x_t, t, x_final), atol=1e-7, rtol=1e-9)
+
+
+def test_f135_rescaling_equals_that_of_diffusers() -> None:
+    """With eps at t = 900, scale 7.5 and rescale 0.7, where a rescaled x0 would have far too little contrast."""
+    their = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    diffusion = GaussianDiffusion(DiffusionConfig(1000))
+    x_t, noise, other = torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t = torch.full((2,), 900)
+    positive, negative = 0.9 * x_t + 0.1 * noise, 0.9 * x_t + 0.1 * other
+    ours = guidance.classifier_free(
+        diffusion, diffusion.denoiser(lambda *_: positive), diffusion.denoiser(lambda *_: negative), 7.5, 0.7
+    )(x_t, t).x0
+    eps = their.rescale_noise_cfg(negative + 7.5 * (positive - negative), positive, guidance_rescale=0.7)
+    torch.testing.assert_close(ours, diffusion.predict_x0(x_t, t, eps), atol=1e-7, rtol=1e-9)
+    conditional, guided = (
+        diffusion.predict_x0(x_t, t, eps) for eps in (positive, negative + 7.5 * (positive - negative))
+    )
+    of_x0 = guided * (0.3 + 0.7 * conditional.std() / guided.std())
+    assert ours.std() > 1.5 * of_x0.std()
+
+
+def test_two_scales_are_rescaled_alike_and_a_wrong_strength_is_refused() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(prediction_type="v"))
+    x_t, t = torch.randn(2, 5, generator=torch.Generator().manual_seed(2)), torch.tensor([100, 800])
+    both, first, null = (diffusion.denoiser(lambda x_t, t, n=n: (n + 1) * x_t.roll(n, 1)) for n in range(3))
+    plain = guidance.classifier_free_two(diffusion, both, first, null, 4, 3)(x_t, t).x0
+    full = guidance.classifier_free_two(diffusion, both, first, null, 4, 3, rescale=1.0)(x_t, t).x0
+    v, rescaled, conditional = (diffusion.prediction_of_x0(x_t, t, x0) for x0 in (plain, full, both(x_t, t).x0))
+    torch.testing.assert_close(rescaled.std(dim=1), conditional.std(dim=1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(F.normalize(rescaled, dim=1), F.normalize(v, dim=1), atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"rescale: got 1.5"):
-        guidance.classifier_free(conditioned, null, 6.0, rescale=1.5)
+        guidance.classifier_free(diffusion, both, null, 6.0, rescale=1.5)
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
@@ -180,7 +226,7 @@ def test_learned_variances_survive_every_wrapper() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(20, variance="learned_range"))
     conditional = diffusion.denoiser(lambda x_t, t: torch.cat([x_t, x_t.tanh()], dim=1))
     null = diffusion.denoiser(lambda x_t, t: torch.cat([0.9 * x_t, -x_t], dim=1))
-    guided = guidance.classifier_free(conditional, null, 3.0, rescale=0.7)
+    guided = guidance.classifier_free(diffusion, conditional, null, 3.0, rescale=0.7)
     guided = guidance.classifier(diffusion, guided, lambda x_t, t: x_t.sum(dim=1), 0.1)
     guided = guidance.in_interval(guidance.dynamically_clamped(guided, 1.0), guidance.clamped(conditional, 1.0), 3, 15)
     samples = samplers.ddpm(diffusion, guided, torch.randn(4, 3), 10)

@@ -1,9 +1,11 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from unclip.config import load
 from unclip.diffusion import schedules
 from unclip.diffusion.process import (
     Denoised,
@@ -18,6 +20,7 @@ from unclip.diffusion.process import (
     gaussian_kl,
 )
 from unclip.errors import ConfigError, ShapeError
+from unclip.systems.unclip.decoder import DecoderStageConfig
 from unclip.training.timesteps import LossAwareTimesteps, UniformTimesteps, timestep_sampler
 
 SCHEDULES = ("cosine", "linear")
@@ -51,6 +54,8 @@ def test_x0_and_eps_are_recovered_from_the_target(prediction: PredictionType, sc
     recovered = diffusion.predict_x0(x_t, t, diffusion.target(x0, t, noise))
     torch.testing.assert_close(recovered, x0, atol=1e-6, rtol=0)
     torch.testing.assert_close(diffusion.eps_from_x0(x_t, t, x0), noise, atol=1e-6, rtol=0)
+    target = diffusion.target(x0, t, noise)
+    torch.testing.assert_close(diffusion.prediction_of_x0(x_t, t, x0), target, atol=1e-6, rtol=0)
 
 
 def test_half_precision_inputs_are_computed_in_float32() -> None:
@@ -119,11 +124,28 @@ def test_weights_match_the_papers() -> None:
     torch.testing.assert_close(diffusion.loss(lambda x_t, t: x_t + 1, x0, t, noise), diffusion.loss_weights[t].float())
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v"])
-@pytest.mark.parametrize("weighting", ["none", "min_snr", "p2"])
-def test_pure_noise_has_a_finite_weight(prediction: PredictionType, weighting: LossWeighting) -> None:
-    config = DiffusionConfig(100, "cosine", prediction, zero_terminal_snr=True, loss_weighting=weighting)
-    assert GaussianDiffusion(config).loss_weights.isfinite().all()
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", get_args(LossWeighting))
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_f136_every_timestep_of_a_configuration_has_a_weight(
+    prediction: PredictionType, weighting: LossWeighting, zero_terminal_snr: bool
+) -> None:
+    """A configuration that gives a timestep the weight 0, so that it is never trained, is refused."""
+    chosen = {"prediction_type": prediction, "loss_weighting": weighting, "zero_terminal_snr": zero_terminal_snr}
+    refused = zero_terminal_snr and (weighting != "none" or prediction == "eps")
+    if not refused:
+        weights = GaussianDiffusion(load(DiffusionConfig, chosen)).loss_weights
+        assert (weights > 0).all() and weights.isfinite().all()
+        return
+    with pytest.raises(ConfigError, match=r"^(loss_weighting: got .*zero_terminal_snr|prediction_type: got 'eps')"):
+        load(DiffusionConfig, chosen)
+
+
+def test_f136_the_refusal_names_the_settings_of_a_run() -> None:
+    chosen = {"model": {"diffusion": {"prediction_type": "v", "zero_terminal_snr": True, "loss_weighting": "min_snr"}}}
+    expected = r"^decoder\.model\.diffusion\.loss_weighting: got 'min_snr', expected none with zero_terminal_snr"
+    with pytest.raises(ConfigError, match=expected):
+        load(DecoderStageConfig, chosen, "decoder")
 
 
 # Posteriors and the variational bound

@@ -67,7 +67,8 @@ def test_guidance_acts_only_in_its_interval() -> None:
 
 def test_rescaled_guidance_keeps_the_standard_deviation_of_each_sample() -> None:
     def std(x0: Tensor) -> Tensor:
-        return x0.flatten(1).std(dim=1)
+        """Standard deviation of eps, which the network predicts."""
+        return DIFFUSION.eps_from_x0(NOISE, T, x0).flatten(1).std(dim=1)
 
     conditional, guided = std(CONDITIONAL(NOISE, T).x0), std(guided_x0())
     assert (guided > 2 * conditional).all()

@@ -1,5 +1,6 @@
 """Distances between embeddings, compared with closed forms; scores of scenes; features of batches."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,16 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.unclip.systems import tiny_stacks
 from unclip import imaging
-from unclip.errors import ShapeError
+from unclip.errors import NonFiniteError, ShapeError
 from unclip.evaluation import scenes
 from unclip.evaluation.metrics import (
     LABELS,
     Features,
     Sampled,
+    caption_diversity,
     concatenate,
+    extract_features,
     frechet_distance,
     scene_accuracy,
+    scene_binding,
     score_embeddings,
     score_scenes,
 )
@@ -78,6 +83,38 @@ def test_scores_of_embeddings() -> None:
         score_embeddings(sampled, true[:3])
 
 
+def test_f134_recall_counts_ties_in_random_order() -> None:
+    """Oracle: the share of all orders of the tied images in which the own image is among the first k."""
+    true = F.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    for sampled in (torch.zeros(40, 8), torch.ones(40, 8) * 0.3):
+        scores = score_embeddings(sampled, true)
+        assert [scores[f"recall_at_{k}"] for k in (1, 5, 10)] == pytest.approx([1 / 40, 5 / 40, 10 / 40]), scores
+    assert score_embeddings(true, true, ranks=(1,))["recall_at_1"] == 1
+    # The first three images are equal: a perfect prior tells their captions' images apart by chance alone.
+    twins = true.clone()
+    twins[:3] = twins[0]
+    orders = list(itertools.permutations(range(3)))
+    by_chance = [sum(order.index(0) < k for order in orders) / len(orders) for k in (1, 2)]
+    scores = score_embeddings(twins * 3, twins, ranks=(1, 2))
+    expected = [(37 + 3 * chance) / 40 for chance in by_chance]
+    assert [scores["recall_at_1"], scores["recall_at_2"]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_f134_what_is_not_finite_has_no_score(value: float) -> None:
+    embeddings = torch.eye(4)
+    broken = embeddings.clone()
+    broken[2, 1] = value
+    with pytest.raises(NonFiniteError, match="got 1 of 4 sampled ones"):
+        score_embeddings(broken, embeddings)
+    with pytest.raises(NonFiniteError, match="got 1 of 4 true ones"):
+        score_embeddings(embeddings, broken)
+    images = render(RED_CIRCLE, WRONG)
+    images[1, 0, 0, 0] = value
+    with pytest.raises(NonFiniteError, match=f"not finite for '{WRONG}'"):
+        extract_features(tiny_stacks.tiny_clip(), images, [RED_CIRCLE, WRONG])
+
+
 RED_CIRCLE = "a large red circle at the top on a white background"
 WRONG = "a small blue circle at the top on a white background"
 TWO = "a small red circle left of a small blue square on a black background"
@@ -137,3 +174,48 @@ def test_features_of_batches_are_those_of_all_images() -> None:
     for count in (4, 6):
         with pytest.raises(ShapeError, match=f"got batches of 5 images together, expected {count}"):
             concatenate(batches, count)
+
+
+def sampled(images: torch.Tensor, captions: list[str], embedding: torch.Tensor | None = None) -> Sampled:
+    embedding = torch.eye(len(captions)) if embedding is None else embedding
+    return Sampled(captions, Features(embedding, embedding, score_scenes(images, captions)), embedding[:0])
+
+
+def test_attributes_that_went_to_the_other_object_are_counted_as_swapped() -> None:
+    swapped_colour = TWO.replace("red", "x").replace("blue", "red").replace("x", "blue")
+    swapped_shape = TWO.replace("circle", "x").replace("square", "circle").replace("x", "square")
+    other_colour = TWO.replace("red", "green")
+    images = render(TWO, swapped_colour, swapped_shape, other_colour)
+    found = scene_binding(sampled(images, [TWO] * 4))
+    assert found == {"swapped.shape": 0.25, "swapped.colour": 0.25}, (
+        "both objects are small, so no sizes can be swapped"
+    )
+    assert scene_binding(sampled(render(RED_CIRCLE), [RED_CIRCLE])) == {}
+    same_colour = TWO.replace("blue", "red")
+    assert scene_binding(sampled(render(same_colour), [same_colour])) == {"swapped.shape": 0.0}
+
+
+def test_diversity_at_a_fixed_caption() -> None:
+    anywhere = "a small red circle on a white background"
+    places = [f"a small red circle {words} on a white background" for words in
+              ("on the left", "on the right", "at the top", "at the bottom", "in the center")]  # fmt: skip
+    everywhere = caption_diversity(sampled(render(*places), [anywhere] * 5))
+    assert everywhere == {"pairwise_distance": pytest.approx(1), "place_entropy": pytest.approx(1)}
+    same = torch.eye(5)[:1].expand(5, -1)
+    assert caption_diversity(sampled(render(*places[:1] * 5), [anywhere] * 5, same)) == {
+        "pairwise_distance": pytest.approx(0, abs=1e-12),
+        "place_entropy": pytest.approx(0),
+    }
+    two_places = caption_diversity(sampled(render(*places[:2], None, None), [anywhere] * 4))
+    assert two_places["place_entropy"] == pytest.approx(math.log(2) / math.log(5)), (
+        "images without an object do not count"
+    )
+    placed = caption_diversity(sampled(render(*places[:1] * 2), places[:1] * 2))
+    assert set(placed) == {"pairwise_distance"}, "a caption that names a place leaves no choice"
+    assert caption_diversity(sampled(render(*places), [anywhere] * 4 + [RED_CIRCLE])) == {}, "one caption occurs once"
+    half = caption_diversity(
+        sampled(render(*places[:2] * 2), [anywhere] * 2 + [places[0]] * 2, torch.eye(4)[[0, 0, 1, 2]])
+    )
+    assert half["pairwise_distance"] == pytest.approx(0.5), (
+        "the mean over captions; pairs of different captions do not count"
+    )

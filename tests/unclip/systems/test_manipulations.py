@@ -15,6 +15,7 @@ from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.evaluation import metrics
 from unclip.models.degradations import shrink
 from unclip.models.small_images import Captions
+from unclip.systems.inpainting import inpaint, num_steps
 from unclip.systems.system import sample_captions
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.stack import Stack
@@ -75,11 +76,9 @@ def test_inputs_are_not_changed_and_all_steps_are_reported(stack: Stack, name: s
     MANIPULATIONS[name](stack, given, progress=steps.append)
     assert torch.equal(given, before)
     inverted = {"noisy variations": 2, "interpolate": 4, "text_diff": 2}.get(name, 0)
-    expected = manipulations.num_steps(stack, with_sampling(batch_size=100), 4, inverted)
+    expected = num_steps(stack, with_sampling(batch_size=100), 4, inverted)
     # variations are sampled image by image, so that none depends on the rest of the batch
-    assert sum(steps) == (
-        manipulations.num_steps(stack, stack.sampling, 2, inverted // 2) * 2 if "var" in name else expected
-    )
+    assert sum(steps) == (num_steps(stack, stack.sampling, 2, inverted // 2) * 2 if "var" in name else expected)
 
 
 def test_inverted_images_are_reconstructed(stack: Stack) -> None:
@@ -134,16 +133,16 @@ def test_known_pixels_are_returned_bit_for_bit(tmp_path: Path, inpainting: bool)
     given = images(3)
     known = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(1)) < 0.5
     known[2, :, :, 3:9] = False
-    samples = manipulations.inpaint(stack, given, known, [RED] * 3, seed=2)
+    samples = inpaint(stack, given, known, [RED] * 3, seed=2)
     kept = known.expand_as(given)
     assert torch.equal(samples[kept], given[kept])
     pixels = imaging.to_uint8(samples)[kept.permute(0, 2, 3, 1).numpy()]
     assert (pixels == imaging.to_uint8(given)[kept.permute(0, 2, 3, 1).numpy()]).all()
     assert (samples[~kept] != given[~kept]).float().mean() > 0.9
-    assert torch.equal(manipulations.inpaint(stack, given, known, [RED] * 3, seed=2), samples)
-    assert not torch.equal(manipulations.inpaint(stack, given, known, [RED] * 3, seed=3), samples)
+    assert torch.equal(inpaint(stack, given, known, [RED] * 3, seed=2), samples)
+    assert not torch.equal(inpaint(stack, given, known, [RED] * 3, seed=3), samples)
     # the repainted part depends on the known part
-    other = manipulations.inpaint(stack, torch.where(known, given.flip(1), given), known, [RED] * 3, seed=2)
+    other = inpaint(stack, torch.where(known, given.flip(1), given), known, [RED] * 3, seed=2)
     assert (other[~kept] - samples[~kept]).abs().mean() > 1e-3
 
 
@@ -206,7 +205,7 @@ def test_impossible_requests_are_refused(stack: Stack) -> None:
     with pytest.raises(ShapeError, match=r"invert: got images \(1, 3, 16, 8\)"):
         manipulations.invert(stack, x[..., :8])
     with pytest.raises(ShapeError, match=r"inpaint: got images"):
-        manipulations.inpaint(stack, x, torch.ones(1, 1, 8, 8, dtype=torch.bool), [RED])
+        inpaint(stack, x, torch.ones(1, 1, 8, 8, dtype=torch.bool), [RED])
     stack = Stack(stack.clip, stack.prior, stack.decoder, stack.upsamplers)
     with pytest.raises(InputError, match="without principal components"):
         manipulations.probe(stack, x, [1])

@@ -23,10 +23,11 @@ from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.models.decoder import DecoderSampling
 from unclip.models.degradations import shrink
 from unclip.models.prior import PriorSampling
-from unclip.models.small_images import Captions
+from unclip.models.small_images import NO_CAPTIONS, Captions
 from unclip.models.text import caption_features
 from unclip.models.upsampler import UpsamplerConfig, UpsamplerSampling
-from unclip.systems.system import load_model, sample_captions
+from unclip.systems.glide.stack import GlideSampling
+from unclip.systems.system import load_model, sample_captions, seeded
 from unclip.systems.unclip.decoder import DecoderObjective
 from unclip.systems.unclip.prior import PriorObjective
 from unclip.systems.unclip.sampling import SamplingConfig
@@ -89,6 +90,9 @@ def images(stack: Stack, *assignments: str, seed: int = 0, **inputs: Any) -> Ten
         ("decoder.text_guidance_scale=3.0",),
         ("decoder.clip_guidance_scale=5.0",),
         ("upsamplers.16.noise_level=200",),
+        ("image_embedding=text_embedding",),
+        ("image_embedding=none",),
+        ("decoder.reads_captions=false",),
     ],
     ids=",".join,
 )
@@ -135,6 +139,28 @@ def test_an_upsampler_refuses_noise_levels_that_it_was_not_trained_with(stack: S
         images(stack, "upsamplers.16.noise_level=301")
 
 
+def test_the_decoder_samples_without_the_prior_and_without_captions(stack: Stack) -> None:
+    """The rows of Ramesh et al. 2022, figure 8: embeddings and captions are what they are without these settings."""
+    captions = stack.captions(CAPTIONS, settings())
+    sources = {"text_embedding": stack.embed_text(CAPTIONS), "none": stack.decoder.null_image_embedding(2)}
+    for source, embedding in sources.items():
+        for reads, given in (("true", captions), ("false", NO_CAPTIONS)):
+            found = images(stack, f"image_embedding={source}", f"decoder.reads_captions={reads}", seed=3)
+            expected = stack.decode(embedding, settings(), seeded(stack.device, 3 * 1_000_003), given)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    nothing = ("image_embedding=none", "decoder.reads_captions=false")
+    unguided = images(stack, *nothing, "decoder.guidance_scale=1.0", seed=3)
+    torch.testing.assert_close(images(stack, *nothing, seed=3), unguided, rtol=0, atol=1e-4)  # nothing to guide by
+
+
+def test_a_text_embedding_in_the_priors_place_has_the_scale_of_image_embeddings() -> None:
+    stack = tiny_stacks.tiny_stack(clip=tiny_stacks.tiny_clip(image_embeddings="raw"))
+    found = stack.embed_captions(CAPTIONS, settings("image_embedding=text_embedding"), torch.Generator())
+    assert torch.equal(found, caption_features(stack.clip, stack.clip.tokenize(CAPTIONS)).text_embedding)
+    torch.testing.assert_close(F.normalize(found, dim=1), stack.embed_text(CAPTIONS))
+    assert (found.norm(dim=1) - 1).abs().min() > 0.1
+
+
 # ----------------------------------------------------------------------------------------------- negative captions
 
 
@@ -179,6 +205,12 @@ def test_a_negative_caption_without_guidance_is_refused(stack: Stack) -> None:
     with pytest.raises(InputError, match="negative: got 'red', but nothing that reads captions is guided"):
         images(stack, *unguided, negative=["red", "red"])
     assert images(stack, unguided[0], negative=["red", "red"]).isfinite().all()
+    without_prior = (
+        "image_embedding=text_embedding",
+        "decoder.guidance_scale=1.0",
+    )  # the prior is guided, but not used
+    with pytest.raises(InputError, match="nothing that reads captions is guided"):
+        images(stack, *without_prior, negative=["red", "red"])
     with pytest.raises(ShapeError, match="got 1 negative captions for 2 captions"):
         stack.sample(CAPTIONS, settings(), torch.Generator(), negative=["red"])
 
@@ -357,10 +389,12 @@ def test_the_docs_list_all_settings_with_their_defaults() -> None:
     for section, part in {
         "`prior`": PriorSampling(),
         "`decoder`": DecoderSampling(),
+        "`glide`": GlideSampling().glide,
         "`upsamplers.64`": UpsamplerSampling(),
     }.items():
         own = {name: value for name, value in to_dict(part).items() if name not in shared or value != shared[name]}
         assert documented(section) == own, section
     stack_settings = to_dict(SamplingConfig())
-    assert documented("The stack") == {name: stack_settings[name] for name in ("batch_size", "precision")}
-    assert stack_settings.keys() == {"prior", "decoder", "upsamplers", "batch_size", "precision"}
+    own = ("batch_size", "precision", "image_embedding")
+    assert documented("The stack") == {name: stack_settings[name] for name in own}
+    assert stack_settings.keys() == {"prior", "decoder", "upsamplers", *own}

@@ -17,6 +17,7 @@ from tests.unclip.systems import tiny_stacks
 from tests.unclip.systems.tiny_stacks import SAMPLING, fitting, with_sampling
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 from unclip.files import sha256
+from unclip.systems.inpainting import inpaint, num_steps
 from unclip.systems.system import ClipFiles, StackFiles, load_model, load_system, sample_captions, save_stack, seal
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.sampling import SamplingConfig, UpsamplerSampling
@@ -65,8 +66,8 @@ def test_each_upsampler_enlarges_the_images_of_the_one_before(stack: Stack) -> N
     low_res = torch.rand(2, 3, 8, 8, generator=generator()) * 2 - 1
     shared = generator()
     expected = low_res
-    for upsampler, num_steps in zip(stack.upsamplers, (2, 3), strict=True):
-        expected = upsampler.sample(expected, UpsamplerSampling(sampler="ddpm", num_steps=num_steps), generator=shared)
+    for upsampler, steps in zip(stack.upsamplers, (2, 3), strict=True):
+        expected = upsampler.sample(expected, UpsamplerSampling(sampler="ddpm", num_steps=steps), generator=shared)
     sampling = with_sampling({"upsamplers.16.sampler": "ddpm", "upsamplers.32.sampler": "ddpm"})
     assert torch.equal(stack.upsample(low_res, sampling, generator()), expected)
     first = stack.upsamplers[0].sample(low_res, UpsamplerSampling(sampler="ddpm", num_steps=2), generator=generator())
@@ -101,13 +102,13 @@ def test_inpainting_holds_known_pixels_in_every_upsampler(stack: Stack) -> None:
     known = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
     known[..., :16] = True
     steps: list[int] = []
-    samples = manipulations.inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING, progress=steps.append)
+    samples = inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING, progress=steps.append)
     assert torch.equal(samples[..., :16], images[..., :16]) and not torch.equal(samples[..., 16:], images[..., 16:])
-    assert sum(steps) == manipulations.num_steps(stack, SAMPLING, 2) == 6 + 2 + 3
+    assert sum(steps) == num_steps(stack, SAMPLING, 2) == 6 + 2 + 3
     # the second upsampler gets an image whose known half is that of the given image
     seen: list[torch.Tensor] = []
     hook = stack.upsamplers[1].register_forward_pre_hook(lambda _, given: seen.append(given[2]))
-    manipulations.inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING)
+    inpaint(stack, images, known, CAPTIONS, seed=1, sampling=SAMPLING)
     hook.remove()
     half = torch.nn.functional.avg_pool2d(images, 2)[..., :8]
     assert seen and all(torch.allclose(low_res[..., :8], half, atol=1e-6) for low_res in seen)
@@ -119,7 +120,7 @@ def test_frames_of_a_row_share_the_noise_of_every_upsampler(stack: Stack) -> Non
     settings = with_sampling({"upsamplers.16.sampler": "ddim", "upsamplers.32.sampler": "ddim"})
     row = manipulations.interpolate(stack, image, image, [0.0, 1.0], sampling=settings, progress=steps.append)
     assert row.shape == (1, 2, 3, 32, 32) and torch.allclose(row[:, 0], row[:, 1], atol=1e-4)
-    assert sum(steps) == manipulations.num_steps(stack, settings, 2, 2)
+    assert sum(steps) == num_steps(stack, settings, 2, 2)
 
 
 def test_upsamplers_that_do_not_fit_each_other_are_refused(stack: Stack, folder: Path, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Loss-aware timesteps: unbiased, equal on all ranks, and restarted bit for bit."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from torch import nn
 
 from tests.unclip.training.trained_on_workers import NUM_ROWS, reader
 from unclip.data import RowReader
@@ -15,7 +18,7 @@ from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import UpsamplerConfig
 from unclip.systems.upsampler import UpsamplerObjective
 from unclip.training import checkpoints, sharded, trainer
-from unclip.training.objective import Monitor
+from unclip.training.objective import Monitor, Tensors
 from unclip.training.parallel import ALONE, Workers
 from unclip.training.settings import TrainerConfig
 from unclip.training.timesteps import LossAwareTimesteps
@@ -23,7 +26,9 @@ from unclip.training.timesteps import LossAwareTimesteps
 NUM_TIMESTEPS = 4
 
 
-def objective(rows: RowReader, timestep_sampling: str = "loss_aware") -> UpsamplerObjective:
+def objective(
+    rows: RowReader, timestep_sampling: str = "loss_aware", of: type[UpsamplerObjective] = UpsamplerObjective
+) -> UpsamplerObjective:
     torch.manual_seed(0)
     config = UpsamplerConfig(
         UNetConfig(8, channels=4, channel_mult=(1,), num_res_blocks=1, norm_groups=2),
@@ -31,7 +36,7 @@ def objective(rows: RowReader, timestep_sampling: str = "loss_aware") -> Upsampl
         scale=2,
         diffusion=DiffusionConfig(NUM_TIMESTEPS, timestep_sampling=timestep_sampling),  # type: ignore[arg-type]
     )
-    return UpsamplerObjective(config, rows.read(np.array([0])))
+    return of(config, rows.read(np.array([0])))
 
 
 def settings(num_samples: int = 400) -> TrainerConfig:
@@ -82,7 +87,6 @@ def test_the_expected_loss_equals_that_of_uniform_timesteps(tmp_path: Path) -> N
         trained = objective(rows, timestep_sampling)
         for name, tensor in trained.state.items():  # the last timestep has by far the largest losses
             tensor.copy_(torch.tensor([[1.0], [2.0], [4.0], [16.0]]) if name == "losses" else torch.full((4,), 10))
-        trained.process.timesteps.update = lambda t, loss: None  # type: ignore[method-assign]
         tensors = trained.prepare(batch)
         with torch.no_grad():
             losses = [trained.loss(trained.model, tensors, torch.Generator().manual_seed(seed)) for seed in range(60)]
@@ -95,15 +99,46 @@ def _train_one_rank(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     rows = reader(Path(folder))
-    trained = objective(rows)
-    trainer.train(trained, rows, settings(), f"{folder}/run", workers=Workers(rank, 2))
-    checkpoints.save(f"{folder}/rank{rank}", {"state": trained.state}, {})
+    _train_in_micro_batches(rows, f"{folder}/rank{rank}", Workers(rank, 2))
     torch.distributed.destroy_process_group()
 
 
-def test_all_ranks_record_the_same_losses(tmp_path: Path) -> None:
-    reader(tmp_path)
+def _train_in_micro_batches(rows: RowReader, folder: str, workers: Workers) -> None:
+    """Train in micro-batches of 4, of which 4 are a step; save the weights and the state of this rank."""
+    trained = objective(rows)
+    config = dataclasses.replace(settings(), micro_batch_size=4)
+    trainer.train(trained, rows, config, f"{folder.rpartition('/')[0]}/run-{workers.world_size}", workers=workers)
+    checkpoints.save(folder, {"state": trained.state, "model": trained.model.state_dict()}, {})
+
+
+def test_f133_four_micro_batches_of_one_worker_are_two_of_each_of_two(tmp_path: Path) -> None:
+    """One worker is the oracle of two: same losses in the histories, in the same order, and the same weights."""
+    rows = reader(tmp_path)
     torch.multiprocessing.spawn(_train_one_rank, (str(tmp_path),), nprocs=2)
-    first, second = (checkpoints.load(str(tmp_path / f"rank{rank}"))[0]["state"] for rank in (0, 1))
-    assert first["num_updates"].sum() == 400  # of both ranks
-    assert all(torch.equal(first[name], second[name]) for name in LossAwareTimesteps(NUM_TIMESTEPS).state)
+    _train_in_micro_batches(rows, str(tmp_path / "alone"), ALONE)
+    first, second, alone = (checkpoints.load(str(tmp_path / name))[0] for name in ("rank0", "rank1", "alone"))
+    assert first["state"]["num_updates"].sum() == 400  # of both ranks
+    for name in LossAwareTimesteps(NUM_TIMESTEPS).state:
+        assert torch.equal(first["state"][name], second["state"][name])
+        torch.testing.assert_close(first["state"][name], alone["state"][name], atol=1e-5, rtol=1e-4)
+    for name, weights in alone["model"].items():
+        torch.testing.assert_close(first["model"][name], weights, atol=2e-5, rtol=0)
+
+
+class Interrupted(UpsamplerObjective):
+    """Objective whose loss is not finite in its sixth micro-batch."""
+
+    calls = 0
+
+    def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> torch.Tensor:
+        self.calls += 1
+        return super().loss(network, tensors, generator) * (math.nan if self.calls == 6 else 1.0)
+
+
+def test_f133_a_step_that_is_not_taken_teaches_nothing(tmp_path: Path) -> None:
+    rows = reader(tmp_path)
+    trained = objective(rows, of=Interrupted)
+    config = dataclasses.replace(settings(64), micro_batch_size=4, nonfinite="skip")
+    trainer.train(trained, rows, config, str(tmp_path / "run"))
+    assert trained.state["num_updates"].sum() == 3 * 16  # of four steps, without those of the second
+    assert trained.state["losses"].isfinite().all()

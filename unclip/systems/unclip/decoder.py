@@ -91,6 +91,9 @@ class DecoderObjective:
 
         return self.process.mean_loss(predict, x0, draw)
 
+    def learn(self, step_taken: bool) -> None:
+        self.process.learn(step_taken)
+
     def metrics(self, training: bool) -> dict[str, float]:
         return self.process.take(training)
 

@@ -1,6 +1,6 @@
-"""Manipulations of images: variations, interpolation, text diffs, PCA probing and inpainting.
+"""Manipulations of images: variations, interpolation, text diffs and PCA probing.
 
-All but inpainting work on the paper's bipartite latent of an image: its CLIP image embedding, and the noise x_T from which
+They work on the paper's bipartite latent of an image: its CLIP image embedding, and the noise x_T from which
 the decoder reconstructs it (found by DDIM inversion). They change the embedding, x_T or both, and sample again. The frames of
 a row differ in nothing else: they also share the upsamplers' noise. No training is needed.
 
@@ -11,7 +11,7 @@ Letters: B images, N frames of each, E CLIP embedding width, K principal compone
 resolution of the last upsampler's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,14 +22,11 @@ from unclip.config import require
 from unclip.diffusion import samplers
 from unclip.errors import InputError, ShapeError
 from unclip.models.degradations import shrink
-from unclip.models.small_images import known_region
+from unclip.systems.inpainting import Progress, counting, no_progress
 from unclip.systems.system import seeded
 from unclip.systems.unclip.sampling import SamplingConfig
 from unclip.systems.unclip.stack import Stack
 from unclip.training.precision import autocast
-
-Progress = Callable[[int], None]
-"""Called with the number of sampling steps just done, of the total that `num_steps` returns."""
 
 Noise = Literal["inverted", "fixed"]
 """Source of x_T for a row of frames: inverting the images, so that the row ends in them, or one random draw for all."""
@@ -46,19 +43,6 @@ class Latents(NamedTuple):
     def repeat(self, num: int) -> "Latents":
         """Repeat each image `num` times, [B * num, ...]."""
         return Latents(self.image_embedding.repeat_interleave(num, 0), self.x_T.repeat_interleave(num, 0))
-
-
-def no_progress(_: int) -> None:
-    """`Progress` that does nothing."""
-
-
-def num_steps(stack: Stack, sampling: SamplingConfig, num_sampled: int, num_inverted: int = 0) -> int:
-    """Count the sampling steps that `Progress` will report."""
-    batches_sampled, batches_inverted = -(-num_sampled // sampling.batch_size), -(-num_inverted // sampling.batch_size)
-    upsampler_steps = sum(each.num_steps for each in stack.upsampler_sampling(sampling))
-    return (
-        batches_sampled * (sampling.decoder.num_steps + upsampler_steps) + batches_inverted * sampling.decoder.num_steps
-    )
 
 
 # ----------------------------------------------------------------------------------- inversion and reconstruction
@@ -97,7 +81,7 @@ def invert(
                     low_res,
                     settings.decoder.num_steps,
                     settings.decoder.inversion_iterations,
-                    _counting(progress),
+                    counting(progress),
                 )
             )
         embeddings.append(image_embedding)
@@ -140,11 +124,11 @@ def draw(
                 settings.decoder.num_steps,
                 eta,
                 generator,
-                _counting(progress),
+                counting(progress),
             )
         noise = [each.expand(len(low_res), -1, -1, -1) for each in x_T]
-        counting = [_counting(progress)] * len(noise)
-        samples.append(stack.upsample(low_res, settings, generator, noise, counting).cpu())
+        on_step = [counting(progress)] * len(noise)
+        samples.append(stack.upsample(low_res, settings, generator, noise, on_step).cpu())
     return torch.cat(samples)
 
 
@@ -349,85 +333,6 @@ def probe(
     return _rows(draw(stack, latents, seed=seed, sampling=sampling, progress=progress), len(images))
 
 
-@torch.no_grad()
-def inpaint(
-    stack: Stack,
-    images: Tensor,
-    known: Tensor,
-    captions: Sequence[str],
-    *,
-    negative: Sequence[str] | None = None,
-    seed: int = 0,
-    sampling: SamplingConfig | None = None,
-    progress: Progress = no_progress,
-) -> Tensor:
-    """Repaint part of each image to match its caption; known pixels are returned bit for bit.
-
-    A decoder trained for inpainting reads the known pixels as an input. Any other decoder, and the upsamplers, put the known
-    pixels back after every step.
-
-    Args:
-        images: [B, 3, S, S] in [-1, 1], at the stack's resolution.
-        known: [B, 1, S, S] bool, True = keep.
-        captions: B captions of the whole images.
-        negative: B captions to guide away from.
-
-    Returns:
-        [B, 3, S, S] float32 in [-1, 1], on the CPU.
-
-    Raises:
-        InputError: there are negative captions, but no part that reads captions is guided.
-        ShapeError: images or masks have another shape, or the number of captions differs.
-
-    Source: Nichol et al. 2022 (GLIDE), section 2.4; Lugmayr et al. 2022, eq. 8.
-    """
-    settings, decoder = sampling or stack.sampling, stack.decoder
-    size = stack.image_size
-    expected = (len(captions), 3, size, size), (len(captions), 1, size, size)
-    if (tuple(images.shape), tuple(known.shape)) != expected or known.dtype != torch.bool:
-        raise ShapeError(
-            f"inpaint: got images {tuple(images.shape)}, masks {tuple(known.shape)} of {known.dtype} and {len(captions)} "
-            f"captions, expected images {expected[0]} and masks {expected[1]} of torch.bool."
-        )
-    generator = seeded(stack.device, seed)
-    resolution, samples = decoder.config.unet.image_size, []
-    for start in range(0, len(images), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        image, keep = images[part].to(stack.device), known[part].to(stack.device)
-        low_res, low_keep = _known_at(resolution, image, keep)
-        negatives = None if negative is None else negative[part]
-        decoder_captions = stack.captions(captions[part], settings, negatives)
-        image_embedding = stack.embed_captions(list(captions[part]), settings, generator, negatives)
-        known_input = {"known": known_region(low_res, low_keep)} if decoder.config.inpainting else {}
-        with autocast(settings.precision, stack.device):
-            low_res = decoder.sample(
-                image_embedding,
-                settings.decoder,
-                decoder_captions,
-                generator=generator,
-                on_step=_counting(
-                    progress,
-                    samplers.undisturbed
-                    if known_input
-                    else samplers.keep_known(decoder.diffusion, low_res, low_keep, generator),
-                ),
-                **known_input,
-            )
-        holding = [
-            samplers.keep_known(upsampler.diffusion, *_known_at(upsampler.config.output_size, image, keep), generator)
-            for upsampler in stack.upsamplers
-        ]
-        on_step = [_counting(progress, hold) for hold in holding]
-        sample = stack.upsample(low_res, settings, generator, on_step=on_step)
-        samples.append(torch.where(keep, image, sample).cpu())
-    return torch.cat(samples)
-
-
-def _known_at(resolution: int, image: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Shrink images and masks to a resolution; a pixel is known if all pixels that it covers are known."""
-    return shrink(image, resolution), shrink(keep.float(), resolution) == 1
-
-
 def _check(images: Tensor, function: str) -> int:
     """Check that images are square, and return their resolution."""
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
@@ -454,13 +359,3 @@ def _fixed_noise(stack: Stack, num: int, seed: int) -> Tensor:
 def _rows(samples: Tensor, num_rows: int) -> Tensor:
     """Reshape [B * N, ...] to [B, N, ...]."""
     return samples.view(num_rows, -1, *samples.shape[1:])
-
-
-def _counting(progress: Progress, on_step: samplers.OnStep = samplers.undisturbed) -> samplers.OnStep:
-    """Wrap a hook so that it also reports progress."""
-
-    def step(x_t: Tensor, t: int) -> Tensor:
-        progress(1)
-        return on_step(x_t, t)
-
-    return step

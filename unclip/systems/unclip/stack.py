@@ -3,13 +3,13 @@
 Letters: B batch, E CLIP embedding width, s resolution of the decoder's images, S resolution of the last upsampler's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.errors import CheckpointError, InputError, ShapeError
 from unclip.models import embeddings
 from unclip.models.autoregressive_prior import AutoregressivePrior
@@ -17,7 +17,7 @@ from unclip.models.clip import Clip
 from unclip.models.decoder import Decoder
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.models.prior import DiffusionPrior
-from unclip.models.small_images import NO_CAPTIONS, Captions
+from unclip.models.small_images import NO_CAPTIONS, Captions, similarity_by_clip
 from unclip.models.text import CaptionFeatures, EmptyCaption, Text, caption_features, read_captions
 from unclip.models.upsampler import Upsampler
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
@@ -110,6 +110,31 @@ class Stack(UpsampledSystem):
         embedding = self.embed_captions(list(captions), sampling, generator, negative)
         return self.decode(embedding, sampling, generator, decoder_captions, start=start)
 
+    @property
+    def small_network(self) -> Decoder:
+        return self.decoder
+
+    def small_steps(self, sampling: SamplingConfig) -> int:
+        return sampling.decoder.num_steps
+
+    @torch.no_grad()
+    def sample_small(
+        self,
+        captions: Sequence[str],
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        *,
+        negative: Sequence[str] | None = None,
+        known: Tensor | None = None,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor:
+        given = self.captions(captions, sampling, negative)
+        embedding = self.embed_captions(list(captions), sampling, generator, negative)
+        with autocast(sampling.precision, self.device):
+            return self.decoder.sample(
+                embedding, sampling.decoder, given, known=known, generator=generator, on_step=on_step
+            )
+
     def embed_captions(
         self,
         captions: list[str],
@@ -117,7 +142,11 @@ class Stack(UpsampledSystem):
         generator: torch.Generator,
         negative: Sequence[str] | None = None,
     ) -> Tensor:
-        """Sample image embeddings [B, E] for captions from the prior."""
+        """Image embeddings [B, E] for captions, from the source that the settings name; by default sampled from the prior."""
+        if sampling.image_embedding == "text_embedding":
+            return self._text_as_image_embedding(captions)
+        if sampling.image_embedding == "none":
+            return self.decoder.null_image_embedding(len(captions))
         negative_features = None if negative is None else self._features(negative)
         return self.prior.sample(
             *self._features(captions), sampling.prior, negative=negative_features, generator=generator
@@ -134,6 +163,12 @@ class Stack(UpsampledSystem):
         """CLIP's unit-norm text embeddings [B, E]."""
         return self.clip.encode_text(self.clip.tokenize(list(captions)).to(self.device)).text_embedding
 
+    def _text_as_image_embedding(self, captions: Sequence[str]) -> Tensor:
+        """CLIP's text embeddings [B, E] in the scale of its image embeddings, which is not unit norm in every stack."""
+        if self.clip.image_embeddings == "unit":
+            return self.embed_text(captions)
+        return self._features(captions).text_embedding
+
     def read_captions(self, captions: Sequence[str]) -> Text | None:
         """Encode captions as the decoder reads them; None if it reads no captions."""
         tokens = self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
@@ -148,14 +183,16 @@ class Stack(UpsampledSystem):
             InputError: there are negative captions, but no part that reads captions is guided.
             ShapeError: the number of negative captions differs from that of the captions.
         """
-        caption_similarity = self._similarity(captions) if sampling.decoder.clip_guidance_scale else None
+        caption_similarity = None
+        if sampling.decoder.clip_guidance_scale:
+            caption_similarity = similarity_by_clip(self.clip, self.embed_text(captions))
         if negative is None:
             return Captions(self.read_captions(captions), None, caption_similarity)
         if len(negative) != len(captions):
             raise ShapeError(
                 f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
             )
-        scales = [sampling.prior.guidance_scale]
+        scales = [sampling.prior.guidance_scale] if sampling.image_embedding == "prior" else []
         if self.decoder.text is not None:
             text_scale = sampling.decoder.text_guidance_scale
             scales += [sampling.decoder.guidance_scale, 1.0 if text_scale is None else text_scale]
@@ -165,17 +202,6 @@ class Stack(UpsampledSystem):
                 "prior.guidance_scale above 1."
             )
         return Captions(self.read_captions(captions), self.read_captions(negative), caption_similarity)
-
-    def _similarity(self, captions: Sequence[str]) -> Callable[[Tensor], Tensor]:
-        """Function from images x0 [B, 3, s, s] to the cosine similarity [B] of their CLIP embeddings and the captions'."""
-        text_embedding = self.embed_text(captions)  # [B, E]
-
-        def caption_similarity(x0: Tensor) -> Tensor:
-            with torch.autocast(x0.device.type, enabled=False):
-                image_embedding = F.normalize(self.clip.encode_images(self.clip.resize(x0)), dim=-1)  # [B, E]
-            return (image_embedding * text_embedding).sum(dim=1)
-
-        return caption_similarity
 
     def decode(
         self,

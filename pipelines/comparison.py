@@ -1,0 +1,505 @@
+"""Comparison of systems: trained and sampled one after another on the same rows, with the same seeds and captions.
+
+An entry is a system, or a variant of it, with all its settings. What entries share, such as the dataset, is found by its
+fingerprint and made once. The results are collected from the artifacts of the entries, whichever run made them.
+
+Letters: N images, S resolution.
+"""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines import dag as dags
+from pipelines.config import load
+from pipelines.dag import Dag, Node
+from pipelines.dataset import DATASET_STAGE, PipelineConfig
+from pipelines.pipeline import Variant, compose, find_pipeline
+from pipelines.prepare import prepare
+from pipelines.preset import system_names
+from pipelines.run import run_pipeline
+from tasks.snapshots import Snapshot
+from tasks.stage import Artifact
+from tasks.stages.evaluate import caption_groups, heldout_embeddings, heldout_pairs
+from tasks.store import Store
+from unclip import files, imaging
+from unclip.config import nearest, to_dict, without_operational
+from unclip.data import Places, RowReader
+from unclip.errors import AlreadyRunningError, ConfigError, StageError, StoppedError, UnclipError
+from unclip.evaluation import scenes
+from unclip.evaluation.metrics import METRICS, Sampled, concatenate, extract_features
+from unclip.models import clip as clip_models
+from unclip.models.clip import Clip
+from unclip.models.text import TextShape
+from unclip.systems.part import Shapes
+from unclip.systems.system import ClipFiles, find_system
+from unclip.training.batches import load_images
+from unclip.training.memory import count
+
+Equal = Literal["samples", "flop"]
+"""Quantity that is made equal for all entries: samples of the costliest part, or FLOPs of all own parts."""
+
+EVALUATE = "evaluate"
+REAL = "real images"
+BATCH = 64
+"""Real images that are measured at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A setting that takes several values."""
+
+    setting: str
+    """Path of a setting, or a shortcut of the systems for one of their sampling settings, such as guidance_scale."""
+    values: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Sweep":
+        """Parse "setting=1,2,3".
+
+        Raises:
+            ConfigError: the text has another form.
+        """
+        setting, _, values = (part.strip() for part in text.partition("="))
+        parts = tuple(dict.fromkeys(value.strip() for value in values.split(",")))
+        if not setting or not all(parts):
+            raise ConfigError(f"--sweep: got {text!r}, expected setting=value,value,... such as guidance_scale=1,2,4.")
+        return cls(setting, parts)
+
+    @property
+    def name(self) -> str:
+        """Last part of the setting."""
+        return self.setting.rpartition(".")[2]
+
+    def path(self, system: str) -> str | None:
+        """Path of the setting in the configuration of a system; None if the system has no such shortcut."""
+        if "." in self.setting:
+            return self.setting
+        shortcut = find_system(system).shortcuts.get(self.setting)
+        return None if shortcut is None else f"evaluate.sampling.{shortcut}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of a comparison."""
+
+    name: str
+    """Name of the system, for a variant with its name after a slash."""
+    title: str
+    """Name for people."""
+    config: PipelineConfig
+    value: str | None = None
+    """Value of the setting that is swept."""
+
+    @property
+    def label(self) -> str:
+        return self.title if self.value is None else f"{self.title}, {self.value}"
+
+
+class Training(NamedTuple):
+    """Size of the training of one part."""
+
+    stage: str
+    num_samples: int
+    flops_per_sample: float
+    parameters: int
+
+    @property
+    def flops(self) -> float:
+        return self.num_samples * self.flops_per_sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Results of an entry."""
+
+    name: str
+    label: str
+    system: str | None
+    """None for real images."""
+    value: str | None
+    metrics: dict[str, dict[str, float]]
+    """Group of captions -> name -> value."""
+    trainings: tuple[Training, ...] = ()
+    training_seconds: float | None = None
+    seconds_per_image: float | None = None
+    """Time of one worker to sample an image of a held-out caption."""
+    images: np.ndarray | None = None
+    """[N, S, S, 3] uint8, images of the first held-out captions."""
+    correct: Sequence[bool] | None = None
+    """By image: True if everything that its caption names is right; None if that is unknown."""
+
+    @property
+    def parameters(self) -> int | None:
+        return sum(each.parameters for each in self.trainings) or None
+
+    @property
+    def num_samples(self) -> int | None:
+        return sum(each.num_samples for each in self.trainings) or None
+
+    @property
+    def flops(self) -> float | None:
+        return sum(each.flops for each in self.trainings) or None
+
+    def document(self) -> dict[str, Any]:
+        """JSON values."""
+        values = {name: getattr(self, name) for name in ("name", "label", "system", "value", "metrics")}
+        costs = {name: getattr(self, name) for name in ("training_seconds", "seconds_per_image", "parameters")}
+        trainings = [{**each._asdict(), "flops": each.flops} for each in self.trainings]
+        totals = {"training_samples": self.num_samples, "training_flops": self.flops}
+        return {**values, **costs, **totals, "trainings": trainings}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Results of all entries that succeeded; the first row is that of the real images."""
+
+    pipeline: str
+    storage: str
+    equal: Equal | None
+    sweep: Sweep | None
+    rows: list[Row]
+    captions: list[str]
+    """First held-out captions, those of the images."""
+    num_captions: dict[str, int]
+    """Captions by group."""
+    failures: dict[str, str]
+    """Label of an entry -> why it has no row."""
+    artifacts: dict[str, list[str]]
+    """Stage -> fingerprints of the artifacts that the rows are made of."""
+
+
+def entry_names(config_of: Callable[[str], PipelineConfig], sweep: Sweep | None) -> list[str]:
+    """Names of all systems, each followed by its variants; without variants for a sweep.
+
+    Args:
+        config_of: name of a system -> its configuration, which says which variants apply.
+    """
+    names: list[str] = []
+    for system in system_names():
+        if sweep is not None and sweep.path(system) is None:
+            continue
+        names.append(system)
+        if sweep is None:
+            config = config_of(system)
+            variants = find_pipeline(system).variants
+            names += [f"{system}/{name}" for name, variant in variants.items() if variant.applies(config)]
+    return names
+
+
+def find_entries(
+    pipeline: str,
+    run_file: str | None,
+    assignments: Sequence[str],
+    storage: str | None,
+    names: Sequence[str] = (),
+    sweep: Sweep | None = None,
+    equal: Equal | None = None,
+) -> list[Entry]:
+    """Resolve the configurations of a comparison, with one dataset for all.
+
+    Args:
+        names: systems, and variants as system/variant; empty for all that apply.
+        sweep: each entry once for each of its values; systems without the setting are left out, unless they are named.
+        equal: see `equalise`.
+
+    Raises:
+        ConfigError: an unknown name or setting, an invalid value, or settings of the dataset that differ.
+    """
+
+    @functools.cache
+    def config_of(system: str) -> PipelineConfig:
+        return load(pipeline, run_file, assignments, storage, system)
+
+    found: list[Entry] = []
+    for name in names or entry_names(config_of, sweep):
+        system, _, key = name.partition("/")
+        variant = _find_variant(system, key) if key else Variant(system)
+        found += _swept(name, variant, sweep, lambda *extra, of=system: load(
+            pipeline, run_file, [*extra, *assignments], storage, of
+        ))  # fmt: skip
+    if not found:
+        raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a shortcut that no system has.")
+    return equalise(_with_one_dataset([_for_comparison(entry) for entry in found]), equal)
+
+
+def _find_variant(system: str, key: str) -> Variant:
+    variants = find_pipeline(system).variants
+    if key not in variants:
+        raise ConfigError(f"--systems: got {system}/{key}, but {system} has no such variant. {nearest(key, variants)}")
+    return variants[key]
+
+
+def _swept(
+    name: str, variant: Variant, sweep: Sweep | None, load_with: Callable[..., PipelineConfig]
+) -> Iterator[Entry]:
+    """Yield an entry for each value of a sweep, or one without a sweep."""
+    if sweep is None:
+        yield Entry(name, variant.title, load_with(*variant.assignments))
+        return
+    system = name.partition("/")[0]
+    path = sweep.path(system)
+    if path is None:
+        shortcuts = find_system(system).shortcuts
+        raise ConfigError(
+            f"--sweep: the system {system} has no shortcut {sweep.setting!r}. {nearest(sweep.setting, shortcuts)}"
+        )
+    for value in sweep.values:
+        yield Entry(name, variant.title, load_with(*variant.assignments, f"{path}={value}"), value)
+
+
+def _for_comparison(entry: Entry) -> Entry:
+    """Add the groups of captions of a comparison to the evaluation."""
+    settings, evaluate = entry.config.comparison, entry.config.evaluate
+    extended = dataclasses.replace(
+        evaluate,
+        num_relations=evaluate.num_relations or settings.num_relations,
+        num_repeated=evaluate.num_repeated or settings.num_repeated,
+        num_repeats=settings.num_repeats,
+        num_kept=min(settings.num_columns, evaluate.num_images),
+    )
+    return dataclasses.replace(entry, config=dataclasses.replace(entry.config, evaluate=extended))
+
+
+def _with_one_dataset(entries: list[Entry]) -> list[Entry]:
+    """Store images at the largest resolution that an entry needs; check that the dataset's other settings are the same.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    largest = max(entry.config.download.image_size for entry in entries)
+    resized = []
+    for entry in entries:
+        download = dataclasses.replace(entry.config.download, image_size=largest)
+        resized.append(dataclasses.replace(entry, config=dataclasses.replace(entry.config, download=download)))
+    first = _dataset_settings(resized[0])
+    for entry in resized[1:]:
+        for stage, settings in _dataset_settings(entry).items():
+            if settings != first.get(stage):
+                raise ConfigError(
+                    f"{entry.name}: its settings of {stage} differ from those of {resized[0].name}, so the systems would not "
+                    f"have the same rows. Set {stage} for all of them, or leave one out of --systems."
+                )
+    return resized
+
+
+def _dataset_settings(entry: Entry) -> dict[str, Any]:
+    dag = dags.up_to(compose(entry.config), DATASET_STAGE)
+    return {name: without_operational(node.config) for name, node in dag.items()}
+
+
+def equalise(entries: list[Entry], equal: Equal | None) -> list[Entry]:
+    """Change the lengths of trainings so that each entry costs as much as the first.
+
+    Parts that an entry shares with the first stay as they are, and so does an entry that shares all. With "samples", the
+    costliest other part of an entry is trained on as many samples as that of the first; with "flop", all its other parts are
+    trained for as many FLOPs together.
+    """
+    return entries if equal is None else [entries[0], *(_as_long_as(entries[0], entry, equal) for entry in entries[1:])]
+
+
+def _as_long_as(first: Entry, entry: Entry, equal: Equal) -> Entry:
+    reference, own = (_parts(each.config) for each in (first, entry))
+    shared = {name for name in own if name in reference and _is_same(own[name], reference[name])}
+    wanted, given = (
+        [each for each in trainings(config) if each.stage not in shared] for config in (first.config, entry.config)
+    )
+    if not wanted or not given:
+        return entry
+    if equal == "flop":
+        factor = sum(each.flops for each in wanted) / sum(each.flops for each in given)
+        lengths = {each.stage: each.num_samples * factor for each in given}
+    else:
+        lengths = {max(given, key=lambda each: each.flops).stage: max(wanted, key=lambda each: each.flops).num_samples}
+    config = entry.config
+    for stage, num_samples in lengths.items():
+        config = _with_length(config, own[stage], num_samples)
+    return dataclasses.replace(entry, config=config)
+
+
+def _parts(config: PipelineConfig) -> dict[str, Node]:
+    return {name: node for name, node in compose(config).items() if node.stage.part is not None}
+
+
+def _is_same(one: Node, other: Node) -> bool:
+    return without_operational(one.config) == without_operational(other.config)
+
+
+def _with_length(config: PipelineConfig, node: Node, num_samples: float) -> PipelineConfig:
+    """Train a part on about this many samples, in whole batches."""
+    trainer = node.config.trainer
+    rounded = max(1, round(num_samples / trainer.batch_size)) * trainer.batch_size
+    if rounded == -(-trainer.num_samples // trainer.batch_size) * trainer.batch_size:
+        return config
+    # a curve to compare with has another length
+    changed = dataclasses.replace(trainer, num_samples=rounded, reference_curve=None)
+    return dags.with_section(config, node.section, dataclasses.replace(node.config, trainer=changed))  # type: ignore[no-any-return]
+
+
+def trainings(config: PipelineConfig) -> tuple[Training, ...]:
+    """Count the samples, FLOPs and parameters of each part that a pipeline trains; the frozen CLIP is not counted."""
+    clip = clip_models.shape_of(config.clip.model)
+    shapes = Shapes(clip.embedding_dim, TextShape(clip.text_length, clip.text_width, clip.vocab_size))
+    found = []
+    for name, node in _parts(config).items():
+        assert node.stage.part is not None
+        compute = count(node.stage.part.network(node.config, shapes))
+        found.append(Training(name, node.config.trainer.num_samples, compute.flops_per_sample, compute.parameters))
+    return tuple(found)
+
+
+def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipError]:
+    """Train and evaluate all entries, one after another; return the errors of those that failed, by label.
+
+    Raises:
+        UnclipError: the dataset could not be made, so that no entry can be.
+        StoppedError: asked to stop.
+    """
+    failures: dict[str, UnclipError] = {}
+    print(f"\n{pipeline}: the dataset of all systems", flush=True)
+    _run(pipeline, entries[0], DATASET_STAGE)
+    for number, entry in enumerate(entries, 1):
+        print(f"\n{entry.label} ({number} of {len(entries)})", flush=True)
+        try:
+            _run(pipeline, entry, EVALUATE)
+        except StoppedError:
+            raise
+        except UnclipError as error:
+            failures[entry.label] = error
+            print(f"{entry.label}: {error}", flush=True)
+    return failures
+
+
+def _run(pipeline: str, entry: Entry, until: str) -> None:
+    import ray
+
+    try:
+        run_pipeline(pipeline, entry.config, until=until, writes_results=False)
+    finally:
+        ray.shutdown()  # the next run starts or joins a cluster for its own settings
+
+
+def collect(
+    pipeline: str,
+    entries: Sequence[Entry],
+    failures: Mapping[str, UnclipError],
+    sweep: Sweep | None,
+    equal: Equal | None,
+) -> Comparison:
+    """Collect the results of the entries that did not fail, from their artifacts."""
+    store = Store(entries[0].config.storage)
+    rows: list[Row] = []
+    used: dict[str, set[str]] = {}
+    captions: list[str] = []
+    num_captions: dict[str, int] = {}
+    for entry in entries:
+        if entry.label in failures:
+            continue
+        dag = dags.up_to(compose(prepare(entry.config)), EVALUATE)
+        artifacts = {name: state.artifact for name, state in dags.states(dag, store).items() if state.artifact}
+        if EVALUATE not in artifacts:
+            raise AlreadyRunningError(
+                f"{entry.label}: its results are gone, as after a takedown. Run the same command again."
+            )
+        for name, artifact in artifacts.items():
+            used.setdefault(name, set()).add(artifact.fingerprint)
+        if not rows:
+            real, captions = real_images(entry.config, artifacts)
+            rows.append(real)
+            num_captions = dict(artifacts[EVALUATE].facts["captions"])
+        rows.append(_row(entry, dag, artifacts))
+    told = {label: str(error) for label, error in failures.items()}
+    fingerprints = {name: sorted(found) for name, found in used.items()}
+    return Comparison(pipeline, store.root, equal, sweep, rows, captions, num_captions, told, fingerprints)
+
+
+def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
+    facts = artifacts[EVALUATE].facts
+    kept = facts["kept"]
+    return Row(
+        name=entry.name,
+        label=entry.label,
+        system=entry.config.system,
+        value=entry.value,
+        metrics=facts["metrics"],
+        trainings=trainings(entry.config),
+        training_seconds=sum(artifacts[name].seconds for name, node in dag.items() if node.stage.part is not None),
+        seconds_per_image=facts["seconds_per_image"]["heldout"],
+        images=np.load(io.BytesIO(files.read(kept["uri"])), allow_pickle=False),
+        correct=kept["correct"],
+    )
+
+
+def real_images(config: PipelineConfig, artifacts: Mapping[str, Artifact]) -> tuple[Row, list[str]]:
+    """Measure real images like those of a system: held-out ones, and rendered ones for the other captions of scenes.
+
+    Returns:
+        Also the captions of its images.
+    """
+    snapshot, facts = Snapshot.of(artifacts["curate"].facts), artifacts["clip"].facts
+    clip, reference = ClipFiles(facts["model"], facts["pretrained"]).load(), heldout_embeddings(snapshot)
+    pairs, size = heldout_pairs(snapshot), config.download.image_size
+    reader = RowReader((snapshot.source("images", "jpg"),), Places([pairs]))
+    values: dict[str, dict[str, float]] = {}
+    shown: list[np.ndarray] = []
+    correct: list[bool] | None = None
+    groups = caption_groups(config.evaluate, pairs["caption"].to_pylist())
+    for group, captions in groups.items():
+        if group != "heldout" and any(scenes.parse_caption(caption) is None for caption in captions):
+            continue  # nothing shows what such an image looks like
+
+        def images(rows: range, group: str = group, captions: list[str] = captions) -> torch.Tensor:
+            if group == "heldout":
+                return load_images(reader.read(np.arange(rows.start, rows.stop))["jpg"], size)
+            return _rendered(captions[rows.start : rows.stop], rows.start, size)
+
+        batches = [range(start, min(start + BATCH, len(captions))) for start in range(0, len(captions), BATCH)]
+        features = []
+        for rows in batches:
+            pixels = images(rows)
+            features.append(_features(clip, pixels, captions[rows.start : rows.stop]))
+            if group == "heldout" and rows.start < config.evaluate.num_kept:
+                shown.append(imaging.to_uint8(pixels))
+        joined = concatenate(features, len(captions))
+        sampled = Sampled(captions, joined, reference)
+        values[group] = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
+        if group == "heldout" and joined.scenes is not None:
+            correct = joined.scenes.all_correct()[: config.evaluate.num_kept]
+    tiles = np.concatenate(shown)[: config.evaluate.num_kept]
+    return Row(REAL, REAL, None, None, values, images=tiles, correct=correct), groups["heldout"][: len(tiles)]
+
+
+@torch.no_grad()
+def _features(clip: Clip, images: torch.Tensor, captions: list[str]) -> Any:
+    return extract_features(clip, images, captions)
+
+
+def _rendered(captions: Sequence[str], first: int, image_size: int) -> torch.Tensor:
+    """Images of scenes; an object without a place gets a random one."""
+    rendered = []
+    for index, caption in enumerate(captions, first):
+        rng = np.random.default_rng([index, 3])
+        scene = scenes.parse_caption(caption)
+        assert scene is not None
+        if scene.relation is None and scene.place is None:
+            scene = dataclasses.replace(scene, place=str(rng.choice(scenes.PLACES)))
+        rendered.append(scenes.render(scene, rng, image_size))
+    return imaging.from_uint8(np.stack(rendered))
+
+
+def error_of(failures: Mapping[str, UnclipError]) -> StageError:
+    """One error that tells what failed, with the exit code of the failures if they agree."""
+    error = StageError("\n".join(f"{label}: {each}" for label, each in failures.items()))
+    codes = {each.exit_code for each in failures.values()}
+    error.exit_code = codes.pop() if len(codes) == 1 else StageError.exit_code
+    return error
+
+
+def settings_of(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Settings of all entries, for the records."""
+    return [{"name": entry.name, "value": entry.value, "config": to_dict(entry.config)} for entry in entries]
