@@ -86,21 +86,43 @@ def with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
     return config.merge({"evaluate": {"sampling": {"upsamplers": chain.sampling}}}, resolved)
 
 
-def _with_shared(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the denoiser and the classifier the same classes and the same noising process."""
-    given, sections = values.get("classes", {}), {name: values.get(name, {}) for name in ("denoiser", "classifier")}
-    if not all(isinstance(section, Mapping) for section in (given, *sections.values())):
+def with_classes(values: Mapping[str, Any], *paths: tuple[str, ...]) -> dict[str, Any]:
+    """Give the classes of a run to the sections at these paths.
+
+    Raises:
+        ConfigError: a section has other classes.
+    """
+    given = values.get("classes", {})
+    if not isinstance(given, Mapping):
         return dict(values)  # `config.load` reports the error
     classes = to_dict(config.load(ClassesConfig, {"source": "captions", **given}, "classes"))
-    for name, section in sections.items():
+    resolved: dict[str, Any] = config.merge(values, {"classes": classes})
+    for path in paths:
+        section: Any = resolved
+        for name in path:
+            section = section.get(name, {}) if isinstance(section, Mapping) else None
+        if not isinstance(section, Mapping):
+            return resolved  # `config.load` reports the error
         expected = "nothing here, but the section classes of the run"
-        require(section.get("classes", classes) == classes, f"{name}.classes", section.get("classes"), expected)
-    denoiser = config.load(DenoiserStageConfig, sections["denoiser"], "denoiser").model.diffusion
+        found = section.get("classes", classes)
+        require(found == classes, f"{'.'.join(path)}.classes", found, expected)
+        filled: Any = {"classes": classes}
+        for name in reversed(path):
+            filled = {name: filled}
+        resolved = config.merge(resolved, filled)
+    return resolved
+
+
+def _with_process(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the classifier the noising process of the denoiser."""
+    sections = [values.get(name, {}) for name in ("denoiser", "classifier")]
+    if not all(isinstance(section, Mapping) for section in sections):
+        return dict(values)  # `config.load` reports the error
+    denoiser = config.load(DenoiserStageConfig, sections[0], "denoiser").model.diffusion
     process = {name: getattr(denoiser, name) for name in ("num_timesteps", "schedule", "zero_terminal_snr")}
-    if process["zero_terminal_snr"]:
-        process["prediction_type"] = denoiser.prediction_type
-    filled = {"denoiser": {"classes": classes}, "classifier": {"classes": classes, "model": {"diffusion": process}}}
-    return config.merge(config.merge(filled, values), {"classes": classes})
+    if denoiser.zero_terminal_snr:
+        process["prediction_type"] = denoiser.prediction_type  # not eps, which such a process does not allow
+    return config.merge({"classifier": {"model": {"diffusion": process}}}, values)
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +133,8 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = values.get("model_size")
     sections = {} if name in (None, "none") else MODEL_SIZES[name]
-    return with_resolutions(_with_shared(merge_over(sections, values)))
+    resolved = with_classes(merge_over(sections, values), ("denoiser",), ("classifier",))
+    return with_resolutions(_with_process(resolved))
 
 
 PIPELINE = Pipeline(GuidedDiffusionConfig, guided_diffusion, resolve, MODEL_SIZES)

@@ -68,6 +68,9 @@ class DenoiserObjective:
             label = label.masked_fill(bernoulli(x0, self.config.class_drop_prob, generator), len(self.classes))
         return self.process.mean_loss(lambda x_t, t: network(x_t, t, label), x0, draw)
 
+    def learn(self, step_taken: bool) -> None:
+        self.process.learn(step_taken)
+
     def metrics(self, training: bool) -> dict[str, float]:
         return self.process.take(training)
 

@@ -37,13 +37,14 @@ def sections(
         others: further sections.
     """
     parts = {"denoiser": to_dict(denoiser), **{name: to_dict(each) for name, each in others.items()}}
-    for section in parts.values():
+    chain = {str(each.model.output_size): section_of(each) for each in upsamplers}
+    for section in (*parts.values(), *chain.values()):
         section.pop("classes", None)
     if "classifier" in parts:
         del parts["classifier"]["model"]["diffusion"]
     return {
         **parts,
-        "upsamplers": {str(each.model.output_size): section_of(each) for each in upsamplers},
+        "upsamplers": chain,
         "clip": {"model": clip[0], "pretrained": clip[1]},
         "evaluate": {"sampling": to_dict(sampling)},
     }
@@ -61,18 +62,17 @@ def demo_training(num_samples: int, batch_size: int, learning_rate: float, **set
 
 
 DEMO_UNET = UNetConfig(16, 32, (1, 2, 4), 1, attention_resolutions=(4,), head_channels=32, norm_groups=8)
+DEMO_DENOISER = DenoiserStageConfig(
+    model=ImageDenoiserConfig(DEMO_UNET, diffusion=DiffusionConfig(prediction_type="v", variance="learned_range")),
+    trainer=demo_training(40_000, 32, 2e-3, ema_decay=0.999, weight_decay=0.01),
+)
 ADM_64 = UNetConfig(64, 192, (1, 2, 3, 4), 3, attention_resolutions=(32, 16, 8), dropout=0.1)
 CLASSIFIER_64 = UNetConfig(64, 128, (1, 2, 3, 4), 4, attention_resolutions=(32, 16, 8))
 
 MODEL_SIZES: dict[str, dict[str, Any]] = {
     # 16 and 64 pixels; minutes on two CPUs
     "demo": sections(
-        DenoiserStageConfig(
-            model=ImageDenoiserConfig(
-                DEMO_UNET, diffusion=DiffusionConfig(prediction_type="v", variance="learned_range")
-            ),
-            trainer=demo_training(40_000, 32, 2e-3, ema_decay=0.999, weight_decay=0.01),
-        ),
+        DEMO_DENOISER,
         UNCLIP_SIZES["demo"].upsamplers,
         ImageStackSampling(
             denoiser=ImageDenoiserSampling(classifier_scale=1.0), upsamplers={"64": UpsamplerSampling(num_steps=4)}

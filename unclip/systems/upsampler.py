@@ -32,12 +32,12 @@ from unclip.training.settings import TrainerConfig
 class UpsamplerStageConfig:
     model: UpsamplerConfig = UpsamplerConfig()
     """The network and its diffusion process."""
-    classes: ClassesConfig = added(ClassesConfig())
-    """Classes of the captions, for cascades that read them; filled in from the section `classes` of the run."""
     trainer: TrainerConfig = TrainerConfig()
     """Training settings."""
     preview: UpsamplerSampling = operational(UpsamplerSampling())
     """Sampling settings of the previews."""
+    classes: ClassesConfig = added(ClassesConfig())
+    """Classes of the captions, for cascades that read them; filled in from the section `classes` of the run."""
 
     def __post_init__(self) -> None:
         expected = "another sampler: its score is measured after the training"
