@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.dag import Binder
 from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import Pipeline, Variant
 from tasks.stage import Resources
 from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
@@ -137,4 +137,16 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     return with_resolutions(_with_process(resolved))
 
 
-PIPELINE = Pipeline(GuidedDiffusionConfig, guided_diffusion, resolve, MODEL_SIZES)
+PIPELINE = Pipeline(
+    GuidedDiffusionConfig,
+    guided_diffusion,
+    resolve,
+    MODEL_SIZES,
+    {
+        "without_classifier": Variant(
+            "guided_diffusion without its classifier",
+            ("evaluate.sampling.denoiser.classifier_scale=0",),
+            lambda config: config.evaluate.sampling.denoiser.classifier_scale > 0,
+        )
+    },
+)

@@ -8,10 +8,10 @@ import torch
 
 from pipelines.config import load
 from pipelines.pipeline import compose
-from tests.pipelines.command_line import call, call_apart, call_json, read_record
+from tests.pipelines.command_line import call, call_apart, call_json
 from unclip.config import without_operational
 from unclip.errors import ConfigError
-from unclip.systems import ddpm, guided_diffusion
+from unclip.systems import cascaded_diffusion, ddpm, guided_diffusion
 from unclip.systems.classifier import CLASSIFIER
 from unclip.systems.denoiser import DENOISER
 
@@ -77,75 +77,65 @@ def test_the_size_base_has_the_published_number_of_weights() -> None:
     assert counts == {"denoiser": 296, "classifier": 65}
 
 
+def test_cascaded_diffusion_shares_its_denoiser_with_guided_diffusion() -> None:
+    config: Any = load("demo", system="cascaded_diffusion")
+    assert trained(config) == ["denoiser", "upsampler-64"]
+    other: Any = load("demo", system="guided_diffusion")
+    assert without_operational(config.denoiser) == without_operational(other.denoiser)
+    upsampler = config.upsamplers["64"]
+    assert upsampler.classes == config.denoiser.classes == config.classes and config.classes.source == "scenes"
+    assert upsampler.model.max_noise_level == 300 and config.evaluate.sampling.upsamplers["64"].noise_level == 100
+    small: Any = load("text_to_image", None, (*SCENES, "model_size=small"), system="cascaded_diffusion")
+    assert [each.model.low_res_size for each in small.upsamplers.values()] == [32, 64]
+    assert [each.model.reads_blur for each in small.upsamplers.values()] == [False, True]
+    change = ("evaluate.sampling.upsamplers.64.blur_sigma=0.5",)
+    with pytest.raises(
+        ConfigError, match=r"blur_sigma: got 0\.5, expected at most 0, the strongest blur that its network"
+    ):
+        load("demo", None, change, system="cascaded_diffusion")
+
+
 def test_all_sizes_give_a_pipeline() -> None:
-    for system, sizes in (("guided_diffusion", guided_diffusion.MODEL_SIZES), ("ddpm", ddpm.MODEL_SIZES)):
-        for size in sizes:
-            assert trained(load("text_to_image", None, (*SCENES, f"model_size={size}"), system=system))
+    for module in (guided_diffusion, ddpm, cascaded_diffusion):
+        for size in module.MODEL_SIZES:
+            assert trained(load("text_to_image", None, (*SCENES, f"model_size={size}"), system=module.SYSTEM.name))
 
 
-TINY = """\
+SMALLER = """\
 [scenes]
-num_images = 120
+num_images = 80
 broken = 0
 port = 8769
+
+[upsamplers]
+32 = "none"
 
 [resources]
 embed.num_workers = 1
 evaluate.num_workers = 1
 
-[denoiser.model.unet]
-channels = 8
-channel_mult = [1, 2]
-attention_resolutions = [8]
-head_channels = 8
-norm_groups = 4
-
-[denoiser.trainer]
-num_samples = 512
-batch_size = 32
-
 [evaluate]
 num_captions = 8
-num_unseen = 4
-
-[evaluate.sampling]
-batch_size = 4
-denoiser.num_steps = 3
-"""
-CLASSIFIER_SETTINGS = """
-[classifier.model.unet]
-channels = 8
-channel_mult = [1, 2]
-attention_resolutions = [8]
-head_channels = 8
-norm_groups = 4
-
-[classifier.trainer]
-num_samples = 512
-batch_size = 32
 """
 
 
 @pytest.mark.slow
-def test_both_systems_run_on_one_dataset_from_a_list_to_samples(tmp_path: Path) -> None:
-    storage, out = tmp_path / "storage", tmp_path / "grid.png"
-    (tmp_path / "ddpm.toml").write_text(TINY)
-    (tmp_path / "guided_diffusion.toml").write_text(TINY + CLASSIFIER_SETTINGS)
-
-    def options(system: str) -> tuple[Any, ...]:
-        given = ("tiny", "--system", system, "--config", tmp_path / f"{system}.toml", "--storage", storage)
-        return (*given, "--set", f"publish.name={system}", "--set", "upsamplers.32=none")
-
-    for system in ("guided_diffusion", "ddpm"):
-        result = call_apart("run", *options(system))
+def test_all_systems_run_on_one_dataset_from_a_list_to_samples(tmp_path: Path) -> None:
+    storage, out, run_file = tmp_path / "storage", tmp_path / "grid.png", tmp_path / "smaller.toml"
+    run_file.write_text(SMALLER)
+    captions = {"guided_diffusion": "red circle", "cascaded_diffusion": "a blue star", "ddpm": "anything"}
+    for system, caption in captions.items():
+        options = ("tiny", "--system", system, "--config", run_file, "--storage", storage)
+        result = call_apart("run", *options)
         assert result.returncode == 0, result.stdout + result.stderr
-        document = call_json("plan", *options(system))
+        document = call_json("plan", *options)
         assert {stage["state"] for stage in document["stages"]} == {"cached"}
-    for system, caption in (("guided_diffusion", "red circle"), ("ddpm", "anything")):
-        result = call("sample", caption, "--num", 2, "--model", system, "--out", out, "--storage", storage)
+        result = call("sample", caption, "--num", 2, "--model", f"{system}-tiny", "--out", out, "--storage", storage)
         assert result.returncode == 0 and out.exists(), result.stderr
-    result = call("sample", "a dog", "--model", "guided_diffusion", "--out", out, "--storage", storage)
-    assert result.returncode == 2 and "which belongs to no class of this model" in result.stderr
-    assert "blue star" in result.stderr
-    [kept] = (storage / "stages" / "upsampler-64").glob("*.json")
-    assert read_record(storage, "stages", "upsampler-64", kept.name)["seconds"] > 0
+    # the denoiser of both class-conditional systems is one, and so is the upsampler of the others
+    for stage, count in {"embed": 1, "denoiser": 2, "classifier": 1, "upsampler-64": 2, "evaluate": 3}.items():
+        assert len(list((storage / "stages" / stage).glob("*.json"))) == count, stage
+    result = call("sample", "a dog", "--model", "guided_diffusion-tiny", "--out", out, "--storage", storage)
+    assert (
+        result.returncode == 2 and "belongs to no class of this model" in result.stderr and "blue star" in result.stderr
+    )

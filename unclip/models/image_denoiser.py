@@ -100,7 +100,7 @@ class ImageDenoiser(nn.Module):
         require(scale == 1 or can_guide, "guidance_scale", scale, "1 for a network without classes or class_drop_prob")
         conditional = self.diffusion.denoiser(lambda x_t, t: self(x_t, t, label))
         unconditional = self.diffusion.denoiser(lambda x_t, t: self(x_t, t))
-        guided = guidance.classifier_free(conditional, unconditional, scale, settings.guidance_rescale)
+        guided = guidance.classifier_free(self.diffusion, conditional, unconditional, scale, settings.guidance_rescale)
         if log_probability is not None and settings.classifier_scale:
             guided = guidance.classifier(self.diffusion, guided, log_probability, settings.classifier_scale)
         return sampling.limited(self.diffusion, guided, conditional, settings, 1.0)

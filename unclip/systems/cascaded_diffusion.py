@@ -21,7 +21,13 @@ from unclip.systems.system import SystemSpec
 from unclip.systems.unclip.sizes import MODEL_SIZES as UNCLIP_SIZES
 from unclip.systems.upsampler import UpsamplerStageConfig
 
-SYSTEM = SystemSpec("cascaded_diffusion", PARTS, ImageStackSampling, ImageStack.load, SHORTCUTS)
+SYSTEM = SystemSpec(
+    "cascaded_diffusion",
+    PARTS,
+    ImageStackSampling,
+    ImageStack.load,
+    {**SHORTCUTS, "guidance_scale": "denoiser.guidance_scale"},
+)
 
 NO_DEGRADATION = DegradationConfig(kind="none")
 BLUR = DegradationConfig(blur_prob=0.5, min_blur_sigma=0.4, max_blur_sigma=0.6)

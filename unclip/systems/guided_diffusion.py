@@ -20,7 +20,13 @@ from unclip.systems.unclip.sizes import MODEL_SIZES as UNCLIP_SIZES
 from unclip.systems.upsampler import UpsamplerStageConfig, section_of
 from unclip.training.settings import TrainerConfig
 
-SYSTEM = SystemSpec("guided_diffusion", PARTS, ImageStackSampling, ImageStack.load, SHORTCUTS)
+SYSTEM = SystemSpec(
+    "guided_diffusion",
+    PARTS,
+    ImageStackSampling,
+    ImageStack.load,
+    {**SHORTCUTS, "guidance_scale": "denoiser.guidance_scale", "classifier_scale": "denoiser.classifier_scale"},
+)
 
 
 def sections(

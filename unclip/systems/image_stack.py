@@ -25,7 +25,6 @@ from unclip.training.precision import autocast
 PARTS = (DENOISER, CLASSIFIER, UPSAMPLER)
 SHORTCUTS = {
     "steps": "denoiser.num_steps",
-    "guidance_scale": "denoiser.guidance_scale",
     "sampler": "denoiser.sampler",
     "eta": "denoiser.eta",
 }

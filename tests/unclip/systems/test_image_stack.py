@@ -17,13 +17,16 @@ from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.evaluation import scenes
 from unclip.models.classifier import ClassifierConfig
+from unclip.models.degradations import DegradationConfig, gaussian_blur, shrink
 from unclip.models.image_denoiser import ImageDenoiserConfig, ImageDenoiserSampling
 from unclip.models.unet import UNetConfig
+from unclip.models.upsampler import UpsamplerConfig, UpsamplerSampling
 from unclip.systems.classes import SCENE_CLASSES, Classes
 from unclip.systems.classifier import CLASSIFIER, ClassifierObjective, ClassifierStageConfig
 from unclip.systems.denoiser import DENOISER, DenoiserObjective, DenoiserStageConfig
 from unclip.systems.image_stack import ImageStack, ImageStackSampling
 from unclip.systems.system import StackFiles, load_model, load_system, sample_batch, sample_captions, save_stack
+from unclip.systems.upsampler import UpsamplerObjective
 from unclip.training import checkpoints, trainer
 from unclip.training.objective import Monitor
 from unclip.training.settings import TrainerConfig
@@ -206,3 +209,79 @@ def test_models_are_built_from_their_facts(models: dict[str, str]) -> None:
     for name, part in (("denoiser", DENOISER), ("classifier", CLASSIFIER)):
         model: Any = load_model(models[name], [part])
         assert model.class_names == SCENE_CLASSES and model.num_classes == 20
+
+
+# Cascades
+
+
+UPSAMPLER_CONFIG = UpsamplerConfig(
+    UNetConfig(16, 8, (1, 2), 1, norm_groups=4),
+    low_res_size=8,
+    scale=2,
+    degradation=DegradationConfig(min_blur_sigma=0.4),
+    max_noise_level=10,
+    reads_blur=True,
+    diffusion=DiffusionConfig(20),
+)
+
+
+@pytest.fixture(scope="module")
+def cascade(models: dict[str, str], rows: RowReader, tmp_path_factory: pytest.TempPathFactory) -> ImageStack:
+    folder = str(tmp_path_factory.mktemp("cascade"))
+    torch.manual_seed(0)
+    objective = UpsamplerObjective(UPSAMPLER_CONFIG, rows.read(np.arange(4)), classes=CLASSES)
+    training = dataclasses.replace(TRAINING, learning_rate=3e-3, ema_decay=0.5)
+    trainer.train(objective, rows, training, folder)
+    uris = {"denoiser": models["denoiser"], "upsampler-16": f"{folder}/model"}
+    return ImageStack.load(StackFiles("cascaded_diffusion", uris))
+
+
+def test_a_cascade_reads_the_class_and_the_level_of_its_input(cascade: ImageStack) -> None:
+    [upsampler] = cascade.upsamplers
+    assert upsampler.class_names == SCENE_CLASSES and cascade.image_size == 16
+    low_res, label = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3])
+
+    def sample(label: torch.Tensor | None = label, **settings: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        chosen = UpsamplerSampling(num_steps=3, **settings)
+        return upsampler.sample(low_res, chosen, label=label, generator=generator)
+
+    samples = [sample(), sample(label + 1), sample(None), sample(noise_level=9), sample(blur_sigma=0.5)]
+    for number, one in enumerate(samples):
+        assert all(not torch.allclose(one, other, atol=1e-6) for other in samples[:number]), number
+    assert torch.equal(sample(None), sample(torch.tensor([len(CLASSES)])))
+    with pytest.raises(ConfigError, match=r"blur_sigma: got 0\.7, expected at least 0, at most 0\.6 as in training"):
+        sample(blur_sigma=0.7)
+    images = sample_captions(cascade, ["red circle", "blue star"])
+    assert images.shape == (2, 3, 16, 16)
+
+
+def test_the_network_is_told_the_blur_that_was_applied(rows: RowReader) -> None:
+    objective = UpsamplerObjective(UPSAMPLER_CONFIG, rows.read(np.arange(4)), classes=CLASSES)
+    tensors = objective.prepare(read(rows))
+    told: list[dict[str, torch.Tensor]] = []
+
+    class Network(torch.nn.Module):
+        def forward(
+            self, x_t: torch.Tensor, t: torch.Tensor, low_res: torch.Tensor, *_: Any, **given: Any
+        ) -> torch.Tensor:
+            told.append(given)
+            return torch.zeros_like(x_t)
+
+    objective.loss(Network(), tensors, torch.Generator().manual_seed(0))
+    sigma = told[0]["blur_sigma"]
+    assert torch.equal(told[0]["label"], tensors["label"]) and sigma.max() <= 0.6
+    assert 0.2 < (sigma == 0).double().mean() < 0.8 and sigma[sigma > 0].min() >= 0.4
+    x0, low_res, sigma = objective._crops(tensors["images"], torch.Generator().manual_seed(0))
+    assert torch.equal(x0, tensors["images"])  # the crops are whole images here
+    assert torch.equal(low_res, gaussian_blur(shrink(tensors["images"], 8), sigma))
+
+
+def test_a_cascade_of_other_classes_is_refused(cascade: ImageStack, models: dict[str, str], tmp_path: Path) -> None:
+    [upsampler] = cascade.upsamplers
+    facts = {"kind": "upsampler", "config": to_dict(UPSAMPLER_CONFIG), "classes": list(SCENE_CLASSES[::-1])}
+    checkpoints.save(str(tmp_path), {"model": upsampler.state_dict()}, {**facts, "samples_seen": 1})
+    with pytest.raises(CheckpointError, match="upsampler-16: got 20 classes, expected the 20 classes of the denoiser"):
+        ImageStack.load(
+            StackFiles("cascaded_diffusion", {"denoiser": models["denoiser"], "upsampler-16": str(tmp_path)})
+        )
