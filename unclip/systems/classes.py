@@ -17,6 +17,7 @@ from unclip.config import require
 from unclip.errors import ConfigError, InputError
 from unclip.evaluation import scenes
 from unclip.systems.part import TrainingInputs
+from unclip.training import parallel
 
 ClassSource = Literal["none", "captions", "scenes", "names"]
 
@@ -107,6 +108,27 @@ class Classes:
 
 
 NO_CLASSES = Classes()
+
+
+class ClassShare:
+    """Share of the images of a training that belong to a class, over all ranks."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._counts: dict[bool, Tensor] = {}  # [2]: images with a class, images
+
+    def add(self, training: bool, label: Tensor) -> None:
+        """Count labels [B]; those of no class are K."""
+        counts = torch.stack([(label < self.num_classes).sum(), label.new_tensor(len(label))]).float()
+        self._counts[training] = self._counts[training] + counts if training in self._counts else counts
+
+    def take(self, training: bool) -> dict[str, float]:
+        """Return and reset the share since the last call; all ranks must call it in training."""
+        if training not in self._counts:
+            return {}
+        counts = self._counts.pop(training)
+        with_class, count = (parallel.all_reduce_sum(counts) if training else counts).tolist()
+        return {"share_with_class": with_class / count}
 
 
 def find_classes(config: ClassesConfig, inputs: TrainingInputs) -> Classes:

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import load, to_dict
 from unclip.data import Batch
 from unclip.errors import ConfigError
 from unclip.models.classifier import Classifier, ClassifierConfig
-from unclip.systems.classes import Classes, ClassesConfig, find_classes
+from unclip.systems.classes import Classes, ClassesConfig, ClassShare, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training import parallel
 from unclip.training.batches import load_images
@@ -51,6 +52,7 @@ class ClassifierObjective:
         self.model: Classifier = Classifier(config.model, len(classes)).to(memory_format=torch.channels_last)
         self.sample_size = {"pixels": self.config.unet.image_size**2}
         self.state: Tensors = {}
+        self.share = ClassShare(len(classes))
         self._sums: dict[bool, Tensor | None] = {True: None, False: None}  # [NUM_BUCKETS, 3]: losses, correct, samples
 
     def prepare(self, batch: Batch) -> Tensors:
@@ -64,9 +66,10 @@ class ClassifierObjective:
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         logits = network(diffusion.q_sample(x0, t, noise), t).float()  # [B, K]
         has_class = label < len(self.classes)  # [B]
-        losses = -logits.log_softmax(dim=1).gather(1, label.clamp(max=len(self.classes) - 1)[:, None])[:, 0] * has_class
+        losses = F.cross_entropy(logits, label.clamp(max=len(self.classes) - 1), reduction="none") * has_class  # [B]
+        self.share.add(network.training, label)
         self._add(network.training, t, losses.detach(), logits.argmax(dim=1) == label, has_class)
-        return losses.sum() / has_class.sum().clamp(min=1)
+        return losses.sum().div(has_class.sum().clamp(min=1))
 
     def metrics(self, training: bool) -> dict[str, float]:
         """Loss and accuracy by range of timesteps; `relative_loss` is that of the least noisy images, since the class of the
@@ -75,7 +78,7 @@ class ClassifierObjective:
         if sums is None:
             return {}
         self._sums[training] = None
-        values = {}
+        values = self.share.take(training)
         total = self.model.diffusion.num_timesteps
         for bucket, (loss, correct, count) in enumerate((parallel.all_reduce_sum(sums) if training else sums).tolist()):
             first, end = (index * total // NUM_BUCKETS for index in (bucket, bucket + 1))
@@ -126,7 +129,7 @@ CLASSIFIER = Part(
     config=ClassifierStageConfig,
     build=_build,
     objective=_objective,
-    reads=lambda _: {"images": ("jpg",), "embeddings": ("caption",)},
+    reads=lambda config: reads_classes(config.classes),
     network=_network,
     needs=(),
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
 from unclip.models.image_denoiser import ImageDenoiser, ImageDenoiserConfig, ImageDenoiserSampling
-from unclip.systems.classes import Classes, ClassesConfig, find_classes, reads_classes
+from unclip.systems.classes import Classes, ClassesConfig, ClassShare, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training.batches import load_images
 from unclip.training.diffusion_loss import DiffusionLoss, bernoulli, device_of, measure_scores
@@ -52,6 +52,7 @@ class DenoiserObjective:
         self.process = DiffusionLoss(self.model.diffusion)
         self.sample_size = {"pixels": self.config.unet.image_size**2}
         self.state = self.process.timesteps.state
+        self.share = ClassShare(len(classes))
         self._preview, self._preview_sampling = self.prepare(preview), config.preview
         self._measures_bits_per_dim = config.measures_bits_per_dim
 
@@ -65,6 +66,7 @@ class DenoiserObjective:
         x0, label = tensors["images"], tensors.get("label")
         draw = self.process.draw(x0, generator, network.training)
         if label is not None:
+            self.share.add(network.training, label)
             label = label.masked_fill(bernoulli(x0, self.config.class_drop_prob, generator), len(self.classes))
         return self.process.mean_loss(lambda x_t, t: network(x_t, t, label), x0, draw)
 
@@ -72,7 +74,7 @@ class DenoiserObjective:
         self.process.learn(step_taken)
 
     def metrics(self, training: bool) -> dict[str, float]:
-        return self.process.take(training)
+        return {**self.process.take(training), **self.share.take(training)}
 
     def preview(self, model: nn.Module) -> Tensor:
         """The original images, then samples of their classes."""

@@ -185,6 +185,7 @@ def test_a_classifier_learns_from_images_with_a_class_only(rows: RowReader) -> N
     only_without = {"images": tensors["images"][-1:], "label": tensors["label"][-1:]}
     assert objective.loss(objective.model, only_without, torch.Generator().manual_seed(0)) == 0
     found = objective.metrics(True)
+    assert found["share_with_class"] == pytest.approx((3 * 31) / (3 * 32 + 1))
     assert {"relative_loss", "accuracy_t_0000_0004", "loss_t_0015_0019"} <= set(found) and objective.metrics(True) == {}
     with pytest.raises(ConfigError, match="got no classes"):
         ClassifierObjective(CLASSIFIER_CONFIG, Classes())
@@ -203,6 +204,13 @@ def test_a_classifier_can_memorise_a_few_rows(rows: RowReader) -> None:
         objective.loss(objective.model, tensors, generator).backward()
         optimizer.step()
     assert objective.metrics(True)["relative_loss"] < 0.15
+
+
+def test_a_training_tells_the_share_of_images_with_a_class(rows: RowReader) -> None:
+    objective = DenoiserObjective(DENOISER_CONFIG, CLASSES, rows.read(np.arange(2)))
+    for _ in range(2):
+        objective.loss(objective.model, objective.prepare(read(rows)), torch.Generator().manual_seed(0))
+    assert objective.metrics(True)["share_with_class"] == 31 / 32 and objective.metrics(True) == {}
 
 
 def test_models_are_built_from_their_facts(models: dict[str, str]) -> None:
