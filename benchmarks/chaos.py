@@ -43,7 +43,7 @@ MAX_BYTES = 2_000_000
 HANG_SECONDS = 20.0
 SHARES = {"tarpit": 0.1, "dead_name": 0.1, "reset": 0.05, "bomb": 0.01, "large": 0.01}
 """Kind of hostile row -> its share of the list."""
-EXPECTED = {
+EXPECTED: dict[str, set[str | None]] = {
     "image": {None},
     "tarpit": {"timeout", "site_unreachable"},
     "dead_name": {"dns_timeout", "site_unreachable"},
@@ -180,9 +180,7 @@ def run_apart(settings: Settings) -> dict[str, Any]:
             raise SystemExit(f"the download ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
         result = json.loads(Path(folder, "result.json").read_text())
     counts = result["counts"]
-    unexpected = {
-        kind: reasons for kind, reasons in counts.items() if not set(reasons) <= set(map(str, EXPECTED[kind]))
-    }
+    unexpected = {kind: found for kind, found in counts.items() if not set(found) <= {*map(str, EXPECTED[kind])}}
     if unexpected:
         raise SystemExit(f"unexpected reasons: {unexpected}")
     healthy = counts["image"].get("None", 0)

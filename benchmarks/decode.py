@@ -6,6 +6,7 @@ Times are CPU seconds of the process on one thread, so other load on the machine
 """
 
 import argparse
+import functools
 import io
 import os
 import time
@@ -44,6 +45,7 @@ def decoders(image_size: int, jpeg_quality: int) -> dict[str, Decoder]:
 
     def opencv(data: bytes) -> int:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert image is not None
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         return len(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality])[1])
 
@@ -76,9 +78,8 @@ def main() -> None:
     images = measure.photographs(arguments.pictures)
     candidates = decoders(arguments.image_size, arguments.jpeg_quality)
     sizes = {name: decoder(images[0]) for name, decoder in candidates.items()}  # warms up, too
-    figures = measure.interleave(
-        {name: lambda decoder=decoder: speed(decoder, images) for name, decoder in candidates.items()}, arguments.rounds
-    )
+    contenders = {name: functools.partial(speed, decoder, images) for name, decoder in candidates.items()}
+    figures = measure.interleave(contenders, arguments.rounds)
     print(measure.machine("pillow", "opencv-python-headless", "img2dataset"))
     print(f"{arguments.pictures} JPEGs of 640x480 to {arguments.image_size} px, {arguments.rounds} rounds\n")
     print(f"{'':12} {'images/s and core':>26}  {'KB':>5}  unclip is faster by")

@@ -16,17 +16,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from benchmarks import measure
 
 ROOT = Path(__file__).resolve().parent.parent
+ROWS_PER_FILE = 1000
 CAPTION = "soft clouds of many colours above a wide plain, picture {} of a long row"
 
 
 def write_images(folder: str, pairs: int, image_size: int) -> list[str]:
-    """Write an images table like the download stage, in files of 1,000 rows; return their paths."""
+    """Write an images table like the download stage, in files of `ROWS_PER_FILE` rows; return their paths."""
     from PIL import Image
 
     from tasks import tables
@@ -39,7 +41,7 @@ def write_images(folder: str, pairs: int, image_size: int) -> list[str]:
         Image.open(io.BytesIO(data)).resize((width, image_size)).save(buffer, "JPEG", quality=95, subsampling=0)
         images.append(buffer.getvalue())
     paths = []
-    for start in range(0, pairs, 1000):
+    for start in range(0, pairs, ROWS_PER_FILE):
         rows = [
             {
                 "key": key_of(number),
@@ -47,7 +49,7 @@ def write_images(folder: str, pairs: int, image_size: int) -> list[str]:
                 "status": "ok",
                 "jpg": images[number % len(images)],
             }
-            for number in range(start, min(start + 1000, pairs))
+            for number in range(start, min(start + ROWS_PER_FILE, pairs))
         ]
         paths.append(f"{folder}/images-{start}.parquet")
         tables.write_file(paths[-1], pa.Table.from_pylist(rows, schema=IMAGES))
@@ -65,31 +67,30 @@ class Actor:
         import ray
 
         from tasks.stage import Artifact
-        from tasks.stages.embed import EmbedConfig, Embedder
+        from tasks.stages.embed import EmbedConfig, Embedder, Shard
 
-        self.images = write_images(folder, arguments.pairs, arguments.image_size)
-        self.keys = [key_of(number) for number in range(arguments.pairs)]
-        self.folder = folder
-        self.rounds = 0
+        paths = write_images(folder, arguments.pairs, arguments.image_size)
+        num_rows = [min(ROWS_PER_FILE, arguments.pairs - start) for start in range(0, arguments.pairs, ROWS_PER_FILE)]
+        self.shards = [Shard(path, np.arange(count)) for path, count in zip(paths, num_rows, strict=True)]
+        self.num_pairs: int = arguments.pairs
+        self.table = f"{folder}/embeddings"
         clip = Artifact("clip", "", "", "", {"model": arguments.model, "pretrained": None}, 0.0)
-        config = EmbedConfig(arguments.batch_size, arguments.precision, len(self.keys))
+        config = EmbedConfig(arguments.batch_size, arguments.precision)
         ray.init(num_cpus=arguments.threads, include_dashboard=False, log_to_driver=False)
         cpus, gpus = arguments.threads, torch.cuda.device_count() and 1
-        self.make = lambda: Embedder.options(num_cpus=cpus, num_gpus=gpus).remote(
-            clip, config, self.images, f"{self.folder}/embeddings", arguments.threads
-        )
-        self.actor = self.make()
+        embedder: Any = Embedder
+        self.actor = embedder.options(num_cpus=cpus, num_gpus=gpus).remote(clip, config, self.table, arguments.threads)
         self.pid = ray.get(self.actor.__ray_call__.remote(lambda _: os.getpid()))
-        ray.get(self.actor.embed.remote(self.keys[: arguments.batch_size]))
+        ray.get(self.actor.embed.remote(Shard(paths[0], np.arange(arguments.batch_size))))
 
     def pairs_per_second(self) -> float:
         import ray
 
-        for path in Path(self.folder, "embeddings").glob("*.parquet"):
+        for path in Path(self.table).glob("*.parquet"):
             path.unlink()  # existing parts are not written again
         started = time.monotonic()
-        ray.get(self.actor.embed.remote(self.keys))
-        return len(self.keys) / (time.monotonic() - started)
+        ray.get([self.actor.embed.remote(shard) for shard in self.shards])
+        return self.num_pairs / (time.monotonic() - started)
 
 
 _bare: dict[str, Any] = {}

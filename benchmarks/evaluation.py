@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
+from tasks.snapshots import MAX_HELDOUT
 from tasks.stages.evaluate import (
-    MAX_REFERENCE,
     EvaluateConfig,
     Measured,
     measure_batch,
@@ -58,7 +58,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     clip, num_shown = random_clip(arguments.embedding_dim), EvaluateConfig().num_images
     captions = unseen_captions(arguments.num_images, seed=0)
-    reference = F.normalize(torch.randn(MAX_REFERENCE, arguments.embedding_dim), dim=1)
+    reference = F.normalize(torch.randn(MAX_HELDOUT, arguments.embedding_dim), dim=1)
     process, started = os.getpid(), time.monotonic()
     peaks, sizes = {"before the first batch": measure.peak_rss(process)}, []
 

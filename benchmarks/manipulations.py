@@ -160,6 +160,8 @@ def main() -> None:
     parser.add_argument("--only", choices=MEASUREMENTS, help="measure only this manipulation")
     arguments = parser.parse_args()
     stack = load_system(find_stack(arguments.storage, None))
+    if not isinstance(stack, Stack):
+        parser.error(f"--storage: got a stack of another system than unclip in {arguments.storage}")
     for name, measure in MEASUREMENTS.items():
         if arguments.only not in (None, name):
             continue

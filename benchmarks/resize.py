@@ -46,7 +46,10 @@ def ideal(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     width, height = size
     low = dctn(pixels.astype(np.float64), axes=(0, 1), norm="ortho")[:height, :width]
-    return (idctn(low, axes=(0, 1), norm="ortho") * np.sqrt(width * height / pixels[..., 0].size)).clip(0, 255)
+    shrunk: np.ndarray = (idctn(low, axes=(0, 1), norm="ortho") * np.sqrt(width * height / pixels[..., 0].size)).clip(
+        0, 255
+    )
+    return shrunk
 
 
 def zone_plate(width: int, height: int) -> np.ndarray:

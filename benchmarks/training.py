@@ -222,7 +222,7 @@ def our_decoder(size: Size, arguments: argparse.Namespace) -> Training:
 def new_decoder(size: Size) -> DecoderObjective:
     """Create a decoder without captions, since the U-Nets of the others also get only the image embedding."""
     statistics = EmbeddingStatistics.of(image_embeddings(size, 1000))
-    black = {
+    black: dict[str, list[Any]] = {
         "jpg": [_jpeg(np.zeros((8, 8, 3), np.uint8))],
         "image_embedding": [np.zeros(size.embedding_dim, np.float32)],
     }
@@ -238,7 +238,7 @@ def ours(
     """Train an objective on tensors in memory."""
     device = torch.device(arguments.device)
     objective.model.to(device)
-    objective.prepare = lambda _: tensors  # type: ignore[method-assign]
+    objective.prepare = lambda batch: tensors  # type: ignore[method-assign]
     generator = torch.Generator(device).manual_seed(0)
     return Training(
         lambda batches: train(objective, InMemory(batches), batch_size, arguments),

@@ -15,7 +15,7 @@ from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.preset import results_name
-from pipelines.records import close_run, heartbeat, open_run, record_cluster
+from pipelines.records import close_run, heartbeat, open_run, record_cluster, tracking_uri
 from pipelines.shadows import refuse_shadows
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.takedowns import carry_out_recorded, print_carried_out
@@ -61,6 +61,7 @@ def run_pipeline(
     except ImportError as error:
         raise ConfigError(str(error)) from None
     started, store = time.monotonic(), Store(config.storage)
+    tracking_uri(config)  # raises if there can be none, before an object store is asked for anything
     with contextlib.suppress(AlreadyRunningError):  # that run carries them out
         print_carried_out(store, carry_out_recorded(store))
     prepared = prepare(config, retry_failed)

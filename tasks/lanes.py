@@ -33,6 +33,7 @@ WAITING_PER_TASK = 3
 ATTEMPTS = 3
 """Attempts at a shard whose task hangs. If a task raises or its process dies, Ray itself retries it twice."""
 _MAX_CHECK_SECONDS = 30.0  # between two checks of the heartbeats
+_LONG_WAIT_SECONDS = 2.0
 _LEAST_COUNTED = 4  # rows of a site in a range, so that the counts of a long list remain few
 _MOST_ROWS_OF_URL = 1000  # in one shard, even if shards are smaller
 _ORIGIN = r"^(?P<origin>https?://[^/?#\\\s]+)(?:[/?#]|$)"
@@ -265,8 +266,9 @@ def _combined(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 class _Attempt:
     """A running task."""
 
-    order: tuple[int, int, int]
-    """Negative number of rows left in its lane; number of the lane; position in it."""
+    order: tuple[bool, int, int, int]
+    """False if the shard before it waited for long; negative number of rows left in its lane; number of the lane; position
+    in it."""
     number: int
     generator: ray.ObjectRefGenerator | None
     """The task, if it is a generator; else None."""
@@ -275,8 +277,8 @@ class _Attempt:
     """Monotonic time of the last change of the heartbeat; infinite before the first."""
     is_cancelled: bool = False
     """True once it was cancelled."""
-    waits: bool = False
-    """True once it said that it only waits."""
+    waits_since: float = math.inf
+    """Monotonic time at which it said that it only waits; infinite before."""
 
 
 def run_in_lanes(
@@ -290,8 +292,9 @@ def run_in_lanes(
 ) -> None:
     """Run a task for each shard, one per lane, and at most `limit` that work, besides `WAITING_PER_TASK` * `limit` that wait.
 
-    The lane with the most rows left goes first, since it takes longest. A task whose process or node hangs is killed and its
-    shard started again; if the task continues nevertheless, its result is discarded.
+    The lane with the most rows left goes first, since it takes longest; before it, lanes whose last shard waited for long, as
+    they take longer than their rows say and cost little meanwhile. A task whose process or node hangs is killed and its shard
+    started again; if the task continues nevertheless, its result is discarded.
 
     Args:
         start: returns the reference of a task's result, or a generator of None and the result; from the None on, it only waits.
@@ -304,7 +307,7 @@ def run_in_lanes(
         StageError: a task or `on_done` failed, or a task hung `ATTEMPTS` times. No further tasks start then, but running
             tasks finish and `on_done` is called for them.
     """
-    waiting = [((-sum(shard.rows for shard in lane), number, 0), 1) for number, lane in enumerate(lanes) if lane]
+    waiting = [((True, -sum(shard.rows for shard in lane), number, 0), 1) for number, lane in enumerate(lanes) if lane]
     heapq.heapify(waiting)
     running: dict[Any, _Attempt] = {}
     num_done = 0
@@ -313,7 +316,8 @@ def run_in_lanes(
     while True:
         while failure is None and _has_slot(running.values(), limit) and waiting and not is_over():
             order, attempt_number = heapq.heappop(waiting)
-            task = start(lanes[order[1]][order[2]])
+            *_, number, position = order
+            task = start(lanes[number][position])
             generator = task if isinstance(task, ray.ObjectRefGenerator) else None
             running[task] = _Attempt(order, attempt_number, generator)
         if not running:
@@ -332,7 +336,7 @@ def run_in_lanes(
             *(task for task in hung if time.monotonic() - running[task].changed_at > 2 * stall_seconds),
         ]:
             attempt = running.pop(task)
-            rows_left, number, position = attempt.order
+            _, rows_left, number, position = attempt.order
             shard = lanes[number][position]
             try:
                 if task is attempt.generator:
@@ -342,7 +346,7 @@ def run_in_lanes(
                     continue
                 result = ray.get(task, timeout=0)
                 if result is None and attempt.generator is not None:
-                    attempt.waits = True
+                    attempt.waits_since = time.monotonic()
                     running[attempt.generator] = attempt
                     continue
             except (ray.exceptions.RayError, TimeoutError) as error:
@@ -359,7 +363,8 @@ def run_in_lanes(
             except Exception as error:  # running tasks end before the stage does
                 failure = failure or StageError(f"its result cannot be committed: {error}")
             if position + 1 < len(lanes[number]):
-                heapq.heappush(waiting, ((rows_left + shard.rows, number, position + 1), 1))
+                was_quick = time.monotonic() - attempt.waits_since < _LONG_WAIT_SECONDS
+                heapq.heappush(waiting, ((was_quick, rows_left + shard.rows, number, position + 1), 1))
     if failure is not None:
         cause = reason_of(getattr(failure, "cause", failure), -1)
         raise StageError(
@@ -369,7 +374,7 @@ def run_in_lanes(
 
 
 def _has_slot(running: Collection[_Attempt], limit: int) -> bool:
-    num_working = sum(not attempt.waits for attempt in running)
+    num_working = sum(attempt.waits_since == math.inf for attempt in running)
     return num_working < limit and len(running) < (1 + WAITING_PER_TASK) * limit
 
 
@@ -377,7 +382,8 @@ def _hangs(attempt: _Attempt, lanes: Lanes, heartbeat: Callable[[Shard], Any], s
     """Read a task's heartbeat; return True if it has not changed for `stall_seconds`."""
     now, before = time.monotonic(), attempt.heartbeat
     if not attempt.is_cancelled:
-        attempt.heartbeat = heartbeat(lanes[attempt.order[1]][attempt.order[2]])
+        *_, number, position = attempt.order
+        attempt.heartbeat = heartbeat(lanes[number][position])
     if attempt.heartbeat != before:
         attempt.changed_at = now
     return attempt.heartbeat is not None and now - attempt.changed_at > stall_seconds

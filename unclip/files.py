@@ -34,6 +34,7 @@ CHECKSUM = "checksum"
 """Key of the checksum in JSON objects."""
 _TEMPORARY = ".tmp"
 _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_GCS_RETRY_SECONDS = 60  # of the client of gs://, whose default is 15 minutes for each operation
 _FILE_URI = re.compile(r"file:(?://(?:localhost)?)?(/.*)", re.DOTALL | re.IGNORECASE)
 _URI = re.compile(r"[A-Za-z][\w+.-]*:/")
 
@@ -66,15 +67,19 @@ def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
             f"{shown}: given with credentials, which would be stored with it. Leave them out, and set "
             f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or GOOGLE_APPLICATION_CREDENTIALS."
         )
+    limit = f"?retry_limit_seconds={_GCS_RETRY_SECONDS}" if uri.startswith("gs://") else ""
     try:
-        return pafs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+        return pafs.FileSystem.from_uri(uri + limit)  # type: ignore[no-any-return]
     except (ValueError, OSError) as error:
         raise StorageError(f"{uri}: {reason_of(error)}. Give a folder or an s3:// or gs:// URI.") from None
 
 
 def with_retries(uri: str, action: Callable[[], T]) -> T:
-    """Run a file operation; object stores fail transiently, so there it is tried up to six times."""
-    for attempt in range(5 if "://" in uri else 0):
+    """Run a file operation; object stores fail transiently, so there it is tried up to six times.
+
+    The client of gs:// tries again by itself, for `_GCS_RETRY_SECONDS`.
+    """
+    for attempt in range(5 if "://" in uri and not uri.startswith("gs://") else 0):
         try:
             return action()
         except FileNotFoundError:

@@ -124,19 +124,6 @@ class _UnderWay:
     """Sum of the monotonic times at which they started."""
 
 
-@dataclasses.dataclass
-class _UnderWay:
-    """Requests to one site that have not ended."""
-
-    number: int = 0
-    starts: float = 0.0
-    """Sum of the monotonic times of their starts."""
-
-    def seconds(self, now: float) -> float:
-        """Time that they have taken so far, in all."""
-        return self.number * now - self.starts
-
-
 class Spent(NamedTuple):
     """Budget of a site as one process leaves it to the next."""
 

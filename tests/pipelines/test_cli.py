@@ -288,6 +288,7 @@ def test_help(command: str) -> None:
     assert result.returncode == 0 and "Usage:" in result.stdout and "--storage" in result.stdout
 
 
+@pytest.mark.timeout(60)  # nothing asks the store
 def test_an_object_store_needs_a_server_for_mlflow(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     result = unclip("run", "text_to_image", "--set", f"ingest.urls={pairs}", "--storage", "gs://bucket/prefix")

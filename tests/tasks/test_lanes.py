@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import ray
 
+from tasks import lanes as lanes_module
 from tasks import ranges, tables
 from tasks.lanes import WAITING_PER_TASK, Shard, hashed_lane, list_rows, plan_shards, run_in_lanes, shard_uri, sites
 from tasks.untrusted import domains
@@ -296,7 +297,6 @@ def wait_for_others(shard: Shard, folder: str, others: Sequence[str]) -> Iterato
     while not all(Path(folder, name).exists() for name in others):
         assert time.monotonic() < deadline, f"{others} never ran"
         time.sleep(0.02)
-    Path(folder, shard.name).touch()
     yield shard.rows
 
 
@@ -313,8 +313,40 @@ def test_f65_tasks_that_only_wait_give_their_slot_to_another_lane(tmp_path: Path
         assert len(started) - len(results) <= 1 + WAITING_PER_TASK
         return wait_for_others.remote(shard, str(tmp_path), others[shard.name])
 
-    run_in_lanes(lanes, 1, start, lambda _, result: results.append(result))
+    def on_done(shard: Shard, result: int) -> None:
+        results.append(result)
+        (tmp_path / shard.name).touch()
+
+    run_in_lanes(lanes, 1, start, on_done)
     assert sorted(results) == [1, 2, *[3] * len(slow)] and started[: len(slow) + 1] == [*slow, "quick"]
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def work_until(shard: Shard, path: str) -> int:
+    """Work until a file is there."""
+    deadline = time.monotonic() + 20
+    while path and not Path(path).exists():
+        assert time.monotonic() < deadline, f"{path} was never written"
+        time.sleep(0.02)
+    return shard.rows
+
+
+def test_f65_a_lane_whose_shards_wait_for_long_goes_on_before_larger_lanes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes_module, "_LONG_WAIT_SECONDS", 0.0)
+    lanes = [[Shard("slow1", 30), Shard("slow2", 1)], [Shard(f"quick{number}", 10) for number in (1, 2, 3)]]
+    started: list[str] = []
+
+    def start(shard: Shard) -> Any:
+        started.append(shard.name)
+        if shard.name.startswith("slow"):
+            return wait_for_others.remote(shard, str(tmp_path), ["quick1"])
+        return work_until.remote(shard, str(tmp_path / "slow1") if shard.name == "quick2" else "")
+
+    # One slot: quick2 holds it until slow1 is done, then slow2 and quick3 are left.
+    run_in_lanes(lanes, 1, start, lambda shard, _: (tmp_path / shard.name).touch())
+    assert started == ["slow1", "quick1", "quick2", "slow2", "quick3"]
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")

@@ -176,10 +176,10 @@ def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Pat
     with scene_server.serve(longer) as server:
         config = download_config(scenes)
         first = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, scenes, count)]))
-        assert (first.facts["fetched_now"], first.facts["images_version"]) == (20, 0)
+        assert (first.facts["fetched_now"], first.facts["images_version"]) == (20, 1)
         server.requests.clear()
         second = done(execute(Call(download, config), run(tmp_path), [run_ingest(tmp_path, longer, count)]))
-        assert (second.facts["fetched_now"], second.facts["images_version"]) == (6, 1)
+        assert (second.facts["fetched_now"], second.facts["images_version"]) == (6, 2)
         assert sum(server.requests.values()) == 6 == len(server.requests)
         server.requests.clear()
         # A setting that does not affect images: nothing is fetched, no version is added, and the content is the same.
@@ -190,7 +190,7 @@ def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Pat
                 [run_ingest(tmp_path, longer, count)],
             )
         )
-        assert (again.facts["fetched_now"], again.facts["images_version"], again.digest) == (0, 1, second.digest)
+        assert (again.facts["fetched_now"], again.facts["images_version"], again.digest) == (0, 2, second.digest)
         assert not server.requests
     assert second.digest != first.digest
     assert_indexed(first)
@@ -202,7 +202,7 @@ def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Pat
         shards = [shard for lane in plan["lanes"] for shard in lane]
         assert all(len(name) == 32 and rows <= 20 for name, rows in shards)
         assert sum(rows for _, rows in shards) == stage.facts["fetched_now"]
-    assert tables.read(first.uri, 0).num_rows == 20 and tables.read(first.uri).num_rows == 26
+    assert tables.read(first.uri, 1).num_rows == 20 and tables.read(first.uri).num_rows == 26
 
 
 KILLED = """
@@ -448,7 +448,7 @@ def test_transient_failures_are_retried_on_request(cluster: None, tmp_path: Path
         assert set(server.requests) and all("picture" not in path for path in server.requests)
     transient = [reason for reason in outcomes(images).values() if reason and TRANSIENT.fullmatch(reason)]
     assert third.facts["fetched_now"] == len(transient) > 0
-    assert tables.read(images.uri)["key"].to_pylist() == tables.read(offline.uri, 0)["key"].to_pylist()
+    assert tables.read(images.uri)["key"].to_pylist() == tables.read(offline.uri, 1)["key"].to_pylist()
 
 
 def with_list(folder: Path, *lists: Artifact) -> Artifact:
