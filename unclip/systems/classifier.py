@@ -106,8 +106,9 @@ class ClassifierObjective:
 
 
 def _build(facts: Mapping[str, Any]) -> Classifier:
-    model = Classifier(load(ClassifierConfig, facts["config"]), len(facts["classes"]))
-    model.class_names = tuple(facts["classes"])
+    classes = Classes(facts["classes"])
+    model = Classifier(load(ClassifierConfig, facts["config"]), len(classes))
+    model.class_names = classes.names
     return model
 
 

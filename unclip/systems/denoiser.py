@@ -101,8 +101,9 @@ class DenoiserObjective:
 
 
 def _build(facts: Mapping[str, Any]) -> ImageDenoiser:
-    model = ImageDenoiser(load(ImageDenoiserConfig, facts["config"]), len(facts["classes"]))
-    model.class_names = tuple(facts["classes"])
+    classes = Classes(facts["classes"])
+    model = ImageDenoiser(load(ImageDenoiserConfig, facts["config"]), len(classes))
+    model.class_names = classes.names
     return model
 
 

@@ -145,9 +145,9 @@ def _objective(config: UpsamplerStageConfig, inputs: TrainingInputs) -> Upsample
 
 
 def _build(facts: Mapping[str, Any]) -> Upsampler:
-    names = facts.get("classes", ())
-    model = Upsampler(load(UpsamplerConfig, facts["config"]), len(names))
-    model.class_names = tuple(names)
+    classes = Classes(facts.get("classes", ()))
+    model = Upsampler(load(UpsamplerConfig, facts["config"]), len(classes))
+    model.class_names = classes.names
     return model
 
 

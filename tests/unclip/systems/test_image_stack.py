@@ -14,7 +14,7 @@ from unclip import imaging
 from unclip.config import to_dict
 from unclip.data import Batch, RowReader, Source
 from unclip.diffusion.process import DiffusionConfig
-from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.errors import CheckpointError, ConfigError, InputError, UnclipError
 from unclip.evaluation import scenes
 from unclip.models.classifier import ClassifierConfig
 from unclip.models.degradations import DegradationConfig, gaussian_blur, shrink
@@ -217,6 +217,15 @@ def test_models_are_built_from_their_facts(models: dict[str, str]) -> None:
     for name, part in (("denoiser", DENOISER), ("classifier", CLASSIFIER)):
         model: Any = load_model(models[name], [part])
         assert model.class_names == SCENE_CLASSES and model.num_classes == 20
+
+
+@pytest.mark.parametrize("classes", [7, None, [1, 2], ["red", "red"], ["!"], {"red": 1}])
+def test_damaged_classes_are_refused(models: dict[str, str], tmp_path: Path, classes: Any) -> None:
+    for name, part in (("denoiser", DENOISER), ("classifier", CLASSIFIER)):
+        tensors, facts = checkpoints.load(models[name])
+        checkpoints.save(str(tmp_path / name), tensors, {**facts, "classes": classes})
+        with pytest.raises(UnclipError):
+            load_model(str(tmp_path / name), [part])
 
 
 # Cascades
