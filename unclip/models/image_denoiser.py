@@ -32,6 +32,11 @@ class ImageDenoiserConfig:
     def __post_init__(self) -> None:
         require(0 <= self.class_drop_prob < 1, "class_drop_prob", self.class_drop_prob, "a probability below 1")
 
+    @property
+    def inpainting(self) -> bool:
+        """False: the network reads no known pixels, which inpainting restores after every step instead."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageDenoiserSampling(DiffusionSampling):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from unclip.diffusion.guidance import LogProbability
-from unclip.errors import CheckpointError, ConfigError
+from unclip.diffusion.samplers import OnStep, undisturbed
+from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.models.classifier import Classifier, log_probability
 from unclip.models.image_denoiser import ImageDenoiser, ImageDenoiserSampling
 from unclip.models.upsampler import Upsampler
@@ -79,7 +80,6 @@ class ImageStack(UpsampledSystem):
         """Check that captions belong to classes, if there are any; see `system.ChecksCaptions`."""
         self.classes.check(captions)
 
-    @torch.no_grad()
     def sample(self, captions: Sequence[str], sampling: ImageStackSampling, generator: torch.Generator) -> Tensor:
         """Sample one image of each caption's class, [len(captions), 3, S, S] in [-1, 1].
 
@@ -89,11 +89,41 @@ class ImageStack(UpsampledSystem):
             ConfigError: the settings guide by a classifier that there is not, or are for an upsampler that there is not.
         """
         self.check_sampling(sampling)
-        label = self.classes.labels(captions).to(self.device) if len(self.classes) else None  # [B]
+        images = self.sample_small(captions, sampling, generator)
+        return self.upsample(images, sampling, generator, label=self.labels(captions))
+
+    @property
+    def small_network(self) -> ImageDenoiser:
+        return self.denoiser
+
+    def small_steps(self, sampling: ImageStackSampling) -> int:
+        return sampling.denoiser.num_steps
+
+    def labels(self, captions: Sequence[str]) -> Tensor | None:
+        return self.classes.labels(captions).to(self.device) if len(self.classes) else None
+
+    @torch.no_grad()
+    def sample_small(
+        self,
+        captions: Sequence[str],
+        sampling: ImageStackSampling,
+        generator: torch.Generator,
+        *,
+        negative: Sequence[str] | None = None,
+        known: Tensor | None = None,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor:
+        """Sample small images [B, 3, s, s]; this system reads neither negative captions nor known pixels."""
+        if negative is not None or known is not None:
+            raise InputError(
+                "sample: got negative captions or known pixels, expected none: this system reads classes only."
+            )
+        label = self.labels(captions)  # [B]
         target = self._log_probability(label) if sampling.denoiser.classifier_scale else None
         with autocast(sampling.precision, self.device):
-            images = self.denoiser.sample(len(captions), label, sampling.denoiser, target, generator=generator)
-        return self.upsample(images, sampling, generator, label=label)
+            return self.denoiser.sample(
+                len(captions), label, sampling.denoiser, target, generator=generator, on_step=on_step
+            )
 
     def _log_probability(self, label: Tensor | None) -> LogProbability:
         """Log probability of the labels by the classifier; 0 for images without a class."""

@@ -251,6 +251,10 @@ class UpsampledSystem(nn.Module):
         """Sampling steps of that network."""
         raise NotImplementedError
 
+    def labels(self, captions: Sequence[str]) -> Tensor | None:
+        """Classes of the captions, [B] int64, for upsamplers that read them; None for systems without classes."""
+        return None
+
     def sample_small(
         self,
         captions: Sequence[str],

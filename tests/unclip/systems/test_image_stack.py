@@ -25,6 +25,7 @@ from unclip.systems.classes import SCENE_CLASSES, Classes
 from unclip.systems.classifier import CLASSIFIER, ClassifierObjective, ClassifierStageConfig
 from unclip.systems.denoiser import DENOISER, DenoiserObjective, DenoiserStageConfig
 from unclip.systems.image_stack import ImageStack, ImageStackSampling
+from unclip.systems.inpainting import inpaint
 from unclip.systems.system import StackFiles, load_model, load_system, sample_batch, sample_captions, save_stack
 from unclip.systems.upsampler import UpsamplerObjective
 from unclip.training import checkpoints, trainer
@@ -226,6 +227,20 @@ def test_damaged_classes_are_refused(models: dict[str, str], tmp_path: Path, cla
         checkpoints.save(str(tmp_path / name), tensors, {**facts, "classes": classes})
         with pytest.raises(UnclipError):
             load_model(str(tmp_path / name), [part])
+
+
+def test_inpainting_follows_the_class_and_keeps_the_known_pixels(stack: ImageStack) -> None:
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    known = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    known[:, :, :, 4:] = False
+    captions = ["red circle", "blue star"]
+    samples = inpaint(stack, images, known, captions, seed=1)
+    assert torch.equal(samples.where(known, torch.zeros(())), images.where(known, torch.zeros(())))
+    assert not torch.equal(samples, inpaint(stack, images, known, captions[::-1], seed=1))
+    with pytest.raises(InputError, match="belongs to no class"):
+        inpaint(stack, images, known, ["red circle", "a dog"])
+    with pytest.raises(InputError, match="reads classes only"):
+        inpaint(stack, images, known, captions, negative=captions)
 
 
 # Cascades
