@@ -186,12 +186,12 @@ def resident_bytes() -> int:
 def test_f137_ddp_makes_no_copy_of_the_gradients(tmp_path: Path) -> None:
     """Oracle: the memory that this process gains in two steps of a model of 144 MiB."""
     width, depth = 3072, 4
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
+    model, x = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))), torch.randn(1, width)
+    model(x)  # threads and workspaces
+    before = resident_bytes()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        network, x = parallel.distribute(model, "ddp", parallel.Workers(0, 2)), torch.randn(1, width)
-        network(x)  # threads and workspaces
-        before = resident_bytes()
+        network = parallel.distribute(model, "ddp", parallel.Workers(0, 2))
         for _ in range(2):
             network(x).sum().backward()
         gained = resident_bytes() - before
