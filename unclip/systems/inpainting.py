@@ -15,7 +15,7 @@ from unclip.diffusion import samplers
 from unclip.errors import ShapeError
 from unclip.models.degradations import shrink
 from unclip.models.small_images import known_region
-from unclip.systems.system import seeded
+from unclip.systems.system import ChecksCaptions, seeded
 from unclip.systems.upsampler import UpsampledSampling, UpsampledSystem
 
 __all__ = ["Progress", "UpsampledSystem", "counting", "inpaint", "no_progress", "num_steps"]
@@ -74,9 +74,12 @@ def inpaint(
         [B, 3, S, S] float32 in [-1, 1], on the CPU.
 
     Raises:
-        InputError: there are negative captions, but no part that reads captions is guided.
+        InputError: there are negative captions, but no part that reads captions is guided; or the system cannot sample a
+            caption.
         ShapeError: images or masks have another shape, or the number of captions differs.
     """
+    if isinstance(system, ChecksCaptions):
+        system.check_captions(captions)
     settings, network = sampling or system.sampling, system.small_network
     size = system.image_size
     expected = (len(captions), 3, size, size), (len(captions), 1, size, size)
@@ -108,7 +111,8 @@ def inpaint(
             for upsampler in system.upsamplers
         ]
         on_step = [counting(progress, hold) for hold in holding]
-        sample = system.upsample(low_res, settings, generator, on_step=on_step)
+        label = system.labels(captions[part])
+        sample = system.upsample(low_res, settings, generator, on_step=on_step, label=label)
         samples.append(torch.where(keep, image, sample).cpu())
     return torch.cat(samples)
 
