@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import torch
 
 from pipelines import dag as dags
 from pipelines.config import load
@@ -23,23 +21,17 @@ from pipelines.dataset import DATASET_STAGE, PipelineConfig
 from pipelines.pipeline import Variant, compose, find_pipeline
 from pipelines.prepare import prepare
 from pipelines.preset import system_names
+from pipelines.real_images import measure_real_images
 from pipelines.run import run_pipeline
-from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
-from tasks.stages.evaluate import caption_groups, heldout_embeddings, heldout_pairs
 from tasks.store import Store
-from unclip import files, imaging
+from unclip import files
 from unclip.config import fingerprint, nearest, to_dict, without_operational
-from unclip.data import Places, RowReader
 from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
-from unclip.evaluation import scenes
-from unclip.evaluation.metrics import METRICS, Sampled, concatenate, extract_features
 from unclip.models import clip as clip_models
-from unclip.models.clip import Clip
 from unclip.models.text import TextShape
 from unclip.systems.part import Shapes
-from unclip.systems.system import ClipFiles, find_system
-from unclip.training.batches import load_images
+from unclip.systems.system import find_system
 from unclip.training.memory import Compute, count
 from unclip.training.settings import TrainerConfig
 
@@ -48,8 +40,6 @@ Equal = Literal["samples", "flop"]
 
 EVALUATE = "evaluate"
 REAL = "real images"
-BATCH = 64
-"""Real images that are measured at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,10 +367,18 @@ def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipErro
         StoppedError: asked to stop.
     """
     failures: dict[str, UnclipError] = {}
-    print(f"\n{pipeline}: the dataset of all systems", flush=True)
-    _run(pipeline, entries[0], DATASET_STAGE)
-    for number, entry in enumerate(entries, 1):
-        print(f"\n{entry.label} ({number} of {len(entries)})", flush=True)
+    for entry in entries:
+        try:
+            prepare(entry.config)
+        except UnclipError as error:
+            failures[entry.label] = error
+            print(f"{entry.label}: {error}", flush=True)
+    ready = [entry for entry in entries if entry.label not in failures]
+    if ready:
+        print(f"\n{pipeline}: the dataset of all systems", flush=True)
+        _run(pipeline, ready[0], DATASET_STAGE)
+    for number, entry in enumerate(ready, 1):
+        print(f"\n{entry.label} ({number} of {len(ready)})", flush=True)
         try:
             _run(pipeline, entry, EVALUATE)
         except StoppedError:
@@ -426,9 +424,9 @@ def collect(
         for name, artifact in artifacts.items():
             used.setdefault(name, set()).add(artifact.fingerprint)
         if not rows:
-            real, shown = real_images(entry.config, artifacts)
-            rows.append(real)
-            captions, keys = shown["caption"].to_pylist(), shown["key"].to_pylist()
+            real = measure_real_images(entry.config, artifacts["curate"], artifacts["clip"])
+            rows.append(Row(REAL, REAL, None, None, real.metrics, images=real.images, correct=real.correct))
+            captions, keys = real.captions, real.keys
             num_captions = dict(artifacts[EVALUATE].facts["captions"])
         rows.append(_row(entry, dag, artifacts))
     told = {label: str(error) for label, error in failures.items()}
@@ -451,63 +449,6 @@ def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
         images=np.load(io.BytesIO(files.read(kept["uri"])), allow_pickle=False),
         correct=kept["correct"],
     )
-
-
-def real_images(config: PipelineConfig, artifacts: Mapping[str, Artifact]) -> tuple[Row, pa.Table]:
-    """Measure real images like those of a system: held-out ones, and rendered ones for the other captions of scenes.
-
-    Returns:
-        Also the rows whose images it shows: key, caption.
-    """
-    snapshot, facts = Snapshot.of(artifacts["curate"].facts), artifacts["clip"].facts
-    clip, reference = ClipFiles(facts["model"], facts["pretrained"]).load(), heldout_embeddings(snapshot)
-    pairs, size = heldout_pairs(snapshot), config.download.image_size
-    reader = RowReader((snapshot.source("images", "jpg"),), Places([pairs]))
-    values: dict[str, dict[str, float]] = {}
-    shown: list[np.ndarray] = []
-    correct: list[bool] | None = None
-    groups = caption_groups(config.evaluate, pairs["caption"].to_pylist())
-    for group, captions in groups.items():
-        if group != "heldout" and any(scenes.parse_caption(caption) is None for caption in captions):
-            continue  # nothing shows what such an image looks like
-
-        def images(rows: range, group: str = group, captions: list[str] = captions) -> torch.Tensor:
-            if group == "heldout":
-                return load_images(reader.read(np.arange(rows.start, rows.stop))["jpg"], size)
-            return _rendered(captions[rows.start : rows.stop], rows.start, size)
-
-        batches = [range(start, min(start + BATCH, len(captions))) for start in range(0, len(captions), BATCH)]
-        features = []
-        for rows in batches:
-            pixels = images(rows)
-            features.append(_features(clip, pixels, captions[rows.start : rows.stop]))
-            if group == "heldout" and rows.start < config.evaluate.num_kept:
-                shown.append(imaging.to_uint8(pixels))
-        joined = concatenate(features, len(captions))
-        sampled = Sampled(captions, joined, reference)
-        values[group] = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
-        if group == "heldout" and joined.scenes is not None:
-            correct = joined.scenes.all_correct()[: config.evaluate.num_kept]
-    tiles = np.concatenate(shown)[: config.evaluate.num_kept]
-    return Row(REAL, REAL, None, None, values, images=tiles, correct=correct), pairs.slice(0, len(tiles))
-
-
-@torch.no_grad()
-def _features(clip: Clip, images: torch.Tensor, captions: list[str]) -> Any:
-    return extract_features(clip, images, captions)
-
-
-def _rendered(captions: Sequence[str], first: int, image_size: int) -> torch.Tensor:
-    """Images of scenes; an object without a place gets a random one."""
-    rendered = []
-    for index, caption in enumerate(captions, first):
-        rng = np.random.default_rng([index, 3])
-        scene = scenes.parse_caption(caption)
-        assert scene is not None
-        if scene.relation is None and scene.place is None:
-            scene = dataclasses.replace(scene, place=str(rng.choice(scenes.PLACES)))
-        rendered.append(scenes.render(scene, rng, image_size))
-    return imaging.from_uint8(np.stack(rendered))
 
 
 def error_of(failures: Mapping[str, UnclipError]) -> StageError:

@@ -117,7 +117,11 @@ def _is_best(column: Column, row: Row, rows: Sequence[Row]) -> bool:
 def heading(comparison: Comparison) -> str:
     """Sentence about what is compared."""
     names = {"heldout": "held-out", "unseen": "unseen", "relations": "two-object", "repeated": "repeated"}
-    counts = [f"{count:,} {names.get(group, group)}" for group, count in comparison.num_captions.items()]
+    counts = [
+        f"{comparison.num_captions[group]:,} {name}"
+        for group, name in names.items()
+        if group in comparison.num_captions
+    ]
     equal = {"samples": "as many samples as the first", "flop": "as many FLOPs as the first"}
     lengths = "its own settings" if comparison.equal is None else equal[comparison.equal]
     swept = "" if comparison.sweep is None else f"Values of {comparison.sweep.setting}. "
