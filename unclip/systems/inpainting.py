@@ -1,6 +1,6 @@
 """Inpainting with any system whose images are small ones, enlarged by upsamplers; and the progress of such sampling.
 
-Source: Nichol et al. 2022 (GLIDE), sections 2.1 and 4.3; Lugmayr et al. 2022, algorithm 1.
+Source: Nichol et al. 2022 (GLIDE), section 4.3; Lugmayr et al. 2022, algorithm 1.
 
 Letters: B images, S resolution of the system's images.
 """
@@ -103,7 +103,7 @@ def inpaint(
             known=known_region(*shrink_known(image, keep, system.small_size)),
             on_step=counting(progress),
         )
-        known_parts = [Known(*shrink_known(image, keep, size)) for size in system.upsampled_sizes]
+        known_parts = [Known(*shrink_known(image, keep, each)) for each in system.upsampled_sizes]
         on_step = [counting(progress)] * len(known_parts)
         label = system.labels(captions[part])
         sample = system.upsample(low_res, settings, generator, on_step=on_step, known=known_parts, label=label)

@@ -256,8 +256,8 @@ class UpsampledSystem(nn.Module):
 
         Args:
             negative: captions to guide away from.
-            known: [B, 4, s, s] from `known_region`, for a network that reads it.
-            on_step: hook of that network, called after every step.
+            known: [B, 4, s, s] from `known_region`; None if nothing is known.
+            on_step: hook of the network of small images, called after every step.
         """
         raise NotImplementedError
 
