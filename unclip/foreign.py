@@ -143,6 +143,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise _MismatchError(f"{arguments[0].__name__} from {least:,} to {most:,}")
         return number
     if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
         problems = []
         for option in arguments:
             try:

@@ -234,7 +234,7 @@ def _open_upsampled(request: Request) -> "tuple[UpsampledSystem, Any]":
     from unclip.systems.inpainting import UpsampledSystem
 
     if not isinstance(system, UpsampledSystem):
-        raise InputError("the published stack cannot inpaint. Publish a stack of the system unclip or glide.")
+        raise InputError("the published stack cannot inpaint. Publish a stack of a system of this package.")
     return system, sampling
 
 

@@ -93,17 +93,31 @@ def classifier(
     Source: Dhariwal & Nichol 2021, algorithm 2.
     """
 
+    shift = gradient(log_probability, guidance_scale)
+
     def guided(x_t: Tensor, t: Tensor) -> Denoised:
         denoised = denoise(x_t, t)
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_probability(x, t).sum(), x)
         alphas_cumprod = diffusion.alphas_cumprod.to(x_t.device)[t]  # [B]
         gain = torch.where(alphas_cumprod > 0, (1 - alphas_cumprod) / alphas_cumprod.sqrt(), 0.0)
         gain = gain.to(denoised.x0.dtype).view((-1,) + (1,) * (x_t.dim() - 1))  # [B, 1, ...]
-        return denoised._replace(x0=denoised.x0 + guidance_scale * gain * full_precision(gradient))
+        return denoised._replace(x0=denoised.x0 + gain * shift(x_t, t))
 
     return guided
+
+
+def gradient(log_probability: LogProbability, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """guidance_scale times the gradient of log p(y | x_t) at x_t, [B, ...] float32: the mean shift of `samplers.ddpm`.
+
+    Source: Dhariwal & Nichol 2021, algorithm 1.
+    """
+
+    def shift(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            (found,) = torch.autograd.grad(log_probability(x, t).sum(), x)
+        return guidance_scale * full_precision(found)
+
+    return shift
 
 
 def clip_similarity(encode_image: Callable[[Tensor, Tensor], Tensor], text_embedding: Tensor) -> LogProbability:

@@ -80,6 +80,9 @@ class DiffusionConfig:
     Learning it needs a network with `outputs_per_channel` times the channels, and images in [-1, 1]."""
     vlb_weight: float = 0.001
     """Weight of the variational bound in the loss (lambda of Nichol & Dhariwal 2021, eq. 16), with learned variances."""
+    vlb_only: bool = added(False)
+    """Train on the variational bound alone, L_vlb of Nichol & Dhariwal 2021, eq. 4, for images in [-1, 1]; use it with
+    `timestep_sampling` "loss_aware" (section 3.3). The loss is then bits per dimension."""
     loss_weighting: LossWeighting = "none"
     """Weights of timesteps in the squared error: uniform, min-SNR (Hang et al. 2023) or P2 (Choi et al. 2022); the last two
     not with zero_terminal_snr."""
@@ -111,6 +114,8 @@ class DiffusionConfig:
             "none with zero_terminal_snr, whose last timestep would have the weight 0; or set zero_terminal_snr = false",
         )
         require(self.vlb_weight >= 0, "vlb_weight", self.vlb_weight, "at least 0")
+        weighting = self.loss_weighting
+        require(not self.vlb_only or weighting == "none", "loss_weighting", weighting, "none with vlb_only")
         require(self.min_snr_gamma > 0, "min_snr_gamma", self.min_snr_gamma, "above 0")
         require(self.p2_gamma >= 0, "p2_gamma", self.p2_gamma, "at least 0")
         require(self.p2_k > 0, "p2_k", self.p2_k, "above 0")
@@ -241,7 +246,7 @@ class GaussianDiffusion:
         variational bound.
 
         The bound trains only the variances: its x0 is detached. Multiplying by T turns the mean over uniform timesteps into
-        the sum over all of them.
+        the sum over all of them. With `vlb_only` the bound is the whole loss, and nothing is detached.
 
         Args:
             predict: network with its conditioning bound.
@@ -257,6 +262,9 @@ class GaussianDiffusion:
         """
         x_t = self.q_sample(x0, t, noise)
         prediction, variance_fraction = self._split(predict(x_t, t), x_t)
+        if self.config.vlb_only:
+            denoised = Denoised(self.predict_x0(x_t, t, prediction), variance_fraction)
+            return self.num_timesteps * self.vlb_terms(x0, x_t, t, denoised)
         loss = LOSSES[self.config.loss](full_precision(prediction), self.target(x0, t, noise), reduction="none")
         loss = loss.flatten(1).mean(dim=1)  # [B]
         if self.config.loss_weighting != "none":

@@ -33,6 +33,10 @@ LARGEST_SIGMA = 80.0
 """Largest noise-to-signal ratio at which a Heun step's second call pays off."""
 
 
+MeanShift = Callable[[Tensor, Tensor], Tensor]
+"""(x_t [B, ...], t [B]) -> shift of the mean of a reverse step, in units of its variance [B, ...]."""
+
+
 def undisturbed(x_t: Tensor, t: int) -> Tensor:
     """Default `OnStep`: returns the sample unchanged."""
     return x_t
@@ -46,19 +50,23 @@ def ddpm(
     num_steps: Steps,
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
+    mean_shift: MeanShift | None = None,
 ) -> Tensor:
     """Ancestral sampling over strided timesteps, with the configured variance of the diffusion.
 
     Variances, including learned ones, are those of the respaced process. The last step adds no noise.
 
+    Args:
+        mean_shift: from `guidance.gradient`, for guidance by a classifier.
+
     Raises:
         ShapeError: variances are learned, but the denoiser returns none.
 
-    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4.
+    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4; Dhariwal & Nichol 2021, algorithm 1 (mean_shift).
     """
 
     variance = functools.partial(_configured_variance, diffusion)
-    return _ancestral(diffusion, denoise, x_T, num_steps, variance, generator, on_step)
+    return _ancestral(diffusion, denoise, x_T, num_steps, variance, generator, on_step, mean_shift)
 
 
 @torch.no_grad()
@@ -435,12 +443,15 @@ def _ancestral(
     variance: Callable[[Step, Denoised], Tensor | float],
     generator: torch.Generator | None,
     on_step: OnStep,
+    mean_shift: MeanShift | None = None,
 ) -> Tensor:
-    """Sample every x_{t-1} from a Gaussian with the posterior's mean and the given variance."""
+    """Sample every x_{t-1} from a Gaussian with the posterior's mean, shifted if asked, and the given variance."""
     x_t = full_precision(x_T)
     for step in _steps(diffusion, num_steps):
         denoised = denoise(x_t, step.batch(x_t))
         mean = step.x0_coefficient * denoised.x0 + step.x_t_coefficient * x_t
+        if mean_shift is not None:
+            mean = mean + variance(step, denoised) * mean_shift(x_t, step.batch(x_t))
         if step.alpha_bar_next < 1:
             mean = mean + variance(step, denoised) ** 0.5 * _noise_like(x_t, generator)
         x_t = on_step(mean, step.t_next)

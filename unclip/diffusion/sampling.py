@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip.config import require
 from unclip.diffusion import guidance, samplers
 from unclip.diffusion.process import Denoiser, GaussianDiffusion, full_precision
-from unclip.diffusion.samplers import OnStep, SamplerName, Steps, undisturbed
+from unclip.diffusion.samplers import MeanShift, OnStep, SamplerName, Steps, undisturbed
 from unclip.diffusion.schedules import strided_timesteps
 from unclip.errors import ConfigError
 
@@ -106,8 +106,7 @@ def limited(
     """
     denoise = push
     if tuple(settings.guidance_interval) != (0, 1) and push is not conditional:
-        low, high = (fraction * (diffusion.num_timesteps - 1) for fraction in settings.guidance_interval)
-        denoise = guidance.in_interval(push, conditional, math.ceil(low), math.floor(high))
+        denoise = guidance.in_interval(push, conditional, *guided_timesteps(diffusion, settings))
     bound = limit if settings.threshold is None else settings.threshold
     if settings.thresholding == "dynamic":
         if bound is None:
@@ -121,6 +120,12 @@ def limited(
     return guidance.clamped(denoise, bound)
 
 
+def guided_timesteps(diffusion: GaussianDiffusion, settings: DiffusionSampling) -> tuple[int, int]:
+    """First and last timestep of the settings' interval."""
+    low, high = (fraction * (diffusion.num_timesteps - 1) for fraction in settings.guidance_interval)
+    return math.ceil(low), math.floor(high)
+
+
 def sample(
     diffusion: GaussianDiffusion,
     denoise: Denoiser,
@@ -132,6 +137,7 @@ def sample(
     strength: float = 1.0,
     known: Known | None = None,
     num_resamplings: int = samplers.NUM_RESAMPLINGS,
+    mean_shift: MeanShift | None = None,
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
@@ -147,6 +153,7 @@ def sample(
             over that fraction.
         known: part of the samples to keep, for a denoiser that knows no masks.
         num_resamplings: as in `samplers.keep_known`.
+        mean_shift: for the sampler ddpm only; acts inside the settings' interval of guidance.
 
     Returns:
         [B, ...], as from the sampler itself.
@@ -177,6 +184,9 @@ def sample(
         return samplers.analytic_dpm(
             diffusion, denoise, x_T, steps, mean_squared_score, generator=generator, on_step=on_step
         )
+    if mean_shift is not None:
+        shift = _in_interval(mean_shift, *guided_timesteps(diffusion, settings))
+        return samplers.ddpm(diffusion, denoise, x_T, steps, generator, on_step, shift)
     if settings.sampler == "ddim":
         return samplers.ddim(diffusion, denoise, x_T, steps, settings.eta, generator, on_step)
     return samplers.SAMPLERS[settings.sampler](diffusion, denoise, x_T, steps, generator=generator, on_step=on_step)
@@ -189,3 +199,13 @@ def _after(first: OnStep, then: OnStep) -> OnStep:
         return then(first(x_t, t), t)
 
     return both
+
+
+def _in_interval(mean_shift: MeanShift, t_min: int, t_max: int) -> MeanShift:
+    """Mean shift that is 0 at timesteps outside of [t_min, t_max]."""
+
+    def shift(x_t: Tensor, t: Tensor) -> Tensor:
+        inside = ((t >= t_min) & (t <= t_max)).view((-1,) + (1,) * (x_t.dim() - 1))  # [B, 1, ...]
+        return torch.where(inside, mean_shift(x_t, t), 0.0) if inside.any() else torch.zeros_like(x_t)
+
+    return shift

@@ -1,11 +1,14 @@
-"""Classifier of noised images, for classifier guidance: the downsampling half of the U-Net and a mean over pixels.
+"""Classifier of noised images, for classifier guidance: the downsampling half of the U-Net and its middle, and an attention pool.
 
-Source: Dhariwal & Nichol 2021, section 4. Letters: B batch, C channels, S image size, K classes, D time-embedding width.
+Sources: Dhariwal & Nichol 2021, section 4; Radford et al. 2021 (CLIP), section 2.4, for the attention pool.
+
+Letters: B batch, C channels, S image size, s size of the last feature map, K classes, D time-embedding width.
 """
 
 import dataclasses
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,29 +16,40 @@ from unclip.config import require
 from unclip.diffusion.guidance import LogProbability
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.errors import ShapeError
-from unclip.models.layers import GroupNorm, TimestepMLP
+from unclip.models.layers import GroupNorm, TimestepMLP, attention
 from unclip.models.unet import ContextAttention, ResBlock, UNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    num_classes: int = 1000
-    """Number of classes."""
     unet: UNetConfig = UNetConfig(attention_resolutions=(32, 16, 8))
     """The U-Net whose downsampling half is used."""
     diffusion: DiffusionConfig = DiffusionConfig()
-    """The diffusion process; the same as that of the model to guide."""
+    """The noising process; the same as that of the model to guide."""
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 2, "num_classes", self.num_classes, "at least 2")
+        width = self.unet.channels * self.unet.channel_mult[-1]
+        heads = self.unet.head_channels
+        require(
+            width % heads == 0, "unet.head_channels", heads, f"a divisor of {width}, the channels of the last level"
+        )
 
 
 class Classifier(nn.Module):
     """Network from noised images and timesteps to logits."""
 
-    def __init__(self, config: ClassifierConfig, in_channels: int = 3) -> None:
+    def __init__(self, config: ClassifierConfig, num_classes: int, in_channels: int = 3) -> None:
+        """Args:
+            num_classes: K.
+
+        Raises:
+            ConfigError: there are fewer than 2 classes.
+        """
         super().__init__()
-        self.config = config
+        require(num_classes >= 2, "num_classes", num_classes, "at least 2")
+        self.config, self.num_classes = config, num_classes
+        self.class_names: tuple[str, ...] = ()
+        """Names of the K classes, if the network was loaded from a file."""
         self.diffusion = GaussianDiffusion(config.diffusion)
         unet = config.unet
         widths = [unet.channels * multiple for multiple in unet.channel_mult]
@@ -52,8 +66,11 @@ class Classifier(nn.Module):
             if level < len(widths) - 1:
                 self.blocks.append(ResBlock(unet, width, width, "down"))
                 resolution //= 2
+        self.blocks.extend(
+            [ResBlock(unet, width, width), ContextAttention(unet, width, 0), ResBlock(unet, width, width)]
+        )
         self.norm = GroupNorm(unet.norm_groups, width)
-        self.output = nn.Linear(width, config.num_classes)
+        self.output = AttentionPool(resolution, width, unet.head_channels, num_classes)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Args:
@@ -67,7 +84,26 @@ class Classifier(nn.Module):
         h = self.input(x_t)  # [B, C, S, S]
         for block in self.blocks:
             h = block(h, None) if isinstance(block, ContextAttention) else block(h, time)
-        return self.output(F.silu(self.norm(h)).mean(dim=(2, 3)))  # type: ignore[no-any-return]  # [B, K]
+        return self.output(F.silu(self.norm(h)))  # type: ignore[no-any-return]  # [B, K]
+
+
+class AttentionPool(nn.Module):
+    """Attention of the mean pixel to itself and all pixels, with learned positions: [B, C, s, s] -> [B, K]."""
+
+    def __init__(self, size: int, width: int, head_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_heads = width // head_channels
+        self.positions = nn.Parameter(torch.randn(size * size + 1, width) / width**0.5)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_logits = nn.Linear(width, num_classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        pixels = h.flatten(2).transpose(1, 2)  # [B, ss, C]
+        tokens = torch.cat([pixels.mean(dim=1, keepdim=True), pixels], dim=1) + self.positions  # [B, 1 + ss, C]
+        qkv = self.to_qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # [B, 1 + ss, 3, heads, C / heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, heads, 1 + ss, C / heads]
+        pooled = attention(q[:, :, :1], k, v)  # [B, heads, 1, C / heads]
+        return self.to_logits(pooled.flatten(1))  # type: ignore[no-any-return]  # [B, K]
 
 
 def classification_loss(

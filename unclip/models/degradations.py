@@ -91,11 +91,14 @@ def degrade(images: Tensor, size: int, config: DegradationConfig, generator: tor
         if config.kind == "bsr":
             return bsr(images, size, config.bsr, generator)
         small = shrink(images, size)
-        if config.kind == "none":
-            return small
-        draws = torch.rand(2, len(images), generator=generator, device=images.device)
-        sigma = config.min_blur_sigma + draws[1] * (config.max_blur_sigma - config.min_blur_sigma)  # [B]
-        return gaussian_blur(small, torch.where(draws[0] < config.blur_prob, sigma, 0.0))
+        return small if config.kind == "none" else gaussian_blur(small, draw_blur(len(images), config, generator))
+
+
+def draw_blur(batch: int, config: DegradationConfig, generator: torch.Generator) -> Tensor:
+    """Standard deviation of each image's blur, [batch], pixels of the low-resolution image; 0 for no blur."""
+    draws = torch.rand(2, batch, generator=generator, device=generator.device)
+    sigma = config.min_blur_sigma + draws[1] * (config.max_blur_sigma - config.min_blur_sigma)
+    return torch.where(draws[0] < config.blur_prob, sigma, 0.0)
 
 
 def degrade_image(image: np.ndarray, size: int, config: DegradationConfig, seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from unclip.diffusion import samplers, sampling
 from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion, augment_condition
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import DiffusionSampling
-from unclip.models.degradations import DegradationConfig
+from unclip.models.degradations import DegradationConfig, gaussian_blur
 from unclip.models.layers import TimestepMLP
 from unclip.models.unet import UNet, UNetConfig
 
@@ -36,6 +36,9 @@ class UpsamplerConfig:
     max_noise_level: int = 0
     """Largest noise level of the low-resolution image in training. The level, a timestep of `diffusion`, is drawn per image
     and read by the network, so that it can be chosen at sampling. 0 for a network that reads no noise level."""
+    reads_blur: bool = added(False)
+    """Tell the network the strength of the low-resolution image's blur, so that it can be chosen at sampling; for the
+    degradation "blur"."""
     last_step_unet: bool = False
     """Use a second network of the same shape for the last sampling step, as in published unCLIP upsamplers, where it was
     tuned for sharpness. It is imported with them (`unclip.interop.pipeline`) and not trained here."""
@@ -55,6 +58,8 @@ class UpsamplerConfig:
         )
         num_timesteps = self.diffusion.num_timesteps
         require(0 <= self.max_noise_level < num_timesteps, "max_noise_level", self.max_noise_level, "a timestep")
+        kind = self.degradation.kind
+        require(not self.reads_blur or kind == "blur", "degradation.kind", kind, "blur with reads_blur")
 
     @property
     def output_size(self) -> int:
@@ -79,10 +84,15 @@ class UpsamplerSampling(DiffusionSampling):
     """Times that inpainting samples each step, as upsamplers know no masks; 1 = no resampling. Source: Lugmayr et al. 2022,
     algorithm 1."""
 
+    blur_sigma: float = added(0.0)
+    """Standard deviation of a blur of the low-resolution image, its pixels; hides artefacts like `noise_level`. For upsamplers
+    trained with `reads_blur`. Source: Ho et al. 2021 (CDM), section 4.1."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.noise_level >= 0, "noise_level", self.noise_level, "at least 0")
         require(self.num_resamplings >= 1, "num_resamplings", self.num_resamplings, "at least 1")
+        require(self.blur_sigma >= 0, "blur_sigma", self.blur_sigma, "at least 0")
         is_off = self.guidance_scale == 1 and self.guidance_rescale == 0 and tuple(self.guidance_interval) == (0, 1)
         require(is_off, "guidance_scale", self.guidance_scale, "no guidance of upsamplers, which read no caption")
 
@@ -90,9 +100,14 @@ class UpsamplerSampling(DiffusionSampling):
 class Upsampler(nn.Module):
     """Network that denoises images, given the same images `scale` times smaller."""
 
-    def __init__(self, config: UpsamplerConfig) -> None:
+    def __init__(self, config: UpsamplerConfig, num_classes: int = 0) -> None:
+        """Args:
+        num_classes: K; 0 for a network that reads no class.
+        """
         super().__init__()
-        self.config = config
+        self.config, self.num_classes = config, num_classes
+        self.class_names: tuple[str, ...] = ()
+        """Names of the K classes, if the network was loaded from a file."""
         self.diffusion = GaussianDiffusion(config.diffusion)
         self.measured: dict[str, Tensor] = {}
         """Measurements from the end of training: `mean_squared_score` [T]."""
@@ -104,9 +119,21 @@ class Upsampler(nn.Module):
         self.noise_level_embedding: TimestepMLP | None = None
         if config.max_noise_level > 0:
             self.noise_level_embedding = TimestepMLP(config.unet.channels, config.unet.time_dim)
+        self.blur_embedding: TimestepMLP | None = None
+        if config.reads_blur:
+            self.blur_embedding = TimestepMLP(config.unet.channels, config.unet.time_dim)
+        # the last row is for images without a class
+        self.class_embedding = nn.Embedding(num_classes + 1, config.unet.time_dim) if num_classes else None
 
     def forward(
-        self, x_t: Tensor, t: Tensor, low_res: Tensor, noise_level: Tensor | None = None, last_step: bool = False
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        low_res: Tensor,
+        noise_level: Tensor | None = None,
+        last_step: bool = False,
+        blur_sigma: Tensor | None = None,
+        label: Tensor | None = None,
     ) -> Tensor:
         """Predict eps, x0 or v, as configured.
 
@@ -116,6 +143,8 @@ class Upsampler(nn.Module):
             low_res: [B, 3, s, s], already noised to noise_level.
             noise_level: [B] int64, the timestep to which low_res was noised; None for 0.
             last_step: use the second network, if there is one.
+            blur_sigma: [B], strength of low_res's blur; None for 0.
+            label: [B] int64 in [0, K], K for no class; None for no class in all samples.
 
         Returns:
             [B, 3, S, S]; [B, 6, S, S] if the diffusion learns its variance.
@@ -125,6 +154,12 @@ class Upsampler(nn.Module):
         vector = None
         if self.noise_level_embedding is not None:
             vector = self.noise_level_embedding(torch.zeros_like(t) if noise_level is None else noise_level)  # [B, D]
+        if self.blur_embedding is not None:
+            blur = self.blur_embedding(torch.zeros_like(t) if blur_sigma is None else 1000 * blur_sigma)  # [B, D]
+            vector = blur if vector is None else vector + blur
+        if self.class_embedding is not None:
+            of_class = self.class_embedding(torch.full_like(t, self.num_classes) if label is None else label)  # [B, D]
+            vector = of_class if vector is None else vector + of_class
         unet = self.last_unet if last_step and self.last_unet is not None else self.unet
         return unet(torch.cat([x_t, upsampled], dim=1), t, vector)  # type: ignore[no-any-return]
 
@@ -133,12 +168,14 @@ class Upsampler(nn.Module):
         low_res: Tensor,
         noise_level: Tensor | None = None,
         settings: DiffusionSampling = UpsamplerSampling(),
+        blur_sigma: Tensor | None = None,
+        label: Tensor | None = None,
     ) -> Denoiser:
-        """Denoiser of images in [-1, 1], conditioned on one low-resolution image (and its noise level) per sample."""
+        """Denoiser of images in [-1, 1], conditioned on one low-resolution image (its noise level, blur and class) per sample."""
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             last_step = self.last_unet is not None and not t.any()  # strided timesteps end at 0
-            return self(x_t, t, low_res, noise_level, last_step)  # type: ignore[no-any-return]
+            return self(x_t, t, low_res, noise_level, last_step, blur_sigma, label)  # type: ignore[no-any-return]
 
         denoise = self.diffusion.denoiser(predict)
         return sampling.limited(self.diffusion, denoise, denoise, settings, 1.0)
@@ -150,6 +187,7 @@ class Upsampler(nn.Module):
         settings: UpsamplerSampling = UpsamplerSampling(),
         *,
         known: sampling.Known | None = None,
+        label: Tensor | None = None,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
         on_step: OnStep = undisturbed,
@@ -159,14 +197,20 @@ class Upsampler(nn.Module):
         Args:
             low_res: [B, 3, s, s] in [-1, 1]; not changed.
             known: pixels to return unchanged; the others are fitted to them by resampling.
+            label: [B] int64, as for `forward`.
             x_T: [B, 3, s * scale, s * scale]; None draws it from the generator.
 
         Raises:
-            ConfigError: the noise level is above the largest of the training.
+            ConfigError: the noise level or the blur is above the largest of the training.
         """
         noise_level, most = settings.noise_level, self.config.max_noise_level
         require(noise_level <= most, "noise_level", noise_level, f"at least 0, at most {most} as in training")
-        level = None
+        strongest = self.config.degradation.max_blur_sigma if self.config.reads_blur else 0.0
+        expected = f"at least 0, at most {strongest:g} as in training"
+        require(settings.blur_sigma <= strongest, "blur_sigma", settings.blur_sigma, expected)
+        level, blur_sigma = None, low_res.new_full(low_res.shape[:1], settings.blur_sigma)
+        if settings.blur_sigma > 0:
+            low_res = gaussian_blur(low_res, blur_sigma)
         if most > 0:
             low_res, level = augment_condition(self.diffusion, low_res, (noise_level, noise_level), generator)
         size = low_res.shape[-1] * self.config.scale
@@ -174,7 +218,7 @@ class Upsampler(nn.Module):
             x_T = torch.randn(len(low_res), 3, size, size, generator=generator, device=low_res.device)
         return sampling.sample(
             self.diffusion,
-            self.denoiser(low_res, level, settings),
+            self.denoiser(low_res, level, settings, blur_sigma, label),
             x_T,
             settings,
             mean_squared_score=self.measured.get("mean_squared_score"),

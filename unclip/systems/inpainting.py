@@ -16,7 +16,7 @@ from unclip.diffusion.sampling import Known
 from unclip.downscaling import shrink_known
 from unclip.errors import ShapeError
 from unclip.models.small_images import known_region
-from unclip.systems.system import seeded
+from unclip.systems.system import ChecksCaptions, seeded
 from unclip.systems.upsampler import UpsampledSampling, UpsampledSystem
 
 __all__ = ["Progress", "UpsampledSystem", "counting", "inpaint", "no_progress", "num_steps"]
@@ -76,9 +76,12 @@ def inpaint(
         [B, 3, S, S] float32 in [-1, 1], on the CPU.
 
     Raises:
-        InputError: there are negative captions, but no part that reads captions is guided.
+        InputError: there are negative captions, but no part that reads captions is guided; or the system cannot sample a
+            caption.
         ShapeError: images or masks have another shape, or the number of captions differs.
     """
+    if isinstance(system, ChecksCaptions):
+        system.check_captions(captions)
     settings = sampling or system.sampling
     size = system.image_size
     expected = (len(captions), 3, size, size), (len(captions), 1, size, size)
@@ -102,6 +105,7 @@ def inpaint(
         )
         known_parts = [Known(*shrink_known(image, keep, each)) for each in system.upsampled_sizes]
         on_step = [counting(progress)] * len(known_parts)
-        sample = system.upsample(low_res, settings, generator, on_step=on_step, known=known_parts)
+        label = system.labels(captions[part])
+        sample = system.upsample(low_res, settings, generator, on_step=on_step, known=known_parts, label=label)
         samples.append(torch.where(keep, image, sample).cpu())
     return torch.cat(samples)

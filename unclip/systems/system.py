@@ -25,7 +25,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,18 @@ class System(Protocol):
 
         If its `SystemSpec` lists more inputs, the system takes them by keyword, one for each caption: `negative`, captions to
         guide away from; `start`, images [len(captions), 3, S, S] in [-1, 1] to start from, on any device.
+        """
+
+
+@runtime_checkable
+class ChecksCaptions(Protocol):
+    """System that cannot sample every caption."""
+
+    def check_captions(self, captions: Sequence[str]) -> None:
+        """Check captions before they are sampled; an evaluation, which must go on, does not.
+
+        Raises:
+            InputError: a caption cannot be sampled; says which can.
         """
 
 
@@ -435,7 +447,12 @@ def sample_captions(
 
     Returns:
         [len(captions), 3, S, S] float32 in [-1, 1], on the CPU.
+
+    Raises:
+        InputError: the system cannot sample a caption; see `ChecksCaptions`.
     """
+    if isinstance(system, ChecksCaptions):
+        system.check_captions(captions)
     settings = sampling or system.sampling
     given: dict[Input, Any] = {"negative": negative, "start": start}
     images = []

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unclip.config import load, merge, nearest, operational, require, to_dict
+from unclip.config import added, load, merge, nearest, operational, require, to_dict
 from unclip.data import Batch
 from unclip.diffusion.process import augment_condition
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import Known
 from unclip.downscaling import shrink
 from unclip.errors import CheckpointError, ConfigError, ShapeError
-from unclip.models.degradations import degrade
+from unclip.models.degradations import degrade, draw_blur, gaussian_blur
+from unclip.models.layers import without_autocast
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
+from unclip.systems.classes import NO_CLASSES, Classes, ClassesConfig, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training.batches import load_images
 from unclip.training.diffusion_loss import DiffusionLoss, device_of, measure_scores
@@ -37,6 +39,8 @@ class UpsamplerStageConfig:
     """Training settings."""
     preview: UpsamplerSampling = operational(UpsamplerSampling())
     """Sampling settings of the previews."""
+    classes: ClassesConfig = added(ClassesConfig())
+    """Classes of the captions, for cascades that read them; filled in from the section `classes` of the run."""
 
     def __post_init__(self) -> None:
         expected = "another sampler: its score is measured after the training"
@@ -44,7 +48,7 @@ class UpsamplerStageConfig:
 
 
 class UpsamplerObjective:
-    """Diffusion loss of image crops, given the same crops at low resolution."""
+    """Diffusion loss of image crops, given the same crops at low resolution, and their classes if there are any."""
 
     columns = ("jpg",)
 
@@ -53,25 +57,28 @@ class UpsamplerObjective:
         config: UpsamplerConfig,
         preview: Batch,
         preview_sampling: UpsamplerSampling = UpsamplerStageConfig.preview,
+        classes: Classes = NO_CLASSES,
     ) -> None:
-        self.config = config
-        self.model: Upsampler = Upsampler(config).to(memory_format=torch.channels_last)
+        self.config, self.classes = config, classes
+        self.model: Upsampler = Upsampler(config, len(classes)).to(memory_format=torch.channels_last)
         self.process = DiffusionLoss(self.model.diffusion)
         self.sample_size = {"pixels": config.unet.image_size**2}
         self.state = self.process.timesteps.state
-        self._preview, self._preview_sampling = self.prepare(preview)["images"], preview_sampling
+        self._preview, self._preview_sampling = self.prepare(preview), preview_sampling
 
     def prepare(self, batch: Batch) -> Tensors:
-        return {"images": load_images(batch["jpg"], self.config.output_size)}  # [B, 3, S, S]
+        tensors = {"images": load_images(batch["jpg"], self.config.output_size)}  # [B, 3, S, S]
+        return {**tensors, "label": self.classes.labels(batch["caption"])} if len(self.classes) else tensors
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        x0, low_res = self._crops(tensors["images"], generator)
+        x0, low_res, blur_sigma = self._crops(tensors["images"], generator)
         level = None
         if self.config.max_noise_level > 0:
             levels = (0, self.config.max_noise_level)
             low_res, level = augment_condition(self.model.diffusion, low_res, levels, generator)
         draw = self.process.draw(x0, generator, network.training)
-        return self.process.mean_loss(lambda x_t, t: network(x_t, t, low_res, level), x0, draw)
+        conditions = {"blur_sigma": blur_sigma, "label": tensors.get("label")}
+        return self.process.mean_loss(lambda x_t, t: network(x_t, t, low_res, level, **conditions), x0, draw)
 
     def learn(self, step_taken: bool) -> None:
         self.process.learn(step_taken)
@@ -82,25 +89,36 @@ class UpsamplerObjective:
     def preview(self, model: nn.Module) -> Tensor:
         """The original images, then their low-resolution versions upsampled."""
         generator = torch.Generator(device_of(model)).manual_seed(0)
-        low_res = shrink(self._preview, self.config.low_res_size).to(device_of(model))
-        samples = model.sample(low_res, self._preview_sampling, generator=generator)  # type: ignore[operator]
-        return torch.cat([self._preview, samples.cpu()])
+        tensors = {name: value.to(device_of(model)) for name, value in self._preview.items()}
+        low_res = shrink(tensors["images"], self.config.low_res_size)
+        settings, label = self._preview_sampling, tensors.get("label")
+        samples = model.sample(low_res, settings, label=label, generator=generator)  # type: ignore[operator]
+        return torch.cat([self._preview["images"], samples.cpu()])
 
     def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
         """Mean squared score, with low-resolution images degraded as in training but not noised."""
-        x0, low_res = self._crops(tensors["images"], generator)
-        return measure_scores(self.model.diffusion, lambda x_t, t: model(x_t, t, low_res), x0, generator)
+        x0, low_res, blur_sigma = self._crops(tensors["images"], generator)
+        conditions = {"blur_sigma": blur_sigma, "label": tensors.get("label")}
+        return measure_scores(self.model.diffusion, lambda x_t, t: model(x_t, t, low_res, **conditions), x0, generator)
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": "upsampler", "config": to_dict(self.config)}
+        facts = {"kind": "upsampler", "config": to_dict(self.config)}
+        return {**facts, "classes": list(self.classes.names)} if len(self.classes) else facts
 
-    def _crops(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Crop each image and its degraded low-resolution version at random: [B, 3, S, S], [B, 3, S / scale, S / scale].
+    def _crops(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Crop each image and its degraded low-resolution version at random: [B, 3, S, S], [B, 3, S / scale, S / scale]; and
+        the strength of its blur [B], for networks that read it.
 
         Whole images are degraded before cropping, so that the edges of a crop look as they do in a whole image.
         """
         scale, crop = self.config.scale, self.config.unet.image_size // self.config.scale
-        low_res = degrade(images, self.config.low_res_size, self.config.degradation, generator)
+        blur_sigma = None
+        if self.config.reads_blur:
+            blur_sigma = draw_blur(len(images), self.config.degradation, generator)
+            with without_autocast(images.device):
+                low_res = gaussian_blur(shrink(images, self.config.low_res_size), blur_sigma)
+        else:
+            low_res = degrade(images, self.config.low_res_size, self.config.degradation, generator)
         offsets = torch.randint(
             self.config.low_res_size - crop + 1, (2, len(images)), generator=generator, device=images.device
         ).tolist()
@@ -110,7 +128,7 @@ class UpsamplerObjective:
             for image, (y, x) in zip(images, corners, strict=True)
         ]
         low = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(low_res, corners, strict=True)]
-        return torch.stack(high), torch.stack(low)
+        return torch.stack(high), torch.stack(low), blur_sigma
 
 
 def _network(config: UpsamplerStageConfig, _: Shapes) -> Network:
@@ -121,20 +139,28 @@ def _network(config: UpsamplerStageConfig, _: Shapes) -> Network:
         small = example_images(batch, size // model.scale)
         return example_images(batch, size), example_indices(batch), small, example_indices(batch)
 
-    return Network(lambda: Upsampler(model), inputs)
+    return Network(lambda: Upsampler(model, config.classes.expected_number), inputs)
 
 
 def _objective(config: UpsamplerStageConfig, inputs: TrainingInputs) -> UpsamplerObjective:
-    return UpsamplerObjective(config.model, inputs.preview_rows(), config.preview)
+    classes = find_classes(config.classes, inputs)
+    return UpsamplerObjective(config.model, inputs.preview_rows(), config.preview, classes)
+
+
+def _build(facts: Mapping[str, Any]) -> Upsampler:
+    classes = Classes(facts.get("classes", ()))
+    model = Upsampler(load(UpsamplerConfig, facts["config"]), len(classes))
+    model.class_names = classes.names
+    return model
 
 
 UPSAMPLER = Part(
     name="upsampler",
     help="Train an upsampler: from small images to large ones.",
     config=UpsamplerStageConfig,
-    build=lambda facts: Upsampler(load(UpsamplerConfig, facts["config"])),
+    build=_build,
     objective=_objective,
-    reads=lambda _: {"images": UpsamplerObjective.columns},
+    reads=lambda config: reads_classes(config.classes),
     network=_network,
     needs=(),
     shows_rows=True,
@@ -212,6 +238,10 @@ class UpsampledSystem(nn.Module):
         """Sampling steps of the network of small images."""
         raise NotImplementedError
 
+    def labels(self, captions: Sequence[str]) -> Tensor | None:
+        """Classes of the captions, [B] int64, for upsamplers that read them; None for systems without classes."""
+        return None
+
     def sample_small(
         self,
         captions: Sequence[str],
@@ -239,6 +269,7 @@ class UpsampledSystem(nn.Module):
         x_T: Sequence[Tensor] | None = None,
         on_step: Sequence[OnStep] | None = None,
         known: Sequence[Known] | None = None,
+        label: Tensor | None = None,
     ) -> Tensor:
         """Apply the upsamplers one after the other.
 
@@ -247,6 +278,7 @@ class UpsampledSystem(nn.Module):
             x_T: initial noise of each upsampler, shaped like its images; None draws it from the generator.
             on_step: hook of each upsampler, called after every step; None for no hooks.
             known: known pixels of each upsampler's images; None if nothing is known.
+            label: [B] int64, classes for upsamplers that read them.
 
         Returns:
             [B, 3, S, S] in [-1, 1].
@@ -258,7 +290,9 @@ class UpsampledSystem(nn.Module):
             for upsampler, settings, noise, hook, part in zip(
                 self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, parts, strict=True
             ):
-                low_res = upsampler.sample(low_res, settings, known=part, x_T=noise, generator=generator, on_step=hook)
+                low_res = upsampler.sample(
+                    low_res, settings, known=part, label=label, x_T=noise, generator=generator, on_step=hook
+                )
         return low_res
 
     def upsampler_sampling(self, sampling: UpsampledSampling) -> list[UpsamplerSampling]:
@@ -372,6 +406,10 @@ def check_sections(
         setting = f"evaluate.sampling.upsamplers.{name}"
         most, level = upsamplers[name].model.max_noise_level, settings.noise_level
         require(level <= most, f"{setting}.noise_level", level, f"at most {most}, the max_noise_level of its training")
+        model = upsamplers[name].model
+        strongest = model.degradation.max_blur_sigma if model.reads_blur else 0
+        expected = f"at most {strongest:g}, the strongest blur that its network reads"
+        require(settings.blur_sigma <= strongest, f"{setting}.blur_sigma", settings.blur_sigma, expected)
 
 
 def section_of(config: UpsamplerStageConfig) -> dict[str, Any]:

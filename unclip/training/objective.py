@@ -81,7 +81,8 @@ class Measuring(Protocol):
     """Objective that measures the finished model once, for use in sampling."""
 
     def measure(self, model: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensors:
-        """Tensors to save beside the weights; `load_model` passes them to the model as `measured`.
+        """Tensors to save beside the weights; `load_model` passes them to the model as `measured`. Numbers, which have no
+        dimension, are logged as metrics too.
 
         Args:
             model: model with the EMA weights, in evaluation mode.

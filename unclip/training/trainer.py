@@ -168,6 +168,9 @@ class _Training:
             if model is None:
                 return ""
             measured = self._measure(model)
+        numbers = {name: value.item() for name, value in measured.items() if value.dim() == 0}
+        if numbers:
+            self.monitor.metrics(numbers, self.samples_seen)
         tensors = {"model": model.state_dict(), **({"measured": measured} if measured else {})}
         facts = {**self.objective.facts(), "samples_seen": self.samples_seen}
         return checkpoints.save(f"{self.folder}/model", tensors, facts)

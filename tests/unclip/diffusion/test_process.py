@@ -417,3 +417,26 @@ def test_conditions_are_noised_to_the_returned_level() -> None:
     assert augment_condition(diffusion, condition, (7, 7), torch.Generator())[1].unique().tolist() == [7]
     with pytest.raises(ConfigError, match="levels: got"):
         augment_condition(diffusion, condition, (0, 1000), torch.Generator())
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_training_on_the_bound_alone_minimises_bits_per_dimension(variance: VarianceType) -> None:
+    """L_vlb of Nichol & Dhariwal 2021, eq. 4: its mean over all timesteps, and the prior's term, are the bound itself."""
+    diffusion = GaussianDiffusion(DiffusionConfig(10, "linear", "eps", variance=variance, vlb_only=True))
+    x0 = randn(3, 2, 4, 4).clamp(-1, 1)
+    scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (scale * x_t).repeat(1, diffusion.config.outputs_per_channel, 1, 1).clamp(-0.9, 0.9)
+
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for timestep in range(10):
+        noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+        losses.append(diffusion.loss(predict, x0, torch.full((3,), timestep), noise))
+    bound = diffusion.bits_per_dim(predict, x0, clip_range=None, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.stack(losses).mean(dim=0) + bound.prior, bound.total)
+    (gradient,) = torch.autograd.grad(losses[5].sum(), scale)
+    assert gradient != 0  # the bound trains x0, too
+    with pytest.raises(ConfigError, match=r"loss_weighting: got 'p2', expected none with vlb_only"):
+        DiffusionConfig(vlb_only=True, loss_weighting="p2")

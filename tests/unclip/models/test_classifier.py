@@ -12,7 +12,7 @@ from unclip.models.unet import ContextAttention, UNetConfig
 UNET = UNetConfig(
     8, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), head_channels=8, norm_groups=4
 )
-CONFIG = ClassifierConfig(num_classes=2, unet=UNET, diffusion=DiffusionConfig(100))
+CONFIG = ClassifierConfig(UNET, DiffusionConfig(100))
 
 
 def images(labels: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def images(labels: Tensor) -> Tensor:
 def trained() -> Classifier:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model = Classifier(CONFIG)
+    model = Classifier(CONFIG, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(60):
         labels = torch.randint(2, (32,), generator=generator)
@@ -89,7 +89,7 @@ def test_it_uses_the_timestep_and_attention(trained: Classifier) -> None:
     x_t = torch.randn(1, 3, 8, 8)
     expected = trained(x_t, torch.tensor([0]))
     assert not torch.allclose(trained(x_t, torch.tensor([99])), expected)
-    (attention,) = (block for block in trained.blocks if isinstance(block, ContextAttention))
+    attention = next(block for block in trained.blocks if isinstance(block, ContextAttention))
     weight = attention.to_out.weight.clone()
     attention.to_out.weight.zero_()
     assert not torch.allclose(trained(x_t, torch.tensor([0])), expected)
@@ -97,12 +97,12 @@ def test_it_uses_the_timestep_and_attention(trained: Classifier) -> None:
 
 
 def test_wrong_inputs_are_reported() -> None:
-    model = Classifier(CONFIG)
+    model = Classifier(CONFIG, 2)
     x0 = torch.zeros(2, 3, 8, 8)
     with pytest.raises(ShapeError, match=r"got labels \(3,\), expected \(2,\)"):
         classification_loss(model.diffusion, model, x0, torch.zeros(3).long(), torch.zeros(2).long(), x0)
     with pytest.raises(ConfigError, match="num_classes: got 1"):
-        ClassifierConfig(num_classes=1)
+        Classifier(CONFIG, 1)
 
 
 def test_its_configuration_survives_a_round_trip() -> None:

@@ -22,6 +22,7 @@ from unclip.diffusion.sampling import DiffusionSampling
 from unclip.downscaling import shrink
 from unclip.errors import ConfigError, InputError, ShapeError
 from unclip.models.decoder import DecoderSampling
+from unclip.models.image_denoiser import ImageDenoiserSampling
 from unclip.models.prior import PriorSampling
 from unclip.models.small_images import NO_CAPTIONS, Captions
 from unclip.models.text import caption_features
@@ -390,6 +391,7 @@ def test_the_docs_list_all_settings_with_their_defaults() -> None:
         "`prior`": PriorSampling(),
         "`decoder`": DecoderSampling(),
         "`glide`": GlideSampling().glide,
+        "`denoiser`": ImageDenoiserSampling(),
         "`upsamplers.64`": UpsamplerSampling(),
     }.items():
         own = {name: value for name, value in to_dict(part).items() if name not in shared or value != shared[name]}
