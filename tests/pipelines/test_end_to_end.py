@@ -468,12 +468,16 @@ def test_every_command_takes_a_stack_of_glide(finished: Path, tmp_path: Path) ->
         run_here("sample", caption, "--num", 1, *options, "--out", out, "--storage", storage)
         grids.append(out.read_bytes())
     assert len(set(grids)) == len(grids)
+    given = tmp_path / "each" / "000.png"
+    run_here("sample", caption, "--num", 1, "--each", given.parent, "--out", out, "--storage", storage)
     mask = np.zeros((64, 64, 3), np.uint8)
     mask[:, 32:] = 255
     mask_path = tmp_path / "mask.png"
     mask_path.write_bytes(imaging.png(mask))
-    run_here("inpaint", out, mask_path, caption, "--num", 2, "--out", tmp_path / "inpainted.png", "--storage", storage)
-    refused = call("vary", out, "--out", tmp_path / "varied.png", "--storage", storage)
+    run_here(
+        "inpaint", given, mask_path, caption, "--num", 2, "--out", tmp_path / "inpainted.png", "--storage", storage
+    )
+    refused = call("vary", given, "--out", tmp_path / "varied.png", "--storage", storage)
     assert refused.returncode == 2 and "of the system unclip" in refused.stderr
     key = json.loads((Path(records(storage)["glide"]["uri"]).parent / PREVIEW_KEYS).read_text())[0]
     document = call_json("takedown", "--key", key, "--storage", storage)
