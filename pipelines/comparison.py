@@ -166,6 +166,8 @@ class Comparison:
     """Label of an entry -> why it has no row."""
     artifacts: dict[str, list[str]]
     """Stage -> fingerprints of the artifacts that the rows are made of."""
+    snapshot: dict[str, Any]
+    """Dataset version."""
 
 
 def entry_names(config_of: Callable[[str], PipelineConfig], sweep: Sweep | None) -> list[str]:
@@ -414,6 +416,7 @@ def collect(
     captions: list[str] = []
     keys: list[str] = []
     num_captions: dict[str, int] = {}
+    snapshot: dict[str, Any] = {}
     for entry in entries:
         if entry.label in failures:
             continue
@@ -427,11 +430,14 @@ def collect(
             real = measure_real_images(entry.config, artifacts["curate"], artifacts["clip"])
             rows.append(Row(REAL, REAL, None, None, real.metrics, images=real.images, correct=real.correct))
             captions, keys = real.captions, real.keys
+            snapshot = dict(artifacts["curate"].facts["snapshot"])
             num_captions = dict(artifacts[EVALUATE].facts["captions"])
         rows.append(_row(entry, dag, artifacts))
     told = {label: str(error) for label, error in failures.items()}
     fingerprints = {name: sorted(found) for name, found in used.items()}
-    return Comparison(pipeline, store.root, equal, sweep, rows, captions, keys, num_captions, told, fingerprints)
+    return Comparison(
+        pipeline, store.root, equal, sweep, rows, captions, keys, num_captions, told, fingerprints, snapshot
+    )
 
 
 def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
