@@ -36,8 +36,10 @@ from unclip.training.memory import Compute, count
 from unclip.training.settings import TrainerConfig
 
 Equal = Literal["samples", "flop"]
-"""Quantity that is made equal for all entries: samples of the costliest part, or FLOPs of all own parts."""
+"""Quantity that is made equal for all entries: samples of the costliest part, or FLOPs of all parts."""
 
+TOLERANCE = 0.05
+"""Relative difference of FLOPs that counts as none, so that variants of little difference share their parts."""
 EVALUATE = "evaluate"
 REAL = "real images"
 
@@ -166,16 +168,18 @@ class Comparison:
     """Label of an entry -> why it has no row."""
     artifacts: dict[str, list[str]]
     """Stage -> fingerprints of the artifacts that the rows are made of."""
+    snapshot: dict[str, Any]
+    """Dataset version."""
 
 
-def entry_names(config_of: Callable[[str], PipelineConfig], sweep: Sweep | None) -> list[str]:
-    """Names of all systems, each followed by its variants; without variants for a sweep.
+def entry_names(config_of: Callable[[str | None], PipelineConfig], sweep: Sweep | None) -> list[str]:
+    """Names of all systems, that of the preset first, each followed by its variants; without variants for a sweep.
 
     Args:
-        config_of: name of a system -> its configuration, which says which variants apply.
+        config_of: name of a system, None for that of the preset -> its configuration, which says which variants apply.
     """
     names: list[str] = []
-    for system in system_names():
+    for system in dict.fromkeys([config_of(None).system, *system_names()]):
         if sweep is not None and sweep.path(system) is None:
             continue
         names.append(system)
@@ -207,7 +211,7 @@ def find_entries(
     """
 
     @functools.cache
-    def config_of(system: str) -> PipelineConfig:
+    def config_of(system: str | None) -> PipelineConfig:
         return load(pipeline, run_file, assignments, storage, system)
 
     found: list[Entry] = []
@@ -289,38 +293,35 @@ def _dataset_settings(entry: Entry) -> dict[str, Any]:
 def equalise(entries: list[Entry], equal: Equal | None) -> list[Entry]:
     """Change the lengths of trainings so that each entry costs as much as the first.
 
-    Parts that an entry shares with the first stay as they are, and so does an entry that shares all. With "samples", the
-    costliest other part of an entry is trained on as many samples as that of the first; with "flop", all its other parts are
-    trained for as many FLOPs together.
+    With "samples", the costliest part of an entry is trained on as many samples as that of the first; with "flop", all its parts
+    together for as many FLOPs, unless they are within `TOLERANCE` of that.
     """
     return entries if equal is None else [entries[0], *(_as_long_as(entries[0], entry, equal) for entry in entries[1:])]
 
 
 def _as_long_as(first: Entry, entry: Entry, equal: Equal) -> Entry:
-    reference, own = (_parts(each.config) for each in (first, entry))
-    shared = {name for name in own if name in reference and _is_same(own[name], reference[name])}
-    wanted, given = (
-        [each for each in trainings(config) if each.stage not in shared] for config in (first.config, entry.config)
-    )
+    wanted, given = trainings(first.config), trainings(entry.config)
     if not wanted or not given:
         return entry
+    lengths: dict[str, float] = {}
     if equal == "flop":
         factor = sum(each.flops for each in wanted) / sum(each.flops for each in given)
-        lengths = {each.stage: each.num_samples * factor for each in given}
+        if abs(factor - 1) > TOLERANCE:
+            lengths = {each.stage: each.num_samples * factor for each in given}
     else:
-        lengths = {max(given, key=lambda each: each.flops).stage: max(wanted, key=lambda each: each.flops).num_samples}
-    config = entry.config
+        lengths[_costliest(given).stage] = _costliest(wanted).num_samples
+    config, parts = entry.config, _parts(entry.config)
     for stage, num_samples in lengths.items():
-        config = _with_length(config, own[stage], num_samples)
+        config = _with_length(config, parts[stage], num_samples)
     return dataclasses.replace(entry, config=config)
+
+
+def _costliest(trainings: Sequence[Training]) -> Training:
+    return max(trainings, key=lambda each: each.flops)
 
 
 def _parts(config: PipelineConfig) -> dict[str, Node]:
     return {name: node for name, node in compose(config).items() if node.stage.part is not None}
-
-
-def _is_same(one: Node, other: Node) -> bool:
-    return bool(without_operational(one.config) == without_operational(other.config))
 
 
 def _with_length(config: PipelineConfig, node: Node, num_samples: float) -> PipelineConfig:
@@ -414,6 +415,7 @@ def collect(
     captions: list[str] = []
     keys: list[str] = []
     num_captions: dict[str, int] = {}
+    snapshot: dict[str, Any] = {}
     for entry in entries:
         if entry.label in failures:
             continue
@@ -427,11 +429,14 @@ def collect(
             real = measure_real_images(entry.config, artifacts["curate"], artifacts["clip"])
             rows.append(Row(REAL, REAL, None, None, real.metrics, images=real.images, correct=real.correct))
             captions, keys = real.captions, real.keys
+            snapshot = dict(artifacts["curate"].facts["snapshot"])
             num_captions = dict(artifacts[EVALUATE].facts["captions"])
         rows.append(_row(entry, dag, artifacts))
     told = {label: str(error) for label, error in failures.items()}
     fingerprints = {name: sorted(found) for name, found in used.items()}
-    return Comparison(pipeline, store.root, equal, sweep, rows, captions, keys, num_captions, told, fingerprints)
+    return Comparison(
+        pipeline, store.root, equal, sweep, rows, captions, keys, num_captions, told, fingerprints, snapshot
+    )
 
 
 def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:

@@ -129,6 +129,8 @@ def _write(result: "Comparison", entries: "Sequence[Entry]") -> str:
     run = open_run(result.pipeline, entries[0].config, store)
     try:
         tracker = run.tracker.child(run.experiment_id, name, shows_rows=True)
+        snapshot = store.portable(result.snapshot)
+        tracker.dataset(result.pipeline, snapshot["digest"], snapshot["embeddings"], {"snapshot": snapshot})
         tracker.metrics({key: value for row in result.rows for key, value in _measured(row).items()})
         for file_name, data in contents.items():
             tracker.bytes(data, file_name)

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pipelines import config, dag
 from pipelines.cluster import worker_resources
 from pipelines.commands.train import trained_models
 from pipelines.pipeline import compose
-from pipelines.preset import pipeline_names
+from pipelines.prepare import prepare
+from pipelines.preset import pipeline_names, results_name
 from tasks.stage import Run
+from tasks.stages.publish import PublishConfig
 from tasks.tracking import Tracker
 from unclip.config import to_dict, without_operational
 from unclip.errors import ConfigError
@@ -235,3 +238,14 @@ def test_workers_get_resources_without_importing_the_system(tmp_path: Path) -> N
     code += "; assert not {'torch', 'pipelines'} & set(sys.modules)"
     command = [sys.executable, "-c", code, tmp_path / "run.pickle"]
     assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout == "2\n"
+
+
+def test_each_system_has_a_published_model_and_results_of_its_own(tmp_path: Path) -> None:
+    loaded = config.load("tiny", None, (), str(tmp_path))
+    assert prepare(loaded, read_only=True).publish.name == "unclip-tiny"
+    other = dataclasses.replace(loaded, publish=PublishConfig("{system}.{system}"))
+    assert prepare(other, read_only=True).publish.name == "unclip.unclip" and PublishConfig().name == "{system}"
+    for name in ("{systems}", "a b", ""):
+        with pytest.raises(ConfigError, match="name: got"):
+            PublishConfig(name)
+    assert results_name("tiny", "unclip") == "tiny" and results_name("tiny", "other") == "tiny-other"

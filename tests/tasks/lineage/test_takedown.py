@@ -41,7 +41,7 @@ from tasks.tombstones import Tombstone, gather, load_tombstones, look_value, rec
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
 from tests.pipelines.command_line import ROOT, call, call_json
 from tests.tasks.datasets import holders, write_folder
-from unclip import files
+from unclip import files, seals
 from unclip.errors import AlreadyRunningError, InputError, StageError
 from unclip.systems.unclip.prior import PRIOR
 from unclip.training.film import add_preview
@@ -604,7 +604,15 @@ def test_only_previews_that_show_a_row_are_deleted_from_the_storage(store: Store
         files.write(f"{folder}/model/model.safetensors", b"weights")
         if shown is not None:
             files.write_json(f"{folder}/{PREVIEW_KEYS}", shown)
+    for name in ("shows", "other rows"):
+        figure = store.uri("results", f"tiny-{name}")
+        files.write(f"{figure}/{PREVIEWS}/images.png", b"picture")
+        files.write_json(f"{figure}/{PREVIEW_KEYS}", films[name])
+        files.write(f"{figure}/table.md", b"table")
+        seals.cover(figure)
     take_down(store, [Tombstone("key", keys[7])], None, [])
+    assert store.list("results", "tiny-shows") == ["manifest.json", "table.md"], "the figure of a comparison"
+    assert store.list("results", "tiny-other rows", PREVIEWS) == ["images.png", "keys.json"]
     left = {name: store.list("artifacts", "decoder", name) for name in films}
     assert left == {"shows": ["model"], "other rows": ["model", PREVIEWS], "does not say": ["model"]}
     expected = ["000000000512.png", "film_strip.png", "keys.json", "original.png"]
