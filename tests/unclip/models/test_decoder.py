@@ -456,7 +456,7 @@ def test_upsamplers_train_on_crops_of_a_quarter_with_their_own_noise_levels(clip
     seen = []
 
     class Recorder(torch.nn.Module):
-        def forward(self, x_t, t, low_res, noise_level):
+        def forward(self, x_t, t, low_res, noise_level, **_):
             seen.append((low_res, noise_level))
             return x_t
 
