@@ -101,10 +101,10 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
             f"accuracy   {'':<12}{captions['heldout']:>5} held-out captions"
             + (f"{captions['unseen']:>6} unseen combinations" if unseen else "")
         )
-        for name in ATTRIBUTES:
-            if name in summary["accuracy"]:
-                cells = f"           {name:<12}{summary['accuracy'][name]:>10.3f}"
-                lines.append(cells + (f"{unseen[name]:>22.3f}" if name in unseen else ""))
+        for attribute in ATTRIBUTES:
+            if attribute in summary["accuracy"]:
+                cells = f"           {attribute:<12}{summary['accuracy'][attribute]:>10.3f}"
+                lines.append(cells + (f"{unseen[attribute]:>22.3f}" if attribute in unseen else ""))
     elif "clip_score" in summary:
         lines.append(
             "clip score " + "  ".join(f"{group} {score:.3f}" for group, score in summary["clip_score"].items())

@@ -64,3 +64,11 @@ def test_the_summary_forgets_stages_that_the_pipeline_has_lost(tmp_path: Path) -
         write_results(summary, {}, store, stages)
     after = store.read_json("results", "mine", "summary.json")
     assert after["artifacts"] == {"prior": "f"} and after["seconds"] == {"prior": 1.0}
+
+
+def test_the_summary_names_the_folder_of_results_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = {"accuracy": {"heldout": {"colour": 1.0, "place": 0.5}}, "captions": {"heldout": 4}}
+    summary = summarise("mine", {"evaluate": artifact("evaluate", clip_score={"heldout": 0.5}, metrics={}, **accuracy)})
+    print_summary(summary, Store("elsewhere"), load("text_to_image", None, ["ingest.urls=a.csv"]), "mine-glide")
+    out = capsys.readouterr().out
+    assert "place            0.500" in out and "results/mine-glide/heldout.png" in out

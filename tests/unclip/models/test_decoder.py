@@ -464,12 +464,11 @@ def test_upsamplers_train_on_crops_of_a_quarter_with_their_own_noise_levels(clip
     low_res, level = seen[0]
     assert low_res.shape == (8, 3, 4, 4) and len(level.unique()) > 4 and level.max() <= 400
     assert torch.equal(images, original)
-    high, low = trained._crops(images, torch.Generator().manual_seed(0))
+    high, low, _ = trained._crops(images, torch.Generator().manual_seed(0))
     assert high.shape == (8, 3, 16, 16) and low.shape == (8, 3, 4, 4)
     assert len({tuple(crop[:2, 0, 0].tolist()) for crop in high}) >= 5  # each image has its own crop
-    torch.testing.assert_close(
-        torch.nn.functional.avg_pool2d(high, 4), low, atol=1e-5, rtol=0
-    )  # both are the same crop
+    # Both are the same crop: a pixel further would differ by 0.125.
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(high, 4), low, atol=5e-3, rtol=0)
 
 
 def test_one_pixel_stripes_of_a_stored_image_average_to_grey() -> None:
