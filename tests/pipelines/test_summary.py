@@ -68,7 +68,11 @@ def test_the_summary_forgets_stages_that_the_pipeline_has_lost(tmp_path: Path) -
 
 def test_the_summary_names_the_folder_of_results_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     accuracy = {"accuracy": {"heldout": {"colour": 1.0, "place": 0.5}}, "captions": {"heldout": 4}}
-    summary = summarise("mine", {"evaluate": artifact("evaluate", clip_score={"heldout": 0.5}, metrics={}, **accuracy)})
+    evaluated = artifact("evaluate", clip_score={"heldout": 0.5}, metrics={}, **accuracy)
+    curated = artifact(
+        "curate", rows={"in": 4, "kept": 4, "dropped": 0, "failed": 0}, reasons={}, snapshot={"digest": "d"}
+    )
+    summary = summarise("mine", {"curate": curated, "evaluate": evaluated})
     print_summary(summary, Store("elsewhere"), load("text_to_image", None, ["ingest.urls=a.csv"]), "mine-glide")
     out = capsys.readouterr().out
     assert "place            0.500" in out and "results/mine-glide/heldout.png" in out
