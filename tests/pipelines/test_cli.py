@@ -20,7 +20,7 @@ from pipelines.commands.train import train, trained_models
 from pipelines.config import load
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
-from pipelines.preset import model_names, pipeline_names
+from pipelines.preset import model_names, pipeline_names, system_names
 from pipelines.records import close_run, open_run, tracking_uris_of
 from tasks import tables
 from tasks.lock import Owner, lock
@@ -162,7 +162,12 @@ def test_models_and_pipelines_are_completed() -> None:
 
 
 def test_completion_offers_the_models_that_pipelines_train() -> None:
-    composed = [compose(load(name, None, ["ingest.urls=pairs.parquet"])) for name in pipeline_names()]
+    optional = {"glide": ["with_noised_clip=true"]}
+    composed = [
+        compose(load(name, None, ["ingest.urls=pairs.parquet", *optional.get(system, [])], None, system))
+        for name in pipeline_names()
+        for system in system_names()
+    ]
     trained = {model for dag in composed for model in trained_models(dag)}
     assert set(model_names()) == trained - {"upsampler-256"}  # a default that no preset names
 
