@@ -263,7 +263,7 @@ def report(rounds: dict[str, list[dict[str, Any]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20_000, help="rows of the hostile list")
+    parser.add_argument("--rows", type=int, default=60_000, help="rows of the hostile list")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of both lists")
     parser.add_argument("--sites", type=int, default=40, help="healthy sites")
     parser.add_argument("--tarpits", type=int, default=6, help="sites that are tarpits")

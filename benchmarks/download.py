@@ -231,6 +231,9 @@ def main() -> None:
         Path(settings.folder, "result.json").write_text(json.dumps(result))
         return
 
+    from pipelines.cluster import KEEP_WORKERS
+
+    os.environ.setdefault(*KEEP_WORKERS)  # as in `unclip run`
     print(measure.machine("ray", "img2dataset", "pillow", "pyarrow"))
     print(f"{arguments.pictures} images of 640x480, {arguments.rounds} rounds, {vars(arguments)}\n", flush=True)
     images = measure.photographs(NUM_DISTINCT_IMAGES)

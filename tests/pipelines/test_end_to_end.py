@@ -290,7 +290,11 @@ def test_a_storage_is_covered_by_digests_and_400_flipped_bits_are_found(finished
         }
         assert found[str(report)]["remedy"].endswith(f"`unclip run tiny --storage {shlex.quote(str(finished))}`")
         result = call("verify", "--storage", finished, "--jobs", 2)
-        assert result.returncode == 1 and "2 damaged, missing or unreadable" in result.stdout and str(part) in result.stdout
+        assert (
+            result.returncode == 1
+            and "2 damaged, missing or unreadable" in result.stdout
+            and str(part) in result.stdout
+        )
     assert run_here("verify", "--storage", finished).endswith("0 damaged, missing or unreadable\n")
 
 
