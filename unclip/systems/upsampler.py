@@ -3,6 +3,7 @@
 Letters: B batch, s resolution of a system's small images, S resolution of the last upsampler's.
 """
 
+import abc
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -191,7 +192,7 @@ class UpsampledSampling:
         return self.upsamplers.get(str(resolution), default)
 
 
-class UpsampledSystem(nn.Module):
+class UpsampledSystem(nn.Module, abc.ABC):
     """Small images, and any number of upsamplers, each for the images of the one before."""
 
     small_size: int
@@ -234,14 +235,15 @@ class UpsampledSystem(nn.Module):
     def device(self) -> torch.device:
         return device_of(self)
 
+    @abc.abstractmethod
     def small_steps(self, sampling: Any) -> int:
         """Sampling steps of the network of small images."""
-        raise NotImplementedError
 
     def labels(self, captions: Sequence[str]) -> Tensor | None:
         """Classes of the captions, [B] int64, for upsamplers that read them; None for systems without classes."""
         return None
 
+    @abc.abstractmethod
     def sample_small(
         self,
         captions: Sequence[str],
@@ -259,7 +261,6 @@ class UpsampledSystem(nn.Module):
             known: [B, 4, s, s] from `known_region`; None if nothing is known.
             on_step: hook of the network of small images, called after every step.
         """
-        raise NotImplementedError
 
     def upsample(
         self,

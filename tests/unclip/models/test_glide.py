@@ -287,8 +287,8 @@ def guided_eps(
 
 
 TIMESTEPS = [349, 262, 174, 87, 0]
-"""Those of 5 steps over a strength of 0.35. From pure noise, an untrained network's samples grow a hundredfold, and so do the
-rounding errors of float32."""
+"""Timesteps of 5 steps over a strength of 0.35. From pure noise, an untrained network's samples grow a hundredfold, and so do
+the rounding errors of float32."""
 
 
 def noised_start(schedule: Schedule) -> Tensor:
