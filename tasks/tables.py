@@ -141,9 +141,9 @@ def _append(
 ) -> int:
     delta_schema = Schema.from_arrow(schema)
     storage.failpoint("before", f"{table_uri}/_delta_log")
-    is_new = not _exists(table_uri)
-    if is_new:
+    if not _exists(table_uri):
         create(table_uri, delta_schema)
+        storage.failpoint("within", f"{table_uri}/_delta_log")
     table = _table(table_uri)
     known = {uri.rpartition("/")[2] for uri in table.file_uris()}
     new = [part for part in parts if part.name not in known]
@@ -154,7 +154,7 @@ def _append(
     changes += [RemoveAction(name, True, now) for name in sorted(gone)]
     hashes = {part.name: part.sha256 for part in new}
     properties = _properties(table, {**note, _PARTS: json.dumps(hashes)})
-    if changes or is_new:  # the note of a new table counts even if it has no rows
+    if changes or (table.version() == 0 and not known):  # the note of a new table counts even if it has no rows
         known_fields = {field.name for field in table.schema().fields}
         if added := [field for field in delta_schema.fields if field.name not in known_fields]:
             # A commit of its own: one that appends does not change the schema.
@@ -190,7 +190,7 @@ def fence(table_uri: str) -> None:
         table = _table(table_uri)
         last = note_of(table_uri, table.version())
         note = {name: text for name, text in last.items() if name.startswith("unclip.") and name != _PARTS}
-        commit_note(table, _properties(table, note))
+        _write(table, [], _properties(table, note))
 
     _commit(commit)
     cover_log(table_uri)
@@ -212,14 +212,16 @@ def create(table_uri: str, schema: Schema) -> None:
     """
     try:
         create_table_with_add_actions(storage.to_uri(table_uri), schema, [], storage_options=_options(table_uri))
-    except DeltaError:
-        if not _exists(table_uri):  # else another process was first
+    except (DeltaError, OSError):  # another process was first, or a store's answer was lost
+        if not _exists(table_uri):
             raise
 
 
 def commit_note(table: DeltaTable, properties: CommitProperties) -> None:
-    """Commit properties alone to a table."""
-    _write(table, [], properties)
+    """Commit properties alone to a table whose old versions nobody reads: Delta deletes their logs after 30 days."""
+    table.create_write_transaction(
+        [], mode="append", schema=table.schema(), commit_properties=properties, post_commithook_properties=None
+    )
 
 
 def _write(
@@ -530,6 +532,9 @@ def read_with_commit_times(table_uri: str) -> pa.Table:
         rows = read_file(f"{table_uri}/{part['path']}")
         times = pa.array([part["modification_time"]] * rows.num_rows, pa.timestamp("ms", "UTC"))
         parts.append(rows.append_column("committed", times))
+    if not parts:  # created, and nothing was committed yet
+        none = pa.array([], pa.timestamp("ms", "UTC"))
+        return _empty(table_uri, None).append_column("committed", none)
     return pa.concat_tables(parts, promote_options="default")  # earlier releases had fewer columns
 
 

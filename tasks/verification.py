@@ -320,7 +320,7 @@ class _Survey:
 
     def _made_results(self, name: str) -> str:
         """Command that made a folder of results, if its summary can be read and says so."""
-        with contextlib.suppress(FileNotFoundError, DamagedError):
+        with contextlib.suppress(OSError, DamagedError, AttributeError):  # or not the summary that is expected there
             if command := self.store.read_json("results", name, "summary.json").get("command"):
                 return self._command(*command)
         return self._run(name)

@@ -67,11 +67,21 @@ def locate(uri: str) -> "tuple[pafs.FileSystem, str]":
             f"{shown}: given with credentials, which would be stored with it. Leave them out, and set "
             f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or GOOGLE_APPLICATION_CREDENTIALS."
         )
-    limit = f"?retry_limit_seconds={_GCS_RETRY_SECONDS}" if uri.startswith("gs://") else ""
     try:
-        return pafs.FileSystem.from_uri(uri + limit)  # type: ignore[no-any-return]
+        return pafs.FileSystem.from_uri(with_retry_limit(uri))  # type: ignore[no-any-return]
     except (ValueError, OSError) as error:
         raise StorageError(f"{uri}: {reason_of(error)}. Give a folder or an s3:// or gs:// URI.") from None
+
+
+def with_retry_limit(uri: str) -> str:
+    """URI that limits the time for which the client of Google's storage tries again; other URIs stay as they are."""
+    if not _is_gcs(uri) or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={_GCS_RETRY_SECONDS}"
+
+
+def _is_gcs(uri: str) -> bool:
+    return uri.startswith(("gs://", "gcs://"))
 
 
 def with_retries(uri: str, action: Callable[[], T]) -> T:
@@ -79,7 +89,7 @@ def with_retries(uri: str, action: Callable[[], T]) -> T:
 
     The client of gs:// tries again by itself, for `_GCS_RETRY_SECONDS`.
     """
-    for attempt in range(5 if "://" in uri and not uri.startswith("gs://") else 0):
+    for attempt in range(5 if "://" in uri and not _is_gcs(uri) else 0):
         try:
             return action()
         except FileNotFoundError:

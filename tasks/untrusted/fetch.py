@@ -312,10 +312,18 @@ class Fetcher:
         """Wait until the host's crawl delay, request limit and budget allow a request. Waiting extends the deadline."""
         started = time.monotonic()
         if self.respect_robots and not for_robots and not target.is_own:
+            has_answered = False
+
+            def load_rules(url: str) -> bytes:
+                nonlocal has_answered
+                body = self._load_rules(url)
+                has_answered = True
+                return body
+
             try:
-                delay = self._robots.admit(target.url, self.agent, self._load_rules, self.max_crawl_delay_seconds)
+                delay = self._robots.admit(target.url, self.agent, load_rules, self.max_crawl_delay_seconds)
             except RowFault as fault:
-                if fault.reason in ("robots_disallowed", "opted_out"):
+                if has_answered and fault.reason in ("robots_disallowed", "opted_out"):
                     self._sites.answered(target.site)  # its rules arrived, and no image will tell more
                 raise
             time.sleep(delay)

@@ -267,3 +267,25 @@ def test_f74_of_repeated_rows_the_one_that_was_committed_first_stays(tmp_path: P
     assert tables.read(table, columns=["key", "width"]).to_pydict() == {"key": [*"abcd"], "width": [0, 1, 11, 22]}
     assert tables.read(table, version=3).num_rows == 7
     assert tables.commit_order(table)[tables.files(table)[0].rpartition("/")[2]] == 3  # x, rewritten
+
+
+def test_a_process_that_ends_between_the_creation_of_a_table_and_its_first_commit_leaves_a_table_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, schema = str(tmp_path / "table"), pa.schema({"key": pa.string()})
+
+    class Killed(Exception):
+        pass
+
+    def stop(moment: str, uri: str) -> None:
+        if moment == "within":
+            raise Killed
+
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr("tasks.tables.storage.failpoint", stop)
+        tables.append_files(table, [], schema, {"unclip.plan": "a"})
+    assert tables.version(table) == 0
+    assert tables.read_with_commit_times(table).column_names == ["key", "committed"]
+    assert tables.append_files(table, [], schema, {"unclip.plan": "a"}) == 1
+    assert tables.last_note(table)["unclip.plan"] == "a"  # it counts even without rows
+    assert tables.append_files(table, [], schema, {"unclip.plan": "a"}) == 1

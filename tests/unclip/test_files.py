@@ -236,3 +236,16 @@ def test_f101_repeated_byte_order_marks_are_skipped_and_other_bytes_are_no_text(
     assert files.decode_text(b"\xef\xbb\xbf" * 2 + b"a") == "a"
     with pytest.raises(UnicodeDecodeError):
         files.decode_text(b"a\xff")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("gs://bucket/folder", "gs://bucket/folder?retry_limit_seconds=60"),
+        ("gcs://bucket/folder?scheme=http", "gcs://bucket/folder?scheme=http&retry_limit_seconds=60"),
+        ("gs://bucket/folder?retry_limit_seconds=5", "gs://bucket/folder?retry_limit_seconds=5"),
+        ("s3://bucket/folder?region=eu-west-1", "s3://bucket/folder?region=eu-west-1"),
+    ],
+)
+def test_the_client_of_google_storage_tries_for_a_minute(given: str, expected: str) -> None:
+    assert files.with_retry_limit(given) == expected

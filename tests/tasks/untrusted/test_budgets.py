@@ -270,6 +270,11 @@ def test_f64_a_robots_txt_that_forbids_the_images_opens_a_site_since_no_image_wo
         urls = [f"http://{server.address}/{number}.jpg" for number in range(5)]
         client.take_budgets(urls, {server.address: budgets.Spent(3.0, 30.0, next_probe=time.time())})
         assert outcomes(urls, client, threads=1) == ["robots_disallowed"] * 5
+        # Rules that are known are no answer: rows of one host do not pay for those of another host of the site.
+        closed = {server.address: budgets.Spent(3.0, 30.0, next_probe=time.time())}
+        client.take_budgets(urls, closed)
+        assert outcomes(urls, client, threads=1) == ["robots_disallowed"] * 5
+        assert client.hand_on_budgets(urls, {})[server.address].seconds == 3.0
 
 
 def test_f63_only_failures_of_the_next_hosts_are_taken_over_and_few_are_handed_on() -> None:
