@@ -299,6 +299,7 @@ def keep_known(
     num_steps: Steps,
     num_resamplings: int = NUM_RESAMPLINGS,
     generator: torch.Generator | None = None,
+    mean_shift: MeanShift | None = None,
 ) -> OnStep:
     """Inpainting with any sampler and a denoiser that knows no masks.
 
@@ -311,11 +312,13 @@ def keep_known(
         known: bool, broadcasts to x0; True = keep.
         num_steps: those of the sampler.
         num_resamplings: times that each step is sampled, the sampler's own step included; at least 1.
+        mean_shift: that of the sampler, if it has one.
 
     Source: Lugmayr et al. 2022, eq. 8 and algorithm 1.
     """
     require(num_resamplings >= 1, "num_resamplings", num_resamplings, "at least 1")
     steps = {step.t_next: step for step in _steps(diffusion, num_steps)}
+    variance = functools.partial(_configured_variance, diffusion)
 
     def put_back(x_t: Tensor, t: int) -> Tensor:
         timesteps = torch.full(x_t.shape[:1], t, dtype=torch.int64, device=x_t.device)
@@ -328,10 +331,7 @@ def keep_known(
         step, x_next = steps[t], put_back(x_t, t)
         for _ in range(num_resamplings - 1):
             x_t = (1 - step.beta) ** 0.5 * x_next + step.beta**0.5 * _noise_like(x_next, generator)
-            denoised = denoise(x_t, step.batch(x_t))
-            mean = step.x0_coefficient * denoised.x0 + step.x_t_coefficient * x_t
-            std = _configured_variance(diffusion, step, denoised) ** 0.5
-            x_next = put_back(mean + std * _noise_like(x_t, generator), t)
+            x_next = put_back(_ancestral_step(step, denoise, x_t, variance, generator, mean_shift), t)
         return x_next
 
     return hold
@@ -425,6 +425,10 @@ def _steps(diffusion: GaussianDiffusion, num_steps: Steps) -> Iterator[Step]:
         yield Step(t, alpha_bar, t_next, alpha_bar_next)
 
 
+Variance = Callable[[Step, Denoised], Tensor | float]
+"""Variance of an ancestral step."""
+
+
 def _configured_variance(diffusion: GaussianDiffusion, step: Step, denoised: Denoised) -> Tensor | float:
     """Variance of an ancestral step, as the diffusion is configured."""
     if diffusion.config.variance == "fixed_small":
@@ -440,22 +444,31 @@ def _ancestral(
     denoise: Denoiser,
     x_T: Tensor,
     num_steps: Steps,
-    variance: Callable[[Step, Denoised], Tensor | float],
+    variance: Variance,
     generator: torch.Generator | None,
     on_step: OnStep,
     mean_shift: MeanShift | None = None,
 ) -> Tensor:
-    """Sample every x_{t-1} from a Gaussian with the posterior's mean, shifted if asked, and the given variance."""
     x_t = full_precision(x_T)
     for step in _steps(diffusion, num_steps):
-        denoised = denoise(x_t, step.batch(x_t))
-        mean = step.x0_coefficient * denoised.x0 + step.x_t_coefficient * x_t
-        if mean_shift is not None:
-            mean = mean + variance(step, denoised) * mean_shift(x_t, step.batch(x_t))
-        if step.alpha_bar_next < 1:
-            mean = mean + variance(step, denoised) ** 0.5 * _noise_like(x_t, generator)
-        x_t = on_step(mean, step.t_next)
+        x_t = on_step(_ancestral_step(step, denoise, x_t, variance, generator, mean_shift), step.t_next)
     return x_t
+
+
+def _ancestral_step(
+    step: Step,
+    denoise: Denoiser,
+    x_t: Tensor,
+    variance: Variance,
+    generator: torch.Generator | None,
+    mean_shift: MeanShift | None,
+) -> Tensor:
+    """Sample x_{t-1} from a Gaussian with the posterior's mean, shifted if asked, and the given variance."""
+    denoised = denoise(x_t, step.batch(x_t))
+    mean, of_step = step.x0_coefficient * denoised.x0 + step.x_t_coefficient * x_t, variance(step, denoised)
+    if mean_shift is not None:
+        mean = mean + of_step * mean_shift(x_t, step.batch(x_t))
+    return mean + of_step**0.5 * _noise_like(x_t, generator) if step.alpha_bar_next < 1 else mean
 
 
 def _sigma(alpha_bar: float) -> float:

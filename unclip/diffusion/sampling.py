@@ -126,6 +126,16 @@ def guided_timesteps(diffusion: GaussianDiffusion, settings: DiffusionSampling) 
     return math.ceil(low), math.floor(high)
 
 
+def require_preview_sampler(settings: DiffusionSampling) -> None:
+    """Check the sampling settings of a training's previews, at the setting `preview`.
+
+    Raises:
+        ConfigError: the sampler needs measurements of the finished model.
+    """
+    expected = "another sampler: its score is measured after the training"
+    require(settings.sampler != "analytic_dpm", "preview.sampler", settings.sampler, expected)
+
+
 def sample(
     diffusion: GaussianDiffusion,
     denoise: Denoiser,
@@ -171,8 +181,9 @@ def sample(
         steps = strided_timesteps(noisiest + 1, settings.num_steps)
         t = torch.full(start.shape[:1], noisiest, dtype=torch.int64, device=start.device)
         x_T = diffusion.q_sample(start, t, x_T)
+    shift = None if mean_shift is None else _in_interval(mean_shift, *guided_timesteps(diffusion, settings))
     if known is not None:
-        hold = samplers.keep_known(diffusion, denoise, *known, steps, num_resamplings, generator)
+        hold = samplers.keep_known(diffusion, denoise, *known, steps, num_resamplings, generator, shift)
         on_step = _after(hold, on_step)
     if settings.sampler == "analytic_dpm":
         if mean_squared_score is None:
@@ -184,8 +195,7 @@ def sample(
         return samplers.analytic_dpm(
             diffusion, denoise, x_T, steps, mean_squared_score, generator=generator, on_step=on_step
         )
-    if mean_shift is not None:
-        shift = _in_interval(mean_shift, *guided_timesteps(diffusion, settings))
+    if shift is not None:
         return samplers.ddpm(diffusion, denoise, x_T, steps, generator, on_step, shift)
     if settings.sampler == "ddim":
         return samplers.ddim(diffusion, denoise, x_T, steps, settings.eta, generator, on_step)

@@ -113,15 +113,15 @@ def classification_loss(
     labels: Tensor,
     t: Tensor,
     noise: Tensor,
-) -> Tensor:
-    """Cross-entropy of the classes of noised images.
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the classes of noised images, and the logits.
 
     Args:
         network: (x_t, t) -> logits [B, K].
         x0: [B, C, S, S] in [-1, 1]; labels: [B] int64; t: [B] int64; noise: like x0, standard normal.
 
     Returns:
-        [B] float32, nats.
+        [B] float32, nats; [B, K] float32.
 
     Raises:
         ShapeError: see `q_sample`, or labels is not [B].
@@ -130,7 +130,8 @@ def classification_loss(
     """
     if labels.shape != x0.shape[:1]:
         raise ShapeError(f"classification_loss: got labels {tuple(labels.shape)}, expected ({len(x0)},).")
-    return F.cross_entropy(network(diffusion.q_sample(x0, t, noise), t).float(), labels, reduction="none")
+    logits = network(diffusion.q_sample(x0, t, noise), t).float()
+    return F.cross_entropy(logits, labels, reduction="none"), logits
 
 
 def log_probability(network: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> LogProbability:

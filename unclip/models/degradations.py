@@ -76,13 +76,20 @@ class DegradationConfig:
         require(0 <= sigmas[0] <= sigmas[1], "min_blur_sigma, max_blur_sigma", sigmas, "two in order, at least 0")
 
 
-def degrade(images: Tensor, size: int, config: DegradationConfig, generator: torch.Generator) -> Tensor:
+def degrade(
+    images: Tensor,
+    size: int,
+    config: DegradationConfig,
+    generator: torch.Generator,
+    blur_sigma: Tensor | None = None,
+) -> Tensor:
     """Downscale images and degrade them as configured.
 
     Args:
         images: [B, 3, S, S] in [-1, 1]; not changed.
         size: size of the result, pixels; a divisor of S.
         generator: on the images' device; the same state gives the same result.
+        blur_sigma: [B], from `draw_blur`, for the kind "blur"; None draws it.
 
     Returns:
         [B, 3, size, size] in [-1, 1].
@@ -91,7 +98,9 @@ def degrade(images: Tensor, size: int, config: DegradationConfig, generator: tor
         if config.kind == "bsr":
             return bsr(images, size, config.bsr, generator)
         small = shrink(images, size)
-        return small if config.kind == "none" else gaussian_blur(small, draw_blur(len(images), config, generator))
+        if config.kind == "none":
+            return small
+        return gaussian_blur(small, draw_blur(len(images), config, generator) if blur_sigma is None else blur_sigma)
 
 
 def draw_blur(batch: int, config: DegradationConfig, generator: torch.Generator) -> Tensor:

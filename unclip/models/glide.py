@@ -108,7 +108,8 @@ class Glide(nn.Module):
         def denoise(text: TextContext) -> Denoiser:
             return self.diffusion.denoiser(lambda x_t, t: self._predict(x_t, t, text, known))
 
-        conditional, unconditional = denoise(self.text(tokens)), denoise(self.text(negative))
+        conditional = denoise(self.text(tokens))
+        unconditional = conditional if settings.guidance_scale == 1 else denoise(self.text(negative))
         guided = guidance.classifier_free(
             self.diffusion, conditional, unconditional, settings.guidance_scale, settings.guidance_rescale
         )

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import load, to_dict
 from unclip.data import Batch
 from unclip.errors import ConfigError
-from unclip.models.classifier import Classifier, ClassifierConfig
+from unclip.models.classifier import Classifier, ClassifierConfig, classification_loss
 from unclip.systems.classes import Classes, ClassesConfig, ClassShare, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training import parallel
@@ -64,9 +63,10 @@ class ClassifierObjective:
         diffusion = self.model.diffusion
         t = torch.randint(diffusion.num_timesteps, (len(x0),), generator=generator, device=x0.device)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        logits = network(diffusion.q_sample(x0, t, noise), t).float()  # [B, K]
         has_class = label < len(self.classes)  # [B]
-        losses = F.cross_entropy(logits, label.clamp(max=len(self.classes) - 1), reduction="none") * has_class  # [B]
+        some_class = label.clamp(max=len(self.classes) - 1)  # [B]
+        losses, logits = classification_loss(diffusion, network, x0, some_class, t, noise)  # [B], [B, K]
+        losses = losses * has_class
         self.share.add(network.training, label)
         self._add(network.training, t, losses.detach(), logits.argmax(dim=1) == label, has_class)
         return losses.sum().div(has_class.sum().clamp(min=1))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
+from unclip.diffusion.sampling import require_preview_sampler
 from unclip.models.image_denoiser import ImageDenoiser, ImageDenoiserConfig, ImageDenoiserSampling
 from unclip.systems.classes import Classes, ClassesConfig, ClassShare, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
@@ -34,8 +35,7 @@ class DenoiserStageConfig:
     """Sampling settings of the previews."""
 
     def __post_init__(self) -> None:
-        expected = "another sampler: its score is measured after the training"
-        require(self.preview.sampler != "analytic_dpm", "preview.sampler", self.preview.sampler, expected)
+        require_preview_sampler(self.preview)
         scale = self.preview.classifier_scale
         require(scale == 0, "preview.classifier_scale", scale, "0: previews have no classifier")
 

@@ -16,11 +16,10 @@ from unclip.config import added, load, merge, nearest, operational, require, to_
 from unclip.data import Batch
 from unclip.diffusion.process import augment_condition
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.diffusion.sampling import Known
+from unclip.diffusion.sampling import Known, require_preview_sampler
 from unclip.downscaling import shrink
 from unclip.errors import CheckpointError, ConfigError, ShapeError
-from unclip.models.degradations import degrade, draw_blur, gaussian_blur
-from unclip.models.layers import without_autocast
+from unclip.models.degradations import degrade, draw_blur
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 from unclip.systems.classes import NO_CLASSES, Classes, ClassesConfig, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
@@ -44,8 +43,7 @@ class UpsamplerStageConfig:
     """Classes of the captions, for cascades that read them; filled in from the section `classes` of the run."""
 
     def __post_init__(self) -> None:
-        expected = "another sampler: its score is measured after the training"
-        require(self.preview.sampler != "analytic_dpm", "preview.sampler", self.preview.sampler, expected)
+        require_preview_sampler(self.preview)
 
 
 class UpsamplerObjective:
@@ -113,13 +111,9 @@ class UpsamplerObjective:
         Whole images are degraded before cropping, so that the edges of a crop look as they do in a whole image.
         """
         scale, crop = self.config.scale, self.config.unet.image_size // self.config.scale
-        blur_sigma = None
-        if self.config.reads_blur:
-            blur_sigma = draw_blur(len(images), self.config.degradation, generator)
-            with without_autocast(images.device):
-                low_res = gaussian_blur(shrink(images, self.config.low_res_size), blur_sigma)
-        else:
-            low_res = degrade(images, self.config.low_res_size, self.config.degradation, generator)
+        degradation = self.config.degradation
+        blur_sigma = draw_blur(len(images), degradation, generator) if self.config.reads_blur else None
+        low_res = degrade(images, self.config.low_res_size, degradation, generator, blur_sigma)
         offsets = torch.randint(
             self.config.low_res_size - crop + 1, (2, len(images)), generator=generator, device=images.device
         ).tolist()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unclip.config import load, to_dict
-from unclip.diffusion import samplers, sampling
+from unclip.diffusion import guidance, samplers, sampling
 from unclip.diffusion.process import Denoised, Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.sampling import DiffusionSampling
 from unclip.errors import ConfigError
@@ -187,6 +187,28 @@ def test_f132_known_parts_are_held_and_then_shown_to_the_hook() -> None:
 def test_invalid_settings_are_rejected(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(DiffusionSampling, changes)
+
+
+def test_f132_a_shift_of_the_mean_guides_the_resampling_too() -> None:
+    """Oracle: a standard normal distribution tilted by exp(x) has the mean 1, whatever is known of another dimension."""
+    diffusion = GaussianDiffusion(DiffusionConfig(variance="fixed_large"))
+    settings, generator = DiffusionSampling("ddpm", num_steps=50), torch.Generator().manual_seed(0)
+    held = sampling.Known(torch.zeros(2000, 2), torch.tensor([[True, False]]))
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        return Denoised(diffusion.alphas_cumprod[t].sqrt().float().view(-1, 1) * x_t)
+
+    def tilted(mean_shift: samplers.MeanShift | None) -> float:
+        x_T = torch.randn(2000, 2, generator=generator)
+        samples = sampling.sample(
+            diffusion, denoise, x_T, settings, known=held, mean_shift=mean_shift, generator=generator
+        )
+        return samples[:, 1].mean().item()
+
+    assert abs(tilted(None)) < 0.1
+    # E[exp(x0) | x_t] is exp(sqrt(alpha_bar) x_t) times a constant
+    log_probability = lambda x_t, t: (diffusion.alphas_cumprod[t].sqrt() * x_t[:, 1]).float()  # noqa: E731
+    assert tilted(guidance.gradient(log_probability, 1.0)) == pytest.approx(1, abs=0.1)
 
 
 def test_settings_survive_json() -> None:

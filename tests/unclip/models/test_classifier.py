@@ -33,7 +33,7 @@ def trained() -> Classifier:
         labels = torch.randint(2, (32,), generator=generator)
         t = torch.randint(100, (32,), generator=generator)
         noise = torch.randn(32, 3, 8, 8, generator=generator)
-        loss = classification_loss(model.diffusion, model, images(labels), labels, t, noise).mean()
+        loss = classification_loss(model.diffusion, model, images(labels), labels, t, noise)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -47,7 +47,9 @@ def test_it_learns_and_is_more_certain_at_less_noise(trained: Classifier) -> Non
 
     def loss(t: int) -> float:
         timesteps = torch.full((200,), t)
-        return classification_loss(trained.diffusion, trained, images(labels), labels, timesteps, noise).mean().item()
+        return (
+            classification_loss(trained.diffusion, trained, images(labels), labels, timesteps, noise)[0].mean().item()
+        )
 
     assert loss(0) < 0.1 and loss(50) < 0.2
     assert loss(99) > 0.4  # almost nothing of the image is left

@@ -30,6 +30,7 @@ from unclip.systems.glide.stack import GlideSampling, GlideStack
 from unclip.systems.inpainting import inpaint, num_steps
 from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions, save_stack
 from unclip.training import checkpoints
+from unclip.training.parallel import Workers
 from unclip.training.precision import autocast
 
 UNET = UNetConfig(8, 8, (1, 2), 1, attention_resolutions=(4,), head_channels=8, norm_groups=4)
@@ -149,6 +150,13 @@ def test_previews_and_scores_are_of_the_captions(clip: Clip) -> None:
     for preview in ({"sampler": "analytic_dpm"}, {"clip_guidance_scale": 1.0}):
         with pytest.raises(ConfigError, match=f"preview.{next(iter(preview))}"):
             GlideStageConfig(preview=ImageSampling(**preview))
+
+
+def test_rank_0_validates_the_image_encoder_without_the_other_ranks(clip: Clip) -> None:
+    """There is no process group here, so that anything that waits for another rank fails."""
+    trained = NoisedClipObjective(NOISED, clip.embedding_dim, Workers(0, 2))
+    tensors, generator = trained.prepare(rows(clip)), torch.Generator().manual_seed(0)
+    assert trained.loss(trained.model.eval(), tensors, generator).isfinite()
 
 
 def test_the_image_encoder_learns_captions_of_noised_images(clip: Clip) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
+from unclip.diffusion.sampling import require_preview_sampler
 from unclip.models.clip import Clip
 from unclip.models.glide import Glide, GlideConfig
 from unclip.models.small_images import Captions, ImageSampling, known_region, random_masks
@@ -35,8 +36,7 @@ class GlideStageConfig:
 
     def __post_init__(self) -> None:
         require(self.text_learning_rate > 0, "text_learning_rate", self.text_learning_rate, "a positive number")
-        expected = "another sampler: its score is measured after the training"
-        require(self.preview.sampler != "analytic_dpm", "preview.sampler", self.preview.sampler, expected)
+        require_preview_sampler(self.preview)
         scale = self.preview.clip_guidance_scale
         require(scale == 0, "preview.clip_guidance_scale", scale, "0: trainings load no image encoder")
 

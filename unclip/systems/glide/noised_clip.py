@@ -42,6 +42,7 @@ class NoisedClipObjective:
         self.clip_loss = ClipLoss(
             rank=workers.rank, world_size=workers.world_size, local_loss=True, gather_with_grad=True
         )
+        self.own_loss = ClipLoss()  # of held-out rows, which rank 0 reads alone
         self.sample_size = {"pixels": config.image_size**2}
         self.state: Tensors = {}
 
@@ -56,7 +57,8 @@ class NoisedClipObjective:
         t = torch.randint(diffusion.num_timesteps, (len(x0),), generator=generator, device=x0.device)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         embedding = network(diffusion.q_sample(x0, t, noise), t)  # [B, E], with the temperature
-        return self.clip_loss(embedding, tensors["text_embedding"].to(embedding.dtype), 1.0)  # type: ignore[no-any-return]
+        clip_loss = self.clip_loss if network.training else self.own_loss
+        return clip_loss(embedding, tensors["text_embedding"].to(embedding.dtype), 1.0)  # type: ignore[no-any-return]
 
     def metrics(self, training: bool) -> dict[str, float]:
         return {}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
+from unclip.diffusion.sampling import require_preview_sampler
 from unclip.models import clip as clip_models
 from unclip.models.decoder import Decoder, DecoderConfig, DecoderSampling
 from unclip.models.embeddings import EmbeddingStatistics
@@ -32,8 +33,7 @@ class DecoderStageConfig:
     """Sampling settings of the previews."""
 
     def __post_init__(self) -> None:
-        expected = "another sampler: its score is measured after the training"
-        require(self.preview.sampler != "analytic_dpm", "preview.sampler", self.preview.sampler, expected)
+        require_preview_sampler(self.preview)
         scale = self.preview.clip_guidance_scale
         require(scale == 0, "preview.clip_guidance_scale", scale, "0: previews have no captions to guide to")
 
