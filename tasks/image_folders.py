@@ -197,7 +197,7 @@ def _url(folder: str, name: str) -> str:
 def _captions_beside(
     root: str, folder: str, sidecars: Sequence[str], caption_name: str | None
 ) -> tuple[list[str], str | None]:
-    """Captions in the first of the files that is not empty; or the reason why it cannot be read."""
+    """Captions in the first of the files that has some; or the reason why it cannot be read."""
     for name in sidecars:
         try:
             data = local_files.read(root, f"{folder}/{name}", _MAX_SIDECAR_BYTES)
@@ -206,7 +206,9 @@ def _captions_beside(
                 continue
             return [], fault.reason
         text = data.decode(files.text_encoding(data), "replace").strip("\ufeff \t\r\n")
-        return (_captions_in(text, caption_name) if name.lower().endswith(".json") else [text]), None
+        captions = _captions_in(text, caption_name) if name.lower().endswith(".json") else [text]
+        if captions := [caption for caption in captions if caption.strip()]:
+            return captions, None
     return [], None
 
 
@@ -217,6 +219,8 @@ def _captions_in(text: str, caption_name: str | None) -> list[str]:
     except (ValueError, RecursionError):
         return []
     names = CAPTION_NAMES if caption_name is None else (caption_name,)
-    found = next((content[name] for name in names if content.get(name)), "") if isinstance(content, dict) else content
-    texts = found if isinstance(found, list) else [found]
-    return [text.encode("utf-8", "replace").decode() for text in texts if isinstance(text, str) and text]
+    for found in [content.get(name) for name in names] if isinstance(content, dict) else [content]:
+        texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str) and text.strip()]
+        if texts:
+            return [text.encode("utf-8", "replace").decode() for text in texts]
+    return []

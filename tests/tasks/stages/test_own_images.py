@@ -85,6 +85,17 @@ def test_f103_captions_lie_beside_the_images(photos: Path, tmp_path: Path) -> No
         assert named(ingested(tmp_path / "storage", urls=urls), photos) == expected
 
 
+def test_f103_a_file_without_a_caption_hides_none(photos: Path, tmp_path: Path) -> None:
+    (photos / "a.txt").write_text("\n")
+    (photos / "a.json").write_text('{"caption": " ", "text": ["", "a cat"]}')
+    (photos / "B.txt").write_bytes(b"")
+    (photos / "B.caption").write_text("\u3000\n", "utf-8")
+    (photos / "B.json").write_text('"a dog"')
+    (photos / "c d.caption").write_text(" ")
+    found = named(ingested(tmp_path / "storage", urls=str(photos)), photos)
+    assert found[:3] == [("B.JPG", "a dog", None), ("a.jpg", "a cat", None), ("c%20d.png", "", "no_caption")]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_f103_metadata_files_name_the_images_below_their_folder(photos: Path, tmp_path: Path, kind: str) -> None:
     rows = [
