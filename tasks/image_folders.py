@@ -74,7 +74,6 @@ class Images:
     joined: str
     """Each image and the files that may hold its caption, joined by "/", and these joined by a null character: a list of texts
     would take far more memory."""
-    num_images: int
     are_described: bool
     """True if metadata files describe them, so that they need no further caption."""
 
@@ -162,7 +161,7 @@ def list_images(root: str, described: np.ndarray, num_at_once: int) -> Iterator[
                 ]
                 entries = ["/".join(entry) for entry in beside if len(entry) > 1 or not are_described]
                 if entries:
-                    chunk.append(Images(folder.path, "\0".join(entries), len(entries), are_described))
+                    chunk.append(Images(folder.path, "\0".join(entries), are_described))
                     num_images += len(entries)
             if num_images >= num_at_once:
                 yield chunk
