@@ -420,7 +420,8 @@ def _read_captions(
 
 def _metadata_rows(config: IngestConfig, folder: str, path: str) -> Generator[pa.Table, None, None]:
     """Rows of a metadata file, with the URLs of the files that they name."""
-    source = _Source(pafs.LocalFileSystem(), path, path, _file_size(path), config.local_root or folder)
+    root = config.local_root or folder
+    source = _Source(pafs.LocalFileSystem(), path, path, _file_size(path), root, has_lists=True)
     names = image_folders.CAPTION_NAMES if config.caption_column is None else (config.caption_column,)
     for name in names:
         columns = IngestConfig(config.urls, url_column="file_name", caption_column=name)
@@ -652,6 +653,8 @@ class _Source:
     """File size in bytes."""
     root: str | None = None
     """Folder that the file must be in, whatever links lead there; None for a file anywhere."""
+    has_lists: bool = False
+    """True if a row may list several captions in JSON lines, as a file beside an image may."""
 
     @property
     def suffixes(self) -> list[str]:
@@ -808,6 +811,8 @@ class _Lines:
     def __init__(self, source: _Source, lines: LineCounts) -> None:
         self.num_blocks = 0
         """Number of blocks that have been read."""
+        self.num_more = 0
+        """Number of rows beyond one for each line."""
         self._lines = lines
         self._blocks = _within_allowance(source, _blocks(source), lambda lines: sum(map(len, lines)))
 
@@ -856,7 +861,7 @@ def _in_chunks(
     config: IngestConfig,
     counted: LineCounts,
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a text file of one row a line, those of each block together; a row ends with its reason."""
+    """Yield the rows of a text file whose rows lie within lines, those of each block together; a row ends with its reason."""
     found, num_rows = LineCounts(), 0
     lines, num_blocks, num_columns = _Lines(source, found), 1, len(config.columns) + 1
     texts: list[str | None] = []  # of all rows in one list: lists of rows would occupy the garbage collector
@@ -869,7 +874,7 @@ def _in_chunks(
     num_rows += len(texts) // num_columns
     if texts:
         yield _listed_rows(texts, num_columns)
-    counted.update(found, blank=found["in"] - num_rows)
+    counted.update(found, blank=found["in"] - (num_rows - lines.num_more))
 
 
 def _listed_rows(texts: Sequence[str | None], num_columns: int) -> pa.Table:
@@ -964,9 +969,11 @@ def _json_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator
     columns = [listed[index] for index in _column_indices(source, listed, config)] if listed else wanted
     for line, record in itertools.chain(first, records):
         values = [] if record is None else [record.get(name) for name in columns]
-        # The metadata of an image may list its captions, as a file beside it may.
-        several = values[1] if source.root is not None and values and isinstance(values[1], list) else None
-        for found in [[values[0], caption, *values[2:]] for caption in several] if several else [values]:
+        several = [values]
+        if source.has_lists and values and isinstance(values[1], list):  # without any, the row has no caption
+            several = [[values[0], caption, *values[2:]] for caption in values[1] or [None]]
+            lines.num_more += len(several) - 1
+        for found in several:
             if record is None or not all(value is None or isinstance(value, str) for value in found):
                 url = found[0] if found and isinstance(found[0], str) else ""
                 yield _valid(url), _valid(line.strip()), *[""] * (len(columns) - 2), "bad_row"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow.fs import LocalFileSystem
 
 from tasks import image_folders, ranges
 from tasks.lanes import sites
@@ -244,6 +245,24 @@ def test_f98_damaged_rows_of_metadata_fail_and_a_list_of_captions_is_several(pho
         ("", "bad_row"), ("B.JPG", "bad_row"), ("none.jpeg", "no_caption"), ("sub/deep/f.gif", "bad_quotes"),
         ("sub/e.webp", "bad_row"),
     ]  # fmt: skip
+
+
+def test_f98_metadata_without_captions_is_no_damage_and_several_a_line_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.jsonl"
+    several = '{"file_name": "a.jpg", "text": ["one", "two", "three"]}'
+    path.write_text(f'{several}\n\n{{"file_name": "b.jpg", "text": []}}\n')
+    config = IngestConfig(str(path), url_column="file_name", caption_column="text")
+
+    def read(**facts: Any) -> tuple[list[tuple[str, str, str | None]], dict[str, int]]:
+        counted = stage_module.LineCounts()
+        source = stage_module._Source(LocalFileSystem(), str(path), str(path), path.stat().st_size, **facts)
+        found = pa.concat_tables(stage_module._read_source(source, config, counted)).to_pylist()
+        return [(row["url"], row["caption"], row["reason"]) for row in found], counted
+
+    expected = [("a.jpg", "one", None), ("a.jpg", "two", None), ("a.jpg", "three", None), ("b.jpg", "", None)]
+    assert read(has_lists=True) == (expected, {"in": 3, "blank": 1})
+    rows, _ = read(root=str(tmp_path))  # where a file lies does not tell what it holds
+    assert [reason for _, _, reason in rows] == ["bad_row", "bad_row"]
 
 
 def test_f103_a_list_may_hold_texts_that_are_no_urls(photos: Path, tmp_path: Path) -> None:
