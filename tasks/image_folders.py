@@ -219,7 +219,9 @@ def _captions_in(text: str, caption_name: str | None) -> list[str]:
         return []
     names = CAPTION_NAMES if caption_name is None else (caption_name,)
     for found in [content.get(name) for name in names] if isinstance(content, dict) else [content]:
-        texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str) and text.strip()]
+        texts = [
+            text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str) and text.strip()
+        ]
         if texts:
             return [text.encode("utf-8", "replace").decode() for text in texts]
     return []
