@@ -105,6 +105,7 @@ _JSON_CHARACTERS_FOR_NAMES = 16 << 20  # of the lines that are held until all co
 log = logging.getLogger(__name__)
 
 _IMAGES_PER_TASK = 2048  # local images, which are hashed
+_MAX_SPLITS = 1024  # tasks that divide the rows among ranges, of which there are no more
 _MAX_THREADS = 32  # that ask for sizes and times: file systems of a network answer slowly
 _SECONDS_PER_THREAD = 50e-6  # of waiting for each file
 _WEB_URL = r"^\s*(?i:https?)://"
@@ -259,7 +260,7 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
     count, folder = ranges.num_ranges(num_rows), f"{context.folder}/pairs"
     split = functools.partial(_clean_and_split, offsets, count, local_root)
     merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
-    written = dataflow.exchange(split, chunks, count, merge)
+    written = dataflow.exchange(split, _grouped(chunks), count, merge)
     facts = rows.add_counts(facts for facts, _ in written)
     facts |= {"lines": {name: lines[name] for name in ("in", "header", "blank", "continued")}} if lines else {}
     if not facts["rows"][rows.KEPT]:
@@ -325,10 +326,7 @@ def _numbered(produced: Sequence[Sequence[tuple[tuple[int, LineCounts], Any]]]) 
 
 
 def _read_group(config: IngestConfig, numbered: "tuple[int, list[_Source]]") -> Iterator[_Chunk]:
-    """Read some files of the list in large chunks, of which there are few enough to split each among all ranges.
-
-    Chunks with local files are small, since these are hashed.
-    """
+    """Read some files of the list in large chunks; those with local files are small, since a task reads these to hash them."""
     task, sources = numbered
     first_row, num_rows, num_bytes, num_files = 0, 0, 0, 0
     parts, lines = [LISTED.empty_table()], LineCounts()
@@ -451,13 +449,26 @@ def _file_size(path: str) -> int:
         return 0
 
 
-def _clean_and_split(offsets: Sequence[int], count: int, local_root: str | None, chunk: _Chunk) -> list[pa.Table]:
-    """Clean the rows of a chunk and divide them among the ranges of keys.
+def _grouped(chunks: Sequence[T]) -> list[Sequence[T]]:
+    """Divide chunks among at most `_MAX_SPLITS` tasks: each task makes a piece for every range, so that the number of pieces
+    would grow with the square of the number of rows."""
+    step = max(1, -(-len(chunks) // _MAX_SPLITS))
+    return [chunks[start : start + step] for start in range(0, len(chunks), step)]
+
+
+def _clean_and_split(
+    offsets: Sequence[int], count: int, local_root: str | None, chunks: Sequence[Any]
+) -> list[pa.Table]:
+    """Clean the rows of chunks and divide them among the ranges of keys.
 
     Args:
         offsets: number of rows of the list before those of each task.
+        chunks: chunks, or references of chunks.
     """
-    return ranges.split_by_key(clean(chunk.listed, offsets[chunk.task] + chunk.first_row, local_root), count)
+    cleaned = [
+        clean(chunk.listed, offsets[chunk.task] + chunk.first_row, local_root) for chunk in map(dataflow.value, chunks)
+    ]
+    return ranges.split_by_key(pa.concat_tables(cleaned), count)
 
 
 def _write_range(

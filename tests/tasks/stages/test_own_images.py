@@ -439,6 +439,16 @@ def test_f103_tasks_hash_few_images_each(photos: Path, tmp_path: Path) -> None:
     assert {row["reason"] for row in rows} == {None}
 
 
+@pytest.mark.parametrize(("num_files", "num_pieces"), [(10**5, 49), (10**6, 489 * 8), (10**7, 977 * 128)])
+def test_the_pieces_of_local_files_do_not_grow_with_the_square_of_their_number(num_files: int, num_pieces: int) -> None:
+    chunks = range(-(-num_files // stage_module._IMAGES_PER_TASK))
+    groups = stage_module._grouped(chunks)
+    assert [chunk for group in groups for chunk in group] == [*chunks]
+    assert len(groups) * ranges.num_ranges(num_files) == num_pieces
+    assert len(stage_module._grouped(range(1 << 20))) * ranges.MAX_RANGES == 1 << 20, "however many there are"
+    assert stage_module._grouped([]) == []
+
+
 @pytest.mark.usefixtures("cluster")
 def test_f103_captions_of_many_images_are_read_in_tasks(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -449,6 +459,7 @@ def test_f103_captions_of_many_images_are_read_in_tasks(
     expected = ingested(tmp_path / "one", urls=str(photos))
     monkeypatch.setattr(stage_module, "_IMAGES_PER_TASK", 2)
     monkeypatch.setattr(stage_module, "SMALL_BYTES", -1)
+    monkeypatch.setattr(stage_module, "_MAX_SPLITS", 2)
     found = ingested(tmp_path / "two", urls=str(photos))
     assert [row["position"] for row in found] == list(range(10))
     assert named(found, photos) == named(expected, photos)
