@@ -8,6 +8,7 @@ Names are listed in one process, as texts that are joined; files are read in the
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,6 +85,8 @@ class Survey:
 
     digest: str
     """Changes with the names, sizes and times of the files that are read."""
+    metadata: Sequence[str]
+    """Paths of the metadata files."""
     left_out: Sequence[str]
     """Some of the files that are neither images nor captions, relative to the folder."""
     num_left_out: int
@@ -116,18 +119,25 @@ def has_images(root: str) -> bool:
 
 def survey(root: str) -> Survey:
     """Digest the files that are read, by size and time, and find others."""
-    digest, left_out, num_left_out = hashlib.sha256(), list[str](), 0
-    for folder in walk(root):
-        read = {*folder.images, *folder.metadata}
-        read.update(name for image in folder.images for name in folder.sidecars(image))
-        place = os.path.relpath(folder.path, root)
-        for name in sorted(read):
-            text = f"{place}/{name}\0{local_files.state(f'{folder.path}/{name}')}\0"
-            digest.update(text.encode("utf-8", "surrogateescape"))
-        others = sorted(name for name in folder.names - read if not folder.is_shard_table(name))
-        left_out += [os.path.normpath(f"{place}/{name}") for name in others[: NUM_LEFT_OUT - len(left_out)]]
-        num_left_out += len(others)
-    return Survey(digest.hexdigest(), left_out, num_left_out)
+    digest, metadata, left_out, num_left_out = hashlib.sha256(), list[str](), list[str](), 0
+
+    def read_files() -> Iterator[tuple[str, str]]:
+        """Place below the root and path of each file that is read."""
+        nonlocal num_left_out
+        for folder in walk(root):
+            metadata.extend(f"{folder.path}/{name}" for name in folder.metadata)
+            read = {*folder.images, *folder.metadata}
+            read.update(name for image in folder.images for name in folder.sidecars(image))
+            place = os.path.relpath(folder.path, root)
+            yield from ((f"{place}/{name}", f"{folder.path}/{name}") for name in sorted(read))
+            others = sorted(name for name in folder.names - read if not folder.is_shard_table(name))
+            left_out.extend(os.path.normpath(f"{place}/{name}") for name in others[: NUM_LEFT_OUT - len(left_out)])
+            num_left_out += len(others)
+
+    found, asked = itertools.tee(read_files())
+    for (place, _), state in zip(found, local_files.states(path for _, path in asked), strict=True):
+        digest.update(f"{place}\0{state}\0".encode("utf-8", "surrogateescape"))
+    return Survey(digest.hexdigest(), metadata, left_out, num_left_out)
 
 
 def metadata_files(root: str) -> list[str]:

@@ -7,7 +7,6 @@ a row, continues one, is blank or the header.
 
 import codecs
 import collections
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -22,7 +21,6 @@ import logging
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -106,8 +104,6 @@ log = logging.getLogger(__name__)
 
 _IMAGES_PER_TASK = 2048  # local images, which are hashed
 _MAX_SPLITS = 1024  # tasks that divide the rows among ranges, of which there are no more
-_MAX_THREADS = 32  # that ask for sizes and times: file systems of a network answer slowly
-_SECONDS_PER_THREAD = 50e-6  # of waiting for each file
 _WEB_URL = r"^\s*(?i:https?)://"
 
 T = TypeVar("T")
@@ -207,7 +203,8 @@ def _pin_list(config: IngestConfig) -> tuple[str, str | None]:
 def _pin_images(config: IngestConfig, folder: str) -> str:
     """Check that the images of a folder have a caption; returns a digest of the names, sizes and times of its files."""
     has_caption = False
-    for path in image_folders.metadata_files(folder):
+    found = image_folders.survey(folder)
+    for path in found.metadata:
         with contextlib.closing(_metadata_rows(config, folder, path)) as parts:  # checks the columns of every file
             for part in parts:
                 sound = part.filter(pc.is_null(part["reason"]))
@@ -223,7 +220,6 @@ def _pin_images(config: IngestConfig, folder: str) -> str:
             f"ingest.urls: {config.urls} has images without captions. Put the caption of a.jpg into a.txt beside it, or add "
             "metadata.csv with the columns file_name and text."
         )
-    found = image_folders.survey(folder)
     if found.num_left_out:
         names = _listing([normalise_caption(name)[:100] for name in found.left_out], found.num_left_out)
         formats = ", ".join(image_folders.IMAGE_SUFFIXES)
@@ -515,34 +511,16 @@ def check_source(config: IngestConfig) -> str:
 def _states_digest(config: IngestConfig, root: str) -> str:
     """Digest of the sizes and times of the local files that a list names."""
     digest = hashlib.sha256()
-    names = _file_names(config)
-    first = next(names, pa.array([], pa.string()))
-    started = time.monotonic()
-    digest.update(_states(root, first))
-    waited = (time.monotonic() - started) / max(1, len(first))  # threads that do not wait would only impede each other
-    num_threads = min(_MAX_THREADS, 1 + int(waited / _SECONDS_PER_THREAD))
-    waiting: collections.deque[concurrent.futures.Future[bytes]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="states") as pool:
-        for texts in names:
-            waiting.append(pool.submit(_states, root, texts))
-            if len(waiting) > 2 * num_threads:
-                digest.update(waiting.popleft().result())
-        while waiting:
-            digest.update(waiting.popleft().result())
+    paths = (local_files.spelled_path(text, root) for texts in _file_names(config) for text in texts.to_pylist())
+    for state in local_files.states(paths):
+        digest.update(f"{state}\0".encode())
     return digest.hexdigest()
 
 
 def _file_names(config: IngestConfig) -> Iterator[pa.Array]:
     """Texts of a list that may be paths, some at a time; rows beside each other often name the same file."""
     for part in read(config):
-        texts = pc.unique(part["url"].filter(pc.invert(_are_web_urls(part["url"]))))
-        for start in range(0, len(texts), _IMAGES_PER_TASK):
-            yield texts.slice(start, _IMAGES_PER_TASK)
-
-
-def _states(root: str, texts: pa.Array) -> bytes:
-    paths = (local_files.spelled_path(text, root) for text in texts.to_pylist())
-    return "".join(f"{local_files.state(path)}\0" if path else "\0" for path in paths).encode()
+        yield pc.unique(part["url"].filter(pc.invert(_are_web_urls(part["url"]))))
 
 
 def read(config: IngestConfig) -> Iterator[pa.Table]:

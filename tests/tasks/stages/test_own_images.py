@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tasks.stages.ingest import IngestConfig, image_folder, ingest
 from tasks.store import Store
 from tasks.tombstones import gather, refuse
 from tasks.tracking import Tracker
+from tasks.untrusted import local_files
 from unclip.errors import InputError
 
 stage_module = sys.modules[IngestConfig.__module__]  # `tasks.stages.ingest` as an attribute is the stage
@@ -115,6 +117,7 @@ def test_f103_metadata_files_name_the_images_below_their_folder(photos: Path, tm
     else:
         pq.write_table(pa.table({"file_name": [name for name, _ in rows], "text": [text for _, text in rows]}), path)
     (photos / "c d.txt").write_text("a dog")
+    assert image_folders.survey(str(photos)).metadata == image_folders.metadata_files(str(photos)) == [str(path)]
     expected = [
         ("B.JPG", "", "no_caption"), ("a.jpg", "a cat", None), ("a.jpg", "a red cat", None), ("c%20d.png", "a dog", None),
         (f"file://{tmp_path}/out.jpg", "x", "blocked_path"), ("gone.jpg", "x", "no_file"), ("none.jpeg", "", "no_caption"),
@@ -204,6 +207,34 @@ def test_f103_a_refresh_finds_changed_files_by_size_and_time_and_then_by_hash(ph
     before = pinned(storage, **listed)
     draw(photos / "a.jpg", 78)
     assert pinned(storage, **listed).local_digest != before.local_digest
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_f103_slow_file_systems_are_asked_in_many_threads_and_fast_ones_in_few(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_listed: bool
+) -> None:
+    for number in range(60):
+        (photos / "sub" / f"{number}.jpg").write_bytes(b"x" * number)
+    (photos / "a.txt").write_text("a red cat")
+    settings = {"urls": str(photos)}
+    if is_listed:
+        paths = [path.relative_to(photos) for path in photos.rglob("*.*")]
+        (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{path},a cat\n" for path in paths))
+        settings = {"urls": f"{tmp_path}/list.csv", "local_root": str(photos)}
+    expected, threads, real = pinned(tmp_path / "storage", **settings), set[str](), local_files._state
+    monkeypatch.setattr(local_files, "_STATES_AT_ONCE", 4)
+    for seconds in (0.0, 0.01):
+        monkeypatch.setattr(local_files, "_SECONDS_PER_THREAD", 1.0 if seconds == 0 else 0.001)
+
+        def state(path: str, seconds: float = seconds) -> str:
+            threads.add(threading.current_thread().name)
+            time.sleep(seconds)
+            return real(path)
+
+        threads.clear()
+        monkeypatch.setattr(local_files, "_state", state)
+        assert pinned(tmp_path / "storage", **settings) == expected
+        assert len(threads) == 2 if seconds == 0 else len(threads) > 4, "one measures, the others ask"
 
 
 def test_f103_files_are_taken_down_by_path(photos: Path, tmp_path: Path) -> None:
