@@ -106,7 +106,8 @@ def exchange(
 
     Args:
         split: item -> `num_outputs` tables, some of which may be empty; must give the same tables when it is repeated.
-        items: values, or references of values in the object store.
+        items: values, or references of values in the object store. An item may also be a list of references, whose values
+            `split` asks for with `value`.
         merge: (number of the output, its tables in the order of items) -> small result, usually of a file that it wrote.
         options: options of the Ray tasks.
 
@@ -114,7 +115,7 @@ def exchange(
         Results of `merge`, in order.
     """
     if len(items) <= 1 and num_outputs == 1:
-        return [merge(0, [split(_value(item))[0] for item in items])]
+        return [merge(0, [split(value(item))[0] for item in items])]
     if not _has_ray():
         return _exchange_on_disk(split, items, num_outputs, merge)
     import ray
@@ -211,8 +212,8 @@ def _exchange_on_disk(
         ]
 
 
-def _value(item: Any) -> Any:
-    """Value of an item that may be a reference."""
+def value(item: Any) -> Any:
+    """Value of an item that may be a reference; Ray itself replaces only items, not what they hold."""
     if not _has_ray():
         return item
     import ray

@@ -5,7 +5,8 @@ Needed are, with all that they refer to:
 - every dataset version, the summaries in `results/`, the published stacks and the registered versions;
 - of each pipeline, the last result of each stage, finished or not, and all results of running runs;
 - selections of rows that models may have been trained on, since takedowns look for rows in them. An old selection costs its
-  places, some 30 bytes a row, and the parts that newer versions of its tables have replaced.
+  verdicts, places and scores, some 130 bytes a row, the list that it was made from, some 100 bytes a row that selections from the
+  same list share, and the parts that newer versions of its tables have replaced.
 
 Files that changed lately are kept in any case. A stage's folder is deleted after its commit record, and in it the files that mark
 something as complete first, so that after a kill nothing looks finished that is not. A record that stays keeps all it refers to,

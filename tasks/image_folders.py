@@ -8,6 +8,7 @@ Names are listed in one process, as texts that are joined; files are read in the
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,7 +75,6 @@ class Images:
     joined: str
     """Each image and the files that may hold its caption, joined by "/", and these joined by a null character: a list of texts
     would take far more memory."""
-    num_images: int
     are_described: bool
     """True if metadata files describe them, so that they need no further caption."""
 
@@ -85,6 +85,8 @@ class Survey:
 
     digest: str
     """Changes with the names, sizes and times of the files that are read."""
+    metadata: Sequence[str]
+    """Paths of the metadata files."""
     left_out: Sequence[str]
     """Some of the files that are neither images nor captions, relative to the folder."""
     num_left_out: int
@@ -117,18 +119,25 @@ def has_images(root: str) -> bool:
 
 def survey(root: str) -> Survey:
     """Digest the files that are read, by size and time, and find others."""
-    digest, left_out, num_left_out = hashlib.sha256(), list[str](), 0
-    for folder in walk(root):
-        read = {*folder.images, *folder.metadata}
-        read.update(name for image in folder.images for name in folder.sidecars(image))
-        place = os.path.relpath(folder.path, root)
-        for name in sorted(read):
-            text = f"{place}/{name}\0{local_files.state(f'{folder.path}/{name}')}\0"
-            digest.update(text.encode("utf-8", "surrogateescape"))
-        others = sorted(name for name in folder.names - read if not folder.is_shard_table(name))
-        left_out += [os.path.normpath(f"{place}/{name}") for name in others[: NUM_LEFT_OUT - len(left_out)]]
-        num_left_out += len(others)
-    return Survey(digest.hexdigest(), left_out, num_left_out)
+    digest, metadata, left_out, num_left_out = hashlib.sha256(), list[str](), list[str](), 0
+
+    def read_files() -> Iterator[tuple[str, str]]:
+        """Place below the root and path of each file that is read."""
+        nonlocal num_left_out
+        for folder in walk(root):
+            metadata.extend(f"{folder.path}/{name}" for name in folder.metadata)
+            read = {*folder.images, *folder.metadata}
+            read.update(name for image in folder.images for name in folder.sidecars(image))
+            place = os.path.relpath(folder.path, root)
+            yield from ((f"{place}/{name}", f"{folder.path}/{name}") for name in sorted(read))
+            others = sorted(name for name in folder.names - read if not folder.is_shard_table(name))
+            left_out.extend(os.path.normpath(f"{place}/{name}") for name in others[: NUM_LEFT_OUT - len(left_out)])
+            num_left_out += len(others)
+
+    found, asked = itertools.tee(read_files())
+    for (place, _), state in zip(found, local_files.states(path for _, path in asked), strict=True):
+        digest.update(f"{place}\0{state}\0".encode("utf-8", "surrogateescape"))
+    return Survey(digest.hexdigest(), metadata, left_out, num_left_out)
 
 
 def metadata_files(root: str) -> list[str]:
@@ -162,7 +171,7 @@ def list_images(root: str, described: np.ndarray, num_at_once: int) -> Iterator[
                 ]
                 entries = ["/".join(entry) for entry in beside if len(entry) > 1 or not are_described]
                 if entries:
-                    chunk.append(Images(folder.path, "\0".join(entries), len(entries), are_described))
+                    chunk.append(Images(folder.path, "\0".join(entries), are_described))
                     num_images += len(entries)
             if num_images >= num_at_once:
                 yield chunk
@@ -197,7 +206,7 @@ def _url(folder: str, name: str) -> str:
 def _captions_beside(
     root: str, folder: str, sidecars: Sequence[str], caption_name: str | None
 ) -> tuple[list[str], str | None]:
-    """Captions in the first of the files that is not empty; or the reason why it cannot be read."""
+    """Captions in the first of the files that has some; or the reason why it cannot be read."""
     for name in sidecars:
         try:
             data = local_files.read(root, f"{folder}/{name}", _MAX_SIDECAR_BYTES)
@@ -206,7 +215,9 @@ def _captions_beside(
                 continue
             return [], fault.reason
         text = data.decode(files.text_encoding(data), "replace").strip("\ufeff \t\r\n")
-        return (_captions_in(text, caption_name) if name.lower().endswith(".json") else [text]), None
+        captions = _captions_in(text, caption_name) if name.lower().endswith(".json") else [text]
+        if captions := [caption for caption in captions if caption.strip()]:
+            return captions, None
     return [], None
 
 
@@ -217,6 +228,10 @@ def _captions_in(text: str, caption_name: str | None) -> list[str]:
     except (ValueError, RecursionError):
         return []
     names = CAPTION_NAMES if caption_name is None else (caption_name,)
-    found = next((content[name] for name in names if content.get(name)), "") if isinstance(content, dict) else content
-    texts = found if isinstance(found, list) else [found]
-    return [text.encode("utf-8", "replace").decode() for text in texts if isinstance(text, str) and text]
+    for found in [content.get(name) for name in names] if isinstance(content, dict) else [content]:
+        texts = [
+            text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str) and text.strip()
+        ]
+        if texts:
+            return [text.encode("utf-8", "replace").decode() for text in texts]
+    return []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks import tables
-from tasks.run_records import is_alive, stage_events
+from tasks.run_records import is_alive, is_running, stage_events
 from tasks.store import Store
 from unclip import files
 from unclip.errors import DamagedError
@@ -146,7 +146,7 @@ def in_use(store: Store, ended: set[str] | None = None) -> set[Folder]:
         if record is not None and is_alive(store, run_id, record):
             events = stage_events(store, run_id).values()
             found |= {Folder(event["stage"], event["fingerprint"]) for event in events if event.get("fingerprint")}
-        elif record is not None and record["state"] != "running":
+        elif record is not None and not is_running(record):  # a driver of another machine may only have been silent
             ended.add(run_id)
     return found
 

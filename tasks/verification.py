@@ -71,11 +71,10 @@ class Problem:
 def state_of(item: Item) -> State:
     """Check all bytes of a file."""
     try:
+        if item.is_folder:  # none of its files was checked, even if it can be listed by now
+            return "unreadable"
         if not files.exists(item.uri):
             return "missing"
-        if item.is_folder:
-            files.walk(item.uri)
-            return "not covered"
         if item.sha256 is not None:
             return "sound" if files.digest(item.uri) == item.sha256 else "damaged"
         if item.uri.endswith("/mlflow.db") and not _is_sound_database(item.uri):

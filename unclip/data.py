@@ -45,6 +45,8 @@ _READING_THREADS = 4
 _FILES_REMEMBERED = 1024
 _CHECKED_SECONDS = 600.0
 """Time for which the check of a file of places counts for all processes of the machine."""
+_KEPT_SECONDS = 24 * 3600.0
+"""Time after which a copy of a file of places is deleted if no process has opened it again."""
 
 T = TypeVar("T")
 Batch = dict[str, list[Any]]
@@ -89,8 +91,11 @@ class Places:
         Raises:
             DamagedError: a file does not match its seal.
         """
-        paths = [_checked(uri) for uri in uris]
+        folder = Path(tempfile.gettempdir()) / f"unclip-places-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        paths = [_checked(uri, folder) for uri in uris]
         tables = [pa.ipc.open_file(pa.memory_map(path)).read_all() for path in paths]
+        _sweep(folder)
         return cls(tables)
 
     @classmethod
@@ -344,27 +349,23 @@ def _groups_with(metadata: pq.FileMetaData, start: int, count: int) -> tuple[int
     return first, min(last, len(ends)), start - (int(ends[first - 1]) if first else 0)
 
 
-def _checked(uri: str) -> str:
+def _checked(uri: str, folder: Path) -> str:
     """Path of a file whose bytes match its seal; that of a copy for a file in an object store.
 
-    Copies and notes of checks are named after the URI, size and time of writing of the file.
+    Copies, notes of checks and locks are named after the URI, size and time of writing of the file.
 
     Raises:
         DamagedError: the file does not match its seal.
     """
-    folder = Path(tempfile.gettempdir()) / f"unclip-places-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
     name = hashlib.sha256(f"{uri} {files.stamp(uri)}".encode()).hexdigest()
-    with _locked(folder):
+    with _locked(folder / f"{name}.lock") as lock:
+        lock.touch()
         if "://" in uri:
             return _checked_copy(uri, folder / name)
         note = folder / f"{name}.checked"
         if not _is_recent(note):
             with pa.OSFile(uri) as file:  # pages of a memory map would count as this process's memory
                 seals.require_sound(file, uri)
-            for old in folder.glob("*.checked"):
-                if not _is_recent(old):
-                    old.unlink(missing_ok=True)
             note.touch()
     return uri
 
@@ -374,7 +375,7 @@ def _checked_copy(uri: str, copy: Path) -> str:
     if copy.exists() and not _is_recent(copy):
         with pa.OSFile(str(copy)) as file:
             if seals.check(file) == "damaged":  # the disk of this machine; the original may be sound
-                copy.unlink()
+                copy.unlink(missing_ok=True)
             else:
                 copy.touch()
     if not copy.exists():
@@ -384,22 +385,31 @@ def _checked_copy(uri: str, copy: Path) -> str:
     return str(copy)
 
 
-def _is_recent(path: Path) -> bool:
-    """Return True if a file was written in the last minutes, or touched."""
+def _sweep(folder: Path) -> None:
+    """Delete copies, notes and locks of files that no process has opened for long; what maps a copy keeps it."""
+    for old in folder.iterdir():
+        if not _is_recent(old, _KEPT_SECONDS):
+            with _locked(folder / f"{old.name.partition('.')[0]}.lock"):
+                if not _is_recent(old, _KEPT_SECONDS):
+                    old.unlink(missing_ok=True)
+
+
+def _is_recent(path: Path, seconds: float = _CHECKED_SECONDS) -> bool:
+    """Return True if a file was written, or touched, in the last seconds."""
     try:
-        return abs(time.time() - path.stat().st_mtime) < _CHECKED_SECONDS
+        return abs(time.time() - path.stat().st_mtime) < seconds
     except FileNotFoundError:
         return False
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process of this machine after the other into a `with` block."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _locked(lock: Path) -> Iterator[Path]:
+    """Let one process of this machine after the other into a `with` block; each file has a lock of its own."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         with contextlib.suppress(OSError):  # a file system without locks: each process then does all
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield lock
     finally:
         os.close(descriptor)
 

@@ -7,7 +7,6 @@ a row, continues one, is blank or the header.
 
 import codecs
 import collections
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -22,7 +21,6 @@ import logging
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -105,8 +103,7 @@ _JSON_CHARACTERS_FOR_NAMES = 16 << 20  # of the lines that are held until all co
 log = logging.getLogger(__name__)
 
 _IMAGES_PER_TASK = 2048  # local images, which are hashed
-_MAX_THREADS = 32  # that ask for sizes and times: file systems of a network answer slowly
-_SECONDS_PER_THREAD = 50e-6  # of waiting for each file
+_MAX_SPLITS = 1024  # tasks that divide the rows among ranges, of which there are no more
 _WEB_URL = r"^\s*(?i:https?)://"
 
 T = TypeVar("T")
@@ -206,7 +203,8 @@ def _pin_list(config: IngestConfig) -> tuple[str, str | None]:
 def _pin_images(config: IngestConfig, folder: str) -> str:
     """Check that the images of a folder have a caption; returns a digest of the names, sizes and times of its files."""
     has_caption = False
-    for path in image_folders.metadata_files(folder):
+    found = image_folders.survey(folder)
+    for path in found.metadata:
         with contextlib.closing(_metadata_rows(config, folder, path)) as parts:  # checks the columns of every file
             for part in parts:
                 sound = part.filter(pc.is_null(part["reason"]))
@@ -222,7 +220,6 @@ def _pin_images(config: IngestConfig, folder: str) -> str:
             f"ingest.urls: {config.urls} has images without captions. Put the caption of a.jpg into a.txt beside it, or add "
             "metadata.csv with the columns file_name and text."
         )
-    found = image_folders.survey(folder)
     if found.num_left_out:
         names = _listing([normalise_caption(name)[:100] for name in found.left_out], found.num_left_out)
         formats = ", ".join(image_folders.IMAGE_SUFFIXES)
@@ -259,7 +256,7 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
     count, folder = ranges.num_ranges(num_rows), f"{context.folder}/pairs"
     split = functools.partial(_clean_and_split, offsets, count, local_root)
     merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
-    written = dataflow.exchange(split, chunks, count, merge)
+    written = dataflow.exchange(split, _grouped(chunks), count, merge)
     facts = rows.add_counts(facts for facts, _ in written)
     facts |= {"lines": {name: lines[name] for name in ("in", "header", "blank", "continued")}} if lines else {}
     if not facts["rows"][rows.KEPT]:
@@ -325,10 +322,7 @@ def _numbered(produced: Sequence[Sequence[tuple[tuple[int, LineCounts], Any]]]) 
 
 
 def _read_group(config: IngestConfig, numbered: "tuple[int, list[_Source]]") -> Iterator[_Chunk]:
-    """Read some files of the list in large chunks, of which there are few enough to split each among all ranges.
-
-    Chunks with local files are small, since these are hashed.
-    """
+    """Read some files of the list in large chunks; those with local files are small, since a task reads these to hash them."""
     task, sources = numbered
     first_row, num_rows, num_bytes, num_files = 0, 0, 0, 0
     parts, lines = [LISTED.empty_table()], LineCounts()
@@ -420,7 +414,8 @@ def _read_captions(
 
 def _metadata_rows(config: IngestConfig, folder: str, path: str) -> Generator[pa.Table, None, None]:
     """Rows of a metadata file, with the URLs of the files that they name."""
-    source = _Source(pafs.LocalFileSystem(), path, path, _file_size(path), config.local_root or folder)
+    root = config.local_root or folder
+    source = _Source(pafs.LocalFileSystem(), path, path, _file_size(path), root, has_lists=True)
     names = image_folders.CAPTION_NAMES if config.caption_column is None else (config.caption_column,)
     for name in names:
         columns = IngestConfig(config.urls, url_column="file_name", caption_column=name)
@@ -450,13 +445,26 @@ def _file_size(path: str) -> int:
         return 0
 
 
-def _clean_and_split(offsets: Sequence[int], count: int, local_root: str | None, chunk: _Chunk) -> list[pa.Table]:
-    """Clean the rows of a chunk and divide them among the ranges of keys.
+def _grouped(chunks: Sequence[T]) -> list[Sequence[T]]:
+    """Divide chunks among at most `_MAX_SPLITS` tasks: each task makes a piece for every range, so that the number of pieces
+    would grow with the square of the number of rows."""
+    step = max(1, -(-len(chunks) // _MAX_SPLITS))
+    return [chunks[start : start + step] for start in range(0, len(chunks), step)]
+
+
+def _clean_and_split(
+    offsets: Sequence[int], count: int, local_root: str | None, chunks: Sequence[Any]
+) -> list[pa.Table]:
+    """Clean the rows of chunks and divide them among the ranges of keys.
 
     Args:
         offsets: number of rows of the list before those of each task.
+        chunks: chunks, or references of chunks.
     """
-    return ranges.split_by_key(clean(chunk.listed, offsets[chunk.task] + chunk.first_row, local_root), count)
+    cleaned = [
+        clean(chunk.listed, offsets[chunk.task] + chunk.first_row, local_root) for chunk in map(dataflow.value, chunks)
+    ]
+    return ranges.split_by_key(pa.concat_tables(cleaned), count)
 
 
 def _write_range(
@@ -503,34 +511,16 @@ def check_source(config: IngestConfig) -> str:
 def _states_digest(config: IngestConfig, root: str) -> str:
     """Digest of the sizes and times of the local files that a list names."""
     digest = hashlib.sha256()
-    names = _file_names(config)
-    first = next(names, pa.array([], pa.string()))
-    started = time.monotonic()
-    digest.update(_states(root, first))
-    waited = (time.monotonic() - started) / max(1, len(first))  # threads that do not wait would only impede each other
-    num_threads = min(_MAX_THREADS, 1 + int(waited / _SECONDS_PER_THREAD))
-    waiting: collections.deque[concurrent.futures.Future[bytes]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="states") as pool:
-        for texts in names:
-            waiting.append(pool.submit(_states, root, texts))
-            if len(waiting) > 2 * num_threads:
-                digest.update(waiting.popleft().result())
-        while waiting:
-            digest.update(waiting.popleft().result())
+    paths = (local_files.spelled_path(text, root) for texts in _file_names(config) for text in texts.to_pylist())
+    for state in local_files.states(paths):
+        digest.update(f"{state}\0".encode())
     return digest.hexdigest()
 
 
 def _file_names(config: IngestConfig) -> Iterator[pa.Array]:
     """Texts of a list that may be paths, some at a time; rows beside each other often name the same file."""
     for part in read(config):
-        texts = pc.unique(part["url"].filter(pc.invert(_are_web_urls(part["url"]))))
-        for start in range(0, len(texts), _IMAGES_PER_TASK):
-            yield texts.slice(start, _IMAGES_PER_TASK)
-
-
-def _states(root: str, texts: pa.Array) -> bytes:
-    paths = (local_files.spelled_path(text, root) for text in texts.to_pylist())
-    return "".join(f"{local_files.state(path)}\0" if path else "\0" for path in paths).encode()
+        yield pc.unique(part["url"].filter(pc.invert(_are_web_urls(part["url"]))))
 
 
 def read(config: IngestConfig) -> Iterator[pa.Table]:
@@ -652,6 +642,8 @@ class _Source:
     """File size in bytes."""
     root: str | None = None
     """Folder that the file must be in, whatever links lead there; None for a file anywhere."""
+    has_lists: bool = False
+    """True if a row may list several captions in JSON lines, as a file beside an image may."""
 
     @property
     def suffixes(self) -> list[str]:
@@ -808,6 +800,8 @@ class _Lines:
     def __init__(self, source: _Source, lines: LineCounts) -> None:
         self.num_blocks = 0
         """Number of blocks that have been read."""
+        self.num_more = 0
+        """Number of rows beyond one for each line."""
         self._lines = lines
         self._blocks = _within_allowance(source, _blocks(source), lambda lines: sum(map(len, lines)))
 
@@ -856,7 +850,7 @@ def _in_chunks(
     config: IngestConfig,
     counted: LineCounts,
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a text file of one row a line, those of each block together; a row ends with its reason."""
+    """Yield the rows of a text file whose rows lie within lines, those of each block together; a row ends with its reason."""
     found, num_rows = LineCounts(), 0
     lines, num_blocks, num_columns = _Lines(source, found), 1, len(config.columns) + 1
     texts: list[str | None] = []  # of all rows in one list: lists of rows would occupy the garbage collector
@@ -869,7 +863,7 @@ def _in_chunks(
     num_rows += len(texts) // num_columns
     if texts:
         yield _listed_rows(texts, num_columns)
-    counted.update(found, blank=found["in"] - num_rows)
+    counted.update(found, blank=found["in"] - (num_rows - lines.num_more))
 
 
 def _listed_rows(texts: Sequence[str | None], num_columns: int) -> pa.Table:
@@ -964,9 +958,11 @@ def _json_rows(source: _Source, lines: _Lines, config: IngestConfig) -> Iterator
     columns = [listed[index] for index in _column_indices(source, listed, config)] if listed else wanted
     for line, record in itertools.chain(first, records):
         values = [] if record is None else [record.get(name) for name in columns]
-        # The metadata of an image may list its captions, as a file beside it may.
-        several = values[1] if source.root is not None and values and isinstance(values[1], list) else None
-        for found in [[values[0], caption, *values[2:]] for caption in several] if several else [values]:
+        several = [values]
+        if source.has_lists and values and isinstance(values[1], list):  # without any, the row has no caption
+            several = [[values[0], caption, *values[2:]] for caption in values[1] or [None]]
+            lines.num_more += len(several) - 1
+        for found in several:
             if record is None or not all(value is None or isinstance(value, str) for value in found):
                 url = found[0] if found and isinstance(found[0], str) else ""
                 yield _valid(url), _valid(line.strip()), *[""] * (len(columns) - 2), "bad_row"

@@ -4,13 +4,17 @@ Links within the root are followed; a file is then opened folder by folder witho
 in the meantime is refused as well. Devices and pipes are no files.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import stat
+import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +24,9 @@ SCHEME = "file://"
 MAX_PATH_BYTES = 4096
 """Longest path that Linux opens; its URL is longer, as a byte beyond ASCII takes three characters."""
 _PIECE_BYTES = 1 << 20
+_STATES_AT_ONCE = 2048
+_MAX_THREADS = 32
+_SECONDS_PER_THREAD = 50e-6  # of waiting for each file
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -130,8 +137,33 @@ def describe(text: str, root: str) -> LocalFile | None:
     return LocalFile(url, None, digest.hexdigest())
 
 
-def state(path: str) -> str:
-    """Size and time of the last change of a file, for a digest; empty if there is none."""
+def states(paths: Iterable[str | None]) -> Iterator[str]:
+    """Yield the size and time of the last change of each file, for a digest; empty if there is none.
+
+    File systems of a network answer slowly, so as many threads ask as the first answers are worth. Some paths are taken ahead.
+    """
+    remaining = iter(paths)
+    first = list(itertools.islice(remaining, _STATES_AT_ONCE))
+    started = time.monotonic()
+    found = _states(first)
+    waited = (time.monotonic() - started) / max(1, len(first))  # threads that do not wait would only impede each other
+    yield from found
+    num_threads = min(_MAX_THREADS, 1 + int(waited / _SECONDS_PER_THREAD))
+    waiting: collections.deque[concurrent.futures.Future[list[str]]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="states") as pool:
+        while some := list(itertools.islice(remaining, _STATES_AT_ONCE)):
+            waiting.append(pool.submit(_states, some))
+            if len(waiting) > 2 * num_threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def _states(paths: Sequence[str | None]) -> list[str]:
+    return [_state(path) if path else "" for path in paths]
+
+
+def _state(path: str) -> str:
     try:
         found = os.stat(path)
     except (OSError, ValueError):

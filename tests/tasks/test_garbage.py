@@ -15,7 +15,7 @@ from deltalake.exceptions import TableNotFoundError
 from tasks import garbage, references, tables, verification
 from tasks.lock import Held, lock, result_lock
 from tasks.references import Folder, Version
-from tasks.run_records import beat
+from tasks.run_records import beat, driver
 from tasks.store import Store
 from tasks.verification import Item, Problem
 from tests.pipelines.command_line import ROOT
@@ -182,6 +182,32 @@ def test_f131_all_that_a_run_has_come_to_need_meanwhile_stays(store: Store) -> N
     assert store.exists(*stack.record) and store.exists(*prior.record) and store.exists(*prior.path, "model")
     assert store.exists(*making.path) and store.exists(*made.record) and not store.exists(*gone.path)
     assert tables.read(table, old)["key"].to_pylist() == ["a"]
+
+
+@pytest.mark.parametrize("number", [3, 9])
+def test_killed_runs_of_this_machine_are_asked_once_however_much_garbage_there_is(
+    store: Store, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    for index in range(number):
+        finish(store, "prior", index)
+        store.write_json(
+            {"pipeline": "tiny", "state": "running", **driver(), "pid": child.pid}, "runs", f"r{index}", "run.json"
+        )
+    silent = {"pipeline": "tiny", "state": "running", "host": "elsewhere", "pid": 1}
+    store.write_json(silent, "runs", "silent", "run.json")
+    listed, asked, real = garbage.find(store, [], -1), list[str](), Store.read_json
+    assert len(listed) == number
+
+    def read_json(self: Store, *path: str) -> Any:
+        asked.append(path[1])
+        return real(self, *path)
+
+    monkeypatch.setattr(Store, "read_json", read_json)
+    assert len(garbage.delete(store, listed)) == number
+    times = number + 1  # before each folder, and before the parts of tables
+    assert {run: asked.count(run) for run in asked} == {"silent": times} | {f"r{index}": 1 for index in range(number)}
 
 
 def test_f131_nothing_is_deleted_once_another_owner_has_taken_over(store: Store) -> None:

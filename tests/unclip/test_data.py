@@ -1,3 +1,4 @@
+import concurrent.futures
 import io
 import os
 import subprocess
@@ -154,7 +155,7 @@ def test_places_of_a_remote_file_that_was_written_again_are_read_again(
     first, second = stored_places(tmp_path, reader)
     uri = f"file://{first}"
     assert len(Places.open([uri])) == len(Places.open([uri])) == 37
-    assert len(list((tmp_path / "local").rglob("*"))) == 2, "one folder, one copy"
+    assert len(list((tmp_path / "local").rglob("*"))) == 3, "one folder, one copy, one lock"
     Path(first).write_bytes(Path(second).read_bytes())
     assert len(Places.open([uri])) == NUM_ROWS - 37
 
@@ -287,6 +288,33 @@ def test_places_are_checked_once_by_the_processes_of_a_machine(tmp_path: Path, m
     path.write_bytes(sealed_places("a", "b", "c"))
     assert len(Places.open([str(path)])) == 3
     assert len([*(tmp_path / "local").rglob("*.checked")]) == 1, "old notes are deleted"
+
+
+def test_copies_of_places_wait_for_no_other_and_are_deleted_when_long_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.arrow").write_bytes(sealed_places(name))
+    uris = [f"file://{tmp_path}/{name}.arrow" for name in ("a", "b")]
+    real_read, opened = files.read, []
+
+    def read(uri: str) -> bytes:
+        if uri == uris[0]:  # the other is copied while this one is on its way
+            opened.append(pool.submit(Places.open, [uris[1]]).result(timeout=30))
+        return real_read(uri)
+
+    monkeypatch.setattr(files, "read", read)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        opened.append(Places.open([uris[0]]))
+    assert [places.keys(np.arange(1)) for places in opened] == [["b"], ["a"]]
+    for path in (tmp_path / "local").rglob("?" * 64 + "*"):
+        os.utime(path, (0, 0))
+    Places.open([uris[1]])
+    assert len([*(tmp_path / "local").rglob("?" * 64)]) == 1
+    assert len([*(tmp_path / "local").rglob("*.lock")]) <= 2, "a lock that was used to delete goes with the next sweep"
+    assert opened[1].keys(np.arange(1)) == ["a"], "a copy that is mapped stays readable"
 
 
 def test_f130_a_damaged_copy_of_places_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

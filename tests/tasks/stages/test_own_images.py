@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow.fs import LocalFileSystem
 
 from tasks import image_folders, ranges
 from tasks.lanes import sites
@@ -25,6 +27,7 @@ from tasks.stages.ingest import IngestConfig, image_folder, ingest
 from tasks.store import Store
 from tasks.tombstones import gather, refuse
 from tasks.tracking import Tracker
+from tasks.untrusted import local_files
 from unclip.errors import InputError
 
 stage_module = sys.modules[IngestConfig.__module__]  # `tasks.stages.ingest` as an attribute is the stage
@@ -85,6 +88,17 @@ def test_f103_captions_lie_beside_the_images(photos: Path, tmp_path: Path) -> No
         assert named(ingested(tmp_path / "storage", urls=urls), photos) == expected
 
 
+def test_f103_a_file_without_a_caption_hides_none(photos: Path, tmp_path: Path) -> None:
+    (photos / "a.txt").write_text("\n")
+    (photos / "a.json").write_text('{"caption": " ", "text": ["", "a cat"]}')
+    (photos / "B.txt").write_bytes(b"")
+    (photos / "B.caption").write_text("\u3000\n", "utf-8")
+    (photos / "B.json").write_text('"a dog"')
+    (photos / "c d.caption").write_text(" ")
+    found = named(ingested(tmp_path / "storage", urls=str(photos)), photos)
+    assert found[:3] == [("B.JPG", "a dog", None), ("a.jpg", "a cat", None), ("c%20d.png", "", "no_caption")]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_f103_metadata_files_name_the_images_below_their_folder(photos: Path, tmp_path: Path, kind: str) -> None:
     rows = [
@@ -103,6 +117,7 @@ def test_f103_metadata_files_name_the_images_below_their_folder(photos: Path, tm
     else:
         pq.write_table(pa.table({"file_name": [name for name, _ in rows], "text": [text for _, text in rows]}), path)
     (photos / "c d.txt").write_text("a dog")
+    assert image_folders.survey(str(photos)).metadata == image_folders.metadata_files(str(photos)) == [str(path)]
     expected = [
         ("B.JPG", "", "no_caption"), ("a.jpg", "a cat", None), ("a.jpg", "a red cat", None), ("c%20d.png", "a dog", None),
         (f"file://{tmp_path}/out.jpg", "x", "blocked_path"), ("gone.jpg", "x", "no_file"), ("none.jpeg", "", "no_caption"),
@@ -194,6 +209,34 @@ def test_f103_a_refresh_finds_changed_files_by_size_and_time_and_then_by_hash(ph
     assert pinned(storage, **listed).local_digest != before.local_digest
 
 
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_f103_slow_file_systems_are_asked_in_many_threads_and_fast_ones_in_few(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_listed: bool
+) -> None:
+    for number in range(60):
+        (photos / "sub" / f"{number}.jpg").write_bytes(b"x" * number)
+    (photos / "a.txt").write_text("a red cat")
+    settings = {"urls": str(photos)}
+    if is_listed:
+        paths = [path.relative_to(photos) for path in photos.rglob("*.*")]
+        (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{path},a cat\n" for path in paths))
+        settings = {"urls": f"{tmp_path}/list.csv", "local_root": str(photos)}
+    expected, threads, real = pinned(tmp_path / "storage", **settings), set[str](), local_files._state
+    monkeypatch.setattr(local_files, "_STATES_AT_ONCE", 4)
+    for seconds in (0.0, 0.01):
+        monkeypatch.setattr(local_files, "_SECONDS_PER_THREAD", 1.0 if seconds == 0 else 0.001)
+
+        def state(path: str, seconds: float = seconds) -> str:
+            threads.add(threading.current_thread().name)
+            time.sleep(seconds)
+            return real(path)
+
+        threads.clear()
+        monkeypatch.setattr(local_files, "_state", state)
+        assert pinned(tmp_path / "storage", **settings) == expected
+        assert len(threads) == 2 if seconds == 0 else len(threads) > 4, "one measures, the others ask"
+
+
 def test_f103_files_are_taken_down_by_path(photos: Path, tmp_path: Path) -> None:
     (photos / "c d.txt").write_text("a red cat")
     (tmp_path / "list.txt").write_text(f"{photos}/a.jpg\nfile://{photos}/c%20d.png\nexample.com\n")
@@ -233,6 +276,24 @@ def test_f98_damaged_rows_of_metadata_fail_and_a_list_of_captions_is_several(pho
         ("", "bad_row"), ("B.JPG", "bad_row"), ("none.jpeg", "no_caption"), ("sub/deep/f.gif", "bad_quotes"),
         ("sub/e.webp", "bad_row"),
     ]  # fmt: skip
+
+
+def test_f98_metadata_without_captions_is_no_damage_and_several_a_line_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.jsonl"
+    several = '{"file_name": "a.jpg", "text": ["one", "two", "three"]}'
+    path.write_text(f'{several}\n\n{{"file_name": "b.jpg", "text": []}}\n')
+    config = IngestConfig(str(path), url_column="file_name", caption_column="text")
+
+    def read(**facts: Any) -> tuple[list[tuple[str, str, str | None]], dict[str, int]]:
+        counted = stage_module.LineCounts()
+        source = stage_module._Source(LocalFileSystem(), str(path), str(path), path.stat().st_size, **facts)
+        found = pa.concat_tables(stage_module._read_source(source, config, counted)).to_pylist()
+        return [(row["url"], row["caption"], row["reason"]) for row in found], counted
+
+    expected = [("a.jpg", "one", None), ("a.jpg", "two", None), ("a.jpg", "three", None), ("b.jpg", "", None)]
+    assert read(has_lists=True) == (expected, {"in": 3, "blank": 1})
+    rows, _ = read(root=str(tmp_path))  # where a file lies does not tell what it holds
+    assert [reason for _, _, reason in rows] == ["bad_row", "bad_row"]
 
 
 def test_f103_a_list_may_hold_texts_that_are_no_urls(photos: Path, tmp_path: Path) -> None:
@@ -409,6 +470,16 @@ def test_f103_tasks_hash_few_images_each(photos: Path, tmp_path: Path) -> None:
     assert {row["reason"] for row in rows} == {None}
 
 
+@pytest.mark.parametrize(("num_files", "num_pieces"), [(10**5, 49), (10**6, 489 * 8), (10**7, 977 * 128)])
+def test_the_pieces_of_local_files_do_not_grow_with_the_square_of_their_number(num_files: int, num_pieces: int) -> None:
+    chunks = range(-(-num_files // stage_module._IMAGES_PER_TASK))
+    groups = stage_module._grouped(chunks)
+    assert [chunk for group in groups for chunk in group] == [*chunks]
+    assert len(groups) * ranges.num_ranges(num_files) == num_pieces
+    assert len(stage_module._grouped(range(1 << 20))) * ranges.MAX_RANGES == 1 << 20, "however many there are"
+    assert stage_module._grouped([]) == []
+
+
 @pytest.mark.usefixtures("cluster")
 def test_f103_captions_of_many_images_are_read_in_tasks(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -419,6 +490,7 @@ def test_f103_captions_of_many_images_are_read_in_tasks(
     expected = ingested(tmp_path / "one", urls=str(photos))
     monkeypatch.setattr(stage_module, "_IMAGES_PER_TASK", 2)
     monkeypatch.setattr(stage_module, "SMALL_BYTES", -1)
+    monkeypatch.setattr(stage_module, "_MAX_SPLITS", 2)
     found = ingested(tmp_path / "two", urls=str(photos))
     assert [row["position"] for row in found] == list(range(10))
     assert named(found, photos) == named(expected, photos)
