@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from unclip.systems.unclip.sampling import SamplingConfig
     from unclip.systems.unclip.stack import Stack
-    from unclip.systems.upsampler import UpsampledSystem
+    from unclip.systems.inpainting import UpsampledSystem
 
 NOISE = click.option(
     "--noise",

@@ -19,6 +19,8 @@ from unclip.models.small_images import known_region
 from unclip.systems.system import ChecksCaptions, seeded
 from unclip.systems.upsampler import UpsampledSampling, UpsampledSystem
 
+__all__ = ["Progress", "UpsampledSystem", "counting", "inpaint", "no_progress", "num_steps"]
+
 Progress = Callable[[int], None]
 """Called with the number of sampling steps just done, of the total that `num_steps` returns."""
 
