@@ -12,9 +12,9 @@ from unclip.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unclip.systems.inpainting import UpsampledSystem
     from unclip.systems.unclip.sampling import SamplingConfig
     from unclip.systems.unclip.stack import Stack
-    from unclip.systems.inpainting import UpsampledSystem
 
 NOISE = click.option(
     "--noise",
@@ -231,7 +231,7 @@ def _open_upsampled(request: Request) -> "tuple[UpsampledSystem, Any]":
         InputError: the stack is of a system that cannot.
     """
     system, sampling = request.open()
-    from unclip.systems.upsampler import UpsampledSystem
+    from unclip.systems.inpainting import UpsampledSystem
 
     if not isinstance(system, UpsampledSystem):
         raise InputError("the published stack cannot inpaint. Publish a stack of a system of this package.")

@@ -30,7 +30,9 @@ class TrainingState:
         self.num_nonfinite = self.num_roll_backs = 0
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         for module in learning_rate_factors:
-            assert any(name.startswith(f"{module}.") for name in self.parameters), f"there are no parameters of {module}"
+            assert any(name.startswith(f"{module}.") for name in self.parameters), (
+                f"there are no parameters of {module}"
+            )
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, value in self.parameters.items():
             factor = next(
