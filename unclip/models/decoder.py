@@ -215,24 +215,14 @@ class Decoder(nn.Module):
         generator: torch.Generator | None = None,
         on_step: OnStep = undisturbed,
     ) -> Tensor:
-        """Sample images [B, 3, S, S] in [-1, 1]; known pixels are returned unchanged.
-
-        A decoder that was trained without inpainting fits the other pixels to the known ones by resampling.
-
-        Args (in addition to those of `denoiser`):
-            start: [B, 3, S, S], images to start from, with the strength of the settings.
-            x_T: [B, 3, S, S]; None draws it from the generator.
-        """
-        size = self.config.unet.image_size
+        """Sample images [B, 3, S, S] in [-1, 1]; arguments as for `denoiser` and `sample_images`."""
         return sample_images(
-            self.diffusion,
+            self,
             self.denoiser(image_embedding, settings, captions, known if self.config.inpainting else None),
-            (len(image_embedding), 3, size, size),
+            len(image_embedding),
             image_embedding.device,
             settings,
-            mean_squared_score=self.measured.get("mean_squared_score"),
             known=known,
-            resample=not self.config.inpainting,
             start=start,
             x_T=x_T,
             generator=generator,

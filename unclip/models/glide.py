@@ -128,25 +128,16 @@ class Glide(nn.Module):
         generator: torch.Generator | None = None,
         on_step: OnStep = undisturbed,
     ) -> Tensor:
-        """Sample images [B, 3, S, S] in [-1, 1]; known pixels are returned unchanged.
-
-        A network that was trained without inpainting fits the other pixels to the known ones by resampling.
-
-        Args (in addition to those of `denoiser`):
-            start: [B, 3, S, S], images to start from, with the strength of the settings.
-            x_T: [B, 3, S, S]; None draws it from the generator.
-        """
-        size, tokens = self.config.unet.image_size, captions.text
+        """Sample images [B, 3, S, S] in [-1, 1]; arguments as for `denoiser` and `sample_images`."""
+        tokens = captions.text
         assert isinstance(tokens, Tensor), "glide reads tokens"
         return sample_images(
-            self.diffusion,
+            self,
             self.denoiser(captions, settings, known if self.config.inpainting else None),
-            (len(tokens), 3, size, size),
+            len(tokens),
             tokens.device,
             settings,
-            mean_squared_score=self.measured.get("mean_squared_score"),
             known=known,
-            resample=not self.config.inpainting,
             start=start,
             x_T=x_T,
             generator=generator,

@@ -5,7 +5,7 @@ Letters: B batch, S image size, E CLIP embedding width.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -98,40 +98,52 @@ def guided_by_clip(
     return guidance.classifier(diffusion, guided, log_probability, scale)
 
 
+class SmallImageNetwork(Protocol):
+    """Network of small images."""
+
+    @property
+    def config(self) -> Any:
+        """Settings with `unet`, the U-Net, and `inpainting`, True if it reads known pixels."""
+
+    diffusion: GaussianDiffusion
+    measured: dict[str, Tensor]
+
+
 def sample_images(
-    diffusion: GaussianDiffusion,
+    network: SmallImageNetwork,
     denoise: Denoiser,
-    shape: tuple[int, int, int, int],
+    batch: int,
     device: torch.device,
     settings: ImageSampling,
     *,
-    mean_squared_score: Tensor | None = None,
     known: Tensor | None = None,
-    resample: bool = False,
     start: Tensor | None = None,
     x_T: Tensor | None = None,
     generator: torch.Generator | None = None,
     on_step: OnStep = undisturbed,
 ) -> Tensor:
-    """Sample images of this shape in [-1, 1]; known pixels are returned unchanged.
+    """Sample images [batch, 3, S, S] in [-1, 1]; known pixels are returned unchanged.
+
+    With a network that was trained without inpainting, the other pixels are fitted to the known ones by resampling.
 
     Args:
+        denoise: denoiser of the network, with its conditions.
         known: [B, 4, S, S] from `known_region`.
-        resample: for a network that was built without inpainting: fit the other pixels to the known ones by resampling.
         start: [B, 3, S, S], images to start from, with the strength of the settings.
         x_T: [B, 3, S, S]; None draws it from the generator.
     """
     if x_T is None:
-        x_T = torch.randn(shape, generator=generator, device=device)
+        size = network.config.unet.image_size
+        x_T = torch.randn(batch, 3, size, size, generator=generator, device=device)
     samples = sampling.sample(
-        diffusion,
+        network.diffusion,
         denoise,
         x_T,
         settings,
-        mean_squared_score=mean_squared_score,
+        mean_squared_score=network.measured.get("mean_squared_score"),
         start=start,
         strength=settings.strength,
-        known=known_part(known) if resample and known is not None else None,
+        known=None if known is None or network.config.inpainting else known_part(known),
         num_resamplings=settings.num_resamplings,
         generator=generator,
         on_step=on_step,
