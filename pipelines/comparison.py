@@ -92,7 +92,12 @@ class Entry:
 
     @property
     def label(self) -> str:
-        return self.title if self.value is None else f"{self.title}, {self.value}"
+        return label_of(self.title, self.value)
+
+
+def label_of(title: str, value: str | None) -> str:
+    """Name of a row for people, with the value of the setting that is swept."""
+    return title if value is None else f"{title}, {value}"
 
 
 class Training(NamedTuple):
@@ -113,7 +118,8 @@ class Row:
     """Results of an entry."""
 
     name: str
-    label: str
+    title: str
+    """Name for people, without the value."""
     system: str | None
     """None for real images."""
     value: str | None
@@ -127,6 +133,10 @@ class Row:
     """[N, S, S, 3] uint8, images of the first held-out captions."""
     correct: Sequence[bool] | None = None
     """By image: True if everything that its caption names is right; None if that is unknown."""
+
+    @property
+    def label(self) -> str:
+        return label_of(self.title, self.value)
 
     @property
     def parameters(self) -> int | None:
@@ -219,7 +229,7 @@ def find_entries(
         system, _, key = name.partition("/")
         variant = _find_variant(system, key) if key else Variant(system)
         for value, swept in _values(system, sweep):
-            settings = [*variant.assignments, *assignments, *swept]
+            settings = [*assignments, *variant.assignments, *swept]  # a row is what its label says
             try:
                 config = load(pipeline, run_file, settings, storage, system)
             except ConfigError as error:
@@ -444,7 +454,7 @@ def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
     kept = facts["kept"]
     return Row(
         name=entry.name,
-        label=entry.label,
+        title=entry.title,
         system=entry.config.system,
         value=entry.value,
         metrics=facts["metrics"],

@@ -1,6 +1,7 @@
 """Comparisons: their entries and budgets, and the tables and figures made of results. No stage runs here."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -50,6 +51,14 @@ def test_variants_differ_from_their_system_in_their_settings_only() -> None:
     }
     assert {name for name, (of_text, _) in differ.items() if of_text} == {"evaluate"}
     assert {name for name, (_, of_other) in differ.items() if of_other} == {"prior"}
+
+
+def test_given_settings_do_not_undo_a_variant() -> None:
+    given = ["evaluate.sampling.image_embedding=prior", "systems.unclip.prior.kind=diffusion"]
+    text, other = find_entries("tiny", None, given, None, ("unclip/text_embedding", "unclip/autoregressive"))
+    assert isinstance(text.config, UnclipConfig) and isinstance(other.config, UnclipConfig)
+    assert text.config.evaluate.sampling.image_embedding == "text_embedding"
+    assert other.config.prior.kind == "autoregressive"
 
 
 def test_all_variants_that_apply_follow_their_system() -> None:
@@ -158,8 +167,7 @@ def row(name: str, quality: float, value: str | None = None, system: str | None 
     metrics = {"heldout": heldout, "repeated": {"pairwise_distance": 0.1}}
     sizes = (Training("one", 46_000, 1e9, 3_000_000), Training("two", 64_000, 1e8, 800_000)) if system else ()
     images = np.full((2, 4, 4, 3), 200, np.uint8)
-    label = name if value is None else f"{name}, {value}"
-    return Row(name, label, system, value, metrics, sizes, 12.0, 0.05, images, [True, False])
+    return Row(name, name, system, value, metrics, sizes, 12.0, 0.05, images, [True, False])
 
 
 def comparison(*rows: Row, sweep: Sweep | None = None) -> Comparison:
@@ -200,6 +208,17 @@ def test_figures_are_images() -> None:
     words = Sweep("sampler", ("ddim", "ddpm"))
     rows = [row("unclip", 0.9, value) for value in words.values]
     assert imaging.from_png(page.draw_sweep(comparison(*rows, sweep=words))).ndim == 3
+
+
+def test_a_system_without_a_metric_has_a_line_without_points() -> None:
+    others = [row("unclip", 0.95, value) for value in ("1", "2")]
+    scores = {"heldout": {"clip_score": 0.5}}
+    unknown = {name: math.nan for name in others[0].metrics["heldout"]}
+    lacking, not_a_number = (
+        comparison(Row("ddpm", "ddpm", "ddpm", "1", metrics), *others, sweep=Sweep("x", ("1", "2")))
+        for metrics in (scores, {"heldout": unknown | scores["heldout"]})
+    )
+    assert page.draw_sweep(lacking) == page.draw_sweep(not_a_number)
 
 
 def test_the_exit_code_is_that_of_the_failures_if_they_agree() -> None:
