@@ -115,7 +115,8 @@ def _reads_none(config: UnclipConfig) -> bool:
 
 _TEXT_EMBEDDING = "evaluate.sampling.image_embedding=text_embedding"
 _NO_EMBEDDING = "evaluate.sampling.image_embedding=none"
-_CAPTIONS = "decoder.model.text=clip"
+_CAPTIONS = ("decoder.model.text=clip", "decoder.trainer.reference_curve=none")  # the curve is another network's
+_AUTOREGRESSIVE = ("prior.kind=autoregressive", "prior.trainer.reference_curve=none")
 VARIANTS = {
     "text_embedding": Variant("unclip, text embedding in the prior's place", (_TEXT_EMBEDDING,)),
     "no_caption": Variant(
@@ -123,13 +124,17 @@ VARIANTS = {
     ),
     "caption_alone": Variant("unclip, caption alone", (_NO_EMBEDDING,), _reads_captions),
     "autoregressive": Variant(
-        "unclip, autoregressive prior", ("prior.kind=autoregressive",), lambda config: config.prior.kind == "diffusion"
+        "unclip, autoregressive prior", _AUTOREGRESSIVE, lambda config: config.prior.kind == "diffusion"
     ),
-    "captions": Variant("unclip, decoder reads captions", (_CAPTIONS,), _reads_none),
+    "captions": Variant("unclip, decoder reads captions", _CAPTIONS, _reads_none),
     "captions_text_embedding": Variant(
-        "unclip, decoder reads captions, text embedding in the prior's place", (_CAPTIONS, _TEXT_EMBEDDING), _reads_none
+        "unclip, decoder reads captions, text embedding in the prior's place",
+        (*_CAPTIONS, _TEXT_EMBEDDING),
+        _reads_none,
     ),
-    "captions_alone": Variant("unclip, decoder reads captions, caption alone", (_CAPTIONS, _NO_EMBEDDING), _reads_none),
+    "captions_alone": Variant(
+        "unclip, decoder reads captions, caption alone", (*_CAPTIONS, _NO_EMBEDDING), _reads_none
+    ),
 }
 """Rows of the ablation in section 5.1 of Ramesh et al. 2022, and the other prior; those that need no other training first."""
 

@@ -74,6 +74,17 @@ def test_all_variants_that_apply_follow_their_system() -> None:
             assert re.fullmatch(r"[a-z0-9_]+", key)
 
 
+def test_no_training_is_judged_by_the_curve_of_another_network() -> None:
+    trained_by_curve: dict[str, list[Any]] = {}
+    for entry in find_entries("demo", None, [], None):
+        for node in compose(entry.config).values():
+            if node.stage.part is not None and (curve := node.config.trainer.reference_curve):
+                trained_by_curve.setdefault(curve, []).append(without_operational(node.config))
+    assert set(trained_by_curve) == {"demo-prior", "demo-decoder", "demo-upsampler-64"}
+    for first, *others in trained_by_curve.values():
+        assert others and all(each == first for each in others)
+
+
 def test_every_entry_samples_the_groups_of_a_comparison() -> None:
     for entry in unclip_entries("unclip", "unclip/text_embedding"):
         found = entry.config.evaluate
