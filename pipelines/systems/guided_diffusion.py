@@ -16,7 +16,7 @@ from unclip.systems.classes import ClassesConfig
 from unclip.systems.classifier import CLASSIFIER, ClassifierStageConfig
 from unclip.systems.denoiser import DENOISER, DenoiserStageConfig
 from unclip.systems.guided_diffusion import MODEL_SIZES
-from unclip.systems.image_stack import ImageStackSampling
+from unclip.systems.image_stack import NOISING, ImageStackSampling
 from unclip.systems.upsampler import UPSAMPLER, UpsamplerStageConfig, chained, check_sections, merge_over
 
 
@@ -64,6 +64,11 @@ class GuidedDiffusionConfig(ImageStackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.classes.source != "none", "classes.source", "none", "captions, scenes or names")
+        given, wanted = self.classifier.model.diffusion, self.denoiser.model.diffusion
+        for name in NOISING:
+            expected = f"{getattr(wanted, name)!r}, as in denoiser.model.diffusion, since the classifier guides the denoiser"
+            is_same = getattr(given, name) == getattr(wanted, name)
+            require(is_same, f"classifier.model.diffusion.{name}", getattr(given, name), expected)
 
 
 def guided_diffusion(bind: Binder) -> Any:
@@ -119,7 +124,7 @@ def _with_process(values: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(section, Mapping) for section in sections):
         return dict(values)  # `config.load` reports the error
     denoiser = config.load(DenoiserStageConfig, sections[0], "denoiser").model.diffusion
-    process = {name: getattr(denoiser, name) for name in ("num_timesteps", "schedule", "zero_terminal_snr")}
+    process = {name: getattr(denoiser, name) for name in NOISING}
     if denoiser.zero_terminal_snr:
         process["prediction_type"] = denoiser.prediction_type  # not eps, which such a process does not allow
     return config.merge({"classifier": {"model": {"diffusion": process}}}, values)

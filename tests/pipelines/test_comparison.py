@@ -224,7 +224,7 @@ def test_figures_are_images() -> None:
 def test_a_system_without_a_metric_has_a_line_without_points() -> None:
     others = [row("unclip", 0.95, value) for value in ("1", "2")]
     scores = {"heldout": {"clip_score": 0.5}}
-    unknown = {name: math.nan for name in others[0].metrics["heldout"]}
+    unknown = dict.fromkeys(others[0].metrics["heldout"], math.nan)
     lacking, not_a_number = (
         comparison(Row("ddpm", "ddpm", "ddpm", "1", metrics), *others, sweep=Sweep("x", ("1", "2")))
         for metrics in (scores, {"heldout": unknown | scores["heldout"]})

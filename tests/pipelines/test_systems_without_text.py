@@ -44,6 +44,12 @@ def test_guided_diffusion_shares_classes_and_noise_between_its_parts_and_the_ups
     [
         ("guided_diffusion", "classes.source=none", r"classes\.source: got 'none', expected captions, scenes or names"),
         ("guided_diffusion", "classifier.classes.source=captions", "expected nothing here, but the section classes"),
+        (
+            "guided_diffusion",
+            "classifier.model.diffusion.num_timesteps=500",
+            r"^classifier\.model\.diffusion\.num_timesteps: got 500, expected 1000, as in denoiser\.model\.diffusion",
+        ),
+        ("guided_diffusion", "classifier.model.diffusion.schedule=linear", "schedule: got 'linear', expected 'cosine'"),
         ("guided_diffusion", "classes=scenes", "classes: got 'scenes', expected a section"),
         ("guided_diffusion", "model_size=dalle2", "model_size: got 'dalle2'"),
         ("ddpm", "denoiser.classes.source=scenes", "captions do not count in this system"),
