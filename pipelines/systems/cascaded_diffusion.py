@@ -29,6 +29,10 @@ class CascadedDiffusionConfig(ImageStackConfig):
         scale = self.evaluate.sampling.denoiser.classifier_scale
         require(scale == 0, "evaluate.sampling.denoiser.classifier_scale", scale, "0: this system has no classifier")
 
+    @property
+    def upsampler_classes(self) -> ClassesConfig:
+        return self.classes
+
 
 def cascaded_diffusion(bind: Binder) -> Any:
     """Compose the DAG."""

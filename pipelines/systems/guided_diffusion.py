@@ -50,7 +50,13 @@ class ImageStackConfig(PipelineConfig):
     evaluate: ImageStackEvaluateConfig = ImageStackEvaluateConfig()
 
     def __post_init__(self) -> None:
-        check_sections(self.upsamplers, self.evaluate.sampling, self.resources.upsamplers)
+        sampling, resources = self.evaluate.sampling, self.resources.upsamplers
+        check_sections(self.upsamplers, sampling, resources, self.upsampler_classes)
+
+    @property
+    def upsampler_classes(self) -> ClassesConfig:
+        """Classes that upsamplers may read."""
+        return ClassesConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,10 @@ class GuidedDiffusionConfig(ImageStackConfig):
             expected = f"{getattr(wanted, name)!r}, as in denoiser.model.diffusion, since the classifier guides the denoiser"
             is_same = getattr(given, name) == getattr(wanted, name)
             require(is_same, f"classifier.model.diffusion.{name}", getattr(given, name), expected)
+
+    @property
+    def upsampler_classes(self) -> ClassesConfig:
+        return self.classes
 
 
 def guided_diffusion(bind: Binder) -> Any:
