@@ -237,7 +237,9 @@ def find_entries(
             found.append(Entry(name, variant.title, config, value))
     if not found:
         raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a shortcut that no system has.")
-    return equalise(with_one_dataset([_for_comparison(entry) for entry in found]), equal)
+    entries = [_for_comparison(entry) for entry in found]
+    check_captions(entries)
+    return equalise(with_one_dataset(entries), equal)
 
 
 def _find_variant(system: str, key: str) -> Variant:
@@ -261,16 +263,39 @@ def _values(system: str, sweep: Sweep | None) -> Iterator[tuple[str | None, tupl
 
 
 def _for_comparison(entry: Entry) -> Entry:
-    """Add the groups of captions of a comparison to the evaluation."""
+    """Add the groups of captions of a comparison to the evaluation; a group that it samples anyway stays as it is."""
     settings, evaluate = entry.config.comparison, entry.config.evaluate
+    repeated = evaluate if evaluate.num_repeated else settings
     extended = dataclasses.replace(
         evaluate,
         num_relations=evaluate.num_relations or settings.num_relations,
-        num_repeated=evaluate.num_repeated or settings.num_repeated,
-        num_repeats=settings.num_repeats,
+        num_repeated=repeated.num_repeated,
+        num_repeats=repeated.num_repeats,
         num_kept=min(settings.num_columns, evaluate.num_images),
     )
     return dataclasses.replace(entry, config=dataclasses.replace(entry.config, evaluate=extended))
+
+
+CAPTIONS = ("num_captions", "num_unseen", "num_relations", "num_repeated", "num_repeats", "seed")
+"""Settings of `evaluate` that say which captions are sampled, and with which noise."""
+
+
+def check_captions(entries: Sequence[Entry]) -> None:
+    """Check that entries sample the same captions with the same seeds; those of another value of a sweep may differ.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    firsts: dict[str | None, Entry] = {}
+    for entry in entries:
+        first = firsts.setdefault(entry.value, entry)
+        for name in CAPTIONS:
+            found, expected = (getattr(each.config.evaluate, name) for each in (entry, first))
+            if found != expected:
+                raise ConfigError(
+                    f"{entry.name}: evaluate.{name}: got {found}, expected {expected}, as for {first.name}, so that all are "
+                    f"measured by the same images. Set evaluate.{name} for all systems, or leave one out of --systems."
+                )
 
 
 def with_one_dataset(entries: list[Entry]) -> list[Entry]:

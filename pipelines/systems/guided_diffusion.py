@@ -72,7 +72,9 @@ class GuidedDiffusionConfig(ImageStackConfig):
         require(self.classes.source != "none", "classes.source", "none", "captions, scenes or names")
         given, wanted = self.classifier.model.diffusion, self.denoiser.model.diffusion
         for name in NOISING:
-            expected = f"{getattr(wanted, name)!r}, as in denoiser.model.diffusion, since the classifier guides the denoiser"
+            expected = (
+                f"{getattr(wanted, name)!r}, as in denoiser.model.diffusion, since the classifier guides the denoiser"
+            )
             is_same = getattr(given, name) == getattr(wanted, name)
             require(is_same, f"classifier.model.diffusion.{name}", getattr(given, name), expected)
 

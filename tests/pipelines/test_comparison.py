@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines import comparison_page as page
+from pipelines.comparison import CAPTIONS as CAPTION_SETTINGS
 from pipelines.comparison import (
     REAL,
     Comparison,
@@ -92,6 +93,13 @@ def test_every_entry_samples_the_groups_of_a_comparison() -> None:
         assert (found.num_captions, found.num_unseen) == (16, 4), "as in every evaluation"
 
 
+def test_a_group_that_every_evaluation_samples_stays_as_it_is() -> None:
+    given = ["evaluate.num_repeated=3", "evaluate.num_repeats=5", "evaluate.num_relations=7"]
+    [entry] = find_entries("tiny", None, given, None, ("unclip",))
+    found = entry.config.evaluate
+    assert (found.num_relations, found.num_repeated, found.num_repeats) == (7, 3, 5)
+
+
 def test_a_sweep_is_one_entry_for_each_value() -> None:
     sweep = Sweep.parse("guidance_scale = 1, 2.5,1")
     assert sweep == Sweep("guidance_scale", ("1", "2.5"))
@@ -142,6 +150,18 @@ def test_images_are_stored_for_the_largest_system_and_other_datasets_are_refused
     other = dataclasses.replace(second, config=dataclasses.replace(second.config, dedup=dedup))
     with pytest.raises(ConfigError, match="unclip/text_embedding: its settings of dedup differ from those of unclip"):
         with_one_dataset([first, other])
+
+
+@pytest.mark.parametrize("setting", CAPTION_SETTINGS)
+def test_entries_with_other_captions_or_seeds_are_refused(setting: str) -> None:
+    given = ["evaluate.num_repeated=3", f"systems.glide.evaluate.{setting}=9"]
+    with pytest.raises(ConfigError, match=rf"^glide: evaluate\.{setting}: got 9, expected \d+, as for unclip"):
+        find_entries("tiny", None, given, None, ("unclip", "glide"))
+
+
+def test_a_sweep_may_change_the_seed_of_all() -> None:
+    entries = find_entries("tiny", None, [], None, ("unclip", "glide"), Sweep("evaluate.seed", ("1", "2")))
+    assert [each.config.evaluate.seed for each in entries] == [1, 2, 1, 2]
 
 
 def lengthened(entry: Entry, stage: str, num_samples: int, **trainer: Any) -> Entry:

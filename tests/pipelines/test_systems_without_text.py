@@ -52,7 +52,11 @@ def test_guided_diffusion_shares_classes_and_noise_between_its_parts_and_the_ups
         ("guided_diffusion", "classifier.model.diffusion.schedule=linear", "schedule: got 'linear', expected 'cosine'"),
         ("guided_diffusion", "classes=scenes", "classes: got 'scenes', expected a section"),
         ("guided_diffusion", "model_size=dalle2", "model_size: got 'dalle2'"),
-        ("unclip", "upsamplers.64.classes.source=scenes", r"^upsamplers\.64\.classes: got 'scenes', expected none, since"),
+        (
+            "unclip",
+            "upsamplers.64.classes.source=scenes",
+            r"^upsamplers\.64\.classes: got 'scenes', expected none, since",
+        ),
         ("ddpm", "upsamplers.64.classes.source=scenes", "this system has no classes"),
         ("guided_diffusion", "upsamplers.64.classes.source=captions", "got 'captions', expected none or scenes"),
         ("ddpm", "denoiser.classes.source=scenes", "captions do not count in this system"),
