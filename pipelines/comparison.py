@@ -26,7 +26,7 @@ from pipelines.run import run_pipeline
 from tasks.stage import Artifact
 from tasks.store import Store
 from unclip import files
-from unclip.config import fingerprint, nearest, to_dict, without_operational
+from unclip.config import fingerprint, has_setting, nearest, to_dict, without_operational
 from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
 from unclip.models import clip as clip_models
 from unclip.models.text import TextShape
@@ -49,7 +49,8 @@ class Sweep:
     """A setting that takes several values."""
 
     setting: str
-    """Path of a setting, or a shortcut of the systems for one of their sampling settings, such as guidance_scale."""
+    """Path of a setting, or a shortcut of the systems for one of their sampling settings, such as guidance_scale; of one
+    system alone as systems.NAME.section.field."""
     values: tuple[str, ...]
 
     @classmethod
@@ -70,10 +71,15 @@ class Sweep:
         """Last part of the setting."""
         return self.setting.rpartition(".")[2]
 
-    def path(self, system: str) -> str | None:
-        """Path of the setting in the configuration of a system; None if the system has no such shortcut."""
+    def path(self, system: str, config_of: Callable[[str], PipelineConfig]) -> str | None:
+        """Path of the setting in the configuration of a system; None if the system has no such setting or shortcut.
+
+        Args:
+            config_of: name of a system -> its configuration.
+        """
         if "." in self.setting:
-            return self.setting
+            path = self.setting.removeprefix(f"systems.{system}.")
+            return path if has_setting(config_of(system), path) else None
         shortcut = find_system(system).shortcuts.get(self.setting)
         return None if shortcut is None else f"evaluate.sampling.{shortcut}"
 
@@ -190,7 +196,7 @@ def entry_names(config_of: Callable[[str | None], PipelineConfig], sweep: Sweep 
     """
     names: list[str] = []
     for system in dict.fromkeys([config_of(None).system, *system_names()]):
-        if sweep is not None and sweep.path(system) is None:
+        if sweep is not None and sweep.path(system, config_of) is None:
             continue
         names.append(system)
         if sweep is None:
@@ -228,7 +234,7 @@ def find_entries(
     for name in names or entry_names(config_of, sweep):
         system, _, key = name.partition("/")
         variant = _find_variant(system, key) if key else Variant(system)
-        for value, swept in _values(system, sweep):
+        for value, swept in _values(system, sweep, config_of):
             settings = [*assignments, *variant.assignments, *swept]  # a row is what its label says
             try:
                 config = load(pipeline, run_file, settings, storage, system)
@@ -236,7 +242,7 @@ def find_entries(
                 raise ConfigError(f"{name}: {error}") from None
             found.append(Entry(name, variant.title, config, value))
     if not found:
-        raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a shortcut that no system has.")
+        raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a setting that no system has.")
     entries = [_for_comparison(entry) for entry in found]
     check_captions(entries)
     return equalise(with_one_dataset(entries), equal)
@@ -249,12 +255,16 @@ def _find_variant(system: str, key: str) -> Variant:
     return variants[key]
 
 
-def _values(system: str, sweep: Sweep | None) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+def _values(
+    system: str, sweep: Sweep | None, config_of: Callable[[str], PipelineConfig]
+) -> Iterator[tuple[str | None, tuple[str, ...]]]:
     """Yield the values of a sweep, each with its assignment; without a sweep, none once."""
     if sweep is None:
         yield None, ()
         return
-    path = sweep.path(system)
+    path = sweep.path(system, config_of)
+    if path is None and "." in sweep.setting:
+        raise ConfigError(f"--sweep: got {sweep.setting!r}, but the system {system} has no such setting.")
     if path is None:
         known = nearest(sweep.setting, find_system(system).shortcuts)
         raise ConfigError(f"--sweep: got {sweep.setting!r}, but the system {system} has no such shortcut. {known}")

@@ -126,13 +126,48 @@ def test_a_sweep_is_one_entry_for_each_value() -> None:
             {"sweep": Sweep("guidance", ("1",))},
             "got 'guidance', .* no such shortcut. Did you mean 'guidance_sc",
         ),
-        ((), {"sweep": Sweep("nothing", ("1",))}, "got 'nothing', a shortcut that no system has"),
+        ((), {"sweep": Sweep("nothing", ("1",))}, "got 'nothing', a setting that no system has"),
+        (
+            (),
+            {"sweep": Sweep("evaluate.sampling.nothing", ("1",))},
+            "got 'evaluate.*nothing', a setting that no system has",
+        ),
+        (
+            ("unclip", "ddpm"),
+            {"sweep": Sweep("evaluate.sampling.decoder.num_steps", ("1",))},
+            "got 'evaluate.sampling.decoder.num_steps', but the system ddpm has no such setting",
+        ),
         (("unclip",), {"sweep": Sweep("guidance_scale", ("-1",))}, "^unclip: .*guidance_scale: got -1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(names: tuple[str, ...], options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         unclip_entries(*names, **options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "systems"),
+    [
+        ("evaluate.sampling.decoder.num_steps", {"unclip"}),
+        ("evaluate.sampling.denoiser.num_steps", {"ddpm", "guided_diffusion", "cascaded_diffusion"}),
+        ("upsamplers.64.trainer.batch_size", {"unclip", "glide", "ddpm", "guided_diffusion", "cascaded_diffusion"}),
+        ("upsamplers.32.trainer.batch_size", {"unclip", "ddpm", "guided_diffusion", "cascaded_diffusion"}),
+        ("resources.prior.num_workers", {"unclip"}),
+        ("systems.glide.evaluate.sampling.glide.num_steps", {"glide"}),
+    ],
+)
+def test_a_sweep_by_path_leaves_out_systems_without_the_setting(setting: str, systems: set[str]) -> None:
+    given = ["systems.glide.upsamplers.32=none"]
+    entries = find_entries("tiny", None, given, None, sweep=Sweep(setting, ("2", "4")))
+    assert {entry.name for entry in entries} == systems and len(entries) == 2 * len(systems)
+    path = setting.partition(".glide.")[2] or setting
+    assert {str(value_at(entry.config, path)) for entry in entries} == {"2", "4"}
+
+
+def value_at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
 
 
 @pytest.mark.parametrize("text", ["guidance_scale", "=1", "guidance_scale=", "guidance_scale=1,,2"])
