@@ -3,12 +3,15 @@
 import dataclasses
 import math
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipelines import comparison_page as page
+from pipelines.commands import compare
 from pipelines.comparison import CAPTIONS as CAPTION_SETTINGS
 from pipelines.comparison import (
     REAL,
@@ -26,6 +29,8 @@ from pipelines.comparison import (
 from pipelines.dag import with_section
 from pipelines.pipeline import compose, find_pipeline
 from pipelines.systems.unclip import UnclipConfig
+from tasks.store import Store
+from tasks.verification import survey
 from unclip import imaging
 from unclip.config import without_operational
 from unclip.errors import ConfigError, InputError, StageError
@@ -73,6 +78,28 @@ def test_all_variants_that_apply_follow_their_system() -> None:
     for system in {entry.config.system for entry in entries}:
         for key in find_pipeline(system).variants:
             assert re.fullmatch(r"[a-z0-9_]+", key)
+
+
+def test_each_setting_that_is_swept_has_a_folder_of_results() -> None:
+    settings = ("evaluate.sampling.decoder.num_steps", "evaluate.sampling.prior.num_steps", "guidance_scale")
+    names = [compare._folder_name(comparison(row("unclip", 0.9), sweep=Sweep(each, ("1",)))) for each in settings]
+    assert len(set(names)) == 3 and names[2] == "demo-sweep-guidance_scale"
+
+
+def test_the_recorded_command_makes_the_same_rows(tmp_path: Path) -> None:
+    given = ["ingest.urls=s3://key:secret@bucket/my list.csv", "dedup.holdout=0.3"]
+    options = compare._settings("my run.toml", given)
+    [entry] = unclip_entries("unclip/text_embedding")
+    result = comparison(row("unclip", 0.9), sweep=Sweep("guidance_scale", ("1", "2")))
+    words = compare._command(result, [entry], options)
+    store = Store(str(tmp_path))
+    store.write_json({"command": words}, "results", "demo-sweep-guidance_scale", "summary.json")
+    [remedy] = {item.remedy for item in survey(store) if "results" in item.uri}
+    assert shlex.split(remedy.strip("`")) == [
+        *("unclip", "compare", "demo", "--systems", "unclip/text_embedding", "--sweep", "guidance_scale=1,2"),
+        *("--config", str(Path("my run.toml").absolute()), "--set", "ingest.urls=s3://key@bucket/my list.csv"),
+        *("--set", "dedup.holdout=0.3", "--storage", store.root),
+    ]
 
 
 def test_no_training_is_judged_by_the_curve_of_another_network() -> None:
