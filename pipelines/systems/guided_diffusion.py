@@ -26,10 +26,16 @@ class ImageStackResources(DatasetResources):
 
     denoiser: Resources | None = None
     """Resources for training the denoiser."""
-    classifier: Resources | None = None
-    """Resources for training the classifier."""
     upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
     """Resources for training each upsampler, by its output resolution."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedDiffusionResources(ImageStackResources):
+    """Worker resources: defaults for all stages, and sections that override them for single stages."""
+
+    classifier: Resources | None = None
+    """Resources for training the classifier."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,7 @@ class ImageStackConfig(PipelineConfig):
 class GuidedDiffusionConfig(ImageStackConfig):
     """All settings of a run; the section `upsamplers.256` configures the stage `upsampler-256`."""
 
+    resources: GuidedDiffusionResources = GuidedDiffusionResources()
     classes: ClassesConfig = ClassesConfig("captions")
     """Classes of the captions, for the denoiser and the classifier."""
     classifier: ClassifierStageConfig = ClassifierStageConfig()

@@ -62,6 +62,8 @@ def test_guided_diffusion_shares_classes_and_noise_between_its_parts_and_the_ups
         ("ddpm", "denoiser.classes.source=scenes", "captions do not count in this system"),
         ("ddpm", "evaluate.sampling.denoiser.classifier_scale=1", "this system has no classifier"),
         ("ddpm", "classes.source=scenes", "classes: unknown setting"),
+        ("ddpm", "resources.classifier.num_workers=2", r"resources\.classifier: unknown setting"),
+        ("cascaded_diffusion", "resources.classifier.num_workers=2", r"resources\.classifier: unknown setting"),
     ],
 )
 def test_settings_that_do_not_fit_the_system_are_refused(system: str, change: str, message: str) -> None:
