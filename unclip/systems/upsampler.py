@@ -394,7 +394,7 @@ def check_sections(
     upsamplers: Mapping[str, UpsamplerStageConfig],
     sampling: UpsampledSampling,
     resources: Mapping[str, Any],
-    classes: ClassesConfig = UpsamplerStageConfig.classes,
+    classes: ClassesConfig,
 ) -> None:
     """Check the sampling settings and the resources of upsamplers against their models, before these are trained.
 
