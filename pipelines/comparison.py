@@ -133,6 +133,7 @@ class Row:
     """Group of captions -> name -> value."""
     trainings: tuple[Training, ...] = ()
     training_seconds: float | None = None
+    """Sum over the parts; of a training that was resumed, only the time since then."""
     seconds_per_image: float | None = None
     """Time of one worker to sample an image of a held-out caption."""
     images: np.ndarray | None = None

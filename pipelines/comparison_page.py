@@ -81,7 +81,8 @@ NOTES = (
     "and of held-out images. Place entropy: of the places of objects in images of one caption that names none, as a share of "
     "log 5. Pairwise distance: mean of 1 - cosine over pairs of images of one caption.",
     "Parameters, samples and FLOPs are those of all trained parts, without the frozen CLIP; training seconds are the sum over "
-    "parts, which may have trained side by side; seconds an image are those of one worker.",
+    "parts, which may have trained side by side, without what came before the last resumption of a training; seconds an image "
+    "are those of one worker.",
 )
 
 
