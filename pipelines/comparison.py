@@ -26,7 +26,7 @@ from pipelines.run import run_pipeline
 from tasks.stage import Artifact
 from tasks.store import Store
 from unclip import files
-from unclip.config import fingerprint, nearest, to_dict, without_operational
+from unclip.config import fingerprint, has_setting, nearest, to_dict, without_operational
 from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
 from unclip.models import clip as clip_models
 from unclip.models.text import TextShape
@@ -49,7 +49,8 @@ class Sweep:
     """A setting that takes several values."""
 
     setting: str
-    """Path of a setting, or a shortcut of the systems for one of their sampling settings, such as guidance_scale."""
+    """Path of a setting, or a shortcut of the systems for one of their sampling settings, such as guidance_scale; of one
+    system alone as systems.NAME.section.field."""
     values: tuple[str, ...]
 
     @classmethod
@@ -70,10 +71,15 @@ class Sweep:
         """Last part of the setting."""
         return self.setting.rpartition(".")[2]
 
-    def path(self, system: str) -> str | None:
-        """Path of the setting in the configuration of a system; None if the system has no such shortcut."""
+    def path(self, system: str, config_of: Callable[[str], PipelineConfig]) -> str | None:
+        """Path of the setting in the configuration of a system; None if the system has no such setting or shortcut.
+
+        Args:
+            config_of: name of a system -> its configuration.
+        """
         if "." in self.setting:
-            return self.setting
+            path = self.setting.removeprefix(f"systems.{system}.")
+            return path if has_setting(config_of(system), path) else None
         shortcut = find_system(system).shortcuts.get(self.setting)
         return None if shortcut is None else f"evaluate.sampling.{shortcut}"
 
@@ -92,7 +98,12 @@ class Entry:
 
     @property
     def label(self) -> str:
-        return self.title if self.value is None else f"{self.title}, {self.value}"
+        return label_of(self.title, self.value)
+
+
+def label_of(title: str, value: str | None) -> str:
+    """Name of a row for people, with the value of the setting that is swept."""
+    return title if value is None else f"{title}, {value}"
 
 
 class Training(NamedTuple):
@@ -113,7 +124,8 @@ class Row:
     """Results of an entry."""
 
     name: str
-    label: str
+    title: str
+    """Name for people, without the value."""
     system: str | None
     """None for real images."""
     value: str | None
@@ -121,12 +133,17 @@ class Row:
     """Group of captions -> name -> value."""
     trainings: tuple[Training, ...] = ()
     training_seconds: float | None = None
+    """Sum over the parts; of a training that was resumed, only the time since then."""
     seconds_per_image: float | None = None
     """Time of one worker to sample an image of a held-out caption."""
     images: np.ndarray | None = None
     """[N, S, S, 3] uint8, images of the first held-out captions."""
     correct: Sequence[bool] | None = None
     """By image: True if everything that its caption names is right; None if that is unknown."""
+
+    @property
+    def label(self) -> str:
+        return label_of(self.title, self.value)
 
     @property
     def parameters(self) -> int | None:
@@ -180,7 +197,7 @@ def entry_names(config_of: Callable[[str | None], PipelineConfig], sweep: Sweep 
     """
     names: list[str] = []
     for system in dict.fromkeys([config_of(None).system, *system_names()]):
-        if sweep is not None and sweep.path(system) is None:
+        if sweep is not None and sweep.path(system, config_of) is None:
             continue
         names.append(system)
         if sweep is None:
@@ -218,16 +235,18 @@ def find_entries(
     for name in names or entry_names(config_of, sweep):
         system, _, key = name.partition("/")
         variant = _find_variant(system, key) if key else Variant(system)
-        for value, swept in _values(system, sweep):
-            settings = [*variant.assignments, *assignments, *swept]
+        for value, swept in _values(system, sweep, config_of):
+            settings = [*assignments, *variant.assignments, *swept]  # a row is what its label says
             try:
                 config = load(pipeline, run_file, settings, storage, system)
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
             found.append(Entry(name, variant.title, config, value))
     if not found:
-        raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a shortcut that no system has.")
-    return equalise(with_one_dataset([_for_comparison(entry) for entry in found]), equal)
+        raise ConfigError(f"--sweep: got {sweep.setting if sweep else ''!r}, a setting that no system has.")
+    entries = [_for_comparison(entry) for entry in found]
+    check_captions(entries)
+    return equalise(with_one_dataset(entries), equal)
 
 
 def _find_variant(system: str, key: str) -> Variant:
@@ -237,12 +256,16 @@ def _find_variant(system: str, key: str) -> Variant:
     return variants[key]
 
 
-def _values(system: str, sweep: Sweep | None) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+def _values(
+    system: str, sweep: Sweep | None, config_of: Callable[[str], PipelineConfig]
+) -> Iterator[tuple[str | None, tuple[str, ...]]]:
     """Yield the values of a sweep, each with its assignment; without a sweep, none once."""
     if sweep is None:
         yield None, ()
         return
-    path = sweep.path(system)
+    path = sweep.path(system, config_of)
+    if path is None and "." in sweep.setting:
+        raise ConfigError(f"--sweep: got {sweep.setting!r}, but the system {system} has no such setting.")
     if path is None:
         known = nearest(sweep.setting, find_system(system).shortcuts)
         raise ConfigError(f"--sweep: got {sweep.setting!r}, but the system {system} has no such shortcut. {known}")
@@ -251,16 +274,39 @@ def _values(system: str, sweep: Sweep | None) -> Iterator[tuple[str | None, tupl
 
 
 def _for_comparison(entry: Entry) -> Entry:
-    """Add the groups of captions of a comparison to the evaluation."""
+    """Add the groups of captions of a comparison to the evaluation; a group that it samples anyway stays as it is."""
     settings, evaluate = entry.config.comparison, entry.config.evaluate
+    repeated = evaluate if evaluate.num_repeated else settings
     extended = dataclasses.replace(
         evaluate,
         num_relations=evaluate.num_relations or settings.num_relations,
-        num_repeated=evaluate.num_repeated or settings.num_repeated,
-        num_repeats=settings.num_repeats,
+        num_repeated=repeated.num_repeated,
+        num_repeats=repeated.num_repeats,
         num_kept=min(settings.num_columns, evaluate.num_images),
     )
     return dataclasses.replace(entry, config=dataclasses.replace(entry.config, evaluate=extended))
+
+
+CAPTIONS = ("num_captions", "num_unseen", "num_relations", "num_repeated", "num_repeats", "seed")
+"""Settings of `evaluate` that say which captions are sampled, and with which noise."""
+
+
+def check_captions(entries: Sequence[Entry]) -> None:
+    """Check that entries sample the same captions with the same seeds; those of another value of a sweep may differ.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    firsts: dict[str | None, Entry] = {}
+    for entry in entries:
+        first = firsts.setdefault(entry.value, entry)
+        for name in CAPTIONS:
+            found, expected = (getattr(each.config.evaluate, name) for each in (entry, first))
+            if found != expected:
+                raise ConfigError(
+                    f"{entry.name}: evaluate.{name}: got {found}, expected {expected}, as for {first.name}, so that all are "
+                    f"measured by the same images. Set evaluate.{name} for all systems, or leave one out of --systems."
+                )
 
 
 def with_one_dataset(entries: list[Entry]) -> list[Entry]:
@@ -444,7 +490,7 @@ def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
     kept = facts["kept"]
     return Row(
         name=entry.name,
-        label=entry.label,
+        title=entry.title,
         system=entry.config.system,
         value=entry.value,
         metrics=facts["metrics"],

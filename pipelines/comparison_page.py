@@ -81,7 +81,8 @@ NOTES = (
     "and of held-out images. Place entropy: of the places of objects in images of one caption that names none, as a share of "
     "log 5. Pairwise distance: mean of 1 - cosine over pairs of images of one caption.",
     "Parameters, samples and FLOPs are those of all trained parts, without the frozen CLIP; training seconds are the sum over "
-    "parts, which may have trained side by side; seconds an image are those of one worker.",
+    "parts, which may have trained side by side, without what came before the last resumption of a training; seconds an image "
+    "are those of one worker.",
 )
 
 
@@ -360,18 +361,19 @@ def draw_sweep(comparison: Comparison) -> bytes:
     lines: dict[str, list[Row]] = {}
     for row in comparison.rows:
         if row.system is not None:
-            lines.setdefault(row.label.rpartition(", ")[0], []).append(row)
+            lines.setdefault(row.name, []).append(row)
     columns = min(3, len(panels))
     height = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.1 * columns, 3.1 * height + 0.4), layout="constrained")
     plots = list(figure.subplots(height, columns, squeeze=False).flat)
     positions = _positions(sweep.values)
     for axes, (title, value) in zip(plots, panels, strict=False):
-        for (label, rows), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+        for rows, colour in zip(lines.values(), COLOURS * len(lines), strict=False):
             points = [
                 (positions[row.value], number) for row in rows if row.value and (number := value(row)) is not None
             ]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=4, linewidth=1.6)
+            xs, ys = [x for x, _ in points], [y for _, y in points]  # empty for a line without this metric
+            axes.plot(xs, ys, "o-", color=colour, label=rows[0].title, markersize=4, linewidth=1.6)
         if (real := value(comparison.rows[0])) is not None:
             axes.axhline(real, color="#999999", linewidth=1, linestyle="--", label="real images", zorder=0)
         axes.set_title(title, fontsize=9.5)

@@ -332,9 +332,9 @@ class _Survey:
     def _dropped(self, command: str) -> str:
         return f"`{self._command('unclip verify --drop')}`, then `{command}`"
 
-    def _command(self, *words: str) -> str:
+    def _command(self, program: str, *words: str) -> str:
         option = [] if self.store.root == Store(DEFAULT_ROOT).root else ["--storage", self.store.root]
-        return shlex.join([*" ".join(words).split(), *option])
+        return shlex.join([*program.split(), *words, *option])
 
 
 def _listed(root: str) -> dict[str, files.Entry] | None:

@@ -103,7 +103,10 @@ def test_unclip_needs_only_torch_numpy_and_pyarrow() -> None:
 
 
 PARTS = re.compile(r"(?i)prior(?!it)|(?<!json)(?<!incremental)decoder|upsampler")  # Python has two of these names
-KNOW_PARTS = ("pipelines.systems", "unclip.systems", "unclip.models", "unclip.interop")
+KNOW_PARTS = (
+    *("pipelines.systems", "pipelines.upsampled", "pipelines.image_stacks"),
+    *("unclip.systems", "unclip.models", "unclip.interop"),
+)
 EXCEPTIONS = {
     "pipelines.commands.exchange": {"upsampler"},  # the third, which diffusers pipelines cannot hold, has an option
     "unclip.diffusion.process": {"prior"},  # the term of x_T in the variational bound

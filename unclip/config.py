@@ -154,6 +154,21 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+def has_setting(config: Any, path: str) -> bool:
+    """Tell if a configuration has the setting with a dotted path; in place of a section that is None, its class counts."""
+    name, _, rest = path.partition(".")
+    if isinstance(config, Mapping):
+        return name in config and (not rest or has_setting(config[name], rest))
+    cls = config if isinstance(config, type) else type(config)
+    hint = field_types(cls).get(name) if dataclasses.is_dataclass(cls) else None
+    if hint is None or not rest:
+        return hint is not None
+    section = None if config is cls else getattr(config, name)
+    if section is None:
+        section = next(filter(dataclasses.is_dataclass, [hint, *typing.get_args(hint)]), None)
+    return has_setting(section, rest)
+
+
 def _counts(field: dataclasses.Field[Any], config: Any) -> bool:
     """Return True if a result depends on a setting."""
     is_unused = field.metadata.get("added") and getattr(config, field.name) == field.default

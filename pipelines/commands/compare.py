@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 from pipelines.options import CONFIG, JSON, PIPELINE, SET, STORAGE, complete, print_json
 from pipelines.preset import system_names
+from unclip.messages import redacted
 
 if TYPE_CHECKING:
     from pipelines.comparison import Comparison, Entry, Row
@@ -72,12 +74,18 @@ def compare(
         if len(failures) == len(entries):
             raise comparisons.error_of(failures)
         result = comparisons.collect(pipeline, entries, failures, swept, equal)
-        folder = _write(result, entries)
+        folder = _write(result, entries, _settings(run_file, assignments))
         click.echo(f"\n{comparison_page.text(result)}\n\nresults    {folder}")
     if as_json:
         print_json(_document(result, folder))
     if failures:
         raise comparisons.error_of(failures)
+
+
+def _settings(run_file: str | None, assignments: Sequence[str]) -> list[str]:
+    """Options that gave the settings, for the records: from any folder, and without credentials."""
+    given = [] if run_file is None else ["--config", os.path.abspath(run_file)]
+    return redacted([*given, *(word for each in assignments for word in ("--set", each))])  # type: ignore[no-any-return]
 
 
 def _document(result: "Comparison", folder: str) -> dict[str, Any]:
@@ -94,8 +102,26 @@ def _document(result: "Comparison", folder: str) -> dict[str, Any]:
     }
 
 
-def _write(result: "Comparison", entries: "Sequence[Entry]") -> str:
-    """Write tables and figures to the folder of results and to MLflow; return the folder's URI."""
+def _folder_name(result: "Comparison") -> str:
+    """Name of the folder of results: one for each setting that is swept and each budget."""
+    kind = "comparison" if result.sweep is None else f"sweep-{result.sweep.setting}"
+    return "-".join([result.pipeline, kind, *([] if result.equal is None else ["equal", result.equal])])
+
+
+def _command(result: "Comparison", entries: "Sequence[Entry]", settings: Sequence[str]) -> list[str]:
+    """Words of the command that makes these results."""
+    sweep = [] if result.sweep is None else ["--sweep", f"{result.sweep.setting}={','.join(result.sweep.values)}"]
+    equal = [] if result.equal is None else ["--equal", result.equal]
+    names = ",".join(dict.fromkeys(entry.name for entry in entries))
+    return ["unclip compare", result.pipeline, "--systems", names, *sweep, *equal, *settings]
+
+
+def _write(result: "Comparison", entries: "Sequence[Entry]", settings: Sequence[str]) -> str:
+    """Write tables and figures to the folder of results and to MLflow; return the folder's URI.
+
+    Args:
+        settings: options of the command that gave the settings.
+    """
     from pipelines import comparison_page
     from pipelines.comparison import settings_of
     from pipelines.records import close_run, open_run
@@ -103,8 +129,7 @@ def _write(result: "Comparison", entries: "Sequence[Entry]") -> str:
     from tasks.tracking import PREVIEW_KEYS, PREVIEWS
     from unclip import files, seals
 
-    kind = "comparison" if result.sweep is None else f"sweep-{result.sweep.name}"
-    name = "-".join([result.pipeline, kind, *([] if result.equal is None else ["equal", result.equal])])
+    name = _folder_name(result)
     store, images = Store(result.storage), f"{PREVIEWS}/images.png"
     folder = store.uri("results", name)
     # The keys tell a takedown whose images are shown.
@@ -115,10 +140,7 @@ def _write(result: "Comparison", entries: "Sequence[Entry]") -> str:
     contents["table.md"] = comparison_page.markdown(result).encode()
     figures = [name for name in ("sweep.png", images) if name in contents]
     contents["table.html"] = comparison_page.page(result, figures).encode()
-    sweep = [] if result.sweep is None else ["--sweep", f"{result.sweep.setting}={','.join(result.sweep.values)}"]
-    equal = [] if result.equal is None else ["--equal", result.equal]
-    names = ",".join(dict.fromkeys(entry.name for entry in entries))
-    command = ["unclip compare", result.pipeline, "--systems", names, *sweep, *equal]
+    command = _command(result, entries, settings)
     summary = {**_document(result, folder), "command": command, "artifacts": result.artifacts}
     files.delete(f"{folder}/{seals.MANIFEST}")
     for file_name, data in contents.items():

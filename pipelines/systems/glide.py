@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.dag import Binder
-from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
+from pipelines.dataset import dataset, finish
 from pipelines.pipeline import Pipeline
+from pipelines.upsampled import UpsampledConfig, UpsampledEvaluateConfig, UpsampledResources, with_chain
 from tasks.stage import Resources
-from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
 from unclip import config
 from unclip.config import require, to_dict
@@ -16,36 +16,31 @@ from unclip.systems.glide.generator import GLIDE, GlideStageConfig
 from unclip.systems.glide.noised_clip import NOISED_CLIP, NoisedClipStageConfig
 from unclip.systems.glide.sizes import MODEL_SIZES
 from unclip.systems.glide.stack import GlideSampling
-from unclip.systems.upsampler import UPSAMPLER, UpsamplerStageConfig, chained, check_sections, merge_over
+from unclip.systems.upsampler import UPSAMPLER, merge_over
 
 
 @dataclasses.dataclass(frozen=True)
-class GlideResources(DatasetResources):
+class GlideResources(UpsampledResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
     glide: Resources | None = None
     """Resources for training the generator."""
-    upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
-    """Resources for training each upsampler, by its output resolution."""
     noised_clip: Resources | None = None
     """Resources for training the image encoder for noised images."""
 
 
 @dataclasses.dataclass(frozen=True)
-class GlideEvaluateConfig(EvaluateConfig):
+class GlideEvaluateConfig(UpsampledEvaluateConfig):
     sampling: GlideSampling = GlideSampling()
     """Sampling settings; published with the stack as its defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
-class GlidePipelineConfig(PipelineConfig):
+class GlidePipelineConfig(UpsampledConfig):
     """All settings of a run; the section `upsamplers.256` configures the stage `upsampler-256`."""
 
     resources: GlideResources = GlideResources()
     glide: GlideStageConfig = GlideStageConfig()
-    upsamplers: dict[str, UpsamplerStageConfig] = dataclasses.field(default_factory=dict)
-    """One section per upsampler, by output resolution in ascending order. Each upsampler takes the images of the previous
-    one; the first takes those of the generator. "none" instead of a section removes the upsampler."""
     with_noised_clip: bool = False
     """Also train CLIP's image encoder on noised images, for CLIP guidance. Without it, CLIP guidance uses the frozen CLIP on
     the denoised image. Source: Nichol et al. 2022, section 4.4."""
@@ -53,7 +48,7 @@ class GlidePipelineConfig(PipelineConfig):
     evaluate: GlideEvaluateConfig = GlideEvaluateConfig()
 
     def __post_init__(self) -> None:
-        check_sections(self.upsamplers, self.evaluate.sampling, self.resources.upsamplers)
+        super().__post_init__()
         if self.with_noised_clip:
             noised_clip, glide = self.noised_clip.model, self.glide.model
             expected = f"{glide.unet.image_size}, the resolution of the generator"
@@ -91,17 +86,12 @@ def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the resolutions of the upsamplers and of the stored images, and the process of the noised images."""
-    sections, section = values.get("upsamplers"), values.get("glide", {})
-    if not (isinstance(sections, Mapping) and isinstance(section, Mapping)):
+    section = values.get("glide", {})
+    if not isinstance(section, Mapping):
         return dict(values)  # `config.load` reports the error
     model = config.load(GlideStageConfig, section, "glide").model
-    chain = chained(sections, model.unet.image_size, "glide")
-    resolved = with_image_size({**values, "upsamplers": chain.sections}, chain.size, chain.last)
-    derived = {
-        "evaluate": {"sampling": {"upsamplers": chain.sampling}},
-        "noised_clip": {"model": {"image_size": model.unet.image_size, "diffusion": to_dict(model.diffusion)}},
-    }
-    return config.merge(derived, resolved)
+    noised = {"image_size": model.unet.image_size, "diffusion": to_dict(model.diffusion)}
+    return config.merge({"noised_clip": {"model": noised}}, with_chain(values, model.unet.image_size, "glide"))
 
 
 PIPELINE = Pipeline(GlidePipelineConfig, glide, resolve, MODEL_SIZES)

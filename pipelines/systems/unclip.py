@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.dag import Binder
-from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
+from pipelines.dataset import dataset, finish
 from pipelines.pipeline import Pipeline, Variant
+from pipelines.upsampled import UpsampledConfig, UpsampledEvaluateConfig, UpsampledResources, with_chain
 from tasks.stage import Resources
-from tasks.stages.evaluate import EvaluateConfig
 from tasks.stages.train import train
 from unclip import config
 from unclip.config import require
@@ -16,43 +16,37 @@ from unclip.systems.unclip.decoder import DECODER, DecoderStageConfig
 from unclip.systems.unclip.prior import PRIOR, PriorStageConfig
 from unclip.systems.unclip.sampling import SamplingConfig
 from unclip.systems.unclip.sizes import MODEL_SIZES
-from unclip.systems.upsampler import UPSAMPLER, UpsamplerStageConfig, chained, check_sections, merge_over
+from unclip.systems.upsampler import UPSAMPLER, merge_over
 
 
 @dataclasses.dataclass(frozen=True)
-class UnclipResources(DatasetResources):
+class UnclipResources(UpsampledResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
     prior: Resources | None = None
     """Resources for training the prior."""
     decoder: Resources | None = None
     """Resources for training the decoder."""
-    upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
-    """Resources for training each upsampler, by its output resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
-class UnclipEvaluateConfig(EvaluateConfig):
+class UnclipEvaluateConfig(UpsampledEvaluateConfig):
     sampling: SamplingConfig = SamplingConfig()
     """Sampling settings; published with the stack as its defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
-class UnclipConfig(PipelineConfig):
+class UnclipConfig(UpsampledConfig):
     """All settings of a run; the section `upsamplers.256` configures the stage `upsampler-256`."""
 
     resources: UnclipResources = UnclipResources()
     prior: PriorStageConfig = PriorStageConfig()
     decoder: DecoderStageConfig = DecoderStageConfig()
-    upsamplers: dict[str, UpsamplerStageConfig] = dataclasses.field(default_factory=dict)
-    """One section per upsampler, by output resolution in ascending order. Each upsampler takes the images of the previous
-    one; the first takes those of the decoder. "none" instead of a section removes the upsampler."""
     evaluate: UnclipEvaluateConfig = UnclipEvaluateConfig()
 
     def __post_init__(self) -> None:
-        sampling = self.evaluate.sampling
-        check_sections(self.upsamplers, sampling, self.resources.upsamplers)
-        prior = sampling.prior
+        super().__post_init__()
+        prior = self.evaluate.sampling.prior
         has_bound = self.prior.model.clip_range is not None or prior.threshold is not None
         needs_bound = self.prior.kind == "diffusion" and prior.thresholding == "dynamic"
         expected = "static or none, or a threshold beside it, since prior.model.clip_range is none"
@@ -91,18 +85,12 @@ def _with_model_size(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the resolutions that follow from the names of the upsamplers, and their sampling settings.
-
-    An upsampler is named after its output resolution; its input resolution is the output of the previous part. Images are
-    stored at the resolution of the last part or larger.
-    """
-    sections, decoder_section = values.get("upsamplers"), values.get("decoder", {})
-    if not (isinstance(sections, Mapping) and isinstance(decoder_section, Mapping)):
+    """Fill in the resolutions that follow from the names of the upsamplers, and their sampling settings."""
+    section = values.get("decoder", {})
+    if not isinstance(section, Mapping):
         return dict(values)  # `config.load` reports the error
-    decoder = config.load(DecoderStageConfig, decoder_section, "decoder").model
-    chain = chained(sections, decoder.unet.image_size, "the decoder")
-    resolved = with_image_size({**values, "upsamplers": chain.sections}, chain.size, chain.last)
-    return config.merge({"evaluate": {"sampling": {"upsamplers": chain.sampling}}}, resolved)
+    size = config.load(DecoderStageConfig, section, "decoder").model.unet.image_size
+    return with_chain(values, size, "the decoder")
 
 
 def _reads_captions(config: UnclipConfig) -> bool:
@@ -115,7 +103,8 @@ def _reads_none(config: UnclipConfig) -> bool:
 
 _TEXT_EMBEDDING = "evaluate.sampling.image_embedding=text_embedding"
 _NO_EMBEDDING = "evaluate.sampling.image_embedding=none"
-_CAPTIONS = "decoder.model.text=clip"
+_CAPTIONS = ("decoder.model.text=clip", "decoder.trainer.reference_curve=none")  # the curve is another network's
+_AUTOREGRESSIVE = ("prior.kind=autoregressive", "prior.trainer.reference_curve=none")
 VARIANTS = {
     "text_embedding": Variant("unclip, text embedding in the prior's place", (_TEXT_EMBEDDING,)),
     "no_caption": Variant(
@@ -123,13 +112,17 @@ VARIANTS = {
     ),
     "caption_alone": Variant("unclip, caption alone", (_NO_EMBEDDING,), _reads_captions),
     "autoregressive": Variant(
-        "unclip, autoregressive prior", ("prior.kind=autoregressive",), lambda config: config.prior.kind == "diffusion"
+        "unclip, autoregressive prior", _AUTOREGRESSIVE, lambda config: config.prior.kind == "diffusion"
     ),
-    "captions": Variant("unclip, decoder reads captions", (_CAPTIONS,), _reads_none),
+    "captions": Variant("unclip, decoder reads captions", _CAPTIONS, _reads_none),
     "captions_text_embedding": Variant(
-        "unclip, decoder reads captions, text embedding in the prior's place", (_CAPTIONS, _TEXT_EMBEDDING), _reads_none
+        "unclip, decoder reads captions, text embedding in the prior's place",
+        (*_CAPTIONS, _TEXT_EMBEDDING),
+        _reads_none,
     ),
-    "captions_alone": Variant("unclip, decoder reads captions, caption alone", (_CAPTIONS, _NO_EMBEDDING), _reads_none),
+    "captions_alone": Variant(
+        "unclip, decoder reads captions, caption alone", (*_CAPTIONS, _NO_EMBEDDING), _reads_none
+    ),
 }
 """Rows of the ablation in section 5.1 of Ramesh et al. 2022, and the other prior; those that need no other training first."""
 

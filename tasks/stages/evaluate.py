@@ -163,19 +163,25 @@ def without_place(captions: Sequence[str]) -> list[str]:
 
 def relation_captions(count: int, seed: int) -> list[str]:
     """Captions of two objects in a relation, with combinations of shape and colour that occur in training data."""
-    captions = []
-    for index in range(count):
-        rng = np.random.default_rng([seed, index, 2])
-        captions.append(scenes.caption(scenes.random_scene(rng, variant="relations"), rng))
-    return captions
+    return _scene_captions(count, seed, 2, variant="relations")
 
 
 def unseen_captions(count: int, seed: int) -> list[str]:
     """Captions of scenes whose combination of shape and colour never occurs in the training data."""
+    return _scene_captions(count, seed, unseen=True)
+
+
+def _scene_captions(count: int, seed: int, *stream: int, **settings: Any) -> list[str]:
+    """Captions of random scenes.
+
+    Args:
+        stream: numbers that make the random numbers others than those of other captions with this seed.
+        settings: those of `scenes.random_scene`.
+    """
     captions = []
     for index in range(count):
-        rng = np.random.default_rng([seed, index])
-        captions.append(scenes.caption(scenes.random_scene(rng, unseen=True), rng))
+        rng = np.random.default_rng([seed, index, *stream])
+        captions.append(scenes.caption(scenes.random_scene(rng, **settings), rng))
     return captions
 
 

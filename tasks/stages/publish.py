@@ -22,7 +22,7 @@ class PublishConfig:
     def __post_init__(self) -> None:
         for setting in ("name", "alias"):
             value = getattr(self, setting)
-            text = value.replace(SYSTEM, "") + "x" * (SYSTEM in value)
+            text = value.replace(SYSTEM, "x")
             require(bool(re.fullmatch(r"[\w.-]+", text)), setting, value, "letters, digits, dots, dashes, underscores")
 
 

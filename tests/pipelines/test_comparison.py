@@ -1,13 +1,18 @@
 """Comparisons: their entries and budgets, and the tables and figures made of results. No stage runs here."""
 
 import dataclasses
+import math
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipelines import comparison_page as page
+from pipelines.commands import compare
+from pipelines.comparison import CAPTIONS as CAPTION_SETTINGS
 from pipelines.comparison import (
     REAL,
     Comparison,
@@ -24,6 +29,8 @@ from pipelines.comparison import (
 from pipelines.dag import with_section
 from pipelines.pipeline import compose, find_pipeline
 from pipelines.systems.unclip import UnclipConfig
+from tasks.store import Store
+from tasks.verification import survey
 from unclip import imaging
 from unclip.config import without_operational
 from unclip.errors import ConfigError, InputError, StageError
@@ -52,6 +59,14 @@ def test_variants_differ_from_their_system_in_their_settings_only() -> None:
     assert {name for name, (_, of_other) in differ.items() if of_other} == {"prior"}
 
 
+def test_given_settings_do_not_undo_a_variant() -> None:
+    given = ["evaluate.sampling.image_embedding=prior", "systems.unclip.prior.kind=diffusion"]
+    text, other = find_entries("tiny", None, given, None, ("unclip/text_embedding", "unclip/autoregressive"))
+    assert isinstance(text.config, UnclipConfig) and isinstance(other.config, UnclipConfig)
+    assert text.config.evaluate.sampling.image_embedding == "text_embedding"
+    assert other.config.prior.kind == "autoregressive"
+
+
 def test_all_variants_that_apply_follow_their_system() -> None:
     names = [entry.name for entry in unclip_entries()]
     assert names[0] == "unclip", "the system of the preset"
@@ -65,11 +80,51 @@ def test_all_variants_that_apply_follow_their_system() -> None:
             assert re.fullmatch(r"[a-z0-9_]+", key)
 
 
+def test_each_setting_that_is_swept_has_a_folder_of_results() -> None:
+    settings = ("evaluate.sampling.decoder.num_steps", "evaluate.sampling.prior.num_steps", "guidance_scale")
+    names = [compare._folder_name(comparison(row("unclip", 0.9), sweep=Sweep(each, ("1",)))) for each in settings]
+    assert len(set(names)) == 3 and names[2] == "demo-sweep-guidance_scale"
+
+
+def test_the_recorded_command_makes_the_same_rows(tmp_path: Path) -> None:
+    given = ["ingest.urls=s3://key:secret@bucket/my list.csv", "dedup.holdout=0.3"]
+    options = compare._settings("my run.toml", given)
+    [entry] = unclip_entries("unclip/text_embedding")
+    result = comparison(row("unclip", 0.9), sweep=Sweep("guidance_scale", ("1", "2")))
+    words = compare._command(result, [entry], options)
+    store = Store(str(tmp_path))
+    store.write_json({"command": words}, "results", "demo-sweep-guidance_scale", "summary.json")
+    [remedy] = {item.remedy for item in survey(store) if "results" in item.uri}
+    assert shlex.split(remedy.strip("`")) == [
+        *("unclip", "compare", "demo", "--systems", "unclip/text_embedding", "--sweep", "guidance_scale=1,2"),
+        *("--config", str(Path("my run.toml").absolute()), "--set", "ingest.urls=s3://key@bucket/my list.csv"),
+        *("--set", "dedup.holdout=0.3", "--storage", store.root),
+    ]
+
+
+def test_no_training_is_judged_by_the_curve_of_another_network() -> None:
+    trained_by_curve: dict[str, list[Any]] = {}
+    for entry in find_entries("demo", None, [], None):
+        for node in compose(entry.config).values():
+            if node.stage.part is not None and (curve := node.config.trainer.reference_curve):
+                trained_by_curve.setdefault(curve, []).append(without_operational(node.config))
+    assert set(trained_by_curve) == {"demo-prior", "demo-decoder", "demo-upsampler-64"}
+    for first, *others in trained_by_curve.values():
+        assert others and all(each == first for each in others)
+
+
 def test_every_entry_samples_the_groups_of_a_comparison() -> None:
     for entry in unclip_entries("unclip", "unclip/text_embedding"):
         found = entry.config.evaluate
         assert (found.num_relations, found.num_repeated, found.num_repeats, found.num_kept) == (4, 2, 4, 6)
         assert (found.num_captions, found.num_unseen) == (16, 4), "as in every evaluation"
+
+
+def test_a_group_that_every_evaluation_samples_stays_as_it_is() -> None:
+    given = ["evaluate.num_repeated=3", "evaluate.num_repeats=5", "evaluate.num_relations=7"]
+    [entry] = find_entries("tiny", None, given, None, ("unclip",))
+    found = entry.config.evaluate
+    assert (found.num_relations, found.num_repeated, found.num_repeats) == (7, 3, 5)
 
 
 def test_a_sweep_is_one_entry_for_each_value() -> None:
@@ -98,13 +153,48 @@ def test_a_sweep_is_one_entry_for_each_value() -> None:
             {"sweep": Sweep("guidance", ("1",))},
             "got 'guidance', .* no such shortcut. Did you mean 'guidance_sc",
         ),
-        ((), {"sweep": Sweep("nothing", ("1",))}, "got 'nothing', a shortcut that no system has"),
+        ((), {"sweep": Sweep("nothing", ("1",))}, "got 'nothing', a setting that no system has"),
+        (
+            (),
+            {"sweep": Sweep("evaluate.sampling.nothing", ("1",))},
+            "got 'evaluate.*nothing', a setting that no system has",
+        ),
+        (
+            ("unclip", "ddpm"),
+            {"sweep": Sweep("evaluate.sampling.decoder.num_steps", ("1",))},
+            "got 'evaluate.sampling.decoder.num_steps', but the system ddpm has no such setting",
+        ),
         (("unclip",), {"sweep": Sweep("guidance_scale", ("-1",))}, "^unclip: .*guidance_scale: got -1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(names: tuple[str, ...], options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         unclip_entries(*names, **options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "systems"),
+    [
+        ("evaluate.sampling.decoder.num_steps", {"unclip"}),
+        ("evaluate.sampling.denoiser.num_steps", {"ddpm", "guided_diffusion", "cascaded_diffusion"}),
+        ("upsamplers.64.trainer.batch_size", {"unclip", "glide", "ddpm", "guided_diffusion", "cascaded_diffusion"}),
+        ("upsamplers.32.trainer.batch_size", {"unclip", "ddpm", "guided_diffusion", "cascaded_diffusion"}),
+        ("resources.prior.num_workers", {"unclip"}),
+        ("systems.glide.evaluate.sampling.glide.num_steps", {"glide"}),
+    ],
+)
+def test_a_sweep_by_path_leaves_out_systems_without_the_setting(setting: str, systems: set[str]) -> None:
+    given = ["systems.glide.upsamplers.32=none"]
+    entries = find_entries("tiny", None, given, None, sweep=Sweep(setting, ("2", "4")))
+    assert {entry.name for entry in entries} == systems and len(entries) == 2 * len(systems)
+    path = setting.partition(".glide.")[2] or setting
+    assert {str(value_at(entry.config, path)) for entry in entries} == {"2", "4"}
+
+
+def value_at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
 
 
 @pytest.mark.parametrize("text", ["guidance_scale", "=1", "guidance_scale=", "guidance_scale=1,,2"])
@@ -122,6 +212,18 @@ def test_images_are_stored_for_the_largest_system_and_other_datasets_are_refused
     other = dataclasses.replace(second, config=dataclasses.replace(second.config, dedup=dedup))
     with pytest.raises(ConfigError, match="unclip/text_embedding: its settings of dedup differ from those of unclip"):
         with_one_dataset([first, other])
+
+
+@pytest.mark.parametrize("setting", CAPTION_SETTINGS)
+def test_entries_with_other_captions_or_seeds_are_refused(setting: str) -> None:
+    given = ["evaluate.num_repeated=3", f"systems.glide.evaluate.{setting}=9"]
+    with pytest.raises(ConfigError, match=rf"^glide: evaluate\.{setting}: got 9, expected \d+, as for unclip"):
+        find_entries("tiny", None, given, None, ("unclip", "glide"))
+
+
+def test_a_sweep_may_change_the_seed_of_all() -> None:
+    entries = find_entries("tiny", None, [], None, ("unclip", "glide"), Sweep("evaluate.seed", ("1", "2")))
+    assert [each.config.evaluate.seed for each in entries] == [1, 2, 1, 2]
 
 
 def lengthened(entry: Entry, stage: str, num_samples: int, **trainer: Any) -> Entry:
@@ -158,8 +260,7 @@ def row(name: str, quality: float, value: str | None = None, system: str | None 
     metrics = {"heldout": heldout, "repeated": {"pairwise_distance": 0.1}}
     sizes = (Training("one", 46_000, 1e9, 3_000_000), Training("two", 64_000, 1e8, 800_000)) if system else ()
     images = np.full((2, 4, 4, 3), 200, np.uint8)
-    label = name if value is None else f"{name}, {value}"
-    return Row(name, label, system, value, metrics, sizes, 12.0, 0.05, images, [True, False])
+    return Row(name, name, system, value, metrics, sizes, 12.0, 0.05, images, [True, False])
 
 
 def comparison(*rows: Row, sweep: Sweep | None = None) -> Comparison:
@@ -187,12 +288,16 @@ def test_tables_tell_the_best_system_and_what_failed() -> None:
     assert "**" not in alone, "one system has no rival"
 
 
+def num_red(image: np.ndarray) -> int:
+    return int(((image[..., 0] > 190) & (image[..., 1] < 60)).sum())
+
+
 def test_figures_are_images() -> None:
     found = comparison(row("unclip", 0.95), row("other", 0.9))
     small, large = (imaging.from_png(page.draw_images(each)) for each in (comparison(row("unclip", 0.95)), found))
     assert large.shape[1] == small.shape[1] and large.shape[0] > small.shape[0], "a row for each system"
-    is_red = (large[..., 0] > 190) & (large[..., 1] < 60)
-    assert is_red.sum() > 3 * (((small[..., 0] > 190) & (small[..., 1] < 60)).sum()) / 2 - 400 and is_red.any()
+    right = dataclasses.replace(found, rows=[dataclasses.replace(each, correct=[True, True]) for each in found.rows])
+    assert num_red(large) > num_red(small) > 0 == num_red(imaging.from_png(page.draw_images(right))), "wrong images"
     assert imaging.from_png(page.draw_table(found)).shape[2] == 3
     sweep = Sweep("evaluate.sampling.x.guidance_scale", ("1", "2"))
     rows = [row(name, 0.9, value) for name in ("unclip", "other") for value in sweep.values]
@@ -200,6 +305,17 @@ def test_figures_are_images() -> None:
     words = Sweep("sampler", ("ddim", "ddpm"))
     rows = [row("unclip", 0.9, value) for value in words.values]
     assert imaging.from_png(page.draw_sweep(comparison(*rows, sweep=words))).ndim == 3
+
+
+def test_a_system_without_a_metric_has_a_line_without_points() -> None:
+    others = [row("unclip", 0.95, value) for value in ("1", "2")]
+    scores = {"heldout": {"clip_score": 0.5}}
+    unknown = dict.fromkeys(others[0].metrics["heldout"], math.nan)
+    lacking, not_a_number = (
+        comparison(Row("ddpm", "ddpm", "ddpm", "1", metrics), *others, sweep=Sweep("x", ("1", "2")))
+        for metrics in (scores, {"heldout": unknown | scores["heldout"]})
+    )
+    assert page.draw_sweep(lacking) == page.draw_sweep(not_a_number)
 
 
 def test_the_exit_code_is_that_of_the_failures_if_they_agree() -> None:

@@ -44,11 +44,26 @@ def test_guided_diffusion_shares_classes_and_noise_between_its_parts_and_the_ups
     [
         ("guided_diffusion", "classes.source=none", r"classes\.source: got 'none', expected captions, scenes or names"),
         ("guided_diffusion", "classifier.classes.source=captions", "expected nothing here, but the section classes"),
+        (
+            "guided_diffusion",
+            "classifier.model.diffusion.num_timesteps=500",
+            r"^classifier\.model\.diffusion\.num_timesteps: got 500, expected 1000, as in denoiser\.model\.diffusion",
+        ),
+        ("guided_diffusion", "classifier.model.diffusion.schedule=linear", "schedule: got 'linear', expected 'cosine'"),
         ("guided_diffusion", "classes=scenes", "classes: got 'scenes', expected a section"),
         ("guided_diffusion", "model_size=dalle2", "model_size: got 'dalle2'"),
+        (
+            "unclip",
+            "upsamplers.64.classes.source=scenes",
+            r"^upsamplers\.64\.classes: got 'scenes', expected none, since",
+        ),
+        ("ddpm", "upsamplers.64.classes.source=scenes", "this system has no classes"),
+        ("guided_diffusion", "upsamplers.64.classes.source=captions", "got 'captions', expected none or scenes"),
         ("ddpm", "denoiser.classes.source=scenes", "captions do not count in this system"),
         ("ddpm", "evaluate.sampling.denoiser.classifier_scale=1", "this system has no classifier"),
         ("ddpm", "classes.source=scenes", "classes: unknown setting"),
+        ("ddpm", "resources.classifier.num_workers=2", r"resources\.classifier: unknown setting"),
+        ("cascaded_diffusion", "resources.classifier.num_workers=2", r"resources\.classifier: unknown setting"),
     ],
 )
 def test_settings_that_do_not_fit_the_system_are_refused(system: str, change: str, message: str) -> None:

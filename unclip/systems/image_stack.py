@@ -31,6 +31,8 @@ SHORTCUTS = {
     "eta": "denoiser.eta",
 }
 """Options of `unclip sample` -> sampling settings."""
+NOISING = ("num_timesteps", "schedule", "zero_terminal_snr")
+"""Settings of the noising process, which a classifier shares with the denoiser that it guides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +142,7 @@ class ImageStack(UpsampledSystem):
 
 
 def _check_agreement(denoiser: ImageDenoiser, classifier: Classifier) -> None:
-    names = ("num_timesteps", "schedule", "zero_terminal_snr")
-    processes = [tuple(getattr(each.config.diffusion, name) for name in names) for each in (classifier, denoiser)]
+    processes = [tuple(getattr(each.config.diffusion, name) for name in NOISING) for each in (classifier, denoiser)]
     if denoiser.class_names != classifier.class_names or processes[0] != processes[1]:
         raise CheckpointError(
             f"classifier: got {len(classifier.class_names)} classes and the process {processes[0]}, expected the "

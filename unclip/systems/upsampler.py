@@ -385,13 +385,24 @@ def merge_over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
 
 
 def check_sections(
-    upsamplers: Mapping[str, UpsamplerStageConfig], sampling: UpsampledSampling, resources: Mapping[str, Any]
+    upsamplers: Mapping[str, UpsamplerStageConfig],
+    sampling: UpsampledSampling,
+    resources: Mapping[str, Any],
+    classes: ClassesConfig,
 ) -> None:
     """Check the sampling settings and the resources of upsamplers against their models, before these are trained.
 
+    Args:
+        classes: classes that the system gives to upsamplers that read them.
+
     Raises:
-        ConfigError: they are for an upsampler that does not exist, or ask for what it does not learn.
+        ConfigError: they are for an upsampler that does not exist, or ask for what it does not learn; or an upsampler reads
+            other classes.
     """
+    for name, stage in upsamplers.items():
+        expected = "none, since this system has no classes" if classes.source == "none" else f"none or {classes.source}"
+        is_given = stage.classes in (ClassesConfig(), classes)
+        require(is_given, f"upsamplers.{name}.classes", stage.classes.source, expected)
     for section, names in (("resources", resources), ("evaluate.sampling", sampling.upsamplers)):
         for name in names:
             if name not in upsamplers:
