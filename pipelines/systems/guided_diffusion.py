@@ -19,7 +19,6 @@ from unclip.config import require
 from unclip.systems.classifier import CLASSIFIER, ClassifierStageConfig
 from unclip.systems.denoiser import DENOISER, DenoiserStageConfig
 from unclip.systems.guided_diffusion import MODEL_SIZES
-from unclip.systems.image_stack import NOISING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +38,10 @@ class GuidedDiffusionConfig(ClassStackConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given, wanted = self.classifier.model.diffusion, self.denoiser.model.diffusion
-        for name in NOISING:
-            expected = (
-                f"{getattr(wanted, name)!r}, as in denoiser.model.diffusion, since the classifier guides the denoiser"
-            )
-            is_same = getattr(given, name) == getattr(wanted, name)
-            require(is_same, f"classifier.model.diffusion.{name}", getattr(given, name), expected)
+        wanted = self.denoiser.model.diffusion.noising
+        for name, given in self.classifier.model.diffusion.noising.items():
+            expected = f"{wanted[name]!r}, as in denoiser.model.diffusion, since the classifier guides the denoiser"
+            require(given == wanted[name], f"classifier.model.diffusion.{name}", given, expected)
 
 
 def _with_process(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +50,7 @@ def _with_process(values: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(section, Mapping) for section in sections):
         return dict(values)  # `config.load` reports the error
     denoiser = config.load(DenoiserStageConfig, sections[0], "denoiser").model.diffusion
-    process = {name: getattr(denoiser, name) for name in NOISING}
+    process = denoiser.noising
     if denoiser.zero_terminal_snr:
         process["prediction_type"] = denoiser.prediction_type  # not eps, which such a process does not allow
     return config.merge({"classifier": {"model": {"diffusion": process}}}, values)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +123,11 @@ class DiffusionConfig:
         require(
             self.loss == "l2" or not has_weights, "loss", self.loss, f"l2 with loss_weighting {self.loss_weighting}"
         )
+
+    @property
+    def noising(self) -> dict[str, Any]:
+        """Settings of q(x_t | x_0), which a network of noised images shares with the one that it guides."""
+        return {name: getattr(self, name) for name in ("num_timesteps", "schedule", "zero_terminal_snr")}
 
     @property
     def outputs_per_channel(self) -> int:

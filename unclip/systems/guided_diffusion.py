@@ -67,7 +67,7 @@ def demo_training(num_samples: int, batch_size: int, learning_rate: float, **set
     )
 
 
-DEMO_UNET = UNetConfig(16, 32, (1, 2, 4), 1, attention_resolutions=(4,), head_channels=32, norm_groups=8)
+DEMO_UNET = UNCLIP_SIZES["demo"].decoder.model.unet
 DEMO_DENOISER = DenoiserStageConfig(
     model=ImageDenoiserConfig(DEMO_UNET, diffusion=DiffusionConfig(prediction_type="v", variance="learned_range")),
     trainer=demo_training(40_000, 32, 2e-3, ema_decay=0.999, weight_decay=0.01),

@@ -31,8 +31,6 @@ SHORTCUTS = {
     "eta": "denoiser.eta",
 }
 """Options of `unclip sample` -> sampling settings."""
-NOISING = ("num_timesteps", "schedule", "zero_terminal_snr")
-"""Settings of the noising process, which a classifier shares with the denoiser that it guides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +140,7 @@ class ImageStack(UpsampledSystem):
 
 
 def _check_agreement(denoiser: ImageDenoiser, classifier: Classifier) -> None:
-    processes = [tuple(getattr(each.config.diffusion, name) for name in NOISING) for each in (classifier, denoiser)]
+    processes = [each.config.diffusion.noising for each in (classifier, denoiser)]
     if denoiser.class_names != classifier.class_names or processes[0] != processes[1]:
         raise CheckpointError(
             f"classifier: got {len(classifier.class_names)} classes and the process {processes[0]}, expected the "

@@ -157,11 +157,10 @@ def _check_tokenizer(clip: Clip, glide: Glide) -> None:
 
 def _check_noised_clip(clip: Clip, glide: Glide, noised_clip: NoisedClip) -> None:
     config, size = noised_clip.config, glide.config.unet.image_size
-    schedule = ("num_timesteps", "schedule", "zero_terminal_snr")
     pairs = {
         "image_size": (config.image_size, size),
         "embedding_dim": (noised_clip.embedding_dim, clip.embedding_dim),
-        **{name: tuple(getattr(each.diffusion, name) for each in (config, glide.config)) for name in schedule},
+        **{name: (value, glide.config.diffusion.noising[name]) for name, value in config.diffusion.noising.items()},
     }
     for name, (got, expected) in pairs.items():
         if got != expected:
