@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipelines.dag import Binder
+from pipelines.notifications import NotifyConfig
 from pipelines.preset import DEFAULT_SYSTEM
 from pipelines.scene_server import ScenesConfig
 from tasks.stage import Resources, StageResources
@@ -99,6 +100,14 @@ class PipelineConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     publish: PublishConfig = PublishConfig()
     comparison: ComparisonConfig = ComparisonConfig()
+    system_metrics_seconds: float = 10.0
+    """Interval at which trainings log the load of their machine (CPU, memory, disk, network, GPUs) to MLflow; 0 logs none."""
+    notify: NotifyConfig = NotifyConfig()
+    """Where to tell that a run has ended."""
+
+    def __post_init__(self) -> None:
+        seconds = self.system_metrics_seconds
+        require(seconds == 0 or seconds >= 1, "system_metrics_seconds", seconds, "0, or at least 1")
 
 
 class Dataset(NamedTuple):

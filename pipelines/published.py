@@ -1,5 +1,7 @@
 """Lookup of published stacks."""
 
+from pathlib import Path
+
 from pipelines.storage import open_storage, open_tracked
 from unclip.errors import InputError
 from unclip.messages import reason_of, without_credentials
@@ -35,8 +37,23 @@ def find_stack(storage: str, model: str | None) -> str:
     try:
         version = client(uri).get_model_version_by_alias(name, alias or "latest-published")
         source = artifacts_here(store, uri, version.run_id, version.source)
-        return str(download_artifacts(artifact_uri=source, tracking_uri=uri))
+        return stack_in(str(download_artifacts(artifact_uri=source, tracking_uri=uri)))
     except MlflowException as error:
         raise InputError(
             f"--model {model}: MLflow at {without_credentials(uri)} does not have it: {reason_of(error)}"
         ) from None
+
+
+def stack_in(folder: str) -> str:
+    """Return the stack in the folder of a registered version: the folder `stack` in it, or, if an earlier release published it,
+    the folder itself. Nothing else in the folder is read.
+
+    Raises:
+        InputError: `stack` is a link to another place.
+    """
+    stack = Path(folder, "stack")
+    if Path(folder, "stack.json").is_file() or not stack.is_dir():
+        return folder
+    if not stack.resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError(f"{stack}: a link to {stack.resolve()}, outside of the model. Publish the stack again.")
+    return str(stack)

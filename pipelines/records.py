@@ -9,7 +9,10 @@ import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from tasks.database import artifacts_uri, database_uri, is_own, settle
+from tasks.provenance import run_tags
 from tasks.run_records import HEARTBEAT_SECONDS, beat, driver, is_alive
 from tasks.store import TABLE_FOLDERS, TOMBSTONES, Store
 from tasks.tracking import Tracker, may_pass, open_client, remedy_for
@@ -18,6 +21,9 @@ from unclip.background import run_periodically
 from unclip.config import to_dict
 from unclip.errors import ConfigError, StorageError
 from unclip.messages import reason_of, without_credentials
+
+KIND_TAG = "mlflow.experimentKind"
+"""Tag of an experiment by which MLflow's pages choose what they show of it: trainings, or applications of language models."""
 
 if TYPE_CHECKING:
     from pipelines.dataset import PipelineConfig
@@ -93,6 +99,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     uri = tracking_uri(config)
     experiment_id, run_id = "", ""
     own = is_own(store, uri)
+    origin = run_tags(_command(pipeline))
     try:
         settle(store, uri)
         mlflow_client = open_client(uri)
@@ -105,9 +112,12 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
                 _restore_experiment(mlflow_client, experiment_id)
                 print(f"MLflow: the experiment {pipeline} was deleted there; it is restored.", flush=True)
             _close_dead_runs(mlflow_client, experiment_id, store)
+        if experiment is None or KIND_TAG not in experiment.tags:
+            mlflow_client.set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
         name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
         # A server has runs of several storages; the database of a storage moves with it.
-        tags = {"unclip.pipeline": pipeline, "unclip.storage": store.portable(store.root) if own else store.root}
+        tags = {**origin, "unclip.pipeline": pipeline}
+        tags |= {"unclip.storage": store.portable(store.root) if own else store.root}
         run_id = mlflow_client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     except Exception as error:
         shown = without_credentials(uri)
@@ -121,7 +131,17 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     tracker.params(store.portable(to_dict(config)))
     tracker.json(store.portable(to_dict(config)), "config.json")
     identity = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    run = Run(identity, pipeline, store.root, tracker, experiment_id, worker_resources(config))
+    resources, interval = worker_resources(config), config.system_metrics_seconds
+    run = Run(
+        identity,
+        pipeline,
+        store.root,
+        tracker,
+        experiment_id,
+        resources,
+        tags=origin,
+        system_metrics_seconds=interval,
+    )
     record = {"pipeline": pipeline, "started": time.time(), **driver()}
     # None stands for the database in the storage, so that the storage can be moved.
     external_uri = None if own else without_credentials(uri)
@@ -130,6 +150,12 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
     beat(store, identity)
     store.write_json(record, "runs", identity, "run.json")
     return run
+
+
+def _command(pipeline: str) -> str:
+    """Command that works on a pipeline, without its options."""
+    context = click.get_current_context(silent=True)
+    return f"unclip {context.info_name} {pipeline}" if context and context.info_name else f"unclip {pipeline}"
 
 
 def heartbeat(run: "Run", store: Store) -> contextlib.AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from pipelines import scene_server
 from pipelines.cluster import WORKER_ENVIRONMENT, check_cluster, start_ray
 from pipelines.console import Console
 from pipelines.dataset import PipelineConfig
+from pipelines.notifications import describe_end, notify
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.preset import results_name
@@ -102,7 +103,7 @@ def _run_stages(
             scenes.enter_context(scene_server.serve(config.scenes))
         run = open_run(pipeline, config, store)
         whole.enter_context(heartbeat(run, store))
-        state = "failed"
+        state, message = "failed", ""
         try:
             dag = compose(config, run)
             dag = dags.up_to(dag, until) if until else dag
@@ -114,11 +115,14 @@ def _run_stages(
             failures = _execute(dag, run, store, scenes)
             must_repeat = _must_repeat(dag, failures, run, store)
             state = "stopped" if must_repeat else "failed" if failures else "done"
-        except StoppedError:
-            state = "stopped"
+            message = "; ".join(f"{failure.stage} failed: {failure.message}" for failure in failures)
+        except BaseException as error:
+            state, message = "stopped" if isinstance(error, StoppedError) else "failed", reason_of(error)
             raise
         finally:
             close_run(run, store, state)
+            if not (state == "stopped" and not message):  # else it starts again
+                notify(config.notify, describe_end(run, store, state, message))
         if must_repeat:
             _carry_out_alone(store)
             return False

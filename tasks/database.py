@@ -53,10 +53,12 @@ def is_own(store: Store, tracking_uri: str) -> bool:
 
 
 def artifacts_here(store: Store, tracking_uri: str, run_id: str, uri: str) -> str:
-    """URI of artifacts of a run, which the storage's own database may name at the place where the storage was before."""
-    _, of_run, name = uri.partition(f"/{run_id}/artifacts")
-    own = files.to_uri(store.uri(ARTIFACTS, run_id, "artifacts"))
-    return own + name if of_run and is_own(store, tracking_uri) else uri
+    """URI of artifacts of a run or of one of its logged models, which the storage's own database may name at the place where the
+    storage was before."""
+    found = re.fullmatch(rf".*/((?:{re.escape(run_id)}|models/m-[0-9a-f]+)/artifacts(?:/.*)?)", uri, re.DOTALL)
+    if found is None or not is_own(store, tracking_uri):
+        return uri
+    return files.to_uri(store.uri(ARTIFACTS)) + f"/{found[1]}"
 
 
 def has_moved(store: Store, tracking_uri: str) -> bool:

@@ -142,6 +142,10 @@ class Run:
     worker import the system."""
     trains_in_process: bool = False
     """Train models in the calling process rather than by workers of a cluster."""
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Tags of its MLflow runs: user, command, version of the code; see `tasks.provenance`."""
+    system_metrics_seconds: float = 0
+    """Interval of the system metrics of trainings in MLflow; 0 logs none."""
 
     @property
     def stop_uri(self) -> str:
@@ -330,7 +334,7 @@ def _run_function(
 ) -> Artifact | Failure:
     """Run the function of a stage under its MLflow run, and commit the result; the lock of the stage is held."""
     store, name, stage_fingerprint = Store(run.storage), call.stage.name, facts["fingerprint"]
-    tracker = run.tracker.child(run.experiment_id, name, call.stage.shows_rows)
+    tracker = run.tracker.child(run.experiment_id, name, call.stage.shows_rows, run.tags)
     _record(store, run, name, state="running", started=time.time(), **facts)
     tracker.params(store.portable(to_dict(call.config)))
     tombstones = _tombstones_before(store, run)

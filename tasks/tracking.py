@@ -33,6 +33,12 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password that a tracking URI may have
 
+MAX_DESCRIPTION = 4_700
+"""Characters of a description; MLflow's databases take 5,000, of which links to images need some."""
+IMAGES = "images"
+"""Folder in a model's folder with images that its description shows."""
+_VERSIONS_TAG = "mlflow.modelVersions"
+"""Tag of a logged model by which MLflow's pages find its registered versions."""
 PREVIEWS = "previews"
 """Folder with the images that a model samples during training, beside the rows they were sampled for. In the run's artifacts
 and in the stage's folder."""
@@ -40,6 +46,23 @@ SHOWS_ROWS = "unclip.shows_rows"
 """Tag of a run: "true" if its logs show rows of the dataset. Runs of earlier versions lack this tag."""
 PREVIEW_KEYS = "previews/keys.json"
 """File with the keys of those rows, so that a takedown finds the previews that show them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Text and numbers that MLflow shows with a version of a registered model."""
+
+    description: str = ""
+    """Markdown, at most MAX_DESCRIPTION characters; its images are files of the model's folder, below `images/`."""
+    model_description: str = ""
+    """Description of the registered model, if it has none yet."""
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the logged model."""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Metrics of the logged model."""
+    dataset: tuple[str, str] | None = None
+    """Name and digest of the dataset input of the run that the metrics are about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,52 +132,85 @@ class Tracker:
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
         self._try(lambda client: client.log_inputs(self.run_id, [entry]))
 
-    def register(self, folder: str, name: str, alias: str) -> str | None:
-        """Make a stack a new version of a registered model and move an alias to it.
+    def register(self, folder: str, name: str, alias: str, listing: "Listing | None" = None) -> str | None:
+        """Make a model's folder a new version of a registered model and move an alias to it.
 
-        If the run's artifacts are in a local folder, they get links to the files of a local stack, which take no space. A server
-        gets a copy. A stack in an object store is referred to where it is.
+        The folder becomes a logged model of this run. If MLflow keeps artifacts in a local folder, it gets links to the files of
+        a local one, which take no space; a server gets a copy. A folder in an object store is referred to where it is.
 
         Args:
             folder: path or URI.
+            listing: text and numbers that MLflow shows with the version.
 
         Returns:
             The version, or None if MLflow did not accept it.
         """
-        from mlflow.exceptions import MlflowException
+        shown = listing or Listing()
 
         def action(client: Any) -> str:
-            artifacts = client.get_run(self.run_id).info.artifact_uri
-            location = urllib.parse.urlsplit(artifacts)
-            source = folder if "://" in folder else f"{artifacts}/stack"
-            if source != folder and location.scheme in ("", "file"):
-                destination = f"{urllib.parse.unquote(location.path) if location.scheme else artifacts}/stack"
-                for entry in files.walk(folder):
-                    files.copy(f"{folder}/{entry.name}", f"{destination}/{entry.name}")
-            elif source != folder:
-                client.log_artifacts(self.run_id, folder, "stack")
-            try:
-                client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            version = str(client.create_model_version(name, source, self.run_id).version)
+            model_id, source = self._log_model(client, folder, name, shown)
+            _create_registered_model(client, name, shown.model_description)
+            tags = {key: without_credentials(value)[:5000] for key, value in shown.tags.items()}
+            made = client.create_model_version(name, source, self.run_id, tags=tags, model_id=model_id)
+            version = str(made.version)
+            client.set_logged_model_tags(
+                model_id, {_VERSIONS_TAG: json.dumps([{"name": name, "version": made.version}])}
+            )
+            if shown.description:  # its links name the version
+                client.update_model_version(name, version, _with_links(shown.description, name, version))
             client.set_registered_model_alias(name, alias, version)
             return version
 
         version: str | None = self._try(action)
         return version
 
+    def _log_model(self, client: Any, folder: str, name: str, listing: "Listing") -> tuple[str, str]:
+        """Make a folder a logged model of this run; returns its id, and the URI of its files."""
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        params = {key: without_credentials(str(value))[:500] for key, value in listing.params.items()}
+        tags = {key: without_credentials(value)[:5000] for key, value in listing.tags.items()}
+        experiment_id = client.get_run(self.run_id).info.experiment_id
+        shown_name = name.replace(".", "-")  # MLflow allows no dot here
+        model = client.create_logged_model(experiment_id, shown_name, self.run_id, tags, params, "unclip")
+        location = urllib.parse.urlsplit(model.artifact_location)
+        if "://" in folder:
+            source = folder
+        else:
+            source = model.artifact_location
+            if location.scheme in ("", "file"):
+                destination = urllib.parse.unquote(location.path) if location.scheme else source
+                for each in files.walk(folder):
+                    files.copy(f"{folder}/{each.name}", f"{destination}/{each.name}")
+            else:
+                client.log_model_artifacts(model.model_id, folder)
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
+        now = int(time.time() * 1000)
+        dataset = (
+            {"dataset_name": listing.dataset[0], "dataset_digest": listing.dataset[1][:36]} if listing.dataset else {}
+        )
+        metrics = [
+            Metric(key, float(value), now, 0, model.model_id, **dataset, run_id=self.run_id)
+            for key, value in listing.metrics.items()
+        ]
+        if metrics:
+            client.log_batch(self.run_id, metrics=metrics[:1000])
+        return model.model_id, source
+
     def end(self, status: str = "FINISHED") -> None:
         self._try(lambda client: client.set_terminated(self.run_id, status))
 
-    def child(self, experiment_id: str, name: str, shows_rows: bool = False) -> "Tracker":
+    def child(
+        self, experiment_id: str, name: str, shows_rows: bool = False, tags: Mapping[str, str] | None = None
+    ) -> "Tracker":
         """Open a child run; without a server, logging to it does nothing.
 
         Args:
             shows_rows: the run's logs will show rows of the dataset.
+            tags: further tags, such as those of the parent run.
         """
-        tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name, "unclip.stage": name}
+        tags = {**(tags or {}), "mlflow.parentRunId": self.run_id, "mlflow.runName": name, "unclip.stage": name}
         tags[SHOWS_ROWS] = str(shows_rows).lower()
         run = self._try(lambda client: client.create_run(experiment_id, tags=tags, run_name=name))
         return Tracker(self.tracking_uri, run.info.run_id if run else "")
@@ -169,6 +225,25 @@ class Tracker:
                 "MLflow at %s did not accept an entry: %s", without_credentials(self.tracking_uri), reason_of(error)
             )
             return None
+
+
+def _create_registered_model(client: Any, name: str, description: str) -> None:
+    """Create a registered model, or give one that exists a description if it has none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description=description or None)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        if description and not client.get_registered_model(name).description:
+            client.update_registered_model(name, description=description)
+
+
+def _with_links(description: str, name: str, version: str) -> str:
+    """Let the images of a description be those of the version, as a tracking server and MLflow's pages serve them."""
+    query = urllib.parse.urlencode({"name": name, "version": version})
+    return description.replace(f"]({IMAGES}/", f"](model-versions/get-artifact?{query}&path={IMAGES}/")
 
 
 def client(tracking_uri: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from tasks import ranges, rows, signals
+from tasks import ranges, rows, signals, system_metrics
 from tasks.deferred import DeferredTracker
 from tasks.progress import Progress
 from tasks.stage import Pinning, StageContext
@@ -142,7 +142,12 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
         files.delete(f"{folder}/{report}")
     progress = context.progress(training.config.num_samples, "samples")
     worker_context = _WorkerContext(
-        context.tracker, progress, resources.cpus_per_worker, context.run.stop_uri, context.run.storage
+        context.tracker,
+        progress,
+        resources.cpus_per_worker,
+        context.run.stop_uri,
+        context.run.storage,
+        context.run.system_metrics_seconds,
     )
     trainer = TorchTrainer(
         _work,
@@ -190,7 +195,12 @@ def _train_here(context: StageContext, training: Training) -> None:
     progress = context.progress(training.config.num_samples, "samples")
     takedowns = _Takedowns(context.run.storage, training.selection)
     stops = rate_limited(STOP_CHECK_SECONDS, lambda: takedowns.asks_to_stop(context.run.stop_uri))
-    with signals.stop_on_signal() as is_stop_requested, _deferred(context.tracker, context.folder) as tracker:
+    interval = context.run.system_metrics_seconds
+    with (
+        signals.stop_on_signal() as is_stop_requested,
+        _deferred(context.tracker, context.folder) as tracker,
+        system_metrics.logged(tracker, interval),
+    ):
         monitor = _MlflowMonitor(tracker, progress, context.folder, lambda: is_stop_requested() or stops())
         try:
             train_rows(training, context.folder, monitor, parallel.single_process())
@@ -226,6 +236,7 @@ class _WorkerContext:
     cpus_per_worker: int
     stop_uri: str
     storage: str
+    system_metrics_seconds: float = 0
 
 
 def _work(loop: Mapping[str, Any]) -> None:
@@ -246,8 +257,9 @@ def _work(loop: Mapping[str, Any]) -> None:
         return workers.rank == 0 and takedowns.asks_to_stop(context.stop_uri)
 
     stop_requested = rate_limited(STOP_CHECK_SECONDS, is_stop_requested)
+    interval = context.system_metrics_seconds if workers.rank == 0 else 0
     try:
-        with _deferred(context.tracker, loop["folder"]) as tracker:
+        with _deferred(context.tracker, loop["folder"]) as tracker, system_metrics.logged(tracker, interval):
             monitor = _MlflowMonitor(
                 tracker, context.progress, loop["folder"], stop_requested, _NodeLoss().is_announced
             )

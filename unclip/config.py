@@ -15,6 +15,7 @@ import math
 import types
 import typing
 import unicodedata
+import urllib.parse
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -113,8 +114,35 @@ def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a configuration to nested plain values, ready for JSON; URIs come without their credentials."""
-    return redacted(json.loads(json.dumps(dataclasses.asdict(config))))  # type: ignore[no-any-return]
+    """Convert a configuration to nested plain values, ready for JSON; URIs come without their credentials, and of settings that
+    are secret only enough to recognise them."""
+    values = dataclasses.asdict(config)
+    _hide_secrets(config, values)
+    return redacted(json.loads(json.dumps(values)))  # type: ignore[no-any-return]
+
+
+def secret(default: T) -> T:
+    """Default of a setting that may hold a secret. Records and printed settings have of an address only its host, and of a list
+    only its first text."""
+    return dataclasses.field(default=default, metadata={"secret": True})
+
+
+def _hide_secrets(config: Any, values: dict[str, Any]) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("secret"):
+            values[field.name] = _hidden(value)
+        elif dataclasses.is_dataclass(value):
+            _hide_secrets(value, values[field.name])
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [*value[:1], *["…"] * len(value[1:])]
+    if not isinstance(value, str):
+        return value
+    parts = urllib.parse.urlsplit(value)
+    return f"{parts.scheme}://{parts.hostname}" if parts.hostname else "…"
 
 
 def operational(default: T) -> T:

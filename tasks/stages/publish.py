@@ -4,8 +4,12 @@ import dataclasses
 import re
 import time
 
+from tasks import flavour, model_card
+from tasks.provenance import code_of
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
+from tasks.tracking import Listing
+from unclip import files
 from unclip.config import fingerprint, require
 from unclip.systems.system import StackFiles, save_stack
 
@@ -41,12 +45,48 @@ def publish(
 ) -> Output:
     """Save the evaluated system as a stack, register it in MLflow and move the alias to it."""
     stack = StackFiles.of(evaluate.facts["stack"])
-    folder = f"{context.folder}/stack"
+    folder = f"{context.folder}/{flavour.STACK}"
     save_stack(folder, stack)
     snapshot = Snapshot.of(dataset.facts).digest
     context.log_dataset(snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
-    version = context.tracker.register(folder, config.name, config.alias)
     digest = fingerprint(stack.system, [part.digest for part in (dataset, *parts)], dict(stack.sampling))
+    listing = _describe(context, config.name, digest, dataset, evaluate, stack)
+    version = context.tracker.register(context.folder, config.name, config.alias, listing)
     record = {"stack": folder, "digest": digest, "at": time.time()}
     context.store.write_json(record, "published", f"{config.name}.json")
     return Output(folder, digest, {"name": config.name, "alias": config.alias, "version": version})
+
+
+def _describe(
+    context: StageContext, name: str, digest: str, dataset: Artifact, evaluate: Artifact, stack: StackFiles
+) -> Listing:
+    """Write the model card, its images and MLflow's files beside the stack; returns what MLflow shows of them."""
+    record = ("runs", context.run.id, "run.json")
+    settings = context.store.read_json(*record).get("config", {}) if context.store.exists(*record) else {}
+    clip = None if stack.clip is None else (stack.clip.model, stack.clip.pretrained)
+    facts = model_card.Facts(
+        name=name,
+        system=stack.system,
+        digest=digest,
+        at=time.time(),
+        parts=model_card.parts_of(f"{context.folder}/{flavour.STACK}", stack),
+        clip=None
+        if clip is None
+        else "in the stack"
+        if clip[0].startswith("local-dir:")
+        else " ".join(filter(None, clip)),
+        snapshot=Snapshot.of(dataset.facts).digest,
+        rows=dataset.facts["rows"],
+        reasons=dataset.facts["reasons"],
+        metrics=evaluate.facts["metrics"],
+        intervals=evaluate.facts.get("intervals", {}),
+        captions=evaluate.facts["captions"],
+        images=model_card.copy_images(evaluate.facts["images"], context.folder),
+        sampling=stack.sampling,
+        settings=context.store.portable(settings),
+        code=code_of(context.run.tags),
+        pipeline=context.run.pipeline,
+    )
+    files.write(f"{context.folder}/{model_card.CARD}", model_card.card(facts).encode())
+    flavour.write(context.folder, context.tracker.run_id)
+    return model_card.listing_of(facts)
