@@ -22,7 +22,7 @@ from unclip.config import to_dict
 from unclip.errors import ConfigError, StorageError
 from unclip.messages import reason_of, without_credentials
 
-KIND_TAG = "mlflow.experimentKind"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 """Tag of an experiment by which MLflow's pages choose what they show of it: trainings, or applications of language models."""
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
                 print(f"MLflow: the experiment {pipeline} was deleted there; it is restored.", flush=True)
             _close_dead_runs(mlflow_client, experiment_id, store)
         if experiment is None or KIND_TAG not in experiment.tags:
-            mlflow_client.set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
+            mlflow_client.set_experiment_tag(experiment_id, KIND_TAG, KIND)
         name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
         # A server has runs of several storages; the database of a storage moves with it.
         tags = {**origin, "unclip.pipeline": pipeline}

@@ -132,6 +132,7 @@ def _run_stages(
                 reason.exit_code = StoppedError.exit_code  # the same command continues later
             raise reason
         summary = _finish(config, pipeline, dag, store, writes_results)
+        _log_dataset(run, dag, store)
         run.tracker.json(store.portable(summary), "summary.json")
         run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
     with contextlib.suppress(AlreadyRunningError):  # that run carries them out
@@ -153,6 +154,14 @@ def _must_repeat(dag: dags.Dag, failures: Sequence[Failure], run: Run, store: St
         return False
     before = store.read_json("runs", run.id, "run.json")["tombstones"]
     return bool(tombstones.recorded(store)) or files.stamp(store.uri(TOMBSTONES)) != before
+
+
+def _log_dataset(run: Run, dag: dags.Dag, store: Store) -> None:
+    """Record the dataset version of a run in MLflow, whose table of runs shows it."""
+    state = dags.states(dag, store).get("curate")
+    if state is not None and state.artifact is not None:
+        facts = store.portable({name: state.artifact.facts[name] for name in ("rows", "reasons", "snapshot")})
+        run.tracker.dataset(run.pipeline, state.artifact.digest, facts["snapshot"]["embeddings"], facts)
 
 
 def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store, writes_results: bool) -> dict[str, Any]:

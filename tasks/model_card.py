@@ -12,11 +12,13 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tasks import rows
 from tasks.provenance import Code
 from tasks.tracking import IMAGES, MAX_DESCRIPTION, Listing, flatten
-from unclip import files
-from unclip.errors import StorageError
+from unclip import files, imaging
+from unclip.errors import InputError, StorageError
 from unclip.messages import redacted, without_credentials
 from unclip.systems.system import StackFiles
 
@@ -25,6 +27,10 @@ MAX_CARD = 60_000
 """Characters of the card in the artifacts."""
 MAX_IMAGE_BYTES = 4 << 20
 """Images beyond this size stay with the evaluation."""
+PREVIEW = "preview.png"
+PREVIEW_ROWS = 2
+PREVIEW_WIDTH = 760
+"""Pixels; MLflow's page shows an image at its size."""
 MAX_REASONS = 30
 MAX_METRICS = 60
 _MAX_HEADER_BYTES = 64 << 20
@@ -71,6 +77,8 @@ class Facts:
     """Captions of each group."""
     images: Sequence[str]
     """Names of images in the folder `images/` beside the card."""
+    has_preview: bool
+    """There is `images/preview.png`."""
     sampling: Mapping[str, Any]
     """Default sampling settings."""
     settings: Mapping[str, Any]
@@ -146,6 +154,31 @@ def copy_images(images: Mapping[str, str], folder: str) -> list[str]:
     return [f"{name}.png" for name in small]
 
 
+def write_preview(grid: str, folder: str, num_rows: int) -> bool:
+    """Write the first rows of a grid of samples as `images/preview.png`, which is small enough for a description.
+
+    Args:
+        grid: URI of a PNG that `imaging.grid` made.
+        num_rows: rows of the grid; if they do not divide it, all of it is shown.
+
+    Returns:
+        True if there is a preview.
+    """
+    from PIL import Image
+
+    try:
+        pixels = imaging.from_png(files.read(grid))
+    except (OSError, StorageError, InputError):
+        return False
+    height = pixels.shape[0]
+    if num_rows > PREVIEW_ROWS and (height - imaging.GAP) % num_rows == 0:
+        pixels = pixels[: (height - imaging.GAP) // num_rows * PREVIEW_ROWS + imaging.GAP]
+    image = Image.fromarray(pixels)
+    image.thumbnail((PREVIEW_WIDTH, PREVIEW_WIDTH), Image.Resampling.LANCZOS)
+    files.write(f"{folder}/{IMAGES}/{PREVIEW}", imaging.png(np.asarray(image)))
+    return True
+
+
 def listing_of(facts: Facts) -> Listing:
     """Text and numbers that MLflow shows with the version."""
     values = {
@@ -215,9 +248,9 @@ def _one_line(value: Any, limit: int = 200) -> str:
 
 def _sections(facts: Facts, is_short: bool = False) -> list[str]:
     """Sections in the order of their weight: one that does not fit is left out."""
-    shown = facts.images[:1] if is_short else facts.images
+    shown = ([PREVIEW] if facts.has_preview else []) if is_short else facts.images
     return [
-        _introduction(facts),
+        _introduction(facts) if is_short else f"# {escaped(facts.name)}\n\n{_introduction(facts)}",
         *(f"![{escaped(name.removesuffix('.png'))} samples]({IMAGES}/{name})" for name in shown),
         _metrics(facts, is_short),
         _data(facts, 8 if is_short else MAX_REASONS),
@@ -236,7 +269,7 @@ def _introduction(facts: Facts) -> str:
     weights = f", {facts.num_parameters / 1e6:.1f} million parameters" if facts.num_parameters else ""
     clip = f" CLIP: {escaped(facts.clip)}." if facts.clip else ""
     return (
-        f"# {escaped(facts.name)}\n\nText-to-image model of the system **{escaped(facts.system)}**: {parts}{weights}.{clip} "
+        f"Text-to-image model of the system **{escaped(facts.system)}**: {parts}{weights}.{clip} "
         f"{size}Published {day.isoformat()}; digest {in_code(facts.digest[:16])}."
     )
 

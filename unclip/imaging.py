@@ -11,6 +11,9 @@ from torch import Tensor
 
 from unclip.errors import InputError
 
+GAP = 6
+"""Pixels between the images of a grid, and around them."""
+
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """[B, 3, H, W] float in [-1, 1] -> [B, H, W, 3] uint8."""
@@ -47,7 +50,7 @@ def grid(
 
     pixels = to_uint8(images)
     factor = math.ceil(min_size / pixels.shape[1])
-    size, gap = pixels.shape[1] * factor, 6
+    size, gap = pixels.shape[1] * factor, GAP
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     font = ImageFont.load_default(size=11)
     wrapped = [_wrap(caption, max(12, size // 6)) for caption in captions or [""] * len(pixels)]

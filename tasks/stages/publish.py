@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from tasks import flavour, model_card
 from tasks.provenance import code_of
@@ -14,6 +16,8 @@ from unclip.config import fingerprint, require
 from unclip.systems.system import StackFiles, save_stack
 
 SYSTEM = "{system}"
+COLUMNS = 8
+"""Columns of the captioned grids of `evaluate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,7 @@ def _describe(
         intervals=evaluate.facts.get("intervals", {}),
         captions=evaluate.facts["captions"],
         images=model_card.copy_images(evaluate.facts["images"], context.folder),
+        has_preview=_preview(context, evaluate, settings),
         sampling=stack.sampling,
         settings=context.store.portable(settings),
         code=code_of(context.run.tags),
@@ -90,3 +95,13 @@ def _describe(
     files.write(f"{context.folder}/{model_card.CARD}", model_card.card(facts).encode())
     flavour.write(context.folder, context.tracker.run_id)
     return model_card.listing_of(facts)
+
+
+def _preview(context: StageContext, evaluate: Artifact, settings: Mapping[str, Any]) -> bool:
+    """Write the small image of a description, from the captioned grid of the first group; returns True if there is one."""
+    group = next(iter(evaluate.facts["captions"]), None)
+    if group not in evaluate.facts["images"]:
+        return False
+    shown = min(settings.get("evaluate", {}).get("num_images", 0), evaluate.facts["captions"][group])
+    num_rows = -(-shown // COLUMNS)
+    return model_card.write_preview(evaluate.facts["images"][group], context.folder, num_rows)
