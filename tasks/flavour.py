@@ -29,6 +29,8 @@ MAX_ROWS = 256
 """Rows of one call."""
 MAX_CAPTION = 4_000
 """Characters of a caption."""
+_RANGES = {"seed": (0, 2**63 - 1), "steps": (1, 1_000)}
+"""Column -> least and largest value; MLflow's integers have 64 bits."""
 
 _OPTIONS = ("seed", "negative_caption", "guidance_scale", "steps")
 _SHORTCUTS = ("guidance_scale", "steps")
@@ -163,8 +165,9 @@ class StackModel:
                 _check_caption(name, row[name])
             if not row.get("caption", "").strip():
                 raise InputError("caption: got an empty caption, expected a description of the image.")
-            for name in {"seed", "steps"} & row.keys():
-                row[name] = _integer(name, row[name])
+            for name, (least, most) in _RANGES.items():
+                if name in row:
+                    row[name] = _integer(name, row[name], least, most)
             if "guidance_scale" in row:
                 row["guidance_scale"] = _finite("guidance_scale", row["guidance_scale"])
             rows.append(row)
@@ -196,9 +199,9 @@ def _check_caption(name: str, value: Any) -> None:
         raise InputError(f"{name}: got {got}, expected a text of at most {MAX_CAPTION:,} characters.")
 
 
-def _integer(name: str, value: Any) -> int:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= int(value) < 2**64:
-        raise InputError(f"{name}: got {value!r}, expected an integer from 0 to 2^64 - 1.")
+def _integer(name: str, value: Any, least: int, most: int) -> int:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= int(value) <= most:
+        raise InputError(f"{name}: got {value!r}, expected an integer from {least} to {most:,}.")
     return int(value)
 
 

@@ -33,8 +33,11 @@ PREVIEW_WIDTH = 760
 """Pixels; MLflow's page shows an image at its size."""
 MAX_REASONS = 30
 MAX_METRICS = 60
+SHORT_GROUPS, SHORT_METRICS = 3, 1_900
+"""Groups, and characters of the table, in a description."""
 _MAX_HEADER_BYTES = 64 << 20
 _SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]()#+!|~<>&"})
+_GAP = "\N{NO-BREAK SPACE}" * 3
 _EXPORTABLE = "unclip"
 """System that `unclip export` takes."""
 
@@ -136,7 +139,7 @@ def count_parameters(uri: str) -> int | None:
                 count *= size
             total += count
         return total
-    except (OSError, StorageError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, StorageError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
 
 
@@ -290,7 +293,7 @@ def _parts(facts: Facts) -> str:
 
 def _metrics(facts: Facts, is_short: bool) -> str:
     """Metrics with a column for each group of captions."""
-    groups = [group for group in facts.metrics if facts.metrics[group]]
+    groups = [group for group in facts.metrics if facts.metrics[group]][: SHORT_GROUPS if is_short else None]
     if not groups:
         return ""
     names = list(dict.fromkeys(name for group in groups for name in facts.metrics[group]))[:MAX_METRICS]
@@ -298,7 +301,11 @@ def _metrics(facts: Facts, is_short: bool) -> str:
     cells = [(escaped(name), *(_value(facts, group, name) for group in groups)) for name in names]
     has_intervals = any(facts.intervals.get(group) for group in groups)
     note = "In brackets: 95 % intervals.\n\n" if has_intervals else ""
-    return f"## Metrics\n\n{note}" + _table(header, cells)
+    shown = cells
+    while is_short and len(shown) > 1 and len(_table(header, shown)) > SHORT_METRICS:
+        shown = shown[:-1]
+    more = f"\n\n{len(cells) - len(shown)} more metrics are in `{CARD}`." if len(shown) < len(cells) else ""
+    return f"## Metrics\n\n{note}" + _table(header, shown) + more
 
 
 def _value(facts: Facts, group: str, name: str) -> str:
@@ -396,5 +403,6 @@ def _settings(facts: Facts) -> str:
 
 
 def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Table whose cells end with a gap, since MLflow's pages put none between columns."""
+    lines = [f"| {(_GAP + ' | ').join(line)}{_GAP} |" for line in (header, *cells)]
+    return "\n".join([lines[0], f"|{' :--- |' * len(header)}", *lines[1:]])

@@ -169,10 +169,13 @@ class Tracker:
         from mlflow.entities import LoggedModelOutput, Metric
 
         params = {key: without_credentials(str(value))[:500] for key, value in listing.params.items()}
-        tags = {key: without_credentials(value)[:5000] for key, value in listing.tags.items()}
-        experiment_id = client.get_run(self.run_id).info.experiment_id
+        run = client.get_run(self.run_id)
+        origin = {
+            key: value for key, value in run.data.tags.items() if key.startswith(("mlflow.source.", "mlflow.user"))
+        }
+        tags = origin | {key: without_credentials(value)[:5000] for key, value in listing.tags.items()}
         shown_name = name.replace(".", "-")  # MLflow allows no dot here
-        model = client.create_logged_model(experiment_id, shown_name, self.run_id, tags, params, "unclip")
+        model = client.create_logged_model(run.info.experiment_id, shown_name, self.run_id, tags, params, "unclip")
         location = urllib.parse.urlsplit(model.artifact_location)
         if "://" in folder:
             source = folder
