@@ -100,7 +100,9 @@ def find_model(storage: str, model: str | None) -> Found:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"--model {model}: MLflow at {shown} does not give its files: {reason_of(error)}") from None
+            raise InputError(
+                f"--model {model}: MLflow at {shown} does not give its files: {reason_of(error)}"
+            ) from None
     return Found(folder, request.name, found.version, found.aliases, found.digest or None)
 
 

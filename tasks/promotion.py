@@ -233,9 +233,7 @@ class Scores:
         if self.store.exists(*path):
             return tables.read_file(self.store.uri(*path))
         groups = {GROUP: self.captions}
-        [measured] = sample_groups(
-            groups, self.clip, self.fetch(champion), self.scoring, self.resources
-        ).values()
+        [measured] = sample_groups(groups, self.clip, self.fetch(champion), self.scoring, self.resources).values()
         size = measured.shown.shape[1]
         if size != self.image_size:
             raise _other_size(size, self.image_size)
@@ -298,6 +296,8 @@ def _stack_of(context: StageContext, name: str, entry: Entry) -> StackFiles:
         return open_stack(entry.stack)
     tracker, store = context.tracker, context.store
     missing = f"{entry.stack or 'its stack'} is not in this storage"
+    if entry.version is None:
+        raise _GoneError(f"{missing}, and was never in MLflow")
     answer = tracker.attempt(lambda client: (registry.find_entry(client, name, entry),))
     if answer is None:
         raise StorageError(f"{missing}, and MLflow does not answer")
@@ -331,7 +331,9 @@ def open_stack(folder: str) -> StackFiles:
     if clip is not None:
         model = str(clip["model"])
         if model != "local-dir:clip" and not clip_models.is_named(model, clip["pretrained"]):
-            raise CheckpointError(f"{folder}/stack.json: got a CLIP {model!r}, expected local-dir:clip or one by its name.")
+            raise CheckpointError(
+                f"{folder}/stack.json: got a CLIP {model!r}, expected local-dir:clip or one by its name."
+            )
         clip = ClipFiles(**{**clip, "model": f"local-dir:{folder}/clip" if model == "local-dir:clip" else model})
     has_statistics = files.exists(f"{folder}/statistics/{checkpoints.MANIFEST}")
     models = {part: f"{folder}/{part}" for part in parts}

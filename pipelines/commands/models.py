@@ -201,9 +201,7 @@ def _find(storage: str | None, model: str) -> "tuple[Store, _Listed]":
     if request.version is not None:
         entry = entry_of(record, request)
         digests = [entry.digest] if entry is not None else []
-        found = [
-            each for each in listed if each.entry.version == request.version or each.entry.digest in digests
-        ]
+        found = [each for each in listed if each.entry.version == request.version or each.entry.digest in digests]
     else:
         found = [each for each in listed if request.alias in each.aliases]
     _warn(unanswered)
@@ -221,9 +219,7 @@ def _all_known(
     from tasks import published, registry
 
     store, _ = open_tracked(storage)
-    records = {
-        record.name: record for record in ([published.read(store, name)] if name else published.read_all(store))
-    }
+    records = {record.name: record for record in ([published.read(store, name)] if name else published.read_all(store))}
     registered: dict[str, list[Registered]] = {}
     client, unanswered = _connect(store)
     if client is not None:

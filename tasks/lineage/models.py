@@ -28,10 +28,15 @@ class Lineage:
 
 def trace(store: Store, entry: Entry) -> Lineage:
     """Collect the lineage of a version from the records of a storage."""
-    runs = {run_id: _Run.read(store, run_id) for run_id in store.list("runs") if store.exists("runs", run_id, "run.json")}
+    runs = {
+        run_id: _Run.read(store, run_id) for run_id in store.list("runs") if store.exists("runs", run_id, "run.json")
+    }
     snapshot = snapshot_of(store, entry)
     return Lineage(
-        snapshot, tuple(_dataset_versions(store, snapshot, runs)), tuple(_stages(entry, runs)), _takedowns(store, snapshot)
+        snapshot,
+        tuple(_dataset_versions(store, snapshot, runs)),
+        tuple(_stages(entry, runs)),
+        _takedowns(store, snapshot),
     )
 
 
