@@ -8,6 +8,7 @@ Letters: N images, S sets of values, R resamples.
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -30,7 +31,8 @@ class Interval(NamedTuple):
     high: float
 
 
-class Difference(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Difference:
     """Mean of paired differences with its confidence interval; above zero, the candidate's values are larger."""
 
     mean: float
@@ -40,7 +42,8 @@ class Difference(NamedTuple):
     """Pairs with both values."""
 
 
-class Estimate(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Estimate:
     """Value of a metric, with what each row adds to it."""
 
     value: float
