@@ -2,7 +2,8 @@
 
 Needed are, with all that they refer to:
 
-- every dataset version, the summaries in `results/`, the champions, those before them, the challengers and the registered versions;
+- every dataset version, the summaries in `results/`, the registered versions, and of the published models the champion, the
+  challenger and the champions before, which a rollback returns to;
 - of each pipeline, the last result of each stage, finished or not, and all results of running runs;
 - selections of rows that models may have been trained on, since takedowns look for rows in them. An old selection costs its
   verdicts, places and scores, some 130 bytes a row, the list that it was made from, some 100 bytes a row that selections from the

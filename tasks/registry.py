@@ -40,8 +40,15 @@ class Registered:
     def entry(self) -> Entry:
         """What a storage that did not publish the version records of it."""
         digest = self.digest or f"{self.name}/{self.version}"
-        facts = {"system": self.tags.get(SYSTEM), "snapshot": self.tags.get(SNAPSHOT)}
-        return Entry("", digest, self.created, self.version, **facts, reason=self.tags.get(PROMOTION))
+        return Entry(
+            "",
+            digest,
+            self.created,
+            self.version,
+            system=self.tags.get(SYSTEM),
+            snapshot=self.tags.get(SNAPSHOT),
+            reason=self.tags.get(PROMOTION),
+        )
 
 
 def names(client: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -286,14 +286,14 @@ def _accuracy(entry: "Entry") -> str:
     return ""
 
 
-def _dataset_line(version: dict[str, Any]) -> str:
+def _dataset_line(version: Mapping[str, Any]) -> str:
     counts = "  ".join(f"{count:,} {name}" for name, count in version["counts"].items())
     made = f"  run {', '.join(version['runs'])}" if version["runs"] else ""
     lists = f"  list {', '.join(version['lists'])}" if version["lists"] else ""
     return f"{version['number']:>3}  {version['digest'][:8]}  {version['committed'][:16]}  {counts}{made}{lists}"
 
 
-def _stage_line(stage: dict[str, Any]) -> str:
+def _stage_line(stage: Mapping[str, Any]) -> str:
     done = "no record of its run" if stage["run"] is None else f"run {stage['run']}"
     seconds = "" if stage["seconds"] is None else f"{stage['seconds']:.0f} s"
     return f"{stage['stage']:<14} {stage['fingerprint'][:8]}  {done}  {seconds}".rstrip()

@@ -18,7 +18,8 @@ class Lineage:
     snapshot: str | None
     """Digest of the dataset version that its parts were trained on."""
     dataset_versions: tuple[Mapping[str, Any], ...]
-    """That version and the refreshes before it, oldest first: number, digest, pipeline, committed (ISO 8601), counts, runs, lists."""
+    """That version and the refreshes before it, oldest first: number, digest, pipeline, committed (ISO 8601), counts, and the
+    runs that made it with their lists."""
     stages: tuple[Mapping[str, Any], ...]
     """Stages that it was made of, oldest first: stage, fingerprint, run, pipeline, state, ended (seconds since 1970), seconds,
     mlflow_run. The run is the one that did the work, None if there is no record of it."""

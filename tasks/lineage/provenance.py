@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks import index, ranges, rows, tables
+from tasks import index, published, ranges, rows, tables
 from tasks.duplicates import duplicate_clusters
-from tasks import published
 from tasks.run_records import is_alive, stage_events
 from tasks.store import Store
 from tasks.tombstones import entries
@@ -373,11 +372,10 @@ def _models_with(store: Store, held: Mapping[str, tuple[int, str]]) -> Iterator[
     for record in published.read_all(store):
         for entry in record.versions:
             snapshot = snapshot_of(store, entry)
-            if snapshot in held:
+            if snapshot is not None and snapshot in held:
                 number, split = held[snapshot]
                 facts = {"name": record.name, "version": entry.version, "digest": entry.digest}
-                facts |= {"aliases": list(record.aliases_of(entry))}
-                yield {**facts, "dataset_version": number, "split": split}
+                yield {**facts, "aliases": list(record.aliases_of(entry)), "dataset_version": number, "split": split}
 
 
 def snapshot_of(store: Store, entry: published.Entry) -> str | None:

@@ -111,6 +111,8 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
     keys = {group: dict(zip(pairs["caption"], pairs["key"], strict=True)) for group in HELDOUT_GROUPS}
     tables.write_file(facts["scores"], scores_table(groups, estimates, keys))
     facts |= {"seed": scoring.seed, "batch_size": scoring.batch_size, "stack": stack.facts()}
+    facts["measured_by"] = {**dataclasses.asdict(measuring_clip), "digest": clip.digest}
+    facts["image_size"] = sampled["heldout"].shown.shape[1]
     digests = [measured.digests for measured in sampled.values()]
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
 
