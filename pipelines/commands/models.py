@@ -236,12 +236,11 @@ def _all_known(
 def _listed(record: "Record", registered: "list[Registered]") -> list[_Listed]:
     """Versions of a record and those of the registry that it lacks, oldest first."""
     known = {entry.digest for entry in record.versions}
-    by_digest = {each.digest: each for each in registered if each.digest}
     listed = []
     for entry in record.versions:
-        found = by_digest.get(entry.digest)
-        filled = entry if found is None else dataclasses.replace(entry, version=found.version)
-        listed.append(_Listed(record.name, filled, record.aliases_of(entry)))
+        numbers = [each.version for each in registered if each.digest == entry.digest]
+        number = entry.version if entry.version in numbers or not numbers else numbers[-1]
+        listed.append(_Listed(record.name, dataclasses.replace(entry, version=number), record.aliases_of(entry)))
     others = [each for each in registered if not {each.digest, each.entry().digest} & known]
     listed += [_Listed(record.name, each.entry(), each.aliases) for each in others]
     return sorted(listed, key=lambda each: (each.entry.version is None, int(each.entry.version or 0), each.entry.at))

@@ -2,8 +2,7 @@
 
 import dataclasses
 import multiprocessing
-import time
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks import promotion, published, tables
+from tasks import published
 from tasks.promotion import Decision, PromotionConfig, compare
 from tasks.published import Entry, Record
-from tasks.stage import Artifact, Run, StageContext
 from tasks.store import Store
-from tasks.tracking import Tracker
+from tests.tasks.publications import CAPTIONS, A, B, C, D, Storage, scores
 from unclip.errors import ConfigError, InputError
-
-CAPTIONS = 256
-UNTRACKED = Tracker("", "")
-
-
-def scores(seed: int, *rates: float, count: int = CAPTIONS) -> list[pa.Table]:
-    """Scores of models that get a caption right with these rates. Models fail at the same hard captions, as real ones do."""
-    rng = np.random.default_rng(seed)
-    difficulty = rng.random(count)
-    tables_of = []
-    for rate in rates:
-        luck = 0.7 * difficulty + 0.3 * rng.random(count)
-        right = luck < np.quantile(luck, rate)
-        values = {"accuracy.all": right, "clip_score": 0.8 + 0.1 * right + rng.normal(0, 0.02, count)}
-        columns = {name: pa.array(each.astype(np.float32)) for name, each in values.items()}
-        captions = pa.array([f"caption {number}" for number in range(count)])
-        tables_of.append(pa.table({"group": ["heldout"] * count, "caption": captions, **columns}))
-    return tables_of
 
 
 @pytest.mark.parametrize("metrics", [(), ("accuracy.all", "clip_score")])
@@ -96,45 +76,6 @@ def test_invalid_conditions_are_refused_before_anything_starts() -> None:
             PromotionConfig(**wrong)  # type: ignore[arg-type]
 
 
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """Storage in which versions with given scores are published, without sampling: their scores are there."""
-
-    store: Store
-    config: PromotionConfig = PromotionConfig()
-    tracker: Tracker = UNTRACKED
-    name: str = "model"
-
-    def publish(
-        self, digest: str, table: pa.Table, register: Callable[[], str | None] = lambda: None
-    ) -> promotion.Outcome:
-        """Publish a version, as the stage does."""
-        run = Run("r", "tiny", self.store.root, self.tracker, "")
-        context = StageContext(run, "publish", digest * 4, self.store, self.tracker, Path())
-        uri = self.store.uri("artifacts", "evaluate", digest * 4, "scores.parquet")
-        tables.write_file(uri, table)
-        metrics = {name: float(np.nanmean(table[name])) for name in ("accuracy.all", "clip_score")}
-        measured_by = {"model": "ViT-B-32", "pretrained": None, "image_embeddings": "unit", "digest": "c"}
-        facts: dict[str, Any] = {
-            "scores": uri,
-            "seed": 0,
-            "batch_size": 16,
-            "image_size": 64,
-            "measured_by": measured_by,
-        }
-        evaluation = Artifact("evaluate", digest * 4, "", "", {**facts, "metrics": {"heldout": metrics}}, 1.0)
-        stack = self.store.uri("artifacts", "publish", digest * 4, "stack")
-        self.store.write_json({}, "artifacts", "publish", digest * 4, "stack", "stack.json")
-        entry = Entry(stack, digest, time.time(), image_size=64, metrics=metrics)
-        return promotion.publish(context, self.name, self.config, entry, evaluation, register)
-
-    def record(self) -> Record:
-        return published.read(self.store, self.name)
-
-
-A, B, C, D = (letter * 16 for letter in "abcd")
-
-
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     return Storage(Store(str(tmp_path)))
@@ -192,31 +133,30 @@ def test_f153_a_champion_that_cannot_be_compared_with_is_told(storage: Storage) 
     assert gone.alias == "champion" and "takes the place of version aaaaaaaa, which is gone" in str(gone.entry.reason)
 
 
-def promote_in_rounds(root: str, digest: str, rate: float, barrier: Any, rounds: int) -> None:
-    """Publish one version under several names, each time together with another process."""
-    better = scores(4, rate)[0]
-    for number in range(rounds):
-        own = Storage(Store(root), name=f"model{number}")
-
-        def register() -> None:
-            barrier.wait(60)
-
-        own.publish(digest, better, register)
+ROUNDS = 6
 
 
-def test_f152_of_two_promotions_at_once_one_wins(tmp_path: Path) -> None:
+def promote_in_rounds(root: str, digest: str, barrier: Any) -> None:
+    """Publish one version under several names, each time at the same moment as another thread or process does another."""
+    better = scores(4, 0.9)[0]
+    for number in range(ROUNDS):
+        Storage(Store(root), name=f"model{number}").publish(digest, better, lambda: barrier.wait(60) and None)
+
+
+@pytest.mark.parametrize("kind", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+def test_f152_of_two_promotions_at_once_one_wins(tmp_path: Path, kind: str) -> None:
     """Both are better than the champion, and equal. None is lost, and the other one is compared with the winner."""
-    rounds = 6
-    for number in range(rounds):
+    for number in range(ROUNDS):
         Storage(Store(str(tmp_path)), name=f"model{number}").publish(A, scores(4, 0.5)[0])
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
-    other = context.Process(target=promote_in_rounds, args=(str(tmp_path), B, 0.9, barrier, rounds))
+    barrier: Any = threading.Barrier(2) if kind == "thread" else context.Barrier(2)
+    start: Any = threading.Thread if kind == "thread" else context.Process
+    other = start(target=promote_in_rounds, args=(str(tmp_path), B, barrier))
     other.start()
-    promote_in_rounds(str(tmp_path), C, 0.9, barrier, rounds)
+    promote_in_rounds(str(tmp_path), C, barrier)
     other.join(120)
-    assert other.exitcode == 0
-    for number in range(rounds):
+    assert not other.is_alive()
+    for number in range(ROUNDS):
         record = Storage(Store(str(tmp_path)), name=f"model{number}").record()
         assert record.champion is not None and record.challenger is not None
         assert {record.champion.digest, record.challenger.digest} == {B, C} and record.former == (A,)
