@@ -11,6 +11,7 @@ from pipelines.storage import open_storage, open_tracked
 from tasks import published
 from tasks.published import CHALLENGER, CHAMPION, NAME, Entry, Record
 from tasks.store import Store
+from unclip import files
 from unclip.errors import InputError
 from unclip.messages import reason_of, without_credentials
 
@@ -83,7 +84,7 @@ def find_model(storage: str, model: str | None) -> Found:
         else:
             found = registry.find(client, request.name, request.alias, request.version)
     except Exception as error:  # of the server, its database or the network
-        if known is not None and known.stack:
+        if known is not None and is_there(known):
             click.echo(f"MLflow at {shown} does not answer; {request} is that of {store.root}", err=True)
             return _of_storage(store, uri, record, known)
         raise InputError(f"--model {model}: MLflow at {shown} does not have it: {reason_of(error)}") from None
@@ -131,7 +132,13 @@ def entry_of(record: Record, request: ModelName) -> Entry | None:
 
 
 def has_stack(entry: Entry) -> bool:
-    return bool(entry.stack) and Path(entry.stack, "stack.json").is_file()
+    """Return True if the stack is in a local folder."""
+    return "://" not in entry.stack and is_there(entry)
+
+
+def is_there(entry: Entry) -> bool:
+    """Return True if the storage has the stack."""
+    return bool(entry.stack) and files.exists(f"{entry.stack}/stack.json")
 
 
 def _last_promoted(store: Store) -> Found:
@@ -169,14 +176,18 @@ def _of_storage(store: Store, uri: str, record: Record, entry: Entry) -> Found:
     Raises:
         InputError: neither has it.
     """
-    if has_stack(entry) or (not store.is_local and entry.stack):
+    if has_stack(entry):
         return _own(record, entry)
+    from mlflow.artifacts import download_artifacts
+
     from tasks import registry
     from tasks.tracking import checked_client
 
     gone = f"{record.name}/{entry.label}: {entry.stack or store.root} does not have its stack any more"
     advice = f"`unclip models list` shows the others, `unclip models rollback {record.name}` returns to the one before."
     try:
+        if is_there(entry):  # in an object store
+            return dataclasses.replace(_own(record, entry), folder=str(download_artifacts(artifact_uri=entry.stack)))
         found = registry.find_entry(checked_client(uri), record.name, entry)
         folder = None if found is None else registry.stack_folder(store, uri, found)
     except Exception as error:

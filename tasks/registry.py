@@ -136,7 +136,7 @@ def tag(client: Any, name: str, entry: Entry) -> None:
 
 
 def stack_folder(store: Store, tracking_uri: str, found: Registered, scratch: Path | None = None) -> str:
-    """Folder or URI with the stack of a version.
+    """Local folder with the stack of a version.
 
     Args:
         scratch: folder to download to, if the version is on a server; None takes one that MLflow makes.
@@ -147,8 +147,6 @@ def stack_folder(store: Store, tracking_uri: str, found: Registered, scratch: Pa
     path = files.to_path(source)
     if path is not None:
         return stack_in(str(path))
-    if source.startswith(f"{store.root}/"):
-        return source
     destination = None if scratch is None else str(scratch)
     return stack_in(str(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri, dst_path=destination)))
 

@@ -134,23 +134,19 @@ def rollback(name: str, reason: str | None, storage: str | None) -> None:
     """
 
     def change(record: "Record") -> "Record":
-        from pipelines.published import has_stack
-
         label = "nothing" if record.champion is None else f"version {record.champion.label}"
-        changed = record.roll_back(reason or f"rolled back from {label}")
-        assert changed.champion is not None
-        if not has_stack(changed.champion) and changed.champion.version is None:
-            raise InputError(
-                f"{name}: {changed.champion.stack}, the stack of the champion before, is not there any more. "
-                f"`unclip models list` shows the others, and `unclip models promote {name}/VERSION` takes one."
-            )
-        return changed
+        return record.roll_back(reason or f"rolled back from {label}")
 
     _print_change(_change(storage, name, change))
 
 
 def _change(storage: str | None, name: str, change: "Callable[[Record], Record]") -> "Record":
-    """Change the record of a name, and let MLflow's aliases follow; without an MLflow that answers, they follow later."""
+    """Change the champion of a name, and let MLflow's aliases follow; without an MLflow that answers, they follow later.
+
+    Raises:
+        InputError: the stack of the new champion is nowhere.
+    """
+    from pipelines.published import is_there
     from pipelines.storage import open_storage
     from tasks import published, registry
 
@@ -160,6 +156,12 @@ def _change(storage: str | None, name: str, change: "Callable[[Record], Record]"
         if client is not None:
             record = registry.synced(client, record)
         record = dataclasses.replace(change(record), is_ahead=True)
+        champion = record.champion
+        if champion is not None and champion.version is None and not is_there(champion):
+            raise InputError(
+                f"{name}/{champion.label}: {champion.stack}, its stack, is not there any more. `unclip models list` shows "
+                f"the others, and `unclip models promote {name}/VERSION` takes one."
+            )
         if client is not None:
             try:
                 record = registry.follow(client, record)
