@@ -38,6 +38,8 @@ from unclip.training import checkpoints
 GROUP = "heldout"
 """Captions that decide."""
 ACCURACY, CLIP_SCORE = "accuracy.all", "clip_score"
+_SCORES_VERSION = 1
+"""Raise it when code samples or scores the same stack otherwise."""
 _ATTEMPTS = 20
 """Times that a decision is made again because another run has promoted meanwhile."""
 
@@ -214,8 +216,8 @@ class Scores:
 
     def path(self, digest: str) -> tuple[str, str]:
         """File with the scores of a stack. The captions are in its name only, as a digest: they may be taken down."""
-        scoring = (self.scoring.seed, self.scoring.batch_size)
-        return SCORES, f"{digest[:16]}-{fingerprint(list(self.captions), scoring, self.clip_digest)[:32]}.parquet"
+        scoring = (_SCORES_VERSION, self.scoring.seed, self.scoring.batch_size, self.clip_digest)
+        return SCORES, f"{digest[:16]}-{fingerprint(list(self.captions), *scoring)[:32]}.parquet"
 
     def remember(self, digest: str, table: pa.Table) -> None:
         names = [column for column in table.column_names if _is_metric(table, column)]

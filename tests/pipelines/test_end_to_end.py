@@ -333,6 +333,23 @@ def test_a_published_version_leads_back_to_its_dataset_its_list_and_the_runs_of_
     assert "unclip-tiny/1  champion" in printed and "the first champion" in printed
 
 
+@pytest.mark.slow
+def test_f150_a_candidate_is_compared_with_the_champion_which_is_sampled_for_it(finished: Path, tmp_path: Path) -> None:
+    """Neither of these models has learned anything: fewer steps are not clearly better."""
+    storage = tmp_path / STORAGE_NAME
+    shutil.copytree(finished, storage)
+    shutil.rmtree(storage / "scores")
+    printed = run("run", "tiny", "--set", "evaluate.sampling.decoder.num_steps=1", "--storage", storage)
+    assert "published  unclip-tiny/2 is the challenger: " in printed and "than version 1: accuracy.all" in printed
+    assert "--model unclip-tiny@challenger" in printed and len(list((storage / "scores").iterdir())) == 2
+    folders = {model: find_stack(str(storage), model) for model in (None, "unclip-tiny", "unclip-tiny@challenger")}
+    assert folders[None] == folders["unclip-tiny"] != folders["unclip-tiny@challenger"]
+    run_here("models", "promote", "unclip-tiny@challenger", "--storage", storage)
+    assert find_stack(str(storage), None) == folders["unclip-tiny@challenger"]
+    run_here("models", "rollback", "unclip-tiny", "--storage", storage)
+    assert find_stack(str(storage), None) == folders[None]
+
+
 def test_a_second_run_does_nothing_and_prints_the_same_summary(finished: Path) -> None:
     before = sorted((finished / "runs").iterdir())
     started = time.monotonic()
