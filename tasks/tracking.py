@@ -13,7 +13,7 @@ import typing
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tasks.database import database_path
 from unclip import files
@@ -23,6 +23,7 @@ from unclip.messages import reason_of, redacted, without_credentials
 from unclip.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A tracking server that is down must cost seconds, not the four minutes of the client's defaults.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -132,8 +133,8 @@ class Tracker:
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
         self._try(lambda client: client.log_inputs(self.run_id, [entry]))
 
-    def register(self, folder: str, name: str, alias: str, listing: "Listing | None" = None) -> str | None:
-        """Make a model's folder a new version of a registered model and move an alias to it.
+    def register(self, folder: str, name: str, listing: "Listing | None" = None) -> str | None:
+        """Make a model's folder a new version of a registered model.
 
         The folder becomes a logged model of this run. If MLflow keeps artifacts in a local folder, it gets links to the files of
         a local one, which take no space; a server gets a copy. A folder in an object store is referred to where it is.
@@ -158,7 +159,6 @@ class Tracker:
             )
             if shown.description:  # its links name the version
                 client.update_model_version(name, version, _with_links(shown.description, name, version))
-            client.set_registered_model_alias(name, alias, version)
             return version
 
         version: str | None = self._try(action)
@@ -217,6 +217,11 @@ class Tracker:
         tags[SHOWS_ROWS] = str(shows_rows).lower()
         run = self._try(lambda client: client.create_run(experiment_id, tags=tags, run_name=name))
         return Tracker(self.tracking_uri, run.info.run_id if run else "")
+
+    def attempt(self, action: Callable[[Any], T]) -> T | None:
+        """Call a function with an MLflow client; None if there is no MLflow, or it does not accept what the function does."""
+        result: T | None = self._try(action)
+        return result
 
     def _try(self, action: Callable[[Any], Any]) -> Any:
         if not self.run_id:

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from pipelines.published import stack_in
 from tasks import flavour
+from tasks.registry import stack_in
 from tests.unclip.systems import tiny_stacks
 from unclip import config, imaging
 from unclip.errors import CheckpointError, InputError
