@@ -78,10 +78,14 @@ class Facts:
     """95 % intervals, as `metrics`; may lack any."""
     captions: Mapping[str, int]
     """Captions of each group."""
+    counts: Mapping[str, Mapping[str, int]]
+    """Images that a metric is about, as `metrics`; may lack any. Shown where it is not the number of captions."""
     images: Sequence[str]
     """Names of images in the folder `images/` beside the card."""
     has_preview: bool
     """There is `images/preview.png`."""
+    image_size: int
+    """Resolution of the images, pixels."""
     sampling: Mapping[str, Any]
     """Default sampling settings."""
     settings: Mapping[str, Any]
@@ -89,11 +93,6 @@ class Facts:
     code: Code
     pipeline: str = ""
     """Name of the pipeline, and of the dataset in MLflow."""
-
-    @property
-    def image_size(self) -> int | None:
-        """Resolution of the images, pixels: that of the last part that has one."""
-        return next((part.image_size for part in reversed(self.parts) if part.image_size), None)
 
     @property
     def num_parameters(self) -> int:
@@ -113,7 +112,7 @@ def parts_of(folder: str, stack: StackFiles) -> list[PartFacts]:
             key.rpartition(".")[2]: value for key, value in flatten(facts).items() if isinstance(value, int) and value
         }
         size = numbers.get("image_size")
-        if {"low_res_size", "scale"} <= numbers.keys():  # an upsampler may be trained on crops
+        if {"low_res_size", "scale"} <= numbers.keys():  # a network that enlarges may be trained on crops
             size = numbers["low_res_size"] * numbers["scale"]
         num_parameters = count_parameters(f"{folder}/{name}/model.safetensors")
         found.append(PartFacts(name, str(facts.get("kind", "")), num_parameters, numbers.get("samples_seen"), size))
@@ -193,7 +192,7 @@ def listing_of(facts: Facts) -> Listing:
     params |= {"image_size": facts.image_size, "parameters": facts.num_parameters or None}
     params |= {f"sampling.{name}": value for name, value in flatten(facts.sampling).items()}
     tags = {"unclip.system": facts.system, "unclip.snapshot": facts.snapshot, "unclip.digest": facts.digest}
-    tags |= {"unclip.image_size": str(facts.image_size or ""), "unclip.version": facts.code.version or ""}
+    tags |= {"unclip.image_size": str(facts.image_size), "unclip.version": facts.code.version or ""}
     tags |= {"unclip.git_commit": facts.code.commit or ""}
     return Listing(
         description=description(facts),
@@ -266,7 +265,7 @@ def _sections(facts: Facts, is_short: bool = False) -> list[str]:
 
 
 def _introduction(facts: Facts) -> str:
-    size = f"Images of {facts.image_size} × {facts.image_size} pixels. " if facts.image_size else ""
+    size = f"Images of {facts.image_size} × {facts.image_size} pixels. "
     parts = " → ".join(escaped(part.name) for part in facts.parts)
     day = datetime.datetime.fromtimestamp(facts.at, datetime.UTC).date()
     weights = f", {facts.num_parameters / 1e6:.1f} million parameters" if facts.num_parameters else ""
@@ -313,8 +312,10 @@ def _value(facts: Facts, group: str, name: str) -> str:
     if value is None:
         return ""
     interval = facts.intervals.get(group, {}).get(name)
-    shown = f"{value:.4g}"
-    return shown if not interval else f"{shown} ({interval[0]:.3g} to {interval[1]:.3g})"
+    count = facts.counts.get(group, {}).get(name)
+    notes = [f"{interval[0]:.3g} to {interval[1]:.3g}"] if interval else []
+    notes += [f"{count:,} images"] if count not in (None, facts.captions.get(group)) else []
+    return f"{value:.4g} ({'; '.join(notes)})" if notes else f"{value:.4g}"
 
 
 def _data(facts: Facts, num_reasons: int) -> str:

@@ -103,6 +103,8 @@ def _describe(
         metrics=evaluate.facts["metrics"],
         intervals=evaluate.facts.get("intervals", {}),
         captions=evaluate.facts["captions"],
+        counts=evaluate.facts.get("counts", {}),
+        image_size=evaluate.facts["image_size"],
         images=model_card.copy_images(evaluate.facts["images"], context.folder),
         has_preview=_preview(context, evaluate, settings),
         sampling=stack.sampling,

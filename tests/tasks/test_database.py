@@ -1,5 +1,6 @@
 """MLflow databases in folders of any name, and after a move."""
 
+import re
 import shutil
 import sqlite3
 from pathlib import Path
@@ -35,7 +36,7 @@ def logged(store: Store, empty: Path, location: str | None = None) -> tuple[str,
     tracker.bytes(b"text", "notes/file.txt")
     Path(store.root, "stack").mkdir()
     Path(store.root, "stack", "weights").write_text("w")
-    assert tracker.register(store.uri("stack"), "model", "newest") == "1"
+    assert tracker.register(store.uri("stack"), "model") == "1"
     return uri, run_id
 
 
@@ -74,8 +75,12 @@ def test_f71_the_database_of_a_copy_names_the_copy(empty: Path, tmp_path: Path, 
     own = database_uri(str(copy.database))
     before, of_original = where(copy), where(store)
     source = client(own).get_model_version("model", "1").source
-    here = f"{artifacts_uri(own)}/{run_id}/artifacts/stack"
+    model = source.rpartition("/models/")[2]
+    assert re.fullmatch(r"m-[0-9a-f]{32}/artifacts", model)
+    here = f"{artifacts_uri(own)}/models/{model}"
     assert artifacts_here(copy, own, run_id, source) == here, "known before anything is written"
+    earlier = f"file:///original/mlflow-artifacts/{run_id}/artifacts/stack"
+    assert artifacts_here(copy, own, run_id, earlier) == f"{artifacts_uri(own)}/{run_id}/artifacts/stack"
     assert before == of_original and has_moved(copy, own) and not has_moved(store, uri)
     settle(copy, own)
     assert not has_moved(copy, own)

@@ -520,7 +520,7 @@ class Mlflow:
 def register(tracker: Tracker, folder: Path, name: str) -> None:
     folder.mkdir(parents=True)
     (folder / "weights").write_text("w")
-    assert tracker.register(str(folder), name, "newest") == "1"
+    assert tracker.register(str(folder), name) == "1"
 
 
 def test_runs_and_models_that_read_a_row_are_named_and_tagged_in_every_mlflow(
