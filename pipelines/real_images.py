@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from pipelines.dataset import PipelineConfig
+from tasks.reference import embeddings_reference
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
-from tasks.stages.evaluate import caption_groups, heldout_embeddings, heldout_pairs
+from tasks.stages.evaluate import caption_groups, heldout_pairs
+from tasks.store import Store
 from unclip import imaging
 from unclip.data import Places, RowReader
 from unclip.evaluation import scenes
@@ -52,7 +54,9 @@ def measure_real_images(config: PipelineConfig, dataset: Artifact, clip: Artifac
         clip: artifact of the frozen CLIP.
     """
     snapshot, num_shown = Snapshot.of(dataset.facts), config.evaluate.num_kept
-    network, reference = ClipFiles(clip.facts["model"], clip.facts["pretrained"]).load(), heldout_embeddings(snapshot)
+    network = ClipFiles(clip.facts["model"], clip.facts["pretrained"]).load()
+    reference = embeddings_reference(Store(config.storage), snapshot)
+    statistics = None if reference is None else reference.statistics
     pairs, size = heldout_pairs(snapshot), config.download.image_size
     reader = RowReader((snapshot.source("images", "jpg"),), Places([pairs]))
     values: dict[str, dict[str, float]] = {}
@@ -73,7 +77,7 @@ def measure_real_images(config: PipelineConfig, dataset: Artifact, clip: Artifac
             if is_heldout and start < num_shown:
                 shown.append(imaging.to_uint8(images))
         joined = concatenate(features, len(captions))
-        values[group] = values_of(measure(Sampled(captions, joined, reference)))
+        values[group] = values_of(measure(Sampled(captions, joined, statistics)))
         if is_heldout and joined.scenes is not None:
             correct = joined.scenes.all_correct()[:num_shown]
     images_shown = np.concatenate(shown)[:num_shown]

@@ -51,7 +51,8 @@ def workload(config: PipelineConfig) -> Workload:
         num_captions=evaluate.num_captions
         + evaluate.num_unseen
         + evaluate.num_relations
-        + evaluate.num_repeated * evaluate.num_repeats,
+        + evaluate.num_repeated * evaluate.num_repeats
+        + evaluate.num_reconstructed,
         caption_flops=sum(_sampling_flops(name, compute, evaluate.sampling) for name, compute in counted.items()),
         sampling_batch=evaluate.sampling.batch_size,
         clip_training=clip_training,

@@ -19,14 +19,16 @@ import torch.nn.functional as F
 
 from tasks import tables
 from tasks.progress import Progress
-from tasks.scoring import Measured, SamplingWorker, Scoring, merge, sample_groups, score_captions, scores_table
+from tasks.scoring import Batch, Measured, SamplingWorker, Scoring, merge, sample_groups, score_captions, scores_table
 from tasks.stage import Resources
 from tasks.stages.evaluate import EvaluateConfig, caption_groups, summarise, unseen_captions
 from tests.unclip.systems import tiny_stacks
 from unclip import files, imaging
 from unclip.config import without_operational
 from unclip.errors import ConfigError
-from unclip.evaluation import metrics, scenes
+from unclip.evaluation import distances, metrics, retrieval, scenes
+from unclip.evaluation.distances import Statistics
+from unclip.evaluation.metrics import Sampled
 from unclip.systems.system import ClipFiles, StackFiles, load_system, read_stack, sample_captions
 from unclip.systems.unclip.sampling import SamplingConfig
 
@@ -57,7 +59,7 @@ def sample_here(folder: Path, captions: list[str]) -> list[Measured]:
     """Results of a worker in this process for all batches of a group."""
     worker = SamplingWorker.__ray_metadata__.modified_class(*stack_of(folder), 0, 1)  # type: ignore[attr-defined]
     return [
-        worker.sample(number, captions[start : start + BATCH], max(0, SHOWN - start))
+        worker.sample(Batch(number, captions[start : start + BATCH], max(0, SHOWN - start)))
         for number, start in enumerate(range(0, len(captions), BATCH))
     ]
 
@@ -89,7 +91,8 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
     reference = F.normalize(torch.randn(50, embedding.shape[1], generator=torch.Generator().manual_seed(1)), dim=1)
     expected = {
         "clip_score": (embedding * text).sum(dim=1).mean().item(),
-        "clip_frechet_distance": metrics.frechet_distance(embedding, reference),
+        "clip_frechet_distance": distances.frechet_distance(embedding, reference),
+        "clip_r_precision": retrieval.r_precision(captions, embedding, text).mean().item(),  # type: ignore[union-attr]
     }
     pixels, marks = imaging.to_uint8(images), None
     if captions is CAPTIONS:
@@ -103,9 +106,15 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
         expected["accuracy.all"] = float(np.mean(marks))
 
     measured = merge(sample_here(folder, captions), len(captions))
-    estimates, published = summarise("heldout", captions, measured, reference)
+    sampled = Sampled(captions, measured.features, Statistics.of(reference))
+    estimates, published = summarise("heldout", sampled, measured)
     values = metrics.values_of(estimates)
-    assert values == pytest.approx(expected, rel=1e-5)
+    statistics = Statistics.of(reference)
+    expected["clip_kid"] = distances.kernel_distance(embedding, statistics).value
+    expected["cmmd"] = distances.cmmd(embedding, statistics).value
+    overlap = distances.manifold_overlap(embedding, statistics)
+    expected |= {f"clip_{name}": found.value for name, found in overlap.items()}
+    assert values == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert {name: values[name] for name in values if "accuracy" in name} == {
         name: expected[name] for name in expected if "accuracy" in name
     }
@@ -119,14 +128,13 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
 def test_scores_of_single_images_are_in_order_and_null_where_there_are_none(folders: dict[int, Path]) -> None:
     groups = {"heldout": CAPTIONS[:40], "mixed": MIXED}
     measured = {group: merge(sample_here(folders[8], captions), len(captions)) for group, captions in groups.items()}
-    nothing = torch.empty(0, measured["mixed"].features.image_embedding.shape[1])
-    estimates = {group: summarise(group, groups[group], measured[group], nothing)[0] for group in groups}
+    estimates = {group: metrics.measure(Sampled(groups[group], measured[group].features)) for group in groups}
     table = scores_table(groups, estimates, {"heldout": {CAPTIONS[3]: "key of 3"}})
     assert table["group"].to_pylist() == ["heldout"] * 40 + ["mixed"] * 41
     assert table["index"].to_pylist() == [*range(40), *range(41)]
     assert table["caption"].to_pylist() == [*CAPTIONS[:40], *MIXED]
     assert table["key"].to_pylist() == [None] * 3 + ["key of 3"] + [None] * 77
-    names = {"group", "index", "caption", "key", "clip_score", "accuracy.place", "accuracy.all"}
+    names = {"group", "index", "caption", "key", "clip_score", "clip_r_precision", "accuracy.place", "accuracy.all"}
     assert names | {f"accuracy.{name}" for name in metrics.ATTRIBUTES} == set(table.column_names)
     features = measured["mixed"].features
     cosines = (features.image_embedding * features.text_embedding).sum(dim=1)
