@@ -9,7 +9,9 @@ import os
 import pickle
 import signal
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,17 +22,35 @@ import torch.nn.functional as F
 from tasks import tables
 from tasks.progress import Progress
 from tasks.scoring import Batch, Measured, SamplingWorker, Scoring, merge, sample_groups, score_captions, scores_table
-from tasks.stage import Resources
-from tasks.stages.evaluate import EvaluateConfig, caption_groups, summarise, unseen_captions
+from tasks.stage import Pinning, Resources
+from tasks.stages.evaluate import (
+    EvaluateConfig,
+    bits_per_dim,
+    caption_groups,
+    evaluate,
+    summarise,
+    unseen_captions,
+)
+from tasks.store import Store
 from tests.unclip.systems import tiny_stacks
 from unclip import files, imaging
 from unclip.config import without_operational
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, InputError
 from unclip.evaluation import distances, metrics, retrieval, scenes
 from unclip.evaluation.distances import Statistics
 from unclip.evaluation.metrics import Sampled
-from unclip.systems.system import ClipFiles, StackFiles, load_system, read_stack, sample_captions
+from unclip.systems.system import (
+    ClipFiles,
+    StackFiles,
+    batch_generator,
+    load_system,
+    read_stack,
+    sample_captions,
+)
 from unclip.systems.unclip.sampling import SamplingConfig
+from unclip.systems.unclip.stack import Stack
+from unclip.training import checkpoints
+from unclip.training.batches import load_images
 
 BATCH, SHOWN = 32, 40
 CAPTIONS = unseen_captions(110, seed=3)
@@ -146,6 +166,94 @@ def test_scores_of_single_images_are_in_order_and_null_where_there_are_none(fold
     scores = measured["heldout"].features.scenes
     assert scores is not None and table["accuracy.all"].to_pylist()[:40] == scores.all_correct()
     assert pq.read_table(io.BytesIO(tables.parquet_bytes(table))).equals(table)
+
+
+def worker_of(folder: Path) -> Any:
+    return SamplingWorker.__ray_metadata__.modified_class(*stack_of(folder), 5, 1)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_embeddings_of_a_batch_are_those_that_its_images_are_sampled_from(folders: dict[int, Path]) -> None:
+    worker, captions = worker_of(folders[8]), CAPTIONS[:6]
+    found = worker.sample(Batch(3, captions, 6, is_embedded=True))
+    embedding = found.features.sampled_embedding
+    stack = load_system(folders[8])
+    assert isinstance(stack, Stack)
+    generator = batch_generator(stack, 3, 5)
+    assert torch.equal(embedding, stack.embed_captions(captions, stack.sampling, generator))
+    images = stack.decode(embedding, stack.sampling, generator, stack.captions(captions, stack.sampling))
+    assert np.array_equal(imaging.to_uint8(images), found.shown), "from these embeddings, with the same noise"
+    assert worker.sample(Batch(3, captions, 6)).features.sampled_embedding is None
+
+    pairs = torch.nn.functional.normalize(embedding + 0.1, dim=1)
+    sampled = Sampled(captions, found.features, own=pairs)
+    values = metrics.values_of(metrics.measure(sampled))
+    expected = retrieval.score_embeddings(embedding, pairs)
+    assert {name: values[f"embedding_{name}"] for name in expected} == pytest.approx(expected)
+    without = metrics.measure(Sampled(captions, found.features))
+    assert not [name for name in without if name.startswith("embedding_")]
+
+    for parameter in worker.clip.model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    measured = worker.sample(Batch(3, captions, is_embedded=True))
+    assert measured.features.sampled_embedding is None, "embeddings of different CLIPs cannot be compared"
+
+
+def test_reconstructions_are_compared_with_their_originals(folders: dict[int, Path]) -> None:
+    worker, captions = worker_of(folders[32]), CAPTIONS[:5]
+    parsed = [scenes.parse_caption(caption) for caption in captions]
+    pixels = [scenes.render(scene, np.random.default_rng(0), 48) for scene in parsed if scene]
+    originals = [imaging.encode(image, "JPEG") for image in pixels]
+    found = worker.sample(Batch(2, captions, 5, originals=originals))
+    own = load_images(originals, 32)
+    stack = load_system(folders[32])
+    assert isinstance(stack, Stack)
+    images = stack.reconstruct(own, stack.sampling, batch_generator(stack, 2, 5))
+    assert np.array_equal(imaging.to_uint8(images), found.shown)
+    assert not np.array_equal(found.shown, worker.sample(Batch(2, captions, 5)).shown)
+    embedding = stack.embed_images(own)
+    values = metrics.values_of(metrics.measure(Sampled(captions, found.features, own=embedding)))
+    assert values["reconstruction_l1"] == pytest.approx((images - own).abs().mean().item(), rel=1e-4)
+    cosine = (found.features.image_embedding * embedding).sum(dim=1).mean().item()
+    assert values["reconstruction_cosine"] == pytest.approx(cosine, rel=1e-4)
+    same = found.features._replace(image_embedding=embedding, difference=torch.zeros(5))
+    values = metrics.values_of(metrics.measure(Sampled(captions, same, own=embedding)))
+    assert values["reconstruction_l1"] == 0 and values["reconstruction_cosine"] == pytest.approx(1)
+
+
+def test_bits_per_dim_are_read_from_the_parts_that_measured_them(tmp_path: Path) -> None:
+    numbers = {"bits_per_dim": torch.tensor(3.5), "scores": torch.ones(4)}
+    checkpoints.save(str(tmp_path / "a"), {"model": {}, "measured": numbers}, {})
+    checkpoints.save(str(tmp_path / "b"), {"model": {}, "measured": {"scores": torch.ones(4)}}, {})
+    checkpoints.save(str(tmp_path / "c"), {"model": {}}, {})
+    assert bits_per_dim(StackFiles("ddpm", {name: str(tmp_path / name) for name in "abc"})) == {"a": 3.5}
+
+
+@pytest.mark.parametrize("name", ["prompts", "inception"])
+def test_files_that_settings_name_are_checked_before_a_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file.txt").write_text("a red circle\n")
+
+    def pinned(**values: Any) -> Any:
+        assert evaluate.pin is not None
+        pipeline = types.SimpleNamespace(system="unclip")
+        return evaluate.pin(EvaluateConfig(**values), Pinning(Store(str(tmp_path / "storage")), pipeline))
+
+    assert pinned().prompts_sha256 is None and pinned().system == "unclip"
+    with pytest.raises(InputError, match="cannot be read"):
+        pinned(**{name: str(tmp_path / "missing")})
+    with pytest.raises(ConfigError, match=r"evaluate.system: got 'glide'"):
+        pinned(system="glide")
+    if name == "inception":
+        with pytest.raises(InputError, match=r"expected 6726825d"):
+            pinned(inception=str(tmp_path / "file.txt"))
+        return
+    path = os.path.relpath(tmp_path / "file.txt")
+    config = pinned(prompts=path)
+    digest = files.digest(str(tmp_path / "file.txt"))
+    assert (config.prompts, config.prompts_sha256) == (str(tmp_path / "file.txt"), digest)
+    assert pinned(prompts=path, prompts_sha256=digest) == config
+    with pytest.raises(ConfigError, match="prompts_sha256"):
+        pinned(prompts=path, prompts_sha256="0" * 64)
 
 
 @pytest.mark.slow  # workers import torch and CLIP anew
