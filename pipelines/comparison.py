@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -141,7 +140,7 @@ class Row:
     """[N, S, S, 3] uint8, images of the first held-out captions."""
     correct: Sequence[bool] | None = None
     """By image: True if everything that its caption names is right; None if that is unknown."""
-    intervals: Mapping[str, Mapping[str, Sequence[float]]] = MappingProxyType({})
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] = dataclasses.field(default_factory=dict)
     """Group of captions -> name of a metric -> lower and upper limit of its 95 % interval."""
 
     @property

@@ -91,6 +91,8 @@ NOTES = (
     "CLIP score: mean cosine of CLIP's embeddings of image and caption. Fréchet distance: between CLIP's embeddings of samples "
     "and of held-out images. Place entropy: of the places of objects in images of one caption that names none, as a share of "
     "log 5. Pairwise distance: mean of 1 - cosine over pairs of images of one caption.",
+    "A cell of the page shows the 95 % interval of its value when it is pointed at; it is that of the sampled images, by the "
+    "bootstrap, and tells nothing about other trainings.",
     "Parameters, samples and FLOPs are those of all trained parts, without the frozen CLIP; training seconds are the sum over "
     "parts, which may have trained side by side, without what came before the last resumption of a training; seconds an image "
     "are those of one worker.",

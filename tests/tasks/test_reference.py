@@ -102,7 +102,7 @@ def test_verification_covers_it_and_garbage_collection_keeps_what_evaluations_na
     assert "damaged" in {verification.state_of(item) for item in items}
 
 
-def test_f150_a_takedown_leaves_no_row_in_references_and_scores(store: Store) -> None:
+def test_f145_a_takedown_leaves_no_row_in_references_and_scores(store: Store) -> None:
     measure = Measuring()
     first = find(store, measure)
     [gone, *others] = measure.measured[0]
@@ -130,7 +130,7 @@ def test_f150_a_takedown_leaves_no_row_in_references_and_scores(store: Store) ->
     assert same(find(store, measure).statistics, third.statistics) and len(measure.measured) == 3
 
 
-def test_f150_a_row_that_is_taken_down_while_it_is_measured_does_not_stay(store: Store) -> None:
+def test_f145_a_row_that_is_taken_down_while_it_is_measured_does_not_stay(store: Store) -> None:
     measure = Measuring()
 
     def meanwhile(rows: pa.Table) -> torch.Tensor:

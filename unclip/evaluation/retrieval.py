@@ -16,6 +16,7 @@ from unclip.evaluation.intervals import Estimate, mean_of
 
 ROUNDING = 1e-9
 """Cosines that differ by less are equal; far above the rounding of float64, far below the difference of two images."""
+ROUNDING_FLOAT32 = 1e-6
 NUM_CANDIDATES = 100
 """Captions among which an image's own caption is looked for. Source: Xu et al. 2018, section 4."""
 _BLOCK = 128
@@ -67,11 +68,11 @@ def match(sampled: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> d
     return {"cosine": mean_of(cosine), "gap": mean_of(margin), **recall}
 
 
-def _found(cosines: Tensor, own: Tensor, ranks: Sequence[int]) -> Tensor:
+def _found(cosines: Tensor, own: Tensor, ranks: Sequence[int], rounding: float = ROUNDING) -> Tensor:
     """Probability [B, number of ranks] that the own one is among the first k of cosines [B, C], which include it."""
     margin = cosines - own[:, None]
-    nearer = (margin > ROUNDING).sum(dim=1)  # [B]
-    tied = (margin.abs() <= ROUNDING).sum(dim=1)  # [B], at least 1: its own
+    nearer = (margin > rounding).sum(dim=1)  # [B]
+    tied = (margin.abs() <= rounding).sum(dim=1)  # [B], at least 1: its own
     return torch.stack([((rank - nearer) / tied).clamp(0, 1) for rank in ranks], dim=1)
 
 
@@ -105,7 +106,6 @@ def r_precision(captions: Sequence[str], image_embedding: Tensor, text_embedding
     scores = []
     for start in range(0, len(captions), _BLOCK):
         chosen = (order[number[start : start + _BLOCK], None] + around) % len(rows)  # [B, C]
-        images = image_embedding[start : start + _BLOCK].double()
-        cosines = torch.einsum("be,bce->bc", images, candidates[chosen].double())
-        scores.append(_found(cosines, cosines[:, 0], (1,))[:, 0])
+        cosines = (candidates[chosen] @ image_embedding[start : start + _BLOCK, :, None])[..., 0]  # [B, C]
+        scores.append(_found(cosines, cosines[:, 0], (1,), ROUNDING_FLOAT32)[:, 0])
     return torch.cat(scores)

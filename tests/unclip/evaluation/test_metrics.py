@@ -10,6 +10,8 @@ from tests.unclip.systems import tiny_stacks
 from unclip import imaging
 from unclip.errors import NonFiniteError, ShapeError
 from unclip.evaluation import scenes
+from unclip.evaluation.distances import Statistics, frechet, kernel_distance
+from unclip.evaluation.intervals import intervals_of
 from unclip.evaluation.metrics import (
     LABELS,
     Features,
@@ -17,6 +19,7 @@ from unclip.evaluation.metrics import (
     caption_diversity,
     concatenate,
     extract_features,
+    measure,
     scene_accuracy,
     scene_binding,
     score_scenes,
@@ -74,10 +77,10 @@ def test_features_of_batches_are_those_of_all_images() -> None:
     captions = [RED_CIRCLE, WRONG, TWO, RED_CIRCLE, TWO]
     images, embeddings = render(*captions[1:], None), torch.randn(5, 4)
 
-    def measure(part: slice) -> Features:
+    def features(part: slice) -> Features:
         return Features(embeddings[part], -embeddings[part], score_scenes(images[part], captions[part]))
 
-    batches, whole = [measure(slice(0, 2)), measure(slice(2, 5))], measure(slice(0, 5))
+    batches, whole = [features(slice(0, 2)), features(slice(2, 5))], features(slice(0, 5))
     joined = concatenate(batches, 5)
     assert joined.image_embedding.equal(whole.image_embedding) and joined.text_embedding.equal(whole.text_embedding)
     assert joined.scenes is not None and whole.scenes is not None
@@ -137,3 +140,24 @@ def test_diversity_at_a_fixed_caption() -> None:
     assert half["pairwise_distance"].value == pytest.approx(0.5), (
         "the mean over captions; pairs of different captions do not count"
     )
+
+
+def test_each_distance_is_named_after_its_features() -> None:
+    """Without Inception's features nothing is called FID or KID; without held-out images nothing is measured."""
+    embedding, real = torch.randn(20, 4), Statistics.of(torch.randn(30, 4))
+    inception, real_inception = torch.randn(20, 6), Statistics.of(torch.randn(30, 6))
+    captions = [f"caption {number}" for number in range(20)]
+    features = Features(embedding, embedding, None)
+    of_clip = {"clip_frechet_distance", "clip_kid", "cmmd"}
+    of_clip |= {f"clip_{name}" for name in ("precision", "recall", "density", "coverage")}
+    found = set(measure(Sampled(captions, features, real)))
+    assert found == of_clip | {"clip_score", "clip_r_precision"}
+    measured = measure(Sampled(captions, features._replace(inception=inception), real, real_inception))
+    assert set(measured) - found == {"frechet_inception_distance", "kernel_inception_distance"}
+    assert measured["frechet_inception_distance"].value == frechet(inception, real_inception).value
+    assert measured["kernel_inception_distance"].value == kernel_distance(inception, real_inception).value
+    assert measured["clip_kid"].value == kernel_distance(embedding, real).value
+    assert set(measure(Sampled(captions, features))) == {"clip_score", "clip_r_precision"}
+    single = Features(embedding[:1], embedding[:1], None, inception[:1])
+    assert set(measure(Sampled(captions[:1], single, real, real_inception))) == {"clip_score"}
+    assert not intervals_of(measure(Sampled(captions[:1], single, real, real_inception)))
