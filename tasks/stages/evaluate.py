@@ -125,17 +125,19 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         groups[RECONSTRUCTIONS] = captions[: config.num_reconstructed]
     stack = stack_files(config.system, parts, snapshot.statistics, to_dict(config.sampling))
     scoring = Scoring(config.seed, config.sampling.batch_size, config.num_images, config.inception)
+    measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
     sampled = sample_groups(
         groups,
-        ClipFiles(clip.facts["model"], clip.facts["pretrained"]),
+        measuring_clip,
         stack,
         scoring,
         context.resources,
         context.progress(sum(map(len, groups.values())), "images").start().update,
         embedded=("heldout",),
-        reconstructed={RECONSTRUCTIONS: _originals(snapshot, pairs)},
+        reconstructed={RECONSTRUCTIONS: _originals(snapshot, pairs)} if RECONSTRUCTIONS in groups else {},
     )
-    references = _references(context, snapshot, scoring, sampled["heldout"].shown.shape[1])
+    image_size = sampled["heldout"].shown.shape[1]
+    references = _references(context, snapshot, scoring, image_size)
     with_own = {name: len(groups[name]) for name in ("heldout", RECONSTRUCTIONS) if name in groups}
     own = read_embeddings(snapshot, pairs.slice(0, max(with_own.values())))  # [at least as many as either, E]
 
@@ -163,6 +165,8 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
     key_of = dict(zip(captions, keys, strict=True))
     table = scores_table(groups, estimates, dict.fromkeys(HELDOUT_GROUPS, key_of))
     facts |= {"scores": _write_scores(context, table), "seed": scoring.seed, "batch_size": scoring.batch_size}
+    facts["measured_by"] = {**dataclasses.asdict(measuring_clip), "digest": clip.digest}
+    facts["image_size"] = image_size
     facts["references"] = {
         name: {"uri": found.uri, "digest": found.digest, "num_images": found.num_images}
         for name, found in references.items()

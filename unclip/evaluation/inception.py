@@ -35,9 +35,10 @@ def load_inception(uri: str) -> nn.Module:
     import io
 
     data = read_weights(uri)
-    model: nn.Module = build()
+    with torch.device("meta"):  # no time for random weights
+        model: nn.Module = build()
     try:
-        model.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+        model.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), assign=True)
     except Exception as error:  # of many types, by what is wrong
         raise InputError(f"{uri}: holds no weights of Inception: {error}") from None
     model.fc = nn.Identity()

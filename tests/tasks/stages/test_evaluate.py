@@ -21,7 +21,17 @@ import torch.nn.functional as F
 
 from tasks import tables
 from tasks.progress import Progress
-from tasks.scoring import Batch, Measured, SamplingWorker, Scoring, merge, sample_groups, score_captions, scores_table
+from tasks.scoring import (
+    Batch,
+    InceptionWorker,
+    Measured,
+    SamplingWorker,
+    Scoring,
+    merge,
+    sample_groups,
+    score_captions,
+    scores_table,
+)
 from tasks.stage import Pinning, Resources
 from tasks.stages.evaluate import (
     EvaluateConfig,
@@ -36,7 +46,7 @@ from tests.unclip.systems import tiny_stacks
 from unclip import files, imaging
 from unclip.config import without_operational
 from unclip.errors import ConfigError, InputError
-from unclip.evaluation import distances, metrics, retrieval, scenes
+from unclip.evaluation import distances, inception, metrics, retrieval, scenes
 from unclip.evaluation.distances import Statistics
 from unclip.evaluation.metrics import Sampled
 from unclip.systems.system import (
@@ -227,6 +237,26 @@ def test_bits_per_dim_are_read_from_the_parts_that_measured_them(tmp_path: Path)
     checkpoints.save(str(tmp_path / "b"), {"model": {}, "measured": {"scores": torch.ones(4)}}, {})
     checkpoints.save(str(tmp_path / "c"), {"model": {}}, {})
     assert bits_per_dim(StackFiles("ddpm", {name: str(tmp_path / name) for name in "abc"})) == {"a": 3.5}
+
+
+@torch.no_grad()
+def test_inception_measures_sampled_and_stored_images_alike(
+    folders: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With random weights, whose digest is taken for the right one."""
+    torch.save(inception.build().state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr(inception, "DIGEST", files.digest(str(tmp_path / "weights.pth"))[:8])
+    weights = str(tmp_path / "weights.pth")
+    worker = SamplingWorker.__ray_metadata__.modified_class(*stack_of(folders[8]), 5, 1, weights)  # type: ignore[attr-defined]
+    found = worker.sample(Batch(0, CAPTIONS[:2], 2))
+    model = inception.load_inception(weights)
+    expected = model(inception.prepare(imaging.from_uint8(found.shown)))
+    torch.testing.assert_close(found.features.inception, expected, rtol=1e-3, atol=1e-4)
+
+    originals = [imaging.encode(np.full((16, 16, 3), value, np.uint8), "JPEG") for value in (10, 200)]
+    measuring = InceptionWorker.__ray_metadata__.modified_class(weights, 8, 1)  # type: ignore[attr-defined]
+    expected = model(inception.prepare(load_images(originals, 8)))
+    torch.testing.assert_close(measuring.measure(originals), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["prompts", "inception"])

@@ -59,7 +59,8 @@ def test_weights_are_loaded_and_give_features(tmp_path: Path, monkeypatch: pytes
     torch.manual_seed(0)
     original = build()
     path = str(tmp_path / "weights.pth")
-    torch.save(original.state_dict(), path)
+    released = {name: value for name, value in original.state_dict().items() if "num_batches" not in name}
+    torch.save(released, path)  # as old as the released file, which lacks these counts
     with pytest.raises(InputError, match="expected 6726825d"):
         load_inception(path)
     monkeypatch.setattr(inception, "DIGEST", files.digest(path)[:8])
