@@ -122,8 +122,10 @@ def synced(client: Any, record: Record) -> Record:
 def find_entry(client: Any, name: str, entry: Entry) -> Registered | None:
     """The version with the stack of an entry; numbers count only for what has no digest, as they differ between servers."""
     found = [each for each in versions(client, name) if each.digest == entry.digest]
-    if found or not entry.digest.startswith(f"{name}/"):
-        return next((each for each in found if each.version == entry.version), (found or [None])[-1])
+    if found:
+        return next((each for each in found if each.version == entry.version), found[-1])
+    if not entry.digest.startswith(f"{name}/"):
+        return None
     return find(client, name, version=entry.version)
 
 
