@@ -1,9 +1,11 @@
 """The whole DAG with a tiny configuration: run, run again, killed, and as a Ray job."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import random
+import re
 import secrets
 import shlex
 import shutil
@@ -238,6 +240,47 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     assert str(version.version) == "1" and version.tags["unclip.promotion"] == "the first champion"
     assert version.tags["unclip.snapshot"] == artifacts_by_stage["curate"]["digest"]
     assert version.tags["unclip.digest"] == artifacts_by_stage["publish"]["digest"]
+    for each in runs:
+        assert each.data.tags["mlflow.source.name"] == "unclip run tiny" and each.data.tags["mlflow.user"]
+        assert each.data.tags["unclip.version"] == importlib.metadata.version("unclip")
+    [dataset] = parent.inputs.dataset_inputs
+    assert dataset.dataset.digest == artifacts_by_stage["curate"]["digest"][:36]
+    for stage in ("prior", "decoder", "upsampler-32", "upsampler-64"):
+        assert "system/cpu_utilization_percentage" in children[stage].data.metrics, stage
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_registered_version_has_a_card_a_logged_model_and_a_flavour_that_samples(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import pandas
+
+    tracking_uri = database_uri(f"{finished}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    client = mlflow.MlflowClient(tracking_uri)
+    version = client.get_model_version_by_alias("unclip-tiny", "champion")
+    facts = records(finished)["evaluate"]["facts"]
+    assert "120 kept" in version.description and f"{facts['captions']['heldout']} captions" in version.description
+    assert "](model-versions/get-artifact?name=unclip-tiny&version=1&path=images/preview.png)" in version.description
+    assert len(version.description) <= 5000 and client.get_registered_model("unclip-tiny").description
+    [output] = client.get_run(version.run_id).outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    assert logged.status == "READY" and version.source == logged.artifact_location
+    assert {metric.key: metric.value for metric in logged.metrics}["heldout.clip_score"] == pytest.approx(
+        facts["metrics"]["heldout"]["clip_score"]
+    )
+    folder = Path(records(finished)["publish"]["uri"]).parent
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# unclip-tiny") and str(finished) not in card
+    assert all((folder / path).is_file() for path in re.findall(r"\]\((images/[^)]*)\)", card))
+
+    model = mlflow.pyfunc.load_model("models:/unclip-tiny@champion")
+    caption = "a large red circle"
+    answer = model.predict(pandas.DataFrame({"caption": [caption] * 2, "seed": [5] * 2}))
+    stack = load_system(find_stack(str(finished), "unclip-tiny"))
+    expected = imaging.to_uint8(sample_captions(stack, [caption] * 2, seed=5))
+    assert all((imaging.from_png(data) == image).all() for data, image in zip(answer["png"], expected, strict=True))
 
 
 def test_an_evaluation_has_intervals_scores_and_a_reference(finished: Path) -> None:
@@ -283,7 +326,7 @@ def test_a_model_is_stored_once_and_mlflow_loads_the_registered_version(
     assert len(places) == 5 and {len(inodes) for inodes in places.values()} == {1}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database_uri(str(finished / "mlflow.db")))
     folder = str(download_artifacts("models:/unclip-tiny@champion"))
-    assert "mlflow-artifacts" in folder and load_system(folder).image_size == 64
+    assert "mlflow-artifacts" in folder and load_system(f"{folder}/stack").image_size == 64
 
 
 @contextlib.contextmanager
@@ -609,24 +652,41 @@ def test_a_model_is_not_trained_before_its_dataset_exists(tmp_path: Path) -> Non
     assert "has no curate and no clip" in result.stderr and "unclip run tiny --until curate" in result.stderr
 
 
-def test_the_ui_shows_the_runs(finished: Path) -> None:
-    command = [sys.executable, "-m", "pipelines", "ui", "--storage", str(finished), "--port", "5733"]
+def test_the_ui_prints_the_address_of_the_runs_once_it_answers_and_ends_with_its_server(
+    finished: Path, tmp_path: Path
+) -> None:
+    opened = tmp_path / "opened"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    command = [sys.executable, "-m", "pipelines", "ui", "--storage", str(finished), "--port", "8800"]
+    environment = {**os.environ, "BROWSER": str(browser), "DISPLAY": ":0"}
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     try:
-        search = "http://127.0.0.1:5733/api/2.0/mlflow/experiments/get-by-name?experiment_name=tiny"
-        while True:
-            assert process.poll() is None
-            try:
-                answer = json.loads(urllib.request.urlopen(search, timeout=5).read())
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
-        assert answer["experiment"]["name"] == "tiny"
+        assert process.stdout is not None
+        link = next(line.strip() for line in process.stdout if line.startswith("http"))
+        found = re.fullmatch(
+            r"(http://127\.0\.0\.1:8800)/#/experiments/(\d+)/runs\?workflowType=machine_learning", link
+        )
+        assert found
+        answer = urllib.request.urlopen(
+            f"{found[1]}/api/2.0/mlflow/experiments/get?experiment_id={found[2]}", timeout=10
+        )
+        assert json.loads(answer.read())["experiment"]["name"] == "tiny"
+        version = "name=unclip-tiny&version=1&path=images/preview.png"
+        image = urllib.request.urlopen(f"{found[1]}/model-versions/get-artifact?{version}", timeout=10)
+        assert image.read(8) == b"\x89PNG\r\n\x1a\n"
+        deadline = time.monotonic() + 20
+        while not opened.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert opened.read_text().strip() == link
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen("http://127.0.0.1:8800/health", timeout=5)
 
 
 def test_f82_after_gc_all_is_cached_and_works(finished: Path, tmp_path: Path) -> None:
