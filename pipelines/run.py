@@ -27,7 +27,7 @@ from tasks.store import TOMBSTONES, Store
 from tasks.tracking import flatten
 from unclip import files
 from unclip.config import require
-from unclip.errors import AlreadyRunningError, ConfigError, StageError, StoppedError, UnclipError
+from unclip.errors import AlreadyRunningError, ConfigError, StageError, StoppedError, StorageError, UnclipError
 from unclip.messages import reason_of
 
 DOWNLOAD = "download"
@@ -103,7 +103,7 @@ def _run_stages(
             scenes.enter_context(scene_server.serve(config.scenes))
         run = open_run(pipeline, config, store)
         whole.enter_context(heartbeat(run, store))
-        state, message = "failed", ""
+        state, message, must_repeat = "failed", "", False
         try:
             dag = compose(config, run)
             dag = dags.up_to(dag, until) if until else dag
@@ -121,8 +121,9 @@ def _run_stages(
             raise
         finally:
             close_run(run, store, state)
-            if not (state == "stopped" and not message):  # else it starts again
-                notify(config.notify, describe_end(run, store, state, message))
+            if not must_repeat:
+                with contextlib.suppress(OSError, StorageError):  # keep the original error
+                    notify(config.notify, describe_end(run, store, state, message))
         if must_repeat:
             _carry_out_alone(store)
             return False
