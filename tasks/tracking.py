@@ -40,6 +40,8 @@ IMAGES = "images"
 """Folder in a model's folder with images that its description shows."""
 _VERSIONS_TAG = "mlflow.modelVersions"
 """Tag of a logged model by which MLflow's pages find its registered versions."""
+_NOTE_TAG = "mlflow.note.content"
+"""Tag of a logged model that MLflow's pages show as its description."""
 PREVIEWS = "previews"
 """Folder with the images that a model samples during training, beside the rows they were sampled for. In the run's artifacts
 and in the stage's folder."""
@@ -154,11 +156,12 @@ class Tracker:
             tags = {key: without_credentials(value)[:5000] for key, value in shown.tags.items()}
             made = client.create_model_version(name, source, self.run_id, tags=tags, model_id=model_id)
             version = str(made.version)
-            client.set_logged_model_tags(
-                model_id, {_VERSIONS_TAG: json.dumps([{"name": name, "version": made.version}])}
-            )
+            known_as = {_VERSIONS_TAG: json.dumps([{"name": name, "version": made.version}])}
             if shown.description:  # its links name the version
-                client.update_model_version(name, version, _with_links(shown.description, name, version))
+                text = _with_links(shown.description, name, version)
+                client.update_model_version(name, version, text)
+                known_as[_NOTE_TAG] = text
+            client.set_logged_model_tags(model_id, known_as)
             return version
 
         version: str | None = self._try(action)

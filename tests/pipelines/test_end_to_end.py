@@ -267,6 +267,7 @@ def test_a_registered_version_has_a_card_a_logged_model_and_a_flavour_that_sampl
     [output] = client.get_run(version.run_id).outputs.model_outputs
     logged = client.get_logged_model(output.model_id)
     assert logged.status == "READY" and version.source == logged.artifact_location
+    assert logged.tags["mlflow.note.content"] == version.description
     assert {metric.key: metric.value for metric in logged.metrics}["heldout.clip_score"] == pytest.approx(
         facts["metrics"]["heldout"]["clip_score"]
     )
