@@ -12,12 +12,17 @@ from tasks.deferred import DeferredTracker
 from tasks.tracking import Tracker
 
 
+@pytest.fixture(scope="module")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow database, shared because creating one takes seconds."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    MlflowClient(uri)
+    return uri
+
+
 @pytest.fixture
-def tracker(tmp_path: Path) -> Tracker:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client = MlflowClient(uri)
-    experiment = client.create_experiment("test", artifact_location=f"{tmp_path}/artifacts")
-    return Tracker(uri, client.create_run(experiment).info.run_id)
+def tracker(mlflow_uri: str) -> Tracker:
+    return Tracker(mlflow_uri, MlflowClient(mlflow_uri).create_run("0").info.run_id)
 
 
 def test_a_run_has_system_metrics_at_an_interval_and_at_its_end(tracker: Tracker, tmp_path: Path) -> None:
