@@ -86,7 +86,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         ("unclip-demo", None),
         classifier=ClassifierStageConfig(
             model=ClassifierConfig(DEMO_UNET),
-            trainer=demo_training(40_000, 32, 2e-3, ema_decay=0.999, weight_decay=0.05),
+            trainer=demo_training(60_000, 32, 2e-3, ema_decay=0.999, weight_decay=0.05),
         ),
     )
     | {"classes": {"source": "scenes"}},
