@@ -2,9 +2,9 @@
 
 `demo`, `small` and `base` have the U-Net and the upsamplers of unCLIP's size of the same name, and read captions instead of image
 embeddings, so that the systems can be compared; `small` and `base` have the diffusion process and the training of its decoder
-too. `glide` has the widths and depths of
-Nichol et al. 2022, section 4.1: a U-Net of 2.3 B with 512 channels, a text Transformer of 1.2 B with 24 blocks of width 2,048,
-and 2.5 M iterations at batch size 2,048. The paper gives no optimiser settings; they are those of unCLIP's decoder.
+too. `glide` has the widths and depths of Nichol et al. 2022, section 4.1: a U-Net of 2.3 B with 512 channels, a text Transformer
+of 1.2 B with 24 blocks of width 2,048, and 2.5 M iterations at batch size 2,048. The paper gives no optimiser settings; they are
+those of unCLIP's decoder.
 
 The paper's upsampler reads the caption too. Upsamplers here read none, as Ramesh et al. 2022 (section 2.1) found no benefit
 of it, and all systems share them.
