@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from unclip.errors import ShapeError
@@ -63,7 +64,12 @@ def unit(count: int, width: int, seed: int, shift: float = 0.0) -> torch.Tensor:
 
 def test_frechet_distance_from_statistics_is_that_of_the_features() -> None:
     sampled, real = normal(700, 6, 0, 0.3), normal(900, 6, 1)
-    assert frechet(sampled, Statistics.of(real)).value == pytest.approx(frechet_distance(sampled, real), rel=1e-12)
+    found = frechet(sampled, Statistics.of(real)).value
+    assert found == pytest.approx(frechet_distance(sampled, real), rel=1e-12)
+    moments = [
+        value for features in (sampled.double(), real.double()) for value in (features.mean(0), features.T.cov())
+    ]
+    assert found == pytest.approx(_compute_fid(*moments).item(), rel=1e-9), "that of torchmetrics"
 
 
 @pytest.mark.parametrize("count", [60, 5], ids=["many", "fewer than dimensions"])
