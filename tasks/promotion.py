@@ -240,7 +240,7 @@ class Scores:
         if size != self.image_size:
             raise _other_size(size, self.image_size)
         features = measured.features
-        estimates = metrics.measure(Sampled(self.captions, features, features.image_embedding[:0]))
+        estimates = metrics.measure(Sampled(self.captions, features))
         table = scores_table(groups, {GROUP: estimates})
         self.remember(champion.digest, table)
         return table
