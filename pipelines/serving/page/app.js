@@ -37,6 +37,7 @@ async function sample(kind, settings, given, requests) {
   tellProblem("");
   results.showPlaceholders(title, requests.reduce((sum, { fields }) => sum + fields.n, 0));
   progress(0, "Waiting for the server…");
+  byId("progress").scrollIntoView({ block: "nearest" });
   refresh();
   try {
     const sets = [];

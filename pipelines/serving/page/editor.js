@@ -8,6 +8,7 @@ const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 const dialog = byId("editor");
 const board = byId("board");
 const paint = byId("paint");
+const context = paint.getContext("2d", { willReadFrequently: true });
 let spot = { x: 0.5, y: 0.5 }; // centre of the brush, as shares of width and height
 let painting = false;
 
@@ -42,9 +43,8 @@ function moveTo({ x, y }) {
 
 /** Paint a line from one point to another, or erase it. */
 function stroke(from, to, erases = byId("erase").checked) {
-  const context = paint.getContext("2d");
   context.globalCompositeOperation = erases ? "destination-out" : "source-over";
-  context.strokeStyle = "#000";
+  context.strokeStyle = checks(Math.ceil(paint.width / 32));
   context.lineCap = "round";
   context.lineWidth = (byId("size").value / 100) * paint.width;
   context.beginPath();
@@ -53,7 +53,19 @@ function stroke(from, to, erases = byId("erase").checked) {
   context.stroke();
 }
 
-const pixels = () => paint.getContext("2d").getImageData(0, 0, paint.width, paint.height);
+/** Pattern of grey and white squares, which means "transparent". */
+function checks(size) {
+  const canvas = new OffscreenCanvas(2 * size, 2 * size);
+  const tile = canvas.getContext("2d");
+  tile.fillStyle = "#eee";
+  tile.fillRect(0, 0, 2 * size, 2 * size);
+  tile.fillStyle = "#888";
+  tile.fillRect(0, 0, size, size);
+  tile.fillRect(size, size, size, size);
+  return context.createPattern(canvas, "repeat");
+}
+
+const pixels = () => context.getImageData(0, 0, paint.width, paint.height);
 
 function share() {
   const { data } = pixels();
@@ -119,7 +131,7 @@ board.addEventListener("keyup", (event) => {
 
 byId("size").addEventListener("input", () => moveTo(spot));
 byId("clear").addEventListener("click", () => {
-  paint.getContext("2d").clearRect(0, 0, paint.width, paint.height);
+  context.clearRect(0, 0, paint.width, paint.height);
   tell();
 });
 byId("cancel-edit").addEventListener("click", () => dialog.close());

@@ -30,6 +30,7 @@ export function writeSettings(settings) {
 
 /** Offer models, and keep the chosen ones while they are served. */
 export function offerModels(models) {
+  byId("modes").hidden = models.length < 2;
   for (const [place, select] of [byId("model"), byId("other")].entries()) {
     const before = select.value;
     select.replaceChildren(...models.map(({ id, aliases }) => new Option([id, ...(aliases ?? [])].join(" · "), id)));

@@ -112,8 +112,8 @@ function tile(entry, image, label, act) {
   img.alt = `${titleOf(entry)}, image ${label}`;
   img.addEventListener("load", () => {
     if (img.naturalWidth > 128) return;
-    img.classList.add("pixelated"); // whole screen pixels for each pixel of the image
-    img.style.setProperty("--pixel", `${img.naturalWidth / Math.ceil(devicePixelRatio)}px`);
+    img.classList.add("pixelated");
+    img.style.setProperty("--pixels", `${img.naturalWidth}px`);
   });
   figure.querySelector(".label").textContent = image.seed === null ? label : `${label} · seed ${image.seed}`;
   for (const button of figure.querySelectorAll("button")) {
