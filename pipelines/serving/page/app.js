@@ -159,27 +159,22 @@ const ENTRY_ACTIONS = {
 
 async function add(entry) {
   entries.push(entry);
+  shown = entry;
   drop(await history.keep(entry, entries.map(({ id }) => id)));
-  show(entry);
 }
 
 /** Take entries off the page. */
 function drop(ids) {
-  for (const entry of entries.filter(({ id }) => ids.includes(id))) {
-    if (!Object.values(ends).some((blob) => blob && entry.sets.some(({ images }) => images.some((i) => i.blob === blob)))) {
-      results.release(entry);
-    }
-  }
+  entries.filter(({ id }) => ids.includes(id)).forEach(results.release);
   entries = entries.filter(({ id }) => !ids.includes(id));
-  if (shown && ids.includes(shown.id)) show(entries.at(-1) ?? null);
-  else results.showHistory(entries, (name, entry) => ENTRY_ACTIONS[name](entry));
+  show(shown && ids.includes(shown.id) ? (entries.at(-1) ?? null) : shown);
 }
 
 function show(entry) {
   shown = entry;
   if (entry === null) results.showNothing();
   else results.showResult(entry, (name, image) => IMAGE_ACTIONS[name](image, entry));
-  results.showHistory(entries, (name, each) => ENTRY_ACTIONS[name](each));
+  results.showHistory(entries, (name, chosen) => ENTRY_ACTIONS[name](chosen));
   refresh();
 }
 
