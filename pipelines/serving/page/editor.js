@@ -49,7 +49,7 @@ function stroke(from, to, erases = byId("erase").checked) {
   context.lineWidth = (byId("size").value / 100) * paint.width;
   context.beginPath();
   context.moveTo(from.x * paint.width, from.y * paint.height);
-  context.lineTo(to.x * paint.width, to.y * paint.height);
+  context.lineTo(to.x * paint.width + 0.01, to.y * paint.height); // a line without length would not be drawn
   context.stroke();
 }
 

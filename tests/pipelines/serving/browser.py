@@ -57,9 +57,15 @@ def open_page(context: BrowserContext, address: str) -> Watched:
     return watched
 
 
-def wait_until_done(page: Page) -> None:
-    """Wait for the end of a request that was just sent."""
-    page.wait_for_function("document.getElementById('submit').textContent !== 'Stop'", timeout=120_000)
+@contextlib.contextmanager
+def finished(page: Page) -> Iterator[None]:
+    """Wait for the images of the request that the block sends."""
+    count = page.locator("#history li").count()
+    yield
+    page.wait_for_selector(
+        f"#history li:nth-child({count + 1}), #problem:not(:empty)", state="attached", timeout=120_000
+    )
+    assert page.inner_text("#problem") == ""
 
 
 def screenshot(address: str, path: Path) -> None:
@@ -71,10 +77,9 @@ def screenshot(address: str, path: Path) -> None:
             page.uncheck("#random")
             page.fill("#seed", "1")
             page.fill("#count", str(count))
-            page.press("#caption", "Enter")
-            page.wait_for_selector("text=Stop")
-            wait_until_done(page)
-        page.wait_for_function("[...document.images].every((image) => image.complete)")
+            with finished(page):
+                page.press("#caption", "Enter")
+        page.evaluate("Promise.all([...document.images].map((image) => image.decode()))")
         page.screenshot(path=path)
 
 

@@ -3,8 +3,8 @@
 import contextlib
 import fnmatch
 import io
+import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,19 +16,16 @@ from base64 import b64decode
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, Page, expect
 
 from tests.pipelines.command_line import ROOT
+from tests.pipelines.serving.browser import Watched, chromium, finished, open_page
 from tests.unclip.systems import tiny_stacks
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
-
-    from tests.pipelines.serving.browser import Watched
 
 PAGE = ROOT / "pipelines" / "serving" / "page"
 FILES = sorted(PAGE.iterdir())
@@ -152,18 +149,14 @@ def address(stacks: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    from tests.pipelines.serving.browser import chromium
-
+def browser() -> Iterator[Browser]:
     with chromium() as found:
         yield found
 
 
 @pytest.fixture
-def watched(browser: "Browser", address: str) -> Iterator["Watched"]:
+def watched(browser: Browser, address: str) -> Iterator[Watched]:
     """The page on a desktop, on which nothing may go wrong in the test."""
-    from tests.pipelines.serving.browser import open_page
-
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     found = open_page(context, address)
     yield found
@@ -172,24 +165,15 @@ def watched(browser: "Browser", address: str) -> Iterator["Watched"]:
     assert found.hosts <= {"127.0.0.1", None}
 
 
-def generate(page: "Page", caption: str = "a red circle", seed: int = 7, count: int = 2) -> None:
+def generate(page: Page, caption: str = "a red circle", seed: int = 7, count: int = 2) -> None:
     page.uncheck("#random")
     for field, value in (("seed", seed), ("count", count), ("caption", caption)):
         page.fill(f"#{field}", str(value))
-    page.click("#submit")
-    finish(page)
+    with finished(page):
+        page.click("#submit")
 
 
-def finish(page: "Page") -> None:
-    """Wait for the images of the request that was just sent."""
-    from tests.pipelines.serving.browser import wait_until_done
-
-    wait_until_done(page)
-    assert page.inner_text("#problem") == ""
-    page.wait_for_selector("#result .tile")
-
-
-def images(page: "Page") -> list[Any]:
+def images(page: Page) -> list[Any]:
     """Pixels of the images of the result, as the page downloads them."""
     found = []
     for link in page.locator("#result [data-action=download]").all():
@@ -200,67 +184,67 @@ def images(page: "Page") -> list[Any]:
 
 
 @pytest.mark.slow
-def test_generated_images_are_those_of_the_seed(watched: "Watched", address: str) -> None:
+def test_generated_images_are_those_of_the_seed(watched: Watched, address: str) -> None:
     page = watched.page
     generate(page, seed=7)
     assert images(page) == sampled(address, prompt="a red circle", seed=7, n=2)
     assert page.locator(".label").all_inner_texts()[0].endswith("seed 7")
-    assert "2 images" in page.inner_text("#announcement")
+    expect(page.locator("#announcement")).to_contain_text("2 images")
     size = page.eval_on_selector(".tile img", "image => [image.naturalWidth, image.clientWidth, image.clientHeight]")
     assert size[0] == 16 and size[1] == size[2] >= 256 and size[1] % 16 == 0  # large, and no pixel wider than others
     assert page.eval_on_selector(".tile img", "image => getComputedStyle(image).imageRendering") == "pixelated"
 
 
 @pytest.mark.slow
-def test_a_random_seed_is_shown_and_can_be_used_again(watched: "Watched") -> None:
+def test_a_random_seed_is_shown_and_can_be_used_again(watched: Watched) -> None:
     page = watched.page
     page.fill("#caption", "a blue star")
-    page.click("#submit")
-    finish(page)
+    with finished(page):
+        page.click("#submit")
     first, seed = images(page), page.input_value("#seed")
     assert f"seed {seed}" in page.inner_text("#result .details")
-    page.click("#submit")
-    finish(page)
+    with finished(page):
+        page.click("#submit")
     assert images(page) != first and page.input_value("#seed") != seed
     page.locator("#history [data-action=reuse]").nth(1).click()
     assert page.input_value("#seed") == seed and not page.is_checked("#random")
-    page.click("#submit")
-    finish(page)
+    with finished(page):
+        page.click("#submit")
     assert images(page) == first
 
 
 @pytest.mark.slow
-def test_variations_and_an_interpolation_start_from_images_that_were_clicked(watched: "Watched") -> None:
+def test_variations_and_an_interpolation_start_from_images_that_were_clicked(watched: Watched) -> None:
     page = watched.page
     generate(page)
     given = images(page)
-    page.locator("[data-action=vary]").nth(1).click()
-    finish(page)
-    assert page.inner_text("#result h2") == "Variations"
+    with finished(page):
+        page.locator("[data-action=vary]").nth(1).click()
+    expect(page.locator("#result h2")).to_have_text("Variations")
     varied = images(page)
     assert len(varied) == 2 and given[1] not in varied
     page.locator("[data-action=start]").nth(0).click()
     assert page.is_disabled("#interpolate")
     page.locator("[data-action=end]").nth(1).click()
     page.fill("#way", "4")
-    page.click("#interpolate")
-    finish(page)
+    with finished(page):
+        page.click("#interpolate")
     shown = []
     for position in range(4):
         assert page.get_attribute("#position", "aria-valuetext") == f"image {position + 1} of 4"
         shown += images(page)
         page.press("#position", "ArrowRight")
-    assert len(shown) == 4 and all(one != other for one, other in zip(shown, shown[1:], strict=False))
+    assert len(shown) == 4 and all(one != other for one, other in itertools.pairwise(shown))
 
 
 @pytest.mark.slow
-def test_only_what_was_painted_is_made_anew(watched: "Watched") -> None:
+def test_only_what_was_painted_is_made_anew(watched: Watched) -> None:
     page = watched.page
     generate(page)
     given = np.array(images(page)[0])
     page.locator("[data-action=edit]").nth(0).click()
     page.click("#apply-edit")
-    assert "Paint over a part" in page.inner_text("#editor-problem")
+    expect(page.locator("#editor-problem")).to_contain_text("Paint over a part")
     page.fill("#size", "40")
     box = page.locator("#board").bounding_box()
     assert box is not None
@@ -269,17 +253,17 @@ def test_only_what_was_painted_is_made_anew(watched: "Watched") -> None:
     page.mouse.down()
     page.mouse.move(x + side * 3 / 4, y + side / 4, steps=4)
     page.mouse.up()
-    assert "% is painted" in page.inner_text("#painted")
+    expect(page.locator("#painted")).to_contain_text("% is painted")
     page.fill("#edit-caption", "a blue star")
-    page.click("#apply-edit")
-    finish(page)
+    with finished(page):
+        page.click("#apply-edit")
     edited = np.array(images(page)[0])
     assert (edited[9:] == given[9:]).all(), "the lower part was not painted"
     assert (edited[2:6, 3:13] != given[2:6, 3:13]).any(axis=2).mean() > 0.5
 
 
 @pytest.mark.slow
-def test_two_models_are_compared_on_the_same_seed(watched: "Watched", address: str) -> None:
+def test_two_models_are_compared_on_the_same_seed(watched: Watched, address: str) -> None:
     page = watched.page
     names = page.locator("#model option").evaluate_all("options => options.map(option => option.value)")
     assert len(names) == 2
@@ -290,24 +274,25 @@ def test_two_models_are_compared_on_the_same_seed(watched: "Watched", address: s
 
 
 @pytest.mark.slow
-def test_the_history_outlives_the_page_and_can_be_deleted(watched: "Watched") -> None:
+def test_the_history_outlives_the_page_and_can_be_deleted(watched: Watched) -> None:
     page = watched.page
     generate(page, "a red circle")
     generate(page, "a blue star")
     page.reload()
-    assert page.locator("#history .title").all_inner_texts() == ["a blue star", "a red circle"]
+    expect(page.locator("#history .title")).to_have_text(["a blue star", "a red circle"])
     page.locator("#history [data-action=show]").nth(1).click()
-    assert page.inner_text("#result h2") == "a red circle"
+    expect(page.locator("#result h2")).to_have_text("a red circle")
     page.locator("#history [data-action=forget]").nth(1).click()
-    assert page.inner_text("#result h2") == "a blue star"
+    expect(page.locator("#result h2")).to_have_text("a blue star")
     page.click("#forget-all")
-    assert page.is_hidden("#history-section") and page.is_visible("#result .empty")
+    expect(page.locator("#history-section")).to_be_hidden()
+    expect(page.locator("#result .empty")).to_be_visible()
     page.reload()
-    assert page.is_hidden("#history-section")
+    expect(page.locator("#result .empty")).to_be_visible()
 
 
 @pytest.mark.slow
-def test_an_image_file_can_be_varied(watched: "Watched", tmp_path: Path) -> None:
+def test_an_image_file_can_be_varied(watched: Watched, tmp_path: Path) -> None:
     page = watched.page
     Image.fromarray(np.full((30, 50, 3), 90, np.uint8)).save(tmp_path / "photo.png")
     (tmp_path / "text.png").write_text("no image")
@@ -316,44 +301,44 @@ def test_an_image_file_can_be_varied(watched: "Watched", tmp_path: Path) -> None
     page.set_input_files("#file", tmp_path / "photo.png")
     page.wait_for_selector("#result .tile")
     assert images(page) == [[[[90] * 3] * 30] * 30]
-    page.locator("[data-action=vary]").click()
-    finish(page)
+    with finished(page):
+        page.locator("[data-action=vary]").click()
     assert len(images(page)) == 4
 
 
 @pytest.mark.slow
-def test_the_keyboard_alone_is_enough(watched: "Watched") -> None:
+def test_the_keyboard_alone_is_enough(watched: Watched) -> None:
     page = watched.page
-    assert page.evaluate("document.activeElement.id") == "caption"
+    expect(page.locator("#caption")).to_be_focused()
     page.keyboard.type("a red circle")
-    page.keyboard.press("Enter")
-    finish(page)
+    with finished(page):
+        page.keyboard.press("Enter")
     given = np.array(images(page)[0])
     tab_to(page, "#count")
     page.keyboard.press("ArrowDown")
     tab_to(page, "#result [data-action=edit]")
     page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.id") == "board"
+    expect(page.locator("#board")).to_be_focused()
     for key in ("Shift+ArrowUp", "Shift+ArrowUp", "Space", "Shift+ArrowLeft", "Space"):
         page.keyboard.press(key)
-    assert "% is painted" in page.inner_text("#painted")
+    expect(page.locator("#painted")).to_contain_text("% is painted")
     tab_to(page, "#apply-edit")
-    page.keyboard.press("Enter")
-    finish(page)
+    with finished(page):
+        page.keyboard.press("Enter")
     edited = np.array(images(page))
     assert len(edited) == 3 and (edited[0][10:] == given[10:]).all() and (edited[0] != given).any()
     for name in ("start", "end"):
         tab_to(page, f"#result [data-action={name}]")
         page.keyboard.press("Enter")
     tab_to(page, "#interpolate")
-    page.keyboard.press("Enter")
-    finish(page)
+    with finished(page):
+        page.keyboard.press("Enter")
     tab_to(page, "#position")
     page.keyboard.press("End")
     assert page.get_attribute("#position", "aria-valuetext") == "image 8 of 8"
 
 
-def tab_to(page: "Page", selector: str) -> None:
+def tab_to(page: Page, selector: str) -> None:
     """Press Tab until an element has the focus; it must be visible there, as at every stop before."""
     for _ in range(80):
         page.keyboard.press("Tab")
@@ -374,11 +359,11 @@ def tab_to(page: "Page", selector: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser: "Browser", address: str, scheme: Any) -> None:
-    from tests.pipelines.serving.browser import open_page
-
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser: Browser, address: str, scheme: Any) -> None:
     size = {"width": 360, "height": 740}
-    context = browser.new_context(viewport=size, is_mobile=True, has_touch=True, device_scale_factor=2, color_scheme=scheme)
+    context = browser.new_context(
+        viewport=size, is_mobile=True, has_touch=True, device_scale_factor=2, color_scheme=scheme
+    )
     watched = open_page(context, address)
     page = watched.page
 
@@ -394,25 +379,23 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser: "Browser", 
     assert fits()
     page.locator("[data-action=edit]").nth(3).tap()
     assert fits()
-    assert page.inner_text("#painted") == "Nothing is painted."
+    expect(page.locator("#painted")).to_have_text("Nothing is painted.")
     page.locator("#board").tap()
-    assert "% is painted" in page.inner_text("#painted")
-    page.locator("#apply-edit").tap()
-    finish(page)
+    expect(page.locator("#painted")).to_contain_text("% is painted")
+    with finished(page):
+        page.locator("#apply-edit").tap()
     page.locator("[data-action=start]").nth(0).tap()
     page.locator("[data-action=end]").nth(1).tap()
     assert fits()
-    page.locator("#interpolate").tap()
-    finish(page)
+    with finished(page):
+        page.locator("#interpolate").tap()
     assert fits()
     context.close()
     assert not watched.complaints and watched.hosts <= {"127.0.0.1", None}
 
 
 @pytest.mark.slow
-def test_an_error_is_shown_at_its_field(browser: "Browser", address: str) -> None:
-    from tests.pipelines.serving.browser import open_page, wait_until_done
-
+def test_an_error_is_shown_at_its_field(browser: Browser, address: str) -> None:
     context = browser.new_context()
     watched = open_page(context, address)
     page = watched.page
@@ -421,24 +404,25 @@ def test_an_error_is_shown_at_its_field(browser: "Browser", address: str) -> Non
     page.click("#submit")
     page.wait_for_selector("#steps-error")
     assert page.get_attribute("#steps", "aria-describedby") == "steps-error"
-    assert page.evaluate("document.activeElement.id") == "steps"
+    expect(page.locator("#steps")).to_be_focused()
     page.fill("#steps", "")
-    page.click("#submit")
-    wait_until_done(page)
-    assert page.inner_text("#result h2") == "<img src=x onerror=alert(1)>"
+    with finished(page):
+        page.click("#submit")
+    expect(page.locator("#result h2")).to_have_text("<img src=x onerror=alert(1)>")
     assert page.locator("#steps-error").count() == 0 and page.get_attribute("#steps", "aria-invalid") is None
     context.close()
     assert len(watched.complaints) == 1 and "Failed to load resource" in watched.complaints[0]  # Chromium logs each 4xx
 
 
 @pytest.mark.slow
-def test_a_request_can_be_stopped(watched: "Watched") -> None:
+def test_a_request_can_be_stopped(watched: Watched) -> None:
     page = watched.page
     generate(page)
     page.fill("#steps", "100")
     page.fill("#count", "10")
     page.click("#submit")
-    assert page.inner_text("#submit") == "Stop"
+    expect(page.locator("#submit")).to_have_text("Stop")
     page.click("#submit")
-    page.wait_for_function("document.getElementById('announcement').textContent === 'Stopped.'")
-    assert page.inner_text("#submit") == "Generate" and page.locator("#result .tile").count() == 2
+    page.wait_for_selector("#announcement:text-is('Stopped.')", state="attached")
+    expect(page.locator("#submit")).to_have_text("Generate")
+    assert page.locator("#result .tile").count() == 2, "the result before is shown again"
