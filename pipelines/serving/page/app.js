@@ -74,14 +74,17 @@ function tellProblem(message) {
 
 const refresh = () => showChoice(models, running !== null);
 
-/** Parameters that all kinds of requests have. */
+const supports = (model, name) => models.find(({ id }) => id === model)?.supports.includes(name);
+
+/** Parameters that all kinds of requests have, as far as the model supports them. */
 function shared(settings, model = settings.model) {
-  return { model, n: settings.count, seed: settings.seed, guidance_scale: settings.guidance, steps: settings.steps };
+  const given = (name, value) => (supports(model, name) ? { [name]: value } : {});
+  const { count, seed, guidance, steps } = settings;
+  return { model, n: count, seed, ...given("guidance_scale", guidance), ...given("steps", steps) };
 }
 
 function captioned(settings, model = settings.model) {
-  const supports = models.find(({ id }) => id === model)?.supports ?? [];
-  const negative = supports.includes("negative_prompt") ? settings.negative : "";
+  const negative = supports(model, "negative_prompt") ? settings.negative : "";
   return { ...shared(settings, model), prompt: settings.caption, negative_prompt: negative };
 }
 
@@ -196,7 +199,7 @@ async function takeFile(file) {
 }
 
 const STATES = {
-  ok: (served) => `Ready · ${served.length} ${served.length === 1 ? "model" : "models"}`,
+  ok: () => `Ready · ${models.length} ${models.length === 1 ? "model" : "models"}`,
   starting: () => "The server is starting. This page waits for it.",
   offline: () => "The server cannot be reached. Trying again…",
 };
@@ -206,8 +209,6 @@ async function watch() {
   let known = "";
   for (;;) {
     const { state, models: served } = await health();
-    byId("status").textContent = STATES[state](served);
-    byId("status").dataset.state = state;
     if (state === "ok" && known !== JSON.stringify(served)) {
       try {
         models = await server.models();
@@ -218,6 +219,8 @@ async function watch() {
         tellProblem(error.message);
       }
     }
+    byId("status").textContent = STATES[state]();
+    byId("status").dataset.state = state;
     await new Promise((resolve) => setTimeout(resolve, state === "ok" ? 15_000 : 2_000));
   }
 }

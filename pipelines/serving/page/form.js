@@ -50,7 +50,6 @@ export function showChoice(models, busy) {
   const served = chosen.map((id) => models.find((model) => model.id === id)).filter(Boolean);
   byId("other-field").hidden = !comparing;
   byId("model-label").textContent = comparing ? "Model A" : "Model";
-  byId("negative-field").hidden = !served.some((model) => model.supports.includes("negative_prompt"));
   for (const [id, name] of [["guidance", "guidance_scale"], ["steps", "steps"]]) {
     const values = served.map((model) => model.defaults?.[name]).filter((value) => value != null);
     byId(id).placeholder = [...new Set(values)].map((value) => Number(value.toPrecision(3))).join(" / ");
@@ -58,7 +57,8 @@ export function showChoice(models, busy) {
   byId("seed").disabled = byId("random").checked;
   byId("submit").textContent = busy ? "Stop" : comparing ? "Compare" : "Generate";
   for (const element of document.querySelectorAll("[data-needs]")) {
-    element.hidden = !served[0]?.supports.includes(element.dataset.needs);
+    const used = element.closest("#request") ? served : served.slice(0, 1); // images are sampled from by model A
+    element.hidden = !used.some((model) => model.supports.includes(element.dataset.needs));
   }
 }
 

@@ -15,8 +15,7 @@ export class ServerError extends Error {
 export function connect(askToken) {
   async function call(path, options = {}) {
     for (;;) {
-      const token = sessionStorage.getItem(TOKEN);
-      const headers = { ...options.headers, ...(token && { Authorization: `Bearer ${token}` }) };
+      const headers = { ...options.headers, ...authorization() };
       const response = await fetch(path, { ...options, headers, cache: "no-store" }).catch((error) => {
         if (error.name === "AbortError") throw error;
         throw new ServerError(0, { message: "The server cannot be reached. Is it still running?" });
@@ -24,7 +23,7 @@ export function connect(askToken) {
       if (response.ok) return response;
       const error = await failure(response);
       if (response.status !== 401) throw error;
-      const answer = await askToken(token ? "The server refused this token." : "");
+      const answer = await askToken(headers.Authorization ? "The server refused this token." : "");
       if (answer === null) throw error;
       sessionStorage.setItem(TOKEN, answer);
     }
@@ -50,15 +49,20 @@ export function connect(askToken) {
   };
 }
 
-/** State of the server, "ok", "starting" or "offline", and the models that it serves. */
+/** State of the server, "ok", "starting" or "offline", and names of the models that it serves, if it tells. */
 export async function health() {
   try {
-    const response = await fetch("healthz", { cache: "no-store" });
+    const response = await fetch("healthz", { headers: authorization(), cache: "no-store" });
     const { models = [] } = response.ok ? await response.json() : {};
     return { state: response.ok ? "ok" : "starting", models };
   } catch {
     return { state: "offline", models: [] };
   }
+}
+
+function authorization() {
+  const token = sessionStorage.getItem(TOKEN);
+  return token ? { Authorization: `Bearer ${token}` } : {};
 }
 
 async function failure(response) {

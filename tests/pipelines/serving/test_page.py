@@ -58,7 +58,7 @@ def test_the_page_names_no_other_host() -> None:
         text = path.read_text().replace('xmlns="http://www.w3.org/2000/svg"', "")
         assert not re.search(r"https?:|[\"'(]//|@import|\burl\(", text), path.name
     for link in (*ELEMENTS.all("src"), *ELEMENTS.all("href")):
-        assert link.startswith("#") or (PAGE / link).exists(), link
+        assert link.startswith("#") or (PAGE.parent / link).exists(), link
 
 
 def test_the_page_has_no_inline_code_and_makes_no_markup_of_strings() -> None:
