@@ -16,6 +16,7 @@ from pipelines.commands import (
     plan_train,
     run,
     sample,
+    serve,
     takedown,
     train,
     ui,
@@ -25,7 +26,7 @@ from pipelines.console import tolerate_encodings
 from unclip.errors import UnclipError
 from unclip.messages import without_credentials
 
-MODULES = (run, compare, takedown, verify, gc, data, ui, sample, edit, exchange, train, plan_train, estimate)
+MODULES = (run, compare, takedown, verify, gc, data, ui, sample, serve, edit, exchange, train, plan_train, estimate)
 
 
 class Commands(click.Group):
