@@ -185,7 +185,7 @@ class Api:
         if response_format not in (None, "b64_json"):
             raise RequestError(
                 400,
-                f"response_format: got {response_format!a}, expected b64_json: this server keeps no images that a URL could name.",
+                f"response_format: got {response_format!a}, expected b64_json: no image is kept that a URL could name.",
                 "response_format",
                 "invalid_value",
             )

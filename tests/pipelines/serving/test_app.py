@@ -110,7 +110,9 @@ def test_images_are_those_of_unclip_sample_whatever_their_batch(
 
     alone, together = loop.run(ask())
     assert alone["model"] == server.models.served[0].id and [item["seed"] for item in alone["data"]] == [3, 3]
-    assert [(pixels(item) == image).all() for item, image in zip(alone["data"], expected(storage, 3, 2))] == [True] * 2
+    assert [
+        (pixels(item) == image).all() for item, image in zip(alone["data"], expected(storage, 3, 2), strict=True)
+    ] == [True] * 2
     for seed, answer in zip((3, 4, 5), together, strict=True):
         for item, image in zip(answer["data"], expected(storage, seed, 2), strict=True):
             assert abs(pixels(item) - image).max() <= 1
@@ -301,7 +303,7 @@ def form_requests() -> Iterator[tuple[str, bytes, str]]:
     yield EDITS, whole, "prompt"
     yield (
         EDITS,
-        prompt + image + mask + png(RESOLUTION, RESOLUTION + 1, opacity=np.zeros((16, 17), np.uint8)) + b"\r\n" + end,
+        prompt + image + mask + png(16, 17, opacity=np.zeros((16, 17), np.uint8)) + b"\r\n" + end,
         "mask",
     )
     yield EDITS, prompt + image + mask + b"nothing\r\n" + end, "mask"
