@@ -12,6 +12,7 @@ import hmac
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from pathlib import Path
@@ -68,6 +69,7 @@ class Api:
         self._active = 0
         self._usual_seconds = 1.0
         self._sandbox: Sandbox | None = None
+        self._starting = threading.Lock()
 
     # -------------------------------------------------------------------------------------------------- information
 
@@ -244,8 +246,8 @@ class Api:
 
     async def _decode(self, data: bytes, size: int, name: str, with_opacity: bool = False) -> given.GivenImage:
         def decode() -> given.GivenImage:
-            if self._sandbox is None:
-                self._sandbox = Sandbox(given.answer)
+            with self._starting:
+                self._sandbox = self._sandbox or Sandbox(given.answer, num_children=2)
             return given.decode_bytes(self._sandbox, data, size, self.limits.max_image_pixels, with_opacity)
 
         try:
@@ -254,12 +256,13 @@ class Api:
             raise RequestError(400, f"{name}: {error}. Send another image.", name, "invalid_image") from None
 
     async def _sample(self, job: Job) -> Sampled:
-        async for event in self._sampling(job):
-            if isinstance(event, Sampled):
-                return event
-        raise RuntimeError("the sampler ended without images")
+        async with contextlib.aclosing(self._sampling(job)) as events:
+            async for event in events:
+                if isinstance(event, Sampled):
+                    return event
+        raise AssertionError("the last event has images")
 
-    async def _sampling(self, job: Job) -> AsyncIterator[Progress | Sampled]:
+    async def _sampling(self, job: Job) -> AsyncGenerator[Progress | Sampled]:
         """Events of a job, within the time of a request; counts it."""
         started = time.monotonic()
         try:
@@ -289,11 +292,12 @@ class Api:
     async def _events(self, job: Job, model: Model) -> AsyncGenerator[str]:
         """Server-sent events of a job."""
         try:
-            async for event in self._sampling(job):
-                if isinstance(event, Progress):
-                    yield _event({"type": "image.progress", "step": event.step, "steps": event.steps})
-                else:
-                    yield _event({"type": "image.completed", **self._body(job, model, event)})
+            async with contextlib.aclosing(self._sampling(job)) as events:
+                async for event in events:
+                    if isinstance(event, Progress):
+                        yield _event({"type": "image.progress", "step": event.step, "steps": event.steps})
+                    else:
+                        yield _event({"type": "image.completed", **self._body(job, model, event)})
         except RequestError as error:
             yield _event({"type": "error", **error.body()})
         except Exception as error:
@@ -316,7 +320,8 @@ class Api:
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise RequestError(403, f"origin: got {ascii(origin)[:80]}, expected pages of this server only.")
-        if self.token is not None and request.url.path.startswith(_CLOSED) and not self._has_token(request):
+        path = request.scope["path"]  # that of `request.url` depends on the header `Host`
+        if self.token is not None and path.startswith(_CLOSED) and not self._has_token(request):
             raise RequestError(401, "the token is missing or wrong. Send the header `Authorization: Bearer TOKEN`.")
 
     def _has_token(self, request: Request) -> bool:
@@ -467,7 +472,7 @@ def _to_response(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
     if isinstance(error, HTTPException):
         error = RequestError(
-            error.status_code, f"{request.method[:20]} {ascii(request.url.path)[:100]}: {error.detail}."
+            error.status_code, f"{request.method[:20]} {ascii(request.scope['path'])[:100]}: {error.detail}."
         )
     if not isinstance(error, RequestError):
         log.error("request failed: %s", without_credentials(reason_of(error)))

@@ -460,13 +460,15 @@ def test_f165_a_server_with_a_token_answers_nobody_without_it(
     guarded = Server(storage, token="a-long-secret-token", hosts=None)
     guarded.models = guarded.api.models = server.models
 
-    async def ask(token: str | None, path: str) -> int:
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    async def ask(token: str | None, path: str, **headers: str) -> int:
+        headers |= {} if token is None else {"authorization": f"Bearer {token}"}
         return (await guarded.client.get(path, headers=headers)).status_code
 
     for path in ("/v1/models", "/metrics", "/v1/images/generations", "/v1/nothing"):
         for token in (None, "", "wrong", "a-long-secret-toke", "a-long-secret-token2"):
             assert loop.run(ask(token, path)) == 401
+        for host in ("test/?", "test/healthz?", "test#", "evil.example"):
+            assert loop.run(ask(None, path, host=host)) == 401
     assert loop.run(ask("a-long-secret-token", "/v1/models")) == 200
     assert [loop.run(ask(None, path)) for path in ("/healthz", "/", "/app.js")] == [200, 200, 200]
     assert loop.run(guarded.client.get("/healthz")).json()["models"] == []
