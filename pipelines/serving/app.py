@@ -471,7 +471,6 @@ def _to_response(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
     if isinstance(error, HTTPException):
-        path = request.scope["path"]
         error = RequestError(
             error.status_code, f"{request.method[:20]} {ascii(request.scope['path'])[:100]}: {error.detail}."
         )
