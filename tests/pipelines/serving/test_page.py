@@ -58,7 +58,7 @@ def test_the_page_names_no_other_host() -> None:
         text = path.read_text().replace('xmlns="http://www.w3.org/2000/svg"', "")
         assert not re.search(r"https?:|[\"'(]//|@import|\burl\(", text), path.name
     for link in (*ELEMENTS.all("src"), *ELEMENTS.all("href")):
-        assert link.startswith("#") or (PAGE.parent / link).exists(), link
+        assert link.startswith("#") or (PAGE / link).exists(), link
 
 
 def test_the_page_has_no_inline_code_and_makes_no_markup_of_strings() -> None:
@@ -98,13 +98,13 @@ def test_all_files_of_the_page_are_package_data() -> None:
 
 
 @contextlib.contextmanager
-def serving(*models: Path, log: Path, port: int = PORT, options: tuple[str, ...] = ()) -> Iterator[str]:
-    """Start `unclip serve` with models, wait until it is ready, and yield its address."""
-    command = [sys.executable, "-m", "pipelines", "serve", "--port", str(port), *options]
-    command += [part for model in models for part in ("--model", str(model))]
+def serving(storage: Path, *options: str, port: int = PORT) -> Iterator[str]:
+    """Start `unclip serve` on what a storage has published, wait until it is ready, and yield its address."""
     address = f"http://127.0.0.1:{port}/"
+    command = [sys.executable, "-m", "pipelines", "serve", "--storage", storage, "--port", str(port), *options]
+    log = storage / "serve.log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=storage, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 180
         while not is_ready(address):
@@ -137,14 +137,20 @@ def pixels(png: bytes) -> Any:
 
 
 @pytest.fixture(scope="module")
-def stacks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two stacks, whose images have 16 and 8 pixels."""
-    return [tiny_stacks.publish(tmp_path_factory.mktemp(f"stack{num}"), num) for num in (1, 0)]
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage with two published models: `large`, whose images have 16 pixels, and `small`, whose images have 8."""
+    folder = tmp_path_factory.mktemp("storage")
+    stacks = {name: tiny_stacks.publish(folder / name, num) for num, name in enumerate(("small", "large"))}
+    (folder / "published").mkdir()
+    for at, (name, stack) in enumerate(stacks.items()):
+        record = {"stack": str(stack), "digest": "0" * 64, "at": at}
+        (folder / "published" / f"{name}.json").write_text(json.dumps(record))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def address(stacks: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(*stacks, log=tmp_path_factory.mktemp("serve") / "log") as found:
+def address(storage: Path) -> Iterator[str]:
+    with serving(storage) as found:
         yield found
 
 
