@@ -5,6 +5,7 @@ binds the one socket that others may reach. Ray Serve's own HTTP proxies are swi
 """
 
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -37,6 +38,7 @@ class Replica:
     def __init__(self, max_images: int, wait_seconds: float, num_threads: int | None) -> None:
         import torch
 
+        _listen_on_loopback()
         if num_threads is not None:
             torch.set_num_threads(num_threads)  # Ray leaves one to an actor that reserves no CPUs
         self._engine = Engine(max_images, wait_seconds, "cpu" if num_threads is not None else "cuda")
@@ -48,6 +50,15 @@ class Replica:
 
     async def load(self, stack: str) -> Loaded:
         return await self._engine.load(stack)
+
+
+def _listen_on_loopback() -> None:
+    """Make the gRPC server of this replica, which listens on all interfaces otherwise, listen as the node does."""
+    from ray.serve._private import replica
+
+    address, add_port = ray.util.get_node_ip_address(), replica.add_port_to_grpc_server
+    if ipaddress.ip_address(address).is_loopback:
+        replica.add_port_to_grpc_server = lambda server, _: add_port(server, f"{address}:0")
 
 
 class Replicas:
@@ -67,6 +78,7 @@ class Replicas:
             graceful_shutdown_timeout_s=1,  # the app has waited for running requests
         )
         application = deployment.bind(max_images, wait_seconds, num_threads)  # type: ignore[attr-defined]
+        self._is_shared = not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback
         self._handle = serve.run(application, name=APP, route_prefix=None)
 
     async def sample(self, job: Job) -> AsyncIterator[Progress | Sampled]:
@@ -90,8 +102,9 @@ class Replicas:
         return results[0]
 
     def close(self) -> None:
-        serve.shutdown()
-        ray.shutdown()
+        if self._is_shared:
+            serve.delete(APP)
+        ray.shutdown()  # ends a private cluster, with everything in it
 
 
 class Server(uvicorn.Server):

@@ -1,5 +1,6 @@
 """Requests of clients: bodies read within limits, and values checked. Errors are those of OpenAI's API."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -113,10 +114,8 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, str) and len(value) <= 40:
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not (math.isfinite(value) and low <= value <= high):
             raise _invalid(name, value, f"a number from {low:g} to {high:g}")
