@@ -123,7 +123,7 @@ function tile(entry, image, label, act) {
   const link = figure.querySelector("a");
   link.href = img.src;
   link.download = `unclip-${image.seed ?? "image"}-${label.replaceAll(" ", "-")}.png`;
-  link.setAttribute("aria-label", `Download: image ${label}`);
+  link.setAttribute("aria-label", `Save: image ${label}`);
   return figure;
 }
 
