@@ -19,16 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
+from tasks.scoring import Measured, measure_batch, merge
 from tasks.snapshots import MAX_HELDOUT
-from tasks.stages.evaluate import (
-    EvaluateConfig,
-    Measured,
-    measure_batch,
-    merge,
-    summarise,
-    unseen_captions,
-)
+from tasks.stages.evaluate import EvaluateConfig, summarise, unseen_captions
 from unclip import imaging
+from unclip.evaluation.metrics import values_of
 from unclip.models.clip import Clip, architectures
 
 MB, GB = 1 << 20, 1 << 30
@@ -76,7 +71,7 @@ def main() -> None:
     measured = merge(sample(), len(captions))
     peaks["after the last batch"] = measure.peak_rss(process)
     sampled = time.monotonic()
-    values, _ = summarise("heldout", captions, measured, reference)
+    estimates, _ = summarise("heldout", captions, measured, reference)
     peaks["after the metrics"] = measure.peak_rss(process)
     finished = time.monotonic()
 
@@ -88,7 +83,9 @@ def main() -> None:
     pixels = len(captions) * 3 * arguments.image_size**2 * 4
     print(f"\nreturned by workers: {sum(sizes) / MB:,.0f} MB, {sum(sizes) / len(captions):,.0f} bytes an image; "
           f"as float32 images it would be {pixels / GB:,.1f} GB")  # fmt: skip
-    print(f"sampling and measuring {sampled - started:,.0f} s, metrics {finished - sampled:,.0f} s, {values}")
+    print(
+        f"sampling and measuring {sampled - started:,.0f} s, metrics {finished - sampled:,.0f} s, {values_of(estimates)}"
+    )
 
 
 if __name__ == "__main__":

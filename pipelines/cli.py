@@ -13,6 +13,7 @@ from pipelines.commands import (
     estimate,
     exchange,
     gc,
+    models,
     plan_train,
     run,
     sample,
@@ -26,7 +27,23 @@ from pipelines.console import tolerate_encodings
 from unclip.errors import UnclipError
 from unclip.messages import without_credentials
 
-MODULES = (run, compare, takedown, verify, gc, data, ui, sample, serve, edit, exchange, train, plan_train, estimate)
+MODULES = (
+    run,
+    compare,
+    takedown,
+    verify,
+    gc,
+    data,
+    models,
+    ui,
+    sample,
+    serve,
+    edit,
+    exchange,
+    train,
+    plan_train,
+    estimate,
+)
 
 
 class Commands(click.Group):

@@ -335,7 +335,8 @@ def draw_images(comparison: Comparison) -> bytes:
 
 def _mean_accuracy(group: str) -> Callable[[Row], float | None]:
     def value(row: Row) -> float | None:
-        found = [number for name, number in row.metrics.get(group, {}).items() if name.startswith("accuracy.")]
+        metrics = row.metrics.get(group, {})
+        found = [metrics[f"accuracy.{name}"] for name in SCORED if f"accuracy.{name}" in metrics]
         return float(np.mean(found)) if found else None
 
     return value

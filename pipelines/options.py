@@ -14,6 +14,12 @@ STORAGE = click.option(
     envvar="UNCLIP_STORAGE",
     help="Folder or URI for data, models and results.",
 )
+MODEL = click.option(
+    "--model",
+    metavar="MODEL",
+    help="Published model: NAME, NAME@ALIAS, NAME/VERSION or the folder of a stack.  "
+    "[default: the champion promoted last in the storage]",
+)
 PIPELINE = click.argument("pipeline", shell_complete=lambda *given: complete(pipeline_names(), given[-1]))
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: settings that differ from the preset.")
 SET = click.option(

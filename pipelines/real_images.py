@@ -19,7 +19,7 @@ from tasks.stages.evaluate import caption_groups, heldout_embeddings, heldout_pa
 from unclip import imaging
 from unclip.data import Places, RowReader
 from unclip.evaluation import scenes
-from unclip.evaluation.metrics import METRICS, Sampled, concatenate, extract_features
+from unclip.evaluation.metrics import Sampled, concatenate, extract_features, measure, values_of
 from unclip.systems.system import ClipFiles
 from unclip.training.batches import load_images
 
@@ -73,8 +73,7 @@ def measure_real_images(config: PipelineConfig, dataset: Artifact, clip: Artifac
             if is_heldout and start < num_shown:
                 shown.append(imaging.to_uint8(images))
         joined = concatenate(features, len(captions))
-        sampled = Sampled(captions, joined, reference)
-        values[group] = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
+        values[group] = values_of(measure(Sampled(captions, joined, reference)))
         if is_heldout and joined.scenes is not None:
             correct = joined.scenes.all_correct()[:num_shown]
     images_shown = np.concatenate(shown)[:num_shown]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.options import NUMBER, STORAGE
+from pipelines.options import MODEL, NUMBER, STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError
 
@@ -142,10 +142,7 @@ def sampling_options(out: str, *extra: Callable[[Any], Any]) -> Callable[[Any], 
             "--out", default=out, show_default=True, help="PNG, JPEG or WebP file for the grid of all images."
         ),
         click.option("--each", metavar="FOLDER", help="Folder for one PNG file per image, in addition to the grid."),
-        click.option(
-            "--model",
-            help="Registered model, as NAME or NAME@ALIAS.  [default: the last published in the storage]",
-        ),
+        MODEL,
         STORAGE,
     )
 

@@ -1,12 +1,14 @@
 """Summary of a run: printed on the console for people, and written to `summary.json` for programs."""
 
 import contextlib
+import html
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.dataset import PipelineConfig
+from tasks.published import CHALLENGER
 from tasks.stage import Artifact
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import files, seals
@@ -35,7 +37,8 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
         summary["accuracy_unseen"] = facts["accuracy"].get("unseen", {})
     if "publish" in artifacts:
         summary["stack"] = artifacts["publish"].uri
-        summary["registered"] = {key: artifacts["publish"].facts[key] for key in ("name", "alias", "version")}
+        facts = artifacts["publish"].facts
+        summary["registered"] = {key: facts.get(key) for key in ("name", "alias", "version", "reason")}
     summary["seconds"] = {name: artifact.seconds for name, artifact in artifacts.items()}
     summary["artifacts"] = {name: artifact.fingerprint for name, artifact in artifacts.items()}
     return summary
@@ -69,7 +72,11 @@ def write_results(
     if merged != before:
         store.write_json(merged, *path)
     if "report" in artifacts:
-        files.write(f"{folder}/report.html", files.read(artifacts["report"].uri))
+        page = files.read(artifacts["report"].uri)
+        if merged.get("registered"):
+            published = f"</h1>\n<p>{html.escape(_published(merged['registered']))}</p>"
+            page = page.replace(b"</h1>", published.encode(), 1)
+        files.write(f"{folder}/report.html", page)
     if "evaluate" in artifacts:
         for name, uri in artifacts["evaluate"].facts["images"].items():
             files.write(f"{folder}/{name}.png", files.read(uri))
@@ -114,8 +121,23 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
     if "report" in summary["seconds"]:
         lines.append(f"report     {store.uri('results', name, 'report.html')}")
     lines.append(f"summary    {store.uri('results', name, 'summary.json')}")
+    if registered := summary.get("registered"):
+        lines.append(f"published  {_published(registered)}")
     storage = "" if Path(config.storage) == Path(DEFAULT_ROOT) else f" --storage {shlex.quote(config.storage)}"
     lines.append(f"browse     unclip ui{storage}")
     if "stack" in summary:
-        lines.append(f'sample     unclip sample "a small yellow star on a purple background"{storage} --out grid.png')
+        model = ""
+        if registered and registered["alias"] == CHALLENGER:
+            challenger = f"{registered['name']}@{CHALLENGER}"
+            lines.append(f"promote    unclip models promote {challenger}{storage}")
+            model = f" --model {challenger}"
+        caption = '"a small yellow star on a purple background"'
+        lines.append(f"sample     unclip sample {caption}{model}{storage} --out grid.png")
     print("\n".join(lines), flush=True)
+
+
+def _published(registered: Mapping[str, Any]) -> str:
+    """Sentence on what became of the published version."""
+    version = registered["version"]
+    label = registered["name"] if version is None else f"{registered['name']}/{version}"
+    return f"{label} is the {registered['alias']}: {registered.get('reason') or 'published'}"

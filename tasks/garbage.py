@@ -2,7 +2,8 @@
 
 Needed are, with all that they refer to:
 
-- every dataset version, the summaries in `results/`, the published stacks and the registered versions;
+- every dataset version, the summaries in `results/`, the registered versions, and of the published models the champion, the
+  challenger and the champions before, which a rollback returns to;
 - of each pipeline, the last result of each stage, finished or not, and all results of running runs;
 - selections of rows that models may have been trained on, since takedowns look for rows in them. An old selection costs its
   verdicts, places and scores, some 130 bytes a row, the list that it was made from, some 100 bytes a row that selections from the
@@ -21,7 +22,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from tasks import references, tables
+from tasks import published, references, tables
 from tasks.lock import Held, lock, result_lock
 from tasks.references import Folder
 from tasks.store import INTERMEDIATE, Store
@@ -167,6 +168,7 @@ class _Search:
                     f"{uri}: the record cannot be read, so what it needs is not known. Run `unclip verify` first."
                 )
         self.versions = references.dataset_versions(store)
+        self.published = published.read_all(store)
         self.needed = self._needed(tracking_uris)
         self._links: collections.Counter[tuple[int, int]] = collections.Counter()
 
@@ -179,11 +181,12 @@ class _Search:
         for kind in _TABLES:
             for path in [(kind,)] if kind == "snapshots" else [(kind, name) for name in self.store.list(kind)]:
                 yield from self._parts(path)
+        yield from self._scores()
 
     def _needed(self, tracking_uris: Sequence[str]) -> set[Folder]:
         """All stage folders that are needed, by themselves or by a needed record."""
         roots: list[Any] = [*self.versions]
-        roots += [self.store.read_json("published", name) for name in self.store.list("published")]
+        roots += [dataclasses.asdict(entry) for record in self.published for entry in record.needed()]
         roots += [source for uri in tracking_uris for source in _registered(uri)]
         needed = {folder for folder, _ in references.folders_in(roots)}
         needed |= {folder for _, folder in references.last_reached(self.store)}
@@ -236,6 +239,14 @@ class _Search:
             is_part = entry.name.endswith(".parquet") and "/" not in entry.name
             if is_part and entry.name not in kept and entry.modified <= self.latest:
                 yield Garbage("/".join((*path, entry.name)), "part that no version needs", 1, self._freed([entry]))
+
+    def _scores(self) -> Iterator[Garbage]:
+        """Yield the scores of stacks that no promotion will be compared with."""
+        needed = {entry.digest[:16] for record in self.published for entry in record.needed()}
+        for entry in files.walk(self.store.uri(published.SCORES)):
+            if entry.name.partition("-")[0] not in needed and entry.modified <= self.latest:
+                what = "scores of a stack that is neither champion nor challenger"
+                yield Garbage(f"{published.SCORES}/{entry.name}", what, 1, self._freed([entry]))
 
     def _freed(self, entries: Collection[files.Entry]) -> int:
         """Bytes that deleting files frees, after those that were asked for before."""

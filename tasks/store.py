@@ -10,7 +10,8 @@ runs/<run id>/          records of each run and its stages
 attempts/<recipe>.json  number of the last download attempt
 tombstones.parquet      everything that was taken down; takedowns/ has the outcome of each request, and those that wait
 results/<pipeline>/     summary, report and images of the last run, or of a comparison
-published/<name>.json   published stacks for sampling; imported/ has stacks from elsewhere
+published/<name>.json   published models, their champion and challenger; imported/ has stacks from elsewhere
+scores/<stack>.parquet  scores of single images of published stacks, by which candidates are compared
 locks/                  owners of the tables, and of results that are being made; see `tasks.lock`
 scenes/<name>.parquet   lists of procedural images
 mlflow.db               MLflow's database, with mlflow-artifacts/, unless a server is used
@@ -36,7 +37,7 @@ INTERMEDIATE = "intermediate"
 ENTRIES = frozenset(
     """
     images index embeddings snapshots stages artifacts runs attempts tombstones.parquet takedowns results published
-    imported scenes mlflow.db mlflow-artifacts locks
+    scores imported scenes mlflow.db mlflow-artifacts locks
     """.split()  # noqa: SIM905
 )
 """Names in the root of a storage; every storage has some of them."""

@@ -13,7 +13,7 @@ import typing
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tasks.database import database_path
 from unclip import files
@@ -23,6 +23,7 @@ from unclip.messages import reason_of, redacted, without_credentials
 from unclip.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A tracking server that is down must cost seconds, not the four minutes of the client's defaults.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -109,8 +110,8 @@ class Tracker:
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
         self._try(lambda client: client.log_inputs(self.run_id, [entry]))
 
-    def register(self, folder: str, name: str, alias: str) -> str | None:
-        """Make a stack a new version of a registered model and move an alias to it.
+    def register(self, folder: str, name: str) -> str | None:
+        """Make a stack a new version of a registered model.
 
         If the run's artifacts are in a local folder, they get links to the files of a local stack, which take no space. A server
         gets a copy. A stack in an object store is referred to where it is.
@@ -138,9 +139,7 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            version = str(client.create_model_version(name, source, self.run_id).version)
-            client.set_registered_model_alias(name, alias, version)
-            return version
+            return str(client.create_model_version(name, source, self.run_id).version)
 
         version: str | None = self._try(action)
         return version
@@ -158,6 +157,11 @@ class Tracker:
         tags[SHOWS_ROWS] = str(shows_rows).lower()
         run = self._try(lambda client: client.create_run(experiment_id, tags=tags, run_name=name))
         return Tracker(self.tracking_uri, run.info.run_id if run else "")
+
+    def attempt(self, action: Callable[[Any], T]) -> T | None:
+        """Call a function with an MLflow client; None if there is no MLflow, or it does not accept what the function does."""
+        result: T | None = self._try(action)
+        return result
 
     def _try(self, action: Callable[[Any], Any]) -> Any:
         if not self.run_id:

@@ -186,7 +186,11 @@ class _Survey:
         for path, size in self._sizes(*RECORDED).items():
             what, remedy = "recorded takedown", "repeat the takedown, and remove the file"
             yield Item(self.store.uri(*path), size, what, remedy)
-        for kind, what in (("attempts", "number of a download attempt"), ("scenes", "list of procedural images")):
+        for kind, what in (
+            ("attempts", "number of a download attempt"),
+            ("scenes", "list of procedural images"),
+            ("scores", "scores of a published stack"),
+        ):
             for path, size in self._sizes(kind).items():
                 remedy = self._dropped(self._run())
                 yield Item(self.store.uri(*path), size, what, remedy, is_disposable=True)
@@ -293,8 +297,8 @@ class _Survey:
         stages = [
             folder
             for folder in self.pipelines
-            if (record := self.records.get(folder)) is not None and "alias" in record.get("facts", {})
-            if record["facts"]["name"] == name
+            if folder.stage == "publish" and (record := self.records.get(folder)) is not None
+            if record.get("facts", {}).get("name") == name
         ]
         return stages[-1] if stages else None
 

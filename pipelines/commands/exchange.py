@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipelines.options import STORAGE
+from pipelines.options import MODEL, STORAGE
 from tasks.store import DEFAULT_ROOT
 from unclip.errors import InputError
 
@@ -31,7 +31,7 @@ LAYOUTS = ("current", "portable", "hub")  # as in unclip.interop.pipeline, which
 @click.option(
     "--upsampler-1024", metavar="MODEL", help="Model folder of a second upsampler, written next to the pipeline."
 )
-@click.option("--model", help="Registered model, as NAME or NAME@ALIAS.  [default: the last published in the storage]")
+@MODEL
 @STORAGE
 def export(
     folder: str, layout: str, image_variation: bool, upsampler_1024: str | None, model: str | None, storage: str | None
@@ -90,6 +90,7 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
         if not Path(given).is_dir():
             raise InputError(f"{given}: no such folder. Download the pipeline first, for example with git.")
 
+    from tasks import published
     from unclip.config import fingerprint
     from unclip.interop.pipeline import import_stack, save_imported
     from unclip.systems.system import read_stack
@@ -99,7 +100,9 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
     imported = import_stack(folder, image_variation=image_variation)
     save_imported(imported, destination)
     digest = fingerprint([checkpoints.digest(folder) for folder in read_stack(destination).models.values()])
-    store.write_json({"stack": destination, "digest": digest, "at": time.time()}, "published", f"{name}.json")
+    entry = published.Entry(destination, digest, time.time(), system=read_stack(destination).system)
+    with published.changing(store, name) as record:
+        published.write(store, record.promote(entry, f"imported from {folder}"))
     click.echo(destination)
 
 

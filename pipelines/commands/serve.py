@@ -20,7 +20,7 @@ MIN_TOKEN = 16
     metavar="NAME",
     multiple=True,
     help="Registered model, as NAME, NAME@ALIAS or NAME/VERSION, or a folder; repeatable, the first is the default.  "
-    "[default: all that the storage has published]",
+    "[default: champions and challengers]",
 )
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than loopback need a token."
@@ -125,8 +125,8 @@ def _read_token(path: str) -> str:
         token = ""
     if len(token) < MIN_TOKEN or not token.isprintable() or " " in token:
         raise InputError(
-            f"--token-file: {path} must hold one token of at least {MIN_TOKEN} ASCII letters, digits and signs, such as the output "
-            "of `openssl rand -hex 32`."
+            f"--token-file: {path} must hold one token of at least {MIN_TOKEN} ASCII letters, digits and signs, such as "
+            "the output of `openssl rand -hex 32`."
         )
     return token
 

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from pipelines.serving.requests import Fields, Limits, RequestError
 from tasks.untrusted import given
 from tasks.untrusted.sandbox import Sandbox
 from unclip import config
-from unclip.errors import UnclipError
+from unclip.errors import ConfigError, InputError, ShapeError, UnclipError
 from unclip.messages import reason_of, without_credentials
 
 log = logging.getLogger("unclip.serving")
@@ -119,9 +119,7 @@ class Api:
         try:
             job, model, is_streamed = await self._read(request, kind)
             if is_streamed:
-                response = StreamingResponse(self._events(job, model, place), media_type="text/event-stream")
-                response.headers["cache-control"] = "no-store"
-                place = _Place(None)  # the events free it
+                response, place = _EventStream(self._events(job, model), place), _Place(None)
                 return response
             try:
                 sampled = await _unless_disconnected(request, self._sample(job))
@@ -187,7 +185,7 @@ class Api:
         if response_format not in (None, "b64_json"):
             raise RequestError(
                 400,
-                f"response_format: got {response_format!a}, expected b64_json: this server keeps no images that a URL could name.",
+                f"response_format: got {response_format!a}, expected b64_json: no image is kept that a URL could name.",
                 "response_format",
                 "invalid_value",
             )
@@ -262,11 +260,11 @@ class Api:
         """Events of a job, within the time of a request; counts it."""
         started = time.monotonic()
         try:
-            async with (
-                asyncio.timeout(self.limits.request_seconds),
-                contextlib.aclosing(self.sampler.sample(job)) as events,  # type: ignore[type-var]
-            ):
-                async for event in events:
+            async with contextlib.aclosing(self.sampler.sample(job)) as events:  # type: ignore[type-var]
+                event: Progress | Sampled | None = None
+                while not isinstance(event, Sampled):
+                    async with asyncio.timeout(started + self.limits.request_seconds - time.monotonic()):
+                        event = await anext(events)
                     if isinstance(event, Sampled):
                         self._count(job, event, time.monotonic() - started)
                     yield event
@@ -275,9 +273,7 @@ class Api:
             raise RequestError(
                 503, f"not sampled within {limit:g} s.", code="timeout", retry_after=math.ceil(limit)
             ) from None
-        except ValueError as error:
-            if not isinstance(error, UnclipError):
-                raise
+        except (ConfigError, InputError, ShapeError) as error:
             raise RequestError(400, str(error), code="invalid_value") from None
 
     def _count(self, job: Job, sampled: Sampled, seconds: float) -> None:
@@ -287,7 +283,7 @@ class Api:
         self.metrics.batch_size.observe(sampled.batch_size)
         self.metrics.batch_seconds.observe(sampled.seconds)
 
-    async def _events(self, job: Job, model: Model, place: "_Place") -> AsyncIterator[str]:
+    async def _events(self, job: Job, model: Model) -> AsyncGenerator[str]:
         """Server-sent events of a job."""
         try:
             async for event in self._sampling(job):
@@ -300,8 +296,6 @@ class Api:
         except Exception as error:
             log.error("sampling failed: %s", without_credentials(reason_of(error)))
             yield _event({"type": "error", **_internal().body()})
-        finally:
-            place.free()
         yield "data: [DONE]\n\n"
 
     def _body(self, job: Job, model: Model, sampled: Sampled) -> dict[str, Any]:
@@ -347,6 +341,21 @@ class _Place:
         if self._api is not None:
             self._api._active += number
             self._api.metrics.waiting.set(self._api._active)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events, which end when the client leaves; their request then frees its place."""
+
+    def __init__(self, events: AsyncGenerator[str], place: _Place) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._events, self._place = events, place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._place.free()
+            await self._events.aclose()
 
 
 def create_app(api: Api, refresh_seconds: float = REFRESH_SECONDS) -> ASGIApp:

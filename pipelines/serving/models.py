@@ -2,13 +2,11 @@
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.serving.jobs import Loaded, Sampler
-from tasks.store import Store
 from unclip.errors import InputError
 
 
@@ -76,45 +74,37 @@ class Published:
     id: str
     aliases: tuple[str, ...]
     stack: str
-    at: float
 
 
 def find_published(storage: str, wanted: Sequence[str]) -> list[Published]:
-    """Stacks to serve: those that are named, or all champions of a storage, the last published first.
+    """Stacks to serve: those that are named, or the champions and challengers of a storage, the last promoted first.
 
     Raises:
         InputError: nothing was published, or a name is unknown.
     """
-    from pipelines.published import find_stack
+    from pipelines.published import Found, find_model, has_stack
     from pipelines.storage import open_storage
+    from tasks import published
 
-    known = _recorded(open_storage(storage))
-    if not wanted:
-        find_stack(storage, None)  # says what to do if there is none
-        return known
-    found = []
-    for name in wanted:
-        folder = str(Path(find_stack(storage, name)).resolve())
-        match = [each for each in known if str(Path(each.stack).resolve()) == folder]
-        at = Path(folder, "stack.json").stat().st_mtime
-        found.append(
-            dataclasses.replace(match[0], aliases=(*match[0].aliases, name))
-            if match
-            else Published(name, (), folder, at)
-        )
-    return found
-
-
-def _recorded(store: Store) -> list[Published]:
-    """Champions of a storage, from its records; the last published first."""
-    found = []
-    for file in store.list("published"):
-        record = store.read_json("published", file)
-        name = file.removesuffix(".json")
-        version = record.get("version")
-        identity = f"{name}/{version}" if version is not None else f"{name}/{record['digest'][:12]}"
-        found.append(Published(identity, (name, f"{name}@champion"), str(record["stack"]), record["at"]))
-    return sorted(found, key=lambda each: -each.at)
+    if wanted:
+        found = [(find_model(storage, name), (name,)) for name in wanted]
+    else:
+        default: Found = find_model(storage, None)
+        found = [(default, ())]
+        for record in published.read_all(open_storage(storage)):
+            for entry in (record.champion, record.challenger):
+                if entry is not None and has_stack(entry) and entry.stack != default.folder:
+                    aliases = record.aliases_of(entry)
+                    found.append((Found(entry.stack, record.name, entry.version, aliases, entry.digest), ()))
+    served: list[Published] = []
+    for each, names in found:
+        name = each.name or Path(each.folder).name
+        label = each.version or (each.digest or "")[:8]
+        aliases = {*names, *(f"{name}@{alias}" for alias in each.aliases)}
+        if published.CHAMPION in each.aliases or each.name is None:
+            aliases.add(name)
+        served.append(Published(f"{name}/{label}" if label else name, tuple(sorted(aliases)), each.folder))
+    return served
 
 
 async def load_model(sampler: Sampler, published: Published) -> Model:
@@ -150,29 +140,29 @@ async def load_model(sampler: Sampler, published: Published) -> Model:
 class Models:
     """Models by the names that requests may use. The first one is the default."""
 
-    def __init__(self, sampler: Sampler, storage: str, wanted: Sequence[str]) -> None:
+    def __init__(self, sampler: Sampler, storage: str, wanted: Sequence[str] = ()) -> None:
+        """Args:
+        wanted: models as `--model` takes them; none for the champions and challengers of the storage.
+        """
         self._sampler, self._storage, self._wanted = sampler, storage, wanted
-        self._published: list[Published] = []
+        self._seen: object = None
         self.served: list[Model] = []
-        self.refreshed_at = 0.0
-        self.problem: str | None = None
-        """Reason why the last refresh did not succeed."""
 
     async def refresh(self) -> None:
-        """Look at what is published. New stacks are loaded beside the old ones, then take their place.
+        """Look at the records of what is published. New stacks are loaded beside the old ones, then take their place.
 
         Raises:
             UnclipError: there is none, or it cannot be loaded; the models stay as they are.
         """
-        published = await asyncio.to_thread(find_published, self._storage, self._wanted)
-        if published != self._published:
-            known = {model.stack: model for model in self.served}
-            served = []
-            for each in published:
-                model = known.get(each.stack) or await load_model(self._sampler, each)
-                served.append(dataclasses.replace(model, id=each.id, aliases=each.aliases))
-            self.served, self._published = served, published
-        self.refreshed_at = time.monotonic()
+        seen = await asyncio.to_thread(_records, self._storage)
+        if seen == self._seen and self.served:
+            return
+        known = {model.stack: model for model in self.served}
+        served = []
+        for each in await asyncio.to_thread(find_published, self._storage, self._wanted):
+            model = known.get(each.stack) or await load_model(self._sampler, each)
+            served.append(dataclasses.replace(model, id=each.id, aliases=each.aliases))
+        self.served, self._seen = served, seen
 
     def find(self, name: str | None) -> Model:
         """Model of a name that a request gives; None for the default.
@@ -185,3 +175,10 @@ class Models:
                 return model
         names = ", ".join(model.id for model in self.served)
         raise InputError(f"model: got {ascii(name)[:80]}, which is not served here. Served are {names}.")
+
+
+def _records(storage: str) -> object:
+    from pipelines.storage import open_storage
+    from tasks import published
+
+    return published.read_all(open_storage(storage))

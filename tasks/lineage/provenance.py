@@ -10,13 +10,13 @@ import dataclasses
 import itertools
 import json
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks import index, ranges, rows, tables
+from tasks import index, published, ranges, rows, tables
 from tasks.duplicates import duplicate_clusters
 from tasks.run_records import is_alive, stage_events
 from tasks.store import Store
@@ -149,6 +149,8 @@ class RowFacts:
     """Versions that contain the row: number, digest, status, reason, split, scores."""
     runs: tuple[Mapping[str, Any], ...]
     """Runs that read a version in which the row was kept: id, pipeline, state, dataset_version, split, models."""
+    model_versions: tuple[Mapping[str, Any], ...]
+    """Published models that were trained on such a version: name, version, digest, aliases, dataset_version, split."""
 
 
 def show(store: Store, key: str) -> dict[str, Any]:
@@ -175,6 +177,12 @@ def show(store: Store, key: str) -> dict[str, Any]:
             each["id"]: f"{each['pipeline']}, {each['state']}, version {each['dataset_version']} ({each['split']}), "
             + (f"models {', '.join(each['models'])}" if each["models"] else "no model")
             for each in row.runs
+        },
+        "published models": {
+            f"{each['name']}/{each['version'] or each['digest'][:8]}": ", ".join(
+                [*each["aliases"], f"version {each['dataset_version']} ({each['split']})"]
+            )
+            for each in row.model_versions
         },
     }
     known = {"key": row.key, "fate": row.fate, "url": row.url, "caption": row.caption, **sections}
@@ -251,6 +259,7 @@ def find_row(store: Store, key: str) -> RowFacts:
         duplicates,
         tuple(datasets),
         tuple(_runs_with(store, held)),
+        tuple(_models_with(store, held)),
     )
 
 
@@ -356,6 +365,35 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[s
             )  # the shortest first, members by their number
             found.append({**facts, "dataset_version": number, "split": split, "models": models})
     return found
+
+
+def _models_with(store: Store, held: Mapping[str, tuple[int, str]]) -> Iterator[dict[str, Any]]:
+    """Yield the published versions that were trained on one of these dataset versions; `held` as for `_runs_with`."""
+    for record in published.read_all(store):
+        for entry in record.versions:
+            snapshot = snapshot_of(store, entry)
+            if snapshot is not None and snapshot in held:
+                number, split = held[snapshot]
+                facts = {"name": record.name, "version": entry.version, "digest": entry.digest}
+                yield {**facts, "aliases": list(record.aliases_of(entry)), "dataset_version": number, "split": split}
+
+
+def snapshot_of(store: Store, entry: published.Entry) -> str | None:
+    """Return the digest of the dataset version that a published version was trained on; None if nothing tells it.
+
+    Earlier releases did not record it with the version, but the run that published it has it.
+    """
+    publisher = entry.publisher
+    if entry.snapshot is not None or publisher is None:
+        return entry.snapshot
+    for run_id in store.list("runs"):
+        if not store.exists("runs", run_id, f"{publisher.stage}.json"):
+            continue
+        events = stage_events(store, run_id)
+        if events[publisher.stage].get("fingerprint") == publisher.fingerprint and "curate" in events:
+            artifact = _artifact(store, "curate", events["curate"])
+            return None if artifact is None else str(artifact["digest"])
+    return None
 
 
 def _digests_read(store: Store, events: Mapping[str, Mapping[str, Any]], stage: str) -> set[str]:

@@ -1,37 +1,34 @@
 """Stage `evaluate`: sample images of held-out captions with the whole system, and measure them.
 
-Workers sample and measure; they return features, and pixels only of the images in the grid. Memory therefore grows by some
-kilobytes with each image, at any resolution.
+The images are sampled and measured by `tasks.scoring`.
 
-Letters: B images of a batch, G of them in the grid, S resolution, M held-out rows, E width of embeddings.
+Letters: S resolution, M held-out rows, E width of embeddings.
 """
 
 import dataclasses
-import functools
 import io
-import itertools
-import math
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 import torch
 
-from tasks.dataflow import run_in_actors
+from tasks import tables
 from tasks.places import read_vectors
+from tasks.scoring import SCORES, Measured, Scoring, sample_groups, scores_table
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip import files, imaging
 from unclip.config import added, fingerprint, require, to_dict
 from unclip.evaluation import metrics, scenes
-from unclip.evaluation.metrics import METRICS, Features, Sampled
-from unclip.models.clip import Clip
-from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
+from unclip.evaluation.intervals import Estimate, intervals_of
+from unclip.evaluation.metrics import Sampled
+from unclip.systems.system import ClipFiles, StackFiles
 
+HELDOUT_GROUPS = ("heldout", "repeated")
+"""Groups whose captions are those of the dataset's held-out rows."""
 KEPT = "heldout.npy"
 """Images of held-out captions that are kept one by one, [N, S, S, 3] uint8."""
 
@@ -78,32 +75,45 @@ def _pin(config: Any, pinning: Pinning) -> Any:
     return dataclasses.replace(config, system=system)
 
 
-@stage("evaluate", version=3, has_workers=True, pin=_pin, reads_snapshot=True)
+@stage("evaluate", version=4, has_workers=True, pin=_pin, reads_snapshot=True)
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)
-    groups = caption_groups(config, heldout_pairs(snapshot)["caption"].to_pylist())
+    pairs = heldout_pairs(snapshot).select(["caption", "key"]).to_pydict()
+    groups = caption_groups(config, pairs["caption"])
     stack = stack_files(config.system, parts, snapshot.statistics, to_dict(config.sampling))
     reference = heldout_embeddings(snapshot)
+    scoring = Scoring(config.seed, config.sampling.batch_size, config.num_images)
+    progress = context.progress(sum(map(len, groups.values())), "images").start()
+    measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
+    sampled = sample_groups(groups, measuring_clip, stack, scoring, context.resources, progress.update)
 
-    names = ("accuracy", "clip_score", "metrics", "captions", "images", "seconds_per_image")
-    facts: dict[str, Any] = {name: {} for name in names}
-    digests = []
-    for group, measured in _sample_all(context, config, groups, clip, stack).items():
-        values, images = summarise(group, groups[group], measured, reference)
+    by_group = ("accuracy", "clip_score", "metrics", "intervals", "counts", "captions", "images", "seconds_per_image")
+    facts: dict[str, Any] = {name: {} for name in by_group}
+    estimates: dict[str, dict[str, Estimate]] = {}
+    for group, measured in sampled.items():
+        estimates[group], images = summarise(group, groups[group], measured, reference)
+        values = metrics.values_of(estimates[group])
         facts["captions"][group] = len(groups[group])
         facts["metrics"][group] = values
+        facts["intervals"][group] = {name: list(found) for name, found in intervals_of(estimates[group]).items()}
+        facts["counts"][group] = {name: estimate.count for name, estimate in estimates[group].items()}
         facts["clip_score"][group] = values["clip_score"]
-        accuracy = {name.removeprefix("accuracy."): values[name] for name in values if name.startswith("accuracy.")}
+        accuracy = {name: values[f"accuracy.{name}"] for name in metrics.SCORED if f"accuracy.{name}" in values}
         if accuracy:
             facts["accuracy"][group] = accuracy
         facts["images"] |= {name: _publish(context, f"{name}.png", data) for name, data in images.items()}
         facts["seconds_per_image"][group] = measured.seconds / len(groups[group])
         if group == "heldout" and config.num_kept:
             facts["kept"] = _keep(context, measured, config.num_kept)
-        digests.append(measured.digests)
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
-    facts["stack"] = stack.facts()
+    facts["scores"] = f"{context.folder}/{SCORES}"
+    keys = {group: dict(zip(pairs["caption"], pairs["key"], strict=True)) for group in HELDOUT_GROUPS}
+    tables.write_file(facts["scores"], scores_table(groups, estimates, keys))
+    facts |= {"seed": scoring.seed, "batch_size": scoring.batch_size, "stack": stack.facts()}
+    facts["measured_by"] = {**dataclasses.asdict(measuring_clip), "digest": clip.digest}
+    facts["image_size"] = sampled["heldout"].shown.shape[1]
+    digests = [measured.digests for measured in sampled.values()]
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
 
 
@@ -185,119 +195,6 @@ def _scene_captions(count: int, seed: int, *stream: int, **settings: Any) -> lis
     return captions
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Sampled images, measured: those of one batch, or of a group."""
-
-    features: Features
-    digests: list[str]
-    """sha256 of the images of each batch, as [B, S, S, 3] uint8."""
-    shown: np.ndarray
-    """[G, S, S, 3] uint8, the first images, for the grid; G may be 0."""
-    seconds: float = 0.0
-    """Time that workers took to sample the images."""
-
-
-def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int) -> Measured:
-    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, and keep its first `num_shown` images."""
-    pixels = imaging.to_uint8(images)
-    features = metrics.extract_features(clip, images, captions)
-    return Measured(features, [files.sha256(pixels.tobytes())], pixels[:num_shown].copy())
-
-
-def merge(batches: Iterable[Measured], count: int) -> Measured:
-    """Join the batches of a group of `count` images, in their order, as they come."""
-    digests: list[str] = []
-    shown: list[np.ndarray] = []
-    seconds: list[float] = []
-
-    def features() -> Iterator[Features]:
-        for batch in batches:
-            digests.extend(batch.digests)
-            shown.append(batch.shown)
-            seconds.append(batch.seconds)
-            yield batch.features
-
-    joined = metrics.concatenate(features(), count)
-    return Measured(joined, digests, np.concatenate(shown), sum(seconds))
-
-
-def summarise(
-    group: str, captions: Sequence[str], measured: Measured, reference: torch.Tensor
-) -> tuple[dict[str, float], dict[str, bytes]]:
-    """Compute the metrics of a group; also its images as PNGs, by name."""
-    sampled = Sampled(captions, measured.features, reference)
-    values = {name: value for metric in METRICS.values() for name, value in metric(sampled).items()}
-    images: dict[str, bytes] = {}
-    marks = None
-    if measured.features.scenes is not None:
-        marks = measured.features.scenes.all_correct()
-        images[f"confusion_{group}"] = confusion_matrices(measured.features.scenes)
-    shown = imaging.from_uint8(measured.shown)
-    images[group] = imaging.png(imaging.grid(shown, columns=8, captions=captions[: len(shown)], marks=marks))
-    return values, images
-
-
-def _sample_all(
-    context: StageContext, config: Any, groups: Mapping[str, list[str]], clip: Artifact, stack: StackFiles
-) -> dict[str, Measured]:
-    """Sample and measure each group; batches are distributed over the workers, one at a time to each."""
-    resources, size = context.resources, config.sampling.batch_size
-    batches = [
-        (number, captions[start : start + size], max(0, config.num_images - start))
-        for captions in groups.values()
-        for number, start in enumerate(range(0, len(captions), size))
-    ]
-    measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
-    worker = SamplingWorker.options(**resources.options())  # type: ignore[attr-defined]
-    start = functools.partial(worker.remote, measuring_clip, stack, config.seed, resources.cpus_per_worker)
-    progress = context.progress(sum(map(len, groups.values())), "images").start()
-    num_workers = min(resources.num_workers, len(batches))
-    done = _in_order(run_in_actors(start, num_workers, _sample_batch, enumerate(batches)))
-
-    def next_batches(count: int) -> Iterator[Measured]:
-        for measured in itertools.islice(done, math.ceil(count / size)):
-            progress.update(len(measured.features.image_embedding))
-            yield measured
-
-    return {group: merge(next_batches(len(captions)), len(captions)) for group, captions in groups.items()}
-
-
-def _sample_batch(worker: Any, numbered: tuple[int, tuple[int, list[str], int]]) -> Any:
-    return worker.sample.remote(*numbered[1])
-
-
-def _in_order(done: Iterable[tuple[tuple[int, Any], Measured]]) -> Iterator[Measured]:
-    """Yield results in the order of their numbers; those that come early wait."""
-    waiting: dict[int, Measured] = {}
-    position = 0
-    for (number, _), measured in done:
-        waiting[number] = measured
-        while position in waiting:
-            yield waiting.pop(position)
-            position += 1
-
-
-@ray.remote
-class SamplingWorker:
-    """Holds one system and the CLIP that measures it; samples one batch per call."""
-
-    def __init__(self, measuring_clip: ClipFiles, stack: StackFiles, seed: int, num_threads: int) -> None:
-        torch.set_num_threads(num_threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.system = find_system(stack.system).load(stack).to(device)
-        self.clip = measuring_clip.load().to(device)
-        self.seed = seed
-
-    def sample(self, number: int, captions: list[str], num_shown: int) -> Measured:
-        """Sample and measure batch `number` of a group, and keep its first `num_shown` images."""
-        started = time.monotonic()
-        images = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
-        seconds = time.monotonic() - started
-        measured = measure_batch(self.clip, images.to(self.system.device), captions, num_shown)
-        return dataclasses.replace(measured, seconds=seconds)
-
-
 def _keep(context: StageContext, measured: Measured, count: int) -> dict[str, Any]:
     """Write the first images of a group as [count, S, S, 3] uint8; return the URI, and which of them are right."""
     buffer, uri = io.BytesIO(), f"{context.folder}/{KEPT}"
@@ -312,6 +209,21 @@ def _publish(context: StageContext, name: str, data: bytes) -> str:
     files.write(f"{context.folder}/{name}", data)
     context.tracker.bytes(data, name)
     return f"{context.folder}/{name}"
+
+
+def summarise(
+    group: str, captions: Sequence[str], measured: Measured, reference: torch.Tensor
+) -> tuple[dict[str, Estimate], dict[str, bytes]]:
+    """Compute the metrics of a group; also its images as PNGs, by name."""
+    estimates = metrics.measure(Sampled(captions, measured.features, reference))
+    images: dict[str, bytes] = {}
+    marks = None
+    if measured.features.scenes is not None:
+        marks = measured.features.scenes.all_correct()
+        images[f"confusion_{group}"] = confusion_matrices(measured.features.scenes)
+    shown = imaging.from_uint8(measured.shown)
+    images[group] = imaging.png(imaging.grid(shown, columns=8, captions=captions[: len(shown)], marks=marks))
+    return estimates, images
 
 
 def confusion_matrices(scores: metrics.SceneScores) -> bytes:

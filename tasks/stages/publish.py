@@ -4,6 +4,9 @@ import dataclasses
 import re
 import time
 
+from tasks import promotion
+from tasks.promotion import PromotionConfig
+from tasks.published import NAME, Entry
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from unclip.config import fingerprint, require
@@ -16,21 +19,19 @@ SYSTEM = "{system}"
 class PublishConfig:
     name: str = "{system}"
     """Name of the registered model; {system} stands for the name of the system."""
-    alias: str = "latest-published"
-    """Alias that is moved to the new version; `unclip sample` follows it."""
+    promotion: PromotionConfig = PromotionConfig()
+    """Conditions under which the new version becomes the champion, which `unclip sample` takes."""
 
     def __post_init__(self) -> None:
-        for setting in ("name", "alias"):
-            value = getattr(self, setting)
-            text = value.replace(SYSTEM, "x")
-            require(bool(re.fullmatch(r"[\w.-]+", text)), setting, value, "letters, digits, dots, dashes, underscores")
+        text = self.name.replace(SYSTEM, "x")
+        require(bool(re.fullmatch(NAME, text)), "name", self.name, "letters, digits, dots, dashes, underscores")
 
 
 def _pin(config: PublishConfig, pinning: Pinning) -> PublishConfig:
     return dataclasses.replace(config, name=config.name.replace(SYSTEM, pinning.config.system))
 
 
-@stage("publish", version=5, pin=_pin, reads_snapshot=True)
+@stage("publish", version=6, pin=_pin, reads_snapshot=True)
 def publish(
     context: StageContext,
     config: PublishConfig,
@@ -39,14 +40,32 @@ def publish(
     report: Artifact,
     *parts: Artifact,
 ) -> Output:
-    """Save the evaluated system as a stack, register it in MLflow and move the alias to it."""
+    """Save the evaluated system as a stack and register it, as champion if it beats the present one, else as challenger."""
     stack = StackFiles.of(evaluate.facts["stack"])
     folder = f"{context.folder}/stack"
     save_stack(folder, stack)
     snapshot = Snapshot.of(dataset.facts).digest
     context.log_dataset(snapshot, report.uri, {"snapshot": snapshot, "report": report.uri})
-    version = context.tracker.register(folder, config.name, config.alias)
     digest = fingerprint(stack.system, [part.digest for part in (dataset, *parts)], dict(stack.sampling))
-    record = {"stack": folder, "digest": digest, "at": time.time()}
-    context.store.write_json(record, "published", f"{config.name}.json")
-    return Output(folder, digest, {"name": config.name, "alias": config.alias, "version": version})
+    made_of = {part.stage: part.fingerprint for part in (dataset, report, *parts, evaluate)}
+    candidate = Entry(
+        folder,
+        digest,
+        time.time(),
+        system=stack.system,
+        snapshot=snapshot,
+        pipeline=context.run.pipeline,
+        run=context.run.id,
+        image_size=evaluate.facts["image_size"],
+        metrics=evaluate.facts["metrics"][promotion.GROUP],
+        stages={**made_of, context.stage: context.fingerprint},
+    )
+    outcome = promotion.publish(
+        context,
+        config.name,
+        config.promotion,
+        candidate,
+        evaluate,
+        register=lambda: context.tracker.register(folder, config.name),
+    )
+    return Output(folder, digest, outcome.facts(config.name))

@@ -44,7 +44,9 @@ def call_json(*arguments: object, code: int = 0) -> Any:
     assert result.returncode == code, result.stderr
     document = json.loads(result.stdout)
     words = [str(argument) for argument in arguments]
-    name = " ".join(["unclip", *words[: 1 + (words[0] == "data")], *["--dry-run"] * ("--dry-run" in words), "--json"])
+    name = " ".join(
+        ["unclip", *words[: 1 + (words[0] in ("data", "models"))], *["--dry-run"] * ("--dry-run" in words), "--json"]
+    )
     [documented] = re.findall(rf"### `{name}`\n.*?```json\n(.*?)```", COMMANDS.read_text(), re.DOTALL)
     assert_alike(document, json.loads(documented), name)
     return document

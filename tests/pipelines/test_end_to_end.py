@@ -233,7 +233,10 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     assert {"heldout.png", "confusion_heldout.png"} <= {
         item.path for item in client.list_artifacts(children["evaluate"].info.run_id)
     }
-    assert str(client.get_model_version_by_alias("unclip-tiny", "latest-published").version) == "1"
+    version = client.get_model_version_by_alias("unclip-tiny", "champion")
+    assert str(version.version) == "1" and version.tags["unclip.promotion"] == "the first champion"
+    assert version.tags["unclip.snapshot"] == artifacts_by_stage["curate"]["digest"]
+    assert version.tags["unclip.digest"] == artifacts_by_stage["publish"]["digest"]
 
 
 def test_the_published_stack_samples_with_both_upsamplers(finished: Path) -> None:
@@ -253,7 +256,7 @@ def test_a_model_is_stored_once_and_mlflow_loads_the_registered_version(
         places.setdefault(files.digest(str(path)), set()).add(path.stat().st_ino)
     assert len(places) == 5 and {len(inodes) for inodes in places.values()} == {1}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database_uri(str(finished / "mlflow.db")))
-    folder = str(download_artifacts("models:/unclip-tiny@latest-published"))
+    folder = str(download_artifacts("models:/unclip-tiny@champion"))
     assert "mlflow-artifacts" in folder and load_system(folder).image_size == 64
 
 
@@ -309,6 +312,42 @@ def test_data_show_lists_all_models_trained_on_a_row(finished: Path) -> None:
     key = Snapshot.of(records(finished)["curate"]["facts"]).open_places("train").keys(np.arange(1))[0]
     printed = run_here("data", "show", key, "--storage", finished)
     assert "models prior, decoder, upsampler-32, upsampler-64" in printed
+    assert "unclip-tiny/1    champion, version 1 (train)" in printed
+    [model] = call_json("data", "show", key, "--storage", finished)["model_versions"]
+    assert model["digest"] == records(finished)["publish"]["digest"]
+
+
+def test_a_published_version_leads_back_to_its_dataset_its_list_and_the_runs_of_all_stages(finished: Path) -> None:
+    shown = call_json("models", "show", "unclip-tiny", "--storage", finished)
+    assert shown["version"] == "1" and shown["aliases"] == ["champion"] and shown["image_size"] == 64
+    assert shown["snapshot"] == records(finished)["curate"]["digest"] == shown["lineage"]["snapshot"]
+    [dataset] = shown["lineage"]["dataset_versions"]
+    [run_id] = [path.name for path in (finished / "runs").iterdir() if (path / "publish.json").exists()]
+    assert dataset["number"] == 1 and dataset["counts"]["kept"] == 120 and dataset["runs"] == [run_id]
+    [urls] = dataset["lists"]
+    assert urls.startswith(str(finished / "scenes")) and Path(urls).exists()
+    stages = {stage["stage"]: stage for stage in shown["lineage"]["stages"]}
+    assert set(stages) == set(STAGES) and {stage["run"] for stage in stages.values()} == {run_id}
+    assert all(stage["fingerprint"] == records(finished)[name]["fingerprint"] for name, stage in stages.items())
+    printed = run_here("models", "list", "--storage", finished)
+    assert "unclip-tiny/1  champion" in printed and "the first champion" in printed
+
+
+@pytest.mark.slow
+def test_f150_a_candidate_is_compared_with_the_champion_which_is_sampled_for_it(finished: Path, tmp_path: Path) -> None:
+    """Neither of these models has learned anything: fewer steps are not clearly better."""
+    storage = tmp_path / STORAGE_NAME
+    shutil.copytree(finished, storage)
+    shutil.rmtree(storage / "scores")
+    printed = run("run", "tiny", "--set", "evaluate.sampling.decoder.num_steps=1", "--storage", storage)
+    assert "published  unclip-tiny/2 is the challenger: " in printed and "than version 1: accuracy.all" in printed
+    assert "--model unclip-tiny@challenger" in printed and len(list((storage / "scores").iterdir())) == 2
+    folders = {model: find_stack(str(storage), model) for model in (None, "unclip-tiny", "unclip-tiny@challenger")}
+    assert folders[None] == folders["unclip-tiny"] != folders["unclip-tiny@challenger"]
+    run_here("models", "promote", "unclip-tiny@challenger", "--storage", storage)
+    assert find_stack(str(storage), None) == folders["unclip-tiny@challenger"]
+    run_here("models", "rollback", "unclip-tiny", "--storage", storage)
+    assert find_stack(str(storage), None) == folders[None]
 
 
 def test_a_second_run_does_nothing_and_prints_the_same_summary(finished: Path) -> None:

@@ -76,3 +76,32 @@ def test_the_summary_names_the_folder_of_results_below_its_table(capsys: pytest.
     print_summary(summary, Store("elsewhere"), load("text_to_image", None, ["ingest.urls=a.csv"]), "mine-glide")
     out = capsys.readouterr().out
     assert "place            0.500" in out and "results/mine-glide/heldout.png" in out
+
+
+def test_f150_console_summary_and_page_tell_what_became_of_the_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "worse than version 1: accuracy.all <0.1> against 0.9"
+    facts = {"name": "mine", "version": "2", "alias": "challenger", "reason": reason}
+    store, page = Store(str(tmp_path)), tmp_path / "report.html"
+    page.write_text("<h1>mine</h1>")
+    artifacts = {
+        "publish": artifact("publish", **facts),
+        "report": dataclasses.replace(artifact("report"), uri=str(page)),
+    }
+    summary = summarise("mine", artifacts)
+    assert summary["registered"] == facts
+    write_results(summary, artifacts, store, ["publish", "report"])
+    shown = files.read(store.uri("results", "mine", "report.html")).decode()
+    assert shown.startswith(
+        "<h1>mine</h1>\n<p>mine/2 is the challenger: worse than version 1: accuracy.all &lt;0.1&gt;"
+    )
+    assert page.read_text() == "<h1>mine</h1>"
+    print_summary(summary, store, load("text_to_image", None, ["ingest.urls=a.csv"]))
+    out = capsys.readouterr().out
+    assert f"published  mine/2 is the challenger: {reason}\n" in out
+    assert "unclip models promote mine@challenger" in out and "--model mine@challenger --out grid.png" in out
+    champion = {**summary, "registered": {**facts, "alias": "champion", "reason": "the first champion"}}
+    print_summary(champion, store, load("text_to_image", None, ["ingest.urls=a.csv"]))
+    out = capsys.readouterr().out
+    assert "published  mine/2 is the champion: the first champion\n" in out and "--model" not in out

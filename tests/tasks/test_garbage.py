@@ -12,8 +12,9 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
-from tasks import garbage, references, tables, verification
+from tasks import garbage, published, references, tables, verification
 from tasks.lock import Held, lock, result_lock
+from tasks.published import Entry, Record
 from tasks.references import Folder, Version
 from tasks.run_records import beat, driver
 from tasks.store import Store
@@ -111,6 +112,21 @@ def test_what_a_needed_result_refers_to_stays(store: Store) -> None:
     )
     whole = {path for path in found(store) if path.count("/") == 2}
     assert whole == {"/".join(other.path)}
+
+
+def test_f151_the_stacks_that_a_promotion_or_a_rollback_may_need_stay(store: Store) -> None:
+    """Champion, challenger and the champions before; also their scores."""
+    made = [finish(store, "publish", number) for number in range(5)]
+    entries = [Entry(store.uri(*each.path, "stack"), f"{number:x}" * 64, 1.0) for number, each in enumerate(made)]
+    record = Record("tiny")
+    for entry in entries[:3]:
+        record = record.promote(entry, "better")
+    published.write(store, record.challenge(entries[3], "worse").challenge(entries[4], "worse"))
+    for entry in entries:
+        files.write(store.uri("scores", f"{entry.digest[:16]}-0.parquet"), b"PAR1")
+    listed = set(found(store))
+    assert {path for path in listed if path.startswith("scores")} == {f"scores/{entries[3].digest[:16]}-0.parquet"}
+    assert {path for path in listed if path.count("/") == 2} == {"/".join(made[3].path)}
 
 
 def test_all_results_that_a_comparison_shows_stay(store: Store) -> None:

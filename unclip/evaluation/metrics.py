@@ -15,6 +15,7 @@ from torch import Tensor
 from unclip import imaging
 from unclip.errors import NonFiniteError, ShapeError
 from unclip.evaluation import scenes
+from unclip.evaluation.intervals import Estimate, mean_of
 from unclip.models.clip import Clip
 
 ATTRIBUTES = ("colour", "background", "size", "shape")
@@ -300,27 +301,43 @@ def monotone(values: np.ndarray, slack: float = 0.1) -> np.ndarray:
     return np.asarray((change[:, 0] != 0) & (retreat <= slack * np.abs(change[:, 0])))
 
 
-def clip_score(sampled: Sampled) -> dict[str, float]:
+def clip_score(sampled: Sampled) -> dict[str, Estimate]:
     """Return the mean cosine of image and caption embeddings. Source: Hessel et al. 2021, without the weight."""
     features = sampled.features
-    return {"clip_score": (features.image_embedding * features.text_embedding).sum(dim=1).mean().item()}
+    return {"clip_score": mean_of((features.image_embedding * features.text_embedding).sum(dim=1))}
 
 
-def scene_accuracy(sampled: Sampled) -> dict[str, float]:
-    """Return the share of correct images by attribute as `accuracy.<attribute>`; empty if a caption describes no scene."""
+def scene_accuracy(sampled: Sampled) -> dict[str, Estimate]:
+    """Return the share of correct images; empty if a caption describes no scene.
+
+    Returns:
+        `accuracy.<attribute>` of `SCORED`, for `place` among the captions that name one, and `accuracy.all`, the share of images
+        in which every attribute of `ATTRIBUTES` is correct.
+    """
     scores = sampled.features.scenes
-    return {} if scores is None else {f"accuracy.{name}": value for name, value in scores.accuracy().items()}
+    if scores is None:
+        return {}
+    correct = {f"accuracy.{name}": mean for name, mean in _means(SCORED, scores.correct).items()}
+    return {**correct, "accuracy.all": mean_of(torch.tensor(scores.all_correct(), dtype=torch.float32))}
 
 
-def clip_frechet_distance(sampled: Sampled) -> dict[str, float]:
+def _means(names: Iterable[str], columns: Tensor) -> dict[str, Estimate]:
+    """Means of columns [N, K] of 0 and 1 by name; -1 stands for a missing value, and columns without any other are left out."""
+    numbers = torch.where(columns < 0, math.nan, columns.float())
+    named = zip(names, numbers.T, strict=True)
+    return {name: mean_of(column) for name, column in named if not column.isnan().all()}
+
+
+def clip_frechet_distance(sampled: Sampled) -> dict[str, Estimate]:
     """Return the `frechet_distance` from CLIP embeddings to those of held-out images; empty with fewer than two of either."""
     embedding = sampled.features.image_embedding
     if min(len(embedding), len(sampled.reference)) < 2:
         return {}
-    return {"clip_frechet_distance": frechet_distance(embedding, sampled.reference)}
+    value = frechet_distance(embedding, sampled.reference)
+    return {"clip_frechet_distance": Estimate(value, torch.full((len(embedding),), math.nan))}
 
 
-def scene_binding(sampled: Sampled) -> dict[str, float]:
+def scene_binding(sampled: Sampled) -> dict[str, Estimate]:
     """Tell whose attribute went to whom in images of two objects; empty if no caption names two that differ.
 
     Returns:
@@ -330,18 +347,16 @@ def scene_binding(sampled: Sampled) -> dict[str, float]:
     scores = sampled.features.scenes
     if scores is None:
         return {}
-    columns = dict(zip(LABELS, scores.swapped.T, strict=True))
-    named = {attribute: column[column >= 0] for attribute, column in columns.items()}
-    return {f"swapped.{name}": column.double().mean().item() for name, column in named.items() if len(column)}
+    return {f"swapped.{name}": mean for name, mean in _means(LABELS, scores.swapped).items()}
 
 
-def caption_diversity(sampled: Sampled) -> dict[str, float]:
+def caption_diversity(sampled: Sampled) -> dict[str, Estimate]:
     """Measure how different the images of one caption are; empty unless every caption was sampled several times.
 
     Returns:
         `pairwise_distance`, the mean of 1 - cosine over all pairs of images of a caption, by CLIP's embeddings;
         `place_entropy`, the entropy of the places where the objects are, as a share of the log of the number of places, for
-        captions that describe a scene and name no place. Both are means over captions.
+        captions that describe a scene and name no place. Both are means over captions, and so are their intervals.
     """
     rows_of: dict[str, list[int]] = {}
     for row, caption in enumerate(sampled.captions):
@@ -356,8 +371,12 @@ def caption_diversity(sampled: Sampled) -> dict[str, float]:
         scores = sampled.features.scenes
         if scores is not None and (scores.correct[rows, SCORED.index("place")] < 0).all():
             entropies += _entropies(scores.place[rows])
-    mean_entropy = {"place_entropy": float(np.mean(entropies))} if entropies else {}
-    return {"pairwise_distance": float(np.mean(distances)), **mean_entropy}
+    found = {"pairwise_distance": distances, "place_entropy": entropies}
+    return {
+        name: Estimate(float(np.mean(values)), torch.tensor(values, dtype=torch.float64))
+        for name, values in found.items()
+        if values
+    }
 
 
 def _entropies(places: Tensor) -> list[float]:
@@ -368,11 +387,21 @@ def _entropies(places: Tensor) -> list[float]:
     return [float(torch.special.entr(counts / counts.sum()).sum() / math.log(len(scenes.PLACES)))]
 
 
-METRICS: Mapping[str, Callable[[Sampled], dict[str, float]]] = {
+METRICS: Mapping[str, Callable[[Sampled], dict[str, Estimate]]] = {
     "clip_score": clip_score,
     "scene_accuracy": scene_accuracy,
     "clip_frechet_distance": clip_frechet_distance,
     "scene_binding": scene_binding,
     "caption_diversity": caption_diversity,
 }
-"""Metrics of an evaluation; a new one needs a function and an entry. Each returns named numbers, or none if not applicable."""
+"""Metrics of an evaluation; a new one needs a function and an entry. Each returns named estimates, or none if not applicable."""
+
+
+def measure(sampled: Sampled) -> dict[str, Estimate]:
+    """Compute all metrics."""
+    return {name: estimate for metric in METRICS.values() for name, estimate in metric(sampled).items()}
+
+
+def values_of(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    """Return the values of estimates by name."""
+    return {name: estimate.value for name, estimate in estimates.items()}

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -11,23 +12,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tasks.stage import Artifact, Resources, Run, StageContext
-from tasks.stages import evaluate as evaluate_module
-from tasks.stages.evaluate import (
-    EvaluateConfig,
-    Measured,
-    SamplingWorker,
-    caption_groups,
-    merge,
-    summarise,
-    unseen_captions,
-)
-from tasks.store import Store
-from tasks.tracking import Tracker
+from tasks import tables
+from tasks.progress import Progress
+from tasks.scoring import Measured, SamplingWorker, Scoring, merge, sample_groups, score_captions, scores_table
+from tasks.stage import Resources
+from tasks.stages.evaluate import EvaluateConfig, caption_groups, summarise, unseen_captions
 from tests.unclip.systems import tiny_stacks
 from unclip import files, imaging
 from unclip.config import without_operational
@@ -106,9 +100,11 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
         for name in (*metrics.ATTRIBUTES, "place"):
             expected[f"accuracy.{name}"] = float(np.mean([score[name] for score in scores if name in score]))
         marks = [all(score[name] for name in metrics.ATTRIBUTES) for score in scores]
+        expected["accuracy.all"] = float(np.mean(marks))
 
     measured = merge(sample_here(folder, captions), len(captions))
-    values, published = summarise("heldout", captions, measured, reference)
+    estimates, published = summarise("heldout", captions, measured, reference)
+    values = metrics.values_of(estimates)
     assert values == pytest.approx(expected, rel=1e-5)
     assert {name: values[name] for name in values if "accuracy" in name} == {
         name: expected[name] for name in expected if "accuracy" in name
@@ -120,18 +116,39 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
     assert measured.digests == [files.sha256(pixels[start : start + BATCH].tobytes()) for start in starts]
 
 
+def test_scores_of_single_images_are_in_order_and_null_where_there_are_none(folders: dict[int, Path]) -> None:
+    groups = {"heldout": CAPTIONS[:40], "mixed": MIXED}
+    measured = {group: merge(sample_here(folders[8], captions), len(captions)) for group, captions in groups.items()}
+    nothing = torch.empty(0, measured["mixed"].features.image_embedding.shape[1])
+    estimates = {group: summarise(group, groups[group], measured[group], nothing)[0] for group in groups}
+    table = scores_table(groups, estimates, {"heldout": {CAPTIONS[3]: "key of 3"}})
+    assert table["group"].to_pylist() == ["heldout"] * 40 + ["mixed"] * 41
+    assert table["index"].to_pylist() == [*range(40), *range(41)]
+    assert table["caption"].to_pylist() == [*CAPTIONS[:40], *MIXED]
+    assert table["key"].to_pylist() == [None] * 3 + ["key of 3"] + [None] * 77
+    names = {"group", "index", "caption", "key", "clip_score", "accuracy.place", "accuracy.all"}
+    assert names | {f"accuracy.{name}" for name in metrics.ATTRIBUTES} == set(table.column_names)
+    features = measured["mixed"].features
+    cosines = (features.image_embedding * features.text_embedding).sum(dim=1)
+    assert table["clip_score"].to_pylist()[40:] == pytest.approx(cosines.tolist(), abs=1e-6)
+    assert table["accuracy.all"].null_count == 41 and table["clip_score"].null_count == 0
+    parsed = [scenes.parse_caption(caption) for caption in CAPTIONS[:40]]
+    has_place = [scene is not None and scene.place is not None for scene in parsed]
+    assert table["accuracy.place"].slice(0, 40).is_valid().to_pylist() == has_place
+    scores = measured["heldout"].features.scenes
+    assert scores is not None and table["accuracy.all"].to_pylist()[:40] == scores.all_correct()
+    assert pq.read_table(io.BytesIO(tables.parquet_bytes(table))).equals(table)
+
+
 @pytest.mark.slow  # workers import torch and CLIP anew
 def test_a_killed_worker_is_restarted_and_changes_no_result(
     cluster: None, folders: dict[int, Path], tmp_path: Path
 ) -> None:
     groups = {"heldout": CAPTIONS, "unseen": MIXED}
-    resources = {"evaluate": Resources(num_workers=2, cpus_per_worker=1)}
-    run = Run("r1", "test", str(tmp_path), Tracker("", ""), "0", resources)
-    context = StageContext(run, "evaluate", "f", Store(str(tmp_path)), run.tracker, tmp_path)
-    clip, stack = stack_of(folders[8])
-    artifact = Artifact("clip", "", "", "", {"model": clip.model, "pretrained": clip.pretrained}, 0.0)
+    progress = Progress(str(tmp_path / "evaluate.json"), len(CAPTIONS) + len(MIXED), "images").start()
+    given = (groups, *stack_of(folders[8]), Scoring(0, BATCH, SHOWN), Resources(num_workers=2, cpus_per_worker=1))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        sampling = pool.submit(evaluate_module._sample_all, context, Config(), groups, artifact, stack)
+        sampling = pool.submit(sample_groups, *given, progress.update)
         while not (found := workers_that_sample()) and not sampling.done():
             time.sleep(0.01)
         assert found, "sampling ended before a worker was seen"
@@ -147,9 +164,14 @@ def test_a_killed_worker_is_restarted_and_changes_no_result(
             torch.testing.assert_close(
                 getattr(results[group].features, name), getattr(expected.features, name), rtol=0, atol=1e-6
             )
+    table = score_captions(groups, *given[1:])
+    assert table.num_rows == len(CAPTIONS) + len(MIXED) and table["key"].null_count == table.num_rows
+    features = results["heldout"].features
+    scores = (features.image_embedding * features.text_embedding).sum(dim=1)
+    assert table["clip_score"].to_pylist()[: len(CAPTIONS)] == pytest.approx(scores.tolist(), abs=1e-5)
     assert results["unseen"].features.scenes is None and results["heldout"].features.scenes is not None
-    progress = json.loads((tmp_path / "runs" / "r1" / "progress" / "evaluate.json").read_text())
-    assert progress["done"] == progress["total"] == len(CAPTIONS) + len(MIXED) and progress["unit"] == "images"
+    shown = json.loads((tmp_path / "evaluate.json").read_text())
+    assert shown["done"] == shown["total"] == len(CAPTIONS) + len(MIXED) and shown["unit"] == "images"
 
 
 def workers_that_sample() -> list[int]:

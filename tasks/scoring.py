@@ -1,0 +1,199 @@
+"""Scores of the images that a system samples for captions: the work of an evaluation, for whoever compares models.
+
+Workers sample and measure; they return features, and pixels only of the images to show. Memory therefore grows by some
+kilobytes with each image, at any resolution. The same captions, seed and batch size give every system the same noise.
+
+Letters: B images of a batch, G of them to show, S resolution, E width of embeddings.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from tasks.dataflow import run_in_actors
+from tasks.stage import Resources
+from unclip import files, imaging
+from unclip.evaluation import metrics
+from unclip.evaluation.intervals import Estimate
+from unclip.evaluation.metrics import Features, Sampled
+from unclip.models.clip import Clip
+from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
+
+SCORES = "scores.parquet"
+"""Scores of single images in the folder of an evaluation; see `scores_table`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """Settings with which images are sampled and measured."""
+
+    seed: int
+    """Seed of the noise."""
+    batch_size: int
+    """Captions sampled together. It is part of what makes the noise."""
+    num_shown: int = 0
+    """First images of each group that are returned as pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Sampled images, measured: those of one batch, or of a group."""
+
+    features: Features
+    digests: list[str]
+    """sha256 of the images of each batch, as [B, S, S, 3] uint8."""
+    shown: np.ndarray
+    """[G, S, S, 3] uint8, the first images, for the grid; G may be 0."""
+    seconds: float = 0.0
+    """Time that workers took to sample the images."""
+
+
+def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int) -> Measured:
+    """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, and keep its first `num_shown` images."""
+    pixels = imaging.to_uint8(images)
+    features = metrics.extract_features(clip, images, captions)
+    return Measured(features, [files.sha256(pixels.tobytes())], pixels[:num_shown].copy())
+
+
+def merge(batches: Iterable[Measured], count: int) -> Measured:
+    """Join the batches of a group of `count` images, in their order, as they come."""
+    digests: list[str] = []
+    shown: list[np.ndarray] = []
+    seconds: list[float] = []
+
+    def features() -> Iterator[Features]:
+        for batch in batches:
+            digests.extend(batch.digests)
+            shown.append(batch.shown)
+            seconds.append(batch.seconds)
+            yield batch.features
+
+    joined = metrics.concatenate(features(), count)
+    return Measured(joined, digests, np.concatenate(shown), sum(seconds))
+
+
+def sample_groups(
+    groups: Mapping[str, Sequence[str]],
+    clip: ClipFiles,
+    stack: StackFiles,
+    scoring: Scoring,
+    resources: Resources,
+    on_done: Callable[[int], None] = lambda _: None,
+) -> dict[str, Measured]:
+    """Sample and measure each group of captions; batches are distributed over workers, one at a time to each.
+
+    Args:
+        clip: CLIP that measures the images.
+        stack: system that samples them.
+        resources: workers, and what each of them takes of the cluster.
+        on_done: called with the number of images of each batch that is done.
+    """
+    size = scoring.batch_size
+    batches = [
+        (number, list(captions[start : start + size]), max(0, scoring.num_shown - start))
+        for captions in groups.values()
+        for number, start in enumerate(range(0, len(captions), size))
+    ]
+    worker = SamplingWorker.options(**resources.options())  # type: ignore[attr-defined]
+    start = functools.partial(worker.remote, clip, stack, scoring.seed, resources.cpus_per_worker)
+    num_workers = min(resources.num_workers, len(batches))
+    done = _in_order(run_in_actors(start, num_workers, _sample_batch, enumerate(batches)))
+
+    def next_batches(count: int) -> Iterator[Measured]:
+        for measured in itertools.islice(done, math.ceil(count / size)):
+            on_done(len(measured.features.image_embedding))
+            yield measured
+
+    return {group: merge(next_batches(len(captions)), len(captions)) for group, captions in groups.items()}
+
+
+def _sample_batch(worker: Any, numbered: tuple[int, tuple[int, list[str], int]]) -> Any:
+    return worker.sample.remote(*numbered[1])
+
+
+def _in_order(done: Iterable[tuple[tuple[int, Any], Measured]]) -> Iterator[Measured]:
+    """Yield results in the order of their numbers; those that come early wait."""
+    waiting: dict[int, Measured] = {}
+    position = 0
+    for (number, _), measured in done:
+        waiting[number] = measured
+        while position in waiting:
+            yield waiting.pop(position)
+            position += 1
+
+
+@ray.remote
+class SamplingWorker:
+    """Holds one system and the CLIP that measures it; samples one batch per call."""
+
+    def __init__(self, measuring_clip: ClipFiles, stack: StackFiles, seed: int, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.system = find_system(stack.system).load(stack).to(device)
+        self.clip = measuring_clip.load().to(device)
+        self.seed = seed
+
+    def sample(self, number: int, captions: list[str], num_shown: int) -> Measured:
+        """Sample and measure batch `number` of a group, and keep its first `num_shown` images."""
+        started = time.monotonic()
+        images = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
+        seconds = time.monotonic() - started
+        measured = measure_batch(self.clip, images.to(self.system.device), captions, num_shown)
+        return dataclasses.replace(measured, seconds=seconds)
+
+
+def score_captions(
+    groups: Mapping[str, Sequence[str]], clip: ClipFiles, stack: StackFiles, scoring: Scoring, resources: Resources
+) -> pa.Table:
+    """Sample captions by group and return the scores of the images as `scores_table`; arguments as for `sample_groups`."""
+    measured = sample_groups(groups, clip, stack, scoring, resources)
+    estimates = {}
+    for group, captions in groups.items():
+        features = measured[group].features
+        estimates[group] = metrics.measure(Sampled(captions, features, features.image_embedding[:0]))
+    return scores_table(groups, estimates)
+
+
+def scores_table(
+    groups: Mapping[str, Sequence[str]],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    keys: Mapping[str, Mapping[str, str]] | None = None,
+) -> pa.Table:
+    """Scores of single images, one row for each image, in order.
+
+    Args:
+        groups: captions by group.
+        estimates: metrics by group and name; those that score single images become columns.
+        keys: key of the dataset's row that a caption is from, by group and caption.
+
+    Returns:
+        `group`, `index` (position in the group), `caption`, `key` (null for captions that are no row's), and a float32 column for
+        each metric, null where an image has no such score.
+    """
+    names: dict[str, None] = {}
+    for found in estimates.values():
+        names |= dict.fromkeys(name for name, estimate in found.items() if estimate.is_per_image)
+    parts = []
+    for group, captions in groups.items():
+        count, keys_of = len(captions), (keys or {}).get(group, {})
+        columns: dict[str, Any] = {
+            "group": pa.array([group] * count, pa.string()),
+            "index": pa.array(np.arange(count), pa.int32()),
+            "caption": pa.array(captions, pa.string()),
+            "key": pa.array([keys_of.get(caption) for caption in captions], pa.string()),
+        }
+        for name in names:
+            estimate = estimates[group].get(name)
+            scores = np.full(count, np.nan) if estimate is None else estimate.rows.numpy()
+            columns[name] = pa.array(scores.astype(np.float32), from_pandas=True)  # NaN becomes null
+        parts.append(pa.table(columns))
+    return pa.concat_tables(parts)
