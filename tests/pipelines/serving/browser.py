@@ -17,7 +17,12 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 QUIET += ("--disable-sync", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-SHOWN = {"a small yellow star on a purple background": 4, "a large red circle on a white background": 3}
+SHOWN = {
+    "a big blue star on a white background": 4,
+    "a tiny green triangle on black": 4,
+    "a large red cross on the left on white": 4,
+    "a large yellow cross on a purple background": 3,
+}
 """Captions of the screenshot, and numbers of images."""
 
 

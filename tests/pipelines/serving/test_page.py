@@ -1,5 +1,6 @@
 """The page of `unclip serve`: its files, and the page itself in headless Chromium on a server with two small stacks."""
 
+import asyncio
 import contextlib
 import fnmatch
 import io
@@ -18,11 +19,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from pipelines.serving.app import Api, create_app
+from pipelines.serving.engine import Engine
+from pipelines.serving.models import Models
+from pipelines.serving.requests import Limits
 from tests.pipelines.command_line import ROOT
 from tests.pipelines.serving.browser import Watched, chromium, finished, open_page
 from tests.unclip.systems import tiny_stacks
@@ -95,6 +101,25 @@ def test_all_files_of_the_page_are_package_data() -> None:
     for path in FILES:
         name = str(path.relative_to(ROOT / "pipelines"))
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+
+
+def test_the_page_is_served_with_a_policy_that_forbids_all_other_hosts_and_inline_code() -> None:
+    engine = Engine(max_images=1, wait_seconds=0)
+    app = create_app(Api(engine, Models(engine, "unused", ()), Limits(), token="0" * 16, hosts=None))
+
+    async def get() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return [await client.get(name) for name in ("/", *(path.name for path in FILES))]
+
+    answers = asyncio.run(get())
+    assert answers[0].content == (PAGE / "index.html").read_bytes()
+    types = {path.name: answer.headers["content-type"] for path, answer in zip(FILES, answers[1:], strict=True)}
+    assert types["app.js"].startswith("text/javascript") and types["style.css"].startswith("text/css")
+    for answer in answers:
+        assert answer.status_code == 200 and answer.headers["x-content-type-options"] == "nosniff"
+        directives = dict(part.split(maxsplit=1) for part in answer.headers["content-security-policy"].split("; "))
+        assert directives["default-src"] == directives["frame-ancestors"] == directives["base-uri"] == "'none'"
+        assert set(" ".join(directives.values()).split()) == {"'none'", "'self'", "blob:"}
 
 
 @contextlib.contextmanager
@@ -432,3 +457,29 @@ def test_a_request_can_be_stopped(watched: Watched) -> None:
     page.wait_for_selector("#announcement:text-is('Stopped.')", state="attached")
     expect(page.locator("#submit")).to_have_text("Generate")
     assert page.locator("#result .tile").count() == 2, "the result before is shown again"
+
+
+@pytest.mark.slow
+def test_the_page_asks_for_the_token_and_says_when_the_server_has_gone(browser: Browser, storage: Path) -> None:
+    token = "a-token-of-this-test"
+    (storage / "token").write_text(token)
+    context = browser.new_context()
+    page = context.new_page()
+    with serving(storage, "--token-file", str(storage / "token"), port=PORT + 1) as address:
+        page.goto(address)
+        for given, problem in (("wrong", ""), (token, "The server refused this token.")):
+            expect(page.locator("#token")).to_be_focused()
+            expect(page.locator("#lock-problem")).to_have_text(problem)
+            page.fill("#token", given)
+            page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_have_text("Ready · 2 models")
+        generate(page, count=1)
+        page.reload()
+        expect(page.locator("#status")).to_have_text("Ready · 2 models")  # the tab keeps the token
+        assert page.is_hidden("#lock")
+    page.click("#submit")
+    expect(page.locator("#problem")).to_contain_text("The server cannot be reached.")
+    expect(page.locator("#result .tile")).to_have_count(1)
+    expect(page.locator("#status")).to_contain_text("cannot be reached", timeout=20_000)
+    assert context.cookies() == [] and token not in page.evaluate("JSON.stringify(localStorage)")
+    context.close()
