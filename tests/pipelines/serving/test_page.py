@@ -168,7 +168,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stacks = {name: tiny_stacks.publish(folder / name, num) for num, name in enumerate(("small", "large"))}
     (folder / "published").mkdir()
     for at, (name, stack) in enumerate(stacks.items()):
-        record = {"stack": str(stack), "digest": "0" * 64, "at": at}
+        record = {"stack": str(stack), "digest": f"{at}" * 64, "at": at}
         (folder / "published" / f"{name}.json").write_text(json.dumps(record))
     return folder
 
