@@ -123,7 +123,7 @@ async def load_model(sampler: Sampler, published: Published) -> Model:
 
     loaded = await sampler.load(published.stack)
     spec, values = await asyncio.to_thread(describe)
-    created = int(published.at)
+    created = int(Path(published.stack, "stack.json").stat().st_mtime)
     return Model(
         published.id,
         published.aliases,
