@@ -477,6 +477,7 @@ def test_the_page_asks_for_the_token_and_says_when_the_server_has_gone(browser: 
         page.reload()
         expect(page.locator("#status")).to_have_text("Ready · 2 models")  # the tab keeps the token
         assert page.is_hidden("#lock")
+    page.fill("#caption", "a blue star")
     page.click("#submit")
     expect(page.locator("#problem")).to_contain_text("The server cannot be reached.")
     expect(page.locator("#result .tile")).to_have_count(1)
