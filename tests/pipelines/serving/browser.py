@@ -20,8 +20,8 @@ QUIET += ("--disable-sync", "--no-first-run", "--host-resolver-rules=MAP * ~NOTF
 SHOWN = {
     "a big blue star on a white background": 4,
     "a tiny green triangle on black": 4,
-    "a large red cross on the left on white": 4,
-    "a large yellow cross on a purple background": 3,
+    "a large yellow cross on a purple background": 4,
+    "a large red cross on the left on white": 3,
 }
 """Captions of the screenshot, and numbers of images."""
 
