@@ -1,10 +1,10 @@
-"""Images a second of `unclip serve`, with requests of many clients sampled together and one by one; and a new champion under load.
+"""Images a second of `unclip serve`, with requests of many clients sampled together and one by one; a new champion under load.
 
     python -m benchmarks.serving STORAGE
 
 STORAGE has a champion; it is copied. Each client sends one request after the other, each with a seed of its own and one of a few
 captions. Without batches an image is that of `unclip sample`, bit for bit, so both sides are compared image by image. In the
-last part a copy of the champion is promoted in the middle, and no request may fail.
+last part a copy of the champion is promoted meanwhile, and no request may fail.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def serving(storage: Path, max_batch: int, log: Path) -> Iterator[str]:
 
 
 async def ask_all(address: str, num_requests: int, num_clients: int, steps: int, publish_at: Any = None) -> Answers:
-    """Let clients send requests with the seeds 0, 1, ...; call `publish_at` when half of them are answered."""
+    """Let clients send requests with the seeds 0, 1, ...; call `publish_at` when a quarter of them are answered."""
     import httpx
 
     answers = Answers({}, [], [], 0.0, [])
@@ -109,7 +109,7 @@ async def ask_all(address: str, num_requests: int, num_clients: int, steps: int,
                 answers.images[seed] = np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
     async def promote() -> None:
-        while publish_at is not None and len(answers.models) < num_requests // 2:
+        while publish_at is not None and len(answers.models) < num_requests // 4:
             await asyncio.sleep(0.05)
         if publish_at is not None:
             await asyncio.to_thread(publish_at)

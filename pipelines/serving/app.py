@@ -194,7 +194,10 @@ class Api:
 
     def _num(self, fields: Fields, model: Model, kind: Kind) -> int:
         most = min(self.limits.max_num, int(model.values["batch_size"]))
-        return fields.integer("n", 2, max(2, most), 5) if kind == "interpolations" else fields.integer("n", 1, most, 1)
+        if kind != "interpolations":
+            return fields.integer("n", 1, most, 1)
+        most = max(2, most)
+        return fields.integer("n", 2, most, min(5, most))
 
     def _settings(self, fields: Fields, model: Model) -> str:
         """Published sampling settings with those of the request, as JSON."""

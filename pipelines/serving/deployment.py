@@ -5,12 +5,13 @@ binds the one socket that others may reach. Ray Serve's own HTTP proxies are swi
 """
 
 import contextlib
+import importlib
 import ipaddress
 import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from types import FrameType
 from typing import Any
 
@@ -51,14 +52,21 @@ class Replica:
     async def load(self, stack: str) -> Loaded:
         return await self._engine.load(stack)
 
+    async def keep(self, stacks: Collection[str]) -> None:
+        await self._engine.keep(stacks)
+
 
 def _listen_on_loopback() -> None:
     """Make the gRPC server of this replica, which listens on all interfaces otherwise, listen as the node does."""
-    from ray.serve._private import replica
-
-    address, add_port = ray.util.get_node_ip_address(), replica.add_port_to_grpc_server
+    replica: Any = importlib.import_module("ray.serve._private.replica")
+    address, add_port = _node_address(), replica.add_port_to_grpc_server
     if ipaddress.ip_address(address).is_loopback:
         replica.add_port_to_grpc_server = lambda server, _: add_port(server, f"{address}:0")
+
+
+def _node_address() -> str:
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 class Replicas:
@@ -78,7 +86,7 @@ class Replicas:
             graceful_shutdown_timeout_s=1,  # the app has waited for running requests
         )
         application = deployment.bind(max_images, wait_seconds, num_threads)  # type: ignore[attr-defined]
-        self._is_shared = not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback
+        self._is_shared = not ipaddress.ip_address(_node_address()).is_loopback
         self._handle = serve.run(application, name=APP, route_prefix=None)
 
     async def sample(self, job: Job) -> AsyncIterator[Progress | Sampled]:
@@ -100,6 +108,9 @@ class Replicas:
         except RayTaskError as error:
             raise error.cause from None
         return results[0]
+
+    async def keep(self, stacks: Collection[str]) -> None:
+        await self._handle.broadcast("keep", list(stacks)).results_async()
 
     def close(self) -> None:
         if self._is_shared:

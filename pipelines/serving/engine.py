@@ -1,12 +1,11 @@
 """Engine: samples jobs with the stacks that it has loaded."""
 
 import asyncio
-import collections
 import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,18 +29,19 @@ from unclip.systems.system import (
 from unclip.systems.unclip import manipulations
 from unclip.systems.unclip.stack import Stack
 
-MAX_LOADED = 4
-"""Stacks kept in memory; the one that was used least recently makes room for another."""
-
 Tell = Callable[[Progress], None]
 
 
 class Engine:
     """Loaded stacks and the queue in front of them; a `jobs.Sampler`."""
 
-    def __init__(self, max_images: int, wait_seconds: float, device: str = "cpu", max_loaded: int = MAX_LOADED) -> None:
-        self._device, self._max_loaded = torch.device(device), max_loaded
-        self._loaded: collections.OrderedDict[str, tuple[System, type]] = collections.OrderedDict()
+    def __init__(self, max_images: int, wait_seconds: float, device: str = "cpu") -> None:
+        """Args:
+        max_images, wait_seconds: as for `Batcher`.
+        device: device to sample on.
+        """
+        self._device = torch.device(device)
+        self._loaded: dict[str, tuple[System, type]] = {}
         self._lock = threading.Lock()
         self._batcher = Batcher(self._run, max_images, wait_seconds)
 
@@ -54,16 +54,17 @@ class Engine:
         system, _ = await asyncio.to_thread(self._system, stack)
         return Loaded(system.image_size, isinstance(system, Stack), isinstance(system, UpsampledSystem))
 
+    async def keep(self, stacks: Collection[str]) -> None:
+        with self._lock:
+            for folder in self._loaded.keys() - set(stacks):
+                del self._loaded[folder]
+
     def _system(self, folder: str) -> tuple[System, type]:
         """Loaded system of a stack, and the class of its sampling settings."""
         with self._lock:
             if folder not in self._loaded:
                 stack = read_stack(folder)
-                system = load_stack(stack).to(self._device)
-                while len(self._loaded) >= self._max_loaded:
-                    self._loaded.popitem(last=False)
-                self._loaded[folder] = system, find_system(stack.system).sampling
-            self._loaded.move_to_end(folder)
+                self._loaded[folder] = load_stack(stack).to(self._device), find_system(stack.system).sampling
             return self._loaded[folder]
 
     def _run(self, jobs: Sequence[Job], tell: Tell) -> list[Sampled]:
@@ -109,25 +110,21 @@ def _edit(system: System, sampling: Any, jobs: Sequence[Job], tell: Tell) -> Ten
 
 def _vary(system: System, sampling: Any, jobs: Sequence[Job], tell: Tell) -> Tensor:
     assert isinstance(system, Stack)
-    progress = _counter(len(jobs) * inpainting.num_steps(system, sampling, 1), tell)
-    samples = [
-        manipulations.variations(system, _image(job), job.num, seed=job.seed, sampling=sampling, progress=progress)[0]
-        for job in jobs
+    [job] = jobs
+    progress = _counter(inpainting.num_steps(system, sampling, job.num), tell)
+    return manipulations.variations(system, _image(job), job.num, seed=job.seed, sampling=sampling, progress=progress)[
+        0
     ]
-    return torch.cat(samples)
 
 
 def _interpolate(system: System, sampling: Any, jobs: Sequence[Job], tell: Tell) -> Tensor:
     assert isinstance(system, Stack)
-    progress = _counter(len(jobs) * inpainting.num_steps(system, sampling, 1, 1), tell)
-    samples = []
-    for job in jobs:
-        thetas = [index / (job.num - 1) for index in range(job.num)]
-        ends = _image(job), _image(job, 1)
-        samples.append(
-            manipulations.interpolate(system, *ends, thetas, seed=job.seed, sampling=sampling, progress=progress)[0]
-        )
-    return torch.cat(samples)
+    [job] = jobs
+    progress = _counter(inpainting.num_steps(system, sampling, job.num, 2), tell)
+    thetas = [index / (job.num - 1) for index in range(job.num)]
+    return manipulations.interpolate(
+        system, _image(job), _image(job, 1), thetas, seed=job.seed, sampling=sampling, progress=progress
+    )[0]
 
 
 _SAMPLE: dict[str, Callable[[Any, Any, Sequence[Job], Tell], Tensor]] = {

@@ -1,7 +1,7 @@
 """Jobs, which the app hands to an engine, and what comes back."""
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Literal, Protocol
 
 import numpy as np
@@ -30,8 +30,9 @@ class Job:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Jobs with equal keys can be sampled in one batch."""
-        return self.stack, self.kind, self.settings, self.negative is None
+        """Jobs with equal keys can be sampled in one batch; variations and interpolations of one job are one already."""
+        own = None if self.kind in ("generations", "edits") else id(self)
+        return self.stack, self.kind, self.settings, self.negative is None, own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,3 +84,6 @@ class Sampler(Protocol):
         Raises:
             CheckpointError: files are missing or damaged, or do not fit each other.
         """
+
+    async def keep(self, stacks: Collection[str]) -> None:
+        """Unload all stacks but these."""

@@ -2,12 +2,16 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.serving.jobs import Loaded, Sampler
 from unclip.errors import InputError
+
+KEEP_SECONDS = 300.0
+"""Time that a stack stays loaded after another has taken its place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,24 +90,25 @@ def find_published(storage: str, wanted: Sequence[str]) -> list[Published]:
     from pipelines.storage import open_storage
     from tasks import published
 
+    found: list[tuple[Found, set[str]]]
     if wanted:
-        found = [(find_model(storage, name), (name,)) for name in wanted]
+        found = [(find_model(storage, name), {name}) for name in wanted]
     else:
-        default: Found = find_model(storage, None)
-        found = [(default, ())]
+        default = find_model(storage, None)
+        found = [(default, set())]
         for record in published.read_all(open_storage(storage)):
             for entry in (record.champion, record.challenger):
                 if entry is not None and has_stack(entry) and entry.stack != default.folder:
                     aliases = record.aliases_of(entry)
-                    found.append((Found(entry.stack, record.name, entry.version, aliases, entry.digest), ()))
+                    found.append((Found(entry.stack, record.name, entry.version, aliases, entry.digest), set()))
     served: list[Published] = []
     for each, names in found:
         name = each.name or Path(each.folder).name
         label = each.version or (each.digest or "")[:8]
-        aliases = {*names, *(f"{name}@{alias}" for alias in each.aliases)}
+        names |= {f"{name}@{alias}" for alias in each.aliases}
         if published.CHAMPION in each.aliases or each.name is None:
-            aliases.add(name)
-        served.append(Published(f"{name}/{label}" if label else name, tuple(sorted(aliases)), each.folder))
+            names.add(name)
+        served.append(Published(f"{name}/{label}" if label else name, tuple(sorted(names)), each.folder))
     return served
 
 
@@ -146,6 +151,7 @@ class Models:
         """
         self._sampler, self._storage, self._wanted = sampler, storage, wanted
         self._seen: object = None
+        self._switched_at: float | None = None
         self.served: list[Model] = []
 
     async def refresh(self) -> None:
@@ -156,13 +162,20 @@ class Models:
         """
         seen = await asyncio.to_thread(_records, self._storage)
         if seen == self._seen and self.served:
+            await self._unload()
             return
         known = {model.stack: model for model in self.served}
         served = []
         for each in await asyncio.to_thread(find_published, self._storage, self._wanted):
             model = known.get(each.stack) or await load_model(self._sampler, each)
             served.append(dataclasses.replace(model, id=each.id, aliases=each.aliases))
-        self.served, self._seen = served, seen
+        self.served, self._seen, self._switched_at = served, seen, time.monotonic()
+
+    async def _unload(self) -> None:
+        """Unload stacks that are not served any more, once no request can need them."""
+        if self._switched_at is not None and time.monotonic() - self._switched_at > KEEP_SECONDS:
+            self._switched_at = None
+            await self._sampler.keep([model.stack for model in self.served])
 
     def find(self, name: str | None) -> Model:
         """Model of a name that a request gives; None for the default.

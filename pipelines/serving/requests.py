@@ -113,13 +113,13 @@ class Fields:
         value = self.values.get(name)
         if value is None:
             return None
-        if isinstance(value, str) and len(value) <= 40:
+        number = math.nan
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool) and len(str(value)) <= 40:
             with contextlib.suppress(ValueError):
-                value = float(value)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not (math.isfinite(value) and low <= value <= high):
+                number = float(value)
+        if not (math.isfinite(number) and low <= number <= high):
             raise _invalid(name, value, f"a number from {low:g} to {high:g}")
-        return float(value)
+        return number
 
     def boolean(self, name: str) -> bool:
         value = self.values.get(name)

@@ -30,7 +30,7 @@ class RowGenerators(TorchFunctionMode):
         self._requests = list(zip(generators, counts, strict=True))
 
     def __enter__(self) -> Self:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_function__(

@@ -366,7 +366,7 @@ class Slow:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.go, self.jobs = engine, asyncio.Event(), 0
-        self.load = engine.load
+        self.load, self.keep = engine.load, engine.keep
 
     async def sample(self, job: Job) -> AsyncIterator[Progress | Sampled]:
         self.jobs += 1
@@ -473,7 +473,7 @@ def test_f165_a_server_with_a_token_answers_nobody_without_it(
 
 
 def test_f166_a_new_champion_is_taken_up_without_dropping_a_request(
-    loop: asyncio.Runner, storage: Path, tmp_path: Path
+    loop: asyncio.Runner, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests that run end with the old stack; a stack that is damaged changes nothing."""
     for name in ("stack", "published"):
@@ -510,6 +510,11 @@ def test_f166_a_new_champion_is_taken_up_without_dropping_a_request(
         old, new = (await running).json(), (await changing.generate(seed=1)).json()
         assert (old["model"], new["model"]) == (before.id, after.id)
         assert old["data"] == new["data"]  # the same weights
+        await changing.models.refresh()
+        assert len(changing.engine._loaded) == 2  # the old one stays for requests that wait
+        monkeypatch.setattr("pipelines.serving.models.KEEP_SECONDS", 0)
+        await changing.models.refresh()
+        assert list(changing.engine._loaded) == [after.stack]
 
     with contextlib.closing(changing.api):
         loop.run(use())

@@ -77,6 +77,18 @@ def test_jobs_that_differ_are_not_sampled_together(change: dict[str, str]) -> No
     assert [len(batch) for batch in runs.batches] == [3, 1]
 
 
+def test_variations_of_one_job_are_a_batch_of_their_own() -> None:
+    runs = Runs()
+
+    async def main() -> None:
+        batcher = Batcher(runs, max_images=8, wait_seconds=0.05)
+        jobs = seeded_jobs(1, 2, job=dataclasses.replace(RED, kind="variations"))
+        await asyncio.gather(*(sample(batcher, job) for job in jobs))
+
+    asyncio.run(main())
+    assert [len(batch) for batch in runs.batches] == [1, 1]
+
+
 def test_the_first_job_is_in_the_next_batch_whatever_comes_after_it() -> None:
     """A busy key does not starve another; a job larger than a batch is one of its own."""
     runs = Runs()
