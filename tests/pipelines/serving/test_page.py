@@ -122,6 +122,12 @@ def test_the_page_is_served_with_a_policy_that_forbids_all_other_hosts_and_inlin
         assert set(" ".join(directives.values()).split()) == {"'none'", "'self'", "blob:"}
 
 
+def test_without_chromium_the_tests_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"), chromium():
+        pass
+
+
 @contextlib.contextmanager
 def serving(storage: Path, *options: str, port: int = PORT) -> Iterator[str]:
     """Start `unclip serve` on what a storage has published, wait until it is ready, and yield its address."""
