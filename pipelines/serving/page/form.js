@@ -79,6 +79,7 @@ export function showError(param, message) {
   input.setAttribute("aria-invalid", "true");
   input.setAttribute("aria-describedby", error.id);
   input.focus();
+  error.scrollIntoView({ block: "nearest" });
   return true;
 }
 
