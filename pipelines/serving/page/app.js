@@ -51,8 +51,9 @@ async function sample(kind, settings, given, requests) {
     byId("announcement").textContent = `Done: ${sets.flatMap((set) => set.images).length} images, ${title}.`;
   } catch (error) {
     show(shown);
+    const isElsewhere = error.param === { edit: "prompt", interpolate: "n" }[kind]; // not in the form
     if (error.name === "AbortError") byId("announcement").textContent = "Stopped.";
-    else if (!showError(error.param, error.message)) tellProblem(error.message);
+    else if (isElsewhere || !showError(error.param, error.message)) tellProblem(error.message);
   } finally {
     running = null;
     byId("progress").hidden = true;
@@ -219,8 +220,9 @@ async function watch() {
         tellProblem(error.message);
       }
     }
-    byId("status").textContent = STATES[state]();
-    byId("status").dataset.state = state;
+    const status = byId("status");
+    if (status.textContent !== STATES[state]()) status.textContent = STATES[state](); // read aloud only when it changes
+    status.dataset.state = state;
     await new Promise((resolve) => setTimeout(resolve, state === "ok" ? 15_000 : 2_000));
   }
 }

@@ -33,10 +33,15 @@ export function offerModels(models) {
   byId("modes").hidden = models.length < 2;
   for (const [place, select] of [byId("model"), byId("other")].entries()) {
     const before = select.value;
-    select.replaceChildren(...models.map(({ id, aliases }) => new Option([id, ...(aliases ?? [])].join(" · "), id)));
+    select.replaceChildren(...models.map((model) => new Option(nameOf(model), model.id)));
     select.selectedIndex = Math.min(place, models.length - 1);
     choose(select, before);
   }
+}
+
+/** Name and version of a model, and the aliases of that version. */
+function nameOf({ id, aliases }) {
+  return [id, ...aliases.filter((alias) => alias.includes("@")).map((alias) => alias.split("@")[1])].join(" · ");
 }
 
 function choose(select, value) {
@@ -74,6 +79,7 @@ export function showError(param, message) {
   input.setAttribute("aria-invalid", "true");
   input.setAttribute("aria-describedby", error.id);
   input.focus();
+  error.scrollIntoView({ block: "nearest" });
   return true;
 }
 

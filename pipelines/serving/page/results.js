@@ -123,7 +123,7 @@ function tile(entry, image, label, act) {
   const link = figure.querySelector("a");
   link.href = img.src;
   link.download = `unclip-${image.seed ?? "image"}-${label.replaceAll(" ", "-")}.png`;
-  link.setAttribute("aria-label", `Download: image ${label}`);
+  link.setAttribute("aria-label", `Save: image ${label}`);
   return figure;
 }
 
@@ -157,7 +157,7 @@ function picture(blob, alt, size) {
 function columns(name, children) {
   const box = element("div", name);
   const count = children.length;
-  box.style.setProperty("--columns", count < 4 ? count : count === 4 ? 2 : count < 7 ? 3 : 4);
+  box.style.setProperty("--columns", count === 4 ? 2 : Math.min(count, 3));
   box.append(...children);
   return box;
 }

@@ -17,7 +17,13 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 QUIET += ("--disable-sync", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-CAPTION = "a small yellow star on a purple background"
+SHOWN = {
+    "a big blue star on a white background": 4,
+    "a tiny green triangle on black": 4,
+    "a large yellow cross on a purple background": 4,
+    "a large red cross on the left on white": 3,
+}
+"""Captions of the screenshot, and numbers of images."""
 
 
 @contextlib.contextmanager
@@ -70,16 +76,16 @@ def finished(page: Page) -> Iterator[None]:
 
 def screenshot(address: str, path: Path) -> None:
     with chromium() as browser:
-        context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+        context = browser.new_context(viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
         page = open_page(context, address).page
-        for caption, count in (("a large red circle on a white background", 2), (CAPTION, 6)):
+        for caption, count in SHOWN.items():
             page.fill("#caption", caption)
             page.uncheck("#random")
             page.fill("#seed", "1")
             page.fill("#count", str(count))
             with finished(page):
                 page.press("#caption", "Enter")
-        page.evaluate("Promise.all([...document.images].map((image) => image.decode()))")
+        page.evaluate("Promise.all([...document.images].filter((image) => image.src).map((image) => image.decode()))")
         page.screenshot(path=path)
 
 

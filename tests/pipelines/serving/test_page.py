@@ -1,5 +1,6 @@
 """The page of `unclip serve`: its files, and the page itself in headless Chromium on a server with two small stacks."""
 
+import asyncio
 import contextlib
 import fnmatch
 import io
@@ -18,11 +19,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from pipelines.serving.app import Api, create_app
+from pipelines.serving.engine import Engine
+from pipelines.serving.models import Models
+from pipelines.serving.requests import Limits
 from tests.pipelines.command_line import ROOT
 from tests.pipelines.serving.browser import Watched, chromium, finished, open_page
 from tests.unclip.systems import tiny_stacks
@@ -58,7 +64,7 @@ def test_the_page_names_no_other_host() -> None:
         text = path.read_text().replace('xmlns="http://www.w3.org/2000/svg"', "")
         assert not re.search(r"https?:|[\"'(]//|@import|\burl\(", text), path.name
     for link in (*ELEMENTS.all("src"), *ELEMENTS.all("href")):
-        assert link.startswith("#") or (PAGE.parent / link).exists(), link
+        assert link.startswith("#") or (PAGE / link).exists(), link
 
 
 def test_the_page_has_no_inline_code_and_makes_no_markup_of_strings() -> None:
@@ -97,14 +103,39 @@ def test_all_files_of_the_page_are_package_data() -> None:
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
 
 
+def test_the_page_is_served_with_a_policy_that_forbids_all_other_hosts_and_inline_code() -> None:
+    engine = Engine(max_images=1, wait_seconds=0)
+    app = create_app(Api(engine, Models(engine, "unused", ()), Limits(), token="0" * 16, hosts=None))
+
+    async def get() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return [await client.get(name) for name in ("/", *(path.name for path in FILES))]
+
+    answers = asyncio.run(get())
+    assert answers[0].content == (PAGE / "index.html").read_bytes()
+    types = {path.name: answer.headers["content-type"] for path, answer in zip(FILES, answers[1:], strict=True)}
+    assert types["app.js"].startswith("text/javascript") and types["style.css"].startswith("text/css")
+    for answer in answers:
+        assert answer.status_code == 200 and answer.headers["x-content-type-options"] == "nosniff"
+        directives = dict(part.split(maxsplit=1) for part in answer.headers["content-security-policy"].split("; "))
+        assert directives["default-src"] == directives["frame-ancestors"] == directives["base-uri"] == "'none'"
+        assert set(" ".join(directives.values()).split()) == {"'none'", "'self'", "blob:"}
+
+
+def test_without_chromium_the_tests_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"), chromium():
+        pass
+
+
 @contextlib.contextmanager
-def serving(*models: Path, log: Path, port: int = PORT, options: tuple[str, ...] = ()) -> Iterator[str]:
-    """Start `unclip serve` with models, wait until it is ready, and yield its address."""
-    command = [sys.executable, "-m", "pipelines", "serve", "--port", str(port), *options]
-    command += [part for model in models for part in ("--model", str(model))]
+def serving(storage: Path, *options: str, port: int = PORT) -> Iterator[str]:
+    """Start `unclip serve` on what a storage has published, wait until it is ready, and yield its address."""
     address = f"http://127.0.0.1:{port}/"
+    command = [sys.executable, "-m", "pipelines", "serve", "--storage", storage, "--port", str(port), *options]
+    log = storage / "serve.log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=storage, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 180
         while not is_ready(address):
@@ -137,14 +168,20 @@ def pixels(png: bytes) -> Any:
 
 
 @pytest.fixture(scope="module")
-def stacks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two stacks, whose images have 16 and 8 pixels."""
-    return [tiny_stacks.publish(tmp_path_factory.mktemp(f"stack{num}"), num) for num in (1, 0)]
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage with two published models: `large`, whose images have 16 pixels, and `small`, whose images have 8."""
+    folder = tmp_path_factory.mktemp("storage")
+    stacks = {name: tiny_stacks.publish(folder / name, num) for num, name in enumerate(("small", "large"))}
+    (folder / "published").mkdir()
+    for at, (name, stack) in enumerate(stacks.items()):
+        record = {"stack": str(stack), "digest": f"{at}" * 64, "at": at}
+        (folder / "published" / f"{name}.json").write_text(json.dumps(record))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def address(stacks: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(*stacks, log=tmp_path_factory.mktemp("serve") / "log") as found:
+def address(storage: Path) -> Iterator[str]:
+    with serving(storage) as found:
         yield found
 
 
@@ -426,3 +463,30 @@ def test_a_request_can_be_stopped(watched: Watched) -> None:
     page.wait_for_selector("#announcement:text-is('Stopped.')", state="attached")
     expect(page.locator("#submit")).to_have_text("Generate")
     assert page.locator("#result .tile").count() == 2, "the result before is shown again"
+
+
+@pytest.mark.slow
+def test_the_page_asks_for_the_token_and_says_when_the_server_has_gone(browser: Browser, storage: Path) -> None:
+    token = "a-token-of-this-test"
+    (storage / "token").write_text(token)
+    context = browser.new_context()
+    page = context.new_page()
+    with serving(storage, "--token-file", str(storage / "token"), port=PORT + 1) as address:
+        page.goto(address)
+        for given, problem in (("wrong", ""), (token, "The server refused this token.")):
+            expect(page.locator("#token")).to_be_focused()
+            expect(page.locator("#lock-problem")).to_have_text(problem)
+            page.fill("#token", given)
+            page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_have_text("Ready · 2 models")
+        generate(page, count=1)
+        page.reload()
+        expect(page.locator("#status")).to_have_text("Ready · 2 models")  # the tab keeps the token
+        assert page.is_hidden("#lock")
+    page.fill("#caption", "a blue star")
+    page.click("#submit")
+    expect(page.locator("#problem")).to_contain_text("The server cannot be reached.")
+    expect(page.locator("#result .tile")).to_have_count(1)
+    expect(page.locator("#status")).to_contain_text("cannot be reached", timeout=20_000)
+    assert context.cookies() == [] and token not in page.evaluate("JSON.stringify(localStorage)")
+    context.close()
