@@ -33,7 +33,7 @@ from tasks.stages.evaluate import heldout_pairs
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import imaging
 from unclip.data import Places, RowReader
-from unclip.evaluation import metrics
+from unclip.evaluation import distances, metrics, retrieval
 from unclip.systems.system import StackFiles
 from unclip.systems.unclip.sampling import ImageEmbeddingSource
 from unclip.systems.unclip.stack import Stack
@@ -154,7 +154,7 @@ def measure(stack: Stack, images: Tensor, heldout: Heldout) -> Samples:
     scenes = metrics.score_scenes(images, heldout.captions)
     assert scenes is not None, "the demo's captions describe scenes"
     embedding, text = stack.embed_images(images), stack.embed_text(heldout.captions)
-    distance = metrics.frechet_distance(embedding, stack.embed_images(heldout.images))
+    distance = distances.frechet_distance(embedding, stack.embed_images(heldout.images))
     return Samples(images, scenes, float((embedding * text).sum(dim=1).mean()), distance)
 
 
@@ -162,7 +162,7 @@ def measure(stack: Stack, images: Tensor, heldout: Heldout) -> Samples:
 def score_prior(stack: Stack, heldout: Heldout, seed: int = 0) -> dict[str, float]:
     """Compare image embeddings sampled by a stack's prior with those of the captions' images."""
     sampled = stack.embed_captions(heldout.captions, stack.sampling, torch.Generator().manual_seed(seed))
-    return metrics.score_embeddings(sampled, heldout.image_embedding)
+    return retrieval.score_embeddings(sampled, heldout.image_embedding)
 
 
 def table(results: Mapping[str, Samples], priors: Mapping[str, Mapping[str, float]]) -> str:
@@ -226,7 +226,7 @@ def main() -> None:
     results = {name: draw(stack, embed, heldout, arguments.seed) for name, embed in ways(stack, heldout).items()}
     results[REAL] = measure(stack, heldout.images, heldout)
     priors = {
-        "text embedding": metrics.score_embeddings(stack.embed_text(heldout.captions), heldout.image_embedding),
+        "text embedding": retrieval.score_embeddings(stack.embed_text(heldout.captions), heldout.image_embedding),
         "diffusion prior": score_prior(stack, heldout, arguments.seed),
         "autoregressive prior": score_prior(load_stack(base, prior=others["prior"]), heldout, arguments.seed),
     }

@@ -23,7 +23,9 @@ from tasks.scoring import Measured, measure_batch, merge
 from tasks.snapshots import MAX_HELDOUT
 from tasks.stages.evaluate import EvaluateConfig, summarise, unseen_captions
 from unclip import imaging
-from unclip.evaluation.metrics import values_of
+from unclip.evaluation.distances import Statistics
+from unclip.evaluation.intervals import intervals_of
+from unclip.evaluation.metrics import Sampled, values_of
 from unclip.models.clip import Clip, architectures
 
 MB, GB = 1 << 20, 1 << 30
@@ -53,7 +55,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     clip, num_shown = random_clip(arguments.embedding_dim), EvaluateConfig().num_images
     captions = unseen_captions(arguments.num_images, seed=0)
-    reference = F.normalize(torch.randn(MAX_HELDOUT, arguments.embedding_dim), dim=1)
+    real = F.normalize(torch.randn(MAX_HELDOUT, arguments.embedding_dim), dim=1)
     process, started = os.getpid(), time.monotonic()
     peaks, sizes = {"before the first batch": measure.peak_rss(process)}, []
 
@@ -71,7 +73,9 @@ def main() -> None:
     measured = merge(sample(), len(captions))
     peaks["after the last batch"] = measure.peak_rss(process)
     sampled = time.monotonic()
-    estimates, _ = summarise("heldout", captions, measured, reference)
+    reference = Statistics.of(real)
+    estimates, _ = summarise("heldout", Sampled(captions, measured.features, reference), measured)
+    intervals = intervals_of(estimates)
     peaks["after the metrics"] = measure.peak_rss(process)
     finished = time.monotonic()
 
@@ -83,9 +87,10 @@ def main() -> None:
     pixels = len(captions) * 3 * arguments.image_size**2 * 4
     print(f"\nreturned by workers: {sum(sizes) / MB:,.0f} MB, {sum(sizes) / len(captions):,.0f} bytes an image; "
           f"as float32 images it would be {pixels / GB:,.1f} GB")  # fmt: skip
-    print(
-        f"sampling and measuring {sampled - started:,.0f} s, metrics {finished - sampled:,.0f} s, {values_of(estimates)}"
-    )
+    print(f"sampling and measuring {sampled - started:,.0f} s, metrics and intervals {finished - sampled:,.0f} s")
+    for name, value in values_of(estimates).items():
+        limits = "  ".join(f"{limit:.5f}" for limit in intervals.get(name, ()))
+        print(f"{name:24} {value:10.5f}   {limits:20} of {estimates[name].count:,}")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ class Row:
     """[N, S, S, 3] uint8, images of the first held-out captions."""
     correct: Sequence[bool] | None = None
     """By image: True if everything that its caption names is right; None if that is unknown."""
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] = dataclasses.field(default_factory=dict)
+    """Group of captions -> name of a metric -> lower and upper limit of its 95 % interval."""
 
     @property
     def label(self) -> str:
@@ -160,6 +162,7 @@ class Row:
     def document(self) -> dict[str, Any]:
         """JSON values."""
         values = {name: getattr(self, name) for name in ("name", "label", "system", "value", "metrics")}
+        values["intervals"] = dict(self.intervals)
         costs = {name: getattr(self, name) for name in ("training_seconds", "seconds_per_image", "parameters")}
         trainings = [{**each._asdict(), "flops": each.flops} for each in self.trainings]
         totals = {"training_samples": self.num_samples, "training_flops": self.flops}
@@ -473,7 +476,18 @@ def collect(
             used.setdefault(name, set()).add(artifact.fingerprint)
         if not rows:
             real = measure_real_images(entry.config, artifacts["curate"], artifacts["clip"])
-            rows.append(Row(REAL, REAL, None, None, real.metrics, images=real.images, correct=real.correct))
+            rows.append(
+                Row(
+                    REAL,
+                    REAL,
+                    None,
+                    None,
+                    real.metrics,
+                    images=real.images,
+                    correct=real.correct,
+                    intervals=real.intervals,
+                )
+            )
             captions, keys = real.captions, real.keys
             snapshot = dict(artifacts["curate"].facts["snapshot"])
             num_captions = dict(artifacts[EVALUATE].facts["captions"])
@@ -499,6 +513,7 @@ def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
         seconds_per_image=facts["seconds_per_image"]["heldout"],
         images=np.load(io.BytesIO(files.read(kept["uri"])), allow_pickle=False),
         correct=kept["correct"],
+        intervals=facts["intervals"],
     )
 
 

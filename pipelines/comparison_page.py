@@ -31,8 +31,19 @@ class Column:
     """1 if more is better, -1 if less is, 0 if neither."""
 
 
-def _metric(group: str, name: str) -> Callable[[Row], float | None]:
-    return lambda row: row.metrics.get(group, {}).get(name)
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """Value of a metric of a row."""
+
+    group: str
+    name: str
+
+    def __call__(self, row: Row) -> float | None:
+        return row.metrics.get(self.group, {}).get(self.name)
+
+    def interval(self, row: Row) -> Sequence[float] | None:
+        """Lower and upper limit of the 95 % interval."""
+        return row.intervals.get(self.group, {}).get(self.name)
 
 
 def _decimals(places: int) -> Callable[[float], str]:
@@ -48,19 +59,19 @@ def _seconds(value: float) -> str:
 
 
 def _accuracy(title: str, group: str, attributes: Sequence[str]) -> list[Column]:
-    return [Column(title, name, _metric(group, f"accuracy.{name}"), _decimals(3), 1) for name in attributes]
+    return [Column(title, name, Metric(group, f"accuracy.{name}"), _decimals(3), 1) for name in attributes]
 
 
 COLUMNS = (
     *_accuracy("held-out captions", "heldout", SCORED),
     *_accuracy("unseen combinations", "unseen", SCORED),
     *_accuracy("relations of two objects", "relations", ATTRIBUTES),
-    Column("relations of two objects", "colours swapped", _metric("relations", "swapped.colour"), _decimals(3), -1),
-    Column("relations of two objects", "shapes swapped", _metric("relations", "swapped.shape"), _decimals(3), -1),
-    Column("likeness", "CLIP score", _metric("heldout", "clip_score"), _decimals(3), 1),
-    Column("likeness", "Fréchet distance", _metric("heldout", "clip_frechet_distance"), _decimals(4), -1),
-    Column("diversity", "place entropy", _metric("repeated", "place_entropy"), _decimals(3), 1),
-    Column("diversity", "pairwise distance", _metric("repeated", "pairwise_distance"), _decimals(3)),
+    Column("relations of two objects", "colours swapped", Metric("relations", "swapped.colour"), _decimals(3), -1),
+    Column("relations of two objects", "shapes swapped", Metric("relations", "swapped.shape"), _decimals(3), -1),
+    Column("likeness", "CLIP score", Metric("heldout", "clip_score"), _decimals(3), 1),
+    Column("likeness", "Fréchet distance", Metric("heldout", "clip_frechet_distance"), _decimals(4), -1),
+    Column("diversity", "place entropy", Metric("repeated", "place_entropy"), _decimals(3), 1),
+    Column("diversity", "pairwise distance", Metric("repeated", "pairwise_distance"), _decimals(3)),
     Column("cost", "parameters", lambda row: row.parameters, number),
     Column("cost", "training samples", lambda row: row.num_samples, number),
     Column("cost", "training FLOPs", lambda row: row.flops, _power),
@@ -80,6 +91,8 @@ NOTES = (
     "CLIP score: mean cosine of CLIP's embeddings of image and caption. Fréchet distance: between CLIP's embeddings of samples "
     "and of held-out images. Place entropy: of the places of objects in images of one caption that names none, as a share of "
     "log 5. Pairwise distance: mean of 1 - cosine over pairs of images of one caption.",
+    "A cell of the page shows the 95 % interval of its value when it is pointed at; it is that of the sampled images, by the "
+    "bootstrap, and tells nothing about other trainings.",
     "Parameters, samples and FLOPs are those of all trained parts, without the frozen CLIP; training seconds are the sum over "
     "parts, which may have trained side by side, without what came before the last resumption of a training; seconds an image "
     "are those of one worker.",
@@ -100,6 +113,12 @@ def _blocks(rows: Sequence[Row]) -> Iterator[list[Column]]:
 def _cell(column: Column, row: Row) -> str:
     value = column.value(row)
     return "-" if value is None or not math.isfinite(value) else column.form(value)
+
+
+def _title(column: Column, row: Row) -> str:
+    """Attribute of a cell of the page that shows the interval of its value."""
+    interval = column.value.interval(row) if isinstance(column.value, Metric) else None
+    return "" if interval is None else f' title="95 %: {" to ".join(map(column.form, interval))}"'
 
 
 def _is_best(column: Column, row: Row, rows: Sequence[Row]) -> bool:
@@ -215,7 +234,8 @@ def page(comparison: Comparison, images: Sequence[str]) -> str:
     body = []
     for row in rows:
         cells = "".join(
-            f"<td{kind('best' if _is_best(column, row, rows) else '', start(column))}>{_cell(column, row)}</td>"
+            f"<td{kind('best' if _is_best(column, row, rows) else '', start(column))}{_title(column, row)}>"
+            f"{_cell(column, row)}</td>"
             for column in columns
         )
         body.append(f"<tr{kind('real' if row.system is None else '')}><td>{html.escape(row.label)}</td>{cells}</tr>")
@@ -345,10 +365,10 @@ def _mean_accuracy(group: str) -> Callable[[Row], float | None]:
 PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
     ("accuracy, held-out captions (mean of attributes)", _mean_accuracy("heldout")),
     ("accuracy, unseen combinations (mean of attributes)", _mean_accuracy("unseen")),
-    ("CLIP score", _metric("heldout", "clip_score")),
-    ("Fréchet distance (less is better)", _metric("heldout", "clip_frechet_distance")),
-    ("pairwise distance of one caption's images", _metric("repeated", "pairwise_distance")),
-    ("place entropy of one caption's images", _metric("repeated", "place_entropy")),
+    ("CLIP score", Metric("heldout", "clip_score")),
+    ("Fréchet distance (less is better)", Metric("heldout", "clip_frechet_distance")),
+    ("pairwise distance of one caption's images", Metric("repeated", "pairwise_distance")),
+    ("place entropy of one caption's images", Metric("repeated", "place_entropy")),
 )
 
 

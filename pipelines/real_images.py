@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from pipelines.dataset import PipelineConfig
+from tasks.reference import embeddings_reference
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
-from tasks.stages.evaluate import caption_groups, heldout_embeddings, heldout_pairs
+from tasks.stages.evaluate import caption_groups, heldout_pairs
+from tasks.store import Store
 from unclip import imaging
 from unclip.data import Places, RowReader
 from unclip.evaluation import scenes
+from unclip.evaluation.intervals import Interval, intervals_of
 from unclip.evaluation.metrics import Sampled, concatenate, extract_features, measure, values_of
 from unclip.systems.system import ClipFiles
 from unclip.training.batches import load_images
@@ -33,6 +36,8 @@ class RealImages:
 
     metrics: dict[str, dict[str, float]]
     """Group -> name -> value; without groups whose images nobody has."""
+    intervals: dict[str, dict[str, Interval]]
+    """Their 95 % intervals likewise."""
     images: np.ndarray
     """[N, S, S, 3] uint8."""
     correct: list[bool] | None
@@ -52,10 +57,13 @@ def measure_real_images(config: PipelineConfig, dataset: Artifact, clip: Artifac
         clip: artifact of the frozen CLIP.
     """
     snapshot, num_shown = Snapshot.of(dataset.facts), config.evaluate.num_kept
-    network, reference = ClipFiles(clip.facts["model"], clip.facts["pretrained"]).load(), heldout_embeddings(snapshot)
+    network = ClipFiles(clip.facts["model"], clip.facts["pretrained"]).load()
+    reference = embeddings_reference(Store(config.storage), snapshot)
+    statistics = None if reference is None else reference.statistics
     pairs, size = heldout_pairs(snapshot), config.download.image_size
     reader = RowReader((snapshot.source("images", "jpg"),), Places([pairs]))
     values: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, Interval]] = {}
     shown: list[np.ndarray] = []
     correct: list[bool] | None = None
     for group, captions in caption_groups(config.evaluate, pairs["caption"].to_pylist()).items():
@@ -73,12 +81,13 @@ def measure_real_images(config: PipelineConfig, dataset: Artifact, clip: Artifac
             if is_heldout and start < num_shown:
                 shown.append(imaging.to_uint8(images))
         joined = concatenate(features, len(captions))
-        values[group] = values_of(measure(Sampled(captions, joined, reference)))
+        estimates = measure(Sampled(captions, joined, statistics))
+        values[group], intervals[group] = values_of(estimates), intervals_of(estimates)
         if is_heldout and joined.scenes is not None:
             correct = joined.scenes.all_correct()[:num_shown]
     images_shown = np.concatenate(shown)[:num_shown]
     rows = pairs.slice(0, len(images_shown))
-    return RealImages(values, images_shown, correct, rows["caption"].to_pylist(), rows["key"].to_pylist())
+    return RealImages(values, intervals, images_shown, correct, rows["caption"].to_pylist(), rows["key"].to_pylist())
 
 
 def render(captions: Sequence[str], first: int, image_size: int) -> Tensor:

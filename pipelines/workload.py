@@ -10,6 +10,7 @@ from pipelines.dataset import PipelineConfig
 from pipelines.estimate import TrainingWork, Workload
 from pipelines.pipeline import compose
 from tasks.semantic import NUM_SEARCHED_CLUSTERS
+from tasks.stages.evaluate import prompt_groups
 from unclip.models import clip as clip_models
 from unclip.models.text import TextShape
 from unclip.systems.clip import ClipObjective
@@ -24,6 +25,7 @@ def workload(config: PipelineConfig) -> Workload:
 
     Raises:
         ConfigError: the configuration of CLIP is not on this machine.
+        InputError: the file of prompts cannot be read.
     """
     dag = compose(config)
     clip = clip_models.shape_of(config.clip.model)
@@ -51,7 +53,9 @@ def workload(config: PipelineConfig) -> Workload:
         num_captions=evaluate.num_captions
         + evaluate.num_unseen
         + evaluate.num_relations
-        + evaluate.num_repeated * evaluate.num_repeats,
+        + evaluate.num_repeated * evaluate.num_repeats
+        + evaluate.num_reconstructed
+        + sum(map(len, prompt_groups(evaluate).values())),
         caption_flops=sum(_sampling_flops(name, compute, evaluate.sampling) for name, compute in counted.items()),
         sampling_batch=evaluate.sampling.batch_size,
         clip_training=clip_training,

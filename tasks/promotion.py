@@ -239,8 +239,7 @@ class Scores:
         size = measured.shown.shape[1]
         if size != self.image_size:
             raise _other_size(size, self.image_size)
-        features = measured.features
-        estimates = metrics.measure(Sampled(self.captions, features, features.image_embedding[:0]))
+        estimates = metrics.measure(Sampled(self.captions, measured.features))
         table = scores_table(groups, {GROUP: estimates})
         self.remember(champion.digest, table)
         return table

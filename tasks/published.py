@@ -140,9 +140,13 @@ class Record:
                 f"{self.name}: has had no champion before. `unclip models list` shows its versions, and "
                 f"`unclip models promote {self.name}/VERSION` makes one the champion."
             )
+        record = self
+        if self.champion is not None:
+            why = f"was the champion until it was rolled back to version {entry.label}"
+            record = record.with_version(dataclasses.replace(self.champion, reason=why))
         entry = dataclasses.replace(entry, at=time.time(), reason=reason)
         challenger = self.challenger if self.challenger and self.challenger.digest != entry.digest else None
-        record = dataclasses.replace(self, champion=entry, challenger=challenger, former=self.former[:-1])
+        record = dataclasses.replace(record, champion=entry, challenger=challenger, former=self.former[:-1])
         return record.with_version(entry)
 
 

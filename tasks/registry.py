@@ -96,9 +96,13 @@ def follow(client: Any, record: Record) -> Record:
         if entry is not None and entry.version is not None:
             if aliases.get(alias) != entry.version:
                 client.set_registered_model_alias(record.name, alias, entry.version)
-            client.set_model_version_tag(record.name, entry.version, PROMOTION, (entry.reason or "")[:5000])
         elif alias == CHALLENGER and alias in aliases:
             client.delete_registered_model_alias(record.name, alias)
+    tagged = {each.version: each.tags.get(PROMOTION) for each in versions(client, record.name)}
+    for entry in record.versions:
+        reason = (entry.reason or "")[:5000]
+        if entry.version in tagged and reason not in ("", tagged[entry.version]):
+            client.set_model_version_tag(record.name, entry.version, PROMOTION, reason)
     is_ahead = record.champion is not None and record.champion.version is None
     if EARLIER_ALIAS in aliases and record.champion is not None and not is_ahead:
         client.delete_registered_model_alias(record.name, EARLIER_ALIAS)
@@ -122,8 +126,10 @@ def synced(client: Any, record: Record) -> Record:
 def find_entry(client: Any, name: str, entry: Entry) -> Registered | None:
     """The version with the stack of an entry; numbers count only for what has no digest, as they differ between servers."""
     found = [each for each in versions(client, name) if each.digest == entry.digest]
-    if found or not entry.digest.startswith(f"{name}/"):
-        return next((each for each in found if each.version == entry.version), (found or [None])[-1])
+    if found:
+        return next((each for each in found if each.version == entry.version), found[-1])
+    if not entry.digest.startswith(f"{name}/"):
+        return None
     return find(client, name, version=entry.version)
 
 

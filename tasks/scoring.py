@@ -11,25 +11,34 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from torch import nn
 
 from tasks.dataflow import run_in_actors
 from tasks.stage import Resources
 from unclip import files, imaging
 from unclip.evaluation import metrics
+from unclip.evaluation.inception import WIDTH, load_inception, prepare
 from unclip.evaluation.intervals import Estimate
 from unclip.evaluation.metrics import Features, Sampled
 from unclip.models.clip import Clip
-from unclip.systems.system import ClipFiles, StackFiles, find_system, sample_batch
-
-SCORES = "scores.parquet"
-"""Scores of single images in the folder of an evaluation; see `scores_table`."""
+from unclip.systems.system import (
+    ClipFiles,
+    EmbedsCaptions,
+    Reconstructs,
+    StackFiles,
+    batch_generator,
+    find_system,
+    sample_batch,
+)
+from unclip.training.batches import load_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +51,27 @@ class Scoring:
     """Captions sampled together. It is part of what makes the noise."""
     num_shown: int = 0
     """First images of each group that are returned as pixels."""
+    inception: str | None = None
+    """Weights of Inception, whose features are measured as well; see `unclip.evaluation.inception`."""
+
+
+Originals = Callable[[range], list[bytes]]
+"""Function that reads images, stored as JPEG, by their numbers; called in the calling process, for one batch after another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Captions to sample together."""
+
+    number: int
+    """Number in its group, which gives the noise."""
+    captions: list[str]
+    num_shown: int = 0
+    """First images that are returned as pixels."""
+    is_embedded: bool = False
+    """Return the embeddings that the system samples before the images, too."""
+    originals: list[bytes] | None = None
+    """Images, stored as JPEG, to reconstruct instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +87,13 @@ class Measured:
     """Time that workers took to sample the images."""
 
 
-def measure_batch(clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int) -> Measured:
+@torch.no_grad()
+def measure_batch(
+    clip: Clip, images: torch.Tensor, captions: Sequence[str], num_shown: int, inception: nn.Module | None = None
+) -> Measured:
     """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, and keep its first `num_shown` images."""
     pixels = imaging.to_uint8(images)
-    features = metrics.extract_features(clip, images, captions)
+    features = metrics.extract_features(clip, images, captions, inception)
     return Measured(features, [files.sha256(pixels.tobytes())], pixels[:num_shown].copy())
 
 
@@ -88,6 +121,9 @@ def sample_groups(
     scoring: Scoring,
     resources: Resources,
     on_done: Callable[[int], None] = lambda _: None,
+    *,
+    embedded: Collection[str] = (),
+    reconstructed: Mapping[str, Originals] = MappingProxyType({}),
 ) -> dict[str, Measured]:
     """Sample and measure each group of captions; batches are distributed over workers, one at a time to each.
 
@@ -96,17 +132,24 @@ def sample_groups(
         stack: system that samples them.
         resources: workers, and what each of them takes of the cluster.
         on_done: called with the number of images of each batch that is done.
+        embedded: groups for which the embeddings that the system samples before the images are returned, if it does.
+        reconstructed: groups whose images are sampled from the embeddings of other images instead of from captions.
     """
     size = scoring.batch_size
-    batches = [
-        (number, list(captions[start : start + size]), max(0, scoring.num_shown - start))
-        for captions in groups.values()
-        for number, start in enumerate(range(0, len(captions), size))
-    ]
+
+    def batches() -> Iterator[Batch]:
+        for group, captions in groups.items():
+            for number, start in enumerate(range(0, len(captions), size)):
+                some = list(captions[start : start + size])
+                originals = reconstructed.get(group)
+                given = None if originals is None else originals(range(start, start + len(some)))
+                yield Batch(number, some, max(0, scoring.num_shown - start), group in embedded, given)
+
+    num_batches = sum(math.ceil(len(captions) / size) for captions in groups.values())
     worker = SamplingWorker.options(**resources.options())  # type: ignore[attr-defined]
-    start = functools.partial(worker.remote, clip, stack, scoring.seed, resources.cpus_per_worker)
-    num_workers = min(resources.num_workers, len(batches))
-    done = _in_order(run_in_actors(start, num_workers, _sample_batch, enumerate(batches)))
+    start = functools.partial(worker.remote, clip, stack, scoring.seed, resources.cpus_per_worker, scoring.inception)
+    num_workers = min(resources.num_workers, num_batches)
+    done = _in_order(run_in_actors(start, num_workers, _sample_batch, enumerate(batches())))
 
     def next_batches(count: int) -> Iterator[Measured]:
         for measured in itertools.islice(done, math.ceil(count / size)):
@@ -116,8 +159,8 @@ def sample_groups(
     return {group: merge(next_batches(len(captions)), len(captions)) for group, captions in groups.items()}
 
 
-def _sample_batch(worker: Any, numbered: tuple[int, tuple[int, list[str], int]]) -> Any:
-    return worker.sample.remote(*numbered[1])
+def _sample_batch(worker: Any, numbered: tuple[int, Batch]) -> Any:
+    return worker.sample.remote(numbered[1])
 
 
 def _in_order(done: Iterable[tuple[tuple[int, Any], Measured]]) -> Iterator[Measured]:
@@ -135,20 +178,88 @@ def _in_order(done: Iterable[tuple[tuple[int, Any], Measured]]) -> Iterator[Meas
 class SamplingWorker:
     """Holds one system and the CLIP that measures it; samples one batch per call."""
 
-    def __init__(self, measuring_clip: ClipFiles, stack: StackFiles, seed: int, num_threads: int) -> None:
+    def __init__(
+        self, measuring_clip: ClipFiles, stack: StackFiles, seed: int, num_threads: int, inception: str | None = None
+    ) -> None:
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.system = find_system(stack.system).load(stack).to(device)
         self.clip = measuring_clip.load().to(device)
+        self.inception = None if inception is None else load_inception(inception).to(device)
         self.seed = seed
 
-    def sample(self, number: int, captions: list[str], num_shown: int) -> Measured:
-        """Sample and measure batch `number` of a group, and keep its first `num_shown` images."""
+    def sample(self, batch: Batch) -> Measured:
+        """Sample and measure a batch."""
         started = time.monotonic()
-        images = sample_batch(self.system, captions, number, seed=self.seed, sampling=self.system.sampling)
+        system, originals = self.system, None
+        if batch.originals is None:
+            images = sample_batch(system, batch.captions, batch.number, seed=self.seed, sampling=system.sampling)
+        else:
+            assert isinstance(system, Reconstructs)
+            originals = load_images(batch.originals, system.image_size)
+            generator = batch_generator(system, batch.number, self.seed)
+            images = system.reconstruct(originals.to(system.device), system.sampling, generator).cpu()
         seconds = time.monotonic() - started
-        measured = measure_batch(self.clip, images.to(self.system.device), captions, num_shown)
-        return dataclasses.replace(measured, seconds=seconds)
+        measured = measure_batch(self.clip, images.to(system.device), batch.captions, batch.num_shown, self.inception)
+        features = measured.features
+        if originals is not None:
+            features = features._replace(difference=(images - originals).abs().mean(dim=(1, 2, 3)))
+        if batch.is_embedded:
+            features = features._replace(sampled_embedding=self._embeddings(batch, features.text_embedding))
+        return dataclasses.replace(measured, features=features, seconds=seconds)
+
+    def _embeddings(self, batch: Batch, text_embedding: torch.Tensor) -> torch.Tensor | None:
+        """Embeddings [B, E] that the images were sampled from; None unless they are those of the CLIP that measures."""
+        system = self.system
+        if not isinstance(system, EmbedsCaptions):
+            return None
+        own = system.embed_text(batch.captions).cpu()
+        if own.shape != text_embedding.shape or not torch.allclose(own, text_embedding, rtol=0, atol=1e-3):
+            return None
+        generator = batch_generator(system, batch.number, self.seed)
+        found = system.sample_embeddings(batch.captions, system.sampling, generator)
+        return None if found is None else found.float().cpu()
+
+
+def inception_features(
+    originals: Originals, count: int, weights: str, image_size: int, batch_size: int, resources: Resources
+) -> torch.Tensor:
+    """Measure stored images by Inception: features [count, 2048].
+
+    Args:
+        originals: reads the images.
+        image_size: resolution at which they are measured, that of the sampled images.
+        resources: workers, and what each of them takes of the cluster.
+    """
+    worker = InceptionWorker.options(**resources.options())  # type: ignore[attr-defined]
+    start = functools.partial(worker.remote, weights, image_size, resources.cpus_per_worker)
+    spans = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    items = ((span, originals(span)) for span in spans)
+    features = torch.empty(count, WIDTH)
+    for (span, _), measured in run_in_actors(start, min(resources.num_workers, len(spans)), _measure_originals, items):
+        features[span.start : span.stop] = measured
+    return features
+
+
+def _measure_originals(worker: Any, item: tuple[range, list[bytes]]) -> Any:
+    return worker.measure.remote(item[1])
+
+
+@ray.remote
+class InceptionWorker:
+    """Holds Inception; measures one batch of stored images per call."""
+
+    def __init__(self, weights: str, image_size: int, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_inception(weights).to(self.device)
+        self.image_size = image_size
+
+    @torch.no_grad()
+    def measure(self, encoded: list[bytes]) -> torch.Tensor:
+        """Features [len(encoded), 2048] of images stored as JPEG."""
+        images = load_images(encoded, self.image_size).to(self.device)
+        return self.model(prepare(images)).cpu()  # type: ignore[no-any-return]
 
 
 def score_captions(
@@ -159,7 +270,7 @@ def score_captions(
     estimates = {}
     for group, captions in groups.items():
         features = measured[group].features
-        estimates[group] = metrics.measure(Sampled(captions, features, features.image_embedding[:0]))
+        estimates[group] = metrics.measure(Sampled(captions, features))
     return scores_table(groups, estimates)
 
 

@@ -45,7 +45,7 @@ def list_models(storage: str | None, as_json: bool) -> None:
     if not listed:
         click.echo(f"no models in {store.root}")
         return
-    rows = [("model", "", "system", "dataset", "accuracy", "published", "")]
+    rows = [("model", "", "system", "dataset", "accuracy", "time", "")]
     for version in listed:
         entry = version.entry
         rows.append(
@@ -87,7 +87,7 @@ def show(model: str, storage: str | None, as_json: bool) -> None:
         "aliases": ", ".join(version.aliases),
         "why": entry.reason,
         "system": entry.system,
-        "published": f"{_local_time(entry.at):%Y-%m-%d %H:%M}" if entry.at else None,
+        "time": f"{_local_time(entry.at):%Y-%m-%d %H:%M}" if entry.at else None,
         "run": entry.run,
         "resolution": entry.image_size,
         "stack": entry.stack or "in MLflow's registry",

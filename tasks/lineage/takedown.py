@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
 from tasks import index, ranges, rows, tables
+from tasks.lineage import evaluations
 from tasks.lineage.provenance import checkpoints_of, pairs_folders
 from tasks.lineage.traces import Traces, redact, remove
 from tasks.near_duplicates import near_to
@@ -296,6 +297,7 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     _blank_lists(store, tombstones)
     _delete_temporary_files(store)
     _delete_held_out(store, tombstones.keys)
+    evaluations.remove_rows(store, tombstones.keys)
     _redact_reports(store, tombstones.keys)
     _delete_previews(store, tombstones.keys)
     datasets = _datasets_with(store, set(keys))

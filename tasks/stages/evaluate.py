@@ -16,18 +16,29 @@ import pyarrow.compute as pc
 import torch
 
 from tasks import tables
-from tasks.places import read_vectors
-from tasks.scoring import SCORES, Measured, Scoring, sample_groups, scores_table
+from tasks.lineage.evaluations import SCORES, blank_captions
+from tasks.prompts import read_suite
+from tasks.reference import Reference, embeddings_reference, find_reference, read_embeddings
+from tasks.scoring import Measured, Originals, Scoring, inception_features, sample_groups, scores_table
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
+from tasks.tombstones import load_tombstones
 from unclip import files, imaging
 from unclip.config import added, fingerprint, require, to_dict
+from unclip.data import Places, RowReader
+from unclip.errors import InputError
 from unclip.evaluation import metrics, scenes
+from unclip.evaluation.inception import read_weights
 from unclip.evaluation.intervals import Estimate, intervals_of
 from unclip.evaluation.metrics import Sampled
-from unclip.systems.system import ClipFiles, StackFiles
+from unclip.systems.system import ClipFiles, StackFiles, find_system
+from unclip.training import checkpoints
 
-HELDOUT_GROUPS = ("heldout", "repeated")
+RECONSTRUCTIONS = "reconstructions"
+"""Group of images that are sampled from the embeddings of held-out images."""
+PROMPTS = "prompts"
+"""Group of captions of the file of prompts, or start of its groups by category."""
+HELDOUT_GROUPS = ("heldout", "repeated", RECONSTRUCTIONS)
 """Groups whose captions are those of the dataset's held-out rows."""
 KEPT = "heldout.npy"
 """Images of held-out captions that are kept one by one, [N, S, S, 3] uint8."""
@@ -56,6 +67,14 @@ class EvaluateConfig:
     """Images of each of these captions."""
     num_kept: int = added(0)
     """Images of held-out captions that are kept one by one, besides the captioned grid, for a comparison of systems."""
+    num_reconstructed: int = added(0)
+    """Held-out images that are sampled again from their embeddings, if the system can, and compared with the originals."""
+    prompts: str | None = added(None)
+    """File of captions to sample besides, by category; see `tasks.prompts`."""
+    prompts_sha256: str | None = added(None)
+    """Digest of that file; filled in by the pipeline."""
+    inception: str | None = added(None)
+    """File with the weights of Inception, for FID and KID; without it, distances are those of CLIP's embeddings alone."""
 
     def __post_init__(self) -> None:
         require(self.num_captions >= 1, "num_captions", self.num_captions, "at least 1")
@@ -64,35 +83,71 @@ class EvaluateConfig:
         require(0 <= self.seed < 2**64, "seed", self.seed, "0 to 2^64 - 1")
         require(self.num_relations >= 0, "num_relations", self.num_relations, "at least 0")
         require(self.num_repeated >= 0, "num_repeated", self.num_repeated, "at least 0")
+        require(self.num_reconstructed >= 0, "num_reconstructed", self.num_reconstructed, "at least 0")
         require(self.num_repeats >= 2, "num_repeats", self.num_repeats, "at least 2")
         expected = f"0 to num_images, {self.num_images}"
         require(0 <= self.num_kept <= self.num_images, "num_kept", self.num_kept, expected)
 
 
 def _pin(config: Any, pinning: Pinning) -> Any:
+    """Fill in the system, and check and pin the files that the settings name; workers read them by absolute paths.
+
+    Raises:
+        InputError: a file cannot be read, or is not what it should be.
+    """
     system = pinning.config.system
     require(config.system in (None, system), "evaluate.system", config.system, f"{system}, the system of the pipeline")
-    return dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system)
+    if config.prompts is not None:
+        digest = read_suite(config.prompts).digest
+        expected = f"{digest}, that of {config.prompts}, or none"
+        require(config.prompts_sha256 in (None, digest), "evaluate.prompts_sha256", config.prompts_sha256, expected)
+        config = dataclasses.replace(config, prompts=_absolute(config.prompts), prompts_sha256=digest)
+    if config.inception is not None:
+        read_weights(config.inception)
+        config = dataclasses.replace(config, inception=_absolute(config.inception))
+    return config
+
+
+def _absolute(uri: str) -> str:
+    path = files.to_path(uri)
+    return uri if path is None else str(path)
 
 
 @stage("evaluate", version=4, has_workers=True, pin=_pin, reads_snapshot=True)
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)
-    pairs = heldout_pairs(snapshot).select(["caption", "key"]).to_pydict()
-    groups = caption_groups(config, pairs["caption"])
+    pairs = heldout_pairs(snapshot)
+    captions, keys = pairs["caption"].to_pylist(), pairs["key"].to_pylist()
+    groups = {**caption_groups(config, captions), **prompt_groups(config)}
+    if config.num_reconstructed and find_system(config.system).reconstructs:
+        groups[RECONSTRUCTIONS] = captions[: config.num_reconstructed]
     stack = stack_files(config.system, parts, snapshot.statistics, to_dict(config.sampling))
-    reference = heldout_embeddings(snapshot)
-    scoring = Scoring(config.seed, config.sampling.batch_size, config.num_images)
-    progress = context.progress(sum(map(len, groups.values())), "images").start()
+    scoring = Scoring(config.seed, config.sampling.batch_size, config.num_images, config.inception)
     measuring_clip = ClipFiles(clip.facts["model"], clip.facts["pretrained"])
-    sampled = sample_groups(groups, measuring_clip, stack, scoring, context.resources, progress.update)
+    sampled = sample_groups(
+        groups,
+        measuring_clip,
+        stack,
+        scoring,
+        context.resources,
+        context.progress(sum(map(len, groups.values())), "images").start().update,
+        embedded=("heldout",),
+        reconstructed={RECONSTRUCTIONS: _originals(snapshot, pairs)} if RECONSTRUCTIONS in groups else {},
+    )
+    image_size = sampled["heldout"].shown.shape[1]
+    references = _references(context, snapshot, scoring, image_size)
+    with_own = {name: len(groups[name]) for name in ("heldout", RECONSTRUCTIONS) if name in groups}
+    own = read_embeddings(snapshot, pairs.slice(0, max(with_own.values())))  # [at least as many as either, E]
 
     by_group = ("accuracy", "clip_score", "metrics", "intervals", "counts", "captions", "images", "seconds_per_image")
     facts: dict[str, Any] = {name: {} for name in by_group}
     estimates: dict[str, dict[str, Estimate]] = {}
     for group, measured in sampled.items():
-        estimates[group], images = summarise(group, groups[group], measured, reference)
+        given: dict[str, Any] = {name: reference.statistics for name, reference in references.items()}
+        given["own"] = own[: with_own[group]] if group in with_own else None
+        estimates[group], images = summarise(group, Sampled(groups[group], measured.features, **given), measured)
         values = metrics.values_of(estimates[group])
         facts["captions"][group] = len(groups[group])
         facts["metrics"][group] = values
@@ -107,14 +162,58 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         if group == "heldout" and config.num_kept:
             facts["kept"] = _keep(context, measured, config.num_kept)
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
-    facts["scores"] = f"{context.folder}/{SCORES}"
-    keys = {group: dict(zip(pairs["caption"], pairs["key"], strict=True)) for group in HELDOUT_GROUPS}
-    tables.write_file(facts["scores"], scores_table(groups, estimates, keys))
-    facts |= {"seed": scoring.seed, "batch_size": scoring.batch_size, "stack": stack.facts()}
+    key_of = dict(zip(captions, keys, strict=True))
+    table = scores_table(groups, estimates, dict.fromkeys(HELDOUT_GROUPS, key_of))
+    facts |= {"scores": _write_scores(context, table), "seed": scoring.seed, "batch_size": scoring.batch_size}
     facts["measured_by"] = {**dataclasses.asdict(measuring_clip), "digest": clip.digest}
-    facts["image_size"] = sampled["heldout"].shown.shape[1]
+    facts["image_size"] = image_size
+    facts["references"] = {
+        name: {"uri": found.uri, "digest": found.digest, "num_images": found.num_images}
+        for name, found in references.items()
+    }
+    if measured_bits := bits_per_dim(stack):
+        facts["bits_per_dim"] = measured_bits
+        context.tracker.metrics({f"{part}.bits_per_dim": value for part, value in measured_bits.items()})
+    facts["stack"] = stack.facts()
     digests = [measured.digests for measured in sampled.values()]
     return Output(context.folder, fingerprint(digests, facts["accuracy"]), facts)
+
+
+def _originals(snapshot: Snapshot, rows: pa.Table) -> Originals:
+    """Stored images of rows of `Snapshot.heldout_rows`."""
+    reader = RowReader((snapshot.source("images", "jpg"),), Places([rows]))
+    return lambda span: list(reader.read(np.arange(span.start, span.stop))["jpg"])
+
+
+def _references(context: StageContext, snapshot: Snapshot, scoring: Scoring, image_size: int) -> dict[str, Reference]:
+    """References of the snapshot by the field of `Sampled` that takes them; without held-out images, none."""
+    found = {"reference": embeddings_reference(context.store, snapshot)}
+    weights = scoring.inception
+    if weights is not None:
+
+        def measure(rows: pa.Table) -> torch.Tensor:
+            originals = _originals(snapshot, rows)
+            return inception_features(
+                originals, rows.num_rows, weights, image_size, scoring.batch_size, context.resources
+            )
+
+        name = f"Inception of {image_size} pixels"
+        found["inception_reference"] = find_reference(context.store, snapshot, name, measure)
+    return {name: reference for name, reference in found.items() if reference is not None}
+
+
+def _write_scores(context: StageContext, scores: pa.Table) -> str:
+    """Write the scores of single images; captions of rows that are taken down meanwhile are blanked. Returns the URI."""
+    uri = f"{context.folder}/{SCORES}"
+    tables.write_file(uri, scores)
+    blank_captions(context.folder, load_tombstones(context.store).keys)
+    return uri
+
+
+def bits_per_dim(stack: StackFiles) -> dict[str, float]:
+    """Bits per dimension of held-out images by part, for parts that measured them when they were trained."""
+    measured = {part: checkpoints.load_group(folder, "measured") for part, folder in stack.models.items()}
+    return {part: found["bits_per_dim"].item() for part, found in measured.items() if "bits_per_dim" in found}
 
 
 def stack_files(system: str, parts: Sequence[Artifact], statistics: str, sampling: dict[str, Any]) -> StackFiles:
@@ -122,16 +221,6 @@ def stack_files(system: str, parts: Sequence[Artifact], statistics: str, samplin
     models = {part.stage: part.uri for part in parts if "model" not in part.facts}
     clips = [ClipFiles(part.facts["model"], part.facts["pretrained"]) for part in parts if "model" in part.facts]
     return StackFiles(system, models, clips[0] if clips else None, statistics, sampling)
-
-
-def heldout_embeddings(snapshot: Snapshot) -> torch.Tensor:
-    """Image embeddings [M, E] of the held-out rows, at most `MAX_HELDOUT` of them."""
-    rows = snapshot.heldout_rows()
-    rows = rows.filter(pc.equal(rows["split"], "holdout"))
-    if not rows.num_rows:
-        return torch.empty(0, len(snapshot.load_statistics().mean))
-    source = snapshot.source("embeddings", "image_embedding")
-    return torch.from_numpy(read_vectors(rows, source.uris, "image_embedding"))
 
 
 def heldout_pairs(snapshot: Snapshot) -> pa.Table:
@@ -162,6 +251,20 @@ def caption_groups(config: EvaluateConfig, heldout: Sequence[str]) -> dict[str, 
         chosen = without_place(heldout)[: config.num_repeated]
         groups["repeated"] = [caption for caption in chosen for _ in range(config.num_repeats)]
     return groups
+
+
+def prompt_groups(config: EvaluateConfig) -> dict[str, list[str]]:
+    """Captions of the file of prompts, in a group for each category: `prompts.<category>`, or `prompts` without categories.
+
+    Raises:
+        InputError: the file cannot be read, or has changed since the run started.
+    """
+    if config.prompts is None:
+        return {}
+    suite = read_suite(config.prompts)
+    if config.prompts_sha256 not in (None, suite.digest):
+        raise InputError(f"{config.prompts}: has changed since the run started. Run the same command again.")
+    return {f"{PROMPTS}.{name}" if name else PROMPTS: captions for name, captions in suite.categories.items()}
 
 
 def without_place(captions: Sequence[str]) -> list[str]:
@@ -211,18 +314,16 @@ def _publish(context: StageContext, name: str, data: bytes) -> str:
     return f"{context.folder}/{name}"
 
 
-def summarise(
-    group: str, captions: Sequence[str], measured: Measured, reference: torch.Tensor
-) -> tuple[dict[str, Estimate], dict[str, bytes]]:
+def summarise(group: str, sampled: Sampled, measured: Measured) -> tuple[dict[str, Estimate], dict[str, bytes]]:
     """Compute the metrics of a group; also its images as PNGs, by name."""
-    estimates = metrics.measure(Sampled(captions, measured.features, reference))
+    estimates = metrics.measure(sampled)
     images: dict[str, bytes] = {}
     marks = None
     if measured.features.scenes is not None:
         marks = measured.features.scenes.all_correct()
         images[f"confusion_{group}"] = confusion_matrices(measured.features.scenes)
     shown = imaging.from_uint8(measured.shown)
-    images[group] = imaging.png(imaging.grid(shown, columns=8, captions=captions[: len(shown)], marks=marks))
+    images[group] = imaging.png(imaging.grid(shown, columns=8, captions=sampled.captions[: len(shown)], marks=marks))
     return estimates, images
 
 

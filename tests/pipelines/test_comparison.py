@@ -284,6 +284,12 @@ def test_tables_tell_the_best_system_and_what_failed() -> None:
     assert "Failed: ddpm: it <failed>" in table
     html = page.page(found, ["previews/images.png"])
     assert html.count('class="best') == 3 and "it &lt;failed&gt;" in html and 'src="previews/images.png"' in html
+    measured = dataclasses.replace(row("unclip", 0.95), intervals={"heldout": {"clip_score": (0.94, 0.9613)}})
+    html = page.page(comparison(measured), [])
+    assert html.count("title=") == 1 and '<td title="95 %: 0.940 to 0.961">0.950</td>' in html.replace(
+        ' class="start"', ""
+    )
+    assert measured.document()["intervals"] == {"heldout": {"clip_score": (0.94, 0.9613)}}
     alone = page.markdown(comparison(row("unclip", 0.95)))
     assert "**" not in alone, "one system has no rival"
 

@@ -29,6 +29,7 @@ from pipelines.prepare import prepare
 from pipelines.published import find_stack
 from tasks import ranges, tables, verification
 from tasks.database import database_uri
+from tasks.lineage.evaluations import REFERENCE
 from tasks.snapshots import Snapshot
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
@@ -79,11 +80,11 @@ def run_here(*arguments: object) -> str:
 
 
 def records(storage: Path) -> dict[str, dict[str, Any]]:
-    """Return the newest artifact of each stage."""
+    """Return the newest artifact of each stage, and the newest reference."""
     found = {}
     for stage in (storage / "stages").iterdir():
-        newest = max(stage.iterdir(), key=lambda path: path.stat().st_mtime)
-        found[stage.name] = read_record(storage, "stages", stage.name, newest.name)
+        if made := sorted(stage.iterdir(), key=lambda path: path.stat().st_mtime):
+            found[stage.name] = read_record(storage, "stages", stage.name, made[-1].name)
     return found
 
 
@@ -237,6 +238,31 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
     assert str(version.version) == "1" and version.tags["unclip.promotion"] == "the first champion"
     assert version.tags["unclip.snapshot"] == artifacts_by_stage["curate"]["digest"]
     assert version.tags["unclip.digest"] == artifacts_by_stage["publish"]["digest"]
+
+
+def test_an_evaluation_has_intervals_scores_and_a_reference(finished: Path) -> None:
+    made = records(finished)
+    facts = made["evaluate"]["facts"]
+    assert facts["references"]["reference"]["uri"] == made[REFERENCE]["uri"]
+    assert made[REFERENCE]["facts"]["snapshot"] == made["curate"]["digest"]
+    heldout = facts["metrics"]["heldout"]
+    expected = {"clip_score", "clip_r_precision", "clip_frechet_distance", "clip_kid", "cmmd", "clip_precision"}
+    expected |= {"accuracy.all", "embedding_cosine", "embedding_recall_at_1", "clip_coverage"}
+    assert expected <= heldout.keys() and not [name for name in heldout if "inception" in name]
+    for group, intervals in facts["intervals"].items():
+        for name, (low, high) in intervals.items():
+            assert low <= facts["metrics"][group][name] <= high, (group, name)
+    assert facts["intervals"]["heldout"]["clip_score"][0] < facts["intervals"]["heldout"]["clip_score"][1]
+    assert facts["counts"]["heldout"]["clip_score"] == facts["captions"]["heldout"]
+    scores = tables.read_file(facts["scores"])
+    assert scores.num_rows == sum(facts["captions"].values())
+    rows = scores.filter(pc.equal(scores["group"], "heldout"))
+    assert pc.mean(rows["clip_score"]).as_py() == pytest.approx(heldout["clip_score"], abs=1e-6)
+    assert pc.mean(rows["accuracy.all"]).as_py() == pytest.approx(heldout["accuracy.all"])
+    snapshot = Snapshot.of(made["curate"]["facts"])
+    captions = dict(zip(*(snapshot.heldout_rows()[name].to_pylist() for name in ("key", "caption")), strict=True))
+    assert [captions[key] for key in rows["key"].to_pylist()] == rows["caption"].to_pylist()
+    assert scores.filter(pc.equal(scores["group"], "unseen"))["key"].null_count == facts["captions"]["unseen"] > 0
 
 
 def test_the_published_stack_samples_with_both_upsamplers(finished: Path) -> None:
@@ -494,7 +520,7 @@ def test_every_command_takes_a_stack_of_glide(finished: Path, tmp_path: Path) ->
     shutil.copytree(finished, storage)
     printed = run("run", *GLIDE, "--storage", storage)
     assert "held-out captions" in printed
-    assert set(records(storage)) == {*STAGES, *GLIDE_STAGES}
+    assert set(records(storage)) == {*STAGES, *GLIDE_STAGES, REFERENCE}
     assert "everything is up to date" in run("run", *GLIDE, "--storage", storage)
     assert call_json("verify", "--storage", storage)["problems"] == []
     caption, grids = "a small yellow star on a purple background", []

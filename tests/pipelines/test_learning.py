@@ -14,7 +14,7 @@ from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
 from unclip.data import Places, RowReader
 from unclip.diffusion.process import GaussianDiffusion, VarianceType
-from unclip.evaluation import metrics
+from unclip.evaluation import retrieval
 from unclip.models.decoder import Decoder
 from unclip.systems.system import load_model
 from unclip.systems.unclip.decoder import DECODER, DecoderObjective
@@ -49,7 +49,7 @@ def test_both_priors_are_closer_to_the_images_than_the_text_embedding(trained: T
     assert trained.base["curate"] == trained.others["curate"]  # the same table
     diffusion, autoregressive = trained.stack(), trained.stack(prior=trained.others["prior"])
     text = diffusion.embed_text(trained.heldout.captions)
-    baseline = metrics.score_embeddings(text, trained.heldout.image_embedding)
+    baseline = retrieval.score_embeddings(text, trained.heldout.image_embedding)
     for stack in (diffusion, autoregressive):
         scores = ablation.score_prior(stack, trained.heldout)
         print(type(stack.prior).__name__, scores, "text embedding", baseline)

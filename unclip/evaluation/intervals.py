@@ -1,4 +1,4 @@
-"""Confidence intervals of means over images, and of paired differences, by the bootstrap.
+"""Confidence intervals of means over images, and of paired differences, by the bootstrap; of shares, by Wilson's formula.
 
 Images are resampled with replacement, and the interval lies between quantiles of the means of the resamples (Efron & Tibshirani
 1993, section 13.3). Deviations from the mean are widened by (n / (n - 1))^(1/2), without which small samples give intervals
@@ -10,6 +10,7 @@ Letters: N images, S sets of values, R resamples.
 import collections
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -68,19 +69,32 @@ def intervals_of(estimates: Mapping[str, Estimate], confidence: float = 0.95) ->
     """Return the confidence intervals of estimates by name; those of fewer than two rows have none.
 
     Estimates of the same images share the resamples. The interval of a value that is no mean is that of its linear part: its
-    rows are the influence of each image, as in the infinitesimal jackknife (Efron & Tibshirani 1993, section 21.5).
+    rows are the influence of each image, as in the infinitesimal jackknife (Efron & Tibshirani 1993, section 21.5). Shares,
+    whose rows are 0 or 1, have the `share_interval`: all resamples of zeros are zeros.
     """
     by_size: dict[int, list[str]] = collections.defaultdict(list)
-    for name, estimate in estimates.items():
-        if estimate.count >= 2:
-            by_size[len(estimate.rows)].append(name)
     found: dict[str, Interval] = {}
+    for name, estimate in estimates.items():
+        rows = estimate.rows[~estimate.rows.isnan()]
+        if len(rows) >= 2 and ((rows == 0) | (rows == 1)).all():
+            found[name] = share_interval(int(rows.sum()), len(rows), confidence)
+        elif len(rows) >= 2:
+            by_size[len(estimate.rows)].append(name)
     for names in by_size.values():
         rows = torch.stack([estimates[name].rows.double() for name in names])  # [S, K]
         limits = bootstrap_intervals(rows, confidence) - rows.nanmean(dim=1, keepdim=True)
         for name, (low, high) in zip(names, limits.tolist(), strict=True):
             found[name] = Interval(estimates[name].value + low, estimates[name].value + high)
     return {name: found[name] for name in estimates if name in found}
+
+
+def share_interval(successes: int, count: int, confidence: float = 0.95) -> Interval:
+    """Return the confidence interval of a share of `count` images, Wilson's. Source: Brown, Cai & DasGupta 2001, eq. 4."""
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    share, penalty = successes / count, z * z / count
+    centre = (share + penalty / 2) / (1 + penalty)
+    width = z / (1 + penalty) * math.sqrt((share * (1 - share) + penalty / 4) / count)
+    return Interval(min(share, max(0.0, centre - width)), max(share, min(1.0, centre + width)))
 
 
 def bootstrap_interval(

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip import imaging
 from unclip.errors import NonFiniteError, ShapeError
-from unclip.evaluation import scenes
+from unclip.evaluation import distances, scenes
+from unclip.evaluation.distances import Statistics
+from unclip.evaluation.inception import prepare
 from unclip.evaluation.intervals import Estimate, mean_of
+from unclip.evaluation.retrieval import match, r_precision
 from unclip.models.clip import Clip
 
 ATTRIBUTES = ("colour", "background", "size", "shape")
@@ -29,9 +32,6 @@ LABELS: Mapping[str, tuple[str, ...]] = {
     "size": scenes.SIZES,
 }
 """Attribute of an object -> its values. The attributes are the columns of `SceneScores.expected` and `SceneScores.measured`."""
-
-ROUNDING = 1e-9
-"""Cosines that differ by less are equal; far above the rounding of float64, far below the difference of two images."""
 
 
 class SceneScores(NamedTuple):
@@ -80,6 +80,12 @@ class Features(NamedTuple):
     """[N, E], embeddings of the captions, unit norm."""
     scenes: SceneScores | None
     """None if a caption does not describe a scene."""
+    inception: Tensor | None = None
+    """[N, 2048], features of Inception, if its weights are given."""
+    sampled_embedding: Tensor | None = None
+    """[N, E], image embeddings that the system sampled for the captions before the images; any norm."""
+    difference: Tensor | None = None
+    """[N], mean absolute difference of the pixels from the image that a reconstruction is of."""
 
 
 class Sampled(NamedTuple):
@@ -88,12 +94,21 @@ class Sampled(NamedTuple):
     captions: Sequence[str]
     """N captions."""
     features: Features
-    reference: Tensor
-    """[M, E], embeddings of held-out images of the dataset; M may be 0."""
+    reference: Statistics | None = None
+    """CLIP embeddings of held-out images of the dataset; None if there are fewer than two."""
+    inception_reference: Statistics | None = None
+    """Inception features of held-out images."""
+    own: Tensor | None = None
+    """[N, E], CLIP embeddings of the images that the captions come with, if they do."""
 
 
-def extract_features(clip: Clip, images: Tensor, captions: Sequence[str]) -> Features:
+def extract_features(
+    clip: Clip, images: Tensor, captions: Sequence[str], inception: nn.Module | None = None
+) -> Features:
     """Measure a batch of images [B, 3, S, S] in [-1, 1], on CLIP's device, sampled for B captions.
+
+    Args:
+        inception: the network of `load_inception`, on the same device, if its features are measured as well.
 
     Raises:
         NonFiniteError: an image has NaN or infinite values, which would be measured as black or white.
@@ -110,6 +125,7 @@ def extract_features(clip: Clip, images: Tensor, captions: Sequence[str]) -> Fea
         clip.embed_images(clip.resize(images)).cpu(),
         clip.encode_text(tokens).text_embedding.cpu(),
         score_scenes(images, captions),
+        None if inception is None else inception(prepare(images)).cpu(),
     )
 
 
@@ -191,74 +207,6 @@ def _swapped(measured: scenes.Scene, expected: scenes.Scene) -> list[int]:
     return found
 
 
-def score_embeddings(sampled: Tensor, true: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Compare image embeddings sampled for captions with the embeddings of the captions' own images.
-
-    Args:
-        sampled: [N, E], one for each caption; any norm.
-        true: [N, E], those of the captions' images; any norm.
-        ranks: values of k for recall.
-
-    Returns:
-        `cosine`, the mean over pairs; `gap`, its margin over the mean of all mismatched pairs; `recall_at_<k>`, the share
-        of sampled embeddings whose own image is among the k nearest of the N images. Images at equal distances count in
-        random order, on average: embeddings that are all zeros have a recall of k / N.
-
-    Raises:
-        ShapeError: the shapes are not both [N, E], or N < 2.
-        NonFiniteError: an embedding has NaN or infinite values.
-    """
-    if sampled.dim() != 2 or sampled.shape != true.shape or len(sampled) < 2:
-        raise ShapeError(
-            f"embeddings: got {tuple(sampled.shape)} and {tuple(true.shape)}, expected both [N, E] with N >= 2."
-        )
-    for name, given in (("sampled", sampled), ("true", true)):
-        finite = given.isfinite().all(dim=1)  # [N]
-        if not finite.all():
-            raise NonFiniteError(
-                f"embeddings: got {int((~finite).sum())} of {len(given)} {name} ones that are not finite, expected numbers. "
-                "Train the model that made them again with a lower learning rate."
-            )
-    cosines = F.normalize(sampled.double(), dim=1) @ F.normalize(true.double(), dim=1).T  # [N, N]
-    own, count = cosines.diag(), len(cosines)
-    others = (cosines.sum() - own.sum()) / (count * (count - 1))
-    margin = cosines - own[:, None]  # [N, N]
-    nearer = (margin > ROUNDING).sum(dim=1)  # [N]
-    tied = (margin.abs() <= ROUNDING).sum(dim=1)  # [N], at least 1: the image itself
-    recall = {f"recall_at_{rank}": ((rank - nearer) / tied).clamp(0, 1).mean().item() for rank in ranks}
-    return {"cosine": own.mean().item(), "gap": (own.mean() - others).item(), **recall}
-
-
-def frechet_distance(sampled: Tensor, real: Tensor) -> float:
-    """Fréchet distance of two sets of embeddings, each modelled as a normal distribution with its mean and covariance.
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64. It is biased upwards for few embeddings: compare equal counts.
-
-    Args:
-        sampled: [N, E].
-        real: [M, E]. With Inception features of 50,000 images this is FID.
-
-    Raises:
-        ShapeError: the shapes are not [N, E] and [M, E], or a set has fewer than 2 rows.
-
-    Source: Heusel et al. 2017, eq. 6; Dowson & Landau 1982.
-    """
-    if sampled.dim() != 2 or real.dim() != 2 or sampled.shape[1] != real.shape[1] or min(len(sampled), len(real)) < 2:
-        shapes = f"{tuple(sampled.shape)} and {tuple(real.shape)}"
-        raise ShapeError(f"embeddings: got {shapes}, expected [N, E] and [M, E] with N, M >= 2.")
-    means, roots, traces = [], [], []
-    for given in (sampled, real):
-        embeddings = given.double()
-        means.append(embeddings.mean(dim=0))
-        covariance = torch.cov(embeddings.T).reshape(embeddings.shape[1], -1)  # [E, E]
-        variances, directions = torch.linalg.eigh(covariance)
-        roots.append(directions * variances.clamp(min=0).sqrt())  # [E, E], root root^T = covariance
-        traces.append(covariance.trace())
-    # The eigenvalues of (C1 C2)^(1/2) are the singular values of root1^T root2, which avoids the root of a rounded product.
-    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
-    return float((means[0] - means[1]).square().sum() + traces[0] + traces[1] - 2 * cross)
-
-
 class Placement(NamedTuple):
     """Background, and position and size of the foreground in images, as continuous numbers."""
 
@@ -329,12 +277,80 @@ def _means(names: Iterable[str], columns: Tensor) -> dict[str, Estimate]:
 
 
 def clip_frechet_distance(sampled: Sampled) -> dict[str, Estimate]:
-    """Return the `frechet_distance` from CLIP embeddings to those of held-out images; empty with fewer than two of either."""
-    embedding = sampled.features.image_embedding
-    if min(len(embedding), len(sampled.reference)) < 2:
+    """Return the `frechet` distance of CLIP embeddings from held-out images; empty without at least two of either."""
+    return _distance(sampled.features.image_embedding, sampled.reference, "clip_frechet_distance", distances.frechet)
+
+
+def clip_kernel_distance(sampled: Sampled) -> dict[str, Estimate]:
+    """Return the `kernel_distance` of CLIP embeddings from held-out images; empty without at least two of either."""
+    return _distance(sampled.features.image_embedding, sampled.reference, "clip_kid", distances.kernel_distance)
+
+
+def cmmd(sampled: Sampled) -> dict[str, Estimate]:
+    """Return the `cmmd` of CLIP embeddings from held-out images; empty without at least two of either."""
+    return _distance(sampled.features.image_embedding, sampled.reference, "cmmd", distances.cmmd)
+
+
+def clip_manifold(sampled: Sampled) -> dict[str, Estimate]:
+    """Return `clip_precision`, `clip_recall`, `clip_density` and `clip_coverage`, the `manifold_overlap` of CLIP embeddings."""
+    if sampled.reference is None or len(sampled.captions) < 2:
         return {}
-    value = frechet_distance(embedding, sampled.reference)
-    return {"clip_frechet_distance": Estimate(value, torch.full((len(embedding),), math.nan))}
+    found = distances.manifold_overlap(sampled.features.image_embedding, sampled.reference)
+    return {f"clip_{name}": estimate for name, estimate in found.items()}
+
+
+def frechet_inception_distance(sampled: Sampled) -> dict[str, Estimate]:
+    """Return FID, the `frechet` distance of Inception features; empty unless these were measured."""
+    name = "frechet_inception_distance"
+    return _distance(sampled.features.inception, sampled.inception_reference, name, distances.frechet)
+
+
+def kernel_inception_distance(sampled: Sampled) -> dict[str, Estimate]:
+    """Return KID, the `kernel_distance` of Inception features; empty unless these were measured."""
+    name = "kernel_inception_distance"
+    return _distance(sampled.features.inception, sampled.inception_reference, name, distances.kernel_distance)
+
+
+def _distance(
+    features: Tensor | None,
+    reference: Statistics | None,
+    name: str,
+    distance: distances.Distance,
+) -> dict[str, Estimate]:
+    is_possible = features is not None and reference is not None and len(features) >= 2
+    return {name: distance(features, reference)} if is_possible else {}  # type: ignore[arg-type]
+
+
+def clip_r_precision(sampled: Sampled) -> dict[str, Estimate]:
+    """Return the share of images whose own caption is nearest among a hundred, see `r_precision`; empty if all are equal."""
+    features = sampled.features
+    scores = r_precision(sampled.captions, features.image_embedding, features.text_embedding)
+    return {} if scores is None else {"clip_r_precision": mean_of(scores)}
+
+
+def sampled_embeddings(sampled: Sampled) -> dict[str, Estimate]:
+    """Compare the image embeddings that a system samples first with those of the captions' own images.
+
+    Returns:
+        `embedding_<name>` for each name of `score_embeddings`; empty for other systems, and for captions without images.
+    """
+    embedding, own = sampled.features.sampled_embedding, sampled.own
+    if embedding is None or own is None or len(own) < 2:
+        return {}
+    return {f"embedding_{name}": estimate for name, estimate in match(embedding, own).items()}
+
+
+def reconstruction(sampled: Sampled) -> dict[str, Estimate]:
+    """Compare images sampled from the embeddings of the captions' own images with these; empty for other images.
+
+    Returns:
+        `reconstruction_l1`, the mean absolute difference of pixels in [-1, 1]; `reconstruction_cosine`, that of CLIP embeddings.
+    """
+    difference, own = sampled.features.difference, sampled.own
+    if difference is None or own is None:
+        return {}
+    cosine = F.cosine_similarity(sampled.features.image_embedding, own, dim=1)
+    return {"reconstruction_l1": mean_of(difference), "reconstruction_cosine": mean_of(cosine)}
 
 
 def scene_binding(sampled: Sampled) -> dict[str, Estimate]:
@@ -390,7 +406,15 @@ def _entropies(places: Tensor) -> list[float]:
 METRICS: Mapping[str, Callable[[Sampled], dict[str, Estimate]]] = {
     "clip_score": clip_score,
     "scene_accuracy": scene_accuracy,
+    "clip_r_precision": clip_r_precision,
     "clip_frechet_distance": clip_frechet_distance,
+    "clip_kid": clip_kernel_distance,
+    "cmmd": cmmd,
+    "clip_manifold": clip_manifold,
+    "frechet_inception_distance": frechet_inception_distance,
+    "kernel_inception_distance": kernel_inception_distance,
+    "sampled_embeddings": sampled_embeddings,
+    "reconstruction": reconstruction,
     "scene_binding": scene_binding,
     "caption_diversity": caption_diversity,
 }

@@ -94,6 +94,29 @@ class ChecksCaptions(Protocol):
         """
 
 
+@runtime_checkable
+class EmbedsCaptions(Protocol):
+    """System that samples an image embedding for each caption before the image."""
+
+    def sample_embeddings(self, captions: Sequence[str], sampling: Any, generator: torch.Generator) -> Tensor | None:
+        """Sample the embeddings [len(captions), E] that `sample` makes images of, given the same generator.
+
+        Returns:
+            None if these settings sample none.
+        """
+
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Text embeddings [len(captions), E] of the system's CLIP, unit norm."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """System that samples images like given ones, from their embeddings."""
+
+    def reconstruct(self, images: Tensor, sampling: Any, generator: torch.Generator) -> Tensor:
+        """Sample an image for each of the images [B, 3, H, W] in [-1, 1] from its embedding: [B, 3, S, S]."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipFiles:
     """CLIP of a stack."""
@@ -158,6 +181,8 @@ class SystemSpec:
     """Option of `unclip sample` -> the sampling setting it sets, such as steps -> decoder.num_steps."""
     inputs: tuple[Input, ...] = ()
     """Inputs that its `sample` takes besides captions."""
+    reconstructs: bool = False
+    """The system is `Reconstructs`."""
 
 
 def system_names() -> list[str]:
@@ -416,12 +441,17 @@ def seeded(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed((seed + 2**63) % 2**64 - 2**63)  # torch refuses some above 2^63
 
 
+def batch_generator(system: System, number: int, seed: int) -> torch.Generator:
+    """Source of the randomness of batch `number` of `sample_captions`."""
+    return seeded(system.device, seed * 1_000_003 + number)
+
+
 @torch.no_grad()
 def sample_batch(
     system: System, captions: Sequence[str], number: int, *, seed: int, sampling: Any, **inputs: Any
 ) -> Tensor:
     """Sample batch `number` of `sample_captions` on its own: [len(captions), 3, S, S] on the CPU."""
-    generator = seeded(system.device, seed * 1_000_003 + number)
+    generator = batch_generator(system, number, seed)
     sample: Callable[..., Tensor] = system.sample
     return sample(captions, sampling, generator, **inputs).cpu()
 

@@ -87,6 +87,18 @@ def load(folder: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return tensors, facts
 
 
+def load_group(folder: str, stem: str) -> dict[str, Tensor]:
+    """Load and verify the tensors of one file of a checkpoint alone; empty if the checkpoint has no such file.
+
+    Raises:
+        CheckpointError: the file does not match its hash.
+    """
+    from safetensors.torch import load as deserialize
+
+    name, hashes = f"{stem}.safetensors", files.read_json(f"{folder}/{MANIFEST}")["sha256"]
+    return deserialize(read_verified(folder, name, hashes)) if name in hashes else {}
+
+
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # safetensors requires row-major tensors that share no memory
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

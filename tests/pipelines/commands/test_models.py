@@ -92,6 +92,10 @@ def test_f151_promotion_by_hand_and_rollback_move_the_alias_and_what_is_sampled(
         assert aliases(storage)["champion"] == version and find_stack(str(storage), None) == folders[digest]
     result = call("models", "rollback", "model", "--storage", storage)
     assert result.returncode == 2 and "has had no champion before" in result.stderr
+    found = registry.find(client(database_uri(f"{storage}/mlflow.db")), "model", version="2")
+    assert found is not None and found.tags["unclip.promotion"].startswith(
+        "was the champion until it was rolled back to"
+    )
 
 
 def test_every_form_of_model_finds_its_stack(storage: Path) -> None:

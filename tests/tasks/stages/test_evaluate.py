@@ -9,7 +9,9 @@ import os
 import pickle
 import signal
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,16 +21,46 @@ import torch.nn.functional as F
 
 from tasks import tables
 from tasks.progress import Progress
-from tasks.scoring import Measured, SamplingWorker, Scoring, merge, sample_groups, score_captions, scores_table
-from tasks.stage import Resources
-from tasks.stages.evaluate import EvaluateConfig, caption_groups, summarise, unseen_captions
+from tasks.scoring import (
+    Batch,
+    InceptionWorker,
+    Measured,
+    SamplingWorker,
+    Scoring,
+    merge,
+    sample_groups,
+    score_captions,
+    scores_table,
+)
+from tasks.stage import Pinning, Resources
+from tasks.stages.evaluate import (
+    EvaluateConfig,
+    bits_per_dim,
+    caption_groups,
+    evaluate,
+    summarise,
+    unseen_captions,
+)
+from tasks.store import Store
 from tests.unclip.systems import tiny_stacks
 from unclip import files, imaging
 from unclip.config import without_operational
-from unclip.errors import ConfigError
-from unclip.evaluation import metrics, scenes
-from unclip.systems.system import ClipFiles, StackFiles, load_system, read_stack, sample_captions
+from unclip.errors import ConfigError, InputError
+from unclip.evaluation import distances, inception, metrics, retrieval, scenes
+from unclip.evaluation.distances import Statistics
+from unclip.evaluation.metrics import Sampled
+from unclip.systems.system import (
+    ClipFiles,
+    StackFiles,
+    batch_generator,
+    load_system,
+    read_stack,
+    sample_captions,
+)
 from unclip.systems.unclip.sampling import SamplingConfig
+from unclip.systems.unclip.stack import Stack
+from unclip.training import checkpoints
+from unclip.training.batches import load_images
 
 BATCH, SHOWN = 32, 40
 CAPTIONS = unseen_captions(110, seed=3)
@@ -57,7 +89,7 @@ def sample_here(folder: Path, captions: list[str]) -> list[Measured]:
     """Results of a worker in this process for all batches of a group."""
     worker = SamplingWorker.__ray_metadata__.modified_class(*stack_of(folder), 0, 1)  # type: ignore[attr-defined]
     return [
-        worker.sample(number, captions[start : start + BATCH], max(0, SHOWN - start))
+        worker.sample(Batch(number, captions[start : start + BATCH], max(0, SHOWN - start)))
         for number, start in enumerate(range(0, len(captions), BATCH))
     ]
 
@@ -89,7 +121,8 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
     reference = F.normalize(torch.randn(50, embedding.shape[1], generator=torch.Generator().manual_seed(1)), dim=1)
     expected = {
         "clip_score": (embedding * text).sum(dim=1).mean().item(),
-        "clip_frechet_distance": metrics.frechet_distance(embedding, reference),
+        "clip_frechet_distance": distances.frechet_distance(embedding, reference),
+        "clip_r_precision": retrieval.r_precision(captions, embedding, text).mean().item(),  # type: ignore[union-attr]
     }
     pixels, marks = imaging.to_uint8(images), None
     if captions is CAPTIONS:
@@ -103,9 +136,15 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
         expected["accuracy.all"] = float(np.mean(marks))
 
     measured = merge(sample_here(folder, captions), len(captions))
-    estimates, published = summarise("heldout", captions, measured, reference)
+    sampled = Sampled(captions, measured.features, Statistics.of(reference))
+    estimates, published = summarise("heldout", sampled, measured)
     values = metrics.values_of(estimates)
-    assert values == pytest.approx(expected, rel=1e-5)
+    statistics = Statistics.of(reference)
+    expected["clip_kid"] = distances.kernel_distance(embedding, statistics).value
+    expected["cmmd"] = distances.cmmd(embedding, statistics).value
+    overlap = distances.manifold_overlap(embedding, statistics)
+    expected |= {f"clip_{name}": found.value for name, found in overlap.items()}
+    assert values == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert {name: values[name] for name in values if "accuracy" in name} == {
         name: expected[name] for name in expected if "accuracy" in name
     }
@@ -119,14 +158,13 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
 def test_scores_of_single_images_are_in_order_and_null_where_there_are_none(folders: dict[int, Path]) -> None:
     groups = {"heldout": CAPTIONS[:40], "mixed": MIXED}
     measured = {group: merge(sample_here(folders[8], captions), len(captions)) for group, captions in groups.items()}
-    nothing = torch.empty(0, measured["mixed"].features.image_embedding.shape[1])
-    estimates = {group: summarise(group, groups[group], measured[group], nothing)[0] for group in groups}
+    estimates = {group: metrics.measure(Sampled(groups[group], measured[group].features)) for group in groups}
     table = scores_table(groups, estimates, {"heldout": {CAPTIONS[3]: "key of 3"}})
     assert table["group"].to_pylist() == ["heldout"] * 40 + ["mixed"] * 41
     assert table["index"].to_pylist() == [*range(40), *range(41)]
     assert table["caption"].to_pylist() == [*CAPTIONS[:40], *MIXED]
     assert table["key"].to_pylist() == [None] * 3 + ["key of 3"] + [None] * 77
-    names = {"group", "index", "caption", "key", "clip_score", "accuracy.place", "accuracy.all"}
+    names = {"group", "index", "caption", "key", "clip_score", "clip_r_precision", "accuracy.place", "accuracy.all"}
     assert names | {f"accuracy.{name}" for name in metrics.ATTRIBUTES} == set(table.column_names)
     features = measured["mixed"].features
     cosines = (features.image_embedding * features.text_embedding).sum(dim=1)
@@ -138,6 +176,114 @@ def test_scores_of_single_images_are_in_order_and_null_where_there_are_none(fold
     scores = measured["heldout"].features.scenes
     assert scores is not None and table["accuracy.all"].to_pylist()[:40] == scores.all_correct()
     assert pq.read_table(io.BytesIO(tables.parquet_bytes(table))).equals(table)
+
+
+def worker_of(folder: Path) -> Any:
+    return SamplingWorker.__ray_metadata__.modified_class(*stack_of(folder), 5, 1)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_embeddings_of_a_batch_are_those_that_its_images_are_sampled_from(folders: dict[int, Path]) -> None:
+    worker, captions = worker_of(folders[8]), CAPTIONS[:6]
+    found = worker.sample(Batch(3, captions, 6, is_embedded=True))
+    embedding = found.features.sampled_embedding
+    stack = load_system(folders[8])
+    assert isinstance(stack, Stack)
+    generator = batch_generator(stack, 3, 5)
+    assert torch.equal(embedding, stack.embed_captions(captions, stack.sampling, generator))
+    images = stack.decode(embedding, stack.sampling, generator, stack.captions(captions, stack.sampling))
+    assert np.array_equal(imaging.to_uint8(images), found.shown), "from these embeddings, with the same noise"
+    assert worker.sample(Batch(3, captions, 6)).features.sampled_embedding is None
+
+    pairs = torch.nn.functional.normalize(embedding + 0.1, dim=1)
+    sampled = Sampled(captions, found.features, own=pairs)
+    values = metrics.values_of(metrics.measure(sampled))
+    expected = retrieval.score_embeddings(embedding, pairs)
+    assert {name: values[f"embedding_{name}"] for name in expected} == pytest.approx(expected)
+    without = metrics.measure(Sampled(captions, found.features))
+    assert not [name for name in without if name.startswith("embedding_")]
+
+    for parameter in worker.clip.model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    measured = worker.sample(Batch(3, captions, is_embedded=True))
+    assert measured.features.sampled_embedding is None, "embeddings of different CLIPs cannot be compared"
+
+
+def test_reconstructions_are_compared_with_their_originals(folders: dict[int, Path]) -> None:
+    worker, captions = worker_of(folders[32]), CAPTIONS[:5]
+    parsed = [scenes.parse_caption(caption) for caption in captions]
+    pixels = [scenes.render(scene, np.random.default_rng(0), 48) for scene in parsed if scene]
+    originals = [imaging.encode(image, "JPEG") for image in pixels]
+    found = worker.sample(Batch(2, captions, 5, originals=originals))
+    own = load_images(originals, 32)
+    stack = load_system(folders[32])
+    assert isinstance(stack, Stack)
+    images = stack.reconstruct(own, stack.sampling, batch_generator(stack, 2, 5))
+    assert np.array_equal(imaging.to_uint8(images), found.shown)
+    assert not np.array_equal(found.shown, worker.sample(Batch(2, captions, 5)).shown)
+    embedding = stack.embed_images(own)
+    values = metrics.values_of(metrics.measure(Sampled(captions, found.features, own=embedding)))
+    assert values["reconstruction_l1"] == pytest.approx((images - own).abs().mean().item(), rel=1e-4)
+    cosine = (found.features.image_embedding * embedding).sum(dim=1).mean().item()
+    assert values["reconstruction_cosine"] == pytest.approx(cosine, rel=1e-4)
+    same = found.features._replace(image_embedding=embedding, difference=torch.zeros(5))
+    values = metrics.values_of(metrics.measure(Sampled(captions, same, own=embedding)))
+    assert values["reconstruction_l1"] == 0 and values["reconstruction_cosine"] == pytest.approx(1)
+
+
+def test_bits_per_dim_are_read_from_the_parts_that_measured_them(tmp_path: Path) -> None:
+    numbers = {"bits_per_dim": torch.tensor(3.5), "scores": torch.ones(4)}
+    checkpoints.save(str(tmp_path / "a"), {"model": {}, "measured": numbers}, {})
+    checkpoints.save(str(tmp_path / "b"), {"model": {}, "measured": {"scores": torch.ones(4)}}, {})
+    checkpoints.save(str(tmp_path / "c"), {"model": {}}, {})
+    assert bits_per_dim(StackFiles("ddpm", {name: str(tmp_path / name) for name in "abc"})) == {"a": 3.5}
+
+
+@torch.no_grad()
+def test_inception_measures_sampled_and_stored_images_alike(
+    folders: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With random weights, whose digest is taken for the right one."""
+    torch.save(inception.build().state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr(inception, "DIGEST", files.digest(str(tmp_path / "weights.pth"))[:8])
+    weights = str(tmp_path / "weights.pth")
+    worker = SamplingWorker.__ray_metadata__.modified_class(*stack_of(folders[8]), 5, 1, weights)  # type: ignore[attr-defined]
+    found = worker.sample(Batch(0, CAPTIONS[:2], 2))
+    model = inception.load_inception(weights)
+    expected = model(inception.prepare(imaging.from_uint8(found.shown)))
+    torch.testing.assert_close(found.features.inception, expected, rtol=1e-3, atol=1e-4)
+
+    originals = [imaging.encode(np.full((16, 16, 3), value, np.uint8), "JPEG") for value in (10, 200)]
+    measuring = InceptionWorker.__ray_metadata__.modified_class(weights, 8, 1)  # type: ignore[attr-defined]
+    expected = model(inception.prepare(load_images(originals, 8)))
+    torch.testing.assert_close(measuring.measure(originals), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["prompts", "inception"])
+def test_files_that_settings_name_are_checked_before_a_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file.txt").write_text("a red circle\n")
+
+    def pinned(**values: Any) -> Any:
+        assert evaluate.pin is not None
+        pipeline = types.SimpleNamespace(system="unclip")
+        return evaluate.pin(EvaluateConfig(**values), Pinning(Store(str(tmp_path / "storage")), pipeline))
+
+    assert pinned().prompts_sha256 is None and pinned().system == "unclip"
+    with pytest.raises(InputError, match="cannot be read"):
+        pinned(**{name: str(tmp_path / "missing")})
+    with pytest.raises(ConfigError, match=r"evaluate.system: got 'glide'"):
+        pinned(system="glide")
+    if name == "inception":
+        with pytest.raises(InputError, match=r"expected 6726825d"):
+            pinned(inception=str(tmp_path / "file.txt"))
+        return
+    path = os.path.relpath(tmp_path / "file.txt")
+    config = pinned(prompts=path)
+    digest = files.digest(str(tmp_path / "file.txt"))
+    assert (config.prompts, config.prompts_sha256) == (str(tmp_path / "file.txt"), digest)
+    assert pinned(prompts=path, prompts_sha256=digest) == config
+    with pytest.raises(ConfigError, match="prompts_sha256"):
+        pinned(prompts=path, prompts_sha256="0" * 64)
 
 
 @pytest.mark.slow  # workers import torch and CLIP anew

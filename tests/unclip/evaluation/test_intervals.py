@@ -13,6 +13,7 @@ from unclip.evaluation.intervals import (
     intervals_of,
     mean_of,
     paired_difference,
+    share_interval,
 )
 
 SIMULATIONS = 1_000
@@ -45,6 +46,20 @@ def test_intervals_cover_the_mean_as_often_as_they_say(kind: str, size: int) -> 
     low, high = bootstrap_intervals(values, 0.8, num_resamples=1_000).T
     covered = ((low <= mean) & (mean <= high)).double().mean().item()
     assert abs(covered - 0.8) < 3 * math.sqrt(0.8 * 0.2 / SIMULATIONS) + 0.015, covered
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.97])
+def test_intervals_of_shares_cover_and_have_a_width_without_variation(share: float) -> None:
+    uniform = torch.rand(SIMULATIONS, 120, generator=torch.Generator().manual_seed(2))
+    counts = (uniform < share).sum(dim=1).tolist()
+    covered = sum(low <= share <= high for low, high in (share_interval(count, 120) for count in counts)) / SIMULATIONS
+    assert abs(covered - 0.95) < 3 * math.sqrt(0.95 * 0.05 / SIMULATIONS) + 0.015, covered
+    # Wilson's limits solve (p - share)^2 = z^2 p (1 - p) / n.
+    for limit in share_interval(12, 40):
+        assert (limit - 0.3) ** 2 == pytest.approx(1.959964**2 * limit * (1 - limit) / 40, rel=1e-6)
+    found = intervals_of({"none": mean_of(torch.zeros(256)), "all": mean_of(torch.tensor([1.0, math.nan, 1.0]))})
+    assert found["none"].low == 0 < found["none"].high < 0.02
+    assert found["all"] == share_interval(2, 2) and found["all"].high == 1 > found["all"].low
 
 
 def test_interval_of_two_values_by_enumeration() -> None:

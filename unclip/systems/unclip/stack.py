@@ -150,6 +150,21 @@ class Stack(UpsampledSystem):
             *self._features(captions), sampling.prior, negative=negative_features, generator=generator
         )
 
+    @torch.no_grad()
+    def sample_embeddings(
+        self, captions: Sequence[str], sampling: SamplingConfig, generator: torch.Generator
+    ) -> Tensor | None:
+        """Image embeddings [B, E] that the prior samples for captions; None if the settings take them from elsewhere."""
+        if sampling.image_embedding != "prior":
+            return None
+        return self.embed_captions(list(captions), sampling, generator)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+        """Sample an image [B, 3, S, S] for the embedding of each image [B, 3, H, W] in [-1, 1], from fresh noise."""
+        self.check_sampling(sampling)
+        return self.decode(self.embed_images(images), sampling, generator)
+
     def _features(self, captions: Sequence[str]) -> CaptionFeatures:
         return caption_features(self.clip, self.clip.tokenize(list(captions)).to(self.device))
 
@@ -248,4 +263,5 @@ SYSTEM = SystemSpec(
         "strength": "decoder.strength",
     },
     inputs=("negative", "start"),
+    reconstructs=True,
 )
