@@ -17,6 +17,7 @@ from pipelines.commands import (
     plan_train,
     run,
     sample,
+    serve,
     takedown,
     train,
     ui,
@@ -26,7 +27,23 @@ from pipelines.console import tolerate_encodings
 from unclip.errors import UnclipError
 from unclip.messages import without_credentials
 
-MODULES = (run, compare, takedown, verify, gc, data, models, ui, sample, edit, exchange, train, plan_train, estimate)
+MODULES = (
+    run,
+    compare,
+    takedown,
+    verify,
+    gc,
+    data,
+    models,
+    ui,
+    sample,
+    serve,
+    edit,
+    exchange,
+    train,
+    plan_train,
+    estimate,
+)
 
 
 class Commands(click.Group):

@@ -87,27 +87,70 @@ def start_ray(config: PipelineConfig, stages: Collection[str]) -> dict[str, floa
     Raises:
         ConfigError: it does not start or answer, or lacks what the workers of a stage need.
     """
-    import logging
-
-    import ray
-
-    # Workers' output stays in Ray's logs; their errors come back as the stage's message.
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     setting, address = _existing(config)
     if address:
-        _pin_uv(os.environ.get("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0").lower() in ("1", "true"))
-        try:
-            ray.init(address=address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **options)
-        except Exception as error:
-            raise ConfigError(
-                f"{setting}: the Ray cluster at {address} cannot be joined: {reason_of(error)}. It needs this version of Ray "
-                f"and Python on its nodes, and its token in RAY_AUTH_TOKEN if it has one."
-            ) from None
+        _join(setting, address)
         return _wait_for_nodes(config, stages)
     needed = max(each.cpus_per_worker * each.num_workers for each in worker_resources(config).values())
-    num_cpus = config.cluster.num_cpus or max(os.cpu_count() or 1, needed)
-    # A private cluster: it ends with this process, joins no existing cluster and survives a change of network. Its
-    # workers inherit this process's environment; a runtime_env would cost one second per worker.
+    _start_here(config.cluster.num_cpus or max(os.cpu_count() or 1, needed))
+    missing = _missing(config, stages)
+    if missing:
+        raise ConfigError(f"resources: {missing[0][1]}. {_REMEDY}")
+    return _total(config)
+
+
+def connect() -> dict[str, float]:
+    """Join the cluster at RAY_ADDRESS, or start one on this machine; return its resources. For work without settings of a run.
+
+    Raises:
+        ConfigError: it does not start or answer.
+    """
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        _join("RAY_ADDRESS", address)
+    else:
+        _start_here(os.cpu_count() or 1)
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return total
+
+
+def _options() -> dict[str, Any]:
+    """Options of `ray.init`: workers' output stays in Ray's logs; their errors come back as the stage's message."""
+    import logging
+
+    return {"logging_level": logging.ERROR, "log_to_driver": False}
+
+
+def _join(setting: str, address: str) -> None:
+    """Join an existing cluster.
+
+    Raises:
+        ConfigError: it does not answer.
+    """
+    import ray
+
+    _pin_uv(os.environ.get("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0").lower() in ("1", "true"))
+    try:
+        ray.init(address=address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **_options())
+    except Exception as error:
+        raise ConfigError(
+            f"{setting}: the Ray cluster at {address} cannot be joined: {reason_of(error)}. It needs this version of Ray "
+            f"and Python on its nodes, and its token in RAY_AUTH_TOKEN if it has one."
+        ) from None
+
+
+def _start_here(num_cpus: int) -> None:
+    """Start a private cluster: it ends with this process, joins no existing cluster and survives a change of network.
+
+    Its workers inherit this process's environment; a runtime_env would cost one second per worker.
+
+    Raises:
+        ConfigError: it does not start.
+    """
+    import ray
+
     _use_loopback()
     _pin_uv(False)
     for name in _FOREIGN_VARIABLES:
@@ -119,7 +162,12 @@ def start_ray(config: PipelineConfig, stages: Collection[str]) -> dict[str, floa
     # Ray retries a task that runs out of memory without limit by default.
     os.environ.setdefault("RAY_task_oom_retries", "5")
     os.environ.setdefault(*KEEP_WORKERS)
-    options |= {"num_cpus": num_cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1", **_folders()}
+    options = _options() | {
+        "num_cpus": num_cpus,
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+        **_folders(),
+    }
     try:
         ray.init(address="local", **options)
     except Exception as error:
@@ -127,10 +175,6 @@ def start_ray(config: PipelineConfig, stages: Collection[str]) -> dict[str, floa
             f"cluster: Ray does not start on this machine: {reason_of(error)}. Its logs are in session_latest/logs of "
             f"{options.get('_temp_dir') or _default_folder()}; RAY_TMPDIR names another folder."
         ) from None
-    missing = _missing(config, stages)
-    if missing:
-        raise ConfigError(f"resources: {missing[0][1]}. {_REMEDY}")
-    return _total(config)
 
 
 def _existing(config: PipelineConfig) -> tuple[str, str | None]:

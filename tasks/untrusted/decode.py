@@ -205,6 +205,26 @@ def decode_rgb(data: bytes, image_size: int, max_pixels: int) -> tuple[Image.Ima
     return rgb, original[::-1] if orientation in (5, 6, 7, 8) else original
 
 
+def decode_opacity(data: bytes) -> Image.Image:
+    """Alpha channel of an image that `decode_rgb` has decoded, upright and in its full size; opaque if it has none.
+
+    Raises:
+        RowFault: decode_error.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
+            image.load()
+            opacity = _to_8_bits(image).convert("RGBA").getchannel("A")
+            orientation = _orientation(image)
+    except MemoryError:
+        raise
+    except Exception:
+        raise RowFault("decode_error") from None
+    return opacity.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else opacity
+
+
 def perceptual_hash(image: Image.Image) -> str | None:
     """Return 64 bits in hex: which of the 8x8 lowest frequencies of the 32x32 grey image are above their median.
 

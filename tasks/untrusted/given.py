@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from tasks.rows import REASONS, RowFault
 from tasks.untrusted import decode
@@ -18,7 +19,7 @@ from unclip.errors import InputError
 
 MAX_BYTES = 1 << 27
 MAX_PIXELS = 100_000_000
-_REQUEST = struct.Struct(">I")  # size; then the bytes to decode
+_REQUEST = struct.Struct(">IQB")  # size, most pixels, 1 to add the opacity; then the bytes to decode
 _REPLY = struct.Struct(">II")  # width and height of the original; then the pixels
 _IMAGE, _FAULT = b"P", b"F"  # first byte of a reply
 
@@ -29,6 +30,8 @@ class GivenImage(NamedTuple):
     width: int
     """Width of the upright original; `height` likewise."""
     height: int
+    opacity: np.ndarray | None = None
+    """[size, size] uint8, 255 = opaque; only where it was asked for."""
 
 
 def read(paths: Sequence[str], size: int) -> list[GivenImage]:
@@ -53,16 +56,48 @@ def check(*paths: str) -> None:
             )
 
 
+def decode_bytes(sandbox: Sandbox, data: bytes, size: int, max_pixels: int, with_opacity: bool = False) -> GivenImage:
+    """Decode the bytes of an image in a child that runs `answer`.
+
+    Args:
+        size: height and width of the result in pixels.
+        max_pixels: most pixels of the original.
+        with_opacity: read the alpha channel, too; 255 everywhere if there is none.
+
+    Raises:
+        InputError: they cannot be decoded as an image; says why.
+    """
+    try:
+        reply = sandbox.call(_REQUEST.pack(size, max_pixels, with_opacity) + data)
+    except SandboxFault as fault:
+        reply = _FAULT + f"decode_{fault.kind}".encode()
+    kind, body = reply[:1], reply[1:]
+    channels = 3 + with_opacity
+    if kind == _IMAGE and len(body) == _REPLY.size + size * size * channels:
+        width, height = _REPLY.unpack_from(body)
+        pixels = np.frombuffer(body, np.uint8, offset=_REPLY.size)
+        opacity = pixels[size * size * 3 :].reshape(size, size) if with_opacity else None
+        return GivenImage(pixels[: size * size * 3].reshape(size, size, 3), width, height, opacity)
+    reason = body.decode("ascii", "replace") if kind == _FAULT else "decode_crash"
+    if reason == "too_many_pixels":
+        raise InputError(f"more than {max_pixels:,} pixels")
+    raise InputError(REASONS.get(reason, "decoding failed"))
+
+
 def answer(request: bytes) -> bytes:
     """Handle one request in the child."""
-    (size,) = _REQUEST.unpack_from(request)
+    size, max_pixels, with_opacity = _REQUEST.unpack_from(request)
+    data = request[_REQUEST.size :]
     try:
-        image, (width, height) = decode.decode_rgb(request[_REQUEST.size :], size, MAX_PIXELS)
+        image, (width, height) = decode.decode_rgb(data, size, max_pixels)
+        opacity = _square(decode.decode_opacity(data), size).tobytes() if with_opacity else b""
     except RowFault as fault:
         return _FAULT + fault.reason.encode()
-    if image.size != (size, size):
-        image = shrink_square(image, size)
-    return _IMAGE + _REPLY.pack(width, height) + image.tobytes()
+    return _IMAGE + _REPLY.pack(width, height) + _square(image, size).tobytes() + opacity
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    return image if image.size == (size, size) else shrink_square(image, size)
 
 
 def warm_up() -> None:
@@ -78,18 +113,10 @@ def _read(sandbox: Sandbox, path: str, size: int) -> GivenImage:
             f"{path}: got {file.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}. Shrink the image."
         )
     try:
-        reply = sandbox.call(_REQUEST.pack(size) + file.read_bytes())
+        data = file.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
-    except SandboxFault as fault:
-        reply = _FAULT + f"decode_{fault.kind}".encode()
-    kind, body = reply[:1], reply[1:]
-    if kind == _IMAGE and len(body) == _REPLY.size + size * size * 3:
-        width, height = _REPLY.unpack_from(body)
-        pixels = np.frombuffer(body, np.uint8, offset=_REPLY.size).reshape(size, size, 3)
-        return GivenImage(pixels, width, height)
-    reason = body.decode("ascii", "replace") if kind == _FAULT else "decode_crash"
-    raise InputError(f"{path}: {_MESSAGES.get(reason) or REASONS.get(reason, 'decoding failed')}. Name another image.")
-
-
-_MESSAGES = {"too_many_pixels": f"more than {MAX_PIXELS:,} pixels"}
+    try:
+        return decode_bytes(sandbox, data, size, MAX_PIXELS)
+    except InputError as error:
+        raise InputError(f"{path}: {error}. Name another image.") from None

@@ -81,7 +81,14 @@ class ImageStack(UpsampledSystem):
         """Check that captions belong to classes, if there are any; see `system.ChecksCaptions`."""
         self.classes.check(captions)
 
-    def sample(self, captions: Sequence[str], sampling: ImageStackSampling, generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        captions: Sequence[str],
+        sampling: ImageStackSampling,
+        generator: torch.Generator,
+        *,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor:
         """Sample one image of each caption's class, [len(captions), 3, S, S] in [-1, 1].
 
         A caption without a class gives an image of no particular class. Without classes, captions do not count.
@@ -90,8 +97,9 @@ class ImageStack(UpsampledSystem):
             ConfigError: the settings guide by a classifier that there is not, or are for an upsampler that there is not.
         """
         self.check_sampling(sampling)
-        images = self.sample_small(captions, sampling, generator)
-        return self.upsample(images, sampling, generator, label=self.labels(captions))
+        images = self.sample_small(captions, sampling, generator, on_step=on_step)
+        hooks = [on_step] * len(self.upsamplers)
+        return self.upsample(images, sampling, generator, on_step=hooks, label=self.labels(captions))
 
     def small_steps(self, sampling: ImageStackSampling) -> int:
         return sampling.denoiser.num_steps

@@ -56,6 +56,7 @@ def inpaint(
     *,
     negative: Sequence[str] | None = None,
     seed: int = 0,
+    generator: torch.Generator | None = None,
     sampling: Any = None,
     progress: Progress = no_progress,
 ) -> Tensor:
@@ -70,6 +71,7 @@ def inpaint(
         known: [B, 1, S, S] bool, True = keep.
         captions: B captions of the whole images.
         negative: B captions to guide away from.
+        generator: source of all randomness, on the system's device, instead of the seed.
         sampling: settings of the system's class; None uses those of the stack.
 
     Returns:
@@ -90,7 +92,7 @@ def inpaint(
             f"inpaint: got images {tuple(images.shape)}, masks {tuple(known.shape)} of {known.dtype} and {len(captions)} "
             f"captions, expected images {expected[0]} and masks {expected[1]} of torch.bool."
         )
-    generator = seeded(system.device, seed)
+    generator = generator or seeded(system.device, seed)
     samples = []
     for start in range(0, len(images), settings.batch_size):
         part = slice(start, start + settings.batch_size)

@@ -76,12 +76,14 @@ class GlideStack(UpsampledSystem):
         *,
         negative: Sequence[str] | None = None,
         start: Tensor | None = None,
+        on_step: OnStep = undisturbed,
     ) -> Tensor:
         """Sample one image for each caption, [len(captions), 3, S, S] in [-1, 1].
 
         Args:
             negative: captions to guide away from.
             start: [B, 3, S, S], images for the generator to start from, shrunk to its resolution and noised by its strength.
+            on_step: hook of the generator and the upsamplers, called after every step.
 
         Raises:
             ConfigError: there are settings for an upsampler that the stack does not have.
@@ -91,8 +93,8 @@ class GlideStack(UpsampledSystem):
         self.check_sampling(sampling)
         if start is not None:
             start = self.small_start(start, len(captions))
-        low_res = self.sample_small(captions, sampling, generator, negative=negative, start=start)
-        return self.upsample(low_res, sampling, generator)
+        low_res = self.sample_small(captions, sampling, generator, negative=negative, start=start, on_step=on_step)
+        return self.upsample(low_res, sampling, generator, on_step=[on_step] * len(self.upsamplers))
 
     def small_steps(self, sampling: GlideSampling) -> int:
         return sampling.glide.num_steps

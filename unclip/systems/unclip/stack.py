@@ -91,12 +91,14 @@ class Stack(UpsampledSystem):
         *,
         negative: Sequence[str] | None = None,
         start: Tensor | None = None,
+        on_step: OnStep = undisturbed,
     ) -> Tensor:
         """Sample one image for each caption, [len(captions), 3, S, S] in [-1, 1].
 
         Args:
             negative: captions to guide away from, in the prior and in a decoder that reads captions.
             start: [B, 3, S, S], images for the decoder to start from, shrunk to its resolution and noised by its strength.
+            on_step: hook of the decoder and the upsamplers, called after every step.
 
         Raises:
             ConfigError: there are settings for an upsampler that the stack does not have.
@@ -108,7 +110,7 @@ class Stack(UpsampledSystem):
         self.check_sampling(sampling)
         decoder_captions = self.captions(captions, sampling, negative)
         embedding = self.embed_captions(list(captions), sampling, generator, negative)
-        return self.decode(embedding, sampling, generator, decoder_captions, start=start)
+        return self.decode(embedding, sampling, generator, decoder_captions, start=start, on_step=on_step)
 
     def small_steps(self, sampling: SamplingConfig) -> int:
         return sampling.decoder.num_steps
@@ -222,17 +224,21 @@ class Stack(UpsampledSystem):
         captions: Captions = NO_CAPTIONS,
         *,
         start: Tensor | None = None,
+        on_step: OnStep = undisturbed,
     ) -> Tensor:
         """Sample images [B, 3, S, S] for image embeddings [B, E], and for captions if the decoder reads them.
 
         Args:
             start: [B, 3, S, S], images to start from.
+            on_step: hook of the decoder and the upsamplers, called after every step.
         """
         if start is not None:
             start = self.small_start(start, len(image_embedding))
         with autocast(sampling.precision, self.device):
-            low_res = self.decoder.sample(image_embedding, sampling.decoder, captions, start=start, generator=generator)
-        return self.upsample(low_res, sampling, generator)
+            low_res = self.decoder.sample(
+                image_embedding, sampling.decoder, captions, start=start, generator=generator, on_step=on_step
+            )
+        return self.upsample(low_res, sampling, generator, on_step=[on_step] * len(self.upsamplers))
 
 
 def _check_clip(clip: Clip, models: dict[str, nn.Module]) -> None:
