@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from unclip.config import to_dict
-from unclip.diffusion.process import DiffusionConfig
 from unclip.models.classifier import ClassifierConfig
 from unclip.models.image_denoiser import ImageDenoiserConfig, ImageDenoiserSampling
 from unclip.models.unet import UNetConfig
@@ -16,6 +15,7 @@ from unclip.systems.classifier import ClassifierStageConfig
 from unclip.systems.denoiser import DenoiserStageConfig
 from unclip.systems.image_stack import PARTS, SHORTCUTS, ImageStack, ImageStackSampling
 from unclip.systems.system import SystemSpec
+from unclip.systems.unclip.sizes import DEMO_GENERATOR_DIFFUSION
 from unclip.systems.unclip.sizes import MODEL_SIZES as UNCLIP_SIZES
 from unclip.systems.upsampler import UpsamplerStageConfig, section_of
 from unclip.training.settings import TrainerConfig
@@ -69,8 +69,8 @@ def demo_training(num_samples: int, batch_size: int, learning_rate: float, **set
 
 DEMO_UNET = UNCLIP_SIZES["demo"].decoder.model.unet
 DEMO_DENOISER = DenoiserStageConfig(
-    model=ImageDenoiserConfig(DEMO_UNET, diffusion=DiffusionConfig(prediction_type="v", variance="learned_range")),
-    trainer=demo_training(40_000, 32, 2e-3, ema_decay=0.999, weight_decay=0.01),
+    model=ImageDenoiserConfig(DEMO_UNET, diffusion=DEMO_GENERATOR_DIFFUSION),
+    trainer=demo_training(60_000, 16, 1.5e-3, ema_decay=0.99, weight_decay=0.01),
 )
 ADM_64 = UNetConfig(64, 192, (1, 2, 3, 4), 3, attention_resolutions=(32, 16, 8), dropout=0.1)
 CLASSIFIER_64 = UNetConfig(64, 128, (1, 2, 3, 4), 4, attention_resolutions=(32, 16, 8))
@@ -86,7 +86,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         ("unclip-demo", None),
         classifier=ClassifierStageConfig(
             model=ClassifierConfig(DEMO_UNET),
-            trainer=demo_training(40_000, 32, 2e-3, ema_decay=0.999, weight_decay=0.05),
+            trainer=demo_training(60_000, 32, 2e-3, ema_decay=0.999, weight_decay=0.05),
         ),
     )
     | {"classes": {"source": "scenes"}},

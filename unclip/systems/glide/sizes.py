@@ -1,9 +1,10 @@
 """Model sizes by name: the networks and training settings of GLIDE's parts.
 
-`demo`, `small` and `base` have the U-Net, the diffusion process, the training and the upsamplers of unCLIP's size of the same
-name, and read captions instead of image embeddings, so that the systems can be compared. `glide` has the widths and depths of
-Nichol et al. 2022, section 4.1: a U-Net of 2.3 B with 512 channels, a text Transformer of 1.2 B with 24 blocks of width 2,048,
-and 2.5 M iterations at batch size 2,048. The paper gives no optimiser settings; they are those of unCLIP's decoder.
+`demo`, `small` and `base` have the U-Net and the upsamplers of unCLIP's size of the same name, and read captions instead of image
+embeddings, so that the systems can be compared; `small` and `base` have the diffusion process and the training of its decoder
+too. `glide` has the widths and depths of Nichol et al. 2022, section 4.1: a U-Net of 2.3 B with 512 channels, a text Transformer
+of 1.2 B with 24 blocks of width 2,048, and 2.5 M iterations at batch size 2,048. The paper gives no optimiser settings; they are
+those of unCLIP's decoder.
 
 The paper's upsampler reads the caption too. Upsamplers here read none, as Ramesh et al. 2022 (section 2.1) found no benefit
 of it, and all systems share them.
@@ -13,6 +14,7 @@ import dataclasses
 from typing import Any
 
 from unclip.config import to_dict
+from unclip.diffusion.process import DiffusionConfig
 from unclip.models.glide import GlideConfig
 from unclip.models.noised_clip import NoisedClipConfig
 from unclip.models.small_images import ImageSampling
@@ -72,22 +74,22 @@ def _size(
     noised_clip: NoisedClipConfig,
     noised_clip_trainer: TrainerConfig,
     num_parameters: ParameterCounts,
-    num_samples: int | None = None,
+    diffusion: DiffusionConfig | None = None,
     text_learning_rate: float = 1.0,
+    **training: Any,
 ) -> ModelSize:
     """Size with the U-Net, the training and the upsamplers of one of unCLIP's.
 
     Args:
-        num_samples: samples of the generator's training; None for those of unCLIP's decoder.
+        diffusion: process of the generator; None for that of unCLIP's decoder.
         text_learning_rate: see `GlideStageConfig`.
+        training: settings of the generator's training that differ from unCLIP's decoder's.
     """
     size = unclip_sizes.MODEL_SIZES[unclip_size]
     decoder, sampling = size.decoder, size.sampling
-    model = GlideConfig(decoder.model.unet, text, diffusion=decoder.model.diffusion)
-    trainer = dataclasses.replace(decoder.trainer, num_samples=num_samples or decoder.trainer.num_samples)
-    noised_clip = dataclasses.replace(
-        noised_clip, image_size=decoder.model.unet.image_size, diffusion=decoder.model.diffusion
-    )
+    model = GlideConfig(decoder.model.unet, text, diffusion=diffusion or decoder.model.diffusion)
+    trainer = dataclasses.replace(decoder.trainer, **training)
+    noised_clip = dataclasses.replace(noised_clip, image_size=model.unet.image_size, diffusion=model.diffusion)
     return ModelSize(
         GlideStageConfig(model, trainer, text_learning_rate),
         NoisedClipStageConfig(noised_clip, noised_clip_trainer),
@@ -119,7 +121,12 @@ MODEL_SIZES: dict[str, ModelSize] = {
             checkpoint_samples=20_000,
         ),
         ParameterCounts(8_131_203, 843_265),
-        text_learning_rate=0.1,
+        unclip_sizes.DEMO_GENERATOR_DIFFUSION,
+        text_learning_rate=0.3,
+        num_samples=60_000,
+        batch_size=16,
+        learning_rate=1.5e-3,
+        ema_decay=0.99,
     ),
     # 64 and 256 pixels, with the tokenizer of ViT-B-32; days on one GPU
     "small": _size(

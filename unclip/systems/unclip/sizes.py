@@ -116,6 +116,13 @@ def _demo_training(num_samples: int, batch_size: int, learning_rate: float, **se
     )
 
 
+DEMO_GENERATOR_DIFFUSION = DiffusionConfig(prediction_type="x0", loss_weighting="min_snr", min_snr_gamma=0.2)
+"""Process of the demo's networks that have to find an object in noise, as no image embedding tells them where it is.
+
+Its place and shape show at signal-to-noise ratios of about 0.1 to 1. The loss of v with equal weights is mostly that of less
+noisy images; that of x0 is mostly that of the noisiest, whose spread cannot be learned. These weights grow up to a ratio of 0.2.
+"""
+
 _LEARNED = DiffusionConfig(variance="learned_range")
 _BLUR = DegradationConfig(kind="blur", min_blur_sigma=0.6, max_blur_sigma=0.6)
 _BSR = DegradationConfig(kind="bsr")
