@@ -276,15 +276,15 @@ def without_place(captions: Sequence[str]) -> list[str]:
 
 def relation_captions(count: int, seed: int) -> list[str]:
     """Captions of two objects in a relation, with combinations of shape and colour that occur in training data."""
-    return _scene_captions(count, seed, 2, variant="relations")
+    return scene_captions(count, seed, 2, variant="relations")
 
 
 def unseen_captions(count: int, seed: int) -> list[str]:
     """Captions of scenes whose combination of shape and colour never occurs in the training data."""
-    return _scene_captions(count, seed, unseen=True)
+    return scene_captions(count, seed, unseen=True)
 
 
-def _scene_captions(count: int, seed: int, *stream: int, **settings: Any) -> list[str]:
+def scene_captions(count: int, seed: int, *stream: int, **settings: Any) -> list[str]:
     """Captions of random scenes.
 
     Args:
