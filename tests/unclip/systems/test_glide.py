@@ -188,7 +188,7 @@ def test_the_image_encoder_learns_captions_of_noised_images(clip: Clip) -> None:
     torch.testing.assert_close(again.eval().embed(x, t), trained.model.eval().embed(x, t))
 
 
-@pytest.mark.parametrize(("name", "factor"), [("demo", 0.1), ("glide", 1.0)])
+@pytest.mark.parametrize(("name", "factor"), [("demo", 0.3), ("glide", 1.0)])
 def test_the_text_transformer_of_the_demo_learns_slower(name: str, factor: float) -> None:
     section = MODEL_SIZES[name].glide
     assert section.text_learning_rate == factor
