@@ -207,6 +207,12 @@ def test_a_stream_tells_every_step_and_ends_with_the_plain_answer(server: Server
     assert [event["step"] for event in edited[:-1]] == list(range(1, total + 1)) and len(edited[-1]["data"]) == 1
 
 
+def test_requests_are_sampled_while_another_stack_is_loaded(server: Server, loop: asyncio.Runner) -> None:
+    loop.run(server.generate())
+    with server.engine._lock:  # as while a stack is loaded
+        assert loop.run(asyncio.wait_for(server.generate(), 60)).status_code == 200
+
+
 def test_a_request_without_a_seed_gets_one_that_repeats_it(server: Server, loop: asyncio.Runner) -> None:
     first, second = (loop.run(server.generate()).json()["data"][0] for _ in range(2))
     assert first["seed"] != second["seed"]
