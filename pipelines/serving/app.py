@@ -162,6 +162,7 @@ class Api:
             settings=self._settings(fields, model),
             num=self._num(fields, model, kind),
             seed=fields.seed(),
+            max_batch=int(model.values["batch_size"]),
         )
         if kind in ("generations", "edits"):
             caption = fields.text("prompt", self.limits.max_caption, required=True) or ""
