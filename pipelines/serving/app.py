@@ -435,6 +435,7 @@ class _Guarded:
 
 async def _refresh(api: Api, seconds: float) -> None:
     """Take up new champions, for ever."""
+    told = ""
     while True:
         await asyncio.sleep(seconds)
         before = [model.id for model in api.models.served]
@@ -442,8 +443,12 @@ async def _refresh(api: Api, seconds: float) -> None:
             await api.models.refresh()
         except Exception as error:  # the models that are loaded go on answering
             api.metrics.problems.inc()
-            log.warning("models: cannot be refreshed: %s", without_credentials(reason_of(error)))
+            problem = without_credentials(reason_of(error))
+            if problem != told:  # once, not at every look
+                log.warning("models: cannot be refreshed: %s", problem)
+            told = problem
         else:
+            told = ""
             after = [model.id for model in api.models.served]
             if after != before:
                 log.info("models: now %s", ", ".join(after))

@@ -91,8 +91,7 @@ class Batcher:
         batch: list[_Waiting] = []
         images = 0
         for waiting in list(self._queue):
-            fits = not batch or (waiting.job.key == batch[0].job.key and images + waiting.job.num <= self._most(batch[0]))
-            if fits:
+            if not batch or (waiting.job.key == batch[0].job.key and images + waiting.job.num <= self._most(batch[0])):
                 batch.append(waiting)
                 images += waiting.job.num
                 self._queue.remove(waiting)

@@ -1,6 +1,7 @@
 """Connections of the server's port: clients that are slow, silent or send too much do not stay."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -92,12 +93,13 @@ def test_headers_have_a_limit() -> None:
     talk(App(), client)
 
 
-@pytest.mark.skipif(not hasattr(deployment.socket, "TCP_USER_TIMEOUT"), reason="no TCP_USER_TIMEOUT")
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="no TCP_USER_TIMEOUT")
 def test_a_client_that_does_not_read_its_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment, "READ_SECONDS", 1)
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.transport.pause_reading()
+        transport: Any = writer.transport
+        transport.pause_reading()
         writer.write(b"GET /large HTTP/1.1\r\nhost: a\r\n\r\n")
         await app.is_done.wait()
 
