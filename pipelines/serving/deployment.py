@@ -28,6 +28,7 @@ from pipelines.serving.app import Api
 from pipelines.serving.engine import Engine
 from pipelines.serving.jobs import Job, Loaded, Progress, Sampled
 from pipelines.serving.requests import RequestError
+from unclip.errors import UnclipError
 
 APP = "unclip"
 """Name of the application in Ray Serve."""
@@ -51,10 +52,14 @@ class Replica:
             torch.set_num_threads(num_threads)  # Ray leaves one to an actor that reserves no CPUs
         self._engine = Engine(max_images, wait_seconds, "cpu" if num_threads is not None else "cuda")
 
-    async def sample(self, job: Job) -> AsyncIterator[Progress | Sampled]:
-        async with contextlib.aclosing(self._engine.sample(job)) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield event
+    async def sample(self, job: Job) -> AsyncIterator[Progress | Sampled | UnclipError]:
+        """Events of a job; its error is the last one, since Ray Serve logs what is raised, which may name the caption."""
+        try:
+            async with contextlib.aclosing(self._engine.sample(job)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    yield event
+        except UnclipError as error:
+            yield error
 
     async def load(self, stack: str) -> Loaded:
         return await self._engine.load(stack)
@@ -100,6 +105,8 @@ class Replicas:
         events: Any = self._handle.options(method_name="sample", stream=True).remote(job)
         try:
             async for event in events:
+                if isinstance(event, UnclipError):
+                    raise event
                 yield event
         except RayTaskError as error:
             raise error.cause from None

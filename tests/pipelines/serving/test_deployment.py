@@ -2,13 +2,14 @@
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipelines.serving import deployment
+from unclip.errors import InputError
 
 HEAD = b"POST / HTTP/1.1\r\nhost: a\r\n"
 BYTES = 32 << 20
@@ -53,6 +54,40 @@ def talk(app: ASGIApp, client: Client) -> None:
             await serving
 
     asyncio.run(main())
+
+
+def test_what_a_stack_cannot_sample_is_told_to_the_client_and_not_raised_in_the_replica() -> None:
+    """Ray Serve logs what a replica raises, and the message names the caption."""
+
+    class Failing:
+        async def sample(self, job: Any) -> AsyncIterator[Any]:
+            raise InputError("caption: got 'a secret', which belongs to no class")
+            yield
+
+    class Handle:
+        def options(self, **_: Any) -> Any:
+            return self
+
+        def remote(self, job: Any) -> Any:
+            return self
+
+        def __aiter__(self) -> AsyncIterator[Any]:
+            return replica.sample(None)  # type: ignore[arg-type]
+
+        def cancel(self) -> None:
+            pass
+
+    replica = deployment.Replica.__new__(deployment.Replica)
+    replicas = deployment.Replicas.__new__(deployment.Replicas)
+    replica._engine, replicas._handle = Failing(), Handle()  # type: ignore[assignment]
+
+    async def events(sampler: Any) -> list[Any]:
+        return [event async for event in sampler.sample(None)]
+
+    [event] = asyncio.run(events(replica))
+    assert isinstance(event, InputError)
+    with pytest.raises(InputError, match="a secret"):
+        asyncio.run(events(replicas))
 
 
 async def rest(reader: asyncio.StreamReader) -> bytes:
