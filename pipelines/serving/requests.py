@@ -15,7 +15,18 @@ MAX_FIELDS = 64
 """Parts of a form."""
 MAX_HEADERS = 4096
 """Bytes of the headers of a part."""
-IGNORED = frozenset({"user", "background", "moderation", "output_compression", "quality", "style", "input_fidelity"})
+IGNORED = frozenset(
+    {
+        "user",
+        "background",
+        "moderation",
+        "output_compression",
+        "quality",
+        "style",
+        "input_fidelity",
+        "partial_images",
+    }
+)
 """Fields of OpenAI's API that have no effect here."""
 
 

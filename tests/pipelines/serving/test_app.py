@@ -136,7 +136,11 @@ def test_openais_client_generates_varies_and_edits(server: Server, loop: asyncio
         [model] = [each.id async for each in client.models.list()]
         return [
             await client.images.generate(prompt=CAPTION, n=2, size="16x16", response_format="b64_json", model=model),  # type: ignore[call-overload]
-            await client.images.generate(prompt=CAPTION, extra_body={"seed": 7, "steps": 2, "guidance_scale": 2}),
+            await client.images.generate(
+                prompt=CAPTION,
+                quality="high",
+                extra_body={"seed": 7, "steps": 2, "guidance_scale": 2, "partial_images": 2},
+            ),
             await client.images.create_variation(image=png(), n=2),
             await client.images.edit(image=png(), mask=mask, prompt=CAPTION, n=2, response_format="b64_json"),
             await client.images.edit(image=[("a.png", mask)], prompt=CAPTION),
