@@ -93,9 +93,14 @@ def serve(
     total = connect()
     if gpus is None:
         gpus = 1 if total.get("GPU", 0) >= num_replicas else 0
+    if gpus * num_replicas > total.get("GPU", 0):  # Ray would wait for them for ever
+        raise InputError(
+            f"--gpus: {num_replicas} replicas of {gpus:g} need more GPUs than the cluster's {total.get('GPU', 0):g}. Use "
+            "--gpus 0 to sample on CPUs."
+        )
     sampler = deployment.Replicas(num_replicas, gpus, max_batch, wait_ms / 1000, max_requests)
     try:
-        hosts = frozenset({"127.0.0.1", "localhost", "::1", host}) if is_loopback else None
+        hosts = frozenset({"127.0.0.1", "localhost", "::1", host.lower()}) if is_loopback else None
         served = Models(sampler, root, models)
         api = Api(sampler, served, Limits(max_requests=max_requests), token, hosts)
 

@@ -126,14 +126,14 @@ def _links(root: str) -> list[str]:
     order = ["attributes.start_time DESC"]
     last = _ask(root, "runs/search", {"experiment_ids": list(experiments), "max_results": 1, "order_by": order})
     chosen = [run["info"]["experiment_id"] for run in last.get("runs", [])]
-    listed = {run_id: experiments[run_id] for run_id in [*chosen, *experiments] if run_id != "0" or run_id in chosen}
-    for identity, experiment in listed.items():
-        if KIND_TAG not in {tag["key"] for tag in experiment.get("tags", [])}:
-            tag = {"experiment_id": identity, "key": KIND_TAG, "value": KIND}
+    listed = [
+        each for each in dict.fromkeys([*chosen, *experiments]) if each != "0" or each in chosen
+    ]  # 0: MLflow's own
+    for experiment_id in listed:
+        if KIND_TAG not in {tag["key"] for tag in experiments[experiment_id].get("tags", [])}:
+            tag = {"experiment_id": experiment_id, "key": KIND_TAG, "value": KIND}
             _ask(root, "experiments/set-experiment-tag", tag)
-    links = [
-        f"{root}/#/experiments/{urllib.parse.quote(run_id)}/runs?workflowType=machine_learning" for run_id in listed
-    ]
+    links = [f"{root}/#/experiments/{urllib.parse.quote(each)}/runs?workflowType=machine_learning" for each in listed]
     return links or [f"{root}/#/experiments"]
 
 

@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -123,14 +123,13 @@ class Api:
             if is_streamed:
                 response, place = _EventStream(self._events(job, model), place), _Place(None)
                 return response
-            try:
-                sampled = await _unless_disconnected(request, self._sample(job))
-            except (RequestError, ClientDisconnect):
-                raise
-            except Exception as error:
-                log.error("sampling failed: %s", without_credentials(reason_of(error)))
-                raise _internal() from None
+            sampled = await _unless_disconnected(request, self._sample(job))
             return JSONResponse(self._body(job, model, sampled), headers={"cache-control": "no-store"})
+        except (RequestError, ClientDisconnect):
+            raise
+        except Exception as error:
+            log.error("sampling failed: %s", without_credentials(reason_of(error)))
+            raise _internal() from None
         finally:
             place.free()
 
@@ -163,6 +162,7 @@ class Api:
             settings=self._settings(fields, model),
             num=self._num(fields, model, kind),
             seed=fields.seed(),
+            max_batch=int(model.values["batch_size"]),
         )
         if kind in ("generations", "edits"):
             caption = fields.text("prompt", self.limits.max_caption, required=True) or ""
@@ -252,7 +252,7 @@ class Api:
 
         try:
             return await asyncio.to_thread(decode)
-        except UnclipError as error:
+        except InputError as error:  # any other is the server's
             raise RequestError(400, f"{name}: {error}. Send another image.", name, "invalid_image") from None
 
     async def _sample(self, job: Job) -> Sampled:
@@ -389,9 +389,11 @@ def create_app(api: Api, refresh_seconds: float = REFRESH_SECONDS) -> ASGIApp:
         Route("/v1/images/edits", api.edits, methods=["POST"]),
         Route("/v1/images/interpolations", api.interpolations, methods=["POST"]),
         Route("/v1/interpolations", api.interpolations, methods=["POST"]),
-        Mount("/", StaticFiles(directory=PAGE, html=True, check_dir=False)),
     ]
-    return _Guarded(Starlette(routes=routes, lifespan=lifespan), api)
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    app.router.default = StaticFiles(directory=PAGE, html=True, check_dir=False)  # a route would hide 405 of the others
+    return _Guarded(app, api)
 
 
 class _Guarded:
@@ -433,6 +435,7 @@ class _Guarded:
 
 async def _refresh(api: Api, seconds: float) -> None:
     """Take up new champions, for ever."""
+    told = ""
     while True:
         await asyncio.sleep(seconds)
         before = [model.id for model in api.models.served]
@@ -440,8 +443,12 @@ async def _refresh(api: Api, seconds: float) -> None:
             await api.models.refresh()
         except Exception as error:  # the models that are loaded go on answering
             api.metrics.problems.inc()
-            log.warning("models: cannot be refreshed: %s", without_credentials(reason_of(error)))
+            problem = without_credentials(reason_of(error))
+            if problem != told:  # once, not at every look
+                log.warning("models: cannot be refreshed: %s", problem)
+            told = problem
         else:
+            told = ""
             after = [model.id for model in api.models.served]
             if after != before:
                 log.info("models: now %s", ", ".join(after))
@@ -470,14 +477,19 @@ def _to_response(request: Request, error: Exception) -> Response:
     """Answer of an error."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
+    headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
+        headers |= error.headers or {}  # `Allow` of 405
         error = RequestError(
             error.status_code, f"{request.method[:20]} {ascii(request.scope['path'])[:100]}: {error.detail}."
         )
     if not isinstance(error, RequestError):
         log.error("request failed: %s", without_credentials(reason_of(error)))
         error = _internal()
-    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(error.body(), error.status, headers)
 
 

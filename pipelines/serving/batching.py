@@ -33,7 +33,7 @@ class Batcher:
 
     def __init__(self, run: Run, max_images: int, wait_seconds: float) -> None:
         """Args:
-        max_images: images of a batch; a job with more of them is a batch of its own.
+        max_images: images of a batch, fewer if the jobs' `max_batch` says so; a job with more of them is a batch of its own.
         wait_seconds: time that a job waits for others if nothing else runs.
         """
         self._run, self._max_images, self._wait_seconds = run, max_images, wait_seconds
@@ -80,15 +80,18 @@ class Batcher:
     def _is_due(self) -> bool:
         first = self._queue[0]
         images = sum(each.job.num for each in self._queue if each.job.key == first.job.key)
-        return images >= self._max_images or time.monotonic() - first.since >= self._wait_seconds
+        return images >= self._most(first) or time.monotonic() - first.since >= self._wait_seconds
+
+    def _most(self, first: _Waiting) -> int:
+        """Images of a batch of jobs like the first; their settings are equal."""
+        return min(self._max_images, first.job.max_batch or self._max_images)
 
     def _take(self) -> list[_Waiting]:
         """Take the next batch out of the queue."""
         batch: list[_Waiting] = []
         images = 0
         for waiting in list(self._queue):
-            fits = not batch or (waiting.job.key == batch[0].job.key and images + waiting.job.num <= self._max_images)
-            if fits:
+            if not batch or (waiting.job.key == batch[0].job.key and images + waiting.job.num <= self._most(batch[0])):
                 batch.append(waiting)
                 images += waiting.job.num
                 self._queue.remove(waiting)

@@ -4,6 +4,7 @@ The replicas of the engine are Ray actors, which the app calls by a handle. The 
 binds the one socket that others may reach. Ray Serve's own HTTP proxies are switched off.
 """
 
+import asyncio
 import contextlib
 import importlib
 import ipaddress
@@ -15,22 +16,29 @@ from collections.abc import AsyncIterator, Collection, Iterator
 from types import FrameType
 from typing import Any
 
+import h11
 import ray
 import uvicorn
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipelines.serving.app import Api
 from pipelines.serving.engine import Engine
 from pipelines.serving.jobs import Job, Loaded, Progress, Sampled
 from pipelines.serving.requests import RequestError
+from unclip.errors import UnclipError
 
 APP = "unclip"
 """Name of the application in Ray Serve."""
 GRACE_SECONDS = 30
 """Time that running requests get when the server stops."""
 MAX_CONNECTIONS = 1000
+HEADER_SECONDS = 30
+"""Time until the headers of a request are there."""
+READ_SECONDS = 60
+"""Time that a client may leave a part of an answer unread; then its connection ends, where the system can do so (Linux)."""
 
 
 class Replica:
@@ -44,10 +52,14 @@ class Replica:
             torch.set_num_threads(num_threads)  # Ray leaves one to an actor that reserves no CPUs
         self._engine = Engine(max_images, wait_seconds, "cpu" if num_threads is not None else "cuda")
 
-    async def sample(self, job: Job) -> AsyncIterator[Progress | Sampled]:
-        async with contextlib.aclosing(self._engine.sample(job)) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield event
+    async def sample(self, job: Job) -> AsyncIterator[Progress | Sampled | UnclipError]:
+        """Events of a job; its error is the last one, since Ray Serve logs what is raised, which may name the caption."""
+        try:
+            async with contextlib.aclosing(self._engine.sample(job)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    yield event
+        except UnclipError as error:
+            yield error
 
     async def load(self, stack: str) -> Loaded:
         return await self._engine.load(stack)
@@ -93,6 +105,8 @@ class Replicas:
         events: Any = self._handle.options(method_name="sample", stream=True).remote(job)
         try:
             async for event in events:
+                if isinstance(event, UnclipError):
+                    raise event
                 yield event
         except RayTaskError as error:
             raise error.cause from None
@@ -118,11 +132,42 @@ class Replicas:
         ray.shutdown()  # ends a private cluster, with everything in it
 
 
+class _Connection(H11Protocol):
+    """Connection that ends if the headers of a request do not arrive in time; uvicorn waits for ever.
+
+    h11 takes 64 KiB of them, other parsers of uvicorn any number.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._limit_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._limit_headers()
+
+    def _limit_headers(self) -> None:
+        is_waiting = self.conn.their_state is h11.IDLE
+        if is_waiting and self._deadline is None:
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        elif not is_waiting and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+
 class Server(uvicorn.Server):
     """Server that ends with a normal return on SIGINT and SIGTERM, once running requests have ended."""
 
     def __init__(self, app: ASGIApp, api: Api) -> None:
         options: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+        options |= {"http": _Connection, "ws": "none"}
         super().__init__(
             uvicorn.Config(
                 app,
@@ -158,6 +203,8 @@ def bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
         bound.bind((host, port))
     except OSError:
         bound.close()

@@ -55,12 +55,14 @@ class Engine:
         return Loaded(system.image_size, isinstance(system, Stack), isinstance(system, UpsampledSystem))
 
     async def keep(self, stacks: Collection[str]) -> None:
-        with self._lock:
-            for folder in self._loaded.keys() - set(stacks):
-                del self._loaded[folder]
+        for folder in set(self._loaded) - set(stacks):
+            self._loaded.pop(folder, None)
 
     def _system(self, folder: str) -> tuple[System, type]:
         """Loaded system of a stack, and the class of its sampling settings."""
+        loaded = self._loaded.get(folder)  # without the lock: loading another stack holds up no batch
+        if loaded is not None:
+            return loaded
         with self._lock:
             if folder not in self._loaded:
                 stack = read_stack(folder)

@@ -27,6 +27,8 @@ class Job:
     """Given images, [S, S, 3] uint8 at the stack's resolution."""
     known: np.ndarray | None = None
     """[S, S] bool, True = keep; for edits."""
+    max_batch: int | None = None
+    """Most images that the stack samples at once, as published; None for any number."""
 
     @property
     def key(self) -> tuple[object, ...]:

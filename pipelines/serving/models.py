@@ -174,8 +174,8 @@ class Models:
     async def _unload(self) -> None:
         """Unload stacks that are not served any more, once no request can need them."""
         if self._switched_at is not None and time.monotonic() - self._switched_at > KEEP_SECONDS:
-            self._switched_at = None
             await self._sampler.keep([model.stack for model in self.served])
+            self._switched_at = None
 
     def find(self, name: str | None) -> Model:
         """Model of a name that a request gives; None for the default.

@@ -15,7 +15,18 @@ MAX_FIELDS = 64
 """Parts of a form."""
 MAX_HEADERS = 4096
 """Bytes of the headers of a part."""
-IGNORED = frozenset({"user", "background", "moderation", "output_compression", "quality", "style", "input_fidelity"})
+IGNORED = frozenset(
+    {
+        "user",
+        "background",
+        "moderation",
+        "output_compression",
+        "quality",
+        "style",
+        "input_fidelity",
+        "partial_images",
+    }
+)
 """Fields of OpenAI's API that have no effect here."""
 
 
@@ -36,7 +47,8 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = self.param and self.param.encode(errors="replace").decode()  # JSON may name half a surrogate pair
+        return {"error": {"message": self.message, "type": kind, "param": param, "code": self.code}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Limits:
     max_requests: int = 64
     """Requests that wait or are sampled; more are refused with 429."""
     request_seconds: float = 300.0
-    """Time of a request, from its first byte to its answer."""
+    """Time that a request may wait and be sampled, once its body is there."""
     body_seconds: float = 30.0
     """Time until the whole body of a request is there."""
 

@@ -17,6 +17,7 @@ class RowGenerators(TorchFunctionMode):
     """Context in which random numbers that are drawn from `generator` come from the generators of the requests.
 
     Every draw must have rows for all requests, in their order: `count` rows for each, or a multiple. Other draws are untouched.
+    A single request draws from its own generator, in any way.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
@@ -25,8 +26,8 @@ class RowGenerators(TorchFunctionMode):
         counts: rows of each request.
         """
         super().__init__()
-        self.generator = torch.Generator(generators[0].device)
-        """Generator to hand to a system; it stands for those of the requests and is never drawn from."""
+        self.generator = generators[0] if len(generators) == 1 else torch.Generator(generators[0].device)
+        """Generator to hand to a system. That of several requests stands for theirs and is never drawn from."""
         self._requests = list(zip(generators, counts, strict=True))
 
     def __enter__(self) -> Self:
@@ -36,7 +37,7 @@ class RowGenerators(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not kwargs or kwargs.get("generator") is not self.generator:
+        if len(self._requests) == 1 or not kwargs or kwargs.get("generator") is not self.generator:
             return function(*args, **(kwargs or {}))
         num_rows, arguments_of = _rows_of(function, args)
         times, rest = divmod(num_rows, sum(count for _, count in self._requests))

@@ -30,6 +30,7 @@ const server = connect(async (problem) => {
 /** Sample, with progress; the requests run one after the other and make one entry. */
 async function sample(kind, settings, given, requests) {
   if (running) return tellProblem("Wait for the running request, or stop it first.");
+  if (kind !== "interpolate" && !byId("count").reportValidity()) return; // its placeholders could fill the memory
   running = new AbortController();
   const start = performance.now();
   const title = results.titleOf({ kind, settings });

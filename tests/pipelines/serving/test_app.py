@@ -25,6 +25,7 @@ from pipelines.serving.jobs import Job, Progress, Sampled
 from pipelines.serving.models import Models
 from pipelines.serving.requests import Limits
 from tests.unclip.systems import tiny_stacks
+from unclip.errors import StageError
 from unclip.imaging import to_uint8
 from unclip.systems.system import load_system, sample_captions
 
@@ -135,7 +136,11 @@ def test_openais_client_generates_varies_and_edits(server: Server, loop: asyncio
         [model] = [each.id async for each in client.models.list()]
         return [
             await client.images.generate(prompt=CAPTION, n=2, size="16x16", response_format="b64_json", model=model),  # type: ignore[call-overload]
-            await client.images.generate(prompt=CAPTION, extra_body={"seed": 7, "steps": 2, "guidance_scale": 2}),
+            await client.images.generate(
+                prompt=CAPTION,
+                quality="high",
+                extra_body={"seed": 7, "steps": 2, "guidance_scale": 2, "partial_images": 2},
+            ),
             await client.images.create_variation(image=png(), n=2),
             await client.images.edit(image=png(), mask=mask, prompt=CAPTION, n=2, response_format="b64_json"),
             await client.images.edit(image=[("a.png", mask)], prompt=CAPTION),
@@ -206,6 +211,12 @@ def test_a_stream_tells_every_step_and_ends_with_the_plain_answer(server: Server
     assert [event["step"] for event in edited[:-1]] == list(range(1, total + 1)) and len(edited[-1]["data"]) == 1
 
 
+def test_requests_are_sampled_while_another_stack_is_loaded(server: Server, loop: asyncio.Runner) -> None:
+    loop.run(server.generate())
+    with server.engine._lock:  # as while a stack is loaded
+        assert loop.run(asyncio.wait_for(server.generate(), 60)).status_code == 200
+
+
 def test_a_request_without_a_seed_gets_one_that_repeats_it(server: Server, loop: asyncio.Runner) -> None:
     first, second = (loop.run(server.generate()).json()["data"][0] for _ in range(2))
     assert first["seed"] != second["seed"]
@@ -250,6 +261,7 @@ def json_requests() -> Iterator[tuple[bytes, str]]:
     whole = json.dumps({"prompt": CAPTION}).encode()
     yield from ((whole[:length], "body") for length in (0, 1, 5, len(whole) - 1))
     yield from ((text, "body") for text in (b"[]", b'"a"', b"5", b"null", b"\xff\xfe", b"[" * 50_000, b"9" * 5_000))
+    yield rb'{"prompt": "a", "\ud800": 1}', "ud800"
     yield b'{"prompt": "' + b"x" * (1 << 17) + b'"}', "body"
 
 
@@ -356,6 +368,27 @@ def test_f160_hostile_requests_are_refused_and_the_server_lives(server: Server, 
         assert set(error) == {"message", "type", "param", "code"} and word in error["message"], shown
         assert len(error["message"]) < 800 and error["message"].isprintable(), shown
     assert loop.run(server.generate()).status_code == 200 and server.api._active == 0
+
+
+def test_answers_name_the_methods_of_a_path_and_the_scheme_of_the_token(
+    server: Server, loop: asyncio.Runner, storage: Path
+) -> None:
+    for method, path, allowed in (("GET", GENERATIONS, "POST"), ("DELETE", "/v1/models", "GET"), ("POST", "/", "GET")):
+        response = loop.run(server.client.request(method, path))
+        assert response.status_code == 405 and allowed in response.headers["allow"].split(", ")
+    guarded = Server(storage, token="a-long-secret-token", hosts=None)
+    assert loop.run(guarded.client.get("/v1/models")).headers["www-authenticate"] == "Bearer"
+
+
+def test_a_child_that_does_not_start_is_no_fault_of_the_image(
+    server: Server, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise StageError("sandbox: the child process did not start.")
+
+    monkeypatch.setattr("tasks.untrusted.given.decode_bytes", fail)
+    response = loop.run(server.client.post(VARIATIONS, files={"image": png()}))
+    assert response.status_code == 500 and "sandbox" not in response.text
 
 
 # ------------------------------------------------------------------------------------------------- limits and places

@@ -64,6 +64,18 @@ def test_jobs_of_one_key_are_sampled_together_up_to_the_limit() -> None:
     assert [result.batch_size for result in results] == [4, 4, 4, 4, 1]
 
 
+def test_a_batch_has_no_more_images_than_the_stack_samples_at_once() -> None:
+    runs = Runs()
+
+    async def main() -> None:
+        batcher = Batcher(runs, max_images=8, wait_seconds=0.2)
+        jobs = seeded_jobs(1, 2, 3, 4, 5, job=dataclasses.replace(RED, max_batch=2))
+        await asyncio.gather(*(sample(batcher, job) for job in jobs))
+
+    asyncio.run(main())
+    assert [len(batch) for batch in runs.batches] == [2, 2, 1]
+
+
 @pytest.mark.parametrize("change", [{"stack": "b"}, {"settings": "[]"}, {"negative": "grey"}, {"kind": "edits"}])
 def test_jobs_that_differ_are_not_sampled_together(change: dict[str, str]) -> None:
     runs = Runs()

@@ -118,6 +118,14 @@ def test_openais_client_and_every_signal(storage: Path, tmp_path: Path) -> None:
     assert CAPTION not in text and "Traceback" not in text, text
 
 
+def test_more_gpus_than_the_cluster_has_are_refused(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.cluster.connect", lambda: {"CPU": 2.0, "GPU": 1.0})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    result = call("serve", "--storage", storage, "--port", port, "--num-replicas", 2, "--gpus", 1)
+    assert result.returncode == 2 and "need more GPUs than the cluster's 1" in result.stderr
+
+
 def test_f169_what_keeps_the_server_from_starting_is_told_before_it_starts_anything(
     storage: Path, tmp_path: Path
 ) -> None:

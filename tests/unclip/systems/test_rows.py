@@ -52,13 +52,22 @@ def test_rows_of_a_distribution_each_are_drawn_with_their_own_weights() -> None:
 
 
 def test_other_draws_are_untouched_and_unknown_ones_refused() -> None:
-    with RowGenerators([seeded(CPU, 1)], [2]) as rows:
+    with RowGenerators([seeded(CPU, 1), seeded(CPU, 2)], [1, 1]) as rows:
         assert torch.equal(torch.randn(3, generator=seeded(CPU, 4)), torch.randn(3, generator=seeded(CPU, 4)))
         assert torch.zeros(3).shape == (3,)
         with pytest.raises(NotImplementedError, match="randperm"):
             torch.randperm(4, generator=rows.generator)
         with pytest.raises(NotImplementedError, match="draws 3 rows"):
             torch.randn(3, 4, generator=rows.generator)
+
+
+def test_a_single_request_draws_in_any_way() -> None:
+    """So a system whose draws cannot be split is sampled one request at a time."""
+    with RowGenerators([seeded(CPU, 1)], [2]) as rows:
+        drawn = torch.randperm(9, generator=rows.generator), torch.randn(3, generator=rows.generator)
+    generator = seeded(CPU, 1)
+    assert torch.equal(drawn[0], torch.randperm(9, generator=generator))
+    assert torch.equal(drawn[1], torch.randn(3, generator=generator))
 
 
 def sampled_both_ways(stack: Any, sampling: Any) -> tuple[Tensor, Tensor]:
