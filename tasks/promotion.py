@@ -7,7 +7,6 @@ Letters: N captions.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -165,11 +164,11 @@ def publish(
             now = _present(tracker, now)
             if _digest(now.champion) != _digest(record.champion):
                 continue
-            changed = _changed(now, candidate, decision)
-            changed = tracker.attempt(functools.partial(registry.follow, record=changed)) or dataclasses.replace(
-                changed, is_ahead=True
+            changed = published.commit(
+                store,
+                _changed(now, candidate, decision),
+                lambda changed: tracker.attempt(lambda client: registry.follow(client, changed)),
             )
-            published.write(store, changed)
         entry = changed.find(candidate.digest)
         assert entry is not None
         return Outcome(entry, (*changed.aliases_of(entry), CHALLENGER)[0])
