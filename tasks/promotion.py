@@ -181,6 +181,7 @@ class Scores:
 
     store: Store
     captions: Sequence[str]
+    """Those of the evaluation; "" for one that was taken down since, whose image counts for neither model."""
     scoring: Scoring
     clip: ClipFiles
     clip_digest: str
@@ -197,7 +198,7 @@ class Scores:
     def of(cls, context: StageContext, name: str, evaluation: Artifact) -> "Scores":
         facts = evaluation.facts
         table = tables.read_file(facts["scores"])
-        table = table.filter(pc.equal(table["group"], GROUP))
+        table = _without_blanks(table.filter(pc.equal(table["group"], GROUP)))
         clip = dict(facts["measured_by"])
         digest = clip.pop("digest")
         return cls(
@@ -233,13 +234,17 @@ class Scores:
         path = self.path(champion.digest)
         if self.store.exists(*path):
             return tables.read_file(self.store.uri(*path))
-        groups = {GROUP: self.captions}
+        stand_in = next(filter(None, self.captions), "")  # so that the others keep their noise
+        captions = [caption or stand_in for caption in self.captions]
+        groups = {GROUP: captions}
         [measured] = sample_groups(groups, self.clip, self.fetch(champion), self.scoring, self.resources).values()
         size = measured.shown.shape[1]
         if size != self.image_size:
             raise _other_size(size, self.image_size)
-        estimates = metrics.measure(Sampled(self.captions, measured.features))
+        estimates = metrics.measure(Sampled(captions, measured.features))
         table = scores_table(groups, {GROUP: estimates})
+        place = table.column_names.index("caption")
+        table = _without_blanks(table.set_column(place, "caption", pa.array(self.captions, pa.string())))
         self.remember(champion.digest, table)
         return table
 
@@ -358,6 +363,16 @@ def _default_metrics(table: pa.Table) -> tuple[str, ...]:
 
 def _is_metric(table: pa.Table, column: str) -> bool:
     return bool(pa.types.is_floating(table.schema.field(column).type))
+
+
+def _without_blanks(table: pa.Table) -> pa.Table:
+    """Scores, null where the caption is blank."""
+    is_blank = pc.equal(table["caption"], "")
+    for place, name in enumerate(table.column_names):
+        if _is_metric(table, name):
+            scores = table[name]
+            table = table.set_column(place, name, pc.if_else(is_blank, pa.scalar(None, scores.type), scores))
+    return table
 
 
 def _values(table: pa.Table, name: str) -> torch.Tensor:

@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
-from tasks import published
+from tasks import promotion, published
 from tasks.promotion import Decision, PromotionConfig, compare
 from tasks.published import Entry, Record
+from tasks.scoring import Measured
 from tasks.store import Store
 from tests.tasks.publications import CAPTIONS, A, B, C, D, Storage, scores
 from unclip.errors import ConfigError, InputError
+from unclip.evaluation import scenes
+from unclip.evaluation.metrics import Features, score_scenes
 
 
 @pytest.mark.parametrize("metrics", [(), ("accuracy.all", "clip_score")])
@@ -131,6 +135,29 @@ def test_f153_a_champion_that_cannot_be_compared_with_is_told(storage: Storage) 
     Path(larger.stack, "stack.json").unlink()
     gone = storage.publish(B, better)
     assert gone.alias == "champion" and "takes the place of version aaaaaaaa, which is gone" in str(gone.entry.reason)
+
+
+def test_f145_a_caption_that_was_taken_down_counts_for_neither_model(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It describes no scene, but the champion has an accuracy for the others, of the same noise."""
+    captions = [scenes.caption(scene, rng) for rng in [np.random.default_rng(0)] for scene in [scenes.random_scene(rng)]]
+    better = scores(6, 0.95)[0]
+    better = better.set_column(1, "caption", pa.array(["", "", *captions * (CAPTIONS - 2)]))
+    sampled: list[str] = []
+
+    def sample(groups: dict[str, list[str]], *_: Any) -> dict[str, Measured]:
+        sampled.extend(groups["heldout"])
+        embedding = torch.ones(CAPTIONS, 1)
+        measured = score_scenes(torch.zeros(CAPTIONS, 3, 16, 16), groups["heldout"])
+        return {"heldout": Measured(Features(embedding, embedding, measured), [], np.zeros((1, 64, 64, 3), np.uint8))}
+
+    monkeypatch.setattr(promotion, "sample_groups", sample)
+    monkeypatch.setattr(promotion, "_stack_of", lambda *_: None)
+    storage.publish(A, scores(6, 0.5)[0])
+    outcome = storage.publish(B, better)
+    assert sampled == captions * CAPTIONS
+    assert outcome.alias == "champion" and f"on {CAPTIONS - 2} captions" in str(outcome.entry.reason)
 
 
 ROUNDS = 6
