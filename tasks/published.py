@@ -221,6 +221,14 @@ def changing(store: Store, name: str) -> Iterator[Record]:
         yield read(store, name)
 
 
+def check_name(name: str, where: str) -> None:
+    """Raises:
+    InputError: no model can have this name.
+    """
+    if not re.fullmatch(NAME, name):
+        raise InputError(f"{where}: got {name[:500]!r}, expected letters, digits, dots, dashes and underscores.")
+
+
 def _entry(values: Mapping[str, Any]) -> Entry:
     known = {field.name for field in dataclasses.fields(Entry)}
     given = {name: value for name, value in values.items() if name in known}

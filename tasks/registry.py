@@ -5,12 +5,13 @@ All functions take an MLflow client and raise what it raises.
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.database import artifacts_here
-from tasks.published import CHALLENGER, CHAMPION, Entry, Record
+from tasks.published import CHALLENGER, CHAMPION, NAME, Entry, Record
 from tasks.store import Store
 from tasks.tracking import pages
 from unclip import files
@@ -52,7 +53,9 @@ class Registered:
 
 
 def names(client: Any) -> list[str]:
-    return sorted(str(model.name) for model in pages(client.search_registered_models))
+    """Models with names that stacks can be published under; a shared server has models of other programs."""
+    found = (str(model.name) for model in pages(client.search_registered_models))
+    return sorted(name for name in found if re.fullmatch(NAME, name))
 
 
 def versions(client: Any, name: str) -> list[Registered]:

@@ -132,6 +132,9 @@ def rollback(name: str, reason: str | None, storage: str | None) -> None:
 
     Repeat the command to go back further.
     """
+    from tasks import published
+
+    published.check_name(name, "NAME")
 
     def change(record: "Record") -> "Record":
         label = "nothing" if record.champion is None else f"version {record.champion.label}"

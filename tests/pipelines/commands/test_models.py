@@ -74,6 +74,8 @@ def test_models_are_listed_and_shown(storage: Path) -> None:
         shown = call_json("models", "show", model, "--storage", storage)
         assert (shown["name"], shown["version"]) == ("model", version)
         assert f"model        model/{version}\n" in call("models", "show", model, "--storage", storage).stdout
+    client(database_uri(f"{storage}/mlflow.db")).create_registered_model("Bob's model")
+    assert call_json("models", "list", "--storage", storage) == document, "a model of another program"
     missing = call("models", "show", "model/9", "--storage", storage)
     assert missing.returncode == 2 and "model/9: not found" in missing.stderr and "model/1, model/2" in missing.stderr
 
@@ -92,6 +94,8 @@ def test_f151_promotion_by_hand_and_rollback_move_the_alias_and_what_is_sampled(
         assert aliases(storage)["champion"] == version and find_stack(str(storage), None) == folders[digest]
     result = call("models", "rollback", "model", "--storage", storage)
     assert result.returncode == 2 and "has had no champion before" in result.stderr
+    result = call("models", "rollback", "model@challenger", "--storage", storage)
+    assert result.returncode == 2 and "NAME: got 'model@challenger', expected letters" in result.stderr
     found = registry.find(client(database_uri(f"{storage}/mlflow.db")), "model", version="2")
     assert found is not None and found.tags["unclip.promotion"].startswith(
         "was the champion until it was rolled back to"
