@@ -150,7 +150,7 @@ def publish(
     """
     store, tracker = context.store, context.tracker
     scores = Scores.of(context, name, evaluation)
-    scores.remember(candidate.digest, scores.table)
+    scores.remember(candidate, scores.table)
     known = tracker.attempt(lambda client: registry.with_digest(client, name, candidate.digest))
     version = known.version if known is not None else register()
     candidate = dataclasses.replace(candidate, version=version)
@@ -214,14 +214,14 @@ class Scores:
             lambda entry: _stack_of(context, name, entry),
         )
 
-    def path(self, digest: str) -> tuple[str, str]:
+    def path(self, entry: Entry) -> tuple[str, str]:
         """File with the scores of a stack. The captions are in its name only, as a digest: they may be taken down."""
         scoring = (_SCORES_VERSION, self.scoring.seed, self.scoring.batch_size, self.clip_digest)
-        return SCORES, f"{digest[:16]}-{fingerprint(list(self.captions), *scoring)[:32]}.parquet"
+        return SCORES, f"{entry.scores}-{fingerprint(list(self.captions), *scoring)[:32]}.parquet"
 
-    def remember(self, digest: str, table: pa.Table) -> None:
+    def remember(self, entry: Entry, table: pa.Table) -> None:
         names = [column for column in table.column_names if _is_metric(table, column)]
-        tables.write_file(self.store.uri(*self.path(digest)), table.select(names))
+        tables.write_file(self.store.uri(*self.path(entry)), table.select(names))
 
     def of_champion(self, champion: Entry) -> pa.Table:
         """Scores of the champion: those that the storage has, or else of images that are sampled now.
@@ -231,7 +231,7 @@ class Scores:
         """
         if champion.image_size not in (None, self.image_size):
             raise _other_size(champion.image_size, self.image_size)
-        path = self.path(champion.digest)
+        path = self.path(champion)
         if self.store.exists(*path):
             return tables.read_file(self.store.uri(*path))
         stand_in = next(filter(None, self.captions), "")  # so that the others keep their noise
@@ -245,7 +245,7 @@ class Scores:
         table = scores_table(groups, {GROUP: estimates})
         place = table.column_names.index("caption")
         table = _without_blanks(table.set_column(place, "caption", pa.array(self.captions, pa.string())))
-        self.remember(champion.digest, table)
+        self.remember(champion, table)
         return table
 
 

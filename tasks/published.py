@@ -61,6 +61,11 @@ class Entry:
         return self.version or self.digest[:8]
 
     @property
+    def scores(self) -> str:
+        """Start of the names of its files in the folder `SCORES`; a digest need not be a name."""
+        return fingerprint(self.digest)[:16]
+
+    @property
     def publisher(self) -> Folder | None:
         """Stage that published it; None for an imported stack."""
         return next((folder for folder, _ in folders_in(self.stack)), None)

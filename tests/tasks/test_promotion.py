@@ -128,7 +128,7 @@ def test_f153_a_champion_that_cannot_be_compared_with_is_told(storage: Storage) 
         other_size.entry.reason
     )
     published.write(storage.store, storage.record().with_version(dataclasses.replace(larger, image_size=64)))
-    for path in Path(storage.store.root, "scores").glob(f"{A}*"):
+    for path in Path(storage.store.root, "scores").glob(f"{larger.scores}*"):
         path.unlink()
     damaged = storage.publish(B, better)
     assert damaged.alias == "challenger" and "has no system or no manifest.json" in str(damaged.entry.reason)
@@ -226,6 +226,11 @@ def test_versions_are_found_by_number_and_by_digest() -> None:
         "2ccccc": "2" + C,
         "7": None,
     }
+
+
+def test_scores_of_versions_that_only_a_registry_has_stay_apart() -> None:
+    one, other = (Entry("", f"a-name-that-is-long/{number}", 1.0).scores for number in (1, 2))
+    assert one != other and "/" not in one
 
 
 def test_a_decision_needs_no_number_of_the_registry() -> None:
