@@ -136,7 +136,7 @@ def find_entry(client: Any, name: str, entry: Entry) -> Registered | None:
 
 
 def _with_stack(known: Sequence[Registered], name: str, entry: Entry) -> Registered | None:
-    """One of the versions with the stack of an entry; numbers count only for what has no digest, as they differ between servers."""
+    """Choose the version with the stack of an entry; numbers differ between servers and count only for what has no digest."""
     found = [each for each in known if each.digest == entry.digest]
     if entry.digest.startswith(f"{name}/"):
         found = [each for each in known if not each.digest and each.version == entry.version]

@@ -141,7 +141,9 @@ def test_f145_a_caption_that_was_taken_down_counts_for_neither_model(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It describes no scene, but the champion has an accuracy for the others, of the same noise."""
-    captions = [scenes.caption(scene, rng) for rng in [np.random.default_rng(0)] for scene in [scenes.random_scene(rng)]]
+    captions = [
+        scenes.caption(scene, rng) for rng in [np.random.default_rng(0)] for scene in [scenes.random_scene(rng)]
+    ]
     better = scores(6, 0.95)[0]
     better = better.set_column(1, "caption", pa.array(["", "", *captions * (CAPTIONS - 2)]))
     sampled: list[str] = []
