@@ -48,8 +48,8 @@ class PromotionConfig:
     """Conditions under which a new version becomes the champion."""
 
     metrics: tuple[str, ...] = ()
-    """Per-image metrics in each of which it must beat the champion; none takes accuracy.all where captions describe scenes, and
-    clip_score otherwise."""
+    """Per-image metrics, of which more is better, in each of which it must beat the champion; none takes accuracy.all where
+    captions describe scenes, and clip_score otherwise."""
     confidence: float = 0.99
     """Confidence of the interval of the paired difference, which must lie above zero."""
     minima: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -59,6 +59,9 @@ class PromotionConfig:
 
     def __post_init__(self) -> None:
         require(0.5 <= self.confidence < 1, "promotion.confidence", self.confidence, "0.5 or more, below 1")
+        for name in self.metrics:
+            is_error = name.startswith(("swapped.", "reconstruction_l1"))
+            require(not is_error, "promotion.metrics", name, "metrics of which more is better")
         for name, value in self.minima.items():
             require(math.isfinite(value), f"promotion.minima.{name}", value, "a finite number")
 

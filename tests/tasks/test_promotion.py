@@ -75,7 +75,8 @@ def test_f150_images_that_could_differ_by_chance_decide_nothing() -> None:
 
 
 def test_invalid_conditions_are_refused_before_anything_starts() -> None:
-    for wrong in ({"confidence": 1.0}, {"confidence": 0.2}, {"minima": {"accuracy.all": float("nan")}}):
+    conditions = ({"confidence": 1.0}, {"confidence": 0.2}, {"minima": {"accuracy.all": float("nan")}})
+    for wrong in (*conditions, {"metrics": ("clip_score", "swapped.colour")}):
         with pytest.raises(ConfigError, match="promotion"):
             PromotionConfig(**wrong)  # type: ignore[arg-type]
 
