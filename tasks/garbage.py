@@ -242,7 +242,7 @@ class _Search:
 
     def _scores(self) -> Iterator[Garbage]:
         """Yield the scores of stacks that no promotion will be compared with."""
-        needed = {entry.digest[:16] for record in self.published for entry in record.needed()}
+        needed = {entry.scores for record in self.published for entry in record.needed()}
         for entry in files.walk(self.store.uri(published.SCORES)):
             if entry.name.partition("-")[0] not in needed and entry.modified <= self.latest:
                 what = "scores of a stack that is neither champion nor challenger"

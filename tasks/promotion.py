@@ -7,7 +7,6 @@ Letters: N captions.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +48,8 @@ class PromotionConfig:
     """Conditions under which a new version becomes the champion."""
 
     metrics: tuple[str, ...] = ()
-    """Per-image metrics in each of which it must beat the champion; none takes accuracy.all where captions describe scenes, and
-    clip_score otherwise."""
+    """Per-image metrics, of which more is better, in each of which it must beat the champion; none takes accuracy.all where
+    captions describe scenes, and clip_score otherwise."""
     confidence: float = 0.99
     """Confidence of the interval of the paired difference, which must lie above zero."""
     minima: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -60,6 +59,9 @@ class PromotionConfig:
 
     def __post_init__(self) -> None:
         require(0.5 <= self.confidence < 1, "promotion.confidence", self.confidence, "0.5 or more, below 1")
+        for name in self.metrics:
+            is_error = name.startswith(("swapped.", "reconstruction_l1"))
+            require(not is_error, "promotion.metrics", name, "metrics of which more is better")
         for name, value in self.minima.items():
             require(math.isfinite(value), f"promotion.minima.{name}", value, "a finite number")
 
@@ -151,7 +153,7 @@ def publish(
     """
     store, tracker = context.store, context.tracker
     scores = Scores.of(context, name, evaluation)
-    scores.remember(candidate.digest, scores.table)
+    scores.remember(candidate, scores.table)
     known = tracker.attempt(lambda client: registry.with_digest(client, name, candidate.digest))
     version = known.version if known is not None else register()
     candidate = dataclasses.replace(candidate, version=version)
@@ -165,11 +167,11 @@ def publish(
             now = _present(tracker, now)
             if _digest(now.champion) != _digest(record.champion):
                 continue
-            changed = _changed(now, candidate, decision)
-            changed = tracker.attempt(functools.partial(registry.follow, record=changed)) or dataclasses.replace(
-                changed, is_ahead=True
+            changed = published.commit(
+                store,
+                _changed(now, candidate, decision),
+                lambda changed: tracker.attempt(lambda client: registry.follow(client, changed)),
             )
-            published.write(store, changed)
         entry = changed.find(candidate.digest)
         assert entry is not None
         return Outcome(entry, (*changed.aliases_of(entry), CHALLENGER)[0])
@@ -182,6 +184,7 @@ class Scores:
 
     store: Store
     captions: Sequence[str]
+    """Those of the evaluation; "" for one that was taken down since, whose image counts for neither model."""
     scoring: Scoring
     clip: ClipFiles
     clip_digest: str
@@ -198,7 +201,7 @@ class Scores:
     def of(cls, context: StageContext, name: str, evaluation: Artifact) -> "Scores":
         facts = evaluation.facts
         table = tables.read_file(facts["scores"])
-        table = table.filter(pc.equal(table["group"], GROUP))
+        table = _without_blanks(table.filter(pc.equal(table["group"], GROUP)))
         clip = dict(facts["measured_by"])
         digest = clip.pop("digest")
         return cls(
@@ -214,14 +217,14 @@ class Scores:
             lambda entry: _stack_of(context, name, entry),
         )
 
-    def path(self, digest: str) -> tuple[str, str]:
+    def path(self, entry: Entry) -> tuple[str, str]:
         """File with the scores of a stack. The captions are in its name only, as a digest: they may be taken down."""
         scoring = (_SCORES_VERSION, self.scoring.seed, self.scoring.batch_size, self.clip_digest)
-        return SCORES, f"{digest[:16]}-{fingerprint(list(self.captions), *scoring)[:32]}.parquet"
+        return SCORES, f"{entry.scores}-{fingerprint(list(self.captions), *scoring)[:32]}.parquet"
 
-    def remember(self, digest: str, table: pa.Table) -> None:
+    def remember(self, entry: Entry, table: pa.Table) -> None:
         names = [column for column in table.column_names if _is_metric(table, column)]
-        tables.write_file(self.store.uri(*self.path(digest)), table.select(names))
+        tables.write_file(self.store.uri(*self.path(entry)), table.select(names))
 
     def of_champion(self, champion: Entry) -> pa.Table:
         """Scores of the champion: those that the storage has, or else of images that are sampled now.
@@ -231,17 +234,21 @@ class Scores:
         """
         if champion.image_size not in (None, self.image_size):
             raise _other_size(champion.image_size, self.image_size)
-        path = self.path(champion.digest)
+        path = self.path(champion)
         if self.store.exists(*path):
             return tables.read_file(self.store.uri(*path))
-        groups = {GROUP: self.captions}
+        stand_in = next(filter(None, self.captions), "")  # so that the others keep their noise
+        captions = [caption or stand_in for caption in self.captions]
+        groups = {GROUP: captions}
         [measured] = sample_groups(groups, self.clip, self.fetch(champion), self.scoring, self.resources).values()
         size = measured.shown.shape[1]
         if size != self.image_size:
             raise _other_size(size, self.image_size)
-        estimates = metrics.measure(Sampled(self.captions, measured.features))
+        estimates = metrics.measure(Sampled(captions, measured.features))
         table = scores_table(groups, {GROUP: estimates})
-        self.remember(champion.digest, table)
+        place = table.column_names.index("caption")
+        table = _without_blanks(table.set_column(place, "caption", pa.array(self.captions, pa.string())))
+        self.remember(champion, table)
         return table
 
 
@@ -359,6 +366,16 @@ def _default_metrics(table: pa.Table) -> tuple[str, ...]:
 
 def _is_metric(table: pa.Table, column: str) -> bool:
     return bool(pa.types.is_floating(table.schema.field(column).type))
+
+
+def _without_blanks(table: pa.Table) -> pa.Table:
+    """Scores, null where the caption is blank."""
+    is_blank = pc.equal(table["caption"], "")
+    for place, name in enumerate(table.column_names):
+        if _is_metric(table, name):
+            scores = table[name]
+            table = table.set_column(place, name, pc.if_else(is_blank, pa.scalar(None, scores.type), scores))
+    return table
 
 
 def _values(table: pa.Table, name: str) -> torch.Tensor:

@@ -69,8 +69,8 @@ def read_suite(uri: str) -> Suite:
 
 
 def _name(category: str) -> str:
-    """Category as a part of the names of files and metrics: letters, digits, underscores and dashes."""
-    return re.sub(r"[^a-z0-9_]+", "-", category.lower())[:MAX_CATEGORY_CHARACTERS].strip("-")
+    """Category as a part of the names of files and metrics: letters of any script, digits, underscores and dashes."""
+    return re.sub(r"\W+", "-", category.lower())[:MAX_CATEGORY_CHARACTERS].strip("-")
 
 
 def _rows(uri: str, text: str) -> Iterator[tuple[int, str, str]]:

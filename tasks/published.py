@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tasks.lock import lock, result_lock
@@ -59,6 +59,11 @@ class Entry:
     def label(self) -> str:
         """Version, or the first digits of the digest if MLflow did not accept it."""
         return self.version or self.digest[:8]
+
+    @property
+    def scores(self) -> str:
+        """Start of the names of its files in the folder `SCORES`; a digest need not be a name."""
+        return fingerprint(self.digest)[:16]
 
     @property
     def publisher(self) -> Folder | None:
@@ -195,6 +200,21 @@ def write(store: Store, record: Record) -> None:
     store.write_json(document, FOLDER, f"{record.name}.json")
 
 
+def commit(store: Store, record: Record, follow: Callable[[Record], Record | None]) -> Record:
+    """Write a changed record, and again once MLflow has followed it: a kill between the two leaves a record that counts.
+
+    Args:
+        follow: gives MLflow's registry the aliases of a record, and returns the record; None if MLflow does not answer.
+    """
+    record = dataclasses.replace(record, is_ahead=True)
+    write(store, record)
+    followed = follow(record)
+    if followed is None:
+        return record
+    write(store, followed)
+    return followed
+
+
 @contextlib.contextmanager
 def changing(store: Store, name: str) -> Iterator[Record]:
     """Hold the record of a name for a change, so that of two promotions at once one comes first.
@@ -211,7 +231,7 @@ def check_name(name: str, where: str) -> None:
     InputError: no model can have this name.
     """
     if not re.fullmatch(NAME, name):
-        raise InputError(f"{where}: got {name!r}, expected letters, digits, dots, dashes and underscores.")
+        raise InputError(f"{where}: got {name[:500]!r}, expected letters, digits, dots, dashes and underscores.")
 
 
 def _entry(values: Mapping[str, Any]) -> Entry:

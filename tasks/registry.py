@@ -5,12 +5,13 @@ All functions take an MLflow client and raise what it raises.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.database import artifacts_here
-from tasks.published import CHALLENGER, CHAMPION, Entry, Record
+from tasks.published import CHALLENGER, CHAMPION, NAME, Entry, Record
 from tasks.store import Store
 from tasks.tracking import pages
 from unclip import files
@@ -52,7 +53,9 @@ class Registered:
 
 
 def names(client: Any) -> list[str]:
-    return sorted(str(model.name) for model in pages(client.search_registered_models))
+    """Models with names that stacks can be published under; a shared server has models of other programs."""
+    found = (str(model.name) for model in pages(client.search_registered_models))
+    return sorted(name for name in found if re.fullmatch(NAME, name))
 
 
 def versions(client: Any, name: str) -> list[Registered]:
@@ -90,20 +93,24 @@ def with_digest(client: Any, name: str, digest: str) -> Registered | None:
 
 
 def follow(client: Any, record: Record) -> Record:
-    """Let the aliases and the reasons in the registry be those of a record; returns the record, marked if they cannot be."""
-    aliases = _aliases(client, record.name)
+    """Let the aliases and the reasons in the registry be those of a record; returns the record, marked if they cannot be.
+
+    Versions are found by the digests of their stacks: the numbers of a record may be those of another server.
+    """
+    aliases, known = _aliases(client, record.name), versions(client, record.name)
+    registered = {entry.digest: _with_stack(known, record.name, entry) for entry in record.versions}
     for alias, entry in ((CHAMPION, record.champion), (CHALLENGER, record.challenger)):
-        if entry is not None and entry.version is not None:
-            if aliases.get(alias) != entry.version:
-                client.set_registered_model_alias(record.name, alias, entry.version)
+        found = None if entry is None else registered[entry.digest]
+        if found is not None:
+            if aliases.get(alias) != found.version:
+                client.set_registered_model_alias(record.name, alias, found.version)
         elif alias == CHALLENGER and alias in aliases:
             client.delete_registered_model_alias(record.name, alias)
-    tagged = {each.version: each.tags.get(PROMOTION) for each in versions(client, record.name)}
     for entry in record.versions:
-        reason = (entry.reason or "")[:5000]
-        if entry.version in tagged and reason not in ("", tagged[entry.version]):
-            client.set_model_version_tag(record.name, entry.version, PROMOTION, reason)
-    is_ahead = record.champion is not None and record.champion.version is None
+        found, reason = registered[entry.digest], (entry.reason or "")[:5000]
+        if found is not None and reason not in ("", found.tags.get(PROMOTION)):
+            client.set_model_version_tag(record.name, found.version, PROMOTION, reason)
+    is_ahead = record.champion is not None and registered[record.champion.digest] is None
     if EARLIER_ALIAS in aliases and record.champion is not None and not is_ahead:
         client.delete_registered_model_alias(record.name, EARLIER_ALIAS)
     return dataclasses.replace(record, is_ahead=is_ahead)
@@ -124,13 +131,16 @@ def synced(client: Any, record: Record) -> Record:
 
 
 def find_entry(client: Any, name: str, entry: Entry) -> Registered | None:
-    """The version with the stack of an entry; numbers count only for what has no digest, as they differ between servers."""
-    found = [each for each in versions(client, name) if each.digest == entry.digest]
-    if found:
-        return next((each for each in found if each.version == entry.version), found[-1])
-    if not entry.digest.startswith(f"{name}/"):
-        return None
-    return find(client, name, version=entry.version)
+    """The version with the stack of an entry."""
+    return _with_stack(versions(client, name), name, entry)
+
+
+def _with_stack(known: Sequence[Registered], name: str, entry: Entry) -> Registered | None:
+    """Choose the version with the stack of an entry; numbers differ between servers and count only for what has no digest."""
+    found = [each for each in known if each.digest == entry.digest]
+    if entry.digest.startswith(f"{name}/"):
+        found = [each for each in known if not each.digest and each.version == entry.version]
+    return next((each for each in reversed(found) if each.version == entry.version), found[-1] if found else None)
 
 
 def tag(client: Any, name: str, entry: Entry) -> None:

@@ -27,7 +27,7 @@ from unclip import files, imaging
 from unclip.evaluation import metrics
 from unclip.evaluation.inception import WIDTH, load_inception, prepare
 from unclip.evaluation.intervals import Estimate
-from unclip.evaluation.metrics import Features, Sampled
+from unclip.evaluation.metrics import Features
 from unclip.models.clip import Clip
 from unclip.systems.system import (
     ClipFiles,
@@ -260,18 +260,6 @@ class InceptionWorker:
         """Features [len(encoded), 2048] of images stored as JPEG."""
         images = load_images(encoded, self.image_size).to(self.device)
         return self.model(prepare(images)).cpu()  # type: ignore[no-any-return]
-
-
-def score_captions(
-    groups: Mapping[str, Sequence[str]], clip: ClipFiles, stack: StackFiles, scoring: Scoring, resources: Resources
-) -> pa.Table:
-    """Sample captions by group and return the scores of the images as `scores_table`; arguments as for `sample_groups`."""
-    measured = sample_groups(groups, clip, stack, scoring, resources)
-    estimates = {}
-    for group, captions in groups.items():
-        features = measured[group].features
-        estimates[group] = metrics.measure(Sampled(captions, features))
-    return scores_table(groups, estimates)
 
 
 def scores_table(

@@ -102,7 +102,9 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
     digest = fingerprint([checkpoints.digest(folder) for folder in read_stack(destination).models.values()])
     entry = published.Entry(destination, digest, time.time(), system=read_stack(destination).system)
     with published.changing(store, name) as record:
-        published.write(store, record.promote(entry, f"imported from {folder}"))
+        published.commit(
+            store, record.promote(entry, f"imported from {folder}"), lambda _: None
+        )  # MLflow does not have it
     click.echo(destination)
 
 

@@ -132,6 +132,9 @@ def rollback(name: str, reason: str | None, storage: str | None) -> None:
 
     Repeat the command to go back further.
     """
+    from tasks import published
+
+    published.check_name(name, "NAME")
 
     def change(record: "Record") -> "Record":
         label = "nothing" if record.champion is None else f"version {record.champion.label}"
@@ -152,22 +155,28 @@ def _change(storage: str | None, name: str, change: "Callable[[Record], Record]"
 
     store = open_storage(storage)
     client, unanswered = _connect(store)
+
+    def follow(record: "Record") -> "Record | None":
+        nonlocal unanswered
+        if client is None:
+            return None
+        try:
+            return registry.follow(client, record)
+        except Exception as error:  # of the server, its database or the network
+            unanswered = reason_of(error)
+            return None
+
     with published.changing(store, name) as record:
         if client is not None:
             record = registry.synced(client, record)
-        record = dataclasses.replace(change(record), is_ahead=True)
+        record = change(record)
         champion = record.champion
         if champion is not None and champion.version is None and not is_there(champion):
             raise InputError(
                 f"{name}/{champion.label}: {champion.stack}, its stack, is not there any more. `unclip models list` shows "
                 f"the others, and `unclip models promote {name}/VERSION` takes one."
             )
-        if client is not None:
-            try:
-                record = registry.follow(client, record)
-            except Exception as error:  # of the server, its database or the network
-                unanswered = reason_of(error)
-        published.write(store, record)
+        record = published.commit(store, record, follow)
     if unanswered is not None:
         click.secho(f"MLflow's aliases stay as they are until it answers: {unanswered}", fg="yellow", err=True)
     return record

@@ -123,9 +123,9 @@ def test_f151_the_stacks_that_a_promotion_or_a_rollback_may_need_stay(store: Sto
         record = record.promote(entry, "better")
     published.write(store, record.challenge(entries[3], "worse").challenge(entries[4], "worse"))
     for entry in entries:
-        files.write(store.uri("scores", f"{entry.digest[:16]}-0.parquet"), b"PAR1")
+        files.write(store.uri("scores", f"{entry.scores}-0.parquet"), b"PAR1")
     listed = set(found(store))
-    assert {path for path in listed if path.startswith("scores")} == {f"scores/{entries[3].digest[:16]}-0.parquet"}
+    assert {path for path in listed if path.startswith("scores")} == {f"scores/{entries[3].scores}-0.parquet"}
     assert {path for path in listed if path.count("/") == 2} == {"/".join(made[3].path)}
 
 

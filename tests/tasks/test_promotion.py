@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
-from tasks import published
+from tasks import promotion, published
 from tasks.promotion import Decision, PromotionConfig, compare
 from tasks.published import Entry, Record
+from tasks.scoring import Measured
 from tasks.store import Store
 from tests.tasks.publications import CAPTIONS, A, B, C, D, Storage, scores
 from unclip.errors import ConfigError, InputError
+from unclip.evaluation import scenes
+from unclip.evaluation.metrics import Features, score_scenes
 
 
 @pytest.mark.parametrize("metrics", [(), ("accuracy.all", "clip_score")])
@@ -71,7 +75,8 @@ def test_f150_images_that_could_differ_by_chance_decide_nothing() -> None:
 
 
 def test_invalid_conditions_are_refused_before_anything_starts() -> None:
-    for wrong in ({"confidence": 1.0}, {"confidence": 0.2}, {"minima": {"accuracy.all": float("nan")}}):
+    conditions = ({"confidence": 1.0}, {"confidence": 0.2}, {"minima": {"accuracy.all": float("nan")}})
+    for wrong in (*conditions, {"metrics": ("clip_score", "swapped.colour")}):
         with pytest.raises(ConfigError, match="promotion"):
             PromotionConfig(**wrong)  # type: ignore[arg-type]
 
@@ -124,13 +129,38 @@ def test_f153_a_champion_that_cannot_be_compared_with_is_told(storage: Storage) 
         other_size.entry.reason
     )
     published.write(storage.store, storage.record().with_version(dataclasses.replace(larger, image_size=64)))
-    for path in Path(storage.store.root, "scores").glob(f"{A}*"):
+    for path in Path(storage.store.root, "scores").glob(f"{larger.scores}*"):
         path.unlink()
     damaged = storage.publish(B, better)
     assert damaged.alias == "challenger" and "has no system or no manifest.json" in str(damaged.entry.reason)
     Path(larger.stack, "stack.json").unlink()
     gone = storage.publish(B, better)
     assert gone.alias == "champion" and "takes the place of version aaaaaaaa, which is gone" in str(gone.entry.reason)
+
+
+def test_f145_a_caption_that_was_taken_down_counts_for_neither_model(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It describes no scene, but the champion has an accuracy for the others, of the same noise."""
+    captions = [
+        scenes.caption(scene, rng) for rng in [np.random.default_rng(0)] for scene in [scenes.random_scene(rng)]
+    ]
+    better = scores(6, 0.95)[0]
+    better = better.set_column(1, "caption", pa.array(["", "", *captions * (CAPTIONS - 2)]))
+    sampled: list[str] = []
+
+    def sample(groups: dict[str, list[str]], *_: Any) -> dict[str, Measured]:
+        sampled.extend(groups["heldout"])
+        embedding = torch.ones(CAPTIONS, 1)
+        measured = score_scenes(torch.zeros(CAPTIONS, 3, 16, 16), groups["heldout"])
+        return {"heldout": Measured(Features(embedding, embedding, measured), [], np.zeros((1, 64, 64, 3), np.uint8))}
+
+    monkeypatch.setattr(promotion, "sample_groups", sample)
+    monkeypatch.setattr(promotion, "_stack_of", lambda *_: None)
+    storage.publish(A, scores(6, 0.5)[0])
+    outcome = storage.publish(B, better)
+    assert sampled == captions * CAPTIONS
+    assert outcome.alias == "champion" and f"on {CAPTIONS - 2} captions" in str(outcome.entry.reason)
 
 
 ROUNDS = 6
@@ -199,6 +229,11 @@ def test_versions_are_found_by_number_and_by_digest() -> None:
         "2ccccc": "2" + C,
         "7": None,
     }
+
+
+def test_scores_of_versions_that_only_a_registry_has_stay_apart() -> None:
+    one, other = (Entry("", f"a-name-that-is-long/{number}", 1.0).scores for number in (1, 2))
+    assert one != other and "/" not in one
 
 
 def test_a_decision_needs_no_number_of_the_registry() -> None:

@@ -49,9 +49,9 @@ def test_plain_text_has_one_caption_on_each_line(tmp_path: Path) -> None:
 
 
 def test_categories_become_names_of_files(tmp_path: Path) -> None:
-    text = 'prompt,category\na,../../etc/passwd\nb,"Rare Words (2)"\nc,\nd,Ünïcode\ne,"a\nb"\n'
+    text = 'prompt,category\na,../../etc/passwd\nb,"Rare Words (2)"\nc,\nd,Ünïcode\ne,"a\nb"\nf,颜色\ng,计数\n'
     names = list(read_suite(suite(tmp_path, "names.csv", text)).categories)
-    assert names == ["etc-passwd", "rare-words-2", "", "n-code", "a-b"]
+    assert names == ["etc-passwd", "rare-words-2", "", "ünïcode", "a-b", "颜色", "计数"]
 
 
 @pytest.mark.parametrize(

@@ -70,15 +70,19 @@ def intervals_of(estimates: Mapping[str, Estimate], confidence: float = 0.95) ->
 
     Estimates of the same images share the resamples. The interval of a value that is no mean is that of its linear part: its
     rows are the influence of each image, as in the infinitesimal jackknife (Efron & Tibshirani 1993, section 21.5). Shares,
-    whose rows are 0 or 1, have the `share_interval`: all resamples of zeros are zeros.
+    means of rows that are 0 or 1, have the `share_interval`: all resamples of zeros are zeros.
     """
     by_size: dict[int, list[str]] = collections.defaultdict(list)
     found: dict[str, Interval] = {}
     for name, estimate in estimates.items():
         rows = estimate.rows[~estimate.rows.isnan()]
-        if len(rows) >= 2 and ((rows == 0) | (rows == 1)).all():
+        if len(rows) < 2:
+            continue
+        # Influences are all zero where no image differs from another, whatever the value.
+        is_mean = math.isclose(estimate.value, rows.double().mean().item(), rel_tol=1e-6)
+        if is_mean and ((rows == 0) | (rows == 1)).all():
             found[name] = share_interval(int(rows.sum()), len(rows), confidence)
-        elif len(rows) >= 2:
+        else:
             by_size[len(estimate.rows)].append(name)
     for names in by_size.values():
         rows = torch.stack([estimates[name].rows.double() for name in names])  # [S, K]

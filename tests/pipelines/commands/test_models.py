@@ -74,6 +74,8 @@ def test_models_are_listed_and_shown(storage: Path) -> None:
         shown = call_json("models", "show", model, "--storage", storage)
         assert (shown["name"], shown["version"]) == ("model", version)
         assert f"model        model/{version}\n" in call("models", "show", model, "--storage", storage).stdout
+    client(database_uri(f"{storage}/mlflow.db")).create_registered_model("Bob's model")
+    assert call_json("models", "list", "--storage", storage) == document, "a model of another program"
     missing = call("models", "show", "model/9", "--storage", storage)
     assert missing.returncode == 2 and "model/9: not found" in missing.stderr and "model/1, model/2" in missing.stderr
 
@@ -92,6 +94,8 @@ def test_f151_promotion_by_hand_and_rollback_move_the_alias_and_what_is_sampled(
         assert aliases(storage)["champion"] == version and find_stack(str(storage), None) == folders[digest]
     result = call("models", "rollback", "model", "--storage", storage)
     assert result.returncode == 2 and "has had no champion before" in result.stderr
+    result = call("models", "rollback", "model@challenger", "--storage", storage)
+    assert result.returncode == 2 and "NAME: got 'model@challenger', expected letters" in result.stderr
     found = registry.find(client(database_uri(f"{storage}/mlflow.db")), "model", version="2")
     assert found is not None and found.tags["unclip.promotion"].startswith(
         "was the champion until it was rolled back to"
@@ -140,6 +144,53 @@ def test_an_alias_that_was_moved_in_mlflow_counts(storage: Path) -> None:
     listed = call_json("models", "list", "--storage", storage)["models"]
     assert [each["version"] for each in listed if "champion" in each["aliases"]] == ["1"]
     assert call("models", "rollback", "model", "--storage", storage).stdout.startswith("model/3 is the champion")
+
+
+def test_f153_numbers_of_another_mlflow_are_not_those_of_the_record(storage: Path, tmp_path: Path) -> None:
+    """The server that is used from now on has other stacks under the same name and numbers."""
+    store = Store(str(storage))
+    other = track(Store(str(tmp_path / "other")))
+    mlflow = client(other.tracking_uri)
+    mlflow.create_registered_model("model")
+    for number in range(3):
+        mlflow.create_model_version("model", "x", other.run_id, tags={"unclip.digest": str(number)})
+    worse, better = scores(7, 0.3, 1.0)
+    assert Storage(store, tracker=other).publish(B, worse).entry.version == "4"
+    found = registry.versions(mlflow, "model")
+    assert [(each.aliases, each.tags.get("unclip.promotion")) for each in found[:3]] == [((), None)] * 3
+    assert found[3].aliases == ("challenger",) and published.read(store, "model").is_ahead
+    outcome = Storage(store, tracker=other).publish("d" * 16, better)
+    assert outcome.alias == "champion" and "better than version 3" in str(outcome.entry.reason)
+    assert not published.read(store, "model").is_ahead
+
+
+@pytest.mark.parametrize("num_writes", [0, 1])
+def test_f151_a_kill_while_mlflow_follows_changes_no_decision(
+    storage: Path, num_writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run ends as the killed one would have."""
+    tracker = Tracker(database_uri(f"{storage}/mlflow.db"), registry_run(storage))
+    publishing, better = Storage(Store(str(storage)), tracker=tracker), scores(7, 1.0)[0]
+    left, write = [None] * num_writes, published.write
+
+    def killed(store: Store, record: published.Record) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        write(store, record)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(published, "write", killed)
+        publishing.publish("d" * 16, better)
+    outcome = publishing.publish("d" * 16, better)
+    assert (outcome.alias, outcome.entry.version) == ("champion", "4") and aliases(storage)["champion"] == "4"
+    assert str(outcome.entry.reason).startswith("better than version 3") and publishing.record().former == (A, C)
+    assert not publishing.record().is_ahead
+
+
+def registry_run(storage: Path) -> str:
+    """Run that registered the versions."""
+    return str(client(database_uri(f"{storage}/mlflow.db")).get_model_version("model", "1").run_id)
 
 
 def test_a_stack_that_the_storage_has_lost_comes_from_the_registry(storage: Path) -> None:

@@ -29,7 +29,6 @@ from tasks.scoring import (
     Scoring,
     merge,
     sample_groups,
-    score_captions,
     scores_table,
 )
 from tasks.stage import Pinning, Resources
@@ -310,7 +309,10 @@ def test_a_killed_worker_is_restarted_and_changes_no_result(
             torch.testing.assert_close(
                 getattr(results[group].features, name), getattr(expected.features, name), rtol=0, atol=1e-6
             )
-    table = score_captions(groups, *given[1:])
+    estimates = {
+        group: metrics.measure(Sampled(captions, results[group].features)) for group, captions in groups.items()
+    }
+    table = scores_table(groups, estimates)
     assert table.num_rows == len(CAPTIONS) + len(MIXED) and table["key"].null_count == table.num_rows
     features = results["heldout"].features
     scores = (features.image_embedding * features.text_embedding).sum(dim=1)

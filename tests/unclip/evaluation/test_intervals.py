@@ -132,3 +132,10 @@ def test_estimates_have_the_interval_of_their_rows_around_their_value() -> None:
     assert found["shifted"] == pytest.approx([limit - mean + 7 for limit in bootstrap_interval(scores)])
     mean = scores[:9].mean().item()
     assert found["other"] == pytest.approx([limit - mean + 1 for limit in bootstrap_interval(scores[:9])])
+
+
+def test_a_distance_of_images_that_are_all_equal_has_an_interval_with_it() -> None:
+    """No image moves it, so the influences are zeros; they are no share."""
+    found = intervals_of({"distance": Estimate(2.0, torch.zeros(256)), "share": mean_of(torch.zeros(256))})
+    assert found["distance"] == (2.0, 2.0)
+    assert found["share"].low == 0 and 0 < found["share"].high < 0.02
