@@ -663,7 +663,14 @@ def test_the_ui_prints_the_address_of_the_runs_once_it_answers_and_ends_with_its
     command = [sys.executable, "-m", "pipelines", "ui", "--storage", str(finished), "--port", "8800"]
     environment = {**os.environ, "BROWSER": str(browser), "DISPLAY": ":0"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # a shell starts its background jobs with this signal ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None
