@@ -81,7 +81,9 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         DEMO_DENOISER,
         UNCLIP_SIZES["demo"].upsamplers,
         ImageStackSampling(
-            denoiser=ImageDenoiserSampling(classifier_scale=1.0), upsamplers={"64": UpsamplerSampling(num_steps=4)}
+            # both kinds of guidance, as each alone is weak after so short a training
+            denoiser=ImageDenoiserSampling(guidance_scale=2.0, classifier_scale=1.0),
+            upsamplers={"64": UpsamplerSampling(num_steps=4)},
         ),
         ("unclip-demo", None),
         classifier=ClassifierStageConfig(
