@@ -103,7 +103,7 @@ class PipelineConfig:
     system_metrics_seconds: float = 10.0
     """Interval at which trainings log the load of their machine (CPU, memory, disk, network, GPUs) to MLflow; 0 logs none."""
     notify: NotifyConfig = NotifyConfig()
-    """Where to tell that a run has ended."""
+    """Command and address that are told of the end of a run."""
 
     def __post_init__(self) -> None:
         seconds = self.system_metrics_seconds

@@ -31,7 +31,7 @@ _DECISIONS = {"champion": "promoted", "challenger": "refused"}
 
 @dataclasses.dataclass(frozen=True)
 class NotifyConfig:
-    """Where to tell that a run has ended, failed, or that its model was promoted or refused."""
+    """Command and address that are told when a run has ended or failed, and when its model was promoted or refused."""
 
     command: tuple[str, ...] = secret(())
     """Program and arguments; it gets the document as JSON on its standard input, never through a shell."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
 from unclip import config, files, imaging
 from unclip.errors import InputError
 from unclip.systems.system import System, SystemSpec, find_system, load_stack, read_stack, sample_captions
@@ -27,8 +28,6 @@ MODEL_FILE = "MLmodel"
 EXAMPLE_CAPTION = "a large red circle on a blue background"
 MAX_ROWS = 256
 """Rows of one call."""
-MAX_CAPTION = 4_000
-"""Characters of a caption."""
 _RANGES = {"seed": (0, 2**63 - 1), "steps": (1, 1_000)}
 """Column -> least and largest value; MLflow's integers have 64 bits."""
 
@@ -194,9 +193,9 @@ def _is_missing(value: Any) -> bool:
 
 
 def _check_caption(name: str, value: Any) -> None:
-    if not isinstance(value, str) or len(value) > MAX_CAPTION:
+    if not isinstance(value, str) or len(value) > MAX_CAPTION_CHARACTERS:
         got = f"{len(value):,} characters" if isinstance(value, str) else type(value).__name__
-        raise InputError(f"{name}: got {got}, expected a text of at most {MAX_CAPTION:,} characters.")
+        raise InputError(f"{name}: got {got}, expected a text of at most {MAX_CAPTION_CHARACTERS:,} characters.")
 
 
 def _integer(name: str, value: Any, least: int, most: int) -> int:

@@ -191,8 +191,7 @@ def listing_of(facts: Facts) -> Listing:
     params: dict[str, Any] = {"system": facts.system, "parts": ", ".join(part.name for part in facts.parts)}
     params |= {"image_size": facts.image_size, "parameters": facts.num_parameters or None}
     params |= {f"sampling.{name}": value for name, value in flatten(facts.sampling).items()}
-    tags = {"unclip.system": facts.system, "unclip.snapshot": facts.snapshot, "unclip.digest": facts.digest}
-    tags |= {"unclip.image_size": str(facts.image_size), "unclip.version": facts.code.version or ""}
+    tags = {"unclip.image_size": str(facts.image_size), "unclip.version": facts.code.version or ""}
     tags |= {"unclip.git_commit": facts.code.commit or ""}
     return Listing(
         description=description(facts),

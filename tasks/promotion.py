@@ -141,24 +141,22 @@ def publish(
     config: PromotionConfig,
     candidate: Entry,
     evaluation: Artifact,
-    register: Callable[[], str | None],
+    register: Callable[[Mapping[str, str]], str | None],
 ) -> Outcome:
     """Register a candidate, decide, and record it as champion or challenger.
 
     Args:
         candidate: the new version; its number is filled in.
         evaluation: artifact of `evaluate`, whose scores are the candidate's.
-        register: makes a version in the registry, unless it has one with the same stack; returns its number, None if MLflow
-            does not accept it.
+        register: makes a version with these tags in the registry, unless it has one with the same stack; returns its number,
+            None if MLflow does not accept it.
     """
     store, tracker = context.store, context.tracker
     scores = Scores.of(context, name, evaluation)
     scores.remember(candidate, scores.table)
     known = tracker.attempt(lambda client: registry.with_digest(client, name, candidate.digest))
-    version = known.version if known is not None else register()
+    version = known.version if known is not None else register(registry.tags_of(candidate))
     candidate = dataclasses.replace(candidate, version=version)
-    if version is not None:
-        tracker.attempt(lambda client: registry.tag(client, name, candidate))
     for _ in range(_ATTEMPTS):
         # Outside of the lock, as it may sample.
         record = _present(tracker, published.read(store, name))
@@ -184,14 +182,14 @@ class Scores:
 
     store: Store
     captions: Sequence[str]
-    """Those of the evaluation; "" for one that was taken down since, whose image counts for neither model."""
+    """Captions of the evaluation; "" for one that was taken down since, whose image counts for neither model."""
     scoring: Scoring
     clip: ClipFiles
     clip_digest: str
     image_size: int
     """Resolution of the candidate's images, pixels."""
     table: pa.Table
-    """Those of the candidate."""
+    """Scores of the candidate."""
     metrics: Mapping[str, float]
     """Metrics of the candidate."""
     resources: Resources

@@ -39,7 +39,7 @@ class Registered:
     tags: Mapping[str, str]
 
     def entry(self) -> Entry:
-        """What a storage that did not publish the version records of it."""
+        """Facts that a storage which did not publish the version records of it."""
         digest = self.digest or f"{self.name}/{self.version}"
         return Entry(
             "",
@@ -143,12 +143,10 @@ def _with_stack(known: Sequence[Registered], name: str, entry: Entry) -> Registe
     return next((each for each in reversed(found) if each.version == entry.version), found[-1] if found else None)
 
 
-def tag(client: Any, name: str, entry: Entry) -> None:
-    """Tag a version with the facts that tell what it is."""
+def tags_of(entry: Entry) -> dict[str, str]:
+    """Tags that tell which stack a version has; they are set as it is made, so that a killed run finds it again."""
     facts = {DIGEST: entry.digest, SYSTEM: entry.system, SNAPSHOT: entry.snapshot}
-    for key, value in facts.items():
-        if value is not None:
-            client.set_model_version_tag(name, entry.version, key, value)
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def stack_folder(store: Store, tracking_uri: str, found: Registered, scratch: Path | None = None) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from starlette.requests import Request
 
+from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
+
 MAX_FIELDS = 64
 """Parts of a form."""
 MAX_HEADERS = 4096
@@ -59,7 +61,7 @@ class Limits:
     """Images of a request."""
     max_steps: int = 250
     """Sampling steps of the base images."""
-    max_caption: int = 2000
+    max_caption: int = MAX_CAPTION_CHARACTERS
     """Characters of a caption."""
     max_image_bytes: int = 8 << 20
     """Bytes of a given image."""

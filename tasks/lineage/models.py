@@ -1,5 +1,6 @@
 """Lineage of published models: from a version to its dataset version, its refreshes and source lists, and the stage runs."""
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -85,10 +86,10 @@ def _dataset_versions(store: Store, snapshot: str | None, runs: Mapping[str, _Ru
     last = next((version for version in known if version.digest == snapshot), None)
     if last is None:
         return
-    made = {  # digest -> stages that made it
-        digest: [folder for folder, other in _curated(store) if other == digest]
-        for digest in {version.digest for version in known}
-    }
+    made: dict[str, list[Folder]] = collections.defaultdict(list)
+    """Digest of a dataset version -> stages that made it."""
+    for folder, digest in _curated(store):
+        made[digest].append(folder)
     for version in known[: known.index(last) + 1]:
         if version.facts["pipeline"] != last.facts["pipeline"]:
             continue

@@ -15,7 +15,7 @@ from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.tracking import Listing
 from unclip import files
 from unclip.config import fingerprint, require
-from unclip.systems.system import StackFiles, save_stack
+from unclip.systems.system import ClipFiles, StackFiles, save_stack
 
 SYSTEM = "{system}"
 COLUMNS = 8
@@ -74,7 +74,9 @@ def publish(
         config.promotion,
         candidate,
         evaluate,
-        register=lambda: context.tracker.register(context.folder, config.name, listing),
+        register=lambda tags: context.tracker.register(
+            context.folder, config.name, dataclasses.replace(listing, tags={**listing.tags, **tags})
+        ),
     )
     return Output(folder, digest, outcome.facts(config.name))
 
@@ -85,25 +87,20 @@ def _describe(
     """Write the model card, its images and MLflow's files beside the stack; returns what MLflow shows of them."""
     record = ("runs", context.run.id, "run.json")
     settings = context.store.read_json(*record).get("config", {}) if context.store.exists(*record) else {}
-    clip = None if stack.clip is None else (stack.clip.model, stack.clip.pretrained)
     facts = model_card.Facts(
         name=name,
         system=stack.system,
         digest=digest,
         at=time.time(),
         parts=model_card.parts_of(f"{context.folder}/{flavour.STACK}", stack),
-        clip=None
-        if clip is None
-        else "in the stack"
-        if clip[0].startswith("local-dir:")
-        else " ".join(filter(None, clip)),
+        clip=None if stack.clip is None else _in_words(stack.clip),
         snapshot=Snapshot.of(dataset.facts).digest,
         rows=dataset.facts["rows"],
         reasons=dataset.facts["reasons"],
         metrics=evaluate.facts["metrics"],
-        intervals=evaluate.facts.get("intervals", {}),
+        intervals=evaluate.facts["intervals"],
         captions=evaluate.facts["captions"],
-        counts=evaluate.facts.get("counts", {}),
+        counts=evaluate.facts["counts"],
         image_size=evaluate.facts["image_size"],
         images=model_card.copy_images(evaluate.facts["images"], context.folder),
         has_preview=_preview(context, evaluate, settings),
@@ -115,6 +112,13 @@ def _describe(
     files.write(f"{context.folder}/{model_card.CARD}", model_card.card(facts).encode())
     flavour.write(context.folder, context.tracker.run_id)
     return model_card.listing_of(facts)
+
+
+def _in_words(clip: ClipFiles) -> str:
+    """CLIP of a stack, for people."""
+    return (
+        "in the stack" if clip.model.startswith("local-dir:") else " ".join(filter(None, (clip.model, clip.pretrained)))
+    )
 
 
 def _preview(context: StageContext, evaluate: Artifact, settings: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tasks.promotion import PromotionConfig
 from tasks.published import Entry, Record
 from tasks.stage import Artifact, Run, StageContext
 from tasks.store import Store
-from tasks.tracking import Tracker
+from tasks.tracking import Listing, Tracker
 
 CAPTIONS = 256
 UNTRACKED = Tracker("", "")
@@ -45,7 +45,7 @@ class Storage:
     name: str = "model"
 
     def publish(
-        self, digest: str, table: pa.Table, register: Callable[[], str | None] | None = None
+        self, digest: str, table: pa.Table, register: Callable[[Mapping[str, str]], str | None] | None = None
     ) -> promotion.Outcome:
         """Publish a version, as the stage does."""
         run = Run("r", "tiny", self.store.root, self.tracker, "")
@@ -65,7 +65,7 @@ class Storage:
         stack = self.store.uri("artifacts", "publish", digest * 4, "stack")
         self.store.write_json({}, "artifacts", "publish", digest * 4, "stack", "stack.json")
         entry = Entry(stack, digest, time.time(), image_size=64, metrics=metrics)
-        register = register or (lambda: self.tracker.register(stack, self.name))
+        register = register or (lambda tags: self.tracker.register(stack, self.name, Listing(tags=tags)))
         return promotion.publish(context, self.name, self.config, entry, evaluation, register)
 
     def record(self) -> Record:

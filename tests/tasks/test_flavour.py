@@ -12,6 +12,7 @@ import yaml
 
 from tasks import flavour
 from tasks.registry import stack_in
+from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
 from tests.unclip.systems import tiny_stacks
 from unclip import config, imaging
 from unclip.errors import CheckpointError, InputError
@@ -77,7 +78,7 @@ def test_the_signature_the_example_and_the_requirements_are_what_mlflow_expects(
     ("rows", "message"),
     [
         ({"caption": [" "]}, "empty caption"),
-        ({"caption": ["x" * (flavour.MAX_CAPTION + 1)]}, "4,001 characters"),
+        ({"caption": ["x" * (MAX_CAPTION_CHARACTERS + 1)]}, "1,001 characters"),
         ({"caption": ["x"] * (flavour.MAX_ROWS + 1)}, "257 rows"),
         ({"caption": []}, "0 rows"),
         ({"caption": ["x"], "seed": [-1]}, "seed: got -1"),

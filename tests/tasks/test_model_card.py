@@ -116,7 +116,7 @@ def test_a_description_is_bounded_and_says_that_there_is_more() -> None:
 
 def test_a_listing_has_tags_params_and_metrics() -> None:
     listing = listing_of(facts())
-    assert listing.tags["unclip.system"] == "unclip" and listing.tags["unclip.git_commit"] == "12ab"
+    assert listing.tags["unclip.image_size"] == "64" and listing.tags["unclip.git_commit"] == "12ab"
     assert listing.metrics == {"heldout.clip_score": 0.9176, "heldout.colour": 1.0, "unseen.clip_score": 0.86}
     assert listing.params["sampling.decoder.guidance_scale"] == 3.0 and listing.params["image_size"] == 64
     assert listing.dataset == ("demo", "cd" * 32)

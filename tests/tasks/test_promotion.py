@@ -170,7 +170,7 @@ def promote_in_rounds(root: str, digest: str, barrier: Any) -> None:
     """Publish one version under several names, each time at the same moment as another thread or process does another."""
     better = scores(4, 0.9)[0]
     for number in range(ROUNDS):
-        Storage(Store(root), name=f"model{number}").publish(digest, better, lambda: barrier.wait(60) and None)
+        Storage(Store(root), name=f"model{number}").publish(digest, better, lambda _: barrier.wait(60) and None)
 
 
 @pytest.mark.parametrize("kind", ["thread", pytest.param("process", marks=pytest.mark.slow)])

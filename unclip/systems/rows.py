@@ -13,11 +13,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
+class UnsplitError(Exception):
+    """A draw of a batch whose rows are not those of its requests; each request can be sampled alone."""
+
+
 class RowGenerators(TorchFunctionMode):
     """Context in which random numbers that are drawn from `generator` come from the generators of the requests.
 
     Every draw must have rows for all requests, in their order: `count` rows for each, or a multiple. Other draws are untouched.
     A single request draws from its own generator, in any way.
+
+    Raises:
+        UnsplitError: a draw of several requests cannot be split by its rows.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
@@ -42,7 +49,9 @@ class RowGenerators(TorchFunctionMode):
         num_rows, arguments_of = _rows_of(function, args)
         times, rest = divmod(num_rows, sum(count for _, count in self._requests))
         if rest or not times:
-            raise NotImplementedError(f"{function.__name__} draws {num_rows} rows, which are not those of the requests")
+            raise UnsplitError(
+                f"{function.__name__} draws {num_rows} rows, which are not those of the requests. Sample them one by one."
+            )
         drawn: list[Tensor] = []
         first = 0
         for generator, count in self._requests:
@@ -66,4 +75,6 @@ def _rows_of(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, 
     if function is torch.multinomial:
         weights, *others = args
         return len(weights), lambda rows: (weights[rows], *others)
-    raise NotImplementedError(f"{function} draws random numbers, but it is not known how to split its rows")
+    raise UnsplitError(
+        f"{function.__name__} draws random numbers in an unknown order of rows. Sample requests one by one."
+    )

@@ -224,7 +224,7 @@ def test_f154_versions_of_an_earlier_release_are_found(storage: Path) -> None:
     ]
     assert champion["version"] == "1" and champion["digest"] == A
     again = Storage(Store(str(storage)), tracker=Tracker(database_uri(f"{storage}/mlflow.db"), run_id))
-    outcome = again.publish(A, scores(7, 0.7)[0], lambda: "3")
+    outcome = again.publish(A, scores(7, 0.7)[0], lambda _: "3")
     assert outcome.alias == "champion" and aliases(storage) == {"champion": "3"}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.unclip.systems.tiny_stacks import tiny_stack
-from unclip.systems.rows import RowGenerators
+from unclip.systems.rows import RowGenerators, UnsplitError
 from unclip.systems.system import sample_captions, sample_together, seeded
 
 CPU = torch.device("cpu")
@@ -55,9 +55,9 @@ def test_other_draws_are_untouched_and_unknown_ones_refused() -> None:
     with RowGenerators([seeded(CPU, 1), seeded(CPU, 2)], [1, 1]) as rows:
         assert torch.equal(torch.randn(3, generator=seeded(CPU, 4)), torch.randn(3, generator=seeded(CPU, 4)))
         assert torch.zeros(3).shape == (3,)
-        with pytest.raises(NotImplementedError, match="randperm"):
+        with pytest.raises(UnsplitError, match="randperm"):
             torch.randperm(4, generator=rows.generator)
-        with pytest.raises(NotImplementedError, match="draws 3 rows"):
+        with pytest.raises(UnsplitError, match="draws 3 rows"):
             torch.randn(3, 4, generator=rows.generator)
 
 
