@@ -33,7 +33,7 @@ def summarise(pipeline: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any
         summary["captions"] = facts["captions"]
         summary["evaluated_snapshot"] = summary["snapshot"]
         summary["clip_score"] = facts["clip_score"]
-        summary |= {name: facts[name] for name in ("metrics", "intervals") if name in facts}
+        summary |= {name: facts[name] for name in ("metrics", "intervals")}
         summary["accuracy"] = facts["accuracy"].get("heldout", {})
         summary["accuracy_unseen"] = facts["accuracy"].get("unseen", {})
     if "publish" in artifacts:

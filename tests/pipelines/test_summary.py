@@ -68,7 +68,7 @@ def test_the_summary_forgets_stages_that_the_pipeline_has_lost(tmp_path: Path) -
 
 def test_the_summary_names_the_folder_of_results_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     accuracy = {"accuracy": {"heldout": {"colour": 1.0, "place": 0.5}}, "captions": {"heldout": 4}}
-    evaluated = artifact("evaluate", clip_score={"heldout": 0.5}, metrics={}, **accuracy)
+    evaluated = artifact("evaluate", clip_score={"heldout": 0.5}, metrics={}, intervals={}, **accuracy)
     curated = artifact(
         "curate", rows={"in": 4, "kept": 4, "dropped": 0, "failed": 0}, reasons={}, snapshot={"digest": "d"}
     )
