@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tasks.database import artifacts_uri, database_uri, is_own, settle
-from tasks.provenance import run_tags
+from tasks.origin import run_tags
 from tasks.run_records import HEARTBEAT_SECONDS, beat, driver, is_alive
 from tasks.store import TABLE_FOLDERS, TOMBSTONES, Store
 from tasks.tracking import Tracker, may_pass, open_client, remedy_for

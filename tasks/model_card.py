@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tasks import rows
-from tasks.provenance import Code
+from tasks.origin import Code
 from tasks.tracking import IMAGES, MAX_DESCRIPTION, Listing, flatten
 from unclip import files, imaging
 from unclip.errors import InputError, StorageError

@@ -143,7 +143,7 @@ class Run:
     trains_in_process: bool = False
     """Train models in the calling process rather than by workers of a cluster."""
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Tags of its MLflow runs: user, command, version of the code; see `tasks.provenance`."""
+    """Tags of its MLflow runs: user, command, version of the code; see `tasks.origin`."""
     system_metrics_seconds: float = 0
     """Interval of the system metrics of trainings in MLflow; 0 logs none."""
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks import flavour, model_card, promotion
+from tasks.origin import code_of
 from tasks.promotion import PromotionConfig
-from tasks.provenance import code_of
 from tasks.published import NAME, Entry
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage

@@ -22,7 +22,7 @@ from tasks.model_card import (
     listing_of,
     write_preview,
 )
-from tasks.provenance import Code
+from tasks.origin import Code
 from tasks.tracking import MAX_DESCRIPTION
 from unclip import imaging
 from unclip.training import checkpoints

@@ -332,7 +332,8 @@ def sampled_embeddings(sampled: Sampled) -> dict[str, Estimate]:
     """Compare the image embeddings that a system samples first with those of the captions' own images.
 
     Returns:
-        `embedding_<name>` for each name of `retrieval.score_embeddings`; empty for other systems, and for captions without images.
+        `embedding_<name>` for each name of `retrieval.score_embeddings`; empty for other systems, and for captions
+        without images.
     """
     embedding, own = sampled.features.sampled_embedding, sampled.own
     if embedding is None or own is None or len(own) < 2:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks import provenance
-from tasks.provenance import Code, _of_clone, code_of, run_tags
+from tasks import origin
+from tasks.origin import Code, _of_clone, code_of, run_tags
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -57,7 +57,7 @@ def test_a_git_clone_runs_no_program_of_its_settings(clone: Path, tmp_path: Path
 
 def test_tags_are_those_of_mlflow_and_tell_the_version_again(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Code("0.1.0", "12ab", None, True, None)
-    monkeypatch.setattr(provenance, "code", lambda: here)
+    monkeypatch.setattr(origin, "code", lambda: here)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "someone")
     tags = run_tags("unclip run demo")
     assert tags["mlflow.source.name"] == "unclip run demo" and tags["mlflow.user"] == "someone"
