@@ -3,8 +3,9 @@
     python -m benchmarks.serving STORAGE
 
 STORAGE has a champion; it is copied. Each client sends one request after the other, each with a seed of its own and one of a few
-captions. Without batches an image is that of `unclip sample`, bit for bit, so both sides are compared image by image. In the
-last part a copy of the champion is promoted meanwhile, and no request may fail.
+captions. Batches are filled up (`--pad-batches`), so every image must be that of `unclip sample` with the same settings, bit for
+bit: all are sampled here once more, in batches of other requests, and some of them alone. In the last part a copy of the champion
+is promoted meanwhile, and no request may fail.
 """
 
 import argparse
@@ -20,15 +21,20 @@ import tempfile
 import time
 import urllib.request
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from pipelines.published import find_stack
 from tasks import published
 from tasks.store import Store
+from unclip.config import load, override, to_dict
+from unclip.imaging import to_uint8
+from unclip.systems.system import find_system, load_system, sample_captions, sample_together
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 8794
@@ -60,10 +66,10 @@ class Answers:
 
 
 @contextlib.contextmanager
-def serving(storage: Path, max_batch: int, log: Path) -> Iterator[str]:
+def serving(storage: Path, log: Path, *options: str) -> Iterator[str]:
     """Run `unclip serve` until the block ends; yield its address."""
     command = [sys.executable, "-m", "pipelines", "serve", "--storage", str(storage), "--port", str(PORT)]
-    command += ["--max-batch", str(max_batch), "--max-requests", "256"]
+    command += [*options, "--max-requests", "256"]
     address = f"http://127.0.0.1:{PORT}"
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
@@ -129,12 +135,31 @@ def promote_copy(storage: Path) -> None:
     published.write(store, record.promote(entry, "a copy"))
 
 
-def difference(first: Answers, second: Answers) -> dict[str, Any]:
-    """Differences of the images of two servers, in grey levels."""
-    common = sorted(first.images.keys() & second.images.keys())
-    values = np.stack([abs(first.images[seed] - second.images[seed]) for seed in common])
-    equal = sum(not each.any() for each in values)
-    return {"images": len(common), "equal": equal, "largest": int(values.max()), "share": float((values > 0).mean())}
+def compare(answers: Answers, storage: Path, steps: int, batch_size: int, num_alone: int) -> dict[str, Any]:
+    """Count the images that equal, in every bit, those that are sampled here: in batches of other requests, and alone."""
+    system: Any = load_system(find_stack(str(storage), None))
+    values = to_dict(system.sampling) | {"batch_size": batch_size, "pad_batches": True}
+    values = override(values, f"{find_system('unclip').shortcuts['steps']}={steps}")
+    sampling = load(type(system.sampling), values)
+
+    def count(seeds: Sequence[int], images: Tensor) -> int:
+        return sum(
+            np.array_equal(answers.images[seed], image) for seed, image in zip(seeds, to_uint8(images), strict=True)
+        )
+
+    mixed = sorted(answers.images)
+    np.random.default_rng(0).shuffle(mixed)
+    equal = equal_alone = 0
+    for start in range(0, len(mixed), batch_size):
+        seeds = mixed[start : start + batch_size]
+        captions = [CAPTIONS[seed % len(CAPTIONS)] for seed in seeds]
+        together = sample_together(system, captions, [(seed, 1) for seed in seeds], sampling=sampling)
+        equal += count(seeds, together)
+    for seed in mixed[:num_alone]:
+        equal_alone += count(
+            [seed], sample_captions(system, [CAPTIONS[seed % len(CAPTIONS)]], seed=seed, sampling=sampling)
+        )
+    return {"images": len(mixed), "equal": equal, "alone": min(num_alone, len(mixed)), "equal_alone": equal_alone}
 
 
 def main() -> None:
@@ -144,21 +169,27 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--alone", type=int, default=20, help="images that are also sampled alone here")
     arguments = parser.parse_args()
     load = (arguments.requests, arguments.clients, arguments.steps)
     with tempfile.TemporaryDirectory() as scratch:
         storage = Path(scratch, "storage")
         shutil.copytree(arguments.storage, storage, symlinks=True)
         sides = {}
-        for name, max_batch in (("one by one", 1), ("together", arguments.max_batch)):
-            with serving(storage, max_batch, Path(scratch, "log")) as address:
+        size = str(arguments.max_batch)
+        for name, options in (
+            ("one by one", ("--max-batch", "1")),
+            ("together", ("--max-batch", size, "--pad-batches")),
+        ):
+            with serving(storage, Path(scratch, "log"), *options) as address:
                 asyncio.run(ask_all(address, 4, 2, arguments.steps))  # the first ones load and allocate
                 sides[name] = asyncio.run(ask_all(address, *load))
                 print(json.dumps({name: sides[name].summary()}), flush=True)
                 if name == "together":
+                    equality = compare(sides[name], storage, arguments.steps, arguments.max_batch, arguments.alone)
                     swapped = asyncio.run(ask_all(address, *load, publish_at=lambda: promote_copy(storage)))
         alone, together = sides["one by one"], sides["together"]
-        print(json.dumps({"ratio": alone.seconds / together.seconds, "difference": difference(alone, together)}))
+        print(json.dumps({"ratio": alone.seconds / together.seconds, "as unclip sample": equality}))
         counts = {model: swapped.models.count(model) for model in dict.fromkeys(swapped.models)}
         print(json.dumps({"new champion": {**swapped.summary(), "models": counts}}))
         for failure in (*alone.failures, *together.failures, *swapped.failures)[:5]:

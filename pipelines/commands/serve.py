@@ -33,6 +33,11 @@ MIN_TOKEN = 16
 )
 @click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Images sampled together.")
 @click.option(
+    "--pad-batches",
+    is_flag=True,
+    help="Fill every batch up to --max-batch images, so that an image depends on its request alone, bit for bit.",
+)
+@click.option(
     "--wait-ms",
     type=click.IntRange(0),
     default=10,
@@ -55,6 +60,7 @@ def serve(
     num_replicas: int,
     gpus: float | None,
     max_batch: int,
+    pad_batches: bool,
     wait_ms: int,
     max_requests: int,
     storage: str | None,
@@ -102,7 +108,7 @@ def serve(
     try:
         hosts = frozenset({"127.0.0.1", "localhost", "::1", host.lower()}) if is_loopback else None
         served = Models(sampler, root, models)
-        api = Api(sampler, served, Limits(max_requests=max_requests), token, hosts)
+        api = Api(sampler, served, Limits(max_requests=max_requests), token, hosts, max_batch if pad_batches else None)
 
         async def run() -> None:
             await served.refresh()

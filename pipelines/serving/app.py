@@ -61,9 +61,19 @@ class Api:
     """State of a server, and one method for each route."""
 
     def __init__(
-        self, sampler: Sampler, models: Models, limits: Limits, token: str | None, hosts: frozenset[str] | None
+        self,
+        sampler: Sampler,
+        models: Models,
+        limits: Limits,
+        token: str | None,
+        hosts: frozenset[str] | None,
+        pad_to: int | None = None,
     ) -> None:
+        """Args:
+        pad_to: size that every batch of generations is filled up to, so that its images depend on their own requests alone.
+        """
         self.sampler, self.models, self.limits, self.token, self.hosts = sampler, models, limits, token, hosts
+        self.pad_to = pad_to
         self.metrics = Metrics()
         self.is_stopping = False
         self._active = 0
@@ -156,13 +166,14 @@ class Api:
                 400, f"{kind}: not supported by the model {model.id} of the system {model.system}.", "model"
             )
         self._check_format(fields, model)
+        num, is_exact = self._num(fields, model, kind), self.pad_to is not None
         job = Job(
             stack=model.stack,
             kind=kind,
-            settings=self._settings(fields, model),
-            num=self._num(fields, model, kind),
+            settings=self._settings(fields, model, kind),
+            num=num,
             seed=fields.seed(),
-            max_batch=int(model.values["batch_size"]),
+            max_batch=num if is_exact and kind != "generations" else self._max_batch(model),
         )
         if kind in ("generations", "edits"):
             caption = fields.text("prompt", self.limits.max_caption, required=True) or ""
@@ -195,15 +206,21 @@ class Api:
             raise RequestError(400, "output_format: expected png.", "output_format", "invalid_value")
 
     def _num(self, fields: Fields, model: Model, kind: Kind) -> int:
-        most = min(self.limits.max_num, int(model.values["batch_size"]))
+        most = min(self.limits.max_num, self._max_batch(model))
         if kind != "interpolations":
             return fields.integer("n", 1, most, 1)
         most = max(2, most)
         return fields.integer("n", 2, most, min(5, most))
 
-    def _settings(self, fields: Fields, model: Model) -> str:
+    def _max_batch(self, model: Model) -> int:
+        published = int(model.values["batch_size"])
+        return published if self.pad_to is None else min(published, self.pad_to)
+
+    def _settings(self, fields: Fields, model: Model, kind: Kind) -> str:
         """Published sampling settings with those of the request, as JSON."""
         values: Any = model.values
+        if self.pad_to is not None and kind == "generations":
+            values = {**values, "batch_size": self._max_batch(model), "pad_batches": True}
         given_values = {
             "steps": None
             if fields.values.get("steps") is None

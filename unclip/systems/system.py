@@ -451,9 +451,9 @@ def sample_batch(
     system: System, captions: Sequence[str], number: int, *, seed: int, sampling: Any, **inputs: Any
 ) -> Tensor:
     """Sample batch `number` of `sample_captions` on its own: [len(captions), 3, S, S] on the CPU."""
-    generator = batch_generator(system, number, seed)
-    sample: Callable[..., Tensor] = system.sample
-    return sample(captions, sampling, generator, **inputs).cpu()
+    return _sample_requests(
+        system, captions, [(batch_generator(system, number, seed), len(captions))], sampling, inputs
+    )
 
 
 @torch.no_grad()
@@ -463,17 +463,48 @@ def sample_together(
     """Sample several requests in one batch: [len(captions), 3, S, S] on the CPU.
 
     The images of a request are those of `sample_captions` with its captions and its seed: their noise is equal, bit for bit, and
-    matrix products in batches of another size round differently.
+    matrix products in batches of another size round differently. With `pad_batches` there is no other size, and the images are
+    equal, bit for bit.
 
     Args:
         captions: those of all requests, one after the other.
         seeds: seed and number of captions of each request, at most `sampling.batch_size`.
         inputs: as for `System.sample`, one for each caption.
     """
-    generators = [seeded(system.device, seed * 1_000_003) for seed, _ in seeds]
+    requests = [(seeded(system.device, seed * 1_000_003), count) for seed, count in seeds]
+    return _sample_requests(system, captions, requests, sampling, inputs)
+
+
+def _sample_requests(
+    system: System,
+    captions: Sequence[str],
+    requests: Sequence[tuple[torch.Generator, int]],
+    sampling: Any,
+    inputs: Mapping[str, Any],
+) -> Tensor:
+    """Sample one batch whose rows draw from the generators of their requests; fill it up if the settings say so.
+
+    Args:
+        requests: source of the randomness and number of captions of each.
+    """
+    padding = sampling.batch_size - len(captions) if getattr(sampling, "pad_batches", False) else 0
+    if padding > 0:
+        captions, inputs = (
+            _repeat_last(captions, padding),
+            {name: _repeat_last(inputs[name], padding) for name in inputs},
+        )
+        requests = [*requests, (seeded(system.device, 0), padding)]
     sample: Callable[..., Tensor] = system.sample
-    with RowGenerators(generators, [count for _, count in seeds]) as rows:
-        return sample(captions, sampling, rows.generator, **inputs).cpu()
+    with RowGenerators([generator for generator, _ in requests], [count for _, count in requests]) as rows:
+        images = sample(captions, sampling, rows.generator, **inputs)
+    return images[: len(images) - max(padding, 0)].cpu()
+
+
+def _repeat_last(values: Any, times: int) -> Any:
+    """Repeat the last row of an input that has a row for each caption; other inputs, such as hooks, stay as they are."""
+    if isinstance(values, Tensor):
+        return torch.cat([values, values[-1:].expand(times, *values.shape[1:])])
+    return [*values, *[values[-1]] * times] if isinstance(values, Sequence) else values
 
 
 def sample_captions(

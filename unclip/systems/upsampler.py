@@ -176,6 +176,9 @@ class UpsampledSampling:
     """Captions sampled together."""
     precision: Precision = "auto"
     """Precision of the networks of pixels."""
+    pad_batches: bool = added(False)
+    """Fill every batch up to `batch_size`. Then an image sampled from a caption depends on its caption, seed and settings alone,
+    bit for bit; in batches of different sizes matrix products round differently."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

@@ -122,6 +122,27 @@ def test_images_are_those_of_unclip_sample_whatever_their_batch(
     assert 'unclip_images_total{kind="generations"' in text
 
 
+def test_with_padded_batches_images_are_those_of_unclip_sample_bit_for_bit(loop: asyncio.Runner, storage: Path) -> None:
+    server = Server(storage, pad_to=8)
+    system = load_system(storage / "stack")
+    sampling = dataclasses.replace(system.sampling, batch_size=8, pad_batches=True)
+
+    async def ask() -> list[httpx.Response]:
+        await server.models.refresh()
+        return await asyncio.gather(*(server.generate(seed=seed, n=1 + seed % 3) for seed in range(7)))
+
+    with contextlib.closing(server.api):
+        answers = loop.run(ask())
+        for seed, answer in enumerate(answers):
+            images = to_uint8(sample_captions(system, [CAPTION] * (1 + seed % 3), seed=seed, sampling=sampling)).astype(
+                int
+            )
+            assert np.array_equal(images, [pixels(item) for item in answer.json()["data"]])
+        assert loop.run(server.generate(n=9)).status_code == 400
+    text = loop.run(server.client.get("/metrics")).text
+    assert 'unclip_batch_images_bucket{le="2.0"} 0.0' in text  # none was sampled alone
+
+
 def test_openais_client_generates_varies_and_edits(server: Server, loop: asyncio.Runner) -> None:
     client = openai.AsyncOpenAI(
         api_key="none",

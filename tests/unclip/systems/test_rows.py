@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.unclip.systems.tiny_stacks import tiny_stack
+from unclip.config import load, override, to_dict
 from unclip.systems.rows import RowGenerators, UnsplitError
 from unclip.systems.system import sample_captions, sample_together, seeded
 
@@ -79,15 +80,46 @@ def sampled_both_ways(stack: Any, sampling: Any) -> tuple[Tensor, Tensor]:
     return torch.cat(alone), together
 
 
+ANCESTRAL = ("prior.num_steps=3", "decoder.num_steps=4", "decoder.sampler=ddpm")
+
+
+def changed(sampling: Any, *assignments: str) -> Any:
+    values = to_dict(sampling)
+    for assignment in assignments:
+        values = override(values, assignment)
+    return load(type(sampling), values)
+
+
 def test_images_of_a_batch_are_those_of_their_seeds() -> None:
     """With ancestral samplers, which draw noise at every step, several candidates of the prior and an upsampler."""
     stack = tiny_stack()
-    from unclip.config import load, override, to_dict
-
-    values = to_dict(stack.sampling)
-    for assignment in ("prior.num_steps=3", "decoder.num_steps=4", "decoder.sampler=ddpm", "precision=fp32"):
-        values = override(values, assignment)
-    sampling = load(type(stack.sampling), values)
-    alone, together = sampled_both_ways(stack, sampling)
+    alone, together = sampled_both_ways(stack, changed(stack.sampling, *ANCESTRAL, "precision=fp32"))
     assert (alone - together).abs().max() < 2e-3
     assert (alone[0] - alone[2]).abs().max() > 0.1 < (alone[0] - alone[1]).abs().max()  # they differ from each other
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_in_batches_that_are_filled_up_an_image_is_equal_bit_for_bit(precision: str) -> None:
+    stack = tiny_stack()
+    settings = (*ANCESTRAL, f"precision={precision}", "pad_batches=true", "batch_size=8")
+    alone, together = sampled_both_ways(stack, changed(stack.sampling, *settings))
+    assert torch.equal(alone, together)
+    unpadded, _ = sampled_both_ways(stack, changed(stack.sampling, *settings[:-2]))
+    assert alone.shape == unpadded.shape and (alone - unpadded).abs().max() < 0.2  # the same noise, rounded differently
+
+
+def test_inputs_besides_captions_are_filled_up_too() -> None:
+    stack = tiny_stack()
+    settings = (*ANCESTRAL, "precision=fp32", "decoder.guidance_scale=2", "batch_size=5")
+    start = torch.rand(2, 3, stack.image_size, stack.image_size) * 2 - 1
+    unpadded, padded = (
+        sample_captions(
+            stack,
+            ["a red circle", "a blue star"],
+            sampling=changed(stack.sampling, *settings, f"pad_batches={is_padded}"),
+            negative=["a circle", "a star"],
+            start=start,
+        )
+        for is_padded in ("false", "true")
+    )
+    assert padded.shape == unpadded.shape and (padded - unpadded).abs().max() < 2e-3
