@@ -242,8 +242,8 @@ def perceptual_hash(image: Image.Image) -> str | None:
 
 def mean_colour(image: Image.Image) -> bytes:
     """Mean red, green and blue of an RGB image, rounded."""
-    means = cv2.mean(np.asarray(image))[:3]
-    return bytes(round(mean) for mean in means)
+    share = 1 / (image.width * image.height)
+    return bytes(round(total * share) for total in cv2.sumElems(np.asarray(image))[:3])  # faster than cv2.mean
 
 
 def answer(request: bytes) -> bytes:
@@ -347,7 +347,8 @@ def _has_many_scans(data: bytes) -> bool:
 
     Pillow offers no limit. Most files hold too few of these bytes for a second look, which skips those in metadata.
     """
-    if data.count(b"\xff" + _START_OF_SCAN) <= MAX_SCANS:
+    values = np.frombuffer(data, np.uint8)
+    if np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == _START_OF_SCAN[0])) <= MAX_SCANS:
         return False
     position = scans = 0
     for _ in range(_MAX_SEGMENTS):
