@@ -381,13 +381,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an 8-bit image to a smaller size.
+    """Resize an 8-bit image to a smaller size; the result is another image in any case.
 
     Below a factor of four it uses Gaussian blur and bicubic interpolation: as close to an ideal low-pass filter as Pillow's
     Hamming and OpenCV's area filter, in half their time (`python -m benchmarks.resize`). OpenCV sees decoded pixels only.
     """
     if image.size == size:
-        return image
+        return image.copy()
     scale = image.width / size[0]
     if scale >= 4 or image.mode in ("LA", "RGBA"):  # Pillow weights colours by their alpha
         return image.resize(size, Image.Resampling.HAMMING, reducing_gap=2.0)
@@ -423,13 +423,18 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Convert to sRGB on a white background."""
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    colour = image.convert({"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode))
-    rgb = (_to_srgb(colour, profile) if profile else None) or colour.convert("RGB")
+    colour = _in_mode(image, {"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode))
+    rgb = (_to_srgb(colour, profile) if profile else None) or _in_mode(colour, "RGB")
     if alpha is None:
         return rgb
     white = Image.new("RGB", rgb.size, "white")
     white.paste(rgb, mask=alpha)
     return white
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image; without a copy, unlike Pillow, if it has the mode."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
