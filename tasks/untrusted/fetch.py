@@ -31,6 +31,8 @@ from typing import Any
 from tasks.rows import RowFault
 from tasks.untrusted import budgets, domains, opt_outs, robots
 
+_BUFFER_BYTES = 1 << 16  # the head of an answer and much of its body in one read
+_TIMER_SECONDS = 0.01
 _CHUNK_BYTES = 1 << 20  # most images in one piece
 _RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
 _OPT_OUTS = ("x-robots-tag", "tdm-reservation", "content-usage", "content-signal")
@@ -542,16 +544,26 @@ class _Socket(socket.socket):
     deadline: _Deadline
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.remaining())
+        _end_at(self, self.deadline)
         return super().recv_into(*args, **kwargs)
+
+    def makefile(self, *args: Any, **kwargs: Any) -> Any:
+        return super().makefile(*args, **{"buffering": _BUFFER_BYTES, **kwargs})
 
 
 class _TLSSocket(ssl.SSLSocket):
     deadline: _Deadline
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.remaining())
+        _end_at(self, self.deadline)
         return super().recv_into(*args, **kwargs)
+
+
+def _end_at(sock: socket.socket, deadline: _Deadline) -> None:
+    """Let the next read end at the deadline. A new timeout is a system call, so it is not set for a hundredth of a second."""
+    seconds = deadline.remaining()
+    if abs((sock.gettimeout() or 0.0) - seconds) > _TIMER_SECONDS:
+        sock.settimeout(seconds)
 
 
 @functools.cache
