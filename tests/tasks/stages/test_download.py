@@ -701,7 +701,9 @@ def test_a_task_gives_its_slot_away_only_while_it_waits_for_servers(
 
     def results(name: str) -> Iterator[Any]:
         config, beat = download_config(scenes, timeout_seconds=60.0), str(tmp_path / "beat.json")
-        return download_module._download_shard._function(uri, name, rows_uri, config, run(tmp_path), beat, {})  # type: ignore[no-any-return]
+        shard: Any = download_module._download_shard
+        found: Iterator[Any] = shard._function(uri, name, rows_uri, config, run(tmp_path), beat, {})
+        return found
 
     monkeypatch.setattr(download_module, "WAITING_SECONDS", 60.0)
     with scene_server.serve(scenes) as server:
