@@ -139,6 +139,13 @@ def download_theirs(settings: Settings) -> dict[str, float]:
 CONTENDERS = {"unclip": download_ours, "img2dataset": download_theirs}
 
 
+def our_variables() -> dict[str, str]:
+    """Environment variables of the processes of `unclip run`."""
+    from pipelines.cluster import KEEP_WORKERS, WORKER_ENVIRONMENT  # slow to import, and the contenders need it not
+
+    return WORKER_ENVIRONMENT | dict([KEEP_WORKERS])
+
+
 def run_contender(name: str, settings: Settings) -> dict[str, float]:
     """Return the figures of one contender in images per second, its import in seconds and its peak memory in MB."""
     with tempfile.TemporaryDirectory(prefix="unclip-benchmark-") as folder:
@@ -152,7 +159,10 @@ def run_contender(name: str, settings: Settings) -> dict[str, float]:
             json.dumps(dataclasses.asdict(settings)),
         ]
         result = Path(folder, "result.json")
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        environment = os.environ | (our_variables() if name == "unclip" else {})
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         with measure.TreeMemory(process.pid) as memory:
             _, errors = process.communicate()
         if process.returncode:
@@ -231,9 +241,6 @@ def main() -> None:
         Path(settings.folder, "result.json").write_text(json.dumps(result))
         return
 
-    from pipelines.cluster import KEEP_WORKERS
-
-    os.environ.setdefault(*KEEP_WORKERS)  # as in `unclip run`
     print(measure.machine("ray", "img2dataset", "pillow", "pyarrow"))
     print(f"{arguments.pictures} images of 640x480, {arguments.rounds} rounds, {vars(arguments)}\n", flush=True)
     images = measure.photographs(NUM_DISTINCT_IMAGES)

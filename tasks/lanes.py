@@ -297,7 +297,7 @@ def run_in_lanes(
     started again; if the task continues nevertheless, its result is discarded.
 
     Args:
-        start: returns the reference of a task's result, or a generator of None and the result; from the None on, it only waits.
+        start: returns the reference of a task's result, or a generator of it, perhaps after None: from then on, it only waits.
         on_done: called with each shard and the result of its task, in the order of the shards of a lane.
         heartbeat: returns a shard's heartbeat, a value that changes while its task makes progress; None before it starts.
         stall_seconds: a task whose heartbeat does not change for longer is considered hung.

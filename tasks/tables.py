@@ -108,9 +108,9 @@ def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
     """Write rows as the Parquet file `name` (no extension) into the table's folder, or return the existing part."""
     part = find_part(table_uri, name)
     if part is None:
-        data = parquet_bytes(table)
+        data, digest = _sealed_parquet(table)
         if storage.write(f"{table_uri}/{name}.parquet", data, replace=False):
-            return _describe(f"{name}.parquet", data)
+            return Part(f"{name}.parquet", table.num_rows, len(data), digest)
         part = find_part(table_uri, name)  # an abandoned attempt finished after all
         assert part is not None, f"{table_uri}/{name}.parquet appeared and disappeared"
     return part
@@ -580,19 +580,24 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
     Pages have checksums, and the file has a seal.
     """
+    return _sealed_parquet(table)[0]
+
+
+def _sealed_parquet(table: pa.Table) -> tuple[bytes, str]:
+    """Result of `parquet_bytes`, and its sha256."""
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     codec = {name: "none" if name == "jpg" else "zstd" for name in table.column_names}
-    buffer = io.BytesIO()
+    stream = pa.BufferOutputStream()
     pq.write_table(
         table.combine_chunks(),
-        buffer,
+        stream,
         row_group_size=ROW_GROUP_ROWS,
         compression=codec if "jpg" in codec else "zstd",
         use_dictionary=texts,
         write_statistics=[name for name in table.column_names if name != "jpg"],
         write_page_checksum=True,
     )
-    return seals.seal(buffer.getbuffer())
+    return seals.seal_and_digest(memoryview(stream.getvalue()))
 
 
 def content_digest(table: pa.Table) -> str:

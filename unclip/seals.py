@@ -33,10 +33,18 @@ _PIECE_BYTES = 1 << 20
 
 def seal(data: bytes | memoryview) -> bytes:
     """Return a Parquet or Arrow file with a seal."""
+    return seal_and_digest(data)[0]
+
+
+def seal_and_digest(data: bytes | memoryview) -> tuple[bytes, str]:
+    """Return a Parquet or Arrow file with a seal, and the sha256 of the result in hex, from one pass over the data."""
     start = _footer_start(data, len(data))
     assert start is not None, "got neither Parquet nor Arrow"
     head, tail = memoryview(data)[:start], memoryview(data)[start:]
-    return b"".join([head, _MARK, _sha256(head), _sha256(tail), tail])
+    digest = hashlib.sha256(head)
+    end = b"".join([_MARK, digest.digest(), _sha256(tail), tail])
+    digest.update(end)
+    return b"".join([head, end]), digest.hexdigest()
 
 
 def check(file: Any) -> State:

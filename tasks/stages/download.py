@@ -659,12 +659,11 @@ def _download_shard(
         spent: budgets that earlier shards of the lane left.
 
     Yields:
-        None when it only waits for servers or is done, then the result.
+        None when it only waits for servers, then the result.
     """
     store = Store(run.storage)
     part, listed = tables.find_part(table_uri, name), tables.read_file(rows_uri)
     if part is not None:
-        yield None
         part = withhold_part(table_uri, load_tombstones(store), part)
         table = _stored(table_uri, part)
     else:
@@ -684,7 +683,8 @@ def _download_shard(
             fetching = pool.submit(fetch_pairs, pairs, config, note)
             while not fetching.done() and time.monotonic() - last_row < WAITING_SECONDS:
                 concurrent.futures.wait([fetching], timeout=WAITING_SECONDS / 8)
-            yield None
+            if not fetching.done():  # else what is left is work, and a task in its place might need a new process
+                yield None
             table = withhold(fetching.result(), load_tombstones(store))
         if run.is_abandoned():  # failures caused by the shutdown must not become permanent
             raise StageError("download: the run was stopped, so this shard is left to the next run.")
@@ -795,7 +795,7 @@ class _Writer:
     def write(self, image: decode.DecodedImage | None, _key: str, _caption: str, sample: Mapping[str, Any]) -> None:
         way, hashes = self.redirected.get(sample["url"]), {}
         if image is not None:
-            hashes = {"sha256": sample["sha256"], "jpg_sha256": sha256(image.jpg)} | dataclasses.asdict(image)
+            hashes = {"sha256": sample["sha256"], "jpg_sha256": sha256(image.jpg)} | vars(image)
         for pair in self.pairs[sample["url"]]:
             row = {name: pair[name] for name in ("key", "url", "caption")}
             reason = sample["error_message"] if image is None else self._fault(pair, sample["sha256"], way)

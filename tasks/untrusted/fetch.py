@@ -31,7 +31,9 @@ from typing import Any
 from tasks.rows import RowFault
 from tasks.untrusted import budgets, domains, opt_outs, robots
 
-_CHUNK_BYTES = 1 << 16
+_BUFFER_BYTES = 1 << 16  # the head of an answer and much of its body in one read
+_TIMER_SECONDS = 0.01
+_CHUNK_BYTES = 1 << 20  # most images in one piece
 _RETRIED = re.compile(r"dns_error|connect_error|short_body|http_429|http_5\d\d")
 _OPT_OUTS = ("x-robots-tag", "tdm-reservation", "content-usage", "content-signal")
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -258,11 +260,12 @@ class Fetcher:
         raise AssertionError("the last attempt returns or raises")
 
     def _follow(self, url: str, deadline: _Deadline, for_robots: bool) -> Fetched:
-        first = _Target.parse(url).host
+        target = _Target.parse(url)
+        first = target.host
         hosts: dict[str, None] = {}  # in order, each once
         for redirects in range(self.max_redirects + 1):
             try:
-                target = self._target(url, None if hosts else first)
+                target = self._with_rights(_Target.parse(url) if redirects else target, None if hosts else first)
                 answer = self._get(target, deadline, for_robots)
             except RowFault:
                 raise
@@ -281,10 +284,10 @@ class Fetcher:
             url = answer
         raise RowFault("redirect_limit")
 
-    def _target(self, url: str, own: str | None) -> "_Target":
-        """Parse a URL; `own` is the host that the list names, unless redirects have left it."""
-        target = _Target.parse(url)
-        return dataclasses.replace(target, is_own=target.host == own and target.is_in(self.allow_hosts))
+    def _with_rights(self, target: "_Target", own: str | None) -> "_Target":
+        """Set `is_own`; `own` is the host that the list names, unless redirects have left it."""
+        is_own = target.host == own and target.is_in(self.allow_hosts)
+        return dataclasses.replace(target, is_own=True) if is_own else target
 
     def _get(self, target: "_Target", deadline: _Deadline, for_robots: bool) -> bytes | str:
         """Return the body, or the URL of a redirect."""
@@ -458,7 +461,7 @@ def _read(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     announced, body = response.length, bytearray()
     if announced is not None and announced > max_bytes:
         raise RowFault("too_large")
-    while chunk := response.read(_CHUNK_BYTES):
+    while chunk := response.read(min(_CHUNK_BYTES, max_bytes + 1)):
         body += chunk
         if len(body) > max_bytes:
             raise RowFault("too_large")
@@ -541,16 +544,26 @@ class _Socket(socket.socket):
     deadline: _Deadline
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.remaining())
+        _end_at(self, self.deadline)
         return super().recv_into(*args, **kwargs)
+
+    def makefile(self, *args: Any, **kwargs: Any) -> Any:
+        return super().makefile(*args, **{"buffering": _BUFFER_BYTES, **kwargs})
 
 
 class _TLSSocket(ssl.SSLSocket):
     deadline: _Deadline
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(self.deadline.remaining())
+        _end_at(self, self.deadline)
         return super().recv_into(*args, **kwargs)
+
+
+def _end_at(sock: socket.socket, deadline: _Deadline) -> None:
+    """Let the next read end at the deadline. A new timeout is a system call, so it is not set for a hundredth of a second."""
+    seconds = deadline.remaining()
+    if abs((sock.gettimeout() or 0.0) - seconds) > _TIMER_SECONDS:
+        sock.settimeout(seconds)
 
 
 @functools.cache

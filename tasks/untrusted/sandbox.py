@@ -146,7 +146,6 @@ class _Child:
             self.wait_until_ready()
         deadline = time.monotonic() + self.limits.wall_seconds
         try:
-            self._send(_LENGTH.pack(len(request)), deadline)
             self._send(request, deadline)
             return self._receive(deadline)
         except (TimeoutError, EOFError, BrokenPipeError) as error:
@@ -219,32 +218,33 @@ class _Child:
             return "memory"
         return "timeout" if status == -signal.SIGXCPU else "crash"
 
-    def _send(self, data: bytes, deadline: float) -> None:
-        left = memoryview(data)
+    def _send(self, request: bytes, deadline: float) -> None:
+        left = _framed(request)
         while left:
             try:
-                left = left[os.write(self._requests, left) :]
+                left = _without_first(left, os.writev(self._requests, left))
             except BlockingIOError:
                 _wait_for(self._requests, select.POLLOUT, deadline)
 
     def _receive(self, deadline: float) -> bytes:
+        _wait_for(self._replies, select.POLLIN, deadline)  # a reply is never there at once
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
         if length > self.limits.reply_bytes:
             raise EOFError
         return self._read(length, deadline)
 
     def _read(self, length: int, deadline: float) -> bytes:
-        data = bytearray()
+        data: bytes | bytearray = b""
         while len(data) < length:
             try:
-                piece = os.read(self._replies, min(length - len(data), 1 << 20))
+                piece = os.read(self._replies, min(length - len(data), _PIPE_BYTES))
             except BlockingIOError:
                 _wait_for(self._replies, select.POLLIN, deadline)
                 continue
             if not piece:
                 raise EOFError
-            data += piece
-        return bytes(data)
+            data = _joined(data, piece)
+        return bytes(data)  # not a copy if it is one piece
 
 
 def _wait_for(pipe: int, event: int, deadline: float) -> None:
@@ -334,18 +334,40 @@ def _read_request(pipe: int) -> bytes | None:
 
 
 def _read_exactly(pipe: int, length: int) -> bytes | None:
-    data = bytearray(length)
-    filled = 0
-    while filled < length:
-        count = os.readv(pipe, [memoryview(data)[filled:]])
-        if not count:
+    data: bytes | bytearray = b""
+    while len(data) < length:
+        piece = os.read(pipe, min(length - len(data), _PIPE_BYTES))
+        if not piece:
             return None
-        filled += count
-    return bytes(data)
+        data = _joined(data, piece)
+    return bytes(data)  # not a copy if it is one piece
+
+
+def _joined(data: bytes | bytearray, piece: bytes) -> bytes | bytearray:
+    """Append a piece; the first one is not copied, as most frames arrive in one."""
+    if not data:
+        return piece
+    grown = data if isinstance(data, bytearray) else bytearray(data)
+    grown += piece
+    return grown
 
 
 def _write(pipe: int, payload: bytes) -> None:
-    for part in (_LENGTH.pack(len(payload)), payload):
-        left = memoryview(part)
-        while left:
-            left = left[os.write(pipe, left) :]
+    left = _framed(payload)
+    while left:
+        left = _without_first(left, os.writev(pipe, left))
+
+
+def _framed(payload: bytes) -> list[memoryview]:
+    """A frame in pieces, for one system call: the length by itself would wake its reader for nothing."""
+    return [memoryview(_LENGTH.pack(len(payload))), memoryview(payload)]
+
+
+def _without_first(pieces: list[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of some pieces after their first `count` bytes."""
+    left = []
+    for piece in pieces:
+        if count < len(piece):
+            left.append(piece[count:])
+        count = max(0, count - len(piece))
+    return left

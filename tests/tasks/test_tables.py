@@ -22,7 +22,7 @@ def test_f33_parts_become_visible_with_their_commit_and_stay_in_their_version(tm
     table = str(tmp_path / "images")
     assert tables.version(table) is None
     first = tables.write_part(table, "p1", rows("d", "b"))
-    assert (first.name, first.rows) == ("p1.parquet", 2)
+    assert (first.name, first.rows) == ("p1.parquet", 2) and first == tables.find_part(table, "p1")
     assert tables.version(table) is None
     assert tables.append_files(table, [first], SCHEMA, {"unclip.run": "r1"}) == 1, "version 0 is the empty table"
     second = tables.write_part(table, "p0", rows("c", "a"))

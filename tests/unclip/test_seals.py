@@ -1,5 +1,6 @@
 """Digests that files carry."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -44,6 +45,11 @@ def test_f78_every_flipped_bit_and_every_truncation_of_a_sealed_file_is_found(da
 @pytest.mark.parametrize("data", [parquet(), arrow()], ids=["parquet", "arrow"])
 def test_f80_a_file_without_a_seal_is_not_covered(data: bytes) -> None:
     assert check(data) == "not covered"
+
+
+@pytest.mark.parametrize("data", [parquet(), arrow()], ids=["parquet", "arrow"])
+def test_the_digest_that_comes_with_a_seal_is_that_of_the_sealed_file(data: bytes) -> None:
+    assert seals.seal_and_digest(data) == (seals.seal(data), hashlib.sha256(seals.seal(data)).hexdigest())
 
 
 def test_readers_of_the_formats_read_sealed_files() -> None:

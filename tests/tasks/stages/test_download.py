@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -687,6 +687,41 @@ def test_f58_f61_f97_a_url_is_fetched_once_for_all_its_rows_and_its_redirects_ar
     final = [None] * 5 + [f"http://cdn.example:{port}/2"] * 3 + [None] * 2 + [f"{start}/4"] + [None] * 2
     assert table["final_url"].to_pylist() == final
     assert table["redirect_hosts"].to_pylist() == [None] * 5 + ["cdn.example"] * 3 + [None] * 5
+
+
+def test_a_task_gives_its_slot_away_only_while_it_waits_for_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does with the rows afterwards is work, and a task in its place might have to start a process."""
+    scenes = ScenesConfig(num_images=2, side=16, broken=0, port=free_port())
+    uri, list_uri, rows_uri = (str(tmp_path / name) for name in ("images", "list.parquet", "rows.parquet"))
+    scene_server.write_url_list(scenes, list_uri)
+    listed = tables.read_file(list_uri).append_column("key", pa.array(["0", "1"]))
+    tables.write_file(rows_uri, listed.append_column("replaces", pa.nulls(2, pa.string())))
+
+    def results(name: str) -> Iterator[Any]:
+        config, beat = download_config(scenes, timeout_seconds=60.0), str(tmp_path / "beat.json")
+        shard: Any = download_module._download_shard
+        found: Iterator[Any] = shard._function(uri, name, rows_uri, config, run(tmp_path), beat, {})
+        return found
+
+    monkeypatch.setattr(download_module, "WAITING_SECONDS", 60.0)
+    with scene_server.serve(scenes) as server:
+        [quick] = results("quick")
+        assert quick.part == tables.find_part(uri, "quick") and quick.part.rows == 2
+        assert list(results("quick")) == [quick], "a part that is there is found"
+        answer, may_answer = server.process_request_thread, threading.Event()
+
+        def answer_late(*request: Any) -> None:
+            may_answer.wait(60)
+            answer(*request)
+
+        server.process_request_thread = answer_late  # type: ignore[method-assign]
+        monkeypatch.setattr(download_module, "WAITING_SECONDS", 0.1)
+        slow = results("slow")
+        assert next(slow) is None
+        may_answer.set()
+        assert [fetched.part.rows for fetched in slow] == [2]
 
 
 def test_a_stopped_run_commits_nothing(tmp_path: Path) -> None:
