@@ -243,7 +243,7 @@ def perceptual_hash(image: Image.Image) -> str | None:
 def mean_colour(image: Image.Image) -> bytes:
     """Mean red, green and blue of an RGB image, rounded."""
     share = 1 / (image.width * image.height)
-    return bytes(round(total * share) for total in cv2.sumElems(_pixels(image))[:3])  # faster than cv2.mean
+    return bytes(round(total * share) for total in cv2.sumElems(np.asarray(image))[:3])  # faster than cv2.mean
 
 
 def answer(request: bytes) -> bytes:
@@ -391,22 +391,12 @@ def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = image.width / size[0]
     if scale >= 4 or image.mode in ("LA", "RGBA"):  # Pillow weights colours by their alpha
         return image.resize(size, Image.Resampling.HAMMING, reducing_gap=2.0)
-    pixels = _pixels(image)
+    pixels = np.asarray(image)
     sigma = 0.36 * math.sqrt(max(scale**2 - 1, 0.0))
     if sigma > 0.1:
         kernel_size = 2 * max(1, round(2 * sigma)) + 1
         pixels = cv2.GaussianBlur(pixels, (kernel_size, kernel_size), sigma)
     return Image.fromarray(cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC), image.mode)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """Pixels of a loaded image, [H, W, C] or [H, W] uint8, in one piece: `numpy.asarray` would join many of 64 KB."""
-    width, height, channels = *image.size, len(image.getbands())
-    encoder = Image._getencoder(image.mode, "raw", (image.mode,))
-    encoder.setimage(image.im, (0, 0, *image.size))
-    _, status, data = encoder.encode(width * height * channels)
-    assert status == 1, f"Pillow did not give all pixels at once: {status}"
-    return np.frombuffer(data, np.uint8).reshape((height, width, channels) if channels > 1 else (height, width))
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
