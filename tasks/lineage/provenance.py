@@ -21,7 +21,6 @@ from tasks.duplicates import duplicate_clusters
 from tasks.run_records import is_alive, stage_events
 from tasks.store import Store
 from tasks.tombstones import entries
-from unclip import files
 from unclip.errors import InputError
 
 _MIN_DIGITS = 6

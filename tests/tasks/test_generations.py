@@ -1,11 +1,10 @@
 """Refreshes that continue earlier ones: the same tables as from scratch, for any sequence of changes, from few rows."""
 
 import dataclasses
-import functools
 import hashlib
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from tasks import generations, ranges, tables
+from tasks import ranges, tables
+from tasks.find_duplicates import KeepCaptions
 from tasks.index import index_files, update_index
 from tasks.lineage.takedown import take_down
 from tasks.stage import Artifact, Call, Pinning, Run, execute
+from tasks.stages.dedup import DedupConfig, dedup
 from tasks.stages.download import IMAGES, DownloadConfig, download
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
@@ -102,6 +103,7 @@ class Refreshes:
         fetch(self.store, found["ingest"].uri, attempt)
         found["download"] = self.run(download, dataclasses.replace(DOWNLOAD, attempt=attempt), found["ingest"])
         found["filter"] = self.run(filter, self.settings.get("filter", FilterConfig()), found["download"])
+        found["dedup"] = self.run(dedup, self.settings.get("dedup", DedupConfig()), found["filter"])
         return found
 
 
@@ -163,7 +165,8 @@ def random_rows(source: random.Random, count: int, known: Sequence[Listed]) -> l
 @pytest.mark.parametrize("seed", range(4))
 def test_any_sequence_of_refreshes_gives_the_tables_of_a_first_run(tmp_path: Path, seed: int) -> None:
     source = random.Random(seed)
-    settings: dict[str, Any] = {}
+    captions: tuple[KeepCaptions, ...] = ("url", "image", "one", "url")
+    settings = {"dedup": DedupConfig(phash_distance=-1 if seed == 3 else 0, keep_captions=captions[seed], holdout=0.2)}
     urls = tmp_path / "list"
     written = random_rows(source, 400, [])
     write_file(urls, 0, written)
@@ -190,7 +193,7 @@ def test_any_sequence_of_refreshes_gives_the_tables_of_a_first_run(tmp_path: Pat
             key = ranges.read_all(found["ingest"].uri, ["key"])["key"][source.randrange(300)].as_py()
             take_down(refreshes.store, [Tombstone("key", key)], None, [])
         found = refreshes.refresh(urls, attempt)
-        num_layers.append(len(ranges.layers(found["filter"].uri)))
+        num_layers.append(min(len(ranges.layers(found[name].uri)) for name in ("filter", "dedup")))
         expected = from_scratch(refreshes.store, tmp_path / f"scratch{step}", settings, urls, attempt)
         assert content(found) == expected, f"step {step}: {action}"
     assert max(num_layers) > 1, "no refresh continued another"
