@@ -90,7 +90,7 @@ def find_changes(added: pa.Table, lookups: Lookups, captions: KeepCaptions) -> C
         looks = lookups.of_looks(firsts["hash"].to_numpy())
         near_before = _near(looks, _firsts(groups_before))
         near_after = _near(looks, firsts)
-        # Only the first row of a look can have been kept. Those that are not the first row of their bytes any more are in a group.
+        # Only the first row of a look can have been kept; those that gave way to another with their bytes are in a group.
         octets = pair_octets(looks["high"], looks["low"])
         flipped = ~np.isin(_bytes(octets), near_before) & np.isin(_bytes(octets), near_after)
         others = lookups.of_bytes(looks["digest"].to_numpy()[flipped]).select(added.column_names)

@@ -55,6 +55,15 @@ class KeptRows:
         selection = ranges.read_range(self.selection, key_range, ["key", "status", "split"])
         kept = selection.filter(pc.equal(selection["status"], rows.KEPT)).select(["key", "split"])
         index = read_index(index_files(self.images, self.index_version), key_range, ["key", "part", "row"])
+        return self.place(kept, index)
+
+    def place(self, kept: pa.Table, index: pa.Table) -> pa.Table:
+        """Rows with their places, sorted by key: see `read`.
+
+        Args:
+            kept: key, split.
+            index: key, part, row, of these and maybe other rows.
+        """
         found = kept.join(index, "key").sort_by("key")
         names = pa.array(
             [uri.rpartition("/")[2] for uri in tables.files(self.images, self.images_version)], pa.string()

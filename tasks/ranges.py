@@ -4,7 +4,7 @@ Keys are hashes, so ranges of equal width hold about equally many rows. Two tabl
 shuffle, and a row is found by its key in one file. Files are named after their range; a file is sorted by key.
 
 A refresh changes few rows of a large table. Its folder may then hold only these, and name the earlier folders that hold the
-others: its layers. The rows of a key are those of the newest layer that has the key; no key ever disappears.
+others: its layers. The rows of a key are those of the newest layer that has the key, or none if that layer says so.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ EARLIER = "earlier.json"
 
 ROWS_PER_RANGE = 1 << 17
 MAX_RANGES = 1024
+_REMOVED = "removed"
 _DIGITS = 8  # hex digits of a key that decide its range
 _NAME = re.compile(r"(\d{5})-of-(\d{5})")
 
@@ -177,18 +178,31 @@ def read_layers(
     folders: Sequence[str], key_range: KeyRange = KeyRange(0, 1), columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Rows of one key range of some layers, such as those that `layers_since` returns, sorted by key."""
-    return _newest([_read_files(range_files(folder), key_range, columns) for folder in folders])
+    parts = [_read_files(range_files(folder), key_range, columns) for folder in folders]
+    return _newest(parts, [_removed(folder, key_range) for folder in folders])
 
 
-def _newest(parts: Sequence[pa.Table]) -> pa.Table:
-    """Rows of all layers, sorted by key: of each key, those of the last layer that has it."""
-    found = [part for part in parts[:-1] if part.num_rows]
+def write_removed(folder: str, key_range: KeyRange, keys: pa.ChunkedArray) -> None:
+    """Write the keys of one range that the earlier layers have and the table has not."""
+    tables.write_file(f"{folder}/{_REMOVED}/{key_range}.parquet", pa.table({"key": keys}))
+
+
+def _removed(folder: str, key_range: KeyRange) -> pa.Array:
+    """Keys that a layer takes away from earlier ones."""
+    if folder.endswith(".parquet") or _REMOVED not in files.names(folder):
+        return pa.array([], pa.string())
+    return _read_files(range_files(f"{folder}/{_REMOVED}"), key_range, ["key"])["key"].combine_chunks()
+
+
+def _newest(parts: Sequence[pa.Table], removed: Sequence[pa.Array]) -> pa.Table:
+    """Rows of all layers, sorted by key: of each key, those of the last layer that has it or has removed it."""
+    found = [(part, gone) for part, gone in zip(parts[:-1], removed[:-1], strict=True) if part.num_rows or len(gone)]
     if not found:
         return parts[-1]
-    kept, known = [parts[-1]], [parts[-1]["key"].combine_chunks()]
-    for part in reversed(found):
+    kept, known = [parts[-1]], [parts[-1]["key"].combine_chunks(), removed[-1]]
+    for part, gone in reversed(found):
         kept.append(part.filter(pc.invert(pc.is_in(part["key"], value_set=pa.concat_arrays(known)))))
-        known.append(part["key"].combine_chunks())
+        known += [part["key"].combine_chunks(), gone]
     rows = [part for part in reversed(kept) if part.num_rows]
     return pa.concat_tables(rows or kept, promote_options="default").sort_by("key") if len(rows) != 1 else rows[0]
 
@@ -221,7 +235,9 @@ def find_rows(source: str | Sequence[str], keys: Sequence[str], columns: Sequenc
     """
     wanted = pa.array(sorted(set(keys)), pa.string())
     if isinstance(source, str):
-        return _newest([_find_in_files(range_files(folder), wanted, columns) for folder in layers(source)])
+        folders = layers(source)
+        parts = [_find_in_files(range_files(folder), wanted, columns) for folder in folders]
+        return _newest(parts, [_removed(folder, KeyRange(0, 1)) for folder in folders])
     return _find_in_files(source, wanted, columns).sort_by("key")
 
 

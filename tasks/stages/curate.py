@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from tasks import ranges, rows, tables
+from tasks import generations, ranges, rows, tables
 from tasks.dataflow import exchange, run_all
 from tasks.find_duplicates import find_duplicates
+from tasks.generations import Generation, Layer, Sums
 from tasks.index import index_files, read_index
 from tasks.keys import octet_texts
 from tasks.places import Block, KeptRows, blocks, open_block, read_vectors, write_places
@@ -27,11 +28,12 @@ from tasks.semantic import semantic_duplicates
 from tasks.snapshots import MAX_HELDOUT, Split, record_snapshot, save_statistics
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import files
-from unclip.config import fingerprint, require
+from unclip.config import fingerprint, require, to_dict
 from unclip.data import vectors
 from unclip.errors import ConfigError, InputError, StageError
 from unclip.evaluation.probes import load_probe
 from unclip.models.embeddings import Moments
+from unclip.training import checkpoints
 
 ROWS_AT_ONCE = 4096
 FILES_AT_ONCE = 64
@@ -119,16 +121,87 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     images = {name: facts[name] for name in ("images", "images_version", "index_version")}
     embeddings = {name: facts[name] for name in ("embeddings", "embeddings_version")}
     source = EmbeddedRows(KeptRows(facts["selection"], **images), **embeddings, scores=f"{folder}/scores")
+    changes = _find_changes(context, config, source)
+    found = None if changes is None else _continue(context, config, source, changes)
+    if found is None:
+        changes = None
+        found = _select_all(context, config, source, bool(facts.get("other_captions")))
+    source = dataclasses.replace(source, scores=found.scores)
+    selection, counts = found.selection, found.sums.counts
+    places = f"{folder}/places"
+    source.write_places(selection, places, counts["rows"][rows.KEPT])
+
+    moments = source.moments(places) if changes is None else found.moments
+    if moments is None or moments.count < 2:
+        raise InputError(
+            f"curate: got {moments.count if moments else 0} pairs to train on, expected at least 2 "
+            f"({rows.top_reasons(counts)}). {_spread(source.sample_scores(), config)}"
+            f"Loosen [curate] and [filter], or add URLs."
+        )
+    statistics = f"{folder}/statistics"
+    explained = save_statistics(statistics, moments)
+    checkpoints.save(
+        f"{folder}/moments",
+        {"moments": {"total": moments.total, "products": moments.products}},
+        {"rows": moments.count},
+    )
+    heldout = f"{folder}/heldout.parquet"
+    tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source))
+    read = {"selection": facts["selection"], "pairs": facts["pairs"], **images, **embeddings}
+    others = {"scores": found.scores, "clip_scores": found.clip_scores, "scored": found.num_scored}
+    generation = Generation(folder, _settings(config), selection, read, found.sums, found.changed, others)
+    generations.save(context, generation)
+
+    digest = fingerprint(embed.digest, found.sums.hex_digest)
+    snapshot = {
+        **images,
+        **embeddings,
+        "digest": digest,
+        "selection": selection,
+        "scores": source.scores,
+        "places": places,
+    }
+    snapshot |= {"heldout": heldout, "statistics": statistics}
+    record_snapshot(context.store, context.run.pipeline, snapshot, counts)
+    clip_score = found.clip_scores / max(1, found.num_scored)
+    context.tracker.metrics({**counts["rows"], **explained, "clip_score": clip_score})
+    context.log_dataset(digest, facts["embeddings"], {**counts, "snapshot": snapshot})
+    facts = {**facts, **counts, "snapshot": snapshot, "clip_score": clip_score}
+    return Output(selection, digest, {**facts, "layers": ranges.layers(selection)[:-1]})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selected:
+    """Selection and scores that the stage wrote."""
+
+    selection: str
+    scores: str
+    sums: Sums
+    changed: int
+    """Rows in all layers of the selection but the first."""
+    clip_scores: float
+    """Sum over all scored rows."""
+    num_scored: int
+    moments: Moments | None = None
+    """Moments of the training rows' image embeddings, if they are known."""
+
+
+def _settings(config: CurateConfig) -> str:
+    return fingerprint(1, to_dict(config))
+
+
+def _select_all(
+    context: StageContext, config: CurateConfig, source: "EmbeddedRows", has_other_captions: bool
+) -> _Selected:
+    folder = context.folder
     scored = source.write_scores(config)
     bounded = f"{folder}/selection" if config.semantic_distance is None else f"{context.intermediate}/in_bounds"
     in_bounds = run_all(functools.partial(_drop_out_of_bounds, source, config, bounded), source.key_ranges())
     selection, found = bounded, in_bounds
     if config.semantic_distance is not None:
         selection, candidates = f"{folder}/selection", f"{context.intermediate}/candidates"
-        num_kept = sum(counts["rows"][rows.KEPT] for counts, _ in in_bounds)
-        captions = (
-            OtherCaptions(source, bounded, f"{context.intermediate}/captions") if facts.get("other_captions") else None
-        )
+        num_kept = sum(sums.counts["rows"][rows.KEPT] for sums in in_bounds)
+        captions = OtherCaptions(source, bounded, f"{context.intermediate}/captions") if has_other_captions else None
         if captions:
             num_kept -= captions.write()
         source.write_places(bounded, candidates, num_kept, captions)
@@ -146,37 +219,159 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
         )
         if captions:
             found = captions.drop_with_first(write)
-    counts = rows.add_counts(counts for counts, _ in found)
-    places = f"{folder}/places"
-    source.write_places(selection, places, counts["rows"][rows.KEPT])
+    total, count = sum(total for total, _ in scored), sum(count for _, count in scored)
+    return _Selected(selection, source.scores, Sums.total(found), 0, total, count)
 
-    moments = source.moments(places)
-    if moments is None or moments.count < 2:
-        raise InputError(
-            f"curate: got {moments.count if moments else 0} pairs to train on, expected at least 2 "
-            f"({rows.top_reasons(counts)}). {_spread(source.sample_scores(), config)}"
-            f"Loosen [curate] and [filter], or add URLs."
-        )
-    statistics = f"{folder}/statistics"
-    explained = save_statistics(statistics, moments)
-    heldout = f"{folder}/heldout.parquet"
-    tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source))
 
-    digest = fingerprint(embed.digest, tables.hex_digest(*(digest for _, digest in found)))
-    snapshot = {
-        **images,
-        **embeddings,
-        "digest": digest,
-        "selection": selection,
-        "scores": source.scores,
-        "places": places,
-    }
-    snapshot |= {"heldout": heldout, "statistics": statistics}
-    record_snapshot(context.store, context.run.pipeline, snapshot, counts)
-    clip_score = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
-    context.tracker.metrics({**counts["rows"], **explained, "clip_score": clip_score})
-    context.log_dataset(digest, facts["embeddings"], {**counts, "snapshot": snapshot})
-    return Output(selection, digest, {**facts, **counts, "snapshot": snapshot, "clip_score": clip_score})
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """Layers of dedup's selection, and files of the embeddings, since an earlier generation."""
+
+    layer: Layer
+    selection: Sequence[str]
+    embeddings: Sequence[str]
+    names: Sequence[str]
+    """Files of the embeddings, in the order of their numbers in all layers of the scores."""
+    scores: str
+    """Folder of the new layer of scores."""
+
+    @property
+    def earlier_scores(self) -> str:
+        return str(self.layer.earlier.others["scores"])
+
+
+def _find_changes(context: StageContext, config: CurateConfig, source: "EmbeddedRows") -> _Changes | None:
+    """Find an earlier selection to continue, and what has changed since; None if there is none, or if much has."""
+    if config.semantic_distance is not None:  # a new row may change the fate of rows that are far from it
+        return None
+    found = ranges.layers(source.kept.selection)
+
+    def layers_known(earlier: Generation) -> int | None:
+        same = earlier.read["embeddings"] == source.embeddings and earlier.read["images"] == source.kept.images
+        return found.index(earlier.read["selection"]) if same and earlier.read["selection"] in found else None
+
+    earlier = generations.find(context.store, "curate", _settings(config), layers_known)
+    if earlier is None:
+        return None
+    uris = source.uris()
+    before = set(tables.files(source.embeddings, earlier.read["embeddings_version"]))
+    selection = found[found.index(earlier.read["selection"]) + 1 :]
+    changed = sum(tables.num_rows(uri) for folder in selection for uri in ranges.range_files(folder))
+    if not before <= set(uris) or earlier.begins_anew(changed):
+        return None
+    new = [uri for uri in uris if uri not in before]
+    names = [*_file_names(earlier.others["scores"]), *map(_name, new)]
+    layer = Layer.on(earlier, context, "selection", earlier.read["pairs"])
+    return _Changes(layer, selection, new, names, f"{context.folder}/scores-since-{earlier.name}")
+
+
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def _file_names(scores: str) -> list[str]:
+    """Names of the files of the embeddings, in the order of their numbers in a folder of scores."""
+    return list(files.read_json(f"{scores}/{_FILES}")["names"])
+
+
+_FILES = "embeddings.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changed:
+    """Effects of the changed rows of one range."""
+
+    sums: tuple[Sums, Sums]
+    """See `Layer.write`."""
+    clip_scores: float
+    """Added to the sum over all scored rows."""
+    num_scored: int
+    """Added to their number."""
+    added: pa.Table
+    """Places of rows that are trained on now: embeddings_file, embeddings_row."""
+    removed: pa.Table
+    """Places of rows that are no longer trained on."""
+
+
+def _continue(
+    context: StageContext, config: CurateConfig, source: "EmbeddedRows", changes: _Changes
+) -> _Selected | None:
+    """Write layers of the selection and of the scores; None if an embedding is not where new ones are."""
+    layer, earlier = changes.layer, changes.layer.earlier
+    count = len(layer.key_ranges())
+    number = {name: index for index, name in enumerate(changes.names)}
+    numbered = [(number[_name(uri)], uri) for uri in changes.embeddings]
+    groups = [numbered[start : start + FILES_AT_ONCE] for start in range(0, len(numbered), FILES_AT_ONCE)]
+    scratch = f"{context.intermediate}/scored"
+    exchange(functools.partial(_score_files, config, count), groups, count, functools.partial(_keep_scored, scratch))
+    found = run_all(functools.partial(_write_changes, changes, config, scratch, bool(groups)), layer.key_ranges())
+    if any(part is None for part in found):
+        return None
+    parts = [part for part in found if part is not None]
+    files.write_json(f"{changes.scores}/{_FILES}", {"names": changes.names})
+    ranges.write_earlier(changes.scores, ranges.layers(changes.earlier_scores))
+    sums, changed = layer.finish(part.sums for part in parts)
+    uris = [f"{source.embeddings}/{name}" for name in changes.names]
+    tensors, record = checkpoints.load(f"{earlier.folder}/moments")
+    moments = Moments(record["rows"], tensors["moments"]["total"], tensors["moments"]["products"])
+    for name, sign in (("added", 1), ("removed", -1)):
+        places = pa.concat_tables(getattr(part, name) for part in parts)
+        for start in range(0, places.num_rows, _MOMENTS_AT_ONCE):
+            vectors_read = read_vectors(places.slice(start, _MOMENTS_AT_ONCE), uris, "image_embedding")
+            own = Moments.of(torch.tensor(vectors_read))
+            moments = moments.plus(Moments(sign * own.count, sign * own.total, sign * own.products))
+    clip_scores = earlier.others["clip_scores"] + sum(part.clip_scores for part in parts)
+    num_scored = earlier.others["scored"] + sum(part.num_scored for part in parts)
+    return _Selected(layer.folder, changes.scores, sums, changed, clip_scores, num_scored, moments)
+
+
+_MOMENTS_AT_ONCE = 1 << 16
+
+
+def _keep_scored(folder: str, output: int, pieces: list[pa.Table]) -> None:
+    if pieces:
+        tables.write_file(f"{folder}/{output:05d}.parquet", pa.concat_tables(pieces))
+
+
+def _write_changes(
+    changes: _Changes, config: CurateConfig, scratch: str, has_new: bool, key_range: KeyRange
+) -> _Changed | None:
+    """Write the changed rows of one range of the selection and of the scores; None if a row has no new embedding."""
+    layer, before = changes.layer, changes.layer.earlier
+    listed = (
+        ranges.read_layers(changes.selection, key_range) if changes.selection else ranges.find_rows(before.table, [])
+    )
+    known = layer.known(key_range, listed["key"]).to_pylist()
+    old_scores, old = ranges.find_rows(changes.earlier_scores, known), ranges.find_rows(before.table, known)
+    kept = pc.unique(listed.filter(pc.equal(listed["status"], rows.KEPT))["key"].combine_chunks())
+    was_scored = old_scores["key"].combine_chunks()
+    new = kept.filter(pc.invert(pc.is_in(kept, value_set=was_scored)))
+    scores = old_scores.slice(0, 0)
+    if has_new:
+        scored = tables.read_file(f"{scratch}/{key_range.index:05d}.parquet")
+        scores = scored.filter(pc.is_in(scored["key"], value_set=new)).sort_by("key").cast(old_scores.schema)
+    if not scores["key"].combine_chunks().equals(new.take(pc.sort_indices(new))):
+        return None
+    gone = old_scores.filter(pc.invert(pc.is_in(was_scored, value_set=kept)))
+    ranges.write_range(changes.scores, key_range, scores)
+    ranges.write_removed(changes.scores, key_range, gone["key"])
+    all_scores = pa.concat_tables([scores, old_scores])
+    table = rows.drop(listed, out_of_bounds(all_scores.filter(pc.is_in(all_scores["key"], value_set=kept)), config))
+    sums = layer.write(key_range, table)
+    trained, trained_before = (part.filter(pc.equal(part["split"], "train"))["key"] for part in (table, old))
+    added = trained.filter(pc.invert(pc.is_in(trained, value_set=trained_before.combine_chunks())))
+    removed = trained_before.filter(pc.invert(pc.is_in(trained_before, value_set=trained.combine_chunks())))
+    places = all_scores.select(["key", "embeddings_file", "embeddings_row"])
+    total = sum(
+        sign * float(np.sum(part["clip_score"].to_numpy(), dtype=np.float64))
+        for part, sign in ((scores, 1), (gone, -1))
+    )
+    return _Changed(
+        sums,
+        total,
+        scores.num_rows - gone.num_rows,
+        *(places.filter(pc.is_in(places["key"], value_set=keys.combine_chunks())) for keys in (added, removed)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +397,7 @@ class EmbeddedRows:
         uris, count = self.uris(), len(self.key_ranges())
         numbered = list(enumerate(uris))
         groups = [numbered[start : start + FILES_AT_ONCE] for start in range(0, len(uris), FILES_AT_ONCE)]
+        files.write_json(f"{self.scores}/{_FILES}", {"names": list(map(_name, uris))})
         return exchange(
             functools.partial(_score_files, config, count),
             groups,
@@ -217,6 +413,12 @@ class EmbeddedRows:
         """Kept rows of a selection in one key range, with places in both tables."""
         kept = dataclasses.replace(self.kept, selection=selection).read(key_range)
         places = ranges.read_range(self.scores, key_range, ["key", "embeddings_file", "embeddings_row"])
+        uris, names = self.uris(), pa.array(_file_names(self.scores), pa.string())
+        numbers = pc.index_in(
+            names, value_set=pa.array(list(map(_name, uris)), pa.string())
+        )  # null for files of old rows
+        numbers = numbers.take(places["embeddings_file"].combine_chunks())
+        places = places.set_column(1, "embeddings_file", numbers)
         return kept.join(places, "key").sort_by("key")
 
     def write_places(self, selection: str, folder: str, num_rows: int, captions: "OtherCaptions | None" = None) -> None:
@@ -347,18 +549,16 @@ def _write_scores(
     return float(np.sum(scores["clip_score"].to_numpy(), dtype=np.float64)), scores.num_rows
 
 
-def _drop_out_of_bounds(
-    source: EmbeddedRows, config: CurateConfig, folder: str, key_range: KeyRange
-) -> tuple[dict[str, Any], int]:
+def _drop_out_of_bounds(source: EmbeddedRows, config: CurateConfig, folder: str, key_range: KeyRange) -> Sums:
     dropped = out_of_bounds(ranges.read_range(source.scores, key_range), config)
     return _write_selection(source.kept.selection, folder, key_range, dropped)
 
 
-def _write_selection(selection: str, folder: str, key_range: KeyRange, dropped: pa.Table) -> tuple[dict[str, Any], int]:
-    """Write one range of a selection without some rows (key, reason); returns its counts and digest."""
+def _write_selection(selection: str, folder: str, key_range: KeyRange, dropped: pa.Table) -> Sums:
+    """Write one range of a selection without some rows (key, reason); returns its sums."""
     table = rows.drop(ranges.read_range(selection, key_range), dropped)
     ranges.write_range(folder, key_range, table)
-    return rows.count(table), tables.rows_digest(table.drop_columns("position"))
+    return Sums.of(table)
 
 
 def _moments_of(source: EmbeddedRows, places: str, group: Sequence[Block]) -> Moments | None:

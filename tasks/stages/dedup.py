@@ -26,7 +26,7 @@ from tasks.find_duplicates import (
     write_rows,
 )
 from tasks.generations import Generation, Layer, Sums
-from tasks.index import index_files, read_index
+from tasks.index import find_newest, index_files, read_index
 from tasks.keys import key_texts
 from tasks.near_duplicates import MAX_DISTANCE
 from tasks.new_duplicates import MAX_NEW_ROWS, Lookups, find_changes, write_lookups
@@ -128,15 +128,6 @@ class _Changes:
     all_index: Sequence[str]
     index: Sequence[str]
 
-    def find_in_index(self, key_range: KeyRange, keys: pa.Array) -> pa.Table:
-        """Rows of the index that are compared, of some keys."""
-        new = read_index(self.index, key_range, _COMPARED)
-        found = new.filter(pc.is_in(new["key"], value_set=keys))
-        rest = keys.filter(pc.invert(pc.is_in(keys, value_set=found["key"].combine_chunks())))
-        if len(rest):
-            found = pa.concat_tables([found, ranges.find_rows(self.all_index, rest.to_pylist(), _COMPARED)])
-        return found.sort_by("key")
-
 
 _COMPARED = ["key", "url", "sha256", "phash", "colour"]
 
@@ -212,7 +203,7 @@ def _find_added(changes: _Changes, captions: KeepCaptions, folder: str, key_rang
     prior = _prior(changes.layer, key_range, changed["key"])
     if not pc.all(pc.is_in(prior["key"], value_set=kept), min_count=0).as_py():
         return None
-    table = changes.find_in_index(key_range, kept)
+    table = find_newest(changes.all_index, changes.index, key_range, kept, _COMPARED)
     was_compared = pc.is_in(table["key"], value_set=prior["key"].combine_chunks())
     uris = []
     for name, part in (("added", table.filter(pc.invert(was_compared))), ("still", table.filter(was_compared))):

@@ -20,7 +20,7 @@ from tasks import generations, ranges, rows, tables
 from tasks.captions import count_words, split_words
 from tasks.dataflow import exchange, run_all
 from tasks.generations import Generation, Layer, Sums
-from tasks.index import index_files, read_index
+from tasks.index import find_newest, index_files, read_index
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.untrusted import domains
@@ -194,17 +194,13 @@ def _filter_changes(
     pairs: str, index: Sequence[str], changes: _Changes, config: FilterConfig, key_range: KeyRange
 ) -> tuple[Sums, Sums]:
     """Write the selection of the rows of one range that are new in the list or in the index; see `Layer.write`."""
-    images = read_index(changes.index, key_range, _COLUMNS)
+    images = read_index(changes.index, key_range, ["key"])
     listed = ranges.read_layers(changes.pairs, key_range) if changes.pairs else ranges.find_rows(pairs, [])
     others = images["key"].filter(pc.invert(pc.is_in(images["key"], value_set=listed["key"].combine_chunks())))
     known = changes.layer.known(key_range, others)  # the table may have rows of other lists
     listed = pa.concat_tables([listed, ranges.find_rows(pairs, known.to_pylist())]) if len(known) else listed
-    kept = listed.filter(pc.equal(listed["status"], rows.KEPT))["key"]
-    lacking = kept.filter(
-        pc.invert(pc.is_in(kept, value_set=images["key"].combine_chunks()))
-    )  # fetched for another list
-    if len(lacking):
-        images = pa.concat_tables([images, ranges.find_rows(index, lacking.to_pylist(), _COLUMNS)])
+    kept = pc.unique(listed.filter(pc.equal(listed["status"], rows.KEPT))["key"].combine_chunks())
+    images = find_newest(index, changes.index, key_range, kept, _COLUMNS)
     return changes.layer.write(key_range, apply_filters(listed, images, config))
 
 

@@ -2,28 +2,36 @@
 
 import dataclasses
 import hashlib
+import importlib
 import random
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import torch
 
 from tasks import ranges, tables
 from tasks.find_duplicates import KeepCaptions
 from tasks.index import index_files, update_index
 from tasks.lineage.takedown import take_down
+from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Call, Pinning, Run, execute
+from tasks.stages.curate import CurateConfig, curate
 from tasks.stages.dedup import DedupConfig, dedup
 from tasks.stages.download import IMAGES, DownloadConfig, download
+from tasks.stages.embed import EmbedConfig, embed, read_shard
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
 from tasks.store import Store
 from tasks.tombstones import Tombstone
 from tasks.tracking import Tracker
+from unclip.config import fingerprint
+from unclip.data import RowReader
 
 DOWNLOAD = DownloadConfig(tasks_in_flight=1)
 Listed = tuple[str, str]
@@ -84,6 +92,34 @@ def fetch(store: Store, pairs: str, attempt: int) -> None:
     update_index(images, tables.append_files(images, parts, IMAGES, removed=removed))
 
 
+def embed_rows(
+    context: Any, config: Any, clip: Any, facts: Mapping[str, Any], places: str, num_rows: int, table: str
+) -> None:
+    """Do what the stage embed does in actors, with vectors that are functions of the keys in the place of CLIP's."""
+    parts = []
+    for shard in embed_stage._shards(facts, places):
+        found = read_shard(shard)
+        keys = [row["key"] for row in found]
+        generators = [np.random.default_rng(int(key, 16)) for key in keys]
+        vectors = [[generator.standard_normal(4), generator.standard_normal(4)] for generator in generators]
+        image, text = np.array(vectors, np.float32).swapaxes(0, 1)
+        image, text = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (image, text))
+        columns = [keys, [row["caption"] for row in found], list(image), list(text), (image * text).sum(axis=1)]
+        columns += [[[1, 2]] * len(keys), [0] * len(keys)]
+        name = f"{shard.uri.rpartition('/')[2].removesuffix('.parquet')}-{fingerprint(keys)[:16]}"
+        parts.append(tables.write_part(table, name, pa.table(columns, schema=embed_stage.SCHEMA)))
+    tables.append_files(table, parts, embed_stage.SCHEMA)
+
+
+@pytest.fixture(autouse=True)
+def embedded_without_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed_stage, "_embed_rows", embed_rows)
+
+
+embed_stage = importlib.import_module("tasks.stages.embed")
+CLIP = Artifact("clip", "", "", "vectors", {"model": "none", "pretrained": None}, 0.0)
+
+
 class Refreshes:
     """A storage that is refreshed again and again."""
 
@@ -104,6 +140,8 @@ class Refreshes:
         found["download"] = self.run(download, dataclasses.replace(DOWNLOAD, attempt=attempt), found["ingest"])
         found["filter"] = self.run(filter, self.settings.get("filter", FilterConfig()), found["download"])
         found["dedup"] = self.run(dedup, self.settings.get("dedup", DedupConfig()), found["filter"])
+        found["embed"] = self.run(embed, EmbedConfig(), found["dedup"], CLIP)
+        found["curate"] = self.run(curate, self.settings.get("curate", CurateConfig()), found["embed"])
         return found
 
 
@@ -120,11 +158,27 @@ def content(found: Mapping[str, Artifact]) -> dict[str, Any]:
     result: dict[str, Any] = {
         name: (each.digest, {fact: each.facts.get(fact) for fact in facts}) for name, each in found.items()
     }
-    for name in ("ingest", "filter", "dedup"):
-        if name in found:
-            table = ranges.read_all(found[name].uri)
-            order = [("key", "ascending"), ("position", "ascending")]
-            result[f"rows of {name}"] = table.sort_by(order).to_pylist()
+    for name in ("ingest", "filter", "dedup", "curate"):
+        table = ranges.read_all(found[name].uri)
+        order = [("key", "ascending"), ("position", "ascending")]
+        result[f"rows of {name}"] = table.sort_by(order).to_pylist()
+    snapshot = Snapshot.of(found["curate"].facts)
+    scores = ranges.read_all(snapshot.scores)
+    result["scores"] = scores.drop_columns(["embeddings_file", "embeddings_row"]).to_pylist()
+    result["clip_score"] = found["curate"].facts["clip_score"]
+    for split in ("train", "holdout"):
+        places = snapshot.open_places(split)
+        result[f"places of {split}"] = sorted(places.keys(np.arange(len(places))))
+    sources = [snapshot.source("images", "url"), snapshot.source("embeddings", "caption", "clip_score")]
+    reader = RowReader(sources, snapshot.open_places("train"))
+    batch = reader.read(np.arange(len(reader)))
+    result["training rows"] = sorted(
+        zip(*(batch[name] for name in ("key", "url", "caption", "clip_score")), strict=True)
+    )
+    heldout = snapshot.heldout_rows()
+    result["held out"] = heldout.select(["key", "caption", "split", "is_trained_on"]).to_pylist()
+    statistics = snapshot.load_statistics()
+    result["statistics"] = torch.cat([statistics.mean, statistics.std]).tolist()
     return result
 
 
@@ -166,7 +220,10 @@ def random_rows(source: random.Random, count: int, known: Sequence[Listed]) -> l
 def test_any_sequence_of_refreshes_gives_the_tables_of_a_first_run(tmp_path: Path, seed: int) -> None:
     source = random.Random(seed)
     captions: tuple[KeepCaptions, ...] = ("url", "image", "one", "url")
-    settings = {"dedup": DedupConfig(phash_distance=-1 if seed == 3 else 0, keep_captions=captions[seed], holdout=0.2)}
+    settings: dict[str, Any] = {
+        "dedup": DedupConfig(phash_distance=-1 if seed == 3 else 0, keep_captions=captions[seed], holdout=0.2)
+    }
+    settings["curate"] = CurateConfig(min_clip_score=-0.8)
     urls = tmp_path / "list"
     written = random_rows(source, 400, [])
     write_file(urls, 0, written)
@@ -193,7 +250,10 @@ def test_any_sequence_of_refreshes_gives_the_tables_of_a_first_run(tmp_path: Pat
             key = ranges.read_all(found["ingest"].uri, ["key"])["key"][source.randrange(300)].as_py()
             take_down(refreshes.store, [Tombstone("key", key)], None, [])
         found = refreshes.refresh(urls, attempt)
-        num_layers.append(min(len(ranges.layers(found[name].uri)) for name in ("filter", "dedup")))
+        num_layers.append(min(len(ranges.layers(found[name].uri)) for name in ("filter", "dedup", "curate")))
         expected = from_scratch(refreshes.store, tmp_path / f"scratch{step}", settings, urls, attempt)
-        assert content(found) == expected, f"step {step}: {action}"
+        got = content(found)
+        for name in ("clip_score", "statistics"):  # sums of floats, whose order differs
+            assert got.pop(name) == pytest.approx(expected.pop(name), abs=1e-6), f"step {step}: {action}"
+        assert got == expected, f"step {step}: {action}"
     assert max(num_layers) > 1, "no refresh continued another"
