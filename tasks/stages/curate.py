@@ -6,9 +6,10 @@ the report can show the pairs near it, without embedding anything again.
 
 import dataclasses
 import functools
+import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,22 @@ import torch
 
 from tasks import generations, ranges, rows, tables
 from tasks.dataflow import exchange, run_all
-from tasks.find_duplicates import find_duplicates
+from tasks.find_duplicates import find_duplicates, read_rows, write_rows
 from tasks.generations import Generation, Layer, Sums
-from tasks.index import index_files, read_index
+from tasks.index import find_newest, index_files, read_index
 from tasks.keys import octet_texts
-from tasks.places import Block, KeptRows, blocks, open_block, read_vectors, write_places
+from tasks.lookups import look_up, write_lookup
+from tasks.places import (
+    Block,
+    EarlierPlaces,
+    KeptRows,
+    blocks,
+    file_names,
+    open_block,
+    read_vectors,
+    write_changed,
+    write_places,
+)
 from tasks.ranges import KeyRange
 from tasks.semantic import semantic_duplicates
 from tasks.snapshots import MAX_HELDOUT, Split, record_snapshot, save_statistics
@@ -121,7 +133,7 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     images = {name: facts[name] for name in ("images", "images_version", "index_version")}
     embeddings = {name: facts[name] for name in ("embeddings", "embeddings_version")}
     source = EmbeddedRows(KeptRows(facts["selection"], **images), **embeddings, scores=f"{folder}/scores")
-    changes = _find_changes(context, config, source)
+    changes = _find_changes(context, config, source, facts["pairs"])
     found = None if changes is None else _continue(context, config, source, changes)
     if found is None:
         changes = None
@@ -129,7 +141,10 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     source = dataclasses.replace(source, scores=found.scores)
     selection, counts = found.selection, found.sums.counts
     places = f"{folder}/places"
-    source.write_places(selection, places, counts["rows"][rows.KEPT])
+    if found.places is None:
+        source.write_places(selection, places, counts["rows"][rows.KEPT])
+    else:
+        found.places.write(places, counts["rows"][rows.KEPT])
 
     moments = source.moments(places) if changes is None else found.moments
     if moments is None or moments.count < 2:
@@ -145,10 +160,20 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
         {"moments": {"total": moments.total, "products": moments.products}},
         {"rows": moments.count},
     )
-    heldout = f"{folder}/heldout.parquet"
-    tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source))
+    heldout, captions = f"{folder}/heldout.parquet", [f"{folder}/captions"]
+    if found.heldout is None:
+        tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source, captions[0]))
+    else:
+        captions = found.captions
+        tables.write_file(heldout, found.heldout)
     read = {"selection": facts["selection"], "pairs": facts["pairs"], **images, **embeddings}
-    others = {"scores": found.scores, "clip_scores": found.clip_scores, "scored": found.num_scored}
+    others = {
+        "scores": found.scores,
+        "places": places,
+        "captions": captions,
+        "clip_scores": found.clip_scores,
+        "scored": found.num_scored,
+    }
     generation = Generation(folder, _settings(config), selection, read, found.sums, found.changed, others)
     generations.save(context, generation)
 
@@ -184,6 +209,12 @@ class _Selected:
     num_scored: int
     moments: Moments | None = None
     """Moments of the training rows' image embeddings, if they are known."""
+    places: EarlierPlaces | None = None
+    """Places to continue, if there are any."""
+    heldout: pa.Table | None = None
+    """Rows that `choose_heldout` would return, if they follow from earlier ones."""
+    captions: Sequence[str] = ()
+    """Folders of the look-ups of the training rows' captions, if there are `heldout` rows."""
 
 
 def _settings(config: CurateConfig) -> str:
@@ -234,13 +265,17 @@ class _Changes:
     """Files of the embeddings, in the order of their numbers in all layers of the scores."""
     scores: str
     """Folder of the new layer of scores."""
+    all_index: Sequence[str]
+    index: Sequence[str]
+    """New files of the index."""
+    pairs: str
 
     @property
     def earlier_scores(self) -> str:
         return str(self.layer.earlier.others["scores"])
 
 
-def _find_changes(context: StageContext, config: CurateConfig, source: "EmbeddedRows") -> _Changes | None:
+def _find_changes(context: StageContext, config: CurateConfig, source: "EmbeddedRows", pairs: str) -> _Changes | None:
     """Find an earlier selection to continue, and what has changed since; None if there is none, or if much has."""
     if config.semantic_distance is not None:  # a new row may change the fate of rows that are far from it
         return None
@@ -262,7 +297,11 @@ def _find_changes(context: StageContext, config: CurateConfig, source: "Embedded
     new = [uri for uri in uris if uri not in before]
     names = [*_file_names(earlier.others["scores"]), *map(_name, new)]
     layer = Layer.on(earlier, context, "selection", earlier.read["pairs"])
-    return _Changes(layer, selection, new, names, f"{context.folder}/scores-since-{earlier.name}")
+    all_index = index_files(source.kept.images, source.kept.index_version)
+    known = set(index_files(source.kept.images, earlier.read["index_version"]))
+    index = [uri for uri in all_index if uri not in known]
+    scores = f"{context.folder}/scores-since-{earlier.name}"
+    return _Changes(layer, selection, new, names, scores, all_index, index, pairs)
 
 
 def _name(uri: str) -> str:
@@ -291,6 +330,10 @@ class _Changed:
     """Places of rows that are trained on now: embeddings_file, embeddings_row."""
     removed: pa.Table
     """Places of rows that are no longer trained on."""
+    heldout: pa.Table
+    """Changed rows that are held out now, as in `choose_heldout` but for `is_trained_on`."""
+    keys: pa.Array
+    """Keys of the changed rows."""
 
 
 def _continue(
@@ -303,8 +346,10 @@ def _continue(
     numbered = [(number[_name(uri)], uri) for uri in changes.embeddings]
     groups = [numbered[start : start + FILES_AT_ONCE] for start in range(0, len(numbered), FILES_AT_ONCE)]
     scratch = f"{context.intermediate}/scored"
-    exchange(functools.partial(_score_files, config, count), groups, count, functools.partial(_keep_scored, scratch))
-    found = run_all(functools.partial(_write_changes, changes, config, scratch, bool(groups)), layer.key_ranges())
+    score_new = functools.partial(_score_files, config, count, with_captions=True)
+    exchange(score_new, groups, count, functools.partial(_keep_scored, scratch))
+    write = functools.partial(_write_changes, changes, source, config, scratch, bool(groups))
+    found = run_all(write, layer.key_ranges())
     if any(part is None for part in found):
         return None
     parts = [part for part in found if part is not None]
@@ -320,21 +365,89 @@ def _continue(
             vectors_read = read_vectors(places.slice(start, _MOMENTS_AT_ONCE), uris, "image_embedding")
             own = Moments.of(torch.tensor(vectors_read))
             moments = moments.plus(Moments(sign * own.count, sign * own.total, sign * own.products))
+    names = {
+        name: tuple(file_names(uri, version) for version in (earlier.read[f"{name}_version"], now))
+        for name, uri, now in (
+            ("images", source.kept.images, source.kept.images_version),
+            ("embeddings", source.embeddings, source.embeddings_version),
+        )
+    }
+    caption_folders = [*earlier.others["captions"], f"{changes.scores}/captions"]
+    heldout = _continue_heldout(f"{earlier.folder}/heldout.parquet", parts, caption_folders, names)
     clip_scores = earlier.others["clip_scores"] + sum(part.clip_scores for part in parts)
     num_scored = earlier.others["scored"] + sum(part.num_scored for part in parts)
-    return _Selected(layer.folder, changes.scores, sums, changed, clip_scores, num_scored, moments)
+    places = EarlierPlaces(earlier.others["places"], names, scratch, layer.key_ranges())
+    return _Selected(
+        layer.folder, changes.scores, sums, changed, clip_scores, num_scored, moments, places, heldout, caption_folders
+    )
 
 
 _MOMENTS_AT_ONCE = 1 << 16
 
 
+def _continue_heldout(
+    earlier: str, parts: Sequence[_Changed], captions: Sequence[str], names: Mapping[str, Sequence[Sequence[str]]]
+) -> pa.Table | None:
+    """Rows that `choose_heldout` would return, from earlier ones; None if that takes all rows.
+
+    Args:
+        earlier: file of the earlier rows.
+        captions: folders of the look-ups of the training rows' captions.
+        names: see `EarlierPlaces`.
+    """
+    before = tables.read_file(earlier)
+    if not before.num_rows or pc.any(pc.not_equal(before["split"], "holdout")).as_py():
+        return None
+    changed = pa.concat_arrays([part.keys for part in parts])
+    left = before.filter(pc.invert(pc.is_in(before["key"], value_set=changed)))
+    for table, (then, now) in names.items():
+        number, column = {name: index for index, name in enumerate(now)}, f"{table}_file"
+        new = [number[then[old]] for old in left[column].to_pylist()]
+        left = left.set_column(left.column_names.index(column), left.schema.field(column), pa.array(new, pa.int32()))
+    found = pa.concat_tables([part.heldout for part in parts]).select(left.column_names[:-1])
+    found = pa.concat_tables(
+        [left.drop_columns("is_trained_on"), found.cast(left.drop_columns("is_trained_on").schema)]
+    )
+    if before.num_rows >= MAX_HELDOUT:  # of keys after its last one, not all rows are known
+        found = found.filter(pc.less_equal(found["key"], before["key"][-1]))
+        if found.num_rows < MAX_HELDOUT:
+            return None
+    found = found.sort_by("key").slice(0, MAX_HELDOUT)
+    if not found.num_rows:
+        return None
+    hashes = caption_hashes(found["caption"])
+    uris = [uri for folder in captions for uri in _caption_files(folder)]
+    counted = look_up(uris, "hash", hashes).group_by("hash").aggregate([("change", "sum")])
+    trained_on = counted.filter(pc.greater(counted["change_sum"], 0))["hash"].to_numpy()
+    return found.append_column("is_trained_on", pa.array(np.isin(hashes, trained_on)))
+
+
+def caption_hashes(captions: pa.ChunkedArray) -> np.ndarray:
+    """First 64 bits of the sha256 of captions: [N] uint64."""
+    texts = captions.cast(pa.binary()).to_pylist()
+    octets = b"".join(hashlib.sha256(text).digest()[:8] for text in texts)
+    return np.frombuffer(octets, np.uint64)
+
+
+def _caption_files(folder: str) -> list[str]:
+    return [f"{folder}/{name}" for name in files.names(folder)]
+
+
+def _write_captions(folder: str, key_range: KeyRange, added: pa.ChunkedArray, removed: pa.ChunkedArray) -> None:
+    """Write a look-up of the captions of rows that are trained on, and of those that are no longer."""
+    hashes = [caption_hashes(captions) for captions in (added, removed)]
+    change = np.repeat(np.array([1, -1], np.int8), [len(part) for part in hashes])
+    table = pa.table({"hash": np.concatenate(hashes), "change": change})
+    write_lookup(f"{folder}/{key_range}.arrow", table, "hash")
+
+
 def _keep_scored(folder: str, output: int, pieces: list[pa.Table]) -> None:
     if pieces:
-        tables.write_file(f"{folder}/{output:05d}.parquet", pa.concat_tables(pieces))
+        write_rows(f"{folder}/{output:05d}.scored", pa.concat_tables(pieces))
 
 
 def _write_changes(
-    changes: _Changes, config: CurateConfig, scratch: str, has_new: bool, key_range: KeyRange
+    changes: _Changes, source: "EmbeddedRows", config: CurateConfig, scratch: str, has_new: bool, key_range: KeyRange
 ) -> _Changed | None:
     """Write the changed rows of one range of the selection and of the scores; None if a row has no new embedding."""
     layer, before = changes.layer, changes.layer.earlier
@@ -346,10 +459,12 @@ def _write_changes(
     kept = pc.unique(listed.filter(pc.equal(listed["status"], rows.KEPT))["key"].combine_chunks())
     was_scored = old_scores["key"].combine_chunks()
     new = kept.filter(pc.invert(pc.is_in(kept, value_set=was_scored)))
-    scores = old_scores.slice(0, 0)
+    scores, captions = old_scores.slice(0, 0), pa.table({"key": new.slice(0, 0), "caption": new.slice(0, 0)})
     if has_new:
-        scored = tables.read_file(f"{scratch}/{key_range.index:05d}.parquet")
-        scores = scored.filter(pc.is_in(scored["key"], value_set=new)).sort_by("key").cast(old_scores.schema)
+        scored = read_rows(f"{scratch}/{key_range.index:05d}.scored")
+        scored = scored.filter(pc.is_in(scored["key"], value_set=new)).sort_by("key")
+        captions = scored.select(["key", "caption"])
+        scores = scored.drop_columns("caption").cast(old_scores.schema)
     if not scores["key"].combine_chunks().equals(new.take(pc.sort_indices(new))):
         return None
     gone = old_scores.filter(pc.invert(pc.is_in(was_scored, value_set=kept)))
@@ -358,9 +473,30 @@ def _write_changes(
     all_scores = pa.concat_tables([scores, old_scores])
     table = rows.drop(listed, out_of_bounds(all_scores.filter(pc.is_in(all_scores["key"], value_set=kept)), config))
     sums = layer.write(key_range, table)
+    selected = table.filter(pc.equal(table["status"], rows.KEPT)).select(["key", "split"])
+    index = find_newest(
+        changes.all_index, changes.index, key_range, selected["key"].combine_chunks(), ["key", "part", "row"]
+    )
+    numbers = renumbered(all_scores.select(["key", "embeddings_file", "embeddings_row"]), changes.names, source.uris())
+    placed = source.kept.place(selected, index).join(numbers, "key").sort_by("key")
+    write_changed(scratch, key_range, placed, pc.unique(table["key"].combine_chunks()))
     trained, trained_before = (part.filter(pc.equal(part["split"], "train"))["key"] for part in (table, old))
     added = trained.filter(pc.invert(pc.is_in(trained, value_set=trained_before.combine_chunks())))
     removed = trained_before.filter(pc.invert(pc.is_in(trained_before, value_set=trained.combine_chunks())))
+    heldout = placed.filter(pc.equal(placed["split"], "holdout"))
+    wanted = pa.concat_tables(
+        [part.select(["key"]) for part in (pa.table({"key": added}), pa.table({"key": removed}), heldout)]
+    )
+    wanted = wanted.filter(pc.invert(pc.is_in(wanted["key"], value_set=captions["key"].combine_chunks())))
+    if wanted.num_rows:
+        listed = ranges.find_rows(changes.pairs, wanted["key"].to_pylist(), ["key", "caption", "status"])
+        listed = listed.filter(pc.equal(listed["status"], rows.KEPT)).select(["key", "caption"])
+        captions = pa.concat_tables([captions, listed])
+    texts = [
+        captions.filter(pc.is_in(captions["key"], value_set=keys.combine_chunks()))["caption"]
+        for keys in (added, removed)
+    ]
+    _write_captions(f"{changes.scores}/captions", key_range, *texts)
     places = all_scores.select(["key", "embeddings_file", "embeddings_row"])
     total = sum(
         sign * float(np.sum(part["clip_score"].to_numpy(), dtype=np.float64))
@@ -371,6 +507,8 @@ def _write_changes(
         total,
         scores.num_rows - gone.num_rows,
         *(places.filter(pc.is_in(places["key"], value_set=keys.combine_chunks())) for keys in (added, removed)),
+        heldout.join(captions, "key").sort_by("key"),
+        pc.unique(table["key"].combine_chunks()),
     )
 
 
@@ -438,6 +576,17 @@ class EmbeddedRows:
         groups = [found[start::MOMENT_TASKS] for start in range(min(MOMENT_TASKS, len(found)))]
         parts = [part for part in run_all(functools.partial(_moments_of, self, places), groups) if part is not None]
         return functools.reduce(Moments.plus, parts) if parts else None
+
+
+def renumbered(places: pa.Table, names: Sequence[str], uris: Sequence[str]) -> pa.Table:
+    """Places (key, embeddings_file, embeddings_row) with the numbers of the files in a version of the table.
+
+    Args:
+        names: names of the files in the order of their numbers in `places`.
+        uris: files of the version.
+    """
+    numbers = pc.index_in(pa.array(names, pa.string()), value_set=pa.array(list(map(_name, uris)), pa.string()))
+    return places.set_column(1, "embeddings_file", numbers.take(places["embeddings_file"].combine_chunks()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -514,15 +663,19 @@ def _kept_keys(selection: str, key_range: KeyRange) -> pa.Array:
     return table.filter(pc.equal(table["status"], rows.KEPT))["key"].combine_chunks()
 
 
-def _score_files(config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]]) -> list[pa.Table]:
+def _score_files(
+    config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]], with_captions: bool = False
+) -> list[pa.Table]:
     parts = []
+    others = ["caption"] if with_captions else []
     for number, uri in numbered:
-        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", "tokens_lost"])
+        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", "tokens_lost", *others])
         scores = score(embedded, torch.tensor(vectors(embedded["image_embedding"])), config)
         scores = scores.append_column("tokens_lost", embedded["tokens_lost"])
         file = pa.repeat(pa.scalar(number, pa.int32()), embedded.num_rows)
         scores = scores.append_column("embeddings_file", file)
-        parts.append(scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32())))
+        scores = scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32()))
+        parts.append(scores.append_column("caption", embedded["caption"]) if with_captions else scores)
     return ranges.split_by_key(pa.concat_tables(parts), count)
 
 
@@ -571,17 +724,22 @@ def _moments_of(source: EmbeddedRows, places: str, group: Sequence[Block]) -> Mo
     return total
 
 
-def choose_heldout(selection: str, pairs: str, source: EmbeddedRows) -> pa.Table:
+def choose_heldout(selection: str, pairs: str, source: EmbeddedRows, lookups: str) -> pa.Table:
     """The held-out rows with the smallest keys, at most `MAX_HELDOUT`; training rows if nothing is held out.
 
     See `Snapshot.heldout_rows`.
+
+    Args:
+        lookups: folder for look-ups of the captions of training rows; none are written if nothing is held out.
     """
+    files.delete(lookups)  # of an earlier attempt
     chosen = _first_rows(selection, pairs, source, "holdout")
     if not chosen.num_rows:
         first = _first_rows(selection, pairs, source, "train")
         return first.append_column("is_trained_on", pa.repeat(True, first.num_rows))
     captions = chosen["caption"].combine_chunks().unique()
-    found = run_all(functools.partial(_captions_trained_on, selection, pairs, captions), source.key_ranges())
+    search = functools.partial(_captions_trained_on, selection, pairs, captions, lookups)
+    found = run_all(search, source.key_ranges())
     trained_on = pa.concat_arrays(found).unique()
     return chosen.append_column("is_trained_on", pc.is_in(chosen["caption"], value_set=trained_on))
 
@@ -599,12 +757,15 @@ def _first_rows(selection: str, pairs: str, source: EmbeddedRows, split: Split) 
     return pa.concat_tables(parts)
 
 
-def _captions_trained_on(selection: str, pairs: str, captions: pa.Array, key_range: KeyRange) -> pa.Array:
-    """Captions, among these, that a training row of the key range has."""
+def _captions_trained_on(selection: str, pairs: str, captions: pa.Array, lookups: str, key_range: KeyRange) -> pa.Array:
+    """Captions, among these, that a training row of the key range has; writes a look-up of all of them."""
     kept = ranges.read_range(selection, key_range, ["key", "split"])
     trained_on = kept.filter(pc.equal(kept["split"], "train"))["key"].combine_chunks()
-    listed = ranges.read_range(pairs, key_range, ["key", "caption"])
-    listed = listed.filter(pc.is_in(listed["key"], value_set=trained_on))
+    listed = ranges.read_range(pairs, key_range, ["key", "caption", "status"])
+    listed = listed.filter(
+        pc.and_(pc.equal(listed["status"], rows.KEPT), pc.is_in(listed["key"], value_set=trained_on))
+    )
+    _write_captions(lookups, key_range, listed["caption"], listed["caption"].slice(0, 0))
     return listed.filter(pc.is_in(listed["caption"], value_set=captions))["caption"].combine_chunks().unique()
 
 

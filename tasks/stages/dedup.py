@@ -6,7 +6,7 @@ captions of a kept image's URL are kept with it, and are on the same side of the
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -30,7 +30,7 @@ from tasks.index import find_newest, index_files, read_index
 from tasks.keys import key_texts
 from tasks.near_duplicates import MAX_DISTANCE
 from tasks.new_duplicates import MAX_NEW_ROWS, Lookups, find_changes, write_lookups
-from tasks.places import KeptRows, write_places
+from tasks.places import EarlierPlaces, KeptRows, file_names, write_changed, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip.config import fingerprint, require, to_dict
@@ -64,7 +64,7 @@ def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Outpu
     """
     facts = filter.facts
     changes = _find_changes(context, config, filter)
-    found = None if changes is None else _continue(context, config, changes)
+    found = None if changes is None else _continue(context, config, facts, changes)
     if found is None:
         found = _select_all(context, config, filter)
     counts = found.sums.counts
@@ -72,8 +72,12 @@ def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Outpu
 
     kept = KeptRows(found.folder, facts["images"], facts["images_version"], facts["index_version"])
     places, key_ranges = f"{context.folder}/places", ranges.ranges(ranges.range_count(found.folder))
-    write_places(places, key_ranges, kept.read, kept.num_files(), counts["rows"][rows.KEPT])
-    read = {"selection": filter.uri} | {name: facts[name] for name in ("pairs", "images", "index_version")}
+    if found.places is None:
+        write_places(places, key_ranges, kept.read, kept.num_files(), counts["rows"][rows.KEPT])
+    else:
+        found.places.write(places, counts["rows"][rows.KEPT])
+    read = {name: facts[name] for name in ("pairs", "images", "images_version", "index_version")}
+    read |= {"selection": filter.uri, "places": places}
     others = {"lookups": found.lookups, "other_captions": found.other_captions}
     settings = _settings(config)
     generation = Generation(context.folder, settings, found.folder, read, found.sums, found.changed, others)
@@ -95,6 +99,8 @@ class _Selected:
     """Kept rows with the bytes of an earlier kept row."""
     lookups: list[str]
     """Folders of the look-ups of all layers; none if hashes may differ."""
+    places: EarlierPlaces | None = None
+    """Places to continue, if there are any."""
 
 
 def _settings(config: DedupConfig) -> str:
@@ -130,6 +136,7 @@ class _Changes:
 
 
 _COMPARED = ["key", "url", "sha256", "phash", "colour"]
+_PLACE = ["key", "part", "row"]
 
 
 def _find_changes(context: StageContext, config: DedupConfig, filter: Artifact) -> _Changes | None:
@@ -156,7 +163,9 @@ def _find_changes(context: StageContext, config: DedupConfig, filter: Artifact) 
     return _Changes(layer, selection, all_index, [uri for uri in all_index if uri not in known])
 
 
-def _continue(context: StageContext, config: DedupConfig, changes: _Changes) -> _Selected | None:
+def _continue(
+    context: StageContext, config: DedupConfig, facts: Mapping[str, Any], changes: _Changes
+) -> _Selected | None:
     """Write a layer with the rows that are new, and those whose fate they change; None if their effects are not limited."""
     layer, earlier = changes.layer, changes.layer.earlier
     key_ranges = layer.key_ranges()
@@ -179,13 +188,15 @@ def _continue(context: StageContext, config: DedupConfig, changes: _Changes) -> 
     scratch = f"{context.intermediate}/fates"
     for key_range, part in zip(key_ranges, split_rows(effects.fates, len(key_ranges)), strict=True):
         write_rows(f"{scratch}/{key_range}.rows", part)
-    sums, changed = layer.finish(
-        run_all(functools.partial(_write_changes, changes, scratch, config.holdout), key_ranges)
-    )
+    kept = KeptRows(layer.folder, *(facts[name] for name in ("images", "images_version", "index_version")))
+    write = functools.partial(_write_changes, changes, kept, f"{context.intermediate}/added", scratch, config.holdout)
+    sums, changed = layer.finish(run_all(write, key_ranges))
     reasons, before = (effects.fates[name].to_numpy() for name in ("reason", "reason_before"))
     captions = int((reasons == CAPTION).sum()) - int((before == CAPTION).sum())
     other_captions = earlier.others["other_captions"] + captions
-    return _Selected(layer.folder, sums, changed, other_captions, [*folders, own])
+    names = file_names(kept.images, earlier.read["images_version"]), file_names(kept.images, kept.images_version)
+    places = EarlierPlaces(earlier.read["places"], {"images": names}, scratch, key_ranges)
+    return _Selected(layer.folder, sums, changed, other_captions, [*folders, own], places)
 
 
 def _values(table: pa.Table) -> list[list[Any]]:
@@ -203,7 +214,8 @@ def _find_added(changes: _Changes, captions: KeepCaptions, folder: str, key_rang
     prior = _prior(changes.layer, key_range, changed["key"])
     if not pc.all(pc.is_in(prior["key"], value_set=kept), min_count=0).as_py():
         return None
-    table = find_newest(changes.all_index, changes.index, key_range, kept, _COMPARED)
+    table = find_newest(changes.all_index, changes.index, key_range, kept, [*_COMPARED, *_PLACE[1:]])
+    write_rows(f"{folder}/{key_range}.index", table.select(_PLACE))
     was_compared = pc.is_in(table["key"], value_set=prior["key"].combine_chunks())
     uris = []
     for name, part in (("added", table.filter(pc.invert(was_compared))), ("still", table.filter(was_compared))):
@@ -219,8 +231,15 @@ def _prior(layer: Layer, key_range: KeyRange, keys: pa.ChunkedArray) -> pa.Table
     return before.filter(pc.or_(is_duplicate, pc.equal(before["status"], rows.KEPT)))
 
 
-def _write_changes(changes: _Changes, scratch: str, holdout: float, key_range: KeyRange) -> tuple[Sums, Sums]:
-    """Write the rows of one range that are new or changed; see `Layer.write`."""
+def _write_changes(
+    changes: _Changes, kept: KeptRows, added: str, scratch: str, holdout: float, key_range: KeyRange
+) -> tuple[Sums, Sums]:
+    """Write the rows of one range that are new or changed, and their places; see `Layer.write`.
+
+    Args:
+        added: folder of `_find_added`.
+        scratch: folder with the fates of the range, and for its places.
+    """
     layer, fates = changes.layer, read_rows(f"{scratch}/{key_range}.rows")
     keys, first = (
         key_texts(np.stack([fates[f"{name}high"].to_numpy(), fates[f"{name}low"].to_numpy()], axis=1))
@@ -242,7 +261,15 @@ def _write_changes(changes: _Changes, scratch: str, holdout: float, key_range: K
     split = splits(table, holdout, pa.table({"key": keys, "first": first}).filter(is_caption))
     before = prior["split"].take(pc.index_in(table["key"], value_set=prior["key"].combine_chunks()))
     before = pc.if_else(pc.equal(table["status"], rows.KEPT), before, pa.scalar(None, pa.string()))
-    return layer.write(key_range, table.append_column("split", pc.coalesce(before, split)))
+    table = table.append_column("split", pc.coalesce(before, split))
+    is_kept = pc.equal(table["status"], rows.KEPT)
+    wanted = table.filter(is_kept).select(["key", "split"])
+    index = read_rows(f"{added}/{key_range}.index")
+    others = wanted["key"].filter(pc.invert(pc.is_in(wanted["key"], value_set=index["key"].combine_chunks())))
+    if len(others):
+        index = pa.concat_tables([index, ranges.find_rows(changes.all_index, others.to_pylist(), _PLACE)])
+    write_changed(scratch, key_range, kept.place(wanted, index), pc.unique(table["key"].combine_chunks()))
+    return layer.write(key_range, table)
 
 
 def _undropped(selection: pa.Table) -> pa.Table:

@@ -36,7 +36,7 @@ import ray
 from tasks import generations, ranges, rows, tables
 from tasks.dataflow import run_all
 from tasks.generations import Generation, Sums
-from tasks.index import find_newest, index_files, index_uri, read_index, update_index
+from tasks.index import index_files, index_uri, read_index, update_index
 from tasks.lanes import WAITING_PER_TASK, Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
 from tasks.nodes import with_egress
 from tasks.ranges import KeyRange
@@ -426,12 +426,11 @@ class _Changes:
         Args:
             files: files of the whole index.
         """
-        new = read_index(self.index, key_range, ["key"])["key"].combine_chunks()
-        if not self.has_others:
-            rest = keys.filter(pc.invert(pc.is_in(keys, value_set=new)))
-            known = pa.concat_arrays([new, self.known(key_range, rest)])
-            keys = keys.filter(pc.is_in(keys, value_set=known))
-        return find_newest(files, self.index, key_range, keys.combine_chunks(), columns)
+        new = read_index(self.index, key_range, columns)
+        found = new.filter(pc.is_in(new["key"], value_set=keys.combine_chunks()))
+        rest = keys.filter(pc.invert(pc.is_in(keys, value_set=found["key"].combine_chunks())))
+        old = rest if self.has_others else self.known(key_range, rest)
+        return pa.concat_tables([found, ranges.find_rows(files, old.to_pylist(), columns)]) if len(old) else found
 
 
 def _find_changes(store: Store, pairs: str, table_uri: str, index_version: int) -> _Changes | None:

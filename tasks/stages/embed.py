@@ -192,6 +192,8 @@ def _new_missing_rows(kept: KeptRows, changes: _Changes, pending: pa.Array, key_
     embedded = ranges.known_keys(changes.earlier.others["keys"], key_range, wanted["key"])
     is_embedded = pc.is_in(wanted["key"], value_set=pa.concat_arrays([embedded, pending]))
     wanted = wanted.filter(pc.invert(is_embedded))
+    if not wanted.num_rows:
+        return kept.place(wanted, _NO_PLACES)
     index = find_newest(
         changes.all_index, changes.index, key_range, wanted["key"].combine_chunks(), ["key", "part", "row"]
     )
