@@ -24,6 +24,8 @@ from unclip.data import Places, vectors
 from unclip.errors import StageError
 
 SPLITS = ("train", "holdout")
+PLACED = "placed"
+"""Folder in a layer of a selection with the places of its rows; see `write_changed`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,7 @@ class EarlierPlaces:
         num_files = len(self.names["images"][1])
         count = min(ranges.num_ranges(num_rows), max(1, num_files))
         numbers = {table: _new_numbers(*names) for table, names in self.names.items()}
-        gone = pa.concat_arrays([_read_changed(self.changed, key_range)[1] for key_range in self.key_ranges])
+        gone = pa.concat_arrays([read_changed(self.changed, key_range)[1] for key_range in self.key_ranges])
         move = functools.partial(_move, self, numbers, gone, num_files, count)
         items: list[Block | KeyRange] = [*blocks(self.folder), *self.key_ranges]
         return sum(exchange(move, items, count, functools.partial(_merge_moved, folder, count)))
@@ -147,7 +149,8 @@ def write_changed(folder: str, key_range: KeyRange, placed: pa.Table, keys: pa.A
     write_rows(f"{folder}/{key_range}.keys", pa.table({"key": key_octets(keys)}))
 
 
-def _read_changed(folder: str, key_range: KeyRange) -> tuple[pa.Table, pa.Array]:
+def read_changed(folder: str, key_range: KeyRange) -> tuple[pa.Table, pa.Array]:
+    """Places of the rows that `write_changed` wrote, and the keys of all rows that have changed, as 16 bytes."""
     placed, keys = (read_rows(f"{folder}/{key_range}.{name}") for name in ("placed", "keys"))
     return placed, keys["key"].combine_chunks()
 
@@ -167,7 +170,7 @@ def _move(
     item: Block | KeyRange,
 ) -> list[pa.Table]:
     if isinstance(item, KeyRange):
-        placed, _ = _read_changed(earlier.changed, item)
+        placed, _ = read_changed(earlier.changed, item)
         columns = {name: placed[name] for name in placed.column_names}
         table = pa.table(columns | {"key": key_octets(placed["key"])})
     else:

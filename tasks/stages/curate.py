@@ -25,12 +25,14 @@ from tasks.index import find_newest, index_files, read_index
 from tasks.keys import octet_texts
 from tasks.lookups import look_up, write_lookup
 from tasks.places import (
+    PLACED,
     Block,
     EarlierPlaces,
     KeptRows,
     blocks,
     file_names,
     open_block,
+    read_changed,
     read_vectors,
     write_changed,
     write_places,
@@ -327,7 +329,7 @@ class _Changed:
     num_scored: int
     """Added to their number."""
     added: pa.Table
-    """Places of rows that are trained on now: embeddings_file, embeddings_row."""
+    """Places of rows that are trained on now, but for those with new embeddings: embeddings_file, embeddings_row."""
     removed: pa.Table
     """Places of rows that are no longer trained on."""
     heldout: pa.Table
@@ -346,7 +348,7 @@ def _continue(
     numbered = [(number[_name(uri)], uri) for uri in changes.embeddings]
     groups = [numbered[start : start + FILES_AT_ONCE] for start in range(0, len(numbered), FILES_AT_ONCE)]
     scratch = f"{context.intermediate}/scored"
-    score_new = functools.partial(_score_files, config, count, with_captions=True)
+    score_new = functools.partial(_score_files, config, count, keeps_rows=True)
     exchange(score_new, groups, count, functools.partial(_keep_scored, scratch))
     write = functools.partial(_write_changes, changes, source, config, scratch, bool(groups))
     found = run_all(write, layer.key_ranges())
@@ -359,6 +361,9 @@ def _continue(
     uris = [f"{source.embeddings}/{name}" for name in changes.names]
     tensors, record = checkpoints.load(f"{earlier.folder}/moments")
     moments = Moments(record["rows"], tensors["moments"]["total"], tensors["moments"]["products"])
+    for key_range in layer.key_ranges():
+        new = read_rows(f"{scratch}/{key_range}.vectors")
+        moments = moments.plus(Moments.of(torch.tensor(vectors(new["image_embedding"])))) if new.num_rows else moments
     for name, sign in (("added", 1), ("removed", -1)):
         places = pa.concat_tables(getattr(part, name) for part in parts)
         for start in range(0, places.num_rows, _MOMENTS_AT_ONCE):
@@ -459,12 +464,15 @@ def _write_changes(
     kept = pc.unique(listed.filter(pc.equal(listed["status"], rows.KEPT))["key"].combine_chunks())
     was_scored = old_scores["key"].combine_chunks()
     new = kept.filter(pc.invert(pc.is_in(kept, value_set=was_scored)))
-    scores, captions = old_scores.slice(0, 0), pa.table({"key": new.slice(0, 0), "caption": new.slice(0, 0)})
+    nothing = new.slice(0, 0)
+    scores, captions = old_scores.slice(0, 0), pa.table({"key": nothing, "caption": nothing})
+    embedded = pa.table({"key": nothing, "image_embedding": pa.array([], pa.list_(pa.float32()))})
     if has_new:
         scored = read_rows(f"{scratch}/{key_range.index:05d}.scored")
         scored = scored.filter(pc.is_in(scored["key"], value_set=new)).sort_by("key")
         captions = scored.select(["key", "caption"])
-        scores = scored.drop_columns("caption").cast(old_scores.schema)
+        embedded = scored.select(["key", "image_embedding"])
+        scores = scored.drop_columns(["caption", "image_embedding"]).cast(old_scores.schema)
     if not scores["key"].combine_chunks().equals(new.take(pc.sort_indices(new))):
         return None
     gone = old_scores.filter(pc.invert(pc.is_in(was_scored, value_set=kept)))
@@ -474,11 +482,16 @@ def _write_changes(
     table = rows.drop(listed, out_of_bounds(all_scores.filter(pc.is_in(all_scores["key"], value_set=kept)), config))
     sums = layer.write(key_range, table)
     selected = table.filter(pc.equal(table["status"], rows.KEPT)).select(["key", "split"])
-    index = find_newest(
-        changes.all_index, changes.index, key_range, selected["key"].combine_chunks(), ["key", "part", "row"]
-    )
+    if len(changes.selection) == 1 and PLACED in files.names(changes.selection[0]):
+        in_images, _ = read_changed(f"{changes.selection[0]}/{PLACED}", key_range)
+        in_images = in_images.filter(pc.is_in(in_images["key"], value_set=selected["key"].combine_chunks()))
+    else:
+        index = find_newest(
+            changes.all_index, changes.index, key_range, selected["key"].combine_chunks(), ["key", "part", "row"]
+        )
+        in_images = source.kept.place(selected, index)
     numbers = renumbered(all_scores.select(["key", "embeddings_file", "embeddings_row"]), changes.names, source.uris())
-    placed = source.kept.place(selected, index).join(numbers, "key").sort_by("key")
+    placed = in_images.join(numbers, "key").sort_by("key")
     write_changed(scratch, key_range, placed, pc.unique(table["key"].combine_chunks()))
     trained, trained_before = (part.filter(pc.equal(part["split"], "train"))["key"] for part in (table, old))
     added = trained.filter(pc.invert(pc.is_in(trained, value_set=trained_before.combine_chunks())))
@@ -497,6 +510,9 @@ def _write_changes(
         for keys in (added, removed)
     ]
     _write_captions(f"{changes.scores}/captions", key_range, *texts)
+    known = embedded.filter(pc.is_in(embedded["key"], value_set=added.combine_chunks()))
+    write_rows(f"{scratch}/{key_range}.vectors", known.select(["image_embedding"]))
+    added = added.filter(pc.invert(pc.is_in(added, value_set=known["key"].combine_chunks())))
     places = all_scores.select(["key", "embeddings_file", "embeddings_row"])
     total = sum(
         sign * float(np.sum(part["clip_score"].to_numpy(), dtype=np.float64))
@@ -664,10 +680,10 @@ def _kept_keys(selection: str, key_range: KeyRange) -> pa.Array:
 
 
 def _score_files(
-    config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]], with_captions: bool = False
+    config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]], keeps_rows: bool = False
 ) -> list[pa.Table]:
     parts = []
-    others = ["caption"] if with_captions else []
+    others = ["caption"] if keeps_rows else []
     for number, uri in numbered:
         embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", "tokens_lost", *others])
         scores = score(embedded, torch.tensor(vectors(embedded["image_embedding"])), config)
@@ -675,7 +691,9 @@ def _score_files(
         file = pa.repeat(pa.scalar(number, pa.int32()), embedded.num_rows)
         scores = scores.append_column("embeddings_file", file)
         scores = scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32()))
-        parts.append(scores.append_column("caption", embedded["caption"]) if with_captions else scores)
+        for name in ("caption", "image_embedding") if keeps_rows else ():
+            scores = scores.append_column(name, embedded[name])
+        parts.append(scores)
     return ranges.split_by_key(pa.concat_tables(parts), count)
 
 

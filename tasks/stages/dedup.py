@@ -30,7 +30,7 @@ from tasks.index import find_newest, index_files, read_index
 from tasks.keys import key_texts
 from tasks.near_duplicates import MAX_DISTANCE
 from tasks.new_duplicates import MAX_NEW_ROWS, Lookups, find_changes, write_lookups
-from tasks.places import EarlierPlaces, KeptRows, file_names, write_changed, write_places
+from tasks.places import PLACED, EarlierPlaces, KeptRows, file_names, write_changed, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip.config import fingerprint, require, to_dict
@@ -195,7 +195,7 @@ def _continue(
     captions = int((reasons == CAPTION).sum()) - int((before == CAPTION).sum())
     other_captions = earlier.others["other_captions"] + captions
     names = file_names(kept.images, earlier.read["images_version"]), file_names(kept.images, kept.images_version)
-    places = EarlierPlaces(earlier.read["places"], {"images": names}, scratch, key_ranges)
+    places = EarlierPlaces(earlier.read["places"], {"images": names}, f"{layer.folder}/{PLACED}", key_ranges)
     return _Selected(layer.folder, sums, changed, other_captions, [*folders, own], places)
 
 
@@ -238,7 +238,7 @@ def _write_changes(
 
     Args:
         added: folder of `_find_added`.
-        scratch: folder with the fates of the range, and for its places.
+        scratch: folder with the fates of the range.
     """
     layer, fates = changes.layer, read_rows(f"{scratch}/{key_range}.rows")
     keys, first = (
@@ -268,7 +268,9 @@ def _write_changes(
     others = wanted["key"].filter(pc.invert(pc.is_in(wanted["key"], value_set=index["key"].combine_chunks())))
     if len(others):
         index = pa.concat_tables([index, ranges.find_rows(changes.all_index, others.to_pylist(), _PLACE)])
-    write_changed(scratch, key_range, kept.place(wanted, index), pc.unique(table["key"].combine_chunks()))
+    write_changed(
+        f"{layer.folder}/{PLACED}", key_range, kept.place(wanted, index), pc.unique(table["key"].combine_chunks())
+    )
     return layer.write(key_range, table)
 
 
