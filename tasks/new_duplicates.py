@@ -139,12 +139,11 @@ def _firsts(groups: pa.Table) -> pa.Table:
 def _has_other_look(before: pa.Table, after: pa.Table) -> bool:
     """Return True if a group has got another first row that differs in its look from the one before."""
     old, new = (table.filter(table["is_first"]) for table in (before, after))
-    # Both are sorted by digest, and the groups before are among those after.
-    numbers = [np.stack([table[name].to_numpy() for name in ("digest", "digest_low")], axis=1) for table in (old, new)]
-    if not len(numbers[0]):
+    if not old.num_rows:
         return False
-    known = {tuple(digest): row for row, digest in enumerate(numbers[1].tolist())}
-    places = np.array([known[tuple(digest)] for digest in numbers[0].tolist()])
+    digests, sought = (_bytes(pair_octets(table["digest"], table["digest_low"])) for table in (new, old))
+    order = np.argsort(digests)
+    places = order[np.searchsorted(digests[order], sought)]  # every group before is among those after
     return any(
         (old[name].to_numpy(zero_copy_only=False) != new[name].to_numpy(zero_copy_only=False)[places]).any()
         for name in ("hash", "has_hash", "cell")

@@ -104,12 +104,6 @@ def _root(folder: str) -> str:
     return folder.rsplit("/", 2)[0]
 
 
-def layers_since(folder: str, earlier: str) -> list[str] | None:
-    """Layers of a table that were added since it was `earlier`; None if it does not continue that folder."""
-    found = layers(folder)
-    return found[found.index(earlier) + 1 :] if earlier in found else None
-
-
 def range_files(folder: str) -> list[str]:
     """URIs of the files of a folder, without earlier layers, in order of their ranges.
 
@@ -177,7 +171,7 @@ def read_range(
 def read_layers(
     folders: Sequence[str], key_range: KeyRange = KeyRange(0, 1), columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Rows of one key range of some layers, such as those that `layers_since` returns, sorted by key."""
+    """Rows of one key range of some layers, such as those that were added since an earlier refresh, sorted by key."""
     parts = [_read_files(range_files(folder), key_range, columns) for folder in folders]
     return _newest(parts, [_removed(folder, key_range) for folder in folders])
 
@@ -209,6 +203,8 @@ def _newest(parts: Sequence[pa.Table], removed: Sequence[pa.Array]) -> pa.Table:
 
 def _read_files(uris: Sequence[str], key_range: KeyRange, columns: Sequence[str] | None) -> pa.Table:
     parts = [_part(uri, key_range, columns) for uri in uris if range_of_file(uri).overlaps(key_range)]
+    if not parts:  # of a folder that a killed process began
+        return tables.read_keys(uris[0], pa.array([], pa.string()), columns)
     return pa.concat_tables(parts, promote_options="default")
 
 
