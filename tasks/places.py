@@ -171,8 +171,7 @@ def _move(
 ) -> list[pa.Table]:
     if isinstance(item, KeyRange):
         placed, _ = read_changed(earlier.changed, item)
-        columns = {name: placed[name] for name in placed.column_names}
-        table = pa.table(columns | {"key": key_octets(placed["key"])})
+        table = placed.set_column(placed.column_names.index("key"), "key", key_octets(placed["key"]))
     else:
         parts = []
         for split in SPLITS:
@@ -184,8 +183,8 @@ def _move(
             moved = new[table[f"{name}_file"].to_numpy()]
             assert not (moved < 0).any(), f"{earlier.folder} has rows in files of {name} that are gone"
             table = table.set_column(table.column_names.index(f"{name}_file"), f"{name}_file", pa.array(moved))
-    columns = ["key", "split", *(f"{name}_{kind}" for name in numbers for kind in ("file", "row"))]
-    table = table.select(columns).cast(pa.schema([_FIELDS.get(name) or pa.field(name, pa.int32()) for name in columns]))
+    names = ["key", "split", *(f"{name}_{kind}" for name in numbers for kind in ("file", "row"))]
+    table = table.select(names).cast(pa.schema([_FIELDS.get(name) or pa.field(name, pa.int32()) for name in names]))
     return ranges.split(table, table["images_file"].to_numpy().astype(np.int64) * count // max(1, num_files), count)
 
 
