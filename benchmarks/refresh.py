@@ -121,12 +121,12 @@ class Runs:
     def execute(self, name: str) -> Artifact:
         """Run one stage on the results of the others."""
         module = importlib.import_module(f"tasks.stages.{name}")
-        settings: dict[str, Any] = {
+        settings: dict[str, dict[str, Any]] = {
             "ingest": {"urls": self.data.list_uri},
             "download": {"tasks_in_flight": 1},
             "report": dict.fromkeys(("num_pictures", "num_at_edges", "num_clusters"), 0),  # the images are empty
-        }.get(name, {})
-        config = getattr(module, f"{name.capitalize()}Config")(**settings)
+        }
+        config = getattr(module, f"{name.capitalize()}Config")(**settings.get(name, {}))
         stage = getattr(module, name)
         if name == "ingest":
             config = stage.pin(config, Pinning(self.store, None))
@@ -143,6 +143,7 @@ class Runs:
                 self._write_images()
             if name == "embed":
                 self._write_embeddings()
+            importlib.import_module(f"tasks.stages.{name}")
             started, cpu_before = time.monotonic(), time.process_time()
             with counted() as counts:
                 self.execute(name)

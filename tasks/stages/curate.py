@@ -166,7 +166,7 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     if found.heldout is None:
         tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source, captions[0]))
     else:
-        captions = found.captions
+        captions = list(found.captions)
         tables.write_file(heldout, found.heldout)
     read = {"selection": facts["selection"], "pairs": facts["pairs"], **images, **embeddings}
     others = {
@@ -370,12 +370,12 @@ def _continue(
             vectors_read = read_vectors(places.slice(start, _MOMENTS_AT_ONCE), uris, "image_embedding")
             own = Moments.of(torch.tensor(vectors_read))
             moments = moments.plus(Moments(sign * own.count, sign * own.total, sign * own.products))
+    tables_read = (
+        ("images", source.kept.images, source.kept.images_version),
+        ("embeddings", source.embeddings, source.embeddings_version),
+    )
     names = {
-        name: tuple(file_names(uri, version) for version in (earlier.read[f"{name}_version"], now))
-        for name, uri, now in (
-            ("images", source.kept.images, source.kept.images_version),
-            ("embeddings", source.embeddings, source.embeddings_version),
-        )
+        name: (file_names(uri, earlier.read[f"{name}_version"]), file_names(uri, now)) for name, uri, now in tables_read
     }
     caption_folders = [*earlier.others["captions"], f"{changes.scores}/captions"]
     heldout = _continue_heldout(f"{earlier.folder}/heldout.parquet", parts, caption_folders, names)
@@ -391,7 +391,10 @@ _MOMENTS_AT_ONCE = 1 << 16
 
 
 def _continue_heldout(
-    earlier: str, parts: Sequence[_Changed], captions: Sequence[str], names: Mapping[str, Sequence[Sequence[str]]]
+    earlier: str,
+    parts: Sequence[_Changed],
+    captions: Sequence[str],
+    names: Mapping[str, tuple[Sequence[str], Sequence[str]]],
 ) -> pa.Table | None:
     """Rows that `choose_heldout` would return, from earlier ones; None if that takes all rows.
 
@@ -497,14 +500,8 @@ def _write_changes(
     added = trained.filter(pc.invert(pc.is_in(trained, value_set=trained_before.combine_chunks())))
     removed = trained_before.filter(pc.invert(pc.is_in(trained_before, value_set=trained.combine_chunks())))
     heldout = placed.filter(pc.equal(placed["split"], "holdout"))
-    wanted = pa.concat_tables(
-        [part.select(["key"]) for part in (pa.table({"key": added}), pa.table({"key": removed}), heldout)]
-    )
-    wanted = wanted.filter(pc.invert(pc.is_in(wanted["key"], value_set=captions["key"].combine_chunks())))
-    if wanted.num_rows:
-        listed = ranges.find_rows(changes.pairs, wanted["key"].to_pylist(), ["key", "caption", "status"])
-        listed = listed.filter(pc.equal(listed["status"], rows.KEPT)).select(["key", "caption"])
-        captions = pa.concat_tables([captions, listed])
+    chunks = [*added.chunks, *removed.chunks, *heldout["key"].chunks]
+    captions = _with_captions_of(pa.chunked_array(chunks, pa.string()), captions, changes)
     texts = [
         captions.filter(pc.is_in(captions["key"], value_set=keys.combine_chunks()))["caption"]
         for keys in (added, removed)
@@ -513,19 +510,27 @@ def _write_changes(
     known = embedded.filter(pc.is_in(embedded["key"], value_set=added.combine_chunks()))
     write_rows(f"{scratch}/{key_range}.vectors", known.select(["image_embedding"]))
     added = added.filter(pc.invert(pc.is_in(added, value_set=known["key"].combine_chunks())))
-    places = all_scores.select(["key", "embeddings_file", "embeddings_row"])
     total = sum(
         sign * float(np.sum(part["clip_score"].to_numpy(), dtype=np.float64))
         for part, sign in ((scores, 1), (gone, -1))
     )
-    return _Changed(
-        sums,
-        total,
-        scores.num_rows - gone.num_rows,
-        *(places.filter(pc.is_in(places["key"], value_set=keys.combine_chunks())) for keys in (added, removed)),
-        heldout.join(captions, "key").sort_by("key"),
-        pc.unique(table["key"].combine_chunks()),
-    )
+    moved = [
+        all_scores.filter(pc.is_in(all_scores["key"], value_set=keys.combine_chunks())) for keys in (added, removed)
+    ]
+    places = [part.select(["embeddings_file", "embeddings_row"]) for part in moved]
+    heldout = heldout.join(captions, "key").sort_by("key")
+    num_scored = scores.num_rows - gone.num_rows
+    return _Changed(sums, total, num_scored, places[0], places[1], heldout, pc.unique(table["key"].combine_chunks()))
+
+
+def _with_captions_of(keys: pa.ChunkedArray, known: pa.Table, changes: _Changes) -> pa.Table:
+    """Key and caption of some rows, of which some are known and the others are in the list."""
+    wanted = keys.filter(pc.invert(pc.is_in(keys, value_set=known["key"].combine_chunks())))
+    if not len(wanted):
+        return known
+    listed = ranges.find_rows(changes.pairs, wanted.to_pylist(), ["key", "caption", "status"])
+    listed = listed.filter(pc.equal(listed["status"], rows.KEPT)).select(["key", "caption"])
+    return pa.concat_tables([known, listed])
 
 
 @dataclasses.dataclass(frozen=True)
