@@ -220,19 +220,19 @@ def _find_added(changes: _Changes, captions: KeepCaptions, folder: str, key_rang
     """
     changed = ranges.read_layers(changes.selection, key_range)
     kept = pc.unique(changed.filter(pc.equal(changed["status"], rows.KEPT))["key"].combine_chunks())
-    prior = _prior(changes.layer, key_range, changed["key"])
-    if not pc.all(pc.is_in(prior["key"], value_set=kept), min_count=0).as_py():
+    former = _compared_before(changes.layer, key_range, changed["key"])
+    if not pc.all(pc.is_in(former["key"], value_set=kept), min_count=0).as_py():
         return None
     table = find_newest(changes.all_index, changes.index, key_range, kept, [*_COMPARED, *_PLACE[1:]])
     write_rows(f"{folder}/{key_range}.index", table.select(_PLACE))
-    was_compared = pc.is_in(table["key"], value_set=prior["key"].combine_chunks())
+    was_compared = pc.is_in(table["key"], value_set=former["key"].combine_chunks())
     uris = []
     for name, part in (("added", table.filter(pc.invert(was_compared))), ("still", table.filter(was_compared))):
         uris.append(write_rows(f"{folder}/{key_range}.{name}", compared(part, captions)))
     return uris[0], uris[1]
 
 
-def _prior(layer: Layer, key_range: KeyRange, keys: pa.ChunkedArray) -> pa.Table:
+def _compared_before(layer: Layer, key_range: KeyRange, keys: pa.ChunkedArray) -> pa.Table:
     """Rows of the earlier selection with some keys that were compared, so that they are kept or dropped as duplicates."""
     known = layer.known(key_range, keys)
     before = ranges.find_rows(layer.earlier.table, known.to_pylist())
@@ -257,18 +257,20 @@ def _write_changes(
     listed = ranges.read_layers(changes.selection, key_range)
     others = keys.filter(pc.invert(pc.is_in(keys, value_set=listed["key"].combine_chunks())))
     again = ranges.find_rows(layer.earlier.table, others.to_pylist())
-    prior = _prior(layer, key_range, listed["key"])  # rows in a layer again, which keep their fate unless it is changed
-    prior = prior.filter(pc.invert(pc.is_in(prior["key"], value_set=keys)))
+    former = _compared_before(
+        layer, key_range, listed["key"]
+    )  # rows in a layer again, which keep their fate unless it is changed
+    former = former.filter(pc.invert(pc.is_in(former["key"], value_set=keys)))
     again = _undropped(again).select(listed.column_names).cast(listed.schema)
     reasons = pa.array(REASONS, pa.string()).take(fates["reason"].combine_chunks())
     dropped = pa.table({"key": keys, "reason": reasons}).filter(reasons.is_valid())
     dropped = pa.concat_tables(
-        [dropped, prior.filter(prior["reason"].is_valid()).select(["key", "reason"]).cast(dropped.schema)]
+        [dropped, former.filter(former["reason"].is_valid()).select(["key", "reason"]).cast(dropped.schema)]
     )
     table = rows.drop(pa.concat_tables([listed, again]), dropped)
     is_caption = pc.equal(fates["reason"], CAPTION)
     split = splits(table, holdout, pa.table({"key": keys, "first": first}).filter(is_caption))
-    before = prior["split"].take(pc.index_in(table["key"], value_set=prior["key"].combine_chunks()))
+    before = former["split"].take(pc.index_in(table["key"], value_set=former["key"].combine_chunks()))
     before = pc.if_else(pc.equal(table["status"], rows.KEPT), before, pa.scalar(None, pa.string()))
     table = table.append_column("split", pc.coalesce(before, split))
     is_kept = pc.equal(table["status"], rows.KEPT)
