@@ -220,7 +220,7 @@ def _save_keys(context: StageContext, dedup: Artifact, table: str, changes: _Cha
     read = {"selection": dedup.uri, "embeddings_version": version}
     read |= {name: facts[name] for name in ("images", "index_version")}
     others = {"keys": [*earlier, folder], "ranges": count}
-    sums = Sums({name: facts[name] for name in ("rows", "reasons")}, 0)
+    sums = Sums({"rows": facts["rows"], "reasons": {}}, 0)
     generations.save(context, Generation(context.folder, table, dedup.uri, read, sums, 0, others))
     return earlier
 

@@ -303,7 +303,7 @@ def test_f190_a_refresh_that_is_killed_anywhere_continues(tmp_path: Path) -> Non
     write_file(urls, 1, random_rows(source, 30, written))
     armed = tmp_path / "armed"
     armed.mkdir()
-    points = [f"{moment} .*{path}" for path in CONTINUED for moment in ("before", "after")]
+    points = [f"{('before', 'after')[number % 2]} .*{path}" for number, path in enumerate(CONTINUED)]
     for number, point in enumerate(points):
         (armed / f"{number:03d}").write_text(point)
     code = f"from tests.tasks.test_generations import *; refresh_in_this_process({str(root)!r}, {str(urls)!r})"
