@@ -157,6 +157,8 @@ def _workers(name: str, rows: int, past: _PastRun) -> float:
 def _why_not(name: str, rows: int, past: _PastRun, config: PipelineConfig, dag: Dag, on_gpus: bool) -> str | None:
     """Reason why this work says nothing about the estimate; None if it does."""
     seconds = past.artifacts[name].seconds
+    if past.artifacts[name].facts.get("layers") and name not in ("download", "embed"):
+        return "it continued an earlier refresh"
     if seconds < MIN_SECONDS or (rows < MIN_ROWS and name != "evaluate"):
         return f"{rows:,} rows in {seconds:g} s are too few to measure"
     if not past.dag[name].stage.has_workers:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from tasks import dataflow, ranges
 from tasks.keys import KEY_DIGITS, hex_numbers, key_texts, pair_octets
+from tasks.lookups import write_lookup
 from tasks.near_duplicates import (
     colour_cells,
     find_looks,
@@ -31,9 +32,10 @@ ResultT = TypeVar("ResultT")
 KeepCaptions = Literal["one", "url", "image"]
 """Rows that are kept of equal bytes: the first; those with the URL of the first, which are its other captions; all."""
 
-_REASONS = ("duplicate_image", "near_duplicate", None)
-_BYTES, _LOOK, _CAPTION = range(len(_REASONS))
-_ROW = ["high", "low", "first_high", "first_low", "hash", "cell"]
+REASONS = ("duplicate_image", "near_duplicate", None, None)
+"""Reasons to drop a row; of captions of a kept image, and of first rows that are kept, there is none."""
+BYTES, LOOK, CAPTION, FIRST = range(len(REASONS))
+_ROW = ["high", "low", "first_high", "first_low", "hash", "cell", "digest", "digest_low"]
 
 
 def find_duplicates(
@@ -44,6 +46,7 @@ def find_duplicates(
     use: Callable[[KeyRange, pa.Table], ResultT],
     num_partitions: int | None = None,
     captions: KeepCaptions = "one",
+    lookups: str | None = None,
     **options: Any,
 ) -> list[ResultT]:
     """Find the rows with the same bytes as an earlier row, and those that look like an earlier row, in the order of keys.
@@ -63,6 +66,7 @@ def find_duplicates(
             function or a `functools.partial` of one.
         num_partitions: number of tasks among which rows are exchanged; by default the number of key ranges.
         captions: rows that are kept of equal bytes.
+        lookups: folder for look-ups of the rows, for `tasks.new_duplicates`.
         options: options of the Ray tasks.
 
     Returns:
@@ -78,7 +82,7 @@ def find_duplicates(
         functools.partial(_split_by_bytes, read, count, captions),
         ranges.ranges(num_ranges),
         count,
-        functools.partial(_keep_first, f"{scratch}/bytes", captions),
+        functools.partial(_keep_first, f"{scratch}/bytes", captions, lookups, count),
     )
     found = [[losers for _, losers in step]]
     if distance >= 0:
@@ -86,7 +90,7 @@ def find_duplicates(
             functools.partial(_split_by_hash, count),
             [rows for rows, _ in step],
             count,
-            functools.partial(_compare_equal_hashes, f"{scratch}/hashes"),
+            functools.partial(_compare_equal_hashes, f"{scratch}/hashes", lookups, count),
         )
         found.append([losers for _, losers in step])
     if distance > 0:
@@ -110,7 +114,12 @@ def find_duplicates(
 def _split_by_bytes(
     read: Callable[[KeyRange], pa.Table], count: int, captions: KeepCaptions, key_range: KeyRange
 ) -> list[pa.Table]:
-    table = read(key_range)
+    table = compared(read(key_range), captions)
+    return ranges.split(table, partition(table["digest"].to_numpy(), count), count)
+
+
+def compared(table: pa.Table, captions: KeepCaptions) -> pa.Table:
+    """What is compared of rows: high, low, digest, digest_low, hash, has_hash, cell, and url if `captions` is "url"."""
     # 128 of the 256 bits tell different bytes apart.
     digests = hex_numbers(table["sha256"], 64)[:, :2]
     rows = {
@@ -118,12 +127,22 @@ def _split_by_bytes(
         "digest": digests[:, 0],
         "digest_low": digests[:, 1],
         "hash": hex_numbers(table["phash"], 16)[:, 0],
-        "has_hash": table["phash"].is_valid(),
+        "has_hash": table["phash"].is_valid().to_numpy(),
         "cell": colour_cells(table["colour"]),
     }
     if captions == "url":
         rows["url"] = _url_numbers(table["url"])
-    return ranges.split(pa.table(rows), _partition(digests[:, 0], count), count)
+    return pa.table(rows)
+
+
+def bytes_uri(folder: str, index: int, count: int) -> str:
+    """Look-up of all rows of one partition by `digest`."""
+    return f"{folder}/bytes/{index:05d}-of-{count:05d}.arrow"
+
+
+def looks_uri(folder: str, index: int, count: int) -> str:
+    """Look-up of the first row of each look of one partition by `hash`."""
+    return f"{folder}/looks/{index:05d}-of-{count:05d}.arrow"
 
 
 def _url_numbers(urls: pa.ChunkedArray) -> np.ndarray:
@@ -135,31 +154,46 @@ def _url_numbers(urls: pa.ChunkedArray) -> np.ndarray:
     return numbers
 
 
-def _keep_first(folder: str, captions: KeepCaptions, index: int, pieces: list[pa.Table]) -> tuple[str, str]:
+def _keep_first(
+    folder: str, captions: KeepCaptions, lookups: str | None, count: int, index: int, pieces: list[pa.Table]
+) -> tuple[str, str]:
     """Find the first row of equal bytes and its captions; write those that are comparable, and the keys of all but the first."""
     table = pa.concat_tables(pieces)
-    table = table.take(np.lexsort([table[name].to_numpy() for name in ("low", "high", "digest_low", "digest")]))
+    if lookups is not None:
+        write_lookup(bytes_uri(lookups, index, count), table, "digest")
+    table = with_firsts(table, captions)
+    is_kept, is_first = (table[name].to_numpy() for name in ("is_kept", "is_first"))
+    table = table.drop_columns(["hash", "has_hash", "cell"])  # captions stay with their first row
+    table = table.rename_columns({f"first_{name}": name for name in ("hash", "has_hash", "cell")})
+    kept = table.filter(pa.array(is_kept & table["has_hash"].to_numpy())).select(_ROW)
+    reasons = np.where(is_kept, CAPTION, BYTES)
+    losers = _losers(table, ~is_first, reasons)
+    return write_rows(f"{folder}/{index:05d}.rows", kept), write_rows(f"{folder}/{index:05d}.found", losers)
+
+
+def with_firsts(table: pa.Table, captions: KeepCaptions) -> pa.Table:
+    """Rows sorted by their bytes, with the first row of each group.
+
+    Args:
+        table: columns of `compared`.
+
+    Returns:
+        The same columns; is_first; is_kept (true for first rows and their captions); and of the first row of each row's group
+        first_high, first_low, first_hash, first_has_hash and first_cell.
+    """
+    order = np.lexsort([table[name].to_numpy() for name in ("low", "high", "digest_low", "digest")])
+    table = table.take(pa.array(order)).combine_chunks()
     is_first = np.ones(table.num_rows, bool)
     digests = [np.diff(table[name].to_numpy()) != 0 for name in ("digest", "digest_low")]
     is_first[1:] = digests[0] | digests[1]
     first = np.maximum.accumulate(np.where(is_first, np.arange(table.num_rows), 0))
-    table = pa.table(
-        {
-            **{name: table[name] for name in table.column_names},
-            **{
-                name: table[name].take(first) for name in ("hash", "has_hash", "cell")
-            },  # captions stay with their first row
-            **{f"first_{name}": table[name].take(first) for name in ("high", "low")},
-        }
-    )
     is_kept = np.full(table.num_rows, captions == "image") | is_first
     if captions == "url":
         urls = table["url"].to_numpy()
         is_kept |= urls == urls[first]
-    kept = table.filter(pa.array(is_kept & table["has_hash"].to_numpy())).select(_ROW)
-    reasons = np.where(is_kept, _CAPTION, _BYTES)
-    losers = _losers(table, ~is_first, reasons)
-    return write_rows(f"{folder}/{index:05d}.rows", kept), write_rows(f"{folder}/{index:05d}.found", losers)
+    taken = {f"first_{name}": table[name].take(pa.array(first)) for name in ("high", "low", "hash", "has_hash", "cell")}
+    columns = {name: table[name] for name in table.column_names}
+    return pa.table({**columns, "is_first": is_first, "is_kept": is_kept, **taken})
 
 
 def _firsts(table: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -180,16 +214,21 @@ def _with_first(captions: pa.Table, firsts: pa.Table) -> pa.Table:
 
 def _split_by_hash(count: int, uri: str) -> list[pa.Table]:
     table = read_rows(uri)
-    return ranges.split(table, _partition(table["hash"].to_numpy(), count), count)
+    return ranges.split(table, partition(table["hash"].to_numpy(), count), count)
 
 
-def _compare_equal_hashes(folder: str, index: int, pieces: list[pa.Table]) -> tuple[str, str]:
+def _compare_equal_hashes(
+    folder: str, lookups: str | None, count: int, index: int, pieces: list[pa.Table]
+) -> tuple[str, str]:
     """Find near duplicates with an equal hash; write the looks with their captions, and the keys of the near duplicates."""
     table, captions = _firsts(in_order_of_keys(pieces))
     hashes, cells = table["hash"].to_numpy(), table["cell"].to_numpy()
     found = near_duplicates(hashes, 0, cells)
     looks, _ = find_looks(hashes, cells)
     distinct = table.take(looks).append_column("found", pa.array(found[looks]))
+    if lookups is not None:
+        named = ["hash", "cell", "high", "low", "digest", "digest_low"]
+        write_lookup(looks_uri(lookups, index, count), distinct.select(named), "hash")
     others = _with_first(captions, distinct.filter(pc.invert(distinct["found"])))
     distinct = pa.concat_tables([distinct, others.append_column("found", pa.array(np.zeros(others.num_rows, bool)))])
     losers = _losers_by_look(table.filter(pa.array(found)), captions)
@@ -214,7 +253,11 @@ def _compare_near_hashes(folder: str, distance: int, count: int, index: int, pie
 
 def split_by_range(count: int, uris: Sequence[str]) -> list[pa.Table]:
     """Divide the rows of intermediate files among key ranges."""
-    table = pa.concat_tables(map(read_rows, uris))
+    return split_rows(pa.concat_tables(map(read_rows, uris)), count)
+
+
+def split_rows(table: pa.Table, count: int) -> list[pa.Table]:
+    """Divide rows among key ranges by `high`, the first half of their keys."""
     return ranges.split(table, (table["high"].to_numpy() >> 32).astype(np.int64) * count >> 32, count)
 
 
@@ -224,7 +267,7 @@ def _use_found(use: Callable[[KeyRange, pa.Table], ResultT], count: int, index: 
     numbers, first = np.unique(numbers, axis=0, return_index=True)  # several bands may find a row
     table = table.take(first)
     firsts = np.stack([table["first_high"].to_numpy(), table["first_low"].to_numpy()], axis=1)
-    reasons = pa.array(_REASONS).take(table["reason"].combine_chunks())
+    reasons = pa.array(REASONS).take(table["reason"].combine_chunks())
     return use(
         KeyRange(index, count), pa.table({"key": key_texts(numbers), "reason": reasons, "first": key_texts(firsts)})
     )
@@ -235,7 +278,8 @@ def key_columns(numbers: np.ndarray) -> dict[str, np.ndarray]:
     return {"high": numbers[:, 0], "low": numbers[:, 1]}
 
 
-def _partition(numbers: np.ndarray, count: int) -> np.ndarray:
+def partition(numbers: np.ndarray, count: int) -> np.ndarray:
+    """Partition of each row, by a hash of it: [N] int64."""
     mixed = numbers * np.uint64(0x9E3779B97F4A7C15)  # hashes of images are less even than digests
     return ((mixed >> np.uint64(32)) % np.uint64(count)).astype(np.int64)
 
@@ -249,7 +293,7 @@ def in_order_of_keys(pieces: list[pa.Table]) -> pa.Table:
 def _losers_by_look(found: pa.Table, captions: pa.Table) -> pa.Table:
     """Near duplicates and their captions."""
     losers = pa.concat_tables([table.select(_ROW) for table in (found, _with_first(captions, found))])
-    return _losers(losers, np.ones(losers.num_rows, bool), np.full(losers.num_rows, _LOOK))
+    return _losers(losers, np.ones(losers.num_rows, bool), np.full(losers.num_rows, LOOK))
 
 
 def _losers(table: pa.Table, found: np.ndarray, reasons: np.ndarray) -> pa.Table:

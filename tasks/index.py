@@ -92,6 +92,23 @@ def read_index(files: Sequence[str], key_range: KeyRange, columns: Sequence[str]
     return ranges.read_range(files, key_range, columns)
 
 
+def find_newest(
+    files: Sequence[str], new: Sequence[str], key_range: KeyRange, keys: pa.Array, columns: Sequence[str]
+) -> pa.Table:
+    """Rows of the index with some keys of one range, sorted by key; reads little if most are in new files.
+
+    Args:
+        files: all files of the index.
+        new: those that are new since an earlier version.
+        columns: columns of `INDEX`, including `key`.
+    """
+    table = read_index(new, key_range, columns)
+    found = [table.filter(pc.is_in(table["key"], value_set=keys))]
+    rest = keys.filter(pc.invert(pc.is_in(keys, value_set=found[0]["key"].combine_chunks())))
+    found += [ranges.find_rows(files, rest.to_pylist(), columns)] if len(rest) else []
+    return pa.concat_tables(found).sort_by("key")
+
+
 def each_table(images: str, columns: Sequence[str], key_range: KeyRange | None = None) -> Iterator[pa.Table]:
     """Yield all rows of the newest version of an images table, a bounded number at once, even if the index is out of date.
 

@@ -7,7 +7,7 @@ by place; embedding and scoring go through the images table file by file.
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange
+from tasks.find_duplicates import read_rows, write_rows
 from tasks.index import index_files, read_index
 from tasks.keys import key_octets
 from tasks.ranges import KeyRange
@@ -23,6 +24,8 @@ from unclip.data import Places, vectors
 from unclip.errors import StageError
 
 SPLITS = ("train", "holdout")
+PLACED = "placed"
+"""Folder in a layer of a selection with the places of its rows; see `write_changed`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,15 @@ class KeptRows:
         selection = ranges.read_range(self.selection, key_range, ["key", "status", "split"])
         kept = selection.filter(pc.equal(selection["status"], rows.KEPT)).select(["key", "split"])
         index = read_index(index_files(self.images, self.index_version), key_range, ["key", "part", "row"])
+        return self.place(kept, index)
+
+    def place(self, kept: pa.Table, index: pa.Table) -> pa.Table:
+        """Rows with their places, sorted by key: see `read`.
+
+        Args:
+            kept: key, split.
+            index: key, part, row, of these and maybe other rows.
+        """
         found = kept.join(index, "key").sort_by("key")
         names = pa.array(
             [uri.rpartition("/")[2] for uri in tables.files(self.images, self.images_version)], pa.string()
@@ -71,6 +83,11 @@ class KeptRows:
     def num_files(self) -> int:
         """Number of files of the images table."""
         return len(tables.files(self.images, self.images_version))
+
+
+def file_names(table: str, version: int) -> list[str]:
+    """Names of the files of a table, in the order of their numbers in places."""
+    return [uri.rpartition("/")[2] for uri in tables.files(table, version)]
 
 
 def write_places(
@@ -93,6 +110,93 @@ def write_places(
     return sum(exchange(split, key_ranges, count, functools.partial(_merge, folder, count)))
 
 
+@dataclasses.dataclass(frozen=True)
+class EarlierPlaces:
+    """Places of an earlier refresh, most of which still hold."""
+
+    folder: str
+    names: Mapping[str, tuple[Sequence[str], Sequence[str]]]
+    """Table -> names of its files in the order of their numbers, then and now."""
+    changed: str
+    """Folder with a file of `write_changed` for each key range."""
+    key_ranges: Sequence[KeyRange]
+
+    def write(self, folder: str, num_rows: int) -> int:
+        """Write the places of all rows; returns their number.
+
+        Rows are moved as they are: their places are not looked up again, and nothing of them is decoded.
+
+        Args:
+            num_rows: number of rows, or an estimate.
+        """
+        num_files = len(self.names["images"][1])
+        count = min(ranges.num_ranges(num_rows), max(1, num_files))
+        numbers = {table: _new_numbers(*names) for table, names in self.names.items()}
+        gone = pa.concat_arrays([read_changed(self.changed, key_range)[1] for key_range in self.key_ranges])
+        move = functools.partial(_move, self, numbers, gone, num_files, count)
+        items: list[Block | KeyRange] = [*blocks(self.folder), *self.key_ranges]
+        return sum(exchange(move, items, count, functools.partial(_merge_moved, folder, count)))
+
+
+def write_changed(folder: str, key_range: KeyRange, placed: pa.Table, keys: pa.Array | pa.ChunkedArray) -> None:
+    """Write the places of the rows of one range that have changed.
+
+    Args:
+        placed: rows that are kept now: key (32 hex digits), split, and for each table `t` the columns `t_file` and `t_row`.
+        keys: keys of all rows that have changed, of which the earlier places do not count.
+    """
+    write_rows(f"{folder}/{key_range}.placed", placed)
+    write_rows(f"{folder}/{key_range}.keys", pa.table({"key": key_octets(keys)}))
+
+
+def read_changed(folder: str, key_range: KeyRange) -> tuple[pa.Table, pa.Array]:
+    """Places of the rows that `write_changed` wrote, and the keys of all rows that have changed, as 16 bytes."""
+    placed, keys = (read_rows(f"{folder}/{key_range}.{name}") for name in ("placed", "keys"))
+    return placed, keys["key"].combine_chunks()
+
+
+def _new_numbers(before: Sequence[str], now: Sequence[str]) -> np.ndarray:
+    """Number of each file now, by its number before: [N] int32; -1 if it is not there any more."""
+    number = {name: index for index, name in enumerate(now)}
+    return np.array([number.get(name, -1) for name in before], np.int32)
+
+
+def _move(
+    earlier: EarlierPlaces,
+    numbers: Mapping[str, np.ndarray],
+    gone: pa.Array,
+    num_files: int,
+    count: int,
+    item: Block | KeyRange,
+) -> list[pa.Table]:
+    if isinstance(item, KeyRange):
+        placed, _ = read_changed(earlier.changed, item)
+        table = placed.set_column(placed.column_names.index("key"), "key", key_octets(placed["key"]))
+    else:
+        parts = []
+        for split in SPLITS:
+            part = open_block(earlier.folder, item, split)
+            part = part.filter(pc.invert(pc.is_in(part["key"], value_set=gone)))
+            parts.append(part.append_column("split", pa.repeat(split, part.num_rows)))
+        table = pa.concat_tables(parts)
+        for name, new in numbers.items():
+            moved = new[table[f"{name}_file"].to_numpy()]
+            assert not (moved < 0).any(), f"{earlier.folder} has rows in files of {name} that are gone"
+            table = table.set_column(table.column_names.index(f"{name}_file"), f"{name}_file", pa.array(moved))
+    names = ["key", "split", *(f"{name}_{kind}" for name in numbers for kind in ("file", "row"))]
+    table = table.select(names).cast(pa.schema([_FIELDS.get(name) or pa.field(name, pa.int32()) for name in names]))
+    return ranges.split(table, table["images_file"].to_numpy().astype(np.int64) * count // max(1, num_files), count)
+
+
+_FIELDS = {"key": pa.field("key", pa.binary(16)), "split": pa.field("split", pa.string())}
+
+
+def _merge_moved(folder: str, count: int, output: int, pieces: list[pa.Table]) -> int:
+    listed = pa.concat_tables(pieces).combine_chunks()
+    order = np.lexsort([listed["images_row"].to_numpy(), listed["images_file"].to_numpy()])
+    return _write_block(folder, Block(output, count), listed.take(pa.array(order)))
+
+
 def blocks(folder: str) -> list[Block]:
     """Blocks of a folder of places, in the order of the images table."""
     names = [name for name in files.names(folder) if name.startswith(f"{SPLITS[0]}-")]
@@ -110,12 +214,18 @@ def _merge(folder: str, count: int, output: int, pieces: list[pa.Table]) -> int:
     listed = pa.concat_tables(pieces).sort_by([("images_file", "ascending"), ("images_row", "ascending")])
     columns = [name for name in listed.column_names if name.endswith(("_file", "_row"))]
     table = pa.table({"key": key_octets(listed["key"]), **{name: listed[name].cast(pa.int32()) for name in columns}})
+    return _write_block(folder, Block(output, count), table.append_column("split", listed["split"]))
+
+
+def _write_block(folder: str, block: Block, listed: pa.Table) -> int:
+    """Write the files of one block; returns the number of its rows."""
+    table = listed.drop_columns("split")
     for split in SPLITS:
         part = table.filter(pc.equal(listed["split"], split)).combine_chunks()
         sink = io.BytesIO()
         with pa.ipc.new_file(sink, part.schema) as writer:
             writer.write_table(part)
-        files.write(Block(output, count).uri(folder, split), seals.seal(sink.getvalue()))
+        files.write(block.uri(folder, split), seals.seal(sink.getvalue()))
     return int(table.num_rows)
 
 

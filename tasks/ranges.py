@@ -2,6 +2,9 @@
 
 Keys are hashes, so ranges of equal width hold about equally many rows. Two tables are joined range by range, without a
 shuffle, and a row is found by its key in one file. Files are named after their range; a file is sorted by key.
+
+A refresh changes few rows of a large table. Its folder may then hold only these, and name the earlier folders that hold the
+others: its layers. The rows of a key are those of the newest layer that has the key, or none if that layer says so.
 """
 
 import dataclasses
@@ -13,11 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import tables
-from tasks.keys import hex_numbers
+from tasks.keys import KEY_DIGITS, hex_numbers, key_texts
+from tasks.lookups import look_up, write_lookup
 from unclip import files
+
+EARLIER = "earlier.json"
+"""File in the folder of a layer that names the earlier ones."""
 
 ROWS_PER_RANGE = 1 << 17
 MAX_RANGES = 1024
+_REMOVED = "removed"
 _DIGITS = 8  # hex digits of a key that decide its range
 _NAME = re.compile(r"(\d{5})-of-(\d{5})")
 
@@ -73,8 +81,34 @@ def range_of_file(uri: str) -> KeyRange:
     return KeyRange(int(match[1]), int(match[2])) if match else KeyRange(0, 1)
 
 
+def layers(folder: str) -> list[str]:
+    """Folders that together hold a table, the oldest first; the last is the given one."""
+    if folder.endswith(".parquet") or EARLIER not in files.names(folder):
+        return [folder]
+    root = _root(folder)
+    return [*(f"{root}/{name}" for name in files.read_json(f"{folder}/{EARLIER}")["folders"]), folder]
+
+
+def write_earlier(folder: str, earlier: Sequence[str]) -> None:
+    """Make a folder a layer on top of earlier ones, which are results of the same stage; to be called before it is read.
+
+    The names are relative, so that a storage can be moved.
+    """
+    root = _root(folder)
+    assert all(_root(other) == root for other in earlier), f"{folder} and {earlier} are not of one stage"
+    files.write_json(f"{folder}/{EARLIER}", {"folders": [other.removeprefix(f"{root}/") for other in earlier]})
+
+
+def _root(folder: str) -> str:
+    """Folder of all results of the stage that wrote a folder."""
+    return folder.rsplit("/", 2)[0]
+
+
 def range_files(folder: str) -> list[str]:
-    """URIs of the files of a folder, in order of their ranges; a single Parquet file of an earlier release is one range."""
+    """URIs of the files of a folder, without earlier layers, in order of their ranges.
+
+    A single Parquet file of an earlier release is one range.
+    """
     if folder.endswith(".parquet"):
         return [folder]
     return [f"{folder}/{name}" for name in sorted(files.names(folder)) if _NAME.match(name)]
@@ -124,14 +158,54 @@ def read_range(
     """Rows of one key range, sorted by key and, if there are several files, in order of their names.
 
     Args:
-        source: a folder, or URIs of files that are named after ranges, possibly of several counts.
+        source: a folder, with its earlier layers, or URIs of files that are named after ranges, possibly of several counts.
         key_range: any range; the whole table by default.
         columns: columns to read, including `key`; None reads all.
     """
-    uris = range_files(source) if isinstance(source, str) else source
+    if isinstance(source, str):
+        return read_layers(layers(source), key_range, columns)
+    table = _read_files(source, key_range, columns)
+    return table.sort_by("key") if sum(range_of_file(uri).overlaps(key_range) for uri in source) > 1 else table
+
+
+def read_layers(
+    folders: Sequence[str], key_range: KeyRange = KeyRange(0, 1), columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Rows of one key range of some layers, such as those that were added since an earlier refresh, sorted by key."""
+    parts = [_read_files(range_files(folder), key_range, columns) for folder in folders]
+    return _newest(parts, [_removed(folder, key_range) for folder in folders])
+
+
+def write_removed(folder: str, key_range: KeyRange, keys: pa.ChunkedArray) -> None:
+    """Write the keys of one range that the earlier layers have and the table has not."""
+    tables.write_file(f"{folder}/{_REMOVED}/{key_range}.parquet", pa.table({"key": keys}))
+
+
+def _removed(folder: str, key_range: KeyRange) -> pa.Array:
+    """Keys that a layer takes away from earlier ones."""
+    if folder.endswith(".parquet") or _REMOVED not in files.names(folder):
+        return pa.array([], pa.string())
+    return _read_files(range_files(f"{folder}/{_REMOVED}"), key_range, ["key"])["key"].combine_chunks()
+
+
+def _newest(parts: Sequence[pa.Table], removed: Sequence[pa.Array]) -> pa.Table:
+    """Rows of all layers, sorted by key: of each key, those of the last layer that has it or has removed it."""
+    found = [(part, gone) for part, gone in zip(parts[:-1], removed[:-1], strict=True) if part.num_rows or len(gone)]
+    if not found:
+        return parts[-1]
+    kept, known = [parts[-1]], [parts[-1]["key"].combine_chunks(), removed[-1]]
+    for part, gone in reversed(found):
+        kept.append(part.filter(pc.invert(pc.is_in(part["key"], value_set=pa.concat_arrays(known)))))
+        known += [part["key"].combine_chunks(), gone]
+    rows = [part for part in reversed(kept) if part.num_rows]
+    return pa.concat_tables(rows or kept, promote_options="default").sort_by("key") if len(rows) != 1 else rows[0]
+
+
+def _read_files(uris: Sequence[str], key_range: KeyRange, columns: Sequence[str] | None) -> pa.Table:
     parts = [_part(uri, key_range, columns) for uri in uris if range_of_file(uri).overlaps(key_range)]
-    table = pa.concat_tables(parts, promote_options="default")
-    return table.sort_by("key") if len(parts) > 1 and not isinstance(source, str) else table
+    if not parts:  # of a folder that a killed process began
+        return tables.read_keys(uris[0], pa.array([], pa.string()), columns)
+    return pa.concat_tables(parts, promote_options="default")
 
 
 def read_all(source: str | Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
@@ -150,23 +224,30 @@ def _part(uri: str, key_range: KeyRange, columns: Sequence[str] | None) -> pa.Ta
 
 
 def find_rows(source: str | Sequence[str], keys: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows with these keys, sorted by key; opens only the files that may hold them.
+    """Rows with these keys, sorted by key; reads only the row groups that may hold them.
 
     Args:
         source, columns: see `read_range`.
     """
-    uris = range_files(source) if isinstance(source, str) else source
     wanted = pa.array(sorted(set(keys)), pa.string())
+    if isinstance(source, str):
+        folders = layers(source)
+        parts = [_find_in_files(range_files(folder), wanted, columns) for folder in folders]
+        return _newest(parts, [_removed(folder, KeyRange(0, 1)) for folder in folders])
+    return _find_in_files(source, wanted, columns).sort_by("key")
+
+
+def _find_in_files(uris: Sequence[str], wanted: pa.Array, columns: Sequence[str] | None) -> pa.Table:
+    """Rows with some keys, which are sorted, in the order of the files."""
     found = []
     for uri in uris:
         file_range = range_of_file(uri)
         inside = wanted.filter(pa.array(of_keys(wanted, file_range.count) == file_range.index))
         if len(inside):
-            table = tables.read_file(uri, columns)
-            found.append(table.filter(pc.is_in(table["key"], value_set=inside)))
-    if not found:
-        return tables.read_file(uris[0], columns).slice(0, 0)
-    return pa.concat_tables(found, promote_options="default").sort_by("key")
+            found.append(tables.read_keys(uri, inside, columns))
+    return pa.concat_tables(
+        found or [tables.read_keys(uris[0], wanted.slice(0, 0), columns)], promote_options="default"
+    )
 
 
 def write_range(folder: str, key_range: KeyRange, table: pa.Table) -> str:
@@ -174,3 +255,26 @@ def write_range(folder: str, key_range: KeyRange, table: pa.Table) -> str:
     uri = range_uri(folder, key_range)
     tables.write_file(uri, table)
     return uri
+
+
+def write_keys(folder: str, key_range: KeyRange, keys: pa.ChunkedArray) -> None:
+    """Write a look-up of the keys of one range beside its file."""
+    numbers = np.unique(hex_numbers(keys, KEY_DIGITS), axis=0)
+    write_lookup(_keys_uri(folder, key_range), pa.table({"high": numbers[:, 0], "low": numbers[:, 1]}), "high")
+
+
+def known_keys(folders: Sequence[str], key_range: KeyRange, keys: pa.ChunkedArray) -> pa.Array:
+    """Keys, among some of one range, that layers have according to the look-ups of `write_keys`.
+
+    Args:
+        folders: layers that are divided into these ranges.
+    """
+    if not (folders and len(keys)):
+        return pa.array([], pa.string())
+    found = look_up([_keys_uri(folder, key_range) for folder in folders], "high", hex_numbers(keys, KEY_DIGITS)[:, 0])
+    known = key_texts(np.stack([found["high"].to_numpy(), found["low"].to_numpy()], axis=1))
+    return known.filter(pc.is_in(known, value_set=keys.combine_chunks())).unique()
+
+
+def _keys_uri(folder: str, key_range: KeyRange) -> str:
+    return f"{folder}/keys/{key_range}.arrow"

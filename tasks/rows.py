@@ -143,6 +143,15 @@ def add_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"rows": dict(rows), "reasons": _by_frequency(reasons)}
 
 
+def subtract_counts(counts: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts of a table without some of its rows."""
+    rows, reasons = (collections.Counter(counts[name]) for name in ("rows", "reasons"))
+    rows.subtract(others["rows"])
+    reasons.subtract(others["reasons"])
+    assert min([*rows.values(), *reasons.values()]) >= 0, f"{others} is not part of {counts}"
+    return {"rows": dict(rows), "reasons": _by_frequency(+reasons)}
+
+
 def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
     """Most frequent reasons, for a message: `no_caption 12, http_404 3`."""
     return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])

@@ -472,6 +472,25 @@ def has_keys(uri: str, keys: pa.Array) -> bool:
     return read_parquet(uri, search)
 
 
+def read_keys(uri: str, keys: pa.Array, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of a Parquet file with some keys, in its order; reads only the row groups that may hold them.
+
+    Args:
+        keys: sorted.
+        columns: columns to read, including `key`; None reads all.
+    """
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        groups = [
+            group for group in range(file.metadata.num_row_groups) if _may_hold(file.metadata.row_group(group), keys)
+        ]
+        table = file.read_row_groups(groups, columns=None if columns is None else list(columns))
+        return _with_added(table, columns)
+
+    table = read_parquet(uri, read)
+    return table.filter(pc.is_in(table["key"], value_set=keys))
+
+
 def read_between(uri: str, start: str, stop: str | None, columns: Sequence[str] | None = None) -> pa.Table:
     """Row groups of a Parquet file that may hold keys from `start` on and, unless it is None, before `stop`."""
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NUMBERS = {*range(1, 105), *range(110, 116), 130, 131, *range(132, 140), 145, *range(150, 170)}
+NUMBERS = {*range(1, 105), *range(110, 116), 130, 131, *range(132, 140), 145, *range(150, 170), 190}
 """Numbers of all faults. A row that is deleted together with its tests is missed here; add the numbers of new ones."""
 
 

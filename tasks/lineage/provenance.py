@@ -21,7 +21,6 @@ from tasks.duplicates import duplicate_clusters
 from tasks.run_records import is_alive, stage_events
 from tasks.store import Store
 from tasks.tombstones import entries
-from unclip import files
 from unclip.errors import InputError
 
 _MIN_DIGITS = 6
@@ -53,13 +52,14 @@ def versions(store: Store) -> list[Version]:
 
 
 def pairs_folders(store: Store) -> list[str]:
-    """Return the folders with the lists that ingest wrote; a single file if an earlier release wrote it."""
+    """Return the folders with the lists that ingest wrote, each layer by itself; a single file if an earlier release wrote it."""
     uris = [
         store.uri("artifacts", "ingest", fingerprint, name)
         for fingerprint in store.list("artifacts", "ingest")
-        for name in ("pairs", "pairs.parquet")
+        for name in store.list("artifacts", "ingest", fingerprint)
+        if name.startswith("pairs")
     ]
-    return [uri for uri in uris if files.exists(uri) and ranges.range_files(uri)]
+    return [uri for uri in uris if ranges.range_files(uri)]
 
 
 def delta_tables(store: Store, kind: str) -> list[str]:

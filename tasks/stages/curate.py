@@ -6,9 +6,10 @@ the report can show the pairs near it, without embedding anything again.
 
 import dataclasses
 import functools
+import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,22 +17,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from tasks import ranges, rows, tables
+from tasks import generations, ranges, rows, tables
 from tasks.dataflow import exchange, run_all
-from tasks.find_duplicates import find_duplicates
-from tasks.index import index_files, read_index
+from tasks.find_duplicates import find_duplicates, read_rows, write_rows
+from tasks.generations import Generation, Layer, Sums
+from tasks.index import find_newest, index_files, read_index
 from tasks.keys import octet_texts
-from tasks.places import Block, KeptRows, blocks, open_block, read_vectors, write_places
+from tasks.lookups import look_up, write_lookup
+from tasks.places import (
+    PLACED,
+    Block,
+    EarlierPlaces,
+    KeptRows,
+    blocks,
+    file_names,
+    open_block,
+    read_changed,
+    read_vectors,
+    write_changed,
+    write_places,
+)
 from tasks.ranges import KeyRange
 from tasks.semantic import semantic_duplicates
 from tasks.snapshots import MAX_HELDOUT, Split, record_snapshot, save_statistics
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip import files
-from unclip.config import fingerprint, require
+from unclip.config import fingerprint, require, to_dict
 from unclip.data import vectors
 from unclip.errors import ConfigError, InputError, StageError
 from unclip.evaluation.probes import load_probe
 from unclip.models.embeddings import Moments
+from unclip.training import checkpoints
 
 ROWS_AT_ONCE = 4096
 FILES_AT_ONCE = 64
@@ -119,16 +135,106 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
     images = {name: facts[name] for name in ("images", "images_version", "index_version")}
     embeddings = {name: facts[name] for name in ("embeddings", "embeddings_version")}
     source = EmbeddedRows(KeptRows(facts["selection"], **images), **embeddings, scores=f"{folder}/scores")
+    changes = _find_changes(context, config, source, facts["pairs"])
+    found = None if changes is None else _continue(context, config, source, changes)
+    if found is None:
+        changes = None
+        found = _select_all(context, config, source, bool(facts.get("other_captions")))
+    source = dataclasses.replace(source, scores=found.scores)
+    selection, counts = found.selection, found.sums.counts
+    places = f"{folder}/places"
+    if found.places is None:
+        source.write_places(selection, places, counts["rows"][rows.KEPT])
+    else:
+        found.places.write(places, counts["rows"][rows.KEPT])
+
+    moments = source.moments(places) if changes is None else found.moments
+    if moments is None or moments.count < 2:
+        raise InputError(
+            f"curate: got {moments.count if moments else 0} pairs to train on, expected at least 2 "
+            f"({rows.top_reasons(counts)}). {_spread(source.sample_scores(), config)}"
+            f"Loosen [curate] and [filter], or add URLs."
+        )
+    statistics = f"{folder}/statistics"
+    explained = save_statistics(statistics, moments)
+    checkpoints.save(
+        f"{folder}/moments",
+        {"moments": {"total": moments.total, "products": moments.products}},
+        {"rows": moments.count},
+    )
+    heldout, captions = f"{folder}/heldout.parquet", [f"{folder}/captions"]
+    if found.heldout is None:
+        tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source, captions[0]))
+    else:
+        captions = list(found.captions)
+        tables.write_file(heldout, found.heldout)
+    read = {"selection": facts["selection"], "pairs": facts["pairs"], **images, **embeddings}
+    others = {
+        "scores": found.scores,
+        "places": places,
+        "captions": captions,
+        "clip_scores": found.clip_scores,
+        "scored": found.num_scored,
+    }
+    generation = Generation(folder, _settings(config), selection, read, found.sums, found.changed, others)
+    generations.save(context, generation)
+
+    digest = fingerprint(embed.digest, found.sums.hex_digest)
+    snapshot = {
+        **images,
+        **embeddings,
+        "digest": digest,
+        "selection": selection,
+        "scores": source.scores,
+        "places": places,
+    }
+    snapshot |= {"heldout": heldout, "statistics": statistics}
+    record_snapshot(context.store, context.run.pipeline, snapshot, counts)
+    clip_score = found.clip_scores / max(1, found.num_scored)
+    context.tracker.metrics({**counts["rows"], **explained, "clip_score": clip_score})
+    context.log_dataset(digest, facts["embeddings"], {**counts, "snapshot": snapshot})
+    facts = {**facts, **counts, "snapshot": snapshot, "clip_score": clip_score}
+    return Output(selection, digest, {**facts, "layers": ranges.layers(selection)[:-1]})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selected:
+    """Selection and scores that the stage wrote."""
+
+    selection: str
+    scores: str
+    sums: Sums
+    changed: int
+    """Rows in all layers of the selection but the first."""
+    clip_scores: float
+    """Sum over all scored rows."""
+    num_scored: int
+    moments: Moments | None = None
+    """Moments of the training rows' image embeddings, if they are known."""
+    places: EarlierPlaces | None = None
+    """Places to continue, if there are any."""
+    heldout: pa.Table | None = None
+    """Rows that `choose_heldout` would return, if they follow from earlier ones."""
+    captions: Sequence[str] = ()
+    """Folders of the look-ups of the training rows' captions, if there are `heldout` rows."""
+
+
+def _settings(config: CurateConfig) -> str:
+    return fingerprint(1, to_dict(config))
+
+
+def _select_all(
+    context: StageContext, config: CurateConfig, source: "EmbeddedRows", has_other_captions: bool
+) -> _Selected:
+    folder = context.folder
     scored = source.write_scores(config)
     bounded = f"{folder}/selection" if config.semantic_distance is None else f"{context.intermediate}/in_bounds"
     in_bounds = run_all(functools.partial(_drop_out_of_bounds, source, config, bounded), source.key_ranges())
     selection, found = bounded, in_bounds
     if config.semantic_distance is not None:
         selection, candidates = f"{folder}/selection", f"{context.intermediate}/candidates"
-        num_kept = sum(counts["rows"][rows.KEPT] for counts, _ in in_bounds)
-        captions = (
-            OtherCaptions(source, bounded, f"{context.intermediate}/captions") if facts.get("other_captions") else None
-        )
+        num_kept = sum(sums.counts["rows"][rows.KEPT] for sums in in_bounds)
+        captions = OtherCaptions(source, bounded, f"{context.intermediate}/captions") if has_other_captions else None
         if captions:
             num_kept -= captions.write()
         source.write_places(bounded, candidates, num_kept, captions)
@@ -146,37 +252,285 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
         )
         if captions:
             found = captions.drop_with_first(write)
-    counts = rows.add_counts(counts for counts, _ in found)
-    places = f"{folder}/places"
-    source.write_places(selection, places, counts["rows"][rows.KEPT])
+    total, count = sum(total for total, _ in scored), sum(count for _, count in scored)
+    return _Selected(selection, source.scores, Sums.total(found), 0, total, count)
 
-    moments = source.moments(places)
-    if moments is None or moments.count < 2:
-        raise InputError(
-            f"curate: got {moments.count if moments else 0} pairs to train on, expected at least 2 "
-            f"({rows.top_reasons(counts)}). {_spread(source.sample_scores(), config)}"
-            f"Loosen [curate] and [filter], or add URLs."
-        )
-    statistics = f"{folder}/statistics"
-    explained = save_statistics(statistics, moments)
-    heldout = f"{folder}/heldout.parquet"
-    tables.write_file(heldout, choose_heldout(selection, facts["pairs"], source))
 
-    digest = fingerprint(embed.digest, tables.hex_digest(*(digest for _, digest in found)))
-    snapshot = {
-        **images,
-        **embeddings,
-        "digest": digest,
-        "selection": selection,
-        "scores": source.scores,
-        "places": places,
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """Layers of dedup's selection, and files of the embeddings, since an earlier generation."""
+
+    layer: Layer
+    selection: Sequence[str]
+    embeddings: Sequence[str]
+    names: Sequence[str]
+    """Files of the embeddings, in the order of their numbers in all layers of the scores."""
+    scores: str
+    """Folder of the new layer of scores."""
+    all_index: Sequence[str]
+    index: Sequence[str]
+    """New files of the index."""
+    pairs: str
+
+    @property
+    def earlier_scores(self) -> str:
+        return str(self.layer.earlier.others["scores"])
+
+
+def _find_changes(context: StageContext, config: CurateConfig, source: "EmbeddedRows", pairs: str) -> _Changes | None:
+    """Find an earlier selection to continue, and what has changed since; None if there is none, or if much has."""
+    if config.semantic_distance is not None:  # a new row may change the fate of rows that are far from it
+        return None
+    found = ranges.layers(source.kept.selection)
+
+    def layers_known(earlier: Generation) -> int | None:
+        same = earlier.read["embeddings"] == source.embeddings and earlier.read["images"] == source.kept.images
+        return found.index(earlier.read["selection"]) if same and earlier.read["selection"] in found else None
+
+    earlier = generations.find(context.store, "curate", _settings(config), layers_known)
+    if earlier is None:
+        return None
+    uris = source.uris()
+    before = set(tables.files(source.embeddings, earlier.read["embeddings_version"]))
+    selection = found[found.index(earlier.read["selection"]) + 1 :]
+    changed = sum(tables.num_rows(uri) for folder in selection for uri in ranges.range_files(folder))
+    if not before <= set(uris) or earlier.begins_anew(changed):
+        return None
+    new = [uri for uri in uris if uri not in before]
+    names = [*_file_names(earlier.others["scores"]), *map(_name, new)]
+    layer = Layer.on(earlier, context, "selection", earlier.read["pairs"])
+    all_index = index_files(source.kept.images, source.kept.index_version)
+    known = set(index_files(source.kept.images, earlier.read["index_version"]))
+    index = [uri for uri in all_index if uri not in known]
+    scores = f"{context.folder}/scores-since-{earlier.name}"
+    return _Changes(layer, selection, new, names, scores, all_index, index, pairs)
+
+
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def _file_names(scores: str) -> list[str]:
+    """Names of the files of the embeddings, in the order of their numbers in a folder of scores."""
+    return list(files.read_json(f"{scores}/{_FILES}")["names"])
+
+
+_FILES = "embeddings.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changed:
+    """Effects of the changed rows of one range."""
+
+    sums: tuple[Sums, Sums]
+    """See `Layer.write`."""
+    clip_scores: float
+    """Added to the sum over all scored rows."""
+    num_scored: int
+    """Added to their number."""
+    added: pa.Table
+    """Places of rows that are trained on now, but for those with new embeddings: embeddings_file, embeddings_row."""
+    removed: pa.Table
+    """Places of rows that are no longer trained on."""
+    heldout: pa.Table
+    """Changed rows that are held out now, as in `choose_heldout` but for `is_trained_on`."""
+    keys: pa.Array
+    """Keys of the changed rows."""
+
+
+def _continue(
+    context: StageContext, config: CurateConfig, source: "EmbeddedRows", changes: _Changes
+) -> _Selected | None:
+    """Write layers of the selection and of the scores; None if an embedding is not where new ones are."""
+    layer, earlier = changes.layer, changes.layer.earlier
+    count = len(layer.key_ranges())
+    number = {name: index for index, name in enumerate(changes.names)}
+    numbered = [(number[_name(uri)], uri) for uri in changes.embeddings]
+    groups = [numbered[start : start + FILES_AT_ONCE] for start in range(0, len(numbered), FILES_AT_ONCE)]
+    scratch = f"{context.intermediate}/scored"
+    score_new = functools.partial(_score_files, config, count, keeps_rows=True)
+    exchange(score_new, groups, count, functools.partial(_keep_scored, scratch))
+    write = functools.partial(_write_changes, changes, source, config, scratch, bool(groups))
+    found = run_all(write, layer.key_ranges())
+    if any(part is None for part in found):
+        return None
+    parts = [part for part in found if part is not None]
+    files.write_json(f"{changes.scores}/{_FILES}", {"names": changes.names})
+    ranges.write_earlier(changes.scores, ranges.layers(changes.earlier_scores))
+    sums, changed = layer.finish(part.sums for part in parts)
+    uris = [f"{source.embeddings}/{name}" for name in changes.names]
+    tensors, record = checkpoints.load(f"{earlier.folder}/moments")
+    moments = Moments(record["rows"], tensors["moments"]["total"], tensors["moments"]["products"])
+    for key_range in layer.key_ranges():
+        new = read_rows(f"{scratch}/{key_range}.vectors")
+        moments = moments.plus(Moments.of(torch.tensor(vectors(new["image_embedding"])))) if new.num_rows else moments
+    for name, sign in (("added", 1), ("removed", -1)):
+        places = pa.concat_tables(getattr(part, name) for part in parts)
+        for start in range(0, places.num_rows, _MOMENTS_AT_ONCE):
+            vectors_read = read_vectors(places.slice(start, _MOMENTS_AT_ONCE), uris, "image_embedding")
+            own = Moments.of(torch.tensor(vectors_read))
+            moments = moments.plus(Moments(sign * own.count, sign * own.total, sign * own.products))
+    tables_read = (
+        ("images", source.kept.images, source.kept.images_version),
+        ("embeddings", source.embeddings, source.embeddings_version),
+    )
+    names = {
+        name: (file_names(uri, earlier.read[f"{name}_version"]), file_names(uri, now)) for name, uri, now in tables_read
     }
-    snapshot |= {"heldout": heldout, "statistics": statistics}
-    record_snapshot(context.store, context.run.pipeline, snapshot, counts)
-    clip_score = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
-    context.tracker.metrics({**counts["rows"], **explained, "clip_score": clip_score})
-    context.log_dataset(digest, facts["embeddings"], {**counts, "snapshot": snapshot})
-    return Output(selection, digest, {**facts, **counts, "snapshot": snapshot, "clip_score": clip_score})
+    caption_folders = [*earlier.others["captions"], f"{changes.scores}/captions"]
+    heldout = _continue_heldout(f"{earlier.folder}/heldout.parquet", parts, caption_folders, names)
+    clip_scores = earlier.others["clip_scores"] + sum(part.clip_scores for part in parts)
+    num_scored = earlier.others["scored"] + sum(part.num_scored for part in parts)
+    places = EarlierPlaces(earlier.others["places"], names, scratch, layer.key_ranges())
+    return _Selected(
+        layer.folder, changes.scores, sums, changed, clip_scores, num_scored, moments, places, heldout, caption_folders
+    )
+
+
+_MOMENTS_AT_ONCE = 1 << 16
+
+
+def _continue_heldout(
+    earlier: str,
+    parts: Sequence[_Changed],
+    captions: Sequence[str],
+    names: Mapping[str, tuple[Sequence[str], Sequence[str]]],
+) -> pa.Table | None:
+    """Rows that `choose_heldout` would return, from earlier ones; None if that takes all rows.
+
+    Args:
+        earlier: file of the earlier rows.
+        captions: folders of the look-ups of the training rows' captions.
+        names: see `EarlierPlaces`.
+    """
+    before = tables.read_file(earlier)
+    if not before.num_rows or pc.any(pc.not_equal(before["split"], "holdout")).as_py():
+        return None
+    changed = pa.concat_arrays([part.keys for part in parts])
+    left = before.filter(pc.invert(pc.is_in(before["key"], value_set=changed)))
+    for table, (then, now) in names.items():
+        number, column = {name: index for index, name in enumerate(now)}, f"{table}_file"
+        new = [number[then[old]] for old in left[column].to_pylist()]
+        left = left.set_column(left.column_names.index(column), left.schema.field(column), pa.array(new, pa.int32()))
+    found = pa.concat_tables([part.heldout for part in parts]).select(left.column_names[:-1])
+    found = pa.concat_tables(
+        [left.drop_columns("is_trained_on"), found.cast(left.drop_columns("is_trained_on").schema)]
+    )
+    if before.num_rows >= MAX_HELDOUT:  # of keys after its last one, not all rows are known
+        found = found.filter(pc.less_equal(found["key"], before["key"][-1]))
+        if found.num_rows < MAX_HELDOUT:
+            return None
+    found = found.sort_by("key").slice(0, MAX_HELDOUT)
+    if not found.num_rows:
+        return None
+    hashes = caption_hashes(found["caption"])
+    uris = [uri for folder in captions for uri in _caption_files(folder)]
+    counted = look_up(uris, "hash", hashes).group_by("hash").aggregate([("change", "sum")])
+    trained_on = counted.filter(pc.greater(counted["change_sum"], 0))["hash"].to_numpy()
+    return found.append_column("is_trained_on", pa.array(np.isin(hashes, trained_on)))
+
+
+def caption_hashes(captions: pa.ChunkedArray) -> np.ndarray:
+    """First 64 bits of the sha256 of captions: [N] uint64."""
+    texts = captions.cast(pa.binary()).to_pylist()
+    octets = b"".join(hashlib.sha256(text).digest()[:8] for text in texts)
+    return np.frombuffer(octets, np.uint64)
+
+
+def _caption_files(folder: str) -> list[str]:
+    return [f"{folder}/{name}" for name in files.names(folder)]
+
+
+def _write_captions(folder: str, key_range: KeyRange, added: pa.ChunkedArray, removed: pa.ChunkedArray) -> None:
+    """Write a look-up of the captions of rows that are trained on, and of those that are no longer."""
+    hashes = [caption_hashes(captions) for captions in (added, removed)]
+    change = np.repeat(np.array([1, -1], np.int8), [len(part) for part in hashes])
+    table = pa.table({"hash": np.concatenate(hashes), "change": change})
+    write_lookup(f"{folder}/{key_range}.arrow", table, "hash")
+
+
+def _keep_scored(folder: str, output: int, pieces: list[pa.Table]) -> None:
+    if pieces:
+        write_rows(f"{folder}/{output:05d}.scored", pa.concat_tables(pieces))
+
+
+def _write_changes(
+    changes: _Changes, source: "EmbeddedRows", config: CurateConfig, scratch: str, has_new: bool, key_range: KeyRange
+) -> _Changed | None:
+    """Write the changed rows of one range of the selection and of the scores; None if a row has no new embedding."""
+    layer, before = changes.layer, changes.layer.earlier
+    listed = (
+        ranges.read_layers(changes.selection, key_range) if changes.selection else ranges.find_rows(before.table, [])
+    )
+    known = layer.known(key_range, listed["key"]).to_pylist()
+    old_scores, old = ranges.find_rows(changes.earlier_scores, known), ranges.find_rows(before.table, known)
+    kept = pc.unique(listed.filter(pc.equal(listed["status"], rows.KEPT))["key"].combine_chunks())
+    was_scored = old_scores["key"].combine_chunks()
+    new = kept.filter(pc.invert(pc.is_in(kept, value_set=was_scored)))
+    nothing = new.slice(0, 0)
+    scores, captions = old_scores.slice(0, 0), pa.table({"key": nothing, "caption": nothing})
+    embedded = pa.table({"key": nothing, "image_embedding": pa.array([], pa.list_(pa.float32()))})
+    if has_new:
+        scored = read_rows(f"{scratch}/{key_range.index:05d}.scored")
+        scored = scored.filter(pc.is_in(scored["key"], value_set=new)).sort_by("key")
+        captions = scored.select(["key", "caption"])
+        embedded = scored.select(["key", "image_embedding"])
+        scores = scored.drop_columns(["caption", "image_embedding"]).cast(old_scores.schema)
+    if not scores["key"].combine_chunks().equals(new.take(pc.sort_indices(new))):
+        return None
+    gone = old_scores.filter(pc.invert(pc.is_in(was_scored, value_set=kept)))
+    ranges.write_range(changes.scores, key_range, scores)
+    ranges.write_removed(changes.scores, key_range, gone["key"])
+    all_scores = pa.concat_tables([scores, old_scores])
+    table = rows.drop(listed, out_of_bounds(all_scores.filter(pc.is_in(all_scores["key"], value_set=kept)), config))
+    sums = layer.write(key_range, table)
+    selected = table.filter(pc.equal(table["status"], rows.KEPT)).select(["key", "split"])
+    if len(changes.selection) == 1 and PLACED in files.names(changes.selection[0]):
+        in_images, _ = read_changed(f"{changes.selection[0]}/{PLACED}", key_range)
+        in_images = in_images.filter(pc.is_in(in_images["key"], value_set=selected["key"].combine_chunks()))
+    else:
+        index = find_newest(
+            changes.all_index, changes.index, key_range, selected["key"].combine_chunks(), ["key", "part", "row"]
+        )
+        in_images = source.kept.place(selected, index)
+    numbers = renumbered(all_scores.select(["key", "embeddings_file", "embeddings_row"]), changes.names, source.uris())
+    placed = in_images.join(numbers, "key").sort_by("key")
+    write_changed(scratch, key_range, placed, pc.unique(table["key"].combine_chunks()))
+    trained, trained_before = (part.filter(pc.equal(part["split"], "train"))["key"] for part in (table, old))
+    added = trained.filter(pc.invert(pc.is_in(trained, value_set=trained_before.combine_chunks())))
+    removed = trained_before.filter(pc.invert(pc.is_in(trained_before, value_set=trained.combine_chunks())))
+    heldout = placed.filter(pc.equal(placed["split"], "holdout"))
+    chunks = [*added.chunks, *removed.chunks, *heldout["key"].chunks]
+    captions = _with_captions_of(pa.chunked_array(chunks, pa.string()), captions, changes)
+    texts = [
+        captions.filter(pc.is_in(captions["key"], value_set=keys.combine_chunks()))["caption"]
+        for keys in (added, removed)
+    ]
+    _write_captions(f"{changes.scores}/captions", key_range, *texts)
+    known = embedded.filter(pc.is_in(embedded["key"], value_set=added.combine_chunks()))
+    write_rows(f"{scratch}/{key_range}.vectors", known.select(["image_embedding"]))
+    added = added.filter(pc.invert(pc.is_in(added, value_set=known["key"].combine_chunks())))
+    total = sum(
+        sign * float(np.sum(part["clip_score"].to_numpy(), dtype=np.float64))
+        for part, sign in ((scores, 1), (gone, -1))
+    )
+    moved = [
+        all_scores.filter(pc.is_in(all_scores["key"], value_set=keys.combine_chunks())) for keys in (added, removed)
+    ]
+    places = [part.select(["embeddings_file", "embeddings_row"]) for part in moved]
+    heldout = heldout.join(captions, "key").sort_by("key")
+    num_scored = scores.num_rows - gone.num_rows
+    return _Changed(sums, total, num_scored, places[0], places[1], heldout, pc.unique(table["key"].combine_chunks()))
+
+
+def _with_captions_of(keys: pa.ChunkedArray, known: pa.Table, changes: _Changes) -> pa.Table:
+    """Key and caption of some rows, of which some are known and the others are in the list."""
+    wanted = keys.filter(pc.invert(pc.is_in(keys, value_set=known["key"].combine_chunks())))
+    if not len(wanted):
+        return known
+    listed = ranges.find_rows(changes.pairs, wanted.to_pylist(), ["key", "caption", "status"])
+    listed = listed.filter(pc.equal(listed["status"], rows.KEPT)).select(["key", "caption"])
+    return pa.concat_tables([known, listed])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +556,7 @@ class EmbeddedRows:
         uris, count = self.uris(), len(self.key_ranges())
         numbered = list(enumerate(uris))
         groups = [numbered[start : start + FILES_AT_ONCE] for start in range(0, len(uris), FILES_AT_ONCE)]
+        files.write_json(f"{self.scores}/{_FILES}", {"names": list(map(_name, uris))})
         return exchange(
             functools.partial(_score_files, config, count),
             groups,
@@ -217,6 +572,12 @@ class EmbeddedRows:
         """Kept rows of a selection in one key range, with places in both tables."""
         kept = dataclasses.replace(self.kept, selection=selection).read(key_range)
         places = ranges.read_range(self.scores, key_range, ["key", "embeddings_file", "embeddings_row"])
+        uris, names = self.uris(), pa.array(_file_names(self.scores), pa.string())
+        numbers = pc.index_in(
+            names, value_set=pa.array(list(map(_name, uris)), pa.string())
+        )  # null for files of old rows
+        numbers = numbers.take(places["embeddings_file"].combine_chunks())
+        places = places.set_column(1, "embeddings_file", numbers)
         return kept.join(places, "key").sort_by("key")
 
     def write_places(self, selection: str, folder: str, num_rows: int, captions: "OtherCaptions | None" = None) -> None:
@@ -236,6 +597,17 @@ class EmbeddedRows:
         groups = [found[start::MOMENT_TASKS] for start in range(min(MOMENT_TASKS, len(found)))]
         parts = [part for part in run_all(functools.partial(_moments_of, self, places), groups) if part is not None]
         return functools.reduce(Moments.plus, parts) if parts else None
+
+
+def renumbered(places: pa.Table, names: Sequence[str], uris: Sequence[str]) -> pa.Table:
+    """Places (key, embeddings_file, embeddings_row) with the numbers of the files in a version of the table.
+
+    Args:
+        names: names of the files in the order of their numbers in `places`.
+        uris: files of the version.
+    """
+    numbers = pc.index_in(pa.array(names, pa.string()), value_set=pa.array(list(map(_name, uris)), pa.string()))
+    return places.set_column(1, "embeddings_file", numbers.take(places["embeddings_file"].combine_chunks()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,15 +684,21 @@ def _kept_keys(selection: str, key_range: KeyRange) -> pa.Array:
     return table.filter(pc.equal(table["status"], rows.KEPT))["key"].combine_chunks()
 
 
-def _score_files(config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]]) -> list[pa.Table]:
+def _score_files(
+    config: CurateConfig, count: int, numbered: Sequence[tuple[int, str]], keeps_rows: bool = False
+) -> list[pa.Table]:
     parts = []
+    others = ["caption"] if keeps_rows else []
     for number, uri in numbered:
-        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", "tokens_lost"])
+        embedded = tables.read_file(uri, ["key", "image_embedding", "clip_score", "tokens_lost", *others])
         scores = score(embedded, torch.tensor(vectors(embedded["image_embedding"])), config)
         scores = scores.append_column("tokens_lost", embedded["tokens_lost"])
         file = pa.repeat(pa.scalar(number, pa.int32()), embedded.num_rows)
         scores = scores.append_column("embeddings_file", file)
-        parts.append(scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32())))
+        scores = scores.append_column("embeddings_row", pa.array(range(embedded.num_rows), pa.int32()))
+        for name in ("caption", "image_embedding") if keeps_rows else ():
+            scores = scores.append_column(name, embedded[name])
+        parts.append(scores)
     return ranges.split_by_key(pa.concat_tables(parts), count)
 
 
@@ -347,18 +725,16 @@ def _write_scores(
     return float(np.sum(scores["clip_score"].to_numpy(), dtype=np.float64)), scores.num_rows
 
 
-def _drop_out_of_bounds(
-    source: EmbeddedRows, config: CurateConfig, folder: str, key_range: KeyRange
-) -> tuple[dict[str, Any], int]:
+def _drop_out_of_bounds(source: EmbeddedRows, config: CurateConfig, folder: str, key_range: KeyRange) -> Sums:
     dropped = out_of_bounds(ranges.read_range(source.scores, key_range), config)
     return _write_selection(source.kept.selection, folder, key_range, dropped)
 
 
-def _write_selection(selection: str, folder: str, key_range: KeyRange, dropped: pa.Table) -> tuple[dict[str, Any], int]:
-    """Write one range of a selection without some rows (key, reason); returns its counts and digest."""
+def _write_selection(selection: str, folder: str, key_range: KeyRange, dropped: pa.Table) -> Sums:
+    """Write one range of a selection without some rows (key, reason); returns its sums."""
     table = rows.drop(ranges.read_range(selection, key_range), dropped)
     ranges.write_range(folder, key_range, table)
-    return rows.count(table), tables.rows_digest(table.drop_columns("position"))
+    return Sums.of(table)
 
 
 def _moments_of(source: EmbeddedRows, places: str, group: Sequence[Block]) -> Moments | None:
@@ -371,17 +747,22 @@ def _moments_of(source: EmbeddedRows, places: str, group: Sequence[Block]) -> Mo
     return total
 
 
-def choose_heldout(selection: str, pairs: str, source: EmbeddedRows) -> pa.Table:
+def choose_heldout(selection: str, pairs: str, source: EmbeddedRows, lookups: str) -> pa.Table:
     """The held-out rows with the smallest keys, at most `MAX_HELDOUT`; training rows if nothing is held out.
 
     See `Snapshot.heldout_rows`.
+
+    Args:
+        lookups: folder for look-ups of the captions of training rows; none are written if nothing is held out.
     """
+    files.delete(lookups)  # of an earlier attempt
     chosen = _first_rows(selection, pairs, source, "holdout")
     if not chosen.num_rows:
         first = _first_rows(selection, pairs, source, "train")
         return first.append_column("is_trained_on", pa.repeat(True, first.num_rows))
     captions = chosen["caption"].combine_chunks().unique()
-    found = run_all(functools.partial(_captions_trained_on, selection, pairs, captions), source.key_ranges())
+    search = functools.partial(_captions_trained_on, selection, pairs, captions, lookups)
+    found = run_all(search, source.key_ranges())
     trained_on = pa.concat_arrays(found).unique()
     return chosen.append_column("is_trained_on", pc.is_in(chosen["caption"], value_set=trained_on))
 
@@ -399,12 +780,15 @@ def _first_rows(selection: str, pairs: str, source: EmbeddedRows, split: Split) 
     return pa.concat_tables(parts)
 
 
-def _captions_trained_on(selection: str, pairs: str, captions: pa.Array, key_range: KeyRange) -> pa.Array:
-    """Captions, among these, that a training row of the key range has."""
+def _captions_trained_on(selection: str, pairs: str, captions: pa.Array, lookups: str, key_range: KeyRange) -> pa.Array:
+    """Captions, among these, that a training row of the key range has; writes a look-up of all of them."""
     kept = ranges.read_range(selection, key_range, ["key", "split"])
     trained_on = kept.filter(pc.equal(kept["split"], "train"))["key"].combine_chunks()
-    listed = ranges.read_range(pairs, key_range, ["key", "caption"])
-    listed = listed.filter(pc.is_in(listed["key"], value_set=trained_on))
+    listed = ranges.read_range(pairs, key_range, ["key", "caption", "status"])
+    listed = listed.filter(
+        pc.and_(pc.equal(listed["status"], rows.KEPT), pc.is_in(listed["key"], value_set=trained_on))
+    )
+    _write_captions(lookups, key_range, listed["caption"], listed["caption"].slice(0, 0))
     return listed.filter(pc.is_in(listed["caption"], value_set=captions))["caption"].combine_chunks().unique()
 
 

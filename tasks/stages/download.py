@@ -33,8 +33,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from tasks import ranges, rows, tables
+from tasks import generations, ranges, rows, tables
 from tasks.dataflow import run_all
+from tasks.generations import Generation, Sums
 from tasks.index import index_files, index_uri, read_index, update_index
 from tasks.lanes import WAITING_PER_TASK, Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
 from tasks.nodes import with_egress
@@ -230,17 +231,24 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
     context.store.write_json({"attempt": config.attempt}, *_attempt_record(config))
 
     key_ranges = ranges.ranges(ranges.range_count(pairs.uri))
-    outcomes = run_all(functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version)), key_ranges)
-    if any(part.missing for part in outcomes):
-        version = _remove_repeats(table_uri, note, index_files(table_uri, index_version), key_ranges)
-        index_version = update_index(table_uri, version)
+    changes = _find_changes(context.store, pairs.uri, table_uri, index_version)
+    sums = None if changes is None else _sums_of_changes(pairs.uri, index_files(table_uri, index_version), changes)
+    if sums is None:
         outcomes = run_all(functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version)), key_ranges)
-    if missing := sum(part.missing for part in outcomes):
-        raise StageError(
-            f"download: {table_uri} lacks or repeats the rows of {missing:,} pairs. Remove the table and rerun."
-        )
-    images_digest = tables.hex_digest(*(part.digest for part in outcomes))
-    facts = rows.add_counts(part.counts for part in outcomes)
+        if any(part.missing for part in outcomes):
+            version = _remove_repeats(table_uri, note, index_files(table_uri, index_version), key_ranges)
+            index_version = update_index(table_uri, version)
+            outcome = functools.partial(_outcome, pairs.uri, index_files(table_uri, index_version))
+            outcomes = run_all(outcome, key_ranges)
+        if missing := sum(part.missing for part in outcomes):
+            raise StageError(
+                f"download: {table_uri} lacks or repeats the rows of {missing:,} pairs. Remove the table and rerun."
+            )
+        sums = Sums.total(part.sums for part in outcomes)
+    read = {"pairs": pairs.uri, "index_version": index_version}
+    others = {"pairs": pairs.facts["rows"][rows.KEPT]}
+    generations.save(context, Generation(context.folder, table_uri, pairs.uri, read, sums, 0, others))
+    images_digest, facts = sums.hex_digest, dict(sums.counts)
     facts |= {"fetched_now": plan.rows, "pairs": pairs.uri, "images": table_uri, "images_version": version}
     facts |= {"index_version": index_version, "images_digest": images_digest, "images_recipe": config.recipe}
     context.tracker.metrics({**facts["rows"], "fetched_now": plan.rows})
@@ -317,11 +325,12 @@ def _make_plan(context: StageContext, config: DownloadConfig, pairs: str, table_
     files.delete(folder)
     if version is None:
         files.delete(index_uri(table_uri))
-    indexes = {}
+    index_versions = {}
     for uri in uris:
         table_version = tables.version(uri)
         if table_version is not None:
-            indexes[uri] = index_files(uri, update_index(uri, table_version))
+            index_versions[uri] = update_index(uri, table_version)
+    indexes = {uri: index_files(uri, number) for uri, number in index_versions.items()}
     last_attempt = pin_attempt(context.store, dataclasses.replace(config, attempt=0), False).attempt
     search = _Search(
         pairs,
@@ -332,6 +341,9 @@ def _make_plan(context: StageContext, config: DownloadConfig, pairs: str, table_
         num_lanes=max(config.num_lanes, LANES_PER_TASK * _limit(config)),
         allow_hosts=config.allow_hosts,
     )
+    if table_uri in index_versions and not search.retries:  # a retry may concern any row
+        changes = _find_changes(context.store, pairs, table_uri, index_versions[table_uri])
+        search = dataclasses.replace(search, changes=changes)
     listed = run_all(functools.partial(_find_missing, search), ranges.ranges(ranges.range_count(pairs)))
     lanes = plan_shards(
         listed, folder, shard_size=config.shard_size, num_lanes=search.num_lanes, attempt=config.attempt
@@ -360,8 +372,9 @@ def _uncommitted(table_uri: str, plan: _Plan) -> list[list[Shard]]:
 
 def _limit(config: DownloadConfig) -> int:
     """Number of concurrent tasks."""
-    num_cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
-    return config.tasks_in_flight or max(1, int(num_cpus))
+    if config.tasks_in_flight:
+        return config.tasks_in_flight
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,20 +392,91 @@ class _Search:
     """Rows with transient failures are fetched again."""
     num_lanes: int
     allow_hosts: Sequence[str]
+    changes: "_Changes | None" = None
+    """Rows of the list that may be missing; None for all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """Changes since an earlier refresh, after which the index had a row for every pair of the list."""
+
+    earlier: Generation
+    pairs: Sequence[str]
+    """Later layers of the list."""
+    index: Sequence[str]
+    """Later files of the index. Its others are those of the earlier refresh."""
+    has_others: bool
+    """The index of the earlier refresh had rows of other lists as well."""
+
+    def listed(self, key_range: KeyRange, columns: Sequence[str]) -> pa.Table:
+        """Rows of one range that are new in the list."""
+        if not self.pairs:
+            return ranges.find_rows(self.earlier.read["pairs"], [], columns)
+        return ranges.read_layers(self.pairs, key_range, columns)
+
+    def known(self, key_range: KeyRange, keys: pa.ChunkedArray) -> pa.Array:
+        """Keys, among some of one range, that the earlier list has."""
+        return ranges.known_keys(ranges.layers(self.earlier.read["pairs"]), key_range, keys)
+
+    def find_in_index(
+        self, files: Sequence[str], key_range: KeyRange, keys: pa.ChunkedArray, columns: Sequence[str]
+    ) -> pa.Table:
+        """Rows of the index with some keys of one range.
+
+        Args:
+            files: files of the whole index.
+        """
+        new = read_index(self.index, key_range, columns)
+        found = new.filter(pc.is_in(new["key"], value_set=keys.combine_chunks()))
+        rest = keys.filter(pc.invert(pc.is_in(keys, value_set=found["key"].combine_chunks())))
+        old = rest if self.has_others else self.known(key_range, rest)
+        return pa.concat_tables([found, ranges.find_rows(files, old.to_pylist(), columns)]) if len(old) else found
+
+
+def _find_changes(store: Store, pairs: str, table_uri: str, index_version: int) -> _Changes | None:
+    """Find an earlier refresh of the same list and table, after which nothing was removed from the table."""
+    found, files_now = ranges.layers(pairs), index_files(table_uri, index_version)
+
+    def layers_known(earlier: Generation) -> tuple[int, int] | None:
+        folder, number = earlier.read["pairs"], earlier.read["index_version"]
+        return (found.index(folder), number) if folder in found and number <= index_version else None
+
+    earlier = generations.find(store, "download", table_uri, layers_known)
+    if earlier is None:
+        return None
+    known = index_files(table_uri, earlier.read["index_version"])
+    if not set(known) <= set(files_now):
+        return None
+    num_rows, _ = tables.extent(index_uri(table_uri), earlier.read["index_version"])
+    later = found[found.index(earlier.read["pairs"]) + 1 :]
+    new = sorted(set(files_now) - set(known))
+    return _Changes(earlier, later, new, num_rows != earlier.others["pairs"])
 
 
 def _find_missing(search: _Search, key_range: KeyRange) -> Listed:
     """Write the rows of one range that must be fetched; `replaces` is the part that holds the row of an earlier attempt."""
-    listed = ranges.read_range(search.pairs, key_range, ["key", "url", "caption", "status", "expected_sha256"])
+    columns, changes = ["key", "url", "caption", "status", "expected_sha256"], search.changes
+    listed = changes.listed(key_range, columns) if changes else ranges.read_range(search.pairs, key_range, columns)
     wanted = listed.filter(pc.equal(listed["status"], rows.KEPT)).drop_columns("status")
-    known = read_index(search.known, key_range, ["key", "reason", "part"])
+    columns = ["key", "reason", "part"]
+    known = (
+        changes.find_in_index(search.known, key_range, wanted["key"], columns)
+        if changes
+        else read_index(search.known, key_range, columns)
+    )
     is_transient = pc.match_substring_regex(known["reason"], f"^(?:{TRANSIENT.pattern})$")
     retried = known.filter(is_transient) if search.retries else known.slice(0, 0)
     final = known.filter(pc.invert(pc.is_in(known["key"], value_set=retried["key"])))
     missing = wanted.filter(pc.invert(pc.is_in(wanted["key"], value_set=final["key"])))
     seen = pa.chunked_array([pa.nulls(missing.num_rows, pa.string())])
     for uris in search.seen:
-        seen = pc.coalesce(_look_up(missing["key"], read_index(uris, key_range, ["key", "sha256"]), "sha256"), seen)
+        columns = ["key", "sha256"]
+        table = (
+            ranges.find_rows(uris, missing["key"].to_pylist(), columns)
+            if changes
+            else read_index(uris, key_range, columns)
+        )
+        seen = pc.coalesce(_look_up(missing["key"], table, "sha256"), seen)
     missing = missing.append_column("seen_sha256", seen)
     missing = missing.append_column("replaces", _look_up(missing["key"], retried, "part"))
     return list_rows(ranges.range_uri(search.folder, key_range), missing, search.num_lanes, search.allow_hosts)
@@ -407,24 +491,47 @@ def _look_up(keys: pa.ChunkedArray, table: pa.Table, column: str) -> pa.ChunkedA
 class _Outcome:
     """Outcome of the rows of one key range."""
 
-    counts: Mapping[str, Any]
-    """See `rows.count`."""
-    digest: int
-    """`tables.rows_digest` of the kept rows of the list."""
+    sums: Sums
+    """Sums over the rows of the list, each with the outcome of its image; the digest is that of the kept ones' images."""
     missing: int
     """Kept rows of the list that the table does not hold exactly once."""
 
 
 def _outcome(pairs: str, index: Sequence[str], key_range: KeyRange) -> _Outcome:
     listed = ranges.read_range(pairs, key_range, ["key", "status", "reason"])
+    return _outcome_of(listed, read_index(index, key_range, _OUTCOME))
+
+
+_OUTCOME = ["key", "status", "reason", "sha256", "jpg_sha256"]
+
+
+def _outcome_of(listed: pa.Table, images: pa.Table) -> _Outcome:
     is_wanted = pc.equal(listed["status"], rows.KEPT)
     wanted = listed.filter(is_wanted)["key"]
-    images = read_index(index, key_range, ["key", "status", "reason", "sha256", "jpg_sha256"])
-    images = images.filter(pc.is_in(images["key"], value_set=wanted))
+    images = images.filter(pc.is_in(images["key"], value_set=wanted.combine_chunks()))
     missing = len(wanted) + images.num_rows - 2 * len(images["key"].unique())
     outcome = images.set_column(1, "status", _as_outcome(images["status"])).select(["status", "reason"])
     others = listed.filter(pc.invert(is_wanted)).select(["status", "reason"])
-    return _Outcome(rows.count(pa.concat_tables([others, outcome])), tables.rows_digest(images), missing)
+    counts = rows.count(pa.concat_tables([others, outcome]))
+    return _Outcome(Sums(counts, tables.rows_digest(images)), missing)
+
+
+def _sums_of_changes(pairs: str, index: Sequence[str], changes: _Changes) -> Sums | None:
+    """Sums over all rows, from those of the earlier refresh; None if rows are missing or repeated."""
+    found = run_all(functools.partial(_changed_outcome, index, changes), ranges.ranges(ranges.range_count(pairs)))
+    if any(new.missing for new, _ in found):
+        return None
+    replaced = Sums.total(old.sums for _, old in found)
+    return Sums.total([changes.earlier.sums.minus(replaced), *(new.sums for new, _ in found)])
+
+
+def _changed_outcome(index: Sequence[str], changes: _Changes, key_range: KeyRange) -> tuple[_Outcome, _Outcome]:
+    """Outcomes of the rows of one range that are new in the list, and of those that they replace."""
+    new = changes.listed(key_range, ["key", "status", "reason"])
+    known = changes.known(key_range, new["key"])
+    before = ranges.find_rows(changes.earlier.read["pairs"], known.to_pylist(), ["key", "status", "reason"])
+    images = changes.find_in_index(index, key_range, pa.chunked_array([pc.unique(new["key"])]), _OUTCOME)
+    return _outcome_of(new, images), _outcome_of(before, images)
 
 
 def _as_outcome(status: pa.ChunkedArray) -> pa.ChunkedArray:

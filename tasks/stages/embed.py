@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tasks import ranges, rows, tables
+from tasks import generations, ranges, rows, tables
 from tasks.dataflow import exchange, run_all, run_in_actors
+from tasks.generations import MAX_LAYERS, Generation, Sums
+from tasks.index import INDEX, find_newest, index_files
 from tasks.places import KeptRows, blocks, open_block, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
@@ -82,13 +84,19 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
     if not num_kept:
         raise InputError("embed: got 0 kept pairs, expected at least 1. Loosen the filters, or add URLs.")
     places, num_todo = facts["places"], num_kept
+    changes = None
     if tables.version(table) is not None:
-        places, num_todo = _write_missing(context, dedup, table)
+        changes = _find_changes(context, dedup, table)
+        missing = None if changes is None else _write_new_missing(context, dedup, changes)
+        changes = None if missing is None else changes
+        places, num_todo = missing or _write_missing(context, dedup, table)
     if num_todo:
         _embed_rows(context, config, clip, facts, places, num_todo, table)
+    earlier_keys = _save_keys(context, dedup, table, changes)
     context.tracker.metrics({"pairs": num_kept, "embedded_now": num_todo})
     facts = {**facts, "selection": dedup.uri, "embedded_now": num_todo}
     facts |= {"embeddings": table, "embeddings_version": tables.version(table)}
+    facts |= {"layers": [*facts.get("layers", []), *earlier_keys]}
     # Rows and CLIP determine the embeddings.
     return Output(table, fingerprint(dedup.digest, name), facts)
 
@@ -113,6 +121,113 @@ def _write_missing(context: StageContext, dedup: Artifact, table: str) -> tuple[
     missing = functools.partial(_missing_rows, kept, keys)
     num_missing = write_places(folder, key_ranges, missing, kept.num_files(), dedup.facts["rows"][rows.KEPT])
     return folder, num_missing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """Layers of the selection, and files of the tables, since an earlier refresh, after which all kept rows were embedded."""
+
+    earlier: Generation
+    selection: Sequence[str]
+    embeddings: Sequence[str]
+    """Of an attempt that was killed."""
+    all_index: Sequence[str]
+    index: Sequence[str]
+
+
+def _find_changes(context: StageContext, dedup: Artifact, table: str) -> _Changes | None:
+    """Find an earlier refresh of this table, from which nothing was removed since; None if there is none, or much has changed."""
+    found, facts, embedded = ranges.layers(dedup.uri), dedup.facts, set(tables.files(table))
+
+    def layers_known(earlier: Generation) -> tuple[int, int] | None:
+        selection, version = earlier.read["selection"], earlier.read["embeddings_version"]
+        is_earlier = selection in found and earlier.read["images"] == facts["images"]
+        return (found.index(selection), version) if is_earlier else None
+
+    earlier = generations.find(context.store, "embed", table, layers_known)
+    if earlier is None or len(earlier.others["keys"]) >= MAX_LAYERS:
+        return None
+    before = set(tables.files(table, earlier.read["embeddings_version"]))
+    if not before <= embedded:
+        return None
+    all_index = index_files(facts["images"], facts["index_version"])
+    known = set(index_files(facts["images"], earlier.read["index_version"]))
+    return _Changes(
+        earlier,
+        found[found.index(earlier.read["selection"]) + 1 :],
+        sorted(embedded - before),
+        all_index,
+        [uri for uri in all_index if uri not in known],
+    )
+
+
+def _write_new_missing(context: StageContext, dedup: Artifact, changes: _Changes) -> tuple[str, int] | None:
+    """Write the places of the changed rows without an embedding; None if the table repeats rows. See `_write_missing`."""
+    pending = pa.concat_tables(
+        [pa.table({"key": pa.array([], pa.string())}), *(tables.read_file(uri, ["key"]) for uri in changes.embeddings)]
+    )
+    key_ranges, folder = ranges.ranges(changes.earlier.others["ranges"]), f"{context.intermediate}/missing"
+    new = ranges.split_by_key(pending, len(key_ranges))
+    known = [
+        ranges.known_keys(changes.earlier.others["keys"], key_range, part["key"])
+        for key_range, part in zip(key_ranges, new, strict=True)
+    ]
+    if any(map(len, known)) or tables.repeats(pending).num_rows:
+        return None
+    kept = KeptRows(dedup.uri, *(dedup.facts[name] for name in ("images", "images_version", "index_version")))
+    missing = functools.partial(_new_missing_rows, kept, changes, pending["key"].combine_chunks())
+    found = run_all(functools.partial(_count_missing, missing), key_ranges)
+    return folder, write_places(folder, key_ranges, missing, kept.num_files(), sum(found)) if sum(found) else 0
+
+
+def _count_missing(missing: Callable[[KeyRange], pa.Table], key_range: KeyRange) -> int:
+    return int(missing(key_range).num_rows)
+
+
+def _new_missing_rows(kept: KeptRows, changes: _Changes, pending: pa.Array, key_range: KeyRange) -> pa.Table:
+    if not changes.selection:
+        return kept.place(pa.table({"key": pa.array([], pa.string()), "split": pa.array([], pa.string())}), _NO_PLACES)
+    changed = ranges.read_layers(changes.selection, key_range, ["key", "status", "split"])
+    wanted = changed.filter(pc.equal(changed["status"], rows.KEPT)).select(["key", "split"])
+    embedded = ranges.known_keys(changes.earlier.others["keys"], key_range, wanted["key"])
+    is_embedded = pc.is_in(wanted["key"], value_set=pa.concat_arrays([embedded, pending]))
+    wanted = wanted.filter(pc.invert(is_embedded))
+    if not wanted.num_rows:
+        return kept.place(wanted, _NO_PLACES)
+    index = find_newest(
+        changes.all_index, changes.index, key_range, wanted["key"].combine_chunks(), ["key", "part", "row"]
+    )
+    return kept.place(wanted, index)
+
+
+_NO_PLACES = INDEX.empty_table().select(["key", "part", "row"])
+
+
+def _save_keys(context: StageContext, dedup: Artifact, table: str, changes: _Changes | None) -> list[str]:
+    """Write a look-up of the keys of the embeddings that are new, so that the next refresh does not read the others'.
+
+    Returns:
+        Folders of the look-ups of the others.
+    """
+    version, facts = tables.version(table), dedup.facts
+    before = set(tables.files(table, changes.earlier.read["embeddings_version"])) if changes else set()
+    new = [uri for uri in tables.files(table, version) if uri not in before]
+    groups = [new[start : start + FILES_AT_ONCE] for start in range(0, len(new), FILES_AT_ONCE)]
+    earlier: list[str] = changes.earlier.others["keys"] if changes else []
+    count = changes.earlier.others["ranges"] if changes else ranges.range_count(dedup.uri)
+    folder = f"{context.folder}/embedded" + (f"-since-{changes.earlier.name}" if changes else "")
+    exchange(functools.partial(_split_keys, count), groups, count, functools.partial(_look_up_keys, folder, count))
+    read = {"selection": dedup.uri, "embeddings_version": version}
+    read |= {name: facts[name] for name in ("images", "index_version")}
+    others = {"keys": [*earlier, folder], "ranges": count}
+    sums = Sums({"rows": facts["rows"], "reasons": {}}, 0)
+    generations.save(context, Generation(context.folder, table, dedup.uri, read, sums, 0, others))
+    return earlier
+
+
+def _look_up_keys(folder: str, count: int, output: int, pieces: list[pa.Table]) -> None:
+    keys = pa.concat_tables([pa.table({"key": pa.array([], pa.string())}), *pieces])["key"]
+    ranges.write_keys(folder, KeyRange(output, count), keys)
 
 
 def _split_keys(count: int, uris: Sequence[str]) -> list[pa.Table]:

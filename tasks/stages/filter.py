@@ -9,23 +9,24 @@ import functools
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks import ranges, rows, tables
+from tasks import generations, ranges, rows, tables
 from tasks.captions import count_words, split_words
 from tasks.dataflow import exchange, run_all
-from tasks.index import index_files, read_index
+from tasks.generations import Generation, Layer, Sums
+from tasks.index import find_newest, index_files, read_index
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.untrusted import domains
 from tasks.untrusted.normalise import MAX_CAPTION_CHARACTERS
 from unclip import files
-from unclip.config import fingerprint, nearest, require
+from unclip.config import fingerprint, nearest, require, to_dict
 from unclip.errors import ConfigError, InputError
 from unclip.messages import reason_of
 
@@ -106,41 +107,104 @@ def _pin(config: FilterConfig, _: Pinning) -> FilterConfig:
 
 @stage("filter", version=5, pin=_pin)
 def filter(context: StageContext, config: FilterConfig, download: Artifact) -> Output:
-    """Drop pairs with an unsuitable image size or caption, and pairs on a block list."""
+    """Drop pairs with an unsuitable image size or caption, and pairs on a block list.
+
+    Rows that an earlier refresh has judged are not judged again, unless the settings limit how many share a caption.
+    """
     if config.digest and check_settings(config) != config.digest:
         raise InputError("filter: a block list has changed since this run was planned. Run the same command again.")
-    facts, key_ranges = download.facts, ranges.ranges(ranges.range_count(download.facts["pairs"]))
-    boilerplate = _write_boilerplate(facts["pairs"], key_ranges, f"{context.intermediate}/boilerplate", config)
-    index = index_files(facts["images"], facts["index_version"])
-    folder = f"{context.folder}/selection"
-    apply = functools.partial(_filter_range, facts["pairs"], index, boilerplate, folder, config)
-    found = run_all(apply, key_ranges)
-    counts = rows.add_counts(counts for counts, _ in found)
+    facts = download.facts
+    pairs, index = facts["pairs"], index_files(facts["images"], facts["index_version"])
+    changes = _find_changes(context, config, facts)
+    if changes is not None:
+        folder = changes.layer.folder
+        apply_changes = functools.partial(_filter_changes, pairs, index, changes, config)
+        sums, changed = changes.layer.finish(run_all(apply_changes, changes.layer.key_ranges()))
+    else:
+        folder, key_ranges, changed = f"{context.folder}/selection", ranges.ranges(ranges.range_count(pairs)), 0
+        boilerplate = _write_boilerplate(pairs, key_ranges, f"{context.intermediate}/boilerplate", config)
+        apply = functools.partial(_filter_range, pairs, index, boilerplate, folder, config)
+        sums = Sums.total(run_all(apply, key_ranges))
+    counts = sums.counts
     if not counts["rows"][rows.KEPT]:
         raise InputError(
             f"filter: none of {counts['rows']['in']:,} rows is kept ({rows.top_reasons(counts)}). "
             f"Check the list of URLs, or loosen the settings of [filter]."
         )
     context.tracker.metrics(counts["rows"])
-    digest = fingerprint(tables.hex_digest(*(digest for _, digest in found)), download.digest)
+    read = {name: facts[name] for name in ("pairs", "images", "index_version")}
+    generations.save(context, Generation(context.folder, _settings(config), folder, read, sums, changed))
+    digest = fingerprint(sums.hex_digest, download.digest)
     passed_on = {name: facts[name] for name in facts if name.startswith(("images", "index")) or name == "pairs"}
-    return Output(folder, digest, {**counts, **passed_on})
+    return Output(folder, digest, {**counts, **passed_on, "layers": ranges.layers(folder)[:-1]})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """Layers of the list and files of the index since an earlier generation."""
+
+    layer: Layer
+    pairs: Sequence[str]
+    index: Sequence[str]
+
+
+def _settings(config: FilterConfig) -> str:
+    return fingerprint(1, to_dict(config))
+
+
+def _find_changes(context: StageContext, config: FilterConfig, facts: Mapping[str, Any]) -> _Changes | None:
+    """Find an earlier selection to continue, and what has changed since; None if there is none, or if much has."""
+    if config.max_caption_repeats is not None:  # new rows may change the verdict on all rows with their caption
+        return None
+    images, found = facts["images"], ranges.layers(facts["pairs"])
+
+    def layers_known(earlier: Generation) -> tuple[int, int] | None:
+        pairs, version = earlier.read["pairs"], earlier.read["index_version"]
+        is_earlier = pairs in found and earlier.read["images"] == images and version <= facts["index_version"]
+        return (found.index(pairs), version) if is_earlier else None
+
+    earlier = generations.find(context.store, "filter", _settings(config), layers_known)
+    if earlier is None:
+        return None
+    pairs = found[found.index(earlier.read["pairs"]) + 1 :]
+    known = set(index_files(images, earlier.read["index_version"]))
+    index = [uri for uri in index_files(images, facts["index_version"]) if uri not in known]
+    uris = [*index, *(uri for folder in pairs for uri in ranges.range_files(folder))]
+    if earlier.begins_anew(sum(map(tables.num_rows, uris))):
+        return None
+    return _Changes(Layer.on(earlier, context, "selection", earlier.read["pairs"]), pairs, index)
 
 
 def _filter_range(
     pairs: str, index: Sequence[str], boilerplate: str | None, folder: str, config: FilterConfig, key_range: KeyRange
-) -> tuple[dict[str, Any], int]:
-    """Write the selection of one range; returns its counts and digest."""
-    columns = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash", "redirect_hosts"]
+) -> Sums:
+    """Write the selection of one range; returns its sums."""
     repeated = (
         None
         if boilerplate is None
         else tables.read_file(ranges.range_uri(boilerplate, key_range))["caption"].combine_chunks()
     )
-    images = read_index(index, key_range, columns)
+    images = read_index(index, key_range, _COLUMNS)
     selection = apply_filters(ranges.read_range(pairs, key_range), images, config, repeated)
     ranges.write_range(folder, key_range, selection)
-    return rows.count(selection), tables.rows_digest(selection.drop_columns("position"))
+    return Sums.of(selection)
+
+
+def _filter_changes(
+    pairs: str, index: Sequence[str], changes: _Changes, config: FilterConfig, key_range: KeyRange
+) -> tuple[Sums, Sums]:
+    """Write the selection of the rows of one range that are new in the list or in the index; see `Layer.write`."""
+    images = read_index(changes.index, key_range, ["key"])
+    listed = ranges.read_layers(changes.pairs, key_range) if changes.pairs else ranges.find_rows(pairs, [])
+    others = images["key"].filter(pc.invert(pc.is_in(images["key"], value_set=listed["key"].combine_chunks())))
+    known = changes.layer.known(key_range, others)  # the table may have rows of other lists
+    listed = pa.concat_tables([listed, ranges.find_rows(pairs, known.to_pylist())]) if len(known) else listed
+    kept = pc.unique(listed.filter(pc.equal(listed["status"], rows.KEPT))["key"].combine_chunks())
+    images = find_newest(index, changes.index, key_range, kept, _COLUMNS)
+    return changes.layer.write(key_range, apply_filters(listed, images, config))
+
+
+_COLUMNS = ["key", "status", "reason", "original_width", "original_height", "sha256", "phash", "redirect_hosts"]
 
 
 def check_settings(config: FilterConfig) -> str | None:

@@ -30,8 +30,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from tasks import dataflow, image_folders, ranges, rows, tables
+from tasks import dataflow, generations, image_folders, ranges, rows
+from tasks.generations import Generation, Sums
 from tasks.stage import Output, Pinning, StageContext, stage
+from tasks.store import Store
 from tasks.tombstones import Tombstones, load_tombstones, refuse, tombstones_digest
 from tasks.untrusted import local_files, parquet_list, separated
 from tasks.untrusted.normalise import (
@@ -44,7 +46,7 @@ from tasks.untrusted.normalise import (
 )
 from tasks.untrusted.parquet_list import MAX_COLUMNS, Claims, ListFault
 from unclip import files
-from unclip.config import added, nearest, require
+from unclip.config import added, fingerprint, nearest, require, to_dict
 from unclip.errors import InputError
 from unclip.scratch import scratch_folder
 
@@ -188,16 +190,19 @@ class IngestConfig:
 def _pin(config: IngestConfig, pinning: Pinning) -> IngestConfig:
     folder = image_folder(config.urls)
     config = dataclasses.replace(config, local_root=_absolute_root(config) or folder)
-    digest, local_digest = _pin_list(config) if folder is None else (_pin_images(config, folder), None)
-    tombstones = tombstones_digest(pinning.store)
-    return dataclasses.replace(config, digest=digest, local_digest=local_digest, tombstones=tombstones)
+    config = dataclasses.replace(config, tombstones=tombstones_digest(pinning.store))
+    digest, local_digest = _pin_list(config, pinning.store) if folder is None else (_pin_images(config, folder), None)
+    return dataclasses.replace(config, digest=digest, local_digest=local_digest)
 
 
-def _pin_list(config: IngestConfig) -> tuple[str, str | None]:
+def _pin_list(config: IngestConfig, store: Store) -> tuple[str, str | None]:
     """Check the list; returns digests of it and of the local files that it names."""
     if names := left_out(config.urls):
         log.warning("ingest.urls: %s: left out %s. Convert them to %s.", config.urls, names, ", ".join(FORMATS))
-    return check_source(config), None if config.local_root is None else _states_digest(config, config.local_root)
+    digests = _digests(_sources(config.urls))
+    earlier = _find_earlier(store, config, digests)
+    _check_rows(config, earlier.read["files"] if earlier else 0)
+    return digests[-1], None if config.local_root is None else _states_digest(config, config.local_root)
 
 
 def _pin_images(config: IngestConfig, folder: str) -> str:
@@ -244,20 +249,46 @@ def _absolute_root(config: IngestConfig) -> str | None:
 
 @stage("ingest", version=4, pin=_pin)
 def ingest(context: StageContext, config: IngestConfig) -> Output:
-    """Read the list of URLs and captions, clean it and give every row its key."""
+    """Read the list of URLs and captions, clean it and give every row its key.
+
+    If the list is an earlier one with more files after its own, only these are read.
+    """
     images = image_folder(config.urls)
-    digest = check_source(config) if images is None else config.digest  # of images, the bytes count
-    if config.digest and digest != config.digest:
+    digests = _digests(_sources(config.urls)) if images is None else [config.digest]  # of images, the bytes count
+    if config.digest is None:
+        check_source(config)
+    elif digests[-1] != config.digest:
         raise InputError(
             f"ingest.urls: {config.urls} has changed since this run was planned. Run the same command again."
         )
-    local_root = config.local_root or images
-    chunks, offsets, num_rows, lines = _read_list(config) if images is None else _read_images(config, images)
-    count, folder = ranges.num_ranges(num_rows), f"{context.folder}/pairs"
-    split = functools.partial(_clean_and_split, offsets, count, local_root)
-    merge = functools.partial(_write_range, folder, count, load_tombstones(context.store))
-    written = dataflow.exchange(split, _grouped(chunks), count, merge)
-    facts = rows.add_counts(facts for facts, _ in written)
+    earlier = None if images else _find_earlier(context.store, config, digests)
+    num_known = earlier.read["files"] if earlier else 0
+    chunks, offsets, num_rows, lines = (
+        _read_list(config, _sources(config.urls)[num_known:]) if images is None else _read_images(config, images)
+    )
+    if earlier and earlier.begins_anew(num_rows):
+        earlier = None
+        chunks, offsets, num_rows, lines = _read_list(config, _sources(config.urls))
+    if earlier:
+        folder, count = f"{context.folder}/pairs-since-{earlier.name}", ranges.range_count(earlier.table)
+        first_row = earlier.sums.counts["rows"]["in"]
+        offsets, lines = [first_row + offset for offset in offsets], lines + LineCounts(earlier.others["lines"])
+    else:
+        folder, count = f"{context.folder}/pairs", ranges.num_ranges(num_rows)
+    split = functools.partial(_clean_and_split, offsets, count, config.local_root or images)
+    tombstones = load_tombstones(context.store)
+    below = ranges.layers(earlier.table) if earlier else []
+    written = dataflow.exchange(
+        split, _grouped(chunks), count, functools.partial(_write_range, folder, count, tombstones, below)
+    )
+    sums = Sums.total(sums for sums, _ in written)
+    changed = 0
+    if earlier:
+        replaced = Sums.total(sums for _, sums in written)
+        changed = earlier.changed + sums.counts["rows"]["in"]
+        sums = Sums.total([earlier.sums.minus(replaced), sums])
+        ranges.write_earlier(folder, below)
+    facts = {**sums.counts, "layers": below}
     facts |= {"lines": {name: lines[name] for name in ("in", "header", "blank", "continued")}} if lines else {}
     if not facts["rows"][rows.KEPT]:
         raise InputError(
@@ -265,7 +296,32 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
             f"If they name files, give --set ingest.local_root. Check --set ingest.layout, ingest.url_column and "
             "ingest.caption_column."
         )
-    return Output(folder, tables.hex_digest(*(digest for _, digest in written)), facts)
+    if images is None:
+        read = {"digest": digests[-1], "files": len(digests)}
+        generation = Generation(context.folder, _settings(config), folder, read, sums, changed, {"lines": dict(lines)})
+        generations.save(context, generation)
+    return Output(folder, sums.hex_digest, facts)
+
+
+def _settings(config: IngestConfig) -> str:
+    """Fingerprint of all settings but the list."""
+    return fingerprint(1, to_dict(dataclasses.replace(config, urls="list", digest=None)))
+
+
+def _find_earlier(store: Store, config: IngestConfig, digests: Sequence[str | None]) -> Generation | None:
+    """Find the result on the longest list that this list begins with.
+
+    Args:
+        digests: see `_digests`.
+    """
+    if config.local_root is not None:  # files that the list names may have changed
+        return None
+
+    def num_files(earlier: Generation) -> int | None:
+        number: int = earlier.read["files"]
+        return number if number < len(digests) and digests[number - 1] == earlier.read["digest"] else None
+
+    return generations.find(store, "ingest", _settings(config), num_files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,9 +346,8 @@ Chunks = tuple[list[Any], list[int], int, LineCounts]
 """Chunks or references of chunks; number of rows before those of each task; number of all rows; all lines."""
 
 
-def _read_list(config: IngestConfig) -> Chunks:
-    """Read the list, a small one in this process, a large one in tasks."""
-    sources = _sources(config.urls)
+def _read_list(config: IngestConfig, sources: "Sequence[_Source]") -> Chunks:
+    """Read some files of the list, small ones in this process, large ones in tasks."""
     groups: list[list[_Source]] = []
     is_small = sum(source.size for source in sources) <= SMALL_BYTES
     for source in sources:
@@ -468,12 +523,30 @@ def _clean_and_split(
 
 
 def _write_range(
-    folder: str, count: int, tombstones: Tombstones, index: int, pieces: Sequence[pa.Table]
-) -> tuple[dict[str, Any], int]:
-    """Write the pairs of one range of keys; returns their counts and digest."""
-    pairs = refuse(drop_duplicates(pa.concat_tables([PAIRS.empty_table(), *pieces])), tombstones)
-    ranges.write_range(folder, ranges.KeyRange(index, count), pairs)
-    return rows.count(pairs), tables.rows_digest(pairs.drop_columns("position"))
+    folder: str, count: int, tombstones: Tombstones, below: Sequence[str], index: int, pieces: Sequence[pa.Table]
+) -> tuple[Sums, Sums]:
+    """Write the pairs of one range of keys, and a look-up of their keys; returns the sums of these rows and of those replaced.
+
+    Args:
+        below: earlier layers, whose rows with one of the new keys are written again.
+    """
+    key_range = ranges.KeyRange(index, count)
+    pairs = pa.concat_tables([PAIRS.empty_table(), *pieces])
+    known = ranges.known_keys(below, key_range, pairs["key"])
+    before = ranges.find_rows(below[-1], known.to_pylist()).cast(PAIRS) if len(known) else PAIRS.empty_table()
+    pairs = refuse(drop_duplicates(pa.concat_tables([pairs, _undropped(before)])), tombstones)
+    ranges.write_range(folder, key_range, pairs)
+    ranges.write_keys(folder, key_range, pairs["key"])
+    return Sums.of(pairs), Sums.of(before)
+
+
+def _undropped(pairs: pa.Table) -> pa.Table:
+    """Rows as they were before `drop_duplicates`."""
+    is_duplicate = pc.fill_null(pc.equal(pairs["reason"], "duplicate_row"), False)
+    status = pc.if_else(is_duplicate, rows.KEPT, pairs["status"])
+    reason = pc.if_else(is_duplicate, pa.scalar(None, pa.string()), pairs["reason"])
+    changed = {"status": status, "reason": reason}
+    return pa.table([changed.get(name, pairs[name]) for name in PAIRS.names], PAIRS)
 
 
 def check_source(config: IngestConfig) -> str:
@@ -485,17 +558,25 @@ def check_source(config: IngestConfig) -> str:
     Raises:
         InputError: the list is not usable; names the file and the problem.
     """
-    digest, unreadable, kinds = hashlib.sha256(), LISTED.empty_table(), Kinds()
-    has_rows = has_sound_rows = False
-    for source in _sources(config.urls):
+    _check_rows(config)
+    return _digests(_sources(config.urls))[-1]
+
+
+def _check_rows(config: IngestConfig, num_checked: int = 0) -> None:
+    """Check the columns and the first rows of each file.
+
+    Args:
+        num_checked: number of first files that were checked with the same settings before.
+    """
+    unreadable, kinds = LISTED.empty_table(), Kinds()
+    has_rows = has_sound_rows = num_checked > 0
+    for source in _sources(config.urls)[num_checked:]:
         for first in itertools.islice(_read_source(source, config, LineCounts(), kinds), 1):
             bad = first.filter(pc.equal(first["reason"], "bad_row"))
             has_rows, has_sound_rows = True, has_sound_rows or bad.num_rows < first.num_rows
             unreadable = unreadable if unreadable.num_rows else bad
-        digest.update(source.path.rpartition("/")[2].encode() + b"\0")
-        with _readable(source), source.open_stream() as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+    if num_checked and kinds.numbers:  # the other files may have texts in these columns
+        return _check_rows(config)
     if not has_rows:
         raise InputError(f"ingest.urls: {config.urls} has no rows. Give a list with at least one URL and caption.")
     if not has_sound_rows:
@@ -505,7 +586,19 @@ def check_source(config: IngestConfig) -> str:
             "Write an object on each line of .jsonl; in .csv and .tsv, quote fields that hold the separator or a quote."
         )
     kinds.check()
-    return digest.hexdigest()
+    return None
+
+
+def _digests(sources: "Sequence[_Source]") -> list[str]:
+    """sha256 of the names and bytes of the first file, of the first two, and so on."""
+    digest, found = hashlib.sha256(), []
+    for source in sources:
+        digest.update(source.path.rpartition("/")[2].encode() + b"\0")
+        with _readable(source), source.open_stream() as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        found.append(digest.copy().hexdigest())
+    return found
 
 
 def _states_digest(config: IngestConfig, root: str) -> str:

@@ -80,8 +80,8 @@ def test_rows_are_found_in_the_files_that_hold_them(tmp_path: object, monkeypatc
     table = keyed(3000)
     folder = write(str(tmp_path), table, 16)
     opened = []
-    read = tables.read_file
-    monkeypatch.setattr(tables, "read_file", lambda uri, columns=None: opened.append(uri) or read(uri, columns))
+    read = tables.read_keys
+    monkeypatch.setattr(tables, "read_keys", lambda uri, *arguments: opened.append(uri) or read(uri, *arguments))
     wanted = [table["key"][5].as_py(), table["key"][2990].as_py(), "f" * 32]
     found = ranges.find_rows(folder, wanted)
     assert found["key"].to_pylist() == wanted[:2]
