@@ -7,7 +7,6 @@ codes, the factor and the schedules of Ramesh et al. 2021, appendix A.2, in the 
 import dataclasses
 
 from unclip.models.autoencoder import AutoencoderConfig
-from unclip.models.discriminator import DiscriminatorConfig
 from unclip.systems.autoencoder.part import (
     AdversarialConfig,
     AutoencoderStageConfig,
