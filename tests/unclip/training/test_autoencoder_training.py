@@ -82,7 +82,7 @@ def run(
         trainer.train(objective, rows, settings(**changes), f"{folder}/{name}", recorder, workers, validation(folder))
     except trainer.StoppedError:
         assert stop_before
-    files = [each for each in (folder / name).glob("losses-*.json")]
+    files = list((folder / name).glob("losses-*.json"))
     (folder / name / f"losses-{len(files)}-{workers.rank}.json").write_text(json.dumps(recorder.losses))
     return recorder
 
