@@ -104,7 +104,10 @@ def test_lpips_is_that_of_its_definition(lpips_file: Path) -> None:
                 x, part, number = F.max_pool2d(x, 2), part + 1, number + 1
             else:
                 name = f"net.slice{part}.{number}"
-                x, number = F.conv2d(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], padding=1).relu(), number + 2
+                x, number = (
+                    F.conv2d(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], padding=1).relu(),
+                    number + 2,
+                )
         return found
 
     expected = sum(
