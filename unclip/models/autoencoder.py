@@ -188,6 +188,7 @@ class Autoencoder(nn.Module):
             ShapeError: the number of codes is no square, or a code is not in [0, K).
         """
         self._check_codes("decode_tokens")
+        assert not isinstance(self.bottleneck, KlBottleneck)
         size = round(tokens.shape[1] ** 0.5)
         if tokens.dim() != 2 or size * size != tokens.shape[1]:
             raise ShapeError(f"decode_tokens: got {tuple(tokens.shape)}, expected [B, s * s] codes of square images.")
@@ -196,7 +197,7 @@ class Autoencoder(nn.Module):
             raise ShapeError(
                 f"decode_tokens: got codes from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {largest}."
             )
-        vectors = self.bottleneck.vectors(tokens)  # type: ignore[union-attr, operator]  # [B, ss, D]
+        vectors = self.bottleneck.vectors(tokens)  # [B, ss, D]
         return self.decode(vectors.transpose(1, 2).unflatten(2, (size, size)))
 
     def draw_noise(self, batch: int, generator: torch.Generator) -> Tensor | None:
