@@ -176,7 +176,7 @@ class Autoencoder(nn.Module):
             ShapeError: the images are no multiples of f in size.
         """
         self._check_codes("tokens")
-        codes = self.bottleneck(self._encode(images)).codes
+        codes: Tensor | None = self.bottleneck(self._encode(images)).codes
         assert codes is not None
         return codes
 
@@ -336,8 +336,8 @@ class Decoder(nn.Module):
 
     def images(self, hidden: Tensor) -> Tensor:
         """Images [B, 3, S, S] from the input [B, C, S / p, S / p] of the last convolution."""
-        patches = self.output(hidden)  # [B, 3 p p, S / p, S / p]
-        return patches if self.patch_size == 1 else F.pixel_shuffle(patches, self.patch_size)  # type: ignore[no-any-return]
+        patches: Tensor = self.output(hidden)  # [B, 3 p p, S / p, S / p]
+        return patches if self.patch_size == 1 else F.pixel_shuffle(patches, self.patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.images(self.hidden(latents))  # [B, 3, S, S]
