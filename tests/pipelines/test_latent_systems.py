@@ -58,7 +58,7 @@ def test_the_generators_of_the_demo_share_an_autoencoder_and_the_prior_is_that_o
         ("latent", "latent_diffusion.model.latent_channels=3", r"latent_channels: got 3, expected 4, as many as"),
         ("stable", "stable_unclip.model.unet.image_size=8", r"image_size: got 8, expected 16, the size of"),
         ("latent", "latent_diffusion.model.reads_image_embedding=true", "this system has no prior"),
-        ("stable", "stable_unclip.model.reads_image_embedding=false", "reads_image_embedding"),
+        ("stable", "stable_unclip.model.reads_image_embedding=false", "as the network reads no image embedding"),
         ("latent", "evaluate.sampling.latent_diffusion.noise_level=1", "expected 0, as the generator reads no image"),
         ("stable", "evaluate.sampling.stable_unclip.noise_level=1", "expected at most 0, the max_noise_level"),
         ("latent", "upsamplers.96={}", "got 96, expected a multiple of 64, the output resolution of the autoencoder"),
