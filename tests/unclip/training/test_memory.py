@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 from tests.unclip.systems.sized import networks, shapes
 from unclip.errors import ConfigError
 from unclip.models.layers import CausalTransformer
+from unclip.systems.latent_diffusion import LATENT_DIFFUSION
+from unclip.systems.latent_sizes import LATENT_DIFFUSION_SIZES, STABLE_UNCLIP_SIZES
+from unclip.systems.stable_unclip import STABLE_UNCLIP
 from unclip.systems.unclip.sizes import MODEL_SIZES
 from unclip.training import memory, parallel
 from unclip.training.flops import flops_per_sample, peak_of
@@ -28,6 +31,8 @@ SHALLOW = MODEL_SIZES["demo"]
 # Eight blocks: with fewer, temporaries would be more than a tenth of the memory.
 PRIOR = dataclasses.replace(SHALLOW.prior, model=dataclasses.replace(SHALLOW.prior.model, depth=8))
 DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR))
+DEMO["latent_diffusion"] = LATENT_DIFFUSION.network(LATENT_DIFFUSION_SIZES["demo"].generator, shapes(SHALLOW))
+DEMO["stable_unclip"] = STABLE_UNCLIP.network(STABLE_UNCLIP_SIZES["demo"].generator, shapes(SHALLOW))
 SAMPLES = 5
 
 
@@ -97,7 +102,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64"])
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64", "latent_diffusion"])
 def test_the_peak_of_a_step_is_within_the_reserve_of_the_plan(name: str, checkpointing: bool) -> None:
     training = TrainingSetup(checkpointing=checkpointing)
     plan = memory.measure(name, DEMO[name], "cpu", "bf16")
