@@ -106,7 +106,7 @@ class Dalle(nn.Module):
         predicted = text_mask(tokens)[:, 1:]  # [B, L - 1]
         if drop is not None:
             predicted = predicted & ~drop[:, None]
-        text = mean_cross_entropy(logits.text, self.vocabulary(tokens[:, 1:]), predicted)  # [B]
+        text = mean_cross_entropy(logits.text, self.vocabulary(tokens)[:, 1:], predicted)  # [B]
         return torch.stack([text, mean_cross_entropy(logits.image, codes)], dim=1)
 
     def logits(self, tokens: Tensor, codes: Tensor, drop: Tensor | None = None) -> DalleLogits:
