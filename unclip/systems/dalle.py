@@ -4,12 +4,22 @@ Source: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation".
 """
 
 import dataclasses
+from typing import Any
 
 from unclip.config import operational
 from unclip.models.dalle import Dalle, DalleConfig
 from unclip.models.token_transformer import TokenSampling
+from unclip.systems.autoencoder import DEMO_VQ, DVAE, VQGAN
 from unclip.systems.system import StackFiles, sampling_of
-from unclip.systems.tokens import PREVIEW, TokenStack, TokenStackSampling, load_parts, token_part, token_system
+from unclip.systems.tokens import (
+    PREVIEW,
+    TokenStack,
+    TokenStackSampling,
+    load_parts,
+    sections,
+    token_part,
+    token_system,
+)
 from unclip.training.settings import TrainerConfig
 
 
@@ -48,3 +58,67 @@ def load(files: StackFiles) -> TokenStack:
 
 
 SYSTEM = token_system("dalle", DALLE, DalleSampling, load)
+
+MODEL_SIZES: dict[str, dict[str, Any]] = {
+    # 64 pixels as 8 x 8 tokens; minutes on two CPUs
+    "demo": sections(
+        "dalle",
+        DEMO_VQ,
+        DalleStageConfig(
+            DalleConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, cond_drop_prob=0.1),
+            TrainerConfig(
+                num_samples=60_000,
+                batch_size=64,
+                learning_rate=1e-3,
+                warmup_samples=3_000,
+                weight_decay=0.05,
+                beta2=0.95,
+                ema_decay=0.99,
+                checkpoint_samples=20_000,
+            ),
+        ),
+        DalleSampling(),
+        ("unclip-demo", None),
+    ),
+    # 256 pixels as 16 x 16 tokens of a VQGAN; days on one GPU
+    "base": sections(
+        "dalle",
+        VQGAN,
+        DalleStageConfig(
+            DalleConfig(width=1024, depth=24, num_heads=16, dropout=0.1, cond_drop_prob=0.1),
+            TrainerConfig(
+                num_samples=204_800_000,
+                batch_size=1024,
+                learning_rate=3e-4,
+                warmup_samples=5000 * 1024,
+                weight_decay=0.045,
+                beta2=0.96,
+                ema_decay=0.999,
+            ),
+        ),
+        DalleSampling(batch_size=16),
+        ("ViT-L-14", "openai"),
+    ),
+    # Ramesh et al. 2021: 256 pixels as 32 x 32 tokens; section 2.2 and appendix B.2. The paper halves its learning rate five
+    # times at plateaus. Its 512 candidates are those of the figures
+    "dalle": sections(
+        "dalle",
+        DVAE,
+        DalleStageConfig(
+            DalleConfig(width=3968, depth=64, num_heads=62),
+            TrainerConfig(
+                num_samples=430_000 * 1024,
+                batch_size=1024,
+                learning_rate=4.5e-4,
+                warmup_samples=5000 * 1024,
+                weight_decay=0.045,
+                beta2=0.96,
+                clip_norm=4.0,
+                ema_decay=0.999,
+            ),
+        ),
+        DalleSampling(batch_size=4, dalle=TokenSampling(num_candidates=512)),
+        ("unclip-dalle2", None),
+    ),
+}
+"""Name -> sections of a run file."""

@@ -4,12 +4,22 @@ Source: Yu et al. 2022, "Scaling Autoregressive Models for Content-Rich Text-to-
 """
 
 import dataclasses
+from typing import Any
 
 from unclip.config import operational
 from unclip.models.parti import Parti, PartiConfig
 from unclip.models.token_transformer import TokenSampling
+from unclip.systems.autoencoder import DEMO_VQ, VIT_VQGAN
 from unclip.systems.system import StackFiles, sampling_of
-from unclip.systems.tokens import PREVIEW, TokenStack, TokenStackSampling, load_parts, token_part, token_system
+from unclip.systems.tokens import (
+    PREVIEW,
+    TokenStack,
+    TokenStackSampling,
+    load_parts,
+    sections,
+    token_part,
+    token_system,
+)
 from unclip.training.settings import TrainerConfig
 
 
@@ -48,3 +58,56 @@ def load(files: StackFiles) -> TokenStack:
 
 
 SYSTEM = token_system("parti", PARTI, PartiSampling, load)
+
+
+def _paper(width: int, num_heads: int, encoder_depth: int, depth: int) -> dict[str, Any]:
+    """Sections of a size of Yu et al. 2022, Table 1, trained as in section 3: 450,000 steps of 8,192 images.
+
+    The paper uses Adafactor, and lowers the learning rate exponentially.
+    """
+    return sections(
+        "parti",
+        VIT_VQGAN,
+        PartiStageConfig(
+            PartiConfig(width, depth, num_heads, dropout=0.1, encoder_depth=encoder_depth),
+            TrainerConfig(
+                num_samples=450_000 * 8192,
+                batch_size=8192,
+                learning_rate=4.5e-5,
+                warmup_samples=5000 * 8192,
+                weight_decay=0.045,
+                beta2=0.96,
+            ),
+        ),
+        PartiSampling(batch_size=4, parti=TokenSampling(guidance_scale=1.5, num_candidates=16)),
+        ("unclip-dalle2", None),
+    )
+
+
+MODEL_SIZES: dict[str, dict[str, Any]] = {
+    # 64 pixels as 8 x 8 tokens of a convolutional autoencoder; minutes on two CPUs
+    "demo": sections(
+        "parti",
+        DEMO_VQ,
+        PartiStageConfig(
+            PartiConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, encoder_depth=1),
+            TrainerConfig(
+                num_samples=60_000,
+                batch_size=64,
+                learning_rate=1e-3,
+                warmup_samples=3_000,
+                weight_decay=0.05,
+                beta2=0.95,
+                ema_decay=0.99,
+                checkpoint_samples=20_000,
+            ),
+        ),
+        PartiSampling(parti=TokenSampling(guidance_scale=2.0)),
+        ("unclip-demo", None),
+    ),
+    "base": _paper(1024, 16, 12, 12),
+    "parti_750m": _paper(1024, 16, 12, 36),
+    "parti_3b": _paper(2048, 32, 12, 36),
+    "parti_20b": _paper(4096, 64, 16, 64),
+}
+"""Name -> sections of a run file."""

@@ -23,7 +23,7 @@ from unclip.models.clip import Clip
 from unclip.models.dalle import Dalle
 from unclip.models.parti import Parti
 from unclip.models.token_transformer import TokenSampling
-from unclip.systems.autoencoder import AUTOENCODER
+from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.systems.system import StackFiles, SystemSpec, load_model
 from unclip.training import parallel
@@ -295,6 +295,31 @@ def token_system(name: str, part: Part[Any], sampling: type, load: Callable[[Sta
         shortcuts={"guidance_scale": f"{name}.guidance_scale"},
         inputs=("negative",),
     )
+
+
+def sections(
+    name: str,
+    autoencoder: AutoencoderStageConfig,
+    model: Any,
+    sampling: TokenStackSampling,
+    clip: tuple[str, str | None],
+) -> dict[str, Any]:
+    """Sections of a run file for a model size.
+
+    Args:
+        name: section of the model.
+        model: settings of the stage that trains the model; its tokens are those of the autoencoder.
+        clip: CLIP's architecture and its weights; without weights, it is trained on the pairs.
+    """
+    settings = to_dict(model)
+    for field in ("grid_size", "codebook_size"):
+        del settings["model"][field]  # they follow from the autoencoder
+    return {
+        "autoencoder": to_dict(autoencoder),
+        name: settings,
+        "clip": {"model": clip[0], "pretrained": clip[1]},
+        "evaluate": {"sampling": to_dict(sampling)},
+    }
 
 
 def _check_tokenizer(name: str, clip: Clip, model: Dalle | Parti) -> None:
