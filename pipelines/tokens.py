@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tasks.stages.latents import LatentsConfig, latents
+
 from pipelines.dag import Binder
 from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
 from pipelines.pipeline import Variant
 from tasks.stage import Resources
-from tasks.stages.latents import LatentsConfig, latents
 from tasks.stages.train import train
 from unclip import config
 from unclip.config import require

@@ -7,7 +7,7 @@ from pipelines.pipeline import Pipeline
 from pipelines.tokens import TokenPipelineConfig, TokenResources
 from tasks.stage import Resources
 from tasks.stages.evaluate import EvaluateConfig
-from unclip.systems.parti import PARTI, MODEL_SIZES, PartiSampling, PartiStageConfig
+from unclip.systems.parti import MODEL_SIZES, PARTI, PartiSampling, PartiStageConfig
 
 
 @dataclasses.dataclass(frozen=True)

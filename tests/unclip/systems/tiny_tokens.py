@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
 
 from unclip.config import to_dict
 from unclip.models import clip as clip_models
+from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
 from unclip.models.clip import Clip
 from unclip.models.dalle import Dalle, DalleConfig
 from unclip.models.parti import Parti, PartiConfig
