@@ -6,7 +6,7 @@ for High-Resolution Image Synthesis" (the networks); Rombach et al. 2022, "High-
 Models" (the KL autoencoder). The order of layers is that of the published networks, so that weights convert one to one
 (`unclip.interop.autoencoder`).
 
-Letters: B batch, C channels, H height, W width, S image size, s latent size, D latent channels, K codes.
+Letters: B batch, C channels, H height, W width, S image size, p patch size, s latent size, D latent channels, K codes.
 """
 
 import dataclasses
@@ -32,6 +32,9 @@ NORM_EPS = 1e-6
 class AutoencoderConfig:
     image_size: int = 256
     """S, size of the square training image, pixels; attention_resolutions are relative to it."""
+    patch_size: int = 1
+    """Pixels in each direction that the first and the last convolution take as channels of one position: a cheap way to a lower
+    resolution, for small networks. 1 in the published networks."""
     channels: int = 128
     """Channels of the first level."""
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -56,7 +59,7 @@ class AutoencoderConfig:
     Yu et al. 2022 (ViT-VQGAN), section 3.1."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "num_res_blocks", "norm_groups", "latent_channels"):
+        for name in ("image_size", "patch_size", "channels", "num_res_blocks", "norm_groups", "latent_channels"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(len(self.channel_mult) >= 1, "channel_mult", self.channel_mult, "at least one level")
         for multiple in self.channel_mult:
@@ -67,7 +70,7 @@ class AutoencoderConfig:
         fits = self.image_size % self.factor == 0
         expected = f"a multiple of {self.factor}, so that every level but the last halves the resolution evenly"
         require(fits, "image_size", self.image_size, expected)
-        resolutions = [self.image_size // 2**level for level in range(len(self.channel_mult))]
+        resolutions = [self.image_size // self.patch_size // 2**level for level in range(len(self.channel_mult))]
         for resolution in self.attention_resolutions:
             expected = f"resolutions of the levels, {resolutions}"
             require(resolution in resolutions, "attention_resolutions", resolution, expected)
@@ -78,7 +81,7 @@ class AutoencoderConfig:
         """f, ratio of the image's resolution to that of the latents."""
         if self.transformer is not None:
             return self.transformer.patch_size
-        return int(2 ** (len(self.channel_mult) - 1))
+        return int(self.patch_size * 2 ** (len(self.channel_mult) - 1))
 
     @property
     def latent_size(self) -> int:
@@ -111,7 +114,7 @@ class Reconstruction(NamedTuple):
     errors: Tensor | None
     """[B, s * s] float32, detached: squared distance of each encoding to its code (vq); None of the others."""
     last_hidden: Tensor
-    """[B, C, S, S], detached: input of the decoder's last convolution."""
+    """[B, C, S / p, S / p], detached: input of the decoder's last convolution."""
 
 
 class Autoencoder(nn.Module):
@@ -147,8 +150,8 @@ class Autoencoder(nn.Module):
         """
         encoded = self.to_bottleneck(self.encoder(images))  # [B, 2 D or D or K, s, s]
         squeezed = self.bottleneck(encoded, noise, temperature)
-        hidden = self.decoder.hidden(self.from_bottleneck(squeezed.latents))  # [B, C, S, S]
-        reconstructed = self.decoder.output(hidden)  # [B, 3, S, S]
+        hidden = self.decoder.hidden(self.from_bottleneck(squeezed.latents))  # [B, C, S / p, S / p]
+        reconstructed = self.decoder.images(hidden)  # [B, 3, S, S]
         _, penalty, encodings, codes, errors = squeezed
         return Reconstruction(reconstructed, penalty, encodings.detach(), codes, errors, hidden.detach())
 
@@ -281,8 +284,9 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, out_channels: int) -> None:
         super().__init__()
         widths, groups = config.widths, config.norm_groups
-        resolution, width = config.image_size, widths[0]
-        self.input = nn.Conv2d(3, width, 3, padding=1)
+        resolution, width = config.image_size // config.patch_size, widths[0]
+        self.patch_size = config.patch_size
+        self.input = nn.Conv2d(3 * config.patch_size**2, width, 3, padding=1)
         self.blocks = nn.ModuleList()
         for level, level_width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -301,7 +305,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         # convolutions are fastest in this layout, even if the weights are not stored in it, as in shards
-        h = self.input(images.contiguous(memory_format=torch.channels_last))  # [B, C, S, S]
+        patches = F.pixel_unshuffle(images, self.patch_size)  # [B, 3 p p, S / p, S / p]
+        h = self.input(patches.contiguous(memory_format=torch.channels_last))  # [B, C, S / p, S / p]
         for block in (*self.blocks, *self.middle):
             h = block(h)
         return self.output(h)  # type: ignore[no-any-return]  # [B, out_channels, s, s]
@@ -327,18 +332,23 @@ class Decoder(nn.Module):
             if level > 0:
                 self.blocks.append(Upsample(width))
                 resolution *= 2
+        self.patch_size = config.patch_size
         self.norm = GroupNorm(groups, width, NORM_EPS)
-        self.output = nn.Conv2d(width, 3, 3, padding=1)
+        self.output = nn.Conv2d(width, 3 * config.patch_size**2, 3, padding=1)
 
     def hidden(self, latents: Tensor) -> Tensor:
-        """Input [B, C, S, S] of the last convolution."""
+        """Input [B, C, S / p, S / p] of the last convolution."""
         h = self.input(latents.contiguous(memory_format=torch.channels_last))  # [B, C, s, s]
         for block in (*self.middle, *self.blocks):
             h = block(h)
-        return F.silu(self.norm(h))  # [B, C, S, S]
+        return F.silu(self.norm(h)).to(h.dtype)  # [B, C, S / p, S / p]
+
+    def images(self, hidden: Tensor) -> Tensor:
+        """Images [B, 3, S, S] from the input [B, C, S / p, S / p] of the last convolution."""
+        return F.pixel_shuffle(self.output(hidden), self.patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.output(self.hidden(latents))  # type: ignore[no-any-return]  # [B, 3, S, S]
+        return self.images(self.hidden(latents))  # [B, 3, S, S]
 
 
 class Block(nn.Module):

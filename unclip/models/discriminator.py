@@ -99,7 +99,7 @@ def adaptive_weight(last_hidden: Tensor, kernel: int, reconstruction: Tensor, ad
     Args:
         last_hidden: [B, C, S, S], input of that convolution, which keeps the resolution.
         kernel: size of its kernel.
-        reconstruction, adversarial: [B, 3, S, S], gradients of the two terms with respect to the reconstructions.
+        reconstruction, adversarial: [B, 3, S, S], gradients of the two terms with respect to its output.
 
     Source: Esser et al. 2021, eq. 7.
     """

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import load, require, to_dict
@@ -223,8 +224,9 @@ class AutoencoderObjective:
         adversarial = self.config.discriminator
         weight = reconstructed.new_tensor(adversarial.weight)
         if adversarial.adaptive:
-            kernel = self.model.decoder.output.kernel_size[0]
-            weight = weight * adaptive_weight(found.last_hidden, kernel, content_gradient, verdict_gradient)
+            layer, patch = self.model.decoder.output, self.config.model.patch_size
+            gradients = [F.pixel_unshuffle(each, patch) for each in (content_gradient, verdict_gradient)]
+            weight = weight * adaptive_weight(found.last_hidden, layer.kernel_size[0], *gradients)
         hinge = hinge_loss(real, fake)
         with torch.no_grad():
             for name, value in {
