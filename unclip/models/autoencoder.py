@@ -242,10 +242,8 @@ class Judged(NamedTuple):
     copies: Tensor | None = None
     """[B, 3, S, S], the reconstructions as the discriminator read them: without the autoencoder's graph, so that gradients with
     respect to them end here. None if the discriminator did not judge."""
-    real: Tensor | None = None
-    """[B, 1, h, h], logits of the images."""
-    fake: Tensor | None = None
-    """[B, 1, h, h], logits of the copies."""
+    logits: Tensor | None = None
+    """[2 B, 1, h, h], logits of the images, then of the copies."""
 
 
 class AdversarialAutoencoder(Autoencoder):
@@ -268,8 +266,7 @@ class AdversarialAutoencoder(Autoencoder):
         found = super().forward(images, noise, temperature)
         if judges:
             copies = found.images.detach().float().requires_grad_(torch.is_grad_enabled())
-            real, fake = self.discriminator(torch.cat([images, copies])).chunk(2)  # 2 x [B, 1, h, h]
-            return Judged(found, copies, real, fake)
+            return Judged(found, copies, self.discriminator(torch.cat([images, copies])))
         if self.training:
             # All weights must get gradients on all ranks: those of the discriminator get zeros, for the price of one small image.
             size = self.discriminator.config.smallest_image
@@ -345,7 +342,8 @@ class Decoder(nn.Module):
 
     def images(self, hidden: Tensor) -> Tensor:
         """Images [B, 3, S, S] from the input [B, C, S / p, S / p] of the last convolution."""
-        return F.pixel_shuffle(self.output(hidden), self.patch_size)
+        patches = self.output(hidden)  # [B, 3 p p, S / p, S / p]
+        return patches if self.patch_size == 1 else F.pixel_shuffle(patches, self.patch_size)  # type: ignore[no-any-return]
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.images(self.hidden(latents))  # [B, 3, S, S]

@@ -55,15 +55,14 @@ class Discriminator(nn.Module):
         self.config = config
         widths = [config.channels * min(2**layer, LARGEST_MULTIPLE) for layer in range(config.num_layers + 1)]
         strides = [*[2] * config.num_layers, 1]
-        self.blocks = nn.ModuleList()
+        # No module list: its graph is passed twice, for which activations cannot be recomputed; see `parallel.blocks`.
+        self.layers = nn.Sequential()
         for layer, (in_width, width, stride) in enumerate(zip([3, *widths[:-1]], widths, strides, strict=True)):
-            self.blocks.append(_Layer(in_width, width, stride, config.norm_groups if layer else None))
+            self.layers.append(_Layer(in_width, width, stride, config.norm_groups if layer else None))
         self.output = nn.Conv2d(widths[-1], 1, 4, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        h = images.contiguous(memory_format=torch.channels_last)  # [B, 3, S, S]
-        for block in self.blocks:
-            h = block(h)
+        h = self.layers(images.contiguous(memory_format=torch.channels_last))  # [B, C, H, W]
         return self.output(h).float()  # type: ignore[no-any-return]  # [B, 1, h, h]
 
 

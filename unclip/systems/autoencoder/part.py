@@ -212,8 +212,9 @@ class AutoencoderObjective:
         The content loss and the verdict reach the autoencoder as one gradient of the reconstructions, so that their adaptive
         weight costs no second pass.
         """
-        found, copies, real, fake = judged
-        assert copies is not None and real is not None and fake is not None
+        found, copies, logits = judged
+        assert copies is not None and logits is not None
+        real, fake = logits.chunk(2)  # 2 x [B, 1, h, h]
         reconstructed = found.images.float()
         leaf = reconstructed.detach().requires_grad_()
         content = self._content_loss(leaf, images, True)
@@ -309,9 +310,8 @@ class _WithLosses(nn.Module):
             found: Reconstruction = self.model(images, noise)
             return found.images
         judged: Judged = self.model(images, noise, judges=True)
-        assert judged.real is not None and judged.fake is not None
-        outputs = (judged.reconstruction.images, judged.real, judged.fake)
-        return torch.cat([each.flatten() for each in outputs])
+        assert judged.logits is not None
+        return torch.cat([judged.reconstruction.images.flatten(), judged.logits.flatten()])
 
 
 def _network(config: AutoencoderStageConfig, _: Shapes) -> Network:

@@ -1,0 +1,194 @@
+"""Autoencoders keep the trainer's promises, with a discriminator that starts late and a codebook that learns beside the loss."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests.unclip.training.trained_on_workers import reader, validation
+from unclip.models.autoencoder import AutoencoderConfig
+from unclip.models.discriminator import DiscriminatorConfig
+from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
+from unclip.systems.autoencoder.part import AdversarialConfig, AutoencoderObjective, LatentsConfig, PerceptualConfig
+from unclip.systems.system import load_model
+from unclip.training import checkpoints, overfitting, trainer
+from unclip.training.codebooks import CodebookConfig
+from unclip.training.objective import Monitor
+from unclip.training.parallel import ALONE, Workers
+from unclip.training.settings import TrainerConfig
+
+STEPS = 8
+"""Steps of 16 samples; the discriminator starts after the third."""
+Kind = Literal["kl", "ema", "loss", "gumbel"]
+KINDS: tuple[Kind, ...] = ("kl", "ema", "loss", "gumbel")
+
+
+def config(kind: Kind, weight: float = 0.5, **model: Any) -> AutoencoderStageConfig:
+    bottleneck = "vq" if kind in ("ema", "loss") else kind
+    sizes = {"image_size": 16, "channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
+    network = AutoencoderConfig(**{**sizes, "latent_channels": 4, "bottleneck": bottleneck, "codebook_size": 24, **model})
+    return AutoencoderStageConfig(
+        model=network,
+        perceptual=PerceptualConfig(0.0),
+        latents=LatentsConfig(kl_weight=0.1, kl_warmup_samples=64, temperature_samples=96),
+        codebook=CodebookConfig("loss" if kind == "loss" else "ema", decay=0.8),
+        discriminator=AdversarialConfig(weight, start_samples=48, model=DiscriminatorConfig(8, 2, 4)),
+    )
+
+
+def settings(**changes: Any) -> TrainerConfig:
+    values = {"num_samples": 16 * STEPS, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.9}
+    values |= {"checkpoint_samples": 48, "micro_batch_size": 4, "precision": "fp32", "log_samples": 16}
+    return TrainerConfig(**{**values, **changes})
+
+
+class Recorder(Monitor):
+    def __init__(self, stop_before: int = 0) -> None:
+        self.stop_before, self.num_steps = stop_before, 0
+        self.losses: list[float] = []
+        self.logged: list[dict[str, float]] = []
+        self.previews: list[torch.Tensor] = []
+
+    def step(self, samples_seen: int, loss: float) -> None:
+        self.losses.append(loss)
+
+    def metrics(self, values, samples_seen: int) -> None:
+        self.logged.append(dict(values))
+
+    def preview(self, images: torch.Tensor, samples_seen: int) -> None:
+        self.previews.append(images)
+
+    def wants_stop(self) -> bool:
+        self.num_steps += 1
+        return self.num_steps == self.stop_before
+
+
+def run(
+    folder: Path, name: str, kind: Kind, workers: Workers = ALONE, stop_before: int = 0, **changes: Any
+) -> Recorder:
+    """Train in `folder`/NAME, or resume there, and write the losses to NAME-RANK.json."""
+    torch.manual_seed(0)
+    rows = reader(folder)
+    objective = AutoencoderObjective(config(kind), rows.read(np.arange(2)))
+    recorder = Recorder(stop_before)
+    try:
+        trainer.train(
+            objective, rows, settings(**changes), f"{folder}/{name}", recorder, workers, validation(folder)
+        )
+    except trainer.StoppedError:
+        assert stop_before
+    files = [each for each in (folder / name).glob("losses-*.json")]
+    (folder / name / f"losses-{len(files)}-{workers.rank}.json").write_text(json.dumps(recorder.losses))
+    return recorder
+
+
+def run_rank_of_two(rank: int, folder: str, jobs: list[tuple[str, Kind, int, dict[str, Any]]]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for name, kind, stop_before, changes in jobs:
+        run(Path(folder), name, kind, Workers(rank, 2), stop_before, **changes)
+    torch.distributed.destroy_process_group()
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return checkpoints.load(str(folder / name / "model"))[0]["model"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_training_ends_with_the_same_weights(tmp_path: Path, kind: Kind) -> None:
+    whole = run(tmp_path, "whole", kind)
+    before = run(tmp_path, "stopped", kind, stop_before=5)
+    after = run(tmp_path, "stopped", kind)
+    assert before.losses + after.losses == whole.losses and len(whole.losses) == STEPS
+    for name, value in weights(tmp_path, "whole").items():
+        assert torch.equal(value, weights(tmp_path, "stopped")[name]), name
+
+
+def test_ddp_and_fsdp_take_the_steps_of_one_worker_and_resume_from_each_other(tmp_path: Path) -> None:
+    jobs: list[tuple[str, Kind, int, dict[str, Any]]] = []
+    for kind in KINDS:
+        jobs += [(f"{kind} {parallel}", kind, 0, {"parallel": parallel}) for parallel in ("ddp", "fsdp")]
+    jobs += [
+        ("ema checkpointing", "ema", 0, {"parallel": "fsdp", "activation_checkpointing": True}),
+        ("loss one then two", "loss", 0, {"parallel": "fsdp"}),
+        ("ema fsdp then ddp", "ema", 5, {"parallel": "fsdp"}),
+        ("ema fsdp then ddp", "ema", 0, {"parallel": "ddp"}),
+    ]
+    alone = {kind: run(tmp_path, f"{kind} alone", kind).losses for kind in KINDS}
+    run(tmp_path, "loss one then two", "loss", stop_before=5)
+    torch.multiprocessing.spawn(run_rank_of_two, (str(tmp_path), jobs), nprocs=2)
+    for name, kind, _, _ in jobs:
+        for key, value in weights(tmp_path, f"{kind} alone").items():
+            torch.testing.assert_close(weights(tmp_path, name)[key], value, atol=5e-5, rtol=1e-3, msg=f"{name} {key}")
+    for kind in KINDS:
+        [path] = (tmp_path / f"{kind} fsdp").glob("losses-*-0.json")
+        assert json.loads(path.read_text()) == pytest.approx(alone[kind], abs=1e-4), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_discriminator_starts_late_and_is_no_part_of_the_loaded_model(tmp_path: Path, kind: Kind) -> None:
+    recorder = run(tmp_path, "run", kind, preview_samples=64)
+    training = [values for values in recorder.logged if "l1" in values]
+    judged = ["discriminator_loss" in values for values in training]
+    assert judged == [False] * 3 + [True] * 5
+    names = {"adversarial_weight", "logits_of_images", "logits_of_reconstructions", "latent_std", "penalty", "relative_loss"}
+    assert names <= set(training[-1])
+    assert ("perplexity" in training[-1]) == (kind != "kl")
+    saved = weights(tmp_path, "run")
+    assert any(name.startswith("discriminator.") for name in saved)
+    model = load_model(str(tmp_path / "run" / "model"), (AUTOENCODER,))
+    assert {name for name in saved if not name.startswith("discriminator.")} == set(model.state_dict())
+    images = recorder.previews[-1]
+    assert images.shape == (4, 3, 16, 16) and images.abs().max() <= 1
+    torch.testing.assert_close(model.decode(model.encode(images[:2])).clamp(-1, 1), images[2:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_verdicts_teach_the_autoencoder_and_hinge_losses_the_discriminator(tmp_path: Path, adaptive: bool) -> None:
+    """Oracle: each term's gradient on its own, with two passes through the discriminator."""
+    torch.manual_seed(0)
+    settings = config("kl")
+    adversarial = dataclasses.replace(settings.discriminator, adaptive=adaptive, start_samples=0)
+    rows = reader(tmp_path)
+    objective = AutoencoderObjective(dataclasses.replace(settings, discriminator=adversarial), rows.read(np.arange(2)))
+    model = objective.model.train()
+    tensors = objective.prepare(rows.read(np.arange(4)))
+    loss = objective.loss(model, tensors, torch.Generator().manual_seed(1))
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+
+    images = tensors["images"]
+    noise = model.draw_noise(4, torch.Generator().manual_seed(1))
+    reconstruction = model(images, noise).reconstruction
+    own = [parameter for name, parameter in model.named_parameters() if not name.startswith("discriminator.")]
+    theirs = list(model.discriminator.parameters())  # type: ignore[union-attr, arg-type]
+    content = (reconstruction.images - images).abs().mean()
+    verdict = -model.discriminator(reconstruction.images).mean()  # type: ignore[operator]
+    last = model.decoder.output.weight
+    lengths = [torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (content, verdict)]
+    weight = 0.5 * float(lengths[0] / (lengths[1] + 1e-4)) if adaptive else 0.5
+    penalty = objective._penalty_weight(0) * reconstruction.penalty.mean()
+    real, fake = (model.discriminator(each) for each in (images, reconstruction.images.detach()))  # type: ignore[operator]
+    hinge = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
+    expected = torch.autograd.grad(content + penalty + weight * verdict, own, retain_graph=True)
+    expected += torch.autograd.grad(hinge, theirs)
+    assert float(loss) == pytest.approx(float(content + penalty + weight * verdict + hinge), rel=1e-5)
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == len(expected)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_autoencoder_memorises_sixteen_images(tmp_path: Path, kind: Kind) -> None:
+    torch.manual_seed(0)
+    rows = reader(tmp_path)
+    objective = AutoencoderObjective(config(kind, weight=0.0), rows.read(np.arange(2)))
+    diagnosis = overfitting.Diagnosis()
+    trainer.train(objective, rows, overfitting.settings(settings(), 16), str(tmp_path / "run"), diagnosis)
+    assert diagnosis.has_memorised, diagnosis.relative_losses
