@@ -104,7 +104,7 @@ def test_unclip_needs_only_torch_numpy_and_pyarrow() -> None:
 
 PARTS = re.compile(r"(?i)prior(?!it)|(?<!json)(?<!incremental)decoder|upsampler")  # Python has two of these names
 KNOW_PARTS = (
-    *("pipelines.systems", "pipelines.upsampled", "pipelines.image_stacks"),
+    *("pipelines.systems", "pipelines.upsampled", "pipelines.image_stacks", "pipelines.latents"),
     *("unclip.systems", "unclip.models", "unclip.interop"),
 )
 EXCEPTIONS = {

@@ -98,6 +98,10 @@ def dataset_of(store: Store, images: Mapping[str, Any], kept: Sequence[int], dig
     names = {field.name: "" for field in dataclasses.fields(Snapshot)}
     snapshot = {**names, **images, "digest": digest, "selection": selection, "embeddings_version": 0}
     snapshot["places"] = write_kept_places(root, selection, images)
+    snapshot["heldout"] = f"{root}/heldout.parquet"
+    tables.write_file(
+        snapshot["heldout"], pa.table({"key": [each for each, split in splits.items() if split == "holdout"]})
+    )
     facts = {"rows": {"in": NUM_ROWS, "kept": len(kept), "dropped": 0, "failed": 0}, "snapshot": snapshot}
     artifact = Artifact("curate", digest, selection, digest, facts, 0.0)
     store.write_json(dataclasses.asdict(artifact), "stages", "curate", f"{digest}.json")
