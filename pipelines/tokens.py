@@ -4,17 +4,17 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tasks.stages.latents import LatentsConfig, latents
-
 from pipelines.dag import Binder
 from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
+from pipelines.latents import encoded
 from pipelines.pipeline import Variant
 from tasks.stage import Resources
+from tasks.stages.latents import LatentsConfig
 from tasks.stages.train import train
 from unclip import config
 from unclip.config import require
 from unclip.models.token_transformer import TokenTransformerConfig
-from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
+from unclip.systems.autoencoder import AutoencoderStageConfig
 from unclip.systems.part import Part
 
 
@@ -61,8 +61,7 @@ def token_pipeline(part: Part[Any]) -> Callable[[Binder], Any]:
 
     def compose(bind: Binder) -> Any:
         data = dataset(bind)
-        autoencoder = bind(train(AUTOENCODER), data.snapshot, data.clip)
-        tokens = bind(latents, data.snapshot, autoencoder)
+        autoencoder, tokens = encoded(bind, data)
         model = bind(train(part), data.snapshot, data.clip, autoencoder, tokens)
         return finish(bind, data, data.clip, autoencoder, model)
 

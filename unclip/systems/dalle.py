@@ -9,8 +9,8 @@ from typing import Any
 from unclip.config import operational
 from unclip.models.dalle import Dalle, DalleConfig
 from unclip.models.token_transformer import TokenSampling
-from unclip.systems.autoencoder import DEMO_VQ, DVAE, VQGAN
 from unclip.systems.system import StackFiles, sampling_of
+from unclip.systems.token_autoencoders import DEMO_VQ, DVAE, VQGAN
 from unclip.systems.tokens import (
     PREVIEW,
     TokenStack,
@@ -79,6 +79,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         ),
         DalleSampling(),
         ("unclip-demo", None),
+        min_reconstruction_accuracy=0.9,
     ),
     # 256 pixels as 16 x 16 tokens of a VQGAN; days on one GPU
     "base": sections(

@@ -9,8 +9,8 @@ from typing import Any
 from unclip.config import operational
 from unclip.models.parti import Parti, PartiConfig
 from unclip.models.token_transformer import TokenSampling
-from unclip.systems.autoencoder import DEMO_VQ, VIT_VQGAN
 from unclip.systems.system import StackFiles, sampling_of
+from unclip.systems.token_autoencoders import DEMO_VQ, VIT_VQGAN
 from unclip.systems.tokens import (
     PREVIEW,
     TokenStack,
@@ -104,6 +104,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         ),
         PartiSampling(parti=TokenSampling(guidance_scale=2.0)),
         ("unclip-demo", None),
+        min_reconstruction_accuracy=0.9,
     ),
     "base": _paper(1024, 16, 12, 12),
     "parti_750m": _paper(1024, 16, 12, 36),

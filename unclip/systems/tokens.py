@@ -303,6 +303,7 @@ def sections(
     model: Any,
     sampling: TokenStackSampling,
     clip: tuple[str, str | None],
+    min_reconstruction_accuracy: float | None = None,
 ) -> dict[str, Any]:
     """Sections of a run file for a model size.
 
@@ -310,12 +311,14 @@ def sections(
         name: section of the model.
         model: settings of the stage that trains the model; its tokens are those of the autoencoder.
         clip: CLIP's architecture and its weights; without weights, it is trained on the pairs.
+        min_reconstruction_accuracy: see the stage `latents`; only for procedural images.
     """
     settings = to_dict(model)
     for field in ("grid_size", "codebook_size"):
         del settings["model"][field]  # they follow from the autoencoder
     return {
         "autoencoder": to_dict(autoencoder),
+        "latents": {"min_reconstruction_accuracy": min_reconstruction_accuracy},
         name: settings,
         "clip": {"model": clip[0], "pretrained": clip[1]},
         "evaluate": {"sampling": to_dict(sampling)},
