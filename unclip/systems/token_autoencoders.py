@@ -50,7 +50,7 @@ VQGAN = AutoencoderStageConfig(
 
 DVAE = AutoencoderStageConfig(
     model=AutoencoderConfig(
-        channels=256, channel_mult=(1, 2, 4, 8), latent_channels=128, bottleneck="gumbel", codebook_size=8192
+        channels=128, channel_mult=(1, 2, 4, 4), latent_channels=128, bottleneck="gumbel", codebook_size=8192
     ),
     perceptual=PerceptualConfig(weight=0.0),
     latents=LatentsConfig(kl_weight=6.6, kl_warmup_samples=5000 * 512, temperature_samples=150_000 * 512),

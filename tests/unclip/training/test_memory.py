@@ -16,7 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from tests.unclip.systems.sized import networks, shapes
 from unclip.errors import ConfigError
+from unclip.models.dalle import DalleConfig
 from unclip.models.layers import CausalTransformer
+from unclip.models.parti import PartiConfig
+from unclip.systems.dalle import DALLE, DalleStageConfig
+from unclip.systems.parti import PARTI, PartiStageConfig
 from unclip.systems.unclip.sizes import MODEL_SIZES
 from unclip.training import memory, parallel
 from unclip.training.flops import flops_per_sample, peak_of
@@ -27,7 +31,11 @@ CPU = torch.device("cpu")
 SHALLOW = MODEL_SIZES["demo"]
 # Eight blocks: with fewer, temporaries would be more than a tenth of the memory.
 PRIOR = dataclasses.replace(SHALLOW.prior, model=dataclasses.replace(SHALLOW.prior.model, depth=8))
-DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR))
+TOKENS = {"width": 96, "depth": 6, "num_heads": 3, "text_vocab_size": 128, "grid_size": 8, "codebook_size": 256}
+DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR)) | {
+    "dalle": DALLE.network(DalleStageConfig(DalleConfig(**TOKENS)), shapes(SHALLOW)),
+    "parti": PARTI.network(PartiStageConfig(PartiConfig(**TOKENS, encoder_depth=2)), shapes(SHALLOW)),
+}
 SAMPLES = 5
 
 
