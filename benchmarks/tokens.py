@@ -14,6 +14,7 @@ Letters: B batch, L text tokens, N image tokens, K codebook size, V size of the 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import time
@@ -94,11 +95,10 @@ def new_dalle(size: Size) -> Dalle:
 
 
 def new_gpt2(size: Size, dropout: float = 0.0) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    transformers: Any = importlib.import_module("transformers")
     model = size.model
-    return GPT2LMHeadModel(
-        GPT2Config(
+    gpt2: nn.Module = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=model.text_vocab_size + model.codebook_size,
             n_positions=size.text_length + model.num_image_tokens,
             n_embd=model.width,
@@ -112,6 +112,7 @@ def new_gpt2(size: Size, dropout: float = 0.0) -> nn.Module:
             eos_token_id=None,
         )
     )
+    return gpt2
 
 
 def our_training(size: Size, arguments: argparse.Namespace) -> Training:

@@ -121,9 +121,8 @@ class Dalle(nn.Module):
     def _text(self, tokens: Tensor) -> Tensor:
         """Inputs [B, L, D] for text tokens [B, L]."""
         embedded = self.from_text(self.vocabulary(tokens))  # [B, L, D]
-        # where() wants one type, and under autocast only the embedding keeps its own
-        text = torch.where(text_mask(tokens)[:, :, None], embedded, self.padding.to(embedded.dtype))
-        return text + self.text_positions  # type: ignore[no-any-return]
+        text = torch.where(text_mask(tokens)[:, :, None], embedded, self.padding)  # [B, L, D]
+        return text + self.text_positions
 
     @torch.no_grad()
     def sample(

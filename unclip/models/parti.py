@@ -102,8 +102,9 @@ class Parti(nn.Module):
         if drop is not None:
             tokens = torch.where(drop[:, None], self.null_tokens, tokens)  # [B, L]
         before = self.from_code(codes[:, :-1])  # [B, N - 1, D]
-        start = self.start.to(before.dtype).expand(len(codes), 1, -1)  # [B, 1, D]
-        x = torch.cat([start, before], dim=1) + self.image_positions(0, codes.shape[1])  # [B, N, D]
+        x = torch.cat([self.start.expand(len(codes), 1, -1), before], dim=1) + self.image_positions(
+            0, codes.shape[1]
+        )  # [B, N, D]
         return self.to_logits(self.decoder(x, self.encode(tokens), text_mask(tokens)))  # type: ignore[no-any-return]
 
     def encode(self, tokens: Tensor) -> Tensor:

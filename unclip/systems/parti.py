@@ -79,7 +79,7 @@ def _paper(width: int, num_heads: int, encoder_depth: int, depth: int) -> dict[s
                 beta2=0.96,
             ),
         ),
-        PartiSampling(batch_size=4, parti=TokenSampling(guidance_scale=1.5, num_candidates=16)),
+        PartiSampling(batch_size=1, precision="auto", parti=TokenSampling(guidance_scale=1.5, num_candidates=16)),
         ("unclip-dalle2", None),
     )
 
@@ -102,7 +102,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
                 checkpoint_samples=20_000,
             ),
         ),
-        PartiSampling(parti=TokenSampling(guidance_scale=2.0)),
+        PartiSampling(batch_size=32, parti=TokenSampling(guidance_scale=2.0)),
         ("unclip-demo", None),
         min_reconstruction_accuracy=0.9,
     ),
