@@ -1,23 +1,35 @@
 """Perceptual distances of images: differences of the features of a frozen network.
 
-Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", eq. 1.
+Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", eq. 1. The features of CLIP
+have equal weights; LPIPS, which has learned ones, is read from a file of its weights.
 
 Letters: B batch, S image size, C channels of a feature map, P its positions.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from unclip.errors import ConfigError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.models import clip as clip_models
 from unclip.models.clip import Clip
 from unclip.models.layers import without_autocast
 
 NUM_LAYERS = 4
 """Layers of CLIP's image encoder whose features are compared, evenly spaced."""
+
+
+class PerceptualDistance(Protocol):
+    """Distance of images, by a frozen network."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move the network to a device."""
+
+    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        """Distance of each of images [B, 3, S, S] to its other, both in [-1, 1]: [B] float32, differentiable in `images`."""
 
 
 class ClipDistance:
@@ -33,12 +45,11 @@ class ClipDistance:
         count = min(NUM_LAYERS, len(layers))
         self.layers = [layers[(number + 1) * len(layers) // count - 1] for number in range(count)]
 
-    def to(self, device: torch.device) -> "ClipDistance":
+    def to(self, device: torch.device) -> Self:
         self.model.to(device)
         return self
 
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
-        """Distance of each of images [B, 3, S, S] to its other, both in [-1, 1]: [B] float32, differentiable in `images`."""
         with torch.no_grad():
             theirs = self._features(others)
         return _distance(self._features(images), theirs)
@@ -52,6 +63,85 @@ class ClipDistance:
             for handle in handles:
                 handle.remove()
         return [_as_positions(each) for each in found]
+
+
+class LpipsDistance:
+    """LPIPS with the network VGG16."""
+
+    LAYERS = (3, 8, 15, 22, 29)
+    """Last activations before each halving of the resolution, in the network of torchvision."""
+    SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+    """Mean and standard deviation of its images, for images in [-1, 1]."""
+
+    def __init__(self, network: nn.Sequential, weights: Sequence[Tensor]) -> None:
+        """Args:
+        network: VGG16 up to the last of its layers that are compared.
+        weights: [C] of each of these layers.
+        """
+        self.network, self.weights = network.eval().requires_grad_(False), list(weights)
+        self.shift, self.scale = (torch.tensor(values).view(3, 1, 1) for values in (self.SHIFT, self.SCALE))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LpipsDistance":
+        """Read a safetensors file with the state dict of `lpips.LPIPS(net="vgg")`, of the package lpips.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, no safetensors file, or of another network.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        from torchvision.models import vgg
+
+        try:
+            tensors = load_file(str(path))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"perceptual.weights: {path} cannot be read: {error}. Weights must be complete safetensors files; pickles are "
+                "not read."
+            ) from error
+        with torch.device("meta"):
+            network = vgg.make_layers(vgg.cfgs["D"])[: cls.LAYERS[-1] + 1]
+        # the file counts the layers in slices that end after a compared layer
+        names = {}
+        for name in network.state_dict():
+            number = int(name.partition(".")[0])
+            names[name] = f"net.slice{1 + sum(number > layer for layer in cls.LAYERS)}.{name}"
+        try:
+            network.load_state_dict({name: tensors[theirs] for name, theirs in names.items()}, assign=True)
+            weights = [tensors[f"lin{layer}.model.1.weight"].flatten() for layer in range(len(cls.LAYERS))]
+            widths = [network[layer - 1].out_channels for layer in cls.LAYERS]
+            if [tuple(each.shape) for each in weights] != [(width,) for width in widths]:
+                raise RuntimeError(f"weights of layers of {[len(each) for each in weights]} channels, expected {widths}")
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"perceptual.weights: {path} has no LPIPS of VGG16: {error}. Save the state dict of lpips.LPIPS(net='vgg')."
+            ) from error
+        return cls(network, weights)
+
+    def to(self, device: torch.device) -> Self:
+        self.network.to(device)
+        self.weights = [each.to(device) for each in self.weights]
+        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
+        return self
+
+    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = self._features(others)
+        ours = self._features(images)
+        with without_autocast(images.device):
+            terms = [
+                ((_unit(one) - _unit(other)).square() @ weight).mean(dim=1)
+                for one, other, weight in zip(ours, theirs, self.weights, strict=True)
+            ]
+            return torch.stack(terms).sum(dim=0)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        h, found = (images - self.shift) / self.scale, []
+        for number, layer in enumerate(self.network):
+            h = layer(h)
+            if number in self.LAYERS:
+                found.append(_as_positions(h))
+        return found
 
 
 def _layers(visual: Any) -> Sequence[nn.Module]:

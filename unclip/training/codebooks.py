@@ -19,8 +19,8 @@ from unclip.config import require
 from unclip.training import parallel
 from unclip.training.objective import Tensors
 
-MAX_CANDIDATES = 1024
-"""Encodings of a micro-batch that are kept for dead codes; so many codes at most get new vectors in a step."""
+RESTARTED = 16
+"""At most one of so many codes restarts from a micro-batch, so that the next ones go to what is badly coded then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class CodebookConfig:
     commitment_weight: float = 0.25
     """Beta, weight of the commitment loss."""
     restart_below: float = 0.1
-    """Codes used less than this fraction of the mean use are dead: they get the vectors of random encodings, badly coded ones
-    most likely; 0 for never."""
+    """Codes used less than this fraction of the mean use are dead: they get the vectors of random encodings, most likely of badly
+    coded ones. At the start all codes are dead. 0 for never."""
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, "decay", self.decay, "at least 0 and below 1")
@@ -69,7 +69,7 @@ class CodebookLearner:
         sums = torch.bincount(codes, minlength=num_codes).to(rows.dtype)[:, None]  # [K, 1]
         if "totals" in self.state:
             sums = torch.cat([sums, torch.zeros_like(self.state["totals"]).index_add_(0, codes, rows)], dim=1)
-        count = min(num_codes, len(rows), MAX_CANDIDATES)
+        count = min(-(-num_codes // RESTARTED), len(rows))
         weights = errors.flatten() + errors.mean() * 1e-3 + 1e-12  # [N], all above 0
         chosen = torch.multinomial(weights, count, generator=generator)  # without replacement
         self._unlearned.append((sums, rows[chosen]))

@@ -31,7 +31,9 @@ KINDS: tuple[Kind, ...] = ("kl", "ema", "loss", "gumbel")
 def config(kind: Kind, weight: float = 0.5, **model: Any) -> AutoencoderStageConfig:
     bottleneck = "vq" if kind in ("ema", "loss") else kind
     sizes = {"image_size": 16, "channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
-    network = AutoencoderConfig(**{**sizes, "latent_channels": 4, "bottleneck": bottleneck, "codebook_size": 24, **model})
+    network = AutoencoderConfig(
+        **{**sizes, "latent_channels": 4, "bottleneck": bottleneck, "codebook_size": 24, **model}
+    )
     return AutoencoderStageConfig(
         model=network,
         perceptual=PerceptualConfig(0.0),
@@ -77,12 +79,10 @@ def run(
     objective = AutoencoderObjective(config(kind), rows.read(np.arange(2)))
     recorder = Recorder(stop_before)
     try:
-        trainer.train(
-            objective, rows, settings(**changes), f"{folder}/{name}", recorder, workers, validation(folder)
-        )
+        trainer.train(objective, rows, settings(**changes), f"{folder}/{name}", recorder, workers, validation(folder))
     except trainer.StoppedError:
         assert stop_before
-    files = [each for each in (folder / name).glob("losses-*.json")]
+    files = list((folder / name).glob("losses-*.json"))
     (folder / name / f"losses-{len(files)}-{workers.rank}.json").write_text(json.dumps(recorder.losses))
     return recorder
 
@@ -136,7 +136,14 @@ def test_a_discriminator_starts_late_and_is_no_part_of_the_loaded_model(tmp_path
     training = [values for values in recorder.logged if "l1" in values]
     judged = ["discriminator_loss" in values for values in training]
     assert judged == [False] * 3 + [True] * 5
-    names = {"adversarial_weight", "logits_of_images", "logits_of_reconstructions", "latent_std", "penalty", "relative_loss"}
+    names = {
+        "adversarial_weight",
+        "logits_of_images",
+        "logits_of_reconstructions",
+        "latent_std",
+        "penalty",
+        "relative_loss",
+    }
     assert names <= set(training[-1])
     assert ("perplexity" in training[-1]) == (kind != "kl")
     saved = weights(tmp_path, "run")

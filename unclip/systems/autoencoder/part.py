@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from unclip.config import load, require, to_dict
 from unclip.data import Batch
 from unclip.models.autoencoder import AdversarialAutoencoder, Autoencoder, AutoencoderConfig, Judged, Reconstruction
 from unclip.models.discriminator import DiscriminatorConfig, adaptive_weight, hinge_loss
-from unclip.models.perceptual import ClipDistance
+from unclip.models.perceptual import ClipDistance, LpipsDistance, PerceptualDistance
 from unclip.models.quantisers import VectorQuantiser
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.training import parallel
@@ -32,9 +32,15 @@ GRADIENT_SCALE = 2.0**14
 class PerceptualConfig:
     weight: float = 1.0
     """Weight of the perceptual distance; 0 for none."""
+    network: Literal["clip", "lpips"] = "clip"
+    """Network whose features are compared: the frozen CLIP of the dataset, or LPIPS."""
+    weights: str | None = None
+    """Weights of LPIPS: path of a safetensors file with the state dict of lpips.LPIPS(net="vgg"), on every worker."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "weight", self.weight, "at least 0")
+        fits = self.network == "clip" or self.weights is not None
+        require(fits, "weights", self.weights, "the path of a safetensors file for network = 'lpips'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,7 @@ class AutoencoderObjective:
         self,
         config: AutoencoderStageConfig,
         preview: Batch,
-        distance: ClipDistance | None = None,
+        distance: PerceptualDistance | None = None,
         device: torch.device = parallel.ALONE.device,
     ) -> None:
         """Args:
@@ -289,7 +295,12 @@ def _drop_discriminator(_: nn.Module, state: dict[str, Tensor], *__: Any) -> Non
 
 
 def _objective(config: AutoencoderStageConfig, inputs: TrainingInputs) -> AutoencoderObjective:
-    distance = ClipDistance(inputs.clip()) if config.perceptual.weight else None
+    perceptual = config.perceptual
+    distance: PerceptualDistance | None = None
+    if perceptual.weight and perceptual.network == "clip":
+        distance = ClipDistance(inputs.clip())
+    elif perceptual.weight:
+        distance = LpipsDistance.load(str(perceptual.weights))
     return AutoencoderObjective(config, inputs.preview_rows(), distance, inputs.workers.device)
 
 
