@@ -20,7 +20,7 @@ from pipelines.dag import Dag, Node
 from pipelines.dataset import DATASET_STAGE, PipelineConfig
 from pipelines.pipeline import Variant, compose, find_pipeline
 from pipelines.prepare import prepare
-from pipelines.preset import system_names
+from pipelines.preset import full_system_name, system_names
 from pipelines.real_images import measure_real_images
 from pipelines.run import run_pipeline
 from tasks.stage import Artifact
@@ -236,7 +236,9 @@ def find_entries(
 
     found: list[Entry] = []
     for name in names or entry_names(config_of, sweep):
-        system, _, key = name.partition("/")
+        system, slash, key = name.partition("/")
+        system = full_system_name(system)
+        name = f"{system}{slash}{key}"
         variant = _find_variant(system, key) if key else Variant(system)
         for value, swept in _values(system, sweep, config_of):
             settings = [*assignments, *variant.assignments, *swept]  # a row is what its label says

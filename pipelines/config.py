@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import Pipeline, find_pipeline
-from pipelines.preset import read_preset, read_toml, system_names
+from pipelines.preset import full_system_name, read_preset, read_toml, system_names
 from unclip import config
 from unclip.errors import ConfigError
 
@@ -58,6 +58,8 @@ def load(
         values = config.merge(config.merge(values, for_all), for_one)
     for assignment in _for_system(assignments, chosen):
         values = config.override(values, assignment)
+    if "system" in values:
+        values["system"] = chosen
     _check_model_size(values, chosen, pipeline_spec)
     if storage is not None:
         values["storage"] = storage
@@ -81,7 +83,7 @@ def _system(values: Mapping[str, Any]) -> str:
     system = values.get("system", PipelineConfig.system)
     if not isinstance(system, str):
         raise ConfigError(f"system: got {system!r}, expected the name of a system.")
-    return system
+    return full_system_name(system)
 
 
 def _split(layer: Mapping[str, Any], system: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,11 +95,13 @@ def _split(layer: Mapping[str, Any], system: str) -> tuple[dict[str, Any], dict[
     of_systems = layer.get("systems", {})
     if not isinstance(of_systems, Mapping):
         raise ConfigError(f"systems: got {of_systems!r}, expected a table of the settings of each system.")
+    own: dict[str, Any] = {}
     for name, section in of_systems.items():
-        _check_system(name, f"systems.{name}")
+        full_name = _find_system(name, f"systems.{name}")
         if not isinstance(section, Mapping):
             raise ConfigError(f"systems.{name}: got {section!r}, expected the settings of the system.")
-    return {name: value for name, value in layer.items() if name != "systems"}, dict(of_systems.get(system, {}))
+        own = config.merge(own, section) if full_name == system else own
+    return {name: value for name, value in layer.items() if name != "systems"}, own
 
 
 def _for_system(assignments: Sequence[str], system: str) -> list[str]:
@@ -111,19 +115,26 @@ def _for_system(assignments: Sequence[str], system: str) -> list[str]:
         path = assignment.partition("=")[0].strip()
         if path.startswith("systems."):
             _, name, *setting = path.split(".", 2)
-            _check_system(name, f"--set {assignment}")
+            full_name = _find_system(name, f"--set {assignment}")
             if not setting:
                 raise ConfigError(f"--set {assignment}: expected systems.{name}.section.field=value.")
-            if name != system:
+            if full_name != system:
                 continue
             assignment = assignment.strip().removeprefix(f"systems.{name}.")
         found.append(assignment)
     return found
 
 
-def _check_system(name: str, where: str) -> None:
-    if name not in system_names():
+def _find_system(name: str, where: str) -> str:
+    """Full name of a system.
+
+    Raises:
+        ConfigError: there is none, or several begin like this.
+    """
+    found = full_system_name(name)
+    if found not in system_names():
         raise ConfigError(f"{where}: got the system {name!r}. {config.nearest(name, system_names())}")
+    return found
 
 
 def _check_model_size(values: Mapping[str, Any], system: str, spec: Pipeline) -> None:

@@ -28,6 +28,22 @@ def system_names() -> list[str]:
     return sorted({*own, *others})
 
 
+def full_system_name(name: str) -> str:
+    """Complete the name of a system: hyphens count as underscores, and a beginning that only one system has is enough.
+
+    Returns:
+        The name as given if no system begins with it.
+
+    Raises:
+        ConfigError: several systems begin with it.
+    """
+    names, start = system_names(), name.replace("-", "_")
+    found = [start] if start in names else [each for each in names if start and each.startswith(start)]
+    if len(found) > 1:
+        raise ConfigError(f"system: got {name!r}, with which {', '.join(found)} begin. Give more letters.")
+    return found[0] if found else name
+
+
 def read_preset(pipeline: str) -> list[dict[str, Any]]:
     """Return the settings of a pipeline after those of the presets it extends; later layers override earlier ones.
 

@@ -50,7 +50,7 @@ JPEG_BYTES = 30_000
 """Stored image of 256 pixels at quality 95 with 4:2:0 subsampling: 30 GB per million. Proportional to its area."""
 CHROMA: Mapping[str, float] = {"4:2:0": 1.0, "4:2:2": 1.2, "4:4:4": 1 / 0.7}
 """Bytes by chroma subsampling, relative to 4:2:0."""
-COLUMN_BYTES: Mapping[str, float] = {"caption": 60, "tokens": 40}
+COLUMN_BYTES: Mapping[str, float] = {"caption": 60, "tokens": 40, "latent": 8192, "codes": 1024}
 """Bytes a row of other columns that trainings read; columns that are not named have 4."""
 PARAMETER_BYTES = 4
 """Bytes of a float32 parameter. A checkpoint has four values for each: weights, EMA weights and two moments."""

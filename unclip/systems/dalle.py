@@ -9,8 +9,9 @@ from typing import Any
 from unclip.config import operational
 from unclip.models.dalle import Dalle, DalleConfig
 from unclip.models.token_transformer import TokenSampling
+from unclip.systems.autoencoder.sizes import DEMO_VQ
+from unclip.systems.autoencoder.sizes import MODEL_SIZES as AUTOENCODERS
 from unclip.systems.system import StackFiles, sampling_of
-from unclip.systems.token_autoencoders import DEMO_VQ, DVAE, VQGAN
 from unclip.systems.tokens import (
     PREVIEW,
     TokenStack,
@@ -84,7 +85,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
     # 256 pixels as 16 x 16 tokens of a VQGAN; days on one GPU
     "base": sections(
         "dalle",
-        VQGAN,
+        AUTOENCODERS["vqgan_16384"].stage,
         DalleStageConfig(
             DalleConfig(width=1024, depth=24, num_heads=16, dropout=0.1, cond_drop_prob=0.1),
             TrainerConfig(
@@ -104,7 +105,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
     # times at plateaus. Its figures have 512 candidates, whose keys and values are 0.7 TB at once
     "dalle": sections(
         "dalle",
-        DVAE,
+        AUTOENCODERS["dalle"].stage,
         DalleStageConfig(
             DalleConfig(width=3968, depth=64, num_heads=62),
             TrainerConfig(

@@ -1,8 +1,8 @@
 """Model sizes by name of the systems that sample latents: the autoencoder, the generator and their training settings.
 
-`demo` has the images and CLIP of unCLIP's size of the same name, so that the systems can be compared. `small` samples 256 pixels and
-`base` 512; the autoencoders of both are those of Rombach et al. 2022, with a factor of 8 and 4 channels, and the generator of `base`
-has the channels of Stable Diffusion's U-Net. Optimiser settings of `small` and `base` are our own, those of unCLIP's decoder.
+`demo` has the images and CLIP of unCLIP's size of the same name, so that the systems can be compared. `small` samples 256 pixels
+and `base` 512. The autoencoders of both are those of Rombach et al. 2022 with a factor of 8 and 4 channels, and the generator of
+`base` has the channels of Stable Diffusion's U-Net. Optimiser settings of `small` and `base` are our own.
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
         _DEMO_ACCURACY,
         "unclip-demo",
         None,
-        ParameterCounts(0, 0),
+        ParameterCounts(581_524, 8_141_092),
     ),
     # 256 pixels, with ViT-B-32; days on one GPU
     "small": LatentSize(
@@ -151,7 +151,7 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
         None,
         "ViT-B-32",
         "openai",
-        ParameterCounts(0, 0),
+        ParameterCounts(83_653_863, 117_919_364),
     ),
     # 512 pixels, with ViT-L-14
     "base": LatentSize(
@@ -164,7 +164,7 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
         None,
         "ViT-L-14",
         "openai",
-        ParameterCounts(0, 0),
+        ParameterCounts(83_653_863, 793_140_612),
     ),
 }
 """Name -> size of `latent_diffusion`. `num_parameters` are exact."""
@@ -196,14 +196,18 @@ STABLE_UNCLIP_SIZES: dict[str, StableUnclipSize] = {
             reads_image_embedding=True,
             diffusion=DiffusionConfig(prediction_type="v"),
         ),
-        0,
+        3_336_292,
         num_steps=15,
     ),
     "small": _stable(
-        "small", LatentDiffusionConfig(_SMALL_UNET, context_dim=512, reads_image_embedding=True, max_noise_level=999), 0
+        "small",
+        LatentDiffusionConfig(_SMALL_UNET, context_dim=512, reads_image_embedding=True, max_noise_level=999),
+        120_806_276,
     ),
     "base": _stable(
-        "base", LatentDiffusionConfig(_BASE_UNET, context_dim=768, reads_image_embedding=True, max_noise_level=999), 0
+        "base",
+        LatentDiffusionConfig(_BASE_UNET, context_dim=768, reads_image_embedding=True, max_noise_level=999),
+        799_830_404,
     ),
 }
 """Name -> size of `stable_unclip`. `num_parameters` are exact."""

@@ -7,10 +7,14 @@ import dataclasses
 from typing import Any
 
 from unclip.config import operational
+from unclip.models.autoencoder import AutoencoderConfig
 from unclip.models.parti import Parti, PartiConfig
+from unclip.models.patch_transformer import PatchTransformerConfig
 from unclip.models.token_transformer import TokenSampling
+from unclip.systems.autoencoder import AutoencoderStageConfig
+from unclip.systems.autoencoder.part import AdversarialConfig
+from unclip.systems.autoencoder.sizes import DEMO_VQ
 from unclip.systems.system import StackFiles, sampling_of
-from unclip.systems.token_autoencoders import DEMO_VQ, VIT_VQGAN
 from unclip.systems.tokens import (
     PREVIEW,
     TokenStack,
@@ -58,6 +62,23 @@ def load(files: StackFiles) -> TokenStack:
 
 
 SYSTEM = token_system("parti", PARTI, PartiSampling, load)
+
+
+VIT_VQGAN = AutoencoderStageConfig(
+    model=AutoencoderConfig(
+        latent_channels=32, bottleneck="vq", codebook_size=8192, transformer=PatchTransformerConfig()
+    ),
+    discriminator=AdversarialConfig(weight=0.1),
+    trainer=TrainerConfig(
+        num_samples=500_000 * 256,
+        batch_size=256,
+        learning_rate=1e-4,
+        warmup_samples=50_000 * 256,
+        weight_decay=1e-4,
+        beta2=0.99,
+    ),
+)
+"""256 pixels as 32 x 32 tokens: ViT-VQGAN-Small, whose tokens Parti reads. Source: Yu et al. 2022 (ViT-VQGAN), section 5."""
 
 
 def _paper(width: int, num_heads: int, encoder_depth: int, depth: int) -> dict[str, Any]:
