@@ -68,14 +68,14 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         DalleStageConfig(
             DalleConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, cond_drop_prob=0.1),
             TrainerConfig(
-                num_samples=60_000,
-                batch_size=64,
+                num_samples=40_000,
+                batch_size=32,
                 learning_rate=1e-3,
-                warmup_samples=3_000,
+                warmup_samples=2_000,
                 weight_decay=0.05,
                 beta2=0.95,
                 ema_decay=0.99,
-                checkpoint_samples=20_000,
+                checkpoint_samples=10_000,
             ),
         ),
         DalleSampling(batch_size=32),

@@ -113,14 +113,14 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         PartiStageConfig(
             PartiConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, encoder_depth=1),
             TrainerConfig(
-                num_samples=60_000,
-                batch_size=64,
+                num_samples=40_000,
+                batch_size=32,
                 learning_rate=1e-3,
-                warmup_samples=3_000,
+                warmup_samples=2_000,
                 weight_decay=0.05,
                 beta2=0.95,
                 ema_decay=0.99,
-                checkpoint_samples=20_000,
+                checkpoint_samples=10_000,
             ),
         ),
         PartiSampling(batch_size=32, parti=TokenSampling(guidance_scale=2.0)),
