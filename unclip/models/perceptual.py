@@ -111,7 +111,9 @@ class LpipsDistance:
             weights = [tensors[f"lin{layer}.model.1.weight"].flatten() for layer in range(len(cls.LAYERS))]
             widths = [network[layer - 1].out_channels for layer in cls.LAYERS]
             if [tuple(each.shape) for each in weights] != [(width,) for width in widths]:
-                raise RuntimeError(f"weights of layers of {[len(each) for each in weights]} channels, expected {widths}")
+                raise RuntimeError(
+                    f"weights of layers of {[len(each) for each in weights]} channels, expected {widths}"
+                )
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"perceptual.weights: {path} has no LPIPS of VGG16: {error}. Save the state dict of lpips.LPIPS(net='vgg')."

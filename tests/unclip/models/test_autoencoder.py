@@ -53,7 +53,9 @@ def test_tokens_are_the_latents(kind: Bottleneck) -> None:
 
 def test_wrong_inputs_are_named() -> None:
     model = autoencoder()
-    with pytest.raises(ShapeError, match=r"got images \(1, 3, 15, 16\), expected \[B, 3, H, W\] with H and W multiples of 2"):
+    with pytest.raises(
+        ShapeError, match=r"got images \(1, 3, 15, 16\), expected \[B, 3, H, W\] with H and W multiples of 2"
+    ):
         model.encode(torch.zeros(1, 3, 15, 16))
     with pytest.raises(ShapeError, match=r"got latents \(1, 4, 8, 8\)"):
         model.decode(torch.zeros(1, 4, 8, 8))
@@ -72,7 +74,10 @@ def test_wrong_inputs_are_named() -> None:
         ({"image_size": 17}, "image_size: got 17, expected a multiple of 2"),
         ({"channel_mult": ()}, "at least one level"),
         ({"norm_groups": 3}, "multiples of norm_groups, 3"),
-        ({"attention_resolutions": (4,)}, r"attention_resolutions: got 4, expected resolutions of the levels, \[16, 8\]"),
+        (
+            {"attention_resolutions": (4,)},
+            r"attention_resolutions: got 4, expected resolutions of the levels, \[16, 8\]",
+        ),
         ({"codebook_size": 1}, "codebook_size: got 1"),
         ({"patch_size": 0}, "patch_size: got 0"),
     ],

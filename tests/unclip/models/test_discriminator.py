@@ -65,9 +65,7 @@ def test_the_published_discriminator_has_its_size() -> None:
 
 def test_the_hinge_loss_is_that_of_a_derivation_in_float64() -> None:
     real, fake = torch.randn(4, 1, 5, 5) * 2, torch.randn(4, 1, 5, 5) * 2
-    expected = 0.5 * (
-        np.maximum(0, 1 - real.double().numpy()).mean() + np.maximum(0, 1 + fake.double().numpy()).mean()
-    )
+    expected = 0.5 * (np.maximum(0, 1 - real.double().numpy()).mean() + np.maximum(0, 1 + fake.double().numpy()).mean())
     assert hinge_loss(real, fake).item() == pytest.approx(expected, rel=1e-6)
     assert hinge_loss(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -3.0])).item() == 0
     assert hinge_loss(torch.zeros(3), torch.zeros(3)).item() == 1

@@ -31,7 +31,7 @@ def test_distances_of_clip_are_zero_for_equal_images_and_grow_with_the_differenc
     assert len(distance.layers) == 4
     near, far = images(0) * 0.99, images(1)
     assert distance(images(0), images(0)).tolist() == [0, 0]
-    assert (0 < distance(near, images(0))).all() and (distance(near, images(0)) < distance(far, images(0)) / 5).all()
+    assert (distance(near, images(0)) > 0).all() and (distance(near, images(0)) < distance(far, images(0)) / 5).all()
 
 
 def test_distances_of_clip_have_gradients_in_images_and_none_in_weights(clip: Clip) -> None:
@@ -104,7 +104,10 @@ def test_lpips_is_that_of_its_definition(lpips_file: Path) -> None:
                 x, part, number = F.max_pool2d(x, 2), part + 1, number + 1
             else:
                 name = f"net.slice{part}.{number}"
-                x, number = F.conv2d(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], padding=1).relu(), number + 2
+                x, number = (
+                    F.conv2d(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], padding=1).relu(),
+                    number + 2,
+                )
         return found
 
     expected = sum(
