@@ -222,7 +222,7 @@ def _read_images(data: Dataset) -> Action:
 def _read_shard(shard: Any) -> int:
     from tasks.derived import read_shard
 
-    return read_shard(shard, ("caption", "jpg"), "embed").num_rows
+    return len(read_shard(shard, ("caption", "jpg"), "embed"))
 
 
 READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {

@@ -82,6 +82,7 @@ def latents(context: StageContext, config: LatentsConfig, dataset: Artifact, aut
     context.tracker.metrics({f"reconstruction.{name}": value for name, value in found.accuracy.items()})
     check_reconstructions(found, config)
 
+    shape: tuple[int, ...]
     schema, shape = LATENT, (model.latent_channels, model.latent_size, model.latent_size)
     if model.has_codes:
         schema, shape = CODES, (model.latent_size**2,)
@@ -220,10 +221,10 @@ def measure_statistics(table: DerivedTable, shape: Sequence[int]) -> dict[str, l
     found = blocks(table.places)
     groups = [found[start::STATISTICS_TASKS] for start in range(min(STATISTICS_TASKS, len(found)))]
     sums = run_all(functools.partial(_sums_of, table.places, uris, tuple(shape)), groups)
-    count, total, squares = (sum(parts) for parts in zip(*sums, strict=True))
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    return {"mean": mean.tolist(), "std": std.tolist()}
+    counts, totals, squares = zip(*sums, strict=True)
+    mean = np.sum(totals, axis=0) / sum(counts)
+    variance = np.sum(squares, axis=0) / sum(counts) - mean**2
+    return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist()}
 
 
 def _sums_of(

@@ -10,10 +10,10 @@ from pipelines.pipeline import compose
 from pipelines.preset import full_system_name
 from pipelines.workload import workload
 from tests.pipelines.command_line import call, call_apart, call_json
-from tests.unclip.systems.sized import count_parameters, shapes
+from tests.unclip.systems.sized import count_parameters, num_parameters, shapes
 from unclip.config import without_operational
 from unclip.errors import ConfigError
-from unclip.systems.autoencoder import AUTOENCODER
+from unclip.models.autoencoder import Autoencoder
 from unclip.systems.latent_diffusion import LATENT_DIFFUSION
 from unclip.systems.latent_sizes import LATENT_DIFFUSION_SIZES, STABLE_UNCLIP_SIZES, ParameterCounts
 from unclip.systems.stable_unclip import STABLE_UNCLIP
@@ -76,8 +76,8 @@ def test_sizes_have_the_number_of_parameters_in_the_table_and_reach_a_run(
     part: Any, system: str, name: str, size: Any
 ) -> None:
     clip = shapes(size)
-    networks = (AUTOENCODER.network(size.autoencoder, clip), part.network(size.generator, clip))
-    assert ParameterCounts(*map(count_parameters, networks)) == size.num_parameters
+    found = num_parameters(Autoencoder(size.autoencoder.model)), count_parameters(part.network(size.generator, clip))
+    assert ParameterCounts(*found) == size.num_parameters
     config: Any = load("text_to_image", None, ("ingest.urls=unknown", f"model_size={name}"), system=system)
     assert config.autoencoder == size.autoencoder and getattr(config, system) == size.generator
     assert config.evaluate.sampling == size.sampling and config.download.image_size >= size.autoencoder.model.image_size

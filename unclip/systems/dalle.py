@@ -78,7 +78,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
                 checkpoint_samples=10_000,
             ),
         ),
-        DalleSampling(batch_size=32),
+        DalleSampling(batch_size=32, dalle=TokenSampling(top_p=0.9, guidance_scale=1.5)),
         ("unclip-demo", None),
         min_reconstruction_accuracy=0.9,
     ),

@@ -116,9 +116,8 @@ class LatentDiffusionObjective:
     @staticmethod
     def reads(config: LatentDiffusionConfig) -> dict[str, tuple[str, ...]]:
         """Columns that it is trained on, by table."""
-        columns = ("tokens",) if config.text != "none" else ()
-        columns += ("image_embedding",) if config.reads_image_embedding else ()
-        return {"latents": ("latent",), "embeddings": columns}
+        columns = ["tokens"] * (config.text != "none") + ["image_embedding"] * config.reads_image_embedding
+        return {"latents": ("latent",), "embeddings": tuple(columns)}
 
     def prepare(self, batch: Batch) -> Tensors:
         tensors = {"latents": stack_halves(batch["latent"], *self.config.latent_shape)}  # [B, D, s, s]

@@ -1,8 +1,8 @@
 """Model sizes by name of the systems that sample latents: the autoencoder, the generator and their training settings.
 
 `demo` has the images and CLIP of unCLIP's size of the same name, so that the systems can be compared. `small` samples 256 pixels
-and `base` 512. The autoencoders of both are those of Rombach et al. 2022 with a factor of 8 and 4 channels, and the generator of
-`base` has the channels of Stable Diffusion's U-Net. Optimiser settings of `small` and `base` are our own.
+and `base` 512, with autoencoders of a factor of 8 and 4 channels. Autoencoder and generator of `base` have the channels of Stable
+Diffusion's. The generators' optimiser settings are our own.
 """
 
 import dataclasses
@@ -10,12 +10,11 @@ from typing import Any
 
 from unclip.config import merge, to_dict
 from unclip.diffusion.process import DiffusionConfig
-from unclip.models.autoencoder import AutoencoderConfig
 from unclip.models.latent_diffusion import LatentDiffusionConfig, LatentSampling
 from unclip.models.text import TextTransformerConfig
 from unclip.models.unet import UNetConfig
 from unclip.systems.autoencoder import AutoencoderStageConfig
-from unclip.systems.autoencoder.part import PerceptualConfig
+from unclip.systems.autoencoder import sizes as autoencoder_sizes
 from unclip.systems.latent_diffusion import LatentDiffusionSampling, LatentDiffusionStageConfig
 from unclip.systems.stable_unclip import StableUnclipSampling, StableUnclipStageConfig
 from unclip.systems.unclip import sizes as unclip_sizes
@@ -73,30 +72,16 @@ class StableUnclipSize(LatentSize):
         return merge(prior, super().sections())
 
 
-def _demo_trainer(num_samples: int, batch_size: int, learning_rate: float, **settings: Any) -> TrainerConfig:
-    return TrainerConfig(
-        num_samples=num_samples, batch_size=batch_size, learning_rate=learning_rate, beta2=0.95, **settings
-    )
-
-
-DEMO_AUTOENCODER = AutoencoderStageConfig(
-    model=AutoencoderConfig(
-        image_size=64,
-        patch_size=4,
-        channels=64,
-        channel_mult=(1,),
-        num_res_blocks=1,
-        norm_groups=8,
-        middle_attention=False,
-        latent_channels=4,
-    ),
-    perceptual=PerceptualConfig(weight=0),
-    trainer=_demo_trainer(16_000, 16, 2e-3, ema_decay=0.99, warmup_samples=500, checkpoint_samples=8_000),
-)
-"""16 x 16 latents of 64-pixel images."""
 _DEMO_UNET = UNetConfig(16, 32, (1, 2, 4), 1, attention_resolutions=(4,), head_channels=32, norm_groups=8)
-_DEMO_TRAINER = _demo_trainer(
-    60_000, 16, 1.5e-3, ema_decay=0.99, warmup_samples=2_000, weight_decay=0.01, checkpoint_samples=15_000
+_DEMO_TRAINER = TrainerConfig(
+    num_samples=60_000,
+    batch_size=16,
+    learning_rate=1.5e-3,
+    beta2=0.95,
+    ema_decay=0.99,
+    warmup_samples=2_000,
+    weight_decay=0.01,
+    checkpoint_samples=15_000,
 )
 _DEMO_ACCURACY = 0.95
 """Least accuracy of reconstructions in the demo; see `tasks.stages.latents`."""
@@ -112,16 +97,21 @@ def _training(num_steps: int, batch_size: int, learning_rate: float) -> TrainerC
     )
 
 
+def _enlarged(stage: AutoencoderStageConfig, image_size: int) -> AutoencoderStageConfig:
+    """The same network and training on larger images."""
+    return dataclasses.replace(stage, model=dataclasses.replace(stage.model, image_size=image_size))
+
+
 _SMALL_UNET = UNetConfig(32, 192, (1, 2, 3), 2, attention_resolutions=(32, 16, 8))
 _BASE_UNET = UNetConfig(64, 320, (1, 2, 4, 4), 2, attention_resolutions=(32, 16, 8))
-_SMALL_AUTOENCODER = AutoencoderStageConfig(AutoencoderConfig(256), trainer=_training(250_000, 64, 4.5e-6))
-_BASE_AUTOENCODER = AutoencoderStageConfig(AutoencoderConfig(512), trainer=_training(250_000, 64, 4.5e-6))
+_SMALL_AUTOENCODER = autoencoder_sizes.MODEL_SIZES["base_kl"]
+_BASE_AUTOENCODER = autoencoder_sizes.MODEL_SIZES["stable_diffusion"]
 
 LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
     # 64 pixels; minutes on two CPUs
     "demo": LatentSize(
         "latent_diffusion",
-        DEMO_AUTOENCODER,
+        autoencoder_sizes.DEMO_KL,
         LatentDiffusionStageConfig(
             LatentDiffusionConfig(
                 _DEMO_UNET,
@@ -138,12 +128,12 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
         _DEMO_ACCURACY,
         "unclip-demo",
         None,
-        ParameterCounts(581_524, 8_141_092),
+        ParameterCounts(autoencoder_sizes.MODEL_SIZES["demo_kl"].num_parameters, 8_141_092),
     ),
     # 256 pixels, with ViT-B-32; days on one GPU
     "small": LatentSize(
         "latent_diffusion",
-        _SMALL_AUTOENCODER,
+        _SMALL_AUTOENCODER.stage,
         LatentDiffusionStageConfig(
             LatentDiffusionConfig(_SMALL_UNET, context_dim=512), _training(300_000, 256, 1.0e-4)
         ),
@@ -151,12 +141,12 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
         None,
         "ViT-B-32",
         "openai",
-        ParameterCounts(83_653_863, 117_919_364),
+        ParameterCounts(_SMALL_AUTOENCODER.num_parameters, 117_919_364),
     ),
     # 512 pixels, with ViT-L-14
     "base": LatentSize(
         "latent_diffusion",
-        _BASE_AUTOENCODER,
+        _enlarged(_BASE_AUTOENCODER.stage, 512),
         LatentDiffusionStageConfig(
             LatentDiffusionConfig(_BASE_UNET, context_dim=768), _training(600_000, 1024, 1.0e-4)
         ),
@@ -164,25 +154,26 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
         None,
         "ViT-L-14",
         "openai",
-        ParameterCounts(83_653_863, 793_140_612),
+        ParameterCounts(_BASE_AUTOENCODER.num_parameters, 793_140_612),
     ),
 }
 """Name -> size of `latent_diffusion`. `num_parameters` are exact."""
 
 
 def _stable(name: str, model: LatentDiffusionConfig, num_parameters: int, **sampling: Any) -> StableUnclipSize:
-    """Size with the autoencoder, the CLIP and the training of the size of `latent_diffusion` with the same name."""
-    size, prior = LATENT_DIFFUSION_SIZES[name], unclip_sizes.MODEL_SIZES[name]
+    """Size with the autoencoder and the CLIP of the size of `latent_diffusion` with the same name, and the prior and the training
+    of the decoder of unCLIP's."""
+    size, unclip = LATENT_DIFFUSION_SIZES[name], unclip_sizes.MODEL_SIZES[name]
     return StableUnclipSize(
         "stable_unclip",
         size.autoencoder,
-        StableUnclipStageConfig(model, size.generator.trainer),
-        StableUnclipSampling(prior=prior.sampling.prior, stable_unclip=LatentSampling(**sampling)),
+        StableUnclipStageConfig(model, unclip.decoder.trainer),
+        StableUnclipSampling(prior=unclip.sampling.prior, stable_unclip=LatentSampling(**sampling)),
         size.min_reconstruction_accuracy,
         size.clip,
         size.pretrained,
         ParameterCounts(size.num_parameters.autoencoder, num_parameters),
-        prior,
+        unclip,
     )
 
 

@@ -123,7 +123,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
                 checkpoint_samples=10_000,
             ),
         ),
-        PartiSampling(batch_size=32, parti=TokenSampling(guidance_scale=2.0)),
+        PartiSampling(batch_size=32, parti=TokenSampling(top_p=0.9, guidance_scale=2.0)),
         ("unclip-demo", None),
         min_reconstruction_accuracy=0.9,
     ),

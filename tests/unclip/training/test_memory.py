@@ -20,7 +20,10 @@ from unclip.models.dalle import DalleConfig
 from unclip.models.layers import CausalTransformer
 from unclip.models.parti import PartiConfig
 from unclip.systems.dalle import DALLE, DalleStageConfig
+from unclip.systems.latent_diffusion import LATENT_DIFFUSION
+from unclip.systems.latent_sizes import LATENT_DIFFUSION_SIZES, STABLE_UNCLIP_SIZES
 from unclip.systems.parti import PARTI, PartiStageConfig
+from unclip.systems.stable_unclip import STABLE_UNCLIP
 from unclip.systems.unclip.sizes import MODEL_SIZES
 from unclip.training import memory, parallel
 from unclip.training.flops import flops_per_sample, peak_of
@@ -31,11 +34,19 @@ CPU = torch.device("cpu")
 SHALLOW = MODEL_SIZES["demo"]
 # Eight blocks: with fewer, temporaries would be more than a tenth of the memory.
 PRIOR = dataclasses.replace(SHALLOW.prior, model=dataclasses.replace(SHALLOW.prior.model, depth=8))
-TOKENS = {"width": 96, "depth": 6, "num_heads": 3, "text_vocab_size": 128, "grid_size": 8, "codebook_size": 256}
-DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR)) | {
-    "dalle": DALLE.network(DalleStageConfig(DalleConfig(**TOKENS)), shapes(SHALLOW)),
-    "parti": PARTI.network(PartiStageConfig(PartiConfig(**TOKENS, encoder_depth=2)), shapes(SHALLOW)),
+DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR))
+DEMO["latent_diffusion"] = LATENT_DIFFUSION.network(LATENT_DIFFUSION_SIZES["demo"].generator, shapes(SHALLOW))
+DEMO["stable_unclip"] = STABLE_UNCLIP.network(STABLE_UNCLIP_SIZES["demo"].generator, shapes(SHALLOW))
+TOKENS: dict[str, Any] = {
+    "width": 96,
+    "depth": 6,
+    "num_heads": 3,
+    "text_vocab_size": 128,
+    "grid_size": 8,
+    "codebook_size": 256,
 }
+DEMO["dalle"] = DALLE.network(DalleStageConfig(DalleConfig(**TOKENS)), shapes(SHALLOW))
+DEMO["parti"] = PARTI.network(PartiStageConfig(PartiConfig(**TOKENS, encoder_depth=2)), shapes(SHALLOW))
 SAMPLES = 5
 
 
@@ -105,7 +116,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64"])
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64", "latent_diffusion"])
 def test_the_peak_of_a_step_is_within_the_reserve_of_the_plan(name: str, checkpointing: bool) -> None:
     training = TrainingSetup(checkpointing=checkpointing)
     plan = memory.measure(name, DEMO[name], "cpu", "bf16")
