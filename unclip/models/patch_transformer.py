@@ -1,10 +1,8 @@
 """Vision Transformers as encoder and decoder of an autoencoder: images as patches.
 
-Source: Yu et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN" (ViT-VQGAN), section 3.1. Its decoder predicts the
-pixels of a patch; here a last convolution reads the neighbouring patches too, as the weight of the adversarial loss is
-measured at the last convolution. Codes are not normalised.
+Source: Yu et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN" (ViT-VQGAN), section 3.1. Codes are not normalised.
 
-Letters: B batch, p patch size, S image size, s = S / p, W width, C channels of the pixels before the last convolution.
+Letters: B batch, p patch size, S image size, s = S / p, W width.
 """
 
 import dataclasses
@@ -15,9 +13,6 @@ from torch import Tensor, nn
 
 from unclip.config import require
 from unclip.models.layers import TransformerBlock
-
-PIXEL_CHANNELS = 16
-"""C."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +75,16 @@ class PatchDecoder(nn.Module):
         self.patch_size = config.patch_size
         self.input = nn.Conv2d(latent_channels, config.width, 1)
         self.transformer = _PatchTransformer(config, latent_size)
-        self.to_pixels = nn.Sequential(
-            nn.Conv2d(config.width, config.width, 1),
-            nn.Tanh(),
-            nn.Conv2d(config.width, PIXEL_CHANNELS * config.patch_size**2, 1),
-        )
-        self.output = nn.Conv2d(PIXEL_CHANNELS, 3, 3, padding=1)
+        self.to_hidden = nn.Sequential(nn.Conv2d(config.width, config.width, 1), nn.Tanh())
+        self.output = nn.Conv2d(config.width, 3 * config.patch_size**2, 1)
 
     def hidden(self, latents: Tensor) -> Tensor:
-        """Input [B, C, S, S] of the last convolution."""
-        return F.pixel_shuffle(self.to_pixels(self.transformer(self.input(latents))), self.patch_size)
+        """Input [B, W, s, s] of the last convolution."""
+        return self.to_hidden(self.transformer(self.input(latents)))  # type: ignore[no-any-return]
+
+    def images(self, hidden: Tensor) -> Tensor:
+        """Images [B, 3, S, S] from the input [B, W, s, s] of the last convolution, which predicts the pixels of a patch."""
+        return F.pixel_shuffle(self.output(hidden), self.patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.output(self.hidden(latents))  # type: ignore[no-any-return]  # [B, 3, S, S]
+        return self.images(self.hidden(latents))  # [B, 3, S, S]

@@ -1,15 +1,23 @@
 """Autoencoders of Vision Transformers."""
 
 import dataclasses
+import io
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from unclip.errors import ConfigError
-from unclip.models.autoencoder import AdversarialAutoencoder, Autoencoder, AutoencoderConfig
+from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
 from unclip.models.discriminator import DiscriminatorConfig
 from unclip.models.patch_transformer import PatchTransformerConfig
+from unclip.systems.autoencoder.part import (
+    AdversarialConfig,
+    AutoencoderObjective,
+    AutoencoderStageConfig,
+    PerceptualConfig,
+)
 
 CONFIG = AutoencoderConfig(
     image_size=16,
@@ -33,7 +41,7 @@ def test_it_has_the_interface_of_an_autoencoder(bottleneck: str) -> None:
     latents = model.encode(images)
     assert latents.shape == (2, 4, 4, 4)
     reconstruction = model(images)
-    assert reconstruction.last_hidden.shape[2:] == (16, 16)
+    assert reconstruction.last_hidden.shape == (2, 32, 4, 4)
     torch.testing.assert_close(model.decode(latents), reconstruction.images)
     if bottleneck != "kl":
         assert torch.equal(model.decode_tokens(model.tokens(images)), model.decode(latents))
@@ -61,13 +69,22 @@ def test_it_learns_to_reconstruct_images() -> None:
     assert loss.item() < 0.15  # a constant image has 0.5
 
 
-def test_a_discriminator_judges_its_images() -> None:
+def test_it_trains_against_a_discriminator() -> None:
     torch.manual_seed(0)
-    model = AdversarialAutoencoder(
-        dataclasses.replace(CONFIG, image_size=32), DiscriminatorConfig(channels=8, num_layers=1)
+    config = AutoencoderStageConfig(
+        model=dataclasses.replace(CONFIG, image_size=32),
+        perceptual=PerceptualConfig(weight=0.0),
+        discriminator=AdversarialConfig(0.5, model=DiscriminatorConfig(channels=8, num_layers=1)),
     )
-    judged = model(torch.rand(2, 3, 32, 32) * 2 - 1, judges=True)
-    assert judged.copies.shape == (2, 3, 32, 32) and judged.fake.shape == judged.real.shape
+    jpeg = io.BytesIO()
+    Image.effect_noise((32, 32), 80).convert("RGB").save(jpeg, "JPEG")
+    objective = AutoencoderObjective(config, {"jpg": [jpeg.getvalue()]})
+    tensors = {"images": torch.rand(2, 3, 32, 32) * 2 - 1}
+    loss = objective.loss(objective.model.train(), tensors, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite() and objective.metrics(training=True)["adversarial_weight"] > 0
+    for name, parameter in objective.model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
 
 
 def test_vit_vqgan_small_has_the_published_number_of_parameters() -> None:
