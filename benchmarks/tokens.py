@@ -66,7 +66,7 @@ class TokenLosses:
         self.state: Tensors = {}
 
     def loss(self, network: nn.Module, tensors: Tensors, generator: torch.Generator) -> Tensor:
-        losses = network(tensors["tokens"], tensors["codes"]).float().mean(dim=0)  # [2]
+        losses: Tensor = network(tensors["tokens"], tensors["codes"]).float().mean(dim=0)  # [2]
         return (losses * losses.new_tensor(self.model.loss_weights)).sum()
 
     def metrics(self, training: bool) -> dict[str, float]:

@@ -38,7 +38,7 @@ class TextVocabulary(nn.Module):
 
     def fit(self, tokens: Tensor) -> None:
         """Store the V - 1 most frequent ids of captions [N, L] int64, without padding; of equal ones, the smaller."""
-        ids, counts = tokens[text_mask(tokens)].unique(return_counts=True)  # ascending ids
+        ids, counts = torch.unique(tokens[text_mask(tokens)], return_counts=True)  # ascending ids
         frequent = ids[counts.argsort(descending=True, stable=True)][: len(self.ids)].sort().values
         self.ids.fill_(_UNUSED)
         self.ids[: len(frequent)] = frequent

@@ -240,9 +240,8 @@ class TokenStack(nn.Module):
         away_from = None if negative is None else self._negative(captions, negative, settings)
         with autocast(sampling.precision, self.device):
             codes = self.model.sample(self._tokenize(captions), settings, negative=away_from, generator=generator)
-            # no more images at once than without candidates
-            images = torch.cat([self.autoencoder.decode_tokens(part) for part in codes.split(len(captions))])
-        return images.float().clamp(-1, 1).unflatten(0, (len(captions), -1))
+            images = torch.cat(list(map(self.autoencoder.decode_tokens, _parts(codes, len(captions)))))
+        return images.float().clamp(-1, 1).view(len(captions), -1, *images.shape[1:])
 
     @torch.no_grad()
     def score(self, candidates: Tensor, captions: Sequence[str]) -> Tensor:
@@ -250,10 +249,10 @@ class TokenStack(nn.Module):
 
         Source: Ramesh et al. 2021, section 2.6.
         """
-        parts = candidates.flatten(0, 1).split(len(captions))
+        parts = _parts(candidates.flatten(0, 1), len(captions))
         embeddings = torch.cat([self.clip.embed_images(self.clip.resize(part)) for part in parts])  # [B * C, E]
         text_embedding = self.clip.encode_text(self._tokenize(captions)).text_embedding  # [B, E]
-        return F.cosine_similarity(embeddings.unflatten(0, (len(captions), -1)), text_embedding[:, None], dim=2)
+        return F.cosine_similarity(embeddings.view(*candidates.shape[:2], -1), text_embedding[:, None], dim=2)
 
     def _negative(self, captions: Sequence[str], negative: Sequence[str], settings: TokenSampling) -> Tensor:
         """Tokens [B, L] of negative captions."""
@@ -270,6 +269,11 @@ class TokenStack(nn.Module):
 
     def _tokenize(self, captions: Sequence[str]) -> Tensor:
         return self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
+
+
+def _parts(rows: Tensor, size: int) -> list[Tensor]:
+    """Parts of a batch, so that networks of pixels see no more images at once than without candidates."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def load_parts(files: StackFiles, part: Part[Any]) -> tuple[Clip, Autoencoder, Any]:
