@@ -183,7 +183,7 @@ class Autoencoder(nn.Module):
             ShapeError: the images are no multiples of f in size.
         """
         self._check_codes("tokens")
-        codes = self.bottleneck(self._encode(images)).codes
+        codes: Tensor | None = self.bottleneck(self._encode(images)).codes
         assert codes is not None
         return codes
 
@@ -195,6 +195,7 @@ class Autoencoder(nn.Module):
             ShapeError: the number of codes is no square, or a code is not in [0, K).
         """
         self._check_codes("decode_tokens")
+        assert not isinstance(self.bottleneck, KlBottleneck)
         size = round(tokens.shape[1] ** 0.5)
         if tokens.dim() != 2 or size * size != tokens.shape[1]:
             raise ShapeError(f"decode_tokens: got {tuple(tokens.shape)}, expected [B, s * s] codes of square images.")
@@ -203,7 +204,7 @@ class Autoencoder(nn.Module):
             raise ShapeError(
                 f"decode_tokens: got codes from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {largest}."
             )
-        vectors = self.bottleneck.vectors(tokens)  # type: ignore[union-attr, operator]  # [B, ss, D]
+        vectors = self.bottleneck.vectors(tokens)  # [B, ss, D]
         return self.decode(vectors.transpose(1, 2).unflatten(2, (size, size)))
 
     def draw_noise(self, batch: int, generator: torch.Generator) -> Tensor | None:
@@ -342,8 +343,8 @@ class Decoder(nn.Module):
 
     def images(self, hidden: Tensor) -> Tensor:
         """Images [B, 3, S, S] from the input [B, C, S / p, S / p] of the last convolution."""
-        patches = self.output(hidden)  # [B, 3 p p, S / p, S / p]
-        return patches if self.patch_size == 1 else F.pixel_shuffle(patches, self.patch_size)  # type: ignore[no-any-return]
+        patches: Tensor = self.output(hidden)  # [B, 3 p p, S / p, S / p]
+        return patches if self.patch_size == 1 else F.pixel_shuffle(patches, self.patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.images(self.hidden(latents))  # [B, 3, S, S]

@@ -102,10 +102,22 @@ def adaptive_weight(last_hidden: Tensor, kernel: int, reconstruction: Tensor, ad
 
     Source: Esser et al. 2021, eq. 7.
     """
-    shape = (reconstruction.shape[1], last_hidden.shape[1], kernel, kernel)
     hidden = last_hidden.float()
-    lengths = [
-        torch.nn.grad.conv2d_weight(hidden, shape, gradient.float(), padding=kernel // 2).norm()
-        for gradient in (reconstruction, adversarial)
-    ]
+    weight = hidden.new_zeros(reconstruction.shape[1], hidden.shape[1], kernel, kernel)  # only its shape matters
+    lengths: list[Tensor] = []
+    for gradient in (reconstruction, adversarial):
+        of_weight = torch.ops.aten.convolution_backward(
+            gradient.float(),
+            hidden,
+            weight,
+            None,
+            [1, 1],
+            [kernel // 2, kernel // 2],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [False, True, False],
+        )[1]
+        lengths.append(of_weight.norm())
     return (lengths[0] / (lengths[1] + 1e-4)).clamp(max=LARGEST_ADAPTIVE_WEIGHT)

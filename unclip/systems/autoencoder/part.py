@@ -284,7 +284,7 @@ def _anneal(first: float, last: float, samples_seen: int, samples: int) -> float
 
 def _build(facts: Mapping[str, Any]) -> Autoencoder:
     model = Autoencoder(load(AutoencoderConfig, facts["config"]))
-    model.register_load_state_dict_pre_hook(_drop_discriminator)
+    model.register_load_state_dict_pre_hook(_drop_discriminator)  # type: ignore[no-untyped-call]
     return model
 
 
