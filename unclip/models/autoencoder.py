@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import require
+from unclip.config import added, require
 from unclip.errors import ConfigError, ShapeError
 from unclip.models.discriminator import Discriminator, DiscriminatorConfig
 from unclip.models.layers import Conv3x3, GroupNorm, attention
+from unclip.models.patch_transformer import PatchDecoder, PatchEncoder, PatchTransformerConfig
 from unclip.models.quantisers import GumbelQuantiser, KlBottleneck, VectorQuantiser
 
 Bottleneck = Literal["kl", "vq", "gumbel"]
@@ -53,6 +54,9 @@ class AutoencoderConfig:
     vectors by logits, relaxed in training by the Gumbel-softmax."""
     codebook_size: int = 8192
     """K, number of codes of vq and gumbel."""
+    transformer: PatchTransformerConfig | None = added(None)
+    """Vision Transformers as encoder and decoder, instead of convolutional networks, whose settings then have no effect. Source:
+    Yu et al. 2022 (ViT-VQGAN), section 3.1."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "channels", "num_res_blocks", "norm_groups", "latent_channels"):
@@ -75,6 +79,8 @@ class AutoencoderConfig:
     @property
     def factor(self) -> int:
         """f, ratio of the image's resolution to that of the latents."""
+        if self.transformer is not None:
+            return self.transformer.patch_size
         return int(self.patch_size * 2 ** (len(self.channel_mult) - 1))
 
     @property
@@ -119,7 +125,8 @@ class Autoencoder(nn.Module):
         self.config = config
         depth = config.latent_channels
         moments = 2 * depth if config.bottleneck == "kl" else depth
-        self.encoder = Encoder(config, moments)
+        vision = config.transformer
+        self.encoder = Encoder(config, moments) if vision is None else PatchEncoder(vision, config.latent_size, moments)
         self.bottleneck: KlBottleneck | VectorQuantiser | GumbelQuantiser
         if config.bottleneck == "kl":
             self.to_bottleneck, self.bottleneck = nn.Conv2d(moments, moments, 1), KlBottleneck()
@@ -130,7 +137,7 @@ class Autoencoder(nn.Module):
             self.to_bottleneck = nn.Conv2d(depth, config.codebook_size, 1)
             self.bottleneck = GumbelQuantiser(config.codebook_size, depth)
         self.from_bottleneck = nn.Conv2d(depth, depth, 1)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config) if vision is None else PatchDecoder(vision, config.latent_size, depth)
 
     def forward(self, images: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> Reconstruction:
         """Encode and decode images, for training.

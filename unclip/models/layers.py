@@ -157,7 +157,17 @@ class KeyValueCache:
         start, self.length = self.length, self.length + keys.shape[2]
         self._stored[0, :, :, start : self.length] = keys
         self._stored[1, :, :, start : self.length] = values
+        return self.read()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, [B, heads, length, D / heads] each; at least one was appended."""
+        assert self._stored is not None, "nothing was appended"
         return self._stored[0, :, :, : self.length], self._stored[1, :, :, : self.length]
+
+    def repeat(self, num: int) -> None:
+        """Repeat the keys and values of each row `num` times in a row, so that the batch has `num` times as many rows."""
+        if self._stored is not None:
+            self._stored = self._stored.repeat_interleave(num, dim=1)
 
 
 class TransformerBlock(nn.Module):

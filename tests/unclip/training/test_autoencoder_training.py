@@ -202,7 +202,7 @@ def test_verdicts_teach_the_autoencoder_and_hinge_losses_the_discriminator(tmp_p
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", ["kl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_an_autoencoder_memorises_sixteen_images(tmp_path: Path, kind: Kind) -> None:
     """Scenes, as random pixels fit into no bottleneck."""
     rng, jpegs = np.random.default_rng(0), [io.BytesIO() for _ in range(16)]

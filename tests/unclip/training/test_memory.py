@@ -16,9 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from tests.unclip.systems.sized import networks, shapes
 from unclip.errors import ConfigError
+from unclip.models.dalle import DalleConfig
 from unclip.models.layers import CausalTransformer
+from unclip.models.parti import PartiConfig
+from unclip.systems.dalle import DALLE, DalleStageConfig
 from unclip.systems.latent_diffusion import LATENT_DIFFUSION
 from unclip.systems.latent_sizes import LATENT_DIFFUSION_SIZES, STABLE_UNCLIP_SIZES
+from unclip.systems.parti import PARTI, PartiStageConfig
 from unclip.systems.stable_unclip import STABLE_UNCLIP
 from unclip.systems.unclip.sizes import MODEL_SIZES
 from unclip.training import memory, parallel
@@ -33,6 +37,16 @@ PRIOR = dataclasses.replace(SHALLOW.prior, model=dataclasses.replace(SHALLOW.pri
 DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR))
 DEMO["latent_diffusion"] = LATENT_DIFFUSION.network(LATENT_DIFFUSION_SIZES["demo"].generator, shapes(SHALLOW))
 DEMO["stable_unclip"] = STABLE_UNCLIP.network(STABLE_UNCLIP_SIZES["demo"].generator, shapes(SHALLOW))
+TOKENS: dict[str, Any] = {
+    "width": 96,
+    "depth": 6,
+    "num_heads": 3,
+    "text_vocab_size": 128,
+    "grid_size": 8,
+    "codebook_size": 256,
+}
+DEMO["dalle"] = DALLE.network(DalleStageConfig(DalleConfig(**TOKENS)), shapes(SHALLOW))
+DEMO["parti"] = PARTI.network(PartiStageConfig(PartiConfig(**TOKENS, encoder_depth=2)), shapes(SHALLOW))
 SAMPLES = 5
 
 

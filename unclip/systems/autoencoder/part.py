@@ -231,7 +231,7 @@ class AutoencoderObjective:
         adversarial = self.config.discriminator
         weight = reconstructed.new_tensor(adversarial.weight)
         if adversarial.adaptive:
-            layer, patch = self.model.decoder.output, self.config.model.patch_size
+            layer, patch = self.model.decoder.output, self.model.decoder.patch_size
             gradients = [F.pixel_unshuffle(each, patch) for each in (content_gradient, verdict_gradient)]
             weight = weight * adaptive_weight(found.last_hidden, layer.kernel_size[0], *gradients)
         hinge = hinge_loss(real, fake)
