@@ -171,7 +171,12 @@ class TextUpsamplerConfig:
         require(fits, "unet.image_size", size, expected)
         step = 2 ** len(self.unet.channel_mult)
         fits = self.output_size % step == 0
-        require(fits, "unet.channel_mult", self.unet.channel_mult, f"fewer levels, as {self.output_size} is no multiple of {step}")
+        require(
+            fits,
+            "unet.channel_mult",
+            self.unet.channel_mult,
+            f"fewer levels, as {self.output_size} is no multiple of {step}",
+        )
         level = self.max_noise_level
         require(0 <= level < self.diffusion.num_timesteps, "max_noise_level", level, "a timestep")
         _check_text(self.context_dim, self.pooling_heads, self.text_drop_prob)

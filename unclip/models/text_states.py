@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.clip import Clip
+from unclip.models.clip import LENGTH_STEP, Clip
 from unclip.models.layers import attention, without_autocast
 from unclip.models.text import TextContext, caption_features
 
@@ -76,7 +76,7 @@ def to_bytes(states: TextStates) -> list[bytes]:
 
 
 def from_bytes(rows: Sequence[bytes], lengths: Sequence[int]) -> TextStates:
-    """Pad the stored states of a batch to the longest of its captions.
+    """Pad the stored states of a batch to the longest of its captions, rounded up to a multiple of `LENGTH_STEP`.
 
     Args:
         rows: bytes of `to_bytes`.
@@ -85,14 +85,17 @@ def from_bytes(rows: Sequence[bytes], lengths: Sequence[int]) -> TextStates:
     Raises:
         InputError: the bytes are not the states of so many tokens, or widths differ.
     """
-    widths = {len(row) / (BYTES_PER_VALUE * length) if length > 0 else 0 for row, length in zip(rows, lengths, strict=True)}
+    widths = {
+        len(row) / (BYTES_PER_VALUE * length) if length > 0 else 0 for row, length in zip(rows, lengths, strict=True)
+    }
     width = int(next(iter(widths), 0))
     if len(widths) != 1 or width < 1 or widths != {width}:
         raise InputError(
             f"text_states: got {len(rows[0]) if rows else 0} bytes for {lengths[0] if rows else 0} tokens, expected "
             f"{BYTES_PER_VALUE} for each number, as many of every token. The table is damaged; delete it and run again."
         )
-    states = torch.zeros(len(rows), max(lengths), width)  # [B, L, W]
+    longest = -(-max(lengths) // LENGTH_STEP) * LENGTH_STEP  # so that a compiled network sees few lengths
+    states = torch.zeros(len(rows), longest, width)  # [B, L, W]
     for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         values = np.frombuffer(row, "<f2").reshape(length, width)
         states[number, :length] = torch.from_numpy(values.astype(np.float32))
