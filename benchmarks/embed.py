@@ -66,8 +66,9 @@ class Actor:
     def __init__(self, arguments: argparse.Namespace, folder: str) -> None:
         import ray
 
+        from tasks.derived import Shard
         from tasks.stage import Artifact
-        from tasks.stages.embed import EmbedConfig, Embedder, Shard
+        from tasks.stages.embed import EmbedConfig, Embedder
 
         paths = write_images(folder, arguments.pairs, arguments.image_size)
         num_rows = [min(ROWS_PER_FILE, arguments.pairs - start) for start in range(0, arguments.pairs, ROWS_PER_FILE)]

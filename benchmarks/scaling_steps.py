@@ -197,10 +197,10 @@ def _embeddings_uri(data: Dataset) -> str:
 
 
 def _shards(data: Dataset) -> Iterator[Any]:
-    from tasks.stages import embed
+    from tasks.derived import shards
 
     facts = _artifact(data, "dedup").facts
-    return embed._shards(facts, facts["places"])
+    return shards(facts["images"], facts["images_version"], facts["places"])
 
 
 def _write_embeddings(data: Dataset) -> None:
@@ -220,9 +220,9 @@ def _read_images(data: Dataset) -> Action:
 
 
 def _read_shard(shard: Any) -> int:
-    from tasks.stages.embed import read_shard
+    from tasks.derived import read_shard
 
-    return len(read_shard(shard))
+    return read_shard(shard, ("caption", "jpg"), "embed").num_rows
 
 
 READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {

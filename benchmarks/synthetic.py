@@ -99,7 +99,7 @@ def write_embeddings(data: Dataset, table_uri: str, shards: Iterator[Any]) -> in
     """Write one embeddings part for each shard, named and ordered as the stage embed does; returns the table's version.
 
     Args:
-        shards: `tasks.stages.embed.Shard`.
+        shards: `tasks.derived.Shard`.
     """
     from tasks.stages.embed import SCHEMA
 

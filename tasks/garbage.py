@@ -35,7 +35,7 @@ CHECKPOINTS = ("checkpoints", "workers")
 """Folders of a training that only an unfinished one needs."""
 SELECTING = ("dedup", "curate")
 """Stages whose selections takedowns search; see `tasks.lineage.takedown`."""
-_TABLES = ("images", "index", "embeddings", "snapshots")
+_TABLES = ("images", "index", "embeddings", "derived", "snapshots")
 _DELETIONS_AT_ONCE = 16
 
 

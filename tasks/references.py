@@ -15,7 +15,7 @@ from unclip.errors import DamagedError
 
 # Wherever the storage was when the record was written.
 _FOLDER = re.compile(r"(?:^|[/:])artifacts/([^/]+)/([0-9a-f]{64})(?:/(.*))?$")
-_TABLES = {"images": "images", "embeddings": "embeddings", "index": "images"}
+_TABLES = {"images": "images", "embeddings": "embeddings", "derived": "derived", "index": "images"}
 """Kind of a table -> fact that names it; the index of an images table has its name."""
 _READS_AT_ONCE = 16
 
@@ -41,7 +41,7 @@ class Version:
     """Version of a Delta table of the storage."""
 
     kind: str
-    """images, embeddings or index."""
+    """images, embeddings, derived or index."""
     name: str
     number: int
 

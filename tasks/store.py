@@ -3,6 +3,7 @@
 images/<recipe>/        Delta table: every URL that was tried, with its image or the reason why there is none
 index/<recipe>/         Delta table: the small columns of an images table by key range, with the place of each row
 embeddings/<clip>/      Delta table: CLIP embeddings of the kept images, one table per CLIP
+derived/<stage>-<id>/   Delta table: what a stage made of the kept images with a trained model, such as latents
 snapshots/              Delta table: one row per dataset version, written last
 stages/<name>/<fp>.json commit records: the artifact of a stage, once it is complete
 artifacts/<name>/<fp>/  files of a stage: models, checkpoints, images, reports
@@ -36,7 +37,7 @@ INTERMEDIATE = "intermediate"
 """Folder in a stage's folder for files that its tasks pass on to each other; see `StageContext.intermediate`."""
 ENTRIES = frozenset(
     """
-    images index embeddings snapshots stages artifacts runs attempts tombstones.parquet takedowns results published
+    images index embeddings derived snapshots stages artifacts runs attempts tombstones.parquet takedowns results published
     scores imported scenes mlflow.db mlflow-artifacts locks
     """.split()  # noqa: SIM905
 )
@@ -45,14 +46,14 @@ ROOT = "storage://"
 """Start of a path below the root in what is stored."""
 _FORM = re.compile(r"(?:local-dir:|sqlite:///)?")  # how other libraries have a path introduced
 _FORMER_PATH = re.compile(
-    r"(?P<root>(?:/|\w+://).*)/(?:artifacts/[\w-]+/[0-9a-f]{64}|(?:images|embeddings)/[0-9a-f]{16}|imported/[\w.-]+)(?:/.*)?",
+    r"(?P<root>(?:/|\w+://).*)/(?:artifacts/[\w-]+/[0-9a-f]{64}|(?:images|embeddings)/[0-9a-f]{16}|derived/\w+-[0-9a-f]{16}|imported/[\w.-]+)(?:/.*)?",
     re.DOTALL,
 )
 _AMBIGUOUS = re.compile(r"%[0-9a-fA-F]{2}|[\\\x00-\x1f\x7f]")  # Delta Lake decodes such a path twice, or not at all
 
 TOMBSTONES = "tombstones.parquet"
 """File with everything that was taken down."""
-TABLE_FOLDERS = ("images", "index", "embeddings", "snapshots")
+TABLE_FOLDERS = ("images", "index", "embeddings", "derived", "snapshots")
 """Folders of the tables; the last one is a table itself."""
 
 

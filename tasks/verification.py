@@ -29,7 +29,7 @@ from unclip.seals import MANIFEST
 State = Literal["sound", "damaged", "not covered", "missing", "unreadable"]
 
 _RANGE = re.compile(r"^(.*/)?([^/]*?)(\d{5})-of-(\d{5})(\.\w+)$")
-_TABLES = ("images", "index", "embeddings")
+_TABLES = ("images", "index", "embeddings", "derived")
 
 
 @dataclasses.dataclass(frozen=True)

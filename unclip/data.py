@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from unclip import files, seals
 from unclip.downscaling import shrink_square
-from unclip.errors import InputError
+from unclip.errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -45,6 +45,8 @@ _READING_THREADS = 4
 _FILES_REMEMBERED = 1024
 _CHECKED_SECONDS = 600.0
 """Time for which the check of a file of places counts for all processes of the machine."""
+_ROWS_COMPARED = 1000
+"""Rows whose keys tell if two places are those of the same rows."""
 _KEPT_SECONDS = 24 * 3600.0
 """Time after which a copy of a file of places is deleted if no process has opened it again."""
 
@@ -147,6 +149,48 @@ class Places:
             numbers: ascending.
         """
         return Places([self._parts[part].take(pa.array(rows)) for part, _, rows in self._by_part(numbers)])
+
+    def find_rows(self, table: str, file: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Numbers of rows by their places in the table in whose order the places are: [N] int64.
+
+        Raises:
+            InputError: a row is not here.
+        """
+        numbers = np.full(len(file), -1, np.int64)
+        for arrays, offset in zip(self._arrays, self._starts, strict=False):
+            files_of_part, rows_of_part = arrays[f"{table}_file"], arrays[f"{table}_row"]
+            for index in range(len(file)):
+                first, last = (np.searchsorted(files_of_part, file[index], side) for side in ("left", "right"))
+                position = first + np.searchsorted(rows_of_part[first:last], row[index])
+                if position < last and rows_of_part[position] == row[index]:
+                    numbers[index] = offset + position
+        if (numbers < 0).any():
+            missing = int(np.flatnonzero(numbers < 0)[0])
+            raise InputError(
+                f"places: row {row[missing]} of file {file[missing]} of {table} is not among {len(self)} rows."
+            )
+        return numbers
+
+    def beside(self, others: Sequence["Places"]) -> "Places":
+        """The same rows with their places in further tables, which list the rows in the same order and in equal parts.
+
+        Raises:
+            InputError: others are the places of other rows.
+        """
+        parts = list(self._parts)
+        for other in others:
+            sizes = [[part.num_rows for part in places._parts] for places in (self, other)]
+            some = self.spread(_ROWS_COMPARED)
+            if sizes[0] != sizes[1] or self.keys(some) != other.keys(some):
+                raise InputError(
+                    f"places: got those of {len(other)} other rows beside those of {len(self)} rows, expected the same rows. "
+                    f"Run the pipeline again so that the tables agree."
+                )
+            for number, extra in enumerate(other._parts):
+                for name in extra.column_names:
+                    if name not in parts[number].column_names:
+                        parts[number] = parts[number].append_column(name, extra[name])
+        return Places(parts)
 
     def group_starts(self, table: str, group_rows: int) -> np.ndarray:
         """Numbers of the first row of each group of `group_rows` rows of a table's files, and N: [groups + 1]."""
@@ -519,6 +563,25 @@ def vectors(column: pa.ChunkedArray) -> np.ndarray:
             "embeddings: got nulls or vectors of different lengths. The table is damaged; delete it and run again."
         )
     return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(array), -1)
+
+
+def half_bytes(values: np.ndarray) -> bytes:
+    """Store numbers of any shape in half precision, little-endian, in C order; `training.batches.stack_halves` reads them.
+
+    Tables cannot hold half precision as numbers.
+
+    Raises:
+        NonFiniteError: a number is not finite, or too large for half precision.
+    """
+    with np.errstate(over="ignore"):
+        halves = np.ascontiguousarray(values, np.float32).astype("<f2")
+    if not np.isfinite(halves).all():
+        largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
+        raise NonFiniteError(
+            f"half precision: got numbers that are not finite or up to {largest:g}, expected at most 65,504. Train the model "
+            "that made them again with a lower learning rate."
+        )
+    return halves.tobytes()
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:

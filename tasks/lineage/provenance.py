@@ -149,6 +149,8 @@ class RowFacts:
     """Versions that contain the row: number, digest, status, reason, split, scores."""
     runs: tuple[Mapping[str, Any], ...]
     """Runs that read a version in which the row was kept: id, pipeline, state, dataset_version, split, models."""
+    derived: tuple[Mapping[str, Any], ...]
+    """Tables that hold something made of the image with a trained model, such as latents: table, part, row."""
     model_versions: tuple[Mapping[str, Any], ...]
     """Published models that were trained on such a version: name, version, digest, aliases, dataset_version, split."""
 
@@ -173,6 +175,7 @@ def show(store: Store, key: str) -> dict[str, Any]:
             )
             for each in row.dataset_versions
         },
+        "derived": {each["table"]: f"row {each['row']} of {each['part']}" for each in row.derived},
         "runs that had it": {
             each["id"]: f"{each['pipeline']}, {each['state']}, version {each['dataset_version']} ({each['split']}), "
             + (f"models {', '.join(each['models'])}" if each["models"] else "no model")
@@ -214,9 +217,11 @@ def find_row(store: Store, key: str) -> RowFacts:
             place = {"ingest": uri.split("/")[-2], "position": row["position"]}
             listed.append({**place, "status": row["status"], "reason": row["reason"] or None})
     images: list[dict[str, Any]] = []
+    places: list[dict[str, Any]] = []
     outcome = ""
     for uri in image_tables:
         for place in index.find_rows(uri, [key], ["key", "part", "row"]).to_pylist():
+            places.append(place)
             part = f"{uri}/{place['part']}"
             columns = [name for name in tables.file_columns(part) if name != "jpg"]
             [row] = tables.read_rows(part, [place["row"]], columns).to_pylist()
@@ -259,6 +264,7 @@ def find_row(store: Store, key: str) -> RowFacts:
         duplicates,
         tuple(datasets),
         tuple(_runs_with(store, held)),
+        tuple(_derived_with(store, key, [place["part"] for place in places])),
         tuple(_models_with(store, held)),
     )
 
@@ -365,6 +371,17 @@ def _runs_with(store: Store, held: Mapping[str, tuple[int, str]]) -> list[dict[s
             )  # the shortest first, members by their number
             found.append({**facts, "dataset_version": number, "split": split, "models": models})
     return found
+
+
+def _derived_with(store: Store, key: str, image_parts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the places of a row in derived tables; looks only into files that are named after those with the image."""
+    origins = tuple(f"{tables.origin(part)}-" for part in image_parts)
+    for uri in delta_tables(store, "derived"):
+        for part in tables.files(uri) if origins else ():
+            name = part.rpartition("/")[2]
+            if name.startswith(origins) and tables.has_keys(part, pa.array([key])):
+                row = tables.read_file(part, ["key"])["key"].index(key).as_py()
+                yield {"table": uri.rpartition("/")[2], "part": name, "row": row}
 
 
 def _models_with(store: Store, held: Mapping[str, tuple[int, str]]) -> Iterator[dict[str, Any]]:

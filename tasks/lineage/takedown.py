@@ -292,8 +292,9 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     for name in store.list("images"):
         deleted[f"images/{name}"] = _delete_images(store.uri("images", name), sorted(tombstones.keys))
     wanted = pa.array(sorted(tombstones.keys), pa.string())
-    for name in store.list("embeddings"):
-        deleted[f"embeddings/{name}"] = _delete_rows(store.uri("embeddings", name), wanted)
+    for kind in ("embeddings", "derived"):
+        for name in store.list(kind):
+            deleted[f"{kind}/{name}"] = _delete_rows(store.uri(kind, name), wanted)
     _blank_lists(store, tombstones)
     _delete_temporary_files(store)
     _delete_held_out(store, tombstones.keys)
@@ -394,7 +395,7 @@ def _blank_lists(store: Store, tombstones: Tombstones) -> None:
 def _delete_temporary_files(store: Store) -> None:
     """Delete what killed stages left behind, which may hold images, URLs, captions and embeddings; the next run makes it anew."""
     sweep_scratch()
-    for folder in ("images", "embeddings", "index") if store.is_local else ():
+    for folder in ("images", "embeddings", "derived", "index") if store.is_local else ():
         files.sweep(store.uri(folder))
     files.delete(store.uri("artifacts", "download"))
     for stage in store.list("artifacts"):

@@ -5,24 +5,20 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tasks import ranges, rows, tables
-from tasks.dataflow import exchange, run_all, run_in_actors
-from tasks.places import KeptRows, blocks, open_block, write_places
-from tasks.ranges import KeyRange
+from tasks import rows, tables
+from tasks.derived import Shard, append_in_actors, part_name, read_shard, write_missing
+from tasks.places import KeptRows
 from tasks.stage import Artifact, Output, StageContext, stage
-from tasks.tombstones import refuse_if_recorded
 from unclip.config import fingerprint, require
 from unclip.errors import InputError, StageError
 from unclip.models.clip import Clip
@@ -43,10 +39,6 @@ SCHEMA = pa.schema(
 padded with zeros to its context length; tokens_lost is the number of tokens beyond it, null in old rows."""
 
 BATCHES_AHEAD = 2  # decoded while one batch is computed
-FILES_AT_ONCE = 64
-"""Files whose keys one task reads."""
-COMMIT_SECONDS = 30.0
-"""Shards are committed about this often, so that a killed run loses little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +52,11 @@ class EmbedConfig:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Rows of one file of the images table."""
-
-    uri: str
-    rows: np.ndarray
-    """[N] int32, ascending row numbers in the file."""
-
-
 @stage("embed", version=3, has_workers=True)
 def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Artifact) -> Output:
     """Embed the kept pairs that have no embedding by this CLIP yet.
 
-    Each file of embeddings has rows of one file of the images table, in its order; so every image file is read once, and
-    images and embeddings are later read side by side.
+    Files are in step with those of the images table; see `tasks.derived`.
     """
     facts, name = dedup.facts, fingerprint(clip.digest, config.precision)[:16]
     table = context.store.uri("embeddings", name)
@@ -83,7 +65,8 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
         raise InputError("embed: got 0 kept pairs, expected at least 1. Loosen the filters, or add URLs.")
     places, num_todo = facts["places"], num_kept
     if tables.version(table) is not None:
-        places, num_todo = _write_missing(context, dedup, table)
+        kept = KeptRows(dedup.uri, *(facts[name] for name in ("images", "images_version", "index_version")))
+        places, num_todo = write_missing(context, kept, num_kept, table, SCHEMA)
     if num_todo:
         _embed_rows(context, config, clip, facts, places, num_todo, table)
     context.tracker.metrics({"pairs": num_kept, "embedded_now": num_todo})
@@ -91,68 +74,6 @@ def embed(context: StageContext, config: EmbedConfig, dedup: Artifact, clip: Art
     facts |= {"embeddings": table, "embeddings_version": tables.version(table)}
     # Rows and CLIP determine the embeddings.
     return Output(table, fingerprint(dedup.digest, name), facts)
-
-
-def _write_missing(context: StageContext, dedup: Artifact, table: str) -> tuple[str, int]:
-    """Write the places of the kept rows without an embedding; returns the folder and their number.
-
-    Rows that overlapping commits have left twice are removed from the table.
-    """
-    embedded = tables.files(table)
-    key_ranges = ranges.ranges(ranges.range_count(dedup.uri))
-    groups = [embedded[start : start + FILES_AT_ONCE] for start in range(0, len(embedded), FILES_AT_ONCE)]
-    keys, folder = f"{context.intermediate}/embedded", f"{context.intermediate}/missing"
-    count = len(key_ranges)
-    found = exchange(functools.partial(_split_keys, count), groups, count, functools.partial(_write_keys, keys, count))
-    repeated = pa.concat_tables(found)["key"].combine_chunks()
-    if len(repeated):
-        places = pa.concat_tables(run_all(functools.partial(_places_of, repeated), groups))
-        refuse_if_recorded(context.store, "embed")
-        tables.remove_repeats(table, places, SCHEMA)
-    kept = KeptRows(dedup.uri, *(dedup.facts[name] for name in ("images", "images_version", "index_version")))
-    missing = functools.partial(_missing_rows, kept, keys)
-    num_missing = write_places(folder, key_ranges, missing, kept.num_files(), dedup.facts["rows"][rows.KEPT])
-    return folder, num_missing
-
-
-def _split_keys(count: int, uris: Sequence[str]) -> list[pa.Table]:
-    return ranges.split_by_key(pa.concat_tables(tables.read_file(uri, ["key"]) for uri in uris), count)
-
-
-def _write_keys(folder: str, count: int, output: int, pieces: list[pa.Table]) -> pa.Table:
-    """Write the keys of one range; returns those that several rows have, with repetitions."""
-    none = pa.table({"key": pa.array([], pa.string())})  # a takedown may have emptied the table
-    keys = pa.concat_tables([none, *pieces]).sort_by("key")
-    ranges.write_range(folder, KeyRange(output, count), keys)
-    return tables.repeats(keys)
-
-
-def _places_of(keys: pa.Array, uris: Sequence[str]) -> pa.Table:
-    """Key and file of the rows of some keys."""
-    found = []
-    for uri in uris:
-        rows_of_file = tables.read_file(uri, ["key"])
-        rows_of_file = rows_of_file.filter(pc.is_in(rows_of_file["key"], value_set=keys))
-        part = pa.repeat(pa.scalar(uri.rpartition("/")[2]), rows_of_file.num_rows)
-        found.append(rows_of_file.append_column("part", part))
-    return pa.concat_tables(found)
-
-
-def _missing_rows(kept: KeptRows, keys: str, key_range: KeyRange) -> pa.Table:
-    found = kept.read(key_range)
-    embedded = ranges.read_range(keys, key_range)["key"].combine_chunks()
-    return found.filter(pc.invert(pc.is_in(found["key"], value_set=embedded)))
-
-
-def _shards(facts: Mapping[str, Any], places: str) -> Iterator[Shard]:
-    """Yield the rows to embed, file by file of the images table."""
-    uris = tables.files(facts["images"], facts["images_version"])
-    for block in blocks(places):
-        listed = open_block(places, block)
-        file, row = (listed[name].to_numpy() for name in ("images_file", "images_row"))
-        for rows_of_file in np.split(np.arange(len(file)), np.flatnonzero(np.diff(file)) + 1):
-            if len(rows_of_file):
-                yield Shard(uris[file[rows_of_file[0]]], row[rows_of_file])
 
 
 def _embed_rows(
@@ -166,21 +87,10 @@ def _embed_rows(
 ) -> None:
     """Embed in actors, shard by shard, and commit shards as they are done; reuse the finished shards of an earlier attempt."""
     resources = context.resources
-    num_actors = max(1, min(resources.num_workers, len(tables.files(facts["images"], facts["images_version"]))))
     embedder = Embedder.options(**resources.options(), scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
     start = functools.partial(embedder.remote, clip, config, table, resources.cpus_per_worker)
-    progress = context.progress(num_rows, "pairs").start()
-    parts: list[tables.Part] = []
-    committed_at = time.monotonic()
-    for _, part in run_in_actors(start, num_actors, _embed_shard, _shards(facts, places)):
-        parts.append(part)
-        progress.update(part.rows)
-        if time.monotonic() - committed_at > COMMIT_SECONDS:
-            refuse_if_recorded(context.store, "embed")
-            tables.append_files(table, parts, SCHEMA)
-            parts, committed_at = [], time.monotonic()
-    refuse_if_recorded(context.store, "embed")
-    tables.append_files(table, parts, SCHEMA)
+    images = (facts["images"], facts["images_version"])
+    append_in_actors(context, start, _embed_shard, images, places, num_rows, table, SCHEMA, "pairs")
 
 
 def _embed_shard(embedder: Any, shard: Shard) -> Any:
@@ -200,7 +110,7 @@ class Embedder:
 
     def embed(self, shard: Shard) -> Any:
         """Write one part file with a row for each row of the shard, in order; returns its description."""
-        rows = read_shard(shard)
+        rows = read_shard(shard, ("caption", "jpg"), "embed").to_pylist()
         keys = [row["key"] for row in rows]
         size = self.config.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -221,9 +131,7 @@ class Embedder:
             },
             schema=SCHEMA,
         )
-        # Named after the image file, so that both tables list their files in the same order.
-        image_file = shard.uri.rpartition("/")[2].removesuffix(".parquet")
-        return tables.write_part(self.table, f"{image_file}-{fingerprint(keys, self.config.precision)[:16]}", part)
+        return tables.write_part(self.table, part_name(shard, keys, self.config.precision), part)
 
     def _decode_ahead(self, batches: Sequence[list[dict[str, Any]]]) -> Iterator[list[np.ndarray]]:
         """Images of each batch, decoded in threads while earlier batches are computed."""
@@ -251,19 +159,6 @@ class Embedder:
         return tuple(
             tensor[:count].cpu().numpy() for tensor in (image_embedding, text_embedding, tokens.int(), lost.int())
         )
-
-
-def read_shard(shard: Shard) -> list[dict[str, Any]]:
-    """Key, caption and jpg of the rows of a shard.
-
-    Raises:
-        StageError: a row has no image.
-    """
-    table = tables.read_rows(shard.uri, shard.rows.tolist(), ["key", "caption", "jpg"])
-    if table["jpg"].null_count:
-        missing = table["key"].filter(pc.is_null(table["jpg"]))
-        raise StageError(f"embed: {len(missing)} rows of {shard.uri} have no image, such as {missing[0]}.")
-    return list(table.to_pylist())
 
 
 class Preprocess:

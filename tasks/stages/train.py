@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tasks.snapshots import Snapshot
+from tasks.derived import DerivedTable
+from tasks.snapshots import Snapshot, Split
 from tasks.stage import Artifact, Output, Stage, StageContext
 from tasks.tracking import PREVIEW_KEYS
 from tasks.training import Training, pin_trainer, run_training
@@ -51,16 +52,41 @@ def build_training(part: Part[Any], config: Any, snapshot: Snapshot, *needed: Ar
     Args:
         needed: artifacts of the stages in `part.needs`, in the same order.
     """
-    sources = tuple(snapshot.source(table, *columns) for table, columns in part.reads(config).items())
     artifacts = dict(zip(part.needs, needed, strict=True))
+    read = TablesRead.of(snapshot, artifacts)
+    sources = tuple(read.source(table, *columns) for table, columns in part.reads(config).items())
     return Training(
         build=lambda workers: part.objective(config, SnapshotInputs(workers, snapshot, sources, artifacts)),
         sources=sources,
-        places=lambda: snapshot.open_places("train"),
+        places=lambda: read.open_places("train"),
         config=config.trainer,
-        validation_places=lambda: snapshot.open_places("holdout"),
+        validation_places=lambda: read.open_places("holdout"),
         selection=snapshot.selection,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class TablesRead:
+    """Tables that a training reads: those of a snapshot, and those that other stages made for it."""
+
+    snapshot: Snapshot
+    derived: Mapping[str, DerivedTable]
+    """Stage -> its table."""
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, artifacts: Mapping[str, Artifact]) -> "TablesRead":
+        made = {stage: DerivedTable.of(artifact) for stage, artifact in artifacts.items()}
+        return cls(snapshot, {stage: table for stage, table in made.items() if table is not None})
+
+    def source(self, table: str, *columns: str) -> Source:
+        """Files of a table."""
+        derived = self.derived.get(table)
+        return self.snapshot.source(table, *columns) if derived is None else derived.source(table, columns)
+
+    def open_places(self, split: Split) -> Places:
+        """Memory-map the places of the rows of a split in all tables."""
+        places = self.snapshot.open_places(split)
+        return places.beside([table.open_places(split) for table in self.derived.values()]) if self.derived else places
 
 
 @dataclasses.dataclass
@@ -79,6 +105,9 @@ class SnapshotInputs:
     def model(self, stage: str) -> str:
         return self.artifacts[stage].uri
 
+    def facts(self, stage: str) -> Mapping[str, Any]:
+        return self.artifacts[stage].facts
+
     def statistics(self) -> EmbeddingStatistics:
         return self.snapshot.load_statistics()
 
@@ -86,12 +115,17 @@ class SnapshotInputs:
         return self.snapshot.load_principal_components()
 
     def sample_rows(self, table: str, columns: tuple[str, ...], count: int) -> Batch:
-        places = self.snapshot.open_places("train")
-        return RowReader((self.snapshot.source(table, *columns),), places).read(places.spread(count))
+        read = TablesRead.of(self.snapshot, self.artifacts)
+        places = read.open_places("train")
+        return RowReader((read.source(table, *columns),), places).read(places.spread(count))
 
     def preview_rows(self) -> Batch:
-        shown = _shown_rows(self.snapshot)
-        return RowReader(self.sources, Places([shown])).read(np.arange(shown.num_rows))
+        shown, read = _shown_rows(self.snapshot), TablesRead.of(self.snapshot, self.artifacts)
+        places, numbers = Places([shown]), np.arange(shown.num_rows)
+        if read.derived and shown.num_rows:
+            places = read.open_places(shown["split"][0].as_py())  # all are of one split
+            numbers = places.find_rows("images", *(shown[f"images_{name}"].to_numpy() for name in ("file", "row")))
+        return RowReader(self.sources, places).read(numbers)
 
 
 def _train(context: StageContext, dataset: Artifact, training: Training) -> Output:

@@ -57,10 +57,10 @@ def run_stages(job: Job) -> None:
     if job.until == "ingest":
         return
 
-    from tasks import duplicates, index, semantic
+    from tasks import derived, duplicates, index, semantic
     from tasks.stages import clip, curate, dedup, download, embed, filter, report
 
-    index._PARTS_AT_ONCE = duplicates._FILES_AT_ONCE = embed.FILES_AT_ONCE = curate.FILES_AT_ONCE = 2
+    index._PARTS_AT_ONCE = duplicates._FILES_AT_ONCE = derived.FILES_AT_ONCE = curate.FILES_AT_ONCE = 2
     semantic._GROUP_ROWS = 30
     fetching = download.DownloadConfig(
         shard_size=30, timeout_seconds=5.0, allow_hosts=(job.allow_host,), stall_seconds=600.0

@@ -51,6 +51,9 @@ class TrainingInputs(Protocol):
     def model(self, stage: str) -> str:
         """URI of another stage's trained model; only for parts that need that stage."""
 
+    def facts(self, stage: str) -> Mapping[str, Any]:
+        """Facts of another stage's result, such as statistics of a table that it made; only for parts that need that stage."""
+
     def statistics(self) -> EmbeddingStatistics:
         """Mean and standard deviation of the training rows' image embeddings."""
 
@@ -79,7 +82,8 @@ class Part(Generic[C]):
     objective: Callable[[C, TrainingInputs], Objective]
     """Builds the network and its loss."""
     reads: Callable[[C], Mapping[str, tuple[str, ...]]]
-    """Table ("images" or "embeddings") -> the columns it is trained on."""
+    """Table -> the columns it is trained on. Tables are "images", "embeddings", and those of stages in `needs` that make one,
+    by the name of the stage."""
     network: Callable[[C, Shapes], Network]
     """The network and example inputs of its `forward`, for the memory plan; built on fake tensors."""
     needs: tuple[str, ...] = ("clip",)

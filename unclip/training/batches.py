@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import math
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unclip.data import decode_image
+from unclip.errors import InputError
 
 
 def load_images(encoded: list[bytes], size: int) -> Tensor:
@@ -24,6 +26,22 @@ def load_images(encoded: list[bytes], size: int) -> Tensor:
 def _decoding_threads() -> concurrent.futures.ThreadPoolExecutor:
     """Threads that decode in parallel: Pillow releases the GIL."""
     return concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="decode")
+
+
+def stack_halves(rows: list[bytes], *shape: int) -> Tensor:
+    """Stack rows that `unclip.data.half_bytes` stored to float32 [B, *shape].
+
+    Raises:
+        InputError: a row has another number of values.
+    """
+    expected = math.prod(shape)
+    for row in rows:
+        if len(row) != 2 * expected:
+            raise InputError(
+                f"table: got a row of {len(row)} bytes, expected {2 * expected}, those of {list(shape)} in half precision. "
+                "The table was made with other settings; run the pipeline again."
+            )
+    return torch.from_numpy(np.frombuffer(b"".join(rows), "<f2").astype(np.float32)).view(-1, *shape)
 
 
 def stack_rows(rows: list[Any]) -> Tensor:

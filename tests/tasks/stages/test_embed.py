@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from tasks import tables
+from tasks.derived import Shard, read_shard
 from tasks.lineage.takedown import parse
 from tasks.stage import Artifact, Call, Failure, Resources, Run, execute
 from tasks.stages.download import IMAGES
-from tasks.stages.embed import SCHEMA, EmbedConfig, Embedder, Preprocess, Shard, read_shard
+from tasks.stages.embed import SCHEMA, EmbedConfig, Embedder, Preprocess
 from tasks.stages.embed import embed as embed_stage
 from tasks.store import Store
 from tasks.tombstones import forget, record
@@ -131,7 +132,8 @@ def test_a_shard_has_its_rows_in_any_row_group(tmp_path: Path) -> None:
     uri = str(tmp_path / "images.parquet")
     tables.write_file(uri, pa.Table.from_pylist(rows, schema=IMAGES))
     wanted = [0, 7, 999, 1000, 2000, 2499]
-    assert [int(row["caption"]) for row in read_shard(Shard(uri, np.array(wanted, np.int32)))] == wanted
+    read = read_shard(Shard(uri, np.array(wanted, np.int32)), ("caption", "jpg"), "embed")
+    assert [int(caption) for caption in read["caption"].to_pylist()] == wanted
 
 
 @pytest.mark.usefixtures("cluster")
