@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unclip.data import half_bytes
 from unclip.errors import InputError
 from unclip.models.clip import LENGTH_STEP, Clip
 from unclip.models.layers import attention, without_autocast
@@ -70,9 +71,13 @@ def rounded(states: Tensor) -> Tensor:
 
 
 def to_bytes(states: TextStates) -> list[bytes]:
-    """States of each caption as half-precision numbers, token by token, without padding: l x W x 2 bytes, little-endian."""
-    rows = states.states.half().cpu().numpy().astype("<f2", copy=False)  # [B, L, W]
-    return [rows[number, :length].tobytes() for number, length in enumerate(states.length.tolist())]
+    """States of each caption as half-precision numbers, token by token, without padding: l x W x 2 bytes, little-endian.
+
+    Raises:
+        NonFiniteError: a state is not finite, or too large for half precision.
+    """
+    rows = states.states.float().cpu().numpy()  # [B, L, W]
+    return [half_bytes(rows[number, :length]) for number, length in enumerate(states.length.tolist())]
 
 
 def from_bytes(rows: Sequence[bytes], lengths: Sequence[int]) -> TextStates:

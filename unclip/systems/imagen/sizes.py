@@ -97,7 +97,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
         ),
         clip=_DEMO.clip,
         pretrained=_DEMO.pretrained,
-        num_parameters=(0, 0),
+        num_parameters=(3_302_115, 155_027),
         sampling=ImagenStackSampling(
             imagen=ImagenSampling(num_steps=15, guidance_scale=3.0),
             upsamplers={"64": TextUpsamplerSampling(num_steps=4, noise_level=50)},
@@ -122,7 +122,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
         ),
         clip=_BASE.clip,
         pretrained=_BASE.pretrained,
-        num_parameters=(0, 0, 0),
+        num_parameters=(317_282_307, 198_677_411, 87_489_987),
         sampling=ImagenStackSampling(
             imagen=ImagenSampling("ddpm", num_steps=250, guidance_scale=5.0),
             upsamplers={
@@ -145,7 +145,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
         ),
         clip="ViT-L-14",
         pretrained="openai",
-        num_parameters=(0, 0, 0),
+        num_parameters=(2_176_301_059, 461_483_907, 453_087_107),
         sampling=ImagenStackSampling(
             imagen=ImagenSampling("ddpm", num_steps=256, guidance_scale=7.5),
             upsamplers={
