@@ -89,7 +89,7 @@ def _download(context: StageContext, name: str) -> Path:
         found = snapshot_download(
             name,
             local_dir=context.scratch / "t5",
-            allow_patterns=["config.json", "tokenizer.json", "model*.safetensors*"],
+            allow_patterns=[*t5.FILES, t5.SHARDS],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(

@@ -15,6 +15,8 @@ from unclip.models.t5 import T5Settings, T5TextEncoder
 
 FILES = ("config.json", "tokenizer.json", folders.TRANSFORMERS_WEIGHTS, f"{folders.TRANSFORMERS_WEIGHTS}.index.json")
 """Files that are read, besides the shards of the weights."""
+SHARDS = "model-*.safetensors"
+"""Pattern of the names of the shards."""
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """Names of the token embeddings, of which files have one or both."""
 
@@ -26,8 +28,7 @@ def read_settings(folder: Path) -> T5Settings:
         CheckpointError: it is missing or damaged, or that of another model.
     """
     path = folder / "config.json"
-    settings = foreign.read(T5Settings, foreign.read_json(path), path, ignore_others=True)
-    return settings
+    return foreign.read(T5Settings, foreign.read_json(path), path, ignore_others=True)
 
 
 def read(folder: Path, max_length: int) -> T5TextEncoder:
