@@ -49,7 +49,9 @@ class UpsampledConfig(PipelineConfig):
         return ClassesConfig()
 
 
-def with_chain(values: Mapping[str, Any], size: int, source: str) -> dict[str, Any]:
+def with_chain(
+    values: Mapping[str, Any], size: int, source: str, sampling: UpsampledSampling | None = None
+) -> dict[str, Any]:
     """Fill in the resolutions that follow from the names of the upsamplers, and their sampling settings.
 
     An upsampler is named after its output resolution; its input resolution is the output of the previous part. Images are
@@ -58,6 +60,7 @@ def with_chain(values: Mapping[str, Any], size: int, source: str) -> dict[str, A
     Args:
         size: resolution of the small images.
         source: name of the part that samples them, as in "the decoder".
+        sampling: sampling settings of the system, which give the defaults of each upsampler's; None for those of the class.
 
     Raises:
         ConfigError: inconsistent resolutions; the message names the setting.
@@ -65,6 +68,6 @@ def with_chain(values: Mapping[str, Any], size: int, source: str) -> dict[str, A
     sections = values.get("upsamplers", {})
     if not isinstance(sections, Mapping):
         return dict(values)  # `config.load` reports the error
-    chain = chained(sections, size, source)
+    chain = chained(sections, size, source, sampling)
     resolved = with_image_size({**values, "upsamplers": chain.sections}, chain.size, chain.last)
     return config.merge({"evaluate": {"sampling": {"upsamplers": chain.sampling}}}, resolved)

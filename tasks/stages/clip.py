@@ -8,6 +8,7 @@ from typing import Any
 from tasks.places import open_places
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.training import Training, pin_trainer, run_training
+from tasks.weights import LOCAL, files_digest, model_files
 from unclip import files
 from unclip.config import added, require
 from unclip.data import Source
@@ -16,11 +17,6 @@ from unclip.models import clip as clip_models
 from unclip.models.clip import Clip, check_name
 from unclip.training import checkpoints
 from unclip.training.settings import TrainerConfig
-
-LOCAL = "local-dir:"
-"""Prefix of a model's name that is a folder."""
-_SUFFIXES = {".json", ".safetensors", ".bin", ".pt", ".txt", ".model"}
-"""Suffixes of the files of a model: its configuration, weights and tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +58,7 @@ def _pin(config: ClipConfig, pinning: Pinning) -> ClipConfig:
         if config.pretrained is not None and ":" not in config.model:
             clip_models.check_tag(config.model, config.pretrained)
         return config
-    digest = _files_digest(config.weights)
+    digest = files_digest(config.weights)
     if config.model.startswith(LOCAL):
         return dataclasses.replace(config, model=f"{LOCAL}{config.weights}", digest=digest)
     return dataclasses.replace(config, pretrained=str(config.weights), digest=digest)
@@ -103,7 +99,7 @@ def _take(context: StageContext, config: ClipConfig) -> Output:
     digest = _weights_digest(loaded)
     if config.weights is None:
         return Output(config.model, digest, {"model": config.model, "pretrained": config.pretrained})
-    if config.digest and _files_digest(config.weights) != config.digest:
+    if config.digest and files_digest(config.weights) != config.digest:
         raise InputError(f"{config.weights}: has changed since this run was planned. Run the same command again.")
     folder = f"{context.folder}/open_clip"
     if config.weights.is_dir():
@@ -114,22 +110,9 @@ def _take(context: StageContext, config: ClipConfig) -> Output:
     return Output(folder, digest, {"model": f"{LOCAL}{folder}", "pretrained": None, "architecture": config.model})
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
-
-
 def _copy(source: Path, folder: str) -> None:
-    for path in _files(source):
+    for path in model_files(source):
         files.write(f"{folder}/{path.name}", path.read_bytes())
-
-
-def _files_digest(source: Path) -> str:
-    """sha256 of a file, or of the names and digests of the files in a folder."""
-    if source.is_dir():
-        parts = [f"{_files_digest(path)} {path.name}" for path in _files(source)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _save_as_open_clip(scratch: Path, trained: str, name: str, folder: str) -> None:
@@ -139,7 +122,7 @@ def _save_as_open_clip(scratch: Path, trained: str, name: str, folder: str) -> N
     clip_models.save(model, name, scratch / "open_clip")
     weights = f"{trained}/model.safetensors"
     digest = files.digest(weights)
-    for path in _files(scratch / "open_clip"):
+    for path in model_files(scratch / "open_clip"):
         if files.digest(str(path)) == digest:  # then it takes no space
             files.copy(weights, f"{folder}/{path.name}")
         else:

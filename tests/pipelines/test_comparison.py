@@ -177,7 +177,10 @@ def test_what_cannot_be_compared_is_refused(names: tuple[str, ...], options: Any
     [
         ("evaluate.sampling.decoder.num_steps", {"unclip"}),
         ("evaluate.sampling.denoiser.num_steps", {"ddpm", "guided_diffusion", "cascaded_diffusion"}),
-        ("upsamplers.64.trainer.batch_size", {"unclip", "glide", "ddpm", "guided_diffusion", "cascaded_diffusion"}),
+        (
+            "upsamplers.64.trainer.batch_size",
+            {"unclip", "glide", "ddpm", "guided_diffusion", "cascaded_diffusion", "imagen"},
+        ),
         ("upsamplers.32.trainer.batch_size", {"unclip", "ddpm", "guided_diffusion", "cascaded_diffusion"}),
         ("resources.prior.num_workers", {"unclip"}),
         ("systems.glide.evaluate.sampling.glide.num_steps", {"glide"}),

@@ -4,7 +4,7 @@ Nothing is unpickled, no code in a folder is run, and no file outside the folder
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,17 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 
 
-def read_weights(folder: Path, name: str) -> Tensors:
+def read_weights(folder: Path, name: str, is_wanted: Callable[[str], bool] = lambda _: True) -> Tensors:
     """Read the tensors of one safetensors file, or of the shards listed in its index; floating-point ones as float32.
 
     Args:
         name: `DIFFUSERS_WEIGHTS` or `TRANSFORMERS_WEIGHTS`.
+        is_wanted: tells from the name of a tensor if it is read.
 
     Raises:
         CheckpointError: files are missing or damaged, or the index lists files in other folders; names the file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     shards = {name}
     index = folder / f"{name}.index.json"
@@ -42,7 +42,8 @@ def read_weights(folder: Path, name: str) -> Tensors:
     tensors: Tensors = {}
     for shard in sorted(shards):
         try:
-            tensors |= load_file(str(folder / shard))
+            with safe_open(str(folder / shard), framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys() if is_wanted(key)}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{folder / shard}: cannot be read: {error}. Weights must be complete safetensors files; pickles are not read."

@@ -4,8 +4,8 @@ Letters: B batch, S resolution of the system's images.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -99,12 +99,16 @@ class ImageStack(UpsampledSystem):
         self.check_sampling(sampling)
         images = self.sample_small(captions, sampling, generator, on_step=on_step)
         hooks = [on_step] * len(self.upsamplers)
-        return self.upsample(images, sampling, generator, on_step=hooks, label=self.labels(captions))
+        return self.upsample(images, sampling, generator, on_step=hooks, conditions=self.conditions(captions))
 
     def small_steps(self, sampling: ImageStackSampling) -> int:
         return sampling.denoiser.num_steps
 
+    def conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
+        return {"label": self.labels(captions)}
+
     def labels(self, captions: Sequence[str]) -> Tensor | None:
+        """Classes of the captions, [B] int64; None without classes."""
         return self.classes.labels(captions).to(self.device) if len(self.classes) else None
 
     @torch.no_grad()

@@ -107,7 +107,9 @@ def inpaint(
         )
         known_parts = [Known(*shrink_known(image, keep, each)) for each in system.upsampled_sizes]
         on_step = [counting(progress)] * len(known_parts)
-        label = system.labels(captions[part])
-        sample = system.upsample(low_res, settings, generator, on_step=on_step, known=known_parts, label=label)
+        conditions = system.conditions(captions[part])
+        sample = system.upsample(
+            low_res, settings, generator, on_step=on_step, known=known_parts, conditions=conditions
+        )
         samples.append(torch.where(keep, image, sample).cpu())
     return torch.cat(samples)

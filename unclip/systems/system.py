@@ -220,8 +220,19 @@ def load_model(folder: str, parts: Iterable[Part[Any]]) -> nn.Module:
     Raises:
         CheckpointError: the model is damaged, untrained, another part, or of another version.
     """
+    return load_built(folder, {kind: part.build for part in parts for kind in part.saved_kinds})
+
+
+def load_built(folder: str, builders: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]]) -> nn.Module:
+    """Load a saved model like `load_model`.
+
+    Args:
+        builders: kind of model -> function that builds the network, without weights, from the facts saved with it.
+
+    Raises:
+        CheckpointError: as for `load_model`.
+    """
     tensors, facts = checkpoints.load(folder)
-    builders = {kind: part.build for part in parts for kind in part.saved_kinds}
     kind = facts.get("kind")
     if not isinstance(kind, str) or kind not in builders:
         raise CheckpointError(f"{folder}: got a model of kind {foreign.shorten(kind)}, expected {', '.join(builders)}.")

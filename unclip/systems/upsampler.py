@@ -6,8 +6,8 @@ Letters: B batch, s resolution of a system's small images, S resolution of the l
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import Known, require_preview_sampler
 from unclip.downscaling import shrink
 from unclip.errors import CheckpointError, ConfigError, ShapeError
-from unclip.models.degradations import degrade, draw_blur
+from unclip.models.degradations import DegradationConfig, degrade, draw_blur
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 from unclip.systems.classes import NO_CLASSES, Classes, ClassesConfig, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
@@ -44,6 +44,34 @@ class UpsamplerStageConfig:
 
     def __post_init__(self) -> None:
         require_preview_sampler(self.preview)
+
+
+class CroppedConfig(Protocol):
+    """Settings of an upsampler that is trained on crops: those of `UpsamplerConfig` with these names."""
+
+    @property
+    def unet(self) -> Any: ...
+    @property
+    def low_res_size(self) -> int: ...
+    @property
+    def scale(self) -> int: ...
+    @property
+    def degradation(self) -> DegradationConfig: ...
+    @property
+    def output_size(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+
+class ChainedUpsampler(Protocol):
+    """Upsampler of any kind, as a system applies it."""
+
+    @property
+    def config(self) -> CroppedConfig: ...
+
+    @property
+    def sample(self) -> Callable[..., Tensor]:
+        """Samples enlarged images, as `Upsampler.sample` does, given the system's conditions by keyword."""
 
 
 class UpsamplerObjective:
@@ -105,25 +133,37 @@ class UpsamplerObjective:
         return {**facts, "classes": list(self.classes.names)} if len(self.classes) else facts
 
     def _crops(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Crop each image and its degraded low-resolution version at random: [B, 3, S, S], [B, 3, S / scale, S / scale]; and
-        the strength of its blur [B], for networks that read it.
+        """Random crops and their low-resolution versions, and the strength of their blur [B] for networks that read it."""
+        blur_sigma = draw_blur(len(images), self.config.degradation, generator) if self.config.reads_blur else None
+        return *random_crops(images, self.config, generator, blur_sigma), blur_sigma
 
-        Whole images are degraded before cropping, so that the edges of a crop look as they do in a whole image.
-        """
-        scale, crop = self.config.scale, self.config.unet.image_size // self.config.scale
-        degradation = self.config.degradation
-        blur_sigma = draw_blur(len(images), degradation, generator) if self.config.reads_blur else None
-        low_res = degrade(images, self.config.low_res_size, degradation, generator, blur_sigma)
-        offsets = torch.randint(
-            self.config.low_res_size - crop + 1, (2, len(images)), generator=generator, device=images.device
-        ).tolist()
-        corners = list(zip(*offsets, strict=True))
-        high = [
-            image[:, scale * y : scale * (y + crop), scale * x : scale * (x + crop)]
-            for image, (y, x) in zip(images, corners, strict=True)
-        ]
-        low = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(low_res, corners, strict=True)]
-        return torch.stack(high), torch.stack(low), blur_sigma
+
+def random_crops(
+    images: Tensor, config: CroppedConfig, generator: torch.Generator, blur_sigma: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Crop each image and its degraded low-resolution version at random.
+
+    Whole images are degraded before cropping, so that the edges of a crop look as they do in a whole image.
+
+    Args:
+        images: [B, 3, S, S] in [-1, 1].
+        blur_sigma: [B], strength of the blur; None draws it, if the degradation blurs.
+
+    Returns:
+        Crops [B, 3, c, c], c the size that the network trains on, and [B, 3, c / scale, c / scale].
+    """
+    scale, crop = config.scale, config.unet.image_size // config.scale
+    low_res = degrade(images, config.low_res_size, config.degradation, generator, blur_sigma)
+    offsets = torch.randint(
+        config.low_res_size - crop + 1, (2, len(images)), generator=generator, device=images.device
+    ).tolist()
+    corners = list(zip(*offsets, strict=True))
+    high = [
+        image[:, scale * y : scale * (y + crop), scale * x : scale * (x + crop)]
+        for image, (y, x) in zip(images, corners, strict=True)
+    ]
+    low = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(low_res, corners, strict=True)]
+    return torch.stack(high), torch.stack(low)
 
 
 def _network(config: UpsamplerStageConfig, _: Shapes) -> Network:
@@ -194,11 +234,11 @@ class UpsampledSystem(nn.Module, abc.ABC):
 
     small_size: int
     """s, pixels."""
-    upsamplers: Sequence[Upsampler]
+    upsamplers: Sequence[ChainedUpsampler]
     sampling: Any
     """Default sampling settings, a subclass of `UpsampledSampling`."""
 
-    def __init__(self, small_size: int, source: str, upsamplers: Sequence[Upsampler]) -> None:
+    def __init__(self, small_size: int, source: str, upsamplers: Sequence[ChainedUpsampler]) -> None:
         """Args:
             source: name of the part that samples the small images.
 
@@ -216,7 +256,7 @@ class UpsampledSystem(nn.Module, abc.ABC):
                 )
             resolution, source = upsampler.config.output_size, upsampler.config.name
         self.small_size = small_size
-        self.upsamplers = nn.ModuleList(upsamplers)  # type: ignore[assignment]
+        self.upsamplers = nn.ModuleList(upsamplers)  # type: ignore[assignment,arg-type]
 
     @property
     def image_size(self) -> int:
@@ -236,9 +276,9 @@ class UpsampledSystem(nn.Module, abc.ABC):
     def small_steps(self, sampling: Any) -> int:
         """Sampling steps of the network of small images."""
 
-    def labels(self, captions: Sequence[str]) -> Tensor | None:
-        """Classes of the captions, [B] int64, for upsamplers that read them; None for systems without classes."""
-        return None
+    def conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
+        """Conditions of the upsamplers, from captions: name in their `sample` -> value; none for upsamplers that read none."""
+        return {}
 
     @abc.abstractmethod
     def sample_small(
@@ -267,7 +307,7 @@ class UpsampledSystem(nn.Module, abc.ABC):
         x_T: Sequence[Tensor] | None = None,
         on_step: Sequence[OnStep] | None = None,
         known: Sequence[Known] | None = None,
-        label: Tensor | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Apply the upsamplers one after the other.
 
@@ -276,7 +316,7 @@ class UpsampledSystem(nn.Module, abc.ABC):
             x_T: initial noise of each upsampler, shaped like its images; None draws it from the generator.
             on_step: hook of each upsampler, called after every step; None for no hooks.
             known: known pixels of each upsampler's images; None if nothing is known.
-            label: [B] int64, classes for upsamplers that read them.
+            conditions: of upsamplers that read some, from `conditions`.
 
         Returns:
             [B, 3, S, S] in [-1, 1].
@@ -289,7 +329,7 @@ class UpsampledSystem(nn.Module, abc.ABC):
                 self.upsamplers, self.upsampler_sampling(sampling), noises, hooks, parts, strict=True
             ):
                 low_res = upsampler.sample(
-                    low_res, settings, known=part, label=label, x_T=noise, generator=generator, on_step=hook
+                    low_res, settings, known=part, x_T=noise, generator=generator, on_step=hook, **conditions or {}
                 )
         return low_res
 
@@ -334,7 +374,7 @@ class Chain(NamedTuple):
     """Name of the last part."""
 
 
-def chained(sections: Mapping[str, Any], size: int, source: str) -> Chain:
+def chained(sections: Mapping[str, Any], size: int, source: str, sampling: UpsampledSampling | None = None) -> Chain:
     """Sort sections of upsamplers by resolution, and fill in the resolutions that follow from their names.
 
     An upsampler is named after its output resolution; its input resolution is the output of the part before.
@@ -343,6 +383,7 @@ def chained(sections: Mapping[str, Any], size: int, source: str) -> Chain:
         sections: output resolution -> section of a run file; "none" removes an upsampler.
         size: resolution of the small images.
         source: name of the part that samples them, as in "the decoder".
+        sampling: sampling settings of the system, which give the defaults of each upsampler's; None for those of the class.
 
     Raises:
         ConfigError: the resolutions are inconsistent; names the setting.
@@ -352,7 +393,7 @@ def chained(sections: Mapping[str, Any], size: int, source: str) -> Chain:
         is_size = bool(re.fullmatch(r"[1-9]\d*", name))
         require(is_size, f"upsamplers.{name}", name, "its output resolution, as in upsamplers.256")
     sized: dict[str, Any] = {}
-    sampling: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for name in sorted(sections, key=int):
         section, expected = sections[name], f"a multiple of {size}, the output resolution of {source}"
         require(int(name) > size and int(name) % size == 0, f"upsamplers.{name}", int(name), expected)
@@ -363,10 +404,10 @@ def chained(sections: Mapping[str, Any], size: int, source: str) -> Chain:
                 expected = f"{value}, since {source} outputs {size} pixels and this upsampler {name}"
                 require(given == value, f"upsamplers.{name}.model.{setting}", given, expected)
             section = merge({"model": derived}, section)
-        sampling[name] = to_dict(UpsampledSampling().upsampler(int(name), is_first=not sized))
+        defaults[name] = to_dict((sampling or UpsampledSampling()).upsampler(int(name), is_first=not sized))
         sized[name] = section
         size, source = int(name), f"upsampler-{name}"
-    return Chain(sized, sampling, size, source)
+    return Chain(sized, defaults, size, source)
 
 
 def merge_over(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -406,22 +447,34 @@ def check_sections(
         expected = "none, since this system has no classes" if classes.source == "none" else f"none or {classes.source}"
         is_given = stage.classes in (ClassesConfig(), classes)
         require(is_given, f"upsamplers.{name}.classes", stage.classes.source, expected)
-    for section, names in (("resources", resources), ("evaluate.sampling", sampling.upsamplers)):
-        for name in names:
-            if name not in upsamplers:
-                remedy = nearest(name, upsamplers) if upsamplers else "There are no upsamplers."
-                raise ConfigError(f"{section}.upsamplers.{name}: no such upsampler. {remedy}")
+    check_names(upsamplers, sampling, resources)
     for name, settings in sampling.upsamplers.items():
         setting = f"evaluate.sampling.upsamplers.{name}"
-        most, level = upsamplers[name].model.max_noise_level, settings.noise_level
-        require(level <= most, f"{setting}.noise_level", level, f"at most {most}, the max_noise_level of its training")
         model = upsamplers[name].model
         strongest = model.degradation.max_blur_sigma if model.reads_blur else 0
         expected = f"at most {strongest:g}, the strongest blur that its network reads"
         require(settings.blur_sigma <= strongest, f"{setting}.blur_sigma", settings.blur_sigma, expected)
 
 
-def section_of(config: UpsamplerStageConfig) -> dict[str, Any]:
+def check_names(upsamplers: Mapping[str, Any], sampling: UpsampledSampling, resources: Mapping[str, Any]) -> None:
+    """Check that the sampling settings and the resources of upsamplers of any kind are for upsamplers that there are, and that
+    their noise levels were trained.
+
+    Raises:
+        ConfigError: they are not; names the setting.
+    """
+    for section, names in (("resources", resources), ("evaluate.sampling", sampling.upsamplers)):
+        for name in names:
+            if name not in upsamplers:
+                remedy = nearest(name, upsamplers) if upsamplers else "There are no upsamplers."
+                raise ConfigError(f"{section}.upsamplers.{name}: no such upsampler. {remedy}")
+    for name, settings in sampling.upsamplers.items():
+        setting = f"evaluate.sampling.upsamplers.{name}.noise_level"
+        most, level = upsamplers[name].model.max_noise_level, settings.noise_level
+        require(level <= most, setting, level, f"at most {most}, the max_noise_level of its training")
+
+
+def section_of(config: Any) -> dict[str, Any]:
     """Section of a run file for an upsampler, without the sizes that follow from the chain of resolutions."""
     section = to_dict(config)
     for name in ("low_res_size", "scale"):

@@ -28,6 +28,7 @@ from unclip.models.small_images import NO_CAPTIONS, Captions
 from unclip.models.text import caption_features
 from unclip.models.upsampler import UpsamplerConfig, UpsamplerSampling
 from unclip.systems.glide.stack import GlideSampling
+from unclip.systems.imagen.stack import ImagenStackSampling
 from unclip.systems.system import load_model, sample_captions, seeded
 from unclip.systems.unclip.decoder import DecoderObjective
 from unclip.systems.unclip.prior import PriorObjective
@@ -391,6 +392,7 @@ def test_the_docs_list_all_settings_with_their_defaults() -> None:
         "`prior`": PriorSampling(),
         "`decoder`": DecoderSampling(),
         "`glide`": GlideSampling().glide,
+        "`imagen`": ImagenStackSampling().imagen,
         "`denoiser`": ImageDenoiserSampling(),
         "`upsamplers.64`": UpsamplerSampling(),
     }.items():

@@ -43,6 +43,8 @@ class EmbeddingFacts(NamedTuple):
 class Stack(UpsampledSystem):
     """CLIP, a prior, a decoder and any number of upsamplers, each for the images of the one before: captions to images."""
 
+    upsamplers: Sequence[Upsampler]
+
     def __init__(
         self,
         clip: Clip,
