@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from unclip.systems.latent_sizes import LATENT_DIFFUSION_SIZES
-
 from pipelines.dag import Binder
 from pipelines.dataset import dataset, finish
 from pipelines.latents import LatentConfig, LatentResources, encoded, with_latent_shape
@@ -15,6 +13,7 @@ from tasks.stage import Resources
 from tasks.stages.train import train
 from unclip.config import require
 from unclip.systems.latent_diffusion import LATENT_DIFFUSION, LatentDiffusionSampling, LatentDiffusionStageConfig
+from unclip.systems.latent_sizes import LATENT_DIFFUSION_SIZES
 from unclip.systems.upsampler import UPSAMPLER, merge_over
 
 

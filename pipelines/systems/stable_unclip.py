@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from unclip.systems.latent_sizes import STABLE_UNCLIP_SIZES
-
 from pipelines.dag import Binder
 from pipelines.dataset import dataset, finish
 from pipelines.latents import LatentConfig, LatentResources, encoded, with_latent_shape
@@ -14,6 +12,7 @@ from pipelines.upsampled import UpsampledEvaluateConfig
 from tasks.stage import Resources
 from tasks.stages.train import train
 from unclip.config import require
+from unclip.systems.latent_sizes import STABLE_UNCLIP_SIZES
 from unclip.systems.stable_unclip import STABLE_UNCLIP, StableUnclipSampling, StableUnclipStageConfig
 from unclip.systems.unclip.prior import PRIOR, PriorStageConfig
 from unclip.systems.upsampler import UPSAMPLER, merge_over
