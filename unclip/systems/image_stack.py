@@ -99,12 +99,12 @@ class ImageStack(UpsampledSystem):
         self.check_sampling(sampling)
         images = self.sample_small(captions, sampling, generator, on_step=on_step)
         hooks = [on_step] * len(self.upsamplers)
-        return self.upsample(images, sampling, generator, on_step=hooks, conditions=self.conditions(captions))
+        return self.upsample(images, sampling, generator, on_step=hooks, conditions=self.upsampler_conditions(captions))
 
     def small_steps(self, sampling: ImageStackSampling) -> int:
         return sampling.denoiser.num_steps
 
-    def conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
+    def upsampler_conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
         return {"label": self.labels(captions)}
 
     def labels(self, captions: Sequence[str]) -> Tensor | None:

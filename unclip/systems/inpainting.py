@@ -107,7 +107,7 @@ def inpaint(
         )
         known_parts = [Known(*shrink_known(image, keep, each)) for each in system.upsampled_sizes]
         on_step = [counting(progress)] * len(known_parts)
-        conditions = system.conditions(captions[part])
+        conditions = system.upsampler_conditions(captions[part])
         sample = system.upsample(
             low_res, settings, generator, on_step=on_step, known=known_parts, conditions=conditions
         )

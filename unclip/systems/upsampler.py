@@ -276,7 +276,7 @@ class UpsampledSystem(nn.Module, abc.ABC):
     def small_steps(self, sampling: Any) -> int:
         """Sampling steps of the network of small images."""
 
-    def conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
+    def upsampler_conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
         """Conditions of the upsamplers, from captions: name in their `sample` -> value; none for upsamplers that read none."""
         return {}
 
@@ -316,7 +316,7 @@ class UpsampledSystem(nn.Module, abc.ABC):
             x_T: initial noise of each upsampler, shaped like its images; None draws it from the generator.
             on_step: hook of each upsampler, called after every step; None for no hooks.
             known: known pixels of each upsampler's images; None if nothing is known.
-            conditions: of upsamplers that read some, from `conditions`.
+            conditions: of upsamplers that read some, from `upsampler_conditions`.
 
         Returns:
             [B, 3, S, S] in [-1, 1].

@@ -283,7 +283,7 @@ def test_both_networks_read_the_caption(stack: ImagenStack) -> None:
     small = torch.zeros(1, 3, 8, 8)
 
     def enlarge(caption: str) -> torch.Tensor:
-        generator, conditions = torch.Generator().manual_seed(0), stack.conditions([caption])
+        generator, conditions = torch.Generator().manual_seed(0), stack.upsampler_conditions([caption])
         return stack.upsample(small, SAMPLING, generator, conditions=conditions)
 
     def sample_small(caption: str) -> torch.Tensor:
@@ -308,7 +308,7 @@ def test_the_noise_level_is_chosen_at_sampling(stack: ImagenStack) -> None:
 
     def enlarge(level: int) -> torch.Tensor:
         chosen = dataclasses.replace(SAMPLING, upsamplers={"16": dataclasses.replace(settings, noise_level=level)})
-        generator, conditions = torch.Generator().manual_seed(0), stack.conditions(CAPTIONS)
+        generator, conditions = torch.Generator().manual_seed(0), stack.upsampler_conditions(CAPTIONS)
         return stack.upsample(small, chosen, generator, conditions=conditions)
 
     assert torch.equal(enlarge(300), enlarge(300))

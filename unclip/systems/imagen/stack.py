@@ -102,12 +102,14 @@ class ImagenStack(UpsampledSystem):
             start = self.small_start(start, len(captions))
         low_res = self.sample_small(captions, sampling, generator, negative=negative, start=start, on_step=on_step)
         hooks = [on_step] * len(self.upsamplers)
-        return self.upsample(low_res, sampling, generator, on_step=hooks, conditions=self.conditions(captions))
+        return self.upsample(
+            low_res, sampling, generator, on_step=hooks, conditions=self.upsampler_conditions(captions)
+        )
 
     def small_steps(self, sampling: ImagenStackSampling) -> int:
         return sampling.imagen.num_steps
 
-    def conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
+    def upsampler_conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
         return {"text": self.encoder.encode(captions)}
 
     @torch.no_grad()
