@@ -161,6 +161,7 @@ class Runs:
 
     def _write_embeddings(self) -> None:
         from tasks import tables
+        from tasks.derived import shards
         from tasks.stages import embed
         from unclip.config import fingerprint
 
@@ -173,7 +174,7 @@ class Runs:
         )
         parts = [
             synthetic._write_embeddings(self.data, uri, shard)
-            for shard in embed._shards(facts, facts["places"])
+            for shard in shards(facts["images"], facts["images_version"], facts["places"])
             if shard.uri.rpartition("/")[2].removesuffix(".parquet") not in set(known)
         ]
         tables.append_files(uri, parts, embed.SCHEMA)

@@ -30,7 +30,7 @@ from tasks.stage import Artifact, Call, Pinning, Run, execute
 from tasks.stages.curate import CurateConfig, curate
 from tasks.stages.dedup import DedupConfig, dedup
 from tasks.stages.download import IMAGES, DownloadConfig, download
-from tasks.stages.embed import EmbedConfig, embed, read_shard
+from tasks.stages.embed import EmbedConfig, embed
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
 from tasks.store import Store
@@ -104,8 +104,8 @@ def embed_rows(
 ) -> None:
     """Do what the stage embed does in actors, with vectors that are functions of the keys in the place of CLIP's."""
     parts = []
-    for shard in embed_stage._shards(facts, places):
-        found = read_shard(shard)
+    for shard in shards(facts["images"], facts["images_version"], places):
+        found = read_shard(shard, ("caption",), "embed").to_pylist()
         keys = [row["key"] for row in found]
         generators = [np.random.default_rng(int(key, 16)) for key in keys]
         vectors = [[generator.standard_normal(4), generator.standard_normal(4)] for generator in generators]

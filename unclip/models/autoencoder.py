@@ -205,7 +205,7 @@ class Autoencoder(nn.Module):
                 f"decode_tokens: got codes from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {largest}."
             )
         vectors = self.bottleneck.vectors(tokens)  # [B, ss, D]
-        return self.decode(vectors.transpose(1, 2).unflatten(2, (size, size)))
+        return self.decode(vectors.transpose(1, 2).reshape(len(tokens), -1, size, size))
 
     def draw_noise(self, batch: int, generator: torch.Generator) -> Tensor | None:
         """Noise for `forward`, on the generator's device; None for vq, which needs none."""
