@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import refresh
 from tasks import garbage, ranges, tables, verification
+from tasks.derived import read_shard, shards
 from tasks.find_duplicates import KeepCaptions
 from tasks.index import index_files, update_index
 from tasks.lineage.takedown import take_down
