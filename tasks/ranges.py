@@ -20,12 +20,12 @@ from tasks.keys import KEY_DIGITS, hex_numbers, key_texts
 from tasks.lookups import look_up, write_lookup
 from unclip import files
 
-EARLIER = "earlier.json"
-"""File in the folder of a layer that names the earlier ones."""
+EARLIER = "_earlier.json"
+"""File in the folder of a layer that names the earlier ones. Readers of a folder of Parquet files pass over names with `_`."""
 
 ROWS_PER_RANGE = 1 << 17
 MAX_RANGES = 1024
-_REMOVED = "removed"
+_REMOVED = "_removed"
 _DIGITS = 8  # hex digits of a key that decide its range
 _NAME = re.compile(r"(\d{5})-of-(\d{5})")
 
@@ -277,4 +277,4 @@ def known_keys(folders: Sequence[str], key_range: KeyRange, keys: pa.ChunkedArra
 
 
 def _keys_uri(folder: str, key_range: KeyRange) -> str:
-    return f"{folder}/keys/{key_range}.arrow"
+    return f"{folder}/_keys/{key_range}.arrow"

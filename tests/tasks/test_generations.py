@@ -278,11 +278,11 @@ def test_any_sequence_of_refreshes_gives_the_tables_of_a_first_run(tmp_path: Pat
 
 
 CONTINUED = [
-    "ingest/.*/pairs-since-.*/keys/00001", "ingest/.*/pairs-since-.*/earlier", "ingest/.*/generation", "stages/ingest",
-    "filter/.*/selection-since-.*/00002", "filter/.*/selection-since-.*/earlier", "dedup/.*/lookups-since-.*/looks/00001",
-    "dedup/.*/selection-since-.*/placed/00001", "dedup/.*/selection-since-.*/earlier", "dedup/.*/places/", "stages/dedup",
-    "embed/.*/embedded-since-", "curate/.*/scores-since-.*/removed/00001", "curate/.*/scores-since-.*/earlier",
-    "curate/.*/selection-since-.*/earlier", "curate/.*/heldout", "curate/.*/generation", "stages/curate",
+    "ingest/.*/pairs-since-.*/_keys/00001", "ingest/.*/pairs-since-.*/_earlier", "ingest/.*/generation", "stages/ingest",
+    "filter/.*/selection-since-.*/00002", "filter/.*/selection-since-.*/_earlier", "dedup/.*/lookups-since-.*/looks/00001",
+    "dedup/.*/selection-since-.*/placed/00001", "dedup/.*/selection-since-.*/_earlier", "dedup/.*/places/", "stages/dedup",
+    "embed/.*/embedded-since-", "curate/.*/scores-since-.*/_removed/00001", "curate/.*/scores-since-.*/_earlier",
+    "curate/.*/selection-since-.*/_earlier", "curate/.*/heldout", "curate/.*/generation", "stages/curate",
 ]  # fmt: skip
 """Writes of a refresh that continues another."""
 
