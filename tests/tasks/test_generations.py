@@ -235,7 +235,7 @@ def random_rows(source: random.Random, count: int, known: Sequence[Listed]) -> l
 
 @pytest.mark.parametrize(
     ("seed", "num_steps"),
-    [(0, 3), (1, 3), (2, 3), *(pytest.param(seed, 8, marks=pytest.mark.slow) for seed in range(3, 9))],
+    [(0, 3), *(pytest.param(seed, 8, marks=pytest.mark.slow) for seed in range(1, 9))],
 )
 def test_any_sequence_of_refreshes_gives_the_tables_of_a_first_run(tmp_path: Path, seed: int, num_steps: int) -> None:
     source = random.Random(seed)

@@ -74,6 +74,7 @@ def test_a_stopped_training_ends_with_the_same_bits(kind: str, tmp_path: Path) -
     assert dict(losses(tmp_path, "stopped")) == dict(losses(tmp_path, "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", tiny_tokens.KINDS)
 def test_two_workers_and_shards_take_the_steps_of_one_worker(kind: str, tmp_path: Path) -> None:
     write_rows(tmp_path)
