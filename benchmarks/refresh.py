@@ -64,8 +64,8 @@ class Work:
 @contextlib.contextmanager
 def counted() -> Iterator[collections.Counter[str]]:
     """Count the rows that this process works on in a `with` block, by kind of work."""
-    from tasks import find_duplicates, new_duplicates, places, ranges, tables
-    from tasks.stages import curate, dedup, embed, ingest
+    from tasks import derived, find_duplicates, new_duplicates, places, ranges, tables
+    from tasks.stages import curate, dedup, ingest
 
     counts: collections.Counter[str] = collections.Counter()
 
@@ -94,7 +94,7 @@ def counted() -> Iterator[collections.Counter[str]]:
         ),
         *((module, "look_up", count(("looked up",), of_result)) for module in (ranges, new_duplicates)),
         *((module, "read_rows", count(("moved",), of_result)) for module in (find_duplicates, dedup)),
-        *((module, "open_block", count(("moved",), of_result)) for module in (places, curate, embed)),
+        *((module, "open_block", count(("moved",), of_result)) for module in (places, curate, derived)),
         (ingest, "clean", count(("read", "hashed"), of_argument)),
         (tables, "rows_digest", count(("hashed",), of_argument)),
         (tables, "parquet_bytes", count(("written",), of_argument)),

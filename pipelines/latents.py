@@ -83,6 +83,8 @@ def with_latent_shape(values: Mapping[str, Any], *generators: str) -> dict[str, 
     if not isinstance(section, Mapping):
         return dict(values)  # `config.load` reports the error
     model = config.load(AutoencoderStageConfig, section, "autoencoder").model
-    shape = {"latent_channels": model.latent_channels, "unet": {"image_size": model.latent_size}}
+    size = model.latent_size
+    unet = {"image_size": size, "attention_resolutions": [size, size // 2, size // 4]}
+    shape = {"latent_channels": model.latent_channels, "unet": unet}
     filled = {name: {"model": shape} for name in generators}
     return config.merge(filled, with_chain(values, model.image_size, "the autoencoder"))

@@ -264,15 +264,21 @@ def write_keys(folder: str, key_range: KeyRange, keys: pa.ChunkedArray) -> None:
 
 
 def known_keys(folders: Sequence[str], key_range: KeyRange, keys: pa.ChunkedArray) -> pa.Array:
-    """Keys, among some of one range, that layers have according to the look-ups of `write_keys`.
+    """Keys, among some of one range, that layers have.
 
     Args:
-        folders: layers that are divided into these ranges.
+        folders: layers that are divided into these ranges. Those without look-ups by `write_keys`, of earlier releases, are read.
     """
     if not (folders and len(keys)):
         return pa.array([], pa.string())
-    found = look_up([_keys_uri(folder, key_range) for folder in folders], "high", hex_numbers(keys, KEY_DIGITS)[:, 0])
-    known = key_texts(np.stack([found["high"].to_numpy(), found["low"].to_numpy()], axis=1))
+    uris = {folder: _keys_uri(folder, key_range) for folder in folders}
+    with_look_ups = [uri for uri in uris.values() if files.exists(uri)]
+    listed = [read_range(folder, key_range, ["key"])["key"] for folder, uri in uris.items() if uri not in with_look_ups]
+    parts = [column.combine_chunks() for column in listed]
+    if with_look_ups:
+        found = look_up(with_look_ups, "high", hex_numbers(keys, KEY_DIGITS)[:, 0])
+        parts.append(key_texts(np.stack([found["high"].to_numpy(), found["low"].to_numpy()], axis=1)))
+    known = pa.concat_arrays(parts)
     return known.filter(pc.is_in(known, value_set=keys.combine_chunks())).unique()
 
 

@@ -69,7 +69,8 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = values.get("model_size")
     if name in (None, "none"):
-        return with_latent_shape(merge_over({}, values), "stable_unclip")
+        sections = {"stable_unclip": {"model": {"reads_image_embedding": True}}}
+        return with_latent_shape(merge_over(sections, values), "stable_unclip")
     prior = values.get("prior")
     kind = prior.get("kind", "diffusion") if isinstance(prior, Mapping) else "diffusion"
     return with_latent_shape(merge_over(STABLE_UNCLIP_SIZES[name].sections(kind), values), "stable_unclip")

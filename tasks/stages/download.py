@@ -419,14 +419,20 @@ class _Changes:
         return ranges.known_keys(ranges.layers(self.earlier.read["pairs"]), key_range, keys)
 
     def find_in_index(
-        self, files: Sequence[str], key_range: KeyRange, keys: pa.ChunkedArray, columns: Sequence[str]
+        self,
+        files: Sequence[str],
+        key_range: KeyRange,
+        keys: pa.ChunkedArray,
+        columns: Sequence[str],
+        new: pa.Table | None = None,
     ) -> pa.Table:
         """Rows of the index with some keys of one range.
 
         Args:
             files: files of the whole index.
+            new: rows of this range of the later files, if they are read already.
         """
-        new = read_index(self.index, key_range, columns)
+        new = read_index(self.index, key_range, columns) if new is None else new
         found = new.filter(pc.is_in(new["key"], value_set=keys.combine_chunks()))
         rest = keys.filter(pc.invert(pc.is_in(keys, value_set=found["key"].combine_chunks())))
         old = rest if self.has_others else self.known(key_range, rest)
@@ -530,8 +536,13 @@ def _changed_outcome(index: Sequence[str], changes: _Changes, key_range: KeyRang
     new = changes.listed(key_range, ["key", "status", "reason"])
     known = changes.known(key_range, new["key"])
     before = ranges.find_rows(changes.earlier.read["pairs"], known.to_pylist(), ["key", "status", "reason"])
-    images = changes.find_in_index(index, key_range, pa.chunked_array([pc.unique(new["key"])]), _OUTCOME)
-    return _outcome_of(new, images), _outcome_of(before, images)
+    added = read_index(changes.index, key_range, _OUTCOME)
+    images = changes.find_in_index(index, key_range, pa.chunked_array([pc.unique(new["key"])]), _OUTCOME, added)
+    had = changes.known(key_range, added["key"])
+    had = ranges.find_rows(changes.earlier.read["pairs"], had.to_pylist(), ["key", "status"])
+    repeated = pc.sum(pc.equal(had["status"], rows.KEPT)).as_py() or 0  # a row of the table was there before
+    outcome = _outcome_of(new, images)
+    return dataclasses.replace(outcome, missing=outcome.missing + repeated), _outcome_of(before, images)
 
 
 def _as_outcome(status: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -182,7 +182,7 @@ def test_what_cannot_be_compared_is_refused(names: tuple[str, ...], options: Any
             {"unclip", "glide", "ddpm", "guided_diffusion", "cascaded_diffusion", "imagen"},
         ),
         ("upsamplers.32.trainer.batch_size", {"unclip", "ddpm", "guided_diffusion", "cascaded_diffusion"}),
-        ("resources.prior.num_workers", {"unclip"}),
+        ("resources.prior.num_workers", {"unclip", "stable_unclip"}),
         ("systems.glide.evaluate.sampling.glide.num_steps", {"glide"}),
     ],
 )

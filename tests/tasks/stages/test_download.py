@@ -197,7 +197,7 @@ def test_f34_a_longer_list_fetches_only_what_is_new(cluster: None, tmp_path: Pat
     assert_indexed(again)
     for stage in (first, second):  # only names and counts remain of the plan
         folder = tmp_path / "artifacts" / "download" / stage.fingerprint
-        assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "plan.json"]
+        assert sorted(path.name for path in folder.iterdir()) == ["generation.json", "manifest.json", "plan.json"]
         plan = json.loads((folder / "plan.json").read_text())
         shards = [shard for lane in plan["lanes"] for shard in lane]
         assert all(len(name) == 32 and rows <= 20 for name, rows in shards)

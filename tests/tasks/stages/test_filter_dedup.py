@@ -110,7 +110,7 @@ def deduplicate(
             {"key": keys[name], "url": name, "status": "ok", "sha256": digest, "phash": phash, "colour": colour}
         )
     root = str(folder / f"{distance}-{order}")
-    facts = {**write_images(root, images), "images_digest": "i"}
+    facts = {**write_images(root, images), "images_digest": "i", "pairs": ""}
     listed: dict[str, Any] = {"key": [*keys.values(), keys["a"]], "position": range(len(keys) + 1)}
     listed |= {"status": ["kept"] * len(keys) + ["dropped"], "reason": [None] * len(keys) + ["duplicate_row"]}
     selection = write_folder(
@@ -206,7 +206,7 @@ def test_f97_all_captions_of_an_image_are_kept_on_one_side_of_the_split(
         {"key": key, "url": url, "status": "ok", "sha256": digest, "phash": phash, "colour": f"{6 * image:02x}0000"}
         for key, (image, url), digest, phash in rows_of
     ]
-    facts = {**write_images(str(tmp_path), images), "images_digest": "i"}
+    facts = {**write_images(str(tmp_path), images), "images_digest": "i", "pairs": ""}
     listed = {"key": keys, "position": range(300), "status": ["kept"] * 300, "reason": pa.nulls(300, pa.string())}
     selection = write_folder(f"{tmp_path}/filtered", pa.table(listed), num_ranges)
     config = DedupConfig(0, captions, holdout=0.5)

@@ -122,6 +122,7 @@ def test_latents_and_their_statistics_are_those_of_the_autoencoder(store: Store,
     assert isinstance(failed, Failure) and "No generator of these latents can do better" in failed.message
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_codes_are_those_of_the_autoencoder(store: Store, dataset: Artifact) -> None:
     model, trained = autoencoder(store, VQ)

@@ -461,7 +461,7 @@ def test_f103_tasks_hash_few_images_each(photos: Path, tmp_path: Path) -> None:
     urls = ["a.jpg", *[f"http://a.example/{number}" for number in range(9000)], *["c d.png"] * 5000, "B.JPG"]
     (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{url},a {n}\n" for n, url in enumerate(urls)))
     config = pinned(tmp_path / "storage", urls=f"{tmp_path}/list.csv", local_root=str(photos))
-    chunks, _, num_rows, _ = stage_module._read_list(config)
+    chunks, _, num_rows, _ = stage_module._read_list(config, stage_module._sources(config.urls))
     files = [sum("://" not in url for url in chunk.listed["url"].to_pylist()) for chunk in chunks]
     assert files == [2048, 2048, 906] and num_rows == len(urls)
     assert [chunk.first_row for chunk in chunks] == np.cumsum([0, *(chunk.num_rows for chunk in chunks[:-1])]).tolist()

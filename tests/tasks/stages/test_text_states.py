@@ -70,6 +70,7 @@ def test_equal_captions_are_encoded_once_and_rows_keep_their_order() -> None:
     assert from_bytes(found["states"], found["length"]).states[:, 0, 0].tolist() == [2, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_the_table_holds_the_states_of_all_kept_captions_without_padding(folder: Path, store: Store) -> None:
     encoder = run(Call(text_encoder, pinned(TextEncoderConfig(f"local-dir:{folder}", 8), store)), store)

@@ -399,6 +399,6 @@ def test_the_docs_list_all_settings_with_their_defaults() -> None:
         own = {name: value for name, value in to_dict(part).items() if name not in shared or value != shared[name]}
         assert documented(section) == own, section
     stack_settings = to_dict(SamplingConfig())
-    own = ("batch_size", "precision", "image_embedding")
+    own = ("batch_size", "precision", "pad_batches", "image_embedding")
     assert documented("The stack") == {name: stack_settings[name] for name in own}
     assert stack_settings.keys() == {"prior", "decoder", "upsamplers", *own}

@@ -116,7 +116,8 @@ def test_a_stopped_training_ends_with_the_same_weights(tmp_path: Path, kind: Kin
         assert torch.equal(value, weights(tmp_path, "stopped")[name]), name
 
 
-@pytest.mark.parametrize("kinds", [("ema",), pytest.param(("kl", "loss", "gumbel"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("ema",), ("kl", "loss", "gumbel")])
 def test_ddp_and_fsdp_take_the_steps_of_one_worker_and_resume_from_each_other(
     tmp_path: Path, kinds: tuple[Kind, ...]
 ) -> None:
@@ -202,7 +203,8 @@ def test_verdicts_teach_the_autoencoder_and_hinge_losses_the_discriminator(tmp_p
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["kl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_autoencoder_memorises_sixteen_images(tmp_path: Path, kind: Kind) -> None:
     """Scenes, as random pixels fit into no bottleneck."""
     rng, jpegs = np.random.default_rng(0), [io.BytesIO() for _ in range(16)]
