@@ -30,11 +30,12 @@ lint: $(READY) ## Check style and types
 	$(BIN)/mypy
 
 WHOLE_RUNS := tests/pipelines/test_end_to_end.py
-# The longest files come first, so that neither process waits for the other at the end.
-LONGEST := tests/pipelines/test_data_half.py tests/pipelines/test_toy_system.py tests/unclip/training/test_training_on_workers.py
-PARTS := --numprocesses 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests $(addprefix --ignore=,$(WHOLE_RUNS))
+# Tests often wait, so there are more processes than CPUs. The longest files come first, so that none waits for another at the end.
+LONGEST := tests/pipelines/test_data_half.py tests/pipelines/test_toy_system.py tests/tasks/stages/test_download.py \
+	tests/unclip/training/test_training_on_workers.py tests/unclip/training/test_memory.py
+PARTS := --numprocesses 3 --dist loadfile --no-loadscope-reorder $(LONGEST) tests $(addprefix --ignore=,$(WHOLE_RUNS))
 
-test: lint ## Run the tests: parts side by side in two processes, then a whole run, which needs both CPUs, by itself
+test: lint ## Run the tests: parts side by side in three processes, then a whole run, which needs both CPUs, by itself
 	$(BIN)/python -m pytest $(PARTS)
 	$(BIN)/python -m pytest $(WHOLE_RUNS)
 

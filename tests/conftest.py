@@ -12,7 +12,7 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))  # for Ray's workers
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes, whose threads would compete
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in several processes, whose threads would compete
 
 
 @pytest.fixture(scope="session")
