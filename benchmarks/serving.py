@@ -4,8 +4,9 @@
 
 STORAGE has a champion; it is copied. Each client sends one request after the other, each with a seed of its own and one of a few
 captions. Batches are filled up (`--pad-batches`), so every image must be that of `unclip sample` with the same settings, bit for
-bit: all are sampled here once more, in batches of other requests, and some of them alone. In the last part a copy of the champion
-is promoted meanwhile, and no request may fail.
+bit: all are sampled here once more, in batches of other requests, and some of them alone. Those that are sampled one by one, without
+padding, have the same noise and differ by the rounding of matrix products. In the last part a copy of the champion is promoted
+meanwhile, and no request may fail.
 """
 
 import argparse
@@ -135,6 +136,14 @@ def promote_copy(storage: Path) -> None:
     published.write(store, record.promote(entry, "a copy"))
 
 
+def difference(first: Answers, second: Answers) -> dict[str, Any]:
+    """Differences of the images of two servers, in grey levels."""
+    common = sorted(first.images.keys() & second.images.keys())
+    values = np.stack([abs(first.images[seed] - second.images[seed]) for seed in common])
+    equal = sum(not each.any() for each in values)
+    return {"images": len(common), "equal": equal, "largest": int(values.max()), "share": float((values > 0).mean())}
+
+
 def compare(answers: Answers, storage: Path, steps: int, batch_size: int, num_alone: int) -> dict[str, Any]:
     """Count the images that equal, in every bit, those that are sampled here: in batches of other requests, and alone."""
     system: Any = load_system(find_stack(str(storage), None))
@@ -190,6 +199,7 @@ def main() -> None:
                     swapped = asyncio.run(ask_all(address, *load, publish_at=lambda: promote_copy(storage)))
         alone, together = sides["one by one"], sides["together"]
         print(json.dumps({"ratio": alone.seconds / together.seconds, "as unclip sample": equality}))
+        print(json.dumps({"from those sampled one by one": difference(alone, together)}))
         counts = {model: swapped.models.count(model) for model in dict.fromkeys(swapped.models)}
         print(json.dumps({"new champion": {**swapped.summary(), "models": counts}}))
         for failure in (*alone.failures, *together.failures, *swapped.failures)[:5]:

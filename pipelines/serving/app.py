@@ -166,14 +166,14 @@ class Api:
                 400, f"{kind}: not supported by the model {model.id} of the system {model.system}.", "model"
             )
         self._check_format(fields, model)
-        num, is_exact = self._num(fields, model, kind), self.pad_to is not None
+        num, is_padded = self._num(fields, model, kind), self._is_padded(model, kind)
         job = Job(
             stack=model.stack,
             kind=kind,
             settings=self._settings(fields, model, kind),
             num=num,
             seed=fields.seed(),
-            max_batch=num if is_exact and kind != "generations" else self._max_batch(model),
+            max_batch=self._max_batch(model) if is_padded or self.pad_to is None else num,
         )
         if kind in ("generations", "edits"):
             caption = fields.text("prompt", self.limits.max_caption, required=True) or ""
@@ -212,6 +212,10 @@ class Api:
         most = max(2, most)
         return fields.integer("n", 2, most, min(5, most))
 
+    def _is_padded(self, model: Model, kind: Kind) -> bool:
+        """Whether batches are filled up; requests that cannot be are sampled one at a time, which gives the same bits too."""
+        return self.pad_to is not None and kind == "generations" and "pad_batches" in model.values
+
     def _max_batch(self, model: Model) -> int:
         published = int(model.values["batch_size"])
         return published if self.pad_to is None else min(published, self.pad_to)
@@ -219,7 +223,7 @@ class Api:
     def _settings(self, fields: Fields, model: Model, kind: Kind) -> str:
         """Published sampling settings with those of the request, as JSON."""
         values: Any = model.values
-        if self.pad_to is not None and kind == "generations":
+        if self._is_padded(model, kind):
             values = {**values, "batch_size": self._max_batch(model), "pad_batches": True}
         given_values = {
             "steps": None
