@@ -4,9 +4,9 @@
 
 STORAGE has a champion; it is copied. Each client sends one request after the other, each with a seed of its own and one of a few
 captions. Batches are filled up (`--pad-batches`), so every image must be that of `unclip sample` with the same settings, bit for
-bit: all are sampled here once more, in batches of other requests, and some of them alone. Those that are sampled one by one, without
-padding, have the same noise and differ by the rounding of matrix products. In the last part a copy of the champion is promoted
-meanwhile, and no request may fail.
+bit: all are sampled here once more, in batches of other requests, and some of them alone. Those that are sampled one by one,
+without padding, have the same noise and differ by the rounding of matrix products. In the last part a copy of the champion is
+promoted meanwhile, and no request may fail.
 """
 
 import argparse
