@@ -26,7 +26,7 @@ from tasks.find_duplicates import (
     write_rows,
 )
 from tasks.generations import Generation, Layer, Sums
-from tasks.index import find_newest, index_files, read_index
+from tasks.index import find_newest, index_files, index_identity, read_index
 from tasks.keys import key_texts
 from tasks.near_duplicates import MAX_DISTANCE
 from tasks.new_duplicates import MAX_NEW_ROWS, Lookups, find_changes, write_lookups
@@ -80,8 +80,8 @@ def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Outpu
     read = {name: facts[name] for name in ("pairs", "images", "images_version", "index_version")}
     read |= {"selection": filter.uri, "places": places}
     others = {"lookups": found.lookups, "other_captions": found.other_captions}
-    settings = _settings(config)
-    generation = Generation(context.folder, settings, found.folder, read, found.sums, found.changed, others)
+    settings, identities = _settings(config), [index_identity(facts["images"])]
+    generation = Generation(context.folder, settings, found.folder, read, found.sums, found.changed, others, identities)
     generations.save(context, generation)
     digest = fingerprint(found.sums.hex_digest, facts["images_digest"])
     facts = {**facts, **counts, "places": places, "other_captions": found.other_captions}
@@ -105,7 +105,7 @@ class _Selected:
 
 
 def _settings(config: DedupConfig) -> str:
-    return fingerprint(1, to_dict(config))
+    return fingerprint(dedup.version, to_dict(config))
 
 
 def _select_all(context: StageContext, config: DedupConfig, filter: Artifact) -> _Selected:
@@ -152,7 +152,7 @@ def _find_changes(context: StageContext, config: DedupConfig, filter: Artifact) 
         is_earlier = selection in found and earlier.read["images"] == images
         return found.index(selection) if is_earlier and _has_lookups(earlier, config) else None
 
-    earlier = generations.find(context.store, "dedup", _settings(config), layers_known)
+    earlier = generations.find(context.store, "dedup", _settings(config), layers_known, [index_identity(images)])
     if earlier is None:
         return None
     selection = found[found.index(earlier.read["selection"]) + 1 :]

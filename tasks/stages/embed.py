@@ -28,7 +28,7 @@ from tasks.derived import (
     write_missing,
 )
 from tasks.generations import MAX_LAYERS, Generation, Sums
-from tasks.index import INDEX, find_newest, index_files
+from tasks.index import INDEX, find_newest, index_files, index_identity
 from tasks.places import KeptRows, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
@@ -107,6 +107,15 @@ class _Changes:
     index: Sequence[str]
 
 
+def _settings(table: str) -> str:
+    """Fingerprint of the CLIP and its precision, after which the table is named."""
+    return fingerprint(embed.version, table.rpartition("/")[2])
+
+
+def _identities(images: str, table: str) -> list[str | None]:
+    return [index_identity(images), tables.identity(table)]
+
+
 def _find_changes(context: StageContext, dedup: Artifact, table: str) -> _Changes | None:
     """Find an earlier refresh of this table, from which nothing was removed since; None if there is none, or much has changed."""
     found, facts, embedded = ranges.layers(dedup.uri), dedup.facts, set(tables.files(table))
@@ -116,7 +125,9 @@ def _find_changes(context: StageContext, dedup: Artifact, table: str) -> _Change
         is_earlier = selection in found and earlier.read["images"] == facts["images"]
         return (found.index(selection), version) if is_earlier else None
 
-    earlier = generations.find(context.store, "embed", table, layers_known)
+    earlier = generations.find(
+        context.store, "embed", _settings(table), layers_known, _identities(facts["images"], table)
+    )
     if earlier is None or len(earlier.others["keys"]) >= MAX_LAYERS:
         return None
     before = set(tables.files(table, earlier.read["embeddings_version"]))
@@ -192,7 +203,10 @@ def _save_keys(context: StageContext, dedup: Artifact, table: str, changes: _Cha
     read |= {name: facts[name] for name in ("images", "index_version")}
     others = {"keys": [*earlier, folder], "ranges": count}
     sums = Sums({"rows": facts["rows"], "reasons": {}}, 0)
-    generations.save(context, Generation(context.folder, table, dedup.uri, read, sums, 0, others))
+    identities = _identities(facts["images"], table)
+    generations.save(
+        context, Generation(context.folder, _settings(table), dedup.uri, read, sums, 0, others, identities)
+    )
     return earlier
 
 

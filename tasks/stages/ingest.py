@@ -305,7 +305,7 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
 
 def _settings(config: IngestConfig) -> str:
     """Fingerprint of all settings but the list."""
-    return fingerprint(1, to_dict(dataclasses.replace(config, urls="list", digest=None)))
+    return fingerprint(ingest.version, to_dict(dataclasses.replace(config, urls="list", digest=None)))
 
 
 def _find_earlier(store: Store, config: IngestConfig, digests: Sequence[str | None]) -> Generation | None:
