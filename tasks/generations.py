@@ -22,6 +22,8 @@ from tasks.store import Store
 from unclip import files
 
 MAX_LAYERS = 16
+MAX_NEW_ROWS = 2_000_000
+"""New rows whose keys or hashes one process holds; with more, a stage works on all rows."""
 MAX_SHARE = 0.25
 """Largest share of the rows that later layers may add or change."""
 _FILE = "generation.json"

@@ -27,7 +27,7 @@ from tasks.derived import (
     split_keys,
     write_missing,
 )
-from tasks.generations import MAX_LAYERS, Generation, Sums
+from tasks.generations import MAX_LAYERS, MAX_NEW_ROWS, Generation, Sums
 from tasks.index import INDEX, find_newest, index_files, index_identity
 from tasks.places import KeptRows, write_places
 from tasks.ranges import KeyRange
@@ -102,7 +102,7 @@ class _Changes:
     earlier: Generation
     selection: Sequence[str]
     embeddings: Sequence[str]
-    """Of an attempt that was killed."""
+    """New files, of an attempt that was killed or of another pipeline."""
     all_index: Sequence[str]
     index: Sequence[str]
 
@@ -131,14 +131,15 @@ def _find_changes(context: StageContext, dedup: Artifact, table: str) -> _Change
     if earlier is None or len(earlier.others["keys"]) >= MAX_LAYERS:
         return None
     before = set(tables.files(table, earlier.read["embeddings_version"]))
-    if not before <= embedded:
+    new = sorted(embedded - before)
+    if not before <= embedded or sum(map(tables.num_rows, new)) > MAX_NEW_ROWS:
         return None
     all_index = index_files(facts["images"], facts["index_version"])
     known = set(index_files(facts["images"], earlier.read["index_version"]))
     return _Changes(
         earlier,
         found[found.index(earlier.read["selection"]) + 1 :],
-        sorted(embedded - before),
+        new,
         all_index,
         [uri for uri in all_index if uri not in known],
     )
