@@ -92,12 +92,12 @@ def counted() -> Iterator[collections.Counter[str]]:
             (pq.ParquetFile, name, count(("read",), of_result))
             for name in ("read", "read_row_group", "read_row_groups")
         ),
-        *((module, "look_up", count(("looked up",), of_result)) for module in (ranges, new_duplicates)),
-        *((module, "read_rows", count(("moved",), of_result)) for module in (find_duplicates, dedup)),
+        *((module, "look_up", count(("looked up",), of_result)) for module in (ranges, new_duplicates, curate)),
+        *((module, "read_rows", count(("moved",), of_result)) for module in (find_duplicates, dedup, curate, places)),
         *((module, "open_block", count(("moved",), of_result)) for module in (places, curate, derived)),
         (ingest, "clean", count(("read", "hashed"), of_argument)),
         (tables, "rows_digest", count(("hashed",), of_argument)),
-        (tables, "parquet_bytes", count(("written",), of_argument)),
+        (tables, "_sealed_parquet", count(("written",), of_argument)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
     for owner, name, wrap in wrapped:

@@ -212,6 +212,15 @@ def _exchange_on_disk(
         ]
 
 
+def share(item: Any) -> Any:
+    """Reference of a large value that many tasks read with `value`: each node gets it once."""
+    if not _has_ray():
+        return item
+    import ray
+
+    return ray.put(item)
+
+
 def value(item: Any) -> Any:
     """Value of an item that may be a reference; Ray itself replaces only items, not what they hold."""
     if not _has_ray():

@@ -10,7 +10,7 @@ layers, or when the new ones hold a large share of the rows.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +22,8 @@ from tasks.store import Store
 from unclip import files
 
 MAX_LAYERS = 16
+MAX_NEW_ROWS = 2_000_000
+"""New rows whose keys or hashes one process holds; with more, a stage works on all rows."""
 MAX_SHARE = 0.25
 """Largest share of the rows that later layers may add or change."""
 _FILE = "generation.json"
@@ -61,7 +63,7 @@ class Generation:
     folder: str
     """Folder of the stage's files."""
     settings: str
-    """Fingerprint of the settings that must not change."""
+    """Fingerprint of the stage's version and of the settings that must not change."""
     table: str
     """Folder of the table that the stage wrote; see `ranges.layers`."""
     read: Mapping[str, Any]
@@ -71,6 +73,9 @@ class Generation:
     """Rows in all layers of the table but the first."""
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Other sums and sizes of the stage; JSON values."""
+    identities: Sequence[str | None] = ()
+    """Identities of the Delta tables whose versions `read` names (`tables.identity`): a table that was made anew counts its
+    versions from the start again."""
 
     @property
     def name(self) -> str:
@@ -90,11 +95,18 @@ def save(context: StageContext, generation: Generation) -> None:
     files.write_json(f"{context.folder}/{_FILE}", context.store.portable(document))
 
 
-def find(store: Store, stage: str, settings: str, rank: Callable[[Generation], Any]) -> Generation | None:
+def find(
+    store: Store,
+    stage: str,
+    settings: str,
+    rank: Callable[[Generation], Any],
+    identities: Sequence[str | None] = (),
+) -> Generation | None:
     """Find the finished result of a stage to continue: of those with the same settings, the one of the largest rank.
 
     Args:
         rank: generation -> number or numbers to compare; None for a result that cannot be continued.
+        identities: see `Generation`; results that have read other tables are passed over.
     """
     best: tuple[Any, float, Generation] | None = None
     for entry in files.walk(store.uri("stages", stage)):
@@ -104,7 +116,8 @@ def find(store: Store, stage: str, settings: str, rank: Callable[[Generation], A
         document = store.resolve(files.read_json(uri))
         sums = Sums(document.pop("counts"), int(document.pop("digest"), 16))
         generation = Generation(**document, sums=sums)
-        ranked = rank(generation) if generation.settings == settings else None
+        is_same = generation.settings == settings and list(generation.identities) == list(identities)
+        ranked = rank(generation) if is_same else None
         if ranked is not None and (best is None or (ranked, entry.modified) > best[:2]):
             best = ranked, entry.modified, generation
     return best[2] if best else None

@@ -47,6 +47,11 @@ def index_uri(images: str) -> str:
     return f"{root}/index/{recipe}"
 
 
+def index_identity(images: str) -> str | None:
+    """Identity of the index of an images table; a table that is made anew gets another index. See `tables.identity`."""
+    return tables.identity(index_uri(images))
+
+
 def index_files(images: str, version: int | None = None) -> list[str]:
     """Files of the index that describes a version of the images table (None: the newest), for `ranges.read_range`.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from tasks import ranges
 from tasks.find_duplicates import (
     BYTES,
     CAPTION,
@@ -26,8 +27,6 @@ from tasks.keys import pair_octets
 from tasks.lookups import look_up, write_lookup
 from tasks.near_duplicates import find_looks, near_duplicates
 
-MAX_NEW_ROWS = 2_000_000
-"""New rows that one process compares; of more, all rows are compared."""
 _LOOKED_UP = ["hash", "cell", "high", "low", "digest", "digest_low"]
 
 
@@ -114,16 +113,14 @@ def write_lookups(folder: str, added: pa.Table, looks: pa.Table | None, count: i
     Args:
         added, looks: see `find_changes`.
     """
-    owners = partition(added["digest"].to_numpy(), count)
-    for index in range(count):
-        write_lookup(bytes_uri(folder, index, count), added.filter(pa.array(owners == index)), "digest")
+    for index, part in enumerate(ranges.split(added, partition(added["digest"].to_numpy(), count), count)):
+        write_lookup(bytes_uri(folder, index, count), part, "digest")
     if looks is not None:
         looks = looks.take(pa.array(np.lexsort([looks["low"].to_numpy(), looks["high"].to_numpy()])))
         first, _ = find_looks(looks["hash"].to_numpy(), looks["cell"].to_numpy())
         looks = looks.take(pa.array(first))
-        owners = partition(looks["hash"].to_numpy(), count)
-        for index in range(count):
-            write_lookup(looks_uri(folder, index, count), looks.filter(pa.array(owners == index)), "hash")
+        for index, part in enumerate(ranges.split(looks, partition(looks["hash"].to_numpy(), count), count)):
+            write_lookup(looks_uri(folder, index, count), part, "hash")
 
 
 def _bytes(octets: pa.Array) -> np.ndarray:

@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import ranges, rows, tables
-from tasks.dataflow import exchange
+from tasks.dataflow import exchange, share, value
 from tasks.find_duplicates import read_rows, write_rows
 from tasks.index import index_files, read_index
 from tasks.keys import key_octets
@@ -132,7 +133,7 @@ class EarlierPlaces:
         num_files = len(self.names["images"][1])
         count = min(ranges.num_ranges(num_rows), max(1, num_files))
         numbers = {table: _new_numbers(*names) for table, names in self.names.items()}
-        gone = pa.concat_arrays([read_changed(self.changed, key_range)[1] for key_range in self.key_ranges])
+        gone = share(pa.concat_arrays([read_changed(self.changed, key_range)[1] for key_range in self.key_ranges]))
         move = functools.partial(_move, self, numbers, gone, num_files, count)
         items: list[Block | KeyRange] = [*blocks(self.folder), *self.key_ranges]
         return sum(exchange(move, items, count, functools.partial(_merge_moved, folder, count)))
@@ -164,11 +165,17 @@ def _new_numbers(before: Sequence[str], now: Sequence[str]) -> np.ndarray:
 def _move(
     earlier: EarlierPlaces,
     numbers: Mapping[str, np.ndarray],
-    gone: pa.Array,
+    gone: Any,
     num_files: int,
     count: int,
     item: Block | KeyRange,
 ) -> list[pa.Table]:
+    """Divide the rows of an earlier block that have not changed, or those of a key range that have, among the new blocks.
+
+    Args:
+        numbers: table -> see `_new_numbers`.
+        gone: keys of all rows that have changed; see `dataflow.share`.
+    """
     if isinstance(item, KeyRange):
         placed, _ = read_changed(earlier.changed, item)
         table = placed.set_column(placed.column_names.index("key"), "key", key_octets(placed["key"]))
@@ -176,7 +183,7 @@ def _move(
         parts = []
         for split in SPLITS:
             part = open_block(earlier.folder, item, split)
-            part = part.filter(pc.invert(pc.is_in(part["key"], value_set=gone)))
+            part = part.filter(pc.invert(pc.is_in(part["key"], value_set=value(gone))))
             parts.append(part.append_column("split", pa.repeat(split, part.num_rows)))
         table = pa.concat_tables(parts)
         for name, new in numbers.items():

@@ -188,6 +188,13 @@ def _removed(folder: str, key_range: KeyRange) -> pa.Array:
     return _read_files(range_files(f"{folder}/{_REMOVED}"), key_range, ["key"])["key"].combine_chunks()
 
 
+def _find_removed(folder: str, wanted: pa.Array) -> pa.Array:
+    """Keys, among some that are sorted, that a layer takes away from earlier ones."""
+    if folder.endswith(".parquet") or _REMOVED not in files.names(folder):
+        return wanted.slice(0, 0)
+    return _find_in_files(range_files(f"{folder}/{_REMOVED}"), wanted, ["key"])["key"].combine_chunks()
+
+
 def _newest(parts: Sequence[pa.Table], removed: Sequence[pa.Array]) -> pa.Table:
     """Rows of all layers, sorted by key: of each key, those of the last layer that has it or has removed it."""
     found = [(part, gone) for part, gone in zip(parts[:-1], removed[:-1], strict=True) if part.num_rows or len(gone)]
@@ -233,18 +240,22 @@ def find_rows(source: str | Sequence[str], keys: Sequence[str], columns: Sequenc
     if isinstance(source, str):
         folders = layers(source)
         parts = [_find_in_files(range_files(folder), wanted, columns) for folder in folders]
-        return _newest(parts, [_removed(folder, KeyRange(0, 1)) for folder in folders])
+        return _newest(parts, [_find_removed(folder, wanted) for folder in folders])
     return _find_in_files(source, wanted, columns).sort_by("key")
 
 
 def _find_in_files(uris: Sequence[str], wanted: pa.Array, columns: Sequence[str] | None) -> pa.Table:
     """Rows with some keys, which are sorted, in the order of the files."""
     found = []
+    indices: dict[int, np.ndarray] = {}
+    """Number of ranges -> index of the range of each key, in ascending order like the keys."""
     for uri in uris:
         file_range = range_of_file(uri)
-        inside = wanted.filter(pa.array(of_keys(wanted, file_range.count) == file_range.index))
-        if len(inside):
-            found.append(tables.read_keys(uri, inside, columns))
+        if file_range.count not in indices:
+            indices[file_range.count] = of_keys(wanted, file_range.count)
+        begin, end = np.searchsorted(indices[file_range.count], [file_range.index, file_range.index + 1]).tolist()
+        if begin < end:
+            found.append(tables.read_keys(uri, wanted.slice(begin, end - begin), columns))
     return pa.concat_tables(
         found or [tables.read_keys(uris[0], wanted.slice(0, 0), columns)], promote_options="default"
     )

@@ -121,6 +121,24 @@ def drop(selection: "pa.Table", reasons: "pa.Table") -> "pa.Table":
     )
 
 
+def undrop(selection: "pa.Table", reasons: Iterable[str]) -> "pa.Table":
+    """Rows as they were before those with some reasons were dropped.
+
+    Args:
+        selection: status, reason and maybe others.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    was_dropped = pc.is_in(selection["reason"], value_set=pa.array(list(reasons), pa.string()))
+    changed = {
+        "status": pc.if_else(was_dropped, KEPT, selection["status"]),
+        "reason": pc.if_else(was_dropped, pa.scalar(None, pa.string()), selection["reason"]),
+    }
+    names = selection.column_names
+    return selection.from_arrays([changed.get(name, selection[name]) for name in names], names)
+
+
 def count(table: "pa.Table") -> dict[str, Any]:
     """Count the statuses and reasons of a table, as a stage's facts: {"rows": {...}, "reasons": {...}}."""
     statuses = _tally(table.column("status"))

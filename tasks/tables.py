@@ -61,6 +61,11 @@ def version(table_uri: str) -> int | None:
     return _table(table_uri).version() if _exists(table_uri) else None
 
 
+def identity(table_uri: str) -> str | None:
+    """Name of a table that it keeps wherever it is moved; one made anew in its place has another. None if there is no table."""
+    return str(_table(table_uri).metadata().id) if _exists(table_uri) else None
+
+
 def files(table_uri: str, version: int | None = None) -> list[str]:
     """Parquet files of one version (None: the newest), sorted."""
     # The URIs are percent-encoded, and those of a `file:` table are no paths; names of parts are plain.

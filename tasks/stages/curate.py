@@ -21,7 +21,7 @@ from tasks import generations, ranges, rows, tables
 from tasks.dataflow import exchange, run_all
 from tasks.find_duplicates import find_duplicates, read_rows, write_rows
 from tasks.generations import Generation, Layer, Sums
-from tasks.index import find_newest, index_files, read_index
+from tasks.index import find_newest, index_files, index_identity, read_index
 from tasks.keys import octet_texts
 from tasks.lookups import look_up, write_lookup
 from tasks.places import (
@@ -176,7 +176,8 @@ def curate(context: StageContext, config: CurateConfig, embed: Artifact) -> Outp
         "clip_scores": found.clip_scores,
         "scored": found.num_scored,
     }
-    generation = Generation(folder, _settings(config), selection, read, found.sums, found.changed, others)
+    settings, identities = _settings(config), source.identities()
+    generation = Generation(folder, settings, selection, read, found.sums, found.changed, others, identities)
     generations.save(context, generation)
 
     digest = fingerprint(embed.digest, found.sums.hex_digest)
@@ -220,7 +221,7 @@ class _Selected:
 
 
 def _settings(config: CurateConfig) -> str:
-    return fingerprint(1, to_dict(config))
+    return fingerprint(curate.version, to_dict(config))
 
 
 def _select_all(
@@ -287,7 +288,7 @@ def _find_changes(context: StageContext, config: CurateConfig, source: "Embedded
         same = earlier.read["embeddings"] == source.embeddings and earlier.read["images"] == source.kept.images
         return found.index(earlier.read["selection"]) if same and earlier.read["selection"] in found else None
 
-    earlier = generations.find(context.store, "curate", _settings(config), layers_known)
+    earlier = generations.find(context.store, "curate", _settings(config), layers_known, source.identities())
     if earlier is None:
         return None
     uris = source.uris()
@@ -547,6 +548,10 @@ class EmbeddedRows:
     def key_ranges(self) -> list[KeyRange]:
         return ranges.ranges(ranges.range_count(self.kept.selection))
 
+    def identities(self) -> list[str | None]:
+        """See `Generation`."""
+        return [index_identity(self.kept.images), tables.identity(self.embeddings)]
+
     def uris(self) -> list[str]:
         """Files of the embeddings table."""
         return tables.files(self.embeddings, self.embeddings_version)
@@ -572,13 +577,7 @@ class EmbeddedRows:
         """Kept rows of a selection in one key range, with places in both tables."""
         kept = dataclasses.replace(self.kept, selection=selection).read(key_range)
         places = ranges.read_range(self.scores, key_range, ["key", "embeddings_file", "embeddings_row"])
-        uris, names = self.uris(), pa.array(_file_names(self.scores), pa.string())
-        numbers = pc.index_in(
-            names, value_set=pa.array(list(map(_name, uris)), pa.string())
-        )  # null for files of old rows
-        numbers = numbers.take(places["embeddings_file"].combine_chunks())
-        places = places.set_column(1, "embeddings_file", numbers)
-        return kept.join(places, "key").sort_by("key")
+        return kept.join(renumbered(places, _file_names(self.scores), self.uris()), "key").sort_by("key")
 
     def write_places(self, selection: str, folder: str, num_rows: int, captions: "OtherCaptions | None" = None) -> None:
         """Write the places of the kept rows of a selection, in both tables, but for other captions of an image."""
@@ -600,7 +599,7 @@ class EmbeddedRows:
 
 
 def renumbered(places: pa.Table, names: Sequence[str], uris: Sequence[str]) -> pa.Table:
-    """Places (key, embeddings_file, embeddings_row) with the numbers of the files in a version of the table.
+    """Places (key, embeddings_file, embeddings_row) with the numbers of files in a version of the table; null for others.
 
     Args:
         names: names of the files in the order of their numbers in `places`.

@@ -25,11 +25,11 @@ from tasks.find_duplicates import (
     split_rows,
     write_rows,
 )
-from tasks.generations import Generation, Layer, Sums
-from tasks.index import find_newest, index_files, read_index
+from tasks.generations import MAX_NEW_ROWS, Generation, Layer, Sums
+from tasks.index import find_newest, index_files, index_identity, read_index
 from tasks.keys import key_texts
 from tasks.near_duplicates import MAX_DISTANCE
-from tasks.new_duplicates import MAX_NEW_ROWS, Lookups, find_changes, write_lookups
+from tasks.new_duplicates import Lookups, find_changes, write_lookups
 from tasks.places import PLACED, EarlierPlaces, KeptRows, file_names, write_changed, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
@@ -80,8 +80,8 @@ def dedup(context: StageContext, config: DedupConfig, filter: Artifact) -> Outpu
     read = {name: facts[name] for name in ("pairs", "images", "images_version", "index_version")}
     read |= {"selection": filter.uri, "places": places}
     others = {"lookups": found.lookups, "other_captions": found.other_captions}
-    settings = _settings(config)
-    generation = Generation(context.folder, settings, found.folder, read, found.sums, found.changed, others)
+    settings, identities = _settings(config), [index_identity(facts["images"])]
+    generation = Generation(context.folder, settings, found.folder, read, found.sums, found.changed, others, identities)
     generations.save(context, generation)
     digest = fingerprint(found.sums.hex_digest, facts["images_digest"])
     facts = {**facts, **counts, "places": places, "other_captions": found.other_captions}
@@ -105,7 +105,7 @@ class _Selected:
 
 
 def _settings(config: DedupConfig) -> str:
-    return fingerprint(1, to_dict(config))
+    return fingerprint(dedup.version, to_dict(config))
 
 
 def _select_all(context: StageContext, config: DedupConfig, filter: Artifact) -> _Selected:
@@ -136,6 +136,7 @@ class _Changes:
     index: Sequence[str]
 
 
+_DUPLICATE = [reason for reason in REASONS if reason]
 _COMPARED = ["key", "url", "sha256", "phash", "colour"]
 _PLACE = ["key", "part", "row"]
 
@@ -152,7 +153,7 @@ def _find_changes(context: StageContext, config: DedupConfig, filter: Artifact) 
         is_earlier = selection in found and earlier.read["images"] == images
         return found.index(selection) if is_earlier and _has_lookups(earlier, config) else None
 
-    earlier = generations.find(context.store, "dedup", _settings(config), layers_known)
+    earlier = generations.find(context.store, "dedup", _settings(config), layers_known, [index_identity(images)])
     if earlier is None:
         return None
     selection = found[found.index(earlier.read["selection"]) + 1 :]
@@ -236,7 +237,7 @@ def _compared_before(layer: Layer, key_range: KeyRange, keys: pa.ChunkedArray) -
     """Rows of the earlier selection with some keys that were compared, so that they are kept or dropped as duplicates."""
     known = layer.known(key_range, keys)
     before = ranges.find_rows(layer.earlier.table, known.to_pylist())
-    is_duplicate = pc.is_in(before["reason"], value_set=pa.array([reason for reason in REASONS if reason]))
+    is_duplicate = pc.is_in(before["reason"], value_set=pa.array(_DUPLICATE))
     return before.filter(pc.or_(is_duplicate, pc.equal(before["status"], rows.KEPT)))
 
 
@@ -257,11 +258,10 @@ def _write_changes(
     listed = ranges.read_layers(changes.selection, key_range)
     others = keys.filter(pc.invert(pc.is_in(keys, value_set=listed["key"].combine_chunks())))
     again = ranges.find_rows(layer.earlier.table, others.to_pylist())
-    former = _compared_before(
-        layer, key_range, listed["key"]
-    )  # rows in a layer again, which keep their fate unless it is changed
+    # Rows in a layer again, which keep their fate unless it is changed.
+    former = _compared_before(layer, key_range, listed["key"])
     former = former.filter(pc.invert(pc.is_in(former["key"], value_set=keys)))
-    again = _undropped(again).select(listed.column_names).cast(listed.schema)
+    again = rows.undrop(again, _DUPLICATE).select(listed.column_names).cast(listed.schema)
     reasons = pa.array(REASONS, pa.string()).take(fates["reason"].combine_chunks())
     dropped = pa.table({"key": keys, "reason": reasons}).filter(reasons.is_valid())
     dropped = pa.concat_tables(
@@ -283,16 +283,6 @@ def _write_changes(
         f"{layer.folder}/{PLACED}", key_range, kept.place(wanted, index), pc.unique(table["key"].combine_chunks())
     )
     return layer.write(key_range, table)
-
-
-def _undropped(selection: pa.Table) -> pa.Table:
-    """Rows as they were before they were compared."""
-    was_compared = pc.is_in(selection["reason"], value_set=pa.array([reason for reason in REASONS if reason]))
-    status = pc.if_else(was_compared, rows.KEPT, selection["status"])
-    reason = pc.if_else(was_compared, pa.scalar(None, pa.string()), selection["reason"])
-    changed = {"status": status, "reason": reason}
-    names = selection.column_names
-    return selection.from_arrays([changed.get(name, selection[name]) for name in names], names)
 
 
 def _hashes(selection: str, index: Sequence[str], key_range: KeyRange) -> pa.Table:

@@ -36,7 +36,7 @@ import ray
 from tasks import generations, ranges, rows, tables
 from tasks.dataflow import run_all
 from tasks.generations import Generation, Sums
-from tasks.index import index_files, index_uri, read_index, update_index
+from tasks.index import index_files, index_identity, index_uri, read_index, update_index
 from tasks.lanes import WAITING_PER_TASK, Listed, Shard, list_rows, plan_shards, run_in_lanes, shard_uri
 from tasks.nodes import with_egress
 from tasks.ranges import KeyRange
@@ -247,7 +247,8 @@ def download(context: StageContext, config: DownloadConfig, pairs: Artifact) -> 
         sums = Sums.total(part.sums for part in outcomes)
     read = {"pairs": pairs.uri, "index_version": index_version}
     others = {"pairs": pairs.facts["rows"][rows.KEPT]}
-    generations.save(context, Generation(context.folder, table_uri, pairs.uri, read, sums, 0, others))
+    settings, identities = _settings(table_uri), [index_identity(table_uri)]
+    generations.save(context, Generation(context.folder, settings, pairs.uri, read, sums, 0, others, identities))
     images_digest, facts = sums.hex_digest, dict(sums.counts)
     facts |= {"fetched_now": plan.rows, "pairs": pairs.uri, "images": table_uri, "images_version": version}
     facts |= {"index_version": index_version, "images_digest": images_digest, "images_recipe": config.recipe}
@@ -439,6 +440,11 @@ class _Changes:
         return pa.concat_tables([found, ranges.find_rows(files, old.to_pylist(), columns)]) if len(old) else found
 
 
+def _settings(table_uri: str) -> str:
+    """Fingerprint of the recipe, after which the table is named."""
+    return fingerprint(download.version, table_uri.rpartition("/")[2])
+
+
 def _find_changes(store: Store, pairs: str, table_uri: str, index_version: int) -> _Changes | None:
     """Find an earlier refresh of the same list and table, after which nothing was removed from the table."""
     found, files_now = ranges.layers(pairs), index_files(table_uri, index_version)
@@ -447,7 +453,7 @@ def _find_changes(store: Store, pairs: str, table_uri: str, index_version: int) 
         folder, number = earlier.read["pairs"], earlier.read["index_version"]
         return (found.index(folder), number) if folder in found and number <= index_version else None
 
-    earlier = generations.find(store, "download", table_uri, layers_known)
+    earlier = generations.find(store, "download", _settings(table_uri), layers_known, [index_identity(table_uri)])
     if earlier is None:
         return None
     known = index_files(table_uri, earlier.read["index_version"])

@@ -27,8 +27,8 @@ from tasks.derived import (
     split_keys,
     write_missing,
 )
-from tasks.generations import MAX_LAYERS, Generation, Sums
-from tasks.index import INDEX, find_newest, index_files
+from tasks.generations import MAX_LAYERS, MAX_NEW_ROWS, Generation, Sums
+from tasks.index import INDEX, find_newest, index_files, index_identity
 from tasks.places import KeptRows, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
@@ -102,9 +102,18 @@ class _Changes:
     earlier: Generation
     selection: Sequence[str]
     embeddings: Sequence[str]
-    """Of an attempt that was killed."""
+    """New files, of an attempt that was killed or of another pipeline."""
     all_index: Sequence[str]
     index: Sequence[str]
+
+
+def _settings(table: str) -> str:
+    """Fingerprint of the CLIP and its precision, after which the table is named."""
+    return fingerprint(embed.version, table.rpartition("/")[2])
+
+
+def _identities(images: str, table: str) -> list[str | None]:
+    return [index_identity(images), tables.identity(table)]
 
 
 def _find_changes(context: StageContext, dedup: Artifact, table: str) -> _Changes | None:
@@ -116,18 +125,21 @@ def _find_changes(context: StageContext, dedup: Artifact, table: str) -> _Change
         is_earlier = selection in found and earlier.read["images"] == facts["images"]
         return (found.index(selection), version) if is_earlier else None
 
-    earlier = generations.find(context.store, "embed", table, layers_known)
+    earlier = generations.find(
+        context.store, "embed", _settings(table), layers_known, _identities(facts["images"], table)
+    )
     if earlier is None or len(earlier.others["keys"]) >= MAX_LAYERS:
         return None
     before = set(tables.files(table, earlier.read["embeddings_version"]))
-    if not before <= embedded:
+    new = sorted(embedded - before)
+    if not before <= embedded or sum(map(tables.num_rows, new)) > MAX_NEW_ROWS:
         return None
     all_index = index_files(facts["images"], facts["index_version"])
     known = set(index_files(facts["images"], earlier.read["index_version"]))
     return _Changes(
         earlier,
         found[found.index(earlier.read["selection"]) + 1 :],
-        sorted(embedded - before),
+        new,
         all_index,
         [uri for uri in all_index if uri not in known],
     )
@@ -192,7 +204,10 @@ def _save_keys(context: StageContext, dedup: Artifact, table: str, changes: _Cha
     read |= {name: facts[name] for name in ("images", "index_version")}
     others = {"keys": [*earlier, folder], "ranges": count}
     sums = Sums({"rows": facts["rows"], "reasons": {}}, 0)
-    generations.save(context, Generation(context.folder, table, dedup.uri, read, sums, 0, others))
+    identities = _identities(facts["images"], table)
+    generations.save(
+        context, Generation(context.folder, _settings(table), dedup.uri, read, sums, 0, others, identities)
+    )
     return earlier
 
 

@@ -20,7 +20,7 @@ from tasks import generations, ranges, rows, tables
 from tasks.captions import count_words, split_words
 from tasks.dataflow import exchange, run_all
 from tasks.generations import Generation, Layer, Sums
-from tasks.index import find_newest, index_files, read_index
+from tasks.index import find_newest, index_files, index_identity, read_index
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.untrusted import domains
@@ -133,7 +133,9 @@ def filter(context: StageContext, config: FilterConfig, download: Artifact) -> O
         )
     context.tracker.metrics(counts["rows"])
     read = {name: facts[name] for name in ("pairs", "images", "index_version")}
-    generations.save(context, Generation(context.folder, _settings(config), folder, read, sums, changed))
+    identities = [index_identity(facts["images"])]
+    generation = Generation(context.folder, _settings(config), folder, read, sums, changed, identities=identities)
+    generations.save(context, generation)
     digest = fingerprint(sums.hex_digest, download.digest)
     passed_on = {name: facts[name] for name in facts if name.startswith(("images", "index")) or name == "pairs"}
     return Output(folder, digest, {**counts, **passed_on, "layers": ranges.layers(folder)[:-1]})
@@ -149,7 +151,7 @@ class _Changes:
 
 
 def _settings(config: FilterConfig) -> str:
-    return fingerprint(1, to_dict(config))
+    return fingerprint(filter.version, to_dict(config))
 
 
 def _find_changes(context: StageContext, config: FilterConfig, facts: Mapping[str, Any]) -> _Changes | None:
@@ -163,7 +165,7 @@ def _find_changes(context: StageContext, config: FilterConfig, facts: Mapping[st
         is_earlier = pairs in found and earlier.read["images"] == images and version <= facts["index_version"]
         return (found.index(pairs), version) if is_earlier else None
 
-    earlier = generations.find(context.store, "filter", _settings(config), layers_known)
+    earlier = generations.find(context.store, "filter", _settings(config), layers_known, [index_identity(images)])
     if earlier is None:
         return None
     pairs = found[found.index(earlier.read["pairs"]) + 1 :]

@@ -305,7 +305,7 @@ def ingest(context: StageContext, config: IngestConfig) -> Output:
 
 def _settings(config: IngestConfig) -> str:
     """Fingerprint of all settings but the list."""
-    return fingerprint(1, to_dict(dataclasses.replace(config, urls="list", digest=None)))
+    return fingerprint(ingest.version, to_dict(dataclasses.replace(config, urls="list", digest=None)))
 
 
 def _find_earlier(store: Store, config: IngestConfig, digests: Sequence[str | None]) -> Generation | None:
@@ -534,19 +534,11 @@ def _write_range(
     pairs = pa.concat_tables([PAIRS.empty_table(), *pieces])
     known = ranges.known_keys(below, key_range, pairs["key"])
     before = ranges.find_rows(below[-1], known.to_pylist()).cast(PAIRS) if len(known) else PAIRS.empty_table()
-    pairs = refuse(drop_duplicates(pa.concat_tables([pairs, _undropped(before)])), tombstones)
+    again = rows.undrop(before, ["duplicate_row"])
+    pairs = refuse(drop_duplicates(pa.concat_tables([pairs, again])), tombstones)
     ranges.write_range(folder, key_range, pairs)
     ranges.write_keys(folder, key_range, pairs["key"])
     return Sums.of(pairs), Sums.of(before)
-
-
-def _undropped(pairs: pa.Table) -> pa.Table:
-    """Rows as they were before `drop_duplicates`."""
-    is_duplicate = pc.fill_null(pc.equal(pairs["reason"], "duplicate_row"), False)
-    status = pc.if_else(is_duplicate, rows.KEPT, pairs["status"])
-    reason = pc.if_else(is_duplicate, pa.scalar(None, pa.string()), pairs["reason"])
-    changed = {"status": status, "reason": reason}
-    return pa.table([changed.get(name, pairs[name]) for name in PAIRS.names], PAIRS)
 
 
 def check_source(config: IngestConfig) -> str:

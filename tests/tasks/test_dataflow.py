@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import ray
 
 from tasks import ranges, tables
-from tasks.dataflow import exchange, produce, run_all, run_in_actors
+from tasks.dataflow import exchange, produce, run_all, run_in_actors, share, value
 from tests.pipelines.command_line import ROOT
 from unclip.errors import InputError
 
@@ -45,6 +47,22 @@ def test_rows_are_regrouped_by_key_whatever_the_number_of_items(tmp_path: Path, 
     expected = pa.concat_tables(map(numbers, starts)).sort_by("key")
     assert ranges.read_all(folder).equals(expected)
     assert tables.hex_digest(*digests) == tables.hex_digest(tables.rows_digest(expected))
+
+
+def without_keys(known: Any, count: int, start: int) -> list[pa.Table]:
+    table = numbers(start)
+    return ranges.split_by_key(table.filter(pc.invert(pc.is_in(table["key"], value_set=value(known)))), count)
+
+
+def num_rows(_: int, pieces: list[pa.Table]) -> int:
+    return sum(piece.num_rows for piece in pieces)
+
+
+def test_tasks_read_a_value_that_they_share() -> None:
+    known = numbers(50)["key"].combine_chunks()  # of which the first item has half, and the second the other half
+    shared = share(known)
+    assert isinstance(shared, ray.ObjectRef) and value(shared).equals(known)
+    assert sum(exchange(functools.partial(without_keys, shared, 2), [0, 100], 2, num_rows)) == 100
 
 
 WITHOUT_RAY = """

@@ -24,7 +24,7 @@ from benchmarks import refresh
 from tasks import garbage, ranges, tables, verification
 from tasks.derived import read_shard, shards
 from tasks.find_duplicates import KeepCaptions
-from tasks.index import index_files, update_index
+from tasks.index import index_files, index_uri, update_index
 from tasks.lineage.takedown import take_down
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Call, Pinning, Run, execute
@@ -350,6 +350,21 @@ def test_nothing_that_a_later_layer_needs_is_garbage_and_all_of_it_is_verified(t
     verification.drop(refreshes.store, problems)
     again = refreshes.refresh(urls)
     assert_same(content(again), before)
+
+
+def test_results_that_have_read_a_table_which_was_removed_are_not_continued(tmp_path: Path) -> None:
+    source, urls, refreshes = random.Random(0), tmp_path / "list", Refreshes(tmp_path / "storage", {})
+    written = random_rows(source, 200, [])
+    write_file(urls, 0, written)
+    before = refreshes.refresh(urls)
+    images = refreshes.store.uri("images", DOWNLOAD.recipe)
+    for uri in (images, index_uri(images)):  # the download deletes the index of a table that is gone
+        shutil.rmtree(uri)
+    write_file(urls, 1, random_rows(source, 10, written))
+    found = refreshes.refresh(urls, attempt=1)  # images that failed are there now
+    versions = {each["download"].facts["index_version"] for each in (before, found)}
+    assert len(versions) == 1, "the version does not tell the tables apart"
+    assert_same(content(found), from_scratch(refreshes.store, tmp_path / "scratch", {}, urls, 1))
 
 
 @pytest.mark.parametrize("rows", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
