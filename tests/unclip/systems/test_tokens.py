@@ -132,6 +132,11 @@ def test_an_image_does_not_depend_on_the_requests_in_its_batch(stack: TokenStack
     alone = [sample_captions(stack, CAPTIONS[:1], seed=7), sample_captions(stack, CAPTIONS[1:], seed=8)]
     together = sample_together(stack, CAPTIONS, [(7, 1), (8, 2)], sampling=stack.sampling)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    padded = dataclasses.replace(stack.sampling, batch_size=4, pad_batches=True)
+    alone = [sample_captions(stack, CAPTIONS[:1], seed=7, sampling=padded)]
+    alone += [sample_captions(stack, CAPTIONS[1:], seed=8, sampling=padded)]
+    together = sample_together(stack, CAPTIONS, [(7, 1), (8, 2)], sampling=padded)
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_guidance_and_negative_captions_change_the_images(stack: TokenStack) -> None:
