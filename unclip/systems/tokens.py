@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from unclip.config import added, load, require, to_dict
 from unclip.data import Batch
-from unclip.errors import CheckpointError, ConfigError, InputError, ShapeError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.models.autoencoder import Autoencoder
 from unclip.models.clip import Clip
 from unclip.models.image_tokens import ImageTokenModel
 from unclip.models.token_transformer import TokenSampling
 from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
+from unclip.systems.captions import check_clip, check_negative
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
 from unclip.training import parallel
@@ -202,7 +203,7 @@ class TokenStack(nn.Module):
             CheckpointError: the model was trained with another tokenizer or autoencoder.
         """
         super().__init__()
-        _check_tokenizer(name, clip, model)
+        check_clip(clip, {name: model})
         _check_codes(name, model, autoencoder, CheckpointError)
         self.name, self.clip, self.autoencoder, self.model = name, clip, autoencoder, model
         self.sampling = sampling
@@ -250,7 +251,10 @@ class TokenStack(nn.Module):
     ) -> Tensor:
         """Sample all candidates for each caption, [B, C, 3, S, S] in [-1, 1]; see `sample`."""
         settings: TokenSampling = getattr(sampling, self.name)
-        away_from = None if negative is None else self._negative(captions, negative, settings)
+        away_from = None
+        if negative is not None:
+            check_negative(negative, captions, [settings.guidance_scale], f"{self.name}.guidance_scale")
+            away_from = self._tokenize(negative)
         with autocast(sampling.precision, self.device):
             codes = self.model.sample(self._tokenize(captions), settings, negative=away_from, generator=generator)
             images = torch.cat(list(map(self.autoencoder.decode_tokens, _parts(codes, len(captions)))))
@@ -266,19 +270,6 @@ class TokenStack(nn.Module):
         embeddings = torch.cat([self.clip.embed_images(self.clip.resize(part)) for part in parts])  # [B * C, E]
         text_embedding = self.clip.encode_text(self._tokenize(captions)).text_embedding  # [B, E]
         return F.cosine_similarity(embeddings.view(*candidates.shape[:2], -1), text_embedding[:, None], dim=2)
-
-    def _negative(self, captions: Sequence[str], negative: Sequence[str], settings: TokenSampling) -> Tensor:
-        """Tokens [B, L] of negative captions."""
-        if len(negative) != len(captions):
-            raise ShapeError(
-                f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-            )
-        if settings.guidance_scale == 1:
-            raise InputError(
-                f"negative: got {negative[0]!r}, but nothing is guided, so it would have no effect. Set "
-                f"{self.name}.guidance_scale above 1."
-            )
-        return self._tokenize(negative)
 
     def _tokenize(self, captions: Sequence[str]) -> Tensor:
         return self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
@@ -345,15 +336,6 @@ def sections(
         "clip": {"model": clip[0], "pretrained": clip[1]},
         "evaluate": {"sampling": to_dict(sampling)},
     }
-
-
-def _check_tokenizer(name: str, clip: Clip, model: ImageTokenModel) -> None:
-    empty = clip.tokenize([""])[0]  # [L]
-    if model.text_length != clip.text_length or not torch.equal(empty, model.null_tokens.to(empty.device)):
-        raise CheckpointError(
-            f"{name}: reads {model.text_length} tokens of another tokenizer than this CLIP's, which gives "
-            f"{clip.text_length}. Take the CLIP and the {name} from the same stack."
-        )
 
 
 def _check_codes(name: str, model: ImageTokenModel, autoencoder: Autoencoder, error: type[Exception]) -> None:
