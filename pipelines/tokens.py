@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.dag import Binder
 from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
 from pipelines.latents import encoded
-from pipelines.pipeline import Variant
+from pipelines.pipeline import Pipeline, Variant
 from tasks.stage import Resources
 from tasks.stages.latents import LatentsConfig
 from tasks.stages.train import train
@@ -56,8 +56,16 @@ def codes_of(section: AutoencoderStageConfig) -> dict[str, int]:
     return {"grid_size": section.model.latent_size, "codebook_size": section.model.codebook_size}
 
 
-def token_pipeline(part: Part[Any]) -> Callable[[Binder], Any]:
-    """Function that composes the DAG: the dataset, the autoencoder, the tokens of all images, and the model of tokens."""
+def token_pipeline(
+    settings: type[TokenPipelineConfig], part: Part[Any], sizes: Mapping[str, Mapping[str, Any]]
+) -> Pipeline:
+    """Pipeline of a system: the dataset, the autoencoder, the tokens of all images, and the model of tokens.
+
+    Args:
+        settings: class of the configuration.
+        part: model of tokens.
+        sizes: name -> sections of a run file.
+    """
 
     def compose(bind: Binder) -> Any:
         data = dataset(bind)
@@ -65,10 +73,10 @@ def token_pipeline(part: Part[Any]) -> Callable[[Binder], Any]:
         model = bind(train(part), data.snapshot, data.clip, autoencoder, tokens)
         return finish(bind, data, data.clip, autoencoder, model)
 
-    return compose
+    return Pipeline(settings, compose, _resolve(part.name, sizes), sizes, _variants(part.name))
 
 
-def resolve(name: str, sizes: Mapping[str, Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+def _resolve(name: str, sizes: Mapping[str, Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Function that fills in the sections of a model size, and the settings that follow from the autoencoder.
 
     Args:
@@ -90,7 +98,7 @@ def resolve(name: str, sizes: Mapping[str, Mapping[str, Any]]) -> Callable[[Mapp
     return resolved
 
 
-def variants(name: str) -> dict[str, Variant]:
+def _variants(name: str) -> dict[str, Variant]:
     """Rows of a comparison besides the system's own: without CLIP's choice among candidates."""
     return {
         "one_candidate": Variant(

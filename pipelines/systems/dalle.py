@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from pipelines import tokens
-from pipelines.pipeline import Pipeline
-from pipelines.tokens import TokenPipelineConfig, TokenResources
+from pipelines.tokens import TokenPipelineConfig, TokenResources, token_pipeline
 from tasks.stage import Resources
 from tasks.stages.evaluate import EvaluateConfig
 from unclip.systems.dalle import DALLE, MODEL_SIZES, DalleSampling, DalleStageConfig
@@ -37,10 +35,4 @@ class DallePipelineConfig(TokenPipelineConfig):
         self.check_model("dalle", self.dalle.model)
 
 
-PIPELINE = Pipeline(
-    DallePipelineConfig,
-    tokens.token_pipeline(DALLE),
-    tokens.resolve("dalle", MODEL_SIZES),
-    MODEL_SIZES,
-    tokens.variants("dalle"),
-)
+PIPELINE = token_pipeline(DallePipelineConfig, DALLE, MODEL_SIZES)

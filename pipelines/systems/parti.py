@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from pipelines import tokens
-from pipelines.pipeline import Pipeline
-from pipelines.tokens import TokenPipelineConfig, TokenResources
+from pipelines.tokens import TokenPipelineConfig, TokenResources, token_pipeline
 from tasks.stage import Resources
 from tasks.stages.evaluate import EvaluateConfig
 from unclip.systems.parti import MODEL_SIZES, PARTI, PartiSampling, PartiStageConfig
@@ -37,10 +35,4 @@ class PartiPipelineConfig(TokenPipelineConfig):
         self.check_model("parti", self.parti.model)
 
 
-PIPELINE = Pipeline(
-    PartiPipelineConfig,
-    tokens.token_pipeline(PARTI),
-    tokens.resolve("parti", MODEL_SIZES),
-    MODEL_SIZES,
-    tokens.variants("parti"),
-)
+PIPELINE = token_pipeline(PartiPipelineConfig, PARTI, MODEL_SIZES)

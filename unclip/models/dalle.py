@@ -9,6 +9,7 @@ Letters: B batch, L text tokens, N image tokens, D width, K codebook size, V siz
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,15 +17,12 @@ from torch import Tensor, nn
 
 from unclip.config import require
 from unclip.models.clip import text_mask
+from unclip.models.image_tokens import ImageTokenModel
 from unclip.models.token_transformer import (
     GridPositions,
-    TextVocabulary,
-    TokenSampling,
     TokenTransformer,
     TokenTransformerConfig,
-    guidance_captions,
     mean_cross_entropy,
-    sample_tokens,
 )
 
 
@@ -50,46 +48,28 @@ class DalleLogits(NamedTuple):
     """[B, N, K]."""
 
 
-class Dalle(nn.Module):
+class Dalle(ImageTokenModel):
     """Causal Transformer over the tokens of a caption and of its image."""
 
-    null_tokens: Tensor
+    config: DalleConfig
     loss_names = ("text", "image")
-    """Columns of the result of `forward`."""
 
     def __init__(self, config: DalleConfig, text_length: int) -> None:
         """Args:
         text_length: L.
         """
-        super().__init__()
-        self.config = config
+        super().__init__(config, text_length)
         width = config.width
-        self.vocabulary = TextVocabulary(config.text_vocab_size)
-        self.from_text = nn.Embedding(config.text_vocab_size, width)
-        self.from_code = nn.Embedding(config.codebook_size, width)
-        for embedding in (self.from_text, self.from_code):
-            nn.init.normal_(embedding.weight, std=0.02)
         self.padding = nn.Parameter(torch.randn(text_length, width) * 0.02)
         self.text_positions = nn.Parameter(torch.randn(text_length, width) * 0.01)
         self.image_positions = GridPositions(config.grid_size, width)
         self.transformer = TokenTransformer(width, config.depth, config.num_heads, config.dropout)
         self.to_text_logits = nn.Linear(width, config.text_vocab_size)
         self.to_logits = nn.Linear(width, config.codebook_size)
-        self.register_buffer("null_tokens", torch.zeros(text_length, dtype=torch.int64))  # [L]
 
     @property
-    def text_length(self) -> int:
-        """L."""
-        return len(self.padding)
-
-    @property
-    def loss_weights(self) -> tuple[float, float]:
-        """Weights of the losses that `forward` returns."""
+    def loss_weights(self) -> tuple[float, ...]:
         return self.config.text_loss_weight, 1 - self.config.text_loss_weight
-
-    def set_null(self, tokens: Tensor) -> None:
-        """Store the tokens of the empty caption, a batch of one."""
-        self.null_tokens.copy_(tokens[0])
 
     def forward(self, tokens: Tensor, codes: Tensor, drop: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of each sample's text tokens and of its image tokens.
@@ -111,8 +91,7 @@ class Dalle(nn.Module):
 
     def logits(self, tokens: Tensor, codes: Tensor, drop: Tensor | None = None) -> DalleLogits:
         """Logits of each token, given the tokens before it; arguments as for `forward`, the last code is not used."""
-        if drop is not None:
-            tokens = torch.where(drop[:, None], self.null_tokens, tokens)  # [B, L]
+        tokens = self.without(tokens, drop)  # [B, L]
         image = self.from_code(codes[:, :-1]) + self.image_positions(0, codes.shape[1] - 1)  # [B, N - 1, D]
         x = self.transformer(torch.cat([self._text(tokens), image], dim=1))  # [B, L + N - 1, D]
         text, image = x.split([self.text_length - 1, codes.shape[1]], dim=1)
@@ -124,40 +103,19 @@ class Dalle(nn.Module):
         text = torch.where(text_mask(tokens)[:, :, None], embedded, self.padding)  # [B, L, D]
         return text + self.text_positions
 
-    @torch.no_grad()
-    def sample(
-        self,
-        tokens: Tensor,
-        settings: TokenSampling,
-        *,
-        negative: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Sample the tokens of `num_candidates` images for each caption.
-
-        Args:
-            tokens: [B, L] int64.
-            settings: `guidance_scale` pushes the logits away from those without text.
-            negative: [B, L] int64, captions to push away from instead.
-
-        Returns:
-            [B * num_candidates, N] int64; the candidates of a caption are next to each other.
-        """
-        if settings.guidance_scale != 1:
-            tokens = torch.cat([tokens, guidance_captions(tokens, negative, self.null_tokens)])  # [2 B, L]
-        num_tokens = self.config.num_image_tokens
-        caches = self.transformer.new_caches(self.text_length + num_tokens - 1)
+    def begin(self, tokens: Tensor, num_candidates: int) -> Callable[[Tensor | None], Tensor]:
+        caches = self.transformer.new_caches(self.text_length + self.config.num_image_tokens - 1)
 
         def next_logits(last: Tensor | None) -> Tensor:
             if last is None:
-                x = self.transformer(self._text(tokens), caches=caches)  # [B or 2 B, L, D]
-                caches.repeat(settings.num_candidates)
-                x = x[:, -1].repeat_interleave(settings.num_candidates, dim=0)  # [R, D]
+                x = self.transformer(self._text(tokens), caches=caches)  # [B, L, D]
+                caches.repeat(num_candidates)
+                x = x[:, -1].repeat_interleave(num_candidates, dim=0)  # [R, D]
             else:
                 place = caches.length - self.text_length
-                last = last.repeat(len(tokens) * settings.num_candidates // len(last))  # [R]
+                last = last.repeat(len(tokens) * num_candidates // len(last))  # [R]
                 x = self.from_code(last)[:, None] + self.image_positions(place, place + 1)  # [R, 1, D]
                 x = self.transformer(x, caches=caches)[:, 0]  # [R, D]
             return self.to_logits(x)  # type: ignore[no-any-return]
 
-        return sample_tokens(next_logits, num_tokens, settings, generator)
+        return next_logits

@@ -9,22 +9,20 @@ Letters: B batch, L text tokens, N image tokens, D width, K codebook size, R seq
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from unclip.config import require
 from unclip.models.clip import text_mask
+from unclip.models.image_tokens import ImageTokenModel
 from unclip.models.layers import TransformerBlock
 from unclip.models.token_transformer import (
     GridPositions,
-    TextVocabulary,
-    TokenSampling,
     TokenTransformer,
     TokenTransformerConfig,
-    guidance_captions,
     mean_cross_entropy,
-    sample_tokens,
 )
 
 
@@ -44,27 +42,17 @@ class PartiConfig(TokenTransformerConfig):
         require(self.encoder_depth >= 1, "encoder_depth", self.encoder_depth, "at least 1")
 
 
-class Parti(nn.Module):
+class Parti(ImageTokenModel):
     """Transformer encoder of a caption, and causal Transformer decoder of the tokens of its image."""
 
-    null_tokens: Tensor
     loss_names = ("image",)
-    """Columns of the result of `forward`."""
-    loss_weights = (1.0,)
-    """Weights of the losses that `forward` returns."""
 
     def __init__(self, config: PartiConfig, text_length: int) -> None:
         """Args:
         text_length: L.
         """
-        super().__init__()
-        self.config = config
+        super().__init__(config, text_length)
         width = config.width
-        self.vocabulary = TextVocabulary(config.text_vocab_size)
-        self.from_text = nn.Embedding(config.text_vocab_size, width)
-        self.from_code = nn.Embedding(config.codebook_size, width)
-        for embedding in (self.from_text, self.from_code):
-            nn.init.normal_(embedding.weight, std=0.02)
         self.start = nn.Parameter(torch.randn(width) * 0.02)
         self.text_positions = nn.Parameter(torch.randn(text_length, width) * 0.01)
         self.image_positions = GridPositions(config.grid_size, width)
@@ -73,16 +61,10 @@ class Parti(nn.Module):
         self.encoder_norm = nn.LayerNorm(width)
         self.decoder = TokenTransformer(width, config.depth, config.num_heads, config.dropout, has_context=True)
         self.to_logits = nn.Linear(width, config.codebook_size)
-        self.register_buffer("null_tokens", torch.zeros(text_length, dtype=torch.int64))  # [L]
 
     @property
-    def text_length(self) -> int:
-        """L."""
-        return len(self.text_positions)
-
-    def set_null(self, tokens: Tensor) -> None:
-        """Store the tokens of the empty caption, a batch of one."""
-        self.null_tokens.copy_(tokens[0])
+    def loss_weights(self) -> tuple[float, ...]:
+        return (1.0,)
 
     def forward(self, tokens: Tensor, codes: Tensor, drop: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of each sample's image tokens.
@@ -99,8 +81,7 @@ class Parti(nn.Module):
 
     def logits(self, tokens: Tensor, codes: Tensor, drop: Tensor | None = None) -> Tensor:
         """Logits [B, N, K] of each image token, given the tokens before it; arguments as for `forward`."""
-        if drop is not None:
-            tokens = torch.where(drop[:, None], self.null_tokens, tokens)  # [B, L]
+        tokens = self.without(tokens, drop)  # [B, L]
         before = self.from_code(codes[:, :-1])  # [B, N - 1, D]
         x = torch.cat([self.start.expand(len(codes), 1, -1), before], dim=1) + self.image_positions(
             0, codes.shape[1]
@@ -115,29 +96,9 @@ class Parti(nn.Module):
             x = block(x, mask)  # [B, L, D]
         return self.encoder_norm(x)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def sample(
-        self,
-        tokens: Tensor,
-        settings: TokenSampling,
-        *,
-        negative: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Sample the tokens of `num_candidates` images for each caption.
-
-        Args:
-            tokens: [B, L] int64.
-            settings: `guidance_scale` pushes the logits away from those without text.
-            negative: [B, L] int64, captions to push away from instead.
-
-        Returns:
-            [B * num_candidates, N] int64; the candidates of a caption are next to each other.
-        """
-        if settings.guidance_scale != 1:
-            tokens = torch.cat([tokens, guidance_captions(tokens, negative, self.null_tokens)])  # [2 B, L]
-        context = self.encode(tokens).repeat_interleave(settings.num_candidates, dim=0)  # [R, L, D]
-        mask = text_mask(tokens).repeat_interleave(settings.num_candidates, dim=0)  # [R, L]
+    def begin(self, tokens: Tensor, num_candidates: int) -> Callable[[Tensor | None], Tensor]:
+        context = self.encode(tokens).repeat_interleave(num_candidates, dim=0)  # [R, L, D]
+        mask = text_mask(tokens).repeat_interleave(num_candidates, dim=0)  # [R, L]
         caches = self.decoder.new_caches(self.config.num_image_tokens, self.text_length)
         start = self.start.expand(len(mask), 1, -1)  # [R, 1, D]
 
@@ -146,4 +107,4 @@ class Parti(nn.Module):
             x = x + self.image_positions(caches.length, caches.length + 1)  # [R, 1, D]
             return self.to_logits(self.decoder(x, context, mask, caches)[:, 0])  # type: ignore[no-any-return]
 
-        return sample_tokens(next_logits, self.config.num_image_tokens, settings, generator)
+        return next_logits

@@ -200,6 +200,10 @@ class TextTransformer(nn.Module):
         """The empty caption, repeated `batch` times: [B, L]."""
         return self.null_tokens.expand(batch, -1)
 
+    def knows(self, clip: Clip) -> bool:
+        """Return True if this CLIP's tokenizer gives the stored empty caption, so that it is that of the training."""
+        return torch.equal(clip.tokenize([""])[0], self.null_tokens.cpu())
+
     def forward(self, tokens: Tensor, drop: Tensor | None = None) -> TextContext:
         """Args:
         tokens: [B, L] int64; zeros after the last nonzero token are padding.

@@ -334,11 +334,6 @@ def sample_tokens(
     return torch.stack(tokens, dim=1)
 
 
-def guidance_captions(tokens: Tensor, negative: Tensor | None, null_tokens: Tensor) -> Tensor:
-    """Captions [B, L] to guide away from: the negative ones, or else the empty caption null_tokens [L]."""
-    return null_tokens.expand_as(tokens) if negative is None else negative
-
-
 def mean_cross_entropy(logits: Tensor, targets: Tensor, keep: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of each row's tokens: [B, L, K] and [B, L] int64 -> [B], over those in keep [B, L] bool.
 

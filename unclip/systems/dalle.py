@@ -11,16 +11,7 @@ from unclip.models.dalle import Dalle, DalleConfig
 from unclip.models.token_transformer import TokenSampling
 from unclip.systems.autoencoder.sizes import DEMO_VQ
 from unclip.systems.autoencoder.sizes import MODEL_SIZES as AUTOENCODERS
-from unclip.systems.system import StackFiles, sampling_of
-from unclip.systems.tokens import (
-    PREVIEW,
-    TokenStack,
-    TokenStackSampling,
-    load_parts,
-    sections,
-    token_part,
-    token_system,
-)
+from unclip.systems.tokens import DEMO_TRAINER, PREVIEW, TokenStackSampling, sections, token_part, token_system
 from unclip.training.settings import TrainerConfig
 
 
@@ -49,16 +40,7 @@ DALLE = token_part(
 )
 
 
-def load(files: StackFiles) -> TokenStack:
-    """Load it from the files of a stack.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or do not fit each other.
-    """
-    return TokenStack("dalle", *load_parts(files, DALLE), sampling_of(files, DalleSampling))
-
-
-SYSTEM = token_system("dalle", DALLE, DalleSampling, load)
+SYSTEM = token_system(DALLE, DalleSampling)
 
 MODEL_SIZES: dict[str, dict[str, Any]] = {
     # 64 pixels as 8 x 8 tokens; minutes on two CPUs
@@ -67,16 +49,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         DEMO_VQ,
         DalleStageConfig(
             DalleConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, cond_drop_prob=0.1),
-            TrainerConfig(
-                num_samples=40_000,
-                batch_size=32,
-                learning_rate=1e-3,
-                warmup_samples=2_000,
-                weight_decay=0.05,
-                beta2=0.95,
-                ema_decay=0.99,
-                checkpoint_samples=10_000,
-            ),
+            DEMO_TRAINER,
         ),
         DalleSampling(batch_size=32, dalle=TokenSampling(top_p=0.9, guidance_scale=1.5)),
         ("unclip-demo", None),

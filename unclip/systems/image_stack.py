@@ -40,7 +40,11 @@ class ImageStackSampling(UpsampledSampling):
 
 
 class ImageStack(UpsampledSystem):
-    """A denoiser, a classifier or none, and any number of upsamplers, each for the images of the one before."""
+    """A denoiser, a classifier or none, and any number of upsamplers, each for the images of the one before.
+
+    It samples images of the captions' classes. A caption without a class gives an image of no particular class; without
+    classes, captions do not count.
+    """
 
     def __init__(
         self, denoiser: ImageDenoiser, classifier: Classifier | None = None, upsamplers: Sequence[Upsampler] = ()
@@ -81,26 +85,6 @@ class ImageStack(UpsampledSystem):
         """Check that captions belong to classes, if there are any; see `system.ChecksCaptions`."""
         self.classes.check(captions)
 
-    def sample(
-        self,
-        captions: Sequence[str],
-        sampling: ImageStackSampling,
-        generator: torch.Generator,
-        *,
-        on_step: OnStep = undisturbed,
-    ) -> Tensor:
-        """Sample one image of each caption's class, [len(captions), 3, S, S] in [-1, 1].
-
-        A caption without a class gives an image of no particular class. Without classes, captions do not count.
-
-        Raises:
-            ConfigError: the settings guide by a classifier that there is not, or are for an upsampler that there is not.
-        """
-        self.check_sampling(sampling)
-        images = self.sample_small(captions, sampling, generator, on_step=on_step)
-        hooks = [on_step] * len(self.upsamplers)
-        return self.upsample(images, sampling, generator, on_step=hooks, conditions=self.upsampler_conditions(captions))
-
     def small_steps(self, sampling: ImageStackSampling) -> int:
         return sampling.denoiser.num_steps
 
@@ -119,16 +103,22 @@ class ImageStack(UpsampledSystem):
         generator: torch.Generator,
         *,
         negative: Sequence[str] | None = None,
+        start: Tensor | None = None,
         known: Tensor | None = None,
         on_step: OnStep = undisturbed,
     ) -> Tensor:
-        """Sample small images [B, 3, s, s]; this system reads no negative captions.
+        """Sample small images [B, 3, s, s]; this system reads neither negative captions nor images to start from.
 
         Args:
             known: [B, 4, s, s] from `known_region`; pixels to return unchanged.
+
+        Raises:
+            ConfigError: the settings guide by a classifier that there is not.
         """
         if negative is not None:
             raise InputError("sample: got negative captions, expected none: this system reads classes only.")
+        if start is not None:
+            raise InputError("sample: got images to start from, expected none: this system reads classes only.")
         label = self.labels(captions)  # [B]
         target = self._log_probability(label) if sampling.denoiser.classifier_scale else None
         with autocast(sampling.precision, self.device):

@@ -19,7 +19,7 @@ from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import Known, require_preview_sampler
-from unclip.errors import CheckpointError, ConfigError, InputError, ShapeError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.models.autoencoder import Autoencoder
 from unclip.models.clip import Clip
 from unclip.models.embeddings import EmbeddingStatistics
@@ -31,9 +31,10 @@ from unclip.models.latent_diffusion import (
     known_latents,
 )
 from unclip.models.small_images import known_part
-from unclip.models.text import EmptyCaption, Text, TextShape, TextTransformer, read_captions
+from unclip.models.text import Text, TextShape, read_captions
 from unclip.models.upsampler import Upsampler
 from unclip.systems.autoencoder import AUTOENCODER
+from unclip.systems.captions import check_clip, check_negative
 from unclip.systems.part import Part, Shapes, TrainingInputs
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
 from unclip.systems.upsampler import UPSAMPLER, UpsampledSampling, UpsampledSystem
@@ -271,7 +272,7 @@ class LatentSystem(UpsampledSystem, abc.ABC):
                 f"{name}: samples latents {generator.config.latent_shape}, but the autoencoder's are {shape}. Take both from the "
                 "same stack."
             )
-        _check_clip(name, clip, generator)
+        check_clip(clip, {name: generator})
         self.clip, self.generator, self.autoencoder = clip, generator, autoencoder
 
     @abc.abstractmethod
@@ -293,36 +294,6 @@ class LatentSystem(UpsampledSystem, abc.ABC):
         """
 
     @torch.no_grad()
-    def sample(
-        self,
-        captions: Sequence[str],
-        sampling: Any,
-        generator: torch.Generator,
-        *,
-        negative: Sequence[str] | None = None,
-        start: Tensor | None = None,
-        on_step: OnStep = undisturbed,
-    ) -> Tensor:
-        """Sample one image for each caption, [len(captions), 3, S, S] in [-1, 1], S that of the last upsampler if there is one.
-
-        Args:
-            negative: captions to guide away from.
-            start: [B, 3, S, S], images to start from, shrunk to the autoencoder's resolution and noised as latents.
-            on_step: hook of the network of latents and of the upsamplers, called after every step.
-
-        Raises:
-            ConfigError: there are settings for an upsampler that the stack does not have.
-            InputError: there are negative captions, but nothing that reads captions is guided.
-            ShapeError: start or negative does not match the captions.
-        """
-        self.check_sampling(sampling)
-        if start is not None:
-            start = self.small_start(start, len(captions))
-        conditions = self.conditions(captions, sampling, generator, negative)
-        images = self.decode_samples(conditions, len(captions), sampling, generator, start=start, on_step=on_step)
-        return self.upsample(images, sampling, generator, on_step=[on_step] * len(self.upsamplers))
-
-    @torch.no_grad()
     def sample_small(
         self,
         captions: Sequence[str],
@@ -330,11 +301,15 @@ class LatentSystem(UpsampledSystem, abc.ABC):
         generator: torch.Generator,
         *,
         negative: Sequence[str] | None = None,
+        start: Tensor | None = None,
         known: Tensor | None = None,
         on_step: OnStep = undisturbed,
     ) -> Tensor:
+        """Sample small images; images to start from are noised as latents."""
         conditions = self.conditions(captions, sampling, generator, negative)
-        return self.decode_samples(conditions, len(captions), sampling, generator, known=known, on_step=on_step)
+        return self.decode_samples(
+            conditions, len(captions), sampling, generator, start=start, known=known, on_step=on_step
+        )
 
     def decode_samples(
         self,
@@ -379,44 +354,6 @@ class LatentSystem(UpsampledSystem, abc.ABC):
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Tokens [B, L] of captions, on the system's device."""
         return self.clip.tokenize(list(captions)).to(self.device)
-
-
-def check_negative(negative: Sequence[str], num_captions: int, scales: Sequence[float], remedy: str) -> None:
-    """Check negative captions.
-
-    Args:
-        scales: guidance scales of the parts that read captions.
-        remedy: setting that guides one of them.
-
-    Raises:
-        InputError: nothing that reads captions is guided, so they would have no effect.
-        ShapeError: there are more or fewer than captions.
-    """
-    if len(negative) != num_captions:
-        raise ShapeError(
-            f"sample: got {len(negative)} negative captions for {num_captions} captions, expected the same number."
-        )
-    if all(scale == 1 for scale in scales):
-        raise InputError(
-            f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would have no effect. Set "
-            f"{remedy} above 1."
-        )
-
-
-def _check_clip(name: str, clip: Clip, generator: LatentDiffusion) -> None:
-    text = generator.text
-    if isinstance(text, EmptyCaption):
-        is_known = text.knows(clip)
-    elif isinstance(text, TextTransformer):
-        empty = clip.tokenize([""])[0]
-        is_known = torch.equal(empty, text.null_tokens.to(empty.device))
-    else:
-        is_known = True
-    if not is_known:
-        raise CheckpointError(
-            f"{name}: was trained with a CLIP other than this one, which reads the empty caption differently, so its samples "
-            f"would not match captions. Take the CLIP and the {name} from the same stack."
-        )
 
 
 def load_latent_parts(
@@ -501,7 +438,7 @@ class LatentDiffusionStack(LatentSystem):
         if negative is None:
             return Conditions(self.read_captions(captions))
         scales = [sampling.latent_diffusion.guidance_scale]
-        check_negative(negative, len(captions), scales, "latent_diffusion.guidance_scale")
+        check_negative(negative, captions, scales, "latent_diffusion.guidance_scale")
         return Conditions(self.read_captions(captions), self.read_captions(negative))
 
 

@@ -14,16 +14,7 @@ from unclip.models.token_transformer import TokenSampling
 from unclip.systems.autoencoder import AutoencoderStageConfig
 from unclip.systems.autoencoder.part import AdversarialConfig
 from unclip.systems.autoencoder.sizes import DEMO_VQ
-from unclip.systems.system import StackFiles, sampling_of
-from unclip.systems.tokens import (
-    PREVIEW,
-    TokenStack,
-    TokenStackSampling,
-    load_parts,
-    sections,
-    token_part,
-    token_system,
-)
+from unclip.systems.tokens import DEMO_TRAINER, PREVIEW, TokenStackSampling, sections, token_part, token_system
 from unclip.training.settings import TrainerConfig
 
 
@@ -52,16 +43,7 @@ PARTI = token_part(
 )
 
 
-def load(files: StackFiles) -> TokenStack:
-    """Load it from the files of a stack.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or do not fit each other.
-    """
-    return TokenStack("parti", *load_parts(files, PARTI), sampling_of(files, PartiSampling))
-
-
-SYSTEM = token_system("parti", PARTI, PartiSampling, load)
+SYSTEM = token_system(PARTI, PartiSampling)
 
 
 VIT_VQGAN = AutoencoderStageConfig(
@@ -112,16 +94,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         DEMO_VQ,
         PartiStageConfig(
             PartiConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, encoder_depth=1),
-            TrainerConfig(
-                num_samples=40_000,
-                batch_size=32,
-                learning_rate=1e-3,
-                warmup_samples=2_000,
-                weight_decay=0.05,
-                beta2=0.95,
-                ema_decay=0.99,
-                checkpoint_samples=10_000,
-            ),
+            DEMO_TRAINER,
         ),
         PartiSampling(batch_size=32, parti=TokenSampling(top_p=0.9, guidance_scale=2.0)),
         ("unclip-demo", None),

@@ -24,10 +24,10 @@ from unclip.models.prior import DiffusionPrior, PriorSampling
 from unclip.models.text import caption_features
 from unclip.models.upsampler import Upsampler
 from unclip.systems.autoencoder import AUTOENCODER
+from unclip.systems.captions import check_clip, check_negative
 from unclip.systems.latent_diffusion import (
     LatentDiffusionStageConfig,
     LatentSystem,
-    check_negative,
     latent_part,
     load_latent_parts,
     shortcuts_of,
@@ -77,12 +77,13 @@ class StableUnclipStack(LatentSystem):
         upsamplers: Sequence[Upsampler] = (),
     ) -> None:
         """Raises:
-        CheckpointError: the parts do not fit each other, or the prior and the generator were trained on embeddings of
-            different datasets or CLIPs.
+        CheckpointError: the parts do not fit each other, the prior and the generator were trained on embeddings of
+            different datasets or CLIPs, or one of them with a CLIP other than this one.
         """
         super().__init__("stable_unclip", clip, generator, autoencoder, upsamplers)
         assert generator.image is not None, "its settings require an image embedding"
         embeddings.check_agreement({"prior": prior.statistics, "stable_unclip": generator.image.statistics})
+        check_clip(clip, {"prior": prior})
         self.prior = prior
         self.sampling = StableUnclipSampling()
 
@@ -113,7 +114,7 @@ class StableUnclipStack(LatentSystem):
         if negative is not None:
             scales = [sampling.prior.guidance_scale]
             scales += [sampling.stable_unclip.guidance_scale] if self.generator.text is not None else []
-            check_negative(negative, len(captions), scales, "prior.guidance_scale")
+            check_negative(negative, captions, scales, "prior.guidance_scale")
         return Conditions(
             self.read_captions(captions),
             None if negative is None else self.read_captions(negative),

@@ -15,23 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import load, require, to_dict
+from unclip.config import added, load, require, to_dict
 from unclip.data import Batch
-from unclip.errors import CheckpointError, ConfigError, InputError, ShapeError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.models.autoencoder import Autoencoder
 from unclip.models.clip import Clip
-from unclip.models.dalle import Dalle
-from unclip.models.parti import Parti
+from unclip.models.image_tokens import ImageTokenModel
 from unclip.models.token_transformer import TokenSampling
 from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
+from unclip.systems.captions import check_clip, check_negative
 from unclip.systems.part import Part, Shapes, TrainingInputs
-from unclip.systems.system import StackFiles, SystemSpec, load_model
+from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
 from unclip.training import parallel
 from unclip.training.batches import stack_rows
 from unclip.training.diffusion_loss import bernoulli, device_of
 from unclip.training.memory import Network, example_flags, example_indices
 from unclip.training.objective import Tensors
 from unclip.training.precision import Precision, autocast
+from unclip.training.settings import TrainerConfig
 
 NUM_COUNTED = 65_536
 """Training captions that the text vocabulary is made of."""
@@ -39,6 +40,17 @@ COLUMNS = {"latents": ("codes",), "embeddings": ("tokens",)}
 
 PREVIEW = TokenSampling(num_candidates=1)
 """Sampling settings of previews; they are not guided, as not every model can be."""
+DEMO_TRAINER = TrainerConfig(
+    num_samples=40_000,
+    batch_size=32,
+    learning_rate=1e-3,
+    warmup_samples=2_000,
+    weight_decay=0.05,
+    beta2=0.95,
+    ema_decay=0.99,
+    checkpoint_samples=10_000,
+)
+"""Training in minutes on two CPUs; the systems share it, as the demo compares them."""
 
 
 class TokenObjective:
@@ -47,7 +59,7 @@ class TokenObjective:
     def __init__(
         self,
         kind: str,
-        model: Dalle | Parti,
+        model: ImageTokenModel,
         clip: Clip,
         autoencoder: Autoencoder,
         captions: Tensor,
@@ -88,8 +100,8 @@ class TokenObjective:
         return (losses * losses.new_tensor(self.model.loss_weights)).sum()
 
     def metrics(self, training: bool) -> dict[str, float]:
-        """Cross-entropy of the image tokens, and of the text tokens if they are predicted, in nats for each; `relative_loss` is
-        that of the image tokens divided by that of equal probabilities."""
+        """Cross-entropy of the image tokens, and of the text tokens if they are predicted, in nats for each; dropped captions
+        count as 0. `relative_loss` is that of the image tokens divided by that of equal probabilities."""
         losses, self._losses[training] = self._losses[training], []
         if not losses:
             return {}
@@ -116,7 +128,7 @@ class TokenObjective:
 
 
 def token_part(
-    name: str, help: str, section: type, config: type, model: Callable[[Any, int], Dalle | Parti]
+    name: str, help: str, section: type, config: type, model: Callable[[Any, int], ImageTokenModel]
 ) -> Part[Any]:
     """Part that trains a model of image tokens.
 
@@ -173,6 +185,8 @@ class TokenStackSampling:
     precision: Precision = "fp32"
     """Precision of the networks. In lower precision, the logits of a caption depend a little on the others in its batch, so that
     now and then another token is drawn."""
+    pad_batches: bool = added(False)
+    """Fill every batch up to `batch_size`. Then an image depends on its caption, seed and settings alone, bit for bit."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
@@ -181,7 +195,7 @@ class TokenStackSampling:
 class TokenStack(nn.Module):
     """CLIP, an autoencoder and a model of its tokens: captions to images."""
 
-    def __init__(self, name: str, clip: Clip, autoencoder: Autoencoder, model: Dalle | Parti, sampling: Any) -> None:
+    def __init__(self, name: str, clip: Clip, autoencoder: Autoencoder, model: ImageTokenModel, sampling: Any) -> None:
         """Args:
             name: name of the model, and of its section in the sampling settings.
 
@@ -189,7 +203,7 @@ class TokenStack(nn.Module):
             CheckpointError: the model was trained with another tokenizer or autoencoder.
         """
         super().__init__()
-        _check_tokenizer(name, clip, model)
+        check_clip(clip, {name: model})
         _check_codes(name, model, autoencoder, CheckpointError)
         self.name, self.clip, self.autoencoder, self.model = name, clip, autoencoder, model
         self.sampling = sampling
@@ -237,7 +251,10 @@ class TokenStack(nn.Module):
     ) -> Tensor:
         """Sample all candidates for each caption, [B, C, 3, S, S] in [-1, 1]; see `sample`."""
         settings: TokenSampling = getattr(sampling, self.name)
-        away_from = None if negative is None else self._negative(captions, negative, settings)
+        away_from = None
+        if negative is not None:
+            check_negative(negative, captions, [settings.guidance_scale], f"{self.name}.guidance_scale")
+            away_from = self._tokenize(negative)
         with autocast(sampling.precision, self.device):
             codes = self.model.sample(self._tokenize(captions), settings, negative=away_from, generator=generator)
             images = torch.cat(list(map(self.autoencoder.decode_tokens, _parts(codes, len(captions)))))
@@ -254,19 +271,6 @@ class TokenStack(nn.Module):
         text_embedding = self.clip.encode_text(self._tokenize(captions)).text_embedding  # [B, E]
         return F.cosine_similarity(embeddings.view(*candidates.shape[:2], -1), text_embedding[:, None], dim=2)
 
-    def _negative(self, captions: Sequence[str], negative: Sequence[str], settings: TokenSampling) -> Tensor:
-        """Tokens [B, L] of negative captions."""
-        if len(negative) != len(captions):
-            raise ShapeError(
-                f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-            )
-        if settings.guidance_scale == 1:
-            raise InputError(
-                f"negative: got {negative[0]!r}, but nothing is guided, so it would have no effect. Set "
-                f"{self.name}.guidance_scale above 1."
-            )
-        return self._tokenize(negative)
-
     def _tokenize(self, captions: Sequence[str]) -> Tensor:
         return self.clip.tokenize(list(captions)).to(self.device)  # [B, L]
 
@@ -276,27 +280,32 @@ def _parts(rows: Tensor, size: int) -> list[Tensor]:
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
-def load_parts(files: StackFiles, part: Part[Any]) -> tuple[Clip, Autoencoder, Any]:
+def load_stack(files: StackFiles, part: Part[Any], sampling: type) -> TokenStack:
     """Load CLIP, the autoencoder and the model of its tokens.
 
     Raises:
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, or do not fit each other.
     """
     if files.clip is None or not {"autoencoder", part.name} <= files.models.keys():
         found = ", ".join(files.models)
         raise CheckpointError(f"stack: got {found}, expected a CLIP, an autoencoder and a part {part.name}.")
-    autoencoder = load_model(files.models["autoencoder"], (AUTOENCODER,))
-    return files.clip.load(), autoencoder, load_model(files.models[part.name], (part,))  # type: ignore[return-value]
+    autoencoder: Any = load_model(files.models["autoencoder"], (AUTOENCODER,))
+    model: Any = load_model(files.models[part.name], (part,))
+    return TokenStack(part.name, files.clip.load(), autoencoder, model, sampling_of(files, sampling))
 
 
-def token_system(name: str, part: Part[Any], sampling: type, load: Callable[[StackFiles], TokenStack]) -> SystemSpec:
-    """Description of a system of image tokens."""
+def token_system(part: Part[Any], sampling: type) -> SystemSpec:
+    """Description of a system of image tokens, which has the name of its model's part.
+
+    Args:
+        sampling: class of its sampling settings, with a section of that name.
+    """
     return SystemSpec(
-        name=name,
+        name=part.name,
         parts=(AUTOENCODER, part),
         sampling=sampling,
-        load=load,
-        shortcuts={"guidance_scale": f"{name}.guidance_scale"},
+        load=lambda files: load_stack(files, part, sampling),
+        shortcuts={"guidance_scale": f"{part.name}.guidance_scale"},
         inputs=("negative",),
     )
 
@@ -329,23 +338,15 @@ def sections(
     }
 
 
-def _check_tokenizer(name: str, clip: Clip, model: Dalle | Parti) -> None:
-    empty = clip.tokenize([""])[0]  # [L]
-    if model.text_length != clip.text_length or not torch.equal(empty, model.null_tokens.to(empty.device)):
-        raise CheckpointError(
-            f"{name}: reads {model.text_length} tokens of another tokenizer than this CLIP's, which gives "
-            f"{clip.text_length}. Take the CLIP and the {name} from the same stack."
-        )
-
-
-def _check_codes(name: str, model: Dalle | Parti, autoencoder: Autoencoder, error: type[Exception]) -> None:
+def _check_codes(name: str, model: ImageTokenModel, autoencoder: Autoencoder, error: type[Exception]) -> None:
     pairs = {
         "grid_size": (model.config.grid_size, autoencoder.config.latent_size),
         "codebook_size": (model.config.codebook_size, autoencoder.config.codebook_size),
     }
-    if autoencoder.config.bottleneck == "kl":
+    if not autoencoder.config.has_codes:
         raise error(
-            f"{name}: got an autoencoder without tokens (kl). Set autoencoder.model.bottleneck to vq or gumbel."
+            f"{name}: got an autoencoder without tokens ({autoencoder.config.bottleneck}). Set autoencoder.model.bottleneck to "
+            "vq or gumbel."
         )
     for field, (got, expected) in pairs.items():
         if got != expected:

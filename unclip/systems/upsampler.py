@@ -280,6 +280,38 @@ class UpsampledSystem(nn.Module, abc.ABC):
         """Conditions of the upsamplers, from captions: name in their `sample` -> value; none for upsamplers that read none."""
         return {}
 
+    @torch.no_grad()
+    def sample(
+        self,
+        captions: Sequence[str],
+        sampling: Any,
+        generator: torch.Generator,
+        *,
+        negative: Sequence[str] | None = None,
+        start: Tensor | None = None,
+        on_step: OnStep = undisturbed,
+    ) -> Tensor:
+        """Sample one image for each caption, [len(captions), 3, S, S] in [-1, 1].
+
+        Args:
+            negative: captions to guide away from.
+            start: [B, 3, S, S], images to start from, shrunk to the small resolution and noised by the strength of the settings.
+            on_step: hook of the network of small images and of the upsamplers, called after every step.
+
+        Raises:
+            ConfigError: there are settings for an upsampler that the system does not have.
+            InputError: there are negative captions, but no part that reads captions is guided.
+            ShapeError: start or negative does not match the captions.
+        """
+        self.check_sampling(sampling)
+        if start is not None:
+            start = self.small_start(start, len(captions))
+        low_res = self.sample_small(captions, sampling, generator, negative=negative, start=start, on_step=on_step)
+        hooks = [on_step] * len(self.upsamplers)
+        return self.upsample(
+            low_res, sampling, generator, on_step=hooks, conditions=self.upsampler_conditions(captions)
+        )
+
     @abc.abstractmethod
     def sample_small(
         self,
@@ -288,6 +320,7 @@ class UpsampledSystem(nn.Module, abc.ABC):
         generator: torch.Generator,
         *,
         negative: Sequence[str] | None = None,
+        start: Tensor | None = None,
         known: Tensor | None = None,
         on_step: OnStep = undisturbed,
     ) -> Tensor:
@@ -295,6 +328,7 @@ class UpsampledSystem(nn.Module, abc.ABC):
 
         Args:
             negative: captions to guide away from.
+            start: [B, 3, s, s], images to start from.
             known: [B, 4, s, s] from `known_region`; None if nothing is known.
             on_step: hook of the network of small images, called after every step.
         """

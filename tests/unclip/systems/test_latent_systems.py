@@ -208,6 +208,26 @@ def test_parts_that_do_not_fit_each_other_are_refused(clip: Clip, tmp_path: Path
         LatentDiffusionStack(clip, generator, type(tiny_autoencoder())(larger))
 
 
+@pytest.mark.parametrize(
+    ("kind", "part", "name"),
+    [
+        ("latent_diffusion", "generator", "null_tokens"),
+        ("stable_unclip", "generator", "null_embedding"),
+        ("stable_unclip", "prior", "null_embedding"),
+    ],
+)
+def test_parts_that_were_trained_with_another_clip_are_refused(
+    kind: str, part: str, name: str, clip: Clip, tmp_path: Path
+) -> None:
+    publish(kind, tmp_path, clip)
+    stack: Any = load_system(tmp_path / "stack")
+    getattr(getattr(stack, part).text, name)[1] += 1
+    parts = [stack.prior] if kind == "stable_unclip" else []
+    expected = kind if part == "generator" else part
+    with pytest.raises(CheckpointError, match=f"^{expected}: was trained with a CLIP other than this one"):
+        type(stack)(stack.clip, *parts, stack.generator, stack.autoencoder)
+
+
 def test_conditions_that_a_network_does_not_read_are_refused(clip: Clip) -> None:
     x_t, t = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
     tokens = clip.tokenize(CAPTIONS[:2])

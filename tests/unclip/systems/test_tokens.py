@@ -132,6 +132,11 @@ def test_an_image_does_not_depend_on_the_requests_in_its_batch(stack: TokenStack
     alone = [sample_captions(stack, CAPTIONS[:1], seed=7), sample_captions(stack, CAPTIONS[1:], seed=8)]
     together = sample_together(stack, CAPTIONS, [(7, 1), (8, 2)], sampling=stack.sampling)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    padded = dataclasses.replace(stack.sampling, batch_size=4, pad_batches=True)
+    alone = [sample_captions(stack, CAPTIONS[:1], seed=7, sampling=padded)]
+    alone += [sample_captions(stack, CAPTIONS[1:], seed=8, sampling=padded)]
+    together = sample_together(stack, CAPTIONS, [(7, 1), (8, 2)], sampling=padded)
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_guidance_and_negative_captions_change_the_images(stack: TokenStack) -> None:
@@ -144,7 +149,7 @@ def test_guidance_and_negative_captions_change_the_images(stack: TokenStack) -> 
     assert not torch.equal(plain, guided)
     assert not torch.equal(guided, sample(20.0, ["a large yellow square"] * 3))
     assert torch.equal(guided, sample(20.0, [""] * 3))
-    with pytest.raises(InputError, match="nothing is guided"):
+    with pytest.raises(InputError, match="nothing that reads captions is guided"):
         sample(1.0, [""] * 3)
     with pytest.raises(ShapeError, match="got 2 negative captions for 3 captions"):
         stack.sample(CAPTIONS, stack.sampling, torch.Generator(), negative=["", ""])
@@ -154,9 +159,9 @@ def test_parts_of_other_stacks_are_refused(stack: TokenStack, clip: Clip) -> Non
     name, sampling = stack.name, stack.sampling
     with pytest.raises(CheckpointError, match=rf"{name}\.model\.codebook_size: got 12, expected 8"):
         TokenStack(name, clip, tiny_tokens.autoencoder(codebook_size=8), stack.model, sampling)
-    with pytest.raises(CheckpointError, match=f"{name}: reads 20 tokens of another tokenizer"):
+    with pytest.raises(CheckpointError, match=f"{name}: was trained with a CLIP other than this one"):
         TokenStack(name, clip, stack.autoencoder, tiny_tokens.model(name, text_length=20), sampling)
-    with pytest.raises(CheckpointError, match=f"{name}: reads 24 tokens of another tokenizer"):
+    with pytest.raises(CheckpointError, match=f"{name}: was trained with a CLIP other than this one"):
         TokenStack(name, clip, stack.autoencoder, tiny_tokens.model(name), sampling)  # its empty caption is all zeros
 
 

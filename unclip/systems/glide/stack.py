@@ -11,12 +11,13 @@ from torch import Tensor
 
 from unclip.diffusion import guidance
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.errors import CheckpointError, InputError, ShapeError
+from unclip.errors import CheckpointError
 from unclip.models.clip import Clip
 from unclip.models.glide import Glide
 from unclip.models.noised_clip import NoisedClip
 from unclip.models.small_images import Captions, ImageSampling, similarity_by_clip
 from unclip.models.upsampler import Upsampler
+from unclip.systems.captions import check_negative
 from unclip.systems.glide.generator import GLIDE
 from unclip.systems.glide.noised_clip import NOISED_CLIP
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
@@ -67,35 +68,6 @@ class GlideStack(UpsampledSystem):
         stack.sampling = sampling_of(files, GlideSampling)
         return stack
 
-    @torch.no_grad()
-    def sample(
-        self,
-        captions: Sequence[str],
-        sampling: GlideSampling,
-        generator: torch.Generator,
-        *,
-        negative: Sequence[str] | None = None,
-        start: Tensor | None = None,
-        on_step: OnStep = undisturbed,
-    ) -> Tensor:
-        """Sample one image for each caption, [len(captions), 3, S, S] in [-1, 1].
-
-        Args:
-            negative: captions to guide away from.
-            start: [B, 3, S, S], images for the generator to start from, shrunk to its resolution and noised by its strength.
-            on_step: hook of the generator and the upsamplers, called after every step.
-
-        Raises:
-            ConfigError: there are settings for an upsampler that the stack does not have.
-            InputError: there are negative captions, but no classifier-free guidance.
-            ShapeError: start or negative does not match the captions.
-        """
-        self.check_sampling(sampling)
-        if start is not None:
-            start = self.small_start(start, len(captions))
-        low_res = self.sample_small(captions, sampling, generator, negative=negative, start=start, on_step=on_step)
-        return self.upsample(low_res, sampling, generator, on_step=[on_step] * len(self.upsamplers))
-
     def small_steps(self, sampling: GlideSampling) -> int:
         return sampling.glide.num_steps
 
@@ -124,15 +96,7 @@ class GlideStack(UpsampledSystem):
         tokens = self._tokenize(captions)
         given = Captions(tokens)
         if negative is not None:
-            if len(negative) != len(captions):
-                raise ShapeError(
-                    f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-                )
-            if sampling.glide.guidance_scale == 1:
-                raise InputError(
-                    f"negative: got {negative[0]!r}, but nothing is guided, so it would have no effect. Set "
-                    "glide.guidance_scale above 1."
-                )
+            check_negative(negative, captions, [sampling.glide.guidance_scale], "glide.guidance_scale")
             given = given._replace(negative=self._tokenize(negative))
         if not sampling.glide.clip_guidance_scale:
             return given
@@ -147,10 +111,9 @@ class GlideStack(UpsampledSystem):
 
 
 def _check_tokenizer(clip: Clip, glide: Glide) -> None:
-    empty = clip.tokenize([""])[0]  # [L]
     shape = glide.text_shape
     is_same = (shape.length, shape.vocab_size) == (clip.text_length, clip.vocab_size)
-    if not is_same or not torch.equal(empty, glide.text.null_tokens.to(empty.device)):
+    if not is_same or not glide.text.knows(clip):
         raise CheckpointError(
             f"glide: reads {shape.length} tokens out of {shape.vocab_size:,}, but this CLIP's tokenizer is another, with "
             f"{clip.text_length} out of {clip.vocab_size:,}. Take the CLIP and the generator from the same stack."

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.errors import CheckpointError, InputError, ShapeError
+from unclip.errors import CheckpointError
 from unclip.models.imagen import Imagen, ImagenSampling, TextUpsampler, TextUpsamplerSampling
 from unclip.models.text_states import TextEncoder
+from unclip.systems.captions import check_negative
 from unclip.systems.imagen.generator import IMAGEN
 from unclip.systems.imagen.super_resolution import TEXT_UPSAMPLER
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
@@ -74,38 +75,6 @@ class ImagenStack(UpsampledSystem):
     def device(self) -> torch.device:
         return next(self.imagen.parameters()).device
 
-    @torch.no_grad()
-    def sample(
-        self,
-        captions: Sequence[str],
-        sampling: ImagenStackSampling,
-        generator: torch.Generator,
-        *,
-        negative: Sequence[str] | None = None,
-        start: Tensor | None = None,
-        on_step: OnStep = undisturbed,
-    ) -> Tensor:
-        """Sample one image for each caption, [len(captions), 3, S, S] in [-1, 1].
-
-        Args:
-            negative: captions to guide the base network away from.
-            start: [B, 3, S, S], images for the base network to start from, shrunk to its resolution and noised by its strength.
-            on_step: hook of the base network and the upsamplers, called after every step.
-
-        Raises:
-            ConfigError: there are settings for an upsampler that the stack does not have.
-            InputError: there are negative captions, but no guidance.
-            ShapeError: start or negative does not match the captions.
-        """
-        self.check_sampling(sampling)
-        if start is not None:
-            start = self.small_start(start, len(captions))
-        low_res = self.sample_small(captions, sampling, generator, negative=negative, start=start, on_step=on_step)
-        hooks = [on_step] * len(self.upsamplers)
-        return self.upsample(
-            low_res, sampling, generator, on_step=hooks, conditions=self.upsampler_conditions(captions)
-        )
-
     def small_steps(self, sampling: ImagenStackSampling) -> int:
         return sampling.imagen.num_steps
 
@@ -126,15 +95,7 @@ class ImagenStack(UpsampledSystem):
     ) -> Tensor:
         """Sample small images [B, 3, s, s]; see `Imagen.sample`."""
         if negative is not None:
-            if len(negative) != len(captions):
-                raise ShapeError(
-                    f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-                )
-            if sampling.imagen.guidance_scale == 1:
-                raise InputError(
-                    f"negative: got {negative[0]!r}, but nothing is guided, so it would have no effect. Set "
-                    "imagen.guidance_scale above 1."
-                )
+            check_negative(negative, captions, [sampling.imagen.guidance_scale], "imagen.guidance_scale")
         text = self.encoder.encode(captions)
         away = None if negative is None else self.encoder.encode(negative)
         with autocast(sampling.precision, self.device):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.errors import CheckpointError, InputError, ShapeError
+from unclip.errors import CheckpointError
 from unclip.models import embeddings
 from unclip.models.autoregressive_prior import AutoregressivePrior
 from unclip.models.clip import Clip
@@ -18,8 +18,9 @@ from unclip.models.decoder import Decoder
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.models.prior import DiffusionPrior
 from unclip.models.small_images import NO_CAPTIONS, Captions, similarity_by_clip
-from unclip.models.text import CaptionFeatures, EmptyCaption, Text, caption_features, read_captions
+from unclip.models.text import CaptionFeatures, Text, caption_features, read_captions
 from unclip.models.upsampler import Upsampler
+from unclip.systems.captions import check_clip, check_negative
 from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
 from unclip.systems.unclip.decoder import DECODER
 from unclip.systems.unclip.prior import PRIOR
@@ -41,7 +42,10 @@ class EmbeddingFacts(NamedTuple):
 
 
 class Stack(UpsampledSystem):
-    """CLIP, a prior, a decoder and any number of upsamplers, each for the images of the one before: captions to images."""
+    """CLIP, a prior, a decoder and any number of upsamplers, each for the images of the one before: captions to images.
+
+    Source: Ramesh et al. 2022, section 2.
+    """
 
     upsamplers: Sequence[Upsampler]
 
@@ -58,7 +62,7 @@ class Stack(UpsampledSystem):
         """
         super().__init__(decoder.config.unet.image_size, "the decoder", upsamplers)
         embeddings.check_agreement({"prior": prior.statistics, "decoder": decoder.statistics})
-        _check_clip(clip, {"prior": prior, "decoder": decoder})
+        check_clip(clip, {"prior": prior, "decoder": decoder})
         self.clip, self.prior, self.decoder = clip, prior, decoder
         self.sampling = SamplingConfig()
         self.dataset: EmbeddingFacts | None = None
@@ -84,36 +88,6 @@ class Stack(UpsampledSystem):
             stack.dataset = EmbeddingFacts(tensors["statistics"]["mean"], PrincipalComponents(**tensors["pca"]))
         return stack
 
-    @torch.no_grad()
-    def sample(
-        self,
-        captions: Sequence[str],
-        sampling: SamplingConfig,
-        generator: torch.Generator,
-        *,
-        negative: Sequence[str] | None = None,
-        start: Tensor | None = None,
-        on_step: OnStep = undisturbed,
-    ) -> Tensor:
-        """Sample one image for each caption, [len(captions), 3, S, S] in [-1, 1].
-
-        Args:
-            negative: captions to guide away from, in the prior and in a decoder that reads captions.
-            start: [B, 3, S, S], images for the decoder to start from, shrunk to its resolution and noised by its strength.
-            on_step: hook of the decoder and the upsamplers, called after every step.
-
-        Raises:
-            ConfigError: there are settings for an upsampler that the stack does not have.
-            InputError: there are negative captions, but no part that reads captions is guided.
-            ShapeError: start or negative does not match the captions.
-
-        Source: Ramesh et al. 2022, section 2: prior, decoder, upsamplers.
-        """
-        self.check_sampling(sampling)
-        decoder_captions = self.captions(captions, sampling, negative)
-        embedding = self.embed_captions(list(captions), sampling, generator, negative)
-        return self.decode(embedding, sampling, generator, decoder_captions, start=start, on_step=on_step)
-
     def small_steps(self, sampling: SamplingConfig) -> int:
         return sampling.decoder.num_steps
 
@@ -125,6 +99,7 @@ class Stack(UpsampledSystem):
         generator: torch.Generator,
         *,
         negative: Sequence[str] | None = None,
+        start: Tensor | None = None,
         known: Tensor | None = None,
         on_step: OnStep = undisturbed,
     ) -> Tensor:
@@ -132,7 +107,7 @@ class Stack(UpsampledSystem):
         embedding = self.embed_captions(list(captions), sampling, generator, negative)
         with autocast(sampling.precision, self.device):
             return self.decoder.sample(
-                embedding, sampling.decoder, given, known=known, generator=generator, on_step=on_step
+                embedding, sampling.decoder, given, known=known, start=start, generator=generator, on_step=on_step
             )
 
     def embed_captions(
@@ -203,19 +178,11 @@ class Stack(UpsampledSystem):
             caption_similarity = similarity_by_clip(self.clip, self.embed_text(captions))
         if negative is None:
             return Captions(self.read_captions(captions), None, caption_similarity)
-        if len(negative) != len(captions):
-            raise ShapeError(
-                f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-            )
         scales = [sampling.prior.guidance_scale] if sampling.image_embedding == "prior" else []
         if self.decoder.text is not None:
             text_scale = sampling.decoder.text_guidance_scale
             scales += [sampling.decoder.guidance_scale, 1.0 if text_scale is None else text_scale]
-        if all(scale == 1 for scale in scales):
-            raise InputError(
-                f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would have no effect. Set "
-                "prior.guidance_scale above 1."
-            )
+        check_negative(negative, captions, scales, "prior.guidance_scale")
         return Captions(self.read_captions(captions), self.read_captions(negative), caption_similarity)
 
     def decode(
@@ -241,15 +208,6 @@ class Stack(UpsampledSystem):
                 image_embedding, sampling.decoder, captions, start=start, generator=generator, on_step=on_step
             )
         return self.upsample(low_res, sampling, generator, on_step=[on_step] * len(self.upsamplers))
-
-
-def _check_clip(clip: Clip, models: dict[str, nn.Module]) -> None:
-    for name, model in models.items():
-        if not all(module.knows(clip) for module in model.modules() if isinstance(module, EmptyCaption)):
-            raise CheckpointError(
-                f"{name}: was trained with a CLIP other than this one, which encodes the empty caption differently, so its "
-                f"samples would not match captions. Take the CLIP and the {name} from the same stack."
-            )
 
 
 SYSTEM = SystemSpec(
