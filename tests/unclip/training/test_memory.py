@@ -177,7 +177,7 @@ def test_the_largest_preset_is_planned_without_allocating_it() -> None:
 
 def test_memory_of_each_gpu() -> None:
     activations = Activations(Bytes(200, 10), Bytes(0, 1), (Bytes(20, 2), Bytes(10, 4)))
-    model = ModelMemory("model", 100, 10, 30, 50, activations, 0.0)
+    model = ModelMemory("model", 100, 10, 30, 60, activations, 0.0)
     single, ddp = model.states(TrainingSetup()), model.states(TrainingSetup(2))
     assert (single.weights, single.gradients, single.moments, single.average, single.exchange) == (
         400,
@@ -198,7 +198,7 @@ def test_memory_of_each_gpu() -> None:
         activations.at(3, checkpointing=True) == 3 + 200
     )  # autocast's copies of weights at the end of the forward pass
     assert activations.at(100, checkpointing=True) == 100 + 410  # the second block
-    for num_samples, peak in ((1, 4 * 50 + 10), (100, 1200)):  # the gradient of the largest parameter, or the activations
+    for num_samples, peak in ((1, 4 * 60), (100, 1200)):  # gradient of the largest parameter, activations
         assert model.at(num_samples, TrainingSetup()) == single.total + peak
     assert model.largest_micro_batch(TrainingSetup(), 1e-9) == 0
     assert model.largest_micro_batch(TrainingSetup(), 80) == memory.MAX_MICRO_BATCH
