@@ -19,7 +19,7 @@ from unclip.config import load, operational, require, to_dict
 from unclip.data import Batch
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import Known, require_preview_sampler
-from unclip.errors import CheckpointError, ConfigError, InputError, ShapeError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.models.autoencoder import Autoencoder
 from unclip.models.clip import Clip
 from unclip.models.embeddings import EmbeddingStatistics
@@ -35,7 +35,7 @@ from unclip.models.text import EmptyCaption, Text, TextShape, TextTransformer, r
 from unclip.models.upsampler import Upsampler
 from unclip.systems.autoencoder import AUTOENCODER
 from unclip.systems.part import Part, Shapes, TrainingInputs
-from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
+from unclip.systems.system import StackFiles, SystemSpec, check_negative, load_model, sampling_of
 from unclip.systems.upsampler import UPSAMPLER, UpsampledSampling, UpsampledSystem
 from unclip.training import checkpoints
 from unclip.training.batches import stack_halves, stack_rows
@@ -379,28 +379,6 @@ class LatentSystem(UpsampledSystem, abc.ABC):
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Tokens [B, L] of captions, on the system's device."""
         return self.clip.tokenize(list(captions)).to(self.device)
-
-
-def check_negative(negative: Sequence[str], num_captions: int, scales: Sequence[float], remedy: str) -> None:
-    """Check negative captions.
-
-    Args:
-        scales: guidance scales of the parts that read captions.
-        remedy: setting that guides one of them.
-
-    Raises:
-        InputError: nothing that reads captions is guided, so they would have no effect.
-        ShapeError: there are more or fewer than captions.
-    """
-    if len(negative) != num_captions:
-        raise ShapeError(
-            f"sample: got {len(negative)} negative captions for {num_captions} captions, expected the same number."
-        )
-    if all(scale == 1 for scale in scales):
-        raise InputError(
-            f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would have no effect. Set "
-            f"{remedy} above 1."
-        )
 
 
 def _check_clip(name: str, clip: Clip, generator: LatentDiffusion) -> None:

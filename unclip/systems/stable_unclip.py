@@ -27,12 +27,11 @@ from unclip.systems.autoencoder import AUTOENCODER
 from unclip.systems.latent_diffusion import (
     LatentDiffusionStageConfig,
     LatentSystem,
-    check_negative,
     latent_part,
     load_latent_parts,
     shortcuts_of,
 )
-from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
+from unclip.systems.system import StackFiles, SystemSpec, check_negative, load_model, sampling_of
 from unclip.systems.unclip.prior import PRIOR
 from unclip.systems.upsampler import UPSAMPLER, UpsampledSampling
 

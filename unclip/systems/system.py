@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip import config, files, foreign
-from unclip.errors import CheckpointError, ConfigError, DamagedError
+from unclip.errors import CheckpointError, ConfigError, DamagedError, InputError, ShapeError
 from unclip.models import clip as clip_models
 from unclip.models.clip import Clip, ImageEmbeddings
 from unclip.scratch import scratch_folder
@@ -484,6 +484,28 @@ def sample_together(
     """
     requests = [(seeded(system.device, seed * 1_000_003), count) for seed, count in seeds]
     return _sample_requests(system, captions, requests, sampling, inputs)
+
+
+def check_negative(negative: Sequence[str], num_captions: int, scales: Sequence[float], remedy: str) -> None:
+    """Check negative captions.
+
+    Args:
+        scales: guidance scales of the parts that read captions.
+        remedy: setting that guides one of them.
+
+    Raises:
+        InputError: nothing that reads captions is guided, so they would have no effect.
+        ShapeError: there are more or fewer than captions.
+    """
+    if len(negative) != num_captions:
+        raise ShapeError(
+            f"sample: got {len(negative)} negative captions for {num_captions} captions, expected the same number."
+        )
+    if all(scale == 1 for scale in scales):
+        raise InputError(
+            f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would have no effect. Set "
+            f"{remedy} above 1."
+        )
 
 
 def _sample_requests(

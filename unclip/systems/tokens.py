@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unclip.config import load, require, to_dict
 from unclip.data import Batch
-from unclip.errors import CheckpointError, ConfigError, InputError, ShapeError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.models.autoencoder import Autoencoder
 from unclip.models.clip import Clip
 from unclip.models.dalle import Dalle
@@ -25,7 +25,7 @@ from unclip.models.parti import Parti
 from unclip.models.token_transformer import TokenSampling
 from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
 from unclip.systems.part import Part, Shapes, TrainingInputs
-from unclip.systems.system import StackFiles, SystemSpec, load_model
+from unclip.systems.system import StackFiles, SystemSpec, check_negative, load_model
 from unclip.training import parallel
 from unclip.training.batches import stack_rows
 from unclip.training.diffusion_loss import bernoulli, device_of
@@ -256,15 +256,7 @@ class TokenStack(nn.Module):
 
     def _negative(self, captions: Sequence[str], negative: Sequence[str], settings: TokenSampling) -> Tensor:
         """Tokens [B, L] of negative captions."""
-        if len(negative) != len(captions):
-            raise ShapeError(
-                f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-            )
-        if settings.guidance_scale == 1:
-            raise InputError(
-                f"negative: got {negative[0]!r}, but nothing is guided, so it would have no effect. Set "
-                f"{self.name}.guidance_scale above 1."
-            )
+        check_negative(negative, len(captions), [settings.guidance_scale], f"{self.name}.guidance_scale")
         return self._tokenize(negative)
 
     def _tokenize(self, captions: Sequence[str]) -> Tensor:

@@ -215,7 +215,7 @@ def test_negative_captions_are_guided_away_from(stack: GlideStack) -> None:
     assert torch.equal(plain, sample(stack, negative=[""] * 3))
     pushed = sample(stack, negative=["a blue star"] * 3)
     assert not torch.equal(plain[0], pushed[0])
-    with pytest.raises(InputError, match=r"negative: got 'a blue star', but nothing is guided"):
+    with pytest.raises(InputError, match=r"negative: got 'a blue star', but nothing that reads captions is guided"):
         sample(stack, negative=["a blue star"] * 3, guidance_scale=1.0)
     with pytest.raises(ShapeError, match="got 1 negative captions for 3"):
         stack.sample(CAPTIONS, SAMPLING, torch.Generator(), negative=[""])

@@ -328,7 +328,7 @@ def test_negative_captions_are_guided_away_from(stack: ImagenStack) -> None:
     plain = sample(stack)
     pushed = sample(stack, negative=["a circle"] * 3)
     assert not torch.allclose(plain, pushed, atol=1e-3)
-    with pytest.raises(InputError, match=r"negative: got 'a circle', but nothing is guided"):
+    with pytest.raises(InputError, match=r"negative: got 'a circle', but nothing that reads captions is guided"):
         sample(stack, negative=["a circle"] * 3, guidance_scale=1.0)
     with pytest.raises(ShapeError, match="got 1 negative captions for 3"):
         stack.sample(CAPTIONS, SAMPLING, torch.Generator(), negative=[""])

@@ -144,7 +144,7 @@ def test_guidance_and_negative_captions_change_the_images(stack: TokenStack) -> 
     assert not torch.equal(plain, guided)
     assert not torch.equal(guided, sample(20.0, ["a large yellow square"] * 3))
     assert torch.equal(guided, sample(20.0, [""] * 3))
-    with pytest.raises(InputError, match="nothing is guided"):
+    with pytest.raises(InputError, match="nothing that reads captions is guided"):
         sample(1.0, [""] * 3)
     with pytest.raises(ShapeError, match="got 2 negative captions for 3 captions"):
         stack.sample(CAPTIONS, stack.sampling, torch.Generator(), negative=["", ""])

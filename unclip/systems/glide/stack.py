@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unclip.diffusion import guidance
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.errors import CheckpointError, InputError, ShapeError
+from unclip.errors import CheckpointError
 from unclip.models.clip import Clip
 from unclip.models.glide import Glide
 from unclip.models.noised_clip import NoisedClip
@@ -19,7 +19,7 @@ from unclip.models.small_images import Captions, ImageSampling, similarity_by_cl
 from unclip.models.upsampler import Upsampler
 from unclip.systems.glide.generator import GLIDE
 from unclip.systems.glide.noised_clip import NOISED_CLIP
-from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
+from unclip.systems.system import StackFiles, SystemSpec, check_negative, load_model, sampling_of
 from unclip.systems.upsampler import UPSAMPLER, UpsampledSampling, UpsampledSystem
 from unclip.training.precision import autocast
 
@@ -124,15 +124,7 @@ class GlideStack(UpsampledSystem):
         tokens = self._tokenize(captions)
         given = Captions(tokens)
         if negative is not None:
-            if len(negative) != len(captions):
-                raise ShapeError(
-                    f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-                )
-            if sampling.glide.guidance_scale == 1:
-                raise InputError(
-                    f"negative: got {negative[0]!r}, but nothing is guided, so it would have no effect. Set "
-                    "glide.guidance_scale above 1."
-                )
+            check_negative(negative, len(captions), [sampling.glide.guidance_scale], "glide.guidance_scale")
             given = given._replace(negative=self._tokenize(negative))
         if not sampling.glide.clip_guidance_scale:
             return given

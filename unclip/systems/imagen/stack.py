@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.errors import CheckpointError, InputError, ShapeError
+from unclip.errors import CheckpointError
 from unclip.models.imagen import Imagen, ImagenSampling, TextUpsampler, TextUpsamplerSampling
-from unclip.models.text_states import TextEncoder
+from unclip.models.text_states import TextEncoder, TextStates
 from unclip.systems.imagen.generator import IMAGEN
 from unclip.systems.imagen.super_resolution import TEXT_UPSAMPLER
-from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
+from unclip.systems.system import StackFiles, SystemSpec, check_negative, load_model, sampling_of
 from unclip.systems.text_encoder import ENCODER_STAGE, load_encoder
 from unclip.systems.upsampler import UpsampledSampling, UpsampledSystem
 from unclip.training.precision import autocast
@@ -70,10 +70,6 @@ class ImagenStack(UpsampledSystem):
         stack.sampling = sampling_of(files, ImagenStackSampling)
         return stack
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.imagen.parameters()).device
-
     @torch.no_grad()
     def sample(
         self,
@@ -100,11 +96,10 @@ class ImagenStack(UpsampledSystem):
         self.check_sampling(sampling)
         if start is not None:
             start = self.small_start(start, len(captions))
-        low_res = self.sample_small(captions, sampling, generator, negative=negative, start=start, on_step=on_step)
+        text = self.encoder.encode(captions)  # once for all networks
+        low_res = self._sample_small(text, sampling, generator, negative=negative, start=start, on_step=on_step)
         hooks = [on_step] * len(self.upsamplers)
-        return self.upsample(
-            low_res, sampling, generator, on_step=hooks, conditions=self.upsampler_conditions(captions)
-        )
+        return self.upsample(low_res, sampling, generator, on_step=hooks, conditions={"text": text})
 
     def small_steps(self, sampling: ImagenStackSampling) -> int:
         return sampling.imagen.num_steps
@@ -125,22 +120,25 @@ class ImagenStack(UpsampledSystem):
         on_step: OnStep = undisturbed,
     ) -> Tensor:
         """Sample small images [B, 3, s, s]; see `Imagen.sample`."""
+        inputs = {"negative": negative, "known": known, "start": start, "on_step": on_step}
+        return self._sample_small(self.encoder.encode(captions), sampling, generator, **inputs)
+
+    def _sample_small(
+        self,
+        text: TextStates,
+        sampling: ImagenStackSampling,
+        generator: torch.Generator,
+        *,
+        negative: Sequence[str] | None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Sample small images of captions that are encoded already."""
+        away = None
         if negative is not None:
-            if len(negative) != len(captions):
-                raise ShapeError(
-                    f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-                )
-            if sampling.imagen.guidance_scale == 1:
-                raise InputError(
-                    f"negative: got {negative[0]!r}, but nothing is guided, so it would have no effect. Set "
-                    "imagen.guidance_scale above 1."
-                )
-        text = self.encoder.encode(captions)
-        away = None if negative is None else self.encoder.encode(negative)
+            check_negative(negative, len(text.length), [sampling.imagen.guidance_scale], "imagen.guidance_scale")
+            away = self.encoder.encode(negative)
         with autocast(sampling.precision, self.device):
-            return self.imagen.sample(
-                text, sampling.imagen, negative=away, known=known, start=start, generator=generator, on_step=on_step
-            )
+            return self.imagen.sample(text, sampling.imagen, negative=away, generator=generator, **inputs)
 
 
 SYSTEM = SystemSpec(

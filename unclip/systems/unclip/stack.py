@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.diffusion.samplers import OnStep, undisturbed
-from unclip.errors import CheckpointError, InputError, ShapeError
+from unclip.errors import CheckpointError
 from unclip.models import embeddings
 from unclip.models.autoregressive_prior import AutoregressivePrior
 from unclip.models.clip import Clip
@@ -20,7 +20,7 @@ from unclip.models.prior import DiffusionPrior
 from unclip.models.small_images import NO_CAPTIONS, Captions, similarity_by_clip
 from unclip.models.text import CaptionFeatures, EmptyCaption, Text, caption_features, read_captions
 from unclip.models.upsampler import Upsampler
-from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
+from unclip.systems.system import StackFiles, SystemSpec, check_negative, load_model, sampling_of
 from unclip.systems.unclip.decoder import DECODER
 from unclip.systems.unclip.prior import PRIOR
 from unclip.systems.unclip.sampling import SamplingConfig
@@ -203,19 +203,11 @@ class Stack(UpsampledSystem):
             caption_similarity = similarity_by_clip(self.clip, self.embed_text(captions))
         if negative is None:
             return Captions(self.read_captions(captions), None, caption_similarity)
-        if len(negative) != len(captions):
-            raise ShapeError(
-                f"sample: got {len(negative)} negative captions for {len(captions)} captions, expected the same number."
-            )
         scales = [sampling.prior.guidance_scale] if sampling.image_embedding == "prior" else []
         if self.decoder.text is not None:
             text_scale = sampling.decoder.text_guidance_scale
             scales += [sampling.decoder.guidance_scale, 1.0 if text_scale is None else text_scale]
-        if all(scale == 1 for scale in scales):
-            raise InputError(
-                f"negative: got {negative[0]!r}, but nothing that reads captions is guided, so it would have no effect. Set "
-                "prior.guidance_scale above 1."
-            )
+        check_negative(negative, len(captions), scales, "prior.guidance_scale")
         return Captions(self.read_captions(captions), self.read_captions(negative), caption_similarity)
 
     def decode(
