@@ -22,6 +22,9 @@ from unclip.interop.folders import DIFFUSERS_WEIGHTS
 from unclip.models.autoencoder import Autoencoder, AutoencoderConfig, Bottleneck
 from unclip.training.objective import Tensors
 
+MAX_LEVELS = 16
+"""Most levels of an imported network; each but the last halves a resolution of at most 2**14."""
+
 
 class Scaling(NamedTuple):
     """Scale of the latents that a diffusion model reads: (latents - shift) * factor.
@@ -45,10 +48,12 @@ def export_autoencoder(autoencoder: Autoencoder, folder: str | Path, scaling: Sc
         InputError: diffusers' classes cannot represent the autoencoder; nothing is written.
     """
     config = autoencoder.config
-    if config.bottleneck not in _CLASSES or config.patch_size != 1:
+    if config.bottleneck not in _CLASSES or config.patch_size != 1 or config.transformer is not None:
+        networks = "convolutions" if config.transformer is None else "Transformers"
         raise InputError(
-            f"export: got an autoencoder with bottleneck = {config.bottleneck!r}, patch_size = {config.patch_size}, expected "
-            "'kl' or 'vq' and patch_size = 1, as AutoencoderKL and VQModel support nothing else. Train with these to export."
+            f"export: got an autoencoder with bottleneck = {config.bottleneck!r}, patch_size = {config.patch_size} and "
+            f"{networks}, expected 'kl' or 'vq' and patch_size = 1 and convolutions, as AutoencoderKL and VQModel support "
+            "nothing else. Train with these to export."
         )
     is_kl = config.bottleneck == "kl"
     require(scaling.factor > 0, "scaling.factor", scaling.factor, "above 0")
@@ -228,6 +233,10 @@ def _with_current_names(tensors: Tensors) -> Tensors:
 def _config_of(network: _Network, bottleneck: Bottleneck, path: Path) -> AutoencoderConfig:
     widths, down = network.block_out_channels, network.down_block_types
     mirrored = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)]
+    if len(widths) > MAX_LEVELS:
+        raise CheckpointError(
+            f"{path}: got {len(widths):,} blocks, expected at most {MAX_LEVELS}. The file is damaged."
+        )
     if not (len(widths) == len(down) > 0 and mirrored == list(network.up_block_types)):
         raise CheckpointError(
             f"{path}: got blocks {down} and {network.up_block_types} of {widths} channels, expected as many numbers of channels "

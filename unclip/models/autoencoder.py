@@ -196,7 +196,7 @@ class Autoencoder(nn.Module):
         """
         self._check_codes("decode_tokens")
         assert not isinstance(self.bottleneck, KlBottleneck)
-        size = round(tokens.shape[1] ** 0.5)
+        size = round(tokens.shape[-1] ** 0.5)
         if tokens.dim() != 2 or size * size != tokens.shape[1]:
             raise ShapeError(f"decode_tokens: got {tuple(tokens.shape)}, expected [B, s * s] codes of square images.")
         largest = self.config.codebook_size - 1

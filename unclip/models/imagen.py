@@ -12,12 +12,11 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import require
 from unclip.diffusion import samplers, sampling
-from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion, augment_condition
+from unclip.diffusion.process import Denoiser, DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.diffusion.sampling import DiffusionSampling, Thresholding
 from unclip.models.degradations import DegradationConfig
@@ -27,6 +26,7 @@ from unclip.models.small_images import ImageSampling, sample_images
 from unclip.models.text import TextContext
 from unclip.models.text_states import StatesReader, TextStates, no_text
 from unclip.models.unet import UNet, UNetConfig
+from unclip.models.upsampler import check_enlarging, enlarge, sample_enlarged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +164,7 @@ class TextUpsamplerConfig:
     """The diffusion process."""
 
     def __post_init__(self) -> None:
-        require(self.scale >= 2, "scale", self.scale, "at least 2")
-        size = self.unet.image_size
-        fits = size <= self.output_size and size % self.scale == 0
-        expected = f"a crop of at most {self.output_size} pixels that is a multiple of {self.scale}"
-        require(fits, "unet.image_size", size, expected)
+        check_enlarging(self)
         step = 2 ** len(self.unet.channel_mult)
         fits = self.output_size % step == 0
         require(
@@ -177,8 +173,6 @@ class TextUpsamplerConfig:
             self.unet.channel_mult,
             f"fewer levels, as {self.output_size} is no multiple of {step}",
         )
-        level = self.max_noise_level
-        require(0 <= level < self.diffusion.num_timesteps, "max_noise_level", level, "a timestep")
         _check_text(self.context_dim, self.pooling_heads, self.text_drop_prob)
 
     @property
@@ -256,11 +250,7 @@ class TextUpsampler(nn.Module):
             [B, 3, S, S]; [B, 6, S, S] if the diffusion learns its variance.
         """
         text = self.text(TextStates(states, length), text_drop)
-        return self._predict(x_t, t, self._enlarge(low_res, x_t.shape[-1]), noise_level, text)
-
-    def _enlarge(self, low_res: Tensor, size: int) -> Tensor:
-        # in float32, because CPUs have no bf16 kernel for it
-        return F.interpolate(low_res.float(), size=(size, size), mode="bicubic", antialias=True)  # [B, 3, S, S]
+        return self._predict(x_t, t, enlarge(low_res, x_t.shape[-1]), noise_level, text)
 
     def _predict(
         self, x_t: Tensor, t: Tensor, enlarged: Tensor, noise_level: Tensor | None, text: TextContext
@@ -281,7 +271,7 @@ class TextUpsampler(nn.Module):
             low_res: [B, 3, s, s] in [-1, 1], already noised to noise_level [B].
             text: captions.
         """
-        enlarged = self._enlarge(low_res, low_res.shape[-1] * self.config.scale)
+        enlarged = enlarge(low_res, low_res.shape[-1] * self.config.scale)
 
         def denoise(given: TextStates) -> Denoiser:
             context = self.text(given)
@@ -312,22 +302,13 @@ class TextUpsampler(nn.Module):
         Raises:
             ConfigError: the noise level is above the largest of the training.
         """
-        noise_level, most = settings.noise_level, self.config.max_noise_level
-        require(noise_level <= most, "noise_level", noise_level, f"at least 0, at most {most} as in training")
-        level = None
-        if most > 0:
-            low_res, level = augment_condition(self.diffusion, low_res, (noise_level, noise_level), generator)
-        size = low_res.shape[-1] * self.config.scale
-        if x_T is None:
-            x_T = torch.randn(len(low_res), 3, size, size, generator=generator, device=low_res.device)
-        return sampling.sample(
-            self.diffusion,
-            self.denoiser(low_res, level, text, settings),
-            x_T,
+        return sample_enlarged(
+            self,
+            low_res,
+            lambda noised, level: self.denoiser(noised, level, text, settings),
             settings,
-            mean_squared_score=self.measured.get("mean_squared_score"),
             known=known,
-            num_resamplings=settings.num_resamplings,
+            x_T=x_T,
             generator=generator,
             on_step=on_step,
         )

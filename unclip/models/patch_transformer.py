@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import require
+from unclip.errors import ShapeError
 from unclip.models.layers import TransformerBlock
 
 
@@ -37,13 +38,23 @@ class _PatchTransformer(nn.Module):
 
     def __init__(self, config: PatchTransformerConfig, latent_size: int) -> None:
         super().__init__()
+        self.latent_size = latent_size
         self.positions = nn.Parameter(torch.randn(latent_size**2, config.width) * 0.02)
         self.blocks = nn.ModuleList([TransformerBlock(config.width, config.num_heads) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, W, s, s] -> [B, W, s, s]."""
+        """[B, W, s, s] -> [B, W, s, s].
+
+        Raises:
+            ShapeError: the images are of another size than those that the positions are for.
+        """
         height, width = x.shape[2:]
+        if (height, width) != (self.latent_size, self.latent_size):
+            raise ShapeError(
+                f"autoencoder: got {height} x {width} patches, expected {self.latent_size} x {self.latent_size}, as its "
+                "Transformers learn a position for each. Resize the images."
+            )
         tokens = x.flatten(2).transpose(1, 2) + self.positions  # [B, ss, W]
         mask = torch.ones(1, 1, 1, tokens.shape[1], dtype=torch.bool, device=x.device)
         for block in self.blocks:

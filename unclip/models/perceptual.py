@@ -83,7 +83,7 @@ class LpipsDistance:
 
     @classmethod
     def load(cls, path: str | Path) -> "LpipsDistance":
-        """Read a safetensors file with the state dict of `lpips.LPIPS(net="vgg")`, of the package lpips.
+        """Read a file that `safetensors.torch.save_model` wrote of `lpips.LPIPS(net="vgg")`, of the package lpips.
 
         Raises:
             CheckpointError: the file is missing, damaged, no safetensors file, or of another network.
@@ -93,7 +93,7 @@ class LpipsDistance:
         from torchvision.models import vgg
 
         try:
-            tensors = load_file(str(path))
+            tensors = {name: tensor.float() for name, tensor in load_file(str(path)).items()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"perceptual.weights: {path} cannot be read: {error}. Weights must be complete safetensors files; pickles are "
@@ -116,7 +116,8 @@ class LpipsDistance:
                 )
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"perceptual.weights: {path} has no LPIPS of VGG16: {error}. Save the state dict of lpips.LPIPS(net='vgg')."
+                f"perceptual.weights: {path} has no LPIPS of VGG16: {error}. Write it by "
+                "safetensors.torch.save_model(lpips.LPIPS(net='vgg'), FILE)."
             ) from error
         return cls(network, weights)
 

@@ -85,20 +85,18 @@ def from_bytes(rows: Sequence[bytes], lengths: Sequence[int]) -> TextStates:
 
     Args:
         rows: bytes of `to_bytes`.
-        lengths: tokens of each caption.
+        lengths: tokens of each caption, at least one caption.
 
     Raises:
         InputError: the bytes are not the states of so many tokens, or widths differ.
     """
-    widths = {
-        len(row) / (BYTES_PER_VALUE * length) if length > 0 else 0 for row, length in zip(rows, lengths, strict=True)
-    }
-    width = int(next(iter(widths), 0))
-    if len(widths) != 1 or width < 1 or widths != {width}:
-        raise InputError(
-            f"text_states: got {len(rows[0]) if rows else 0} bytes for {lengths[0] if rows else 0} tokens, expected "
-            f"{BYTES_PER_VALUE} for each number, as many of every token. The table is damaged; delete it and run again."
-        )
+    width = len(rows[0]) // (BYTES_PER_VALUE * max(lengths[0], 1))
+    for row, length in zip(rows, lengths, strict=True):
+        if width < 1 or length < 1 or len(row) != BYTES_PER_VALUE * width * length:
+            raise InputError(
+                f"text_states: got {len(row)} bytes for {length} tokens, expected {BYTES_PER_VALUE} for each number, as many "
+                "of every token. The table is damaged; delete it and run again."
+            )
     longest = -(-max(lengths) // LENGTH_STEP) * LENGTH_STEP  # so that a compiled network sees few lengths
     states = torch.zeros(len(rows), longest, width)  # [B, L, W]
     for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):

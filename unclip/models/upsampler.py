@@ -8,6 +8,8 @@ Letters: B batch, S output size, s input size, D time-embedding width.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,15 +51,7 @@ class UpsamplerConfig:
         require(
             not self.unet.attention_resolutions, "unet.attention_resolutions", self.unet.attention_resolutions, "none"
         )
-        require(self.scale >= 2, "scale", self.scale, "at least 2")
-        require(
-            self.unet.image_size <= self.output_size and self.unet.image_size % self.scale == 0,
-            "unet.image_size",
-            self.unet.image_size,
-            f"a crop of at most {self.output_size} pixels that is a multiple of {self.scale}",
-        )
-        num_timesteps = self.diffusion.num_timesteps
-        require(0 <= self.max_noise_level < num_timesteps, "max_noise_level", self.max_noise_level, "a timestep")
+        check_enlarging(self)
         kind = self.degradation.kind
         require(not self.reads_blur or kind == "blur", "degradation.kind", kind, "blur with reads_blur")
 
@@ -149,8 +143,7 @@ class Upsampler(nn.Module):
         Returns:
             [B, 3, S, S]; [B, 6, S, S] if the diffusion learns its variance.
         """
-        # in float32, because CPUs have no bf16 kernel for it
-        upsampled = F.interpolate(low_res.float(), size=x_t.shape[-2:], mode="bicubic", antialias=True)  # [B, 3, S, S]
+        enlarged = enlarge(low_res, x_t.shape[-1])  # [B, 3, S, S]
         vector = None
         if self.noise_level_embedding is not None:
             vector = self.noise_level_embedding(torch.zeros_like(t) if noise_level is None else noise_level)  # [B, D]
@@ -161,7 +154,7 @@ class Upsampler(nn.Module):
             of_class = self.class_embedding(torch.full_like(t, self.num_classes) if label is None else label)  # [B, D]
             vector = of_class if vector is None else vector + of_class
         unet = self.last_unet if last_step and self.last_unet is not None else self.unet
-        return unet(torch.cat([x_t, upsampled], dim=1), t, vector)  # type: ignore[no-any-return]
+        return unet(torch.cat([x_t, enlarged], dim=1), t, vector)  # type: ignore[no-any-return]
 
     def denoiser(
         self,
@@ -203,27 +196,82 @@ class Upsampler(nn.Module):
         Raises:
             ConfigError: the noise level or the blur is above the largest of the training.
         """
-        noise_level, most = settings.noise_level, self.config.max_noise_level
-        require(noise_level <= most, "noise_level", noise_level, f"at least 0, at most {most} as in training")
         strongest = self.config.degradation.max_blur_sigma if self.config.reads_blur else 0.0
         expected = f"at least 0, at most {strongest:g} as in training"
         require(settings.blur_sigma <= strongest, "blur_sigma", settings.blur_sigma, expected)
-        level, blur_sigma = None, low_res.new_full(low_res.shape[:1], settings.blur_sigma)
+        blur_sigma = low_res.new_full(low_res.shape[:1], settings.blur_sigma)
         if settings.blur_sigma > 0:
             low_res = gaussian_blur(low_res, blur_sigma)
-        if most > 0:
-            low_res, level = augment_condition(self.diffusion, low_res, (noise_level, noise_level), generator)
-        size = low_res.shape[-1] * self.config.scale
-        if x_T is None:
-            x_T = torch.randn(len(low_res), 3, size, size, generator=generator, device=low_res.device)
-        return sampling.sample(
-            self.diffusion,
-            self.denoiser(low_res, level, settings, blur_sigma, label),
-            x_T,
+        return sample_enlarged(
+            self,
+            low_res,
+            lambda noised, level: self.denoiser(noised, level, settings, blur_sigma, label),
             settings,
-            mean_squared_score=self.measured.get("mean_squared_score"),
             known=known,
-            num_resamplings=settings.num_resamplings,
+            x_T=x_T,
             generator=generator,
             on_step=on_step,
         )
+
+
+# Parts of all upsamplers, whatever else they read
+
+
+def check_enlarging(config: Any) -> None:
+    """Check the scale, the size of the crops and the noise level of an upsampler's settings.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    require(config.scale >= 2, "scale", config.scale, "at least 2")
+    size, largest = config.unet.image_size, config.output_size
+    expected = f"a crop of at most {largest} pixels that is a multiple of {config.scale}"
+    require(size <= largest and size % config.scale == 0, "unet.image_size", size, expected)
+    level = config.max_noise_level
+    require(0 <= level < config.diffusion.num_timesteps, "max_noise_level", level, "a timestep")
+
+
+def enlarge(low_res: Tensor, size: int) -> Tensor:
+    """Enlarge images [B, 3, s, s] to [B, 3, size, size], in float32, because CPUs have no bf16 kernel for it."""
+    return F.interpolate(low_res.float(), size=(size, size), mode="bicubic", antialias=True)
+
+
+def sample_enlarged(
+    upsampler: Any,
+    low_res: Tensor,
+    denoiser: Callable[[Tensor, Tensor | None], Denoiser],
+    settings: Any,
+    *,
+    known: sampling.Known | None,
+    x_T: Tensor | None,
+    generator: torch.Generator | None,
+    on_step: OnStep,
+) -> Tensor:
+    """Noise low-resolution images to the level of the settings, if the upsampler knows levels, and sample enlarged ones.
+
+    Args:
+        low_res: [B, 3, s, s] in [-1, 1]; not changed.
+        denoiser: low-resolution images and their noise levels [B], None for upsamplers that know none -> denoiser.
+
+    Raises:
+        ConfigError: the noise level is above the largest of the training.
+    """
+    noise_level, most = settings.noise_level, upsampler.config.max_noise_level
+    require(noise_level <= most, "noise_level", noise_level, f"at least 0, at most {most} as in training")
+    level = None
+    if most > 0:
+        low_res, level = augment_condition(upsampler.diffusion, low_res, (noise_level, noise_level), generator)
+    size = low_res.shape[-1] * upsampler.config.scale
+    if x_T is None:
+        x_T = torch.randn(len(low_res), 3, size, size, generator=generator, device=low_res.device)
+    return sampling.sample(
+        upsampler.diffusion,
+        denoiser(low_res, level),
+        x_T,
+        settings,
+        mean_squared_score=upsampler.measured.get("mean_squared_score"),
+        known=known,
+        num_resamplings=settings.num_resamplings,
+        generator=generator,
+        on_step=on_step,
+    )

@@ -81,7 +81,7 @@ class CodebookLearner:
         if not step_taken or not unlearned:
             return
         sums = parallel.all_reduce_sum(torch.stack([sums for sums, _ in unlearned]).sum(dim=0))  # [K, 1 + D] or [K, 1]
-        candidates = _of_all_ranks(torch.cat([rows for _, rows in unlearned]))  # [M, D]
+        candidates = _all_gather(torch.cat([rows for _, rows in unlearned]))  # [M, D]
         use, totals = self.state["use"], self.state.get("totals")
         use.lerp_(sums[:, 0], 1 - self.config.decay)
         mean = use.mean()
@@ -129,7 +129,7 @@ class CodeUse:
         return {"code_use": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
 
 
-def _of_all_ranks(rows: Tensor) -> Tensor:
+def _all_gather(rows: Tensor) -> Tensor:
     """Rows [M, D] of all ranks, in rank order."""
     if not torch.distributed.is_initialized():
         return rows

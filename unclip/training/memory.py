@@ -120,6 +120,8 @@ class ModelMemory:
     """Number of parameters outside of all blocks (`parallel.blocks`)."""
     largest_block: int
     """Number of parameters in the largest block."""
+    largest_parameter: int
+    """Size of the largest parameter."""
     activations: Activations
     flops_per_sample: float
     """FLOPs of training (`unclip.training.flops`)."""
@@ -133,8 +135,13 @@ class ModelMemory:
         return States(shard, full if training.accumulates else shard, 2 * shard, shard, exchange=gathered)
 
     def at(self, num_samples: int, training: TrainingSetup) -> int:
-        """Total memory on each GPU with micro-batches of `num_samples`."""
-        return self.states(training).total + self.activations.at(num_samples, training.checkpointing)
+        """Total memory on each GPU with micro-batches of `num_samples`.
+
+        The peak is that of the activations or, if these are few, when the gradient of the largest parameter is added to that of
+        an earlier micro-batch: the embedding of a large vocabulary is the last layer that the backward pass reaches.
+        """
+        activations = self.activations.at(num_samples, training.checkpointing)
+        return self.states(training).total + max(activations, _FLOAT32 * self.largest_parameter)
 
     def largest_micro_batch(self, training: TrainingSetup, memory_gib: float) -> int:
         """Largest micro-batch, up to `MAX_MICRO_BATCH`, that fits into GPUs of this memory minus the reserve; 0 if none fits."""
@@ -169,6 +176,7 @@ def measure(name: str, network: Network, device: str = "cuda", precision: Precis
         parameters=parameters,
         outside_blocks=parameters - sum(in_blocks),
         largest_block=max(in_blocks, default=0),
+        largest_parameter=max((parameter.numel() for parameter in model.parameters()), default=0),
         activations=Activations(
             full=_fit_line(at_2.full, at_4.full),
             checkpointed=_fit_line(at_2.checkpointed, at_4.checkpointed),

@@ -13,6 +13,7 @@ from tests.unclip.interop.test_decoder import randomize
 from unclip.errors import CheckpointError, ConfigError, InputError, UnclipError
 from unclip.interop.autoencoder import Scaling, export_autoencoder, import_autoencoder
 from unclip.models.autoencoder import Autoencoder, AutoencoderConfig, Bottleneck
+from unclip.models.patch_transformer import PatchTransformerConfig
 from unclip.models.quantisers import KlBottleneck, VectorQuantiser
 
 SIZES: dict[str, Any] = {
@@ -139,7 +140,9 @@ def test_penalties_and_their_gradients_are_those_of_diffusers() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(expected_divergence.sum(), moments), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"bottleneck": "gumbel"}, {"patch_size": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"bottleneck": "gumbel"}, {"patch_size": 2}, {"transformer": PatchTransformerConfig(8, 16, 1, 2)}]
+)
 def test_what_diffusers_cannot_represent_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     autoencoder = Autoencoder(AutoencoderConfig(**{**CONFIGS["kl"].__dict__, "codebook_size": 8, **changes}))
     with pytest.raises(InputError, match="expected 'kl' or 'vq' and patch_size = 1"):
@@ -164,6 +167,14 @@ def test_scalings_are_checked(tmp_path: Path) -> None:
         ({"block_out_channels": [8, 16, 20]}, "expected multiples of the first"),
         ({"block_out_channels": [8, 16]}, "as many numbers of channels"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "mirrored blocks"),
+        (
+            {
+                "block_out_channels": [8] * 20_000,
+                "down_block_types": ["DownEncoderBlock2D"] * 20_000,
+                "up_block_types": ["UpDecoderBlock2D"] * 20_000,
+            },
+            "got 20,000 blocks, expected at most 16",
+        ),
         ({"layers_per_block": 400}, "layers_per_block = 400"),
         ({"layers_per_block": 1}, "do not fit"),
         ({"num_vq_embeddings": 30}, "do not fit"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -62,8 +63,9 @@ def test_wrong_inputs_are_named() -> None:
     with pytest.raises(ConfigError, match="bottleneck = 'kl', which has no codes"):
         model.tokens(images())
     tokens = autoencoder(bottleneck="vq")
-    with pytest.raises(ShapeError, match=r"got \(1, 3\), expected \[B, s \* s\]"):
-        tokens.decode_tokens(torch.zeros(1, 3, dtype=torch.int64))
+    for shape in ((1, 3), (4,)):
+        with pytest.raises(ShapeError, match=rf"got {re.escape(str(shape))}, expected \[B, s \* s\]"):
+            tokens.decode_tokens(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(ShapeError, match="codes from 0 to 10, expected 0 to 9"):
         tokens.decode_tokens(torch.tensor([[0, 1, 2, 10]]))
 

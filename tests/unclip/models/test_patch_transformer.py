@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, ShapeError
 from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
 from unclip.models.discriminator import DiscriminatorConfig
 from unclip.models.patch_transformer import PatchTransformerConfig
@@ -96,6 +96,12 @@ def test_vit_vqgan_small_has_the_published_number_of_parameters() -> None:
         model = Autoencoder(config)
     assert config.latent_size == 32
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(60e6, rel=0.15)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    for size in ((8, 8), (8, 32)):  # the second has as many patches
+        with pytest.raises(ShapeError, match="expected 4 x 4, as its Transformers learn a position for each"):
+            build(bottleneck="kl").encode(torch.zeros(1, 3, *size))
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

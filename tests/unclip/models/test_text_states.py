@@ -36,7 +36,7 @@ def test_states_that_half_precision_cannot_hold_are_refused() -> None:
     ("rows", "lengths"), [([b"1234"], [3]), ([b"1234", b"12345678"], [1, 1]), ([b""], [1]), ([b"12"], [0])]
 )
 def test_bytes_that_are_no_states_are_refused(rows: list[bytes], lengths: list[int]) -> None:
-    with pytest.raises(InputError, match="text_states: got"):
+    with pytest.raises(InputError, match=f"text_states: got {len(rows[-1])} bytes for {lengths[-1]} tokens"):
         from_bytes(rows, lengths)
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from tests.unclip.systems.sized import networks, shapes
 from unclip.errors import ConfigError
 from unclip.models.dalle import DalleConfig
-from unclip.models.layers import CausalTransformer
+from unclip.models.layers import CausalTransformer, Conv3x3
 from unclip.models.parti import PartiConfig
 from unclip.systems.dalle import DALLE, DalleStageConfig
 from unclip.systems.latent_diffusion import LATENT_DIFFUSION
@@ -96,7 +96,7 @@ def test_priors_without_padding_need_less_than_planned(name: str) -> None:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Tracks the bytes of all tensors created while it is active."""
+    """Tracks the bytes of all tensors created while it is active, and not of older ones that operations change in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,11 +104,12 @@ class LiveMemory(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
         results = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor):
                 live = tensor.untyped_storage()
-                if live._cdata not in self.sizes:
+                if live._cdata not in self.sizes and live._cdata not in given:
                     self.sizes[live._cdata] = live.nbytes()
                     weakref.finalize(live, self.sizes.pop, live._cdata)
         self.peak = max(self.peak, sum(self.sizes.values()))
@@ -116,9 +117,12 @@ class LiveMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-# Not latent_diffusion: the gradient of its embedding of 49,408 tokens is as large as all activations of so few samples.
-@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64", "stable_unclip"])
-def test_the_peak_of_a_step_is_within_the_reserve_of_the_plan(name: str, checkpointing: bool) -> None:
+# The gradient of the embedding of 49,408 tokens in latent_diffusion is as large as all activations of so few samples.
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler-64", "stable_unclip", "latent_diffusion"])
+def test_the_peak_of_a_step_is_within_the_reserve_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch, name: str, checkpointing: bool
+) -> None:
+    monkeypatch.setattr(Conv3x3, "HAS_TILES", False)  # as on a GPU, autocast makes and holds all copies of weights
     training = TrainingSetup(checkpointing=checkpointing)
     plan = memory.measure(name, DEMO[name], "cpu", "bf16")
     model = DEMO[name].build()
@@ -173,7 +177,7 @@ def test_the_largest_preset_is_planned_without_allocating_it() -> None:
 
 def test_memory_of_each_gpu() -> None:
     activations = Activations(Bytes(200, 10), Bytes(0, 1), (Bytes(20, 2), Bytes(10, 4)))
-    model = ModelMemory("model", 100, 10, 30, activations, 0.0)
+    model = ModelMemory("model", 100, 10, 30, 60, activations, 0.0)
     single, ddp = model.states(TrainingSetup()), model.states(TrainingSetup(2))
     assert (single.weights, single.gradients, single.moments, single.average, single.exchange) == (
         400,
@@ -194,6 +198,8 @@ def test_memory_of_each_gpu() -> None:
         activations.at(3, checkpointing=True) == 3 + 200
     )  # autocast's copies of weights at the end of the forward pass
     assert activations.at(100, checkpointing=True) == 100 + 410  # the second block
+    for num_samples, peak in ((1, 4 * 60), (100, 1200)):  # gradient of the largest parameter, activations
+        assert model.at(num_samples, TrainingSetup()) == single.total + peak
     assert model.largest_micro_batch(TrainingSetup(), 1e-9) == 0
     assert model.largest_micro_batch(TrainingSetup(), 80) == memory.MAX_MICRO_BATCH
 
@@ -217,7 +223,7 @@ def test_f137_ddp_makes_no_copy_of_the_gradients(tmp_path: Path) -> None:
         gained = resident_bytes() - before
     finally:
         torch.distributed.destroy_process_group()
-    plan = ModelMemory("model", depth * width**2, 0, width**2, Activations(Bytes(0, 0), Bytes(0, 0), ()), 0.0)
+    plan = ModelMemory("model", depth * width**2, 0, width**2, width**2, Activations(Bytes(0, 0), Bytes(0, 0), ()), 0.0)
     states = plan.states(TrainingSetup(num_gpus=2))
     assert states.gradients + states.exchange == pytest.approx(gained, rel=0.25)
 

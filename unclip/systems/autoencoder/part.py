@@ -35,7 +35,7 @@ class PerceptualConfig:
     network: Literal["clip", "lpips"] = "clip"
     """Network whose features are compared: the frozen CLIP of the dataset, or LPIPS."""
     weights: str | None = None
-    """Weights of LPIPS: path of a safetensors file with the state dict of lpips.LPIPS(net="vgg"), on every worker."""
+    """Weights of LPIPS: path of a file that safetensors.torch.save_model wrote of lpips.LPIPS(net="vgg"), on every worker."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "weight", self.weight, "at least 0")
