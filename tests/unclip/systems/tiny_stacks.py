@@ -19,7 +19,7 @@ from unclip.models.clip import Clip
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.models.prior import DiffusionPrior, PriorConfig
-from unclip.models.text import EmptyCaption, TextShape, caption_features
+from unclip.models.text import EmptyCaption, TextShape, TextTransformer, caption_features, read_captions
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.systems.system import ClipFiles, StackFiles, load_system, save_stack
@@ -87,8 +87,8 @@ def tiny_stack(
     shape = TextShape(LENGTH, EMBEDDING_DIM, 49408)
     new_decoder = Decoder(DecoderConfig(**settings), EMBEDDING_DIM, shape)
     new_decoder.statistics.load_state_dict(statistics.state_dict())
-    if settings["text"] == "clip":
-        new_decoder.text.set_null(null_text)  # type: ignore[operator, union-attr]
+    if new_decoder.text is not None:
+        new_decoder.text.set_null(read_captions(settings["text"], clip, clip.tokenize([""])))  # type: ignore[arg-type]
     network = UNetConfig(RESOLUTION, 8, (1, 2), 1, norm_groups=4)
     new_upsampler = Upsampler(
         UpsamplerConfig(**{"unet": network, "low_res_size": RESOLUTION, "scale": 2, **(upsampler or {})})
@@ -165,6 +165,8 @@ def publish(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Path:
         for module in model.modules():
             if isinstance(module, EmptyCaption):
                 module.set_null(caption_features(loaded, loaded.tokenize([""])))
+            if isinstance(module, TextTransformer):
+                module.set_null(loaded.tokenize([""]))
         state = fill_zeros(model, 0.06).state_dict()
         checkpoints.save(f"{folder}/models/{name}", {"model": state}, {"kind": name, "samples_seen": 1, **facts})
     pca = PrincipalComponents.of(embeddings)._asdict()
