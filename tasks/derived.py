@@ -325,18 +325,21 @@ def _write_all_places(
     write_places(folder, key_ranges, read, kept.num_files(), num_kept)
 
 
+_KEY_PLACES = pa.schema([("key", pa.string()), ("file", pa.int32()), ("row", pa.int32())])
+
+
 def _split_places(count: int, numbered: Sequence[tuple[int, str]]) -> list[pa.Table]:
     parts = []
     for number, uri in numbered:
-        found = tables.read_file(uri, ["key"])
-        file = pa.repeat(pa.scalar(number, pa.int32()), found.num_rows)
-        found = found.append_column("file", file)
-        parts.append(found.append_column("row", pa.array(range(found.num_rows), pa.int32())))
+        keys = tables.read_file(uri, ["key"])["key"]
+        file, row = np.full(len(keys), number, np.int32), np.arange(len(keys), dtype=np.int32)
+        parts.append(pa.table([keys, file, row], _KEY_PLACES))
     return ranges.split_by_key(pa.concat_tables(parts), count)
 
 
 def _write_key_places(folder: str, count: int, output: int, pieces: list[pa.Table]) -> None:
-    ranges.write_range(folder, KeyRange(output, count), pa.concat_tables(pieces).sort_by("key"))
+    table = pa.concat_tables([_KEY_PLACES.empty_table(), *pieces])
+    ranges.write_range(folder, KeyRange(output, count), table.sort_by("key"))
 
 
 def _read_places(kept: KeptRows, table: str, keys: str, name: str, key_range: KeyRange) -> pa.Table:

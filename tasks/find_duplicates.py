@@ -119,7 +119,7 @@ def _split_by_bytes(
 
 
 def compared(table: pa.Table, captions: KeepCaptions) -> pa.Table:
-    """What is compared of rows: high, low, digest, digest_low, hash, has_hash, cell, and url if `captions` is "url"."""
+    """Make the columns by which rows are compared: high, low, digest, digest_low, hash, has_hash, cell, and url."""
     # 128 of the 256 bits tell different bytes apart.
     digests = hex_numbers(table["sha256"], 64)[:, :2]
     rows = {

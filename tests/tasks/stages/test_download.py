@@ -692,7 +692,7 @@ def test_f58_f61_f97_a_url_is_fetched_once_for_all_its_rows_and_its_redirects_ar
 def test_a_task_gives_its_slot_away_only_while_it_waits_for_servers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it does with the rows afterwards is work, and a task in its place might have to start a process."""
+    """It keeps the slot while it works on the rows afterwards: a task in its place might have to start a process."""
     scenes = ScenesConfig(num_images=2, side=16, broken=0, port=free_port())
     uri, list_uri, rows_uri = (str(tmp_path / name) for name in ("images", "list.parquet", "rows.parquet"))
     scene_server.write_url_list(scenes, list_uri)
