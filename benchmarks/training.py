@@ -1,4 +1,4 @@
-"""Training in samples per second: our prior and decoder against DALLE2-pytorch and diffusers, and our data loading.
+"""Training in samples per second: our prior, decoder and network of latents against those of others, and our data loading.
 
     python -m benchmarks.training
     python -m benchmarks.training --device cuda --size base --compile
@@ -7,7 +7,8 @@ A step is complete: forward and backward pass, gradient clipping, fused AdamW, E
 others train as documented: DALLE2-pytorch through its `DiffusionPrior` and `Decoder` with ema-pytorch, diffusers as in its
 Kandinsky 2.2 scripts with `EMAModel`. All use the same batch size, image size, tokens and precision, plain squared error as
 loss, a batch in memory, and parameter counts within 5 %; no CLIP runs. Each contender trains in its own process, is warm,
-and waits while the others take their turn.
+and waits while the others take their turn. The network of latents reads the text tokens of CLIP; `UNet2DConditionModel` has the
+same layers.
 
 The loading benchmark reads Parquet and decodes images for the same decoder, which then also trains on what it loads.
 
@@ -20,6 +21,7 @@ import dataclasses
 import importlib.util
 import io
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -39,11 +41,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from unclip.data import Batch, RowReader, Source
+from unclip.diffusion.process import DiffusionConfig
+from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
 from unclip.models.clip import TextFeatures
 from unclip.models.decoder import NUM_IMAGE_TOKENS, DecoderConfig
 from unclip.models.embeddings import EmbeddingStatistics
+from unclip.models.latent_diffusion import LatentDiffusionConfig
 from unclip.models.prior import PriorConfig
 from unclip.models.unet import UNetConfig
+from unclip.systems.latent_diffusion import LatentDiffusionObjective, LatentDiffusionStageConfig
 from unclip.systems.unclip.decoder import DecoderObjective
 from unclip.systems.unclip.prior import PriorObjective
 from unclip.training import trainer
@@ -53,12 +59,13 @@ from unclip.training.precision import autocast
 from unclip.training.settings import TrainerConfig
 
 TEXT_LENGTH = 77
+LATENT_CHANNELS = 4
 HEAD_WIDTH = 64
 WARM_UP_STEPS = 3
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
 PROFILED = 14
 """Number of operators of a profile to print."""
-GOALS = {"prior": 1.3, "decoder": 1.3, "loading": 5.0}
+GOALS = {"prior": 1.3, "decoder": 1.3, "latents": 1.3, "loading": 5.0}
 
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 """Settings of the pipeline's workers; here all contenders use them."""
@@ -153,7 +160,7 @@ class Stopwatch:
 class PrecomputedText(nn.Module):
     """A stand-in for a frozen CLIP that returns precomputed features, as the others receive them."""
 
-    text_length = TEXT_LENGTH
+    text_length, vocab_size = TEXT_LENGTH, 49_408
 
     def __init__(self, text: TextFeatures) -> None:
         super().__init__()
@@ -229,8 +236,30 @@ def new_decoder(size: Size) -> DecoderObjective:
     return DecoderObjective(DecoderConfig(size.unet, size.context_dim), statistics, black)
 
 
+def our_latents(size: Size, arguments: argparse.Namespace) -> Training:
+    device, batch_size = torch.device(arguments.device), arguments.batch_size or size.decoder_batch_size
+    shape = (LATENT_CHANNELS, size.unet.image_size, size.unet.image_size)
+    facts = {"latent_shape": shape, "mean": [0.0] * LATENT_CHANNELS, "std": [1.0] * LATENT_CHANNELS}
+    text: Any = PrecomputedText(captions(size, batch_size, device))
+    config = LatentDiffusionConfig(
+        size.unet, LATENT_CHANNELS, size.context_dim, diffusion=DiffusionConfig(schedule="linear")
+    )
+    unused = Autoencoder(
+        AutoencoderConfig(size.unet.image_size, channels=32, channel_mult=(1,), attention_resolutions=())
+    )
+    black: dict[str, list[Any]] = {"latent": [bytes(2 * math.prod(shape))], "tokens": [np.zeros(TEXT_LENGTH, np.int64)]}
+    statistics = EmbeddingStatistics.of(image_embeddings(size, 1000))
+    objective = LatentDiffusionObjective(
+        "latent_diffusion", LatentDiffusionStageConfig(config), text, statistics, facts, unused, "", black
+    )
+    tokens = text.tokenize([""] * batch_size).to(device)
+    return ours(
+        objective, {"tokens": tokens, "latents": torch.randn(batch_size, *shape, device=device)}, batch_size, arguments
+    )
+
+
 def ours(
-    objective: PriorObjective | DecoderObjective,
+    objective: PriorObjective | DecoderObjective | LatentDiffusionObjective,
     tensors: dict[str, Tensor],
     batch_size: int,
     arguments: argparse.Namespace,
@@ -356,16 +385,43 @@ def diffusers_prior(size: Size, arguments: argparse.Namespace) -> Training:
 
 
 def diffusers_decoder(size: Size, arguments: argparse.Namespace) -> Training:
-    from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.models.embeddings import ImageProjection
-    from diffusers.training_utils import EMAModel
 
     device, batch_size = torch.device(arguments.device), arguments.batch_size or size.decoder_batch_size
+    unet = diffusers_unet(
+        size, 3, addition_embed_type="image", encoder_hid_dim_type="image_proj", encoder_hid_dim=size.embedding_dim
+    )
+    unet.encoder_hid_proj = ImageProjection(size.embedding_dim, size.context_dim, NUM_IMAGE_TOKENS)  # 32 without this
+    given = {"image_embeds": image_embeddings(size, batch_size).to(device)}
+    x0 = images(size, batch_size).to(device)
+    return diffusers_training(unet.to(device), "squaredcos_cap_v2", x0, arguments, added_cond_kwargs=given)
+
+
+def diffusers_latents(size: Size, arguments: argparse.Namespace) -> Training:
+    device, batch_size = torch.device(arguments.device), arguments.batch_size or size.decoder_batch_size
+    unet = diffusers_unet(
+        size,
+        LATENT_CHANNELS,
+        encoder_hid_dim_type="text_proj",
+        encoder_hid_dim=size.embedding_dim,
+        class_embed_type="simple_projection",  # of CLIP's text embedding, as ours has it
+        projection_class_embeddings_input_dim=size.embedding_dim,
+    ).to(device)
+    text = captions(size, batch_size, device)
+    given = {"class_labels": text.text_embedding, "encoder_attention_mask": text.text_mask}
+    x0 = torch.randn(batch_size, LATENT_CHANNELS, size.unet.image_size, size.unet.image_size, device=device)
+    return diffusers_training(unet, "linear", x0, arguments, text.text_encodings, **given)
+
+
+def diffusers_unet(size: Size, channels: int, **conditions: Any) -> Any:
+    """U-Net whose self-attention reads context tokens too, as ours does."""
+    from diffusers import UNet2DConditionModel
+
     num_attentive = len(size.unet.channel_mult) - 1
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=size.unet.image_size,
-        in_channels=3,
-        out_channels=3,
+        in_channels=channels,
+        out_channels=channels,
         layers_per_block=size.unet.num_res_blocks,
         block_out_channels=[size.unet.channels * multiple for multiple in size.unet.channel_mult],
         down_block_types=["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * num_attentive,
@@ -374,24 +430,32 @@ def diffusers_decoder(size: Size, arguments: argparse.Namespace) -> Training:
         attention_head_dim=HEAD_WIDTH,
         cross_attention_dim=size.context_dim,
         resnet_time_scale_shift="scale_shift",
-        addition_embed_type="image",
-        encoder_hid_dim_type="image_proj",
-        encoder_hid_dim=size.embedding_dim,
+        **conditions,
     )
-    unet.encoder_hid_proj = ImageProjection(size.embedding_dim, size.context_dim, NUM_IMAGE_TOKENS)  # 32 without this
-    unet.to(device)
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+
+
+def diffusers_training(
+    unet: Any,
+    schedule: str,
+    x0: Tensor,
+    arguments: argparse.Namespace,
+    context: Tensor | None = None,
+    **conditions: Any,
+) -> Training:
+    """Train a U-Net to predict the noise."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    scheduler = DDPMScheduler(beta_schedule=schedule)
     ema = EMAModel(unet.parameters(), foreach=True)
-    x0, image_embedding = images(size, batch_size).to(device), image_embeddings(size, batch_size).to(device)
 
     def loss() -> Tensor:
         noise = torch.randn_like(x0)
-        t = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), device=device)
+        t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
         x_t = scheduler.add_noise(x0, noise, t)
-        prediction = unet(x_t, t, None, added_cond_kwargs={"image_embeds": image_embedding}).sample
-        return F.mse_loss(prediction.float(), noise)
+        return F.mse_loss(unet(x_t, t, context, **conditions).sample.float(), noise)
 
-    return theirs(unet, unet, loss, lambda: ema.step(unet.parameters()), batch_size, arguments)
+    return theirs(unet, unet, loss, lambda: ema.step(unet.parameters()), len(x0), arguments)
 
 
 def theirs(
@@ -491,6 +555,7 @@ def training_on_rows(size: Size, arguments: argparse.Namespace) -> Training:
 PARTS: dict[str, dict[str, Callable[[Size, argparse.Namespace], Training]]] = {
     "prior": {"unclip": our_prior, "DALLE2-pytorch": dalle2_prior, "diffusers": diffusers_prior},
     "decoder": {"unclip": our_decoder, "DALLE2-pytorch": dalle2_decoder, "diffusers": diffusers_decoder},
+    "latents": {"unclip": our_latents, "diffusers": diffusers_latents},
     "loading": {"loading alone": loading, "training": training_on_rows},
 }
 """Contenders by part; the first is ours, with which the others are compared."""
