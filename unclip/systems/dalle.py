@@ -48,10 +48,10 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         "dalle",
         DEMO_VQ,
         DalleStageConfig(
-            DalleConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, cond_drop_prob=0.1),
+            DalleConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, dropout=0.1, cond_drop_prob=0.1),
             DEMO_TRAINER,
         ),
-        DalleSampling(batch_size=32, dalle=TokenSampling(top_p=0.9, guidance_scale=1.5)),
+        DalleSampling(batch_size=32, dalle=TokenSampling(0.8, top_p=0.9, guidance_scale=1.5)),
         ("unclip-demo", None),
         min_reconstruction_accuracy=0.9,
     ),

@@ -41,7 +41,7 @@ COLUMNS = {"latents": ("codes",), "embeddings": ("tokens",)}
 PREVIEW = TokenSampling(num_candidates=1)
 """Sampling settings of previews; they are not guided, as not every model can be."""
 DEMO_TRAINER = TrainerConfig(
-    num_samples=40_000,
+    num_samples=64_000,
     batch_size=32,
     learning_rate=1e-3,
     warmup_samples=2_000,

@@ -66,7 +66,7 @@ DEMO_KL = _demo(
 """Latents of 16 x 16 x 4 for 64 pixels."""
 DEMO_VQ = _demo(
     AutoencoderConfig(64, 4, 64, (1, 2), 1, (), False, 8, latent_channels=16, bottleneck="vq", codebook_size=512),
-    16_000,
+    32_000,
     2e-3,
     0.0,
 )
