@@ -96,7 +96,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
             PartiConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, dropout=0.1, encoder_depth=1),
             DEMO_TRAINER,
         ),
-        PartiSampling(batch_size=32, parti=TokenSampling(0.8, top_p=0.9, guidance_scale=1.5)),
+        PartiSampling(batch_size=32, parti=TokenSampling(0.7, top_p=0.9, guidance_scale=1.5, num_candidates=16)),
         ("unclip-demo", None),
         min_reconstruction_accuracy=0.9,
     ),
