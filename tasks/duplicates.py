@@ -5,7 +5,7 @@ The kept rows are searched range by range, and the embeddings file by file, so n
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange, run_all
 from tasks.index import find_newest, read_index
-from tasks.keys import hex_numbers
+from tasks.keys import hex_numbers, key_texts
 from tasks.near_duplicates import COLOUR_CELL
+from tasks.new_duplicates import Lookups
 from tasks.ranges import KeyRange
 from unclip.data import vectors
 
@@ -24,6 +25,7 @@ AnnotatedKeys = list[tuple[str, str]]
 
 _COLUMNS = ["key", "sha256", "phash", "colour"]
 _FILES_AT_ONCE = 64
+_MAX_LOOKED_UP = 10_000
 
 _SAME_COLOUR = 2 * COLOUR_CELL - 1  # levels of 255 by which mean colours of near duplicates may differ at most
 
@@ -35,12 +37,14 @@ Winner = tuple[bool, float, str]
 class Earlier:
     """Winners that an earlier refresh found, and what has changed since."""
 
-    winners: Mapping[str, Winner]
-    """Winners of duplicates that have not changed, nor have the winners."""
+    winners: Mapping[str, Winner | None]
+    """Winners of duplicates that have not changed, nor have the winners; None for those that had none."""
     selection: Sequence[str]
     """Later layers of the selection; they have all rows that have changed."""
     index: Sequence[str]
     """New files of the index."""
+    lookups: Lookups | None
+    """Look-ups of all rows that were compared, if there are any."""
 
 
 def duplicate_clusters(
@@ -83,7 +87,7 @@ def find_winners(
         selection: folder of range files: key, status, reason.
         index_files: see `tasks.index.index_files`.
         embeddings_files: files of the embeddings table.
-        earlier: then all rows are searched only for duplicates that have no earlier winner.
+        earlier: then all rows are searched only for what neither earlier winners nor look-ups tell.
     """
     if not (duplicates and index_files):
         return {}
@@ -94,26 +98,74 @@ def find_winners(
         name: [key for key in duplicates if duplicates[key] == name and found.get(key, {}).get(column)]
         for name, column in compared_by.items()  # null if the image has changed since
     }
-    known = {} if earlier is None else earlier.winners
+    same = {key: found[key]["sha256"] for key in by_reason["duplicate_image"]}
+    looks = {key: (found[key]["phash"], found[key]["colour"]) for key in by_reason["near_duplicate"]}
+    queries = _Queries(same, looks)
     all_ranges = ranges.ranges(ranges.range_count(selection))
-
-    def search(read: Callable[[KeyRange], pa.Table], is_wanted: Callable[[str], bool]) -> dict[str, Winner]:
-        same = {key: found[key]["sha256"] for key in by_reason["duplicate_image"] if is_wanted(key)}
-        looks = {
-            key: (found[key]["phash"], found[key]["colour"]) for key in by_reason["near_duplicate"] if is_wanted(key)
-        }
-        winners: dict[str, Winner] = {}
-        if same or looks:
-            for here in run_all(functools.partial(_search_range, read, same, looks), all_ranges):
-                _keep_nearest(winners, here)
-        return winners
-
-    winners = search(functools.partial(_read_kept, selection, index_files), lambda key: key not in known)
+    winners: dict[str, Winner] = {}
     if earlier is not None:
+        known = {key: winner for key, winner in earlier.winners.items() if key in duplicates}
         read = functools.partial(_read_changed, earlier.selection, index_files, earlier.index)
-        winners |= search(read, lambda key: key in known)
-        _keep_nearest(winners, {key: known[key] for key in known if key in duplicates})
+        winners = _search_all(queries.of(known), read, all_ranges)
+        _keep_nearest(winners, {key: winner for key, winner in known.items() if winner is not None})
+        queries = queries.without(known)
+        if earlier.lookups is not None:
+            decided = _look_up(queries, earlier.lookups, selection, index_files)
+            winners |= {key: winner for key, winner in decided.items() if winner is not None}
+            queries = queries.without(decided)
+    winners |= _search_all(queries, functools.partial(_read_kept, selection, index_files), all_ranges)
     return winners | _nearest_embeddings(by_reason["semantic_duplicate"], selection, embeddings_files)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Queries:
+    """Images of duplicates."""
+
+    same: Mapping[str, str]
+    """Key -> sha256 of the bytes."""
+    looks: Mapping[str, tuple[str, str | None]]
+    """Key -> perceptual hash, and mean colour if it is known."""
+
+    def of(self, keys: Collection[str]) -> "_Queries":
+        parts = ({key: value for key, value in each.items() if key in keys} for each in (self.same, self.looks))
+        return _Queries(*parts)  # type: ignore[arg-type]
+
+    def without(self, keys: Collection[str]) -> "_Queries":
+        return self.of({*self.same, *self.looks}.difference(keys))
+
+
+def _search_all(
+    queries: _Queries, read: Callable[[KeyRange], pa.Table], key_ranges: Sequence[KeyRange]
+) -> dict[str, Winner]:
+    """Winners among some kept rows of all ranges; `read` reads their rows of the index."""
+    winners: dict[str, Winner] = {}
+    if queries.same or queries.looks:
+        for here in run_all(functools.partial(_search_range, read, queries), key_ranges):
+            _keep_nearest(winners, here)
+    return winners
+
+
+def _look_up(
+    queries: _Queries, lookups: Lookups, selection: str, index_files: Sequence[str]
+) -> dict[str, Winner | None]:
+    """Winner of each duplicate for which the look-ups tell it; None if it has none."""
+    looks = queries.looks if lookups.has_looks else {}
+    hashes = hex_numbers(pa.array([phash for phash, _ in looks.values()], pa.string()), 16)[:, 0]
+    # Of the rows with a hash, only the first of each colour, and others with the same bytes, can be kept.
+    firsts = lookups.of_looks(hashes)["digest"].to_numpy() if len(hashes) else np.zeros(0, np.uint64)
+    digests = hex_numbers(pa.array(list(queries.same.values()), pa.string()), 64)[:, 0]
+    digests = np.concatenate([digests, firsts])
+    found = lookups.of_bytes(digests) if len(digests) else None
+    if found is None or found.num_rows > _MAX_LOOKED_UP:
+        return {}
+    keys = key_texts(np.stack([found["high"].to_numpy(), found["low"].to_numpy()], axis=1))
+    selected = ranges.find_rows(selection, keys.to_pylist(), ["key", "status"])
+    kept = selected.filter(pc.equal(selected["status"], rows.KEPT))["key"].to_pylist()
+    images = ranges.find_rows(index_files, kept, _COLUMNS)
+    winners = _search(images, _Queries(queries.same, looks))
+    decided: dict[str, Winner | None] = {key: winners.get(key) for key in queries.same}
+    # Rows with other hashes are not found, so only a winner that nothing can beat is one.
+    return decided | {key: winners[key] for key in looks if key in winners and winners[key][:2] == (False, 0.0)}
 
 
 def _keep_nearest(winners: dict[str, Winner], others: Mapping[str, Winner]) -> None:
@@ -141,30 +193,28 @@ def _read_changed(
     return find_newest(index_files, new, key_range, kept, _COLUMNS)
 
 
-def _search_range(
-    read: Callable[[KeyRange], pa.Table],
-    same: Mapping[str, str],
-    looks: Mapping[str, tuple[str, str | None]],
-    key_range: KeyRange,
-) -> dict[str, Winner]:
-    """Of some kept rows in one range, the first with the bytes of each duplicate, and the one that looks most like it.
+def _search_range(read: Callable[[KeyRange], pa.Table], queries: _Queries, key_range: KeyRange) -> dict[str, Winner]:
+    return _search(read(key_range), queries)
+
+
+def _search(images: pa.Table, queries: _Queries) -> dict[str, Winner]:
+    """Of some kept rows, the first with the bytes of each duplicate, and the first that looks most like it.
 
     Args:
-        read: reads their rows of the index.
-        same: key -> sha256 of the bytes.
-        looks: key -> perceptual hash, and mean colour if it is known.
+        images: their rows of the index, sorted by key.
     """
-    images = read(key_range)
-    winners: dict[str, Winner] = {}
-    wanted = images.filter(pc.is_in(images["sha256"], value_set=pa.array(sorted(set(same.values())), pa.string())))
+    digests = pa.array(sorted(set(queries.same.values())), pa.string())
+    wanted = images.filter(pc.is_in(images["sha256"], value_set=digests))
     firsts: dict[str, str] = {}
     for key, digest in zip(wanted["key"].to_pylist(), wanted["sha256"].to_pylist(), strict=True):
-        firsts[digest] = min(key, firsts.get(digest, key))
-    winners |= {key: (False, 0.0, firsts[digest]) for key, digest in same.items() if digest in firsts}
-    hashed = images.filter(pc.is_valid(images["phash"])) if looks else images.slice(0, 0)
+        firsts.setdefault(digest, key)
+    winners: dict[str, Winner] = {
+        key: (False, 0.0, firsts[digest]) for key, digest in queries.same.items() if digest in firsts
+    }
+    hashed = images.filter(pc.is_valid(images["phash"])) if queries.looks else images.slice(0, 0)
     hashes = hex_numbers(hashed["phash"], 16)[:, 0]
     colours = _levels(hashed["colour"])
-    for key, (phash, colour) in looks.items() if len(hashes) else ():
+    for key, (phash, colour) in queries.looks.items() if len(hashes) else ():
         distances = np.bitwise_count(hashes ^ np.uint64(int(phash, 16)))
         # an unknown colour is NaN and differs from none
         differ = (np.abs(colours - _levels(pa.chunked_array([[colour]], pa.string()))) > _SAME_COLOUR).any(axis=1)

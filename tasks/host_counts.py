@@ -1,6 +1,7 @@
 """Rows by host and fate: files of hosts by their hash, to which the changes of a refresh are added.
 
-Each host is in one file, so its rows are counted, and the hosts with the most rows found, one file at a time.
+Each host is in one file, so its rows are counted, and the hosts with the most rows found, one file at a time. A file has one
+row for each host, with lists of its fates and of their rows.
 """
 
 import functools
@@ -81,8 +82,16 @@ def _merge(
     folder: str, count: int, limit: int, earlier: str | None, output: int, pieces: list[pa.Table]
 ) -> tuple[int, pa.Table]:
     part = KeyRange(output, count)
-    before = [] if earlier is None else [tables.read_file(ranges.range_uri(earlier, part))]
+    before = [] if earlier is None else [_flat(tables.read_file(ranges.range_uri(earlier, part)))]
     counts = add_up(pa.concat_tables([*before, *pieces]))
     assert not counts.num_rows or pc.min(counts["rows"]).as_py() > 0, "the subtracted rows are not part of the counts"
-    ranges.write_range(folder, part, counts.sort_by([("host", "ascending"), ("fate", "ascending")]))
+    ordered = counts.sort_by([("host", "ascending"), ("fate", "ascending")])
+    by_host = ordered.group_by("host", use_threads=False).aggregate([("fate", "list"), ("rows", "list")])
+    ranges.write_range(folder, part, by_host.rename_columns(["host", "fate", "rows"]))
     return most_rows(counts, limit)
+
+
+def _flat(by_host: pa.Table) -> pa.Table:
+    """Table of host, fate and rows of a file."""
+    hosts = by_host["host"].take(pc.list_parent_indices(by_host["fate"].combine_chunks()))
+    return pa.table({"host": hosts, "fate": pc.list_flatten(by_host["fate"]), "rows": pc.list_flatten(by_host["rows"])})

@@ -26,10 +26,12 @@ from tasks.duplicates import AnnotatedKeys, Earlier, Winner, clusters_of, find_w
 from tasks.find_duplicates import write_rows
 from tasks.generations import Generation, Sums
 from tasks.index import INDEX, index_files, index_identity, read_index
+from tasks.new_duplicates import Lookups
 from tasks.ranges import KeyRange
 from tasks.rows import DUPLICATES
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
+from tasks.store import Store
 from tasks.summaries import CutCaptions, Examples, Histogram, Summary, Totals
 from unclip import files
 from unclip.config import fingerprint, require, to_dict
@@ -204,7 +206,7 @@ def report(context: StageContext, config: ReportConfig, dataset: Artifact) -> Ou
     """
     facts, read = dataset.facts, Tables.of(dataset.facts)
     changes = _find_changes(context, config, read)
-    found = None if changes is None else _continue(context, config, changes)
+    found = None if changes is None else _continue(context, config, changes, _lookups(context.store, facts))
     if found is None:
         found = summarise(read, config, f"{context.folder}/hosts", context.intermediate)
     page = render(context.run.pipeline, facts, config, found)
@@ -258,6 +260,7 @@ def _find_changes(context: StageContext, config: ReportConfig, now: Tables) -> _
         is_earlier = before.selection in layers["selection"][:-1] and before.images == now.images
         is_earlier = is_earlier and all(getattr(before, name) in found for name, found in layers.items())
         is_whole = host_counts.num_files(earlier.others["hosts"]) is not None
+        is_whole = is_whole and files.exists(f"{earlier.folder}/{_SUMMARY}")
         return layers["selection"].index(before.selection) if is_earlier and is_whole else None
 
     earlier = generations.find(context.store, "report", _settings(config), layers_known, [index_identity(now.images)])
@@ -270,6 +273,8 @@ def _find_changes(context: StageContext, config: ReportConfig, now: Tables) -> _
     ):
         return None
     known = set(before.described())
+    if not all(map(files.exists, known.difference(described))):  # earlier sizes of images are read from them
+        return None
     new = [uri for uri in described if uri not in known]
     return _Changes(earlier, before, now, **since, described=described, new=new)
 
@@ -289,7 +294,18 @@ def summarise(read: Tables, config: ReportConfig, hosts: str, scratch: str) -> F
     return Found(summary, hosts, num_hosts, top, _winners(read, described, _duplicates(summary, config)))
 
 
-def _continue(context: StageContext, config: ReportConfig, changes: _Changes) -> Found | None:
+def _lookups(store: Store, facts: Mapping[str, Any]) -> Lookups | None:
+    """Look-ups of the rows that `dedup` has compared; None if it has none, or if some are missing."""
+    selection = facts.get("selection", "")
+    generation = generations.read(store, selection.rpartition("/")[0]) if selection else None
+    folders = generation.others["lookups"] if generation else []
+    if not folders:
+        return None
+    found = Lookups(folders, ranges.range_count(selection), bool(files.names(f"{folders[0]}/looks")))
+    return found if found.is_whole() else None
+
+
+def _continue(context: StageContext, config: ReportConfig, changes: _Changes, lookups: Lookups | None) -> Found | None:
     """Summarise all rows, of which only changed ones are read; None if too few rows of a list are known."""
     stored = files.read_json(f"{changes.earlier.folder}/{_SUMMARY}")
     before, scratch = Summary.of_document(stored["summary"]), context.intermediate
@@ -322,7 +338,7 @@ def _continue(context: StageContext, config: ReportConfig, changes: _Changes) ->
         for key, winner in winners.items()
         if key not in changed and (winner is None or winner[2] not in changed)
     }
-    known = Earlier(left, changes.selection, changes.new)
+    known = Earlier(left, changes.selection, changes.new, lookups)
     duplicates = _duplicates(summary, config)
     return Found(summary, hosts, num_hosts, top, _winners(changes.now, changes.described, duplicates, known))
 
