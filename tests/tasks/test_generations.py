@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from benchmarks import refresh
-from tasks import garbage, ranges, tables, verification
+from tasks import duplicates, garbage, generations, ranges, tables, verification
 from tasks.derived import read_shard, shards
 from tasks.find_duplicates import KeepCaptions
 from tasks.index import index_files, index_uri, update_index
@@ -36,7 +36,7 @@ from tasks.stages.download import IMAGES, DownloadConfig, download
 from tasks.stages.embed import EmbedConfig, embed
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
-from tasks.stages.report import ReportConfig, report
+from tasks.stages.report import ReportConfig, Tables, render, report, summarise
 from tasks.store import Store
 from tasks.tombstones import Tombstone
 from tasks.tracking import Tracker
@@ -394,6 +394,63 @@ def test_a_refresh_reads_hashes_and_writes_few_rows(tmp_path: Path, monkeypatch:
         for kind in ("read", "hashed", "written"):
             assert work.counts.get(kind, 0) <= most * rows, f"{work.stage}: {kind} {work.counts}"
     assert sum(work.counts["written"] for work in found if work.stage == "ingest") >= 0.01 * rows
+
+
+def page_of_all_rows(found: Mapping[str, Artifact], config: ReportConfig, folder: Path) -> str:
+    """Page that is made without an earlier one, of the same tables."""
+    facts = found["curate"].facts
+    return render("test", facts, config, summarise(Tables.of(facts), config, f"{folder}/hosts", f"{folder}/scratch"))
+
+
+def test_pages_that_continue_earlier_ones_are_those_of_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New rows, rows that give way to new ones, fetched again and taken down; a page begins anew after a takedown, and when
+    the layers of its tables do."""
+    monkeypatch.setattr(generations, "MAX_LAYERS", 3)
+    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 128)
+    source, urls, searches = random.Random(3), tmp_path / "list", list[Any]()
+    settings = {
+        "filter": FilterConfig(min_side=32, max_caption_characters=13),
+        "curate": CurateConfig(min_clip_score=-0.6),
+        "report": ReportConfig(num_pictures=5, num_at_edges=4, num_clusters=6),
+    }
+    refreshes = Refreshes(tmp_path / "storage", settings)
+    read_kept = duplicates._read_kept
+    monkeypatch.setattr(duplicates, "_read_kept", lambda *given: searches.append(given) or read_kept(*given))
+    written = random_rows(source, 250, [])
+    write_file(urls, 0, written)
+    began_anew, changed_before, num_searches = [], 0, 0
+    selected: dict[str, str] = {}
+    for step, action in enumerate(["new", "new", "retry", "takedown", "new", "new", "new"]):
+        if step and action != "retry":
+            write_file(urls, step, random_rows(source, 14, written))
+        if action == "takedown":
+            take_down(refreshes.store, [Tombstone("key", min(selected))], None, [])
+        searches.clear()
+        found = refreshes.refresh(urls, attempt=int(step >= 2))
+        folder = refreshes.store.uri("artifacts", "report", found["report"].fingerprint)
+        generation = generations.read(refreshes.store, folder)
+        assert generation is not None
+        began_anew.append(generation.others["hosts"] == f"{folder}/hosts")
+        num_searches += len(searches) * (not began_anew[-1])
+        settled = settings["report"]
+        assert isinstance(settled, ReportConfig)
+        config = report.pin(
+            settled, Pinning(refreshes.store, _Pipeline(**{n: settings[n] for n in ("filter", "curate")}))
+        )
+        page = files.read(found["report"].uri).decode()
+        assert page == page_of_all_rows(found, config, tmp_path / f"whole{step}")
+        assert page.count("<figure") > 40 and "same bytes" in page and "of 64 bits differ" in page
+        fates = ranges.read_all(found["curate"].uri, ["key", "status"]).to_pylist()
+        now = {row["key"]: row["status"] for row in fates}
+        changed_before += sum(selected.get(key, status) != status for key, status in now.items()) * (
+            action != "takedown"
+        )
+        selected = now
+    # Fetched again, so many files of the index are written again that it may begin anew.
+    assert [*began_anew[:2], *began_anew[3:]] == [True, False, True, False, False, True] and changed_before > 10
+    assert not num_searches, "all rows were searched for duplicates"
 
 
 def test_rows_of_an_earlier_layer_can_be_removed_replaced_and_added(tmp_path: Path) -> None:
