@@ -494,10 +494,10 @@ def _summary_of(found: _Rows, fates: pa.Table, config: ReportConfig) -> Summary:
     examples = {rows.KEPT: _first_with_fate(fates, rows.KEPT, capacities[rows.KEPT])}
     examples |= {name: _first_with_fate(stored, name, capacities[name]) for name in DUPLICATES}
     for edge in edges_of(config.limits):
-        values = measured.get(edge.measure, (fates["key"].slice(0, 0), np.zeros(0)))
-        fate = fates["fate"].take(pc.index_in(values[0], value_set=fates["key"].combine_chunks()))
+        keys, values = measured.get(edge.measure, (fates["key"].slice(0, 0), np.zeros(0)))
+        fate = fates["fate"].take(pc.index_in(keys, value_set=fates["key"].combine_chunks()))
         for name, wanted, sign in ((edge.inside, rows.KEPT, edge.sign), (edge.outside, edge.reason, -edge.sign)):
-            examples[name] = _smallest(*values, pc.equal(fate, wanted), sign, capacities[name])
+            examples[name] = _smallest(keys, values, pc.equal(fate, wanted), sign, capacities[name])
     return Summary(_totals_of(found, fates, measured), examples)
 
 
@@ -648,9 +648,10 @@ def _domains(counts: pa.Table) -> list[dict[str, Any]]:
     return found
 
 
-def _chart(measure: Measure, histogram: Histogram, limit: Limit | None) -> dict[str, Any]:
+def _chart(measure: Measure, histogram: Histogram, thresholds: Limit | None) -> dict[str, Any]:
     """Histogram over the 0.5th to 99.5th percentile and the limits; values beyond count in the outermost bars."""
-    limits = [] if limit is None else [value for value in (limit.minimum, limit.maximum) if value is not None]
+    bounds = (None, None) if thresholds is None else (thresholds.minimum, thresholds.maximum)
+    limits = [bound for bound in bounds if bound is not None]
     low, high = (histogram.percentile(percent) for percent in (0.5, 99.5))
     low, high = min([low, *limits]), max([high, *limits])
     high = high if high > low else low + 1
