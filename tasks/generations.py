@@ -95,6 +95,15 @@ def save(context: StageContext, generation: Generation) -> None:
     files.write_json(f"{context.folder}/{_FILE}", context.store.portable(document))
 
 
+def read(store: Store, folder: str) -> Generation | None:
+    """Read the description of a result in the folder of a stage's files; None if it has none."""
+    if not files.exists(f"{folder}/{_FILE}"):
+        return None
+    document = store.resolve(files.read_json(f"{folder}/{_FILE}"))
+    sums = Sums(document.pop("counts"), int(document.pop("digest"), 16))
+    return Generation(**document, sums=sums)
+
+
 def find(
     store: Store,
     stage: str,
@@ -110,12 +119,9 @@ def find(
     """
     best: tuple[Any, float, Generation] | None = None
     for entry in files.walk(store.uri("stages", stage)):
-        uri = store.uri("artifacts", stage, entry.name.removesuffix(".json"), _FILE)
-        if not files.exists(uri):
+        generation = read(store, store.uri("artifacts", stage, entry.name.removesuffix(".json")))
+        if generation is None:
             continue
-        document = store.resolve(files.read_json(uri))
-        sums = Sums(document.pop("counts"), int(document.pop("digest"), 16))
-        generation = Generation(**document, sums=sums)
         is_same = generation.settings == settings and list(generation.identities) == list(identities)
         ranked = rank(generation) if is_same else None
         if ranked is not None and (best is None or (ranked, entry.modified) > best[:2]):

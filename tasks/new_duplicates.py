@@ -26,6 +26,7 @@ from tasks.find_duplicates import (
 from tasks.keys import pair_octets
 from tasks.lookups import look_up, write_lookup
 from tasks.near_duplicates import find_looks, near_duplicates
+from unclip import files
 
 _LOOKED_UP = ["hash", "cell", "high", "low", "digest", "digest_low"]
 
@@ -47,6 +48,12 @@ class Lookups:
     def of_looks(self, hashes: np.ndarray) -> pa.Table:
         """The first row of each look with some hashes, by layer."""
         return self._find(looks_uri, "hash", hashes)
+
+    def is_whole(self) -> bool:
+        """Return True if no file is missing; takedowns delete them."""
+        kinds = ("bytes", "looks") if self.has_looks else ("bytes",)
+        folders = [f"{folder}/{kind}" for folder in self.folders for kind in kinds]
+        return all(len(files.names(folder)) == self.count for folder in folders)
 
     def _find(self, uri_of: Callable[[str, int, int], str], by: str, values: np.ndarray) -> pa.Table:
         wanted = np.unique(values)

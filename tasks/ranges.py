@@ -173,7 +173,7 @@ def read_layers(
 ) -> pa.Table:
     """Rows of one key range of some layers, such as those that were added since an earlier refresh, sorted by key."""
     parts = [_read_files(range_files(folder), key_range, columns) for folder in folders]
-    return _newest(parts, [_removed(folder, key_range) for folder in folders])
+    return _newest(parts, [read_removed(folder, key_range) for folder in folders])
 
 
 def write_removed(folder: str, key_range: KeyRange, keys: pa.ChunkedArray) -> None:
@@ -181,7 +181,7 @@ def write_removed(folder: str, key_range: KeyRange, keys: pa.ChunkedArray) -> No
     tables.write_file(f"{folder}/{_REMOVED}/{key_range}.parquet", pa.table({"key": keys}))
 
 
-def _removed(folder: str, key_range: KeyRange) -> pa.Array:
+def read_removed(folder: str, key_range: KeyRange) -> pa.Array:
     """Keys that a layer takes away from earlier ones."""
     if folder.endswith(".parquet") or _REMOVED not in files.names(folder):
         return pa.array([], pa.string())

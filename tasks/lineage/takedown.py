@@ -398,12 +398,13 @@ def _delete_temporary_files(store: Store) -> None:
     for folder in ("images", "embeddings", "derived", "index") if store.is_local else ():
         files.sweep(store.uri(folder))
     files.delete(store.uri("artifacts", "download"))
-    for name in store.list("artifacts", "dedup"):  # hashes of images; the next refresh compares all rows
-        folder = store.uri("artifacts", "dedup", name)
-        for found in files.names(folder):
-            if found.startswith("lookups"):
-                with seals.changing(folder, f"{found}/"):
-                    files.delete(f"{folder}/{found}")
+    # Hashes of images, and hosts; the next refresh reads all rows.
+    for stage, start in (("dedup", "lookups"), ("report", "hosts")):
+        for folder in (store.uri("artifacts", stage, name) for name in store.list("artifacts", stage)):
+            for found in files.names(folder):
+                if found.startswith(start):
+                    with seals.changing(folder, f"{found}/"):
+                        files.delete(f"{folder}/{found}")
     for stage in store.list("artifacts"):
         for name in store.list("artifacts", stage):
             files.delete(store.uri("artifacts", stage, name, INTERMEDIATE))

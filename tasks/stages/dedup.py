@@ -33,7 +33,6 @@ from tasks.new_duplicates import Lookups, find_changes, write_lookups
 from tasks.places import PLACED, EarlierPlaces, KeptRows, file_names, write_changed, write_places
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
-from unclip import files
 from unclip.config import fingerprint, require, to_dict
 
 
@@ -151,7 +150,9 @@ def _find_changes(context: StageContext, config: DedupConfig, filter: Artifact) 
     def layers_known(earlier: Generation) -> int | None:
         selection = earlier.read["selection"]
         is_earlier = selection in found and earlier.read["images"] == images
-        return found.index(selection) if is_earlier and _has_lookups(earlier, config) else None
+        count, has_looks = ranges.range_count(earlier.table), config.phash_distance == 0
+        is_whole = is_earlier and Lookups(earlier.others["lookups"], count, has_looks).is_whole()
+        return found.index(selection) if is_whole else None
 
     earlier = generations.find(context.store, "dedup", _settings(config), layers_known, [index_identity(images)])
     if earlier is None:
@@ -164,13 +165,6 @@ def _find_changes(context: StageContext, config: DedupConfig, filter: Artifact) 
     known = set(index_files(images, earlier.read["index_version"]))
     layer = Layer.on(earlier, context, "selection", earlier.read["pairs"])
     return _Changes(layer, selection, all_index, [uri for uri in all_index if uri not in known])
-
-
-def _has_lookups(earlier: Generation, config: DedupConfig) -> bool:
-    """Return True if no look-up was deleted; takedowns do that."""
-    kinds, count = ("bytes", "looks") if config.phash_distance == 0 else ("bytes",), ranges.range_count(earlier.table)
-    folders = [f"{folder}/{kind}" for folder in earlier.others["lookups"] for kind in kinds]
-    return all(len(files.names(folder)) == count for folder in folders)
 
 
 def _continue(

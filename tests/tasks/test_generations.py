@@ -1,9 +1,10 @@
 """Refreshes that continue earlier ones: the same tables as from scratch, for any sequence of changes, from few rows."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib
-import math
+import io
 import os
 import random
 import shutil
@@ -19,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import refresh
-from tasks import garbage, ranges, tables, verification
+from tasks import duplicates, garbage, generations, ranges, tables, verification
 from tasks.derived import read_shard, shards
 from tasks.find_duplicates import KeepCaptions
 from tasks.index import index_files, index_uri, update_index
@@ -34,10 +36,12 @@ from tasks.stages.download import IMAGES, DownloadConfig, download
 from tasks.stages.embed import EmbedConfig, embed
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
+from tasks.stages.report import ReportConfig, Tables, render, report, summarise
 from tasks.store import Store
 from tasks.tombstones import Tombstone
 from tasks.tracking import Tracker
 from tests.tasks.datasets import write_folder
+from unclip import files
 from unclip.config import fingerprint
 from unclip.data import RowReader
 
@@ -63,10 +67,17 @@ def image_row(key: str, url: str, caption: str, attempt: int) -> dict[str, Any]:
     sha256 = hashlib.sha256(str(content).encode()).hexdigest()
     look = None if content % 17 == 0 else f"{content % 60:016x}"
     return {
-        "key": key, "url": url, "caption": caption, "status": "ok", "width": 64, "height": 64, "jpg": sha256.encode(),
+        "key": key, "url": url, "caption": caption, "status": "ok", "width": 8, "height": 8, "jpg": jpeg(content),
         "original_width": 20 if content % 11 == 0 else 64, "original_height": 64, "sha256": sha256, "phash": look,
         "colour": f"{content % 7 * 32:02x}0000", "jpg_sha256": sha256,
     }  # fmt: skip
+
+
+@functools.cache
+def jpeg(content: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (content, 255 - content, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 def fetch(store: Store, pairs: str, attempt: int) -> None:
@@ -137,7 +148,8 @@ class Refreshes:
     def run(self, stage: Any, config: Any, *parents: Artifact) -> Artifact:
         run = Run("run", "test", self.store.root, Tracker("", ""), "0")
         if stage.pin:
-            config = stage.pin(config, Pinning(self.store, _Pipeline()))
+            settings = {name: self.settings[name] for name in ("filter", "curate") if name in self.settings}
+            config = stage.pin(config, Pinning(self.store, _Pipeline(**settings)))
         result = execute(Call(stage, config), run, parents)
         assert isinstance(result, Artifact), result
         return result
@@ -150,6 +162,7 @@ class Refreshes:
         found["dedup"] = self.run(dedup, self.settings.get("dedup", DedupConfig()), found["filter"])
         found["embed"] = self.run(embed, EmbedConfig(), found["dedup"], CLIP)
         found["curate"] = self.run(curate, self.settings.get("curate", CurateConfig()), found["embed"])
+        found["report"] = self.run(report, self.settings.get("report", ReportConfig()), found["curate"])
         return found
 
 
@@ -158,6 +171,8 @@ class _Pipeline:
     """Settings that the stages' pins look at."""
 
     ingest: IngestConfig = IngestConfig("list")
+    filter: FilterConfig = FilterConfig()
+    curate: CurateConfig = CurateConfig()
 
 
 def content(found: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -166,6 +181,7 @@ def content(found: Mapping[str, Artifact]) -> dict[str, Any]:
     result: dict[str, Any] = {
         name: (each.digest, {fact: each.facts.get(fact) for fact in facts}) for name, each in found.items()
     }
+    result["page"] = files.read(found["report"].uri).decode()
     for name in ("ingest", "filter", "dedup", "curate"):
         table = ranges.read_all(found[name].uri)
         order = [("key", "ascending"), ("position", "ascending")]
@@ -241,6 +257,7 @@ def test_any_sequence_of_refreshes_gives_the_tables_of_a_first_run(tmp_path: Pat
     source = random.Random(seed)
     captions: KeepCaptions = source.choice(["url", "image", "one"])
     settings: dict[str, Any] = {
+        "filter": FilterConfig(min_side=32, max_caption_characters=13),
         "dedup": DedupConfig(phash_distance=-1 if seed % 4 == 3 else 0, keep_captions=captions, holdout=0.2),
         "curate": CurateConfig(min_clip_score=-0.8),
     }
@@ -373,10 +390,70 @@ def test_a_refresh_reads_hashes_and_writes_few_rows(tmp_path: Path, monkeypatch:
     found = refresh.measure_size(str(tmp_path / "data"), rows, 16)["refresh"]
     for work in found:
         # curate's have the held-out rows, 2 % of so short a list
-        most = {"download": 0.04, "curate": 0.04, "report": math.inf}.get(work.stage, 0.035)
+        most = {"download": 0.04, "curate": 0.04, "report": 0.05}.get(work.stage, 0.035)
         for kind in ("read", "hashed", "written"):
             assert work.counts.get(kind, 0) <= most * rows, f"{work.stage}: {kind} {work.counts}"
     assert sum(work.counts["written"] for work in found if work.stage == "ingest") >= 0.01 * rows
+
+
+def page_of_all_rows(found: Mapping[str, Artifact], config: ReportConfig, folder: Path) -> str:
+    """Page that is made without an earlier one, of the same tables."""
+    facts = found["curate"].facts
+    return render("test", facts, config, summarise(Tables.of(facts), config, f"{folder}/hosts", f"{folder}/scratch"))
+
+
+def test_pages_that_continue_earlier_ones_are_those_of_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New rows, rows that give way to new ones, fetched again and taken down; a page begins anew after a takedown, and when
+    the layers of its tables do."""
+    monkeypatch.setattr(generations, "MAX_LAYERS", 3)
+    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 128)
+    source, urls, searches = random.Random(3), tmp_path / "list", list[Any]()
+    settings = {
+        "filter": FilterConfig(min_side=32, max_caption_characters=13),
+        "curate": CurateConfig(min_clip_score=-0.6),
+        "report": ReportConfig(num_pictures=5, num_at_edges=4, num_clusters=6),
+    }
+    refreshes = Refreshes(tmp_path / "storage", settings)
+    of_url, read_kept = image_row, duplicates._read_kept
+    one_colour = {"colour": "100000"}  # so that images of one look are duplicates
+    monkeypatch.setattr(sys.modules[__name__], "image_row", lambda *given: of_url(*given) | one_colour)
+    monkeypatch.setattr(duplicates, "_read_kept", lambda *given: searches.append(given) or read_kept(*given))
+    written = random_rows(source, 250, [])
+    write_file(urls, 0, written)
+    began_anew, shown, changed_before, num_searches = list[bool](), list[int](), 0, 0
+    selected: dict[str, str] = {}
+    for step, action in enumerate(["new", "new", "retry", "takedown", "new", "new", "new"]):
+        if step and action != "retry":
+            write_file(urls, step, random_rows(source, 14, written))
+        if action == "takedown":
+            take_down(refreshes.store, [Tombstone("key", min(selected))], None, [])
+        searches.clear()
+        found = refreshes.refresh(urls, attempt=int(step >= 2))
+        folder = refreshes.store.uri("artifacts", "report", found["report"].fingerprint)
+        generation = generations.read(refreshes.store, folder)
+        assert generation is not None
+        began_anew.append(generation.others["hosts"] == f"{folder}/hosts")
+        num_searches += len(searches) * (not began_anew[-1])
+        settled = settings["report"]
+        assert isinstance(settled, ReportConfig)
+        config = report.pin(
+            settled, Pinning(refreshes.store, _Pipeline(**{n: settings[n] for n in ("filter", "curate")}))
+        )
+        page = files.read(found["report"].uri).decode()
+        assert page == page_of_all_rows(found, config, tmp_path / f"whole{step}")
+        shown += [page.count("same bytes"), page.count("of 64 bits differ"), page.count("<figure")]
+        fates = ranges.read_all(found["curate"].uri, ["key", "status"]).to_pylist()
+        now = {row["key"]: row["status"] for row in fates}
+        changed_before += sum(selected.get(key, status) != status for key, status in now.items()) * (
+            action != "takedown"
+        )
+        selected = now
+    # Fetched again, so many files of the index are written again that it may begin anew.
+    assert [*began_anew[:2], *began_anew[3:]] == [True, False, True, False, False, True] and changed_before > 10
+    assert min(shown) > 0, "no duplicates are shown"
+    assert not num_searches, "all rows were searched for duplicates"
 
 
 def test_rows_of_an_earlier_layer_can_be_removed_replaced_and_added(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from tasks.stage import Artifact
 from tasks.stages import report
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA
-from tasks.stages.report import CutCaptions, Limit, ReportConfig, render
+from tasks.stages.report import Limit, ReportConfig, Tables, render, summarise
+from tasks.summaries import CutCaptions
 from tests.tasks.datasets import write_folder
 
 MALICIOUS = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'single'"
@@ -101,9 +102,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_dataset(str(tmp_path_factory.mktemp("report")), 1)
 
 
+def page_of(dataset: Artifact, folder: Path) -> str:
+    """Page that is made of all rows."""
+    config = ReportConfig(limits=LIMITS)
+    found = summarise(Tables.of(dataset.facts), config, f"{folder}/hosts", f"{folder}/scratch")
+    return render("mine", dataset.facts, config, found)
+
+
 @pytest.fixture(scope="module")
-def page(dataset: Artifact) -> str:
-    return render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS))
+def page(dataset: Artifact, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page_of(dataset, tmp_path_factory.mktemp("page"))
 
 
 class Tags(HTMLParser):
@@ -161,16 +169,14 @@ def test_a_duplicate_is_shown_beside_the_kept_row(page: str) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_ranges_of_keys_give_the_page_of_the_whole(page: str, tmp_path: Path) -> None:
     dataset = make_dataset(str(tmp_path), 8)
-    assert render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS)) == page
+    assert page_of(dataset, tmp_path) == page
 
 
-def test_charts_of_many_rows_say_that_they_show_a_sample(dataset: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MAX_SAMPLE", 10)
-    monkeypatch.setattr(report, "MAX_HOSTS", 2)
-    page = render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS))
-    assert 'Caption length <span class="soft">(sample of 10 of 30 rows)</span>' in page
+def test_charts_count_all_rows_that_have_a_value(page: str) -> None:
     counted = [int(count) for count in re.findall(r"<title>[-.\d]+ to [-.\d]+: (\d+)</title>", page)]
-    assert sum(counted) == 10 * page.count("<svg") and "More than 2 in all" in page and "host2.example" not in page
+    sides, ratios, words, characters, scores = (sum(counted[start : start + 40]) for start in range(0, 200, 40))
+    assert len(counted) == 200 and sides == ratios == NUM_PAIRS - 1 and words == characters == NUM_PAIRS
+    assert scores == 26
 
 
 def test_a_page_reads_only_the_row_groups_of_the_images_it_shows(dataset: Artifact) -> None:
@@ -185,8 +191,8 @@ def test_a_page_reads_only_the_row_groups_of_the_images_it_shows(dataset: Artifa
     assert place["part"] == "1.parquet"
 
 
-def test_the_same_dataset_gives_the_same_page(page: str, dataset: Artifact) -> None:
-    assert render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS)) == page
+def test_the_same_dataset_gives_the_same_page(page: str, dataset: Artifact, tmp_path: Path) -> None:
+    assert page_of(dataset, tmp_path) == page
 
 
 def test_a_row_can_be_redacted_from_a_page(page: str) -> None:
@@ -206,7 +212,7 @@ def test_f102_the_page_tells_how_many_captions_are_cut_and_tokens_lost(tmp_path:
     counted = [number for number in lost if number is not None]
     cut = sum(number > 0 for number in counted)
     assert 0 < cut <= kept
-    page = render("mine", Snapshot.of(dataset.facts), dataset.facts, ReportConfig(limits=LIMITS))
+    page = page_of(dataset, tmp_path)
     text = f"{cut} of {len(counted)} captions of kept rows ({100 * cut / len(counted):.3g} %) have more tokens than CLIP reads"
     assert text in page and f"; {sum(counted)} tokens are lost" in page
 
