@@ -2,8 +2,9 @@
 
 Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3 (diffusion of latents,
 conditioned on the states of a text encoder); Ramesh et al. 2022, section 2.1 (conditioning on an image embedding, as the decoder
-does it), which "Stable unCLIP" combines, with noise on the embedding. The U-Net is that of the other systems: attention reads
-the context tokens together with the pixels, where the published networks have attention layers of their own for them.
+does it), which "Stable unCLIP" combines, with noise on the embedding. The U-Net is that of the other systems, whose attention
+reads the context tokens together with the pixels, or that of Stable Diffusion, with a spatial Transformer in its place
+(`unet.attention`). The latter reads the states of a frozen CLIP as they are, those of padding too, and no vector.
 
 Inside, latents have mean 0 and variance 1 in every channel; the statistics of the training rows are part of the weights.
 
@@ -27,6 +28,7 @@ from unclip.errors import ShapeError
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import timestep_embedding
 from unclip.models.text import (
+    ClipStates,
     ClipText,
     Text,
     TextContext,
@@ -81,6 +83,11 @@ class LatentDiffusionConfig:
         require(self.reads_image_embedding or level == 0, "max_noise_level", level, expected)
 
     @property
+    def reads_padding(self) -> bool:
+        """True if all text tokens are read, those of padding too, as in Stable Diffusion."""
+        return self.text == "clip" and self.unet.attention == "spatial_transformer"
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape (D, s, s) of one image's latents."""
         return self.latent_channels, self.unet.image_size, self.unet.image_size
@@ -118,6 +125,17 @@ class Conditions(NamedTuple):
     """[B, E], as CLIP returns it; None for a network that reads none."""
 
 
+class Context(NamedTuple):
+    """Conditions as the U-Net reads them."""
+
+    tokens: Tensor
+    """[B, L, X], of the image embedding and of the caption."""
+    mask: Tensor | None
+    """[B, L] bool, True = attend; None attends to all."""
+    vector: Tensor | None
+    """[B, T], or None."""
+
+
 class LatentDiffusion(nn.Module):
     """Network that denoises latents, given captions, image embeddings or both."""
 
@@ -130,7 +148,8 @@ class LatentDiffusion(nn.Module):
             text_shape: required unless `config.text` is "none".
 
         Raises:
-            ConfigError: config.text needs a text_shape, and it is missing.
+            ConfigError: config.text needs a text_shape, and it is missing; or states that are read as they are have another width
+                than config.context_dim.
         """
         super().__init__()
         require(config.text == "none" or text_shape is not None, "text_shape", None, f"one for text {config.text!r}")
@@ -148,8 +167,12 @@ class LatentDiffusion(nn.Module):
         self.image: ImageCondition | None = None
         if config.reads_image_embedding:
             self.image = ImageCondition(embedding_dim, context_dim, time_dim, config.max_noise_level > 0)
-        self.text: ClipText | TextTransformer | None = None
-        if config.text == "clip" and text_shape is not None:
+        self.text: ClipStates | ClipText | TextTransformer | None = None
+        if config.reads_padding and text_shape is not None:
+            expected = f"{text_shape.width}, the width of the CLIP's text states, which a spatial Transformer reads as they are"
+            require(context_dim == text_shape.width, "context_dim", context_dim, expected)
+            self.text = ClipStates(text_shape, embedding_dim)
+        elif config.text == "clip" and text_shape is not None:
             self.text = ClipText(text_shape, embedding_dim, context_dim, time_dim)
         if config.text == "transformer" and text_shape is not None:
             self.text = TextTransformer(config.text_transformer, text_shape, context_dim, time_dim)
@@ -196,7 +219,7 @@ class LatentDiffusion(nn.Module):
         """
         return self._predict(x_t, t, self._read(len(x_t), text, text_drop, image_embedding, image_drop, noise_level))
 
-    def _predict(self, x_t: Tensor, t: Tensor, context: TextContext) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         return self.unet(x_t, t, context.vector, context.tokens, context.mask)  # type: ignore[no-any-return]
 
     def _read(
@@ -207,21 +230,26 @@ class LatentDiffusion(nn.Module):
         image_embedding: Tensor | None = None,
         image_drop: Tensor | None = None,
         noise_level: Tensor | None = None,
-    ) -> TextContext:
+    ) -> Context:
         """Context of all conditions; arguments as for `forward`."""
-        found = []
+        found: list[TextContext] = []
         if self.image is not None:
             found.append(self.image(batch, image_embedding, image_drop, noise_level))
         elif image_embedding is not None:
             raise ShapeError("latents: got image embeddings, expected none. Set reads_image_embedding and train again.")
-        if self.text is not None:
-            found.append(self.text(self.text.null(batch) if text is None else text, text_drop))
-        elif text is not None:
+        if self.text is None and text is not None:
             raise ShapeError(
                 "latents: got captions, expected none. Set text = 'clip' or 'transformer' and train again."
             )
+        if isinstance(self.text, ClipStates):
+            states = self.text(self.text.null(batch) if text is None else text, text_drop)  # [B, L, X]
+            if not found:
+                return Context(states, None, None)
+            return Context(torch.cat([found[0].tokens, states], dim=1), None, found[0].vector)
+        if self.text is not None:
+            found.append(self.text(self.text.null(batch) if text is None else text, text_drop))
         tokens, masks, vectors = zip(*found, strict=True)
-        return TextContext(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.stack(vectors).sum(dim=0))
+        return Context(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.stack(vectors).sum(dim=0))
 
     def noised_embedding(
         self, image_embedding: Tensor, levels: tuple[int, int], generator: torch.Generator | None
@@ -262,7 +290,7 @@ class LatentDiffusion(nn.Module):
             embedding, noise_levels = self.noised_embedding(conditions.image_embedding, (level, level), generator)
         dropped = torch.ones(batch, dtype=torch.bool, device=self.latent_mean.device)
 
-        def denoise(context: TextContext) -> Denoiser:
+        def denoise(context: Context) -> Denoiser:
             return self.diffusion.denoiser(lambda x_t, t: self._predict(x_t, t, context))
 
         both = neither = denoise(self._read(batch, conditions.text, None, embedding, None, noise_levels))
