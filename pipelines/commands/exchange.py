@@ -38,15 +38,17 @@ def export(
 ) -> None:
     """Export the published stack as a diffusers pipeline.
 
-    UnCLIPPipeline loads the FOLDER, which must be new or empty; of a stack of latent_diffusion, StableDiffusionPipeline.
+    UnCLIPPipeline loads the FOLDER, which must be new or empty; of latent_diffusion, StableDiffusionPipeline, and of
+    stable_unclip, StableUnCLIPPipeline.
     """
     from pipelines.published import find_stack
 
     published = find_stack(storage or DEFAULT_ROOT, model)
 
-    from unclip.interop import pipeline, stable_diffusion
+    from unclip.interop import pipeline, stable_diffusion, stable_unclip
     from unclip.models.upsampler import Upsampler
-    from unclip.systems.latent_diffusion import LatentDiffusionStack
+    from unclip.systems.latent_diffusion import LatentDiffusionStack, LatentSystem
+    from unclip.systems.stable_unclip import StableUnclipStack
     from unclip.systems.system import load_model, load_system
     from unclip.systems.unclip.stack import PARTS, Stack
 
@@ -54,25 +56,27 @@ def export(
     if second is not None and not isinstance(second, Upsampler):
         raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected the model folder of an upsampler.")
     stack = load_system(published)
+    if isinstance(stack, LatentSystem) and (layout != LAYOUTS[0] or image_variation or second is not None):
+        raise InputError(
+            "--layout, --image-variation and --upsampler-1024: got one for a stack that samples latents, and only UnCLIPPipeline "
+            "knows them. Leave them out."
+        )
     if isinstance(stack, LatentDiffusionStack):
-        if layout != LAYOUTS[0] or image_variation or second is not None:
-            raise InputError(
-                "--layout, --image-variation and --upsampler-1024: got one for a stack of latent_diffusion, which becomes "
-                "a StableDiffusionPipeline. Leave them out."
-            )
         notes = stable_diffusion.export_stack(stack, folder)
+    elif isinstance(stack, StableUnclipStack):
+        notes = stable_unclip.export_stack(stack, folder)
     elif isinstance(stack, Stack):
         notes = pipeline.export_stack(
             stack,
             folder,
-            layout=layout,
+            layout=layout,  # type: ignore[arg-type]
             image_variation=image_variation,
-            upsampler_1024=second,  # type: ignore[arg-type]
+            upsampler_1024=second,
         )
     else:
         raise InputError(
-            "the published stack cannot be exported: its system is not unclip or latent_diffusion. Choose another "
-            "--model or --storage."
+            "the published stack cannot be exported: its system is not unclip, latent_diffusion or stable_unclip. Choose "
+            "another --model or --storage."
         )
     for note in notes:
         click.echo(note)

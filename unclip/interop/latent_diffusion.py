@@ -5,7 +5,7 @@ spatial Transformers, resampling by convolutions, and the text states of a CLIP,
 "spatial_transformer", `unet.resampling` "convolution", `text` "clip"). All others are refused. The projections around a
 Transformer are written as linear layers, and read as these or as 1 x 1 convolutions, which compute the same.
 
-Letters: L text tokens, W width of the text states.
+Letters: L text tokens, W width of the text states, E CLIP embedding width, T time-embedding width.
 """
 
 import dataclasses
@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
+from torch import Tensor
+
 from unclip import foreign
 from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import folders
 from unclip.interop import unet as unets
 from unclip.interop.folders import DIFFUSERS_WEIGHTS
-from unclip.models.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from unclip.models.embeddings import EmbeddingStatistics
+from unclip.models.latent_diffusion import ImageVector, LatentDiffusion, LatentDiffusionConfig
 from unclip.models.text import CaptionFeatures, ClipStates, TextShape
 from unclip.models.unet import UNetConfig
 from unclip.training.objective import Tensors
@@ -39,7 +43,6 @@ def check_exportable(model: LatentDiffusion) -> None:
         "unet.attention": (config.unet.attention, "spatial_transformer"),
         "unet.resampling": (config.unet.resampling, "convolution"),
         "text": (config.text, "clip"),
-        "reads_image_embedding": (config.reads_image_embedding, False),
     }
     for name, (got, expected) in required.items():
         if got != expected:
@@ -51,6 +54,9 @@ def check_exportable(model: LatentDiffusion) -> None:
 
 def export_latent_diffusion(model: LatentDiffusion, folder: str | Path) -> None:
     """Write a network of latents as a UNet2DConditionModel, which reads normalised latents.
+
+    One that reads image embeddings takes them as `class_labels`, noised but not normalised, followed by the embedding of their
+    noise level: the statistics are folded into the weights.
 
     Args:
         folder: folder of this model, for example `unet`.
@@ -79,11 +85,26 @@ def export_latent_diffusion(model: LatentDiffusion, folder: str | Path) -> None:
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
         "use_linear_projection": True,
     }
-    folders.write(Path(folder), description, unets.to_theirs(unet), DIFFUSERS_WEIGHTS)
+    tensors = unets.to_theirs(unet)
+    if isinstance(model.image, ImageVector):
+        mean, std = model.image.statistics.affine()
+        embedding_dim = len(mean)
+        description |= {
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 2 * embedding_dim,
+        }
+        state = model.image.layers.state_dict()
+        tensors |= _folded({theirs: state[ours] for ours, theirs in _IMAGE.items()}, mean, std)
+    folders.write(Path(folder), description, tensors, DIFFUSERS_WEIGHTS)
 
 
 def import_latent_diffusion(
-    folder: str | Path, null_text: CaptionFeatures, *, diffusion: DiffusionConfig, latent_std: float = 1.0
+    folder: str | Path,
+    null_text: CaptionFeatures,
+    *,
+    diffusion: DiffusionConfig,
+    latent_std: float = 1.0,
+    statistics: EmbeddingStatistics | None = None,
 ) -> LatentDiffusion:
     """Read a network of latents from a UNet2DConditionModel, in evaluation mode.
 
@@ -92,6 +113,8 @@ def import_latent_diffusion(
         null_text: features of the empty caption with its padding (`caption_features`), a batch of one.
         diffusion: diffusion process of its training.
         latent_std: the network reads the autoencoder's latents divided by it.
+        statistics: those of the image embeddings that a network was trained with, with any noise level; None for a network
+            that reads no image embeddings.
 
     Raises:
         CheckpointError: files are missing or damaged, or describe a network that `LatentDiffusion` cannot represent.
@@ -111,16 +134,33 @@ def import_latent_diffusion(
             f"{path}: got {channels} channels and cross_attention_dim = {network.cross_attention_dim}, expected {expected} and "
             f"{width}, the width of the text encoder's states. These parts are not from the same pipeline."
         )
+    embedding_dim = null_text.text_embedding.shape[1] if statistics is None else len(statistics.mean)
+    projected = None if statistics is None else ("projection", 2 * embedding_dim)
+    found = network.class_embed_type, network.projection_class_embeddings_input_dim
+    if (None if found[0] is None else found) != projected:
+        raise CheckpointError(
+            f"{path}: got class_embed_type = {found[0]!r} and projection_class_embeddings_input_dim = {found[1]}, expected "
+            + ("None: this pipeline has no image embeddings." if projected is None else f"{projected}.")
+        )
     try:
         config = LatentDiffusionConfig(
-            unet=unet, latent_channels=network.in_channels, context_dim=width, text="clip", diffusion=diffusion
+            unet=unet,
+            latent_channels=network.in_channels,
+            context_dim=width,
+            text="clip",
+            diffusion=diffusion,
+            reads_image_embedding=statistics is not None,
+            max_noise_level=0 if statistics is None else diffusion.num_timesteps - 1,
         )
     except ConfigError as error:
         raise CheckpointError(f"{path}: this network cannot be built here: {error}") from error
-    embedding_dim = null_text.text_embedding.shape[1]
     model = unets.build(folder, lambda: LatentDiffusion(config, embedding_dim, TextShape(length, width, 0)))
     assert isinstance(model.text, ClipStates), "the network reads text states as they are"
-    state = {f"unet.{name}": value for name, value in unets.from_theirs(model.unet, tensors, folder).items()}
+    state: Tensors = {}
+    if statistics is not None:
+        state = _image_from_theirs(tensors, statistics, path)
+        tensors = {name: value for name, value in tensors.items() if name not in _IMAGE.values()}
+    state |= {f"unet.{name}": value for name, value in unets.from_theirs(model.unet, tensors, folder).items()}
     state |= {
         "latent_mean": null_text.text_encodings.new_zeros(network.in_channels),
         "latent_std": null_text.text_encodings.new_full((network.in_channels,), latent_std),
@@ -149,6 +189,8 @@ class _Network:
     dropout: Annotated[float, foreign.Range(0, 1)] = 0.0
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     use_linear_projection: bool = False
+    class_embed_type: Literal["projection"] | None = None
+    projection_class_embeddings_input_dim: foreign.Size | None = None
 
 
 _PLAIN = ("DownBlock2D", "UpBlock2D")
@@ -156,7 +198,6 @@ _ATTENDING = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 
 _FIXED = unets.FIXED_CONDITION | {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "class_embed_type": None,
     "num_class_embeds": None,
     "time_embedding_dim": None,
     "timestep_post_act": None,
@@ -170,6 +211,25 @@ _FIXED = unets.FIXED_CONDITION | {
 """Settings that our network has no choice of; diffusers' defaults are the same."""
 
 
+_IMAGE = {
+    "0.weight": "class_embedding.linear_1.weight",
+    "0.bias": "class_embedding.linear_1.bias",
+    "2.weight": "class_embedding.linear_2.weight",
+    "2.bias": "class_embedding.linear_2.bias",
+}
+"""Parameters of the layers of our `ImageVector` -> parameters of UNet2DConditionModel."""
+
+
+def _folded(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
+    """Fold standardisation into the first of the layers that read image embeddings [E], so that they read them as they are."""
+    name = "class_embedding.linear_1"
+    weight, bias = (tensors[f"{name}.{kind}"].cpu().double() for kind in ("weight", "bias"))
+    mean, std = mean.cpu().double(), std.cpu().double()
+    scaled = weight[:, : len(mean)] / std  # [T, E]
+    folded = torch.cat([scaled, weight[:, len(mean) :]], dim=1).float()
+    return tensors | {f"{name}.weight": folded, f"{name}.bias": (bias - scaled @ mean).float()}
+
+
 def _with_linear_projections(tensors: Tensors) -> Tensors:
     """Weights with 1 x 1 convolutions around Transformers as matrices."""
     ends = (".proj_in.weight", ".proj_out.weight")
@@ -177,6 +237,18 @@ def _with_linear_projections(tensors: Tensors) -> Tensors:
         name: value[:, :, 0, 0] if name.endswith(ends) and value.shape[2:] == (1, 1) else value
         for name, value in tensors.items()
     }
+
+
+def _image_from_theirs(tensors: Tensors, statistics: EmbeddingStatistics, path: Path) -> Tensors:
+    """Weights for the `state_dict` of our network, of the layers that read image embeddings."""
+    mean, std = (value.double() for value in statistics.affine())
+    try:
+        theirs = {name: tensors[name] for name in _IMAGE.values()}
+        theirs = _folded(theirs, -mean / std, 1 / std)  # folding the inverse undoes the fold
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"{path}: the weights do not fit: {error}") from error
+    state = {f"image.statistics.{name}": value for name, value in statistics.state_dict().items()}
+    return state | {f"image.layers.{ours}": theirs[name] for ours, name in _IMAGE.items()}
 
 
 def _check_depth(network: _Network, num_tensors: int, path: Path) -> None:

@@ -40,13 +40,13 @@ from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
 from unclip.models.clip import save_with_config
 from unclip.models.latent_diffusion import LatentDiffusion, LatentSampling
 from unclip.models.text import caption_features
-from unclip.systems.latent_diffusion import LatentDiffusionSampling, LatentDiffusionStack
+from unclip.systems.latent_diffusion import LatentDiffusionSampling, LatentDiffusionStack, LatentSystem
 from unclip.systems.system import ClipFiles, StackFiles, save_stack
 from unclip.training import checkpoints
 
 PIPELINE = "StableDiffusionPipeline"
 SCHEDULER = "scheduler_config.json"
-_PARTS = {
+PARTS = {
     "scheduler": ("diffusers", "DDIMScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
@@ -62,7 +62,7 @@ PIPELINE_SAMPLING = LatentDiffusionSampling(latent_diffusion=LatentSampling(num_
 """Defaults of the pipeline, and the sampling settings of imported stacks."""
 
 
-def check_exportable(stack: LatentDiffusionStack) -> None:
+def check_exportable(stack: LatentSystem) -> None:
     """Check that the pipeline can represent a stack, before anything is written.
 
     Raises:
@@ -78,8 +78,8 @@ def check_exportable(stack: LatentDiffusionStack) -> None:
         )
     if stack.autoencoder.config.bottleneck != "kl":
         raise InputError(
-            f"export: got an autoencoder with bottleneck = {stack.autoencoder.config.bottleneck!r}, expected 'kl', as {PIPELINE} "
-            "has an AutoencoderKL. Train with that to export."
+            f"export: got an autoencoder with bottleneck = {stack.autoencoder.config.bottleneck!r}, expected 'kl', as the "
+            "pipeline has an AutoencoderKL. Train with that to export."
         )
 
 
@@ -98,17 +98,34 @@ def export_stack(stack: LatentDiffusionStack, folder: str | Path) -> list[str]:
     folders.check_new(Path(folder))
     check_exportable(stack)
     with folders.written_whole(Path(folder)) as scratch:
-        latents.export_latent_diffusion(stack.generator, scratch / "unet")
-        autoencoder, scaling = _scaled(stack.autoencoder, stack.generator)
-        export_autoencoder(autoencoder, scratch / "vae", scaling)
-        clips.export_text(stack.clip, scratch, with_projection=False)
-        scheduler = _scheduler(stack.generator.config.diffusion)
-        folders.write_json(scratch / "scheduler" / SCHEDULER, scheduler)
-        index: dict[str, Any] = {name: list(part) for name, part in _PARTS.items()}
+        write_parts(stack, scratch)
+        index: dict[str, Any] = {name: list(part) for name, part in PARTS.items()}
         index |= {name: [None, None] for name in _ABSENT}
         index |= {"_class_name": PIPELINE, "_diffusers_version": "0.38.0", "requires_safety_checker": False}
         folders.write_json(scratch / "model_index.json", index)
-    return _notes(stack)
+    ours = stack.sampling.latent_diffusion
+    return [
+        f"Not stored in the folder: latent_diffusion.num_steps {ours.num_steps} and guidance_scale {ours.guidance_scale}. Pass "
+        "them when you call the pipeline. It samples with DDIM, at timesteps that differ a little from those here.",
+        *upsampler_notes(stack),
+    ]
+
+
+def write_parts(stack: LatentSystem, folder: Path) -> None:
+    """Write the network of latents, the autoencoder, the text encoder, its tokenizer and the scheduler."""
+    latents.export_latent_diffusion(stack.generator, folder / "unet")
+    autoencoder, scaling = _scaled(stack.autoencoder, stack.generator)
+    export_autoencoder(autoencoder, folder / "vae", scaling)
+    clips.export_text(stack.clip, folder, with_projection=False)
+    folders.write_json(folder / "scheduler" / SCHEDULER, _scheduler(stack.generator.config.diffusion))
+
+
+def upsampler_notes(stack: LatentSystem) -> list[str]:
+    """Notes for the user on upsamplers, which the pipelines do not have."""
+    if not stack.upsamplers:
+        return []
+    names = ", ".join(upsampler.config.name for upsampler in stack.upsamplers)
+    return [f"Not in the folder: {names}. The pipeline samples {stack.autoencoder.config.image_size} pixels."]
 
 
 class ImportedStack(NamedTuple):
@@ -186,19 +203,6 @@ def _with_latent_size(config: AutoencoderConfig, size: int, folder: Path) -> Aut
     return dataclasses.replace(config, image_size=image_size)
 
 
-def _notes(stack: LatentDiffusionStack) -> list[str]:
-    ours = stack.sampling.latent_diffusion
-    steps, scale = ours.num_steps, ours.guidance_scale
-    notes = [
-        f"Not stored in the folder: latent_diffusion.num_steps {steps} and guidance_scale {scale}. Pass them when you call the "
-        "pipeline. It samples with DDIM, at timesteps that differ a little from those here."
-    ]
-    if stack.upsamplers:
-        names = ", ".join(upsampler.config.name for upsampler in stack.upsamplers)
-        notes.append(f"Not in the folder: {names}. The pipeline samples {stack.autoencoder.config.image_size} pixels.")
-    return notes
-
-
 def _scaled(autoencoder: Autoencoder, generator: LatentDiffusion) -> tuple[Autoencoder, Scaling]:
     """Autoencoder in evaluation mode and the pipeline's factor, so that their product is what the network reads."""
     mean, std = (value.cpu() for value in (generator.latent_mean, generator.latent_std))  # 2 x [D]
@@ -232,7 +236,7 @@ def with_normalised_latents(autoencoder: Autoencoder, mean: Tensor, std: Tensor)
 def _scheduler(process: DiffusionConfig) -> dict[str, Any]:
     """Settings of a DDIMScheduler. Its timesteps are evenly spaced from the noisiest (Lin et al. 2023, section 3.3)."""
     return schedulers.describe(process) | {
-        "_class_name": _PARTS["scheduler"][1],
+        "_class_name": PARTS["scheduler"][1],
         "clip_sample": False,
         "set_alpha_to_one": True,
         "steps_offset": 1,  # without effect; the pipeline warns of other values
@@ -297,7 +301,7 @@ def _check_index(folder: Path) -> list[str]:
     index = foreign.read_json(path)
     if index.get("_class_name") != PIPELINE:
         raise CheckpointError(f"{path}: got a {foreign.shorten(index.get('_class_name'))}, expected a {PIPELINE}.")
-    for name, (_, expected) in _PARTS.items():
+    for name, (_, expected) in PARTS.items():
         entry = index.get(name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         is_other = name != "scheduler" and found not in (expected, f"{expected}Fast")

@@ -4,7 +4,8 @@ Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffu
 conditioned on the states of a text encoder); Ramesh et al. 2022, section 2.1 (conditioning on an image embedding, as the decoder
 does it), which "Stable unCLIP" combines, with noise on the embedding. The U-Net is that of the other systems, whose attention
 reads the context tokens together with the pixels, or that of Stable Diffusion, with a spatial Transformer in its place
-(`unet.attention`). The latter reads the states of a frozen CLIP as they are, those of padding too, and no vector.
+(`unet.attention`). The latter reads the states of a frozen CLIP as they are, those of padding too, and no vector of the text; an
+image embedding is a vector alone.
 
 Inside, latents have mean 0 and variance 1 in every channel; the statistics of the training rows are part of the weights.
 
@@ -77,6 +78,10 @@ class LatentDiffusionConfig:
         require(bool(self.unet.attention_resolutions), "unet.attention_resolutions", (), "at least one resolution")
         reads_any = self.reads_image_embedding or self.text != "none"
         require(reads_any, "text", self.text, "clip or transformer, as the network reads no image embedding")
+        has_tokens = self.unet.attention == "joint" or self.text != "none"
+        require(
+            has_tokens, "text", self.text, "clip or transformer, as spatial Transformers read the tokens of captions"
+        )
         level, last = self.max_noise_level, self.diffusion.num_timesteps - 1
         require(0 <= level <= last, "max_noise_level", level, f"0 to {last}, the last timestep")
         expected = "0, as the network reads no image embedding"
@@ -164,8 +169,10 @@ class LatentDiffusion(nn.Module):
         context_dim, time_dim = config.context_dim, config.unet.time_dim
         out_channels = config.latent_channels * config.diffusion.outputs_per_channel
         self.unet = UNet(config.unet, config.latent_channels, out_channels, context_dim)
-        self.image: ImageCondition | None = None
-        if config.reads_image_embedding:
+        self.image: ImageCondition | ImageVector | None = None
+        if config.reads_image_embedding and config.unet.attention == "spatial_transformer":
+            self.image = ImageVector(embedding_dim, time_dim)
+        elif config.reads_image_embedding:
             self.image = ImageCondition(embedding_dim, context_dim, time_dim, config.max_noise_level > 0)
         self.text: ClipStates | ClipText | TextTransformer | None = None
         if config.reads_padding and text_shape is not None:
@@ -233,7 +240,10 @@ class LatentDiffusion(nn.Module):
     ) -> Context:
         """Context of all conditions; arguments as for `forward`."""
         found: list[TextContext] = []
-        if self.image is not None:
+        vector = None
+        if isinstance(self.image, ImageVector):
+            vector = self.image(batch, image_embedding, image_drop, noise_level)  # [B, T]
+        elif self.image is not None:
             found.append(self.image(batch, image_embedding, image_drop, noise_level))
         elif image_embedding is not None:
             raise ShapeError("latents: got image embeddings, expected none. Set reads_image_embedding and train again.")
@@ -243,12 +253,11 @@ class LatentDiffusion(nn.Module):
             )
         if isinstance(self.text, ClipStates):
             states = self.text(self.text.null(batch) if text is None else text, text_drop)  # [B, L, X]
-            if not found:
-                return Context(states, None, None)
-            return Context(torch.cat([found[0].tokens, states], dim=1), None, found[0].vector)
+            return Context(states, None, vector)
         if self.text is not None:
             found.append(self.text(self.text.null(batch) if text is None else text, text_drop))
         tokens, masks, vectors = zip(*found, strict=True)
+        vectors = vectors if vector is None else (*vectors, vector)
         return Context(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.stack(vectors).sum(dim=0))
 
     def noised_embedding(
@@ -368,6 +377,32 @@ class ImageCondition(nn.Module):
         tokens = self.to_tokens(embedding).unflatten(1, (NUM_IMAGE_TOKENS, -1))  # [B, 4, X]
         mask = torch.ones(batch, NUM_IMAGE_TOKENS, dtype=torch.bool, device=tokens.device)
         return TextContext(tokens, mask, self.to_time(embedding))
+
+
+class ImageVector(nn.Module):
+    """Projects image embeddings, with the embedding of their noise level, to a vector for the timestep embedding.
+
+    A dropped embedding is zero before it is normalised, and its noise level is not told, as in the published Stable unCLIP.
+    """
+
+    def __init__(self, embedding_dim: int, time_dim: int) -> None:
+        super().__init__()
+        self.statistics = EmbeddingStatistics.empty(embedding_dim)
+        self.layers = nn.Sequential(nn.Linear(2 * embedding_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+
+    def forward(self, batch: int, embedding: Tensor | None, drop: Tensor | None, noise_level: Tensor | None) -> Tensor:
+        """Args: as for `LatentDiffusion.forward`. Returns [B, T]."""
+        mean = self.statistics.mean
+        dropped = self.statistics.normalize(torch.zeros_like(mean)).expand(batch, -1)  # [B, E]
+        if embedding is None:
+            embedding, drop = dropped, torch.ones(batch, dtype=torch.bool, device=mean.device)
+        level = torch.zeros(batch, device=mean.device) if noise_level is None else noise_level
+        even = len(mean) + len(mean) % 2
+        told = timestep_embedding(level, even)[:, : len(mean)]  # [B, E]
+        if drop is not None:
+            embedding = torch.where(drop[:, None], dropped, embedding)
+            told = torch.where(drop[:, None], 0.0, told)
+        return self.layers(torch.cat([embedding, told], dim=1))  # type: ignore[no-any-return]
 
 
 def known_latents(mask: Tensor, factor: int) -> Tensor:

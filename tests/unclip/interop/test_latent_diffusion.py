@@ -11,10 +11,14 @@ import torch
 from tests.unclip.interop.test_decoder import randomize
 from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError, InputError, UnclipError
+from unclip.interop import unet as unets
 from unclip.interop.latent_diffusion import export_latent_diffusion, import_latent_diffusion
+from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from unclip.models.layers import timestep_embedding
 from unclip.models.text import CaptionFeatures, TextShape
 from unclip.models.unet import UNetConfig
+from unclip.systems.latent_sizes import LATENT_DIFFUSION_SIZES
 
 LENGTH, WIDTH, EMBEDDING_DIM = 5, 12, 10
 UNET = UNetConfig(
@@ -114,13 +118,55 @@ def test_an_imported_network_computes_the_same_as_diffusers(
     check_equal(ours, theirs)
 
 
+def test_the_size_stable_diffusion_has_the_weights_of_the_published_network() -> None:
+    """UNet2DConditionModel with the settings of Stable Diffusion 1: 859,520,964 parameters of the same names and shapes."""
+    from diffusers import UNet2DConditionModel
+
+    config = LATENT_DIFFUSION_SIZES["stable_diffusion"].generator.model
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        ours = LatentDiffusion(config, 768, TextShape(77, 768, 49408))
+    found, expected = unets.to_theirs(ours.unet), theirs.state_dict()
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 859_520_964
+    assert {name: value.numel() for name, value in found.items()} == {
+        name: value.numel() for name, value in expected.items()
+    }
+    assert [name for name, value in found.items() if value.squeeze().shape != expected[name].squeeze().shape] == []
+
+
+@torch.no_grad()
+def test_image_embeddings_are_class_labels_of_diffusers(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    ours = network(reads_image_embedding=True, max_noise_level=999)
+    statistics = EmbeddingStatistics.of(torch.randn(50, EMBEDDING_DIM) * 0.3 + 0.1)
+    assert ours.image is not None
+    ours.image.statistics.load_state_dict(statistics.state_dict())
+    export_latent_diffusion(ours, tmp_path)
+    theirs, info = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    again = import_latent_diffusion(tmp_path, texts(1, seed=9), diffusion=DIFFUSION, statistics=statistics)
+    assert again.config == ours.config
+    x_t, t, text = torch.randn(3, 4, 16, 16), torch.tensor([0, 500, 999]), texts(3)
+    level, drop = torch.tensor([0, 7, 300]), torch.tensor([False, True, False])
+    embedding = torch.randn(3, EMBEDDING_DIM) * 0.3
+    labels = torch.cat([embedding, timestep_embedding(level, EMBEDDING_DIM)], dim=1).masked_fill(drop[:, None], 0)
+    expected = theirs(x_t, t, text.text_encodings, class_labels=labels).sample
+    for model in (ours, again):
+        found = model(x_t, t, text, None, statistics.normalize(embedding), drop, level)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[1], model(x_t, t, text)[1], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found[2], model(x_t, t, text)[2], atol=1e-3)
+    with pytest.raises(CheckpointError, match=r"expected \('projection', 14\)"):
+        import_latent_diffusion(tmp_path, texts(1), diffusion=DIFFUSION, statistics=EmbeddingStatistics.empty(7))
+
+
 @pytest.mark.parametrize(
     ("unet", "changes", "message"),
     [
         ({"attention": "joint"}, {}, r"unet\.attention = 'joint', expected 'spatial_transformer'"),
         ({"resampling": "residual"}, {}, r"unet\.resampling = 'residual', expected 'convolution'"),
         ({}, {"text": "transformer"}, "text = 'transformer', expected 'clip'"),
-        ({}, {"reads_image_embedding": True}, "reads_image_embedding = True, expected False"),
     ],
 )
 def test_networks_that_diffusers_cannot_represent_are_refused(
@@ -135,7 +181,11 @@ def test_networks_that_diffusers_cannot_represent_are_refused(
     ("changes", "message"),
     [
         ({"_class_name": "UNet2DModel"}, "got a UNet2DModel, expected a UNet2DConditionModel"),
-        ({"class_embed_type": "projection"}, "class_embed_type = 'projection'"),
+        (
+            {"class_embed_type": "projection"},
+            "class_embed_type = 'projection' .* this pipeline has no image embeddings",
+        ),
+        ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep'"),
         ({"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
         ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block = "),
         ({"only_cross_attention": True}, "only_cross_attention = True"),
