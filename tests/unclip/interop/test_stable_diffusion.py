@@ -105,6 +105,10 @@ def check_equal(ours: LatentDiffusionStack, pipeline: Any) -> None:
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     encoded = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
     torch.testing.assert_close(encoded, ours.generator.normalize(ours.autoencoder.encode(pixels)), atol=1e-4, rtol=1e-4)
+    decoded = pipeline.vae.decode(noise() / pipeline.vae.config.scaling_factor).sample  # not clamped
+    expected = ours.autoencoder.decode(ours.generator.denormalize(noise()))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
