@@ -38,14 +38,17 @@ def export(
 ) -> None:
     """Export the published stack as a diffusers pipeline.
 
-    UnCLIPPipeline loads the FOLDER, which must be new or empty.
+    UnCLIPPipeline loads the FOLDER, which must be new or empty; of latent_diffusion, StableDiffusionPipeline, and of
+    stable_unclip, StableUnCLIPPipeline.
     """
     from pipelines.published import find_stack
 
     published = find_stack(storage or DEFAULT_ROOT, model)
 
-    from unclip.interop.pipeline import export_stack
+    from unclip.interop import pipeline, stable_diffusion, stable_unclip
     from unclip.models.upsampler import Upsampler
+    from unclip.systems.latent_diffusion import LatentDiffusionStack, LatentSystem
+    from unclip.systems.stable_unclip import StableUnclipStack
     from unclip.systems.system import load_model, load_system
     from unclip.systems.unclip.stack import PARTS, Stack
 
@@ -53,11 +56,28 @@ def export(
     if second is not None and not isinstance(second, Upsampler):
         raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected the model folder of an upsampler.")
     stack = load_system(published)
-    if not isinstance(stack, Stack):
+    if isinstance(stack, LatentSystem) and (layout != LAYOUTS[0] or image_variation or second is not None):
         raise InputError(
-            "the published stack cannot be exported: its system is not unclip. Choose another --model or --storage."
+            "--layout, --image-variation and --upsampler-1024: got one for a stack that samples latents, and only UnCLIPPipeline "
+            "knows them. Leave them out."
         )
-    notes = export_stack(stack, folder, layout=layout, image_variation=image_variation, upsampler_1024=second)  # type: ignore[arg-type]
+    if isinstance(stack, LatentDiffusionStack):
+        notes = stable_diffusion.export_stack(stack, folder)
+    elif isinstance(stack, StableUnclipStack):
+        notes = stable_unclip.export_stack(stack, folder)
+    elif isinstance(stack, Stack):
+        notes = pipeline.export_stack(
+            stack,
+            folder,
+            layout=layout,  # type: ignore[arg-type]
+            image_variation=image_variation,
+            upsampler_1024=second,
+        )
+    else:
+        raise InputError(
+            "the published stack cannot be exported: its system is not unclip, latent_diffusion or stable_unclip. Choose "
+            "another --model or --storage."
+        )
     for note in notes:
         click.echo(note)
     click.echo(folder)
@@ -75,7 +95,7 @@ def export(
 def import_(folder: str, image_variation: str | None, name: str, storage: str | None) -> None:
     """Import a stack from a diffusers pipeline.
 
-    FOLDER is a downloaded UnCLIPPipeline. `unclip sample` then samples from the imported stack.
+    FOLDER is a downloaded UnCLIPPipeline or StableDiffusionPipeline. `unclip sample` then samples from the imported stack.
     """
     from tasks.store import Store
 
@@ -91,20 +111,28 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
             raise InputError(f"{given}: no such folder. Download the pipeline first, for example with git.")
 
     from tasks import published
+    from unclip import foreign
     from unclip.config import fingerprint
-    from unclip.interop.pipeline import import_stack, save_imported
+    from unclip.interop import pipeline, stable_diffusion
     from unclip.systems.system import read_stack
     from unclip.training import checkpoints
 
-    destination = store.uri("imported", name)
-    imported = import_stack(folder, image_variation=image_variation)
-    save_imported(imported, destination)
+    destination, notes = store.uri("imported", name), []
+    kind = foreign.read_json(Path(folder, "model_index.json")).get("_class_name")
+    if kind == stable_diffusion.PIPELINE and image_variation is None:
+        imported = stable_diffusion.import_stack(folder)
+        stable_diffusion.save_imported(imported, destination)
+        notes = imported.notes
+    else:
+        pipeline.save_imported(pipeline.import_stack(folder, image_variation=image_variation), destination)
     digest = fingerprint([checkpoints.digest(folder) for folder in read_stack(destination).models.values()])
     entry = published.Entry(destination, digest, time.time(), system=read_stack(destination).system)
     with published.changing(store, name) as record:
         published.commit(
             store, record.promote(entry, f"imported from {folder}"), lambda _: None
         )  # MLflow does not have it
+    for note in notes:
+        click.echo(note)
     click.echo(destination)
 
 

@@ -89,6 +89,11 @@ def test_the_autoencoder_of_base_is_that_of_the_paper() -> None:
     assert LATENT_DIFFUSION_SIZES["base"].num_parameters.autoencoder == 83_653_863
 
 
+def test_the_generator_of_stable_diffusion_has_the_size_of_the_published_network() -> None:
+    """859,520,964 parameters: UNet2DConditionModel with the settings of Stable Diffusion 1; its text encoder is not counted."""
+    assert LATENT_DIFFUSION_SIZES["stable_diffusion"].num_parameters.generator == 859_520_964
+
+
 def test_work_is_counted_and_trainings_wait_for_the_autoencoder() -> None:
     work = workload(load("demo", system="stable"))
     after = {training.name: training.after for training in work.trainings}

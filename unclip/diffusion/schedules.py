@@ -1,7 +1,8 @@
 """Noise schedules of discrete-time diffusion.
 
 Letters: T number of timesteps. Timestep 0 is the least noisy, T - 1 the noisiest. Everything is float64 on the CPU.
-Sources: Ho et al. 2020 (linear); Nichol & Dhariwal 2021 (cosine, respacing); Lin et al. 2023 (zero terminal SNR).
+Sources: Ho et al. 2020 (linear); Nichol & Dhariwal 2021 (cosine, respacing); Rombach et al. 2022 (scaled_linear); Lin et al.
+2023 (zero terminal SNR).
 """
 
 import math
@@ -13,20 +14,27 @@ from torch import Tensor
 
 from unclip.config import require
 
-Schedule = Literal["cosine", "linear"]
+Schedule = Literal["cosine", "linear", "scaled_linear"]
+
+BETA_ENDS: dict[Schedule, tuple[float, float]] = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
+"""First and last beta of 1,000 timesteps."""
 
 
 def betas(schedule: Schedule, num_timesteps: int) -> Tensor:
     """Forward-process variances, [T] float64 in (0, 1).
 
-    Source: Nichol & Dhariwal 2021, eq. 17 (cosine); Ho et al. 2020, section 4 (linear), scaled to T timesteps.
+    Source: Nichol & Dhariwal 2021, eq. 17 (cosine); Ho et al. 2020, section 4 (linear), scaled to T timesteps; the published
+    settings of Rombach et al. 2022 for Stable Diffusion (scaled_linear: square roots on a line).
     """
     if schedule == "cosine":
         steps = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         alpha_bar = torch.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    scale = 1000 / num_timesteps  # keeps the total noise of Ho et al.'s 1,000 steps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+    scale = 1000 / num_timesteps  # keeps the total noise of 1,000 steps
+    first, last = (scale * beta for beta in BETA_ENDS[schedule])
+    if schedule == "linear":
+        return torch.linspace(first, last, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+    return torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64).square().clamp(max=0.999)
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:

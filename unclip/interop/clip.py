@@ -69,7 +69,7 @@ _BLOCK = {
 """open_clip's parameters of a block -> transformers' parameters; several if open_clip's are fused."""
 
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
-_START, _END = "<|startoftext|>", "<|endoftext|>"
+_START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class _Tower(NamedTuple):
@@ -90,20 +90,26 @@ _VISION_TOWER = _Tower(
 )
 
 
-def export_text(clip: Clip, folder: str | Path) -> None:
+def export_text(clip: Clip, folder: str | Path, *, with_projection: bool = True) -> None:
     """Write `text_encoder/` and `tokenizer/` in a local folder.
+
+    Args:
+        with_projection: write the projection to text embeddings too; without it, the class is CLIPTextModel.
 
     Raises:
         InputError: the text tower or the tokenizer is not that of a plain CLIP; nothing is written.
     """
     settings, tensors = text_to_transformers(clip)
+    if not with_projection:
+        del tensors[_TEXT_TOWER.their_projection]
+        settings["architectures"] = ["CLIPTextModel"]
     _check_tokenizer(clip)
     folders.write(Path(folder, "text_encoder"), settings, tensors, TRANSFORMERS_WEIGHTS)
     vocabulary, merges = _byte_pairs()
     tokenizer = Path(folder, "tokenizer")
     folders.write_json(tokenizer / "vocab.json", vocabulary)
     (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), "utf-8")
-    special = {"bos_token": _START, "eos_token": _END, "pad_token": _END, "unk_token": _END}
+    special = {"bos_token": _START, "eos_token": END, "pad_token": END, "unk_token": END}
     folders.write_json(tokenizer / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": clip.text_length, "do_lower_case": True}
     folders.write_json(tokenizer / "tokenizer_config.json", {**special, **settings})
@@ -121,12 +127,16 @@ def export_images(clip: Clip, folder: str | Path) -> None:
     folders.write_json(Path(folder, "feature_extractor", "preprocessor_config.json"), processor)
 
 
-def import_clip(folder: str | Path, image_folder: str | Path | None = None) -> tuple[Clip, dict[str, Any]]:
+def import_clip(
+    folder: str | Path, image_folder: str | Path | None = None, *, with_projection: bool = True
+) -> tuple[Clip, dict[str, Any]]:
     """Read `text_encoder/` and `tokenizer/` and, if present, `image_encoder/` and `feature_extractor/`.
 
     Args:
         folder: folder of the pipeline.
         image_folder: folder of the pipeline with the image encoder; None for `folder`.
+        with_projection: False reads a CLIPTextModel, and no image encoder: the CLIP encodes the tokens of captions, and its text
+            embedding is the last token's state.
 
     Returns:
         The CLIP, which embeds images only if there is an image encoder, and its architecture in open_clip's format.
@@ -136,13 +146,13 @@ def import_clip(folder: str | Path, image_folder: str | Path | None = None) -> t
     """
     folder = Path(folder)
     image_folder = folder if image_folder is None else Path(image_folder)
-    text, state = text_from_transformers(folder / "text_encoder")
+    text, state = text_from_transformers(folder / "text_encoder", with_projection)
     _check_vocabulary(folder / "tokenizer")
     quick_gelu, embedding_dim = text.pop("quick_gelu"), text.pop("embed_dim")
     preprocess: dict[str, Any] = {}
     image_embeddings: ImageEmbeddings = "none"
     vision: dict[str, Any] = {"image_size": 1, "patch_size": 1, "width": 1, "head_width": 1, "layers": 0}
-    if (image_folder / "image_encoder").is_dir():
+    if with_projection and (image_folder / "image_encoder").is_dir():
         vision, vision_state, image_embeddings = vision_from_transformers(image_folder / "image_encoder")
         if (vision.pop("quick_gelu"), vision.pop("embed_dim")) != (quick_gelu, embedding_dim):
             raise CheckpointError(
@@ -210,8 +220,11 @@ def vision_to_transformers(clip: Clip) -> tuple[dict[str, Any], Tensors]:
     return _with_class(settings), tensors
 
 
-def text_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors]:
+def text_from_transformers(folder: Path, with_projection: bool = True) -> tuple[dict[str, Any], Tensors]:
     """Read a text tower: open_clip's settings (with `quick_gelu` and `embed_dim`) and weights.
+
+    Args:
+        with_projection: False for a CLIPTextModel, whose projection becomes the identity.
 
     Raises:
         CheckpointError: files are missing or damaged, or describe a model that open_clip does not have.
@@ -232,6 +245,16 @@ def text_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors]:
     }
     tensors = folders.read_weights(folder, TRANSFORMERS_WEIGHTS)
     folders.check_depth(path, settings, "num_hidden_layers", tensors)
+    if not with_projection:
+        prefix = "text_model."  # which CLIPTextModel has only in files of transformers 4 and earlier
+        tensors = {name if name.startswith(prefix) else prefix + name: value for name, value in tensors.items()}
+        final = tensors.get("text_model.final_layer_norm.weight")
+        if final is None or final.shape != (tower.hidden_size,):
+            raise CheckpointError(
+                f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: no final norm."
+            )
+        tensors[_TEXT_TOWER.their_projection] = torch.eye(tower.hidden_size)
+        ours["embed_dim"] = tower.hidden_size
     return ours, _tower_to_ours(folder, _TEXT_TOWER, ours["layers"], tensors)
 
 
@@ -495,7 +518,7 @@ def _byte_pairs() -> tuple[dict[str, int], list[str]]:
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
-    names = {tokenizer.sot_token_id: _START, tokenizer.eot_token_id: _END}
+    names = {tokenizer.sot_token_id: _START, tokenizer.eot_token_id: END}
     vocabulary = {names.get(index, token): index for token, index in tokenizer.encoder.items()}
     return vocabulary, [" ".join(pair) for pair in tokenizer.bpe_ranks]
 

@@ -11,18 +11,19 @@ Letters: E CLIP embedding width, D time-embedding width.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unclip import foreign
 from unclip.config import require
 from unclip.diffusion.process import DiffusionConfig, PredictionType, VarianceType
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import folders
+from unclip.interop import unet as unets
 from unclip.interop.folders import DIFFUSERS_WEIGHTS
 from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder, DecoderConfig
 from unclip.models.embeddings import EmbeddingStatistics
@@ -32,8 +33,6 @@ from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.training.objective import Tensors
 
 SCHEDULER = "scheduler_config.json"
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def export_decoder(decoder: Decoder, folder: str | Path) -> None:
@@ -65,7 +64,7 @@ def export_decoder(decoder: Decoder, folder: str | Path) -> None:
         "cross_attention_dim": config.context_dim,
         "class_embed_type": "identity",
     }
-    folders.write(Path(folder, "decoder"), description, _unet_to_theirs(decoder.unet), DIFFUSERS_WEIGHTS)
+    folders.write(Path(folder, "decoder"), description, unets.to_theirs(decoder.unet), DIFFUSERS_WEIGHTS)
     projection = {
         "_class_name": "UnCLIPTextProjModel",
         "clip_extra_context_tokens": NUM_IMAGE_TOKENS,
@@ -111,14 +110,14 @@ def import_decoder(
             f"{folder}: got a network of {network.out_channels} output channels, expected "
             f"{3 * config.diffusion.outputs_per_channel} for the scheduler's variance {config.diffusion.variance!r}."
         )
-    decoder = _build(folder, lambda: Decoder(config, embedding_dim, TextShape(length, width, 0)))
+    decoder = unets.build(folder, lambda: Decoder(config, embedding_dim, TextShape(length, width, 0)))
     statistics = statistics or EmbeddingStatistics.empty(embedding_dim)
     mean, std = _affine(statistics)
     try:
         projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # folding the inverse undoes the fold
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}/text_proj: the weights do not fit their config.json: {error}") from error
-    state = {f"unet.{name}": value for name, value in _unet_from_theirs(decoder.unet, tensors, folder).items()}
+    state = {f"unet.{name}": value for name, value in unets.from_theirs(decoder.unet, tensors, folder).items()}
     state |= {
         ours: projection_tensors.pop(theirs) for ours, theirs in _PROJECTION.items() if theirs in projection_tensors
     }
@@ -128,7 +127,7 @@ def import_decoder(
         "text.null_mask": null_text.text_mask[0],
         "text.null_embedding": null_text.text_embedding[0],
     }
-    _assign(decoder, state, projection_tensors, folder)
+    unets.assign(decoder, state, projection_tensors, folder)
     return decoder.eval()
 
 
@@ -156,7 +155,7 @@ def export_upsampler(upsampler: Upsampler, folder: str | Path, *, noise_level: i
         "add_attention": False,
         "class_embed_type": "timestep" if levels is not None and noise_level is None else None,
     }
-    tensors = _unet_to_theirs(upsampler.unet)
+    tensors = unets.to_theirs(upsampler.unet)
     if levels is not None and noise_level is not None:
         with torch.no_grad():
             constant = levels(torch.tensor([noise_level], device=next(levels.parameters()).device))[0]
@@ -197,12 +196,12 @@ def import_upsampler(
         max_noise_level=max_noise_level if has_levels else 0,
         diffusion=diffusion or DiffusionConfig(),
     )
-    upsampler = _build(folder, lambda: Upsampler(config))
+    upsampler = unets.build(folder, lambda: Upsampler(config))
     state = {}
     if has_levels:
         state = {f"noise_level_embedding.{ours}": tensors.pop(theirs) for ours, theirs in _LEVELS.items()}
-    state |= {f"unet.{name}": value for name, value in _unet_from_theirs(upsampler.unet, tensors, folder).items()}
-    _assign(upsampler, state, {}, folder)
+    state |= {f"unet.{name}": value for name, value in unets.from_theirs(upsampler.unet, tensors, folder).items()}
+    unets.assign(upsampler, state, {}, folder)
     return upsampler.eval()
 
 
@@ -320,66 +319,30 @@ _LEVELS = {
 }
 """Parameters of our noise level embedding -> parameters of UNet2DModel."""
 
-_ENDS = {
-    "input": "conv_in",
-    "output.0": "conv_norm_out",
-    "output.2": "conv_out",
-    "time_embedding.layers.0": "time_embedding.linear_1",
-    "time_embedding.layers.2": "time_embedding.linear_2",
-}
+_FIXED_UNET = unets.FIXED | {"time_embedding_dim": None, "num_class_embeds": None, "mid_block_type": "UNetMidBlock2D"}
 
-_PARTS = {
-    "norm1": ("norm1",),
-    "conv1": ("conv1",),
-    "time": ("time_emb_proj",),
-    "norm2": ("norm2",),
-    "conv2": ("conv2",),
-    "skip": ("conv_shortcut",),
-    "norm": ("group_norm",),
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "context_to_kv": ("add_k_proj", "add_v_proj"),
-    "to_out": ("to_out.0",),
-}
-"""Modules of our residual blocks and attention -> diffusers' modules; several if ours are fused."""
-
-_FIXED: dict[str, Any] = {
-    "act_fn": "silu",
-    "norm_eps": 1e-5,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "center_input_sample": False,
-    "mid_block_scale_factor": 1,
-    "time_embedding_type": "positional",
-}
-"""Settings that our network has no choice of; diffusers' defaults are the same."""
-
-_FIXED_UNET = _FIXED | {"time_embedding_dim": None, "num_class_embeds": None, "mid_block_type": "UNetMidBlock2D"}
-
-_FIXED_CONDITION_UNET = _FIXED | {
+_FIXED_CONDITION_UNET = unets.FIXED_CONDITION | {
     "class_embed_type": "identity",
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "only_cross_attention": False,
-    "mid_block_only_cross_attention": None,
-    "cross_attention_norm": None,
-    "encoder_hid_dim": None,
-    "addition_embed_type": None,
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_act_fn": None,
-    "time_cond_proj_dim": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "transformer_layers_per_block": 1,
 }
 
 
 def _describe_unet(config: UNetConfig, unet: UNet) -> dict[str, Any]:
-    """Settings that both of diffusers' U-Nets have."""
+    """Settings that both of diffusers' U-Nets have.
+
+    Raises:
+        InputError: the network has layers that they combine with others only.
+    """
+    if (config.attention, config.num_heads, config.resampling) != ("joint", None, "residual"):
+        raise InputError(
+            f"export: got a network with attention = {config.attention!r}, num_heads = {config.num_heads} and resampling = "
+            f"{config.resampling!r}, expected 'joint', none and 'residual', as in the published networks of unCLIP. Train with "
+            "these to export."
+        )
     attends = [
         config.image_size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))
     ]
-    return _FIXED | {
+    return unets.FIXED | {
         "in_channels": unet.input.in_channels,
         "out_channels": unet.output[-1].out_channels,
         "layers_per_block": config.num_res_blocks,
@@ -425,62 +388,6 @@ def _unet_config(network: _Network, folder: Path, image_size: int | None = None)
         raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
 
 
-def _names(keys: Iterable[str], config: UNetConfig) -> dict[str, tuple[str, ...]]:
-    """Parameter of our U-Net -> diffusers' parameters, in the order in which ours fuses them."""
-    blocks = dict(_blocks(config))
-    names: dict[str, tuple[str, ...]] = {}
-    for key in keys:
-        module, kind = key.rsplit(".", 1)
-        if module in _ENDS:
-            names[key] = (f"{_ENDS[module]}.{kind}",)
-        else:
-            block, part = module.rsplit(".", 1)
-            names[key] = tuple(f"{blocks[block]}.{name}.{kind}" for name in _PARTS[part])
-    return names
-
-
-def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Pairs of our and diffusers' residual blocks and attention layers, including attention layers that may not exist."""
-    levels = range(len(config.channel_mult))
-    down, up = 0, 0
-    for level in levels:
-        for layer in range(config.num_res_blocks):
-            yield f"down.{down}.block", f"down_blocks.{level}.resnets.{layer}"
-            yield f"down.{down}.attend", f"down_blocks.{level}.attentions.{layer}"
-            down += 1
-        yield f"down.{down}.block", f"down_blocks.{level}.downsamplers.0"
-        down += 1
-    yield "middle.0.block", "mid_block.resnets.0"
-    yield "middle.0.attend", "mid_block.attentions.0"
-    yield "middle.1", "mid_block.resnets.1"
-    for level in levels:
-        for layer in range(config.num_res_blocks + 1):
-            yield f"up.{up}.block", f"up_blocks.{level}.resnets.{layer}"
-            yield f"up.{up}.attend", f"up_blocks.{level}.attentions.{layer}"
-            up += 1
-        yield f"up.{up}.block", f"up_blocks.{level}.upsamplers.0"
-        up += 1
-
-
-def _unet_to_theirs(unet: UNet) -> Tensors:
-    state = unet.state_dict()
-    theirs: Tensors = {}
-    for key, names in _names(state, unet.config).items():
-        theirs |= zip(names, state[key].chunk(len(names)), strict=True)
-    return theirs
-
-
-def _unet_from_theirs(unet: UNet, tensors: Mapping[str, Tensor], folder: str | Path) -> Tensors:
-    names = _names(unet.state_dict(), unet.config)
-    expected = {name for group in names.values() for name in group}
-    if expected != set(tensors):
-        raise CheckpointError(
-            f"{folder}: the weights do not fit their config.json: {len(expected - set(tensors))} missing, "
-            f"{len(set(tensors) - expected)} unknown, such as {min(expected ^ set(tensors))}."
-        )
-    return {key: torch.cat([tensors[name] for name in group]) for key, group in names.items()}
-
-
 def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation that standardising applies, [E] float64 each."""
     mean, std = statistics.affine()
@@ -498,28 +405,9 @@ def _fold(tensors: Tensors, mean: Tensor, std: Tensor) -> Tensors:
     return folded
 
 
-def _build(folder: str | Path, build: Callable[[], Network]) -> Network:
-    """Build a model on the meta device, so that damaged settings cannot allocate memory."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
-
-
-def _assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Path) -> None:
-    """Give a model on the meta device its own copy of the weights."""
-    try:
-        model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit their config.json: {error}") from error
-    if unknown:
-        raise CheckpointError(f"{folder}: got unknown weights {sorted(unknown)}.")
-
-
 def _read_unet(folder: Path, class_name: str, fixed: Mapping[str, Any]) -> tuple[_Network, Tensors]:
     """Read config.json of a U-Net, and its weights in float32 from one file or from shards."""
-    settings = _read_settings(folder, class_name, fixed)
+    settings = unets.read_settings(folder, class_name, fixed)
     network = foreign.read(_Network, settings, folder / "config.json", ignore_others=True)
     tensors = folders.read_weights(folder, DIFFUSERS_WEIGHTS)
     folders.check_depth(folder / "config.json", settings, "layers_per_block", tensors)
@@ -528,15 +416,6 @@ def _read_unet(folder: Path, class_name: str, fixed: Mapping[str, Any]) -> tuple
 
 def _read_projection(folder: Path) -> tuple[int, Tensors]:
     """Read an UnCLIPTextProjModel: width of the embeddings, and weights."""
-    settings = _read_settings(folder, "UnCLIPTextProjModel", {"clip_extra_context_tokens": NUM_IMAGE_TOKENS})
+    settings = unets.read_settings(folder, "UnCLIPTextProjModel", {"clip_extra_context_tokens": NUM_IMAGE_TOKENS})
     projection = foreign.read(_Projection, settings, folder / "config.json", ignore_others=True)
     return projection.clip_embeddings_dim, folders.read_weights(folder, DIFFUSERS_WEIGHTS)
-
-
-def _read_settings(folder: Path, class_name: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / "config.json"
-    settings = foreign.read_json(path)
-    if settings.get("_class_name") != class_name:
-        raise CheckpointError(f"{path}: got a {str(settings.get('_class_name'))[:100]}, expected a {class_name}.")
-    foreign.check_fixed(settings, fixed, path)
-    return settings

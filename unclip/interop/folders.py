@@ -3,16 +3,20 @@
 Nothing is unpickled, no code in a folder is run, and no file outside the folder is opened. `unclip.foreign` reads the JSON.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unclip import foreign
-from unclip.errors import CheckpointError
+from unclip import files, foreign
+from unclip.errors import CheckpointError, InputError
 from unclip.training.objective import Tensors
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -84,3 +88,29 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tenso
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_new(folder: Path) -> None:
+    """Check that a folder can be written.
+
+    Raises:
+        InputError: it is a file, or holds files.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder}: got a file or a folder with files, expected a new or empty one. Name another folder."
+        )
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Scratch folder that becomes `folder`, new or empty, at the end; if an error is raised, nothing is written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        os.replace(scratch, folder)
+        files.sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -35,23 +35,20 @@ Letters: B batch, S resolution of an image.
 """
 
 import dataclasses
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from unclip import files, foreign
+from unclip import foreign
 from unclip.config import require, to_dict
-from unclip.diffusion.process import DiffusionConfig, PredictionType
+from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.sampling import DiffusionSampling
 from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.interop import clip as clips
 from unclip.interop import decoder as decoders
-from unclip.interop import folders
+from unclip.interop import folders, schedulers
 from unclip.interop import prior as priors
 from unclip.models.clip import save_with_config
 from unclip.models.decoder import NUM_IMAGE_TOKENS, Decoder
@@ -110,8 +107,6 @@ _PARTS = {
 }
 """Pipeline -> its parts except text_proj -> library and class."""
 
-_PREDICTION_TYPES: dict[PredictionType, str] = {**decoders.PREDICTION_TYPES, "v": "v_prediction"}
-
 Network = TypeVar("Network", Decoder, Upsampler)
 
 PIPELINE_SAMPLING = SamplingConfig(
@@ -155,22 +150,10 @@ def export_stack(
         InputError, ConfigError: the pipeline cannot represent the stack, or the folder is not empty. Nothing is written.
     """
     require(layout in get_args(Layout), "layout", layout, " or ".join(map(repr, get_args(Layout))))
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"{folder}: got a file or a folder with files, expected a new or empty one. Name another folder."
-        )
+    folders.check_new(Path(folder))
     check_exportable(stack, upsampler_1024)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        notes = _write_parts(stack, scratch, layout, image_variation, upsampler_1024)
-        scratch.chmod(0o755)
-        os.replace(scratch, folder)
-        files.sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return notes
+    with folders.written_whole(Path(folder)) as scratch:
+        return _write_parts(stack, scratch, layout, image_variation, upsampler_1024)
 
 
 def check_exportable(stack: Stack, upsampler_1024: Upsampler | None = None) -> None:
@@ -420,17 +403,10 @@ def _scheduler_1024(process: DiffusionConfig) -> dict[str, Any]:
     if process.variance == "learned_range":
         _check_process("upsampler_1024", process)
         return decoders.scheduler_config(process)
-    scale = 1000 / process.num_timesteps
-    return {
+    return schedulers.describe(process) | {
         "_class_name": "DDPMScheduler",
-        "beta_schedule": {"cosine": "squaredcos_cap_v2", "linear": "linear"}[process.schedule],
-        "beta_start": scale * 1e-4,
-        "beta_end": scale * 0.02,
         "clip_sample": True,
         "clip_sample_range": 1.0,
-        "num_train_timesteps": process.num_timesteps,
-        "prediction_type": _PREDICTION_TYPES[process.prediction_type],
-        "rescale_betas_zero_snr": process.zero_terminal_snr,
         "timestep_spacing": "linspace",
         "variance_type": process.variance,
     }
@@ -483,7 +459,7 @@ class _Scheduler1024:
     """Settings of the second upsampler's scheduler that are read; all must be those of `_scheduler_1024`."""
 
     num_train_timesteps: foreign.Timesteps = 1000
-    beta_schedule: str = "squaredcos_cap_v2"
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     rescale_betas_zero_snr: bool = False
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
@@ -498,10 +474,11 @@ def _import_upsampler_1024(folder: Path, low_res_size: int) -> Upsampler:
     path = folder / "scheduler" / decoders.SCHEDULER
     settings = foreign.read_json(path)
     scheduler = foreign.read(_Scheduler1024, settings, path, ignore_others=True)
-    predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
+    schedules = {theirs: ours for ours, theirs in schedulers.SCHEDULES.items()}
+    predictions = {theirs: ours for ours, theirs in schedulers.PREDICTION_TYPES.items()}
     process = DiffusionConfig(
         num_timesteps=scheduler.num_train_timesteps,
-        schedule="linear" if scheduler.beta_schedule == "linear" else "cosine",
+        schedule=schedules[scheduler.beta_schedule],
         prediction_type=predictions[scheduler.prediction_type],
         zero_terminal_snr=scheduler.rescale_betas_zero_snr,
         variance=scheduler.variance_type,

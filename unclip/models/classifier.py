@@ -33,6 +33,9 @@ class ClassifierConfig:
         require(
             width % heads == 0, "unet.head_channels", heads, f"a divisor of {width}, the channels of the last level"
         )
+        for name, only in (("attention", "joint"), ("num_heads", None), ("resampling", "residual")):
+            got = getattr(self.unet, name)
+            require(got == only, f"unet.{name}", got, f"{only}, as a classifier has no other layers")
 
 
 class Classifier(nn.Module):

@@ -497,14 +497,21 @@ class Clip(nn.Module):
         return F.normalize(embedding, dim=-1) if self.image_embeddings == "unit" else embedding
 
     @torch.no_grad()
-    def encode_text(self, tokens: Tensor) -> TextFeatures:
+    def encode_text(self, tokens: Tensor, encodes_padding: bool = False) -> TextFeatures:
         """Text features of captions, from tokens [B, L]. Encodings of padding are zero if it was not encoded.
 
         Most captions are much shorter than L. If attention is causal, captions of similar length are encoded together, and
         only up to that length.
+
+        Args:
+            encodes_padding: encode padding too, as repeated end-of-text tokens: the padding of transformers' CLIPTokenizer, which
+                Stable Diffusion 1 reads.
         """
         mask = text_mask(tokens)  # [B, L]
         lengths = self._encoded_lengths(mask)  # [B]
+        if encodes_padding:
+            tokens = tokens.masked_fill(~mask, getattr(self.tokenizer, "eot_token_id", 0))
+            lengths = torch.full_like(lengths, tokens.shape[1])
         text_encodings = torch.zeros(*tokens.shape, self.text_width, device=tokens.device)  # [B, L, W]
         text_projection = torch.zeros(len(tokens), self.embedding_dim, device=tokens.device)  # [B, E]
         for length in sorted(set(lengths.tolist())):

@@ -2,8 +2,10 @@
 
 Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3 (diffusion of latents,
 conditioned on the states of a text encoder); Ramesh et al. 2022, section 2.1 (conditioning on an image embedding, as the decoder
-does it), which "Stable unCLIP" combines, with noise on the embedding. The U-Net is that of the other systems: attention reads
-the context tokens together with the pixels, where the published networks have attention layers of their own for them.
+does it), which "Stable unCLIP" combines, with noise on the embedding. The U-Net is that of the other systems, whose attention
+reads the context tokens together with the pixels, or that of Stable Diffusion, with a spatial Transformer in its place
+(`unet.attention`). The latter reads the states of a frozen CLIP as they are, those of padding too, and no vector of the text; an
+image embedding is a vector alone.
 
 Inside, latents have mean 0 and variance 1 in every channel; the statistics of the training rows are part of the weights.
 
@@ -27,6 +29,7 @@ from unclip.errors import ShapeError
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.layers import timestep_embedding
 from unclip.models.text import (
+    ClipStates,
     ClipText,
     Text,
     TextContext,
@@ -75,10 +78,19 @@ class LatentDiffusionConfig:
         require(bool(self.unet.attention_resolutions), "unet.attention_resolutions", (), "at least one resolution")
         reads_any = self.reads_image_embedding or self.text != "none"
         require(reads_any, "text", self.text, "clip or transformer, as the network reads no image embedding")
+        has_tokens = self.unet.attention == "joint" or self.text != "none"
+        require(
+            has_tokens, "text", self.text, "clip or transformer, as spatial Transformers read the tokens of captions"
+        )
         level, last = self.max_noise_level, self.diffusion.num_timesteps - 1
         require(0 <= level <= last, "max_noise_level", level, f"0 to {last}, the last timestep")
         expected = "0, as the network reads no image embedding"
         require(self.reads_image_embedding or level == 0, "max_noise_level", level, expected)
+
+    @property
+    def reads_padding(self) -> bool:
+        """True if all text tokens are read, those of padding too, as in Stable Diffusion."""
+        return self.text == "clip" and self.unet.attention == "spatial_transformer"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -118,6 +130,17 @@ class Conditions(NamedTuple):
     """[B, E], as CLIP returns it; None for a network that reads none."""
 
 
+class Context(NamedTuple):
+    """Conditions as the U-Net reads them."""
+
+    tokens: Tensor
+    """[B, L, X], of the image embedding and of the caption."""
+    mask: Tensor | None
+    """[B, L] bool, True = attend; None attends to all."""
+    vector: Tensor | None
+    """[B, T], or None."""
+
+
 class LatentDiffusion(nn.Module):
     """Network that denoises latents, given captions, image embeddings or both."""
 
@@ -130,7 +153,8 @@ class LatentDiffusion(nn.Module):
             text_shape: required unless `config.text` is "none".
 
         Raises:
-            ConfigError: config.text needs a text_shape, and it is missing.
+            ConfigError: config.text needs a text_shape, and it is missing; or states that are read as they are have another width
+                than config.context_dim.
         """
         super().__init__()
         require(config.text == "none" or text_shape is not None, "text_shape", None, f"one for text {config.text!r}")
@@ -145,11 +169,17 @@ class LatentDiffusion(nn.Module):
         context_dim, time_dim = config.context_dim, config.unet.time_dim
         out_channels = config.latent_channels * config.diffusion.outputs_per_channel
         self.unet = UNet(config.unet, config.latent_channels, out_channels, context_dim)
-        self.image: ImageCondition | None = None
-        if config.reads_image_embedding:
+        self.image: ImageCondition | ImageVector | None = None
+        if config.reads_image_embedding and config.unet.attention == "spatial_transformer":
+            self.image = ImageVector(embedding_dim, time_dim)
+        elif config.reads_image_embedding:
             self.image = ImageCondition(embedding_dim, context_dim, time_dim, config.max_noise_level > 0)
-        self.text: ClipText | TextTransformer | None = None
-        if config.text == "clip" and text_shape is not None:
+        self.text: ClipStates | ClipText | TextTransformer | None = None
+        if config.reads_padding and text_shape is not None:
+            expected = f"{text_shape.width}, the width of the CLIP's text states, which a spatial Transformer reads as they are"
+            require(context_dim == text_shape.width, "context_dim", context_dim, expected)
+            self.text = ClipStates(text_shape, embedding_dim)
+        elif config.text == "clip" and text_shape is not None:
             self.text = ClipText(text_shape, embedding_dim, context_dim, time_dim)
         if config.text == "transformer" and text_shape is not None:
             self.text = TextTransformer(config.text_transformer, text_shape, context_dim, time_dim)
@@ -196,7 +226,7 @@ class LatentDiffusion(nn.Module):
         """
         return self._predict(x_t, t, self._read(len(x_t), text, text_drop, image_embedding, image_drop, noise_level))
 
-    def _predict(self, x_t: Tensor, t: Tensor, context: TextContext) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         return self.unet(x_t, t, context.vector, context.tokens, context.mask)  # type: ignore[no-any-return]
 
     def _read(
@@ -207,21 +237,28 @@ class LatentDiffusion(nn.Module):
         image_embedding: Tensor | None = None,
         image_drop: Tensor | None = None,
         noise_level: Tensor | None = None,
-    ) -> TextContext:
+    ) -> Context:
         """Context of all conditions; arguments as for `forward`."""
-        found = []
-        if self.image is not None:
+        found: list[TextContext] = []
+        vector = None
+        if isinstance(self.image, ImageVector):
+            vector = self.image(batch, image_embedding, image_drop, noise_level)  # [B, T]
+        elif self.image is not None:
             found.append(self.image(batch, image_embedding, image_drop, noise_level))
         elif image_embedding is not None:
             raise ShapeError("latents: got image embeddings, expected none. Set reads_image_embedding and train again.")
-        if self.text is not None:
-            found.append(self.text(self.text.null(batch) if text is None else text, text_drop))
-        elif text is not None:
+        if self.text is None and text is not None:
             raise ShapeError(
                 "latents: got captions, expected none. Set text = 'clip' or 'transformer' and train again."
             )
+        if isinstance(self.text, ClipStates):
+            states = self.text(self.text.null(batch) if text is None else text, text_drop)  # [B, L, X]
+            return Context(states, None, vector)
+        if self.text is not None:
+            found.append(self.text(self.text.null(batch) if text is None else text, text_drop))
         tokens, masks, vectors = zip(*found, strict=True)
-        return TextContext(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.stack(vectors).sum(dim=0))
+        vectors = vectors if vector is None else (*vectors, vector)
+        return Context(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.stack(vectors).sum(dim=0))
 
     def noised_embedding(
         self, image_embedding: Tensor, levels: tuple[int, int], generator: torch.Generator | None
@@ -262,7 +299,7 @@ class LatentDiffusion(nn.Module):
             embedding, noise_levels = self.noised_embedding(conditions.image_embedding, (level, level), generator)
         dropped = torch.ones(batch, dtype=torch.bool, device=self.latent_mean.device)
 
-        def denoise(context: TextContext) -> Denoiser:
+        def denoise(context: Context) -> Denoiser:
             return self.diffusion.denoiser(lambda x_t, t: self._predict(x_t, t, context))
 
         both = neither = denoise(self._read(batch, conditions.text, None, embedding, None, noise_levels))
@@ -340,6 +377,32 @@ class ImageCondition(nn.Module):
         tokens = self.to_tokens(embedding).unflatten(1, (NUM_IMAGE_TOKENS, -1))  # [B, 4, X]
         mask = torch.ones(batch, NUM_IMAGE_TOKENS, dtype=torch.bool, device=tokens.device)
         return TextContext(tokens, mask, self.to_time(embedding))
+
+
+class ImageVector(nn.Module):
+    """Projects image embeddings, with the embedding of their noise level, to a vector for the timestep embedding.
+
+    A dropped embedding is zero before it is normalised, and its noise level is not told, as in the published Stable unCLIP.
+    """
+
+    def __init__(self, embedding_dim: int, time_dim: int) -> None:
+        super().__init__()
+        self.statistics = EmbeddingStatistics.empty(embedding_dim)
+        self.layers = nn.Sequential(nn.Linear(2 * embedding_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+
+    def forward(self, batch: int, embedding: Tensor | None, drop: Tensor | None, noise_level: Tensor | None) -> Tensor:
+        """Args: as for `LatentDiffusion.forward`. Returns [B, T]."""
+        mean = self.statistics.mean
+        dropped = self.statistics.normalize(torch.zeros_like(mean)).expand(batch, -1)  # [B, E]
+        if embedding is None:
+            embedding, drop = dropped, torch.ones(batch, dtype=torch.bool, device=mean.device)
+        level = torch.zeros(batch, device=mean.device) if noise_level is None else noise_level
+        even = len(mean) + len(mean) % 2
+        told = timestep_embedding(level, even)[:, : len(mean)]  # [B, E]
+        if drop is not None:
+            embedding = torch.where(drop[:, None], dropped, embedding)
+            told = torch.where(drop[:, None], 0.0, told)
+        return self.layers(torch.cat([embedding, told], dim=1))  # type: ignore[no-any-return]
 
 
 def known_latents(mask: Tensor, factor: int) -> Tensor:

@@ -1,9 +1,11 @@
 """Text conditioning of the decoder: context tokens for its attention, and a vector for its timestep embedding.
 
 Two modules return the same kind of result. `ClipText` projects a frozen CLIP's features of the caption; `TextTransformer`
-reads the caption's tokens and is trained with the decoder. Both store the empty caption, which replaces dropped text.
+reads the caption's tokens and is trained with the decoder. `ClipStates` returns the frozen CLIP's states as they are. All store
+the empty caption, which replaces dropped text.
 
-Sources: Ramesh et al. 2022, section 2.1 and Table 3; Nichol et al. 2022 (GLIDE), section 4 (trained text Transformer).
+Sources: Ramesh et al. 2022, section 2.1 and Table 3; Nichol et al. 2022 (GLIDE), section 4 (trained text Transformer); Rombach
+et al. 2022, section 3.3 (states of a text encoder).
 
 Letters: B batch, L text tokens, W width of the text encoder, E CLIP embedding width, X context width, D time-embedding width.
 """
@@ -64,29 +66,34 @@ Text = CaptionFeatures | Tensor
 """A batch of captions as the text source reads them: CLIP features, or tokens [B, L] int64 for the trained Transformer."""
 
 
-def read_captions(source: TextSource, clip: Clip, tokens: Tensor) -> Text | None:
+def read_captions(source: TextSource, clip: Clip, tokens: Tensor, reads_padding: bool = False) -> Text | None:
     """Convert captions to the input of a decoder.
 
     Args:
         source: the decoder's `text`.
         clip: frozen CLIP; it is moved to the tokens' device.
         tokens: [B, L] int64.
+        reads_padding: as in `caption_features`.
     """
     if source == "none":
         return None
     if source == "transformer":
         return tokens
-    return caption_features(clip, tokens)
+    return caption_features(clip, tokens, reads_padding)
 
 
-def caption_features(clip: Clip, tokens: Tensor) -> CaptionFeatures:
+def caption_features(clip: Clip, tokens: Tensor, reads_padding: bool = False) -> CaptionFeatures:
     """CLIP features of tokens [B, L] int64; the CLIP is moved to their device.
 
     They are computed in float32 even under autocast, so that a caption gives the same features in training and sampling.
+
+    Args:
+        reads_padding: encode and keep all L tokens, padding too.
     """
     with without_autocast(tokens.device):
-        text = clip.to(tokens.device).encode_text(tokens)
-    return CaptionFeatures(text.text_encodings, text.text_mask, text.text_projection)
+        text = clip.to(tokens.device).encode_text(tokens, reads_padding)
+    mask = torch.ones_like(text.text_mask) if reads_padding else text.text_mask
+    return CaptionFeatures(text.text_encodings, mask, text.text_projection)
 
 
 class TextContext(NamedTuple):
@@ -106,6 +113,8 @@ class EmptyCaption(nn.Module):
     null_encodings: Tensor
     null_mask: Tensor
     null_embedding: Tensor
+    reads_padding = False
+    """Features are those of all L tokens, padding too."""
 
     def __init__(self, length: int, width: int, embedding_dim: int) -> None:
         """Args:
@@ -130,7 +139,7 @@ class EmptyCaption(nn.Module):
     def knows(self, clip: Clip) -> bool:
         """Return True if this CLIP gives the stored features of the empty caption, so that it is the CLIP of the training."""
         tokens = clip.tokenize([""]).to(self.null_mask.device)
-        features = caption_features(clip, tokens)
+        features = caption_features(clip, tokens, self.reads_padding)
         if any(one.shape != other.shape[1:] for one, other in zip(self._null(), features, strict=True)):
             return False
         kept = features.text_mask[0]  # stored features of padding are never read
@@ -171,6 +180,28 @@ class ClipText(EmptyCaption):
             text = self.without(text, drop)
         tokens = self.norm(self.to_context(text.text_encodings))  # [B, L, X]
         return TextContext(tokens, text.text_mask, self.to_time(text.text_embedding))
+
+
+class ClipStates(EmptyCaption):
+    """The frozen text encoder's states of all L tokens, as they are: the conditioning of Stable Diffusion.
+
+    Published networks attend to padding as to any other token.
+    """
+
+    reads_padding = True
+
+    def __init__(self, shape: TextShape, embedding_dim: int) -> None:
+        super().__init__(shape.length, shape.width, embedding_dim)
+
+    def forward(self, text: CaptionFeatures, drop: Tensor | None = None) -> Tensor:
+        """Args:
+            text: captions, from `caption_features` with their padding.
+            drop: [B] bool, True = replace by the empty caption.
+
+        Returns:
+            [B, L, W].
+        """
+        return (text if drop is None else self.without(text, drop)).text_encodings
 
 
 class TextTransformer(nn.Module):

@@ -1,8 +1,9 @@
-"""The ADM U-Net of the decoder and the upsamplers.
+"""The ADM U-Net of the decoder, the upsamplers and the networks of latents.
 
 Sources: Dhariwal & Nichol 2021 (blocks, scale-shift norm, up/down in residual blocks); Nichol et al. 2022, GLIDE (context
-tokens appended to the keys and values of self-attention). The order of layers, skips and norms is that of the published
-unCLIP networks, so that weights convert one to one (`unclip.interop.decoder`).
+tokens appended to the keys and values of self-attention); Rombach et al. 2022 (spatial Transformers in place of attention). The
+order of layers, skips and norms is that of the published networks of unCLIP and of Stable Diffusion, so that weights convert
+one to one (`unclip.interop.decoder`, `unclip.interop.latent_diffusion`).
 
 Letters: B batch, C channels, H height, W width, L context tokens, X context width, D time-embedding width.
 """
@@ -14,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import require
+from unclip.config import added, require
 from unclip.models.layers import Conv3x3, GroupNorm, TimestepMLP, attention, zero_init
+from unclip.models.spatial_transformer import SpatialTransformer
 
 Resample = Literal["none", "down", "up"]
+Attention = Literal["joint", "spatial_transformer"]
+Resampling = Literal["residual", "convolution"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,15 @@ class UNetConfig:
     """Groups of every group norm."""
     dropout: float = 0.0
     """Dropout probability inside residual blocks."""
+    attention: Attention = added("joint")
+    """Attention layers: joint, self-attention whose keys and values include the context tokens (Nichol et al. 2022, GLIDE,
+    section 4); spatial_transformer, a Transformer block with self-attention, cross-attention to the context tokens and a gated
+    feed-forward network (Rombach et al. 2022, section 3.3 and appendix E.2.1)."""
+    num_heads: int | None = added(None)
+    """Attention heads of every layer, as in Stable Diffusion 1; None divides the channels by `head_channels`."""
+    resampling: Resampling = added("residual")
+    """Layers that halve and double the resolution: residual, inside a residual block (Dhariwal & Nichol 2021, section 3);
+    convolution, one of stride 2, and one after nearest-neighbour upsampling (Ho et al. 2020, appendix B)."""
 
     def __post_init__(self) -> None:
         smallest = self.image_size // 2 ** (len(self.channel_mult) - 1)
@@ -58,13 +71,12 @@ class UNetConfig:
                 resolution,
                 f"resolutions of the levels, {resolutions}",
             )
-            width = self.channels * self.channel_mult[resolutions.index(resolution)]
-            require(width % self.head_channels == 0, "head_channels", self.head_channels, f"a divisor of {width}")
+            self._check_heads(self.channels * self.channel_mult[resolutions.index(resolution)])
         for multiple in self.channel_mult:
             width = self.channels * multiple
             require(width % self.norm_groups == 0, "norm_groups", self.norm_groups, f"a divisor of {width}")
         if self.attention_resolutions:  # the middle attends too, at any resolution
-            require(width % self.head_channels == 0, "head_channels", self.head_channels, f"a divisor of {width}")
+            self._check_heads(width)
         require(self.num_res_blocks >= 1, "num_res_blocks", self.num_res_blocks, "at least 1")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability below 1")
 
@@ -73,12 +85,29 @@ class UNetConfig:
         """Width of the conditioning vector."""
         return 4 * self.channels
 
+    def heads(self, width: int) -> int:
+        """Attention heads of a layer of `width` channels."""
+        return width // self.head_channels if self.num_heads is None else self.num_heads
+
+    def _check_heads(self, width: int) -> None:
+        name = "head_channels" if self.num_heads is None else "num_heads"
+        divisor = getattr(self, name)
+        require(divisor >= 1 and width % divisor == 0, name, divisor, f"a divisor of {width}")
+
 
 class UNet(nn.Module):
     """U-Net from x_t, a conditioning vector and optional context tokens to a prediction of the same size."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, context_dim: int = 0) -> None:
+        """Args:
+            context_dim: X; 0 for a network without context tokens.
+
+        Raises:
+            ConfigError: the network has spatial Transformers, but no context tokens.
+        """
         super().__init__()
+        kind = config.attention
+        require(kind == "joint" or context_dim > 0, "attention", kind, "joint, as this network reads no context tokens")
         self.config = config
         self.time_embedding = TimestepMLP(config.channels, config.time_dim)
         widths = [config.channels * multiple for multiple in config.channel_mult]
@@ -162,8 +191,16 @@ class UNetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.block = ResBlock(config, in_width, out_width, resample)
-        self.attend = ContextAttention(config, out_width, context_dim) if attend else None
+        self.block: ResBlock | Resampler
+        if resample == "none" or config.resampling == "residual":
+            self.block = ResBlock(config, in_width, out_width, resample)
+        else:
+            self.block = Resampler(out_width, resample)
+        self.attend: ContextAttention | SpatialTransformer | None = None
+        if attend and config.attention == "joint":
+            self.attend = ContextAttention(config, out_width, context_dim)
+        elif attend:
+            self.attend = SpatialTransformer(out_width, context_dim, config.heads(out_width), config.norm_groups)
 
     def forward(self, h: Tensor, time: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
         h = self.block(h, time)
@@ -205,12 +242,26 @@ class ResBlock(nn.Module):
         return x
 
 
+class Resampler(nn.Module):
+    """Convolution that halves or doubles the resolution and does not read the timestep. Source: Ho et al. 2020, appendix B."""
+
+    def __init__(self, width: int, resample: Resample) -> None:
+        super().__init__()
+        self.resample = resample
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1) if resample == "down" else Conv3x3(width, width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Args: x [B, C, H, W]; time is not read. Returns [B, C, H / 2, W / 2] or [B, C, 2 H, 2 W]."""
+        x = x if self.resample == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
 class ContextAttention(nn.Module):
     """Self-attention over pixels whose keys and values also include the context tokens."""
 
     def __init__(self, config: UNetConfig, width: int, context_dim: int) -> None:
         super().__init__()
-        self.num_heads = width // config.head_channels
+        self.num_heads = config.heads(width)
         self.norm = GroupNorm(config.norm_groups, width)
         self.to_qkv = nn.Linear(width, 3 * width)
         self.context_to_kv = nn.Linear(context_dim, 2 * width) if context_dim else None

@@ -107,7 +107,8 @@ class LatentDiffusionObjective:
             self.model.image.statistics.load_state_dict(statistics.state_dict())
         self.learning_rate_factors: dict[str, float] = {}
         if self.model.text is not None:
-            self.model.text.set_null(read_captions(model.text, clip, clip.tokenize([""])))  # type: ignore[arg-type]
+            null = read_captions(model.text, clip, clip.tokenize([""]), model.reads_padding)
+            self.model.text.set_null(null)  # type: ignore[arg-type]
             self.learning_rate_factors["text"] = config.text_learning_rate
         self.process = DiffusionLoss(self.model.diffusion)
         self.sample_size = {"pixels": autoencoder.config.image_size**2}
@@ -183,7 +184,9 @@ class LatentDiffusionObjective:
         }
 
     def _text(self, tensors: Tensors) -> Text | None:
-        return None if self.config.text == "none" else read_captions(self.config.text, self.clip, tensors["tokens"])
+        if self.config.text == "none":
+            return None
+        return read_captions(self.config.text, self.clip, tensors["tokens"], self.config.reads_padding)
 
 
 def _build(facts: Mapping[str, Any]) -> LatentDiffusion:
@@ -349,7 +352,8 @@ class LatentSystem(UpsampledSystem, abc.ABC):
 
     def read_captions(self, captions: Sequence[str]) -> Text | None:
         """Encode captions as the network of latents reads them; None if it reads no captions."""
-        return read_captions(self.generator.config.text, self.clip, self.tokenize(captions))
+        config = self.generator.config
+        return read_captions(config.text, self.clip, self.tokenize(captions), config.reads_padding)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Tokens [B, L] of captions, on the system's device."""

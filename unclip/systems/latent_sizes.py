@@ -2,7 +2,8 @@
 
 `demo` has the images and CLIP of unCLIP's size of the same name, so that the systems can be compared. `small` samples 256 pixels
 and `base` 512, with autoencoders of a factor of 8 and 4 channels. Autoencoder and generator of `base` have the channels of Stable
-Diffusion's. The generators' optimiser settings are our own.
+Diffusion's; `stable_diffusion` has the networks, the schedule and the text encoder of Stable Diffusion 1 (Rombach et al. 2022,
+section 3, appendix E.2.1 and their published settings). The generators' optimiser settings are our own.
 """
 
 import dataclasses
@@ -104,6 +105,17 @@ def _enlarged(stage: AutoencoderStageConfig, image_size: int) -> AutoencoderStag
 
 _SMALL_UNET = UNetConfig(32, 192, (1, 2, 3), 2, attention_resolutions=(32, 16, 8))
 _BASE_UNET = UNetConfig(64, 320, (1, 2, 4, 4), 2, attention_resolutions=(32, 16, 8))
+_STABLE_DIFFUSION_UNET = UNetConfig(
+    64,
+    320,
+    (1, 2, 4, 4),
+    2,
+    attention_resolutions=(64, 32, 16),
+    scale_shift_norm=False,
+    attention="spatial_transformer",
+    num_heads=8,
+    resampling="convolution",
+)
 _SMALL_AUTOENCODER = autoencoder_sizes.MODEL_SIZES["base_kl"]
 _BASE_AUTOENCODER = autoencoder_sizes.MODEL_SIZES["stable_diffusion"]
 
@@ -155,6 +167,22 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
         "ViT-L-14",
         "openai",
         ParameterCounts(_BASE_AUTOENCODER.num_parameters, 793_140_612),
+    ),
+    # 512 pixels, with ViT-L-14: the networks of Stable Diffusion 1
+    "stable_diffusion": LatentSize(
+        "latent_diffusion",
+        _enlarged(_BASE_AUTOENCODER.stage, 512),
+        LatentDiffusionStageConfig(
+            LatentDiffusionConfig(
+                _STABLE_DIFFUSION_UNET, context_dim=768, diffusion=DiffusionConfig(schedule="scaled_linear")
+            ),
+            _training(600_000, 1024, 1.0e-4),
+        ),
+        LatentDiffusionSampling(latent_diffusion=LatentSampling(guidance_scale=7.5)),
+        None,
+        "ViT-L-14",
+        "openai",
+        ParameterCounts(_BASE_AUTOENCODER.num_parameters, 859_520_964),
     ),
 }
 """Name -> size of `latent_diffusion`. `num_parameters` are exact."""

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.pipelines.command_line import call
+from tests.unclip.interop import test_stable_diffusion
 from tests.unclip.systems.tiny_stacks import tiny_stack
+from unclip.interop import stable_diffusion
 from unclip.interop.pipeline import export_stack
 
 
@@ -45,6 +47,19 @@ def test_a_stack_is_imported_sampled_and_exported(tmp_path: Path, pipeline: Path
     assert result.returncode == 2 and "got a DiffusionPrior, expected the model folder of an upsampler" in result.stderr
     result = call("export", tmp_path / "new", "--storage", storage, "--image-variation", "--layout", "hub")
     assert result.returncode == 0 and "UnCLIPImageVariationPipeline" in (tmp_path / "new/model_index.json").read_text()
+
+
+def test_a_stack_of_stable_diffusion_is_imported_and_exported(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    stable_diffusion.export_stack(test_stable_diffusion.plain(), tmp_path / "pipeline")
+    result = call("import", tmp_path / "pipeline", "--storage", storage, "--name", "stable")
+    assert result.returncode == 0 and result.stdout.strip() == str(storage / "imported" / "stable"), result.stderr
+    result = call("export", tmp_path / "back", "--storage", storage)
+    assert result.returncode == 0 and "guidance_scale 7.5" in result.stdout, result.stderr
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "pipeline" / weights).read_bytes() == (tmp_path / "back" / weights).read_bytes()
+    result = call("export", tmp_path / "new", "--storage", storage, "--image-variation")
+    assert result.returncode == 2 and "Leave them out" in result.stderr and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import torch
 from unclip.diffusion import schedules
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.errors import ConfigError
+from unclip.interop import schedulers
 
-SCHEDULES = ("cosine", "linear")
+SCHEDULES: tuple[schedules.Schedule, ...] = ("cosine", "linear", "scaled_linear")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -23,12 +24,13 @@ def test_cosine_schedule_matches_the_paper() -> None:
     assert alphas_cumprod[499].item() == pytest.approx(0.4938, abs=2e-4)
 
 
-@pytest.mark.parametrize(("schedule", "theirs"), [("cosine", "squaredcos_cap_v2"), ("linear", "linear")])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("rescaled", [False, True])
-def test_schedules_match_diffusers(schedule: schedules.Schedule, theirs: str, rescaled: bool) -> None:
+def test_schedules_match_diffusers(schedule: schedules.Schedule, rescaled: bool) -> None:
     diffusers = pytest.importorskip("diffusers")
-    expected = diffusers.DDPMScheduler(1000, beta_schedule=theirs, rescale_betas_zero_snr=rescaled)
-    ours = GaussianDiffusion(DiffusionConfig(1000, schedule, "v", zero_terminal_snr=rescaled))
+    process = DiffusionConfig(1000, schedule, "v", zero_terminal_snr=rescaled)
+    expected = diffusers.DDPMScheduler(**schedulers.describe(process))
+    ours = GaussianDiffusion(process)
     torch.testing.assert_close(ours.betas.float(), expected.betas, atol=2e-5, rtol=0)
     torch.testing.assert_close(ours.alphas_cumprod.float(), expected.alphas_cumprod, atol=2e-5, rtol=0)
 

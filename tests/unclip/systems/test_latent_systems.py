@@ -24,8 +24,11 @@ from tests.unclip.systems.latent_parts import (
 )
 from unclip.data import RowReader, Source
 from unclip.errors import CheckpointError, ConfigError, InputError, ShapeError
+from unclip.models import clip as clip_models
 from unclip.models.clip import Clip
 from unclip.models.latent_diffusion import LatentDiffusion
+from unclip.models.text import caption_features
+from unclip.systems.captions import check_clip
 from unclip.systems.inpainting import inpaint
 from unclip.systems.latent_diffusion import LATENT_DIFFUSION, LatentDiffusionStack, LatentSystem
 from unclip.systems.stable_unclip import STABLE_UNCLIP, StableUnclipStack
@@ -239,3 +242,32 @@ def test_conditions_that_a_network_does_not_read_are_refused(clip: Clip) -> None
     assert np.isfinite(silent(x_t, t).detach().numpy()).all()
     with pytest.raises(ConfigError, match="reads no image embedding"):
         dataclasses.replace(CONFIGS["latent_diffusion"].model, text="none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spatial_transformers_read_the_states_of_all_tokens_as_they_are(clip: Clip, kind: str, tmp_path: Path) -> None:
+    unet = dataclasses.replace(CONFIGS[kind].model.unet, attention="spatial_transformer", resampling="convolution")
+    changes = {"unet": unet, "text": "clip", "context_dim": clip.text_width}
+    trained = objective(kind, clip, **changes)
+    tensors = trained.prepare(rows(clip))
+    loss = trained.loss(trained.model, tensors, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(1, abs=0.3)
+    assert not [name for name, _ in trained.model.named_parameters() if name.startswith("text.")]
+    assert trained.model.text is not None and trained.model.text.null_mask.all()
+    features = caption_features(clip, clip.tokenize(CAPTIONS), reads_padding=True)
+    plain = caption_features(clip, clip.tokenize(CAPTIONS))
+    kept = plain.text_mask
+    torch.testing.assert_close(features.text_encodings[kept], plain.text_encodings[kept], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features.text_embedding, plain.text_embedding, atol=1e-4, rtol=1e-4)
+    assert features.text_encodings[~kept].abs().amin(dim=0).max() > 0 and features.text_mask.all()
+
+    checkpoints.save(f"{tmp_path}/model", {"model": trained.model.state_dict()}, trained.facts() | {"samples_seen": 1})
+    part = {"latent_diffusion": LATENT_DIFFUSION, "stable_unclip": STABLE_UNCLIP}[kind]
+    loaded = load_model(f"{tmp_path}/model", (part,))
+    check_clip(clip, {kind: loaded})
+    torch.manual_seed(1)
+    other = Clip(clip_models.create("unclip-demo", None), "unclip-demo")
+    with pytest.raises(CheckpointError, match="was trained with a CLIP other than this one"):
+        check_clip(other, {kind: loaded})
+    with pytest.raises(ConfigError, match=f"context_dim: got 7, expected {clip.text_width}"):
+        objective(kind, clip, **{**changes, "context_dim": 7})

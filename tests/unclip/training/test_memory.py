@@ -37,6 +37,23 @@ PRIOR = dataclasses.replace(SHALLOW.prior, model=dataclasses.replace(SHALLOW.pri
 DEMO = networks(dataclasses.replace(SHALLOW, prior=PRIOR))
 DEMO["latent_diffusion"] = LATENT_DIFFUSION.network(LATENT_DIFFUSION_SIZES["demo"].generator, shapes(SHALLOW))
 DEMO["stable_unclip"] = STABLE_UNCLIP.network(STABLE_UNCLIP_SIZES["demo"].generator, shapes(SHALLOW))
+SMALL_UNET = dataclasses.replace(
+    LATENT_DIFFUSION_SIZES["demo"].generator.model.unet,
+    attention="spatial_transformer",
+    num_heads=4,
+    resampling="convolution",
+    scale_shift_norm=False,
+)
+STABLE_DIFFUSION = dataclasses.replace(
+    LATENT_DIFFUSION_SIZES["demo"].generator,
+    model=dataclasses.replace(
+        LATENT_DIFFUSION_SIZES["demo"].generator.model,
+        unet=SMALL_UNET,
+        text="clip",
+        context_dim=shapes(SHALLOW).text.width,
+    ),
+)
+DEMO["stable_diffusion"] = LATENT_DIFFUSION.network(STABLE_DIFFUSION, shapes(SHALLOW))
 TOKENS: dict[str, Any] = {
     "width": 96,
     "depth": 6,
