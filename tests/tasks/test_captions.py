@@ -36,8 +36,9 @@ def test_f96_captions_without_spaces_are_counted_as_block_lists_count_them() -> 
 @pytest.mark.parametrize("captions", [UNSPACED, SPACED])
 def test_f96_the_report_shows_the_counts_of_the_filter(captions: dict[str, int]) -> None:
     pairs = pa.table({"key": [f"{number:03}" for number in range(len(captions))], "caption": list(captions)})
-    sizes = pa.table({"key": pa.array([], pa.string()), "original_width": pa.array([], pa.int32())})
-    sizes = sizes.append_column("original_height", sizes["original_width"])
-    words, characters = report._measures(pairs, sizes, sizes.select(["key"]), {})[2:]
-    assert words.values.tolist() == [number for number in captions.values() if number]
-    assert characters.values.tolist() == [len(caption) for caption in captions if caption]
+    keys = pairs.select(["key"]).slice(0, 0)
+    images = keys.append_column("original_width", pa.array([], pa.int32()))
+    images = images.append_column("original_height", pa.array([], pa.int32()))
+    measured = report._measured(report._Rows(keys, pairs, images, keys))
+    assert measured["caption_words"][1].tolist() == [captions[caption] for caption in captions if caption]
+    assert measured["caption_characters"][1].tolist() == [len(caption) for caption in captions if caption]

@@ -71,4 +71,4 @@ def test_f89_all_temporary_folders_are_scratch_folders() -> None:
         if re.search(r"TemporaryDirectory|mkdtemp", path.read_text("utf-8"))
     }
     # An export is written beside the folder that it becomes.
-    assert found == {"unclip/scratch.py", "unclip/interop/pipeline.py"}
+    assert found == {"unclip/scratch.py", "unclip/interop/folders.py"}
