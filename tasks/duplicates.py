@@ -198,7 +198,7 @@ def _search_range(read: Callable[[KeyRange], pa.Table], queries: _Queries, key_r
 
 
 def _search(images: pa.Table, queries: _Queries) -> dict[str, Winner]:
-    """Of some kept rows, the first with the bytes of each duplicate, and the first that looks most like it.
+    """Search some kept rows for the first with the bytes of each duplicate, and for the first that looks most like it.
 
     Args:
         images: their rows of the index, sorted by key.

@@ -213,7 +213,7 @@ class Api:
         return fields.integer("n", 2, most, min(5, most))
 
     def _is_padded(self, model: Model, kind: Kind) -> bool:
-        """Whether batches are filled up; requests that cannot be are sampled one at a time, which gives the same bits too."""
+        """Return True if batches are filled up. Requests whose batches cannot be are sampled one at a time: the same bits."""
         return self.pad_to is not None and kind == "generations" and "pad_batches" in model.values
 
     def _max_batch(self, model: Model) -> int:

@@ -135,7 +135,7 @@ class ImportedStack(NamedTuple):
     clip_config: dict[str, Any]
     """CLIP's architecture in open_clip's format."""
     notes: list[str]
-    """What the stack does not have of the folder, for the user."""
+    """Sentences for the user on parts of the folder that the stack lacks."""
 
 
 def import_stack(folder: str | Path) -> ImportedStack:

@@ -67,16 +67,7 @@ class Parti(ImageTokenModel):
         return (1.0,)
 
     def forward(self, tokens: Tensor, codes: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of each sample's image tokens.
-
-        Args:
-            tokens: [B, L] int64; zeros after the last nonzero token are padding.
-            codes: [B, N] int64, tokens of the image, row by row.
-            drop: [B] bool, True = replace the text by the empty caption.
-
-        Returns:
-            [B, 1].
-        """
+        """Mean cross-entropy of each sample's image tokens, [B, 1]; arguments as for `ImageTokenModel.forward`."""
         return mean_cross_entropy(self.logits(tokens, codes, drop), codes)[:, None]
 
     def logits(self, tokens: Tensor, codes: Tensor, drop: Tensor | None = None) -> Tensor:
