@@ -90,6 +90,26 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_index(
+    folder: Path,
+    pipeline: str,
+    parts: Mapping[str, tuple[str, str]],
+    others: Mapping[str, Any] | None = None,
+    version: str = "0.38.0",
+) -> None:
+    """Write model_index.json, which names the class of a pipeline and of each part.
+
+    Args:
+        parts: part -> library and class.
+        others: further entries.
+        version: version of diffusers whose layout the folder has.
+    """
+    index = {name: list(part) for name, part in parts.items()}
+    write_json(
+        folder / "model_index.json", index | {"_class_name": pipeline, "_diffusers_version": version, **(others or {})}
+    )
+
+
 def check_new(folder: Path) -> None:
     """Check that a folder can be written.
 

@@ -302,13 +302,8 @@ def _write_parts(
         notes.append("The second upsampler is in upsampler-1024. The pipeline does not use it.")
     if layout == "portable":
         (folder / "text_proj" / "unclip.py").write_text(_PORTABLE_MODULE, "utf-8")
-    index: dict[str, Any] = {name: list(part) for name, part in _PARTS[class_name].items()}
-    index |= {
-        "_class_name": class_name,
-        "_diffusers_version": _VERSION[layout],
-        "text_proj": [_TEXT_PROJECTION[layout], "UnCLIPTextProjModel"],
-    }
-    folders.write_json(folder / "model_index.json", index)
+    parts = _PARTS[class_name] | {"text_proj": (_TEXT_PROJECTION[layout], "UnCLIPTextProjModel")}
+    folders.write_index(folder, class_name, parts, version=_VERSION[layout])
     return notes
 
 

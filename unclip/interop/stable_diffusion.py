@@ -99,10 +99,8 @@ def export_stack(stack: LatentDiffusionStack, folder: str | Path) -> list[str]:
     check_exportable(stack)
     with folders.written_whole(Path(folder)) as scratch:
         write_parts(stack, scratch)
-        index: dict[str, Any] = {name: list(part) for name, part in PARTS.items()}
-        index |= {name: [None, None] for name in _ABSENT}
-        index |= {"_class_name": PIPELINE, "_diffusers_version": "0.38.0", "requires_safety_checker": False}
-        folders.write_json(scratch / "model_index.json", index)
+        absent: dict[str, Any] = {name: [None, None] for name in _ABSENT}
+        folders.write_index(scratch, PIPELINE, PARTS, absent | {"requires_safety_checker": False})
     ours = stack.sampling.latent_diffusion
     return [
         f"Not stored in the folder: latent_diffusion.num_steps {ours.num_steps} and guidance_scale {ours.guidance_scale}. Pass "

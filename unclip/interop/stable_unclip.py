@@ -71,9 +71,7 @@ def export_stack(stack: StableUnclipStack, folder: str | Path) -> list[str]:
         folders.write(scratch / "image_normalizer", normalizer, tensors, DIFFUSERS_WEIGHTS)
         noising = schedulers.describe(stack.generator.config.diffusion) | {"_class_name": "DDPMScheduler"}
         folders.write_json(scratch / "image_noising_scheduler" / SCHEDULER, noising)
-        index: dict[str, Any] = {name: list(part) for name, part in _PARTS.items()}
-        index |= {"_class_name": PIPELINE, "_diffusers_version": "0.38.0"}
-        folders.write_json(scratch / "model_index.json", index)
+        folders.write_index(scratch, PIPELINE, _PARTS)
     of_prior, ours = stack.sampling.prior, stack.sampling.stable_unclip
     return [
         f"Not stored in the folder: prior.num_steps {of_prior.num_steps} and guidance_scale {of_prior.guidance_scale}, "
