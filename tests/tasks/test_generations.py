@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,7 @@ CONTINUED = [
     "dedup/.*/selection-since-.*/placed/00001", "dedup/.*/selection-since-.*/_earlier", "dedup/.*/places/", "stages/dedup",
     "embed/.*/embedded-since-", "curate/.*/scores-since-.*/_removed/00001", "curate/.*/scores-since-.*/_earlier",
     "curate/.*/selection-since-.*/_earlier", "curate/.*/heldout", "curate/.*/generation", "stages/curate",
+    "report/.*/hosts-since-.*/00001", "report/.*/report.html", "report/.*/summary.json", "report/.*/generation", "stages/report",
 ]  # fmt: skip
 """Writes of a refresh that continues another."""
 
@@ -387,13 +389,15 @@ def test_results_that_have_read_a_table_which_was_removed_are_not_continued(tmp_
 @pytest.mark.parametrize("rows", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_refresh_reads_hashes_and_writes_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 1 << 17)
-    found = refresh.measure_size(str(tmp_path / "data"), rows, 16)["refresh"]
+    first, found = refresh.measure_size(str(tmp_path / "data"), rows, 16).values()
     for work in found:
         # curate's have the held-out rows, 2 % of so short a list
         most = {"download": 0.04, "curate": 0.04, "report": 0.05}.get(work.stage, 0.035)
         for kind in ("read", "hashed", "written"):
             assert work.counts.get(kind, 0) <= most * rows, f"{work.stage}: {kind} {work.counts}"
     assert sum(work.counts["written"] for work in found if work.stage == "ingest") >= 0.01 * rows
+    total, total_of_first = (sum((Counter(work.counts) for work in works), Counter()) for works in (found, first))
+    assert 0.005 < refresh.share_of_first(total, total_of_first) <= refresh.MAX_SHARE
 
 
 def page_of_all_rows(found: Mapping[str, Artifact], config: ReportConfig, folder: Path) -> str:

@@ -189,13 +189,13 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
 
 
 def _stable(name: str, model: LatentDiffusionConfig, num_parameters: int, **sampling: Any) -> StableUnclipSize:
-    """Size with the autoencoder and the CLIP of the size of `latent_diffusion` with the same name, and the prior and the training
-    of the decoder of unCLIP's."""
+    """Size with the autoencoder, the CLIP and the training of the size of `latent_diffusion` with the same name, and the prior of
+    unCLIP's."""
     size, unclip = LATENT_DIFFUSION_SIZES[name], unclip_sizes.MODEL_SIZES[name]
     return StableUnclipSize(
         "stable_unclip",
         size.autoencoder,
-        StableUnclipStageConfig(model, unclip.decoder.trainer),
+        StableUnclipStageConfig(model, size.generator.trainer),
         StableUnclipSampling(prior=unclip.sampling.prior, stable_unclip=LatentSampling(**sampling)),
         size.min_reconstruction_accuracy,
         size.clip,

@@ -94,7 +94,7 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         DEMO_VQ,
         PartiStageConfig(
             PartiConfig(width=192, depth=4, num_heads=3, text_vocab_size=128, dropout=0.1, encoder_depth=1),
-            DEMO_TRAINER,
+            dataclasses.replace(DEMO_TRAINER, num_samples=80_000),
         ),
         PartiSampling(batch_size=32, parti=TokenSampling(0.7, top_p=0.9, guidance_scale=1.5, num_candidates=16)),
         ("unclip-demo", None),

@@ -50,7 +50,7 @@ DEMO_TRAINER = TrainerConfig(
     ema_decay=0.99,
     checkpoint_samples=10_000,
 )
-"""Training in minutes on two CPUs; the systems share it, as the demo compares them."""
+"""Training in minutes on two CPUs."""
 
 
 class TokenObjective:

@@ -123,7 +123,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
         ParameterCounts(8_131_203, 843_265),
         unclip_sizes.DEMO_GENERATOR_DIFFUSION,
         text_learning_rate=0.3,
-        num_samples=60_000,
+        num_samples=72_000,
         batch_size=16,
         learning_rate=1.5e-3,
         ema_decay=0.99,
