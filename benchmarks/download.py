@@ -226,7 +226,7 @@ def report(rounds: dict[str, list[dict[str, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=3000, help="URLs on the list")
+    parser.add_argument("--pictures", type=int, default=12_000, help="URLs on the list")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of both")
     parser.add_argument(
         "--image-size", type=int, default=256, help="length of the shorter side of stored images, in pixels"
