@@ -14,6 +14,8 @@ import numpy as np
 
 SIGNIFICANT_BITS = 12
 """Bits of a value in a histogram: whole numbers up to 4,096 are exact, others are rounded by 0.01 % at most."""
+SPARE = 4
+"""Rows that a summary keeps for each one that is shown, so that others take the places of those that change."""
 _DROPPED_BITS = np.uint64(53 - SIGNIFICANT_BITS)
 
 
@@ -54,6 +56,24 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     bits = finite.view(np.uint64) + (np.uint64(1) << (_DROPPED_BITS - np.uint64(1)))
     rounded = (bits >> _DROPPED_BITS << _DROPPED_BITS).view(np.float64)
     return rounded[np.isfinite(rounded)] + 0.0  # -0.0 becomes 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedList:
+    """Rows of one fate, sorted by key or by a measure, of which the first are shown."""
+
+    fate: str
+    """See `rows.fates`."""
+    num_shown: int
+    measure: str | None = None
+    """None sorts by key."""
+    sign: int = 1
+    """1 puts the smallest values first, -1 the largest."""
+
+    @property
+    def capacity(self) -> int:
+        """Number of rows that a summary has."""
+        return SPARE * self.num_shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +161,10 @@ class Summary:
     examples: Mapping[str, Examples]
 
     @classmethod
-    def total(cls, parts: Sequence["Summary"], capacities: Mapping[str, int]) -> "Summary":
+    def total(cls, parts: Sequence["Summary"], lists: Mapping[str, SortedList]) -> "Summary":
         """Summary of all parts of a table."""
         examples = {
-            name: Examples.first((part.examples[name] for part in parts), capacity)
-            for name, capacity in capacities.items()
+            name: Examples.first((part.examples[name] for part in parts), each.capacity) for name, each in lists.items()
         }
         return cls(Totals.total(part.totals for part in parts), examples)
 

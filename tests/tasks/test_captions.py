@@ -5,7 +5,7 @@ import pyarrow.compute as pc
 import pytest
 
 from tasks.captions import count_words, split_words
-from tasks.stages import report
+from tasks.report_summary import Rows
 from tasks.stages.filter import FilterConfig
 from tests.tasks.stages.test_filter import verdicts
 
@@ -39,6 +39,6 @@ def test_f96_the_report_shows_the_counts_of_the_filter(captions: dict[str, int])
     keys = pairs.select(["key"]).slice(0, 0)
     images = keys.append_column("original_width", pa.array([], pa.int32()))
     images = images.append_column("original_height", pa.array([], pa.int32()))
-    measured = report._measured(report._Rows(keys, pairs, images, keys))
+    measured = Rows(keys, pairs, images, keys).measured
     assert measured["caption_words"][1].tolist() == [captions[caption] for caption in captions if caption]
     assert measured["caption_characters"][1].tolist() == [len(caption) for caption in captions if caption]

@@ -29,6 +29,8 @@ from tasks.derived import read_shard, shards
 from tasks.find_duplicates import KeepCaptions
 from tasks.index import index_files, index_uri, update_index
 from tasks.lineage.takedown import take_down
+from tasks.report_page import render
+from tasks.report_summary import Tables
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Call, Pinning, Run, execute
 from tasks.stages.curate import CurateConfig, curate
@@ -37,7 +39,7 @@ from tasks.stages.download import IMAGES, DownloadConfig, download
 from tasks.stages.embed import EmbedConfig, embed
 from tasks.stages.filter import FilterConfig, filter
 from tasks.stages.ingest import IngestConfig, ingest
-from tasks.stages.report import ReportConfig, Tables, render, report, summarise
+from tasks.stages.report import ReportConfig, report, summarise
 from tasks.store import Store
 from tasks.tombstones import Tombstone
 from tasks.tracking import Tracker
@@ -402,8 +404,9 @@ def test_a_refresh_reads_hashes_and_writes_few_rows(tmp_path: Path, monkeypatch:
 
 def page_of_all_rows(found: Mapping[str, Artifact], config: ReportConfig, folder: Path) -> str:
     """Page that is made without an earlier one, of the same tables."""
-    facts = found["curate"].facts
-    return render("test", facts, config, summarise(Tables.of(facts), config, f"{folder}/hosts", f"{folder}/scratch"))
+    facts, lists = found["curate"].facts, config.lists()
+    whole = summarise(Tables.of(facts), lists, f"{folder}/hosts", f"{folder}/scratch")
+    return render("test", facts, config.limits, lists, whole)
 
 
 def test_pages_that_continue_earlier_ones_are_those_of_all_rows(

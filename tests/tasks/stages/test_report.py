@@ -12,12 +12,13 @@ from PIL import Image
 
 from tasks import index, ranges, rows, tables
 from tasks.lineage.traces import redact
+from tasks.report_page import Limit, read_thumbnails, render
+from tasks.report_summary import Tables
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact
-from tasks.stages import report
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA
-from tasks.stages.report import Limit, ReportConfig, Tables, render, summarise
+from tasks.stages.report import ReportConfig, summarise
 from tasks.summaries import CutCaptions
 from tests.tasks.datasets import write_folder
 
@@ -105,8 +106,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def page_of(dataset: Artifact, folder: Path) -> str:
     """Page that is made of all rows."""
     config = ReportConfig(limits=LIMITS)
-    found = summarise(Tables.of(dataset.facts), config, f"{folder}/hosts", f"{folder}/scratch")
-    return render("mine", dataset.facts, config, found)
+    found = summarise(Tables.of(dataset.facts), config.lists(), f"{folder}/hosts", f"{folder}/scratch")
+    return render("mine", dataset.facts, config.limits, config.lists(), found)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_a_page_reads_only_the_row_groups_of_the_images_it_shows(dataset: Artifa
     [place] = ranges.find_rows(files, [key_of(20)]).to_pylist()
     Path(snapshot.images, "0.parquet").rename(Path(snapshot.images, "away"))
     try:
-        assert list(report._thumbnails(snapshot.images, files, [key_of(20)])) == [key_of(20)]
+        assert list(read_thumbnails(snapshot.images, files, [key_of(20)])) == [key_of(20)]
     finally:
         Path(snapshot.images, "away").rename(Path(snapshot.images, "0.parquet"))
     assert place["part"] == "1.parquet"
