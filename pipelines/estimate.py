@@ -3,7 +3,8 @@
 Each stage's rate is the one that the storage measured (`pipelines.measured`), otherwise the one in `pipelines.shipped_rates`.
 Data stages run one after another on all CPUs; embedding and training use the GPUs, or the CPUs if there are none. Trainings
 that do not need each other divide the GPUs so that they end together, and run one after another if there are fewer GPUs than
-trainings. The report is made beside the trainings.
+trainings. Stages that encode every kept row for a training, such as images to latents, have all GPUs to themselves, after the
+training that they need. The report is made beside the trainings.
 
 Bytes are those that stay in the storage, and those that are fetched: from the web by the download, from the storage by others.
 A stage pays for the GPUs or the CPUs that compute it while it runs, and for its bytes during one month.
@@ -34,6 +35,8 @@ from pipelines.shipped_rates import (
 
 DATA_STAGES = ("ingest", "download", "filter", "dedup", "embed", "curate")
 """Stages that pass rows on, in order."""
+ENCODINGS = ("latents", "text_states")
+"""Stages that encode kept rows for trainings."""
 HOUR = 3600.0
 
 
@@ -87,9 +90,32 @@ class TrainingWork:
     columns: tuple[str, ...]
     """Columns of the tables that it reads."""
     after: tuple[str, ...] = ()
-    """Other trainings that it needs."""
+    """Other trainings, and encodings, that it needs."""
     num_models: int = 1
     """Copies of the final weights that are stored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingWork:
+    """Encoding of one column of all kept rows, held-out ones too, by a frozen model."""
+
+    name: str
+    unit: str
+    """What is encoded, in the plural."""
+    flops: float
+    """FLOPs to encode one of them."""
+    reads: str
+    """Column of the dataset."""
+    stores: str
+    """Column of the encodings."""
+    value_bytes: float
+    """Bytes of one encoding."""
+    formula: str
+    """Numbers that `value_bytes` follow from."""
+    speed: float = 1
+    """Speed of the arithmetic on a GPU relative to bf16."""
+    after: tuple[str, ...] = ()
+    """Trainings that it needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +141,17 @@ class Workload:
     compared: int = 0
     """Embeddings that semantic deduplication compares each one with; 0 without it."""
     num_probes: int = 0
+    encodings: tuple[EncodingWork, ...] = ()
+    """Encodings that trainings need."""
+
+    @property
+    def works(self) -> tuple[TrainingWork | EncodingWork, ...]:
+        """Trainings, each after the encodings that it needs."""
+        found: dict[str, TrainingWork | EncodingWork] = {}
+        for training in self.trainings:
+            found |= {work.name: work for work in self.encodings if work.name in training.after}
+            found[training.name] = training
+        return tuple(found.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +236,15 @@ def estimate(
         before.append(each.training(workload.clip_training, machine.devices))
     before += [each.embed(), each.curate()]
     report = each.report()
+    encoded = [each.encoding(work) for work in workload.encodings]
     trained, training_hours, in_turn = each.trainings()
     last = [each.evaluate(), each.publish()]
-    stages = (*before, report, *trained, *last)
+    by_name = {stage.stage: stage for stage in (*encoded, *trained)}
+    stages = (*before, report, *(by_name[work.name] for work in workload.works), *last)
     data_hours = sum(stage.hours for stage in before)
-    model_hours = training_hours + sum(stage.hours for stage in last)
+    encoding_hours = sum(stage.hours for stage in encoded)
+    model_hours = encoding_hours + training_hours + sum(stage.hours for stage in last)
+    encoding = f"{hours(encoding_hours)} h of encoding + " if encoded else ""
     together = "one after another" if in_turn else "side by side"
     costs = [stage.cost for stage in stages if stage.cost is not None]
     return Estimate(
@@ -212,9 +253,9 @@ def estimate(
         stored_bytes=sum(stage.stored_bytes for stage in stages),
         network_bytes=sum(stage.network_bytes for stage in stages),
         cost=sum(costs) if prices else None,
-        how=f"{hours(data_hours)} h of data stages, one after another + {hours(training_hours)} h of trainings, {together} on "
-        f"{_workers(machine.devices, machine.device)} + {hours(sum(stage.hours for stage in last))} h of evaluation; "
-        "the report is made beside the trainings.",
+        how=f"{hours(data_hours)} h of data stages, one after another + {encoding}{hours(training_hours)} h of trainings, "
+        f"{together} on {_workers(machine.devices, machine.device)} + {hours(sum(stage.hours for stage in last))} h of "
+        "evaluation; the report is made beside the trainings.",
         stages=stages,
     )
 
@@ -283,7 +324,10 @@ class _Estimator:
         """Estimates of the parts' trainings, their hours together, and True if any ran one after another."""
         found: dict[str, StageEstimate] = {}
         total, in_turn = 0.0, False
-        for wave in waves(self.workload.trainings):
+        for works in waves(self.workload.works):
+            wave = [work for work in works if isinstance(work, TrainingWork)]
+            if not wave:
+                continue
             devices = self.machine.devices
             alone = [self.training(work, 1).hours for work in wave]
             if devices >= len(wave):
@@ -296,6 +340,16 @@ class _Estimator:
                 in_turn = True
             found |= {stage.stage: stage for stage in stages}
         return [found[work.name] for work in self.workload.trainings], total, in_turn
+
+    def encoding(self, work: EncodingWork) -> StageEstimate:
+        """Estimate of one encoding, on all devices."""
+        rows, devices = self.rows["curate"], self.machine.devices
+        decode = DECODE_SECONDS * self._area() if work.reads == "jpg" else 0.0
+        seconds, how = self._compute(work.name, rows, work.flops, decode, devices, work.unit, speed=work.speed)
+        stored, note = self._stored(work.name, work.value_bytes + SELECTION_BYTES)
+        how += f"; {note}" if work.name in self.measured.stages else f"; {note}: {work.formula}, and the key"
+        read = rows * self._column_bytes(work.reads)
+        return self._on_devices(work.name, rows, None, seconds, devices, rows * stored, read, how)
 
     def training(self, work: TrainingWork, devices: int) -> StageEstimate:
         """Estimate of one training on a number of devices."""
@@ -393,13 +447,22 @@ class _Estimator:
         return f", as {self.measured.ignored[name]}" if name in self.measured.ignored else ""
 
     def _compute(
-        self, name: str, rows: int, flops: float, cpu_seconds: float, devices: int, unit: str, share: bool = False
+        self,
+        name: str,
+        rows: int,
+        flops: float,
+        cpu_seconds: float,
+        devices: int,
+        unit: str,
+        share: bool = False,
+        speed: float = 1,
     ) -> tuple[float, str]:
         """Seconds that devices need for rows of so many FLOPs, and the formula.
 
         Args:
             cpu_seconds: CPU seconds that each row needs before a GPU can use it.
             share: CPUs feed several stages at the same time, in proportion to the GPUs of each.
+            speed: speed of the arithmetic on a GPU relative to bf16.
         """
         machine, found = self.machine, self.measured.stages.get(name)
         on = _workers(devices, machine.device)
@@ -408,8 +471,12 @@ class _Estimator:
             return rows / (devices * found.rate), f"{number(rows)} {unit} / ({on} x {number(found.rate)}/s, {source})"
         source = "given" if machine.gpus and machine.gpu_flops != GPU_FLOPS else "shipped"
         source += self._why_not(name)
-        formula = f"{number(rows)} {unit} x {_flop(flops)} / ({on} x {_flop(machine.flops)}/s, {source})"
-        seconds = rows * flops / (devices * machine.flops)
+        each = machine.flops
+        if machine.gpus and speed != 1:
+            each *= speed
+            source += f", {speed:.0%} of bf16's for float32"
+        formula = f"{number(rows)} {unit} x {_flop(flops)} / ({on} x {_flop(each)}/s, {source})"
+        seconds = rows * flops / (devices * each)
         if not cpu_seconds:
             return seconds, formula
         cpus = machine.cpus * devices / machine.gpus if share and machine.gpus else devices if share else machine.cpus
@@ -452,17 +519,18 @@ class _Estimator:
     def _column_bytes(self, column: str) -> float:
         if column == "jpg":
             return self.image_bytes
+        for work in self.workload.encodings:
+            if column == work.stores:
+                return self._stored(work.name, work.value_bytes)[0]
         return 4 * self.workload.embedding_dim if column.endswith("_embedding") else COLUMN_BYTES.get(column, 4)
 
 
-def waves(trainings: Sequence[TrainingWork]) -> list[list[TrainingWork]]:
-    """Groups of trainings that do not need each other, in the order in which they run."""
+def waves(works: Sequence[TrainingWork | EncodingWork]) -> list[list[TrainingWork | EncodingWork]]:
+    """Groups of trainings and encodings that do not need each other, in the order in which they run."""
     depth: dict[str, int] = {}
-    for work in trainings:  # the DAG lists parents first
+    for work in works:  # parents are listed first
         depth[work.name] = 1 + max((depth[name] for name in work.after), default=-1)
-    return [
-        [work for work in trainings if depth[work.name] == wave] for wave in range(max(depth.values(), default=-1) + 1)
-    ]
+    return [[work for work in works if depth[work.name] == wave] for wave in range(max(depth.values(), default=-1) + 1)]
 
 
 def divide(devices: int, hours_alone: Sequence[float], limits: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.dag import Dag
 from pipelines.dataset import PipelineConfig
-from pipelines.estimate import DATA_STAGES, Measured, Measurement
+from pipelines.estimate import DATA_STAGES, ENCODINGS, Measured, Measurement
 from pipelines.pipeline import compose
 from tasks import tables
 from tasks.run_records import stage_events
@@ -27,6 +27,13 @@ MIN_SECONDS = 1.0
 """Records have a tenth of a second."""
 BEFORE = {name: before for before, name in itertools.pairwise((*DATA_STAGES, "report"))}
 """Data stage -> the one whose rows it gets."""
+MADE_ROWS = {
+    "download": ("fetched_now", "images", "images_recipe"),
+    "embed": ("embedded_now", "embeddings", "embeddings"),
+    "latents": ("encoded_now", "derived", "derived"),
+    "text_states": ("derived_now", "derived", "derived"),
+}
+"""Stage that adds rows to a table -> fact with their number, folder of the table, and fact with its URI."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,7 @@ def measure(store: Store, config: PipelineConfig, on_gpus: bool) -> Measured:
     """Measure what says something about a configuration: of each stage, the run with most rows.
 
     Work counts if one run did it from start to end on a cluster that it recorded; a stage that was resumed has the seconds of its
-    last attempt alone. Embedding, training and evaluation count on the same kind of device and with the same models.
+    last attempt alone. Embedding, encoding, training and evaluation count on the same kind of device and with the same models.
 
     Args:
         on_gpus: the estimate is for GPUs.
@@ -133,8 +140,8 @@ def _rows_in(name: str, past: _PastRun) -> int:
     facts = past.artifacts[name].facts
     if name == "ingest":
         return int(facts["rows"]["in"])
-    if name in ("download", "embed"):
-        return int(facts["fetched_now" if name == "download" else "embedded_now"])
+    if name in MADE_ROWS:
+        return int(facts[MADE_ROWS[name][0]])
     if name in BEFORE:
         return _kept(past, BEFORE[name]) if BEFORE[name] in past.artifacts else 0
     if name == "evaluate":
@@ -149,7 +156,8 @@ def _workers(name: str, rows: int, past: _PastRun) -> float:
     if not past.dag[name].stage.has_workers:
         return past.cluster["CPU"]
     each = past.config.resources.of(name)
-    at_once = {"embed": past.config.download.shard_size, "evaluate": _sampling(past.config).batch_size}
+    at_once = dict.fromkeys(("embed", *ENCODINGS), past.config.download.shard_size)
+    at_once["evaluate"] = _sampling(past.config).batch_size
     busy = min(each.num_workers, math.ceil(rows / at_once[name])) if name in at_once else each.num_workers
     return busy * (each.gpus_per_worker or each.cpus_per_worker)
 
@@ -157,7 +165,7 @@ def _workers(name: str, rows: int, past: _PastRun) -> float:
 def _why_not(name: str, rows: int, past: _PastRun, config: PipelineConfig, dag: Dag, on_gpus: bool) -> str | None:
     """Reason why this work says nothing about the estimate; None if it does."""
     seconds = past.artifacts[name].seconds
-    if past.artifacts[name].facts.get("layers") and name not in ("download", "embed"):
+    if past.artifacts[name].facts.get("layers") and name not in MADE_ROWS:
         return "it continued an earlier refresh"
     if seconds < MIN_SECONDS or (rows < MIN_ROWS and name != "evaluate"):
         return f"{rows:,} rows in {seconds:g} s are too few to measure"
@@ -171,6 +179,8 @@ def _why_not(name: str, rows: int, past: _PastRun, config: PipelineConfig, dag: 
         pairs.append((_model(past.dag, part), _model(dag, part)))
     if name == "evaluate":
         pairs.append((_sampling(past.config), _sampling(config)))
+    if name in ENCODINGS:
+        pairs.append((_encoder(name, past.dag), _encoder(name, dag)))
     return None if all(then == now for then, now in pairs) else "this storage measured it with other models or settings"
 
 
@@ -178,6 +188,14 @@ def _model(dag: Dag, part: str) -> Any:
     """Settings of a part apart from its training; None if there is no such part."""
     section = dag[part].config if part in dag else None
     return section and dataclasses.replace(section, trainer=type(section.trainer)())
+
+
+def _encoder(name: str, dag: Dag) -> Any:
+    """Settings of what encodes the rows of an encoding; None if it is CLIP."""
+    if name == "latents":
+        return dag["autoencoder"].config.model, dag[name].config.precision
+    encoder = dag["text_encoder"].config if "text_encoder" in dag else None
+    return encoder and (encoder.folder or encoder.name, encoder.max_length)
 
 
 def _sampling(config: PipelineConfig) -> Any:
@@ -188,8 +206,8 @@ def _sampling(config: PipelineConfig) -> Any:
 def _row_bytes(name: str, rows: int, past: _PastRun, store: Store) -> float | None:
     """Bytes stored for each row in; None if unknown."""
     artifact = past.artifacts[name]
-    if name in ("download", "embed"):
-        kind, fact = ("images", "images_recipe") if name == "download" else ("embeddings", "embeddings")
+    if name in MADE_ROWS:
+        _, kind, fact = MADE_ROWS[name]
         # the table's name is below this root, wherever the storage was when the artifact was made
         num_rows, num_bytes = tables.extent(store.uri(kind, artifact.facts[fact].rpartition("/")[2]))
     elif name not in BEFORE and name != "ingest":

@@ -35,6 +35,9 @@ CPU_FLOPS = 100e9
 """Shipped FLOPs per second that a CPU achieves when it trains or embeds: benchmarks/RESULTS.md has 80 to 125 GFLOP/s."""
 DECODE_SECONDS = 1 / 2_164
 """CPU seconds to decode a stored image of 256 pixels; proportional to its area. Measured with OpenCV."""
+FLOAT32_SPEED: Mapping[str, float] = {"convolution": 495 / 989, "matrix product": 67 / 989}
+"""Speed of float32 on a GPU relative to bf16, from the peaks of an H100: PyTorch computes convolutions in TF32, matrix products
+not."""
 PREPROCESS_SECONDS = 0.75e-3
 """CPU seconds to resize and standardise an image for CLIP; 0.5 to 1 ms."""
 CPUS_PER_GPU = 16
@@ -50,7 +53,22 @@ JPEG_BYTES = 30_000
 """Stored image of 256 pixels at quality 95 with 4:2:0 subsampling: 30 GB per million. Proportional to its area."""
 CHROMA: Mapping[str, float] = {"4:2:0": 1.0, "4:2:2": 1.2, "4:4:4": 1 / 0.7}
 """Bytes by chroma subsampling, relative to 4:2:0."""
-COLUMN_BYTES: Mapping[str, float] = {"caption": 60, "tokens": 40, "latent": 8192, "codes": 1024}
-"""Bytes a row of other columns that trainings read; columns that are not named have 4."""
+COLUMN_BYTES: Mapping[str, float] = {"caption": 60, "tokens": 40}
+"""Bytes a row of other columns that trainings read; those of encodings follow from the models, others have 4."""
+HALF_BYTES = 2
+"""Bytes of a stored latent or text state; they hardly compress."""
+CODE_BYTES = 2.3
+"""Bytes of a stored code: an int32, compressed. Measured with random codes of 8,192."""
+CAPTION_TOKENS = 20
+"""Tokens of a caption on average: CC12M has 20.2 (Changpinyo et al. 2021, "Conceptual 12M", table 1)."""
+T5_SIZES: Mapping[int, tuple[int, int, int]] = {
+    512: (8, 6, 1024),
+    768: (12, 12, 2048),
+    1024: (24, 16, 2816),
+    2048: (24, 32, 5120),
+    4096: (24, 64, 10240),
+}
+"""Width -> layers, heads and inner width of the encoders of T5 v1.1, for a T5 that is not on this machine. Heads have 64
+channels."""
 PARAMETER_BYTES = 4
 """Bytes of a float32 parameter. A checkpoint has four values for each: weights, EMA weights and two moments."""

@@ -15,6 +15,7 @@ from pipelines.commands.estimate import estimate as command
 from pipelines.config import load
 from pipelines.dataset import PipelineConfig
 from pipelines.estimate import (
+    EncodingWork,
     Estimate,
     Machine,
     Measured,
@@ -182,6 +183,60 @@ def test_trainings_wait_for_those_that_they_need_and_for_gpus() -> None:
     assert "one after another on 1 GPU" in alone.how and "side by side on 4 GPUs" in found.how
     assert divide(10, [1.0, 3.0], [256, 256]) == [3, 7] and divide(10, [1.0, 3.0], [256, 4]) == [6, 4]
     assert divide(10, [1.0, 1.0], [2, 3]) == [2, 3]
+
+
+LATENTS = EncodingWork(
+    "latents", "images", 2e11, "jpg", "latent", 8_192, "4,096 numbers x 2 B", speed=0.5, after=("second",)
+)
+GENERATOR = TrainingWork("generator", 1_000_000, 256, 4e12, 1_000, 2, ("tokens", "latent"), ("second", "latents"))
+STATES = EncodingWork("text_states", "captions", 1e12, "caption", "states", 30_720, "20 tokens", speed=0.1)
+
+
+def test_images_are_encoded_between_the_trainings_of_autoencoder_and_generator() -> None:
+    work = dataclasses.replace(WORK, trainings=(FIRST, SECOND, GENERATOR), encodings=(LATENTS,))
+    assert [[each.name for each in wave] for wave in waves(work.works)] == [
+        ["first", "second"],
+        ["latents"],
+        ["generator"],
+    ]
+    found = estimate(work, 1_000_000, MACHINE, prices=Prices(gpu_hour=2, terabyte_month=20))
+    assert [stage.stage for stage in found.stages][7:11] == ["first", "second", "latents", "generator"]
+    each = by_stage(found)
+    assert (each["latents"].rows_in, each["latents"].rows_out, each["latents"].gpus) == (712_215, None, 4)
+    assert seconds(found)["latents"] == pytest.approx(712.215)  # 712,215 x 2e11 / (4 x half of 1e14)
+    assert seconds(found)["generator"] == pytest.approx(10_000)  # on all four GPUs
+    assert found.hours - estimate(WORK, 1_000_000, MACHINE).hours == pytest.approx(10_712.215 / 3600)
+    assert "0.2 h of encoding" in found.how and "50% of bf16's for float32" in each["latents"].how
+    image_bytes = each["download"].stored_bytes / 833_000
+    assert each["latents"].stored_bytes == 712_215 * 8_222
+    assert each["latents"].network_bytes == pytest.approx(712_215 * image_bytes)
+    assert each["generator"].network_bytes == 1_000_000 * (40 + 8_192)
+    assert each["latents"].cost == pytest.approx(712.215 / 3600 * 8 + 712_215 * 8_222 / 1e12 * 20)
+    small = dataclasses.replace(work, encodings=(dataclasses.replace(LATENTS, flops=1e9),))
+    slow = estimate(small, 1_000_000, dataclasses.replace(MACHINE, cpus=1))
+    assert seconds(slow)["latents"] == pytest.approx(712_215 / 2_164)
+    on_cpus = estimate(work, 1_000_000, Machine(gpus=0, cpus=10))
+    assert seconds(on_cpus)["latents"] == pytest.approx(712_215 * (2e11 / 1e12 + 1 / 2_164 / 10))
+
+
+def test_captions_are_encoded_before_the_trainings_that_read_them() -> None:
+    first, second = (
+        dataclasses.replace(work, columns=(*work.columns, "states"), after=("text_states",)) for work in (FIRST, SECOND)
+    )
+    work = dataclasses.replace(WORK, trainings=(first, second), encodings=(STATES,))
+    found = estimate(work, 1_000_000, MACHINE)
+    assert [stage.stage for stage in found.stages][6:10] == ["report", "text_states", "first", "second"]
+    each = by_stage(found)
+    assert seconds(found)["text_states"] == pytest.approx(17_805.375)  # 712,215 x 1e12 / (4 x a tenth of 1e14)
+    assert found.hours - estimate(WORK, 1_000_000, MACHINE).hours == pytest.approx(17_805.375 / 3600)
+    assert (each["first"].gpus, each["second"].gpus) == (1, 3)
+    assert (each["text_states"].stored_bytes, each["text_states"].network_bytes) == (712_215 * 30_750, 712_215 * 60)
+    assert each["first"].network_bytes == 1_000_000 * (40 + 4 * 768 + 30_720)
+    measured = Measured({"text_states": Measurement(10_000, 100, workers=2, row_bytes=20_000)})
+    found = estimate(work, 1_000_000, MACHINE, measured)
+    assert seconds(found)["text_states"] == pytest.approx(712_215 / (4 * 50))
+    assert by_stage(found)["text_states"].stored_bytes == 712_215 * 20_000
+    assert by_stage(found)["first"].network_bytes == 1_000_000 * (40 + 4 * 768 + 20_000)
 
 
 def test_measured_rates_shares_and_sizes_replace_the_shipped_ones() -> None:
@@ -365,6 +420,52 @@ def test_flops_are_those_of_the_memory_plan_and_of_open_clip() -> None:
     assert large.clip_training is None and large.embedding_dim == 768
     assert large.clip_flops == pytest.approx(175.3e9, rel=1e-3)  # open_clip's model_profile.csv: 175.33 GFLOP
     assert large.clip_parameters == 427_616_513
+
+
+def test_flops_and_bytes_of_encodings_follow_from_their_models() -> None:
+    latent = workload(config_of(Path("unused"), "system=latent_diffusion"))
+    [found] = latent.encodings
+    # 16 x 16 positions: 48 channels of patches to 64, six convolutions of 64, 64 to 8, and one of 1 x 1
+    per_position = 2 * 9 * (48 * 64 + 6 * 64 * 64 + 64 * 8) + 2 * 8 * 8
+    assert (found.flops, found.value_bytes, found.stores) == (256 * per_position, 16 * 16 * 4 * 2, "latent")
+    assert [work.after for work in latent.trainings] == [(), ("autoencoder", "latents")]
+    [codes] = workload(config_of(Path("unused"), "system=dalle")).encodings
+    assert codes.value_bytes == pytest.approx(8 * 8 * 2.3) and (codes.stores, codes.reads) == ("codes", "jpg")
+
+    imagen = workload(config_of(Path("unused"), "system=imagen"))
+    [states] = imagen.encodings
+    assert (states.value_bytes, states.after, states.unit) == (20 * 96 * 2, (), "captions of 24 tokens")
+    assert [work.after for work in imagen.trainings] == [("text_states",), ("text_states",)]
+    t5 = ("system=imagen", "text_encoder.name=hf-hub:google/t5-v1_1-xxl")
+    [states] = workload(config_of(Path("unused"), *t5, "text_encoder.width=4096")).encodings
+    per_token = 2 * (4 * 4096**2 + 3 * 4096 * 10_240) + 4 * 128 * 4096  # gated layers; queries and values of 128 tokens
+    assert (states.flops, states.value_bytes) == (24 * 128 * per_token, 20 * 4096 * 2)
+    with pytest.raises(ConfigError, match=r"text_encoder\.width: got 1000, expected 512, 768"):
+        workload(config_of(Path("unused"), *t5, "text_encoder.width=1000"))
+    assert workload(config_of(Path("unused"))).encodings == ()
+
+
+@pytest.mark.parametrize(
+    ("system", "name", "facts", "other"),
+    [
+        ("latent_diffusion", "latents", {"encoded_now": 27_000}, "latents.precision=bf16"),
+        ("imagen", "text_states", {"derived_now": 27_000}, "clip.model=ViT-B-32"),
+    ],
+)
+def test_encodings_are_measured(
+    system: str, name: str, facts: dict[str, Any], other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = config_of(tmp_path, f"system={system}")
+    table = pa.table({"key": [f"{index:032d}" for index in range(500)]})
+    uri = f"{config.storage}/derived/{name}-digest"
+    tables.append_files(uri, [tables.write_part(uri, "part", table)], table.schema)
+    past_run(config, {name: (135.0, facts | {"derived": f"/elsewhere/derived/{name}-digest"})}, CLUSTER)
+    found = measure(Store(config.storage), config, on_gpus=False).stages[name]
+    [part] = Path(uri).glob("*.parquet")
+    assert found == Measurement(27_000, 135, workers=1, row_bytes=part.stat().st_size / 500)
+    changed = measure(Store(config.storage), config_of(tmp_path, f"system={system}", other), on_gpus=False)
+    assert "with other models or settings" in changed.ignored[name]
 
 
 def test_counting_agrees_with_measuring() -> None:

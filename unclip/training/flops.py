@@ -1,5 +1,6 @@
 """FLOPs of training a model, counted while it runs, for model FLOPs utilisation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,11 @@ def flops_per_sample(model: nn.Module, *inputs: Any, **options: Any) -> float:
     Args:
         inputs, options: arguments of `model.forward`; the first is a tensor [B, ...].
     """
+    return float(3 * flops_of(model, *inputs, **options) / len(inputs[0]))
+
+
+def flops_of(function: Callable[..., Any], *inputs: Any, **options: Any) -> int:
+    """FLOPs of one call of a model or of its method, counted like those of `flops_per_sample`, without a backward pass."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs, **options)
-    return float(3 * counter.get_total_flops() / len(inputs[0]))
+        function(*inputs, **options)
+    return int(counter.get_total_flops())
