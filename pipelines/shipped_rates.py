@@ -60,7 +60,7 @@ HALF_BYTES = 2
 CODE_BYTES = 2.3
 """Bytes of a stored code: an int32, compressed. Measured with random codes of 8,192."""
 CAPTION_TOKENS = 20
-"""Tokens of a caption on average: CC12M has 20.2 (Changpinyo et al. 2021, "Conceptual 12M", table 1)."""
+"""Tokens of a caption on average; an assumption, as lists have from 10 to some 30."""
 T5_SIZES: Mapping[int, tuple[int, int, int]] = {
     512: (8, 6, 1024),
     768: (12, 12, 2048),
