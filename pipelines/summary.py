@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.dataset import PipelineConfig
 from tasks.published import CHALLENGER
+from tasks.rows import by_frequency
 from tasks.stage import Artifact
 from tasks.store import DEFAULT_ROOT, Store
 from unclip import files, seals
@@ -93,10 +94,7 @@ def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConf
         lines.append(
             f"rows       {rows['in']:,} in = {rows['kept']:,} kept + {rows['dropped']:,} dropped + {rows['failed']:,} failed"
         )
-        lines += [
-            f"           {count:>7,}  {reason}"
-            for reason, count in sorted(summary["reasons"].items(), key=lambda item: -item[1])
-        ]
+        lines += [f"           {count:>7,}  {reason}" for reason, count in by_frequency(summary["reasons"])]
     if found := summary.get("lines"):
         others = " + ".join(f"{found[name]:,} {name}" for name in ("header", "blank", "continued"))
         num_rows = found["in"] - sum(found[name] for name in ("header", "blank", "continued"))

@@ -323,7 +323,7 @@ def _data(facts: Facts, num_reasons: int) -> str:
         f"## Data\n\nDataset version {in_code(facts.snapshot[:16])}: {counts.get('in', 0):,} rows = "
         f"{counts.get('kept', 0):,} kept + {counts.get('dropped', 0):,} dropped + {counts.get('failed', 0):,} failed."
     ]
-    reasons = sorted(facts.reasons.items(), key=lambda item: (-item[1], item[0]))
+    reasons = rows.by_frequency(facts.reasons)
     if reasons:
         shown = [(f"{count:,}", in_code(reason), escaped(rows.meaning(reason))) for reason, count in reasons]
         lines.append(_table(("rows", "reason", "meaning"), shown[:num_reasons]))

@@ -164,7 +164,7 @@ def render(
     statuses = summary.totals.status_of()
     reasons = [
         {"name": name, "count": count, "status": statuses[name], "meaning": rows.meaning(name)}
-        for name, count in facts["reasons"].items()
+        for name, count in rows.by_frequency(facts["reasons"])
     ]
     thresholds = {limit.measure: limit for limit in limits}
     histograms = {name: each for name, each in summary.totals.histograms.items() if len(each.values)}

@@ -148,7 +148,7 @@ def count(table: "pa.Table") -> dict[str, Any]:
     unexplained = reasons.pop(None, 0)
     assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
     assert all(map(is_reason, reasons)), f"reasons outside the vocabulary: {sorted(reasons)}"
-    return {"rows": rows, "reasons": _by_frequency(reasons)}
+    return {"rows": rows, "reasons": dict(reasons)}
 
 
 def add_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def add_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for part in counts:
         rows.update(part["rows"])
         reasons.update(part["reasons"])
-    return {"rows": dict(rows), "reasons": _by_frequency(reasons)}
+    return {"rows": dict(rows), "reasons": dict(reasons)}
 
 
 def subtract_counts(counts: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,16 +167,17 @@ def subtract_counts(counts: Mapping[str, Any], others: Mapping[str, Any]) -> dic
     rows.subtract(others["rows"])
     reasons.subtract(others["reasons"])
     assert min([*rows.values(), *reasons.values()]) >= 0, f"{others} is not part of {counts}"
-    return {"rows": dict(rows), "reasons": _by_frequency(+reasons)}
+    return {"rows": dict(rows), "reasons": dict(+reasons)}
 
 
 def top_reasons(facts: Mapping[str, Any], limit: int = 5) -> str:
     """Most frequent reasons, for a message: `no_caption 12, http_404 3`."""
-    return ", ".join(f"{reason} {number:,}" for reason, number in list(facts["reasons"].items())[:limit])
+    return ", ".join(f"{reason} {number:,}" for reason, number in by_frequency(facts["reasons"])[:limit])
 
 
-def _by_frequency(reasons: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+def by_frequency(reasons: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Reasons and their rows, the most frequent first; facts that were stored have lost this order."""
+    return sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _tally(column: "pa.ChunkedArray") -> dict[Any, int]:
