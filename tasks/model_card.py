@@ -291,7 +291,9 @@ def _parts(facts: Facts) -> str:
 
 def _metrics(facts: Facts, is_short: bool) -> str:
     """Metrics with a column for each group of captions."""
-    groups = [group for group in facts.metrics if facts.metrics[group]][: SHORT_GROUPS if is_short else None]
+    found = (group for group in facts.metrics if facts.metrics[group])
+    groups = sorted(found, key=lambda group: (group != "heldout", group != "unseen", group))
+    groups = groups[: SHORT_GROUPS if is_short else None]
     if not groups:
         return ""
     names = list(dict.fromkeys(name for group in groups for name in facts.metrics[group]))[:MAX_METRICS]

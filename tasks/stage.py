@@ -375,7 +375,10 @@ def _run_function(
     tracker.json(stored, "artifact.json")
     tracker.end()
     _record(store, run, name, state="done", seconds=seconds, **facts)
-    return artifact
+    # As a run that resumes reads it: JSON has lost the order of names, on which nothing may depend.
+    committed = find_artifact(store, name, stage_fingerprint)
+    assert committed is not None, f"{name}: the record that was just written is gone"
+    return committed
 
 
 def _tombstones_before(store: Store, run: Run) -> str | None:
