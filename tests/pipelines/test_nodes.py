@@ -190,6 +190,10 @@ def content(storage: Path) -> dict[str, Any]:
     for path in sorted(storage.glob("artifacts/**/*")):
         if path.suffix == ".parquet":
             found[str(path.relative_to(storage))] = tables.content_digest(tables.read_file(str(path)))
+        elif path.name == "generation.json":
+            document = files.read_json(str(path))
+            del document["identities"], document["checksum"]  # random identities of tables
+            found[str(path.relative_to(storage))] = document
         elif path.is_file() and path.suffix != ".tmp" and path.name != "plan.json":  # the plan names a version
             found[str(path.relative_to(storage))] = files.sha256(path.read_bytes())
     for kind in ("images", "index", "embeddings"):
