@@ -8,7 +8,7 @@ from pipelines.dag import Binder
 from pipelines.notifications import NotifyConfig
 from pipelines.preset import DEFAULT_SYSTEM
 from pipelines.scene_server import ScenesConfig
-from tasks.stage import Resources, StageResources
+from tasks.stage import OwnResources, StageResources
 from tasks.stages.clip import ClipConfig, clip
 from tasks.stages.curate import CurateConfig, curate
 from tasks.stages.dedup import DedupConfig, dedup
@@ -62,11 +62,11 @@ class ComparisonConfig:
 class DatasetResources(StageResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    clip: Resources | None = None
+    clip: OwnResources | None = None
     """Resources for training CLIP."""
-    embed: Resources | None = None
+    embed: OwnResources | None = None
     """Resources for embedding."""
-    evaluate: Resources | None = None
+    evaluate: OwnResources | None = None
     """Resources for sampling and evaluation."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.dag import Binder
 from pipelines.dataset import dataset, finish
 from pipelines.upsampled import UpsampledConfig, UpsampledEvaluateConfig, UpsampledResources, with_chain
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.train import train
 from unclip import config
 from unclip.config import require, to_dict
@@ -22,7 +22,7 @@ from unclip.systems.upsampler import UPSAMPLER, merge_over
 class ImageStackResources(UpsampledResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    denoiser: Resources | None = None
+    denoiser: OwnResources | None = None
     """Resources for training the denoiser."""
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pipelines.dag import Binder
 from pipelines.dataset import Dataset
 from pipelines.upsampled import UpsampledConfig, UpsampledResources, with_chain
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.latents import LatentsConfig, latents
 from tasks.stages.train import train
 from unclip import config
@@ -20,9 +20,9 @@ from unclip.systems.latent_diffusion import LatentDiffusionStageConfig
 class LatentResources(UpsampledResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    autoencoder: Resources | None = None
+    autoencoder: OwnResources | None = None
     """Resources for training the autoencoder."""
-    latents: Resources | None = None
+    latents: OwnResources | None = None
     """Resources for encoding images."""
 
 

@@ -8,7 +8,7 @@ from pipelines.dag import Binder
 from pipelines.dataset import DatasetResources, PipelineConfig, dataset, finish, with_image_size
 from pipelines.latents import encoded
 from pipelines.pipeline import Pipeline, Variant
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.latents import LatentsConfig
 from tasks.stages.train import train
 from unclip import config
@@ -22,9 +22,9 @@ from unclip.systems.part import Part
 class TokenResources(DatasetResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    autoencoder: Resources | None = None
+    autoencoder: OwnResources | None = None
     """Resources for training the autoencoder."""
-    latents: Resources | None = None
+    latents: OwnResources | None = None
     """Resources for encoding the images."""
 
 

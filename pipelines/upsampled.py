@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.dataset import DatasetResources, PipelineConfig, with_image_size
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.evaluate import EvaluateConfig
 from unclip import config
 from unclip.systems.classes import ClassesConfig
@@ -16,7 +16,7 @@ from unclip.systems.upsampler import UpsampledSampling, UpsamplerStageConfig, ch
 class UpsampledResources(DatasetResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
+    upsamplers: dict[str, OwnResources] = dataclasses.field(default_factory=dict)
     """Resources for training each upsampler, by its output resolution."""
 
 

@@ -113,6 +113,33 @@ class Resources:
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnResources:
+    """Resources of the workers of one stage, in the place of those of all stages; None leaves these as they are."""
+
+    num_workers: int | None = None
+    """See `Resources`."""
+    cpus_per_worker: int | None = None
+    """See `Resources`."""
+    gpus_per_worker: float | None = None
+    """See `Resources`."""
+    gib_per_worker: float | None = None
+    """See `Resources`."""
+
+    def __post_init__(self) -> None:
+        self.on(Resources())
+
+    def on(self, shared: Resources) -> Resources:
+        """Resources of the stage, from those of all stages.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
+        own = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        values = {field.name: getattr(shared, field.name) for field in dataclasses.fields(Resources)}
+        return Resources(**values | own)
+
+
+@dataclasses.dataclass(frozen=True)
 class StageResources(Resources):
     """Resources by stage: these values, unless the stage has its own, given by a field of a subclass.
 
@@ -122,10 +149,8 @@ class StageResources(Resources):
 
     def of(self, stage_name: str) -> Resources:
         name, _, key = stage_name.partition("-")
-        own_resources: Resources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
-        return own_resources or Resources(
-            self.num_workers, self.cpus_per_worker, self.gpus_per_worker, self.gib_per_worker
-        )
+        own: OwnResources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
+        return (own or OwnResources()).on(self)
 
 
 @dataclasses.dataclass(frozen=True)

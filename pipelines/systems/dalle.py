@@ -3,7 +3,7 @@
 import dataclasses
 
 from pipelines.tokens import TokenPipelineConfig, TokenResources, token_pipeline
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.evaluate import EvaluateConfig
 from unclip.systems.dalle import DALLE, MODEL_SIZES, DalleSampling, DalleStageConfig
 
@@ -12,7 +12,7 @@ from unclip.systems.dalle import DALLE, MODEL_SIZES, DalleSampling, DalleStageCo
 class DalleResources(TokenResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    dalle: Resources | None = None
+    dalle: OwnResources | None = None
     """Resources for training the Transformer."""
 
 

@@ -8,7 +8,7 @@ from pipelines.dag import Binder
 from pipelines.dataset import dataset, finish
 from pipelines.pipeline import Pipeline
 from pipelines.upsampled import UpsampledConfig, UpsampledEvaluateConfig, UpsampledResources, with_chain
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.train import train
 from unclip import config
 from unclip.config import require, to_dict
@@ -23,9 +23,9 @@ from unclip.systems.upsampler import UPSAMPLER, merge_over
 class GlideResources(UpsampledResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    glide: Resources | None = None
+    glide: OwnResources | None = None
     """Resources for training the generator."""
-    noised_clip: Resources | None = None
+    noised_clip: OwnResources | None = None
     """Resources for training the image encoder for noised images."""
 
 

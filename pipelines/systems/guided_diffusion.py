@@ -13,7 +13,7 @@ from pipelines.image_stacks import (
     with_resolutions,
 )
 from pipelines.pipeline import Pipeline, Variant
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from unclip import config
 from unclip.config import require
 from unclip.systems.classifier import CLASSIFIER, ClassifierStageConfig
@@ -25,7 +25,7 @@ from unclip.systems.guided_diffusion import MODEL_SIZES
 class GuidedDiffusionResources(ImageStackResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    classifier: Resources | None = None
+    classifier: OwnResources | None = None
     """Resources for training the classifier."""
 
 

@@ -8,7 +8,7 @@ from pipelines.dag import Binder
 from pipelines.dataset import dataset, finish
 from pipelines.pipeline import Pipeline
 from pipelines.upsampled import UpsampledConfig, UpsampledEvaluateConfig, UpsampledResources, with_chain
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.text_encoder import CLIP, TextEncoderConfig, text_encoder
 from tasks.stages.text_states import TextStatesConfig, text_states
 from tasks.stages.train import train
@@ -26,9 +26,9 @@ from unclip.systems.upsampler import check_names, merge_over
 class ImagenResources(UpsampledResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    text_states: Resources | None = None
+    text_states: OwnResources | None = None
     """Resources for encoding the captions."""
-    imagen: Resources | None = None
+    imagen: OwnResources | None = None
     """Resources for training the base network."""
 
 

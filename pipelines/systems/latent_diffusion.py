@@ -9,7 +9,7 @@ from pipelines.dataset import dataset, finish
 from pipelines.latents import LatentConfig, LatentResources, encoded, with_latent_shape
 from pipelines.pipeline import Pipeline
 from pipelines.upsampled import UpsampledEvaluateConfig
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.train import train
 from unclip.config import require
 from unclip.systems.latent_diffusion import LATENT_DIFFUSION, LatentDiffusionSampling, LatentDiffusionStageConfig
@@ -21,7 +21,7 @@ from unclip.systems.upsampler import UPSAMPLER, merge_over
 class LatentDiffusionResources(LatentResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    latent_diffusion: Resources | None = None
+    latent_diffusion: OwnResources | None = None
     """Resources for training the generator."""
 
 

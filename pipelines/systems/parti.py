@@ -3,7 +3,7 @@
 import dataclasses
 
 from pipelines.tokens import TokenPipelineConfig, TokenResources, token_pipeline
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.evaluate import EvaluateConfig
 from unclip.systems.parti import MODEL_SIZES, PARTI, PartiSampling, PartiStageConfig
 
@@ -12,7 +12,7 @@ from unclip.systems.parti import MODEL_SIZES, PARTI, PartiSampling, PartiStageCo
 class PartiResources(TokenResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    parti: Resources | None = None
+    parti: OwnResources | None = None
     """Resources for training the Transformer."""
 
 

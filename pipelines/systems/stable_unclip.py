@@ -9,7 +9,7 @@ from pipelines.dataset import dataset, finish
 from pipelines.latents import LatentConfig, LatentResources, encoded, with_latent_shape
 from pipelines.pipeline import Pipeline
 from pipelines.upsampled import UpsampledEvaluateConfig
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.train import train
 from unclip.config import require
 from unclip.systems.latent_sizes import STABLE_UNCLIP_SIZES
@@ -22,9 +22,9 @@ from unclip.systems.upsampler import UPSAMPLER, merge_over
 class StableUnclipResources(LatentResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    prior: Resources | None = None
+    prior: OwnResources | None = None
     """Resources for training the prior."""
-    stable_unclip: Resources | None = None
+    stable_unclip: OwnResources | None = None
     """Resources for training the generator."""
 
 

@@ -8,7 +8,7 @@ from pipelines.dag import Binder
 from pipelines.dataset import dataset, finish
 from pipelines.pipeline import Pipeline, Variant
 from pipelines.upsampled import UpsampledConfig, UpsampledEvaluateConfig, UpsampledResources, with_chain
-from tasks.stage import Resources
+from tasks.stage import OwnResources
 from tasks.stages.train import train
 from unclip import config
 from unclip.config import require
@@ -23,9 +23,9 @@ from unclip.systems.upsampler import UPSAMPLER, merge_over
 class UnclipResources(UpsampledResources):
     """Worker resources: defaults for all stages, and sections that override them for single stages."""
 
-    prior: Resources | None = None
+    prior: OwnResources | None = None
     """Resources for training the prior."""
-    decoder: Resources | None = None
+    decoder: OwnResources | None = None
     """Resources for training the decoder."""
 
 

@@ -22,7 +22,7 @@ from tasks.stage import (
     Call,
     Failure,
     Output,
-    Resources,
+    OwnResources,
     Run,
     StageContext,
     StageResources,
@@ -113,15 +113,15 @@ def test_a_failure_is_recorded_and_passed_on_but_never_cached(run: Run) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnResources(StageResources):
-    prior: Resources | None = None
-    upsamplers: dict[str, Resources] = dataclasses.field(default_factory=dict)
+class ResourcesOfTwo(StageResources):
+    prior: OwnResources | None = None
+    upsamplers: dict[str, OwnResources] = dataclasses.field(default_factory=dict)
 
 
 def test_stages_may_have_their_own_resources() -> None:
-    own = Resources(num_workers=1, gpus_per_worker=1)
-    resources = OwnResources(num_workers=2, prior=own, upsamplers={"256": own})
-    assert resources.of("prior").per_worker() == resources.of("upsampler-256").per_worker() == {"CPU": 2.0, "GPU": 1.0}
+    own = OwnResources(num_workers=1, gpus_per_worker=1)
+    resources = ResourcesOfTwo(num_workers=2, cpus_per_worker=3, prior=own, upsamplers={"256": own})
+    assert resources.of("prior").per_worker() == resources.of("upsampler-256").per_worker() == {"CPU": 3.0, "GPU": 1.0}
     assert [resources.of(name).num_workers for name in ("decoder", "upsampler-1024", "ingest")] == [2, 2, 2]
 
 
