@@ -162,7 +162,7 @@ def render(
         return [{"key": k, "note": n, "caption": captions.get(k, ""), "source": thumbnails[k]} for k, n in listed]
 
     statuses = summary.totals.status_of()
-    reasons = [
+    reasons: list[dict[str, Any]] = [
         {"name": name, "count": count, "status": statuses[name], "meaning": rows.meaning(name)}
         for name, count in rows.by_frequency(facts["reasons"])
     ]
