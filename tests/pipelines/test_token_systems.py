@@ -87,7 +87,7 @@ def test_work_counts_every_candidate_and_both_branches_of_guidance() -> None:
     per_candidate = (eight - one) / 7
     assert guided - eight == pytest.approx(8 * per_candidate)
     trained = workload(load("demo", system="dalle")).trainings
-    assert {each.name: each.after for each in trained} == {"autoencoder": (), "dalle": ("autoencoder",)}
+    assert {each.name: each.after for each in trained} == {"autoencoder": (), "dalle": ("autoencoder", "latents")}
     flops = next(each.flops_per_sample for each in trained if each.name == "dalle")
     assert per_candidate == pytest.approx(flops / 3)
 

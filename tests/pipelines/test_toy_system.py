@@ -30,7 +30,7 @@ from pipelines.pipeline import Pipeline, Variant
 from pipelines.systems.unclip import UnclipConfig
 from tasks import tables
 from tasks.snapshots import Snapshot
-from tasks.stage import Resources as StageResource
+from tasks.stage import OwnResources
 from tasks.stages.evaluate import EvaluateConfig, heldout_pairs
 from tasks.stages.train import train
 from tasks.store import Store
@@ -324,7 +324,7 @@ def test_a_run_file_has_settings_for_single_systems(tmp_path: Path) -> None:
 def test_settings_of_the_same_type_survive_a_change_of_the_system() -> None:
     @dataclasses.dataclass(frozen=True)
     class Resources(DatasetResources):
-        painter: StageResource | None = None
+        painter: OwnResources | None = None
 
     @dataclasses.dataclass(frozen=True)
     class Cascade(ToyConfig):
