@@ -170,7 +170,7 @@ class PrecomputedText(nn.Module):
     def tokenize(self, captions: list[str]) -> Tensor:
         return torch.zeros(len(captions), TEXT_LENGTH, dtype=torch.long)
 
-    def encode_text(self, tokens: Tensor) -> TextFeatures:
+    def encode_text(self, tokens: Tensor, encodes_padding: bool = False) -> TextFeatures:
         return TextFeatures(*(feature[: len(tokens)] for feature in self.text))
 
 

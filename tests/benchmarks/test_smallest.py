@@ -15,6 +15,7 @@ LINES = {
     "chaos --rows 300 --shard-size 100 --sites 4 --tarpits 1 --domains 1": "share",
     "convolution --sides 2 --batch-size 2 --rounds 1": "512",
     "training --rounds 1 --steps 1 --batch-size 2 --parts prior": "diffusers",
+    "training --rounds 1 --steps 1 --batch-size 2 --parts latents": "diffusers",
     "tokens --size demo --rounds 1 --steps 1 --batch-size 2": "unclip is faster by",
     "evaluation --num-images 130 --image-size 32": "peak memory after the metrics",
 }
