@@ -192,7 +192,7 @@ def content(storage: Path) -> dict[str, Any]:
             found[str(path.relative_to(storage))] = tables.content_digest(tables.read_file(str(path)))
         elif path.name == "generation.json":
             document = files.read_json(str(path))
-            del document["identities"], document["checksum"]  # random identities of tables
+            del document["identities"]  # of tables; they are random
             found[str(path.relative_to(storage))] = document
         elif path.is_file() and path.suffix != ".tmp" and path.name != "plan.json":  # the plan names a version
             found[str(path.relative_to(storage))] = files.sha256(path.read_bytes())
