@@ -101,7 +101,7 @@ class EncodingWork:
 
     name: str
     unit: str
-    """What is encoded, in the plural."""
+    """Name of the rows in the formula: images, or captions."""
     flops: float
     """FLOPs to encode one of them."""
     reads: str

@@ -148,7 +148,7 @@ def count(table: "pa.Table") -> dict[str, Any]:
     unexplained = reasons.pop(None, 0)
     assert unexplained == rows[KEPT], f"{unexplained} rows without a reason, but {rows[KEPT]} kept"
     assert all(map(is_reason, reasons)), f"reasons outside the vocabulary: {sorted(reasons)}"
-    return {"rows": rows, "reasons": dict(reasons)}
+    return {"rows": rows, "reasons": reasons}
 
 
 def add_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

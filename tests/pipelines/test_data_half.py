@@ -47,7 +47,12 @@ COMMITS = [
     "snapshots/_delta_log", "artifacts/report/",
     *(f"stages/{name}/" for name in ("ingest", "download", "filter", "dedup", "clip", "embed", "curate", "report")),
 ]  # fmt: skip
-FEW = ["within .*images/.*[.]parquet", "after .*images/.*/_delta_log", "after .*embeddings/.*[.]parquet"]
+FEW = [
+    "within .*images/.*[.]parquet",
+    "after .*images/.*/_delta_log",
+    "after .*embeddings/.*[.]parquet",
+    "before .*snapshots/_delta_log",
+]
 ALL = [
     f"^{moment} .*{path}"
     for path in COMMITS

@@ -500,7 +500,6 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-@pytest.mark.slow
 def test_f36_a_killed_run_resumed_as_a_ray_job_has_the_same_tables_and_models(
     finished: Path, tmp_path: Path, cluster: dict[str, str]
 ) -> None:
