@@ -67,7 +67,7 @@ def parent(digest: str) -> Artifact:
 def test_a_committed_result_is_not_computed_again(run: Run) -> None:
     first = execute(Call(count, CountConfig(3)), run, [parent("a")])
     again = execute(Call(count, CountConfig(3)), run, [dataclasses.replace(parent("a"), uri="/elsewhere", seconds=9.0)])
-    assert isinstance(first, Artifact) and first == again and calls == [3]
+    assert isinstance(first, Artifact) and isinstance(again, Artifact) and first == again and calls == [3]
     assert list(first.facts) == list(again.facts) == ["again", "others", "start"], "pages depend on no order of names"
     assert Store(run.storage).read_json("runs", "r1", "count.json")["state"] == "cached"
 
