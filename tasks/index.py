@@ -199,7 +199,8 @@ def _merge(index: str, count: int, output: int, pieces: list[pa.Table]) -> Part:
 
 
 def _write(index: str, key_range: KeyRange, table: pa.Table) -> Part:
-    return tables.write_part(index, f"{key_range}-{tables.content_digest(table)[:16]}", table)
+    name = f"{key_range}-{tables.content_digest(table)[:16]}"
+    return tables.write_part(index, name, table, ranges.group_starts(table, key_range))
 
 
 def _without_parts(index: str, removed: set[str], uri: str) -> Part | None:

@@ -19,6 +19,7 @@ from tasks import tables
 from tasks.keys import KEY_DIGITS, hex_numbers, key_texts
 from tasks.lookups import look_up, write_lookup
 from unclip import files
+from unclip.data import ROW_GROUP_ROWS
 
 EARLIER = "_earlier.json"
 """File in the folder of a layer that names the earlier ones. Readers of a folder of Parquet files pass over names with `_`."""
@@ -264,8 +265,22 @@ def _find_in_files(uris: Sequence[str], wanted: pa.Array, columns: Sequence[str]
 def write_range(folder: str, key_range: KeyRange, table: pa.Table) -> str:
     """Write the file of one range atomically; returns its URI."""
     uri = range_uri(folder, key_range)
-    tables.write_file(uri, table)
+    tables.write_file(uri, table, group_starts(table, key_range))
     return uri
+
+
+def group_starts(table: pa.Table, key_range: KeyRange) -> list[int]:
+    """First rows of the row groups of a range's file, which is sorted by key: those of equal parts of the range.
+
+    So a task that reads a part of the range, as it is divided in a larger table, reads no rows of the parts beside it. Groups
+    have at most about `ROW_GROUP_ROWS` rows. A table without keys has groups of that size.
+    """
+    if "key" not in table.column_names:
+        return []
+    parts = 1 << max(0, -(-table.num_rows // ROW_GROUP_ROWS) - 1).bit_length()
+    part_of_row = of_keys(table["key"], key_range.count * parts)
+    starts: list[int] = np.flatnonzero(np.diff(part_of_row, prepend=-1)).tolist()
+    return starts
 
 
 def write_keys(folder: str, key_range: KeyRange, keys: pa.ChunkedArray) -> None:

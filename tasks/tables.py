@@ -109,11 +109,15 @@ def find_part(table_uri: str, name: str) -> Part | None:
     return _describe(file, data)
 
 
-def write_part(table_uri: str, name: str, table: pa.Table) -> Part:
-    """Write rows as the Parquet file `name` (no extension) into the table's folder, or return the existing part."""
+def write_part(table_uri: str, name: str, table: pa.Table, group_starts: Sequence[int] = ()) -> Part:
+    """Write rows as the Parquet file `name` (no extension) into the table's folder, or return the existing part.
+
+    Args:
+        group_starts: see `parquet_bytes`.
+    """
     part = find_part(table_uri, name)
     if part is None:
-        data, digest = _sealed_parquet(table)
+        data, digest = _sealed_parquet(table, group_starts)
         if storage.write(f"{table_uri}/{name}.parquet", data, replace=False):
             return Part(f"{name}.parquet", table.num_rows, len(data), digest)
         part = find_part(table_uri, name)  # an abandoned attempt finished after all
@@ -594,33 +598,40 @@ def note_of(table_uri: str, version: int) -> dict[str, str]:
     return {name: str(value) for action in actions for name, value in action.get("commitInfo", {}).items()}
 
 
-def write_file(uri: str, table: pa.Table) -> None:
-    """Write one Parquet file atomically."""
-    storage.write(uri, parquet_bytes(table))
+def write_file(uri: str, table: pa.Table, group_starts: Sequence[int] = ()) -> None:
+    """Write one Parquet file atomically; see `parquet_bytes`."""
+    storage.write(uri, parquet_bytes(table, group_starts))
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table, group_starts: Sequence[int] = ()) -> bytes:
     """Serialise rows deterministically: the same rows give the same bytes. Images (`jpg`) are not compressed again.
 
     Pages have checksums, and the file has a seal.
+
+    Args:
+        group_starts: first rows of the row groups, in ascending order; empty for groups of `ROW_GROUP_ROWS`.
     """
-    return _sealed_parquet(table)[0]
+    return _sealed_parquet(table, group_starts)[0]
 
 
-def _sealed_parquet(table: pa.Table) -> tuple[bytes, str]:
+def _sealed_parquet(table: pa.Table, group_starts: Sequence[int]) -> tuple[bytes, str]:
     """Result of `parquet_bytes`, and its sha256."""
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     codec = {name: "none" if name == "jpg" else "zstd" for name in table.column_names}
     stream = pa.BufferOutputStream()
-    pq.write_table(
-        table.combine_chunks(),
+    table = table.combine_chunks()
+    with pq.ParquetWriter(
         stream,
-        row_group_size=ROW_GROUP_ROWS,
+        table.schema,
         compression=codec if "jpg" in codec else "zstd",
         use_dictionary=texts,
         write_statistics=[name for name in table.column_names if name != "jpg"],
         write_page_checksum=True,
-    )
+    ) as writer:
+        if not group_starts:
+            writer.write_table(table, ROW_GROUP_ROWS)
+        for start, end in itertools.pairwise([*group_starts, table.num_rows]):
+            writer.write_table(table.slice(start, end - start), end - start)
     return seals.seal_and_digest(memoryview(stream.getvalue()))
 
 

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from tasks import keys, ranges, tables
@@ -51,15 +52,21 @@ def test_a_folder_is_read_in_any_number_of_ranges(tmp_path: object, written: int
     assert ranges.range_count(folder) == written
 
 
-def test_a_narrow_range_of_a_wide_file_reads_only_its_row_groups(tmp_path: object) -> None:
-    table = keyed(5000)
-    folder = write(str(tmp_path), table, 1)
-    uri = ranges.range_files(folder)[0]
-    narrow = KeyRange(3, 16)
-    read = tables.read_between(uri, narrow.start, narrow.stop)
-    assert len(read) <= 2000 < len(table), "row groups have 1,000 rows"
-    inside = ranges.of_keys(table["key"], 16) == 3
-    assert ranges.read_range(folder, narrow).equals(table.filter(pa.array(inside)))
+@pytest.mark.parametrize(("written", "read"), [(1, 16), (2, 8), (4, 4)])
+def test_a_narrow_range_of_a_wide_file_reads_no_other_rows(tmp_path: object, written: int, read: int) -> None:
+    table = keyed(15_000)
+    folder = write(str(tmp_path), table, written)
+    for narrow in ranges.ranges(read):
+        uri = next(uri for uri in ranges.range_files(folder) if ranges.range_of_file(uri).overlaps(narrow))
+        assert tables.read_between(uri, narrow.start, narrow.stop).equals(ranges.read_range(folder, narrow))
+
+
+def test_row_groups_of_a_range_file_have_about_a_thousand_rows(tmp_path: object) -> None:
+    for rows in (0, 1, 999, 1001, 4000, 50_000):
+        folder = write(f"{tmp_path}/{rows}", keyed(rows), 1)
+        metadata = pq.read_metadata(ranges.range_files(folder)[0])
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        assert sum(sizes) == rows and max(sizes, default=0) <= 1200 and len(sizes) <= max(1, rows / 400)
 
 
 def test_keys_become_bytes_and_numbers_and_texts_again() -> None:
