@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from tasks import tables
@@ -78,6 +79,16 @@ def test_ranks_share_every_batch(reader: RowReader) -> None:
     ranks = [stream(reader, 20, rank=rank, world_size=2) for rank in range(2)]
     together = [key for step in range(20) for keys in ranks for key in keys[5 * step : 5 * step + 5]]
     assert together == whole
+
+
+def test_batches_are_prepared_without_a_team_of_threads(reader: RowReader) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        batches = reader.batches(seed=0, samples_seen=0, batch_size=10, prepare=lambda _: torch.get_num_threads())
+        assert (next(batches), torch.get_num_threads(), next(batches)) == (1, 3, 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_ranks_rarely_read_the_same_row_groups(tmp_path: Path) -> None:

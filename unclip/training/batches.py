@@ -2,10 +2,14 @@
 
 import concurrent.futures
 import functools
+import hashlib
 import math
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
+import cachetools
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,13 +17,34 @@ from torch import Tensor
 from unclip.data import decode_image
 from unclip.errors import InputError
 
+Decode = Callable[[bytes, int], np.ndarray]
+
+DECODED_BYTES = 1 << 26
+"""Memory for decoded images that a process keeps, so that a small dataset is decoded in the first epoch alone."""
+_ENTRY_BYTES = 400
+"""Memory of a key and its place among the others."""
+
 
 def load_images(encoded: list[bytes], size: int) -> Tensor:
     """Decode stored JPEGs to float32 [B, 3, size, size] in [-1, 1], center-cropped."""
     pixels = np.stack(
-        list(_decoding_threads().map(lambda data: decode_image(data, size), encoded))
+        list(_decoding_threads().map(lambda data: _decode(data, size), encoded))
     )  # [B, size, size, 3] uint8
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _remembering(num_bytes: int) -> Callable[[Decode], Decode]:
+    """Decorator of a function that decodes an image to a size; keeps the results that were used last."""
+    return cachetools.cached(
+        cachetools.LRUCache(num_bytes, getsizeof=lambda pixels: pixels.nbytes + _ENTRY_BYTES),
+        key=lambda data, size: (size, hashlib.blake2b(data, digest_size=16).digest()),
+        lock=threading.Lock(),
+    )
+
+
+@_remembering(DECODED_BYTES)
+def _decode(data: bytes, size: int) -> np.ndarray:
+    return decode_image(data, size)
 
 
 @functools.cache
