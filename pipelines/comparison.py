@@ -142,6 +142,8 @@ class Row:
     """By image: True if everything that its caption names is right; None if that is unknown."""
     intervals: Mapping[str, Mapping[str, Sequence[float]]] = dataclasses.field(default_factory=dict)
     """Group of captions -> name of a metric -> lower and upper limit of its 95 % interval."""
+    bits_per_dim: float | None = None
+    """Variational bound on held-out images, of the part that measured it in training."""
 
     @property
     def label(self) -> str:
@@ -161,7 +163,7 @@ class Row:
 
     def document(self) -> dict[str, Any]:
         """JSON values."""
-        values = {name: getattr(self, name) for name in ("name", "label", "system", "value", "metrics")}
+        values = {name: getattr(self, name) for name in ("name", "label", "system", "value", "metrics", "bits_per_dim")}
         values["intervals"] = dict(self.intervals)
         costs = {name: getattr(self, name) for name in ("training_seconds", "seconds_per_image", "parameters")}
         trainings = [{**each._asdict(), "flops": each.flops} for each in self.trainings]
@@ -516,6 +518,7 @@ def _row(entry: Entry, dag: Dag, artifacts: Mapping[str, Artifact]) -> Row:
         images=np.load(io.BytesIO(files.read(kept["uri"])), allow_pickle=False),
         correct=kept["correct"],
         intervals=facts["intervals"],
+        bits_per_dim=next(iter(facts.get("bits_per_dim", {}).values()), None),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.image_stacks import ImageStackConfig, image_stack, with_model_size, with_resolutions
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import Pipeline, Variant
 from unclip.config import require
 from unclip.systems.ddpm import MODEL_SIZES
 from unclip.systems.denoiser import DENOISER
@@ -31,4 +31,18 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     return with_resolutions(with_model_size(values, MODEL_SIZES))
 
 
-PIPELINE = Pipeline(DdpmConfig, image_stack(DENOISER), resolve, MODEL_SIZES)
+def _is_improved(config: DdpmConfig) -> bool:
+    diffusion = config.denoiser.model.diffusion
+    return diffusion.schedule == "cosine" and diffusion.variance == "learned_range"
+
+
+VARIANTS = {
+    "original": Variant(
+        "ddpm, linear schedule, fixed variance",
+        ("denoiser.model.diffusion.schedule=linear", "denoiser.model.diffusion.variance=fixed_large"),
+        _is_improved,
+    )
+}
+"""The process of Ho et al. 2020, section 4, beside that of Nichol & Dhariwal 2021."""
+
+PIPELINE = Pipeline(DdpmConfig, image_stack(DENOISER), resolve, MODEL_SIZES, VARIANTS)

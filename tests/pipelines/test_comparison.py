@@ -287,6 +287,9 @@ def test_tables_tell_the_best_system_and_what_failed() -> None:
     assert "Failed: ddpm: it <failed>" in table
     html = page.page(found, ["previews/images.png"])
     assert html.count('class="best') == 3 and "it &lt;failed&gt;" in html and 'src="previews/images.png"' in html
+    bounds = [dataclasses.replace(row(name, 0.5), bits_per_dim=bits) for name, bits in (("one", 4.6), ("two", 4.7))]
+    table = page.markdown(comparison(row("unclip", 0.95), *bounds))
+    assert "bits per dimension" in table and "**4.600**" in table and "| 4.700" in table and "bits" not in text
     measured = dataclasses.replace(row("unclip", 0.95), intervals={"heldout": {"clip_score": (0.94, 0.9613)}})
     html = page.page(comparison(measured), [])
     assert html.count("title=") == 1 and '<td title="95 %: 0.940 to 0.961">0.950</td>' in html.replace(
