@@ -294,7 +294,7 @@ def run_in_lanes(
 
     The lane with the most rows left goes first, since it takes longest; before it, lanes whose last shard waited for long, as
     they take longer than their rows say and cost little meanwhile. A task whose process or node hangs is killed and its shard
-    started again; if the task continues nevertheless, its result is discarded.
+    started again, as is one whose result was lost; if the task continues nevertheless, its result is discarded.
 
     Args:
         start: returns the reference of a task's result, or a generator of it, perhaps after None: from then on, it only waits.
@@ -349,11 +349,15 @@ def run_in_lanes(
                     attempt.waits_since = time.monotonic()
                     running[attempt.generator] = attempt
                     continue
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                if not attempt.is_cancelled:
+            except (ray.exceptions.RayError, TimeoutError, StopIteration) as error:
+                # Ray runs a task again whose process died. If that had said that it waits, and the second does not have to, the
+                # second's result comes in the place of that word, which nobody reads again.
+                is_lost = isinstance(error, StopIteration)
+                if not (attempt.is_cancelled or is_lost):
                     failure = error
                 elif attempt.number == ATTEMPTS:
-                    failure = StageError(f"no row was completed for {stall_seconds:g} s, {ATTEMPTS} times")
+                    problem = "its process died" if is_lost else f"no row was completed for {stall_seconds:g} s"
+                    failure = StageError(f"{problem}, {ATTEMPTS} times")
                 else:
                     heapq.heappush(waiting, (attempt.order, attempt.number + 1))
                 continue

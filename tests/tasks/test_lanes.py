@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -369,6 +370,41 @@ def test_f38_a_task_that_hangs_while_it_waits_is_started_again(tmp_path: Path) -
         stall_seconds=1.0,
     )
     assert results == [1]
+
+
+@ray.remote(num_cpus=0, max_retries=1, num_returns="streaming")
+def die_after_waiting(folder: str) -> Iterator[int | None]:
+    """Say that it waits, and die when that was read; when Ray runs it again, do not wait."""
+    waits, was_read = Path(folder, "waits"), Path(folder, "read")
+    if not waits.exists():
+        yield None
+        waits.touch()
+        while not was_read.exists():
+            time.sleep(0.01)
+        os._exit(1)
+    yield 1
+
+
+def test_f29_a_task_that_died_while_it_waited_and_then_need_not_wait_is_started_again(tmp_path: Path) -> None:
+    started: list[Shard] = []
+    results: list[int] = []
+    has_waited = False
+
+    def start(shard: Shard) -> ray.ObjectRefGenerator:
+        started.append(shard)
+        return die_after_waiting.remote(str(tmp_path))
+
+    def heartbeat(_: Shard) -> float:
+        nonlocal has_waited
+        if has_waited:  # at the look before, so the word was read since
+            (tmp_path / "read").touch()
+        has_waited = (tmp_path / "waits").exists()
+        return time.monotonic()
+
+    run_in_lanes(
+        shards_of(1, 1), 1, start, lambda _, result: results.append(result), heartbeat=heartbeat, stall_seconds=2.0
+    )
+    assert results == [1] and len(started) == 2
 
 
 @ray.remote(num_cpus=0, max_retries=0)
