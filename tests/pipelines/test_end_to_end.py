@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -511,8 +512,8 @@ def test_f36_a_killed_run_resumed_as_a_ray_job_has_the_same_tables_and_models(
     storage = tmp_path / "storage"
     if stage == "decoder":
         shutil.copytree(finished, storage)
-        for folder in ("stages", "artifacts"):
-            shutil.rmtree(storage / folder / stage)
+        for folder, name in itertools.product(("stages", "artifacts"), (stage, "evaluate", "publish")):
+            shutil.rmtree(storage / folder / name)
     command = ["unclip", "run", "tiny", "--storage", str(storage)]
     process = subprocess.Popen([sys.executable, "-m", "pipelines", *command[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not any(storage.glob(f"artifacts/{stage}/*/checkpoints/*/manifest.json")):
