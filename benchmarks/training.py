@@ -53,6 +53,7 @@ from unclip.systems.latent_diffusion import LatentDiffusionObjective, LatentDiff
 from unclip.systems.unclip.decoder import DecoderObjective
 from unclip.systems.unclip.prior import PriorObjective
 from unclip.training import trainer
+from unclip.training.batches import decoded
 from unclip.training.flops import peak_of
 from unclip.training.parallel import Workers
 from unclip.training.precision import autocast
@@ -504,7 +505,8 @@ def write_rows(size: Size, arguments: argparse.Namespace) -> None:
         shrunk = (round(shorter * measure.PHOTO_WIDTH / measure.PHOTO_HEIGHT), shorter)
         encoded.append(_jpeg(np.asarray(Image.open(io.BytesIO(data)).resize(shrunk))))
     keys = [f"{number:032x}" for number in range(arguments.pictures)]
-    jpegs = [encoded[number % len(encoded)] for number in range(arguments.pictures)]
+    # Bytes after the end of a JPEG are ignored; these make every picture another one.
+    jpegs = [encoded[number % len(encoded)] + number.to_bytes(8, "big") for number in range(arguments.pictures)]
     embeddings = pa.array(list(image_embeddings(size, arguments.pictures).numpy()), pa.list_(pa.float32()))
     for name, column in (("jpg", pa.array(jpegs, pa.binary())), ("image_embedding", embeddings)):
         table = pa.table({"key": keys, name: column})
@@ -520,12 +522,13 @@ def open_rows(size: Size, arguments: argparse.Namespace) -> tuple[RowReader, int
 
 
 def loading(size: Size, arguments: argparse.Namespace) -> Training:
-    """Load and prepare rows without training."""
+    """Load and prepare rows without training; every image is decoded, as in a first epoch."""
     reader, batch_size = open_rows(size, arguments)
     objective, preparing = new_decoder(size), Stopwatch()
 
     def run(batches: Iterator[Batch]) -> None:
         for batch in batches:
+            decoded.cache_clear()
             with preparing:
                 objective.prepare(batch)
 

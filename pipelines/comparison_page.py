@@ -92,7 +92,7 @@ NOTES = (
     "CLIP score: mean cosine of CLIP's embeddings of image and caption. Fréchet distance: between CLIP's embeddings of samples "
     "and of held-out images. Place entropy: of the places of objects in images of one caption that names none, as a share of "
     "log 5. Pairwise distance: mean of 1 - cosine over pairs of images of one caption. Bits per dimension: variational bound of "
-    "a system that learns the density of images, on 16 held-out images of the resolution that it draws first.",
+    "a system that learns the density of images, on up to 16 held-out images of the resolution that it draws first.",
     "A cell of the page shows the 95 % interval of its value when it is pointed at; it is that of the sampled images, by the "
     "bootstrap, and tells nothing about other trainings.",
     "Parameters, samples and FLOPs are those of all trained parts, without the frozen CLIP; training seconds are the sum over "

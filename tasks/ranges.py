@@ -64,7 +64,12 @@ def of_prefix(prefix: str) -> KeyRange:
 
 def num_ranges(rows: int) -> int:
     """Number of ranges for a table: a power of two, with about `ROWS_PER_RANGE` rows in each range, or more in huge tables."""
-    return min(MAX_RANGES, 1 << max(0, -(-rows // ROWS_PER_RANGE) - 1).bit_length())
+    return min(MAX_RANGES, _num_parts(rows, ROWS_PER_RANGE))
+
+
+def _num_parts(rows: int, rows_per_part: int) -> int:
+    """Smallest power of two of parts that have at most `rows_per_part` rows on average."""
+    return 1 << max(0, -(-rows // rows_per_part) - 1).bit_length()
 
 
 def ranges(count: int) -> list[KeyRange]:
@@ -277,8 +282,7 @@ def group_starts(table: pa.Table, key_range: KeyRange) -> list[int]:
     """
     if "key" not in table.column_names:
         return []
-    parts = 1 << max(0, -(-table.num_rows // ROW_GROUP_ROWS) - 1).bit_length()
-    part_of_row = of_keys(table["key"], key_range.count * parts)
+    part_of_row = of_keys(table["key"], key_range.count * _num_parts(table.num_rows, ROW_GROUP_ROWS))
     starts: list[int] = np.flatnonzero(np.diff(part_of_row, prepend=-1)).tolist()
     return starts
 

@@ -628,10 +628,9 @@ def _sealed_parquet(table: pa.Table, group_starts: Sequence[int]) -> tuple[bytes
         write_statistics=[name for name in table.column_names if name != "jpg"],
         write_page_checksum=True,
     ) as writer:
-        if not group_starts:
-            writer.write_table(table, ROW_GROUP_ROWS)
-        for start, end in itertools.pairwise([*group_starts, table.num_rows]):
-            writer.write_table(table.slice(start, end - start), end - start)
+        starts = group_starts or range(0, max(1, table.num_rows), ROW_GROUP_ROWS)
+        for start, end in itertools.pairwise([*starts, table.num_rows]):
+            writer.write_table(table.slice(start, end - start), max(1, end - start))
     return seals.seal_and_digest(memoryview(stream.getvalue()))
 
 

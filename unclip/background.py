@@ -1,4 +1,4 @@
-"""Periodic work in the background, rate-limited checks, and calls with a time limit."""
+"""Periodic work in the background, threads beside one that computes, rate-limited checks, and calls with a time limit."""
 
 import contextlib
 import threading
@@ -25,6 +25,19 @@ def run_periodically(seconds: float, action: Callable[[], object], name: str) ->
     finally:
         ended.set()
         thread.join()
+
+
+def compute_alone() -> None:
+    """Let torch compute in this thread by itself, without a team of OpenMP's threads; for threads beside one that has a team.
+
+    If the teams of a process together have more threads than there are CPUs, libgomp lets all of them sleep between two loops
+    instead of spin, as long as their threads live. A training on two threads then becomes slower than on one.
+    """
+    import threadpoolctl
+    import torch
+
+    torch.get_num_threads()  # at its first use in a thread, torch sets the number of threads; not again after this
+    threadpoolctl.threadpool_limits(1, "openmp")  # of teams of this thread
 
 
 def rate_limited(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:

@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unclip import files, seals
+from unclip.background import compute_alone
 from unclip.downscaling import shrink_square
 from unclip.errors import InputError, NonFiniteError
 
@@ -320,7 +321,7 @@ class RowReader:
             prepare: called with each batch, in order, in one background thread; its results are yielded.
         """
         stream = self._shares(seed, samples_seen, batch_size, rank, world_size)
-        with concurrent.futures.ThreadPoolExecutor(1, "batches", _compute_alone) as pool:
+        with concurrent.futures.ThreadPoolExecutor(1, "batches", compute_alone) as pool:
             ahead = collections.deque(pool.submit(self._load, next(stream), prepare) for _ in range(_BATCHES_AHEAD))
             try:
                 while True:
@@ -370,19 +371,6 @@ class RowReader:
         with self._lock:
             self._checked[number, file] = self._checked.get((number, file), 0) | 1 << group
         return {name: _values(table.column(name)) for name in source.columns}
-
-
-def _compute_alone() -> None:
-    """Let torch compute in this thread without a team of OpenMP's threads.
-
-    If teams together have more threads than there are CPUs, libgomp lets all of them sleep between two loops instead of spin,
-    and a training on two threads becomes slower than on one.
-    """
-    import threadpoolctl
-    import torch
-
-    torch.get_num_threads()  # at its first use in a thread, torch sets the number of threads; not again after this
-    threadpoolctl.threadpool_limits(1, "openmp")  # of teams of this thread
 
 
 @functools.cache

@@ -43,6 +43,6 @@ VARIANTS = {
         _is_improved,
     )
 }
-"""The process of Ho et al. 2020, section 4, beside that of Nichol & Dhariwal 2021."""
+"""Schedule and variance of Ho et al. 2020, section 4, beside those of Nichol & Dhariwal 2021."""
 
 PIPELINE = Pipeline(DdpmConfig, image_stack(DENOISER), resolve, MODEL_SIZES, VARIANTS)

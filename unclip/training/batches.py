@@ -17,7 +17,7 @@ from torch import Tensor
 from unclip.data import decode_image
 from unclip.errors import InputError
 
-Decode = Callable[[bytes, int], np.ndarray]
+_Decode = Callable[[bytes, int], np.ndarray]
 
 DECODED_BYTES = 1 << 26
 """Memory for decoded images that a process keeps, so that a small dataset is decoded in the first epoch alone."""
@@ -28,12 +28,12 @@ _ENTRY_BYTES = 400
 def load_images(encoded: list[bytes], size: int) -> Tensor:
     """Decode stored JPEGs to float32 [B, 3, size, size] in [-1, 1], center-cropped."""
     pixels = np.stack(
-        list(_decoding_threads().map(lambda data: _decode(data, size), encoded))
+        list(_decoding_threads().map(lambda data: decoded(data, size), encoded))
     )  # [B, size, size, 3] uint8
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _remembering(num_bytes: int) -> Callable[[Decode], Decode]:
+def _remembering(num_bytes: int) -> Callable[[_Decode], Any]:
     """Decorator of a function that decodes an image to a size; keeps the results that were used last."""
     return cachetools.cached(
         cachetools.LRUCache(num_bytes, getsizeof=lambda pixels: pixels.nbytes + _ENTRY_BYTES),
@@ -43,7 +43,8 @@ def _remembering(num_bytes: int) -> Callable[[Decode], Decode]:
 
 
 @_remembering(DECODED_BYTES)
-def _decode(data: bytes, size: int) -> np.ndarray:
+def decoded(data: bytes, size: int) -> np.ndarray:
+    """Result of `decode_image`, perhaps of an earlier call: uint8 [size, size, 3], not to be changed."""
     return decode_image(data, size)
 
 

@@ -32,7 +32,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(batches, "decode_image", decode)
     num_bytes = 20 * (8 * 8 * 3 + batches._ENTRY_BYTES)
-    monkeypatch.setattr(batches, "_decode", batches._remembering(num_bytes)(batches._decode.__wrapped__))
+    monkeypatch.setattr(batches, "decoded", batches._remembering(num_bytes)(batches.decoded.__wrapped__))
     return calls
 
 
@@ -52,7 +52,7 @@ def test_decoded_images_take_bounded_memory(decoded: list[int]) -> None:
     encoded = jpegs(50)
     for _ in range(2):
         assert torch.equal(batches.load_images(encoded, 8), expected(encoded, 8))
-    assert len(batches._decode.cache) == 20
+    assert len(batches.decoded.cache) == 20
     assert len(decoded) > 80, "there is memory for twenty of them"
 
 
