@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from pipelines.serving.batching import Batcher
 from pipelines.serving.jobs import Job, Loaded, Progress, Sampled
 from unclip import config, imaging
-from unclip.background import compute_alone
 from unclip.systems import inpainting
 from unclip.systems.inpainting import UpsampledSystem, counting
 from unclip.systems.rows import RowGenerators
@@ -45,7 +43,6 @@ class Engine:
         self._device = torch.device(device)
         self._loaded: dict[str, tuple[System, type]] = {}
         self._lock = threading.Lock()
-        self._loading = ThreadPoolExecutor(1, "loading", compute_alone)  # beside the thread that samples
         self._batcher = Batcher(self._run, max_images, wait_seconds)
 
     async def sample(self, job: Job) -> AsyncIterator[Progress | Sampled]:
@@ -54,7 +51,7 @@ class Engine:
                 yield event
 
     async def load(self, stack: str) -> Loaded:
-        system, _ = await asyncio.get_running_loop().run_in_executor(self._loading, self._system, stack)
+        system, _ = await asyncio.to_thread(self._system, stack)
         return Loaded(system.image_size, isinstance(system, Stack), isinstance(system, UpsampledSystem))
 
     async def keep(self, stacks: Collection[str]) -> None:
