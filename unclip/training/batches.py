@@ -2,12 +2,10 @@
 
 import concurrent.futures
 import functools
-import hashlib
 import math
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import cachetools
 import numpy as np
@@ -17,35 +15,39 @@ from torch import Tensor
 from unclip.data import decode_image
 from unclip.errors import InputError
 
-_Decode = Callable[[bytes, int], np.ndarray]
-
 DECODED_BYTES = 1 << 26
 """Memory for decoded images that a process keeps, so that a small dataset is decoded in the first epoch alone."""
 _ENTRY_BYTES = 400
-"""Memory of a key and its place among the others."""
+"""Memory of an entry besides its image."""
+
+
+class _Decoded(NamedTuple):
+    encoded: bytes
+    pixels: np.ndarray
+    """[size, size, 3] uint8."""
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.encoded) + self.pixels.nbytes + _ENTRY_BYTES
 
 
 def load_images(encoded: list[bytes], size: int) -> Tensor:
     """Decode stored JPEGs to float32 [B, 3, size, size] in [-1, 1], center-cropped."""
     pixels = np.stack(
-        list(_decoding_threads().map(lambda data: decoded(data, size), encoded))
+        list(_decoding_threads().map(lambda data: decoded(data, size).pixels, encoded))
     )  # [B, size, size, 3] uint8
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _remembering(num_bytes: int) -> Callable[[_Decode], Any]:
-    """Decorator of a function that decodes an image to a size; keeps the results that were used last."""
-    return cachetools.cached(
-        cachetools.LRUCache(num_bytes, getsizeof=lambda pixels: pixels.nbytes + _ENTRY_BYTES),
-        key=lambda data, size: (size, hashlib.blake2b(data, digest_size=16).digest()),
-        lock=threading.Lock(),
-    )
-
-
-@_remembering(DECODED_BYTES)
-def decoded(data: bytes, size: int) -> np.ndarray:
-    """Result of `decode_image`, perhaps of an earlier call: uint8 [size, size, 3], not to be changed."""
-    return decode_image(data, size)
+@cachetools.cached(
+    # Bytes are compared: hashing them safely would take a tenth of the time of decoding them.
+    cachetools.LRUCache(DECODED_BYTES, getsizeof=lambda decoded: decoded.num_bytes),
+    key=lambda data, size: (size, data),
+    lock=threading.Lock(),
+)
+def decoded(data: bytes, size: int) -> _Decoded:
+    """A JPEG and its pixels from `decode_image`, perhaps those of an earlier call, which are not to be changed."""
+    return _Decoded(data, decode_image(data, size))
 
 
 @functools.cache
