@@ -12,6 +12,7 @@ from tasks.published import CHALLENGER
 from tasks.rows import by_frequency
 from tasks.stage import Artifact
 from tasks.store import DEFAULT_ROOT, Store
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from unclip import files, seals
 from unclip.errors import DamagedError
 
@@ -82,7 +83,18 @@ def write_results(
     if "evaluate" in artifacts:
         for name, uri in artifacts["evaluate"].facts["images"].items():
             files.write(f"{folder}/{name}.png", files.read(uri))
+        _copy_previews(artifacts["evaluate"].facts.get("previews", {}), folder)
     seals.cover(folder)
+
+
+def _copy_previews(previews: Mapping[str, Any], folder: str) -> None:
+    """Copy images that show rows, and the keys of the rows, unless a takedown has deleted them."""
+    files.delete(f"{folder}/{PREVIEWS}")
+    found = {name: uri for name, uri in previews.get("uris", {}).items() if files.exists(uri)}
+    if found:
+        files.write_json(f"{folder}/{PREVIEW_KEYS}", previews["keys"])
+    for name, uri in found.items():
+        files.write(f"{folder}/{PREVIEWS}/{name}.png", files.read(uri))
 
 
 def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConfig, name: str | None = None) -> None:

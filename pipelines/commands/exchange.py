@@ -95,7 +95,8 @@ def export(
 def import_(folder: str, image_variation: str | None, name: str, storage: str | None) -> None:
     """Import a stack from a diffusers pipeline.
 
-    FOLDER is a downloaded UnCLIPPipeline or StableDiffusionPipeline. `unclip sample` then samples from the imported stack.
+    FOLDER is a downloaded UnCLIPPipeline, StableDiffusionPipeline or StableUnCLIPPipeline. `unclip sample` then samples from the
+    imported stack.
     """
     from tasks.store import Store
 
@@ -113,7 +114,7 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
     from tasks import published
     from unclip import foreign
     from unclip.config import fingerprint
-    from unclip.interop import pipeline, stable_diffusion
+    from unclip.interop import pipeline, stable_diffusion, stable_unclip
     from unclip.systems.system import read_stack
     from unclip.training import checkpoints
 
@@ -123,6 +124,8 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
         imported = stable_diffusion.import_stack(folder)
         stable_diffusion.save_imported(imported, destination)
         notes = imported.notes
+    elif kind == stable_unclip.PIPELINE and image_variation is None:
+        stable_unclip.save_imported(stable_unclip.import_stack(folder), destination)
     else:
         pipeline.save_imported(pipeline.import_stack(folder, image_variation=image_variation), destination)
     digest = fingerprint([checkpoints.digest(folder) for folder in read_stack(destination).models.values()])

@@ -23,6 +23,7 @@ from tasks.scoring import Measured, Originals, Scoring, inception_features, samp
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.tombstones import load_tombstones
+from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from unclip import files, imaging
 from unclip.config import added, fingerprint, require, to_dict
 from unclip.data import Places, RowReader
@@ -114,7 +115,7 @@ def _absolute(uri: str) -> str:
     return uri if path is None else str(path)
 
 
-@stage("evaluate", version=4, has_workers=True, pin=_pin, reads_snapshot=True)
+@stage("evaluate", version=4, has_workers=True, pin=_pin, shows_rows=True, reads_snapshot=True)
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)
@@ -157,6 +158,8 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         accuracy = {name: values[f"accuracy.{name}"] for name in metrics.SCORED if f"accuracy.{name}" in values}
         if accuracy:
             facts["accuracy"][group] = accuracy
+        if group == RECONSTRUCTIONS:
+            facts["previews"] = _publish_preview(context, group, images.pop(group), keys[: len(measured.shown)])
         facts["images"] |= {name: _publish(context, f"{name}.png", data) for name, data in images.items()}
         facts["seconds_per_image"][group] = measured.seconds / len(groups[group])
         if group == "heldout" and config.num_kept:
@@ -312,6 +315,15 @@ def _publish(context: StageContext, name: str, data: bytes) -> str:
     files.write(f"{context.folder}/{name}", data)
     context.tracker.bytes(data, name)
     return f"{context.folder}/{name}"
+
+
+def _publish_preview(context: StageContext, name: str, data: bytes, keys: Sequence[str]) -> dict[str, Any]:
+    """Write an image that shows rows, so that a takedown finds it; returns its URI and the keys, or nothing after a takedown."""
+    if not load_tombstones(context.store).keys.isdisjoint(keys):
+        return {}
+    files.write_json(f"{context.folder}/{PREVIEW_KEYS}", list(keys))
+    context.tracker.json(list(keys), PREVIEW_KEYS)
+    return {"uris": {name: _publish(context, f"{PREVIEWS}/{name}.png", data)}, "keys": list(keys)}
 
 
 def summarise(group: str, sampled: Sampled, measured: Measured) -> tuple[dict[str, Estimate], dict[str, bytes]]:

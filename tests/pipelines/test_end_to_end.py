@@ -34,6 +34,7 @@ from tasks import ranges, tables, verification
 from tasks.database import database_uri
 from tasks.lineage.evaluations import REFERENCE
 from tasks.snapshots import Snapshot
+from tasks.stages.evaluate import heldout_pairs
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from tests.pipelines import sockets
@@ -607,6 +608,24 @@ def test_every_command_takes_a_stack_of_glide(finished: Path, tmp_path: Path) ->
     assert "glide-tiny" in [model["name"] for model in document["models"]]
 
 
+@pytest.mark.slow
+def test_reconstructions_of_a_row_that_is_taken_down_are_deleted_everywhere(finished: Path, tmp_path: Path) -> None:
+    storage, shown = tmp_path / STORAGE_NAME, f"{PREVIEWS}/reconstructions.png"
+    shutil.copytree(finished, storage)
+    run("run", "tiny", "--set", "evaluate.num_reconstructed=4", "--storage", storage)
+    places = [path.parents[1] for path in storage.rglob(shown)]
+    assert {path.relative_to(storage).parts[0] for path in places} == {"artifacts", "results", "mlflow-artifacts"}
+    pixels = (storage / "results" / "tiny" / shown).read_bytes()
+    keys = json.loads((storage / "results" / "tiny" / PREVIEW_KEYS).read_text())
+    pairs = heldout_pairs(Snapshot.of(records(storage)["curate"]["facts"]))
+    assert keys == pairs["key"].to_pylist()[:4]
+    document = call_json("takedown", "--key", keys[1], "--storage", storage)
+    assert "evaluate" in {each["name"] for each in document["runs"] if each["id"] in document["deleted_previews"]}
+    assert not any((path / PREVIEWS).exists() for path in places)
+    assert not [path for path in storage.rglob("*") if path.is_file() and path.read_bytes() == pixels]
+    assert call_json("verify", "--storage", storage)["problems"] == []
+
+
 def last_metrics(storage: Path, stage: str) -> dict[str, float]:
     from mlflow.tracking import MlflowClient
 
@@ -625,15 +644,15 @@ def last_metrics(storage: Path, stage: str) -> dict[str, float]:
 def test_sigterm_writes_a_checkpoint_from_which_training_resumes(
     finished: Path, num_samples: int, options: tuple[str, ...]
 ) -> None:
-    before, known = set(finished.glob("runs/*")), set(finished.glob("artifacts/upsampler-64/*"))
+    before, known = set(finished.glob("runs/*")), set(finished.glob("artifacts/prior/*"))
     changes = {"num_samples": num_samples, "checkpoint_samples": num_samples}
-    settings = [word for name, value in changes.items() for word in ("--set", f"upsamplers.64.trainer.{name}={value}")]
-    words = ["train", "upsampler-64", "tiny", *settings, "--storage", str(finished)]
+    settings = [word for name, value in changes.items() for word in ("--set", f"prior.trainer.{name}={value}")]
+    words = ["train", "prior", "tiny", *settings, "--storage", str(finished)]
     command = [sys.executable, "-m", "pipelines", *words, *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not any(
         json.loads(path.read_text())["done"]
-        for path in finished.glob("runs/*/progress/upsampler-64.json")
+        for path in finished.glob("runs/*/progress/prior.json")
         if path.parents[1] not in before
     ):
         assert process.poll() is None, "the training ended before it could be stopped"
@@ -641,11 +660,11 @@ def test_sigterm_writes_a_checkpoint_from_which_training_resumes(
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 75 and "stopped as asked" in errors and "run the same command again" in errors
-    [folder] = set(finished.glob("artifacts/upsampler-64/*")) - known
+    [folder] = set(finished.glob("artifacts/prior/*")) - known
     [checkpoint] = folder.glob("checkpoints/*/manifest.json")
     assert 0 < int(checkpoint.parent.name) < num_samples
     assert run(*words).splitlines()[-1].endswith("/model")
-    assert records(finished)["upsampler-64"]["facts"]["samples_seen"] == num_samples
+    assert records(finished)["prior"]["facts"]["samples_seen"] == num_samples
 
 
 def test_the_overfit_test_keeps_nothing_and_prints_a_diagnosis(finished: Path) -> None:
@@ -709,28 +728,26 @@ def test_the_ui_prints_the_address_of_the_runs_once_it_answers_and_ends_with_its
 def test_f82_after_gc_all_is_cached_and_works(finished: Path, tmp_path: Path) -> None:
     """The last test, since it deletes from the storage; a kill within the deletion leaves a good storage."""
     store = Store(str(finished))
-    kept = sorted(finished.glob("stages/upsampler-64/*.json"), key=lambda path: path.stat().st_mtime)
+    kept = sorted(finished.glob("stages/prior/*.json"), key=lambda path: path.stat().st_mtime)
     older = kept[0].with_name(f"{7:064x}.json")  # a copy that no run has reached
     shutil.copy(kept[0], older)
-    shutil.copytree(
-        finished / "artifacts" / "upsampler-64" / kept[0].stem, finished / "artifacts" / "upsampler-64" / older.stem
-    )
+    shutil.copytree(finished / "artifacts" / "prior" / kept[0].stem, finished / "artifacts" / "prior" / older.stem)
     [orphan, *_] = [path.with_name("orphan.parquet") for path in finished.glob("images/*/*.parquet")]
     orphan.write_bytes(b"PAR1")
     assert call_json("gc", "--storage", finished)["garbage"] == [], "everything is new"
     listed = call_json("gc", "--storage", finished, "--days", 0)
     paths = {entry["path"]: entry["what"] for entry in listed["garbage"]}
-    assert f"artifacts/upsampler-64/{older.stem}" in paths and str(orphan.relative_to(finished)) in paths
+    assert f"artifacts/prior/{older.stem}" in paths and str(orphan.relative_to(finished)) in paths
     for each in (kept[0], kept[-1]):
-        assert f"artifacts/upsampler-64/{each.stem}" not in paths, "in results/ or the last one"
+        assert f"artifacts/prior/{each.stem}" not in paths, "in results/ or the last one"
     assert orphan.exists() and not listed["is_deleted"]
     before = files.size(store.root)
 
     (tmp_path / "armed").mkdir()
-    (tmp_path / "armed" / "1").write_text("within .*upsampler-64/[0-9a-f]*$")
+    (tmp_path / "armed" / "1").write_text("within .*prior/[0-9a-f]*$")
     command = ("gc", "--storage", finished, "--days", 0, "--delete")
     assert call_apart(*command, UNCLIP_FAILPOINTS=str(tmp_path / "armed")).returncode == -signal.SIGKILL
-    assert not older.exists() and (finished / "artifacts" / "upsampler-64" / older.stem).exists()
+    assert not older.exists() and (finished / "artifacts" / "prior" / older.stem).exists()
     assert call_json("verify", "--storage", finished)["problems"] == []
     freed = call_json(*command)
     assert freed["is_deleted"] and files.size(store.root) < before / 2 and not orphan.exists()

@@ -57,6 +57,23 @@ def test_results_that_were_half_written_are_not_damaged(tmp_path: Path) -> None:
     assert store.read_json(*path)["artifacts"] == {"report": "f", "prior": "f"}, "what this run does not tell is kept"
 
 
+def test_images_that_show_rows_are_copied_with_their_keys_until_a_takedown_deletes_them(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    image = store.uri("artifacts", "evaluate", "f", "previews", "reconstructions.png")
+    evaluated = artifact("evaluate", images={}, previews={"uris": {"reconstructions": image}, "keys": ["k0", "k1"]})
+
+    def write() -> list[str]:
+        summary = {"pipeline": "mine", "seconds": {"evaluate": 1.0}, "artifacts": {"evaluate": "f"}}
+        write_results(summary, {"evaluate": evaluated}, store, ["evaluate"])
+        return store.list("results", "mine", "previews") if "previews" in store.list("results", "mine") else []
+
+    files.write(image, b"picture")
+    assert write() == write() == ["keys.json", "reconstructions.png"]
+    assert store.read_json("results", "mine", "previews", "keys.json") == ["k0", "k1"]
+    files.delete(image)
+    assert write() == [] and {state_of(item) for item in survey(store)} == {"sound"}
+
+
 def test_the_summary_forgets_stages_that_the_pipeline_has_lost(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for name, stages in (("upsampler-256", ["upsampler-256", "prior"]), ("prior", ["prior"])):

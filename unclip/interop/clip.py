@@ -128,12 +128,13 @@ def export_images(clip: Clip, folder: str | Path) -> None:
 
 
 def import_clip(
-    folder: str | Path, image_folder: str | Path | None = None, *, with_projection: bool = True
+    folder: str | Path, image_folder: str | Path | None = None, *, with_projection: bool = True, prefix: str = ""
 ) -> tuple[Clip, dict[str, Any]]:
     """Read `text_encoder/` and `tokenizer/` and, if present, `image_encoder/` and `feature_extractor/`.
 
     Args:
         folder: folder of the pipeline.
+        prefix: of the names of the first two, such as "prior_".
         image_folder: folder of the pipeline with the image encoder; None for `folder`.
         with_projection: False reads a CLIPTextModel, and no image encoder: the CLIP encodes the tokens of captions, and its text
             embedding is the last token's state.
@@ -146,8 +147,8 @@ def import_clip(
     """
     folder = Path(folder)
     image_folder = folder if image_folder is None else Path(image_folder)
-    text, state = text_from_transformers(folder / "text_encoder", with_projection)
-    _check_vocabulary(folder / "tokenizer")
+    text, state = text_from_transformers(folder / f"{prefix}text_encoder", with_projection)
+    _check_vocabulary(folder / f"{prefix}tokenizer")
     quick_gelu, embedding_dim = text.pop("quick_gelu"), text.pop("embed_dim")
     preprocess: dict[str, Any] = {}
     image_embeddings: ImageEmbeddings = "none"
@@ -163,6 +164,27 @@ def import_clip(
         state |= vision_state
     config = {"embed_dim": embedding_dim, "quick_gelu": quick_gelu, "vision_cfg": vision, "text_cfg": text}
     return _build(config, state, preprocess, image_embeddings, folder), config
+
+
+def check_same_text_tower(folder: str | Path, first: str, second: str) -> None:
+    """Check that two text encoders of a pipeline are one, but for the projection, which only the second has.
+
+    Raises:
+        CheckpointError: they differ, or cannot be read.
+    """
+    folder = Path(folder)
+    (settings, tensors), (others, theirs) = (
+        text_from_transformers(folder / name, with_projection)
+        for name, with_projection in ((first, False), (second, True))
+    )
+    is_same = all(value == others[name] for name, value in settings.items() if name != "embed_dim")
+    for name in tensors.keys() - {_TEXT_TOWER.projection} if is_same else ():
+        is_same = is_same and name in theirs and torch.equal(tensors[name], theirs[name])
+    if not is_same:
+        raise CheckpointError(
+            f"{folder}: got other settings or weights in {first}/ than in {second}/, expected the text encoder of one CLIP in "
+            "both, as a stack has one CLIP. Import another pipeline."
+        )
 
 
 def text_to_transformers(clip: Clip) -> tuple[dict[str, Any], Tensors]:

@@ -251,13 +251,13 @@ def save_imported(imported: ImportedStack, folder: str | Path) -> None:
     """
     stack = imported.stack
     prior, decoder = stack.prior, stack.decoder
-    sizes = {"text_width": stack.clip.text_width, "text_length": stack.clip.text_length}
+    assert isinstance(prior, DiffusionPrior), "diffusers has no other"
+    priors.save_prior(prior, stack.clip, "UnCLIPPipeline", f"{folder}/prior")
     text_shape = None if decoder.text_shape is None else to_dict(decoder.text_shape)
     facts: dict[str, dict[str, Any]] = {
-        "prior": {"kind": "prior", "embedding_dim": stack.clip.embedding_dim, **sizes},
         "decoder": {"kind": "decoder", "embedding_dim": stack.clip.embedding_dim, "text_shape": text_shape},
     }
-    models: dict[str, Any] = {"prior": prior, "decoder": decoder}
+    models: dict[str, Any] = {"decoder": decoder}
     names = [upsampler.config.name for upsampler in stack.upsamplers]
     models |= dict(zip(names, stack.upsamplers, strict=True))
     if imported.upsampler_1024 is not None:

@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from unclip import foreign
+from unclip.config import to_dict
 from unclip.diffusion.process import DiffusionConfig, PredictionType
 from unclip.errors import CheckpointError, ConfigError
 from unclip.interop import folders
 from unclip.interop.folders import DIFFUSERS_WEIGHTS as WEIGHTS
+from unclip.models.clip import Clip
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.text import CaptionFeatures
+from unclip.training import checkpoints
 
 _PREDICTION_TYPES: dict[PredictionType, str] = {"x0": "sample", "eps": "epsilon"}
 
@@ -210,6 +213,18 @@ def import_prior(folder: str | Path, null_text: CaptionFeatures) -> DiffusionPri
     return from_diffusers(settings, weights, null_text, scheduler)
 
 
+def save_prior(prior: DiffusionPrior, clip: Clip, pipeline: str, folder: str | Path) -> None:
+    """Write an imported prior as a model folder.
+
+    Args:
+        clip: that of its stack.
+        pipeline: class of the pipeline that it is from.
+    """
+    sizes = {"embedding_dim": clip.embedding_dim, "text_width": clip.text_width, "text_length": clip.text_length}
+    facts = {"kind": "prior", "config": to_dict(prior.config), **sizes, "imported": pipeline}
+    checkpoints.save(str(folder), {"model": prior.state_dict()}, facts)
+
+
 def _layers(config: PriorConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Pairs of a tensor of our layers and the diffusers' tensors it is made of."""
     absent = {"text.norm": config.text_norm != "layer", "transformer.norm_in": not config.norm_in}
@@ -244,13 +259,17 @@ def _config_of(transformer: _Transformer, settings: Mapping[str, Any], scheduler
             settings.get(name, allowed[0]) in allowed, f"PriorTransformer.{name}", settings.get(name), allowed
         )
     predictions = {other: ours for ours, other in _PREDICTION_TYPES.items()}
-    for name, allowed in {
-        "_class_name": ("UnCLIPScheduler",),
-        "prediction_type": tuple(predictions),
-        "variance_type": ("fixed_small_log",),
-        "beta_schedule": ("squaredcos_cap_v2",),
-    }.items():
-        got = scheduler.get(name, {"prediction_type": "epsilon"}.get(name, allowed[0]))
+    is_ddpm = scheduler.get("_class_name") == "DDPMScheduler"
+    variance = "fixed_small" if is_ddpm else "fixed_small_log"  # two names for the posterior's
+    for name, default, allowed in (
+        ("_class_name", "UnCLIPScheduler", ("UnCLIPScheduler", "DDPMScheduler")),
+        ("prediction_type", "epsilon", tuple(predictions)),
+        ("variance_type", variance, (variance,)),
+        ("beta_schedule", "linear" if is_ddpm else "squaredcos_cap_v2", ("squaredcos_cap_v2",)),
+        ("rescale_betas_zero_snr", False, (False,)),
+        ("thresholding", False, (False,)),
+    ):
+        got = scheduler.get(name, default)
         _check_import(got in allowed, f"prior_scheduler.{name}", got, allowed)
     process = foreign.read(_Scheduler, scheduler, "prior_scheduler", ignore_others=True)
     return PriorConfig(

@@ -21,6 +21,7 @@ Letters: D latent channels.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,10 +38,16 @@ from unclip.interop import folders, schedulers
 from unclip.interop import latent_diffusion as latents
 from unclip.interop.autoencoder import Scaling, export_autoencoder, import_autoencoder
 from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
-from unclip.models.clip import save_with_config
+from unclip.models.clip import Clip, save_with_config
+from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.latent_diffusion import LatentDiffusion, LatentSampling
 from unclip.models.text import caption_features
-from unclip.systems.latent_diffusion import LatentDiffusionSampling, LatentDiffusionStack, LatentSystem
+from unclip.systems.latent_diffusion import (
+    LATENT_DIFFUSION,
+    LatentDiffusionSampling,
+    LatentDiffusionStack,
+    LatentSystem,
+)
 from unclip.systems.system import ClipFiles, StackFiles, save_stack
 from unclip.training import checkpoints
 
@@ -149,9 +156,26 @@ def import_stack(folder: str | Path) -> ImportedStack:
         ConfigError, InputError: our stacks do not support the settings.
     """
     folder = Path(folder)
-    notes = _check_index(folder)
-    _check_padding(folder / "tokenizer")
+    notes = check_index(folder, PIPELINE, PARTS)
     clip, clip_config = clips.import_clip(folder, with_projection=False)
+    stack = LatentDiffusionStack(clip, *read_parts(folder, clip))
+    stack.sampling = PIPELINE_SAMPLING
+    return ImportedStack(stack.requires_grad_(False), clip_config, notes)
+
+
+def read_parts(
+    folder: Path, clip: Clip, statistics: EmbeddingStatistics | None = None
+) -> tuple[LatentDiffusion, Autoencoder]:
+    """Read the network of latents with its diffusion process, and the autoencoder.
+
+    Args:
+        clip: that of the pipeline.
+        statistics: those of the image embeddings that the network reads; None for a network that reads none.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or do not fit each other; names them.
+    """
+    _check_padding(folder / "tokenizer")
     autoencoder, scaling = import_autoencoder(folder / "vae")
     if autoencoder.config.bottleneck != "kl" or scaling.shift:
         raise CheckpointError(
@@ -159,35 +183,48 @@ def import_stack(folder: str | Path) -> ImportedStack:
             "expected an AutoencoderKL without shift, as the pipeline applies none."
         )
     null_text = caption_features(clip, clip.tokenize([""]), reads_padding=True)
-    process = _diffusion_config(folder / "scheduler" / SCHEDULER)
+    process = diffusion_config(folder / "scheduler" / SCHEDULER)
     generator = latents.import_latent_diffusion(
-        folder / "unet", null_text, diffusion=process, latent_std=1 / scaling.factor
+        folder / "unet", null_text, diffusion=process, latent_std=1 / scaling.factor, statistics=statistics
     )
     autoencoder.config = _with_latent_size(autoencoder.config, generator.config.unet.image_size, folder / "vae")
-    stack = LatentDiffusionStack(clip, generator, autoencoder)
-    stack.sampling = PIPELINE_SAMPLING
-    return ImportedStack(stack.requires_grad_(False), clip_config, notes)
+    return generator, autoencoder
 
 
 def save_imported(imported: ImportedStack, folder: str | Path) -> None:
     """Write an imported stack as a local folder that `load_system` reads; `stack.json` is written last."""
     stack = imported.stack
+    parts = save_parts(stack, LATENT_DIFFUSION.name, PIPELINE, folder)
+    save_with_clip(stack, imported.clip_config, StackFiles(LATENT_DIFFUSION.name, parts), folder)
+
+
+def save_with_clip(stack: LatentSystem, clip_config: dict[str, Any], files: StackFiles, folder: str | Path) -> None:
+    """Write the CLIP, and last `stack.json`, of a stack whose other parts are written."""
+    save_with_config(stack.clip.model, clip_config, Path(folder, "clip"))
+    clip = ClipFiles(f"local-dir:{folder}/clip", image_embeddings=stack.clip.image_embeddings)
+    save_stack(str(folder), dataclasses.replace(files, clip=clip, sampling=to_dict(stack.sampling)))
+
+
+def save_parts(stack: LatentSystem, kind: str, pipeline: str, folder: str | Path) -> dict[str, str]:
+    """Write the network of latents and the autoencoder of an imported stack; return their folders by name.
+
+    Args:
+        kind: name of the network's part.
+        pipeline: class of the pipeline that they are from.
+    """
     generator, autoencoder = stack.generator, stack.autoencoder
-    save_with_config(stack.clip.model, imported.clip_config, Path(folder, "clip"))
-    facts: dict[str, Any] = {"kind": "autoencoder", "config": to_dict(autoencoder.config), "imported": PIPELINE}
+    facts: dict[str, Any] = {"kind": "autoencoder", "config": to_dict(autoencoder.config), "imported": pipeline}
     generator.autoencoder_digest = checkpoints.save(f"{folder}/autoencoder", {"model": autoencoder.state_dict()}, facts)
     facts = {
-        "kind": "latent_diffusion",
+        "kind": kind,
         "config": to_dict(generator.config),
         "embedding_dim": stack.clip.embedding_dim,
         "text_shape": None if generator.text_shape is None else to_dict(generator.text_shape),
         "autoencoder": generator.autoencoder_digest,
-        "imported": PIPELINE,
+        "imported": pipeline,
     }
-    checkpoints.save(f"{folder}/latent_diffusion", {"model": generator.state_dict()}, facts)
-    parts = {name: f"{folder}/{name}" for name in ("autoencoder", "latent_diffusion")}
-    clip = ClipFiles(f"local-dir:{folder}/clip", image_embeddings=stack.clip.image_embeddings)
-    save_stack(str(folder), StackFiles("latent_diffusion", parts, clip, sampling=to_dict(stack.sampling)))
+    checkpoints.save(f"{folder}/{kind}", {"model": generator.state_dict()}, facts)
+    return {name: f"{folder}/{name}" for name in ("autoencoder", kind)}
 
 
 def _with_latent_size(config: AutoencoderConfig, size: int, folder: Path) -> AutoencoderConfig:
@@ -270,7 +307,7 @@ class _Scheduler:
     trained_betas: None = None
 
 
-def _diffusion_config(path: Path) -> DiffusionConfig:
+def diffusion_config(path: Path) -> DiffusionConfig:
     """Read the diffusion process from a scheduler's file."""
     scheduler = foreign.read(_Scheduler, foreign.read_json(path), path, ignore_others=True)
     ours = {theirs: name for name, theirs in schedulers.SCHEDULES.items()}[scheduler.beta_schedule]
@@ -293,16 +330,20 @@ def _diffusion_config(path: Path) -> DiffusionConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_index(folder: Path) -> list[str]:
-    """Check that a folder holds a pipeline with all parts that are read; return notes on those that are not."""
+def check_index(folder: Path, pipeline: str, parts: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Check that a folder holds a pipeline with all parts that are read; return notes on those that are not.
+
+    Args:
+        parts: part -> library and class. A scheduler may have any class, as its file is checked.
+    """
     path = folder / "model_index.json"
     index = foreign.read_json(path)
-    if index.get("_class_name") != PIPELINE:
-        raise CheckpointError(f"{path}: got a {foreign.shorten(index.get('_class_name'))}, expected a {PIPELINE}.")
-    for name, (_, expected) in PARTS.items():
+    if index.get("_class_name") != pipeline:
+        raise CheckpointError(f"{path}: got a {foreign.shorten(index.get('_class_name'))}, expected a {pipeline}.")
+    for name, (_, expected) in parts.items():
         entry = index.get(name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        is_other = name != "scheduler" and found not in (expected, f"{expected}Fast")
+        is_other = not name.endswith("scheduler") and found not in (expected, f"{expected}Fast")
         if not isinstance(found, str) or is_other:
             raise CheckpointError(f"{path}: got {name} = {foreign.shorten(entry)}, expected a {expected}.")
     left_out = [name for name in ("image_encoder", "safety_checker") if index.get(name) not in (None, [None, None])]

@@ -1,4 +1,5 @@
-"""Whole stacks of `stable_unclip`: export to folders of diffusers' StableUnCLIPPipeline. Diffusers itself is not needed.
+"""Whole stacks of `stable_unclip`: export to and import from folders of diffusers' StableUnCLIPPipeline. Diffusers itself is not
+needed.
 
     model_index.json                                        class of the pipeline and of each part
     unet/, vae/, text_encoder/, tokenizer/, scheduler/      as for StableDiffusionPipeline (`unclip.interop.stable_diffusion`)
@@ -10,20 +11,26 @@ The prior's scheduler is a DDPMScheduler, as the pipeline does not tell an UnCLI
 those of the sampler "ddpm". The pipeline noises embeddings at level 0 too, by 0.6 % of their deviation for the cosine schedule.
 
 A stack must be trained as for StableDiffusionPipeline, and its prior and CLIP as for UnCLIPPipeline (`unclip.interop.pipeline`).
+Import reads what a stack can represent: one CLIP for prior and U-Net, and one diffusion process for latents and embeddings.
 """
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from unclip.errors import InputError
+from unclip import foreign
+from unclip.errors import CheckpointError, InputError
 from unclip.interop import clip as clips
 from unclip.interop import folders, schedulers, stable_diffusion
 from unclip.interop import prior as priors
 from unclip.interop.folders import DIFFUSERS_WEIGHTS
 from unclip.interop.stable_diffusion import SCHEDULER
-from unclip.models.latent_diffusion import ImageVector
-from unclip.models.prior import DiffusionPrior
-from unclip.systems.stable_unclip import StableUnclipStack
+from unclip.models.embeddings import EmbeddingStatistics
+from unclip.models.latent_diffusion import ImageVector, LatentSampling
+from unclip.models.prior import DiffusionPrior, PriorSampling
+from unclip.models.text import caption_features
+from unclip.systems.stable_unclip import STABLE_UNCLIP, StableUnclipSampling, StableUnclipStack
+from unclip.systems.system import StackFiles
 
 PIPELINE = "StableUnCLIPPipeline"
 _PARTS = stable_diffusion.PARTS | {
@@ -35,6 +42,12 @@ _PARTS = stable_diffusion.PARTS | {
     "prior_tokenizer": ("transformers", "CLIPTokenizer"),
 }
 """Part -> library and class."""
+
+PIPELINE_SAMPLING = StableUnclipSampling(
+    prior=PriorSampling(sampler="ddpm", num_steps=25, guidance_scale=4.0, num_candidates=1),
+    stable_unclip=LatentSampling(num_steps=20, guidance_scale=10.0),
+)
+"""Defaults of the pipeline, and the sampling settings of imported stacks."""
 
 
 def export_stack(stack: StableUnclipStack, folder: str | Path) -> list[str]:
@@ -80,6 +93,70 @@ def export_stack(stack: StableUnclipStack, folder: str | Path) -> list[str]:
         "that differ a little from those here.",
         *stable_diffusion.upsampler_notes(stack),
     ]
+
+
+class ImportedStack(NamedTuple):
+    """Contents of a pipeline's folder."""
+
+    stack: StableUnclipStack
+    clip_config: dict[str, Any]
+    """CLIP's architecture in open_clip's format."""
+
+
+def import_stack(folder: str | Path) -> ImportedStack:
+    """Read a stack from the folder of a StableUnCLIPPipeline, such as the output of `export_stack`.
+
+    Its CLIP reads captions alone, as the pipeline has no image encoder.
+
+    Args:
+        folder: local folder; nothing in it is run.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or do not fit each other; names them.
+        ConfigError, InputError: our stacks do not support the settings.
+    """
+    folder = Path(folder)
+    stable_diffusion.check_index(folder, PIPELINE, _PARTS)
+    clips.check_same_text_tower(folder, "text_encoder", "prior_text_encoder")
+    clip, clip_config = clips.import_clip(folder, prefix="prior_")
+    prior = priors.import_prior(folder, caption_features(clip, clip.tokenize([""])))
+    statistics = _read_normalizer(folder / "image_normalizer")
+    generator, autoencoder = stable_diffusion.read_parts(folder, clip, statistics)
+    path = folder / "image_noising_scheduler" / SCHEDULER
+    noising = stable_diffusion.diffusion_config(path)
+    process = generator.config.diffusion
+    if dataclasses.replace(noising, prediction_type=process.prediction_type) != process:
+        raise CheckpointError(
+            f"{path}: got another schedule, or another number of timesteps, than in scheduler/, expected the same, as a stack "
+            "noises image embeddings by the process of its latents. Import another pipeline."
+        )
+    stack = StableUnclipStack(clip, prior, generator, autoencoder)
+    stack.sampling = PIPELINE_SAMPLING
+    return ImportedStack(stack.requires_grad_(False), clip_config)
+
+
+def save_imported(imported: ImportedStack, folder: str | Path) -> None:
+    """Write an imported stack as a local folder that `load_system` reads; `stack.json` is written last."""
+    stack = imported.stack
+    assert isinstance(stack.prior, DiffusionPrior), "diffusers has no other"
+    priors.save_prior(stack.prior, stack.clip, PIPELINE, f"{folder}/prior")
+    parts = stable_diffusion.save_parts(stack, STABLE_UNCLIP.name, PIPELINE, folder)
+    models = {"prior": f"{folder}/prior", **parts}
+    stable_diffusion.save_with_clip(stack, imported.clip_config, StackFiles(STABLE_UNCLIP.name, models), folder)
+
+
+def _read_normalizer(folder: Path) -> EmbeddingStatistics:
+    """Statistics of the image embeddings, [E]."""
+    tensors = folders.read_weights(folder, DIFFUSERS_WEIGHTS)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    mean, std = (shapes.get(name, ()) for name in ("mean", "std"))
+    if not (len(mean) == 2 and mean[0] == 1 and mean == std):
+        raise CheckpointError(
+            f"{folder / DIFFUSERS_WEIGHTS}: got {foreign.shorten(shapes)}, expected mean and std of [1, E]. The file is damaged."
+        )
+    statistics = EmbeddingStatistics(tensors["mean"][0], tensors["std"][0])
+    statistics.check("image_normalizer")
+    return statistics
 
 
 def _prior_scheduler(prior: DiffusionPrior) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.pipelines.command_line import call
-from tests.unclip.interop import test_stable_diffusion
+from tests.unclip.interop import test_stable_diffusion, test_stable_unclip
 from tests.unclip.systems.tiny_stacks import tiny_stack
-from unclip.interop import stable_diffusion
+from unclip.interop import stable_diffusion, stable_unclip
 from unclip.interop.pipeline import export_stack
 
 
@@ -60,6 +60,17 @@ def test_a_stack_of_stable_diffusion_is_imported_and_exported(tmp_path: Path) ->
     assert (tmp_path / "pipeline" / weights).read_bytes() == (tmp_path / "back" / weights).read_bytes()
     result = call("export", tmp_path / "new", "--storage", storage, "--image-variation")
     assert result.returncode == 2 and "Leave them out" in result.stderr and not (tmp_path / "new").exists()
+
+
+def test_a_stack_of_stable_unclip_is_imported_and_exported(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    stable_unclip.export_stack(test_stable_unclip.stack(), tmp_path / "pipeline")
+    result = call("import", tmp_path / "pipeline", "--storage", storage, "--name", "stable")
+    assert result.returncode == 0 and result.stdout.strip() == str(storage / "imported" / "stable"), result.stderr
+    result = call("export", tmp_path / "back", "--storage", storage)
+    assert result.returncode == 0 and "guidance_scale 10.0" in result.stdout, result.stderr
+    index = "model_index.json"
+    assert (tmp_path / "pipeline" / index).read_bytes() == (tmp_path / "back" / index).read_bytes()
 
 
 @pytest.mark.parametrize(

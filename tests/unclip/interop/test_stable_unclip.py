@@ -1,23 +1,27 @@
-"""Export of stacks of stable_unclip: diffusers' StableUnCLIPPipeline samples the same latents from the same noise."""
+"""Export and import of stacks of stable_unclip: diffusers' StableUnCLIPPipeline samples the same latents from the same noise."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.unclip.interop.test_decoder import randomize
 from tests.unclip.interop.test_stable_diffusion import AUTOENCODER, CAPTIONS, DIFFUSION, NEGATIVE, UNET, noise
 from tests.unclip.systems.tiny_stacks import EMBEDDING_DIM, LENGTH, add_noise, tiny_stack
 from unclip.diffusion import samplers
-from unclip.errors import InputError
-from unclip.interop.stable_unclip import export_stack
+from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.interop.stable_unclip import PIPELINE_SAMPLING, export_stack, import_stack, save_imported
 from unclip.models.autoencoder import Autoencoder
 from unclip.models.autoregressive_prior import AutoregressivePrior
-from unclip.models.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from unclip.models.latent_diffusion import LatentDiffusion, LatentDiffusionConfig, LatentSampling
 from unclip.models.prior import DiffusionPrior, PriorSampling
 from unclip.models.text import TextShape, caption_features
-from unclip.systems.stable_unclip import StableUnclipStack
+from unclip.systems.stable_unclip import StableUnclipSampling, StableUnclipStack
+from unclip.systems.system import load_system
 
 LEVEL = 300
 
@@ -93,6 +97,64 @@ def test_diffusers_samples_the_same_latents_as_we_do(tmp_path: Path) -> None:
         expected = our_samples(ours, scale, pipeline.scheduler.timesteps.tolist())
         assert expected.std() > 0.1 and not torch.allclose(expected[0], expected[1], atol=0.1)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_imported_stack_samples_what_the_exported_one_does(tmp_path: Path) -> None:
+    ours = stack()
+    export_stack(ours, tmp_path / "exported")
+    save_imported(import_stack(tmp_path / "exported"), tmp_path / "imported")
+    again = load_system(tmp_path / "imported")
+    assert isinstance(again, StableUnclipStack) and again.sampling == PIPELINE_SAMPLING
+    assert again.clip.image_embeddings == "none" and not again.upsamplers
+    settings = StableUnclipSampling(
+        prior=PriorSampling(sampler="ddpm", num_steps=5, guidance_scale=4.0, num_candidates=1),
+        stable_unclip=LatentSampling(num_steps=5, guidance_scale=3.0, noise_level=LEVEL),
+        precision="fp32",
+    )
+    images = [
+        each.sample(CAPTIONS, settings, torch.Generator().manual_seed(1), negative=NEGATIVE) for each in (ours, again)
+    ]
+    assert images[0].std() > 0.1 and not torch.allclose(images[0][0], images[0][1], atol=0.1)
+    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
+    export_stack(again, tmp_path / "back")
+    for path in sorted((tmp_path / "exported").rglob("*.safetensors")):
+        tensors, others = load_file(path), load_file(tmp_path / "back" / path.relative_to(tmp_path / "exported"))
+        torch.testing.assert_close(others, tensors, atol=1e-5, rtol=1e-5)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_pipeline_that_a_stack_cannot_represent_is_not_imported(tmp_path: Path) -> None:
+    export_stack(stack(), tmp_path / "exported")
+    normalizer, encoder = "image_normalizer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+    weights = load_file(tmp_path / "exported" / encoder)
+    name = next(name for name in weights if name.endswith("final_layer_norm.weight"))
+    for number, (message, spoil) in enumerate(
+        {
+            "expected a StableUnCLIPPipeline": lambda at: change(at / "model_index.json", _class_name="UnCLIPPipeline"),
+            "got prior = .* expected a PriorTransformer": lambda at: change(at / "model_index.json", prior=["a", "b"]),
+            "expected the text encoder of one CLIP in both": lambda at: save_file(
+                weights | {name: weights[name] + 1}, at / encoder
+            ),
+            "than in scheduler/": lambda at: change(
+                at / "image_noising_scheduler/scheduler_config.json", beta_schedule="squaredcos_cap_v2"
+            ),
+            "expected mean and std of": lambda at: save_file({"mean": torch.zeros(1, 3)}, at / normalizer),
+            "statistics": lambda at: save_file(
+                {"mean": torch.zeros(1, EMBEDDING_DIM), "std": torch.full((1, EMBEDDING_DIM), 2.0)}, at / normalizer
+            ),
+            "prior_scheduler.beta_schedule: got 'linear'": lambda at: change(
+                at / "prior_scheduler/scheduler_config.json", beta_schedule="linear"
+            ),
+        }.items()
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "exported", folder)
+        spoil(folder)
+        with pytest.raises((CheckpointError, ConfigError), match=message):
+            import_stack(folder)
 
 
 def test_stacks_that_the_pipeline_cannot_represent_are_refused(tmp_path: Path) -> None:
