@@ -138,6 +138,8 @@ class Workload:
     sampling_batch: int
     clip_training: TrainingWork | None = None
     """None for a pretrained CLIP."""
+    clip_speed: float = 1
+    """Speed of embedding on a GPU relative to bf16."""
     compared: int = 0
     """Embeddings that semantic deduplication compares each one with; 0 without it."""
     num_probes: int = 0
@@ -295,7 +297,8 @@ class _Estimator:
         rows, work = self.rows["dedup"], self.workload
         row_bytes = 2 * 4 * work.embedding_dim + SELECTION_BYTES + COLUMN_BYTES["caption"] + COLUMN_BYTES["tokens"]
         cpu_seconds = DECODE_SECONDS * self._area() + PREPROCESS_SECONDS
-        seconds, how = self._compute("embed", rows, work.clip_flops, cpu_seconds, self.machine.devices, "pairs")
+        devices, speed = self.machine.devices, work.clip_speed
+        seconds, how = self._compute("embed", rows, work.clip_flops, cpu_seconds, devices, "pairs", speed=speed)
         stored, note = self._stored("embed", row_bytes)
         how += f"; {note}"
         return self._on_devices(

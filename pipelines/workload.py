@@ -58,6 +58,7 @@ def workload(config: PipelineConfig) -> Workload:
         embedding_dim=clip.embedding_dim,
         clip_flops=clip_compute.flops_per_sample / 3,
         clip_parameters=clip_compute.parameters,
+        clip_speed=FLOAT32_SPEED["matrix product"] if config.embed.precision == "fp32" else 1,
         holdout=config.dedup.holdout,
         trainings=tuple(_part_training(name, dag, compute) for name, compute in counted.items()),
         num_captions=evaluate.num_captions

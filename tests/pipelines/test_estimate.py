@@ -156,6 +156,16 @@ def test_cpus_that_decode_too_slowly_hold_gpus_back() -> None:
     assert by_stage(on_cpus)["embed"].cpus == 10
 
 
+def test_gpus_embed_in_float32_more_slowly() -> None:
+    speeds = {None: 67 / 989, "embed.precision=fp32": 67 / 989, "embed.precision=bf16": 1}
+    for setting, speed in speeds.items():
+        counted = workload(config_of(Path("unused"), *filter(None, [setting])))
+        assert counted.clip_speed == speed
+        found = estimate(dataclasses.replace(WORK, clip_speed=speed), 1_000_000, MACHINE)
+        assert seconds(found)["embed"] == pytest.approx(712_215 * 4e12 / 4e14 / speed)
+        assert ("7% of bf16's for float32" in by_stage(found)["embed"].how) == (speed < 1)
+
+
 def test_semantic_deduplication_costs_its_comparisons() -> None:
     found = estimate(dataclasses.replace(WORK, compared=8_000, num_probes=3), 1_000_000, MACHINE)
     assert seconds(found)["curate"] == pytest.approx(712_215 * (1 / 40_000 + 8_000 * 2 * 768 / 100e9) / 100)
