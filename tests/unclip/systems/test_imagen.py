@@ -294,6 +294,18 @@ def test_both_networks_read_the_caption(stack: ImagenStack) -> None:
         assert not torch.allclose(draw("a red circle"), draw("a circle"), atol=1e-3)
 
 
+def test_captions_are_encoded_once_for_all_networks(stack: ImagenStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, encode = [], type(stack.encoder).encode
+
+    def counted(encoder: Any, captions: list[str]) -> Any:
+        encoded.append(list(captions))
+        return encode(encoder, captions)
+
+    monkeypatch.setattr(type(stack.encoder), "encode", counted)
+    first, second = sample(stack, ["a red circle"]), sample(stack, ["a blue star"])
+    assert encoded == [["a red circle"], ["a blue star"]] and not torch.equal(first, second)
+
+
 def test_samples_are_thresholded_dynamically_by_default(stack: ImagenStack) -> None:
     assert ImagenSampling().thresholding == TextUpsamplerSampling().thresholding == "dynamic"
     assert ImagenStackSampling().imagen.thresholding == "dynamic"

@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip.diffusion.samplers import OnStep, undisturbed
 from unclip.errors import CheckpointError
 from unclip.models.imagen import Imagen, ImagenSampling, TextUpsampler, TextUpsamplerSampling
-from unclip.models.text_states import TextEncoder
+from unclip.models.text_states import TextEncoder, TextStates
 from unclip.systems.captions import check_negative
 from unclip.systems.imagen.generator import IMAGEN
 from unclip.systems.imagen.super_resolution import TEXT_UPSAMPLER
@@ -53,6 +53,7 @@ class ImagenStack(UpsampledSystem):
                 )
         self.encoder, self.imagen = encoder, imagen
         self.sampling = ImagenStackSampling()
+        self._encoded: tuple[tuple[str, ...], torch.device, TextStates] | None = None
 
     @classmethod
     def load(cls, files: StackFiles) -> "ImagenStack":
@@ -79,7 +80,15 @@ class ImagenStack(UpsampledSystem):
         return sampling.imagen.num_steps
 
     def upsampler_conditions(self, captions: Sequence[str]) -> Mapping[str, Any]:
-        return {"text": self.encoder.encode(captions)}
+        return {"text": self._encode(captions)}
+
+    def _encode(self, captions: Sequence[str]) -> TextStates:
+        """States of captions. The last ones are remembered: the base network and the upsamplers read the same, and a large T5
+        takes longer than a sampling step."""
+        key = tuple(captions), self.device
+        if self._encoded is None or self._encoded[:2] != key:
+            self._encoded = (*key, self.encoder.encode(captions))
+        return self._encoded[2]
 
     @torch.no_grad()
     def sample_small(
@@ -96,7 +105,7 @@ class ImagenStack(UpsampledSystem):
         """Sample small images [B, 3, s, s]; see `Imagen.sample`."""
         if negative is not None:
             check_negative(negative, captions, [sampling.imagen.guidance_scale], "imagen.guidance_scale")
-        text = self.encoder.encode(captions)
+        text = self._encode(captions)
         away = None if negative is None else self.encoder.encode(negative)
         with autocast(sampling.precision, self.device):
             return self.imagen.sample(
