@@ -1,7 +1,8 @@
-"""Training on Ray Train, shared by all stages that train.
+"""Training on the cluster, shared by all stages that train.
 
-Ray Train places the workers, sets up their process group and restarts them when they die. Trainings resume from the
-trainer's own checkpoints, whose manifests mark them as complete.
+Ray Train places the workers, sets up their process group, restarts them when they die, and tells them if their node is about to
+be preempted. On one machine, a single worker without a GPU is a task of Ray instead: one process starts, not eight. Trainings
+resume from the trainer's own checkpoints, whose manifests mark them as complete.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
+import ray
 
 from tasks import ranges, rows, signals, system_metrics
 from tasks.deferred import DeferredTracker
@@ -26,7 +28,7 @@ from unclip.data import Places, Source
 from unclip.errors import ConfigError, NonFiniteError, StageError, StoppedError, StorageError, UnclipError
 from unclip.training import checkpoints
 from unclip.training.objective import Monitor, Objective
-from unclip.training.parallel import Workers
+from unclip.training.parallel import ALONE, Workers
 from unclip.training.settings import TrainerConfig
 from unclip.training.trainer import HUNG
 
@@ -34,6 +36,8 @@ from unclip.training.trainer import HUNG
 NO_TIMEOUT_SECONDS = 7 * 24 * 3600
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NO_TIMEOUT_SECONDS))
 
+MAX_FAILURES = 3
+"""Times that a training is started again after its workers have died, or have raised what might not recur."""
 FAILURE = "failure.json"
 RAISED_BY_ALL_WORKERS = (StoppedError, NonFiniteError, ConfigError)
 """Errors that either all workers of a training raise, or none."""
@@ -132,11 +136,6 @@ class _Takedowns:
 
 
 def _train_on_cluster(context: StageContext, training: Training) -> None:
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    from tasks.loopback import TorchConfig
-
     resources, folder = context.resources, context.folder
     for report in (FAILURE, HUNG):
         files.delete(f"{folder}/{report}")
@@ -149,29 +148,10 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
         context.run.storage,
         context.run.system_metrics_seconds,
     )
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"training": training, "context": worker_context, "folder": folder},
-        # Longer than the watchdog waits, since the watchdog names the worker that hangs.
-        torch_config=TorchConfig(
-            timeout_s=round(max(1800.0, 2 * (training.config.hang_seconds or NO_TIMEOUT_SECONDS)))
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=resources.per_worker(),
-        ),
-        run_config=ray.train.RunConfig(
-            name=context.fingerprint[:16],
-            storage_path=str(context.scratch / "ray-train"),
-            failure_config=ray.train.FailureConfig(max_failures=3),
-        ),
-    )
-    train_error: Exception | None = None
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        train_error = next(iter(getattr(error, "worker_failures", {}).values()), error)
+    loop = {"training": training, "context": worker_context, "folder": folder}
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    is_single = resources.num_workers == 1 and not resources.gpus_per_worker and len(nodes) == 1
+    train_error = _train_in_task(loop, context) if is_single else _train_on_ray_train(loop, context)
     hung = files.read_json(f"{folder}/{HUNG}")["message"] if files.exists(f"{folder}/{HUNG}") else ""
     if hung:
         context.tracker.tags({"unclip.warning": hung})
@@ -183,6 +163,50 @@ def _train_on_cluster(context: StageContext, training: Training) -> None:
         stage_error.exit_code = failure["exit_code"]
         raise stage_error from train_error
     raise StageError(f"{context.stage}: {train_error} {hung}".rstrip()) from train_error
+
+
+def _train_in_task(loop: Mapping[str, Any], context: StageContext) -> Exception | None:
+    """Train in a task of Ray; returns the error that the last attempt ended with."""
+    task = ray.remote(max_calls=1)(_work_alone)  # no later task shares its memory, nor its settings of torch
+    options = {"name": context.stage, "max_retries": MAX_FAILURES, "retry_exceptions": True}
+    try:
+        ray.get(task.options(**options, **context.resources.options()).remote(loop))
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if isinstance(error.cause, Exception) else error
+    except ray.exceptions.RayError as error:
+        return error
+    return None
+
+
+def _train_on_ray_train(loop: Mapping[str, Any], context: StageContext) -> Exception | None:
+    """Train on workers of Ray Train; returns the error that the last attempt ended with."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from tasks.loopback import TorchConfig
+
+    resources, hang_seconds = context.resources, loop["training"].config.hang_seconds
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config=dict(loop),
+        # Longer than the watchdog waits, since the watchdog names the worker that hangs.
+        torch_config=TorchConfig(timeout_s=round(max(1800.0, 2 * (hang_seconds or NO_TIMEOUT_SECONDS)))),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=resources.per_worker(),
+        ),
+        run_config=ray.train.RunConfig(
+            name=context.fingerprint[:16],
+            storage_path=str(context.scratch / "ray-train"),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        return next(iter(getattr(error, "worker_failures", {}).values()), error)
+    return None
 
 
 def _train_here(context: StageContext, training: Training) -> None:
@@ -243,12 +267,23 @@ def _work(loop: Mapping[str, Any]) -> None:
     """Entry point of each Ray Train worker."""
     import ray.train
     import ray.train.torch
+
+    ray_context = ray.train.get_context()
+    workers = Workers(ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device())
+    _train_as(workers, loop, _NodeLoss().is_announced)
+
+
+def _work_alone(loop: Mapping[str, Any]) -> None:
+    """Entry point of a training without other workers, on CPUs."""
+    _train_as(ALONE, loop, lambda: False)
+
+
+def _train_as(workers: Workers, loop: Mapping[str, Any], wants_checkpoint: Callable[[], bool]) -> None:
+    """Do the work of one worker; errors that would recur are written to `FAILURE`."""
     import torch
 
     training: Training = loop["training"]
     context: _WorkerContext = loop["context"]
-    ray_context = ray.train.get_context()
-    workers = Workers(ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(context.cpus_per_worker)
 
     takedowns = _Takedowns(context.storage, training.selection)
@@ -260,13 +295,11 @@ def _work(loop: Mapping[str, Any]) -> None:
     interval = context.system_metrics_seconds if workers.rank == 0 else 0
     try:
         with _deferred(context.tracker, loop["folder"]) as tracker, system_metrics.logged(tracker, interval):
-            monitor = _MlflowMonitor(
-                tracker, context.progress, loop["folder"], stop_requested, _NodeLoss().is_announced
-            )
+            monitor = _MlflowMonitor(tracker, context.progress, loop["folder"], stop_requested, wants_checkpoint)
             train_rows(training, loop["folder"], monitor, workers)
     except UnclipError as given:
         error = takedowns.explain(given) if isinstance(given, StoppedError) else given
-        with contextlib.suppress(StorageError):  # if the file cannot be written, Ray Train reports the error
+        with contextlib.suppress(StorageError):  # if the file cannot be written, Ray reports the error
             files.write_json(f"{loop['folder']}/{FAILURE}", {"message": str(error), "exit_code": error.exit_code})
             # The error would recur, so a restart is useless. But if one worker fails alone, only raising ends the others.
             if workers.world_size == 1 or isinstance(error, RAISED_BY_ALL_WORKERS):

@@ -144,6 +144,20 @@ def test_f41_when_ray_workers_are_killed_the_run_resumes_by_itself(
 
 
 @pytest.mark.slow
+def test_f41_when_the_only_worker_is_killed_the_run_resumes_by_itself(dataset: Path, tmp_path: Path) -> None:
+    """On one machine, it is a task of Ray."""
+    forget(dataset)
+    log, armed = tmp_path / "log", tmp_path / "armed"
+    expected = undisturbed(dataset, "--on-ray", log=log)
+    armed.mkdir()
+    (armed / "1").write_text(rf"^after .*/prior/.*/{CHECKPOINT:012d}/{MANIFEST}")
+    assert train(dataset, "--on-ray", log=log, environment={"UNCLIP_FAILPOINTS": str(armed)}) == expected
+    assert not list(armed.iterdir()), "no worker was killed"
+    steps = [step for step, _ in points(f"sqlite:///{dataset}/mlflow.db")]
+    assert steps[-1] == LENGTH and all(steps.count(step) <= 1 for step in range(CHECKPOINT + 1))
+
+
+@pytest.mark.slow
 def test_f41_when_the_driver_is_killed_the_same_command_resumes(dataset: Path, tmp_path: Path) -> None:
     forget(dataset)
     options = ("--on-ray", "--set=resources.num_workers=2")
@@ -282,7 +296,7 @@ def test_f90_a_password_of_mlflow_reaches_neither_its_records_nor_the_storage_no
     with mlflow_server(tmp_path, port) as address:
         uri = address.replace("//", f"//me:{canary}@")
         try:
-            options = ("--on-ray", f"--set=tracking_uri={uri}")
+            options = ("--on-ray", "--set=resources.num_workers=2", f"--set=tracking_uri={uri}")
             train(dataset, *options, log=log, environment={"RAY_TMPDIR": str(scratch)})
             assert list(scratch.rglob("worker-*")), "Ray's logs are elsewhere"
             assert not holders(canary.encode(), scratch, dataset, tmp_path)
