@@ -27,6 +27,7 @@ def points(cluster: None, datasets: dict[int, Dataset]) -> list[scaling.Point]:
     return [point for data in datasets.values() for point in scaling.measure_size(data, rounds=1, isolated=False)]
 
 
+@pytest.mark.slow
 def test_every_stage_and_reader_is_measured(points: list[scaling.Point], datasets: dict[int, Dataset]) -> None:
     for size, data in datasets.items():
         found = {point.step: point.figures for point in points if point.size == size}
@@ -40,6 +41,7 @@ def test_every_stage_and_reader_is_measured(points: list[scaling.Point], dataset
     assert all(any(name.startswith(stage) for name in names) for stage in STAGES)
 
 
+@pytest.mark.slow
 def test_the_stages_dropped_and_kept_the_rows_that_the_data_are_made_for(
     points: list[scaling.Point], datasets: dict[int, Dataset]
 ) -> None:
@@ -53,11 +55,13 @@ def test_the_stages_dropped_and_kept_the_rows_that_the_data_are_made_for(
     assert rows.count(selection)["rows"]["kept"] > SIZES[0] / 2
 
 
+@pytest.mark.slow
 def test_scripts_keep_the_same_rows_as_the_stages(points: list[scaling.Point], datasets: dict[int, Dataset]) -> None:
     for name in SCRIPTS:
         assert run_step(name, datasets[SIZES[0]]).rows == SIZES[0]  # it compares the rows itself
 
 
+@pytest.mark.slow
 def test_the_report_judges_and_the_plot_has_a_line_for_each_step(
     points: list[scaling.Point], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -217,7 +217,7 @@ execute(Call(download, config), run(Path({storage!r})), [run_ingest(Path({storag
 """
 
 
-@pytest.mark.parametrize("parts_per_commit", [1000, 2])
+@pytest.mark.parametrize("parts_per_commit", [pytest.param(1000, marks=pytest.mark.slow), 2])
 def test_f36_a_killed_download_resumes(cluster: None, tmp_path: Path, parts_per_commit: int) -> None:
     """After a commit, the table has the rows fetched before; finished parts that are not in a commit are found as well."""
     import ray

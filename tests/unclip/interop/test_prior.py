@@ -180,8 +180,10 @@ def test_priors_that_diffusers_cannot_represent_are_refused_before_anything_is_w
     [
         ("prior", {"added_emb_type": None}, "PriorTransformer.added_emb_type: got None"),
         ("prior", {"embedding_proj_dim": 9}, "PriorTransformer.embedding_proj_dim: got 9"),
-        ("prior_scheduler", {"_class_name": "DDPMScheduler"}, "prior_scheduler._class_name: got 'DDPMScheduler'"),
+        ("prior_scheduler", {"_class_name": "DDIMScheduler"}, "prior_scheduler._class_name: got 'DDIMScheduler'"),
+        ("prior_scheduler", {"_class_name": "DDPMScheduler"}, "prior_scheduler.variance_type: got 'fixed_small_log'"),
         ("prior_scheduler", {"variance_type": "learned_range"}, "prior_scheduler.variance_type"),
+        ("prior_scheduler", {"rescale_betas_zero_snr": True}, "prior_scheduler.rescale_betas_zero_snr: got True"),
     ],
 )
 def test_priors_that_are_not_supported_here_are_refused(
