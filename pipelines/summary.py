@@ -12,7 +12,7 @@ from tasks.published import CHALLENGER
 from tasks.rows import by_frequency
 from tasks.stage import Artifact
 from tasks.store import DEFAULT_ROOT, Store
-from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+from tasks.tracking import PREVIEWS
 from unclip import files, seals
 from unclip.errors import DamagedError
 
@@ -83,18 +83,15 @@ def write_results(
     if "evaluate" in artifacts:
         for name, uri in artifacts["evaluate"].facts["images"].items():
             files.write(f"{folder}/{name}.png", files.read(uri))
-        _copy_previews(artifacts["evaluate"].facts.get("previews", {}), folder)
+        _copy_previews(artifacts["evaluate"].uri, folder)
     seals.cover(folder)
 
 
-def _copy_previews(previews: Mapping[str, Any], folder: str) -> None:
-    """Copy images that show rows, and the keys of the rows, unless a takedown has deleted them."""
+def _copy_previews(evaluation: str, folder: str) -> None:
+    """Copy the images of an evaluation that show rows, and the rows' keys, unless a takedown has deleted them."""
     files.delete(f"{folder}/{PREVIEWS}")
-    found = {name: uri for name, uri in previews.get("uris", {}).items() if files.exists(uri)}
-    if found:
-        files.write_json(f"{folder}/{PREVIEW_KEYS}", previews["keys"])
-    for name, uri in found.items():
-        files.write(f"{folder}/{PREVIEWS}/{name}.png", files.read(uri))
+    for name in files.names(f"{evaluation}/{PREVIEWS}"):
+        files.write(f"{folder}/{PREVIEWS}/{name}", files.read(f"{evaluation}/{PREVIEWS}/{name}"))
 
 
 def print_summary(summary: Mapping[str, Any], store: Store, config: PipelineConfig, name: str | None = None) -> None:

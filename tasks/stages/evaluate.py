@@ -159,7 +159,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         if accuracy:
             facts["accuracy"][group] = accuracy
         if group == RECONSTRUCTIONS:
-            facts["previews"] = _publish_preview(context, group, images.pop(group), keys[: len(measured.shown)])
+            _publish_preview(context, group, images.pop(group), keys[: len(measured.shown)])
         facts["images"] |= {name: _publish(context, f"{name}.png", data) for name, data in images.items()}
         facts["seconds_per_image"][group] = measured.seconds / len(groups[group])
         if group == "heldout" and config.num_kept:
@@ -317,13 +317,12 @@ def _publish(context: StageContext, name: str, data: bytes) -> str:
     return f"{context.folder}/{name}"
 
 
-def _publish_preview(context: StageContext, name: str, data: bytes, keys: Sequence[str]) -> dict[str, Any]:
-    """Write an image that shows rows, so that a takedown finds it; returns its URI and the keys, or nothing after a takedown."""
-    if not load_tombstones(context.store).keys.isdisjoint(keys):
-        return {}
-    files.write_json(f"{context.folder}/{PREVIEW_KEYS}", list(keys))
-    context.tracker.json(list(keys), PREVIEW_KEYS)
-    return {"uris": {name: _publish(context, f"{PREVIEWS}/{name}.png", data)}, "keys": list(keys)}
+def _publish_preview(context: StageContext, name: str, data: bytes, keys: Sequence[str]) -> None:
+    """Write an image that shows rows, and their keys, so that a takedown finds it; nothing if one was taken down meanwhile."""
+    if load_tombstones(context.store).keys.isdisjoint(keys):
+        files.write_json(f"{context.folder}/{PREVIEW_KEYS}", list(keys))
+        context.tracker.json(list(keys), PREVIEW_KEYS)
+        _publish(context, f"{PREVIEWS}/{name}.png", data)
 
 
 def summarise(group: str, sampled: Sampled, measured: Measured) -> tuple[dict[str, Estimate], dict[str, bytes]]:

@@ -59,18 +59,19 @@ def test_results_that_were_half_written_are_not_damaged(tmp_path: Path) -> None:
 
 def test_images_that_show_rows_are_copied_with_their_keys_until_a_takedown_deletes_them(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    image = store.uri("artifacts", "evaluate", "f", "previews", "reconstructions.png")
-    evaluated = artifact("evaluate", images={}, previews={"uris": {"reconstructions": image}, "keys": ["k0", "k1"]})
+    evaluation = store.uri("artifacts", "evaluate", "f")
+    evaluated = dataclasses.replace(artifact("evaluate", images={}), uri=evaluation)
 
     def write() -> list[str]:
         summary = {"pipeline": "mine", "seconds": {"evaluate": 1.0}, "artifacts": {"evaluate": "f"}}
         write_results(summary, {"evaluate": evaluated}, store, ["evaluate"])
         return store.list("results", "mine", "previews") if "previews" in store.list("results", "mine") else []
 
-    files.write(image, b"picture")
+    files.write(f"{evaluation}/previews/reconstructions.png", b"picture")
+    files.write_json(f"{evaluation}/previews/keys.json", ["k0", "k1"])
     assert write() == write() == ["keys.json", "reconstructions.png"]
     assert store.read_json("results", "mine", "previews", "keys.json") == ["k0", "k1"]
-    files.delete(image)
+    files.delete(f"{evaluation}/previews")
     assert write() == [] and {state_of(item) for item in survey(store)} == {"sound"}
 
 
