@@ -1,8 +1,8 @@
 """Training on the cluster, shared by all stages that train.
 
 Ray Train places the workers, sets up their process group, restarts them when they die, and tells them if their node is about to
-be preempted. On one machine, a single worker without a GPU is a task of Ray instead: one process starts, not eight. Trainings
-resume from the trainer's own checkpoints, whose manifests mark them as complete.
+be preempted. On one machine, a single worker without a GPU is a task of Ray instead, which starts sooner. Trainings resume
+from the trainer's own checkpoints, whose manifests mark them as complete.
 """
 
 import contextlib

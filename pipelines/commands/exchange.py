@@ -3,6 +3,7 @@
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -120,12 +121,11 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
 
     destination, notes = store.uri("imported", name), []
     kind = foreign.read_json(Path(folder, "model_index.json")).get("_class_name")
-    if kind == stable_diffusion.PIPELINE and image_variation is None:
-        imported = stable_diffusion.import_stack(folder)
-        stable_diffusion.save_imported(imported, destination)
+    of_latents: Any = {module.PIPELINE: module for module in (stable_diffusion, stable_unclip)}.get(kind)
+    if of_latents is not None and image_variation is None:
+        imported = of_latents.import_stack(folder)
+        of_latents.save_imported(imported, destination)
         notes = imported.notes
-    elif kind == stable_unclip.PIPELINE and image_variation is None:
-        stable_unclip.save_imported(stable_unclip.import_stack(folder), destination)
     else:
         pipeline.save_imported(pipeline.import_stack(folder, image_variation=image_variation), destination)
     digest = fingerprint([checkpoints.digest(folder) for folder in read_stack(destination).models.values()])

@@ -319,10 +319,14 @@ def _publish(context: StageContext, name: str, data: bytes) -> str:
 
 def _publish_preview(context: StageContext, name: str, data: bytes, keys: Sequence[str]) -> None:
     """Write an image that shows rows, and their keys, so that a takedown finds it; nothing if one was taken down meanwhile."""
-    if load_tombstones(context.store).keys.isdisjoint(keys):
-        files.write_json(f"{context.folder}/{PREVIEW_KEYS}", list(keys))
-        context.tracker.json(list(keys), PREVIEW_KEYS)
-        _publish(context, f"{PREVIEWS}/{name}.png", data)
+    files.write_json(f"{context.folder}/{PREVIEW_KEYS}", list(keys))
+    files.write(f"{context.folder}/{PREVIEWS}/{name}.png", data)
+    # After writing: a takedown that has not found these files has written its tombstones before.
+    if not load_tombstones(context.store).keys.isdisjoint(keys):
+        files.delete(f"{context.folder}/{PREVIEWS}")
+        return
+    context.tracker.json(list(keys), PREVIEW_KEYS)
+    context.tracker.bytes(data, f"{PREVIEWS}/{name}.png")
 
 
 def summarise(group: str, sampled: Sampled, measured: Measured) -> tuple[dict[str, Estimate], dict[str, bytes]]:

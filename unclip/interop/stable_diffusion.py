@@ -23,7 +23,7 @@ Letters: D latent channels.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ from unclip.systems.latent_diffusion import (
 )
 from unclip.systems.system import ClipFiles, StackFiles, save_stack
 from unclip.training import checkpoints
+
+System = TypeVar("System", bound=LatentSystem)
 
 PIPELINE = "StableDiffusionPipeline"
 SCHEDULER = "scheduler_config.json"
@@ -133,17 +135,17 @@ def upsampler_notes(stack: LatentSystem) -> list[str]:
     return [f"Not in the folder: {names}. The pipeline samples {stack.autoencoder.config.image_size} pixels."]
 
 
-class ImportedStack(NamedTuple):
+class ImportedStack(NamedTuple, Generic[System]):
     """Contents of a pipeline's folder."""
 
-    stack: LatentDiffusionStack
+    stack: System
     clip_config: dict[str, Any]
     """CLIP's architecture in open_clip's format."""
     notes: list[str]
     """Sentences for the user on parts of the folder that the stack lacks."""
 
 
-def import_stack(folder: str | Path) -> ImportedStack:
+def import_stack(folder: str | Path) -> ImportedStack[LatentDiffusionStack]:
     """Read a stack from the folder of a StableDiffusionPipeline, such as Stable Diffusion 1 or the output of `export_stack`.
 
     Its CLIP reads captions alone: the pipeline has neither an image encoder nor the projection to embeddings.
@@ -191,16 +193,17 @@ def read_parts(
     return generator, autoencoder
 
 
-def save_imported(imported: ImportedStack, folder: str | Path) -> None:
+def save_imported(imported: ImportedStack[LatentDiffusionStack], folder: str | Path) -> None:
     """Write an imported stack as a local folder that `load_system` reads; `stack.json` is written last."""
     stack = imported.stack
     parts = save_parts(stack, LATENT_DIFFUSION.name, PIPELINE, folder)
-    save_with_clip(stack, imported.clip_config, StackFiles(LATENT_DIFFUSION.name, parts), folder)
+    save_with_clip(imported, StackFiles(LATENT_DIFFUSION.name, parts), folder)
 
 
-def save_with_clip(stack: LatentSystem, clip_config: dict[str, Any], files: StackFiles, folder: str | Path) -> None:
+def save_with_clip(imported: ImportedStack[System], files: StackFiles, folder: str | Path) -> None:
     """Write the CLIP, and last `stack.json`, of a stack whose other parts are written."""
-    save_with_config(stack.clip.model, clip_config, Path(folder, "clip"))
+    stack = imported.stack
+    save_with_config(stack.clip.model, imported.clip_config, Path(folder, "clip"))
     clip = ClipFiles(f"local-dir:{folder}/clip", image_embeddings=stack.clip.image_embeddings)
     save_stack(str(folder), dataclasses.replace(files, clip=clip, sampling=to_dict(stack.sampling)))
 

@@ -16,7 +16,7 @@ Import reads what a stack can represent: one CLIP for prior and U-Net, and one d
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from unclip import foreign
 from unclip.errors import CheckpointError, InputError
@@ -24,7 +24,7 @@ from unclip.interop import clip as clips
 from unclip.interop import folders, schedulers, stable_diffusion
 from unclip.interop import prior as priors
 from unclip.interop.folders import DIFFUSERS_WEIGHTS
-from unclip.interop.stable_diffusion import SCHEDULER
+from unclip.interop.stable_diffusion import SCHEDULER, ImportedStack
 from unclip.models.embeddings import EmbeddingStatistics
 from unclip.models.latent_diffusion import ImageVector, LatentSampling
 from unclip.models.prior import DiffusionPrior, PriorSampling
@@ -95,28 +95,14 @@ def export_stack(stack: StableUnclipStack, folder: str | Path) -> list[str]:
     ]
 
 
-class ImportedStack(NamedTuple):
-    """Contents of a pipeline's folder."""
+def import_stack(folder: str | Path) -> ImportedStack[StableUnclipStack]:
+    """Read a stack from the folder of a StableUnCLIPPipeline, such as the output of `export_stack`; it embeds no images, as the
+    pipeline has no image encoder.
 
-    stack: StableUnclipStack
-    clip_config: dict[str, Any]
-    """CLIP's architecture in open_clip's format."""
-
-
-def import_stack(folder: str | Path) -> ImportedStack:
-    """Read a stack from the folder of a StableUnCLIPPipeline, such as the output of `export_stack`.
-
-    Its CLIP reads captions alone, as the pipeline has no image encoder.
-
-    Args:
-        folder: local folder; nothing in it is run.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or do not fit each other; names them.
-        ConfigError, InputError: our stacks do not support the settings.
+    Args, Raises: those of `stable_diffusion.import_stack`.
     """
     folder = Path(folder)
-    stable_diffusion.check_index(folder, PIPELINE, _PARTS)
+    notes = stable_diffusion.check_index(folder, PIPELINE, _PARTS)
     clips.check_same_text_tower(folder, "text_encoder", "prior_text_encoder")
     clip, clip_config = clips.import_clip(folder, prefix="prior_")
     prior = priors.import_prior(folder, caption_features(clip, clip.tokenize([""])))
@@ -132,17 +118,17 @@ def import_stack(folder: str | Path) -> ImportedStack:
         )
     stack = StableUnclipStack(clip, prior, generator, autoencoder)
     stack.sampling = PIPELINE_SAMPLING
-    return ImportedStack(stack.requires_grad_(False), clip_config)
+    return ImportedStack(stack.requires_grad_(False), clip_config, notes)
 
 
-def save_imported(imported: ImportedStack, folder: str | Path) -> None:
+def save_imported(imported: ImportedStack[StableUnclipStack], folder: str | Path) -> None:
     """Write an imported stack as a local folder that `load_system` reads; `stack.json` is written last."""
     stack = imported.stack
     assert isinstance(stack.prior, DiffusionPrior), "diffusers has no other"
     priors.save_prior(stack.prior, stack.clip, PIPELINE, f"{folder}/prior")
     parts = stable_diffusion.save_parts(stack, STABLE_UNCLIP.name, PIPELINE, folder)
     models = {"prior": f"{folder}/prior", **parts}
-    stable_diffusion.save_with_clip(stack, imported.clip_config, StackFiles(STABLE_UNCLIP.name, models), folder)
+    stable_diffusion.save_with_clip(imported, StackFiles(STABLE_UNCLIP.name, models), folder)
 
 
 def _read_normalizer(folder: Path) -> EmbeddingStatistics:

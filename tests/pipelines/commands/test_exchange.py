@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,28 +50,24 @@ def test_a_stack_is_imported_sampled_and_exported(tmp_path: Path, pipeline: Path
     assert result.returncode == 0 and "UnCLIPImageVariationPipeline" in (tmp_path / "new/model_index.json").read_text()
 
 
-def test_a_stack_of_stable_diffusion_is_imported_and_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "build", "scale"),
+    [
+        (stable_diffusion, test_stable_diffusion.plain, "guidance_scale 7.5"),
+        (stable_unclip, test_stable_unclip.stack, "guidance_scale 10.0"),
+    ],
+)
+def test_a_stack_of_latents_is_imported_and_exported(tmp_path: Path, module: Any, build: Any, scale: str) -> None:
     storage = tmp_path / "storage"
-    stable_diffusion.export_stack(test_stable_diffusion.plain(), tmp_path / "pipeline")
+    module.export_stack(build(), tmp_path / "pipeline")
     result = call("import", tmp_path / "pipeline", "--storage", storage, "--name", "stable")
     assert result.returncode == 0 and result.stdout.strip() == str(storage / "imported" / "stable"), result.stderr
     result = call("export", tmp_path / "back", "--storage", storage)
-    assert result.returncode == 0 and "guidance_scale 7.5" in result.stdout, result.stderr
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "pipeline" / weights).read_bytes() == (tmp_path / "back" / weights).read_bytes()
+    assert result.returncode == 0 and scale in result.stdout, result.stderr
+    for name in ("model_index.json", "vae/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "pipeline" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
     result = call("export", tmp_path / "new", "--storage", storage, "--image-variation")
     assert result.returncode == 2 and "Leave them out" in result.stderr and not (tmp_path / "new").exists()
-
-
-def test_a_stack_of_stable_unclip_is_imported_and_exported(tmp_path: Path) -> None:
-    storage = tmp_path / "storage"
-    stable_unclip.export_stack(test_stable_unclip.stack(), tmp_path / "pipeline")
-    result = call("import", tmp_path / "pipeline", "--storage", storage, "--name", "stable")
-    assert result.returncode == 0 and result.stdout.strip() == str(storage / "imported" / "stable"), result.stderr
-    result = call("export", tmp_path / "back", "--storage", storage)
-    assert result.returncode == 0 and "guidance_scale 10.0" in result.stdout, result.stderr
-    index = "model_index.json"
-    assert (tmp_path / "pipeline" / index).read_bytes() == (tmp_path / "back" / index).read_bytes()
 
 
 @pytest.mark.parametrize(

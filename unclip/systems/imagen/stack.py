@@ -85,10 +85,10 @@ class ImagenStack(UpsampledSystem):
     def _encode(self, captions: Sequence[str]) -> TextStates:
         """States of captions. The last ones are remembered: the base network and the upsamplers read the same, and a large T5
         takes longer than a sampling step."""
-        key = tuple(captions), self.device
-        if self._encoded is None or self._encoded[:2] != key:
-            self._encoded = (*key, self.encoder.encode(captions))
-        return self._encoded[2]
+        key, found = (tuple(captions), self.device), self._encoded
+        if found is None or found[:2] != key:
+            found = self._encoded = (*key, self.encoder.encode(captions))
+        return found[2]
 
     @torch.no_grad()
     def sample_small(
