@@ -94,18 +94,20 @@ class _ShortRows(torch.autograd.Function):
             )[0]
         else:
             # an output reads the pixel at its left, so a pixel's gradient comes from the output at its right
-            x_gradient = _as_image(_neighbours(gradient, (2, 1, 0)) @ weight.permute(2, 3, 0, 1).flatten(0, 2), x)
+            x_gradient = _as_image(_neighbours(gradient) @ weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2), x)
         gradient = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [BHW, C_out]
         weight_gradient = (gradient.T @ _neighbours(x)).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
         return x_gradient, weight_gradient, gradient.sum(0)
 
 
-def _neighbours(x: Tensor, order: tuple[int, int, int] = (0, 1, 2)) -> Tensor:
+def _neighbours(x: Tensor) -> Tensor:
     """3 x 3 neighbourhood of each pixel, row by row, zero-padded at the border: [B, C, H, W] -> [BHW, 9C]."""
-    height, width = x.shape[2:]
-    pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [B, H + 2, W + 2, C]
-    pixels = torch.cat([pixels[:, :, left : left + width] for left in order], dim=3)  # [B, H + 2, W, 3C]
-    return torch.cat([pixels[:, top : top + height] for top in order], dim=3).flatten(0, 2)
+    batch, channels, height, width = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()  # [B, H + 2, W + 2, C]
+    image, row, pixel, _ = padded.stride()
+    # three neighbours in a row are one piece of memory, so that the only copy is of long pieces
+    neighbours = padded.as_strided((batch, height, width, 3, 3 * channels), (image, row, pixel, row, 1))
+    return neighbours.reshape(batch * height * width, 9 * channels)
 
 
 def _as_image(pixels: Tensor, like: Tensor) -> Tensor:
