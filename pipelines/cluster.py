@@ -78,21 +78,36 @@ def check_cluster(config: PipelineConfig) -> None:
         ) from None
 
 
-def start_ray(config: PipelineConfig, stages: Collection[str]) -> dict[str, float]:
-    """Start or join the cluster; return its resources.
+def start_ray(configs: Sequence[PipelineConfig]) -> None:
+    """Start or join a cluster for one run, or for several side by side; its address is that of the first.
+
+    Raises:
+        ConfigError: it does not start or answer.
+    """
+    setting, address = _existing(configs[0])
+    if address:
+        _join(setting, address)
+    else:
+        _start_here(max(_own_cpus(config) for config in configs))
+
+
+def _own_cpus(config: PipelineConfig) -> int:
+    """CPUs of a cluster that a run starts for itself."""
+    needed = max(each.cpus_per_worker * each.num_workers for each in worker_resources(config).values())
+    return config.cluster.num_cpus or max(os.cpu_count() or 1, needed)
+
+
+def wait_for_resources(config: PipelineConfig, stages: Collection[str]) -> dict[str, float]:
+    """Wait until the cluster, which was joined, offers what a run needs; return the cluster's resources.
 
     Args:
         stages: names of the stages that it will run.
 
     Raises:
-        ConfigError: it does not start or answer, or lacks what the workers of a stage need.
+        ConfigError: it lacks what the workers of a stage need.
     """
-    setting, address = _existing(config)
-    if address:
-        _join(setting, address)
+    if _existing(config)[1]:
         return _wait_for_nodes(config, stages)
-    needed = max(each.cpus_per_worker * each.num_workers for each in worker_resources(config).values())
-    _start_here(config.cluster.num_cpus or max(os.cpu_count() or 1, needed))
     missing = _missing(config, stages)
     if missing:
         raise ConfigError(f"resources: {missing[0][1]}. {_REMEDY}")

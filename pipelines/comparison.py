@@ -1,28 +1,37 @@
-"""Comparison of systems: trained and sampled one after another on the same rows, with the same seeds and captions.
+"""Comparison of systems: trained and sampled on the same rows, with the same seeds and captions.
 
-An entry is a system, or a variant of it, with all its settings. What entries share, such as the dataset, is found by its
-fingerprint and made once. The results are collected from the artifacts of the entries, whichever run made them.
+An entry is a system, or a variant of it, with all its settings. Entries run side by side in one cluster. What they share, such
+as the dataset, is found by its fingerprint and made once: an entry waits while another makes what it needs too. The results are
+collected from the artifacts of the entries, whichever run made them.
 
 Letters: N images, S resolution.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import click
 import numpy as np
 
 from pipelines import dag as dags
+from pipelines.cluster import check_cluster, start_ray
 from pipelines.config import load
+from pipelines.console import say
 from pipelines.dag import Dag, Node
-from pipelines.dataset import DATASET_STAGE, PipelineConfig
+from pipelines.dataset import DATASET_STAGE, DatasetResources, PipelineConfig
 from pipelines.pipeline import Variant, compose, find_pipeline
 from pipelines.prepare import prepare
 from pipelines.preset import full_system_name, system_names
 from pipelines.real_images import measure_real_images
 from pipelines.run import run_pipeline
+from tasks import signals
+from tasks.lock import TABLES
 from tasks.stage import Artifact
 from tasks.store import Store
 from unclip import files
@@ -291,7 +300,18 @@ def _for_comparison(entry: Entry) -> Entry:
         num_repeats=repeated.num_repeats,
         num_kept=min(settings.num_columns, evaluate.num_images),
     )
-    return dataclasses.replace(entry, config=dataclasses.replace(entry.config, evaluate=extended))
+    return dataclasses.replace(
+        entry, config=dataclasses.replace(entry.config, evaluate=extended, resources=_resources(entry.config))
+    )
+
+
+def _resources(config: PipelineConfig) -> DatasetResources:
+    """Resources of an entry: those of its run, but for the CPUs of trainings if the comparison has others for them."""
+    cpus, resources = config.comparison.cpus_per_worker, config.resources
+    if cpus is not None:
+        for stage in _parts(config):
+            resources = resources.with_cpus(stage, cpus)
+    return resources
 
 
 CAPTIONS = ("num_captions", "num_unseen", "num_relations", "num_repeated", "num_repeats", "seed")
@@ -414,7 +434,7 @@ _COUNTED: dict[str, Compute] = {}
 
 
 def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipError]:
-    """Train and evaluate all entries, one after another; return the errors of those that failed, by label.
+    """Train and evaluate all entries, several side by side; return the errors of those that failed, by label.
 
     Raises:
         UnclipError: the dataset could not be made, so that no entry can be.
@@ -430,28 +450,115 @@ def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipErro
     ready = [entry for entry in entries if entry.label not in failures]
     if ready:
         print(f"\n{pipeline}: the dataset of all systems", flush=True)
-        _run(pipeline, ready[0], DATASET_STAGE)
-    for number, entry in enumerate(ready, 1):
-        print(f"\n{entry.label} ({number} of {len(ready)})", flush=True)
-        try:
-            _run(pipeline, entry, EVALUATE)
-        except StoppedError:
-            raise
-        except UnclipError as error:
-            failures[entry.label] = error
-            print(f"{entry.label}: {error}", flush=True)
+        with _own_cluster():
+            run_pipeline(pipeline, ready[0].config, until=DATASET_STAGE, writes_results=False)
+        with _own_cluster():
+            failures |= _run_side_by_side(pipeline, ready)
     return failures
 
 
-def _run(pipeline: str, entry: Entry, until: str) -> None:
+@contextlib.contextmanager
+def _own_cluster() -> Iterator[None]:
+    """End the cluster that a block starts, so that the next one starts or joins one for its own settings."""
     import ray
 
-    is_own = not ray.is_initialized()
+    was_there = ray.is_initialized()
     try:
-        run_pipeline(pipeline, entry.config, until=until, writes_results=False)
+        yield
     finally:
-        if is_own:
-            ray.shutdown()  # the next run starts or joins a cluster for its own settings
+        if not was_there:
+            ray.shutdown()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """An entry that is to run."""
+
+    entry: Entry
+    dag: Dag
+
+    def claims(self, store: Store) -> set[str]:
+        """What no other entry may make meanwhile: identities of the results that are missing, and the lock of the tables."""
+        missing = [name for name, state in dags.states(self.dag, store).items() if state.artifact is None]
+        identities = dags.identities(self.dag, store)
+        changes_tables = any(not self.dag[name].stage.reads_snapshot for name in missing)
+        return {identities[name] for name in missing} | ({TABLES} if changes_tables else set())
+
+
+def _run_side_by_side(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipError]:
+    """Run entries in their order, as many at a time as the first one's settings say; return the errors of those that failed.
+
+    An entry that needs what another is about to make starts once it is made, or has failed.
+
+    Raises:
+        StoppedError: asked to stop; all that were running have stopped.
+    """
+    store, at_a_time = Store(entries[0].config.storage), entries[0].config.comparison.side_by_side
+    waiting = [_Plan(entry, dags.up_to(compose(prepare(entry.config)), EVALUATE)) for entry in entries]
+    if any(plan.claims(store) for plan in waiting):
+        check_cluster(entries[0].config)
+        start_ray([entry.config for entry in entries])
+    running: dict[str, _Plan] = {}
+    ended: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
+    failures: dict[str, UnclipError] = {}
+    stopped: StoppedError | None = None
+    with signals.stop_on_signal() as is_stopping:
+        while running or (waiting and stopped is None):
+            if is_stopping() and stopped is None:
+                stopped = StoppedError(
+                    f"{pipeline}: stopped as asked. Finished work is kept; run the same command again to resume."
+                )
+            has_place = stopped is None and len(running) < at_a_time
+            plan = _first_alone(waiting, list(running.values()), store) if has_place else None
+            if plan is not None:
+                waiting.remove(plan)
+                running[plan.entry.label] = plan
+                say(f"\n{plan.entry.label} ({len(entries) - len(waiting)} of {len(entries)})")
+                _start(pipeline, plan.entry, ended)
+                continue
+            try:
+                label, error = ended.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                continue
+            del running[label]
+            if isinstance(error, StoppedError):
+                stopped = stopped or error
+            elif isinstance(error, UnclipError):
+                failures[label] = error
+                say(f"{label}: {error}")
+            elif error is not None:
+                raise error
+    if stopped is not None:
+        raise stopped
+    return failures
+
+
+_LOOK_SECONDS = 2.0
+"""Interval at which entries that wait for what another makes are looked at."""
+
+
+def _first_alone(waiting: Sequence[_Plan], running: Sequence[_Plan], store: Store) -> _Plan | None:
+    """First entry that makes nothing that those that run are about to make."""
+    claimed = {claim for plan in running for claim in plan.claims(store)}
+    return next((plan for plan in waiting if not claimed & plan.claims(store)), None)
+
+
+def _start(pipeline: str, entry: Entry, ended: "queue.SimpleQueue[tuple[str, BaseException | None]]") -> None:
+    """Run an entry in a thread, which puts its label and its error into `ended`."""
+    command = click.get_current_context(silent=True)  # for the records of the run; contexts belong to threads
+
+    def work() -> None:
+        error: BaseException | None = None
+        try:
+            with contextlib.nullcontext() if command is None else command.scope(cleanup=False):
+                name = label_of(entry.name, entry.value)
+                run_pipeline(pipeline, entry.config, until=EVALUATE, writes_results=False, label=name)
+        except BaseException as caught:
+            error = caught
+        ended.put((entry.label, error))
+
+    # a daemon, so that a second Ctrl-C ends the process
+    threading.Thread(target=work, name=entry.label, daemon=True).start()
 
 
 def collect(

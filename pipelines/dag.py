@@ -109,7 +109,7 @@ def states(dag: Dag, store: Store) -> dict[str, State]:
             known_lock = None if node.stage.reads_snapshot else TABLES  # another name has the fingerprint in it
             found[name] = State("to run", f"after {', '.join(waiting)}", lock=known_lock)
             continue
-        parents = [artifact for parent in node.parents if (artifact := found[parent].artifact)]
+        parents = [artifact.digest for parent in node.parents if (artifact := found[parent].artifact)]
         stage_fingerprint = node.stage.fingerprint(node.config, parents, store)
         artifact = find_artifact(store, name, stage_fingerprint)
         if artifact:
@@ -118,6 +118,14 @@ def states(dag: Dag, store: Store) -> dict[str, State]:
             ran_before = bool(store.list("stages", name))
             why = "its settings or inputs changed" if ran_before else "never ran here"
             found[name] = State("to run", f"{why} ({stage_fingerprint[:8]})", lock=node.stage.lock(stage_fingerprint))
+    return found
+
+
+def identities(dag: Dag, store: Store) -> dict[str, str]:
+    """Identity of what each stage makes: its settings and those of all stages before it. It is known before any of them ran."""
+    found: dict[str, str] = {}
+    for name, node in dag.items():
+        found[name] = node.stage.fingerprint(node.config, [found[parent] for parent in node.parents], store)
     return found
 
 

@@ -41,7 +41,7 @@ class ClusterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonConfig:
-    """Images that `unclip compare` samples besides those of every evaluation."""
+    """What `unclip compare` samples besides the images of every evaluation, and how many systems it works on at a time."""
 
     num_relations: int = 0
     """Scene captions of two objects in a relation, whose attributes may get swapped; for procedural scenes."""
@@ -51,11 +51,19 @@ class ComparisonConfig:
     """Images of each of these captions."""
     num_columns: int = 8
     """Held-out captions in the figure."""
+    side_by_side: int = 2
+    """Systems that train and sample at the same time, in one cluster. What they share is still made once."""
+    cpus_per_worker: int | None = None
+    """Logical CPUs and torch threads of each worker that trains a part, in the place of those in `resources`; None keeps these.
+    Trainings side by side of one thread each use two CPUs better than one after another with two threads."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_relations", 0), ("num_repeated", 0), ("num_repeats", 2), ("num_columns", 1)):
+        least_of = {"num_relations": 0, "num_repeated": 0, "num_repeats": 2, "num_columns": 1, "side_by_side": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
             require(value >= least, f"comparison.{name}", value, f"at least {least}")
+        cpus = self.cpus_per_worker
+        require(cpus is None or cpus >= 1, "comparison.cpus_per_worker", cpus, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from pipelines import dag as dags
 from pipelines import scene_server
-from pipelines.cluster import WORKER_ENVIRONMENT, check_cluster, start_ray
-from pipelines.console import Console
+from pipelines.cluster import WORKER_ENVIRONMENT, check_cluster, start_ray, wait_for_resources
+from pipelines.console import Console, say
 from pipelines.dataset import PipelineConfig
 from pipelines.notifications import describe_end, notify
 from pipelines.pipeline import compose
@@ -42,6 +42,7 @@ def run_pipeline(
     until: str | None = None,
     retry_failed: bool = False,
     writes_results: bool = True,
+    label: str = "",
 ) -> int:
     """Run a pipeline and return the exit code.
 
@@ -52,6 +53,8 @@ def run_pipeline(
     Args:
         until: last stage to run, after the stages it depends on; None runs all stages.
         writes_results: write the folder of results, and print the summary.
+        label: name of the run before those of its stages on the console, for runs side by side in threads of one process, which
+            has joined a cluster for them (`cluster.start_ray`).
 
     Raises:
         UnclipError: the checks failed and nothing was started, or a stage failed.
@@ -71,17 +74,17 @@ def run_pipeline(
     todo = dags.up_to(todo, until) if until else todo
     states = dags.states(todo, store)
     if all(state.artifact for state in states.values()):
-        print(f"{pipeline}: everything is up to date; nothing was started.")
+        say(f"{label or pipeline}: everything is up to date; nothing was started.")
         _finish(prepared, pipeline, todo, store, writes_results)
         return 0
     check_cluster(prepared)  # before anything is written, locks included
     dags.refuse_if_in_use(states, store)
-    if not _run_stages(pipeline, prepared, until, states, store, writes_results):
-        print(f"{pipeline}: starts again, without the rows that were taken down", flush=True)
+    if not _run_stages(pipeline, prepared, until, states, store, writes_results, label):
+        say(f"{label or pipeline}: starts again, without the rows that were taken down")
         attempt = dataclasses.replace(config.download, attempt=prepared.download.attempt)
         again = dataclasses.replace(config, download=attempt)
-        return run_pipeline(pipeline, again, until, writes_results=writes_results)
-    print(f"took {time.monotonic() - started:.0f} s")
+        return run_pipeline(pipeline, again, until, writes_results=writes_results, label=label)
+    say(f"{f'{label}: ' if label else ''}took {time.monotonic() - started:.0f} s")
     return 0
 
 
@@ -92,6 +95,7 @@ def _run_stages(
     states: Mapping[str, dags.State],
     store: Store,
     writes_results: bool,
+    label: str,
 ) -> bool:
     """Run what is not done; returns False if rows were taken down meanwhile, so that the dataset must be made again.
 
@@ -111,8 +115,11 @@ def _run_stages(
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
             run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
             pending = [name for name, state in states.items() if not state.artifact]
-            record_cluster(run, store, start_ray(config, pending))
-            failures = _execute(dag, run, store, scenes)
+            if not _has_ray():
+                start_ray([config])
+            record_cluster(run, store, wait_for_resources(config, pending))
+            with contextlib.closing(Console(store, run.id, list(dag), label)) as console:
+                failures = _execute(dag, run, store, scenes, console)
             must_repeat = _must_repeat(dag, failures, run, store)
             state = "stopped" if must_repeat else "failed" if failures else "done"
             message = "; ".join(f"{failure.stage} failed: {failure.message}" for failure in failures)
@@ -139,6 +146,13 @@ def _run_stages(
     with contextlib.suppress(AlreadyRunningError):  # that run carries them out
         print_carried_out(store, carry_out_recorded(store))
     return True
+
+
+def _has_ray() -> bool:
+    """Return True if this process has joined a cluster, such as for several runs side by side."""
+    import ray
+
+    return bool(ray.is_initialized())
 
 
 def _carry_out_alone(store: Store) -> None:
@@ -177,7 +191,7 @@ def _finish(config: PipelineConfig, pipeline: str, dag: dags.Dag, store: Store, 
     return summary
 
 
-def _execute(dag: dags.Dag, run: Run, store: Store, scenes: contextlib.ExitStack) -> list[Failure]:
+def _execute(dag: dags.Dag, run: Run, store: Store, scenes: contextlib.ExitStack, console: Console) -> list[Failure]:
     """Execute the DAG with progress on the console; return the failures.
 
     Args:
@@ -192,7 +206,6 @@ def _execute(dag: dags.Dag, run: Run, store: Store, scenes: contextlib.ExitStack
         # Ray warns that DAGNode.execute will change; it works in all versions we allow
         warnings.simplefilter("ignore")
         result = dag[last].ray_node.execute()
-    console = Console(store, run.id, list(dag))
     ready: list[Any] = []
     is_fetching = True
     with signals.stop_on_signal() as is_stopping:

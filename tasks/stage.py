@@ -152,6 +152,13 @@ class StageResources(Resources):
         own: OwnResources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
         return (own or OwnResources()).on(self)
 
+    def with_cpus(self, stage_name: str, cpus_per_worker: int) -> typing.Self:
+        """Copy with other CPUs for the workers of one stage, which has a field or is a member of one."""
+        name, _, key = stage_name.partition("-")
+        found = getattr(self, f"{name}s" if key else name)
+        own = dataclasses.replace((found.get(key) if key else found) or OwnResources(), cpus_per_worker=cpus_per_worker)
+        return dataclasses.replace(self, **({f"{name}s": {**found, key: own}} if key else {name: own}))
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -282,10 +289,10 @@ class Stage:
         """Name of the lock that the stage holds while it works, for `tasks.lock`."""
         return result_lock(self.name, stage_fingerprint) if self.reads_snapshot else TABLES
 
-    def fingerprint(self, config: Any, parents: typing.Iterable[Artifact], store: Store) -> str:
-        """Fingerprint of the stage with these settings and inputs; the same wherever the storage is."""
+    def fingerprint(self, config: Any, parents: typing.Iterable[str], store: Store) -> str:
+        """Fingerprint of the stage with these settings and inputs, given by their digests; the same wherever the storage is."""
         settings = store.portable(without_operational(config))
-        return fingerprint(self.name, self.version, settings, [parent.digest for parent in parents])
+        return fingerprint(self.name, self.version, settings, list(parents))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +337,7 @@ def execute(call: Call, run: Run, parents: typing.Sequence[Artifact | Failure]) 
         _record(store, run, name, state="skipped", message=f"{failed[0].stage} failed")
         return failed[0]
     artifacts = [parent for parent in parents if isinstance(parent, Artifact)]
-    stage_fingerprint = call.stage.fingerprint(call.config, artifacts, store)
+    stage_fingerprint = call.stage.fingerprint(call.config, [artifact.digest for artifact in artifacts], store)
     committed = find_artifact(store, name, stage_fingerprint)
     reads = {parent.stage: parent.digest for parent in artifacts}
     facts = {"fingerprint": stage_fingerprint, "trains": call.stage.part is not None, "reads": reads}

@@ -58,8 +58,8 @@ def compare(
 ) -> None:
     """Train, sample and compare systems on the dataset of a PIPELINE.
 
-    Systems are trained one after another in one storage; what they share is made once. The table and the figure are in
-    results/PIPELINE-comparison. If a system fails, the others are compared, and the command ends with its exit code.
+    Systems are trained in one storage, comparison.side_by_side at a time; what they share is made once. The table and the figure
+    are in results/PIPELINE-comparison. If a system fails, the others are compared, and the command ends with its exit code.
 
     To resume, run the same command again.
     """

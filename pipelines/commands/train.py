@@ -1,5 +1,6 @@
 """Command that trains one model of a pipeline."""
 
+import contextlib
 import dataclasses
 import sys
 from typing import TYPE_CHECKING
@@ -89,10 +90,10 @@ def train_in_process(model: str, pipeline: str, config: "PipelineConfig") -> Non
     run = dataclasses.replace(open_run(pipeline, config, store), trains_in_process=True)
     result: Artifact | Failure = Failure(model, "interrupted")
     try:
-        console = Console(store, run.id, [model])
-        with heartbeat(run, store), run_periodically(1.0, console.refresh, "console"):
-            result = execute(Call(dag[model].stage, dag[model].config), run, parents)
-        console.refresh()
+        with contextlib.closing(Console(store, run.id, [model])) as console:
+            with heartbeat(run, store), run_periodically(1.0, console.refresh, "console"):
+                result = execute(Call(dag[model].stage, dag[model].config), run, parents)
+            console.refresh()
     finally:
         is_stopped = isinstance(result, Failure) and result.exit_code == StoppedError.exit_code
         close_run(run, store, "stopped" if is_stopped else "failed" if isinstance(result, Failure) else "done")

@@ -88,7 +88,7 @@ import ray
 from pipelines.cluster import start_ray
 from pipelines.config import load
 
-start_ray(load("text_to_image", None, [f"ingest.urls={sys.argv[1]}", "cluster.num_cpus=2"], sys.argv[2]), ["ingest"])
+start_ray([load("text_to_image", None, [f"ingest.urls={sys.argv[1]}", "cluster.num_cpus=2"], sys.argv[2])])
 
 @ray.remote
 def where():
