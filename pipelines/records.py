@@ -85,8 +85,11 @@ def tracking_uris_of(store: Store) -> list[str]:
     return list(known.values())
 
 
-def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
+def open_run(pipeline: str, config: "PipelineConfig", store: Store, label: str = "") -> "Run":
     """Record the start of a run in MLflow and in the storage.
+
+    Args:
+        label: system that it makes, with its variant after a slash; "" for the system of the settings.
 
     Raises:
         ConfigError: MLflow refuses it, which will not pass.
@@ -114,7 +117,8 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
             _close_dead_runs(mlflow_client, experiment_id, store)
         if experiment is None or KIND_TAG not in experiment.tags:
             mlflow_client.set_experiment_tag(experiment_id, KIND_TAG, KIND)
-        name = f"{pipeline} {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
+        now = f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
+        name = " ".join(filter(None, (pipeline, label, now)))
         # A server has runs of several storages; the database of a storage moves with it.
         tags = {**origin, "unclip.pipeline": pipeline}
         tags |= {"unclip.storage": store.portable(store.root) if own else store.root}
@@ -142,7 +146,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store) -> "Run":
         tags=origin,
         system_metrics_seconds=interval,
     )
-    record = {"pipeline": pipeline, "started": time.time(), **driver()}
+    record = {"pipeline": pipeline, "system": label or config.system, "started": time.time(), **driver()}
     # None stands for the database in the storage, so that the storage can be moved.
     external_uri = None if own else without_credentials(uri)
     record |= {"tombstones": files.stamp(store.uri(TOMBSTONES))}

@@ -53,8 +53,8 @@ def run_pipeline(
     Args:
         until: last stage to run, after the stages it depends on; None runs all stages.
         writes_results: write the folder of results, and print the summary.
-        label: name of the run before those of its stages on the console, for runs side by side in threads of one process, which
-            has joined a cluster for them (`cluster.start_ray`).
+        label: system with its variant after a slash, which is shown before the names of stages and in the records: for runs side
+            by side in threads of one process, which has joined a cluster for them (`cluster.start_ray`).
 
     Raises:
         UnclipError: the checks failed and nothing was started, or a stage failed.
@@ -105,7 +105,7 @@ def _run_stages(
     with contextlib.ExitStack() as whole, contextlib.ExitStack() as scenes:
         if config.scenes is not None and DOWNLOAD in states and states[DOWNLOAD].artifact is None:
             scenes.enter_context(scene_server.serve(config.scenes))
-        run = open_run(pipeline, config, store)
+        run = open_run(pipeline, config, store, label)
         whole.enter_context(heartbeat(run, store))
         state, message, must_repeat = "failed", "", False
         try:

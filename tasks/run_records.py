@@ -23,6 +23,8 @@ class RunRecord:
 
     id: str
     pipeline: str
+    system: str | None
+    """System that it makes, with its variant after a slash; None if the run did not record it."""
     started: float
     """Seconds since 1970."""
     ended: float | None
@@ -61,7 +63,8 @@ def _read_run(store: Store, run_id: str) -> RunRecord:
         if state != "running" and stage_state == "running":
             stage_state = "stopped" if state == "stopped" else "killed"
         stages.append(StageRecord(name, stage_state, event.get("seconds"), event.get("message")))
-    return RunRecord(run_id, record["pipeline"], record["started"], record.get("ended"), state, tuple(stages))
+    ended = record.get("ended")
+    return RunRecord(run_id, record["pipeline"], record.get("system"), record["started"], ended, state, tuple(stages))
 
 
 def stage_events(store: Store, run_id: str) -> dict[str, dict[str, Any]]:

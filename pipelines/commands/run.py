@@ -152,7 +152,8 @@ def status(storage: str | None, last: int, as_json: bool) -> None:
     if not runs:
         click.echo(f"no runs in {store.root}")
     for run in runs:
-        click.echo(f"{run.id}  {run.pipeline}  {_local_time(run.started):%Y-%m-%d %H:%M}  {run.state}")
+        of = " ".join(filter(None, (run.pipeline, run.system)))
+        click.echo(f"{run.id}  {of}  {_local_time(run.started):%Y-%m-%d %H:%M}  {run.state}")
         width = max((len(stage.name) for stage in run.stages), default=0)
         for stage in run.stages:
             detail = stage.message or (f"{stage.seconds:.0f} s" if stage.seconds is not None else "")

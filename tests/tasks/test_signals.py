@@ -39,3 +39,19 @@ def test_signals_are_not_caught_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert observed == [False]
+
+
+def test_threads_hear_what_the_main_thread_caught() -> None:
+    observed: list[bool] = []
+
+    def look() -> None:
+        with stop_on_signal() as is_stop_requested:
+            observed.append(is_stop_requested())
+
+    with stop_on_signal() as is_stop_requested:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert is_stop_requested()
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert observed == [True]
