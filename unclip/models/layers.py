@@ -93,8 +93,10 @@ class _ShortRows(torch.autograd.Function):
                 gradient, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
             )[0]
         else:
-            # an output reads the pixel at its left, so a pixel's gradient comes from the output at its right
-            x_gradient = _as_image(_neighbours(gradient) @ weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2), x)
+            # an output reads the pixel at its left, so a pixel's gradient comes from the output at its right: the same product,
+            # of images that are turned by half a turn
+            from_last = _neighbours(gradient.flip(2, 3)) @ weight.permute(2, 3, 0, 1).flatten(0, 2)  # [BHW, C_in]
+            x_gradient = _as_image(from_last, x).flip(2, 3)
         gradient = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [BHW, C_out]
         weight_gradient = (gradient.T @ _neighbours(x)).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
         return x_gradient, weight_gradient, gradient.sum(0)
