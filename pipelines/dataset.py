@@ -54,7 +54,8 @@ class ComparisonConfig:
     side_by_side: int = 2
     """Systems that train and sample at the same time, in one cluster. What they share is still made once."""
     cpus_per_worker: int | None = None
-    """Logical CPUs and torch threads of each worker that trains a part, in the place of those in `resources`; None keeps these.
+    """Logical CPUs and torch threads of each worker that trains a part with a section of its own in `resources`, in the place of
+    those there; None keeps these.
     Trainings side by side of one thread each use two CPUs better than one after another with two threads."""
 
     def __post_init__(self) -> None:

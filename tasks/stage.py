@@ -153,11 +153,15 @@ class StageResources(Resources):
         return (own or OwnResources()).on(self)
 
     def with_cpus(self, stage_name: str, cpus_per_worker: int) -> typing.Self:
-        """Copy with other CPUs for the workers of one stage, which has a field or is a member of one."""
+        """Copy with other CPUs for the workers of one stage; a stage without a field keeps those of all stages."""
         name, _, key = stage_name.partition("-")
-        found = getattr(self, f"{name}s" if key else name)
+        field = f"{name}s" if key else name
+        if not hasattr(self, field):
+            return self
+        found = getattr(self, field)
         own = dataclasses.replace((found.get(key) if key else found) or OwnResources(), cpus_per_worker=cpus_per_worker)
-        return dataclasses.replace(self, **({f"{name}s": {**found, key: own}} if key else {name: own}))
+        changed: dict[str, Any] = {field: {**found, key: own} if key else own}
+        return dataclasses.replace(self, **changed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pipelines.comparison import (
     with_one_dataset,
 )
 from pipelines.dag import up_to, with_section
+from pipelines.dataset import DatasetResources
 from pipelines.pipeline import compose, find_pipeline
 from pipelines.systems.unclip import UnclipConfig
 from tasks.stage import Artifact
@@ -183,6 +184,10 @@ def test_trainings_side_by_side_take_the_cpus_that_the_comparison_gives_them() -
     found = {name: resources.of(name) for name in ("prior", "decoder", "upsampler-32", "clip", "evaluate")}
     assert {name for name, each in found.items() if each.cpus_per_worker == 3} == {"prior", "decoder", "upsampler-32"}
     assert found["prior"].num_workers == 2, "what the comparison does not name stays as it is"
+    shared = DatasetResources(cpus_per_worker=2)
+    assert shared.with_cpus("painter", 1) == shared, (
+        "the resources of another package's system have no field for its part"
+    )
 
 
 @pytest.mark.parametrize(
