@@ -1,6 +1,7 @@
 """Comparisons: their entries and budgets, and the tables and figures made of results. No stage runs here."""
 
 import dataclasses
+import json
 import math
 import re
 import shlex
@@ -36,6 +37,7 @@ from pipelines.systems.unclip import UnclipConfig
 from tasks.stage import Artifact
 from tasks.store import Store
 from tasks.verification import survey
+from tests.pipelines.command_line import COMMANDS, assert_alike
 from unclip import imaging
 from unclip.config import without_operational
 from unclip.errors import ConfigError, InputError, StageError
@@ -105,6 +107,11 @@ def test_the_recorded_command_makes_the_same_rows(tmp_path: Path) -> None:
         *("--config", str(Path("my run.toml").absolute()), "--set", "ingest.urls=s3://key@bucket/my list.csv"),
         *("--set", "dedup.holdout=0.3", "--storage", store.root),
     ]
+
+
+def test_the_documented_row_has_the_keys_of_every_row() -> None:
+    [documented] = re.findall(r"### `unclip compare --json`\n.*?```json\n(.*?)```", COMMANDS.read_text(), re.DOTALL)
+    assert_alike(row("unclip", 0.9).document(), json.loads(documented)["rows"][0], "a row")
 
 
 def test_no_training_is_judged_by_the_curve_of_another_network() -> None:
