@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from pipelines.console import say
 from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import compose
 from tasks import nodes
@@ -78,17 +79,25 @@ def check_cluster(config: PipelineConfig) -> None:
         ) from None
 
 
-def start_ray(configs: Sequence[PipelineConfig]) -> None:
-    """Start or join a cluster for one run, or for several side by side; its address is that of the first.
+def start_ray(configs: Sequence[PipelineConfig]) -> bool:
+    """Start or join a cluster for one run, or for several side by side, whose first names its address.
+
+    Returns:
+        False if this process was in a cluster already, which others may use.
 
     Raises:
         ConfigError: it does not start or answer.
     """
+    import ray
+
+    if ray.is_initialized():
+        return False
     setting, address = _existing(configs[0])
     if address:
         _join(setting, address)
     else:
         _start_here(max(_own_cpus(config) for config in configs))
+    return True
 
 
 def _own_cpus(config: PipelineConfig) -> int:
@@ -325,7 +334,7 @@ def _wait_for_nodes(config: PipelineConfig, stages: Collection[str]) -> dict[str
                 has_asked = True
                 others = f", and {len(missing) - 1} others lack resources" if len(missing) > 1 else ""
                 why = f"{missing[0][1]}{others}"
-                print(f"waiting up to {limit:g} s (cluster.wait_seconds) for nodes to join: {why}", flush=True)
+                say(f"waiting up to {limit:g} s (cluster.wait_seconds) for nodes to join: {why}")
                 # Autoscaling starts nodes for what is asked for.
                 request_resources(
                     bundles=[need.amounts for need, _ in missing],
@@ -345,9 +354,7 @@ def _total(config: PipelineConfig) -> dict[str, float]:
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     workers = worker_resources(config).values()
     if total.get("GPU", 0) and not any(each.gpus_per_worker for each in workers):
-        print(
-            f"the cluster has {total['GPU']:g} GPUs, but resources.gpus_per_worker is 0: models run on CPUs", flush=True
-        )
+        say(f"the cluster has {total['GPU']:g} GPUs, but resources.gpus_per_worker is 0: models run on CPUs")
     return total
 
 

@@ -49,6 +49,8 @@ Equal = Literal["samples", "flop"]
 
 TOLERANCE = 0.05
 """Relative difference of FLOPs that counts as none, so that variants of little difference share their parts."""
+LOOK_SECONDS = 2.0
+"""Interval at which entries that wait for what another makes are looked at."""
 EVALUATE = "evaluate"
 REAL = "real images"
 
@@ -433,27 +435,43 @@ _COUNTED: dict[str, Compute] = {}
 """Networks that this process has counted, by the fingerprints of their settings."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """An entry that is to run, and its stages."""
+
+    entry: Entry
+    dag: Dag
+
+    def claims(self, store: Store) -> set[str]:
+        """Identities of the results that are missing, and the lock of the tables if one of them changes tables: what no other
+        entry may make meanwhile."""
+        missing = [name for name, state in dags.states(self.dag, store).items() if state.artifact is None]
+        identities = dags.identities(self.dag, store)
+        changes_tables = any(not self.dag[name].stage.reads_snapshot for name in missing)
+        return {identities[name] for name in missing} | ({TABLES} if changes_tables else set())
+
+
 def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipError]:
     """Train and evaluate all entries, several side by side; return the errors of those that failed, by label.
 
     Raises:
         UnclipError: the dataset could not be made, so that no entry can be.
-        StoppedError: asked to stop.
+        StoppedError: asked to stop; all that were running have stopped.
     """
+    plans: list[_Plan] = []
     failures: dict[str, UnclipError] = {}
     for entry in entries:
         try:
-            prepare(entry.config)
+            plans.append(_Plan(entry, dags.up_to(compose(prepare(entry.config)), EVALUATE)))
         except UnclipError as error:
             failures[entry.label] = error
             print(f"{entry.label}: {error}", flush=True)
-    ready = [entry for entry in entries if entry.label not in failures]
-    if ready:
+    if plans:
         print(f"\n{pipeline}: the dataset of all systems", flush=True)
         with _own_cluster():
-            run_pipeline(pipeline, ready[0].config, until=DATASET_STAGE, writes_results=False)
+            run_pipeline(pipeline, plans[0].entry.config, until=DATASET_STAGE, writes_results=False)
         with _own_cluster():
-            failures |= _run_side_by_side(pipeline, ready)
+            failures |= _run_side_by_side(pipeline, plans)
     return failures
 
 
@@ -470,34 +488,16 @@ def _own_cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """An entry that is to run."""
-
-    entry: Entry
-    dag: Dag
-
-    def claims(self, store: Store) -> set[str]:
-        """What no other entry may make meanwhile: identities of the results that are missing, and the lock of the tables."""
-        missing = [name for name, state in dags.states(self.dag, store).items() if state.artifact is None]
-        identities = dags.identities(self.dag, store)
-        changes_tables = any(not self.dag[name].stage.reads_snapshot for name in missing)
-        return {identities[name] for name in missing} | ({TABLES} if changes_tables else set())
-
-
-def _run_side_by_side(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipError]:
+def _run_side_by_side(pipeline: str, plans: Sequence[_Plan]) -> dict[str, UnclipError]:
     """Run entries in their order, as many at a time as the first one's settings say; return the errors of those that failed.
 
     An entry that needs what another is about to make starts once it is made, or has failed.
-
-    Raises:
-        StoppedError: asked to stop; all that were running have stopped.
     """
-    store, at_a_time = Store(entries[0].config.storage), entries[0].config.comparison.side_by_side
-    waiting = [_Plan(entry, dags.up_to(compose(prepare(entry.config)), EVALUATE)) for entry in entries]
-    if any(plan.claims(store) for plan in waiting):
-        check_cluster(entries[0].config)
-        start_ray([entry.config for entry in entries])
+    first, waiting = plans[0].entry.config, list(plans)
+    store, at_a_time = Store(first.storage), first.comparison.side_by_side
+    if any(plan.claims(store) for plan in plans):
+        check_cluster(first)
+        start_ray([plan.entry.config for plan in plans])
     running: dict[str, _Plan] = {}
     ended: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
     failures: dict[str, UnclipError] = {}
@@ -513,11 +513,11 @@ def _run_side_by_side(pipeline: str, entries: Sequence[Entry]) -> dict[str, Uncl
             if plan is not None:
                 waiting.remove(plan)
                 running[plan.entry.label] = plan
-                say(f"\n{plan.entry.label} ({len(entries) - len(waiting)} of {len(entries)})")
+                say(f"\n{plan.entry.label} ({len(plans) - len(waiting)} of {len(plans)})")
                 _start(pipeline, plan.entry, ended)
                 continue
             try:
-                label, error = ended.get(timeout=_LOOK_SECONDS)
+                label, error = ended.get(timeout=LOOK_SECONDS)
             except queue.Empty:
                 continue
             del running[label]
@@ -533,12 +533,8 @@ def _run_side_by_side(pipeline: str, entries: Sequence[Entry]) -> dict[str, Uncl
     return failures
 
 
-_LOOK_SECONDS = 2.0
-"""Interval at which entries that wait for what another makes are looked at."""
-
-
 def _first_alone(waiting: Sequence[_Plan], running: Sequence[_Plan], store: Store) -> _Plan | None:
-    """First entry that makes nothing that those that run are about to make."""
+    """First waiting entry that claims nothing that a running one claims."""
     claimed = {claim for plan in running for claim in plan.claims(store)}
     return next((plan for plan in waiting if not claimed & plan.claims(store)), None)
 

@@ -41,7 +41,7 @@ class ClusterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonConfig:
-    """What `unclip compare` samples besides the images of every evaluation, and how many systems it works on at a time."""
+    """Images that `unclip compare` samples besides those of every evaluation, and how it runs the systems."""
 
     num_relations: int = 0
     """Scene captions of two objects in a relation, whose attributes may get swapped; for procedural scenes."""
@@ -54,9 +54,8 @@ class ComparisonConfig:
     side_by_side: int = 2
     """Systems that train and sample at the same time, in one cluster. What they share is still made once."""
     cpus_per_worker: int | None = None
-    """Logical CPUs and torch threads of each worker that trains a part with a section of its own in `resources`, in the place of
-    those there; None keeps these.
-    Trainings side by side of one thread each use two CPUs better than one after another with two threads."""
+    """Logical CPUs and torch threads of each worker of a training; None keeps those of `resources`. A training that can have no
+    section of its own in `resources` keeps those of all stages."""
 
     def __post_init__(self) -> None:
         least_of = {"num_relations": 0, "num_repeated": 0, "num_repeats": 2, "num_columns": 1, "side_by_side": 1}

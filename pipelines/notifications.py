@@ -64,7 +64,7 @@ def describe_end(run: "Run", store: "Store", state: str, message: str = "") -> d
 
     record = store.read_json("runs", run.id, "run.json")
     document: dict[str, Any] = {"event": state, "state": state, "message": message or None, "run": run.id}
-    document |= {"pipeline": run.pipeline, "system": record["config"]["system"], "storage": store.root}
+    document |= {"pipeline": run.pipeline, "system": record["system"], "storage": store.root}
     document |= {"started": record["started"], "ended": time.time(), "mlflow_run": run.tracker.run_id or None}
     document["published"] = None
     events = stage_events(store, run.id)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipelines.console import say
 from tasks.database import artifacts_uri, database_uri, is_own, settle
 from tasks.origin import run_tags
 from tasks.run_records import HEARTBEAT_SECONDS, beat, driver, is_alive
@@ -113,7 +114,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store, label: str =
             experiment_id = experiment.experiment_id
             if experiment.lifecycle_stage == "deleted":
                 _restore_experiment(mlflow_client, experiment_id)
-                print(f"MLflow: the experiment {pipeline} was deleted there; it is restored.", flush=True)
+                say(f"MLflow: the experiment {pipeline} was deleted there; it is restored.")
             _close_dead_runs(mlflow_client, experiment_id, store)
         if experiment is None or KIND_TAG not in experiment.tags:
             mlflow_client.set_experiment_tag(experiment_id, KIND_TAG, KIND)
@@ -130,7 +131,7 @@ def open_run(pipeline: str, config: "PipelineConfig", store: Store, label: str =
                 f"tracking_uri: MLflow at {shown} refuses this run: {reason_of(error).rstrip('.')}. {remedy_for(error)}".strip()
             ) from None
         # run anyway: the work matters more than its records
-        print(f"MLflow at {shown} does not answer; this run is not tracked: {reason_of(error)}", flush=True)
+        say(f"MLflow at {shown} does not answer; this run is not tracked: {reason_of(error)}")
     tracker = Tracker(uri, run_id)
     tracker.params(store.portable(to_dict(config)))
     tracker.json(store.portable(to_dict(config)), "config.json")

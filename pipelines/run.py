@@ -50,6 +50,8 @@ def run_pipeline(
     run carries it out and starts again, which costs what the next refresh would cost. During the trainings, which read their own
     version, `unclip takedown` carries it out itself.
 
+    In a cluster that others use too, the run ends instead, and the same command makes the dataset again.
+
     Args:
         until: last stage to run, after the stages it depends on; None runs all stages.
         writes_results: write the folder of results, and print the summary.
@@ -115,12 +117,11 @@ def _run_stages(
             run.tracker.bytes(dags.mermaid(dag, labels).encode(), "dag.mmd")
             run.tracker.bytes(dags.render_png(dag, labels), "dag.png")
             pending = [name for name, state in states.items() if not state.artifact]
-            if not _has_ray():
-                start_ray([config])
+            is_own_cluster = start_ray([config])
             record_cluster(run, store, wait_for_resources(config, pending))
             with contextlib.closing(Console(store, run.id, list(dag), label)) as console:
                 failures = _execute(dag, run, store, scenes, console)
-            must_repeat = _must_repeat(dag, failures, run, store)
+            must_repeat = is_own_cluster and _must_repeat(dag, failures, run, store)
             state = "stopped" if must_repeat else "failed" if failures else "done"
             message = "; ".join(f"{failure.stage} failed: {failure.message}" for failure in failures)
         except BaseException as error:
@@ -146,13 +147,6 @@ def _run_stages(
     with contextlib.suppress(AlreadyRunningError):  # that run carries them out
         print_carried_out(store, carry_out_recorded(store))
     return True
-
-
-def _has_ray() -> bool:
-    """Return True if this process has joined a cluster, such as for several runs side by side."""
-    import ray
-
-    return bool(ray.is_initialized())
 
 
 def _carry_out_alone(store: Store) -> None:
@@ -247,7 +241,7 @@ def _stop_training(dag: dags.Dag, run: Run, store: Store, console: Console) -> N
         return any(f"{name}.json" in started and hasattr(dag[name].config, "trainer") for name in running)
 
     if is_training():
-        print("stopping: training stages write a checkpoint first; interrupt again to stop at once", flush=True)
+        say("stopping: training stages write a checkpoint first; interrupt again to stop at once")
     while is_training() and time.monotonic() < deadline:
         time.sleep(0.5)
         console.refresh()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from pipelines.console import say
 from pipelines.records import tracking_uris_of
 from tasks import tombstones
 from tasks.lineage.takedown import Ledger, carry_out, read_ledger
@@ -39,9 +40,6 @@ def print_carried_out(store: Store, ledgers: Mapping[str, Ledger]) -> None:
     """Say which recorded requests a run has carried out."""
     for name, ledger in ledgers.items():
         uri, what = store.uri("takedowns", f"{name}.json"), ", ".join(ledger.requests[:3])
-        print(f"takedown carried out ({what}): {len(ledger.keys):,} rows; ledger written to {uri}", flush=True)
+        say(f"takedown carried out ({what}): {len(ledger.keys):,} rows; ledger written to {uri}")
         if ledger.traces.remaining or ledger.traces.unanswered:
-            print(
-                f"    its ledger names MLflow runs or servers that are not done; repeat the takedown of {what}",
-                flush=True,
-            )
+            say(f"    its ledger names MLflow runs or servers that are not done; repeat the takedown of {what}")

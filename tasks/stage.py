@@ -148,20 +148,28 @@ class StageResources(Resources):
     """
 
     def of(self, stage_name: str) -> Resources:
-        name, _, key = stage_name.partition("-")
-        own: OwnResources | None = getattr(self, f"{name}s", {}).get(key) if key else getattr(self, name, None)
-        return (own or OwnResources()).on(self)
+        return self._own(stage_name).on(self)
 
     def with_cpus(self, stage_name: str, cpus_per_worker: int) -> typing.Self:
         """Copy with other CPUs for the workers of one stage; a stage without a field keeps those of all stages."""
-        name, _, key = stage_name.partition("-")
-        field = f"{name}s" if key else name
+        field, key = _field(stage_name)
         if not hasattr(self, field):
             return self
-        found = getattr(self, field)
-        own = dataclasses.replace((found.get(key) if key else found) or OwnResources(), cpus_per_worker=cpus_per_worker)
-        changed: dict[str, Any] = {field: {**found, key: own} if key else own}
+        own = dataclasses.replace(self._own(stage_name), cpus_per_worker=cpus_per_worker)
+        changed: dict[str, Any] = {field: {**getattr(self, field), key: own} if key else own}
         return dataclasses.replace(self, **changed)
+
+    def _own(self, stage_name: str) -> OwnResources:
+        field, key = _field(stage_name)
+        found = getattr(self, field, None)
+        own: OwnResources | None = (found or {}).get(key) if key else found
+        return own or OwnResources()
+
+
+def _field(stage_name: str) -> tuple[str, str]:
+    """Field of `StageResources` for a stage, and its key there if it is one of several members, otherwise ""."""
+    name, _, key = stage_name.partition("-")
+    return (f"{name}s" if key else name), key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,9 +47,14 @@ def call_json(*arguments: object, code: int = 0) -> Any:
     name = " ".join(
         ["unclip", *words[: 1 + (words[0] in ("data", "models"))], *["--dry-run"] * ("--dry-run" in words), "--json"]
     )
-    [documented] = re.findall(rf"### `{name}`\n.*?```json\n(.*?)```", COMMANDS.read_text(), re.DOTALL)
-    assert_alike(document, json.loads(documented), name)
+    assert_alike(document, documented(name), name)
     return document
+
+
+def documented(command: str) -> Any:
+    """Example in docs/commands.md of the document that a command prints."""
+    [text] = re.findall(rf"### `{command}`\n.*?```json\n(.*?)```", COMMANDS.read_text(), re.DOTALL)
+    return json.loads(text)
 
 
 def read_record(storage: Path, *parts: str) -> Any:
@@ -57,14 +62,14 @@ def read_record(storage: Path, *parts: str) -> Any:
     return Store(str(storage)).read_json(*parts)
 
 
-def assert_alike(found: Any, documented: Any, where: str) -> None:
+def assert_alike(found: Any, example: Any, where: str) -> None:
     """Check that two JSON documents have the same keys and types."""
     if found is None:
         return
-    assert isinstance(found, (int, float) if isinstance(documented, float) else type(documented)), where
-    if isinstance(documented, dict) and documented:
-        assert found.keys() == documented.keys(), where
+    assert isinstance(found, (int, float) if isinstance(example, float) else type(example)), where
+    if isinstance(example, dict) and example:
+        assert found.keys() == example.keys(), where
         for name, value in found.items():
-            assert_alike(value, documented[name], f"{where} {name}")
-    for item in found if isinstance(documented, list) else ():
-        assert_alike(item, documented[0], f"{where} item")
+            assert_alike(value, example[name], f"{where} {name}")
+    for item in found if isinstance(example, list) else ():
+        assert_alike(item, example[0], f"{where} item")

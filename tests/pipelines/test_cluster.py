@@ -88,7 +88,8 @@ import ray
 from pipelines.cluster import start_ray
 from pipelines.config import load
 
-start_ray([load("text_to_image", None, [f"ingest.urls={sys.argv[1]}", "cluster.num_cpus=2"], sys.argv[2])])
+config = load("text_to_image", None, [f"ingest.urls={sys.argv[1]}", "cluster.num_cpus=2"], sys.argv[2])
+assert start_ray([config]) and not start_ray([config]), "the second run uses the cluster of the first"
 
 @ray.remote
 def where():

@@ -1,7 +1,6 @@
 """Comparisons: their entries and budgets, and the tables and figures made of results. No stage runs here."""
 
 import dataclasses
-import json
 import math
 import re
 import shlex
@@ -37,7 +36,7 @@ from pipelines.systems.unclip import UnclipConfig
 from tasks.stage import Artifact
 from tasks.store import Store
 from tasks.verification import survey
-from tests.pipelines.command_line import COMMANDS, assert_alike
+from tests.pipelines.command_line import assert_alike, documented
 from unclip import imaging
 from unclip.config import without_operational
 from unclip.errors import ConfigError, InputError, StageError
@@ -110,8 +109,7 @@ def test_the_recorded_command_makes_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_the_documented_row_has_the_keys_of_every_row() -> None:
-    [documented] = re.findall(r"### `unclip compare --json`\n.*?```json\n(.*?)```", COMMANDS.read_text(), re.DOTALL)
-    assert_alike(row("unclip", 0.9).document(), json.loads(documented)["rows"][0], "a row")
+    assert_alike(row("unclip", 0.9).document(), documented("unclip compare --json")["rows"][0], "a row")
 
 
 def test_no_training_is_judged_by_the_curve_of_another_network() -> None:

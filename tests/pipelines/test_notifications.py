@@ -104,7 +104,7 @@ def test_an_address_is_refused_without_showing_it(address: str) -> None:
 def test_the_event_is_the_decision_about_a_published_model(tmp_path: Path, alias: str, event: str) -> None:
     store = Store(str(tmp_path))
     run = Run("r1", "demo", store.root, Tracker("", ""), "")
-    store.write_json({"config": {"system": "unclip"}, "started": 1.0}, "runs", "r1", "run.json")
+    store.write_json({"system": "unclip/autoregressive", "started": 1.0}, "runs", "r1", "run.json")
     assert describe_end(run, store, "failed", "too bad")["message"] == "too bad"
     assert describe_end(run, store, "done")["event"] == "done"
     facts = {"name": "unclip-demo", "version": "2", "alias": alias}
