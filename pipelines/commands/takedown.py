@@ -140,9 +140,7 @@ def _print_ledger(ledger: "Ledger", written: str) -> None:
         click.echo(f"    stage  {found['folder']}  run {found['run']}, {found['state']}{tracked}")
     for run_id in traces.deleted_previews:
         click.echo(f"previews of run {run_id} showed these rows and were deleted")
-    click.echo(
-        "Evaluation grids stay: their images are samples of models, though a caption may come from one of these rows."
-    )
+    click.echo("Images that models sampled for captions of these rows stay, without the captions.")
     click.echo(f"ledger written to {written}")
     click.echo(
         "The next run or refresh creates a dataset version without these rows. Only models trained on it have not seen them."

@@ -35,8 +35,8 @@ class Traces:
 def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], datasets: Sequence[str]) -> Traces:
     """Redact report pages, delete previews that show the rows, and name and tag the runs and models that read them.
 
-    Images that models sampled for captions, such as evaluation grids, are no one's data and stay. Those that they sampled
-    from the embeddings of rows are previews.
+    Images that models sampled for captions, such as evaluation grids, are no one's data and stay. Those that have captions of
+    rows below them, or were sampled from the embeddings of rows, are previews.
 
     Args:
         store: its artifact folder is searched as well, since it may hold runs that MLflow has forgotten.

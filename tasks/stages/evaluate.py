@@ -7,7 +7,7 @@ Letters: S resolution, M held-out rows, E width of embeddings.
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class EvaluateConfig:
     num_unseen: int = 0
     """Scene captions to sample whose combination of shape and colour is in no training image; for procedural scenes."""
     num_images: int = 48
-    """Images of each group in the captioned grid."""
+    """Images of each group in its grid."""
     seed: int = 0
     """Seed for the noise and the unseen scenes."""
     system: str | None = None
@@ -67,7 +67,7 @@ class EvaluateConfig:
     num_repeats: int = added(16)
     """Images of each of these captions."""
     num_kept: int = added(0)
-    """Images of held-out captions that are kept one by one, besides the captioned grid, for a comparison of systems."""
+    """Images of held-out captions that are kept one by one, besides the grid, for a comparison of systems."""
     num_reconstructed: int = added(0)
     """Held-out images that are sampled again from their embeddings, if the system can, and compared with the originals."""
     prompts: str | None = added(None)
@@ -115,12 +115,13 @@ def _absolute(uri: str) -> str:
     return uri if path is None else str(path)
 
 
-@stage("evaluate", version=4, has_workers=True, pin=_pin, shows_rows=True, reads_snapshot=True)
+@stage("evaluate", version=5, has_workers=True, pin=_pin, shows_rows=True, reads_snapshot=True)
 def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifact, *parts: Artifact) -> Output:
     """Sample held-out captions with the whole system and measure the images."""
     snapshot = Snapshot.of(dataset.facts)
     pairs = heldout_pairs(snapshot)
-    captions, keys = pairs["caption"].to_pylist(), pairs["key"].to_pylist()
+    captions = pairs["caption"].to_pylist()
+    key_of = dict(zip(captions, pairs["key"].to_pylist(), strict=True))
     groups = {**caption_groups(config, captions), **prompt_groups(config)}
     if config.num_reconstructed and find_system(config.system).reconstructs:
         groups[RECONSTRUCTIONS] = captions[: config.num_reconstructed]
@@ -145,6 +146,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
     by_group = ("accuracy", "clip_score", "metrics", "intervals", "counts", "captions", "images", "seconds_per_image")
     facts: dict[str, Any] = {name: {} for name in by_group}
     estimates: dict[str, dict[str, Estimate]] = {}
+    previews: dict[str, bytes] = {}
     for group, measured in sampled.items():
         given: dict[str, Any] = {name: reference.statistics for name, reference in references.items()}
         given["own"] = own[: with_own[group]] if group in with_own else None
@@ -158,14 +160,17 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         accuracy = {name: values[f"accuracy.{name}"] for name in metrics.SCORED if f"accuracy.{name}" in values}
         if accuracy:
             facts["accuracy"][group] = accuracy
+        if group in HELDOUT_GROUPS:
+            previews[group] = grid_of(measured, groups[group])
         if group == RECONSTRUCTIONS:
-            _publish_preview(context, group, images.pop(group), keys[: len(measured.shown)])
+            del images[group]
         facts["images"] |= {name: _publish(context, f"{name}.png", data) for name, data in images.items()}
         facts["seconds_per_image"][group] = measured.seconds / len(groups[group])
         if group == "heldout" and config.num_kept:
             facts["kept"] = _keep(context, measured, config.num_kept)
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
-    key_of = dict(zip(captions, keys, strict=True))
+    shown = [caption for group in previews for caption in groups[group][: len(sampled[group].shown)]]
+    _publish_previews(context, previews, list(dict.fromkeys(key_of[caption] for caption in shown)))
     table = scores_table(groups, estimates, dict.fromkeys(HELDOUT_GROUPS, key_of))
     facts |= {"scores": _write_scores(context, table), "seed": scoring.seed, "batch_size": scoring.batch_size}
     facts["measured_by"] = {**dataclasses.asdict(measuring_clip), "digest": clip.digest}
@@ -317,29 +322,37 @@ def _publish(context: StageContext, name: str, data: bytes) -> str:
     return f"{context.folder}/{name}"
 
 
-def _publish_preview(context: StageContext, name: str, data: bytes, keys: Sequence[str]) -> None:
-    """Write an image that shows rows, and their keys, so that a takedown finds it; nothing if one was taken down meanwhile."""
+def _publish_previews(context: StageContext, images: Mapping[str, bytes], keys: Sequence[str]) -> None:
+    """Write images that show rows, and the rows' keys, so that a takedown finds them; nothing if one was taken down meanwhile."""
     files.write_json(f"{context.folder}/{PREVIEW_KEYS}", list(keys))
-    files.write(f"{context.folder}/{PREVIEWS}/{name}.png", data)
+    for name, data in images.items():
+        files.write(f"{context.folder}/{PREVIEWS}/{name}.png", data)
     # After writing: a takedown that has not found these files has written its tombstones before.
     if not load_tombstones(context.store).keys.isdisjoint(keys):
         files.delete(f"{context.folder}/{PREVIEWS}")
         return
     context.tracker.json(list(keys), PREVIEW_KEYS)
-    context.tracker.bytes(data, f"{PREVIEWS}/{name}.png")
+    for name, data in images.items():
+        context.tracker.bytes(data, f"{PREVIEWS}/{name}.png")
 
 
 def summarise(group: str, sampled: Sampled, measured: Measured) -> tuple[dict[str, Estimate], dict[str, bytes]]:
-    """Compute the metrics of a group; also its images as PNGs, by name."""
+    """Compute the metrics of a group; also its images as PNGs, by name. Captions of rows are in none, since models are given
+    away with them."""
     estimates = metrics.measure(sampled)
     images: dict[str, bytes] = {}
-    marks = None
     if measured.features.scenes is not None:
-        marks = measured.features.scenes.all_correct()
         images[f"confusion_{group}"] = confusion_matrices(measured.features.scenes)
-    shown = imaging.from_uint8(measured.shown)
-    images[group] = imaging.png(imaging.grid(shown, columns=8, captions=sampled.captions[: len(shown)], marks=marks))
+    images[group] = grid_of(measured, None if group in HELDOUT_GROUPS else sampled.captions)
     return estimates, images
+
+
+def grid_of(measured: Measured, captions: Sequence[str] | None) -> bytes:
+    """PNG of a group's first images, with their captions if given; those that are not as their captions say in a red frame."""
+    scores, shown = measured.features.scenes, imaging.from_uint8(measured.shown)
+    below = None if captions is None else captions[: len(shown)]
+    marks = None if scores is None else scores.all_correct()
+    return imaging.png(imaging.grid(shown, columns=8, captions=below, marks=marks))
 
 
 def confusion_matrices(scores: metrics.SceneScores) -> bytes:

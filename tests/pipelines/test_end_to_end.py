@@ -237,7 +237,7 @@ def test_mlflow_has_a_run_for_each_stage_and_the_published_stack(finished: Path,
         assert json.loads((folder / PREVIEW_KEYS).read_text()) == shown_keys
         strip = Path(client.download_artifacts(children[stage].info.run_id, f"{PREVIEWS}/{FILM_STRIP}", str(tmp_path)))
         assert strip.read_bytes() == (folder / PREVIEWS / FILM_STRIP).read_bytes()
-    assert {"heldout.png", "confusion_heldout.png"} <= {
+    assert {"heldout.png", "confusion_heldout.png", "previews"} <= {
         item.path for item in client.list_artifacts(children["evaluate"].info.run_id)
     }
     version = client.get_model_version_by_alias("unclip-tiny", "champion")
@@ -611,21 +611,26 @@ def test_every_command_takes_a_stack_of_glide(finished: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_reconstructions_of_a_row_that_is_taken_down_are_deleted_everywhere(finished: Path, tmp_path: Path) -> None:
-    storage, shown = tmp_path / STORAGE_NAME, f"{PREVIEWS}/reconstructions.png"
+def test_captions_and_reconstructions_of_a_row_that_is_taken_down_are_deleted_everywhere(
+    finished: Path, tmp_path: Path
+) -> None:
+    storage, shown = tmp_path / STORAGE_NAME, [f"{PREVIEWS}/{name}.png" for name in ("heldout", "reconstructions")]
     shutil.copytree(finished, storage)
     run("run", "tiny", "--set", "evaluate.num_reconstructed=4", "--storage", storage)
-    places = [path.parents[1] for path in storage.rglob(shown)]
+    places = [path.parents[1] for path in storage.rglob(shown[1])]
     assert {path.relative_to(storage).parts[0] for path in places} == {"artifacts", "results", "mlflow-artifacts"}
-    pixels = (storage / "results" / "tiny" / shown).read_bytes()
+    images = [(storage / "results" / "tiny" / each).read_bytes() for each in shown]
     keys = json.loads((storage / "results" / "tiny" / PREVIEW_KEYS).read_text())
     pairs = heldout_pairs(Snapshot.of(records(storage)["curate"]["facts"]))
-    assert keys == pairs["key"].to_pylist()[:4]
+    assert keys[:4] == pairs["key"].to_pylist()[:4]
     document = call_json("takedown", "--key", keys[1], "--storage", storage)
     [logged] = [path.parent.name for path in places if "mlflow-artifacts" in path.parts]
     assert logged in document["deleted_previews"]
     assert not any((path / PREVIEWS).exists() for path in places)
-    assert not [path for path in storage.rglob("*") if path.is_file() and path.read_bytes() == pixels]
+    assert not [path for path in storage.rglob("*") if path.is_file() and path.read_bytes() in images]
+    [without_captions] = {path.read_bytes() for path in storage.glob("results/tiny/heldout.png")}
+    published = [path.read_bytes() for path in storage.rglob("images/heldout.png")]
+    assert without_captions in published and without_captions not in images
     assert call_json("verify", "--storage", storage)["problems"] == []
 
 

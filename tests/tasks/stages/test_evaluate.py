@@ -34,10 +34,11 @@ from tasks.scoring import (
 from tasks.stage import Pinning, Resources
 from tasks.stages.evaluate import (
     EvaluateConfig,
-    _publish_preview,
+    _publish_previews,
     bits_per_dim,
     caption_groups,
     evaluate,
+    grid_of,
     summarise,
     unseen_captions,
 )
@@ -151,8 +152,10 @@ def test_numbers_and_images_are_those_of_all_images_together(folders: dict[int, 
     assert {name: values[name] for name in values if "accuracy" in name} == {
         name: expected[name] for name in expected if "accuracy" in name
     }
+    alone = imaging.grid(images[:SHOWN], columns=8, marks=marks)
+    assert published["heldout"] == imaging.png(alone), "captions of rows are in previews alone"
     grid = imaging.grid(images[:SHOWN], columns=8, captions=captions[:SHOWN], marks=marks)
-    assert published["heldout"] == imaging.png(grid)
+    assert grid_of(measured, captions) == imaging.png(grid) == summarise("unseen", sampled, measured)[1]["unseen"]
     assert set(published) == {"heldout"} | ({"confusion_heldout"} if captions is CAPTIONS else set())
     starts = range(0, len(captions), BATCH)
     assert measured.digests == [files.sha256(pixels[start : start + BATCH].tobytes()) for start in starts]
@@ -235,7 +238,7 @@ def test_reconstructions_are_compared_with_their_originals(folders: dict[int, Pa
 
 
 @pytest.mark.parametrize("is_taken_down", [False, True])
-def test_an_image_that_shows_rows_is_kept_unless_one_was_taken_down_meanwhile(
+def test_images_that_show_rows_are_kept_unless_one_was_taken_down_meanwhile(
     tmp_path: Path, is_taken_down: bool
 ) -> None:
     logged: dict[str, object] = {}
@@ -245,8 +248,9 @@ def test_an_image_that_shows_rows_is_kept_unless_one_was_taken_down_meanwhile(
     context: Any = types.SimpleNamespace(folder=f"{tmp_path}/evaluation", store=Store(str(tmp_path)), tracker=tracker)
     if is_taken_down:
         write_entries(context.store, {Entry("key", key(1), "")})
-    _publish_preview(context, "reconstructions", b"picture", [key(0), key(1)])
-    expected = {PREVIEW_KEYS: [key(0), key(1)], f"{PREVIEWS}/reconstructions.png": b"picture"}
+    _publish_previews(context, {"heldout": b"grid", "reconstructions": b"picture"}, [key(0), key(1)])
+    images = {f"{PREVIEWS}/heldout.png": b"grid", f"{PREVIEWS}/reconstructions.png": b"picture"}
+    expected = {PREVIEW_KEYS: [key(0), key(1)], **images}
     assert logged == ({} if is_taken_down else expected)
     found = {path.relative_to(context.folder).as_posix() for path in tmp_path.glob("evaluation/**/*") if path.is_file()}
     assert found == logged.keys()
