@@ -30,13 +30,14 @@ from pipelines.prepare import prepare
 from pipelines.preset import full_system_name, system_names
 from pipelines.real_images import measure_real_images
 from pipelines.run import run_pipeline
+from pipelines.takedowns import carry_out_recorded, print_carried_out
 from tasks import signals
 from tasks.lock import TABLES
 from tasks.stage import Artifact
 from tasks.store import Store
 from unclip import files
 from unclip.config import fingerprint, has_setting, nearest, to_dict, without_operational
-from unclip.errors import ConfigError, StageError, StoppedError, UnclipError
+from unclip.errors import AlreadyRunningError, ConfigError, StageError, StoppedError, UnclipError
 from unclip.models import clip as clip_models
 from unclip.models.text import TextShape
 from unclip.systems.part import Shapes
@@ -470,8 +471,13 @@ def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipErro
         print(f"\n{pipeline}: the dataset of all systems", flush=True)
         with _own_cluster():
             run_pipeline(pipeline, plans[0].entry.config, until=DATASET_STAGE, writes_results=False)
-        with _own_cluster():
-            failures |= _run_side_by_side(pipeline, plans)
+        try:
+            with _own_cluster():
+                failures |= _run_side_by_side(pipeline, plans)
+        finally:  # requests that came while a run changed tables
+            store = Store(plans[0].entry.config.storage)
+            with contextlib.suppress(AlreadyRunningError):  # that run carries them out
+                print_carried_out(store, carry_out_recorded(store))
     return failures
 
 
