@@ -663,6 +663,17 @@ def test_t12_hostile_preferences_take_no_time() -> None:
         assert time.process_time() - started < 5
 
 
+def test_t12_hostile_headers_and_robots_txt_take_no_time() -> None:
+    started = time.process_time()
+    assert not opted_out(["max-" * 16_000, "max-a" + " " * 60_000, "max-a:" * 12_000], "unclip", ("noai",))
+    for line in ("\n", " ", "user-agent: ", "user-agent:\n", "\t \r\n"):
+        assert robots.parse(line.encode() * (robots.MAX_BYTES // len(line)), "unclip") is not None
+    assert time.process_time() - started < 30
+    rules = robots.parse(b" User-Agent : unclip/1.0 \nDisallow: /a\n", "unclip")
+    assert rules is not None and not rules.fetching.can_fetch("http://a.example/a", "unclip")
+    assert not opted_out(["max-image-preview: none, max-snippet:-1"], "unclip", ("none",))
+
+
 def test_t12_directives_are_a_setting() -> None:
     assert opted_out(["noindex"], "unclip", ("noindex",)) and not opted_out(["noai"], "unclip", ("noindex",))
     assert not opted_out(["noai", ""], "unclip", ())
