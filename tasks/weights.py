@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from unclip import foreign
+
 LOCAL = "local-dir:"
 """Prefix of a model's name that is a folder."""
 SUFFIXES = {".json", ".safetensors", ".bin", ".pt", ".txt", ".model"}
@@ -10,8 +12,15 @@ SUFFIXES = {".json", ".safetensors", ".bin", ".pt", ".txt", ".model"}
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Files of a model in a folder, in order of their names."""
-    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    """Files of a model in a folder, in order of their names.
+
+    Raises:
+        CheckpointError: one is a link out of the folder.
+    """
+    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    for path in found:
+        foreign.check_link(path)
+    return found
 
 
 def files_digest(source: Path) -> str:

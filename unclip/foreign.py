@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -43,19 +45,34 @@ Timesteps = Annotated[int, Range(2, 100_000)]
 """Timesteps of a diffusion process."""
 
 
+def check_link(path: Path) -> None:
+    """Refuse a file that is a link out of its folder; a cache of Hugging Face's hub has links from `snapshots/` to its `blobs/`.
+
+    Raises:
+        CheckpointError: names the link and where it leads.
+    """
+    target, folder = path.resolve(), path.parent.resolve()
+    hubs = (each.parent / "blobs" for each in folder.parents if each.name == "snapshots")
+    if path.is_symlink() and not any(map(target.is_relative_to, (folder, *hubs))):
+        raise CheckpointError(f"{path}: a link to {target}, outside of its folder. Copy that file into the folder.")
+
+
 def read_text(path: Path) -> str:
     """Read a text file.
 
     Raises:
-        CheckpointError: the path is missing, not a file, too large or not UTF-8; names it.
+        CheckpointError: the path is missing, not a file, a link out of its folder, too large or not UTF-8; names it.
     """
+    check_link(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise CheckpointError(
-                f"{path}: got {size:,} bytes, expected at most {MAX_TEXT_BYTES:,}. The file is damaged."
-            )
-        return path.read_text(encoding="utf-8-sig")
+        # a pipe would be waited for
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{path}: not a regular file. Copy the whole folder again.")
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise CheckpointError(f"{path}: has more than {MAX_TEXT_BYTES:,} bytes. The file is damaged.")
+        return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. Copy the whole folder again.") from error
 

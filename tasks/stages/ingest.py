@@ -829,7 +829,11 @@ def _listing(names: Sequence[str], count: int) -> str:
 
 
 def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:
-    """Files below a folder whose paths match the pattern part by part, sorted; hidden files never match."""
+    """Files below a folder whose paths match the pattern part by part, sorted; hidden files never match.
+
+    Raises:
+        InputError: one is a link out of the folder.
+    """
     selector = pafs.FileSelector(folder, recursive="/" in pattern, allow_not_found=True)
     found = []
     for info in filesystem.get_file_info(selector):
@@ -837,7 +841,19 @@ def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pa
         matches = len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
         if matches and info.type == pafs.FileType.File and not any(part.startswith(".") for part in parts):
             found.append((parts, info))
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        for _, info in found:
+            _check_link(info.path, folder)
     return [info for _, info in sorted(found, key=lambda item: item[0])]
+
+
+def _check_link(path: str, folder: str) -> None:
+    """Refuse a file of a list that leads out of the list's folder, which may come from elsewhere."""
+    target, root = os.path.realpath(path), os.path.realpath(folder)
+    if os.path.commonpath([target, root]) != root:
+        raise InputError(
+            f"ingest.urls: {path} is a link to {target}, outside of {folder}. Copy that file into the folder."
+        )
 
 
 @dataclasses.dataclass

@@ -31,7 +31,8 @@ def read_weights(folder: Path, name: str, is_wanted: Callable[[str], bool] = lam
         is_wanted: tells from the name of a tensor if it is read.
 
     Raises:
-        CheckpointError: files are missing or damaged, or the index lists files in other folders; names the file.
+        CheckpointError: files are missing, damaged or links out of the folder, or the index lists files in other folders; names
+            the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -45,6 +46,7 @@ def read_weights(folder: Path, name: str, is_wanted: Callable[[str], bool] = lam
         shards = set(names)
     tensors: Tensors = {}
     for shard in sorted(shards):
+        foreign.check_link(folder / shard)
         try:
             with safe_open(str(folder / shard), framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys() if is_wanted(key)}  # noqa: SIM118

@@ -352,9 +352,15 @@ def seal(folder: str, names: Iterable[str]) -> None:
 
 
 def _copy(source: str, destination: str) -> None:
-    """Copy the files of a folder, unless it is the same folder, and write a manifest if it has none."""
-    names = files.names(source)
-    hashes = {}
+    """Copy the files of a folder, unless it is the same folder, and write a manifest if it has none.
+
+    Raises:
+        CheckpointError: a file is a link out of the folder.
+    """
+    names, hashes = files.names(source), {}
+    if path := files.to_path(source):
+        for name in names:
+            foreign.check_link(path / name)
     for name in names if source != destination or checkpoints.MANIFEST not in names else ():
         hashes[name] = files.digest(f"{source}/{name}")
         if source != destination:

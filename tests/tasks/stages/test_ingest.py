@@ -158,6 +158,20 @@ def test_a_folder_uses_text_files_only_without_other_files_and_ignores_hidden_fi
     assert [row.url for row in listed(tmp_path)] == [ROWS[0][0]]
 
 
+def test_a_list_is_not_read_from_outside_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("https://intranet.example/ a secret")
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    write_list(folder / "a.txt", ROWS[:1])
+    (folder / "b.txt").symlink_to("a.txt")
+    (tmp_path / "given").symlink_to("lists")
+    assert len(listed(tmp_path / "given")) == 2
+    (folder / "c.txt").symlink_to("../secret")
+    for urls in (folder, tmp_path / "given", f"{folder}/*.txt"):
+        with pytest.raises(InputError, match=r"c\.txt is a link to .*secret, outside"):
+            list(read(IngestConfig(str(urls))))
+
+
 def test_a_pattern_matches_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unclip import files, foreign
 from unclip.errors import CheckpointError
 from unclip.training import checkpoints
 
@@ -38,4 +39,35 @@ def test_damage_is_detected(tmp_path: Path, name: str, damage: str) -> None:
     else:
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])
     with pytest.raises(CheckpointError, match=r"damaged|no manifest"):
+        checkpoints.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.json", "a/../../secret.json", "/dev/zero", "a/b/c.json", "secret", "..", "\n.json"]
+)
+def test_a_manifest_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    folder = tmp_path / "x"
+    (folder / "a").mkdir(parents=True)
+    for digest in (files.sha256(b"{}"), "0" * 64):
+        files.write_json(f"{folder}/manifest.json", {"sha256": {name: digest}})
+        with pytest.raises(CheckpointError, match="which is no file in it"):
+            checkpoints.load(str(folder))
+
+
+def test_facts_are_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(content: bytes) -> None:
+        (tmp_path / "facts.json").write_bytes(content)
+        files.write_json(f"{tmp_path}/manifest.json", {"sha256": {"facts.json": files.sha256(content)}})
+
+    write(b"[" * 200_000 + b"]" * 200_000)
+    with pytest.raises(CheckpointError, match="recursion"):
+        checkpoints.load(str(tmp_path))
+    monkeypatch.setattr(foreign, "MAX_TEXT_BYTES", 1000)
+    write(b" " * 1001)
+    with pytest.raises(CheckpointError, match=r"facts\.json: got 1,001 bytes"):
+        checkpoints.load(str(tmp_path))
+    (tmp_path / "facts.json").unlink()
+    (tmp_path / "facts.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"facts\.json: got 0 bytes"):
         checkpoints.load(str(tmp_path))
