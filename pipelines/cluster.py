@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -14,10 +15,10 @@ from typing import Any
 from pipelines.console import say
 from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import compose
-from tasks import nodes
+from tasks import nodes, signals
 from tasks.stage import Resources
 from unclip.background import within
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, StoppedError
 from unclip.messages import reason_of
 
 WORKER_ENVIRONMENT = {
@@ -319,12 +320,14 @@ def _wait_for_nodes(config: PipelineConfig, stages: Collection[str]) -> dict[str
 
     Raises:
         ConfigError: after `cluster.wait_seconds` they do not.
+        StoppedError: asked to stop.
     """
-    from ray.autoscaler.sdk import request_resources
-
     limit, started, has_asked = config.cluster.wait_seconds, time.monotonic(), False
-    try:
+    with contextlib.ExitStack() as stack:
+        is_stopping = stack.enter_context(signals.stop_on_signal())
         while missing := _missing(config, stages):
+            if is_stopping():
+                raise StoppedError("stopped as asked, while waiting for nodes. Run the same command again.")
             if time.monotonic() - started >= limit:
                 raise ConfigError(
                     f"resources: {missing[0][1]}, after {limit:g} s. {_REMEDY} If nodes need longer to start, raise "
@@ -335,16 +338,27 @@ def _wait_for_nodes(config: PipelineConfig, stages: Collection[str]) -> dict[str
                 others = f", and {len(missing) - 1} others lack resources" if len(missing) > 1 else ""
                 why = f"{missing[0][1]}{others}"
                 say(f"waiting up to {limit:g} s (cluster.wait_seconds) for nodes to join: {why}")
-                # Autoscaling starts nodes for what is asked for.
-                request_resources(
-                    bundles=[need.amounts for need, _ in missing],
-                    bundle_label_selectors=[need.labels for need, _ in missing],
-                )
+                stack.callback(_ask_for, [])  # tasks will ask for themselves
+                _ask_for([need for need, _ in missing])
             time.sleep(1)
-    finally:
-        if has_asked:
-            request_resources(bundles=[])  # tasks will ask for themselves
     return _total(config)
+
+
+_asked: dict[int, list[_Need]] = {}
+"""Needs for which runs wait, by thread: a request to Ray replaces those of others."""
+_asking = threading.Lock()
+
+
+def _ask_for(needs: list[_Need]) -> None:
+    """Ask autoscaling for nodes with what this thread's run needs, and what others of this process wait for."""
+    from ray.autoscaler.sdk import request_resources
+
+    with _asking:
+        _asked[threading.get_ident()] = needs
+        wanted = [need for each in _asked.values() for need in each]
+        request_resources(
+            bundles=[need.amounts for need in wanted], bundle_label_selectors=[need.labels for need in wanted]
+        )
 
 
 def _total(config: PipelineConfig) -> dict[str, float]:

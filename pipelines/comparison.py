@@ -1,43 +1,32 @@
 """Comparison of systems: trained and sampled on the same rows, with the same seeds and captions.
 
-An entry is a system, or a variant of it, with all its settings. Entries run side by side in one cluster. What they share, such
-as the dataset, is found by its fingerprint and made once: an entry waits while another makes what it needs too. The results are
-collected from the artifacts of the entries, whichever run made them.
+An entry is a system, or a variant of it, with all its settings. `pipelines.side_by_side` runs the entries; the results are
+collected from their artifacts, whichever run made them.
 
 Letters: N images, S resolution.
 """
 
-import contextlib
 import dataclasses
 import functools
 import io
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import click
 import numpy as np
 
 from pipelines import dag as dags
-from pipelines.cluster import check_cluster, start_ray
 from pipelines.config import load
-from pipelines.console import say
 from pipelines.dag import Dag, Node
 from pipelines.dataset import DATASET_STAGE, DatasetResources, PipelineConfig
 from pipelines.pipeline import Variant, compose, find_pipeline
 from pipelines.prepare import prepare
 from pipelines.preset import full_system_name, system_names
 from pipelines.real_images import measure_real_images
-from pipelines.run import run_pipeline
-from pipelines.takedowns import carry_out_recorded, print_carried_out
-from tasks import signals
-from tasks.lock import TABLES
 from tasks.stage import Artifact
 from tasks.store import Store
 from unclip import files
 from unclip.config import fingerprint, has_setting, nearest, to_dict, without_operational
-from unclip.errors import AlreadyRunningError, ConfigError, StageError, StoppedError, UnclipError
+from unclip.errors import ConfigError, StageError, UnclipError
 from unclip.models import clip as clip_models
 from unclip.models.text import TextShape
 from unclip.systems.part import Shapes
@@ -50,8 +39,6 @@ Equal = Literal["samples", "flop"]
 
 TOLERANCE = 0.05
 """Relative difference of FLOPs that counts as none, so that variants of little difference share their parts."""
-LOOK_SECONDS = 2.0
-"""Interval at which entries that wait for what another makes are looked at."""
 EVALUATE = "evaluate"
 REAL = "real images"
 
@@ -249,10 +236,8 @@ def find_entries(
         return load(pipeline, run_file, assignments, storage, system)
 
     found: list[Entry] = []
-    for name in names or entry_names(config_of, sweep):
-        system, slash, key = name.partition("/")
-        system = full_system_name(system)
-        name = f"{system}{slash}{key}"
+    for name in dict.fromkeys(map(_full_name, names or entry_names(config_of, sweep))):
+        system, _, key = name.partition("/")
         variant = _find_variant(system, key) if key else Variant(system)
         for value, swept in _values(system, sweep, config_of):
             settings = [*assignments, *variant.assignments, *swept]  # a row is what its label says
@@ -266,6 +251,12 @@ def find_entries(
     entries = [_for_comparison(entry) for entry in found]
     check_captions(entries)
     return equalise(with_one_dataset(entries), equal)
+
+
+def _full_name(name: str) -> str:
+    """Name of an entry with the full name of its system, so that each has one name."""
+    system, _, key = name.partition("/")
+    return "/".join(filter(None, (full_system_name(system), key)))
 
 
 def _find_variant(system: str, key: str) -> Variant:
@@ -434,133 +425,6 @@ def _count(node: Node, clip: str, shapes: Shapes) -> Compute:
 
 _COUNTED: dict[str, Compute] = {}
 """Networks that this process has counted, by the fingerprints of their settings."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """An entry that is to run, and its stages."""
-
-    entry: Entry
-    dag: Dag
-
-    def claims(self, store: Store) -> set[str]:
-        """Identities of the results that are missing, and the lock of the tables if one of them changes tables: what no other
-        entry may make meanwhile."""
-        missing = [name for name, state in dags.states(self.dag, store).items() if state.artifact is None]
-        identities = dags.identities(self.dag, store)
-        changes_tables = any(not self.dag[name].stage.reads_snapshot for name in missing)
-        return {identities[name] for name in missing} | ({TABLES} if changes_tables else set())
-
-
-def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipError]:
-    """Train and evaluate all entries, several side by side; return the errors of those that failed, by label.
-
-    Raises:
-        UnclipError: the dataset could not be made, so that no entry can be.
-        StoppedError: asked to stop; all that were running have stopped.
-    """
-    plans: list[_Plan] = []
-    failures: dict[str, UnclipError] = {}
-    for entry in entries:
-        try:
-            plans.append(_Plan(entry, dags.up_to(compose(prepare(entry.config)), EVALUATE)))
-        except UnclipError as error:
-            failures[entry.label] = error
-            print(f"{entry.label}: {error}", flush=True)
-    if plans:
-        print(f"\n{pipeline}: the dataset of all systems", flush=True)
-        with _own_cluster():
-            run_pipeline(pipeline, plans[0].entry.config, until=DATASET_STAGE, writes_results=False)
-        try:
-            with _own_cluster():
-                failures |= _run_side_by_side(pipeline, plans)
-        finally:  # requests that came while a run changed tables
-            store = Store(plans[0].entry.config.storage)
-            with contextlib.suppress(AlreadyRunningError):  # that run carries them out
-                print_carried_out(store, carry_out_recorded(store))
-    return failures
-
-
-@contextlib.contextmanager
-def _own_cluster() -> Iterator[None]:
-    """End the cluster that a block starts, so that the next one starts or joins one for its own settings."""
-    import ray
-
-    was_there = ray.is_initialized()
-    try:
-        yield
-    finally:
-        if not was_there:
-            ray.shutdown()
-
-
-def _run_side_by_side(pipeline: str, plans: Sequence[_Plan]) -> dict[str, UnclipError]:
-    """Run entries in their order, as many at a time as the first one's settings say; return the errors of those that failed.
-
-    An entry that needs what another is about to make starts once it is made, or has failed.
-    """
-    first, waiting = plans[0].entry.config, list(plans)
-    store, at_a_time = Store(first.storage), first.comparison.side_by_side
-    if any(plan.claims(store) for plan in plans):
-        check_cluster(first)
-        start_ray([plan.entry.config for plan in plans])
-    running: dict[str, _Plan] = {}
-    ended: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
-    failures: dict[str, UnclipError] = {}
-    stopped: StoppedError | None = None
-    with signals.stop_on_signal() as is_stopping:
-        while running or (waiting and stopped is None):
-            if is_stopping() and stopped is None:
-                stopped = StoppedError(
-                    f"{pipeline}: stopped as asked. Finished work is kept; run the same command again to resume."
-                )
-            has_place = stopped is None and len(running) < at_a_time
-            plan = _first_alone(waiting, list(running.values()), store) if has_place else None
-            if plan is not None:
-                waiting.remove(plan)
-                running[plan.entry.label] = plan
-                say(f"\n{plan.entry.label} ({len(plans) - len(waiting)} of {len(plans)})")
-                _start(pipeline, plan.entry, ended)
-                continue
-            try:
-                label, error = ended.get(timeout=LOOK_SECONDS)
-            except queue.Empty:
-                continue
-            del running[label]
-            if isinstance(error, StoppedError):
-                stopped = stopped or error
-            elif isinstance(error, UnclipError):
-                failures[label] = error
-                say(f"{label}: {error}")
-            elif error is not None:
-                raise error
-    if stopped is not None:
-        raise stopped
-    return failures
-
-
-def _first_alone(waiting: Sequence[_Plan], running: Sequence[_Plan], store: Store) -> _Plan | None:
-    """First waiting entry that claims nothing that a running one claims."""
-    claimed = {claim for plan in running for claim in plan.claims(store)}
-    return next((plan for plan in waiting if not claimed & plan.claims(store)), None)
-
-
-def _start(pipeline: str, entry: Entry, ended: "queue.SimpleQueue[tuple[str, BaseException | None]]") -> None:
-    """Run an entry in a thread, which puts its label and its error into `ended`."""
-    command = click.get_current_context(silent=True)  # for the records of the run; contexts belong to threads
-
-    def work() -> None:
-        error: BaseException | None = None
-        try:
-            with contextlib.nullcontext() if command is None else command.scope(cleanup=False):
-                name = label_of(entry.name, entry.value)
-                run_pipeline(pipeline, entry.config, until=EVALUATE, writes_results=False, label=name)
-        except BaseException as caught:
-            error = caught
-        ended.put((entry.label, error))
-
-    # a daemon, so that a second Ctrl-C ends the process
-    threading.Thread(target=work, name=entry.label, daemon=True).start()
 
 
 def collect(

@@ -8,6 +8,7 @@ Letters: M held-out rows, E width of features.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from tasks.lineage.evaluations import KEYS, REFERENCE, delete_reference, holds_r
 from tasks.lock import lock, result_lock
 from tasks.places import read_vectors
 from tasks.snapshots import Snapshot
-from tasks.stage import WAIT_SECONDS, Artifact, find_artifact
+from tasks.stage import Artifact, find_artifact
 from tasks.store import Store
 from tasks.tombstones import load_tombstones
 from unclip import seals
@@ -69,7 +70,8 @@ def find_reference(store: Store, snapshot: Snapshot, features: str, measure: Mea
         measure: measures held-out rows; called only if there is no such reference yet.
     """
     name = fingerprint(REFERENCE, _VERSION, snapshot.digest, features)
-    with lock(store, result_lock(REFERENCE, name), WAIT_SECONDS):
+    # A process that measures may wait for resources that trainings hold, for as long as they take.
+    with lock(store, result_lock(REFERENCE, name), math.inf):
         while True:
             found = find_artifact(store, REFERENCE, name) or _write(store, snapshot, name, features, measure)
             if found is None:

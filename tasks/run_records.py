@@ -1,6 +1,7 @@
 """Records of runs in a storage, shown by `unclip status`. Nothing here imports Ray, so reading them is fast."""
 
 import dataclasses
+import itertools
 import os
 import socket
 import time
@@ -49,8 +50,9 @@ class StageRecord:
 
 
 def last_runs(store: Store, number: int) -> list[RunRecord]:
-    """The last `number` runs, oldest first."""
-    return [_read_run(store, run_id) for run_id in store.list("runs")[-number:]]
+    """The last `number` runs, oldest first; those that were killed before they were recorded are left out."""
+    recorded = (run_id for run_id in reversed(store.list("runs")) if store.exists("runs", run_id, "run.json"))
+    return [_read_run(store, run_id) for run_id in itertools.islice(recorded, number)][::-1]
 
 
 def _read_run(store: Store, run_id: str) -> RunRecord:

@@ -21,6 +21,7 @@ Everything stored names files below the root as `storage://images/...`, so a sto
 """
 
 import collections
+import contextlib
 import os
 import posixpath
 import re
@@ -89,7 +90,8 @@ class Store:
         probe = self.uri(".probe")
         try:
             files.write(probe, b"")
-            files.delete(probe)
+            with contextlib.suppress(FileNotFoundError):  # another process checks too
+                files.delete(probe)
         except (OSError, StorageError) as error:
             raise self._unwritable(error.__cause__ or error) from None
 

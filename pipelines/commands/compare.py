@@ -1,7 +1,6 @@
 """Command that trains and samples several systems on the same dataset, and compares them."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from click.shell_completion import CompletionItem
 
 from pipelines.options import CONFIG, JSON, PIPELINE, SET, STORAGE, complete, print_json
 from pipelines.preset import system_names
+from unclip.errors import ConfigError
 from unclip.messages import redacted
 
 if TYPE_CHECKING:
@@ -65,12 +65,15 @@ def compare(
     """
     from pipelines import comparison as comparisons
     from pipelines import comparison_page
+    from pipelines.side_by_side import run_entries
 
     swept = None if sweep is None else comparisons.Sweep.parse(sweep)
-    names = () if systems is None else tuple(dict.fromkeys(filter(None, (name.strip() for name in systems.split(",")))))
+    names = () if systems is None else tuple(filter(None, (name.strip() for name in systems.split(","))))
+    if systems is not None and not names:
+        raise ConfigError(f"--systems: got {systems!r}, expected names of systems. Leave it out to compare all.")
     entries = comparisons.find_entries(pipeline, run_file, assignments, storage, names, swept, equal)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        failures = comparisons.run_entries(pipeline, entries)
+        failures = run_entries(pipeline, entries)
         if len(failures) == len(entries):
             raise comparisons.error_of(failures)
         result = comparisons.collect(pipeline, entries, failures, swept, equal)
@@ -125,20 +128,18 @@ def _write(result: "Comparison", entries: "Sequence[Entry]", settings: Sequence[
     from pipelines import comparison_page
     from pipelines.comparison import settings_of
     from pipelines.records import close_run, open_run
+    from tasks.lineage.previews import publish as publish_previews
     from tasks.store import Store
-    from tasks.tracking import PREVIEW_KEYS, PREVIEWS
+    from tasks.tracking import PREVIEWS
     from unclip import files, seals
 
     name = _folder_name(result)
-    store, images = Store(result.storage), f"{PREVIEWS}/images.png"
+    store, previews = Store(result.storage), {"images": comparison_page.draw_images(result)}
     folder = store.uri("results", name)
-    # The keys tell a takedown whose images are shown.
-    contents = {PREVIEW_KEYS: json.dumps(result.keys).encode(), images: comparison_page.draw_images(result)}
-    if result.sweep is not None:
-        contents["sweep.png"] = comparison_page.draw_sweep(result)
+    contents = {} if result.sweep is None else {"sweep.png": comparison_page.draw_sweep(result)}
+    figures = [*contents, f"{PREVIEWS}/images.png"]
     contents["table.png"] = comparison_page.draw_table(result)
     contents["table.md"] = comparison_page.markdown(result).encode()
-    figures = [name for name in ("sweep.png", images) if name in contents]
     contents["table.html"] = comparison_page.page(result, figures).encode()
     command = _command(result, entries, settings)
     summary = {**_document(result, folder), "command": command, "artifacts": result.artifacts}
@@ -146,11 +147,11 @@ def _write(result: "Comparison", entries: "Sequence[Entry]", settings: Sequence[
     for file_name, data in contents.items():
         files.write(f"{folder}/{file_name}", data)
     store.write_json(summary, "results", name, "summary.json")
-    seals.cover(folder)
-
     run = open_run(result.pipeline, entries[0].config, store)
     try:
         tracker = run.tracker.child(run.experiment_id, name, shows_rows=True)
+        publish_previews(store, tracker, folder, previews, result.keys)
+        seals.cover(folder)
         snapshot = store.portable(result.snapshot)
         tracker.dataset(result.pipeline, snapshot["digest"], snapshot["embeddings"], {"snapshot": snapshot})
         tracker.metrics({key: value for row in result.rows for key, value in _measured(row).items()})

@@ -14,26 +14,22 @@ from pipelines import comparison_page as page
 from pipelines.commands import compare
 from pipelines.comparison import CAPTIONS as CAPTION_SETTINGS
 from pipelines.comparison import (
-    EVALUATE,
     REAL,
     Comparison,
     Entry,
     Row,
     Sweep,
     Training,
-    _first_alone,
-    _Plan,
     equalise,
     error_of,
     find_entries,
     trainings,
     with_one_dataset,
 )
-from pipelines.dag import up_to, with_section
+from pipelines.dag import with_section
 from pipelines.dataset import DatasetResources
 from pipelines.pipeline import compose, find_pipeline
 from pipelines.systems.unclip import UnclipConfig
-from tasks.stage import Artifact
 from tasks.store import Store
 from tasks.verification import survey
 from tests.pipelines.command_line import assert_alike, documented
@@ -147,38 +143,6 @@ def test_a_sweep_is_one_entry_for_each_value() -> None:
     assert [each.config for each in by_path] == [each.config for each in entries]
     for name in compose(entries[0].config):
         assert (settings(entries[0], name) != settings(entries[1], name)) == (name == "evaluate")
-
-
-def make(store: Store, plan: _Plan, *stages: str) -> None:
-    """Commit results of stages, as if they had been made."""
-    digests: dict[str, str] = {}
-    for name, node in plan.dag.items():
-        made_by = node.stage.fingerprint(node.config, [digests.get(parent, "") for parent in node.parents], store)
-        digests[name] = f"{name} {made_by}"
-        if name in stages:
-            artifact = Artifact(name, made_by, store.uri(name), digests[name], {}, 1.0)
-            store.write_json(dataclasses.asdict(artifact), "stages", name, f"{made_by}.json")
-
-
-DATASET = ("ingest", "download", "filter", "dedup", "clip", "embed", "curate")
-
-
-def test_an_entry_waits_for_what_another_makes_and_others_go_first(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    names = ("unclip", "unclip/text_embedding", "glide", "latent_diffusion", "imagen")
-    plans = {entry.name: _Plan(entry, up_to(compose(entry.config), EVALUATE)) for entry in unclip_entries(*names)}
-    unclip, text, glide, latent, imagen = plans.values()
-    make(store, unclip, *DATASET)
-    assert _first_alone(list(plans.values()), [], store) is unclip
-    assert _first_alone([text, glide], [unclip], store) is None, "they need its decoder and its upsamplers"
-    assert _first_alone([text, glide, latent, imagen], [unclip], store) is latent
-    assert _first_alone([imagen], [unclip, latent], store) is None, "both are going to write tables"
-    make(store, unclip, *DATASET, "upsampler-32", "upsampler-64")
-    assert _first_alone([text, glide], [unclip, latent], store) is glide
-    make(store, unclip, *DATASET, "upsampler-32", "upsampler-64", "prior", "decoder")
-    assert _first_alone([text, glide], [unclip, latent], store) is text
-    make(store, latent, *DATASET, "autoencoder", "latents")
-    assert _first_alone([imagen], [unclip, latent], store) is imagen
 
 
 def test_trainings_side_by_side_take_the_cpus_that_the_comparison_gives_them() -> None:
