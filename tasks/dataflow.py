@@ -14,7 +14,7 @@ pieces go to a temporary folder. Ray is imported only where it runs.
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,11 +145,12 @@ def exchange(
 
 def run_in_actors(
     start: Callable[[], Any], num_actors: int, call: Callable[[Any, ItemT], Any], items: Iterable[ItemT]
-) -> Iterator[tuple[ItemT, Any]]:
+) -> Generator[tuple[ItemT, Any], None, None]:
     """Work through items in actors, one at a time in each; yield items and results in the order in which they are done.
 
     Ray's own pool and restarts would leave an item with an actor that no node has room for, such as one of a lost node. Here
-    an actor gets items only once it runs, and the item of an actor that died goes to the next one that is free.
+    an actor gets items only once it runs, and the item of an actor that died goes to the next one that is free. Items under way
+    are waited for, also if the caller closes the iterator, so that no actor writes files once the caller goes on.
 
     Args:
         start: starts one actor.
@@ -169,28 +170,32 @@ def run_in_actors(
     for _ in range(num_actors):
         actor = start()
         starting[actor.__ray_ready__.remote()] = actor
-    while True:
-        while idle and (item := again.pop() if again else next(remaining, None)) is not None:
-            actor = idle.pop()
-            running[call(actor, item)] = actor, item
-        if idle and not running:
-            return
-        [done], _ = ray.wait([*starting, *running], num_returns=1)
-        actor, *given = running.pop(done) if done in running else (starting.pop(done),)
-        try:
-            result = ray.get(done)
-        except ray.exceptions.RayActorError as error:
-            num_deaths += 1
-            if error.actor_init_failed or num_deaths > _DEATHS_PER_ACTOR * num_actors:
-                raise
-            again += given
-            actor = start()
-            starting[actor.__ray_ready__.remote()] = actor
-            continue
-        idle.append(actor)
-        if given:
-            num_deaths = 0
-            yield given[0], result
+    try:
+        while True:
+            while idle and (item := again.pop() if again else next(remaining, None)) is not None:
+                actor = idle.pop()
+                running[call(actor, item)] = actor, item
+            if idle and not running:
+                return
+            [done], _ = ray.wait([*starting, *running], num_returns=1)
+            actor, *given = running.pop(done) if done in running else (starting.pop(done),)
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayActorError as error:
+                num_deaths += 1
+                if error.actor_init_failed or num_deaths > _DEATHS_PER_ACTOR * num_actors:
+                    raise
+                again += given
+                actor = start()
+                starting[actor.__ray_ready__.remote()] = actor
+                continue
+            idle.append(actor)
+            if given:
+                num_deaths = 0
+                yield given[0], result
+    finally:
+        if running:
+            ray.wait(list(running), num_returns=len(running), fetch_local=False)
 
 
 def _exchange_on_disk(

@@ -9,6 +9,7 @@ training that reads the table finds them; see `tasks.stages.train`. Takedowns, `
 `unclip data show` know all tables in the folder `derived`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -157,13 +158,14 @@ def append_in_actors(
     progress = context.progress(num_rows, unit).start()
     parts: list[tables.Part] = []
     committed_at = time.monotonic()
-    for _, part in run_in_actors(start, num_actors, write, shards(*images, places)):
-        parts.append(part)
-        progress.update(part.rows)
-        if time.monotonic() - committed_at > COMMIT_SECONDS:
-            refuse_if_recorded(context.store, context.stage)
-            tables.append_files(table, parts, schema)
-            parts, committed_at = [], time.monotonic()
+    with contextlib.closing(run_in_actors(start, num_actors, write, shards(*images, places))) as done:
+        for _, part in done:
+            parts.append(part)
+            progress.update(part.rows)
+            if time.monotonic() - committed_at > COMMIT_SECONDS:
+                refuse_if_recorded(context.store, context.stage)
+                tables.append_files(table, parts, schema)
+                parts, committed_at = [], time.monotonic()
     refuse_if_recorded(context.store, context.stage)
     tables.append_files(table, parts, schema)
 

@@ -52,7 +52,7 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
     def clean(run_id: str, artifact_uri: str, tracking_uri: str | None, has_seen: bool) -> None:
         known.add(run_id)
         try:
-            if _clean(_artifacts(store, run_id, artifact_uri, tracking_uri), keys, has_seen):
+            if _clean(open_artifacts(store, run_id, artifact_uri, tracking_uri), keys, has_seen):
                 found["deleted_previews"].append(run_id)
         except Exception as error:  # one failing artifact store must not stop the others
             remaining[run_id] = first_line(error)
@@ -111,7 +111,7 @@ def _tag(mlflow: Any, run: Any) -> Iterator[tuple[str, str]]:
         yield version.name, str(version.version)
 
 
-def _artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: str | None) -> Any:
+def open_artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: str | None) -> Any:
     """Open the artifacts of a run, even if the storage has moved since.
 
     Raises:

@@ -7,7 +7,7 @@ Letters: S resolution, M held-out rows, E width of embeddings.
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,13 @@ import torch
 
 from tasks import tables
 from tasks.lineage.evaluations import SCORES, blank_captions
+from tasks.lineage.previews import publish as publish_previews
 from tasks.prompts import read_suite
 from tasks.reference import Reference, embeddings_reference, find_reference, read_embeddings
 from tasks.scoring import Measured, Originals, Scoring, inception_features, sample_groups, scores_table
 from tasks.snapshots import Snapshot
 from tasks.stage import Artifact, Output, Pinning, StageContext, stage
 from tasks.tombstones import load_tombstones
-from tasks.tracking import PREVIEW_KEYS, PREVIEWS
 from unclip import files, imaging
 from unclip.config import added, fingerprint, require, to_dict
 from unclip.data import Places, RowReader
@@ -170,7 +170,8 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
             facts["kept"] = _keep(context, measured, config.num_kept)
         context.tracker.metrics({f"{group}.{name.removeprefix('accuracy.')}": value for name, value in values.items()})
     shown = [caption for group in previews for caption in groups[group][: len(sampled[group].shown)]]
-    _publish_previews(context, previews, list(dict.fromkeys(key_of[caption] for caption in shown)))
+    keys = list(dict.fromkeys(key_of[caption] for caption in shown))
+    publish_previews(context.store, context.tracker, context.folder, previews, keys)
     table = scores_table(groups, estimates, dict.fromkeys(HELDOUT_GROUPS, key_of))
     facts |= {"scores": _write_scores(context, table), "seed": scoring.seed, "batch_size": scoring.batch_size}
     facts["measured_by"] = {**dataclasses.asdict(measuring_clip), "digest": clip.digest}
@@ -320,20 +321,6 @@ def _publish(context: StageContext, name: str, data: bytes) -> str:
     files.write(f"{context.folder}/{name}", data)
     context.tracker.bytes(data, name)
     return f"{context.folder}/{name}"
-
-
-def _publish_previews(context: StageContext, images: Mapping[str, bytes], keys: Sequence[str]) -> None:
-    """Write images that show rows, and the rows' keys, so that a takedown finds them; nothing if one was taken down meanwhile."""
-    files.write_json(f"{context.folder}/{PREVIEW_KEYS}", list(keys))
-    for name, data in images.items():
-        files.write(f"{context.folder}/{PREVIEWS}/{name}.png", data)
-    # After writing: a takedown that has not found these files has written its tombstones before.
-    if not load_tombstones(context.store).keys.isdisjoint(keys):
-        files.delete(f"{context.folder}/{PREVIEWS}")
-        return
-    context.tracker.json(list(keys), PREVIEW_KEYS)
-    for name, data in images.items():
-        context.tracker.bytes(data, f"{PREVIEWS}/{name}.png")
 
 
 def summarise(group: str, sampled: Sampled, measured: Measured) -> tuple[dict[str, Estimate], dict[str, bytes]]:

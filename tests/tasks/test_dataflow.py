@@ -1,10 +1,12 @@
 """Dataflow over parts: results in order, regrouped rows, errors of tasks, and small data in the calling process."""
 
+import contextlib
 import functools
 import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,9 @@ class Echo:
             os._exit(9)
         if name == "dies":
             os._exit(9)
+        if name == "slow":
+            time.sleep(2)
+            self.marker.touch()
         return name
 
 
@@ -178,6 +183,15 @@ def names_from_actors(names: list[str], num_actors: int, *arguments: object) -> 
 def test_f48_the_item_of_a_dead_actor_goes_to_another_and_an_actor_without_room_delays_none(tmp_path: Path) -> None:
     uris = ["1", "2", "3", "4", "5", "dies once"]
     assert names_from_actors(uris, 3, str(tmp_path / "marker")) == uris  # the cluster has two CPUs
+    assert (tmp_path / "marker").exists()
+
+
+def test_an_item_under_way_has_ended_before_the_caller_goes_on(tmp_path: Path) -> None:
+    start = functools.partial(Echo.remote, str(tmp_path / "marker"))  # type: ignore[attr-defined]
+    results = run_in_actors(start, 2, lambda actor, name: actor.echo.remote(name), ["slow", *"abcdef"])
+    with contextlib.suppress(ValueError), contextlib.closing(results) as done:
+        next(done)
+        raise ValueError("a takedown was recorded meanwhile")
     assert (tmp_path / "marker").exists()
 
 

@@ -26,7 +26,7 @@ from pipelines.config import load
 from pipelines.records import close_run, open_run
 from pipelines.takedowns import carry_out_recorded
 from tasks import index, ranges, tables
-from tasks.lineage import traces
+from tasks.lineage import previews, traces
 from tasks.lineage.provenance import difference, find_version, show, versions
 from tasks.lineage.takedown import find_keys, find_rows, parse, parse_file, take_down
 from tasks.lock import lock
@@ -37,7 +37,17 @@ from tasks.stages.embed import SCHEMA as EMBEDDINGS
 from tasks.stages.ingest import LISTED as LISTED_SCHEMA
 from tasks.stages.ingest import clean, drop_duplicates
 from tasks.store import Store
-from tasks.tombstones import Tombstone, gather, load_tombstones, look_value, recorded, refuse, tombstones_digest
+from tasks.tombstones import (
+    Entry,
+    Tombstone,
+    gather,
+    load_tombstones,
+    look_value,
+    recorded,
+    refuse,
+    tombstones_digest,
+    write_entries,
+)
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, client
 from tests.pipelines.command_line import ROOT, call, call_json
 from tests.tasks.datasets import holders, write_folder
@@ -593,6 +603,33 @@ def test_only_previews_that_show_a_row_are_deleted_from_mlflow(
     assert b"picture" not in b"".join(
         path.read_bytes() for path in Path(store.root).rglob(f"{deleted.run_id}/**/*.png")
     )
+
+
+@pytest.mark.parametrize("moment", ["never", "before", "while they are logged"])
+def test_images_that_show_rows_do_not_stay_if_one_is_taken_down_meanwhile(
+    tmp_path: Path, empty_database: Path, moment: str
+) -> None:
+    store, shown = Store(f"{tmp_path}/storage"), ["0" * 32, "1" * 32]
+    own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
+    tracker, folder = own.run("evaluate", stage="evaluate"), store.uri("results", "mine")
+
+    class TakenDown(Tracker):
+        """A tracker in whose first moment a row is taken down."""
+
+        def json(self, value: Any, name: str) -> None:
+            write_entries(store, {Entry("key", shown[1], "")})
+            super().json(value, name)
+
+    if moment == "before":
+        write_entries(store, {Entry("key", shown[1], "")})
+    if moment == "while they are logged":
+        tracker = TakenDown(tracker.tracking_uri, tracker.run_id)
+    previews.publish(store, tracker, folder, {"heldout": b"grid", "images": b"picture"}, shown)
+    expected = {f"{PREVIEWS}/{name}" for name in ("heldout.png", "images.png", "keys.json")}
+    assert own.files(tracker, PREVIEWS) == (expected if moment == "never" else set())
+    assert {f"{PREVIEWS}/{name}" for name in files.names(f"{folder}/{PREVIEWS}")} == own.files(tracker, PREVIEWS)
+    if moment == "never":
+        assert files.read_json(f"{folder}/{PREVIEW_KEYS}") == shown
 
 
 def test_only_previews_that_show_a_row_are_deleted_from_the_storage(store: Store) -> None:

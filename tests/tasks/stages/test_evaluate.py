@@ -34,7 +34,6 @@ from tasks.scoring import (
 from tasks.stage import Pinning, Resources
 from tasks.stages.evaluate import (
     EvaluateConfig,
-    _publish_previews,
     bits_per_dim,
     caption_groups,
     evaluate,
@@ -43,9 +42,6 @@ from tasks.stages.evaluate import (
     unseen_captions,
 )
 from tasks.store import Store
-from tasks.tombstones import Entry, write_entries
-from tasks.tracking import PREVIEW_KEYS, PREVIEWS
-from tests.tasks.datasets import key
 from tests.unclip.systems import tiny_stacks
 from unclip import files, imaging
 from unclip.config import without_operational
@@ -235,25 +231,6 @@ def test_reconstructions_are_compared_with_their_originals(folders: dict[int, Pa
     same = found.features._replace(image_embedding=embedding, difference=torch.zeros(5))
     values = metrics.values_of(metrics.measure(Sampled(captions, same, own=embedding)))
     assert values["reconstruction_l1"] == 0 and values["reconstruction_cosine"] == pytest.approx(1)
-
-
-@pytest.mark.parametrize("is_taken_down", [False, True])
-def test_images_that_show_rows_are_kept_unless_one_was_taken_down_meanwhile(
-    tmp_path: Path, is_taken_down: bool
-) -> None:
-    logged: dict[str, object] = {}
-    tracker = types.SimpleNamespace(
-        json=lambda value, name: logged.update({name: value}), bytes=lambda data, name: logged.update({name: data})
-    )
-    context: Any = types.SimpleNamespace(folder=f"{tmp_path}/evaluation", store=Store(str(tmp_path)), tracker=tracker)
-    if is_taken_down:
-        write_entries(context.store, {Entry("key", key(1), "")})
-    _publish_previews(context, {"heldout": b"grid", "reconstructions": b"picture"}, [key(0), key(1)])
-    images = {f"{PREVIEWS}/heldout.png": b"grid", f"{PREVIEWS}/reconstructions.png": b"picture"}
-    expected = {PREVIEW_KEYS: [key(0), key(1)], **images}
-    assert logged == ({} if is_taken_down else expected)
-    found = {path.relative_to(context.folder).as_posix() for path in tmp_path.glob("evaluation/**/*") if path.is_file()}
-    assert found == logged.keys()
 
 
 def test_bits_per_dim_are_read_from_the_parts_that_measured_them(tmp_path: Path) -> None:
