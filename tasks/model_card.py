@@ -38,8 +38,8 @@ SHORT_GROUPS, SHORT_METRICS = 3, 1_900
 _MAX_HEADER_BYTES = 64 << 20
 _SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]()#+!|~<>&"})
 _GAP = "\N{NO-BREAK SPACE}" * 3
-_EXPORTABLE = "unclip"
-"""System that `unclip export` takes."""
+EXPORTABLE = ("unclip", "latent_diffusion", "stable_unclip")
+"""Systems that `unclip export` takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +345,7 @@ def _use(facts: Facts) -> str:
         f'```python\nmodel = mlflow.pyfunc.load_model("models:/{name}@champion")\n'
         'images = model.predict(pandas.DataFrame({"caption": ["a caption"], "seed": [0]}))["png"]  # bytes of PNG files\n```',
     ]
-    if facts.system == _EXPORTABLE:
+    if facts.system in EXPORTABLE:
         lines.append(f"For diffusers: `unclip export FOLDER --model {name}`.")
     return "\n\n".join(lines)
 

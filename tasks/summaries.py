@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 SIGNIFICANT_BITS = 12
-"""Bits of a value in a histogram: whole numbers up to 4,096 are exact, others are rounded by 0.01 % at most."""
+"""Bits of a value in a histogram: whole numbers up to 4,096 are exact, others are rounded by 0.025 % at most."""
 SPARE = 4
 """Rows that a summary keeps for each one that is shown, so that others take the places of those that change."""
 _DROPPED_BITS = np.uint64(53 - SIGNIFICANT_BITS)

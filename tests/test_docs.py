@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.config import load
+from pipelines.preset import pipeline_names
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,6 +61,13 @@ def options(command: click.Command) -> set[str]:
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
 
 
+def check_preset(context: click.Context) -> None:
+    """Check the name of the pipeline, if the command has one: a preset, the placeholder, or a run file for `unclip estimate`."""
+    name = context.params.get("pipeline")
+    known = [*pipeline_names(), "PIPELINE", "[PIPELINE]", None]
+    assert name in known or (context.command.name == "estimate" and str(name).endswith(".toml")), f"no preset: {name}"
+
+
 @pytest.mark.parametrize("path", [*DOCUMENTS, DEPLOYMENT], ids=ids)
 def test_command_lines_are_accepted(path: Path) -> None:
     """Parsed as the command line does; nothing is run."""
@@ -67,11 +75,13 @@ def test_command_lines_are_accepted(path: Path) -> None:
     for arguments in command_lines(text):
         command, rest = resolve(arguments)
         assert not isinstance(command, click.Group), arguments
-        command.make_context("unclip", list(rest))
+        check_preset(command.make_context(command.name, list(rest)))
     for arguments in mentioned_commands(text):
         command, rest = resolve(arguments)
         unknown = {word.partition("=")[0] for word in rest if word.startswith("-")} - options(command)
         assert not unknown, f"unclip {' '.join(arguments)}"
+        if not isinstance(command, click.Group):
+            check_preset(command.make_context(command.name, list(rest), resilient_parsing=True))
 
 
 def test_a_wrong_command_line_is_found() -> None:
@@ -80,6 +90,16 @@ def test_a_wrong_command_line_is_found() -> None:
         with pytest.raises(click.UsageError):
             command, rest = resolve(wrong)
             command.make_context("unclip", rest)
+    for unknown in (
+        ["run", "FILE"],
+        ["compare", "dmeo"],
+        ["plan", "run.toml"],
+        ["refresh", "FILE"],
+        ["train", "prior", "dmeo"],
+    ):
+        command, rest = resolve(unknown)
+        with pytest.raises(AssertionError, match="no preset"):
+            check_preset(command.make_context(command.name, rest))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)

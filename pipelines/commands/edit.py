@@ -234,7 +234,10 @@ def _open_upsampled(request: Request) -> "tuple[UpsampledSystem, Any]":
     from unclip.systems.inpainting import UpsampledSystem
 
     if not isinstance(system, UpsampledSystem):
-        raise InputError("the published stack cannot inpaint. Publish a stack of a system of this package.")
+        raise InputError(
+            "the published stack cannot inpaint. All systems of this package but dalle and parti can: choose another --model or "
+            "--storage."
+        )
     return system, sampling
 
 

@@ -46,17 +46,24 @@ def export(
 
     published = find_stack(storage or DEFAULT_ROOT, model)
 
+    from tasks.model_card import EXPORTABLE
     from unclip.interop import pipeline, stable_diffusion, stable_unclip
     from unclip.models.upsampler import Upsampler
     from unclip.systems.latent_diffusion import LatentDiffusionStack, LatentSystem
     from unclip.systems.stable_unclip import StableUnclipStack
-    from unclip.systems.system import load_model, load_system
+    from unclip.systems.system import load_model, load_stack, read_stack
     from unclip.systems.unclip.stack import PARTS, Stack
 
     second = None if upsampler_1024 is None else load_model(upsampler_1024, PARTS)
     if second is not None and not isinstance(second, Upsampler):
         raise InputError(f"--upsampler-1024: got a {type(second).__name__}, expected the model folder of an upsampler.")
-    stack = load_system(published)
+    files = read_stack(published)
+    if files.system not in EXPORTABLE:
+        raise InputError(
+            f"the published stack cannot be exported: its system is {files.system}, and diffusers has pipelines for "
+            f"{', '.join(EXPORTABLE)} only. Choose another --model or --storage."
+        )
+    stack = load_stack(files)
     if isinstance(stack, LatentSystem) and (layout != LAYOUTS[0] or image_variation or second is not None):
         raise InputError(
             "--layout, --image-variation and --upsampler-1024: got one for a stack that samples latents, and only UnCLIPPipeline "
@@ -66,18 +73,14 @@ def export(
         notes = stable_diffusion.export_stack(stack, folder)
     elif isinstance(stack, StableUnclipStack):
         notes = stable_unclip.export_stack(stack, folder)
-    elif isinstance(stack, Stack):
+    else:
+        assert isinstance(stack, Stack)
         notes = pipeline.export_stack(
             stack,
             folder,
             layout=layout,  # type: ignore[arg-type]
             image_variation=image_variation,
             upsampler_1024=second,
-        )
-    else:
-        raise InputError(
-            "the published stack cannot be exported: its system is not unclip, latent_diffusion or stable_unclip. Choose "
-            "another --model or --storage."
         )
     for note in notes:
         click.echo(note)

@@ -191,7 +191,8 @@ class Models:
 
 
 def _records(storage: str) -> object:
-    from pipelines.storage import open_storage
+    """Records of what is published; none if there is no storage, which named models do not need."""
     from tasks import published
+    from tasks.store import Store
 
-    return published.read_all(open_storage(storage))
+    return published.read_all(Store(storage))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tasks.model_card import (
+    EXPORTABLE,
     MAX_CARD,
     PREVIEW_ROWS,
     Facts,
@@ -80,6 +81,8 @@ def test_a_card_tells_what_the_model_is_how_good_from_which_data_and_how_to_use_
         '"respect_robots": true',
     ):
         assert expected in text, expected
+    for system in EXPORTABLE:
+        assert "unclip export FOLDER --model unclip-demo" in card(facts(system=system)), system
     assert "export" not in card(facts(system="glide")), "diffusers has no such pipeline"
     assert "procedural" in card(facts(settings={"scenes": {"num_images": 10}}))
     assert "robots.txt was not read" in card(facts(settings={"download": {"respect_robots": False}}))

@@ -33,7 +33,7 @@ def test_values_are_rounded_to_the_nearest_of_12_bits() -> None:
     values = SOURCE.normal(size=1000)
     rounded = Histogram.of(values).values
     nearest = rounded[np.abs(rounded[:, None] - values).argmin(axis=0)]
-    assert np.abs(nearest / values - 1).max() < 2**-12
+    assert np.abs(nearest / values - 1).max() < 2**-12 < 0.025 / 100
 
 
 def test_percentiles_are_those_of_the_values() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from tasks.model_card import EXPORTABLE
 from tests.pipelines.command_line import call
 from tests.unclip.interop import test_stable_diffusion, test_stable_unclip
+from tests.unclip.systems import tiny_tokens
 from tests.unclip.systems.tiny_stacks import tiny_stack
 from unclip.interop import stable_diffusion, stable_unclip
 from unclip.interop.pipeline import export_stack
@@ -68,6 +70,13 @@ def test_a_stack_of_latents_is_imported_and_exported(tmp_path: Path, module: Any
         assert (tmp_path / "pipeline" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
     result = call("export", tmp_path / "new", "--storage", storage, "--image-variation")
     assert result.returncode == 2 and "Leave them out" in result.stderr and not (tmp_path / "new").exists()
+
+
+def test_a_stack_that_diffusers_has_no_pipeline_for_is_refused(tmp_path: Path) -> None:
+    stack = tiny_tokens.publish(tmp_path, "dalle", tiny_tokens.demo_clip())
+    result = call("export", tmp_path / "new", "--model", stack)
+    assert result.returncode == 2 and "its system is dalle" in result.stderr, result.stderr
+    assert all(system in result.stderr for system in EXPORTABLE) and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.pipelines.command_line import call
-from tests.unclip.systems import tiny_stacks
+from tests.unclip.systems import tiny_stacks, tiny_tokens
 
 RESOLUTION = 16  # of the small stack's images
 
@@ -82,6 +82,15 @@ def test_black_pixels_of_the_mask_stay_unchanged(storage: Path, folder: Path) ->
         inpainted = np.asarray(Image.open(folder / f"{number:03d}.png"))
         assert (inpainted[known] == given[known]).all()
         assert (inpainted[~known] != given[~known]).mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["dalle", "parti"])
+def test_systems_of_tokens_cannot_inpaint(folder: Path, kind: str) -> None:
+    stack = tiny_tokens.publish(folder / "tokens", kind, tiny_tokens.demo_clip())
+    result = call(
+        "inpaint", folder / "square.png", folder / "mask.png", "a star", "--out", folder / "i.png", "--model", stack
+    )
+    assert result.returncode == 2 and "All systems of this package but dalle and parti can" in result.stderr
 
 
 @pytest.mark.parametrize(

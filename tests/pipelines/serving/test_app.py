@@ -24,8 +24,10 @@ from pipelines.serving.engine import Engine
 from pipelines.serving.jobs import Job, Progress, Sampled
 from pipelines.serving.models import Models
 from pipelines.serving.requests import Limits
+from tasks.database import database_uri
+from tasks.tracking import client
 from tests.unclip.systems import tiny_stacks
-from unclip.errors import StageError
+from unclip.errors import InputError, StageError
 from unclip.imaging import to_uint8
 from unclip.systems.system import load_system, sample_captions
 
@@ -526,6 +528,34 @@ def test_f165_a_server_with_a_token_answers_nobody_without_it(
     assert loop.run(ask("a-long-secret-token", "/v1/models")) == 200
     assert [loop.run(ask(None, path)) for path in ("/healthz", "/", "/app.js")] == [200, 200, 200]
     assert loop.run(guarded.client.get("/healthz")).json()["models"] == []
+
+
+def test_a_named_model_is_served_without_a_storage(
+    loop: asyncio.Runner, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its folder, or by its name in the MLflow of `MLFLOW_TRACKING_URI`."""
+    stack, uri = str(storage / "stack"), database_uri(str(tmp_path / "mlflow.db"))
+    mlflow = client(uri)
+    run = mlflow.create_run(mlflow.create_experiment("other"))
+    mlflow.create_registered_model("theirs")
+    version = mlflow.create_model_version("theirs", stack, run.info.run_id).version
+    mlflow.set_registered_model_alias("theirs", "champion", version)
+    alone, unnamed = Server(tmp_path / "none", models=(stack, "theirs")), Server(tmp_path / "none")
+
+    async def use() -> None:
+        with pytest.raises(InputError, match="no such folder"):
+            await alone.models.refresh()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        for _ in range(2):
+            await alone.models.refresh()
+            assert [model.id for model in alone.models.served] == ["stack", "theirs/1"]
+        assert (await alone.generate()).status_code == 200
+        with pytest.raises(InputError, match="no such folder"):
+            await unnamed.models.refresh()
+
+    with contextlib.closing(alone.api), contextlib.closing(unnamed.api):
+        loop.run(use())
+    assert not (tmp_path / "none").exists()
 
 
 def test_f166_a_new_champion_is_taken_up_without_dropping_a_request(

@@ -29,6 +29,8 @@ from unclip.models.text import caption_features
 from unclip.models.upsampler import UpsamplerConfig, UpsamplerSampling
 from unclip.systems.glide.stack import GlideSampling
 from unclip.systems.imagen.stack import ImagenStackSampling
+from unclip.systems.latent_diffusion import LatentDiffusionSampling
+from unclip.systems.stable_unclip import StableUnclipSampling
 from unclip.systems.system import load_model, sample_captions, seeded
 from unclip.systems.unclip.decoder import DecoderObjective
 from unclip.systems.unclip.prior import PriorObjective
@@ -393,6 +395,8 @@ def test_the_docs_list_all_settings_with_their_defaults() -> None:
         "`decoder`": DecoderSampling(),
         "`glide`": GlideSampling().glide,
         "`imagen`": ImagenStackSampling().imagen,
+        "`latent_diffusion`": LatentDiffusionSampling().latent_diffusion,
+        "`stable_unclip`": StableUnclipSampling().stable_unclip,
         "`denoiser`": ImageDenoiserSampling(),
         "`upsamplers.64`": UpsamplerSampling(),
     }.items():
