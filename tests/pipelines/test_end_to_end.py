@@ -517,7 +517,7 @@ def test_f36_a_killed_run_resumed_as_a_ray_job_has_the_same_tables_and_models(
         shutil.copytree(finished, storage)
         for folder, name in itertools.product(("stages", "artifacts"), (stage, "evaluate", "publish")):
             shutil.rmtree(storage / folder / name)
-    command = ["unclip", "run", "tiny", "--storage", str(storage)]
+    command = ["unclip", *RUN, "--storage", str(storage)]
     process = subprocess.Popen([sys.executable, "-m", "pipelines", *command[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not any(storage.glob(f"artifacts/{stage}/*/checkpoints/*/manifest.json")):
         assert process.poll() is None, "the run ended before it could be killed"
