@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from unclip import files, imaging
 from unclip.errors import InputError
 
-DIGEST = "6726825d"
-"""First digits of the sha256 of the weights, which the name of their file ends with."""
+DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""sha256 of the weights; the name of their file ends with its first digits."""
 MAX_BYTES = 1 << 28
 SIZE = 299
 """Resolution that the network reads, pixels."""
@@ -59,10 +59,10 @@ def read_weights(uri: str) -> bytes:
             f"{uri}: the weights of Inception cannot be read: {error}. Name the file, or set none."
         ) from None
     found = files.sha256(data)
-    if not found.startswith(DIGEST):
+    if found != DIGEST:
         shown = f"a file of {size:,} bytes" if size > MAX_BYTES else f"sha256 {found[:8]}..."
         raise InputError(
-            f"{uri}: got {shown}, expected {DIGEST}..., that of pt_inception-2015-12-05-6726825d.pth: FID is the distance of "
+            f"{uri}: got {shown}, expected {DIGEST[:8]}..., that of pt_inception-2015-12-05-6726825d.pth: FID is the distance of "
             "its features, and of no other network's. Name that file, or set none: distances of CLIP's embeddings are measured "
             "in any case."
         )

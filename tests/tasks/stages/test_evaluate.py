@@ -247,7 +247,7 @@ def test_inception_measures_sampled_and_stored_images_alike(
 ) -> None:
     """With random weights, whose digest is taken for the right one."""
     torch.save(inception.build().state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setattr(inception, "DIGEST", files.digest(str(tmp_path / "weights.pth"))[:8])
+    monkeypatch.setattr(inception, "DIGEST", files.digest(str(tmp_path / "weights.pth")))
     weights = str(tmp_path / "weights.pth")
     worker = SamplingWorker.__ray_metadata__.modified_class(*stack_of(folders[8]), 5, 1, weights)  # type: ignore[attr-defined]
     found = worker.sample(Batch(0, CAPTIONS[:2], 2))
