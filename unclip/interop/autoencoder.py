@@ -239,7 +239,8 @@ def _config_of(network: _Network, bottleneck: Bottleneck, path: Path) -> Autoenc
         )
     if not (len(widths) == len(down) > 0 and mirrored == list(network.up_block_types)):
         raise CheckpointError(
-            f"{path}: got blocks {down} and {network.up_block_types} of {widths} channels, expected as many numbers of channels "
+            f"{path}: got blocks {foreign.shorten(down)} and {foreign.shorten(network.up_block_types)} of "
+            f"{foreign.shorten(widths)} channels, expected as many numbers of channels "
             "as blocks, and mirrored blocks."
         )
     if any(width % widths[0] for width in widths):

@@ -367,7 +367,8 @@ def _unet_config(network: _Network, folder: Path, image_size: int | None = None)
     fits = valid.issuperset(down) and mirrored == list(network.up_block_types) and len(widths) == len(down) > 0
     if not fits:
         raise CheckpointError(
-            f"{folder}: got blocks {down} and {network.up_block_types} of {widths} channels, expected as many numbers of "
+            f"{folder}: got blocks {foreign.shorten(down)} and {foreign.shorten(network.up_block_types)} of "
+            f"{foreign.shorten(widths)} channels, expected as many numbers of "
             f"channels as blocks, and mirrored blocks of the types {sorted(valid)}."
         )
     try:

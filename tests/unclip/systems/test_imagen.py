@@ -198,6 +198,8 @@ def test_a_resumed_training_ends_with_the_same_weights(
 def test_rows_are_memorised(build: Callable[..., Objective], rows: dict[str, list[Any]], tmp_path: Path) -> None:
     diagnosis = overfitting.Diagnosis()
     config = overfitting.settings(TrainerConfig(precision="fp32"), num_rows=4)
+    # the upsampler barely memorises them in that time: on some processors 0.15, on others 0.16
+    config = dataclasses.replace(config, num_samples=2 * config.num_samples)
     rows = {name: values[:4] for name, values in rows.items()}
     diffusion = DiffusionConfig(num_timesteps=50)
     objective = build(rows, diffusion=diffusion, **({"max_noise_level": 10} if build is build_upsampler else {}))
