@@ -2,7 +2,7 @@
 
 import click
 
-from pipelines.options import JSON, STORAGE, print_json
+from pipelines.options import FOLLOW_LINKS, JSON, STORAGE, print_json, say_links
 
 
 @click.command()
@@ -21,9 +21,12 @@ from pipelines.options import JSON, STORAGE, print_json
     metavar="URI",
     help="Do without the registered versions of this MLflow, which is gone for good; may be repeated.",
 )
+@FOLLOW_LINKS
 @STORAGE
 @JSON
-def gc(delete: bool, days: float, without_mlflow: tuple[str, ...], storage: str | None, as_json: bool) -> None:
+def gc(
+    delete: bool, days: float, without_mlflow: tuple[str, ...], follow_links: bool, storage: str | None, as_json: bool
+) -> None:
     """Free the space of files that nothing needs any more.
 
     Kept are all dataset versions, the results, the published stacks and registered versions, and the last result of each stage
@@ -50,9 +53,11 @@ def gc(delete: bool, days: float, without_mlflow: tuple[str, ...], storage: str 
             known = ", ".join(tracking_uris) or "none"
             raise InputError(f"--without-mlflow: got {shown}, expected an MLflow of this storage: {known}.")
     with lock(store) if delete else contextlib.nullcontext() as held:
-        found = garbage.find(store, list(tracking_uris.values()), days)
+        found = garbage.find(store, list(tracking_uris.values()), days, follow_links)
         if delete:
-            found = garbage.delete(store, found, held)
+            found = garbage.delete(store, found, held, follow_links)
+    if not follow_links:
+        say_links(store.links())
     size = sum(each.size for each in found)
     if as_json:
         entries = [

@@ -284,7 +284,11 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     """Carry out a takedown; repeat it to finish one that was interrupted or that could not reach an MLflow server.
 
     The caller holds the lock of the tables, so that no run reads rows while they are deleted.
+
+    Raises:
+        DamagedError: a link leads out of the storage; nothing is deleted.
     """
+    store.check_links(deep=True)
     by_request = _remember(store, requested, near)
     keys = sorted(set().union(*by_request.values()))
     deleted = {}
@@ -416,6 +420,7 @@ def _delete_held_out(store: Store, keys: frozenset[str]) -> None:
     for name in store.list("stages", "curate"):
         facts = store.read_json("stages", "curate", name).get("facts", {})
         uris |= {facts["snapshot"]["heldout"]} if "heldout" in facts.get("snapshot", {}) else set()
+    uris = {uri for uri in uris if files.is_below(uri.removeprefix(f"{store.root}/"))}  # no one else's
     wanted = pa.array(sorted(keys), pa.string())
     for uri in sorted(uris):
         if files.exists(uri) and tables.has_keys(uri, wanted):

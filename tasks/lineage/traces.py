@@ -115,7 +115,7 @@ def _artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: str |
     """Open the artifacts of a run, even if the storage has moved since.
 
     Raises:
-        StorageError: they are in a folder of another machine.
+        StorageError: they are in a folder of another machine, or behind a link.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -124,6 +124,8 @@ def _artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: str |
     path = files.to_path(artifact_uri)
     if path is not None and not path.parents[1].exists():
         raise StorageError(f"its artifacts are in {path}, which is not on this machine")
+    if path is not None and files.link(f"{path}/report.html"):  # MLflow would write to what it leads to
+        raise StorageError(f"{path}/report.html is a link, which is not followed; remove it")
     return get_artifact_repository(artifact_uri, tracking_uri)
 
 

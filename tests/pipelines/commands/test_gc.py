@@ -5,6 +5,7 @@ from pathlib import Path
 from tasks.lock import lock
 from tasks.store import Store
 from tests.pipelines.command_line import call, call_json
+from unclip import files
 
 
 def test_f131_a_retired_mlflow_can_be_left_out(tmp_path: Path) -> None:
@@ -25,3 +26,18 @@ def test_f131_a_retired_mlflow_can_be_left_out(tmp_path: Path) -> None:
     document = call_json(*gc, "--without-mlflow", f"{old}/")
     assert [each["path"] for each in document["garbage"]] == [f"artifacts/prior/{fingerprint}"]
     assert not store.exists("stages", "prior", f"{fingerprint}.json")
+
+
+def test_a_folder_of_the_root_that_is_a_link_is_followed_only_if_the_operator_says_so(tmp_path: Path) -> None:
+    store, disk, fingerprint = Store(str(tmp_path / "copy")), tmp_path / "original", "ab" * 32
+    files.write(f"{disk}/artifacts/prior/{fingerprint}/model", b"a")
+    Path(store.root).mkdir()
+    Path(store.uri("artifacts")).symlink_to(disk / "artifacts")
+    gc = ("gc", "--storage", store.root, "--days", 0, "--delete")
+    result = call(*gc)
+    assert result.returncode == 0 and (disk / "artifacts" / "prior" / fingerprint / "model").exists()
+    assert f"artifacts is a link to {disk}/artifacts: nothing is deleted there" in result.stderr
+    assert "--follow-links" in result.stderr
+    [deleted] = call_json(*gc, "--follow-links")["garbage"]
+    assert deleted["path"] == f"artifacts/prior/{fingerprint}"
+    assert list((disk / "artifacts" / "prior").iterdir()) == [] and Path(store.uri("artifacts")).is_symlink()

@@ -42,7 +42,7 @@ from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, clie
 from tests.pipelines.command_line import ROOT, call, call_json
 from tests.tasks.datasets import holders, write_folder
 from unclip import files, seals
-from unclip.errors import AlreadyRunningError, InputError, StageError
+from unclip.errors import AlreadyRunningError, DamagedError, InputError, StageError
 from unclip.systems.unclip.prior import PRIOR
 from unclip.training.film import add_preview
 
@@ -886,3 +886,17 @@ def test_f68_a_storage_may_have_any_letter_in_its_path(tmp_path: Path, letters: 
     assert ledger["deleted"] == {"images/recipe": 1, "embeddings/clip": 1} and ledger["storage"] == store.root
     assert not holders(jpg, store.root)
     assert [path.name for path in folder.iterdir()] == [f"a{letters}b"], "nothing is written beside it"
+
+
+def test_nothing_is_taken_down_behind_a_link(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "storage")
+    outside = tmp_path / "outside" / "previews"
+    outside.mkdir(parents=True)
+    link = Path(store.uri("artifacts", "prior", "f", "previews"))
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    with pytest.raises(DamagedError, match=re.escape(str(link))):
+        take_down(store, [parse("url", LISTED[0][0])], None, [])
+    assert not store.exists("tombstones.parquet")
+    link.unlink()
+    assert take_down(store, [parse("url", LISTED[0][0])], None, []).deleted and outside.exists()
