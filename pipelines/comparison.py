@@ -475,9 +475,10 @@ def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipErro
             with _own_cluster():
                 failures |= _run_side_by_side(pipeline, plans)
         finally:  # requests that came while a run changed tables
-            store = Store(plans[0].entry.config.storage)
+            config = plans[0].entry.config
+            store = Store(config.storage)
             with contextlib.suppress(AlreadyRunningError):  # that run carries them out
-                print_carried_out(store, carry_out_recorded(store))
+                print_carried_out(store, carry_out_recorded(store, named=[config.tracking_uri]))
     return failures
 
 

@@ -25,6 +25,13 @@ FOLLOW_LINKS = click.option(
     is_flag=True,
     help="Delete also in folders of the storage's root that are links, which you have made yourself.",
 )
+TRACKING_URIS = click.option(
+    "--tracking-uri",
+    "tracking_uris",
+    multiple=True,
+    metavar="URI",
+    help="Ask this MLflow, too; of those that only records of the storage name, none is asked. May be repeated.",
+)
 PIPELINE = click.argument("pipeline", shell_complete=lambda *given: complete(pipeline_names(), given[-1]))
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: settings that differ from the preset.")
 SET = click.option(

@@ -280,7 +280,13 @@ def _stones_of(
     return sorted({stone for reason in reasons if reason in names for stone in names[reason]})
 
 
-def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uris: Sequence[str]) -> Ledger:
+def take_down(
+    store: Store,
+    requested: Sequence[Tombstone],
+    near: int | None,
+    tracking_uris: Sequence[str],
+    unnamed: Sequence[str] = (),
+) -> Ledger:
     """Carry out a takedown; repeat it to finish one that was interrupted or that could not reach an MLflow server.
 
     The caller holds the lock of the tables, so that no run reads rows while they are deleted.
@@ -306,14 +312,14 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     _redact_reports(store, tombstones.keys)
     _delete_previews(store, tombstones.keys)
     datasets = _datasets_with(store, set(keys))
-    traces = remove(store, tracking_uris, tombstones.keys, datasets)
+    traces = remove(store, tracking_uris, tombstones.keys, datasets, unnamed)
     requests = tuple(str(tombstone) for tombstone in requested)
     return Ledger(requests, tuple(keys), deleted, tuple(datasets), tuple(checkpoints_of(store, datasets)), traces)
 
 
-def carry_out(store: Store, request: Request, tracking_uris: Sequence[str]) -> Ledger:
+def carry_out(store: Store, request: Request, tracking_uris: Sequence[str], unnamed: Sequence[str] = ()) -> Ledger:
     """Carry out a recorded request, and write its ledger. The caller holds the lock of the tables."""
-    ledger = take_down(store, request.tombstones, request.near, tracking_uris)
+    ledger = take_down(store, request.tombstones, request.near, tracking_uris, unnamed)
     store.write_json(dataclasses.asdict(ledger), "takedowns", f"{request.id}.json")
     forget(store, request)
     return ledger

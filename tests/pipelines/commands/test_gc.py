@@ -15,14 +15,18 @@ def test_f131_a_retired_mlflow_can_be_left_out(tmp_path: Path) -> None:
     fingerprint = "ab" * 32
     store.write_json({"stage": "prior", "facts": {}}, "stages", "prior", f"{fingerprint}.json")
     gc = ("gc", "--storage", store.root, "--days", 0, "--delete")
-    result = call(*gc, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    named = ("--tracking-uri", old)
+    result = call(*gc, *named, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     assert result.returncode == 2 and store.exists("stages", "prior", f"{fingerprint}.json")
     assert f"MLflow at {old} does not tell" in result.stderr and f"--without-mlflow {old} if" in result.stderr
+    result = call(*gc)
+    assert result.returncode == 2 and store.exists("stages", "prior", f"{fingerprint}.json")
+    assert f"MLflow at {old} was not asked" in result.stderr and f"--tracking-uri {old} if it is yours" in result.stderr
     result = call(*gc, "--without-mlflow", "http://other:secret@host")
     assert result.returncode == 2 and "secret" not in result.stderr
     assert f"--without-mlflow: got http://host, expected an MLflow of this storage: {old}." in result.stderr
     with lock(store):
-        assert call(*gc, "--without-mlflow", old).returncode == 75
+        assert call(*gc, *named, "--without-mlflow", old).returncode == 75
     document = call_json(*gc, "--without-mlflow", f"{old}/")
     assert [each["path"] for each in document["garbage"]] == [f"artifacts/prior/{fingerprint}"]
     assert not store.exists("stages", "prior", f"{fingerprint}.json")
