@@ -20,6 +20,18 @@ MODEL = click.option(
     help="Published model: NAME, NAME@ALIAS, NAME/VERSION or the folder of a stack.  "
     "[default: the champion promoted last in the storage]",
 )
+FOLLOW_LINKS = click.option(
+    "--follow-links",
+    is_flag=True,
+    help="Delete also in folders of the storage's root that are links, which you have made yourself.",
+)
+TRACKING_URIS = click.option(
+    "--tracking-uri",
+    "tracking_uris",
+    multiple=True,
+    metavar="URI",
+    help="Ask this MLflow, too; of those that only records of the storage name, none is asked. May be repeated.",
+)
 PIPELINE = click.argument("pipeline", shell_complete=lambda *given: complete(pipeline_names(), given[-1]))
 CONFIG = click.option("--config", "run_file", metavar="TOML", help="Run file: settings that differ from the preset.")
 SET = click.option(
@@ -46,6 +58,15 @@ class _Finite(click.types.FloatParamType):
 NUMBER = _Finite()
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document; docs/commands.md lists its keys.")
+
+
+def say_links(links: dict[str, str]) -> None:
+    """Say which links of a storage were not followed."""
+    for name, place in links.items():
+        click.echo(
+            f"{name} is a link to {place}: nothing is deleted there. If you made the link, give --follow-links.",
+            err=True,
+        )
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Records of runs, in MLflow and in the storage."""
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import time
 import urllib.parse
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,8 +65,21 @@ def tracking_uri_of(store: Store) -> str:
     return database_uri(str(store.database))
 
 
-def tracking_uris_of(store: Store) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class TrackingUris:
+    """Every MLflow that may have records of a storage."""
+
+    named: list[str]
+    """Named by the operator, or in the storage itself."""
+    unnamed: list[str]
+    """Named by runs of the storage alone, which may have been copied: they get neither requests nor credentials."""
+
+
+def tracking_uris_of(store: Store, named: Iterable[str | None] = ()) -> TrackingUris:
     """Return the URI of every MLflow that may have records of a storage: the environment's, its own and those of its runs.
+
+    Args:
+        named: those that the operator has named besides the environment, such as by an option or in a run file.
 
     Raises:
         ConfigError: there is none: the storage is not a local folder, no run recorded a server, and MLFLOW_TRACKING_URI is
@@ -73,17 +87,20 @@ def tracking_uris_of(store: Store) -> list[str]:
     """
     paths = [("runs", run_id, "run.json") for run_id in store.list("runs")]
     records = [store.read_json(*path) for path in paths if store.exists(*path)]
-    uris = [os.environ.get("MLFLOW_TRACKING_URI")]
+    uris = [os.environ.get("MLFLOW_TRACKING_URI"), *named]
     in_storage = any(record["mlflow_run"] and record.get("tracking_uri", "?") is None for record in records)
     if store.database is not None and (in_storage or store.database.exists()):
         uris.append(database_uri(str(store.database)))
-    uris += [record.get("tracking_uri", record["config"].get("tracking_uri")) for record in records]
-    known: dict[str, str] = {}
+    recorded = [record.get("tracking_uri", record["config"].get("tracking_uri")) for record in records]
+    known, unnamed = dict[str, str](), dict[str, str]()
     for uri in filter(None, uris):
         known.setdefault(without_credentials(uri).rstrip("/"), uri)  # the environment's URI may include the password
-    if not known and not store.is_local:
+    for uri in filter(None, recorded):
+        if (shown := without_credentials(uri).rstrip("/")) not in known:
+            (known if is_own(store, uri) else unnamed).setdefault(shown, uri)
+    if not known and not unnamed and not store.is_local:
         tracking_uri_of(store)
-    return list(known.values())
+    return TrackingUris(list(known.values()), list(unnamed.values()))
 
 
 def open_run(pipeline: str, config: "PipelineConfig", store: Store, label: str = "") -> "Run":

@@ -69,7 +69,7 @@ def run_pipeline(
     started, store = time.monotonic(), Store(config.storage)
     tracking_uri(config)  # raises if there can be none, before an object store is asked for anything
     with contextlib.suppress(AlreadyRunningError):  # that run carries them out
-        print_carried_out(store, carry_out_recorded(store))
+        print_carried_out(store, carry_out_recorded(store, named=[config.tracking_uri]))
     prepared = prepare(config, retry_failed)
     todo = compose(prepared)
     require(until is None or until in todo, "--until", until, f"a stage: {', '.join(todo)}")
@@ -133,7 +133,7 @@ def _run_stages(
                 with contextlib.suppress(OSError, StorageError):  # keep the original error
                     notify(config.notify, describe_end(run, store, state, message))
         if must_repeat:
-            _carry_out_alone(store)
+            _carry_out_alone(store, config)
             return False
         if failures:
             reason = StageError("\n".join(f"{failure.stage} failed: {failure.message}" for failure in failures))
@@ -145,16 +145,16 @@ def _run_stages(
         run.tracker.json(store.portable(summary), "summary.json")
         run.tracker.metrics({key: value for key, value in flatten(summary).items() if isinstance(value, (int, float))})
     with contextlib.suppress(AlreadyRunningError):  # that run carries them out
-        print_carried_out(store, carry_out_recorded(store))
+        print_carried_out(store, carry_out_recorded(store, named=[config.tracking_uri]))
     return True
 
 
-def _carry_out_alone(store: Store) -> None:
+def _carry_out_alone(store: Store, config: PipelineConfig) -> None:
     """Carry out recorded takedowns after the end of all tasks, which could write parts otherwise."""
     import ray
 
     ray.shutdown()
-    print_carried_out(store, carry_out_recorded(store, WAIT_SECONDS))
+    print_carried_out(store, carry_out_recorded(store, WAIT_SECONDS, [config.tracking_uri]))
 
 
 def _must_repeat(dag: dags.Dag, failures: Sequence[Failure], run: Run, store: Store) -> bool:

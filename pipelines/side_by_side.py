@@ -149,8 +149,9 @@ def run_entries(pipeline: str, entries: Sequence[Entry]) -> dict[str, UnclipErro
             with _own_cluster():
                 failures |= _run_side_by_side(pipeline, plans, store, stamp)
         finally:  # requests that came while a run changed tables
+            named = [entries[0].config.tracking_uri]
             with contextlib.suppress(AlreadyRunningError):  # that run carries them out
-                print_carried_out(store, carry_out_recorded(store))
+                print_carried_out(store, carry_out_recorded(store, named=named))
     return failures
 
 

@@ -71,6 +71,7 @@ def write_results(
         kept = {stage: value for stage, value in before.get(name, {}).items() if stage in stages}
         merged[name] = {**kept, **summary[name]}
     folder = store.uri(*path[:-1])
+    store.check_links()
     files.delete(f"{folder}/{seals.MANIFEST}")  # after a kill, files are not covered rather than damaged
     if merged != before:
         store.write_json(merged, *path)

@@ -1,6 +1,6 @@
 """Recorded takedowns, carried out by whoever holds the lock of the tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pipelines.console import say
 from pipelines.records import tracking_uris_of
@@ -10,11 +10,12 @@ from tasks.lock import TABLES, lock
 from tasks.store import Store
 
 
-def carry_out_recorded(store: Store, wait: float = 0.0) -> dict[str, Ledger]:
+def carry_out_recorded(store: Store, wait: float = 0.0, named: Iterable[str | None] = ()) -> dict[str, Ledger]:
     """Carry out all recorded requests; returns their ledgers by id.
 
     Args:
         wait: seconds to wait for another owner of the tables, which may carry them out itself.
+        named: MLflow tracking URIs that the operator has named; see `tracking_uris_of`.
 
     Raises:
         AlreadyRunningError: another process still holds the lock of the tables.
@@ -23,17 +24,21 @@ def carry_out_recorded(store: Store, wait: float = 0.0) -> dict[str, Ledger]:
         return {}
     with lock(store, TABLES, wait):
         requests = tombstones.recorded(store)
-        uris = tracking_uris_of(store) if requests else []
-        return {request.id: carry_out(store, request, uris) for request in requests}
+        if not requests:
+            return {}
+        uris = tracking_uris_of(store, named)
+        return {request.id: carry_out(store, request, uris.named, uris.unnamed) for request in requests}
 
 
-def carry_out_request(store: Store, request: tombstones.Request, wait: float = 0.0) -> Ledger:
+def carry_out_request(
+    store: Store, request: tombstones.Request, wait: float = 0.0, named: Iterable[str | None] = ()
+) -> Ledger:
     """Carry out all recorded requests and return the ledger of one, which another process may have carried out meanwhile.
 
     Raises:
         AlreadyRunningError: another process still holds the lock of the tables after `wait` seconds.
     """
-    return carry_out_recorded(store, wait).get(request.id) or read_ledger(store, request)
+    return carry_out_recorded(store, wait, named).get(request.id) or read_ledger(store, request)
 
 
 def print_carried_out(store: Store, ledgers: Mapping[str, Ledger]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tasks.store import Store
 from unclip import files
 from unclip.errors import StorageError
+from unclip.messages import without_credentials
 
 ARTIFACTS = "mlflow-artifacts"
 """Folder beside a database with the artifacts of its runs."""
@@ -41,6 +42,24 @@ def database_path(tracking_uri: str) -> Path | None:
     return Path(urllib.parse.unquote(tracking_uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
 
 
+def check_database(path: Path) -> None:
+    """Check that an existing database is MLflow's, or empty, since MLflow creates its tables in any.
+
+    Raises:
+        StorageError: another program's tables are in it.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=60)) as connection:
+            names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error:  # MLflow says what is wrong
+        return
+    if names and not {"experiments", "alembic_version"} <= names:
+        raise StorageError(
+            f"{path}: a database of another program, with the table {min(names)} and without MLflow's. Correct tracking_uri or "
+            "MLFLOW_TRACKING_URI."
+        )
+
+
 def artifacts_uri(tracking_uri: str) -> str | None:
     """URI of the artifacts of a database's runs; None for a server, which has its own place for them."""
     path = database_path(tracking_uri)
@@ -54,9 +73,20 @@ def is_own(store: Store, tracking_uri: str) -> bool:
 
 def artifacts_here(store: Store, tracking_uri: str, run_id: str, uri: str) -> str:
     """URI of artifacts of a run or of one of its logged models, which the storage's own database may name at the place where the
-    storage was before."""
+    storage was before.
+
+    Raises:
+        StorageError: the storage's own database, which may have been copied, names a server or a bucket.
+    """
     found = re.fullmatch(rf".*/((?:{re.escape(run_id)}|models/m-[0-9a-f]+)/artifacts(?:/.*)?)", uri, re.DOTALL)
-    if found is None or not is_own(store, tracking_uri):
+    if not is_own(store, tracking_uri):
+        return uri
+    if found is None:
+        if files.to_path(uri) is None:
+            raise StorageError(
+                f"{store.database}: has artifacts at {without_credentials(uri)}, expected them in {ARTIFACTS} beside it. The "
+                "database was changed by hand, or for another storage: publish the stack again."
+            )
         return uri
     return files.to_uri(store.uri(ARTIFACTS)) + f"/{found[1]}"
 

@@ -12,14 +12,19 @@ Needed are, with all that they refer to:
 Files that changed lately are kept in any case. A stage's folder is deleted after its commit record, and in it the files that mark
 something as complete first, so that after a kill nothing looks finished that is not. A record that stays keeps all it refers to,
 since the next run with the same settings takes its result as done.
+
+A link is deleted, and nothing behind it. Folders of the root that are links are followed only if the operator says so: that of a
+storage that was copied may lead to the storage that it was copied from, or to any other.
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from tasks import published, references, tables
@@ -37,6 +42,7 @@ SELECTING = ("dedup", "curate")
 """Stages whose selections takedowns search; see `tasks.lineage.takedown`."""
 _TABLES = ("images", "index", "embeddings", "derived", "snapshots")
 _DELETIONS_AT_ONCE = 16
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +60,39 @@ class Garbage:
     """Commit record, which is deleted first."""
 
 
-def find(store: Store, tracking_uris: Sequence[str], days: float) -> list[Garbage]:
+def find(store: Store, tracking_uris: Sequence[str], days: float, follow_links: bool = False) -> list[Garbage]:
     """Find what nothing needs.
 
     Args:
         tracking_uris: every MLflow that may have registered versions of stacks in the storage.
         days: files that changed less than this many days ago are kept.
+        follow_links: find files behind folders of the root that are links, too; behind other links there is no garbage.
 
     Raises:
         StorageError: an MLflow does not answer, so its registered versions are not known.
         DamagedError: a record cannot be read, so what it needs is not known.
     """
     search = _Search(store, time.time() - days * 24 * 3600, tracking_uris)
-    return sorted(search.garbage(), key=lambda garbage: -garbage.size)
+    place = _places(store, follow_links)
+    return sorted((each for each in search.garbage() if _is_in(place, each)), key=lambda garbage: -garbage.size)
 
 
-def delete(store: Store, garbage: Iterable[Garbage], held: Held | None = None) -> list[Garbage]:
+def _places(store: Store, follow_links: bool) -> Callable[[str], str]:
+    """Function from a path relative to the root to the full path; see `Store.inside`."""
+    return store.inside if follow_links else functools.partial(files.below, store.root)
+
+
+def _is_in(place: Callable[[str], str], garbage: Garbage) -> bool:
+    try:
+        place(garbage.path)
+        return garbage.record is None or bool(place("/".join(garbage.record)))
+    except DamagedError:
+        return False
+
+
+def delete(
+    store: Store, garbage: Iterable[Garbage], held: Held | None = None, follow_links: bool = False
+) -> list[Garbage]:
     """Delete garbage; to resume after an interruption, find and delete again.
 
     Stages that read a snapshot work meanwhile. So folders are deleted under the locks of their results, and all that a run has
@@ -77,13 +100,16 @@ def delete(store: Store, garbage: Iterable[Garbage], held: Held | None = None) -
 
     Args:
         held: lock of the storage, which the caller holds.
+        follow_links: as for `find`.
 
     Returns:
         Garbage that was deleted.
 
     Raises:
         AlreadyRunningError: another process has taken over the lock.
+        DamagedError: a path leads out of the storage.
     """
+    place = _places(store, follow_links)
     runs, deleted, parts = _Runs(store), list[Garbage](), list[Garbage]()
     for each in garbage:
         if not each.path.startswith("artifacts/"):
@@ -97,7 +123,7 @@ def delete(store: Store, garbage: Iterable[Garbage], held: Held | None = None) -
             with lock(store, result_lock(stage, name)):
                 is_as_found = bool(inner) or store.exists(*folder.record) == (each.record is not None)
                 if is_as_found and (inner or folder not in runs.needed()):
-                    _delete_folder(store, each, is_inner=bool(inner))
+                    _delete_folder(place, each, is_inner=bool(inner))
                     deleted.append(each)
         except AlreadyRunningError:  # a run makes it again
             continue
@@ -107,7 +133,7 @@ def delete(store: Store, garbage: Iterable[Garbage], held: Held | None = None) -
     def delete_part(each: Garbage) -> None:
         if held is not None:
             held.check()
-        files.delete(store.uri(each.path))
+        files.delete(place(each.path))
 
     with concurrent.futures.ThreadPoolExecutor(_DELETIONS_AT_ONCE) as pool:  # object stores answer slowly
         parts = [each for each in parts if each.path not in kept]
@@ -116,16 +142,23 @@ def delete(store: Store, garbage: Iterable[Garbage], held: Held | None = None) -
     return deleted + parts
 
 
-def _delete_folder(store: Store, garbage: Garbage, is_inner: bool) -> None:
+def _delete_folder(place: Callable[[str], str], garbage: Garbage, is_inner: bool) -> None:
+    root = place(garbage.path)
     if garbage.record is not None:
-        files.delete(store.uri(*garbage.record))
-    root, (folder, _, name) = store.uri(garbage.path), garbage.path.rpartition("/")
-    with seals.changing(store.uri(folder), f"{name}/") if is_inner else contextlib.nullcontext():
-        for entry in files.walk(root):
+        files.delete(place("/".join(garbage.record)))
+    folder, _, name = root.rpartition("/")
+    with seals.changing(folder, f"{name}/") if is_inner else contextlib.nullcontext():
+        for entry in _files_of(root):
             if entry.name.endswith(".json"):  # manifests and plans
                 files.delete(f"{root}/{entry.name}")
         files.failpoint("within", root)
         files.delete(root)
+
+
+def _files_of(folder: str) -> list[files.Entry]:
+    """All files of a folder, or the link in its place."""
+    link = files.link(folder)
+    return files.walk(folder) if link is None else [link]
 
 
 class _Runs:
@@ -176,7 +209,7 @@ class _Search:
         for stage in sorted({*self.store.list("artifacts"), *self.store.list("stages")}):
             names = {*self.store.list("artifacts", stage)}
             names |= {name.removesuffix(".json") for name in self.store.list("stages", stage)}
-            for name in sorted(names):
+            for name in sorted(filter(_FINGERPRINT.fullmatch, names)):
                 yield from self._folder(Folder(stage, name))
         for kind in _TABLES:
             for path in [(kind,)] if kind == "snapshots" else [(kind, name) for name in self.store.list(kind)]:
@@ -201,7 +234,7 @@ class _Search:
 
     def _folder(self, folder: Folder) -> Iterator[Garbage]:
         is_done, path = folder in self.records, "/".join(folder.path)
-        entries = files.walk(self.store.uri(path))
+        entries = _files_of(self.store.uri(path))
         if folder not in self.needed:
             what = f"result of the stage {folder.stage}" if is_done else f"unfinished stage {folder.stage}"
             yield from self._below(path, entries, what, folder.record if is_done else None)

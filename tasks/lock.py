@@ -101,7 +101,7 @@ def lock(store: Store, name: str = TABLES, wait: float = 0.0, owner: Owner | Non
 
     Raises:
         AlreadyRunningError: another process holds the lock.
-        StorageError: the lock cannot be written.
+        StorageError: the lock cannot be written, or links lead out of a storage whose tables are to be changed.
     """
     take = _local_lock if store.is_local else _lease
     with take(store.root, name, wait, owner or Owner.of()) as held:
@@ -111,6 +111,7 @@ def lock(store: Store, name: str = TABLES, wait: float = 0.0, owner: Owner | Non
             return
         from tasks import tables
 
+        store.check_links()
         found = _tables(store)
         # A token may be larger than the lock's, such as in tables that were copied from another storage.
         token = max([held.token, *(tables.token_of(table) + (not held.was_given_back) for table in found.values())])
@@ -143,7 +144,7 @@ def _local_lock(root: str, name: str, wait: float, owner: Owner) -> Iterator[Hel
     path = Path(root, "locks", name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be opened: {error}. Fix the folder, and run the same command again."

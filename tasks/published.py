@@ -15,8 +15,10 @@ from typing import Any
 from tasks.lock import lock, result_lock
 from tasks.references import Folder, folders_in
 from tasks.store import Store
+from unclip import files
 from unclip.config import fingerprint
-from unclip.errors import InputError
+from unclip.errors import DamagedError, InputError
+from unclip.messages import without_credentials
 
 FOLDER = "published"
 SCORES = "scores"
@@ -164,7 +166,7 @@ def read(store: Store, name: str) -> Record:
     """Record of a name; one without versions if nothing was published under it.
 
     Raises:
-        DamagedError: the file is damaged.
+        DamagedError: the file is damaged, or has a stack outside of the storage.
     """
     if not store.exists(FOLDER, f"{name}.json"):
         return Record(name)
@@ -178,6 +180,8 @@ def read(store: Store, name: str) -> Record:
         tuple(document.get("former", ())),
         bool(document.get("is_ahead")),
     )
+    for each in filter(None, (record.champion, record.challenger, *record.versions)):
+        _check_stack(store, name, each.stack)
     for entry in (record.champion, record.challenger):  # of an earlier release, which had no versions
         if entry is not None and record.find(entry.digest) is None:
             record = record.with_version(entry)
@@ -232,6 +236,21 @@ def check_name(name: str, where: str) -> None:
     """
     if not re.fullmatch(NAME, name):
         raise InputError(f"{where}: got {name[:500]!r}, expected letters, digits, dots, dashes and underscores.")
+
+
+def _check_stack(store: Store, name: str, stack: Any) -> None:
+    """Refuse a stack outside of the storage: a copied record could name any server by it, and any folder.
+
+    Parameters of a URI (`?endpoint_override=...`) choose the server too.
+    """
+    root, below = f"{store.root}/", str(stack).removeprefix(f"{store.root}/")
+    has_parameters = not store.is_local and re.search(r"[?#]", below)
+    if stack != "" and (not str(stack).startswith(root) or has_parameters or not files.is_below(below)):
+        raise DamagedError(
+            f"{store.uri(FOLDER, f'{name}.json')}: got the stack {without_credentials(str(stack))[:500]}, expected a folder in "
+            f"{store.root}. The record was changed by hand, or is of another storage: remove it, and publish or import the "
+            "stack again."
+        )
 
 
 def _entry(values: Mapping[str, Any]) -> Entry:

@@ -92,7 +92,7 @@ def layers(folder: str) -> list[str]:
     if folder.endswith(".parquet") or EARLIER not in files.names(folder):
         return [folder]
     root = _root(folder)
-    return [*(f"{root}/{name}" for name in files.read_json(f"{folder}/{EARLIER}")["folders"]), folder]
+    return [*(files.below(root, name) for name in files.read_json(f"{folder}/{EARLIER}")["folders"]), folder]
 
 
 def write_earlier(folder: str, earlier: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ def find_reference(store: Store, snapshot: Snapshot, features: str, measure: Mea
 
 def _write(store: Store, snapshot: Snapshot, name: str, features: str, measure: Measure) -> Artifact | None:
     started = time.monotonic()
-    folder = store.uri("artifacts", REFERENCE, name)
+    folder = store.inside("artifacts", REFERENCE, name)
     rows = snapshot.heldout_rows()
     gone = pc.is_in(rows["key"], value_set=pa.array(sorted(load_tombstones(store).keys), pa.string()))
     rows = rows.filter(pc.and_(pc.equal(rows["split"], "holdout"), pc.invert(gone)))

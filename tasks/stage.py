@@ -389,6 +389,8 @@ def _run_function(
             run_periodically(STOP_IF_LOST_SECONDS, lambda: _stop_if_lost(call.stage, held, run), "lost lock"),
         ):
             context = StageContext(run, name, stage_fingerprint, store, tracker, scratch)
+            store.check_links()
+            store.inside("artifacts", name, stage_fingerprint, seals.MANIFEST)
             if store.is_local:
                 files.sweep(context.folder)
                 files.sweep(store.uri("stages", name), prefix=stage_fingerprint)

@@ -81,6 +81,40 @@ class Store:
         """Full path of a file or folder below the root."""
         return "/".join((self.root, *parts))
 
+    def inside(self, *parts: str) -> str:
+        """Full path like that of `uri`, to write to or to delete, of names that records of the storage give.
+
+        Links to other places are followed only where they are folders of the root, as of an operator who moved one to another
+        disk; a storage that was copied may have any.
+
+        Raises:
+            DamagedError: it would lead out of the storage.
+        """
+        top, _, rest = "/".join(parts).partition("/")
+        folder = files.below(self.root, top)
+        return files.below(folder, rest) if rest else folder
+
+    def check_links(self, deep: bool = False) -> None:
+        """Check that no folder in a folder of the root is a link to another place, before the storage is changed.
+
+        Args:
+            deep: check the folders in those, too, for changes in many of them.
+
+        Raises:
+            DamagedError: one is.
+        """
+        for top in sorted(ENTRIES) if self.is_local else ():
+            for folder, names, _ in os.walk(self.uri(top)):
+                for name in names:
+                    if os.path.islink(os.path.join(folder, name)):
+                        self.inside(os.path.relpath(os.path.join(folder, name), self.root), "*")
+                if not deep:
+                    break
+
+    def links(self) -> dict[str, str]:
+        """Folders and files of a local root that are links -> what they lead to."""
+        return {name: str(files.to_path(self.uri(name))) for name in sorted(ENTRIES) if files.link(self.uri(name))}
+
     def check_writable(self) -> None:
         """Write and remove a small file.
 
@@ -126,7 +160,7 @@ class Store:
 
     def write_json(self, value: Any, *parts: str) -> None:
         """Write a JSON value, with paths below the root in portable form."""
-        files.write_json(self.uri(*parts), self.portable(value))
+        files.write_json(self.inside(*parts), self.portable(value))
 
     def portable(self, value: Any) -> Any:
         """Copy of a JSON value, with `storage://...` for paths below the root."""

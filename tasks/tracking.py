@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.database import database_path
+from tasks.database import check_database, database_path
 from unclip import files
 from unclip.background import within
 from unclip.errors import StorageError
@@ -270,7 +270,7 @@ def checked_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     """Client of an MLflow server that has just answered; never creates a missing database.
 
     Raises:
-        StorageError: the database or folder does not exist.
+        StorageError: the database or folder does not exist, or is another program's.
         TimeoutError: the server does not answer within `seconds`.
         MlflowException: the server answers with an error.
     """
@@ -279,6 +279,8 @@ def checked_client(tracking_uri: str, seconds: float = 15.0) -> Any:
         path = files.to_path(tracking_uri)
     if path is not None and not path.exists():
         raise StorageError(f"{path} does not exist")
+    if path is not None and path.is_file():
+        check_database(path)
     return _connect(tracking_uri, seconds if path is None else None)
 
 
@@ -292,6 +294,7 @@ def open_client(tracking_uri: str, seconds: float = 15.0) -> Any:
     if path is not None and path.exists():  # MLflow tries for minutes to open what is no database
         with contextlib.closing(sqlite3.connect(path, timeout=60)) as connection:
             connection.execute("BEGIN IMMEDIATE")
+        check_database(path)
     return _connect(tracking_uri, seconds if path is None else None)
 
 

@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -84,7 +85,7 @@ def state_of(item: Item) -> State:
         if item.uri.endswith(seals.SEALED):
             state = _state_of_sealed(item.uri)
         elif item.uri.endswith(".json"):
-            state = state_of_json(files.read(item.uri))
+            state = "damaged" if _leads_out(item) else state_of_json(files.read(item.uri))
         else:
             state = "not covered"
         if state == "not covered" and item.committed is not None:
@@ -94,6 +95,20 @@ def state_of(item: Item) -> State:
         return "missing"
     except OSError:
         return "unreadable"
+
+
+def _leads_out(item: Item) -> bool:
+    """Return True if a manifest or commit record is damaged or names a file outside of the folder that it is about."""
+    folder, _, name = item.uri.rpartition("/")
+    try:
+        if name == MANIFEST:
+            seals.read_manifest(folder)
+        elif item.folder is not None and item.uri.endswith("/".join(item.folder.record)):
+            named = references.folders_in(files.read_json(item.uri))
+            return not all(files.is_below(path) for _, path in named if path)
+    except DamagedError:
+        return True
+    return False
 
 
 def _state_of_sealed(uri: str) -> State:
@@ -223,7 +238,7 @@ class _Survey:
         if entries is None:
             yield Item(table, 0, f"table {name}", remedy, is_folder=True)
             return
-        expected = _expected(table, [MANIFEST] if MANIFEST in entries else [])
+        expected, _ = _expected(table, [MANIFEST] if MANIFEST in entries else [])
         logs = [entry for entry in entries if entry.startswith("_delta_log/")]
         for each in sorted({*logs, *expected}):
             size = entries[each].size if each in entries else 0
@@ -251,7 +266,8 @@ class _Survey:
         named: dict[Folder, set[str]] = collections.defaultdict(set)
         for record in [*values.values(), *self.versions, *self._published()]:
             for folder, path in references.folders_in(record):
-                named[folder].add(path)
+                if files.is_below(path):
+                    named[folder].add(path)
         for folder in sorted(self.records):
             what = f"file of the stage {folder.stage}"
             yield from self._folder(folder.path, what, self._rerun(folder), folder, named[folder])
@@ -270,11 +286,11 @@ class _Survey:
         if entries is None:
             yield Item(root, 0, what, remedy, folder=folder, is_folder=True)
             return
-        expected = _expected(root, [name for name in entries if _name(name) == MANIFEST])
+        expected, others = _expected(root, [name for name in entries if _name(name) == MANIFEST])
         for name, entry in entries.items():
             yield Item(f"{root}/{name}", entry.size, what, remedy, expected.get(name), folder=folder)
-        missing = {*expected, *_others(root), *_missing_ranges(entries)} - entries.keys()
-        missing |= {name for name in named if name and not any(_is_in(entry, name) for entry in entries)}
+        missing = {*expected, *others, *_missing_ranges(entries)} - entries.keys()
+        missing |= {name for name in named if not any(_is_in(entry, name) for entry in entries)}
         for name in sorted(missing):
             yield Item(f"{root}/{name}", 0, what, remedy, folder=folder)
 
@@ -349,25 +365,23 @@ def _listed(root: str) -> dict[str, files.Entry] | None:
         return None
 
 
-def _expected(root: str, manifests: Iterable[str]) -> dict[str, str]:
-    """Name below the root -> sha256, from all readable manifests."""
-    found: dict[str, str] = {}
+def _expected(root: str, manifests: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """What the readable manifests in a folder and below it expect there.
+
+    Returns:
+        Name below the folder -> sha256; the names of the files that the folder's own manifest expects without a digest, see
+        `seals.cover`.
+    """
+    found, others = dict[str, str](), list[str]()
     for manifest in manifests:
         start = manifest.removesuffix(MANIFEST)
         try:
-            hashes = files.read_json(f"{root}/{manifest}")["sha256"]
-            found |= {f"{start}{name}": digest for name, digest in hashes.items()}
-        except (DamagedError, OSError, KeyError, TypeError, AttributeError):  # the manifest itself is an item
+            hashes, without_digest = seals.read_manifest(f"{root}/{start}".removesuffix("/"))
+        except (DamagedError, OSError):  # the manifest itself is an item
             continue
-    return found
-
-
-def _others(root: str) -> list[str]:
-    """Names of the files that a folder's manifest expects without a digest; see `seals.cover`."""
-    manifest = f"{root}/{MANIFEST}"
-    with contextlib.suppress(DamagedError, OSError, AttributeError, TypeError):
-        return list(files.read_json(manifest).get("others", ())) if files.exists(manifest) else []
-    return []
+        found |= {f"{start}{name}": digest for name, digest in hashes.items()}
+        others += [] if start else without_digest
+    return found, others
 
 
 def _missing_ranges(names: Iterable[str]) -> set[str]:
@@ -399,31 +413,42 @@ def _is_sound_database(path: str) -> bool:
         return False
 
 
-def drop(store: Store, problems: Sequence[Problem], held: Held | None = None) -> list[Problem]:
+def drop(
+    store: Store, problems: Sequence[Problem], held: Held | None = None, follow_links: bool = False
+) -> list[Problem]:
     """Drop damaged and missing files, with the commit records that refer to them, so that the next run makes them again.
 
     Rows of a damaged part leave its table, and are fetched or embedded again. To resume after an interruption, call it again.
 
     Args:
         held: lock of the storage, which the caller holds.
+        follow_links: drop files behind folders of the root that are links, too; behind other links none is dropped.
 
     Returns:
-        Problems that remain, since no run makes these files, or their content is not known.
+        Problems that remain, since no run makes these files, their content is not known, or they are behind a link.
 
     Raises:
         AlreadyRunningError: another process has taken over the lock.
     """
 
+    place = store.inside if follow_links else functools.partial(files.below, store.root)
+
     def delete(uri: str) -> None:
         if held is not None:
             held.check()
-        files.delete(uri)
+        files.delete(place(uri.removeprefix(f"{store.root}/")))
+
+    def is_inside(item: Item) -> bool:
+        uris = [item.uri] if item.folder is None else [item.uri, store.uri(*item.folder.record)]
+        with contextlib.suppress(DamagedError):
+            return all(place(uri.removeprefix(f"{store.root}/")) for uri in uris)
+        return False
 
     parts: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
     folders, dropped, remaining = set[Folder](), list[Item](), list[Problem]()
     for problem in problems:
         item = problem.item
-        if problem.state == "unreadable":
+        if problem.state == "unreadable" or not is_inside(item):
             remaining.append(problem)
             continue
         if item.part is not None:

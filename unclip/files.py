@@ -2,6 +2,7 @@
 
 A file appears complete or not at all: locally through a temporary file, fsync and rename; object stores do so themselves.
 Its folder is synced too, so that a file that was written is still there after a crash of the machine.
+A link in the place of a file or folder is read like what it leads to; `write` and `copy` replace the link, `delete` deletes it.
 Local paths do without pyarrow, whose import would dominate the run time of commands that read a few small files.
 """
 
@@ -40,10 +41,61 @@ _URI = re.compile(r"[A-Za-z][\w+.-]*:/")
 
 
 def to_path(uri: str) -> Path | None:
-    """Absolute path of a plain path or of a `file:` URI, which is percent-decoded; None for other URIs."""
+    """Absolute path of a plain path or of a `file:` URI, which is percent-decoded; None for other URIs. Links are followed."""
+    path = _as_given(uri)
+    return None if path is None else Path(os.path.realpath(path))
+
+
+def _entry(uri: str) -> Path | None:
+    """Path like that of `to_path`, except that the last name is not followed if it is a link."""
+    path = _as_given(uri)
+    if path is None or path.name in ("", ".."):
+        return to_path(uri)
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def _as_given(uri: str) -> Path | None:
     if found := _FILE_URI.fullmatch(uri):
-        return Path(os.fsdecode(urllib.parse.unquote_to_bytes(found[1]))).resolve()
-    return None if _URI.match(uri) else Path(uri).expanduser().resolve()
+        return Path(os.fsdecode(urllib.parse.unquote_to_bytes(found[1])))
+    return None if _URI.match(uri) else Path(uri).expanduser()
+
+
+def is_below(name: Any) -> bool:
+    """Return True if a name is the relative path of a file below a folder, links aside."""
+    return isinstance(name, str) and "\0" not in name and {"", ".", ".."}.isdisjoint(name.split("/"))
+
+
+def below(folder: str, name: str) -> str:
+    """Full path of a file below a folder, by a relative name that came with the folder, such as one in its manifest.
+
+    The folder may be a link, and so may the file itself, since `write` and `delete` do not follow that.
+
+    Raises:
+        DamagedError: the name leads out of the folder, by itself or through a link.
+    """
+    if not is_below(name):
+        raise DamagedError(
+            f"{folder}: got {repr(name)[:200]} as the name of a file in it, expected one that does not lead out of it. The file "
+            "that names it is damaged, or was made to reach other files; `unclip verify` says which, and what to run again."
+        )
+    local = to_path(folder)
+    if local is not None:
+        parent = Path(os.path.realpath((local / name).parent))
+        if not parent.is_relative_to(local):
+            raise DamagedError(
+                f"{folder}/{name}: leads to {parent} through a link, expected a place in {folder}. A copy may have been made "
+                "to reach other files: remove the link, or put what it leads to in its place."
+            )
+    return f"{folder}/{name}"
+
+
+def link(uri: str) -> "Entry | None":
+    """A link by itself, without what it leads to; None if there is no link."""
+    path = _entry(uri)
+    if path is None or not path.is_symlink():
+        return None
+    status = path.lstat()
+    return Entry("", status.st_size, status.st_mtime)
 
 
 def to_uri(uri: str) -> str:
@@ -139,7 +191,7 @@ def write(uri: str, data: bytes, replace: bool = True) -> bool:
             stream.write(data)
         return True
 
-    local = to_path(uri)
+    local = _entry(uri)
     if local is None:
         filesystem, path = locate(uri)
     try:
@@ -342,7 +394,7 @@ def digest(uri: str) -> str:
 
 def copy(source: str, destination: str) -> None:
     """Copy a file atomically. In a local file system both names are links to the same bytes if it can: files never change."""
-    local, target = to_path(source), to_path(destination)
+    local, target = to_path(source), _entry(destination)
     if local and target:
         _make_folder(target.parent)
         temporary = f"{target}.{uuid.uuid4().hex}{_TEMPORARY}"
@@ -385,11 +437,11 @@ def stamp(uri: str) -> str | None:
 
 
 def delete(uri: str) -> None:
-    """Delete a file, or a folder with its contents, if it exists."""
-    if local := to_path(uri):
-        if local.is_dir():
+    """Delete a file, or a folder with its contents, if it exists; of a link, the link alone."""
+    if local := _entry(uri):
+        if local.is_dir() and not local.is_symlink():
             shutil.rmtree(local)
-        elif local.exists():
+        elif os.path.lexists(local):
             local.unlink(missing_ok=True)
         return
     filesystem, path = locate(uri)

@@ -125,6 +125,26 @@ def cover(folder: str) -> None:
         files.write_json(f"{folder}/{MANIFEST}", {"sha256": hashes, "others": others})
 
 
+def read_manifest(folder: str) -> tuple[dict[str, str], list[str]]:
+    """Contents of the manifest of a folder, as `cover` writes it: sha256 by name, and the names of the others.
+
+    A `manifest.json` of another program, such as in a pretrained model, has none of them.
+
+    Raises:
+        DamagedError: the manifest is damaged, or has a name that is not below the folder.
+    """
+    document = files.read_json(f"{folder}/{MANIFEST}")
+    hashes = document.get("sha256") if isinstance(document, dict) else None
+    if not isinstance(hashes, dict):
+        return {}, []
+    others = document.get("others", [])
+    if not isinstance(others, list):
+        raise damaged(f"{folder}/{MANIFEST}", f"got {others!r} as others, expected a list of names")
+    for name in [*hashes, *others]:
+        files.below(folder, name)
+    return hashes, others
+
+
 @contextlib.contextmanager
 def changing(folder: str, prefix: str) -> Iterator[None]:
     """Change or delete files whose names begin with `prefix`, in a folder that may have a manifest.
@@ -132,17 +152,17 @@ def changing(folder: str, prefix: str) -> Iterator[None]:
     After a kill the manifest does not have these files, so that they are not covered rather than wrong.
     """
     manifest = f"{folder}/{MANIFEST}"
-    before = files.read_json(manifest) if files.exists(manifest) else None
-    if before is None:
+    if not files.exists(manifest):
         yield
         return
-    hashes = {name: digest for name, digest in before["sha256"].items() if not name.startswith(prefix)}
-    others = [name for name in before.get("others", ()) if not name.startswith(prefix)]
+    hashes_before, others_before = read_manifest(folder)
+    hashes = {name: digest for name, digest in hashes_before.items() if not name.startswith(prefix)}
+    others = [name for name in others_before if not name.startswith(prefix)]
     files.write_json(manifest, {"sha256": hashes, "others": others})
     yield
     left = [entry.name for entry in files.walk(folder) if entry.name.startswith(prefix)]
-    hashes |= {name: files.digest(f"{folder}/{name}") for name in left if name in before["sha256"]}
-    others = sorted([*others, *(name for name in left if name in before.get("others", ()))])
+    hashes |= {name: files.digest(f"{folder}/{name}") for name in left if name in hashes_before}
+    others = sorted([*others, *(name for name in left if name in others_before)])
     files.write_json(manifest, {"sha256": hashes, "others": others})
 
 

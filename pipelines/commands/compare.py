@@ -143,6 +143,7 @@ def _write(result: "Comparison", entries: "Sequence[Entry]", settings: Sequence[
     contents["table.html"] = comparison_page.page(result, figures).encode()
     command = _command(result, entries, settings)
     summary = {**_document(result, folder), "command": command, "artifacts": result.artifacts}
+    store.check_links()
     files.delete(f"{folder}/{seals.MANIFEST}")
     for file_name, data in contents.items():
         files.write(f"{folder}/{file_name}", data)

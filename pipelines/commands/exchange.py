@@ -122,6 +122,7 @@ def import_(folder: str, image_variation: str | None, name: str, storage: str | 
     from unclip.systems.system import read_stack
     from unclip.training import checkpoints
 
+    store.check_links()
     destination, notes = store.uri("imported", name), []
     kind = foreign.read_json(Path(folder, "model_index.json")).get("_class_name")
     of_latents: Any = {module.PIPELINE: module for module in (stable_diffusion, stable_unclip)}.get(kind)

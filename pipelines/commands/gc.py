@@ -2,7 +2,7 @@
 
 import click
 
-from pipelines.options import JSON, STORAGE, print_json
+from pipelines.options import FOLLOW_LINKS, JSON, STORAGE, TRACKING_URIS, print_json, say_links
 
 
 @click.command()
@@ -21,17 +21,28 @@ from pipelines.options import JSON, STORAGE, print_json
     metavar="URI",
     help="Do without the registered versions of this MLflow, which is gone for good; may be repeated.",
 )
+@TRACKING_URIS
+@FOLLOW_LINKS
 @STORAGE
 @JSON
-def gc(delete: bool, days: float, without_mlflow: tuple[str, ...], storage: str | None, as_json: bool) -> None:
+def gc(
+    delete: bool,
+    days: float,
+    without_mlflow: tuple[str, ...],
+    tracking_uris: tuple[str, ...],
+    follow_links: bool,
+    storage: str | None,
+    as_json: bool,
+) -> None:
     """Free the space of files that nothing needs any more.
 
     Kept are all dataset versions, the results, the published stacks and registered versions, and the last result of each stage
     of each pipeline. What goes are older results, unfinished stages, checkpoints of finished trainings, intermediate files, and
     parts of tables that no kept version has.
 
-    Exit codes: 0 done; 2 invalid input, or an MLflow did not answer or a record cannot be read, so that nothing is deleted; 75 a
-    run is changing the tables (--delete only). Trainings and evaluations go on meanwhile, and what they use stays.
+    Exit codes: 0 done; 2 invalid input, or an MLflow did not answer, or only a run in the storage names it, or a record cannot
+    be read, so that nothing is deleted; 75 a run is changing the tables (--delete only). Trainings and evaluations go on
+    meanwhile, and what they use stays.
     """
     import contextlib
 
@@ -39,20 +50,29 @@ def gc(delete: bool, days: float, without_mlflow: tuple[str, ...], storage: str 
     from pipelines.storage import open_storage
     from tasks import garbage
     from tasks.lock import lock
-    from unclip.errors import InputError
+    from unclip.errors import InputError, StorageError
     from unclip.messages import without_credentials
 
     store = open_storage(storage)
-    tracking_uris = {without_credentials(uri).rstrip("/"): uri for uri in tracking_uris_of(store)}
+    found_uris = tracking_uris_of(store, tracking_uris)
+    asked = {without_credentials(uri).rstrip("/"): uri for uri in found_uris.named}
+    unnamed = {without_credentials(uri).rstrip("/"): uri for uri in found_uris.unnamed}
     for uri in without_mlflow:
         shown = without_credentials(uri).rstrip("/")
-        if tracking_uris.pop(shown, None) is None:
-            known = ", ".join(tracking_uris) or "none"
+        if asked.pop(shown, None) is None and unnamed.pop(shown, None) is None:
+            known = ", ".join([*asked, *unnamed]) or "none"
             raise InputError(f"--without-mlflow: got {shown}, expected an MLflow of this storage: {known}.")
+    for shown in unnamed:
+        raise StorageError(
+            f"MLflow at {shown} was not asked for its registered versions, as only records of the storage name it. Nothing was "
+            f"deleted. Give --tracking-uri {shown} if it is yours, or --without-mlflow {shown} to do without it."
+        )
     with lock(store) if delete else contextlib.nullcontext() as held:
-        found = garbage.find(store, list(tracking_uris.values()), days)
+        found = garbage.find(store, list(asked.values()), days, follow_links)
         if delete:
-            found = garbage.delete(store, found, held)
+            found = garbage.delete(store, found, held, follow_links)
+    if not follow_links:
+        say_links(store.links())
     size = sum(each.size for each in found)
     if as_json:
         entries = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.options import JSON, STORAGE, print_json
+from pipelines.options import JSON, STORAGE, TRACKING_URIS, print_json
 from unclip.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Wait for a run that makes a dataset; after that, leave the recorded request to it.",
 )
+@TRACKING_URIS
 @STORAGE
 @JSON
 def takedown(
@@ -45,13 +46,15 @@ def takedown(
     near: int | None,
     dry_run: bool,
     wait: float,
+    tracking_uris: tuple[str, ...],
     storage: str | None,
     as_json: bool,
 ) -> None:
     """Delete rows everywhere, and block them from now on.
 
     Lists the runs, checkpoints and models that have seen the rows. Runs and models are looked up in the MLflow of the
-    environment, of the storage, and of every run in the storage; checkpoints in the records of the storage.
+    environment, of the storage, and of --tracking-uri; checkpoints in the records of the storage. An MLflow that only runs in
+    the storage name gets no request, since a storage that was copied could name any: it counts as one that did not answer.
 
     The request is recorded first, whatever else uses the storage. If stages that make a dataset hold its tables for longer than
     --wait seconds, their run carries the request out before it commits anything else; the next run does if it dies.
@@ -64,7 +67,7 @@ def takedown(
     from pipelines.takedowns import carry_out_request
     from tasks import tombstones
     from tasks.lineage import takedown as takedowns
-    from tasks.lineage.traces import Traces
+    from tasks.lineage.traces import UNNAMED, Traces
     from unclip.errors import AlreadyRunningError
 
     given = {"url": url, "domain": domain, "key": key, "sha256": sha256}
@@ -84,15 +87,15 @@ def takedown(
         for tombstone, keys in found.items():
             click.echo(f"{len(keys):>7,} rows  {tombstone}")
         return
-    tracking_uris_of(store)  # raises if there is none to search
+    tracking_uris_of(store, tracking_uris)  # raises if there is none to search
     request = tombstones.record(store, requested, near)
     state = "done"
     try:
-        ledger = carry_out_request(store, request)
+        ledger = carry_out_request(store, request, named=tracking_uris)
     except AlreadyRunningError:
         keys = takedowns.expand(store, request)
         try:
-            ledger = carry_out_request(store, request, wait)
+            ledger = carry_out_request(store, request, wait, tracking_uris)
         except AlreadyRunningError as error:
             state, owner = "recorded", str(error)
             ledger = takedowns.Ledger(tuple(map(str, requested)), tuple(sorted(keys)), {}, (), (), Traces())
@@ -116,8 +119,9 @@ def takedown(
     for run_id, reason in traces.remaining.items():
         click.secho(f"run {run_id}: its previews or report may still show these rows: {reason}", fg="red", err=True)
     for uri, reason in traces.unanswered.items():
+        again = f"with --tracking-uri {uri}, if it is yours" if reason == UNNAMED else "when it answers"
         click.secho(
-            f"MLflow at {uri} could not be searched completely: {reason}. Run the command again when it answers.",
+            f"MLflow at {uri} could not be searched completely: {reason}. Run the command again {again}.",
             fg="red",
             err=True,
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.options import JSON, STORAGE, print_json
+from pipelines.options import FOLLOW_LINKS, JSON, STORAGE, print_json, say_links
 
 if TYPE_CHECKING:
     from tasks.verification import Problem
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     help="Files to read at once.",
 )
 @click.option("--drop", is_flag=True, help="Drop what is damaged, so that the next run makes it again.")
+@FOLLOW_LINKS
 @STORAGE
 @JSON
-def verify(jobs: int, drop: bool, storage: str | None, as_json: bool) -> None:
+def verify(jobs: int, drop: bool, follow_links: bool, storage: str | None, as_json: bool) -> None:
     """Find missing files and flipped bits in a storage.
 
     Reads every file that records refer to, and says what each wrong file is and which commands make it again. Files of
@@ -56,7 +57,9 @@ def verify(jobs: int, drop: bool, storage: str | None, as_json: bool) -> None:
             # Tables stay as they are now. A file of a stage that reads a snapshot may have come back meanwhile.
             again = check_all([problem.item for problem in problems], jobs)
             problems = [problem for problem, state in zip(problems, again, strict=True) if state == problem.state]
-            remaining = set(drop_problems(store, problems, held))
+            remaining = set(drop_problems(store, problems, held, follow_links))
+        if not follow_links:
+            say_links(store.links())
     dropped = set(problems) - remaining if drop else set()
     if as_json:
         counts = {"files": len(items), "bytes": sum(item.size for item in items)}

@@ -280,11 +280,21 @@ def _stones_of(
     return sorted({stone for reason in reasons if reason in names for stone in names[reason]})
 
 
-def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tracking_uris: Sequence[str]) -> Ledger:
+def take_down(
+    store: Store,
+    requested: Sequence[Tombstone],
+    near: int | None,
+    tracking_uris: Sequence[str],
+    unnamed: Sequence[str] = (),
+) -> Ledger:
     """Carry out a takedown; repeat it to finish one that was interrupted or that could not reach an MLflow server.
 
     The caller holds the lock of the tables, so that no run reads rows while they are deleted.
+
+    Raises:
+        DamagedError: a link leads out of the storage; nothing is deleted.
     """
+    store.check_links(deep=True)
     by_request = _remember(store, requested, near)
     keys = sorted(set().union(*by_request.values()))
     deleted = {}
@@ -302,14 +312,14 @@ def take_down(store: Store, requested: Sequence[Tombstone], near: int | None, tr
     _redact_reports(store, tombstones.keys)
     _delete_previews(store, tombstones.keys)
     datasets = _datasets_with(store, set(keys))
-    traces = remove(store, tracking_uris, tombstones.keys, datasets)
+    traces = remove(store, tracking_uris, tombstones.keys, datasets, unnamed)
     requests = tuple(str(tombstone) for tombstone in requested)
     return Ledger(requests, tuple(keys), deleted, tuple(datasets), tuple(checkpoints_of(store, datasets)), traces)
 
 
-def carry_out(store: Store, request: Request, tracking_uris: Sequence[str]) -> Ledger:
+def carry_out(store: Store, request: Request, tracking_uris: Sequence[str], unnamed: Sequence[str] = ()) -> Ledger:
     """Carry out a recorded request, and write its ledger. The caller holds the lock of the tables."""
-    ledger = take_down(store, request.tombstones, request.near, tracking_uris)
+    ledger = take_down(store, request.tombstones, request.near, tracking_uris, unnamed)
     store.write_json(dataclasses.asdict(ledger), "takedowns", f"{request.id}.json")
     forget(store, request)
     return ledger
@@ -416,6 +426,7 @@ def _delete_held_out(store: Store, keys: frozenset[str]) -> None:
     for name in store.list("stages", "curate"):
         facts = store.read_json("stages", "curate", name).get("facts", {})
         uris |= {facts["snapshot"]["heldout"]} if "heldout" in facts.get("snapshot", {}) else set()
+    uris = {uri for uri in uris if files.is_below(uri.removeprefix(f"{store.root}/"))}  # no one else's
     wanted = pa.array(sorted(keys), pa.string())
     for uri in sorted(uris):
         if files.exists(uri) and tables.has_keys(uri, wanted):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.database import ARTIFACTS, settle
+from tasks.database import ARTIFACTS, is_own, settle
 from tasks.store import Store
 from tasks.tracking import PREVIEW_KEYS, PREVIEWS, SHOWS_ROWS, checked_client, pages
 from tasks.untrusted.normalise import first_line
@@ -32,7 +32,17 @@ class Traces:
     """MLflow server that could not be searched -> why. Its traces are missing above."""
 
 
-def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], datasets: Sequence[str]) -> Traces:
+UNNAMED = "only records of the storage name it, so it was not asked"
+"""Reason why an MLflow was not searched, whose address came with the storage."""
+
+
+def remove(
+    store: Store,
+    tracking_uris: Iterable[str],
+    keys: frozenset[str],
+    datasets: Sequence[str],
+    unnamed: Iterable[str] = (),
+) -> Traces:
     """Redact report pages, delete previews that show the rows, and name and tag the runs and models that read them.
 
     Images that models sampled for captions, such as evaluation grids, are no one's data and stay. Those that have captions of
@@ -43,10 +53,11 @@ def remove(store: Store, tracking_uris: Iterable[str], keys: frozenset[str], dat
         tracking_uris: all MLflow servers to search. A server that does not answer is reported within seconds and skipped.
         keys: keys of all rows that were ever taken down.
         datasets: digests of the dataset versions that contained a row of the current takedown.
+        unnamed: MLflow servers that only the storage names. They are reported, and neither searched nor sent credentials.
     """
     found: dict[str, list[Any]] = {"runs": [], "models": [], "deleted_previews": []}
     remaining: dict[str, str] = {}
-    unanswered: dict[str, str] = {}
+    unanswered = {without_credentials(uri): UNNAMED for uri in unnamed}
     known: set[str] = set()
 
     def clean(run_id: str, artifact_uri: str, tracking_uri: str | None, has_seen: bool) -> None:
@@ -115,7 +126,7 @@ def open_artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: s
     """Open the artifacts of a run, even if the storage has moved since.
 
     Raises:
-        StorageError: they are in a folder of another machine.
+        StorageError: they are in a folder of another machine, behind a link, or of the storage's own database and elsewhere.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -124,6 +135,12 @@ def open_artifacts(store: Store, run_id: str, artifact_uri: str, tracking_uri: s
     path = files.to_path(artifact_uri)
     if path is not None and not path.parents[1].exists():
         raise StorageError(f"its artifacts are in {path}, which is not on this machine")
+    homes = (Path(store.root), files.to_path(store.uri(ARTIFACTS)))  # a database may have been copied with its storage
+    is_inside = path is not None and any(path.is_relative_to(home) for home in homes if home is not None)
+    if tracking_uri is not None and is_own(store, tracking_uri) and not is_inside:
+        raise StorageError(f"its artifacts are at {without_credentials(artifact_uri)}, outside of the storage")
+    if path is not None and files.link(f"{path}/report.html"):  # MLflow would write to what it leads to
+        raise StorageError(f"{path}/report.html is a link, which is not followed; remove it")
     return get_artifact_repository(artifact_uri, tracking_uri)
 
 

@@ -21,7 +21,7 @@ from pipelines.config import load
 from pipelines.pipeline import compose
 from pipelines.prepare import prepare
 from pipelines.preset import model_names, pipeline_names, system_names
-from pipelines.records import close_run, open_run, tracking_uris_of
+from pipelines.records import TrackingUris, close_run, open_run, tracking_uris_of
 from tasks import tables
 from tasks.lock import Owner, lock
 from tasks.run_records import HEARTBEAT, driver
@@ -300,26 +300,29 @@ def test_an_object_store_needs_a_server_for_mlflow(pairs: Path, monkeypatch: pyt
     assert_refused(result, "gs://bucket/prefix is not a local folder", "MLFLOW_TRACKING_URI")
 
 
-def test_every_mlflow_of_the_environment_the_storage_and_its_runs_is_searched(
+def test_every_mlflow_of_the_environment_and_the_storage_is_searched_and_those_of_its_runs_once_they_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(str(tmp_path))
+    store, own = Store(str(tmp_path)), f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking_uris_of(store) == []
+    assert tracking_uris_of(store) == TrackingUris([], [])
     for number, record in enumerate(
         (
             {"mlflow_run": "a", "tracking_uri": None, "config": {"tracking_uri": None}},
             {"mlflow_run": "b", "tracking_uri": "http://me@a.example", "config": {}},
             {"mlflow_run": "c", "config": {"tracking_uri": "http://b.example/"}},
             {"mlflow_run": "d", "config": {"tracking_uri": "http://b.example"}},
+            {"mlflow_run": "e", "tracking_uri": own, "config": {}},
         )
     ):
         store.write_json(record, "runs", f"{number}", "run.json")
-    assert tracking_uris_of(store) == [f"sqlite:///{tmp_path}/mlflow.db", "http://me@a.example", "http://b.example/"]
+    assert tracking_uris_of(store) == TrackingUris([own], ["http://me@a.example", "http://b.example/"])
+    given = [None, "http://b.example"]
+    assert tracking_uris_of(store, given) == TrackingUris(["http://b.example", own], ["http://me@a.example"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@a.example")
     uris = tracking_uris_of(store)
-    assert uris == ["http://me:secret@a.example", f"sqlite:///{tmp_path}/mlflow.db", "http://b.example/"]
-    assert [without_credentials(uri) for uri in uris] == ["http://a.example", *uris[1:]]
+    assert uris == TrackingUris(["http://me:secret@a.example", own], ["http://b.example/"])
+    assert [without_credentials(uri) for uri in uris.named] == ["http://a.example", own]
 
 
 CANARY = "c4n4ry"
@@ -596,7 +599,7 @@ def test_a_takedown_that_cannot_search_every_mlflow_says_so_and_ends_with_1(
     Store(str(tmp_path)).write_json(record, "runs", "1", "run.json")
     found = call_json("takedown", "--key", "1" * 32, "--storage", tmp_path, code=1)
     assert list(found["unanswered"]) == [missing] and found["keys"] == ["1" * 32]
-    result = unclip("takedown", "--key", "1" * 32, "--storage", tmp_path)
+    result = unclip("takedown", "--key", "1" * 32, "--tracking-uri", missing, "--storage", tmp_path)
     assert result.returncode == 1 and "1 rows taken down" in result.stdout
     assert (
         f"MLflow at {missing} could not be searched completely: {tmp_path}/elsewhere.db does not exist" in result.stderr

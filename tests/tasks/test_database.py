@@ -9,7 +9,7 @@ import pytest
 
 from tasks.database import artifacts_here, artifacts_uri, database_path, database_uri, has_moved, settle
 from tasks.store import Store
-from tasks.tracking import Tracker, client
+from tasks.tracking import Tracker, checked_client, client, open_client
 from unclip import files
 from unclip.errors import StorageError
 
@@ -114,3 +114,24 @@ def test_a_database_that_is_none_is_reported(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("nothing that SQLite reads")
     with pytest.raises(StorageError, match=r"mlflow\.db: .*file is not a database"):
         settle(Store(str(tmp_path)), database_uri(str(tmp_path / "mlflow.db")))
+
+
+def test_a_database_of_another_program_gets_no_tables(empty: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a?b c.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE cookies (value)")
+    before = path.read_bytes()
+    for opened in (checked_client, open_client):
+        with pytest.raises(StorageError, match=r"database of another program, with the table cookies.*tracking_uri"):
+            opened(database_uri(str(path)))
+    assert path.read_bytes() == before
+    shutil.copy(empty, path)
+    assert checked_client(database_uri(str(path))) and open_client(database_uri(str(path)))
+
+
+@pytest.mark.parametrize("source", ["http://127.0.0.1:9/a", "s3://bucket/a?endpoint_override=127.0.0.1:9", "runs:/r/a"])
+def test_the_database_of_a_storage_names_no_server(tmp_path: Path, source: str) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(StorageError, match="expected them in mlflow-artifacts"):
+        artifacts_here(store, database_uri(str(store.database)), "r", source)
+    assert artifacts_here(store, "http://server", "r", source) == source

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -371,3 +372,53 @@ def test_f82_killed_at_any_deletion_nothing_half_deleted_looks_finished_and_the_
             assert "checkpoints" not in name or f"{checkpoint}/manifest.json" not in now, (number, name)
         garbage.delete(copy, find(copy))
         assert content(path) == freed, number
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_of_a_link_in_the_place_of_a_result_the_link_alone_is_garbage(
+    store: Store, record: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside, linked = tmp_path_factory.mktemp("outside"), folder("prior", 1)
+    files.write(f"{outside}/a.json", b"{}")
+    place = Path(store.uri(*linked.path))
+    place.parent.mkdir(parents=True)
+    place.symlink_to(outside)
+    if record:
+        store.write_json({"stage": "prior", "facts": {}}, *linked.record)
+    [listed] = garbage.find(store, [], -1)
+    assert (listed.path, listed.num_files) == ("/".join(linked.path), 1)
+    assert garbage.delete(store, [listed]) == [listed]
+    assert not place.is_symlink() and not store.exists(*linked.record) and (outside / "a.json").exists()
+
+
+@pytest.mark.parametrize("linked", ["artifacts", "artifacts/prior", "images", "images/recipe"])
+def test_nothing_behind_a_link_is_garbage_but_in_folders_of_the_root_if_the_operator_says_so(
+    store: Store, linked: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    done, table = finish(store, "prior", 1), store.uri("images", "recipe")
+    tables.append_files(table, [], pa.schema({"key": pa.string()}))
+    part = tables.write_part(table, "orphan", pa.table({"key": ["a"]}))
+    before = garbage.find(store, [], -1)
+    paths = {"/".join(done.path), f"images/recipe/{part.name}"}
+    assert {each.path for each in before} == paths
+    outside, place = tmp_path_factory.mktemp("outside") / "moved", Path(store.uri(linked))
+    place.rename(outside)
+    place.symlink_to(outside)
+    followed = garbage.find(store, [], -1, follow_links=True)
+    behind = {path for path in paths if path.startswith(linked)}
+    assert {each.path for each in followed} == (paths if "/" not in linked else paths - behind)
+    assert {each.path for each in garbage.find(store, [], -1)} == paths - behind
+    with pytest.raises(DamagedError, match=re.escape(linked.partition("/")[0])):
+        garbage.delete(store, [each for each in before if each.path in behind])
+    assert all(store.exists(path) for path in paths)
+    assert {each.path for each in garbage.delete(store, followed, follow_links=True)} == {
+        each.path for each in followed
+    }
+
+
+def test_only_folders_with_the_name_of_a_result_are_garbage(store: Store) -> None:
+    """A record named `...json` would be that of all of a stage, and a link to a home folder has other folders."""
+    files.write(store.uri("artifacts", "documents", "thesis", "a.txt"), b"a")
+    for name in ("...json", ".json"):
+        store.write_json({"stage": "documents", "facts": {}}, "stages", "documents", name)
+    assert garbage.find(store, [], -1) == []

@@ -23,7 +23,7 @@ from tasks import tables
 from tasks.lock import TABLES, Held, Owner, lock, result_lock
 from tasks.store import Store
 from unclip import files
-from unclip.errors import AlreadyRunningError, StorageError
+from unclip.errors import AlreadyRunningError, DamagedError, StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = pa.schema({"key": pa.string()})
@@ -366,3 +366,23 @@ def test_a_record_that_was_cut_off_is_an_owner_that_did_not_give_back(tmp_path: 
     with lock(Store(str(tmp_path))) as held:
         commit(images, "b")
         assert (held.token, token_of(images)) == (9, 9)
+
+
+@pytest.mark.parametrize("name", [TABLES, "prior-0"])
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "storage" / "locks").mkdir(parents=True)
+    (tmp_path / "storage" / "locks" / name).symlink_to(tmp_path / "theirs")
+    with (
+        pytest.raises(StorageError, match=f"locks/{name}: cannot be opened"),
+        lock(Store(str(tmp_path / "storage")), name),
+    ):
+        pass
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+
+
+def test_tables_behind_a_link_are_not_changed(tmp_path: Path) -> None:
+    (tmp_path / "storage" / "images").mkdir(parents=True)
+    (tmp_path / "storage" / "images" / "recipe").symlink_to(tmp_path)
+    with pytest.raises(DamagedError, match="images/recipe"), lock(Store(str(tmp_path / "storage"))):
+        pass

@@ -1,5 +1,6 @@
 """Storage roots, and records that do not depend on them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from tasks.store import Store
 from unclip import files
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, DamagedError
 
 FINGERPRINT, RECIPE = "5e" * 32, "a0" * 8
 
@@ -86,3 +87,35 @@ def test_f68_a_file_uri_is_the_same_storage_as_its_path(tmp_path: Path) -> None:
     root = tmp_path / "a b#c?é"
     assert Store(files.to_uri(str(root))).root == str(root) == Store(f"file://{root}").root
     assert Store("gs://bucket/a b/é").root == "gs://bucket/a%20b/%C3%A9" == Store("gs://bucket/a%20b/%C3%A9/").root
+
+
+def test_links_in_a_storage_are_followed_in_its_root_alone(tmp_path: Path) -> None:
+    """A user may have moved a folder of the root to another disk, and may name the storage by a link."""
+    disk, root = tmp_path / "disk", tmp_path / "storage"
+    for folder in (disk / "images", disk / "published", root / "runs"):
+        folder.mkdir(parents=True)
+    (root / "images").symlink_to(disk / "images")
+    (tmp_path / "name").symlink_to(root)
+    store = Store(str(tmp_path / "name"))
+    store.check_links(deep=True)
+    assert store.inside("images", "recipe", "a") == f"{root}/images/recipe/a"
+    assert store.links() == {"images": str(disk / "images")}
+    files.write(f"{disk}/published/a.json", b"theirs")
+    (disk / "images" / "deeper").mkdir()
+    for link, deep in (
+        (root / "runs" / "r1", False),
+        (disk / "images" / "recipe", False),
+        (root / "runs" / "r" / "s", True),
+    ):
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(disk / "published")
+        place = str(link).replace(str(disk), str(root))
+        with pytest.raises(DamagedError, match=f"{re.escape(place)}/.*: leads to {disk}/published through a link"):
+            store.check_links(deep)
+        with pytest.raises(DamagedError):
+            store.write_json({}, *Path(place).relative_to(root).parts, "a.json")
+        link.unlink()
+    (root / "published").mkdir()
+    (root / "published" / "a.json").symlink_to(disk / "published" / "a.json")
+    store.write_json({}, "published", "a.json")
+    assert files.read(f"{disk}/published/a.json") == b"theirs" and store.read_json("published", "a.json") == {}

@@ -219,3 +219,57 @@ def test_records_of_runs_are_listed_once_and_progress_is_none_of_them(store: Sto
     ]
     named = [item.uri for item in survey(store) if item.what == "record of a run"]
     assert len(named) == 5 and not [uri for uri in named if "progress" in uri]
+
+
+@pytest.mark.parametrize("key", ["sha256", "others"])
+@pytest.mark.parametrize(
+    "name", ["../../../../{outside}/settings.json", "{outside}/settings.json", "link/settings.json", ".."]
+)
+def test_a_manifest_that_names_a_file_outside_its_folder_is_damaged_and_that_file_stays(
+    store: Store, key: str, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "settings.json").write_text("// theirs")
+    folder = store.uri("artifacts", "dedup", FINGERPRINT)
+    Path(folder, "link").symlink_to(outside)
+    manifest = files.read_json(f"{folder}/{seals.MANIFEST}")
+    given = name.format(outside=outside)
+    extra: Any = {given: "0" * 64} if key == "sha256" else [given]
+    manifest[key] = manifest[key] | extra if key == "sha256" else manifest[key] + extra
+    files.write_json(f"{folder}/{seals.MANIFEST}", manifest)
+    found = problems(store)
+    assert [(each.item.uri, each.state) for each in found] == [(f"{folder}/{seals.MANIFEST}", "damaged")]
+    with pytest.raises(DamagedError, match="expected"), seals.changing(folder, "page"):
+        pass
+    assert verification.drop(store, found) == [] and (outside / "settings.json").read_text() == "// theirs"
+    assert not files.exists(f"{folder}/{seals.MANIFEST}") and problems(store) == []
+
+
+def test_a_record_that_names_a_file_outside_its_folder_is_damaged_and_that_file_stays(
+    store: Store, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "page.html"
+    outside.write_text("theirs")
+    path = ("stages", "dedup", f"{FINGERPRINT}.json")
+    record = store.read_json(*path)
+    record["facts"]["page"] = f"{store.uri('artifacts', 'dedup', FINGERPRINT)}/../../../../{outside}"
+    store.write_json(record, *path)
+    found = problems(store)
+    assert [(each.item.uri, each.state) for each in found] == [(store.uri(*path), "damaged")]
+    assert verification.drop(store, found) == [] and outside.read_text() == "theirs" and not store.exists(*path)
+
+
+@pytest.mark.parametrize("linked", ["artifacts", "artifacts/dedup", f"artifacts/dedup/{FINGERPRINT}", "images/recipe"])
+def test_damage_behind_a_link_is_named_and_dropped_only_in_folders_of_the_root(
+    store: Store, linked: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside, place = tmp_path_factory.mktemp("outside") / "moved", Path(store.uri(linked))
+    place.rename(outside)
+    place.symlink_to(outside)
+    file = next(outside.rglob("part0.parquet" if linked == "images/recipe" else "page.html"))
+    flip(file, 8)
+    found = problems(store)
+    assert len(found) == 1 and verification.drop(store, found) == found and file.exists()
+    assert store.exists("stages", "dedup", f"{FINGERPRINT}.json")
+    remaining = verification.drop(store, found, follow_links=True)
+    assert (remaining == []) == (not file.exists()) == (linked == "artifacts")

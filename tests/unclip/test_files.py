@@ -5,11 +5,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from unclip import files
-from unclip.errors import StorageError
+from unclip.errors import DamagedError, StorageError
 
 
 @contextlib.contextmanager
@@ -249,3 +250,50 @@ def test_f101_repeated_byte_order_marks_are_skipped_and_other_bytes_are_no_text(
 )
 def test_the_client_of_google_storage_tries_for_a_minute(given: str, expected: str) -> None:
     assert files.with_retry_limit(given) == expected
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_link_is_read_and_neither_written_nor_deleted_through(tmp_path: Path, scheme: str) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    files.write(f"{outside}/folder/a", b"theirs")
+    root.mkdir()
+    for action in (
+        lambda uri: files.write(uri, b"ours"),
+        lambda uri: files.copy(f"{scheme}{root}/source", uri),
+        files.delete,
+    ):
+        (root / "source").write_bytes(b"ours")
+        (root / "link").unlink(missing_ok=True)
+        (root / "link").symlink_to(outside / "folder" / "a")
+        assert files.read(f"{scheme}{root}/link") == b"theirs" and files.link(f"{scheme}{root}/link")
+        action(f"{scheme}{root}/link")
+        assert not (root / "link").is_symlink() and (outside / "folder" / "a").read_bytes() == b"theirs"
+    for target in (outside / "folder", outside / "none", root / "link"):
+        (root / "link").symlink_to(target)
+        files.delete(f"{scheme}{root}/link")
+        assert not (root / "link").is_symlink() and (outside / "folder" / "a").exists()
+    (tmp_path / "name").symlink_to(root)  # the folder itself may have any name
+    files.write(f"{scheme}{tmp_path}/name/b", b"b")
+    files.delete(f"{scheme}{tmp_path}/name/source")
+    assert [path.name for path in root.iterdir()] == ["b"] and files.link(f"{scheme}{root}/b") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["../a", "a/../../b", "/etc/hosts", "", ".", "a//b", "a/", "a\0", None, 3, "out/a", "out/b/c"]
+)
+def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "out").symlink_to(tmp_path)
+    with pytest.raises(DamagedError, match=r"folder.*expected .*(unclip verify|remove the link)"):
+        files.below(str(tmp_path / "folder"), name)
+
+
+def test_names_below_a_folder_may_have_dots_and_links_that_stay_in_it(tmp_path: Path) -> None:
+    root = tmp_path / "folder"
+    (root / "inner").mkdir(parents=True)
+    (root / "other").symlink_to("inner")
+    (root / "file").symlink_to("/etc/hosts")  # its own name is not followed
+    (tmp_path / "link").symlink_to(root)
+    for folder in (str(root), str(tmp_path / "link"), f"file://{root}", "s3://bucket/prefix"):
+        for name in ("a", "..a", "a..b/.c", "other/a", "file", "none/a"):
+            assert files.below(folder, name) == f"{folder}/{name}"

@@ -13,7 +13,7 @@ from tasks.store import Store
 from tasks.tracking import Tracker, client
 from tests.pipelines.command_line import STORAGE_NAME, call, call_json
 from tests.tasks.publications import A, B, C, Storage, scores
-from unclip.errors import InputError
+from unclip.errors import DamagedError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +234,32 @@ def test_a_storage_without_a_champion_says_so(tmp_path: Path) -> None:
     published.write(store, record)
     with pytest.raises(InputError, match=r"has no champion: accuracy.all is 0, .* Sample from model@chall"):
         find_stack(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("part", ["champion", "challenger", "versions"])
+@pytest.mark.parametrize(
+    "stack", ["s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:9", "/elsewhere/stack", "storage://../stack", 3]
+)
+def test_a_record_with_a_stack_outside_of_the_storage_is_refused(tmp_path: Path, part: str, stack: object) -> None:
+    """A copied storage would choose the server that gets a request signed by the operator."""
+    store = Store(str(tmp_path))
+    entry = {"stack": stack, "digest": A, "at": 1.0}
+    record = {"champion": entry, "challenger": {"challenger": entry}, "versions": {"versions": [entry]}}[part]
+    store.write_json(record, "published", "model.json")
+    for model in (None, "model"):
+        with pytest.raises(DamagedError, match=r"published/model\.json: got the stack .*, expected a folder in "):
+            find_model(str(tmp_path), model)
+    result = call("models", "list", "--storage", tmp_path)
+    assert result.returncode == 2 and "model.json" in result.stderr and not result.stdout
+
+
+def test_a_stack_of_an_object_store_has_no_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("gs://bucket/prefix")
+    entry = {"stack": "storage://artifacts/publish/f/stack", "at": 1.0}
+    documents = [entry, {**entry, "stack": "storage://stack?endpoint_override=127.0.0.1:9"}]
+    monkeypatch.setattr(Store, "exists", lambda *_: True)
+    monkeypatch.setattr(Store, "read_json", lambda self, *_: self.resolve(documents.pop(0)))
+    champion = published.read(store, "model").champion
+    assert champion is not None and champion.stack == "gs://bucket/prefix/artifacts/publish/f/stack"
+    with pytest.raises(DamagedError, match="endpoint_override"):
+        published.read(store, "model")

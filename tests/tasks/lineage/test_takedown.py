@@ -52,7 +52,7 @@ from tasks.tracking import PREVIEW_KEYS, PREVIEWS, Tracker, checked_client, clie
 from tests.pipelines.command_line import ROOT, call, call_json
 from tests.tasks.datasets import holders, write_folder
 from unclip import files, seals
-from unclip.errors import AlreadyRunningError, InputError, StageError
+from unclip.errors import AlreadyRunningError, DamagedError, InputError, StageError
 from unclip.systems.unclip.prior import PRIOR
 from unclip.training.film import add_preview
 
@@ -923,3 +923,69 @@ def test_f68_a_storage_may_have_any_letter_in_its_path(tmp_path: Path, letters: 
     assert ledger["deleted"] == {"images/recipe": 1, "embeddings/clip": 1} and ledger["storage"] == store.root
     assert not holders(jpg, store.root)
     assert [path.name for path in folder.iterdir()] == [f"a{letters}b"], "nothing is written beside it"
+
+
+def test_nothing_is_taken_down_behind_a_link(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "storage")
+    outside = tmp_path / "outside" / "previews"
+    outside.mkdir(parents=True)
+    link = Path(store.uri("artifacts", "prior", "f", "previews"))
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    with pytest.raises(DamagedError, match=re.escape(str(link))):
+        take_down(store, [parse("url", LISTED[0][0])], None, [])
+    assert not store.exists("tombstones.parquet")
+    link.unlink()
+    assert take_down(store, [parse("url", LISTED[0][0])], None, []).deleted and outside.exists()
+
+
+def test_an_mlflow_that_only_the_storage_names_gets_no_request_until_the_operator_names_it(
+    store: Store, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "c4n4ry")
+    other = Mlflow.new(empty_database, tmp_path / "other", str(tmp_path / "other" / "artifacts"))
+    own = Mlflow.new(empty_database, Path(store.root), store.uri("mlflow-artifacts"))
+    for mlflow in (own, other):
+        mlflow.run("seen", "d1" * 32).bytes(b"text", "notes.txt")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        stranger = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for number, uri in enumerate((None, other.uri, stranger)):
+            record = {"pipeline": "mine", "state": "done", "mlflow_run": "r", "tracking_uri": uri, "config": {}}
+            store.write_json(record, "runs", f"{number}", "run.json")
+        takedown = ("takedown", "--key", key_at(store, 7), "--storage", store.root)
+        found = call_json(*takedown, code=1)
+        assert [run["tracking_uri"] for run in found["runs"]] == [own.uri]
+        assert found["unanswered"] == dict.fromkeys((other.uri, stranger), traces.UNNAMED)
+        printed = call(*takedown, "--tracking-uri", other.uri)
+        assert printed.returncode == 1 and printed.stderr.count("could not be searched") == 1
+        assert f"Run the command again with --tracking-uri {stranger}, if it is yours." in printed.stderr
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    Path(store.uri("runs", "2", "run.json")).unlink()
+    found = call_json(*takedown, "--tracking-uri", other.uri)
+    assert [run["tracking_uri"] for run in found["runs"]] == [other.uri, own.uri] and not found["unanswered"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other.uri)
+    assert not call_json(*takedown)["unanswered"]
+
+
+@pytest.mark.parametrize("form", ["folder", "link", "server"])
+def test_artifacts_outside_of_a_storage_that_its_own_database_names_are_left_alone(
+    store: Store, empty_database: Path, tmp_path: Path, form: str
+) -> None:
+    outside, key = tmp_path / "outside", key_at(store, 7)
+    place = "http://127.0.0.1:9/artifacts" if form == "server" else store.uri("mlflow-artifacts")
+    own = Mlflow.new(empty_database, Path(store.root), str(outside) if form == "folder" else place)
+    run = own.run("report", stage="report")
+    page = f'<figure data-key="{key}">an image</figure>'
+    theirs = outside / ("report.html" if form == "link" else f"{run.run_id}/artifacts/report.html")
+    files.write(str(theirs), page.encode())
+    if form == "link":
+        report = Path(store.uri("mlflow-artifacts", run.run_id, "artifacts", "report.html"))
+        report.parent.mkdir(parents=True)
+        report.symlink_to(theirs)
+    found = take_down(store, [Tombstone("key", key)], None, [own.uri]).traces
+    assert list(found.remaining) == [run.run_id] and theirs.read_text() == page
+    reason = "is a link" if form == "link" else "outside of the storage"
+    assert reason in found.remaining[run.run_id] and not found.unanswered

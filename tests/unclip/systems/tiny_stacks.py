@@ -179,7 +179,7 @@ def publish(folder: Path, num_upsamplers: int = 1, **decoder: Any) -> Path:
     stack = StackFiles("unclip", sources, clip_files, sources.pop("statistics"), sampling)
     save_stack(f"{folder}/stack", stack)
     (folder / "published").mkdir()
-    (folder / "published" / "tiny.json").write_text(json.dumps({"stack": f"{folder}/stack", "at": 0}))
+    (folder / "published" / "tiny.json").write_text(json.dumps({"stack": "storage://stack", "at": 0}))
     return folder / "stack"
 
 
