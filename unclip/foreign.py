@@ -35,6 +35,8 @@ class Range(NamedTuple):
 
 Size = Annotated[int, Range(1, 2**22)]
 """Width, length or number of entries of a network's tensor."""
+Context = Annotated[int, Range(1, 2**12)]
+"""Tokens of a text of which each attends to all others: a mask has the square of this."""
 Depth = Annotated[int, Range(1, 512)]
 """Number of layers of a network."""
 Resolution = Annotated[int, Range(1, 2**14)]

@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,11 +124,15 @@ class _VisionSettings(_Block):
         name = self.timm_model_name
         expected = "a network that open_clip's own architectures use"
         require(name is None or name in _timm_networks(), "timm_model_name", name, expected)
+        if self.pos_embed_type == "sin_cos_2d":  # which open_clip computes, rather than reads, even for an outline
+            side = max(self.image_size) if isinstance(self.image_size, tuple) else self.image_size
+            numbers = (side // (self.patch_size or 1)) ** 2 * self.width
+            require(numbers <= 2**22, "image_size", self.image_size, f"positions of at most {2**22:,} numbers")
 
 
 @dataclasses.dataclass(frozen=True)
 class _TextSettings(_Block):
-    context_length: foreign.Size = 77
+    context_length: foreign.Context = 77
     vocab_size: foreign.Size = 49408
     width: foreign.Size = 512
     heads: foreign.Size = 8
@@ -315,8 +320,10 @@ def create(model: str, pretrained: str | None) -> nn.Module:
     open_clip.add_model_config(OWN_ARCHITECTURES)
     check_settings(model)
     try:
+        if ":" in model:
+            _check_size(model)
         return open_clip.create_model(model, pretrained=pretrained, weights_only=True)  # type: ignore[no-any-return]
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # damaged files make open_clip raise almost any exception
         remedy = ""
@@ -325,6 +332,47 @@ def create(model: str, pretrained: str | None) -> nn.Module:
             remedy = f' A stack is loaded without a network. Fetch its CLIP once: python -c "{code}"'
         message = f"clip: open_clip could not load {model!r} ({pretrained!r}): {str(error).rstrip('.')}.{remedy}"
         raise CheckpointError(message) from error
+
+
+def _check_size(model: str) -> None:
+    """Compare the settings of a folder or repository with its file of weights, before anything of their size is allocated.
+
+    Raises:
+        CheckpointError: they make a network of far more weights than the file holds.
+    """
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    kind, _, place = model.partition(":")
+    path = Path(download_pretrained_from_hf(place)) if kind == "hf-hub" else _weights_file(Path(place))
+    found = _count_weights(path)
+    expected = sum(value.numel() for value in outline(model).state_dict().values())
+    if expected > 2 * found:  # open_clip compares the shapes, but for position embeddings, which it resizes
+        raise CheckpointError(
+            f"{path}: got at most {found:,} weights, expected the {expected:,} of a network with the settings of its "
+            "open_clip_config.json. Take both files from one model."
+        )
+
+
+def _count_weights(path: Path) -> int:
+    """Number of weights in a file, from its header; of a pickle, the number of its bytes, which is more."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return path.stat().st_size
+    with safe_open(str(path), framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _weights_file(folder: Path) -> Path:
+    """Only file of weights in a folder."""
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(
+            f"{folder}: got {names}, expected one file *.safetensors. Keep the one that open_clip saved, "
+            "open_clip_model.safetensors."
+        )
+    return found[0]
 
 
 def outline(model: str) -> nn.Module:

@@ -29,6 +29,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unclip import config, files, foreign
 from unclip.errors import CheckpointError, ConfigError, DamagedError
@@ -244,12 +245,33 @@ def load_built(folder: str, builders: Mapping[str, Callable[[Mapping[str, Any]],
         if not abs(value) <= max(2**16, weights):
             raise CheckpointError(f"{folder}: got {name} = {value:g} for {weights:,} weights. The file is damaged.")
     try:
+        outline = {name: tensor.to("meta") for name, tensor in tensors["model"].items()}
+        with torch.device("meta"), _LimitedCalls(len(outline)):
+            builders[kind](facts).load_state_dict(outline)  # compares names and shapes before anything is allocated
         model = builders[kind](facts)
         model.load_state_dict(tensors["model"])
         model.measured = tensors.get("measured", {})  # type: ignore[assignment]
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}: the weights do not fit the {kind}: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+class _LimitedCalls(TorchFunctionMode):
+    """Limit of the calls of torch in a `with` block, such as those that build far more layers than there are weights for."""
+
+    PER_TENSOR, OTHERS = 100, 1000  # networks of this library make about 10 for each of their tensors
+
+    def __init__(self, num_tensors: int) -> None:
+        super().__init__()
+        self.num_tensors, self.left = num_tensors, self.PER_TENSOR * num_tensors + self.OTHERS
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"the settings have more layers than {self.num_tensors} tensors hold")
+        return function(*args, **(kwargs or {}))
 
 
 def load_system(folder: str | Path) -> System:

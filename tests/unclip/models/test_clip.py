@@ -174,6 +174,59 @@ def test_f49_settings_of_a_folder_are_those_of_a_plain_clip(
             use(f"local-dir:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("text_cfg", "vocab_size"), 2**22), (("text_cfg", "width"), 3 * 2**20), (("embed_dim",), 2**22)],
+)
+def test_settings_of_more_weights_than_the_file_holds_are_refused_before_the_network_is_built(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[str, ...], value: int
+) -> None:
+    import open_clip
+
+    configuration = json.loads((saved / "open_clip_config.json").read_text())
+    inner = configuration["model_cfg"]
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(configuration))
+    (tmp_path / "open_clip_model.safetensors").write_bytes((saved / "open_clip_model.safetensors").read_bytes())
+    devices = []
+    build = open_clip.model.CLIP.__init__
+
+    def spy(*arguments: object, **others: object) -> None:
+        devices.append(torch.empty(0).device.type)
+        build(*arguments, **others)
+
+    monkeypatch.setattr(open_clip.model.CLIP, "__init__", spy)
+    with pytest.raises(
+        CheckpointError, match=r"open_clip_model.safetensors: got at most [\d,]+ weights, expected the [\d,]+ of"
+    ):
+        clip.create(f"local-dir:{tmp_path}", None)
+    assert devices == ["meta"]
+
+
+def test_computed_positions_and_masks_of_a_folder_are_limited(saved: Path, tmp_path: Path) -> None:
+    configuration = json.loads((saved / "open_clip_config.json").read_text())
+    vision, text = (configuration["model_cfg"][name] for name in ("vision_cfg", "text_cfg"))
+    for section, changes, message in [
+        (vision, {"pos_embed_type": "sin_cos_2d", "patch_size": 1, "image_size": 16384}, "image_size: got 16384"),
+        (text, {"context_length": 5000}, "context_length = 5000, expected int from 1 to 4,096"),
+    ]:
+        before = dict(section)
+        section |= changes
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(configuration))
+        with pytest.raises(CheckpointError, match=message):
+            clip.outline(f"local-dir:{tmp_path}")
+        section.clear()
+        section |= before
+
+
+def test_a_folder_without_weights_is_refused_rather_than_random(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_bytes((saved / "open_clip_config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"got none, expected one file \*.safetensors"):
+        clip.create(f"local-dir:{tmp_path}", None)
+
+
 def test_f49_all_architectures_of_open_clip_with_clips_tokenizer_are_allowed() -> None:
     allowed = []
     for name, path in clip.architectures().items():
