@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -233,6 +234,7 @@ def check_name(model: str, pretrained: str | None) -> None:
 
     Raises:
         ConfigError: open_clip does not know the model, or a required package, folder or weights file is missing.
+        CheckpointError: a folder has settings that are not allowed, or no single file of safetensors.
     """
     if model.startswith("hf-hub:"):
         return
@@ -243,6 +245,7 @@ def check_name(model: str, pretrained: str | None) -> None:
                 f"clip.model: got {model!r}, but {config} does not exist. Name a folder saved by open_clip."
             )
         check_settings(model)
+        _weights_file(config.parent)
         return
     if model not in architectures():
         raise ConfigError(
@@ -322,6 +325,8 @@ def create(model: str, pretrained: str | None) -> nn.Module:
     try:
         if ":" in model:
             _check_size(model)
+        elif pretrained is not None and Path(pretrained).is_file():
+            _check_archive(Path(pretrained))
         return open_clip.create_model(model, pretrained=pretrained, weights_only=True)  # type: ignore[no-any-return]
     except (MemoryError, CheckpointError):
         raise
@@ -344,6 +349,7 @@ def _check_size(model: str) -> None:
 
     kind, _, place = model.partition(":")
     path = Path(download_pretrained_from_hf(place)) if kind == "hf-hub" else _weights_file(Path(place))
+    _check_archive(path)
     found = _count_weights(path)
     expected = sum(value.numel() for value in outline(model).state_dict().values())
     if expected > 2 * found:  # open_clip compares the shapes, but for position embeddings, which it resizes
@@ -364,15 +370,42 @@ def _count_weights(path: Path) -> int:
 
 
 def _weights_file(folder: Path) -> Path:
-    """Only file of weights in a folder."""
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
+    """Only file of weights in a folder, which is no pickle.
+
+    Raises:
+        CheckpointError: there is none, or another one; says how to convert a pickle.
+    """
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    if len(found) != 1 or found[0].suffix != ".safetensors":
         names = ", ".join(path.name for path in found) or "none"
+        code = "from safetensors.torch import save_file; save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
         raise CheckpointError(
-            f"{folder}: got {names}, expected one file *.safetensors. Keep the one that open_clip saved, "
-            "open_clip_model.safetensors."
+            f"{folder}: got the weights {names}, expected one file *.safetensors, as a folder's pickles are not read. Keep "
+            f'open_clip_model.safetensors only. If it is missing, make it: python -c "import torch; {code}"'
         )
     return found[0]
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive, such as those of torch.save, whose entries are larger than the file when they are read.
+
+    Raises:
+        CheckpointError: an entry is compressed, or entries overlap; names the file.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}. Copy it again.") from error
+    is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not is_stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: got an archive with compressed or overlapping entries, expected entries that are stored, as torch.save "
+            "writes them. Save the weights again with safetensors or torch.save."
+        )
 
 
 def outline(model: str) -> nn.Module:

@@ -1,10 +1,13 @@
 import dataclasses
+import functools
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from unclip import foreign
 from unclip.errors import CheckpointError, ConfigError
@@ -223,7 +226,7 @@ def test_computed_positions_and_masks_of_a_folder_are_limited(saved: Path, tmp_p
 
 def test_a_folder_without_weights_is_refused_rather_than_random(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_bytes((saved / "open_clip_config.json").read_bytes())
-    with pytest.raises(CheckpointError, match=r"got none, expected one file \*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"got the weights none, expected one file \*.safetensors"):
         clip.create(f"local-dir:{tmp_path}", None)
 
 
@@ -251,6 +254,32 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, pickle.UnpicklingError)):
         Clip.load(MODEL, str(weights))
     assert not (tmp_path / "was_here").exists()
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "model.pth", "weights.pt", "model.safetensors"])
+def test_a_folder_with_a_pickle_or_two_files_of_weights_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    check, load = (functools.partial(use, f"local-dir:{tmp_path}", None) for use in (clip.check_name, clip.create))
+    check()
+    (tmp_path / name).write_bytes(b"PK")
+    for use in (check, load):
+        with pytest.raises(CheckpointError, match=f"got the weights .*{name}.* pickles are not read.*save_file"):
+            use()
+
+
+def test_an_archive_that_grows_when_it_is_read_is_refused(saved: Path, tmp_path: Path) -> None:
+    weights, grown = tmp_path / "weights.pt", tmp_path / "grown.pt"
+    torch.save(load_file(saved / "open_clip_model.safetensors"), weights)
+    assert clip.create(MODEL, str(weights)).logit_scale.isfinite()
+    with zipfile.ZipFile(weights) as stored, zipfile.ZipFile(grown, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for entry in stored.infolist():
+            deflated.writestr(entry.filename, stored.read(entry))
+    with pytest.raises(CheckpointError, match=r"grown.pt: got an archive with compressed or overlapping entries"):
+        clip.create(MODEL, str(grown))
+    grown.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"grown.pt: cannot be read"):
+        clip.create(MODEL, str(grown))
 
 
 TOWERS = {
