@@ -44,6 +44,8 @@ Input = Literal["negative", "start"]
 """Inputs that some systems take besides captions; see `System.sample`."""
 
 ENTRY_POINTS = "unclip.systems"
+LARGEST_BATCH = 4096
+"""Most captions sampled together."""
 
 
 class Sampling(Protocol):
@@ -52,6 +54,15 @@ class Sampling(Protocol):
     @property
     def batch_size(self) -> int:
         """Captions sampled together."""
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Check the `batch_size` of sampling settings.
+
+    Raises:
+        ConfigError: it is not 1 to `LARGEST_BATCH`.
+    """
+    config.require(1 <= batch_size <= LARGEST_BATCH, "batch_size", batch_size, f"1 to {LARGEST_BATCH}")
 
 
 class System(Protocol):
@@ -332,7 +343,10 @@ def read_stack(folder: str | Path) -> StackFiles:
     _verify_manifests(root, names)
     models = {name: f"{folder}/{name}" for name in description.parts}
     statistics = f"{folder}/statistics" if "statistics" in names else None
-    return StackFiles(description.system, models, clip, statistics, description.sampling)
+    sampling = description.sampling
+    if "pad_batches" in sampling:  # who samples decides whether one caption costs a full batch
+        sampling = {**sampling, "pad_batches": False}
+    return StackFiles(description.system, models, clip, statistics, sampling)
 
 
 def save_stack(folder: str, stack: StackFiles) -> None:

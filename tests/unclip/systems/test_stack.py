@@ -109,7 +109,7 @@ def test_upsamplers_without_settings_use_the_number_of_steps_of_the_paper(stack:
     assert [each.num_steps for each in stack.upsampler_sampling(SAMPLING)] == [2, 3]
     only_the_second = SamplingConfig(upsamplers={"32": UpsamplerSampling(num_steps=4)})
     assert [each.num_steps for each in stack.upsampler_sampling(only_the_second)] == [27, 4]
-    with pytest.raises(ConfigError, match="num_steps: got 0, expected at least 1"):
+    with pytest.raises(ConfigError, match="num_steps: got 0, expected 1 to 100000"):
         UpsamplerSampling(num_steps=0)
 
 
@@ -280,6 +280,32 @@ def test_f53_wrong_facts_of_a_part_are_refused_in_our_words_or_do_not_matter(
         except UnclipError:
             refused += 1
     assert number > 20 and refused > number / 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("batch_size", 10**9, "batch_size: got 1000000000, expected 1 to 4096"),
+        ("prior.num_candidates", 10**9, "num_candidates: got 1000000000, expected 1 to 1024"),
+        ("decoder.num_steps", 10**9, "num_steps: got 1000000000, expected 1 to 100000"),
+    ],
+)
+def test_published_sampling_settings_are_limited(
+    folder: Path, tmp_path: Path, setting: str, value: int, message: str
+) -> None:
+    copied = shutil.copytree(folder, tmp_path / "stack")
+    facts = json.loads((copied / "stack.json").read_text())
+    describe(copied, facts | {"sampling": override(facts["sampling"], f"{setting}={value}")})
+    with pytest.raises(CheckpointError, match=message):
+        load_system(copied)
+
+
+def test_a_stack_does_not_decide_that_batches_are_padded(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "stack")
+    facts = json.loads((copied / "stack.json").read_text())
+    describe(copied, facts | {"sampling": facts["sampling"] | {"batch_size": 4096, "pad_batches": True}})
+    stack: Stack = load_system(copied)
+    assert (stack.sampling.batch_size, stack.sampling.pad_batches) == (4096, False)
 
 
 @pytest.mark.parametrize(
