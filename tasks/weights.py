@@ -7,8 +7,8 @@ from unclip import foreign
 
 LOCAL = "local-dir:"
 """Prefix of a model's name that is a folder."""
-SUFFIXES = {".json", ".safetensors", ".bin", ".pt", ".txt", ".model"}
-"""Suffixes of the files of a model: its configuration, weights and tokenizer."""
+SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
+"""Suffixes of the files of a model: its configuration, weights and tokenizer; no pickles."""
 
 
 def model_files(folder: Path) -> list[Path]:

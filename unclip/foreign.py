@@ -37,6 +37,8 @@ class Range(NamedTuple):
 
 Size = Annotated[int, Range(1, 2**22)]
 """Width, length or number of entries of a network's tensor."""
+Context = Annotated[int, Range(1, 2**12)]
+"""Tokens of a text of which each attends to all others: a mask has the square of this."""
 Depth = Annotated[int, Range(1, 512)]
 """Number of layers of a network."""
 Resolution = Annotated[int, Range(1, 2**14)]
@@ -83,12 +85,24 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as for `read_text`, or the file holds something else.
     """
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str | bytes, where: str | Path) -> dict[str, Any]:
+    """Read a JSON object of finite numbers.
+
+    Args:
+        where: file, for error messages.
+
+    Raises:
+        CheckpointError: the text is something else.
+    """
     try:
-        content = json.loads(read_text(path), parse_constant=_no_number, parse_float=_finite, parse_int=_exact)
+        content = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_exact)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON: {error}. The file is damaged.") from error
+        raise CheckpointError(f"{where}: expected JSON: {error}. The file is damaged.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: got a {type(content).__name__}, expected a JSON object. The file is damaged.")
+        raise CheckpointError(f"{where}: got a {type(content).__name__}, expected a JSON object. The file is damaged.")
     return content
 
 

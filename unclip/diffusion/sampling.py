@@ -55,7 +55,7 @@ class DiffusionSampling:
     """Quantile of each sample's x0 magnitudes at which dynamic thresholding clamps."""
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
+        require(1 <= self.num_steps <= 100_000, "num_steps", self.num_steps, "1 to 100000")
         require(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
         require(
             self.eta == 0 or self.sampler == "ddim", "eta", self.eta, f"0 with the sampler {self.sampler}, not ddim"

@@ -270,14 +270,18 @@ def text_from_transformers(folder: Path, with_projection: bool = True) -> tuple[
     if not with_projection:
         prefix = "text_model."  # which CLIPTextModel has only in files of transformers 4 and earlier
         tensors = {name if name.startswith(prefix) else prefix + name: value for name, value in tensors.items()}
-        final = tensors.get("text_model.final_layer_norm.weight")
-        if final is None or final.shape != (tower.hidden_size,):
-            raise CheckpointError(
-                f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: no final norm."
-            )
-        tensors[_TEXT_TOWER.their_projection] = torch.eye(tower.hidden_size)
         ours["embed_dim"] = tower.hidden_size
-    return ours, _tower_to_ours(folder, _TEXT_TOWER, ours["layers"], tensors)
+    state = _tower_to_ours(folder, _TEXT_TOWER, ours["layers"], tensors, with_projection)
+    if not with_projection:
+        width = tower.hidden_size
+        found = tuple(state[f"{_TEXT_TOWER.blocks}.0.attn.out_proj.weight"].shape)
+        if found != (width, width):
+            raise CheckpointError(
+                f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: got an out_proj.weight {found}, expected "
+                f"{(width, width)}."
+            )
+        state[_TEXT_TOWER.projection] = torch.eye(width)
+    return ours, state
 
 
 def vision_from_transformers(folder: Path) -> tuple[dict[str, Any], Tensors, ImageEmbeddings]:
@@ -355,6 +359,10 @@ def _with_class(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"architectures": [class_name], "attention_dropout": 0.0, "torch_dtype": "float32"}
 
 
+_Width = Annotated[int, foreign.Range(1, 2**14)]
+"""Width of a tower, of which some weights have the square."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _TowerSettings:
     """Settings of transformers' CLIP towers that are read; the others belong to training."""
@@ -367,17 +375,17 @@ class _TowerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class _TextSettings(_TowerSettings):
-    hidden_size: foreign.Size = 512
+    hidden_size: _Width = 512
     intermediate_size: foreign.Size = 2048
     num_attention_heads: foreign.Size = 8
-    max_position_embeddings: foreign.Size = 77
+    max_position_embeddings: foreign.Context = 77
     vocab_size: foreign.Size = 49408
     eos_token_id: int = 49407
 
 
 @dataclasses.dataclass(frozen=True)
 class _VisionSettings(_TowerSettings):
-    hidden_size: foreign.Size = 768
+    hidden_size: _Width = 768
     intermediate_size: foreign.Size = 3072
     num_attention_heads: foreign.Size = 12
     image_size: foreign.Resolution = 224
@@ -421,17 +429,28 @@ def _describe_tower(path: Path, tower: _TextSettings | _VisionSettings) -> dict[
     return ours
 
 
-def _tower_to_ours(folder: Path, tower: _Tower, num_layers: int, tensors: Mapping[str, Tensor]) -> Tensors:
+def _tower_to_ours(
+    folder: Path, tower: _Tower, num_layers: int, tensors: Mapping[str, Tensor], with_projection: bool = True
+) -> Tensors:
     names = dict(_names(tower, num_layers))
-    expected = {tower.their_projection, *(name for theirs in names.values() for name in theirs)}
+    expected = {name for theirs in names.values() for name in theirs}
+    if with_projection:
+        expected.add(tower.their_projection)
     found = {name for name in tensors if not name.endswith("position_ids")}  # index tables in older files
     if expected != found:
         raise CheckpointError(
             f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: {len(expected - found)} missing, "
             f"{len(found - expected)} unknown, such as {min(expected ^ found)}."
         )
-    ours = {name: torch.cat([tensors[part] for part in theirs]) for name, theirs in names.items()}
-    return ours | {tower.projection: tensors[tower.their_projection].T.contiguous()}
+    try:
+        ours = {name: torch.cat([tensors[part] for part in theirs]) for name, theirs in names.items()}
+        if with_projection:
+            ours[tower.projection] = tensors[tower.their_projection].t().contiguous()
+    except RuntimeError as error:  # shapes; the others are compared when the network is built
+        raise CheckpointError(
+            f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: {error}"
+        ) from error
+    return ours
 
 
 def _build(
@@ -518,19 +537,29 @@ def _add_normalisation(tensors: Tensors, num_layers: int, intermediate: int) -> 
 def _remove_normalisation(tensors: Tensors, num_layers: int, embedding_dim: int) -> Tensors | None:
     """Undo `_add_normalisation`; None if the encoder has no such layer."""
     layer = f"{_VISION_TOWER.their_blocks}.{num_layers - 1}."
-    out, projection = tensors.get(f"{layer}mlp.fc2.weight"), tensors.get(_PROJECTION)
+    last = {name.removeprefix(layer): value for name, value in tensors.items() if name.startswith(layer)}
+    out, projection = last.get("mlp.fc2.weight"), tensors.get(_PROJECTION)
     if out is None or projection is None or out.dim() != 2 or 2 * embedding_dim > out.shape[1]:
         return None
-    expected = _normalisation(out.shape[0], out.shape[1], embedding_dim)
-    if out.shape[0] != projection.shape[-1] or not torch.equal(projection, expected.pop("projection")):
-        return None
-    if not all(torch.equal(tensors.get(f"{layer}{name}", value + 1), value) for name, value in expected.items()):
+    width, intermediate = out.shape
+    found = last | {"projection": projection}
+    shapes: dict[str, tuple[int, ...]] = {
+        "projection": (embedding_dim, width),
+        "self_attn.out_proj.weight": (width, width),
+        "layer_norm2.weight": (width,),
+        "layer_norm2.bias": (width,),
+        "mlp.fc1.weight": (intermediate, width),
+    }
+    if any(name not in found or tuple(found[name].shape) != shape for name, shape in shapes.items()):
+        return None  # else what is built below is as large as what the file holds
+    expected = _normalisation(width, intermediate, embedding_dim)
+    if not all(name in found and torch.equal(found[name], value) for name, value in expected.items()):
         return None
     kept = {name: value for name, value in tensors.items() if not name.startswith(layer)}
     return kept | {
-        f"{_POST}.weight": tensors[f"{layer}layer_norm2.weight"],
-        f"{_POST}.bias": tensors[f"{layer}layer_norm2.bias"],
-        _PROJECTION: tensors[f"{layer}mlp.fc1.weight"][:embedding_dim],
+        f"{_POST}.weight": last["layer_norm2.weight"],
+        f"{_POST}.bias": last["layer_norm2.bias"],
+        _PROJECTION: last["mlp.fc1.weight"][:embedding_dim],
     }
 
 

@@ -14,7 +14,9 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -123,11 +125,15 @@ class _VisionSettings(_Block):
         name = self.timm_model_name
         expected = "a network that open_clip's own architectures use"
         require(name is None or name in _timm_networks(), "timm_model_name", name, expected)
+        if self.pos_embed_type == "sin_cos_2d":  # which open_clip computes, rather than reads, even for an outline
+            side = max(self.image_size) if isinstance(self.image_size, tuple) else self.image_size
+            numbers = (side // (self.patch_size or 1)) ** 2 * self.width
+            require(numbers <= 2**22, "image_size", self.image_size, f"positions of at most {2**22:,} numbers")
 
 
 @dataclasses.dataclass(frozen=True)
 class _TextSettings(_Block):
-    context_length: foreign.Size = 77
+    context_length: foreign.Context = 77
     vocab_size: foreign.Size = 49408
     width: foreign.Size = 512
     heads: foreign.Size = 8
@@ -228,6 +234,7 @@ def check_name(model: str, pretrained: str | None) -> None:
 
     Raises:
         ConfigError: open_clip does not know the model, or a required package, folder or weights file is missing.
+        CheckpointError: a folder has settings that are not allowed, or no single file of safetensors.
     """
     if model.startswith("hf-hub:"):
         return
@@ -238,6 +245,7 @@ def check_name(model: str, pretrained: str | None) -> None:
                 f"clip.model: got {model!r}, but {config} does not exist. Name a folder saved by open_clip."
             )
         check_settings(model)
+        _weights_file(config.parent)
         return
     if model not in architectures():
         raise ConfigError(
@@ -315,8 +323,12 @@ def create(model: str, pretrained: str | None) -> nn.Module:
     open_clip.add_model_config(OWN_ARCHITECTURES)
     check_settings(model)
     try:
+        if ":" in model:
+            _check_size(model)
+        elif pretrained is not None and Path(pretrained).is_file():
+            _check_archive(Path(pretrained))
         return open_clip.create_model(model, pretrained=pretrained, weights_only=True)  # type: ignore[no-any-return]
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # damaged files make open_clip raise almost any exception
         remedy = ""
@@ -325,6 +337,75 @@ def create(model: str, pretrained: str | None) -> nn.Module:
             remedy = f' A stack is loaded without a network. Fetch its CLIP once: python -c "{code}"'
         message = f"clip: open_clip could not load {model!r} ({pretrained!r}): {str(error).rstrip('.')}.{remedy}"
         raise CheckpointError(message) from error
+
+
+def _check_size(model: str) -> None:
+    """Compare the settings of a folder or repository with its file of weights, before anything of their size is allocated.
+
+    Raises:
+        CheckpointError: they make a network of far more weights than the file holds.
+    """
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    kind, _, place = model.partition(":")
+    path = Path(download_pretrained_from_hf(place)) if kind == "hf-hub" else _weights_file(Path(place))
+    _check_archive(path)
+    found = _count_weights(path)
+    expected = sum(value.numel() for value in outline(model).state_dict().values())
+    if expected > 2 * found:  # open_clip compares the shapes, but for position embeddings, which it resizes
+        raise CheckpointError(
+            f"{path}: got at most {found:,} weights, expected the {expected:,} of a network with the settings of its "
+            "open_clip_config.json. Take both files from one model."
+        )
+
+
+def _count_weights(path: Path) -> int:
+    """Number of weights in a file, from its header; of a pickle, the number of its bytes, which is more."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return path.stat().st_size
+    with safe_open(str(path), framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _weights_file(folder: Path) -> Path:
+    """Only file of weights in a folder, which is no pickle.
+
+    Raises:
+        CheckpointError: there is none, or another one; says how to convert a pickle.
+    """
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    if len(found) != 1 or found[0].suffix != ".safetensors":
+        names = ", ".join(path.name for path in found) or "none"
+        code = "from safetensors.torch import save_file; save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
+        raise CheckpointError(
+            f"{folder}: got the weights {names}, expected one file *.safetensors, as a folder's pickles are not read. Keep "
+            f'open_clip_model.safetensors only. If it is missing, make it: python -c "import torch; {code}"'
+        )
+    return found[0]
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive, such as those of torch.save, whose entries are larger than the file when they are read.
+
+    Raises:
+        CheckpointError: an entry is compressed, or entries overlap; names the file.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}. Copy it again.") from error
+    is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not is_stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: got an archive with compressed or overlapping entries, expected entries that are stored, as torch.save "
+            "writes them. Save the weights again with safetensors or torch.save."
+        )
 
 
 def outline(model: str) -> nn.Module:

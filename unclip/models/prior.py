@@ -101,7 +101,7 @@ class PriorSampling(DiffusionSampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
-        require(self.num_candidates >= 1, "num_candidates", self.num_candidates, "at least 1")
+        require(1 <= self.num_candidates <= 1024, "num_candidates", self.num_candidates, "1 to 1024")
 
 
 DEFAULT_PRIOR_SAMPLING = PriorSampling()

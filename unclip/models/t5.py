@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from unclip import foreign
 from unclip.config import require
-from unclip.errors import CheckpointError, ConfigError
+from unclip.errors import ConfigError
 from unclip.models.layers import without_autocast
+from unclip.models.t5_tokenizer import build_tokenizer, damage_named
 from unclip.models.text_states import TextStates, rounded
 
 NEEDS_TRANSFORMERS = (
@@ -63,6 +64,8 @@ class T5TextEncoder(nn.Module):
         except ImportError as error:
             raise ConfigError(NEEDS_TRANSFORMERS.format("T5")) from error
         require(max_length >= 2, "max_length", max_length, "at least 2")
+        most = foreign.MAX_TEXT_BYTES
+        require(num_tokenizer_bytes <= most, "num_tokenizer_bytes", num_tokenizer_bytes, f"at most {most:,}")
         self.settings, self.max_length = settings, max_length
         values = {name: value for name, value in dataclasses.asdict(settings).items() if name != "model_type"}
         self.encoder = T5Stack(T5Config(**values, dropout_rate=0.0, is_encoder_decoder=False, use_cache=False))
@@ -84,37 +87,26 @@ class T5TextEncoder(nn.Module):
         """Tokenizer of the file, with the longest length set.
 
         Raises:
-            CheckpointError: the file is no tokenizer, or has tokens that the network does not know.
+            CheckpointError: as for `build_tokenizer`.
         """
         if self._tokenizer is None:
-            from tokenizers import Tokenizer
-
-            try:
-                found = Tokenizer.from_buffer(self.tokenizer_file.cpu().numpy().tobytes())
-            except Exception as error:  # its Rust code raises plain exceptions
-                raise CheckpointError(f"tokenizer.json: cannot be read: {error}. The file is damaged.") from error
-            size, most = found.get_vocab_size(), self.settings.vocab_size
-            if size > most:
-                raise CheckpointError(
-                    f"tokenizer.json: got {size:,} tokens, expected at most {most:,}, the vocabulary of the network. Take both "
-                    "from one model."
-                )
-            found.no_padding()
-            found.enable_truncation(self.max_length)
-            self._tokenizer = found
+            content = self.tokenizer_file.cpu().numpy().tobytes()
+            self._tokenizer = build_tokenizer(content, self.settings.vocab_size)
+            self._tokenizer.enable_truncation(self.max_length)
         return self._tokenizer
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextStates:
-        """States of captions; see `text_states.TextEncoder`."""
+        """States of captions; see `text_states.TextEncoder`.
+
+        Raises:
+            CheckpointError: the tokenizer's file is damaged.
+        """
         device = self.tokenizer_file.device
-        ids = [each.ids for each in self.tokenizer.encode_batch(list(captions))]
+        tokenizer = self.tokenizer
+        with damage_named():
+            ids = [each.ids for each in tokenizer.encode_batch(list(captions))]
         length = torch.tensor([len(each) for each in ids])  # [B]
-        if not int(length.min()):
-            raise CheckpointError(
-                "tokenizer.json: got no token for a caption, expected an end-of-sequence token at least. Take the "
-                "tokenizer of a T5."
-            )
         tokens = torch.zeros(len(ids), int(length.max()), dtype=torch.int64)  # [B, L]
         for row, each in zip(tokens, ids, strict=True):
             row[: len(each)] = torch.tensor(each)

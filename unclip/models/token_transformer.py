@@ -278,7 +278,7 @@ class TokenSampling:
         require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more")
-        require(self.num_candidates >= 1, "num_candidates", self.num_candidates, "at least 1")
+        require(1 <= self.num_candidates <= 1024, "num_candidates", self.num_candidates, "1 to 1024")
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:

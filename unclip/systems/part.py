@@ -78,7 +78,8 @@ class Part(Generic[C]):
     config: type[C]
     """Class of its section in the settings."""
     build: Callable[[Mapping[str, Any]], nn.Module]
-    """Builds the network, without weights, from the facts that its objective saved with the weights."""
+    """Builds the network, without weights, from the facts that its objective saved with the weights. Loading builds it on the
+    meta device first, to compare it with the weights, so it must read no value of a tensor."""
     objective: Callable[[C, TrainingInputs], Objective]
     """Builds the network and its loss."""
     reads: Callable[[C], Mapping[str, tuple[str, ...]]]

@@ -29,6 +29,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unclip import config, files, foreign
 from unclip.errors import CheckpointError, ConfigError, DamagedError
@@ -43,6 +44,8 @@ Input = Literal["negative", "start"]
 """Inputs that some systems take besides captions; see `System.sample`."""
 
 ENTRY_POINTS = "unclip.systems"
+LARGEST_BATCH = 4096
+"""Most captions sampled together."""
 
 
 class Sampling(Protocol):
@@ -51,6 +54,15 @@ class Sampling(Protocol):
     @property
     def batch_size(self) -> int:
         """Captions sampled together."""
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Check the `batch_size` of sampling settings.
+
+    Raises:
+        ConfigError: it is not 1 to `LARGEST_BATCH`.
+    """
+    config.require(1 <= batch_size <= LARGEST_BATCH, "batch_size", batch_size, f"1 to {LARGEST_BATCH}")
 
 
 class System(Protocol):
@@ -244,12 +256,33 @@ def load_built(folder: str, builders: Mapping[str, Callable[[Mapping[str, Any]],
         if not abs(value) <= max(2**16, weights):
             raise CheckpointError(f"{folder}: got {name} = {value:g} for {weights:,} weights. The file is damaged.")
     try:
+        outline = {name: tensor.to("meta") for name, tensor in tensors["model"].items()}
+        with torch.device("meta"), _LimitedCalls(len(outline)):
+            builders[kind](facts).load_state_dict(outline)  # compares names and shapes before anything is allocated
         model = builders[kind](facts)
         model.load_state_dict(tensors["model"])
         model.measured = tensors.get("measured", {})  # type: ignore[assignment]
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}: the weights do not fit the {kind}: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+class _LimitedCalls(TorchFunctionMode):
+    """Limit of the calls of torch in a `with` block, such as those that build far more layers than there are weights for."""
+
+    PER_TENSOR, OTHERS = 100, 1000  # networks of this library make about 10 for each of their tensors
+
+    def __init__(self, num_tensors: int) -> None:
+        super().__init__()
+        self.num_tensors, self.left = num_tensors, self.PER_TENSOR * num_tensors + self.OTHERS
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"the settings have more layers than {self.num_tensors} tensors hold")
+        return function(*args, **(kwargs or {}))
 
 
 def load_system(folder: str | Path) -> System:
@@ -310,7 +343,10 @@ def read_stack(folder: str | Path) -> StackFiles:
     _verify_manifests(root, names)
     models = {name: f"{folder}/{name}" for name in description.parts}
     statistics = f"{folder}/statistics" if "statistics" in names else None
-    return StackFiles(description.system, models, clip, statistics, description.sampling)
+    sampling = description.sampling
+    if "pad_batches" in sampling:  # who samples decides whether one caption costs a full batch
+        sampling = {**sampling, "pad_batches": False}
+    return StackFiles(description.system, models, clip, statistics, sampling)
 
 
 def save_stack(folder: str, stack: StackFiles) -> None:

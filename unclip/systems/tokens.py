@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import added, load, require, to_dict
+from unclip.config import added, load, to_dict
 from unclip.data import Batch
 from unclip.errors import CheckpointError, ConfigError
 from unclip.models.autoencoder import Autoencoder
@@ -25,7 +25,7 @@ from unclip.models.token_transformer import TokenSampling
 from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
 from unclip.systems.captions import check_clip, check_negative
 from unclip.systems.part import Part, Shapes, TrainingInputs
-from unclip.systems.system import StackFiles, SystemSpec, load_model, sampling_of
+from unclip.systems.system import StackFiles, SystemSpec, check_batch_size, load_model, sampling_of
 from unclip.training import parallel
 from unclip.training.batches import stack_rows
 from unclip.training.diffusion_loss import bernoulli, device_of
@@ -189,7 +189,7 @@ class TokenStackSampling:
     """Fill every batch up to `batch_size`. Then an image depends on its caption, seed and settings alone, bit for bit."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check_batch_size(self.batch_size)
 
 
 class TokenStack(nn.Module):

@@ -23,6 +23,7 @@ from unclip.models.degradations import DegradationConfig, degrade, draw_blur
 from unclip.models.upsampler import Upsampler, UpsamplerConfig, UpsamplerSampling
 from unclip.systems.classes import NO_CLASSES, Classes, ClassesConfig, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
+from unclip.systems.system import check_batch_size
 from unclip.training.batches import load_images
 from unclip.training.diffusion_loss import DiffusionLoss, device_of, measure_scores
 from unclip.training.memory import Network, example_images, example_indices
@@ -221,7 +222,7 @@ class UpsampledSampling:
     bit for bit; in batches of different sizes matrix products round differently."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check_batch_size(self.batch_size)
 
     def upsampler(self, resolution: int, is_first: bool) -> UpsamplerSampling:
         """Settings of the upsampler that outputs this resolution."""

@@ -172,7 +172,7 @@ def test_f132_known_parts_are_held_and_then_shown_to_the_hook() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_steps": 0}, "num_steps: got 0, expected at least 1"),
+        ({"num_steps": 0}, "num_steps: got 0, expected 1 to 100000"),
         ({"eta": 1.5}, "eta: got 1.5, expected 0 to 1"),
         ({"guidance_scale": -1.0}, "guidance_scale: got -1.0"),
         ({"guidance_interval": [0.5]}, r"guidance_interval: got \(0.5,\), expected two fractions"),

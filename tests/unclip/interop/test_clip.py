@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.unclip.systems.tiny_stacks import EMBEDDING_DIM, LENGTH, add_noise, tiny_clip
 from unclip.errors import CheckpointError, InputError
@@ -172,6 +173,8 @@ def test_towers_that_transformers_does_not_support_are_refused(tmp_path: Path) -
             {"vocab_size": 10**9, "eos_token_id": 2},
             "vocab_size = 1000000000, expected int from 1",
         ),
+        ("text_encoder/config.json", {"max_position_embeddings": 5000}, "expected int from 1 to 4,096"),
+        ("image_encoder/config.json", {"hidden_size": 20_000}, "hidden_size = 20000, expected int from 1 to 16,384"),
         ("image_encoder/config.json", {"hidden_act": "gelu"}, "Take both encoders from one CLIP"),
         ("feature_extractor/preprocessor_config.json", {"resample": 0}, "expected resample 2 or 3"),
         ("tokenizer/vocab.json", {"new": 49408}, "not CLIP's own"),
@@ -184,3 +187,68 @@ def test_folders_of_other_models_are_refused(tmp_path: Path, file: str, change: 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         import_clip(tmp_path)
+
+
+def replace_weights(path: Path, **shapes: tuple[int, ...]) -> None:
+    """Replace tensors of a file by zeros of other shapes; names have "__" for "."."""
+    tensors = load_file(path)
+    save_file(tensors | {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}, path)
+
+
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the tensors that are made on the CPU so far, ascending."""
+    asked = [0]
+
+    def recorded(make: Any) -> Any:
+        def wrapper(*sizes: Any, **options: Any) -> torch.Tensor:
+            result: torch.Tensor = make(*sizes, **options)
+            if result.device.type == "cpu":
+                asked.append(max(asked[-1], result.numel()))
+            return result
+
+        return wrapper
+
+    for name in ("eye", "zeros", "ones"):
+        monkeypatch.setattr(torch, name, recorded(getattr(torch, name)))
+    return asked
+
+
+def test_no_projection_is_made_for_a_width_that_the_weights_do_not_have(tmp_path: Path, largest: list[int]) -> None:
+    export_text(tiny_clip(), tmp_path, with_projection=False)
+    path = tmp_path / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 5000}))
+    with pytest.raises(
+        CheckpointError, match=r"do not fit config.json: got an out_proj.weight \(16, 16\), expected \(5000"
+    ):
+        import_clip(tmp_path, with_projection=False)
+    replace_weights(path.parent / "model.safetensors", text_model__final_layer_norm__weight=(5000,))
+    with pytest.raises(CheckpointError, match=r"do not fit config\.json"):
+        import_clip(tmp_path, with_projection=False)
+    assert largest[-1] < 5000**2
+
+
+LAST = "vision_model__encoder__layers__2__"
+"""Layer that `export_images` adds to the two of `tiny_clip`."""
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {f"{LAST}mlp__fc2__weight": (3000, 128), "visual_projection__weight": (EMBEDDING_DIM, 3000)},
+        {f"{LAST}layer_norm2__weight": (3,)},
+        {f"{LAST}self_attn__q_proj__weight": (3,)},
+        {f"{LAST}mlp__fc1__weight": ()},
+        {"visual_projection__weight": (2, 2, 2)},
+    ],
+)
+def test_a_normalising_layer_of_other_shapes_is_not_built(
+    tmp_path: Path, largest: list[int], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    export_text(tiny_clip(), tmp_path)
+    export_images(tiny_clip(), tmp_path)
+    replace_weights(tmp_path / "image_encoder" / "model.safetensors", **shapes)
+    largest[:] = [0]
+    with pytest.raises(CheckpointError, match="do not fit"):
+        import_clip(tmp_path)
+    assert largest[-1] < 3000**2

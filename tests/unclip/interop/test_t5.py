@@ -13,11 +13,11 @@ from unclip.models.t5 import T5TextEncoder
 from unclip.systems.text_encoder import load_t5, save_t5
 
 CAPTIONS = ["a red circle", "circle", "a red a red a red a red"]
-WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "circle": 5}
+WORDS = ["<pad>", "</s>", "<unk>", "▁a", "▁red", "▁circle"]
 
 
 def write(folder: Path, kind: str = "gated-gelu", whole: bool = True) -> Path:
-    """Write a tiny T5 with random weights, or its encoder alone, and a tokenizer of words."""
+    """Write a tiny T5 with random weights, or its encoder alone, and a tokenizer of `WORDS`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
@@ -25,8 +25,8 @@ def write(folder: Path, kind: str = "gated-gelu", whole: bool = True) -> Path:
     sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     model = (T5ForConditionalGeneration if whole else T5EncoderModel)(T5Config(**sizes, feed_forward_proj=kind))
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in WORDS], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -110,7 +110,7 @@ def test_settings_that_name_code_are_not_read(folder: Path, tmp_path: Path) -> N
 def test_damaged_and_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     copied(folder, tmp_path)
     for name, content, message in (
-        ("tokenizer.json", b'{"model": 3}', "tokenizer.json: cannot be read"),
+        ("tokenizer.json", b'{"model": 3}', "tokenizer.json: model: got 3, expected an object"),
         ("model.safetensors", b"PK pickle", "model.safetensors: cannot be read.*pickles are not read"),
         ("config.json", b"[]", "config.json: got a list"),
     ):
@@ -129,7 +129,7 @@ def test_damaged_and_missing_files_are_named(folder: Path, tmp_path: Path) -> No
 def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     path = copied(folder, tmp_path) / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["model"]["vocab"].update({f"word{number}": number for number in range(6, 60)})
+    content["model"]["vocab"] += [[f"word{number}", -1.0] for number in range(6, 60)]
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="got 60 tokens, expected at most 40"):
         t5.read(tmp_path, 6)

@@ -1,10 +1,13 @@
 import dataclasses
+import functools
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from unclip import foreign
 from unclip.errors import CheckpointError, ConfigError
@@ -174,6 +177,59 @@ def test_f49_settings_of_a_folder_are_those_of_a_plain_clip(
             use(f"local-dir:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("text_cfg", "vocab_size"), 2**22), (("text_cfg", "width"), 3 * 2**20), (("embed_dim",), 2**22)],
+)
+def test_settings_of_more_weights_than_the_file_holds_are_refused_before_the_network_is_built(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[str, ...], value: int
+) -> None:
+    import open_clip
+
+    configuration = json.loads((saved / "open_clip_config.json").read_text())
+    inner = configuration["model_cfg"]
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(configuration))
+    (tmp_path / "open_clip_model.safetensors").write_bytes((saved / "open_clip_model.safetensors").read_bytes())
+    devices = []
+    build = open_clip.model.CLIP.__init__
+
+    def spy(*arguments: object, **others: object) -> None:
+        devices.append(torch.empty(0).device.type)
+        build(*arguments, **others)
+
+    monkeypatch.setattr(open_clip.model.CLIP, "__init__", spy)
+    with pytest.raises(
+        CheckpointError, match=r"open_clip_model.safetensors: got at most [\d,]+ weights, expected the [\d,]+ of"
+    ):
+        clip.create(f"local-dir:{tmp_path}", None)
+    assert devices == ["meta"]
+
+
+def test_computed_positions_and_masks_of_a_folder_are_limited(saved: Path, tmp_path: Path) -> None:
+    configuration = json.loads((saved / "open_clip_config.json").read_text())
+    vision, text = (configuration["model_cfg"][name] for name in ("vision_cfg", "text_cfg"))
+    for section, changes, message in [
+        (vision, {"pos_embed_type": "sin_cos_2d", "patch_size": 1, "image_size": 16384}, "image_size: got 16384"),
+        (text, {"context_length": 5000}, "context_length = 5000, expected int from 1 to 4,096"),
+    ]:
+        before = dict(section)
+        section |= changes
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(configuration))
+        with pytest.raises(CheckpointError, match=message):
+            clip.outline(f"local-dir:{tmp_path}")
+        section.clear()
+        section |= before
+
+
+def test_a_folder_without_weights_is_refused_rather_than_random(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_bytes((saved / "open_clip_config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"got the weights none, expected one file \*.safetensors"):
+        clip.create(f"local-dir:{tmp_path}", None)
+
+
 def test_f49_all_architectures_of_open_clip_with_clips_tokenizer_are_allowed() -> None:
     allowed = []
     for name, path in clip.architectures().items():
@@ -198,6 +254,32 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, pickle.UnpicklingError)):
         Clip.load(MODEL, str(weights))
     assert not (tmp_path / "was_here").exists()
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "model.pth", "weights.pt", "model.safetensors"])
+def test_a_folder_with_a_pickle_or_two_files_of_weights_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    check, load = (functools.partial(use, f"local-dir:{tmp_path}", None) for use in (clip.check_name, clip.create))
+    check()
+    (tmp_path / name).write_bytes(b"PK")
+    for use in (check, load):
+        with pytest.raises(CheckpointError, match=f"got the weights .*{name}.* pickles are not read.*save_file"):
+            use()
+
+
+def test_an_archive_that_grows_when_it_is_read_is_refused(saved: Path, tmp_path: Path) -> None:
+    weights, grown = tmp_path / "weights.pt", tmp_path / "grown.pt"
+    torch.save(load_file(saved / "open_clip_model.safetensors"), weights)
+    assert clip.create(MODEL, str(weights)).logit_scale.isfinite()
+    with zipfile.ZipFile(weights) as stored, zipfile.ZipFile(grown, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for entry in stored.infolist():
+            deflated.writestr(entry.filename, stored.read(entry))
+    with pytest.raises(CheckpointError, match=r"grown.pt: got an archive with compressed or overlapping entries"):
+        clip.create(MODEL, str(grown))
+    grown.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"grown.pt: cannot be read"):
+        clip.create(MODEL, str(grown))
 
 
 TOWERS = {

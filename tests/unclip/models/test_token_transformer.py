@@ -275,6 +275,7 @@ def test_impossible_networks_are_refused(settings: dict[str, Any], message: str)
         ({"top_p": 1.5}, "top_p: got 1.5"),
         ({"guidance_scale": -1.0}, "guidance_scale: got -1.0"),
         ({"num_candidates": 0}, "num_candidates: got 0"),
+        ({"num_candidates": 1025}, "num_candidates: got 1025, expected 1 to 1024"),
     ],
 )
 def test_impossible_sampling_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -6,7 +6,9 @@ import re
 import shutil
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,23 @@ from unclip.config import load, override, to_dict
 from unclip.downscaling import shrink_known
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 from unclip.files import sha256
+from unclip.models.prior import PriorConfig
 from unclip.systems.inpainting import inpaint, num_steps
-from unclip.systems.system import ClipFiles, StackFiles, load_model, load_system, sample_captions, save_stack, seal
+from unclip.systems.system import (
+    ClipFiles,
+    StackFiles,
+    load_built,
+    load_model,
+    load_system,
+    sample_captions,
+    save_stack,
+    seal,
+)
 from unclip.systems.unclip import manipulations
+from unclip.systems.unclip.prior import PRIOR
 from unclip.systems.unclip.sampling import SamplingConfig, UpsamplerSampling
 from unclip.systems.unclip.stack import PARTS, Stack
+from unclip.training import checkpoints
 
 CAPTIONS = ["a red circle", "a blue star"]
 
@@ -95,7 +109,7 @@ def test_upsamplers_without_settings_use_the_number_of_steps_of_the_paper(stack:
     assert [each.num_steps for each in stack.upsampler_sampling(SAMPLING)] == [2, 3]
     only_the_second = SamplingConfig(upsamplers={"32": UpsamplerSampling(num_steps=4)})
     assert [each.num_steps for each in stack.upsampler_sampling(only_the_second)] == [27, 4]
-    with pytest.raises(ConfigError, match="num_steps: got 0, expected at least 1"):
+    with pytest.raises(ConfigError, match="num_steps: got 0, expected 1 to 100000"):
         UpsamplerSampling(num_steps=0)
 
 
@@ -266,6 +280,58 @@ def test_f53_wrong_facts_of_a_part_are_refused_in_our_words_or_do_not_matter(
         except UnclipError:
             refused += 1
     assert number > 20 and refused > number / 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("batch_size", 10**9, "batch_size: got 1000000000, expected 1 to 4096"),
+        ("prior.num_candidates", 10**9, "num_candidates: got 1000000000, expected 1 to 1024"),
+        ("decoder.num_steps", 10**9, "num_steps: got 1000000000, expected 1 to 100000"),
+    ],
+)
+def test_published_sampling_settings_are_limited(
+    folder: Path, tmp_path: Path, setting: str, value: int, message: str
+) -> None:
+    copied = shutil.copytree(folder, tmp_path / "stack")
+    facts = json.loads((copied / "stack.json").read_text())
+    describe(copied, facts | {"sampling": override(facts["sampling"], f"{setting}={value}")})
+    with pytest.raises(CheckpointError, match=message):
+        load_system(copied)
+
+
+def test_a_stack_does_not_decide_that_batches_are_padded(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "stack")
+    facts = json.loads((copied / "stack.json").read_text())
+    describe(copied, facts | {"sampling": facts["sampling"] | {"batch_size": 4096, "pad_batches": True}})
+    stack: Stack = load_system(copied)
+    assert (stack.sampling.batch_size, stack.sampling.pad_batches) == (4096, False)
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "message"),
+    [
+        (4096, 2, "the weights do not fit the prior"),
+        (65536, 1, "the weights do not fit the prior"),
+        (8, 65536, "the settings have more layers than 1 tensors hold"),
+    ],
+)
+def test_a_network_of_other_sizes_than_its_weights_is_not_allocated(
+    tmp_path: Path, width: int, depth: int, message: str
+) -> None:
+    config = to_dict(PriorConfig(width=width, depth=depth, num_heads=1))
+    shapes = {"embedding_dim": 8, "text_width": 8, "text_length": 4}
+    facts = {"kind": "prior", "config": config, "samples_seen": 1, **shapes}
+    checkpoints.save(str(tmp_path), {"model": {"a": torch.zeros(1)}}, facts)
+    devices = []
+
+    def build(facts: Mapping[str, Any]) -> torch.nn.Module:
+        devices.append(torch.empty(0).device.type)
+        return PRIOR.build(facts)
+
+    with pytest.raises(CheckpointError, match=message):
+        load_built(str(tmp_path), {"prior": build})
+    assert devices == ["meta"]
 
 
 def test_f49_loading_a_stack_uses_no_network(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
