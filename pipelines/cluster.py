@@ -94,10 +94,11 @@ def start_ray(configs: Sequence[PipelineConfig]) -> bool:
     if ray.is_initialized():
         return False
     setting, address = _existing(configs[0])
-    if address:
-        _join(setting, address)
-    else:
-        _start_here(max(_own_cpus(config) for config in configs))
+    with signals.kept_handlers():
+        if address:
+            _join(setting, address)
+        else:
+            _start_here(max(_own_cpus(config) for config in configs))
     return True
 
 

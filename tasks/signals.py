@@ -35,3 +35,17 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         _asked.remove(stop_event)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Keep the handlers of a `stop_on_signal` around this block, in which a library sets its own, as Ray does when it starts."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = (
+        {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if is_main and _asked else {}
+    )
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tasks.signals import stop_on_signal
+from tasks.signals import kept_handlers, stop_on_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -55,3 +55,21 @@ def test_threads_hear_what_the_main_thread_caught() -> None:
         thread.start()
         thread.join()
     assert observed == [True]
+
+
+def test_handlers_are_kept_where_a_library_sets_its_own() -> None:
+    def end(*_: object) -> None:
+        raise SystemExit
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with stop_on_signal() as is_stop_requested:
+            with kept_handlers():
+                signal.signal(signal.SIGTERM, end)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert is_stop_requested()
+        with kept_handlers():
+            signal.signal(signal.SIGTERM, end)
+        assert signal.getsignal(signal.SIGTERM) is end, "nothing asks for a stop"
+    finally:
+        signal.signal(signal.SIGTERM, before)
