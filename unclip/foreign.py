@@ -221,6 +221,13 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def first_lines(error: BaseException, count: int = 4) -> str:
+    """First lines of an error's message, for one of ours: torch names every tensor of a network that does not fit."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    more = f" And {len(lines) - count:,} more lines." if len(lines) > count else ""
+    return " ".join(line if len(line) <= 500 else f"{line[:500]}..." for line in lines[:count]) + more
+
+
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not a number")
 

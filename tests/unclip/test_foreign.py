@@ -45,3 +45,12 @@ def test_only_regular_files_of_some_size_are_read(tmp_path: Path, monkeypatch: p
     (tmp_path / "text").write_text("0123456789a")
     with pytest.raises(CheckpointError, match="more than 10 bytes"):
         foreign.read_text(tmp_path / "text")
+
+
+def test_long_messages_of_torch_are_shortened() -> None:
+    error = RuntimeError("Error(s):\n" + "".join(f"\tsize mismatch for layer {number}\n" for number in range(9)))
+    assert foreign.first_lines(error) == (
+        "Error(s): size mismatch for layer 0 size mismatch for layer 1 size mismatch for layer 2 And 6 more lines."
+    )
+    assert foreign.first_lines(ValueError("x" * 1000)) == "x" * 500 + "..."
+    assert foreign.first_lines(ValueError("one line")) == "one line"

@@ -107,7 +107,7 @@ def import_autoencoder(folder: str | Path) -> tuple[Autoencoder, Scaling]:
         with torch.device("meta"):  # so that damaged settings cannot allocate memory
             autoencoder = Autoencoder(config)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
+        raise CheckpointError(f"{folder}: this network cannot be built here: {foreign.first_lines(error)}") from error
     names = _names(autoencoder.state_dict(), config)
     expected_names = {name for theirs in names.values() for name in theirs}
     if expected_names != set(tensors):
@@ -119,7 +119,9 @@ def import_autoencoder(folder: str | Path) -> tuple[Autoencoder, Scaling]:
         state = {name: torch.cat([tensors[each] for each in theirs]) for name, theirs in names.items()}
         autoencoder.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit their config.json: {error}") from error
+        raise CheckpointError(
+            f"{folder}: the weights do not fit their config.json: {foreign.first_lines(error)}"
+        ) from error
     return autoencoder.eval(), Scaling(network.scaling_factor, network.shift_factor or 0.0)
 
 
@@ -266,4 +268,4 @@ def _config_of(network: _Network, bottleneck: Bottleneck, path: Path) -> Autoenc
             codebook_size=network.num_vq_embeddings if bottleneck == "vq" else AutoencoderConfig.codebook_size,
         )
     except ConfigError as error:
-        raise CheckpointError(f"{path}: this network cannot be built here: {error}") from error
+        raise CheckpointError(f"{path}: this network cannot be built here: {foreign.first_lines(error)}") from error

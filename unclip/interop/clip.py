@@ -448,7 +448,7 @@ def _tower_to_ours(
             ours[tower.projection] = tensors[tower.their_projection].t().contiguous()
     except RuntimeError as error:  # shapes; the others are compared when the network is built
         raise CheckpointError(
-            f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: {error}"
+            f"{folder / TRANSFORMERS_WEIGHTS}: the weights do not fit config.json: {foreign.first_lines(error)}"
         ) from error
     return ours
 
@@ -472,7 +472,7 @@ def _build(
         model.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{folder}: the weights of text_encoder/ or image_encoder/ do not fit their config.json: {error}"
+            f"{folder}: the weights of text_encoder/ or image_encoder/ do not fit their config.json: {foreign.first_lines(error)}"
         ) from error
     model.attn_mask = torch.full((model.context_length,) * 2, -torch.inf).triu(1)  # causal; not part of the weights
     defaults = {name: value for name, value in vars(PreprocessCfg()).items() if name != "size"}

@@ -116,7 +116,9 @@ def import_decoder(
     try:
         projection_tensors = _fold(projection_tensors, -mean / std, 1 / std)  # folding the inverse undoes the fold
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}/text_proj: the weights do not fit their config.json: {error}") from error
+        raise CheckpointError(
+            f"{folder}/text_proj: the weights do not fit their config.json: {foreign.first_lines(error)}"
+        ) from error
     state = {f"unet.{name}": value for name, value in unets.from_theirs(decoder.unet, tensors, folder).items()}
     state |= {
         ours: projection_tensors.pop(theirs) for ours, theirs in _PROJECTION.items() if theirs in projection_tensors
@@ -386,7 +388,7 @@ def _unet_config(network: _Network, folder: Path, image_size: int | None = None)
             dropout=network.dropout,
         )
     except ConfigError as error:
-        raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
+        raise CheckpointError(f"{folder}: this network cannot be built here: {foreign.first_lines(error)}") from error
 
 
 def _affine(statistics: EmbeddingStatistics) -> tuple[Tensor, Tensor]:

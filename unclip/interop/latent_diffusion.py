@@ -153,7 +153,7 @@ def import_latent_diffusion(
             max_noise_level=0 if statistics is None else diffusion.num_timesteps - 1,
         )
     except ConfigError as error:
-        raise CheckpointError(f"{path}: this network cannot be built here: {error}") from error
+        raise CheckpointError(f"{path}: this network cannot be built here: {foreign.first_lines(error)}") from error
     model = unets.build(folder, lambda: LatentDiffusion(config, embedding_dim, TextShape(length, width, 0)))
     assert isinstance(model.text, ClipStates), "the network reads text states as they are"
     state: Tensors = {}
@@ -246,7 +246,7 @@ def _image_from_theirs(tensors: Tensors, statistics: EmbeddingStatistics, path: 
         theirs = {name: tensors[name] for name in _IMAGE.values()}
         theirs = _folded(theirs, -mean / std, 1 / std)  # folding the inverse undoes the fold
     except (KeyError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"{path}: the weights do not fit: {error}") from error
+        raise CheckpointError(f"{path}: the weights do not fit: {foreign.first_lines(error)}") from error
     state = {f"image.statistics.{name}": value for name, value in statistics.state_dict().items()}
     return state | {f"image.layers.{ours}": theirs[name] for ours, name in _IMAGE.items()}
 
@@ -292,7 +292,7 @@ def _unet_config(network: _Network, path: Path) -> UNetConfig:
             resampling="convolution",
         )
     except ConfigError as error:
-        raise CheckpointError(f"{path}: this network cannot be built here: {error}") from error
+        raise CheckpointError(f"{path}: this network cannot be built here: {foreign.first_lines(error)}") from error
 
 
 def _heads(network: _Network, attends: Sequence[bool], path: Path) -> tuple[int | None, int]:

@@ -159,7 +159,9 @@ def from_diffusers(
         state = {name: value.to(expected[name].dtype).clone() for name, value in {**null, **ours}.items()}
         prior.load_state_dict(state, assign=True)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"PriorTransformer: the weights do not fit its config.json: {error}") from error
+        raise CheckpointError(
+            f"PriorTransformer: the weights do not fit its config.json: {foreign.first_lines(error)}"
+        ) from error
     prior.statistics.check("clip_mean and clip_std")
     return prior.eval().requires_grad_(False)
 

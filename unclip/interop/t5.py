@@ -66,7 +66,7 @@ def read(folder: Path, max_length: int) -> T5TextEncoder:
     try:
         encoder.encoder.load_state_dict({**tensors, "embed_tokens.weight": found[0]}, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {error}") from error
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {foreign.first_lines(error)}") from error
     encoder.tokenizer_file = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     encoder.requires_grad_(False)
     _ = encoder.tokenizer  # raises if it is damaged

@@ -154,7 +154,7 @@ def build(folder: str | Path, make: Callable[[], Network]) -> Network:
         with torch.device("meta"):
             return make()
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder}: this network cannot be built here: {error}") from error
+        raise CheckpointError(f"{folder}: this network cannot be built here: {foreign.first_lines(error)}") from error
 
 
 def assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Path) -> None:
@@ -162,7 +162,9 @@ def assign(model: nn.Module, state: Tensors, unknown: Tensors, folder: str | Pat
     try:
         model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit their config.json: {error}") from error
+        raise CheckpointError(
+            f"{folder}: the weights do not fit their config.json: {foreign.first_lines(error)}"
+        ) from error
     if unknown:
         raise CheckpointError(f"{folder}: got unknown weights {sorted(unknown)}.")
 

@@ -263,7 +263,7 @@ def load_built(folder: str, builders: Mapping[str, Callable[[Mapping[str, Any]],
         model.load_state_dict(tensors["model"])
         model.measured = tensors.get("measured", {})  # type: ignore[assignment]
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder}: the weights do not fit the {kind}: {error}") from error
+        raise CheckpointError(f"{folder}: the weights do not fit the {kind}: {foreign.first_lines(error)}") from error
     return model.eval().requires_grad_(False)
 
 
