@@ -355,7 +355,9 @@ def _ask_for(needs: list[_Need]) -> None:
     from ray.autoscaler.sdk import request_resources
 
     with _asking:
-        _asked[threading.get_ident()] = needs
+        _asked.pop(threading.get_ident(), None)
+        if needs:
+            _asked[threading.get_ident()] = needs
         wanted = [need for each in _asked.values() for need in each]
         request_resources(
             bundles=[need.amounts for need in wanted], bundle_label_selectors=[need.labels for need in wanted]

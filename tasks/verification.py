@@ -366,7 +366,7 @@ def _listed(root: str) -> dict[str, files.Entry] | None:
 
 
 def _expected(root: str, manifests: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """What the readable manifests in a folder and below it expect there.
+    """Contents that the readable manifests in a folder and below it name.
 
     Returns:
         Name below the folder -> sha256; the names of the files that the folder's own manifest expects without a digest, see

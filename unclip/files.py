@@ -65,6 +65,11 @@ def is_below(name: Any) -> bool:
     return isinstance(name, str) and "\0" not in name and {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Return True if a local path is a folder or below it once all links are followed. A loop of links leads nowhere."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def below(folder: str, name: str) -> str:
     """Full path of a file below a folder, by a relative name that came with the folder, such as one in its manifest.
 
@@ -80,11 +85,11 @@ def below(folder: str, name: str) -> str:
         )
     local = to_path(folder)
     if local is not None:
-        parent = Path(os.path.realpath((local / name).parent))
-        if not parent.is_relative_to(local):
+        parent = (local / name).parent
+        if not is_inside(parent, local):
             raise DamagedError(
-                f"{folder}/{name}: leads to {parent} through a link, expected a place in {folder}. A copy may have been made "
-                "to reach other files: remove the link, or put what it leads to in its place."
+                f"{folder}/{name}: leads to {os.path.realpath(parent)} through a link, expected a place in {folder}. A copy may "
+                "have been made to reach other files: remove the link, or put what it leads to in its place."
             )
     return f"{folder}/{name}"
 

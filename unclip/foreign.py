@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
+from unclip import files
 from unclip.config import nearest
 from unclip.errors import CheckpointError, ConfigError
 
@@ -53,9 +54,10 @@ def check_link(path: Path) -> None:
     Raises:
         CheckpointError: names the link and where it leads.
     """
-    target, folder = path.resolve(), path.parent.resolve()
-    hubs = (each.parent / "blobs" for each in folder.parents if each.name == "snapshots")
-    if path.is_symlink() and not any(map(target.is_relative_to, (folder, *hubs))):
+    folder = Path(os.path.realpath(path.parent))
+    blobs = [each.parent / "blobs" for each in folder.parents if each.name == "snapshots"]
+    if not any(files.is_inside(path, each) for each in (folder, *blobs) if not each.is_symlink()):
+        target = os.path.realpath(path)
         raise CheckpointError(f"{path}: a link to {target}, outside of its folder. Copy that file into the folder.")
 
 

@@ -843,17 +843,12 @@ def _matching(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pa
             found.append((parts, info))
     if isinstance(filesystem, pafs.LocalFileSystem):
         for _, info in found:
-            _check_link(info.path, folder)
+            if not files.is_inside(info.path, folder):
+                raise InputError(
+                    f"ingest.urls: {info.path} is a link to {os.path.realpath(info.path)}, outside of {folder}. Copy that file "
+                    "into the folder."
+                )
     return [info for _, info in sorted(found, key=lambda item: item[0])]
-
-
-def _check_link(path: str, folder: str) -> None:
-    """Refuse a file of a list that leads out of the list's folder, which may come from elsewhere."""
-    target, root = os.path.realpath(path), os.path.realpath(folder)
-    if os.path.commonpath([target, root]) != root:
-        raise InputError(
-            f"ingest.urls: {path} is a link to {target}, outside of {folder}. Copy that file into the folder."
-        )
 
 
 @dataclasses.dataclass

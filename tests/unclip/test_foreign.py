@@ -34,6 +34,20 @@ def test_a_cache_of_the_hub_has_links_to_its_blobs(tmp_path: Path) -> None:
         foreign.read_json(revision / "other.json")
 
 
+def test_a_loop_of_links_and_a_linked_cache_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    with pytest.raises(CheckpointError, match=r"loop\.json: cannot be read"):
+        foreign.read_json(tmp_path / "loop.json")
+    revision = tmp_path / "hub" / "snapshots" / "abc"
+    revision.mkdir(parents=True)
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "1").write_text("{}")
+    (tmp_path / "hub" / "blobs").symlink_to("../secrets")
+    (revision / "config.json").symlink_to("../../blobs/1")
+    with pytest.raises(CheckpointError, match="outside"):
+        foreign.read_json(revision / "config.json")
+
+
 def test_only_regular_files_of_some_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     for path in (tmp_path / "pipe.json", Path("/dev/zero"), tmp_path):

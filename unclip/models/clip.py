@@ -398,7 +398,11 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # names and versions that Python does not read
         raise CheckpointError(f"{path}: cannot be read: {error}. Copy it again.") from error
     is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not is_stored or sum(entry.file_size for entry in entries) > path.stat().st_size:

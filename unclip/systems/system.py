@@ -21,6 +21,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -427,9 +428,9 @@ def _check_inside(root: Path, name: str) -> None:
             f"{root}/stack.json: got a part {name!r}, expected the name of a folder in the stack. The file is damaged."
         )
     for path in (folder, *folder.rglob("*")):
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not files.is_inside(path, root):
             raise CheckpointError(
-                f"{path}: a link to {path.resolve()}, outside of the stack. Copy the whole stack again."
+                f"{path}: a link to {os.path.realpath(path)}, outside of the stack. Copy the whole stack again."
             )
 
 

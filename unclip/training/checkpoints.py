@@ -61,7 +61,7 @@ def read_verified(folder: str, name: str, hashes: Mapping[str, str]) -> bytes:
     """
     if not _NAME.fullmatch(name):
         raise CheckpointError(
-            f"{folder}: its manifest has {foreign.shorten(name)}, which is no file in it. It is damaged."
+            f"{folder}: its manifest has {foreign.shorten(name)}, which is no file in it. Copy the whole folder again."
         )
     if name.endswith(".json"):
         _check_size(f"{folder}/{name}")
@@ -123,7 +123,9 @@ def _check_size(uri: str) -> None:
     """Refuse a JSON file that is larger than any checkpoint's, or a link to a device, whose size is 0."""
     path, size = files.to_path(uri), files.size_of(uri)
     if size > foreign.MAX_TEXT_BYTES or (path is not None and path.exists() and not path.is_file()):
-        raise CheckpointError(f"{uri}: got {size:,} bytes, expected a file of at most {foreign.MAX_TEXT_BYTES:,}.")
+        raise CheckpointError(
+            f"{uri}: got {size:,} bytes, expected a file of at most {foreign.MAX_TEXT_BYTES:,}. Copy it again."
+        )
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -141,6 +141,16 @@ def test_a_model_that_needs_transformers_names_the_extra(monkeypatch: pytest.Mon
     clip.check_name("ViT-B-32", "openai")
 
 
+def write_settings(saved: Path, folder: Path, place: tuple[str, ...], value: object) -> None:
+    """Write the settings of a saved CLIP, with another value at one place."""
+    configuration = json.loads((saved / "open_clip_config.json").read_text())
+    inner = configuration["model_cfg"]
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (folder / "open_clip_config.json").write_text(json.dumps(configuration))
+
+
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -166,12 +176,7 @@ def test_a_model_that_needs_transformers_names_the_extra(monkeypatch: pytest.Mon
 def test_f49_settings_of_a_folder_are_those_of_a_plain_clip(
     saved: Path, tmp_path: Path, place: tuple[str, ...], value: object, message: str
 ) -> None:
-    configuration = json.loads((saved / "open_clip_config.json").read_text())
-    inner = configuration["model_cfg"]
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = value
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(configuration))
+    write_settings(saved, tmp_path, place, value)
     for use in (clip.shape_of, clip.tokenizer, clip.outline, Clip.load):
         with pytest.raises(CheckpointError, match=message):
             use(f"local-dir:{tmp_path}")
@@ -186,12 +191,7 @@ def test_settings_of_more_weights_than_the_file_holds_are_refused_before_the_net
 ) -> None:
     import open_clip
 
-    configuration = json.loads((saved / "open_clip_config.json").read_text())
-    inner = configuration["model_cfg"]
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = value
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(configuration))
+    write_settings(saved, tmp_path, place, value)
     (tmp_path / "open_clip_model.safetensors").write_bytes((saved / "open_clip_model.safetensors").read_bytes())
     devices = []
     build = open_clip.model.CLIP.__init__
