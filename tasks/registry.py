@@ -5,6 +5,7 @@ All functions take an MLflow client and raise what it raises.
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -174,8 +175,10 @@ def stack_in(folder: str) -> str:
     stack = Path(folder, "stack")
     if Path(folder, "stack.json").is_file() or not stack.is_dir():
         return folder
-    if not stack.resolve().is_relative_to(Path(folder).resolve()):
-        raise InputError(f"{stack}: a link to {stack.resolve()}, outside of the model. Publish the stack again.")
+    if not files.is_inside(stack, folder):
+        raise InputError(
+            f"{stack}: a link to {os.path.realpath(stack)}, outside of the model. Publish the stack again."
+        )
     return str(stack)
 
 
