@@ -289,25 +289,47 @@ def test_a_cascade_reads_the_class_and_the_level_of_its_input(cascade: ImageStac
     assert images.shape == (2, 3, 16, 16)
 
 
-def test_the_network_is_told_the_blur_that_was_applied(rows: RowReader) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("noise_level", torch.tensor([9])), ("blur_sigma", torch.tensor([0.5])), ("label", torch.tensor([3]))],
+)
+def test_the_network_of_a_cascade_depends_on_what_it_is_told_about_the_same_input(
+    cascade: ImageStack, name: str, value: torch.Tensor
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_t, low_res = (torch.randn(1, 3, size, size, generator=generator) for size in (16, 8))
+    [upsampler] = cascade.upsamplers
+    given, t = (
+        {"noise_level": torch.tensor([2]), "blur_sigma": torch.tensor([0.4]), "label": torch.tensor([1])},
+        torch.tensor([7]),
+    )
+    told, told_otherwise = (upsampler(x_t, t, low_res, **values) for values in (given, {**given, name: value}))
+    assert not torch.allclose(told, told_otherwise, atol=1e-5)
+
+
+def test_the_network_is_told_the_blur_and_the_noise_of_its_input(rows: RowReader) -> None:
     objective = UpsamplerObjective(UPSAMPLER_CONFIG, rows.read(np.arange(4)), classes=CLASSES)
     tensors = objective.prepare(read(rows))
     told: list[dict[str, torch.Tensor]] = []
 
     class Network(torch.nn.Module):
         def forward(
-            self, x_t: torch.Tensor, t: torch.Tensor, low_res: torch.Tensor, *_: Any, **given: Any
+            self, x_t: torch.Tensor, t: torch.Tensor, low_res: torch.Tensor, noise_level: torch.Tensor, **given: Any
         ) -> torch.Tensor:
-            told.append(given)
+            told.append({"low_res": low_res, "noise_level": noise_level, **given})
             return torch.zeros_like(x_t)
 
     objective.loss(Network(), tensors, torch.Generator().manual_seed(0))
-    sigma = told[0]["blur_sigma"]
+    sigma, level = told[0]["blur_sigma"], told[0]["noise_level"]
+    assert level.min() >= 0 and level.max() <= 10 and len(level.unique()) > 2
     assert torch.equal(told[0]["label"], tensors["label"]) and sigma.max() <= 0.6
     assert 0.2 < (sigma == 0).double().mean() < 0.8 and sigma[sigma > 0].min() >= 0.4
     x0, low_res, sigma = objective._crops(tensors["images"], torch.Generator().manual_seed(0))
     assert torch.equal(x0, tensors["images"])  # the crops are whole images here
     assert torch.equal(low_res, gaussian_blur(shrink(tensors["images"], 8), sigma))
+    kept = objective.model.diffusion.alphas_cumprod[level].to(low_res)[:, None, None, None]
+    noise = (told[0]["low_res"] - kept.sqrt() * low_res) / (1 - kept).sqrt()
+    assert (noise.flatten(1).std(dim=1) - 1).abs().max() < 0.25  # of the level that the network was told
 
 
 def test_a_cascade_of_other_classes_is_refused(cascade: ImageStack, models: dict[str, str], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from unclip.models.small_images import Captions
 from unclip.systems.inpainting import inpaint, num_steps
 from unclip.systems.system import sample_captions
 from unclip.systems.unclip import manipulations
+from unclip.systems.unclip.sampling import SamplingConfig
 from unclip.systems.unclip.stack import Stack
 
 RED, BLUE = "a small red circle", "a large blue star"
@@ -36,10 +37,11 @@ def images(num: int, resolution: int = 16, seed: int = 0) -> Tensor:
     return (smooth.clamp(0, 1) * 255).round() / 127.5 - 1
 
 
-def low_res(stack: Stack, latents: manipulations.Latents) -> Tensor:
+def low_res(stack: Stack, latents: manipulations.Latents, sampling: SamplingConfig | None = None) -> Tensor:
     """Sample from latents with the decoder alone."""
-    denoise = stack.decoder.denoiser(latents.image_embedding, stack.sampling.decoder)
-    return samplers.ddim(stack.decoder.diffusion, denoise, latents.x_T, stack.sampling.decoder.num_steps)
+    settings = (sampling or stack.sampling).decoder
+    denoise = stack.decoder.denoiser(latents.image_embedding, settings)
+    return samplers.ddim(stack.decoder.diffusion, denoise, latents.x_T, settings.num_steps)
 
 
 MANIPULATIONS: dict[str, Callable[..., Tensor]] = {
@@ -90,6 +92,18 @@ def test_inverted_images_are_reconstructed(stack: Stack) -> None:
         errors.append(float((low_res(stack, latents) - shrink(given, 8)).abs().max()))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-3  # half a level of 256 is 4e-3
+
+
+def test_f139_images_are_inverted_with_the_clamps_of_sampling(stack: Stack) -> None:
+    """An inversion without the clamps, which change most pixels of most steps here, leads to other images."""
+    clamps = {"decoder.threshold": 0.3, "decoder.inversion_iterations": 8}
+    given = 0.25 * images(3)
+
+    def error(**changes: Any) -> float:
+        latents = manipulations.invert(stack, given, sampling=with_sampling({**clamps, **changes}))
+        return float((low_res(stack, latents, with_sampling(clamps)) - shrink(given, 8)).abs().mean())
+
+    assert error() < error(**{"decoder.thresholding": "none"}) / 2
 
 
 def test_an_interpolation_starts_and_ends_at_the_images(stack: Stack) -> None:
