@@ -92,12 +92,16 @@ class Samples:
         return sum(right) / len(right)
 
 
+def run(pipeline: str, storage: str, *options: str) -> None:
+    """Run a pipeline, which trains what is missing in the storage."""
+    subprocess.run([sys.executable, "-m", "pipelines", "run", pipeline, "--storage", storage, *options], check=True)
+
+
 def train(pipeline: str, storage: str) -> None:
     """Train what is missing; run the unchanged pipeline last, so that its results remain published."""
-    command = [sys.executable, "-m", "pipelines", "run", pipeline, "--storage", storage]
     changes = [word for assignment in OTHERS for word in ("--set", assignment)]
-    subprocess.run([*command, *changes, "--until", "evaluate"], check=True)
-    subprocess.run(command, check=True)
+    run(pipeline, storage, *changes, "--until", "evaluate")
+    run(pipeline, storage)
 
 
 def artifacts(pipeline: str, storage: str, assignments: tuple[str, ...] = BASE) -> dict[str, Artifact]:

@@ -194,7 +194,7 @@ class Comparison:
 
 
 def entry_names(config_of: Callable[[str | None], PipelineConfig], sweep: Sweep | None) -> list[str]:
-    """Names of all systems, that of the preset first, each followed by its variants; without variants for a sweep.
+    """Names of all systems, that of the preset first, each followed by its default variants; without variants for a sweep.
 
     Args:
         config_of: name of a system, None for that of the preset -> its configuration, which says which variants apply.
@@ -207,7 +207,11 @@ def entry_names(config_of: Callable[[str | None], PipelineConfig], sweep: Sweep 
         if sweep is None:
             config = config_of(system)
             variants = find_pipeline(system).variants
-            names += [f"{system}/{name}" for name, variant in variants.items() if variant.applies(config)]
+            names += [
+                f"{system}/{name}"
+                for name, variant in variants.items()
+                if variant.is_default and variant.applies(config)
+            ]
     return names
 
 

@@ -144,10 +144,13 @@ def heading(comparison: Comparison) -> str:
         for group, name in names.items()
         if group in comparison.num_captions
     ]
-    equal = {"samples": "as many samples as the first", "flop": "as many FLOPs as the first"}
-    lengths = "its own settings" if comparison.equal is None else equal[comparison.equal]
+    equal = {
+        "samples": "the costliest part of each system is trained on as many samples as that of the first",
+        "flop": "each system is trained for as many FLOPs as the first",
+    }
+    lengths = "each system is trained with its own settings" if comparison.equal is None else equal[comparison.equal]
     swept = "" if comparison.sweep is None else f"Values of {comparison.sweep.setting}. "
-    return f"{swept}Captions: {', '.join(counts)}. Each system is trained with {lengths}, on the same rows."
+    return f"{swept}Captions: {', '.join(counts)}. On the same rows, {lengths}."
 
 
 def text(comparison: Comparison) -> str:

@@ -33,6 +33,8 @@ class Variant:
     """Settings that differ from the system's, as `section.field=value`."""
     applies: Callable[[Any], bool] = lambda _: True
     """Tells from the configuration of the system if the variant differs from it."""
+    is_default: bool = True
+    """Compared when no systems are named; others cost more than most comparisons need, and are named if wanted."""
 
 
 @dataclasses.dataclass(frozen=True)

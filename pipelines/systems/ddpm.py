@@ -36,13 +36,16 @@ def _is_improved(config: DdpmConfig) -> bool:
     return diffusion.schedule == "cosine" and diffusion.variance == "learned_range"
 
 
+_LINEAR = "denoiser.model.diffusion.schedule=linear"
+_FIXED = "denoiser.model.diffusion.variance=fixed_large"
+_BOUND = ("denoiser.model.diffusion.vlb_only=true", "denoiser.model.diffusion.timestep_sampling=loss_aware")
 VARIANTS = {
-    "original": Variant(
-        "ddpm, linear schedule, fixed variance",
-        ("denoiser.model.diffusion.schedule=linear", "denoiser.model.diffusion.variance=fixed_large"),
-        _is_improved,
-    )
+    "original": Variant("ddpm, linear schedule, fixed variance", (_LINEAR, _FIXED), _is_improved),
+    "linear": Variant("ddpm, linear schedule", (_LINEAR,), _is_improved, is_default=False),
+    "fixed_variance": Variant("ddpm, fixed variance", (_FIXED,), _is_improved, is_default=False),
+    "bound": Variant("ddpm, variational bound as loss", _BOUND, _is_improved, is_default=False),
 }
-"""Schedule and variance of Ho et al. 2020, section 4, beside those of Nichol & Dhariwal 2021."""
+"""Schedule and variance of Ho et al. 2020, section 4, together and one by one, beside those of Nichol & Dhariwal 2021; and
+their L_vlb with loss-aware timesteps, section 3.3."""
 
 PIPELINE = Pipeline(DdpmConfig, image_stack(DENOISER), resolve, MODEL_SIZES, VARIANTS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.dag import Binder
 from pipelines.dataset import dataset, finish
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import Pipeline, Variant
 from pipelines.upsampled import UpsampledConfig, UpsampledEvaluateConfig, UpsampledResources, with_chain
 from tasks.stage import OwnResources
 from tasks.stages.train import train
@@ -94,4 +94,25 @@ def _with_resolutions(values: Mapping[str, Any]) -> dict[str, Any]:
     return config.merge({"noised_clip": {"model": noised}}, with_chain(values, model.unet.image_size, "glide"))
 
 
-PIPELINE = Pipeline(GlidePipelineConfig, glide, resolve, MODEL_SIZES)
+VARIANTS = {
+    "clip_guidance": Variant(
+        "glide, CLIP guidance",
+        (
+            "with_noised_clip=true",
+            "evaluate.sampling.glide.guidance_scale=1",
+            "evaluate.sampling.glide.clip_guidance_scale=30",
+        ),
+        lambda config: not config.evaluate.sampling.glide.clip_guidance_scale,
+        is_default=False,
+    ),
+    "inpainting": Variant(
+        "glide, inpainting network",
+        ("glide.model.inpainting=true",),
+        lambda config: not config.glide.model.inpainting,
+        is_default=False,
+    ),
+}
+"""CLIP guidance in the place of classifier-free guidance, as in Nichol et al. 2022, section 4.4; and the network of section 3.2
+that fills in masks, which samples whole images here."""
+
+PIPELINE = Pipeline(GlidePipelineConfig, glide, resolve, MODEL_SIZES, VARIANTS)

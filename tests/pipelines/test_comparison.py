@@ -74,6 +74,7 @@ def test_all_variants_that_apply_follow_their_system() -> None:
     assert names[0] == "unclip", "the system of the preset"
     assert names[1:3] == ["unclip/text_embedding", "unclip/autoregressive"]
     assert "unclip/no_caption" not in names, "the decoder of tiny reads no captions"
+    assert "ddpm/linear" not in names, "trained only if it is named"
     entries = find_entries("tiny", None, ["systems.unclip.decoder.model.text=clip"], None)
     names = [entry.name for entry in entries]
     assert "unclip/no_caption" in names and "unclip/captions" not in names

@@ -1,6 +1,7 @@
 """The classifier of noised images as a part, for systems that guide by it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +14,11 @@ from unclip.errors import ConfigError
 from unclip.models.classifier import Classifier, ClassifierConfig, classification_loss
 from unclip.systems.classes import Classes, ClassesConfig, ClassShare, find_classes, reads_classes
 from unclip.systems.part import Part, Shapes, TrainingInputs
-from unclip.training import parallel
 from unclip.training.batches import load_images
 from unclip.training.memory import Network, example_images, example_indices
 from unclip.training.objective import Tensors
 from unclip.training.settings import TrainerConfig
-
-NUM_BUCKETS = 4
-"""Equal ranges of timesteps whose losses and accuracies are logged."""
+from unclip.training.timesteps import TimestepAccuracies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,8 @@ class ClassifierObjective:
         self.sample_size = {"pixels": self.config.unet.image_size**2}
         self.state: Tensors = {}
         self.share = ClassShare(len(classes))
-        self._sums: dict[bool, Tensor | None] = {True: None, False: None}  # [NUM_BUCKETS, 3]: losses, correct, samples
+        num_timesteps = config.model.diffusion.num_timesteps
+        self._accuracies = {training: TimestepAccuracies(num_timesteps) for training in (True, False)}
 
     def prepare(self, batch: Batch) -> Tensors:
         images = load_images(batch["jpg"], self.config.unet.image_size)  # [B, 3, S, S]
@@ -66,43 +65,19 @@ class ClassifierObjective:
         has_class = label < len(self.classes)  # [B]
         some_class = label.clamp(max=len(self.classes) - 1)  # [B]
         losses, logits = classification_loss(diffusion, network, x0, some_class, t, noise)  # [B], [B, K]
-        losses = losses * has_class
         self.share.add(network.training, label)
-        self._add(network.training, t, losses.detach(), logits.argmax(dim=1) == label, has_class)
-        return losses.sum().div(has_class.sum().clamp(min=1))
+        blind = torch.full_like(losses, math.log(len(self.classes)))
+        self._accuracies[network.training].add(t, losses, logits.argmax(dim=1) == label, blind, has_class)
+        return (losses * has_class).sum().div(has_class.sum().clamp(min=1))
 
     def metrics(self, training: bool) -> dict[str, float]:
-        """Loss and accuracy by range of timesteps; `relative_loss` is that of the least noisy images, since the class of the
-        noisiest cannot be seen."""
-        sums = self._sums[training]
-        if sums is None:
-            return {}
-        self._sums[training] = None
-        values = self.share.take(training)
-        total = self.model.diffusion.num_timesteps
-        for bucket, (loss, correct, count) in enumerate((parallel.all_reduce_sum(sums) if training else sums).tolist()):
-            first, end = (index * total // NUM_BUCKETS for index in (bucket, bucket + 1))
-            if count:
-                values[f"loss_t_{first:04d}_{end - 1:04d}"] = loss / count
-                values[f"accuracy_t_{first:04d}_{end - 1:04d}"] = correct / count
-                if bucket == 0:
-                    uniform = torch.tensor(float(len(self.classes))).log().item()
-                    values["relative_loss"] = loss / count / uniform
-        return values
+        return {**self._accuracies[training].take(all_ranks=training), **self.share.take(training)}
 
     def preview(self, model: nn.Module) -> None:
         return None
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "classifier", "config": to_dict(self.config), "classes": list(self.classes.names)}
-
-    def _add(self, training: bool, t: Tensor, losses: Tensor, correct: Tensor, has_class: Tensor) -> None:
-        sums = self._sums[training]
-        if sums is None:
-            sums = self._sums[training] = torch.zeros(NUM_BUCKETS, 3, device=t.device)
-        bucket = t * NUM_BUCKETS // self.model.diffusion.num_timesteps  # [B]
-        values = torch.stack([losses, correct & has_class, has_class], dim=1).float()  # [B, 3]
-        sums.index_add_(0, bucket, values)
 
 
 def _build(facts: Mapping[str, Any]) -> Classifier:

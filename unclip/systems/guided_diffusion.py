@@ -71,6 +71,7 @@ DEMO_UNET = UNCLIP_SIZES["demo"].decoder.model.unet
 DEMO_DENOISER = DenoiserStageConfig(
     model=ImageDenoiserConfig(DEMO_UNET, diffusion=DEMO_GENERATOR_DIFFUSION),
     trainer=demo_training(60_000, 16, 1.5e-3, ema_decay=0.99, weight_decay=0.01),
+    measures_bits_per_dim=True,
 )
 ADM_64 = UNetConfig(64, 192, (1, 2, 3, 4), 3, attention_resolutions=(32, 16, 8), dropout=0.1)
 CLASSIFIER_64 = UNetConfig(64, 128, (1, 2, 3, 4), 4, attention_resolutions=(32, 16, 8))

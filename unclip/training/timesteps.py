@@ -108,24 +108,43 @@ class LossAwareTimesteps:
             self.num_updates[int(timestep)] += 1
 
 
+NUM_RANGES = 4
+"""Equal ranges of timesteps whose losses are logged."""
+
+
+class _SumsByRange:
+    """Sums of values of samples, for each range of timesteps."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+        self._sums: Tensor | None = None  # [NUM_RANGES, K]
+
+    @torch.no_grad()
+    def add(self, t: Tensor, *values: Tensor) -> None:
+        """Add K values [B] of the samples at t [B] int64."""
+        if self._sums is None:
+            self._sums = torch.zeros(NUM_RANGES, len(values), device=t.device)
+        self._sums.index_add_(0, t * NUM_RANGES // self.num_timesteps, torch.stack(values, dim=1).float())
+
+    def take(self, all_ranks: bool) -> list[tuple[str, list[float]]]:
+        """Return and reset the sums since the last call, each with the name of its range; empty if there were no samples."""
+        if self._sums is None:
+            return []
+        sums = (parallel.all_reduce_sum(self._sums) if all_ranks else self._sums).tolist()
+        self._sums = None
+        ends = [index * self.num_timesteps // NUM_RANGES for index in range(NUM_RANGES + 1)]
+        return [(f"t_{ends[index]:04d}_{ends[index + 1] - 1:04d}", row) for index, row in enumerate(sums)]
+
+
 class TimestepLosses:
     """Mean losses by range of timesteps, and relative to the loss of predicting zeros."""
 
-    def __init__(self, num_timesteps: int, num_buckets: int = 4) -> None:
-        """Args:
-        num_buckets: number of equal ranges of timesteps.
-        """
-        self.num_timesteps, self.num_buckets = num_timesteps, num_buckets
-        self._sums: Tensor | None = None  # [num_buckets, 3]: losses, losses of zeros, samples
+    def __init__(self, num_timesteps: int) -> None:
+        self._sums = _SumsByRange(num_timesteps)
 
-    @torch.no_grad()
     def add(self, t: Tensor, loss: Tensor, loss_of_zeros: Tensor) -> None:
         """Add losses [B] at t [B] int64, and the losses [B] of predicting zeros for the same samples and noise."""
-        if self._sums is None:
-            self._sums = torch.zeros(self.num_buckets, 3, device=t.device)
-        bucket = t * self.num_buckets // self.num_timesteps  # [B]
-        values = torch.stack([loss, loss_of_zeros, torch.ones_like(loss)], dim=1).float()  # [B, 3]
-        self._sums.index_add_(0, bucket, values)
+        self._sums.add(t, loss, loss_of_zeros, torch.ones_like(loss))
 
     def take(self, all_ranks: bool = False) -> dict[str, float]:
         """Return and reset the means since the last call: `loss_t_FIRST_LAST` for each visited range, and `relative_loss`.
@@ -136,14 +155,46 @@ class TimestepLosses:
         Args:
             all_ranks: combine the losses of all ranks; all of them must call it.
         """
-        if self._sums is None:
-            return {}
-        sums = (parallel.all_reduce_sum(self._sums) if all_ranks else self._sums).tolist()
-        self._sums = None
-        values = {}
-        for bucket, (loss, _, count) in enumerate(sums):
-            first, end = (index * self.num_timesteps // self.num_buckets for index in (bucket, bucket + 1))
-            if count:
-                values[f"loss_t_{first:04d}_{end - 1:04d}"] = loss / count
-        total, total_of_zeros = (sum(row[column] for row in sums) for column in (0, 1))
+        rows = self._sums.take(all_ranks)
+        values = {f"loss_{name}": loss / count for name, (loss, _, count) in rows if count}
+        total, total_of_zeros = (sum(row[column] for _, row in rows) for column in (0, 1))
         return {**values, "relative_loss": total / total_of_zeros} if total_of_zeros else values
+
+
+class TimestepAccuracies:
+    """Mean losses and accuracies of choices by range of timesteps, and the loss relative to that of a blind choice."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self._sums = _SumsByRange(num_timesteps)
+
+    @torch.no_grad()
+    def add(
+        self, t: Tensor, loss: Tensor, is_correct: Tensor, blind_loss: Tensor, counts: Tensor | None = None
+    ) -> None:
+        """Add samples at t [B] int64.
+
+        Args:
+            loss: [B], cross-entropy of each sample's choice.
+            is_correct: [B] bool.
+            blind_loss: [B], cross-entropy if all choices are equally likely.
+            counts: [B] bool, False for samples to leave out; None for none.
+        """
+        counted = torch.ones_like(loss) if counts is None else counts.to(loss.dtype)
+        self._sums.add(t, loss * counted, is_correct * counted, blind_loss * counted, counted)
+
+    def take(self, all_ranks: bool = False) -> dict[str, float]:
+        """Return and reset `loss_t_FIRST_LAST` and `accuracy_t_FIRST_LAST` of each visited range, and `relative_loss`.
+
+        The relative loss is that of the least noisy range, since the noisiest images cannot be told apart; 1 for a network
+        that has learnt nothing.
+
+        Args:
+            all_ranks: combine the samples of all ranks; all of them must call it.
+        """
+        values: dict[str, float] = {}
+        for index, (name, (loss, correct, blind, count)) in enumerate(self._sums.take(all_ranks)):
+            if count:
+                values |= {f"loss_{name}": loss / count, f"accuracy_{name}": correct / count}
+                if index == 0 and blind:
+                    values["relative_loss"] = loss / blind
+        return values

@@ -22,7 +22,7 @@ from unclip.diffusion.process import (
 )
 from unclip.errors import ConfigError, ShapeError
 from unclip.systems.unclip.decoder import DecoderStageConfig
-from unclip.training.timesteps import LossAwareTimesteps, UniformTimesteps, timestep_sampler
+from unclip.training.timesteps import LossAwareTimesteps, TimestepAccuracies, UniformTimesteps, timestep_sampler
 
 SCHEDULES = ("cosine", "linear")
 PREDICTIONS = ("eps", "x0", "v")
@@ -440,3 +440,14 @@ def test_training_on_the_bound_alone_minimises_bits_per_dimension(variance: Vari
     assert gradient != 0  # the bound trains x0, too
     with pytest.raises(ConfigError, match=r"loss_weighting: got 'p2', expected none with vlb_only"):
         DiffusionConfig(vlb_only=True, loss_weighting="p2")
+
+
+def test_accuracies_are_means_by_range_of_timesteps() -> None:
+    accuracies = TimestepAccuracies(100)
+    t, loss = torch.tensor([0, 24, 25, 99]), torch.tensor([1.0, 2.0, 4.0, 9.0])
+    is_correct, counts = torch.tensor([True, False, True, True]), torch.tensor([True, True, True, False])
+    accuracies.add(t, loss, is_correct, torch.full((4,), 3.0), counts)
+    accuracies.add(t[:1], loss[:1], is_correct[:1], torch.tensor([6.0]))
+    expected = {"loss_t_0000_0024": 4 / 3, "accuracy_t_0000_0024": 2 / 3, "relative_loss": 4 / 12}
+    assert accuracies.take() == pytest.approx({**expected, "loss_t_0025_0049": 4.0, "accuracy_t_0025_0049": 1.0})
+    assert accuracies.take() == {}

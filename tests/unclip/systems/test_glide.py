@@ -181,6 +181,9 @@ def test_the_image_encoder_learns_captions_of_noised_images(clip: Clip) -> None:
         return F.cross_entropy(logits, torch.arange(8).repeat(8)).item()
 
     assert loss(0) < 0.3 and loss(0) < loss(700) and loss(999) > 1.0
+    logged = trained.metrics(True)
+    assert 0 < logged["relative_loss"] < 1 and trained.metrics(True) == {}
+    assert logged["accuracy_t_0000_0249"] > logged["accuracy_t_0750_0999"] + 0.1, logged
 
     again = NOISED_CLIP.build(trained.facts())
     again.load_state_dict(trained.model.state_dict())

@@ -1,10 +1,12 @@
 """CLIP's image encoder for noised images as a part, for CLIP guidance."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import load, to_dict
@@ -16,6 +18,7 @@ from unclip.training.memory import Network, example_images, example_indices
 from unclip.training.objective import Tensors
 from unclip.training.parallel import ALONE, Workers
 from unclip.training.settings import TrainerConfig
+from unclip.training.timesteps import TimestepAccuracies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,8 @@ class NoisedClipObjective:
         self.own_loss = ClipLoss()  # of held-out rows, which rank 0 reads alone
         self.sample_size = {"pixels": config.image_size**2}
         self.state: Tensors = {}
+        num_timesteps = config.diffusion.num_timesteps
+        self._accuracies = {training: TimestepAccuracies(num_timesteps) for training in (True, False)}
 
     def prepare(self, batch: Batch) -> Tensors:
         return {
@@ -57,11 +62,21 @@ class NoisedClipObjective:
         t = torch.randint(diffusion.num_timesteps, (len(x0),), generator=generator, device=x0.device)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         embedding = network(diffusion.q_sample(x0, t, noise), t)  # [B, E], with the temperature
+        text_embedding = tensors["text_embedding"].to(embedding.dtype)
+        self._add_accuracy(network.training, t, embedding.detach() @ text_embedding.T)
         clip_loss = self.clip_loss if network.training else self.own_loss
-        return clip_loss(embedding, tensors["text_embedding"].to(embedding.dtype), 1.0)  # type: ignore[no-any-return]
+        return clip_loss(embedding, text_embedding, 1.0)  # type: ignore[no-any-return]
 
     def metrics(self, training: bool) -> dict[str, float]:
-        return {}
+        """Loss and accuracy of choosing the caption of a noised image among those of its micro-batch."""
+        return self._accuracies[training].take(all_ranks=training)
+
+    def _add_accuracy(self, training: bool, t: Tensor, logits: Tensor) -> None:
+        """Add logits [B, B] of images and captions."""
+        own = torch.arange(len(logits), device=logits.device)
+        losses = F.cross_entropy(logits, own, reduction="none")  # [B]
+        blind = torch.full_like(losses, math.log(len(logits)))
+        self._accuracies[training].add(t, losses, logits.argmax(dim=1) == own, blind)
 
     def preview(self, model: nn.Module) -> None:
         return None

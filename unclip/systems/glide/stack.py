@@ -142,6 +142,7 @@ SYSTEM = SystemSpec(
     shortcuts={
         "steps": "glide.num_steps",
         "guidance_scale": "glide.guidance_scale",
+        "clip_guidance_scale": "glide.clip_guidance_scale",
         "sampler": "glide.sampler",
         "eta": "glide.eta",
         "strength": "glide.strength",
