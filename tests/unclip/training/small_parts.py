@@ -40,11 +40,17 @@ NUM_ROWS = 32
 STEPS = 4
 """Steps of 16 samples; checkpoints after the second and the last one."""
 STOP = End(before_step=3, kill=None)
-SHORT = {"num_samples": 16 * STEPS, "checkpoint_samples": 32, "adam_eps": 1e-5}
+SHORT = {
+    "num_samples": 16 * STEPS,
+    "checkpoint_samples": 32,
+    "micro_batch_size": 8,
+    "validation_rows": 8,
+    "adam_eps": 1e-5,
+}
 """Biases of keys have no gradient but rounding errors, which Adam's usual epsilon would make as large as any."""
 
 _MANY_TIMESTEPS = DiffusionConfig(prediction_type="v")
-_FEW_TIMESTEPS = DiffusionConfig(num_timesteps=50, prediction_type="v")
+_FEW_TIMESTEPS = DiffusionConfig(num_timesteps=10, prediction_type="v")
 """The finished model is measured at fewer timesteps."""
 
 
@@ -80,7 +86,7 @@ def _latents(kind: str, **unet: Any) -> SmallPart:
             size = {"channels": 48}
         else:
             size = {"dropout": 0.1}
-            changes |= {"diffusion": _FEW_TIMESTEPS, "max_noise_level": config.max_noise_level // 20}
+            changes |= {"diffusion": _FEW_TIMESTEPS, "max_noise_level": config.max_noise_level // 100}
         return latent_parts.objective(kind, clip(), unet=dataclasses.replace(config.unet, **size, **unet), **changes)
 
     return SmallPart(_latent_rows, lambda _, memorises: objective(memorises))
@@ -129,7 +135,7 @@ def _super_resolution(rows: Batch, memorises: bool) -> Objective:
         config = TextUpsamplerConfig(unet, max_noise_level=500, diffusion=_MANY_TIMESTEPS, **sizes)
     else:
         unet = dataclasses.replace(unet, dropout=0.1)
-        config = TextUpsamplerConfig(unet, max_noise_level=25, diffusion=_FEW_TIMESTEPS, **sizes)
+        config = TextUpsamplerConfig(unet, max_noise_level=5, diffusion=_FEW_TIMESTEPS, **sizes)
     return TextUpsamplerObjective(config, rows, TextUpsamplerSampling(num_steps=2))
 
 
@@ -198,11 +204,15 @@ def run(
         assert end is not None
 
 
-def run_rank_of_two(rank: int, folder: str, name: str, jobs: dict[str, dict[str, Any]]) -> None:
-    """Run trainings of a part, by name with their changed settings, as one of two ranks."""
+Job = tuple[str, str, dict[str, Any]]
+"""Part, name of its training, and changed settings."""
+
+
+def run_rank_of_two(rank: int, folder: str, jobs: list[Job]) -> None:
+    """Run trainings, each in the folder of its part, as one of two ranks."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    for run_name, changes in jobs.items():
-        run(Path(folder), name, run_name, Workers(rank, 2), **changes)
+    for part, run_name, changes in jobs:
+        run(Path(folder) / part, part, run_name, Workers(rank, 2), **changes)
     torch.distributed.destroy_process_group()
