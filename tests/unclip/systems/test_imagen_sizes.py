@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipelines.comparison import Sweep
 from pipelines.config import load
 from tests.unclip.interop.test_t5 import write as write_t5
 from tests.unclip.systems.sized import count_parameters, shapes
-from tests.unclip.training.test_memory import saved_bytes
 from unclip.config import load as load_section
 from unclip.config import to_dict
 from unclip.errors import CheckpointError, ConfigError
@@ -20,7 +18,7 @@ from unclip.systems.imagen.super_resolution import TEXT_UPSAMPLER
 from unclip.systems.system import find_system
 from unclip.systems.text_encoder import TextInput
 from unclip.systems.unclip import sizes as unclip_sizes
-from unclip.training import memory, parallel
+from unclip.training import memory
 
 
 def settings_of(name: str) -> list[str]:
@@ -126,14 +124,3 @@ def test_the_sweep_of_the_noise_level_has_its_path() -> None:
         assert config.evaluate.sampling.upsamplers["64"].noise_level == int(value)
     unknown = Sweep.parse("evaluate.sampling.upsamplers.32.noise_level=0,50")
     assert unknown.path("imagen", lambda system: load("demo", system=system)) is None
-
-
-@pytest.mark.parametrize("index", [0, 1], ids=["imagen", "upsampler-64"])
-def test_a_forward_pass_saves_the_planned_memory(index: int) -> None:
-    network = networks("demo")[index]
-    plan = memory.measure("network", network, "cpu", "bf16")
-    model, inputs = network.build().to(memory_format=torch.channels_last), network.inputs(5)
-    assert saved_bytes(model, inputs, "bf16") == pytest.approx(plan.activations.at(5, False), rel=0.1)
-    parallel.checkpoint_activations(model)
-    assert saved_bytes(model, inputs, "bf16") == pytest.approx(plan.activations.checkpointed.at(5), rel=0.1)
-    assert plan.flops_per_sample > 1e6

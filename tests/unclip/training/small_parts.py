@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.unclip.systems import latent_parts, tiny_tokens
 from tests.unclip.training.trained_on_workers import End, Recorder, settings
-from unclip.data import Batch, RowReader, Source
+from unclip.data import Batch, RowReader, Source, half_bytes
 from unclip.diffusion.process import DiffusionConfig
 from unclip.evaluation import scenes
 from unclip.models.clip import Clip
@@ -73,7 +73,12 @@ def clip() -> Clip:
 
 
 def _latent_rows(num_rows: int) -> Batch:
-    return {name: values for name, values in latent_parts.rows(clip(), num_rows).items() if name != "key"}
+    """Latents of a few even areas, as those of images are smooth and white noise is not."""
+    rows = latent_parts.rows(clip(), num_rows)
+    areas = np.random.default_rng(1).normal(size=(num_rows, 4, 2, 2)).repeat(4, axis=2).repeat(4, axis=3)
+    std, mean = (np.array(values)[:, None, None] for values in (latent_parts.STD, latent_parts.MEAN))
+    latents = [half_bytes(latent) for latent in areas * std + mean]
+    return {**{name: rows[name] for name in ("tokens", "image_embedding")}, "latent": latents}
 
 
 def _latents(kind: str, **unet: Any) -> SmallPart:
@@ -146,7 +151,7 @@ def _vit_vqgan(rows: Batch, memorises: bool) -> Objective:
         image_size=16,
         latent_channels=4,
         codebook_size=256 if memorises else 24,
-        transformer=PatchTransformerConfig(patch_size=4, width=64 if memorises else 16, depth=2, num_heads=2),
+        transformer=PatchTransformerConfig(patch_size=4, width=96 if memorises else 16, depth=2, num_heads=2),
     )
     discriminator = dataclasses.replace(
         VIT_VQGAN.discriminator,
