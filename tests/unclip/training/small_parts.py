@@ -73,12 +73,15 @@ def clip() -> Clip:
 
 
 def _latent_rows(num_rows: int) -> Batch:
-    """Latents of a few even areas, as those of images are smooth and white noise is not."""
-    rows = latent_parts.rows(clip(), num_rows)
+    """Latents of a few even areas, as those of images are smooth, and captions that differ in every word."""
     areas = np.random.default_rng(1).normal(size=(num_rows, 4, 2, 2)).repeat(4, axis=2).repeat(4, axis=3)
     std, mean = (np.array(values)[:, None, None] for values in (latent_parts.STD, latent_parts.MEAN))
-    latents = [half_bytes(latent) for latent in areas * std + mean]
-    return {**{name: rows[name] for name in ("tokens", "image_embedding")}, "latent": latents}
+    tokens = clip().tokenize([" ".join([str(number)] * 10) for number in range(num_rows)])
+    return {
+        "latent": [half_bytes(latent) for latent in areas * std + mean],
+        "tokens": [each.int().numpy() for each in tokens],
+        "image_embedding": latent_parts.rows(clip(), num_rows)["image_embedding"],
+    }
 
 
 def _latents(kind: str, **unet: Any) -> SmallPart:
@@ -88,7 +91,7 @@ def _latents(kind: str, **unet: Any) -> SmallPart:
     def objective(memorises: bool) -> Objective:
         changes: dict[str, Any] = {"text": "clip", "context_dim": clip().text_width} if unet else {}
         if memorises:
-            size = {"channels": 48}
+            size = {"channels": 32}
         else:
             size = {"dropout": 0.1}
             changes |= {"diffusion": _FEW_TIMESTEPS, "max_noise_level": config.max_noise_level // 100}
