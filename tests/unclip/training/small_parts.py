@@ -61,7 +61,8 @@ class SmallPart:
     rows: Callable[[int], Batch]
     """Number of rows -> as many rows that differ, without keys."""
     objective: Callable[[Batch, bool], Objective]
-    """Rows for previews, and whether the network is to memorise sixteen rows: it is then wider, without dropout -> objective."""
+    """Rows for previews, and whether the network is to memorise sixteen rows: it is then wider, without dropout, and
+    tokens and latents always have their captions -> objective."""
 
 
 @functools.cache
@@ -92,6 +93,7 @@ def _latents(kind: str, **unet: Any) -> SmallPart:
         changes: dict[str, Any] = {"text": "clip", "context_dim": clip().text_width} if unet else {}
         if memorises:
             size = {"channels": 32}
+            changes |= {"text_drop_prob": 0.0, "image_drop_prob": 0.0}
         else:
             size = {"dropout": 0.1}
             changes |= {"diffusion": _FEW_TIMESTEPS, "max_noise_level": config.max_noise_level // 100}
