@@ -94,6 +94,14 @@ def test_the_generator_of_stable_diffusion_has_the_size_of_the_published_network
     assert LATENT_DIFFUSION_SIZES["stable_diffusion"].num_parameters.generator == 859_520_964
 
 
+def test_stable_unclip_adds_the_layers_of_the_image_embedding_to_that_generator() -> None:
+    """863,128,004 parameters: embedding and noise level, of 768 numbers each, through two layers to the 1,280 of the timestep."""
+    size, published = (sizes["stable_diffusion"] for sizes in (STABLE_UNCLIP_SIZES, LATENT_DIFFUSION_SIZES))
+    added = (2 * 768 + 1) * 1280 + (1280 + 1) * 1280
+    assert size.num_parameters.generator == published.num_parameters.generator + added == 863_128_004
+    assert size.autoencoder == published.autoencoder and size.prior.clip == size.clip == published.clip
+
+
 def test_work_is_counted_and_trainings_wait_for_the_autoencoder() -> None:
     work = workload(load("demo", system="stable"))
     after = {training.name: training.after for training in work.trainings}

@@ -109,7 +109,8 @@ class LatentDiffusionObjective:
         if self.model.text is not None:
             null = read_captions(model.text, clip, clip.tokenize([""]), model.reads_padding)
             self.model.text.set_null(null)  # type: ignore[arg-type]
-            self.learning_rate_factors["text"] = config.text_learning_rate
+            if next(self.model.text.parameters(), None) is not None:  # CLIP's states are read without weights
+                self.learning_rate_factors["text"] = config.text_learning_rate
         self.process = DiffusionLoss(self.model.diffusion)
         self.sample_size = {"pixels": autoencoder.config.image_size**2}
         self.state = self.process.timesteps.state

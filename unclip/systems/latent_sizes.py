@@ -3,7 +3,8 @@
 `demo` has the images and CLIP of unCLIP's size of the same name, so that the systems can be compared. `small` samples 256 pixels
 and `base` 512, with autoencoders of a factor of 8 and 4 channels. Autoencoder and generator of `base` have the channels of Stable
 Diffusion's; `stable_diffusion` has the networks, the schedule and the text encoder of Stable Diffusion 1 (Rombach et al. 2022,
-section 3, appendix E.2.1 and their published settings). The generators' optimiser settings are our own.
+section 3, appendix E.2.1 and their published settings), so that its stacks can be exported to diffusers. The generators'
+optimiser settings are our own.
 """
 
 import dataclasses
@@ -188,10 +189,16 @@ LATENT_DIFFUSION_SIZES: dict[str, LatentSize] = {
 """Name -> size of `latent_diffusion`. `num_parameters` are exact."""
 
 
-def _stable(name: str, model: LatentDiffusionConfig, num_parameters: int, **sampling: Any) -> StableUnclipSize:
+def _stable(
+    name: str, model: LatentDiffusionConfig, num_parameters: int, prior: str | None = None, **sampling: Any
+) -> StableUnclipSize:
     """Size with the autoencoder, the CLIP and the training of the size of `latent_diffusion` with the same name, and the prior of
-    unCLIP's."""
-    size, unclip = LATENT_DIFFUSION_SIZES[name], unclip_sizes.MODEL_SIZES[name]
+    unCLIP's.
+
+    Args:
+        prior: size of unCLIP with the same CLIP; None for that of the same name.
+    """
+    size, unclip = LATENT_DIFFUSION_SIZES[name], unclip_sizes.MODEL_SIZES[prior or name]
     return StableUnclipSize(
         "stable_unclip",
         size.autoencoder,
@@ -227,6 +234,20 @@ STABLE_UNCLIP_SIZES: dict[str, StableUnclipSize] = {
         "base",
         LatentDiffusionConfig(_BASE_UNET, context_dim=768, reads_image_embedding=True, max_noise_level=999),
         799_830_404,
+    ),
+    # the networks of Stable Diffusion 1, whose generator reads the image embedding as a vector
+    "stable_diffusion": _stable(
+        "stable_diffusion",
+        LatentDiffusionConfig(
+            _STABLE_DIFFUSION_UNET,
+            context_dim=768,
+            reads_image_embedding=True,
+            max_noise_level=999,
+            diffusion=DiffusionConfig(schedule="scaled_linear"),
+        ),
+        863_128_004,
+        prior="base",
+        guidance_scale=7.5,
     ),
 }
 """Name -> size of `stable_unclip`. `num_parameters` are exact."""

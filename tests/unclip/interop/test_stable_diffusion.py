@@ -101,7 +101,7 @@ def check_equal(ours: LatentDiffusionStack, pipeline: Any) -> None:
         assert expected_latents.std() > 0.1 and expected.std() > 0.05
         assert not torch.allclose(expected_latents[0], expected_latents[1], atol=0.1)
         torch.testing.assert_close(latents, expected_latents, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(images, expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     encoded = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
     torch.testing.assert_close(encoded, ours.generator.normalize(ours.autoencoder.encode(pixels)), atol=1e-4, rtol=1e-4)

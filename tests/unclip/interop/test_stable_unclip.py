@@ -1,5 +1,6 @@
 """Export and import of stacks of stable_unclip: diffusers' StableUnCLIPPipeline samples the same latents from the same noise."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,32 +12,52 @@ from safetensors.torch import load_file, save_file
 
 from tests.unclip.interop.test_decoder import randomize
 from tests.unclip.interop.test_stable_diffusion import AUTOENCODER, CAPTIONS, DIFFUSION, NEGATIVE, UNET, noise
+from tests.unclip.systems.sized import shapes
 from tests.unclip.systems.tiny_stacks import EMBEDDING_DIM, LENGTH, add_noise, tiny_stack
 from unclip.diffusion import samplers
 from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.interop.latent_diffusion import check_exportable
 from unclip.interop.stable_unclip import PIPELINE_SAMPLING, export_stack, import_stack, save_imported
-from unclip.models.autoencoder import Autoencoder
+from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
 from unclip.models.autoregressive_prior import AutoregressivePrior
+from unclip.models.clip import shape_of
 from unclip.models.latent_diffusion import LatentDiffusion, LatentDiffusionConfig, LatentSampling
 from unclip.models.prior import DiffusionPrior, PriorSampling
 from unclip.models.text import TextShape, caption_features
-from unclip.systems.stable_unclip import StableUnclipSampling, StableUnclipStack
+from unclip.models.unet import UNetConfig
+from unclip.systems.latent_sizes import STABLE_UNCLIP_SIZES
+from unclip.systems.stable_unclip import STABLE_UNCLIP, StableUnclipSampling, StableUnclipStack
 from unclip.systems.system import load_system
 
 LEVEL = 300
 
 
-def stack() -> StableUnclipStack:
-    unclip = tiny_stack()
+CONFIG = LatentDiffusionConfig(
+    UNET, context_dim=EMBEDDING_DIM, reads_image_embedding=True, max_noise_level=999, diffusion=DIFFUSION
+)
+
+
+def stack(
+    config: LatentDiffusionConfig = CONFIG,
+    autoencoder: AutoencoderConfig = AUTOENCODER,
+    prior: dict[str, Any] | None = None,
+) -> StableUnclipStack:
+    """Args: prior: settings of the prior that differ."""
+    unclip = tiny_stack(prior=prior)
     torch.manual_seed(0)
-    config = LatentDiffusionConfig(
-        UNET, context_dim=EMBEDDING_DIM, reads_image_embedding=True, max_noise_level=999, diffusion=DIFFUSION
-    )
     generator = add_noise(LatentDiffusion(config, EMBEDDING_DIM, TextShape(LENGTH, EMBEDDING_DIM, 49408)))
     generator.set_statistics(torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 0.5, 2.0, 4.0]))
     generator.image.statistics.load_state_dict(unclip.prior.statistics.state_dict())
     generator.text.set_null(caption_features(unclip.clip, unclip.clip.tokenize([""]), reads_padding=True))
-    return StableUnclipStack(unclip.clip, unclip.prior, generator, randomize(Autoencoder(AUTOENCODER)))
+    return StableUnclipStack(unclip.clip, unclip.prior, generator, randomize(Autoencoder(autoencoder)))
+
+
+def shallow(unet: UNetConfig) -> UNetConfig:
+    """The layout of a U-Net, with few channels and an eighth of the resolution."""
+    resolutions = tuple(resolution // 8 for resolution in unet.attention_resolutions)
+    return dataclasses.replace(
+        unet, image_size=unet.image_size // 8, attention_resolutions=resolutions, channels=8, norm_groups=4
+    )
 
 
 @torch.no_grad()
@@ -73,30 +94,38 @@ def load(folder: Path, ours: StableUnclipStack) -> Any:
     return pipeline
 
 
-def test_diffusers_samples_the_same_latents_as_we_do(tmp_path: Path) -> None:
+def test_diffusers_samples_the_same_latents_and_images_as_we_do(tmp_path: Path) -> None:
     ours = stack()
     notes = export_stack(ours, tmp_path / "exported")
     assert len(notes) == 1 and "noise_level 0" in notes[0]
     pipeline = load(tmp_path / "exported", ours)
     for scale in (1.0, 3.0):
         with torch.no_grad():
-            found = pipeline(
-                CAPTIONS,
-                negative_prompt=NEGATIVE,
-                height=16,
-                width=16,
-                prior_num_inference_steps=5,
-                prior_guidance_scale=4.0,
-                num_inference_steps=5,
-                guidance_scale=scale,
-                noise_level=LEVEL,
-                latents=noise(),
-                generator=torch.Generator().manual_seed(3),
-                output_type="latent",
-            ).images
+            found, images = (
+                pipeline(
+                    CAPTIONS,
+                    negative_prompt=NEGATIVE,
+                    height=16,
+                    width=16,
+                    prior_num_inference_steps=5,
+                    prior_guidance_scale=4.0,
+                    num_inference_steps=5,
+                    guidance_scale=scale,
+                    noise_level=LEVEL,
+                    latents=noise(),
+                    generator=torch.Generator().manual_seed(3),
+                    output_type=kind,
+                ).images
+                for kind in ("latent", "np")
+            )
         expected = our_samples(ours, scale, pipeline.scheduler.timesteps.tolist())
         assert expected.std() > 0.1 and not torch.allclose(expected[0], expected[1], atol=0.1)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            decoded = ours.autoencoder.decode(ours.generator.denormalize(expected))
+        shown = torch.from_numpy(images).permute(0, 3, 1, 2)  # [B, 3, S, S] in [0, 1]
+        assert shown.std() > 0.05
+        torch.testing.assert_close(shown, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
 
 
 def test_an_imported_stack_samples_what_the_exported_one_does(tmp_path: Path) -> None:
@@ -120,6 +149,24 @@ def test_an_imported_stack_samples_what_the_exported_one_does(tmp_path: Path) ->
     for path in sorted((tmp_path / "exported").rglob("*.safetensors")):
         tensors, others = load_file(path), load_file(tmp_path / "back" / path.relative_to(tmp_path / "exported"))
         torch.testing.assert_close(others, tensors, atol=1e-5, rtol=1e-5)
+
+
+def test_the_size_stable_diffusion_is_exported(tmp_path: Path) -> None:
+    """Its settings in all that does not multiply weights; the network itself is checked without its weights."""
+    size = STABLE_UNCLIP_SIZES["stable_diffusion"]
+    network = STABLE_UNCLIP.network(size.generator, shapes(size))  # type: ignore[arg-type]
+    with torch.device("meta"):
+        check_exportable(network.build())  # type: ignore[arg-type]
+    config = dataclasses.replace(
+        size.generator.model, unet=shallow(size.generator.model.unet), context_dim=EMBEDDING_DIM
+    )
+    autoencoder = dataclasses.replace(size.autoencoder.model, image_size=64, channels=8, norm_groups=4)
+    prior = vars(size.prior.prior.model) | {"width": 32, "depth": 2, "num_heads": 4}
+    assert size.prior.prior.kind == "diffusion" and shape_of(size.clip).embedding_dim == shape_of(size.clip).text_width
+    ours = stack(config, autoencoder, prior)
+    export_stack(ours, tmp_path / "exported")
+    imported = import_stack(tmp_path / "exported").stack
+    assert imported.generator.config.unet == config.unet and imported.generator.config.diffusion == config.diffusion
 
 
 def change(path: Path, **values: Any) -> None:

@@ -41,13 +41,13 @@ MODEL = LatentDiffusionConfig(
     text_transformer=TextTransformerConfig(16, 1, 2),
     diffusion=DiffusionConfig(prediction_type="v"),
 )
+_SAMPLING = LatentSampling(num_steps=4, guidance_scale=2.0)
 CONFIGS = {
-    "latent_diffusion": LatentDiffusionStageConfig(MODEL),
+    "latent_diffusion": LatentDiffusionStageConfig(MODEL, preview=_SAMPLING),
     "stable_unclip": StableUnclipStageConfig(
-        dataclasses.replace(MODEL, text="clip", reads_image_embedding=True, max_noise_level=500)
+        dataclasses.replace(MODEL, text="clip", reads_image_embedding=True, max_noise_level=500), preview=_SAMPLING
     ),
 }
-_SAMPLING = LatentSampling(num_steps=4, guidance_scale=2.0)
 SAMPLING = {
     "latent_diffusion": LatentDiffusionSampling(latent_diffusion=_SAMPLING, precision="fp32"),
     "stable_unclip": StableUnclipSampling(prior=PriorSampling(num_steps=2), stable_unclip=_SAMPLING, precision="fp32"),

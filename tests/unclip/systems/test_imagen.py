@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +13,6 @@ from PIL import Image
 from tests.unclip.interop.test_t5 import write as write_t5
 from tests.unclip.systems.tiny_stacks import fill_zeros
 from unclip.config import to_dict
-from unclip.data import RowReader, Source
 from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError, InputError, ShapeError
 from unclip.interop import t5
@@ -38,10 +35,8 @@ from unclip.systems.imagen.super_resolution import TEXT_UPSAMPLER, TextUpsampler
 from unclip.systems.inpainting import inpaint, num_steps
 from unclip.systems.system import ClipFiles, StackFiles, load_system, sample_captions, save_stack
 from unclip.systems.text_encoder import save_t5
-from unclip.training import checkpoints, overfitting, trainer
-from unclip.training.objective import Monitor
+from unclip.training import checkpoints
 from unclip.training.precision import autocast
-from unclip.training.settings import TrainerConfig
 
 UNET = UNetConfig(8, 8, (1, 2), 1, attention_resolutions=(4,), head_channels=8, norm_groups=4)
 EFFICIENT = EfficientUNetConfig(8, 8, (1, 2), (1, 1), ("none", "full"), num_heads=2, norm_groups=4)
@@ -159,52 +154,6 @@ def test_every_parameter_is_trained_and_the_model_is_built_again_from_its_facts(
     assert shown.shape == (16, 3, size, size) and shown.isfinite().all()
     score = trained.measure(trained.model, small, torch.Generator().manual_seed(0))["mean_squared_score"]
     assert score.shape == (1000,) and score.isfinite().all()
-
-
-def reader(folder: Path, rows: dict[str, list[Any]]) -> RowReader:
-    path, keys = folder / "rows.parquet", [str(number) for number in range(len(rows["jpg"]))]
-    pq.write_table(pa.table({"key": keys, **rows}), path)
-    return RowReader.of_keys([Source((str(path),), ("jpg", "states", "length"))], keys)
-
-
-class Stop(Monitor):
-    """Monitor that asks for a checkpoint and a stop at a step."""
-
-    def __init__(self, at_step: int) -> None:
-        self.at_step, self.num_steps = at_step, 0
-
-    def wants_stop(self) -> bool:
-        self.num_steps += 1
-        return self.num_steps == self.at_step
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_a_resumed_training_ends_with_the_same_weights(
-    build: Callable[..., Objective], rows: dict[str, list[Any]], tmp_path: Path
-) -> None:
-    config = TrainerConfig(
-        num_samples=48, batch_size=8, micro_batch_size=4, learning_rate=1e-3, ema_decay=0.9, precision="fp32"
-    )
-    found = reader(tmp_path, rows)
-    trainer.train(build(rows), found, config, f"{tmp_path}/whole")
-    with pytest.raises(trainer.StoppedError):
-        trainer.train(build(rows), found, config, f"{tmp_path}/resumed", Stop(at_step=3))
-    trainer.train(build(rows), found, config, f"{tmp_path}/resumed")
-    assert checkpoints.digest(f"{tmp_path}/whole/model") == checkpoints.digest(f"{tmp_path}/resumed/model")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("build", BUILDERS)
-def test_rows_are_memorised(build: Callable[..., Objective], rows: dict[str, list[Any]], tmp_path: Path) -> None:
-    diagnosis = overfitting.Diagnosis()
-    config = overfitting.settings(TrainerConfig(precision="fp32"), num_rows=4)
-    # the upsampler barely memorises them in that time: on some processors 0.15, on others 0.16
-    config = dataclasses.replace(config, num_samples=2 * config.num_samples)
-    rows = {name: values[:4] for name, values in rows.items()}
-    diffusion = DiffusionConfig(num_timesteps=50)
-    objective = build(rows, diffusion=diffusion, **({"max_noise_level": 10} if build is build_upsampler else {}))
-    trainer.train(objective, reader(tmp_path, rows), config, str(tmp_path / "run"), diagnosis)
-    assert diagnosis.has_memorised, diagnosis.relative_losses
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
