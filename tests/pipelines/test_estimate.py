@@ -418,7 +418,7 @@ def test_flops_are_those_of_the_memory_plan_and_of_open_clip() -> None:
     found = workload(config)
     assert [work.name for work in found.trainings] == ["prior", "decoder", "upsampler-64"]
     decoder = found.trainings[1]
-    assert (decoder.parameters, decoder.num_samples, decoder.batch_size) == (3_335_715, 46_000, 32)
+    assert (decoder.parameters, decoder.num_samples, decoder.batch_size) == (3_335_715, 30_000, 16)
     assert "jpg" in decoder.columns and decoder.after == ()
     assert found.clip_training is not None and found.clip_training.parameters == 6_304_857
     sampling = (16 * 2 * (1 + (config.evaluate.sampling.prior.guidance_scale != 1)), 15 * 2, 4)  # type: ignore[attr-defined]

@@ -146,7 +146,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
                 context_dim=128,
                 diffusion=DiffusionConfig(prediction_type="v"),
             ),
-            _demo_training(46_000, 32, 2e-3, warmup_samples=2_000, weight_decay=0.01, checkpoint_samples=15_000),
+            _demo_training(30_000, 16, 1.5e-3, warmup_samples=2_000, weight_decay=0.01, checkpoint_samples=15_000),
         ),
         upsamplers=(
             _upsampler(
