@@ -38,6 +38,8 @@ class Shapes(NamedTuple):
     """E, width of the embeddings."""
     text: TextShape
     """Shape of the text encoder's states, and its vocabulary."""
+    clip: str | None = None
+    """Model of CLIP, by its name in open_clip, for networks whose loss reads its features; None if there are none."""
 
 
 class TrainingInputs(Protocol):

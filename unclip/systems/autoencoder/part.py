@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unclip.config import load, require, to_dict
 from unclip.data import Batch
+from unclip.models import clip as clip_models
 from unclip.models.autoencoder import AdversarialAutoencoder, Autoencoder, AutoencoderConfig, Judged, Reconstruction
 from unclip.models.discriminator import DiscriminatorConfig, adaptive_weight, hinge_loss
 from unclip.models.perceptual import ClipDistance, LpipsDistance, PerceptualDistance
@@ -298,13 +299,13 @@ def _objective(config: AutoencoderStageConfig, inputs: TrainingInputs) -> Autoen
     perceptual = config.perceptual
     distance: PerceptualDistance | None = None
     if perceptual.weight and perceptual.network == "clip":
-        distance = ClipDistance(inputs.clip())
+        distance = ClipDistance(inputs.clip().model)
     elif perceptual.weight:
         distance = LpipsDistance.load(str(perceptual.weights))
     return AutoencoderObjective(config, inputs.preview_rows(), distance, inputs.workers.device)
 
 
-class _WithLosses(nn.Module):
+class _WithDiscriminator(nn.Module):
     """The network and what autograd keeps for the discriminator's loss, as one output, for the memory plan."""
 
     def __init__(self, config: AutoencoderStageConfig) -> None:
@@ -325,15 +326,33 @@ class _WithLosses(nn.Module):
         return torch.cat([judged.reconstruction.images.flatten(), judged.logits.flatten()])
 
 
-def _network(config: AutoencoderStageConfig, _: Shapes) -> Network:
-    model = config.model
+class _WithPerception(nn.Module):
+    """The perceptual distance of the images in the output of `_WithDiscriminator`, for the memory plan."""
+
+    def __init__(self, distance: PerceptualDistance) -> None:
+        super().__init__()
+        self.distance = distance
+
+    def forward(self, output: Tensor, images: Tensor, _: Tensor | None) -> Tensor:
+        reconstructed = output.flatten()[: images.numel()].view(images.shape)
+        return self.distance(reconstructed.float(), images)  # type: ignore[no-any-return]
+
+
+def _network(config: AutoencoderStageConfig, shapes: Shapes) -> Network:
+    model, perceptual = config.model, config.perceptual
     channels = {"kl": model.latent_channels, "gumbel": model.codebook_size, "vq": 0}[model.bottleneck]
 
     def inputs(batch: int) -> tuple[Any, ...]:
         noise = torch.zeros(batch, channels, model.latent_size, model.latent_size) if channels else None
         return example_images(batch, model.image_size), noise
 
-    return Network(lambda: _WithLosses(config), inputs)
+    def frozen() -> nn.Module:
+        if perceptual.network == "lpips":
+            return _WithPerception(LpipsDistance.outline())
+        assert shapes.clip is not None, "the perceptual loss reads a CLIP without a name"
+        return _WithPerception(ClipDistance(clip_models.outline(shapes.clip)))
+
+    return Network(lambda: _WithDiscriminator(config), inputs, frozen if perceptual.weight else None)
 
 
 AUTOENCODER = Part(
