@@ -65,8 +65,12 @@ def test_an_image_encoder_without_known_layers_is_refused(clip: Clip) -> None:
 
 @pytest.fixture(scope="module")
 def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """File with random weights under the names of the package lpips."""
-    generator = torch.Generator().manual_seed(0)
+    return write_lpips(tmp_path_factory.mktemp("lpips") / "vgg.safetensors")
+
+
+def write_lpips(path: Path, seed: int = 0) -> Path:
+    """Write random weights under the names of the package lpips."""
+    generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
     width, number, part = 3, 0, 1
     for entry in VGG16:
@@ -81,7 +85,6 @@ def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         width, number = size, number + 2
     for layer, size in enumerate((64, 128, 256, 512, 512)):
         tensors[f"lin{layer}.model.1.weight"] = torch.rand(1, size, 1, 1, generator=generator)
-    path = tmp_path_factory.mktemp("lpips") / "vgg.safetensors"
     save_file(tensors, path)
     return path
 

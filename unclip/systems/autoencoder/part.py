@@ -1,16 +1,19 @@
 """The autoencoder as a part: reconstruction, perceptual and adversarial losses of images, and the training of its codebook."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import load, require, to_dict
+from unclip.config import added, load, require, to_dict
 from unclip.data import Batch
+from unclip.errors import InputError
 from unclip.models import clip as clip_models
 from unclip.models.autoencoder import AdversarialAutoencoder, Autoencoder, AutoencoderConfig, Judged, Reconstruction
 from unclip.models.discriminator import DiscriminatorConfig, adaptive_weight, hinge_loss
@@ -37,11 +40,20 @@ class PerceptualConfig:
     """Network whose features are compared: the frozen CLIP of the dataset, or LPIPS."""
     weights: str | None = None
     """Weights of LPIPS: path of a file that safetensors.torch.save_model wrote of lpips.LPIPS(net="vgg"), on every worker."""
+    digest: str | None = added(None)
+    """sha256 of that file, filled in by the pipeline so that other weights cause a new training."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "weight", self.weight, "at least 0")
         fits = self.network == "clip" or self.weights is not None
         require(fits, "weights", self.weights, "the path of a safetensors file for network = 'lpips'")
+
+    @property
+    def file(self) -> Path | None:
+        """File of the weights that are read; None if there is none."""
+        if not self.weight or self.network != "lpips":
+            return None
+        return Path(str(self.weights)).expanduser().resolve()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,13 +307,34 @@ def _drop_discriminator(_: nn.Module, state: dict[str, Tensor], *__: Any) -> Non
         del state[name]
 
 
+def _pin(config: AutoencoderStageConfig) -> AutoencoderStageConfig:
+    """Make the path of LPIPS absolute, since workers run elsewhere, and pin the file."""
+    perceptual, file = config.perceptual, config.perceptual.file
+    if file is None:
+        return config
+    require(file.is_file(), "perceptual.weights", str(file), "an existing file of the weights of LPIPS")
+    LpipsDistance.load(file)
+    pinned = dataclasses.replace(perceptual, weights=str(file), digest=_digest(file))
+    return dataclasses.replace(config, perceptual=pinned)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def _objective(config: AutoencoderStageConfig, inputs: TrainingInputs) -> AutoencoderObjective:
-    perceptual = config.perceptual
+    perceptual, file = config.perceptual, config.perceptual.file
     distance: PerceptualDistance | None = None
-    if perceptual.weight and perceptual.network == "clip":
-        distance = ClipDistance(inputs.clip().model)
+    if file is not None:
+        distance = LpipsDistance.load(file)
+        if perceptual.digest and _digest(file) != perceptual.digest:
+            raise InputError(
+                f"perceptual.weights: {file} is not the file that this run was planned with. Copy that file to every worker, "
+                "or run the same command again."
+            )
     elif perceptual.weight:
-        distance = LpipsDistance.load(str(perceptual.weights))
+        distance = ClipDistance(inputs.clip().model)
     return AutoencoderObjective(config, inputs.preview_rows(), distance, inputs.workers.device)
 
 
@@ -363,5 +396,6 @@ AUTOENCODER = Part(
     objective=_objective,
     reads=lambda _: {"images": ("jpg",)},
     network=_network,
+    pin=_pin,
     shows_rows=True,
 )
