@@ -50,7 +50,7 @@ def test_another_file_at_the_same_path_is_another_training(tmp_path: Path, monke
         def preview_rows(self) -> Any:
             raise NotImplementedError
 
-    with pytest.raises(InputError, match="vgg.safetensors is not the file that this run was planned with"):
+    with pytest.raises(InputError, match=r"vgg\.safetensors is not the file that this run was planned with"):
         AUTOENCODER.objective(first, Inputs())  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError):  # the file fits
         AUTOENCODER.objective(second, Inputs())  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def test_a_file_that_is_missing_or_another_fails_before_the_start(tmp_path: Path
     ):
         prepare(config, read_only=True)
     file.write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match="perceptual.weights: .* pickles are not read"):
+    with pytest.raises(CheckpointError, match=r"perceptual\.weights: .* pickles are not read"):
         prepare(config, read_only=True)
 
 
