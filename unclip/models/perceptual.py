@@ -130,7 +130,7 @@ class LpipsDistance(PerceptualDistance):
         return cls(network, weights)
 
     @classmethod
-    def _network(cls) -> nn.Sequential:
+    def _network(cls) -> Any:
         """VGG16 of torchvision up to the last layer that is compared, with random weights."""
         from torchvision.models import vgg
 
