@@ -409,7 +409,8 @@ def _with_length(config: PipelineConfig, node: Node, num_samples: float) -> Pipe
 def trainings(config: PipelineConfig) -> tuple[Training, ...]:
     """Count the samples, FLOPs and parameters of each part that a pipeline trains; the frozen CLIP is not counted."""
     clip = clip_models.shape_of(config.clip.model)
-    shapes = Shapes(clip.embedding_dim, TextShape(clip.text_length, clip.text_width, clip.vocab_size))
+    text = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
+    shapes = Shapes(clip.embedding_dim, text, config.clip.model)
     found = []
     for name, node in _parts(config).items():
         compute = _count(node, config.clip.model, shapes)

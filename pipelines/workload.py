@@ -40,7 +40,8 @@ def workload(config: PipelineConfig) -> Workload:
     dag = compose(config)
     clip = clip_models.shape_of(config.clip.model)
     clip_compute = _count_clip(config.clip.model)
-    shapes = Shapes(clip.embedding_dim, TextShape(clip.text_length, clip.text_width, clip.vocab_size))
+    text = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
+    shapes = Shapes(clip.embedding_dim, text, config.clip.model)
     counted = {
         name: count(node.stage.part.network(node.config, shapes))
         for name, node in dag.items()

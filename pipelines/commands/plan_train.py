@@ -48,8 +48,9 @@ def plan_train(
 
     Covers each part that a PIPELINE trains; needs no GPU and starts nothing. PIPELINE defaults to text_to_image. The
     columns are GiB per GPU, with float32 weights and bf16 autocast: weights, gradients, Adam's two moments, EMA weights,
-    what FSDP gathers, and the activations of one micro-batch, without and with activation checkpointing.
-    GFLOP/sample is the compute for training on one sample.
+    what FSDP gathers, and the activations of one micro-batch, without and with activation checkpointing. Weights and
+    activations include those of the frozen network of a perceptual loss. GFLOP/sample is the compute for training the
+    part itself on one sample.
     """
     require(gpus >= 1, "--gpus", gpus, "at least 1")
     require(memory_gib > 0, "--memory-gib", memory_gib, "a positive number")
@@ -69,7 +70,14 @@ def plan_train(
         parallel = _parallel(model, gpus, memory_gib)
         states = model.states(memory.TrainingSetup(gpus, parallel))
         activations = [model.activations.at(micro_batch_size, checkpointing) for checkpointing in (False, True)]
-        sizes = (states.weights, states.gradients, states.moments, states.average, states.exchange, *activations)
+        sizes = (
+            states.weights + states.frozen,
+            states.gradients,
+            states.moments,
+            states.average,
+            states.exchange,
+            *activations,
+        )
         cells = "  ".join(f"{size / memory.GIB:>{wide}.3f}" for size, wide in zip(sizes, widths, strict=True))
         shown = parallel if gpus > 1 else "-"
         gigaflops = model.flops_per_sample / 1e9
@@ -83,7 +91,7 @@ def plan_train(
         click.echo("In brackets: with gradient accumulation, for which FSDP keeps full gradients.")
     click.echo(
         f"{memory.RESERVE:.0%} of each GPU is reserved for what is not counted: the CUDA context, fragmentation, workspaces, "
-        "buffers, the batch and a frozen CLIP."
+        "buffers, the batch and a frozen CLIP that reads captions."
     )
 
 
@@ -96,7 +104,8 @@ def _measure(config: "PipelineConfig") -> "list[ModelMemory]":
     from unclip.training.memory import measure
 
     clip = shape_of(config.clip.model)
-    shapes = Shapes(clip.embedding_dim, TextShape(clip.text_length, clip.text_width, clip.vocab_size))
+    text = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
+    shapes = Shapes(clip.embedding_dim, text, config.clip.model)
     nodes = compose(config).items()
     return [
         measure(name, node.stage.part.network(node.config, shapes))

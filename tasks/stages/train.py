@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from tasks.derived import DerivedTable
 from tasks.snapshots import Snapshot, Split
-from tasks.stage import Artifact, Output, Stage, StageContext
+from tasks.stage import Artifact, Output, Pinning, Stage, StageContext
 from tasks.tracking import PREVIEW_KEYS
 from tasks.training import Training, pin_trainer, run_training
 from unclip import files
@@ -32,13 +32,16 @@ def train(part: Part[Any]) -> Stage:
             _record_shown_rows(context, dataset)
         return _train(context, dataset, build_training(part, config, Snapshot.of(dataset.facts), *needed))
 
+    def pin(config: Any, pinning: Pinning) -> Any:
+        return part.pin(pin_trainer(config, pinning))
+
     function.__doc__ = part.help
     return Stage(
         part.name,
         VERSION + part.version,
         function,
         has_workers=True,
-        pin=pin_trainer,
+        pin=pin,
         shows_rows=part.shows_rows,
         part=part,
         reads_snapshot=True,

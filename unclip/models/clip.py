@@ -665,7 +665,7 @@ def input_size(model: Any) -> int:
 
 
 def prepare(model: Any, images: Tensor) -> Tensor:
-    """Resize and standardise a batch of images in [-1, 1] for an open_clip model, on its device."""
+    """Resize and standardise a batch of images in [-1, 1] for an open_clip model, of which only `visual` is read."""
     settings = model.visual.preprocess_cfg
     size = input_size(model)
     if images.shape[-2:] != (size, size):

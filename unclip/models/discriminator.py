@@ -4,8 +4,9 @@ Sources: Isola et al. 2017, "Image-to-Image Translation with Conditional Adversa
 Lim & Ye 2017, "Geometric GAN", section 3 (the loss); Esser et al. 2021, "Taming Transformers for High-Resolution Image
 Synthesis", section 3.1 (its use and its adaptive weight).
 
-Group norm takes the place of the batch norm of the paper: the logits of an image then depend on this image alone, so a training
-is the same for any number of workers and micro-batches.
+Group norm takes the place of the batch norm of the paper: the logits of an image then depend on this image alone, so the hinge
+loss is the same for any number of workers and micro-batches. The adaptive weight is not: it is a ratio of norms in a micro-batch,
+so a training with it is the same for any number of workers only if the size of the micro-batches is set.
 
 Letters: B batch, C channels, S image size, h size of the map of logits.
 """

@@ -8,48 +8,44 @@ Letters: B batch, S image size, C channels of a feature map, P its positions.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unclip.errors import CheckpointError, ConfigError
 from unclip.models import clip as clip_models
-from unclip.models.clip import Clip
 from unclip.models.layers import without_autocast
 
 NUM_LAYERS = 4
 """Layers of CLIP's image encoder whose features are compared, evenly spaced."""
 
 
-class PerceptualDistance(Protocol):
+class PerceptualDistance(nn.Module):
     """Distance of images, by a frozen network."""
 
-    def to(self, device: torch.device) -> Self:
-        """Move the network to a device."""
-
-    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Distance of each of images [B, 3, S, S] to its other, both in [-1, 1]: [B] float32, differentiable in `images`."""
+        raise NotImplementedError
 
 
-class ClipDistance:
+class ClipDistance(PerceptualDistance):
     """Distance of images by the features of several layers of a frozen CLIP's image encoder."""
 
-    def __init__(self, clip: Clip) -> None:
-        """Raises:
-        ConfigError: the image encoder has no list of layers that is known here.
+    def __init__(self, model: Any) -> None:
+        """Args:
+            model: CLIP of open_clip; its image encoder is frozen, and all that is kept of it.
+
+        Raises:
+            ConfigError: the image encoder has no list of layers that is known here.
         """
-        self.visual: Any = clip.model.visual
-        self.model = clip.model
+        super().__init__()
+        self.visual: Any = model.visual.eval().requires_grad_(False)
         layers = _layers(self.visual)
         count = min(NUM_LAYERS, len(layers))
         self.layers = [layers[(number + 1) * len(layers) // count - 1] for number in range(count)]
 
-    def to(self, device: torch.device) -> Self:
-        self.model.to(device)
-        return self
-
-    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
         with torch.no_grad():
             theirs = self._features(others)
         return _distance(self._features(images), theirs)
@@ -58,15 +54,18 @@ class ClipDistance:
         found: list[Tensor] = []
         handles = [layer.register_forward_hook(lambda *call: found.append(call[2])) for layer in self.layers]
         try:
-            self.visual(clip_models.prepare(self.model, images))
+            self.visual(clip_models.prepare(self, images))
         finally:
             for handle in handles:
                 handle.remove()
         return [_as_positions(each) for each in found]
 
 
-class LpipsDistance:
+class LpipsDistance(PerceptualDistance):
     """LPIPS with the network VGG16."""
+
+    shift: Tensor
+    scale: Tensor
 
     LAYERS = (3, 8, 15, 22, 29)
     """Last activations before each halving of the resolution, in the network of torchvision."""
@@ -78,8 +77,18 @@ class LpipsDistance:
         network: VGG16 up to the last of its layers that are compared.
         weights: [C] of each of these layers.
         """
-        self.network, self.weights = network.eval().requires_grad_(False), list(weights)
-        self.shift, self.scale = (torch.tensor(values).view(3, 1, 1) for values in (self.SHIFT, self.SCALE))
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.weights = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in weights)
+        for name, values in {"shift": self.SHIFT, "scale": self.SCALE}.items():
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+
+    @classmethod
+    def outline(cls) -> "LpipsDistance":
+        """Distance on the meta device, without weights; for counting."""
+        with torch.device("meta"):
+            network = cls._network()
+            return cls(network, [torch.empty(network[layer - 1].out_channels) for layer in cls.LAYERS])
 
     @classmethod
     def load(cls, path: str | Path) -> "LpipsDistance":
@@ -90,7 +99,6 @@ class LpipsDistance:
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
-        from torchvision.models import vgg
 
         try:
             tensors = {name: tensor.float() for name, tensor in load_file(str(path)).items()}
@@ -100,7 +108,7 @@ class LpipsDistance:
                 "not read."
             ) from error
         with torch.device("meta"):
-            network = vgg.make_layers(vgg.cfgs["D"])[: cls.LAYERS[-1] + 1]
+            network = cls._network()
         # the file counts the layers in slices that end after a compared layer
         names = {}
         for name in network.state_dict():
@@ -121,13 +129,14 @@ class LpipsDistance:
             ) from error
         return cls(network, weights)
 
-    def to(self, device: torch.device) -> Self:
-        self.network.to(device)
-        self.weights = [each.to(device) for each in self.weights]
-        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
-        return self
+    @classmethod
+    def _network(cls) -> Any:
+        """VGG16 of torchvision up to the last layer that is compared, with random weights."""
+        from torchvision.models import vgg
 
-    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        return vgg.make_layers(vgg.cfgs["D"])[: cls.LAYERS[-1] + 1]
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
         with torch.no_grad():
             theirs = self._features(others)
         ours = self._features(images)

@@ -31,6 +31,10 @@ class Section(Protocol):
 C = TypeVar("C", bound=Section)
 
 
+def _pin_nothing(config: C) -> C:
+    return config
+
+
 class Shapes(NamedTuple):
     """Sizes that the frozen CLIP sets for the networks."""
 
@@ -38,6 +42,8 @@ class Shapes(NamedTuple):
     """E, width of the embeddings."""
     text: TextShape
     """Shape of the text encoder's states, and its vocabulary."""
+    clip: str | None = None
+    """Model of CLIP, by its name in open_clip, for networks whose loss reads its features; None if there are none."""
 
 
 class TrainingInputs(Protocol):
@@ -89,6 +95,9 @@ class Part(Generic[C]):
     """The network and example inputs of its `forward`, for the memory plan; built on fake tensors."""
     needs: tuple[str, ...] = ("clip",)
     """Stages whose results the training uses, besides the dataset's stages."""
+    pin: Callable[[C], C] = _pin_nothing
+    """Checks the files that the settings name, before a run starts, and returns the settings with absolute paths and digests, so
+    that another file causes a new training."""
     shows_rows: bool = False
     """True if its previews show rows of the dataset, so that a takedown must find them."""
     version: int = 0

@@ -59,7 +59,7 @@ def flops_per_sample(model: nn.Module, *inputs: Any, **options: Any) -> float:
 
     Training takes three times the FLOPs of a forward pass, because the backward pass has two products for each of the
     forward pass. Recomputation by activation checkpointing is not counted (model FLOPs as in Chowdhery et al. 2022,
-    appendix B). Only shapes matter, so model and inputs may be fake or on the meta device.
+    appendix B), nor is a frozen network in the loss. Only shapes matter, so model and inputs may be fake or on the meta device.
 
     Args:
         inputs, options: arguments of `model.forward`; the first is a tensor [B, ...].

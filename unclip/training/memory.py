@@ -2,11 +2,12 @@
 
 Models are built from fake tensors, which have shapes, dtypes and storages but no data. A forward pass, traced as on a CUDA
 device, shows which storages autograd keeps: the activations, and the copies of weights that autocast makes. Captions fill
-their sequences here; a training that skips padding needs less.
+their sequences here; a training that skips padding needs less. A frozen network in the loss, such as that of a perceptual
+distance, counts with its weights and activations.
 
 Not counted, and covered by a reserve of 10 % of the GPU: the CUDA context, fragmentation, workspaces, temporaries of single
-operations (up to 8 % in the models of `dalle2`), buffers, the loss, the batch itself, a frozen CLIP, and previews, for which
-rank 0 holds one more copy of the weights while there are neither gradients nor activations.
+operations (up to 8 % in the models of `dalle2`), buffers, the rest of the loss, the batch itself, a frozen CLIP that reads
+captions, and previews, for which rank 0 holds one more copy of the weights while there are neither gradients nor activations.
 
 Sizes are in bytes, or in GiB if the name says so.
 """
@@ -43,6 +44,9 @@ class Network(NamedTuple):
     build: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Any, ...]]
     """Number of samples -> arguments of `forward`, with the right shapes and arbitrary values."""
+    frozen: Callable[[], nn.Module] | None = None
+    """Builds, on the meta device, the frozen network that the loss reads with; None if there is none. Arguments of its `forward`:
+    the output of the model, then those of `inputs`. Its FLOPs are not counted: they are those of the model alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Activations:
     """With activation checkpointing: inputs of the blocks, and everything outside of blocks."""
     recomputed: tuple[Bytes, ...]
     """With activation checkpointing: what each block recomputes, one block at a time."""
+    frozen: Bytes = Bytes(0, 0)
+    """Of the frozen network in the loss, with or without activation checkpointing; the backward pass frees it first."""
 
     def at(self, num_samples: int, checkpointing: bool) -> int:
         """Peak memory of the activations.
@@ -73,10 +79,11 @@ class Activations:
         With checkpointing, the peak is either at the end of the forward pass, when autocast still holds its copies of all
         weights, or while the largest block recomputes its activations.
         """
+        frozen = self.frozen.at(num_samples)
         if not checkpointing:
-            return self.full.at(num_samples)
+            return self.full.at(num_samples) + frozen
         recomputed = max((block.at(num_samples) for block in self.recomputed), default=0)
-        return self.checkpointed.at(num_samples) + max(self.full.fixed - self.checkpointed.fixed, recomputed)
+        return self.checkpointed.at(num_samples) + max(self.full.fixed - self.checkpointed.fixed + frozen, recomputed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +99,12 @@ class States:
     exchange: int
     """Memory that FSDP gathers: weights and gradients outside of blocks and of two blocks, the current one and the next. DDP
     reduces the gradients in place, in buckets of which they are views (`parallel.distribute`)."""
+    frozen: int = 0
+    """Weights of the frozen network in the loss, whole on each GPU."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.average + self.exchange
+        return self.weights + self.gradients + self.moments + self.average + self.exchange + self.frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +133,18 @@ class ModelMemory:
     """Size of the largest parameter."""
     activations: Activations
     flops_per_sample: float
-    """FLOPs of training (`unclip.training.flops`)."""
+    """FLOPs of training (`unclip.training.flops`), without those of a frozen network in the loss."""
+    frozen_bytes: int = 0
+    """Size of the weights of the frozen network in the loss; they are none of `parameters`."""
 
     def states(self, training: TrainingSetup) -> States:
         full = _FLOAT32 * self.parameters
         if training.num_gpus == 1 or training.parallel == "ddp":
-            return States(full, full, 2 * full, full, exchange=0)
+            return States(full, full, 2 * full, full, 0, self.frozen_bytes)
         shard = -(-full // training.num_gpus)
         gathered = 2 * _FLOAT32 * (self.outside_blocks + 2 * self.largest_block)
-        return States(shard, full if training.accumulates else shard, 2 * shard, shard, exchange=gathered)
+        gradients = full if training.accumulates else shard
+        return States(shard, gradients, 2 * shard, shard, gathered, self.frozen_bytes)
 
     def at(self, num_samples: int, training: TrainingSetup) -> int:
         """Total memory on each GPU with micro-batches of `num_samples`.
@@ -164,10 +176,14 @@ def measure(name: str, network: Network, device: str = "cuda", precision: Precis
         ConfigError: precision is "auto".
     """
     require(precision != "auto", "precision", precision, "bf16, fp16 or fp32")
+    with torch.device("meta"):
+        frozen = None if network.frozen is None else network.frozen()
     with FakeTensorMode(), torch.device(device), _FusedAttention():
         model = network.build().train()
+        if frozen is not None:
+            _move_from_meta(frozen)
         with _autocast(device, precision):
-            at_2, at_4 = (_saved(model, network.inputs(batch)) for batch in (2, 4))
+            at_2, at_4 = (_saved(model, network.inputs(batch), frozen) for batch in (2, 4))
         flops = flops_per_sample(model, *network.inputs(1))
     in_blocks = [_num_parameters(block) for block in blocks(model)]
     parameters = _num_parameters(model)
@@ -181,8 +197,10 @@ def measure(name: str, network: Network, device: str = "cuda", precision: Precis
             full=_fit_line(at_2.full, at_4.full),
             checkpointed=_fit_line(at_2.checkpointed, at_4.checkpointed),
             recomputed=tuple(_fit_line(two, four) for two, four in zip(at_2.recomputed, at_4.recomputed, strict=True)),
+            frozen=_fit_line(at_2.frozen, at_4.frozen),
         ),
         flops_per_sample=flops,
+        frozen_bytes=0 if frozen is None else sum(each.nbytes for each in frozen.parameters()),
     )
 
 
@@ -206,12 +224,15 @@ class _Saved(NamedTuple):
     full: int
     checkpointed: int
     recomputed: list[int]
+    frozen: int
 
 
-def _saved(model: nn.Module, inputs: tuple[Any, ...]) -> _Saved:
+def _saved(model: nn.Module, inputs: tuple[Any, ...], frozen: nn.Module | None = None) -> _Saved:
     """Run a forward pass and count the storages saved for the backward pass, each once and without the weights."""
-    own = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    networks = [model] if frozen is None else [model, frozen]
+    own = {_key(tensor) for each in networks for tensor in [*each.parameters(), *each.buffers()]}
     outside: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no other storage reuses the address
+    in_loss: dict[int, torch.UntypedStorage] = {}
     in_blocks: list[dict[int, torch.UntypedStorage]] = []
     block_inputs: dict[int, torch.UntypedStorage] = {}
     active = [outside]
@@ -240,13 +261,19 @@ def _saved(model: nn.Module, inputs: tuple[Any, ...]) -> _Saved:
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         output = model(*inputs)
         output.float().square().mean()  # the output is saved as a loss would
+        if frozen is not None:
+            active.append(in_loss)
+            frozen(output, *inputs)
     everything = outside.copy()
     for block_storages in in_blocks:
         everything.update(block_storages)
     checkpointed = {**outside, **block_inputs}
     recomputed = [{key: storage for key, storage in each.items() if key not in checkpointed} for each in in_blocks]
     return _Saved(
-        _size(everything.values()), _size(checkpointed.values()), [_size(each.values()) for each in recomputed]
+        _size(everything.values()),
+        _size(checkpointed.values()),
+        [_size(each.values()) for each in recomputed],
+        _size(storage for key, storage in in_loss.items() if key not in everything),
     )
 
 
@@ -258,8 +285,8 @@ class _FusedAttention(TorchFunctionMode):
     ) -> Any:
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        q, k, v = args
-        mask = (kwargs or {}).get("attn_mask")
+        q, k, v, *given = args
+        mask = given[0] if given else (kwargs or {}).get("attn_mask")
         bias = None if mask is None else mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]
 
@@ -299,6 +326,16 @@ def example_features(batch: int, text: TextShape, embedding_dim: int) -> Caption
     """Example CLIP features of captions that fill their sequences."""
     encodings = torch.zeros(batch, text.length, text.width)
     return CaptionFeatures(encodings, example_flags(batch, text.length), torch.zeros(batch, embedding_dim))
+
+
+def _move_from_meta(module: nn.Module) -> None:
+    """Replace the tensors of a module by others without data, on the current device."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            part.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        for name, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -27,7 +27,7 @@ def clip() -> Clip:
 
 
 def test_distances_of_clip_are_zero_for_equal_images_and_grow_with_the_difference(clip: Clip) -> None:
-    distance = ClipDistance(clip)
+    distance = ClipDistance(clip.model)
     assert len(distance.layers) == 4
     near, far = images(0) * 0.99, images(1)
     assert distance(images(0), images(0)).tolist() == [0, 0]
@@ -36,7 +36,7 @@ def test_distances_of_clip_are_zero_for_equal_images_and_grow_with_the_differenc
 
 def test_distances_of_clip_have_gradients_in_images_and_none_in_weights(clip: Clip) -> None:
     leaf = images(0).requires_grad_()
-    ClipDistance(clip)(leaf, images(1)).sum().backward()
+    ClipDistance(clip.model)(leaf, images(1)).sum().backward()
     assert leaf.grad is not None and (leaf.grad.flatten(1).norm(dim=1) > 0).all()
     assert all(parameter.grad is None for parameter in clip.parameters())
 
@@ -52,21 +52,25 @@ def test_distances_are_those_of_unit_features(clip: Clip) -> None:
             found.append(F.normalize(x.double(), dim=1))
         features.append(found)
     terms = [(one - other).square().sum(dim=1).mean(dim=(1, 2)) for one, other in zip(*features, strict=True)]
-    torch.testing.assert_close(ClipDistance(clip)(images(0), images(1)).double(), torch.stack(terms).mean(dim=0))
+    torch.testing.assert_close(ClipDistance(clip.model)(images(0), images(1)).double(), torch.stack(terms).mean(dim=0))
 
 
 def test_an_image_encoder_without_known_layers_is_refused(clip: Clip) -> None:
     class Other:
-        model = type("Model", (), {"visual": torch.nn.Identity()})
+        visual = torch.nn.Identity()
 
     with pytest.raises(ConfigError, match="image encoder Identity has no layers"):
-        ClipDistance(Other())  # type: ignore[arg-type]
+        ClipDistance(Other())
 
 
 @pytest.fixture(scope="module")
 def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """File with random weights under the names of the package lpips."""
-    generator = torch.Generator().manual_seed(0)
+    return write_lpips(tmp_path_factory.mktemp("lpips") / "vgg.safetensors")
+
+
+def write_lpips(path: Path, seed: int = 0) -> Path:
+    """Write random weights under the names of the package lpips."""
+    generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
     width, number, part = 3, 0, 1
     for entry in VGG16:
@@ -81,7 +85,6 @@ def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         width, number = size, number + 2
     for layer, size in enumerate((64, 128, 256, 512, 512)):
         tensors[f"lin{layer}.model.1.weight"] = torch.rand(1, size, 1, 1, generator=generator)
-    path = tmp_path_factory.mktemp("lpips") / "vgg.safetensors"
     save_file(tensors, path)
     return path
 

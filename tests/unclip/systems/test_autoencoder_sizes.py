@@ -1,23 +1,28 @@
 """Sizes of autoencoders: counts of parameters, factors, and the memory of their training."""
 
+import io
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.unclip.systems.sized import num_parameters
-from tests.unclip.training.test_memory import LiveMemory, saved_bytes
+from tests.unclip.training.test_memory import LiveMemory, kept_bytes, saved_bytes
 from unclip.config import load, to_dict
+from unclip.models import clip as clip_models
 from unclip.models.autoencoder import Autoencoder
+from unclip.models.perceptual import ClipDistance, LpipsDistance, PerceptualDistance
 from unclip.models.text import TextShape
 from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
+from unclip.systems.autoencoder.part import AutoencoderObjective
 from unclip.systems.autoencoder.sizes import DEMO_KL, DEMO_VQ, MODEL_SIZES
 from unclip.systems.part import Shapes
 from unclip.training import memory, parallel
 from unclip.training.memory import TrainingSetup
 from unclip.training.precision import Precision, autocast
 
-SHAPES = Shapes(1, TextShape(1, 1, 1))  # the part depends on no CLIP
+SHAPES = Shapes(1, TextShape(1, 1, 1), "unclip-demo")
 ADVERSARIAL = load(
     AutoencoderStageConfig,
     {
@@ -27,6 +32,17 @@ ADVERSARIAL = load(
     },
 )
 STAGES = {"demo_kl": DEMO_KL, "demo_vq": DEMO_VQ, "adversarial": ADVERSARIAL}
+PERCEPTUAL = {
+    network: load(
+        AutoencoderStageConfig,
+        {
+            "model": to_dict(DEMO_KL.model) | {"channels": 32, "image_size": 32},
+            "discriminator": {"weight": 0.5, "model": {"channels": 16, "num_layers": 2}},
+            "perceptual": {"weight": 1.0, "network": network, "weights": "vgg.safetensors"},
+        },
+    )
+    for network in ("clip", "lpips")
+}
 SAMPLES = 5
 
 
@@ -107,3 +123,39 @@ def test_the_peak_of_a_step_is_within_the_reserve_of_the_plan(name: str) -> None
     peak = plan.states(training).total + live.peak
     planned = plan.at(SAMPLES, training)
     assert planned * 0.9 < peak < planned / (1 - memory.RESERVE)
+
+
+def objective_of(network: str) -> tuple[AutoencoderObjective, PerceptualDistance]:
+    """Training with a frozen network of random weights."""
+    distance: PerceptualDistance
+    if network == "clip":
+        distance = ClipDistance(clip_models.create("unclip-demo", None))
+    else:
+        distance = LpipsDistance.outline().to_empty(device="cpu")
+        for parameter in distance.parameters():
+            torch.nn.init.normal_(parameter, std=0.01)
+    jpeg = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(jpeg, "JPEG")
+    return AutoencoderObjective(PERCEPTUAL[network], {"jpg": [jpeg.getvalue()]}, distance), distance
+
+
+@pytest.mark.parametrize(("network", "precision"), [("clip", "fp32"), ("clip", "bf16"), ("lpips", "fp32")])
+def test_a_training_with_a_perceptual_loss_takes_the_planned_memory(network: str, precision: Precision) -> None:
+    plan = memory.measure(network, AUTOENCODER.network(PERCEPTUAL[network], SHAPES), "cpu", precision)
+    objective, distance = objective_of(network)
+    model, training = objective.model.train(), TrainingSetup()
+    assert plan.parameters == num_parameters(model) and plan.frozen_bytes == 4 * num_parameters(distance)
+    tensors, generator = {"images": torch.rand(SAMPLES, 3, 32, 32) * 2 - 1}, torch.Generator()
+    kept = kept_bytes(
+        lambda: objective.loss(model, tensors, generator), [*model.parameters(), *distance.parameters()], precision
+    )
+    assert kept == pytest.approx(plan.activations.at(SAMPLES, False), rel=0.1)
+    assert plan.activations.frozen.at(SAMPLES) > 0.2 * kept
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # from an earlier micro-batch
+    with LiveMemory() as live:
+        with autocast(precision, torch.device("cpu")):
+            loss = objective.loss(model, tensors, generator)
+        loss.backward()
+    planned = plan.at(SAMPLES, training)
+    assert planned * 0.9 < plan.states(training).total + live.peak < planned / (1 - memory.RESERVE)

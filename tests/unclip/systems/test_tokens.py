@@ -84,6 +84,32 @@ def test_it_overfits_sixteen_rows_and_is_restored_from_a_checkpoint(kind: str, c
     assert torch.isfinite(preview).all()
 
 
+def test_dalle_learns_the_tokens_of_a_discrete_vae(clip: Clip) -> None:
+    """The autoencoder of its paper has the bottleneck gumbel."""
+    autoencoder = tiny_tokens.autoencoder(bottleneck="gumbel")
+    given = tiny_tokens.rows(clip)
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = autoencoder.tokens(images)
+    assert len(codes.unique()) > 2
+    given["codes"] = list(codes.int().numpy())
+    preview = {name: values[:2] for name, values in given.items()}
+    captions = tiny_tokens.text_tokens(clip)
+    model = tiny_tokens.model("dalle", clip.text_length, cond_drop_prob=0.0)
+    objective = TokenObjective("dalle", model, clip, autoencoder, captions, preview)
+    tensors = objective.prepare(given)
+    assert torch.equal(tensors["codes"].long(), codes)
+    optimizer, losses = torch.optim.AdamW(objective.model.parameters(), 5e-3), []
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = objective.loss(objective.model, tensors, torch.Generator().manual_seed(step))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    shown = objective.preview(objective.model)
+    torch.testing.assert_close(shown[:2], autoencoder.decode_tokens(codes[:2]).clamp(-1, 1), atol=1e-5, rtol=0)
+
+
 def test_a_model_for_other_codes_is_refused(clip: Clip) -> None:
     with pytest.raises(ConfigError, match=r"dalle\.model\.codebook_size: got 13, expected 12, that of the autoencoder"):
         tiny_tokens.objective("dalle", clip, codebook_size=13)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,12 @@ def storage(tensor: Tensor) -> int:
 
 def saved_bytes(model: nn.Module, inputs: tuple[Any, ...], precision: Precision) -> int:
     """Bytes of distinct storages that autograd keeps for a real backward pass, without the weights."""
-    own = {storage(parameter) for parameter in model.parameters()}
+    return kept_bytes(lambda: model(*inputs).float().square().mean(), model.parameters(), precision)
+
+
+def kept_bytes(loss: Callable[[], Tensor], weights: Iterable[Tensor], precision: Precision) -> int:
+    """Bytes of distinct storages that autograd keeps while a loss is computed, without those of the weights."""
+    own = {storage(weight) for weight in weights}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ def saved_bytes(model: nn.Module, inputs: tuple[Any, ...], precision: Precision)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(precision, CPU):
-        model(*inputs).float().square().mean()
+        loss()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

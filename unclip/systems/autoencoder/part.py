@@ -1,16 +1,20 @@
 """The autoencoder as a part: reconstruction, perceptual and adversarial losses of images, and the training of its codebook."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import load, require, to_dict
+from unclip.config import added, load, require, to_dict
 from unclip.data import Batch
+from unclip.errors import InputError
+from unclip.models import clip as clip_models
 from unclip.models.autoencoder import AdversarialAutoencoder, Autoencoder, AutoencoderConfig, Judged, Reconstruction
 from unclip.models.discriminator import DiscriminatorConfig, adaptive_weight, hinge_loss
 from unclip.models.perceptual import ClipDistance, LpipsDistance, PerceptualDistance
@@ -36,11 +40,20 @@ class PerceptualConfig:
     """Network whose features are compared: the frozen CLIP of the dataset, or LPIPS."""
     weights: str | None = None
     """Weights of LPIPS: path of a file that safetensors.torch.save_model wrote of lpips.LPIPS(net="vgg"), on every worker."""
+    digest: str | None = added(None)
+    """sha256 of that file, filled in by the pipeline so that other weights cause a new training."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "weight", self.weight, "at least 0")
         fits = self.network == "clip" or self.weights is not None
         require(fits, "weights", self.weights, "the path of a safetensors file for network = 'lpips'")
+
+    @property
+    def file(self) -> Path | None:
+        """File of the weights that are read; None if there is none."""
+        if not self.weight or self.network != "lpips":
+            return None
+        return Path(str(self.weights)).expanduser().resolve()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,17 +307,38 @@ def _drop_discriminator(_: nn.Module, state: dict[str, Tensor], *__: Any) -> Non
         del state[name]
 
 
+def _pin(config: AutoencoderStageConfig) -> AutoencoderStageConfig:
+    """Make the path of LPIPS absolute, since workers run elsewhere, and pin the file."""
+    perceptual, file = config.perceptual, config.perceptual.file
+    if file is None:
+        return config
+    require(file.is_file(), "perceptual.weights", str(file), "an existing file of the weights of LPIPS")
+    LpipsDistance.load(file)
+    pinned = dataclasses.replace(perceptual, weights=str(file), digest=_digest(file))
+    return dataclasses.replace(config, perceptual=pinned)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def _objective(config: AutoencoderStageConfig, inputs: TrainingInputs) -> AutoencoderObjective:
-    perceptual = config.perceptual
+    perceptual, file = config.perceptual, config.perceptual.file
     distance: PerceptualDistance | None = None
-    if perceptual.weight and perceptual.network == "clip":
-        distance = ClipDistance(inputs.clip())
+    if file is not None:
+        distance = LpipsDistance.load(file)
+        if perceptual.digest and _digest(file) != perceptual.digest:
+            raise InputError(
+                f"perceptual.weights: {file} is not the file that this run was planned with. Copy that file to every worker, "
+                "or run the same command again."
+            )
     elif perceptual.weight:
-        distance = LpipsDistance.load(str(perceptual.weights))
+        distance = ClipDistance(inputs.clip().model)
     return AutoencoderObjective(config, inputs.preview_rows(), distance, inputs.workers.device)
 
 
-class _WithLosses(nn.Module):
+class _WithDiscriminator(nn.Module):
     """The network and what autograd keeps for the discriminator's loss, as one output, for the memory plan."""
 
     def __init__(self, config: AutoencoderStageConfig) -> None:
@@ -325,15 +359,33 @@ class _WithLosses(nn.Module):
         return torch.cat([judged.reconstruction.images.flatten(), judged.logits.flatten()])
 
 
-def _network(config: AutoencoderStageConfig, _: Shapes) -> Network:
-    model = config.model
+class _WithPerception(nn.Module):
+    """The perceptual distance of the images in the output of `_WithDiscriminator`, for the memory plan."""
+
+    def __init__(self, distance: PerceptualDistance) -> None:
+        super().__init__()
+        self.distance = distance
+
+    def forward(self, output: Tensor, images: Tensor, _: Tensor | None) -> Tensor:
+        reconstructed = output.flatten()[: images.numel()].view(images.shape)
+        return self.distance(reconstructed.float(), images)  # type: ignore[no-any-return]
+
+
+def _network(config: AutoencoderStageConfig, shapes: Shapes) -> Network:
+    model, perceptual = config.model, config.perceptual
     channels = {"kl": model.latent_channels, "gumbel": model.codebook_size, "vq": 0}[model.bottleneck]
 
     def inputs(batch: int) -> tuple[Any, ...]:
         noise = torch.zeros(batch, channels, model.latent_size, model.latent_size) if channels else None
         return example_images(batch, model.image_size), noise
 
-    return Network(lambda: _WithLosses(config), inputs)
+    def frozen() -> nn.Module:
+        if perceptual.network == "lpips":
+            return _WithPerception(LpipsDistance.outline())
+        assert shapes.clip is not None, "the perceptual loss reads a CLIP without a name"
+        return _WithPerception(ClipDistance(clip_models.outline(shapes.clip)))
+
+    return Network(lambda: _WithDiscriminator(config), inputs, frozen if perceptual.weight else None)
 
 
 AUTOENCODER = Part(
@@ -344,5 +396,6 @@ AUTOENCODER = Part(
     objective=_objective,
     reads=lambda _: {"images": ("jpg",)},
     network=_network,
+    pin=_pin,
     shows_rows=True,
 )
