@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
 
 def _complete(_: click.Context, __: click.Parameter, start: str) -> list[CompletionItem]:
-    """Systems that begin with the part after the last comma."""
+    """Systems, and after a slash variants of one, that begin with the part after the last comma."""
     before, comma, last = start.rpartition(",")
-    return [CompletionItem(f"{before}{comma}{name}") for name in complete(system_names(), last)]
+    system, slash, _ = last.partition("/")
+    names = system_names()
+    if slash and system in names:
+        from pipelines.pipeline import find_pipeline
+
+        names = [f"{system}/{name}" for name in find_pipeline(system).variants]
+    return [CompletionItem(f"{before}{comma}{name}") for name in complete(names, last)]
 
 
 @click.command()

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
@@ -81,6 +82,17 @@ def test_all_variants_that_apply_follow_their_system() -> None:
     for system in {entry.config.system for entry in entries}:
         for key in find_pipeline(system).variants:
             assert re.fullmatch(r"[a-z0-9_]+", key)
+
+
+def test_variants_are_completed_after_their_system() -> None:
+    context, option = click.Context(compare.compare), compare.compare.params[1]
+
+    def completed(start: str) -> list[str]:
+        return [item.value for item in option.shell_complete(context, start)]
+
+    assert completed("unclip,gl") == ["unclip,glide"]
+    assert completed("unclip,glide/") == ["unclip,glide/clip_guidance", "unclip,glide/inpainting"]
+    assert completed("unclip,nothing/") == []
 
 
 def test_each_setting_that_is_swept_has_a_folder_of_results() -> None:
