@@ -131,7 +131,7 @@ def test_a_stopped_training_ends_with_the_same_weights(tmp_path: Path, kind: Kin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", [("ema",), ("kl", "loss", "gumbel"), ("perceptual",)])
+@pytest.mark.parametrize("kinds", [("ema",), ("kl", "loss", "gumbel")])
 def test_ddp_and_fsdp_take_the_steps_of_one_worker_and_resume_from_each_other(
     tmp_path: Path, kinds: tuple[Kind, ...]
 ) -> None:
