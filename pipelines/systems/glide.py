@@ -100,7 +100,7 @@ VARIANTS = {
         (
             "with_noised_clip=true",
             "evaluate.sampling.glide.guidance_scale=1",
-            "evaluate.sampling.glide.clip_guidance_scale=30",
+            "evaluate.sampling.glide.clip_guidance_scale=100",
         ),
         lambda config: not config.evaluate.sampling.glide.clip_guidance_scale,
         is_default=False,
