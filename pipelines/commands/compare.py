@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def _complete(_: click.Context, __: click.Parameter, start: str) -> list[CompletionItem]:
     """Systems, and after a slash variants of one, that begin with the part after the last comma."""
     before, comma, last = start.rpartition(",")
-    system, slash, _ = last.partition("/")
+    system, slash = last.partition("/")[:2]
     names = system_names()
     if slash and system in names:
         from pipelines.pipeline import find_pipeline
