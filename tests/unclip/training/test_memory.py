@@ -24,6 +24,7 @@ from unclip.models.layers import CausalTransformer, Conv3x3
 from unclip.models.parti import PartiConfig
 from unclip.models.patch_transformer import PatchTransformerConfig
 from unclip.systems.autoencoder import AUTOENCODER
+from unclip.systems.autoencoder.part import PerceptualConfig
 from unclip.systems.dalle import DALLE, DalleStageConfig
 from unclip.systems.imagen.generator import IMAGEN
 from unclip.systems.imagen.sizes import MODEL_SIZES as IMAGEN_SIZES
@@ -73,7 +74,11 @@ SMALL_VIT = dataclasses.replace(
 )
 SMALL_DISCRIMINATOR = dataclasses.replace(VIT_VQGAN.discriminator, model=DiscriminatorConfig(8, 2, 4))
 DEMO["vit_vqgan"] = AUTOENCODER.network(
-    dataclasses.replace(VIT_VQGAN, model=SMALL_VIT, discriminator=SMALL_DISCRIMINATOR), shapes(SHALLOW)
+    # the frozen network of a perceptual loss is measured in test_autoencoder_sizes
+    dataclasses.replace(
+        VIT_VQGAN, model=SMALL_VIT, discriminator=SMALL_DISCRIMINATOR, perceptual=PerceptualConfig(0.0)
+    ),
+    shapes(SHALLOW),
 )
 TOKENS: dict[str, Any] = {
     "width": 96,
