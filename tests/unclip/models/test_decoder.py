@@ -165,6 +165,7 @@ def test_bf16_convolutions_match_float64_up_to_rounding(
     height: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Conv3x3, "HAS_TILES", True)  # even on a CPU without tiles
+    torch.manual_seed(0)
     layer = Conv3x3(16, 8).to(memory_format=torch.channels_last)
     x = torch.randn(2, 16, height, width).to(memory_format=torch.channels_last).bfloat16().requires_grad_()
     with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16):
@@ -178,7 +179,8 @@ def test_bf16_convolutions_match_float64_up_to_rounding(
     expected = F.conv2d(*exact, padding=1)
     torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
     for ours, reference in zip(found, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
-        torch.testing.assert_close(ours.double(), reference, rtol=0.02, atol=0.02)
+        # sums of many products are rounded to their own size, by torch on CPUs without bf16 instructions more than once
+        torch.testing.assert_close(ours.double(), reference, rtol=0.02, atol=0.01 * float(reference.abs().max()))
 
 
 @pytest.mark.parametrize("resample", ["none", "down", "up"])
