@@ -12,7 +12,6 @@ Letters: N scenes, E CLIP embedding width, S image size of the stack.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,19 +29,6 @@ NUM_FITTED = 2000
 """Scenes of known pairs that the linear classifiers are fitted to."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Scenes, with CLIP's embeddings of what is known about them."""
-
-    captions: list[str]
-    image_embedding: Tensor
-    """[N, E], of rendered images."""
-    text_embedding: Tensor
-    """[N, E]."""
-    prior_embedding: Tensor | None = None
-    """[N, E], sampled from the prior."""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", default=DEFAULT_ROOT, help="storage folder of the pipeline, may be new")
@@ -52,37 +38,63 @@ def main() -> None:
 
     ablation.run(arguments.pipeline, arguments.storage)
     stack = ablation.load_stack(ablation.artifacts(arguments.pipeline, arguments.storage))
-    fitted = embed(stack, scene_captions(NUM_FITTED, 1, unseen=False))
-    groups = {
-        name: embed(stack, scene_captions(arguments.captions, 2, unseen=unseen), with_prior=True)
-        for name, unseen in (("known pairs", False), ("unseen pairs", True))
+    known = scene_captions(NUM_FITTED, 1, unseen=False)
+    by_image, by_text = (fit(embed(stack, known), labels(known)) for embed in (embed_images, embed_text))
+    groups = [scene_captions(arguments.captions, 2, unseen=unseen) for unseen in (False, True)]
+    rows: dict[str, Callable[[list[str]], float]] = {
+        "CLIP's image embedding of the true image, read": lambda group: read(
+            by_image, embed_images(stack, group), group
+        ),
+        "CLIP's text embedding, read": lambda group: read(by_text, embed_text(stack, group), group),
+        "the prior's image embedding, read": lambda group: read(by_image, sample_prior(stack, group), group),
+        "decoded from the true image's embedding": lambda group: decode(stack, embed_images(stack, group), group),
+        "decoded from the prior's embedding": lambda group: decode(stack, sample_prior(stack, group), group),
+        "decoded from the text embedding": lambda group: decode(stack, embed_text(stack, group), group),
     }
-    print(table(stack, fitted, groups))
+    print("| right shapes | known pairs | unseen pairs |\n|---|---:|---:|", flush=True)
+    for name, share in rows.items():
+        print(f"| {name} | {' | '.join(f'{share(group):.3f}' for group in groups)} |", flush=True)
 
 
 @torch.no_grad()
-def embed(stack: Stack, captions: list[str], with_prior: bool = False) -> Group:
-    """Embed scenes by their captions and their rendered images."""
-    images, texts, sampled = [], [], []
-    for start in range(0, len(captions), stack.sampling.batch_size):
-        batch = captions[start : start + stack.sampling.batch_size]
-        images.append(stack.embed_images(render(batch, start, stack.image_size)))
-        texts.append(stack.embed_text(batch))
-        if with_prior:
-            sampled.append(stack.embed_captions(batch, stack.sampling, torch.Generator().manual_seed(start)))
-    return Group(captions, torch.cat(images), torch.cat(texts), torch.cat(sampled) if with_prior else None)
+def in_batches(stack: Stack, captions: list[str], function: Callable[[list[str], int], Tensor]) -> Tensor:
+    """Apply a function of captions and the number of the first one to batches, and join the results."""
+    size = stack.sampling.batch_size
+    return torch.cat([function(captions[start : start + size], start) for start in range(0, len(captions), size)])
 
 
-@torch.no_grad()
-def decoded_shape(stack: Stack, captions: list[str], embedding: Tensor | None) -> float:
+def embed_images(stack: Stack, captions: list[str]) -> Tensor:
+    """CLIP's embeddings [N, E] of rendered images."""
+    return in_batches(stack, captions, lambda batch, start: stack.embed_images(render(batch, start, stack.image_size)))
+
+
+def embed_text(stack: Stack, captions: list[str]) -> Tensor:
+    """CLIP's embeddings [N, E] of captions."""
+    return in_batches(stack, captions, lambda batch, _: stack.embed_text(batch))
+
+
+def sample_prior(stack: Stack, captions: list[str]) -> Tensor:
+    """Image embeddings [N, E] that the prior samples for captions, always the same."""
+    return in_batches(
+        stack,
+        captions,
+        lambda batch, start: stack.embed_captions(batch, stack.sampling, torch.Generator().manual_seed(start)),
+    )
+
+
+def decode(stack: Stack, embedding: Tensor, captions: list[str]) -> float:
     """Share of images with the right shape, sampled from image embeddings [N, E]."""
-    assert embedding is not None
-    parts = []
-    for start in range(0, len(captions), stack.sampling.batch_size):
-        end = start + stack.sampling.batch_size
-        read = stack.captions(captions[start:end], stack.sampling)
-        parts.append(stack.decode(embedding[start:end], stack.sampling, torch.Generator().manual_seed(start), read))
-    found = metrics.score_scenes(torch.cat(parts), captions)
+    images = in_batches(
+        stack,
+        captions,
+        lambda batch, start: stack.decode(
+            embedding[start : start + len(batch)],
+            stack.sampling,
+            torch.Generator().manual_seed(start),
+            stack.captions(batch, stack.sampling),
+        ),
+    )
+    found = metrics.score_scenes(images, captions)
     assert found is not None, "all captions describe scenes"
     return found.accuracy()["shape"]
 
@@ -109,30 +121,9 @@ def fit(embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return weight.detach(), bias.detach()
 
 
-def table(stack: Stack, fitted: Group, groups: dict[str, Group]) -> str:
-    """Format shares of right shapes as Markdown: a row for each part, a column for each group."""
-    label = labels(fitted.captions)
-    by_image, by_text = fit(fitted.image_embedding, label), fit(fitted.text_embedding, label)
-
-    def read(classifier: tuple[Tensor, Tensor], embedding: Tensor | None, group: Group) -> float:
-        assert embedding is not None
-        found = F.linear(embedding, *classifier).argmax(dim=1)
-        return float((found == labels(group.captions)).float().mean())
-
-    rows: dict[str, Callable[[Group], float]] = {
-        "CLIP's image embedding of the true image, read": lambda group: read(by_image, group.image_embedding, group),
-        "CLIP's text embedding, read": lambda group: read(by_text, group.text_embedding, group),
-        "the prior's image embedding, read": lambda group: read(by_image, group.prior_embedding, group),
-        "decoded from the true image's embedding": lambda group: decoded_shape(
-            stack, group.captions, group.image_embedding
-        ),
-        "decoded from the prior's embedding": lambda group: decoded_shape(stack, group.captions, group.prior_embedding),
-        "decoded from the text embedding": lambda group: decoded_shape(stack, group.captions, group.text_embedding),
-    }
-    lines = [f"| right shapes | {' | '.join(groups)} |", "|---" + "|---:" * len(groups) + "|"]
-    for name, share in rows.items():
-        lines.append(f"| {name} | {' | '.join(f'{share(group):.3f}' for group in groups.values())} |")
-    return "\n".join(lines)
+def read(classifier: tuple[Tensor, Tensor], embedding: Tensor, captions: list[str]) -> float:
+    """Share of embeddings [N, E] whose shape a linear classifier reads right."""
+    return float((F.linear(embedding, *classifier).argmax(dim=1) == labels(captions)).float().mean())
 
 
 if __name__ == "__main__":

@@ -27,8 +27,6 @@ from tasks.store import Store
 from unclip import files
 from unclip.config import fingerprint, has_setting, nearest, to_dict, without_operational
 from unclip.errors import ConfigError, StageError, UnclipError
-from unclip.models import clip as clip_models
-from unclip.models.text import TextShape
 from unclip.systems.part import Shapes
 from unclip.systems.system import find_system
 from unclip.training.memory import Compute, count
@@ -408,9 +406,7 @@ def _with_length(config: PipelineConfig, node: Node, num_samples: float) -> Pipe
 
 def trainings(config: PipelineConfig) -> tuple[Training, ...]:
     """Count the samples, FLOPs and parameters of each part that a pipeline trains; the frozen CLIP is not counted."""
-    clip = clip_models.shape_of(config.clip.model)
-    text = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
-    shapes = Shapes(clip.embedding_dim, text, config.clip.model)
+    shapes = Shapes.of(config.clip.model)
     found = []
     for name, node in _parts(config).items():
         compute = _count(node, config.clip.model, shapes)

@@ -20,7 +20,6 @@ from unclip.interop import t5
 from unclip.models import clip as clip_models
 from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
 from unclip.models.t5 import T5Settings, T5TextEncoder
-from unclip.models.text import TextShape
 from unclip.systems.clip import ClipObjective
 from unclip.systems.part import Shapes
 from unclip.training.flops import flops_of, flops_per_sample
@@ -40,8 +39,7 @@ def workload(config: PipelineConfig) -> Workload:
     dag = compose(config)
     clip = clip_models.shape_of(config.clip.model)
     clip_compute = _count_clip(config.clip.model)
-    text = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
-    shapes = Shapes(clip.embedding_dim, text, config.clip.model)
+    shapes = Shapes.of(config.clip.model)
     counted = {
         name: count(node.stage.part.network(node.config, shapes))
         for name, node in dag.items()

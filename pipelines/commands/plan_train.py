@@ -98,14 +98,10 @@ def plan_train(
 def _measure(config: "PipelineConfig") -> "list[ModelMemory]":
     """Measure the memory of each part that a pipeline trains."""
     from pipelines.pipeline import compose
-    from unclip.models.clip import shape_of
-    from unclip.models.text import TextShape
     from unclip.systems.part import Shapes
     from unclip.training.memory import measure
 
-    clip = shape_of(config.clip.model)
-    text = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
-    shapes = Shapes(clip.embedding_dim, text, config.clip.model)
+    shapes = Shapes.of(config.clip.model)
     nodes = compose(config).items()
     return [
         measure(name, node.stage.part.network(node.config, shapes))

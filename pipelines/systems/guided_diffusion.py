@@ -74,17 +74,17 @@ def _has_both(config: GuidedDiffusionConfig) -> bool:
     return _has_classifier_guidance(config) and config.evaluate.sampling.denoiser.guidance_scale != 1
 
 
-_NO_CLASSIFIER = "evaluate.sampling.denoiser.classifier_scale=0"
-_CLASSIFIER_ALONE = "evaluate.sampling.denoiser.guidance_scale=1"
+_CLASSIFIER_OFF = "evaluate.sampling.denoiser.classifier_scale=0"
+_GUIDANCE_OFF = "evaluate.sampling.denoiser.guidance_scale=1"
 VARIANTS = {
     "without_classifier": Variant(
-        "guided_diffusion without its classifier", (_NO_CLASSIFIER,), _has_classifier_guidance
+        "guided_diffusion without its classifier", (_CLASSIFIER_OFF,), _has_classifier_guidance
     ),
     "classifier_alone": Variant(
-        "guided_diffusion, classifier guidance alone", (_CLASSIFIER_ALONE,), _has_both, is_default=False
+        "guided_diffusion, classifier guidance alone", (_GUIDANCE_OFF,), _has_both, is_default=False
     ),
     "unguided": Variant(
-        "guided_diffusion without guidance", (_CLASSIFIER_ALONE, _NO_CLASSIFIER), _has_both, is_default=False
+        "guided_diffusion without guidance", (_GUIDANCE_OFF, _CLASSIFIER_OFF), _has_both, is_default=False
     ),
 }
 """Sampling with one kind of guidance, or with none; classifier guidance alone is that of Dhariwal & Nichol 2021."""

@@ -85,7 +85,8 @@ def test_all_variants_that_apply_follow_their_system() -> None:
 
 
 def test_variants_are_completed_after_their_system() -> None:
-    context, option = click.Context(compare.compare), compare.compare.params[1]
+    context = click.Context(compare.compare)
+    option = next(each for each in compare.compare.params if each.name == "systems")
 
     def completed(start: str) -> list[str]:
         return [item.value for item in option.shell_complete(context, start)]

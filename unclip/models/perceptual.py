@@ -21,15 +21,7 @@ NUM_LAYERS = 4
 """Layers of CLIP's image encoder whose features are compared, evenly spaced."""
 
 
-class PerceptualDistance(nn.Module):
-    """Distance of images, by a frozen network."""
-
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Distance of each of images [B, 3, S, S] to its other, both in [-1, 1]: [B] float32, differentiable in `images`."""
-        raise NotImplementedError
-
-
-class ClipDistance(PerceptualDistance):
+class ClipDistance(nn.Module):
     """Distance of images by the features of several layers of a frozen CLIP's image encoder."""
 
     def __init__(self, model: Any) -> None:
@@ -46,6 +38,7 @@ class ClipDistance(PerceptualDistance):
         self.layers = [layers[(number + 1) * len(layers) // count - 1] for number in range(count)]
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Distance of each of images [B, 3, S, S] to its other, both in [-1, 1]: [B] float32, differentiable in `images`."""
         with torch.no_grad():
             theirs = self._features(others)
         return _distance(self._features(images), theirs)
@@ -61,7 +54,7 @@ class ClipDistance(PerceptualDistance):
         return [_as_positions(each) for each in found]
 
 
-class LpipsDistance(PerceptualDistance):
+class LpipsDistance(nn.Module):
     """LPIPS with the network VGG16."""
 
     shift: Tensor
@@ -137,6 +130,7 @@ class LpipsDistance(PerceptualDistance):
         return vgg.make_layers(vgg.cfgs["D"])[: cls.LAYERS[-1] + 1]
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """As that of `ClipDistance`."""
         with torch.no_grad():
             theirs = self._features(others)
         ours = self._features(images)
@@ -190,3 +184,6 @@ def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
 def _unit(features: Tensor) -> Tensor:
     """Features [B, P, C] at unit length; the small constant keeps the gradient of zero features finite."""
     return features / (features.square().sum(dim=2, keepdim=True) + 1e-10).sqrt()
+
+
+PerceptualDistance = ClipDistance | LpipsDistance

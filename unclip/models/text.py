@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import require
-from unclip.models.clip import Clip, text_mask
+from unclip.models.clip import Clip, ClipShape, text_mask
 from unclip.models.layers import TransformerBlock, without_autocast
 
 TextSource = Literal["none", "clip", "transformer"]
@@ -49,6 +49,11 @@ class TextShape:
     """W, width of CLIP's text encodings."""
     vocab_size: int
     """Number of token ids."""
+
+    @classmethod
+    def of(cls, clip: Clip | ClipShape) -> "TextShape":
+        """Sizes of a CLIP's text encoder."""
+        return cls(clip.text_length, clip.text_width, clip.vocab_size)
 
 
 class CaptionFeatures(NamedTuple):

@@ -96,7 +96,7 @@ class LatentDiffusionObjective:
             )
         self.kind, self.config, self.clip, self.digest = kind, model, clip, autoencoder_digest
         self.autoencoder = autoencoder
-        text_shape = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
+        text_shape = TextShape.of(clip)
         self.embedding_dim = len(statistics.mean)
         self.model: LatentDiffusion = LatentDiffusion(model, self.embedding_dim, text_shape).to(
             memory_format=torch.channels_last

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from torch import nn
 
 from unclip.data import Batch
-from unclip.models.clip import Clip
+from unclip.models.clip import Clip, shape_of
 from unclip.models.embeddings import EmbeddingStatistics, PrincipalComponents
 from unclip.models.text import TextShape
 from unclip.training.memory import Network
@@ -44,6 +44,16 @@ class Shapes(NamedTuple):
     """Shape of the text encoder's states, and its vocabulary."""
     clip: str | None = None
     """Model of CLIP, by its name in open_clip, for networks whose loss reads its features; None if there are none."""
+
+    @classmethod
+    def of(cls, clip: str) -> "Shapes":
+        """Sizes of a CLIP by its name in open_clip, from its configuration only.
+
+        Raises:
+            ConfigError: the configuration is not on this machine, or it does not give the sizes.
+        """
+        shape = shape_of(clip)
+        return cls(shape.embedding_dim, TextShape.of(shape), clip)
 
 
 class TrainingInputs(Protocol):

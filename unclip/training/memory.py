@@ -71,7 +71,7 @@ class Activations:
     recomputed: tuple[Bytes, ...]
     """With activation checkpointing: what each block recomputes, one block at a time."""
     frozen: Bytes = Bytes(0, 0)
-    """Of the frozen network in the loss, with or without activation checkpointing; the backward pass frees it first."""
+    """Activations of the frozen network in the loss, which is not checkpointed; the backward pass frees them first."""
 
     def at(self, num_samples: int, checkpointing: bool) -> int:
         """Peak memory of the activations.

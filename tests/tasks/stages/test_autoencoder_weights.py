@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,17 +11,21 @@ from tasks.stage import Pinning
 from tasks.stages.train import train
 from tasks.store import Store
 from tests.unclip.models.test_perceptual import write_lpips
+from tests.unclip.training.test_batches import jpegs
 from unclip.config import without_operational
+from unclip.data import Batch
 from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.models.perceptual import LpipsDistance
 from unclip.systems.autoencoder import AUTOENCODER, AutoencoderStageConfig
-from unclip.systems.autoencoder.part import PerceptualConfig
+from unclip.systems.autoencoder.part import AutoencoderObjective, PerceptualConfig
+from unclip.systems.autoencoder.sizes import DEMO_KL
 from unclip.training.parallel import ALONE
 
 STORE = Store("unused")
 
 
 def lpips(weights: str | Path, weight: float = 1.0) -> AutoencoderStageConfig:
-    return AutoencoderStageConfig(perceptual=PerceptualConfig(weight, "lpips", str(weights)))
+    return dataclasses.replace(DEMO_KL, perceptual=PerceptualConfig(weight, "lpips", str(weights)))
 
 
 def pinned(config: AutoencoderStageConfig) -> AutoencoderStageConfig:
@@ -47,13 +50,13 @@ def test_another_file_at_the_same_path_is_another_training(tmp_path: Path, monke
     class Inputs:
         workers = ALONE
 
-        def preview_rows(self) -> Any:
-            raise NotImplementedError
+        def preview_rows(self) -> Batch:
+            return {"jpg": jpegs(1)}
 
     with pytest.raises(InputError, match=r"vgg\.safetensors is not the file that this run was planned with"):
         AUTOENCODER.objective(first, Inputs())  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError):  # the file fits
-        AUTOENCODER.objective(second, Inputs())  # type: ignore[arg-type]
+    objective = AUTOENCODER.objective(second, Inputs())  # type: ignore[arg-type]
+    assert isinstance(objective, AutoencoderObjective) and isinstance(objective.distance, LpipsDistance)
 
 
 def test_a_file_that_is_missing_or_another_fails_before_the_start(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ import dataclasses
 import torch
 from torch import nn
 
-from unclip.models.clip import shape_of
-from unclip.models.text import TextShape
 from unclip.systems.part import Shapes
 from unclip.systems.unclip.decoder import DECODER
 from unclip.systems.unclip.prior import PRIOR
@@ -16,8 +14,7 @@ from unclip.training.memory import Network
 
 
 def shapes(size: ModelSize) -> Shapes:
-    clip = shape_of(size.clip)
-    return Shapes(clip.embedding_dim, TextShape(clip.text_length, clip.text_width, clip.vocab_size))
+    return Shapes.of(size.clip)
 
 
 def networks(size: ModelSize) -> dict[str, Network]:

@@ -1,7 +1,6 @@
 """The autoencoder as a part: reconstruction, perceptual and adversarial losses of images, and the training of its codebook."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip import files
 from unclip.config import added, load, require, to_dict
 from unclip.data import Batch
 from unclip.errors import InputError
@@ -314,13 +314,8 @@ def _pin(config: AutoencoderStageConfig) -> AutoencoderStageConfig:
         return config
     require(file.is_file(), "perceptual.weights", str(file), "an existing file of the weights of LPIPS")
     LpipsDistance.load(file)
-    pinned = dataclasses.replace(perceptual, weights=str(file), digest=_digest(file))
+    pinned = dataclasses.replace(perceptual, weights=str(file), digest=files.digest(str(file)))
     return dataclasses.replace(config, perceptual=pinned)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _objective(config: AutoencoderStageConfig, inputs: TrainingInputs) -> AutoencoderObjective:
@@ -328,7 +323,7 @@ def _objective(config: AutoencoderStageConfig, inputs: TrainingInputs) -> Autoen
     distance: PerceptualDistance | None = None
     if file is not None:
         distance = LpipsDistance.load(file)
-        if perceptual.digest and _digest(file) != perceptual.digest:
+        if perceptual.digest and files.digest(str(file)) != perceptual.digest:
             raise InputError(
                 f"perceptual.weights: {file} is not the file that this run was planned with. Copy that file to every worker, "
                 "or run the same command again."

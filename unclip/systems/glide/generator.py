@@ -57,7 +57,7 @@ class GlideObjective:
         """Args: clip: gives the tokenizer."""
         self.learning_rate_factors = {"text": text_learning_rate}
         self.config = config
-        shape = TextShape(clip.text_length, clip.text_width, clip.vocab_size)
+        shape = TextShape.of(clip)
         self.model: Glide = Glide(config, shape).to(memory_format=torch.channels_last)
         self.model.text.set_null(clip.tokenize([""]))
         self.process = DiffusionLoss(self.model.diffusion)

@@ -54,7 +54,7 @@ class DecoderObjective:
         statistics.check("decoder")
         clip = None if config.text == "none" else clip
         self.config, self.clip = config, clip
-        shape = None if clip is None else TextShape(clip.text_length, clip.text_width, clip.vocab_size)
+        shape = None if clip is None else TextShape.of(clip)
         self.model: Decoder = Decoder(config, embedding_dim, shape).to(memory_format=torch.channels_last)
         self.model.statistics.load_state_dict(statistics.state_dict())
         if clip is not None and self.model.text is not None:
