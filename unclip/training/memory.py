@@ -329,7 +329,7 @@ def example_features(batch: int, text: TextShape, embedding_dim: int) -> Caption
 
 
 def _move_from_meta(module: nn.Module) -> None:
-    """Replace the tensors of a module by others without data, on the current device."""
+    """Replace the tensors of a module by fake ones on the current device; `Module.to_empty` takes no tensors of meta here."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype)
