@@ -341,7 +341,7 @@ def draw_images(comparison: Comparison) -> bytes:
     for number_of_row, row in enumerate(rows):
         y = top + number_of_row * step + (0.08 if number_of_row else 0)
         is_real = row.system is None
-        label = textwrap.fill(row.label, 20)
+        label = textwrap.fill(row.label, 18)
         _write(axes, left - 0.12, y + tile / 2, label, ha="right", va="center", fontsize=9.5,
                   color="#777777" if is_real else "#111111", weight="normal" if is_real else "bold")  # fmt: skip
         for index in range(0 if row.images is None else min(len(row.images), len(captions))):
