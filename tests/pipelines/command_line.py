@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
         os.environ.update(before)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
+def cpu_seconds_apart() -> float:
+    """CPU time of all processes that this one has started and that have ended; other work on the machine does not change it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def call_apart(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
