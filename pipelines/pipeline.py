@@ -6,7 +6,6 @@ entry point in the group `unclip.pipelines`, named after its system, that refers
 
 import dataclasses
 import importlib
-import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -20,6 +19,7 @@ from pipelines.preset import SYSTEM_ENTRY_POINTS, system_names
 from tasks.stage import Run
 from tasks.tracking import Tracker
 from unclip.config import nearest
+from unclip.entry_points import entry_points
 from unclip.errors import ConfigError
 
 
@@ -63,7 +63,7 @@ def find_pipeline(system: str) -> Pipeline:
         if importlib.util.find_spec(f"{systems.__name__}.{system}") is not None:
             found: Pipeline = importlib.import_module(f"{systems.__name__}.{system}").PIPELINE
             return found
-        for point in importlib.metadata.entry_points(group=SYSTEM_ENTRY_POINTS, name=system):
+        if point := entry_points(SYSTEM_ENTRY_POINTS).get(system):
             loaded: Pipeline = point.load()
             return loaded
     raise ConfigError(f"system: got {system!r}, which no pipeline trains. {nearest(system, system_names())}")

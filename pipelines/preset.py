@@ -1,6 +1,5 @@
 """Presets: one TOML file per pipeline; and the systems. Reading their names is fast enough for shell completion."""
 
-import importlib.metadata
 import pkgutil
 import tomllib
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip import config
+from unclip.entry_points import entry_points
 from unclip.errors import ConfigError, InputError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -24,8 +24,7 @@ def pipeline_names() -> list[str]:
 def system_names() -> list[str]:
     """Return the systems that pipelines train, of this project and of other packages, without importing them."""
     own = (module.name for module in pkgutil.iter_modules([str(SYSTEMS)]))
-    others = (point.name for point in importlib.metadata.entry_points(group=SYSTEM_ENTRY_POINTS))
-    return sorted({*own, *others})
+    return sorted({*own, *entry_points(SYSTEM_ENTRY_POINTS)})
 
 
 def full_system_name(name: str) -> str:

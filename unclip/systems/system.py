@@ -19,7 +19,6 @@ Letters: B batch, S resolution.
 import dataclasses
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import pkgutil
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unclip import config, files, foreign
+from unclip.entry_points import entry_points
 from unclip.errors import CheckpointError, ConfigError, DamagedError
 from unclip.models import clip as clip_models
 from unclip.models.clip import Clip, ImageEmbeddings
@@ -203,7 +203,7 @@ def system_names() -> list[str]:
     here = importlib.import_module(__package__)
     found = [module.name for module in pkgutil.iter_modules(here.__path__)]
     own = [name for name in found if hasattr(importlib.import_module(f"{__package__}.{name}"), "SYSTEM")]
-    return sorted({*own, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+    return sorted({*own, *entry_points(ENTRY_POINTS)})
 
 
 def find_system(name: str) -> SystemSpec:
@@ -217,7 +217,7 @@ def find_system(name: str) -> SystemSpec:
             spec = getattr(importlib.import_module(f"{__package__}.{name}"), "SYSTEM", None)
             if isinstance(spec, SystemSpec):
                 return spec
-        for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+        if point := entry_points(ENTRY_POINTS).get(name):
             loaded: SystemSpec = point.load()
             return loaded
     raise ConfigError(f"system: got {name!r}, which is not a known system. {config.nearest(name, system_names())}")
