@@ -1,13 +1,13 @@
-"""FLOPs of training a model, counted while it runs, for model FLOPs utilisation."""
+"""FLOPs of training a model, counted while it runs, for model FLOPs utilisation.
+
+torch's counters are imported where they are used: they take a second, and most commands count nothing.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 PEAK_FLOPS = {
     "H200 NVL": 835.5e12,
@@ -44,6 +44,9 @@ class FirstForward:
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.utils._pytree import tree_map_only
+
         self._hook.remove()
         with FakeTensorMode(allow_non_fake_inputs=True):
             inputs, options = tree_map_only(Tensor, _without_data, (inputs, options))
@@ -69,6 +72,8 @@ def flops_per_sample(model: nn.Module, *inputs: Any, **options: Any) -> float:
 
 def flops_of(function: Callable[..., Any], *inputs: Any, **options: Any) -> int:
     """FLOPs of one call of a model or of its method, counted like those of `flops_per_sample`, without a backward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function(*inputs, **options)
     return int(counter.get_total_flops())

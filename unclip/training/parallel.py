@@ -1,19 +1,21 @@
 """Data-parallel training of one model: replicated on each worker (DDP) or sharded (FSDP2).
 
 Other modules need to know only the local shard of a tensor and the full tensor.
+
+What shards is imported where it is used: it takes longer than all else here, and commands and single workers do not need it.
 """
 
 import contextlib
 import dataclasses
-from typing import Any, Literal
+import sys
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed._composable.checkpoint_activation import checkpoint
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Parallel = Literal["ddp", "fsdp"]
 """ddp keeps the whole model, the EMA weights and the optimiser's moments on each worker; fsdp a shard of each."""
@@ -46,6 +48,9 @@ def distribute(model: nn.Module, parallel: Parallel, workers: Workers) -> nn.Mod
         return model
     if parallel == "ddp":
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # shards are rows, which are not contiguous in channels_last
     mesh = init_device_mesh(workers.device.type, (workers.world_size,))
@@ -65,6 +70,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Make each block recompute its activations in the backward pass. Parameter names stay as they are."""
+    from torch.distributed._composable.checkpoint_activation import checkpoint
+
     for block in blocks(model):
         checkpoint(block)
 
@@ -87,24 +94,30 @@ def no_sync(network: nn.Module, enabled: bool) -> Any:
         with network.no_sync() if enabled else contextlib.nullcontext():
             yield
     else:
-        if isinstance(network, FSDPModule):
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is not None and isinstance(network, fsdp.FSDPModule):
             network.set_requires_gradient_sync(not enabled)
         yield
 
 
+def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    module = sys.modules.get("torch.distributed.tensor")  # before it is imported, no tensor is sharded
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_shard(tensor: Tensor) -> Tensor:
     """Local shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Full tensor, on every rank; all ranks must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def offset(tensor: Tensor) -> tuple[int, ...]:
     """Start of the local shard in the full tensor, by dimension."""
-    if not isinstance(tensor, DTensor):
+    if not _is_sharded(tensor):
         return (0,) * tensor.dim()
     [chunk] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # as torch.distributed.checkpoint does
     return tuple(chunk.offsets)
