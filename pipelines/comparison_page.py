@@ -12,6 +12,7 @@ import numpy as np
 
 from pipelines.comparison import Comparison, Row
 from pipelines.quantities import number
+from tasks.model_card import escaped
 from unclip.evaluation.metrics import ATTRIBUTES, SCORED
 
 RIGHT, WRONG = "#8a8f98", "#d62728"
@@ -193,7 +194,7 @@ def markdown(comparison: Comparison) -> str:
             cells = [f"**{_cell(c, row)}**" if _is_best(c, row, rows) else _cell(c, row) for c in block]
             lines.append(f"| {row.label} | {' | '.join(cells)} |")
     lines += [f"\n{note}" for note in NOTES]
-    lines += [f"\nFailed: {label}: {why}" for label, why in comparison.failures.items()]
+    lines += [f"\nFailed: {escaped(label)}: {escaped(why, 2000)}" for label, why in comparison.failures.items()]
     return "\n".join(lines) + "\n"
 
 

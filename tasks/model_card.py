@@ -230,9 +230,9 @@ def _within(sections: Sequence[str], limit: int, note: str) -> str:
     return "\n\n".join(kept if is_whole else [*kept, note]) + "\n"
 
 
-def escaped(value: Any) -> str:
-    """Text for Markdown in which nothing is markup: no link, image, HTML or cell of a table; one line of bounded length."""
-    return _one_line(value).translate(_SPECIAL)
+def escaped(value: Any, limit: int = 200) -> str:
+    """Text for Markdown in which nothing is markup: no link, image, HTML or cell of a table; one line, of bounded length."""
+    return _one_line(value, limit).translate(_SPECIAL)
 
 
 def in_code(value: Any) -> str:

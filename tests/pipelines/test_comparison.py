@@ -303,7 +303,19 @@ def row(name: str, quality: float, value: str | None = None, system: str | None 
 def comparison(*rows: Row, sweep: Sweep | None = None) -> Comparison:
     every = [row(REAL, 1.0, system=None), *rows]
     counts = {"heldout": 256, "repeated": 128}
-    return Comparison("demo", "/s", None, sweep, every, CAPTIONS, ["k", "l"], counts, {"ddpm": "it <failed>"}, {}, {})
+    return Comparison(
+        "demo",
+        "/s",
+        None,
+        sweep,
+        every,
+        CAPTIONS,
+        ["k", "l"],
+        counts,
+        {"ddpm": "it <failed>\n![x](http://x.example)"},
+        {},
+        {},
+    )
 
 
 def test_tables_tell_the_best_system_and_what_failed() -> None:
@@ -318,7 +330,7 @@ def test_tables_tell_the_best_system_and_what_failed() -> None:
     assert "| real images | 1.000 | 0.500 |" in table, "real images do not compete"
     assert "| unclip | **0.950** | 0.500 |" in table, "what all have distinguishes none"
     assert "**0.0500**" in table and "**0.1000**" not in table, "a smaller distance is better"
-    assert "Failed: ddpm: it <failed>" in table
+    assert r"Failed: ddpm: it \<failed\> \!\[x\]\(http://x.example\)" in table, "messages quote what others wrote"
     html = page.page(found, ["previews/images.png"])
     assert html.count('class="best') == 3 and "it &lt;failed&gt;" in html and 'src="previews/images.png"' in html
     bounds = [dataclasses.replace(row(name, 0.5), bits_per_dim=bits) for name, bits in (("one", 4.6), ("two", 4.7))]

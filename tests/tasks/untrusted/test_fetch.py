@@ -469,19 +469,22 @@ def test_a_broken_answer_has_its_reason(answer: bytes, expected: str) -> None:
 def test_f2_dripping_bytes_do_not_hold_a_thread(start: bytes) -> None:
     def drip(connection: socket.socket) -> None:
         connection.sendall(start)
-        for _ in range(40):
+        for _ in range(400):
             time.sleep(0.1)
             connection.sendall(b"1")
 
     started = time.monotonic()
     assert fetch_from(drip, timeout_seconds=0.6) == "timeout"
-    assert time.monotonic() - started < 1.2
+    assert time.monotonic() - started < 20
 
 
 def test_f9_a_name_server_that_hangs_does_not_hold_a_thread() -> None:
-    started = time.monotonic()
-    assert reason("http://slow.example/", resolve=lambda *_, **__: time.sleep(3), timeout_seconds=0.3) == "dns_timeout"
-    assert time.monotonic() - started < 1
+    is_over, started = threading.Event(), time.monotonic()
+    assert (
+        reason("http://slow.example/", resolve=lambda *_, **__: is_over.wait(60), timeout_seconds=0.3) == "dns_timeout"
+    )
+    assert time.monotonic() - started < 20
+    is_over.set()
 
 
 def test_f9_no_address_and_no_listener() -> None:
@@ -1059,8 +1062,8 @@ def test_f10_a_server_busy_beyond_the_deadline_is_requested_once() -> None:
     busy = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3600\r\n\r\n"
     with raw_server(lambda connection: connection.sendall(busy)) as (address, requests):
         started = time.monotonic()
-        assert reason(f"http://{address}/", allow_hosts=(address,), retries=3) == "http_429"
-        assert len(requests) == 1 and time.monotonic() - started < 1
+        assert reason(f"http://{address}/", allow_hosts=(address,), retries=3, timeout_seconds=60) == "http_429"
+        assert len(requests) == 1 and time.monotonic() - started < 20
 
 
 def test_f10_transient_errors_are_retried() -> None:
@@ -1293,14 +1296,20 @@ def test_f13_the_content_type_does_not_matter(kind: str) -> None:
 
 
 def test_f1_an_unresponsive_server_delays_no_other_row() -> None:
-    with raw_server(lambda _: time.sleep(3)) as (silent, _), serve() as server:
+    is_over = threading.Event()
+
+    def wait(_: socket.socket) -> None:
+        is_over.wait(60)
+
+    with raw_server(wait) as (silent, _), serve() as server:
         client = fetcher(allow_hosts=(silent, server.address), timeout_seconds=0.5)
         started = time.monotonic()
         found = outcomes(
             [f"http://{silent}/", *(f"http://{server.address}/{number}" for number in range(30))], client, 4
         )
         assert found == ["timeout"] + ["ok"] * 30
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20
+        is_over.set()
 
 
 def test_f9_each_name_server_fault_has_its_reason() -> None:
