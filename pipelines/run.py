@@ -21,6 +21,7 @@ from pipelines.shadows import refuse_shadows
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.takedowns import carry_out_recorded, print_carried_out
 from tasks import signals, tombstones
+from tasks.progress import began
 from tasks.run_records import stage_events
 from tasks.stage import WAIT_SECONDS, Failure, Run
 from tasks.store import TOMBSTONES, Store
@@ -234,11 +235,12 @@ def _stop_training(dag: dags.Dag, run: Run, store: Store, console: Console) -> N
     """Ask running training stages to write a checkpoint and stop; wait for them up to STOP_PATIENCE_SECONDS."""
     files.write(run.stop_uri, b"")
     deadline = time.monotonic() + STOP_PATIENCE_SECONDS
-    started = set(store.list("runs", run.id, "progress"))  # stages not started yet wait for CPUs
+    # the others wait for CPUs
+    begun = {name for name in dag if began(store.uri("runs", run.id, "progress", f"{name}.json"))}
 
     def is_training() -> bool:
         running = [name for name, event in stage_events(store, run.id).items() if event["state"] == "running"]
-        return any(f"{name}.json" in started and hasattr(dag[name].config, "trainer") for name in running)
+        return any(name in begun and hasattr(dag[name].config, "trainer") for name in running)
 
     if is_training():
         say("stopping: training stages write a checkpoint first; interrupt again to stop at once")

@@ -56,6 +56,8 @@ class Output:
     """sha256 of the content; does not depend on the run that made it."""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Facts for later stages and for users: counts, table versions, metrics. JSON values only."""
+    waited_seconds: float = 0.0
+    """Part of the stage's time in which its training waited for CPUs or GPUs that others used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Artifact:
     digest: str
     facts: Mapping[str, Any]
     seconds: float
-    """Duration of the stage when it made this artifact."""
+    """Duration of the stage when it made this artifact, without the time in which its training waited for CPUs or GPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,12 @@ class Resources:
         require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "at least 1")
         require(self.gpus_per_worker >= 0, "gpus_per_worker", self.gpus_per_worker, "0 or more")
         require(self.gib_per_worker >= 0, "gib_per_worker", self.gib_per_worker, "0 or more")
+
+    def __str__(self) -> str:
+        """Amounts in words, such as 2 CPUs, or 8 x 1 GPU."""
+        amount, unit = (self.gpus_per_worker, "GPU") if self.gpus_per_worker else (self.cpus_per_worker, "CPU")
+        each = f"{amount:g} {unit}{'' if amount == 1 else 's'}"
+        return each if self.num_workers == 1 else f"{self.num_workers} x {each}"
 
     def per_worker(self) -> dict[str, float]:
         """Resources of one worker in Ray's format."""
@@ -412,7 +420,7 @@ def _run_function(
         log.error("%s failed: %s", name, message if isinstance(error, UnclipError) else trace)
         _record(store, run, name, state="failed", message=message, exit_code=exit_code, **facts)
         return Failure(name, message, exit_code)
-    seconds = round(time.monotonic() - started, 1)
+    seconds = round(max(0.0, time.monotonic() - started - output.waited_seconds), 1)
     artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
     store.write_json(dataclasses.asdict(artifact), "stages", name, f"{stage_fingerprint}.json")
     stored = store.portable(dataclasses.asdict(artifact))

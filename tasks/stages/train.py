@@ -135,10 +135,11 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     snapshot = Snapshot.of(dataset.facts)
     facts: dict[str, Any] = {"rows": dataset.facts["rows"], "snapshot": dataset.facts["snapshot"]}
     context.log_dataset(snapshot.digest, snapshot.embeddings, facts)
-    model, digest = run_training(context, training)
+    trained = run_training(context, training)
     if files.exists(f"{context.folder}/{CURVE}"):
         context.tracker.bytes(files.read(f"{context.folder}/{CURVE}"), CURVE)
-    return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})
+    facts = {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest}
+    return Output(trained.model, trained.digest, facts, trained.waited_seconds)
 
 
 def _shown_rows(snapshot: Snapshot) -> pa.Table:
