@@ -365,10 +365,10 @@ def test_rates_come_from_the_storage(finished: PipelineConfig) -> None:
         "download": (90_000, 600, 12),
         "filter": (60_000, 5, 12),
         "dedup": (54_000, 9, 12),
-        "embed": (27_000, 135, 2),  # the demo embeds and evaluates on two workers of one CPU
+        "embed": (27_000, 135, 2),  # the demo embeds and evaluates on two workers, and its decoder has two CPUs
         "curate": (27_000, 3, 12),
         "report": (27_000, 10, 12),
-        "decoder": (46_000, 1_000, 1),
+        "decoder": (46_000, 1_000, 2),
         "evaluate": (384, 60, 2),
     }
     assert measured.ignored == {"ingest": "100,000 rows in 0.5 s are too few to measure"}
