@@ -17,7 +17,7 @@ from pipelines.dataset import PipelineConfig
 from pipelines.pipeline import compose
 from tasks import nodes, signals
 from tasks.stage import Resources
-from unclip.background import within
+from unclip.background import usable_cpus, within
 from unclip.errors import ConfigError, StoppedError
 from unclip.messages import reason_of
 
@@ -105,7 +105,7 @@ def start_ray(configs: Sequence[PipelineConfig]) -> bool:
 def _own_cpus(config: PipelineConfig) -> int:
     """CPUs of a cluster that a run starts for itself."""
     needed = max(each.cpus_per_worker * each.num_workers for each in worker_resources(config).values())
-    return config.cluster.num_cpus or max(os.cpu_count() or 1, needed)
+    return config.cluster.num_cpus or max(usable_cpus(), needed)
 
 
 def wait_for_resources(config: PipelineConfig, stages: Collection[str]) -> dict[str, float]:
@@ -137,7 +137,7 @@ def connect() -> dict[str, float]:
     if address and address != "local":
         _join("RAY_ADDRESS", address)
     else:
-        _start_here(os.cpu_count() or 1)
+        _start_here(usable_cpus())
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return total
 

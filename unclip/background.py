@@ -1,9 +1,12 @@
-"""Periodic work in the background, threads beside one that computes, rate-limited checks, and calls with a time limit."""
+"""Usable CPUs, periodic work in the background, threads beside one that computes, rate-limited checks, time limits of calls."""
 
 import contextlib
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 ResultT = TypeVar("ResultT")
@@ -25,6 +28,21 @@ def run_periodically(seconds: float, action: Callable[[], object], name: str) ->
     finally:
         ended.set()
         thread.join()
+
+
+def usable_cpus(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use: those it is bound to, and not more than its container's quota, rounded up.
+
+    Args:
+        control_groups: folder in which Linux shows a container its quota, in either of two versions.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or no quota
+            quota, period = map(int, " ".join((control_groups / name).read_text() for name in names).split())
+            if quota > 0 and period > 0:
+                count = min(count, math.ceil(quota / period))
+    return count
 
 
 def compute_alone() -> None:

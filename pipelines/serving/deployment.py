@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import ipaddress
 import logging
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Collection, Iterator
@@ -28,6 +27,7 @@ from pipelines.serving.app import Api
 from pipelines.serving.engine import Engine
 from pipelines.serving.jobs import Job, Loaded, Progress, Sampled
 from pipelines.serving.requests import RequestError
+from unclip.background import usable_cpus
 from unclip.errors import UnclipError
 
 APP = "unclip"
@@ -88,7 +88,7 @@ class Replicas:
         """Start the replicas and wait for them."""
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-        num_threads = None if gpus else max(1, (os.cpu_count() or 1) // num_replicas)
+        num_threads = None if gpus else max(1, usable_cpus() // num_replicas)
         deployment = serve.deployment(
             Replica,
             name="sampler",

@@ -3,7 +3,6 @@
 import concurrent.futures
 import functools
 import math
-import os
 import threading
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unclip.background import usable_cpus
 from unclip.data import decode_image
 from unclip.errors import InputError
 
@@ -53,7 +53,7 @@ def decoded(data: bytes, size: int) -> _Decoded:
 @functools.cache
 def _decoding_threads() -> concurrent.futures.ThreadPoolExecutor:
     """Threads that decode in parallel: Pillow releases the GIL."""
-    return concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="decode")
+    return concurrent.futures.ThreadPoolExecutor(max_workers=usable_cpus(), thread_name_prefix="decode")
 
 
 def stack_halves(rows: list[bytes], *shape: int) -> Tensor:
