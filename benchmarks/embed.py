@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks import measure
+from unclip.background import usable_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS_PER_FILE = 1000
@@ -67,6 +68,7 @@ class Actor:
         import ray
 
         from tasks.derived import Shard
+        from tasks.progress import Progress
         from tasks.stage import Artifact
         from tasks.stages.embed import EmbedConfig, Embedder
 
@@ -80,7 +82,8 @@ class Actor:
         ray.init(num_cpus=arguments.threads, include_dashboard=False, log_to_driver=False)
         cpus, gpus = arguments.threads, torch.cuda.device_count() and 1
         embedder: Any = Embedder
-        self.actor = embedder.options(num_cpus=cpus, num_gpus=gpus).remote(clip, config, self.table, arguments.threads)
+        progress = Progress(f"{folder}/progress.json", arguments.pairs, "pairs")
+        self.actor = embedder.options(num_cpus=cpus, num_gpus=gpus).remote(clip, config, self.table, cpus, progress)
         self.pid = ray.get(self.actor.__ray_call__.remote(lambda _: os.getpid()))
         ray.get(self.actor.embed.remote(Shard(paths[0], np.arange(arguments.batch_size))))
 
@@ -140,7 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--image-size", type=int, default=256, help="length of the shorter side of stored images, in pixels"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of both")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="CPU threads of both")
     arguments = parser.parse_args()
 
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}  # for Ray's workers

@@ -21,7 +21,7 @@ from pipelines.shadows import refuse_shadows
 from pipelines.summary import print_summary, summarise, write_results
 from pipelines.takedowns import carry_out_recorded, print_carried_out
 from tasks import signals, tombstones
-from tasks.progress import began
+from tasks.progress import times
 from tasks.run_records import stage_events
 from tasks.stage import WAIT_SECONDS, Failure, Run
 from tasks.store import TOMBSTONES, Store
@@ -235,8 +235,7 @@ def _stop_training(dag: dags.Dag, run: Run, store: Store, console: Console) -> N
     """Ask running training stages to write a checkpoint and stop; wait for them up to STOP_PATIENCE_SECONDS."""
     files.write(run.stop_uri, b"")
     deadline = time.monotonic() + STOP_PATIENCE_SECONDS
-    # the others wait for CPUs
-    begun = {name for name in dag if began(store.uri("runs", run.id, "progress", f"{name}.json"))}
+    begun = {name for name in dag if times(run.progress_uri(name)).began}  # the others wait for CPUs
 
     def is_training() -> bool:
         running = [name for name, event in stage_events(store, run.id).items() if event["state"] == "running"]

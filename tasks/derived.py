@@ -25,6 +25,7 @@ import torch
 from tasks import ranges, rows, tables
 from tasks.dataflow import exchange, run_all, run_in_actors
 from tasks.places import KeptRows, blocks, open_block, open_places, write_places
+from tasks.progress import Progress
 from tasks.ranges import KeyRange
 from tasks.snapshots import Snapshot, Split
 from tasks.stage import Artifact, StageContext
@@ -135,7 +136,7 @@ def _missing_rows(kept: KeptRows, keys: str, key_range: KeyRange) -> pa.Table:
 
 def append_in_actors(
     context: StageContext,
-    start: Callable[[], Any],
+    start: Callable[[Progress], Any],
     write: Callable[[Any, Shard], Any],
     images: tuple[str, int],
     places: str,
@@ -149,16 +150,17 @@ def append_in_actors(
     Finished parts of an earlier attempt are used again.
 
     Args:
-        start: starts one actor.
+        start: starts one actor, which gets the progress of this stage to call its `begin`.
         write: (actor, shard) -> reference of the part that the actor has written.
         images: URI and version of the images table.
         places: folder with the places of the rows to make; see `write_missing`.
     """
     num_actors = max(1, min(context.resources.num_workers, len(tables.files(*images))))
-    progress = context.progress(num_rows, unit).start()
+    progress = context.progress(num_rows, unit)
+    progress.wait(f"for {context.resources}")
     parts: list[tables.Part] = []
     committed_at = time.monotonic()
-    with contextlib.closing(run_in_actors(start, num_actors, write, shards(*images, places))) as done:
+    with contextlib.closing(run_in_actors(lambda: start(progress), num_actors, write, shards(*images, places))) as done:
         for _, part in done:
             parts.append(part)
             progress.update(part.rows)
@@ -273,7 +275,8 @@ def _derive_shard(deriver: Any, shard: Shard) -> Any:
 class Deriver:
     """Holds one encoder; writes the part of one shard per call."""
 
-    def __init__(self, derivation: Derivation, table: str, num_threads: int) -> None:
+    def __init__(self, derivation: Derivation, table: str, num_threads: int, progress: Progress) -> None:
+        progress.begin()
         torch.set_num_threads(num_threads)
         self.derivation, self.table = derivation, table
         self.encoder = derivation.load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from tasks.dataflow import run_in_actors
+from tasks.progress import Progress
 from tasks.stage import Resources
 from unclip import files, imaging
 from unclip.evaluation import metrics
@@ -120,7 +121,7 @@ def sample_groups(
     stack: StackFiles,
     scoring: Scoring,
     resources: Resources,
-    on_done: Callable[[int], None] = lambda _: None,
+    progress: Progress | None = None,
     *,
     embedded: Collection[str] = (),
     reconstructed: Mapping[str, Originals] = MappingProxyType({}),
@@ -131,7 +132,7 @@ def sample_groups(
         clip: CLIP that measures the images.
         stack: system that samples them.
         resources: workers, and what each of them takes of the cluster.
-        on_done: called with the number of images of each batch that is done.
+        progress: counts the images.
         embedded: groups for which the embeddings that the system samples before the images are returned, if it does.
         reconstructed: groups whose images are sampled from the embeddings of other images instead of from captions.
     """
@@ -147,13 +148,18 @@ def sample_groups(
 
     num_batches = sum(math.ceil(len(captions) / size) for captions in groups.values())
     worker = SamplingWorker.options(**resources.options())  # type: ignore[attr-defined]
-    start = functools.partial(worker.remote, clip, stack, scoring.seed, resources.cpus_per_worker, scoring.inception)
+    start = functools.partial(
+        worker.remote, clip, stack, scoring.seed, resources.cpus_per_worker, scoring.inception, progress
+    )
+    if progress is not None:
+        progress.wait(f"for {resources}")
     num_workers = min(resources.num_workers, num_batches)
     done = _in_order(run_in_actors(start, num_workers, _sample_batch, enumerate(batches())))
 
     def next_batches(count: int) -> Iterator[Measured]:
         for measured in itertools.islice(done, math.ceil(count / size)):
-            on_done(len(measured.features.image_embedding))
+            if progress is not None:
+                progress.update(len(measured.features.image_embedding))
             yield measured
 
     return {group: merge(next_batches(len(captions)), len(captions)) for group, captions in groups.items()}
@@ -179,8 +185,16 @@ class SamplingWorker:
     """Holds one system and the CLIP that measures it; samples one batch per call."""
 
     def __init__(
-        self, measuring_clip: ClipFiles, stack: StackFiles, seed: int, num_threads: int, inception: str | None = None
+        self,
+        measuring_clip: ClipFiles,
+        stack: StackFiles,
+        seed: int,
+        num_threads: int,
+        inception: str | None = None,
+        progress: Progress | None = None,
     ) -> None:
+        if progress is not None:
+            progress.begin()
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.system = find_system(stack.system).load(stack).to(device)

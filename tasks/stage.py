@@ -21,7 +21,7 @@ from typing import Any
 import ray
 
 from tasks.lock import TABLES, Held, Owner, lock, result_lock
-from tasks.progress import Progress
+from tasks.progress import Progress, times
 from tasks.run_records import is_running
 from tasks.store import INTERMEDIATE, TOMBSTONES, Store
 from tasks.tombstones import refuse_if_recorded
@@ -56,8 +56,6 @@ class Output:
     """sha256 of the content; does not depend on the run that made it."""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Facts for later stages and for users: counts, table versions, metrics. JSON values only."""
-    waited_seconds: float = 0.0
-    """Part of the stage's time in which its training waited for CPUs or GPUs that others used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Artifact:
     digest: str
     facts: Mapping[str, Any]
     seconds: float
-    """Duration of the stage when it made this artifact, without the time in which its training waited for CPUs or GPUs."""
+    """Duration of the stage when it made this artifact, without the time in which it waited for CPUs or GPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +197,10 @@ class Run:
     system_metrics_seconds: float = 0
     """Interval of the system metrics of trainings in MLflow; 0 logs none."""
 
+    def progress_uri(self, stage_name: str) -> str:
+        """URI of the file with the progress of a stage."""
+        return Store(self.storage).uri("runs", self.id, "progress", f"{stage_name}.json")
+
     @property
     def stop_uri(self) -> str:
         """URI of a file that makes this run's trainings write a checkpoint and stop once it exists."""
@@ -238,7 +240,7 @@ class StageContext:
 
     def progress(self, total: int, unit: str, done: int = 0) -> Progress:
         """Progress over `total` units of work, shown on the console of this run; may be sent to a worker."""
-        return Progress(self.store.uri("runs", self.run.id, "progress", f"{self.stage}.json"), total, unit, done)
+        return Progress(self.run.progress_uri(self.stage), total, unit, done)
 
     @property
     def folder(self) -> str:
@@ -390,6 +392,7 @@ def _run_function(
     _record(store, run, name, state="running", started=time.time(), **facts)
     tracker.params(store.portable(to_dict(call.config)))
     tombstones = _tombstones_before(store, run)
+    files.delete(run.progress_uri(name))  # an earlier attempt may have left one
     started = time.monotonic()
     try:
         with (
@@ -420,7 +423,8 @@ def _run_function(
         log.error("%s failed: %s", name, message if isinstance(error, UnclipError) else trace)
         _record(store, run, name, state="failed", message=message, exit_code=exit_code, **facts)
         return Failure(name, message, exit_code)
-    seconds = round(max(0.0, time.monotonic() - started - output.waited_seconds), 1)
+    waited = times(run.progress_uri(name)).waited
+    seconds = round(max(0.0, time.monotonic() - started - waited), 1)
     artifact = Artifact(name, stage_fingerprint, output.uri, output.digest, dict(output.facts), seconds)
     store.write_json(dataclasses.asdict(artifact), "stages", name, f"{stage_fingerprint}.json")
     stored = store.portable(dataclasses.asdict(artifact))

@@ -17,7 +17,7 @@ import ray
 
 from tasks import ranges, rows, signals, system_metrics
 from tasks.deferred import DeferredTracker
-from tasks.progress import Progress, began
+from tasks.progress import Progress
 from tasks.stage import Pinning, StageContext
 from tasks.store import TOMBSTONES, Store
 from tasks.tombstones import load_tombstones
@@ -76,38 +76,29 @@ def pin_trainer(config: Any, pinning: Pinning) -> Any:
     return config
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A finished model."""
-
-    model: str
-    """URI of its folder."""
-    digest: str
-    """Digest of the folder."""
-    waited_seconds: float
-    """Time before its workers had CPUs or GPUs."""
-
-
-def run_training(context: StageContext, training: Training) -> Trained:
+def run_training(context: StageContext, training: Training) -> tuple[str, str]:
     """Train on the cluster, or in this process if `trains_in_process`, from this stage's last checkpoint if there is one.
+
+    Returns:
+        URI and digest of the finished model.
 
     Raises:
         StageError: the training failed; the message comes from the worker.
         UnclipError: see `trainer.train`; only if `trains_in_process`.
     """
-    model, waited_seconds = f"{context.folder}/model", 0.0
+    model = f"{context.folder}/model"
     if not files.exists(f"{model}/{checkpoints.MANIFEST}"):
         try:
             if context.run.trains_in_process:
                 _train_here(context, training)
             else:
-                waited_seconds = _train_on_cluster(context, training)
+                _train_on_cluster(context, training)
         except StoppedError:
             with contextlib.suppress(OSError, StorageError):  # keep the original error
                 if message := _Takedowns(context.run.storage, training.selection).message():
                     context.tracker.tags({"unclip.warning": message})
             raise
-    return Trained(model, checkpoints.digest(model), waited_seconds)
+    return model, checkpoints.digest(model)
 
 
 class _Takedowns:
@@ -144,8 +135,7 @@ class _Takedowns:
         return StoppedError(message) if message else error
 
 
-def _train_on_cluster(context: StageContext, training: Training) -> float:
-    """Train on workers of the cluster; returns the seconds that passed before the first had what it needs."""
+def _train_on_cluster(context: StageContext, training: Training) -> None:
     resources, folder = context.resources, context.folder
     for report in (FAILURE, HUNG):
         files.delete(f"{folder}/{report}")
@@ -160,7 +150,6 @@ def _train_on_cluster(context: StageContext, training: Training) -> float:
     )
     loop = {"training": training, "context": worker_context, "folder": folder}
     progress.wait(f"for {resources}")
-    submitted = time.time()
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     is_single = resources.num_workers == 1 and not resources.gpus_per_worker and len(nodes) == 1
     train_error = _train_in_task(loop, context) if is_single else _train_on_ray_train(loop, context)
@@ -168,7 +157,7 @@ def _train_on_cluster(context: StageContext, training: Training) -> float:
     if hung:
         context.tracker.tags({"unclip.warning": hung})
     if files.exists(f"{folder}/model/{checkpoints.MANIFEST}"):
-        return max(0.0, (began(progress.uri) or submitted) - submitted)
+        return
     if files.exists(f"{folder}/{FAILURE}"):
         failure = files.read_json(f"{folder}/{FAILURE}")
         stage_error = StageError(failure["message"])
@@ -298,7 +287,7 @@ def _train_as(workers: Workers, loop: Mapping[str, Any], wants_checkpoint: Calla
     context: _WorkerContext = loop["context"]
     torch.set_num_threads(context.cpus_per_worker)
     if workers.rank == 0:
-        context.progress.start()  # what came before is waiting for CPUs or GPUs
+        context.progress.begin()
 
     takedowns = _Takedowns(context.storage, training.selection)
 

@@ -83,11 +83,10 @@ def clip(context: StageContext, config: ClipConfig, dedup: Artifact) -> Output:
         config=config.trainer,
         selection=dedup.uri,
     )
-    trained = run_training(context, training)
+    trained, digest = run_training(context, training)
     folder = f"{context.folder}/open_clip"
-    _save_as_open_clip(context.scratch, trained.model, name, folder)
-    facts = {"model": f"{LOCAL}{folder}", "pretrained": None, "architecture": name}
-    return Output(folder, trained.digest, facts, trained.waited_seconds)
+    _save_as_open_clip(context.scratch, trained, name, folder)
+    return Output(folder, digest, {"model": f"{LOCAL}{folder}", "pretrained": None, "architecture": name})
 
 
 def _take(context: StageContext, config: ClipConfig) -> Output:

@@ -30,6 +30,7 @@ from tasks.derived import (
 from tasks.generations import MAX_LAYERS, MAX_NEW_ROWS, Generation, Sums
 from tasks.index import INDEX, find_newest, index_files, index_identity
 from tasks.places import KeptRows, write_places
+from tasks.progress import Progress
 from tasks.ranges import KeyRange
 from tasks.stage import Artifact, Output, StageContext, stage
 from unclip.config import fingerprint, require
@@ -183,7 +184,7 @@ def _new_missing_rows(kept: KeptRows, changes: _Changes, pending: pa.Array, key_
     return kept.place(wanted, index)
 
 
-_NO_PLACES = INDEX.empty_table().select(["key", "part", "row"])
+_NO_PLACES = pa.Table.from_batches([], INDEX).select(["key", "part", "row"])
 
 
 def _save_keys(context: StageContext, dedup: Artifact, table: str, changes: _Changes | None) -> list[str]:
@@ -241,7 +242,8 @@ def _embed_shard(embedder: Any, shard: Shard) -> Any:
 class Embedder:
     """Holds one CLIP; embeds one shard per call."""
 
-    def __init__(self, clip: Artifact, config: EmbedConfig, table: str, num_threads: int) -> None:
+    def __init__(self, clip: Artifact, config: EmbedConfig, table: str, num_threads: int, progress: Progress) -> None:
+        progress.begin()
         torch.set_num_threads(num_threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = Clip.load(clip.facts["model"], clip.facts["pretrained"]).to(self.device)

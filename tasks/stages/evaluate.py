@@ -134,7 +134,7 @@ def evaluate(context: StageContext, config: Any, dataset: Artifact, clip: Artifa
         stack,
         scoring,
         context.resources,
-        context.progress(sum(map(len, groups.values())), "images").start().update,
+        context.progress(sum(map(len, groups.values())), "images"),
         embedded=("heldout",),
         reconstructed={RECONSTRUCTIONS: _originals(snapshot, pairs)} if RECONSTRUCTIONS in groups else {},
     )

@@ -135,11 +135,10 @@ def _train(context: StageContext, dataset: Artifact, training: Training) -> Outp
     snapshot = Snapshot.of(dataset.facts)
     facts: dict[str, Any] = {"rows": dataset.facts["rows"], "snapshot": dataset.facts["snapshot"]}
     context.log_dataset(snapshot.digest, snapshot.embeddings, facts)
-    trained = run_training(context, training)
+    model, digest = run_training(context, training)
     if files.exists(f"{context.folder}/{CURVE}"):
         context.tracker.bytes(files.read(f"{context.folder}/{CURVE}"), CURVE)
-    facts = {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest}
-    return Output(trained.model, trained.digest, facts, trained.waited_seconds)
+    return Output(model, digest, {"samples_seen": training.config.num_samples, "snapshot": snapshot.digest})
 
 
 def _shown_rows(snapshot: Snapshot) -> pa.Table:

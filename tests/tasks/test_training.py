@@ -48,8 +48,7 @@ def line(context: StageContext, config: LineConfig) -> Output:
     folder = Path(config.folder)
     rows = Source((str(folder / "rows.parquet"),), ("x", "y"))
     training = Training(lambda _: Line(), (rows,), lambda: reader(folder).places, settings())
-    trained = run_training(context, training)
-    return Output(trained.model, trained.digest, {}, trained.waited_seconds)
+    return Output(*run_training(context, training))
 
 
 @ray.remote(num_cpus=2)

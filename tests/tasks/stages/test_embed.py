@@ -12,6 +12,7 @@ from PIL import Image
 from tasks import tables
 from tasks.derived import Shard, read_shard
 from tasks.lineage.takedown import parse
+from tasks.progress import Progress
 from tasks.stage import Artifact, Call, Failure, Resources, Run, execute
 from tasks.stages.download import IMAGES
 from tasks.stages.embed import SCHEMA, EmbedConfig, Embedder, Preprocess
@@ -58,7 +59,8 @@ def embed(model: str, images: str, rows: list[int], table: Path, batch_size: int
     """Part written by the actor, called in this process."""
     artifact = Artifact("clip", "", "", "", {"model": model, "pretrained": None}, 0.0)
     config = EmbedConfig(batch_size=batch_size)
-    actor = Embedder.__ray_metadata__.modified_class(artifact, config, str(table), 2)  # type: ignore[attr-defined]
+    progress = Progress(f"{table}.json", len(rows), "pairs")
+    actor = Embedder.__ray_metadata__.modified_class(artifact, config, str(table), 2, progress)  # type: ignore[attr-defined]
     part = actor.embed(Shard(images, np.array(rows, np.int32)))
     return tables.read_file(f"{table}/{part.name}")
 

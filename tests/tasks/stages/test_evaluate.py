@@ -293,10 +293,10 @@ def test_a_killed_worker_is_restarted_and_changes_no_result(
     cluster: None, folders: dict[int, Path], tmp_path: Path
 ) -> None:
     groups = {"heldout": CAPTIONS, "unseen": MIXED}
-    progress = Progress(str(tmp_path / "evaluate.json"), len(CAPTIONS) + len(MIXED), "images").start()
+    progress = Progress(str(tmp_path / "evaluate.json"), len(CAPTIONS) + len(MIXED), "images")
     given = (groups, *stack_of(folders[8]), Scoring(0, BATCH, SHOWN), Resources(num_workers=2, cpus_per_worker=1))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        sampling = pool.submit(sample_groups, *given, progress.update)
+        sampling = pool.submit(sample_groups, *given, progress)
         while not (found := workers_that_sample()) and not sampling.done():
             time.sleep(0.01)
         assert found, "sampling ended before a worker was seen"
