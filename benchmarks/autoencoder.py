@@ -13,7 +13,6 @@ Letters: B batch, D latent channels, s latent size, K codes.
 
 import argparse
 import importlib.util
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
+from unclip.background import usable_cpus
 from unclip.models.autoencoder import AutoencoderConfig
 from unclip.models.quantisers import VectorQuantiser
 from unclip.systems.autoencoder import AutoencoderStageConfig
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each, in turns")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="precision of all")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="CPU threads")
     arguments = parser.parse_args()
 
     missing = [name for module, name in PEERS.items() if importlib.util.find_spec(module) is None]

@@ -7,7 +7,6 @@ Shows up to which image size matrix products are faster. `Conv3x3` uses them onl
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import measure
+from unclip.background import usable_cpus
 from unclip.models.layers import Conv3x3
 
 WIDTHS = (128, 256, 512)
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[2, 4, 8, 16], help="image sizes in pixels")
     parser.add_argument("--batch-size", type=int, default=16, help="images per pass")
     parser.add_argument("--rounds", type=int, default=30, help="passes of each, in turns")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="CPU threads")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)

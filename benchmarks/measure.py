@@ -14,6 +14,8 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from unclip.background import usable_cpus
+
 T = TypeVar("T")
 
 PHOTO_WIDTH, PHOTO_HEIGHT = 640, 480
@@ -120,7 +122,7 @@ def machine(*packages: str) -> str:
     except (OSError, StopIteration):
         model = platform.processor()
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
-    return f"{os.cpu_count()} CPUs ({model}), Python {platform.python_version()}, {versions}"
+    return f"{usable_cpus()} CPUs ({model}), Python {platform.python_version()}, {versions}"
 
 
 def tree_cpu_seconds(pid: int) -> float:

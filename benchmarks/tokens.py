@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure, training
 from benchmarks.training import WARM_UP_STEPS, Training
+from unclip.background import usable_cpus
 from unclip.models.dalle import Dalle, DalleConfig
 from unclip.models.token_transformer import TokenSampling
 from unclip.training.objective import Tensors
@@ -237,7 +238,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=0, help="samples per step; 0 uses that of --size")
     parser.add_argument("--device", default="cpu", choices=["cpu"], help="where to train")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="precision of trainings")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each contender")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="CPU threads of each contender")
     arguments = parser.parse_args()
     arguments.compile = arguments.profile = False
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
+from unclip.background import usable_cpus
 from unclip.data import Batch, RowReader, Source
 from unclip.diffusion.process import DiffusionConfig
 from unclip.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -717,7 +718,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="precision of all")
     parser.add_argument("--compile", action="store_true", help="compile all networks")
     parser.add_argument("--profile", action="store_true", help="print the time by operator; slows the steps down")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each contender")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="CPU threads of each contender")
     parser.add_argument("--pictures", type=int, default=4000, help="rows to load")
     parser.add_argument(
         "--stored-size", type=int, default=256, help="length of the shorter side of stored images, in pixels"

@@ -30,7 +30,7 @@ class ClusterConfig:
     address: str | None = None
     """Address of a Ray cluster; None joins the cluster that the job was submitted to, or starts one on this machine."""
     num_cpus: int | None = None
-    """Logical CPUs of a cluster started on this machine; None uses those that `usable_cpus` finds."""
+    """Logical CPUs of a cluster started on this machine; None uses all that it may use."""
     wait_seconds: float = 600.0
     """Time for nodes that a run needs to join an existing cluster, such as those that autoscaling starts."""
 

@@ -80,9 +80,13 @@ class Request:
         from pipelines.published import find_stack
 
         folder = find_stack(self.storage or DEFAULT_ROOT, self.model)
+        import torch
+
         from unclip import config
+        from unclip.background import usable_cpus
         from unclip.systems.system import find_system, load_stack, read_stack, sampling_of
 
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch knows no quotas of containers
         stack = read_stack(folder)
         spec = find_system(stack.system)
         values = config.to_dict(sampling_of(stack, spec.sampling))

@@ -102,6 +102,14 @@ def test_unclip_needs_only_torch_numpy_and_pyarrow() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_commands_import_nothing_that_only_trainings_need() -> None:
+    modules = ["pipelines.cli", "pipelines.run", *(module for module in PATHS if is_in(module, "pipelines.systems"))]
+    slow = ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.utils.flop_counter", "mlflow", "pandas"]
+    code = f"import sys, {', '.join(modules)}\nprint(*[name for name in {slow} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert result.stdout.split() == []
+
+
 PARTS = re.compile(r"(?i)prior(?!it)|(?<!json)(?<!incremental)decoder|upsampler")  # Python has two of these names
 KNOW_PARTS = (
     *("pipelines.systems", "pipelines.upsampled", "pipelines.image_stacks", "pipelines.latents"),

@@ -1,13 +1,13 @@
 """Command that checks the files of a storage."""
 
 import collections
-import os
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from pipelines.options import FOLLOW_LINKS, JSON, STORAGE, print_json, say_links
+from unclip.background import usable_cpus
 
 if TYPE_CHECKING:
     from tasks.verification import Problem
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option(
     "--jobs",
     type=click.IntRange(1, 256),
-    default=min(8, os.cpu_count() or 1),
+    default=min(8, usable_cpus()),
     show_default=True,
     metavar="N",
     help="Files to read at once.",

@@ -303,19 +303,8 @@ def row(name: str, quality: float, value: str | None = None, system: str | None 
 def comparison(*rows: Row, sweep: Sweep | None = None) -> Comparison:
     every = [row(REAL, 1.0, system=None), *rows]
     counts = {"heldout": 256, "repeated": 128}
-    return Comparison(
-        "demo",
-        "/s",
-        None,
-        sweep,
-        every,
-        CAPTIONS,
-        ["k", "l"],
-        counts,
-        {"ddpm": "it <failed>\n![x](http://x.example)"},
-        {},
-        {},
-    )
+    failures = {"ddpm": "it <failed>\n![x](http://x.example)"}
+    return Comparison("demo", "/s", None, sweep, every, CAPTIONS, ["k", "l"], counts, failures, {}, {})
 
 
 def test_tables_tell_the_best_system_and_what_failed() -> None:

@@ -79,7 +79,7 @@ def test_f62_one_name_server_that_hangs_holds_a_few_look_ups_only(names: NameSer
     with concurrent.futures.ThreadPoolExecutor(60) as pool:
         started = time.monotonic()
         late = pool.map(look_up, [f"a{number}.slow.example" for number in range(40)] + ["a1.slow.example"] * 10)
-        assert set(late) == {"late"} and time.monotonic() - started < 10, "one after the other they take 15 s"
+        assert set(late) == {"late"} and time.monotonic() - started < 5, "one after the other they take 15 s"
         assert len(names.asked) == budgets._LOOKUPS_PER_DOMAIN
         assert look_up("other.example.org") == "found"
         names.closing.set()
@@ -136,7 +136,7 @@ def test_f63_a_site_that_stalls_costs_its_budget_and_no_more() -> None:
         found = collections.Counter(
             outcomes([f"http://{address}/{number}" for number in range(400)], client, threads=4)
         )
-        assert time.monotonic() - started < 25, "all time-outs together take 50 s"
+        assert time.monotonic() - started < 10, "all time-outs together take 50 s"
     # Each request counts as a second at least; four are under way when the budget ends.
     assert 3 <= found["timeout"] <= 6 and len(requests) == found["timeout"]
     assert found["site_unreachable"] == 400 - found["timeout"]
